@@ -1,0 +1,73 @@
+# Everything works from a clean clone: `make test` and `make demo` install what is missing.
+#
+#   make demo          raw -> QCOW2 -> streamOptimized -> raw of a real file system, compared
+#   make test          lint, native tests (plain and sanitized), the Python suite
+#   make bench         the table of ratios against qemu-img (long)
+#   make peers-test    the slow tests, with $IMGCORE_PEERS where set
+#   make lint native-test sanitize clean
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check -q
+STAMP := $(VENV)/.imgcore-ready
+PYTEST_ARGS ?=
+
+.NOTPARALLEL:
+.PHONY: all setup build demo test lint native-test native-sanitize sanitize python-test \
+	peers-test bench clean
+
+all: build
+
+setup:
+	@tools/setup.sh
+
+# Made anew when what it holds changes; the extension itself is rebuilt by `build`.
+$(STAMP): pyproject.toml setup.py
+	@tools/setup.sh
+	@test -x $(PY) || PYTHON="$(PYTHON)" tools/make_venv.sh $(VENV)
+	@$(PIP) install 'setuptools>=77' 'Cython>=3.1,<4'
+	@$(PIP) install --no-build-isolation -e '.[test]'
+	@touch $@
+
+build: $(STAMP)
+	@$(PY) setup.py -q build_ext --inplace
+
+demo: build
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTHON="$(PY)" tools/demo.sh
+
+lint: build
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m mypy.stubtest imgcore._core --allowlist tests/stubtest-allowlist.txt
+	$(VENV)/bin/clang-format --dry-run --Werror \
+		$$(find native tests/sanitizer -name '*.[ch]' -not -path 'native/build/*')
+
+native-test: setup
+	@$(MAKE) --no-print-directory -C native test
+
+native-sanitize: setup
+	@$(MAKE) --no-print-directory -C native asan ubsan
+
+python-test: build
+	@$(PY) -m pytest $(PYTEST_ARGS)
+
+test: lint native-test native-sanitize python-test
+
+# Native tests under every sanitizer, then the Python suite on a sanitized extension.
+sanitize: build native-sanitize
+	@$(MAKE) --no-print-directory -C native tsan
+	@PYTHON="$(PY)" tools/sanitized_suite.sh
+
+peers-test: build
+	@$(PY) -m pytest -m "slow or peers" $(PYTEST_ARGS)
+
+bench: build
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m benchmarks $(BENCH_ARGS)
+
+clean:
+	@$(MAKE) --no-print-directory -C native clean
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info
+	rm -f src/imgcore/*.so src/imgcore/_core.c
+	find src tests benchmarks -name __pycache__ -type d -exec rm -rf {} +

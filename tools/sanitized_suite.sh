@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Builds the extension under AddressSanitizer and UBSan, proves that faults kill, and runs the Python suite on it.
+set -euo pipefail
+python=${PYTHON:-.venv/bin/python}
+out=$PWD/build/sanitize
+export IMGCORE_SANITIZE=address,undefined
+"$python" setup.py -q build --build-lib "$out/lib" --build-temp "$out/temp" 2>"$out.log" ||
+  { tail -n 20 "$out.log" >&2; exit 1; }
+preload="$(gcc -print-file-name=libasan.so):$(gcc -print-file-name=libubsan.so)"
+run() {
+  LD_PRELOAD=$preload ASAN_OPTIONS=detect_leaks=0:strict_string_checks=1 \
+    UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc PYTHONPATH="$out/lib" "$python" "$@"
+}
+canary=$(echo "$out"/lib/imgcore/_canary*.so)
+for fault in 'imgc_canary_overread()' 'imgc_canary_overflow(5)' 'imgc_canary_assert(1)'; do
+  if run -c "import ctypes; ctypes.CDLL('$canary').$fault" 2>/dev/null; then
+    echo "sanitize: the deliberate fault $fault went unnoticed: this build checks nothing" >&2
+    exit 1
+  fi
+done
+run -c "import imgcore._core as c; assert c.__file__.startswith('$out'), c.__file__"
+run -m pytest -q "${@:-tests/unit}" ${PYTEST_ARGS:-}
