@@ -1,0 +1,474 @@
+/* The life of a job: create, then start, wait and finish for each batch, destroy. */
+#include "engine/engine.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "common/checked.h"
+#include "common/error.h"
+
+#define MIN_BLOCK_NBYTES 512u
+#define MAX_BLOCK_NBYTES (256u * 1024 * 1024)
+#define MAX_COMPRESSED_BLOCK_NBYTES (2u * 1024 * 1024)
+#define MAX_SPARSE_NBYTES (1024u * 1024)
+#define PAGE_NBYTES 4096u
+
+static int invalid(struct imgc_error *err, const char *what)
+{
+	return imgc_fail(err, IMGC_INVALID_ARGUMENT, 0, 0, IMGC_NO_SOURCE, what);
+}
+
+/* ----------------------------------------------------------------- arguments */
+
+static bool geometry_is_valid(const struct imgc_geometry *g)
+{
+	bool compresses = g->codec.codec != IMGC_CODEC_NONE;
+
+	return imgc_is_power_of_two(g->block_nbytes) && g->block_nbytes >= MIN_BLOCK_NBYTES &&
+	       g->block_nbytes <= MAX_BLOCK_NBYTES && imgc_is_power_of_two(g->stored_alignment) &&
+	       imgc_is_power_of_two(g->compressed_alignment) && g->guest_nbytes <= INT64_MAX &&
+	       g->host_base <= INT64_MAX - g->guest_nbytes && g->guest_base <= g->guest_nbytes &&
+	       g->placing <= IMGC_PLACE_APPEND && g->zero_policy <= IMGC_ZERO_STORE &&
+	       g->prefix <= IMGC_PREFIX_GRAIN_MARKER && g->sparse_nbytes <= MAX_SPARSE_NBYTES &&
+	       g->sparse_nbytes % SECTOR_NBYTES == 0 &&
+	       (!compresses || (g->placing == IMGC_PLACE_APPEND &&
+				g->block_nbytes <= MAX_COMPRESSED_BLOCK_NBYTES)) &&
+	       (!g->store_incompressible || g->compressed_alignment == 1);
+}
+
+static int check_options(const struct imgc_job_options *o, struct imgc_error *err)
+{
+	if (o->n_threads < 1 || o->n_threads > MAX_THREADS)
+		return invalid(err, "threads");
+	if (o->kind > IMGC_JOB_COMPARE)
+		return invalid(err, "kind");
+	if (o->window_nbytes != 0 &&
+	    (!imgc_is_power_of_two(o->window_nbytes) || o->window_nbytes > MAX_WINDOW_NBYTES ||
+	     o->window_nbytes < PAGE_NBYTES))
+		return invalid(err, "window");
+	if (o->kind == IMGC_JOB_CONVERT && (!geometry_is_valid(&o->geometry) || !o->target))
+		return invalid(err, "geometry");
+	for (size_t i = 0; i < o->n_sources; i++)
+		if (!o->sources[i].file || o->sources[i].block_nbytes > MAX_SOURCE_BLOCK_NBYTES)
+			return invalid(err, "sources");
+	return IMGC_OK;
+}
+
+/* Large enough for whole compressed blocks of both sides, else small enough for the cache. */
+static uint64_t choose_window(const struct imgc_job_options *o)
+{
+	uint64_t least = o->window_nbytes ? o->window_nbytes : WINDOW_NBYTES, window = PAGE_NBYTES;
+
+	for (size_t i = 0; i < o->n_sources; i++)
+		least = imgc_max_u64(least, o->sources[i].block_nbytes);
+	if (o->kind == IMGC_JOB_CONVERT) {
+		least = imgc_max_u64(least, o->geometry.sparse_nbytes);
+		if (o->geometry.codec.codec != IMGC_CODEC_NONE)
+			least = imgc_max_u64(least, o->geometry.block_nbytes);
+	}
+	while (window < least)
+		window *= 2;
+	return window;
+}
+
+/* -------------------------------------------------------------------- memory */
+
+static int view_create(struct view *view, uint64_t window_nbytes)
+{
+	view->max_ranges = window_nbytes / SECTOR_NBYTES + 1;
+	view->data = aligned_alloc(PAGE_NBYTES, window_nbytes);
+	view->ranges = malloc(view->max_ranges * sizeof(*view->ranges));
+	return view->data && view->ranges ? IMGC_OK : IMGC_NO_MEMORY;
+}
+
+static void view_destroy(struct view *view)
+{
+	free(view->data);
+	free(view->ranges);
+}
+
+static int slot_create(struct imgc_job *job, struct slot *slot)
+{
+	uint64_t window = job->window_nbytes, n_pieces = window / job->piece_nbytes;
+	const struct imgc_geometry *g = &job->geometry;
+
+	if (view_create(&slot->view, window))
+		return IMGC_NO_MEMORY;
+	if (job->options.kind != IMGC_JOB_CONVERT)
+		return IMGC_OK;
+	slot->pieces = malloc(n_pieces * sizeof(*slot->pieces));
+	slot->runs = malloc((window / SECTOR_NBYTES + 1) * sizeof(*slot->runs));
+	if (!slot->pieces || !slot->runs)
+		return IMGC_NO_MEMORY;
+	if (g->codec.codec == IMGC_CODEC_NONE)
+		return IMGC_OK;
+	uint64_t bound = imgc_compressor_bound(job->workers[0].compressor, g->block_nbytes) +
+			 GRAIN_MARKER_NBYTES + g->compressed_alignment;
+
+	slot->packed = malloc(n_pieces * bound);
+	return slot->packed ? IMGC_OK : IMGC_NO_MEMORY;
+}
+
+static void slot_destroy(struct slot *slot)
+{
+	view_destroy(&slot->view);
+	free(slot->packed);
+	free(slot->pieces);
+	free(slot->runs);
+}
+
+static uint64_t largest_source_block(const struct imgc_job *job)
+{
+	uint64_t largest = 0;
+
+	for (size_t i = 0; i < job->options.n_sources; i++)
+		largest = imgc_max_u64(largest, job->sources[i].block_nbytes);
+	return largest;
+}
+
+static int worker_create(struct imgc_job *job, struct worker *worker, struct counters *counters)
+{
+	const struct imgc_job_options *o = &job->options;
+	struct reader *reader = &worker->reader;
+	uint64_t block = largest_source_block(job);
+	int status;
+
+	worker->job = job;
+	worker->counters = counters;
+	reader->files = job->sources;
+	status = imgc_io_context_create(o->io_variant, &reader->io);
+	if (status == IMGC_OK && o->kind == IMGC_JOB_CONVERT &&
+	    job->geometry.codec.codec != IMGC_CODEC_NONE)
+		status = imgc_compressor_create(&job->geometry.codec, &worker->compressor);
+	if (status || block == 0)
+		return status;
+	status = imgc_decompressor_create(o->inflate_variant, &reader->decompressor);
+	reader->compressed_capacity =
+		imgc_max_u64(COMPRESSED_BUFFER_NBYTES, max_compressed_nbytes(block));
+	reader->compressed = malloc(reader->compressed_capacity);
+	reader->block = malloc(block);
+	if (status == IMGC_OK && (!reader->compressed || !reader->block))
+		status = IMGC_NO_MEMORY;
+	return status;
+}
+
+static void worker_destroy(struct worker *worker)
+{
+	imgc_io_context_destroy(worker->reader.io);
+	imgc_decompressor_destroy(worker->reader.decompressor);
+	imgc_compressor_destroy(worker->compressor);
+	free(worker->reader.compressed);
+	free(worker->reader.block);
+	view_destroy(&worker->other);
+}
+
+static int create_workers(struct imgc_job *job)
+{
+	size_t n = job->options.n_threads;
+
+	job->workers = calloc(n, sizeof(*job->workers));
+	job->counters = aligned_alloc(_Alignof(struct counters), n * sizeof(*job->counters));
+	job->n_slots = job->ordered ? 2 * n + 2 : n;
+	job->slots = calloc(job->n_slots, sizeof(*job->slots));
+	if (!job->workers || !job->counters || !job->slots)
+		return IMGC_NO_MEMORY;
+	memset(job->counters, 0, n * sizeof(*job->counters));
+	for (size_t i = 0; i < n; i++) {
+		int status = worker_create(job, &job->workers[i], &job->counters[i]);
+		if (status)
+			return status;
+		job->workers[i].own_slot = &job->slots[i];
+	}
+	for (size_t i = 0; i < job->n_slots; i++)
+		if (slot_create(job, &job->slots[i]))
+			return IMGC_NO_MEMORY;
+	return IMGC_OK;
+}
+
+static int create_locks(struct imgc_job *job)
+{
+	pthread_condattr_t attributes;
+
+	if (pthread_condattr_init(&attributes))
+		return IMGC_NO_MEMORY;
+	pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+	bool failed = pthread_mutex_init(&job->lock, NULL) ||
+		      pthread_cond_init(&job->changed, NULL) ||
+		      pthread_cond_init(&job->ended, &attributes);
+
+	pthread_condattr_destroy(&attributes);
+	job->locks_exist = !failed;
+	return failed ? IMGC_NO_MEMORY : IMGC_OK;
+}
+
+int imgc_job_create(const struct imgc_job_options *options, struct imgc_job **out,
+		    struct imgc_error *err)
+{
+	int status = check_options(options, err);
+
+	if (status)
+		return status;
+	struct imgc_job *job = calloc(1, sizeof(*job));
+
+	if (!job)
+		return imgc_fail(err, IMGC_NO_MEMORY, 0, 0, IMGC_NO_SOURCE, "job_create");
+	job->options = *options;
+	job->geometry = options->geometry;
+	job->window_nbytes = choose_window(options);
+	job->ordered =
+		options->kind == IMGC_JOB_CONVERT && options->geometry.placing == IMGC_PLACE_APPEND;
+	job->piece_nbytes = job->window_nbytes;
+	if (options->kind == IMGC_JOB_CONVERT && job->geometry.block_nbytes < job->window_nbytes)
+		job->piece_nbytes = job->geometry.block_nbytes;
+	atomic_store(&job->first_difference, IMGC_NO_DIFFERENCE);
+	job->sources = calloc(options->n_sources + 1, sizeof(*job->sources));
+	if (!job->sources) {
+		status = IMGC_NO_MEMORY;
+		goto out;
+	}
+	if (options->n_sources > 0)
+		memcpy(job->sources, options->sources, options->n_sources * sizeof(*job->sources));
+	job->options.sources = job->sources;
+	imgc_placer_init(&job->placer, &job->geometry, options->next_offset);
+	status = create_locks(job);
+	if (status == IMGC_OK)
+		status = create_workers(job);
+out:
+	if (status) {
+		imgc_job_destroy(job);
+		return imgc_fail(err, status, 0, 0, IMGC_NO_SOURCE, "job_create");
+	}
+	*out = job;
+	return IMGC_OK;
+}
+
+void imgc_job_destroy(struct imgc_job *job)
+{
+	if (!job)
+		return;
+	if (job->in_batch) {
+		imgc_job_cancel(job);
+		imgc_job_finish(job, NULL);
+	}
+	for (size_t i = 0; job->workers && i < job->options.n_threads; i++)
+		worker_destroy(&job->workers[i]);
+	for (size_t i = 0; job->slots && i < job->n_slots; i++)
+		slot_destroy(&job->slots[i]);
+	if (job->locks_exist) {
+		pthread_mutex_destroy(&job->lock);
+		pthread_cond_destroy(&job->changed);
+		pthread_cond_destroy(&job->ended);
+	}
+	free(job->workers);
+	free(job->counters);
+	free(job->slots);
+	free(job->sources);
+	free(job);
+}
+
+/* -------------------------------------------------------------------- batches */
+
+static bool ends_at(uint64_t guest_end, uint64_t unit, uint64_t disk_end)
+{
+	return guest_end % unit == 0 || guest_end == disk_end;
+}
+
+static bool batch_fits_geometry(const struct imgc_job *job, const struct imgc_batch *b)
+{
+	const struct imgc_geometry *g = &job->geometry;
+	uint64_t block = g->block_nbytes, nbytes = b->guest_end - b->guest_start;
+
+	if (b->guest_end > g->guest_nbytes || b->guest_start < g->guest_base ||
+	    b->guest_start % block != 0 || !ends_at(b->guest_end, block, g->guest_nbytes))
+		return false;
+	if (b->base_extents && block > job->window_nbytes)
+		return false;
+	if (g->placing == IMGC_PLACE_IDENTITY)
+		return b->base_extents == NULL;
+	if (!b->placements || b->n_placements != nbytes / block + (nbytes % block != 0))
+		return false;
+	return g->group_nblocks == 0 ||
+	       ends_at(b->guest_end, g->group_nblocks * block, g->guest_nbytes);
+}
+
+static int check_batch(const struct imgc_job *job, const struct imgc_batch *b,
+		       struct imgc_error *err)
+{
+	const struct imgc_job_options *o = &job->options;
+	int status;
+
+	if (b->guest_start >= b->guest_end || b->guest_start % SECTOR_NBYTES != 0)
+		return invalid(err, "batch");
+	if (o->kind == IMGC_JOB_CONVERT ? !batch_fits_geometry(job, b) : !b->base_extents)
+		return invalid(err, "batch");
+	status = imgc_extents_check(b->extents, b->n_extents, job->sources, o->n_sources,
+				    b->guest_start, b->guest_end, err);
+	if (status == IMGC_OK && b->base_extents)
+		status = imgc_extents_check(b->base_extents, b->n_base_extents, job->sources,
+					    o->n_sources, b->guest_start, b->guest_end, err);
+	return status;
+}
+
+/* The other side's buffers exist only once there is another side. */
+static int create_other_views(struct imgc_job *job)
+{
+	for (size_t i = 0; i < job->options.n_threads; i++) {
+		struct view *other = &job->workers[i].other;
+
+		if (!other->data && view_create(other, job->window_nbytes))
+			return IMGC_NO_MEMORY;
+	}
+	return IMGC_OK;
+}
+
+int imgc_job_start(struct imgc_job *job, const struct imgc_batch *batch, struct imgc_error *err)
+{
+	if (job->in_batch)
+		return invalid(err, "start");
+	if (imgc_job_is_stopped(job))
+		return imgc_fail(err, IMGC_CANCELLED, 0, 0, IMGC_NO_SOURCE, "start");
+	int status = check_batch(job, batch, err);
+
+	if (status)
+		return status;
+	if (batch->base_extents && create_other_views(job))
+		return imgc_fail(err, IMGC_NO_MEMORY, 0, 0, IMGC_NO_SOURCE, "start");
+	job->batch = *batch;
+	job->rows = (struct rows){batch->extents, batch->n_extents};
+	job->base = (struct rows){batch->base_extents, batch->n_base_extents};
+	job->claim_row = job->claim_base = 0;
+	job->cursor = batch->guest_start;
+	job->n_started = 0;
+
+	pthread_mutex_lock(&job->lock);
+	for (unsigned i = 0; i < job->options.n_threads; i++) {
+		struct worker *worker = &job->workers[i];
+
+		/* Fewer threads than asked for do the same work, later. */
+		if (pthread_create(&worker->thread, NULL, imgc_worker_main, worker))
+			break;
+		job->n_started++;
+		job->n_running++;
+	}
+	pthread_mutex_unlock(&job->lock);
+	if (job->n_started == 0)
+		return imgc_fail(err, IMGC_IO, EAGAIN, 0, IMGC_NO_SOURCE, "pthread_create");
+	job->in_batch = true;
+	return IMGC_OK;
+}
+
+int imgc_job_wait(struct imgc_job *job, int timeout_ms)
+{
+	struct timespec until;
+	int ended, outcome = 0;
+
+	clock_gettime(CLOCK_MONOTONIC, &until);
+	until.tv_sec += timeout_ms / 1000;
+	until.tv_nsec += (long)(timeout_ms % 1000) * 1000000;
+	if (until.tv_nsec >= 1000000000) {
+		until.tv_sec++;
+		until.tv_nsec -= 1000000000;
+	}
+	pthread_mutex_lock(&job->lock);
+	while (job->n_running > 0 && outcome == 0)
+		outcome = pthread_cond_timedwait(&job->ended, &job->lock, &until);
+	ended = job->n_running == 0;
+	pthread_mutex_unlock(&job->lock);
+	return ended;
+}
+
+/* Zeros that the target has to know of, where nothing else is said of them. */
+static void mark_zero_blocks(struct imgc_job *job)
+{
+	for (size_t i = 0; i < job->batch.n_placements; i++)
+		if (job->batch.placements[i].state == IMGC_BLOCK_ABSENT)
+			job->batch.placements[i].state = IMGC_BLOCK_ZERO;
+}
+
+int imgc_job_finish(struct imgc_job *job, struct imgc_error *err)
+{
+	if (!job->in_batch)
+		return invalid(err, "finish");
+	for (unsigned i = 0; i < job->n_started; i++)
+		pthread_join(job->workers[i].thread, NULL);
+	job->in_batch = false;
+	if (atomic_load(&job->failed)) {
+		if (err)
+			*err = job->error;
+		return job->error.status;
+	}
+	if (atomic_load(&job->cancelled))
+		return imgc_fail(err, IMGC_CANCELLED, 0, 0, IMGC_NO_SOURCE, "cancel");
+	if (job->ordered && job->geometry.zero_policy == IMGC_ZERO_EXPLICIT && !job->base.n)
+		mark_zero_blocks(job);
+	if (job->ordered && imgc_placer_close_group(&job->placer))
+		return imgc_fail(err, IMGC_LIMIT, 0, job->placer.next, IMGC_TARGET, "place");
+	return IMGC_OK;
+}
+
+/* --------------------------------------------------------- from other threads */
+
+bool imgc_job_is_stopped(const struct imgc_job *job)
+{
+	return atomic_load_explicit(&job->cancelled, memory_order_relaxed) ||
+	       atomic_load_explicit(&job->failed, memory_order_relaxed);
+}
+
+static void wake_workers(struct imgc_job *job)
+{
+	pthread_mutex_lock(&job->lock);
+	pthread_cond_broadcast(&job->changed);
+	pthread_mutex_unlock(&job->lock);
+}
+
+void imgc_job_fail(struct imgc_job *job, const struct imgc_error *err)
+{
+	pthread_mutex_lock(&job->lock);
+	if (!atomic_load(&job->failed)) {
+		job->error = *err;
+		atomic_store(&job->failed, true);
+	}
+	pthread_cond_broadcast(&job->changed);
+	pthread_mutex_unlock(&job->lock);
+}
+
+void imgc_job_cancel(struct imgc_job *job)
+{
+	atomic_store(&job->cancelled, true);
+	wake_workers(job);
+}
+
+void imgc_job_progress(const struct imgc_job *job, struct imgc_progress *out)
+{
+	*out = (struct imgc_progress){0};
+	for (size_t i = 0; i < job->options.n_threads; i++) {
+		struct counters *c = &job->counters[i];
+
+		out->bytes_done += atomic_load_explicit(&c->done, memory_order_relaxed);
+		out->bytes_data += atomic_load_explicit(&c->data, memory_order_relaxed);
+		out->bytes_zero += atomic_load_explicit(&c->zero, memory_order_relaxed);
+		out->bytes_read += atomic_load_explicit(&c->read, memory_order_relaxed);
+		out->bytes_written += atomic_load_explicit(&c->written, memory_order_relaxed);
+	}
+}
+
+uint64_t imgc_job_next_offset(const struct imgc_job *job)
+{
+	return job->placer.next;
+}
+
+int imgc_job_set_next_offset(struct imgc_job *job, uint64_t next_offset)
+{
+	if (job->in_batch || next_offset < job->placer.next || next_offset > INT64_MAX)
+		return IMGC_INVALID_ARGUMENT;
+	if (next_offset != job->placer.next)
+		imgc_placer_restart(&job->placer, next_offset);
+	return IMGC_OK;
+}
+
+uint64_t imgc_job_first_difference(const struct imgc_job *job)
+{
+	return atomic_load(&job->first_difference);
+}

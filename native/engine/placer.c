@@ -1,0 +1,105 @@
+/* Where the blocks of an appending target land. */
+#include "engine/engine.h"
+
+#include "common/checked.h"
+
+void imgc_placer_init(struct placer *placer, const struct imgc_geometry *geometry, uint64_t next)
+{
+	*placer = (struct placer){.geometry = geometry, .next = next};
+}
+
+void imgc_placer_restart(struct placer *placer, uint64_t next)
+{
+	placer->next = next;
+	placer->packed_next = placer->packed_end = 0;
+	placer->block_is_open = false;
+}
+
+int imgc_placer_close_group(struct placer *placer)
+{
+	const struct imgc_geometry *g = placer->geometry;
+	uint64_t gap;
+
+	if (g->group_nblocks == 0 || !placer->group_is_open)
+		return IMGC_OK;
+	placer->group_is_open = false;
+	if (!imgc_align_up_checked(placer->next, SECTOR_NBYTES, &gap) ||
+	    gap > UINT64_MAX - g->group_gap_nbytes)
+		return IMGC_LIMIT;
+	placer->next = gap + g->group_gap_nbytes;
+	return IMGC_OK;
+}
+
+static int enter_group(struct placer *placer, uint64_t block)
+{
+	if (placer->geometry->group_nblocks == 0)
+		return IMGC_OK;
+	uint64_t group = block / placer->geometry->group_nblocks;
+
+	if (placer->group_is_open && placer->group != group && imgc_placer_close_group(placer))
+		return IMGC_LIMIT;
+	placer->group = group;
+	placer->group_is_open = true;
+	return IMGC_OK;
+}
+
+static int take(struct placer *placer, uint64_t alignment, uint64_t nbytes, uint64_t *host_offset)
+{
+	uint64_t start;
+
+	if (!imgc_align_up_checked(placer->next, alignment, &start) || nbytes > INT64_MAX ||
+	    start > (uint64_t)INT64_MAX - nbytes)
+		return IMGC_LIMIT;
+	placer->next = start + nbytes;
+	*host_offset = start;
+	return IMGC_OK;
+}
+
+int imgc_placer_stored(struct placer *placer, uint64_t block, uint64_t nbytes,
+		       uint64_t *host_offset)
+{
+	uint64_t alignment = placer->geometry->stored_alignment;
+	uint64_t whole;
+
+	if (enter_group(placer, block) || !imgc_align_up_checked(nbytes, alignment, &whole))
+		return IMGC_LIMIT;
+	return take(placer, alignment, whole, host_offset);
+}
+
+/*
+ * Where stored and compressed blocks mix (QCOW2), whole allocation units are
+ * taken, and packing goes on inside the last one as long as the bytes stay
+ * contiguous; a stored block in between does not waste its rest.
+ */
+static int take_packed(struct placer *placer, uint64_t nbytes, uint64_t *host_offset)
+{
+	uint64_t unit = placer->geometry->stored_alignment;
+	uint64_t start = placer->packed_next, free_nbytes = placer->packed_end - start, more,
+		 ignored;
+
+	if (start == 0 || (free_nbytes < nbytes && placer->packed_end != placer->next)) {
+		if (!imgc_align_up_checked(placer->next, unit, &start))
+			return IMGC_LIMIT;
+		placer->next = placer->packed_end = start;
+		free_nbytes = 0;
+	}
+	if (free_nbytes < nbytes) {
+		if (!imgc_align_up_checked(nbytes - free_nbytes, unit, &more) ||
+		    take(placer, unit, more, &ignored))
+			return IMGC_LIMIT;
+		placer->packed_end = placer->next;
+	}
+	placer->packed_next = start + nbytes;
+	*host_offset = start;
+	return IMGC_OK;
+}
+
+int imgc_placer_compressed(struct placer *placer, uint64_t block, uint64_t nbytes,
+			   uint64_t *host_offset)
+{
+	if (enter_group(placer, block))
+		return IMGC_LIMIT;
+	if (placer->geometry->store_incompressible)
+		return take_packed(placer, nbytes, host_offset);
+	return take(placer, placer->geometry->compressed_alignment, nbytes, host_offset);
+}

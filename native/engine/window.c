@@ -1,0 +1,413 @@
+/* What happens to the bytes of one window: zero tests, compression, comparison, writes. */
+#include "engine/engine.h"
+
+#include <string.h>
+
+#include "common/checked.h"
+#include "common/endian.h"
+#include "common/error.h"
+
+static bool is_zero(const struct imgc_job *job, const struct view *view, uint64_t start,
+		    uint64_t end)
+{
+	return imgc_is_zero(job->options.zero_variant, view->data + start, end - start);
+}
+
+/* -------------------------------------------------------------- stored data */
+
+static void add_run(struct slot *slot, size_t first_run, uint64_t start, uint64_t end)
+{
+	if (slot->n_runs > first_run && slot->runs[slot->n_runs - 1].end == start)
+		slot->runs[slot->n_runs - 1].end = end;
+	else
+		slot->runs[slot->n_runs++] = (struct range){start, end};
+}
+
+/*
+ * Appends what of [start, end) has to be written: all of it, or what is left without
+ * runs of zeros.  Returns whether that is anything.
+ */
+static bool find_runs(const struct imgc_job *job, struct slot *slot, uint64_t start, uint64_t end)
+{
+	bool store_zeros = job->geometry.zero_policy == IMGC_ZERO_STORE;
+	uint64_t step = job->geometry.sparse_nbytes ? job->geometry.sparse_nbytes : end - start;
+	size_t first_run = slot->n_runs;
+
+	if (store_zeros) {
+		imgc_view_materialise(&slot->view, start, end);
+		add_run(slot, first_run, start, end);
+		return true;
+	}
+	for (uint64_t at = start; at < end; at += step) {
+		uint64_t stop = at + imgc_min_u64(step, end - at);
+
+		if (!imgc_view_has_data(&slot->view, at, stop))
+			continue;
+		imgc_view_materialise(&slot->view, at, stop);
+		if (!is_zero(job, &slot->view, at, stop))
+			add_run(slot, first_run, at, stop);
+	}
+	return slot->n_runs > first_run;
+}
+
+/* --------------------------------------------------------- compressed blocks */
+
+static uint64_t packed_room(const struct imgc_job *job, const struct worker *worker)
+{
+	uint64_t block = job->geometry.block_nbytes;
+
+	/* A block that does not shrink is stored instead, where the format can. */
+	return job->geometry.store_incompressible
+		       ? block - 1
+		       : imgc_compressor_bound(worker->compressor, block);
+}
+
+static void put_grain_marker(uint8_t *marker, uint64_t guest_offset, size_t nbytes)
+{
+	imgc_store_le64(marker, guest_offset / SECTOR_NBYTES);
+	imgc_store_le32(marker + 8, (uint32_t)nbytes);
+}
+
+/*
+ * Compresses the piece behind what the slot has packed so far.  *fits is false if the
+ * result is not smaller than the block and the format can store it plain.
+ */
+static int pack(struct worker *worker, struct slot *slot, struct piece *piece, bool *fits,
+		struct imgc_error *err)
+{
+	const struct imgc_job *job = worker->job;
+	const struct imgc_geometry *g = &job->geometry;
+	uint64_t prefix = g->prefix == IMGC_PREFIX_GRAIN_MARKER ? GRAIN_MARKER_NBYTES : 0;
+	uint8_t *out = slot->packed + slot->packed_nbytes;
+	size_t nbytes = 0;
+
+	/* The last block may reach past the disk's end. */
+	imgc_view_materialise(&slot->view, piece->start, piece->start + g->block_nbytes);
+	int status =
+		imgc_compress(worker->compressor, slot->view.data + piece->start, g->block_nbytes,
+			      out + prefix, packed_room(job, worker), &nbytes);
+	if (status)
+		return imgc_fail(err, status, 0, slot->start + piece->start, IMGC_TARGET,
+				 "compress");
+	*fits = nbytes > 0;
+	if (nbytes == 0)
+		return IMGC_OK;
+	if (prefix)
+		put_grain_marker(out, slot->start + piece->start, nbytes);
+
+	uint64_t length = prefix + nbytes;
+	uint64_t padding = (0 - length) & (g->compressed_alignment - 1);
+
+	memset(out + length, 0, padding);
+	piece->state = IMGC_BLOCK_COMPRESSED;
+	piece->packed_start = (uint32_t)slot->packed_nbytes;
+	piece->packed_nbytes = (uint32_t)length;
+	slot->packed_nbytes += length + padding;
+	return IMGC_OK;
+}
+
+/* ------------------------------------------------------------------- pieces */
+
+/* Whether the piece reads the same as the base: then the target leaves it to its backing file. */
+static bool equals_base(const struct worker *worker, const struct slot *slot, uint64_t start,
+			uint64_t end)
+{
+	bool here = imgc_view_has_data(&slot->view, start, end);
+
+	if (!here && !imgc_view_has_data(&worker->other, start, end))
+		return true;
+	imgc_view_materialise(&slot->view, start, end);
+	imgc_view_materialise(&worker->other, start, end);
+	return memcmp(slot->view.data + start, worker->other.data + start, end - start) == 0;
+}
+
+static bool piece_is_zero(const struct imgc_job *job, const struct slot *slot, uint64_t start,
+			  uint64_t end)
+{
+	if (!imgc_view_has_data(&slot->view, start, end))
+		return true;
+	imgc_view_materialise(&slot->view, start, end);
+	return is_zero(job, &slot->view, start, end);
+}
+
+/* Without a base, absent blocks read as zeros; job_finish marks them if asked to. */
+static uint32_t zero_state(const struct imgc_job *job)
+{
+	return job->base.n ? IMGC_BLOCK_ZERO : IMGC_BLOCK_ABSENT;
+}
+
+static int process_piece(struct worker *worker, struct slot *slot, struct piece *piece,
+			 struct imgc_error *err)
+{
+	const struct imgc_job *job = worker->job;
+	const struct imgc_geometry *g = &job->geometry;
+	uint64_t start = piece->start, end = start + piece->nbytes;
+	bool fits = false;
+
+	piece->state = IMGC_BLOCK_ABSENT;
+	if (job->base.n && equals_base(worker, slot, start, end))
+		return IMGC_OK;
+	if (g->codec.codec != IMGC_CODEC_NONE) {
+		bool zero = piece_is_zero(job, slot, start, end);
+
+		if (zero && g->zero_policy != IMGC_ZERO_STORE) {
+			piece->state = zero_state(job);
+			return IMGC_OK;
+		}
+		slot->data_nbytes += zero ? 0 : piece->nbytes;
+		int status = pack(worker, slot, piece, &fits, err);
+		if (status || fits)
+			return status;
+	}
+	piece->first_run = slot->n_runs;
+	if (!find_runs(job, slot, start, end)) {
+		piece->state = zero_state(job);
+		return IMGC_OK;
+	}
+	piece->state = IMGC_BLOCK_STORED;
+	piece->n_runs = slot->n_runs - piece->first_run;
+	if (g->codec.codec == IMGC_CODEC_NONE)
+		slot->data_nbytes += piece->nbytes;
+	return IMGC_OK;
+}
+
+static int process_pieces(struct worker *worker, struct slot *slot, struct imgc_error *err)
+{
+	const struct imgc_job *job = worker->job;
+	uint64_t at = slot->start;
+
+	while (at < slot->end) {
+		uint64_t next = (at | (job->piece_nbytes - 1)) + 1;
+		struct piece *piece = &slot->pieces[slot->n_pieces++];
+
+		*piece = (struct piece){
+			.block = at / job->geometry.block_nbytes,
+			.start = (uint32_t)(at - slot->start),
+			.nbytes = (uint32_t)(imgc_min_u64(next, slot->end) - at),
+		};
+		int status = process_piece(worker, slot, piece, err);
+		if (status)
+			return status;
+		at = next;
+	}
+	return IMGC_OK;
+}
+
+/* --------------------------------------------------------------- comparison */
+
+static void note_difference(struct imgc_job *job, uint64_t guest_offset)
+{
+	uint64_t seen = atomic_load(&job->first_difference);
+
+	while (guest_offset < seen &&
+	       !atomic_compare_exchange_weak(&job->first_difference, &seen, guest_offset))
+		;
+}
+
+static void compare_window(struct worker *worker, struct slot *slot)
+{
+	const uint64_t step = 4096;
+	uint64_t nbytes = slot->end - slot->start;
+
+	for (uint64_t at = 0; at < nbytes; at += step) {
+		uint64_t stop = imgc_min_u64(at + step, nbytes);
+
+		if (equals_base(worker, slot, at, stop))
+			continue;
+		while (slot->view.data[at] == worker->other.data[at])
+			at++;
+		note_difference(worker->job, slot->start + at);
+		return;
+	}
+}
+
+/* ------------------------------------------------------------------ process */
+
+int imgc_window_process(struct worker *worker, struct slot *slot, struct imgc_error *err)
+{
+	struct imgc_job *job = worker->job;
+	int status;
+
+	slot->n_pieces = slot->n_runs = 0;
+	slot->packed_nbytes = slot->data_nbytes = 0;
+	status = imgc_reader_fill(&worker->reader, job->rows, slot->start, slot->end, &slot->view,
+				  err);
+	if (status == IMGC_OK && job->base.n)
+		status = imgc_reader_fill(&worker->reader, job->base, slot->start, slot->end,
+					  &worker->other, err);
+	if (status)
+		return status;
+	if (job->options.kind == IMGC_JOB_COMPARE) {
+		compare_window(worker, slot);
+		return IMGC_OK;
+	}
+	if (job->geometry.placing == IMGC_PLACE_APPEND)
+		return process_pieces(worker, slot, err);
+
+	find_runs(job, slot, 0, slot->end - slot->start);
+	for (size_t i = 0; i < slot->n_runs; i++)
+		slot->data_nbytes += slot->runs[i].end - slot->runs[i].start;
+	return IMGC_OK;
+}
+
+/* -------------------------------------------------------------------- place */
+
+static int place_stored(struct imgc_job *job, const struct slot *slot, struct piece *piece)
+{
+	uint64_t block_nbytes = job->geometry.block_nbytes;
+	uint64_t block_start = piece->block * block_nbytes;
+	uint64_t length = imgc_min_u64(block_nbytes, job->geometry.guest_nbytes - block_start);
+	struct placer *placer = &job->placer;
+
+	if (!placer->block_is_open || placer->open_block != piece->block) {
+		if (imgc_placer_stored(placer, piece->block, length, &placer->open_offset))
+			return IMGC_LIMIT;
+		placer->open_block = piece->block;
+		placer->block_is_open = true;
+	}
+	piece->host_offset = placer->open_offset + (slot->start + piece->start - block_start);
+	job->batch.placements[piece->block - job->batch.guest_start / block_nbytes] =
+		(struct imgc_placement){placer->open_offset, (uint32_t)length, IMGC_BLOCK_STORED};
+	return IMGC_OK;
+}
+
+int imgc_window_place(struct imgc_job *job, struct slot *slot, struct imgc_error *err)
+{
+	uint64_t first_block = job->batch.guest_start / job->geometry.block_nbytes;
+
+	for (size_t i = 0; i < slot->n_pieces; i++) {
+		struct piece *piece = &slot->pieces[i];
+		int status = IMGC_OK;
+
+		if (piece->state == IMGC_BLOCK_STORED) {
+			status = place_stored(job, slot, piece);
+		} else if (piece->state == IMGC_BLOCK_COMPRESSED) {
+			status = imgc_placer_compressed(&job->placer, piece->block,
+							piece->packed_nbytes, &piece->host_offset);
+			job->batch.placements[piece->block - first_block] = (struct imgc_placement){
+				piece->host_offset, piece->packed_nbytes, IMGC_BLOCK_COMPRESSED};
+		} else if (piece->state == IMGC_BLOCK_ZERO) {
+			job->batch.placements[piece->block - first_block].state = IMGC_BLOCK_ZERO;
+		}
+		if (status)
+			return imgc_fail(err, status, 0, job->placer.next, IMGC_TARGET, "place");
+	}
+	return IMGC_OK;
+}
+
+/* -------------------------------------------------------------------- write */
+
+/* Neighbouring bytes of the target that go to the kernel in one call. */
+struct gather {
+	struct iovec iov[MAX_SEGMENTS];
+	int n;
+	uint64_t offset, nbytes;
+};
+
+static int gather_flush(struct worker *worker, struct gather *gather, struct imgc_error *err)
+{
+	if (gather->n == 0)
+		return IMGC_OK;
+	int status = imgc_file_write(worker->job->options.target, gather->iov, gather->n,
+				     gather->offset, err);
+	if (status) {
+		if (err)
+			err->source = IMGC_TARGET;
+		return status;
+	}
+	atomic_fetch_add_explicit(&worker->counters->written, gather->nbytes, memory_order_relaxed);
+	gather->n = 0;
+	gather->nbytes = 0;
+	return IMGC_OK;
+}
+
+static int gather_add(struct worker *worker, struct gather *gather, uint64_t offset, uint8_t *data,
+		      uint64_t nbytes, struct imgc_error *err)
+{
+	if (gather->n > 0 &&
+	    (offset != gather->offset + gather->nbytes || gather->n == MAX_SEGMENTS)) {
+		int status = gather_flush(worker, gather, err);
+		if (status)
+			return status;
+	}
+	struct iovec *last = gather->n > 0 ? &gather->iov[gather->n - 1] : NULL;
+
+	if (last && (uint8_t *)last->iov_base + last->iov_len == data) {
+		last->iov_len += nbytes;
+	} else {
+		if (gather->n == 0)
+			gather->offset = offset;
+		gather->iov[gather->n++] = (struct iovec){data, nbytes};
+	}
+	gather->nbytes += nbytes;
+	return IMGC_OK;
+}
+
+static int write_piece(struct worker *worker, struct slot *slot, const struct piece *piece,
+		       struct gather *gather, struct imgc_error *err)
+{
+	uint64_t alignment = worker->job->geometry.compressed_alignment;
+
+	if (piece->state == IMGC_BLOCK_COMPRESSED)
+		return gather_add(worker, gather, piece->host_offset,
+				  slot->packed + piece->packed_start,
+				  (piece->packed_nbytes + alignment - 1) & ~(alignment - 1), err);
+	for (size_t i = 0; i < piece->n_runs; i++) {
+		const struct range *run = &slot->runs[piece->first_run + i];
+		int status =
+			gather_add(worker, gather, piece->host_offset + (run->start - piece->start),
+				   slot->view.data + run->start, run->end - run->start, err);
+		if (status)
+			return status;
+	}
+	return IMGC_OK;
+}
+
+static int write_identity(struct worker *worker, struct slot *slot, struct gather *gather,
+			  struct imgc_error *err)
+{
+	const struct imgc_geometry *g = &worker->job->geometry;
+	uint64_t base = g->host_base + (slot->start - g->guest_base), zero_from = 0;
+	int status = IMGC_OK;
+
+	for (size_t i = 0; i <= slot->n_runs && status == IMGC_OK; i++) {
+		uint64_t start = i < slot->n_runs ? slot->runs[i].start : slot->end - slot->start;
+
+		if (g->zero_policy == IMGC_ZERO_EXPLICIT && start > zero_from)
+			status = imgc_span_write_zeros(worker, slot->start + zero_from,
+						       slot->start + start, err);
+		if (status || i == slot->n_runs)
+			break;
+		zero_from = slot->runs[i].end;
+		status = gather_add(worker, gather, base + start, slot->view.data + start,
+				    zero_from - start, err);
+	}
+	return status;
+}
+
+int imgc_window_write(struct worker *worker, struct slot *slot, struct imgc_error *err)
+{
+	struct gather gather = {.n = 0};
+	int status = IMGC_OK;
+
+	if (worker->job->geometry.placing == IMGC_PLACE_IDENTITY)
+		status = write_identity(worker, slot, &gather, err);
+	for (size_t i = 0; i < slot->n_pieces && status == IMGC_OK; i++)
+		status = write_piece(worker, slot, &slot->pieces[i], &gather, err);
+	return status ? status : gather_flush(worker, &gather, err);
+}
+
+int imgc_span_write_zeros(struct worker *worker, uint64_t start, uint64_t end,
+			  struct imgc_error *err)
+{
+	struct imgc_job *job = worker->job;
+	const struct imgc_geometry *g = &job->geometry;
+
+	if (g->zero_policy != IMGC_ZERO_EXPLICIT || g->placing != IMGC_PLACE_IDENTITY)
+		return IMGC_OK;
+	int status = imgc_file_zero(job->options.target, g->host_base + (start - g->guest_base),
+				    end - start, err);
+	if (status && err)
+		err->source = IMGC_TARGET;
+	return status;
+}

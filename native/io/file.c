@@ -1,0 +1,302 @@
+/*
+ * file.c - regular files and block devices
+ */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/falloc.h>
+#include <linux/fs.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <sys/ioctl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "common/checked.h"
+#include "common/error.h"
+#include "io/fd.h"
+#include "io/uring.h"
+
+/* Ways to zero, cheapest first.  One that the file refuses is not tried again. */
+enum zero_method {
+	ZERO_BY_PUNCH,	/* regular files: frees the blocks */
+	ZERO_BY_RANGE,	/* regular files: keeps them, marked unwritten */
+	ZERO_BY_DEVICE, /* block devices */
+	ZERO_BY_WRITE,
+};
+
+struct fd_file {
+	struct imgc_file base;
+	int fd;
+	bool is_block_device;
+	uint64_t device_nbytes; /* of a block device */
+	_Atomic int zero_method;
+};
+
+static const uint8_t zero_page[4096];
+
+/* A write of zeros covers no more than this many pages at once. */
+#define ZERO_MAX_PAGES 64
+
+/* BLKZEROOUT takes whole 512-byte units only. */
+#define DEVICE_UNIT 512
+
+static int file_nbytes(const struct fd_file *file, uint64_t *nbytes, struct imgc_error *err)
+{
+	struct stat st;
+
+	if (file->is_block_device) {
+		*nbytes = file->device_nbytes;
+		return IMGC_OK;
+	}
+	if (fstat(file->fd, &st))
+		return imgc_fail(err, IMGC_IO, errno, 0, IMGC_NO_SOURCE, "fstat");
+	*nbytes = (uint64_t)st.st_size;
+	return IMGC_OK;
+}
+
+static int file_read(struct imgc_file *base, struct imgc_io_context *ctx,
+		     const struct imgc_io_request *requests, size_t n, struct imgc_error *err)
+{
+	struct fd_file *file = (struct fd_file *)base;
+	size_t i;
+
+#ifdef IMGC_HAVE_URING
+	/* One read alone gains nothing from a ring. */
+	if (ctx && n > 1)
+		return imgc_uring_read(ctx, file->fd, requests, n, err);
+#endif
+	(void)ctx;
+	for (i = 0; i < n; i++) {
+		int status = imgc_fd_read(file->fd, &requests[i], err);
+
+		if (status)
+			return status;
+	}
+	return IMGC_OK;
+}
+
+static int file_write(struct imgc_file *base, const struct iovec *iov, int n_iov, uint64_t offset,
+		      struct imgc_error *err)
+{
+	struct fd_file *file = (struct fd_file *)base;
+
+	return imgc_fd_write(file->fd, iov, n_iov, offset, err);
+}
+
+static int write_zeros(struct fd_file *file, uint64_t offset, uint64_t length,
+		       struct imgc_error *err)
+{
+	while (length != 0) {
+		struct iovec iov[ZERO_MAX_PAGES];
+		uint64_t piece = 0;
+		int n = 0;
+		int status;
+
+		while (n < ZERO_MAX_PAGES && piece < length) {
+			iov[n].iov_base = (void *)(uintptr_t)zero_page;
+			iov[n].iov_len = (size_t)imgc_min_u64(length - piece, sizeof(zero_page));
+			piece += iov[n++].iov_len;
+		}
+		status = imgc_fd_write(file->fd, iov, n, offset, err);
+		if (status)
+			return status;
+		offset += piece;
+		length -= piece;
+	}
+	return IMGC_OK;
+}
+
+static int retry_fallocate(int fd, int mode, uint64_t offset, uint64_t length)
+{
+	while (fallocate(fd, mode, (off_t)offset, (off_t)length)) {
+		if (errno != EINTR)
+			return errno;
+	}
+	return 0;
+}
+
+static bool is_refusal(int os_errno)
+{
+	return os_errno == EOPNOTSUPP || os_errno == ENOSYS || os_errno == ENOTTY ||
+	       os_errno == EINVAL || os_errno == ENODEV;
+}
+
+/*
+ * Makes the file reach `end` if it is shorter.  The byte written lies in the
+ * range being zeroed; ftruncate() could cut off what another thread appends.
+ */
+static int extend_to(struct fd_file *file, uint64_t end, struct imgc_error *err)
+{
+	uint64_t nbytes = 0;
+	int status = file_nbytes(file, &nbytes, err);
+
+	if (status || nbytes >= end)
+		return status;
+	return write_zeros(file, end - 1, 1, err);
+}
+
+/* *refused tells that the file does not know this way; the status is then OK. */
+static int zero_by_fallocate(struct fd_file *file, int mode, uint64_t offset, uint64_t length,
+			     bool *refused, struct imgc_error *err)
+{
+	int os_errno = retry_fallocate(file->fd, mode | FALLOC_FL_KEEP_SIZE, offset, length);
+
+	*refused = os_errno != 0 && is_refusal(os_errno);
+	if (*refused)
+		return IMGC_OK;
+	if (os_errno)
+		return imgc_fail(err, IMGC_IO, os_errno, offset, IMGC_NO_SOURCE, "fallocate");
+	return extend_to(file, offset + length, err);
+}
+
+static int zero_by_device(struct fd_file *file, uint64_t offset, uint64_t length, bool *refused,
+			  struct imgc_error *err)
+{
+	uint64_t end = offset + length;
+	uint64_t range[2];
+	uint64_t start;
+	int status;
+
+	*refused = false;
+	start = (offset + DEVICE_UNIT - 1) & ~(uint64_t)(DEVICE_UNIT - 1);
+	range[0] = start;
+	range[1] = imgc_align_down(end, DEVICE_UNIT);
+	if (range[1] <= start)
+		return write_zeros(file, offset, length, err);
+	range[1] -= start;
+	while (ioctl(file->fd, BLKZEROOUT, range)) {
+		if (errno == EINTR)
+			continue;
+		*refused = is_refusal(errno);
+		if (*refused)
+			return IMGC_OK;
+		return imgc_fail(err, IMGC_IO, errno, offset, IMGC_NO_SOURCE, "BLKZEROOUT");
+	}
+	status = write_zeros(file, offset, start - offset, err);
+	if (!status)
+		status = write_zeros(file, start + range[1], end - start - range[1], err);
+	return status;
+}
+
+static int zero_by(struct fd_file *file, int method, uint64_t offset, uint64_t length,
+		   bool *refused, struct imgc_error *err)
+{
+	*refused = false;
+	switch (method) {
+	case ZERO_BY_PUNCH:
+		return zero_by_fallocate(file, FALLOC_FL_PUNCH_HOLE, offset, length, refused, err);
+	case ZERO_BY_RANGE:
+		return zero_by_fallocate(file, FALLOC_FL_ZERO_RANGE, offset, length, refused, err);
+	case ZERO_BY_DEVICE:
+		return zero_by_device(file, offset, length, refused, err);
+	default:
+		return write_zeros(file, offset, length, err);
+	}
+}
+
+static int file_zero(struct imgc_file *base, uint64_t offset, uint64_t length,
+		     struct imgc_error *err)
+{
+	struct fd_file *file = (struct fd_file *)base;
+	uint64_t limit = file->is_block_device ? file->device_nbytes : INT64_MAX;
+	int method = atomic_load_explicit(&file->zero_method, memory_order_relaxed);
+	bool refused;
+	int status;
+
+	if (!imgc_range_inside(offset, length, limit))
+		return imgc_fail(err, IMGC_OUT_OF_RANGE, 0, offset, IMGC_NO_SOURCE, "zero");
+	if (length == 0)
+		return IMGC_OK;
+	for (;;) {
+		status = zero_by(file, method, offset, length, &refused, err);
+		if (!refused)
+			return status;
+		method = method == ZERO_BY_PUNCH ? ZERO_BY_RANGE : ZERO_BY_WRITE;
+		atomic_store_explicit(&file->zero_method, method, memory_order_relaxed);
+	}
+}
+
+static int file_sync(struct imgc_file *base, struct imgc_error *err)
+{
+	struct fd_file *file = (struct fd_file *)base;
+
+	while (fdatasync(file->fd)) {
+		if (errno != EINTR)
+			return imgc_fail(err, IMGC_IO, errno, 0, IMGC_NO_SOURCE, "fdatasync");
+	}
+	return IMGC_OK;
+}
+
+static int file_extents(struct imgc_file *base, uint64_t offset, uint64_t *start, uint64_t *end,
+			struct imgc_error *err)
+{
+	struct fd_file *file = (struct fd_file *)base;
+	uint64_t nbytes = 0;
+	off_t data, hole;
+	int status = file_nbytes(file, &nbytes, err);
+
+	if (status)
+		return status;
+	if (offset >= nbytes) {
+		*start = *end = nbytes;
+		return IMGC_OK;
+	}
+	data = lseek(file->fd, (off_t)offset, SEEK_DATA);
+	if (data < 0 && errno == ENXIO) {
+		*start = *end = nbytes;
+		return IMGC_OK;
+	}
+	if (data < 0 && !is_refusal(errno))
+		return imgc_fail(err, IMGC_IO, errno, offset, IMGC_NO_SOURCE, "lseek");
+	hole = data < 0 ? -1 : lseek(file->fd, data, SEEK_HOLE);
+	/* A file system that cannot tell, or a file that changes meanwhile: all data. */
+	if (hole <= data || (uint64_t)data < offset) {
+		*start = offset;
+		*end = nbytes;
+		return IMGC_OK;
+	}
+	*start = imgc_min_u64((uint64_t)data, nbytes);
+	*end = imgc_min_u64((uint64_t)hole, nbytes);
+	return IMGC_OK;
+}
+
+static void file_close(struct imgc_file *base)
+{
+	free(base);
+}
+
+static const struct imgc_file_ops fd_file_ops = {
+	.read = file_read,
+	.write = file_write,
+	.zero = file_zero,
+	.sync = file_sync,
+	.extents = file_extents,
+	.close = file_close,
+};
+
+int imgc_file_open_fd(int fd, struct imgc_file **out, struct imgc_error *err)
+{
+	struct fd_file *file;
+	struct stat st;
+	uint64_t device_nbytes = 0;
+
+	if (fstat(fd, &st))
+		return imgc_fail(err, IMGC_IO, errno, 0, IMGC_NO_SOURCE, "fstat");
+	if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode))
+		return imgc_fail(err, IMGC_UNSUPPORTED, 0, 0, IMGC_NO_SOURCE, "fstat");
+	if (S_ISBLK(st.st_mode) && ioctl(fd, BLKGETSIZE64, &device_nbytes))
+		return imgc_fail(err, IMGC_IO, errno, 0, IMGC_NO_SOURCE, "BLKGETSIZE64");
+	file = calloc(1, sizeof(*file));
+	if (!file)
+		return imgc_fail(err, IMGC_NO_MEMORY, 0, 0, IMGC_NO_SOURCE, "open");
+	file->base.ops = &fd_file_ops;
+	file->fd = fd;
+	file->is_block_device = S_ISBLK(st.st_mode);
+	file->device_nbytes = device_nbytes;
+	atomic_init(&file->zero_method, file->is_block_device ? ZERO_BY_DEVICE : ZERO_BY_PUNCH);
+	*out = &file->base;
+	return IMGC_OK;
+}

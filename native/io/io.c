@@ -1,0 +1,86 @@
+/*
+ * io.c - the way from a file to the row of its table, and the choice of how to read
+ */
+#include "io/io.h"
+#include "common/variant.h"
+#include "io/uring.h"
+
+enum { IO_URING, IO_PREAD, N_IO_VARIANTS };
+
+#ifdef IMGC_HAVE_URING
+#define URING_BUILT true
+#else
+#define URING_BUILT false
+#endif
+
+static const struct imgc_variant io_rows[N_IO_VARIANTS] = {
+	[IO_URING] = {"uring", URING_BUILT, imgc_uring_runnable},
+	[IO_PREAD] = {"pread", true, NULL},
+};
+
+const struct imgc_variant_table imgc_io_variants = {
+	.operation = "io",
+	.rows = io_rows,
+	.n_rows = N_IO_VARIANTS,
+	.default_row = IO_PREAD,
+};
+
+int imgc_io_context_create(uint32_t io_variant, struct imgc_io_context **out)
+{
+	switch (io_variant) {
+	case IO_URING:
+#ifdef IMGC_HAVE_URING
+		return imgc_uring_context_create(out);
+#else
+		return IMGC_UNSUPPORTED;
+#endif
+	case IO_PREAD:
+		*out = NULL;
+		return IMGC_OK;
+	default:
+		return IMGC_INVALID_ARGUMENT;
+	}
+}
+
+void imgc_io_context_destroy(struct imgc_io_context *ctx)
+{
+#ifdef IMGC_HAVE_URING
+	imgc_uring_context_destroy(ctx);
+#else
+	(void)ctx;
+#endif
+}
+
+int imgc_file_read(struct imgc_file *file, struct imgc_io_context *ctx,
+		   const struct imgc_io_request *requests, size_t n, struct imgc_error *err)
+{
+	return file->ops->read(file, ctx, requests, n, err);
+}
+
+int imgc_file_write(struct imgc_file *file, const struct iovec *iov, int n_iov, uint64_t offset,
+		    struct imgc_error *err)
+{
+	return file->ops->write(file, iov, n_iov, offset, err);
+}
+
+int imgc_file_zero(struct imgc_file *file, uint64_t offset, uint64_t length, struct imgc_error *err)
+{
+	return file->ops->zero(file, offset, length, err);
+}
+
+int imgc_file_sync(struct imgc_file *file, struct imgc_error *err)
+{
+	return file->ops->sync(file, err);
+}
+
+int imgc_file_extents(struct imgc_file *file, uint64_t offset, uint64_t *start, uint64_t *end,
+		      struct imgc_error *err)
+{
+	return file->ops->extents(file, offset, start, end, err);
+}
+
+void imgc_file_close(struct imgc_file *file)
+{
+	if (file)
+		file->ops->close(file);
+}

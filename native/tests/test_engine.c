@@ -1,0 +1,557 @@
+/* The engine: plan check, placer, conversions and comparisons in memory. */
+#include "test_util.h"
+
+#include "engine/engine.h"
+
+#define KIB 1024u
+#define MIB (1024u * 1024)
+
+static const struct imgc_extent NO_ROW;
+
+static struct imgc_extent data_row(uint64_t guest, uint64_t length, uint64_t host)
+{
+	return (struct imgc_extent){guest, length, host, length, 0, IMGC_DATA, 0};
+}
+
+static struct imgc_extent empty_row(uint64_t guest, uint64_t length, uint16_t kind)
+{
+	return (struct imgc_extent){.guest_offset = guest, .length = length, .kind = kind};
+}
+
+/* --------------------------------------------------------------- plan check */
+
+static void check_refused(struct imgc_extent second, size_t n, uint64_t start, uint64_t end,
+			  uint64_t row)
+{
+	struct imgc_extent rows[3] = {data_row(0, 4096, 0), second, data_row(8192, 4096, 4096)};
+	struct imgc_source_file file = {.nbytes = 65536, .block_nbytes = 4096};
+	struct imgc_error err = {0};
+
+	CHECK_EQ(imgc_extents_check(rows, n, &file, 1, start, end, &err), IMGC_OUT_OF_RANGE);
+	CHECK_EQ(err.offset, row);
+	CHECK(strcmp(err.op, "extent_check") == 0);
+}
+
+static void test_extents_check(void)
+{
+	struct imgc_extent good = empty_row(4096, 4096, IMGC_HOLE), row;
+	struct imgc_extent rows[3] = {data_row(0, 4096, 0), good, data_row(8192, 4096, 4096)};
+	struct imgc_source_file file = {.nbytes = 65536, .block_nbytes = 4096};
+
+	CHECK_EQ(imgc_extents_check(rows, 3, &file, 1, 0, 12288, NULL), IMGC_OK);
+	rows[1] = (struct imgc_extent){4096, 4096, 100, 4000, 0, IMGC_ZLIB, 0};
+	CHECK_EQ(imgc_extents_check(rows, 3, &file, 1, 0, 12288, NULL), IMGC_OK);
+
+	check_refused(good, 3, 0, 12287, 2);   /* past the end */
+	check_refused(good, 3, 0, 12289, 3);   /* ends early */
+	check_refused(good, 3, 512, 12288, 0); /* starts elsewhere */
+	check_refused(good, 2, 0, 12288, 2);
+	check_refused(empty_row(4096, 0, IMGC_HOLE), 3, 0, 12288, 1);
+	check_refused(empty_row(4096, 3584, IMGC_HOLE), 3, 0, 12288, 2);	     /* gap */
+	check_refused(empty_row(4096, 8192, IMGC_HOLE), 3, 0, 12288, 2);	     /* overlap */
+	check_refused(empty_row(3584, 4608, IMGC_HOLE), 3, 0, 12288, 1);	     /* backwards */
+	check_refused(empty_row(4096, UINT64_MAX - 100, IMGC_HOLE), 3, 0, 12288, 1); /* wraps */
+	check_refused(empty_row(4096, 4096, IMGC_N_KINDS), 3, 0, 12288, 1);
+	row = data_row(4096, 4096, 61441);
+	check_refused(row, 3, 0, 12288, 1); /* past the end of the file */
+	row = data_row(4096, 4096, UINT64_MAX - 10);
+	check_refused(row, 3, 0, 12288, 1);
+	row = data_row(4096, 4096, 0);
+	row.file = 1;
+	check_refused(row, 3, 0, 12288, 1);
+	row.file = 0;
+	row.host_length = 4095;
+	check_refused(row, 3, 0, 12288, 1);
+	row.kind = IMGC_DEFLATE;
+	row.host_length = 0;
+	check_refused(row, 3, 0, 12288, 1);
+	row.host_length = 3 * 4096;
+	check_refused(row, 3, 0, 12288, 1); /* larger than any compressed block */
+	row.host_length = 12;
+	row.flags = IMGC_EXTENT_GRAIN_MARKER;
+	check_refused(row, 3, 0, 12288, 1); /* nothing behind the marker */
+
+	/* A compressed row that crosses its block. */
+	struct imgc_extent crossing = {2048, 4096, 0, 4096, 0, IMGC_ZSTD, 0};
+
+	file.block_nbytes = 4096;
+	CHECK_EQ(imgc_extents_check(&crossing, 1, &file, 1, 2048, 6144, NULL), IMGC_OUT_OF_RANGE);
+	file.guest_base = 2048;
+	CHECK_EQ(imgc_extents_check(&crossing, 1, &file, 1, 2048, 6144, NULL), IMGC_OK);
+	file.block_nbytes = 0;
+	CHECK_EQ(imgc_extents_check(&crossing, 1, &file, 1, 2048, 6144, NULL), IMGC_OUT_OF_RANGE);
+	CHECK_EQ(imgc_extents_check(&NO_ROW, 0, &file, 1, 0, 0, NULL), IMGC_OK);
+}
+
+/* ------------------------------------------------------------------- placer */
+
+static void test_placer_packs_around_stored_blocks(void)
+{
+	struct imgc_geometry g = {.block_nbytes = 64 * KIB,
+				  .stored_alignment = 64 * KIB,
+				  .compressed_alignment = 1,
+				  .store_incompressible = 1};
+	struct placer p;
+	uint64_t at;
+
+	imgc_placer_init(&p, &g, 3 * 64 * KIB);
+	CHECK_EQ(imgc_placer_compressed(&p, 0, 40000, &at), IMGC_OK);
+	CHECK_EQ(at, 3 * 64 * KIB);
+	CHECK_EQ(imgc_placer_stored(&p, 1, 64 * KIB, &at), IMGC_OK);
+	CHECK_EQ(at, 4 * 64 * KIB);
+	/* Still fits into the rest of the first cluster. */
+	CHECK_EQ(imgc_placer_compressed(&p, 2, 20000, &at), IMGC_OK);
+	CHECK_EQ(at, 3 * 64 * KIB + 40000);
+	/* Does not fit, and the next cluster is taken: a new one. */
+	CHECK_EQ(imgc_placer_compressed(&p, 3, 60000, &at), IMGC_OK);
+	CHECK_EQ(at, 5 * 64 * KIB);
+	/* Crosses into the cluster behind, which is free. */
+	CHECK_EQ(imgc_placer_compressed(&p, 4, 60000, &at), IMGC_OK);
+	CHECK_EQ(at, 5 * 64 * KIB + 60000);
+	CHECK_EQ(p.next, 7 * 64 * KIB);
+	/* Tables of the writer end the packing. */
+	imgc_placer_restart(&p, 9 * 64 * KIB);
+	CHECK_EQ(imgc_placer_compressed(&p, 5, 10, &at), IMGC_OK);
+	CHECK_EQ(at, 9 * 64 * KIB);
+}
+
+static void test_placer_leaves_gaps_for_tables(void)
+{
+	struct imgc_geometry g = {.block_nbytes = 64 * KIB,
+				  .stored_alignment = 512,
+				  .compressed_alignment = 512,
+				  .group_nblocks = 4,
+				  .group_gap_nbytes = 2560};
+	struct placer p;
+	uint64_t at;
+
+	imgc_placer_init(&p, &g, 65536);
+	CHECK_EQ(imgc_placer_close_group(&p), IMGC_OK);
+	CHECK_EQ(p.next, 65536); /* nothing placed, no gap */
+	CHECK_EQ(imgc_placer_compressed(&p, 1, 700, &at), IMGC_OK);
+	CHECK_EQ(at, 65536);
+	CHECK_EQ(imgc_placer_compressed(&p, 2, 100, &at), IMGC_OK);
+	CHECK_EQ(at, 65536 + 1024);
+	/* Group 1 stays empty: one gap only. */
+	CHECK_EQ(imgc_placer_compressed(&p, 9, 100, &at), IMGC_OK);
+	CHECK_EQ(at, 65536 + 1536 + 2560);
+	CHECK_EQ(imgc_placer_close_group(&p), IMGC_OK);
+	CHECK_EQ(p.next, 65536 + 1536 + 2560 + 512 + 2560);
+	CHECK_EQ(imgc_placer_stored(&p, 12, UINT64_MAX - 600, &at), IMGC_LIMIT);
+}
+
+/* -------------------------------------------------------------- conversions */
+
+struct disk {
+	uint8_t *bytes;
+	uint64_t nbytes;
+	struct imgc_file *file;
+};
+
+static struct disk disk_create(uint64_t nbytes)
+{
+	struct disk disk = {calloc(1, nbytes), nbytes, NULL};
+
+	CHECK(disk.bytes);
+	CHECK_EQ(imgc_file_open_memory(disk.bytes, nbytes, &disk.file), IMGC_OK);
+	return disk;
+}
+
+static void disk_destroy(struct disk *disk)
+{
+	imgc_file_close(disk->file);
+	free(disk->bytes);
+}
+
+/* Half text, some zeros inside, some that does not compress; an odd end. */
+static struct disk example_disk(void)
+{
+	struct disk disk = disk_create(5 * MIB + 3 * 512);
+
+	fill_text(disk.bytes, 2 * MIB, 1);
+	fill_random(disk.bytes + 3 * MIB, MIB, 2);
+	fill_text(disk.bytes + 5 * MIB - 100, 700, 3);
+	disk.bytes[2 * MIB + 300 * KIB] = 1;
+	return disk;
+}
+
+static struct imgc_job_options convert_options(const struct disk *source, struct disk *target,
+					       struct imgc_source_file *file, unsigned n_threads)
+{
+	*file = (struct imgc_source_file){.file = source->file, .nbytes = source->nbytes};
+	return (struct imgc_job_options){
+		.kind = IMGC_JOB_CONVERT,
+		.n_threads = n_threads,
+		.window_nbytes = 256 * KIB,
+		.sources = file,
+		.n_sources = 1,
+		.target = target->file,
+		.geometry = {.block_nbytes = 64 * KIB,
+			     .stored_alignment = 64 * KIB,
+			     .compressed_alignment = 1,
+			     .sparse_nbytes = 4096,
+			     .guest_nbytes = source->nbytes},
+	};
+}
+
+static int run_batch(struct imgc_job *job, const struct imgc_batch *batch, struct imgc_error *err)
+{
+	int status = imgc_job_start(job, batch, err);
+
+	if (status)
+		return status;
+	while (!imgc_job_wait(job, 50))
+		;
+	return imgc_job_finish(job, err);
+}
+
+/* Runs one batch over the whole disk; returns the first free offset. */
+static uint64_t convert(const struct imgc_job_options *options, const struct imgc_extent *rows,
+			size_t n_rows, struct imgc_placement *placements, size_t n_placements)
+{
+	struct imgc_batch batch = {.guest_end = options->geometry.guest_nbytes,
+				   .extents = rows,
+				   .n_extents = n_rows,
+				   .placements = placements,
+				   .n_placements = n_placements};
+	struct imgc_progress progress;
+	struct imgc_error err = {0};
+	struct imgc_job *job;
+
+	CHECK_EQ(imgc_job_create(options, &job, &err), IMGC_OK);
+	CHECK_EQ(run_batch(job, &batch, &err), IMGC_OK);
+	imgc_job_progress(job, &progress);
+	CHECK_EQ(progress.bytes_done, batch.guest_end);
+	CHECK_EQ(progress.bytes_data + progress.bytes_zero, batch.guest_end);
+	uint64_t next = imgc_job_next_offset(job);
+
+	imgc_job_destroy(job);
+	return next;
+}
+
+static void test_identity(unsigned n_threads)
+{
+	struct disk source = example_disk(), target = disk_create(source.nbytes + 4096);
+	struct imgc_source_file file;
+	struct imgc_job_options o = convert_options(&source, &target, &file, n_threads);
+	struct imgc_extent row = data_row(0, source.nbytes, 0);
+
+	o.geometry.placing = IMGC_PLACE_IDENTITY;
+	o.geometry.host_base = 4096;
+	convert(&o, &row, 1, NULL, 0);
+	CHECK(memcmp(source.bytes, target.bytes + 4096, source.nbytes) == 0);
+
+	/* Over old content, zeros have to be made. */
+	memset(target.bytes, 0xee, target.nbytes);
+	o.geometry.zero_policy = IMGC_ZERO_EXPLICIT;
+	convert(&o, &row, 1, NULL, 0);
+	CHECK(memcmp(source.bytes, target.bytes + 4096, source.nbytes) == 0);
+	CHECK_EQ(target.bytes[4095], 0xee);
+
+	/* So have those that are no data at all, and those between two rows. */
+	struct imgc_extent rows[3] = {
+		empty_row(0, 3 * MIB, IMGC_HOLE), data_row(3 * MIB, 1536, 3 * MIB),
+		empty_row(3 * MIB + 1536, source.nbytes - 3 * MIB - 1536, IMGC_ZERO)};
+
+	for (unsigned policy = IMGC_ZERO_EXPLICIT; policy <= IMGC_ZERO_STORE; policy++) {
+		memset(target.bytes, 0xee, target.nbytes);
+		o.geometry.zero_policy = policy;
+		convert(&o, rows, 3, NULL, 0);
+		for (uint64_t i = 0; i < source.nbytes; i++) {
+			bool data = i >= 3 * MIB && i < 3 * MIB + 1536;
+
+			CHECK_EQ(target.bytes[4096 + i], data ? source.bytes[i] : 0);
+		}
+	}
+	disk_destroy(&source);
+	disk_destroy(&target);
+}
+
+/* Reads a target back by its placements, with rows as a reader would make them. */
+static void check_readback(const struct disk *source, const struct disk *target,
+			   const struct imgc_geometry *g, const struct imgc_placement *placements,
+			   size_t n)
+{
+	struct imgc_extent *rows = calloc(n, sizeof(*rows));
+	struct disk back = disk_create(source->nbytes);
+	struct imgc_source_file file;
+	struct imgc_job_options o = convert_options(target, &back, &file, 2);
+	unsigned kind = g->codec.codec == IMGC_CODEC_ZSTD   ? IMGC_ZSTD
+			: g->codec.codec == IMGC_CODEC_ZLIB ? IMGC_ZLIB
+							    : IMGC_DEFLATE;
+
+	CHECK(rows);
+	for (size_t i = 0; i < n; i++) {
+		uint64_t start = i * g->block_nbytes;
+		uint64_t length = source->nbytes - start;
+
+		if (length > g->block_nbytes)
+			length = g->block_nbytes;
+		if (placements[i].state == IMGC_BLOCK_STORED) {
+			CHECK_EQ(placements[i].length, length);
+			rows[i] = data_row(start, length, placements[i].host_offset);
+		} else if (placements[i].state == IMGC_BLOCK_COMPRESSED) {
+			rows[i] = data_row(start, length, placements[i].host_offset);
+			rows[i].host_length = placements[i].length;
+			rows[i].kind = (uint16_t)kind;
+			if (g->prefix == IMGC_PREFIX_GRAIN_MARKER)
+				rows[i].flags = IMGC_EXTENT_GRAIN_MARKER;
+		} else {
+			rows[i] = empty_row(start, length, IMGC_HOLE);
+		}
+	}
+	file.block_nbytes = (uint32_t)g->block_nbytes;
+	o.geometry.guest_nbytes = source->nbytes;
+	o.geometry.placing = IMGC_PLACE_IDENTITY;
+	convert(&o, rows, n, NULL, 0);
+	CHECK(memcmp(source->bytes, back.bytes, source->nbytes) == 0);
+	free(rows);
+	disk_destroy(&back);
+}
+
+static void test_append(struct imgc_codec_params codec, uint64_t block, uint64_t window,
+			unsigned store_incompressible)
+{
+	struct disk source = example_disk();
+	struct disk targets[3];
+	struct imgc_extent row = data_row(0, source.nbytes, 0);
+	size_t n = (source.nbytes + block - 1) / block;
+	struct imgc_placement *placements[3];
+	static const unsigned threads[3] = {1, 2, 8};
+
+	for (int i = 0; i < 3; i++) {
+		struct imgc_source_file file;
+
+		targets[i] = disk_create(2 * source.nbytes + 4 * MIB);
+		struct imgc_job_options o =
+			convert_options(&source, &targets[i], &file, threads[i]);
+
+		placements[i] = calloc(n, sizeof(**placements));
+		CHECK(placements[i]);
+		o.window_nbytes = window;
+		o.geometry.placing = IMGC_PLACE_APPEND;
+		o.geometry.block_nbytes = block;
+		o.geometry.stored_alignment = (uint32_t)block;
+		o.geometry.codec = codec;
+		o.geometry.store_incompressible = store_incompressible;
+		if (codec.codec == IMGC_CODEC_ZLIB) {
+			o.geometry.prefix = IMGC_PREFIX_GRAIN_MARKER;
+			o.geometry.compressed_alignment = 512;
+			o.geometry.group_nblocks = 4;
+			o.geometry.group_gap_nbytes = 2560;
+		}
+		o.next_offset = block;
+		convert(&o, &row, 1, placements[i], n);
+		check_readback(&source, &targets[i], &o.geometry, placements[i], n);
+		CHECK(memcmp(placements[0], placements[i], n * sizeof(**placements)) == 0);
+		CHECK(memcmp(targets[0].bytes, targets[i].bytes, targets[0].nbytes) == 0);
+	}
+	for (int i = 0; i < 3; i++) {
+		free(placements[i]);
+		disk_destroy(&targets[i]);
+	}
+	disk_destroy(&source);
+}
+
+static void test_base(void)
+{
+	struct disk source = example_disk(), target = disk_create(2 * source.nbytes);
+	struct imgc_source_file file;
+	struct imgc_job_options o = convert_options(&source, &target, &file, 2);
+	size_t n = (source.nbytes + 64 * KIB - 1) / (64 * KIB);
+	struct imgc_placement *placements = calloc(n, sizeof(*placements));
+	struct imgc_extent row = data_row(0, source.nbytes, 0);
+	/* The base is the source, but for a hole in front and data where the source has zeros. */
+	struct imgc_extent base[3] = {empty_row(0, 128 * KIB, IMGC_HOLE),
+				      data_row(128 * KIB, 4 * MIB - 128 * KIB, 128 * KIB),
+				      data_row(4 * MIB, source.nbytes - 4 * MIB, 0)};
+	struct imgc_batch batch = {0, source.nbytes, &row, 1, base, 3, placements, n};
+	struct imgc_error err = {0};
+	struct imgc_job *job;
+
+	CHECK(placements);
+	o.geometry.placing = IMGC_PLACE_APPEND;
+	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_OK);
+	CHECK_EQ(run_batch(job, &batch, &err), IMGC_OK);
+	CHECK_EQ(placements[0].state, IMGC_BLOCK_STORED);
+	CHECK_EQ(placements[1].state, IMGC_BLOCK_STORED);
+	for (size_t i = 2; i < 64; i++)
+		CHECK_EQ(placements[i].state, IMGC_BLOCK_ABSENT);
+	for (size_t i = 64; i < 79; i++)
+		CHECK_EQ(placements[i].state, IMGC_BLOCK_ZERO);
+	CHECK_EQ(placements[79].state, IMGC_BLOCK_STORED);
+	CHECK_EQ(imgc_job_next_offset(job), 4 * 64 * KIB);
+	imgc_job_destroy(job);
+	free(placements);
+	disk_destroy(&source);
+	disk_destroy(&target);
+}
+
+/* --------------------------------------------------------------- comparison */
+
+static uint64_t compare(const struct disk *disk, const struct imgc_extent *a, size_t n_a,
+			const struct imgc_extent *b, size_t n_b)
+{
+	struct imgc_source_file file = {.file = disk->file, .nbytes = disk->nbytes};
+	struct imgc_job_options o = {.kind = IMGC_JOB_COMPARE,
+				     .n_threads = 2,
+				     .window_nbytes = 64 * KIB,
+				     .sources = &file,
+				     .n_sources = 1};
+	struct imgc_batch batch = {0, 4 * MIB, a, n_a, b, n_b, NULL, 0};
+	struct imgc_error err = {0};
+	struct imgc_job *job;
+
+	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_OK);
+	CHECK_EQ(run_batch(job, &batch, &err), IMGC_OK);
+	uint64_t difference = imgc_job_first_difference(job);
+
+	imgc_job_destroy(job);
+	return difference;
+}
+
+static void test_compare(void)
+{
+	struct disk disk = disk_create(12 * MIB);
+	struct imgc_extent a = data_row(0, 4 * MIB, 0), b = data_row(0, 4 * MIB, 4 * MIB);
+	struct imgc_extent zero = empty_row(0, 4 * MIB, IMGC_ZERO);
+	struct imgc_extent zeros = data_row(0, 4 * MIB, 8 * MIB);
+
+	fill_text(disk.bytes, 4 * MIB, 5);
+	memcpy(disk.bytes + 4 * MIB, disk.bytes, 4 * MIB);
+	CHECK(compare(&disk, &a, 1, &b, 1) == IMGC_NO_DIFFERENCE);
+	CHECK(compare(&disk, &zero, 1, &zeros, 1) == IMGC_NO_DIFFERENCE);
+	disk.bytes[8 * MIB + 3 * MIB + 77] = 1;
+	CHECK_EQ(compare(&disk, &zero, 1, &zeros, 1), 3 * MIB + 77);
+	disk.bytes[4 * MIB + 3 * MIB] ^= 1;
+	disk.bytes[4 * MIB + 70001] ^= 1;
+	CHECK_EQ(compare(&disk, &a, 1, &b, 1), 70001);
+	disk_destroy(&disk);
+}
+
+/* ------------------------------------------------------------------ failure */
+
+static void test_errors(void)
+{
+	struct disk source = example_disk(), target = disk_create(MIB);
+	struct imgc_source_file file;
+	struct imgc_job_options o = convert_options(&source, &target, &file, 4);
+	size_t n = (source.nbytes + 64 * KIB - 1) / (64 * KIB);
+	struct imgc_placement *placements = calloc(n, sizeof(*placements));
+	struct imgc_extent row = data_row(0, source.nbytes, 0);
+	struct imgc_batch batch = {0, source.nbytes, &row, 1, NULL, 0, placements, n};
+	struct imgc_error err = {0};
+	struct imgc_job *job;
+
+	CHECK(placements);
+	/* The target is too small. */
+	o.geometry.placing = IMGC_PLACE_APPEND;
+	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_OK);
+	CHECK_EQ(run_batch(job, &batch, &err), IMGC_OUT_OF_RANGE);
+	CHECK_EQ(err.source, IMGC_TARGET);
+	CHECK_EQ(imgc_job_start(job, &batch, &err), IMGC_CANCELLED);
+	imgc_job_destroy(job);
+
+	/* A compressed block that is none. */
+	struct imgc_extent bad[2] = {{0, 64 * KIB, 3 * MIB, 5000, 0, IMGC_ZLIB, 0},
+				     empty_row(64 * KIB, source.nbytes - 64 * KIB, IMGC_HOLE)};
+
+	file.block_nbytes = 64 * KIB;
+	batch.extents = bad;
+	batch.n_extents = 2;
+	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_OK);
+	CHECK_EQ(run_batch(job, &batch, &err), IMGC_CORRUPT);
+	CHECK_EQ(err.source, 0);
+	CHECK_EQ(err.offset, 3 * MIB);
+	imgc_job_destroy(job);
+	bad[0].flags = IMGC_EXTENT_GRAIN_MARKER;
+	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_OK);
+	CHECK_EQ(run_batch(job, &batch, &err), IMGC_CORRUPT);
+	CHECK(strcmp(err.op, "grain_marker") == 0);
+	imgc_job_destroy(job);
+
+	/* A batch that breaks the contract. */
+	batch.extents = &row;
+	batch.n_extents = 1;
+	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_OK);
+	batch.n_placements = n - 1;
+	CHECK_EQ(imgc_job_start(job, &batch, &err), IMGC_INVALID_ARGUMENT);
+	batch.n_placements = n;
+	batch.guest_start = 512;
+	CHECK_EQ(imgc_job_start(job, &batch, &err), IMGC_INVALID_ARGUMENT);
+	batch.guest_start = 0;
+	batch.guest_end -= 512;
+	CHECK_EQ(imgc_job_start(job, &batch, &err), IMGC_INVALID_ARGUMENT);
+	imgc_job_destroy(job);
+	o.n_threads = 0;
+	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_INVALID_ARGUMENT);
+	o.n_threads = 1;
+	o.geometry.block_nbytes = 65535;
+	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_INVALID_ARGUMENT);
+	free(placements);
+	disk_destroy(&source);
+	disk_destroy(&target);
+}
+
+static void test_cancel(void)
+{
+	struct imgc_codec_params slow = {IMGC_CODEC_DEFLATE, IMGC_DEFLATE_LIBDEFLATE, 12, 15};
+	struct disk source = disk_create(16 * MIB), target = disk_create(32 * MIB);
+	struct imgc_source_file file;
+	struct imgc_job_options o = convert_options(&source, &target, &file, 3);
+	static struct imgc_placement placements[256];
+	struct imgc_extent row = data_row(0, source.nbytes, 0);
+	struct imgc_batch batch = {0, source.nbytes, &row, 1, NULL, 0, placements, 256};
+	struct imgc_progress before, after;
+	struct imgc_error err = {0};
+	struct imgc_job *job;
+
+	fill_text(source.bytes, source.nbytes, 6);
+	o.geometry.placing = IMGC_PLACE_APPEND;
+	o.geometry.codec = slow;
+	o.geometry.store_incompressible = 1;
+	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_OK);
+	CHECK_EQ(imgc_job_start(job, &batch, &err), IMGC_OK);
+	imgc_job_wait(job, 5);
+	imgc_job_progress(job, &before);
+	imgc_job_cancel(job);
+	imgc_job_cancel(job);
+	CHECK_EQ(imgc_job_finish(job, &err), IMGC_CANCELLED);
+	imgc_job_progress(job, &after);
+	CHECK(after.bytes_done >= before.bytes_done && after.bytes_done < source.nbytes);
+	imgc_job_destroy(job);
+
+	/* Destroyed while it runs. */
+	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_OK);
+	CHECK_EQ(imgc_job_start(job, &batch, &err), IMGC_OK);
+	imgc_job_destroy(job);
+	imgc_job_destroy(NULL);
+	disk_destroy(&source);
+	disk_destroy(&target);
+}
+
+int main(void)
+{
+	struct imgc_codec_params none = {0};
+	struct imgc_codec_params deflate = {IMGC_CODEC_DEFLATE, IMGC_DEFLATE_ISAL, 1, 12};
+	struct imgc_codec_params zlib = {IMGC_CODEC_ZLIB, IMGC_DEFLATE_LIBDEFLATE, 6, 15};
+	struct imgc_codec_params zstd = {.codec = IMGC_CODEC_ZSTD, .level = 1};
+
+	test_extents_check();
+	test_placer_packs_around_stored_blocks();
+	test_placer_leaves_gaps_for_tables();
+	test_identity(1);
+	test_identity(4);
+	test_append(none, 64 * KIB, 256 * KIB, 0);
+	test_append(none, 512, 64 * KIB, 0);
+	test_append(none, 2 * MIB, 256 * KIB, 0); /* blocks larger than windows */
+	test_append(deflate, 64 * KIB, 256 * KIB, 1);
+	test_append(deflate, 4 * KIB, 64 * KIB, 1);
+	test_append(zstd, MIB, 64 * KIB, 1);
+	test_append(zlib, 64 * KIB, 256 * KIB, 0);
+	test_base();
+	test_compare();
+	test_errors();
+	test_cancel();
+	return 0;
+}
