@@ -1,0 +1,91 @@
+"""Converts virtual disk images: raw, QCOW2 and VMDK, in parallel, with nothing lost silently."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from imgcore._errors import (
+    ConversionCancelled,
+    CorruptImageError,
+    FormatError,
+    ImgcoreError,
+    LimitExceededError,
+    OptionError,
+    TargetError,
+    UnsafeReferenceError,
+    UnsupportedFeatureError,
+    WrongFormatError,
+)
+from imgcore._version import __version__
+
+if TYPE_CHECKING:
+    from imgcore._check import CheckResult, check
+    from imgcore._compare import CompareResult, compare
+    from imgcore._convert import ConvertResult, Progress, convert
+    from imgcore._create import CreateResult, create
+    from imgcore._image import Image, open
+    from imgcore._info import info
+    from imgcore._map import MapEntry, map
+    from imgcore._measure import measure
+
+__all__ = [
+    "CheckResult",
+    "CompareResult",
+    "ConversionCancelled",
+    "ConvertResult",
+    "CorruptImageError",
+    "CreateResult",
+    "FormatError",
+    "Image",
+    "ImgcoreError",
+    "LimitExceededError",
+    "MapEntry",
+    "OptionError",
+    "Progress",
+    "TargetError",
+    "UnsafeReferenceError",
+    "UnsupportedFeatureError",
+    "WrongFormatError",
+    "__version__",
+    "check",
+    "compare",
+    "convert",
+    "create",
+    "info",
+    "map",
+    "measure",
+    "open",
+]
+
+# The verbs load on first use: NumPy alone costs more time than `imgcore info` does.
+_HOMES = {
+    "CheckResult": "_check",
+    "CompareResult": "_compare",
+    "ConvertResult": "_convert",
+    "CreateResult": "_create",
+    "Image": "_image",
+    "MapEntry": "_map",
+    "Progress": "_convert",
+    "check": "_check",
+    "compare": "_compare",
+    "convert": "_convert",
+    "create": "_create",
+    "info": "_info",
+    "map": "_map",
+    "measure": "_measure",
+    "open": "_image",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'imgcore' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"imgcore.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

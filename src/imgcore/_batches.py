@@ -1,0 +1,100 @@
+"""Cuts a plan into the batches that the engine is given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from imgcore._extents import Kind
+from imgcore._limits import MAX_BATCH_ROWS
+from imgcore._overlay import clip
+
+if TYPE_CHECKING:
+    from imgcore._extents import Extents
+
+
+class Batch(NamedTuple):
+    """One piece of the disk: guest range in bytes, and extents that cover just it."""
+
+    start: int
+    end: int
+    rows: Extents
+
+
+def cut_batches(
+    plan: Iterator[Extents], *, unit: int, max_nbytes: int, disk_end: int, skip_empty: bool
+) -> Iterator[Batch]:
+    """Yield batches that start and end at multiples of ``unit``, or at the disk's end.
+
+    Parameters
+    ----------
+    plan : iterator of ndarray
+        Gap-free extents of ``[0, disk_end)``.
+    unit : int
+        Bytes: the target's block, or a group of blocks with a table of its own.
+    max_nbytes : int
+        A batch covers no more guest bytes than this, a multiple of ``unit``; so the
+        placements of one batch are bounded however large the disk.
+    disk_end : int
+        Bytes.
+    skip_empty : bool
+        Leave out units without data: the target reads as zeros there anyhow.
+
+    Yields
+    ------
+    Batch
+        Ascending; with ``skip_empty`` there may be gaps between them.
+
+    Notes
+    -----
+    Memory: the rows of one unit, and of one batch of the plan.
+    """
+    pending: list[Extents] = []
+    start = end = n_rows = 0
+    for rows in plan:
+        pending.append(rows)
+        n_rows += len(rows)
+        end = int(rows["guest_offset"][-1]) + int(rows["length"][-1])
+        if end < disk_end and end - start < max_nbytes and n_rows < MAX_BATCH_ROWS // 2:
+            continue
+        until = end if end == disk_end else end - end % unit
+        if until > start:
+            joined = np.concatenate(pending) if len(pending) > 1 else pending[0]
+            yield from _split(clip(joined, start, until), unit, max_nbytes, skip_empty)
+            pending = [clip(joined, until, end)] if until < end else []
+            n_rows = len(pending[0]) if pending else 0
+            start = until
+
+
+def _split(rows: Extents, unit: int, max_nbytes: int, skip_empty: bool) -> Iterator[Batch]:
+    """Yield a gap-free array in pieces of at most ``max_nbytes``, long empty runs left out."""
+    start = int(rows["guest_offset"][0])
+    end = int(rows["guest_offset"][-1]) + int(rows["length"][-1])
+    for first, last in _filled_ranges(rows, start, end, unit, max_nbytes, skip_empty):
+        for at in range(first, last, max_nbytes):
+            until = min(at + max_nbytes, last)
+            yield Batch(at, until, np.ascontiguousarray(clip(rows, at, until)))
+
+
+def _filled_ranges(
+    rows: Extents, start: int, end: int, unit: int, max_nbytes: int, skip_empty: bool
+) -> Iterator[tuple[int, int]]:
+    """Yield the ranges between empty rows that are too long to be looked at."""
+    if not skip_empty:
+        yield start, end
+        return
+    long = (rows["kind"] <= Kind.ZERO) & (rows["length"] >= np.uint64(min(max_nbytes, 2 * unit)))
+    for row in rows[long]:
+        empty_from = int(row["guest_offset"])
+        empty_to = empty_from + int(row["length"])
+        empty_from += -empty_from % unit
+        empty_to = empty_to if empty_to == end else empty_to - empty_to % unit
+        if empty_from >= empty_to:
+            continue
+        if start < empty_from:
+            yield start, empty_from
+        start = empty_to
+    if start < end:
+        yield start, end

@@ -1,0 +1,129 @@
+"""The verb ``check``: whether an image's tables are consistent."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from imgcore._errors import UnsupportedFeatureError
+
+
+class CheckNotSupportedError(UnsupportedFeatureError):
+    """The format has no tables that could be checked."""
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What ``check`` found.
+
+    Attributes
+    ----------
+    filename, format : str
+        The image.
+    corruptions, leaks : int
+        Entries that contradict each other; clusters that nothing refers to (space is
+        lost, no data).
+    total_clusters, allocated_clusters, fragmented_clusters, compressed_clusters : int
+        In the format's own allocation units.
+    image_end_offset : int
+        Bytes; 0 if the format has no such notion.
+    problems : list of str
+        One line each, the first 1000.
+    """
+
+    filename: str
+    format: str
+    corruptions: int = 0
+    leaks: int = 0
+    total_clusters: int = 0
+    allocated_clusters: int = 0
+    fragmented_clusters: int = 0
+    compressed_clusters: int = 0
+    image_end_offset: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """True if nothing was found."""
+        return not (self.corruptions or self.leaks)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the result in the keys of ``qemu-img check --output=json``.
+
+        Counts of 0 are left out; ``check-errors`` is always 0, as a file that cannot be
+        read is an exception.
+        """
+        counts = {
+            "image-end-offset": self.image_end_offset,
+            "total-clusters": self.total_clusters,
+            "allocated-clusters": self.allocated_clusters,
+            "fragmented-clusters": self.fragmented_clusters,
+            "compressed-clusters": self.compressed_clusters,
+            "corruptions": self.corruptions,
+            "leaks": self.leaks,
+        }
+        result: dict[str, Any] = {
+            "filename": self.filename,
+            "format": self.format,
+            "check-errors": 0,
+            **{key: count for key, count in counts.items() if count},
+        }
+        if self.problems:
+            result["problems"] = self.problems
+        return result
+
+
+def check(
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    allow: Sequence[str | os.PathLike[str]] = (),
+    share: bool = False,
+) -> CheckResult:
+    """Verify the tables of an image; nothing is repaired, backing files are not opened.
+
+    Parameters
+    ----------
+    path : path-like
+        The image.
+    format : str, optional
+        Its format; found by its magic if None.
+    allow : sequence of path-like
+        Folders, besides the image's own, in which files named inside it may lie.
+    share : bool
+        Open the image even if another process writes to it.
+
+    Returns
+    -------
+    CheckResult
+
+    Raises
+    ------
+    CheckNotSupportedError
+        The format has no tables to check (raw).
+    CorruptImageError
+        The headers alone are beyond use.
+    OSError
+        The operating system refused; ``filename`` is set.
+    """
+    from imgcore._info import open_layer
+
+    with open_layer(path, format=format, allow=allow, share=share) as (file, reader):
+        try:
+            report = reader.check()
+        except UnsupportedFeatureError as error:
+            raise CheckNotSupportedError(str(error)) from error
+        return CheckResult(
+            filename=file.path,
+            format=reader.format_name,
+            corruptions=report.corruptions,
+            leaks=report.leaks,
+            total_clusters=report.total_clusters,
+            allocated_clusters=report.allocated_clusters,
+            fragmented_clusters=report.fragmented_clusters,
+            compressed_clusters=report.compressed_clusters,
+            image_end_offset=report.image_end_offset,
+            problems=list(report.problems),
+        )

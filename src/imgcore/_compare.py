@@ -1,0 +1,199 @@
+"""The verb ``compare``: whether two images hold the same virtual disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from imgcore._convert import Progress
+from imgcore._core import Job
+from imgcore._extents import Kind
+from imgcore._image import Image
+from imgcore._image import open as open_image
+from imgcore._job import chosen_variants, native_sources, thread_count, translated_errors
+from imgcore._limits import MIB
+from imgcore._overlay import clip, padded
+
+if TYPE_CHECKING:
+    from imgcore._extents import Extents
+
+# Differences are looked for in ascending order, so that the first one ends the work early.
+_MAX_BATCH_NBYTES = 4096 * MIB
+
+
+@dataclass(frozen=True)
+class CompareResult:
+    """What a comparison found.
+
+    Attributes
+    ----------
+    identical : bool
+        The disks read the same; if one is larger, its rest reads as zeros.
+    first_difference : int or None
+        Byte offset in the virtual disk.
+    reason : str or None
+        One line, if not identical.
+    size_a, size_b : int
+        Virtual sizes in bytes.
+    """
+
+    identical: bool
+    first_difference: int | None
+    reason: str | None
+    size_a: int
+    size_b: int
+
+
+def compare(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    *,
+    format_a: str | None = None,
+    format_b: str | None = None,
+    strict: bool = False,
+    threads: int | None = None,
+    allow: Sequence[str | os.PathLike[str]] = (),
+    backing_format: str | None = None,
+    share: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> CompareResult:
+    """Compare the content of two images, whatever their formats.
+
+    Parameters
+    ----------
+    a, b : path-like
+        The images.
+    format_a, format_b : str, optional
+        Their formats; found by their magic, or for raw by the suffix, if None.
+    strict : bool
+        Also demand the same size and the same allocation.
+    threads : int, optional
+        Workers; one per CPU by default.
+    allow, backing_format, share
+        As in :func:`imgcore.open`.
+    progress : callable, optional
+        Called with `Progress` on the calling thread, at most every 50 ms and once at the end.
+
+    Returns
+    -------
+    CompareResult
+
+    Raises
+    ------
+    OSError, ImgcoreError
+        An image cannot be read.
+    """
+    common = {"allow": allow, "backing_format": backing_format, "share": share}
+    with (
+        open_image(a, format=format_a, **common) as image_a,  # type: ignore[arg-type]
+        open_image(b, format=format_b, **common) as image_b,  # type: ignore[arg-type]
+    ):
+        comparison = _Comparison(image_a, image_b, thread_count(threads), progress)
+        return comparison.run(strict)
+
+
+class _Comparison:
+    def __init__(
+        self, a: Image, b: Image, threads: int, progress: Callable[[Progress], None] | None
+    ) -> None:
+        self._a, self._b = a, b
+        self._threads = threads
+        self._progress = progress
+        self._total = max(a.virtual_size, b.virtual_size)
+
+    def run(self, strict: bool) -> CompareResult:
+        a, b = self._a, self._b
+        if strict and a.virtual_size != b.virtual_size:
+            return self._result(None, "Strict mode: Image size mismatch!")
+        if strict and (offset := self._first_allocation_difference()) is not None:
+            return self._result(
+                offset, f"Strict mode: Offset {offset} block status mismatch!"
+            )
+        difference = self._first_content_difference() if self._total else None
+        if difference is None:
+            return self._result(None, None)
+        return self._result(difference, f"Content mismatch at offset {difference}!")
+
+    def _result(self, offset: int | None, reason: str | None) -> CompareResult:
+        return CompareResult(
+            reason is None, offset, reason, self._a.virtual_size, self._b.virtual_size
+        )
+
+    def _extents(self, image: Image) -> Iterator[Extents]:
+        return padded(image.extents(), image.virtual_size, self._total)
+
+    def _pairs(self) -> Iterator[tuple[int, int, Extents, Extents]]:
+        """Yield both sides' extents over the same ranges, as both come along."""
+        return pair_up(self._extents(self._a), self._extents(self._b))
+
+    def _first_allocation_difference(self) -> int | None:
+        for _, _, rows_a, rows_b in self._pairs():
+            offset = first_kind_difference(rows_a, rows_b)
+            if offset is not None:
+                return offset
+        return None
+
+    def _first_content_difference(self) -> int | None:
+        a, b = self._a, self._b
+        with translated_errors([*a.paths, *b.paths]):
+            job = Job(
+                sources=[*native_sources(a.sources), *native_sources(b.sources)],
+                threads=self._threads,
+                variants=chosen_variants(None),
+            )
+            try:
+                for start, end, rows_a, rows_b in self._pairs():
+                    shifted = rows_b.copy()
+                    stored = shifted["kind"] >= Kind.DATA
+                    shifted["file"][stored] += np.uint32(len(a.sources))
+                    job.start(start, end, np.ascontiguousarray(rows_a), shifted)
+                    job.wait(lambda: self._report(job.progress()[0]))
+                    if job.first_difference is not None:
+                        break
+                self._report(self._total)
+                return job.first_difference
+            finally:
+                job.close()
+
+    def _report(self, done: int) -> None:
+        if self._progress is not None:
+            self._progress(Progress(done, self._total, 0, 0, 0))
+
+
+def pair_up(
+    a: Iterator[Extents], b: Iterator[Extents]
+) -> Iterator[tuple[int, int, Extents, Extents]]:
+    """Yield the rows of two gap-free plans of one range, cut where either has a batch's end.
+
+    Yields
+    ------
+    tuple
+        Start and end in bytes, and both sides' rows of just that range.
+    """
+    rows_a, rows_b = next(a, None), next(b, None)
+    while rows_a is not None and rows_b is not None:
+        start = int(rows_a["guest_offset"][0])
+        end_a, end_b = _end(rows_a), _end(rows_b)
+        end = min(end_a, end_b, start + _MAX_BATCH_NBYTES)
+        yield start, end, clip(rows_a, start, end), clip(rows_b, start, end)
+        rows_a = clip(rows_a, end, end_a) if end < end_a else next(a, None)
+        rows_b = clip(rows_b, end, end_b) if end < end_b else next(b, None)
+
+
+def _end(rows: Extents) -> int:
+    return int(rows["guest_offset"][-1]) + int(rows["length"][-1])
+
+
+def first_kind_difference(a: Extents, b: Extents) -> int | None:
+    """Return where one side first stores data and the other does not, or None."""
+    starts = np.union1d(a["guest_offset"], b["guest_offset"])
+    stored = [
+        rows["kind"][np.searchsorted(rows["guest_offset"], starts, side="right") - 1] >= Kind.DATA
+        for rows in (a, b)
+    ]
+    different = np.flatnonzero(stored[0] != stored[1])
+    return int(starts[different[0]]) if len(different) else None

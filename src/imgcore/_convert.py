@@ -1,0 +1,459 @@
+"""The verb ``convert``: from one image to another."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from imgcore._core import Job
+from imgcore._errors import OptionError, TargetError, UnsupportedFeatureError
+from imgcore._extents import PLACEMENT_DTYPE
+from imgcore._files import same_file
+from imgcore._geometry import Placing
+from imgcore._image import Image
+from imgcore._image import open as open_image
+from imgcore._job import chosen_variants, thread_count, translated_errors
+from imgcore._limits import MIB, SECTOR_NBYTES
+from imgcore._sizes import parse_size
+from imgcore._supply import STREAM_CHUNK_NBYTES, ImageSupply, StreamSupply, read_in_order
+from imgcore._target import Target
+from imgcore.formats import (
+    canonical_name,
+    format_from_suffix,
+    get_driver,
+    parse_options,
+    stream_suffix,
+)
+from imgcore.formats._base import BackingReference, WriteRequest
+
+if TYPE_CHECKING:
+    from imgcore._batches import Batch
+    from imgcore._extents import Placements
+    from imgcore._geometry import Geometry
+    from imgcore._stream import StreamSource
+    from imgcore._supply import Supply
+    from imgcore._target import TargetFile
+    from imgcore.formats._base import Writer
+
+_MAX_SPARSE_NBYTES = 1 * MIB
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a job is, in bytes of the virtual disk (``written``: of the target file).
+
+    No value ever decreases.
+    """
+
+    done: int
+    total: int
+    data: int
+    zero: int
+    written: int
+
+
+@dataclass(frozen=True)
+class ConvertResult:
+    """What a conversion did; sizes in bytes.
+
+    ``bytes_data`` and ``bytes_zero`` split the virtual disk into what was found to be data
+    and what was found to be zeros.
+    """
+
+    source: str
+    target: str
+    source_format: str
+    target_format: str
+    virtual_size: int
+    bytes_data: int
+    bytes_zero: int
+    bytes_read: int
+    bytes_written: int
+    file_size: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Request:
+    """The arguments of `convert`, checked and resolved."""
+
+    source: str
+    source_format: str | None
+    target: str
+    target_format: str
+    options: Mapping[str, Any]
+    compress: bool
+    backing: BackingReference | None
+    source_backing_format: str | None
+    sparse_nbytes: int
+    threads: int
+    force: bool
+    sync: bool
+    in_place: bool
+    share: bool
+    allow: tuple[str, ...]
+    progress: Callable[[Progress], None] | None
+    variants: dict[str, str]
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    target_format: str | None = None,
+    options: Mapping[str, Any] | Sequence[str] | None = None,
+    compress: bool = False,
+    backing: str | os.PathLike[str] | None = None,
+    backing_format: str | None = None,
+    source_backing_format: str | None = None,
+    sparse: int | str = 4096,
+    threads: int | None = None,
+    force: bool = False,
+    sync: bool = True,
+    in_place: bool = False,
+    share: bool = False,
+    allow: Sequence[str | os.PathLike[str]] = (),
+    progress: Callable[[Progress], None] | None = None,
+    kernels: Mapping[str, str] | None = None,
+) -> ConvertResult:
+    """Convert a virtual disk image, backing files included, into one of another format.
+
+    Parameters
+    ----------
+    source, target : path-like
+        ``disk.raw.zst`` and ``disk.raw.gz`` are read, and ``disk.raw.zst`` is written, as
+        compressed raw disks.
+    format : str, optional
+        The source's format; found by its magic, or for raw by its suffix, if None.
+    target_format : str, optional
+        The target's format; follows from its suffix if None.
+    options : mapping or sequence of str, optional
+        The target format's options, such as ``{"cluster_size": "2M"}`` or ``["cluster_size=2M"]``.
+    compress : bool
+        Write compressed blocks.
+    backing, backing_format : optional
+        A backing file for the target (QCOW2), and its format.  Blocks that read the same
+        in it are left out; the virtual disk reads the same as the source.
+    source_backing_format : str, optional
+        Format of the source's backing files whose format the source does not state.
+    sparse : int or str
+        Bytes: runs of zeros of this size are not written.  0 writes every zero.
+    threads : int, optional
+        Workers, 1 to 256; one per CPU by default.  The bytes written do not depend on it.
+    force : bool
+        Replace an existing target, when the conversion is complete.
+    sync : bool
+        Let the target reach the disk before it gets its name.
+    in_place : bool
+        Write into an existing raw file or block device.
+    share : bool
+        Open the source even if another process writes to it.
+    allow : sequence of path-like
+        Folders, besides an image's own, in which files named inside images may lie.
+    progress : callable, optional
+        Called with `Progress` on the calling thread, at most every 50 ms and once at the end.
+        If it raises, the conversion is cancelled and the exception passes through.
+    kernels : mapping, optional
+        Variant by operation, such as ``{"zero": "avx2"}``; a demand that cannot be met is an
+        OptionError.
+
+    Returns
+    -------
+    ConvertResult
+
+    Raises
+    ------
+    OSError
+        A file cannot be read or written, or the target's file system is full.
+    ImgcoreError
+        The source is not a sound image, or the request makes no sense.
+
+    Notes
+    -----
+    Whatever goes wrong, at any moment the target's name holds its former file, nothing, or
+    the complete new image; with ``in_place`` that cannot be promised.  Memory is bounded,
+    whatever the size of the disk.
+    """
+    source_name, target_name = os.fspath(source), os.fspath(target)
+    resolved = _resolve_target_format(target_name, target_format)
+    request = _Request(
+        source=source_name,
+        source_format=format,
+        target=target_name,
+        target_format=resolved,
+        options=parse_options(get_driver(resolved), options or ()),
+        compress=compress,
+        backing=_backing_reference(backing, backing_format),
+        source_backing_format=source_backing_format,
+        sparse_nbytes=_sparse_nbytes(sparse),
+        threads=thread_count(threads),
+        force=force,
+        sync=sync,
+        in_place=in_place,
+        share=share,
+        allow=tuple(os.fspath(folder) for folder in allow),
+        progress=progress,
+        variants=chosen_variants(kernels),
+    )
+    with _Conversion(request) as conversion:
+        return conversion.run()
+
+
+def _resolve_target_format(target: str, stated: str | None) -> str:
+    name = stated or format_from_suffix(target)
+    if name is None:
+        raise OptionError(f"{target}: the name has no suffix of a known format: state it with -O")
+    name = canonical_name(name)
+    if stream_suffix(target) is not None and name != "raw":
+        raise OptionError(f"{target}: only raw is written as a compressed stream, not {name}")
+    return name
+
+
+def _backing_reference(
+    backing: str | os.PathLike[str] | None, backing_format: str | None
+) -> BackingReference | None:
+    if backing is None:
+        if backing_format is not None:
+            raise OptionError("a format of the backing file (-F) without a backing file (-B)")
+        return None
+    if backing_format is None:
+        raise OptionError("the backing file's format is never guessed: state it with -F")
+    return BackingReference(os.fspath(backing), canonical_name(backing_format))
+
+
+def _sparse_nbytes(sparse: int | str) -> int:
+    nbytes = parse_size(sparse) if isinstance(sparse, str) else sparse
+    if nbytes < 0 or nbytes % SECTOR_NBYTES or nbytes > _MAX_SPARSE_NBYTES:
+        raise OptionError(
+            f"-S {nbytes}: a multiple of {SECTOR_NBYTES} up to {_MAX_SPARSE_NBYTES} is needed"
+        )
+    return nbytes
+
+
+class _Conversion:
+    """One run of `convert`: what is open, and how far it is."""
+
+    def __init__(self, request: _Request) -> None:
+        self._request = request
+        self._stack = ExitStack()
+        self._image: Image | None = None
+        self._stream: StreamSource | None = None
+        self._base: Image | None = None
+        self._skipped_nbytes = 0
+        self._data_nbytes = self._read_nbytes = self._written_nbytes = 0
+        self._started = time.monotonic()
+
+    def __enter__(self) -> _Conversion:
+        try:
+            self._open_source()
+            self._open_base()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    # -- what is read -------------------------------------------------------------------
+
+    def _open_source(self) -> None:
+        r = self._request
+        if stream_suffix(r.source) is not None and r.source_format in (None, "raw"):
+            from imgcore._stream import StreamSource
+
+            self._stream = StreamSource.open(r.source)
+            self._stack.callback(self._stream.close)
+            self._virtual_size = self._stream.virtual_size
+            return
+        self._image = open_image(
+            r.source,
+            format=r.source_format,
+            backing_format=r.source_backing_format,
+            allow=r.allow,
+            share=r.share,
+        )
+        self._stack.callback(self._image.close)
+        self._virtual_size = self._image.virtual_size
+
+    def _open_base(self) -> None:
+        backing = self._request.backing
+        if backing is None:
+            return
+        if self._stream is not None:
+            raise UnsupportedFeatureError("a compressed raw source does not go with -B")
+        folder = os.path.dirname(os.path.abspath(self._request.target))
+        self._base = open_image(
+            os.path.join(folder, backing.name),
+            format=backing.format,
+            allow=self._request.allow,
+            share=self._request.share,
+        )
+        self._stack.callback(self._base.close)
+
+    def _refuse_source_as_target(self, target: Target) -> None:
+        files = [self._stream.file] if self._stream is not None else []
+        for image in filter(None, (self._image, self._base)):
+            files.extend(image.every_file())
+        for file in files:
+            if same_file(target.identity, file.identity):
+                raise TargetError(f"is read by this conversion ({file.path})", path=target.path)
+
+    # -- what is written ----------------------------------------------------------------
+
+    def run(self) -> ConvertResult:
+        """Write the target and give it its name."""
+        r = self._request
+        with Target(r.target, force=r.force, sync=r.sync, in_place=r.in_place) as target:
+            self._refuse_source_as_target(target)
+            if stream_suffix(r.target) is not None and not target.in_place:
+                self._write_stream(target)
+            else:
+                self._write_image(target)
+            self._check_unchanged()
+            file_size = os.fstat(target.main.fd).st_size
+            target.commit()
+        self._report(self._virtual_size)
+        return ConvertResult(
+            source=r.source,
+            target=r.target,
+            source_format="raw" if self._image is None else self._image.format,
+            target_format=r.target_format,
+            virtual_size=self._virtual_size,
+            bytes_data=self._data_nbytes,
+            bytes_zero=self._virtual_size - self._data_nbytes,
+            bytes_read=self._read_nbytes,
+            bytes_written=self._written_nbytes,
+            file_size=file_size,
+            seconds=time.monotonic() - self._started,
+        )
+
+    def _check_unchanged(self) -> None:
+        if self._image is not None:
+            self._image.check_unchanged()
+        if self._stream is not None:
+            self._stream.file.check_unchanged()
+
+    def _make_writer(self, target: Target) -> Writer:
+        r = self._request
+        if target.in_place and r.target_format != "raw":
+            what = "a block device" if target.is_block_device else "an existing file (-n)"
+            raise UnsupportedFeatureError(
+                f"only raw is written into {what}, not {r.target_format}", path=r.target
+            )
+        return get_driver(r.target_format).writer(
+            WriteRequest(
+                virtual_size=self._virtual_size,
+                options=r.options,
+                compress=r.compress,
+                backing=r.backing,
+                sparse_nbytes=r.sparse_nbytes,
+                target_name=os.path.basename(r.target),
+            )
+        )
+
+    def _write_image(self, target: Target) -> None:
+        writer = self._make_writer(target)
+        data_file = writer.begin(target)
+        offset = writer.first_offset
+        if self._virtual_size:
+            offset = self._move(writer, data_file)
+        writer.finish(offset)
+
+    def _supply(self, geometry: Geometry) -> Supply:
+        if self._stream is not None:
+            return StreamSupply(self._stream, geometry)
+        assert self._image is not None
+        return ImageSupply(self._image, self._base, geometry)
+
+    def _move(self, writer: Writer, data_file: TargetFile) -> int:
+        """Run the engine over the whole disk; return the target's first free offset."""
+        r = self._request
+        with ExitStack() as stack:
+            supply = self._supply(writer.geometry)
+            stack.callback(supply.close)
+            stack.enter_context(translated_errors(supply.paths, r.target))
+            job = Job(
+                sources=supply.native_sources(),
+                geometry=writer.geometry,
+                target=data_file.core,
+                next_offset=writer.first_offset,
+                threads=r.threads,
+                variants=r.variants,
+            )
+            stack.callback(job.close)
+            self._run_batches(job, writer, supply)
+            return int(job.next_offset)
+
+    def _run_batches(self, job: Job, writer: Writer, supply: Supply) -> None:
+        """Plan each batch while the engine works on the one before it."""
+        geometry = writer.geometry
+        pending: tuple[Batch, Placements | None] | None = None
+        given_nbytes = 0
+        for batch in supply.batches():
+            if pending is not None:
+                self._finish_batch(job, writer, *pending)
+            self._skipped_nbytes = batch.start - given_nbytes
+            given_nbytes += batch.end - batch.start
+            placements = None
+            if geometry.placing is Placing.APPEND:
+                n_blocks = -(-(batch.end - batch.start) // geometry.block_nbytes)
+                placements = np.zeros(n_blocks, PLACEMENT_DTYPE)
+            job.start(batch.start, batch.end, batch.rows, supply.base_rows(batch), placements)
+            pending = (batch, placements)
+        if pending is not None:
+            self._finish_batch(job, writer, *pending)
+
+    def _finish_batch(
+        self, job: Job, writer: Writer, batch: Batch, placements: Placements | None
+    ) -> None:
+        def tick() -> None:
+            done, data, _, read, written = job.progress()
+            self._count(self._skipped_nbytes + done, data, read, written)
+
+        job.wait(tick)
+        tick()
+        if placements is not None:
+            first_block = batch.start // writer.geometry.block_nbytes
+            job.next_offset = writer.place(first_block, placements, job.next_offset)
+
+    def _write_stream(self, target: Target) -> None:
+        """Write ``.raw.zst``: guest bytes in order, through the multi-threaded compressor."""
+        from imgcore._stream import ZstdSink
+
+        r = self._request
+        if r.compress or r.backing is not None or r.options.get("preallocation") != "off":
+            raise OptionError(f"{r.target}: a compressed raw stream takes no -c, -B or -o")
+        sink = ZstdSink(target.main, self._virtual_size, threads=r.threads)
+        done = 0
+        for chunk in self._chunks():
+            sink.write(chunk)
+            done += len(chunk)
+            self._count(done, done, done, 0)
+        sink.finish()
+
+    def _chunks(self) -> Iterator[memoryview]:
+        if self._stream is not None:
+            return self._stream.read_chunks(STREAM_CHUNK_NBYTES)
+        assert self._image is not None
+        return read_in_order(self._image)
+
+    # -- progress -------------------------------------------------------------------------
+
+    def _count(self, done: int, data: int, read: int, written: int) -> None:
+        self._data_nbytes, self._read_nbytes, self._written_nbytes = data, read, written
+        self._report(done)
+
+    def _report(self, done: int) -> None:
+        if self._request.progress is not None:
+            data = self._data_nbytes
+            self._request.progress(
+                Progress(done, self._virtual_size, data, done - data, self._written_nbytes)
+            )

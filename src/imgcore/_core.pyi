@@ -1,0 +1,125 @@
+"""The binding to the native core: thin, no algorithm (see native/include/imgc.h)."""
+
+from collections.abc import Callable, Sequence
+from typing import Final, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from imgcore._geometry import Geometry
+
+NO_SOURCE: Final[int]
+TARGET: Final[int]
+
+class CoreError(Exception):
+    """A failed call: ``status`` (enum imgc_status), ``os_errno``, ``offset``, ``source``, ``op``."""
+
+    status: int
+    os_errno: int
+    offset: int
+    source: int
+    op: str
+    def __init__(
+        self, status: int, os_errno: int, offset: int, source: int, op: str
+    ) -> None: ...
+
+def build_info() -> dict[str, str]: ...
+def variants() -> dict[str, list[dict[str, object]]]: ...
+def is_zero(data: object, variant: str | None = ...) -> bool: ...
+def crc32c(data: object, crc: int = ..., variant: str | None = ...) -> int: ...
+
+@final
+class TableFormat:
+    def __init__(
+        self,
+        *,
+        entry_nbytes: int,
+        big_endian: bool,
+        block_nbytes: int,
+        offset_mask: int,
+        offset_rshift: int = ...,
+        offset_lshift: int = ...,
+        host_base: int = ...,
+        reserved_mask: int = ...,
+        default_kind: int = ...,
+        flags: int = ...,
+        compressed_mask: int = ...,
+        length_shift: int = ...,
+        length_mask: int = ...,
+        compressed_bound: int = ...,
+        rules: Sequence[tuple[int, int, int]] = ...,
+        absent_entry: int = ...,
+        zero_entry: int = ...,
+        stored_bits: int = ...,
+        compressed_bits: int = ...,
+    ) -> None: ...
+    def decode(
+        self,
+        entries: object,
+        out: NDArray[np.void],
+        *,
+        guest_offset: int,
+        guest_end: int,
+        file_nbytes: int,
+        file: int,
+    ) -> int:
+        """Decode wire entries (a buffer of n * entry_nbytes bytes) into ``out``; returns the row count."""
+    def encode(self, placements: NDArray[np.void], entries: object) -> None:
+        """Encode placements, one for one, into the writable buffer ``entries``."""
+
+@final
+class File:
+    """A row of the operations table; keeps no descriptor of its own open."""
+
+    @staticmethod
+    def from_fd(fd: int) -> File: ...
+    @staticmethod
+    def from_memory(buffer: object, writable: bool = ...) -> File: ...
+    @staticmethod
+    def null() -> File: ...
+    def zero(self, offset: int, length: int) -> None: ...
+    def next_data(self, offset: int) -> tuple[int, int]:
+        """Return [start, end) of the next data at or after ``offset``; start == end: none."""
+    def close(self) -> None: ...
+
+@final
+class Job:
+    """One conversion or comparison, run batch by batch."""
+
+    def __init__(
+        self,
+        *,
+        sources: Sequence[tuple[File, int, int, int]],
+        geometry: Geometry | None = ...,
+        target: File | None = ...,
+        next_offset: int = ...,
+        threads: int = ...,
+        window_nbytes: int = ...,
+        variants: dict[str, str] | None = ...,
+    ) -> None:
+        """``sources`` holds (file, nbytes, guest_base, block_nbytes); no geometry: a comparison."""
+    def start(
+        self,
+        start: int,
+        end: int,
+        extents: NDArray[np.void],
+        base_extents: NDArray[np.void] | None = ...,
+        placements: NDArray[np.void] | None = ...,
+    ) -> None: ...
+    def wait(self, tick: Callable[[], None] | None = ...) -> None:
+        """Join the batch; ``tick`` is called on this thread about every 50 ms and may raise."""
+    def run(
+        self,
+        start: int,
+        end: int,
+        extents: NDArray[np.void],
+        base_extents: NDArray[np.void] | None = ...,
+        placements: NDArray[np.void] | None = ...,
+    ) -> None: ...
+    def cancel(self) -> None: ...
+    def progress(self) -> tuple[int, int, int, int, int]:
+        """Guest bytes done, of these data, of these zeros; host bytes read, written."""
+    next_offset: int
+    @property
+    def first_difference(self) -> int | None: ...
+    def close(self) -> None: ...

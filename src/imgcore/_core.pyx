@@ -1,0 +1,455 @@
+# cython: language_level=3, binding=True, embedsignature=False
+"""The binding to the native core: thin, no algorithm (see native/include/imgc.h)."""
+
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.exc cimport PyErr_CheckSignals
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset
+
+from imgcore cimport _native as n
+
+NO_SOURCE = n.IMGC_NO_SOURCE
+TARGET = n.IMGC_TARGET
+
+cdef int POLL_MS = 50
+
+ctypedef packed struct extent_row:
+    uint64_t guest_offset
+    uint64_t length
+    uint64_t host_offset
+    uint64_t host_length
+    uint32_t file
+    uint16_t kind
+    uint16_t flags
+
+ctypedef packed struct placement_row:
+    uint64_t host_offset
+    uint32_t length
+    uint32_t state
+
+
+class CoreError(Exception):
+    """A failed call; see the attributes for what, where and why."""
+
+    def __init__(self, status, os_errno, offset, source, op):
+        super().__init__(f"{op}: status {status}, errno {os_errno}, offset {offset}")
+        self.status = status
+        self.os_errno = os_errno
+        self.offset = offset
+        self.source = source
+        self.op = op
+
+
+cdef int check(int status, n.imgc_error *err) except -1:
+    if status == n.IMGC_OK:
+        return 0
+    if status == n.IMGC_NO_MEMORY:
+        raise MemoryError()
+    op = err.op.decode("ascii") if err.op != NULL else "core"
+    raise CoreError(status, err.os_errno, err.offset, err.source, op)
+
+
+cdef uint32_t select(unsigned op, name) except? 0xFFFFFFFF:
+    """Resolve a variant by name; a demand that cannot be met is an error."""
+    cdef uint32_t variant = 0
+    cdef bytes encoded
+    cdef const char *wanted = NULL
+    if name is not None:
+        encoded = name.encode()
+        wanted = encoded
+    cdef int outcome = n.imgc_variant_select(op, wanted, &variant)
+    if outcome == n.IMGC_SELECT_OK:
+        return variant
+    operation = n.imgc_operation_name(op).decode()
+    if outcome == n.IMGC_SELECT_UNKNOWN:
+        raise ValueError(f"no variant {name!r} of {operation}")
+    reason = "not in this build" if outcome == n.IMGC_SELECT_NOT_BUILT else "not runnable here"
+    raise RuntimeError(f"variant {name!r} of {operation} is {reason}")
+
+
+def variants():
+    """Return, for each operation, its variants: name, built, runnable, default."""
+    cdef n.imgc_variant_info info
+    result = {}
+    for op in range(n.IMGC_N_OPERATIONS):
+        rows = []
+        for index in range(n.imgc_variant_count(op)):
+            n.imgc_variant_describe(op, index, &info)
+            rows.append(
+                {
+                    "name": info.name.decode(),
+                    "built": bool(info.built),
+                    "runnable": bool(info.runnable),
+                    "default": bool(info.is_default),
+                }
+            )
+        result[n.imgc_operation_name(op).decode()] = rows
+    return result
+
+
+def is_zero(const uint8_t[::1] data, variant=None):
+    """Tell whether every byte is zero."""
+    cdef uint32_t chosen = select(n.IMGC_OP_ZERO, variant)
+    cdef size_t nbytes = data.shape[0]
+    cdef int result
+    if nbytes == 0:
+        return True
+    with nogil:
+        result = n.imgc_is_zero(chosen, &data[0], nbytes)
+    return bool(result)
+
+
+def crc32c(const uint8_t[::1] data, uint32_t crc=0, variant=None):
+    """Return the CRC-32C of a buffer, continued from ``crc``."""
+    cdef uint32_t chosen = select(n.IMGC_OP_CRC32C, variant)
+    cdef size_t nbytes = data.shape[0]
+    if nbytes == 0:
+        return crc
+    with nogil:
+        crc = n.imgc_crc32c(chosen, crc, &data[0], nbytes)
+    return crc
+
+
+cdef class TableFormat:
+    """What a grain table, BAT or L2 table is made of (``struct imgc_table_format``)."""
+
+    cdef n.imgc_table_format format
+
+    def __init__(self, *, uint32_t entry_nbytes, bint big_endian, uint64_t block_nbytes,
+                 uint64_t offset_mask, uint32_t offset_rshift=0, uint32_t offset_lshift=0,
+                 uint64_t host_base=0, uint64_t reserved_mask=0, uint32_t default_kind=2,
+                 uint32_t flags=0, uint64_t compressed_mask=0, uint32_t length_shift=0,
+                 uint64_t length_mask=0, uint64_t compressed_bound=0, rules=(),
+                 uint64_t absent_entry=0, uint64_t zero_entry=0, uint64_t stored_bits=0,
+                 uint64_t compressed_bits=0):
+        memset(&self.format, 0, sizeof(self.format))
+        if len(rules) > n.IMGC_TABLE_MAX_RULES:
+            raise ValueError(f"{len(rules)} table rules, at most {n.IMGC_TABLE_MAX_RULES}")
+        self.format.entry_nbytes = entry_nbytes
+        self.format.big_endian = big_endian
+        self.format.block_nbytes = block_nbytes
+        self.format.offset_mask = offset_mask
+        self.format.offset_rshift = offset_rshift
+        self.format.offset_lshift = offset_lshift
+        self.format.host_base = host_base
+        self.format.reserved_mask = reserved_mask
+        self.format.default_kind = default_kind
+        self.format.flags = flags
+        self.format.compressed_mask = compressed_mask
+        self.format.length_shift = length_shift
+        self.format.length_mask = length_mask
+        self.format.compressed_bound = compressed_bound
+        self.format.n_rules = <uint32_t>len(rules)
+        for index, (mask, value, kind) in enumerate(rules):
+            self.format.rules[index].mask = mask
+            self.format.rules[index].value = value
+            self.format.rules[index].kind = kind
+        self.format.absent_entry = absent_entry
+        self.format.zero_entry = zero_entry
+        self.format.stored_bits = stored_bits
+        self.format.compressed_bits = compressed_bits
+
+    def decode(self, const uint8_t[::1] entries, extent_row[::1] out, *, uint64_t guest_offset,
+               uint64_t guest_end, uint64_t file_nbytes, uint32_t file):
+        """Decode wire entries into ``out``; return the number of rows."""
+        cdef n.imgc_table_span span
+        cdef n.imgc_error err
+        cdef size_t n_out = 0
+        cdef size_t n_entries = entries.shape[0] // self.format.entry_nbytes
+        cdef size_t capacity = out.shape[0]
+        cdef int status
+        if n_entries == 0 or capacity == 0:
+            return 0
+        span.guest_offset = guest_offset
+        span.guest_end = guest_end
+        span.file_nbytes = file_nbytes
+        span.file = file
+        with nogil:
+            status = n.imgc_table_decode(&self.format, &entries[0], n_entries, &span,
+                                         <n.imgc_extent *>&out[0], capacity, &n_out, &err)
+        check(status, &err)
+        return n_out
+
+    def encode(self, const placement_row[::1] placements, uint8_t[::1] entries):
+        """Encode placements, one for one, into ``entries``."""
+        cdef n.imgc_error err
+        cdef size_t count = placements.shape[0]
+        cdef int status
+        if <size_t>entries.shape[0] != count * self.format.entry_nbytes:
+            raise ValueError("the buffer does not have one entry per placement")
+        if count == 0:
+            return
+        with nogil:
+            status = n.imgc_table_encode(&self.format, <const n.imgc_placement *>&placements[0],
+                                         count, &entries[0], &err)
+        check(status, &err)
+
+
+cdef class File:
+    """A row of the operations table; keeps no descriptor of its own open."""
+
+    cdef n.imgc_file *handle
+    cdef Py_buffer view
+    cdef bint has_view
+
+    def __cinit__(self):
+        self.handle = NULL
+        self.has_view = False
+
+    def __init__(self):
+        raise TypeError("use File.from_fd, File.from_memory or File.null")
+
+    @staticmethod
+    def from_fd(int fd):
+        """Wrap an open descriptor, which stays the caller's."""
+        cdef File file = File.__new__(File)
+        cdef n.imgc_error err
+        check(n.imgc_file_open_fd(fd, &file.handle, &err), &err)
+        return file
+
+    @staticmethod
+    def from_memory(buffer, bint writable=False):
+        """Wrap a contiguous buffer, which is held until close."""
+        cdef File file = File.__new__(File)
+        cdef n.imgc_error err
+        memset(&err, 0, sizeof(err))
+        PyObject_GetBuffer(buffer, &file.view, PyBUF_WRITABLE if writable else PyBUF_SIMPLE)
+        file.has_view = True
+        check(n.imgc_file_open_memory(file.view.buf, file.view.len, &file.handle), &err)
+        return file
+
+    @staticmethod
+    def null():
+        """Return a sink that forgets what is written."""
+        cdef File file = File.__new__(File)
+        cdef n.imgc_error err
+        memset(&err, 0, sizeof(err))
+        check(n.imgc_file_open_null(&file.handle), &err)
+        return file
+
+    cdef n.imgc_file *require(self) except NULL:
+        if self.handle == NULL:
+            raise ValueError("the file is closed")
+        return self.handle
+
+    def zero(self, uint64_t offset, uint64_t length):
+        """Make a range read as zeros, by the cheapest way that works."""
+        cdef n.imgc_file *handle = self.require()
+        cdef n.imgc_error err
+        cdef int status
+        with nogil:
+            status = n.imgc_file_zero(handle, offset, length, &err)
+        check(status, &err)
+
+    def next_data(self, uint64_t offset):
+        """Return [start, end) of the next data at or after ``offset``; start == end: none."""
+        cdef n.imgc_file *handle = self.require()
+        cdef n.imgc_error err
+        cdef uint64_t start = 0, end = 0
+        cdef int status
+        with nogil:
+            status = n.imgc_file_extents(handle, offset, &start, &end, &err)
+        check(status, &err)
+        return start, end
+
+    def close(self):
+        """Forget the file and release the buffer."""
+        n.imgc_file_close(self.handle)
+        self.handle = NULL
+        if self.has_view:
+            PyBuffer_Release(&self.view)
+            self.has_view = False
+
+    def __dealloc__(self):
+        self.close()
+
+
+cdef class Job:
+    """One conversion or comparison, run batch by batch."""
+
+    cdef n.imgc_job *handle
+    cdef n.imgc_batch batch
+    cdef list files
+    cdef tuple held
+    cdef bint running
+
+    def __cinit__(self):
+        self.handle = NULL
+        self.running = False
+
+    def __init__(self, *, sources, geometry=None, File target=None, uint64_t next_offset=0,
+                 uint32_t threads=1, uint64_t window_nbytes=0, variants=None):
+        cdef n.imgc_job_options options
+        cdef n.imgc_error err
+        cdef File file
+        cdef int status
+        chosen = {} if variants is None else dict(variants)
+        memset(&options, 0, sizeof(options))
+        options.kind = n.IMGC_JOB_COMPARE if geometry is None else n.IMGC_JOB_CONVERT
+        options.n_threads = threads
+        options.window_nbytes = window_nbytes
+        options.zero_variant = select(n.IMGC_OP_ZERO, chosen.pop("zero", None))
+        options.inflate_variant = select(n.IMGC_OP_INFLATE, chosen.pop("inflate", None))
+        options.io_variant = select(n.IMGC_OP_IO, chosen.pop("io", None))
+        chosen.pop("crc32c", None)
+        if chosen:
+            raise ValueError(f"no operation {next(iter(chosen))!r}")
+        options.next_offset = next_offset
+        if geometry is not None:
+            fill_geometry(&options.geometry, geometry)
+            if target is None:
+                raise ValueError("a conversion needs a target")
+            options.target = target.require()
+        self.files = [target, *(source[0] for source in sources)]
+        cdef n.imgc_source_file *table = <n.imgc_source_file *>calloc(
+            len(sources) + 1, sizeof(n.imgc_source_file))
+        if table == NULL:
+            raise MemoryError()
+        try:
+            for index, (source, nbytes, guest_base, block_nbytes) in enumerate(sources):
+                file = source
+                table[index].file = file.require()
+                table[index].nbytes = nbytes
+                table[index].guest_base = guest_base
+                table[index].block_nbytes = block_nbytes
+            options.sources = table
+            options.n_sources = len(sources)
+            status = n.imgc_job_create(&options, &self.handle, &err)
+            check(status, &err)
+        finally:
+            free(table)
+
+    cdef n.imgc_job *require(self) except NULL:
+        if self.handle == NULL:
+            raise ValueError("the job is closed")
+        return self.handle
+
+    def start(self, uint64_t start, uint64_t end, const extent_row[::1] extents,
+              const extent_row[::1] base_extents=None, placement_row[::1] placements=None):
+        """Start the workers on one piece of the disk; the arrays are held until wait."""
+        cdef n.imgc_job *handle = self.require()
+        cdef n.imgc_error err
+        cdef int status
+        if self.running:
+            raise RuntimeError("the previous batch has not been waited for")
+        memset(&self.batch, 0, sizeof(self.batch))
+        self.batch.guest_start = start
+        self.batch.guest_end = end
+        if extents.shape[0]:
+            self.batch.extents = <const n.imgc_extent *>&extents[0]
+            self.batch.n_extents = extents.shape[0]
+        if base_extents is not None and base_extents.shape[0]:
+            self.batch.base_extents = <const n.imgc_extent *>&base_extents[0]
+            self.batch.n_base_extents = base_extents.shape[0]
+        if placements is not None and placements.shape[0]:
+            self.batch.placements = <n.imgc_placement *>&placements[0]
+            self.batch.n_placements = placements.shape[0]
+        with nogil:
+            status = n.imgc_job_start(handle, &self.batch, &err)
+        check(status, &err)
+        self.held = (extents, base_extents, placements)
+        self.running = True
+
+    def wait(self, tick=None):
+        """Join the batch; ``tick`` is called on this thread about every 50 ms and may raise."""
+        cdef n.imgc_job *handle = self.require()
+        cdef n.imgc_error err
+        cdef int status = n.IMGC_OK
+        cdef int ended = 0
+        memset(&err, 0, sizeof(err))
+        if not self.running:
+            raise RuntimeError("no batch is running")
+        try:
+            while not ended:
+                with nogil:
+                    ended = n.imgc_job_wait(handle, POLL_MS)
+                PyErr_CheckSignals()
+                if tick is not None:
+                    tick()
+        except BaseException:
+            n.imgc_job_cancel(handle)
+            raise
+        finally:
+            with nogil:
+                status = n.imgc_job_finish(handle, &err)
+            self.running = False
+            self.held = None
+        check(status, &err)
+
+    def run(self, start, end, extents, base_extents=None, placements=None):
+        """Start one batch and join it."""
+        self.start(start, end, extents, base_extents, placements)
+        self.wait()
+
+    def cancel(self):
+        """Ask the workers to stop; ``wait`` then raises CoreError with IMGC_CANCELLED."""
+        n.imgc_job_cancel(self.require())
+
+    def progress(self):
+        """Guest bytes done, of these data, of these zeros; host bytes read, written."""
+        cdef n.imgc_progress progress
+        n.imgc_job_progress(self.require(), &progress)
+        return (progress.bytes_done, progress.bytes_data, progress.bytes_zero,
+                progress.bytes_read, progress.bytes_written)
+
+    @property
+    def next_offset(self):
+        """First free host offset of an appending target."""
+        return n.imgc_job_next_offset(self.require())
+
+    @next_offset.setter
+    def next_offset(self, uint64_t value):
+        cdef n.imgc_error err
+        memset(&err, 0, sizeof(err))
+        err.op = "next_offset"
+        check(n.imgc_job_set_next_offset(self.require(), value), &err)
+
+    @property
+    def first_difference(self):
+        """Lowest guest offset that differs, or None."""
+        cdef uint64_t offset = n.imgc_job_first_difference(self.require())
+        return None if offset == n.IMGC_NO_DIFFERENCE else offset
+
+    def close(self):
+        """Cancel and join what still runs, and free the workers' memory."""
+        cdef n.imgc_job *handle = self.handle
+        self.handle = NULL
+        with nogil:
+            n.imgc_job_destroy(handle)
+        self.running = False
+        self.held = None
+        self.files = None
+
+    def __dealloc__(self):
+        n.imgc_job_destroy(self.handle)
+
+
+cdef int fill_geometry(n.imgc_geometry *out, geometry) except -1:
+    out.block_nbytes = geometry.block_nbytes
+    out.guest_nbytes = geometry.guest_nbytes
+    out.placing = geometry.placing
+    out.zero_policy = geometry.zero_policy
+    out.guest_base = geometry.guest_base
+    out.host_base = geometry.host_base
+    out.stored_alignment = geometry.stored_alignment
+    out.compressed_alignment = geometry.compressed_alignment
+    out.prefix = geometry.prefix
+    out.store_incompressible = geometry.store_incompressible
+    out.codec.codec = geometry.codec.codec
+    out.codec.engine = geometry.codec.engine
+    out.codec.level = geometry.codec.level
+    out.codec.window_bits = geometry.codec.window_bits
+    out.sparse_nbytes = geometry.sparse_nbytes
+    out.group_nblocks = geometry.group_nblocks
+    out.group_gap_nbytes = geometry.group_gap_nbytes
+    return 0
+
+
+def build_info():
+    """Return what this build contains, and which variants it would choose."""
+    chosen = {
+        operation: next(row["name"] for row in rows if row["default"])
+        for operation, rows in variants().items()
+    }
+    return chosen

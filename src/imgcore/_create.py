@@ -1,0 +1,180 @@
+"""The verb ``create``: a new, empty image."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from imgcore._errors import OptionError, TargetError
+from imgcore._limits import SECTOR_NBYTES
+
+if TYPE_CHECKING:
+    from imgcore._target import Target
+    from imgcore.formats._base import BackingReference, Driver, WriteRequest
+
+# Preallocation modes that take their space at once.
+_SPACE_TAKING: Final = frozenset({"falloc", "full"})
+
+
+@dataclass(frozen=True)
+class CreateResult:
+    """The image that was made.
+
+    Attributes
+    ----------
+    path, format : str
+        The image.
+    virtual_size, file_size : int
+        Bytes: of the disk, and of the image's main file.
+    options : dict
+        The options of the format in effect.
+    backing, backing_format : str or None
+        The backing file, as the image names it.
+    """
+
+    path: str
+    format: str
+    virtual_size: int
+    file_size: int
+    options: dict[str, Any] = field(default_factory=dict)
+    backing: str | None = None
+    backing_format: str | None = None
+
+
+def create(
+    path: str | os.PathLike[str],
+    virtual_size: int | None = None,
+    *,
+    format: str | None = None,
+    options: Mapping[str, Any] | Sequence[str] | None = None,
+    backing: str | os.PathLike[str] | None = None,
+    backing_format: str | None = None,
+    force: bool = False,
+    sync: bool = True,
+    allow: Sequence[str | os.PathLike[str]] = (),
+) -> CreateResult:
+    """Make an empty image, or one whose content is a backing file's.
+
+    Parameters
+    ----------
+    path : path-like
+        The new image. It appears under this name when it is complete.
+    virtual_size : int, optional
+        Bytes, a multiple of 512; the backing file's size if None.
+    format : str, optional
+        Its format; follows from the suffix if None.
+    options : mapping or sequence of str, optional
+        Options of the format, or strings ``"key=value,..."``.
+    backing : path-like, optional
+        Its backing file; a relative name counts from the folder of ``path`` and is stored as given.
+    backing_format : str, optional
+        Format of the backing file; required with ``backing``.
+    force : bool
+        Replace an existing file.
+    sync : bool
+        Return when the image is on stable storage.
+    allow : sequence of path-like
+        Folders in which files named inside the backing file may lie, besides its own.
+
+    Returns
+    -------
+    CreateResult
+
+    Raises
+    ------
+    OptionError
+        No size, no format, or an option is wrong.
+    TargetError
+        ``path`` exists (and not ``force``), or is the backing file.
+    OSError
+        The operating system refused; ``filename`` is set.
+    """
+    from imgcore._target import Target
+    from imgcore.formats import get_driver
+
+    name = os.fspath(path)
+    driver = get_driver(_target_format(name, format))
+    reference, backing_size, identity = _open_backing(name, backing, backing_format, allow)
+    if virtual_size is None:
+        virtual_size = backing_size
+    if virtual_size is None:
+        raise OptionError("a size is needed unless there is a backing file", path=name)
+    request = _request(name, driver, virtual_size, options, reference)
+    with Target(name, force=force, sync=sync) as target:
+        if identity is not None and target.identity == identity:
+            raise TargetError("is its own backing file", path=name)
+        _write_empty(driver, request, target)
+        target.commit()
+    return CreateResult(
+        path=name,
+        format=driver.name,
+        virtual_size=virtual_size,
+        file_size=os.stat(name).st_size,
+        options=dict(request.options),
+        backing=reference.name if reference else None,
+        backing_format=reference.format if reference else None,
+    )
+
+
+def _target_format(name: str, format: str | None) -> str:
+    from imgcore.formats import format_from_suffix
+
+    found = format if format is not None else format_from_suffix(name)
+    if found is None:
+        raise OptionError("format does not follow from the suffix: give one", path=name)
+    return found
+
+
+def _open_backing(
+    name: str,
+    backing: str | os.PathLike[str] | None,
+    backing_format: str | None,
+    allow: Sequence[str | os.PathLike[str]],
+) -> tuple[BackingReference | None, int | None, object]:
+    """Return the reference to store, the backing file's size (bytes) and its identity."""
+    from imgcore._info import open_layer
+    from imgcore.formats._base import BackingReference
+
+    if backing is None:
+        if backing_format is not None:
+            raise OptionError("a backing format is given without a backing file", path=name)
+        return None, None, None
+    if backing_format is None:
+        raise OptionError("the backing file's format must be given", path=name)
+    stored = os.fspath(backing)
+    path = os.path.join(os.path.dirname(name), stored)
+    with open_layer(path, format=backing_format, allow=allow, share=True) as (file, reader):
+        reference = BackingReference(stored, reader.format_name)
+        return reference, reader.virtual_size, file.identity
+
+
+def _request(
+    name: str,
+    driver: Driver,
+    virtual_size: int,
+    options: Mapping[str, Any] | Sequence[str] | None,
+    reference: BackingReference | None,
+) -> WriteRequest:
+    from imgcore.formats import parse_options
+    from imgcore.formats._base import WriteRequest
+
+    if virtual_size < 0 or virtual_size % SECTOR_NBYTES:
+        raise OptionError(
+            f"virtual size {virtual_size} is not a multiple of {SECTOR_NBYTES}", path=name
+        )
+    return WriteRequest(
+        virtual_size=virtual_size,
+        options=parse_options(driver, options),
+        backing=reference,
+        target_name=os.path.basename(name),
+    )
+
+
+def _write_empty(driver: Driver, request: WriteRequest, target: Target) -> None:
+    if request.options.get("preallocation") in _SPACE_TAKING:
+        target.require_space(driver.measure(request, request.virtual_size).fully_allocated)
+    writer = driver.writer(request)
+    writer.begin(target)
+    writer.finish(writer.first_offset)

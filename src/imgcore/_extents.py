@@ -1,0 +1,80 @@
+"""The two tables that cross the border to the native core, and what is done with them.
+
+An *extent* says where a piece of the virtual disk is; a *placement* says where a
+target block landed.  Both are NumPy structured arrays with the very layout of
+``struct imgc_extent`` and ``struct imgc_placement`` in ``native/include/imgc.h``.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Extents = NDArray[np.void]
+    Placements = NDArray[np.void]
+
+
+class Kind(IntEnum):
+    """What an extent is (``enum imgc_extent_kind``)."""
+
+    HOLE = 0
+    ZERO = 1
+    DATA = 2
+    DEFLATE = 3
+    ZLIB = 4
+    ZSTD = 5
+
+
+class BlockState(IntEnum):
+    """What became of a target block (``enum imgc_block_state``)."""
+
+    ABSENT = 0
+    ZERO = 1
+    STORED = 2
+    COMPRESSED = 3
+
+
+# The stored block is preceded by a VMDK grain marker (IMGC_EXTENT_GRAIN_MARKER).
+FLAG_GRAIN_MARKER: Final = 1
+
+EXTENT_DTYPE: Final = np.dtype(
+    [
+        ("guest_offset", "<u8"),
+        ("length", "<u8"),
+        ("host_offset", "<u8"),
+        ("host_length", "<u8"),
+        ("file", "<u4"),
+        ("kind", "<u2"),
+        ("flags", "<u2"),
+    ]
+)
+
+PLACEMENT_DTYPE: Final = np.dtype([("host_offset", "<u8"), ("length", "<u4"), ("state", "<u4")])
+
+
+def single(
+    guest_offset: int, length: int, kind: Kind, *, host_offset: int = 0, file: int = 0
+) -> Extents:
+    """Return a batch of one HOLE, ZERO or DATA extent.
+
+    Parameters
+    ----------
+    guest_offset, length, host_offset : int
+        Bytes.
+    kind : Kind
+        HOLE, ZERO or DATA.
+    file : int
+        Index of the source that DATA lies in.
+
+    Returns
+    -------
+    ndarray, shape (1,), dtype EXTENT_DTYPE
+    """
+    host_length = length if kind is Kind.DATA else 0
+    row = (guest_offset, length, host_offset, host_length, file, kind, 0)
+    return np.array([row], dtype=EXTENT_DTYPE)

@@ -1,0 +1,280 @@
+"""An open image, with its backing files: sizes, extents, random-access reads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from imgcore._errors import CorruptImageError, LimitExceededError, WrongFormatError
+from imgcore._files import HostFile, ReferenceGate, same_file
+from imgcore._limits import MAX_CHAIN_DEPTH, SECTOR_NBYTES
+from imgcore.formats import open_reader
+
+if TYPE_CHECKING:
+    from imgcore._extents import Extents
+    from imgcore._overlay import Depths
+    from imgcore.formats._base import Reader, SourceFile
+
+
+class Image:
+    """A virtual disk that is open for reading; made by :func:`open`.
+
+    Attributes
+    ----------
+    path : str
+        The image file.
+    format, subformat : str
+        Such as ``"vmdk"`` and ``"streamOptimized"``; ``subformat`` may be None.
+    virtual_size : int
+        Bytes of the virtual disk.
+    block_size : int
+        Bytes of its allocation unit (cluster, grain).
+    layers : list of Reader
+        The image, then its backing file, and so on.
+    sources : list of SourceFile
+        Every file that extents refer to by index.
+    files : list of HostFile
+        Every file that was opened by name, the image first.
+    """
+
+    def __init__(self, path: str, layers: Sequence[Reader], files: Sequence[HostFile]) -> None:
+        self.path = path
+        self.layers = list(layers)
+        self.reader = self.layers[0]
+        self.format = self.reader.format_name
+        self.subformat = self.reader.subformat
+        self.virtual_size = self.reader.virtual_size
+        self.block_size = self.reader.block_nbytes
+        self.sources: list[SourceFile] = []
+        self._first_files: list[int] = []
+        self.files = list(files)
+        for layer in self.layers:
+            self._first_files.append(len(self.sources))
+            self.sources.extend(layer.sources)
+
+    @property
+    def paths(self) -> list[str]:
+        """Names of the source files, by the index that extents use."""
+        return [source.file.path for source in self.sources]
+
+    def layer_extents(
+        self, start: int = 0, length: int | None = None
+    ) -> Iterator[tuple[Extents, Depths]]:
+        """Yield extents, and the layer that each comes from.
+
+        Parameters
+        ----------
+        start, length : int
+            Bytes, multiples of 512 unless they end the disk; the whole disk by default.
+
+        Yields
+        ------
+        tuple of ndarray
+            Extents of dtype ``EXTENT_DTYPE``, shape (n,), ascending and gap-free, and their
+            depths (uint16): 0 for the image itself, 1 for its backing file, and so on.
+
+        Raises
+        ------
+        CorruptImageError
+            A table entry lies outside its file.
+        """
+        from imgcore._overlay import plan_chain
+
+        length = self.virtual_size - start if length is None else length
+        if start < 0 or length < 0 or start + length > self.virtual_size:
+            raise ValueError(f"[{start}, {start + length}) is not inside the disk")
+        if length:
+            yield from plan_chain(self.layers, self._first_files, start, length)
+
+    def extents(self, start: int = 0, length: int | None = None) -> Iterator[Extents]:
+        """Yield extents as `layer_extents` does, without their layers."""
+        for rows, _ in self.layer_extents(start, length):
+            yield rows
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return ``length`` bytes of the virtual disk from ``offset`` on.
+
+        Raises
+        ------
+        ValueError
+            The range does not lie inside the disk.
+        CorruptImageError, OSError
+            The bytes cannot be had.
+        """
+        buffer = bytearray(length)
+        self.readinto(offset, buffer)
+        return bytes(buffer)
+
+    def readinto(self, offset: int, buffer: Any, *, threads: int | None = None) -> None:
+        """Fill a writable buffer with the bytes of the virtual disk from ``offset`` on.
+
+        Parameters
+        ----------
+        offset : int
+            Any byte of the disk.
+        buffer : writable bytes-like
+            All of it is filled, or its content is undefined after an exception.
+        threads : int, optional
+            Workers; by default one per CPU, fewer for short reads.
+
+        Notes
+        -----
+        Safe to call from several threads at once.  Reads of whole sectors need no extra copy.
+        """
+        with memoryview(buffer) as view, view.cast("B") as octets:
+            end = offset + len(octets)
+            if offset < 0 or end > self.virtual_size:
+                raise ValueError(f"[{offset}, {end}) is not inside the disk")
+            if not len(octets):
+                return
+            first = offset - offset % SECTOR_NBYTES
+            last = min(end + -end % SECTOR_NBYTES, self.virtual_size)
+            if (first, last) == (offset, end):
+                self._read_sectors(first, octets, threads)
+                return
+            whole = bytearray(last - first)
+            self._read_sectors(first, memoryview(whole), threads)
+            octets[:] = whole[offset - first : end - first]
+
+    def _read_sectors(self, start: int, view: memoryview, threads: int | None) -> None:
+        from imgcore._core import File, Job
+        from imgcore._geometry import Geometry, Placing, ZeroPolicy
+        from imgcore._job import chosen_variants, native_sources, thread_count, translated_errors
+        from imgcore._limits import MIB
+
+        if threads is None:
+            threads = min(thread_count(None), 1 + len(view) // MIB)
+        geometry = Geometry(
+            block_nbytes=SECTOR_NBYTES,
+            guest_nbytes=start + len(view),
+            placing=Placing.IDENTITY,
+            zero_policy=ZeroPolicy.EXPLICIT,
+            guest_base=start,
+            sparse_nbytes=0,
+        )
+        target = File.from_memory(view, writable=True)
+        try:
+            with translated_errors(self.paths):
+                job = Job(
+                    sources=native_sources(self.sources),
+                    geometry=geometry,
+                    target=target,
+                    threads=thread_count(threads),
+                    variants=chosen_variants(None),
+                )
+                try:
+                    for rows in self.extents(start, len(view)):
+                        first = int(rows["guest_offset"][0])
+                        job.run(first, first + int(rows["length"].sum()), rows)
+                finally:
+                    job.close()
+        finally:
+            target.close()
+
+    def info(self) -> dict[str, Any]:
+        """Return what is known of the image, in the keys of ``qemu-img info --output=json``."""
+        from imgcore._image_info import describe
+
+        return describe(self)
+
+    def check_unchanged(self) -> None:
+        """Raise ImgcoreError if a file of the chain has changed since it was opened."""
+        for file in self.every_file():
+            file.check_unchanged()
+
+    def every_file(self) -> list[HostFile]:
+        """Return the files of all layers, each once."""
+        files = [*self.files, *(source.file for source in self.sources)]
+        return list(dict.fromkeys(files))
+
+    def close(self) -> None:
+        """Close every file; more than once is allowed."""
+        for layer in self.layers:
+            layer.close()
+        for file in self.files:
+            file.close()
+
+    def __enter__(self) -> Image:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Image {self.path!r} {self.format} {self.virtual_size}>"
+
+
+def open(
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    backing_format: str | None = None,
+    allow: Sequence[str | os.PathLike[str]] = (),
+    share: bool = False,
+) -> Image:
+    """Open an image and its backing files for reading.
+
+    Parameters
+    ----------
+    path : path-like
+        A regular file or a block device.
+    format : str, optional
+        ``raw``, ``qcow2`` or ``vmdk``; found by its magic if None.  Raw is never guessed from
+        content: it follows from the suffix (.raw, .img, .dd, .bin) or is stated here.
+    backing_format : str, optional
+        Format of backing files whose format the image does not state; it is never guessed.
+    allow : sequence of path-like
+        Folders, besides an image's own, in which files named inside images may lie.
+    share : bool
+        Open the image even if another process (a running virtual machine) writes to it.
+
+    Returns
+    -------
+    Image
+        A context manager.
+
+    Raises
+    ------
+    OSError
+        A file cannot be opened.
+    WrongFormatError, CorruptImageError, UnsupportedFeatureError, LimitExceededError
+        The image is not what it should be.
+    UnsafeReferenceError
+        It names a file outside the permitted folders.
+    """
+    layers: list[Reader] = []
+    files: list[HostFile] = []
+    allowed = [os.fspath(folder) for folder in allow]
+    try:
+        files.append(HostFile.open(path, share=share))
+        gate = ReferenceGate(os.path.dirname(files[0].path), allowed)
+        layers.append(open_reader(files[0], gate, format))
+        while (reference := layers[-1].backing) is not None:
+            image = files[-1].path
+            if len(files) >= MAX_CHAIN_DEPTH:
+                raise LimitExceededError(
+                    f"more than {MAX_CHAIN_DEPTH} images in a chain of backing files", path=image
+                )
+            stated = reference.format or backing_format
+            if stated is None:
+                raise WrongFormatError(
+                    f"names the backing file {reference.name!r} without its format, which is "
+                    "never guessed: state it (--backing-format)",
+                    path=image,
+                )
+            backing = gate.open(reference.name, share=share)
+            files.append(backing)
+            if any(same_file(backing.identity, file.identity) for file in files[:-1]):
+                raise CorruptImageError(
+                    f"the chain of backing files comes back to {backing.path}", path=image
+                )
+            gate = gate.beside(backing)
+            layers.append(open_reader(backing, gate, stated))
+    except BaseException:
+        for layer in layers:
+            layer.close()
+        for file in files:
+            file.close()
+        raise
+    return Image(files[0].path, layers, files)

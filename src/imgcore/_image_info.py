@@ -1,0 +1,57 @@
+"""What is known of an open image by its headers, in the keys of ``qemu-img info``."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from imgcore._files import HostFile
+    from imgcore._image import Image
+    from imgcore.formats._base import Reader
+
+# Keys of Reader.info() that stand beside "format-specific", not inside it.
+_TOP_LEVEL_KEYS: Final = ("cluster-size", "encrypted", "compressed", "snapshots")
+_OWN_KEYS: Final = (*_TOP_LEVEL_KEYS, "dirty-flag", "backing-filename", "backing-filename-format")
+STAT_BLOCK_NBYTES: Final = 512  # st_blocks counts these, whatever st_blksize says
+
+
+def describe(image: Image) -> dict[str, Any]:
+    """Return what ``info`` says about an open image, its backing files apart."""
+    return describe_layer(image.files[0], image.reader)
+
+
+def describe_layer(file: HostFile, reader: Reader) -> dict[str, Any]:
+    """Return what ``info`` says about one image of a chain."""
+    answer = dict(reader.info())
+    result: dict[str, Any] = {
+        "filename": file.path,
+        "format": reader.format_name,
+        "virtual-size": reader.virtual_size,
+        "actual-size": _actual_nbytes(file, reader),
+        "dirty-flag": bool(answer.get("dirty-flag", False)),
+    }
+    result |= {key: answer[key] for key in _TOP_LEVEL_KEYS if answer.get(key) is not None}
+    if reader.backing is not None:
+        result["backing-filename"] = reader.backing.name
+        result["full-backing-filename"] = _full_name(file.path, reader.backing.name)
+        if reader.backing.format is not None:
+            result["backing-filename-format"] = reader.backing.format
+    specific = answer.pop("format-specific", None)
+    if specific is None:
+        data = {key: value for key, value in answer.items() if key not in _OWN_KEYS}
+        specific = {"type": reader.format_name, "data": data}
+    if specific["data"]:
+        result["format-specific"] = specific
+    return result
+
+
+def _full_name(path: str, name: str) -> str:
+    return os.path.join(os.path.dirname(path), name)
+
+
+def _actual_nbytes(file: HostFile, reader: Reader) -> int:
+    """Sum the bytes allocated on the host over the distinct files of one image."""
+    files = {file.identity: file}
+    files.update((source.file.identity, source.file) for source in reader.sources)
+    return sum(os.fstat(item.fd).st_blocks for item in files.values()) * STAT_BLOCK_NBYTES

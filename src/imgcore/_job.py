@@ -1,0 +1,105 @@
+"""Runs the native engine: threads, variants, and its errors in the words of Python."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from imgcore import _core
+from imgcore._errors import (
+    ConversionCancelled,
+    CorruptImageError,
+    ImgcoreError,
+    LimitExceededError,
+    OptionError,
+    UnsupportedFeatureError,
+)
+
+if TYPE_CHECKING:
+    from imgcore.formats._base import SourceFile
+
+MAX_THREADS = 256
+
+# enum imgc_status
+_IO, _OUT_OF_RANGE, _CORRUPT, _UNSUPPORTED, _LIMIT, _CANCELLED = -1, -3, -4, -5, -6, -8
+
+
+def thread_count(threads: int | None) -> int:
+    """Return the number of workers: as asked for, or one for each CPU that is ours."""
+    if threads is None:
+        return min(len(os.sched_getaffinity(0)), MAX_THREADS)
+    if not 1 <= threads <= MAX_THREADS:
+        raise OptionError(f"{threads} threads asked for, 1 to {MAX_THREADS} allowed")
+    return threads
+
+
+def chosen_variants(kernels: Mapping[str, str] | None) -> dict[str, str]:
+    """Return which variant each operation is to use: ``kernels``, else ``IMGCORE_KERNEL``.
+
+    The variable holds ``operation=variant`` pairs with commas, such as ``zero=avx2,io=uring``.
+    """
+    chosen = dict(kernels or {})
+    for pair in filter(None, os.environ.get("IMGCORE_KERNEL", "").split(",")):
+        operation, _, variant = pair.partition("=")
+        chosen.setdefault(operation.strip(), variant.strip())
+    known = _core.variants()
+    for operation, variant in chosen.items():
+        rows = {row["name"]: row for row in known.get(operation, ())}
+        if variant not in rows:
+            raise OptionError(f"no variant {variant!r} of operation {operation!r}")
+        if not rows[variant]["runnable"]:
+            raise OptionError(f"variant {variant!r} of {operation!r} does not run here")
+    return chosen
+
+
+def native_sources(sources: Sequence[SourceFile]) -> list[tuple[_core.File, int, int, int]]:
+    """Return source files as the engine wants them."""
+    return [(s.file.core, s.file.nbytes, s.guest_base, s.block_nbytes) for s in sources]
+
+
+@contextmanager
+def translated_errors(paths: Sequence[str], target: str | None = None) -> Iterator[None]:
+    """Turn CoreError into ImgcoreError or OSError with the name of the file.
+
+    Parameters
+    ----------
+    paths : sequence of str
+        Names of the job's sources, in its order.
+    target : str, optional
+        Name of the target.
+    """
+    try:
+        yield
+    except _core.CoreError as error:
+        path: str | None = None
+        if error.source == _core.TARGET:
+            path = target
+        elif error.source < len(paths):
+            path = paths[error.source]
+        raise _translate(error, path) from error
+
+
+def _translate(error: _core.CoreError, path: str | None) -> Exception:
+    where: dict[str, Any] = {"path": path, "offset": error.offset}
+    if error.status == _IO:
+        text = os.strerror(error.os_errno)
+        if error.os_errno not in (errno.ENOSPC, errno.EDQUOT):
+            text += f" ({error.op} at 0x{error.offset:x})"
+        return OSError(error.os_errno, text, path)
+    if error.status == _CANCELLED:
+        return ConversionCancelled("cancelled")
+    if error.status == _CORRUPT:
+        what = "grain marker does not match its grain"
+        if error.op == "decompress":
+            what = "compressed block does not decompress to a whole block"
+        return CorruptImageError(f"{what} (at 0x{error.offset:x})", **where)
+    if error.status == _OUT_OF_RANGE and error.op == "pread":
+        return CorruptImageError(f"the file ends before 0x{error.offset:x}", **where)
+    if error.status == _LIMIT:
+        return LimitExceededError(f"grows past what the format can address ({error.op})", **where)
+    if error.status == _UNSUPPORTED:
+        return UnsupportedFeatureError(f"{error.op} is not available here", **where)
+    return ImgcoreError(f"internal: {error.op} refused row {error.offset}", path=path)

@@ -1,0 +1,90 @@
+"""Compression levels by name, chosen from measurements on real data (``docs/codecs.md``)."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from imgcore._errors import OptionError
+from imgcore._geometry import Codec, CodecId, DeflateEngine
+
+LEVELS: Final = ("fastest", "fast", "default", "best")
+
+_ISAL: Final = DeflateEngine.ISAL
+_LIBDEFLATE: Final = DeflateEngine.LIBDEFLATE
+
+# (wrapper, window_bits) -> level -> (library, its level).  The zlib wrapper is VMDK's, whose
+# default is to be no larger than zlib's level 6; raw DEFLATE is QCOW2's, whose default with the
+# large window is to be no larger than zlib's level 6 with the small one, and much faster.
+# libdeflate has no other window than 32 KiB.
+_SMALL_WINDOW: Final = {
+    "fastest": (_ISAL, 0),
+    "fast": (_ISAL, 1),
+    "default": (_ISAL, 2),
+    "best": (_ISAL, 3),
+}
+_DEFLATE: Final = {
+    (CodecId.DEFLATE, 12): _SMALL_WINDOW,
+    (CodecId.ZLIB, 12): _SMALL_WINDOW,
+    (CodecId.DEFLATE, 15): {
+        "fastest": (_ISAL, 1),
+        "fast": (_ISAL, 3),
+        "default": (_LIBDEFLATE, 2),
+        "best": (_LIBDEFLATE, 10),
+    },
+    (CodecId.ZLIB, 15): {
+        "fastest": (_ISAL, 1),
+        "fast": (_LIBDEFLATE, 1),
+        "default": (_LIBDEFLATE, 5),
+        "best": (_LIBDEFLATE, 10),
+    },
+}
+
+_ZSTD: Final = {"fastest": -1, "fast": 1, "default": 3, "best": 12}
+ZSTD_MIN_LEVEL: Final = -7
+ZSTD_MAX_LEVEL: Final = 19
+
+
+def deflate_codec(level: str, window_bits: int, wrapper: CodecId) -> Codec:
+    """Return the codec of a named DEFLATE level.
+
+    Parameters
+    ----------
+    level : str
+        One of ``LEVELS``.
+    window_bits : int
+        12 (4 KiB) or 15 (32 KiB).
+    wrapper : CodecId
+        DEFLATE (raw) or ZLIB.
+
+    Raises
+    ------
+    OptionError
+        There is no such level.
+    """
+    named = _DEFLATE[wrapper, window_bits]
+    if level not in named:
+        raise OptionError(f"level {level!r}: allowed are {', '.join(LEVELS)}")
+    engine, number = named[level]
+    return Codec(wrapper, engine, number, window_bits)
+
+
+def zstd_codec(level: str | int) -> Codec:
+    """Return the codec of a zstd level, by one of ``LEVELS`` or by zstd's own number.
+
+    Raises
+    ------
+    OptionError
+        There is no such level, or the number is outside -7 .. 19.
+    """
+    number = _ZSTD.get(level) if isinstance(level, str) else level
+    if number is None:
+        try:
+            number = int(level)
+        except ValueError:
+            number = ZSTD_MAX_LEVEL + 1
+    if not ZSTD_MIN_LEVEL <= number <= ZSTD_MAX_LEVEL:
+        raise OptionError(
+            f"level {level!r}: allowed are {', '.join(LEVELS)} or a number from "
+            f"{ZSTD_MIN_LEVEL} to {ZSTD_MAX_LEVEL}"
+        )
+    return Codec(CodecId.ZSTD, level=number)

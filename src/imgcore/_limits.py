@@ -1,0 +1,50 @@
+"""Named limits that every size claimed by a file meets before memory is spent on it."""
+
+from __future__ import annotations
+
+from typing import Final
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+GIB: Final = 1024 * MIB
+TIB: Final = 1024 * GIB
+
+SECTOR_NBYTES: Final = 512
+
+# Rows of one extent batch: 2^17 rows of 40 bytes are 5 MiB, whatever the fragmentation.
+MAX_BATCH_ROWS: Final = 1 << 17
+
+# Tables that a writer may hold back before it must put them into the file.
+MAX_PENDING_TABLE_NBYTES: Final = 32 * MIB
+
+# A chain of backing files: QEMU has no limit, 10 is beyond any practice seen.
+MAX_CHAIN_DEPTH: Final = 64
+
+# Virtual disks: raw files are limited by off_t, all others by their own tables.
+MAX_VIRTUAL_NBYTES: Final = (1 << 63) - SECTOR_NBYTES
+
+# QCOW2 (QEMU enforces the same, block/qcow2.h).
+QCOW2_MIN_CLUSTER_BITS: Final = 9
+QCOW2_MAX_CLUSTER_BITS: Final = 21
+QCOW2_MAX_L1_NBYTES: Final = 32 * MIB
+QCOW2_MAX_REFCOUNT_TABLE_NBYTES: Final = 8 * MIB
+QCOW2_MAX_SNAPSHOTS: Final = 65536
+QCOW2_MAX_BACKING_NAME_NBYTES: Final = 1023
+QCOW2_MAX_SNAPSHOT_TABLE_NBYTES: Final = 64 * MIB
+QCOW2_MAX_SNAPSHOT_EXTRA_NBYTES: Final = 1024
+QCOW2_MAX_BITMAPS: Final = 65535
+QCOW2_MAX_BITMAP_DIRECTORY_NBYTES: Final = 64 * MIB
+
+# VMDK.
+VMDK_MAX_VERSION: Final = 3
+VMDK_MAX_GTES_PER_GT: Final = 512
+VMDK_MIN_GRAIN_NBYTES: Final = 4 * KIB
+VMDK_MAX_GRAIN_NBYTES: Final = 1 * MIB
+VMDK_MAX_DIRECTORY_ENTRIES: Final = 32 * 1024 * 1024
+VMDK_MAX_DESCRIPTOR_NBYTES: Final = 1 * MIB
+VMDK_MAX_DESCRIPTOR_LINE_NBYTES: Final = 64 * KIB
+VMDK_MAX_EXTENTS: Final = 65536
+# Zero sectors behind the end-of-stream marker: qemu-img leaves up to 127.
+VMDK_MAX_TRAILING_ZERO_NBYTES: Final = 1 * MIB
+# Places in a sparse extent are 32-bit sector numbers.
+VMDK_MAX_SPARSE_FILE_NBYTES: Final = 2 * TIB

@@ -1,0 +1,217 @@
+"""The verb ``map``: where each part of the virtual disk is stored."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from imgcore._extents import Extents
+    from imgcore._image import Image
+
+# Image.layer_extents takes ranges of whole sectors; other ranges are clipped here.
+_SECTOR_NBYTES: Final = 512
+
+# Subformats whose disk lies in plain files byte for byte, holes of these files included.
+_FLAT_SUBFORMATS: Final = frozenset({"monolithicFlat", "twoGbMaxExtentFlat", "vmfs"})
+
+
+class MapEntry(NamedTuple):
+    """A run of the virtual disk with one state, as ``qemu-img map --output=json`` names it.
+
+    Attributes
+    ----------
+    start, length : int
+        Bytes of the virtual disk.
+    depth : int
+        Layer that decides: 0 is the image, 1 its backing file, and so on.
+    present : bool
+        The layer has an entry for it.
+    zero : bool
+        It reads as zeros without being read.
+    data : bool
+        It is stored in a file.
+    compressed : bool
+        It is stored compressed.
+    offset : int or None
+        Byte offset in the file, for what is stored there unchanged.
+    filename : str or None
+        The file that stores it.
+    """
+
+    start: int
+    length: int
+    depth: int
+    present: bool
+    zero: bool
+    data: bool
+    compressed: bool
+    offset: int | None
+    filename: str | None
+
+
+def map(
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    start: int = 0,
+    length: int | None = None,
+    backing_format: str | None = None,
+    allow: Sequence[str | os.PathLike[str]] = (),
+    share: bool = False,
+) -> Iterator[MapEntry]:
+    """Yield where each part of the virtual disk is stored, backing files included.
+
+    Parameters
+    ----------
+    path : path-like
+        The image.
+    format : str, optional
+        Its format; found by its magic, or for raw by its suffix, if None.
+    start, length : int
+        Bytes: the range to map, cut at the end of the disk; all of it by default.
+    backing_format : str, optional
+        Format of backing files whose format the image does not state.
+    allow : sequence of path-like
+        Folders, besides an image's own, in which files named inside images may lie.
+    share : bool
+        Open the image even if another process writes to it.
+
+    Yields
+    ------
+    MapEntry
+        Ascending and gap-free; neighbours of one state are one entry.
+
+    Raises
+    ------
+    ImgcoreError, OSError
+        As ``open``, at the first item: the image is open from then to the last one.
+
+    Notes
+    -----
+    Memory is bounded by one batch of extents, however fragmented the image is.
+    """
+    from imgcore._image import open as open_image
+
+    with open_image(
+        path, format=format, backing_format=backing_format, allow=allow, share=share
+    ) as image:
+        end = image.virtual_size if length is None else min(start + length, image.virtual_size)
+        yield from map_image(image, max(start, 0), end)
+
+
+def map_image(image: Image, start: int, end: int) -> Iterator[MapEntry]:
+    """Yield the entries of ``[start, end)`` of an open image."""
+    if start >= end:
+        return
+    first = start - start % _SECTOR_NBYTES
+    last = min(end + -end % _SECTOR_NBYTES, image.virtual_size)
+    names = [source.file.path for source in image.sources]
+    pending: MapEntry | None = None
+    for batch, depths in image.layer_extents(first, last - first):
+        for entry in _batch_entries(image, _clip(batch, start, end), depths, names):
+            if pending is None:
+                pending = entry
+            elif _joins(pending, entry):
+                pending = pending._replace(length=pending.length + entry.length)
+            else:
+                yield pending
+                pending = entry
+    if pending is not None:
+        yield pending
+
+
+def _joins(a: MapEntry, b: MapEntry) -> bool:
+    if a[2:7] != b[2:7] or (a.offset is None) != (b.offset is None):
+        return False
+    if a.offset is None:
+        return True
+    return a.filename == b.filename and a.offset + a.length == b.offset
+
+
+def _clip(batch: Extents, start: int, end: int) -> Extents:
+    """Cut the first and last row to a range that does not lie on sectors."""
+    from imgcore._extents import Kind
+
+    n_before = start - int(batch["guest_offset"][0])
+    n_after = int(batch["guest_offset"][-1]) + int(batch["length"][-1]) - end
+    if n_before <= 0 and n_after <= 0:
+        return batch
+    batch = batch.copy()
+    if n_before > 0:
+        batch["guest_offset"][0] += n_before
+        batch["length"][0] -= n_before
+        if batch["kind"][0] == Kind.DATA:
+            batch["host_offset"][0] += n_before
+    if n_after > 0:
+        batch["length"][-1] -= n_after
+    return batch
+
+
+def _batch_entries(
+    image: Image, batch: Extents, depths: NDArray[np.uint16], names: Sequence[str]
+) -> Iterator[MapEntry]:
+    """Turn extents into entries, joined within the batch."""
+    import numpy as np
+
+    from imgcore._extents import Kind
+
+    kind = batch["kind"]
+    length = batch["length"]
+    plain = kind == Kind.DATA
+    compressed = kind > Kind.DATA
+    empty = ~(plain | compressed)
+    # A hole of a raw file is a place in that file like any other.
+    is_raw = np.array([layer.format_name == "raw" for layer in image.layers])
+    is_flat = np.array([layer.subformat in _FLAT_SUBFORMATS for layer in image.layers])
+    in_raw = empty & is_raw[depths]
+    present = (kind != Kind.HOLE) | in_raw | is_flat[depths]
+    placed = plain | in_raw
+    offset = np.where(in_raw, batch["guest_offset"], batch["host_offset"])
+    file = np.where(in_raw, _raw_files(image)[depths], batch["file"])
+
+    joins = np.ones(len(batch), dtype=bool)
+    joins[0] = False
+    for column in (depths, present, empty, compressed, placed):
+        joins[1:] &= column[1:] == column[:-1]
+    adjacent = (offset[1:] == offset[:-1] + length[:-1]) & (file[1:] == file[:-1])
+    joins[1:] &= adjacent | ~placed[1:]
+    rows = np.flatnonzero(~joins)
+    lengths = np.add.reduceat(length, rows)
+
+    columns = (batch["guest_offset"], depths, present, empty, compressed, placed, offset, file)
+    for n_bytes, values in zip(
+        lengths.tolist(),
+        zip(*(column[rows].tolist() for column in columns), strict=True),
+        strict=True,
+    ):
+        guest_offset, depth, is_present, is_empty, is_packed, is_placed, place, index = values
+        yield MapEntry(
+            guest_offset,
+            n_bytes,
+            depth,
+            is_present,
+            is_empty,
+            not is_empty,
+            is_packed,
+            place if is_placed else None,
+            names[index] if is_placed or is_packed else None,
+        )
+
+
+def _raw_files(image: Image) -> NDArray[np.uint32]:
+    """Return for each layer the index of its first file in ``image.sources``."""
+    import numpy as np
+
+    index = {source.file.identity: i for i, source in reversed(list(enumerate(image.sources)))}
+    return np.array(
+        [
+            index.get(layer.sources[0].file.identity, 0) if layer.sources else 0
+            for layer in image.layers
+        ],
+        dtype=np.uint32,
+    )

@@ -1,0 +1,161 @@
+"""The verb ``measure``: the file size that a conversion will need."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from imgcore._errors import OptionError
+
+if TYPE_CHECKING:
+    from imgcore._extents import Extents
+    from imgcore.formats._base import Measurement
+
+
+def measure(
+    source: str | os.PathLike[str] | None = None,
+    *,
+    size: int | None = None,
+    format: str | None = None,
+    target_format: str = "raw",
+    options: Mapping[str, Any] | Sequence[str] | None = None,
+    compress: bool = False,
+    backing_format: str | None = None,
+    allow: Sequence[str | os.PathLike[str]] = (),
+    share: bool = False,
+) -> Measurement:
+    """Return how large a target would be.
+
+    Parameters
+    ----------
+    source : path-like, optional
+        The image to be converted.
+    size : int, optional
+        Bytes of an empty disk, in place of ``source``.
+    format : str, optional
+        Format of ``source``; found by its magic, or for raw by its suffix, if None.
+    target_format : str
+        Format of the target.
+    options : mapping or sequence of str, optional
+        Options of the target format, or strings ``"key=value,..."``.
+    compress : bool
+        The target is compressed; the result is the upper bound, without any gain.
+    backing_format : str, optional
+        Format of backing files whose format the source does not state.
+    allow : sequence of path-like
+        Folders, besides an image's own, in which files named inside images may lie.
+    share : bool
+        Open the source even if another process writes to it.
+
+    Returns
+    -------
+    Measurement
+        ``required`` (bytes, for the blocks that the source allocates) and
+        ``fully_allocated`` (bytes, if the guest fills its disk).
+
+    Raises
+    ------
+    OptionError
+        Not exactly one of ``source`` and ``size`` is given, or an option is wrong.
+    ImgcoreError, OSError
+        As ``open``.
+
+    Notes
+    -----
+    Time: the tables of the source are read, its data is not. Memory: one batch of extents.
+    """
+    if (source is None) == (size is None):
+        raise OptionError("measure takes either a source or a size")
+    if size is not None:
+        return _measure_data(size, (), target_format, options, compress)
+    assert source is not None
+    if (stream_size := _stream_size(source, format, share)) is not None:
+        # What a stream holds is known when it has been read: all of it may be data.
+        whole = _whole(stream_size)
+        return _measure_data(stream_size, whole, target_format, options, compress)
+    from imgcore._image import open as open_image
+
+    with open_image(
+        source, format=format, backing_format=backing_format, allow=allow, share=share
+    ) as image:
+        batches = image.extents()
+        return _measure_data(image.virtual_size, batches, target_format, options, compress)
+
+
+def _stream_size(source: str | os.PathLike[str], format: str | None, share: bool) -> int | None:
+    """Return the size (bytes) of a compressed raw disk, None if it is no such file."""
+    from imgcore.formats import stream_suffix
+
+    if format not in (None, "raw") or stream_suffix(os.fspath(source)) is None:
+        return None
+    from imgcore._stream import StreamSource
+
+    with StreamSource.open(source, share=share) as stream:
+        return stream.virtual_size
+
+
+def _whole(virtual_size: int) -> Iterator[Extents]:
+    from imgcore._extents import Kind, single
+
+    if virtual_size:
+        yield single(0, virtual_size, Kind.DATA)
+
+
+def _measure_data(
+    virtual_size: int,
+    batches: Iterable[Extents],
+    target_format: str,
+    options: Mapping[str, Any] | Sequence[str] | None,
+    compress: bool,
+) -> Measurement:
+    from imgcore.formats import get_driver, parse_options
+    from imgcore.formats._base import WriteRequest
+
+    driver = get_driver(target_format)
+    request = WriteRequest(
+        virtual_size=virtual_size,
+        options=parse_options(driver, options),
+        compress=compress,
+    )
+    block_nbytes = driver.writer(request).geometry.block_nbytes
+    data_nbytes = count_blocks(batches, block_nbytes) * block_nbytes
+    return driver.measure(request, data_nbytes)
+
+
+def count_blocks(batches: Iterable[Extents], block_nbytes: int) -> int:
+    """Count the blocks of ``block_nbytes`` in which anything is not a hole or zeros.
+
+    Parameters
+    ----------
+    batches : iterable of ndarray, dtype EXTENT_DTYPE
+        Ascending over all batches together.
+    block_nbytes : int
+        A power of two.
+
+    Returns
+    -------
+    int
+    """
+    import numpy as np
+
+    total = 0
+    last_counted = -1
+    shift = np.uint64(block_nbytes.bit_length() - 1)
+    for first, last in _data_ranges(batches):
+        first_block = (first >> shift).astype(np.int64)
+        last_block = ((last - np.uint64(1)) >> shift).astype(np.int64)
+        before = np.concatenate(([last_counted], last_block[:-1]))
+        # Rows ascend, so a row shares at most its first block with those before it.
+        total += int((last_block - first_block + 1).sum()) - int((first_block == before).sum())
+        last_counted = int(last_block[-1])
+    return total
+
+
+def _data_ranges(batches: Iterable[Extents]) -> Iterator[tuple[Any, Any]]:
+    from imgcore._extents import Kind
+
+    for batch in batches:
+        rows = batch[batch["kind"] >= Kind.DATA]
+        if len(rows):
+            yield rows["guest_offset"], rows["guest_offset"] + rows["length"]

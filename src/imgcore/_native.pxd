@@ -1,0 +1,190 @@
+# imgc.h mirrored one to one, nothing else.
+
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+cdef extern from "imgc.h" nogil:
+    enum:
+        IMGC_OK
+        IMGC_IO
+        IMGC_INVALID_ARGUMENT
+        IMGC_OUT_OF_RANGE
+        IMGC_CORRUPT
+        IMGC_UNSUPPORTED
+        IMGC_LIMIT
+        IMGC_NO_MEMORY
+        IMGC_CANCELLED
+
+        IMGC_OP_ZERO
+        IMGC_OP_CRC32C
+        IMGC_OP_INFLATE
+        IMGC_OP_IO
+        IMGC_N_OPERATIONS
+
+        IMGC_SELECT_OK
+        IMGC_SELECT_UNKNOWN
+        IMGC_SELECT_NOT_BUILT
+        IMGC_SELECT_NO_CPU
+
+        IMGC_TABLE_MAX_RULES
+        IMGC_JOB_CONVERT
+        IMGC_JOB_COMPARE
+
+    const uint32_t IMGC_NO_SOURCE
+    const uint32_t IMGC_TARGET
+    const uint64_t IMGC_NO_DIFFERENCE
+
+    struct imgc_error:
+        int status
+        int os_errno
+        uint64_t offset
+        uint32_t source
+        const char *op
+
+    struct imgc_variant_info:
+        const char *name
+        int built
+        int runnable
+        int is_default
+
+    const char *imgc_operation_name(unsigned op)
+    unsigned imgc_variant_count(unsigned op)
+    int imgc_variant_describe(unsigned op, unsigned index, imgc_variant_info *info)
+    int imgc_variant_select(unsigned op, const char *name, uint32_t *id)
+    int imgc_is_zero(uint32_t variant, const void *data, size_t nbytes)
+    uint32_t imgc_crc32c(uint32_t variant, uint32_t crc, const void *data, size_t nbytes)
+
+    struct imgc_codec_params:
+        uint32_t codec
+        uint32_t engine
+        int32_t level
+        uint32_t window_bits
+
+    struct imgc_extent:
+        uint64_t guest_offset
+        uint64_t length
+        uint64_t host_offset
+        uint64_t host_length
+        uint32_t file
+        uint16_t kind
+        uint16_t flags
+
+    struct imgc_placement:
+        uint64_t host_offset
+        uint32_t length
+        uint32_t state
+
+    struct imgc_table_rule:
+        uint64_t mask
+        uint64_t value
+        uint32_t kind
+
+    struct imgc_table_format:
+        uint32_t entry_nbytes
+        uint32_t big_endian
+        uint64_t block_nbytes
+        uint64_t offset_mask
+        uint32_t offset_rshift
+        uint32_t offset_lshift
+        uint64_t host_base
+        uint64_t reserved_mask
+        uint32_t default_kind
+        uint32_t flags
+        uint64_t compressed_mask
+        uint32_t length_shift
+        uint64_t length_mask
+        uint64_t compressed_bound
+        uint32_t n_rules
+        imgc_table_rule rules[8]
+        uint64_t absent_entry
+        uint64_t zero_entry
+        uint64_t stored_bits
+        uint64_t compressed_bits
+
+    struct imgc_table_span:
+        uint64_t guest_offset
+        uint64_t guest_end
+        uint64_t file_nbytes
+        uint32_t file
+
+    int imgc_table_decode(const imgc_table_format *format, const void *entries, size_t n_entries,
+                          const imgc_table_span *span, imgc_extent *out, size_t capacity,
+                          size_t *n_out, imgc_error *err)
+    int imgc_table_encode(const imgc_table_format *format, const imgc_placement *placements,
+                          size_t n, void *entries, imgc_error *err)
+
+    struct imgc_file:
+        pass
+
+    int imgc_file_open_fd(int fd, imgc_file **out, imgc_error *err)
+    int imgc_file_open_memory(void *data, uint64_t nbytes, imgc_file **out)
+    int imgc_file_open_null(imgc_file **out)
+    void imgc_file_close(imgc_file *file)
+    int imgc_file_zero(imgc_file *file, uint64_t offset, uint64_t length, imgc_error *err)
+    int imgc_file_extents(imgc_file *file, uint64_t offset, uint64_t *start, uint64_t *end,
+                          imgc_error *err)
+
+    struct imgc_source_file:
+        imgc_file *file
+        uint64_t nbytes
+        uint64_t guest_base
+        uint32_t block_nbytes
+
+    struct imgc_geometry:
+        uint64_t block_nbytes
+        uint32_t placing
+        uint32_t zero_policy
+        uint64_t guest_base
+        uint64_t host_base
+        uint32_t stored_alignment
+        uint32_t compressed_alignment
+        uint32_t prefix
+        uint32_t store_incompressible
+        imgc_codec_params codec
+        uint64_t sparse_nbytes
+        uint64_t group_nblocks
+        uint64_t group_gap_nbytes
+        uint64_t guest_nbytes
+
+    struct imgc_job_options:
+        uint32_t kind
+        uint32_t n_threads
+        uint32_t zero_variant
+        uint32_t inflate_variant
+        uint32_t io_variant
+        uint64_t window_nbytes
+        const imgc_source_file *sources
+        size_t n_sources
+        imgc_file *target
+        imgc_geometry geometry
+        uint64_t next_offset
+
+    struct imgc_batch:
+        uint64_t guest_start
+        uint64_t guest_end
+        const imgc_extent *extents
+        size_t n_extents
+        const imgc_extent *base_extents
+        size_t n_base_extents
+        imgc_placement *placements
+        size_t n_placements
+
+    struct imgc_progress:
+        uint64_t bytes_done
+        uint64_t bytes_data
+        uint64_t bytes_zero
+        uint64_t bytes_read
+        uint64_t bytes_written
+
+    struct imgc_job:
+        pass
+
+    int imgc_job_create(const imgc_job_options *options, imgc_job **out, imgc_error *err)
+    int imgc_job_start(imgc_job *job, const imgc_batch *batch, imgc_error *err)
+    int imgc_job_wait(imgc_job *job, int timeout_ms)
+    int imgc_job_finish(imgc_job *job, imgc_error *err)
+    void imgc_job_progress(const imgc_job *job, imgc_progress *out)
+    void imgc_job_cancel(imgc_job *job)
+    uint64_t imgc_job_next_offset(const imgc_job *job)
+    int imgc_job_set_next_offset(imgc_job *job, uint64_t next_offset)
+    uint64_t imgc_job_first_difference(const imgc_job *job)
+    void imgc_job_destroy(imgc_job *job)

@@ -1,0 +1,158 @@
+"""Lays an image over its backing file: one answer from a chain of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from imgcore._extents import EXTENT_DTYPE, Kind
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from imgcore._extents import Extents
+    from imgcore.formats._base import Reader
+
+    Depths = NDArray[np.uint16]
+
+
+def clip(rows: Extents, start: int, end: int) -> Extents:
+    """Return the part of a gap-free batch that lies in ``[start, end)``.
+
+    Parameters
+    ----------
+    rows : ndarray, shape (n,), dtype EXTENT_DTYPE
+        Ascending and gap-free; it covers ``[start, end)``.
+    start, end : int
+        Bytes, ``start < end``.
+
+    Returns
+    -------
+    ndarray, shape (m,), dtype EXTENT_DTYPE
+        A view where nothing had to be cut, else a copy.
+    """
+    first, last = _rows_between(rows, start, end)
+    part = rows[first:last]
+    head, tail = part[0], part[-1]
+    n_before = start - int(head["guest_offset"])
+    n_after = int(tail["guest_offset"]) + int(tail["length"]) - end
+    if n_before == 0 and n_after == 0:
+        return part
+    part = part.copy()
+    _shorten(part[:1], n_before, n_before)
+    _shorten(part[-1:], 0, n_after)
+    return part
+
+
+def _rows_between(rows: Extents, start: int, end: int) -> tuple[int, int]:
+    offsets = rows["guest_offset"]
+    first = int(np.searchsorted(offsets, np.uint64(start), side="right")) - 1
+    last = int(np.searchsorted(offsets, np.uint64(end), side="left"))
+    return first, last
+
+
+def _shorten(row: Extents, n_before: int, n_less: int) -> None:
+    """Cut a row of one: ``n_before`` bytes off its front, ``n_less`` off its length."""
+    row["guest_offset"] += np.uint64(n_before)
+    row["length"] -= np.uint64(n_less)
+    if row["kind"][0] == Kind.DATA:
+        row["host_offset"] += np.uint64(n_before)
+        row["host_length"] = row["length"]
+
+
+def merge(
+    upper: Extents, upper_depths: Depths, lower: Extents, lower_depths: Depths
+) -> tuple[Extents, Depths]:
+    """Return the upper layer's answer, with the lower layer's where the upper one has a hole.
+
+    Parameters
+    ----------
+    upper, lower : ndarray, shapes (n,) and (m,), dtype EXTENT_DTYPE
+        Gap-free over the same range.
+    upper_depths, lower_depths : ndarray, shapes (n,) and (m,), dtype uint16
+        The layer that each row comes from.
+
+    Returns
+    -------
+    tuple of ndarray
+        At most n + m rows and their depths, over the same range.
+    """
+    starts = np.union1d(upper["guest_offset"], lower["guest_offset"])
+    end = upper["guest_offset"][-1] + upper["length"][-1]
+    lengths = np.append(starts[1:], end) - starts
+    i = np.searchsorted(upper["guest_offset"], starts, side="right") - 1
+    j = np.searchsorted(lower["guest_offset"], starts, side="right") - 1
+    below = upper["kind"][i] == Kind.HOLE
+    rows = upper[i]
+    rows[below] = lower[j][below]
+    depths = np.where(below, lower_depths[j], upper_depths[i])
+
+    plain = rows["kind"] == Kind.DATA
+    rows["host_offset"][plain] += (starts - rows["guest_offset"])[plain]
+    rows["host_length"][plain] = lengths[plain]
+    rows["guest_offset"] = starts
+    rows["length"] = lengths
+    return rows, depths
+
+
+def plan_chain(
+    layers: Sequence[Reader], first_files: Sequence[int], start: int, length: int, depth: int = 0
+) -> Iterator[tuple[Extents, Depths]]:
+    """Yield what a chain of layers reads as, from the layer ``depth`` downwards.
+
+    Parameters
+    ----------
+    layers : sequence of Reader
+        The image first, then its backing file, and so on.
+    first_files : sequence of int
+        For each layer, what its file indices are shifted by.
+    start, length : int
+        Bytes; the range lies inside ``layers[depth].virtual_size``.
+
+    Yields
+    ------
+    tuple of ndarray
+        A gap-free batch of extents, and for each row the layer it comes from.  What no layer
+        holds is a HOLE of the deepest layer asked.
+    """
+    shift, last = first_files[depth], depth + 1 == len(layers)
+    for batch in layers[depth].plan(start, length):
+        rows = batch
+        if shift:
+            rows = batch.copy()
+            rows["file"][rows["kind"] >= Kind.DATA] += np.uint32(shift)
+        depths = np.full(len(rows), depth, np.uint16)
+        if last or not (rows["kind"] == Kind.HOLE).any():
+            yield rows, depths
+            continue
+        yield from _over_lower(layers, first_files, rows, depths, depth)
+
+
+def _over_lower(
+    layers: Sequence[Reader], first_files: Sequence[int], rows: Extents, depths: Depths, depth: int
+) -> Iterator[tuple[Extents, Depths]]:
+    start = int(rows["guest_offset"][0])
+    end = int(rows["guest_offset"][-1]) + int(rows["length"][-1])
+    lower_end = min(end, layers[depth + 1].virtual_size)
+    at = start
+    if start < lower_end:
+        for lower, lower_depths in plan_chain(
+            layers, first_files, start, lower_end - start, depth + 1
+        ):
+            until = at + int(lower["length"].sum())
+            part = clip(rows, at, until)
+            yield merge(part, np.full(len(part), depth, np.uint16), lower, lower_depths)
+            at = until
+    if at < end:
+        # A backing file may be shorter: behind its end there is nothing.
+        part = clip(rows, at, end)
+        yield part, np.full(len(part), depth, np.uint16)
+
+
+def padded(batches: Iterator[Extents], nbytes: int, end: int) -> Iterator[Extents]:
+    """Yield the batches of a disk of ``nbytes``, then zeros up to ``end``."""
+    yield from batches
+    if nbytes < end:
+        yield np.array([(nbytes, end - nbytes, 0, 0, 0, Kind.ZERO, 0)], dtype=EXTENT_DTYPE)

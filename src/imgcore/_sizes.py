@@ -1,0 +1,75 @@
+"""Sizes as people write them: ``10G`` in, ``10 GiB`` out."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from imgcore._errors import OptionError
+
+_UNITS: Final = "BKMGTPE"
+_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGTPE])(?:iB)?|B)?", re.ASCII | re.IGNORECASE)
+
+# No file can be longer: offsets are signed 64-bit integers in the kernel.
+MAX_SIZE: Final = (1 << 63) - 1
+
+
+def parse_size(text: str) -> int:
+    """Return the number of bytes that a text such as ``10G``, ``1.5T`` or ``512`` means.
+
+    Parameters
+    ----------
+    text : str
+        A decimal number, with a fraction if need be, and one of the binary units
+        ``K M G T P E`` (in either case, ``iB`` behind them allowed), or plain bytes, which may
+        also be hexadecimal (``0x200``).
+
+    Returns
+    -------
+    int
+        Bytes; a fraction of a byte is dropped.
+
+    Raises
+    ------
+    OptionError
+        The text is no such number, or exceeds 2**63 - 1.
+    """
+    stripped = text.strip()
+    if re.fullmatch(r"0[xX][0-9a-fA-F]{1,16}", stripped):
+        nbytes = int(stripped, 16)
+    else:
+        match = _SIZE.fullmatch(stripped) if len(stripped) <= 64 else None
+        if match is None:
+            raise OptionError(
+                f"invalid size {text[:64]!r}: expected a number of bytes, "
+                "optionally with K, M, G, T, P or E"
+            )
+        shift = 10 * _UNITS.index((match[2] or "B").upper())
+        whole, _, fraction = match[1].partition(".")
+        nbytes = (int(whole + fraction) << shift) // 10 ** len(fraction)
+    if nbytes > MAX_SIZE:
+        raise OptionError(f"size {text[:64]!r} is too large: at most 2^63 - 1 bytes")
+    return nbytes
+
+
+def format_size(nbytes: int) -> str:
+    """Return bytes in the largest fitting binary unit with three digits, as ``1.5 GiB``.
+
+    Parameters
+    ----------
+    nbytes : int
+        Bytes, not negative.
+
+    Returns
+    -------
+    str
+        Such as ``512 B``, ``64 KiB``, ``1.46 TiB``.
+    """
+    power = 0
+    value = float(nbytes)
+    # From 999.5 on, three digits would not hold the value.
+    while value >= 999.5 and power < len(_UNITS) - 1:
+        value /= 1024
+        power += 1
+    unit = "B" if power == 0 else f"{_UNITS[power]}iB"
+    return f"{value:.3g} {unit}"

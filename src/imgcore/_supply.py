@@ -1,0 +1,140 @@
+"""Where a conversion's batches come from: an image with its chain, or a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from imgcore._batches import Batch, cut_batches
+from imgcore._core import File
+from imgcore._extents import Kind, single
+from imgcore._geometry import ZeroPolicy
+from imgcore._job import native_sources
+from imgcore._limits import MIB
+from imgcore._overlay import padded
+
+if TYPE_CHECKING:
+    from imgcore._extents import Extents
+    from imgcore._geometry import Geometry
+    from imgcore._image import Image
+    from imgcore._stream import StreamSource
+
+# A batch covers at most this many target blocks: 2^17 placements are 2 MiB.
+_MAX_BATCH_BLOCKS = 1 << 17
+
+# A stream is taken in pieces of at least this size; two of them are held here.
+STREAM_CHUNK_NBYTES = 16 * MIB
+
+
+class Supply(Protocol):
+    """Batches for the engine, and the files that their extents refer to."""
+
+    paths: list[str]
+
+    def native_sources(self) -> list[tuple[File, int, int, int]]:
+        """Return the job's sources: file, size, guest base, block size."""
+        ...
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield the disk in pieces; the one before the last stays valid."""
+        ...
+
+    def base_rows(self, batch: Batch) -> Extents | None:
+        """Return what the target's backing file reads as where the batch is, or None."""
+        ...
+
+    def close(self) -> None:
+        """Free what the batches needed."""
+        ...
+
+
+def _unit_nbytes(geometry: Geometry) -> int:
+    """Where batches may end: whole blocks, or groups of blocks with a table of their own."""
+    return geometry.block_nbytes * max(geometry.group_nblocks, 1)
+
+
+class ImageSupply:
+    """An open image; ``base`` is what the target's backing file will be."""
+
+    def __init__(self, image: Image, base: Image | None, geometry: Geometry) -> None:
+        self._image = image
+        self._base = base
+        self._geometry = geometry
+        self._sources = [*image.sources, *(base.sources if base is not None else ())]
+        self.paths = [source.file.path for source in self._sources]
+
+    def native_sources(self) -> list[tuple[File, int, int, int]]:
+        """Return the files of the image, then those of the base."""
+        return native_sources(self._sources)
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield the disk, without long empty parts if nothing is written there."""
+        geometry = self._geometry
+        unit = _unit_nbytes(geometry)
+        return cut_batches(
+            self._image.extents(),
+            unit=unit,
+            max_nbytes=max(unit, _MAX_BATCH_BLOCKS * geometry.block_nbytes // unit * unit),
+            disk_end=self._image.virtual_size,
+            skip_empty=self._base is None and geometry.zero_policy is ZeroPolicy.SKIP,
+        )
+
+    def base_rows(self, batch: Batch) -> Extents | None:
+        """Return the base's extents; behind its end there are zeros."""
+        if self._base is None:
+            return None
+        end = max(min(batch.end, self._base.virtual_size), batch.start)
+        inside = self._base.extents(batch.start, end - batch.start) if end > batch.start else ()
+        rows = np.concatenate(list(padded(iter(inside), end, batch.end)))
+        rows["file"][rows["kind"] >= Kind.DATA] += np.uint32(len(self._image.sources))
+        return rows
+
+    def close(self) -> None:
+        """Do nothing: the images are their opener's."""
+
+
+class StreamSupply:
+    """A compressed raw disk: read once, in order, through two buffers in turn."""
+
+    def __init__(self, stream: StreamSource, geometry: Geometry) -> None:
+        unit = _unit_nbytes(geometry)
+        self._stream = stream
+        self._chunk_nbytes = -(-max(unit, STREAM_CHUNK_NBYTES) // unit) * unit
+        self._buffers = [np.empty(self._chunk_nbytes, np.uint8) for _ in range(2)]
+        self._files = [File.from_memory(buffer) for buffer in self._buffers]
+        self.paths = [stream.path] * 2
+
+    def native_sources(self) -> list[tuple[File, int, int, int]]:
+        """Return the two buffers."""
+        return [(file, self._chunk_nbytes, 0, 0) for file in self._files]
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield the disk chunk by chunk; the engine works on one while the next is read."""
+        start = turn = 0
+        for chunk in self._stream.read_chunks(self._chunk_nbytes):
+            self._buffers[turn][: len(chunk)] = np.frombuffer(chunk, np.uint8)
+            rows = single(start, len(chunk), Kind.DATA, file=turn)
+            yield Batch(start, start + len(chunk), rows)
+            start += len(chunk)
+            turn ^= 1
+
+    def base_rows(self, batch: Batch) -> Extents | None:
+        """Return None: a stream is not converted against a base."""
+        return None
+
+    def close(self) -> None:
+        """Release the buffers."""
+        for file in self._files:
+            file.close()
+
+
+def read_in_order(image: Image) -> Iterator[memoryview]:
+    """Yield the bytes of a virtual disk from its start to its end; each valid until the next."""
+    buffer = memoryview(bytearray(min(STREAM_CHUNK_NBYTES, image.virtual_size)))
+    for offset in range(0, image.virtual_size, STREAM_CHUNK_NBYTES):
+        piece = buffer[: min(len(buffer), image.virtual_size - offset)]
+        image.readinto(offset, piece)
+        yield piece
+

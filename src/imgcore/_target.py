@@ -1,0 +1,590 @@
+"""Files that are written: under a temporary name, then renamed when they are whole.
+
+At every instant the final name is absent, the old file, or the complete new one.  Only a target
+written in place (a block device, or on request an existing file) is exempt from that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import re
+import stat
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from imgcore._errors import TargetError
+from imgcore._files import (
+    QEMU_DENIES_WRITING,
+    QEMU_WRITES,
+    Identity,
+    describe_file_type,
+    file_identity,
+    is_locked_by_other,
+)
+from imgcore._sizes import format_size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Self
+
+    from imgcore._core import File
+
+_log: Final = logging.getLogger("imgcore")
+
+_NAME_MAX: Final = 255  # bytes in a file name, Linux include/uapi/linux/limits.h
+_FILL_NBYTES: Final = 1 << 20
+_FOLDER_LOCK_SECONDS: Final = 5.0
+# A folder that cannot be synced at all, as on some network and FUSE file systems.
+_NO_SYNC_ERRORS: Final = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES)
+
+
+class TargetFile:
+    """One file that is being written.
+
+    Attributes
+    ----------
+    path : str
+        The final name; stands in messages.
+    fd : int
+        Open for reading and writing, owned by this object.
+    """
+
+    def __init__(self, fd: int, path: str) -> None:
+        self.fd = fd
+        self.path = path
+        self._core: File | None = None
+
+    @property
+    def core(self) -> File:
+        """The file as the native core knows it."""
+        if self._core is None:
+            from imgcore._core import File
+
+            self._core = File.from_fd(self.fd)
+        return self._core
+
+    @property
+    def nbytes(self) -> int:
+        """The size now; of a block device, its capacity."""
+        return os.lseek(self.fd, 0, os.SEEK_END)
+
+    def pwrite(self, offset: int, data: Any) -> None:
+        """Write a whole buffer at ``offset``; raises OSError with the file's name."""
+        with memoryview(data) as view, view.cast("B") as octets, _named(self.path):
+            done = 0
+            while done < len(octets):
+                done += os.pwrite(self.fd, octets[done:], offset + done)
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """Return what was written, up to ``length`` bytes, fewer at the file's end."""
+        with _named(self.path):
+            return os.pread(self.fd, length, offset)
+
+    def truncate(self, nbytes: int) -> None:
+        """Set the file's size; a block device has to be large enough and stays as it is."""
+        with _named(self.path):
+            if not stat.S_ISBLK(os.fstat(self.fd).st_mode):
+                os.ftruncate(self.fd, nbytes)
+            elif self.nbytes < nbytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def preallocate(self, mode: str, nbytes: int) -> None:
+        """Reserve the file's first ``nbytes`` bytes, which then read as zeros.
+
+        Parameters
+        ----------
+        mode : {"off", "falloc", "full"}
+            Not at all, by asking the file system, by writing zeros.
+        nbytes : int
+            Bytes.
+
+        Raises
+        ------
+        OSError
+            The file system is full, or cannot.
+        """
+        if mode == "falloc" and nbytes:
+            with _named(self.path):
+                os.posix_fallocate(self.fd, 0, nbytes)
+        elif mode == "full":
+            zeros = bytes(_FILL_NBYTES)
+            for offset in range(0, nbytes, _FILL_NBYTES):
+                self.pwrite(offset, memoryview(zeros)[: min(_FILL_NBYTES, nbytes - offset)])
+        elif mode not in ("off", "falloc"):
+            raise ValueError(f"unknown preallocation mode {mode!r}")
+
+    def sync(self) -> None:
+        """Make the contents durable; a failure is final, the kernel may have dropped the data."""
+        with _named(self.path):
+            os.fsync(self.fd)
+
+    def check_written(self) -> None:
+        """Raise what closing the file would: network file systems report late errors there."""
+        with _named(self.path):
+            os.close(os.dup(self.fd))
+
+    def close(self) -> None:
+        """Close the descriptor; more than once is allowed."""
+        core, self._core = self._core, None
+        if core is not None:
+            core.close()
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+@contextlib.contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Put the target's name into operating-system errors that carry none."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, os.strerror(error.errno or errno.EIO), path) from error
+
+
+class Target:
+    """The place where an image is to appear, as a context manager.
+
+    Leaving the ``with`` block without `commit` removes what was written.
+
+    Parameters
+    ----------
+    path : str or path-like
+        The final name.
+    force : bool
+        Replace an existing file (on success only).
+    sync : bool
+        Make everything durable in `commit`.
+    in_place : bool
+        Write straight into an existing regular file or block device.  A block device is always
+        written so.  A failure leaves such a target incomplete.
+
+    Attributes
+    ----------
+    path : str
+    in_place, is_block_device : bool
+    identity : tuple of two ints, or None
+        Of what has the final name now, links followed; for `imgcore._files.same_file`.
+
+    Raises
+    ------
+    TargetError
+        The name is taken, or no place for an image.
+    OSError
+        The folder is missing or cannot be written to; with the name.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        force: bool = False,
+        sync: bool = True,
+        in_place: bool = False,
+    ) -> None:
+        self.path = os.fspath(path)
+        self.force = force
+        self.sync = sync
+        folder, self._name = os.path.split(self.path)
+        self._folder = folder or "."
+        self._main: TargetFile | None = None
+        # Temporary and final name of each file, companions in the order of their making.
+        self._temporaries: dict[str, str] = {}
+        self._companions: list[TargetFile] = []
+        self._committed = False
+        self._old_mode: int | None = None
+        self.identity: Identity | None = None
+        self.is_block_device = False
+        if self._name in ("", ".", "..") or self.path == "-":
+            raise TargetError("is not the name of a file", path=self.path)
+        self._examine(in_place)
+        self.in_place = in_place or self.is_block_device
+        self._folder_fd = -1 if self.in_place else self._open_folder()
+
+    def _examine(self, in_place: bool) -> None:
+        """Look at what has the final name now, and refuse what cannot be a target."""
+        try:
+            link = os.lstat(self.path)
+        except FileNotFoundError:
+            if in_place:
+                raise
+            return
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            status = link  # a dangling link, or a loop of links
+        mode = status.st_mode
+        self.is_block_device = stat.S_ISBLK(mode)
+        if self.is_block_device:
+            self.identity = file_identity(status)
+            return
+        if stat.S_ISLNK(link.st_mode):
+            if in_place or not self.force:
+                hint = "" if in_place else "; --force replaces the link itself"
+                raise TargetError(f"is a symbolic link, not written through{hint}", path=self.path)
+        elif not stat.S_ISREG(mode):
+            raise TargetError(
+                f"is {describe_file_type(mode)}, not a regular file or a block device",
+                path=self.path,
+            )
+        elif not in_place and not self.force:
+            raise TargetError("exists already; --force replaces it", path=self.path)
+        self.identity = file_identity(status)
+        if stat.S_ISREG(link.st_mode):
+            self._old_mode = link.st_mode & 0o777
+
+    def _open_folder(self) -> int:
+        flags = os.O_DIRECTORY | os.O_CLOEXEC
+        try:
+            return os.open(self._folder, os.O_RDONLY | flags)
+        except PermissionError:
+            return os.open(self._folder, os.O_PATH | flags)
+
+    @property
+    def main(self) -> TargetFile:
+        """The file that gets the final name; made on first use."""
+        if self._main is None:
+            if self.in_place:
+                self._main = TargetFile(self._open_in_place(), self.path)
+            else:
+                self._main = self._create(self._name, self.path, self._old_mode)
+        return self._main
+
+    def companion(self, name: str) -> TargetFile:
+        """Make a second file beside the target, renamed just before it.
+
+        Parameters
+        ----------
+        name : str
+            Its final name, without a folder.  An existing file of that name is refused
+            without ``force``.
+
+        Raises
+        ------
+        TargetError
+            The name is taken, or the target is written in place.
+        """
+        path = os.path.join(os.path.dirname(self.path), name)
+        if self.in_place:
+            raise TargetError("a target of several files cannot be written in place", path=path)
+        if not name or "/" in name or name in (".", "..", self._name):
+            raise TargetError("is no name for a second file", path=path)
+        old_mode = None
+        with contextlib.suppress(FileNotFoundError):
+            status = os.stat(name, dir_fd=self._folder_fd, follow_symlinks=False)
+            if not self.force:
+                raise TargetError("exists already; --force replaces it", path=path)
+            if stat.S_ISREG(status.st_mode):
+                old_mode = status.st_mode & 0o777
+            elif not stat.S_ISLNK(status.st_mode):
+                kind = describe_file_type(status.st_mode)
+                raise TargetError(f"is {kind}, not a regular file", path=path)
+        file = self._create(name, path, old_mode)
+        self._companions.append(file)
+        return file
+
+    def _open_in_place(self) -> int:
+        # O_EXCL on a block device: refused by the kernel while it is mounted.
+        exclusive = os.O_EXCL if self.is_block_device else os.O_NOFOLLOW
+        try:
+            fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOCTTY | exclusive)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            text = "The block device is in use or mounted"
+            raise OSError(errno.EBUSY, text, self.path) from error
+        try:
+            if file_identity(os.fstat(fd)) != self.identity:
+                raise TargetError("was replaced while it was opened", path=self.path)
+            if is_locked_by_other(fd, QEMU_WRITES) or is_locked_by_other(fd, QEMU_DENIES_WRITING):
+                raise TargetError("in use by another process (QEMU's image lock)", path=self.path)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def _create(self, name: str, path: str, old_mode: int | None) -> TargetFile:
+        """Make a temporary beside the target, of a name that nobody else has."""
+        _remove_stale(self._folder_fd, name)
+        mode = 0o666 if old_mode is None else old_mode
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        while True:
+            temporary = _temporary_prefix(name) + f"{os.getpid()}-{os.urandom(6).hex()}"
+            # Noted first, so that an interruption at any point leaves nothing.
+            self._temporaries[temporary] = name
+            try:
+                fd = os.open(temporary, flags, mode, dir_fd=self._folder_fd)
+            except OSError as error:
+                del self._temporaries[temporary]
+                if error.errno == errno.EEXIST:
+                    continue
+                raise OSError(error.errno, os.strerror(error.errno or 0), path) from error
+            file = TargetFile(fd, path)
+            try:
+                if old_mode is not None:
+                    os.fchmod(fd, old_mode)
+                if _lock(fd) and os.fstat(fd).st_nlink:
+                    return file
+            except BaseException:
+                file.close()
+                raise
+            # Taken for a stale one before it was locked.
+            self._remove(temporary)
+            file.close()
+
+    def require_capacity(self, nbytes: int) -> None:
+        """Refuse to write in place into what is smaller than ``nbytes``."""
+        if self.in_place and self.main.nbytes < nbytes:
+            raise TargetError(
+                f"holds {self.main.nbytes} bytes, fewer than the {nbytes} of the disk",
+                path=self.path,
+            )
+
+    def require_space(self, nbytes: int) -> None:
+        """Raise OSError(ENOSPC) if the file system has no ``nbytes`` bytes left.
+
+        A target in place has its space already.
+        """
+        if self.in_place:
+            return
+        try:
+            status = os.fstatvfs(self._folder_fd)
+        except OSError:
+            return  # writing will tell
+        n_blocks = status.f_bfree if os.geteuid() == 0 else status.f_bavail
+        free = n_blocks * status.f_frsize
+        if status.f_blocks and free < nbytes:
+            text = f"{os.strerror(errno.ENOSPC)}: {format_size(nbytes)} needed, "
+            raise OSError(errno.ENOSPC, text + f"{format_size(free)} free", self.path)
+
+    def commit(self) -> None:
+        """Give the files their final names, durably unless ``sync=False``.
+
+        Raises
+        ------
+        OSError
+            Data could not be written after all, or the name could not be given; the former
+            target is then untouched and nothing else is left.
+        TargetError
+            A file has appeared under the name meanwhile, and ``force`` was not given.
+        """
+        if self._committed:
+            raise RuntimeError(f"{self.path}: committed twice")
+        for file in (*self._companions, self.main):
+            if self.sync:
+                file.sync()
+            file.check_written()
+        if not self.in_place:
+            self._give_names()
+        self._committed = True
+        self._close()
+        if not self.in_place:
+            self._sync_folder()
+        self._close_folder()
+
+    def _give_names(self) -> None:
+        pairs = list(self._temporaries.items())
+        pairs.sort(key=lambda pair: pair[1] == self._name)
+        if len(pairs) == 1:
+            self._rename(*pairs[0])
+        else:
+            with _folder_lock(self._folder_fd, self.path):
+                self._swap_in(pairs)
+
+    def _rename(self, temporary: str, name: str) -> None:
+        path = os.path.join(os.path.dirname(self.path), name)
+        try:
+            if self.force:
+                fd = self._folder_fd
+                os.rename(temporary, name, src_dir_fd=fd, dst_dir_fd=fd)
+            else:
+                rename_without_replacing(self._folder_fd, temporary, name)
+        except FileExistsError:
+            raise TargetError("has appeared meanwhile; --force replaces it", path=path) from None
+        except OSError as error:
+            raise OSError(error.errno, os.strerror(error.errno or 0), path) from error
+
+    def _swap_in(self, pairs: list[tuple[str, str]]) -> None:
+        """Rename several files, the main one last; an error brings the old ones back.
+
+        The old main file goes out of the way first, so that it never stands beside a new
+        companion.
+        """
+        fd = self._folder_fd
+        backups: list[tuple[str, str]] = []
+        done: list[str] = []
+        try:
+            if self.force:
+                for temporary, name in reversed(pairs):
+                    backup = f"{temporary}-old"
+                    with contextlib.suppress(FileNotFoundError):
+                        os.rename(name, backup, src_dir_fd=fd, dst_dir_fd=fd)
+                        backups.append((backup, name))
+            for temporary, name in pairs:
+                self._rename(temporary, name)
+                done.append(name)
+        except BaseException:
+            for name in reversed(done):
+                self._remove(name)
+            for backup, name in reversed(backups):
+                with contextlib.suppress(OSError):
+                    os.rename(backup, name, src_dir_fd=fd, dst_dir_fd=fd)
+            raise
+        for backup, _ in backups:
+            self._remove(backup)
+
+    def _sync_folder(self) -> None:
+        if not self.sync:
+            return
+        try:
+            os.fsync(self._folder_fd)
+        except OSError as error:
+            if error.errno not in _NO_SYNC_ERRORS:
+                text = f"{os.strerror(error.errno or 0)} (syncing the folder; the file is complete)"
+                raise OSError(error.errno, text, self.path) from error
+            _log.warning("%s: the folder cannot be synced: %s", self._folder, error.strerror)
+
+    def abort(self) -> None:
+        """Remove what was written; a target in place stays as it is by now.
+
+        After `commit`, or a second time, it does nothing.
+        """
+        if not self._committed:
+            for temporary in list(self._temporaries):
+                self._remove(temporary)
+        self._close()
+        self._close_folder()
+
+    def _remove(self, name: str) -> None:
+        with contextlib.suppress(OSError):
+            os.unlink(name, dir_fd=self._folder_fd)
+        self._temporaries.pop(name, None)
+
+    def _close(self) -> None:
+        for file in (*self._companions, self._main):
+            if file is not None:
+                with contextlib.suppress(OSError):
+                    file.close()
+
+    def _close_folder(self) -> None:
+        fd, self._folder_fd = self._folder_fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        try:
+            _ = self.main
+        except BaseException:
+            self.abort()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.abort()
+
+
+def _temporary_prefix(name: str) -> str:
+    """Return the start of the temporaries' names, short enough for what follows it."""
+    room = _NAME_MAX - len(b"..imgcore-") - 7 - 1 - 12 - len(b"-old")
+    short = os.fsdecode(os.fsencode(name)[:room])
+    return f".{short}.imgcore-"
+
+
+def _lock(fd: int) -> bool:
+    """Mark a temporary as in use; False if somebody else holds it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # no locks on this file system: stale files then stay for ever
+    return True
+
+
+def _remove_stale(folder_fd: int, name: str) -> None:
+    """Remove temporaries for this name whose process has ended without removing them.
+
+    The process number alone would mislead (other hosts, other containers); a temporary that
+    is being written is locked as well.
+    """
+    pattern = re.compile(re.escape(_temporary_prefix(name)) + r"(\d+)-[0-9a-f]{12}")
+    try:
+        names = [entry for entry in os.listdir(folder_fd) if entry.startswith(".")]
+    except OSError:
+        return
+    for entry in names:
+        match = pattern.fullmatch(entry)
+        if match is None or _is_alive(int(match[1])):
+            continue
+        with contextlib.suppress(OSError):
+            flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            fd = os.open(entry, flags, dir_fd=folder_fd)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(entry, dir_fd=folder_fd)
+            finally:
+                os.close(fd)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def _folder_lock(folder_fd: int, path: str) -> Iterator[None]:
+    """Keep two jobs from mixing their files while each renames several.
+
+    Somebody else's lock on the folder is waited for, but not for ever.
+    """
+    deadline = time.monotonic() + _FOLDER_LOCK_SECONDS
+    while not _lock(folder_fd):
+        if time.monotonic() > deadline:
+            raise OSError(errno.EAGAIN, "The folder stays locked by another process", path)
+        time.sleep(0.02)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(folder_fd, fcntl.LOCK_UN)
+
+
+_RENAME_NOREPLACE: Final = 1  # Linux include/uapi/linux/fs.h
+
+
+def rename_without_replacing(folder_fd: int, old: str, new: str) -> None:
+    """Rename inside a folder; FileExistsError if the new name is taken at that instant."""
+    import ctypes
+
+    code = errno.ENOSYS
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "renameat2"):
+        names = os.fsencode(old), os.fsencode(new)
+        if not libc.renameat2(folder_fd, names[0], folder_fd, names[1], _RENAME_NOREPLACE):
+            return
+        code = ctypes.get_errno()
+    # These mean that the file system or the kernel does not know the flag.
+    if code not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM):
+        raise OSError(code, os.strerror(code), new)
+    try:
+        os.link(old, new, src_dir_fd=folder_fd, dst_dir_fd=folder_fd, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            raise
+    else:
+        os.unlink(old, dir_fd=folder_fd)
+        return
+    # Neither (FAT and its like): all that is left is to look first.
+    with contextlib.suppress(FileNotFoundError):
+        os.stat(new, dir_fd=folder_fd, follow_symlinks=False)
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), new)
+    os.rename(old, new, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)

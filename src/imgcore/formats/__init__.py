@@ -1,0 +1,322 @@
+"""The registry of formats: names, suffixes, detection, options.
+
+A driver's module is imported when it is first needed.  Detection is exclusive, and its outcome
+is never raw: a guest can write any header into its own first sector.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import stat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from imgcore._errors import OptionError, UnsupportedFeatureError, WrongFormatError
+from imgcore._sizes import parse_size
+from imgcore.formats._magic import HEAD_NBYTES, TAIL_NBYTES, matching_formats
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from imgcore._files import HostFile, ReferenceGate
+    from imgcore._stream import StreamSource
+    from imgcore.formats._base import Driver, Option, Reader
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A format's line in the registry; ``module`` is None if it is not supported yet."""
+
+    name: str
+    module: str | None
+    suffixes: tuple[str, ...]
+    aliases: tuple[str, ...] = ()
+
+
+DRIVERS: Final = (
+    Entry("qcow2", "imgcore.formats.qcow2", (".qcow2",)),
+    Entry("vmdk", "imgcore.formats.vmdk", (".vmdk",)),
+    Entry("vhd", None, (".vhd", ".vpc"), ("vpc",)),
+    Entry("vhdx", None, (".vhdx",)),
+    Entry("vdi", None, (".vdi",)),
+    Entry("raw", "imgcore.formats.raw", (".raw", ".img", ".dd", ".bin")),
+)
+
+STREAM_SUFFIXES: Final = (".zst", ".gz")
+
+_BOOLS: Final = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
+
+
+def _index() -> dict[str, Entry]:
+    entries: dict[str, Entry] = {}
+    for entry in DRIVERS:
+        for name in (entry.name, *entry.aliases):
+            if name in entries:
+                raise RuntimeError(f"two formats are named {name}")
+            entries[name] = entry
+    return entries
+
+
+_ENTRIES: Final = _index()
+
+
+def format_names() -> tuple[str, ...]:
+    """Return the names of the formats that can be read and written."""
+    return tuple(entry.name for entry in DRIVERS if entry.module is not None)
+
+
+def canonical_name(name: str) -> str:
+    """Return a format's own name for a name or alias; OptionError if there is none such."""
+    entry = _ENTRIES.get(name)
+    if entry is None:
+        known = ", ".join(entry.name for entry in DRIVERS)
+        raise OptionError(f"unknown format {name!r}: known are {known}")
+    return entry.name
+
+
+def get_driver(name: str) -> Driver:
+    """Return the driver of a format, by its name or alias.
+
+    Raises
+    ------
+    OptionError
+        There is no such format.
+    UnsupportedFeatureError
+        It is known, but can be neither read nor written yet.
+    """
+    entry = _ENTRIES[canonical_name(name)]
+    if entry.module is None:
+        raise UnsupportedFeatureError(f"the format {entry.name} is not supported yet")
+    module = importlib.import_module(entry.module)
+    return cast("Driver", getattr(module, "DRIVER", module))
+
+
+def stream_suffix(path: str) -> str | None:
+    """Return ``.zst`` or ``.gz`` if the name is that of a compressed raw disk, else None."""
+    stem, suffix = os.path.splitext(path.lower())
+    if suffix in STREAM_SUFFIXES and os.path.splitext(stem)[1] in _ENTRIES["raw"].suffixes:
+        return suffix
+    return None
+
+
+def format_from_suffix(path: str | os.PathLike[str]) -> str | None:
+    """Return the format that a file's name stands for, or None if it stands for none.
+
+    A block device and a compressed raw disk (``disk.raw.zst``) are raw.
+    """
+    name = os.fspath(path)
+    if stream_suffix(name) is not None:
+        return "raw"
+    suffix = os.path.splitext(name)[1].lower()
+    for entry in DRIVERS:
+        if suffix in entry.suffixes:
+            return entry.name
+    try:
+        is_block_device = stat.S_ISBLK(os.stat(name).st_mode)
+    except OSError:
+        return None
+    return "raw" if is_block_device else None
+
+
+def _matches(file: HostFile) -> list[str]:
+    head = file.pread(0, min(HEAD_NBYTES, file.nbytes))
+    tail_nbytes = min(TAIL_NBYTES, file.nbytes)
+    return matching_formats(head, file.pread(file.nbytes - tail_nbytes, tail_nbytes))
+
+
+def probe(file: HostFile) -> str | None:
+    """Return the one format whose magic the file carries, never raw, or None.
+
+    The answer may be a format that imgcore knows by its magic alone.
+
+    Raises
+    ------
+    WrongFormatError
+        The file carries the magic of more than one format.
+    """
+    names = _matches(file)
+    if len(names) > 1:
+        raise WrongFormatError(
+            f"carries the magic of more than one format ({', '.join(names)}): "
+            "say with -f which one it is",
+            path=file.path,
+        )
+    return names[0] if names else None
+
+
+def open_reader(file: HostFile, gate: ReferenceGate, format: str | None = None) -> Reader:
+    """Open an image in the stated format, or in the one that its magic or its name tells.
+
+    Parameters
+    ----------
+    file : HostFile
+        Stays the caller's to close if this raises; closing the reader is enough otherwise
+        for raw, and both may be closed in any order.
+    gate : ReferenceGate
+        What the image names is opened through it.
+    format : str, optional
+        Final if stated.  If not, raw follows only from the file's suffix or from its being a
+        block device, and only if it carries no other format's magic.
+
+    Raises
+    ------
+    WrongFormatError
+        The file is not of the stated format, or its format cannot be told safely.
+    UnsupportedFeatureError
+        The format is known but not supported.
+    """
+    if format is None:
+        name = _find_format(file)
+    else:
+        name = canonical_name(format)
+        _refuse_other_format(file, name)
+    if name not in format_names():
+        raise UnsupportedFeatureError(
+            f"the format {name} is not supported{' yet' if name in _ENTRIES else ''}",
+            path=file.path,
+        )
+    return get_driver(name).open(file, gate)
+
+
+def _find_format(file: HostFile) -> str:
+    found = probe(file)
+    named_raw = file.is_block_device or format_from_suffix(file.path) == "raw"
+    if stream_suffix(file.path) is not None and found in ("gzip", "zstd"):
+        return found
+    if found is None and named_raw:
+        return "raw"
+    if found is None:
+        raise WrongFormatError(
+            "no known format (no magic found): if it is a raw disk, say -f raw", path=file.path
+        )
+    if named_raw:
+        what = "is a block device" if file.is_block_device else "is named like a raw disk"
+        raise WrongFormatError(
+            f"{what}, but carries the magic of {found}: say -f {found} or -f raw", path=file.path
+        )
+    return found
+
+
+def refuse_image_in_stream(stream: StreamSource) -> None:
+    """Raise WrongFormatError if a compressed disk, not stated to be raw, holds an image.
+
+    Only its first bytes are looked at.
+    """
+    found = matching_formats(stream.head(HEAD_NBYTES), b"")
+    if found:
+        raise WrongFormatError(
+            f"its content carries the magic of {' and '.join(found)}: decompress it first, "
+            "or say -f raw",
+            path=stream.path,
+        )
+
+
+def _refuse_other_format(file: HostFile, name: str) -> None:
+    # What a raw disk holds is the guest's affair; unsupported formats are refused as such.
+    if name == "raw" or name not in format_names():
+        return
+    found = _matches(file)
+    if name not in found:
+        what = f"its magic is that of {' and '.join(found)}" if found else "no known magic found"
+        raise WrongFormatError(f"not a {name} image: {what}", path=file.path)
+
+
+def parse_options(
+    driver: Driver, texts: Iterable[str] | Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return a format's options with their types, defaults filled in.
+
+    Parameters
+    ----------
+    driver : Driver
+    texts : iterable of str, or mapping
+        Each text is ``key=value[,key=value...]``, a doubled comma standing for one in a value;
+        a bare key switches a boolean on.  A mapping may also hold values of the right type.
+        Later ones win.
+
+    Raises
+    ------
+    OptionError
+        An unknown key, or a value that is not allowed; the message lists what is.
+    """
+    if texts is None:
+        pairs: list[tuple[str, Any]] = []
+    elif isinstance(texts, str):
+        pairs = _split_options(texts)
+    elif hasattr(texts, "items"):
+        pairs = list(cast("Mapping[str, Any]", texts).items())
+    else:
+        pairs = [pair for text in texts for pair in _split_options(text)]
+    known = {option.name: option for option in driver.options}
+    values = {option.name: option.default for option in driver.options}
+    for key, value in pairs:
+        if key not in known:
+            names = ", ".join(known) or "none"
+            raise OptionError(f"unknown option {key!r} for {driver.name}: known are {names}")
+        values[key] = _typed(driver, known[key], value)
+    return values
+
+
+def _split_options(text: str) -> list[tuple[str, str | None]]:
+    """Split ``k=v,k=v``; a value of None stands for a bare key."""
+    pairs: list[tuple[str, str | None]] = []
+    # No option's text can hold a NUL: the kernel ends arguments there.
+    for piece in text.replace(",,", "\0").split(","):
+        key, equals, value = piece.replace("\0", ",").partition("=")
+        if key or equals:
+            pairs.append((key.strip(), value if equals else None))
+    return pairs
+
+
+def _typed(driver: Driver, option: Option, value: Any) -> Any:
+    """Return an option's value in its own type."""
+    where = f"option {option.name} of {driver.name}"
+    if value is None:
+        if option.kind != "bool":
+            raise OptionError(f"{where} needs a value: {option.name}=...")
+        return True
+    if option.kind == "bool":
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() not in _BOOLS:
+            raise OptionError(f"{where} is {value!r}: allowed are on and off")
+        return _BOOLS[str(value).lower()]
+    if option.kind == "size":
+        return _typed_size(where, value)
+    if option.kind == "int":
+        try:
+            return value if isinstance(value, int) else int(str(value), 0)
+        except ValueError:
+            raise OptionError(f"{where} is {value!r}: a whole number is needed") from None
+    text = str(value)
+    if option.kind == "choice" and text not in option.choices:
+        raise OptionError(f"{where} is {text!r}: allowed are {', '.join(option.choices)}")
+    return text
+
+
+def _typed_size(where: str, value: Any) -> int:
+    if isinstance(value, int):
+        if value < 0:
+            raise OptionError(f"{where} is {value}: a size is not negative")
+        return value
+    try:
+        return parse_size(str(value))
+    except OptionError as error:
+        raise OptionError(f"{where}: {error}") from None
+
+
+def options_help(driver: Driver) -> list[tuple[str, str, str, str]]:
+    """Return a row for each option of a format: name, values, default, meaning."""
+    rows = []
+    for option in driver.options:
+        if option.kind == "choice":
+            values = "|".join(option.choices)
+        else:
+            values = {"bool": "on|off", "str": "text"}.get(option.kind, option.kind)
+        default = option.default
+        if isinstance(default, bool):
+            default = "on" if default else "off"
+        text = "" if default is None else str(default)
+        rows.append((option.name, values, text, option.help))
+    return rows

@@ -1,0 +1,241 @@
+"""What a format has to offer: one reader, one writer, a list of options."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    from imgcore._extents import Extents, Placements
+    from imgcore._files import HostFile, ReferenceGate
+    from imgcore._geometry import Geometry
+    from imgcore._target import Target, TargetFile
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A host file that extents refer to by their index in ``Reader.sources``.
+
+    ``guest_base`` and ``block_nbytes`` (bytes) locate compressed blocks: they start at
+    ``guest_base + k * block_nbytes``; ``block_nbytes`` is 0 for a file without any.
+    """
+
+    file: HostFile
+    guest_base: int = 0
+    block_nbytes: int = 0
+
+
+@dataclass(frozen=True)
+class BackingReference:
+    """The parent that an image names; ``format`` is None if the image does not state it."""
+
+    name: str
+    format: str | None
+
+
+class Reader(Protocol):
+    """Answers one question: where is guest range [a, b)?  It never moves guest bytes."""
+
+    format_name: ClassVar[str]
+
+    @property
+    def subformat(self) -> str | None:
+        """Kind within the format, such as ``streamOptimized``."""
+        ...
+
+    @property
+    def virtual_size(self) -> int:
+        """Bytes of the virtual disk."""
+        ...
+
+    @property
+    def block_nbytes(self) -> int:
+        """Bytes of the allocation unit."""
+        ...
+
+    @property
+    def sources(self) -> Sequence[SourceFile]:
+        """Files that extents refer to by index."""
+        ...
+
+    @property
+    def backing(self) -> BackingReference | None:
+        """The parent that the image names."""
+        ...
+
+    def plan(self, start: int, length: int) -> Iterator[Extents]:
+        """Yield extent batches that cover ``[start, start + length)`` of this layer.
+
+        Parameters
+        ----------
+        start, length : int
+            Bytes, multiples of 512 unless they end the disk; inside ``virtual_size``.
+
+        Yields
+        ------
+        ndarray, shape (n,), dtype EXTENT_DTYPE, C-contiguous, 1 <= n <= MAX_BATCH_ROWS
+            Ascending, gap-free, non-overlapping over all batches together; clipped to
+            the range (a compressed row may start or end inside its block).
+
+        Raises
+        ------
+        CorruptImageError
+            A table entry lies outside the file.
+        """
+        ...
+
+    def info(self) -> dict[str, Any]:
+        """Return what is specific to the format, in the keys of ``qemu-img info`` where it has them."""
+        ...
+
+    def check(self) -> CheckReport:
+        """Verify the image's tables; raises UnsupportedFeatureError if the format has none."""
+        ...
+
+    def close(self) -> None:
+        """Close every file that this reader opened."""
+        ...
+
+
+@dataclass
+class CheckReport:
+    """What ``check`` found; the counts are in the format's own allocation units.
+
+    ``problems`` holds one line each, at most ``MAX_PROBLEM_LINES``; the counters go on.
+    """
+
+    corruptions: int = 0
+    leaks: int = 0
+    total_clusters: int = 0
+    allocated_clusters: int = 0
+    fragmented_clusters: int = 0
+    compressed_clusters: int = 0
+    image_end_offset: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    MAX_PROBLEM_LINES: ClassVar[int] = 1000
+
+    def corruption(self, line: str) -> None:
+        """Count a corruption and keep its line."""
+        self.corruptions += 1
+        self._keep(f"ERROR {line}")
+
+    def leak(self, line: str) -> None:
+        """Count a leak and keep its line."""
+        self.leaks += 1
+        self._keep(f"Leaked {line}")
+
+    def _keep(self, line: str) -> None:
+        if len(self.problems) < self.MAX_PROBLEM_LINES:
+            self.problems.append(line)
+
+
+@dataclass(frozen=True)
+class WriteRequest:
+    """What the target has to be.
+
+    ``options`` holds parsed ``-o`` values by name (defaults filled in by ``parse_options``),
+    ``compress`` is ``-c``; ``sparse_nbytes`` is ``-S`` in bytes (0: write zeros too).
+    """
+
+    virtual_size: int
+    options: Mapping[str, Any]
+    compress: bool = False
+    backing: BackingReference | None = None
+    sparse_nbytes: int = 4096
+    target_name: str = ""
+
+
+class Writer(Protocol):
+    """States a target geometry, then turns placements into tables.  It never moves guest bytes."""
+
+    format_name: ClassVar[str]
+
+    @property
+    def geometry(self) -> Geometry:
+        """What the engine is asked for; final after `begin`."""
+        ...
+
+    @property
+    def first_offset(self) -> int:
+        """First byte of the file that guest data may take."""
+        ...
+
+    def begin(self, target: Target) -> TargetFile:
+        """Prepare the target's files and return the one that guest data goes to."""
+        ...
+
+    def place(self, first_block: int, placements: Placements, next_offset: int) -> int:
+        """Take note of where blocks landed, in ascending order of calls.
+
+        Parameters
+        ----------
+        first_block : int
+            Number of the block that ``placements[0]`` is about.
+        placements : ndarray, shape (n,), dtype PLACEMENT_DTYPE
+            Read only; valid during the call.  Blocks never mentioned are ABSENT.
+        next_offset : int
+            First free byte of the file.
+
+        Returns
+        -------
+        int
+            The first free byte now: larger if the writer has put tables into the file
+            because more than MAX_PENDING_TABLE_NBYTES had gathered.
+        """
+        ...
+
+    def finish(self, next_offset: int) -> None:
+        """Write the remaining tables and headers, and set the file's final size."""
+        ...
+
+
+@dataclass(frozen=True)
+class Option:
+    """One ``-o key=value`` of a format.
+
+    ``kind`` is ``"size"`` (bytes with suffix), ``"int"``, ``"bool"`` (on/off), ``"choice"`` or ``"str"``.
+    """
+
+    name: str
+    kind: str
+    default: Any
+    help: str
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Bytes that a target file needs: for the given data, and at the most."""
+
+    required: int
+    fully_allocated: int
+
+
+class Driver(Protocol):
+    """What the registry holds for each format; implemented by a module or an object."""
+
+    name: str
+    aliases: tuple[str, ...]
+    suffixes: tuple[str, ...]
+    options: tuple[Option, ...]
+
+    def probe(self, head: bytes, tail: bytes) -> bool:
+        """Tell whether the file is of this format.
+
+        ``head`` is the file's first bytes (up to 64 KiB), ``tail`` its last 1024.
+        """
+        ...
+
+    def open(self, file: HostFile, gate: ReferenceGate) -> Reader:
+        """Open an image; raises WrongFormatError only if the magic is absent."""
+        ...
+
+    def writer(self, request: WriteRequest) -> Writer:
+        """Return a writer; raises OptionError or LimitExceededError."""
+        ...
+
+    def measure(self, request: WriteRequest, data_nbytes: int) -> Measurement:
+        """Return the file size needed for ``data_nbytes`` of allocated blocks."""
+        ...

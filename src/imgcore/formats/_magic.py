@@ -1,0 +1,95 @@
+"""What files of each format start or end with: facts without logic.
+
+More formats are told apart than can be read, so that a refusal can say what a file is.
+Nothing here ever means raw.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+HEAD_NBYTES: Final = 64 * 1024
+TAIL_NBYTES: Final = 1024
+
+
+@dataclass(frozen=True)
+class Magic:
+    """Bytes that only files of one format have at a place, counted from the end if negative."""
+
+    format_name: str
+    offset: int
+    value: bytes
+
+
+MAGICS: Final = (
+    # QEMU docs/interop/qcow2.rst, "Header"; version 1 is a format of its own.
+    Magic("qcow", 0, b"QFI\xfb\x00\x00\x00\x01"),
+    # VMware Virtual Disk Format 1.1, "Hosted Sparse Extents", "ESX Server Sparse Extents".
+    Magic("vmdk", 0, b"KDMV"),
+    Magic("vmdk", 0, b"COWD"),
+    # The seSparse extent of newer ESXi versions (QEMU block/vmdk.c).
+    Magic("vmdk", 0, b"\xbe\xba\xfe\xca\x00\x00\x00\x00"),
+    # Virtual Hard Disk Image Format Specification, "Hard Disk Footer Format"; the footer of old
+    # Virtual PC versions has 511 bytes.
+    Magic("vhd", 0, b"conectix"),
+    Magic("vhd", -512, b"conectix"),
+    Magic("vhd", -511, b"conectix"),
+    # [MS-VHDX] 2.2.1, "File Type Identifier".
+    Magic("vhdx", 0, b"vhdxfile"),
+    # VirtualBox src/VBox/Storage/VDICore.h: the image signature behind 64 bytes of text.
+    Magic("vdi", 0x40, b"\x7f\x10\xda\xbe"),
+    # QEMU block/: parallels.c, bochs.c, qed.c, luks (cryptsetup's LUKS on-disk format), dmg.c.
+    Magic("parallels", 0, b"WithoutFreeSpace"),
+    Magic("parallels", 0, b"WithouFreSpacExt"),
+    Magic("bochs", 0, b"Bochs Virtual HD Image"),
+    Magic("qed", 0, b"QED\x00"),
+    Magic("luks", 0, b"LUKS\xba\xbe"),
+    Magic("dmg", -512, b"koly"),
+    Magic("cloop", 0, b"#!/bin/sh\n#V2.0 Format\n"),
+    # Compressed streams: RFC 1952, RFC 8878, the .xz file format.
+    Magic("gzip", 0, b"\x1f\x8b\x08"),
+    Magic("zstd", 0, b"\x28\xb5\x2f\xfd"),
+    Magic("xz", 0, b"\xfd7zXZ\x00"),
+)
+
+# Lines that a VMDK descriptor may have before its version (QEMU block/vmdk.c, vmdk_probe):
+# comments and blank ones; then version=1, 2 or 3.
+_VMDK_TEXT: Final = re.compile(
+    rb"(?:[ \t]*(?:#[^\n\0]{0,4096})?\r?\n){0,256}version[ \t]*=[ \t]*[123][ \t]*\r?\n"
+)
+_VMDK_FIRST_LINE: Final = re.compile(rb"#[ \t]*Disk[ \t]*DescriptorFile", re.IGNORECASE)
+
+
+def _is_qcow2(head: bytes) -> bool:
+    return head[:4] == b"QFI\xfb" and head[4:8] != b"\x00\x00\x00\x01"
+
+
+def _is_vmdk_descriptor(head: bytes) -> bool:
+    return bool(_VMDK_FIRST_LINE.match(head) or _VMDK_TEXT.match(head))
+
+
+_TESTS: Final[tuple[tuple[str, Callable[[bytes], bool]], ...]] = (
+    ("qcow2", _is_qcow2),
+    ("vmdk", _is_vmdk_descriptor),
+)
+
+
+def matching_formats(head: bytes, tail: bytes) -> list[str]:
+    """Return the names of all formats that a file may be of, each once.
+
+    Parameters
+    ----------
+    head, tail : bytes
+        The file's first `HEAD_NBYTES` and last `TAIL_NBYTES`, or all of a shorter file.
+    """
+    names = [name for name, test in _TESTS if test(head)]
+    for magic in MAGICS:
+        text, start = (head, magic.offset) if magic.offset >= 0 else (tail, len(tail))
+        if magic.offset < 0:
+            start += magic.offset
+        if start >= 0 and text.startswith(magic.value, start):
+            names.append(magic.format_name)
+    return list(dict.fromkeys(names))

@@ -1,0 +1,476 @@
+"""QCOW2: the header, its extensions, the snapshot table and the bitmap directory.
+
+Everything here works on Python integers and needs no NumPy, so that ``info`` starts fast.
+Source: QEMU docs/interop/qcow2.rst.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from imgcore import _limits as limits
+from imgcore._errors import (
+    CorruptImageError,
+    LimitExceededError,
+    UnsupportedFeatureError,
+    WrongFormatError,
+)
+from imgcore.formats import _qcow2_layout as layout
+from imgcore.formats._base import BackingReference
+
+if TYPE_CHECKING:
+    from imgcore._files import HostFile
+
+
+@dataclass
+class Qcow2Header:
+    """A header that has passed every check; offsets and sizes in bytes."""
+
+    version: int
+    backing_offset: int
+    backing_nbytes: int
+    cluster_bits: int
+    virtual_size: int
+    l1_entries: int
+    l1_offset: int
+    refcount_table_offset: int
+    refcount_table_clusters: int
+    n_snapshots: int
+    snapshots_offset: int
+    incompatible: int = 0
+    compatible: int = 0
+    autoclear: int = 0
+    refcount_order: int = layout.V2_REFCOUNT_ORDER
+    header_nbytes: int = layout.HEADER_V2_NBYTES
+    compression_type: int = layout.COMPRESSION_ZLIB
+    backing: BackingReference | None = None
+    bitmaps: tuple[int, int, int] | None = None
+    extensions: dict[int, bytes] = field(default_factory=dict)
+
+    @property
+    def cluster_size(self) -> int:
+        """Bytes of a cluster."""
+        return 1 << self.cluster_bits
+
+    @property
+    def l2_entries(self) -> int:
+        """Entries of one L2 table."""
+        return self.cluster_size // layout.ENTRY_NBYTES
+
+    @property
+    def refcount_bits(self) -> int:
+        """Width of a refcount."""
+        return 1 << self.refcount_order
+
+    @property
+    def refcount_table_entries(self) -> int:
+        """Entries of the refcount table."""
+        return self.refcount_table_clusters * self.cluster_size // layout.ENTRY_NBYTES
+
+    @property
+    def is_dirty(self) -> bool:
+        """Whether refcounts may be stale."""
+        return bool(self.incompatible & layout.INCOMPATIBLE_DIRTY)
+
+    @property
+    def is_corrupt(self) -> bool:
+        """Whether the image was marked as damaged."""
+        return bool(self.incompatible & layout.INCOMPATIBLE_CORRUPT)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One row of the snapshot table."""
+
+    l1_offset: int
+    l1_entries: int
+    identifier: str
+    name: str
+    date_seconds: int
+    date_nanoseconds: int
+    vm_clock_nanoseconds: int
+    vm_state_nbytes: int
+    icount: int | None
+
+
+@dataclass(frozen=True)
+class Bitmap:
+    """One row of the bitmap directory."""
+
+    table_offset: int
+    table_entries: int
+    flags: int
+    granularity_bits: int
+    name: str
+
+
+def read_header(file: HostFile) -> Qcow2Header:
+    """Read and check the header and its extensions.
+
+    Raises
+    ------
+    WrongFormatError
+        The magic is absent.
+    CorruptImageError, LimitExceededError, UnsupportedFeatureError
+        As the message says.
+    """
+    magic = file.pread(0, min(4, file.nbytes))
+    if magic != layout.MAGIC:
+        raise WrongFormatError(
+            f"no QCOW2 image: starts with {magic.hex() or 'nothing'}, not {layout.MAGIC.hex()}",
+            path=file.path,
+        )
+    header = _read_fixed(file)
+    _check_geometry(file, header)
+    _read_extensions(file, header)
+    _check_features(file, header)
+    _check_tables(file, header)
+    _read_backing(file, header)
+    return header
+
+
+def _corrupt(file: HostFile, message: str, offset: int | None = None) -> CorruptImageError:
+    return CorruptImageError(message, path=file.path, offset=offset)
+
+
+def _read_fixed(file: HostFile) -> Qcow2Header:
+    if file.nbytes < layout.HEADER_V2_NBYTES:
+        raise _corrupt(file, f"header ends at {file.nbytes}, needs {layout.HEADER_V2_NBYTES} bytes")
+    raw = file.pread(0, layout.HEADER_V2_NBYTES)
+    (_, version, backing_offset, backing_nbytes, cluster_bits, virtual_size, crypt, *rest) = (
+        layout.HEADER_V2.unpack(raw)
+    )
+    if version not in (2, 3):
+        raise UnsupportedFeatureError(f"QCOW2 version {version}, allowed 2 and 3", path=file.path)
+    header = Qcow2Header(version, backing_offset, backing_nbytes, cluster_bits, virtual_size, *rest)
+    if version == 3:
+        _read_v3(file, header)
+    if crypt != layout.CRYPT_NONE:
+        name = layout.CRYPT_NAMES.get(crypt)
+        if name is None:
+            raise _corrupt(file, f"encryption method {crypt}, allowed 0, 1 and 2", 32)
+        raise UnsupportedFeatureError(f"{name} is not supported", path=file.path, offset=32)
+    return header
+
+
+def _read_v3(file: HostFile, header: Qcow2Header) -> None:
+    if file.nbytes < layout.HEADER_V3_MIN_NBYTES:
+        raise _corrupt(
+            file, f"header ends at {file.nbytes}, needs {layout.HEADER_V3_MIN_NBYTES} bytes"
+        )
+    (
+        header.incompatible,
+        header.compatible,
+        header.autoclear,
+        header.refcount_order,
+        header.header_nbytes,
+    ) = layout.HEADER_V3_TAIL.unpack(
+        file.pread(layout.HEADER_V2_NBYTES, layout.HEADER_V3_TAIL.size)
+    )
+    if header.header_nbytes < layout.HEADER_V3_MIN_NBYTES or header.header_nbytes % 8:
+        raise _corrupt(
+            file,
+            f"header length is {header.header_nbytes}, allowed are multiples of 8 from "
+            f"{layout.HEADER_V3_MIN_NBYTES}",
+            100,
+        )
+    if header.header_nbytes > layout.COMPRESSION_TYPE_OFFSET:
+        header.compression_type = file.pread(layout.COMPRESSION_TYPE_OFFSET, 1)[0]
+    if header.refcount_order > layout.MAX_REFCOUNT_ORDER:
+        raise _corrupt(
+            file,
+            f"refcount order is {header.refcount_order}, allowed up to {layout.MAX_REFCOUNT_ORDER}",
+            96,
+        )
+
+
+def _check_geometry(file: HostFile, header: Qcow2Header) -> None:
+    low, high = limits.QCOW2_MIN_CLUSTER_BITS, limits.QCOW2_MAX_CLUSTER_BITS
+    if not low <= header.cluster_bits <= high:
+        raise _corrupt(file, f"cluster bits are {header.cluster_bits}, allowed {low} to {high}", 20)
+    if header.header_nbytes > header.cluster_size:
+        raise _corrupt(
+            file,
+            f"header length is {header.header_nbytes}, allowed up to the cluster size "
+            f"{header.cluster_size}",
+            100,
+        )
+    if header.virtual_size > limits.MAX_VIRTUAL_NBYTES:
+        raise LimitExceededError(
+            f"virtual size is {header.virtual_size}, allowed up to {limits.MAX_VIRTUAL_NBYTES}",
+            path=file.path,
+            offset=24,
+        )
+    needed = -(-header.virtual_size // (header.cluster_size * header.l2_entries))
+    l1_nbytes = max(needed, header.l1_entries) * layout.ENTRY_NBYTES
+    if l1_nbytes > limits.QCOW2_MAX_L1_NBYTES:
+        raise LimitExceededError(
+            f"L1 table takes {l1_nbytes} bytes, allowed up to {limits.QCOW2_MAX_L1_NBYTES}",
+            path=file.path,
+            offset=36,
+        )
+    if header.l1_entries < needed:
+        raise _corrupt(
+            file,
+            f"L1 table has {header.l1_entries} entries, the virtual size needs {needed}",
+            36,
+        )
+
+
+def _check_features(file: HostFile, header: Qcow2Header) -> None:
+    # Decided by the bits alone, before any file name in the image is looked at.
+    refused = header.incompatible & ~layout.INCOMPATIBLE_READABLE
+    if refused:
+        names = ", ".join(_feature_name(header, bit) for bit in range(64) if refused >> bit & 1)
+        raise UnsupportedFeatureError(
+            f"incompatible feature not supported: {names}", path=file.path, offset=72
+        )
+    flagged = bool(header.incompatible & layout.INCOMPATIBLE_COMPRESSION)
+    if flagged != (header.compression_type != layout.COMPRESSION_ZLIB):
+        raise _corrupt(
+            file,
+            f"compression type is {header.compression_type}, but the compression feature bit is "
+            f"{int(flagged)}",
+            layout.COMPRESSION_TYPE_OFFSET,
+        )
+    if header.compression_type not in layout.COMPRESSION_NAMES:
+        raise UnsupportedFeatureError(
+            f"compression type {header.compression_type}, supported 0 (zlib) and 1 (zstd)",
+            path=file.path,
+            offset=layout.COMPRESSION_TYPE_OFFSET,
+        )
+
+
+def _feature_name(header: Qcow2Header, wanted_bit: int) -> str:
+    known = {bit: name for kind, bit, name in layout.FEATURE_NAMES if kind == 0}
+    if wanted_bit in known:
+        return known[wanted_bit].decode()
+    table = header.extensions.get(layout.EXTENSION_FEATURE_NAMES, b"")
+    usable = len(table) - len(table) % layout.FEATURE_NAME.size
+    for kind, bit, name in layout.FEATURE_NAME.iter_unpack(table[:usable]):
+        text = name.rstrip(b"\0").decode("utf-8", "replace")
+        if kind == layout.FEATURE_INCOMPATIBLE and bit == wanted_bit and text.isprintable():
+            return f"{text} (bit {bit})"
+    return f"unknown (bit {wanted_bit})"
+
+
+def _read_extensions(file: HostFile, header: Qcow2Header) -> None:
+    offset = header.header_nbytes
+    end = min(header.backing_offset or header.cluster_size, header.cluster_size, file.nbytes)
+    while offset + layout.EXTENSION.size <= end:
+        kind, nbytes = layout.EXTENSION.unpack(file.pread(offset, layout.EXTENSION.size))
+        offset += layout.EXTENSION.size
+        if kind == layout.EXTENSION_END:
+            break
+        if nbytes > end - offset:
+            raise _corrupt(
+                file,
+                f"header extension {kind:#010x} at {offset - 8:#x} has {nbytes} bytes, "
+                f"allowed up to {end - offset}",
+                offset - 8,
+            )
+        header.extensions.setdefault(kind, file.pread(offset, nbytes))
+        offset += -(-nbytes // 8) * 8
+    _read_bitmaps_extension(file, header)
+
+
+def _read_bitmaps_extension(file: HostFile, header: Qcow2Header) -> None:
+    if not header.autoclear & layout.AUTOCLEAR_BITMAPS:
+        return  # without the bit the data are stale, and nothing in there counts
+    raw = header.extensions.get(layout.EXTENSION_BITMAPS)
+    if raw is None or len(raw) != layout.BITMAPS.size:
+        raise _corrupt(file, "the bitmaps feature bit is set without a bitmaps extension", 88)
+    n_bitmaps, _, nbytes, offset = layout.BITMAPS.unpack(raw)
+    if n_bitmaps > limits.QCOW2_MAX_BITMAPS or nbytes > limits.QCOW2_MAX_BITMAP_DIRECTORY_NBYTES:
+        raise LimitExceededError(
+            f"{n_bitmaps} bitmaps in a directory of {nbytes} bytes, allowed up to "
+            f"{limits.QCOW2_MAX_BITMAPS} in {limits.QCOW2_MAX_BITMAP_DIRECTORY_NBYTES}",
+            path=file.path,
+        )
+    header.bitmaps = (n_bitmaps, offset, nbytes)
+
+
+def _check_tables(file: HostFile, header: Qcow2Header) -> None:
+    if header.l1_entries:
+        check_range(
+            file, header, "L1 table", header.l1_offset, header.l1_entries * layout.ENTRY_NBYTES
+        )
+    table_nbytes = header.refcount_table_clusters * header.cluster_size
+    if table_nbytes > limits.QCOW2_MAX_REFCOUNT_TABLE_NBYTES:
+        raise LimitExceededError(
+            f"refcount table takes {table_nbytes} bytes, allowed up to "
+            f"{limits.QCOW2_MAX_REFCOUNT_TABLE_NBYTES}",
+            path=file.path,
+            offset=56,
+        )
+    if not table_nbytes or not header.refcount_table_offset:
+        raise _corrupt(file, "no refcount table", 48)
+    check_range(file, header, "refcount table", header.refcount_table_offset, table_nbytes)
+    if header.n_snapshots > limits.QCOW2_MAX_SNAPSHOTS:
+        raise LimitExceededError(
+            f"{header.n_snapshots} snapshots, allowed up to {limits.QCOW2_MAX_SNAPSHOTS}",
+            path=file.path,
+            offset=60,
+        )
+    if header.n_snapshots:
+        check_range(
+            file,
+            header,
+            "snapshot table",
+            header.snapshots_offset,
+            header.n_snapshots * layout.SNAPSHOT.size,
+        )
+    if header.bitmaps is not None:
+        check_range(file, header, "bitmap directory", header.bitmaps[1], header.bitmaps[2])
+
+
+def check_range(file: HostFile, header: Qcow2Header, what: str, offset: int, nbytes: int) -> None:
+    """Refuse a table that is misaligned, in the header's cluster, or not inside the file."""
+    if offset % header.cluster_size or not offset:
+        raise _corrupt(
+            file,
+            f"{what} at {offset:#x}, allowed are multiples of the cluster size "
+            f"{header.cluster_size:#x} from there on",
+            offset,
+        )
+    if offset + nbytes > file.nbytes:
+        raise _corrupt(
+            file,
+            f"{what} ends at {offset + nbytes:#x}, past the end of the file ({file.nbytes:#x})",
+            offset,
+        )
+
+
+def _read_backing(file: HostFile, header: Qcow2Header) -> None:
+    offset, nbytes = header.backing_offset, header.backing_nbytes
+    if not offset or not nbytes:
+        return
+    if nbytes > limits.QCOW2_MAX_BACKING_NAME_NBYTES:
+        raise LimitExceededError(
+            f"backing file name takes {nbytes} bytes, allowed up to "
+            f"{limits.QCOW2_MAX_BACKING_NAME_NBYTES}",
+            path=file.path,
+            offset=16,
+        )
+    if offset < header.header_nbytes or offset + nbytes > header.cluster_size:
+        raise _corrupt(
+            file,
+            f"backing file name at {offset:#x} to {offset + nbytes:#x}, allowed behind the header "
+            f"({header.header_nbytes:#x}) and inside the first cluster ({header.cluster_size:#x})",
+            8,
+        )
+    name = os.fsdecode(file.pread(offset, nbytes))
+    raw_format = header.extensions.get(layout.EXTENSION_BACKING_FORMAT, b"")
+    stated = raw_format.rstrip(b"\0").decode("utf-8", "replace") or None
+    header.backing = BackingReference(name, stated)
+
+
+def read_snapshots(file: HostFile, header: Qcow2Header) -> list[Snapshot]:
+    """Read the snapshot table.
+
+    Returns
+    -------
+    list of Snapshot
+        In the table's order; memory is bounded by QCOW2_MAX_SNAPSHOT_TABLE_NBYTES.
+    """
+    return [snapshot for snapshot, _ in _iter_snapshots(file, header)]
+
+
+def snapshot_table_nbytes(file: HostFile, header: Qcow2Header) -> int:
+    """Return the number of bytes that the snapshot table takes."""
+    return max((end for _, end in _iter_snapshots(file, header)), default=0)
+
+
+def _iter_snapshots(file: HostFile, header: Qcow2Header) -> Iterator[tuple[Snapshot, int]]:
+    position = 0
+    for index in range(header.n_snapshots):
+        offset = header.snapshots_offset + position
+        _check_piece(file, f"snapshot {index}", offset, layout.SNAPSHOT.size)
+        (
+            l1_offset,
+            l1_entries,
+            id_nbytes,
+            name_nbytes,
+            seconds,
+            nanoseconds,
+            clock,
+            vm_nbytes,
+            extra_nbytes,
+        ) = layout.SNAPSHOT.unpack(file.pread(offset, layout.SNAPSHOT.size))
+        if extra_nbytes > limits.QCOW2_MAX_SNAPSHOT_EXTRA_NBYTES:
+            raise LimitExceededError(
+                f"snapshot {index} has {extra_nbytes} bytes of extra data, allowed up to "
+                f"{limits.QCOW2_MAX_SNAPSHOT_EXTRA_NBYTES}",
+                path=file.path,
+                offset=offset,
+            )
+        variable_nbytes = extra_nbytes + id_nbytes + name_nbytes
+        _check_piece(file, f"snapshot {index}", offset + layout.SNAPSHOT.size, variable_nbytes)
+        variable = file.pread(offset + layout.SNAPSHOT.size, variable_nbytes)
+        position += -(-(layout.SNAPSHOT.size + variable_nbytes) // 8) * 8
+        if position > limits.QCOW2_MAX_SNAPSHOT_TABLE_NBYTES:
+            raise LimitExceededError(
+                f"snapshot table takes more than {limits.QCOW2_MAX_SNAPSHOT_TABLE_NBYTES} bytes",
+                path=file.path,
+                offset=header.snapshots_offset,
+            )
+        extra, text = variable[:extra_nbytes], variable[extra_nbytes:]
+        vm_nbytes, icount = _snapshot_extra(extra, vm_nbytes)
+        yield (
+            Snapshot(
+                l1_offset,
+                l1_entries,
+                text[:id_nbytes].decode("utf-8", "replace"),
+                text[id_nbytes:].decode("utf-8", "replace"),
+                seconds,
+                nanoseconds,
+                clock,
+                vm_nbytes,
+                icount,
+            ),
+            position,
+        )
+
+
+def _snapshot_extra(extra: bytes, vm_state_nbytes: int) -> tuple[int, int | None]:
+    vm_state, _, icount = layout.SNAPSHOT_EXTRA.unpack(
+        extra[: layout.SNAPSHOT_EXTRA.size].ljust(layout.SNAPSHOT_EXTRA.size, b"\0")
+    )
+    if len(extra) >= layout.SNAPSHOT_EXTRA_VM_STATE_NBYTES:
+        vm_state_nbytes = vm_state
+    known = len(extra) >= layout.SNAPSHOT_EXTRA_ICOUNT_NBYTES
+    return vm_state_nbytes, icount if known and icount != layout.SNAPSHOT_NO_ICOUNT else None
+
+
+def _check_piece(file: HostFile, what: str, offset: int, nbytes: int) -> None:
+    if offset + nbytes > file.nbytes:
+        raise _corrupt(
+            file,
+            f"{what} ends at {offset + nbytes:#x}, past the end of the file ({file.nbytes:#x})",
+            offset,
+        )
+
+
+def read_bitmaps(file: HostFile, header: Qcow2Header) -> list[Bitmap]:
+    """Read the bitmap directory; empty if the image has none that is consistent."""
+    if header.bitmaps is None:
+        return []
+    n_bitmaps, offset, nbytes = header.bitmaps
+    raw = file.pread(offset, nbytes)
+    bitmaps, position = [], 0
+    for index in range(n_bitmaps):
+        if position + layout.BITMAP_ENTRY.size > nbytes:
+            raise _corrupt(file, f"bitmap {index} lies outside its directory", offset + position)
+        table, entries, flags, _, granularity, name_nbytes, extra_nbytes = (
+            layout.BITMAP_ENTRY.unpack_from(raw, position)
+        )
+        start = position + layout.BITMAP_ENTRY.size + extra_nbytes
+        if start + name_nbytes > nbytes:
+            raise _corrupt(file, f"bitmap {index} lies outside its directory", offset + position)
+        name = raw[start : start + name_nbytes].decode("utf-8", "replace")
+        bitmaps.append(Bitmap(table, entries, flags, min(granularity, 63), name))
+        position += -(-(start + name_nbytes - position) // 8) * 8
+    return bitmaps

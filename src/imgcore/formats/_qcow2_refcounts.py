@@ -1,0 +1,156 @@
+"""QCOW2: refcounts of an image that is being written, in host order and bounded memory.
+
+Source: QEMU docs/interop/qcow2.rst, "Host cluster management".
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from imgcore import _limits as limits
+from imgcore._errors import LimitExceededError
+from imgcore.formats import _qcow2_layout as layout
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from imgcore.formats._qcow2_options import Qcow2Params
+
+_MIN_WINDOW: Final = 1 << 12
+# What a cell of the window holds; check_request keeps the number of sharers below it.
+_MAX_COUNT: Final = (1 << 16) - 1
+
+
+def encode_refcounts(counts: NDArray[np.uint16], refcount_order: int) -> NDArray[np.uint8]:
+    """Return refcounts as they stand in a refcount block.
+
+    Parameters
+    ----------
+    counts : ndarray, shape (n,), dtype uint16
+        n is a multiple of the entries of a block; all fit the width.
+    refcount_order : int
+        log2 of the width in bits.
+
+    Returns
+    -------
+    ndarray, shape (n * width / 8,), dtype uint8
+    """
+    if refcount_order >= 3:
+        return counts.astype(f">u{1 << (refcount_order - 3)}").view(np.uint8)
+    # Entries narrower than a byte: the first one takes the lowest bits.
+    width = 1 << refcount_order
+    cells = counts.astype(np.uint8).reshape(-1, 8 // width)
+    packed = np.zeros(len(cells), dtype=np.uint8)
+    for position in range(8 // width):
+        packed |= cells[:, position] << np.uint8(position * width)
+    return packed
+
+
+class RefcountBuilder:
+    """Counts references to host clusters; whole blocks can be taken out once they are final.
+
+    ``block_offsets`` collects where blocks were written, for the refcount table.
+    """
+
+    def __init__(self, params: Qcow2Params) -> None:
+        self._params = params
+        self._limit = min(params.max_refcount, _MAX_COUNT)
+        self._base = 0
+        self._counts = np.zeros(_MIN_WINDOW, dtype=np.uint16)
+        self.block_offsets: list[int] = []
+
+    def add_range(self, first: int, n_clusters: int) -> None:
+        """Count one reference to each of ``n_clusters`` clusters from ``first`` on."""
+        if n_clusters:
+            low = self._room_for(first, first + n_clusters)
+            self._counts[low : low + n_clusters] += np.uint16(1)
+
+    def add(self, clusters: NDArray[np.int64]) -> None:
+        """Count a reference to each of these clusters, which may repeat and lie close together."""
+        if not clusters.size:
+            return
+        first, last = int(clusters.min()), int(clusters.max()) + 1
+        low = self._room_for(first, last)
+        cells = self._counts[low : low + last - first]
+        counts = np.bincount(clusters - first, minlength=last - first) + cells
+        if int(counts.max()) > self._limit:
+            cluster = first + int(counts.argmax())
+            raise LimitExceededError(
+                f"{int(counts.max())} compressed clusters share host cluster {cluster}, "
+                f"refcounts of {1 << self._params.refcount_order} bits allow {self._limit}",
+                path=self._params.target_name or None,
+            )
+        cells[:] = counts
+
+    def _room_for(self, first: int, last: int) -> int:
+        """Make the window reach to ``last``; return where ``first`` lies in it."""
+        if first < self._base:
+            raise ValueError(f"refcount block of cluster {first} is written already")
+        needed = last - self._base
+        if needed > self._counts.size:
+            grown = np.zeros(max(needed, 2 * self._counts.size), dtype=np.uint16)
+            grown[: self._counts.size] = self._counts
+            self._counts = grown
+        return first - self._base
+
+    def n_complete(self, frontier: int) -> int:
+        """Return how many blocks lie wholly below cluster ``frontier``."""
+        return max(0, (frontier - self._base) // self._params.refcounts_per_block)
+
+    def pending_nbytes(self, frontier: int) -> int:
+        """Return the memory that taking the complete blocks would free."""
+        return self.n_complete(frontier) * self._params.refcounts_per_block * 2
+
+    def n_missing(self, n_clusters: int) -> tuple[int, int]:
+        """Return the blocks and table clusters to write behind ``n_clusters`` used clusters.
+
+        They are counted themselves; blocks taken already are not.
+        """
+        n_blocks = n_table = 0
+        per_cluster = self._params.cluster_size // layout.ENTRY_NBYTES
+        while True:
+            total = n_clusters + n_blocks + n_table
+            all_blocks = -(-total // self._params.refcounts_per_block)
+            table = -(-all_blocks // per_cluster)
+            if (all_blocks - len(self.block_offsets), table) == (n_blocks, n_table):
+                return n_blocks, n_table
+            n_blocks, n_table = all_blocks - len(self.block_offsets), table
+
+    def take(self, n_blocks: int, offset: int) -> NDArray[np.uint8]:
+        """Take the next blocks out, to be written contiguously at ``offset``.
+
+        Returns
+        -------
+        ndarray, shape (n_blocks * cluster_size,), dtype uint8
+        """
+        per_block = self._params.refcounts_per_block
+        n_cells = n_blocks * per_block
+        self._room_for(self._base, self._base + n_cells)
+        encoded = encode_refcounts(self._counts[:n_cells], self._params.refcount_order)
+        size = self._params.cluster_size
+        self.block_offsets.extend(range(offset, offset + n_blocks * size, size))
+        self._counts = self._counts[n_cells:].copy()
+        if not self._counts.size:
+            self._counts = np.zeros(_MIN_WINDOW, dtype=np.uint16)
+        self._base += n_cells
+        self.check_table()
+        return encoded
+
+    def check_table(self) -> None:
+        """Refuse a refcount table that readers would refuse."""
+        nbytes = len(self.block_offsets) * layout.ENTRY_NBYTES
+        if nbytes > limits.QCOW2_MAX_REFCOUNT_TABLE_NBYTES:
+            raise LimitExceededError(
+                f"the refcount table needs {nbytes} bytes, allowed up to "
+                f"{limits.QCOW2_MAX_REFCOUNT_TABLE_NBYTES}: larger clusters or fewer "
+                "refcount_bits help",
+                path=self._params.target_name or None,
+            )
+
+    def table(self, n_clusters: int) -> NDArray[np.uint8]:
+        """Return the refcount table, padded to ``n_clusters`` clusters."""
+        entries = np.zeros(n_clusters * self._params.l2_entries, dtype=">u8")
+        entries[: len(self.block_offsets)] = self.block_offsets
+        return entries.view(np.uint8)

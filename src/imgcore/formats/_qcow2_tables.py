@@ -1,0 +1,277 @@
+"""QCOW2: from L1 and L2 tables to extents.
+
+Source: QEMU docs/interop/qcow2.rst, "Cluster mapping".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from imgcore import _limits as limits
+from imgcore._core import CoreError, TableFormat
+from imgcore._errors import CorruptImageError
+from imgcore._extents import EXTENT_DTYPE, Kind, single
+from imgcore.formats import _qcow2_layout as layout
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from imgcore._extents import Extents
+    from imgcore._files import HostFile
+    from imgcore.formats._qcow2_header import Qcow2Header
+
+# The L1 table is read in pieces of 1 MiB.
+L1_PIECE_ENTRIES: Final = 1 << 17
+
+# L2 tables that do not exist cost less as zero entries of one batch than as a batch of their own.
+_FOLDED_GAP_ENTRIES: Final = 8192
+
+
+def table_format(cluster_bits: int, *, version: int = 3, kind: Kind = Kind.DEFLATE) -> TableFormat:
+    """Return the numbers that describe an L2 table to the table kernels.
+
+    Parameters
+    ----------
+    cluster_bits : int
+        log2 of the cluster size.
+    version : int
+        2 or 3: version 2 knows no zero flag.
+    kind : Kind
+        What compressed clusters are: DEFLATE or ZSTD.
+    """
+    cluster_size = 1 << cluster_bits
+    reserved = layout.L2_RESERVED_V3 if version >= 3 else layout.L2_RESERVED_V2
+    shift = layout.COMPRESSED_SHIFT_AT_BITS_0 - cluster_bits
+    rules = [(layout.COMPRESSED, layout.COMPRESSED, int(kind))]
+    if version >= 3:
+        rules.append((layout.ZERO_FLAG, layout.ZERO_FLAG, int(Kind.ZERO)))
+    # An entry of reserved bits only is no hole: it falls through to DATA, which refuses it.
+    rules.append((layout.OFFSET_MASK | reserved, 0, int(Kind.HOLE)))
+    return TableFormat(
+        entry_nbytes=layout.ENTRY_NBYTES,
+        big_endian=True,
+        block_nbytes=cluster_size,
+        offset_mask=layout.OFFSET_MASK,
+        reserved_mask=reserved | (cluster_size - 1) & layout.OFFSET_MASK,
+        default_kind=int(Kind.DATA),
+        compressed_mask=(1 << shift) - 1,
+        length_shift=shift,
+        length_mask=(1 << (cluster_bits - layout.COMPRESSED_LENGTH_BITS_LESS)) - 1,
+        compressed_bound=cluster_size,
+        rules=rules,
+        zero_entry=layout.ZERO_FLAG,
+        stored_bits=layout.COPIED,
+        compressed_bits=layout.COMPRESSED,
+    )
+
+
+def iter_l1(
+    file: HostFile, l1_offset: int, first: int, last: int
+) -> Iterator[tuple[int, NDArray[np.uint64]]]:
+    """Yield ``(index of its first entry, entries)`` for pieces of ``[first, last)`` of an L1 table.
+
+    Entries are raw and in native byte order; memory is one piece.
+    """
+    for start in range(first, last, L1_PIECE_ENTRIES):
+        count = min(L1_PIECE_ENTRIES, last - start)
+        raw = file.pread(l1_offset + start * layout.ENTRY_NBYTES, count * layout.ENTRY_NBYTES)
+        yield start, np.frombuffer(raw, dtype=">u8").astype(np.uint64)
+
+
+def read_entries(
+    file: HostFile,
+    header: Qcow2Header,
+    offsets: NDArray[np.uint64],
+    first: int,
+    last: int,
+) -> NDArray[np.uint8]:
+    """Read entries ``[first, last)`` of consecutive L2 tables as they are in the file.
+
+    Parameters
+    ----------
+    offsets : ndarray, shape (n,), dtype uint64
+        Where the tables begin, inside the file; 0 for a table that does not exist, which
+        reads as zero entries.
+    first, last : int
+        Counted from the first entry of the first table.
+
+    Returns
+    -------
+    ndarray, shape ((last - first) * 8,), dtype uint8
+        Owned by the caller.
+    """
+    per_table = header.l2_entries
+    entry_nbytes = layout.ENTRY_NBYTES
+    first_table, last_table = first // per_table, -(-last // per_table)
+    buffer = np.zeros((last - first) * entry_nbytes, dtype=np.uint8)
+    tables = np.arange(first_table, last_table, dtype=np.int64)
+    low = np.maximum(tables * per_table, first)
+    high = np.minimum((tables + 1) * per_table, last)
+    # Offsets have at most 56 bits, so signed arithmetic holds.
+    where = offsets[first_table:last_table].astype(np.int64)
+    present = where != 0
+    begin = where + (low - tables * per_table) * entry_nbytes
+    nbytes = (high - low) * entry_nbytes
+    # Neighbours in the guest that are neighbours in the file are read in one go.
+    joins = present[1:] & present[:-1] & (begin[1:] == begin[:-1] + nbytes[:-1])
+    starts = np.flatnonzero(present & np.concatenate(([True], ~joins)))
+    ends = np.flatnonzero(present & np.concatenate((~joins, [True])))
+    view = buffer.data
+    to = (low[starts] - first) * entry_nbytes
+    until = (high[ends] - first) * entry_nbytes
+    for offset, a, b in zip(begin[starts].tolist(), to.tolist(), until.tolist(), strict=True):
+        file.pread_into(offset, view[a:b])
+    return buffer
+
+
+class ExtentPlanner:
+    """Answers where guest ranges are; holds no table in memory between two calls."""
+
+    def __init__(self, file: HostFile, header: Qcow2Header) -> None:
+        self._file = file
+        self._header = header
+        zstd = header.compression_type == layout.COMPRESSION_ZSTD
+        self._format = table_format(
+            header.cluster_bits,
+            version=header.version,
+            kind=Kind.ZSTD if zstd else Kind.DEFLATE,
+        )
+
+    def plan(self, start: int, length: int) -> Iterator[Extents]:
+        """Yield extent batches; see :meth:`imgcore.formats._base.Reader.plan`."""
+        stop = start + length
+        done = start
+        for first, last, offsets, first_table in self._groups(start, stop):
+            base = first_table * self._header.l2_entries
+            for piece in range(first, last, limits.MAX_BATCH_ROWS):
+                piece_end = min(piece + limits.MAX_BATCH_ROWS, last)
+                piece_start = max(start, piece << self._header.cluster_bits)
+                if piece_start > done:
+                    yield single(done, piece_start - done, Kind.HOLE)
+                entries = read_entries(
+                    self._file, self._header, offsets, piece - base, piece_end - base
+                )
+                done = min(stop, piece_end << self._header.cluster_bits)
+                yield self._decode(entries, piece, piece_start, done)
+        if stop > done:
+            yield single(done, stop - done, Kind.HOLE)
+
+    def _groups(self, start: int, stop: int) -> Iterator[tuple[int, int, NDArray[np.uint64], int]]:
+        """Yield (first entry, last entry, L2 offsets, first table) of runs with few gaps."""
+        per_table = self._header.l2_entries
+        first_entry = start >> self._header.cluster_bits
+        last_entry = -(-stop >> self._header.cluster_bits)
+        if last_entry <= first_entry:
+            return
+        max_tables = max(1, limits.MAX_BATCH_ROWS // per_table)
+        max_step = max(1, _FOLDED_GAP_ENTRIES // per_table)
+        pieces = iter_l1(
+            self._file,
+            self._header.l1_offset,
+            first_entry // per_table,
+            -(-last_entry // per_table),
+        )
+        for base, l1 in pieces:
+            offsets = self._l2_offsets(l1, base)
+            present = np.flatnonzero(offsets)
+            if not present.size:
+                continue
+            cuts = np.flatnonzero(np.diff(present) > max_step)
+            run_first = present[np.concatenate(([0], cuts + 1))].tolist()
+            run_last = present[np.concatenate((cuts, [present.size - 1]))].tolist()
+            for low, high in zip(run_first, run_last, strict=True):
+                for table in range(low, high + 1, max_tables):
+                    end = min(table + max_tables, high + 1)
+                    yield (
+                        max(first_entry, (base + table) * per_table),
+                        min(last_entry, (base + end) * per_table),
+                        offsets[table:end],
+                        base + table,
+                    )
+
+    def _l2_offsets(self, l1: NDArray[np.uint64], base: int) -> NDArray[np.uint64]:
+        offsets = l1 & np.uint64(layout.OFFSET_MASK)
+        in_cluster = np.uint64((self._header.cluster_size - 1) | layout.L1_RESERVED)
+        bad = (l1 & in_cluster) != 0
+        room = self._file.nbytes - self._header.cluster_size
+        bad |= (offsets != 0) & (offsets > np.uint64(max(room, 0)))
+        if bad.any():
+            index = int(np.flatnonzero(bad)[0])
+            self._refuse_l1_entry(base + index, int(l1[index]))
+        return offsets
+
+    def _refuse_l1_entry(self, index: int, entry: int) -> None:
+        offset = entry & layout.OFFSET_MASK
+        if entry & layout.L1_RESERVED:
+            reason = "has reserved bits set"
+        elif offset % self._header.cluster_size:
+            reason = f"is no multiple of the cluster size {self._header.cluster_size:#x}"
+        else:
+            reason = f"puts an L2 table past the end of the file ({self._file.nbytes:#x})"
+        raise CorruptImageError(
+            f"L1 entry {index} ({entry:#x}) {reason}", path=self._file.path, offset=offset
+        )
+
+    def _decode(
+        self, entries: NDArray[np.uint8], first_entry: int, start: int, stop: int
+    ) -> Extents:
+        out = np.empty(entries.size // layout.ENTRY_NBYTES, dtype=EXTENT_DTYPE)
+        guest_offset = first_entry << self._header.cluster_bits
+        try:
+            count = self._format.decode(
+                entries,
+                out,
+                guest_offset=guest_offset,
+                guest_end=stop,
+                file_nbytes=self._file.nbytes,
+                file=0,
+            )
+        except CoreError as error:
+            raise self._entry_error(entries, first_entry, error.offset) from None
+        batch = out[:count]
+        ahead = start - guest_offset
+        if ahead:
+            _clip_front(batch, ahead)
+        return batch
+
+    def _entry_error(
+        self, entries: NDArray[np.uint8], first_entry: int, index: int
+    ) -> CorruptImageError:
+        position = index * layout.ENTRY_NBYTES
+        entry = int.from_bytes(entries[position : position + layout.ENTRY_NBYTES].tobytes(), "big")
+        guest_offset = (first_entry + index) << self._header.cluster_bits
+        where = f"cluster at guest offset {guest_offset:#x} (L2 entry {entry:#x})"
+        cluster_size = self._header.cluster_size
+        if entry & layout.COMPRESSED:
+            shift = layout.COMPRESSED_SHIFT_AT_BITS_0 - self._header.cluster_bits
+            offset = entry & ((1 << shift) - 1)
+        else:
+            offset = entry & layout.OFFSET_MASK
+        if offset >= self._file.nbytes:
+            reason = f"starts at {offset:#x}, past the end of the file ({self._file.nbytes:#x})"
+        elif entry & layout.COMPRESSED:
+            reason = f"at {offset:#x} is no valid compressed cluster"
+        elif self._header.version < 3 and entry & layout.ZERO_FLAG:
+            reason = "has the zero flag, which version 2 does not know"
+        elif entry & layout.L2_RESERVED_V3:
+            reason = "has reserved bits set"
+        elif offset % cluster_size:
+            reason = f"is no multiple of the cluster size {cluster_size:#x}"
+        else:
+            reason = (
+                f"ends at {offset + cluster_size:#x}, past the end of the file "
+                f"({self._file.nbytes:#x})"
+            )
+        return CorruptImageError(f"{where} {reason}", path=self._file.path, offset=offset)
+
+
+def _clip_front(batch: Extents, nbytes: int) -> None:
+    """Take ``nbytes`` (less than a cluster) off the first row, in place."""
+    batch["guest_offset"][0] += np.uint64(nbytes)
+    batch["length"][0] -= np.uint64(nbytes)
+    if batch["kind"][0] == Kind.DATA:
+        batch["host_offset"][0] += np.uint64(nbytes)
+        batch["host_length"][0] -= np.uint64(nbytes)

@@ -1,0 +1,335 @@
+"""QCOW2: the writer.
+
+Layout of a new file: header, L1 table, then data; behind the data L2 tables, refcount blocks
+and the refcount table.  L2 tables and refcount blocks that are final go into the file between
+data when too much of them gathers.  With preallocation all tables stand before the data, and
+guest cluster i is host cluster data_start + i.
+
+Source: QEMU docs/interop/qcow2.rst.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Final
+
+import numpy as np
+
+from imgcore import _limits as limits
+from imgcore._core import CoreError
+from imgcore._errors import LimitExceededError
+from imgcore._extents import BlockState
+from imgcore._geometry import CodecId, Geometry, Placing, ZeroPolicy
+from imgcore.formats import _qcow2_layout as layout
+from imgcore.formats._qcow2_options import (
+    Qcow2Params,
+    build_header,
+    check_request,
+    refcount_clusters,
+)
+from imgcore.formats._qcow2_refcounts import RefcountBuilder, encode_refcounts
+from imgcore.formats._qcow2_tables import table_format
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from imgcore._extents import Placements
+    from imgcore._target import Target, TargetFile
+    from imgcore.formats._base import WriteRequest
+
+# Placements that are encoded at a time: 1 MiB of entries.
+_CHUNK_ENTRIES: Final = 1 << 17
+# Pieces of an L1 table that hold only zeros stay holes.
+_HOLE_NBYTES: Final = 4096
+_PIECE_NBYTES: Final = 4 << 20
+
+
+def writer_for(request: WriteRequest) -> Qcow2Writer | PreallocatedWriter:
+    """Return the writer that the options ask for; raises OptionError or LimitExceededError."""
+    params = check_request(request)
+    if params.preallocation == "off":
+        return Qcow2Writer(params, request.sparse_nbytes)
+    return PreallocatedWriter(params, request.sparse_nbytes)
+
+
+class _L2Tables:
+    """L2 tables that wait to be written: complete ones in chunks, and the one being filled."""
+
+    def __init__(self, params: Qcow2Params) -> None:
+        self._per_table = params.l2_entries
+        self._format = table_format(params.cluster_bits, version=params.version)
+        self._chunks: list[tuple[NDArray[np.int64], NDArray[np.uint64]]] = []
+        self._tail_index = -1
+        self._tail = np.zeros(0, dtype=np.uint64)
+        self.nbytes = 0
+
+    def add(self, first_block: int, placements: Placements) -> None:
+        """Encode placements; raises CoreError if one does not fit an entry."""
+        per_table = self._per_table
+        first = first_block // per_table
+        last = (first_block + len(placements) - 1) // per_table
+        lead = first_block - first * per_table
+        tables = np.zeros((last - first + 1) * per_table, dtype=np.uint64)
+        self._format.encode(placements, tables[lead : lead + len(placements)].view(np.uint8))
+        if self._tail_index == first:
+            tables[:lead] = self._tail[:lead]
+        else:
+            self.close_tail()
+        rows = tables.reshape(-1, per_table)
+        complete = last - first + 1
+        if first_block + len(placements) < (last + 1) * per_table:
+            complete -= 1
+            self._tail_index, self._tail = last, rows[-1].copy()
+        else:
+            self._tail_index = -1
+        self._keep(first, rows[:complete])
+
+    def close_tail(self) -> None:
+        """Take the table that was being filled for complete."""
+        if self._tail_index >= 0:
+            self._keep(self._tail_index, self._tail.reshape(1, -1))
+            self._tail_index = -1
+
+    def _keep(self, first: int, tables: NDArray[np.uint64]) -> None:
+        used = np.flatnonzero(tables.any(axis=1))
+        if used.size:
+            kept = tables if used.size == len(tables) else tables[used]
+            self._chunks.append((used.astype(np.int64) + first, kept))
+            self.nbytes += kept.nbytes
+
+    def take(self) -> list[tuple[NDArray[np.int64], NDArray[np.uint64]]]:
+        """Take out the complete tables: lists of (indices in L1, rows as they go into the file)."""
+        chunks, self._chunks, self.nbytes = self._chunks, [], 0
+        return chunks
+
+
+class Qcow2Writer:
+    """Writes images that grow with their data, plain or compressed."""
+
+    format_name: ClassVar[str] = "qcow2"
+
+    def __init__(self, params: Qcow2Params, sparse_nbytes: int) -> None:
+        self._params = params
+        self._tables = _L2Tables(params)
+        self._refcounts = RefcountBuilder(params)
+        self._l1 = np.zeros(params.l1_entries, dtype=np.uint64)
+        self._file: TargetFile | None = None
+        self.first_offset = (1 + params.l1_clusters) * params.cluster_size
+        self._refcounts.add_range(0, 1 + params.l1_clusters)
+        self.geometry = Geometry(
+            block_nbytes=params.cluster_size,
+            guest_nbytes=params.virtual_size,
+            placing=Placing.APPEND,
+            zero_policy=_zero_policy(params, sparse_nbytes),
+            stored_alignment=params.cluster_size,
+            compressed_alignment=1,
+            store_incompressible=params.codec.codec is not CodecId.NONE,
+            codec=params.codec,
+            sparse_nbytes=sparse_nbytes,
+        )
+
+    def begin(self, target: Target) -> TargetFile:
+        """Open the target; see :class:`imgcore.formats._base.Writer`."""
+        self._file = target.main
+        return self._file
+
+    def place(self, first_block: int, placements: Placements, next_offset: int) -> int:
+        """Take note of placements; see :class:`imgcore.formats._base.Writer`."""
+        for start in range(0, len(placements), _CHUNK_ENTRIES):
+            rows = placements[start : start + _CHUNK_ENTRIES]
+            if not rows["state"].any():
+                continue
+            self._count(rows)
+            try:
+                self._tables.add(first_block + start, rows)
+            except CoreError as error:
+                raise self._entry_error(rows[error.offset]) from None
+        frontier = next_offset >> self._params.cluster_bits
+        pending = self._tables.nbytes + self._refcounts.pending_nbytes(frontier)
+        if pending <= limits.MAX_PENDING_TABLE_NBYTES:
+            return next_offset
+        offset = self._write_tables(self._aligned(next_offset))
+        n_blocks = self._refcounts.n_complete(offset >> self._params.cluster_bits)
+        return self._write_refcount_blocks(n_blocks, offset)
+
+    def finish(self, next_offset: int) -> None:
+        """Write what is left; see :class:`imgcore.formats._base.Writer`."""
+        params, file = self._params, self._target_file()
+        self._tables.close_tail()
+        offset = self._write_tables(self._aligned(max(next_offset, self.first_offset)))
+        n_used = offset >> params.cluster_bits
+        n_blocks, n_table = self._refcounts.n_missing(n_used)
+        # All references have to be counted before the first of these blocks is encoded.
+        self._refcounts.add_range(n_used, n_blocks + n_table)
+        encoded = self._refcounts.take(n_blocks, offset)
+        file.pwrite(offset, encoded)
+        table_offset = offset + n_blocks * params.cluster_size
+        file.pwrite(table_offset, self._refcounts.table(n_table))
+        _write_sparse(file, params.cluster_size, self._l1.astype(">u8"))
+        file.truncate(table_offset + n_table * params.cluster_size)
+        file.pwrite(0, build_header(params, params.cluster_size, table_offset, n_table))
+
+    def _target_file(self) -> TargetFile:
+        if self._file is None:
+            raise RuntimeError("begin() was not called")
+        return self._file
+
+    def _aligned(self, offset: int) -> int:
+        size = self._params.cluster_size
+        return -(-offset // size) * size
+
+    def _count(self, rows: Placements) -> None:
+        bits = self._params.cluster_bits
+        state = rows["state"]
+        # Offsets in an image have at most 61 bits, so signed arithmetic holds.
+        offsets = rows["host_offset"].astype(np.int64)
+        stored = state == BlockState.STORED
+        self._refcounts.add(offsets[stored] >> bits)
+        packed = state == BlockState.COMPRESSED
+        if packed.any():
+            begin = offsets[packed]
+            first = begin >> bits
+            last = (begin + rows["length"][packed].astype(np.int64) - 1) >> bits
+            self._refcounts.add(np.concatenate((first, last[last != first])))
+
+    def _entry_error(self, row: np.void) -> LimitExceededError:
+        return LimitExceededError(
+            f"host offset {int(row['host_offset']):#x} with {int(row['length'])} bytes does not "
+            "fit an L2 entry",
+            path=self._params.target_name or None,
+        )
+
+    def _write_tables(self, offset: int) -> int:
+        """Write the complete L2 tables at ``offset``, enter them into L1, return their end."""
+        file, size = self._target_file(), self._params.cluster_size
+        start = offset
+        for indices, rows in self._tables.take():
+            file.pwrite(offset, rows.view(np.uint8).reshape(-1))
+            places = np.arange(len(rows), dtype=np.uint64) * np.uint64(size) + np.uint64(offset)
+            self._l1[indices] = places | np.uint64(layout.COPIED)
+            offset += rows.nbytes
+        bits = self._params.cluster_bits
+        self._refcounts.add_range(start >> bits, (offset - start) >> bits)
+        return offset
+
+    def _write_refcount_blocks(self, n_blocks: int, offset: int) -> int:
+        if not n_blocks:
+            return offset
+        self._refcounts.add_range(offset >> self._params.cluster_bits, n_blocks)
+        self._target_file().pwrite(offset, self._refcounts.take(n_blocks, offset))
+        return offset + n_blocks * self._params.cluster_size
+
+
+class PreallocatedWriter:
+    """Writes images in which every cluster has its place from the start."""
+
+    format_name: ClassVar[str] = "qcow2"
+
+    def __init__(self, params: Qcow2Params, sparse_nbytes: int) -> None:
+        self._params = params
+        self._file: TargetFile | None = None
+        size = params.cluster_size
+        self._n_l2 = -(-params.n_data_clusters // params.l2_entries)
+        n_clusters = 1 + params.l1_clusters + self._n_l2 + params.n_data_clusters
+        self._n_blocks, self._n_table = refcount_clusters(params, n_clusters)
+        if self._n_table * size > limits.QCOW2_MAX_REFCOUNT_TABLE_NBYTES:
+            raise LimitExceededError(
+                f"the refcount table needs {self._n_table * size} bytes, allowed up to "
+                f"{limits.QCOW2_MAX_REFCOUNT_TABLE_NBYTES}: larger clusters or fewer "
+                "refcount_bits help",
+                path=params.target_name or None,
+            )
+        self._l2_offset = (1 + params.l1_clusters) * size
+        self._table_offset = self._l2_offset + self._n_l2 * size
+        self._blocks_offset = self._table_offset + self._n_table * size
+        self._data_start = self._blocks_offset + self._n_blocks * size
+        self._file_nbytes = self._data_start + params.n_data_clusters * size
+        self.first_offset = self._file_nbytes
+        store = sparse_nbytes == 0
+        self.geometry = Geometry(
+            block_nbytes=size,
+            guest_nbytes=params.virtual_size,
+            placing=Placing.IDENTITY,
+            zero_policy=ZeroPolicy.STORE if store else ZeroPolicy.SKIP,
+            host_base=self._data_start,
+            stored_alignment=size,
+            sparse_nbytes=sparse_nbytes,
+        )
+
+    def begin(self, target: Target) -> TargetFile:
+        """Reserve the file's space; see :class:`imgcore.formats._base.Writer`."""
+        self._file = target.main
+        self._file.truncate(self._file_nbytes)
+        if self._params.preallocation != "metadata":
+            target.require_space(self._file_nbytes)
+            self._file.preallocate(self._params.preallocation, self._file_nbytes)
+        return self._file
+
+    def place(self, first_block: int, placements: Placements, next_offset: int) -> int:
+        """Do nothing: all places are known."""
+        return next_offset
+
+    def finish(self, next_offset: int) -> None:
+        """Write all tables; see :class:`imgcore.formats._base.Writer`."""
+        if self._file is None:
+            raise RuntimeError("begin() was not called")
+        params, size = self._params, self._params.cluster_size
+        l1 = np.zeros(params.l1_entries, dtype=np.uint64)
+        l1[: self._n_l2] = np.arange(self._n_l2, dtype=np.uint64) * np.uint64(size)
+        l1[: self._n_l2] += np.uint64(self._l2_offset | layout.COPIED)
+        self._file.pwrite(size, l1.astype(">u8").view(np.uint8))
+        self._write_l2(self._file)
+        blocks = np.arange(self._n_blocks, dtype=np.uint64) * np.uint64(size)
+        table = np.zeros(self._n_table * params.l2_entries, dtype=">u8")
+        table[: self._n_blocks] = blocks + np.uint64(self._blocks_offset)
+        self._file.pwrite(self._table_offset, table.view(np.uint8))
+        self._write_refcounts(self._file)
+        self._file.truncate(self._file_nbytes)
+        header = build_header(params, size, self._table_offset, self._n_table)
+        self._file.pwrite(0, header)
+
+    def _write_l2(self, file: TargetFile) -> None:
+        step = _PIECE_NBYTES // layout.ENTRY_NBYTES
+        n_entries = self._n_l2 * self._params.l2_entries
+        for first in range(0, n_entries, step):
+            last = min(first + step, n_entries)
+            entries = np.arange(first, last, dtype=np.uint64) << np.uint64(
+                self._params.cluster_bits
+            )
+            entries += np.uint64(self._data_start | layout.COPIED)
+            entries[max(0, self._params.n_data_clusters - first) :] = 0
+            offset = self._l2_offset + first * layout.ENTRY_NBYTES
+            file.pwrite(offset, entries.astype(">u8").view(np.uint8))
+
+    def _write_refcounts(self, file: TargetFile) -> None:
+        per_block, size = self._params.refcounts_per_block, self._params.cluster_size
+        total = self._file_nbytes // size
+        step = max(1, _PIECE_NBYTES // per_block)
+        for block in range(0, self._n_blocks, step):
+            n_blocks = min(step, self._n_blocks - block)
+            used = total - block * per_block
+            cells = np.zeros(n_blocks * per_block, dtype=np.uint16)
+            cells[: min(cells.size, used)] = 1
+            encoded = encode_refcounts(cells, self._params.refcount_order)
+            file.pwrite(self._blocks_offset + block * size, encoded)
+
+
+def _zero_policy(params: Qcow2Params, sparse_nbytes: int) -> ZeroPolicy:
+    if sparse_nbytes == 0:
+        return ZeroPolicy.STORE
+    if params.backing is None:
+        return ZeroPolicy.SKIP
+    # Version 2 has no way to say "zeros, whatever the backing file has there" but to store them.
+    return ZeroPolicy.EXPLICIT if params.version >= 3 else ZeroPolicy.STORE
+
+
+def _write_sparse(file: TargetFile, offset: int, array: NDArray[np.uint64]) -> None:
+    """Write an array into a new file; long runs of zeros stay holes."""
+    octets = array.view(np.uint8)
+    whole = octets.size // _HOLE_NBYTES
+    pieces = octets[: whole * _HOLE_NBYTES].view(np.uint64).reshape(whole, _HOLE_NBYTES // 8)
+    used = np.append(pieces.any(axis=1), octets.size > whole * _HOLE_NBYTES)
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], used, [False])))).tolist()
+    for first, last in zip(edges[::2], edges[1::2], strict=True):
+        file.pwrite(
+            offset + first * _HOLE_NBYTES, octets[first * _HOLE_NBYTES : last * _HOLE_NBYTES]
+        )

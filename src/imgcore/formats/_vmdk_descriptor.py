@@ -1,0 +1,296 @@
+"""The text that describes a VMDK disk: parsing what real files contain, and composing new ones.
+
+Source: VMware "Virtual Disk Format 5.0", section "The Descriptor File".
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from imgcore._errors import CorruptImageError, LimitExceededError, UnsupportedFeatureError
+from imgcore._limits import (
+    MAX_VIRTUAL_NBYTES,
+    SECTOR_NBYTES,
+    VMDK_MAX_DESCRIPTOR_LINE_NBYTES,
+    VMDK_MAX_DESCRIPTOR_NBYTES,
+    VMDK_MAX_EXTENTS,
+    VMDK_MAX_VERSION,
+)
+from imgcore.formats._vmdk_layout import NO_PARENT_CID
+
+SIGNATURE: Final = "# Disk DescriptorFile"
+_ACCESS_WORDS: Final = ("RW", "RDONLY", "NOACCESS")
+_EXTENT_LINE: Final = re.compile(
+    r'(RW|RDONLY|NOACCESS)\s+(\d{1,20})\s+([A-Za-z]+)(?:\s+"([^"]*)"(?:\s+(\d{1,20}))?(?:\s+\S.*)?)?',
+    re.IGNORECASE,
+)
+_KEY_LINE: Final = re.compile(r"([A-Za-z][\w.]*)\s*=\s*(.*)")
+_VERSION_LINE: Final = re.compile(r"version\s*=\s*\d", re.IGNORECASE)
+# A second, different value of one of these would let two programs see two disks.
+_DECISIVE_KEYS: Final = frozenset(
+    {"version", "cid", "parentcid", "createtype", "parentfilenamehint"}
+)
+# Codecs of Python that do not decode bytes to text, or do more than a code page does.
+_CODE_PAGE: Final = re.compile(
+    r"(utf-?8|us-ascii|windows-\d{3,4}|iso-8859-\d{1,2}|gbk|gb2312|gb18030|big5|shift_jis|euc-(jp|kr))",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class ExtentLine:
+    """One line of the extent description; ``offset_nbytes`` is the place in a flat file."""
+
+    access: str
+    nbytes: int
+    kind: str
+    name: str
+    offset_nbytes: int
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """A parsed descriptor; ``values`` holds every key in lower case."""
+
+    values: dict[str, str]
+    extents: tuple[ExtentLine, ...]
+    cid: int
+    parent_cid: int
+
+    @property
+    def create_type(self) -> str:
+        """The disk type as written, empty if the descriptor has none."""
+        return self.values.get("createtype", "")
+
+    @property
+    def parent_hint(self) -> str:
+        """The parent's file name, empty if the disk has no parent."""
+        return self.values.get("parentfilenamehint", "")
+
+    @property
+    def virtual_size(self) -> int:
+        """Bytes of all extents together."""
+        return sum(extent.nbytes for extent in self.extents)
+
+
+def looks_like_descriptor(head: bytes) -> bool:
+    """Tell whether a file's first bytes are those of a descriptor.
+
+    Its first line is the signature, or the first line that is neither empty nor a comment
+    states the version.
+    """
+    text = head.split(b"\0", 1)[0].decode("latin-1").removeprefix("\xef\xbb\xbf")
+    if text.lstrip()[: len(SIGNATURE)].lower() == SIGNATURE.lower():
+        return True
+    for line in text.splitlines():
+        stripped = line.strip()
+        if stripped and not stripped.startswith("#"):
+            return _VERSION_LINE.match(stripped) is not None
+    return False
+
+
+def parse_descriptor(data: bytes, path: str) -> Descriptor:
+    """Parse a descriptor, from a file of its own or embedded and padded with NULs.
+
+    Parameters
+    ----------
+    data : bytes
+        At most ``VMDK_MAX_DESCRIPTOR_NBYTES`` bytes are taken.
+    path : str
+        For messages.
+
+    Raises
+    ------
+    CorruptImageError
+        An extent line cannot be read, a key contradicts itself, or a number is none.
+    LimitExceededError
+        The descriptor, a line, the number of extents or the disk is too large.
+    UnsupportedFeatureError
+        The descriptor's version is unknown.
+    """
+    text = data.split(b"\0", 1)[0].removeprefix(codecs.BOM_UTF8)
+    if len(text) > VMDK_MAX_DESCRIPTOR_NBYTES:
+        raise LimitExceededError(
+            f"descriptor of {len(text)} bytes, allowed are {VMDK_MAX_DESCRIPTOR_NBYTES}", path=path
+        )
+    values: dict[str, str] = {}
+    extents: list[ExtentLine] = []
+    for number, line in _lines(text, path):
+        if line.split(None, 1)[0].upper() in _ACCESS_WORDS:
+            extents.append(_parse_extent(line, number, path))
+            if len(extents) > VMDK_MAX_EXTENTS:
+                raise LimitExceededError(f"more than {VMDK_MAX_EXTENTS} extents", path=path)
+        elif match := _KEY_LINE.fullmatch(line):
+            _keep_value(values, match[1].lower(), _unquote(match[2]), path)
+    if sum(extent.nbytes for extent in extents) > MAX_VIRTUAL_NBYTES:
+        raise LimitExceededError(
+            f"the extents together exceed {MAX_VIRTUAL_NBYTES} bytes", path=path
+        )
+    version = values.get("version", "1")
+    if not version.isdecimal() or not 1 <= int(version[:9]) <= VMDK_MAX_VERSION:
+        raise UnsupportedFeatureError(f"descriptor version {version[:20]!r}", path=path)
+    return Descriptor(
+        values,
+        tuple(extents),
+        _content_id(values, "cid", 0, path),
+        _content_id(values, "parentcid", NO_PARENT_CID, path),
+    )
+
+
+def _lines(text: bytes, path: str) -> Iterator[tuple[int, str]]:
+    """Yield the number and text of every line that is neither empty nor a comment."""
+    encoding = _encoding(text)
+    for number, raw in enumerate(re.split(rb"\r\n|\n|\r", text), 1):
+        if len(raw) > VMDK_MAX_DESCRIPTOR_LINE_NBYTES:
+            raise LimitExceededError(
+                f"descriptor line {number} has {len(raw)} bytes, "
+                f"allowed are {VMDK_MAX_DESCRIPTOR_LINE_NBYTES}",
+                path=path,
+            )
+        line = raw.decode(encoding, "surrogateescape").strip()
+        if line and not line.startswith("#"):
+            yield number, line
+
+
+def _encoding(text: bytes) -> str:
+    """Return the stated code page, or UTF-8 where it is missing or unknown.
+
+    Undecodable bytes survive as surrogates in either case, so that a file name stays itself.
+    """
+    match = re.search(rb'^\s*(?:ddb\.)?encoding\s*=\s*"?([\w-]{1,40})', text, re.MULTILINE | re.I)
+    name = match[1].decode("ascii", "replace") if match else "utf-8"
+    if not _CODE_PAGE.fullmatch(name):
+        return "utf-8"
+    try:
+        return codecs.lookup(name).name
+    except LookupError:
+        return "utf-8"
+
+
+def _parse_extent(line: str, number: int, path: str) -> ExtentLine:
+    match = _EXTENT_LINE.fullmatch(line)
+    if match is None:
+        raise CorruptImageError(
+            f"descriptor line {number} is no extent: {line[:80]!r}, expected"
+            ' ACCESS SECTORS TYPE "NAME" [OFFSET]',
+            path=path,
+        )
+    access, n_sectors, kind, name, offset = match.groups()
+    limit = MAX_VIRTUAL_NBYTES // SECTOR_NBYTES
+    if int(n_sectors) > limit or int(offset or 0) > limit:
+        raise LimitExceededError(
+            f"descriptor line {number}: extent of {n_sectors} sectors at {offset or 0}, "
+            f"allowed are {limit}",
+            path=path,
+        )
+    return ExtentLine(
+        access.upper(),
+        int(n_sectors) * SECTOR_NBYTES,
+        kind.upper(),
+        name or "",
+        int(offset or 0) * SECTOR_NBYTES,
+    )
+
+
+def _unquote(value: str) -> str:
+    value = value.strip()
+    if value.startswith('"'):
+        value = value[1:]
+        end = value.rfind('"')
+        return value if end < 0 else value[:end]
+    return value
+
+
+def _keep_value(values: dict[str, str], key: str, value: str, path: str) -> None:
+    if key in _DECISIVE_KEYS and values.get(key, value) != value:
+        raise CorruptImageError(
+            f"the descriptor states {key} twice: {values[key][:80]!r} and {value[:80]!r}", path=path
+        )
+    values.setdefault(key, value)
+
+
+def _content_id(values: dict[str, str], key: str, default: int, path: str) -> int:
+    text = values.get(key)
+    if text is None:
+        return default
+    if not re.fullmatch(r"(0x)?[0-9A-Fa-f]{1,8}", text):
+        raise CorruptImageError(f"{key} is {text[:40]!r}, expected 8 hexadecimal digits", path=path)
+    return int(text, 16)
+
+
+@dataclass(frozen=True)
+class DiskDatabase:
+    """What a new descriptor says about the virtual hardware and the content."""
+
+    adapter_type: str
+    hw_version: str
+    tools_version: str
+    cid: int
+    long_content_id: str
+
+
+def compose_descriptor(
+    create_type: str, extent_line: str, n_sectors: int, database: DiskDatabase
+) -> bytes:
+    """Return a descriptor with one extent, in the order and with the keys VMware writes.
+
+    Parameters
+    ----------
+    create_type : str
+        For example ``"streamOptimized"``.
+    extent_line : str
+        The whole line of the extent description.
+    n_sectors : int
+        Capacity, for the geometry.
+    database : DiskDatabase
+        The rest.
+
+    Returns
+    -------
+    bytes
+        UTF-8, lines end with a single line feed.
+    """
+    cylinders, heads, sectors = _disk_geometry(n_sectors, database.adapter_type)
+    lines = (
+        SIGNATURE,
+        "version=1",
+        'encoding="UTF-8"',
+        f"CID={database.cid:08x}",
+        f"parentCID={NO_PARENT_CID:08x}",
+        f'createType="{create_type}"',
+        "",
+        "# Extent description",
+        extent_line,
+        "",
+        "# The Disk Data Base",
+        "#DDB",
+        "",
+        f'ddb.adapterType = "{database.adapter_type}"',
+        f'ddb.geometry.cylinders = "{cylinders}"',
+        f'ddb.geometry.heads = "{heads}"',
+        f'ddb.geometry.sectors = "{sectors}"',
+        f'ddb.longContentID = "{database.long_content_id}"',
+        'ddb.toolsInstallType = "4"',
+        f'ddb.toolsVersion = "{database.tools_version}"',
+        f'ddb.virtualHWVersion = "{database.hw_version}"',
+        "",
+    )
+    return "\n".join(lines).encode("utf-8")
+
+
+def _disk_geometry(n_sectors: int, adapter_type: str) -> tuple[int, int, int]:
+    """Return cylinders, heads, sectors as VMware derives them from size and adapter."""
+    gib_nsectors = (1 << 30) // SECTOR_NBYTES
+    if adapter_type == "ide":
+        heads, sectors, limit = 16, 63, 16383
+    elif n_sectors < gib_nsectors:
+        heads, sectors, limit = 64, 32, 65535
+    elif n_sectors < 2 * gib_nsectors:
+        heads, sectors, limit = 128, 32, 65535
+    else:
+        heads, sectors, limit = 255, 63, 65535
+    return min(max(n_sectors // (heads * sectors), 1), limit), heads, sectors

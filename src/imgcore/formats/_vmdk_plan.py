@@ -1,0 +1,337 @@
+"""From grain directories and grain tables to extents.
+
+Source: Virtual Disk Format 5.0, "Grain Directory", "Grain Table".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from imgcore._core import CoreError, TableFormat
+from imgcore._errors import CorruptImageError
+from imgcore._extents import EXTENT_DTYPE, FLAG_GRAIN_MARKER, Kind, single
+from imgcore._limits import MAX_BATCH_ROWS, SECTOR_NBYTES
+from imgcore.formats._vmdk_layout import (
+    ENTRY_ABSENT,
+    ENTRY_NBYTES,
+    ENTRY_ZEROED,
+    GRAIN_MARKER,
+    MAX_COMPRESSED_GRAINS,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from imgcore._extents import Extents
+    from imgcore._files import HostFile
+    from imgcore.formats._vmdk_sparse import SparseExtent
+
+    Entries = NDArray[np.uint32]
+    Mask = NDArray[np.bool_]
+
+_ENTRY_DTYPE: Final = np.dtype("<u4")
+# One read of the directory: 256 KiB, 2 TiB of disk with the usual grains and tables.
+DIRECTORY_PIECE_ENTRIES: Final = 1 << 16
+_ENTRY_MASK: Final = 0xFFFFFFFF
+
+
+def table_format(extent: SparseExtent) -> TableFormat:
+    """Return the description of the extent's grain tables for the table kernels."""
+    rules = [(_ENTRY_MASK, ENTRY_ABSENT, int(Kind.HOLE))]
+    if extent.has_zeroed_grains:
+        rules.append((_ENTRY_MASK, ENTRY_ZEROED, int(Kind.ZERO)))
+    return TableFormat(
+        entry_nbytes=ENTRY_NBYTES,
+        big_endian=False,
+        block_nbytes=extent.grain_nbytes,
+        offset_mask=_ENTRY_MASK,
+        offset_lshift=SECTOR_NBYTES.bit_length() - 1,
+        default_kind=int(Kind.ZLIB if extent.is_compressed else Kind.DATA),
+        flags=FLAG_GRAIN_MARKER if extent.is_compressed and extent.has_markers else 0,
+        compressed_bound=extent.compressed_bound if extent.is_compressed else 0,
+        rules=rules,
+    )
+
+
+def read_directory(
+    extent: SparseExtent, gd_offset: int, first: int, n_entries: int
+) -> NDArray[np.uint32]:
+    """Return entries of a grain directory as sector numbers, shape (n_entries,)."""
+    raw = extent.file.pread(gd_offset + first * ENTRY_NBYTES, n_entries * ENTRY_NBYTES)
+    return np.frombuffer(raw, dtype=_ENTRY_DTYPE)
+
+
+def absent_or_zeroed(extent: SparseExtent, directory: Entries) -> tuple[Mask, Mask]:
+    """Return two masks: entries without a table, and of these the ones that mean zeros."""
+    zeroed = (directory == ENTRY_ZEROED) & np.bool_(extent.has_zeroed_grains)
+    return (directory == ENTRY_ABSENT) | zeroed, zeroed
+
+
+def read_tables(
+    extent: SparseExtent, directory: Entries, first: int, *, what: str = "grain table"
+) -> NDArray[np.uint32]:
+    """Read neighbouring grain tables, those that join in the file in one go.
+
+    Parameters
+    ----------
+    extent : SparseExtent
+        The extent.
+    directory : ndarray, shape (n,), dtype uint32
+        Directory entries; one without a table gives entries of its own value.
+    first : int
+        Index of ``directory[0]``, for messages.
+
+    Returns
+    -------
+    ndarray, shape (n * n_gtes_per_gt,), dtype uint32
+        Owned by the caller.
+
+    Raises
+    ------
+    CorruptImageError
+        A table lies outside the file.
+    """
+    tables = np.zeros((len(directory), extent.n_gtes_per_gt), dtype=_ENTRY_DTYPE)
+    absent, zeroed = absent_or_zeroed(extent, directory)
+    tables[zeroed] = ENTRY_ZEROED
+    offsets = directory.astype(np.int64) * SECTOR_NBYTES
+    outside = ~absent & (offsets > extent.file.nbytes - extent.gt_nbytes)
+    if outside.any():
+        index = int(np.argmax(outside))
+        raise CorruptImageError(
+            f"{what} {first + index} ends at {int(offsets[index]) + extent.gt_nbytes:#x}, "
+            f"past the end of the file ({extent.file.nbytes:#x})",
+            path=extent.file.path,
+            offset=int(offsets[index]),
+        )
+    for start, stop in _joined_runs(offsets, absent, extent.gt_nbytes):
+        extent.file.pread_into(int(offsets[start]), tables[start:stop])
+    return tables.reshape(-1)
+
+
+def _joined_runs(
+    offsets: NDArray[np.int64], absent: NDArray[np.bool_], gt_nbytes: int
+) -> Iterator[tuple[int, int]]:
+    """Yield [start, stop) of present tables that follow each other in the file as well."""
+    present = ~absent
+    if not present.any():
+        return
+    joins = np.zeros(len(offsets), dtype=bool)
+    joins[1:] = present[1:] & present[:-1] & (np.diff(offsets) == gt_nbytes)
+    starts = np.flatnonzero(present & ~joins)
+    # A run ends where the next entry does not join.
+    ends = np.flatnonzero(present & ~np.append(joins[1:], False)) + 1
+    yield from zip(starts.tolist(), ends.tolist(), strict=True)
+
+
+class SparsePlanner:
+    """Plans one sparse extent.
+
+    Parameters
+    ----------
+    extent : SparseExtent
+        The extent.
+    guest_base : int
+        Guest offset of its first byte in the whole disk.
+    guest_nbytes : int
+        What the disk uses of it.
+    file_index : int
+        Of the extent's file in the reader's sources.
+    short_nbytes : int
+        What the last grain inflates to if it is stored cut, else 0; the next source
+        after ``file_index`` has blocks of that size.
+    """
+
+    def __init__(
+        self,
+        extent: SparseExtent,
+        guest_base: int,
+        guest_nbytes: int,
+        file_index: int,
+        short_nbytes: int = 0,
+    ) -> None:
+        self.extent = extent
+        self.guest_base = guest_base
+        self.guest_end = guest_base + guest_nbytes
+        self._file_index = file_index
+        self._short_nbytes = short_nbytes
+        self._short_grain_start = (
+            guest_base + guest_nbytes // extent.grain_nbytes * extent.grain_nbytes
+        )
+        self._format = table_format(extent)
+        # Rows of one decoded window and one row of a hole before it stay inside a batch.
+        self._window_ntables = max(1, (MAX_BATCH_ROWS - 1) // extent.n_gtes_per_gt)
+
+    def plan(self, start: int, stop: int) -> Iterator[Extents]:
+        """Yield batches for guest range [start, stop), which lies inside the extent."""
+        reach_nbytes = self.extent.gt_reach_nbytes
+        first = (start - self.guest_base) // reach_nbytes
+        end = -(-(stop - self.guest_base) // reach_nbytes)
+        for piece in range(first, end, DIRECTORY_PIECE_ENTRIES):
+            n_entries = min(DIRECTORY_PIECE_ENTRIES, end - piece)
+            directory = read_directory(self.extent, self.extent.gd_offset, piece, n_entries)
+            yield from self._plan_piece(directory, piece, start, stop)
+
+    def _plan_piece(
+        self, directory: Entries, first: int, start: int, stop: int
+    ) -> Iterator[Extents]:
+        """Split a directory piece into stretches without tables and windows of tables."""
+        # With the flag, an entry of 1 has to be told from a hole: it goes through a window.
+        used = np.flatnonzero(directory != ENTRY_ABSENT)
+        position = 0
+        while position < len(directory):
+            at = int(np.searchsorted(used, position))
+            window = int(used[at]) if at < len(used) else len(directory)
+            window_end = min(window + self._window_ntables, len(directory))
+            last = int(np.searchsorted(used, window_end))
+            # A window does not end in tables that do not exist.
+            window_end = int(used[last - 1]) + 1 if last > at else window
+            yield self._batch(directory, first, position, window, window_end, start, stop)
+            position = window_end
+
+    def _batch(
+        self,
+        directory: Entries,
+        first: int,
+        position: int,
+        window: int,
+        window_end: int,
+        start: int,
+        stop: int,
+    ) -> Extents:
+        """Return a hole over directory entries [position, window) and the window's rows."""
+        hole_start = self._clip(first + position, start, stop)
+        window_start = self._clip(first + window, start, stop)
+        window_stop = self._clip(first + window_end, start, stop)
+        hole = (
+            [single(hole_start, window_start - hole_start, Kind.HOLE)]
+            if hole_start < window_start
+            else []
+        )
+        if window_start == window_stop:
+            return hole[0]
+        entries = read_tables(self.extent, directory[window:window_end], first + window)
+        table_start = self.guest_base + (first + window) * self.extent.gt_reach_nbytes
+        rows = self._decode(entries, table_start, window_start, window_stop)
+        return np.concatenate([*hole, rows]) if hole else rows
+
+    def _clip(self, table_index: int, start: int, stop: int) -> int:
+        return min(max(self.guest_base + table_index * self.extent.gt_reach_nbytes, start), stop)
+
+    def _decode(self, entries: Entries, table_start: int, start: int, stop: int) -> Extents:
+        """Decode entries from the table at guest ``table_start`` into rows for [start, stop)."""
+        grain_nbytes = self.extent.grain_nbytes
+        skip = (start - table_start) // grain_nbytes
+        n_entries = -(-(stop - table_start) // grain_nbytes) - skip
+        first_grain = table_start + skip * grain_nbytes
+        out = np.zeros(n_entries, dtype=EXTENT_DTYPE)
+        try:
+            n_rows = self._format.decode(
+                entries[skip : skip + n_entries].view(np.uint8),
+                out,
+                guest_offset=first_grain,
+                guest_end=stop,
+                file_nbytes=self.extent.file.nbytes,
+                file=self._file_index,
+            )
+        except CoreError as error:
+            raise self._bad_entry(error, entries, skip, first_grain) from error
+        rows = out[:n_rows]
+        self._cut_front(rows, start)
+        if self.extent.is_compressed:
+            self._mark_short_grain(rows)
+            tighten_bounds(rows)
+        return rows
+
+    def _bad_entry(
+        self, error: CoreError, entries: Entries, skip: int, first_grain: int
+    ) -> CorruptImageError:
+        index = error.offset
+        place = int(entries[skip + index]) * SECTOR_NBYTES
+        guest_offset = first_grain + index * self.extent.grain_nbytes
+        return CorruptImageError(
+            f"the grain for guest offset {guest_offset:#x} is at {place:#x}, "
+            f"past the end of the file ({self.extent.file.nbytes:#x})",
+            path=self.extent.file.path,
+            offset=place,
+        )
+
+    def _cut_front(self, rows: Extents, start: int) -> None:
+        first = rows[0]
+        cut_nbytes = start - int(first["guest_offset"])
+        if cut_nbytes == 0:
+            return
+        first["guest_offset"] += cut_nbytes
+        first["length"] -= cut_nbytes
+        if first["kind"] == Kind.DATA:
+            first["host_offset"] += cut_nbytes
+            first["host_length"] -= cut_nbytes
+
+    def _mark_short_grain(self, rows: Extents) -> None:
+        """Point a last grain that is stored cut to the source of that block size.
+
+        The marker, which counts from the extent's start and has been verified, is left out.
+        """
+        last = rows[-1]
+        if (
+            self._short_nbytes == 0
+            or last["kind"] != Kind.ZLIB
+            or last["guest_offset"] < self._short_grain_start
+        ):
+            return
+        prefix = GRAIN_MARKER.size if last["flags"] & FLAG_GRAIN_MARKER else 0
+        last["file"] = self._file_index + 1
+        last["flags"] = 0
+        last["host_offset"] += prefix
+        bound = MAX_COMPRESSED_GRAINS * self._short_nbytes + SECTOR_NBYTES
+        last["host_length"] = min(int(last["host_length"]) - prefix, bound)
+
+
+def tighten_bounds(rows: Extents) -> None:
+    """Lower the bound of each compressed row to where the next grain in the file begins.
+
+    Grains do not overlap, so the engine need not read beyond.
+    """
+    places = rows["host_offset"]
+    compressed = np.flatnonzero(rows["kind"] == Kind.ZLIB)
+    here, following = places[compressed[:-1]], places[compressed[1:]]
+    # Unsigned: where the next grain lies before this one, the difference is not taken.
+    ahead = following > here
+    gaps = np.where(
+        ahead, following - np.where(ahead, here, np.uint64(0)), np.uint64(0xFFFFFFFFFFFFFFFF)
+    )
+    rows["host_length"][compressed[:-1]] = np.minimum(rows["host_length"][compressed[:-1]], gaps)
+
+
+def plan_flat(
+    file: HostFile, file_offset: int, start: int, stop: int, guest_base: int, file_index: int
+) -> Iterator[Extents]:
+    """Yield batches for guest range [start, stop) of a flat extent.
+
+    Holes of the host's file are explicit zeros: a flat extent hides its parent everywhere.
+    """
+    rows: list[tuple[int, int, int, int, int, int, int]] = []
+    shift = file_offset - guest_base
+    position = start
+    while position < stop:
+        data_start, data_end = file.core.next_data(position + shift)
+        if data_start >= data_end:
+            data_start = data_end = stop + shift
+        data_start = min(max(data_start - shift, position), stop)
+        data_end = min(max(data_end - shift, data_start), stop)
+        if position < data_start:
+            rows.append((position, data_start - position, 0, 0, 0, int(Kind.ZERO), 0))
+        if data_start < data_end:
+            length = data_end - data_start
+            rows.append(
+                (data_start, length, data_start + shift, length, file_index, int(Kind.DATA), 0)
+            )
+        position = data_end
+        if len(rows) >= MAX_BATCH_ROWS - 1:
+            yield np.array(rows, dtype=EXTENT_DTYPE)
+            rows.clear()
+    if rows:
+        yield np.array(rows, dtype=EXTENT_DTYPE)

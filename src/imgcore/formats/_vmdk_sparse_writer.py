@@ -1,0 +1,371 @@
+"""Writing the sparse kinds of VMDK: streamOptimized and monolithicSparse.
+
+Source: Virtual Disk Format 5.0, "Hosted Sparse Extents", "Stream-Optimized Compressed Sparse
+Extents".
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Final
+
+from imgcore._errors import LimitExceededError
+from imgcore._geometry import CodecId, Geometry, Prefix
+from imgcore._limits import (
+    SECTOR_NBYTES,
+    VMDK_MAX_DIRECTORY_ENTRIES,
+    VMDK_MAX_SPARSE_FILE_NBYTES,
+)
+from imgcore.formats import _vmdk_layout as layout
+from imgcore.formats._vmdk_descriptor import compose_descriptor
+from imgcore.formats._vmdk_layout import Flags, SparseHeader
+from imgcore.formats._vmdk_writer import VmdkPlan, extent_name, refuse_in_place
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from imgcore._core import TableFormat
+    from imgcore._extents import Placements
+    from imgcore._target import Target, TargetFile
+
+_GT_NSECTORS: Final = layout.GT_NBYTES // SECTOR_NBYTES
+# What follows the grains of one table in a streamOptimized file: marker and table.
+_GT_GAP_NBYTES: Final = SECTOR_NBYTES + layout.GT_NBYTES
+_STREAM_FIRST_OFFSET: Final = layout.STREAM_OVERHEAD_NSECTORS * SECTOR_NBYTES
+
+
+def _align_up(nbytes: int, unit: int) -> int:
+    return -(-nbytes // unit) * unit
+
+
+def _n_directory_entries(plan: VmdkPlan) -> int:
+    count = -(-plan.virtual_size // (plan.grain_nbytes * layout.GTES_PER_GT))
+    if count > VMDK_MAX_DIRECTORY_ENTRIES:
+        raise LimitExceededError(
+            f"{plan.virtual_size} bytes need {count} grain directory entries, allowed are "
+            f"{VMDK_MAX_DIRECTORY_ENTRIES}: a larger grain_size helps"
+        )
+    return count
+
+
+def _directory_nbytes(n_entries: int) -> int:
+    return _align_up(n_entries * layout.ENTRY_NBYTES, SECTOR_NBYTES)
+
+
+def stream_bound_nbytes(plan: VmdkPlan, data_nbytes: int) -> int:
+    """Return the largest streamOptimized file for ``data_nbytes`` of whole grains of data."""
+    grain_nbytes = plan.grain_nbytes
+    n_grains = -(-min(data_nbytes, plan.virtual_size) // grain_nbytes)
+    # Deflate's stored blocks cost 5 bytes each; 1/512 covers blocks of 4 KiB and up.
+    grain_bound = _align_up(
+        layout.GRAIN_MARKER.size + grain_nbytes + grain_nbytes // 512 + 64, SECTOR_NBYTES
+    )
+    n_entries = _n_directory_entries(plan)
+    n_tables = min(n_grains, n_entries)
+    # Markers of the directory and the footer, the footer, the end of the stream.
+    end_nbytes = _directory_nbytes(n_entries) + 4 * SECTOR_NBYTES
+    return _STREAM_FIRST_OFFSET + n_grains * grain_bound + n_tables * _GT_GAP_NBYTES + end_nbytes
+
+
+def sparse_file_nbytes(plan: VmdkPlan, data_nbytes: int) -> int:
+    """Return the size of a monolithicSparse file with ``data_nbytes`` of whole grains of data."""
+    n_grains = -(-min(data_nbytes, plan.virtual_size) // plan.grain_nbytes)
+    return HostedLayout(plan).overhead + n_grains * plan.grain_nbytes
+
+
+def _table_format(plan: VmdkPlan) -> TableFormat:
+    from imgcore._core import TableFormat
+
+    return TableFormat(
+        entry_nbytes=layout.ENTRY_NBYTES,
+        big_endian=False,
+        block_nbytes=plan.grain_nbytes,
+        offset_mask=0xFFFFFFFF,
+        offset_lshift=SECTOR_NBYTES.bit_length() - 1,
+        absent_entry=layout.ENTRY_ABSENT,
+        zero_entry=layout.ENTRY_ZEROED if plan.zeroed_grain else layout.ENTRY_ABSENT,
+    )
+
+
+def _encode(table: TableFormat, placements: Placements, path: str) -> NDArray[np.uint32]:
+    """Return placements as grain table entries, shape (n,)."""
+    import numpy as np
+
+    from imgcore._core import CoreError
+
+    entries = np.zeros(len(placements), dtype="<u4")
+    try:
+        table.encode(placements, entries.view(np.uint8))
+    except CoreError as error:
+        place = int(placements["host_offset"][error.offset])
+        raise _too_large(place, path) from error
+    return entries
+
+
+def _too_large(place: int, path: str) -> LimitExceededError:
+    return LimitExceededError(
+        f"data at {place:#x}: a sparse VMDK file holds {VMDK_MAX_SPARSE_FILE_NBYTES} bytes at "
+        "the most (use a flat subformat)",
+        path=path,
+    )
+
+
+def _embedded_descriptor(plan: VmdkPlan, access: str) -> bytes:
+    line = f'{access} {plan.n_sectors} SPARSE "{extent_name(plan)}"'
+    text = compose_descriptor(plan.subformat, line, plan.n_sectors, plan.database)
+    assert len(text) <= layout.DESCRIPTOR_NSECTORS * SECTOR_NBYTES
+    return text
+
+
+def _header(
+    plan: VmdkPlan,
+    version: int,
+    flags: Flags,
+    gd_offset: int,
+    rgd_offset: int,
+    overhead: int,
+) -> bytes:
+    """Return a header sector; places in bytes, or ``GD_AT_END``."""
+    header = SparseHeader(
+        magic=layout.SPARSE_MAGIC,
+        version=version,
+        flags=int(flags),
+        capacity=plan.n_sectors,
+        grain_size=plan.grain_nbytes // SECTOR_NBYTES,
+        descriptor_offset=layout.DESCRIPTOR_SECTOR,
+        descriptor_size=layout.DESCRIPTOR_NSECTORS,
+        n_gtes_per_gt=layout.GTES_PER_GT,
+        rgd_offset=rgd_offset // SECTOR_NBYTES,
+        gd_offset=(gd_offset if gd_offset == layout.GD_AT_END else gd_offset // SECTOR_NBYTES),
+        overhead=overhead // SECTOR_NBYTES,
+        unclean_shutdown=0,
+        newline_test=layout.NEWLINE_TEST,
+        compression=(
+            layout.COMPRESSION_DEFLATE if Flags.COMPRESSED in flags else layout.COMPRESSION_NONE
+        ),
+    )
+    return layout.SPARSE_HEADER.pack(*header).ljust(layout.HEADER_NBYTES, b"\0")
+
+
+def _marker(n_sectors: int, kind: layout.Marker) -> bytes:
+    return layout.MARKER.pack(n_sectors, 0, kind).ljust(SECTOR_NBYTES, b"\0")
+
+
+class StreamWriter:
+    """Writes streamOptimized: compressed grains in guest order, each table behind its grains.
+
+    The header sends readers to the footer, which is the last sector but one.  Memory is the
+    grain directory and one grain table.
+    """
+
+    format_name: ClassVar[str] = "vmdk"
+    _FLAGS: ClassVar[Flags] = Flags.NEWLINE_TEST | Flags.COMPRESSED | Flags.MARKERS
+    _VERSION: ClassVar[int] = 3
+
+    def __init__(self, plan: VmdkPlan) -> None:
+        self._plan = plan
+        self._n_entries = _n_directory_entries(plan)
+        self.first_offset = _STREAM_FIRST_OFFSET
+        self.geometry = self._make_geometry()
+        self._file: TargetFile | None = None
+        self._group = -1
+        self._gap_offset = 0
+        self._is_pending = False
+
+    def _make_geometry(self) -> Geometry:
+        from imgcore._levels import deflate_codec
+
+        return Geometry(
+            block_nbytes=self._plan.grain_nbytes,
+            guest_nbytes=self._plan.virtual_size,
+            zero_policy=self._plan.zero_policy,
+            compressed_alignment=SECTOR_NBYTES,
+            prefix=Prefix.GRAIN_MARKER,
+            store_incompressible=False,
+            codec=deflate_codec(self._plan.level, 15, CodecId.ZLIB),
+            sparse_nbytes=self._plan.sparse_nbytes,
+            group_nblocks=layout.GTES_PER_GT,
+            group_gap_nbytes=_GT_GAP_NBYTES,
+        )
+
+    def begin(self, target: Target) -> TargetFile:
+        """Return the file; its header is written at the end."""
+        import numpy as np
+
+        refuse_in_place(target)
+        self._file = target.main
+        self._table_format = _table_format(self._plan)
+        self._directory = np.zeros(self._n_entries, dtype="<u4")
+        self._table = np.zeros(layout.GTES_PER_GT, dtype="<u4")
+        return self._file
+
+    def place(self, first_block: int, placements: Placements, next_offset: int) -> int:
+        """Write the table of every group of which grains have been placed.
+
+        A group that goes on in the next call gets a second, complete table then; the first
+        one stays in the file without being referred to.
+        """
+        import numpy as np
+
+        assert self._file is not None
+        entries = _encode(self._table_format, placements, self._file.path)
+        ends = placements["host_offset"] + placements["length"].astype(np.uint64)
+        used = np.flatnonzero(entries)
+        for group in np.unique((used + first_block) // layout.GTES_PER_GT).tolist():
+            if group != self._group:
+                self._write_table()
+                self._group = group
+                self._table[:] = layout.ENTRY_ABSENT
+            group_start = group * layout.GTES_PER_GT
+            low = max(group_start, first_block)
+            high = min(group_start + layout.GTES_PER_GT, first_block + len(entries))
+            piece = slice(low - first_block, high - first_block)
+            self._table[low - group_start : high - group_start] = entries[piece]
+            self._gap_offset = _align_up(int(ends[piece].max()), SECTOR_NBYTES)
+            self._is_pending = True
+            if self._gap_offset + _GT_GAP_NBYTES <= next_offset:
+                self._write_table()
+        return next_offset
+
+    def _write_table(self) -> None:
+        """Write the pending table into the gap behind the last grain of its group."""
+        if not self._is_pending:
+            return
+        assert self._file is not None
+        self._is_pending = False
+        sector = self._gap_offset // SECTOR_NBYTES + 1
+        if sector * SECTOR_NBYTES >= VMDK_MAX_SPARSE_FILE_NBYTES:
+            raise _too_large(self._gap_offset, self._file.path)
+        marker = _marker(_GT_NSECTORS, layout.Marker.GT)
+        self._file.pwrite(self._gap_offset, marker + self._table.tobytes())
+        self._directory[self._group] = sector
+
+    def finish(self, next_offset: int) -> None:
+        """Write directory, footer and end of the stream behind the grains, then the header."""
+        assert self._file is not None
+        self._write_table()
+        end = max(next_offset, self.first_offset)
+        if self._group >= 0:
+            end = max(end, self._gap_offset + _GT_GAP_NBYTES)
+        end = _align_up(end, SECTOR_NBYTES)
+        directory_nbytes = _directory_nbytes(self._n_entries)
+        gd_offset = end + SECTOR_NBYTES
+        if gd_offset >= VMDK_MAX_SPARSE_FILE_NBYTES:
+            raise _too_large(gd_offset, self._file.path)
+        tail = b"".join(
+            (
+                _marker(directory_nbytes // SECTOR_NBYTES, layout.Marker.GD),
+                self._directory.tobytes().ljust(directory_nbytes, b"\0"),
+                _marker(1, layout.Marker.FOOTER),
+                self._header(gd_offset),
+                _marker(0, layout.Marker.EOS),
+            )
+        )
+        self._file.pwrite(end, tail)
+        self._file.truncate(end + len(tail))
+        descriptor = _embedded_descriptor(self._plan, "RDONLY")
+        self._file.pwrite(layout.DESCRIPTOR_SECTOR * SECTOR_NBYTES, descriptor)
+        self._file.pwrite(0, self._header(layout.GD_AT_END))
+
+    def _header(self, gd_offset: int) -> bytes:
+        return _header(self._plan, self._VERSION, self._FLAGS, gd_offset, 0, _STREAM_FIRST_OFFSET)
+
+
+class HostedLayout:
+    """Where the parts of a monolithicSparse file lie; places in bytes.
+
+    Both directories are followed by their tables, one behind the other, so that the entry of
+    grain ``i`` is at ``gt_offset + 4 * i``.
+    """
+
+    def __init__(self, plan: VmdkPlan) -> None:
+        self.n_entries = _n_directory_entries(plan)
+        directory_nbytes = _directory_nbytes(self.n_entries)
+        tables_nbytes = self.n_entries * layout.GT_NBYTES
+        self.rgd_offset = (layout.DESCRIPTOR_SECTOR + layout.DESCRIPTOR_NSECTORS) * SECTOR_NBYTES
+        self.rgt_offset = self.rgd_offset + directory_nbytes
+        self.gd_offset = self.rgt_offset + tables_nbytes
+        self.gt_offset = self.gd_offset + directory_nbytes
+        self.overhead = _align_up(self.gt_offset + tables_nbytes, plan.grain_nbytes)
+        if self.overhead >= VMDK_MAX_SPARSE_FILE_NBYTES:
+            raise LimitExceededError(
+                f"the tables of a disk of {plan.virtual_size} bytes need {self.overhead} bytes, "
+                f"a sparse VMDK file holds {VMDK_MAX_SPARSE_FILE_NBYTES} at the most"
+            )
+
+
+class SparseWriter:
+    """Writes monolithicSparse: two sets of tables in front, then plain grains."""
+
+    format_name: ClassVar[str] = "vmdk"
+
+    def __init__(self, plan: VmdkPlan) -> None:
+        self._plan = plan
+        self._layout = HostedLayout(plan)
+        self.first_offset = self._layout.overhead
+        self.geometry = Geometry(
+            block_nbytes=plan.grain_nbytes,
+            guest_nbytes=plan.virtual_size,
+            zero_policy=plan.zero_policy,
+            stored_alignment=plan.grain_nbytes,
+            compressed_alignment=plan.grain_nbytes,
+            sparse_nbytes=plan.sparse_nbytes,
+        )
+        self._file: TargetFile | None = None
+
+    def begin(self, target: Target) -> TargetFile:
+        """Return the file; its header is written at the end."""
+        refuse_in_place(target)
+        self._file = target.main
+        self._table_format = _table_format(self._plan)
+        return self._file
+
+    def place(self, first_block: int, placements: Placements, next_offset: int) -> int:
+        """Write the entries of the placed grains; tables without any stay holes of the file."""
+        import numpy as np
+
+        assert self._file is not None
+        entries = _encode(self._table_format, placements, self._file.path)
+        tables = np.unique((np.flatnonzero(entries) + first_block) // layout.GTES_PER_GT)
+        # Neighbouring tables are neighbours in the file.
+        for run in np.split(tables, np.flatnonzero(np.diff(tables) > 1) + 1):
+            if not len(run):
+                continue
+            low = max(int(run[0]) * layout.GTES_PER_GT, first_block)
+            high = min((int(run[-1]) + 1) * layout.GTES_PER_GT, first_block + len(entries))
+            raw = entries[low - first_block : high - first_block].view(np.uint8)
+            for offset in (self._layout.rgt_offset, self._layout.gt_offset):
+                self._file.pwrite(offset + low * layout.ENTRY_NBYTES, raw)
+        return next_offset
+
+    def finish(self, next_offset: int) -> None:
+        """Write both directories, the descriptor and the header; round up to whole grains."""
+        assert self._file is not None
+        parts = self._layout
+        end = _align_up(max(next_offset, parts.overhead), self._plan.grain_nbytes)
+        if end > VMDK_MAX_SPARSE_FILE_NBYTES:
+            raise _too_large(end, self._file.path)
+        self._file.truncate(end)
+        self._write_directory(parts.rgd_offset, parts.rgt_offset)
+        self._write_directory(parts.gd_offset, parts.gt_offset)
+        descriptor = _embedded_descriptor(self._plan, "RW")
+        self._file.pwrite(layout.DESCRIPTOR_SECTOR * SECTOR_NBYTES, descriptor)
+        flags = Flags.NEWLINE_TEST | Flags.REDUNDANT_GD
+        if self._plan.zeroed_grain:
+            flags |= Flags.ZEROED_GRAIN
+        version = 2 if self._plan.zeroed_grain else 1
+        self._file.pwrite(
+            0,
+            _header(self._plan, version, flags, parts.gd_offset, parts.rgd_offset, parts.overhead),
+        )
+
+    def _write_directory(self, offset: int, first_table: int) -> None:
+        """Write a directory that names every table, also those that are holes of the file."""
+        import numpy as np
+
+        assert self._file is not None
+        if self._layout.n_entries == 0:
+            return
+        numbers = np.arange(self._layout.n_entries, dtype=np.int64) * _GT_NSECTORS
+        entries = (numbers + first_table // SECTOR_NBYTES).astype("<u4")
+        self._file.pwrite(offset, entries.view(np.uint8))

@@ -1,0 +1,193 @@
+"""QCOW2, versions 2 and 3: reader and driver.
+
+NumPy is imported only once tables are looked at, so that ``info`` starts fast.
+Source: QEMU docs/interop/qcow2.rst.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+from imgcore.formats import _qcow2_layout as layout
+from imgcore.formats._base import BackingReference, SourceFile
+from imgcore.formats._qcow2_header import Snapshot, read_bitmaps, read_header, read_snapshots
+from imgcore.formats._qcow2_options import OPTIONS
+
+if TYPE_CHECKING:
+    from imgcore._extents import Extents
+    from imgcore._files import HostFile, ReferenceGate
+    from imgcore.formats._base import CheckReport, Measurement, Option, Writer, WriteRequest
+    from imgcore.formats._qcow2_tables import ExtentPlanner
+
+_NANOSECONDS: Final = 1_000_000_000
+
+
+class Qcow2Reader:
+    """Reads one QCOW2 layer.
+
+    Parameters
+    ----------
+    file : HostFile
+        Owned by the reader from here on, also if the constructor raises.
+
+    Raises
+    ------
+    WrongFormatError
+        The magic is absent.
+    CorruptImageError, LimitExceededError, UnsupportedFeatureError
+        The header cannot be trusted, or asks for more than is supported.
+
+    Notes
+    -----
+    An image that is marked dirty or corrupt is read, with a warning in the log ``imgcore``: the
+    first mark is about refcounts, which reading does not need, the second forbids writing.
+    """
+
+    format_name: ClassVar[str] = "qcow2"
+
+    def __init__(self, file: HostFile) -> None:
+        self._file = file
+        try:
+            self._header = read_header(file)
+        except BaseException:
+            file.close()
+            raise
+        self.subformat: str | None = None
+        self.virtual_size = self._header.virtual_size
+        self.block_nbytes = self._header.cluster_size
+        self.backing: BackingReference | None = self._header.backing
+        self.sources: Sequence[SourceFile] = (
+            SourceFile(file, guest_base=0, block_nbytes=self._header.cluster_size),
+        )
+        self._planner: ExtentPlanner | None = None
+        self._warn()
+
+    def _warn(self) -> None:
+        header = self._header
+        if not header.is_dirty and not header.is_corrupt:
+            return
+        import logging
+
+        log = logging.getLogger("imgcore")
+        if header.is_dirty:
+            log.warning("%s: was not closed cleanly, its refcounts may be stale", self._file.path)
+        if header.is_corrupt:
+            log.warning("%s: is marked as corrupt, its data may be wrong", self._file.path)
+
+    def plan(self, start: int, length: int) -> Iterator[Extents]:
+        """Yield extent batches; see :class:`imgcore.formats._base.Reader`.
+
+        Notes
+        -----
+        Complexity: O(L2 entries that exist in the range); memory: one batch and one piece of
+        1 MiB of the L1 table.  Thread safety: none.
+        """
+        if self._planner is None:
+            from imgcore.formats._qcow2_tables import ExtentPlanner
+
+            self._planner = ExtentPlanner(self._file, self._header)
+        return self._planner.plan(start, length)
+
+    def info(self) -> dict[str, Any]:
+        """Return what ``qemu-img info`` says about the format, in its keys."""
+        header = self._header
+        info: dict[str, Any] = {
+            "cluster-size": header.cluster_size,
+            "dirty-flag": header.is_dirty,
+            "format-specific": {"type": "qcow2", "data": self._format_specific()},
+        }
+        if header.backing is not None:
+            info["backing-filename"] = header.backing.name
+            if header.backing.format is not None:
+                info["backing-filename-format"] = header.backing.format
+        if header.n_snapshots:
+            info["snapshots"] = [
+                _snapshot_info(snapshot) for snapshot in read_snapshots(self._file, header)
+            ]
+        return info
+
+    def _format_specific(self) -> dict[str, Any]:
+        header = self._header
+        data: dict[str, Any] = {
+            "compat": "1.1" if header.version >= 3 else "0.10",
+            "compression-type": layout.COMPRESSION_NAMES[header.compression_type],
+            "refcount-bits": header.refcount_bits,
+        }
+        if header.version < 3:
+            return data
+        lazy = bool(header.compatible & layout.COMPATIBLE_LAZY_REFCOUNTS)
+        data |= {"lazy-refcounts": lazy, "corrupt": header.is_corrupt, "extended-l2": False}
+        bitmaps = read_bitmaps(self._file, header)
+        if bitmaps:
+            data["bitmaps"] = [
+                {
+                    "flags": [name for bit, name in layout.BITMAP_FLAGS if bitmap.flags & bit],
+                    "name": bitmap.name,
+                    "granularity": 1 << bitmap.granularity_bits,
+                }
+                for bitmap in bitmaps
+            ]
+        return data
+
+    def check(self) -> CheckReport:
+        """Compare all refcounts with the references that exist.
+
+        Notes
+        -----
+        Complexity: O(L2 entries) for each 2^23 clusters of the file; memory: about 128 MiB.
+        """
+        from imgcore.formats._qcow2_check import Qcow2Checker
+
+        return Qcow2Checker(self._file, self._header).run()
+
+    def close(self) -> None:
+        """Close the file; more than once is allowed."""
+        self._file.close()
+
+
+def _snapshot_info(snapshot: Snapshot) -> dict[str, Any]:
+    info: dict[str, Any] = {
+        "id": snapshot.identifier,
+        "name": snapshot.name,
+        "vm-state-size": snapshot.vm_state_nbytes,
+        "date-sec": snapshot.date_seconds,
+        "date-nsec": snapshot.date_nanoseconds,
+        "vm-clock-sec": snapshot.vm_clock_nanoseconds // _NANOSECONDS,
+        "vm-clock-nsec": snapshot.vm_clock_nanoseconds % _NANOSECONDS,
+    }
+    if snapshot.icount is not None:
+        info["icount"] = snapshot.icount
+    return info
+
+
+class Qcow2Driver:
+    """What the registry holds for QCOW2."""
+
+    name: str = "qcow2"
+    aliases: tuple[str, ...] = ()
+    suffixes: tuple[str, ...] = (".qcow2",)
+    options: tuple[Option, ...] = OPTIONS
+
+    def probe(self, head: bytes, tail: bytes) -> bool:
+        """Tell whether the file begins as QCOW2 of version 2 or later."""
+        return head[:4] == layout.MAGIC and int.from_bytes(head[4:8], "big") >= 2
+
+    def open(self, file: HostFile, gate: ReferenceGate) -> Qcow2Reader:
+        """Open an image; the backing file it names is not opened here."""
+        return Qcow2Reader(file)
+
+    def writer(self, request: WriteRequest) -> Writer:
+        """Return a writer; raises OptionError or LimitExceededError."""
+        from imgcore.formats._qcow2_writer import writer_for
+
+        return writer_for(request)
+
+    def measure(self, request: WriteRequest, data_nbytes: int) -> Measurement:
+        """Return the file size needed, as ``qemu-img measure`` does."""
+        from imgcore.formats._qcow2_options import measure
+
+        return measure(request, data_nbytes)
+
+
+DRIVER: Final = Qcow2Driver()

@@ -1,0 +1,83 @@
+"""VMDK: the disks of VMware's products, also written by QEMU and VirtualBox.
+
+Read are monolithicSparse, streamOptimized, monolithicFlat, vmfs, twoGbMaxExtentSparse and
+twoGbMaxExtentFlat; written are the first four.
+
+Sources: VMware "Virtual Disk Format 5.0"; libvmdk, "VMware Virtual Disk Format (VMDK)".
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from imgcore.formats._base import Measurement, Option, Reader, Writer, WriteRequest
+
+if TYPE_CHECKING:
+    from imgcore._files import HostFile, ReferenceGate
+
+ADAPTER_TYPES: Final = ("ide", "buslogic", "lsilogic", "legacyESX")
+SUBFORMATS: Final = ("monolithicSparse", "streamOptimized", "monolithicFlat", "vmfs")
+LEVELS: Final = ("fastest", "fast", "default", "best")
+
+OPTIONS: Final = (
+    Option(
+        "subformat",
+        "choice",
+        None,
+        "Kind of VMDK (monolithicSparse unless given; streamOptimized with -c)",
+        SUBFORMATS,
+    ),
+    Option("adapter_type", "choice", "lsilogic", "Virtual disk adapter", ADAPTER_TYPES),
+    Option("hwversion", "str", None, "Virtual hardware version (4 unless given)"),
+    Option("toolsversion", "str", "2147483647", "Version of the guest tools"),
+    Option("compat6", "bool", False, "Virtual hardware version 6"),
+    Option("zeroed_grain", "bool", False, "Mark explicit zeros in tables (monolithicSparse)"),
+    Option("grain_size", "size", 65536, "Grain size, 8k to 1M (sparse kinds)"),
+    Option("level", "choice", "default", "Compression level (streamOptimized)", LEVELS),
+    Option("cid", "str", None, "Content ID, 8 hexadecimal digits (random unless given)"),
+    Option(
+        "preallocation",
+        "choice",
+        "off",
+        "Reserve the space of flat kinds",
+        ("off", "falloc", "full"),
+    ),
+)
+
+
+class VmdkDriver:
+    """VMDK in the registry of formats."""
+
+    name = "vmdk"
+    aliases: tuple[str, ...] = ()
+    suffixes: tuple[str, ...] = (".vmdk",)
+    options: tuple[Option, ...] = OPTIONS
+
+    def probe(self, head: bytes, tail: bytes) -> bool:
+        """Tell whether the file is a sparse extent or a descriptor."""
+        from imgcore.formats import _vmdk_layout as layout
+        from imgcore.formats._vmdk_descriptor import looks_like_descriptor
+
+        magics = (layout.SPARSE_MAGIC, layout.COWD_MAGIC, layout.SESPARSE_MAGIC)
+        return head.startswith(magics) or looks_like_descriptor(head)
+
+    def open(self, file: HostFile, gate: ReferenceGate) -> Reader:
+        """Open a disk by its descriptor file or its only extent."""
+        from imgcore.formats._vmdk_reader import VmdkReader
+
+        return VmdkReader(file, gate)
+
+    def writer(self, request: WriteRequest) -> Writer:
+        """Return the writer for the request's subformat."""
+        from imgcore.formats._vmdk_writer import make_writer
+
+        return make_writer(request)
+
+    def measure(self, request: WriteRequest, data_nbytes: int) -> Measurement:
+        """Return the sizes of the file with the guest's data; compressed, the upper bound."""
+        from imgcore.formats._vmdk_writer import measure
+
+        return measure(request, data_nbytes)
+
+
+DRIVER: Final = VmdkDriver()
