@@ -1,0 +1,218 @@
+"""What the verbs of the command share: options, and text for people."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+if TYPE_CHECKING:
+    from imgcore.formats._base import Driver
+
+CONTEXT_SETTINGS: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+MAX_THREADS: Final = 256
+
+_HELP_WORDS: Final = frozenset({"help", "?"})
+
+Function = Callable[..., Any]
+Decorator = Callable[[Function], Function]
+
+
+def size_value(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """Parse a number of bytes with an optional suffix; a callback of options and arguments."""
+    if value is None:
+        return None
+    from imgcore._errors import OptionError
+    from imgcore._sizes import parse_size
+
+    try:
+        return parse_size(value)
+    except OptionError as error:
+        raise click.BadParameter(str(error), ctx, param) from error
+
+
+def verb(name: str) -> Callable[[Function], click.Command]:
+    """Make a function a verb of the command."""
+    return click.command(
+        name, context_settings=CONTEXT_SETTINGS, options_metavar="[OPTIONS]", no_args_is_help=False
+    )
+
+
+def format_option(flag: str = "-f", name: str = "--format", of: str = "the image") -> Decorator:
+    parameter = name.removeprefix("--").replace("-", "_")
+    return click.option(
+        flag,
+        name,
+        parameter,
+        metavar="FMT",
+        help=f"Format of {of}; found by its content if left out.",
+    )
+
+
+def backing_format_option() -> Decorator:
+    return click.option(
+        "--backing-format",
+        metavar="FMT",
+        help="Format of backing files whose format the image does not state.",
+    )
+
+
+def share_option() -> Decorator:
+    return click.option(
+        "-U",
+        "--force-share",
+        "share",
+        is_flag=True,
+        help="Open images even if another process writes to them.",
+    )
+
+
+def allow_option() -> Decorator:
+    return click.option(
+        "--allow",
+        metavar="DIR",
+        multiple=True,
+        help="Folder in which files named inside an image may lie, besides the image's own.",
+    )
+
+
+def output_options(function: Function) -> Function:
+    """Add ``--output=human|json`` and ``--json``; the function receives ``as_json``."""
+
+    def choose(_ctx: click.Context, _param: click.Parameter, value: str) -> bool:
+        return value == "json"
+
+    decorated = click.option(
+        "--output",
+        "as_json",
+        type=click.Choice(["human", "json"]),
+        default="human",
+        callback=choose,
+        help="Form of the report.",
+    )(function)
+    return click.option(
+        "--json", "as_json", flag_value="json", default=None, help="Same as --output=json."
+    )(decorated)
+
+
+def options_option() -> Decorator:
+    return click.option(
+        "-o",
+        "--options",
+        "options",
+        metavar="KEY=VALUE[,...]",
+        multiple=True,
+        help="Options of the target format; 'help' lists them.",
+    )
+
+
+def quiet_option() -> Decorator:
+    def silence(_ctx: click.Context, _param: click.Parameter, value: bool) -> bool:
+        if value:
+            logging.getLogger("imgcore").setLevel(logging.ERROR)
+        return value
+
+    return click.option("-q", "--quiet", is_flag=True, callback=silence, help="Print errors only.")
+
+
+def threads_option() -> Decorator:
+    return click.option(
+        "-m",
+        "--threads",
+        type=click.IntRange(1, MAX_THREADS),
+        metavar="N",
+        help="Number of threads; all processors by default. The result is the same.",
+    )
+
+
+def wants_options_help(options: Sequence[str]) -> bool:
+    """Tell whether ``-o help`` is among the options."""
+    return any(item in _HELP_WORDS for group in options for item in group.split(","))
+
+
+def require(ctx: click.Context, **arguments: object) -> None:
+    """Fail for the first positional argument that is missing.
+
+    Click would do so before ``-o help`` is looked at, which needs none.
+    """
+    for name, value in arguments.items():
+        if value is None:
+            raise click.UsageError(f"missing argument '{name.upper()}'", ctx)
+
+
+def target_driver(format: str | None, path: str | None) -> Driver:
+    """Return the driver of a target: by ``format``, else by the suffix of ``path``."""
+    from imgcore._errors import OptionError
+    from imgcore.formats import format_from_suffix, get_driver
+
+    found = format or (format_from_suffix(path) if path is not None else None)
+    if found is None:
+        raise OptionError("format of the target does not follow from its suffix: give one")
+    return get_driver(found)
+
+
+def print_options_help(driver: Driver) -> None:
+    """Print the table that ``-o help`` asks for."""
+    from imgcore.formats import options_help
+
+    rows = options_help(driver)
+    if not rows:
+        click.echo(f"The {driver.name} format has no options.")
+        return
+    click.echo(f"Options of the {driver.name} format:")
+    width = max(len(f"{name}={values}") for name, values, _, _ in rows)
+    for name, values, default, text in rows:
+        note = f" (default: {default})" if default else ""
+        click.echo(f"  {f'{name}={values}':<{width}}  {text}{note}")
+
+
+def plain_value(value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return str(value)
+
+
+def print_json(value: object) -> None:
+    """Print one JSON document, indented as qemu-img does."""
+    click.echo(json.dumps(value, indent=4))
+
+
+def size_text(n_bytes: int) -> str:
+    """Return ``1 GiB (1073741824 bytes)``."""
+    from imgcore._sizes import format_size
+
+    return f"{format_size(n_bytes)} ({n_bytes} bytes)"
+
+
+def one_line(text: str) -> str:
+    """Escape whatever a terminal could act on: names come from files that nobody vouches for."""
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
+        for char in text
+    )
+
+
+def print_tree(values: Mapping[str, Any], indent: int) -> None:
+    """Print nested values one a line, as qemu-img prints what is specific to a format."""
+    for key, value in values.items():
+        _print_item(key.replace("-", " "), value, indent)
+
+
+def _print_item(label: str, value: Any, indent: int) -> None:
+    margin = " " * indent
+    if isinstance(value, Mapping):
+        click.echo(f"{margin}{one_line(label)}:")
+        print_tree(value, indent + 4)
+    elif isinstance(value, (list, tuple)):
+        click.echo(f"{margin}{one_line(label)}:")
+        for index, item in enumerate(value):
+            _print_item(f"[{index}]", item, indent + 4)
+    else:
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        click.echo(f"{margin}{one_line(label)}: {one_line(text)}")

@@ -1,0 +1,260 @@
+"""Progress of a long verb on stderr: a bar, plain lines or JSON lines."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import deque
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import click
+
+from imgcore._sizes import format_size
+
+if TYPE_CHECKING:
+    import rich.progress
+
+MODES: Final = ("auto", "bar", "plain", "json", "none")
+
+# On a terminal, a job that ends sooner needs no bar (and no time to import one).
+_BAR_DELAY_SECONDS: Final = 0.5
+_BAR_INTERVAL_SECONDS: Final = 0.1
+_PLAIN_INTERVAL_SECONDS: Final = 5.0
+_JSON_INTERVAL_SECONDS: Final = 0.25
+
+# The rate is that of the last few seconds: what is cached at first is not what follows.
+_RATE_WINDOW_SECONDS: Final = 10.0
+
+
+class Counters(Protocol):
+    """What a verb passes to its callback; all in bytes."""
+
+    @property
+    def done(self) -> int: ...
+    @property
+    def total(self) -> int: ...
+
+
+def progress_options(function: Any) -> Any:
+    """Add ``-p`` and ``--progress=MODE``."""
+    decorated = click.option(
+        "--progress",
+        "progress_mode",
+        type=click.Choice(MODES),
+        default="auto",
+        help="Form of the progress report on stderr; auto: a bar on a terminal, else what -p asks.",
+    )(function)
+    return click.option(
+        "-p", "wants_progress", is_flag=True, help="Show progress, also without a terminal."
+    )(decorated)
+
+
+def reporter(mode: str, *, wanted: bool, quiet: bool, label: str) -> Reporter:
+    """Return the reporter for ``--progress=mode``, ``-p`` and ``-q``."""
+    if quiet or mode == "none":
+        return Reporter()
+    if mode == "auto":
+        if sys.stderr.isatty():
+            return BarReporter(label, delay=0.0 if wanted else _BAR_DELAY_SECONDS)
+        mode = "plain" if wanted else "none"
+    if mode == "bar":
+        return BarReporter(label)
+    if mode == "plain":
+        return PlainReporter()
+    return JsonReporter() if mode == "json" else Reporter()
+
+
+class Rate:
+    """Bytes per second over the last few seconds."""
+
+    def __init__(self) -> None:
+        self._samples: deque[tuple[float, int]] = deque()
+
+    def update(self, now: float, done: int) -> None:
+        self._samples.append((now, done))
+        while len(self._samples) > 2 and now - self._samples[0][0] > _RATE_WINDOW_SECONDS:
+            self._samples.popleft()
+
+    @property
+    def per_second(self) -> float:
+        if len(self._samples) < 2:
+            return 0.0
+        (then, before), (now, done) = self._samples[0], self._samples[-1]
+        return (done - before) / (now - then) if now > then else 0.0
+
+    def seconds_left(self, total: int) -> float | None:
+        """Return the time left, None if nothing is known about it."""
+        done = self._samples[-1][1] if self._samples else 0
+        if done >= total:
+            return 0.0
+        return (total - done) / self.per_second if self.per_second > 0 else None
+
+
+class Reporter:
+    """Reports nothing; the base of those that do."""
+
+    interval_seconds: float = float("inf")
+
+    def __init__(self) -> None:
+        self._rate = Rate()
+        self._start = time.monotonic()
+        self._last_shown = -float("inf")
+        self._counters: Counters | None = None
+        self._shown: Counters | None = None
+        self._rate.update(self._start, 0)
+
+    @property
+    def callback(self) -> Any:
+        """What to pass as ``progress=``; None if nothing is reported."""
+        return self.update if self.interval_seconds != float("inf") else None
+
+    def update(self, counters: Counters) -> None:
+        now = time.monotonic()
+        self._counters = counters
+        self._rate.update(now, counters.done)
+        if now - self._last_shown >= self.interval_seconds and self.is_due(now - self._start):
+            self._last_shown = now
+            self._shown = counters
+            self.show(counters)
+
+    def is_due(self, _elapsed: float) -> bool:
+        return True
+
+    def show(self, counters: Counters) -> None:
+        """Put the state on stderr."""
+
+    def finish(self) -> None:
+        """Show the last state of a job that has ended well."""
+
+    def close(self) -> None:
+        """Leave the terminal in order, whatever has happened."""
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        _error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        if error_type is None:
+            self.finish()
+        self.close()
+
+
+class JsonReporter(Reporter):
+    """One JSON object a line."""
+
+    interval_seconds = _JSON_INTERVAL_SECONDS
+
+    def show(self, counters: Counters) -> None:
+        left = self._rate.seconds_left(counters.total)
+        line = {
+            "done": counters.done,
+            "total": counters.total,
+            "percent": round(percent(counters), 2),
+            "rate": round(self._rate.per_second),
+            "eta": None if left is None else round(left, 1),
+        }
+        print(json.dumps(line), file=sys.stderr, flush=True)
+
+    def finish(self) -> None:
+        if self._counters is not None and self._counters != self._shown:
+            self.show(self._counters)
+
+
+class PlainReporter(Reporter):
+    """A line now and then, for logs."""
+
+    interval_seconds = _PLAIN_INTERVAL_SECONDS
+
+    def is_due(self, elapsed: float) -> bool:
+        return elapsed >= self.interval_seconds
+
+    def show(self, counters: Counters) -> None:
+        text = f"{percent(counters):.1f}% of {format_size(counters.total)}"
+        rate = self._rate.per_second
+        left = self._rate.seconds_left(counters.total)
+        if counters.done < counters.total:
+            text += f", {rate_text(rate)}, {time_text(left)} left"
+        print(text, file=sys.stderr, flush=True)
+
+    def finish(self) -> None:
+        if self._counters is not None:
+            seconds = time.monotonic() - self._start
+            text = f"{percent(self._counters):.1f}% of {format_size(self._counters.total)}"
+            rate = rate_text(self._counters.done / max(seconds, 1e-3))
+            print(f"{text} in {seconds:.1f} s, {rate}", file=sys.stderr, flush=True)
+
+
+class BarReporter(Reporter):
+    """A bar with rate and time left, drawn on the calling thread."""
+
+    interval_seconds = _BAR_INTERVAL_SECONDS
+
+    def __init__(self, label: str, *, delay: float = 0.0) -> None:
+        super().__init__()
+        self._label = label
+        self._delay = delay
+        self._bar: rich.progress.Progress | None = None
+        self._task: rich.progress.TaskID | None = None
+
+    def is_due(self, elapsed: float) -> bool:
+        return elapsed >= self._delay
+
+    def show(self, counters: Counters) -> None:
+        if self._bar is None:
+            self._open(counters.total)
+        assert self._bar is not None
+        assert self._task is not None
+        left = self._rate.seconds_left(counters.total)
+        rate = rate_text(self._rate.per_second)
+        state = f"{rate}, {time_text(left)} left" if counters.done < counters.total else rate
+        self._bar.update(self._task, completed=counters.done, state=state)
+        self._bar.refresh()
+
+    def _open(self, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        # No refresh thread: it would contend for the GIL with the progress callback.
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TextColumn("{task.percentage:>5.1f}%"),
+            TextColumn("{task.fields[state]}", markup=False),
+            console=Console(file=sys.stderr),
+            auto_refresh=False,
+        )
+        self._task = self._bar.add_task(self._label, total=max(total, 1), state="")
+        self._bar.start()
+
+    def finish(self) -> None:
+        if self._bar is not None and self._counters is not None:
+            self.show(self._counters)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def percent(counters: Counters) -> float:
+    return 100.0 * counters.done / counters.total if counters.total else 100.0
+
+
+def rate_text(rate: float) -> str:
+    return f"{format_size(round(rate))}/s"
+
+
+def time_text(seconds: float | None) -> str:
+    """Return ``1:02:03`` or ``2:03``; ``--:--`` if unknown."""
+    if seconds is None:
+        return "--:--"
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    if hours:
+        return f"{hours}:{minutes:02}:{whole % 60:02}"
+    return f"{minutes}:{whole % 60:02}"

@@ -1,0 +1,90 @@
+"""``imgcore check``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from imgcore.cli._common import (
+    allow_option,
+    format_option,
+    one_line,
+    output_options,
+    print_json,
+    quiet_option,
+    share_option,
+    verb,
+)
+
+if TYPE_CHECKING:
+    from imgcore._check import CheckResult
+
+# The codes of `qemu-img check`.
+EXIT_CORRUPT: Final = 2
+EXIT_LEAKS: Final = 3
+EXIT_UNSUPPORTED: Final = 63
+
+
+@verb("check")
+@format_option()
+@quiet_option()
+@share_option()
+@allow_option()
+@output_options
+@click.argument("file")
+def command(
+    file: str,
+    format: str | None,
+    quiet: bool,
+    share: bool,
+    allow: tuple[str, ...],
+    as_json: bool,
+) -> int:
+    """Verify the tables of the image FILE. Nothing is repaired.
+
+    Exit code: 0 clean, 1 the check failed, 2 corrupt, 3 leaked clusters only, 63 the format
+    has nothing to check.
+    """
+    from imgcore._check import CheckNotSupportedError, check
+
+    try:
+        result = check(file, format=format, allow=allow, share=share)
+    except CheckNotSupportedError as error:
+        click.echo(f"imgcore: {one_line(str(error))}", err=True)
+        return EXIT_UNSUPPORTED
+    if as_json:
+        print_json(result.as_dict())
+    else:
+        for line in result.problems:
+            click.echo(one_line(line), err=True)
+        if not quiet:
+            _print_human(result)
+    if result.corruptions:
+        return EXIT_CORRUPT
+    return EXIT_LEAKS if result.leaks else 0
+
+
+def _print_human(result: CheckResult) -> None:
+    if result.ok:
+        click.echo("No errors were found on the image.")
+    if result.corruptions:
+        click.echo(
+            f"\n{result.corruptions} errors were found on the image.\n"
+            "Data may be corrupted, or further writes to the image may corrupt it."
+        )
+    if result.leaks:
+        click.echo(
+            f"\n{result.leaks} leaked clusters were found on the image.\n"
+            "This means waste of disk space, but no harm to data."
+        )
+    allocated = result.allocated_clusters
+    if result.total_clusters and allocated:
+        click.echo(
+            f"{allocated}/{result.total_clusters} = "
+            f"{allocated / result.total_clusters:.2%} allocated, "
+            f"{result.fragmented_clusters / allocated:.2%} fragmented, "
+            f"{result.compressed_clusters / allocated:.2%} compressed clusters"
+        )
+    if result.image_end_offset:
+        click.echo(f"Image end offset: {result.image_end_offset}")

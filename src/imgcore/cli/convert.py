@@ -1,0 +1,122 @@
+"""``imgcore convert``."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+
+import click
+
+from imgcore.cli._common import (
+    allow_option,
+    format_option,
+    one_line,
+    options_option,
+    print_options_help,
+    quiet_option,
+    require,
+    share_option,
+    size_value,
+    target_driver,
+    threads_option,
+    verb,
+    wants_options_help,
+)
+from imgcore.cli._progress import progress_options, reporter
+
+
+@verb("convert")
+@format_option(of="SOURCE")
+@click.option(
+    "-O", "--target-format", metavar="FMT", help="Format of TARGET; follows from its suffix."
+)
+@options_option()
+@click.option("-c", "--compress", is_flag=True, help="Compress TARGET.")
+@click.option("-B", "--backing", metavar="FILE", help="Backing file of TARGET.")
+@click.option("-F", "--backing-format", metavar="FMT", help="Format of the backing file of TARGET.")
+@click.option(
+    "--source-backing-format",
+    metavar="FMT",
+    help="Format of SOURCE's backing files, where SOURCE does not state it.",
+)
+@click.option(
+    "-S",
+    "--sparse-size",
+    callback=size_value,
+    metavar="SIZE",
+    default="4k",
+    help="Zeros of this length are not written; 0 writes them all.  [default: 4k]",
+)
+@click.option("-n", "--in-place", is_flag=True, help="Write into TARGET, which exists already.")
+@click.option("--force", is_flag=True, help="Replace an existing TARGET.")
+@click.option("--no-sync", is_flag=True, help="Do not wait for stable storage.")
+@share_option()
+@allow_option()
+@threads_option()
+@click.option("-W", "out_of_order", is_flag=True, help="Accepted, no effect: writing is parallel.")
+@progress_options
+@quiet_option()
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+@click.argument("source", required=False, metavar="SOURCE")
+@click.argument("target", required=False, metavar="TARGET")
+@click.pass_context
+def command(
+    ctx: click.Context,
+    source: str | None,
+    target: str | None,
+    format: str | None,
+    target_format: str | None,
+    options: tuple[str, ...],
+    compress: bool,
+    backing: str | None,
+    backing_format: str | None,
+    source_backing_format: str | None,
+    sparse_size: int,
+    in_place: bool,
+    force: bool,
+    no_sync: bool,
+    share: bool,
+    allow: tuple[str, ...],
+    threads: int | None,
+    out_of_order: bool,
+    progress_mode: str,
+    wants_progress: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Convert the image SOURCE to TARGET.
+
+    TARGET appears under its name when it is complete; a job that fails leaves none.
+    """
+    if wants_options_help(options):
+        print_options_help(target_driver(target_format, target))
+        return
+    require(ctx, source=source, target=target)
+    from imgcore._convert import convert
+
+    assert source is not None
+    assert target is not None
+    label = one_line(os.path.basename(target))
+    with reporter(progress_mode, wanted=wants_progress, quiet=quiet, label=label) as report:
+        result = convert(
+            source,
+            target,
+            format=format,
+            target_format=target_format,
+            options=options,
+            compress=compress,
+            backing=backing,
+            backing_format=backing_format,
+            source_backing_format=source_backing_format,
+            sparse=sparse_size,
+            threads=threads,
+            force=force,
+            sync=not no_sync,
+            in_place=in_place,
+            share=share,
+            allow=allow,
+            progress=report.callback,
+        )
+    if as_json:
+        click.echo(json.dumps(asdict(result)))

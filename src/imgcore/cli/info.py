@@ -1,0 +1,102 @@
+"""``imgcore info``."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import click
+
+from imgcore.cli._common import (
+    allow_option,
+    backing_format_option,
+    format_option,
+    one_line,
+    output_options,
+    print_json,
+    print_tree,
+    share_option,
+    size_text,
+    verb,
+)
+
+
+@verb("info")
+@format_option()
+@click.option("--backing-chain", is_flag=True, help="Describe the backing files as well.")
+@backing_format_option()
+@share_option()
+@allow_option()
+@output_options
+@click.argument("file")
+def command(
+    file: str,
+    format: str | None,
+    backing_chain: bool,
+    backing_format: str | None,
+    share: bool,
+    allow: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Describe the image FILE by its headers."""
+    from imgcore._info import info
+
+    if backing_chain:
+        images = info(
+            file, format=format, chain=True, allow=allow, share=share, backing_format=backing_format
+        )
+        if as_json:
+            print_json(images)
+            return
+    else:
+        images = [info(file, format=format, allow=allow, share=share)]
+        if as_json:
+            print_json(images[0])
+            return
+    for index, image in enumerate(images):
+        if index:
+            click.echo()
+        _print_human(image)
+
+
+def _print_human(image: dict[str, Any]) -> None:
+    from imgcore._sizes import format_size
+
+    click.echo(f"image: {one_line(image['filename'])}")
+    click.echo(f"file format: {image['format']}")
+    click.echo(f"virtual size: {size_text(image['virtual-size'])}")
+    click.echo(f"disk size: {format_size(image['actual-size'])}")
+    if image.get("encrypted"):
+        click.echo("encrypted: yes")
+    if "cluster-size" in image:
+        click.echo(f"cluster_size: {image['cluster-size']}")
+    if image["dirty-flag"]:
+        click.echo("cleanly shut down: no")
+    if "backing-filename" in image:
+        name, full = image["backing-filename"], image["full-backing-filename"]
+        actual = "" if full == name else f" (actual path: {one_line(full)})"
+        click.echo(f"backing file: {one_line(name)}{actual}")
+    if "backing-filename-format" in image:
+        click.echo(f"backing file format: {one_line(image['backing-filename-format'])}")
+    if image.get("snapshots"):
+        _print_snapshots(image["snapshots"])
+    if "format-specific" in image:
+        click.echo("Format specific information:")
+        print_tree(image["format-specific"]["data"], 4)
+
+
+def _print_snapshots(snapshots: list[dict[str, Any]]) -> None:
+    from imgcore._sizes import format_size
+
+    click.echo("Snapshot list:")
+    click.echo(f"{'ID':<8}{'TAG':<18}{'VM_SIZE':>7}{'DATE':>20}{'VM_CLOCK':>16}{'ICOUNT':>11}")
+    for snapshot in snapshots:
+        date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(snapshot.get("date-sec", 0)))
+        seconds = snapshot.get("vm-clock-sec", 0)
+        millis = snapshot.get("vm-clock-nsec", 0) // 1_000_000
+        clock = f"{seconds // 3600:04}:{seconds // 60 % 60:02}:{seconds % 60:02}.{millis:03}"
+        click.echo(
+            f"{one_line(str(snapshot['id'])):<8}{one_line(str(snapshot['name'])):<18}"
+            f"{format_size(snapshot.get('vm-state-size', 0)):>7}{date:>20}{clock:>16}"
+            f"{snapshot.get('icount', ''):>11}"
+        )

@@ -1,0 +1,77 @@
+"""``imgcore measure``."""
+
+from __future__ import annotations
+
+import click
+
+from imgcore.cli._common import (
+    allow_option,
+    backing_format_option,
+    format_option,
+    options_option,
+    output_options,
+    print_json,
+    print_options_help,
+    share_option,
+    size_value,
+    target_driver,
+    verb,
+    wants_options_help,
+)
+
+
+@verb("measure")
+@format_option()
+@click.option("-O", "--target-format", metavar="FMT", default="raw", help="Format of the target.")
+@options_option()
+@click.option("-c", "--compress", is_flag=True, help="Measure a compressed target: an upper bound.")
+@click.option(
+    "-s",
+    "--size",
+    metavar="SIZE",
+    callback=size_value,
+    help="Size of an empty disk, in place of FILE.",
+)
+@backing_format_option()
+@share_option()
+@allow_option()
+@output_options
+@click.argument("file", required=False)
+@click.pass_context
+def command(
+    ctx: click.Context,
+    file: str | None,
+    format: str | None,
+    target_format: str,
+    options: tuple[str, ...],
+    compress: bool,
+    size: int | None,
+    backing_format: str | None,
+    share: bool,
+    allow: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Tell how large a target file would be for the image FILE, or for an empty disk of --size."""
+    from imgcore._measure import measure
+
+    if wants_options_help(options):
+        print_options_help(target_driver(target_format, None))
+        return
+    if (file is None) == (size is None):
+        raise click.UsageError("give either FILE or --size", ctx)
+    result = measure(
+        file,
+        size=size,
+        format=format,
+        target_format=target_format,
+        options=options,
+        compress=compress,
+        backing_format=backing_format,
+        allow=allow,
+        share=share,
+    )
+    if as_json:
+        print_json({"required": result.required, "fully-allocated": result.fully_allocated})
+    else:
+        click.echo(f"required size: {result.required}")
+        click.echo(f"fully allocated size: {result.fully_allocated}")
