@@ -1,0 +1,9 @@
+"""``python -m benchmarks``: the comparison of whole commands."""
+
+from __future__ import annotations
+
+import sys
+
+from benchmarks.bench_convert import main
+
+sys.exit(main())

@@ -1,0 +1,75 @@
+"""What a figure depends on, written beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+LIBRARIES = ("libdeflate", "libisal", "libzstd", "liburing")
+
+
+def output(*command: str) -> str:
+    """Return what a command prints, empty if it cannot run."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip()
+
+
+def cpu_model() -> str:
+    """Return the processor's name as Linux gives it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith(("model name", "Model")):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def file_system(folder: Path) -> str:
+    """Return the type of the file system that a folder is on."""
+    return output("stat", "-f", "-c", "%T", str(folder))
+
+
+def find_qemu_img() -> str:
+    """Return the qemu-img to measure against: of $IMGCORE_PEERS, else of PATH."""
+    peers = os.environ.get("IMGCORE_PEERS") or os.path.expanduser("~/.cache/imgcore-peers")
+    candidate = os.path.join(peers, "bin", "qemu-img")
+    found = candidate if os.access(candidate, os.X_OK) else shutil.which("qemu-img")
+    if found is None:
+        raise SystemExit("benchmarks: qemu-img was not found: install qemu-utils")
+    return found
+
+
+def find_imgcore() -> str:
+    """Return the installed command, the one beside this interpreter first."""
+    beside = Path(sys.executable).with_name("imgcore")
+    found = str(beside) if beside.exists() else shutil.which("imgcore")
+    if found is None:
+        raise SystemExit("benchmarks: the imgcore command is not installed: run `make build`")
+    return found
+
+
+def describe(folder: Path, qemu_img: str, recipe: str) -> dict[str, Any]:
+    """Return the record that goes into the JSON."""
+    code = "import json, imgcore._core as c; print(json.dumps(c.build_info()))"
+    build = output(sys.executable, "-c", code)
+    return {
+        "commit": output("git", "rev-parse", "HEAD"),
+        "uncommitted_changes": bool(output("git", "status", "--porcelain")),
+        "cpu": cpu_model(),
+        "n_cpus": len(os.sched_getaffinity(0)),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "variants": json.loads(build) if build else {},
+        "compiler": output("gcc", "--version").splitlines()[0],
+        "libraries": {name: output("pkg-config", "--modversion", name) for name in LIBRARIES},
+        "peer": output(qemu_img, "--version").splitlines()[0],
+        "file_system": file_system(folder),
+        "recipe": recipe,
+    }

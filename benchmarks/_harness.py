@@ -1,0 +1,107 @@
+"""Running commands in turns, as whole processes, with their time and peak memory."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Run:
+    """One process that ended well."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_nbytes: int
+
+
+class CommandFailed(Exception):
+    """A command of the benchmark ended with an error."""
+
+
+def run(command: Sequence[str]) -> Run:
+    """Run a command to its end; the time is the caller's wall clock, start-up included.
+
+    The peak is the child's own ``ru_maxrss``. Linux lets a child inherit the peak of the
+    process that started it, so this program stays small: it imports no NumPy.
+    """
+    begun = time.perf_counter()
+    with open(os.devnull, "wb") as null:
+        child = subprocess.Popen(command, stdout=null, stderr=subprocess.PIPE)
+        assert child.stderr is not None
+        errors = child.stderr.read()
+        _, status, usage = os.wait4(child.pid, 0)
+    seconds = time.perf_counter() - begun
+    child.returncode = os.waitstatus_to_exitcode(status)
+    child.stderr.close()
+    if child.returncode != 0:
+        text = errors.decode(errors="replace").strip()
+        raise CommandFailed(f"{' '.join(command)}: exit {child.returncode}: {text}")
+    return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One side of a comparison: a command, and the target that it makes (None: it makes none)."""
+
+    name: str
+    command: tuple[str, ...]
+    target: Path | None = None
+
+
+@dataclass
+class Series:
+    """The runs of one contender, with the size of its output."""
+
+    runs: list[Run] = field(default_factory=list)
+    file_nbytes: int = 0
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(run.seconds for run in self.runs)
+
+    @property
+    def peak_nbytes(self) -> int:
+        return max(run.peak_nbytes for run in self.runs)
+
+
+def in_turns(
+    contenders: Sequence[Contender], rounds: int, verify: Callable[[Contender], None]
+) -> dict[str, Series]:
+    """Run every contender once a round, A B A B; each output is verified, untimed, and removed."""
+    series = {contender.name: Series() for contender in contenders}
+    for _ in range(rounds):
+        for contender in contenders:
+            remove(contender.target)
+            series[contender.name].runs.append(run(contender.command))
+            if contender.target is not None:
+                series[contender.name].file_nbytes = contender.target.stat().st_size
+                verify(contender)
+            remove(contender.target)
+    return series
+
+
+def remove(target: Path | None) -> None:
+    """Remove a target, if it is there."""
+    if target is not None:
+        target.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as fast: peer's seconds over ours, round by round."""
+
+    median: float
+    low: float
+    high: float
+
+
+def ratio(peer: Series, ours: Series) -> Ratio:
+    """Return the pairwise ratio of two series that ran in turns."""
+    pairs = [a.seconds / b.seconds for a, b in zip(peer.runs, ours.runs, strict=True)]
+    return Ratio(statistics.median(pairs), min(pairs), max(pairs))

@@ -1,0 +1,336 @@
+"""imgcore against qemu-img, as whole commands: the table that the README quotes.
+
+python -m benchmarks [--mib 1024] [--rounds 5] [--only WORD] [--require]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from benchmarks import _environment
+from benchmarks._harness import CommandFailed, Contender, Ratio, Series, in_turns, ratio, run
+
+ROOT = Path(__file__).resolve().parent.parent
+MEMORY_LIMIT_NBYTES = 256 << 20
+# A peer that takes this long is run three times at most.
+SLOW_SECONDS = 15.0
+
+SUFFIXES = {"raw": ".raw", "qcow2": ".qcow2", "vmdk": ".vmdk"}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A format with what makes it: ``-O``, ``-o`` and ``-c``."""
+
+    name: str
+    format: str
+    options: tuple[str, ...] = ()
+    compress: bool = False
+    # Out-of-order writes help qemu-img, but spoil the order of grains that readers demand.
+    peer_flags: tuple[str, ...] = ("-m", "16", "-W")
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        flags = ("-c",) if self.compress else ()
+        options = ("-o", ",".join(self.options)) if self.options else ()
+        return ("-O", self.format, *flags, *options)
+
+
+RAW = Kind("raw", "raw")
+QCOW2 = Kind("QCOW2", "qcow2")
+ZLIB = Kind("QCOW2 zlib", "qcow2", (), True)
+ZSTD = Kind("QCOW2 zstd", "qcow2", ("compression_type=zstd",), True)
+SPARSE = Kind("VMDK monolithicSparse", "vmdk", ("subformat=monolithicSparse",))
+STREAM = Kind("streamOptimized", "vmdk", ("subformat=streamOptimized",), peer_flags=("-m", "16"))
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table: our extra options, what is required, how large the file may be."""
+
+    title: str
+    required: float
+    extra: tuple[str, ...] = ()
+    size_limit: float | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Lines that are measured against one and the same run of the peer."""
+
+    source: Kind
+    target: Kind
+    lines: tuple[Line, ...]
+    verb: str = "convert"
+
+
+GROUPS = (
+    Group(
+        RAW,
+        STREAM,
+        (
+            Line("raw to streamOptimized", 5.0, (), 1.0),
+            Line("raw to streamOptimized, fastest level", 15.0, ("level=fastest",)),
+        ),
+    ),
+    Group(
+        RAW,
+        ZLIB,
+        (
+            Line("raw to QCOW2 zlib, 4 KiB window", 8.0, (), 1.12),
+            Line("raw to QCOW2 zlib, 32 KiB window", 5.0, ("window=32k",), 1.0),
+        ),
+    ),
+    Group(RAW, ZSTD, (Line("raw to QCOW2 zstd", 1.8, (), 1.02),)),
+    Group(STREAM, RAW, (Line("streamOptimized to raw", 4.0),)),
+    Group(ZLIB, RAW, (Line("QCOW2 zlib to raw", 2.0),)),
+    Group(ZSTD, RAW, (Line("QCOW2 zstd to raw", 2.0),)),
+    Group(RAW, SPARSE, (Line("raw to VMDK monolithicSparse", 1.8),)),
+    Group(SPARSE, RAW, (Line("VMDK monolithicSparse to raw", 1.8),)),
+    Group(RAW, RAW, (Line("raw to raw", 1.0),)),
+    Group(RAW, QCOW2, (Line("raw to QCOW2", 1.0),)),
+    Group(QCOW2, RAW, (Line("QCOW2 to raw", 1.0),)),
+    Group(RAW, STREAM, (Line("compare raw with streamOptimized", 4.0),), "compare"),
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line with its figures; ``met`` holds every requirement of the line."""
+
+    title: str
+    required: float
+    ratio: Ratio
+    peer_seconds: float
+    seconds: float
+    size_ratio: float | None
+    size_limit: float | None
+    peak_nbytes: int
+    met: bool
+
+
+class Bench:
+    """The sources, the two programs, and the folder that everything happens in."""
+
+    def __init__(self, folder: Path, mebibytes: int, rounds: int) -> None:
+        self.folder = folder
+        self.rounds = rounds
+        self.qemu_img = _environment.find_qemu_img()
+        self.imgcore = _environment.find_imgcore()
+        self.sources: dict[str, Path] = {}
+        raw = folder / "source.raw"
+        maker = ROOT / "tools" / "make_image.py"
+        subprocess.run([sys.executable, maker, raw, str(mebibytes)], check=True)
+        self.sources[RAW.name] = raw
+
+    def source(self, kind: Kind) -> Path:
+        """Return the image of a kind; qemu-img writes it, once, from the raw one."""
+        if kind.name not in self.sources:
+            path = self.folder / f"source-{kind.name.replace(' ', '-')}{SUFFIXES[kind.format]}"
+            peer = (self.qemu_img, "convert", "-f", "raw", *kind.arguments, *kind.peer_flags)
+            run((*peer, str(self.sources[RAW.name]), str(path)))
+            self.sources[kind.name] = path
+        return self.sources[kind.name]
+
+    def contenders(self, group: Group) -> list[Contender]:
+        """Return the peer, then one contender for each line."""
+        source = self.source(group.source)
+        if group.verb == "compare":
+            formats = ("-f", group.source.format, "-F", group.target.format)
+            words = (*formats, str(source), str(self.source(group.target)))
+            return [
+                Contender("peer", (self.qemu_img, "compare", *words)),
+                Contender(group.lines[0].title, (self.imgcore, "compare", "-q", *words)),
+            ]
+        suffix = SUFFIXES[group.target.format]
+        peer_target = self.folder / f"peer{suffix}"
+        words = ("convert", "-f", group.source.format, *group.target.arguments)
+        peer = (self.qemu_img, *words, *group.target.peer_flags, str(source), str(peer_target))
+        found = [Contender("peer", peer, peer_target)]
+        for line in group.lines:
+            target = self.folder / f"ours{suffix}"
+            extra = ("-o", ",".join(line.extra)) if line.extra else ()
+            ours = (self.imgcore, *words, *extra, "-q", "--no-sync", str(source), str(target))
+            found.append(Contender(line.title, ours, target))
+        return found
+
+    def verify(self, contender: Contender, target: Kind) -> None:
+        """Let qemu-img compare an output of ours with the raw source."""
+        if contender.name == "peer" or contender.target is None:
+            return
+        words = ("compare", "-f", "raw", "-F", target.format)
+        run((self.qemu_img, *words, str(self.sources[RAW.name]), str(contender.target)))
+        if target.format == "qcow2":
+            run((self.qemu_img, "check", "-q", "-f", "qcow2", str(contender.target)))
+
+    def measure(self, group: Group) -> Iterator[Result]:
+        """Run a group in turns and yield its lines."""
+        contenders = self.contenders(group)
+        first = in_turns(contenders, 1, lambda one: self.verify(one, group.target))
+        slow = first["peer"].seconds > SLOW_SECONDS
+        more = min(self.rounds, 3) if slow else self.rounds
+        series = first
+        if more > 1:
+            rest = in_turns(contenders, more - 1, lambda one: self.verify(one, group.target))
+            for name, one in series.items():
+                one.runs += rest[name].runs
+        for line in group.lines:
+            yield result(line, series["peer"], series[line.title])
+
+
+def result(line: Line, peer: Series, ours: Series) -> Result:
+    """Hold a line's figures against what it requires."""
+    speed = ratio(peer, ours)
+    size_ratio = ours.file_nbytes / peer.file_nbytes if peer.file_nbytes else None
+    fits = line.size_limit is None or (size_ratio is not None and size_ratio <= line.size_limit)
+    met = speed.median >= line.required and fits and ours.peak_nbytes < MEMORY_LIMIT_NBYTES
+    return Result(
+        line.title,
+        line.required,
+        speed,
+        peer.seconds,
+        ours.seconds,
+        size_ratio,
+        line.size_limit,
+        ours.peak_nbytes,
+        met,
+    )
+
+
+@dataclass(frozen=True)
+class Absolute:
+    """A figure that is no ratio: seconds, with a limit."""
+
+    title: str
+    limit_seconds: float
+    seconds: float
+    peak_nbytes: int
+    met: bool
+
+
+def absolute(bench: Bench) -> Iterator[Absolute]:
+    """Measure what has a limit in seconds: an empty 64 TiB image, and ``info``."""
+    empty, target = bench.folder / "empty.qcow2", bench.folder / "empty-out.qcow2"
+    run((bench.qemu_img, "create", "-q", "-f", "qcow2", str(empty), "64T"))
+    words = ("convert", "-q", "--no-sync", "-f", "qcow2", "-O", "qcow2", str(empty), str(target))
+    jobs = (
+        ("empty 64 TiB QCOW2 to QCOW2", 2.0, Contender("x", (bench.imgcore, *words), target)),
+        ("imgcore info", 0.2, Contender("x", (bench.imgcore, "info", str(empty)))),
+    )
+    for title, limit, contender in jobs:
+        series = in_turns([contender], max(bench.rounds, 3), lambda _: None)["x"]
+        met = series.seconds < limit and series.peak_nbytes < MEMORY_LIMIT_NBYTES
+        yield Absolute(title, limit, series.seconds, series.peak_nbytes, met)
+
+
+HEADER = (
+    f"{'job':<40} {'required':>8} {'ours':>7} {'spread':>13} {'peer s':>7} {'ours s':>7} "
+    f"{'size':>6} {'limit':>6} {'peak MiB':>8}"
+)
+
+
+def show(one: Result) -> str:
+    """Return a line of the table."""
+    spread = f"{one.ratio.low:.2f}..{one.ratio.high:.2f}"
+    size = "" if one.size_ratio is None else f"{one.size_ratio:.3f}"
+    limit = "" if one.size_limit is None else f"{one.size_limit:.2f}"
+    return (
+        f"{one.title:<40} {one.required:>7.1f}x {one.ratio.median:>6.2f}x {spread:>13} "
+        f"{one.peer_seconds:>7.2f} {one.seconds:>7.2f} {size:>6} {limit:>6} "
+        f"{one.peak_nbytes / (1 << 20):>8.0f}  {'ok' if one.met else 'MISSED'}"
+    )
+
+
+def show_absolute(one: Absolute) -> str:
+    """Return a line of the second table."""
+    return (
+        f"{one.title:<40} {'< ' + str(one.limit_seconds) + ' s':>8} {one.seconds:>6.3f}s "
+        f"{'':>46} {one.peak_nbytes / (1 << 20):>8.0f}  {'ok' if one.met else 'MISSED'}"
+    )
+
+
+@contextmanager
+def work_folder() -> Iterator[Path]:
+    """Give a folder on $IMGCORE_BENCH_DIR, by default in memory, and remove it afterwards."""
+    parent = os.environ.get("IMGCORE_BENCH_DIR") or "/dev/shm"
+    if not os.path.isdir(parent):
+        parent = tempfile.gettempdir()
+    folder = Path(tempfile.mkdtemp(prefix="imgcore-bench-", dir=parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the command line's choices."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--mib", type=int, default=1024, help="size of the source image")
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each command")
+    parser.add_argument("--only", default="", help="lines whose title holds this word")
+    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/latest.json")
+    parser.add_argument("--require", action="store_true", help="exit 1 if a line is missed")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print the table, write the JSON."""
+    choice = parse(arguments)
+    results: list[Result] = []
+    absolutes: list[Absolute] = []
+    recipe = f"ext4 of installed files, {choice.mib} MiB (tools/make_image.py)"
+    with work_folder() as folder:
+        bench = Bench(folder, choice.mib, choice.rounds)
+        environment = _environment.describe(folder, bench.qemu_img, recipe)
+        print(f"{environment['cpu']}, {environment['n_cpus']} CPUs; {environment['peer']}")
+        print(f"{recipe}; {environment['file_system']}; no sync on either side\n{HEADER}")
+        try:
+            for group in GROUPS:
+                if any(choice.only in line.title for line in group.lines):
+                    for one in bench.measure(group):
+                        results.append(one)
+                        print(show(one), flush=True)
+            for figure in absolute(bench):
+                if choice.only in figure.title:
+                    absolutes.append(figure)
+                    print(show_absolute(figure), flush=True)
+        except CommandFailed as error:
+            print(f"benchmarks: {error}", file=sys.stderr)
+            return 1
+    write_json(choice.json, environment, results, absolutes)
+    missed = [one.title for one in (*results, *absolutes) if not one.met]
+    print(f"missed: {', '.join(missed)}" if missed else "every line is reached")
+    return 1 if missed and choice.require else 0
+
+
+def write_json(
+    path: Path,
+    environment: dict[str, Any],
+    results: Sequence[Result],
+    absolutes: Sequence[Absolute],
+) -> None:
+    """Write everything that was printed, with what it depends on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": environment,
+        "ratios": [asdict(one) for one in results],
+        "seconds": [asdict(one) for one in absolutes],
+    }
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""Fixtures that every test may use; no product code is imported before a test needs it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import images
+
+
+@pytest.fixture(scope="session")
+def raw_images(tmp_path_factory: pytest.TempPathFactory) -> Callable[[images.RawImage], Path]:
+    """Give the path of a generated raw image, each made once in a session; never write to it."""
+    folder = tmp_path_factory.mktemp("raw")
+
+    def get(image: images.RawImage) -> Path:
+        path = folder / f"{image.name}.raw"
+        if not path.exists():
+            image.write(path)
+            path.chmod(0o444)
+        return path
+
+    return get
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """Give an empty folder that must hold no temporary file after the test."""
+    return tmp_path
+
+
+def pytest_report_header() -> list[str]:
+    """State what makes a run differ from another."""
+    required = "yes" if os.environ.get("IMGCORE_REQUIRE_QEMU") else "no"
+    line = (
+        f"imgcore: seed {images.SEED} (IMGCORE_TEST_SEED), qemu-img required: {required}, "
+        f"peers: {os.environ.get('IMGCORE_PEERS', 'none')}"
+    )
+    return [line]

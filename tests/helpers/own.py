@@ -1,0 +1,30 @@
+"""imgcore's own conversion in the shape of the oracle's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import imgcore
+from tests.helpers.qemu import Variant
+
+
+def convert(
+    source: Path,
+    target: Path,
+    variant: Variant,
+    *,
+    source_format: str | None = "raw",
+    threads: int | None = 2,
+    options: tuple[str, ...] = (),
+) -> imgcore.ConvertResult:
+    """Convert with imgcore; no sync, tests' folders are not worth it."""
+    return imgcore.convert(
+        str(source),
+        str(target),
+        format=source_format,
+        target_format=variant.format,
+        options=[*variant.options, *variant.own_options, *options],
+        compress=variant.compress,
+        threads=threads,
+        sync=False,
+    )

@@ -1,0 +1,203 @@
+"""QCOW2 without the native engine: a small stand-in for it, and images poked into."""
+
+from __future__ import annotations
+
+import subprocess
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zstandard
+
+from imgcore._extents import PLACEMENT_DTYPE, BlockState, Kind
+from imgcore._files import HostFile, ReferenceGate
+from imgcore._geometry import CodecId, Geometry, Placing, ZeroPolicy
+from imgcore._target import Target, TargetFile
+from imgcore.formats._base import BackingReference, WriteRequest
+from imgcore.formats.qcow2 import DRIVER, Qcow2Reader
+from tests.helpers import qemu
+
+
+def open_qcow2(path: Path) -> Qcow2Reader:
+    """Open one layer."""
+    return DRIVER.open(HostFile.open(path), ReferenceGate(str(path.parent)))
+
+
+def create(path: Path, size: int | str, *options: str, backing: Path | None = None) -> Path:
+    """Make an empty image with qemu-img."""
+    arguments = ["-b", backing.name, "-F", "raw"] if backing else []
+    if options:
+        arguments += ["-o", ",".join(options)]
+    qemu.run("create", "-q", "-f", "qcow2", *arguments, path, str(size))
+    return path
+
+
+def qemu_io(path: Path, *commands: str, check: bool = True) -> None:
+    """Run qemu-io's commands on an image; without ``check`` some of them may fail."""
+    program = qemu.find_program("qemu-io")
+    if program is None:
+        pytest.skip("qemu-io is not installed (Debian: qemu-utils)")
+    arguments = [part for command in commands for part in ("-c", command)]
+    subprocess.run([program, *arguments, path], check=check, capture_output=True)
+
+
+def poke(path: Path, *changes: tuple[int, bytes]) -> Path:
+    """Write bytes into a file."""
+    with open(path, "r+b") as file:
+        for offset, data in changes:
+            file.seek(offset)
+            file.write(data)
+    return path
+
+
+def plan_rows(reader: Qcow2Reader, start: int = 0, length: int | None = None) -> list[Any]:
+    """Return all rows of a plan as tuples."""
+    length = reader.virtual_size - start if length is None else length
+    return [row for batch in reader.plan(start, length) for row in batch.tolist()]
+
+
+def merged(rows: list[Any]) -> list[tuple[int, int, str, int | None]]:
+    """Return rows as (start, length, what, place of plain data), neighbours joined."""
+    names = {Kind.HOLE: "hole", Kind.ZERO: "zero", Kind.DATA: "data"}
+    return _joined(
+        [
+            (row[0], row[1], names.get(row[5], "packed"), row[2] if row[5] == 2 else None)
+            for row in rows
+        ]
+    )
+
+
+def qemu_map(path: Path) -> list[tuple[int, int, str, int | None]]:
+    """Return ``qemu-img map`` of a single layer in the shape of `merged`."""
+    rows: list[tuple[int, int, str, int | None]] = []
+    for entry in qemu.map_entries(path, "qcow2"):
+        what = "data"
+        if not entry["data"]:
+            # Before QEMU 8.2 nothing tells a hole from zeros but the missing "present".
+            what = "zero" if entry["present"] else "hole"
+        elif entry.get("compressed") or "offset" not in entry:
+            what = "packed"
+        place = entry["offset"] if what == "data" else None
+        rows.append((entry["start"], entry["length"], what, place))
+    return _joined(rows)
+
+
+def _joined(
+    rows: list[tuple[int, int, str, int | None]],
+) -> list[tuple[int, int, str, int | None]]:
+    out: list[tuple[int, int, str, int | None]] = []
+    for start, length, what, place in rows:
+        if out and out[-1][2] == what:
+            last_start, last_length, _, last_place = out[-1]
+            if place is None or last_place is None or last_place + last_length == place:
+                out[-1] = (last_start, last_length + length, what, last_place)
+                continue
+        out.append((start, length, what, place))
+    return out
+
+
+def read_guest(path: Path) -> bytes:
+    """Return what one layer reads as, decompressed by the Python codecs."""
+    reader = open_qcow2(path)
+    host = path.read_bytes()
+    content = bytearray(reader.virtual_size)
+    for guest, length, offset, nbytes, _, kind, _ in plan_rows(reader):
+        if kind == Kind.DATA:
+            content[guest : guest + length] = host[offset : offset + length]
+        elif kind in (Kind.DEFLATE, Kind.ZSTD):
+            raw = host[offset : offset + nbytes]
+            if kind == Kind.DEFLATE:
+                block = zlib.decompressobj(-15).decompress(raw)
+            else:
+                block = zstandard.ZstdDecompressor().decompressobj().decompress(raw)
+            skip = guest % reader.block_nbytes
+            content[guest : guest + length] = block[skip : skip + length]
+    reader.close()
+    return bytes(content)
+
+
+def request(
+    virtual_size: int,
+    options: Mapping[str, Any] | None = None,
+    *,
+    compress: bool = False,
+    backing: BackingReference | None = None,
+    sparse_nbytes: int = 4096,
+) -> WriteRequest:
+    """Return a request for a writer, all options not given at their defaults."""
+    return WriteRequest(virtual_size, dict(options or {}), compress, backing, sparse_nbytes)
+
+
+@dataclass
+class StandIn:
+    """Does what the engine does with a geometry, one block after the other."""
+
+    geometry: Geometry
+    file: TargetFile
+    next_offset: int
+    absent: set[int] = field(default_factory=set)
+
+    def place(self, index: int, block: bytes) -> tuple[int, int, int]:
+        """Write one block; return its placement."""
+        geometry = self.geometry
+        if index in self.absent:
+            return (0, 0, BlockState.ABSENT)
+        if geometry.zero_policy is not ZeroPolicy.STORE and not any(block):
+            explicit = geometry.zero_policy is ZeroPolicy.EXPLICIT
+            return (0, 0, BlockState.ZERO if explicit else BlockState.ABSENT)
+        if geometry.placing is Placing.IDENTITY:
+            self.file.pwrite(geometry.host_base + index * geometry.block_nbytes, block)
+            return (0, 0, BlockState.ABSENT)
+        state, data = BlockState.STORED, block
+        packed = self._compress(block.ljust(geometry.block_nbytes, b"\0"))
+        if packed is not None and len(packed) < geometry.block_nbytes:
+            state, data = BlockState.COMPRESSED, packed
+        unit = (
+            geometry.stored_alignment
+            if state is BlockState.STORED
+            else geometry.compressed_alignment
+        )
+        offset = -(-self.next_offset // unit) * unit
+        self.file.pwrite(offset, data)
+        self.next_offset = offset + len(data)
+        return (offset, len(data), state)
+
+    def _compress(self, block: bytes) -> bytes | None:
+        codec = self.geometry.codec
+        if codec.codec is CodecId.NONE:
+            return None
+        if codec.codec is CodecId.ZSTD:
+            return zstandard.ZstdCompressor(level=1).compress(block)
+        deflate = zlib.compressobj(1, zlib.DEFLATED, -codec.window_bits)
+        return deflate.compress(block) + deflate.flush()
+
+
+def write_image(
+    path: Path,
+    content: bytes,
+    wanted: WriteRequest,
+    *,
+    batch: int = 1000,
+    absent: set[int] | None = None,
+) -> Path:
+    """Write an image of ``content`` with the writer and the stand-in, ``batch`` blocks a call."""
+    writer = DRIVER.writer(wanted)
+    with Target(path, sync=False) as target:
+        file = writer.begin(target)
+        engine = StandIn(writer.geometry, file, writer.first_offset, absent or set())
+        size = writer.geometry.block_nbytes
+        n_blocks = -(-len(content) // size)
+        for first in range(0, n_blocks, batch):
+            rows = [
+                engine.place(index, content[index * size : (index + 1) * size])
+                for index in range(first, min(first + batch, n_blocks))
+            ]
+            placements = np.array(rows, dtype=PLACEMENT_DTYPE)
+            engine.next_offset = writer.place(first, placements, engine.next_offset)
+        writer.finish(engine.next_offset)
+        target.commit()
+    return path

@@ -1,0 +1,153 @@
+"""qemu-img and vbox-img as oracles: where they are, and the few calls that tests make."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@cache
+def find_program(name: str) -> str | None:
+    """Return the path of a program: in ``$IMGCORE_PEERS/bin``, else on PATH."""
+    peers = os.environ.get("IMGCORE_PEERS")
+    if peers:
+        candidate = os.path.join(peers, "bin", name)
+        if os.access(candidate, os.X_OK):
+            return candidate
+    return shutil.which(name)
+
+
+def require_qemu_img() -> str:
+    """Return qemu-img's path; without it skip, or fail if IMGCORE_REQUIRE_QEMU is set."""
+    return _require("qemu-img", "qemu-utils")
+
+
+def require_vbox_img() -> str:
+    """Return vbox-img's path, or skip."""
+    program = find_program("vbox-img")
+    if program is None:
+        pytest.skip("vbox-img is not installed (set IMGCORE_PEERS)")
+    return program
+
+
+def _require(name: str, package: str) -> str:
+    program = find_program(name)
+    if program is None:
+        message = f"{name} is not installed (Debian: {package})"
+        if os.environ.get("IMGCORE_REQUIRE_QEMU"):
+            pytest.fail(message)
+        pytest.skip(message)
+    return program
+
+
+def run(*arguments: str | os.PathLike[str]) -> subprocess.CompletedProcess[str]:
+    """Run qemu-img; a failure shows what it said."""
+    return checked([require_qemu_img(), *map(os.fspath, arguments)])
+
+
+def checked(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command; a failure shows what it said."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    if done.returncode != 0:
+        raise AssertionError(
+            f"{' '.join(command)}: exit {done.returncode}\n{done.stdout}{done.stderr}"
+        )
+    return done
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A target that both tools can write: the ``-O`` name, ``-o`` options, and ``-c``."""
+
+    name: str
+    format: str
+    options: tuple[str, ...] = ()
+    compress: bool = False
+    # What only imgcore is told, so that its output is the same on every run.
+    own_options: tuple[str, ...] = ()
+
+    @property
+    def suffix(self) -> str:
+        return {"raw": ".raw", "qcow2": ".qcow2", "vmdk": ".vmdk"}[self.format]
+
+    def with_options(self, *options: str) -> Variant:
+        """Return this variant with further options."""
+        name = "-".join((self.name, *(option.replace("=", "_") for option in options)))
+        return Variant(
+            name, self.format, (*self.options, *options), self.compress, self.own_options
+        )
+
+
+RAW = Variant("raw", "raw")
+QCOW2 = Variant("qcow2", "qcow2")
+QCOW2_ZLIB = Variant("qcow2-zlib", "qcow2", (), True)
+QCOW2_ZSTD = Variant("qcow2-zstd", "qcow2", ("compression_type=zstd",), True)
+VMDK_SPARSE = Variant(
+    "vmdk-monolithicSparse", "vmdk", ("subformat=monolithicSparse",), False, ("cid=1a2b3c4d",)
+)
+VMDK_STREAM = Variant(
+    "vmdk-streamOptimized", "vmdk", ("subformat=streamOptimized",), False, ("cid=1a2b3c4d",)
+)
+VMDK_FLAT = Variant(
+    "vmdk-monolithicFlat", "vmdk", ("subformat=monolithicFlat",), False, ("cid=1a2b3c4d",)
+)
+VARIANTS = (RAW, QCOW2, QCOW2_ZLIB, QCOW2_ZSTD, VMDK_SPARSE, VMDK_STREAM, VMDK_FLAT)
+
+
+def convert(source: Path, target: Path, variant: Variant, *, source_format: str = "raw") -> None:
+    """Convert with qemu-img, in its default order of writes."""
+    arguments: list[str | Path] = ["convert", "-f", source_format, "-O", variant.format]
+    if variant.compress:
+        arguments.append("-c")
+    if variant.options:
+        arguments += ["-o", ",".join(variant.options)]
+    run(*arguments, source, target)
+
+
+def assert_same(source: Path, target: Path, *, source_format: str, target_format: str) -> None:
+    """Fail unless qemu-img finds the two images' content identical."""
+    run("compare", "-f", source_format, "-F", target_format, source, target)
+
+
+def assert_check_clean(path: Path, image_format: str = "qcow2") -> dict[str, Any]:
+    """Fail unless ``qemu-img check`` finds neither corruption nor leaks; return its report."""
+    done = run("check", "--output=json", "-f", image_format, path)
+    report: dict[str, Any] = json.loads(done.stdout)
+    assert report.get("corruptions", 0) == 0, report
+    assert report.get("leaks", 0) == 0, report
+    assert report.get("check-errors", 0) == 0, report
+    return report
+
+
+def map_entries(path: Path, image_format: str) -> list[dict[str, Any]]:
+    """Return the rows of ``qemu-img map``."""
+    done = run("map", "--output=json", "-f", image_format, path)
+    entries: list[dict[str, Any]] = json.loads(done.stdout)
+    return entries
+
+
+def data_nbytes(path: Path, image_format: str) -> int:
+    """Return how many guest bytes qemu-img calls data."""
+    return sum(row["length"] for row in map_entries(path, image_format) if row["data"])
+
+
+def info(path: Path, image_format: str) -> dict[str, Any]:
+    """Return ``qemu-img info``."""
+    done = run("info", "--output=json", "-f", image_format, path)
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+def disk_nbytes(path: Path) -> int:
+    """Return the bytes that an image takes on disk, a flat extent beside it included."""
+    files = [path, path.with_name(f"{path.stem}-flat{path.suffix}")]
+    return sum(os.stat(file).st_blocks * 512 for file in files if file.exists())

@@ -1,0 +1,58 @@
+"""Images that other programs wrote, each read in full against the manifest's digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import imgcore
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "images"
+FORMATS = {"raw", "qcow2", "vmdk"}
+READ_NBYTES = 8 << 20
+
+
+def _entries() -> list[dict[str, Any]]:
+    manifest = SHARED / "manifest.json"
+    if not manifest.exists():
+        return []
+    rows: list[dict[str, Any]] = json.loads(manifest.read_text())
+    return [row for row in rows if row.get("format") in FORMATS]
+
+
+@pytest.fixture(scope="session")
+def samples() -> Path:
+    """Unpack the archive once; its folder stays for the next run."""
+    if not SHARED.is_dir():
+        pytest.skip("the sample images are not beside this repository")
+    done = subprocess.run([SHARED / "unpack.sh"], capture_output=True, text=True, check=True)
+    return Path(os.environ.get("IMGCORE_IMAGES") or done.stdout.strip().splitlines()[-1])
+
+
+def digest(path: Path, image_format: str) -> tuple[int, str]:
+    """Return virtual size and SHA-256 of the whole guest content."""
+    sha = hashlib.sha256()
+    with imgcore.open(str(path), format=image_format) as image:
+        buffer = bytearray(READ_NBYTES)
+        view = memoryview(buffer)
+        for offset in range(0, image.virtual_size, READ_NBYTES):
+            length = min(READ_NBYTES, image.virtual_size - offset)
+            image.readinto(offset, view[:length])
+            sha.update(view[:length])
+        return image.virtual_size, sha.hexdigest()
+
+
+@pytest.mark.parametrize("entry", _entries(), ids=lambda entry: entry["path"])
+def test_sample(entry: dict[str, Any], samples: Path) -> None:
+    path = samples / entry["path"]
+    if entry["role"].startswith("negative"):
+        with pytest.raises(imgcore.ImgcoreError):
+            digest(path, entry["format"])
+        return
+    assert digest(path, entry["format"]) == (entry["virtual_size"], entry["sha256_raw"])

@@ -1,0 +1,124 @@
+"""Whatever a file holds, parsing it ends in success or in an ImgcoreError, and soon."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import imgcore
+from tests.helpers import images, qemu
+from tests.helpers.qemu import VARIANTS, Variant
+
+MAX_SECONDS = 2.0
+MAX_READ_NBYTES = 1 << 20
+FORMATS = ("raw", "qcow2", "vmdk")
+
+relaxed = settings(
+    max_examples=300,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+
+
+def use(path: Path, image_format: str | None) -> None:
+    """Open, describe, plan, read; only ImgcoreError, or OSError about a named file, comes out."""
+    begun = time.monotonic()
+    try:
+        with imgcore.open(str(path), format=image_format) as image:
+            image.info()
+            length = min(image.virtual_size, MAX_READ_NBYTES)
+            for _ in itertools.islice(image.extents(0, image.virtual_size), 8):
+                pass
+            if length:
+                image.read(0, length)
+                image.read(image.virtual_size - length, length)
+        if image_format == "qcow2":
+            imgcore.check(str(path), format=image_format)
+    except imgcore.ImgcoreError as error:
+        assert str(error)
+        assert "\n" not in str(error)
+    except OSError as error:  # a damaged name of another file
+        assert error.filename is not None
+    assert time.monotonic() - begun < MAX_SECONDS
+
+
+class Seeds:
+    """Small valid images of every kind, as bytes; its text in a failure's report is short."""
+
+    def __init__(self, folder: Path) -> None:
+        self.images = seeds(folder)
+
+    def __repr__(self) -> str:
+        return "Seeds()"
+
+
+def seeds(folder: Path) -> dict[str, bytes]:
+    """Return small valid images of every kind, as bytes."""
+    raw = folder / "seed.raw"
+    rows = [(0, images.text(70_000)), (400_000, images.noise(3000))]
+    images.RawImage("seed", 600 * 1024, lambda: rows).write(raw)
+    found: dict[str, bytes] = {}
+    for variant in VARIANTS[1:]:
+        path = folder / f"{variant.name}{variant.suffix}"
+        qemu.convert(raw, path, variant)
+        found[variant.name] = path.read_bytes()
+    return found
+
+
+@pytest.fixture(scope="module")
+def seed_images(tmp_path_factory: pytest.TempPathFactory) -> Seeds:
+    return Seeds(tmp_path_factory.mktemp("seeds"))
+
+
+@pytest.mark.parametrize("image_format", [None, *FORMATS])
+@relaxed
+@given(data=st.binary(max_size=4096))
+def test_noise(image_format: str | None, data: bytes) -> None:
+    magics = {"qcow2": b"QFI\xfb\x00\x00\x00\x03", "vmdk": b"KDMV\x01\x00\x00\x00"}
+    check_bytes(magics.get(image_format or "", b"") + data, image_format)
+
+
+@pytest.mark.parametrize("variant", VARIANTS[1:], ids=lambda v: v.name)
+@relaxed
+@given(
+    edits=st.lists(
+        st.tuples(
+            st.one_of(st.integers(0, 600), st.integers(0, 1 << 20)),
+            st.one_of(
+                st.binary(min_size=1, max_size=16),
+                st.sampled_from([b"\xff" * 8, b"\x00" * 8, b"\x7f" + b"\xff" * 7, b"\x80"]),
+            ),
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    cut=st.one_of(st.none(), st.floats(0, 1)),
+)
+def test_damaged_images(
+    variant: Variant,
+    edits: list[tuple[int, bytes]],
+    cut: float | None,
+    seed_images: Seeds,
+) -> None:
+    data = bytearray(seed_images.images[variant.name])
+    for offset, piece in edits:
+        place = offset % len(data)
+        data[place : place + len(piece)] = piece
+    if cut is not None:
+        del data[int(len(data) * cut) :]
+    check_bytes(bytes(data), variant.format)
+
+
+def check_bytes(data: bytes, image_format: str | None) -> None:
+    """Write ``data`` into a file of its own and use it."""
+    with tempfile.TemporaryDirectory(prefix="imgcore-bytes-") as name:
+        path = Path(name) / "image.bin" if image_format == "raw" else Path(name) / "image"
+        path.write_bytes(data)
+        use(path, image_format)

@@ -1,0 +1,35 @@
+"""The benchmark runs and writes its record; what it measures here means nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.helpers import qemu
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_table_is_printed_and_recorded(tmp_path: Path) -> None:
+    qemu.require_qemu_img()
+    record = tmp_path / "out.json"
+    words = ["--mib", "24", "--rounds", "1", "--only", "raw to QCOW2", "--json", str(record)]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, "IMGCORE_BENCH_DIR": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(record.read_text())
+    titles = [line["title"] for line in answer["ratios"]]
+    assert "raw to QCOW2 zlib, 4 KiB window" in titles
+    assert all(title in done.stdout for title in titles)
+    assert all(line["ratio"]["median"] > 0 for line in answer["ratios"])
+    assert answer["environment"]["cpu"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json"]

@@ -1,0 +1,417 @@
+"""The command itself: usage, exit codes, help, one line an error, reports.
+
+The verbs behind it are replaced; what they do is tested with them.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from imgcore import cli
+from imgcore._errors import CorruptImageError, OptionError, TargetError, UnsupportedFeatureError
+from imgcore.cli import _progress
+
+VERBS = ("convert", "info", "map", "compare", "check", "measure", "create")
+
+# Verb, module and function behind it, and the least that has to stand on its line.
+CALLS = {
+    "convert": ("imgcore._convert", "convert", ("a.raw", "b.raw")),
+    "info": ("imgcore._info", "info", ("a.raw",)),
+    "map": ("imgcore._map", "map", ("a.raw",)),
+    "compare": ("imgcore._compare", "compare", ("a.raw", "b.raw")),
+    "check": ("imgcore._check", "check", ("a.raw",)),
+    "measure": ("imgcore._measure", "measure", ("a.raw",)),
+    "create": ("imgcore._create", "create", ("a.raw", "1M")),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    code: int
+    out: str
+    err: str
+
+
+RunMain = Callable[..., Run]
+Fake = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> RunMain:
+    """Give a function that runs the command in this process."""
+
+    def call(*arguments: str) -> Run:
+        code = cli.main(arguments)
+        captured = capsys.readouterr()
+        return Run(code, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
+    """Give a function that replaces a verb; the dict it returns receives the arguments."""
+
+    def replace(
+        verb: str, result: Any = None, error: BaseException | None = None
+    ) -> dict[str, Any]:
+        received: dict[str, Any] = {}
+
+        def stand_in(*args: Any, **kwargs: Any) -> Any:
+            received.update(kwargs, args=args)
+            if error is not None:
+                raise error
+            return result(**kwargs) if callable(result) else result
+
+        module, name, _ = CALLS[verb]
+        monkeypatch.setattr(f"{module}.{name}", stand_in)
+        return received
+
+    return replace
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Stands for ConvertResult and CompareResult."""
+
+    identical: bool = True
+    first_difference: int | None = None
+    reason: str | None = None
+    size_a: int = 512
+    size_b: int = 512
+
+
+def assert_one_line(done: Run, code: int, *words: str) -> None:
+    assert done.code == code, done
+    assert done.out == ""
+    assert len(done.err.splitlines()) == 1, done.err
+    assert done.err.startswith("imgcore: ")
+    for word in words:
+        assert word in done.err
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help(verb: str, flag: str) -> None:
+    done = CliRunner().invoke(cli.group, [verb, flag])
+    assert done.exit_code == 0
+    assert done.output.startswith(f"Usage: imgcore {verb} [OPTIONS]") or "Usage:" in done.output
+
+
+def test_help_lists_the_verbs(run: RunMain) -> None:
+    done = run("--help")
+    assert done.code == 0
+    for verb in VERBS:
+        assert f"  {verb} " in done.out
+
+
+@pytest.mark.parametrize("flag", ["-V", "--version"])
+def test_version(flag: str, run: RunMain) -> None:
+    import imgcore
+
+    assert run(flag) == Run(0, f"imgcore {imgcore.__version__}\n", "")
+
+
+USAGE_ERRORS = {
+    "no-verb": (),
+    "unknown-verb": ("konvert",),
+    "unknown-flag": ("info", "--nonsense", "a"),
+    "no-source": ("convert",),
+    "no-target": ("convert", "a"),
+    "too-many": ("info", "a", "b"),
+    "threads-0": ("convert", "-m", "0", "a", "b"),
+    "threads-text": ("convert", "-m", "all", "a", "b"),
+    "sparse-text": ("convert", "-S", "4x", "a", "b"),
+    "output-text": ("info", "--output=xml", "a"),
+    "progress-text": ("convert", "--progress=loud", "a", "b"),
+    "size-text": ("create", "a.raw", "1Q"),
+    "measure-both": ("measure", "--size", "1M", "a"),
+    "measure-neither": ("measure",),
+    "no-file": ("create",),
+    "compare-one": ("compare", "a"),
+    "offset-negative": ("map", "--start-offset=-1", "a"),
+    "options-without-format": ("convert", "-o", "help"),
+}
+
+
+@pytest.mark.parametrize("case", USAGE_ERRORS)
+def test_usage_errors(case: str, run: RunMain) -> None:
+    assert_one_line(run(*USAGE_ERRORS[case]), 2)
+
+
+ERRORS = {
+    "image": (CorruptImageError("L1 table is broken", path="a.raw"), 1, "a.raw: L1 table"),
+    "target": (TargetError("exists already", path="b.raw"), 1, "b.raw: exists already"),
+    "option": (OptionError("unknown option 'x'"), 2, "unknown option"),
+    "os": (FileNotFoundError(errno.ENOENT, "No such file", "a.raw"), 1, "a.raw: No such file"),
+    "os-nameless": (OSError(errno.ENOSPC, "No space left"), 1, "imgcore: No space left"),
+    "memory": (MemoryError(), 1, "out of memory"),
+    "bug": (ZeroDivisionError("division by zero"), 1, "internal error: ZeroDivisionError"),
+    "control-characters": (OSError(errno.EIO, "bad", "a\n\x1b[31mb"), 1, "a\\n\\x1b[31mb: bad"),
+    "not-encodable": (OSError(errno.EIO, "bad", "a\udc80"), 1, "a\\udc80: bad"),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors(case: str, verb: str, run: RunMain, fake: Fake) -> None:
+    error, code, text = ERRORS[case]
+    fake(verb, error=error)
+    # 1 is compare's "different".
+    code = 2 if verb == "compare" else code
+    assert_one_line(run(verb, *CALLS[verb][2]), code, text)
+
+
+def test_debug_shows_where_a_bug_is(
+    run: RunMain, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IMGCORE_DEBUG", "1")
+    fake("info", error=ZeroDivisionError())
+    with pytest.raises(ZeroDivisionError):
+        run("info", "a.raw")
+
+
+def test_a_closed_pipe_says_nothing(run: RunMain, fake: Fake) -> None:
+    fake("info", error=BrokenPipeError(errno.EPIPE, "Broken pipe"))
+    assert run("info", "a.raw") == Run(141, "", "")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_interrupt(verb: str, run: RunMain, fake: Fake) -> None:
+    fake(verb, error=KeyboardInterrupt())
+    assert_one_line(run(verb, *CALLS[verb][2]), 130, "SIGINT")
+
+
+@pytest.mark.parametrize(("flags", "text"), [((), "imgcore: warning: a\\n: odd\n"), (("-q",), "")])
+def test_warnings(flags: tuple[str, ...], text: str, run: RunMain, fake: Fake) -> None:
+    def warn(**_: Any) -> Outcome:
+        logging.getLogger("imgcore.qcow2").warning("%s: odd", "a\n")
+        return Outcome()
+
+    fake("convert", result=warn)
+    assert run("convert", *flags, "a", "b") == Run(0, "", text)
+
+
+def test_convert_passes_every_flag_on(run: RunMain, fake: Fake) -> None:
+    received = fake("convert", result=Outcome())
+    line = "convert -f raw -O qcow2 -F raw -B base.raw -o a=1,b=2 -o c=3 -c -S 64k -m 3 -n -W -q -U"
+    line += " --force --no-sync --allow /x --allow /y --source-backing-format qcow2 src dst"
+    assert run(*line.split()) == Run(0, "", "")
+    assert received.pop("args") == ("src", "dst")
+    assert received == {
+        "format": "raw",
+        "target_format": "qcow2",
+        "backing": "base.raw",
+        "backing_format": "raw",
+        "source_backing_format": "qcow2",
+        "options": ("a=1,b=2", "c=3"),
+        "compress": True,
+        "sparse": 65536,
+        "threads": 3,
+        "in_place": True,
+        "force": True,
+        "sync": False,
+        "share": True,
+        "allow": ("/x", "/y"),
+        "progress": None,
+    }
+
+
+def test_convert_defaults(run: RunMain, fake: Fake) -> None:
+    received = fake("convert", result=Outcome())
+    assert run("convert", "src", "dst").code == 0
+    assert received["sparse"] == 4096
+    assert received["sync"] is True
+    assert received["threads"] is None
+    assert received["progress"] is None
+    assert received["options"] == ()
+
+
+def test_convert_json(run: RunMain, fake: Fake) -> None:
+    fake("convert", result=Outcome())
+    done = run("convert", "--json", "src", "dst")
+    assert json.loads(done.out)["size_a"] == 512
+    assert done.out.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "convert -O raw -o help",
+        "convert -o help a b.raw",
+        "convert -o preallocation=off,help a b.raw",
+        "create -f raw -o help",
+        "create -o ? b.raw",
+        "measure -O raw -o help",
+    ],
+)
+def test_options_help(line: str, run: RunMain) -> None:
+    done = run(*line.split())
+    assert done.code == 0, done.err
+    assert "preallocation=off|falloc|full" in done.out
+
+
+COMPARISONS = {
+    "identical": (Outcome(), 0, "Images are identical.\n"),
+    "sizes": (Outcome(size_b=1024), 0, "Warning: Image size mismatch!\nImages are identical.\n"),
+    "different": (
+        Outcome(False, 4096, "Content mismatch at offset 4096!"),
+        1,
+        "Content mismatch at offset 4096!\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", COMPARISONS)
+def test_compare(case: str, run: RunMain, fake: Fake) -> None:
+    result, code, out = COMPARISONS[case]
+    fake("compare", result=result)
+    assert run("compare", "a", "b") == Run(code, out, "")
+    assert run("compare", "-q", "a", "b") == Run(code, "", "")
+    done = run("compare", "--json", "a", "b")
+    assert done.code == code
+    assert json.loads(done.out)["identical"] is result.identical
+
+
+CHECKS = {
+    "clean": ({}, 0, "No errors were found on the image.\n"),
+    "corrupt": ({"corruptions": 2, "leaks": 1}, 2, "\n2 errors were found on the image.\n"),
+    "leaks": ({"leaks": 5}, 3, "\n5 leaked clusters were found on the image.\n"),
+}
+
+
+@pytest.mark.parametrize("case", CHECKS)
+def test_check(case: str, run: RunMain, fake: Fake) -> None:
+    from imgcore._check import CheckResult
+
+    counts, code, text = CHECKS[case]
+    result = CheckResult("a.qcow2", "qcow2", problems=["ERROR x\x1b"] if counts else [], **counts)
+    fake("check", result=result)
+    done = run("check", "a.qcow2")
+    assert done.code == code
+    assert done.out.startswith(text)
+    assert done.err == ("ERROR x\\x1b\n" if counts else "")
+    assert run("check", "-q", "a.qcow2").out == ""
+    report = json.loads(run("check", "--output=json", "a.qcow2").out)
+    assert report["check-errors"] == 0
+    assert report.get("corruptions", 0) == counts.get("corruptions", 0)
+
+
+def test_check_of_a_format_without_tables(run: RunMain, fake: Fake) -> None:
+    from imgcore._check import CheckNotSupportedError
+
+    fake("check", error=CheckNotSupportedError("nothing to check", path="a.raw"))
+    assert_one_line(run("check", "a.raw"), 63, "nothing to check")
+    fake("check", error=UnsupportedFeatureError("encrypted", path="a.qcow2"))
+    assert_one_line(run("check", "a.qcow2"), 1, "encrypted")
+
+
+def progress_of(*states: tuple[int, int]) -> Callable[..., Outcome]:
+    """Stand for a job that goes through these states."""
+
+    def job(progress: Callable[[Any], None] | None, **_: Any) -> Outcome:
+        assert progress is not None
+        for done, total in states:
+            progress(SimpleNamespace(done=done, total=total, data=done, zero=0, written=done))
+        return Outcome()
+
+    return job
+
+
+def test_progress_json(run: RunMain, fake: Fake) -> None:
+    fake("convert", result=progress_of((0, 1000), (250, 1000), (1000, 1000)))
+    done = run("convert", "--progress=json", "a", "b")
+    lines = [json.loads(line) for line in done.err.splitlines()]
+    # The middle one comes too soon after the first.
+    assert [line["percent"] for line in lines] == [0.0, 100.0]
+    assert lines[-1] == {**lines[-1], "done": 1000, "total": 1000, "eta": 0.0}
+    assert set(lines[0]) == {"done", "total", "percent", "rate", "eta"}
+    assert done.out == ""
+
+
+def test_progress_plain(run: RunMain, fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(_progress.time, "monotonic", lambda: clock[0])
+    gib = 1 << 30
+
+    def job(progress: Callable[[Any], None], **_: Any) -> Outcome:
+        for second in range(11):
+            clock[0] = float(second)
+            progress(SimpleNamespace(done=second * gib // 10, total=gib))
+        return Outcome()
+
+    fake("convert", result=job)
+    done = run("convert", "-p", "a", "b")
+    assert done.err.splitlines() == [
+        "50.0% of 1 GiB, 102 MiB/s, 0:05 left",
+        "100.0% of 1 GiB",
+        "100.0% of 1 GiB in 10.0 s, 102 MiB/s",
+    ]
+
+
+def test_progress_bar(run: RunMain, fake: Fake) -> None:
+    fake("compare", result=progress_of((0, 1 << 30), (1 << 30, 1 << 30)))
+    done = run("compare", "--progress=bar", "a", "b")
+    assert done.code == 0
+    assert "100.0%" in done.err
+    assert "/s" in done.err
+
+
+def test_progress_bar_leaves_the_terminal_in_order(run: RunMain, fake: Fake) -> None:
+    def job(progress: Callable[[Any], None], **_: Any) -> Outcome:
+        progress(SimpleNamespace(done=1, total=10))
+        raise CorruptImageError("ends here", path="a")
+
+    fake("convert", result=job)
+    done = run("convert", "--progress=bar", "a", "b")
+    assert done.code == 1
+    assert done.err.endswith("imgcore: a: ends here\n")
+
+
+@pytest.mark.parametrize(
+    "flags", [(), ("-q", "-p"), ("-q", "--progress=bar"), ("--progress=none",)]
+)
+def test_no_progress(flags: tuple[str, ...], run: RunMain, fake: Fake) -> None:
+    received = fake("convert", result=Outcome())
+    assert run("convert", *flags, "a", "b") == Run(0, "", "")
+    assert received["progress"] is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(None, "--:--"), (0, "0:00"), (61.4, "1:01"), (3723, "1:02:03")]
+)
+def test_time_text(seconds: float | None, text: str) -> None:
+    assert _progress.time_text(seconds) == text
+
+
+def test_rate_is_that_of_the_last_seconds() -> None:
+    rate = _progress.Rate()
+    for second in range(100):
+        rate.update(float(second), 1000 * min(second, 50) + 10 * max(second - 50, 0))
+    assert rate.per_second == pytest.approx(10, rel=0.01)
+    assert rate.seconds_left(50_490 + 100) == pytest.approx(10, rel=0.01)
+
+
+def test_info_loads_neither_numpy_nor_rich(tmp_path: Any) -> None:
+    image = tmp_path / "a.raw"
+    image.write_bytes(bytes(1024))
+    code = (
+        "import sys; from imgcore.cli import main; code = main(['info', sys.argv[1]]);"
+        "heavy = {'numpy', 'rich', 'zstandard', 'imgcore._core'} & set(sys.modules);"
+        "sys.exit(code or (f'loaded: {heavy}' if heavy else 0))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(image)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

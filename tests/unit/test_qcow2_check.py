@@ -1,0 +1,169 @@
+"""QCOW2 check: the same counts as qemu-img check, on sound images and on damaged ones."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.helpers import qemu
+from tests.helpers.qcow2 import create, open_qcow2, poke, qemu_io
+
+from imgcore.formats import _qcow2_check
+from imgcore.formats._base import CheckReport
+
+MIB = 1 << 20
+COPIED = 1 << 63
+
+
+def _check(path: Path) -> CheckReport:
+    reader = open_qcow2(path)
+    report = reader.check()
+    reader.close()
+    return report
+
+
+def _qemu_check(path: Path) -> dict[str, Any]:
+    command = [qemu.require_qemu_img(), "check", "--output=json", "-f", "qcow2", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+def _assert_same(path: Path) -> CheckReport:
+    ours, theirs = _check(path), _qemu_check(path)
+    assert ours.corruptions == theirs.get("corruptions", 0), ours.problems
+    assert ours.leaks == theirs.get("leaks", 0), ours.problems
+    assert ours.total_clusters == theirs["total-clusters"]
+    assert ours.allocated_clusters == theirs.get("allocated-clusters", 0)
+    assert ours.fragmented_clusters == theirs.get("fragmented-clusters", 0)
+    assert ours.compressed_clusters == theirs.get("compressed-clusters", 0)
+    assert ours.image_end_offset == theirs["image-end-offset"]
+    return ours
+
+
+@pytest.mark.parametrize("refcount_bits", [1, 2, 4, 8, 16, 32, 64])
+@pytest.mark.parametrize("cluster_size", [512, 65536])
+def test_sound_images(tmp_path: Path, cluster_size: int, refcount_bits: int) -> None:
+    path = create(
+        tmp_path / "a.qcow2",
+        4 * MIB,
+        f"cluster_size={cluster_size}",
+        f"refcount_bits={refcount_bits}",
+    )
+    qemu_io(path, "write 1M 256k", "write 0 128k", "write -z 2M 256k", "discard 1M 64k")
+    report = _assert_same(path)
+    assert report.problems == []
+    assert report.allocated_clusters > 0
+
+
+def test_snapshots_bitmaps_and_compression(tmp_path: Path) -> None:
+    path = create(tmp_path / "a.qcow2", 4 * MIB)
+    qemu_io(path, "write 0 1M", "write -c 2M 64k", "write -c 2112k 64k")
+    qemu.run("snapshot", "-c", "first", path)
+    qemu_io(path, "write 0 256k", "write 3M 256k")
+    qemu.run("snapshot", "-c", "second", path)
+    qemu.run("bitmap", "--add", path, "b0")
+    qemu_io(path, "write 0 64k")
+    report = _assert_same(path)
+    assert (report.corruptions, report.leaks) == (0, 0)
+
+
+@pytest.mark.parametrize("window", [1, 3, 64])
+def test_windows_do_not_change_the_outcome(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int
+) -> None:
+    path = create(tmp_path / "a.qcow2", 4 * MIB, "cluster_size=4096")
+    qemu_io(path, "write 0 1M", "write -c 2M 4k")
+    qemu.run("snapshot", "-c", "first", path)
+    qemu_io(path, "write 0 256k")
+    poke(path, (4096 * 2 + 2 * 100, b"\0\0"), (4096 * 2 + 2 * 200, b"\0\7"))
+    whole = _check(path)
+    assert whole.corruptions > 0
+    assert whole.leaks > 0
+    monkeypatch.setattr(_qcow2_check, "WINDOW_CLUSTERS", window * 8)
+    pieces = _check(path)
+    assert sorted(pieces.problems) == sorted(whole.problems)
+    assert (pieces.corruptions, pieces.leaks) == (whole.corruptions, whole.leaks)
+    assert pieces.image_end_offset == whole.image_end_offset
+
+
+# In the image below: refcount table 0x10000, block 0x20000, L1 0x30000, L2 0x40000, data 0x50000
+# to 0x80000.
+DAMAGE: list[tuple[str, int, bytes, str]] = [
+    ("refcount-too-low", 0x20000 + 2 * 5, struct.pack(">H", 0), "cluster 5 refcount=0 reference=1"),
+    ("refcount-too-high", 0x20000 + 2 * 5, struct.pack(">H", 2), "cluster 5 refcount=2"),
+    ("header-is-free", 0x20000, struct.pack(">H", 0), "cluster 0 refcount=0 reference=1"),
+    ("entry-is-gone", 0x40000, struct.pack(">Q", 0), "Leaked cluster 5 refcount=1 reference=0"),
+    ("table-is-gone", 0x30000, struct.pack(">Q", 0), "Leaked cluster 4 refcount=1 reference=0"),
+    ("shared", 0x40000, struct.pack(">Q", COPIED | 0x60000), "cluster 6 refcount=1 reference=2"),
+    ("on-metadata", 0x40000, struct.pack(">Q", COPIED | 0x10000), "cluster 1 refcount=1"),
+    ("not-copied-data", 0x40000, struct.pack(">Q", 0x50000), "copied flag of data cluster"),
+    ("not-copied-l2", 0x30000, struct.pack(">Q", 0x40000), "copied flag of L2 table"),
+]
+
+
+@pytest.mark.parametrize(
+    ("offset", "data", "line"), [d[1:] for d in DAMAGE], ids=[d[0] for d in DAMAGE]
+)
+def test_damage_is_found_as_qemu_img_finds_it(
+    tmp_path: Path, offset: int, data: bytes, line: str
+) -> None:
+    path = create(tmp_path / "a.qcow2", MIB)
+    qemu_io(path, "write -P 7 0 192k")
+    poke(path, (offset, data))
+    report = _assert_same(path)
+    assert any(line in problem for problem in report.problems), report.problems
+
+
+def test_unaligned_entry_counts_nothing(tmp_path: Path) -> None:
+    path = create(tmp_path / "a.qcow2", MIB)
+    qemu_io(path, "write -P 7 0 192k")
+    poke(path, (0x40000, struct.pack(">Q", COPIED | 0x50200)))
+    report = _check(path)
+    assert (report.corruptions, report.leaks) == (1, 1)
+    assert "not cluster aligned" in report.problems[0]
+
+
+def test_overlap_that_refcounts_allow_is_found(tmp_path: Path) -> None:
+    path = create(tmp_path / "a.qcow2", MIB)
+    qemu_io(path, "write -P 7 0 192k")
+    # A guest cluster on the refcount table, whose refcount says that this is right.
+    poke(
+        path,
+        (0x40000, struct.pack(">Q", 0x10000)),
+        (0x20000 + 2 * 1, struct.pack(">H", 2)),
+        (0x20000 + 2 * 5, struct.pack(">H", 0)),
+    )
+    report = _check(path)
+    assert report.problems == ["ERROR cluster 1 holds metadata and guest data"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "line"),
+    [
+        (0x20200, "not cluster aligned"),
+        (1 << 40, "outside the file"),
+        (0x20001, "reserved bits"),
+    ],
+)
+def test_bad_refcount_table(tmp_path: Path, entry: int, line: str) -> None:
+    path = create(tmp_path / "a.qcow2", MIB)
+    poke(path, (0x10000, struct.pack(">Q", entry)))
+    report = _check(path)
+    assert report.corruptions > 0
+    assert any(line in problem for problem in report.problems)
+
+
+def test_problem_lines_are_bounded(tmp_path: Path) -> None:
+    path = create(tmp_path / "a.qcow2", 8 * MIB, "cluster_size=512", "preallocation=metadata")
+    raw = path.read_bytes()
+    table = int.from_bytes(raw[48:56], "big")
+    # Every second refcount block is lost.
+    poke(path, *((table + 16 * index, bytes(8)) for index in range(40)))
+    report = _check(path)
+    assert report.corruptions > CheckReport.MAX_PROBLEM_LINES
+    assert len(report.problems) == CheckReport.MAX_PROBLEM_LINES

@@ -1,0 +1,361 @@
+"""Names, suffixes, detection, options."""
+
+from __future__ import annotations
+
+import gzip
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from tests.helpers import qemu
+from tests.unit.test_files import loop_device
+
+from imgcore import formats
+from imgcore._errors import OptionError, UnsupportedFeatureError, WrongFormatError
+from imgcore._files import HostFile, ReferenceGate
+from imgcore._stream import StreamSource
+from imgcore.formats import _magic
+from imgcore.formats._base import Driver, Option
+
+PAD = bytes(70_000 // 512 * 512)
+
+# What a file of each format starts with, padded, and its last sector.
+HEADS: dict[str, bytes] = {
+    "qcow2": b"QFI\xfb\x00\x00\x00\x03",
+    "qcow": b"QFI\xfb\x00\x00\x00\x01",
+    "vmdk": b"KDMV\x01\x00\x00\x00",
+    "vhd": b"conectix",
+    "vhdx": b"vhdxfile",
+    "vdi": b"<<< Oracle VM VirtualBox Disk Image >>>\n".ljust(64, b"\0") + b"\x7f\x10\xda\xbe",
+    "parallels": b"WithoutFreeSpace",
+    "bochs": b"Bochs Virtual HD Image",
+    "qed": b"QED\0",
+    "luks": b"LUKS\xba\xbe\x00\x01",
+    "cloop": b"#!/bin/sh\n#V2.0 Format\nmodprobe cloop",
+    "gzip": b"\x1f\x8b\x08\x00",
+    "zstd": b"\x28\xb5\x2f\xfd\x20",
+    "xz": b"\xfd7zXZ\x00",
+}
+TAILS = {"vhd": b"conectix", "dmg": b"koly\x00\x00\x00\x04"}
+
+
+def place(folder: Path, name: str, head: bytes = b"", tail: bytes = b"") -> Path:
+    path = folder / name
+    path.write_bytes(head.ljust(66 * 1024, b"\0") + (tail.ljust(512, b"\0") if tail else b""))
+    return path
+
+
+def found(path: Path) -> str | None:
+    with HostFile.open(path) as file:
+        return formats.probe(file)
+
+
+def open_as(path: Path | str, image_format: str | None = None) -> str:
+    """Open and return the name of the reader's format."""
+    with HostFile.open(path) as file:
+        reader = formats.open_reader(file, ReferenceGate(os.path.dirname(path)), image_format)
+        try:
+            return reader.format_name
+        finally:
+            reader.close()
+
+
+class TestProbe:
+    @pytest.mark.parametrize("name", HEADS)
+    def test_head(self, tmp_path: Path, name: str) -> None:
+        assert found(place(tmp_path, "x", HEADS[name])) == name
+
+    @pytest.mark.parametrize("name", TAILS)
+    def test_tail(self, tmp_path: Path, name: str) -> None:
+        assert found(place(tmp_path, "x", tail=TAILS[name])) == name
+
+    def test_old_footer_of_511_bytes(self, tmp_path: Path) -> None:
+        (tmp_path / "x").write_bytes(PAD + b"conectix".ljust(511, b"\0"))
+        assert found(tmp_path / "x") == "vhd"
+
+    def test_dynamic_vhd_matches_once(self, tmp_path: Path) -> None:
+        assert found(place(tmp_path, "x", HEADS["vhd"], TAILS["vhd"])) == "vhd"
+
+    @pytest.mark.parametrize("data", [b"", b"Q", b"QFI", b"conecti", PAD, b"QFI\0" + PAD])
+    def test_nothing(self, tmp_path: Path, data: bytes) -> None:
+        (tmp_path / "x").write_bytes(data)
+        assert found(tmp_path / "x") is None
+
+    def test_magic_at_another_place(self, tmp_path: Path) -> None:
+        assert found(place(tmp_path, "x", bytes(512) + HEADS["qcow2"])) is None
+
+    @pytest.mark.parametrize(
+        ("text", "name"),
+        [
+            (b"# Disk DescriptorFile\nversion=1\n", "vmdk"),
+            (b"# Disk DescriptorFile\r\nversion=1\r\n", "vmdk"),
+            (b"#disk descriptorfile\n", "vmdk"),
+            (b"# a comment\n\n# another\nversion=3\n", "vmdk"),
+            (b"version = 2\n", "vmdk"),
+            (b"version=4\n", None),
+            (b"# just a script\necho\n", None),
+            (b"#" * 100_000, None),
+            (b"\n" * 100_000, None),
+        ],
+    )
+    def test_descriptor(self, tmp_path: Path, text: bytes, name: str | None) -> None:
+        (tmp_path / "x").write_bytes(text)
+        assert found(tmp_path / "x") == name
+
+    def test_two_matches_are_an_error(self, tmp_path: Path) -> None:
+        path = place(tmp_path, "x.qcow2", HEADS["qcow2"], TAILS["vhd"])
+        for call in (found, open_as):
+            with pytest.raises(WrongFormatError, match=r"\(qcow2, vhd\): say with -f"):
+                call(path)
+
+    @pytest.mark.parametrize("name", ["qcow2", "vmdk"])
+    def test_drivers_agree_with_the_table(self, name: str) -> None:
+        driver = formats.get_driver(name)
+        for other, head in HEADS.items():
+            data = head.ljust(66 * 1024, b"\0")
+            assert driver.probe(data[:65536], data[-1024:]) == (other == name), other
+            assert (name in _magic.matching_formats(data[:65536], data[-1024:])) == (other == name)
+
+    @pytest.mark.parametrize("variant", qemu.VARIANTS, ids=lambda variant: variant.name)
+    def test_what_qemu_img_writes(self, tmp_path: Path, variant: qemu.Variant) -> None:
+        raw = place(tmp_path, "source.raw")
+        path = tmp_path / f"target{variant.suffix}"
+        qemu.convert(raw, path, variant)
+        assert found(path) == (None if variant.format == "raw" else variant.format)
+        assert open_as(path) == variant.format
+
+    @pytest.mark.parametrize(
+        ("image_format", "options", "name"),
+        [
+            ("vpc", "subformat=fixed", "vhd"),
+            ("vpc", "subformat=dynamic", "vhd"),
+            ("vhdx", "subformat=dynamic", "vhdx"),
+            ("vdi", "static=off", "vdi"),
+            ("qcow2", "compat=0.10", "qcow2"),
+            ("qed", "cluster_size=65536", "qed"),
+            ("qcow", "encryption=off", "qcow"),
+        ],
+    )
+    def test_what_else_qemu_img_writes(
+        self, tmp_path: Path, image_format: str, options: str, name: str
+    ) -> None:
+        path = tmp_path / "x"
+        try:
+            qemu.run("create", "-f", image_format, "-o", options, path, "4M")
+        except AssertionError as error:
+            pytest.skip(str(error)[-100:])
+        assert found(path) == name
+
+
+class TestRawRules:
+    """Raw is asked for, or follows from a suffix, and then no other magic is tolerated."""
+
+    @pytest.mark.parametrize("suffix", [".raw", ".img", ".dd", ".bin", ".RAW", ".Img"])
+    def test_suffix(self, tmp_path: Path, suffix: str) -> None:
+        assert open_as(place(tmp_path, f"x{suffix}")) == "raw"
+
+    @pytest.mark.parametrize("name", ["x", "x.iso", "x.vmdk", "x.qcow2", "x.vhd", "raw", ".raw"])
+    def test_no_magic_and_no_such_suffix(self, tmp_path: Path, name: str) -> None:
+        path = place(tmp_path, name)
+        with pytest.raises(WrongFormatError, match="say -f raw") as caught:
+            open_as(path)
+        assert str(caught.value).startswith(f"{path}: ")
+        assert open_as(path, "raw") == "raw"
+
+    @pytest.mark.parametrize("name", [*HEADS, "dmg"])
+    def test_suffix_and_other_magic(self, tmp_path: Path, name: str) -> None:
+        path = place(tmp_path, "x.raw", HEADS.get(name, b""), TAILS.get(name, b""))
+        with pytest.raises(WrongFormatError, match=f"magic of {name}: say -f {name} or -f raw"):
+            open_as(path)
+        assert open_as(path, "raw") == "raw"
+
+    def test_block_device(self, tmp_path: Path) -> None:
+        with loop_device(place(tmp_path, "backing")) as device:
+            assert open_as(device) == "raw"
+            assert formats.format_from_suffix(device) == "raw"
+        with loop_device(place(tmp_path, "backing", HEADS["qcow2"])) as device:
+            with pytest.raises(WrongFormatError, match="block device, but carries"):
+                open_as(device)
+            assert open_as(device, "raw") == "raw"
+
+
+class TestStatedFormat:
+    @pytest.mark.parametrize(
+        ("name", "stated", "words"),
+        [
+            ("qcow2", "vmdk", "not a vmdk image: its magic is that of qcow2"),
+            ("vmdk", "qcow2", "not a qcow2 image: its magic is that of vmdk"),
+            ("luks", "qcow2", "not a qcow2 image: its magic is that of luks"),
+            (None, "qcow2", "not a qcow2 image: no known magic"),
+        ],
+    )
+    def test_other_content(self, tmp_path: Path, name: str | None, stated: str, words: str) -> None:
+        path = place(tmp_path, "x.raw", HEADS[name] if name else b"")
+        with pytest.raises(WrongFormatError, match=words):
+            open_as(path, stated)
+
+    def test_is_final_where_detection_is_torn(self, tmp_path: Path) -> None:
+        path = tmp_path / "x.qcow2"
+        qemu.run("create", "-f", "qcow2", path, "1M")
+        with path.open("ab") as file:
+            file.write(TAILS["vhd"].ljust(512, b"\0"))
+        with pytest.raises(WrongFormatError, match="more than one"):
+            open_as(path)
+        assert open_as(path, "qcow2") == "qcow2"
+
+    @pytest.mark.parametrize("name", ["vhd", "vpc", "vhdx", "vdi"])
+    def test_not_supported_yet(self, tmp_path: Path, name: str) -> None:
+        own = "vhd" if name == "vpc" else name
+        with pytest.raises(UnsupportedFeatureError, match=f"{own} is not supported yet"):
+            formats.get_driver(name)
+        path = place(tmp_path, "x", HEADS[own])
+        for stated in (name, None):
+            with pytest.raises(UnsupportedFeatureError, match=f"{own} is not supported yet") as e:
+                open_as(path, stated)
+            assert str(e.value).startswith(f"{path}: ")
+
+    def test_known_by_its_magic_alone(self, tmp_path: Path) -> None:
+        with pytest.raises(UnsupportedFeatureError, match="format qed is not supported$"):
+            open_as(place(tmp_path, "x", HEADS["qed"]))
+
+    def test_unknown_name(self, tmp_path: Path) -> None:
+        with pytest.raises(OptionError, match="unknown format 'qcow3'.*qcow2, vmdk, vhd, vhdx"):
+            open_as(place(tmp_path, "x"), "qcow3")
+
+    def test_stream_without_a_converter(self, tmp_path: Path) -> None:
+        with pytest.raises(UnsupportedFeatureError, match="zstd"):
+            open_as(place(tmp_path, "x.raw.zst", HEADS["zstd"]))
+
+
+@pytest.mark.parametrize("name", [None, *HEADS])
+def test_image_in_a_stream(tmp_path: Path, name: str | None) -> None:
+    path = tmp_path / "x.raw.gz"
+    path.write_bytes(gzip.compress((HEADS[name] if name else b"").ljust(66 * 1024, b"\0")))
+    with StreamSource.open(path) as stream:
+        if name is None:
+            formats.refuse_image_in_stream(stream)
+        else:
+            with pytest.raises(WrongFormatError, match=f"magic of {name}: decompress"):
+                formats.refuse_image_in_stream(stream)
+
+
+class TestNames:
+    @pytest.mark.parametrize(
+        ("name", "expected"),
+        [
+            ("a.raw", "raw"),
+            ("a.IMG", "raw"),
+            ("a.raw.zst", "raw"),
+            ("a.img.gz", "raw"),
+            ("a.qcow2", "qcow2"),
+            ("dir.vmdk/a.vmdk", "vmdk"),
+            ("a.vhd", "vhd"),
+            ("a.vpc", "vhd"),
+            ("a.vhdx", "vhdx"),
+            ("a.vdi", "vdi"),
+            ("a.qcow2.zst", None),
+            ("a.zst", None),
+            ("a", None),
+            ("raw", None),
+            (".raw", None),
+            ("dir.raw/a", None),
+            ("", None),
+        ],
+    )
+    def test_suffix(self, name: str, expected: str | None) -> None:
+        assert formats.format_from_suffix(name) == expected
+
+    @pytest.mark.parametrize(
+        ("name", "expected"),
+        [("a.raw.zst", ".zst"), ("a.DD.GZ", ".gz"), ("a.vmdk.gz", None), ("a.raw", None)],
+    )
+    def test_stream_suffix(self, name: str, expected: str | None) -> None:
+        assert formats.stream_suffix(name) == expected
+
+    def test_format_names(self) -> None:
+        assert formats.format_names() == ("qcow2", "vmdk", "raw")
+        assert formats.canonical_name("vpc") == "vhd"
+
+    @pytest.mark.parametrize("name", formats.format_names())
+    def test_drivers_and_registry_tell_the_same(self, name: str) -> None:
+        driver = formats.get_driver(name)
+        (entry,) = (entry for entry in formats.DRIVERS if entry.name == name)
+        assert driver.name == name
+        assert tuple(driver.aliases) == entry.aliases
+        assert tuple(driver.suffixes) == entry.suffixes
+        assert len({option.name for option in driver.options}) == len(driver.options)
+        assert set(formats.parse_options(driver)) == {option.name for option in driver.options}
+
+
+DRIVER = cast(
+    "Driver",
+    SimpleNamespace(
+        name="toy",
+        options=(
+            Option("cluster_size", "size", 65536, "bytes of a cluster"),
+            Option("level", "int", 3, "effort"),
+            Option("lazy", "bool", False, "later"),
+            Option("mode", "choice", "off", "how", ("off", "full")),
+            Option("comment", "str", None, "any text"),
+        ),
+    ),
+)
+DEFAULTS = {"cluster_size": 65536, "level": 3, "lazy": False, "mode": "off", "comment": None}
+
+
+class TestOptions:
+    @pytest.mark.parametrize(
+        ("texts", "changes"),
+        [
+            (None, {}),
+            ([], {}),
+            ([""], {}),
+            (["cluster_size=2M"], {"cluster_size": 2 << 20}),
+            (["cluster_size=64k,level=0x9,lazy=on", "mode=full"],
+             {"cluster_size": 65536, "level": 9, "lazy": True, "mode": "full"}),
+            (["lazy"], {"lazy": True}),
+            (["lazy=YES"], {"lazy": True}),
+            (["lazy=true,lazy=off"], {"lazy": False}),
+            (["comment=a,,b=c,level=-1"], {"comment": "a,b=c", "level": -1}),
+            (["comment="], {"comment": ""}),
+            ("level=4", {"level": 4}),
+            ({"level": 5, "lazy": True, "cluster_size": 512}, {"level": 5, "lazy": True,
+             "cluster_size": 512}),
+            ({"level": "6", "cluster_size": "1k", "lazy": "on"}, {"level": 6, "lazy": True,
+             "cluster_size": 1024}),
+        ],
+    )  # fmt: skip
+    def test_parse(self, texts: Any, changes: dict[str, Any]) -> None:
+        assert formats.parse_options(DRIVER, texts) == DEFAULTS | changes
+
+    @pytest.mark.parametrize(
+        ("texts", "words"),
+        [
+            (
+                ["colour=red"],
+                "unknown option 'colour' for toy: known are cluster_size, level, lazy",
+            ),
+            (["=red"], "unknown option ''"),
+            (["cluster_size"], "needs a value"),
+            (["cluster_size=big"], "cluster_size of toy: invalid size 'big'"),
+            (["level=high"], "level of toy is 'high': a whole number"),
+            (["lazy=maybe"], "allowed are on and off"),
+            (["mode=half"], "allowed are off, full"),
+            ({"cluster_size": -1}, "not negative"),
+        ],
+    )
+    def test_refused(self, texts: Sequence[str], words: str) -> None:
+        with pytest.raises(OptionError, match=words):
+            formats.parse_options(DRIVER, texts)
+
+    def test_help(self) -> None:
+        rows = formats.options_help(DRIVER)
+        assert rows[0] == ("cluster_size", "size", "65536", "bytes of a cluster")
+        assert rows[2:] == [
+            ("lazy", "on|off", "off", "later"),
+            ("mode", "off|full", "off", "how"),
+            ("comment", "text", "", "any text"),
+        ]
