@@ -26,12 +26,6 @@ def raw_images(tmp_path_factory: pytest.TempPathFactory) -> Callable[[images.Raw
     return get
 
 
-@pytest.fixture
-def image_folder(tmp_path: Path) -> Path:
-    """Give an empty folder that must hold no temporary file after the test."""
-    return tmp_path
-
-
 def pytest_report_header() -> list[str]:
     """State what makes a run differ from another."""
     required = "yes" if os.environ.get("IMGCORE_REQUIRE_QEMU") else "no"

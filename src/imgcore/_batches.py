@@ -85,7 +85,9 @@ def _filled_ranges(
     if not skip_empty:
         yield start, end
         return
-    long = (rows["kind"] <= Kind.ZERO) & (rows["length"] >= np.uint64(min(max_nbytes, 2 * unit)))
+    # Shorter ones the engine steps over by itself; a batch for each piece between would cost more.
+    least_nbytes = max(max_nbytes // 16, 2 * unit)
+    long = (rows["kind"] <= Kind.ZERO) & (rows["length"] >= np.uint64(least_nbytes))
     for row in rows[long]:
         empty_from = int(row["guest_offset"])
         empty_to = empty_from + int(row["length"])

@@ -110,9 +110,7 @@ class _Comparison:
         if strict and a.virtual_size != b.virtual_size:
             return self._result(None, "Strict mode: Image size mismatch!")
         if strict and (offset := self._first_allocation_difference()) is not None:
-            return self._result(
-                offset, f"Strict mode: Offset {offset} block status mismatch!"
-            )
+            return self._result(offset, f"Strict mode: Offset {offset} block status mismatch!")
         difference = self._first_content_difference() if self._total else None
         if difference is None:
             return self._result(None, None)

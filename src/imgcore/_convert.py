@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from imgcore.formats import (
     format_from_suffix,
     get_driver,
     parse_options,
+    refuse_image_in_stream,
     stream_suffix,
 )
 from imgcore.formats._base import BackingReference, WriteRequest
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from imgcore._supply import Supply
     from imgcore._target import TargetFile
     from imgcore.formats._base import Writer
+
+_log = logging.getLogger("imgcore")
 
 _MAX_SPARSE_NBYTES = 1 * MIB
 
@@ -271,6 +275,8 @@ class _Conversion:
 
             self._stream = StreamSource.open(r.source)
             self._stack.callback(self._stream.close)
+            if r.source_format is None:
+                refuse_image_in_stream(self._stream)
             self._virtual_size = self._stream.virtual_size
             return
         self._image = open_image(
@@ -313,11 +319,13 @@ class _Conversion:
         r = self._request
         with Target(r.target, force=r.force, sync=r.sync, in_place=r.in_place) as target:
             self._refuse_source_as_target(target)
-            if stream_suffix(r.target) is not None and not target.in_place:
-                self._write_stream(target)
-            else:
-                self._write_image(target)
-            self._check_unchanged()
+            try:
+                self._write(target)
+                self._check_unchanged()
+            except BaseException:
+                if target.in_place:
+                    _log.warning("%s: written in place, and now incomplete", r.target)
+                raise
             file_size = os.fstat(target.main.fd).st_size
             target.commit()
         self._report(self._virtual_size)
@@ -358,6 +366,12 @@ class _Conversion:
                 target_name=os.path.basename(r.target),
             )
         )
+
+    def _write(self, target: Target) -> None:
+        if stream_suffix(self._request.target) is not None and not target.in_place:
+            self._write_stream(target)
+        else:
+            self._write_image(target)
 
     def _write_image(self, target: Target) -> None:
         writer = self._make_writer(target)

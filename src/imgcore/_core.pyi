@@ -19,9 +19,7 @@ class CoreError(Exception):
     offset: int
     source: int
     op: str
-    def __init__(
-        self, status: int, os_errno: int, offset: int, source: int, op: str
-    ) -> None: ...
+    def __init__(self, status: int, os_errno: int, offset: int, source: int, op: str) -> None: ...
 
 def build_info() -> dict[str, str]: ...
 def variants() -> dict[str, list[dict[str, object]]]: ...
@@ -63,7 +61,7 @@ class TableFormat:
         file_nbytes: int,
         file: int,
     ) -> int:
-        """Decode wire entries (a buffer of n * entry_nbytes bytes) into ``out``; returns the row count."""
+        """Decode wire entries (n * entry_nbytes bytes) into ``out``; returns the row count."""
     def encode(self, placements: NDArray[np.void], entries: object) -> None:
         """Encode placements, one for one, into the writable buffer ``entries``."""
 

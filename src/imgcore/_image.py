@@ -248,7 +248,7 @@ def open(
     allowed = [os.fspath(folder) for folder in allow]
     try:
         files.append(HostFile.open(path, share=share))
-        gate = ReferenceGate(os.path.dirname(files[0].path), allowed)
+        gate = ReferenceGate(os.path.dirname(files[0].path), allowed, share=share)
         layers.append(open_reader(files[0], gate, format))
         while (reference := layers[-1].backing) is not None:
             image = files[-1].path
@@ -263,7 +263,7 @@ def open(
                     "never guessed: state it (--backing-format)",
                     path=image,
                 )
-            backing = gate.open(reference.name, share=share)
+            backing = gate.open(reference.name)
             files.append(backing)
             if any(same_file(backing.identity, file.identity) for file in files[:-1]):
                 raise CorruptImageError(

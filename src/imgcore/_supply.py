@@ -137,4 +137,3 @@ def read_in_order(image: Image) -> Iterator[memoryview]:
         piece = buffer[: min(len(buffer), image.virtual_size - offset)]
         image.readinto(offset, piece)
         yield piece
-

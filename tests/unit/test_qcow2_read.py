@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 import struct
@@ -22,7 +23,7 @@ from tests.helpers.qcow2 import (
 )
 
 from imgcore import _limits as limits
-from imgcore._errors import CorruptImageError
+from imgcore._errors import CorruptImageError, ImgcoreError
 from imgcore._extents import Kind
 
 MIB, TIB = 1 << 20, 1 << 40
@@ -236,3 +237,23 @@ def test_truncated_data_is_refused(image: Path) -> None:
         plan_rows(reader)
     assert reader.check().corruptions > 0
     reader.close()
+
+
+def test_any_byte_of_the_tables_may_be_wrong(tmp_path: Path) -> None:
+    """Whatever the tables say, the outcome is an answer or an ImgcoreError."""
+    path = create(tmp_path / "a.qcow2", MIB, "cluster_size=1024")
+    qemu_io(path, "write 0 60k", "write -c 200k 1k", "write -c 201k 1k", "write -z 512k 64k")
+    qemu.run("snapshot", "-c", "first", path)
+    sound = path.read_bytes()
+    places = [i for i in range(1024, len(sound)) if sound[i] and sound[i] != 0xCD]
+    rng = random.Random(11)
+    for _ in range(300):
+        damaged = bytearray(sound)
+        place = rng.choice(places)
+        damaged[place : place + 2] = rng.randbytes(2)
+        path.write_bytes(damaged)
+        reader = open_qcow2(path)
+        for verb in (reader.info, lambda reader=reader: plan_rows(reader), reader.check):
+            with contextlib.suppress(ImgcoreError):
+                verb()
+        reader.close()

@@ -79,9 +79,7 @@ def test_stream_layouts(tmp_path: Path, layout: str, short_tail: bool) -> None:
 @pytest.mark.parametrize("trailing_sectors", [0, 1, 127, 2046])
 def test_zero_sectors_behind_the_end(tmp_path: Path, trailing_sectors: int) -> None:
     contents = _contents()
-    path = vmdk.stream(
-        tmp_path / "a.vmdk", N_SECTORS, contents, trailing_sectors=trailing_sectors
-    )
+    path = vmdk.stream(tmp_path / "a.vmdk", N_SECTORS, contents, trailing_sectors=trailing_sectors)
     assert read_guest(open_vmdk(path)) == _guest(contents)
 
 
@@ -162,9 +160,7 @@ def test_compressed_without_markers(tmp_path: Path, fields: dict[str, int]) -> N
 def test_descriptor_and_header_may_differ_on_compression(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = vmdk.stream(
-        tmp_path / "a.vmdk", N_SECTORS, _contents(), create_type="monolithicSparse"
-    )
+    path = vmdk.stream(tmp_path / "a.vmdk", N_SECTORS, _contents(), create_type="monolithicSparse")
     reader = open_vmdk(path)
     assert reader.subformat == "streamOptimized"
     assert read_guest(reader) == _guest(_contents())
@@ -340,9 +336,7 @@ def test_holes_of_a_flat_file_are_zeros(tmp_path: Path) -> None:
         ("", CorruptImageError, "lists no extent"),
     ],
 )
-def test_bad_extent_lines(
-    tmp_path: Path, extent: str, error: type[Exception], word: str
-) -> None:
+def test_bad_extent_lines(tmp_path: Path, extent: str, error: type[Exception], word: str) -> None:
     (tmp_path / "flat.bin").write_bytes(bytes(4 * SECTOR))
     (tmp_path / "folder").mkdir()
     with pytest.raises(error, match=word) as caught:
@@ -500,9 +494,7 @@ def test_probe(head: bytes, expected: bool) -> None:
 
 def test_info_does_without_numpy(tmp_path: Path) -> None:
     path = vmdk.stream(tmp_path / "a.vmdk", N_SECTORS, _contents())
-    code = (
-        "import sys, imgcore; imgcore.info(sys.argv[1]); sys.exit('numpy' in sys.modules)"
-    )
+    code = "import sys, imgcore; imgcore.info(sys.argv[1]); sys.exit('numpy' in sys.modules)"
     subprocess.run([sys.executable, "-c", code, str(path)], check=True)
 
 

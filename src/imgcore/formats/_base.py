@@ -86,7 +86,7 @@ class Reader(Protocol):
         ...
 
     def info(self) -> dict[str, Any]:
-        """Return what is specific to the format, in the keys of ``qemu-img info`` where it has them."""
+        """Return what is specific to the format, in the keys of ``qemu-img info``."""
         ...
 
     def check(self) -> CheckReport:
@@ -195,7 +195,8 @@ class Writer(Protocol):
 class Option:
     """One ``-o key=value`` of a format.
 
-    ``kind`` is ``"size"`` (bytes with suffix), ``"int"``, ``"bool"`` (on/off), ``"choice"`` or ``"str"``.
+    ``kind`` is ``"size"`` (bytes with suffix), ``"int"``, ``"bool"`` (on/off), ``"choice"`` or
+    ``"str"``.
     """
 
     name: str

@@ -221,6 +221,6 @@ def writer(request: WriteRequest) -> RawWriter:
 
 
 def measure(request: WriteRequest, data_nbytes: int) -> Measurement:
-    """Return the bytes that a raw image takes: allocated ones, and its size."""
+    """Return the size of a raw image: holes count, as `qemu-img measure` has it."""
     _refuse(request)
-    return Measurement(required=data_nbytes, fully_allocated=request.virtual_size)
+    return Measurement(required=request.virtual_size, fully_allocated=request.virtual_size)

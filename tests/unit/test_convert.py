@@ -1,0 +1,273 @@
+"""The verb ``convert`` as an API: backing files, progress, failures."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.helpers import qemu
+
+import imgcore
+from imgcore import _convert
+
+KIB, MIB = 1 << 10, 1 << 20
+
+
+def write_disk(path: Path, nbytes: int, pieces: list[tuple[int, bytes]]) -> Path:
+    with path.open("wb") as file:
+        file.truncate(nbytes)
+        for offset, data in pieces:
+            file.seek(offset)
+            file.write(data)
+    return path
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    noise = random.Random(1).randbytes
+    pieces = [(0, b"first" * 1000), (MIB, noise(200 * KIB)), (3 * MIB, b"text " * 40000)]
+    return write_disk(tmp_path / "disk.raw", 4 * MIB + 512, pieces)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+class TestBackingFile:
+    """``-B``: only what differs is stored, and the disk reads the same as the source."""
+
+    @pytest.mark.parametrize("compress", [False, True], ids=["plain", "compressed"])
+    @pytest.mark.parametrize("compat", ["0.10", "1.1"])
+    @pytest.mark.parametrize("base_format", ["raw", "qcow2"])
+    @pytest.mark.parametrize(
+        "base_nbytes", [2 * MIB, 4 * MIB + 512, 6 * MIB], ids=["shorter", "as long", "longer"]
+    )
+    def test_reads_as_the_source(
+        self,
+        tmp_path: Path,
+        disk: Path,
+        compress: bool,
+        compat: str,
+        base_format: str,
+        base_nbytes: int,
+    ) -> None:
+        content = disk.read_bytes()
+        base = tmp_path / "base.raw"
+        # Data where the source has zeros, zeros where it has data, and equal parts.
+        write_disk(base, base_nbytes, [(0, content[:MIB]), (MIB + 512 * KIB, b"gone" * 30000)])
+        if base_format == "qcow2":
+            imgcore.convert(base, base := tmp_path / "base.qcow2")
+        over = tmp_path / "over.qcow2"
+        imgcore.convert(
+            disk,
+            over,
+            backing=base.name,
+            backing_format=base_format,
+            compress=compress,
+            options={"compat": compat},
+        )
+        assert imgcore.compare(disk, over).identical
+        assert "identical" in qemu.run("compare", disk, over).stdout
+        assert "No errors" in qemu.run("check", over).stdout
+        info = imgcore.info(over)
+        assert info["backing-filename"] == base.name
+        depths = {entry.depth for entry in imgcore.map(over) if entry.start < MIB}
+        assert depths == {1}, "what is equal to the backing file was stored again"
+
+    def test_the_backing_format_is_never_guessed(self, disk: Path) -> None:
+        with pytest.raises(imgcore.OptionError, match="state it with -F"):
+            imgcore.convert(disk, disk.with_name("over.qcow2"), backing=disk.name)
+
+    def test_a_missing_backing_file_is_named(self, disk: Path) -> None:
+        with pytest.raises(FileNotFoundError, match="none.raw"):
+            imgcore.convert(
+                disk, disk.with_name("o.qcow2"), backing="none.raw", backing_format="raw"
+            )
+        assert names(disk.parent) == ["disk.raw"]
+
+    @pytest.mark.parametrize("target", ["o.raw", "o.vmdk"])
+    def test_only_qcow2_takes_one(self, disk: Path, target: str) -> None:
+        with pytest.raises((imgcore.OptionError, imgcore.UnsupportedFeatureError), match="backing"):
+            imgcore.convert(disk, disk.with_name(target), backing=disk.name, backing_format="raw")
+        assert names(disk.parent) == ["disk.raw"]
+
+
+class TestInPlace:
+    """``-n``: into what exists, zeros included."""
+
+    def test_old_content_is_overwritten_with_zeros(self, tmp_path: Path, disk: Path) -> None:
+        target = tmp_path / "volume.raw"
+        target.write_bytes(b"\xee" * (5 * MIB))
+        inode = target.stat().st_ino
+        imgcore.convert(disk, target, in_place=True)
+        content = target.read_bytes()
+        assert target.stat().st_ino == inode
+        assert content[: disk.stat().st_size] == disk.read_bytes()
+        assert content[disk.stat().st_size :] == b"\xee" * (5 * MIB - disk.stat().st_size)
+
+    def test_a_smaller_target_is_refused_untouched(self, tmp_path: Path, disk: Path) -> None:
+        target = tmp_path / "volume.raw"
+        target.write_bytes(b"\xee" * MIB)
+        with pytest.raises(imgcore.TargetError, match="holds 1048576 bytes"):
+            imgcore.convert(disk, target, in_place=True)
+        assert target.read_bytes() == b"\xee" * MIB
+
+    def test_only_raw(self, tmp_path: Path, disk: Path) -> None:
+        target = tmp_path / "volume.qcow2"
+        target.write_bytes(bytes(8 * MIB))
+        with pytest.raises(imgcore.UnsupportedFeatureError, match="only raw"):
+            imgcore.convert(disk, target, in_place=True)
+
+
+class TestSparse:
+    def test_zeros_are_not_written(self, tmp_path: Path, disk: Path) -> None:
+        imgcore.convert(disk, tmp_path / "out.raw")
+        assert (tmp_path / "out.raw").stat().st_blocks * 512 < MIB
+        assert (tmp_path / "out.raw").read_bytes() == disk.read_bytes()
+
+    def test_zero_writes_all(self, tmp_path: Path, disk: Path) -> None:
+        imgcore.convert(disk, tmp_path / "out.raw", sparse=0)
+        assert (tmp_path / "out.raw").stat().st_blocks * 512 >= 4 * MIB
+        assert (tmp_path / "out.raw").read_bytes() == disk.read_bytes()
+
+    @pytest.mark.parametrize("preallocation", ["falloc", "full"])
+    def test_preallocation(self, tmp_path: Path, disk: Path, preallocation: str) -> None:
+        imgcore.convert(disk, tmp_path / "out.raw", options={"preallocation": preallocation})
+        assert (tmp_path / "out.raw").stat().st_blocks * 512 >= 4 * MIB
+        assert (tmp_path / "out.raw").read_bytes() == disk.read_bytes()
+
+    @pytest.mark.parametrize("sparse", [1, 1000, "2M", -512])
+    def test_a_granularity_that_makes_no_sense(self, disk: Path, sparse: Any) -> None:
+        with pytest.raises(imgcore.OptionError, match="-S"):
+            imgcore.convert(disk, disk.with_name("out.raw"), sparse=sparse)
+
+
+class TestFailure:
+    """Nothing is left, and the source is as it was."""
+
+    @pytest.mark.parametrize("target", ["out.raw", "out.qcow2", "out.vmdk", "out.raw.zst"])
+    def test_a_callback_that_raises(self, tmp_path: Path, disk: Path, target: str) -> None:
+        (tmp_path / target).write_bytes(b"precious")
+
+        def progress(_: imgcore.Progress) -> None:
+            raise LookupError("no more")
+
+        with pytest.raises(LookupError, match="no more"):
+            imgcore.convert(disk, tmp_path / target, force=True, progress=progress)
+        assert (tmp_path / target).read_bytes() == b"precious"
+        assert names(tmp_path) == sorted(["disk.raw", target])
+
+    def test_a_source_that_changes(self, disk: Path) -> None:
+        def progress(_: imgcore.Progress) -> None:
+            os.utime(disk, ns=(1, 1))
+
+        with pytest.raises(imgcore.ImgcoreError, match="changed while it was read"):
+            imgcore.convert(disk, disk.with_name("out.raw"), progress=progress)
+        assert names(disk.parent) == ["disk.raw"]
+
+    @pytest.mark.parametrize("link", ["same", "symlink", "hardlink"])
+    def test_the_source_as_target(self, disk: Path, link: str) -> None:
+        content = disk.read_bytes()
+        target = disk.with_name("other.raw")
+        if link == "same":
+            target = disk
+        elif link == "symlink":
+            target.symlink_to(disk)
+        else:
+            target.hardlink_to(disk)
+        before = names(disk.parent)
+        with pytest.raises(imgcore.TargetError):
+            imgcore.convert(disk, target, force=True)
+        assert disk.read_bytes() == content
+        assert names(disk.parent) == before
+
+    @pytest.mark.parametrize(
+        ("arguments", "text"),
+        [
+            ({"threads": 0}, "1 to 256"),
+            ({"options": {"colour": "blue"}}, "colour"),
+            ({"target_format": "floppy"}, "floppy"),
+            ({"target_format": "vhdx"}, "vhdx"),
+            ({"kernels": {"zero": "abacus"}}, "abacus"),
+            ({"backing_format": "raw"}, "without a backing file"),
+        ],
+    )
+    def test_arguments_that_make_no_sense(
+        self, disk: Path, arguments: dict[str, Any], text: str
+    ) -> None:
+        with pytest.raises(imgcore.ImgcoreError, match=text):
+            imgcore.convert(disk, disk.with_name("out.raw"), **arguments)
+        assert names(disk.parent) == ["disk.raw"]
+
+
+class TestProgress:
+    def test_it_ends_at_the_total_and_never_decreases(self, disk: Path) -> None:
+        seen: list[imgcore.Progress] = []
+        result = imgcore.convert(disk, disk.with_name("out.qcow2"), progress=seen.append)
+        assert [p.done for p in seen] == sorted(p.done for p in seen)
+        last = seen[-1]
+        assert last.done == last.total == result.virtual_size == disk.stat().st_size
+        assert last.data == result.bytes_data
+        assert last.data + last.zero == last.total
+        assert last.written == result.bytes_written
+
+    def test_an_empty_disk_is_done_at_once(self, tmp_path: Path) -> None:
+        imgcore.create(tmp_path / "empty.qcow2", 64 << 40, format="qcow2")
+        seen: list[imgcore.Progress] = []
+        result = imgcore.convert(
+            tmp_path / "empty.qcow2", tmp_path / "out.qcow2", progress=seen.append
+        )
+        assert seen[-1].done == seen[-1].zero == 64 << 40
+        assert result.bytes_data == 0
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "compress"),
+    [
+        ("out.raw", {}, False),
+        ("out.qcow2", {}, False),
+        ("out.qcow2", {"cluster_size": "2M"}, False),
+        ("out.qcow2", {"cluster_size": "512"}, True),
+        ("out.qcow2", {"compression_type": "zstd"}, True),
+        ("out.vmdk", {"subformat": "streamOptimized", "cid": "12345678"}, False),
+    ],
+)
+def test_the_kernels_do_not_change_the_bytes(
+    tmp_path: Path, disk: Path, target: str, options: dict[str, Any], compress: bool
+) -> None:
+    outputs = set()
+    for kernels in ({"zero": "portable"}, {"io": "pread"}, {}):
+        imgcore.convert(
+            disk,
+            tmp_path / target,
+            options=options,
+            compress=compress,
+            kernels=kernels,
+            force=True,
+        )
+        outputs.add((tmp_path / target).read_bytes())
+    assert len(outputs) == 1
+
+
+def test_a_stream_goes_into_every_format(tmp_path: Path, disk: Path) -> None:
+    packed = tmp_path / "disk.raw.zst"
+    imgcore.convert(disk, packed)
+    for target in ("a.qcow2", "a.vmdk", "b.raw"):
+        imgcore.convert(packed, tmp_path / target)
+        assert imgcore.compare(disk, tmp_path / target).identical
+    imgcore.convert(packed, tmp_path / "s.vmdk", options={"subformat": "streamOptimized"})
+    assert imgcore.compare(disk, tmp_path / "s.vmdk").identical
+
+
+def test_long_streams_are_taken_in_turns(
+    tmp_path: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("imgcore._supply.STREAM_CHUNK_NBYTES", 256 * KIB)
+    monkeypatch.setattr(_convert, "STREAM_CHUNK_NBYTES", 256 * KIB)
+    packed = tmp_path / "disk.raw.zst"
+    imgcore.convert(disk, packed)
+    imgcore.convert(packed, tmp_path / "a.qcow2")
+    assert imgcore.compare(disk, tmp_path / "a.qcow2").identical

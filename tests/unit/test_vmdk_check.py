@@ -1,0 +1,115 @@
+"""The check of VMDK tables: nothing in sound images, each kind of damage by its name."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import pytest
+from tests.helpers import vmdk
+from tests.helpers.images import noise, text
+from tests.helpers.vmdk import GRAIN, SECTOR, poke
+
+import imgcore
+
+N_SECTORS = 20 * GRAIN // SECTOR
+CONTENTS = {0: noise(GRAIN), 1: text(GRAIN), 7: noise(GRAIN, 3)}
+
+
+def _hosted(folder: Path) -> Path:
+    return vmdk.hosted(folder / "a.vmdk", N_SECTORS, CONTENTS)
+
+
+def _stream(folder: Path) -> Path:
+    return vmdk.stream(folder / "a.vmdk", N_SECTORS, CONTENTS)
+
+
+@pytest.mark.parametrize("make", [_hosted, _stream])
+def test_sound_images(tmp_path: Path, make: object) -> None:
+    path = _hosted(tmp_path) if make is _hosted else _stream(tmp_path)
+    report = imgcore.check(path)
+    assert report.ok
+    assert (report.total_clusters, report.allocated_clusters) == (20, 3)
+    assert report.compressed_clusters == (0 if make is _hosted else 3)
+    assert report.fragmented_clusters == (1 if make is _hosted else 0)
+    assert 0 < report.image_end_offset <= path.stat().st_size
+
+
+def _gte(number: int, value: int) -> tuple[tuple[int, bytes], ...]:
+    """Change an entry in both grain tables of a hosted image."""
+    raw = struct.pack("<I", value)
+    return tuple((table * SECTOR + number * 4, raw) for table in (22, 27))
+
+
+@pytest.mark.parametrize(
+    ("changes", "corruptions", "leaks", "word"),
+    [
+        (_gte(3, 128), 1, 0, "sector 128 overlaps"),
+        (_gte(3, 130), 2, 0, "overlaps"),
+        (_gte(3, 0xFFFFFF), 1, 0, "grain 3 is at sector 16777215"),
+        (_gte(3, 27), 1, 0, "sector 27 overlaps"),
+        (_gte(1, 0), 0, 1, "1 grains from sector 256"),
+        (_gte(7, 0), 0, 1, "1 grains from sector 384"),
+        (((22 * SECTOR, struct.pack("<I", 0)),), 1, 0, "redundant grain table 0 differs"),
+        (((21 * SECTOR, struct.pack("<I", 1 << 30)),), 1, 0, "grain table 0 is at sector"),
+        (((26 * SECTOR, struct.pack("<I", 1 << 30)),), 1, 3, "grain table 0 is at sector"),
+    ],
+)
+def test_damage(
+    tmp_path: Path,
+    changes: tuple[tuple[int, bytes], ...],
+    corruptions: int,
+    leaks: int,
+    word: str,
+) -> None:
+    report = imgcore.check(poke(_hosted(tmp_path), *changes))
+    assert (report.corruptions, report.leaks) == (corruptions, leaks), report.problems
+    assert word in "\n".join(report.problems)
+
+
+def test_leaked_grains_at_the_end(tmp_path: Path) -> None:
+    path = _hosted(tmp_path)
+    with open(path, "ab") as file:
+        file.write(bytes(3 * GRAIN))
+    assert imgcore.check(path).leaks == 3
+
+
+def test_two_tables_at_one_place(tmp_path: Path) -> None:
+    n_sectors = 1024 * GRAIN // SECTOR
+    path = vmdk.hosted(tmp_path / "a.vmdk", n_sectors, CONTENTS)
+    poke(path, (26 * SECTOR, struct.pack("<2I", 27, 28)), (21 * SECTOR, struct.pack("<2I", 22, 0)))
+    report = imgcore.check(path)
+    assert report.corruptions == 1
+    assert "two grain tables overlap at sector 27" in report.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("offset", "data", "word"),
+    [
+        (0, struct.pack("<Q", 128), "is of LBA 128, not of grain 0"),
+        (8, struct.pack("<I", 0), "says 0 bytes"),
+        (8, struct.pack("<I", 2 * GRAIN + 1), "says 131073 bytes"),
+        (8, struct.pack("<I", 2 * GRAIN), "overlaps"),
+    ],
+)
+def test_markers(tmp_path: Path, offset: int, data: bytes, word: str) -> None:
+    path = poke(_stream(tmp_path), (128 * SECTOR + offset, data))
+    report = imgcore.check(path)
+    assert report.corruptions >= 1
+    assert word in "\n".join(report.problems)
+
+
+def test_many_problems_are_counted_and_few_are_told(tmp_path: Path) -> None:
+    n_sectors = 512 * 512 * GRAIN // SECTOR
+    path = tmp_path / "a.vmdk"
+    head = vmdk.header(n_sectors, gd=256, rgd=0, flags=1)
+    text_ = vmdk.descriptor("monolithicSparse", f'RW {n_sectors} SPARSE "x"')
+    directory = struct.pack("<512I", *range(512, 512 + 512 * 4, 4))
+    image = bytearray()
+    vmdk.put(image, 0, head + text_)
+    vmdk.put(image, 256, directory)
+    vmdk.put(image, 512, struct.pack("<I", 0xFFFFFF00) * (512 * 512))
+    path.write_bytes(image)
+    report = imgcore.check(path)
+    assert report.corruptions == 512 * 512
+    assert len(report.problems) == 1000
