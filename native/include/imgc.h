@@ -250,7 +250,8 @@ struct imgc_table_span {
  * rows (n_entries always suffice); *n_out receives the count.  Entries at or past
  * span.guest_end are ignored.  Failures: IMGC_CORRUPT (reserved bit),
  * IMGC_OUT_OF_RANGE (a place past the end of the file), with err->offset = the
- * index of the entry; IMGC_LIMIT if `capacity` is too small.
+ * index of the entry; IMGC_LIMIT if `capacity` is too small.  The rows of `out`
+ * are then undefined.
  */
 int imgc_table_decode(const struct imgc_table_format *format, const void *entries, size_t n_entries,
 		      const struct imgc_table_span *span, struct imgc_extent *out, size_t capacity,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import struct
 import subprocess
+import sys
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.helpers import qemu
-from tests.helpers.images import DENSE, FAR, RAW_IMAGES, RawImage, noise, text
+from tests.helpers.images import DENSE, FAR, RAW_IMAGES, SPARSE, RawImage, noise, text
 from tests.helpers.vmdk import GRAIN, SECTOR, marker, open_vmdk, read_guest
 
 import imgcore
@@ -75,33 +77,46 @@ def test_other_programs_read_it(
         assert copy.read_bytes() == source.read_bytes()
 
 
-@pytest.mark.parametrize("subformat", SUBFORMATS)
-def test_dissect_reads_it(tmp_path: Path, raw_images: Any, subformat: str) -> None:
-    dissect = pytest.importorskip("dissect.hypervisor.disk.vmdk")
-    path = _write(raw_images(DENSE), tmp_path / "a.vmdk", f"subformat={subformat}")
-    disk = dissect.VMDK(path)
-    assert disk.size == DENSE.virtual_size
-    assert disk.read(DENSE.virtual_size) == raw_images(DENSE).read_bytes()
+DISSECT = """
+import sys
+from pathlib import Path
+from dissect.hypervisor.disk.vmdk import VMDK
+disk = VMDK(Path(sys.argv[1]))
+sys.stdout.buffer.write(disk.read(disk.size))
+"""
+LIBVMDK = """
+import sys
+import pyvmdk
+handle = pyvmdk.handle()
+handle.open(sys.argv[1])
+handle.open_extent_data_files()
+size = handle.get_media_size()
+for at in range(0, size, 65536):
+    sys.stdout.buffer.write(handle.read_buffer(min(65536, size - at)))
+"""
 
 
+# dissect is in the tests' environment, libvmdk in the system's (Debian: python3-libvmdk).
+@pytest.mark.parametrize(
+    ("python", "module", "code"),
+    [
+        (sys.executable, "dissect.hypervisor", DISSECT),
+        ("/usr/bin/python3", "pyvmdk", LIBVMDK),
+    ],
+    ids=["dissect", "libvmdk"],
+)
 @pytest.mark.parametrize("subformat", SUBFORMATS)
-def test_libvmdk_reads_it(tmp_path: Path, raw: Path, subformat: str) -> None:
-    path = _write(raw, tmp_path / "a.vmdk", f"subformat={subformat}")
-    code = (
-        "import pyvmdk, sys\n"
-        "handle = pyvmdk.handle()\n"
-        "handle.open(sys.argv[1])\n"
-        "handle.open_extent_data_files()\n"
-        "size = handle.get_media_size()\n"
-        "sys.stdout.buffer.write(b''.join(handle.read_buffer(min(65536, size - at))"
-        " for at in range(0, size, 65536)))\n"
-    )
-    # A module of the system's Python (Debian: python3-libvmdk).
-    python = "/usr/bin/python3"
-    if subprocess.run([python, "-c", "import pyvmdk"], capture_output=True).returncode:
-        pytest.skip("pyvmdk is not installed (Debian: python3-libvmdk)")
-    done = subprocess.run([python, "-c", code, str(path)], check=True, capture_output=True)
-    assert done.stdout == raw.read_bytes()
+def test_other_readers(
+    tmp_path: Path, raw_images: Any, subformat: str, python: str, module: str, code: str
+) -> None:
+    if subprocess.run([python, "-c", f"import {module}"], capture_output=True).returncode:
+        pytest.skip(f"{python} has no {module}")
+    for image in (DENSE, SPARSE):
+        folder = tmp_path / image.name
+        folder.mkdir()
+        path = _write(raw_images(image), folder / "a.vmdk", f"subformat={subformat}")
+        done = subprocess.run([python, "-c", code, str(path)], check=True, capture_output=True)
+        assert done.stdout == raw_images(image).read_bytes()
 
 
 def _structures(image: bytes) -> list[tuple[str, int, int]]:
@@ -127,7 +142,7 @@ def test_the_parts_of_a_stream(tmp_path: Path, raw: Path) -> None:
     found = _structures(image)
     # Two tables of 512 grains: each follows its grains, then directory, footer, end.
     assert [part[0] for part in found] == (
-        ["grain"] * 6 + ["table"] + ["grain"] * 2 + ["table", "directory", "footer", "eos"]
+        ["grain"] * 7 + ["table"] + ["grain"] * 2 + ["table", "directory", "footer", "eos"]
     )
     assert image[-SECTOR:] == marker(0, 0)
     assert image[-3 * SECTOR : -2 * SECTOR] == marker(1, 3)
@@ -406,3 +421,28 @@ def test_measure(tmp_path: Path, raw_images: Any, image: RawImage, subformat: st
             assert measured.required < path.stat().st_size * 1.01
     else:
         assert total <= measured.fully_allocated < total + 1024
+
+
+def test_unwritten_tables_cost_nothing(tmp_path: Path) -> None:
+    """An empty disk of 64 TiB has 4 GiB of tables, all of them a hole of the file."""
+    path = tmp_path / "a.vmdk"
+    imgcore.create(path, 64 * TIB, sync=False)
+    assert os.stat(path).st_blocks * 512 < 64 * MIB
+    reader = open_vmdk(path)
+    started = time.monotonic()
+    rows = [row for batch in reader.plan(0, 64 * TIB) for row in batch.tolist()]
+    assert time.monotonic() - started < 2
+    assert sum(row[1] for row in rows) == 64 * TIB
+    assert {row[5] for row in rows} == {0}
+    # A table that is written to is found among those that are not.
+    table = 40 * TIB // (512 * GRAIN)
+    sparse = reader.disk_extents[0].sparse
+    assert sparse is not None
+    first = struct.unpack("<I", sparse.file.pread(sparse.gd_offset, 4))[0]
+    offset = first * SECTOR + table * 2048 + 5 * 4
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size + GRAIN)
+        file.seek(offset)
+        file.write(struct.pack("<I", path.stat().st_size // SECTOR - GRAIN // SECTOR))
+    found = [row for batch in open_vmdk(path).plan(0, 64 * TIB) for row in batch if row["kind"]]
+    assert [int(row["guest_offset"]) for row in found] == [40 * TIB + 5 * GRAIN]

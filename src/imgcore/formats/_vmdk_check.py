@@ -19,6 +19,7 @@ from imgcore.formats._vmdk_layout import (
 from imgcore.formats._vmdk_plan import (
     DIRECTORY_PIECE_ENTRIES,
     absent_or_zeroed,
+    drop_unwritten_tables,
     read_directory,
     read_tables,
 )
@@ -159,6 +160,8 @@ class _ExtentCheck:
             strict=True,
         )
         for (first, primary), (_, redundant) in pairs:
+            primary = drop_unwritten_tables(extent, primary)
+            redundant = drop_unwritten_tables(extent, redundant)
             outside = self._is_outside(primary) | self._is_outside(redundant)
             used = np.flatnonzero(((primary != 0) | (redundant != 0)) & ~outside)
             for start in range(0, len(used), _CHUNK_TABLES):
@@ -177,6 +180,7 @@ class _ExtentCheck:
         extent = self._extent
         n_grains = -(-self._guest_nbytes // extent.grain_nbytes)
         for first, directory in self._directory_pieces(extent.gd_offset):
+            directory = drop_unwritten_tables(extent, directory)
             absent, _ = absent_or_zeroed(extent, directory)
             used = np.flatnonzero(~absent & ~self._is_outside(directory))
             for start in range(0, len(used), _CHUNK_TABLES):

@@ -161,7 +161,9 @@ def _encoding(text: bytes) -> str:
 
     Undecodable bytes survive as surrogates in either case, so that a file name stays itself.
     """
-    match = re.search(rb'^\s*(?:ddb\.)?encoding\s*=\s*"?([\w-]{1,40})', text, re.MULTILINE | re.I)
+    match = re.search(
+        rb'^[ \t]*(?:ddb\.)?encoding[ \t]*=[ \t]*"?([\w-]{1,40})', text, re.MULTILINE | re.I
+    )
     name = match[1].decode("ascii", "replace") if match else "utf-8"
     if not _CODE_PAGE.fullmatch(name):
         return "utf-8"

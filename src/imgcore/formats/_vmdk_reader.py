@@ -81,6 +81,8 @@ class VmdkReader:
         self._sources: list[SourceFile] = []
         self._extents: list[DiskExtent] = []
         self._planners: dict[int, SparsePlanner] = {}
+        # Flat files of which holes may be trusted now.
+        self._synced: set[int] = set()
         self.virtual_size = 0
         with self._opened:
             head = file.pread(0, min(file.nbytes, _PROBE_NBYTES))
@@ -129,7 +131,7 @@ class VmdkReader:
         directory, one window of grain tables and one batch.
         """
         from imgcore._extents import Kind, single
-        from imgcore.formats._vmdk_plan import plan_flat
+        from imgcore.formats._vmdk_plan import plan_flat, sync_holes
 
         stop = start + length
         if start < 0 or length < 0 or stop > self.virtual_size:
@@ -142,6 +144,9 @@ class VmdkReader:
             if item.sparse is not None:
                 yield from self._planner(item).plan(low, high)
             elif item.file is not None:
+                if item.file_index not in self._synced:
+                    self._synced.add(item.file_index)
+                    sync_holes(item.file)
                 yield from plan_flat(
                     item.file, item.file_offset, low, high, item.guest_base, item.file_index
                 )
