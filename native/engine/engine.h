@@ -139,7 +139,6 @@ struct counters {
 
 struct worker {
 	struct imgc_job *job;
-	struct slot *own_slot; /* where the order of windows does not matter */
 	pthread_t thread;
 	struct reader reader;
 	struct imgc_compressor *compressor;
@@ -153,7 +152,7 @@ struct imgc_job {
 	struct imgc_geometry geometry;
 	uint64_t window_nbytes;
 	uint64_t piece_nbytes; /* a block, or a window of a larger one */
-	bool ordered;	       /* offsets are given out in guest order */
+	bool appends;	       /* offsets are given out in guest order */
 
 	struct worker *workers;
 	struct counters *counters;
@@ -170,8 +169,9 @@ struct imgc_job {
 	struct rows rows, base;
 	size_t claim_row, claim_base;
 	uint64_t cursor;
-	uint64_t claimed, placed; /* sequence numbers; slot = number % n_slots */
-	size_t n_busy;		  /* slots that are not free */
+	uint64_t claimed, placed, written; /* windows so far; slot = number % n_slots */
+	size_t n_busy;			   /* slots that are not free, spans under way */
+	unsigned n_writing, max_writers;
 	unsigned n_started, n_running;
 	bool in_batch;
 	struct placer placer;

@@ -170,7 +170,7 @@ static int create_workers(struct imgc_job *job)
 
 	job->workers = calloc(n, sizeof(*job->workers));
 	job->counters = aligned_alloc(_Alignof(struct counters), n * sizeof(*job->counters));
-	job->n_slots = job->ordered ? 2 * n + 2 : n;
+	job->n_slots = 2 * n + 2;
 	job->slots = calloc(job->n_slots, sizeof(*job->slots));
 	if (!job->workers || !job->counters || !job->slots)
 		return IMGC_NO_MEMORY;
@@ -179,7 +179,6 @@ static int create_workers(struct imgc_job *job)
 		int status = worker_create(job, &job->workers[i], &job->counters[i]);
 		if (status)
 			return status;
-		job->workers[i].own_slot = &job->slots[i];
 	}
 	for (size_t i = 0; i < job->n_slots; i++)
 		if (slot_create(job, &job->slots[i]))
@@ -217,8 +216,11 @@ int imgc_job_create(const struct imgc_job_options *options, struct imgc_job **ou
 	job->options = *options;
 	job->geometry = options->geometry;
 	job->window_nbytes = choose_window(options);
-	job->ordered =
+	job->appends =
 		options->kind == IMGC_JOB_CONVERT && options->geometry.placing == IMGC_PLACE_APPEND;
+	job->max_writers = options->n_threads;
+	if (options->kind == IMGC_JOB_CONVERT && options->target->writes_are_serial)
+		job->max_writers = 1;
 	job->piece_nbytes = job->window_nbytes;
 	if (options->kind == IMGC_JOB_CONVERT && job->geometry.block_nbytes < job->window_nbytes)
 		job->piece_nbytes = job->geometry.block_nbytes;
@@ -401,9 +403,9 @@ int imgc_job_finish(struct imgc_job *job, struct imgc_error *err)
 	}
 	if (atomic_load(&job->cancelled))
 		return imgc_fail(err, IMGC_CANCELLED, 0, 0, IMGC_NO_SOURCE, "cancel");
-	if (job->ordered && job->geometry.zero_policy == IMGC_ZERO_EXPLICIT && !job->base.n)
+	if (job->appends && job->geometry.zero_policy == IMGC_ZERO_EXPLICIT && !job->base.n)
 		mark_zero_blocks(job);
-	if (job->ordered && imgc_placer_close_group(&job->placer))
+	if (job->appends && imgc_placer_close_group(&job->placer))
 		return imgc_fail(err, IMGC_LIMIT, 0, job->placer.next, IMGC_TARGET, "place");
 	return IMGC_OK;
 }

@@ -273,10 +273,9 @@ static int place_stored(struct imgc_job *job, const struct slot *slot, struct pi
 
 int imgc_window_place(struct imgc_job *job, struct slot *slot, struct imgc_error *err)
 {
-	uint64_t first_block = job->batch.guest_start / job->geometry.block_nbytes;
-
 	for (size_t i = 0; i < slot->n_pieces; i++) {
 		struct piece *piece = &slot->pieces[i];
+		uint64_t first_block = job->batch.guest_start / job->geometry.block_nbytes;
 		int status = IMGC_OK;
 
 		if (piece->state == IMGC_BLOCK_STORED) {

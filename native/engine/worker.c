@@ -91,36 +91,7 @@ static bool work_on_writing(struct worker *worker, struct slot *slot)
 	return true;
 }
 
-/* ------------------------------------------------- windows in whatever order */
-
-static void run_unordered(struct worker *worker)
-{
-	struct imgc_job *job = worker->job;
-	struct slot *slot = worker->own_slot;
-	struct imgc_error err;
-
-	while (!imgc_job_is_stopped(job)) {
-		uint64_t start, end;
-
-		pthread_mutex_lock(&job->lock);
-		enum claim claim = claim_next(job, &start, &end);
-		pthread_mutex_unlock(&job->lock);
-		if (claim == CLAIM_NOTHING)
-			return;
-		if (claim == CLAIM_ZERO_SPAN) {
-			work_on_span(worker, start, end);
-			continue;
-		}
-		slot->start = start;
-		slot->end = end;
-		if (imgc_window_process(worker, slot, &err))
-			imgc_job_fail(job, &err);
-		else
-			work_on_writing(worker, slot);
-	}
-}
-
-/* ----------------------------------------------- windows placed in guest order */
+/* ---------------------------------------------------------------- the ring */
 
 static struct slot *slot_of(struct imgc_job *job, uint64_t number)
 {
@@ -144,40 +115,40 @@ static int place_ready(struct imgc_job *job, struct imgc_error *err)
 	return IMGC_OK;
 }
 
-static struct slot *find_placed(struct imgc_job *job)
-{
-	for (size_t i = 0; i < job->n_slots; i++)
-		if (job->slots[i].state == SLOT_PLACED)
-			return &job->slots[i];
-	return NULL;
-}
-
 /* Called and returns with the lock held. */
-static void write_slot(struct worker *worker, struct slot *slot)
+static void write_next_slot(struct worker *worker)
 {
 	struct imgc_job *job = worker->job;
+	struct slot *slot = slot_of(job, job->written++);
 
 	slot->state = SLOT_WRITING;
+	job->n_writing++;
 	pthread_mutex_unlock(&job->lock);
 	work_on_writing(worker, slot);
 	pthread_mutex_lock(&job->lock);
-	slot->state = SLOT_FREE;
+	job->n_writing--;
 	job->n_busy--;
+	slot->state = SLOT_FREE;
 	pthread_cond_broadcast(&job->changed);
 }
 
 /* Called and returns with the lock held. */
-static void fill_next_slot(struct worker *worker, struct slot *slot)
+static void fill_next_slot(struct worker *worker)
 {
 	struct imgc_job *job = worker->job;
+	struct slot *slot = slot_of(job, job->claimed);
 	struct imgc_error err;
-	uint64_t start, end;
+	uint64_t start = 0, end = 0;
 	enum claim claim = claim_next(job, &start, &end);
 
+	if (claim == CLAIM_NOTHING)
+		return; /* a difference has been found meanwhile */
 	if (claim == CLAIM_ZERO_SPAN) {
+		job->n_busy++;
 		pthread_mutex_unlock(&job->lock);
 		work_on_span(worker, start, end);
 		pthread_mutex_lock(&job->lock);
+		job->n_busy--;
 		return;
 	}
 	slot->state = SLOT_FILLING;
@@ -199,28 +170,33 @@ static void fill_next_slot(struct worker *worker, struct slot *slot)
 	pthread_cond_broadcast(&job->changed);
 }
 
-static void run_ordered(struct worker *worker)
+static bool work_is_left(const struct imgc_job *job)
+{
+	return job->cursor < job->batch.guest_end &&
+	       job->cursor < atomic_load(&job->first_difference);
+}
+
+/*
+ * Writing comes first, so that the ring empties; but where the kernel lets one writer
+ * in at a time, the others rather fill the ring than wait at its door.
+ */
+static void run(struct worker *worker)
 {
 	struct imgc_job *job = worker->job;
 
 	pthread_mutex_lock(&job->lock);
 	while (!imgc_job_is_stopped(job)) {
-		struct slot *slot = find_placed(job);
-
-		if (slot) {
-			write_slot(worker, slot);
-			continue;
-		}
-		bool more = job->cursor < job->batch.guest_end;
-
-		slot = slot_of(job, job->claimed);
-		if (more && slot->state == SLOT_FREE)
-			fill_next_slot(worker, slot);
-		else if (!more && job->n_busy == 0)
+		if (job->written < job->placed && job->n_writing < job->max_writers)
+			write_next_slot(worker);
+		else if (work_is_left(job) && slot_of(job, job->claimed)->state == SLOT_FREE)
+			fill_next_slot(worker);
+		else if (!work_is_left(job) && job->n_busy == 0)
 			break;
 		else
 			pthread_cond_wait(&job->changed, &job->lock);
 	}
+	/* Whoever still waits for work has to see that there is none. */
+	pthread_cond_broadcast(&job->changed);
 	pthread_mutex_unlock(&job->lock);
 }
 
@@ -229,10 +205,7 @@ void *imgc_worker_main(void *argument)
 	struct worker *worker = argument;
 	struct imgc_job *job = worker->job;
 
-	if (job->ordered)
-		run_ordered(worker);
-	else
-		run_unordered(worker);
+	run(worker);
 	pthread_mutex_lock(&job->lock);
 	if (--job->n_running == 0)
 		pthread_cond_broadcast(&job->ended);

@@ -293,6 +293,7 @@ int imgc_file_open_fd(int fd, struct imgc_file **out, struct imgc_error *err)
 	if (!file)
 		return imgc_fail(err, IMGC_NO_MEMORY, 0, 0, IMGC_NO_SOURCE, "open");
 	file->base.ops = &fd_file_ops;
+	file->base.writes_are_serial = S_ISREG(st.st_mode);
 	file->fd = fd;
 	file->is_block_device = S_ISBLK(st.st_mode);
 	file->device_nbytes = device_nbytes;

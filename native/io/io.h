@@ -8,6 +8,7 @@
 #ifndef IMGC_IO_IO_H
 #define IMGC_IO_IO_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/uio.h>
@@ -40,6 +41,8 @@ struct imgc_file_ops {
 /* The head of every implementation's own struct. */
 struct imgc_file {
 	const struct imgc_file_ops *ops;
+	/* The kernel lets one write in at a time (a file's inode lock): more would only spin. */
+	bool writes_are_serial;
 };
 
 /*

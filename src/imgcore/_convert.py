@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from imgcore._core import Job
-from imgcore._errors import OptionError, TargetError, UnsupportedFeatureError
+from imgcore._errors import OptionError, UnsupportedFeatureError
 from imgcore._extents import PLACEMENT_DTYPE
-from imgcore._files import same_file
 from imgcore._geometry import Placing
 from imgcore._image import Image
 from imgcore._image import open as open_image
@@ -37,6 +36,7 @@ from imgcore.formats._base import BackingReference, WriteRequest
 if TYPE_CHECKING:
     from imgcore._batches import Batch
     from imgcore._extents import Placements
+    from imgcore._files import HostFile
     from imgcore._geometry import Geometry
     from imgcore._stream import StreamSource
     from imgcore._supply import Supply
@@ -304,13 +304,11 @@ class _Conversion:
         )
         self._stack.callback(self._base.close)
 
-    def _refuse_source_as_target(self, target: Target) -> None:
-        files = [self._stream.file] if self._stream is not None else []
+    def _sources(self) -> Iterator[HostFile]:
+        if self._stream is not None:
+            yield self._stream.file
         for image in filter(None, (self._image, self._base)):
-            files.extend(image.every_file())
-        for file in files:
-            if same_file(target.identity, file.identity):
-                raise TargetError(f"is read by this conversion ({file.path})", path=target.path)
+            yield from image.every_file()
 
     # -- what is written ----------------------------------------------------------------
 
@@ -318,7 +316,7 @@ class _Conversion:
         """Write the target and give it its name."""
         r = self._request
         with Target(r.target, force=r.force, sync=r.sync, in_place=r.in_place) as target:
-            self._refuse_source_as_target(target)
+            target.protect(self._sources())
             try:
                 self._write(target)
                 self._check_unchanged()
@@ -344,10 +342,8 @@ class _Conversion:
         )
 
     def _check_unchanged(self) -> None:
-        if self._image is not None:
-            self._image.check_unchanged()
-        if self._stream is not None:
-            self._stream.file.check_unchanged()
+        for file in self._sources():
+            file.check_unchanged()
 
     def _make_writer(self, target: Target) -> Writer:
         r = self._request

@@ -39,7 +39,8 @@ _DEFLATE: Final = {
     },
 }
 
-_ZSTD: Final = {"fastest": -1, "fast": 1, "default": 3, "best": 12}
+# QEMU compresses with level 3; 2 is a quarter faster for 1.3 to 1.7 % of size.
+_ZSTD: Final = {"fastest": -1, "fast": 1, "default": 2, "best": 12}
 ZSTD_MIN_LEVEL: Final = -7
 ZSTD_MAX_LEVEL: Final = 19
 

@@ -28,10 +28,11 @@ from imgcore._files import (
 from imgcore._sizes import format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from typing import Self
 
     from imgcore._core import File
+    from imgcore._files import HostFile
 
 _log: Final = logging.getLogger("imgcore")
 
@@ -198,6 +199,7 @@ class Target:
         self._committed = False
         self._old_mode: int | None = None
         self.identity: Identity | None = None
+        self._protected: dict[Identity | None, str] = {}
         self.is_block_device = False
         if self._name in ("", ".", "..") or self.path == "-":
             raise TargetError("is not the name of a file", path=self.path)
@@ -244,6 +246,22 @@ class Target:
         except PermissionError:
             return os.open(self._folder, os.O_PATH | flags)
 
+    def protect(self, sources: Iterable[HostFile]) -> None:
+        """Refuse to replace any of these files, which the conversion reads.
+
+        Raises
+        ------
+        TargetError
+            The target is one of them, by whatever name; `companion` raises it as well.
+        """
+        self._protected = {source.identity: source.path for source in sources}
+        self._refuse_protected(self.identity, self.path)
+
+    def _refuse_protected(self, identity: Identity | None, path: str) -> None:
+        if identity in self._protected:
+            source = self._protected[identity]
+            raise TargetError(f"is read by this conversion ({source})", path=path)
+
     @property
     def main(self) -> TargetFile:
         """The file that gets the final name; made on first use."""
@@ -276,6 +294,7 @@ class Target:
         old_mode = None
         with contextlib.suppress(FileNotFoundError):
             status = os.stat(name, dir_fd=self._folder_fd, follow_symlinks=False)
+            self._refuse_protected(file_identity(status), path)
             if not self.force:
                 raise TargetError("exists already; --force replaces it", path=path)
             if stat.S_ISREG(status.st_mode):

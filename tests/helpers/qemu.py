@@ -56,11 +56,7 @@ def run(*arguments: str | os.PathLike[str]) -> subprocess.CompletedProcess[str]:
 
 def checked(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """Run a command; a failure shows what it said."""
-    # A sanitizer's library, preloaded for the extension's sake, makes other programs hang.
-    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=300, env=environment
-    )
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     if done.returncode != 0:
         raise AssertionError(
             f"{' '.join(command)}: exit {done.returncode}\n{done.stdout}{done.stderr}"

@@ -184,6 +184,20 @@ class TestFailure:
         assert disk.read_bytes() == content
         assert names(disk.parent) == before
 
+    def test_the_source_as_the_targets_second_file(self, tmp_path: Path, disk: Path) -> None:
+        source = disk.rename(tmp_path / "out-flat.vmdk")
+        content = source.read_bytes()
+        with pytest.raises(imgcore.TargetError, match="is read by this conversion"):
+            imgcore.convert(
+                source,
+                tmp_path / "out.vmdk",
+                format="raw",
+                options={"subformat": "monolithicFlat"},
+                force=True,
+            )
+        assert source.read_bytes() == content
+        assert names(tmp_path) == ["out-flat.vmdk"]
+
     @pytest.mark.parametrize(
         ("arguments", "text"),
         [

@@ -101,6 +101,8 @@ def group() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; the only place that prints an error."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # NumPy's BLAS starts a thread per core when it is loaded; nothing here multiplies matrices.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     _prepare_streams()
     with _signals(), _warnings():
         try:
