@@ -6,7 +6,7 @@ missing=()
 needs_library() { pkg-config --exists "$1" 2>/dev/null || missing+=("$2"); }
 needs_program() { PATH="$PATH:/usr/sbin:/sbin" command -v "$1" >/dev/null || missing+=("$2"); }
 
-needs_program gcc gcc
+command -v gcc >/dev/null || missing+=(gcc libc6-dev)
 needs_program make make
 needs_program pkg-config pkg-config
 needs_program mke2fs e2fsprogs

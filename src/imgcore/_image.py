@@ -14,7 +14,7 @@ from imgcore.formats import open_reader
 if TYPE_CHECKING:
     from imgcore._extents import Extents
     from imgcore._overlay import Depths
-    from imgcore.formats._base import Reader, SourceFile
+    from imgcore.formats._base import BackingReference, Reader, SourceFile
 
 
 class Image:
@@ -271,6 +271,7 @@ def open(
                 )
             gate = gate.beside(backing)
             layers.append(open_reader(backing, gate, stated))
+            _refuse_wrong_parent(image, reference, layers[-1], backing.path)
     except BaseException:
         for layer in layers:
             layer.close()
@@ -278,3 +279,18 @@ def open(
             file.close()
         raise
     return Image(files[0].path, layers, files)
+
+
+def _refuse_wrong_parent(
+    image: str, reference: BackingReference, parent: Reader, path: str
+) -> None:
+    """Raise CorruptImageError if the parent is not the one that the image was made upon."""
+    found: int | None = getattr(parent, "content_id", None)
+    if reference.content_id is None or found == reference.content_id:
+        return
+    text = "none" if found is None else f"{found:08x}"
+    raise CorruptImageError(
+        f"was made upon a parent with content ID {reference.content_id:08x}, {path} has {text}: "
+        "it is another disk, or was written to since",
+        path=image,
+    )

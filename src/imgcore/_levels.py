@@ -28,7 +28,7 @@ _DEFLATE: Final = {
     (CodecId.DEFLATE, 15): {
         "fastest": (_ISAL, 1),
         "fast": (_ISAL, 3),
-        "default": (_LIBDEFLATE, 2),
+        "default": (_LIBDEFLATE, 1),
         "best": (_LIBDEFLATE, 10),
     },
     (CodecId.ZLIB, 15): {

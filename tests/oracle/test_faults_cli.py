@@ -220,6 +220,24 @@ def test_backing_file_that_is_missing(tmp_path: Path) -> None:
     assert_refused(top, tmp_path, words=("gone.raw",))
 
 
+def test_vmdk_delta_on_a_changed_parent(tmp_path: Path) -> None:
+    """A delta is read with the parent that it was made upon, and with no other."""
+    base, top, out = tmp_path / "base.vmdk", tmp_path / "top.vmdk", tmp_path / "out.raw"
+    qemu.convert(_small_raw(tmp_path), base, qemu.VMDK_SPARSE)
+    qemu.run("create", "-f", "vmdk", "-b", "base.vmdk", "-F", "vmdk", top)
+    assert imgcore("convert", top, out).returncode == 0
+    qemu.assert_same(top, out, source_format="vmdk", target_format="raw")
+    place = base.read_bytes().index(b"\nCID=") + len(b"\nCID=")
+    poke(base, place, b"0badcafe")
+    assert_refused(top, tmp_path, words=("top.vmdk", "0badcafe"), targets=("new.raw",))
+
+
+def _small_raw(folder: Path) -> Path:
+    path = folder / "small.raw"
+    path.write_bytes(images.text(1 << 20))
+    return path
+
+
 def test_unknown_content(tmp_path: Path) -> None:
     source = tmp_path / "data.xyz"
     source.write_bytes(images.text(1 << 20))

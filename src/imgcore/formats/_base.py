@@ -28,10 +28,14 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class BackingReference:
-    """The parent that an image names; ``format`` is None if the image does not state it."""
+    """The parent that an image names; ``format`` is None if the image does not state it.
+
+    ``content_id`` is the one that the parent must have, where the format has such a thing.
+    """
 
     name: str
     format: str | None
+    content_id: int | None = None
 
 
 class Reader(Protocol):

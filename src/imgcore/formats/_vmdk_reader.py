@@ -100,6 +100,11 @@ class VmdkReader:
             self._opened = self._opened.pop_all()
 
     @property
+    def content_id(self) -> int:
+        """What a delta of this disk states as its parent's."""
+        return self.descriptor.cid
+
+    @property
     def sources(self) -> Sequence[SourceFile]:
         """The host files that extents refer to by index."""
         return self._sources
@@ -341,7 +346,10 @@ class VmdkReader:
         """Return the parent; a delta is never taken for a whole disk."""
         hint = self.descriptor.parent_hint
         if hint:
-            return BackingReference(hint, "vmdk")
+            parent_cid = self.descriptor.parent_cid
+            return BackingReference(
+                hint, "vmdk", None if parent_cid == NO_PARENT_CID else parent_cid
+            )
         if self.descriptor.parent_cid != NO_PARENT_CID:
             raise CorruptImageError(
                 f"the disk is a delta of the one with content ID {self.descriptor.parent_cid:08x}, "
