@@ -44,6 +44,7 @@ DRIVERS: Final = (
 )
 
 STREAM_SUFFIXES: Final = (".zst", ".gz")
+STREAM_MAGICS: Final = ("zstd", "gzip")
 
 _BOOLS: Final = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
 
@@ -171,6 +172,12 @@ def open_reader(file: HostFile, gate: ReferenceGate, format: str | None = None) 
     else:
         name = canonical_name(format)
         _refuse_other_format(file, name)
+    if name in STREAM_MAGICS:
+        raise UnsupportedFeatureError(
+            "a compressed stream has no random access: convert, info and measure read it, "
+            "for the rest decompress it first",
+            path=file.path,
+        )
     if name not in format_names():
         raise UnsupportedFeatureError(
             f"the format {name} is not supported{' yet' if name in _ENTRIES else ''}",
@@ -182,7 +189,7 @@ def open_reader(file: HostFile, gate: ReferenceGate, format: str | None = None) 
 def _find_format(file: HostFile) -> str:
     found = probe(file)
     named_raw = file.is_block_device or format_from_suffix(file.path) == "raw"
-    if stream_suffix(file.path) is not None and found in ("gzip", "zstd"):
+    if stream_suffix(file.path) is not None and found in STREAM_MAGICS:
         return found
     if found is None and named_raw:
         return "raw"
