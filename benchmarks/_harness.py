@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# A little more than the largest output.
-WARM_NBYTES = 1280 << 20
 SETTLE_SECONDS = 2.5
 
 
@@ -75,15 +73,21 @@ class Series:
 
 
 def in_turns(
-    contenders: Sequence[Contender], rounds: int, verify: Callable[[Contender], None]
+    contenders: Sequence[Contender],
+    rounds: int,
+    verify: Callable[[Contender], None],
+    warm_nbytes: int = 0,
 ) -> dict[str, Series]:
-    """Run every contender once a round, A B A B; each output is verified, untimed, and removed."""
+    """Run every contender once a round, A B A B; each output is verified, untimed, and removed.
+
+    Before each run that makes an output, `warm_memory` provides ``warm_nbytes`` for it.
+    """
     series = {contender.name: Series() for contender in contenders}
     for _ in range(rounds):
         for contender in contenders:
             remove(contender.target)
             if contender.target is not None:
-                warm_memory(contender.target)
+                warm_memory(contender.target, warm_nbytes)
             series[contender.name].runs.append(run(contender.command))
             if contender.target is not None:
                 series[contender.name].file_nbytes = contender.target.stat().st_size
@@ -92,18 +96,20 @@ def in_turns(
     return series
 
 
-def warm_memory(target: Path) -> None:
+def warm_memory(target: Path, nbytes: int) -> None:
     """Let the system hold as much free memory as an output takes.
 
     A virtual machine gives free memory back to its host, two seconds after it has become
     free, and has to fetch it again page by page; without this, that would slow down one side
     or the other at random, up to fivefold.
     """
+    if nbytes == 0:
+        return
     time.sleep(SETTLE_SECONDS)
     piece = bytes(4 << 20)
     warmer = target.with_name("warmer")
     with warmer.open("wb", buffering=0) as file:
-        for _ in range(WARM_NBYTES // len(piece)):
+        for _ in range(nbytes // len(piece)):
             file.write(piece)
     warmer.unlink()
 

@@ -127,6 +127,8 @@ class Bench:
     def __init__(self, folder: Path, mebibytes: int, rounds: int) -> None:
         self.folder = folder
         self.rounds = rounds
+        # A little more than the largest output.
+        self.warm_nbytes = (mebibytes << 20) * 5 // 4
         self.qemu_img = _environment.find_qemu_img()
         self.imgcore = _environment.find_imgcore()
         self.sources: dict[str, Path] = {}
@@ -178,12 +180,18 @@ class Bench:
     def measure(self, group: Group) -> Iterator[Result]:
         """Run a group in turns and yield its lines."""
         contenders = self.contenders(group)
-        first = in_turns(contenders, 1, lambda one: self.verify(one, group.target))
+
+        def turns(rounds: int) -> dict[str, Series]:
+            return in_turns(
+                contenders, rounds, lambda one: self.verify(one, group.target), self.warm_nbytes
+            )
+
+        first = turns(1)
         slow = first["peer"].seconds > SLOW_SECONDS
         more = min(self.rounds, 3) if slow else self.rounds
         series = first
         if more > 1:
-            rest = in_turns(contenders, more - 1, lambda one: self.verify(one, group.target))
+            rest = turns(more - 1)
             for name, one in series.items():
                 one.runs += rest[name].runs
         for line in group.lines:

@@ -19,8 +19,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 DEFAULT_FOLDERS = ("/usr/lib", "/usr/share", "/usr/bin", "/usr/include")
-# What ext4 keeps for itself: journal, inode tables, bitmaps; and room for directories.
-FILL_SHARE = 0.91
+# The rest is ext4's own (journal, inode tables, bitmaps) and its directories', which take more
+# of a small image and of many small files: where the first share does not fit, the next is tried.
+FILL_SHARES = (0.91, 0.8, 0.6)
 MAX_FILE_NBYTES = 64 << 20
 
 
@@ -65,15 +66,17 @@ def make_image(target: Path, virtual_size: int, folders: Sequence[str] = DEFAULT
     program = shutil.which("mke2fs", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
     if program is None:
         raise SystemExit("make_image: mke2fs was not found: install e2fsprogs")
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".stage-") as name:
-        stage(choose(folders, int(virtual_size * FILL_SHARE)), Path(name))
-        target.unlink(missing_ok=True)
-        options = ["-q", "-F", "-t", "ext4", "-m", "0", "-i", "16384", "-d", name]
-        subprocess.run(
-            [program, *options, str(target), f"{virtual_size // 1024}k"],
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
+    for share in FILL_SHARES:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".stage-") as name:
+            stage(choose(folders, int(virtual_size * share)), Path(name))
+            target.unlink(missing_ok=True)
+            options = ["-q", "-F", "-t", "ext4", "-m", "0", "-i", "16384", "-d", name]
+            words = [program, *options, str(target), f"{virtual_size // 1024}k"]
+            done = subprocess.run(words, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return
+    target.unlink(missing_ok=True)
+    raise SystemExit(f"make_image: {done.stderr.strip() or 'mke2fs failed'}")
 
 
 def main() -> None:

@@ -174,7 +174,7 @@ def open_reader(file: HostFile, gate: ReferenceGate, format: str | None = None) 
         _refuse_other_format(file, name)
     if name in STREAM_MAGICS:
         raise UnsupportedFeatureError(
-            "a compressed stream has no random access: convert, info and measure read it, "
+            f"a {name} stream has no random access: convert, info and measure read it, "
             "for the rest decompress it first",
             path=file.path,
         )
