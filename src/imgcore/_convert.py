@@ -251,6 +251,7 @@ class _Conversion:
         self._stream: StreamSource | None = None
         self._base: Image | None = None
         self._skipped_nbytes = 0
+        self._has_begun = False
         self._data_nbytes = self._read_nbytes = self._written_nbytes = 0
         self._started = time.monotonic()
 
@@ -321,7 +322,7 @@ class _Conversion:
                 self._write(target)
                 self._check_unchanged()
             except BaseException:
-                if target.in_place:
+                if target.in_place and self._has_begun:
                     _log.warning("%s: written in place, and now incomplete", r.target)
                 raise
             file_size = os.fstat(target.main.fd).st_size
@@ -386,6 +387,7 @@ class _Conversion:
     def _move(self, writer: Writer, data_file: TargetFile) -> int:
         """Run the engine over the whole disk; return the target's first free offset."""
         r = self._request
+        self._has_begun = True
         with ExitStack() as stack:
             supply = self._supply(writer.geometry)
             stack.callback(supply.close)

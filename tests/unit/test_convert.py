@@ -115,11 +115,25 @@ class TestInPlace:
             imgcore.convert(disk, target, in_place=True)
         assert target.read_bytes() == b"\xee" * MIB
 
-    def test_only_raw(self, tmp_path: Path, disk: Path) -> None:
+    def test_only_raw(self, tmp_path: Path, disk: Path, caplog: pytest.LogCaptureFixture) -> None:
         target = tmp_path / "volume.qcow2"
         target.write_bytes(bytes(8 * MIB))
         with pytest.raises(imgcore.UnsupportedFeatureError, match="only raw"):
             imgcore.convert(disk, target, in_place=True)
+        assert not caplog.records
+
+    def test_an_incomplete_target_is_said_to_be_so(
+        self, tmp_path: Path, disk: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        target = tmp_path / "volume.raw"
+        target.write_bytes(b"\xee" * (5 * MIB))
+
+        def progress(_: imgcore.Progress) -> None:
+            raise LookupError
+
+        with pytest.raises(LookupError):
+            imgcore.convert(disk, target, in_place=True, progress=progress)
+        assert "now incomplete" in caplog.text
 
 
 class TestSparse:
