@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,13 @@ def raw_images(tmp_path_factory: pytest.TempPathFactory) -> Callable[[images.Raw
         return path
 
     return get
+
+
+def pytest_configure() -> None:
+    """Let signals mean what they mean: a runner in the background may have them ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def pytest_report_header() -> list[str]:

@@ -148,7 +148,10 @@ class TestFileTypes:
         self.refuse("/dev/zero", "is a character device")
 
     def test_terminal(self) -> None:
-        controller, terminal = os.openpty()
+        try:
+            controller, terminal = os.openpty()
+        except OSError as error:
+            pytest.skip(f"no pseudo-terminals here: {error}")
         try:
             self.refuse(os.ttyname(terminal), "is a character device")
         finally:
