@@ -73,7 +73,6 @@ struct view {
 	uint8_t *data;
 	struct range *ranges; /* ascending, disjoint, not adjacent */
 	size_t n_ranges;
-	size_t max_ranges;
 };
 
 struct rows {

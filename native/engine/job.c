@@ -77,9 +77,8 @@ static uint64_t choose_window(const struct imgc_job_options *o)
 
 static int view_create(struct view *view, uint64_t window_nbytes)
 {
-	view->max_ranges = window_nbytes / SECTOR_NBYTES + 1;
 	view->data = aligned_alloc(PAGE_NBYTES, window_nbytes);
-	view->ranges = malloc(view->max_ranges * sizeof(*view->ranges));
+	view->ranges = malloc((window_nbytes / SECTOR_NBYTES + 1) * sizeof(*view->ranges));
 	return view->data && view->ranges ? IMGC_OK : IMGC_NO_MEMORY;
 }
 

@@ -67,28 +67,24 @@ static void count(struct worker *worker, uint64_t guest_nbytes, uint64_t data_nb
 	worker->reader.bytes_read = 0;
 }
 
-static bool work_on_span(struct worker *worker, uint64_t start, uint64_t end)
+static void work_on_span(struct worker *worker, uint64_t start, uint64_t end)
 {
 	struct imgc_error err;
 
-	if (imgc_span_write_zeros(worker, start, end, &err)) {
+	if (imgc_span_write_zeros(worker, start, end, &err))
 		imgc_job_fail(worker->job, &err);
-		return false;
-	}
-	count(worker, end - start, 0);
-	return true;
+	else
+		count(worker, end - start, 0);
 }
 
-static bool work_on_writing(struct worker *worker, struct slot *slot)
+static void work_on_writing(struct worker *worker, struct slot *slot)
 {
 	struct imgc_error err;
 
-	if (imgc_window_write(worker, slot, &err)) {
+	if (imgc_window_write(worker, slot, &err))
 		imgc_job_fail(worker->job, &err);
-		return false;
-	}
-	count(worker, slot->end - slot->start, slot->data_nbytes);
-	return true;
+	else
+		count(worker, slot->end - slot->start, slot->data_nbytes);
 }
 
 /* ---------------------------------------------------------------- the ring */

@@ -427,7 +427,10 @@ void imgc_job_cancel(struct imgc_job *job);
 /* APPEND: the first free host offset after the finished batches. */
 uint64_t imgc_job_next_offset(const struct imgc_job *job);
 
-/* APPEND, between batches: the caller has put tables of its own at the end. */
+/*
+ * APPEND, between batches: the caller has put tables of its own at the end.
+ * Packing starts anew behind them.
+ */
 int imgc_job_set_next_offset(struct imgc_job *job, uint64_t next_offset);
 
 /* COMPARE: the lowest guest offset that differs so far, or IMGC_NO_DIFFERENCE. */

@@ -17,7 +17,7 @@ MAX_BATCH_ROWS: Final = 1 << 17
 # Tables that a writer may hold back before it must put them into the file.
 MAX_PENDING_TABLE_NBYTES: Final = 32 * MIB
 
-# A chain of backing files: QEMU has no limit, 10 is beyond any practice seen.
+# A chain of backing files; each of them stays open, and QEMU itself has no limit.
 MAX_CHAIN_DEPTH: Final = 64
 
 # Virtual disks: raw files are limited by off_t, all others by their own tables.

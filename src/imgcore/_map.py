@@ -108,12 +108,17 @@ def map_image(image: Image, start: int, end: int) -> Iterator[MapEntry]:
     """Yield the entries of ``[start, end)`` of an open image."""
     if start >= end:
         return
+    from imgcore._overlay import clip
+
     first = start - start % _SECTOR_NBYTES
     last = min(end + -end % _SECTOR_NBYTES, image.virtual_size)
     names = [source.file.path for source in image.sources]
     pending: MapEntry | None = None
     for batch, depths in image.layer_extents(first, last - first):
-        for entry in _batch_entries(image, _clip(batch, start, end), depths, names):
+        # The range may start and end inside a sector, and so inside the first and last row.
+        low = max(start, int(batch["guest_offset"][0]))
+        high = min(end, int(batch["guest_offset"][-1]) + int(batch["length"][-1]))
+        for entry in _batch_entries(image, clip(batch, low, high), depths, names):
             if pending is None:
                 pending = entry
             elif _joins(pending, entry):
@@ -131,25 +136,6 @@ def _joins(a: MapEntry, b: MapEntry) -> bool:
     if a.offset is None:
         return True
     return a.filename == b.filename and a.offset + a.length == b.offset
-
-
-def _clip(batch: Extents, start: int, end: int) -> Extents:
-    """Cut the first and last row to a range that does not lie on sectors."""
-    from imgcore._extents import Kind
-
-    n_before = start - int(batch["guest_offset"][0])
-    n_after = int(batch["guest_offset"][-1]) + int(batch["length"][-1]) - end
-    if n_before <= 0 and n_after <= 0:
-        return batch
-    batch = batch.copy()
-    if n_before > 0:
-        batch["guest_offset"][0] += n_before
-        batch["length"][0] -= n_before
-        if batch["kind"][0] == Kind.DATA:
-            batch["host_offset"][0] += n_before
-    if n_after > 0:
-        batch["length"][-1] -= n_after
-    return batch
 
 
 def _batch_entries(
