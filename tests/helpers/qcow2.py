@@ -20,6 +20,7 @@ from imgcore._target import Target, TargetFile
 from imgcore.formats._base import BackingReference, WriteRequest
 from imgcore.formats.qcow2 import DRIVER, Qcow2Reader
 from tests.helpers import qemu
+from tests.helpers.plans import plan_rows
 
 
 def open_qcow2(path: Path) -> Qcow2Reader:
@@ -43,21 +44,6 @@ def qemu_io(path: Path, *commands: str, check: bool = True) -> None:
         pytest.skip("qemu-io is not installed (Debian: qemu-utils)")
     arguments = [part for command in commands for part in ("-c", command)]
     subprocess.run([program, *arguments, path], check=check, capture_output=True)
-
-
-def poke(path: Path, *changes: tuple[int, bytes]) -> Path:
-    """Write bytes into a file."""
-    with open(path, "r+b") as file:
-        for offset, data in changes:
-            file.seek(offset)
-            file.write(data)
-    return path
-
-
-def plan_rows(reader: Qcow2Reader, start: int = 0, length: int | None = None) -> list[Any]:
-    """Return all rows of a plan as tuples."""
-    length = reader.virtual_size - start if length is None else length
-    return [row for batch in reader.plan(start, length) for row in batch.tolist()]
 
 
 def merged(rows: list[Any]) -> list[tuple[int, int, str, int | None]]:

@@ -6,11 +6,11 @@ import struct
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from imgcore._extents import FLAG_GRAIN_MARKER, Kind
 from imgcore._files import HostFile, ReferenceGate
 from imgcore.formats._vmdk_reader import VmdkReader
+from tests.helpers.plans import plan_rows
 
 SECTOR = 512
 GRAIN = 65536
@@ -159,21 +159,6 @@ def stream(
     put(image, len(image) // SECTOR, bytes(SECTOR * (1 + trailing_sectors)))
     path.write_bytes(image)
     return path
-
-
-def poke(path: Path, *changes: tuple[int, bytes]) -> Path:
-    """Write bytes into a file."""
-    with open(path, "r+b") as file:
-        for offset, data in changes:
-            file.seek(offset)
-            file.write(data)
-    return path
-
-
-def plan_rows(reader: VmdkReader, start: int = 0, length: int | None = None) -> list[Any]:
-    """Return all rows of a plan as tuples."""
-    length = reader.virtual_size - start if length is None else length
-    return [row for batch in reader.plan(start, length) for row in batch.tolist()]
 
 
 def read_guest(reader: VmdkReader, start: int = 0, length: int | None = None) -> bytes:

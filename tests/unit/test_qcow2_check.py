@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from tests.helpers import qemu
-from tests.helpers.qcow2 import create, open_qcow2, poke, qemu_io
+from tests.helpers.plans import poke
+from tests.helpers.qcow2 import create, open_qcow2, qemu_io
 
 from imgcore.formats import _qcow2_check
 from imgcore.formats._base import CheckReport

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from tests.helpers import qemu
 from tests.helpers.images import noise
-from tests.helpers.qcow2 import create, open_qcow2, plan_rows, poke, qemu_io
+from tests.helpers.plans import plan_rows, poke
+from tests.helpers.qcow2 import create, open_qcow2, qemu_io
 
 from imgcore._errors import (
     CorruptImageError,

@@ -11,16 +11,8 @@ from pathlib import Path
 import pytest
 from tests.helpers import qemu
 from tests.helpers.images import noise, text
-from tests.helpers.qcow2 import (
-    create,
-    merged,
-    open_qcow2,
-    plan_rows,
-    poke,
-    qemu_io,
-    qemu_map,
-    read_guest,
-)
+from tests.helpers.plans import plan_rows, poke
+from tests.helpers.qcow2 import create, merged, open_qcow2, qemu_io, qemu_map, read_guest
 
 from imgcore import _limits as limits
 from imgcore._errors import CorruptImageError, ImgcoreError

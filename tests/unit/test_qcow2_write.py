@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from tests.helpers import qemu
 from tests.helpers.images import noise, text
-from tests.helpers.qcow2 import open_qcow2, plan_rows, read_guest, request, write_image
+from tests.helpers.plans import plan_rows
+from tests.helpers.qcow2 import open_qcow2, read_guest, request, write_image
 
 from imgcore import _limits as limits
 from imgcore._errors import LimitExceededError, OptionError

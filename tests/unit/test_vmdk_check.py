@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from tests.helpers import vmdk
 from tests.helpers.images import noise, text
-from tests.helpers.vmdk import GRAIN, SECTOR, poke
+from tests.helpers.plans import poke
+from tests.helpers.vmdk import GRAIN, SECTOR
 
 import imgcore
 

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.helpers import qemu, vmdk
 from tests.helpers.images import noise, text
-from tests.helpers.vmdk import GRAIN, SECTOR, open_vmdk, plan_rows, poke, read_guest
+from tests.helpers.plans import plan_rows, poke
+from tests.helpers.vmdk import GRAIN, SECTOR, open_vmdk, read_guest
 
 import imgcore
 from imgcore._errors import (
