@@ -20,7 +20,7 @@ from imgcore._extents import EXTENT_DTYPE, PLACEMENT_DTYPE, Kind
 from imgcore._files import HostFile, ReferenceGate
 from imgcore._geometry import Placing, ZeroPolicy
 from imgcore._target import Target
-from imgcore.formats import raw
+from imgcore.formats import _flat, raw
 from imgcore.formats._base import BackingReference, WriteRequest
 
 MIB = 1 << 20
@@ -187,7 +187,7 @@ def test_holes_are_not_trusted_before_a_sync(
     with path.open("rb") as file:
         os.fsync(file.fileno())  # blocks are counted only when they are allocated
     synced: list[int] = []
-    monkeypatch.setattr(raw, "is_on_xfs", lambda fd: on_xfs)
+    monkeypatch.setattr(_flat, "is_on_xfs", lambda fd: on_xfs)
     monkeypatch.setattr(os, "fdatasync", synced.append)
     reader = open_raw(path)
     for _ in range(2):

@@ -5,8 +5,6 @@ Source: Virtual Disk Format 5.0, "Grain Directory", "Grain Table".
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
@@ -16,6 +14,7 @@ from imgcore._core import CoreError, TableFormat
 from imgcore._errors import CorruptImageError
 from imgcore._extents import EXTENT_DTYPE, FLAG_GRAIN_MARKER, Kind, single
 from imgcore._limits import MAX_BATCH_ROWS, SECTOR_NBYTES
+from imgcore.formats._flat import sync_holes
 from imgcore.formats._vmdk_layout import (
     ENTRY_ABSENT,
     ENTRY_NBYTES,
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from imgcore._extents import Extents
-    from imgcore._files import HostFile
     from imgcore.formats._vmdk_sparse import SparseExtent
 
     Entries = NDArray[np.uint32]
@@ -160,17 +158,6 @@ def drop_unwritten_tables(extent: SparseExtent, directory: Entries) -> Entries:
             position = max(data_end, position + 1)
         kept[start:stop][~is_written] = ENTRY_ABSENT
     return kept
-
-
-def sync_holes(file: HostFile) -> None:
-    """Write back what the file has in memory, if it has holes at all.
-
-    XFS can report a hole where a reflinked file has data that is not written back yet.
-    """
-    with contextlib.suppress(OSError):
-        status = os.fstat(file.fd)
-        if status.st_blocks * 512 < status.st_size:
-            os.fdatasync(file.fd)
 
 
 class SparsePlanner:
@@ -351,34 +338,3 @@ def tighten_bounds(rows: Extents) -> None:
         ahead, following - np.where(ahead, here, np.uint64(0)), np.uint64(0xFFFFFFFFFFFFFFFF)
     )
     rows["host_length"][compressed[:-1]] = np.minimum(rows["host_length"][compressed[:-1]], gaps)
-
-
-def plan_flat(
-    file: HostFile, file_offset: int, start: int, stop: int, guest_base: int, file_index: int
-) -> Iterator[Extents]:
-    """Yield batches for guest range [start, stop) of a flat extent.
-
-    Holes of the host's file are explicit zeros: a flat extent hides its parent everywhere.
-    """
-    rows: list[tuple[int, int, int, int, int, int, int]] = []
-    shift = file_offset - guest_base
-    position = start
-    while position < stop:
-        data_start, data_end = file.core.next_data(position + shift)
-        if data_start >= data_end:
-            data_start = data_end = stop + shift
-        data_start = min(max(data_start - shift, position), stop)
-        data_end = min(max(data_end - shift, data_start), stop)
-        if position < data_start:
-            rows.append((position, data_start - position, 0, 0, 0, int(Kind.ZERO), 0))
-        if data_start < data_end:
-            length = data_end - data_start
-            rows.append(
-                (data_start, length, data_start + shift, length, file_index, int(Kind.DATA), 0)
-            )
-        position = data_end
-        if len(rows) >= MAX_BATCH_ROWS - 1:
-            yield np.array(rows, dtype=EXTENT_DTYPE)
-            rows.clear()
-    if rows:
-        yield np.array(rows, dtype=EXTENT_DTYPE)

@@ -136,7 +136,7 @@ class VmdkReader:
         directory, one window of grain tables and one batch.
         """
         from imgcore._extents import Kind, single
-        from imgcore.formats._vmdk_plan import plan_flat, sync_holes
+        from imgcore.formats._flat import plan_flat, sync_holes
 
         stop = start + length
         if start < 0 or length < 0 or stop > self.virtual_size:

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from imgcore._errors import OptionError, UnsupportedFeatureError
-from imgcore._geometry import Geometry, Placing, ZeroPolicy
+from imgcore._geometry import ZeroPolicy
 from imgcore._limits import (
     KIB,
-    MIB,
     SECTOR_NBYTES,
     VMDK_MAX_GRAIN_NBYTES,
 )
 from imgcore.formats._base import Measurement
+from imgcore.formats._flat import flat_geometry
 from imgcore.formats._vmdk_descriptor import DiskDatabase, compose_descriptor
 from imgcore.formats._vmdk_layout import DEFAULT_GRAIN_NBYTES, RESERVED_CIDS
 
@@ -37,8 +37,6 @@ DEFAULT_TOOLS_VERSION: Final = "2147483647"
 # The specification asks for more than 8 sectors, and libvmdk insists on it.
 _MIN_GRAIN_NBYTES: Final = 8 * KIB
 _FLAT_KINDS: Final = {"monolithicFlat": "FLAT", "vmfs": "VMFS"}
-_MIN_FLAT_BLOCK_NBYTES: Final = 64 * KIB
-_MAX_FLAT_BLOCK_NBYTES: Final = 2 * MIB
 _DESCRIPTOR_NBYTES: Final = 1024
 
 
@@ -128,15 +126,7 @@ class FlatWriter:
         self._target: Target | None = None
         self._companion: TargetFile | None = None
         self.first_offset = 0
-        # A block of zeros is skipped whole, so it must not be smaller than -S.
-        wanted = 1 << max(plan.sparse_nbytes - 1, 0).bit_length()
-        self.geometry = Geometry(
-            block_nbytes=min(max(wanted, _MIN_FLAT_BLOCK_NBYTES), _MAX_FLAT_BLOCK_NBYTES),
-            guest_nbytes=plan.virtual_size,
-            placing=Placing.IDENTITY,
-            zero_policy=plan.zero_policy,
-            sparse_nbytes=plan.sparse_nbytes,
-        )
+        self.geometry = flat_geometry(plan.virtual_size, plan.sparse_nbytes)
 
     @property
     def companion_name(self) -> str:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from imgcore._errors import CorruptImageError, OptionError, UnsupportedFeatureError
-from imgcore._files import is_on_xfs
-from imgcore._geometry import Geometry, Placing, ZeroPolicy
-from imgcore._limits import MAX_VIRTUAL_NBYTES, MIB, SECTOR_NBYTES
+from imgcore._geometry import ZeroPolicy
+from imgcore._limits import MAX_VIRTUAL_NBYTES, SECTOR_NBYTES
 from imgcore.formats._base import Measurement, Option, SourceFile
+from imgcore.formats._flat import flat_geometry, sync_holes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from imgcore._extents import Extents, Placements
     from imgcore._files import HostFile, ReferenceGate
+    from imgcore._geometry import Geometry
     from imgcore._target import Target, TargetFile
     from imgcore.formats._base import BackingReference, CheckReport, WriteRequest
 
@@ -35,10 +35,6 @@ options: Final = (
 
 # Each row costs two system calls to find; small batches keep the first one quick to come.
 _BATCH_ROWS: Final = 1 << 14
-
-# Blocks of the target: whole ones of zeros are skipped, in others zeros of -S bytes are.
-_MIN_BLOCK_NBYTES: Final = 64 * 1024
-_MAX_BLOCK_NBYTES: Final = 2 * MIB
 
 
 class RawReader:
@@ -62,20 +58,6 @@ class RawReader:
         self.backing: BackingReference | None = None
         self._synced = False
 
-    def _sync_holes(self) -> None:
-        """Write back what the file has in memory where its holes could not be trusted else.
-
-        XFS can report a hole where a reflinked file has data that is not written back yet.
-        """
-        if self._synced:
-            return
-        self._synced = True
-        with contextlib.suppress(OSError):
-            status = os.fstat(self.file.fd)
-            has_holes = status.st_blocks * 512 < status.st_size
-            if not self.file.is_block_device and has_holes and is_on_xfs(self.file.fd):
-                os.fdatasync(self.file.fd)
-
     def plan(self, start: int, length: int) -> Iterator[Extents]:
         """Yield extent batches of DATA and HOLE; see `imgcore.formats._base.Reader.plan`.
 
@@ -88,7 +70,9 @@ class RawReader:
 
         from imgcore._extents import EXTENT_DTYPE, Kind
 
-        self._sync_holes()
+        if not self._synced:
+            self._synced = True
+            sync_holes(self.file)
         end = start + length
         position = start
         rows: list[tuple[int, int, int, int, int, int, int]] = []
@@ -148,22 +132,11 @@ class RawWriter:
         self.geometry = self._make_geometry()
 
     def _make_geometry(self) -> Geometry:
-        sparse_nbytes = self._sparse_nbytes
-        policy = ZeroPolicy.SKIP
-        if sparse_nbytes == 0:
-            policy = ZeroPolicy.STORE
-        elif self._in_place:
+        geometry = flat_geometry(self._virtual_size, self._sparse_nbytes)
+        if self._in_place and self._sparse_nbytes:
             # What is not written would keep its old bytes.
-            policy, sparse_nbytes = ZeroPolicy.EXPLICIT, 0
-        # A block of zeros is skipped whole, so it must not be smaller than -S.
-        wanted = 1 << max(self._sparse_nbytes - 1, 0).bit_length()
-        return Geometry(
-            block_nbytes=min(max(wanted, _MIN_BLOCK_NBYTES), _MAX_BLOCK_NBYTES),
-            guest_nbytes=self._virtual_size,
-            placing=Placing.IDENTITY,
-            zero_policy=policy,
-            sparse_nbytes=sparse_nbytes,
-        )
+            geometry = replace(geometry, zero_policy=ZeroPolicy.EXPLICIT, sparse_nbytes=0)
+        return geometry
 
     def begin(self, target: Target) -> TargetFile:
         """Give the file its size, so that it reads as zeros, and return it."""
