@@ -21,7 +21,7 @@ PYTHON_LAYERS = (
     {"_extents", "_core", "_kernels"},
     {"_files", "_stream", "_target"},
     {"formats"},
-    {"_image", "_describe", "_overlay", "_batches", "_job", "_supply"},
+    {"_chain", "_image", "_describe", "_overlay", "_batches", "_job", "_supply"},
     {
         "_convert",
         "_compare",

@@ -79,10 +79,13 @@ def check(
     path: str | os.PathLike[str],
     *,
     format: str | None = None,
+    parent: str | os.PathLike[str] | None = None,
     allow: Sequence[str | os.PathLike[str]] = (),
     share: bool = False,
 ) -> CheckResult:
-    """Verify the tables of an image; nothing is repaired, backing files are not opened.
+    """Verify the tables of an image; nothing is repaired.
+
+    Backing files are not opened unless ``parent`` is given.
 
     Parameters
     ----------
@@ -90,6 +93,9 @@ def check(
         The image.
     format : str, optional
         Its format; found by its magic if None.
+    parent : path-like, optional
+        The image's parent: it, and what it is made upon in turn, must be what the image was
+        made upon.
     allow : sequence of path-like
         Folders, besides the image's own, in which files named inside it may lie.
     share : bool
@@ -104,12 +110,14 @@ def check(
     CheckNotSupportedError
         The format has no tables to check (raw).
     CorruptImageError
-        The headers alone are beyond use.
+        The headers alone are beyond use, or ``parent`` is another one.
     OSError
         The operating system refused; ``filename`` is set.
     """
     from imgcore._info import open_layer
 
+    if parent is not None:
+        _verify_parent(path, format, parent, allow, share)
     with open_layer(path, format=format, allow=allow, share=share) as (file, reader):
         try:
             report = reader.check()
@@ -127,3 +135,15 @@ def check(
             image_end_offset=report.image_end_offset,
             problems=list(report.problems),
         )
+
+
+def _verify_parent(
+    path: str | os.PathLike[str],
+    format: str | None,
+    parent: str | os.PathLike[str],
+    allow: Sequence[str | os.PathLike[str]],
+    share: bool,
+) -> None:
+    from imgcore._image import open as open_image
+
+    open_image(path, format=format, parent=parent, allow=allow, share=share).close()

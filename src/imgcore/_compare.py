@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -54,6 +54,8 @@ def compare(
     *,
     format_a: str | None = None,
     format_b: str | None = None,
+    parent_a: str | os.PathLike[str] | None = None,
+    parent_b: str | os.PathLike[str] | None = None,
     strict: bool = False,
     threads: int | None = None,
     allow: Sequence[str | os.PathLike[str]] = (),
@@ -69,6 +71,8 @@ def compare(
         The images.
     format_a, format_b : str, optional
         Their formats; found by their magic, or for raw by the suffix, if None.
+    parent_a, parent_b : path-like, optional
+        Their parents, in place of what the images call them; see :func:`imgcore.open`.
     strict : bool
         Also demand the same size and the same allocation.
     threads : int, optional
@@ -87,10 +91,10 @@ def compare(
     OSError, ImgcoreError
         An image cannot be read.
     """
-    common = {"allow": allow, "backing_format": backing_format, "share": share}
+    common: dict[str, Any] = {"allow": allow, "backing_format": backing_format, "share": share}
     with (
-        open_image(a, format=format_a, **common) as image_a,  # type: ignore[arg-type]
-        open_image(b, format=format_b, **common) as image_b,  # type: ignore[arg-type]
+        open_image(a, format=format_a, parent=parent_a, **common) as image_a,
+        open_image(b, format=format_b, parent=parent_b, **common) as image_b,
     ):
         comparison = _Comparison(image_a, image_b, thread_count(threads), progress)
         return comparison.run(strict)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from imgcore._chain import opened_reference
 from imgcore._core import Job
 from imgcore._errors import OptionError, UnsupportedFeatureError
 from imgcore._extents import PLACEMENT_DTYPE
@@ -95,6 +96,7 @@ class _Request:
     compress: bool
     backing: BackingReference | None
     source_backing_format: str | None
+    parent: str | None
     sparse_nbytes: int
     threads: int
     force: bool
@@ -117,6 +119,7 @@ def convert(
     backing: str | os.PathLike[str] | None = None,
     backing_format: str | None = None,
     source_backing_format: str | None = None,
+    parent: str | os.PathLike[str] | None = None,
     sparse: int | str = 4096,
     threads: int | None = None,
     force: bool = False,
@@ -147,6 +150,8 @@ def convert(
         in it are left out; the virtual disk reads the same as the source.
     source_backing_format : str, optional
         Format of the source's backing files whose format the source does not state.
+    parent : path-like, optional
+        The source's parent, in place of what the source calls it; see :func:`imgcore.open`.
     sparse : int or str
         Bytes: runs of zeros of this size are not written.  0 writes every zero.
     threads : int, optional
@@ -196,6 +201,7 @@ def convert(
         compress=compress,
         backing=_backing_reference(backing, backing_format),
         source_backing_format=source_backing_format,
+        parent=None if parent is None else os.fspath(parent),
         sparse_nbytes=_sparse_nbytes(sparse),
         threads=thread_count(threads),
         force=force,
@@ -250,6 +256,7 @@ class _Conversion:
         self._image: Image | None = None
         self._stream: StreamSource | None = None
         self._base: Image | None = None
+        self._backing: BackingReference | None = None
         self._skipped_nbytes = 0
         self._has_begun = False
         self._data_nbytes = self._read_nbytes = self._written_nbytes = 0
@@ -284,6 +291,7 @@ class _Conversion:
             r.source,
             format=r.source_format,
             backing_format=r.source_backing_format,
+            parent=r.parent,
             allow=r.allow,
             share=r.share,
         )
@@ -304,6 +312,7 @@ class _Conversion:
             share=self._request.share,
         )
         self._stack.callback(self._base.close)
+        self._backing = opened_reference(backing, self._base.files[0], self._base.reader)
 
     def _sources(self) -> Iterator[HostFile]:
         if self._stream is not None:
@@ -358,7 +367,7 @@ class _Conversion:
                 virtual_size=self._virtual_size,
                 options=r.options,
                 compress=r.compress,
-                backing=r.backing,
+                backing=self._backing,
                 sparse_nbytes=r.sparse_nbytes,
                 target_name=os.path.basename(r.target),
             )

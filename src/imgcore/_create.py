@@ -134,6 +134,7 @@ def _open_backing(
     allow: Sequence[str | os.PathLike[str]],
 ) -> tuple[BackingReference | None, int | None, object]:
     """Return the reference to store, the backing file's size (bytes) and its identity."""
+    from imgcore._chain import opened_reference
     from imgcore._info import open_layer
     from imgcore.formats._base import BackingReference
 
@@ -147,6 +148,7 @@ def _open_backing(
     path = os.path.join(os.path.dirname(name), stored)
     with open_layer(path, format=backing_format, allow=allow, share=True) as (file, reader):
         reference = BackingReference(stored, reader.format_name)
+        reference = opened_reference(reference, file, reader)
         return reference, reader.virtual_size, file.identity
 
 

@@ -180,6 +180,11 @@ class HostFile:
                 )
 
     @property
+    def modified(self) -> int:
+        """Unix seconds of the last change before it was opened."""
+        return int(self._status.st_mtime)
+
+    @property
     def share(self) -> bool:
         """Whether another process may be writing to the file."""
         return self._share

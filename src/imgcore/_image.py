@@ -6,15 +6,14 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from imgcore._errors import CorruptImageError, LimitExceededError, WrongFormatError
-from imgcore._files import HostFile, ReferenceGate, same_file
-from imgcore._limits import MAX_CHAIN_DEPTH, SECTOR_NBYTES
-from imgcore.formats import open_reader
+from imgcore._chain import open_chain
+from imgcore._limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
     from imgcore._extents import Extents
+    from imgcore._files import HostFile
     from imgcore._overlay import Depths
-    from imgcore.formats._base import BackingReference, Reader, SourceFile
+    from imgcore.formats._base import Reader, SourceFile
 
 
 class Image:
@@ -210,6 +209,7 @@ def open(
     *,
     format: str | None = None,
     backing_format: str | None = None,
+    parent: str | os.PathLike[str] | None = None,
     allow: Sequence[str | os.PathLike[str]] = (),
     share: bool = False,
 ) -> Image:
@@ -224,6 +224,9 @@ def open(
         content: it follows from the suffix (.raw, .img, .dd, .bin) or is stated here.
     backing_format : str, optional
         Format of backing files whose format the image does not state; it is never guessed.
+    parent : path-like, optional
+        The image's parent (backing file), in place of what the image calls it.  Whatever the
+        image says of its parent's identity is verified all the same.
     allow : sequence of path-like
         Folders, besides an image's own, in which files named inside images may lie.
     share : bool
@@ -239,58 +242,18 @@ def open(
     OSError
         A file cannot be opened.
     WrongFormatError, CorruptImageError, UnsupportedFeatureError, LimitExceededError
-        The image is not what it should be.
+        The image is not what it should be, or its parent is another one than it was made upon.
+    OptionError
+        ``parent`` is given for an image that has none.
     UnsafeReferenceError
         It names a file outside the permitted folders.
     """
-    layers: list[Reader] = []
-    files: list[HostFile] = []
-    allowed = [os.fspath(folder) for folder in allow]
-    try:
-        files.append(HostFile.open(path, share=share))
-        gate = ReferenceGate(os.path.dirname(files[0].path), allowed, share=share)
-        layers.append(open_reader(files[0], gate, format))
-        while (reference := layers[-1].backing) is not None:
-            image = files[-1].path
-            if len(files) >= MAX_CHAIN_DEPTH:
-                raise LimitExceededError(
-                    f"more than {MAX_CHAIN_DEPTH} images in a chain of backing files", path=image
-                )
-            stated = reference.format or backing_format
-            if stated is None:
-                raise WrongFormatError(
-                    f"names the backing file {reference.name!r} without its format, which is "
-                    "never guessed: state it (--backing-format)",
-                    path=image,
-                )
-            backing = gate.open(reference.name)
-            files.append(backing)
-            if any(same_file(backing.identity, file.identity) for file in files[:-1]):
-                raise CorruptImageError(
-                    f"the chain of backing files comes back to {backing.path}", path=image
-                )
-            gate = gate.beside(backing)
-            layers.append(open_reader(backing, gate, stated))
-            _refuse_wrong_parent(image, reference, layers[-1], backing.path)
-    except BaseException:
-        for layer in layers:
-            layer.close()
-        for file in files:
-            file.close()
-        raise
-    return Image(files[0].path, layers, files)
-
-
-def _refuse_wrong_parent(
-    image: str, reference: BackingReference, parent: Reader, path: str
-) -> None:
-    """Raise CorruptImageError if the parent is not the one that the image was made upon."""
-    found: int | None = getattr(parent, "content_id", None)
-    if reference.content_id is None or found == reference.content_id:
-        return
-    text = "none" if found is None else f"{found:08x}"
-    raise CorruptImageError(
-        f"was made upon a parent with content ID {reference.content_id:08x}, {path} has {text}: "
-        "it is another disk, or was written to since",
-        path=image,
+    layers, files = open_chain(
+        os.fspath(path),
+        format=format,
+        backing_format=backing_format,
+        parent=None if parent is None else os.fspath(parent),
+        allow=[os.fspath(folder) for folder in allow],
+        share=share,
     )
+    return Image(files[0].path, layers, files)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from imgcore._errors import OptionError
 from imgcore._image_info import STAT_BLOCK_NBYTES, describe_layer
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def info(
     allow: Sequence[str | os.PathLike[str]] = ...,
     share: bool = ...,
     backing_format: str | None = ...,
+    parent: str | os.PathLike[str] | None = ...,
 ) -> dict[str, Any]: ...
 
 
@@ -38,6 +40,7 @@ def info(
     allow: Sequence[str | os.PathLike[str]] = ...,
     share: bool = ...,
     backing_format: str | None = ...,
+    parent: str | os.PathLike[str] | None = ...,
 ) -> list[dict[str, Any]]: ...
 
 
@@ -49,6 +52,7 @@ def info(
     allow: Sequence[str | os.PathLike[str]] = (),
     share: bool = False,
     backing_format: str | None = None,
+    parent: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any] | list[dict[str, Any]]:
     """Describe an image by its headers; no guest byte is read.
 
@@ -66,6 +70,9 @@ def info(
         Open the image even if another process writes to it.
     backing_format : str, optional
         Format of backing files whose format the image does not state.
+    parent : path-like, optional
+        With ``chain``: the image's parent, in place of what the image calls it; see
+        :func:`imgcore.open`.
 
     Returns
     -------
@@ -93,12 +100,19 @@ def info(
         description = _describe_stream(path, share)
         return [description] if chain else description
     if not chain:
+        if parent is not None:
+            raise OptionError("a parent is given, but only the image itself is described")
         with open_layer(path, format=format, allow=allow, share=share) as layer:
             return describe_layer(*layer)
     from imgcore._image import open as open_image
 
     with open_image(
-        path, format=format, backing_format=backing_format, allow=allow, share=share
+        path,
+        format=format,
+        backing_format=backing_format,
+        parent=parent,
+        allow=allow,
+        share=share,
     ) as image:
         return [describe_layer(*layer) for layer in zip(image.files, image.layers, strict=True)]
 

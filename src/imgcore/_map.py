@@ -61,6 +61,7 @@ def map(
     start: int = 0,
     length: int | None = None,
     backing_format: str | None = None,
+    parent: str | os.PathLike[str] | None = None,
     allow: Sequence[str | os.PathLike[str]] = (),
     share: bool = False,
 ) -> Iterator[MapEntry]:
@@ -76,6 +77,8 @@ def map(
         Bytes: the range to map, cut at the end of the disk; all of it by default.
     backing_format : str, optional
         Format of backing files whose format the image does not state.
+    parent : path-like, optional
+        The image's parent, in place of what the image calls it; see :func:`imgcore.open`.
     allow : sequence of path-like
         Folders, besides an image's own, in which files named inside images may lie.
     share : bool
@@ -98,7 +101,12 @@ def map(
     from imgcore._image import open as open_image
 
     with open_image(
-        path, format=format, backing_format=backing_format, allow=allow, share=share
+        path,
+        format=format,
+        backing_format=backing_format,
+        parent=parent,
+        allow=allow,
+        share=share,
     ) as image:
         end = image.virtual_size if length is None else min(start + length, image.virtual_size)
         yield from map_image(image, max(start, 0), end)

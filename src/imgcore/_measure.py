@@ -22,6 +22,7 @@ def measure(
     options: Mapping[str, Any] | Sequence[str] | None = None,
     compress: bool = False,
     backing_format: str | None = None,
+    parent: str | os.PathLike[str] | None = None,
     allow: Sequence[str | os.PathLike[str]] = (),
     share: bool = False,
 ) -> Measurement:
@@ -43,6 +44,8 @@ def measure(
         The target is compressed; the result is the upper bound, without any gain.
     backing_format : str, optional
         Format of backing files whose format the source does not state.
+    parent : path-like, optional
+        The source's parent, in place of what the source calls it; see :func:`imgcore.open`.
     allow : sequence of path-like
         Folders, besides an image's own, in which files named inside images may lie.
     share : bool
@@ -77,7 +80,12 @@ def measure(
     from imgcore._image import open as open_image
 
     with open_image(
-        source, format=format, backing_format=backing_format, allow=allow, share=share
+        source,
+        format=format,
+        backing_format=backing_format,
+        parent=parent,
+        allow=allow,
+        share=share,
     ) as image:
         batches = image.extents()
         return _measure_data(image.virtual_size, batches, target_format, options, compress)

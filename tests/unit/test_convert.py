@@ -12,6 +12,8 @@ from tests.helpers import qemu
 
 import imgcore
 from imgcore import _convert
+from imgcore.formats import get_driver
+from imgcore.formats._base import BackingReference, Writer, WriteRequest
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -76,6 +78,31 @@ class TestBackingFile:
         assert info["backing-filename"] == base.name
         depths = {entry.depth for entry in imgcore.map(over) if entry.start < MIB}
         assert depths == {1}, "what is equal to the backing file was stored again"
+
+    @pytest.mark.parametrize("verb", ["convert", "create"])
+    def test_the_writer_is_told_what_the_parent_is(
+        self, disk: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+    ) -> None:
+        base = disk.with_name("base.vmdk")
+        imgcore.convert(disk, base, options={"cid": "1a2b3c4d"})
+        os.utime(base, (1_700_000_000, 1_700_000_000.75))
+        requests: list[WriteRequest] = []
+        driver = get_driver("qcow2")
+        make = driver.writer
+
+        def keep(request: WriteRequest) -> Writer:
+            requests.append(request)
+            return make(request)
+
+        monkeypatch.setattr(driver, "writer", keep)
+        over = disk.with_name("over.qcow2")
+        if verb == "convert":
+            imgcore.convert(disk, over, backing=base.name, backing_format="vmdk")
+        else:
+            imgcore.create(over, backing=base.name, backing_format="vmdk")
+        assert requests[-1].backing == BackingReference(
+            "base.vmdk", "vmdk", {"content ID": "1a2b3c4d"}, modified=1_700_000_000, path=str(base)
+        )
 
     def test_the_backing_format_is_never_guessed(self, disk: Path) -> None:
         with pytest.raises(imgcore.OptionError, match="state it with -F"):

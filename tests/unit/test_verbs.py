@@ -448,6 +448,50 @@ def test_compare_with_what_cannot_be_read(folder: Path) -> None:
     assert_one_line_error(done, "gone.raw", code=2)
 
 
+PARENT_LINES = {
+    "info": "info --backing-chain {top} --parent {base}",
+    "map": "map {top} --parent {base}",
+    "check": "check {top} --parent {base}",
+    "measure": "measure {top} --parent {base}",
+    "convert": "convert {top} {out} --parent {base}",
+    "compare": "compare {top} {whole} --parent {base}",
+    "compare-b": "compare {whole} {top} --parent-b {base}",
+}
+
+
+@pytest.mark.parametrize("case", PARENT_LINES)
+def test_a_given_parent(case: str, folder: Path, tmp_path: Path) -> None:
+    """It is used in place of what the image names, and verified as well as that."""
+    names = {name: tmp_path / f"{name}.vmdk" for name in ("top", "base", "whole", "other")}
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("base", "other"):
+        qemu.convert(folder / "disk.raw", names[name], qemu.VMDK_SPARSE)
+    qemu.run("create", "-q", "-f", "vmdk", "-b", "base.vmdk", "-F", "vmdk", names["top"])
+    write(names["top"], "vmdk", "write -P 3 2M 64k")
+    qemu.run("convert", "-O", "vmdk", names["top"], names["whole"])
+    names["base"] = names["base"].rename(tmp_path / "elsewhere" / "moved.vmdk")
+    words = PARENT_LINES[case].format(out=tmp_path / "out.raw", **names).split()
+    done = command(*words)
+    assert (done.returncode, done.stderr) == (0, "")
+    code = 2 if case.startswith("compare") else 1
+    other = str(names["other"])
+    assert_one_line_error(
+        command(*words[:-1], other, "--force" if case == "convert" else "-U"),
+        "made upon a parent with content ID",
+        other,
+        code=code,
+    )
+    if case != "check":
+        assert_one_line_error(command(*words[:-2]), "base.vmdk", "no such file", code=code)
+
+
+def test_a_parent_of_an_image_without_one(folder: Path) -> None:
+    base = folder / "base.qcow2"
+    assert_one_line_error(command("map", "--parent", base, base), "the image has none", code=2)
+    done = command("info", "--parent", base, folder / "top.qcow2")
+    assert_one_line_error(done, "only the image itself", code=2)
+
+
 @pytest.fixture(scope="module")
 def long_job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Give a raw disk that takes seconds to compress."""

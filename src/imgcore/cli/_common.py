@@ -61,6 +61,14 @@ def backing_format_option() -> Decorator:
     )
 
 
+def parent_option(*flags: str, of: str = "the image") -> Decorator:
+    return click.option(
+        *(flags or ("--parent",)),
+        metavar="FILE",
+        help=f"Parent of {of}, in place of what it calls its parent; verified.",
+    )
+
+
 def share_option() -> Decorator:
     return click.option(
         "-U",

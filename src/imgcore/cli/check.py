@@ -11,6 +11,7 @@ from imgcore.cli._common import (
     format_option,
     one_line,
     output_options,
+    parent_option,
     print_json,
     quiet_option,
     share_option,
@@ -29,6 +30,7 @@ EXIT_UNSUPPORTED: Final = 63
 @verb("check")
 @format_option()
 @quiet_option()
+@parent_option()
 @share_option()
 @allow_option()
 @output_options
@@ -37,6 +39,7 @@ def command(
     file: str,
     format: str | None,
     quiet: bool,
+    parent: str | None,
     share: bool,
     allow: tuple[str, ...],
     as_json: bool,
@@ -49,7 +52,7 @@ def command(
     from imgcore._check import CheckNotSupportedError, check
 
     try:
-        result = check(file, format=format, allow=allow, share=share)
+        result = check(file, format=format, parent=parent, allow=allow, share=share)
     except CheckNotSupportedError as error:
         click.echo(f"imgcore: {one_line(str(error))}", err=True)
         return EXIT_UNSUPPORTED

@@ -12,6 +12,7 @@ from imgcore.cli._common import (
     backing_format_option,
     format_option,
     output_options,
+    parent_option,
     print_json,
     quiet_option,
     share_option,
@@ -32,6 +33,8 @@ EXIT_FAILED: Final = 2
 @format_option("-F", "--format-b", of="B")
 @click.option("-s", "--strict", is_flag=True, help="Sizes and allocation must agree as well.")
 @backing_format_option()
+@parent_option("--parent", "--parent-a", "parent_a", of="A")
+@parent_option("--parent-b", of="B")
 @share_option()
 @allow_option()
 @threads_option()
@@ -46,6 +49,8 @@ def command(
     format_a: str | None,
     format_b: str | None,
     strict: bool,
+    parent_a: str | None,
+    parent_b: str | None,
     backing_format: str | None,
     share: bool,
     allow: tuple[str, ...],
@@ -68,6 +73,8 @@ def command(
             b,
             format_a=format_a,
             format_b=format_b,
+            parent_a=parent_a,
+            parent_b=parent_b,
             strict=strict,
             threads=threads,
             allow=allow,

@@ -13,6 +13,7 @@ from imgcore.cli._common import (
     format_option,
     one_line,
     options_option,
+    parent_option,
     print_options_help,
     quiet_option,
     require,
@@ -51,6 +52,7 @@ from imgcore.cli._progress import progress_options, reporter
 @click.option("-n", "--in-place", is_flag=True, help="Write into TARGET, which exists already.")
 @click.option("--force", is_flag=True, help="Replace an existing TARGET.")
 @click.option("--no-sync", is_flag=True, help="Do not wait for stable storage.")
+@parent_option(of="SOURCE")
 @share_option()
 @allow_option()
 @threads_option()
@@ -76,6 +78,7 @@ def command(
     in_place: bool,
     force: bool,
     no_sync: bool,
+    parent: str | None,
     share: bool,
     allow: tuple[str, ...],
     threads: int | None,
@@ -109,6 +112,7 @@ def command(
             backing=backing,
             backing_format=backing_format,
             source_backing_format=source_backing_format,
+            parent=parent,
             sparse=sparse_size,
             threads=threads,
             force=force,

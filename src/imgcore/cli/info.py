@@ -13,6 +13,7 @@ from imgcore.cli._common import (
     format_option,
     one_line,
     output_options,
+    parent_option,
     print_json,
     print_tree,
     share_option,
@@ -25,6 +26,7 @@ from imgcore.cli._common import (
 @format_option()
 @click.option("--backing-chain", is_flag=True, help="Describe the backing files as well.")
 @backing_format_option()
+@parent_option()
 @share_option()
 @allow_option()
 @output_options
@@ -34,6 +36,7 @@ def command(
     format: str | None,
     backing_chain: bool,
     backing_format: str | None,
+    parent: str | None,
     share: bool,
     allow: tuple[str, ...],
     as_json: bool,
@@ -43,13 +46,19 @@ def command(
 
     if backing_chain:
         images = info(
-            file, format=format, chain=True, allow=allow, share=share, backing_format=backing_format
+            file,
+            format=format,
+            chain=True,
+            allow=allow,
+            share=share,
+            backing_format=backing_format,
+            parent=parent,
         )
         if as_json:
             print_json(images)
             return
     else:
-        images = [info(file, format=format, allow=allow, share=share)]
+        images = [info(file, format=format, allow=allow, share=share, parent=parent)]
         if as_json:
             print_json(images[0])
             return

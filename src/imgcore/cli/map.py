@@ -14,6 +14,7 @@ from imgcore.cli._common import (
     format_option,
     one_line,
     output_options,
+    parent_option,
     share_option,
     size_value,
     verb,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 )
 @click.option("--max-length", callback=size_value, metavar="LENGTH", help="How much to map.")
 @backing_format_option()
+@parent_option()
 @share_option()
 @allow_option()
 @output_options
@@ -40,6 +42,7 @@ def command(
     start_offset: int,
     max_length: int | None,
     backing_format: str | None,
+    parent: str | None,
     share: bool,
     allow: tuple[str, ...],
     as_json: bool,
@@ -56,6 +59,7 @@ def command(
         start=start_offset,
         length=max_length,
         backing_format=backing_format,
+        parent=parent,
         allow=allow,
         share=share,
     )

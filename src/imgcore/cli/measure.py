@@ -10,6 +10,7 @@ from imgcore.cli._common import (
     format_option,
     options_option,
     output_options,
+    parent_option,
     print_json,
     print_options_help,
     share_option,
@@ -33,6 +34,7 @@ from imgcore.cli._common import (
     help="Size of an empty disk, in place of FILE.",
 )
 @backing_format_option()
+@parent_option()
 @share_option()
 @allow_option()
 @output_options
@@ -47,6 +49,7 @@ def command(
     compress: bool,
     size: int | None,
     backing_format: str | None,
+    parent: str | None,
     share: bool,
     allow: tuple[str, ...],
     as_json: bool,
@@ -67,6 +70,7 @@ def command(
         options=options,
         compress=compress,
         backing_format=backing_format,
+        parent=parent,
         allow=allow,
         share=share,
     )

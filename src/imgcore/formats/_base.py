@@ -28,14 +28,33 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class BackingReference:
-    """The parent that an image names; ``format`` is None if the image does not state it.
+    """The parent that an image is made upon; in a `WriteRequest`, the one it is to get.
 
-    ``content_id`` is the one that the parent must have, where the format has such a thing.
+    Attributes
+    ----------
+    name : str
+        File name as `ReferenceGate.open` takes it; shown, and tried first.
+    format : str or None
+        None if the image does not state it: it is never guessed then.
+    identities : mapping of str to str
+        What the parent must have in its own ``Reader.identities``, each by a name that people
+        can read, such as ``{"content ID": "1a2b3c4d"}``.
+    other_names : tuple of str
+        Tried in this order if nothing that fits is found under ``name``.
+    modified : int or None
+        Unix seconds of the parent's last change, where the format records it.  A difference is
+        worth a warning only: copying a file changes it.
+    path : str or None
+        In a `WriteRequest`: the absolute path of the parent, which has been opened; its
+        ``identities`` and ``modified`` are what it has now.
     """
 
     name: str
     format: str | None
-    content_id: int | None = None
+    identities: Mapping[str, str] = field(default_factory=dict)
+    other_names: tuple[str, ...] = ()
+    modified: int | None = None
+    path: str | None = None
 
 
 class Reader(Protocol):
@@ -66,6 +85,11 @@ class Reader(Protocol):
     @property
     def backing(self) -> BackingReference | None:
         """The parent that the image names."""
+        ...
+
+    @property
+    def identities(self) -> Mapping[str, str]:
+        """What a child can recognise this image by (see `BackingReference`); often nothing."""
         ...
 
     def plan(self, start: int, length: int) -> Iterator[Extents]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final
@@ -100,9 +100,9 @@ class VmdkReader:
             self._opened = self._opened.pop_all()
 
     @property
-    def content_id(self) -> int:
+    def identities(self) -> Mapping[str, str]:
         """What a delta of this disk states as its parent's."""
-        return self.descriptor.cid
+        return _content_id(self.descriptor.cid)
 
     @property
     def sources(self) -> Sequence[SourceFile]:
@@ -347,9 +347,8 @@ class VmdkReader:
         hint = self.descriptor.parent_hint
         if hint:
             parent_cid = self.descriptor.parent_cid
-            return BackingReference(
-                hint, "vmdk", None if parent_cid == NO_PARENT_CID else parent_cid
-            )
+            identities = {} if parent_cid == NO_PARENT_CID else _content_id(parent_cid)
+            return BackingReference(hint, "vmdk", identities)
         if self.descriptor.parent_cid != NO_PARENT_CID:
             raise CorruptImageError(
                 f"the disk is a delta of the one with content ID {self.descriptor.parent_cid:08x}, "
@@ -357,3 +356,7 @@ class VmdkReader:
                 path=self._path,
             )
         return None
+
+
+def _content_id(cid: int) -> dict[str, str]:
+    return {"content ID": f"{cid:08x}"}

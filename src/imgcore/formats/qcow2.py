@@ -6,7 +6,7 @@ Source: QEMU docs/interop/qcow2.rst.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from imgcore.formats import _qcow2_layout as layout
@@ -57,6 +57,7 @@ class Qcow2Reader:
         self.virtual_size = self._header.virtual_size
         self.block_nbytes = self._header.cluster_size
         self.backing: BackingReference | None = self._header.backing
+        self.identities: Mapping[str, str] = {}
         self.sources: Sequence[SourceFile] = (
             SourceFile(file, guest_base=0, block_nbytes=self._header.cluster_size),
         )

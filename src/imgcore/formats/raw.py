@@ -12,7 +12,7 @@ from imgcore.formats._base import Measurement, Option, SourceFile
 from imgcore.formats._flat import flat_geometry, sync_holes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from imgcore._extents import Extents, Placements
     from imgcore._files import HostFile, ReferenceGate
@@ -56,6 +56,7 @@ class RawReader:
         self.block_nbytes = SECTOR_NBYTES
         self.sources = (SourceFile(file),)
         self.backing: BackingReference | None = None
+        self.identities: Mapping[str, str] = {}
         self._synced = False
 
     def plan(self, start: int, length: int) -> Iterator[Extents]:

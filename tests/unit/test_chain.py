@@ -1,0 +1,182 @@
+"""Finding the parents of an image, and telling the right ones from the wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from imgcore import _chain
+from imgcore._chain import open_chain
+from imgcore._errors import (
+    CorruptImageError,
+    LimitExceededError,
+    OptionError,
+    UnsafeReferenceError,
+    WrongFormatError,
+)
+from imgcore._files import HostFile, ReferenceGate
+from imgcore._limits import MAX_CHAIN_DEPTH
+from imgcore.formats._base import BackingReference
+
+UUID = "{00000000-0000-0000-0000-0000000000aa}"
+
+
+@pytest.fixture(autouse=True)
+def _fake_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a file hold, as JSON, what its reader says of itself and of its parent."""
+
+    def open_fake(file: HostFile, gate: ReferenceGate, format: str | None = None) -> Any:
+        content = json.loads(file.pread(0, file.nbytes))
+        backing = content.get("backing")
+        reference = None if backing is None else BackingReference(**backing)
+        return SimpleNamespace(
+            backing=reference, identities=content.get("identities", {}), close=lambda: None
+        )
+
+    monkeypatch.setattr(_chain, "open_reader", open_fake)
+
+
+def put(path: Path, backing: Mapping[str, Any] | None = None, **identities: str) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"backing": backing, "identities": identities}))
+    return path
+
+
+def paths(child: Path, **arguments: Any) -> list[str]:
+    layers, files = open_chain(str(child), **arguments)
+    assert len(layers) == len(files)
+    found = [file.path for file in files]
+    for file in files:
+        file.close()
+    return found
+
+
+def child_of(tmp_path: Path, **reference: Any) -> Path:
+    return put(tmp_path / "child", {"format": "fake", **reference})
+
+
+def n_open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_the_first_name_that_exists(tmp_path: Path) -> None:
+    child = child_of(tmp_path, name="gone", other_names=["also-gone", "base", "second"])
+    base = put(tmp_path / "base")
+    put(tmp_path / "second")
+    assert paths(child) == [str(child), str(base)]
+
+
+def test_a_chain_goes_on_to_its_end(tmp_path: Path) -> None:
+    child = child_of(tmp_path, name="middle")
+    put(tmp_path / "middle", {"name": "base", "format": "fake"})
+    put(tmp_path / "base")
+    assert [Path(path).name for path in paths(child)] == ["child", "middle", "base"]
+
+
+def test_the_right_identity_goes_before_the_first_name(tmp_path: Path) -> None:
+    wanted = {"UUID": UUID}
+    child = child_of(tmp_path, name="other", other_names=["base"], identities=wanted)
+    put(tmp_path / "other", UUID="{another}")
+    base = put(tmp_path / "base", UUID=UUID)
+    assert paths(child)[1] == str(base)
+
+
+@pytest.mark.parametrize(
+    ("identities", "found"), [({"UUID": "{other}"}, "has {other}"), ({}, "has none")]
+)
+def test_a_wrong_parent_is_refused(tmp_path: Path, identities: dict[str, str], found: str) -> None:
+    child = child_of(tmp_path, name="base", identities={"UUID": UUID})
+    base = put(tmp_path / "base", **identities)
+    before = n_open_files()
+    with pytest.raises(CorruptImageError) as info:
+        paths(child)
+    assert str(info.value) == (
+        f"{child}: was made upon a parent with UUID {UUID}, {base} {found}: "
+        "it is another disk, or was written to since"
+    )
+    assert n_open_files() == before
+
+
+def test_every_identity_must_agree(tmp_path: Path) -> None:
+    child = child_of(tmp_path, name="base", identities={"UUID": UUID, "write GUID": "1"})
+    put(tmp_path / "base", **{"UUID": UUID, "write GUID": "2"})
+    with pytest.raises(CorruptImageError, match="with write GUID 1"):
+        paths(child)
+
+
+def test_no_name_exists(tmp_path: Path) -> None:
+    child = child_of(tmp_path, name="a", other_names=["b", "a"])
+    with pytest.raises(FileNotFoundError) as info:
+        paths(child)
+    assert info.value.filename == str(child)
+    assert info.value.strerror == "none of the names of its parent exists: 'a', 'b'"
+    with pytest.raises(FileNotFoundError) as info:
+        paths(child_of(tmp_path, name="a"))
+    assert info.value.filename == str(tmp_path / "a")
+
+
+def test_a_name_outside_does_not_hide_one_inside(tmp_path: Path) -> None:
+    folder = tmp_path / "vm"
+    put(tmp_path / "base")
+    child = put(folder / "child", {"name": "../base", "other_names": ["base"], "format": "fake"})
+    with pytest.raises(UnsafeReferenceError, match="--allow"):
+        paths(child)
+    base = put(folder / "base")
+    assert paths(child)[1] == str(base)
+    assert paths(child, allow=[str(tmp_path)])[1] == str(tmp_path / "base")
+
+
+def test_a_given_parent(tmp_path: Path) -> None:
+    child = child_of(tmp_path, name="gone", identities={"UUID": UUID})
+    base = put(tmp_path / "elsewhere" / "b", {"name": "c", "format": "fake"}, UUID=UUID)
+    last = put(tmp_path / "elsewhere" / "c")
+    assert paths(child, parent=str(base)) == [str(child), str(base), str(last)]
+    with pytest.raises(CorruptImageError, match="another disk"):
+        paths(child, parent=str(last))
+    with pytest.raises(FileNotFoundError):
+        paths(child, parent=str(tmp_path / "absent"))
+    with pytest.raises(OptionError, match="the image has none"):
+        paths(last, parent=str(base))
+
+
+def test_a_parents_format_is_never_guessed(tmp_path: Path) -> None:
+    child = child_of(tmp_path, name="base", format=None)
+    base = put(tmp_path / "base")
+    for arguments in ({}, {"parent": str(base)}):
+        with pytest.raises(WrongFormatError, match="--backing-format"):
+            paths(child, **arguments)
+        assert len(paths(child, backing_format="fake", **arguments)) == 2
+
+
+def test_loops_and_depth(tmp_path: Path) -> None:
+    child = child_of(tmp_path, name="base")
+    put(tmp_path / "base", {"name": "child", "format": "fake"})
+    with pytest.raises(CorruptImageError, match="comes back to"):
+        paths(child)
+    for depth in range(MAX_CHAIN_DEPTH):
+        put(tmp_path / str(depth), {"name": str(depth + 1), "format": "fake"})
+    before = n_open_files()
+    with pytest.raises(LimitExceededError, match=f"more than {MAX_CHAIN_DEPTH}"):
+        paths(tmp_path / "0")
+    assert n_open_files() == before
+    put(tmp_path / str(MAX_CHAIN_DEPTH - 1))
+    assert len(paths(tmp_path / "0")) == MAX_CHAIN_DEPTH
+
+
+@pytest.mark.parametrize("difference", [0, 1])
+def test_another_time_of_modification_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, difference: int
+) -> None:
+    base = put(tmp_path / "base")
+    os.utime(base, (1_700_000_000, 1_700_000_000))
+    child = child_of(tmp_path, name="base", modified=1_700_000_000 + difference)
+    assert len(paths(child)) == 2
+    assert len(caplog.messages) == difference
+    if difference:
+        assert f"its parent {base} has another time of modification" in caplog.text
