@@ -1,0 +1,40 @@
+"""Windows paths of parent locators, as names to try here."""
+
+from __future__ import annotations
+
+import pytest
+
+from imgcore.formats._parents import names_from_windows_path
+
+CASES = {
+    "base.vhd": ("base.vhd",),
+    r".\base.vhd": ("base.vhd",),
+    r".\.\base.vhd": ("base.vhd",),
+    r"..\base.vhd": ("../base.vhd", "base.vhd"),
+    r".\disks\base.vhd": ("disks/base.vhd", "base.vhd"),
+    r"disks\\base.vhd": ("disks/base.vhd", "base.vhd"),
+    "disks/base.vhd": ("disks/base.vhd", "base.vhd"),
+    r"C:\vm\base disk.vhd": ("base disk.vhd",),
+    "C:base.vhd": ("base.vhd",),
+    "c:/vm/base.vhd": ("base.vhd",),
+    r"\vm\base.vhd": ("base.vhd",),
+    "/etc/passwd": ("passwd",),
+    r"\\server\share\base.vhd": ("base.vhd",),
+    r"\\?\Volume{26a21bda-a627-11d7-9931-806e6f6e6963}\vm\base.vhdx": ("base.vhdx",),
+    r"\\?\C:\base.vhdx": ("base.vhdx",),
+    "größe.vhdx": ("größe.vhdx",),
+    r"disks\base.vhd" + "\\": ("disks/base.vhd", "base.vhd"),
+    "": (),
+    ".": (),
+    ".\\": (),
+    "\\": (),
+    "C:\\": (),
+    "C:": (),
+    r"C:\vm\..": (),
+    r"..\..": (),
+}
+
+
+@pytest.mark.parametrize("text", CASES, ids=repr)
+def test_names_from_windows_path(text: str) -> None:
+    assert names_from_windows_path(text) == CASES[text]
