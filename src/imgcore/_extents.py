@@ -78,3 +78,30 @@ def single(
     host_length = length if kind is Kind.DATA else 0
     row = (guest_offset, length, host_offset, host_length, file, kind, 0)
     return np.array([row], dtype=EXTENT_DTYPE)
+
+
+def join_neighbours(rows: Extents) -> Extents:
+    """Return rows in which neighbours that go on where the one before them ends are one.
+
+    Parameters
+    ----------
+    rows : ndarray, shape (n,), dtype EXTENT_DTYPE
+        Ascending HOLE, ZERO and DATA; gaps between them stay.
+
+    Returns
+    -------
+    ndarray, shape (m,), dtype EXTENT_DTYPE
+        A copy.  DATA is joined only where it goes on in the file as well.
+    """
+    if not len(rows):
+        return rows.copy()
+    a, b = rows[:-1], rows[1:]
+    goes_on = (a["kind"] == b["kind"]) & (a["guest_offset"] + a["length"] == b["guest_offset"])
+    goes_on &= (b["kind"] != Kind.DATA) | (
+        (a["file"] == b["file"]) & (a["host_offset"] + a["length"] == b["host_offset"])
+    )
+    firsts = np.flatnonzero(np.concatenate(([True], ~goes_on)))
+    joined = rows[firsts]
+    joined["length"] = np.add.reduceat(rows["length"], firsts)
+    joined["host_length"] = np.where(joined["kind"] == Kind.DATA, joined["length"], 0)
+    return joined
