@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from imgcore._extents import Kind
+from imgcore._extents import Kind, clip
 from imgcore._limits import MAX_BATCH_ROWS
-from imgcore._overlay import clip
 
 if TYPE_CHECKING:
     from imgcore._extents import Extents

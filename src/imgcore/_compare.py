@@ -11,12 +11,12 @@ import numpy as np
 
 from imgcore._convert import Progress
 from imgcore._core import Job
-from imgcore._extents import Kind
+from imgcore._extents import Kind, clip
 from imgcore._image import Image
 from imgcore._image import open as open_image
 from imgcore._job import chosen_variants, native_sources, thread_count, translated_errors
 from imgcore._limits import MIB
-from imgcore._overlay import clip, padded
+from imgcore._overlay import padded
 
 if TYPE_CHECKING:
     from imgcore._extents import Extents

@@ -105,3 +105,74 @@ def join_neighbours(rows: Extents) -> Extents:
     joined["length"] = np.add.reduceat(rows["length"], firsts)
     joined["host_length"] = np.where(joined["kind"] == Kind.DATA, joined["length"], 0)
     return joined
+
+
+def clip(rows: Extents, start: int, end: int) -> Extents:
+    """Return the part of a gap-free batch that lies in ``[start, end)``.
+
+    Parameters
+    ----------
+    rows : ndarray, shape (n,), dtype EXTENT_DTYPE
+        Ascending and gap-free; it covers ``[start, end)``.
+    start, end : int
+        Bytes, ``start < end``.
+
+    Returns
+    -------
+    ndarray, shape (m,), dtype EXTENT_DTYPE
+        A view where nothing had to be cut, else a copy.
+    """
+    first, last = _rows_between(rows, start, end)
+    part = rows[first:last]
+    head, tail = part[0], part[-1]
+    n_before = start - int(head["guest_offset"])
+    n_after = int(tail["guest_offset"]) + int(tail["length"]) - end
+    if n_before == 0 and n_after == 0:
+        return part
+    part = part.copy()
+    _shorten(part[:1], n_before, n_before)
+    _shorten(part[-1:], 0, n_after)
+    return part
+
+
+def _rows_between(rows: Extents, start: int, end: int) -> tuple[int, int]:
+    offsets = rows["guest_offset"]
+    first = int(np.searchsorted(offsets, np.uint64(start), side="right")) - 1
+    last = int(np.searchsorted(offsets, np.uint64(end), side="left"))
+    return first, last
+
+
+def _shorten(row: Extents, n_before: int, n_less: int) -> None:
+    """Cut a row of one: ``n_before`` bytes off its front, ``n_less`` off its length."""
+    row["guest_offset"] += np.uint64(n_before)
+    row["length"] -= np.uint64(n_less)
+    if row["kind"][0] == Kind.DATA:
+        row["host_offset"] += np.uint64(n_before)
+        row["host_length"] = row["length"]
+
+
+def split(rows: Extents, starts: NDArray[np.uint64]) -> Extents:
+    """Return a gap-free batch with its rows cut.
+
+    Parameters
+    ----------
+    rows : ndarray, shape (n,), dtype EXTENT_DTYPE
+        Ascending and gap-free.
+    starts : ndarray, shape (m,), dtype uint64
+        Guest offsets in bytes, ascending: where the new rows begin, which is at least where
+        the old ones do.
+
+    Returns
+    -------
+    ndarray, shape (m,), dtype EXTENT_DTYPE
+        A copy that covers the same range.
+    """
+    end = rows["guest_offset"][-1] + rows["length"][-1]
+    lengths = np.append(starts[1:], end) - starts
+    out = rows[np.searchsorted(rows["guest_offset"], starts, side="right") - 1]
+    plain = out["kind"] == Kind.DATA
+    out["host_offset"][plain] += (starts - out["guest_offset"])[plain]
+    out["host_length"][plain] = lengths[plain]
+    out["guest_offset"] = starts
+    out["length"] = lengths
+    return out

@@ -116,7 +116,7 @@ def map_image(image: Image, start: int, end: int) -> Iterator[MapEntry]:
     """Yield the entries of ``[start, end)`` of an open image."""
     if start >= end:
         return
-    from imgcore._overlay import clip
+    from imgcore._extents import clip
 
     first = start - start % _SECTOR_NBYTES
     last = min(end + -end % _SECTOR_NBYTES, image.virtual_size)

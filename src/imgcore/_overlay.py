@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from imgcore._extents import EXTENT_DTYPE, Kind
+from imgcore._extents import EXTENT_DTYPE, Kind, clip, split
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -16,50 +16,6 @@ if TYPE_CHECKING:
     from imgcore.formats._base import Reader
 
     Depths = NDArray[np.uint16]
-
-
-def clip(rows: Extents, start: int, end: int) -> Extents:
-    """Return the part of a gap-free batch that lies in ``[start, end)``.
-
-    Parameters
-    ----------
-    rows : ndarray, shape (n,), dtype EXTENT_DTYPE
-        Ascending and gap-free; it covers ``[start, end)``.
-    start, end : int
-        Bytes, ``start < end``.
-
-    Returns
-    -------
-    ndarray, shape (m,), dtype EXTENT_DTYPE
-        A view where nothing had to be cut, else a copy.
-    """
-    first, last = _rows_between(rows, start, end)
-    part = rows[first:last]
-    head, tail = part[0], part[-1]
-    n_before = start - int(head["guest_offset"])
-    n_after = int(tail["guest_offset"]) + int(tail["length"]) - end
-    if n_before == 0 and n_after == 0:
-        return part
-    part = part.copy()
-    _shorten(part[:1], n_before, n_before)
-    _shorten(part[-1:], 0, n_after)
-    return part
-
-
-def _rows_between(rows: Extents, start: int, end: int) -> tuple[int, int]:
-    offsets = rows["guest_offset"]
-    first = int(np.searchsorted(offsets, np.uint64(start), side="right")) - 1
-    last = int(np.searchsorted(offsets, np.uint64(end), side="left"))
-    return first, last
-
-
-def _shorten(row: Extents, n_before: int, n_less: int) -> None:
-    """Cut a row of one: ``n_before`` bytes off its front, ``n_less`` off its length."""
-    row["guest_offset"] += np.uint64(n_before)
-    row["length"] -= np.uint64(n_less)
-    if row["kind"][0] == Kind.DATA:
-        row["host_offset"] += np.uint64(n_before)
-        row["host_length"] = row["length"]
 
 
 def merge(
@@ -80,20 +36,12 @@ def merge(
         At most n + m rows and their depths, over the same range.
     """
     starts = np.union1d(upper["guest_offset"], lower["guest_offset"])
-    end = upper["guest_offset"][-1] + upper["length"][-1]
-    lengths = np.append(starts[1:], end) - starts
+    rows, below = split(upper, starts), split(lower, starts)
+    is_hole = rows["kind"] == Kind.HOLE
     i = np.searchsorted(upper["guest_offset"], starts, side="right") - 1
     j = np.searchsorted(lower["guest_offset"], starts, side="right") - 1
-    below = upper["kind"][i] == Kind.HOLE
-    rows = upper[i]
-    rows[below] = lower[j][below]
-    depths = np.where(below, lower_depths[j], upper_depths[i])
-
-    plain = rows["kind"] == Kind.DATA
-    rows["host_offset"][plain] += (starts - rows["guest_offset"])[plain]
-    rows["host_length"][plain] = lengths[plain]
-    rows["guest_offset"] = starts
-    rows["length"] = lengths
+    rows[is_hole] = below[is_hole]
+    depths = np.where(is_hole, lower_depths[j], upper_depths[i])
     return rows, depths
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from imgcore._batches import cut_batches
 from imgcore._compare import first_kind_difference, pair_up
-from imgcore._extents import EXTENT_DTYPE, Kind, single
-from imgcore._overlay import clip, padded, plan_chain
+from imgcore._extents import EXTENT_DTYPE, Kind, clip, single
+from imgcore._overlay import padded, plan_chain
 
 if TYPE_CHECKING:
     from imgcore._extents import Extents

@@ -13,7 +13,7 @@ import numpy as np
 from imgcore import _limits as limits
 from imgcore._core import CoreError, TableFormat
 from imgcore._errors import CorruptImageError
-from imgcore._extents import EXTENT_DTYPE, Kind, single
+from imgcore._extents import EXTENT_DTYPE, Kind, clip, single
 from imgcore.formats import _qcow2_layout as layout
 
 if TYPE_CHECKING:
@@ -231,11 +231,7 @@ class ExtentPlanner:
             )
         except CoreError as error:
             raise self._entry_error(entries, first_entry, error.offset) from None
-        batch = out[:count]
-        ahead = start - guest_offset
-        if ahead:
-            _clip_front(batch, ahead)
-        return batch
+        return clip(out[:count], start, stop)
 
     def _entry_error(
         self, entries: NDArray[np.uint8], first_entry: int, index: int
@@ -266,12 +262,3 @@ class ExtentPlanner:
                 f"({self._file.nbytes:#x})"
             )
         return CorruptImageError(f"{where} {reason}", path=self._file.path, offset=offset)
-
-
-def _clip_front(batch: Extents, nbytes: int) -> None:
-    """Take ``nbytes`` (less than a cluster) off the first row, in place."""
-    batch["guest_offset"][0] += np.uint64(nbytes)
-    batch["length"][0] -= np.uint64(nbytes)
-    if batch["kind"][0] == Kind.DATA:
-        batch["host_offset"][0] += np.uint64(nbytes)
-        batch["host_length"][0] -= np.uint64(nbytes)
