@@ -115,6 +115,7 @@ struct piece {
 	uint32_t packed_start;	  /* COMPRESSED: in `packed`, prefix first */
 	uint32_t packed_nbytes;	  /* without the padding that follows */
 	size_t first_run, n_runs; /* STORED: what of it is written */
+	bool opens_block;	  /* STORED: the block's prefix is written with it */
 	uint64_t host_offset;
 };
 
@@ -150,8 +151,9 @@ struct imgc_job {
 	struct imgc_source_file *sources;
 	struct imgc_geometry geometry;
 	uint64_t window_nbytes;
-	uint64_t piece_nbytes; /* a block, or a window of a larger one */
-	bool appends;	       /* offsets are given out in guest order */
+	uint64_t piece_nbytes;	/* a block, or a window of a larger one */
+	bool appends;		/* offsets are given out in guest order */
+	uint8_t *stored_prefix; /* what stands before each stored block */
 
 	struct worker *workers;
 	struct counters *counters;

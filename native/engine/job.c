@@ -35,7 +35,10 @@ static bool geometry_is_valid(const struct imgc_geometry *g)
 	       g->sparse_nbytes % SECTOR_NBYTES == 0 &&
 	       (!compresses || (g->placing == IMGC_PLACE_APPEND &&
 				g->block_nbytes <= MAX_COMPRESSED_BLOCK_NBYTES)) &&
-	       (!g->store_incompressible || g->compressed_alignment == 1);
+	       (!g->store_incompressible || g->compressed_alignment == 1) &&
+	       g->stored_prefix_nbytes <= IMGC_MAX_STORED_PREFIX_NBYTES &&
+	       g->stored_prefix_byte <= UINT8_MAX &&
+	       (g->stored_prefix_nbytes == 0 || (g->placing == IMGC_PLACE_APPEND && !compresses));
 }
 
 static int check_options(const struct imgc_job_options *o, struct imgc_error *err)
@@ -185,6 +188,19 @@ static int create_workers(struct imgc_job *job)
 	return IMGC_OK;
 }
 
+static int create_stored_prefix(struct imgc_job *job)
+{
+	size_t nbytes = job->appends ? job->geometry.stored_prefix_nbytes : 0;
+
+	if (nbytes == 0)
+		return IMGC_OK;
+	job->stored_prefix = malloc(nbytes);
+	if (!job->stored_prefix)
+		return IMGC_NO_MEMORY;
+	memset(job->stored_prefix, (int)job->geometry.stored_prefix_byte, nbytes);
+	return IMGC_OK;
+}
+
 static int create_locks(struct imgc_job *job)
 {
 	pthread_condattr_t attributes;
@@ -235,6 +251,8 @@ int imgc_job_create(const struct imgc_job_options *options, struct imgc_job **ou
 	imgc_placer_init(&job->placer, &job->geometry, options->next_offset);
 	status = create_locks(job);
 	if (status == IMGC_OK)
+		status = create_stored_prefix(job);
+	if (status == IMGC_OK)
 		status = create_workers(job);
 out:
 	if (status) {
@@ -266,6 +284,7 @@ void imgc_job_destroy(struct imgc_job *job)
 	free(job->counters);
 	free(job->slots);
 	free(job->sources);
+	free(job->stored_prefix);
 	free(job);
 }
 

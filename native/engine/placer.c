@@ -61,7 +61,8 @@ int imgc_placer_stored(struct placer *placer, uint64_t block, uint64_t nbytes,
 	uint64_t alignment = placer->geometry->stored_alignment;
 	uint64_t whole;
 
-	if (enter_group(placer, block) || !imgc_align_up_checked(nbytes, alignment, &whole))
+	if (enter_group(placer, block) || !imgc_align_up_checked(nbytes, alignment, &whole) ||
+	    !imgc_add_checked(placer->next, placer->geometry->stored_prefix_nbytes, &placer->next))
 		return IMGC_LIMIT;
 	return take(placer, alignment, whole, host_offset);
 }

@@ -263,7 +263,7 @@ static int place_stored(struct imgc_job *job, const struct slot *slot, struct pi
 		if (imgc_placer_stored(placer, piece->block, length, &placer->open_offset))
 			return IMGC_LIMIT;
 		placer->open_block = piece->block;
-		placer->block_is_open = true;
+		placer->block_is_open = piece->opens_block = true;
 	}
 	piece->host_offset = placer->open_offset + (slot->start + piece->start - block_start);
 	job->batch.placements[piece->block - job->batch.guest_start / block_nbytes] =
@@ -342,6 +342,19 @@ static int gather_add(struct worker *worker, struct gather *gather, uint64_t off
 	return IMGC_OK;
 }
 
+/* `piece` is the first of its block that has a place. */
+static int write_stored_prefix(struct worker *worker, const struct slot *slot,
+			       const struct piece *piece, struct gather *gather,
+			       struct imgc_error *err)
+{
+	const struct imgc_job *job = worker->job;
+	uint64_t nbytes = job->geometry.stored_prefix_nbytes;
+	uint64_t within = (slot->start + piece->start) & (job->geometry.block_nbytes - 1);
+
+	return gather_add(worker, gather, piece->host_offset - within - nbytes, job->stored_prefix,
+			  nbytes, err);
+}
+
 static int write_piece(struct worker *worker, struct slot *slot, const struct piece *piece,
 		       struct gather *gather, struct imgc_error *err)
 {
@@ -351,6 +364,12 @@ static int write_piece(struct worker *worker, struct slot *slot, const struct pi
 		return gather_add(worker, gather, piece->host_offset,
 				  slot->packed + piece->packed_start,
 				  (piece->packed_nbytes + alignment - 1) & ~(alignment - 1), err);
+	if (piece->opens_block && worker->job->stored_prefix) {
+		int status = write_stored_prefix(worker, slot, piece, gather, err);
+
+		if (status)
+			return status;
+	}
 	for (size_t i = 0; i < piece->n_runs; i++) {
 		const struct range *run = &slot->runs[piece->first_run + i];
 		int status =

@@ -189,7 +189,7 @@ enum imgc_block_state {
 /* One row of the engine's answer: where target block i of the batch landed. */
 struct imgc_placement {
 	uint64_t host_offset; /* 0 unless STORED or COMPRESSED */
-	uint32_t length;      /* stored bytes, prefix included; 0 unless it has a place */
+	uint32_t length;      /* bytes there, a grain marker included; 0 unless it has a place */
 	uint32_t state;	      /* enum imgc_block_state */
 };
 
@@ -335,6 +335,8 @@ enum imgc_zero_policy {
 	IMGC_ZERO_STORE = 2,	/* written like any data */
 };
 
+#define IMGC_MAX_STORED_PREFIX_NBYTES (1024u * 1024)
+
 /* What a writer asks of the engine. */
 struct imgc_geometry {
 	uint64_t block_nbytes;	       /* power of two, 512 B to 256 MiB */
@@ -358,6 +360,13 @@ struct imgc_geometry {
 	uint64_t group_gap_nbytes;
 	uint64_t guest_nbytes; /* the disk's end; a block that crosses it is
 				  padded with zeros if compressed, or stored to its end */
+	/*
+	 * APPEND without a codec: this many bytes of one value stand directly before the
+	 * data of each STORED block (VHD sector bitmaps).  stored_alignment and the
+	 * placement's host_offset are about the data.
+	 */
+	uint32_t stored_prefix_nbytes; /* up to IMGC_MAX_STORED_PREFIX_NBYTES */
+	uint32_t stored_prefix_byte;   /* 0..255 */
 };
 
 enum imgc_job_kind {

@@ -353,6 +353,92 @@ static void test_append(struct imgc_codec_params codec, uint64_t block, uint64_t
 	disk_destroy(&source);
 }
 
+/* Each stored block has its prefix right before it, whatever the number of threads. */
+static void test_stored_prefix(uint64_t block, uint64_t window, uint32_t prefix, uint32_t alignment)
+{
+	struct disk source = example_disk();
+	struct disk targets[3];
+	struct imgc_extent row = data_row(0, source.nbytes, 0);
+	size_t n = (source.nbytes + block - 1) / block;
+	struct imgc_placement *placements = calloc(n, sizeof(*placements));
+	static const unsigned threads[3] = {1, 2, 8};
+
+	CHECK(placements);
+	for (int i = 0; i < 3; i++) {
+		struct imgc_source_file file;
+
+		targets[i] = disk_create(2 * source.nbytes + n * (prefix + (uint64_t)alignment));
+		struct imgc_job_options o =
+			convert_options(&source, &targets[i], &file, threads[i]);
+
+		o.window_nbytes = window;
+		o.geometry.placing = IMGC_PLACE_APPEND;
+		o.geometry.block_nbytes = block;
+		o.geometry.stored_alignment = alignment;
+		o.geometry.stored_prefix_nbytes = prefix;
+		o.geometry.stored_prefix_byte = 0xA5;
+		o.geometry.group_nblocks = 4;
+		o.geometry.group_gap_nbytes = 2560;
+		o.next_offset = 1536;
+		memset(placements, 0, n * sizeof(*placements));
+		uint64_t end = convert(&o, &row, 1, placements, n), next = o.next_offset;
+		uint64_t group = UINT64_MAX;
+
+		check_readback(&source, &targets[i], &o.geometry, placements, n);
+		for (size_t k = 0; k < n; k++) {
+			const struct imgc_placement *p = &placements[k];
+
+			if (p->state != IMGC_BLOCK_STORED)
+				continue;
+			if (group != UINT64_MAX && group != k / 4)
+				next = (next + 511) / 512 * 512 + 2560;
+			group = k / 4;
+			next = (next + prefix + alignment - 1) / alignment * alignment;
+			CHECK_EQ(p->host_offset, next);
+			for (uint64_t at = next - prefix; at < next; at++)
+				CHECK_EQ(targets[i].bytes[at], 0xA5);
+			memset(targets[i].bytes + next - prefix, 0, prefix + p->length);
+			next += (p->length + alignment - 1) / alignment * alignment;
+		}
+		CHECK_EQ(end, (next + 511) / 512 * 512 + 2560);
+		/* And nothing was written elsewhere. */
+		for (uint64_t at = 0; at < targets[i].nbytes; at++)
+			CHECK_EQ(targets[i].bytes[at], 0);
+		disk_destroy(&targets[i]);
+	}
+	free(placements);
+	disk_destroy(&source);
+}
+
+static void test_stored_prefix_limits(void)
+{
+	struct disk source = example_disk(), target = disk_create(2 * source.nbytes);
+	struct imgc_source_file file;
+	struct imgc_job_options good = convert_options(&source, &target, &file, 1);
+	struct imgc_job_options o;
+	struct imgc_job *job;
+
+	good.geometry.placing = IMGC_PLACE_APPEND;
+	good.geometry.stored_prefix_nbytes = IMGC_MAX_STORED_PREFIX_NBYTES;
+	good.geometry.stored_prefix_byte = 255;
+	CHECK_EQ(imgc_job_create(&good, &job, NULL), IMGC_OK);
+	imgc_job_destroy(job);
+	o = good;
+	o.geometry.stored_prefix_nbytes++;
+	CHECK_EQ(imgc_job_create(&o, &job, NULL), IMGC_INVALID_ARGUMENT);
+	o = good;
+	o.geometry.stored_prefix_byte++;
+	CHECK_EQ(imgc_job_create(&o, &job, NULL), IMGC_INVALID_ARGUMENT);
+	o = good;
+	o.geometry.placing = IMGC_PLACE_IDENTITY;
+	CHECK_EQ(imgc_job_create(&o, &job, NULL), IMGC_INVALID_ARGUMENT);
+	o = good;
+	o.geometry.codec.codec = IMGC_CODEC_ZSTD;
+	CHECK_EQ(imgc_job_create(&o, &job, NULL), IMGC_INVALID_ARGUMENT);
+	disk_destroy(&source);
+	disk_destroy(&target);
+}
+
 static void test_base(void)
 {
 	struct disk source = example_disk(), target = disk_create(2 * source.nbytes);
@@ -549,6 +635,12 @@ int main(void)
 	test_append(deflate, 4 * KIB, 64 * KIB, 1);
 	test_append(zstd, MIB, 64 * KIB, 1);
 	test_append(zlib, 64 * KIB, 256 * KIB, 0);
+	test_stored_prefix(64 * KIB, 256 * KIB, 512, 512);
+	test_stored_prefix(512 * KIB, 512 * KIB, 512, 4096);
+	test_stored_prefix(2 * MIB, 256 * KIB, 512, 512); /* blocks larger than windows */
+	test_stored_prefix(2 * MIB, 4 * MIB, 1000, 2 * MIB);
+	test_stored_prefix(512, 64 * KIB, 7, 1);
+	test_stored_prefix_limits();
 	test_base();
 	test_compare();
 	test_errors();

@@ -443,6 +443,8 @@ cdef int fill_geometry(n.imgc_geometry *out, geometry) except -1:
     out.sparse_nbytes = geometry.sparse_nbytes
     out.group_nblocks = geometry.group_nblocks
     out.group_gap_nbytes = geometry.group_gap_nbytes
+    out.stored_prefix_nbytes = geometry.stored_prefix_nbytes
+    out.stored_prefix_byte = geometry.stored_prefix_byte
     return 0
 
 

@@ -65,7 +65,9 @@ class Geometry:
     With APPEND, blocks are placed in guest order at the next free offset, STORED ones at
     ``stored_alignment``, COMPRESSED ones at ``compressed_alignment``; after the last placed
     block of each group of ``group_nblocks`` blocks, ``group_gap_nbytes`` stay free, from the
-    next multiple of 512 on, for the format's table.
+    next multiple of 512 on, for the format's table.  ``stored_prefix_nbytes`` bytes (up to
+    1 MiB) of the value ``stored_prefix_byte`` stand directly before the data of each STORED
+    block, which is what is aligned and what a placement is about; blocks are not compressed then.
     """
 
     block_nbytes: int
@@ -82,3 +84,5 @@ class Geometry:
     sparse_nbytes: int = 4096
     group_nblocks: int = 0
     group_gap_nbytes: int = 0
+    stored_prefix_nbytes: int = 0
+    stored_prefix_byte: int = 0xFF

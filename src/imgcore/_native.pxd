@@ -144,6 +144,8 @@ cdef extern from "imgc.h" nogil:
         uint64_t group_nblocks
         uint64_t group_gap_nbytes
         uint64_t guest_nbytes
+        uint32_t stored_prefix_nbytes
+        uint32_t stored_prefix_byte
 
     struct imgc_job_options:
         uint32_t kind

@@ -225,6 +225,32 @@ def test_the_next_offset_only_grows() -> None:
         job.next_offset = 4096
 
 
+def test_stored_blocks_have_their_prefix_before_them() -> None:
+    data = np.arange(2 * MIB, dtype=np.uint32).view(np.uint8)
+    target = np.zeros(len(data) + 4 * 4096, np.uint8)
+    geometry = Geometry(
+        block_nbytes=2 * MIB,
+        guest_nbytes=len(data),
+        stored_alignment=4096,
+        stored_prefix_nbytes=512,
+    )
+    job = _core.Job(
+        sources=[(_core.File.from_memory(data), len(data), 0, 0)],
+        geometry=geometry,
+        target=_core.File.from_memory(target, writable=True),
+        next_offset=1024,
+        threads=2,
+    )
+    placements = np.zeros(4, PLACEMENT_DTYPE)
+    job.run(0, len(data), single(0, len(data), Kind.DATA), None, placements)
+    places = [4096 + k * (2 * MIB + 4096) for k in range(4)]
+    assert placements["host_offset"].tolist() == places
+    for k, place in enumerate(places):
+        block = data[k * 2 * MIB : (k + 1) * 2 * MIB]
+        assert (target[place - 512 : place] == 0xFF).all()
+        assert (target[place : place + 2 * MIB] == block).all()
+
+
 @pytest.mark.parametrize("nbytes", [0, 1, 15, 16, 17, 4096])
 def test_is_zero(nbytes: int) -> None:
     data = bytearray(nbytes)
