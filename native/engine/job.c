@@ -53,13 +53,20 @@ static int check_options(const struct imgc_job_options *o, struct imgc_error *er
 		return invalid(err, "window");
 	if (o->kind == IMGC_JOB_CONVERT && (!geometry_is_valid(&o->geometry) || !o->target))
 		return invalid(err, "geometry");
+	if (o->kind == IMGC_JOB_CONVERT && o->has_base &&
+	    (o->geometry.placing != IMGC_PLACE_APPEND ||
+	     o->geometry.block_nbytes > IMGC_MAX_BASE_BLOCK_NBYTES))
+		return invalid(err, "base");
 	for (size_t i = 0; i < o->n_sources; i++)
 		if (!o->sources[i].file || o->sources[i].block_nbytes > MAX_SOURCE_BLOCK_NBYTES)
 			return invalid(err, "sources");
 	return IMGC_OK;
 }
 
-/* Large enough for whole compressed blocks of both sides, else small enough for the cache. */
+/*
+ * Large enough for blocks that are compressed, or compared with the base, as a whole;
+ * else small enough for the cache.
+ */
 static uint64_t choose_window(const struct imgc_job_options *o)
 {
 	uint64_t least = o->window_nbytes ? o->window_nbytes : WINDOW_NBYTES, window = PAGE_NBYTES;
@@ -68,7 +75,7 @@ static uint64_t choose_window(const struct imgc_job_options *o)
 		least = imgc_max_u64(least, o->sources[i].block_nbytes);
 	if (o->kind == IMGC_JOB_CONVERT) {
 		least = imgc_max_u64(least, o->geometry.sparse_nbytes);
-		if (o->geometry.codec.codec != IMGC_CODEC_NONE)
+		if (o->geometry.codec.codec != IMGC_CODEC_NONE || o->has_base)
 			least = imgc_max_u64(least, o->geometry.block_nbytes);
 	}
 	while (window < least)
@@ -303,10 +310,10 @@ static bool batch_fits_geometry(const struct imgc_job *job, const struct imgc_ba
 	if (b->guest_end > g->guest_nbytes || b->guest_start < g->guest_base ||
 	    b->guest_start % block != 0 || !ends_at(b->guest_end, block, g->guest_nbytes))
 		return false;
-	if (b->base_extents && block > job->window_nbytes)
+	if (b->base_extents && !job->options.has_base)
 		return false;
 	if (g->placing == IMGC_PLACE_IDENTITY)
-		return b->base_extents == NULL;
+		return true;
 	if (!b->placements || b->n_placements != nbytes / block + (nbytes % block != 0))
 		return false;
 	return g->group_nblocks == 0 ||

@@ -37,7 +37,8 @@ static enum claim claim_next(struct imgc_job *job, uint64_t *start, uint64_t *en
 	uint64_t window_end = imgc_min_u64((cursor | (job->window_nbytes - 1)) + 1, batch_end);
 
 	*start = cursor;
-	if (job->geometry.zero_policy != IMGC_ZERO_STORE) {
+	/* Zeros on both sides are left to the base. */
+	if (job->geometry.zero_policy != IMGC_ZERO_STORE || job->base.n) {
 		uint64_t span = empty_until(job->rows, &job->claim_row, cursor);
 
 		if (job->base.n && span >= window_end)

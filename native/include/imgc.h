@@ -374,6 +374,9 @@ enum imgc_job_kind {
 	IMGC_JOB_COMPARE = 1, /* read two, find the first difference */
 };
 
+/* A block is compared with the base as a whole, in memory. */
+#define IMGC_MAX_BASE_BLOCK_NBYTES (4u * 1024 * 1024)
+
 struct imgc_job_options {
 	uint32_t kind;	    /* enum imgc_job_kind */
 	uint32_t n_threads; /* 1..256 */
@@ -384,6 +387,8 @@ struct imgc_job_options {
 	struct imgc_file *target;      /* CONVERT; not owned */
 	struct imgc_geometry geometry; /* CONVERT */
 	uint64_t next_offset;	       /* APPEND: first free host offset */
+	uint32_t has_base;	       /* APPEND: batches may come with base_extents; blocks
+					  have up to IMGC_MAX_BASE_BLOCK_NBYTES then */
 };
 
 /* One piece of the virtual disk.  All arrays stay the caller's until finish. */
@@ -394,7 +399,7 @@ struct imgc_batch {
 	/*
 	 * COMPARE: the other side.  CONVERT: what the target's backing file reads
 	 * as; blocks equal to it become ABSENT, and zeros that differ from it ZERO.
-	 * NULL if there is none.
+	 * NULL if there is none; CONVERT takes it only with options.has_base.
 	 */
 	const struct imgc_extent *base_extents;
 	size_t n_base_extents;

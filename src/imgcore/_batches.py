@@ -15,11 +15,15 @@ if TYPE_CHECKING:
 
 
 class Batch(NamedTuple):
-    """One piece of the disk: guest range in bytes, and extents that cover just it."""
+    """One piece of the disk: guest range in bytes, and extents that cover just it.
+
+    ``base`` is what the target's parent reads as there, None if it has none.
+    """
 
     start: int
     end: int
     rows: Extents
+    base: Extents | None = None
 
 
 def cut_batches(
@@ -55,7 +59,7 @@ def cut_batches(
     for rows in plan:
         pending.append(rows)
         n_rows += len(rows)
-        end = int(rows["guest_offset"][-1]) + int(rows["length"][-1])
+        end = _end(rows)
         if end < disk_end and end - start < max_nbytes and n_rows < MAX_BATCH_ROWS // 2:
             continue
         until = end if end == disk_end else end - end % unit
@@ -70,7 +74,7 @@ def cut_batches(
 def _split(rows: Extents, unit: int, max_nbytes: int, skip_empty: bool) -> Iterator[Batch]:
     """Yield a gap-free array in pieces of at most ``max_nbytes``, long empty runs left out."""
     start = int(rows["guest_offset"][0])
-    end = int(rows["guest_offset"][-1]) + int(rows["length"][-1])
+    end = _end(rows)
     for first, last in _filled_ranges(rows, start, end, unit, max_nbytes, skip_empty):
         for at in range(first, last, max_nbytes):
             until = min(at + max_nbytes, last)
@@ -99,3 +103,36 @@ def _filled_ranges(
         start = empty_to
     if start < end:
         yield start, end
+
+
+def pair_up(
+    a: Iterator[Extents], b: Iterator[Extents], *, max_nbytes: int | None = None
+) -> Iterator[tuple[int, int, Extents, Extents]]:
+    """Yield the rows of two gap-free plans of one range, cut where either has a batch's end.
+
+    Parameters
+    ----------
+    a, b : iterator of ndarray
+        Gap-free extents of the same range.
+    max_nbytes : int, optional
+        Cut also after this many guest bytes.
+
+    Yields
+    ------
+    tuple
+        Start and end in bytes, and both sides' rows of just that range.
+    """
+    rows_a, rows_b = next(a, None), next(b, None)
+    while rows_a is not None and rows_b is not None:
+        start = int(rows_a["guest_offset"][0])
+        end_a, end_b = _end(rows_a), _end(rows_b)
+        end = min(end_a, end_b)
+        if max_nbytes is not None:
+            end = min(end, start + max_nbytes)
+        yield start, end, clip(rows_a, start, end), clip(rows_b, start, end)
+        rows_a = clip(rows_a, end, end_a) if end < end_a else next(a, None)
+        rows_b = clip(rows_b, end, end_b) if end < end_b else next(b, None)
+
+
+def _end(rows: Extents) -> int:
+    return int(rows["guest_offset"][-1]) + int(rows["length"][-1])

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from imgcore._batches import pair_up
 from imgcore._convert import Progress
 from imgcore._core import Job
-from imgcore._extents import Kind, clip
+from imgcore._extents import Kind
 from imgcore._image import Image
 from imgcore._image import open as open_image
 from imgcore._job import chosen_variants, native_sources, thread_count, translated_errors
@@ -130,7 +131,8 @@ class _Comparison:
 
     def _pairs(self) -> Iterator[tuple[int, int, Extents, Extents]]:
         """Yield both sides' extents over the same ranges, as both come along."""
-        return pair_up(self._extents(self._a), self._extents(self._b))
+        sides = self._extents(self._a), self._extents(self._b)
+        return pair_up(*sides, max_nbytes=_MAX_BATCH_NBYTES)
 
     def _first_allocation_difference(self) -> int | None:
         for _, _, rows_a, rows_b in self._pairs():
@@ -164,30 +166,6 @@ class _Comparison:
     def _report(self, done: int) -> None:
         if self._progress is not None:
             self._progress(Progress(done, self._total, 0, 0, 0))
-
-
-def pair_up(
-    a: Iterator[Extents], b: Iterator[Extents]
-) -> Iterator[tuple[int, int, Extents, Extents]]:
-    """Yield the rows of two gap-free plans of one range, cut where either has a batch's end.
-
-    Yields
-    ------
-    tuple
-        Start and end in bytes, and both sides' rows of just that range.
-    """
-    rows_a, rows_b = next(a, None), next(b, None)
-    while rows_a is not None and rows_b is not None:
-        start = int(rows_a["guest_offset"][0])
-        end_a, end_b = _end(rows_a), _end(rows_b)
-        end = min(end_a, end_b, start + _MAX_BATCH_NBYTES)
-        yield start, end, clip(rows_a, start, end), clip(rows_b, start, end)
-        rows_a = clip(rows_a, end, end_a) if end < end_a else next(a, None)
-        rows_b = clip(rows_b, end, end_b) if end < end_b else next(b, None)
-
-
-def _end(rows: Extents) -> int:
-    return int(rows["guest_offset"][-1]) + int(rows["length"][-1])
 
 
 def first_kind_difference(a: Extents, b: Extents) -> int | None:

@@ -20,7 +20,7 @@ from imgcore._geometry import Placing
 from imgcore._image import Image
 from imgcore._image import open as open_image
 from imgcore._job import chosen_variants, thread_count, translated_errors
-from imgcore._limits import MIB, SECTOR_NBYTES
+from imgcore._limits import MAX_BASE_BLOCK_NBYTES, MIB, SECTOR_NBYTES
 from imgcore._sizes import parse_size
 from imgcore._supply import STREAM_CHUNK_NBYTES, ImageSupply, StreamSupply, read_in_order
 from imgcore._target import Target
@@ -362,7 +362,7 @@ class _Conversion:
             raise UnsupportedFeatureError(
                 f"only raw is written into {what}, not {r.target_format}", path=r.target
             )
-        return get_driver(r.target_format).writer(
+        writer = get_driver(r.target_format).writer(
             WriteRequest(
                 virtual_size=self._virtual_size,
                 options=r.options,
@@ -372,6 +372,14 @@ class _Conversion:
                 target_name=os.path.basename(r.target),
             )
         )
+        block_nbytes = writer.geometry.block_nbytes
+        if r.backing is not None and block_nbytes > MAX_BASE_BLOCK_NBYTES:
+            raise OptionError(
+                f"blocks of {block_nbytes} bytes are too large to be compared with a parent (-B): "
+                f"at most {MAX_BASE_BLOCK_NBYTES} are allowed",
+                path=r.target,
+            )
+        return writer
 
     def _write(self, target: Target) -> None:
         if stream_suffix(self._request.target) is not None and not target.in_place:
@@ -406,6 +414,7 @@ class _Conversion:
                 geometry=writer.geometry,
                 target=data_file.core,
                 next_offset=writer.first_offset,
+                has_base=self._base is not None,
                 threads=r.threads,
                 variants=r.variants,
             )
@@ -427,7 +436,7 @@ class _Conversion:
             if geometry.placing is Placing.APPEND:
                 n_blocks = -(-(batch.end - batch.start) // geometry.block_nbytes)
                 placements = np.zeros(n_blocks, PLACEMENT_DTYPE)
-            job.start(batch.start, batch.end, batch.rows, supply.base_rows(batch), placements)
+            job.start(batch.start, batch.end, batch.rows, batch.base, placements)
             pending = (batch, placements)
         if pending is not None:
             self._finish_batch(job, writer, *pending)

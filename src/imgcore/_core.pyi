@@ -91,11 +91,15 @@ class Job:
         geometry: Geometry | None = ...,
         target: File | None = ...,
         next_offset: int = ...,
+        has_base: bool = ...,
         threads: int = ...,
         window_nbytes: int = ...,
         variants: dict[str, str] | None = ...,
     ) -> None:
-        """``sources`` holds (file, nbytes, guest_base, block_nbytes); no geometry: a comparison."""
+        """``sources`` holds (file, nbytes, guest_base, block_nbytes); no geometry: a comparison.
+
+        ``has_base``: the batches of a conversion come with what the target's parent reads as.
+        """
     def start(
         self,
         start: int,

@@ -279,7 +279,7 @@ cdef class Job:
         self.running = False
 
     def __init__(self, *, sources, geometry=None, File target=None, uint64_t next_offset=0,
-                 uint32_t threads=1, uint64_t window_nbytes=0, variants=None):
+                 bint has_base=False, uint32_t threads=1, uint64_t window_nbytes=0, variants=None):
         cdef n.imgc_job_options options
         cdef n.imgc_error err
         cdef File file
@@ -296,6 +296,7 @@ cdef class Job:
         if chosen:
             raise ValueError(f"no operation {next(iter(chosen))!r}")
         options.next_offset = next_offset
+        options.has_base = has_base
         if geometry is not None:
             fill_geometry(&options.geometry, geometry)
             if target is None:

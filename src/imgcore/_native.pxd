@@ -159,6 +159,7 @@ cdef extern from "imgc.h" nogil:
         imgc_file *target
         imgc_geometry geometry
         uint64_t next_offset
+        uint32_t has_base
 
     struct imgc_batch:
         uint64_t guest_start

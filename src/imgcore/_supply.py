@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from imgcore._batches import Batch, cut_batches
+from imgcore._batches import Batch, cut_batches, pair_up
 from imgcore._core import File
+from imgcore._errors import OptionError
 from imgcore._extents import Kind, single
 from imgcore._geometry import ZeroPolicy
 from imgcore._job import native_sources
@@ -26,6 +27,7 @@ _MAX_BATCH_BLOCKS = 1 << 17
 
 # A stream is taken in pieces of at least this size; two of them are held here.
 STREAM_CHUNK_NBYTES = 16 * MIB
+_MAX_STREAM_UNIT_NBYTES = 64 * MIB
 
 
 class Supply(Protocol):
@@ -39,10 +41,6 @@ class Supply(Protocol):
 
     def batches(self) -> Iterator[Batch]:
         """Yield the disk in pieces; the one before the last stays valid."""
-        ...
-
-    def base_rows(self, batch: Batch) -> Extents | None:
-        """Return what the target's backing file reads as where the batch is, or None."""
         ...
 
     def close(self) -> None:
@@ -71,25 +69,34 @@ class ImageSupply:
 
     def batches(self) -> Iterator[Batch]:
         """Yield the disk, without long empty parts if nothing is written there."""
-        geometry = self._geometry
-        unit = _unit_nbytes(geometry)
+        skip_empty = self._base is None and self._geometry.zero_policy is ZeroPolicy.SKIP
+        own = self._cut(self._image.extents(), skip_empty)
+        return own if self._base is None else self._over_base(own, self._base)
+
+    def _cut(self, plan: Iterator[Extents], skip_empty: bool = False) -> Iterator[Batch]:
+        block_nbytes, unit = self._geometry.block_nbytes, _unit_nbytes(self._geometry)
         return cut_batches(
-            self._image.extents(),
+            plan,
             unit=unit,
-            max_nbytes=max(unit, _MAX_BATCH_BLOCKS * geometry.block_nbytes // unit * unit),
+            max_nbytes=max(unit, _MAX_BATCH_BLOCKS * block_nbytes // unit * unit),
             disk_end=self._image.virtual_size,
-            skip_empty=self._base is None and geometry.zero_policy is ZeroPolicy.SKIP,
+            skip_empty=skip_empty,
         )
 
-    def base_rows(self, batch: Batch) -> Extents | None:
-        """Return the base's extents; behind its end there are zeros."""
-        if self._base is None:
-            return None
-        end = max(min(batch.end, self._base.virtual_size), batch.start)
-        inside = self._base.extents(batch.start, end - batch.start) if end > batch.start else ()
-        rows = np.concatenate(list(padded(iter(inside), end, batch.end)))
-        rows["file"][rows["kind"] >= Kind.DATA] += np.uint32(len(self._image.sources))
-        return rows
+    def _over_base(self, own: Iterator[Batch], base: Image) -> Iterator[Batch]:
+        """Yield batches with both sides' extents; behind the base's end there are zeros.
+
+        Both are cut at whole units, so that neither side's rows exceed a batch's.
+        """
+        disk_end = self._image.virtual_size
+        base_end = min(base.virtual_size, disk_end)
+        below = self._cut(padded(base.extents(0, base_end), base_end, disk_end))
+        for start, end, rows, base_rows in pair_up(
+            (batch.rows for batch in own), (batch.rows for batch in below)
+        ):
+            shifted = base_rows.copy()
+            shifted["file"][shifted["kind"] >= Kind.DATA] += np.uint32(len(self._image.sources))
+            yield Batch(start, end, np.ascontiguousarray(rows), shifted)
 
     def close(self) -> None:
         """Do nothing: the images are their opener's."""
@@ -100,6 +107,12 @@ class StreamSupply:
 
     def __init__(self, stream: StreamSource, geometry: Geometry) -> None:
         unit = _unit_nbytes(geometry)
+        if unit > _MAX_STREAM_UNIT_NBYTES:
+            raise OptionError(
+                f"a compressed raw source is held in pieces of {_MAX_STREAM_UNIT_NBYTES} bytes at "
+                f"most, the target asks for {unit}: give it smaller blocks",
+                path=stream.path,
+            )
         self._stream = stream
         self._chunk_nbytes = -(-max(unit, STREAM_CHUNK_NBYTES) // unit) * unit
         self._buffers = [np.empty(self._chunk_nbytes, np.uint8) for _ in range(2)]
@@ -119,10 +132,6 @@ class StreamSupply:
             yield Batch(start, start + len(chunk), rows)
             start += len(chunk)
             turn ^= 1
-
-    def base_rows(self, batch: Batch) -> Extents | None:
-        """Return None: a stream is not converted against a base."""
-        return None
 
     def close(self) -> None:
         """Release the buffers."""

@@ -108,6 +108,15 @@ class TestBackingFile:
         with pytest.raises(imgcore.OptionError, match="state it with -F"):
             imgcore.convert(disk, disk.with_name("over.qcow2"), backing=disk.name)
 
+    def test_blocks_too_large_to_be_compared(
+        self, disk: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(_convert, "MAX_BASE_BLOCK_NBYTES", 32 * KIB)
+        over = disk.with_name("over.qcow2")
+        with pytest.raises(imgcore.OptionError, match="blocks of 65536 bytes"):
+            imgcore.convert(disk, over, backing=disk.name, backing_format="raw")
+        assert names(disk.parent) == ["disk.raw"]
+
     def test_a_missing_backing_file_is_named(self, disk: Path) -> None:
         with pytest.raises(FileNotFoundError, match="none.raw"):
             imgcore.convert(
@@ -315,6 +324,16 @@ def test_a_stream_goes_into_every_format(tmp_path: Path, disk: Path) -> None:
         assert imgcore.compare(disk, tmp_path / target).identical
     imgcore.convert(packed, tmp_path / "s.vmdk", options={"subformat": "streamOptimized"})
     assert imgcore.compare(disk, tmp_path / "s.vmdk").identical
+
+
+def test_a_stream_is_not_held_in_huge_pieces(tmp_path: Path, disk: Path) -> None:
+    packed, target = tmp_path / "disk.raw.zst", tmp_path / "a.vmdk"
+    options = ["subformat=streamOptimized"]
+    imgcore.convert(disk, packed)
+    imgcore.convert(packed, target, options=[*options, "grain_size=128k"], force=True)
+    with pytest.raises(imgcore.OptionError, match="smaller blocks"):
+        imgcore.convert(packed, target, options=[*options, "grain_size=256k"], force=True)
+    assert imgcore.compare(disk, target).identical
 
 
 def test_long_streams_are_taken_in_turns(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -10,10 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imgcore._batches import cut_batches
-from imgcore._compare import first_kind_difference, pair_up
+from imgcore._batches import cut_batches, pair_up
+from imgcore._compare import first_kind_difference
 from imgcore._extents import EXTENT_DTYPE, Kind, clip, single
+from imgcore._geometry import Geometry
 from imgcore._overlay import padded, plan_chain
+from imgcore._supply import ImageSupply
 
 if TYPE_CHECKING:
     from imgcore._extents import Extents
@@ -135,7 +138,7 @@ def test_batches_start_and_end_at_units_and_cover_all_data(
     )
     covered = set()
     at = 0
-    for start, stop, rows in batches:
+    for start, stop, rows, _ in batches:
         assert at <= start < stop <= end
         assert start % unit == 0
         assert stop % unit == 0 or stop == end
@@ -180,6 +183,43 @@ def test_pairs_cover_both_sides(a: list[int], b: list[int], n_a: int, n_b: int) 
         (i * SECTOR for i in range(end // SECTOR) if stored[0][i] != stored[1][i]), None
     )
     assert difference == expected
+
+
+@given(kinds_lists, kinds_lists, st.integers(1, 5))
+def test_batches_over_a_base_are_bounded_on_both_sides(
+    kinds: list[int], base_kinds: list[int], batch_rows: int
+) -> None:
+    """Whole units, the same range on both sides, and never many rows more than a unit has."""
+    unit, max_rows = 4 * SECTOR, 8
+    images: list[Any] = []
+    for side in (kinds, base_kinds):
+        layer = FakeLayer(rows_of(side), batch_rows)
+        images.append(
+            SimpleNamespace(
+                virtual_size=layer.virtual_size,
+                sources=[SimpleNamespace(file=SimpleNamespace(path=""))],
+                extents=lambda start=0, length=None, layer=layer: layer.plan(
+                    start, layer.virtual_size if length is None else length
+                ),
+            )
+        )
+    end = images[0].virtual_size
+    geometry = Geometry(block_nbytes=unit, guest_nbytes=end)
+    at = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("imgcore._batches.MAX_BATCH_ROWS", max_rows)
+        batches = list(ImageSupply(images[0], images[1], geometry).batches())
+    for start, stop, rows, base in batches:
+        assert base is not None
+        assert start == at
+        assert stop == end or stop % unit == 0
+        for side in (rows, base):
+            assert int(side["guest_offset"][0]) == start
+            assert int(side["length"].sum()) == stop - start
+            assert len(side) <= max_rows // 2 + batch_rows + 4
+        assert (base["file"] == (base["kind"] == Kind.DATA)).all()
+        at = stop
+    assert at == end
 
 
 @pytest.mark.parametrize("kind", [Kind.HOLE, Kind.ZERO, Kind.DATA])
