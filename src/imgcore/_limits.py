@@ -51,3 +51,13 @@ VMDK_MAX_EXTENTS: Final = 65536
 VMDK_MAX_TRAILING_ZERO_NBYTES: Final = 1 * MIB
 # Places in a sparse extent are 32-bit sector numbers.
 VMDK_MAX_SPARSE_FILE_NBYTES: Final = 2 * TIB
+
+# VHD.  Sectors and file places are 32-bit numbers in dynamic disks: Microsoft's limit is 2040 GiB.
+VHD_MAX_DYNAMIC_NBYTES: Final = 2040 * GIB
+VHD_MAX_BLOCK_NBYTES: Final = 256 * MIB
+VHD_MAX_LOCATOR_NBYTES: Final = 64 * KIB
+# What `check` sorts at once: 2040 GiB with blocks of 128 KiB.
+VHD_MAX_CHECKED_BLOCKS: Final = 1 << 24
+# XenServer reads no larger blocks, and nobody writes smaller ones.
+VHD_MIN_WRITTEN_BLOCK_NBYTES: Final = 512 * KIB
+VHD_MAX_WRITTEN_BLOCK_NBYTES: Final = 2 * MIB

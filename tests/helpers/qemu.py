@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -74,17 +74,17 @@ class Variant:
     compress: bool = False
     # What only imgcore is told, so that its output is the same on every run.
     own_options: tuple[str, ...] = ()
+    # What only qemu-img is told.
+    qemu_options: tuple[str, ...] = ()
 
     @property
     def suffix(self) -> str:
-        return {"raw": ".raw", "qcow2": ".qcow2", "vmdk": ".vmdk"}[self.format]
+        return {"raw": ".raw", "qcow2": ".qcow2", "vmdk": ".vmdk", "vhd": ".vhd"}[self.format]
 
     def with_options(self, *options: str) -> Variant:
         """Return this variant with further options."""
         name = "-".join((self.name, *(option.replace("=", "_") for option in options)))
-        return Variant(
-            name, self.format, (*self.options, *options), self.compress, self.own_options
-        )
+        return replace(self, name=name, options=(*self.options, *options))
 
 
 RAW = Variant("raw", "raw")
@@ -100,27 +100,49 @@ VMDK_STREAM = Variant(
 VMDK_FLAT = Variant(
     "vmdk-monolithicFlat", "vmdk", ("subformat=monolithicFlat",), False, ("cid=1a2b3c4d",)
 )
-VARIANTS = (RAW, QCOW2, QCOW2_ZLIB, QCOW2_ZSTD, VMDK_SPARSE, VMDK_STREAM, VMDK_FLAT)
+_VHD_UUID = ("uuid=8a1f0c6e-4d5b-4f5e-9d54-2b6f3c1a7e90",)
+VHD_DYNAMIC = Variant(
+    "vhd-dynamic", "vhd", ("subformat=dynamic",), False, _VHD_UUID, ("force_size",)
+)
+VHD_FIXED = Variant("vhd-fixed", "vhd", ("subformat=fixed",), False, _VHD_UUID, ("force_size",))
+VARIANTS = (
+    RAW,
+    QCOW2,
+    QCOW2_ZLIB,
+    QCOW2_ZSTD,
+    VMDK_SPARSE,
+    VMDK_STREAM,
+    VMDK_FLAT,
+    VHD_DYNAMIC,
+    VHD_FIXED,
+)
+
+
+def _name(image_format: str) -> str:
+    """Return what qemu-img calls a format."""
+    return {"vhd": "vpc"}.get(image_format, image_format)
 
 
 def convert(source: Path, target: Path, variant: Variant, *, source_format: str = "raw") -> None:
     """Convert with qemu-img, in its default order of writes."""
-    arguments: list[str | Path] = ["convert", "-f", source_format, "-O", variant.format]
+    arguments: list[str | Path] = ["convert", "-f", _name(source_format)]
+    arguments += ["-O", _name(variant.format)]
     if variant.compress:
         arguments.append("-c")
-    if variant.options:
-        arguments += ["-o", ",".join(variant.options)]
+    options = (*variant.options, *variant.qemu_options)
+    if options:
+        arguments += ["-o", ",".join(options)]
     run(*arguments, source, target)
 
 
 def assert_same(source: Path, target: Path, *, source_format: str, target_format: str) -> None:
     """Fail unless qemu-img finds the two images' content identical."""
-    run("compare", "-f", source_format, "-F", target_format, source, target)
+    run("compare", "-f", _name(source_format), "-F", _name(target_format), source, target)
 
 
 def assert_check_clean(path: Path, image_format: str = "qcow2") -> dict[str, Any]:
     """Fail unless ``qemu-img check`` finds neither corruption nor leaks; return its report."""
-    done = run("check", "--output=json", "-f", image_format, path)
+    done = run("check", "--output=json", "-f", _name(image_format), path)
     report: dict[str, Any] = json.loads(done.stdout)
     assert report.get("corruptions", 0) == 0, report
     assert report.get("leaks", 0) == 0, report
@@ -130,7 +152,7 @@ def assert_check_clean(path: Path, image_format: str = "qcow2") -> dict[str, Any
 
 def map_entries(path: Path, image_format: str) -> list[dict[str, Any]]:
     """Return the rows of ``qemu-img map``."""
-    done = run("map", "--output=json", "-f", image_format, path)
+    done = run("map", "--output=json", "-f", _name(image_format), path)
     entries: list[dict[str, Any]] = json.loads(done.stdout)
     return entries
 
@@ -142,7 +164,7 @@ def data_nbytes(path: Path, image_format: str) -> int:
 
 def info(path: Path, image_format: str) -> dict[str, Any]:
     """Return ``qemu-img info``."""
-    done = run("info", "--output=json", "-f", image_format, path)
+    done = run("info", "--output=json", "-f", _name(image_format), path)
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer
 

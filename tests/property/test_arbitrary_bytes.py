@@ -17,7 +17,7 @@ from tests.helpers.qemu import VARIANTS, Variant
 
 MAX_SECONDS = 2.0
 MAX_READ_NBYTES = 1 << 20
-FORMATS = ("raw", "qcow2", "vmdk")
+FORMATS = ("raw", "qcow2", "vmdk", "vhd")
 
 relaxed = settings(
     max_examples=300,
@@ -39,7 +39,7 @@ def use(path: Path, image_format: str | None) -> None:
             if length:
                 image.read(0, length)
                 image.read(image.virtual_size - length, length)
-        if image_format == "qcow2":
+        if image_format in ("qcow2", "vhd"):
             imgcore.check(str(path), format=image_format)
     except imgcore.ImgcoreError as error:
         assert str(error)

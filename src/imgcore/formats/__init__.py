@@ -37,7 +37,7 @@ class Entry:
 DRIVERS: Final = (
     Entry("qcow2", "imgcore.formats.qcow2", (".qcow2",)),
     Entry("vmdk", "imgcore.formats.vmdk", (".vmdk",)),
-    Entry("vhd", None, (".vhd", ".vpc"), ("vpc",)),
+    Entry("vhd", "imgcore.formats.vhd", (".vhd", ".vpc"), ("vpc",)),
     Entry("vhdx", None, (".vhdx",)),
     Entry("vdi", None, (".vdi",)),
     Entry("raw", "imgcore.formats.raw", (".raw", ".img", ".dd", ".bin")),

@@ -1,0 +1,247 @@
+"""Verifying a VHD: footers, header, BAT, batmap, and who claims which part of the file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from imgcore._errors import ImgcoreError, LimitExceededError
+from imgcore._limits import SECTOR_NBYTES, VHD_MAX_CHECKED_BLOCKS
+from imgcore.formats import _vhd_layout as layout
+from imgcore.formats._base import CheckReport
+from imgcore.formats._vhd_header import parent_texts
+from imgcore.formats._vhd_plan import read_bat
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from imgcore._files import HostFile
+    from imgcore.formats._vhd_header import FooterPlace, VhdHeader
+
+    Sectors = NDArray[np.int64]
+
+# BAT entries that are read together.
+_PIECE_ENTRIES: Final = 1 << 20
+
+
+def check_image(file: HostFile, header: VhdHeader) -> CheckReport:
+    """Check an image whose headers could be read.
+
+    Parameters
+    ----------
+    file : HostFile
+        Stays the caller's.
+    header : VhdHeader
+        As `read_header` gave it.
+
+    Returns
+    -------
+    CheckReport
+        Counts in blocks; a fixed disk has none.
+
+    Raises
+    ------
+    LimitExceededError
+        The disk has more than ``VHD_MAX_CHECKED_BLOCKS`` blocks.
+    """
+    report = CheckReport()
+    _check_footers(report, file, header)
+    if header.dynamic is None:
+        report.image_end_offset = file.nbytes
+        return report
+    _check_header(report, file, header)
+    _BlockCheck(report, file, header).run()
+    return report
+
+
+def _check_footers(report: CheckReport, file: HostFile, header: VhdHeader) -> None:
+    for place, where in ((header.end, "end"), (header.copy, "start")):
+        if place is not None and place.problem is not None:
+            report.corruption(_line(place.problem, file))
+        elif place is None and not (where == "start" and header.dynamic is None):
+            report.corruption(f"there is no footer at the {where} of the file")
+    if _are_sound(header.end, header.copy) and header.end.raw != header.copy.raw:  # type: ignore[union-attr]
+        report.corruption("the footer and its copy at the start differ")
+    if header.dynamic is None and header.footer.data_offset != layout.NO_OFFSET:
+        report.corruption(
+            f"a fixed disk's footer states the data offset {header.footer.data_offset:#x}, "
+            f"expected {layout.NO_OFFSET:#x}"
+        )
+    if not header.footer.features & layout.FEATURE_RESERVED:
+        report.corruption("the footer's reserved feature bit is not set")
+
+
+def _are_sound(*places: FooterPlace | None) -> bool:
+    return all(place is not None and place.problem is None for place in places)
+
+
+def _line(problem: ImgcoreError, file: HostFile) -> str:
+    return str(problem).removeprefix(f"{file.path}: ")
+
+
+def _check_header(report: CheckReport, file: HostFile, header: VhdHeader) -> None:
+    dynamic = header.dynamic
+    assert dynamic is not None
+    if dynamic.data_offset != layout.NO_OFFSET:
+        report.corruption(
+            f"the dynamic disk header states the data offset {dynamic.data_offset:#x}, expected "
+            f"{layout.NO_OFFSET:#x}"
+        )
+    if dynamic.table_offset % SECTOR_NBYTES:
+        report.corruption(
+            f"the BAT at {dynamic.table_offset:#x} does not begin at a sector's start"
+        )
+    try:
+        for _ in parent_texts(file, header):
+            pass
+    except ImgcoreError as error:
+        report.corruption(_line(error, file))
+
+
+class _BlockCheck:
+    def __init__(self, report: CheckReport, file: HostFile, header: VhdHeader) -> None:
+        assert header.dynamic is not None
+        self._report = report
+        self._file = file
+        self._header = header
+        self._dynamic = header.dynamic
+        self._n_blocks = header.n_blocks
+        self._block_nsectors = (header.bitmap_nbytes + header.dynamic.block_nbytes) // SECTOR_NBYTES
+        end = header.blocks_end if header.blocks_end is not None else file.nbytes
+        self._end_nsectors = end // SECTOR_NBYTES
+        if self._n_blocks > VHD_MAX_CHECKED_BLOCKS:
+            raise LimitExceededError(
+                f"a disk of {self._n_blocks} blocks, {VHD_MAX_CHECKED_BLOCKS} can be checked",
+                path=file.path,
+            )
+
+    def run(self) -> None:
+        sectors = self._read_entries()
+        present = np.flatnonzero(sectors != layout.ENTRY_ABSENT)
+        self._report.total_clusters = self._n_blocks
+        self._report.allocated_clusters = len(present)
+        where = sectors[present]
+        apart = (np.diff(where) < self._block_nsectors) | (np.diff(present) != 1)
+        apart |= np.diff(where) >= 2 * self._block_nsectors
+        self._report.fragmented_clusters = int(np.count_nonzero(apart))
+        past = where + self._block_nsectors > self._end_nsectors
+        self._corruptions(
+            np.count_nonzero(past),
+            (
+                f"block {block} at sector {sector} ends past the end of the blocks "
+                f"({self._end_nsectors})"
+                for block, sector in zip(present[past].tolist(), where[past].tolist(), strict=True)
+            ),
+        )
+        self._check_batmap(sectors)
+        self._check_claims(where[~past], present[~past])
+
+    def _corruptions(self, count: int | np.intp, lines: Iterable[str]) -> None:
+        """Count corruptions of which only the first are worth a line."""
+        wanted = min(int(count), CheckReport.MAX_PROBLEM_LINES - len(self._report.problems))
+        for _, line in zip(range(wanted), lines, strict=False):
+            self._report.corruption(line)
+        self._report.corruptions += int(count) - wanted
+
+    def _read_entries(self) -> Sectors:
+        """Return the sector of every block, int64."""
+        sectors = np.empty(self._n_blocks, dtype=np.int64)
+        for first in range(0, self._n_blocks, _PIECE_ENTRIES):
+            last = min(first + _PIECE_ENTRIES, self._n_blocks)
+            raw = read_bat(self._file, self._dynamic.table_offset, first, last)
+            sectors[first:last] = raw.view(">u4")
+        return sectors
+
+    def _metadata(self) -> list[tuple[int, int, str]]:
+        """Return (first byte, end, what) of everything that is no block."""
+        dynamic = self._dynamic
+        table_end = dynamic.table_offset + dynamic.max_table_entries * layout.ENTRY_NBYTES
+        header_offset = self._header.footer.data_offset
+        parts = [
+            (0, layout.FOOTER_NBYTES, "the footer's copy"),
+            (header_offset, header_offset + layout.HEADER_NBYTES, "the dynamic disk header"),
+            (dynamic.table_offset, table_end, "the BAT"),
+        ]
+        parts += [
+            (entry.data_offset, entry.data_offset + entry.data_nbytes, "a parent locator")
+            for entry in self._header.locators
+            if entry.data_nbytes
+        ]
+        batmap = self._find_batmap()
+        if batmap is not None:
+            offset, nbytes, _ = batmap
+            parts.append((self._batmap_header_offset, offset + nbytes, "the batmap"))
+        return parts
+
+    @property
+    def _batmap_header_offset(self) -> int:
+        table_nbytes = self._dynamic.max_table_entries * layout.ENTRY_NBYTES
+        return self._dynamic.table_offset + -(-table_nbytes // SECTOR_NBYTES) * SECTOR_NBYTES
+
+    def _find_batmap(self) -> tuple[int, int, int] | None:
+        """Return (offset, bytes, checksum) of XenServer's batmap, None if there is none."""
+        offset = self._batmap_header_offset
+        if not self._header.footer.creator.startswith(b"tap"):
+            return None
+        if offset + layout.BATMAP.size > self._file.nbytes:
+            return None
+        cookie, place, n_sectors, _, checksum = layout.BATMAP.unpack(
+            self._file.pread(offset, layout.BATMAP.size)
+        )
+        if cookie != layout.BATMAP_COOKIE:
+            return None
+        return place, n_sectors * SECTOR_NBYTES, checksum
+
+    def _check_batmap(self, sectors: Sectors) -> None:
+        batmap = self._find_batmap()
+        if batmap is None:
+            return
+        offset, nbytes, checksum = batmap
+        if offset + nbytes > self._file.nbytes or nbytes * 8 < self._n_blocks:
+            self._report.corruption(f"the batmap of {nbytes} bytes at {offset:#x} is no whole one")
+            return
+        used_nbytes = -(-self._n_blocks // 8)
+        raw = self._file.pread(offset, used_nbytes)
+        padding = max(0, min(nbytes - used_nbytes, SECTOR_NBYTES))
+        found = ~(sum(raw) + sum(self._file.pread(offset + used_nbytes, padding))) & 0xFFFFFFFF
+        if found != checksum:
+            self._report.corruption(
+                f"the batmap states the checksum {checksum:#010x}, its bytes have {found:#010x}"
+            )
+        bits = np.unpackbits(np.frombuffer(raw, np.uint8), count=self._n_blocks)
+        wrong = np.flatnonzero((bits != 0) & (sectors == layout.ENTRY_ABSENT))
+        self._corruptions(
+            len(wrong),
+            (f"the batmap calls block {block} full, which is absent" for block in wrong.tolist()),
+        )
+
+    def _check_claims(self, where: Sectors, blocks: Sectors) -> None:
+        """Report what lies upon each other, and count the space of blocks that nobody claims."""
+        order = np.argsort(where, kind="stable")
+        starts, numbers = where[order], blocks[order]
+        ends = starts + self._block_nsectors
+        upon = np.flatnonzero(starts[1:] < ends[:-1])
+        self._corruptions(
+            len(upon),
+            (
+                f"block {numbers[i + 1]} at sector {starts[i + 1]} overlaps block {numbers[i]}"
+                for i in upon.tolist()
+            ),
+        )
+        data_start = 0
+        for first, end, what in self._metadata():
+            low = int(np.searchsorted(ends, first // SECTOR_NBYTES, side="right"))
+            high = int(np.searchsorted(starts, -(-end // SECTOR_NBYTES), side="left"))
+            for i in range(low, high):
+                self._corruptions(1, [f"block {numbers[i]} at sector {starts[i]} overlaps {what}"])
+            data_start = max(data_start, -(-end // SECTOR_NBYTES))
+        free_from = np.concatenate(([data_start], np.maximum(ends, data_start)))
+        free_to = np.concatenate((starts, [self._end_nsectors]))
+        counts = np.maximum(free_to - free_from, 0) // self._block_nsectors
+        for i in np.flatnonzero(counts).tolist():
+            self._report.leak(f"{counts[i]} blocks from sector {free_from[i]} on")
+            self._report.leaks += int(counts[i]) - 1
+        end_nsectors = int(ends[-1]) if len(ends) else data_start
+        self._report.image_end_offset = max(end_nsectors, data_start) * SECTOR_NBYTES

@@ -1,0 +1,91 @@
+"""What a differencing VHD calls its parent.
+
+Source: Microsoft, "Virtual Hard Disk Image Format Specification" 1.0, "Parent Locator Entries".
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from imgcore._errors import CorruptImageError
+from imgcore.formats import _vhd_layout as layout
+from imgcore.formats._base import BackingReference
+from imgcore.formats._parents import names_from_windows_path
+from imgcore.formats._vhd_header import parent_texts, uuid_text
+from imgcore.formats._vhd_layout import DiskType
+
+if TYPE_CHECKING:
+    from imgcore._files import HostFile
+    from imgcore.formats._vhd_header import VhdHeader
+
+# A relative name leads to the parent wherever the two files have been moved together.
+_PREFERENCE: Final = (layout.RELATIVE_PATH, layout.FILE_URL, layout.ABSOLUTE_PATH, b"")
+_NO_UUID: Final = bytes(16)
+
+
+def find_parent(file: HostFile, header: VhdHeader) -> BackingReference | None:
+    """Return the reference to a differencing disk's parent, None for other disks.
+
+    Raises
+    ------
+    CorruptImageError
+        The disk names no parent, or not in a readable way.
+
+    Notes
+    -----
+    A parent without UUID may be a raw disk (XenServer makes such); its format is not stated then.
+    """
+    dynamic = header.dynamic
+    if dynamic is None or header.disk_type is not DiskType.DIFFERENCING:
+        return None
+    texts: dict[bytes, str] = {}
+    for code, text in parent_texts(file, header):
+        texts.setdefault(code, text)
+    names = [
+        name
+        for code in _PREFERENCE
+        if texts.get(code)
+        for name in (
+            _names_from_url(texts[code], file)
+            if code == layout.FILE_URL
+            else names_from_windows_path(texts[code])
+        )
+    ]
+    if not names:
+        raise CorruptImageError(
+            "a differencing disk that names no parent, neither in a locator nor in its header",
+            path=file.path,
+        )
+    has_uuid = dynamic.parent_uuid != _NO_UUID
+    names = list(dict.fromkeys(names))
+    return BackingReference(
+        names[0],
+        "vhd" if has_uuid else None,
+        identities={"UUID": uuid_text(dynamic.parent_uuid)} if has_uuid else {},
+        other_names=tuple(names[1:]),
+        modified=(
+            dynamic.parent_timestamp + layout.EPOCH_UNIX_SECONDS
+            if dynamic.parent_timestamp
+            else None
+        ),
+    )
+
+
+def _names_from_url(url: str, file: HostFile) -> tuple[str, ...]:
+    """Return the names that a file URL stands for; XenServer puts relative ones behind ``//``."""
+    from urllib.parse import unquote
+
+    scheme, found, path = url.partition("://")
+    if not found or scheme.lower() != "file":
+        return ()
+    try:
+        name = unquote(path, encoding="utf-8", errors="strict").removeprefix("localhost/")
+    except UnicodeDecodeError:
+        raise CorruptImageError("the MacX parent locator is no UTF-8", path=file.path) from None
+    if path.startswith("localhost/"):
+        name = f"/{name}"
+    name = name.removeprefix("./")
+    last = name.rpartition("/")[2]
+    if not last or "\0" in name:
+        return ()
+    return (last, name) if name.startswith("/") else (name,)

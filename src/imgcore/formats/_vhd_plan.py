@@ -1,0 +1,172 @@
+"""VHD: from the BAT and sector bitmaps to extents.
+
+Source: Microsoft, "Virtual Hard Disk Image Format Specification" 1.0, "Block Allocation Table and
+Data Blocks".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from imgcore._core import CoreError, TableFormat
+from imgcore._errors import CorruptImageError
+from imgcore._extents import EXTENT_DTYPE, Kind, clip
+from imgcore._limits import MAX_BATCH_ROWS, MIB, SECTOR_NBYTES
+from imgcore.formats import _vhd_layout as layout
+from imgcore.formats._sector_bitmap import expand
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from imgcore._extents import Extents
+    from imgcore._files import HostFile
+    from imgcore.formats._vhd_header import VhdHeader
+
+    Bitmaps = NDArray[np.uint8]
+
+# BAT entries that are decoded together: 64 KiB of them, 32 GiB of disk with the usual blocks.
+_PIECE_ENTRIES: Final = 1 << 14
+# Sector bitmaps that are read together.
+_MAX_BITMAPS_NBYTES: Final = 1 * MIB
+
+
+def table_format(block_nbytes: int, bitmap_nbytes: int) -> TableFormat:
+    """Return the numbers that describe a BAT to the table kernels; places are those of the data."""
+    return TableFormat(
+        entry_nbytes=layout.ENTRY_NBYTES,
+        big_endian=True,
+        block_nbytes=block_nbytes,
+        offset_mask=layout.ENTRY_MASK,
+        offset_lshift=SECTOR_NBYTES.bit_length() - 1,
+        host_base=bitmap_nbytes,
+        rules=[(layout.ENTRY_MASK, layout.ENTRY_ABSENT, int(Kind.HOLE))],
+        absent_entry=layout.ENTRY_ABSENT,
+        zero_entry=layout.ENTRY_ABSENT,
+    )
+
+
+def read_bat(file: HostFile, table_offset: int, first: int, last: int) -> NDArray[np.uint8]:
+    """Return BAT entries [first, last) as they are in the file, shape ((last - first) * 4,)."""
+    nbytes = (last - first) * layout.ENTRY_NBYTES
+    return np.frombuffer(
+        file.pread(table_offset + first * layout.ENTRY_NBYTES, nbytes), dtype=np.uint8
+    )
+
+
+class BlockPlanner:
+    """Plans a dynamic or differencing disk.
+
+    What a differencing disk does not hold is a hole, through which its parent is seen; in a
+    dynamic disk an absent block is a hole too, an absent sector of a present block is zeros.
+    """
+
+    def __init__(self, file: HostFile, header: VhdHeader) -> None:
+        assert header.dynamic is not None
+        self._file = file
+        self._table_offset = header.dynamic.table_offset
+        self._block_nbytes = header.dynamic.block_nbytes
+        self._bitmap_nbytes = header.bitmap_nbytes
+        self._format = table_format(self._block_nbytes, self._bitmap_nbytes)
+        is_differencing = header.disk_type == layout.DiskType.DIFFERENCING
+        self._absent = Kind.HOLE if is_differencing else Kind.ZERO
+
+    def plan(self, start: int, length: int) -> Iterator[Extents]:
+        """Yield extent batches; see :meth:`imgcore.formats._base.Reader.plan`."""
+        stop = start + length
+        first_block = start // self._block_nbytes
+        last_block = -(-stop // self._block_nbytes)
+        for first in range(first_block, last_block, _PIECE_ENTRIES):
+            last = min(first + _PIECE_ENTRIES, last_block)
+            for rows in self._expanded(self._decode(first, last, stop)):
+                end = int(rows["guest_offset"][-1] + rows["length"][-1])
+                low = max(start, int(rows["guest_offset"][0]))
+                if low < end:
+                    part = clip(rows, low, end)
+                    for at in range(0, len(part), MAX_BATCH_ROWS):
+                        yield part[at : at + MAX_BATCH_ROWS]
+
+    def _decode(self, first: int, last: int, stop: int) -> Extents:
+        """Return BAT entries [first, last) as rows, each DATA row a block."""
+        entries = read_bat(self._file, self._table_offset, first, last)
+        out = np.empty(last - first, dtype=EXTENT_DTYPE)
+        try:
+            count = self._format.decode(
+                entries,
+                out,
+                guest_offset=first * self._block_nbytes,
+                guest_end=stop,
+                file_nbytes=self._file.nbytes,
+                file=0,
+            )
+        except CoreError as error:
+            raise self._entry_error(entries, first, error.offset) from None
+        rows = out[:count]
+        self._refuse_joined(rows)
+        return rows
+
+    def _refuse_joined(self, rows: Extents) -> None:
+        """Raise if a row is more than a block: the next one's bitmap would lie inside it."""
+        joined = (rows["kind"] == Kind.DATA) & (rows["length"] > np.uint64(self._block_nbytes))
+        if joined.any():
+            row = rows[int(np.argmax(joined))]
+            block = int(row["guest_offset"]) // self._block_nbytes
+            raise CorruptImageError(
+                f"block {block + 1} overlaps block {block} in the file",
+                path=self._file.path,
+                offset=int(row["host_offset"]),
+            )
+
+    def _entry_error(self, entries: NDArray[np.uint8], first: int, index: int) -> CorruptImageError:
+        sector = int(entries.view(">u4")[index])
+        place = sector * SECTOR_NBYTES
+        return CorruptImageError(
+            f"block {first + index} is at {place:#x} (sector {sector}) and ends past the end of "
+            f"the file ({self._file.nbytes:#x})",
+            path=self._file.path,
+            offset=place,
+        )
+
+    def _expanded(self, rows: Extents) -> Iterator[Extents]:
+        """Yield the rows with the sector bitmaps honoured, in pieces of bounded size."""
+        step = max(1, _MAX_BITMAPS_NBYTES // self._bitmap_nbytes)
+        is_block = rows["kind"] == Kind.DATA
+        n_before = np.cumsum(is_block) - is_block
+        for part in np.split(rows, np.flatnonzero(np.diff(n_before // step)) + 1):
+            is_block = part["kind"] == Kind.DATA
+            bitmaps = self._read_bitmaps(part[is_block])
+            if (bitmaps == 0xFF).all():
+                yield part
+            else:
+                yield from self._honour(part, is_block, bitmaps)
+
+    def _honour(
+        self, rows: Extents, is_block: NDArray[np.bool_], bitmaps: Bitmaps
+    ) -> Iterator[Extents]:
+        # From byte to byte there is at most one change, and in a mixed byte eight.
+        mixed = (bitmaps != 0xFF) & (bitmaps != 0)
+        bound = np.ones(len(rows), dtype=np.int64)
+        bound[is_block] += (bitmaps[:, 1:] != bitmaps[:, :-1]).sum(axis=1) + 8 * mixed.sum(axis=1)
+        cuts = np.flatnonzero(np.diff(np.cumsum(bound) // MAX_BATCH_ROWS)) + 1
+        at = 0
+        for part, is_part_block in zip(np.split(rows, cuts), np.split(is_block, cuts), strict=True):
+            n_blocks = int(is_part_block.sum())
+            blocks = expand(
+                bitmaps[at : at + n_blocks],
+                lsb_first=False,
+                blocks=part[is_part_block],
+                absent=self._absent,
+            )
+            at += n_blocks
+            together = np.concatenate((part[~is_part_block], blocks))
+            yield together[np.argsort(together["guest_offset"], kind="stable")]
+
+    def _read_bitmaps(self, blocks: Extents) -> Bitmaps:
+        """Read the sector bitmap before each block, shape (n, bitmap_nbytes)."""
+        bitmaps = np.empty((len(blocks), self._bitmap_nbytes), dtype=np.uint8)
+        places = blocks["host_offset"].astype(np.int64) - self._bitmap_nbytes
+        for place, bitmap in zip(places.tolist(), bitmaps, strict=True):
+            self._file.pread_into(place, bitmap)
+        return bitmaps

@@ -1,0 +1,276 @@
+"""VHD: the writers of fixed, dynamic and differencing disks.
+
+A dynamic disk's file begins with the footer's copy, the dynamic disk header and the BAT;
+XenServer's batmap and the parent locators follow, then the blocks, each behind its sector bitmap,
+then the footer.
+
+Sources: Microsoft, "Virtual Hard Disk Image Format Specification" 1.0; blktap include/vhd.h
+(batmap).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Final
+
+from imgcore._errors import LimitExceededError, UnsupportedFeatureError
+from imgcore._geometry import Geometry, Placing, ZeroPolicy
+from imgcore._limits import SECTOR_NBYTES
+from imgcore.formats import _vhd_layout as layout
+from imgcore.formats._base import Measurement
+from imgcore.formats._flat import flat_geometry
+from imgcore.formats._vhd_header import bitmap_nbytes, checksum
+from imgcore.formats._vhd_layout import DiskType, DynamicHeader, Footer, Locator
+from imgcore.formats._vhd_options import VhdPlan, plan_request
+
+if TYPE_CHECKING:
+    from imgcore._extents import Placements
+    from imgcore._target import Target, TargetFile
+    from imgcore.formats._base import Writer, WriteRequest
+
+_HEADER_OFFSET: Final = layout.FOOTER_NBYTES
+_TABLE_OFFSET: Final = _HEADER_OFFSET + layout.HEADER_NBYTES
+# Where Windows and XenServer have the data of blocks begin: disks with 4096-byte sectors like it.
+_DATA_ALIGNMENT: Final = 4096
+
+
+def writer_for(request: WriteRequest) -> Writer:
+    """Return the writer that the options ask for; raises OptionError or LimitExceededError."""
+    plan = plan_request(request)
+    return FixedWriter(plan) if plan.disk_type is DiskType.FIXED else BlockWriter(plan)
+
+
+def measure(request: WriteRequest, data_nbytes: int) -> Measurement:
+    """Return the file's size with ``data_nbytes`` of data, and with a full disk."""
+    plan = plan_request(request)
+    if plan.disk_type is DiskType.FIXED:
+        nbytes = plan.virtual_size + layout.FOOTER_NBYTES
+        return Measurement(nbytes, nbytes)
+    return Measurement(
+        _file_nbytes(plan, min(data_nbytes, plan.virtual_size)),
+        _file_nbytes(plan, plan.virtual_size),
+    )
+
+
+def _align_up(nbytes: int, unit: int) -> int:
+    return -(-nbytes // unit) * unit
+
+
+def _file_nbytes(plan: VhdPlan, data_nbytes: int) -> int:
+    end = BlockLayout(plan).first_offset
+    n_blocks = -(-data_nbytes // plan.block_nbytes)
+    if n_blocks:
+        prefix_nbytes = bitmap_nbytes(plan.block_nbytes)
+        first_data = _align_up(end + prefix_nbytes, _DATA_ALIGNMENT)
+        stride = _align_up(prefix_nbytes, _DATA_ALIGNMENT) + plan.block_nbytes
+        end = first_data + plan.block_nbytes + (n_blocks - 1) * stride
+    return end + layout.FOOTER_NBYTES
+
+
+def make_footer(plan: VhdPlan) -> bytes:
+    """Return a footer, 512 bytes with its checksum."""
+    creator, creator_version = plan.creator
+    cylinders, heads, sectors_per_track = plan.chs
+    footer = Footer(
+        cookie=layout.FOOTER_COOKIE,
+        features=layout.FEATURE_RESERVED,
+        version=layout.VERSION,
+        data_offset=layout.NO_OFFSET if plan.disk_type is DiskType.FIXED else _HEADER_OFFSET,
+        timestamp=plan.timestamp,
+        creator=creator,
+        creator_version=creator_version,
+        creator_os=layout.CREATOR_OS_WINDOWS,
+        original_size=plan.virtual_size,
+        current_size=plan.virtual_size,
+        cylinders=cylinders,
+        heads=heads,
+        sectors_per_track=sectors_per_track,
+        disk_type=plan.disk_type,
+        checksum=0,
+        uuid=plan.uuid,
+        saved_state=0,
+    )
+    raw = layout.FOOTER.pack(*footer).ljust(layout.FOOTER_NBYTES, b"\0")
+    return _with_checksum(raw, layout.FOOTER_CHECKSUM_OFFSET)
+
+
+def _with_checksum(raw: bytes, offset: int) -> bytes:
+    value = checksum(raw, offset).to_bytes(4, "big")
+    return raw[:offset] + value + raw[offset + 4 :]
+
+
+def _refuse_in_place(target: Target) -> None:
+    if target.in_place or target.is_block_device:
+        raise UnsupportedFeatureError(
+            "VHD is written to a new file only, not in place (-n) nor to a block device",
+            path=target.path,
+        )
+
+
+class FixedWriter:
+    """Writes a fixed disk: its bytes, then the footer."""
+
+    format_name: ClassVar[str] = "vhd"
+
+    def __init__(self, plan: VhdPlan) -> None:
+        self._plan = plan
+        self._file: TargetFile | None = None
+        self._file_nbytes = plan.virtual_size + layout.FOOTER_NBYTES
+        self.first_offset = 0
+        self.geometry = flat_geometry(plan.guest_nbytes, plan.sparse_nbytes)
+
+    def begin(self, target: Target) -> TargetFile:
+        """Give the file its size, so that it reads as zeros, and return it."""
+        _refuse_in_place(target)
+        self._file = target.main
+        if self._plan.preallocation != "off":
+            target.require_space(self._file_nbytes)
+        self._file.truncate(self._file_nbytes)
+        self._file.preallocate(self._plan.preallocation, self._file_nbytes)
+        return self._file
+
+    def place(self, first_block: int, placements: Placements, next_offset: int) -> int:
+        """Do nothing: every block has its place."""
+        return next_offset
+
+    def finish(self, next_offset: int) -> None:
+        """Write the footer."""
+        assert self._file is not None
+        self._file.truncate(self._file_nbytes)
+        self._file.pwrite(self._plan.virtual_size, make_footer(self._plan))
+
+
+class BlockLayout:
+    """Where the parts before the blocks lie; bytes.  ``locators`` pairs entries with their data."""
+
+    def __init__(self, plan: VhdPlan) -> None:
+        self.n_blocks = -(-plan.virtual_size // plan.block_nbytes)
+        self.table_nbytes = _align_up(self.n_blocks * layout.ENTRY_NBYTES, SECTOR_NBYTES)
+        end = _TABLE_OFFSET + self.table_nbytes
+        # XenServer finds the batmap by this place alone.
+        self.batmap_offset = end
+        self.batmap_nbytes = 0
+        if plan.batmap:
+            self.batmap_nbytes = max(
+                SECTOR_NBYTES, _align_up(-(-self.n_blocks // 8), SECTOR_NBYTES)
+            )
+            end += SECTOR_NBYTES + self.batmap_nbytes
+        self.locators: list[tuple[Locator, bytes]] = []
+        if plan.parent is not None:
+            for platform, data in plan.parent.locators:
+                space = _align_up(len(data), SECTOR_NBYTES)
+                self.locators.append((Locator(platform, space, len(data), 0, end), data))
+                end += space
+        self.first_offset = end
+
+
+class BlockWriter:
+    """Writes a dynamic or differencing disk; a block is there as a whole or not at all.
+
+    Memory is the BAT: 4 bytes for each block, at most 16 MiB.
+    """
+
+    format_name: ClassVar[str] = "vhd"
+
+    def __init__(self, plan: VhdPlan) -> None:
+        self._plan = plan
+        self._layout = BlockLayout(plan)
+        self._file: TargetFile | None = None
+        self._blocks_end = self.first_offset = self._layout.first_offset
+        # A differencing disk cannot say "zeros, whatever the parent has there" but by storing them.
+        stores_zeros = plan.sparse_nbytes == 0 or plan.parent is not None
+        self.geometry = Geometry(
+            block_nbytes=plan.block_nbytes,
+            guest_nbytes=plan.guest_nbytes,
+            placing=Placing.APPEND,
+            zero_policy=ZeroPolicy.STORE if stores_zeros else ZeroPolicy.SKIP,
+            stored_alignment=_DATA_ALIGNMENT,
+            stored_prefix_nbytes=bitmap_nbytes(plan.block_nbytes),
+            stored_prefix_byte=0xFF,
+            sparse_nbytes=plan.sparse_nbytes,
+        )
+
+    def begin(self, target: Target) -> TargetFile:
+        """Return the file; headers and tables are written at the end."""
+        import numpy as np
+
+        from imgcore.formats._vhd_plan import table_format
+
+        _refuse_in_place(target)
+        self._file = target.main
+        block_nbytes = self._plan.block_nbytes
+        self._format = table_format(block_nbytes, bitmap_nbytes(block_nbytes))
+        self._table = np.full(self._layout.table_nbytes, 0xFF, dtype=np.uint8)
+        return self._file
+
+    def place(self, first_block: int, placements: Placements, next_offset: int) -> int:
+        """Enter the placed blocks into the BAT."""
+        from imgcore._core import CoreError
+
+        entry_nbytes = layout.ENTRY_NBYTES
+        entries = self._table[
+            first_block * entry_nbytes : (first_block + len(placements)) * entry_nbytes
+        ]
+        places = placements["host_offset"]
+        try:
+            self._format.encode(placements, entries)
+        except CoreError as error:
+            raise LimitExceededError(
+                f"block {first_block + error.offset} would be at {int(places[error.offset]):#x}, "
+                "which no BAT entry can say",
+                path=self._plan.target_name or None,
+            ) from error
+        last = int(places.max(initial=0))
+        if last:
+            # The disk's end may cut its last block, but the file holds it whole.
+            self._blocks_end = max(self._blocks_end, last + self._plan.block_nbytes)
+        return next_offset
+
+    def finish(self, next_offset: int) -> None:
+        """Write everything before the blocks, and the footer behind them."""
+        file, parts = self._file, self._layout
+        assert file is not None
+        footer = make_footer(self._plan)
+        file.truncate(self._blocks_end + layout.FOOTER_NBYTES)
+        file.pwrite(_TABLE_OFFSET, self._table)
+        if self._plan.batmap:
+            file.pwrite(parts.batmap_offset, self._make_batmap())
+        for locator, data in parts.locators:
+            file.pwrite(locator.data_offset, data)
+        file.pwrite(_HEADER_OFFSET, self._make_header())
+        file.pwrite(self._blocks_end, footer)
+        file.pwrite(0, footer)
+
+    def _make_batmap(self) -> bytes:
+        """Return the batmap behind its header: every block that is there is full."""
+        import numpy as np
+
+        n_blocks, parts = self._layout.n_blocks, self._layout
+        present = self._table.view(">u4")[:n_blocks] != layout.ENTRY_ABSENT
+        batmap = np.packbits(present).tobytes().ljust(parts.batmap_nbytes, b"\0")
+        header = layout.BATMAP.pack(
+            layout.BATMAP_COOKIE,
+            parts.batmap_offset + SECTOR_NBYTES,
+            parts.batmap_nbytes // SECTOR_NBYTES,
+            layout.BATMAP_VERSION,
+            ~sum(batmap) & 0xFFFFFFFF,
+        )
+        return header.ljust(SECTOR_NBYTES, b"\0") + batmap
+
+    def _make_header(self) -> bytes:
+        parent = self._plan.parent
+        header = DynamicHeader(
+            cookie=layout.HEADER_COOKIE,
+            data_offset=layout.NO_OFFSET,
+            table_offset=_TABLE_OFFSET,
+            version=layout.VERSION,
+            max_table_entries=self._layout.n_blocks,
+            block_nbytes=self._plan.block_nbytes,
+            checksum=0,
+            parent_uuid=bytes(16) if parent is None else parent.uuid,
+            parent_timestamp=0 if parent is None else parent.timestamp,
+            reserved=0,
+            parent_name=b"" if parent is None else parent.name,
+        )
+        locators = b"".join(layout.LOCATOR.pack(*entry) for entry, _ in self._layout.locators)
+        raw = (layout.HEADER.pack(*header) + locators).ljust(layout.HEADER_NBYTES, b"\0")
+        return _with_checksum(raw, layout.HEADER_CHECKSUM_OFFSET)

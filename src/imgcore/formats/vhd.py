@@ -1,0 +1,219 @@
+"""VHD: the disks of Virtual PC, Hyper-V, Azure and XenServer.
+
+Fixed, dynamic and differencing disks are read and written.
+Sources: Microsoft, "Virtual Hard Disk Image Format Specification" 1.0; libvhdi, "Virtual Hard Disk
+(VHD) image format".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+from imgcore._limits import SECTOR_NBYTES
+from imgcore.formats import _vhd_layout as layout
+from imgcore.formats._base import BackingReference, Option, SourceFile
+from imgcore.formats._vhd_header import (
+    parent_texts,
+    read_header,
+    uuid_text,
+)
+from imgcore.formats._vhd_layout import DiskType
+from imgcore.formats._vhd_parent import find_parent
+
+if TYPE_CHECKING:
+    from imgcore._extents import Extents
+    from imgcore._files import HostFile, ReferenceGate
+    from imgcore.formats._base import CheckReport, Measurement, Writer, WriteRequest
+    from imgcore.formats._vhd_plan import BlockPlanner
+
+_SUBFORMATS: Final = {
+    DiskType.FIXED: "fixed",
+    DiskType.DYNAMIC: "dynamic",
+    DiskType.DIFFERENCING: "differencing",
+}
+
+OPTIONS: Final = (
+    Option(
+        "subformat",
+        "choice",
+        "dynamic",
+        "Kind of VHD (with -B, a dynamic one is a differencing one)",
+        ("dynamic", "fixed"),
+    ),
+    Option(
+        "size",
+        "choice",
+        "current",
+        "Keep the size, or round it up to what cylinders, heads and sectors can say (Virtual PC)",
+        ("current", "chs"),
+    ),
+    Option("block_size", "size", None, "Block size, 512k to 2M (2M unless given; dynamic)"),
+    Option("uuid", "str", None, "UUID (random unless given)"),
+    Option("timestamp", "int", layout.EPOCH_UNIX_SECONDS, "Time of creation, Unix seconds"),
+    Option("batmap", "bool", False, "Write XenServer's map of full blocks (dynamic)"),
+    Option(
+        "preallocation",
+        "choice",
+        "off",
+        "Reserve the space of a fixed disk",
+        ("off", "falloc", "full"),
+    ),
+)
+
+
+class VhdReader:
+    """Reads one VHD of any kind.
+
+    Parameters
+    ----------
+    file : HostFile
+        Owned by the reader from here on, also if the constructor raises.
+    size : str, optional
+        ``chs`` or ``current``: which size counts; the creator's choice if None.
+
+    Raises
+    ------
+    WrongFormatError
+        There is no footer.
+    CorruptImageError, LimitExceededError, UnsupportedFeatureError
+        No footer or header can be trusted, or one asks for more than is supported.
+
+    Notes
+    -----
+    Where the footer or its copy is damaged, the other one is read, with a warning in the log
+    ``imgcore``.
+    """
+
+    format_name: ClassVar[str] = "vhd"
+
+    def __init__(self, file: HostFile, size: str | None = None) -> None:
+        self._file = file
+        try:
+            self._header = read_header(file, size)
+            self.backing: BackingReference | None = find_parent(file, self._header)
+        except BaseException:
+            file.close()
+            raise
+        self.subformat: str | None = _SUBFORMATS[self._header.disk_type]
+        self.virtual_size = self._header.size.nbytes
+        dynamic = self._header.dynamic
+        self.block_nbytes = SECTOR_NBYTES if dynamic is None else dynamic.block_nbytes
+        self.sources = (SourceFile(file),)
+        self._planner: BlockPlanner | None = None
+        self._is_synced = False
+
+    @property
+    def identities(self) -> Mapping[str, str]:
+        """What a differencing disk upon this one states as its parent's."""
+        return {"UUID": uuid_text(self._header.footer.uuid)}
+
+    def plan(self, start: int, length: int) -> Iterator[Extents]:
+        """Yield extent batches; see :class:`imgcore.formats._base.Reader`.
+
+        Notes
+        -----
+        Complexity: O(BAT entries of the range), and one read for the sector bitmap of each block.
+        Memory: one batch and 1 MiB of bitmaps.
+        """
+        if self._header.dynamic is None:
+            from imgcore.formats._flat import plan_flat, sync_holes
+
+            if not self._is_synced:
+                self._is_synced = True
+                sync_holes(self._file)
+            return plan_flat(self._file, 0, start, start + length, 0, 0)
+        if self._planner is None:
+            from imgcore.formats._vhd_plan import BlockPlanner
+
+            self._planner = BlockPlanner(self._file, self._header)
+        return self._planner.plan(start, length)
+
+    def info(self) -> dict[str, Any]:
+        """Return what the footer and the headers say."""
+        footer, size = self._header.footer, self._header.size
+        data: dict[str, Any] = {
+            "subformat": self.subformat,
+            "creator": _printable(footer.creator),
+            "creator-version": f"{footer.creator_version >> 16}.{footer.creator_version & 0xFFFF}",
+            "creator-os": _printable(footer.creator_os),
+            "uuid": uuid_text(footer.uuid),
+            "timestamp": footer.timestamp + layout.EPOCH_UNIX_SECONDS,
+            "size": {
+                "from": size.field,
+                "because": size.because,
+                "current": footer.current_size,
+                "chs": footer.cylinders * footer.heads * footer.sectors_per_track * SECTOR_NBYTES,
+            },
+            "geometry": {
+                "cylinders": footer.cylinders,
+                "heads": footer.heads,
+                "sectors": footer.sectors_per_track,
+            },
+            "saved-state": bool(footer.saved_state),
+        }
+        info: dict[str, Any] = {"format-specific": {"type": "vhd", "data": data}}
+        dynamic = self._header.dynamic
+        if dynamic is not None:
+            info["cluster-size"] = dynamic.block_nbytes
+        if dynamic is not None and self._header.disk_type is DiskType.DIFFERENCING:
+            data["parent-uuid"] = uuid_text(dynamic.parent_uuid)
+            data["parent-timestamp"] = dynamic.parent_timestamp + layout.EPOCH_UNIX_SECONDS
+            data["parent-names"] = [
+                {"locator": _printable(code) or "header", "name": text}
+                for code, text in parent_texts(self._file, self._header)
+            ]
+        return info
+
+    def check(self) -> CheckReport:
+        """Verify footers, headers, BAT and batmap; a fixed disk has its footer alone.
+
+        Notes
+        -----
+        Complexity: O(n log n) in BAT entries; memory: 24 bytes for each.
+        """
+        from imgcore.formats._vhd_check import check_image
+
+        return check_image(self._file, self._header)
+
+    def close(self) -> None:
+        """Close the file; more than once is allowed."""
+        self._file.close()
+
+
+def _printable(code: bytes) -> str:
+    return code.rstrip(b"\0").decode("ascii", "backslashreplace").rstrip()
+
+
+class VhdDriver:
+    """What the registry holds for VHD."""
+
+    name: str = "vhd"
+    aliases: tuple[str, ...] = ("vpc",)
+    suffixes: tuple[str, ...] = (".vhd", ".vpc")
+    options: tuple[Option, ...] = OPTIONS
+
+    def probe(self, head: bytes, tail: bytes) -> bool:
+        """Tell whether a footer's cookie stands at the start or at the end."""
+        cookie = layout.FOOTER_COOKIE
+        ends = (tail[-nbytes:] for nbytes in (layout.FOOTER_NBYTES, layout.OLD_FOOTER_NBYTES))
+        return head.startswith(cookie) or any(end.startswith(cookie) for end in ends)
+
+    def open(self, file: HostFile, gate: ReferenceGate) -> VhdReader:
+        """Open an image; the parent it names is not opened here."""
+        return VhdReader(file)
+
+    def writer(self, request: WriteRequest) -> Writer:
+        """Return a writer; raises OptionError or LimitExceededError."""
+        from imgcore.formats._vhd_writer import writer_for
+
+        return writer_for(request)
+
+    def measure(self, request: WriteRequest, data_nbytes: int) -> Measurement:
+        """Return the file size needed, footers and tables included."""
+        from imgcore.formats._vhd_writer import measure
+
+        return measure(request, data_nbytes)
+
+
+DRIVER: Final = VhdDriver()
