@@ -23,6 +23,9 @@ MAX_CHAIN_DEPTH: Final = 64
 # A block of a target with a parent (-B), which is compared as a whole: IMGC_MAX_BASE_BLOCK_NBYTES.
 MAX_BASE_BLOCK_NBYTES: Final = 4 * MIB
 
+# What `check --repair` writes into its copy of an image, all repairs together.
+MAX_REPAIR_NBYTES: Final = 64 * MIB
+
 # Virtual disks: raw files are limited by off_t, all others by their own tables.
 MAX_VIRTUAL_NBYTES: Final = (1 << 63) - SECTOR_NBYTES
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from imgcore._extents import Extents, Placements
@@ -123,6 +123,45 @@ class Reader(Protocol):
 
     def close(self) -> None:
         """Close every file that this reader opened."""
+        ...
+
+
+@dataclass(frozen=True)
+class Repair:
+    """One thing that is wrong with an image's file, and the bytes that put it right.
+
+    Repairs are applied in their order to a copy of the file, which takes the image's place only
+    if it then reads the same and its check finds less.  So a format states what to change and
+    touches no file; it offers only what cannot lose data.
+
+    Attributes
+    ----------
+    problem, action : str
+        Half a line each: what is wrong and where; what is done about it.
+    file_nbytes : int or None
+        The size that the file gets first; None leaves it.
+    writes : tuple of (int, bytes)
+        Offsets and what is written there, inside the file; never where guest data is stored.
+    """
+
+    problem: str
+    action: str
+    file_nbytes: int | None = None
+    writes: tuple[tuple[int, bytes], ...] = ()
+
+
+@runtime_checkable
+class Repairable(Protocol):
+    """A reader of a format of which something can be repaired; others just lack the method."""
+
+    def repairs(self) -> list[Repair]:
+        """Return what can be put right safely; empty if there is nothing, or nothing safe.
+
+        Returns
+        -------
+        list of Repair
+            With at most MAX_REPAIR_NBYTES to write.
+        """
         ...
 
 
