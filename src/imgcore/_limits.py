@@ -64,3 +64,14 @@ VHD_MAX_CHECKED_BLOCKS: Final = 1 << 24
 # XenServer reads no larger blocks, and nobody writes smaller ones.
 VHD_MIN_WRITTEN_BLOCK_NBYTES: Final = 512 * KIB
 VHD_MAX_WRITTEN_BLOCK_NBYTES: Final = 2 * MIB
+
+# VDI: VirtualBox 7 reads blocks of 128 KiB to 128 MiB and writes 1 MiB; what is read here is twice
+# as wide.
+VDI_MIN_BLOCK_NBYTES: Final = 64 * KIB
+VDI_MAX_BLOCK_NBYTES: Final = 256 * MIB
+VDI_MIN_WRITTEN_BLOCK_NBYTES: Final = 128 * KIB
+VDI_MAX_WRITTEN_BLOCK_NBYTES: Final = 128 * MIB
+# The place of the first block is a 32-bit number of bytes.
+VDI_MAX_DATA_OFFSET: Final = 4 * GIB - 1
+# Files whose headers are looked at for the parent of a differencing image.
+VDI_MAX_SEARCHED_FILES: Final = 1024

@@ -54,9 +54,11 @@ def run(*arguments: str | os.PathLike[str]) -> subprocess.CompletedProcess[str]:
     return checked([require_qemu_img(), *map(os.fspath, arguments)])
 
 
-def checked(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+def checked(command: Sequence[str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run a command; a failure shows what it said."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=300, cwd=cwd
+    )
     if done.returncode != 0:
         raise AssertionError(
             f"{' '.join(command)}: exit {done.returncode}\n{done.stdout}{done.stderr}"
@@ -79,7 +81,7 @@ class Variant:
 
     @property
     def suffix(self) -> str:
-        return {"raw": ".raw", "qcow2": ".qcow2", "vmdk": ".vmdk", "vhd": ".vhd"}[self.format]
+        return f".{self.format}"
 
     def with_options(self, *options: str) -> Variant:
         """Return this variant with further options."""
@@ -105,6 +107,9 @@ VHD_DYNAMIC = Variant(
     "vhd-dynamic", "vhd", ("subformat=dynamic",), False, _VHD_UUID, ("force_size",)
 )
 VHD_FIXED = Variant("vhd-fixed", "vhd", ("subformat=fixed",), False, _VHD_UUID, ("force_size",))
+_VDI_UUID = ("uuid=6f9619ff-8b86-d011-b42d-00c04fc964ff",)
+VDI = Variant("vdi", "vdi", (), False, _VDI_UUID)
+VDI_FIXED = Variant("vdi-fixed", "vdi", ("static=on",), False, _VDI_UUID)
 VARIANTS = (
     RAW,
     QCOW2,
@@ -115,6 +120,8 @@ VARIANTS = (
     VMDK_FLAT,
     VHD_DYNAMIC,
     VHD_FIXED,
+    VDI,
+    VDI_FIXED,
 )
 
 

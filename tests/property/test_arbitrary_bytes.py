@@ -17,7 +17,8 @@ from tests.helpers.qemu import VARIANTS, Variant
 
 MAX_SECONDS = 2.0
 MAX_READ_NBYTES = 1 << 20
-FORMATS = ("raw", "qcow2", "vmdk", "vhd")
+FORMATS = ("raw", "qcow2", "vmdk", "vhd", "vdi")
+CHECKED_FORMATS = ("qcow2", "vhd", "vdi")
 
 relaxed = settings(
     max_examples=300,
@@ -39,7 +40,7 @@ def use(path: Path, image_format: str | None) -> None:
             if length:
                 image.read(0, length)
                 image.read(image.virtual_size - length, length)
-        if image_format in ("qcow2", "vhd"):
+        if image_format in CHECKED_FORMATS:
             imgcore.check(str(path), format=image_format)
     except imgcore.ImgcoreError as error:
         assert str(error)
@@ -81,7 +82,11 @@ def seed_images(tmp_path_factory: pytest.TempPathFactory) -> Seeds:
 @relaxed
 @given(data=st.binary(max_size=4096))
 def test_noise(image_format: str | None, data: bytes) -> None:
-    magics = {"qcow2": b"QFI\xfb\x00\x00\x00\x03", "vmdk": b"KDMV\x01\x00\x00\x00"}
+    magics = {
+        "qcow2": b"QFI\xfb\x00\x00\x00\x03",
+        "vmdk": b"KDMV\x01\x00\x00\x00",
+        "vdi": bytes(64) + b"\x7f\x10\xda\xbe\x01\x00\x01\x00",
+    }
     check_bytes(magics.get(image_format or "", b"") + data, image_format)
 
 

@@ -39,7 +39,7 @@ DRIVERS: Final = (
     Entry("vmdk", "imgcore.formats.vmdk", (".vmdk",)),
     Entry("vhd", "imgcore.formats.vhd", (".vhd", ".vpc"), ("vpc",)),
     Entry("vhdx", None, (".vhdx",)),
-    Entry("vdi", None, (".vdi",)),
+    Entry("vdi", "imgcore.formats.vdi", (".vdi",)),
     Entry("raw", "imgcore.formats.raw", (".raw", ".img", ".dd", ".bin")),
 )
 

@@ -188,9 +188,9 @@ class CheckReport:
         self.corruptions += 1
         self._keep(f"ERROR {line}")
 
-    def leak(self, line: str) -> None:
-        """Count a leak and keep its line."""
-        self.leaks += 1
+    def leak(self, line: str, count: int = 1) -> None:
+        """Count ``count`` leaked units and keep the line about them."""
+        self.leaks += count
         self._keep(f"Leaked {line}")
 
     def _keep(self, line: str) -> None:

@@ -1,0 +1,99 @@
+"""VDI: whether the block map is consistent with itself, the header and the file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from imgcore.formats import _vdi_layout as layout
+from imgcore.formats._base import CheckReport
+from imgcore.formats._vdi_tables import read_map
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from imgcore._files import HostFile
+    from imgcore.formats._vdi_header import VdiHeader
+
+# Blocks of the file that are counted in one pass over the map: a byte each.
+_WINDOW_BLOCKS: Final = 1 << 26
+
+
+def check(file: HostFile, header: VdiHeader) -> CheckReport:
+    """Verify the block map; see :meth:`imgcore.formats._base.Reader.check`.
+
+    Found are entries past the end of the file, blocks used twice, a wrong count of allocated
+    blocks in the header, and blocks of the file that nothing uses.
+    """
+    report = CheckReport(total_clusters=header.n_blocks)
+    n_file_blocks = max(file.nbytes - header.data_offset, 0) // header.block_nbytes
+    end = _verify_entries(file, header, report, n_file_blocks)
+    if report.allocated_clusters != header.n_allocated:
+        report.corruption(
+            f"the header counts {header.n_allocated} allocated blocks, the block map has "
+            f"{report.allocated_clusters}"
+        )
+    for first in range(0, end, _WINDOW_BLOCKS):
+        _verify_window(file, header, report, first, min(first + _WINDOW_BLOCKS, end))
+    if end < n_file_blocks:
+        _leak(header, report, end, n_file_blocks)
+    report.image_end_offset = header.data_offset + end * header.block_nbytes
+    return report
+
+
+def _verify_entries(
+    file: HostFile, header: VdiHeader, report: CheckReport, n_file_blocks: int
+) -> int:
+    """Count entries, report those out of the file; return the end of the blocks inside."""
+    previous, end = -1, 0
+    for first, entries in read_map(file, header, 0, header.n_blocks):
+        used = np.flatnonzero(entries < layout.BLOCK_ZERO)
+        if not used.size:
+            continue
+        places = entries[used].astype(np.int64)
+        report.allocated_clusters += used.size
+        report.fragmented_clusters += int((np.diff(places, prepend=previous) != 1).sum())
+        previous = int(places[-1])
+        inside = places < n_file_blocks
+        if inside.any():
+            end = max(end, int(places[inside].max()) + 1)
+        for index, place in zip(used[~inside].tolist(), places[~inside].tolist(), strict=True):
+            offset = header.data_offset + place * header.block_nbytes
+            report.corruption(
+                f"block {first + index} is at {offset:#x} and ends past the end of the file "
+                f"({file.nbytes:#x})"
+            )
+    return end
+
+
+def _verify_window(
+    file: HostFile, header: VdiHeader, report: CheckReport, low: int, high: int
+) -> None:
+    """Report blocks [low, high) of the file that are used twice or not at all."""
+    is_used = np.zeros(high - low, dtype=bool)
+    for first, entries in read_map(file, header, 0, header.n_blocks):
+        here = np.flatnonzero((entries >= low) & (entries < high))
+        places = entries[here].astype(np.int64) - low
+        for index in here[_repeated(places, is_used)].tolist():
+            offset = header.data_offset + int(entries[index]) * header.block_nbytes
+            report.corruption(
+                f"block {first + index} is at {offset:#x}, where another block is already"
+            )
+        is_used[places] = True
+    edges = np.flatnonzero(np.diff(is_used, prepend=True, append=True))
+    for start, stop in edges.reshape(-1, 2).tolist():
+        _leak(header, report, low + start, low + stop)
+
+
+def _repeated(places: NDArray[np.int64], is_used: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Return the indices of places that are in use, or stand before in the same array."""
+    is_new = np.zeros(len(places), dtype=bool)
+    is_new[np.unique(places, return_index=True)[1]] = True
+    return np.flatnonzero(~is_new | is_used[places])
+
+
+def _leak(header: VdiHeader, report: CheckReport, first: int, last: int) -> None:
+    """Report blocks [first, last) of the file as leaked, in one line."""
+    offset = header.data_offset + first * header.block_nbytes
+    report.leak(f"blocks at {offset:#x}, {last - first}: nothing refers to them", last - first)

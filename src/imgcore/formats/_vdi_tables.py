@@ -1,0 +1,126 @@
+"""VDI: from the block map to extents.
+
+Source: VirtualBox src/VBox/Storage/VDICore.h, VDIIMAGEBLOCKPOINTER.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from imgcore._core import CoreError, TableFormat
+from imgcore._errors import CorruptImageError
+from imgcore._extents import EXTENT_DTYPE, Kind, clip
+from imgcore._limits import MAX_BATCH_ROWS
+from imgcore.formats import _vdi_layout as layout
+from imgcore.formats._flat import plan_flat, sync_holes
+from imgcore.formats._vdi_layout import ImageType
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from imgcore._extents import Extents
+    from imgcore._files import HostFile
+    from imgcore.formats._vdi_header import VdiHeader
+
+
+def table_format(block_nbytes: int, data_offset: int) -> TableFormat:
+    """Return the numbers that describe a block map to the table kernels."""
+    return TableFormat(
+        entry_nbytes=layout.ENTRY_NBYTES,
+        big_endian=False,
+        block_nbytes=block_nbytes,
+        offset_mask=layout.ENTRY_MASK,
+        offset_lshift=block_nbytes.bit_length() - 1,
+        host_base=data_offset,
+        default_kind=int(Kind.DATA),
+        rules=[
+            (layout.ENTRY_MASK, layout.BLOCK_FREE, int(Kind.HOLE)),
+            (layout.ENTRY_MASK, layout.BLOCK_ZERO, int(Kind.ZERO)),
+        ],
+        absent_entry=layout.BLOCK_FREE,
+        zero_entry=layout.BLOCK_ZERO,
+    )
+
+
+def read_map(
+    file: HostFile, header: VdiHeader, first: int, last: int
+) -> Iterator[tuple[int, NDArray[np.uint32]]]:
+    """Yield ``(index of its first entry, entries)`` for pieces of ``[first, last)`` of the map."""
+    for start in range(first, last, MAX_BATCH_ROWS):
+        count = min(MAX_BATCH_ROWS, last - start)
+        raw = file.pread(header.map_offset + start * layout.ENTRY_NBYTES, count * 4)
+        yield start, np.frombuffer(raw, dtype="<u4")
+
+
+class BlockMapPlanner:
+    """Answers where guest ranges are; holds no table in memory between two calls."""
+
+    def __init__(self, file: HostFile, header: VdiHeader) -> None:
+        self._file = file
+        self._header = header
+        self._format = table_format(header.block_nbytes, header.data_offset)
+        # Of a fixed image only the file system knows what was ever written.
+        self._asks_file = header.image_type == ImageType.FIXED
+        self._synced = False
+
+    def plan(self, start: int, length: int) -> Iterator[Extents]:
+        """Yield extent batches; see :meth:`imgcore.formats._base.Reader.plan`."""
+        stop = start + length
+        if self._asks_file and not self._synced:
+            self._synced = True
+            sync_holes(self._file)
+        block_nbytes = self._header.block_nbytes
+        first, last = start // block_nbytes, -(-stop // block_nbytes)
+        for index, entries in read_map(self._file, self._header, first, last):
+            guest_end = min(stop, (index + len(entries)) * block_nbytes)
+            rows = self._decode(entries, index, guest_end)
+            rows = clip(rows, max(start, index * block_nbytes), guest_end)
+            if self._asks_file:
+                yield from self._without_holes(rows)
+            else:
+                yield rows
+
+    def _decode(self, entries: NDArray[np.uint32], first_block: int, guest_end: int) -> Extents:
+        out = np.empty(len(entries), dtype=EXTENT_DTYPE)
+        guest_offset = first_block * self._header.block_nbytes
+        try:
+            count = self._format.decode(
+                entries.view(np.uint8),
+                out,
+                guest_offset=guest_offset,
+                guest_end=guest_end,
+                file_nbytes=self._file.nbytes,
+                file=0,
+            )
+        except CoreError as error:
+            entry = int(entries[error.offset])
+            raise self._outside(first_block + error.offset, entry) from None
+        return out[:count]
+
+    def _outside(self, block: int, entry: int) -> CorruptImageError:
+        place = self._header.data_offset + entry * self._header.block_nbytes
+        return CorruptImageError(
+            f"block {block} is at {place:#x} (entry {entry:#x}), past the end of the file "
+            f"({self._file.nbytes:#x})",
+            path=self._file.path,
+            offset=place,
+        )
+
+    def _without_holes(self, rows: Extents) -> Iterator[Extents]:
+        """Yield rows of a fixed image with the holes of its file as zeros."""
+        for row in rows:
+            guest_offset, length = int(row["guest_offset"]), int(row["length"])
+            if row["kind"] == Kind.DATA:
+                yield from plan_flat(
+                    self._file,
+                    int(row["host_offset"]),
+                    guest_offset,
+                    guest_offset + length,
+                    guest_offset,
+                    0,
+                )
+            else:
+                yield np.array([row], dtype=EXTENT_DTYPE)

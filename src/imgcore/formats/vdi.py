@@ -1,0 +1,177 @@
+"""VDI, VirtualBox's disks: reader and driver.
+
+Dynamic, fixed and differencing images are read and written.
+Source: VirtualBox src/VBox/Storage/VDICore.h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+from imgcore.formats import _vdi_layout as layout
+from imgcore.formats._base import Option, SourceFile
+from imgcore.formats._vdi_header import read_header
+
+if TYPE_CHECKING:
+    from imgcore._extents import Extents
+    from imgcore._files import HostFile, ReferenceGate
+    from imgcore.formats._base import (
+        BackingReference,
+        CheckReport,
+        Measurement,
+        Writer,
+        WriteRequest,
+    )
+    from imgcore.formats._vdi_tables import BlockMapPlanner
+
+OPTIONS: Final = (
+    Option(
+        "subformat",
+        "choice",
+        None,
+        "Kind of VDI (dynamic unless given)",
+        ("dynamic", "fixed"),
+    ),
+    Option("static", "bool", False, "The same as subformat=fixed"),
+    Option("block_size", "size", layout.DEFAULT_BLOCK_NBYTES, "Block size, 128k to 128M"),
+    Option("uuid", "str", None, "UUID of the image (random unless given)"),
+    Option(
+        "modification_uuid",
+        "str",
+        None,
+        "UUID of its last change (random; it follows from uuid if that is given)",
+    ),
+    Option(
+        "preallocation",
+        "choice",
+        "off",
+        "Reserve the space of a fixed image",
+        ("off", "falloc", "full"),
+    ),
+)
+
+
+class VdiReader:
+    """Reads one VDI layer.
+
+    Parameters
+    ----------
+    file : HostFile
+        Owned by the reader from here on, also if the constructor raises.
+
+    Raises
+    ------
+    WrongFormatError
+        The signature is absent.
+    CorruptImageError, LimitExceededError, UnsupportedFeatureError
+        The header cannot be trusted, or asks for more than is supported.
+    """
+
+    format_name: ClassVar[str] = "vdi"
+
+    def __init__(self, file: HostFile, gate: ReferenceGate) -> None:
+        self._file = file
+        self._gate = gate
+        try:
+            self._header = read_header(file)
+        except BaseException:
+            file.close()
+            raise
+        self.subformat: str | None = self._header.subformat
+        self.virtual_size = self._header.virtual_size
+        self.block_nbytes = self._header.block_nbytes
+        self.sources: Sequence[SourceFile] = (SourceFile(file),)
+        self.identities: Mapping[str, str] = self._header.identities
+        self._backing: BackingReference | None = None
+        self._planner: BlockMapPlanner | None = None
+
+    @property
+    def backing(self) -> BackingReference | None:
+        """The parent; it is looked for by its UUID the first time this is asked."""
+        if self._backing is None and self._header.parent_uuid is not None:
+            from imgcore.formats._vdi_parent import find_parent
+
+            self._backing = find_parent(self._header, self._gate, self._file.path)
+        return self._backing
+
+    def plan(self, start: int, length: int) -> Iterator[Extents]:
+        """Yield extent batches; see :class:`imgcore.formats._base.Reader`.
+
+        Notes
+        -----
+        Complexity: O(blocks in the range); memory: one piece of the block map and one batch.
+        """
+        if self._planner is None:
+            from imgcore.formats._vdi_tables import BlockMapPlanner
+
+            self._planner = BlockMapPlanner(self._file, self._header)
+        return self._planner.plan(start, length)
+
+    def info(self) -> dict[str, Any]:
+        """Return UUIDs and the kind of image, in the keys of ``qemu-img info``."""
+        header = self._header
+        data: dict[str, Any] = {
+            "subformat": header.subformat,
+            "uuid": str(header.uuid),
+            "modification-uuid": str(header.modification_uuid),
+            "allocated-blocks": header.n_allocated,
+        }
+        if header.parent_uuid is not None:
+            data["parent-uuid"] = str(header.parent_uuid)
+        if header.parent_modification_uuid is not None:
+            data["parent-modification-uuid"] = str(header.parent_modification_uuid)
+        if header.comment:
+            data["comment"] = header.comment
+        return {
+            "cluster-size": header.block_nbytes,
+            "format-specific": {"type": "vdi", "data": data},
+        }
+
+    def check(self) -> CheckReport:
+        """Look for blocks out of the file, used twice, or used by nothing.
+
+        Notes
+        -----
+        Complexity: O(blocks) for each 2^26 blocks of the file; memory: up to 64 MiB.
+        """
+        from imgcore.formats._vdi_check import check
+
+        return check(self._file, self._header)
+
+    def close(self) -> None:
+        """Close the file; more than once is allowed."""
+        self._file.close()
+
+
+class VdiDriver:
+    """What the registry holds for VDI."""
+
+    name: str = "vdi"
+    aliases: tuple[str, ...] = ()
+    suffixes: tuple[str, ...] = (".vdi",)
+    options: tuple[Option, ...] = OPTIONS
+
+    def probe(self, head: bytes, tail: bytes) -> bool:
+        """Tell whether the signature is there, whatever the version."""
+        size = layout.PRE_HEADER.size
+        return len(head) >= size and layout.PRE_HEADER.unpack_from(head)[1] == layout.SIGNATURE
+
+    def open(self, file: HostFile, gate: ReferenceGate) -> VdiReader:
+        """Open an image; its parent is not opened here."""
+        return VdiReader(file, gate)
+
+    def writer(self, request: WriteRequest) -> Writer:
+        """Return a writer; raises OptionError or LimitExceededError."""
+        from imgcore.formats._vdi_writer import writer_for
+
+        return writer_for(request)
+
+    def measure(self, request: WriteRequest, data_nbytes: int) -> Measurement:
+        """Return the size of the file with the guest's data, and with a full disk."""
+        from imgcore.formats._vdi_writer import measure
+
+        return measure(request, data_nbytes)
+
+
+DRIVER: Final = VdiDriver()
