@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
-from imgcore._errors import UnsupportedFeatureError
+from imgcore._errors import OptionError, UnsupportedFeatureError
+from imgcore._files import ReferenceGate
+
+if TYPE_CHECKING:
+    from imgcore._files import HostFile
+    from imgcore.formats._base import CheckReport, Reader
 
 
 class CheckNotSupportedError(UnsupportedFeatureError):
@@ -31,6 +36,10 @@ class CheckResult:
         Bytes; 0 if the format has no such notion.
     problems : list of str
         One line each, the first 1000.
+    repairs : list of str
+        What was repaired, one line each.
+    corruptions_fixed, leaks_fixed : int
+        How many that were.
     """
 
     filename: str
@@ -43,6 +52,9 @@ class CheckResult:
     compressed_clusters: int = 0
     image_end_offset: int = 0
     problems: list[str] = field(default_factory=list)
+    repairs: list[str] = field(default_factory=list)
+    corruptions_fixed: int = 0
+    leaks_fixed: int = 0
 
     @property
     def ok(self) -> bool:
@@ -63,6 +75,8 @@ class CheckResult:
             "compressed-clusters": self.compressed_clusters,
             "corruptions": self.corruptions,
             "leaks": self.leaks,
+            "corruptions-fixed": self.corruptions_fixed,
+            "leaks-fixed": self.leaks_fixed,
         }
         result: dict[str, Any] = {
             "filename": self.filename,
@@ -72,6 +86,8 @@ class CheckResult:
         }
         if self.problems:
             result["problems"] = self.problems
+        if self.repairs:
+            result["repairs"] = self.repairs
         return result
 
 
@@ -80,10 +96,11 @@ def check(
     *,
     format: str | None = None,
     parent: str | os.PathLike[str] | None = None,
+    repair: bool = False,
     allow: Sequence[str | os.PathLike[str]] = (),
     share: bool = False,
 ) -> CheckResult:
-    """Verify the tables of an image; nothing is repaired.
+    """Verify the tables of an image, and repair on request what can be repaired safely.
 
     Backing files are not opened unless ``parent`` is given.
 
@@ -96,6 +113,9 @@ def check(
     parent : path-like, optional
         The image's parent: it, and what it is made upon in turn, must be what the image was
         made upon.
+    repair : bool
+        Put right what is safe to put right.  A complete copy with the repairs, verified to read
+        the same, takes the image's place; whatever goes wrong, the image stays as it was.
     allow : sequence of path-like
         Folders, besides the image's own, in which files named inside it may lie.
     share : bool
@@ -104,11 +124,14 @@ def check(
     Returns
     -------
     CheckResult
+        After repairs, what is still wrong.
 
     Raises
     ------
     CheckNotSupportedError
         The format has no tables to check (raw).
+    UnsupportedFeatureError
+        ``repair``: nothing in this format can be repaired, or not where the image lies.
     CorruptImageError
         The headers alone are beyond use, or ``parent`` is another one.
     OSError
@@ -116,6 +139,8 @@ def check(
     """
     from imgcore._info import open_layer
 
+    if repair and share:
+        raise OptionError("an image that another process may write to is not repaired (-U)")
     if parent is not None:
         _verify_parent(path, format, parent, allow, share)
     with open_layer(path, format=format, allow=allow, share=share) as (file, reader):
@@ -123,18 +148,33 @@ def check(
             report = reader.check()
         except UnsupportedFeatureError as error:
             raise CheckNotSupportedError(str(error)) from error
-        return CheckResult(
-            filename=file.path,
-            format=reader.format_name,
-            corruptions=report.corruptions,
-            leaks=report.leaks,
-            total_clusters=report.total_clusters,
-            allocated_clusters=report.allocated_clusters,
-            fragmented_clusters=report.fragmented_clusters,
-            compressed_clusters=report.compressed_clusters,
-            image_end_offset=report.image_end_offset,
-            problems=list(report.problems),
+        if not repair:
+            return _result(file, reader, report)
+        from imgcore._check_repair import repair as repair_image
+
+        gate = ReferenceGate(os.path.dirname(file.path), [os.fspath(folder) for folder in allow])
+        after, repairs = repair_image(file, reader, report, gate)
+        return replace(
+            _result(file, reader, after),
+            repairs=[f"{item.problem}: {item.action}" for item in repairs],
+            corruptions_fixed=report.corruptions - after.corruptions,
+            leaks_fixed=report.leaks - after.leaks,
         )
+
+
+def _result(file: HostFile, reader: Reader, report: CheckReport) -> CheckResult:
+    return CheckResult(
+        filename=file.path,
+        format=reader.format_name,
+        corruptions=report.corruptions,
+        leaks=report.leaks,
+        total_clusters=report.total_clusters,
+        allocated_clusters=report.allocated_clusters,
+        fragmented_clusters=report.fragmented_clusters,
+        compressed_clusters=report.compressed_clusters,
+        image_end_offset=report.image_end_offset,
+        problems=list(report.problems),
+    )
 
 
 def _verify_parent(

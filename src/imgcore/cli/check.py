@@ -34,6 +34,7 @@ EXIT_UNSUPPORTED: Final = 63
 @share_option()
 @allow_option()
 @output_options
+@click.option("-r", "--repair", is_flag=True, help="Repair what can be repaired safely.")
 @click.argument("file")
 def command(
     file: str,
@@ -43,8 +44,11 @@ def command(
     share: bool,
     allow: tuple[str, ...],
     as_json: bool,
+    repair: bool,
 ) -> int:
-    """Verify the tables of the image FILE. Nothing is repaired.
+    """Verify the tables of the image FILE.
+
+    With --repair, a verified copy with the repairs takes its place, and the report is about that.
 
     Exit code: 0 clean, 1 the check failed, 2 corrupt, 3 leaked clusters only, 63 the format
     has nothing to check.
@@ -52,7 +56,7 @@ def command(
     from imgcore._check import CheckNotSupportedError, check
 
     try:
-        result = check(file, format=format, parent=parent, allow=allow, share=share)
+        result = check(file, format=format, parent=parent, repair=repair, allow=allow, share=share)
     except CheckNotSupportedError as error:
         click.echo(f"imgcore: {one_line(str(error))}", err=True)
         return EXIT_UNSUPPORTED
@@ -61,6 +65,8 @@ def command(
     else:
         for line in result.problems:
             click.echo(one_line(line), err=True)
+        for line in result.repairs:
+            click.echo(f"Repaired {one_line(line)}", err=True)
         if not quiet:
             _print_human(result)
     if result.corruptions:

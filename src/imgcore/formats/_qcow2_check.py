@@ -72,11 +72,26 @@ class _Window:
 
 
 class Qcow2Checker:
-    """One run over one image."""
+    """One run over one image.
 
-    def __init__(self, file: HostFile, header: Qcow2Header) -> None:
+    Parameters
+    ----------
+    file, header
+        The image.
+    on_unreferenced : callable, optional
+        Called with the clusters (int64, ascending, never none) that have a refcount and that nothing refers to,
+        window by window.
+    """
+
+    def __init__(
+        self,
+        file: HostFile,
+        header: Qcow2Header,
+        on_unreferenced: Callable[[NDArray[np.int64]], None] | None = None,
+    ) -> None:
         self._file = file
         self._header = header
+        self._on_unreferenced = on_unreferenced
         self._bits = header.cluster_bits
         self._size = header.cluster_size
         self._n_clusters = -(-file.nbytes >> self._bits)
@@ -89,7 +104,7 @@ class Qcow2Checker:
             report.problems.append("dirty flag is set: refcounts may be stale")
         if header.is_corrupt:
             report.problems.append("corrupt flag is set: the image must not be written to")
-        blocks = self._refcount_blocks()
+        blocks = self.refcount_blocks()
         regions, tables = self._metadata()
         highest = -1
         for base in range(0, self._n_clusters, WINDOW_CLUSTERS):
@@ -107,7 +122,7 @@ class Qcow2Checker:
 
     # -------------------------------------------------------------- refcounts
 
-    def _refcount_blocks(self) -> NDArray[np.int64]:
+    def refcount_blocks(self) -> NDArray[np.int64]:
         """Return where the refcount blocks are; 0 for those that do not exist or are nowhere."""
         header = self._header
         raw = self._file.pread(
@@ -161,6 +176,10 @@ class Qcow2Checker:
         self._corruptions(
             overlaps, lambda index: f"cluster {window.base + index} holds metadata and guest data"
         )
+        if self._on_unreferenced is not None:
+            leaked = np.flatnonzero((referenced == 0) & (stored != 0))
+            if leaked.size:
+                self._on_unreferenced(leaked.astype(np.int64) + window.base)
         used = np.flatnonzero((referenced != 0) | (stored != 0))
         return window.base + int(used[-1]) if used.size else -1
 

@@ -17,7 +17,7 @@ from imgcore.formats._qcow2_options import OPTIONS
 if TYPE_CHECKING:
     from imgcore._extents import Extents
     from imgcore._files import HostFile, ReferenceGate
-    from imgcore.formats._base import CheckReport, Measurement, Option, Writer, WriteRequest
+    from imgcore.formats._base import CheckReport, Measurement, Option, Repair, Writer, WriteRequest
     from imgcore.formats._qcow2_tables import ExtentPlanner
 
 _NANOSECONDS: Final = 1_000_000_000
@@ -141,6 +141,12 @@ class Qcow2Reader:
         from imgcore.formats._qcow2_check import Qcow2Checker
 
         return Qcow2Checker(self._file, self._header).run()
+
+    def repairs(self) -> list[Repair]:
+        """Return how to free clusters that nothing refers to, if nothing else is wrong."""
+        from imgcore.formats._qcow2_repair import find_repairs
+
+        return find_repairs(self._file, self._header)
 
     def close(self) -> None:
         """Close the file; more than once is allowed."""

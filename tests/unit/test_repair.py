@@ -1,0 +1,270 @@
+"""check --repair: what is put right, what is refused, and that the image is whole at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.helpers import qemu
+from tests.helpers.command import assert_one_line_error
+from tests.helpers.command import imgcore as run
+from tests.helpers.plans import poke
+from tests.helpers.qcow2 import create, qemu_io
+
+import imgcore
+from imgcore import _check_repair
+from imgcore.formats._base import Repair
+from imgcore.formats.qcow2 import Qcow2Reader
+
+MIB = 1 << 20
+COPIED = 1 << 63
+
+# In the image below: refcount block 0x20000, L1 0x30000, L2 0x40000, data 0x50000 to 0x80000.
+REFCOUNTS, L2 = 0x20000, 0x40000
+
+
+def digest(path: Path) -> bytes:
+    with imgcore.open(path) as image:
+        return image.read(0, image.virtual_size)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = create(tmp_path / "a.qcow2", MIB)
+    qemu_io(path, "write -P 7 0 192k")
+    return path
+
+
+@pytest.fixture
+def leaky(image: Path) -> Path:
+    """An image of which the second of three clusters is leaked."""
+    poke(image, (L2 + 8, struct.pack(">Q", 0)))
+    assert imgcore.check(image).leaks == 1
+    return image
+
+
+@pytest.mark.parametrize("refcount_bits", [1, 2, 4, 8, 16, 32, 64])
+@pytest.mark.parametrize("cluster_size", [512, 65536])
+def test_leaked_clusters_are_freed(tmp_path: Path, cluster_size: int, refcount_bits: int) -> None:
+    path = create(
+        tmp_path / "a.qcow2",
+        4 * MIB,
+        f"cluster_size={cluster_size}",
+        f"refcount_bits={refcount_bits}",
+    )
+    qemu_io(path, "write -P 1 0 3M")
+    raw = path.read_bytes()
+    l1 = int.from_bytes(raw[40:48], "big")
+    l2 = int.from_bytes(raw[l1 : l1 + 8], "big") & ~COPIED
+    # Every third entry of the first L2 table is forgotten.
+    entries = min(cluster_size // 8, 3 * MIB // cluster_size)
+    poke(path, *((l2 + 8 * index, bytes(8)) for index in range(1, entries, 3)))
+    before, content = imgcore.check(path), digest(path)
+    assert before.leaks > 5
+    assert before.corruptions == 0
+    result = imgcore.check(path, repair=True)
+    assert (result.corruptions, result.leaks, result.problems) == (0, 0, [])
+    assert (result.leaks_fixed, result.corruptions_fixed) == (before.leaks, 0)
+    assert result.repairs == [f"{before.leaks} leaked clusters: refcounts set to 0"]
+    qemu.assert_check_clean(path)
+    assert digest(path) == content
+    assert names(tmp_path) == ["a.qcow2"]
+
+
+def test_a_sound_image_is_not_touched(image: Path) -> None:
+    before = image.stat()
+    result = imgcore.check(image, repair=True)
+    assert result.ok
+    assert result.repairs == []
+    assert image.stat() == before
+
+
+def test_nothing_is_freed_beside_a_corruption(leaky: Path) -> None:
+    poke(leaky, (L2, struct.pack(">Q", COPIED | 0x50200)))
+    before = leaky.read_bytes()
+    result = imgcore.check(leaky, repair=True)
+    assert result.corruptions == 1
+    assert result.leaks >= 1
+    assert result.repairs == []
+    assert leaky.read_bytes() == before
+
+
+def test_a_refcount_that_is_too_high_stays(image: Path) -> None:
+    poke(image, (REFCOUNTS + 2 * 9, struct.pack(">H", 1)), (L2, struct.pack(">Q", 0x50000)))
+    poke(image, (REFCOUNTS + 2 * 5, struct.pack(">H", 2)))
+    with image.open("r+b") as file:
+        file.truncate(10 * 65536)
+    assert imgcore.check(image).leaks == 2
+    result = imgcore.check(image, repair=True)
+    assert (result.corruptions, result.leaks, result.leaks_fixed) == (0, 1, 1)
+
+
+def test_an_unknown_extension_may_own_clusters(leaky: Path) -> None:
+    raw = bytearray(leaky.read_bytes())
+    header_nbytes = int.from_bytes(raw[100:104], "big")
+    at = raw.index(struct.pack(">I", 0x6803F857), header_nbytes)
+    poke(leaky, (at, struct.pack(">I", 0x12345678)))
+    with pytest.raises(imgcore.UnsupportedFeatureError, match="header extension 0x12345678"):
+        imgcore.check(leaky, repair=True)
+
+
+def test_attributes_stay(leaky: Path) -> None:
+    leaky.chmod(0o640)
+    os.utime(leaky, ns=(1_600_000_000_000_000_000, 1_700_000_000_123_456_789))
+    before = leaky.stat()
+    imgcore.check(leaky, repair=True)
+    after = leaky.stat()
+    assert after.st_mode == before.st_mode
+    assert after.st_mtime_ns == before.st_mtime_ns
+    assert after.st_ino != before.st_ino
+
+
+def test_a_link_stays_a_link(leaky: Path) -> None:
+    link = leaky.with_name("link.qcow2")
+    link.symlink_to(leaky.name)
+    assert imgcore.check(link, repair=True).leaks_fixed == 1
+    assert link.is_symlink()
+    assert imgcore.check(leaky).ok
+
+
+def test_holes_stay_holes(tmp_path: Path) -> None:
+    path = create(tmp_path / "a.qcow2", 64 * MIB, "preallocation=metadata")
+    qemu_io(path, "write -P 5 32M 64k")
+    raw = path.read_bytes()
+    l1 = int.from_bytes(raw[40:48], "big")
+    l2 = int.from_bytes(raw[l1 : l1 + 8], "big") & ~COPIED
+    poke(path, (l2 + 8, bytes(8)))
+    content, before = digest(path), path.stat()
+    assert imgcore.check(path, repair=True).leaks_fixed == 1
+    assert digest(path) == content
+    assert path.stat().st_size == before.st_size
+    assert path.stat().st_blocks < before.st_blocks + 4096
+
+
+@pytest.mark.parametrize("way", ["clone", "copy_file_range", "read and write"])
+def test_ways_to_copy(leaky: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    def unsupported(*_: object) -> int:
+        raise OSError(95, "Operation not supported")
+
+    if way != "clone":
+        monkeypatch.setattr(_check_repair.fcntl, "ioctl", unsupported)
+    if way == "read and write":
+        monkeypatch.setattr(_check_repair.os, "copy_file_range", unsupported)
+    content = digest(leaky)
+    assert imgcore.check(leaky, repair=True).leaks_fixed == 1
+    assert digest(leaky) == content
+    qemu.assert_check_clean(leaky)
+
+
+class TestRefused:
+    """Whatever is in the way, the image stays as it was and nothing is left beside it."""
+
+    @pytest.fixture(autouse=True)
+    def _unchanged(self, leaky: Path) -> object:
+        before = leaky.read_bytes()
+        yield
+        assert leaky.read_bytes() == before
+        assert [name for name in names(leaky.parent) if "imgcore" in name] == []
+
+    def test_hard_links(self, leaky: Path) -> None:
+        os.link(leaky, leaky.with_name("second"))
+        with pytest.raises(imgcore.UnsupportedFeatureError, match="2 names"):
+            imgcore.check(leaky, repair=True)
+
+    def test_shared(self, leaky: Path) -> None:
+        with pytest.raises(imgcore.OptionError, match="-U"):
+            imgcore.check(leaky, repair=True, share=True)
+
+    def test_a_format_without_repairs(self, leaky: Path) -> None:
+        vmdk = leaky.with_name("a.vmdk")
+        imgcore.convert(leaky, vmdk)
+        with pytest.raises(imgcore.UnsupportedFeatureError, match="nothing in vmdk images"):
+            imgcore.check(vmdk, repair=True)
+
+    @pytest.mark.parametrize("step", ["_copy", "_apply", "_verify", "_copy_attributes"])
+    def test_a_failure_at_any_step(
+        self, leaky: Path, monkeypatch: pytest.MonkeyPatch, step: str
+    ) -> None:
+        def fail(*_: object) -> None:
+            raise OSError(28, "No space left on device", "a.qcow2")
+
+        monkeypatch.setattr(_check_repair, step, fail)
+        with pytest.raises(OSError, match="No space"):
+            imgcore.check(leaky, repair=True)
+
+    BAD_REPAIRS = (
+        ("data", Repair("p", "a", writes=((0x5FFFF, b"x"),)), "would touch guest data"),
+        ("cut", Repair("p", "a", file_nbytes=0x70001), "would touch guest data"),
+        ("grown and cut", Repair("p", "a", file_nbytes=0x60000), "would touch guest data"),
+        ("worse", Repair("p", "a", writes=((REFCOUNTS, b"\0\0"),)), "do not help"),
+        ("other content", Repair("p", "a", writes=((L2, bytes(8)),)), "read differently"),
+        ("other size", Repair("p", "a", writes=((24, struct.pack(">Q", 512)),)), "differently"),
+    )
+
+    @pytest.mark.parametrize(
+        ("bad", "words"), [case[1:] for case in BAD_REPAIRS], ids=[case[0] for case in BAD_REPAIRS]
+    )
+    def test_a_repair_that_is_wrong(
+        self, leaky: Path, monkeypatch: pytest.MonkeyPatch, bad: Repair, words: str
+    ) -> None:
+        """What a format offers is not trusted either."""
+        monkeypatch.setattr(Qcow2Reader, "repairs", lambda _: [bad])
+        with pytest.raises(imgcore.ImgcoreError, match=words):
+            imgcore.check(leaky, repair=True)
+
+    def test_a_repair_outside_the_file(self, leaky: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        bad = Repair("p", "a", writes=((leaky.stat().st_size, b"x"),))
+        monkeypatch.setattr(Qcow2Reader, "repairs", lambda _: [bad])
+        with pytest.raises(ValueError, match="outside the file"):
+            imgcore.check(leaky, repair=True)
+
+    def test_too_much_to_write(self, leaky: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("imgcore.formats._qcow2_repair.MAX_REPAIR_NBYTES", 1024)
+        with pytest.raises(imgcore.LimitExceededError, match="refcount blocks"):
+            imgcore.check(leaky, repair=True)
+        monkeypatch.undo()
+        monkeypatch.setattr(_check_repair, "MAX_REPAIR_NBYTES", 1024)
+        with pytest.raises(imgcore.LimitExceededError, match="65536 bytes"):
+            imgcore.check(leaky, repair=True)
+
+    def test_an_image_that_changes_meanwhile(
+        self, leaky: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real: Callable[..., None] = _check_repair._copy
+
+        def copy(*arguments: object) -> None:
+            real(*arguments)
+            os.utime(leaky)
+
+        monkeypatch.setattr(_check_repair, "_copy", copy)
+        with pytest.raises(imgcore.ImgcoreError, match="changed while it was read"):
+            imgcore.check(leaky, repair=True)
+
+
+def test_the_command(leaky: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.qcow2"
+    shutil.copyfile(leaky, copy)
+    done = run("check", "-r", leaky)
+    assert (done.returncode, done.stderr) == (
+        0,
+        "Repaired 1 leaked clusters: refcounts set to 0\n",
+    )
+    assert done.stdout.startswith("No errors were found")
+    report = json.loads(run("check", "--repair", "--json", copy).stdout)
+    assert report["leaks-fixed"] == 1
+    assert report["repairs"]
+    assert "leaks" not in report
+    assert subprocess.run(["cmp", leaky, copy], check=False).returncode == 0
+    raw = tmp_path / "disk.raw"
+    raw.write_bytes(bytes(512))
+    assert_one_line_error(run("check", "-r", raw), "no tables", code=63)
