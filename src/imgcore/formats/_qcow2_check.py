@@ -79,8 +79,8 @@ class Qcow2Checker:
     file, header
         The image.
     on_unreferenced : callable, optional
-        Called with the clusters (int64, ascending, never none) that have a refcount and that nothing refers to,
-        window by window.
+        Called window by window with the clusters (int64, ascending, at least one) that have a
+        refcount and that nothing refers to.
     """
 
     def __init__(
