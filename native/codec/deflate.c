@@ -15,9 +15,18 @@
 #define STORED_BLOCK_NBYTES 65535
 #define STORED_BLOCK_OVERHEAD 5
 
+/*
+ * IMGC_DEFLATE_SAMPLED: the middle eighth of a block, compressed at ISA-L's level 0, tells how the
+ * rest is (docs/codecs.md).  Of small blocks an eighth says nothing.
+ */
+#define SAMPLE_DIVISOR 8
+#define MIN_SAMPLE_NBYTES 4096
+#define SAMPLE_PERCENT 45
+#define SAMPLED_ISAL_LEVEL 3
+
 struct imgc_deflate {
-	struct libdeflate_compressor *libdeflate; /* NULL: ISA-L */
-	struct isal_zstream *stream;
+	struct libdeflate_compressor *libdeflate; /* NULL: ISA-L alone */
+	struct isal_zstream *stream;		  /* NULL: libdeflate alone */
 	uint8_t *level_buffer;
 	uint32_t level_buffer_nbytes;
 	uint32_t level;
@@ -43,13 +52,13 @@ static uint32_t isal_level_nbytes(uint32_t level)
 	}
 }
 
-static int create_isal(const struct imgc_codec_params *params, struct imgc_deflate *d)
+static int create_isal(int32_t level, uint32_t window_bits, struct imgc_deflate *d)
 {
-	if (params->level < ISAL_DEF_MIN_LEVEL || params->level > ISAL_DEF_MAX_LEVEL ||
-	    params->window_bits < 12 || params->window_bits > 15)
+	if (level < ISAL_DEF_MIN_LEVEL || level > ISAL_DEF_MAX_LEVEL || window_bits < 12 ||
+	    window_bits > 15)
 		return IMGC_INVALID_ARGUMENT;
-	d->level = (uint32_t)params->level;
-	d->window_bits = (uint16_t)params->window_bits;
+	d->level = (uint32_t)level;
+	d->window_bits = (uint16_t)window_bits;
 	d->level_buffer_nbytes = isal_level_nbytes(d->level);
 	d->stream = calloc(1, sizeof(*d->stream));
 	if (!d->stream)
@@ -80,10 +89,15 @@ int imgc_deflate_create(const struct imgc_codec_params *params, struct imgc_defl
 	d->is_zlib = params->codec == IMGC_CODEC_ZLIB;
 	switch (params->engine) {
 	case IMGC_DEFLATE_ISAL:
-		status = create_isal(params, d);
+		status = create_isal(params->level, params->window_bits, d);
 		break;
 	case IMGC_DEFLATE_LIBDEFLATE:
 		status = create_libdeflate(params, d);
+		break;
+	case IMGC_DEFLATE_SAMPLED:
+		status = create_libdeflate(params, d);
+		if (!status)
+			status = create_isal(SAMPLED_ISAL_LEVEL, params->window_bits, d);
 		break;
 	default:
 		status = IMGC_INVALID_ARGUMENT;
@@ -110,11 +124,13 @@ void imgc_deflate_destroy(struct imgc_deflate *d)
 size_t imgc_deflate_bound(const struct imgc_deflate *d, size_t nbytes)
 {
 	size_t n_blocks = nbytes / STORED_BLOCK_NBYTES + 2;
+	size_t isal = nbytes + n_blocks * STORED_BLOCK_OVERHEAD + ZLIB_OVERHEAD;
+	size_t libdeflate = 0;
 
 	if (d->libdeflate)
-		return d->is_zlib ? libdeflate_zlib_compress_bound(d->libdeflate, nbytes)
-				  : libdeflate_deflate_compress_bound(d->libdeflate, nbytes);
-	return nbytes + n_blocks * STORED_BLOCK_OVERHEAD + ZLIB_OVERHEAD;
+		libdeflate = d->is_zlib ? libdeflate_zlib_compress_bound(d->libdeflate, nbytes)
+					: libdeflate_deflate_compress_bound(d->libdeflate, nbytes);
+	return d->stream && isal > libdeflate ? isal : libdeflate;
 }
 
 /* ISA-L claims a 32 KiB window whatever it used; RFC 1950, 2.2: CINFO, and FCHECK after it. */
@@ -128,18 +144,16 @@ static void state_window(uint8_t *header, uint32_t window_bits)
 	header[1] = (uint8_t)flg;
 }
 
-static int run_isal(struct imgc_deflate *d, const void *in, size_t in_nbytes, void *out,
-		    size_t out_capacity, size_t *out_nbytes)
+/* ISA-L's own status; the stream's totals tell the sizes. */
+static int deflate_once(struct imgc_deflate *d, uint32_t level, const void *in, size_t in_nbytes,
+			void *out, size_t out_capacity)
 {
 	struct isal_zstream *s = d->stream;
-	int rc;
 
-	if (in_nbytes > UINT32_MAX)
-		return IMGC_INVALID_ARGUMENT;
 	isal_deflate_stateless_init(s);
-	s->level = d->level;
-	s->level_buf = d->level_buffer;
-	s->level_buf_size = d->level_buffer_nbytes;
+	s->level = level;
+	s->level_buf = level == 0 ? NULL : d->level_buffer;
+	s->level_buf_size = level == 0 ? 0 : d->level_buffer_nbytes;
 	s->hist_bits = d->window_bits;
 	s->gzip_flag = d->is_zlib ? IGZIP_ZLIB : IGZIP_DEFLATE;
 	s->end_of_stream = 1;
@@ -148,23 +162,46 @@ static int run_isal(struct imgc_deflate *d, const void *in, size_t in_nbytes, vo
 	s->avail_in = (uint32_t)in_nbytes;
 	s->next_out = out;
 	s->avail_out = out_capacity > UINT32_MAX ? UINT32_MAX : (uint32_t)out_capacity;
-	rc = isal_deflate_stateless(s);
+	return isal_deflate_stateless(s);
+}
+
+static int run_isal(struct imgc_deflate *d, const void *in, size_t in_nbytes, void *out,
+		    size_t out_capacity, size_t *out_nbytes)
+{
+	int rc;
+
+	if (in_nbytes > UINT32_MAX)
+		return IMGC_INVALID_ARGUMENT;
+	rc = deflate_once(d, d->level, in, in_nbytes, out, out_capacity);
 	if (rc == STATELESS_OVERFLOW) {
 		*out_nbytes = 0;
 		return IMGC_OK;
 	}
-	if (rc != COMP_OK || s->avail_in != 0)
+	if (rc != COMP_OK || d->stream->avail_in != 0)
 		return IMGC_INVALID_ARGUMENT;
 	if (d->is_zlib)
 		state_window(out, d->window_bits);
-	*out_nbytes = s->total_out;
+	*out_nbytes = d->stream->total_out;
 	return IMGC_OK;
+}
+
+/* `out` is used as scratch memory. */
+static bool shrinks_well(struct imgc_deflate *d, const void *in, size_t in_nbytes, void *out,
+			 size_t out_capacity)
+{
+	size_t nbytes = in_nbytes / SAMPLE_DIVISOR;
+	const uint8_t *sample = (const uint8_t *)in + (in_nbytes - nbytes) / 2;
+
+	if (nbytes < MIN_SAMPLE_NBYTES || in_nbytes > UINT32_MAX)
+		return true;
+	return deflate_once(d, 0, sample, nbytes, out, out_capacity) == COMP_OK &&
+	       (uint64_t)d->stream->total_out * 100 < (uint64_t)nbytes * SAMPLE_PERCENT;
 }
 
 int imgc_deflate_run(struct imgc_deflate *d, const void *in, size_t in_nbytes, void *out,
 		     size_t out_capacity, size_t *out_nbytes)
 {
-	if (!d->libdeflate)
+	if (!d->libdeflate || (d->stream && !shrinks_well(d, in, in_nbytes, out, out_capacity)))
 		return run_isal(d, in, in_nbytes, out, out_capacity, out_nbytes);
 	if (d->is_zlib)
 		*out_nbytes =

@@ -107,6 +107,12 @@ enum imgc_codec {
 enum imgc_deflate_engine {
 	IMGC_DEFLATE_ISAL = 0,	     /* levels 0..3, window_bits 12..15 */
 	IMGC_DEFLATE_LIBDEFLATE = 1, /* levels 1..12, window_bits 15 only */
+	/*
+	 * Block by block one of the two: libdeflate at this level (1..12) where a sample of
+	 * the block shrinks well, so that its better matches pay, else ISA-L's level 3.
+	 * window_bits 15 only.
+	 */
+	IMGC_DEFLATE_SAMPLED = 2,
 };
 
 struct imgc_codec_params {

@@ -20,6 +20,8 @@ static const struct imgc_codec_params all_params[] = {
 	{IMGC_CODEC_DEFLATE, IMGC_DEFLATE_LIBDEFLATE, 1, 15},
 	{IMGC_CODEC_DEFLATE, IMGC_DEFLATE_LIBDEFLATE, 6, 15},
 	{IMGC_CODEC_DEFLATE, IMGC_DEFLATE_LIBDEFLATE, 12, 15},
+	{IMGC_CODEC_DEFLATE, IMGC_DEFLATE_SAMPLED, 1, 15},
+	{IMGC_CODEC_ZLIB, IMGC_DEFLATE_SAMPLED, 6, 15},
 	{IMGC_CODEC_ZLIB, IMGC_DEFLATE_ISAL, 0, 15},
 	{IMGC_CODEC_ZLIB, IMGC_DEFLATE_ISAL, 1, 15},
 	{IMGC_CODEC_ZLIB, IMGC_DEFLATE_ISAL, 2, 14},
@@ -28,6 +30,7 @@ static const struct imgc_codec_params all_params[] = {
 	{IMGC_CODEC_ZLIB, IMGC_DEFLATE_LIBDEFLATE, 6, 15},
 	{IMGC_CODEC_ZSTD, 0, -1, 0},
 	{IMGC_CODEC_ZSTD, 0, 1, 0},
+	{IMGC_CODEC_ZSTD, 0, 2, 0},
 	{IMGC_CODEC_ZSTD, 0, 3, 0},
 	{IMGC_CODEC_ZSTD, 0, 12, 0},
 };
@@ -178,6 +181,49 @@ static void test_deterministic(void)
 	}
 }
 
+static size_t compress_once(struct imgc_codec_params params, const uint8_t *data, size_t nbytes,
+			    uint8_t *out)
+{
+	struct imgc_compressor *c;
+	size_t n = 0;
+
+	CHECK_EQ(imgc_compressor_create(&params, &c), IMGC_OK);
+	CHECK_EQ(imgc_compress(c, data, nbytes, out, MAX_OUT, &n), IMGC_OK);
+	imgc_compressor_destroy(c);
+	return n;
+}
+
+/* A sample decides, by how well it shrinks; small blocks are not sampled. */
+static void test_sampled(void)
+{
+	static const struct {
+		unsigned pattern;
+		size_t nbytes;
+		uint32_t engine;
+		int32_t level;
+	} rows[] = {
+		{0, BLOCK, IMGC_DEFLATE_LIBDEFLATE, 6},
+		{1, BLOCK, IMGC_DEFLATE_ISAL, 3},
+		{2, BLOCK, IMGC_DEFLATE_ISAL, 3},
+		{2, BLOCK / 2, IMGC_DEFLATE_ISAL, 3},
+		{2, BLOCK / 2 - 512, IMGC_DEFLATE_LIBDEFLATE, 6},
+	};
+	static uint8_t data[BLOCK], expected[MAX_OUT];
+
+	for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
+		struct imgc_codec_params params = {IMGC_CODEC_DEFLATE, rows[i].engine,
+						   rows[i].level, 15};
+		struct imgc_codec_params sampled = {IMGC_CODEC_DEFLATE, IMGC_DEFLATE_SAMPLED, 6,
+						    15};
+
+		fill(data, rows[i].nbytes, rows[i].pattern);
+		size_t n = compress_once(params, data, rows[i].nbytes, expected);
+
+		CHECK_EQ(compress_once(sampled, data, rows[i].nbytes, packed), n);
+		CHECK(memcmp(packed, expected, n) == 0);
+	}
+}
+
 static void test_zlib_header(void)
 {
 	static uint8_t data[4096];
@@ -204,7 +250,9 @@ static void test_refused_params(void)
 	static const struct imgc_codec_params refused[] = {
 		{IMGC_CODEC_NONE, 0, 0, 15},
 		{99, 0, 0, 15},
-		{IMGC_CODEC_DEFLATE, 2, 1, 15},
+		{IMGC_CODEC_DEFLATE, 3, 1, 15},
+		{IMGC_CODEC_DEFLATE, IMGC_DEFLATE_SAMPLED, 0, 15},
+		{IMGC_CODEC_DEFLATE, IMGC_DEFLATE_SAMPLED, 1, 12},
 		{IMGC_CODEC_DEFLATE, IMGC_DEFLATE_ISAL, -1, 15},
 		{IMGC_CODEC_DEFLATE, IMGC_DEFLATE_ISAL, 4, 15},
 		{IMGC_CODEC_DEFLATE, IMGC_DEFLATE_ISAL, 1, 11},
@@ -416,6 +464,7 @@ int main(void)
 	test_refused_params();
 	test_compressors();
 	test_deterministic();
+	test_sampled();
 	test_zlib_header();
 	test_zstd_frames();
 	for (i = 0; i < imgc_variant_count(IMGC_OP_INFLATE); i++) {

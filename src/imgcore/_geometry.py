@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 
 class Placing(IntEnum):
@@ -38,14 +38,14 @@ class CodecId(IntEnum):
 
 
 class DeflateEngine(IntEnum):
-    """Which library deflates (``enum imgc_deflate_engine``)."""
+    """Which library deflates, or that a sample decides (``enum imgc_deflate_engine``)."""
 
     ISAL = 0
     LIBDEFLATE = 1
+    SAMPLED = 2
 
 
-@dataclass(frozen=True)
-class Codec:
+class Codec(NamedTuple):
     """Compression of target blocks (``struct imgc_codec_params``).
 
     ``window_bits`` is 12 (ISA-L only) to 15; ``engine`` and ``window_bits`` mean nothing to zstd.
@@ -57,8 +57,7 @@ class Codec:
     window_bits: int = 15
 
 
-@dataclass(frozen=True)
-class Geometry:
+class Geometry(NamedTuple):
     """What a writer asks of the engine (``struct imgc_geometry``); sizes in bytes.
 
     With IDENTITY, guest byte ``guest_base`` lies at ``host_base``, and the rest behind it.

@@ -11,11 +11,12 @@ LEVELS: Final = ("fastest", "fast", "default", "best")
 
 _ISAL: Final = DeflateEngine.ISAL
 _LIBDEFLATE: Final = DeflateEngine.LIBDEFLATE
+_SAMPLED: Final = DeflateEngine.SAMPLED
 
 # (wrapper, window_bits) -> level -> (library, its level).  The zlib wrapper is VMDK's, whose
 # default is to be no larger than zlib's level 6; raw DEFLATE is QCOW2's, whose default with the
-# large window is to be no larger than zlib's level 6 with the small one, and much faster.
-# libdeflate has no other window than 32 KiB.
+# large window is to be no larger than zlib's level 6 with the small one, and much faster: there a
+# sample of each cluster decides which library takes it.  libdeflate has no other window than 32 KiB.
 _SMALL_WINDOW: Final = {
     "fastest": (_ISAL, 0),
     "fast": (_ISAL, 1),
@@ -28,7 +29,7 @@ _DEFLATE: Final = {
     (CodecId.DEFLATE, 15): {
         "fastest": (_ISAL, 1),
         "fast": (_ISAL, 3),
-        "default": (_LIBDEFLATE, 1),
+        "default": (_SAMPLED, 1),
         "best": (_LIBDEFLATE, 10),
     },
     (CodecId.ZLIB, 15): {
