@@ -10,7 +10,6 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from imgcore._errors import (
@@ -66,8 +65,7 @@ def opened_reference(
     reference: BackingReference, file: HostFile, parent: Reader
 ) -> BackingReference:
     """Return the reference that a new child of an opened image stores."""
-    return replace(
-        reference,
+    return reference._replace(
         identities=dict(parent.identities),
         modified=file.modified,
         path=os.path.abspath(file.path),

@@ -7,8 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -49,8 +48,7 @@ _log = logging.getLogger("imgcore")
 _MAX_SPARSE_NBYTES = 1 * MIB
 
 
-@dataclass(frozen=True)
-class Progress:
+class Progress(NamedTuple):
     """How far a job is, in bytes of the virtual disk (``written``: of the target file).
 
     No value ever decreases.
@@ -63,8 +61,7 @@ class Progress:
     written: int
 
 
-@dataclass(frozen=True)
-class ConvertResult:
+class ConvertResult(NamedTuple):
     """What a conversion did; sizes in bytes.
 
     ``bytes_data`` and ``bytes_zero`` split the virtual disk into what was found to be data
@@ -84,8 +81,7 @@ class ConvertResult:
     seconds: float
 
 
-@dataclass(frozen=True)
-class _Request:
+class _Request(NamedTuple):
     """The arguments of `convert`, checked and resolved."""
 
     source: str

@@ -45,6 +45,8 @@ def chosen_variants(kernels: Mapping[str, str] | None) -> dict[str, str]:
     for pair in filter(None, os.environ.get("IMGCORE_KERNEL", "").split(",")):
         operation, _, variant = pair.partition("=")
         chosen.setdefault(operation.strip(), variant.strip())
+    if not chosen:
+        return chosen  # asking what runs here costs system calls
     known = _core.variants()
     for operation, variant in chosen.items():
         rows = {row["name"]: row for row in known.get(operation, ())}

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from click.testing import CliRunner
@@ -81,8 +81,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
     return replace
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """Stands for ConvertResult and CompareResult."""
 
     identical: bool = True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Final
 
 import click
@@ -83,7 +82,7 @@ def command(
             progress=report.callback,
         )
     if as_json:
-        print_json(asdict(result))
+        print_json(result._asdict())
     elif not quiet:
         _print_human(result, strict)
     return 0 if result.identical else EXIT_DIFFERENT

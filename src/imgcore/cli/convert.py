@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict
 
 import click
 
@@ -123,4 +122,4 @@ def command(
             progress=report.callback,
         )
     if as_json:
-        click.echo(json.dumps(asdict(result)))
+        click.echo(json.dumps(result._asdict()))

@@ -9,8 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import stat
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 from imgcore._errors import OptionError, UnsupportedFeatureError, WrongFormatError
 from imgcore._sizes import parse_size
@@ -24,8 +23,7 @@ if TYPE_CHECKING:
     from imgcore.formats._base import Driver, Option, Reader
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A format's line in the registry; ``module`` is None if it is not supported yet."""
 
     name: str

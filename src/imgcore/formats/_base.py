@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from imgcore._extents import Extents, Placements
@@ -13,8 +14,7 @@ if TYPE_CHECKING:
     from imgcore._target import Target, TargetFile
 
 
-@dataclass(frozen=True)
-class SourceFile:
+class SourceFile(NamedTuple):
     """A host file that extents refer to by their index in ``Reader.sources``.
 
     ``guest_base`` and ``block_nbytes`` (bytes) locate compressed blocks: they start at
@@ -26,8 +26,7 @@ class SourceFile:
     block_nbytes: int = 0
 
 
-@dataclass(frozen=True)
-class BackingReference:
+class BackingReference(NamedTuple):
     """The parent that an image is made upon; in a `WriteRequest`, the one it is to get.
 
     Attributes
@@ -51,7 +50,7 @@ class BackingReference:
 
     name: str
     format: str | None
-    identities: Mapping[str, str] = field(default_factory=dict)
+    identities: Mapping[str, str] = MappingProxyType({})
     other_names: tuple[str, ...] = ()
     modified: int | None = None
     path: str | None = None
@@ -126,8 +125,7 @@ class Reader(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Repair:
+class Repair(NamedTuple):
     """One thing that is wrong with an image's file, and the bytes that put it right.
 
     Repairs are applied in their order to a copy of the file, which takes the image's place only
@@ -198,8 +196,7 @@ class CheckReport:
             self.problems.append(line)
 
 
-@dataclass(frozen=True)
-class WriteRequest:
+class WriteRequest(NamedTuple):
     """What the target has to be.
 
     ``options`` holds parsed ``-o`` values by name (defaults filled in by ``parse_options``),
@@ -258,8 +255,7 @@ class Writer(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Option:
+class Option(NamedTuple):
     """One ``-o key=value`` of a format.
 
     ``kind`` is ``"size"`` (bytes with suffix), ``"int"``, ``"bool"`` (on/off), ``"choice"`` or
@@ -273,8 +269,7 @@ class Option:
     choices: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Measurement:
+class Measurement(NamedTuple):
     """Bytes that a target file needs: for the given data, and at the most."""
 
     required: int

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 HEAD_NBYTES: Final = 64 * 1024
 TAIL_NBYTES: Final = 1024
 
 
-@dataclass(frozen=True)
-class Magic:
+class Magic(NamedTuple):
     """Bytes that only files of one format have at a place, counted from the end if negative."""
 
     format_name: str

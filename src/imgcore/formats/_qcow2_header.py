@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from imgcore import _limits as limits
 from imgcore._errors import (
@@ -81,8 +81,7 @@ class Qcow2Header:
         return bool(self.incompatible & layout.INCOMPATIBLE_CORRUPT)
 
 
-@dataclass(frozen=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """One row of the snapshot table."""
 
     l1_offset: int
@@ -96,8 +95,7 @@ class Snapshot:
     icount: int | None
 
 
-@dataclass(frozen=True)
-class Bitmap:
+class Bitmap(NamedTuple):
     """One row of the bitmap directory."""
 
     table_offset: int

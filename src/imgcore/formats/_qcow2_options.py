@@ -6,8 +6,7 @@ No NumPy here.  Source: QEMU docs/interop/qcow2.rst.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from imgcore import _limits as limits
 from imgcore._errors import LimitExceededError, OptionError
@@ -55,8 +54,7 @@ OPTIONS: Final = (
 _REFUSED: Final = ("encryption", "encrypt.format", "extended_l2", "data_file", "data_file_raw")
 
 
-@dataclass(frozen=True)
-class Qcow2Params:
+class Qcow2Params(NamedTuple):
     """What a new image has to be, checked; sizes in bytes."""
 
     virtual_size: int

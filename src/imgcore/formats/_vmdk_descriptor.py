@@ -8,8 +8,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from imgcore._errors import CorruptImageError, LimitExceededError, UnsupportedFeatureError
 from imgcore._limits import (
@@ -41,8 +40,7 @@ _CODE_PAGE: Final = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class ExtentLine:
+class ExtentLine(NamedTuple):
     """One line of the extent description; ``offset_nbytes`` is the place in a flat file."""
 
     access: str
@@ -52,8 +50,7 @@ class ExtentLine:
     offset_nbytes: int
 
 
-@dataclass(frozen=True)
-class Descriptor:
+class Descriptor(NamedTuple):
     """A parsed descriptor; ``values`` holds every key in lower case."""
 
     values: dict[str, str]
@@ -224,8 +221,7 @@ def _content_id(values: dict[str, str], key: str, default: int, path: str) -> in
     return int(text, 16)
 
 
-@dataclass(frozen=True)
-class DiskDatabase:
+class DiskDatabase(NamedTuple):
     """What a new descriptor says about the virtual hardware and the content."""
 
     adapter_type: str

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 
 from imgcore._errors import (
     CorruptImageError,
@@ -56,8 +55,7 @@ _READABLE_TYPES: Final = _MONOLITHIC_TYPES | {
 _FLAT_KINDS: Final = frozenset({"FLAT", "VMFS"})
 
 
-@dataclass(frozen=True)
-class DiskExtent:
+class DiskExtent(NamedTuple):
     """One piece of the disk; ``sparse`` is None for a flat one, ``file`` for one of zeros."""
 
     kind: str

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from imgcore._errors import (
     CorruptImageError,
@@ -37,8 +36,7 @@ _log = logging.getLogger("imgcore.vmdk")
 _TAIL_PIECE_NBYTES = 65536
 
 
-@dataclass(frozen=True)
-class SparseExtent:
+class SparseExtent(NamedTuple):
     """One verified sparse extent; places and lengths in bytes.
 
     ``capacity`` is what the header claims, ``n_directory_entries`` follows from it;

@@ -6,8 +6,7 @@ import hashlib
 import os
 import re
 import secrets
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
 from imgcore._errors import OptionError, UnsupportedFeatureError
 from imgcore._geometry import ZeroPolicy
@@ -40,8 +39,7 @@ _FLAT_KINDS: Final = {"monolithicFlat": "FLAT", "vmfs": "VMFS"}
 _DESCRIPTOR_NBYTES: Final = 1024
 
 
-@dataclass(frozen=True)
-class VmdkPlan:
+class VmdkPlan(NamedTuple):
     """A request with its options verified."""
 
     subformat: str

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from imgcore._errors import CorruptImageError, OptionError, UnsupportedFeatureError
@@ -136,7 +135,7 @@ class RawWriter:
         geometry = flat_geometry(self._virtual_size, self._sparse_nbytes)
         if self._in_place and self._sparse_nbytes:
             # What is not written would keep its old bytes.
-            geometry = replace(geometry, zero_policy=ZeroPolicy.EXPLICIT, sparse_nbytes=0)
+            geometry = geometry._replace(zero_policy=ZeroPolicy.EXPLICIT, sparse_nbytes=0)
         return geometry
 
     def begin(self, target: Target) -> TargetFile:
