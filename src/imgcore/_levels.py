@@ -16,7 +16,7 @@ _SAMPLED: Final = DeflateEngine.SAMPLED
 # (wrapper, window_bits) -> level -> (library, its level).  The zlib wrapper is VMDK's, whose
 # default is to be no larger than zlib's level 6; raw DEFLATE is QCOW2's, whose default with the
 # large window is to be no larger than zlib's level 6 with the small one, and much faster: there a
-# sample of each cluster decides which library takes it.  libdeflate has no other window than 32 KiB.
+# sample of each cluster decides which library takes it.  libdeflate has the 32 KiB window only.
 _SMALL_WINDOW: Final = {
     "fastest": (_ISAL, 0),
     "fast": (_ISAL, 1),
