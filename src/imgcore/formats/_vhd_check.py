@@ -10,7 +10,7 @@ import numpy as np
 from imgcore._errors import ImgcoreError, LimitExceededError
 from imgcore._limits import SECTOR_NBYTES, VHD_MAX_CHECKED_BLOCKS
 from imgcore.formats import _vhd_layout as layout
-from imgcore.formats._base import CheckReport
+from imgcore.formats._base import CheckReport, Repair
 from imgcore.formats._vhd_header import parent_texts
 from imgcore.formats._vhd_plan import read_bat
 
@@ -56,13 +56,66 @@ def check_image(file: HostFile, header: VhdHeader) -> CheckReport:
     return report
 
 
+def find_repairs(file: HostFile, header: VhdHeader) -> list[Repair]:
+    """Return what can be put right: a footer from the other one, leaked space at the end.
+
+    Nothing is offered for an image whose blocks lie upon each other or upon tables: what is
+    written could be a guest's.
+    """
+    report = CheckReport()
+    if header.dynamic is None:
+        return []
+    _BlockCheck(report, file, header).run()
+    if report.corruptions:
+        return []
+    end, copy = header.end, header.copy
+    blocks_end = report.image_end_offset
+    repairs: list[Repair] = []
+    if end is None or end.problem is not None:
+        assert copy is not None  # it is the one that was read
+        repairs.append(_footer_repair(end, copy.raw, blocks_end))
+    elif copy is None or copy.problem is not None or copy.raw != end.raw:
+        action = "write the footer at the end there"
+        repairs.append(
+            Repair("the footer's copy at the start is no copy", action, writes=((0, end.raw),))
+        )
+    stride = header.bitmap_nbytes + header.dynamic.block_nbytes
+    if end is not None and end.offset - blocks_end >= stride:
+        raw = copy.raw if end.problem is not None and copy is not None else end.raw
+        repairs.append(
+            Repair(
+                f"{(end.offset - blocks_end) // stride} blocks behind the last one are leaked",
+                "end the file behind the last one",
+                file_nbytes=blocks_end + layout.FOOTER_NBYTES,
+                writes=((blocks_end, raw),),
+            )
+        )
+    return repairs
+
+
+def _footer_repair(end: FooterPlace | None, raw: bytes, blocks_end: int) -> Repair:
+    """Return the repair of a footer: in its place, or directly behind the last block."""
+    action = "write its copy at the start there"
+    if end is not None:
+        writes = ((end.offset, raw[: end.nbytes]),)
+        return Repair(f"the footer at {end.offset:#x} is damaged", action, writes=writes)
+    return Repair(
+        "there is no footer at the end",
+        f"write its copy at the start to {blocks_end:#x} and end the file behind it",
+        file_nbytes=blocks_end + layout.FOOTER_NBYTES,
+        writes=((blocks_end, raw),),
+    )
+
+
 def _check_footers(report: CheckReport, file: HostFile, header: VhdHeader) -> None:
     for place, where in ((header.end, "end"), (header.copy, "start")):
         if place is not None and place.problem is not None:
             report.corruption(_line(place.problem, file))
         elif place is None and not (where == "start" and header.dynamic is None):
             report.corruption(f"there is no footer at the {where} of the file")
-    if _are_sound(header.end, header.copy) and header.end.raw != header.copy.raw:  # type: ignore[union-attr]
+    end, copy = header.end, header.copy
+    are_sound = all(place is not None and place.problem is None for place in (end, copy))
+    if are_sound and end.raw != copy.raw:
         report.corruption("the footer and its copy at the start differ")
     if header.dynamic is None and header.footer.data_offset != layout.NO_OFFSET:
         report.corruption(
@@ -71,10 +124,6 @@ def _check_footers(report: CheckReport, file: HostFile, header: VhdHeader) -> No
         )
     if not header.footer.features & layout.FEATURE_RESERVED:
         report.corruption("the footer's reserved feature bit is not set")
-
-
-def _are_sound(*places: FooterPlace | None) -> bool:
-    return all(place is not None and place.problem is None for place in places)
 
 
 def _line(problem: ImgcoreError, file: HostFile) -> str:
@@ -241,7 +290,6 @@ class _BlockCheck:
         free_to = np.concatenate((starts, [self._end_nsectors]))
         counts = np.maximum(free_to - free_from, 0) // self._block_nsectors
         for i in np.flatnonzero(counts).tolist():
-            self._report.leak(f"{counts[i]} blocks from sector {free_from[i]} on")
-            self._report.leaks += int(counts[i]) - 1
+            self._report.leak(f"{counts[i]} blocks from sector {free_from[i]} on", int(counts[i]))
         end_nsectors = int(ends[-1]) if len(ends) else data_start
         self._report.image_end_offset = max(end_nsectors, data_start) * SECTOR_NBYTES

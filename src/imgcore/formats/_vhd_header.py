@@ -39,9 +39,13 @@ SIZE_CHOICES: Final = ("chs", "current")
 
 @dataclass(frozen=True)
 class FooterPlace:
-    """What stands where a footer belongs; ``problem`` is None if it can be trusted."""
+    """What stands where a footer belongs; ``problem`` is None if it can be trusted.
+
+    ``nbytes`` is 511 for an old footer; ``raw`` has 512 bytes all the same.
+    """
 
     offset: int
+    nbytes: int
     raw: bytes
     footer: Footer
     problem: ImgcoreError | None
@@ -162,7 +166,7 @@ def _footer_at(file: HostFile, offset: int, nbytes: int) -> FooterPlace | None:
     footer = Footer._make(layout.FOOTER.unpack_from(raw))
     if footer.cookie != layout.FOOTER_COOKIE:
         return None
-    return FooterPlace(offset, raw, footer, _footer_problem(file, offset, raw, footer))
+    return FooterPlace(offset, nbytes, raw, footer, _footer_problem(file, offset, raw, footer))
 
 
 def _footer_problem(file: HostFile, offset: int, raw: bytes, footer: Footer) -> ImgcoreError | None:

@@ -24,7 +24,7 @@ from imgcore.formats._vhd_parent import find_parent
 if TYPE_CHECKING:
     from imgcore._extents import Extents
     from imgcore._files import HostFile, ReferenceGate
-    from imgcore.formats._base import CheckReport, Measurement, Writer, WriteRequest
+    from imgcore.formats._base import CheckReport, Measurement, Repair, Writer, WriteRequest
     from imgcore.formats._vhd_plan import BlockPlanner
 
 _SUBFORMATS: Final = {
@@ -175,6 +175,12 @@ class VhdReader:
         from imgcore.formats._vhd_check import check_image
 
         return check_image(self._file, self._header)
+
+    def repairs(self) -> list[Repair]:
+        """Return what can be put right; see :class:`imgcore.formats._base.Repairable`."""
+        from imgcore.formats._vhd_check import find_repairs
+
+        return find_repairs(self._file, self._header)
 
     def close(self) -> None:
         """Close the file; more than once is allowed."""
