@@ -181,7 +181,7 @@ def _refuse_wrong_parent(
     """Raise if the parent is not the one that the image was made upon; warn if it may not be."""
     for what, wanted in reference.identities.items():
         found = parent.identities.get(what)
-        if found != wanted:
+        if found is None or found not in (wanted, reference.alternatives.get(what)):
             raise _WrongParentError(
                 f"was made upon a parent with {what} {wanted}, {file.path} has {found or 'none'}: "
                 "it is another disk, or was written to since",

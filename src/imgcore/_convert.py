@@ -31,7 +31,7 @@ from imgcore.formats import (
     refuse_image_in_stream,
     stream_suffix,
 )
-from imgcore.formats._base import BackingReference, WriteRequest
+from imgcore.formats._base import BackingReference, SectorSized, WriteRequest
 
 if TYPE_CHECKING:
     from imgcore._batches import Batch
@@ -358,6 +358,7 @@ class _Conversion:
             raise UnsupportedFeatureError(
                 f"only raw is written into {what}, not {r.target_format}", path=r.target
             )
+        stated = None if self._image is None else self._image.logical_sector_nbytes
         writer = get_driver(r.target_format).writer(
             WriteRequest(
                 virtual_size=self._virtual_size,
@@ -366,6 +367,7 @@ class _Conversion:
                 backing=self._backing,
                 sparse_nbytes=r.sparse_nbytes,
                 target_name=os.path.basename(r.target),
+                logical_sector_nbytes=stated,
             )
         )
         block_nbytes = writer.geometry.block_nbytes
@@ -375,7 +377,20 @@ class _Conversion:
                 f"at most {MAX_BASE_BLOCK_NBYTES} are allowed",
                 path=r.target,
             )
+        self._warn_of_sectors(stated, writer)
         return writer
+
+    def _warn_of_sectors(self, stated: int | None, writer: Writer) -> None:
+        """Say so if the target's logical sectors are not those that the source states."""
+        kept = writer.logical_sector_nbytes if isinstance(writer, SectorSized) else SECTOR_NBYTES
+        if stated is not None and stated != kept:
+            _log.warning(
+                "%s: logical sectors have %d bytes, in %s they had %d: a guest may not start",
+                self._request.target,
+                kept,
+                self._request.source,
+                stated,
+            )
 
     def _write(self, target: Target) -> None:
         if stream_suffix(self._request.target) is not None and not target.in_place:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from imgcore._chain import open_chain
 from imgcore._limits import SECTOR_NBYTES
+from imgcore.formats._base import SectorSized
 
 if TYPE_CHECKING:
     from imgcore._extents import Extents
@@ -56,6 +57,11 @@ class Image:
     def paths(self) -> list[str]:
         """Names of the source files, by the index that extents use."""
         return [source.file.path for source in self.sources]
+
+    @property
+    def logical_sector_nbytes(self) -> int | None:
+        """Bytes of a logical sector of the disk, None if the format does not state it."""
+        return self.reader.logical_sector_nbytes if isinstance(self.reader, SectorSized) else None
 
     def layer_extents(
         self, start: int = 0, length: int | None = None

@@ -75,3 +75,19 @@ VDI_MAX_WRITTEN_BLOCK_NBYTES: Final = 128 * MIB
 VDI_MAX_DATA_OFFSET: Final = 4 * GIB - 1
 # Files whose headers are looked at for the parent of a differencing image.
 VDI_MAX_SEARCHED_FILES: Final = 1024
+
+# VHDX ([MS-VHDX] 2.6.2.1, 2.6.2.2).
+VHDX_MIN_BLOCK_NBYTES: Final = 1 * MIB
+VHDX_MAX_BLOCK_NBYTES: Final = 256 * MIB
+VHDX_MAX_VIRTUAL_NBYTES: Final = 64 * TIB
+# A log that has to be replayed is held in memory; the usual one has 1 MiB.
+VHDX_MAX_LOG_NBYTES: Final = 64 * MIB
+# Each of its writes becomes a Python object; a log of 64 MiB has up to 2^14 sectors of data.
+VHDX_MAX_LOG_DESCRIPTORS: Final = 1 << 17
+VHDX_MAX_LOCATOR_ENTRIES: Final = 256
+# Texts of a parent locator have a length of 16 bits; Windows has paths of up to 32767 letters.
+VHDX_MAX_PATH_NBYTES: Final = 2 * 32767
+# Where entries of a log overlap, bytes are checksummed more than once.
+VHDX_MAX_LOG_PASSES: Final = 8
+# The place of a block has 44 bits of 1 MiB; no file of a disk of 64 TiB is anywhere near that.
+VHDX_MAX_FILE_NBYTES: Final = 128 * TIB

@@ -36,7 +36,7 @@ DRIVERS: Final = (
     Entry("qcow2", "imgcore.formats.qcow2", (".qcow2",)),
     Entry("vmdk", "imgcore.formats.vmdk", (".vmdk",)),
     Entry("vhd", "imgcore.formats.vhd", (".vhd", ".vpc"), ("vpc",)),
-    Entry("vhdx", None, (".vhdx",)),
+    Entry("vhdx", "imgcore.formats.vhdx", (".vhdx",)),
     Entry("vdi", "imgcore.formats.vdi", (".vdi",)),
     Entry("raw", "imgcore.formats.raw", (".raw", ".img", ".dd", ".bin")),
 )

@@ -38,6 +38,8 @@ class BackingReference(NamedTuple):
     identities : mapping of str to str
         What the parent must have in its own ``Reader.identities``, each by a name that people
         can read, such as ``{"content ID": "1a2b3c4d"}``.
+    alternatives : mapping of str to str
+        What the parent may have instead of the identity of the same name.
     other_names : tuple of str
         Tried in this order if nothing that fits is found under ``name``.
     modified : int or None
@@ -51,6 +53,7 @@ class BackingReference(NamedTuple):
     name: str
     format: str | None
     identities: Mapping[str, str] = MappingProxyType({})
+    alternatives: Mapping[str, str] = MappingProxyType({})
     other_names: tuple[str, ...] = ()
     modified: int | None = None
     path: str | None = None
@@ -122,6 +125,16 @@ class Reader(Protocol):
 
     def close(self) -> None:
         """Close every file that this reader opened."""
+        ...
+
+
+@runtime_checkable
+class SectorSized(Protocol):
+    """A reader or writer of a format that states the disk's logical sector size; others lack it."""
+
+    @property
+    def logical_sector_nbytes(self) -> int:
+        """Bytes of a logical sector: 512 or 4096."""
         ...
 
 
@@ -200,7 +213,8 @@ class WriteRequest(NamedTuple):
     """What the target has to be.
 
     ``options`` holds parsed ``-o`` values by name (defaults filled in by ``parse_options``),
-    ``compress`` is ``-c``; ``sparse_nbytes`` is ``-S`` in bytes (0: write zeros too).
+    ``compress`` is ``-c``; ``sparse_nbytes`` is ``-S`` in bytes (0: write zeros too);
+    ``logical_sector_nbytes`` is what the source states, None if it states nothing.
     """
 
     virtual_size: int
@@ -209,6 +223,7 @@ class WriteRequest(NamedTuple):
     backing: BackingReference | None = None
     sparse_nbytes: int = 4096
     target_name: str = ""
+    logical_sector_nbytes: int | None = None
 
 
 class Writer(Protocol):

@@ -20,6 +20,7 @@ from imgcore._errors import LimitExceededError
 from imgcore._extents import BlockState
 from imgcore._geometry import CodecId, Geometry, Placing, ZeroPolicy
 from imgcore.formats import _qcow2_layout as layout
+from imgcore.formats._holes import write_with_holes
 from imgcore.formats._qcow2_options import (
     Qcow2Params,
     build_header,
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
 
 # Placements that are encoded at a time: 1 MiB of entries.
 _CHUNK_ENTRIES: Final = 1 << 17
-# Pieces of an L1 table that hold only zeros stay holes.
-_HOLE_NBYTES: Final = 4096
 _PIECE_NBYTES: Final = 4 << 20
 
 
@@ -164,7 +163,7 @@ class Qcow2Writer:
         file.pwrite(offset, encoded)
         table_offset = offset + n_blocks * params.cluster_size
         file.pwrite(table_offset, self._refcounts.table(n_table))
-        _write_sparse(file, params.cluster_size, self._l1.astype(">u8"))
+        write_with_holes(file, params.cluster_size, self._l1.astype(">u8"))
         file.truncate(table_offset + n_table * params.cluster_size)
         file.pwrite(0, build_header(params, params.cluster_size, table_offset, n_table))
 
@@ -320,16 +319,3 @@ def _zero_policy(params: Qcow2Params, sparse_nbytes: int) -> ZeroPolicy:
         return ZeroPolicy.SKIP
     # Version 2 has no way to say "zeros, whatever the backing file has there" but to store them.
     return ZeroPolicy.EXPLICIT if params.version >= 3 else ZeroPolicy.STORE
-
-
-def _write_sparse(file: TargetFile, offset: int, array: NDArray[np.uint64]) -> None:
-    """Write an array into a new file; long runs of zeros stay holes."""
-    octets = array.view(np.uint8)
-    whole = octets.size // _HOLE_NBYTES
-    pieces = octets[: whole * _HOLE_NBYTES].view(np.uint64).reshape(whole, _HOLE_NBYTES // 8)
-    used = np.append(pieces.any(axis=1), octets.size > whole * _HOLE_NBYTES)
-    edges = np.flatnonzero(np.diff(np.concatenate(([False], used, [False])))).tolist()
-    for first, last in zip(edges[::2], edges[1::2], strict=True):
-        file.pwrite(
-            offset + first * _HOLE_NBYTES, octets[first * _HOLE_NBYTES : last * _HOLE_NBYTES]
-        )

@@ -1,0 +1,294 @@
+"""VHDX: from the BAT and the sector bitmaps to extents.
+
+Source: [MS-VHDX] 2.4, "Blocks", and 2.5, "BAT".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from imgcore import _limits as limits
+from imgcore._core import CoreError, TableFormat
+from imgcore._errors import CorruptImageError
+from imgcore._extents import EXTENT_DTYPE, Kind, clip, single, split
+from imgcore.formats import _vhdx_layout as layout
+from imgcore.formats._sector_bitmap import expand
+from imgcore.formats._vhdx_log import ZEROS
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from imgcore._extents import Extents
+    from imgcore.formats._vhdx_header import VhdxImage
+    from imgcore.formats._vhdx_log import ReplayedFile
+
+    Entries = NDArray[np.uint64]
+
+# Bitmaps that become rows together: at the most a row for each of their 2^19 bits.
+_MAX_BITMAPS_NBYTES: Final = 64 * limits.KIB
+# A state with this bit has a place in the file; those of them without the other are reserved.
+_HAS_PLACE: Final = 4
+_IS_VALID_WITH_PLACE: Final = 2
+
+_STATE: Final = layout.BAT_STATE_MASK
+_RULES: Final = (
+    (_STATE, layout.BLOCK_NOT_PRESENT, int(Kind.HOLE)),
+    # What a differencing disk has in these states is not its parent's.
+    (_STATE, layout.BLOCK_UNDEFINED, int(Kind.ZERO)),
+    (_STATE, layout.BLOCK_ZERO, int(Kind.ZERO)),
+    (_STATE, layout.BLOCK_UNMAPPED, int(Kind.ZERO)),
+)
+
+
+def table_format(block_nbytes: int) -> TableFormat:
+    """Return the numbers that describe a BAT without its sector bitmap entries to the kernels."""
+    return TableFormat(
+        entry_nbytes=layout.BAT_ENTRY_NBYTES,
+        big_endian=False,
+        block_nbytes=block_nbytes,
+        offset_mask=layout.BAT_OFFSET_MASK,
+        reserved_mask=layout.BAT_RESERVED_MASK,
+        default_kind=int(Kind.DATA),
+        rules=_RULES,
+        absent_entry=layout.BLOCK_NOT_PRESENT,
+        zero_entry=layout.BLOCK_ZERO,
+        stored_bits=layout.BLOCK_FULLY_PRESENT,
+    )
+
+
+def payload_indices(first: int, last: int, chunk_ratio: int) -> NDArray[np.int64]:
+    """Return where the entries of payload blocks [first, last) stand in the BAT."""
+    blocks = np.arange(first, last, dtype=np.int64)
+    return blocks + blocks // chunk_ratio
+
+
+def bitmap_index(block: int, chunk_ratio: int) -> int:
+    """Return where the entry of the sector bitmap block stands that a payload block belongs to."""
+    return (block // chunk_ratio + 1) * (chunk_ratio + 1) - 1
+
+
+def read_raw(image: VhdxImage, first: int, last: int) -> Entries:
+    """Read entries [first, last) of the BAT, sector bitmap blocks among them."""
+    nbytes = layout.BAT_ENTRY_NBYTES
+    raw = image.view.pread(image.bat.offset + first * nbytes, (last - first) * nbytes)
+    return np.frombuffer(raw, dtype="<u8").astype(np.uint64, copy=False)
+
+
+def read_payload(image: VhdxImage, first: int, last: int) -> Entries:
+    """Read the entries of payload blocks [first, last).
+
+    Returns
+    -------
+    ndarray, shape (last - first,), dtype uint64
+    """
+    ratio = image.metadata.chunk_ratio
+    base, end = first + first // ratio, last - 1 + (last - 1) // ratio + 1
+    raw = read_raw(image, base, end)
+    if len(raw) == last - first or not raw.any():
+        return raw[: last - first]
+    return raw[payload_indices(first, last, ratio) - base]
+
+
+class ExtentPlanner:
+    """Answers where guest ranges are; holds no table in memory between two calls."""
+
+    def __init__(self, image: VhdxImage) -> None:
+        self._image = image
+        self._block_nbytes = image.metadata.block_nbytes
+        self._format = table_format(self._block_nbytes)
+        self._patches = None if image.replayed is None else _Patches(image.replayed)
+
+    def plan(self, start: int, length: int) -> Iterator[Extents]:
+        """Yield extent batches; see :meth:`imgcore.formats._base.Reader.plan`."""
+        stop = start + length
+        first_block, last_block = start // self._block_nbytes, -(-stop // self._block_nbytes)
+        for first in range(first_block, last_block, limits.MAX_BATCH_ROWS):
+            last = min(first + limits.MAX_BATCH_ROWS, last_block)
+            entries = read_payload(self._image, first, last)
+            low = max(start, first * self._block_nbytes)
+            high = min(stop, last * self._block_nbytes)
+            if not entries.any():
+                yield single(low, high - low, Kind.HOLE)
+                continue
+            for rows in self._rows(entries, first):
+                yield from self._clipped(rows, low, high)
+
+    def _clipped(self, rows: Extents, low: int, high: int) -> Iterator[Extents]:
+        """Yield the part of a batch that lies in [low, high), what the log says applied."""
+        start = max(low, int(rows["guest_offset"][0]))
+        stop = min(high, int(rows["guest_offset"][-1] + rows["length"][-1]))
+        if start >= stop:
+            return
+        rows = clip(rows, start, stop)
+        if self._patches is not None:
+            rows = self._patches.apply(rows)
+        for at in range(0, len(rows), limits.MAX_BATCH_ROWS):
+            yield rows[at : at + limits.MAX_BATCH_ROWS]
+
+    def _rows(self, entries: Entries, first: int) -> Iterator[Extents]:
+        """Yield rows of whole blocks; only the disk's last one may be shorter."""
+        self._check(entries, first)
+        rows = self._decode(entries, first)
+        partial = np.flatnonzero((entries & np.uint64(_STATE)) == layout.BLOCK_PARTIALLY_PRESENT)
+        if not partial.size:
+            yield rows
+            return
+        yield from self._with_bitmaps(rows, partial + first)
+
+    # --------------------------------------------------------------------- entries
+
+    def _check(self, entries: Entries, first: int) -> None:
+        """Refuse what the kernel does not know of: reserved states, places inside the headers."""
+        state = entries & np.uint64(_STATE)
+        has_place = (state & np.uint64(_HAS_PLACE)) != 0
+        bad = has_place & (
+            ((state & np.uint64(_IS_VALID_WITH_PLACE)) == 0)
+            | (entries < np.uint64(layout.HEADER_SECTION_NBYTES))
+        )
+        if not self._image.metadata.has_parent:
+            bad |= state == layout.BLOCK_PARTIALLY_PRESENT
+        if bad.any():
+            index = int(np.flatnonzero(bad)[0])
+            raise self._entry_error(int(entries[index]), first + index)
+
+    def _decode(self, entries: Entries, first: int) -> Extents:
+        out = np.empty(len(entries), dtype=EXTENT_DTYPE)
+        try:
+            count = self._format.decode(
+                entries.view(np.uint8),
+                out,
+                guest_offset=first * self._block_nbytes,
+                guest_end=self._image.metadata.virtual_size,
+                file_nbytes=self._image.view.nbytes,
+                file=0,
+            )
+        except CoreError as error:
+            raise self._entry_error(int(entries[error.offset]), first + error.offset) from None
+        return out[:count]
+
+    def _entry_error(self, entry: int, block: int) -> CorruptImageError:
+        reason = entry_problem(self._image, entry, block)
+        return CorruptImageError(
+            f"block {block} (BAT entry {entry:#x}) {reason}",
+            path=self._image.file.path,
+            offset=entry & layout.BAT_OFFSET_MASK,
+        )
+
+    # --------------------------------------------------------------------- bitmaps
+
+    def _with_bitmaps(self, rows: Extents, partial: NDArray[np.int64]) -> Iterator[Extents]:
+        """Yield rows with the sector bitmaps of partially present blocks honoured."""
+        nbytes = self._block_nbytes
+        end = int(rows["guest_offset"][-1] + rows["length"][-1])
+        edges = np.concatenate((partial, partial + 1)) * nbytes
+        cuts = edges[edges < end].astype(np.uint64)
+        rows = split(rows, np.union1d(rows["guest_offset"], cuts))
+        is_partial = np.isin(rows["guest_offset"] // np.uint64(nbytes), partial.astype(np.uint64))
+        # The rows of each group: up to so many partially present blocks, and all before the next.
+        group = max(1, _MAX_BITMAPS_NBYTES // self._bitmap_nbytes)
+        starts = np.flatnonzero(is_partial)[group::group]
+        for part, mask in zip(np.split(rows, starts), np.split(is_partial, starts), strict=True):
+            expanded = self._expanded(part[mask])
+            joined = np.concatenate((part[~mask], expanded))
+            yield joined[np.argsort(joined["guest_offset"], kind="stable")]
+
+    @property
+    def _bitmap_nbytes(self) -> int:
+        return self._block_nbytes // self._image.metadata.logical_sector_nbytes // 8
+
+    def _expanded(self, blocks: Extents) -> Extents:
+        bitmaps = np.empty((len(blocks), self._bitmap_nbytes), dtype=np.uint8)
+        for bitmap, guest_offset in zip(bitmaps, blocks["guest_offset"].tolist(), strict=True):
+            block = guest_offset // self._block_nbytes
+            self._image.view.pread_into(self._bitmap_offset(block), bitmap)
+        return expand(
+            bitmaps,
+            lsb_first=True,
+            blocks=blocks,
+            absent=Kind.HOLE,
+            sector_nbytes=self._image.metadata.logical_sector_nbytes,
+        )
+
+    def _bitmap_offset(self, block: int) -> int:
+        """Return where the bits of a payload block lie in the file."""
+        ratio = self._image.metadata.chunk_ratio
+        index = bitmap_index(block, ratio)
+        entry = int(read_raw(self._image, index, index + 1)[0])
+        offset = entry & layout.BAT_OFFSET_MASK
+        if entry & _STATE != layout.BITMAP_PRESENT or offset < layout.HEADER_SECTION_NBYTES:
+            raise CorruptImageError(
+                f"block {block} is partially present, but its chunk has no sector bitmap block "
+                f"(BAT entry {index} is {entry:#x})",
+                path=self._image.file.path,
+                offset=self._image.bat.offset + index * layout.BAT_ENTRY_NBYTES,
+            )
+        return offset + block % ratio * self._bitmap_nbytes
+
+
+def entry_problem(image: VhdxImage, entry: int, block: int) -> str:
+    """Return in words what is wrong with a payload block's entry that does not stand."""
+    state, offset = entry & _STATE, entry & layout.BAT_OFFSET_MASK
+    if state & _HAS_PLACE and not state & _IS_VALID_WITH_PLACE:
+        return f"has the reserved state {state}"
+    if state == layout.BLOCK_PARTIALLY_PRESENT and not image.metadata.has_parent:
+        return "is partially present, but the disk has no parent"
+    if entry & layout.BAT_RESERVED_MASK:
+        return "has reserved bits set"
+    if offset < layout.HEADER_SECTION_NBYTES:
+        return "lies inside the headers"
+    block_nbytes = image.metadata.block_nbytes
+    nbytes = min(block_nbytes, image.metadata.virtual_size - block * block_nbytes)
+    return f"ends at {offset + nbytes:#x}, past the end of the file ({image.view.nbytes:#x})"
+
+
+class _Patches:
+    """Lays what a log would write to payload blocks over their extents."""
+
+    def __init__(self, replayed: ReplayedFile) -> None:
+        patches = np.array(replayed.patches, dtype=np.int64).reshape(-1, 3)
+        self._starts, self._ends, self._places = patches.T.copy()
+
+    def apply(self, rows: Extents) -> Extents:
+        """Return rows in which replayed bytes come from the log (file 1) or are zeros.
+
+        Notes
+        -----
+        The specification keeps payload blocks out of the log, but what is replayed is what
+        counts; places behind the file's end are zeros by the same way.
+        """
+        # Files are smaller than 2^63, so signed arithmetic holds.
+        host = rows["host_offset"].astype(np.int64)
+        length = rows["length"].astype(np.int64)
+        first = np.searchsorted(self._ends, host, side="right")
+        last = np.searchsorted(self._starts, host + length, side="left")
+        n_patches = np.where(rows["kind"] == Kind.DATA, np.maximum(last - first, 0), 0)
+        if not n_patches.any():
+            return rows
+        row = np.repeat(np.arange(len(rows)), n_patches)
+        before = np.cumsum(n_patches) - n_patches
+        patch = np.arange(len(row)) - np.repeat(before - first, n_patches)
+        guest = rows["guest_offset"].astype(np.int64)[row] - host[row]
+        low = np.maximum(self._starts[patch], host[row]) + guest
+        high = np.minimum(self._ends[patch], host[row] + length[row]) + guest
+        end = int(rows["guest_offset"][-1] + rows["length"][-1])
+        cuts = np.concatenate((low, high))
+        rows = split(rows, np.union1d(rows["guest_offset"], cuts[cuts < end].astype(np.uint64)))
+        self._replace(rows)
+        return rows
+
+    def _replace(self, rows: Extents) -> None:
+        """Change, in place, those rows that lie in a patch as a whole."""
+        host = rows["host_offset"].astype(np.int64)
+        patch = np.maximum(np.searchsorted(self._starts, host, side="right") - 1, 0)
+        inside = (host >= self._starts[patch]) & (host < self._ends[patch])
+        inside &= rows["kind"] == Kind.DATA
+        zeros = inside & (self._places[patch] == ZEROS)
+        moved = inside & ~zeros
+        rows["host_offset"][moved] = (self._places[patch] + host - self._starts[patch])[moved]
+        rows["file"][moved] = 1
+        rows["kind"][zeros] = Kind.ZERO
+        for name in ("host_offset", "host_length", "file"):
+            rows[name][zeros] = 0

@@ -1,0 +1,244 @@
+"""VHDX: verify every copy of every structure, and where all blocks lie.
+
+The file is looked at in windows of 8 TiB, each with one walk over the BAT, so memory is bounded
+whatever the size of the file.  Space is counted in units of 1 MiB, as the BAT has it.
+
+Source: [MS-VHDX] 2.2 to 2.5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import numpy as np
+
+from imgcore import _limits as limits
+from imgcore._errors import LimitExceededError
+from imgcore.formats import _vhdx_layout as layout
+from imgcore.formats._base import CheckReport
+from imgcore.formats._vhdx_bat import bitmap_index, entry_problem, read_payload, read_raw
+from imgcore.formats._vhdx_header import NIL
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from imgcore.formats._vhdx_bat import Entries
+    from imgcore.formats._vhdx_header import VhdxImage
+
+# Two arrays of 4 bytes for each unit of a window: 64 MiB.
+WINDOW_UNITS: Final = 1 << 23
+_UNIT_BITS: Final = layout.ALIGNMENT.bit_length() - 1
+_PIECE_ENTRIES: Final = 1 << 17
+_STATE: Final = np.uint64(layout.BAT_STATE_MASK)
+# States in which space may be kept that holds nothing (2.5.1.1).
+_KEEPING_STATES: Final = (layout.BLOCK_UNDEFINED, layout.BLOCK_ZERO, layout.BLOCK_UNMAPPED)
+
+
+class _Blocks(NamedTuple):
+    """Payload blocks of one piece of the BAT; places and ends in units of 1 MiB."""
+
+    numbers: NDArray[np.int64]
+    first_units: NDArray[np.int64]
+    end_units: NDArray[np.int64]
+
+
+class VhdxChecker:
+    """One run over one image."""
+
+    def __init__(self, image: VhdxImage) -> None:
+        self._image = image
+        self._metadata = image.metadata
+        self._n_units = -(-image.view.nbytes >> _UNIT_BITS)
+        self._block_units = image.metadata.block_nbytes >> _UNIT_BITS
+        self.report = CheckReport(total_clusters=image.metadata.n_blocks)
+
+    def run(self) -> CheckReport:
+        """Check everything."""
+        image, report = self._image, self.report
+        if image.view.nbytes > limits.VHDX_MAX_FILE_NBYTES:
+            raise LimitExceededError(
+                f"the file has {image.view.nbytes} bytes, checked are up to "
+                f"{limits.VHDX_MAX_FILE_NBYTES}",
+                path=image.file.path,
+            )
+        for problem in image.problems:
+            report.corruption(problem)
+        if image.replayed is not None:
+            report.problems.append(
+                f"the log has {image.replayed.n_entries} entries to replay: what follows is true "
+                "of the file after that"
+            )
+        for entries, first in self._payload():
+            self._check_entries(entries, first)
+        bitmaps = self._bitmap_blocks()
+        last_used = 0
+        for base in range(0, self._n_units, WINDOW_UNITS):
+            last_used = max(last_used, self._check_window(base, bitmaps))
+        report.image_end_offset = last_used << _UNIT_BITS
+        return report
+
+    def _payload(self) -> Iterator[tuple[Entries, int]]:
+        n_blocks = self._metadata.n_blocks
+        for first in range(0, n_blocks, _PIECE_ENTRIES):
+            entries = read_payload(self._image, first, min(first + _PIECE_ENTRIES, n_blocks))
+            if entries.any():
+                yield entries, first
+
+    # --------------------------------------------------------------------- entries
+
+    def _check_entries(self, entries: Entries, first: int) -> None:
+        """Report each entry that does not stand by itself, and count blocks."""
+        present = (entries & np.uint64(4)) != 0
+        ends = self._ends(entries, first)
+        bad = present & (
+            (entries < np.uint64(layout.HEADER_SECTION_NBYTES))
+            | ((entries & np.uint64(layout.BAT_RESERVED_MASK)) != 0)
+            | ((entries & np.uint64(2)) == 0)
+            | (ends > np.uint64(self._image.view.nbytes))
+        )
+        if not self._metadata.has_parent:
+            bad |= (entries & _STATE) == layout.BLOCK_PARTIALLY_PRESENT
+        for index in np.flatnonzero(bad).tolist():
+            entry = int(entries[index])
+            problem = entry_problem(self._image, entry, first + index)
+            self.report.corruption(f"block {first + index} (BAT entry {entry:#x}) {problem}")
+        self.report.allocated_clusters += int(present.sum())
+
+    def _ends(self, entries: Entries, first: int) -> NDArray[np.uint64]:
+        """Return where the disk's part of each block ends in the file, in bytes."""
+        metadata = self._metadata
+        places = entries & np.uint64(layout.BAT_OFFSET_MASK)
+        # Places are up to 2^64 - 2^20: one unit less keeps the sum inside 64 bits.
+        room = np.uint64((1 << 64) - 1 - metadata.block_nbytes)
+        ends: NDArray[np.uint64] = np.minimum(places, room) + np.uint64(metadata.block_nbytes)
+        last = metadata.n_blocks - 1
+        if first <= last < first + len(entries):
+            unused = np.uint64(metadata.n_blocks * metadata.block_nbytes - metadata.virtual_size)
+            ends[last - first] -= unused
+        return ends
+
+    def _bitmap_blocks(self) -> dict[int, int]:
+        """Return the units of the sector bitmap blocks by chunk; report those that do not stand."""
+        metadata, ratio = self._metadata, self._metadata.chunk_ratio
+        n_chunks = -(-metadata.n_blocks // ratio)
+        if not metadata.has_parent:
+            n_chunks = max(metadata.n_blocks - 1, 0) // ratio
+        units = {}
+        for chunk in range(n_chunks):
+            index = bitmap_index(chunk * ratio, ratio)
+            entry = int(read_raw(self._image, index, index + 1)[0])
+            state, offset = entry & layout.BAT_STATE_MASK, entry & layout.BAT_OFFSET_MASK
+            if state == layout.BITMAP_NOT_PRESENT:
+                continue
+            what = f"sector bitmap block {chunk} (BAT entry {entry:#x})"
+            if state != layout.BITMAP_PRESENT or entry & layout.BAT_RESERVED_MASK:
+                self.report.corruption(f"{what} has a state or bits that are reserved")
+            elif not metadata.has_parent:
+                self.report.corruption(f"{what} is present, but the disk has no parent")
+            elif not layout.HEADER_SECTION_NBYTES <= offset < self._image.view.nbytes:
+                self.report.corruption(
+                    f"{what} lies at {offset:#x}, outside the file ({self._image.view.nbytes:#x})"
+                )
+            else:
+                units[chunk] = offset >> _UNIT_BITS
+        self._check_bitmaps_exist(units)
+        return units
+
+    def _check_bitmaps_exist(self, units: dict[int, int]) -> None:
+        ratio = self._metadata.chunk_ratio
+        missing: set[int] = set()
+        if not self._metadata.has_parent:
+            return
+        for entries, first in self._payload():
+            partial = np.flatnonzero((entries & _STATE) == layout.BLOCK_PARTIALLY_PRESENT)
+            missing.update(np.unique((partial + first) // ratio).tolist())
+        for chunk in sorted(missing - units.keys()):
+            self.report.corruption(
+                f"chunk {chunk} has partially present blocks, but no sector bitmap block"
+            )
+
+    # ----------------------------------------------------------------------- space
+
+    def _check_window(self, base: int, bitmaps: dict[int, int]) -> int:
+        """Report overlaps and leaks among units [base, ...); return the end of what is used."""
+        n = min(WINDOW_UNITS, self._n_units - base)
+        changes = np.zeros(n + 1, dtype=np.int32)
+        kept = np.zeros(n + 1, dtype=np.int32)
+        for first, end in self._structures():
+            _count(changes, np.array([first - base]), np.array([end - base]))
+        for unit in bitmaps.values():
+            _count(changes, np.array([unit - base]), np.array([unit + 1 - base]))
+        for entries, first_block in self._payload():
+            blocks = self._present(entries, first_block)
+            _count(changes, blocks.first_units - base, blocks.end_units - base)
+            places = self._kept_units(entries)
+            _count(kept, places - base, places + self._block_units - base)
+        counts = np.cumsum(changes[:-1], dtype=np.int32)
+        self._report_overlaps(counts, base)
+        used = counts > 0
+        used |= np.cumsum(kept[:-1], dtype=np.int32) > 0
+        for first, end in _runs(~used):
+            # Less than a block is what alignment leaves.
+            if end - first < self._block_units:
+                continue
+            self.report.leaks += end - first - 1
+            self.report.leak(
+                f"space: nothing refers to {(base + first) << _UNIT_BITS:#x} up to "
+                f"{(base + end) << _UNIT_BITS:#x}"
+            )
+        in_use = np.flatnonzero(used)
+        return base + int(in_use[-1]) + 1 if in_use.size else 0
+
+    def _structures(self) -> Iterator[tuple[int, int]]:
+        yield 0, layout.HEADER_SECTION_NBYTES >> _UNIT_BITS
+        header = self._image.header
+        if header.log_guid != NIL or header.log_offset >= layout.HEADER_SECTION_NBYTES:
+            end = header.log_offset + header.log_nbytes
+            yield header.log_offset >> _UNIT_BITS, end >> _UNIT_BITS
+        for region in self._image.regions:
+            yield region.offset >> _UNIT_BITS, region.end >> _UNIT_BITS
+
+    def _present(self, entries: Entries, first: int) -> _Blocks:
+        """Return those blocks that have a place behind the headers."""
+        has_place = ((entries & np.uint64(4)) != 0) & (
+            entries >= np.uint64(layout.HEADER_SECTION_NBYTES)
+        )
+        numbers = np.flatnonzero(has_place)
+        units = (entries[numbers] >> np.uint64(_UNIT_BITS)).astype(np.int64)
+        return _Blocks(numbers + first, units, units + self._block_units)
+
+    def _kept_units(self, entries: Entries) -> NDArray[np.int64]:
+        """Return the places of space that blocks without content keep."""
+        kept = np.isin(entries & _STATE, np.array(_KEEPING_STATES, dtype=np.uint64))
+        kept &= entries >= np.uint64(layout.HEADER_SECTION_NBYTES)
+        return (entries[kept] >> np.uint64(_UNIT_BITS)).astype(np.int64)
+
+    def _report_overlaps(self, counts: NDArray[np.int32], base: int) -> None:
+        """Report each block that shares a unit with another structure."""
+        if not (counts > 1).any():
+            return
+        shared = np.concatenate(([0], np.cumsum(counts > 1)))
+        for entries, first_block in self._payload():
+            numbers, first, end = self._present(entries, first_block)
+            low = np.clip(first - base, 0, len(counts))
+            high = np.clip(end - base, 0, len(counts))
+            for index in np.flatnonzero(shared[high] > shared[low]).tolist():
+                self.report.corruption(
+                    f"block {numbers[index]} at {int(first[index]) << _UNIT_BITS:#x} overlaps "
+                    "another block or structure"
+                )
+
+
+def _count(changes: NDArray[np.int32], first: NDArray[np.int64], end: NDArray[np.int64]) -> None:
+    """Count ranges of units, those parts that lie in the window, by where they begin and end."""
+    n = len(changes) - 1
+    low, high = np.clip(first, 0, n), np.clip(end, 0, n)
+    np.add.at(changes, low, 1)
+    np.add.at(changes, high, -1)
+
+
+def _runs(mask: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
+    """Yield [first, end) of the runs of True."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], mask, [False])).astype(np.int8)))
+    yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)

@@ -1,0 +1,595 @@
+"""VHDX: headers, region tables, metadata and the parent locator.
+
+Everything here works on Python integers and needs no NumPy, so that ``info`` starts fast.
+Source: [MS-VHDX], by section.
+"""
+
+from __future__ import annotations
+
+import struct
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Final
+
+from imgcore import _limits as limits
+from imgcore._core import crc32c
+from imgcore._errors import (
+    CorruptImageError,
+    LimitExceededError,
+    UnsupportedFeatureError,
+    WrongFormatError,
+)
+from imgcore.formats import _vhdx_layout as layout
+from imgcore.formats._base import BackingReference
+from imgcore.formats._parents import names_from_windows_path
+from imgcore.formats._vhdx_log import ReplayedFile, replay
+
+if TYPE_CHECKING:
+    from imgcore._files import HostFile
+
+    # What is read after the log: the file itself, or what the log makes of it.
+    ImageFile = HostFile | ReplayedFile
+
+# What children recognise their parent by, and what they take over from it.
+DATA_WRITE_GUID: Final = "data write GUID"
+LOGICAL_SECTOR_SIZE: Final = "logical sector size"
+PHYSICAL_SECTOR_SIZE: Final = "physical sector size"
+VIRTUAL_DISK_ID: Final = "virtual disk ID"
+
+NIL: Final = uuid.UUID(int=0)
+
+
+@dataclass(frozen=True)
+class FileHeader:
+    """The current one of the two headers (2.2.2); offsets and sizes in bytes."""
+
+    sequence: int
+    file_write_guid: uuid.UUID
+    data_write_guid: uuid.UUID
+    log_guid: uuid.UUID
+    log_version: int
+    version: int
+    log_nbytes: int
+    log_offset: int
+
+
+@dataclass(frozen=True)
+class Region:
+    """One entry of the region table (2.2.3.2)."""
+
+    guid: uuid.UUID
+    offset: int
+    nbytes: int
+    is_required: bool
+
+    @property
+    def end(self) -> int:
+        """First byte behind it."""
+        return self.offset + self.nbytes
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """The known metadata items (2.6.2), checked; sizes in bytes."""
+
+    block_nbytes: int
+    leave_block_allocated: bool
+    has_parent: bool
+    virtual_size: int
+    virtual_disk_id: uuid.UUID
+    logical_sector_nbytes: int
+    physical_sector_nbytes: int
+    locator: dict[str, str] | None
+
+    @property
+    def chunk_ratio(self) -> int:
+        """Payload blocks that one sector bitmap block is about (2.4)."""
+        return layout.SECTORS_PER_CHUNK * self.logical_sector_nbytes // self.block_nbytes
+
+    @property
+    def n_blocks(self) -> int:
+        """Payload blocks of the disk; the last one may reach past its end."""
+        return -(-self.virtual_size // self.block_nbytes)
+
+    @property
+    def n_bat_entries(self) -> int:
+        """Entries of the BAT, payload and sector bitmap blocks together (2.5)."""
+        if self.has_parent:
+            return -(-self.n_blocks // self.chunk_ratio) * (self.chunk_ratio + 1)
+        return self.n_blocks + max(self.n_blocks - 1, 0) // self.chunk_ratio
+
+
+@dataclass(frozen=True)
+class VhdxImage:
+    """An image whose structures have passed every check.
+
+    ``view`` is the file with its log replayed, ``replayed`` the same if there was one to replay;
+    ``problems`` holds one line about each copy that is damaged but not needed.
+    """
+
+    file: HostFile
+    creator: str
+    header: FileHeader
+    replayed: ReplayedFile | None
+    regions: Sequence[Region]
+    metadata: Metadata
+    backing: BackingReference | None
+    problems: Sequence[str]
+
+    @property
+    def view(self) -> ImageFile:
+        """What tables are read from."""
+        return self.file if self.replayed is None else self.replayed
+
+    @property
+    def bat(self) -> Region:
+        """The region of the BAT."""
+        return next(region for region in self.regions if region.guid == layout.BAT_REGION)
+
+
+def read_image(file: HostFile) -> VhdxImage:
+    """Read and verify everything but the BAT.
+
+    Raises
+    ------
+    WrongFormatError
+        The magic is absent.
+    CorruptImageError, LimitExceededError, UnsupportedFeatureError
+        The image contradicts itself, or asks for more than is supported.
+    """
+    head = file.pread(0, min(file.nbytes, layout.CREATOR_OFFSET + layout.CREATOR_NBYTES))
+    if not head.startswith(layout.SIGNATURE):
+        raise WrongFormatError(f"no VHDX file: it starts with {head[:8]!r}", path=file.path)
+    problems: list[str] = []
+    header = _current_header(file, problems)
+    _check_header(header, file)
+    replayed = None
+    if header.log_guid != NIL:
+        replayed = replay(file, header.log_guid, header.log_offset, header.log_nbytes)
+    try:
+        view: ImageFile = file if replayed is None else replayed
+        regions = _read_regions(view, header, problems)
+        metadata = _read_metadata(view, _region(view, regions, layout.METADATA_REGION, "metadata"))
+        _check_bat(view, _region(view, regions, layout.BAT_REGION, "BAT"), metadata)
+        backing = _backing_reference(metadata, file.path)
+    except BaseException:
+        if replayed is not None:
+            replayed.store.close()
+        raise
+    creator = head[layout.CREATOR_OFFSET :].decode("utf-16-le", "replace").partition("\0")[0]
+    return VhdxImage(file, creator, header, replayed, regions, metadata, backing, problems)
+
+
+def with_checksum(raw: bytes | bytearray) -> bytes:
+    """Return a structure with its checksum (2.2.2, 2.2.3.1) made right."""
+    return b"".join(
+        (
+            raw[: layout.CHECKSUM_OFFSET],
+            layout.CHECKSUM.pack(_checksum(raw)),
+            raw[layout.CHECKSUM_OFFSET + layout.CHECKSUM.size :],
+        )
+    )
+
+
+def _checksum(raw: bytes | bytearray) -> int:
+    end = layout.CHECKSUM_OFFSET + layout.CHECKSUM.size
+    crc = crc32c(raw[: layout.CHECKSUM_OFFSET])
+    return crc32c(raw[end:], crc32c(bytes(layout.CHECKSUM.size), crc))
+
+
+def _read_copy(
+    file: ImageFile, what: str, offset: int, nbytes: int, signature: bytes
+) -> bytes | str:
+    """Return a checksummed structure, or in a line why it is none."""
+    if offset + nbytes > file.nbytes:
+        return f"{what} at {offset:#x} lies past the end of the file ({file.nbytes:#x})"
+    raw = file.pread(offset, nbytes)
+    if not raw.startswith(signature):
+        return f"{what} at {offset:#x} starts with {raw[:4]!r}, not {signature!r}"
+    (stored,) = layout.CHECKSUM.unpack_from(raw, layout.CHECKSUM_OFFSET)
+    computed = _checksum(raw)
+    if stored != computed:
+        return f"{what} at {offset:#x} has the checksum {stored:#010x}, computed {computed:#010x}"
+    return raw
+
+
+def _read_copies(
+    file: ImageFile,
+    what: str,
+    offsets: Sequence[int],
+    nbytes: int,
+    signature: bytes,
+    problems: list[str],
+) -> list[bytes]:
+    """Return the valid copies of a structure, at least one; the others become problems."""
+    copies = [
+        _read_copy(file, f"{what} {number}", offset, nbytes, signature)
+        for number, offset in enumerate(offsets, 1)
+    ]
+    bad = [copy for copy in copies if isinstance(copy, str)]
+    good = [copy for copy in copies if not isinstance(copy, str)]
+    if not good:
+        raise CorruptImageError("; ".join(bad), path=file.path, offset=offsets[0])
+    problems += bad
+    return good
+
+
+# ---------------------------------------------------------------------- headers (2.2.2)
+
+
+def _current_header(file: HostFile, problems: list[str]) -> FileHeader:
+    """Return the header with the higher sequence number of those that are valid."""
+    copies = _read_copies(
+        file,
+        "header",
+        layout.HEADER_OFFSETS,
+        layout.HEADER_NBYTES,
+        layout.HEADER_SIGNATURE,
+        problems,
+    )
+    headers = [_unpack_header(raw) for raw in copies]
+    if len({header.sequence for header in headers}) < len(set(headers)):
+        raise CorruptImageError(
+            f"both headers have the sequence number {headers[0].sequence}, but differ",
+            path=file.path,
+            offset=layout.HEADER_OFFSETS[0],
+        )
+    return max(headers, key=lambda header: header.sequence)
+
+
+def _unpack_header(raw: bytes) -> FileHeader:
+    (_, _, sequence, file_write, data_write, log, log_version, version, log_nbytes, log_offset) = (
+        layout.HEADER.unpack_from(raw)
+    )
+    return FileHeader(
+        sequence,
+        uuid.UUID(bytes_le=file_write),
+        uuid.UUID(bytes_le=data_write),
+        uuid.UUID(bytes_le=log),
+        log_version,
+        version,
+        log_nbytes,
+        log_offset,
+    )
+
+
+def _check_header(header: FileHeader, file: HostFile) -> None:
+    if header.version != layout.VERSION:
+        raise UnsupportedFeatureError(
+            f"is VHDX version {header.version}, known is {layout.VERSION}", path=file.path
+        )
+    if header.log_guid != NIL and header.log_version != layout.LOG_VERSION:
+        raise UnsupportedFeatureError(
+            f"its log has version {header.log_version}, known is {layout.LOG_VERSION}",
+            path=file.path,
+        )
+    if header.log_nbytes % layout.ALIGNMENT or header.log_offset % layout.ALIGNMENT:
+        raise CorruptImageError(
+            f"the log of {header.log_nbytes:#x} bytes at {header.log_offset:#x} is not aligned "
+            f"to {layout.ALIGNMENT:#x}",
+            path=file.path,
+            offset=header.log_offset,
+        )
+    is_in_use = header.log_guid != NIL
+    if is_in_use and (header.log_offset < layout.HEADER_SECTION_NBYTES or not header.log_nbytes):
+        raise CorruptImageError(
+            f"a log of {header.log_nbytes:#x} bytes at {header.log_offset:#x} has to be replayed: "
+            "there is no place for one",
+            path=file.path,
+            offset=header.log_offset,
+        )
+
+
+# ---------------------------------------------------------------------- regions (2.2.3)
+
+
+def _read_regions(file: ImageFile, header: FileHeader, problems: list[str]) -> list[Region]:
+    tables = _read_copies(
+        file,
+        "region table",
+        layout.REGION_TABLE_OFFSETS,
+        layout.REGION_TABLE_NBYTES,
+        layout.REGION_TABLE_SIGNATURE,
+        problems,
+    )
+    if len(set(tables)) > 1:
+        problems.append("the two region tables differ: the first one is used")
+    _, _, n_entries, _ = layout.REGION_TABLE_HEADER.unpack_from(tables[0])
+    if n_entries > layout.MAX_TABLE_ENTRIES:
+        raise CorruptImageError(
+            f"the region table has {n_entries} entries, allowed up to {layout.MAX_TABLE_ENTRIES}",
+            path=file.path,
+            offset=layout.REGION_TABLE_OFFSETS[0],
+        )
+    start = layout.REGION_TABLE_HEADER.size
+    raw = tables[0][start : start + n_entries * layout.REGION_ENTRY.size]
+    regions = [
+        Region(uuid.UUID(bytes_le=guid), offset, nbytes, bool(flags & layout.REGION_REQUIRED))
+        for guid, offset, nbytes, flags in layout.REGION_ENTRY.iter_unpack(raw)
+    ]
+    _check_regions(file, header, regions)
+    return regions
+
+
+def _check_regions(file: ImageFile, header: FileHeader, regions: list[Region]) -> None:
+    known = (layout.BAT_REGION, layout.METADATA_REGION)
+    for region in regions:
+        if region.is_required and region.guid not in known:
+            raise UnsupportedFeatureError(
+                f"needs the region {region.guid}, which is not known", path=file.path
+            )
+        is_aligned = region.offset % layout.ALIGNMENT == 0 == region.nbytes % layout.ALIGNMENT
+        if not is_aligned or region.offset < layout.HEADER_SECTION_NBYTES:
+            raise CorruptImageError(
+                f"the region {region.guid} has {region.nbytes:#x} bytes at {region.offset:#x}, "
+                f"allowed are multiples of {layout.ALIGNMENT:#x} behind the headers",
+                path=file.path,
+                offset=region.offset,
+            )
+    if len({region.guid for region in regions}) < len(regions):
+        raise CorruptImageError("two regions have the same GUID", path=file.path)
+    taken = [(region.offset, region.end, f"the region {region.guid}") for region in regions]
+    taken.append((header.log_offset, header.log_offset + header.log_nbytes, "the log"))
+    taken.sort()
+    for (_, end, name), (start, _, other) in pairwise(taken):
+        if start < end:
+            raise CorruptImageError(
+                f"{name} ends at {end:#x}, inside {other} from {start:#x} on",
+                path=file.path,
+                offset=start,
+            )
+
+
+def _region(file: ImageFile, regions: list[Region], guid: uuid.UUID, name: str) -> Region:
+    for region in regions:
+        if region.guid == guid:
+            if region.end > file.nbytes:
+                raise CorruptImageError(
+                    f"the {name} region ends at {region.end:#x}, past the end of the file "
+                    f"({file.nbytes:#x})",
+                    path=file.path,
+                    offset=region.offset,
+                )
+            return region
+    raise CorruptImageError(f"has no {name} region", path=file.path)
+
+
+def _check_bat(file: ImageFile, bat: Region, metadata: Metadata) -> None:
+    needed = metadata.n_bat_entries * layout.BAT_ENTRY_NBYTES
+    if bat.nbytes < needed:
+        raise CorruptImageError(
+            f"the BAT region has {bat.nbytes} bytes, a disk of {metadata.virtual_size} bytes with "
+            f"blocks of {metadata.block_nbytes} needs {needed}",
+            path=file.path,
+            offset=bat.offset,
+        )
+
+
+# --------------------------------------------------------------------- metadata (2.6)
+
+
+def _read_metadata(file: ImageFile, region: Region) -> Metadata:
+    items = _read_items(file, region)
+
+    def number(guid: uuid.UUID, name: str) -> int:
+        return int(_unpack_item(file.path, items, guid, name, layout.SECTOR_SIZE)[0])
+
+    block_nbytes, flags = _unpack_item(
+        file.path, items, layout.FILE_PARAMETERS_ITEM, "file parameters", layout.FILE_PARAMETERS
+    )
+    (virtual_size,) = _unpack_item(
+        file.path,
+        items,
+        layout.VIRTUAL_DISK_SIZE_ITEM,
+        "virtual disk size",
+        layout.VIRTUAL_DISK_SIZE,
+    )
+    (disk_id,) = _unpack_item(
+        file.path, items, layout.VIRTUAL_DISK_ID_ITEM, "virtual disk ID", layout.VIRTUAL_DISK_ID
+    )
+    has_parent = bool(flags & layout.HAS_PARENT)
+    locator = items.get(layout.PARENT_LOCATOR_ITEM) if has_parent else None
+    if has_parent and locator is None:
+        raise CorruptImageError("has a parent, but no parent locator", path=file.path)
+    metadata = Metadata(
+        block_nbytes=block_nbytes,
+        leave_block_allocated=bool(flags & layout.LEAVE_BLOCK_ALLOCATED),
+        has_parent=has_parent,
+        virtual_size=virtual_size,
+        virtual_disk_id=uuid.UUID(bytes_le=disk_id),
+        logical_sector_nbytes=number(layout.LOGICAL_SECTOR_SIZE_ITEM, "logical sector size"),
+        physical_sector_nbytes=number(layout.PHYSICAL_SECTOR_SIZE_ITEM, "physical sector size"),
+        locator=None if locator is None else _read_locator(locator, file.path),
+    )
+    _check_metadata(metadata, file.path)
+    return metadata
+
+
+def _read_items(file: ImageFile, region: Region) -> dict[uuid.UUID, bytes]:
+    """Return the bytes of each known item of system metadata."""
+    table = file.pread(region.offset, layout.METADATA_TABLE_NBYTES)
+    signature, _, n_entries, _ = layout.METADATA_HEADER.unpack_from(table)
+    if signature != layout.METADATA_SIGNATURE:
+        raise CorruptImageError(
+            f"the metadata table starts with {signature!r}", path=file.path, offset=region.offset
+        )
+    if n_entries > layout.MAX_TABLE_ENTRIES:
+        raise CorruptImageError(
+            f"the metadata table has {n_entries} entries, allowed up to {layout.MAX_TABLE_ENTRIES}",
+            path=file.path,
+            offset=region.offset,
+        )
+    start = layout.METADATA_HEADER.size
+    raw = table[start : start + n_entries * layout.METADATA_ENTRY.size]
+    seen: set[tuple[uuid.UUID, bool]] = set()
+    items: dict[uuid.UUID, bytes] = {}
+    for packed, offset, nbytes, flags, _ in layout.METADATA_ENTRY.iter_unpack(raw):
+        guid, is_user = uuid.UUID(bytes_le=packed), bool(flags & layout.ITEM_IS_USER)
+        if (guid, is_user) in seen:
+            raise CorruptImageError(f"two metadata items are named {guid}", path=file.path)
+        seen.add((guid, is_user))
+        is_known = guid in _KNOWN_ITEMS and not is_user
+        if flags & layout.ITEM_IS_REQUIRED and not is_known:
+            raise UnsupportedFeatureError(
+                f"needs the metadata item {guid}, which is not known", path=file.path
+            )
+        _check_item(file.path, region, guid, offset, nbytes)
+        if is_known:
+            items[guid] = file.pread(region.offset + offset, nbytes)
+    return items
+
+
+_KNOWN_ITEMS: Final = frozenset(
+    {
+        layout.FILE_PARAMETERS_ITEM,
+        layout.VIRTUAL_DISK_SIZE_ITEM,
+        layout.VIRTUAL_DISK_ID_ITEM,
+        layout.LOGICAL_SECTOR_SIZE_ITEM,
+        layout.PHYSICAL_SECTOR_SIZE_ITEM,
+        layout.PARENT_LOCATOR_ITEM,
+    }
+)
+
+
+def _check_item(path: str, region: Region, guid: uuid.UUID, offset: int, nbytes: int) -> None:
+    is_inside = layout.METADATA_TABLE_NBYTES <= offset <= region.nbytes - nbytes
+    if nbytes > layout.MAX_ITEM_NBYTES or (nbytes and not is_inside):
+        raise CorruptImageError(
+            f"the metadata item {guid} has {nbytes} bytes at {offset:#x} of the metadata region, "
+            f"allowed are up to {layout.MAX_ITEM_NBYTES} behind {layout.METADATA_TABLE_NBYTES:#x}",
+            path=path,
+            offset=region.offset + offset,
+        )
+
+
+def _unpack_item(
+    path: str, items: dict[uuid.UUID, bytes], guid: uuid.UUID, name: str, form: struct.Struct
+) -> tuple[Any, ...]:
+    item = items.get(guid)
+    if item is None:
+        raise CorruptImageError(f"has no metadata item {name}", path=path)
+    if len(item) < form.size:
+        raise CorruptImageError(
+            f"the metadata item {name} has {len(item)} bytes, {form.size} are needed", path=path
+        )
+    return form.unpack_from(item)
+
+
+def _check_metadata(metadata: Metadata, path: str) -> None:
+    low, high = limits.VHDX_MIN_BLOCK_NBYTES, limits.VHDX_MAX_BLOCK_NBYTES
+    block_nbytes = metadata.block_nbytes
+    if not low <= block_nbytes <= high or block_nbytes & (block_nbytes - 1):
+        raise CorruptImageError(
+            f"the block size is {block_nbytes}, allowed are powers of two from {low} to {high}",
+            path=path,
+        )
+    for what, nbytes in (
+        ("logical", metadata.logical_sector_nbytes),
+        ("physical", metadata.physical_sector_nbytes),
+    ):
+        if nbytes not in layout.SECTOR_SIZES:
+            raise CorruptImageError(
+                f"the {what} sector size is {nbytes}, allowed are 512 and 4096", path=path
+            )
+    size = metadata.virtual_size
+    if size > limits.VHDX_MAX_VIRTUAL_NBYTES:
+        raise LimitExceededError(
+            f"the disk has {size} bytes, allowed up to {limits.VHDX_MAX_VIRTUAL_NBYTES}", path=path
+        )
+    if size % metadata.logical_sector_nbytes:
+        raise CorruptImageError(
+            f"the disk has {size} bytes, no multiple of its logical sector size "
+            f"{metadata.logical_sector_nbytes}",
+            path=path,
+        )
+
+
+# --------------------------------------------------------------- parent locator (2.6.2.6)
+
+
+def _read_locator(item: bytes, path: str) -> dict[str, str]:
+    """Return the keys and values of a parent locator."""
+    if len(item) < layout.LOCATOR_HEADER.size:
+        raise CorruptImageError(f"the parent locator has {len(item)} bytes", path=path)
+    kind, _, n_entries = layout.LOCATOR_HEADER.unpack_from(item)
+    if uuid.UUID(bytes_le=kind) != layout.VHDX_LOCATOR:
+        raise UnsupportedFeatureError(
+            f"its parent is of the type {uuid.UUID(bytes_le=kind)}, known is only VHDX",
+            path=path,
+        )
+    if n_entries > limits.VHDX_MAX_LOCATOR_ENTRIES:
+        raise LimitExceededError(
+            f"the parent locator has {n_entries} entries, allowed up to "
+            f"{limits.VHDX_MAX_LOCATOR_ENTRIES}",
+            path=path,
+        )
+    start = layout.LOCATOR_HEADER.size
+    raw = item[start : start + n_entries * layout.LOCATOR_ENTRY.size]
+    if len(raw) < n_entries * layout.LOCATOR_ENTRY.size:
+        raise CorruptImageError(
+            f"the parent locator has {len(item)} bytes, {n_entries} entries need more", path=path
+        )
+    locator: dict[str, str] = {}
+    for key_at, value_at, key_nbytes, value_nbytes in layout.LOCATOR_ENTRY.iter_unpack(raw):
+        key = _text(item, key_at, key_nbytes, path)
+        if key in locator:
+            raise CorruptImageError(f"the parent locator has the key {key!r} twice", path=path)
+        locator[key] = _text(item, value_at, value_nbytes, path)
+    return locator
+
+
+def _text(item: bytes, offset: int, nbytes: int, path: str) -> str:
+    if offset + nbytes > len(item):
+        raise CorruptImageError(
+            f"the parent locator has {len(item)} bytes, one of its texts ends at {offset + nbytes}",
+            path=path,
+        )
+    try:
+        return item[offset : offset + nbytes].decode("utf-16-le")
+    except UnicodeDecodeError:
+        raise CorruptImageError(
+            f"the parent locator's text at {offset} is no UTF-16", path=path
+        ) from None
+
+
+def _backing_reference(metadata: Metadata, path: str) -> BackingReference | None:
+    locator = metadata.locator
+    if locator is None:
+        return None
+    paths = [locator[key] for key in layout.PATH_KEYS if key in locator]
+    names = [name for text in paths for name in names_from_windows_path(text)]
+    if not names:
+        raise CorruptImageError(
+            f"the parent locator names no file (its keys: {', '.join(sorted(locator))})", path=path
+        )
+    linkages = _linkages(locator, path)
+    return BackingReference(
+        names[0],
+        "vhdx",
+        {
+            DATA_WRITE_GUID: linkages[0],
+            LOGICAL_SECTOR_SIZE: str(metadata.logical_sector_nbytes),
+        },
+        alternatives={DATA_WRITE_GUID: linkages[-1]},
+        other_names=tuple(dict.fromkeys(names[1:])),
+    )
+
+
+def _linkages(locator: dict[str, str], path: str) -> list[str]:
+    """Return the data write GUIDs that the parent may have: one or two."""
+    guids = []
+    for key in (layout.LINKAGE_KEY, layout.LINKAGE2_KEY):
+        if key not in locator:
+            continue
+        try:
+            guids.append(uuid.UUID(locator[key]))
+        except ValueError:
+            raise CorruptImageError(
+                f"the parent locator's {key} is {locator[key][:100]!r}, no GUID", path=path
+            ) from None
+    wanted = [str(guid) for guid in guids if guid != NIL]
+    if not wanted:
+        raise CorruptImageError("the parent locator does not identify the parent", path=path)
+    return wanted

@@ -1,0 +1,174 @@
+"""VHDX: reader and driver.
+
+NumPy is imported only once the BAT is looked at, so that ``info`` starts fast.
+Source: [MS-VHDX] Virtual Hard Disk v2 (VHDX) File Format.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+from imgcore.formats import _vhdx_layout as layout
+from imgcore.formats._base import BackingReference, SourceFile
+from imgcore.formats._vhdx_header import (
+    DATA_WRITE_GUID,
+    LOGICAL_SECTOR_SIZE,
+    PHYSICAL_SECTOR_SIZE,
+    VIRTUAL_DISK_ID,
+    read_image,
+)
+from imgcore.formats._vhdx_options import OPTIONS
+
+if TYPE_CHECKING:
+    from imgcore._extents import Extents
+    from imgcore._files import HostFile, ReferenceGate
+    from imgcore.formats._base import CheckReport, Measurement, Option, Writer, WriteRequest
+    from imgcore.formats._vhdx_bat import ExtentPlanner
+
+_log: Final = logging.getLogger("imgcore")
+
+
+class VhdxReader:
+    """Reads one VHDX layer: fixed, dynamic or differencing.
+
+    Parameters
+    ----------
+    file : HostFile
+        Owned by the reader from here on, also if the constructor raises.
+
+    Raises
+    ------
+    WrongFormatError
+        The magic is absent.
+    CorruptImageError, LimitExceededError, UnsupportedFeatureError
+        The image cannot be trusted, or asks for more than is supported.
+
+    Notes
+    -----
+    A log is replayed in memory; the file is never written to.  A damaged copy of a header or
+    region table is no obstacle if the other one is sound; it gets a warning in the log
+    ``imgcore``.
+    """
+
+    format_name: ClassVar[str] = "vhdx"
+
+    def __init__(self, file: HostFile) -> None:
+        self._file = file
+        try:
+            self._image = read_image(file)
+        except BaseException:
+            file.close()
+            raise
+        metadata = self._image.metadata
+        self.subformat: str | None = "dynamic"
+        if metadata.has_parent:
+            self.subformat = "differencing"
+        elif metadata.leave_block_allocated:
+            self.subformat = "fixed"
+        self.virtual_size = metadata.virtual_size
+        self.block_nbytes = metadata.block_nbytes
+        self.logical_sector_nbytes = metadata.logical_sector_nbytes
+        self.backing: BackingReference | None = self._image.backing
+        self.identities: Mapping[str, str] = {
+            DATA_WRITE_GUID: str(self._image.header.data_write_guid),
+            LOGICAL_SECTOR_SIZE: str(metadata.logical_sector_nbytes),
+            PHYSICAL_SECTOR_SIZE: str(metadata.physical_sector_nbytes),
+            VIRTUAL_DISK_ID: str(metadata.virtual_disk_id),
+        }
+        replayed = self._image.replayed
+        files = [file] if replayed is None else [file, replayed.store]
+        self.sources: Sequence[SourceFile] = [SourceFile(source) for source in files]
+        self._planner: ExtentPlanner | None = None
+        for problem in self._image.problems:
+            _log.warning("%s: %s", file.path, problem)
+
+    def plan(self, start: int, length: int) -> Iterator[Extents]:
+        """Yield extent batches; see :class:`imgcore.formats._base.Reader`.
+
+        Notes
+        -----
+        Complexity: O(BAT entries in the range, and sectors of partially present blocks);
+        memory: a few batches.  Thread safety: none.
+        """
+        if self._planner is None:
+            from imgcore.formats._vhdx_bat import ExtentPlanner
+
+            self._planner = ExtentPlanner(self._image)
+        return self._planner.plan(start, length)
+
+    def info(self) -> dict[str, Any]:
+        """Return what is specific to the format, in the keys of ``qemu-img info``."""
+        image, metadata = self._image, self._image.metadata
+        data: dict[str, Any] = {
+            "subformat": self.subformat,
+            "creator": image.creator,
+            "logical-sector-size": metadata.logical_sector_nbytes,
+            "physical-sector-size": metadata.physical_sector_nbytes,
+            "virtual-disk-id": str(metadata.virtual_disk_id),
+            "data-write-guid": str(image.header.data_write_guid),
+            "file-write-guid": str(image.header.file_write_guid),
+            "log-size": image.header.log_nbytes,
+        }
+        if image.replayed is not None:
+            data["log-entries-replayed"] = image.replayed.n_entries
+        if metadata.locator is not None:
+            data["parent-locator"] = dict(metadata.locator)
+        info: dict[str, Any] = {
+            "cluster-size": metadata.block_nbytes,
+            "dirty-flag": image.replayed is not None,
+            "format-specific": {"type": "vhdx", "data": data},
+        }
+        if image.backing is not None:
+            info["backing-filename"] = image.backing.name
+            info["backing-filename-format"] = image.backing.format
+        return info
+
+    def check(self) -> CheckReport:
+        """Verify headers, tables and the BAT.
+
+        Notes
+        -----
+        Complexity: O(BAT entries) for each 8 TiB of the file; memory: about 100 MiB.
+        """
+        from imgcore.formats._vhdx_check import VhdxChecker
+
+        return VhdxChecker(self._image).run()
+
+    def close(self) -> None:
+        """Close the file; more than once is allowed."""
+        for source in self.sources:
+            source.file.close()
+
+
+class VhdxDriver:
+    """What the registry holds for VHDX."""
+
+    name: str = "vhdx"
+    aliases: tuple[str, ...] = ()
+    suffixes: tuple[str, ...] = (".vhdx",)
+    options: tuple[Option, ...] = OPTIONS
+
+    def probe(self, head: bytes, tail: bytes) -> bool:
+        """Tell whether the file begins as VHDX does."""
+        return head.startswith(layout.SIGNATURE)
+
+    def open(self, file: HostFile, gate: ReferenceGate) -> VhdxReader:
+        """Open an image; the parent that it names is not opened here."""
+        return VhdxReader(file)
+
+    def writer(self, request: WriteRequest) -> Writer:
+        """Return a writer; raises OptionError or LimitExceededError."""
+        from imgcore.formats._vhdx_writer import writer_for
+
+        return writer_for(request)
+
+    def measure(self, request: WriteRequest, data_nbytes: int) -> Measurement:
+        """Return the file size needed."""
+        from imgcore.formats._vhdx_options import measure
+
+        return measure(request, data_nbytes)
+
+
+DRIVER: Final = VhdxDriver()
