@@ -110,6 +110,14 @@ VHD_FIXED = Variant("vhd-fixed", "vhd", ("subformat=fixed",), False, _VHD_UUID, 
 _VDI_UUID = ("uuid=6f9619ff-8b86-d011-b42d-00c04fc964ff",)
 VDI = Variant("vdi", "vdi", (), False, _VDI_UUID)
 VDI_FIXED = Variant("vdi-fixed", "vdi", ("static=on",), False, _VDI_UUID)
+_VHDX_GUIDS = tuple(
+    f"{name}=8a1f0c6e-4d5b-4f5e-9d54-2b6f3c1a7e90"
+    for name in ("virtual_disk_id", "data_write_guid", "file_write_guid")
+)
+VHDX_DYNAMIC = Variant(
+    "vhdx-dynamic", "vhdx", ("subformat=dynamic", "block_size=8M"), False, _VHDX_GUIDS
+)
+VHDX_FIXED = Variant("vhdx-fixed", "vhdx", ("subformat=fixed",), False, _VHDX_GUIDS)
 VARIANTS = (
     RAW,
     QCOW2,
@@ -122,6 +130,8 @@ VARIANTS = (
     VHD_FIXED,
     VDI,
     VDI_FIXED,
+    VHDX_DYNAMIC,
+    VHDX_FIXED,
 )
 
 

@@ -411,7 +411,7 @@ def test_usage_errors_exit_with_2(arguments: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        ("-O", "vhdx"),
+        ("-O", "qed"),
         ("-O", "nonsense"),
         ("-o", "nonsense=1"),
         ("-o", "cluster_size=1000"),

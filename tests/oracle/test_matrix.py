@@ -25,7 +25,7 @@ each_image = pytest.mark.parametrize("image", images.RAW_IMAGES, ids=lambda i: i
 DISK_SLACK_NBYTES = 256 * 1024
 COMPRESSED_SHARE = 1.12
 # What qemu-img can check.
-CHECKED_FORMATS = ("qcow2", "vdi")
+CHECKED_FORMATS = ("qcow2", "vdi", "vhdx")
 
 
 def assert_good_target(raw: Path, ours: Path, theirs: Path, variant: Variant) -> None:
@@ -261,7 +261,12 @@ def test_levels_and_windows(
     assert_random_reads(ours, raw, variant.format, 20)
 
 
-@each_variant
+@pytest.mark.parametrize(
+    # QEMU knows no map of VHDX: all of it is data.
+    "variant",
+    [variant for variant in VARIANTS if variant.format != "vhdx"],
+    ids=lambda v: v.name,
+)
 def test_map_agrees(variant: Variant, raw_images: RawImages, tmp_path: Path) -> None:
     """imgcore's map calls the same ranges data as qemu-img's, for a file that either wrote."""
     raw = raw_images(images.SPARSE)

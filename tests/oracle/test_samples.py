@@ -14,7 +14,7 @@ import pytest
 import imgcore
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "images"
-FORMATS = {"raw", "qcow2", "vmdk", "vpc", "vdi"}
+FORMATS = {"raw", "qcow2", "vmdk", "vpc", "vhdx", "vdi"}
 READ_NBYTES = 8 << 20
 
 

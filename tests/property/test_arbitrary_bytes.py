@@ -17,8 +17,8 @@ from tests.helpers.qemu import VARIANTS, Variant
 
 MAX_SECONDS = 2.0
 MAX_READ_NBYTES = 1 << 20
-FORMATS = ("raw", "qcow2", "vmdk", "vhd", "vdi")
-CHECKED_FORMATS = ("qcow2", "vhd", "vdi")
+FORMATS = ("raw", "qcow2", "vmdk", "vhd", "vhdx", "vdi")
+CHECKED_FORMATS = ("qcow2", "vhd", "vhdx", "vdi")
 
 relaxed = settings(
     max_examples=300,
@@ -86,6 +86,7 @@ def test_noise(image_format: str | None, data: bytes) -> None:
         "qcow2": b"QFI\xfb\x00\x00\x00\x03",
         "vmdk": b"KDMV\x01\x00\x00\x00",
         "vdi": bytes(64) + b"\x7f\x10\xda\xbe\x01\x00\x01\x00",
+        "vhdx": b"vhdxfile",
     }
     check_bytes(magics.get(image_format or "", b"") + data, image_format)
 

@@ -254,7 +254,7 @@ class TestFailure:
             ({"threads": 0}, "1 to 256"),
             ({"options": {"colour": "blue"}}, "colour"),
             ({"target_format": "floppy"}, "floppy"),
-            ({"target_format": "vhdx"}, "vhdx"),
+            ({"target_format": "qed"}, "qed"),
             ({"kernels": {"zero": "abacus"}}, "abacus"),
             ({"backing_format": "raw"}, "without a backing file"),
         ],

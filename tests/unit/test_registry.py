@@ -111,7 +111,7 @@ class TestProbe:
             with pytest.raises(WrongFormatError, match=r"\(qcow2, vhd\): say with -f"):
                 call(path)
 
-    @pytest.mark.parametrize("name", ["qcow2", "vmdk"])
+    @pytest.mark.parametrize("name", ["qcow2", "vmdk", "vhdx"])
     def test_drivers_agree_with_the_table(self, name: str) -> None:
         driver = formats.get_driver(name)
         for other, head in HEADS.items():

@@ -386,7 +386,6 @@ CREATE_ERRORS = {
     "odd-size": ((1000,), {"format": "raw"}, imgcore.OptionError),
     "unknown-option": ((MIB,), {"format": "raw", "options": ["x=1"]}, imgcore.OptionError),
     "unknown-format": ((MIB,), {"format": "x"}, imgcore.OptionError),
-    "format-to-come": ((MIB,), {"format": "vhdx"}, imgcore.UnsupportedFeatureError),
     "backing-without-format": ((MIB,), {"format": "qcow2", "backing": "b"}, imgcore.OptionError),
     "format-without-backing": (
         (MIB,),
