@@ -206,24 +206,6 @@ class TestStatedFormat:
             open_as(path)
         assert open_as(path, "qcow2") == "qcow2"
 
-    @pytest.mark.parametrize(
-        ("name", "own"),
-        [
-            (name, entry.name)
-            for entry in formats.DRIVERS
-            if entry.module is None
-            for name in (entry.name, *entry.aliases)
-        ],
-    )
-    def test_not_supported_yet(self, tmp_path: Path, name: str, own: str) -> None:
-        with pytest.raises(UnsupportedFeatureError, match=f"{own} is not supported yet"):
-            formats.get_driver(name)
-        path = place(tmp_path, "x", HEADS[own])
-        for stated in (name, None):
-            with pytest.raises(UnsupportedFeatureError, match=f"{own} is not supported yet") as e:
-                open_as(path, stated)
-            assert str(e.value).startswith(f"{path}: ")
-
     def test_known_by_its_magic_alone(self, tmp_path: Path) -> None:
         with pytest.raises(UnsupportedFeatureError, match="format qed is not supported$"):
             open_as(place(tmp_path, "x", HEADS["qed"]))

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 class Entry(NamedTuple):
-    """A format's line in the registry; ``module`` is None if it is not supported yet."""
+    """A format's line in the registry."""
 
     name: str
-    module: str | None
+    module: str
     suffixes: tuple[str, ...]
     aliases: tuple[str, ...] = ()
 
@@ -62,7 +62,7 @@ _ENTRIES: Final = _index()
 
 def format_names() -> tuple[str, ...]:
     """Return the names of the formats that can be read and written."""
-    return tuple(entry.name for entry in DRIVERS if entry.module is not None)
+    return tuple(entry.name for entry in DRIVERS)
 
 
 def canonical_name(name: str) -> str:
@@ -75,19 +75,8 @@ def canonical_name(name: str) -> str:
 
 
 def get_driver(name: str) -> Driver:
-    """Return the driver of a format, by its name or alias.
-
-    Raises
-    ------
-    OptionError
-        There is no such format.
-    UnsupportedFeatureError
-        It is known, but can be neither read nor written yet.
-    """
-    entry = _ENTRIES[canonical_name(name)]
-    if entry.module is None:
-        raise UnsupportedFeatureError(f"the format {entry.name} is not supported yet")
-    module = importlib.import_module(entry.module)
+    """Return the driver of a format, by its name or alias; OptionError if there is none such."""
+    module = importlib.import_module(_ENTRIES[canonical_name(name)].module)
     return cast("Driver", getattr(module, "DRIVER", module))
 
 
@@ -177,10 +166,7 @@ def open_reader(file: HostFile, gate: ReferenceGate, format: str | None = None) 
             path=file.path,
         )
     if name not in format_names():
-        raise UnsupportedFeatureError(
-            f"the format {name} is not supported{' yet' if name in _ENTRIES else ''}",
-            path=file.path,
-        )
+        raise UnsupportedFeatureError(f"the format {name} is not supported", path=file.path)
     return get_driver(name).open(file, gate)
 
 
@@ -218,8 +204,8 @@ def refuse_image_in_stream(stream: StreamSource) -> None:
 
 
 def _refuse_other_format(file: HostFile, name: str) -> None:
-    # What a raw disk holds is the guest's affair; unsupported formats are refused as such.
-    if name == "raw" or name not in format_names():
+    # What a raw disk holds is the guest's affair.
+    if name == "raw":
         return
     found = _matches(file)
     if name not in found:
