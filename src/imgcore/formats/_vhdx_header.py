@@ -9,9 +9,8 @@ from __future__ import annotations
 import struct
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from imgcore import _limits as limits
 from imgcore._core import crc32c
@@ -41,8 +40,7 @@ VIRTUAL_DISK_ID: Final = "virtual disk ID"
 NIL: Final = uuid.UUID(int=0)
 
 
-@dataclass(frozen=True)
-class FileHeader:
+class FileHeader(NamedTuple):
     """The current one of the two headers (2.2.2); offsets and sizes in bytes."""
 
     sequence: int
@@ -55,8 +53,7 @@ class FileHeader:
     log_offset: int
 
 
-@dataclass(frozen=True)
-class Region:
+class Region(NamedTuple):
     """One entry of the region table (2.2.3.2)."""
 
     guid: uuid.UUID
@@ -70,8 +67,7 @@ class Region:
         return self.offset + self.nbytes
 
 
-@dataclass(frozen=True)
-class Metadata:
+class Metadata(NamedTuple):
     """The known metadata items (2.6.2), checked; sizes in bytes."""
 
     block_nbytes: int
@@ -101,8 +97,7 @@ class Metadata:
         return self.n_blocks + max(self.n_blocks - 1, 0) // self.chunk_ratio
 
 
-@dataclass(frozen=True)
-class VhdxImage:
+class VhdxImage(NamedTuple):
     """An image whose structures have passed every check.
 
     ``view`` is the file with its log replayed, ``replayed`` the same if there was one to replay;

@@ -12,7 +12,6 @@ import heapq
 import os
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -42,8 +41,7 @@ class Patch(NamedTuple):
     place: int
 
 
-@dataclass(frozen=True)
-class _Entry:
+class _Entry(NamedTuple):
     offset: int
     nbytes: int
     tail: int

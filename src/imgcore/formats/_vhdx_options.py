@@ -8,8 +8,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from imgcore import _limits as limits
 from imgcore._errors import LimitExceededError, OptionError
@@ -63,8 +62,7 @@ OPTIONS: Final = (
 )
 
 
-@dataclass(frozen=True)
-class VhdxParams:
+class VhdxParams(NamedTuple):
     """What a new image has to be, checked; sizes in bytes."""
 
     metadata: Metadata
