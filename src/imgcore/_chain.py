@@ -126,12 +126,17 @@ class _Chain:
                 return
         if refused:
             raise refused[0]
+        raise self._not_found(names, missing)
+
+    def _not_found(self, names: list[str], missing: list[FileNotFoundError]) -> FileNotFoundError:
+        image = self.files[-1].path
+        hint = "; --parent says where it is" if len(self.files) == 1 else ""
         if len(missing) == 1:
-            raise missing[0]
+            text = f"{os.strerror(errno.ENOENT)} (the parent of {image}{hint})"
+            return FileNotFoundError(errno.ENOENT, text, missing[0].filename)
         tried = ", ".join(repr(name) for name in names)
-        raise FileNotFoundError(
-            errno.ENOENT, f"none of the names of its parent exists: {tried}", self.files[-1].path
-        )
+        text = f"none of the names of its parent exists: {tried}{hint}"
+        return FileNotFoundError(errno.ENOENT, text, image)
 
     def _format_of(self, reference: BackingReference) -> str:
         """Return the format that the next layer is read in."""

@@ -115,10 +115,16 @@ def test_no_name_exists(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as info:
         paths(child)
     assert info.value.filename == str(child)
-    assert info.value.strerror == "none of the names of its parent exists: 'a', 'b'"
+    tried = "none of the names of its parent exists: 'a', 'b'"
+    assert info.value.strerror == f"{tried}; --parent says where it is"
     with pytest.raises(FileNotFoundError) as info:
         paths(child_of(tmp_path, name="a"))
     assert info.value.filename == str(tmp_path / "a")
+    assert info.value.strerror.endswith(f"(the parent of {child}; --parent says where it is)")
+    put(tmp_path / "a", {"name": "b", "format": "fake"})
+    with pytest.raises(FileNotFoundError) as info:
+        paths(child)
+    assert info.value.strerror.endswith(f"(the parent of {tmp_path / 'a'})")
 
 
 def test_a_name_outside_does_not_hide_one_inside(tmp_path: Path) -> None:
