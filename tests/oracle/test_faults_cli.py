@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -227,9 +228,12 @@ def test_vmdk_delta_on_a_changed_parent(tmp_path: Path) -> None:
     qemu.run("create", "-f", "vmdk", "-b", "base.vmdk", "-F", "vmdk", top)
     assert imgcore("convert", top, out).returncode == 0
     qemu.assert_same(top, out, source_format="vmdk", target_format="raw")
-    place = base.read_bytes().index(b"\nCID=") + len(b"\nCID=")
-    poke(base, place, b"0badcafe")
-    assert_refused(top, tmp_path, words=("top.vmdk", "0badcafe"), targets=("new.raw",))
+    # qemu-img leaves leading zeros out.
+    digits = re.search(rb"\nCID=([0-9a-f]+)\n", base.read_bytes())
+    assert digits is not None
+    other = int(digits[1], 16) ^ 1
+    poke(base, digits.start(1), f"{other:0{len(digits[1])}x}".encode())
+    assert_refused(top, tmp_path, words=("top.vmdk", f"{other:08x}"), targets=("new.raw",))
 
 
 def _small_raw(folder: Path) -> Path:
