@@ -16,9 +16,9 @@ import numpy as np
 from imgcore import _limits as limits
 from imgcore._errors import LimitExceededError
 from imgcore.formats import _vhdx_layout as layout
-from imgcore.formats._base import CheckReport
+from imgcore.formats._base import CheckReport, Repair
 from imgcore.formats._vhdx_bat import bitmap_index, entry_problem, read_payload, read_raw
-from imgcore.formats._vhdx_header import NIL
+from imgcore.formats._vhdx_parent import NIL
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -43,6 +43,34 @@ class _Blocks(NamedTuple):
     end_units: NDArray[np.int64]
 
 
+def find_repairs(image: VhdxImage) -> list[Repair]:
+    """Return what can be put right: a copy from the other one, leaked space at the end.
+
+    Nothing is offered while a log waits to be replayed, or for an image whose blocks lie upon
+    each other or upon tables: what is written could be a guest's.
+    """
+    report = VhdxChecker(image).run()
+    if image.replayed is not None or report.corruptions > len(image.problems):
+        return []
+    repairs = [
+        Repair(
+            problem.line, "write the other copy there", writes=((problem.offset, problem.sound),)
+        )
+        for problem in image.problems
+        if problem.sound is not None
+    ]
+    unused = image.file.nbytes - report.image_end_offset
+    if unused >= image.metadata.block_nbytes:
+        repairs.append(
+            Repair(
+                f"{unused >> _UNIT_BITS} MiB behind the last block are leaked",
+                "end the file behind the last block",
+                file_nbytes=report.image_end_offset,
+            )
+        )
+    return repairs
+
+
 class VhdxChecker:
     """One run over one image."""
 
@@ -63,7 +91,7 @@ class VhdxChecker:
                 path=image.file.path,
             )
         for problem in image.problems:
-            report.corruption(problem)
+            report.corruption(problem.line)
         if image.replayed is not None:
             report.problems.append(
                 f"the log has {image.replayed.n_entries} entries to replay: what follows is true "

@@ -1,4 +1,4 @@
-"""VHDX: headers, region tables, metadata and the parent locator.
+"""VHDX: headers, region tables and metadata.
 
 Everything here works on Python integers and needs no NumPy, so that ``info`` starts fast.
 Source: [MS-VHDX], by section.
@@ -22,22 +22,14 @@ from imgcore._errors import (
 )
 from imgcore.formats import _vhdx_layout as layout
 from imgcore.formats._base import BackingReference
-from imgcore.formats._parents import names_from_windows_path
 from imgcore.formats._vhdx_log import ReplayedFile, replay
+from imgcore.formats._vhdx_parent import NIL, backing_reference, read_locator
 
 if TYPE_CHECKING:
     from imgcore._files import HostFile
 
     # What is read after the log: the file itself, or what the log makes of it.
     ImageFile = HostFile | ReplayedFile
-
-# What children recognise their parent by, and what they take over from it.
-DATA_WRITE_GUID: Final = "data write GUID"
-LOGICAL_SECTOR_SIZE: Final = "logical sector size"
-PHYSICAL_SECTOR_SIZE: Final = "physical sector size"
-VIRTUAL_DISK_ID: Final = "virtual disk ID"
-
-NIL: Final = uuid.UUID(int=0)
 
 
 class FileHeader(NamedTuple):
@@ -97,11 +89,21 @@ class Metadata(NamedTuple):
         return self.n_blocks + max(self.n_blocks - 1, 0) // self.chunk_ratio
 
 
+class Problem(NamedTuple):
+    """A copy of a structure that is not as it should be, but not needed either.
+
+    ``sound`` is what ought to stand at ``offset``, None where that is not clear.
+    """
+
+    line: str
+    offset: int
+    sound: bytes | None
+
+
 class VhdxImage(NamedTuple):
     """An image whose structures have passed every check.
 
-    ``view`` is the file with its log replayed, ``replayed`` the same if there was one to replay;
-    ``problems`` holds one line about each copy that is damaged but not needed.
+    ``view`` is the file with its log replayed, ``replayed`` the same if there was one to replay.
     """
 
     file: HostFile
@@ -111,7 +113,7 @@ class VhdxImage(NamedTuple):
     regions: Sequence[Region]
     metadata: Metadata
     backing: BackingReference | None
-    problems: Sequence[str]
+    problems: Sequence[Problem]
 
     @property
     def view(self) -> ImageFile:
@@ -137,7 +139,7 @@ def read_image(file: HostFile) -> VhdxImage:
     head = file.pread(0, min(file.nbytes, layout.CREATOR_OFFSET + layout.CREATOR_NBYTES))
     if not head.startswith(layout.SIGNATURE):
         raise WrongFormatError(f"no VHDX file: it starts with {head[:8]!r}", path=file.path)
-    problems: list[str] = []
+    problems: list[Problem] = []
     header = _current_header(file, problems)
     _check_header(header, file)
     replayed = None
@@ -148,7 +150,9 @@ def read_image(file: HostFile) -> VhdxImage:
         regions = _read_regions(view, header, problems)
         metadata = _read_metadata(view, _region(view, regions, layout.METADATA_REGION, "metadata"))
         _check_bat(view, _region(view, regions, layout.BAT_REGION, "BAT"), metadata)
-        backing = _backing_reference(metadata, file.path)
+        backing = None
+        if metadata.locator is not None:
+            backing = backing_reference(metadata.locator, metadata.logical_sector_nbytes, file.path)
     except BaseException:
         if replayed is not None:
             replayed.store.close()
@@ -196,7 +200,7 @@ def _read_copies(
     offsets: Sequence[int],
     nbytes: int,
     signature: bytes,
-    problems: list[str],
+    problems: list[Problem],
 ) -> list[bytes]:
     """Return the valid copies of a structure, at least one; the others become problems."""
     copies = [
@@ -207,14 +211,16 @@ def _read_copies(
     good = [copy for copy in copies if not isinstance(copy, str)]
     if not good:
         raise CorruptImageError("; ".join(bad), path=file.path, offset=offsets[0])
-    problems += bad
+    for copy, offset in zip(copies, offsets, strict=True):
+        if isinstance(copy, str):
+            problems.append(Problem(copy, offset, good[0]))
     return good
 
 
 # ---------------------------------------------------------------------- headers (2.2.2)
 
 
-def _current_header(file: HostFile, problems: list[str]) -> FileHeader:
+def _current_header(file: HostFile, problems: list[Problem]) -> FileHeader:
     """Return the header with the higher sequence number of those that are valid."""
     copies = _read_copies(
         file,
@@ -280,7 +286,7 @@ def _check_header(header: FileHeader, file: HostFile) -> None:
 # ---------------------------------------------------------------------- regions (2.2.3)
 
 
-def _read_regions(file: ImageFile, header: FileHeader, problems: list[str]) -> list[Region]:
+def _read_regions(file: ImageFile, header: FileHeader, problems: list[Problem]) -> list[Region]:
     tables = _read_copies(
         file,
         "region table",
@@ -290,7 +296,8 @@ def _read_regions(file: ImageFile, header: FileHeader, problems: list[str]) -> l
         problems,
     )
     if len(set(tables)) > 1:
-        problems.append("the two region tables differ: the first one is used")
+        line = "the two region tables differ: the first one is used"
+        problems.append(Problem(line, layout.REGION_TABLE_OFFSETS[1], None))
     _, _, n_entries, _ = layout.REGION_TABLE_HEADER.unpack_from(tables[0])
     if n_entries > layout.MAX_TABLE_ENTRIES:
         raise CorruptImageError(
@@ -396,7 +403,7 @@ def _read_metadata(file: ImageFile, region: Region) -> Metadata:
         virtual_disk_id=uuid.UUID(bytes_le=disk_id),
         logical_sector_nbytes=number(layout.LOGICAL_SECTOR_SIZE_ITEM, "logical sector size"),
         physical_sector_nbytes=number(layout.PHYSICAL_SECTOR_SIZE_ITEM, "physical sector size"),
-        locator=None if locator is None else _read_locator(locator, file.path),
+        locator=None if locator is None else read_locator(locator, file.path),
     )
     _check_metadata(metadata, file.path)
     return metadata
@@ -499,92 +506,3 @@ def _check_metadata(metadata: Metadata, path: str) -> None:
             f"{metadata.logical_sector_nbytes}",
             path=path,
         )
-
-
-# --------------------------------------------------------------- parent locator (2.6.2.6)
-
-
-def _read_locator(item: bytes, path: str) -> dict[str, str]:
-    """Return the keys and values of a parent locator."""
-    if len(item) < layout.LOCATOR_HEADER.size:
-        raise CorruptImageError(f"the parent locator has {len(item)} bytes", path=path)
-    kind, _, n_entries = layout.LOCATOR_HEADER.unpack_from(item)
-    if uuid.UUID(bytes_le=kind) != layout.VHDX_LOCATOR:
-        raise UnsupportedFeatureError(
-            f"its parent is of the type {uuid.UUID(bytes_le=kind)}, known is only VHDX",
-            path=path,
-        )
-    if n_entries > limits.VHDX_MAX_LOCATOR_ENTRIES:
-        raise LimitExceededError(
-            f"the parent locator has {n_entries} entries, allowed up to "
-            f"{limits.VHDX_MAX_LOCATOR_ENTRIES}",
-            path=path,
-        )
-    start = layout.LOCATOR_HEADER.size
-    raw = item[start : start + n_entries * layout.LOCATOR_ENTRY.size]
-    if len(raw) < n_entries * layout.LOCATOR_ENTRY.size:
-        raise CorruptImageError(
-            f"the parent locator has {len(item)} bytes, {n_entries} entries need more", path=path
-        )
-    locator: dict[str, str] = {}
-    for key_at, value_at, key_nbytes, value_nbytes in layout.LOCATOR_ENTRY.iter_unpack(raw):
-        key = _text(item, key_at, key_nbytes, path)
-        if key in locator:
-            raise CorruptImageError(f"the parent locator has the key {key!r} twice", path=path)
-        locator[key] = _text(item, value_at, value_nbytes, path)
-    return locator
-
-
-def _text(item: bytes, offset: int, nbytes: int, path: str) -> str:
-    if offset + nbytes > len(item):
-        raise CorruptImageError(
-            f"the parent locator has {len(item)} bytes, one of its texts ends at {offset + nbytes}",
-            path=path,
-        )
-    try:
-        return item[offset : offset + nbytes].decode("utf-16-le")
-    except UnicodeDecodeError:
-        raise CorruptImageError(
-            f"the parent locator's text at {offset} is no UTF-16", path=path
-        ) from None
-
-
-def _backing_reference(metadata: Metadata, path: str) -> BackingReference | None:
-    locator = metadata.locator
-    if locator is None:
-        return None
-    paths = [locator[key] for key in layout.PATH_KEYS if key in locator]
-    names = [name for text in paths for name in names_from_windows_path(text)]
-    if not names:
-        raise CorruptImageError(
-            f"the parent locator names no file (its keys: {', '.join(sorted(locator))})", path=path
-        )
-    linkages = _linkages(locator, path)
-    return BackingReference(
-        names[0],
-        "vhdx",
-        {
-            DATA_WRITE_GUID: linkages[0],
-            LOGICAL_SECTOR_SIZE: str(metadata.logical_sector_nbytes),
-        },
-        alternatives={DATA_WRITE_GUID: linkages[-1]},
-        other_names=tuple(dict.fromkeys(names[1:])),
-    )
-
-
-def _linkages(locator: dict[str, str], path: str) -> list[str]:
-    """Return the data write GUIDs that the parent may have: one or two."""
-    guids = []
-    for key in (layout.LINKAGE_KEY, layout.LINKAGE2_KEY):
-        if key not in locator:
-            continue
-        try:
-            guids.append(uuid.UUID(locator[key]))
-        except ValueError:
-            raise CorruptImageError(
-                f"the parent locator's {key} is {locator[key][:100]!r}, no GUID", path=path
-            ) from None
-    wanted = [str(guid) for guid in guids if guid != NIL]
-    if not wanted:
-        raise CorruptImageError("the parent locator does not identify the parent", path=path)
-    return wanted

@@ -5,7 +5,6 @@ No NumPy here.  Source: [MS-VHDX], by section.
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
@@ -15,13 +14,13 @@ from imgcore._errors import LimitExceededError, OptionError
 from imgcore._version import __version__
 from imgcore.formats import _vhdx_layout as layout
 from imgcore.formats._base import BackingReference, Measurement, Option, WriteRequest
-from imgcore.formats._vhdx_header import (
+from imgcore.formats._vhdx_header import Metadata, with_checksum
+from imgcore.formats._vhdx_parent import (
     DATA_WRITE_GUID,
     LOGICAL_SECTOR_SIZE,
     PHYSICAL_SECTOR_SIZE,
     VIRTUAL_DISK_ID,
-    Metadata,
-    with_checksum,
+    parent_locator,
 )
 
 # What Hyper-V takes, whatever the size of the disk.
@@ -273,7 +272,7 @@ def metadata_region(params: VhdxParams, target_path: str) -> bytes:
         ),
     ]
     if params.backing is not None:
-        locator = _parent_locator(params.backing, target_path)
+        locator = parent_locator(params.backing, target_path)
         items.append((layout.PARENT_LOCATOR_ITEM, of_file, locator))
     table = layout.METADATA_HEADER.pack(layout.METADATA_SIGNATURE, 0, len(items), bytes(20))
     data = b""
@@ -282,39 +281,3 @@ def metadata_region(params: VhdxParams, target_path: str) -> bytes:
         table += layout.METADATA_ENTRY.pack(guid.bytes_le, offset, len(item), item_flags, 0)
         data += item
     return table.ljust(layout.METADATA_TABLE_NBYTES, b"\0") + data
-
-
-def _parent_locator(backing: BackingReference, target_path: str) -> bytes:
-    """Return the parent locator (2.6.2.6): what the parent holds, and where it lies from here."""
-    entries = {
-        layout.LINKAGE_KEY: f"{{{backing.identities[DATA_WRITE_GUID]}}}",
-        layout.RELATIVE_PATH_KEY: _relative_path(backing, target_path),
-    }
-    header = layout.LOCATOR_HEADER.pack(layout.VHDX_LOCATOR.bytes_le, 0, len(entries))
-    offset = len(header) + len(entries) * layout.LOCATOR_ENTRY.size
-    table = texts = b""
-    for key_text, value_text in entries.items():
-        key, value = key_text.encode("utf-16-le"), value_text.encode("utf-16-le")
-        at = offset + len(texts)
-        table += layout.LOCATOR_ENTRY.pack(at, at + len(key), len(key), len(value))
-        texts += key + value
-    return header + table + texts
-
-
-def _relative_path(backing: BackingReference, target_path: str) -> str:
-    r"""Return the parent's place as Windows writes it, such as ``.\base.vhdx``."""
-    folder = os.path.dirname(os.path.abspath(target_path))
-    path = os.path.relpath(backing.path or os.path.join(folder, backing.name), folder)
-    text = path.replace("/", "\\")
-    if not text.startswith("..\\"):
-        text = ".\\" + text
-    try:
-        nbytes = len(text.encode("utf-16-le"))
-    except UnicodeEncodeError:
-        raise OptionError(f"the parent's name {path!r} is not encodable in UTF-16") from None
-    if "\\" in path or nbytes > limits.VHDX_MAX_PATH_NBYTES:
-        raise OptionError(
-            f"the parent's name {path!r} cannot be stored: no backslash and up to "
-            f"{limits.VHDX_MAX_PATH_NBYTES} bytes of UTF-16 are allowed"
-        )
-    return text

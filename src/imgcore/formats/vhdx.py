@@ -12,19 +12,26 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from imgcore.formats import _vhdx_layout as layout
 from imgcore.formats._base import BackingReference, SourceFile
-from imgcore.formats._vhdx_header import (
+from imgcore.formats._vhdx_header import read_image
+from imgcore.formats._vhdx_options import OPTIONS
+from imgcore.formats._vhdx_parent import (
     DATA_WRITE_GUID,
     LOGICAL_SECTOR_SIZE,
     PHYSICAL_SECTOR_SIZE,
     VIRTUAL_DISK_ID,
-    read_image,
 )
-from imgcore.formats._vhdx_options import OPTIONS
 
 if TYPE_CHECKING:
     from imgcore._extents import Extents
     from imgcore._files import HostFile, ReferenceGate
-    from imgcore.formats._base import CheckReport, Measurement, Option, Writer, WriteRequest
+    from imgcore.formats._base import (
+        CheckReport,
+        Measurement,
+        Option,
+        Repair,
+        Writer,
+        WriteRequest,
+    )
     from imgcore.formats._vhdx_bat import ExtentPlanner
 
 _log: Final = logging.getLogger("imgcore")
@@ -82,7 +89,7 @@ class VhdxReader:
         self.sources: Sequence[SourceFile] = [SourceFile(source) for source in files]
         self._planner: ExtentPlanner | None = None
         for problem in self._image.problems:
-            _log.warning("%s: %s", file.path, problem)
+            _log.warning("%s: %s", file.path, problem.line)
 
     def plan(self, start: int, length: int) -> Iterator[Extents]:
         """Yield extent batches; see :class:`imgcore.formats._base.Reader`.
@@ -135,6 +142,12 @@ class VhdxReader:
         from imgcore.formats._vhdx_check import VhdxChecker
 
         return VhdxChecker(self._image).run()
+
+    def repairs(self) -> list[Repair]:
+        """Return what can be put right; see :class:`imgcore.formats._base.Repairable`."""
+        from imgcore.formats._vhdx_check import find_repairs
+
+        return find_repairs(self._image)
 
     def close(self) -> None:
         """Close the file; more than once is allowed."""
