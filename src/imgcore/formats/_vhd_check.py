@@ -113,9 +113,12 @@ def _check_footers(report: CheckReport, file: HostFile, header: VhdHeader) -> No
             report.corruption(_line(place.problem, file))
         elif place is None and not (where == "start" and header.dynamic is None):
             report.corruption(f"there is no footer at the {where} of the file")
-    end, copy = header.end, header.copy
-    are_sound = all(place is not None and place.problem is None for place in (end, copy))
-    if are_sound and end.raw != copy.raw:
+    sound = [
+        place.raw
+        for place in (header.end, header.copy)
+        if place is not None and place.problem is None
+    ]
+    if len(set(sound)) > 1:
         report.corruption("the footer and its copy at the start differ")
     if header.dynamic is None and header.footer.data_offset != layout.NO_OFFSET:
         report.corruption(
