@@ -25,6 +25,7 @@ from imgcore._limits import MAX_CHAIN_DEPTH
 from imgcore.formats import open_reader
 
 if TYPE_CHECKING:
+    from imgcore.formats import OptionTexts
     from imgcore.formats._base import BackingReference, Reader
 
 _log = logging.getLogger("imgcore")
@@ -36,6 +37,7 @@ def open_chain(
     format: str | None = None,
     backing_format: str | None = None,
     parent: str | None = None,
+    read_options: OptionTexts | None = None,
     allow: Sequence[str] = (),
     share: bool = False,
 ) -> tuple[list[Reader], list[HostFile]]:
@@ -50,7 +52,7 @@ def open_chain(
     """
     chain = _Chain(backing_format, allow, share)
     try:
-        chain.open_image(path, format)
+        chain.open_image(path, format, read_options)
         if parent is not None:
             chain.open_stated_parent(parent)
         while (reference := chain.layers[-1].backing) is not None:
@@ -85,11 +87,11 @@ class _Chain:
         self._share = share
         self._gates: list[ReferenceGate] = []
 
-    def open_image(self, path: str, format: str | None) -> None:
+    def open_image(self, path: str, format: str | None, options: OptionTexts | None) -> None:
         file = HostFile.open(path, share=self._share)
         self.files.append(file)
         self._gates.append(self._gate_of(file))
-        self.layers.append(open_reader(file, self._gates[-1], format))
+        self.layers.append(open_reader(file, self._gates[-1], format, options))
 
     def _gate_of(self, file: HostFile) -> ReferenceGate:
         return ReferenceGate(os.path.dirname(file.path), self._allow, share=self._share)

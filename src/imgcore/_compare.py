@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -55,6 +55,8 @@ def compare(
     format_b: str | None = None,
     parent_a: str | os.PathLike[str] | None = None,
     parent_b: str | os.PathLike[str] | None = None,
+    read_options_a: Mapping[str, Any] | Sequence[str] | None = None,
+    read_options_b: Mapping[str, Any] | Sequence[str] | None = None,
     strict: bool = False,
     threads: int | None = None,
     allow: Sequence[str | os.PathLike[str]] = (),
@@ -72,6 +74,8 @@ def compare(
         Their formats; found by their magic, or for raw by the suffix, if None.
     parent_a, parent_b : path-like, optional
         Their parents, in place of what the images call them; see :func:`imgcore.open`.
+    read_options_a, read_options_b : mapping or sequence of str, optional
+        How to read them; see :func:`imgcore.open`.
     strict : bool
         Also demand the same size and the same allocation.
     threads : int, optional
@@ -92,8 +96,12 @@ def compare(
     """
     common: dict[str, Any] = {"allow": allow, "backing_format": backing_format, "share": share}
     with (
-        open_image(a, format=format_a, parent=parent_a, **common) as image_a,
-        open_image(b, format=format_b, parent=parent_b, **common) as image_b,
+        open_image(
+            a, format=format_a, parent=parent_a, read_options=read_options_a, **common
+        ) as image_a,
+        open_image(
+            b, format=format_b, parent=parent_b, read_options=read_options_b, **common
+        ) as image_b,
     ):
         comparison = _Comparison(image_a, image_b, thread_count(threads), progress)
         return comparison.run(strict)

@@ -29,6 +29,7 @@ from imgcore.formats import (
     get_driver,
     parse_options,
     refuse_image_in_stream,
+    refuse_stream_options,
     stream_suffix,
 )
 from imgcore.formats._base import BackingReference, SectorSized, WriteRequest
@@ -93,6 +94,7 @@ class _Request(NamedTuple):
     backing: BackingReference | None
     source_backing_format: str | None
     parent: str | None
+    read_options: Mapping[str, Any] | Sequence[str] | None
     sparse_nbytes: int
     threads: int
     force: bool
@@ -116,6 +118,7 @@ def convert(
     backing_format: str | None = None,
     source_backing_format: str | None = None,
     parent: str | os.PathLike[str] | None = None,
+    read_options: Mapping[str, Any] | Sequence[str] | None = None,
     sparse: int | str = 4096,
     threads: int | None = None,
     force: bool = False,
@@ -148,6 +151,8 @@ def convert(
         Format of the source's backing files whose format the source does not state.
     parent : path-like, optional
         The source's parent, in place of what the source calls it; see :func:`imgcore.open`.
+    read_options : mapping or sequence of str, optional
+        How to read the source; see :func:`imgcore.open`.
     sparse : int or str
         Bytes: runs of zeros of this size are not written.  0 writes every zero.
     threads : int, optional
@@ -198,6 +203,7 @@ def convert(
         backing=_backing_reference(backing, backing_format),
         source_backing_format=source_backing_format,
         parent=None if parent is None else os.fspath(parent),
+        read_options=read_options,
         sparse_nbytes=_sparse_nbytes(sparse),
         threads=thread_count(threads),
         force=force,
@@ -277,6 +283,7 @@ class _Conversion:
         if stream_suffix(r.source) is not None and r.source_format in (None, "raw"):
             from imgcore._stream import StreamSource
 
+            refuse_stream_options(r.source, r.read_options)
             self._stream = StreamSource.open(r.source)
             self._stack.callback(self._stream.close)
             if r.source_format is None:
@@ -288,6 +295,7 @@ class _Conversion:
             format=r.source_format,
             backing_format=r.source_backing_format,
             parent=r.parent,
+            read_options=r.read_options,
             allow=r.allow,
             share=r.share,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from imgcore._chain import open_chain
@@ -216,6 +216,7 @@ def open(
     format: str | None = None,
     backing_format: str | None = None,
     parent: str | os.PathLike[str] | None = None,
+    read_options: Mapping[str, Any] | Sequence[str] | None = None,
     allow: Sequence[str | os.PathLike[str]] = (),
     share: bool = False,
 ) -> Image:
@@ -233,6 +234,9 @@ def open(
     parent : path-like, optional
         The image's parent (backing file), in place of what the image calls it.  Whatever the
         image says of its parent's identity is verified all the same.
+    read_options : mapping or sequence of str, optional
+        How to read the image, or strings ``"key=value,..."``; of VHD ``size``: ``chs`` or
+        ``current``.
     allow : sequence of path-like
         Folders, besides an image's own, in which files named inside images may lie.
     share : bool
@@ -250,7 +254,7 @@ def open(
     WrongFormatError, CorruptImageError, UnsupportedFeatureError, LimitExceededError
         The image is not what it should be, or its parent is another one than it was made upon.
     OptionError
-        ``parent`` is given for an image that has none.
+        ``parent`` is given for an image that has none, or a read option is unknown.
     UnsafeReferenceError
         It names a file outside the permitted folders.
     """
@@ -259,6 +263,7 @@ def open(
         format=format,
         backing_format=backing_format,
         parent=None if parent is None else os.fspath(parent),
+        read_options=read_options,
         allow=[os.fspath(folder) for folder in allow],
         share=share,
     )

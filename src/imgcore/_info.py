@@ -6,7 +6,7 @@ Nothing here or below imports NumPy: ``imgcore info`` has to answer at once.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -28,6 +28,7 @@ def info(
     share: bool = ...,
     backing_format: str | None = ...,
     parent: str | os.PathLike[str] | None = ...,
+    read_options: Mapping[str, Any] | Sequence[str] | None = ...,
 ) -> dict[str, Any]: ...
 
 
@@ -41,6 +42,7 @@ def info(
     share: bool = ...,
     backing_format: str | None = ...,
     parent: str | os.PathLike[str] | None = ...,
+    read_options: Mapping[str, Any] | Sequence[str] | None = ...,
 ) -> list[dict[str, Any]]: ...
 
 
@@ -53,6 +55,7 @@ def info(
     share: bool = False,
     backing_format: str | None = None,
     parent: str | os.PathLike[str] | None = None,
+    read_options: Mapping[str, Any] | Sequence[str] | None = None,
 ) -> dict[str, Any] | list[dict[str, Any]]:
     """Describe an image by its headers; no guest byte is read.
 
@@ -73,6 +76,8 @@ def info(
     parent : path-like, optional
         With ``chain``: the image's parent, in place of what the image calls it; see
         :func:`imgcore.open`.
+    read_options : mapping or sequence of str, optional
+        How to read the image; see :func:`imgcore.open`.
 
     Returns
     -------
@@ -94,15 +99,18 @@ def info(
     OSError
         The operating system refused; ``filename`` is set.
     """
-    from imgcore.formats import stream_suffix
+    from imgcore.formats import refuse_stream_options, stream_suffix
 
     if format in (None, "raw") and stream_suffix(os.fspath(path)) is not None:
+        refuse_stream_options(os.fspath(path), read_options)
         description = _describe_stream(path, share)
         return [description] if chain else description
     if not chain:
         if parent is not None:
             raise OptionError("a parent is given, but only the image itself is described")
-        with open_layer(path, format=format, allow=allow, share=share) as layer:
+        with open_layer(
+            path, format=format, read_options=read_options, allow=allow, share=share
+        ) as layer:
             return describe_layer(*layer)
     from imgcore._image import open as open_image
 
@@ -111,6 +119,7 @@ def info(
         format=format,
         backing_format=backing_format,
         parent=parent,
+        read_options=read_options,
         allow=allow,
         share=share,
     ) as image:
@@ -122,6 +131,7 @@ def open_layer(
     path: str | os.PathLike[str],
     *,
     format: str | None = None,
+    read_options: Mapping[str, Any] | Sequence[str] | None = None,
     allow: Sequence[str | os.PathLike[str]] = (),
     share: bool = False,
 ) -> Iterator[tuple[HostFile, Reader]]:
@@ -131,7 +141,7 @@ def open_layer(
 
     with HostFile.open(path, share=share) as file:
         gate = ReferenceGate(os.path.dirname(file.path), [os.fspath(folder) for folder in allow])
-        reader = open_reader(file, gate, format)
+        reader = open_reader(file, gate, format, read_options)
         try:
             yield file, reader
         finally:

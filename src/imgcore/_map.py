@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,6 +62,7 @@ def map(
     length: int | None = None,
     backing_format: str | None = None,
     parent: str | os.PathLike[str] | None = None,
+    read_options: Mapping[str, Any] | Sequence[str] | None = None,
     allow: Sequence[str | os.PathLike[str]] = (),
     share: bool = False,
 ) -> Iterator[MapEntry]:
@@ -79,6 +80,8 @@ def map(
         Format of backing files whose format the image does not state.
     parent : path-like, optional
         The image's parent, in place of what the image calls it; see :func:`imgcore.open`.
+    read_options : mapping or sequence of str, optional
+        How to read the image; see :func:`imgcore.open`.
     allow : sequence of path-like
         Folders, besides an image's own, in which files named inside images may lie.
     share : bool
@@ -105,6 +108,7 @@ def map(
         format=format,
         backing_format=backing_format,
         parent=parent,
+        read_options=read_options,
         allow=allow,
         share=share,
     ) as image:

@@ -23,6 +23,7 @@ def measure(
     compress: bool = False,
     backing_format: str | None = None,
     parent: str | os.PathLike[str] | None = None,
+    read_options: Mapping[str, Any] | Sequence[str] | None = None,
     allow: Sequence[str | os.PathLike[str]] = (),
     share: bool = False,
 ) -> Measurement:
@@ -46,6 +47,8 @@ def measure(
         Format of backing files whose format the source does not state.
     parent : path-like, optional
         The source's parent, in place of what the source calls it; see :func:`imgcore.open`.
+    read_options : mapping or sequence of str, optional
+        How to read the source; see :func:`imgcore.open`.
     allow : sequence of path-like
         Folders, besides an image's own, in which files named inside images may lie.
     share : bool
@@ -68,12 +71,15 @@ def measure(
     -----
     Time: the tables of the source are read, its data is not. Memory: one batch of extents.
     """
+    from imgcore.formats import refuse_stream_options
+
     if (source is None) == (size is None):
         raise OptionError("measure takes either a source or a size")
     if size is not None:
         return _measure_data(size, (), target_format, options, compress)
     assert source is not None
     if (stream_size := _stream_size(source, format, share)) is not None:
+        refuse_stream_options(os.fspath(source), read_options)
         # What a stream holds is known when it has been read: all of it may be data.
         whole = _whole(stream_size)
         return _measure_data(stream_size, whole, target_format, options, compress)
@@ -84,6 +90,7 @@ def measure(
         format=format,
         backing_format=backing_format,
         parent=parent,
+        read_options=read_options,
         allow=allow,
         share=share,
     ) as image:

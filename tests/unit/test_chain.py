@@ -31,7 +31,9 @@ UUID = "{00000000-0000-0000-0000-0000000000aa}"
 def _fake_format(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a file hold, as JSON, what its reader says of itself and of its parent."""
 
-    def open_fake(file: HostFile, gate: ReferenceGate, format: str | None = None) -> Any:
+    def open_fake(
+        file: HostFile, gate: ReferenceGate, format: str | None = None, options: object = None
+    ) -> Any:
         content = json.loads(file.pread(0, file.nbytes))
         backing = content.get("backing")
         reference = None if backing is None else BackingReference(**backing)

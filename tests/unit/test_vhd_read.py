@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.helpers import vhd
+from tests.helpers import command, vhd
 from tests.helpers.images import noise
 from tests.helpers.plans import plan_rows, poke
 from tests.helpers.vhd import Block, be32, be64
@@ -416,3 +417,46 @@ def test_nothing_of_numpy_is_needed_for_headers(tmp_path: Path) -> None:
         "assert 'numpy' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class TestReadOptions:
+    def make(self, tmp_path: Path) -> Path:
+        fields = {"creator": b"win ", "chs": CHS}
+        return vhd.dynamic(tmp_path / "a.vhd", CURRENT, {}, footer_fields=fields)
+
+    def test_every_verb(self, tmp_path: Path) -> None:
+        path, options = self.make(tmp_path), ["size=chs"]
+        with imgcore.open(path, read_options=options) as image:
+            assert image.virtual_size == CHS_NBYTES
+        assert imgcore.info(path, read_options={"size": "chs"})["virtual-size"] == CHS_NBYTES
+        chain = imgcore.info(path, chain=True, read_options=options)
+        assert chain[0]["virtual-size"] == CHS_NBYTES
+        assert sum(entry.length for entry in imgcore.map(path, read_options=options)) == CHS_NBYTES
+        assert imgcore.measure(path, read_options=options).required == CHS_NBYTES
+        result = imgcore.convert(path, tmp_path / "a.raw", read_options=options, sync=False)
+        assert result.virtual_size == CHS_NBYTES
+        compared = imgcore.compare(path, path, read_options_a=options, strict=True)
+        assert (compared.size_a, compared.size_b) == (CHS_NBYTES, CURRENT)
+
+    @pytest.mark.parametrize("arguments", [("info",), ("map",)])
+    def test_command(self, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+        done = command.imgcore(*arguments, "--json", "-o", "size=chs", self.make(tmp_path))
+        assert str(CHS_NBYTES) in done.stdout
+
+    @pytest.mark.parametrize(
+        ("options", "match"),
+        [(["size=big"], "allowed are chs, current"), (["cut=1"], "unknown option 'cut' for vhd")],
+    )
+    def test_refused(self, tmp_path: Path, options: list[str], match: str) -> None:
+        with pytest.raises(imgcore.OptionError, match=match):
+            imgcore.open(self.make(tmp_path), read_options=options)
+
+    @pytest.mark.parametrize("name", ["a.raw", "a.raw.gz"])
+    def test_formats_without_any(self, tmp_path: Path, name: str) -> None:
+        path = tmp_path / name
+        path.write_bytes(gzip.compress(bytes(512)) if name.endswith("gz") else bytes(512))
+        for use in (imgcore.info, imgcore.measure):
+            with pytest.raises(imgcore.OptionError, match="raw has no options for reading"):
+                use(path, read_options=["size=chs"])
+        with pytest.raises(imgcore.OptionError, match="raw has no options for reading"):
+            imgcore.convert(path, tmp_path / "b.vhd", read_options=["size=chs"])

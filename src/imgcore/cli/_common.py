@@ -118,6 +118,15 @@ def options_option() -> Decorator:
     )
 
 
+def read_options_option(*flags: str, of: str = "the image") -> Decorator:
+    return click.option(
+        *(flags or ("--read-options",)),
+        metavar="KEY=VALUE[,...]",
+        multiple=True,
+        help=f"How to read {of}; of VHD: size=chs or size=current.",
+    )
+
+
 def quiet_option() -> Decorator:
     def silence(_ctx: click.Context, _param: click.Parameter, value: bool) -> bool:
         if value:

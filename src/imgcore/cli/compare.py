@@ -14,6 +14,7 @@ from imgcore.cli._common import (
     parent_option,
     print_json,
     quiet_option,
+    read_options_option,
     share_option,
     threads_option,
     verb,
@@ -34,6 +35,8 @@ EXIT_FAILED: Final = 2
 @backing_format_option()
 @parent_option("--parent", "--parent-a", "parent_a", of="A")
 @parent_option("--parent-b", of="B")
+@read_options_option("--read-options", "--read-options-a", "read_options_a", of="A")
+@read_options_option("--read-options-b", of="B")
 @share_option()
 @allow_option()
 @threads_option()
@@ -50,6 +53,8 @@ def command(
     strict: bool,
     parent_a: str | None,
     parent_b: str | None,
+    read_options_a: tuple[str, ...],
+    read_options_b: tuple[str, ...],
     backing_format: str | None,
     share: bool,
     allow: tuple[str, ...],
@@ -74,6 +79,8 @@ def command(
             format_b=format_b,
             parent_a=parent_a,
             parent_b=parent_b,
+            read_options_a=read_options_a,
+            read_options_b=read_options_b,
             strict=strict,
             threads=threads,
             allow=allow,

@@ -15,6 +15,7 @@ from imgcore.cli._common import (
     parent_option,
     print_options_help,
     quiet_option,
+    read_options_option,
     require,
     share_option,
     size_value,
@@ -52,6 +53,7 @@ from imgcore.cli._progress import progress_options, reporter
 @click.option("--force", is_flag=True, help="Replace an existing TARGET.")
 @click.option("--no-sync", is_flag=True, help="Do not wait for stable storage.")
 @parent_option(of="SOURCE")
+@read_options_option(of="SOURCE")
 @share_option()
 @allow_option()
 @threads_option()
@@ -78,6 +80,7 @@ def command(
     force: bool,
     no_sync: bool,
     parent: str | None,
+    read_options: tuple[str, ...],
     share: bool,
     allow: tuple[str, ...],
     threads: int | None,
@@ -112,6 +115,7 @@ def command(
             backing_format=backing_format,
             source_backing_format=source_backing_format,
             parent=parent,
+            read_options=read_options,
             sparse=sparse_size,
             threads=threads,
             force=force,

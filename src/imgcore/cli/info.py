@@ -16,6 +16,7 @@ from imgcore.cli._common import (
     parent_option,
     print_json,
     print_tree,
+    read_options_option,
     share_option,
     size_text,
     verb,
@@ -27,6 +28,7 @@ from imgcore.cli._common import (
 @click.option("--backing-chain", is_flag=True, help="Describe the backing files as well.")
 @backing_format_option()
 @parent_option()
+@read_options_option("-o", "--read-options")
 @share_option()
 @allow_option()
 @output_options
@@ -37,6 +39,7 @@ def command(
     backing_chain: bool,
     backing_format: str | None,
     parent: str | None,
+    read_options: tuple[str, ...],
     share: bool,
     allow: tuple[str, ...],
     as_json: bool,
@@ -53,12 +56,22 @@ def command(
             share=share,
             backing_format=backing_format,
             parent=parent,
+            read_options=read_options,
         )
         if as_json:
             print_json(images)
             return
     else:
-        images = [info(file, format=format, allow=allow, share=share, parent=parent)]
+        images = [
+            info(
+                file,
+                format=format,
+                allow=allow,
+                share=share,
+                parent=parent,
+                read_options=read_options,
+            )
+        ]
         if as_json:
             print_json(images[0])
             return

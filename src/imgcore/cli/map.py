@@ -15,6 +15,7 @@ from imgcore.cli._common import (
     one_line,
     output_options,
     parent_option,
+    read_options_option,
     share_option,
     size_value,
     verb,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 @click.option("--max-length", callback=size_value, metavar="LENGTH", help="How much to map.")
 @backing_format_option()
 @parent_option()
+@read_options_option("-o", "--read-options")
 @share_option()
 @allow_option()
 @output_options
@@ -43,6 +45,7 @@ def command(
     max_length: int | None,
     backing_format: str | None,
     parent: str | None,
+    read_options: tuple[str, ...],
     share: bool,
     allow: tuple[str, ...],
     as_json: bool,
@@ -60,6 +63,7 @@ def command(
         length=max_length,
         backing_format=backing_format,
         parent=parent,
+        read_options=read_options,
         allow=allow,
         share=share,
     )

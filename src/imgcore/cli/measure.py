@@ -13,6 +13,7 @@ from imgcore.cli._common import (
     parent_option,
     print_json,
     print_options_help,
+    read_options_option,
     share_option,
     size_value,
     target_driver,
@@ -35,6 +36,7 @@ from imgcore.cli._common import (
 )
 @backing_format_option()
 @parent_option()
+@read_options_option()
 @share_option()
 @allow_option()
 @output_options
@@ -50,6 +52,7 @@ def command(
     size: int | None,
     backing_format: str | None,
     parent: str | None,
+    read_options: tuple[str, ...],
     share: bool,
     allow: tuple[str, ...],
     as_json: bool,
@@ -71,6 +74,7 @@ def command(
         compress=compress,
         backing_format=backing_format,
         parent=parent,
+        read_options=read_options,
         allow=allow,
         share=share,
     )

@@ -16,11 +16,13 @@ from imgcore._sizes import parse_size
 from imgcore.formats._magic import HEAD_NBYTES, TAIL_NBYTES, matching_formats
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from imgcore._files import HostFile, ReferenceGate
     from imgcore._stream import StreamSource
     from imgcore.formats._base import Driver, Option, Reader
+
+    OptionTexts = Iterable[str] | Mapping[str, Any]
 
 
 class Entry(NamedTuple):
@@ -133,7 +135,12 @@ def probe(file: HostFile) -> str | None:
     return names[0] if names else None
 
 
-def open_reader(file: HostFile, gate: ReferenceGate, format: str | None = None) -> Reader:
+def open_reader(
+    file: HostFile,
+    gate: ReferenceGate,
+    format: str | None = None,
+    options: OptionTexts | None = None,
+) -> Reader:
     """Open an image in the stated format, or in the one that its magic or its name tells.
 
     Parameters
@@ -146,9 +153,13 @@ def open_reader(file: HostFile, gate: ReferenceGate, format: str | None = None) 
     format : str, optional
         Final if stated.  If not, raw follows only from the file's suffix or from its being a
         block device, and only if it carries no other format's magic.
+    options : iterable of str, or mapping, optional
+        How to read it, as `parse_options` takes them.
 
     Raises
     ------
+    OptionError
+        The format has no such option for reading.
     WrongFormatError
         The file is not of the stated format, or its format cannot be told safely.
     UnsupportedFeatureError
@@ -167,7 +178,21 @@ def open_reader(file: HostFile, gate: ReferenceGate, format: str | None = None) 
         )
     if name not in format_names():
         raise UnsupportedFeatureError(f"the format {name} is not supported", path=file.path)
-    return get_driver(name).open(file, gate)
+    driver = get_driver(name)
+    if not options:
+        return driver.open(file, gate)
+    from imgcore.formats._base import ReadsWithOptions
+
+    if not isinstance(driver, ReadsWithOptions):
+        raise OptionError(f"{name} has no options for reading", path=file.path)
+    values = _parse(name, driver.read_options, options)
+    return driver.open_with(file, gate, values)
+
+
+def refuse_stream_options(path: str, options: OptionTexts | None) -> None:
+    """Raise OptionError if a compressed raw disk is to be read with options: it has none."""
+    if options:
+        raise OptionError("raw has no options for reading", path=path)
 
 
 def _find_format(file: HostFile) -> str:
@@ -213,9 +238,7 @@ def _refuse_other_format(file: HostFile, name: str) -> None:
         raise WrongFormatError(f"not a {name} image: {what}", path=file.path)
 
 
-def parse_options(
-    driver: Driver, texts: Iterable[str] | Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def parse_options(driver: Driver, texts: OptionTexts | None = None) -> dict[str, Any]:
     """Return a format's options with their types, defaults filled in.
 
     Parameters
@@ -231,21 +254,24 @@ def parse_options(
     OptionError
         An unknown key, or a value that is not allowed; the message lists what is.
     """
-    if texts is None:
-        pairs: list[tuple[str, Any]] = []
-    elif isinstance(texts, str):
-        pairs = _split_options(texts)
+    return _parse(driver.name, driver.options, texts or ())
+
+
+def _parse(name: str, options: Sequence[Option], texts: OptionTexts) -> dict[str, Any]:
+    """Return the values of a format's ``options``, for reading or for writing."""
+    if isinstance(texts, str):
+        pairs: list[tuple[str, Any]] = list(_split_options(texts))
     elif hasattr(texts, "items"):
         pairs = list(cast("Mapping[str, Any]", texts).items())
     else:
         pairs = [pair for text in texts for pair in _split_options(text)]
-    known = {option.name: option for option in driver.options}
-    values = {option.name: option.default for option in driver.options}
+    known = {option.name: option for option in options}
+    values = {option.name: option.default for option in options}
     for key, value in pairs:
         if key not in known:
             names = ", ".join(known) or "none"
-            raise OptionError(f"unknown option {key!r} for {driver.name}: known are {names}")
-        values[key] = _typed(driver, known[key], value)
+            raise OptionError(f"unknown option {key!r} for {name}: known are {names}")
+        values[key] = _typed(name, known[key], value)
     return values
 
 
@@ -260,9 +286,9 @@ def _split_options(text: str) -> list[tuple[str, str | None]]:
     return pairs
 
 
-def _typed(driver: Driver, option: Option, value: Any) -> Any:
+def _typed(name: str, option: Option, value: Any) -> Any:
     """Return an option's value in its own type."""
-    where = f"option {option.name} of {driver.name}"
+    where = f"option {option.name} of {name}"
     if value is None:
         if option.kind != "bool":
             raise OptionError(f"{where} needs a value: {option.name}=...")

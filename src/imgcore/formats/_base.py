@@ -176,6 +176,17 @@ class Repairable(Protocol):
         ...
 
 
+@runtime_checkable
+class ReadsWithOptions(Protocol):
+    """A driver that can be told how to read; others just lack the method."""
+
+    read_options: tuple[Option, ...]
+
+    def open_with(self, file: HostFile, gate: ReferenceGate, options: Mapping[str, Any]) -> Reader:
+        """Open an image as `Driver.open` does, with the parsed values of ``read_options``."""
+        ...
+
+
 @dataclass
 class CheckReport:
     """What ``check`` found; the counts are in the format's own allocation units.

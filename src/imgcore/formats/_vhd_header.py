@@ -8,8 +8,7 @@ the two sizes a creator means.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from imgcore._errors import (
     CorruptImageError,
@@ -37,8 +36,7 @@ _log = logging.getLogger("imgcore")
 SIZE_CHOICES: Final = ("chs", "current")
 
 
-@dataclass(frozen=True)
-class FooterPlace:
+class FooterPlace(NamedTuple):
     """What stands where a footer belongs; ``problem`` is None if it can be trusted.
 
     ``nbytes`` is 511 for an old footer; ``raw`` has 512 bytes all the same.
@@ -51,8 +49,7 @@ class FooterPlace:
     problem: ImgcoreError | None
 
 
-@dataclass(frozen=True)
-class VirtualSize:
+class VirtualSize(NamedTuple):
     """Bytes of the disk, and which field they come from: ``chs`` or ``current``.
 
     ``because`` is ``creator``, ``geometry`` (that of any large disk), ``file`` (the length of a
@@ -64,8 +61,7 @@ class VirtualSize:
     because: str
 
 
-@dataclass(frozen=True)
-class VhdHeader:
+class VhdHeader(NamedTuple):
     """The verified headers of one image.
 
     ``end`` and ``copy`` are the footers at the file's end and start, None where there is none;

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from imgcore._errors import LimitExceededError, OptionError
 from imgcore._limits import (
@@ -29,8 +28,7 @@ _MAX_TIMESTAMP: Final = 0xFFFFFFFF
 _MAX_63_NSECTORS: Final = 65535 * 16 * 63
 
 
-@dataclass(frozen=True)
-class ParentPlan:
+class ParentPlan(NamedTuple):
     """What a differencing disk's headers say of its parent; ``timestamp`` counts from 2000."""
 
     uuid: bytes
@@ -39,8 +37,7 @@ class ParentPlan:
     locators: tuple[tuple[bytes, bytes], ...]
 
 
-@dataclass(frozen=True)
-class VhdPlan:
+class VhdPlan(NamedTuple):
     """A request with its options verified.
 
     ``guest_nbytes`` is what is converted, ``virtual_size`` what the disk has: more if its size

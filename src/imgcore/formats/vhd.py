@@ -14,6 +14,7 @@ from imgcore._limits import SECTOR_NBYTES
 from imgcore.formats import _vhd_layout as layout
 from imgcore.formats._base import BackingReference, Option, SourceFile
 from imgcore.formats._vhd_header import (
+    SIZE_CHOICES,
     parent_texts,
     read_header,
     uuid_text,
@@ -59,6 +60,10 @@ OPTIONS: Final = (
         "Reserve the space of a fixed disk",
         ("off", "falloc", "full"),
     ),
+)
+
+READ_OPTIONS: Final = (
+    Option("size", "choice", None, "Which size counts, whatever the creator", SIZE_CHOICES),
 )
 
 
@@ -198,6 +203,7 @@ class VhdDriver:
     aliases: tuple[str, ...] = ("vpc",)
     suffixes: tuple[str, ...] = (".vhd", ".vpc")
     options: tuple[Option, ...] = OPTIONS
+    read_options: tuple[Option, ...] = READ_OPTIONS
 
     def probe(self, head: bytes, tail: bytes) -> bool:
         """Tell whether a footer's cookie stands at the start or at the end."""
@@ -208,6 +214,12 @@ class VhdDriver:
     def open(self, file: HostFile, gate: ReferenceGate) -> VhdReader:
         """Open an image; the parent it names is not opened here."""
         return VhdReader(file)
+
+    def open_with(
+        self, file: HostFile, gate: ReferenceGate, options: Mapping[str, Any]
+    ) -> VhdReader:
+        """Open an image with the size that the caller says counts."""
+        return VhdReader(file, options["size"])
 
     def writer(self, request: WriteRequest) -> Writer:
         """Return a writer; raises OptionError or LimitExceededError."""
