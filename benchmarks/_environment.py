@@ -55,10 +55,29 @@ def find_imgcore() -> str:
     return found
 
 
-def describe(folder: Path, qemu_img: str, recipe: str) -> dict[str, Any]:
-    """Return the record that goes into the JSON."""
+def peer_libzstd(qemu_img: str) -> Path | None:
+    """Return the libzstd that comes with a peer in a tree of its own; None: the system's."""
+    root = Path(qemu_img).parent.parent / "root"
+    return next(root.glob("usr/lib/*/libzstd.so.1"), None)
+
+
+def lend_library(library: Path, folder: Path) -> dict[str, str]:
+    """Return an environment in which one library, and no other, comes from elsewhere."""
+    place = folder / "lib"
+    place.mkdir()
+    shutil.copyfile(library, place / library.name)
+    return {**os.environ, "LD_LIBRARY_PATH": str(place)}
+
+
+def describe(
+    folder: Path, qemu_img: str, recipe: str, libzstd: Path | None = None
+) -> dict[str, Any]:
+    """Return the record that goes into the JSON; ``libzstd`` is the one that both sides use."""
     code = "import json, imgcore._core as c; print(json.dumps(c.build_info()))"
     build = output(sys.executable, "-c", code)
+    libraries = {name: output("pkg-config", "--modversion", name) for name in LIBRARIES}
+    if libzstd is not None:
+        libraries["libzstd"] = libzstd.resolve().name.removeprefix("libzstd.so.")
     return {
         "commit": output("git", "rev-parse", "HEAD"),
         "uncommitted_changes": bool(output("git", "status", "--porcelain")),
@@ -68,7 +87,7 @@ def describe(folder: Path, qemu_img: str, recipe: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "variants": json.loads(build) if build else {},
         "compiler": output("gcc", "--version").splitlines()[0],
-        "libraries": {name: output("pkg-config", "--modversion", name) for name in LIBRARIES},
+        "libraries": libraries,
         "peer": output(qemu_img, "--version").splitlines()[0],
         "file_system": file_system(folder),
         "recipe": recipe,

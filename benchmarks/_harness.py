@@ -6,7 +6,7 @@ import os
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +26,7 @@ class CommandFailed(Exception):
     """A command of the benchmark ended with an error."""
 
 
-def run(command: Sequence[str]) -> Run:
+def run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Run:
     """Run a command to its end; the time is the caller's wall clock, start-up included.
 
     The peak is the child's own ``ru_maxrss``. Linux lets a child inherit the peak of the
@@ -34,7 +34,7 @@ def run(command: Sequence[str]) -> Run:
     """
     begun = time.perf_counter()
     with open(os.devnull, "wb") as null:
-        child = subprocess.Popen(command, stdout=null, stderr=subprocess.PIPE)
+        child = subprocess.Popen(command, stdout=null, stderr=subprocess.PIPE, env=environment)
         assert child.stderr is not None
         errors = child.stderr.read()
         _, status, usage = os.wait4(child.pid, 0)
@@ -54,6 +54,7 @@ class Contender:
     name: str
     command: tuple[str, ...]
     target: Path | None = None
+    environment: Mapping[str, str] | None = None
 
 
 @dataclass
@@ -88,7 +89,7 @@ def in_turns(
             remove(contender.target)
             if contender.target is not None:
                 warm_memory(contender.target, warm_nbytes)
-            series[contender.name].runs.append(run(contender.command))
+            series[contender.name].runs.append(run(contender.command, contender.environment))
             if contender.target is not None:
                 series[contender.name].file_nbytes = contender.target.stat().st_size
                 verify(contender)

@@ -131,6 +131,11 @@ class Bench:
         self.warm_nbytes = (mebibytes << 20) * 5 // 4
         self.qemu_img = _environment.find_qemu_img()
         self.imgcore = _environment.find_imgcore()
+        # The peer brings the newest libzstd; two versions of one codec would be compared else.
+        self.libzstd = _environment.peer_libzstd(self.qemu_img)
+        self.environment = (
+            None if self.libzstd is None else _environment.lend_library(self.libzstd, folder)
+        )
         self.sources: dict[str, Path] = {}
         raw = folder / "source.raw"
         maker = ROOT / "tools" / "make_image.py"
@@ -165,7 +170,7 @@ class Bench:
             target = self.folder / f"ours{suffix}"
             extra = ("-o", ",".join(line.extra)) if line.extra else ()
             ours = (self.imgcore, *words, *extra, "-q", "--no-sync", str(source), str(target))
-            found.append(Contender(line.title, ours, target))
+            found.append(Contender(line.title, ours, target, self.environment))
         return found
 
     def verify(self, contender: Contender, target: Kind) -> None:
@@ -301,8 +306,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recipe = f"ext4 of installed files, {choice.mib} MiB (tools/make_image.py)"
     with work_folder() as folder:
         bench = Bench(folder, choice.mib, choice.rounds)
-        environment = _environment.describe(folder, bench.qemu_img, recipe)
+        environment = _environment.describe(folder, bench.qemu_img, recipe, bench.libzstd)
         print(f"{environment['cpu']}, {environment['n_cpus']} CPUs; {environment['peer']}")
+        versions = environment["libraries"]
+        print(", ".join(f"{name} {version}" for name, version in versions.items()))
         print(f"{recipe}; {environment['file_system']}; no sync on either side\n{HEADER}")
         try:
             for group in GROUPS:
