@@ -17,7 +17,7 @@ NATIVE = ROOT / "native"
 
 # Lower layers first; a module imports from its own layer and from those below it.
 PYTHON_LAYERS = (
-    {"_errors", "_limits", "_version", "_geometry", "_levels", "_sizes"},
+    {"_errors", "_limits", "_version", "_geometry", "_levels", "_sizes", "_profiles"},
     {"_extents", "_core", "_kernels"},
     {"_files", "_stream", "_target"},
     {"formats"},

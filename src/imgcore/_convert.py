@@ -13,20 +13,29 @@ import numpy as np
 
 from imgcore._chain import opened_reference
 from imgcore._core import Job
-from imgcore._errors import OptionError, UnsupportedFeatureError
+from imgcore._errors import LimitExceededError, OptionError, UnsupportedFeatureError
 from imgcore._extents import PLACEMENT_DTYPE
 from imgcore._geometry import Placing
 from imgcore._image import Image
 from imgcore._image import open as open_image
 from imgcore._job import chosen_variants, thread_count, translated_errors
 from imgcore._limits import MAX_BASE_BLOCK_NBYTES, MIB, SECTOR_NBYTES
+from imgcore._profiles import (
+    GCE_SUFFIXES,
+    Container,
+    Profile,
+    apply_options,
+    get_profile,
+    rounded_size,
+)
 from imgcore._sizes import parse_size
-from imgcore._supply import STREAM_CHUNK_NBYTES, ImageSupply, StreamSupply, read_in_order
+from imgcore._supply import ImageSupply, StreamSupply
 from imgcore._target import Target
 from imgcore.formats import (
     canonical_name,
     format_from_suffix,
     get_driver,
+    given_options,
     parse_options,
     refuse_image_in_stream,
     refuse_stream_options,
@@ -104,6 +113,7 @@ class _Request(NamedTuple):
     allow: tuple[str, ...]
     progress: Callable[[Progress], None] | None
     variants: dict[str, str]
+    profile: Profile | None
 
 
 def convert(
@@ -128,14 +138,14 @@ def convert(
     allow: Sequence[str | os.PathLike[str]] = (),
     progress: Callable[[Progress], None] | None = None,
     kernels: Mapping[str, str] | None = None,
+    profile: str | None = None,
 ) -> ConvertResult:
     """Convert a virtual disk image, backing files included, into one of another format.
 
     Parameters
     ----------
     source, target : path-like
-        ``disk.raw.zst`` and ``disk.raw.gz`` are read, and ``disk.raw.zst`` is written, as
-        compressed raw disks.
+        ``disk.raw.zst`` and ``disk.raw.gz`` are read and written as compressed raw disks.
     format : str, optional
         The source's format; found by its magic, or for raw by its suffix, if None.
     target_format : str, optional
@@ -173,6 +183,10 @@ def convert(
     kernels : mapping, optional
         Variant by operation, such as ``{"zero": "avx2"}``; a demand that cannot be met is an
         OptionError.
+    profile : str, optional
+        A platform that the target is for, such as ``"azure"``: sets format and options, and
+        rounds the virtual size up to what the platform takes.  Whatever else is asked for
+        must agree with it.
 
     Returns
     -------
@@ -192,13 +206,14 @@ def convert(
     whatever the size of the disk.
     """
     source_name, target_name = os.fspath(source), os.fspath(target)
-    resolved = _resolve_target_format(target_name, target_format)
+    platform = None if profile is None else get_profile(profile)
+    resolved = _resolve_target_format(target_name, target_format, platform)
     request = _Request(
         source=source_name,
         source_format=format,
         target=target_name,
         target_format=resolved,
-        options=parse_options(get_driver(resolved), options or ()),
+        options=_resolve_options(resolved, options, platform),
         compress=compress,
         backing=_backing_reference(backing, backing_format),
         source_backing_format=source_backing_format,
@@ -213,12 +228,21 @@ def convert(
         allow=tuple(os.fspath(folder) for folder in allow),
         progress=progress,
         variants=chosen_variants(kernels),
+        profile=platform,
     )
+    if platform is not None:
+        _refuse_against_profile(platform, request)
     with _Conversion(request) as conversion:
         return conversion.run()
 
 
-def _resolve_target_format(target: str, stated: str | None) -> str:
+def _resolve_target_format(target: str, stated: str | None, profile: Profile | None) -> str:
+    if profile is not None:
+        if stated is not None and canonical_name(stated) != profile.format:
+            raise OptionError(
+                f"the profile {profile.name} writes {profile.format}, not {canonical_name(stated)}"
+            )
+        stated = profile.format
     name = stated or format_from_suffix(target)
     if name is None:
         raise OptionError(f"{target}: the name has no suffix of a known format: state it with -O")
@@ -226,6 +250,31 @@ def _resolve_target_format(target: str, stated: str | None) -> str:
     if stream_suffix(target) is not None and name != "raw":
         raise OptionError(f"{target}: only raw is written as a compressed stream, not {name}")
     return name
+
+
+def _resolve_options(
+    target_format: str,
+    options: Mapping[str, Any] | Sequence[str] | None,
+    profile: Profile | None,
+) -> dict[str, Any]:
+    driver = get_driver(target_format)
+    if profile is None:
+        return parse_options(driver, options)
+    return parse_options(driver, apply_options(profile, given_options(driver, options)))
+
+
+def _refuse_against_profile(profile: Profile, request: _Request) -> None:
+    """Raise OptionError for what no option of the format says, but the profile rules out."""
+    is_archive = profile.container is Container.GCE_TAR
+    if request.backing is not None and not profile.allows_backing:
+        raise OptionError(f"the profile {profile.name} takes no parent (-B)")
+    if is_archive and not request.target.lower().endswith(GCE_SUFFIXES):
+        raise OptionError(
+            f"{request.target}: the profile {profile.name} writes an archive, "
+            f"name it {' or '.join(GCE_SUFFIXES)}"
+        )
+    if is_archive and (request.in_place or request.compress):
+        raise OptionError(f"the profile {profile.name} takes no -n and no -c")
 
 
 def _backing_reference(
@@ -268,6 +317,8 @@ class _Conversion:
         try:
             self._open_source()
             self._open_base()
+            if self._request.profile is not None:
+                self._fit_to(self._request.profile)
         except BaseException:
             self._stack.close()
             raise
@@ -317,6 +368,25 @@ class _Conversion:
         )
         self._stack.callback(self._base.close)
         self._backing = opened_reference(backing, self._base.files[0], self._base.reader)
+
+    def _fit_to(self, profile: Profile) -> None:
+        """Round the disk up to what the platform takes; the engine pads it with zeros."""
+        nbytes = rounded_size(profile, self._virtual_size)
+        if nbytes > profile.max_virtual_nbytes:
+            raise LimitExceededError(
+                f"{profile.platform} takes no disk of {nbytes} bytes, "
+                f"{profile.max_virtual_nbytes} at most",
+                path=self._request.source,
+            )
+        if nbytes < profile.min_virtual_nbytes:
+            _log.warning(
+                "%s: %s takes no disk of %d bytes, %d at least",
+                self._request.source,
+                profile.platform,
+                nbytes,
+                profile.min_virtual_nbytes,
+            )
+        self._virtual_size = nbytes
 
     def _sources(self) -> Iterator[HostFile]:
         if self._stream is not None:
@@ -401,8 +471,10 @@ class _Conversion:
             )
 
     def _write(self, target: Target) -> None:
-        if stream_suffix(self._request.target) is not None and not target.in_place:
-            self._write_stream(target)
+        r = self._request
+        is_archive = r.profile is not None and r.profile.container is Container.GCE_TAR
+        if not target.in_place and (is_archive or stream_suffix(r.target) is not None):
+            self._write_stream(target, is_archive)
         else:
             self._write_image(target)
 
@@ -473,26 +545,24 @@ class _Conversion:
             first_block = batch.start // writer.geometry.block_nbytes
             job.next_offset = writer.place(first_block, placements, job.next_offset)
 
-    def _write_stream(self, target: Target) -> None:
-        """Write ``.raw.zst``: guest bytes in order, through the multi-threaded compressor."""
-        from imgcore._stream import ZstdSink
+    def _write_stream(self, target: Target, is_archive: bool) -> None:
+        """Write guest bytes in order, through a multi-threaded compressor."""
+        from imgcore import _convert_stream as streams
 
         r = self._request
         if r.compress or r.backing is not None or r.options.get("preallocation") != "off":
             raise OptionError(f"{r.target}: a compressed raw stream takes no -c, -B or -o")
-        sink = ZstdSink(target.main, self._virtual_size, threads=r.threads)
-        done = 0
-        for chunk in self._chunks():
-            sink.write(chunk)
-            done += len(chunk)
-            self._count(done, done, done, 0)
-        sink.finish()
+        disk = streams.DiskInOrder(self._image, self._stream)
 
-    def _chunks(self) -> Iterator[memoryview]:
-        if self._stream is not None:
-            return self._stream.read_chunks(STREAM_CHUNK_NBYTES)
-        assert self._image is not None
-        return read_in_order(self._image)
+        def report(done: int, n_read: int) -> None:
+            self._count(done, n_read, n_read, 0)
+
+        if is_archive:
+            streams.write_gce_tar(disk, target.main, self._virtual_size, r.threads, report)
+        elif stream_suffix(r.target) == ".gz":
+            streams.write_gzip(disk, target.main, r.threads, report)
+        else:
+            streams.write_zstd(disk, target.main, self._virtual_size, r.threads, report)
 
     # -- progress -------------------------------------------------------------------------
 

@@ -91,3 +91,6 @@ VHDX_MAX_PATH_NBYTES: Final = 2 * 32767
 VHDX_MAX_LOG_PASSES: Final = 8
 # The place of a block has 44 bits of 1 MiB; no file of a disk of 64 TiB is anywhere near that.
 VHDX_MAX_FILE_NBYTES: Final = 128 * TIB
+
+# Parts of a sparse file in a tar archive: 24 bytes of header each, which stand before the data.
+MAX_TAR_SEGMENTS: Final = 1 << 16

@@ -60,6 +60,7 @@ class ImageSupply:
         self._image = image
         self._base = base
         self._geometry = geometry
+        self._disk_end = geometry.guest_nbytes
         self._sources = [*image.sources, *(base.sources if base is not None else ())]
         self.paths = [source.file.path for source in self._sources]
 
@@ -70,7 +71,9 @@ class ImageSupply:
     def batches(self) -> Iterator[Batch]:
         """Yield the disk, without long empty parts if nothing is written there."""
         skip_empty = self._base is None and self._geometry.zero_policy is ZeroPolicy.SKIP
-        own = self._cut(self._image.extents(), skip_empty)
+        # The target may be larger than the source: zeros follow.
+        plan = padded(self._image.extents(), self._image.virtual_size, self._disk_end)
+        own = self._cut(plan, skip_empty)
         return own if self._base is None else self._over_base(own, self._base)
 
     def _cut(self, plan: Iterator[Extents], skip_empty: bool = False) -> Iterator[Batch]:
@@ -79,7 +82,7 @@ class ImageSupply:
             plan,
             unit=unit,
             max_nbytes=max(unit, _MAX_BATCH_BLOCKS * block_nbytes // unit * unit),
-            disk_end=self._image.virtual_size,
+            disk_end=self._disk_end,
             skip_empty=skip_empty,
         )
 
@@ -88,7 +91,7 @@ class ImageSupply:
 
         Both are cut at whole units, so that neither side's rows exceed a batch's.
         """
-        disk_end = self._image.virtual_size
+        disk_end = self._disk_end
         base_end = min(base.virtual_size, disk_end)
         below = self._cut(padded(base.extents(0, base_end), base_end, disk_end))
         for start, end, rows, base_rows in pair_up(
@@ -114,6 +117,7 @@ class StreamSupply:
                 path=stream.path,
             )
         self._stream = stream
+        self._disk_end = geometry.guest_nbytes
         self._chunk_nbytes = -(-max(unit, STREAM_CHUNK_NBYTES) // unit) * unit
         self._buffers = [np.empty(self._chunk_nbytes, np.uint8) for _ in range(2)]
         self._files = [File.from_memory(buffer) for buffer in self._buffers]
@@ -129,8 +133,12 @@ class StreamSupply:
         for chunk in self._stream.read_chunks(self._chunk_nbytes):
             self._buffers[turn][: len(chunk)] = np.frombuffer(chunk, np.uint8)
             rows = single(start, len(chunk), Kind.DATA, file=turn)
-            yield Batch(start, start + len(chunk), rows)
-            start += len(chunk)
+            end = start + len(chunk)
+            if end == self._stream.virtual_size:
+                rows = np.concatenate(list(padded(iter([rows]), end, self._disk_end)))
+                end = self._disk_end
+            yield Batch(start, end, rows)
+            start = end
             turn ^= 1
 
     def close(self) -> None:

@@ -206,7 +206,7 @@ def test_convert_passes_every_flag_on(run: RunMain, fake: Fake) -> None:
     received = fake("convert", result=Outcome())
     line = "convert -f raw -O qcow2 -F raw -B base.raw -o a=1,b=2 -o c=3 -c -S 64k -m 3 -n -W -q -U"
     line += " --force --no-sync --allow /x --allow /y --source-backing-format qcow2"
-    line += " --parent p --read-options size=chs src dst"
+    line += " --parent p --read-options size=chs --profile azure src dst"
     assert run(*line.split()) == Run(0, "", "")
     assert received.pop("args") == ("src", "dst")
     assert received == {
@@ -218,6 +218,7 @@ def test_convert_passes_every_flag_on(run: RunMain, fake: Fake) -> None:
         "parent": "p",
         "read_options": ("size=chs",),
         "options": ("a=1,b=2", "c=3"),
+        "profile": "azure",
         "compress": True,
         "sparse": 65536,
         "threads": 3,

@@ -11,7 +11,7 @@ import pytest
 from tests.helpers import qemu
 
 import imgcore
-from imgcore import _convert
+from imgcore import _convert, _convert_stream
 from imgcore.formats import get_driver
 from imgcore.formats._base import BackingReference, Writer, WriteRequest
 
@@ -340,7 +340,7 @@ def test_long_streams_are_taken_in_turns(
     tmp_path: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("imgcore._supply.STREAM_CHUNK_NBYTES", 256 * KIB)
-    monkeypatch.setattr(_convert, "STREAM_CHUNK_NBYTES", 256 * KIB)
+    monkeypatch.setattr(_convert_stream, "STREAM_CHUNK_NBYTES", 256 * KIB)
     packed = tmp_path / "disk.raw.zst"
     imgcore.convert(disk, packed)
     imgcore.convert(packed, tmp_path / "a.qcow2")

@@ -7,6 +7,7 @@ import os
 
 import click
 
+from imgcore._profiles import get_profile, profile_names
 from imgcore.cli._common import (
     allow_option,
     format_option,
@@ -33,6 +34,11 @@ from imgcore.cli._progress import progress_options, reporter
     "-O", "--target-format", metavar="FMT", help="Format of TARGET; follows from its suffix."
 )
 @options_option()
+@click.option(
+    "--profile",
+    metavar="NAME",
+    help=f"Write what a platform takes: {', '.join(profile_names())}.",
+)
 @click.option("-c", "--compress", is_flag=True, help="Compress TARGET.")
 @click.option("-B", "--backing", metavar="FILE", help="Backing file of TARGET.")
 @click.option("-F", "--backing-format", metavar="FMT", help="Format of the backing file of TARGET.")
@@ -71,6 +77,7 @@ def command(
     format: str | None,
     target_format: str | None,
     options: tuple[str, ...],
+    profile: str | None,
     compress: bool,
     backing: str | None,
     backing_format: str | None,
@@ -95,7 +102,8 @@ def command(
     TARGET appears under its name when it is complete; a job that fails leaves none.
     """
     if wants_options_help(options):
-        print_options_help(target_driver(target_format, target))
+        stated = get_profile(profile).format if profile is not None else target_format
+        print_options_help(target_driver(stated, target))
         return
     require(ctx, source=source, target=target)
     from imgcore._convert import convert
@@ -124,6 +132,7 @@ def command(
             share=share,
             allow=allow,
             progress=report.callback,
+            profile=profile,
         )
     if as_json:
         click.echo(json.dumps(result._asdict()))

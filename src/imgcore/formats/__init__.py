@@ -257,8 +257,17 @@ def parse_options(driver: Driver, texts: OptionTexts | None = None) -> dict[str,
     return _parse(driver.name, driver.options, texts or ())
 
 
+def given_options(driver: Driver, texts: OptionTexts | None = None) -> dict[str, Any]:
+    """Return the options that are given, with their types; as `parse_options` otherwise."""
+    return _given(driver.name, driver.options, texts or ())
+
+
 def _parse(name: str, options: Sequence[Option], texts: OptionTexts) -> dict[str, Any]:
     """Return the values of a format's ``options``, for reading or for writing."""
+    return {option.name: option.default for option in options} | _given(name, options, texts)
+
+
+def _given(name: str, options: Sequence[Option], texts: OptionTexts) -> dict[str, Any]:
     if isinstance(texts, str):
         pairs: list[tuple[str, Any]] = list(_split_options(texts))
     elif hasattr(texts, "items"):
@@ -266,7 +275,7 @@ def _parse(name: str, options: Sequence[Option], texts: OptionTexts) -> dict[str
     else:
         pairs = [pair for text in texts for pair in _split_options(text)]
     known = {option.name: option for option in options}
-    values = {option.name: option.default for option in options}
+    values: dict[str, Any] = {}
     for key, value in pairs:
         if key not in known:
             names = ", ".join(known) or "none"

@@ -1,0 +1,185 @@
+"""What virtualisation platforms accept, as data: format, options and sizes for each.
+
+Source: the platforms' own documents, named with each profile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Final
+
+from imgcore._errors import OptionError
+from imgcore._limits import GIB, MAX_VIRTUAL_NBYTES, MIB, SECTOR_NBYTES, TIB
+
+
+class Container(Enum):
+    """What the image is put into."""
+
+    NONE = "none"
+    GCE_TAR = "disk.raw in a gzip tar"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What `convert` writes for a platform.
+
+    Attributes
+    ----------
+    name, platform : str
+        The profile, and what it is for, in words for people.
+    format : str
+        The format that is written.
+    options : mapping of str to tuple
+        Allowed values of options; the first one is used where the caller asks for none.
+    size_unit : int
+        Bytes: the virtual size is rounded up to a multiple.
+    min_virtual_nbytes, max_virtual_nbytes : int
+        What the platform takes.
+    allows_backing : bool
+        Whether the image may have a parent.
+    container : Container
+        What the image is put into.
+    note : str
+        Why this format, where the platform takes several.
+    """
+
+    name: str
+    platform: str
+    format: str
+    options: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    size_unit: int = SECTOR_NBYTES
+    min_virtual_nbytes: int = 0
+    max_virtual_nbytes: int = MAX_VIRTUAL_NBYTES
+    allows_backing: bool = False
+    container: Container = Container.NONE
+    note: str = ""
+
+
+# The name of the only file in an archive for Compute Engine, and how archives are named.
+GCE_MEMBER_NAME: Final = "disk.raw"
+GCE_SUFFIXES: Final = (".tar.gz", ".tgz")
+
+# What a dynamic VHD can say by its geometry, and XenServer's limit for its VHDs.
+XENSERVER_MAX_VHD_NBYTES: Final = 2040 * GIB
+
+PROFILES: Final = (
+    # Microsoft Learn, "Prepare a Windows VHD or VHDX to upload to Azure", "Create and upload a
+    # generalized Linux VHD": fixed, whole MiB, 20 MiB to 32 TiB.
+    Profile(
+        name="azure",
+        platform="Microsoft Azure",
+        format="vhd",
+        options={"subformat": ("fixed",), "size": ("current",)},
+        size_unit=MIB,
+        min_virtual_nbytes=20 * MIB,
+        max_virtual_nbytes=32 * TIB,
+    ),
+    # Microsoft Learn, "Hyper-V virtual hard disk format overview".
+    Profile(
+        name="hyperv",
+        platform="Hyper-V and Windows",
+        format="vhdx",
+        options={"subformat": ("dynamic",)},
+        max_virtual_nbytes=64 * TIB,
+        allows_backing=True,
+        note="virtual machines of generation 2 take VHDX only",
+    ),
+    # XenServer SDK guide, "VHD disk format"; xapi-project, storage.
+    Profile(
+        name="xenserver",
+        platform="XenServer and XCP-ng",
+        format="vhd",
+        options={
+            "subformat": ("dynamic",),
+            "size": ("current",),
+            "block_size": (2 * MIB,),
+            "batmap": (False, True),
+        },
+        size_unit=2 * MIB,
+        max_virtual_nbytes=XENSERVER_MAX_VHD_NBYTES,
+        allows_backing=True,
+    ),
+    # VMware, "Virtual Disk Format 5.0"; "Virtual Disk Development Kit Programming Guide".
+    Profile(
+        name="esxi",
+        platform="VMware ESXi and vCenter",
+        format="vmdk",
+        options={"subformat": ("streamOptimized", "vmfs")},
+        note="streamOptimized is imported (vCenter, ovftool); a disk that is copied onto a "
+        "datastore and attached as it is has to be vmfs",
+    ),
+    # AWS, "VM Import/Export User Guide", image formats.
+    Profile(
+        name="aws",
+        platform="AWS VM Import",
+        format="vmdk",
+        options={"subformat": ("streamOptimized",)},
+    ),
+    # Google Cloud, "Manually import boot disks": disk.raw, whole GiB, tar of the old GNU format.
+    Profile(
+        name="gce",
+        platform="Google Compute Engine",
+        format="raw",
+        options={"preallocation": ("off",)},
+        size_unit=GIB,
+        container=Container.GCE_TAR,
+    ),
+    # VirtualBox manual, "Disk image files".
+    Profile(
+        name="virtualbox",
+        platform="VirtualBox",
+        format="vdi",
+        allows_backing=True,
+    ),
+    # OpenStack Glance, "Disk and container formats"; OSSA-2024-001: no backing, no data file.
+    Profile(
+        name="openstack",
+        platform="OpenStack and KubeVirt",
+        format="qcow2",
+    ),
+)
+
+
+def profile_names() -> tuple[str, ...]:
+    """Return the names of all profiles."""
+    return tuple(profile.name for profile in PROFILES)
+
+
+def get_profile(name: str) -> Profile:
+    """Return a profile by its name; OptionError if there is none such."""
+    for profile in PROFILES:
+        if profile.name == name:
+            return profile
+    raise OptionError(f"unknown profile {name!r}: known are {', '.join(profile_names())}")
+
+
+def apply_options(profile: Profile, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options to write with; OptionError if the caller's contradict the profile.
+
+    Parameters
+    ----------
+    profile : Profile
+    given : mapping
+        The options that the caller asks for, with their types.
+    """
+    chosen = {key: values[0] for key, values in profile.options.items()}
+    for key, value in given.items():
+        allowed = profile.options.get(key)
+        if allowed is not None and value not in allowed:
+            texts = " or ".join(f"{key}={_text(item)}" for item in allowed)
+            raise OptionError(
+                f"the profile {profile.name} asks for {texts}, not for {key}={_text(value)}"
+            )
+        chosen[key] = value
+    return chosen
+
+
+def _text(value: object) -> str:
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+
+
+def rounded_size(profile: Profile, virtual_size: int) -> int:
+    """Return the size (bytes) that a disk gets: rounded up to the platform's unit."""
+    return -(-virtual_size // profile.size_unit) * profile.size_unit
