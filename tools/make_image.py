@@ -20,8 +20,9 @@ from pathlib import Path
 
 DEFAULT_FOLDERS = ("/usr/lib", "/usr/share", "/usr/bin", "/usr/include")
 # The rest is ext4's own (journal, inode tables, bitmaps) and its directories', which take more
-# of a small image and of many small files: where the first share does not fit, the next is tried.
-FILL_SHARES = (0.91, 0.8, 0.6)
+# of a small image and of many small files: where the first share does not fit, the next is tried,
+# at last with an inode for every 4 KiB.
+ATTEMPTS = ((0.91, 16384), (0.8, 16384), (0.6, 16384), (0.6, 4096))
 MAX_FILE_NBYTES = 64 << 20
 
 
@@ -66,11 +67,12 @@ def make_image(target: Path, virtual_size: int, folders: Sequence[str] = DEFAULT
     program = shutil.which("mke2fs", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
     if program is None:
         raise SystemExit("make_image: mke2fs was not found: install e2fsprogs")
-    for share in FILL_SHARES:
+    for share, inode_nbytes in ATTEMPTS:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".stage-") as name:
             stage(choose(folders, int(virtual_size * share)), Path(name))
             target.unlink(missing_ok=True)
-            options = ["-q", "-F", "-t", "ext4", "-m", "0", "-i", "16384", "-d", name]
+            options = ["-q", "-F", "-t", "ext4", "-m", "0"]
+            options += ["-i", str(inode_nbytes), "-d", name]
             words = [program, *options, str(target), f"{virtual_size // 1024}k"]
             done = subprocess.run(words, capture_output=True, text=True, check=False)
         if done.returncode == 0:
