@@ -71,6 +71,7 @@ def opened_reference(
         identities=dict(parent.identities),
         modified=file.modified,
         path=os.path.abspath(file.path),
+        virtual_size=parent.virtual_size,
     )
 
 

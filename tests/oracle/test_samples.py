@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import imgcore
+from tests.helpers import qemu
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "images"
 FORMATS = {"raw", "qcow2", "vmdk", "vpc", "vhdx", "vdi"}
@@ -56,3 +57,19 @@ def test_sample(entry: dict[str, Any], samples: Path) -> None:
             digest(path, entry["format"])
         return
     assert digest(path, entry["format"]) == (entry["virtual_size"], entry["sha256_raw"])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("virtualpc-dynamic.vhd", (136_363_130_880, "chs", "creator")),
+        ("hyperv2012r2-dynamic.vhd", (136_365_211_648, "current", "creator")),
+        ("d2v-zerofilled.vhd", (263_454_720, "current", "geometry")),
+    ],
+)
+def test_vhd_size_by_its_creator(name: str, expected: tuple[int, str, str], samples: Path) -> None:
+    path = samples / "qemu-iotests" / name
+    info = imgcore.info(str(path))
+    size = info["format-specific"]["data"]["size"]
+    assert (info["virtual-size"], size["from"], size["because"]) == expected
+    assert qemu.info(path, "vhd")["virtual-size"] == expected[0]

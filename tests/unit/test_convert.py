@@ -101,7 +101,12 @@ class TestBackingFile:
         else:
             imgcore.create(over, backing=base.name, backing_format="vmdk")
         assert requests[-1].backing == BackingReference(
-            "base.vmdk", "vmdk", {"content ID": "1a2b3c4d"}, modified=1_700_000_000, path=str(base)
+            "base.vmdk",
+            "vmdk",
+            {"content ID": "1a2b3c4d"},
+            modified=1_700_000_000,
+            path=str(base),
+            virtual_size=disk.stat().st_size,
         )
 
     def test_the_backing_format_is_never_guessed(self, disk: Path) -> None:

@@ -338,6 +338,13 @@ class TestWriting:
             imgcore.convert(raw, tmp_path / "c.vhd", sync=False, **arguments)  # type: ignore[arg-type]
         assert not (tmp_path / "c.vhd").exists()
 
+    @pytest.mark.parametrize("n_sectors", [-1, 1])
+    def test_parent_of_another_size(self, tmp_path: Path, n_sectors: int) -> None:
+        new, raw = self.make(tmp_path)
+        raw.write_bytes(new.ljust(len(new) + 512, b"x")[: len(new) + n_sectors * SECTOR])
+        with pytest.raises(OptionError, match=f"the size of its parent: p.vhd has {len(new)} "):
+            self.child(raw, tmp_path / "c.vhd")
+
     def test_parent_without_uuid(self, tmp_path: Path) -> None:
         _, raw = self.make(tmp_path, "fixed")
         size = raw.stat().st_size

@@ -45,9 +45,9 @@ class BackingReference(NamedTuple):
     modified : int or None
         Unix seconds of the parent's last change, where the format records it.  A difference is
         worth a warning only: copying a file changes it.
-    path : str or None
-        In a `WriteRequest`: the absolute path of the parent, which has been opened; its
-        ``identities`` and ``modified`` are what it has now.
+    path, virtual_size : str or None, int or None
+        In a `WriteRequest`: the absolute path of the parent, which has been opened, and the
+        bytes of its disk; its ``identities`` and ``modified`` are what it has now.
     """
 
     name: str
@@ -57,6 +57,7 @@ class BackingReference(NamedTuple):
     other_names: tuple[str, ...] = ()
     modified: int | None = None
     path: str | None = None
+    virtual_size: int | None = None
 
 
 class Reader(Protocol):

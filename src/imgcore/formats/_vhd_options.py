@@ -96,7 +96,7 @@ def plan_request(request: WriteRequest) -> VhdPlan:
         batmap=batmap,
         preallocation=str(options.get("preallocation") or "off"),
         sparse_nbytes=request.sparse_nbytes,
-        parent=None if request.backing is None else _plan_parent(request.backing),
+        parent=None if request.backing is None else _plan_parent(request.backing, virtual_size),
         target_name=request.target_name,
     )
 
@@ -213,10 +213,15 @@ def _creator(options: Mapping[str, Any], batmap: bool) -> tuple[bytes, int]:
     return layout.CREATOR_VIRTUAL_PC if options.get("size") == "chs" else layout.CREATOR_WINDOWS
 
 
-def _plan_parent(backing: BackingReference) -> ParentPlan:
+def _plan_parent(backing: BackingReference, virtual_size: int) -> ParentPlan:
     """Return what a child says of its parent: the names that Windows and XenServer look for."""
     if backing.format != "vhd":
         raise OptionError(f"the parent of a VHD has to be a VHD, not {backing.format}")
+    if backing.virtual_size != virtual_size:
+        raise OptionError(
+            f"a differencing VHD has the size of its parent: {backing.name} has "
+            f"{backing.virtual_size} bytes, the disk {virtual_size}"
+        )
     parent_uuid = uuid.UUID(backing.identities["UUID"])
     if not parent_uuid.int:
         raise OptionError(
