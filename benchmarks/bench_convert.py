@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,14 @@ MEMORY_LIMIT_NBYTES = 256 << 20
 # A peer that takes this long is run three times at most.
 SLOW_SECONDS = 15.0
 
-SUFFIXES = {"raw": ".raw", "qcow2": ".qcow2", "vmdk": ".vmdk"}
+SUFFIXES = {
+    "raw": ".raw",
+    "qcow2": ".qcow2",
+    "vmdk": ".vmdk",
+    "vpc": ".vhd",
+    "vhdx": ".vhdx",
+    "vdi": ".vdi",
+}
 
 
 @dataclass(frozen=True)
@@ -38,14 +46,21 @@ class Kind:
     format: str
     options: tuple[str, ...] = ()
     compress: bool = False
+    # Options that make the peer do what imgcore does without being asked.
+    peer_options: tuple[str, ...] = ()
     # Out-of-order writes help qemu-img, but spoil the order of grains that readers demand.
     peer_flags: tuple[str, ...] = ("-m", "16", "-W")
 
-    @property
-    def arguments(self) -> tuple[str, ...]:
+    def arguments(self, more: tuple[str, ...] = ()) -> tuple[str, ...]:
+        """Return the target's flags; ``more`` are options of one side only."""
         flags = ("-c",) if self.compress else ()
-        options = ("-o", ",".join(self.options)) if self.options else ()
-        return ("-O", self.format, *flags, *options)
+        options = (*self.options, *more)
+        return ("-O", self.format, *flags, *(("-o", ",".join(options)) if options else ()))
+
+    @property
+    def peer_arguments(self) -> tuple[str, ...]:
+        """Return the target's flags for the peer."""
+        return (*self.arguments(self.peer_options), *self.peer_flags)
 
 
 RAW = Kind("raw", "raw")
@@ -53,6 +68,10 @@ QCOW2 = Kind("QCOW2", "qcow2")
 ZLIB = Kind("QCOW2 zlib", "qcow2", (), True)
 ZSTD = Kind("QCOW2 zstd", "qcow2", ("compression_type=zstd",), True)
 SPARSE = Kind("VMDK monolithicSparse", "vmdk", ("subformat=monolithicSparse",))
+VHD = Kind("VHD", "vpc", peer_options=("force_size=on",))
+VHDX = Kind("VHDX", "vhdx")
+VDI = Kind("VDI", "vdi")
+PLAIN = (RAW, QCOW2, SPARSE, VHD, VHDX, VDI)
 STREAM = Kind("streamOptimized", "vmdk", ("subformat=streamOptimized",), peer_flags=("-m", "16"))
 
 
@@ -76,6 +95,18 @@ class Group:
     verb: str = "convert"
 
 
+def one(source: Kind, target: Kind, required: float, size_limit: float | None = None) -> Group:
+    """Return a conversion without options of ours."""
+    line = Line(f"{source.name} to {target.name}", required, (), size_limit)
+    return Group(source, target, (line,))
+
+
+def plain(source: Kind, target: Kind) -> Group:
+    """Return a conversion in which nothing is compressed; qemu-img is slow with VMDK."""
+    return one(source, target, 1.8 if SPARSE in (source, target) else 1.0)
+
+
+FIRST_PAIRS = ((RAW, SPARSE), (SPARSE, RAW), (RAW, RAW), (RAW, QCOW2), (QCOW2, RAW))
 GROUPS = (
     Group(
         RAW,
@@ -93,16 +124,14 @@ GROUPS = (
             Line("raw to QCOW2 zlib, 32 KiB window", 5.0, ("window=32k",), 1.0),
         ),
     ),
-    Group(RAW, ZSTD, (Line("raw to QCOW2 zstd", 1.8, (), 1.02),)),
-    Group(STREAM, RAW, (Line("streamOptimized to raw", 4.0),)),
-    Group(ZLIB, RAW, (Line("QCOW2 zlib to raw", 2.0),)),
-    Group(ZSTD, RAW, (Line("QCOW2 zstd to raw", 2.0),)),
-    Group(RAW, SPARSE, (Line("raw to VMDK monolithicSparse", 1.8),)),
-    Group(SPARSE, RAW, (Line("VMDK monolithicSparse to raw", 1.8),)),
-    Group(RAW, RAW, (Line("raw to raw", 1.0),)),
-    Group(RAW, QCOW2, (Line("raw to QCOW2", 1.0),)),
-    Group(QCOW2, RAW, (Line("QCOW2 to raw", 1.0),)),
+    one(RAW, ZSTD, 1.8, 1.02),
+    one(STREAM, RAW, 4.0),
+    one(ZLIB, RAW, 2.0),
+    one(ZSTD, RAW, 2.0),
+    *(plain(a, b) for a, b in FIRST_PAIRS),
     Group(RAW, STREAM, (Line("compare raw with streamOptimized", 4.0),), "compare"),
+    *(plain(a, b) for a in PLAIN for b in PLAIN if (a, b) not in FIRST_PAIRS),
+    *(one(a, b, 3.0) for a in (STREAM, ZLIB) for b in (QCOW2, SPARSE, VHD, VHDX, VDI)),
 )
 
 
@@ -146,10 +175,16 @@ class Bench:
         """Return the image of a kind; qemu-img writes it, once, from the raw one."""
         if kind.name not in self.sources:
             path = self.folder / f"source-{kind.name.replace(' ', '-')}{SUFFIXES[kind.format]}"
-            peer = (self.qemu_img, "convert", "-f", "raw", *kind.arguments, *kind.peer_flags)
+            peer = (self.qemu_img, "convert", "-f", "raw", *kind.peer_arguments)
             run((*peer, str(self.sources[RAW.name]), str(path)))
             self.sources[kind.name] = path
         return self.sources[kind.name]
+
+    def drop_sources(self, following: Group | None) -> None:
+        """Remove the large images that the next group does not read: memory is not for them."""
+        for kind in PLAIN[1:]:
+            if kind.name in self.sources and (following is None or following.source != kind):
+                self.sources.pop(kind.name).unlink()
 
     def contenders(self, group: Group) -> list[Contender]:
         """Return the peer, then one contender for each line."""
@@ -163,13 +198,13 @@ class Bench:
             ]
         suffix = SUFFIXES[group.target.format]
         peer_target = self.folder / f"peer{suffix}"
-        words = ("convert", "-f", group.source.format, *group.target.arguments)
-        peer = (self.qemu_img, *words, *group.target.peer_flags, str(source), str(peer_target))
+        words = ("convert", "-f", group.source.format)
+        peer = (self.qemu_img, *words, *group.target.peer_arguments, str(source), str(peer_target))
         found = [Contender("peer", peer, peer_target)]
         for line in group.lines:
             target = self.folder / f"ours{suffix}"
-            extra = ("-o", ",".join(line.extra)) if line.extra else ()
-            ours = (self.imgcore, *words, *extra, "-q", "--no-sync", str(source), str(target))
+            ours = (self.imgcore, *words, *group.target.arguments(line.extra), "-q", "--no-sync")
+            ours = (*ours, str(source), str(target))
             found.append(Contender(line.title, ours, target, self.environment))
         return found
 
@@ -234,14 +269,16 @@ class Absolute:
 
 
 def absolute(bench: Bench) -> Iterator[Absolute]:
-    """Measure what has a limit in seconds: an empty 64 TiB image, and ``info``."""
-    empty, target = bench.folder / "empty.qcow2", bench.folder / "empty-out.qcow2"
-    run((bench.qemu_img, "create", "-q", "-f", "qcow2", str(empty), "64T"))
-    words = ("convert", "-q", "--no-sync", "-f", "qcow2", "-O", "qcow2", str(empty), str(target))
-    jobs = (
-        ("empty 64 TiB QCOW2 to QCOW2", 2.0, Contender("x", (bench.imgcore, *words), target)),
-        ("imgcore info", 0.2, Contender("x", (bench.imgcore, "info", str(empty)))),
-    )
+    """Measure what has a limit in seconds: ``info``, and empty images of 64 TiB."""
+    empty = {name: bench.folder / f"empty.{name}" for name in ("qcow2", "vhdx")}
+    run((bench.qemu_img, "create", "-q", "-f", "qcow2", str(empty["qcow2"]), "64T"))
+    run((bench.imgcore, "create", "-q", "-f", "vhdx", str(empty["vhdx"]), "64T"))
+    jobs = [("imgcore info", 0.2, Contender("x", (bench.imgcore, "info", str(empty["qcow2"]))))]
+    for a, b in (("qcow2", "qcow2"), ("vhdx", "qcow2"), ("qcow2", "vhdx")):
+        target = bench.folder / f"empty-out.{b}"
+        words = ("convert", "-q", "--no-sync", "-f", a, "-O", b, str(empty[a]), str(target))
+        contender = Contender("x", (bench.imgcore, *words), target)
+        jobs.append((f"empty 64 TiB {a} to {b}", 2.0, contender))
     for title, limit, contender in jobs:
         series = in_turns([contender], max(bench.rounds, 3), lambda _: None)["x"]
         met = series.seconds < limit and series.peak_nbytes < MEMORY_LIMIT_NBYTES
@@ -312,11 +349,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(", ".join(f"{name} {version}" for name, version in versions.items()))
         print(f"{recipe}; {environment['file_system']}; no sync on either side\n{HEADER}")
         try:
-            for group in GROUPS:
-                if any(choice.only in line.title for line in group.lines):
-                    for one in bench.measure(group):
-                        results.append(one)
-                        print(show(one), flush=True)
+            chosen = [g for g in GROUPS if any(choice.only in line.title for line in g.lines)]
+            for group, following in zip_longest(chosen, chosen[1:]):
+                for figure in bench.measure(group):
+                    results.append(figure)
+                    print(show(figure), flush=True)
+                bench.drop_sources(following)
             for figure in absolute(bench):
                 if choice.only in figure.title:
                     absolutes.append(figure)
