@@ -4,6 +4,7 @@
 #   make test          lint, native tests (plain and sanitized), the Python suite
 #   make bench         the table of ratios against qemu-img (long)
 #   make peers-test    the slow tests, with $IMGCORE_PEERS where set
+#   make crosscheck    random images against qemu-img and others, for $CROSSCHECK_SECONDS (120)
 #   make lint native-test sanitize clean
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ PYTEST_ARGS ?=
 
 .NOTPARALLEL:
 .PHONY: all setup build demo test lint native-test native-sanitize sanitize python-test \
-	peers-test bench clean
+	peers-test crosscheck bench clean
 
 all: build
 
@@ -63,7 +64,10 @@ sanitize: build native-sanitize
 	@PYTHON="$(PY)" tools/sanitized_suite.sh
 
 peers-test: build
-	@$(PY) -m pytest -m "slow or peers" $(PYTEST_ARGS)
+	@$(PY) -m pytest -m "(slow or peers) and not crosscheck" $(PYTEST_ARGS)
+
+crosscheck: build
+	@$(PY) -m pytest -s -m crosscheck tests/crosscheck $(PYTEST_ARGS)
 
 bench: build
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m benchmarks $(BENCH_ARGS)
