@@ -160,12 +160,14 @@ def assert_virtualbox_agrees(raw: Path, path: Path, image_format: str) -> None:
     back.unlink()
 
 
-def other_readers(image_format: str, options: Sequence[str]) -> list[str]:
+def other_readers(image_format: str, options: Sequence[str], nbytes: int) -> list[str]:
     """Return who of those installed reads such an image besides qemu-img."""
     readers = []
     # QEMU's zlib window is 4 KiB, and dissect and libqcow know neither another nor Zstandard.
     if not {"compression_type=zstd", "window=32k"} & set(options):
-        if image_format in _DISSECT_READERS and _is_installed("dissect.hypervisor"):
+        # Of a VMDK, dissect reads pieces of 8 KiB, the last one too.
+        is_odd = image_format == "vmdk" and nbytes % (8 * KIB)
+        if not is_odd and image_format in _DISSECT_READERS and _is_installed("dissect.hypervisor"):
             readers.append("dissect")
         if image_format in _LIBYAL_READERS and _is_installed(_LIBYAL_READERS[image_format][0]):
             readers.append("libyal")
@@ -221,7 +223,7 @@ def assert_all_agree(
     assert imgcore.compare(raw, ours, format_a="raw", format_b=image_format).identical
     if image_format != "raw":
         assert imgcore.check(ours, format=image_format).ok
-    reader = rng.choice([*other_readers(image_format, options), "none"])
+    reader = rng.choice([*other_readers(image_format, options, len(content)), "none"])
     if reader == "dissect":
         assert_dissect_agrees(content, ours, image_format)
     elif reader == "libyal":
@@ -259,8 +261,8 @@ def _chain_case(image_format: str, make_options: Callable[[random.Random], Optio
         assert imgcore.check(chain[0], format=image_format).ok
         if image_format == "qcow2":
             assert_qemu_agrees(raw, chain[0], image_format, len(content))
-        # With a parent's parent, libvhdi returns what happens to be in memory.
-        elif image_format in ("vhd", "vhdx") and len(chain) == 2 and _is_installed("pyvhdi"):
+        # Of a VHDX chunk without sector bitmap, libvhdi takes the file's first bytes for one.
+        elif image_format == "vhd" and _is_installed("pyvhdi"):
             assert_libyal_agrees(content, image_format, *chain)
         elif image_format == "vhdx" and _is_installed("dissect.hypervisor"):
             assert_dissect_agrees(content, chain[0], image_format)
