@@ -1,0 +1,167 @@
+"""Runs cases of the hostile set in a process with limits; the tests look at what it reports.
+
+``python -m tests.hostile.run FOLDER REPORT FIRST STEP`` makes and uses every STEP-th case.
+A line of JSON is written before each verb and one after it, so that a process that died says where.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import imgcore
+from tests.hostile.case import CANARY, Case
+from tests.hostile.cases import CASES
+
+MIB = 1 << 20
+# What a verb may take above what the interpreter with its libraries has: 256 MiB, two workers'
+# buffers, their stacks and the arenas that malloc reserves for them.
+HEADROOM_NBYTES = 448 * MIB
+MAX_FILE_NBYTES = 64 * MIB
+# A verb that takes longer hangs; what it may take is the test's to say.
+HANG_SECONDS = 20
+
+
+def put_canaries(outside: Path) -> None:
+    """Write files that no image may lead to, valid in every format."""
+    outside.mkdir()
+    text = (CANARY * 40)[:512] * 16
+    raw = outside / "canary.raw"
+    raw.write_bytes(text)
+    for name in ("qcow2", "vmdk", "vhd", "vhdx", "vdi"):
+        imgcore.convert(
+            raw, outside / f"canary.{name}", format="raw", target_format=name, sync=False
+        )
+    (outside / "canary.txt").write_bytes(text)
+
+
+def limit_resources() -> None:
+    """Limit what this process may have, after everything that is used has been loaded."""
+    with open("/proc/self/statm") as file:
+        held_nbytes = int(file.read().split()[0]) * resource.getpagesize()
+    limit = held_nbytes + HEADROOM_NBYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_FILE_NBYTES, MAX_FILE_NBYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def verbs(image: Path, output: Path, case: Case) -> dict[str, Callable[[], Any]]:
+    """Return what is done with each image, in this order."""
+    name = str(image)
+
+    def convert() -> None:
+        imgcore.convert(name, output, target_format="raw", threads=2, sync=False)
+
+    found: dict[str, Callable[[], Any]] = {
+        "info": lambda: imgcore.info(name),
+        "map": lambda: sum(entry.length for entry in imgcore.map(name)),
+        "check": lambda: imgcore.check(name),
+        "measure": lambda: imgcore.measure(name, target_format="qcow2"),
+    }
+    if case.error is not None or case.content is not None:
+        found["convert"] = convert
+    return found
+
+
+class Log(logging.Handler):
+    """Keeps what imgcore logs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+LOG = Log()
+
+
+class HangError(BaseException):
+    """A verb took too long."""
+
+
+def _hang(*_: object) -> None:
+    raise HangError
+
+
+def use(do: Callable[[], Any]) -> dict[str, Any]:
+    """Do one thing; return what came of it."""
+    LOG.lines.clear()
+    begun = time.monotonic()
+    answer: dict[str, Any] = {"error": None, "message": "", "filename": None, "result": ""}
+    signal.setitimer(signal.ITIMER_REAL, HANG_SECONDS)
+    try:
+        answer["result"] = repr(do())[:100_000]
+    except BaseException as error:
+        kinds = [kind.__name__ for kind in type(error).__mro__]
+        answer["error"] = next(name for name in kinds if not name.startswith("_"))
+        answer["kinds"] = kinds
+        answer["message"] = str(error)
+        answer["filename"] = getattr(error, "filename", None) or getattr(error, "path", None)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    answer["log"] = list(LOG.lines)
+    answer["seconds"] = time.monotonic() - begun
+    return answer
+
+
+def run_case(case: Case, folder: Path, report: IO[str]) -> None:
+    """Make one image, use it in every way, report each."""
+    own = folder / case.name
+    own.mkdir()
+    image = case.make(own)
+    before = snapshot(own)
+    output = folder / "out" / f"{case.name}.raw"
+    for verb, do in verbs(image, output, case).items():
+        report.write(json.dumps({"case": case.name, "verb": verb}) + "\n")
+        report.flush()
+        answer = use(do)
+        answer |= {"case": case.name, "verb": verb, "unchanged": snapshot(own) == before}
+        left = sorted(os.listdir(output.parent))
+        answer["left"] = left
+        if left:
+            content = output.read_bytes() if output.exists() else b""
+            answer["is_content"] = content == case.content
+            answer["leaks"] = CANARY in content
+            for name in left:
+                (output.parent / name).unlink()
+        report.write(json.dumps(answer) + "\n")
+        report.flush()
+
+
+def snapshot(folder: Path) -> list[tuple[str, int, int]]:
+    """Return names, sizes and times of what an image's folder holds."""
+    found = []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        status = entry.stat(follow_symlinks=False)
+        found.append((entry.name, status.st_size, status.st_mtime_ns))
+    return found
+
+
+def main(folder: Path, report_path: Path, first: int, step: int) -> None:
+    """Run every ``step``-th case from ``first`` on."""
+    put_canaries(folder / "outside")
+    (folder / "out").mkdir()
+    logging.getLogger("imgcore").addHandler(LOG)
+    signal.signal(signal.SIGALRM, _hang)
+    # What a conversion loads is no case's memory.
+    warm = folder / "outside" / "canary.qcow2"
+    imgcore.convert(warm, folder / "warm.vmdk", target_format="vmdk", sync=False)
+    imgcore.check(warm)
+    limit_resources()
+    with open(report_path, "w") as report:
+        for case in CASES[first::step]:
+            run_case(case, folder, report)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
