@@ -227,6 +227,18 @@ class TestRefusals:
         with pytest.raises((CorruptImageError, WrongFormatError)):
             rows_of(path)
 
+    @pytest.mark.parametrize("last", [5, 4])
+    def test_blocks_cut_off_with_the_footer(self, tmp_path: Path, last: int) -> None:
+        """They are missed when the image is opened; a block needs only what the disk has of it."""
+        path = dynamic(tmp_path, {1: Block(DATA), last: Block(DATA)})
+        held_nbytes = 3 * SECTOR if last == 5 else BLOCK
+        whole = path.read_bytes()
+        path.write_bytes(whole[: FIRST + STRIDE + held_nbytes])
+        assert rows_of(path)
+        path.write_bytes(whole[: FIRST + STRIDE + held_nbytes - 1])
+        with pytest.raises(CorruptImageError, match=f"block {last} ends at 0x.* is truncated"):
+            vhd.open_vhd(path)
+
     def test_no_footer(self, tmp_path: Path) -> None:
         path = tmp_path / "a.vhd"
         path.write_bytes(bytes(4096))

@@ -20,6 +20,7 @@ from imgcore._errors import (
 from imgcore._limits import (
     SECTOR_NBYTES,
     VHD_MAX_BLOCK_NBYTES,
+    VHD_MAX_BLOCKS_VERIFIED_AT_OPEN,
     VHD_MAX_DYNAMIC_NBYTES,
     VHD_MAX_LOCATOR_NBYTES,
 )
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from imgcore._files import HostFile
 
 _log = logging.getLogger("imgcore")
+
+# BAT entries that are looked at together.
+_PIECE_ENTRIES: Final = 1 << 16
 
 SIZE_CHOICES: Final = ("chs", "current")
 
@@ -140,11 +144,14 @@ def read_header(file: HostFile, size: str | None = None) -> VhdHeader:
     if footer.disk_type == DiskType.FIXED:
         virtual_size = _fixed_size(file, place, size)
         return VhdHeader(footer, end, None, virtual_size, None, ())
-    _warn_of_difference(file, end, copy)
     dynamic, locators = _read_dynamic_header(file, footer.data_offset)
     virtual_size = _stated_size(file, footer, size)
     _verify_table(file, dynamic, virtual_size)
-    return VhdHeader(footer, end, copy, virtual_size, dynamic, locators)
+    header = VhdHeader(footer, end, copy, virtual_size, dynamic, locators)
+    if end is None:
+        _refuse_truncated(file, header)
+    _warn_of_footers(file, end, copy)
+    return header
 
 
 def find_footers(file: HostFile) -> tuple[FooterPlace | None, FooterPlace | None]:
@@ -207,8 +214,6 @@ def _choose_footer(
     if end is not None and end.problem is None:
         return end
     if copy is not None and copy.problem is None and copy.footer.disk_type != DiskType.FIXED:
-        what = "there is no footer at the end" if end is None else f"{_without_path(end.problem)}"
-        _log.warning("%s: %s; reading by its copy at the start", file.path, what)
         return copy
     if end is not None and end.problem is not None:
         raise end.problem
@@ -223,21 +228,53 @@ def _choose_footer(
     raise WrongFormatError("no VHD footer, neither at the end nor at the start", path=file.path)
 
 
-def _without_path(problem: ImgcoreError | None) -> str:
-    return str(problem).removeprefix(f"{problem.path}: " if problem is not None else "")
+def _without_path(problem: ImgcoreError) -> str:
+    return str(problem).removeprefix(f"{problem.path}: ")
 
 
-def _warn_of_difference(file: HostFile, end: FooterPlace | None, copy: FooterPlace | None) -> None:
-    if end is None or end.problem is not None:
-        return  # the copy is read, which has been said
-    if copy is None:
-        _log.warning("%s: there is no copy of the footer at the start", file.path)
+def _warn_of_footers(file: HostFile, end: FooterPlace | None, copy: FooterPlace | None) -> None:
+    """Say a word where one footer had to do for both."""
+    by_copy, by_end = "reading by its copy at the start", "reading by the one at the end"
+    if end is None:
+        problem = f"there is no footer at the end; {by_copy}"
+    elif end.problem is not None:
+        problem = f"{_without_path(end.problem)}; {by_copy}"
+    elif copy is None:
+        problem = "there is no copy of the footer at the start"
     elif copy.problem is not None:
-        _log.warning(
-            "%s: %s; reading by the one at the end", file.path, _without_path(copy.problem)
-        )
+        problem = f"{_without_path(copy.problem)}; {by_end}"
     elif copy.raw != end.raw:
-        _log.warning("%s: the footer and its copy differ; reading by the one at the end", file.path)
+        problem = f"the footer and its copy differ; {by_end}"
+    else:
+        return
+    _log.warning("%s: %s", file.path, problem)
+
+
+def _refuse_truncated(file: HostFile, header: VhdHeader) -> None:
+    """Raise if a file without a footer at its end has lost blocks together with it.
+
+    In a BAT too large to go through here, a lost block is found when it is read.
+    """
+    assert header.dynamic is not None
+    block_nbytes, n_blocks = header.dynamic.block_nbytes, header.n_blocks
+    if n_blocks > VHD_MAX_BLOCKS_VERIFIED_AT_OPEN:
+        return
+    for first in range(0, n_blocks, _PIECE_ENTRIES):
+        count = min(_PIECE_ENTRIES, n_blocks - first)
+        offset = header.dynamic.table_offset + first * layout.ENTRY_NBYTES
+        raw = file.pread(offset, count * layout.ENTRY_NBYTES)
+        for index, (sector,) in enumerate(layout.ENTRY.iter_unpack(raw), first):
+            if sector == layout.ENTRY_ABSENT:
+                continue
+            held_nbytes = min(block_nbytes, header.size.nbytes - index * block_nbytes)
+            block_end = sector * SECTOR_NBYTES + header.bitmap_nbytes + held_nbytes
+            if block_end > file.nbytes:
+                raise CorruptImageError(
+                    f"there is no footer at the end, and block {index} ends at {block_end:#x}, "
+                    f"past the end of the file ({file.nbytes:#x}): the file is truncated",
+                    path=file.path,
+                    offset=file.nbytes,
+                )
 
 
 def _stated_size(file: HostFile, footer: Footer, size: str | None) -> VirtualSize:

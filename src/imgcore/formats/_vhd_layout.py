@@ -102,6 +102,7 @@ class Locator(NamedTuple):
 
 
 # "Block Allocation Table and Data Blocks": the sector of the block's sector bitmap.
+ENTRY: Final = struct.Struct(">I")
 ENTRY_NBYTES: Final = 4
 ENTRY_MASK: Final = 0xFFFFFFFF
 ENTRY_ABSENT: Final = 0xFFFFFFFF
