@@ -1,6 +1,6 @@
 """imgcore against qemu-img, as whole commands: the table that the README quotes.
 
-python -m benchmarks [--mib 1024] [--rounds 5] [--only WORD] [--require]
+python -m benchmarks [--mib 2048] [--rounds 3] [--only WORD] [--require]
 """
 
 from __future__ import annotations
@@ -327,8 +327,8 @@ def work_folder() -> Iterator[Path]:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's choices."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--mib", type=int, default=1024, help="size of the source image")
-    parser.add_argument("--rounds", type=int, default=5, help="runs of each command")
+    parser.add_argument("--mib", type=int, default=2048, help="size of the source image")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each command")
     parser.add_argument("--only", default="", help="lines whose title holds this word")
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/latest.json")
     parser.add_argument("--require", action="store_true", help="exit 1 if a line is missed")
