@@ -158,27 +158,22 @@ B = vhdx.BAT_OFFSET
 ALL = bat(7 * MIB | 6, 6 * MIB | 6, 5 * MIB | 6, 4 * MIB | 6)
 SOME = bat(7 * MIB | 6, 2, 5 * MIB | 6)
 OTHER = bat(2, 6 * MIB | 6, 0, 4 * MIB | 6)
-_ONE = entry(1, 0, (B, ALL))
-# Entries, and where in the log they begin.
+# Entries, and where in the log they begin.  QEMU (11) goes its own way with entries before the
+# tail, with descriptors in more than one sector, and with an older entry right behind a newer one.
 LOGS: dict[str, tuple[list[bytes], int]] = {
-    "one": ([_ONE], 0),
+    "one": ([entry(1, 0, (B, ALL))], 0),
     "three": ([entry(n, 0, (B, data)) for n, data in ((5, ALL), (6, SOME), (7, OTHER))], 0),
     "zeros": ([entry(1, 0, (B, ALL)), entry(2, 0, (B, SECTOR))], 0),
     "zeros-and-data": ([entry(1, 0, (B, 2 * SECTOR), (B, OTHER))], 0),
-    "tail-of-the-second": (
-        [entry(1, 0, (B, ALL)), entry(2, len(_ONE), (B + SECTOR, bytes(SECTOR)))],
-        0,
-    ),
     "torn": ([entry(1, 0, (B, SOME)), entry(2, 0, (B, ALL))[:-512] + bytes(512)], 0),
     "around-the-end": (
         [entry(n, vhdx.LOG_NBYTES - 3 * SECTOR, (B, data)) for n, data in ((1, SOME), (2, OTHER))],
         vhdx.LOG_NBYTES - 3 * SECTOR,
     ),
-    "many-descriptors": (
-        [entry(1, 0, *((B + n * SECTOR, SECTOR) for n in range(1, 250)), (B, ALL))],
+    "a-sector-of-descriptors": (
+        [entry(1, 0, *((B + n * SECTOR, SECTOR) for n in range(1, 120)), (B, ALL))],
         0,
     ),
-    "older-sequence": ([entry(9, 0, (B, SOME)), entry(4, len(_ONE), (B, ALL))], 0),
 }
 
 
