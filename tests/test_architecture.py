@@ -26,6 +26,7 @@ PYTHON_LAYERS = (
         "_convert",
         "_compare",
         "_info",
+        "_lint",
         "_map",
         "_check",
         "_measure",

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from imgcore._create import CreateResult, create
     from imgcore._image import Image, open
     from imgcore._info import info
+    from imgcore._lint import LintReport, lint
     from imgcore._map import MapEntry, map
     from imgcore._measure import measure
 
@@ -40,6 +41,7 @@ __all__ = [
     "Image",
     "ImgcoreError",
     "LimitExceededError",
+    "LintReport",
     "MapEntry",
     "OptionError",
     "Progress",
@@ -53,6 +55,7 @@ __all__ = [
     "convert",
     "create",
     "info",
+    "lint",
     "map",
     "measure",
     "open",
@@ -65,6 +68,7 @@ _HOMES = {
     "ConvertResult": "_convert",
     "CreateResult": "_create",
     "Image": "_image",
+    "LintReport": "_lint",
     "MapEntry": "_map",
     "Progress": "_convert",
     "check": "_check",
@@ -72,6 +76,7 @@ _HOMES = {
     "convert": "_convert",
     "create": "_create",
     "info": "_info",
+    "lint": "_lint",
     "map": "_map",
     "measure": "_measure",
     "open": "_image",

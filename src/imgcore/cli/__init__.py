@@ -1,7 +1,8 @@
 """The ``imgcore`` command: one module a verb, each imported only when it is asked for.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 ended by SIGINT, 143 by SIGTERM, 129 by SIGHUP,
-141 when nobody reads the output any more. ``compare`` and ``check`` have more: see their help.
+141 when nobody reads the output any more. ``compare``, ``check`` and ``lint`` have more: see
+their help.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ _VERBS: Final = {
     "map": "List where the parts of a disk are stored.",
     "compare": "Compare the content of two images.",
     "check": "Verify the tables of an image.",
+    "lint": "Tell which rules of a platform an image breaks.",
     "measure": "Tell how large a target would be.",
     "create": "Make an empty image.",
 }
 
 EXIT_FAILURE: Final = 1
 EXIT_USAGE: Final = 2
-_FAILURE_CODES: Final = {"compare": 2}  # where 1 has another meaning
+_FAILURE_CODES: Final = {"compare": 2, "lint": 2}  # where 1 has another meaning
 _EXIT_SIGNAL: Final = 128  # + the signal's number, as shells report it
 
 # Set to anything: failures that are bugs show where they come from.

@@ -191,6 +191,21 @@ def _read_footer(file: HostFile) -> SparseHeader:
     return header
 
 
+def stream_end(file: HostFile) -> int | None:
+    """Return where a file whose footer names its grain directory should end, None for others.
+
+    That is behind the sector of the end-of-stream marker.
+
+    Raises
+    ------
+    CorruptImageError
+        The footer is missing.
+    """
+    if _read_header(file, 0).gd_offset != layout.GD_AT_END:
+        return None
+    return _end_of_data(file) + SECTOR_NBYTES
+
+
 def _truncated(file: HostFile) -> CorruptImageError:
     return CorruptImageError(
         "the grain directory should be at the end, but no footer and end-of-stream marker are "

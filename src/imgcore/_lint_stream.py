@@ -1,0 +1,79 @@
+"""Where the grains of a streamOptimized VMDK lie, and where its file should end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from imgcore._limits import SECTOR_NBYTES
+
+if TYPE_CHECKING:
+    from imgcore._files import HostFile
+    from imgcore.formats._vmdk_reader import VmdkReader
+    from imgcore.formats._vmdk_sparse import SparseExtent
+
+
+class StreamLayout(NamedTuple):
+    """``disorder`` is the guest offset (bytes) of a grain that lies before the one before it.
+
+    ``end`` (bytes) is behind the sector of the end-of-stream marker, None if the grains have no
+    markers that say how long they are.
+    """
+
+    disorder: int | None
+    end: int | None
+
+
+def stream_layout(file: HostFile, reader: VmdkReader) -> StreamLayout:
+    """Read all grain tables, the marker of the last grain and the end of the file.
+
+    Parameters
+    ----------
+    file : HostFile
+        The image.
+    reader : VmdkReader
+        Of a streamOptimized disk, which has one extent.
+    """
+    from imgcore.formats._vmdk_sparse import stream_end
+
+    sparse = reader.disk_extents[0].sparse
+    assert sparse is not None
+    disorder, last = _walk(reader, sparse)
+    end = stream_end(file)
+    if end is None and sparse.has_markers:
+        # The directory stands in front: the last grain is followed by the marker alone.
+        end = _grain_end(file, last) if last is not None else sparse.overhead
+        end += SECTOR_NBYTES
+    return StreamLayout(disorder, end)
+
+
+def _walk(reader: VmdkReader, sparse: SparseExtent) -> tuple[int | None, int | None]:
+    """Return the first grain out of order, and where the last one's marker or data is."""
+    import numpy as np
+
+    from imgcore._extents import FLAG_GRAIN_MARKER, Kind
+    from imgcore.formats._vmdk_layout import GRAIN_MARKER
+
+    prefix = GRAIN_MARKER.size if sparse.has_markers else 0
+    disorder: int | None = None
+    before, last = -1, -1
+    for rows in reader.plan(0, reader.virtual_size):
+        grains = rows[rows["kind"] >= Kind.DATA]
+        if not len(grains):
+            continue
+        # A last grain that is stored cut has its row behind the marker.
+        behind = (grains["flags"] & FLAG_GRAIN_MARKER) == 0
+        places = grains["host_offset"].astype(np.int64) - np.where(behind, prefix, 0)
+        wrong = np.flatnonzero(np.diff(places, prepend=before) < 0)
+        if wrong.size and disorder is None:
+            disorder = int(grains["guest_offset"][wrong[0]])
+        before = int(places[-1])
+        last = max(last, int(places.max()))
+    return disorder, last if last >= 0 else None
+
+
+def _grain_end(file: HostFile, place: int) -> int:
+    """Return the end of a compressed grain, in whole sectors."""
+    from imgcore.formats._vmdk_layout import GRAIN_MARKER
+
+    _, nbytes = GRAIN_MARKER.unpack(file.pread(place, GRAIN_MARKER.size))
+    return -(-(place + GRAIN_MARKER.size + int(nbytes)) // SECTOR_NBYTES) * SECTOR_NBYTES
