@@ -17,7 +17,17 @@ NATIVE = ROOT / "native"
 
 # Lower layers first; a module imports from its own layer and from those below it.
 PYTHON_LAYERS = (
-    {"_errors", "_limits", "_version", "_geometry", "_levels", "_sizes", "_profiles"},
+    {
+        "_text",
+        "_log",
+        "_errors",
+        "_limits",
+        "_version",
+        "_geometry",
+        "_levels",
+        "_sizes",
+        "_profiles",
+    },
     {"_extents", "_core", "_kernels"},
     {"_files", "_stream", "_target"},
     {"formats"},

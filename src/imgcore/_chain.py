@@ -6,7 +6,6 @@ One mechanism for QCOW2's backing files, VMDK's deltas and the parents of VHD, V
 from __future__ import annotations
 
 import errno
-import logging
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -22,13 +21,12 @@ from imgcore._errors import (
 )
 from imgcore._files import HostFile, ReferenceGate, same_file
 from imgcore._limits import MAX_CHAIN_DEPTH
+from imgcore._log import log
 from imgcore.formats import open_reader
 
 if TYPE_CHECKING:
     from imgcore.formats import OptionTexts
     from imgcore.formats._base import BackingReference, Reader
-
-_log = logging.getLogger("imgcore")
 
 
 def open_chain(
@@ -196,7 +194,7 @@ def _refuse_wrong_parent(
                 path=image,
             )
     if reference.modified is not None and reference.modified != file.modified:
-        _log.warning(
+        log.warning(
             "%s: its parent %s has another time of modification than when the image was made; "
             "if it was not merely copied, the content may be wrong",
             image,

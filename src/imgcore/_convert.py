@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from imgcore._image import Image
 from imgcore._image import open as open_image
 from imgcore._job import chosen_variants, thread_count, translated_errors
 from imgcore._limits import MAX_BASE_BLOCK_NBYTES, MIB, SECTOR_NBYTES
+from imgcore._log import log
 from imgcore._profiles import (
     GCE_SUFFIXES,
     Container,
@@ -52,8 +52,6 @@ if TYPE_CHECKING:
     from imgcore._supply import Supply
     from imgcore._target import TargetFile
     from imgcore.formats._base import Writer
-
-_log = logging.getLogger("imgcore")
 
 _MAX_SPARSE_NBYTES = 1 * MIB
 
@@ -379,7 +377,7 @@ class _Conversion:
                 path=self._request.source,
             )
         if nbytes < profile.min_virtual_nbytes:
-            _log.warning(
+            log.warning(
                 "%s: %s takes no disk of %d bytes, %d at least",
                 self._request.source,
                 profile.platform,
@@ -406,7 +404,7 @@ class _Conversion:
                 self._check_unchanged()
             except BaseException:
                 if target.in_place and self._has_begun:
-                    _log.warning("%s: written in place, and now incomplete", r.target)
+                    log.warning("%s: written in place, and now incomplete", r.target)
                 raise
             file_size = os.fstat(target.main.fd).st_size
             target.commit()
@@ -462,7 +460,7 @@ class _Conversion:
         """Say so if the target's logical sectors are not those that the source states."""
         kept = writer.logical_sector_nbytes if isinstance(writer, SectorSized) else SECTOR_NBYTES
         if stated is not None and stated != kept:
-            _log.warning(
+            log.warning(
                 "%s: logical sectors have %d bytes, in %s they had %d: a guest may not start",
                 self._request.target,
                 kept,

@@ -6,6 +6,8 @@ says what, where, found, allowed, on one line.
 
 from __future__ import annotations
 
+from imgcore._text import one_line
+
 
 class ImgcoreError(Exception):
     """Root of everything that imgcore raises about images.
@@ -13,15 +15,25 @@ class ImgcoreError(Exception):
     Parameters
     ----------
     message : str
-        One line without the path.
+        What is wrong, without the path.
     path : str, optional
         The file that the message is about; it is put in front of the message.
     offset : int, optional
         Byte offset in that file, where one is known.
+
+    Attributes
+    ----------
+    reason : str
+        The message without the path.
+    path : str or None
+        The file's name as it is; in the message it is escaped and bounded, as all of it.
+    offset : int or None
+        As given.
     """
 
     def __init__(self, message: str, *, path: str | None = None, offset: int | None = None) -> None:
-        super().__init__(message if path is None else f"{path}: {message}")
+        self.reason = one_line(message)
+        super().__init__(self.reason if path is None else f"{one_line(path)}: {self.reason}")
         self.path = path
         self.offset = offset
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, Final
 
+from imgcore._text import without_secrets
+
 if TYPE_CHECKING:
     from imgcore._files import HostFile
     from imgcore._image import Image
@@ -33,8 +35,9 @@ def describe_layer(file: HostFile, reader: Reader) -> dict[str, Any]:
     }
     result |= {key: answer[key] for key in _TOP_LEVEL_KEYS if answer.get(key) is not None}
     if reader.backing is not None:
-        result["backing-filename"] = reader.backing.name
-        result["full-backing-filename"] = _full_name(file.path, reader.backing.name)
+        name = _shown(reader.backing.name)
+        result["backing-filename"] = name
+        result["full-backing-filename"] = _full_name(file.path, name)
         if reader.backing.format is not None:
             result["backing-filename-format"] = reader.backing.format
     specific = answer.pop("format-specific", None)
@@ -42,8 +45,19 @@ def describe_layer(file: HostFile, reader: Reader) -> dict[str, Any]:
         data = {key: value for key, value in answer.items() if key not in _OWN_KEYS}
         specific = {"type": reader.format_name, "data": data}
     if specific["data"]:
-        result["format-specific"] = specific
+        result["format-specific"] = _shown(specific)
     return result
+
+
+def _shown(value: Any) -> Any:
+    """Return what an image says without the credentials that names in it may carry."""
+    if isinstance(value, str):
+        return without_secrets(value)
+    if isinstance(value, dict):
+        return {key: _shown(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_shown(item) for item in value]
+    return value
 
 
 def _full_name(path: str, name: str) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import logging
 import os
 import re
 import stat
@@ -25,6 +24,7 @@ from imgcore._files import (
     file_identity,
     is_locked_by_other,
 )
+from imgcore._log import log
 from imgcore._sizes import format_size
 
 if TYPE_CHECKING:
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
     from imgcore._core import File
     from imgcore._files import HostFile
-
-_log: Final = logging.getLogger("imgcore")
 
 _NAME_MAX: Final = 255  # bytes in a file name, Linux include/uapi/linux/limits.h
 _FILL_NBYTES: Final = 1 << 20
@@ -465,7 +463,7 @@ class Target:
             if error.errno not in _NO_SYNC_ERRORS:
                 text = f"{os.strerror(error.errno or 0)} (syncing the folder; the file is complete)"
                 raise OSError(error.errno, text, self.path) from error
-            _log.warning("%s: the folder cannot be synced: %s", self._folder, error.strerror)
+            log.warning("%s: the folder cannot be synced: %s", self._folder, error.strerror)
 
     def abort(self) -> None:
         """Remove what was written; a target in place stays as it is by now.

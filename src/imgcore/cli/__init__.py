@@ -22,7 +22,8 @@ from typing import Any, Final, NoReturn
 import click
 
 from imgcore._errors import ImgcoreError, OptionError
-from imgcore.cli._common import CONTEXT_SETTINGS, one_line
+from imgcore._text import one_line
+from imgcore.cli._common import CONTEXT_SETTINGS
 
 _VERBS: Final = {
     "convert": "Convert an image to another format.",

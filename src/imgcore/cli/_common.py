@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from imgcore._text import one_line
+
 if TYPE_CHECKING:
     from imgcore.formats._base import Driver
 
@@ -203,16 +205,6 @@ def size_text(n_bytes: int) -> str:
     from imgcore._sizes import format_size
 
     return f"{format_size(n_bytes)} ({n_bytes} bytes)"
-
-
-def one_line(text: str) -> str:
-    """Escape whatever a terminal could act on: names come from files that nobody vouches for."""
-    if text.isprintable():
-        return text
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
-        for char in text
-    )
 
 
 def print_tree(values: Mapping[str, Any], indent: int) -> None:

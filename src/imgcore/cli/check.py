@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
+from imgcore._text import one_line
 from imgcore.cli._common import (
     allow_option,
     format_option,
-    one_line,
     output_options,
     parent_option,
     print_json,

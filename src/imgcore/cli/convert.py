@@ -8,10 +8,10 @@ import os
 import click
 
 from imgcore._profiles import get_profile, profile_names
+from imgcore._text import one_line
 from imgcore.cli._common import (
     allow_option,
     format_option,
-    one_line,
     options_option,
     parent_option,
     print_options_help,

@@ -6,9 +6,9 @@ from dataclasses import asdict
 
 import click
 
+from imgcore._text import one_line
 from imgcore.cli._common import (
     allow_option,
-    one_line,
     options_option,
     output_options,
     plain_value,

@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
+from imgcore._text import one_line
 from imgcore.cli._common import (
     allow_option,
     backing_format_option,
     format_option,
-    one_line,
     output_options,
     parent_option,
     print_json,

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
+from imgcore._text import without_secrets
+
 if TYPE_CHECKING:
     from imgcore._extents import Extents, Placements
     from imgcore._files import HostFile, ReferenceGate
@@ -58,6 +60,10 @@ class BackingReference(NamedTuple):
     modified: int | None = None
     path: str | None = None
     virtual_size: int | None = None
+
+    def __repr__(self) -> str:
+        fields = zip(self._fields, self, strict=True)
+        return without_secrets(f"BackingReference({', '.join(f'{k}={v!r}' for k, v in fields)})")
 
 
 class Reader(Protocol):

@@ -118,7 +118,7 @@ def read_header(file: HostFile) -> Qcow2Header:
     magic = file.pread(0, min(4, file.nbytes))
     if magic != layout.MAGIC:
         raise WrongFormatError(
-            f"no QCOW2 image: starts with {magic.hex() or 'nothing'}, not {layout.MAGIC.hex()}",
+            f"no QCOW2 image: it does not start with {layout.MAGIC.hex()}",
             path=file.path,
         )
     header = _read_fixed(file)

@@ -6,9 +6,8 @@ Source: VirtualBox src/VBox/Storage/VDICore.h, VDI.cpp (vdiValidateHeader).
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 from imgcore._errors import (
@@ -23,13 +22,12 @@ from imgcore._limits import (
     VDI_MAX_BLOCK_NBYTES,
     VDI_MIN_BLOCK_NBYTES,
 )
+from imgcore._log import log
 from imgcore.formats import _vdi_layout as layout
 from imgcore.formats._vdi_layout import HeaderFields, ImageType
 
 if TYPE_CHECKING:
     from imgcore._files import HostFile
-
-_log: Final = logging.getLogger("imgcore.vdi")
 
 
 @dataclass(frozen=True)
@@ -179,7 +177,7 @@ def _verify_pre_header(path: str, raw: bytes) -> None:
     _, signature, version = layout.PRE_HEADER.unpack_from(raw)
     if signature != layout.SIGNATURE:
         raise WrongFormatError(
-            f"no VDI image: signature {signature:#010x}, expected {layout.SIGNATURE:#010x}",
+            f"no VDI image: its signature is not {layout.SIGNATURE:#010x}",
             path=path,
         )
     if version != layout.VERSION_1_1:
@@ -268,7 +266,7 @@ def _virtual_size(path: str, fields: HeaderFields) -> int:
     """Return the disk's size in whole sectors, as VirtualBox shows it to guests."""
     n_odd = fields.disk_nbytes % SECTOR_NBYTES
     if n_odd:
-        _log.warning(
+        log.warning(
             "%s: the last %d bytes of the disk are no whole sector: left out, as VirtualBox does",
             path,
             n_odd,

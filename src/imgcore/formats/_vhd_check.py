@@ -110,7 +110,7 @@ def _footer_repair(end: FooterPlace | None, raw: bytes, blocks_end: int) -> Repa
 def _check_footers(report: CheckReport, file: HostFile, header: VhdHeader) -> None:
     for place, where in ((header.end, "end"), (header.copy, "start")):
         if place is not None and place.problem is not None:
-            report.corruption(_line(place.problem, file))
+            report.corruption(place.problem.reason)
         elif place is None and not (where == "start" and header.dynamic is None):
             report.corruption(f"there is no footer at the {where} of the file")
     sound = [
@@ -129,10 +129,6 @@ def _check_footers(report: CheckReport, file: HostFile, header: VhdHeader) -> No
         report.corruption("the footer's reserved feature bit is not set")
 
 
-def _line(problem: ImgcoreError, file: HostFile) -> str:
-    return str(problem).removeprefix(f"{file.path}: ")
-
-
 def _check_header(report: CheckReport, file: HostFile, header: VhdHeader) -> None:
     dynamic = header.dynamic
     assert dynamic is not None
@@ -149,7 +145,7 @@ def _check_header(report: CheckReport, file: HostFile, header: VhdHeader) -> Non
         for _ in parent_texts(file, header):
             pass
     except ImgcoreError as error:
-        report.corruption(_line(error, file))
+        report.corruption(error.reason)
 
 
 class _BlockCheck:

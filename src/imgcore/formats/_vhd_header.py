@@ -7,7 +7,6 @@ the two sizes a creator means.
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from imgcore._errors import (
@@ -24,6 +23,7 @@ from imgcore._limits import (
     VHD_MAX_DYNAMIC_NBYTES,
     VHD_MAX_LOCATOR_NBYTES,
 )
+from imgcore._log import log
 from imgcore.formats import _vhd_layout as layout
 from imgcore.formats._vhd_layout import DiskType, DynamicHeader, Footer, Locator
 
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from imgcore._files import HostFile
-
-_log = logging.getLogger("imgcore")
 
 # BAT entries that are looked at together.
 _PIECE_ENTRIES: Final = 1 << 16
@@ -228,26 +226,22 @@ def _choose_footer(
     raise WrongFormatError("no VHD footer, neither at the end nor at the start", path=file.path)
 
 
-def _without_path(problem: ImgcoreError) -> str:
-    return str(problem).removeprefix(f"{problem.path}: ")
-
-
 def _warn_of_footers(file: HostFile, end: FooterPlace | None, copy: FooterPlace | None) -> None:
     """Say a word where one footer had to do for both."""
     by_copy, by_end = "reading by its copy at the start", "reading by the one at the end"
     if end is None:
         problem = f"there is no footer at the end; {by_copy}"
     elif end.problem is not None:
-        problem = f"{_without_path(end.problem)}; {by_copy}"
+        problem = f"{end.problem.reason}; {by_copy}"
     elif copy is None:
         problem = "there is no copy of the footer at the start"
     elif copy.problem is not None:
-        problem = f"{_without_path(copy.problem)}; {by_end}"
+        problem = f"{copy.problem.reason}; {by_end}"
     elif copy.raw != end.raw:
         problem = f"the footer and its copy differ; {by_end}"
     else:
         return
-    _log.warning("%s: %s", file.path, problem)
+    log.warning("%s: %s", file.path, problem)
 
 
 def _refuse_truncated(file: HostFile, header: VhdHeader) -> None:

@@ -138,7 +138,7 @@ def read_image(file: HostFile) -> VhdxImage:
     """
     head = file.pread(0, min(file.nbytes, layout.CREATOR_OFFSET + layout.CREATOR_NBYTES))
     if not head.startswith(layout.SIGNATURE):
-        raise WrongFormatError(f"no VHDX file: it starts with {head[:8]!r}", path=file.path)
+        raise WrongFormatError("no VHDX file: it does not start as one", path=file.path)
     problems: list[Problem] = []
     header = _current_header(file, problems)
     _check_header(header, file)

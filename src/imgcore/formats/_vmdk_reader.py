@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
@@ -14,6 +13,7 @@ from imgcore._errors import (
     WrongFormatError,
 )
 from imgcore._limits import SECTOR_NBYTES, VMDK_MAX_DESCRIPTOR_NBYTES
+from imgcore._log import log
 from imgcore.formats._base import BackingReference, CheckReport, SourceFile
 from imgcore.formats._vmdk_descriptor import (
     Descriptor,
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from imgcore._extents import Extents
     from imgcore._files import HostFile, ReferenceGate
     from imgcore.formats._vmdk_plan import SparsePlanner
-
-_log = logging.getLogger("imgcore.vmdk")
 
 _PROBE_NBYTES: Final = 65536
 # Types of disks whose descriptor lies in the only extent.
@@ -221,7 +219,7 @@ class VmdkReader:
             )
         stated = descriptor.create_type.lower()
         if sparse.is_compressed != (stated == "streamoptimized") and stated in _MONOLITHIC_TYPES:
-            _log.warning(
+            log.warning(
                 "%s: the descriptor says %s, the header says the grains are %s; reading them so",
                 file.path,
                 descriptor.create_type,

@@ -5,7 +5,6 @@ Nothing here needs NumPy, so that ``info`` stays quick.
 
 from __future__ import annotations
 
-import logging
 import zlib
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -26,13 +25,13 @@ from imgcore._limits import (
     VMDK_MAX_VERSION,
     VMDK_MIN_GRAIN_NBYTES,
 )
+from imgcore._log import log
 from imgcore.formats import _vmdk_layout as layout
 from imgcore.formats._vmdk_layout import Flags, SparseHeader
 
 if TYPE_CHECKING:
     from imgcore._files import HostFile
 
-_log = logging.getLogger("imgcore.vmdk")
 _TAIL_PIECE_NBYTES = 65536
 
 
@@ -161,7 +160,7 @@ def _read_header(file: HostFile, offset: int) -> SparseHeader:
     header = SparseHeader._make(layout.SPARSE_HEADER.unpack_from(raw))
     if header.magic != layout.SPARSE_MAGIC:
         raise WrongFormatError(
-            f"no VMDK sparse extent: magic {header.magic!r}, expected {layout.SPARSE_MAGIC!r}",
+            f"no VMDK sparse extent: it does not start with {layout.SPARSE_MAGIC!r}",
             path=file.path,
         )
     return header
@@ -260,7 +259,7 @@ def _verified(file: HostFile, header: SparseHeader) -> SparseExtent:
         )
     gd_offset, rgd_offset = _directories(file, header, n_entries)
     if header.unclean_shutdown:
-        _log.warning("%s: the extent was not closed cleanly; reading it as it is", path)
+        log.warning("%s: the extent was not closed cleanly; reading it as it is", path)
     return SparseExtent(
         file=file,
         version=header.version,
@@ -318,7 +317,7 @@ def _directories(file: HostFile, header: SparseHeader, n_entries: int) -> tuple[
     if gd_offset > 0 and _fits(file, gd_offset, gd_nbytes):
         return gd_offset, rgd_offset if redundant_fits else 0
     if redundant_fits:
-        _log.warning(
+        log.warning(
             "%s: the grain directory cannot be at %#x; reading the redundant one at %#x",
             file.path,
             gd_offset,

@@ -68,9 +68,8 @@ class Qcow2Reader:
         header = self._header
         if not header.is_dirty and not header.is_corrupt:
             return
-        import logging
+        from imgcore._log import log
 
-        log = logging.getLogger("imgcore")
         if header.is_dirty:
             log.warning("%s: was not closed cleanly, its refcounts may be stale", self._file.path)
         if header.is_corrupt:

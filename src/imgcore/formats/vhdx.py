@@ -6,10 +6,10 @@ Source: [MS-VHDX] Virtual Hard Disk v2 (VHDX) File Format.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
+from imgcore._log import log
 from imgcore.formats import _vhdx_layout as layout
 from imgcore.formats._base import BackingReference, SourceFile
 from imgcore.formats._vhdx_header import read_image
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
         WriteRequest,
     )
     from imgcore.formats._vhdx_bat import ExtentPlanner
-
-_log: Final = logging.getLogger("imgcore")
 
 
 class VhdxReader:
@@ -89,7 +87,7 @@ class VhdxReader:
         self.sources: Sequence[SourceFile] = [SourceFile(source) for source in files]
         self._planner: ExtentPlanner | None = None
         for problem in self._image.problems:
-            _log.warning("%s: %s", file.path, problem.line)
+            log.warning("%s: %s", file.path, problem.line)
 
     def plan(self, start: int, length: int) -> Iterator[Extents]:
         """Yield extent batches; see :class:`imgcore.formats._base.Reader`.
