@@ -75,6 +75,8 @@ VDI_MIN_WRITTEN_BLOCK_NBYTES: Final = 128 * KIB
 VDI_MAX_WRITTEN_BLOCK_NBYTES: Final = 128 * MIB
 # The place of the first block is a 32-bit number of bytes.
 VDI_MAX_DATA_OFFSET: Final = 4 * GIB - 1
+# A map of 256 MiB: 64 TiB of disk with the usual blocks.
+VDI_MAX_CHECKED_BLOCKS: Final = 1 << 26
 # Files whose headers are looked at for the parent of a differencing image.
 VDI_MAX_SEARCHED_FILES: Final = 1024
 

@@ -40,7 +40,7 @@ def image(tmp_path: Path) -> Path:
 
 
 HEADER_DAMAGE: list[tuple[str, int, bytes, type[imgcore.ImgcoreError], str]] = [
-    ("signature", vdi.SIGNATURE, le32(0xBEDA1070), WrongFormatError, "signature 0xbeda1070"),
+    ("signature", vdi.SIGNATURE, le32(0xBEDA1070), WrongFormatError, "signature is not 0xbeda107f"),
     ("version 0", vdi.VERSION, le32(0x00000002), UnsupportedFeatureError, r"VDI version 0\.2, "),
     ("version 0.1", vdi.VERSION, le32(1), UnsupportedFeatureError, r"VDI version 0\.1, only 1\.1"),
     ("version 1.2", vdi.VERSION, le32(0x00010002), UnsupportedFeatureError, r"version 1\.2"),
@@ -390,3 +390,70 @@ def test_check_of_an_absurd_entry_is_quick(tmp_path: Path) -> None:
     result = imgcore.check(path)
     assert result.corruptions == 1
     assert result.leaks == ((1 << 43) - DATA_OFFSET) // (64 * 1024)
+
+
+class TestRepair:
+    def test_a_wrong_count(self, tmp_path: Path) -> None:
+        path = make(tmp_path / "a.vdi", [1, FREE, 0, ZERO], n_allocated=7)
+        content = imgcore.open(path).read(0, 4 * BLOCK)
+        result = imgcore.check(path, repair=True)
+        assert result.ok
+        assert (result.corruptions_fixed, len(result.repairs)) == (1, 1)
+        assert imgcore.info(path)["format-specific"]["data"]["allocated-blocks"] == 2
+        assert imgcore.open(path).read(0, 4 * BLOCK) == content
+
+    def test_leaked_blocks_at_the_end(self, tmp_path: Path) -> None:
+        path = make(tmp_path / "a.vdi", [0, FREE, 1], n_allocated=4)
+        with open(path, "ab") as file:
+            file.write(bytes(2 * BLOCK))
+        result = imgcore.check(path, repair=True)
+        assert result.ok
+        assert result.leaks_fixed == 2
+        assert path.stat().st_size == DATA_OFFSET + 2 * BLOCK
+        assert imgcore.check(path).ok
+
+    def test_a_count_beside_a_gap_stays(self, tmp_path: Path) -> None:
+        """VirtualBox would put the next block upon one in use."""
+        path = make(tmp_path / "a.vdi", [0, 2], n_allocated=3)
+        before = path.read_bytes()
+        result = imgcore.check(path, repair=True)
+        assert (result.corruptions, result.leaks, result.repairs) == (1, 1, [])
+        assert path.read_bytes() == before
+
+    def test_blocks_upon_each_other_stay(self, tmp_path: Path) -> None:
+        path = make(tmp_path / "a.vdi", [0, 0], n_allocated=7)
+        before = path.read_bytes()
+        result = imgcore.check(path, repair=True)
+        assert (result.corruptions, result.repairs) == (2, [])
+        assert path.read_bytes() == before
+
+
+def test_check_of_a_map_full_of_one_block_is_quick(tmp_path: Path) -> None:
+    """A map that is a hole of the file: every entry is block 0."""
+    path = make(tmp_path / "a.vdi", [0])
+    n_blocks, data_offset = 1 << 22, 1 << 25
+    with open(path, "r+b") as file:
+        for offset, value in (
+            (vdi.OFF_DATA, data_offset),
+            (vdi.N_BLOCKS, n_blocks),
+            (vdi.N_ALLOCATED, 1),
+        ):
+            file.seek(offset)
+            file.write(value.to_bytes(4, "little"))
+        file.seek(vdi.MAP_OFFSET)
+        file.write(bytes(DATA_OFFSET - vdi.MAP_OFFSET + BLOCK))
+        file.truncate(data_offset + BLOCK)
+    result = imgcore.check(path)
+    assert result.corruptions == n_blocks
+    assert len(result.problems) == 1000
+
+
+def test_more_blocks_than_can_be_checked(tmp_path: Path) -> None:
+    path = make(tmp_path / "a.vdi", [0])
+    with open(path, "r+b") as file:
+        for offset, value in ((vdi.OFF_DATA, 1 << 29), (vdi.N_BLOCKS, (1 << 26) + 1)):
+            file.seek(offset)
+            file.write(value.to_bytes(4, "little"))
+        file.truncate((1 << 29) + BLOCK)
+    with pytest.raises(imgcore.LimitExceededError, match="67108864 can be checked"):
+        imgcore.check(path)

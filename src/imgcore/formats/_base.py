@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -216,6 +217,12 @@ class CheckReport:
         """Count a corruption and keep its line."""
         self.corruptions += 1
         self._keep(f"ERROR {line}")
+
+    def corruptions_among(self, count: int, lines: Iterable[str]) -> None:
+        """Count ``count`` corruptions; of their lines, no more are made than are kept."""
+        self.corruptions += count
+        room = self.MAX_PROBLEM_LINES - len(self.problems)
+        self.problems += [f"ERROR {line}" for line in islice(lines, max(0, room))]
 
     def leak(self, line: str, count: int = 1) -> None:
         """Count ``count`` leaked units and keep the line about them."""

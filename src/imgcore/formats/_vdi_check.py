@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from imgcore._errors import LimitExceededError
+from imgcore._limits import VDI_MAX_CHECKED_BLOCKS
 from imgcore.formats import _vdi_layout as layout
-from imgcore.formats._base import CheckReport
+from imgcore.formats._base import CheckReport, Repair
 from imgcore.formats._vdi_tables import read_map
 
 if TYPE_CHECKING:
@@ -25,7 +27,17 @@ def check(file: HostFile, header: VdiHeader) -> CheckReport:
 
     Found are entries past the end of the file, blocks used twice, a wrong count of allocated
     blocks in the header, and blocks of the file that nothing uses.
+
+    Raises
+    ------
+    LimitExceededError
+        The disk has more than ``VDI_MAX_CHECKED_BLOCKS`` blocks.
     """
+    if header.n_blocks > VDI_MAX_CHECKED_BLOCKS:
+        raise LimitExceededError(
+            f"a block map of {header.n_blocks} entries, {VDI_MAX_CHECKED_BLOCKS} can be checked",
+            path=file.path,
+        )
     report = CheckReport(total_clusters=header.n_blocks)
     n_file_blocks = max(file.nbytes - header.data_offset, 0) // header.block_nbytes
     end = _verify_entries(file, header, report, n_file_blocks)
@@ -40,6 +52,39 @@ def check(file: HostFile, header: VdiHeader) -> CheckReport:
         _leak(header, report, end, n_file_blocks)
     report.image_end_offset = header.data_offset + end * header.block_nbytes
     return report
+
+
+def find_repairs(file: HostFile, header: VdiHeader) -> list[Repair]:
+    """Return what can be put right: leaked space at the end, the count of allocated blocks.
+
+    VirtualBox puts the next block where the header's count says, so the count is put right only
+    where the blocks in use have no gap between them.  Nothing is offered for an image whose
+    blocks lie upon each other or outside the file.
+    """
+    report = check(file, header)
+    has_wrong_count = report.allocated_clusters != header.n_allocated
+    if report.corruptions > has_wrong_count:
+        return []
+    repairs = []
+    unused = (file.nbytes - report.image_end_offset) // header.block_nbytes
+    if unused > 0:
+        repairs.append(
+            Repair(
+                f"{unused} blocks behind the last one are leaked",
+                "end the file behind the last one",
+                file_nbytes=report.image_end_offset,
+            )
+        )
+    n_in_use = (report.image_end_offset - header.data_offset) // header.block_nbytes
+    if has_wrong_count and report.allocated_clusters == n_in_use:
+        repairs.append(
+            Repair(
+                f"the header counts {header.n_allocated} allocated blocks",
+                f"write there that it is {n_in_use}",
+                writes=((layout.N_ALLOCATED_OFFSET, layout.COUNT.pack(n_in_use)),),
+            )
+        )
+    return repairs
 
 
 def _verify_entries(
@@ -58,12 +103,15 @@ def _verify_entries(
         inside = places < n_file_blocks
         if inside.any():
             end = max(end, int(places[inside].max()) + 1)
-        for index, place in zip(used[~inside].tolist(), places[~inside].tolist(), strict=True):
-            offset = header.data_offset + place * header.block_nbytes
-            report.corruption(
-                f"block {first + index} is at {offset:#x} and ends past the end of the file "
-                f"({file.nbytes:#x})"
-            )
+        outside = zip(used[~inside].tolist(), places[~inside].tolist(), strict=True)
+        report.corruptions_among(
+            int((~inside).sum()),
+            (
+                f"block {first + index} is at {_offset(header, place):#x} and ends past the end of "
+                f"the file ({file.nbytes:#x})"
+                for index, place in outside
+            ),
+        )
     return end
 
 
@@ -75,11 +123,15 @@ def _verify_window(
     for first, entries in read_map(file, header, 0, header.n_blocks):
         here = np.flatnonzero((entries >= low) & (entries < high))
         places = entries[here].astype(np.int64) - low
-        for index in here[_repeated(places, is_used)].tolist():
-            offset = header.data_offset + int(entries[index]) * header.block_nbytes
-            report.corruption(
-                f"block {first + index} is at {offset:#x}, where another block is already"
-            )
+        repeated = here[_repeated(places, is_used)]
+        report.corruptions_among(
+            len(repeated),
+            (
+                f"block {first + index} is at {_offset(header, int(entries[index])):#x}, "
+                "where another block is already"
+                for index in repeated.tolist()
+            ),
+        )
         is_used[places] = True
     edges = np.flatnonzero(np.diff(is_used, prepend=True, append=True))
     for start, stop in edges.reshape(-1, 2).tolist():
@@ -93,7 +145,12 @@ def _repeated(places: NDArray[np.int64], is_used: NDArray[np.bool_]) -> NDArray[
     return np.flatnonzero(~is_new | is_used[places])
 
 
+def _offset(header: VdiHeader, block: int) -> int:
+    """Return where a block lies in the file."""
+    return header.data_offset + block * header.block_nbytes
+
+
 def _leak(header: VdiHeader, report: CheckReport, first: int, last: int) -> None:
     """Report blocks [first, last) of the file as leaked, in one line."""
-    offset = header.data_offset + first * header.block_nbytes
+    offset = _offset(header, first)
     report.leak(f"blocks at {offset:#x}, {last - first}: nothing refers to them", last - first)

@@ -21,6 +21,9 @@ FILE_INFO: Final = b"<<< imgcore VirtualBox Disk Image >>>\n"
 HEADER: Final = struct.Struct("<III256sIIIIIIIQIIII16s16s16s16s")
 # VDIDISKGEOMETRY: cylinders, heads, sectors, bytes of a sector.
 GEOMETRY: Final = struct.Struct("<IIII")
+# cBlocksAllocated in the file, and its form.
+N_ALLOCATED_OFFSET: Final = 0x184
+COUNT: Final = struct.Struct("<I")
 HEADER_V1_NBYTES: Final = HEADER.size
 HEADER_V1PLUS_NBYTES: Final = HEADER.size + GEOMETRY.size
 SECTOR_NBYTES: Final = 512  # VDI_GEOMETRY_SECTOR_SIZE

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -175,8 +174,8 @@ class _BlockCheck:
         apart |= np.diff(where) >= 2 * self._block_nsectors
         self._report.fragmented_clusters = int(np.count_nonzero(apart))
         past = where + self._block_nsectors > self._end_nsectors
-        self._corruptions(
-            np.count_nonzero(past),
+        self._report.corruptions_among(
+            int(np.count_nonzero(past)),
             (
                 f"block {block} at sector {sector} ends past the end of the blocks "
                 f"({self._end_nsectors})"
@@ -185,13 +184,6 @@ class _BlockCheck:
         )
         self._check_batmap(sectors)
         self._check_claims(where[~past], present[~past])
-
-    def _corruptions(self, count: int | np.intp, lines: Iterable[str]) -> None:
-        """Count corruptions of which only the first are worth a line."""
-        wanted = min(int(count), CheckReport.MAX_PROBLEM_LINES - len(self._report.problems))
-        for _, line in zip(range(wanted), lines, strict=False):
-            self._report.corruption(line)
-        self._report.corruptions += int(count) - wanted
 
     def _read_entries(self) -> Sectors:
         """Return the sector of every block, int64."""
@@ -260,7 +252,7 @@ class _BlockCheck:
             )
         bits = np.unpackbits(np.frombuffer(raw, np.uint8), count=self._n_blocks)
         wrong = np.flatnonzero((bits != 0) & (sectors == layout.ENTRY_ABSENT))
-        self._corruptions(
+        self._report.corruptions_among(
             len(wrong),
             (f"the batmap calls block {block} full, which is absent" for block in wrong.tolist()),
         )
@@ -271,7 +263,7 @@ class _BlockCheck:
         starts, numbers = where[order], blocks[order]
         ends = starts + self._block_nsectors
         upon = np.flatnonzero(starts[1:] < ends[:-1])
-        self._corruptions(
+        self._report.corruptions_among(
             len(upon),
             (
                 f"block {numbers[i + 1]} at sector {starts[i + 1]} overlaps block {numbers[i]}"
@@ -283,7 +275,9 @@ class _BlockCheck:
             low = int(np.searchsorted(ends, first // SECTOR_NBYTES, side="right"))
             high = int(np.searchsorted(starts, -(-end // SECTOR_NBYTES), side="left"))
             for i in range(low, high):
-                self._corruptions(1, [f"block {numbers[i]} at sector {starts[i]} overlaps {what}"])
+                self._report.corruptions_among(
+                    1, [f"block {numbers[i]} at sector {starts[i]} overlaps {what}"]
+                )
             data_start = max(data_start, -(-end // SECTOR_NBYTES))
         free_from = np.concatenate(([data_start], np.maximum(ends, data_start)))
         free_to = np.concatenate((starts, [self._end_nsectors]))

@@ -127,10 +127,16 @@ class VhdxChecker:
         )
         if not self._metadata.has_parent:
             bad |= (entries & _STATE) == layout.BLOCK_PARTIALLY_PRESENT
-        for index in np.flatnonzero(bad).tolist():
-            entry = int(entries[index])
-            problem = entry_problem(self._image, entry, first + index)
-            self.report.corruption(f"block {first + index} (BAT entry {entry:#x}) {problem}")
+        self.report.corruptions_among(
+            int(bad.sum()),
+            (
+                f"block {first + index} (BAT entry {entry:#x}) "
+                f"{entry_problem(self._image, entry, first + index)}"
+                for index, entry in zip(
+                    np.flatnonzero(bad).tolist(), entries[bad].tolist(), strict=True
+                )
+            ),
+        )
         self.report.allocated_clusters += int(present.sum())
 
     def _ends(self, entries: Entries, first: int) -> NDArray[np.uint64]:
@@ -210,10 +216,10 @@ class VhdxChecker:
             # Less than a block is what alignment leaves.
             if end - first < self._block_units:
                 continue
-            self.report.leaks += end - first - 1
             self.report.leak(
                 f"space: nothing refers to {(base + first) << _UNIT_BITS:#x} up to "
-                f"{(base + end) << _UNIT_BITS:#x}"
+                f"{(base + end) << _UNIT_BITS:#x}",
+                end - first,
             )
         in_use = np.flatnonzero(used)
         return base + int(in_use[-1]) + 1 if in_use.size else 0
@@ -251,11 +257,16 @@ class VhdxChecker:
             numbers, first, end = self._present(entries, first_block)
             low = np.clip(first - base, 0, len(counts))
             high = np.clip(end - base, 0, len(counts))
-            for index in np.flatnonzero(shared[high] > shared[low]).tolist():
-                self.report.corruption(
-                    f"block {numbers[index]} at {int(first[index]) << _UNIT_BITS:#x} overlaps "
-                    "another block or structure"
-                )
+            upon = shared[high] > shared[low]
+            self.report.corruptions_among(
+                int(upon.sum()),
+                (
+                    f"block {number} at {unit << _UNIT_BITS:#x} overlaps another block or structure"
+                    for number, unit in zip(
+                        numbers[upon].tolist(), first[upon].tolist(), strict=True
+                    )
+                ),
+            )
 
 
 def _count(changes: NDArray[np.int32], first: NDArray[np.int64], end: NDArray[np.int64]) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         BackingReference,
         CheckReport,
         Measurement,
+        Repair,
         Writer,
         WriteRequest,
     )
@@ -138,6 +139,12 @@ class VdiReader:
         from imgcore.formats._vdi_check import check
 
         return check(self._file, self._header)
+
+    def repairs(self) -> list[Repair]:
+        """Return what can be put right; see :class:`imgcore.formats._base.Repairable`."""
+        from imgcore.formats._vdi_check import find_repairs
+
+        return find_repairs(self._file, self._header)
 
     def close(self) -> None:
         """Close the file; more than once is allowed."""
