@@ -1,4 +1,4 @@
-"""Converts virtual disk images: raw, QCOW2, VMDK, VHD, VHDX and VDI, in parallel, with nothing lost silently."""
+"""Converts virtual disk images, six formats, in parallel, with nothing lost silently."""
 
 from __future__ import annotations
 
