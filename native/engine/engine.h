@@ -80,8 +80,17 @@ struct rows {
 	size_t n;
 };
 
-/* What a worker needs to read: never shared. */
+/* Guest ranges that could not be read; shared by the workers. */
+struct salvage {
+	bool is_wanted, lock_exists;
+	pthread_mutex_t lock;
+	struct imgc_bad_range *ranges;
+	size_t n, capacity;
+};
+
+/* What a worker needs to read: never shared, but for `salvage`. */
 struct reader {
+	struct salvage *salvage; /* NULL: what cannot be read is an error */
 	const struct imgc_source_file *files;
 	struct imgc_io_context *io;
 	struct imgc_decompressor *decompressor;
@@ -102,6 +111,18 @@ bool imgc_view_has_data(const struct view *view, uint64_t start, uint64_t end);
 
 /* The row that holds guest_offset; rows.n if none. */
 size_t imgc_rows_find(struct rows rows, uint64_t guest_offset);
+
+/* imgc_file_read() and imgc_file_write(), repeated where that can help; `err` is not NULL. */
+int imgc_read_patiently(struct imgc_file *file, struct imgc_io_context *io,
+			const struct imgc_io_request *requests, size_t n, struct imgc_error *err);
+int imgc_write_patiently(struct imgc_file *file, const struct iovec *iov, int n_iov,
+			 uint64_t offset, struct imgc_error *err);
+
+int imgc_salvage_note(struct salvage *salvage, struct imgc_bad_range range, struct imgc_error *err);
+/* Reads in small pieces; those that cannot be read become zeros and are noted. */
+int imgc_salvage_read(struct reader *reader, uint32_t file, const struct imgc_io_request *request,
+		      uint64_t guest_offset, struct imgc_error *err);
+void imgc_salvage_destroy(struct salvage *salvage);
 
 /* -------------------------------------------------------------------- ring */
 
@@ -157,6 +178,7 @@ struct imgc_job {
 
 	struct worker *workers;
 	struct counters *counters;
+	struct salvage salvage;
 	struct slot *slots;
 	size_t n_slots;
 

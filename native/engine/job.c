@@ -57,6 +57,8 @@ static int check_options(const struct imgc_job_options *o, struct imgc_error *er
 	    (o->geometry.placing != IMGC_PLACE_APPEND ||
 	     o->geometry.block_nbytes > IMGC_MAX_BASE_BLOCK_NBYTES))
 		return invalid(err, "base");
+	if (o->salvage && (o->kind != IMGC_JOB_CONVERT || o->has_base))
+		return invalid(err, "salvage");
 	for (size_t i = 0; i < o->n_sources; i++)
 		if (!o->sources[i].file || o->sources[i].block_nbytes > MAX_SOURCE_BLOCK_NBYTES)
 			return invalid(err, "sources");
@@ -147,6 +149,7 @@ static int worker_create(struct imgc_job *job, struct worker *worker, struct cou
 	worker->job = job;
 	worker->counters = counters;
 	reader->files = job->sources;
+	reader->salvage = job->salvage.is_wanted ? &job->salvage : NULL;
 	status = imgc_io_context_create(o->io_variant, &reader->io);
 	if (status == IMGC_OK && o->kind == IMGC_JOB_CONVERT &&
 	    job->geometry.codec.codec != IMGC_CODEC_NONE)
@@ -221,6 +224,9 @@ static int create_locks(struct imgc_job *job)
 
 	pthread_condattr_destroy(&attributes);
 	job->locks_exist = !failed;
+	job->salvage.is_wanted = job->options.salvage;
+	job->salvage.lock_exists = !failed && !pthread_mutex_init(&job->salvage.lock, NULL);
+	failed = failed || !job->salvage.lock_exists;
 	return failed ? IMGC_NO_MEMORY : IMGC_OK;
 }
 
@@ -287,6 +293,7 @@ void imgc_job_destroy(struct imgc_job *job)
 		pthread_cond_destroy(&job->changed);
 		pthread_cond_destroy(&job->ended);
 	}
+	imgc_salvage_destroy(&job->salvage);
 	free(job->workers);
 	free(job->counters);
 	free(job->slots);
@@ -493,6 +500,12 @@ int imgc_job_set_next_offset(struct imgc_job *job, uint64_t next_offset)
 	if (next_offset != job->placer.next)
 		imgc_placer_restart(&job->placer, next_offset);
 	return IMGC_OK;
+}
+
+size_t imgc_job_bad_ranges(const struct imgc_job *job, const struct imgc_bad_range **out)
+{
+	*out = job->salvage.ranges;
+	return job->salvage.n;
 }
 
 uint64_t imgc_job_first_difference(const struct imgc_job *job)

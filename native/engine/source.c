@@ -60,15 +60,35 @@ struct pending {
 	struct imgc_io_request requests[MAX_READ_REQUESTS];
 	size_t n;
 	uint32_t file;
+	const uint8_t *window; /* where the buffers lie, */
+	uint64_t start;	       /* and which guest byte that is */
 };
+
+/* Some of these could not be read: takes what can be had. */
+static int pending_salvage(struct reader *reader, const struct pending *pending,
+			   struct imgc_error *err)
+{
+	for (size_t i = 0; i < pending->n; i++) {
+		const struct imgc_io_request *request = &pending->requests[i];
+		uint64_t within = (uint64_t)((const uint8_t *)request->buffer - pending->window);
+		int status = imgc_salvage_read(reader, pending->file, request,
+					       pending->start + within, err);
+
+		if (status)
+			return status;
+	}
+	return IMGC_OK;
+}
 
 static int pending_flush(struct reader *reader, struct pending *pending, struct imgc_error *err)
 {
 	if (pending->n == 0)
 		return IMGC_OK;
-	int status = imgc_file_read(reader->files[pending->file].file, reader->io,
-				    pending->requests, pending->n, err);
-	if (status && err)
+	int status = imgc_read_patiently(reader->files[pending->file].file, reader->io,
+					 pending->requests, pending->n, err);
+	if (status == IMGC_IO && reader->salvage)
+		status = pending_salvage(reader, pending, err);
+	if (status)
 		err->source = pending->file;
 	pending->n = 0;
 	return status;
@@ -163,6 +183,39 @@ static bool row_is_compressed(const struct imgc_extent *row)
 	return row->kind >= IMGC_DEFLATE;
 }
 
+/* The row's block is lost: zeros, if that is wanted. */
+static int lose_row(struct reader *reader, const struct imgc_extent *row, uint64_t start,
+		    uint64_t end, struct view *view, int os_errno, struct imgc_error *err)
+{
+	uint64_t from = imgc_max_u64(row->guest_offset, start);
+	uint64_t to = imgc_min_u64(row->guest_offset + row->length, end);
+	struct imgc_bad_range range = {from, to - from, row->file, os_errno};
+
+	memset(view->data + (from - start), 0, to - from);
+	return imgc_salvage_note(reader->salvage, range, err);
+}
+
+/* Reads the stored bytes of the first of `*count` rows, of all of them if that works. */
+static int read_compressed(struct reader *reader, const struct imgc_extent *rows, size_t *count,
+			   uint64_t span_end, struct imgc_error *err)
+{
+	struct imgc_file *file = reader->files[rows[0].file].file;
+	struct imgc_io_request request = {rows[0].host_offset, reader->compressed,
+					  span_end - rows[0].host_offset};
+	int status = imgc_read_patiently(file, reader->io, &request, 1, err);
+
+	if (status == IMGC_IO && reader->salvage && *count > 1) {
+		*count = 1;
+		request.length = rows[0].host_length;
+		status = imgc_file_read(file, reader->io, &request, 1, err);
+	}
+	if (status)
+		err->source = rows[0].file;
+	else
+		reader->bytes_read += request.length;
+	return status;
+}
+
 /*
  * Reads the bytes of neighbouring compressed rows at once and decompresses them.
  * host_length is often only an upper bound, so that the rows' ranges overlap.
@@ -191,22 +244,22 @@ static int fill_compressed(struct reader *reader, const struct imgc_extent *rows
 		span_end = row_end;
 	}
 
-	struct imgc_io_request request = {span_start, reader->compressed, span_end - span_start};
-	int status = imgc_file_read(reader->files[rows[0].file].file, reader->io, &request, 1, err);
-	if (status) {
-		if (err)
-			err->source = rows[0].file;
+	int status = read_compressed(reader, rows, &count, span_end, err);
+
+	*n_taken = count;
+	if (status == IMGC_IO && reader->salvage)
+		return lose_row(reader, &rows[0], start, end, view, err->os_errno, err);
+	if (status)
 		return status;
-	}
-	reader->bytes_read += request.length;
 	for (size_t i = 0; i < count; i++) {
 		status = decompress_row(reader, &rows[i],
 					reader->compressed + (rows[i].host_offset - span_start),
 					start, end, view, err);
+		if (status == IMGC_CORRUPT && reader->salvage)
+			status = lose_row(reader, &rows[i], start, end, view, 0, err);
 		if (status)
 			return status;
 	}
-	*n_taken = count;
 	return IMGC_OK;
 }
 
@@ -215,7 +268,7 @@ static int fill_compressed(struct reader *reader, const struct imgc_extent *rows
 int imgc_reader_fill(struct reader *reader, struct rows rows, uint64_t start, uint64_t end,
 		     struct view *view, struct imgc_error *err)
 {
-	struct pending pending = {.n = 0};
+	struct pending pending = {.n = 0, .window = view->data, .start = start};
 	size_t first = imgc_rows_find(rows, start), compressed_until = first;
 	int status;
 

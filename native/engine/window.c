@@ -307,11 +307,10 @@ static int gather_flush(struct worker *worker, struct gather *gather, struct img
 {
 	if (gather->n == 0)
 		return IMGC_OK;
-	int status = imgc_file_write(worker->job->options.target, gather->iov, gather->n,
-				     gather->offset, err);
+	int status = imgc_write_patiently(worker->job->options.target, gather->iov, gather->n,
+					  gather->offset, err);
 	if (status) {
-		if (err)
-			err->source = IMGC_TARGET;
+		err->source = IMGC_TARGET;
 		return status;
 	}
 	atomic_fetch_add_explicit(&worker->counters->written, gather->nbytes, memory_order_relaxed);

@@ -395,7 +395,23 @@ struct imgc_job_options {
 	uint64_t next_offset;	       /* APPEND: first free host offset */
 	uint32_t has_base;	       /* APPEND: batches may come with base_extents; blocks
 					  have up to IMGC_MAX_BASE_BLOCK_NBYTES then */
+	/*
+	 * CONVERT without a base: what the system cannot read, in pieces of 4 KiB, and
+	 * compressed blocks that are broken, are zeros in the target, and rows of
+	 * imgc_job_bad_ranges().
+	 */
+	uint32_t salvage;
 };
+
+/* A guest range that was not read. */
+struct imgc_bad_range {
+	uint64_t guest_offset, length;
+	uint32_t source; /* index of the file in the job */
+	int os_errno;	 /* 0: the compressed data is broken */
+};
+
+/* One more is IMGC_LIMIT. */
+#define IMGC_MAX_BAD_RANGES 65536u
 
 /* One piece of the virtual disk.  All arrays stay the caller's until finish. */
 struct imgc_batch {
@@ -455,6 +471,12 @@ int imgc_job_set_next_offset(struct imgc_job *job, uint64_t next_offset);
 
 /* COMPARE: the lowest guest offset that differs so far, or IMGC_NO_DIFFERENCE. */
 uint64_t imgc_job_first_difference(const struct imgc_job *job);
+
+/*
+ * Between batches, with options.salvage: the number of ranges that were not read so
+ * far, in no order, and *out = their rows, which stay valid until the next start.
+ */
+size_t imgc_job_bad_ranges(const struct imgc_job *job, const struct imgc_bad_range **out);
 
 /* Cancels and joins what still runs; NULL is allowed. */
 void imgc_job_destroy(struct imgc_job *job);

@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from imgcore._lint import LintReport, lint
     from imgcore._map import MapEntry, map
     from imgcore._measure import measure
+    from imgcore._salvage import BadRange
 
 __all__ = [
+    "BadRange",
     "CheckResult",
     "CompareResult",
     "ConversionCancelled",
@@ -63,6 +65,7 @@ __all__ = [
 
 # The verbs load on first use: NumPy alone costs more time than `imgcore info` does.
 _HOMES = {
+    "BadRange": "_salvage",
     "CheckResult": "_check",
     "CompareResult": "_compare",
     "ConvertResult": "_convert",

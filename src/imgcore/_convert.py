@@ -14,7 +14,7 @@ from imgcore._chain import opened_reference
 from imgcore._core import Job
 from imgcore._errors import LimitExceededError, OptionError, UnsupportedFeatureError
 from imgcore._extents import PLACEMENT_DTYPE
-from imgcore._geometry import Placing
+from imgcore._geometry import CodecId, Placing, ZeroPolicy
 from imgcore._image import Image
 from imgcore._image import open as open_image
 from imgcore._job import chosen_variants, thread_count, translated_errors
@@ -28,6 +28,7 @@ from imgcore._profiles import (
     get_profile,
     rounded_size,
 )
+from imgcore._salvage import BadRange, joined_bad_ranges
 from imgcore._sizes import parse_size
 from imgcore._supply import ImageSupply, StreamSupply
 from imgcore._target import Target
@@ -73,7 +74,7 @@ class ConvertResult(NamedTuple):
     """What a conversion did; sizes in bytes.
 
     ``bytes_data`` and ``bytes_zero`` split the virtual disk into what was found to be data
-    and what was found to be zeros.
+    and what was found to be zeros.  ``bad_ranges`` is empty unless ``salvage`` was asked for.
     """
 
     source: str
@@ -87,6 +88,7 @@ class ConvertResult(NamedTuple):
     bytes_written: int
     file_size: int
     seconds: float
+    bad_ranges: tuple[BadRange, ...] = ()
 
 
 class _Request(NamedTuple):
@@ -108,6 +110,7 @@ class _Request(NamedTuple):
     sync: bool
     in_place: bool
     share: bool
+    salvage: bool
     allow: tuple[str, ...]
     progress: Callable[[Progress], None] | None
     variants: dict[str, str]
@@ -133,6 +136,7 @@ def convert(
     sync: bool = True,
     in_place: bool = False,
     share: bool = False,
+    salvage: bool = False,
     allow: Sequence[str | os.PathLike[str]] = (),
     progress: Callable[[Progress], None] | None = None,
     kernels: Mapping[str, str] | None = None,
@@ -173,6 +177,10 @@ def convert(
         Write into an existing raw file or block device.
     share : bool
         Open the source even if another process writes to it.
+    salvage : bool
+        Write zeros for guest data that the system cannot read, or that does not decompress,
+        and list it in ``bad_ranges`` of the result, instead of failing.  Headers and tables
+        have to be sound all the same.
     allow : sequence of path-like
         Folders, besides an image's own, in which files named inside images may lie.
     progress : callable, optional
@@ -223,6 +231,7 @@ def convert(
         sync=sync,
         in_place=in_place,
         share=share,
+        salvage=salvage,
         allow=tuple(os.fspath(folder) for folder in allow),
         progress=progress,
         variants=chosen_variants(kernels),
@@ -309,6 +318,7 @@ class _Conversion:
         self._skipped_nbytes = 0
         self._has_begun = False
         self._data_nbytes = self._read_nbytes = self._written_nbytes = 0
+        self._bad_ranges: tuple[BadRange, ...] = ()
         self._started = time.monotonic()
 
     def __enter__(self) -> _Conversion:
@@ -332,6 +342,8 @@ class _Conversion:
         if stream_suffix(r.source) is not None and r.source_format in (None, "raw"):
             from imgcore._stream import StreamSource
 
+            if r.salvage:
+                raise OptionError(f"{r.source}: nothing of a compressed stream can be salvaged")
             refuse_stream_options(r.source, r.read_options)
             self._stream = StreamSource.open(r.source)
             self._stack.callback(self._stream.close)
@@ -355,6 +367,8 @@ class _Conversion:
         backing = self._request.backing
         if backing is None:
             return
+        if self._request.salvage:
+            raise OptionError("what is salvaged cannot be compared with a parent (-B)")
         if self._stream is not None:
             raise UnsupportedFeatureError("a compressed raw source does not go with -B")
         folder = os.path.dirname(os.path.abspath(self._request.target))
@@ -421,6 +435,7 @@ class _Conversion:
             bytes_written=self._written_nbytes,
             file_size=file_size,
             seconds=time.monotonic() - self._started,
+            bad_ranges=self._bad_ranges,
         )
 
     def _check_unchanged(self) -> None:
@@ -478,6 +493,9 @@ class _Conversion:
 
     def _write_image(self, target: Target) -> None:
         writer = self._make_writer(target)
+        geometry = writer.geometry
+        if geometry.zero_policy is ZeroPolicy.STORE and geometry.codec.codec is CodecId.NONE:
+            target.require_space(self._virtual_size)  # every byte of the disk is written
         data_file = writer.begin(target)
         offset = writer.first_offset
         if self._virtual_size:
@@ -506,9 +524,11 @@ class _Conversion:
                 has_base=self._base is not None,
                 threads=r.threads,
                 variants=r.variants,
+                salvage=r.salvage,
             )
             stack.callback(job.close)
             self._run_batches(job, writer, supply)
+            self._bad_ranges = joined_bad_ranges(job.bad_ranges, supply.paths)
             return int(job.next_offset)
 
     def _run_batches(self, job: Job, writer: Writer, supply: Supply) -> None:
@@ -548,6 +568,8 @@ class _Conversion:
         from imgcore import _convert_stream as streams
 
         r = self._request
+        if r.salvage:
+            raise OptionError(f"{r.target}: what is salvaged is not written as a stream")
         if r.compress or r.backing is not None or r.options.get("preallocation") != "off":
             raise OptionError(f"{r.target}: a compressed raw stream takes no -c, -B or -o")
         disk = streams.DiskInOrder(self._image, self._stream)

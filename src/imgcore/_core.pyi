@@ -95,6 +95,7 @@ class Job:
         threads: int = ...,
         window_nbytes: int = ...,
         variants: dict[str, str] | None = ...,
+        salvage: bool = ...,
     ) -> None:
         """``sources`` holds (file, nbytes, guest_base, block_nbytes); no geometry: a comparison.
 
@@ -124,4 +125,6 @@ class Job:
     next_offset: int
     @property
     def first_difference(self) -> int | None: ...
+    @property
+    def bad_ranges(self) -> list[tuple[int, int, int, int]]: ...
     def close(self) -> None: ...

@@ -279,7 +279,8 @@ cdef class Job:
         self.running = False
 
     def __init__(self, *, sources, geometry=None, File target=None, uint64_t next_offset=0,
-                 bint has_base=False, uint32_t threads=1, uint64_t window_nbytes=0, variants=None):
+                 bint has_base=False, uint32_t threads=1, uint64_t window_nbytes=0, variants=None,
+                 bint salvage=False):
         cdef n.imgc_job_options options
         cdef n.imgc_error err
         cdef File file
@@ -297,6 +298,7 @@ cdef class Job:
             raise ValueError(f"no operation {next(iter(chosen))!r}")
         options.next_offset = next_offset
         options.has_base = has_base
+        options.salvage = salvage
         if geometry is not None:
             fill_geometry(&options.geometry, geometry)
             if target is None:
@@ -411,6 +413,15 @@ cdef class Job:
         """Lowest guest offset that differs, or None."""
         cdef uint64_t offset = n.imgc_job_first_difference(self.require())
         return None if offset == n.IMGC_NO_DIFFERENCE else offset
+
+    @property
+    def bad_ranges(self):
+        """What was not read, with ``salvage``: (guest_offset, length, source, errno or 0)."""
+        cdef const n.imgc_bad_range *rows = NULL
+        cdef size_t count = n.imgc_job_bad_ranges(self.require(), &rows)
+        cdef size_t i
+        return [(rows[i].guest_offset, rows[i].length, rows[i].source, rows[i].os_errno)
+                for i in range(count)]
 
     def close(self):
         """Cancel and join what still runs, and free the workers' memory."""

@@ -20,6 +20,7 @@ from imgcore._errors import (
     OptionError,
     UnsafeReferenceError,
 )
+from imgcore._retry import READ_ERRORS, patiently
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -249,7 +250,8 @@ class HostFile:
 
     def _read_some(self, offset: int, length: int) -> bytes:
         try:
-            return os.pread(self.fd, min(length, _MAX_READ_NBYTES), offset)
+            nbytes = min(length, _MAX_READ_NBYTES)
+            return patiently(lambda: os.pread(self.fd, nbytes, offset), READ_ERRORS)
         except OSError as error:
             text = f"{os.strerror(error.errno or 0)} (reading {length} bytes at 0x{offset:x})"
             raise OSError(error.errno, text, self.path) from error

@@ -160,6 +160,13 @@ cdef extern from "imgc.h" nogil:
         imgc_geometry geometry
         uint64_t next_offset
         uint32_t has_base
+        uint32_t salvage
+
+    struct imgc_bad_range:
+        uint64_t guest_offset
+        uint64_t length
+        uint32_t source
+        int os_errno
 
     struct imgc_batch:
         uint64_t guest_start
@@ -190,4 +197,5 @@ cdef extern from "imgc.h" nogil:
     uint64_t imgc_job_next_offset(const imgc_job *job)
     int imgc_job_set_next_offset(imgc_job *job, uint64_t next_offset)
     uint64_t imgc_job_first_difference(const imgc_job *job)
+    size_t imgc_job_bad_ranges(const imgc_job *job, const imgc_bad_range **out)
     void imgc_job_destroy(imgc_job *job)

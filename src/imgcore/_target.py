@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
-import re
 import stat
-import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from imgcore._errors import TargetError
@@ -25,7 +23,18 @@ from imgcore._files import (
     is_locked_by_other,
 )
 from imgcore._log import log
+from imgcore._retry import READ_ERRORS, WRITE_ERRORS, patiently
 from imgcore._sizes import format_size
+from imgcore._target_names import (
+    backup_name,
+    folder_lock,
+    lock,
+    new_token,
+    remove_stale,
+    rename_without_replacing,
+    restore_interrupted,
+    temporary_name,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -34,9 +43,7 @@ if TYPE_CHECKING:
     from imgcore._core import File
     from imgcore._files import HostFile
 
-_NAME_MAX: Final = 255  # bytes in a file name, Linux include/uapi/linux/limits.h
 _FILL_NBYTES: Final = 1 << 20
-_FOLDER_LOCK_SECONDS: Final = 5.0
 # A folder that cannot be synced at all, as on some network and FUSE file systems.
 _NO_SYNC_ERRORS: Final = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES)
 
@@ -76,12 +83,13 @@ class TargetFile:
         with memoryview(data) as view, view.cast("B") as octets, _named(self.path):
             done = 0
             while done < len(octets):
-                done += os.pwrite(self.fd, octets[done:], offset + done)
+                rest, at = octets[done:], offset + done
+                done += patiently(partial(os.pwrite, self.fd, rest, at), WRITE_ERRORS)
 
     def pread(self, offset: int, length: int) -> bytes:
         """Return what was written, up to ``length`` bytes, fewer at the file's end."""
         with _named(self.path):
-            return os.pread(self.fd, length, offset)
+            return patiently(lambda: os.pread(self.fd, length, offset), READ_ERRORS)
 
     def truncate(self, nbytes: int) -> None:
         """Set the file's size; a block device has to be large enough and stays as it is."""
@@ -201,6 +209,8 @@ class Target:
         self.is_block_device = False
         if self._name in ("", ".", "..") or self.path == "-":
             raise TargetError("is not the name of a file", path=self.path)
+        if not in_place:
+            restore_interrupted(self._folder, self._name)
         self._examine(in_place)
         self.in_place = in_place or self.is_block_device
         self._folder_fd = -1 if self.in_place else self._open_folder()
@@ -289,6 +299,7 @@ class Target:
             raise TargetError("a target of several files cannot be written in place", path=path)
         if not name or "/" in name or name in (".", "..", self._name):
             raise TargetError("is no name for a second file", path=path)
+        restore_interrupted(self._folder, name)
         old_mode = None
         with contextlib.suppress(FileNotFoundError):
             status = os.stat(name, dir_fd=self._folder_fd, follow_symlinks=False)
@@ -326,11 +337,11 @@ class Target:
 
     def _create(self, name: str, path: str, old_mode: int | None) -> TargetFile:
         """Make a temporary beside the target, of a name that nobody else has."""
-        _remove_stale(self._folder_fd, name)
+        remove_stale(self._folder_fd, name)
         mode = 0o666 if old_mode is None else old_mode
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         while True:
-            temporary = _temporary_prefix(name) + f"{os.getpid()}-{os.urandom(6).hex()}"
+            temporary = temporary_name(name, new_token())
             # Noted first, so that an interruption at any point leaves nothing.
             self._temporaries[temporary] = name
             try:
@@ -344,7 +355,7 @@ class Target:
             try:
                 if old_mode is not None:
                     os.fchmod(fd, old_mode)
-                if _lock(fd) and os.fstat(fd).st_nlink:
+                if lock(fd) and os.fstat(fd).st_nlink:
                     return file
             except BaseException:
                 file.close()
@@ -395,22 +406,27 @@ class Target:
             if self.sync:
                 file.sync()
             file.check_written()
-        if not self.in_place:
-            self._give_names()
+        backups = [] if self.in_place else self._give_names()
         self._committed = True
         self._close()
-        if not self.in_place:
-            self._sync_folder()
-        self._close_folder()
+        try:
+            # What was set aside goes when the new names are durable, not before.
+            if not self.in_place:
+                self._sync_folder()
+        finally:
+            for backup in backups:
+                self._remove(backup)
+            self._close_folder()
 
-    def _give_names(self) -> None:
+    def _give_names(self) -> list[str]:
+        """Rename all files; return the names of old ones that were set aside."""
         pairs = list(self._temporaries.items())
         pairs.sort(key=lambda pair: pair[1] == self._name)
         if len(pairs) == 1:
             self._rename(*pairs[0])
-        else:
-            with _folder_lock(self._folder_fd, self.path):
-                self._swap_in(pairs)
+            return []
+        with folder_lock(self._folder_fd, self.path):
+            return self._swap_in(pairs)
 
     def _rename(self, temporary: str, name: str) -> None:
         path = os.path.join(os.path.dirname(self.path), name)
@@ -425,23 +441,28 @@ class Target:
         except OSError as error:
             raise OSError(error.errno, os.strerror(error.errno or 0), path) from error
 
-    def _swap_in(self, pairs: list[tuple[str, str]]) -> None:
+    def _swap_in(self, pairs: list[tuple[str, str]]) -> list[str]:
         """Rename several files, the main one last; an error brings the old ones back.
 
         The old main file goes out of the way first, so that it never stands beside a new
-        companion.
+        companion.  Each step is durable before the next: what a crash leaves is then what
+        `restore_interrupted` knows.
         """
         fd = self._folder_fd
+        token = new_token()
         backups: list[tuple[str, str]] = []
         done: list[str] = []
         try:
             if self.force:
-                for temporary, name in reversed(pairs):
-                    backup = f"{temporary}-old"
+                for _, name in reversed(pairs):
+                    backup = backup_name(name, token)
                     with contextlib.suppress(FileNotFoundError):
                         os.rename(name, backup, src_dir_fd=fd, dst_dir_fd=fd)
                         backups.append((backup, name))
+                        self._sync_names()
             for temporary, name in pairs:
+                if done:
+                    self._sync_names()
                 self._rename(temporary, name)
                 done.append(name)
         except BaseException:
@@ -451,8 +472,17 @@ class Target:
                 with contextlib.suppress(OSError):
                     os.rename(backup, name, src_dir_fd=fd, dst_dir_fd=fd)
             raise
-        for backup, _ in backups:
-            self._remove(backup)
+        return [backup for backup, _ in backups]
+
+    def _sync_names(self) -> None:
+        """Make the names so far durable, where the folder can do that at all."""
+        if self.sync:
+            with _named(self.path):
+                try:
+                    os.fsync(self._folder_fd)
+                except OSError as error:
+                    if error.errno not in _NO_SYNC_ERRORS:
+                        raise
 
     def _sync_folder(self) -> None:
         if not self.sync:
@@ -502,106 +532,3 @@ class Target:
 
     def __exit__(self, *_: object) -> None:
         self.abort()
-
-
-def _temporary_prefix(name: str) -> str:
-    """Return the start of the temporaries' names, short enough for what follows it."""
-    room = _NAME_MAX - len(b"..imgcore-") - 7 - 1 - 12 - len(b"-old")
-    short = os.fsdecode(os.fsencode(name)[:room])
-    return f".{short}.imgcore-"
-
-
-def _lock(fd: int) -> bool:
-    """Mark a temporary as in use; False if somebody else holds it."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True  # no locks on this file system: stale files then stay for ever
-    return True
-
-
-def _remove_stale(folder_fd: int, name: str) -> None:
-    """Remove temporaries for this name whose process has ended without removing them.
-
-    The process number alone would mislead (other hosts, other containers); a temporary that
-    is being written is locked as well.
-    """
-    pattern = re.compile(re.escape(_temporary_prefix(name)) + r"(\d+)-[0-9a-f]{12}")
-    try:
-        names = [entry for entry in os.listdir(folder_fd) if entry.startswith(".")]
-    except OSError:
-        return
-    for entry in names:
-        match = pattern.fullmatch(entry)
-        if match is None or _is_alive(int(match[1])):
-            continue
-        with contextlib.suppress(OSError):
-            flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            fd = os.open(entry, flags, dir_fd=folder_fd)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.unlink(entry, dir_fd=folder_fd)
-            finally:
-                os.close(fd)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:
-        return True
-    return True
-
-
-@contextlib.contextmanager
-def _folder_lock(folder_fd: int, path: str) -> Iterator[None]:
-    """Keep two jobs from mixing their files while each renames several.
-
-    Somebody else's lock on the folder is waited for, but not for ever.
-    """
-    deadline = time.monotonic() + _FOLDER_LOCK_SECONDS
-    while not _lock(folder_fd):
-        if time.monotonic() > deadline:
-            raise OSError(errno.EAGAIN, "The folder stays locked by another process", path)
-        time.sleep(0.02)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            fcntl.flock(folder_fd, fcntl.LOCK_UN)
-
-
-_RENAME_NOREPLACE: Final = 1  # Linux include/uapi/linux/fs.h
-
-
-def rename_without_replacing(folder_fd: int, old: str, new: str) -> None:
-    """Rename inside a folder; FileExistsError if the new name is taken at that instant."""
-    import ctypes
-
-    code = errno.ENOSYS
-    libc = ctypes.CDLL(None, use_errno=True)
-    if hasattr(libc, "renameat2"):
-        names = os.fsencode(old), os.fsencode(new)
-        if not libc.renameat2(folder_fd, names[0], folder_fd, names[1], _RENAME_NOREPLACE):
-            return
-        code = ctypes.get_errno()
-    # These mean that the file system or the kernel does not know the flag.
-    if code not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM):
-        raise OSError(code, os.strerror(code), new)
-    try:
-        os.link(old, new, src_dir_fd=folder_fd, dst_dir_fd=folder_fd, follow_symlinks=False)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
-            raise
-    else:
-        os.unlink(old, dir_fd=folder_fd)
-        return
-    # Neither (FAT and its like): all that is left is to look first.
-    with contextlib.suppress(FileNotFoundError):
-        os.stat(new, dir_fd=folder_fd, follow_symlinks=False)
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), new)
-    os.rename(old, new, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)

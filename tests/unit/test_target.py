@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from tests.unit.test_files import loop_device, qemu_io
 
-from imgcore import _target
+from imgcore import _target, _target_names
 from imgcore._errors import TargetError
 from imgcore._files import HostFile, same_file
 from imgcore._target import Target
@@ -499,7 +499,7 @@ class TestStale:
     def test_still_locked_stays(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Its process number means nothing here: it may run on another host."""
         with Target(tmp_path / "disk.raw") as running:
-            monkeypatch.setattr(_target, "_is_alive", lambda pid: False)
+            monkeypatch.setattr(_target_names, "_is_alive", lambda pid: False)
             write(tmp_path / "disk.raw")
             assert len(names(tmp_path)) == 2
             running.main.pwrite(0, b"x")
@@ -527,7 +527,7 @@ class TestStale:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         answers = iter([False, True])
-        monkeypatch.setattr(_target, "_lock", lambda fd: next(answers))
+        monkeypatch.setattr(_target, "lock", lambda fd: next(answers))
         write(tmp_path / "disk.raw")
         assert names(tmp_path) == ["disk.raw"]
 

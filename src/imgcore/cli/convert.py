@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from typing import TYPE_CHECKING, Final
 
 import click
 
@@ -26,6 +27,11 @@ from imgcore.cli._common import (
     wants_options_help,
 )
 from imgcore.cli._progress import progress_options, reporter
+
+if TYPE_CHECKING:
+    from imgcore._salvage import BadRange
+
+EXIT_SALVAGED: Final = 3  # done, but for what could not be read
 
 
 @verb("convert")
@@ -61,6 +67,11 @@ from imgcore.cli._progress import progress_options, reporter
 @parent_option(of="SOURCE")
 @read_options_option(of="SOURCE")
 @share_option()
+@click.option(
+    "--salvage",
+    is_flag=True,
+    help="Write zeros for what cannot be read of SOURCE's data, and list it; exit code 3 then.",
+)
 @allow_option()
 @threads_option()
 @click.option("-W", "out_of_order", is_flag=True, help="Accepted, no effect: writing is parallel.")
@@ -89,6 +100,7 @@ def command(
     parent: str | None,
     read_options: tuple[str, ...],
     share: bool,
+    salvage: bool,
     allow: tuple[str, ...],
     threads: int | None,
     out_of_order: bool,
@@ -96,7 +108,7 @@ def command(
     wants_progress: bool,
     quiet: bool,
     as_json: bool,
-) -> None:
+) -> int | None:
     """Convert the image SOURCE to TARGET.
 
     TARGET appears under its name when it is complete; a job that fails leaves none.
@@ -104,7 +116,7 @@ def command(
     if wants_options_help(options):
         stated = get_profile(profile).format if profile is not None else target_format
         print_options_help(target_driver(stated, target))
-        return
+        return None
     require(ctx, source=source, target=target)
     from imgcore._convert import convert
 
@@ -130,9 +142,19 @@ def command(
             sync=not no_sync,
             in_place=in_place,
             share=share,
+            salvage=salvage,
             allow=allow,
             progress=report.callback,
             profile=profile,
         )
     if as_json:
-        click.echo(json.dumps(result._asdict()))
+        ranges = [row._asdict() for row in result.bad_ranges]
+        click.echo(json.dumps(result._asdict() | {"bad_ranges": ranges}))
+    for row in result.bad_ranges:
+        _print_lost(row)
+    return EXIT_SALVAGED if result.bad_ranges else None
+
+
+def _print_lost(row: BadRange) -> None:
+    text = f"{row.path}: lost: {row.length} bytes of the disk at 0x{row.guest_offset:x}"
+    click.echo(one_line(f"imgcore: {text} ({row.reason}), zeros in their place"), err=True)
