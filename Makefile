@@ -5,6 +5,7 @@
 #   make bench         the table of ratios against qemu-img (long)
 #   make peers-test    the slow tests, with $IMGCORE_PEERS where set
 #   make crosscheck    random images against qemu-img and others, for $CROSSCHECK_SECONDS (120)
+#   make faults        full disks, read errors, kills and power cuts, in every format (needs root for some)
 #   make lint native-test sanitize clean
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ PYTEST_ARGS ?=
 
 .NOTPARALLEL:
 .PHONY: all setup build demo test lint native-test native-sanitize sanitize python-test \
-	peers-test crosscheck bench clean
+	peers-test crosscheck faults bench clean
 
 all: build
 
@@ -45,7 +46,7 @@ lint: build
 	$(PY) -m mypy
 	$(PY) -m mypy.stubtest imgcore._core --allowlist tests/stubtest-allowlist.txt
 	$(VENV)/bin/clang-format --dry-run --Werror \
-		$$(find native tests/sanitizer -name '*.[ch]' -not -path 'native/build/*')
+		$$(find native tests -name '*.[ch]' -not -path 'native/build/*')
 
 native-test: setup
 	@$(MAKE) --no-print-directory -C native test
@@ -68,6 +69,9 @@ peers-test: build
 
 crosscheck: build
 	@$(PY) -m pytest -s -m crosscheck tests/crosscheck $(PYTEST_ARGS)
+
+faults: build
+	@$(PY) -m pytest -m "slow or not slow" tests/faults tests/test_promises.py $(PYTEST_ARGS)
 
 bench: build
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m benchmarks $(BENCH_ARGS)

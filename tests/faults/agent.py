@@ -1,0 +1,134 @@
+"""A process below the shim that does what it is told, one JSON object a line.
+
+It stays warm: a conversion with one more fault costs milliseconds, not the start of an
+interpreter.  What is to be killed is a fork of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+import imgcore
+import imgcore._convert  # everything is loaded before anything can fail
+import imgcore._stream
+import imgcore._stream_gzip
+from imgcore._check import check
+
+_SHIM = ctypes.CDLL(os.environ["FAULT_SHIM"])
+_SHIM.fault_watch.argtypes = [ctypes.c_char_p]
+_SHIM.fault_arm.argtypes = [ctypes.c_uint, ctypes.c_long, ctypes.c_int, ctypes.c_int]
+_SHIM.fault_disarm.restype = _SHIM.fault_hits.restype = ctypes.c_long
+_SHIM.fault_bad_range.argtypes = [ctypes.c_uint64] * 3
+_SHIM.fault_log.argtypes = [ctypes.c_char_p]
+_SHIM.fault_memory_of.argtypes = [ctypes.c_char_p]
+_SHIM.fault_arm_memory.argtypes = [ctypes.c_long]
+_SHIM.fault_memory_seen.restype = ctypes.c_long
+
+# Starts of libraries' names whose allocations fail.
+_NATIVE = b"_core.\0libzstd\0libdeflate\0libisal\0\0"
+_PYTHON = b"python\0libpython\0_multiarray_umath\0\0"
+
+
+def convert(arguments: dict[str, Any]) -> dict[str, Any]:
+    result = imgcore.convert(**arguments)
+    return {key: value for key, value in result._asdict().items() if key != "seconds"}
+
+
+def repair(arguments: dict[str, Any]) -> dict[str, Any]:
+    report = check(arguments["path"], repair=True)
+    return {"corruptions": report.corruptions, "leaks": report.leaks}
+
+
+def compare(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"identical": imgcore.compare(**arguments).identical}
+
+
+ACTIONS = {"convert": convert, "repair": repair, "compare": compare}
+
+
+def attempt(job: dict[str, Any], memory: int | None) -> dict[str, Any]:
+    """Do it, and say how it ended."""
+    before = len(os.listdir("/proc/self/fd"))
+    action, arguments = ACTIONS[job["do"]], job["with"]
+    try:
+        if memory is not None:
+            _SHIM.fault_arm_memory(memory)
+        try:
+            result = action(arguments)
+        finally:
+            _SHIM.fault_arm_memory(-1)
+        answer = {"outcome": "ok", "result": result}
+    except (imgcore.ImgcoreError, OSError, MemoryError) as error:
+        answer = {
+            "outcome": "error",
+            "type": type(error).__name__,
+            "text": str(error),
+            "errno": getattr(error, "errno", None),
+            "path": getattr(error, "filename", None),
+        }
+    except Exception as error:  # not one of those that are promised
+        answer = {"outcome": "bug", "type": type(error).__name__, "text": str(error)}
+        if "MemoryError" in answer["text"]:  # ctypes wraps it into an error of its own
+            answer |= {"outcome": "error", "type": "MemoryError"}
+    answer["descriptors"] = len(os.listdir("/proc/self/fd")) - before
+    return answer
+
+
+def armed(job: dict[str, Any]) -> dict[str, Any]:
+    """Do it with the faults that the job asks for."""
+    mask, nth, code, mode = job.get("arm", (0, 0, 0, 0))
+    inode, start, end = job.get("bad", (0, 0, 0))
+    memory = job.get("memory")
+    _SHIM.fault_log(os.fsencode(job["log"]) if "log" in job else None)
+    _SHIM.fault_bad_range(inode, start, end)
+    _SHIM.fault_memory_of(_PYTHON if job.get("of_python") else _NATIVE)
+    _SHIM.fault_arm(mask, nth, code, mode)
+    try:
+        answer = attempt(job, memory)
+    finally:
+        seen = _SHIM.fault_disarm()
+        _SHIM.fault_bad_range(0, 0, 0)
+        _SHIM.fault_log(None)
+    answer["seen"], answer["hits"] = seen, _SHIM.fault_hits()
+    answer["allocations"] = _SHIM.fault_memory_seen()
+    return answer
+
+
+def forked(job: dict[str, Any]) -> dict[str, Any]:
+    """Do it in a child, which is killed by the shim or, after some seconds, from here."""
+    child = os.fork()
+    if not child:
+        code = 99
+        try:
+            code = 0 if armed(job)["outcome"] == "ok" else 1
+        finally:
+            os._exit(code)
+    if "kill_after" in job:
+        time.sleep(job["kill_after"])
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        return {"outcome": "killed", "signal": os.WTERMSIG(status)}
+    return {"outcome": "ok" if os.WEXITSTATUS(status) == 0 else "error"}
+
+
+def main() -> None:
+    logging.getLogger("imgcore").addHandler(logging.NullHandler())
+    _SHIM.fault_watch(os.fsencode(sys.argv[1]))
+    for line in sys.stdin:
+        job = json.loads(line)
+        answer = (forked if job.get("fork") else armed)(job)
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

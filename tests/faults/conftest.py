@@ -1,0 +1,29 @@
+"""The shim is compiled once; an agent and a place for each test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.faults.harness import Place, agent_in, shim_path
+from tests.helpers.qemu import Variant
+
+
+@pytest.fixture(scope="session")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shim_path(tmp_path_factory.mktemp("shim"))
+
+
+@pytest.fixture
+def place(shim: Path, tmp_path: Path) -> Iterator[Callable[..., Place]]:
+    """Return a function that makes the place for a format."""
+    with ExitStack() as stack:
+
+        def make(variant: Variant, **more: str) -> Place:
+            agent = stack.enter_context(agent_in(shim, tmp_path / "target", **more))
+            return Place(agent, variant, tmp_path)
+
+        yield make

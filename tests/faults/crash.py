@@ -1,0 +1,134 @@
+"""What a disk may hold after a power cut, from the recorded log of a process's writes.
+
+Contents are durable when their file has been synced since, names when the folder has been.
+Whatever is not may be there, in part, or not at all.
+"""
+
+from __future__ import annotations
+
+import random
+import struct
+from collections.abc import Iterator, Mapping
+from enum import IntEnum
+from pathlib import Path
+from typing import NamedTuple
+
+_HEAD = struct.Struct("@IIIIQQQ")
+
+
+class Event(IntEnum):
+    """Rows of the log (``enum record_kind``)."""
+
+    CREATE = 1
+    WRITE = 2
+    ZERO = 3
+    TRUNCATE = 4
+    SYNC = 5
+    RENAME = 6
+    UNLINK = 7
+
+
+class Row(NamedTuple):
+    """One call that succeeded."""
+
+    event: Event
+    inode: int
+    is_folder: bool
+    name: str
+    new_name: str
+    offset: int
+    data: bytes
+    length: int
+
+
+def read_log(path: Path) -> list[Row]:
+    """Return the rows of a log that the shim has written."""
+    rows: list[Row] = []
+    log = path.read_bytes()
+    at = 0
+    while at < len(log):
+        kind, n_name, n_new, is_folder, inode, offset, length = _HEAD.unpack_from(log, at)
+        at += _HEAD.size
+        name, at = log[at : at + n_name], at + n_name
+        new_name, at = log[at : at + n_new], at + n_new
+        event = Event(kind)
+        data = b""
+        if event is Event.WRITE:
+            data, at = log[at : at + length], at + length
+        elif event is Event.ZERO:
+            (length,) = struct.unpack("@Q", name)
+            name = b""
+        text, new_text = name.decode(), new_name.decode()
+        rows.append(Row(event, inode, bool(is_folder), text, new_text, offset, data, length))
+    return rows
+
+
+def _apply(content: bytearray, row: Row, keep: int | None = None) -> None:
+    """Change a file's content; of a write only ``keep`` bytes, if that is given."""
+    if row.event is Event.TRUNCATE:
+        del content[row.offset :]
+        content.extend(bytes(row.offset - len(content)))
+    elif row.event is Event.ZERO:
+        end = min(row.offset + row.length, len(content))
+        content[row.offset : end] = bytes(max(end - row.offset, 0))
+    elif row.event is Event.WRITE:
+        data = row.data[:keep]
+        if len(content) < row.offset:
+            content.extend(bytes(row.offset - len(content)))
+        content[row.offset : row.offset + len(data)] = data
+
+
+def after_crashes(
+    before: Mapping[str, bytes], rows: list[Row], rng: random.Random
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Yield, for a cut after each row, what the folder may hold, and a description of it."""
+    for cut in range(len(rows) + 1):
+        for how in ("all unsynced lost", "names kept", "some torn", "all kept"):
+            yield f"cut after {cut} of {len(rows)}, {how}", _crash(before, rows[:cut], how, rng)
+
+
+def _crash(
+    before: Mapping[str, bytes], rows: list[Row], how: str, rng: random.Random
+) -> dict[str, bytes]:
+    synced_until: dict[int, int] = {}
+    folder_synced_until = 0
+    for index, row in enumerate(rows):
+        if row.event is Event.SYNC and row.is_folder:
+            folder_synced_until = index
+        elif row.event is Event.SYNC:
+            synced_until[row.inode] = index
+    # Old files are numbered below zero: they were there, and durable.
+    contents: dict[int, bytearray] = {}
+    names: dict[str, int] = {}
+    for number, (name, data) in enumerate(before.items()):
+        contents[-1 - number] = bytearray(data)
+        names[name] = -1 - number
+    # A journal keeps the order of names; how many of the unsynced ones it holds is open.
+    last_name = len(rows)
+    if how == "all unsynced lost":
+        last_name = folder_synced_until
+    elif how == "some torn":
+        last_name = rng.randint(folder_synced_until, len(rows))
+    for index, row in enumerate(rows):
+        if row.event in (Event.CREATE, Event.RENAME, Event.UNLINK):
+            if row.event is Event.CREATE:
+                contents.setdefault(row.inode, bytearray())
+            if index <= last_name:
+                _apply_name(names, row)
+        elif row.event is not Event.SYNC:
+            durable = index < synced_until.get(row.inode, -1)
+            content = contents.setdefault(row.inode, bytearray())
+            if durable or how == "all kept":
+                _apply(content, row)
+            elif how == "some torn" and rng.random() < 0.5:
+                _apply(content, row, rng.randint(0, len(row.data)))
+    return {name: bytes(contents[inode]) for name, inode in names.items()}
+
+
+def _apply_name(names: dict[str, int], row: Row) -> None:
+    if row.event is Event.CREATE:
+        names[row.name] = row.inode
+    elif row.event is Event.UNLINK:
+        names.pop(row.name, None)
+    elif row.name in names:
+        names[row.new_name] = names.pop(row.name)

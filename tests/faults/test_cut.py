@@ -1,0 +1,52 @@
+"""A source that was cut short, at many places in every format.
+
+It is refused, or reads as before: what was cut off was of no use.  Never zeros in place of data.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from tests.faults.harness import Place
+from tests.helpers import images, qemu
+from tests.helpers.qemu import Variant
+
+N_CUTS = 40
+
+
+def cuts(nbytes: int, rng: random.Random) -> list[int]:
+    """Return sizes to cut to: edges of what formats are made of, and anything."""
+    fixed = [0, 1, 511, 512, 1024, 4096, 65536, nbytes - 1, nbytes - 512, nbytes - 65536]
+    sizes = {size for size in fixed if 0 <= size < nbytes}
+    while len(sizes) < min(N_CUTS, nbytes):
+        unit = rng.choice((1, 512, 4096, 65536))
+        sizes.add(rng.randrange(nbytes) // unit * unit)
+    return sorted(sizes)
+
+
+@pytest.mark.parametrize(
+    "variant", [v for v in qemu.VARIANTS if v is not qemu.RAW], ids=lambda v: v.name
+)
+def test_cut(variant: Variant, place: Callable[[Variant], Place]) -> None:
+    here = place(variant)
+    rng = random.Random(images.SEED)
+    whole = here.new
+    # The file that holds the data: a flat extent stands beside its descriptor.
+    name = max(whole, key=lambda name: len(whole[name]))
+    out = here.target.with_name("out.raw")
+    refused = 0
+    for nbytes in cuts(len(whole[name]), rng):
+        here.reset({**whole, name: whole[name][:nbytes]})
+        answer = here.agent.convert(
+            here.target, out, qemu.RAW, more={"format": variant.format, "sync": False}
+        )
+        if answer["outcome"] == "error":
+            refused += 1
+            assert not out.exists()
+            assert name in answer["text"] or here.target.name in answer["text"], answer
+            continue
+        assert out.read_bytes() == here.source.read_bytes(), f"cut to {nbytes}"
+    assert refused > N_CUTS // 4

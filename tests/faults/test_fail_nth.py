@@ -1,0 +1,64 @@
+"""Every call that a conversion makes on its files fails once, one after the other.
+
+Visited point by point: the error is clean and names the file, nothing is left, the old target
+is untouched; where a call can be repeated or done without, the new image is complete.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+
+import pytest
+
+from tests.faults.harness import VARIANTS, Calls, Mode, Place
+from tests.helpers.qemu import Variant
+
+FAULTS = [
+    (Calls.WRITE, errno.ENOSPC, Mode.FAIL_ON),
+    (Calls.WRITE, errno.EIO, Mode.FAIL_ONCE),
+    (Calls.WRITE, errno.EDQUOT, Mode.FAIL_ON),
+    (Calls.SYNC, errno.EIO, Mode.FAIL_ONCE),
+    (Calls.RENAME, errno.EIO, Mode.FAIL_ONCE),
+    (Calls.RENAME, errno.EACCES, Mode.FAIL_ONCE),
+    (Calls.ALLOCATE, errno.ENOSPC, Mode.FAIL_ON),
+    (Calls.ALLOCATE, errno.EOPNOTSUPP, Mode.FAIL_ON),
+    (Calls.TRUNCATE, errno.EFBIG, Mode.FAIL_ONCE),
+    (Calls.CREATE, errno.EACCES, Mode.FAIL_ONCE),
+    (Calls.CLOSE, errno.EIO, Mode.FAIL_ONCE),
+]
+
+
+def visit(place: Place, calls: Calls, code: int, mode: Mode) -> list[str]:
+    """Let each call fail in turn; return what stood under the name afterwards."""
+    states: list[str] = []
+    for nth in range(1, 2000):
+        place.reset()
+        answer = place.convert(arm=(calls, nth, code, mode))
+        files = place.files()
+        if not answer["hits"]:
+            assert answer["outcome"] == "ok"
+            return states
+        state = place.state(files)
+        states.append(state)
+        where = f"{calls.name} {nth}: {answer}, {sorted(files)}"
+        assert set(files) == set(place.new if state == "new" else place.old), where
+        if answer["outcome"] == "ok":
+            assert state == "new", where
+            continue
+        assert answer["errno"] == code, where
+        assert answer["path"], where
+        assert state == "old" or "syncing the folder" in answer["text"], where
+    raise AssertionError("no end of the calls")
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f"{f[0].name}-{errno.errorcode[f[1]]}")
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+def test_every_call(
+    variant: Variant,
+    fault: tuple[Calls, int, Mode],
+    place: Callable[[Variant], Place],
+) -> None:
+    states = visit(place(variant), *fault)
+    if fault[0] in (Calls.WRITE, Calls.SYNC, Calls.RENAME, Calls.CREATE):
+        assert states

@@ -1,0 +1,89 @@
+"""Every allocation of the native core and of its codecs fails once: a clean MemoryError."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.faults.harness import Place
+from tests.helpers import qemu
+from tests.helpers.qemu import Variant
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        qemu.RAW,
+        qemu.QCOW2,
+        qemu.QCOW2_ZLIB,
+        qemu.QCOW2_ZSTD,
+        qemu.VMDK_STREAM,
+        qemu.VHD_DYNAMIC,
+        qemu.VHDX_DYNAMIC,
+        qemu.VDI,
+    ],
+    ids=lambda v: v.name,
+)
+def test_writing(variant: Variant, place: Callable[[Variant], Place]) -> None:
+    here = place(variant)
+    here.reset()
+    n_failed = 0
+    for nth in range(1, 5000):
+        answer = here.convert(memory=nth, more={"sync": False})
+        if answer["allocations"] < nth:
+            assert answer["outcome"] == "ok"
+            assert n_failed > 5
+            return
+        if answer["outcome"] == "ok":  # done without
+            assert here.files() == here.new
+            here.reset()
+            continue
+        n_failed += 1
+        assert answer["type"] == "MemoryError", answer
+        assert here.files() == here.old
+    raise AssertionError("no end of the allocations")
+
+
+@pytest.mark.parametrize(
+    "variant", [qemu.QCOW2_ZLIB, qemu.QCOW2_ZSTD, qemu.VMDK_STREAM], ids=lambda v: v.name
+)
+def test_reading(variant: Variant, place: Callable[[Variant], Place]) -> None:
+    here = place(variant)
+    out = here.agent.folder.parent / "out.raw"
+    more = {"format": variant.format, "sync": False}
+    for nth in range(1, 5000):
+        answer = here.agent.convert(here.target, out, qemu.RAW, more=more, memory=nth)
+        if answer["allocations"] < nth:
+            assert out.read_bytes() == here.source.read_bytes()
+            assert nth > 5
+            return
+        if answer["outcome"] == "ok":
+            assert out.read_bytes() == here.source.read_bytes()
+            out.unlink()
+            continue
+        assert answer["type"] == "MemoryError", answer
+        assert not out.exists()
+    raise AssertionError("no end of the allocations")
+
+
+@pytest.mark.parametrize("variant", [qemu.QCOW2_ZLIB, qemu.VHDX_DYNAMIC], ids=lambda v: v.name)
+def test_allocations_of_the_interpreter(variant: Variant, place: Callable[..., Place]) -> None:
+    """Those of Python and NumPy, wherever they come from; a sample of them.
+
+    Not all of NumPy survives that, so it is done in a child.  The target is whole regardless,
+    and no run says that all is well if it is not.
+    """
+    here = place(variant, PYTHONMALLOC="malloc")
+    here.reset()
+    total = here.convert(memory=0, of_python=True, more={"sync": False})["allocations"]
+    assert total > 100
+    n_failed = 0
+    for nth in range(1, total, max(1, total // 100)):
+        here.reset()
+        answer = here.convert(memory=nth, of_python=True, fork=True, more={"sync": False})
+        state = here.state(here.files())
+        # After the rename there is nothing left to fail but the report.
+        assert state == "new" or (state == "old" and answer["outcome"] != "ok"), answer
+        n_failed += state == "old"
+    assert n_failed > 10
