@@ -152,30 +152,34 @@ static int decompress_row(struct reader *reader, const struct imgc_extent *row, 
 	uint64_t block = file->block_nbytes, in_nbytes = row->host_length;
 	uint64_t within = (row->guest_offset - file->guest_base) % block;
 	unsigned codec = codec_of(row->kind);
+	int status;
 
 	if (row->flags & IMGC_EXTENT_GRAIN_MARKER &&
 	    !skip_grain_marker(&in, &in_nbytes, row->guest_offset - within - file->guest_base))
 		return imgc_fail(err, IMGC_CORRUPT, 0, row->host_offset, row->file, "grain_marker");
 	if (row->length == block && row->guest_offset >= start &&
 	    end - row->guest_offset >= block) {
-		if (imgc_decompress(reader->decompressor, codec, in, in_nbytes,
-				    view->data + (row->guest_offset - start), block, NULL))
-			goto corrupt;
+		status = imgc_decompress(reader->decompressor, codec, in, in_nbytes,
+					 view->data + (row->guest_offset - start), block, NULL);
+		if (status)
+			goto failed;
 		return IMGC_OK;
 	}
-	if (imgc_decompress(reader->decompressor, codec, in, in_nbytes, reader->block, block,
-			    NULL) &&
-	    (row->length == block || imgc_decompress(reader->decompressor, codec, in, in_nbytes,
-						     reader->block, within + row->length, NULL)))
-		goto corrupt;
+	status = imgc_decompress(reader->decompressor, codec, in, in_nbytes, reader->block, block,
+				 NULL);
+	if (status == IMGC_CORRUPT && row->length != block)
+		status = imgc_decompress(reader->decompressor, codec, in, in_nbytes, reader->block,
+					 within + row->length, NULL);
+	if (status)
+		goto failed;
 	uint64_t from = imgc_max_u64(row->guest_offset, start);
 	uint64_t to = imgc_min_u64(row->guest_offset + row->length, end);
 
 	memcpy(view->data + (from - start), reader->block + within + (from - row->guest_offset),
 	       to - from);
 	return IMGC_OK;
-corrupt:
-	return imgc_fail(err, IMGC_CORRUPT, 0, row->host_offset, row->file, "decompress");
+failed:
+	return imgc_fail(err, status, 0, row->host_offset, row->file, "decompress");
 }
 
 static bool row_is_compressed(const struct imgc_extent *row)

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import IntEnum, IntFlag
 from functools import cache
@@ -63,6 +63,25 @@ RAW_PREALLOCATED = Variant("raw-falloc", "raw", ("preallocation=falloc",))
 
 # Every format that is written, and every way in which a target comes about.
 VARIANTS = (*qemu.VARIANTS, VMDK_VMFS, RAW_PREALLOCATED)
+
+# One of each way to write: identity, tables, compressed stream, two files, prefixes, a log.
+_ORDINARY = (
+    qemu.RAW,
+    qemu.QCOW2_ZLIB,
+    qemu.VMDK_STREAM,
+    qemu.VMDK_FLAT,
+    qemu.VHD_DYNAMIC,
+    qemu.VHDX_DYNAMIC,
+)
+
+
+def params(variants: Sequence[Variant] = VARIANTS) -> list[Any]:
+    """Return the formats as parameters; those like others are left to `make faults`."""
+    return [
+        pytest.param(v, id=v.name, marks=() if v in _ORDINARY else pytest.mark.slow)
+        for v in variants
+    ]
+
 
 DISK = images.RawImage(
     "faults",

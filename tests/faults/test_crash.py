@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.crash import Event, Row, after_crashes, read_log
-from tests.faults.harness import VARIANTS, Agent, Place, agent_in, state_of
+from tests.faults.harness import VARIANTS, Agent, Place, agent_in, params, state_of
 from tests.helpers import images
 from tests.helpers.plans import poke
 from tests.helpers.qcow2 import create, qemu_io
@@ -27,7 +27,7 @@ def recorded(place: Place, log: Path) -> list[Row]:
     return read_log(log)
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+@pytest.mark.parametrize("variant", params())
 def test_power_cut(variant: Variant, place: Callable[[Variant], Place], tmp_path: Path) -> None:
     here = place(variant)
     rows = recorded(here, tmp_path / "log")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.faults.harness import Place
+from tests.faults.harness import Place, params
 from tests.helpers import images, qemu
 from tests.helpers.qemu import Variant
 
@@ -27,9 +27,7 @@ def cuts(nbytes: int, rng: random.Random) -> list[int]:
     return sorted(sizes)
 
 
-@pytest.mark.parametrize(
-    "variant", [v for v in qemu.VARIANTS if v is not qemu.RAW], ids=lambda v: v.name
-)
+@pytest.mark.parametrize("variant", params([v for v in qemu.VARIANTS if v is not qemu.RAW]))
 def test_cut(variant: Variant, place: Callable[[Variant], Place]) -> None:
     here = place(variant)
     rng = random.Random(images.SEED)

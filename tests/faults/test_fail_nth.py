@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.faults.harness import VARIANTS, Calls, Mode, Place
+from tests.faults.harness import Calls, Mode, Place, params
 from tests.helpers.qemu import Variant
 
 FAULTS = [
@@ -53,7 +53,7 @@ def visit(place: Place, calls: Calls, code: int, mode: Mode) -> list[str]:
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f"{f[0].name}-{errno.errorcode[f[1]]}")
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+@pytest.mark.parametrize("variant", params())
 def test_every_call(
     variant: Variant,
     fault: tuple[Calls, int, Mode],

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import DISK, VARIANTS
+from tests.faults.harness import DISK, params
 from tests.helpers import images, own, qemu
 from tests.helpers.command import imgcore
 from tests.helpers.qemu import Variant
@@ -76,7 +76,7 @@ def leave_free(folder: Path, nbytes: int) -> None:
             os.posix_fallocate(file.fileno(), 0, size)
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+@pytest.mark.parametrize("variant", params())
 def test_full(variant: Variant, small: Path, tmp_path: Path) -> None:
     source, target = tmp_path / "source.raw", small / f"disk{variant.suffix}"
     DISK.write(source)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.faults.harness import CHANGES, VARIANTS, Mode, Place
+from tests.faults.harness import CHANGES, Mode, Place, params
 from tests.helpers import images, qemu
 from tests.helpers.qemu import Variant
 
@@ -45,7 +45,7 @@ def kill_at_every_change(place: Place, mode: Mode) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("mode", [Mode.KILL_BEFORE, Mode.KILL_HALFWAY], ids=["before", "halfway"])
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+@pytest.mark.parametrize("variant", params())
 def test_at_every_change(variant: Variant, mode: Mode, place: Callable[[Variant], Place]) -> None:
     states = kill_at_every_change(place(variant), mode)
     assert states["old"] > 0
@@ -59,7 +59,7 @@ def place_files(variant: Variant) -> tuple[str, ...]:
     return ("", "-flat") if flat else ("",)
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+@pytest.mark.parametrize("variant", params())
 def test_at_random_moments(variant: Variant, place: Callable[[Variant], Place]) -> None:
     here = place(variant)
     rng = random.Random(images.SEED)

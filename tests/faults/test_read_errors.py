@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import imgcore
-from tests.faults.harness import VARIANTS, Calls, Mode, Place
+from tests.faults.harness import VARIANTS, Calls, Mode, Place, params
 from tests.helpers import images, qemu
 from tests.helpers.qemu import Variant
 
@@ -55,7 +55,7 @@ def source(place: Callable[[Variant], Place]) -> Callable[[Variant], Source]:
     return lambda variant: Source(place(variant))
 
 
-@pytest.mark.parametrize("variant", READABLE, ids=lambda v: v.name)
+@pytest.mark.parametrize("variant", params(READABLE))
 def test_every_read_fails_for_good(variant: Variant, source: Callable[[Variant], Source]) -> None:
     here = source(variant)
     for nth in range(1, 500):
