@@ -160,7 +160,7 @@ def _read_header(file: HostFile, offset: int) -> SparseHeader:
     header = SparseHeader._make(layout.SPARSE_HEADER.unpack_from(raw))
     if header.magic != layout.SPARSE_MAGIC:
         raise WrongFormatError(
-            f"no VMDK sparse extent: it does not start with {layout.SPARSE_MAGIC!r}",
+            f"no VMDK sparse extent: its magic is not {layout.SPARSE_MAGIC!r}",
             path=file.path,
         )
     return header
