@@ -114,6 +114,8 @@ def _restore(folder_fd: int, folder: str, name: str, token: str) -> None:
     matches = [_BACKUP.fullmatch(entry) for entry in os.listdir(folder_fd)]
     backups = [match for match in matches if match and match[2] == token]
     main = backup_name(name, token)
+    if not all(_is_trusted(folder_fd, match[0]) for match in backups):
+        return
     if _exists(folder_fd, name):
         for match in backups:
             os.unlink(match[0], dir_fd=folder_fd)
@@ -127,6 +129,12 @@ def _restore(folder_fd: int, folder: str, name: str, token: str) -> None:
     log.warning(
         "%s: a replacement that was interrupted has been undone", os.path.join(folder, name)
     )
+
+
+def _is_trusted(folder_fd: int, entry: str) -> bool:
+    """Tell whether a file was put there by us, or by the folder's owner, who may do anything."""
+    owner = os.stat(entry, dir_fd=folder_fd, follow_symlinks=False).st_uid
+    return owner in (os.geteuid(), os.fstat(folder_fd).st_uid)
 
 
 def _exists(folder_fd: int, name: str) -> bool:

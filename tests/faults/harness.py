@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -98,6 +99,8 @@ OLD_DISK = images.RawImage("old", images.MIB, lambda: [(4096, images.text(200 * 
 @cache
 def shim_path(folder: Path) -> Path:
     """Compile the shim, or skip where that is not possible."""
+    if os.environ.get("LD_PRELOAD"):
+        pytest.skip("something is preloaded already (a sanitizer?), the fault shim cannot be")
     out = folder / "shim.so"
     compiler = os.environ.get("CC", "cc")
     command = [compiler, "-O1", "-shared", "-fPIC", "-o", str(out), str(_HERE / "shim.c"), "-ldl"]
@@ -107,6 +110,10 @@ def shim_path(folder: Path) -> Path:
         pytest.skip(f"no C compiler ({compiler}) for the fault shim")
     if done.returncode != 0:
         pytest.skip(f"the fault shim does not compile here: {done.stderr.splitlines()[:1]}")
+    try:
+        ctypes.CDLL(str(out))
+    except OSError as error:  # compiled for another machine than this interpreter's
+        pytest.skip(f"the fault shim does not load here: {error}")
     return out
 
 

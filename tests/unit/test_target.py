@@ -596,6 +596,41 @@ class TestCompanion:
         assert (tmp_path / "disk.vmdk").read_bytes() == b"main"
         assert names(tmp_path) == ["disk-flat.vmdk", "disk.vmdk"]
 
+    def set_aside(self, folder: Path, token: str = "999999999-0123456789ab") -> list[Path]:
+        """Leave what a process killed between its renames leaves, of a pair of one byte each."""
+        paths = [folder / f".{n}.imgcore-{token}-old" for n in ("disk.vmdk", "disk-flat.vmdk")]
+        for path in paths:
+            path.write_bytes(b"1")
+        return paths
+
+    def test_interrupted_between_the_renames(self, tmp_path: Path) -> None:
+        self.set_aside(tmp_path)
+        (tmp_path / "disk-flat.vmdk").write_bytes(b"2")
+        with pytest.raises(TargetError, match="exists already"):
+            Target(tmp_path / "disk.vmdk")
+        assert names(tmp_path) == ["disk-flat.vmdk", "disk.vmdk"]
+        assert (tmp_path / "disk-flat.vmdk").read_bytes() == b"1"
+
+    def test_interrupted_after_the_renames(self, tmp_path: Path) -> None:
+        self.write(tmp_path)
+        self.set_aside(tmp_path)
+        Target(tmp_path / "disk.vmdk", force=True).abort()
+        assert names(tmp_path) == ["disk-flat.vmdk", "disk.vmdk"]
+        assert (tmp_path / "disk.vmdk").read_bytes() == b"main"
+
+    def test_a_strangers_files_are_not_put_back(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        left = self.set_aside(tmp_path)
+        monkeypatch.setattr(_target_names, "_is_trusted", lambda fd, entry: entry != left[1].name)
+        Target(tmp_path / "disk.vmdk").abort()
+        assert names(tmp_path) == sorted(path.name for path in left)
+
+    def test_what_a_living_process_set_aside_stays(self, tmp_path: Path) -> None:
+        left = self.set_aside(tmp_path, f"{os.getpid()}-0123456789ab")
+        Target(tmp_path / "disk.vmdk").abort()
+        assert names(tmp_path) == sorted(path.name for path in left)
+
     def test_main_appears_meanwhile(self, tmp_path: Path) -> None:
         with pytest.raises(TargetError), Target(tmp_path / "disk.vmdk") as target:
             target.companion("disk-flat.vmdk")
