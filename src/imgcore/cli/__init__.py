@@ -1,8 +1,8 @@
 """The ``imgcore`` command: one module a verb, each imported only when it is asked for.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 ended by SIGINT, 143 by SIGTERM, 129 by SIGHUP,
-141 when nobody reads the output any more. ``compare``, ``check``, ``lint`` and ``convert --salvage``
-have more: see their help.
+141 when nobody reads the output any more. ``compare``, ``check``, ``lint`` and
+``convert --salvage`` have more: see their help.
 """
 
 from __future__ import annotations
