@@ -7,9 +7,7 @@
 #include <stdlib.h>
 
 #include "codec/codec.h"
-
-/* RFC 1950: 2 bytes of header, 4 of Adler-32. */
-#define ZLIB_OVERHEAD 6
+#include "codec/zlib_frame.h"
 
 /* A stored block holds at most 65535 bytes and costs 5; ISA-L may also start one early. */
 #define STORED_BLOCK_NBYTES 65535
@@ -133,18 +131,7 @@ size_t imgc_deflate_bound(const struct imgc_deflate *d, size_t nbytes)
 	return d->stream && isal > libdeflate ? isal : libdeflate;
 }
 
-/* ISA-L claims a 32 KiB window whatever it used; RFC 1950, 2.2: CINFO, and FCHECK after it. */
-static void state_window(uint8_t *header, uint32_t window_bits)
-{
-	uint32_t cmf = (window_bits - 8) << 4 | (header[0] & 15u);
-	uint32_t flg = header[1] & 0xe0u;
-
-	flg += (31 - (cmf * 256 + flg) % 31) % 31;
-	header[0] = (uint8_t)cmf;
-	header[1] = (uint8_t)flg;
-}
-
-/* ISA-L's own status; the stream's totals tell the sizes. */
+/* A raw stream. ISA-L's own status; the stream's totals tell the sizes. */
 static int deflate_once(struct imgc_deflate *d, uint32_t level, const void *in, size_t in_nbytes,
 			void *out, size_t out_capacity)
 {
@@ -155,7 +142,7 @@ static int deflate_once(struct imgc_deflate *d, uint32_t level, const void *in, 
 	s->level_buf = level == 0 ? NULL : d->level_buffer;
 	s->level_buf_size = level == 0 ? 0 : d->level_buffer_nbytes;
 	s->hist_bits = d->window_bits;
-	s->gzip_flag = d->is_zlib ? IGZIP_ZLIB : IGZIP_DEFLATE;
+	s->gzip_flag = IGZIP_DEFLATE;
 	s->end_of_stream = 1;
 	s->flush = NO_FLUSH;
 	s->next_in = (uint8_t *)(uintptr_t)in;
@@ -165,23 +152,29 @@ static int deflate_once(struct imgc_deflate *d, uint32_t level, const void *in, 
 	return isal_deflate_stateless(s);
 }
 
-static int run_isal(struct imgc_deflate *d, const void *in, size_t in_nbytes, void *out,
+static int run_isal(struct imgc_deflate *d, const void *in, size_t in_nbytes, uint8_t *out,
 		    size_t out_capacity, size_t *out_nbytes)
 {
-	int rc;
+	size_t header = d->is_zlib ? ZLIB_HEADER_NBYTES : 0;
+	size_t overhead = d->is_zlib ? ZLIB_OVERHEAD : 0;
+	int rc = STATELESS_OVERFLOW;
 
 	if (in_nbytes > UINT32_MAX)
 		return IMGC_INVALID_ARGUMENT;
-	rc = deflate_once(d, d->level, in, in_nbytes, out, out_capacity);
+	if (out_capacity > overhead)
+		rc = deflate_once(d, d->level, in, in_nbytes, out + header,
+				  out_capacity - overhead);
 	if (rc == STATELESS_OVERFLOW) {
 		*out_nbytes = 0;
 		return IMGC_OK;
 	}
 	if (rc != COMP_OK || d->stream->avail_in != 0)
 		return IMGC_INVALID_ARGUMENT;
-	if (d->is_zlib)
-		state_window(out, d->window_bits);
-	*out_nbytes = d->stream->total_out;
+	if (d->is_zlib) {
+		zlib_put_header(out, d->window_bits);
+		zlib_put_trailer(out + header + d->stream->total_out, in, in_nbytes);
+	}
+	*out_nbytes = d->stream->total_out + overhead;
 	return IMGC_OK;
 }
 

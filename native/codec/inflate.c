@@ -6,6 +6,7 @@
 #include <stdlib.h>
 
 #include "codec/codec.h"
+#include "codec/zlib_frame.h"
 #include "common/variant.h"
 
 enum { INFLATE_LIBDEFLATE, INFLATE_ISAL, N_INFLATE_VARIANTS };
@@ -72,8 +73,8 @@ static int run_libdeflate(struct libdeflate_decompressor *d, uint32_t codec, con
 	return result == LIBDEFLATE_SUCCESS ? IMGC_OK : IMGC_CORRUPT;
 }
 
-static int run_isal(struct inflate_state *s, uint32_t codec, const void *in, size_t in_nbytes,
-		    void *out, size_t out_nbytes, size_t *in_used)
+static int run_isal_raw(struct inflate_state *s, const uint8_t *in, size_t in_nbytes, void *out,
+			size_t out_nbytes, size_t *in_used)
 {
 	/* What follows the stream may be longer than ISA-L can count. */
 	uint32_t avail_in = in_nbytes > UINT32_MAX ? UINT32_MAX : (uint32_t)in_nbytes;
@@ -82,7 +83,7 @@ static int run_isal(struct inflate_state *s, uint32_t codec, const void *in, siz
 	if (out_nbytes > UINT32_MAX)
 		return IMGC_UNSUPPORTED;
 	isal_inflate_init(s);
-	s->crc_flag = codec == IMGC_CODEC_ZLIB ? ISAL_ZLIB : ISAL_DEFLATE;
+	s->crc_flag = ISAL_DEFLATE;
 	s->next_in = (uint8_t *)(uintptr_t)in;
 	s->avail_in = avail_in;
 	s->next_out = out;
@@ -91,6 +92,26 @@ static int run_isal(struct inflate_state *s, uint32_t codec, const void *in, siz
 	if (rc != ISAL_DECOMP_OK || s->block_state != ISAL_BLOCK_FINISH || s->avail_out != 0)
 		return IMGC_CORRUPT;
 	*in_used = avail_in - s->avail_in;
+	return IMGC_OK;
+}
+
+static int run_isal(struct inflate_state *s, uint32_t codec, const uint8_t *in, size_t in_nbytes,
+		    void *out, size_t out_nbytes, size_t *in_used)
+{
+	size_t used;
+	int status;
+
+	if (codec != IMGC_CODEC_ZLIB)
+		return run_isal_raw(s, in, in_nbytes, out, out_nbytes, in_used);
+	if (in_nbytes < ZLIB_OVERHEAD || !zlib_header_valid(in))
+		return IMGC_CORRUPT;
+	status = run_isal_raw(s, in + ZLIB_HEADER_NBYTES, in_nbytes - ZLIB_OVERHEAD, out,
+			      out_nbytes, &used);
+	if (status)
+		return status;
+	if (!zlib_trailer_valid(in + ZLIB_HEADER_NBYTES + used, out, out_nbytes))
+		return IMGC_CORRUPT;
+	*in_used = used + ZLIB_OVERHEAD;
 	return IMGC_OK;
 }
 

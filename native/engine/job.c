@@ -89,9 +89,13 @@ static uint64_t choose_window(const struct imgc_job_options *o)
 
 static int view_create(struct view *view, uint64_t window_nbytes)
 {
-	view->data = aligned_alloc(PAGE_NBYTES, window_nbytes);
+	/* A page more: IMGC_COMPRESS_SLACK_NBYTES for the last block. */
+	view->data = aligned_alloc(PAGE_NBYTES, window_nbytes + PAGE_NBYTES);
 	view->ranges = malloc((window_nbytes / SECTOR_NBYTES + 1) * sizeof(*view->ranges));
-	return view->data && view->ranges ? IMGC_OK : IMGC_NO_MEMORY;
+	if (!view->data || !view->ranges)
+		return IMGC_NO_MEMORY;
+	memset(view->data + window_nbytes, 0, IMGC_COMPRESS_SLACK_NBYTES);
+	return IMGC_OK;
 }
 
 static void view_destroy(struct view *view)

@@ -133,8 +133,15 @@ void imgc_compressor_destroy(struct imgc_compressor *c);
 size_t imgc_compressor_bound(const struct imgc_compressor *c, size_t nbytes);
 
 /*
+ * What has to be readable behind a block that is compressed, whatever it holds:
+ * ISA-L compares eight bytes at a time on aarch64, up to seven past the end.
+ */
+#define IMGC_COMPRESS_SLACK_NBYTES 8
+
+/*
  * Compresses one independent block.  *out_nbytes receives the size; 0 with
- * IMGC_OK means that the result would not fit into out_capacity.
+ * IMGC_OK means that the result would not fit into out_capacity.  After the
+ * block, IMGC_COMPRESS_SLACK_NBYTES bytes can be read.
  * Deterministic: same input, parameters and library version, same bytes.
  */
 int imgc_compress(struct imgc_compressor *c, const void *in, size_t in_nbytes, void *out,

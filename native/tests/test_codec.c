@@ -6,6 +6,7 @@
 
 #define BLOCK 65536
 #define MAX_OUT (2 * BLOCK + 1024)
+#define SLACK IMGC_COMPRESS_SLACK_NBYTES
 
 static uint8_t packed[MAX_OUT], unpacked[MAX_OUT];
 
@@ -101,18 +102,26 @@ static int judge(const struct imgc_codec_params *params, size_t in_nbytes, const
 }
 
 static void check_block(struct imgc_compressor *c, const struct imgc_codec_params *params,
-			const uint8_t *data, size_t nbytes)
+			const uint8_t *content, size_t nbytes)
 {
-	static struct guarded g;
+	static struct guarded from, g;
+	const uint8_t *data;
 	size_t bound = imgc_compressor_bound(c, nbytes);
 	size_t n = 0, again = 0;
 
-	if (!g.start)
+	if (!g.start) {
+		from = guarded_alloc(MAX_OUT);
 		g = guarded_alloc(MAX_OUT);
+	}
+	data = memcpy(from.end - SLACK - nbytes, content, nbytes);
 	CHECK(bound <= MAX_OUT);
 	memset(packed, 0xee, sizeof(packed));
 	CHECK_EQ(imgc_compress(c, data, nbytes, packed, bound, &n), IMGC_OK);
 	CHECK(n > 0 && n <= bound);
+	/* What lies behind the block may be read, and makes no difference. */
+	memset(from.end - SLACK, from.end[-1] ^ 0xff, SLACK);
+	CHECK_EQ(imgc_compress(c, data, nbytes, unpacked, bound, &again), IMGC_OK);
+	CHECK(again == n && memcmp(packed, unpacked, n) == 0);
 	CHECK(judge(params, n, data, nbytes));
 	/* Too little room: a size of 0 or a stream that fits, never a byte too far. */
 	for (again = n / 2; again <= n; again += again < n ? n - again : 1) {
@@ -127,7 +136,7 @@ static void check_block(struct imgc_compressor *c, const struct imgc_codec_param
 
 static void test_compressors(void)
 {
-	static uint8_t data[2 * BLOCK];
+	static uint8_t data[2 * BLOCK + SLACK];
 	size_t i, k;
 	unsigned pattern;
 
@@ -148,7 +157,7 @@ static void test_compressors(void)
 /* What a block becomes does not depend on the blocks before it. */
 static void test_deterministic(void)
 {
-	static uint8_t data[BLOCK], other[BLOCK], first[MAX_OUT];
+	static uint8_t data[BLOCK + SLACK], other[BLOCK + SLACK], first[MAX_OUT];
 	size_t i, round;
 
 	fill_text(data, BLOCK, 3);
@@ -208,7 +217,7 @@ static void test_sampled(void)
 		{2, BLOCK / 2, IMGC_DEFLATE_ISAL, 3},
 		{2, BLOCK / 2 - 512, IMGC_DEFLATE_LIBDEFLATE, 6},
 	};
-	static uint8_t data[BLOCK], expected[MAX_OUT];
+	static uint8_t data[BLOCK + SLACK], expected[MAX_OUT];
 
 	for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
 		struct imgc_codec_params params = {IMGC_CODEC_DEFLATE, rows[i].engine,
@@ -226,17 +235,17 @@ static void test_sampled(void)
 
 static void test_zlib_header(void)
 {
-	static uint8_t data[4096];
+	static uint8_t data[4096 + SLACK];
 	size_t i, n = 0;
 
-	fill_text(data, sizeof(data), 1);
+	fill_text(data, 4096, 1);
 	for (i = 0; i < N_PARAMS; i++) {
 		struct imgc_compressor *c;
 
 		if (all_params[i].codec != IMGC_CODEC_ZLIB)
 			continue;
 		CHECK_EQ(imgc_compressor_create(&all_params[i], &c), IMGC_OK);
-		CHECK_EQ(imgc_compress(c, data, sizeof(data), packed, MAX_OUT, &n), IMGC_OK);
+		CHECK_EQ(imgc_compress(c, data, 4096, packed, MAX_OUT, &n), IMGC_OK);
 		CHECK_EQ(packed[0] & 15, 8);
 		CHECK_EQ((packed[0] >> 4) + 8, all_params[i].window_bits);
 		CHECK_EQ((packed[0] * 256 + packed[1]) % 31, 0);
@@ -350,7 +359,7 @@ static void check_damage(struct imgc_decompressor *d, uint32_t codec, size_t n, 
 
 static void test_decompressor(uint32_t variant)
 {
-	static uint8_t data[2 * BLOCK];
+	static uint8_t data[2 * BLOCK + SLACK];
 	struct imgc_decompressor *d;
 	size_t i, k, n = 0;
 	unsigned pattern;
