@@ -175,11 +175,18 @@ static struct disk example_disk(void)
 	return disk;
 }
 
+static void use_default_variants(struct imgc_job_options *o)
+{
+	CHECK_EQ(imgc_variant_select(IMGC_OP_ZERO, NULL, &o->zero_variant), IMGC_SELECT_OK);
+	CHECK_EQ(imgc_variant_select(IMGC_OP_INFLATE, NULL, &o->inflate_variant), IMGC_SELECT_OK);
+	CHECK_EQ(imgc_variant_select(IMGC_OP_IO, NULL, &o->io_variant), IMGC_SELECT_OK);
+}
+
 static struct imgc_job_options convert_options(const struct disk *source, struct disk *target,
 					       struct imgc_source_file *file, unsigned n_threads)
 {
 	*file = (struct imgc_source_file){.file = source->file, .nbytes = source->nbytes};
-	return (struct imgc_job_options){
+	struct imgc_job_options options = {
 		.kind = IMGC_JOB_CONVERT,
 		.n_threads = n_threads,
 		.window_nbytes = 256 * KIB,
@@ -192,6 +199,9 @@ static struct imgc_job_options convert_options(const struct disk *source, struct
 			     .sparse_nbytes = 4096,
 			     .guest_nbytes = source->nbytes},
 	};
+
+	use_default_variants(&options);
+	return options;
 }
 
 static int run_batch(struct imgc_job *job, const struct imgc_batch *batch, struct imgc_error *err)
@@ -543,6 +553,7 @@ static uint64_t compare(const struct disk *disk, const struct imgc_extent *a, si
 	struct imgc_error err = {0};
 	struct imgc_job *job;
 
+	use_default_variants(&o);
 	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_OK);
 	CHECK_EQ(run_batch(job, &batch, &err), IMGC_OK);
 	uint64_t difference = imgc_job_first_difference(job);

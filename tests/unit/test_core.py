@@ -56,6 +56,17 @@ def test_every_variant_can_be_demanded(operation: str, row: dict[str, object]) -
     assert bytes(out) == data
 
 
+def test_the_variants_that_this_run_expects_are_there() -> None:
+    running = {
+        f"{operation}={row['name']}"
+        for operation, rows in _core.variants().items()
+        for row in rows
+        if row["runnable"]
+    }
+    expected = os.environ.get("IMGCORE_EXPECT_VARIANTS", "zero=portable,crc32c=portable")
+    assert set(expected.split(",")) <= running
+
+
 def test_a_portable_variant_always_runs() -> None:
     for operation, rows in _core.variants().items():
         assert rows[-1]["runnable"], operation
