@@ -95,7 +95,8 @@ def sanitizer_flags(names: str) -> Flags:
 
 def all_flags() -> Flags:
     """Gather the flags of every library and of the build's variant."""
-    flags = Flags(list(COMPILE_ARGS), ["-pthread"])
+    # What comes out of a static library is nobody else's: the module exports its start alone.
+    flags = Flags(list(COMPILE_ARGS), ["-pthread", "-Wl,--exclude-libs,ALL"])
     for library in LIBRARIES:
         found = find(library)
         if found is None:
@@ -157,7 +158,7 @@ def extensions() -> list[Extension]:
         )
     ]
     if os.environ.get("IMGCORE_SANITIZE"):
-        found.append(Extension("imgcore._canary", ["tests/sanitizer/canary.c"]))
+        found.append(Extension("imgcore._canary", ["native/tests/canary.c"]))
     return found
 
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds the extension under AddressSanitizer and UBSan, proves that faults kill, and runs the Python suite on it.
+# Builds the extension under AddressSanitizer and UBSan, proves that faults kill, and runs the Python suite on it:
+# tools/sanitized_suite.sh [TESTS...], by default all but the slow ones.
 set -euo pipefail
 python=${PYTHON:-.venv/bin/python}
 out=$PWD/build/sanitize
@@ -21,15 +22,21 @@ run() {
     UBSAN_OPTIONS=print_stacktrace=1:log_path=$out/report "$python" "$@"
 }
 canary=$(echo "$out"/lib/imgcore/_canary*.so)
-for fault in 'imgc_canary_overread()' 'imgc_canary_overflow(5)' 'imgc_canary_assert(1)'; do
-  if run -c "import ctypes; ctypes.CDLL('$canary').$fault" 2>/dev/null; then
-    echo "sanitize: the deliberate fault $fault went unnoticed: this build checks nothing" >&2
+fault() { run -c "import ctypes; ctypes.CDLL('$canary').imgc_canary_$1"; }
+fault 'assert(0)'
+dies() {
+  rm -f "$out"/report.*
+  if fault "$1" 2>"$out/canary.log" || ! cat "$out/canary.log" "$out"/report.* 2>/dev/null | grep -q "$2"; then
+    echo "sanitize: the deliberate fault $1 went unnoticed: this build checks nothing" >&2
     exit 1
   fi
-done
+}
+dies 'overread()' heap-buffer-overflow
+dies 'overflow(5)' 'signed integer overflow'
+dies 'assert(1)' 'Assertion'
 run -c "import imgcore._core as c; assert c.__file__.startswith('$out'), c.__file__"
 rm -f "$out"/report.*  # those of the deliberate faults
-run -m pytest -q "${@:-tests/unit}" ${PYTEST_ARGS:-} || status=$?
+run -m pytest -q "${@:-tests}" ${PYTEST_ARGS:-} || status=$?
 # pytest may have captured what a sanitizer said, or a child process may have died of it.
 for report in "$out"/report.*; do
   if grep -q 'ERROR: \|runtime error' "$report" 2>/dev/null; then
