@@ -7,9 +7,10 @@ out=$PWD/build/sanitize
 export IMGCORE_SANITIZE=address,undefined
 "$python" setup.py -q build --build-lib "$out/lib" --build-temp "$out/temp" 2>"$out.log" ||
   { tail -n 20 "$out.log" >&2; exit 1; }
-# Preloaded sanitizers make other programs hang: qemu's are called through wrappers without them.
+# Preloaded sanitizers make other programs hang: they are called through wrappers without them.
+unset IMGCORE_PEERS
 mkdir -p "$out/bin"
-for program in qemu-img qemu-io qemu-nbd; do
+for program in qemu-img qemu-io qemu-nbd vbox-img gcc cc; do
   found=$(command -v "$program") || continue
   printf '#!/bin/sh\nunset LD_PRELOAD\nexec %s "$@"\n' "$found" >"$out/bin/$program"
   chmod +x "$out/bin/$program"
@@ -18,7 +19,7 @@ export PATH="$out/bin:$PATH"
 preload="$(gcc -print-file-name=libasan.so):$(gcc -print-file-name=libubsan.so)"
 run() {
   LD_PRELOAD=$preload PYTHONMALLOC=malloc PYTHONPATH="$out/lib" \
-    ASAN_OPTIONS=detect_leaks=0:strict_string_checks=1:allocator_may_return_null=1:log_path=$out/report \
+    ASAN_OPTIONS=detect_leaks=0:strict_string_checks=1:quarantine_size_mb=32:allocator_may_return_null=1:log_path=$out/report \
     UBSAN_OPTIONS=print_stacktrace=1:log_path=$out/report "$python" "$@"
 }
 canary=$(echo "$out"/lib/imgcore/_canary*.so)
@@ -26,7 +27,7 @@ fault() { run -c "import ctypes; ctypes.CDLL('$canary').imgc_canary_$1"; }
 fault 'assert(0)'
 dies() {
   rm -f "$out"/report.*
-  if fault "$1" 2>"$out/canary.log" || ! cat "$out/canary.log" "$out"/report.* 2>/dev/null | grep -q "$2"; then
+  if fault "$1" 2>"$out/canary.log" || ! grep -qs "$2" "$out/canary.log" "$out"/report.*; then
     echo "sanitize: the deliberate fault $1 went unnoticed: this build checks nothing" >&2
     exit 1
   fi
