@@ -1,0 +1,121 @@
+#!/usr/bin/env bash
+# Builds the native libraries that wheels carry, static and position independent:
+#
+#   tools/build_deps.sh [PREFIX]        (default /opt/imgcore-deps)
+#
+# Sources are the Debian archive's, pinned by SHA-256; from $IMGCORE_DEPS_CACHE if they are there, else by apt-get,
+# else from the archive's web servers.  Nothing is done where PREFIX holds the same versions already.
+set -euo pipefail
+prefix=${1:-/opt/imgcore-deps}
+cache=${IMGCORE_DEPS_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/imgcore-deps}
+snapshot=https://snapshot.debian.org/archive/debian/20250901T000000Z
+mirrors=("${IMGCORE_DEBIAN_MIRROR:-https://deb.debian.org/debian}" "$snapshot")
+suite=trixie
+
+# Source package, file, SHA-256.
+sources=(
+  "libdeflate libdeflate_1.23.orig.tar.gz 1ab18349b9fb0ce8a0ca4116bded725be7dcbfa709e19f6f983d99df1fb8b25f"
+  "libisal libisal_2.31.1.orig.tar.gz e1d5573a4019738243b568ab1e1422e6ab7557c5cae33cc8686944d327ad6bb4"
+  "libzstd libzstd_1.5.7+dfsg.orig.tar.xz 0c092ef267edce57ba7f3f2645c861f72eaf5e76273c6c3632869423464b90a5"
+  "liburing liburing_2.9.orig.tar.gz 57e9b36e4ac1e46b8e0351dfb1694dc59638fc25e384b4ba36d87b800b16db1a"
+)
+
+made_by=$(sha256sum <"$0")
+if [[ -e $prefix/made-by && $(<"$prefix/made-by") == "$made_by" ]]; then
+  exit 0
+fi
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+mkdir -p "$cache"
+flags="-O2 -fPIC -fvisibility=hidden"
+cc=${CC:-cc}
+jobs=$(nproc)
+
+is_pinned() { [[ -e $1 ]] && echo "$2  $1" | sha256sum --check --status; }
+
+# apt-get on lists of its own: what the machine's apt knows stays as it is.
+apt_source() {
+  local package=$1 apt=$work/apt keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+  command -v apt-get >/dev/null && [[ -e $keyring ]] || return 1
+  local options=(-q -o Dir::Etc::SourceList="$apt/sources.list" -o Dir::Etc::SourceParts=/dev/null
+    -o Dir::State::Lists="$apt/lists" -o Dir::Cache="$apt/cache" -o APT::Sandbox::User="$(id -un)")
+  if [[ ! -e $apt ]]; then
+    mkdir -p "$apt/lists/partial" "$apt/cache/archives/partial"
+    echo "deb-src [signed-by=$keyring] http://deb.debian.org/debian $suite main" >"$apt/sources.list"
+    apt-get "${options[@]}" update >"$apt/log" 2>&1 || return 1
+  fi
+  (cd "$cache" && apt-get "${options[@]}" source --download-only --tar-only "$package") >>"$apt/log" 2>&1
+}
+
+fetch() {
+  local package=$1 file=$2 digest=$3 mirror
+  is_pinned "$cache/$file" "$digest" && return
+  apt_source "$package" && is_pinned "$cache/$file" "$digest" && return
+  for mirror in "${mirrors[@]}"; do
+    curl --fail --silent --location --max-time 300 --output "$cache/$file" \
+      "$mirror/pool/main/${package:0:4}/$package/$file" && is_pinned "$cache/$file" "$digest" && return
+  done
+  echo "build_deps: $file could not be had, or is not the pinned one; put it into $cache" >&2
+  exit 1
+}
+
+# NAME VERSION LINK_NAME: what setup.py asks pkg-config for.
+write_pc() {
+  cat >"$prefix/lib/pkgconfig/$1.pc" <<EOF
+Name: $1
+Description: $1, static, built by imgcore's tools/build_deps.sh
+Version: $2
+Libs: -L$prefix/lib -l$3
+Cflags: -I$prefix/include
+EOF
+}
+
+build_libdeflate() {
+  mkdir objects
+  (cd objects && $cc $flags -c ../lib/*.c ../lib/*/*.c)
+  ar crs "$prefix/lib/libdeflate.a" objects/*.o
+  cp libdeflate.h "$prefix/include/"
+  write_pc libdeflate 1.23 deflate
+}
+
+build_libisal() {
+  make -s -f Makefile.unx -j"$jobs" units="igzip crc" CC="$cc $flags" lib
+  cp bin/isa-l.a "$prefix/lib/libisal.a"
+  mkdir -p "$prefix/include/isa-l"
+  cp include/crc*.h include/igzip_lib.h "$prefix/include/isa-l/"
+  write_pc libisal 2.31.1 isal
+}
+
+build_libzstd() {
+  make -s -C lib -j"$jobs" CC="$cc" CFLAGS="$flags" ZSTD_LEGACY_SUPPORT=0 ZSTD_LIB_DICTBUILDER=0 libzstd.a
+  cp lib/libzstd.a "$prefix/lib/"
+  cp lib/zstd.h lib/zstd_errors.h "$prefix/include/"
+  write_pc libzstd 1.5.7 zstd
+}
+
+build_liburing() {
+  ./configure --prefix="$prefix" --cc="$cc" --use-libc >configure.log
+  make -s -C src -j"$jobs" ENABLE_SHARED=0 CFLAGS="$flags" liburing.a
+  cp src/liburing.a "$prefix/lib/"
+  cp -r src/include/liburing.h src/include/liburing "$prefix/include/"
+  write_pc liburing 2.9 uring
+}
+
+rm -rf "$prefix"
+mkdir -p "$prefix/lib/pkgconfig" "$prefix/include"
+for source in "${sources[@]}"; do
+  read -r package file digest <<<"$source"
+  fetch "$package" "$file" "$digest"
+  mkdir "$work/$package"
+  tar -xf "$cache/$file" -C "$work/$package" --strip-components=1
+  set +e # Part of a condition, the commands of a function would not end it.
+  (set -e; cd "$work/$package"; "build_$package") >"$work/$package.log" 2>&1
+  status=$?
+  set -e
+  if (( status )); then
+    tail -n 20 "$work/$package.log" >&2
+    echo "build_deps: $package could not be built" >&2
+    exit 1
+  fi
+done
+echo "$made_by" >"$prefix/made-by"
