@@ -3,10 +3,14 @@
 #   make demo          raw -> QCOW2 -> streamOptimized -> raw of a real file system, compared
 #   make test          lint, native tests (plain and sanitized), the Python suite
 #   make bench         the table of ratios against qemu-img (long)
+#   make sanitize      native tests under ASan, UBSan, TSan; the Python suite under ASan and UBSan
+#   make valgrind      the native codec, table and kernel tests under memcheck
+#   make test-arm64    native and Python tests for arm64, under emulation
+#   make wheel         a wheel of this machine's kind, checked and tried in an empty environment
 #   make peers-test    the slow tests, with $IMGCORE_PEERS where set
 #   make crosscheck    random images against qemu-img and others, for $CROSSCHECK_SECONDS (120)
 #   make faults        full disks, read errors, kills and power cuts, in every format (needs root for some)
-#   make lint native-test sanitize clean
+#   make lint native-test clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -17,7 +21,7 @@ PYTEST_ARGS ?=
 
 .NOTPARALLEL:
 .PHONY: all setup build demo test lint native-test native-sanitize sanitize python-test \
-	peers-test crosscheck faults bench clean
+	valgrind test-arm64 wheel peers-test crosscheck faults bench clean
 
 all: build
 
@@ -59,10 +63,22 @@ python-test: build
 
 test: lint native-test native-sanitize python-test
 
-# Native tests under every sanitizer, then the Python suite on a sanitized extension.
+# Native tests under every sanitizer, then the whole Python suite on a sanitized extension.
 sanitize: build native-sanitize
 	@$(MAKE) --no-print-directory -C native tsan
 	@PYTHON="$(PY)" tools/sanitized_suite.sh
+
+valgrind:
+	@tools/setup.sh valgrind
+	@$(MAKE) --no-print-directory -C native valgrind
+
+test-arm64: build
+	@tools/setup.sh arm64
+	@PYTHON="$(PY)" tools/test_arm64.sh
+
+wheel: $(STAMP)
+	@tools/setup.sh wheel
+	@PYTHON="$(PY)" tools/make_wheel.sh
 
 peers-test: build
 	@$(PY) -m pytest -m "(slow or peers) and not crosscheck" $(PYTEST_ARGS)

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Installs the Debian packages that building and testing imgcore needs; does nothing where they are there.
+# tools/setup.sh [arm64|valgrind|wheel]: those of a target that needs more, as well.
 set -euo pipefail
 
 missing=()
@@ -31,6 +32,19 @@ elif [[ ! -x .venv/bin/python ]]; then
   "${PYTHON:-python3}" -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
   [[ -e $("${PYTHON:-python3}" -c "$headers") ]] || missing+=(python3-dev)
 fi
+
+case ${1:-} in
+arm64)
+  needs_program qemu-aarch64 qemu-user
+  needs_program aarch64-linux-gnu-gcc gcc-aarch64-linux-gnu
+  needs_program mmdebstrap mmdebstrap
+  ;;
+valgrind) needs_program valgrind valgrind ;;
+wheel)
+  needs_program qemu-x86_64 qemu-user
+  needs_program nasm nasm
+  ;;
+esac
 
 (( ${#missing[@]} )) || exit 0
 if ! command -v apt-get >/dev/null; then

@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Makes a folder with an arm64 Debian 12 to build for and to emulate, and prints its name:
+#
+#   root/        headers, libraries and Python, unpacked only: nothing of it has to run here
+#   site/        the Python packages that imgcore and its tests need
+#   bin/cc       the cross compiler for it; bin/pkg-config answers for its libraries
+#   bin/run      runs one of its programs under qemu; bin/python its Python, child processes included
+#
+# It lies in $IMGCORE_ARM64_TREE, otherwise in the user's cache, and is made anew when this script changes.
+set -euo pipefail
+python=${PYTHON:-.venv/bin/python}
+tree=${IMGCORE_ARM64_TREE:-${XDG_CACHE_HOME:-$HOME/.cache}/imgcore-arm64}
+mirror=${IMGCORE_DEBIAN_MIRROR:-http://deb.debian.org/debian}
+stamp=$tree/made-by
+made_by=$(sha256sum <"$0")
+
+if [[ -e $stamp && $(<"$stamp") == "$made_by" ]]; then
+  echo "$tree"
+  exit 0
+fi
+echo "imgcore: making an arm64 Debian in $tree" >&2
+if [[ -e $tree && ! -e $stamp && -n $(ls -A "$tree") && ! -e $tree/root/usr/bin/python3.11 ]]; then
+  echo "imgcore: $tree holds something else; set IMGCORE_ARM64_TREE to another folder" >&2
+  exit 1
+fi
+rm -rf "$tree"
+mkdir -p "$tree/bin"
+
+packages=(libc6-dev libgcc-12-dev libdeflate-dev libisal-dev libzstd-dev liburing-dev zlib1g-dev
+  python3 libpython3-dev)
+# Under -L the emulator looks in root first, so nothing is left there that has to be the host's.
+mkdir "$tree/root"
+mmdebstrap --quiet --variant=extract --architectures=arm64 --format=tar \
+  --include="$(IFS=,; echo "${packages[*]}")" bookworm - "$mirror" |
+  tar -x -C "$tree/root" --no-same-owner --exclude='./dev' --exclude='./etc' --exclude='./tmp' --exclude='./var'
+
+"$python" -m pip --disable-pip-version-check install -qq --target "$tree/site" --only-binary=:all: \
+  --implementation cp --python-version 3.11 --platform manylinux2014_aarch64 \
+  --platform manylinux_2_28_aarch64 'numpy>=1.26' 'zstandard>=0.22' 'click>=8.1' 'rich>=13' \
+  'pytest>=8' 'hypothesis>=6.100' 'pytest-benchmark>=4' 'dissect.hypervisor>=3.16' 'setuptools>=77' \
+  'Cython>=3.1,<4' >&2
+
+write() { cat >"$tree/bin/$1" && chmod +x "$tree/bin/$1"; }
+write cc <<EOF
+#!/bin/sh
+exec aarch64-linux-gnu-gcc --sysroot='$tree/root' "\$@"
+EOF
+write pkg-config <<EOF
+#!/bin/sh
+export PKG_CONFIG_SYSROOT_DIR='$tree/root'
+export PKG_CONFIG_LIBDIR='$tree/root/usr/lib/aarch64-linux-gnu/pkgconfig:$tree/root/usr/share/pkgconfig'
+exec pkg-config "\$@"
+EOF
+write run <<EOF
+#!/bin/sh
+exec qemu-aarch64 -L '$tree/root' "\$@"
+EOF
+# Its argv[0], and so sys.executable, is this script: children need no help of the kernel.
+write python <<EOF
+#!/bin/sh
+export PYTHONHOME='$tree/root/usr' PYTHONNOUSERSITE=1
+exec qemu-aarch64 -L '$tree/root' -0 "\$0" '$tree/root/usr/bin/python3.11' "\$@"
+EOF
+echo "$made_by" >"$stamp"
+echo "$tree"
