@@ -19,20 +19,19 @@ if [[ -e $stamp && $(<"$stamp") == "$made_by" ]]; then
   exit 0
 fi
 echo "imgcore: making an arm64 Debian in $tree" >&2
-if [[ -e $tree && ! -e $stamp && -n $(ls -A "$tree") && ! -e $tree/root/usr/bin/python3.11 ]]; then
+if [[ ! -e $stamp && -n $(ls -A "$tree" 2>/dev/null) ]]; then
   echo "imgcore: $tree holds something else; set IMGCORE_ARM64_TREE to another folder" >&2
   exit 1
 fi
 rm -rf "$tree"
-mkdir -p "$tree/bin"
+mkdir -p "$tree/bin" "$tree/root"
+: >"$stamp"
 
 packages=(libc6-dev libgcc-12-dev libdeflate-dev libisal-dev libzstd-dev liburing-dev zlib1g-dev
   python3 libpython3-dev)
-# Under -L the emulator looks in root first, so nothing is left there that has to be the host's.
-mkdir "$tree/root"
 mmdebstrap --quiet --variant=extract --architectures=arm64 --format=tar \
   --include="$(IFS=,; echo "${packages[*]}")" bookworm - "$mirror" |
-  tar -x -C "$tree/root" --no-same-owner --exclude='./dev' --exclude='./etc' --exclude='./tmp' --exclude='./var'
+  tar -x -C "$tree/root" --no-same-owner --exclude='./dev'
 
 "$python" -m pip --disable-pip-version-check install -qq --target "$tree/site" --only-binary=:all: \
   --implementation cp --python-version 3.11 --platform manylinux2014_aarch64 \
@@ -51,15 +50,18 @@ export PKG_CONFIG_SYSROOT_DIR='$tree/root'
 export PKG_CONFIG_LIBDIR='$tree/root/usr/lib/aarch64-linux-gnu/pkgconfig:$tree/root/usr/share/pkgconfig'
 exec pkg-config "\$@"
 EOF
+# The emulator is given the loader rather than -L, which would also redirect what programs open.
+loader="qemu-aarch64 '$tree/root/lib/ld-linux-aarch64.so.1' --library-path \
+  '$tree/root/lib/aarch64-linux-gnu:$tree/root/usr/lib/aarch64-linux-gnu'"
 write run <<EOF
 #!/bin/sh
-exec qemu-aarch64 -L '$tree/root' "\$@"
+exec $loader "\$@"
 EOF
 # Its argv[0], and so sys.executable, is this script: children need no help of the kernel.
 write python <<EOF
 #!/bin/sh
 export PYTHONHOME='$tree/root/usr' PYTHONNOUSERSITE=1
-exec qemu-aarch64 -L '$tree/root' -0 "\$0" '$tree/root/usr/bin/python3.11' "\$@"
+exec $loader --argv0 "\$0" '$tree/root/usr/bin/python3.11' "\$@"
 EOF
 echo "$made_by" >"$stamp"
 echo "$tree"

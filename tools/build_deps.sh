@@ -79,7 +79,9 @@ build_libdeflate() {
 }
 
 build_libisal() {
-  make -s -f Makefile.unx -j"$jobs" units="igzip crc" CC="$cc $flags" lib
+  local machine
+  machine=$($cc -dumpmachine)
+  make -s -f Makefile.unx -j"$jobs" units="igzip crc" host_cpu="${machine%%-*}" CC="$cc $flags" lib
   cp bin/isa-l.a "$prefix/lib/libisal.a"
   mkdir -p "$prefix/include/isa-l"
   cp include/crc*.h include/igzip_lib.h "$prefix/include/isa-l/"

@@ -37,7 +37,7 @@ dies 'overflow(5)' 'signed integer overflow'
 dies 'assert(1)' 'Assertion'
 run -c "import imgcore._core as c; assert c.__file__.startswith('$out'), c.__file__"
 rm -f "$out"/report.*  # those of the deliberate faults
-run -m pytest -q "${@:-tests}" ${PYTEST_ARGS:-} || status=$?
+run -m pytest -q --hypothesis-profile slow "${@:-tests}" ${PYTEST_ARGS:-} || status=$?
 # pytest may have captured what a sanitizer said, or a child process may have died of it.
 for report in "$out"/report.*; do
   if grep -q 'ERROR: \|runtime error' "$report" 2>/dev/null; then
