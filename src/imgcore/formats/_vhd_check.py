@@ -262,22 +262,23 @@ class _BlockCheck:
         order = np.argsort(where, kind="stable")
         starts, numbers = where[order], blocks[order]
         ends = starts + self._block_nsectors
+
+        def block(index: int) -> str:
+            return f"block {numbers[index]} at sector {starts[index]}"
+
         upon = np.flatnonzero(starts[1:] < ends[:-1])
         self._report.corruptions_among(
             len(upon),
-            (
-                f"block {numbers[i + 1]} at sector {starts[i + 1]} overlaps block {numbers[i]}"
-                for i in upon.tolist()
-            ),
+            (f"{block(i + 1)} overlaps block {numbers[i]}" for i in upon.tolist()),
         )
         data_start = 0
         for first, end, what in self._metadata():
             low = int(np.searchsorted(ends, first // SECTOR_NBYTES, side="right"))
             high = int(np.searchsorted(starts, -(-end // SECTOR_NBYTES), side="left"))
-            for i in range(low, high):
-                self._report.corruptions_among(
-                    1, [f"block {numbers[i]} at sector {starts[i]} overlaps {what}"]
-                )
+            self._report.corruptions_among(
+                max(0, high - low),
+                (f"{block(i)} overlaps {what}" for i in range(low, high)),
+            )
             data_start = max(data_start, -(-end // SECTOR_NBYTES))
         free_from = np.concatenate(([data_start], np.maximum(ends, data_start)))
         free_to = np.concatenate((starts, [self._end_nsectors]))
