@@ -5,10 +5,10 @@ from __future__ import annotations
 import click
 
 from imgcore._profiles import get_profile, profile_names
+from imgcore._text import one_line
 from imgcore.cli._common import (
     allow_option,
     format_option,
-    one_line,
     output_options,
     parent_option,
     print_json,
