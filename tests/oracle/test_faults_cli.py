@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from imgcore import open as open_image
 from tests.helpers import images, qemu
 from tests.helpers.command import assert_one_line_error, imgcore
 from tests.helpers.images import RawImage
@@ -165,8 +166,28 @@ def test_inconsistent_vmdk(case: str, good: Path, tmp_path: Path) -> None:
 def test_truncated(name: str, share: float, good: Path, tmp_path: Path) -> None:
     source = tmp_path / name
     shutil.copyfile(good / name, source)
-    os.truncate(source, int(source.stat().st_size * share) // 512 * 512 + 100)
+    nbytes = _guest_data_end(source) if source.suffix == ".vhdx" else source.stat().st_size
+    os.truncate(source, int(nbytes * share) // 512 * 512 + 100)
     assert_refused(source, tmp_path, words=(name,))
+
+
+def _guest_data_end(path: Path) -> int:
+    """Return where the last byte that the guest sees ends in a VHDX file."""
+    with open_image(path, format="vhdx") as image:
+        return max(int((b["host_offset"] + b["host_length"]).max()) for b in image.extents())
+
+
+@pytest.mark.parametrize("name", [v.name + v.suffix for v in qemu.VARIANTS if v.format == "vhdx"])
+def test_cut_behind_the_disks_end(name: str, good: Path, tmp_path: Path) -> None:
+    """A VHDX block reaches behind the disk's end, and qemu-img leaves that out of fixed ones."""
+    source, target = tmp_path / name, tmp_path / "out.raw"
+    shutil.copyfile(good / name, source)
+    end = _guest_data_end(source)
+    assert end < source.stat().st_size
+    os.truncate(source, end)
+    done = imgcore("convert", source, target)
+    assert done.returncode == 0, done.stderr
+    qemu.assert_same(good / name, target, source_format="vhdx", target_format="raw")
 
 
 def test_truncated_flat_extent(good: Path, tmp_path: Path) -> None:
