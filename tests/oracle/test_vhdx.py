@@ -1,4 +1,4 @@
-"""VHDX against QEMU and dissect.hypervisor: their options, our kinds, and logs to replay."""
+"""VHDX against QEMU, dissect and libvhdi: their options, our kinds, and logs to replay."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import struct
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import imgcore
 from tests.helpers import images, own, qemu, vhdx
 from tests.helpers.images import RawImage
 from tests.helpers.vhdx import FULL, MIB, PARTIAL, Vhdx, pattern
+from tests.oracle.test_vhd import assert_libvhdi_reads
 
 RawImages = Callable[[RawImage], Path]
 
@@ -85,13 +87,15 @@ def test_what_imgcore_writes(
     own.convert(raw, ours, qemu.Variant("vhdx", "vhdx", options))
     expected = (image.virtual_size, images.sha256(raw))
     assert dissect_digest(ours) == expected
+    if find_spec("pyvhdi"):
+        assert_libvhdi_reads(raw, ours)
     if "logical_sector_size=4096" not in options:  # QEMU knows 512 only
         qemu.assert_same(raw, ours, source_format="raw", target_format="vhdx")
         qemu.assert_check_clean(ours, "vhdx")
 
 
 @pytest.mark.parametrize("block_size", ["1M", "2M", "4M"])
-def test_dissect_reads_our_differencing_disks(
+def test_others_read_our_differencing_disks(
     block_size: str, raw_images: RawImages, tmp_path: Path
 ) -> None:
     raw = raw_images(images.SPARSE)
@@ -113,6 +117,8 @@ def test_dissect_reads_our_differencing_disks(
     expected = (len(data), images.sha256(changed))
     assert raw_digest(top) == expected
     assert dissect_digest(top) == expected
+    if find_spec("pyvhdi"):
+        assert_libvhdi_reads(changed, top, tmp_path / "base.vhdx")
     assert imgcore.check(top).allocated_clusters < 4
 
 
