@@ -153,7 +153,8 @@ def unreadable(bench: Bench) -> Iterator[str]:
     for at in (0, images.MIB + 4096, images.MIB + 300 * images.KIB):
         bench.put()
         inode = bench.source.stat().st_ino
-        yield bench.outcome(bench.write(f"{bench.folder}|0|0|0|0|{inode}|{at}|{at + 4096}"))
+        folder = bench.source.parent
+        yield bench.outcome(bench.write(f"{folder}|0|0|0|0|{inode}|{at}|{at + 4096}"))
 
 
 def cut(bench: Bench) -> Iterator[str]:
