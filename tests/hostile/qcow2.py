@@ -299,6 +299,24 @@ def _readable() -> Iterator[Case]:
     )[:4096]
     struct.pack_into(">Q", huge, 1 << 21, 2 << 21)
     yield Case("qcow2-empty-pebibyte", put(bytes(huge)), None, stage=Stage.NONE)
+    # Every snapshot names the image's own L1 table: each would be one more walk for check.
+    row = struct.pack(">QIHHIIQII", L1, 1, 0, 0, 0, 0, 0, 0, 0)
+    at = DATA + 2 * CLUSTER
+    image = build(tail=row * 65536, n_snapshots=65536, snapshots_offset=at)
+    yield Case("qcow2-snapshots-share-l1", put(image), None, stage=Stage.CHECK, content=CONTENT)
+    yield Case("qcow2-sparse-8-tib", _sparse, None, stage=Stage.CHECK)
+
+
+def _sparse(folder: Path) -> Path:
+    """Make a file of 2^34 clusters of which nearly none is anything: check looks for them all."""
+    path = folder / "disk.qcow2"
+    head = build(cluster_bits=9, size=2048, l1_offset=1536, reftable_offset=512)[:112]
+    with open(path, "wb") as file:
+        file.write(head.ljust(512, b"\0") + struct.pack(">Q", 1024))
+        file.seek(1536)
+        file.write(struct.pack(">Q", 2048))
+        file.truncate(1 << 43)
+    return path
 
 
 def _truncated() -> Iterator[Case]:

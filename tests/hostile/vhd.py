@@ -133,7 +133,7 @@ def _cuts() -> Iterator[Case]:
     yield Case("vhd-cut-in-header", cut(1000), "CorruptImageError", "past the end")
     yield Case("vhd-cut-in-table", cut(vhd.TABLE_OFFSET + 8), "CorruptImageError", "BAT ends")
     yield Case(
-        "vhd-cut-in-block", cut(vhd.TABLE_OFFSET + 5 * SECTOR), "CorruptImageError", "is truncated"
+        "vhd-cut-in-block", cut(vhd.TABLE_OFFSET + 5 * SECTOR), "CorruptImageError", "truncated"
     )
 
 

@@ -8,6 +8,7 @@ Source: QEMU docs/interop/qcow2.rst, "Host cluster management", "Cluster mapping
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -71,6 +72,30 @@ class _Window:
                 self.meta[first : last + 1] += np.uint32(1)
 
 
+class _Survey(_Window):
+    """Takes note of the windows that anything refers to; it is about no cluster itself.
+
+    Files may be sparse, and far larger than what an image needs of them.
+    """
+
+    def __init__(self, n_clusters: int, cluster_bits: int) -> None:
+        super().__init__(0, 0, cluster_bits, np.zeros(0, dtype=np.uint32))
+        self.is_first = False
+        self._n_clusters = n_clusters
+        self.is_used = np.zeros(-(-n_clusters // WINDOW_CLUSTERS), dtype=bool)
+
+    def add(self, counts: NDArray[np.uint32], clusters: NDArray[np.int64]) -> None:
+        self.is_used[clusters[clusters < self._n_clusters] // WINDOW_CLUSTERS] = True
+
+    def add_range(self, offset: int, nbytes: int) -> None:
+        if nbytes:
+            self.add_clusters(offset >> self._bits, (offset + nbytes - 1) >> self._bits)
+
+    def add_clusters(self, first: int, last: int) -> None:
+        """Take note of the windows of clusters ``[first, last]``."""
+        self.is_used[first // WINDOW_CLUSTERS : last // WINDOW_CLUSTERS + 1] = True
+
+
 class Qcow2Checker:
     """One run over one image.
 
@@ -107,18 +132,45 @@ class Qcow2Checker:
         blocks = self.refcount_blocks()
         regions, tables = self._metadata()
         highest = -1
-        for base in range(0, self._n_clusters, WINDOW_CLUSTERS):
+        for base in self._bases(blocks, regions, tables):
             n = min(WINDOW_CLUSTERS, self._n_clusters - base)
             window = _Window(base, n, self._bits, self._stored(blocks, base, n))
-            for offset, nbytes in regions:
-                window.add_range(offset, nbytes)
-            window.add(window.meta, blocks[blocks != 0] >> self._bits)
-            self._count_bitmaps(window)
-            for table in tables:
-                self._walk(table, window)
+            self._count(window, blocks, regions, tables)
             highest = max(highest, self._compare(window))
         report.image_end_offset = (highest + 1) << self._bits
         return report
+
+    def _bases(
+        self,
+        blocks: NDArray[np.int64],
+        regions: list[tuple[int, int]],
+        tables: list[_L1Table],
+    ) -> list[int]:
+        """Return where the first window and all those begin that hold anything to compare."""
+        if self._n_clusters <= WINDOW_CLUSTERS:
+            return [0]
+        survey = _Survey(self._n_clusters, self._bits)
+        per_block = self._size * 8 >> self._header.refcount_order
+        for block in np.flatnonzero(blocks).tolist():
+            survey.add_clusters(block * per_block, (block + 1) * per_block - 1)
+        self._count(survey, blocks, regions, tables)
+        survey.is_used[0] = True
+        return (np.flatnonzero(survey.is_used) * WINDOW_CLUSTERS).tolist()
+
+    def _count(
+        self,
+        window: _Window,
+        blocks: NDArray[np.int64],
+        regions: list[tuple[int, int]],
+        tables: list[_L1Table],
+    ) -> None:
+        """Count all references in a window, or survey where there are any."""
+        for offset, nbytes in regions:
+            window.add_range(offset, nbytes)
+        window.add(window.meta, blocks[blocks != 0] >> self._bits)
+        self._count_bitmaps(window)
+        for table in tables:
+            self._walk(table, window)
 
     # -------------------------------------------------------------- refcounts
 
@@ -205,12 +257,20 @@ class Qcow2Checker:
         except (FormatError, LimitExceededError) as error:
             self.report.corruption(f"snapshot table: {error}")
             return regions, tables
+        taken = [(header.l1_offset, header.l1_offset + l1_nbytes)]
         for snapshot in snapshots:
             nbytes = snapshot.l1_entries * layout.ENTRY_NBYTES
             if not self._is_table(snapshot.l1_offset, nbytes):
                 self.report.corruption(
                     f"snapshot {snapshot.identifier}: L1 table of {nbytes} bytes at "
                     f"{snapshot.l1_offset:#x} is misaligned, too large or outside the file"
+                )
+                continue
+            if not _insert(taken, snapshot.l1_offset, snapshot.l1_offset + nbytes):
+                # Sound snapshots have tables of their own; one for all of 65536 would take days.
+                self.report.corruption(
+                    f"snapshot {snapshot.identifier}: its L1 table at {snapshot.l1_offset:#x} lies "
+                    "on another one"
                 )
                 continue
             regions.append((snapshot.l1_offset, nbytes))
@@ -313,7 +373,7 @@ class Qcow2Checker:
             missing[packed] = begin >= self._file.nbytes
             self._bad_entries(missing, "points past the end of the file", entries, guest)
             if is_active:
-                self._count(offsets[placed], guest[placed], int(packed.sum()))
+                self._count_guest(offsets[placed], guest[placed], int(packed.sum()))
         good = placed & ~unaligned & ~outside
         clusters = offsets[good] >> self._bits
         window.add(window.data, clusters)
@@ -362,7 +422,9 @@ class Qcow2Checker:
         copied = packed & ((entries & np.uint64(layout.COPIED)) != 0)
         self._bad_entries(copied, "is compressed and has the copied flag", entries, guest)
 
-    def _count(self, offsets: NDArray[np.int64], guest: NDArray[np.int64], n_packed: int) -> None:
+    def _count_guest(
+        self, offsets: NDArray[np.int64], guest: NDArray[np.int64], n_packed: int
+    ) -> None:
         report = self.report
         table = guest // self._header.l2_entries
         jumps = (offsets[1:] != offsets[:-1] + self._size) & (table[1:] == table[:-1])
@@ -423,6 +485,15 @@ class Qcow2Checker:
             note(line(index))
         rest = max(0, int(rows.size) - shown)
         setattr(self.report, counter, getattr(self.report, counter) + rest)
+
+
+def _insert(taken: list[tuple[int, int]], start: int, end: int) -> bool:
+    """Add a range to ascending, disjoint ones; False if it overlaps one of them."""
+    at = bisect(taken, (start, end))
+    if (at and taken[at - 1][1] > start) or (at < len(taken) and taken[at][0] < end):
+        return False
+    taken.insert(at, (start, end))
+    return True
 
 
 def _decode_refcounts(raw: bytes, order: int) -> NDArray[np.uint32]:
