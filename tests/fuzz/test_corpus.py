@@ -1,0 +1,55 @@
+"""What fuzzing has found worth keeping is used again in every run of the tests."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fuzz import seeds, structure
+from tests.fuzz.exercise import Place
+from tests.fuzz.pieces import FORMATS, Pieces
+
+CORPUS = Path(__file__).parent / "corpus"
+SEEDS = dict(seeds.seeds())
+# A compressed raw disk has to be named like one.
+UNREADABLE = ("any-gzip", "any-zstd")
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[Place]:
+    place = Place()
+    yield place
+    place.close()
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_seeds_are_valid(name: str, place: Place) -> None:
+    image = SEEDS[name]
+    outcome = place.use(image.pack())
+    assert outcome == ("UnsupportedFeatureError" if name in UNREADABLE else "ok")
+    assert Pieces.unpack(image.pack()).chunks == image.chunks
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_corpus(place: Place) -> None:
+    """Each input ends in success or in one of imgcore's errors, in time."""
+    outcomes: Counter[str] = Counter()
+    for path in sorted(CORPUS.iterdir()):
+        outcomes[place.use(path.read_bytes())] += 1
+    assert outcomes["ok"] >= 10
+    assert len(outcomes) >= 5, outcomes
+
+
+@pytest.mark.parametrize("format", [name for name in FORMATS[2:] if name], ids=str)
+def test_mutations_pass_checksums(format: str, place: Place) -> None:
+    """Most mutations get behind the checksums, into what they change."""
+    outcomes: Counter[str] = Counter()
+    images = [image.pack() for name, image in SEEDS.items() if name.startswith(f"{format}-")]
+    for seed in range(60):
+        data = structure.mutate(images[seed % len(images)], 1 << 20, seed)
+        outcomes[place.use(data)] += 1
+    assert len(outcomes) >= 3, outcomes
+    assert outcomes["ok"] >= 5, outcomes
