@@ -59,8 +59,8 @@ VMDK_MAX_SPARSE_FILE_NBYTES: Final = 2 * TIB
 VHD_MAX_DYNAMIC_NBYTES: Final = 2040 * GIB
 VHD_MAX_BLOCK_NBYTES: Final = 256 * MIB
 VHD_MAX_LOCATOR_NBYTES: Final = 64 * KIB
-# What `check` sorts at once: 2040 GiB with blocks of 128 KiB.
-VHD_MAX_CHECKED_BLOCKS: Final = 1 << 24
+# What `check` sorts at once, in up to 200 MiB: 2040 GiB with blocks of 512 KiB.
+VHD_MAX_CHECKED_BLOCKS: Final = 1 << 22
 # 2040 GiB with blocks of 512 KiB: half a second.
 VHD_MAX_BLOCKS_VERIFIED_AT_OPEN: Final = 1 << 22
 # XenServer reads no larger blocks, and nobody writes smaller ones.

@@ -30,7 +30,7 @@ class Case(NamedTuple):
 
     ``make`` writes it into a folder of its own and returns its path; ``error`` and ``word`` are the
     exception's class and a part of its message.  ``content`` is what the disk reads as where it can
-    be read; None if that is too large to convert.
+    be read; None if that is too large to convert.  ``target`` is the format it is converted to.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Case(NamedTuple):
     word: str = ""
     stage: Stage = Stage.OPEN
     content: bytes | None = None
+    target: str = "raw"
 
     def fails(self, verb: str) -> bool:
         """Tell whether a verb has to end with the error."""

@@ -59,7 +59,7 @@ def verbs(image: Path, output: Path, case: Case) -> dict[str, Callable[[], Any]]
     name = str(image)
 
     def convert() -> None:
-        imgcore.convert(name, output, target_format="raw", threads=2, sync=False)
+        imgcore.convert(name, output, target_format=case.target, threads=2, sync=False)
 
     found: dict[str, Callable[[], Any]] = {
         "info": lambda: imgcore.info(name),

@@ -98,9 +98,23 @@ def cases() -> Iterator[Case]:
         "vhd-footer-damaged", _raw((-SECTOR + 8, b"X")), None, stage=Stage.CHECK, content=CONTENT
     )
     yield Case("vhd-copy-damaged", _raw((8, b"X")), None, stage=Stage.CHECK, content=CONTENT)
-    for name, entry in (("past-end", 1 << 20), ("max", 0xFFFFFFFE)):
+    for name, entry in (
+        ("past-end", 1 << 20),
+        ("max", 0xFFFFFFFE),
+        ("on-footer", 0),
+        ("on-header", 1),
+        ("on-table", 3),
+    ):
         make = _raw((vhd.TABLE_OFFSET, be32(entry)))
         yield Case(f"vhd-entry-{name}", make, "CorruptImageError", "block 0", Stage.PLAN)
+    yield Case(
+        "vhd-table-of-zeros",
+        _sparse,
+        "CorruptImageError",
+        "lies upon the footer",
+        Stage.PLAN,
+        target="qcow2",
+    )
     first = struct.unpack_from(">I", _entries(), 0)[0]
     shared = _raw((vhd.TABLE_OFFSET + 4, be32(first)))
     content = CONTENT[:BLOCK] * 2 + CONTENT[2 * BLOCK :]
@@ -108,6 +122,17 @@ def cases() -> Iterator[Case]:
     yield from _cuts()
     yield from _fixed()
     yield from _locators()
+
+
+def _sparse(folder: Path) -> Path:
+    """Make a disk of 2040 GiB whose BAT is a hole: 4 million blocks at sector 0."""
+    path, size, block = folder / "disk.vhd", 2040 << 30, 512 << 10
+    footer = vhd.footer(size, vhd.DYNAMIC)
+    with open(path, "wb") as file:
+        file.write(footer + vhd.header(size // block, block))
+        file.seek(vhd.TABLE_OFFSET + size // block * 4)
+        file.write(footer)
+    return path
 
 
 def _entries() -> bytes:

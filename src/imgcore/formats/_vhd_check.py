@@ -170,20 +170,30 @@ class _BlockCheck:
         self._report.total_clusters = self._n_blocks
         self._report.allocated_clusters = len(present)
         where = sectors[present]
-        apart = (np.diff(where) < self._block_nsectors) | (np.diff(present) != 1)
-        apart |= np.diff(where) >= 2 * self._block_nsectors
-        self._report.fragmented_clusters = int(np.count_nonzero(apart))
+        self._report.fragmented_clusters = self._n_fragmented(where, present)
         past = where + self._block_nsectors > self._end_nsectors
         self._report.corruptions_among(
             int(np.count_nonzero(past)),
             (
                 f"block {block} at sector {sector} ends past the end of the blocks "
                 f"({self._end_nsectors})"
-                for block, sector in zip(present[past].tolist(), where[past].tolist(), strict=True)
+                for block, sector in zip(_first(present[past]), _first(where[past]), strict=True)
             ),
         )
         self._check_batmap(sectors)
-        self._check_claims(where[~past], present[~past])
+        # There may be millions: what is done with is given back.
+        del sectors
+        where, present = where[~past], present[~past]
+        order = np.argsort(where, kind="stable")
+        where, present = where[order], present[order]
+        del order
+        self._check_claims(where, present)
+
+    def _n_fragmented(self, where: Sectors, present: Sectors) -> int:
+        gaps = np.diff(where)
+        apart = (gaps < self._block_nsectors) | (gaps >= 2 * self._block_nsectors)
+        apart |= np.diff(present) != 1
+        return int(np.count_nonzero(apart))
 
     def _read_entries(self) -> Sectors:
         """Return the sector of every block, int64."""
@@ -196,14 +206,7 @@ class _BlockCheck:
 
     def _metadata(self) -> list[tuple[int, int, str]]:
         """Return (first byte, end, what) of everything that is no block."""
-        dynamic = self._dynamic
-        table_end = dynamic.table_offset + dynamic.max_table_entries * layout.ENTRY_NBYTES
-        header_offset = self._header.footer.data_offset
-        parts = [
-            (0, layout.FOOTER_NBYTES, "the footer's copy"),
-            (header_offset, header_offset + layout.HEADER_NBYTES, "the dynamic disk header"),
-            (dynamic.table_offset, table_end, "the BAT"),
-        ]
+        parts = self._header.structures
         parts += [
             (entry.data_offset, entry.data_offset + entry.data_nbytes, "a parent locator")
             for entry in self._header.locators
@@ -254,13 +257,14 @@ class _BlockCheck:
         wrong = np.flatnonzero((bits != 0) & (sectors == layout.ENTRY_ABSENT))
         self._report.corruptions_among(
             len(wrong),
-            (f"the batmap calls block {block} full, which is absent" for block in wrong.tolist()),
+            (f"the batmap calls block {block} full, which is absent" for block in _first(wrong)),
         )
 
-    def _check_claims(self, where: Sectors, blocks: Sectors) -> None:
-        """Report what lies upon each other, and count the space of blocks that nobody claims."""
-        order = np.argsort(where, kind="stable")
-        starts, numbers = where[order], blocks[order]
+    def _check_claims(self, starts: Sectors, numbers: Sectors) -> None:
+        """Report what lies upon each other, and count the space of blocks that nobody claims.
+
+        ``starts`` are sectors, ascending, ``numbers`` those of the blocks there.
+        """
         ends = starts + self._block_nsectors
 
         def block(index: int) -> str:
@@ -269,7 +273,7 @@ class _BlockCheck:
         upon = np.flatnonzero(starts[1:] < ends[:-1])
         self._report.corruptions_among(
             len(upon),
-            (f"{block(i + 1)} overlaps block {numbers[i]}" for i in upon.tolist()),
+            (f"{block(i + 1)} overlaps block {numbers[i]}" for i in _first(upon)),
         )
         data_start = 0
         for first, end, what in self._metadata():
@@ -280,10 +284,22 @@ class _BlockCheck:
                 (f"{block(i)} overlaps {what}" for i in range(low, high)),
             )
             data_start = max(data_start, -(-end // SECTOR_NBYTES))
-        free_from = np.concatenate(([data_start], np.maximum(ends, data_start)))
-        free_to = np.concatenate((starts, [self._end_nsectors]))
-        counts = np.maximum(free_to - free_from, 0) // self._block_nsectors
-        for i in np.flatnonzero(counts).tolist():
-            self._report.leak(f"{counts[i]} blocks from sector {free_from[i]} on", int(counts[i]))
         end_nsectors = int(ends[-1]) if len(ends) else data_start
+        np.maximum(ends, data_start, out=ends)
+        free_from = np.concatenate(([data_start], ends))
+        counts = np.concatenate((starts, [self._end_nsectors]))
+        counts -= free_from
+        np.maximum(counts, 0, out=counts)
+        counts //= self._block_nsectors
+        leaks = np.flatnonzero(counts)
+        shown = _first(leaks)
+        for i in shown:
+            self._report.leak(f"{counts[i]} blocks from sector {free_from[i]} on", int(counts[i]))
+        self._report.leaks += int(counts[leaks[len(shown) :]].sum())
         self._report.image_end_offset = max(end_nsectors, data_start) * SECTOR_NBYTES
+
+
+def _first(numbers: Sectors) -> list[int]:
+    """Return those of the numbers that can have a line in the report."""
+    first: list[int] = numbers[: CheckReport.MAX_PROBLEM_LINES].tolist()
+    return first

@@ -93,6 +93,19 @@ class VhdHeader(NamedTuple):
         return 0 if self.dynamic is None else bitmap_nbytes(self.dynamic.block_nbytes)
 
     @property
+    def structures(self) -> list[tuple[int, int, str]]:
+        """First byte, end and name of what no block may lie upon; of locators nothing is said."""
+        if self.dynamic is None:
+            return []
+        table, header = self.dynamic.table_offset, self.footer.data_offset
+        table_nbytes = self.dynamic.max_table_entries * layout.ENTRY_NBYTES
+        return [
+            (0, layout.FOOTER_NBYTES, "the footer's copy"),
+            (header, header + layout.HEADER_NBYTES, "the dynamic disk header"),
+            (table, table + table_nbytes, "the BAT"),
+        ]
+
+    @property
     def blocks_end(self) -> int | None:
         """Where blocks have to end: at the footer; None if there is none behind them."""
         return None if self.end is None else self.end.offset

@@ -69,6 +69,7 @@ class BlockPlanner:
         self._table_offset = header.dynamic.table_offset
         self._block_nbytes = header.dynamic.block_nbytes
         self._bitmap_nbytes = header.bitmap_nbytes
+        self._structures = header.structures
         self._format = table_format(self._block_nbytes, self._bitmap_nbytes)
         is_differencing = header.disk_type == layout.DiskType.DIFFERENCING
         self._absent = Kind.HOLE if is_differencing else Kind.ZERO
@@ -105,6 +106,7 @@ class BlockPlanner:
             raise self._entry_error(entries, first, error.offset) from None
         rows = out[:count]
         self._refuse_joined(rows)
+        self._refuse_structures(rows)
         return rows
 
     def _refuse_joined(self, rows: Extents) -> None:
@@ -118,6 +120,22 @@ class BlockPlanner:
                 path=self._file.path,
                 offset=int(row["host_offset"]),
             )
+
+    def _refuse_structures(self, rows: Extents) -> None:
+        """Raise if a block lies upon a header or the BAT: an empty table of zeros is no table."""
+        place = rows["host_offset"].astype(np.int64)
+        start, end = place - self._bitmap_nbytes, place + rows["length"].astype(np.int64)
+        is_block = rows["kind"] == Kind.DATA
+        for low, high, what in self._structures:
+            bad = is_block & (start < high) & (end > low)
+            if bad.any():
+                row = int(np.argmax(bad))
+                raise CorruptImageError(
+                    f"block {int(rows['guest_offset'][row]) // self._block_nbytes} at "
+                    f"{int(start[row]):#x} lies upon {what}",
+                    path=self._file.path,
+                    offset=int(start[row]),
+                )
 
     def _entry_error(self, entries: NDArray[np.uint8], first: int, index: int) -> CorruptImageError:
         sector = int(entries.view(">u4")[index])

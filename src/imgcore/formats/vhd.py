@@ -175,7 +175,7 @@ class VhdReader:
 
         Notes
         -----
-        Complexity: O(n log n) in BAT entries; memory: 24 bytes for each.
+        Complexity: O(n log n) in BAT entries; memory: about 60 bytes for each.
         """
         from imgcore.formats._vhd_check import check_image
 
