@@ -17,7 +17,7 @@ from tests.hostile import qcow2
 from tests.hostile.case import Case, Stage, pattern
 
 SIZE = 16 * 512
-BOMB_NBYTES = 256 << 20
+BOMB_NBYTES = 128 << 20
 
 
 def _put(name: str, content: bytes) -> Callable[[Path], Path]:

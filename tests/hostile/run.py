@@ -97,7 +97,7 @@ def _hang(*_: object) -> None:
 def use(do: Callable[[], Any]) -> dict[str, Any]:
     """Do one thing; return what came of it."""
     LOG.lines.clear()
-    begun = time.monotonic()
+    begun, cpu_begun = time.monotonic(), time.process_time()
     answer: dict[str, Any] = {"error": None, "message": "", "filename": None, "result": ""}
     signal.setitimer(signal.ITIMER_REAL, HANG_SECONDS)
     resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_FILE_NBYTES, resource.RLIM_INFINITY))
@@ -115,6 +115,7 @@ def use(do: Callable[[], Any]) -> dict[str, Any]:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     answer["log"] = list(LOG.lines)
     answer["seconds"] = time.monotonic() - begun
+    answer["cpu_seconds"] = time.process_time() - cpu_begun
     return answer
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from tests.hostile.case import CANARY, Case, Stage
 from tests.hostile.cases import CASES
+from tests.hostile.run import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_SECONDS = 2.0
@@ -75,7 +76,9 @@ def test_case(case: Case, reports: Reports) -> None:
 def check_promises(verb: str, answer: dict[str, Any]) -> None:
     """Check what holds of every image and every verb."""
     where = (answer["case"], verb, answer)
-    assert answer["seconds"] < MAX_SECONDS, where
+    # What other processes take of a busy machine does not count, but for a hang.
+    assert answer["cpu_seconds"] < MAX_SECONDS, where
+    assert answer["seconds"] < HANG_SECONDS, where
     assert answer["unchanged"], where
     text = answer["message"] + answer["result"] + "".join(answer["log"])
     assert CANARY.decode() not in text, where
