@@ -10,6 +10,7 @@
 #   make peers-test    the slow tests, with $IMGCORE_PEERS where set
 #   make crosscheck    random images against qemu-img and others, for $CROSSCHECK_SECONDS (120)
 #   make faults        full disks, read errors, kills and power cuts, in every format (needs root for some)
+#   make fuzz          every fuzz target for FUZZ_SECONDS each (60 unless given); docs/fuzzing.md
 #   make lint native-test clean
 
 PYTHON ?= python3
@@ -18,10 +19,14 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -qq
 STAMP := $(VENV)/.imgcore-ready
 PYTEST_ARGS ?=
+FUZZ_SECONDS ?= 60
+FUZZ_WORK := build/fuzz/readers
+FUZZ_FLAGS = -max_total_time=$(FUZZ_SECONDS) -timeout=30 -rss_limit_mb=2048 -max_len=65536 \
+	-print_final_stats=1 -artifact_prefix=build/fuzz/readers-
 
 .NOTPARALLEL:
 .PHONY: all setup build demo test lint native-test native-sanitize sanitize python-test \
-	valgrind test-arm64 wheel peers-test crosscheck faults bench clean
+	valgrind test-arm64 wheel peers-test crosscheck faults bench fuzz fuzz-merge clean
 
 all: build
 
@@ -91,6 +96,23 @@ faults: build
 
 bench: build
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m benchmarks $(BENCH_ARGS)
+
+# Coverage-guided: the C core by libFuzzer (clang), the readers by atheris.
+fuzz: build
+	@command -v clang >/dev/null || \
+		{ echo "fuzz: clang is missing (Debian: clang libclang-rt-14-dev)" >&2; exit 1; }
+	@$(PIP) install 'atheris>=3'
+	@$(MAKE) --no-print-directory -C native fuzz FUZZ_SECONDS=$(FUZZ_SECONDS)
+	@mkdir -p $(FUZZ_WORK)
+	@echo "fuzz_readers: $(FUZZ_SECONDS) s"
+	@$(PY) -m tests.fuzz.fuzz_readers $(FUZZ_FLAGS) $(FUZZ_WORK) tests/fuzz/corpus \
+		>build/fuzz/readers.log 2>&1 || { tail -n 60 build/fuzz/readers.log; exit 1; }
+	@grep -a stat::number_of_executed_units build/fuzz/readers.log
+
+# Keeps of all inputs those that reach something no smaller one does.
+fuzz-merge: build
+	@$(MAKE) --no-print-directory -C native fuzz-merge
+	@$(PY) -m tests.fuzz.minimise tests/fuzz/corpus $(FUZZ_WORK)
 
 clean:
 	@$(MAKE) --no-print-directory -C native clean

@@ -1,0 +1,98 @@
+/*
+ * Compressed blocks of all codecs: damaged ones, by every inflate variant, and round trips.
+ *
+ * Variants agree on what is valid and on the content; what was compressed comes back.
+ */
+#include "fuzz/fuzz_util.h"
+
+#define MAX_OUT 65536
+
+static const uint32_t codecs[] = {IMGC_CODEC_DEFLATE, IMGC_CODEC_ZLIB, IMGC_CODEC_ZSTD};
+
+static int unpack(uint32_t variant, uint32_t codec, const uint8_t *in, size_t in_nbytes,
+		  uint8_t *out, size_t out_nbytes)
+{
+	struct imgc_decompressor *d = NULL;
+	size_t used = 0;
+	int status = imgc_decompressor_create(variant, &d);
+
+	REQUIRE(status == IMGC_OK);
+	status = imgc_decompress(d, codec, in, in_nbytes, out, out_nbytes, &used);
+	REQUIRE(status == IMGC_OK || status == IMGC_CORRUPT || status == IMGC_NO_MEMORY);
+	REQUIRE(status != IMGC_OK || used <= in_nbytes);
+	imgc_decompressor_destroy(d);
+	return status;
+}
+
+static void damaged(uint32_t codec, size_t out_nbytes, struct input *in)
+{
+	size_t nbytes;
+	uint8_t *packed = take_rest(in, &nbytes);
+	uint8_t *first = malloc(out_nbytes), *other = malloc(out_nbytes);
+	unsigned i, n = codec == IMGC_CODEC_ZSTD ? 1 : imgc_variant_count(IMGC_OP_INFLATE);
+	int status = 0;
+
+	REQUIRE(first != NULL && other != NULL);
+	for (i = 0; i < n; i++) {
+		struct imgc_variant_info info;
+		uint32_t id;
+		int answer;
+
+		REQUIRE(imgc_variant_describe(IMGC_OP_INFLATE, i, &info) == IMGC_OK);
+		if (imgc_variant_select(IMGC_OP_INFLATE, info.name, &id) != IMGC_SELECT_OK)
+			continue;
+		answer = unpack(id, codec, packed, nbytes, i == 0 ? first : other, out_nbytes);
+		if (i == 0)
+			status = answer;
+		else if (status == IMGC_OK && answer == IMGC_OK)
+			REQUIRE(memcmp(first, other, out_nbytes) == 0);
+	}
+	free(other);
+	free(first);
+	free(packed);
+}
+
+static void round_trip(uint32_t codec, uint8_t how, struct input *in)
+{
+	struct imgc_codec_params params = {.codec = codec,
+					   .engine = how % 3,
+					   .level = take_u8(in) % 13,
+					   .window_bits = 12 + take_u8(in) % 4};
+	struct imgc_compressor *c = NULL;
+	size_t nbytes, bound, packed_nbytes = 0;
+	uint8_t *plain, *packed, *back;
+	uint32_t id;
+
+	if (imgc_compressor_create(&params, &c) != IMGC_OK)
+		return; /* a combination that is not offered */
+	plain = take_rest(in, &nbytes);
+	bound = imgc_compressor_bound(c, nbytes);
+	packed = malloc(bound ? bound : 1);
+	back = malloc(nbytes ? nbytes : 1);
+	REQUIRE(packed != NULL && back != NULL);
+	if (nbytes > 0) {
+		REQUIRE(imgc_compress(c, plain, nbytes, packed, bound, &packed_nbytes) == IMGC_OK);
+		REQUIRE(packed_nbytes > 0 && packed_nbytes <= bound);
+		REQUIRE(imgc_variant_select(IMGC_OP_INFLATE, NULL, &id) == IMGC_SELECT_OK);
+		REQUIRE(unpack(id, codec, packed, packed_nbytes, back, nbytes) == IMGC_OK);
+		REQUIRE(memcmp(plain, back, nbytes) == 0);
+	}
+	free(back);
+	free(packed);
+	free(plain);
+	imgc_compressor_destroy(c);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t nbytes)
+{
+	struct input in = {data, nbytes};
+	uint8_t how = take_u8(&in);
+	uint32_t codec = codecs[how % 3];
+	size_t out_nbytes = 1 + (size_t)take_uint(&in, 2) % MAX_OUT;
+
+	if (how & 0x80)
+		round_trip(codec, how >> 2 & 15, &in);
+	else
+		damaged(codec, how & 0x40 ? 4096 : out_nbytes, &in);
+	return 0;
+}

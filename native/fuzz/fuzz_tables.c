@@ -1,0 +1,213 @@
+/*
+ * Table entries of any format to extents and back.
+ *
+ * What decode accepts, the engine's own check of rows accepts too: the two are
+ * independent, and a row that only one of them takes is a hole in the other.
+ */
+#include "fuzz/fuzz_util.h"
+
+#define MAX_ENTRIES 4096
+
+/* The five real formats in small, so that a fuzzer need not find them. */
+static const struct imgc_table_format formats[] = {
+	{/* QCOW2, 64 KiB clusters */
+	 .entry_nbytes = 8,
+	 .big_endian = 1,
+	 .block_nbytes = 65536,
+	 .offset_mask = 0x00fffffffffffe00,
+	 .reserved_mask = 0x3f000000000001fe | 0xfe00,
+	 .default_kind = IMGC_DATA,
+	 .compressed_mask = (UINT64_C(1) << 54) - 1,
+	 .length_shift = 54,
+	 .length_mask = 255,
+	 .n_rules = 3,
+	 .rules = {{UINT64_C(1) << 62, UINT64_C(1) << 62, IMGC_DEFLATE},
+		   {1, 1, IMGC_ZERO},
+		   {0x00fffffffffffe00, 0, IMGC_HOLE}},
+	 .zero_entry = 1,
+	 .stored_bits = UINT64_C(1) << 63,
+	 .compressed_bits = UINT64_C(1) << 62},
+	{/* VMDK, streamOptimized */
+	 .entry_nbytes = 4,
+	 .block_nbytes = 65536,
+	 .offset_mask = UINT32_MAX,
+	 .offset_lshift = 9,
+	 .default_kind = IMGC_ZLIB,
+	 .flags = IMGC_EXTENT_GRAIN_MARKER,
+	 .compressed_bound = 12 + 2 * 65536,
+	 .n_rules = 2,
+	 .rules = {{UINT32_MAX, 0, IMGC_HOLE}, {UINT32_MAX, 1, IMGC_ZERO}},
+	 .zero_entry = 1},
+	{/* VHD, blocks of 4 KiB behind their bitmap */
+	 .entry_nbytes = 4,
+	 .big_endian = 1,
+	 .block_nbytes = 4096,
+	 .offset_mask = UINT32_MAX,
+	 .offset_lshift = 9,
+	 .host_base = 512,
+	 .default_kind = IMGC_DATA,
+	 .n_rules = 1,
+	 .rules = {{UINT32_MAX, UINT32_MAX, IMGC_HOLE}},
+	 .absent_entry = UINT32_MAX,
+	 .zero_entry = UINT32_MAX},
+	{/* VDI */
+	 .entry_nbytes = 4,
+	 .block_nbytes = 1 << 20,
+	 .offset_mask = UINT32_MAX,
+	 .offset_lshift = 20,
+	 .host_base = 1 << 20,
+	 .default_kind = IMGC_DATA,
+	 .n_rules = 2,
+	 .rules = {{UINT32_MAX, UINT32_MAX, IMGC_HOLE}, {UINT32_MAX, UINT32_MAX - 1, IMGC_ZERO}},
+	 .absent_entry = UINT32_MAX,
+	 .zero_entry = UINT32_MAX - 1},
+	{/* VHDX, blocks of 1 MiB */
+	 .entry_nbytes = 8,
+	 .block_nbytes = 1 << 20,
+	 .offset_mask = 0xfffffffffff00000,
+	 .reserved_mask = 0xffff8,
+	 .default_kind = IMGC_DATA,
+	 .n_rules = 3,
+	 .rules = {{7, 0, IMGC_HOLE}, {7, 2, IMGC_ZERO}, {7, 3, IMGC_ZERO}},
+	 .zero_entry = 2,
+	 .stored_bits = 6},
+};
+
+#define N_FORMATS (sizeof(formats) / sizeof(formats[0]))
+
+/* Anything a caller may pass, the invalid included. */
+static struct imgc_table_format any_format(struct input *in)
+{
+	struct imgc_table_format f = {
+		.entry_nbytes = take_u8(in) & 1 ? 4 : 8,
+		.big_endian = take_u8(in) & 1,
+		.block_nbytes = UINT64_C(1) << (take_u8(in) & 63),
+		.offset_mask = take_u64(in),
+		.offset_rshift = take_u8(in),
+		.offset_lshift = take_u8(in),
+		.host_base = take_place(in),
+		.reserved_mask = take_place(in),
+		.default_kind = take_u8(in) % (IMGC_N_KINDS + 1),
+		.flags = take_u8(in) & IMGC_EXTENT_GRAIN_MARKER,
+		.compressed_mask = take_u64(in),
+		.length_shift = take_u8(in) & 127,
+		.length_mask = take_u64(in),
+		.compressed_bound = take_place(in),
+		.n_rules = take_u8(in) % (IMGC_TABLE_MAX_RULES + 2),
+	};
+	uint32_t i;
+
+	for (i = 0; i < f.n_rules && i < IMGC_TABLE_MAX_RULES; i++)
+		f.rules[i] = (struct imgc_table_rule){take_u64(in), take_u64(in),
+						      take_u8(in) % (IMGC_N_KINDS + 1)};
+	f.absent_entry = take_u64(in);
+	f.zero_entry = take_u64(in);
+	f.stored_bits = take_u64(in);
+	f.compressed_bits = take_u64(in);
+	return f;
+}
+
+/*
+ * What holds of every answer: rows in order without a gap, data inside the file.  For the
+ * real formats the engine would take them as they are.
+ */
+static void check_rows(const struct imgc_table_format *f, const struct imgc_table_span *span,
+		       const struct imgc_extent *rows, size_t n, size_t n_entries, bool is_real)
+{
+	uint64_t expected = span->guest_offset;
+	size_t i;
+
+	REQUIRE(n <= n_entries);
+	for (i = 0; i < n; i++) {
+		REQUIRE(rows[i].guest_offset == expected && rows[i].length > 0);
+		REQUIRE(rows[i].length <= span->guest_end - expected);
+		expected += rows[i].length;
+		if (rows[i].kind <= IMGC_ZERO)
+			continue;
+		REQUIRE(rows[i].file == span->file);
+		REQUIRE(rows[i].host_offset <= span->file_nbytes);
+		REQUIRE(rows[i].host_length <= span->file_nbytes - rows[i].host_offset);
+	}
+	if (is_real && n > 0) {
+		struct imgc_source_file file = {.nbytes = span->file_nbytes,
+						.block_nbytes = (uint32_t)f->block_nbytes};
+		struct imgc_error err = {0};
+		int status =
+			imgc_extents_check(rows, n, &file, 1, span->guest_offset, expected, &err);
+
+		/* A grain whose marker is cut off is for the engine to refuse. */
+		REQUIRE(status == IMGC_OK ||
+			(rows[err.offset].kind == IMGC_ZLIB && rows[err.offset].host_length <= 12));
+	}
+}
+
+static void decode(const struct imgc_table_format *f, struct input *in, bool is_real)
+{
+	struct imgc_table_span span = {.guest_offset = take_place(in),
+				       .file_nbytes = take_place(in)};
+	uint64_t length = take_place(in);
+	struct imgc_error err = {0};
+	struct imgc_extent *rows;
+	size_t nbytes, n_entries, capacity, n = 0;
+	uint8_t tight = take_u8(in), *entries;
+	int status;
+
+	if (is_real) { /* what every reader keeps to */
+		span.guest_offset &= ~(f->block_nbytes - 1);
+		length &= ~UINT64_C(511);
+	}
+	span.guest_end = span.guest_offset + length;
+	if (span.guest_end < span.guest_offset)
+		span.guest_end = UINT64_MAX;
+	entries = take_rest(in, &nbytes);
+	n_entries = nbytes / f->entry_nbytes;
+	if (n_entries > MAX_ENTRIES)
+		n_entries = MAX_ENTRIES;
+	capacity = tight < n_entries ? tight : n_entries;
+	rows = malloc((capacity ? capacity : 1) * sizeof(*rows));
+	REQUIRE(rows != NULL);
+	status = imgc_table_decode(f, entries, n_entries, &span, rows, capacity, &n, &err);
+	if (status == IMGC_OK)
+		check_rows(f, &span, rows, n, n_entries, is_real);
+	else
+		REQUIRE(err.status == status && err.offset <= n_entries);
+	free(rows);
+	free(entries);
+}
+
+/* What encode writes of stored blocks, decode reads. */
+static void encode(const struct imgc_table_format *f, struct input *in, bool is_real)
+{
+	struct imgc_placement rows[16];
+	struct imgc_extent out[16];
+	uint8_t entries[16 * 8];
+	size_t i, n = take_u8(in) % 17, n_out = 0;
+	struct imgc_error err = {0};
+	struct imgc_table_span span = {.guest_end = UINT64_MAX, .file_nbytes = UINT64_MAX};
+
+	for (i = 0; i < n; i++)
+		rows[i] = (struct imgc_placement){take_place(in), (uint32_t)take_uint(in, 4),
+						  take_u8(in) % 5};
+	if (imgc_table_encode(f, rows, n, entries, &err) != IMGC_OK || !is_real)
+		return;
+	if (imgc_table_decode(f, entries, n, &span, out, 16, &n_out, &err) != IMGC_OK || n == 0)
+		return;
+	if (rows[0].state == IMGC_BLOCK_STORED && out[0].kind == IMGC_DATA)
+		REQUIRE(out[0].host_offset == rows[0].host_offset);
+	if (rows[0].state == IMGC_BLOCK_ZERO || rows[0].state == IMGC_BLOCK_ABSENT)
+		REQUIRE(out[0].kind <= IMGC_ZERO);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t nbytes)
+{
+	struct input in = {data, nbytes};
+	uint8_t which = take_u8(&in);
+	bool is_real = which % (N_FORMATS + 1) < N_FORMATS;
+	struct imgc_table_format f = is_real ? formats[which % (N_FORMATS + 1)] : any_format(&in);
+
+	if (which & 0x80)
+		encode(&f, &in, is_real);
+	else
+		decode(&f, &in, is_real);
+	return 0;
+}

@@ -1,0 +1,33 @@
+/* Runs the files named on the command line through a fuzz target, without a fuzzer. */
+#include "fuzz/fuzz_util.h"
+
+static uint8_t *read_all(const char *path, size_t *nbytes)
+{
+	FILE *file = fopen(path, "rb");
+	uint8_t *data;
+	long end;
+
+	REQUIRE(file != NULL && fseek(file, 0, SEEK_END) == 0);
+	end = ftell(file);
+	REQUIRE(end >= 0 && fseek(file, 0, SEEK_SET) == 0);
+	*nbytes = (size_t)end;
+	data = malloc(*nbytes ? *nbytes : 1);
+	REQUIRE(data != NULL && fread(data, 1, *nbytes, file) == *nbytes);
+	fclose(file);
+	return data;
+}
+
+int main(int argc, char **argv)
+{
+	int i;
+
+	for (i = 1; i < argc; i++) {
+		size_t nbytes;
+		uint8_t *data = read_all(argv[i], &nbytes);
+
+		LLVMFuzzerTestOneInput(data, nbytes);
+		free(data);
+	}
+	printf("%s: %d inputs\n", argv[0], argc - 1);
+	return 0;
+}
