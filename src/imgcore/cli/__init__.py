@@ -95,7 +95,7 @@ def _print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> 
     help="Show the version and exit.",
 )
 def group() -> None:
-    """Convert, compare and inspect virtual disk images (raw, qcow2, vmdk).
+    """Convert, compare and inspect virtual disk images (raw, QCOW2, VMDK, VHD, VHDX, VDI).
 
     Exit code: 0 done, 1 failed, 2 wrong usage, 130 or 143 ended by a signal.
     """
