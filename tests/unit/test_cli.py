@@ -20,6 +20,7 @@ from click.testing import CliRunner
 
 from imgcore import cli
 from imgcore._errors import CorruptImageError, OptionError, TargetError, UnsupportedFeatureError
+from imgcore._salvage import BadRange
 from imgcore.cli import _progress
 
 VERBS = ("convert", "info", "map", "compare", "check", "measure", "create")
@@ -89,6 +90,7 @@ class Outcome(NamedTuple):
     reason: str | None = None
     size_a: int = 512
     size_b: int = 512
+    bad_ranges: tuple[BadRange, ...] = ()
 
 
 def assert_one_line(done: Run, code: int, *words: str) -> None:
@@ -206,7 +208,7 @@ def test_convert_passes_every_flag_on(run: RunMain, fake: Fake) -> None:
     received = fake("convert", result=Outcome())
     line = "convert -f raw -O qcow2 -F raw -B base.raw -o a=1,b=2 -o c=3 -c -S 64k -m 3 -n -W -q -U"
     line += " --force --no-sync --allow /x --allow /y --source-backing-format qcow2"
-    line += " --parent p --read-options size=chs --profile azure src dst"
+    line += " --parent p --read-options size=chs --profile azure --salvage src dst"
     assert run(*line.split()) == Run(0, "", "")
     assert received.pop("args") == ("src", "dst")
     assert received == {
@@ -226,6 +228,7 @@ def test_convert_passes_every_flag_on(run: RunMain, fake: Fake) -> None:
         "force": True,
         "sync": False,
         "share": True,
+        "salvage": True,
         "allow": ("/x", "/y"),
         "progress": None,
     }
@@ -236,9 +239,20 @@ def test_convert_defaults(run: RunMain, fake: Fake) -> None:
     assert run("convert", "src", "dst").code == 0
     assert received["sparse"] == 4096
     assert received["sync"] is True
+    assert received["salvage"] is False
     assert received["threads"] is None
     assert received["progress"] is None
     assert received["options"] == ()
+
+
+def test_convert_lists_what_was_lost(run: RunMain, fake: Fake) -> None:
+    lost = BadRange(0x2000, 4096, "src\n", "Input/output error")
+    fake("convert", result=Outcome(bad_ranges=(lost,)))
+    done = run("convert", "--salvage", "--json", "src", "dst")
+    assert done.code == 3
+    assert json.loads(done.out)["bad_ranges"] == [lost._asdict()]
+    (line,) = done.err.splitlines()
+    assert "lost: 4096 bytes of the disk at 0x2000 (Input/output error)" in line
 
 
 def test_convert_json(run: RunMain, fake: Fake) -> None:
