@@ -43,6 +43,7 @@ valgrind) needs_program valgrind valgrind ;;
 wheel)
   needs_program qemu-x86_64 qemu-user
   needs_program nasm nasm
+  needs_program xz xz-utils
   ;;
 esac
 
