@@ -10,7 +10,6 @@
 set -euo pipefail
 python=${PYTHON:-.venv/bin/python}
 tree=${IMGCORE_ARM64_TREE:-${XDG_CACHE_HOME:-$HOME/.cache}/imgcore-arm64}
-mirror=${IMGCORE_DEBIAN_MIRROR:-http://deb.debian.org/debian}
 stamp=$tree/made-by
 made_by=$(sha256sum <"$0")
 
@@ -27,6 +26,8 @@ rm -rf "$tree"
 mkdir -p "$tree/bin" "$tree/root"
 : >"$stamp"
 
+# The machine's own mirror has arm64 as well.
+mirror=${IMGCORE_DEBIAN_MIRROR:-$(apt-get indextargets --format '$(REPO_URI)' | grep -m 1 '/debian/*$')}
 packages=(libc6-dev libgcc-12-dev libdeflate-dev libisal-dev libzstd-dev liburing-dev zlib1g-dev
   python3 libpython3-dev)
 mmdebstrap --quiet --variant=extract --architectures=arm64 --format=tar \

@@ -3,13 +3,12 @@
 #
 #   tools/build_deps.sh [PREFIX]        (default /opt/imgcore-deps)
 #
-# Sources are the Debian archive's, pinned by SHA-256; from $IMGCORE_DEPS_CACHE if they are there, else by apt-get,
-# else from the archive's web servers.  Nothing is done where PREFIX holds the same versions already.
+# Sources are the Debian archive's, pinned by SHA-256; from $IMGCORE_DEPS_CACHE if they are there, else by apt-get from
+# the machine's own mirror, else by curl from $IMGCORE_DEBIAN_MIRROR (a URL; where there is no apt).  Nothing is done where PREFIX holds the same versions already.
 set -euo pipefail
 prefix=${1:-/opt/imgcore-deps}
 cache=${IMGCORE_DEPS_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/imgcore-deps}
-snapshot=https://snapshot.debian.org/archive/debian/20250901T000000Z
-mirrors=("${IMGCORE_DEBIAN_MIRROR:-https://deb.debian.org/debian}" "$snapshot")
+mirror=${IMGCORE_DEBIAN_MIRROR:-}
 suite=trixie
 
 # Source package, file, SHA-256.
@@ -41,21 +40,22 @@ apt_source() {
     -o Dir::State::Lists="$apt/lists" -o Dir::Cache="$apt/cache" -o APT::Sandbox::User="$(id -un)")
   if [[ ! -e $apt ]]; then
     mkdir -p "$apt/lists/partial" "$apt/cache/archives/partial"
-    echo "deb-src [signed-by=$keyring] http://deb.debian.org/debian $suite main" >"$apt/sources.list"
+    local archive
+    archive=$(apt-get indextargets --format '$(REPO_URI)' | grep -m 1 '/debian/*$') || return 1
+    echo "deb-src [signed-by=$keyring] $archive $suite main" >"$apt/sources.list"
     apt-get "${options[@]}" update >"$apt/log" 2>&1 || return 1
   fi
   (cd "$cache" && apt-get "${options[@]}" source --download-only --tar-only "$package") >>"$apt/log" 2>&1
 }
 
 fetch() {
-  local package=$1 file=$2 digest=$3 mirror
+  local package=$1 file=$2 digest=$3
   is_pinned "$cache/$file" "$digest" && return
   apt_source "$package" && is_pinned "$cache/$file" "$digest" && return
-  for mirror in "${mirrors[@]}"; do
+  [[ -n $mirror ]] &&
     curl --fail --silent --location --max-time 300 --output "$cache/$file" \
       "$mirror/pool/main/${package:0:4}/$package/$file" && is_pinned "$cache/$file" "$digest" && return
-  done
-  echo "build_deps: $file could not be had, or is not the pinned one; put it into $cache" >&2
+  echo "build_deps: $file could not be had, or is not the pinned one; put it into $cache, or set IMGCORE_DEBIAN_MIRROR" >&2
   exit 1
 }
 
