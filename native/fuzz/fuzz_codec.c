@@ -66,6 +66,8 @@ static void round_trip(uint32_t codec, uint8_t how, struct input *in)
 	if (imgc_compressor_create(&params, &c) != IMGC_OK)
 		return; /* a combination that is not offered */
 	plain = take_rest(in, &nbytes);
+	plain = realloc(plain, nbytes + IMGC_COMPRESS_SLACK_NBYTES);
+	REQUIRE(plain != NULL);
 	bound = imgc_compressor_bound(c, nbytes);
 	packed = malloc(bound ? bound : 1);
 	back = malloc(nbytes ? nbytes : 1);

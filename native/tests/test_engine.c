@@ -175,13 +175,6 @@ static struct disk example_disk(void)
 	return disk;
 }
 
-static void use_default_variants(struct imgc_job_options *o)
-{
-	CHECK_EQ(imgc_variant_select(IMGC_OP_ZERO, NULL, &o->zero_variant), IMGC_SELECT_OK);
-	CHECK_EQ(imgc_variant_select(IMGC_OP_INFLATE, NULL, &o->inflate_variant), IMGC_SELECT_OK);
-	CHECK_EQ(imgc_variant_select(IMGC_OP_IO, NULL, &o->io_variant), IMGC_SELECT_OK);
-}
-
 static struct imgc_job_options convert_options(const struct disk *source, struct disk *target,
 					       struct imgc_source_file *file, unsigned n_threads)
 {

@@ -98,6 +98,7 @@ static void bench_create(struct bench *b, unsigned n_threads)
 			     .compressed_alignment = 512,
 			     .guest_nbytes = DISK_NBYTES},
 	};
+	use_default_variants(&b->options);
 }
 
 static void bench_destroy(struct bench *b)

@@ -143,4 +143,12 @@ static inline int variant_usable(unsigned op, unsigned index, uint32_t *id)
 	return 1;
 }
 
+/* Row 0 of a table is the preferred variant, not one that runs everywhere. */
+static inline void use_default_variants(struct imgc_job_options *o)
+{
+	CHECK_EQ(imgc_variant_select(IMGC_OP_ZERO, NULL, &o->zero_variant), IMGC_SELECT_OK);
+	CHECK_EQ(imgc_variant_select(IMGC_OP_INFLATE, NULL, &o->inflate_variant), IMGC_SELECT_OK);
+	CHECK_EQ(imgc_variant_select(IMGC_OP_IO, NULL, &o->io_variant), IMGC_SELECT_OK);
+}
+
 #endif /* IMGC_TEST_UTIL_H */
