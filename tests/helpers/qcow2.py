@@ -14,7 +14,7 @@ import pytest
 import zstandard
 
 from imgcore._extents import PLACEMENT_DTYPE, BlockState, Kind
-from imgcore._files import HostFile, ReferenceGate
+from imgcore._files import HostFile
 from imgcore._geometry import CodecId, Geometry, Placing, ZeroPolicy
 from imgcore._target import Target, TargetFile
 from imgcore.formats._base import BackingReference, WriteRequest
@@ -25,7 +25,7 @@ from tests.helpers.plans import plan_rows
 
 def open_qcow2(path: Path) -> Qcow2Reader:
     """Open one layer."""
-    return DRIVER.open(HostFile.open(path), ReferenceGate(str(path.parent)))
+    return Qcow2Reader(HostFile.open(path))
 
 
 def create(path: Path, size: int | str, *options: str, backing: Path | None = None) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 from uuid import UUID
 
 from imgcore._files import HostFile, ReferenceGate
-from imgcore.formats.vdi import DRIVER, VdiReader
+from imgcore.formats.vdi import VdiReader
 
 FREE, ZERO = 0xFFFFFFFF, 0xFFFFFFFE
 BLOCK = 1 << 20
@@ -81,4 +81,4 @@ def make(
 def open_vdi(path: Path, allowed: Sequence[Path] = ()) -> VdiReader:
     """Open one layer."""
     gate = ReferenceGate(str(path.parent), [str(folder) for folder in allowed])
-    return DRIVER.open(HostFile.open(path), gate)
+    return VdiReader(HostFile.open(path), gate)

@@ -12,7 +12,7 @@ from tests.helpers import qemu
 
 import imgcore
 from imgcore import _convert, _convert_stream
-from imgcore.formats import get_driver
+from imgcore.formats import _qcow2_writer
 from imgcore.formats._base import BackingReference, Writer, WriteRequest
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -87,14 +87,13 @@ class TestBackingFile:
         imgcore.convert(disk, base, options={"cid": "1a2b3c4d"})
         os.utime(base, (1_700_000_000, 1_700_000_000.75))
         requests: list[WriteRequest] = []
-        driver = get_driver("qcow2")
-        make = driver.writer
+        make = _qcow2_writer.writer_for
 
         def keep(request: WriteRequest) -> Writer:
             requests.append(request)
             return make(request)
 
-        monkeypatch.setattr(driver, "writer", keep)
+        monkeypatch.setattr(_qcow2_writer, "writer_for", keep)
         over = disk.with_name("over.qcow2")
         if verb == "convert":
             imgcore.convert(disk, over, backing=base.name, backing_format="vmdk")

@@ -23,7 +23,6 @@ from imgcore._errors import (
     WrongFormatError,
 )
 from imgcore.formats import _qcow2_layout as layout
-from imgcore.formats.qcow2 import DRIVER
 
 MIB = 1 << 20
 
@@ -274,12 +273,6 @@ def test_bad_snapshot_table_is_refused_by_info_only(tmp_path: Path) -> None:
         reader.info()
     assert reader.check().corruptions > 0
     reader.close()
-
-
-def test_probe(image: bytes) -> None:
-    assert DRIVER.probe(image[:4096], b"")
-    assert not DRIVER.probe(b"QFI\xfb\0\0\0\x01", b"")
-    assert not DRIVER.probe(b"", b"")
 
 
 def test_info_needs_no_numpy(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tests.unit.test_files import loop_device
 from imgcore._core import Job
 from imgcore._errors import CorruptImageError, OptionError, TargetError, UnsupportedFeatureError
 from imgcore._extents import EXTENT_DTYPE, PLACEMENT_DTYPE, Kind
-from imgcore._files import HostFile, ReferenceGate
+from imgcore._files import HostFile
 from imgcore._geometry import Placing, ZeroPolicy
 from imgcore._target import Target
 from imgcore.formats import _flat, raw
@@ -35,7 +35,7 @@ def make(path: Path, virtual_size: int, *pieces: tuple[int, int]) -> Path:
 
 
 def open_raw(path: Path | str) -> raw.RawReader:
-    return raw.open(HostFile.open(path), ReferenceGate("."))
+    return raw.RawReader(HostFile.open(path))
 
 
 Row = tuple[int, int, Kind]
@@ -200,7 +200,7 @@ def test_holes_are_not_trusted_before_a_sync(
 def test_odd_size_is_refused(tmp_path: Path, nbytes: int) -> None:
     with HostFile.open(make(tmp_path / "a.raw", nbytes)) as file:
         with pytest.raises(CorruptImageError, match=rf"{nbytes}: pad .*truncate -s \d+") as caught:
-            raw.open(file, ReferenceGate("."))
+            raw.RawReader(file)
         assert "multiple of 512" in str(caught.value)
 
 
@@ -212,7 +212,6 @@ def test_reader_facts(tmp_path: Path) -> None:
         reader.check()
     reader.close()
     reader.close()
-    assert not raw.probe(b"\0" * 65536, b"\0" * 1024)
 
 
 def test_info_needs_no_numpy(tmp_path: Path) -> None:
@@ -266,7 +265,7 @@ class TestWriter:
         path = tmp_path / "a.raw"
         if in_place:
             make(path, MIB)
-        writer = raw.writer(request(sparse_nbytes=sparse_nbytes))
+        writer = raw.DRIVER.writer(request(sparse_nbytes=sparse_nbytes))
         with Target(path, in_place=in_place) as target:
             assert writer.begin(target) is target.main
             geometry = writer.geometry
@@ -277,7 +276,7 @@ class TestWriter:
 
     @pytest.mark.parametrize("virtual_size", [0, 512, MIB, 3 << 40])
     def test_empty_disk(self, tmp_path: Path, virtual_size: int) -> None:
-        writer = raw.writer(request(virtual_size))
+        writer = raw.DRIVER.writer(request(virtual_size))
         with Target(tmp_path / "a.raw") as target:
             writer.begin(target)
             assert writer.place(0, np.empty(0, dtype=PLACEMENT_DTYPE), 0) == 0
@@ -288,7 +287,7 @@ class TestWriter:
 
     @pytest.mark.parametrize("mode", ["falloc", "full"])
     def test_preallocation(self, tmp_path: Path, mode: str) -> None:
-        writer = raw.writer(request(options={"preallocation": mode}))
+        writer = raw.DRIVER.writer(request(options={"preallocation": mode}))
         with Target(tmp_path / "a.raw") as target:
             writer.begin(target)
             writer.finish(0)
@@ -298,7 +297,7 @@ class TestWriter:
         assert status.st_blocks * 512 >= MIB
 
     def test_preallocation_needs_space(self, tmp_path: Path) -> None:
-        writer = raw.writer(request(1 << 50, options={"preallocation": "full"}))
+        writer = raw.DRIVER.writer(request(1 << 50, options={"preallocation": "full"}))
         with (
             pytest.raises(OSError, match="1 PiB needed"),
             Target(tmp_path / "a.raw") as target,
@@ -312,13 +311,13 @@ class TestWriter:
             Target(path, in_place=True) as target,
             pytest.raises(TargetError, match="fewer than"),
         ):
-            raw.writer(request()).begin(target)
+            raw.DRIVER.writer(request()).begin(target)
         assert path.stat().st_size == MIB - 512
 
     def test_in_place_keeps_what_lies_behind(self, tmp_path: Path) -> None:
         path = make(tmp_path / "a.raw", 2 * MIB, (MIB, MIB))
         with Target(path, in_place=True) as target:
-            writer = raw.writer(request())
+            writer = raw.DRIVER.writer(request())
             writer.begin(target)
             writer.finish(0)
             target.commit()
@@ -337,12 +336,12 @@ class TestWriter:
         ],
     )
     def test_refused(self, changes: dict[str, Any], words: str) -> None:
-        for function in (raw.writer, lambda request: raw.measure(request, 0)):
+        for function in (raw.DRIVER.writer, lambda request: raw.DRIVER.measure(request, 0)):
             with pytest.raises(OptionError, match=words):
                 function(request(**changes))
 
     def test_measure(self) -> None:
-        measured = raw.measure(request(), 65536)
+        measured = raw.DRIVER.measure(request(), 65536)
         assert (measured.required, measured.fully_allocated) == (MIB, MIB)
 
 
@@ -355,7 +354,7 @@ def test_copy_through_the_engine(tmp_path: Path, image: images.RawImage, in_plac
     if in_place:
         path.write_bytes(b"\xff" * image.virtual_size)
     reader = open_raw(source)
-    writer = raw.writer(request(image.virtual_size))
+    writer = raw.DRIVER.writer(request(image.virtual_size))
     with Target(path, in_place=in_place) as target:
         data_file = writer.begin(target)
         job = Job(

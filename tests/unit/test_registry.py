@@ -111,13 +111,14 @@ class TestProbe:
             with pytest.raises(WrongFormatError, match=r"\(qcow2, vhd\): say with -f"):
                 call(path)
 
-    @pytest.mark.parametrize("name", ["qcow2", "vmdk", "vhdx"])
-    def test_drivers_agree_with_the_table(self, name: str) -> None:
-        driver = formats.get_driver(name)
-        for other, head in HEADS.items():
-            data = head.ljust(66 * 1024, b"\0")
-            assert driver.probe(data[:65536], data[-1024:]) == (other == name), other
-            assert (name in _magic.matching_formats(data[:65536], data[-1024:])) == (other == name)
+    @pytest.mark.parametrize("name", HEADS)
+    def test_a_head_is_of_one_format(self, name: str) -> None:
+        data = HEADS[name].ljust(66 * 1024, b"\0")
+        assert _magic.matching_formats(data[:65536], data[-1024:]) == [name]
+
+    def test_nothing_is_of_no_format(self) -> None:
+        assert _magic.matching_formats(b"", b"") == []
+        assert _magic.matching_formats(bytes(65536), bytes(1024)) == []
 
     @pytest.mark.parametrize("variant", qemu.VARIANTS, ids=lambda variant: variant.name)
     def test_what_qemu_img_writes(self, tmp_path: Path, variant: qemu.Variant) -> None:
@@ -272,10 +273,7 @@ class TestNames:
     @pytest.mark.parametrize("name", formats.format_names())
     def test_drivers_and_registry_tell_the_same(self, name: str) -> None:
         driver = formats.get_driver(name)
-        (entry,) = (entry for entry in formats.DRIVERS if entry.name == name)
         assert driver.name == name
-        assert tuple(driver.aliases) == entry.aliases
-        assert tuple(driver.suffixes) == entry.suffixes
         assert len({option.name for option in driver.options}) == len(driver.options)
         assert set(formats.parse_options(driver)) == {option.name for option in driver.options}
 

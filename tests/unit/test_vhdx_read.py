@@ -14,8 +14,8 @@ from tests.helpers.vhdx import FULL, MIB, PARTIAL, UNDEFINED, UNMAPPED, ZERO, Vh
 
 import imgcore
 from imgcore._extents import Kind
-from imgcore._files import HostFile, ReferenceGate
-from imgcore.formats.vhdx import DRIVER, VhdxReader
+from imgcore._files import HostFile
+from imgcore.formats.vhdx import VhdxReader
 
 ALL_STATES = {
     0: (FULL, pattern(1, MIB)),
@@ -29,7 +29,7 @@ ALL_STATES = {
 
 
 def open_vhdx(path: Path) -> VhdxReader:
-    return DRIVER.open(HostFile.open(path), ReferenceGate(str(path.parent)))
+    return VhdxReader(HostFile.open(path))
 
 
 def content(path: Path) -> bytes:

@@ -28,7 +28,7 @@ from imgcore._errors import (
     WrongFormatError,
 )
 from imgcore._extents import Kind
-from imgcore.formats.vmdk import DRIVER
+from imgcore.formats._magic import matching_formats
 
 N_SECTORS = 10 * GRAIN // SECTOR + 7
 TAIL = N_SECTORS * SECTOR % GRAIN
@@ -489,8 +489,8 @@ def test_damage_is_an_imgcore_error_or_harmless(
         (bytes(512), False),
     ],
 )
-def test_probe(head: bytes, expected: bool) -> None:
-    assert DRIVER.probe(head, b"") is expected
+def test_magic(head: bytes, expected: bool) -> None:
+    assert (matching_formats(head, b"") == ["vmdk"]) is expected
 
 
 def test_info_does_without_numpy(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def canonical_name(name: str) -> str:
 def get_driver(name: str) -> Driver:
     """Return the driver of a format, by its name or alias; OptionError if there is none such."""
     module = importlib.import_module(_ENTRIES[canonical_name(name)].module)
-    return cast("Driver", getattr(module, "DRIVER", module))
+    return cast("Driver", module.DRIVER)
 
 
 def stream_suffix(path: str) -> str | None:
@@ -181,12 +181,9 @@ def open_reader(
     driver = get_driver(name)
     if not options:
         return driver.open(file, gate)
-    from imgcore.formats._base import ReadsWithOptions
-
-    if not isinstance(driver, ReadsWithOptions):
+    if not driver.read_options:
         raise OptionError(f"{name} has no options for reading", path=file.path)
-    values = _parse(name, driver.read_options, options)
-    return driver.open_with(file, gate, values)
+    return driver.open(file, gate, _parse(name, driver.read_options, options))
 
 
 def refuse_stream_options(path: str, options: OptionTexts | None) -> None:

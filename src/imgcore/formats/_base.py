@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, cast, runtime_checkable
 
 from imgcore._text import without_secrets
 
@@ -184,17 +185,6 @@ class Repairable(Protocol):
         ...
 
 
-@runtime_checkable
-class ReadsWithOptions(Protocol):
-    """A driver that can be told how to read; others just lack the method."""
-
-    read_options: tuple[Option, ...]
-
-    def open_with(self, file: HostFile, gate: ReferenceGate, options: Mapping[str, Any]) -> Reader:
-        """Open an image as `Driver.open` does, with the parsed values of ``read_options``."""
-        ...
-
-
 @dataclass
 class CheckReport:
     """What ``check`` found; the counts are in the format's own allocation units.
@@ -316,29 +306,44 @@ class Measurement(NamedTuple):
     fully_allocated: int
 
 
-class Driver(Protocol):
-    """What the registry holds for each format; implemented by a module or an object."""
+@dataclass(frozen=True)
+class Driver:
+    """What a format offers; the module that the registry names holds it as ``DRIVER``.
+
+    Attributes
+    ----------
+    name : str
+        As in the registry.
+    options, read_options : tuple of Option
+        For writing, and for reading.
+    read : callable
+        Returns a `Reader` for a file, a gate for what the image names, and the values of
+        ``read_options``; the parent is not opened.  Raises WrongFormatError only if the magic is
+        absent.
+    writing : str
+        Module with ``writer_for(request)`` and ``measure(request, data_nbytes)``; it is imported
+        when it is needed, since it imports NumPy.
+    """
 
     name: str
-    aliases: tuple[str, ...]
-    suffixes: tuple[str, ...]
     options: tuple[Option, ...]
+    read: Callable[[HostFile, ReferenceGate, Mapping[str, Any]], Reader]
+    writing: str
+    read_options: tuple[Option, ...] = ()
 
-    def probe(self, head: bytes, tail: bytes) -> bool:
-        """Tell whether the file is of this format.
-
-        ``head`` is the file's first bytes (up to 64 KiB), ``tail`` its last 1024.
-        """
-        ...
-
-    def open(self, file: HostFile, gate: ReferenceGate) -> Reader:
-        """Open an image; raises WrongFormatError only if the magic is absent."""
-        ...
+    def open(
+        self, file: HostFile, gate: ReferenceGate, values: Mapping[str, Any] | None = None
+    ) -> Reader:
+        """Open an image; ``values`` are the parsed ``read_options``, their defaults if None."""
+        if values is None:
+            values = {option.name: option.default for option in self.read_options}
+        return self.read(file, gate, values)
 
     def writer(self, request: WriteRequest) -> Writer:
         """Return a writer; raises OptionError or LimitExceededError."""
-        ...
+        return cast("Writer", importlib.import_module(self.writing).writer_for(request))
 
     def measure(self, request: WriteRequest, data_nbytes: int) -> Measurement:
         """Return the file size needed for ``data_nbytes`` of allocated blocks."""
-        ...
+        module = importlib.import_module(self.writing)
+        return cast("Measurement", module.measure(request, data_nbytes))

@@ -58,20 +58,23 @@ MAGICS: Final = (
 _VMDK_TEXT: Final = re.compile(
     rb"(?:[ \t]*(?:#[^\n\0]{0,4096})?\r?\n){0,256}version[ \t]*=[ \t]*[123][ \t]*\r?\n"
 )
-_VMDK_FIRST_LINE: Final = re.compile(rb"#[ \t]*Disk[ \t]*DescriptorFile", re.IGNORECASE)
+_VMDK_FIRST_LINE: Final = re.compile(
+    rb"(?:\xef\xbb\xbf)?#[ \t]*Disk[ \t]*DescriptorFile", re.IGNORECASE
+)
 
 
 def _is_qcow2(head: bytes) -> bool:
     return head[:4] == b"QFI\xfb" and head[4:8] != b"\x00\x00\x00\x01"
 
 
-def _is_vmdk_descriptor(head: bytes) -> bool:
+def is_vmdk_descriptor(head: bytes) -> bool:
+    """Tell whether a file's first bytes are those of a VMDK descriptor."""
     return bool(_VMDK_FIRST_LINE.match(head) or _VMDK_TEXT.match(head))
 
 
 _TESTS: Final[tuple[tuple[str, Callable[[bytes], bool]], ...]] = (
     ("qcow2", _is_qcow2),
-    ("vmdk", _is_vmdk_descriptor),
+    ("vmdk", is_vmdk_descriptor),
 )
 
 

@@ -12,7 +12,7 @@ from imgcore import _limits as limits
 from imgcore._errors import LimitExceededError, OptionError
 from imgcore._geometry import Codec, CodecId
 from imgcore.formats import _qcow2_layout as layout
-from imgcore.formats._base import BackingReference, Measurement, Option, WriteRequest
+from imgcore.formats._base import BackingReference, Option, WriteRequest
 
 DEFAULT_CLUSTER_NBYTES: Final = 64 * limits.KIB
 DEFAULT_REFCOUNT_BITS: Final = 16
@@ -333,30 +333,3 @@ def refcount_clusters(params: Qcow2Params, n_clusters: int) -> tuple[int, int]:
         if (blocks, table) == (n_blocks, n_table):
             return blocks, table
         n_blocks, n_table = blocks, table
-
-
-def measure(request: WriteRequest, data_nbytes: int) -> Measurement:
-    """Return what ``qemu-img measure -O qcow2`` returns for the same options.
-
-    Parameters
-    ----------
-    request : WriteRequest
-    data_nbytes : int
-        Bytes of the clusters that hold data.
-
-    Returns
-    -------
-    Measurement
-        Compression is not taken into account.
-    """
-    params = check_request(request)
-    cluster_size = params.cluster_size
-    per_table = params.l2_entries
-    l2_tables = -(-params.n_data_clusters // per_table)
-    l1_clusters = -(-l2_tables // per_table)
-    n_clusters = 1 + l2_tables + l1_clusters + params.n_data_clusters
-    fully_allocated = (n_clusters + sum(refcount_clusters(params, n_clusters))) * cluster_size
-    whole = params.n_data_clusters * cluster_size
-    if params.preallocation in ("falloc", "full"):
-        data_nbytes = whole
-    return Measurement(fully_allocated - whole + min(data_nbytes, whole), fully_allocated)

@@ -20,6 +20,7 @@ from imgcore._errors import LimitExceededError
 from imgcore._extents import BlockState
 from imgcore._geometry import CodecId, Geometry, Placing, ZeroPolicy
 from imgcore.formats import _qcow2_layout as layout
+from imgcore.formats._base import Measurement
 from imgcore.formats._holes import write_with_holes
 from imgcore.formats._qcow2_options import (
     Qcow2Params,
@@ -48,6 +49,33 @@ def writer_for(request: WriteRequest) -> Qcow2Writer | PreallocatedWriter:
     if params.preallocation == "off":
         return Qcow2Writer(params, request.sparse_nbytes)
     return PreallocatedWriter(params, request.sparse_nbytes)
+
+
+def measure(request: WriteRequest, data_nbytes: int) -> Measurement:
+    """Return what ``qemu-img measure -O qcow2`` returns for the same options.
+
+    Parameters
+    ----------
+    request : WriteRequest
+    data_nbytes : int
+        Bytes of the clusters that hold data.
+
+    Returns
+    -------
+    Measurement
+        Compression is not taken into account.
+    """
+    params = check_request(request)
+    cluster_size = params.cluster_size
+    per_table = params.l2_entries
+    l2_tables = -(-params.n_data_clusters // per_table)
+    l1_clusters = -(-l2_tables // per_table)
+    n_clusters = 1 + l2_tables + l1_clusters + params.n_data_clusters
+    fully_allocated = (n_clusters + sum(refcount_clusters(params, n_clusters))) * cluster_size
+    whole = params.n_data_clusters * cluster_size
+    if params.preallocation in ("falloc", "full"):
+        data_nbytes = whole
+    return Measurement(fully_allocated - whole + min(data_nbytes, whole), fully_allocated)
 
 
 class _L2Tables:

@@ -13,7 +13,7 @@ from imgcore import _limits as limits
 from imgcore._errors import LimitExceededError, OptionError
 from imgcore._version import __version__
 from imgcore.formats import _vhdx_layout as layout
-from imgcore.formats._base import BackingReference, Measurement, Option, WriteRequest
+from imgcore.formats._base import BackingReference, Option, WriteRequest
 from imgcore.formats._vhdx_header import Metadata, with_checksum
 from imgcore.formats._vhdx_parent import (
     DATA_WRITE_GUID,
@@ -193,14 +193,6 @@ def _check_size(metadata: Metadata) -> None:
         raise LimitExceededError(
             f"a vhdx disk has up to {limits.VHDX_MAX_VIRTUAL_NBYTES} bytes, not {size}"
         )
-
-
-def measure(request: WriteRequest, data_nbytes: int) -> Measurement:
-    """Return the file size needed for ``data_nbytes`` of allocated blocks."""
-    params = check_request(request)
-    whole = params.fully_allocated_nbytes
-    required = whole if params.is_fixed else min(params.data_offset + data_nbytes, whole)
-    return Measurement(required, whole)
 
 
 # ------------------------------------------------------------------------- structures

@@ -18,6 +18,7 @@ from imgcore._extents import PLACEMENT_DTYPE, BlockState
 from imgcore._geometry import Geometry, Placing, ZeroPolicy
 from imgcore.formats import _vhdx_layout as layout
 from imgcore.formats import _vhdx_options as options
+from imgcore.formats._base import Measurement
 from imgcore.formats._flat import flat_geometry
 from imgcore.formats._holes import write_with_holes
 from imgcore.formats._vhdx_bat import payload_indices, table_format
@@ -37,6 +38,14 @@ def writer_for(request: WriteRequest) -> DynamicWriter | FixedWriter:
     params = options.check_request(request)
     kind = FixedWriter if params.is_fixed else DynamicWriter
     return kind(params, request.sparse_nbytes)
+
+
+def measure(request: WriteRequest, data_nbytes: int) -> Measurement:
+    """Return the file size needed for ``data_nbytes`` of allocated blocks."""
+    params = options.check_request(request)
+    whole = params.fully_allocated_nbytes
+    required = whole if params.is_fixed else min(params.data_offset + data_nbytes, whole)
+    return Measurement(required, whole)
 
 
 class _VhdxWriter:

@@ -28,7 +28,6 @@ _EXTENT_LINE: Final = re.compile(
     re.IGNORECASE,
 )
 _KEY_LINE: Final = re.compile(r"([A-Za-z][\w.]*)\s*=\s*(.*)")
-_VERSION_LINE: Final = re.compile(r"version\s*=\s*\d", re.IGNORECASE)
 # A second, different value of one of these would let two programs see two disks.
 _DECISIVE_KEYS: Final = frozenset(
     {"version", "cid", "parentcid", "createtype", "parentfilenamehint"}
@@ -72,22 +71,6 @@ class Descriptor(NamedTuple):
     def virtual_size(self) -> int:
         """Bytes of all extents together."""
         return sum(extent.nbytes for extent in self.extents)
-
-
-def looks_like_descriptor(head: bytes) -> bool:
-    """Tell whether a file's first bytes are those of a descriptor.
-
-    Its first line is the signature, or the first line that is neither empty nor a comment
-    states the version.
-    """
-    text = head.split(b"\0", 1)[0].decode("latin-1").removeprefix("\xef\xbb\xbf")
-    if text.lstrip()[: len(SIGNATURE)].lower() == SIGNATURE.lower():
-        return True
-    for line in text.splitlines():
-        stripped = line.strip()
-        if stripped and not stripped.startswith("#"):
-            return _VERSION_LINE.match(stripped) is not None
-    return False
 
 
 def parse_descriptor(data: bytes, path: str) -> Descriptor:

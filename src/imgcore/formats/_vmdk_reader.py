@@ -15,10 +15,10 @@ from imgcore._errors import (
 from imgcore._limits import SECTOR_NBYTES, VMDK_MAX_DESCRIPTOR_NBYTES
 from imgcore._log import log
 from imgcore.formats._base import BackingReference, CheckReport, SourceFile
+from imgcore.formats._magic import is_vmdk_descriptor
 from imgcore.formats._vmdk_descriptor import (
     Descriptor,
     ExtentLine,
-    looks_like_descriptor,
     parse_descriptor,
 )
 from imgcore.formats._vmdk_layout import NO_PARENT_CID, SPARSE_MAGIC
@@ -85,7 +85,7 @@ class VmdkReader:
             refuse_foreign_extent(file, head)
             if head.startswith(SPARSE_MAGIC):
                 self.descriptor = self._open_monolithic(file)
-            elif looks_like_descriptor(head):
+            elif is_vmdk_descriptor(head):
                 self.descriptor = self._open_described(file, gate)
             else:
                 raise WrongFormatError(

@@ -63,7 +63,7 @@ class VmdkPlan(NamedTuple):
         return ZeroPolicy.SKIP if self.sparse_nbytes else ZeroPolicy.STORE
 
 
-def make_writer(request: WriteRequest) -> Writer:
+def writer_for(request: WriteRequest) -> Writer:
     """Return the writer for the request's subformat.
 
     Raises

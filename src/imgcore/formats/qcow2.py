@@ -10,14 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from imgcore.formats import _qcow2_layout as layout
-from imgcore.formats._base import BackingReference, SourceFile
+from imgcore.formats._base import BackingReference, Driver, SourceFile
 from imgcore.formats._qcow2_header import Snapshot, read_bitmaps, read_header, read_snapshots
 from imgcore.formats._qcow2_options import OPTIONS
 
 if TYPE_CHECKING:
     from imgcore._extents import Extents
-    from imgcore._files import HostFile, ReferenceGate
-    from imgcore.formats._base import CheckReport, Measurement, Option, Repair, Writer, WriteRequest
+    from imgcore._files import HostFile
+    from imgcore.formats._base import CheckReport, Repair
     from imgcore.formats._qcow2_tables import ExtentPlanner
 
 _NANOSECONDS: Final = 1_000_000_000
@@ -167,33 +167,9 @@ def _snapshot_info(snapshot: Snapshot) -> dict[str, Any]:
     return info
 
 
-class Qcow2Driver:
-    """What the registry holds for QCOW2."""
-
-    name: str = "qcow2"
-    aliases: tuple[str, ...] = ()
-    suffixes: tuple[str, ...] = (".qcow2",)
-    options: tuple[Option, ...] = OPTIONS
-
-    def probe(self, head: bytes, tail: bytes) -> bool:
-        """Tell whether the file begins as QCOW2 of version 2 or later."""
-        return head[:4] == layout.MAGIC and int.from_bytes(head[4:8], "big") >= 2
-
-    def open(self, file: HostFile, gate: ReferenceGate) -> Qcow2Reader:
-        """Open an image; the backing file it names is not opened here."""
-        return Qcow2Reader(file)
-
-    def writer(self, request: WriteRequest) -> Writer:
-        """Return a writer; raises OptionError or LimitExceededError."""
-        from imgcore.formats._qcow2_writer import writer_for
-
-        return writer_for(request)
-
-    def measure(self, request: WriteRequest, data_nbytes: int) -> Measurement:
-        """Return the file size needed, as ``qemu-img measure`` does."""
-        from imgcore.formats._qcow2_options import measure
-
-        return measure(request, data_nbytes)
-
-
-DRIVER: Final = Qcow2Driver()
+DRIVER: Final = Driver(
+    name="qcow2",
+    options=OPTIONS,
+    read=lambda file, gate, values: Qcow2Reader(file),
+    writing="imgcore.formats._qcow2_writer",
+)

@@ -7,22 +7,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from imgcore._errors import CorruptImageError, OptionError, UnsupportedFeatureError
 from imgcore._geometry import ZeroPolicy
 from imgcore._limits import MAX_VIRTUAL_NBYTES, SECTOR_NBYTES
-from imgcore.formats._base import Measurement, Option, SourceFile
+from imgcore.formats._base import Driver, Measurement, Option, SourceFile
 from imgcore.formats._flat import flat_geometry, sync_holes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from imgcore._extents import Extents, Placements
-    from imgcore._files import HostFile, ReferenceGate
+    from imgcore._files import HostFile
     from imgcore._geometry import Geometry
     from imgcore._target import Target, TargetFile
     from imgcore.formats._base import BackingReference, CheckReport, WriteRequest
 
-name: Final = "raw"
-aliases: Final[tuple[str, ...]] = ()
-suffixes: Final = (".raw", ".img", ".dd", ".bin")
-options: Final = (
+OPTIONS: Final = (
     Option(
         "preallocation",
         "choice",
@@ -39,7 +36,7 @@ _BATCH_ROWS: Final = 1 << 14
 class RawReader:
     """Reads a raw file or block device; closes it when it is closed itself."""
 
-    format_name: ClassVar[str] = name
+    format_name: ClassVar[str] = "raw"
 
     def __init__(self, file: HostFile) -> None:
         if file.nbytes % SECTOR_NBYTES:
@@ -119,7 +116,7 @@ class RawWriter:
     ``geometry`` is final after `begin`, when it is known what the target held before.
     """
 
-    format_name: ClassVar[str] = name
+    format_name: ClassVar[str] = "raw"
 
     def __init__(self, request: WriteRequest) -> None:
         _refuse(request)
@@ -178,17 +175,7 @@ def _refuse(request: WriteRequest) -> None:
         )
 
 
-def probe(head: bytes, tail: bytes) -> bool:
-    """Return False: raw is never the outcome of probing."""
-    return False
-
-
-def open(file: HostFile, gate: ReferenceGate) -> RawReader:
-    """Open a raw image; it names no other files."""
-    return RawReader(file)
-
-
-def writer(request: WriteRequest) -> RawWriter:
+def writer_for(request: WriteRequest) -> RawWriter:
     """Return a writer of a raw image."""
     return RawWriter(request)
 
@@ -197,3 +184,11 @@ def measure(request: WriteRequest, data_nbytes: int) -> Measurement:
     """Return the size of a raw image: holes count, as `qemu-img measure` has it."""
     _refuse(request)
     return Measurement(required=request.virtual_size, fully_allocated=request.virtual_size)
+
+
+DRIVER: Final = Driver(
+    name="raw",
+    options=OPTIONS,
+    read=lambda file, gate, values: RawReader(file),
+    writing=__name__,
+)

@@ -10,20 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from imgcore.formats import _vdi_layout as layout
-from imgcore.formats._base import Option, SourceFile
+from imgcore.formats._base import Driver, Option, SourceFile
 from imgcore.formats._vdi_header import read_header
 
 if TYPE_CHECKING:
     from imgcore._extents import Extents
     from imgcore._files import HostFile, ReferenceGate
-    from imgcore.formats._base import (
-        BackingReference,
-        CheckReport,
-        Measurement,
-        Repair,
-        Writer,
-        WriteRequest,
-    )
+    from imgcore.formats._base import BackingReference, CheckReport, Repair
     from imgcore.formats._vdi_tables import BlockMapPlanner
 
 OPTIONS: Final = (
@@ -151,34 +144,9 @@ class VdiReader:
         self._file.close()
 
 
-class VdiDriver:
-    """What the registry holds for VDI."""
-
-    name: str = "vdi"
-    aliases: tuple[str, ...] = ()
-    suffixes: tuple[str, ...] = (".vdi",)
-    options: tuple[Option, ...] = OPTIONS
-
-    def probe(self, head: bytes, tail: bytes) -> bool:
-        """Tell whether the signature is there, whatever the version."""
-        size = layout.PRE_HEADER.size
-        return len(head) >= size and layout.PRE_HEADER.unpack_from(head)[1] == layout.SIGNATURE
-
-    def open(self, file: HostFile, gate: ReferenceGate) -> VdiReader:
-        """Open an image; its parent is not opened here."""
-        return VdiReader(file, gate)
-
-    def writer(self, request: WriteRequest) -> Writer:
-        """Return a writer; raises OptionError or LimitExceededError."""
-        from imgcore.formats._vdi_writer import writer_for
-
-        return writer_for(request)
-
-    def measure(self, request: WriteRequest, data_nbytes: int) -> Measurement:
-        """Return the size of the file with the guest's data, and with a full disk."""
-        from imgcore.formats._vdi_writer import measure
-
-        return measure(request, data_nbytes)
-
-
-DRIVER: Final = VdiDriver()
+DRIVER: Final = Driver(
+    name="vdi",
+    options=OPTIONS,
+    read=lambda file, gate, values: VdiReader(file, gate),
+    writing="imgcore.formats._vdi_writer",
+)

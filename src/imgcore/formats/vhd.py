@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from imgcore._limits import SECTOR_NBYTES
 from imgcore.formats import _vhd_layout as layout
-from imgcore.formats._base import BackingReference, Option, SourceFile
+from imgcore.formats._base import BackingReference, Driver, Option, SourceFile
 from imgcore.formats._vhd_header import (
     SIZE_CHOICES,
     parent_texts,
@@ -24,8 +24,8 @@ from imgcore.formats._vhd_parent import find_parent
 
 if TYPE_CHECKING:
     from imgcore._extents import Extents
-    from imgcore._files import HostFile, ReferenceGate
-    from imgcore.formats._base import CheckReport, Measurement, Repair, Writer, WriteRequest
+    from imgcore._files import HostFile
+    from imgcore.formats._base import CheckReport, Repair
     from imgcore.formats._vhd_plan import BlockPlanner
 
 _SUBFORMATS: Final = {
@@ -196,42 +196,10 @@ def _printable(code: bytes) -> str:
     return code.rstrip(b"\0").decode("ascii", "backslashreplace").rstrip()
 
 
-class VhdDriver:
-    """What the registry holds for VHD."""
-
-    name: str = "vhd"
-    aliases: tuple[str, ...] = ("vpc",)
-    suffixes: tuple[str, ...] = (".vhd", ".vpc")
-    options: tuple[Option, ...] = OPTIONS
-    read_options: tuple[Option, ...] = READ_OPTIONS
-
-    def probe(self, head: bytes, tail: bytes) -> bool:
-        """Tell whether a footer's cookie stands at the start or at the end."""
-        cookie = layout.FOOTER_COOKIE
-        ends = (tail[-nbytes:] for nbytes in (layout.FOOTER_NBYTES, layout.OLD_FOOTER_NBYTES))
-        return head.startswith(cookie) or any(end.startswith(cookie) for end in ends)
-
-    def open(self, file: HostFile, gate: ReferenceGate) -> VhdReader:
-        """Open an image; the parent it names is not opened here."""
-        return VhdReader(file)
-
-    def open_with(
-        self, file: HostFile, gate: ReferenceGate, options: Mapping[str, Any]
-    ) -> VhdReader:
-        """Open an image with the size that the caller says counts."""
-        return VhdReader(file, options["size"])
-
-    def writer(self, request: WriteRequest) -> Writer:
-        """Return a writer; raises OptionError or LimitExceededError."""
-        from imgcore.formats._vhd_writer import writer_for
-
-        return writer_for(request)
-
-    def measure(self, request: WriteRequest, data_nbytes: int) -> Measurement:
-        """Return the file size needed, footers and tables included."""
-        from imgcore.formats._vhd_writer import measure
-
-        return measure(request, data_nbytes)
-
-
-DRIVER: Final = VhdDriver()
+DRIVER: Final = Driver(
+    name="vhd",
+    options=OPTIONS,
+    read=lambda file, gate, values: VhdReader(file, values["size"]),
+    writing="imgcore.formats._vhd_writer",
+    read_options=READ_OPTIONS,
+)

@@ -10,8 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from imgcore._log import log
-from imgcore.formats import _vhdx_layout as layout
-from imgcore.formats._base import BackingReference, SourceFile
+from imgcore.formats._base import BackingReference, Driver, SourceFile
 from imgcore.formats._vhdx_header import read_image
 from imgcore.formats._vhdx_options import OPTIONS
 from imgcore.formats._vhdx_parent import (
@@ -23,15 +22,8 @@ from imgcore.formats._vhdx_parent import (
 
 if TYPE_CHECKING:
     from imgcore._extents import Extents
-    from imgcore._files import HostFile, ReferenceGate
-    from imgcore.formats._base import (
-        CheckReport,
-        Measurement,
-        Option,
-        Repair,
-        Writer,
-        WriteRequest,
-    )
+    from imgcore._files import HostFile
+    from imgcore.formats._base import CheckReport, Repair
     from imgcore.formats._vhdx_bat import ExtentPlanner
 
 
@@ -153,33 +145,9 @@ class VhdxReader:
             source.file.close()
 
 
-class VhdxDriver:
-    """What the registry holds for VHDX."""
-
-    name: str = "vhdx"
-    aliases: tuple[str, ...] = ()
-    suffixes: tuple[str, ...] = (".vhdx",)
-    options: tuple[Option, ...] = OPTIONS
-
-    def probe(self, head: bytes, tail: bytes) -> bool:
-        """Tell whether the file begins as VHDX does."""
-        return head.startswith(layout.SIGNATURE)
-
-    def open(self, file: HostFile, gate: ReferenceGate) -> VhdxReader:
-        """Open an image; the parent that it names is not opened here."""
-        return VhdxReader(file)
-
-    def writer(self, request: WriteRequest) -> Writer:
-        """Return a writer; raises OptionError or LimitExceededError."""
-        from imgcore.formats._vhdx_writer import writer_for
-
-        return writer_for(request)
-
-    def measure(self, request: WriteRequest, data_nbytes: int) -> Measurement:
-        """Return the file size needed."""
-        from imgcore.formats._vhdx_options import measure
-
-        return measure(request, data_nbytes)
-
-
-DRIVER: Final = VhdxDriver()
+DRIVER: Final = Driver(
+    name="vhdx",
+    options=OPTIONS,
+    read=lambda file, gate, values: VhdxReader(file),
+    writing="imgcore.formats._vhdx_writer",
+)

@@ -8,11 +8,13 @@ Sources: VMware "Virtual Disk Format 5.0"; libvmdk, "VMware Virtual Disk Format 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from imgcore.formats._base import Measurement, Option, Reader, Writer, WriteRequest
+from imgcore.formats._base import Driver, Option, Reader
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from imgcore._files import HostFile, ReferenceGate
 
 ADAPTER_TYPES: Final = ("ide", "buslogic", "lsilogic", "legacyESX")
@@ -45,39 +47,16 @@ OPTIONS: Final = (
 )
 
 
-class VmdkDriver:
-    """VMDK in the registry of formats."""
+def _read(file: HostFile, gate: ReferenceGate, values: Mapping[str, Any]) -> Reader:
+    """Open a disk by its descriptor file or its only extent."""
+    from imgcore.formats._vmdk_reader import VmdkReader
 
-    name = "vmdk"
-    aliases: tuple[str, ...] = ()
-    suffixes: tuple[str, ...] = (".vmdk",)
-    options: tuple[Option, ...] = OPTIONS
-
-    def probe(self, head: bytes, tail: bytes) -> bool:
-        """Tell whether the file is a sparse extent or a descriptor."""
-        from imgcore.formats import _vmdk_layout as layout
-        from imgcore.formats._vmdk_descriptor import looks_like_descriptor
-
-        magics = (layout.SPARSE_MAGIC, layout.COWD_MAGIC, layout.SESPARSE_MAGIC)
-        return head.startswith(magics) or looks_like_descriptor(head)
-
-    def open(self, file: HostFile, gate: ReferenceGate) -> Reader:
-        """Open a disk by its descriptor file or its only extent."""
-        from imgcore.formats._vmdk_reader import VmdkReader
-
-        return VmdkReader(file, gate)
-
-    def writer(self, request: WriteRequest) -> Writer:
-        """Return the writer for the request's subformat."""
-        from imgcore.formats._vmdk_writer import make_writer
-
-        return make_writer(request)
-
-    def measure(self, request: WriteRequest, data_nbytes: int) -> Measurement:
-        """Return the sizes of the file with the guest's data; compressed, the upper bound."""
-        from imgcore.formats._vmdk_writer import measure
-
-        return measure(request, data_nbytes)
+    return VmdkReader(file, gate)
 
 
-DRIVER: Final = VmdkDriver()
+DRIVER: Final = Driver(
+    name="vmdk",
+    options=OPTIONS,
+    read=_read,
+    writing="imgcore.formats._vmdk_writer",
+)
