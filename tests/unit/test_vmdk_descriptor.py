@@ -96,6 +96,8 @@ def test_encodings(encoding: str, raw: bytes, name: str) -> None:
         ("CID=123456789\n", CorruptImageError, "8 hexadecimal"),
         ("CID=1\nCID=2\n", CorruptImageError, "twice"),
         ('parentFileNameHint="a"\nparentFileNameHint="b"\n', CorruptImageError, "twice"),
+        ('ddb.logicalSectorSize = "0"\n', CorruptImageError, "'0', allowed are 512 and 4096"),
+        ('ddb.logicalSectorSize="512"\nddb.logicalSectorSize="4096"\n', CorruptImageError, "twice"),
         ("RW\n", CorruptImageError, "line 1 is no extent"),
         ("\n\nRW x FLAT\n", CorruptImageError, "line 3"),
         ("a" * (limits.VMDK_MAX_DESCRIPTOR_LINE_NBYTES + 1), LimitExceededError, "line 1"),

@@ -341,6 +341,7 @@ def test_odd_names(tmp_path: Path, raw: Path) -> None:
         (["level=best"], "level"),
         (["subformat=vmfs", "grain_size=128k"], "grain_size"),
         (["preallocation=full"], "preallocation"),
+        (["logical_sector_size=1024"], "512, 4096"),
     ],
 )
 def test_bad_options(options: list[str], word: str) -> None:
@@ -351,6 +352,34 @@ def test_bad_options(options: list[str], word: str) -> None:
 def test_compressing_means_a_stream() -> None:
     with pytest.raises(OptionError, match="monolithicFlat"):
         DRIVER.writer(_request(MIB, "subformat=monolithicFlat", compress=True))
+
+
+@pytest.mark.parametrize("subformat", SUBFORMATS)
+def test_large_sectors_are_kept(
+    tmp_path: Path, subformat: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, back = tmp_path / "a.raw", tmp_path / "back.vhdx"
+    source.write_bytes(noise(3 * GRAIN) + bytes(MIB))
+    large = tmp_path / "large.vhdx"
+    imgcore.convert(source, large, options=["logical_sector_size=4096"], sync=False)
+    path = tmp_path / "b.vmdk"
+    imgcore.convert(large, path, options=[f"subformat={subformat}"], sync=False)
+    imgcore.convert(path, back, sync=False)
+    assert not caplog.records
+    assert open_vmdk(path).descriptor.values["ddb.logicalsectorsize"] == "4096"
+    for image in (path, back):
+        with imgcore.open(image) as opened:
+            assert opened.logical_sector_nbytes == 4096
+    qemu.assert_same(source, path, source_format="raw", target_format="vmdk")
+    assert imgcore.compare(source, back).identical
+
+
+def test_large_sectors_are_stated_only_where_there_are_any(tmp_path: Path, raw: Path) -> None:
+    path = _write(raw, tmp_path / "a.vmdk")
+    assert "ddb.logicalsectorsize" not in open_vmdk(path).descriptor.values
+    assert open_vmdk(path).logical_sector_nbytes == 512
+    with pytest.raises(OptionError, match="not a multiple of the logical sector size 4096"):
+        DRIVER.writer(_request(MIB + 512, "logical_sector_size=4096"))
 
 
 def test_hardware_version_6(tmp_path: Path) -> None:

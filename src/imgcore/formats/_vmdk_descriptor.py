@@ -22,6 +22,8 @@ from imgcore._limits import (
 from imgcore.formats._vmdk_layout import NO_PARENT_CID
 
 SIGNATURE: Final = "# Disk DescriptorFile"
+# What ddb.logicalSectorSize may be, as it is written.
+LOGICAL_SECTOR_SIZES: Final = ("512", "4096")
 _ACCESS_WORDS: Final = ("RW", "RDONLY", "NOACCESS")
 _EXTENT_LINE: Final = re.compile(
     r'(RW|RDONLY|NOACCESS)\s+(\d{1,20})\s+([A-Za-z]+)(?:\s+"([^"]*)"(?:\s+(\d{1,20}))?(?:\s+\S.*)?)?',
@@ -30,7 +32,14 @@ _EXTENT_LINE: Final = re.compile(
 _KEY_LINE: Final = re.compile(r"([A-Za-z][\w.]*)\s*=\s*(.*)")
 # A second, different value of one of these would let two programs see two disks.
 _DECISIVE_KEYS: Final = frozenset(
-    {"version", "cid", "parentcid", "createtype", "parentfilenamehint"}
+    {
+        "version",
+        "cid",
+        "parentcid",
+        "createtype",
+        "parentfilenamehint",
+        "ddb.logicalsectorsize",
+    }
 )
 # Codecs of Python that do not decode bytes to text, or do more than a code page does.
 _CODE_PAGE: Final = re.compile(
@@ -56,6 +65,7 @@ class Descriptor(NamedTuple):
     extents: tuple[ExtentLine, ...]
     cid: int
     parent_cid: int
+    logical_sector_nbytes: int
 
     @property
     def create_type(self) -> str:
@@ -118,6 +128,7 @@ def parse_descriptor(data: bytes, path: str) -> Descriptor:
         tuple(extents),
         _content_id(values, "cid", 0, path),
         _content_id(values, "parentcid", NO_PARENT_CID, path),
+        _logical_sector_nbytes(values, path),
     )
 
 
@@ -204,6 +215,18 @@ def _content_id(values: dict[str, str], key: str, default: int, path: str) -> in
     return int(text, 16)
 
 
+def _logical_sector_nbytes(values: dict[str, str], path: str) -> int:
+    """Return what the guest takes for a sector; a descriptor that says nothing means 512 bytes."""
+    text = values.get("ddb.logicalsectorsize", str(SECTOR_NBYTES))
+    if text not in LOGICAL_SECTOR_SIZES:
+        raise CorruptImageError(
+            f"ddb.logicalSectorSize is {text[:40]!r}, allowed are "
+            f"{' and '.join(LOGICAL_SECTOR_SIZES)}",
+            path=path,
+        )
+    return int(text)
+
+
 class DiskDatabase(NamedTuple):
     """What a new descriptor says about the virtual hardware and the content."""
 
@@ -212,6 +235,7 @@ class DiskDatabase(NamedTuple):
     tools_version: str
     cid: int
     long_content_id: str
+    logical_sector_nbytes: int = SECTOR_NBYTES
 
 
 def compose_descriptor(
@@ -236,6 +260,12 @@ def compose_descriptor(
         UTF-8, lines end with a single line feed.
     """
     cylinders, heads, sectors = _disk_geometry(n_sectors, database.adapter_type)
+    # Only disks of large sectors have the key: no reader stumbles over it for nothing.
+    large_sectors = (
+        (f'ddb.logicalSectorSize = "{database.logical_sector_nbytes}"',)
+        if database.logical_sector_nbytes != SECTOR_NBYTES
+        else ()
+    )
     lines = (
         SIGNATURE,
         "version=1",
@@ -254,6 +284,7 @@ def compose_descriptor(
         f'ddb.geometry.cylinders = "{cylinders}"',
         f'ddb.geometry.heads = "{heads}"',
         f'ddb.geometry.sectors = "{sectors}"',
+        *large_sectors,
         f'ddb.longContentID = "{database.long_content_id}"',
         'ddb.toolsInstallType = "4"',
         f'ddb.toolsVersion = "{database.tools_version}"',

@@ -101,6 +101,11 @@ class VmdkReader:
         return _content_id(self.descriptor.cid)
 
     @property
+    def logical_sector_nbytes(self) -> int:
+        """Bytes of a logical sector, 512 unless the descriptor states another size."""
+        return self.descriptor.logical_sector_nbytes
+
+    @property
     def sources(self) -> Sequence[SourceFile]:
         """The host files that extents refer to by index."""
         return self._sources
@@ -173,6 +178,7 @@ class VmdkReader:
             "cid": self.descriptor.cid,
             "parent-cid": self.descriptor.parent_cid,
             "create-type": self.descriptor.create_type or self.subformat,
+            "logical-sector-size": self.logical_sector_nbytes,
             "extents": [self._extent_info(item) for item in self._extents],
         }
         if grains:

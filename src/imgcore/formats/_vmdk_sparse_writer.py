@@ -165,6 +165,7 @@ class StreamWriter:
     def __init__(self, plan: VmdkPlan) -> None:
         self._plan = plan
         self._n_entries = _n_directory_entries(plan)
+        self.logical_sector_nbytes = plan.database.logical_sector_nbytes
         self.first_offset = _STREAM_FIRST_OFFSET
         self.geometry = self._make_geometry()
         self._file: TargetFile | None = None
@@ -302,6 +303,7 @@ class SparseWriter:
     def __init__(self, plan: VmdkPlan) -> None:
         self._plan = plan
         self._layout = HostedLayout(plan)
+        self.logical_sector_nbytes = plan.database.logical_sector_nbytes
         self.first_offset = self._layout.overhead
         self.geometry = Geometry(
             block_nbytes=plan.grain_nbytes,

@@ -123,6 +123,7 @@ class FlatWriter:
         self._plan = plan
         self._target: Target | None = None
         self._companion: TargetFile | None = None
+        self.logical_sector_nbytes = plan.database.logical_sector_nbytes
         self.first_offset = 0
         self.geometry = flat_geometry(plan.virtual_size, plan.sparse_nbytes)
 
@@ -204,7 +205,7 @@ def _plan(request: WriteRequest) -> VmdkPlan:
         preallocation=str(options.get("preallocation") or "off"),
         sparse_nbytes=request.sparse_nbytes,
         name=os.path.basename(request.target_name),
-        database=_database(options),
+        database=_database(request),
     )
     _refuse_idle_options(plan)
     return plan
@@ -234,7 +235,8 @@ def _grain_nbytes(options: Mapping[str, Any]) -> int:
     return nbytes
 
 
-def _database(options: Mapping[str, Any]) -> DiskDatabase:
+def _database(request: WriteRequest) -> DiskDatabase:
+    options = request.options
     hw_version = options.get("hwversion")
     if options.get("compat6"):
         if hw_version is not None:
@@ -247,7 +249,21 @@ def _database(options: Mapping[str, Any]) -> DiskDatabase:
         tools_version=_number("toolsversion", options.get("toolsversion"), DEFAULT_TOOLS_VERSION),
         cid=cid,
         long_content_id=long_content_id,
+        logical_sector_nbytes=_logical_sector_nbytes(request),
     )
+
+
+def _logical_sector_nbytes(request: WriteRequest) -> int:
+    """Return the option's value, else what the source states: a guest sees no change."""
+    nbytes = int(
+        request.options.get("logical_sector_size") or request.logical_sector_nbytes or SECTOR_NBYTES
+    )
+    if request.virtual_size % nbytes:
+        raise OptionError(
+            f"virtual size {request.virtual_size} is not a multiple of the logical sector size "
+            f"{nbytes}"
+        )
+    return nbytes
 
 
 def _number(name: str, value: object, default: str) -> str:

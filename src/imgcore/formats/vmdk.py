@@ -33,6 +33,13 @@ OPTIONS: Final = (
     Option("hwversion", "str", None, "Virtual hardware version (4 unless given)"),
     Option("toolsversion", "str", "2147483647", "Version of the guest tools"),
     Option("compat6", "bool", False, "Virtual hardware version 6"),
+    Option(
+        "logical_sector_size",
+        "choice",
+        None,
+        "Sector size of the guest's disk (the source's, else 512)",
+        ("512", "4096"),
+    ),
     Option("zeroed_grain", "bool", False, "Mark explicit zeros in tables (monolithicSparse)"),
     Option("grain_size", "size", 65536, "Grain size, 8k to 1M (sparse kinds)"),
     Option("level", "choice", "default", "Compression level (streamOptimized)", LEVELS),
