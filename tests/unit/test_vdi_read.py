@@ -319,13 +319,21 @@ def test_loop(tmp_path: Path) -> None:
         imgcore.open(own)
 
 
-def test_search_is_bounded(chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    n_files = len([path for path in chain.parent.iterdir() if path.suffix.lower() == ".vdi"])
-    monkeypatch.setattr(_vdi_parent, "VDI_MAX_SEARCHED_FILES", n_files)
+def test_search_is_bounded(
+    chain: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = sorted(p.name for p in chain.parent.iterdir() if p.suffix.lower() == ".vdi")
+    monkeypatch.setattr(_vdi_parent, "VDI_MAX_SEARCHED_FILES", len(names))
     imgcore.open(chain).close()
-    monkeypatch.setattr(_vdi_parent, "VDI_MAX_SEARCHED_FILES", n_files - 1)
-    with pytest.raises(LimitExceededError, match="--parent"):
+    assert not caplog.records
+    n_files = names.index("middle.VDI")
+    monkeypatch.setattr(_vdi_parent, "VDI_MAX_SEARCHED_FILES", n_files)
+    with pytest.raises(FileNotFoundError, match="--parent"):
         imgcore.open(chain)
+    assert f"no more than {n_files} *.vdi files" in caplog.text
+    assert imgcore.info(chain)["backing-filename"].endswith(".vdi")
+    with imgcore.open(chain, parent=chain.parent / "middle.VDI") as image:
+        assert image.read(3 * BLOCK, 1) == fill(0, 1)
 
 
 # -- check -----------------------------------------------------------------------------

@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Final
 
-from imgcore._errors import ImgcoreError, LimitExceededError
+from imgcore._errors import ImgcoreError
 from imgcore._limits import VDI_MAX_SEARCHED_FILES
+from imgcore._log import log
 from imgcore.formats import _vdi_layout as layout
 from imgcore.formats._base import BackingReference
 from imgcore.formats._vdi_header import read_identities
@@ -41,21 +42,25 @@ def find_parent(header: VdiHeader, gate: ReferenceGate, path: str) -> BackingRef
         With the names of the files of that UUID, those of that modification first; if there
         is none, the name that VirtualBox gives to an image of that UUID.
 
-    Raises
-    ------
-    LimitExceededError
-        More files would have to be looked at than `VDI_MAX_SEARCHED_FILES`.
+    Notes
+    -----
+    No more than `VDI_MAX_SEARCHED_FILES` files are looked at; that others were not is logged as
+    a warning.  The image itself can be described, and read with a parent that is given.
     """
     wanted = header.parent_identities
     same: list[str] = []
     changed: list[str] = []
     for n_files, name in enumerate(_candidates(gate)):
         if n_files == VDI_MAX_SEARCHED_FILES:
-            raise LimitExceededError(
-                f"the parent, of UUID {header.parent_uuid}, is looked for in no more than "
-                f"{VDI_MAX_SEARCHED_FILES} *{_SUFFIX} files: name it (--parent)",
-                path=path,
+            log.warning(
+                "%s: its parent, of UUID %s, is looked for in no more than %d *%s files: "
+                "name it (--parent) if it is not found",
+                path,
+                header.parent_uuid,
+                VDI_MAX_SEARCHED_FILES,
+                _SUFFIX,
             )
+            break
         found = _identities(gate, name)
         if found.get(layout.IDENTITY_UUID) == wanted[layout.IDENTITY_UUID]:
             (same if wanted.items() <= found.items() else changed).append(name)
