@@ -26,7 +26,7 @@ fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$cache"
-flags="-O2 -fPIC -fvisibility=hidden"
+flags="-O3 -fPIC -fvisibility=hidden"
 cc=${CC:-cc}
 jobs=$(nproc)
 
