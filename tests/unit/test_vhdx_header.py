@@ -211,6 +211,8 @@ class TestCopies:
         report = imgcore.check(path, repair=True)
         assert report.corruptions == 0
         assert imgcore.check(path).ok
+        raw = path.read_bytes()
+        assert len({raw[offset + 8 : offset + 16] for offset in HEADERS}) == 2
 
     @pytest.mark.parametrize("places", [HEADERS, REGION_TABLES])
     def test_both_are_damaged(self, tmp_path: Path, places: tuple[int, int]) -> None:

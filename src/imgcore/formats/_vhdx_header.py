@@ -222,15 +222,19 @@ def _read_copies(
 
 def _current_header(file: HostFile, problems: list[Problem]) -> FileHeader:
     """Return the header with the higher sequence number of those that are valid."""
+    damaged: list[Problem] = []
     copies = _read_copies(
         file,
         "header",
         layout.HEADER_OFFSETS,
         layout.HEADER_NBYTES,
         layout.HEADER_SIGNATURE,
-        problems,
+        damaged,
     )
     headers = [_unpack_header(raw) for raw in copies]
+    # Of two headers with the same sequence number neither would be the current one.
+    sequence = headers[0].sequence - 1 if headers[0].sequence else 1
+    problems += [item._replace(sound=_with_sequence(copies[0], sequence)) for item in damaged]
     if len({header.sequence for header in headers}) < len(set(headers)):
         raise CorruptImageError(
             f"both headers have the sequence number {headers[0].sequence}, but differ",
@@ -238,6 +242,11 @@ def _current_header(file: HostFile, problems: list[Problem]) -> FileHeader:
             offset=layout.HEADER_OFFSETS[0],
         )
     return max(headers, key=lambda header: header.sequence)
+
+
+def _with_sequence(raw: bytes, sequence: int) -> bytes:
+    start, end = layout.SEQUENCE_OFFSET, layout.SEQUENCE_OFFSET + layout.SEQUENCE.size
+    return with_checksum(raw[:start] + layout.SEQUENCE.pack(sequence) + raw[end:])
 
 
 def _unpack_header(raw: bytes) -> FileHeader:

@@ -30,6 +30,8 @@ HEADER_SIGNATURE: Final = b"head"
 HEADER: Final = struct.Struct("<4sIQ16s16s16sHHIQ")
 CHECKSUM_OFFSET: Final = 4
 CHECKSUM: Final = struct.Struct("<I")
+SEQUENCE_OFFSET: Final = 8
+SEQUENCE: Final = struct.Struct("<Q")
 VERSION: Final = 1
 LOG_VERSION: Final = 0
 
