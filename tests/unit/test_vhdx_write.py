@@ -373,10 +373,32 @@ class TestCheck:
         assert imgcore.check(path, repair=True).ok
         assert path.stat().st_size == 10 * MIB
 
-    def test_a_leak_in_the_middle_stays(self, tmp_path: Path) -> None:
+    def test_free_space_between_blocks_is_no_leak(self, tmp_path: Path) -> None:
         path = self.write(tmp_path / "a.vhdx", 10 * MIB | 6, 0)
-        assert imgcore.check(path).leaks == 2
-        assert imgcore.check(path, repair=True).leaks == 2
+        assert imgcore.check(path).ok
+        assert imgcore.check(path, repair=True).repairs == []
+
+    @pytest.mark.parametrize(("file_mib", "n_leaks"), [(4, 0), (8, 0), (9, 5), (20, 16)])
+    def test_what_qemu_keeps_in_front_of_blocks(
+        self, tmp_path: Path, file_mib: int, n_leaks: int
+    ) -> None:
+        path = vhdx.Vhdx(8 * MIB).write(tmp_path / "a.vhdx")
+        with open(path, "r+b") as file:
+            file.truncate(file_mib * MIB)
+        assert imgcore.check(path).leaks == n_leaks
+        assert imgcore.check(path, repair=True).ok
+        assert path.stat().st_size == (4 if n_leaks else file_mib) * MIB
+
+    def test_a_fixed_disk_keeps_its_room(self, tmp_path: Path) -> None:
+        """As QEMU writes them: the file has room for all blocks, their entries say zero."""
+        blocks = {0: (vhdx.FULL, vhdx.pattern(0, MIB)), 3: (vhdx.ZERO, b"")}
+        path = vhdx.Vhdx(8 * MIB, blocks=blocks, leave_allocated=True).write(tmp_path / "a.vhdx")
+        for file_mib, n_leaks in ((11, 0), (12, 0), (14, 2)):
+            with open(path, "r+b") as file:
+                file.truncate(file_mib * MIB)
+            assert imgcore.check(path).leaks == n_leaks
+        assert imgcore.check(path, repair=True).ok
+        assert path.stat().st_size == 12 * MIB
 
     @pytest.mark.parametrize("state", [1, 2, 3])
     def test_space_that_a_block_keeps_is_no_leak(self, tmp_path: Path, state: int) -> None:

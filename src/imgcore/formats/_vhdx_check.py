@@ -31,6 +31,8 @@ WINDOW_UNITS: Final = 1 << 23
 _UNIT_BITS: Final = layout.ALIGNMENT.bit_length() - 1
 _PIECE_ENTRIES: Final = 1 << 17
 _STATE: Final = np.uint64(layout.BAT_STATE_MASK)
+# What QEMU keeps free between the tables of a new image and its first block.
+_SPARE_UNITS: Final = 4
 # States in which space may be kept that holds nothing (2.5.1.1).
 _KEEPING_STATES: Final = (layout.BLOCK_UNDEFINED, layout.BLOCK_ZERO, layout.BLOCK_UNMAPPED)
 
@@ -49,7 +51,8 @@ def find_repairs(image: VhdxImage) -> list[Repair]:
     Nothing is offered while a log waits to be replayed, or for an image whose blocks lie upon
     each other or upon tables: what is written could be a guest's.
     """
-    report = VhdxChecker(image).run()
+    checker = VhdxChecker(image)
+    report = checker.run()
     if image.replayed is not None or report.corruptions > len(image.problems):
         return []
     repairs = [
@@ -59,20 +62,26 @@ def find_repairs(image: VhdxImage) -> list[Repair]:
         for problem in image.problems
         if problem.sound is not None
     ]
-    unused = image.file.nbytes - report.image_end_offset
-    if unused >= image.metadata.block_nbytes:
+    if report.leaks:
         repairs.append(
             Repair(
-                f"{unused >> _UNIT_BITS} MiB behind the last block are leaked",
+                f"{report.leaks} MiB behind the last block are leaked",
                 "end the file behind the last block",
-                file_nbytes=report.image_end_offset,
+                file_nbytes=checker.needed_nbytes,
             )
         )
     return repairs
 
 
 class VhdxChecker:
-    """One run over one image."""
+    """One run over one image.
+
+    Attributes
+    ----------
+    report : CheckReport
+    needed_nbytes : int
+        Where the file may end.
+    """
 
     def __init__(self, image: VhdxImage) -> None:
         self._image = image
@@ -80,6 +89,7 @@ class VhdxChecker:
         self._n_units = -(-image.view.nbytes >> _UNIT_BITS)
         self._block_units = image.metadata.block_nbytes >> _UNIT_BITS
         self.report = CheckReport(total_clusters=image.metadata.n_blocks)
+        self.needed_nbytes = 0
 
     def run(self) -> CheckReport:
         """Check everything."""
@@ -104,6 +114,7 @@ class VhdxChecker:
         for base in range(0, self._n_units, WINDOW_UNITS):
             last_used = max(last_used, self._check_window(base, bitmaps))
         report.image_end_offset = last_used << _UNIT_BITS
+        self._check_end(last_used)
         return report
 
     def _payload(self) -> Iterator[tuple[Entries, int]]:
@@ -195,7 +206,7 @@ class VhdxChecker:
     # ----------------------------------------------------------------------- space
 
     def _check_window(self, base: int, bitmaps: dict[int, int]) -> int:
-        """Report overlaps and leaks among units [base, ...); return the end of what is used."""
+        """Report overlaps among units [base, ...); return the end of what is used."""
         n = min(WINDOW_UNITS, self._n_units - base)
         changes = np.zeros(n + 1, dtype=np.int32)
         kept = np.zeros(n + 1, dtype=np.int32)
@@ -212,17 +223,27 @@ class VhdxChecker:
         self._report_overlaps(counts, base)
         used = counts > 0
         used |= np.cumsum(kept[:-1], dtype=np.int32) > 0
-        for first, end in _runs(~used):
-            # Less than a block is what alignment leaves.
-            if end - first < self._block_units:
-                continue
-            self.report.leak(
-                f"space: nothing refers to {(base + first) << _UNIT_BITS:#x} up to "
-                f"{(base + end) << _UNIT_BITS:#x}",
-                end - first,
-            )
         in_use = np.flatnonzero(used)
         return base + int(in_use[-1]) + 1 if in_use.size else 0
+
+    def _check_end(self, last_used: int) -> None:
+        """Report space behind everything else.
+
+        Between structures free space is as good as any (2.1): it is where next blocks go.  A
+        fixed disk's file keeps room for those of its blocks that have no place yet (2.6.2.1).
+        """
+        needed, n_placed = last_used, self.report.allocated_clusters
+        if self._metadata.leave_block_allocated and not self._metadata.has_parent:
+            needed += (self._metadata.n_blocks - n_placed) * self._block_units
+        self.needed_nbytes = needed << _UNIT_BITS
+        unused = self._n_units - needed
+        # Less than a block is what alignment leaves.
+        if unused >= self._block_units and (n_placed or unused > _SPARE_UNITS):
+            self.report.leak(
+                f"space: nothing refers to {self.needed_nbytes:#x} up to "
+                f"{self._n_units << _UNIT_BITS:#x}",
+                unused,
+            )
 
     def _structures(self) -> Iterator[tuple[int, int]]:
         yield 0, layout.HEADER_SECTION_NBYTES >> _UNIT_BITS
@@ -275,9 +296,3 @@ def _count(changes: NDArray[np.int32], first: NDArray[np.int64], end: NDArray[np
     low, high = np.clip(first, 0, n), np.clip(end, 0, n)
     np.add.at(changes, low, 1)
     np.add.at(changes, high, -1)
-
-
-def _runs(mask: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
-    """Yield [first, end) of the runs of True."""
-    edges = np.flatnonzero(np.diff(np.concatenate(([False], mask, [False])).astype(np.int8)))
-    yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
