@@ -428,3 +428,20 @@ class TestCheck:
         report = imgcore.check(path)
         assert report.corruptions == 1
         assert "no parent" in report.problems[0]
+
+    @pytest.mark.parametrize("place", [MIB, 2 * MIB, 3 * MIB, 4 * MIB, 6 * MIB])
+    def test_a_bitmap_upon_something_else(self, tmp_path: Path, place: int) -> None:
+        """Log, BAT, metadata, the other chunk's bitmap, a block."""
+        disk = vhdx.Vhdx(
+            4097 * MIB,
+            locator=vhdx.child_locator(),
+            blocks={n: (vhdx.PARTIAL, vhdx.pattern(n, MIB)) for n in (0, 4096)},
+            own_sectors={0: {1}, 4096: {2}},
+        )
+        path = disk.write(tmp_path / "a.vhdx")
+        assert imgcore.check(path).ok
+        with open(path, "r+b") as file:
+            file.seek(vhdx.BAT_OFFSET + 8 * disk.bitmap_index(4096))
+            file.write(struct.pack("<Q", place | 6))
+        lines = imgcore.check(path).problems
+        assert any(f"bitmap block 1 at {place:#x} overlaps" in line for line in lines), lines

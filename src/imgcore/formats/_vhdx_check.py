@@ -220,7 +220,7 @@ class VhdxChecker:
             places = self._kept_units(entries)
             _count(kept, places - base, places + self._block_units - base)
         counts = np.cumsum(changes[:-1], dtype=np.int32)
-        self._report_overlaps(counts, base)
+        self._report_overlaps(counts, base, bitmaps)
         used = counts > 0
         used |= np.cumsum(kept[:-1], dtype=np.int32) > 0
         in_use = np.flatnonzero(used)
@@ -269,10 +269,18 @@ class VhdxChecker:
         kept &= entries >= np.uint64(layout.HEADER_SECTION_NBYTES)
         return (entries[kept] >> np.uint64(_UNIT_BITS)).astype(np.int64)
 
-    def _report_overlaps(self, counts: NDArray[np.int32], base: int) -> None:
+    def _report_overlaps(
+        self, counts: NDArray[np.int32], base: int, bitmaps: dict[int, int]
+    ) -> None:
         """Report each block that shares a unit with another structure."""
         if not (counts > 1).any():
             return
+        for chunk, unit in bitmaps.items():
+            if base <= unit < base + len(counts) and counts[unit - base] > 1:
+                self.report.corruption(
+                    f"sector bitmap block {chunk} at {unit << _UNIT_BITS:#x} overlaps another "
+                    "block or structure"
+                )
         shared = np.concatenate(([0], np.cumsum(counts > 1)))
         for entries, first_block in self._payload():
             numbers, first, end = self._present(entries, first_block)
