@@ -123,10 +123,9 @@ class ExtentPlanner:
         if start >= stop:
             return
         rows = clip(rows, start, stop)
-        if self._patches is not None:
-            rows = self._patches.apply(rows)
-        for at in range(0, len(rows), limits.MAX_BATCH_ROWS):
-            yield rows[at : at + limits.MAX_BATCH_ROWS]
+        for part in [rows] if self._patches is None else self._patches.apply(rows):
+            for at in range(0, len(part), limits.MAX_BATCH_ROWS):
+                yield part[at : at + limits.MAX_BATCH_ROWS]
 
     def _rows(self, entries: Entries, first: int) -> Iterator[Extents]:
         """Yield rows of whole blocks; only the disk's last one may be shorter."""
@@ -251,8 +250,8 @@ class _Patches:
         patches = np.array(replayed.patches, dtype=np.int64).reshape(-1, 3)
         self._starts, self._ends, self._places = patches.T.copy()
 
-    def apply(self, rows: Extents) -> Extents:
-        """Return rows in which replayed bytes come from the log (file 1) or are zeros.
+    def apply(self, rows: Extents) -> Iterator[Extents]:
+        """Yield the same rows, but what was replayed comes from the log (file 1) or is zeros.
 
         Notes
         -----
@@ -265,8 +264,20 @@ class _Patches:
         first = np.searchsorted(self._ends, host, side="right")
         last = np.searchsorted(self._starts, host + length, side="left")
         n_patches = np.where(rows["kind"] == Kind.DATA, np.maximum(last - first, 0), 0)
+        cuts = np.flatnonzero(np.diff(np.cumsum(n_patches) // limits.MAX_BATCH_ROWS)) + 1
+        for columns in zip(
+            *(np.split(column, cuts) for column in (rows, first, n_patches)), strict=True
+        ):
+            yield self._patched(*columns)
+
+    def _patched(
+        self, rows: Extents, first: NDArray[np.int64], n_patches: NDArray[np.int64]
+    ) -> Extents:
+        """Return rows of which each is changed by ``n_patches`` patches from ``first`` on."""
         if not n_patches.any():
             return rows
+        host = rows["host_offset"].astype(np.int64)
+        length = rows["length"].astype(np.int64)
         row = np.repeat(np.arange(len(rows)), n_patches)
         before = np.cumsum(n_patches) - n_patches
         patch = np.arange(len(row)) - np.repeat(before - first, n_patches)
