@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import resource
 import struct
 import tracemalloc
 from pathlib import Path
@@ -194,6 +196,18 @@ class TestReplay:
         tracemalloc.stop()
         assert n_rows > 100_000
         assert peak < 100 * MIB
+
+    def test_no_room_for_what_is_replayed(self, tmp_path: Path) -> None:
+        path = with_log(tmp_path / "a.vhdx", entry(1, 0, *((BAT_OFFSET, BOTH),) * 9))
+        before = os.listdir("/proc/self/fd")
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (SECTOR, limits[1]))
+        try:
+            with pytest.raises(OSError, match=r"too large.*a\.vhdx \(log\)"):
+                imgcore.open(path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert os.listdir("/proc/self/fd") == before
 
 
 class TestActiveSequence:

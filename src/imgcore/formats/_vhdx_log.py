@@ -115,8 +115,13 @@ class ReplayedFile:
 
 def _anonymous_file(content: bytearray, name: str) -> HostFile:
     fd = os.memfd_create("imgcore-log", os.MFD_CLOEXEC)
-    with open(fd, "wb", closefd=False) as writer:
-        writer.write(content)
+    try:
+        with open(fd, "wb", closefd=False) as writer:
+            writer.write(content)
+    except OSError as error:
+        os.close(fd)
+        error.filename = name
+        raise
     return HostFile(fd, name, share=True)
 
 
