@@ -357,8 +357,10 @@ class TestCheck:
             ((5 * MIB | 6,), 3, "block 0 at 0x500000 overlaps"),
             ((2 * MIB | 6,), 1, "block 0 at 0x200000 overlaps"),
             ((MIB | 6,), 1, "block 0 at 0x100000 overlaps"),
+            ((4 * MIB | 1,), 2, "block 0 at 0x400000 overlaps"),
+            ((4 * MIB | 3,), 2, "block 0 at 0x400000 overlaps"),
         ],
-        ids=["same", "shifted", "bat", "log"],
+        ids=["same", "shifted", "bat", "log", "undefined", "unmapped"],
     )
     def test_overlaps(self, tmp_path: Path, entries: tuple[int, ...], n: int, words: str) -> None:
         report = imgcore.check(self.write(tmp_path / "a.vhdx", *entries))

@@ -33,8 +33,10 @@ _PIECE_ENTRIES: Final = 1 << 17
 _STATE: Final = np.uint64(layout.BAT_STATE_MASK)
 # What QEMU keeps free between the tables of a new image and its first block.
 _SPARE_UNITS: Final = 4
-# States in which space may be kept that holds nothing (2.5.1.1).
-_KEEPING_STATES: Final = (layout.BLOCK_UNDEFINED, layout.BLOCK_ZERO, layout.BLOCK_UNMAPPED)
+# States in which a place, where there is one, is the block's alone (2.5.1, 2.5.1.1).
+_PLACED_STATES: Final = (layout.BLOCK_UNDEFINED, layout.BLOCK_UNMAPPED, 4, 5, 6, 7)
+# A place means nothing here, but QEMU wrote one until 2.3: it is not given away.
+_KEEPING_STATES: Final = (layout.BLOCK_ZERO,)
 
 
 class _Blocks(NamedTuple):
@@ -215,10 +217,9 @@ class VhdxChecker:
         for unit in bitmaps.values():
             _count(changes, np.array([unit - base]), np.array([unit + 1 - base]))
         for entries, first_block in self._payload():
-            blocks = self._present(entries, first_block)
-            _count(changes, blocks.first_units - base, blocks.end_units - base)
-            places = self._kept_units(entries)
-            _count(kept, places - base, places + self._block_units - base)
+            for counters, states in ((changes, _PLACED_STATES), (kept, _KEEPING_STATES)):
+                _, first_units, end_units = self._placed(entries, first_block, states)
+                _count(counters, first_units - base, end_units - base)
         counts = np.cumsum(changes[:-1], dtype=np.int32)
         self._report_overlaps(counts, base, bitmaps)
         used = counts > 0
@@ -254,20 +255,13 @@ class VhdxChecker:
         for region in self._image.regions:
             yield region.offset >> _UNIT_BITS, region.end >> _UNIT_BITS
 
-    def _present(self, entries: Entries, first: int) -> _Blocks:
-        """Return those blocks that have a place behind the headers."""
-        has_place = ((entries & np.uint64(4)) != 0) & (
-            entries >= np.uint64(layout.HEADER_SECTION_NBYTES)
-        )
+    def _placed(self, entries: Entries, first: int, states: tuple[int, ...]) -> _Blocks:
+        """Return those blocks in one of the states that have a place behind the headers."""
+        has_place = np.isin(entries & _STATE, np.array(states, dtype=np.uint64))
+        has_place &= entries >= np.uint64(layout.HEADER_SECTION_NBYTES)
         numbers = np.flatnonzero(has_place)
         units = (entries[numbers] >> np.uint64(_UNIT_BITS)).astype(np.int64)
         return _Blocks(numbers + first, units, units + self._block_units)
-
-    def _kept_units(self, entries: Entries) -> NDArray[np.int64]:
-        """Return the places of space that blocks without content keep."""
-        kept = np.isin(entries & _STATE, np.array(_KEEPING_STATES, dtype=np.uint64))
-        kept &= entries >= np.uint64(layout.HEADER_SECTION_NBYTES)
-        return (entries[kept] >> np.uint64(_UNIT_BITS)).astype(np.int64)
 
     def _report_overlaps(
         self, counts: NDArray[np.int32], base: int, bitmaps: dict[int, int]
@@ -283,7 +277,7 @@ class VhdxChecker:
                 )
         shared = np.concatenate(([0], np.cumsum(counts > 1)))
         for entries, first_block in self._payload():
-            numbers, first, end = self._present(entries, first_block)
+            numbers, first, end = self._placed(entries, first_block, _PLACED_STATES)
             low = np.clip(first - base, 0, len(counts))
             high = np.clip(end - base, 0, len(counts))
             upon = shared[high] > shared[low]
