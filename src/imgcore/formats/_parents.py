@@ -28,8 +28,8 @@ def names_from_windows_path(text: str) -> tuple[str, ...]:
     The names are the image's word: only the gate decides whether they may be opened, and
     only the identity of what is found there whether it is the parent.
 
-    Source: MS-VHDX 2.2.4 "Parent Locator"; "Virtual Hard Disk Image Format Specification"
-    1.0, "Parent Locator Entries".
+    Source: [MS-VHDX] 2.6.2.6.3, "VHDX Parent Locator"; "Virtual Hard Disk Image Format
+    Specification" 1.0, "Parent Locator Entries".
     """
     components = [part for part in re.split(r"[\\/]+", text) if part not in ("", ".")]
     if not components or components[-1] == "..":
