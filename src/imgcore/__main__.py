@@ -1,8 +1,20 @@
-"""``python -m imgcore``: the same as the ``imgcore`` command."""
+"""``python -m imgcore``, and the ``imgcore`` command."""
 
 from __future__ import annotations
 
-from imgcore.cli import run
+import signal
+from typing import NoReturn
+
+
+def run() -> NoReturn:
+    """Load the command and run it as the process that it is."""
+    # Until it is loaded there is nothing to clean up: Ctrl-C just ends it, without a traceback.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from imgcore import cli
+
+    cli.run()
+
 
 if __name__ == "__main__":
     run()

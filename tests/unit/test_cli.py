@@ -8,8 +8,10 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -192,6 +194,55 @@ def test_a_closed_pipe_says_nothing(run: RunMain, fake: Fake) -> None:
 def test_interrupt(verb: str, run: RunMain, fake: Fake) -> None:
     fake(verb, error=KeyboardInterrupt())
     assert_one_line(run(verb, *CALLS[verb][2]), 130, "SIGINT")
+
+
+def test_a_second_signal_does_not_interrupt_cleaning_up(run: RunMain, fake: Fake) -> None:
+    def job(**_: Any) -> Outcome:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGHUP)
+        raise AssertionError
+
+    fake("convert", result=job)
+    assert_one_line(run("convert", "a.raw", "b.raw"), 143, "SIGTERM")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_during_a_finalizer_is_not_lost(
+    number: int, code: int, run: RunMain, fake: Fake
+) -> None:
+    class Finalized:
+        def __del__(self) -> None:
+            signal.raise_signal(number)
+
+    def job(**_: Any) -> Outcome:
+        Finalized()
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            time.sleep(0.001)
+        return Outcome()
+
+    fake("convert", result=job)
+    assert_one_line(run("convert", "a.raw", "b.raw"), code, signal.Signals(number).name)
+
+
+def test_an_interrupt_while_the_command_is_loaded_says_nothing() -> None:
+    script = """if True:
+        import os, signal, sys
+        class Finder:
+            def find_spec(self, name, path=None, target=None):
+                if name == "imgcore.cli":
+                    os.kill(os.getpid(), signal.SIGINT)
+        sys.meta_path.insert(0, Finder())
+        from imgcore.__main__ import run
+        run()
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", script, "--version"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 @pytest.mark.parametrize(("flags", "text"), [((), "imgcore: warning: a\\n: odd\n"), (("-q",), "")])

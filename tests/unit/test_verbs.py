@@ -546,3 +546,45 @@ def test_closed_and_full_streams(redirections: str, tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == ("full" in redirections)
     assert [path.name for path in tmp_path.iterdir()] == ["new-é.raw"]
     assert (tmp_path / "new-é.raw").read_bytes() == bytes(MIB)
+
+
+@pytest.mark.parametrize("stream", ["full", "closed-pipe"])
+@pytest.mark.parametrize("flag", ["-p", "--progress=json", "--progress=bar"])
+def test_a_job_does_not_fail_for_its_reports(flag: str, stream: str, tmp_path: Path) -> None:
+    (tmp_path / "a.raw").write_bytes(bytes(MIB))
+    if stream == "full":
+        errors = os.open("/dev/full", os.O_WRONLY)
+    else:
+        end, errors = os.pipe()
+        os.close(end)
+    line = [sys.executable, "-m", "imgcore", "convert", "--no-sync", flag, "a.raw", "b.raw"]
+    try:
+        done = subprocess.run(
+            line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=errors, check=False
+        )
+    finally:
+        os.close(errors)
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert (tmp_path / "b.raw").read_bytes() == bytes(MIB)
+
+
+def test_a_warning_that_nobody_can_read_is_no_failure(folder: Path) -> None:
+    script = """if True:
+        import sys
+        from imgcore import cli
+        from imgcore._log import log
+        import imgcore._info as verb
+        plain = verb.info
+        def info(*args, **kwargs):
+            log.warning("odd")
+            return plain(*args, **kwargs)
+        verb.info = info
+        sys.exit(cli.main())
+    """
+    line = 'exec "$0" -c "$1" info "$2" 2>/dev/full'
+    name = str(folder / "qcow2.qcow2")
+    done = subprocess.run(
+        ["sh", "-c", line, sys.executable, script, name], capture_output=True, check=False
+    )
+    assert done.returncode == 0
+    assert done.stdout.startswith(b"image: ")

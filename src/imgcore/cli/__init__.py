@@ -22,8 +22,7 @@ from typing import Any, Final, NoReturn
 import click
 
 from imgcore._errors import ImgcoreError, OptionError
-from imgcore._text import one_line
-from imgcore.cli._common import CONTEXT_SETTINGS
+from imgcore.cli._common import CONTEXT_SETTINGS, say
 
 _VERBS: Final = {
     "convert": "Convert an image to another format.",
@@ -40,6 +39,8 @@ EXIT_FAILURE: Final = 1
 EXIT_USAGE: Final = 2
 _FAILURE_CODES: Final = {"compare": 2, "lint": 2}  # where 1 has another meaning
 _EXIT_SIGNAL: Final = 128  # + the signal's number, as shells report it
+
+_REPEAT_SECONDS: Final = 0.01
 
 # Set to anything: failures that are bugs show where they come from.
 _DEBUG_VARIABLE: Final = "IMGCORE_DEBUG"
@@ -174,10 +175,7 @@ def _error_text(error: Exception) -> str:
 
 
 def _fail(message: str, code: int = EXIT_FAILURE) -> int:
-    try:
-        print(f"imgcore: {one_line(message)}", file=sys.stderr, flush=True)
-    except OSError:  # nobody listens: the exit code has to do
-        pass
+    say(f"imgcore: {message}")
     return code
 
 
@@ -204,8 +202,7 @@ def _ended_by(number: int) -> int:
 
 class _WarningLines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        kind = record.levelname.lower()
-        print(f"imgcore: {kind}: {one_line(record.getMessage())}", file=sys.stderr, flush=True)
+        say(f"imgcore: {record.levelname.lower()}: {record.getMessage()}")
 
 
 @contextmanager
@@ -226,18 +223,32 @@ def _warnings() -> Iterator[None]:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """Turn SIGINT, SIGTERM and SIGHUP into one exception each.
+    """Turn the first of SIGINT, SIGTERM and SIGHUP into an exception.
 
-    Once one has come, all three are ignored: what cleans up is not to be interrupted.
+    Those that follow are ignored: what cleans up is not to be interrupted.
     A signal that the caller ignores (nohup, background jobs) stays ignored.
     """
     previous: dict[int, Any] = {}
+    has_come = False
 
     def handle(number: int, _frame: FrameType | None) -> None:
-        for other in previous:
-            signal.signal(other, signal.SIG_IGN)
+        nonlocal has_come
+        if has_come:
+            return
+        has_come = True
         raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
 
+    def repeat(lost: sys.UnraisableHookArgs) -> None:
+        # Python drops what is raised in a finalizer: once more, when that has ended.
+        nonlocal has_come
+        if not isinstance(lost.exc_value, KeyboardInterrupt | Terminated):
+            previous_hook(lost)
+            return
+        has_come = False
+        number = getattr(lost.exc_value, "signal_number", signal.SIGINT)
+        threading.Timer(_REPEAT_SECONDS, os.kill, (os.getpid(), number)).start()
+
+    previous_hook, sys.unraisablehook = sys.unraisablehook, repeat
     if threading.current_thread() is threading.main_thread():
         for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(ending) is not signal.SIG_IGN:
@@ -248,3 +259,4 @@ def _signals() -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+        sys.unraisablehook = previous_hook

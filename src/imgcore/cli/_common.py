@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -22,6 +24,12 @@ _HELP_WORDS: Final = frozenset({"help", "?"})
 
 Function = Callable[..., Any]
 Decorator = Callable[[Function], Function]
+
+
+def say(text: str) -> None:
+    """Print one line on stderr; a job does not fail because nobody can read what it says."""
+    with suppress(OSError):
+        print(one_line(text), file=sys.stderr, flush=True)
 
 
 def size_value(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:

@@ -6,12 +6,14 @@ import json
 import sys
 import time
 from collections import deque
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import click
 
 from imgcore._sizes import format_size
+from imgcore.cli._common import say
 
 if TYPE_CHECKING:
     import rich.progress
@@ -159,7 +161,7 @@ class JsonReporter(Reporter):
             "rate": round(self._rate.per_second),
             "eta": None if left is None else round(left, 1),
         }
-        print(json.dumps(line), file=sys.stderr, flush=True)
+        say(json.dumps(line))
 
     def finish(self) -> None:
         if self._counters is not None and self._counters != self._shown:
@@ -180,14 +182,14 @@ class PlainReporter(Reporter):
         left = self._rate.seconds_left(counters.total)
         if counters.done < counters.total:
             text += f", {rate_text(rate)}, {time_text(left)} left"
-        print(text, file=sys.stderr, flush=True)
+        say(text)
 
     def finish(self) -> None:
         if self._counters is not None:
             seconds = time.monotonic() - self._start
             text = f"{percent(self._counters):.1f}% of {format_size(self._counters.total)}"
             rate = rate_text(self._counters.done / max(seconds, 1e-3))
-            print(f"{text} in {seconds:.1f} s, {rate}", file=sys.stderr, flush=True)
+            say(f"{text} in {seconds:.1f} s, {rate}")
 
 
 class BarReporter(Reporter):
@@ -213,12 +215,18 @@ class BarReporter(Reporter):
         left = self._rate.seconds_left(counters.total)
         rate = rate_text(self._rate.per_second)
         state = f"{rate}, {time_text(left)} left" if counters.done < counters.total else rate
-        self._bar.update(self._task, completed=counters.done, state=state)
-        self._bar.refresh()
+        with suppress(OSError):
+            self._bar.update(self._task, completed=counters.done, state=state)
+            self._bar.refresh()
 
     def _open(self, total: int) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
+
+        class LenientConsole(Console):
+            def on_broken_pipe(self) -> None:
+                """Go on in silence; rich would end the process."""
+                self.quiet = True
 
         # No refresh thread: it would contend for the GIL with the progress callback.
         self._bar = Progress(
@@ -226,11 +234,12 @@ class BarReporter(Reporter):
             BarColumn(),
             TextColumn("{task.percentage:>5.1f}%"),
             TextColumn("{task.fields[state]}", markup=False),
-            console=Console(file=sys.stderr),
+            console=LenientConsole(file=sys.stderr),
             auto_refresh=False,
         )
         self._task = self._bar.add_task(self._label, total=max(total, 1), state="")
-        self._bar.start()
+        with suppress(OSError):
+            self._bar.start()
 
     def finish(self) -> None:
         if self._bar is not None and self._counters is not None:
@@ -238,7 +247,8 @@ class BarReporter(Reporter):
 
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with suppress(OSError):
+                self._bar.stop()
 
 
 def percent(counters: Counters) -> float:

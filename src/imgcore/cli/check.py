@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from imgcore._text import one_line
 from imgcore.cli._common import (
     allow_option,
     format_option,
@@ -14,6 +13,7 @@ from imgcore.cli._common import (
     parent_option,
     print_json,
     quiet_option,
+    say,
     share_option,
     verb,
 )
@@ -58,15 +58,15 @@ def command(
     try:
         result = check(file, format=format, parent=parent, repair=repair, allow=allow, share=share)
     except CheckNotSupportedError as error:
-        click.echo(f"imgcore: {one_line(str(error))}", err=True)
+        say(f"imgcore: {error}")
         return EXIT_UNSUPPORTED
     if as_json:
         print_json(result.as_dict())
     else:
         for line in result.problems:
-            click.echo(one_line(line), err=True)
+            say(line)
         for line in result.repairs:
-            click.echo(f"Repaired {one_line(line)}", err=True)
+            say(f"Repaired {line}")
         if not quiet:
             _print_human(result)
     if result.corruptions:

@@ -19,6 +19,7 @@ from imgcore.cli._common import (
     quiet_option,
     read_options_option,
     require,
+    say,
     share_option,
     size_value,
     target_driver,
@@ -157,4 +158,4 @@ def command(
 
 def _print_lost(row: BadRange) -> None:
     text = f"{row.path}: lost: {row.length} bytes of the disk at 0x{row.guest_offset:x}"
-    click.echo(one_line(f"imgcore: {text} ({row.reason}), zeros in their place"), err=True)
+    say(f"imgcore: {text} ({row.reason}), zeros in their place")
