@@ -157,8 +157,8 @@ def convert(
     compress : bool
         Write compressed blocks.
     backing, backing_format : optional
-        A backing file for the target (QCOW2), and its format.  Blocks that read the same
-        in it are left out; the virtual disk reads the same as the source.
+        A backing file for the target (QCOW2) or its parent (VHD, VHDX, VDI), and its format.
+        Blocks that read the same in it are left out; the virtual disk reads the same as the source.
     source_backing_format : str, optional
         Format of the source's backing files whose format the source does not state.
     parent : path-like, optional
@@ -344,8 +344,8 @@ class _Conversion:
 
             if r.salvage:
                 raise OptionError(f"{r.source}: nothing of a compressed stream can be salvaged")
-            refuse_stream_options(r.source, r.read_options)
-            self._stream = StreamSource.open(r.source)
+            refuse_stream_options(r.source, r.read_options, r.parent)
+            self._stream = StreamSource.open(r.source, share=r.share)
             self._stack.callback(self._stream.close)
             if r.source_format is None:
                 refuse_image_in_stream(self._stream)
@@ -486,7 +486,7 @@ class _Conversion:
     def _write(self, target: Target) -> None:
         r = self._request
         is_archive = r.profile is not None and r.profile.container is Container.GCE_TAR
-        if not target.in_place and (is_archive or stream_suffix(r.target) is not None):
+        if is_archive or stream_suffix(r.target) is not None:
             self._write_stream(target, is_archive)
         else:
             self._write_image(target)
@@ -568,6 +568,8 @@ class _Conversion:
         from imgcore import _convert_stream as streams
 
         r = self._request
+        if target.in_place:
+            raise OptionError(f"{r.target}: a compressed raw stream is not written in place (-n)")
         if r.salvage:
             raise OptionError(f"{r.target}: what is salvaged is not written as a stream")
         if r.compress or r.backing is not None or r.options.get("preallocation") != "off":

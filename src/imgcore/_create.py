@@ -92,9 +92,11 @@ def create(
         The operating system refused; ``filename`` is set.
     """
     from imgcore._target import Target
-    from imgcore.formats import get_driver
+    from imgcore.formats import get_driver, stream_suffix
 
     name = os.fspath(path)
+    if stream_suffix(name) is not None:
+        raise OptionError("compressed raw disks are written by convert only", path=name)
     driver = get_driver(_target_format(name, format))
     reference, backing_size, identity = _open_backing(name, backing, backing_format, allow)
     if virtual_size is None:
@@ -123,7 +125,7 @@ def _target_format(name: str, format: str | None) -> str:
 
     found = format if format is not None else format_from_suffix(name)
     if found is None:
-        raise OptionError("format does not follow from the suffix: give one", path=name)
+        raise OptionError("the name has no suffix of a known format: state it with -f", path=name)
     return found
 
 
@@ -143,7 +145,7 @@ def _open_backing(
             raise OptionError("a backing format is given without a backing file", path=name)
         return None, None, None
     if backing_format is None:
-        raise OptionError("the backing file's format must be given", path=name)
+        raise OptionError("the backing file's format is never guessed: state it with -F", path=name)
     stored = os.fspath(backing)
     path = os.path.join(os.path.dirname(name), stored)
     with open_layer(path, format=backing_format, allow=allow, share=True) as (file, reader):

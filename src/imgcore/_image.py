@@ -227,8 +227,9 @@ def open(
     path : path-like
         A regular file or a block device.
     format : str, optional
-        ``raw``, ``qcow2`` or ``vmdk``; found by its magic if None.  Raw is never guessed from
-        content: it follows from the suffix (.raw, .img, .dd, .bin) or is stated here.
+        ``raw``, ``qcow2``, ``vmdk``, ``vhd``, ``vhdx`` or ``vdi``; found by its magic if None.
+        Raw is never guessed from content: it follows from the suffix (.raw, .img, .dd, .bin), or
+        from being a block device, or is stated here.
     backing_format : str, optional
         Format of backing files whose format the image does not state; it is never guessed.
     parent : path-like, optional

@@ -102,7 +102,7 @@ def info(
     from imgcore.formats import refuse_stream_options, stream_suffix
 
     if format in (None, "raw") and stream_suffix(os.fspath(path)) is not None:
-        refuse_stream_options(os.fspath(path), read_options)
+        refuse_stream_options(os.fspath(path), read_options, parent)
         description = _describe_stream(path, share)
         return [description] if chain else description
     if not chain:

@@ -79,7 +79,7 @@ def measure(
         return _measure_data(size, (), target_format, options, compress)
     assert source is not None
     if (stream_size := _stream_size(source, format, share)) is not None:
-        refuse_stream_options(os.fspath(source), read_options)
+        refuse_stream_options(os.fspath(source), read_options, parent)
         # What a stream holds is known when it has been read: all of it may be data.
         whole = _whole(stream_size)
         return _measure_data(stream_size, whole, target_format, options, compress)

@@ -167,8 +167,8 @@ class Target:
     sync : bool
         Make everything durable in `commit`.
     in_place : bool
-        Write straight into an existing regular file or block device.  A block device is always
-        written so.  A failure leaves such a target incomplete.
+        Write straight into an existing regular file or block device; a block device is written
+        in no other way.  A failure leaves such a target incomplete.
 
     Attributes
     ----------
@@ -212,7 +212,7 @@ class Target:
         if not in_place:
             restore_interrupted(self._folder, self._name)
         self._examine(in_place)
-        self.in_place = in_place or self.is_block_device
+        self.in_place = in_place
         self._folder_fd = -1 if self.in_place else self._open_folder()
 
     def _examine(self, in_place: bool) -> None:
@@ -230,6 +230,12 @@ class Target:
         mode = status.st_mode
         self.is_block_device = stat.S_ISBLK(mode)
         if self.is_block_device:
+            if not in_place:
+                raise TargetError(
+                    "is a block device: what is on it is overwritten only on request "
+                    "(convert -n; in_place=True in Python)",
+                    path=self.path,
+                )
             self.identity = file_identity(status)
             return
         if stat.S_ISLNK(link.st_mode):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from tests.helpers import qemu
+from tests.unit.test_files import loop_device
 
 import imgcore
 from imgcore import _convert, _convert_stream
@@ -161,6 +162,29 @@ class TestInPlace:
         with pytest.raises(imgcore.UnsupportedFeatureError, match="only raw"):
             imgcore.convert(disk, target, in_place=True)
         assert not caplog.records
+
+    @pytest.mark.parametrize("force", [False, True])
+    def test_a_block_device_only_on_request(self, tmp_path: Path, disk: Path, force: bool) -> None:
+        volume = tmp_path / "volume"
+        volume.write_bytes(b"\xee" * (5 * MIB))
+        with loop_device(volume) as device:
+            for arguments in ({}, {"target_format": "raw"}):
+                with pytest.raises(imgcore.TargetError, match="is a block device"):
+                    imgcore.convert(disk, device, force=force, **arguments)
+            for format in ("raw", "qcow2", "vhdx"):
+                with pytest.raises(imgcore.TargetError, match="is a block device"):
+                    imgcore.create(device, MIB, format=format, force=force)
+            assert volume.read_bytes() == b"\xee" * (5 * MIB)
+            imgcore.convert(disk, device, in_place=True)
+        assert volume.read_bytes()[: disk.stat().st_size] == disk.read_bytes()
+
+    @pytest.mark.parametrize("name", ["volume.raw.zst", "volume.raw.gz"])
+    def test_no_stream(self, tmp_path: Path, disk: Path, name: str) -> None:
+        target = tmp_path / name
+        target.write_bytes(b"\xee" * (5 * MIB))
+        with pytest.raises(imgcore.OptionError, match="not written in place"):
+            imgcore.convert(disk, target, in_place=True)
+        assert target.read_bytes() == b"\xee" * (5 * MIB)
 
     def test_an_incomplete_target_is_said_to_be_so(
         self, tmp_path: Path, disk: Path, caplog: pytest.LogCaptureFixture
@@ -328,6 +352,30 @@ def test_a_stream_goes_into_every_format(tmp_path: Path, disk: Path) -> None:
         assert imgcore.compare(disk, tmp_path / target).identical
     imgcore.convert(packed, tmp_path / "s.vmdk", options={"subformat": "streamOptimized"})
     assert imgcore.compare(disk, tmp_path / "s.vmdk").identical
+
+
+def test_a_stream_has_no_parent(tmp_path: Path, disk: Path) -> None:
+    packed = tmp_path / "disk.raw.zst"
+    imgcore.convert(disk, packed)
+    with pytest.raises(imgcore.OptionError, match="a parent is given"):
+        imgcore.convert(packed, tmp_path / "a.raw", parent=disk)
+    for chain in (False, True):
+        with pytest.raises(imgcore.OptionError, match="a parent is given"):
+            imgcore.info(packed, parent=disk, chain=chain)
+    with pytest.raises(imgcore.OptionError, match="a parent is given"):
+        imgcore.measure(packed, parent=disk)
+
+
+def test_a_stream_that_grows_is_read_only_on_request(tmp_path: Path, disk: Path) -> None:
+    packed = tmp_path / "disk.raw.zst"
+    imgcore.convert(disk, packed)
+
+    def touch(_: imgcore.Progress) -> None:
+        os.utime(packed, ns=(1, 1))
+
+    with pytest.raises(imgcore.ImgcoreError, match="changed while it was read"):
+        imgcore.convert(packed, tmp_path / "a.raw", progress=touch)
+    imgcore.convert(packed, tmp_path / "a.raw", progress=touch, share=True)
 
 
 def test_a_stream_is_not_held_in_huge_pieces(tmp_path: Path, disk: Path) -> None:

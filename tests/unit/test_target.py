@@ -732,7 +732,10 @@ class TestInPlace:
         with loop_device(path) as device:
             (tmp_path / "link").symlink_to(device)
             for name in (device, str(tmp_path / "link")):
-                with Target(name) as target, HostFile.open(device) as file:
+                for force in (False, True):
+                    with pytest.raises(TargetError, match="is a block device"):
+                        Target(name, force=force)
+                with Target(name, in_place=True) as target, HostFile.open(device) as file:
                     assert (target.in_place, target.is_block_device) == (True, True)
                     assert same_file(target.identity, file.identity)
                     target.require_capacity(1 << 20)
@@ -756,7 +759,8 @@ class TestInPlace:
             if subprocess.run(command, capture_output=True, check=False).returncode != 0:
                 pytest.skip("mounting is not permitted")
             try:
-                with pytest.raises(OSError, match="in use or mounted"), Target(device):
+                mounted = pytest.raises(OSError, match="in use or mounted")
+                with mounted, Target(device, in_place=True):
                     pass
             finally:
                 subprocess.run(["umount", str(tmp_path / "mnt")], check=True)

@@ -408,6 +408,13 @@ def test_create_refuses(case: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["new.raw.zst", "new.img.gz"])
+def test_create_makes_no_stream(name: str, tmp_path: Path) -> None:
+    with pytest.raises(imgcore.OptionError, match="by convert only"):
+        imgcore.create(tmp_path / name, MIB)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_create_replaces_only_by_force(tmp_path: Path) -> None:
     path = tmp_path / "new.qcow2"
     path.write_bytes(b"precious")

@@ -178,7 +178,7 @@ def target_driver(format: str | None, path: str | None) -> Driver:
 
     found = format or (format_from_suffix(path) if path is not None else None)
     if found is None:
-        raise OptionError("format of the target does not follow from its suffix: give one")
+        raise OptionError("the target's format does not follow from a suffix: state it")
     return get_driver(found)
 
 

@@ -186,10 +186,12 @@ def open_reader(
     return driver.open(file, gate, _parse(name, driver.read_options, options))
 
 
-def refuse_stream_options(path: str, options: OptionTexts | None) -> None:
-    """Raise OptionError if a compressed raw disk is to be read with options: it has none."""
+def refuse_stream_options(path: str, options: OptionTexts | None, parent: object) -> None:
+    """Raise OptionError if a compressed raw disk is given options or a parent: it has none."""
     if options:
         raise OptionError("raw has no options for reading", path=path)
+    if parent is not None:
+        raise OptionError("a parent is given, but raw disks have none", path=path)
 
 
 def _find_format(file: HostFile) -> str:
