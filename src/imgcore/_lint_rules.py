@@ -20,6 +20,7 @@ from imgcore._limits import (
     VDI_MIN_WRITTEN_BLOCK_NBYTES,
 )
 from imgcore._profiles import GCE_MEMBER_NAME, XENSERVER_MAX_VHD_NBYTES, Profile
+from imgcore._text import one_line
 
 if TYPE_CHECKING:
     from imgcore._files import HostFile
@@ -136,7 +137,7 @@ class Rule:
         if message is None:
             return None
         remedy = self.remedy if isinstance(self.remedy, str) else self.remedy(facts)
-        return Finding(self.name, message, remedy or _convert(facts))
+        return Finding(self.name, one_line(message), remedy or _convert(facts))
 
 
 def _convert(facts: Facts) -> str:

@@ -18,7 +18,7 @@ HIDDEN: Final = "***"
 # Of a URL's authority, what stands before the last @; values of such names in queries and JSON.
 _USER_INFO: Final = re.compile(r"(?<=://)[^/?#\s]*@")
 _SECRET_VALUE: Final = re.compile(
-    r"(?i)((?:password|passwd|passphrase|secret|token|signature|sig)"
+    r"(?i)((?:password|passwd|passphrase|secret|token|key|cookie|credential|signature|sig)"
     r"(?:=|[\"']\s*:\s*[\"']))[^&\"'\s,}]+"
 )
 

@@ -116,7 +116,11 @@ def test_long_texts_lose_their_middle() -> None:
         ("X-Amz-Signature=hunter2&a=b", f"X-Amz-Signature={HIDDEN}&a=b"),
         ('json:{"password": "hunter2", "a": 1}', f'json:{{"password": "{HIDDEN}", "a": 1}}'),
         ("json:{'token':'hunter2'}", f"json:{{'token':'{HIDDEN}'}}"),
+        ("rbd:pool/disk:id=me:key=hunter2==:conf=x", f"rbd:pool/disk:id=me:key={HIDDEN}"),
+        ("https://host/d?apikey=hunter2&a=b", f"https://host/d?apikey={HIDDEN}&a=b"),
+        ('json:{"file.cookie": "hunter2"}', f'json:{{"file.cookie": "{HIDDEN}"}}'),
         ("someone@example.vhd", "someone@example.vhd"),
+        ("donkey.vhd", "donkey.vhd"),
         ("signature 0x12", "signature 0x12"),
     ],
 )
@@ -220,8 +224,17 @@ def test_a_backing_file_with_credentials(tmp_path: Path) -> None:
     told = "".join(traceback.format_exception(caught.value))
     assert "hunter2" not in told
     assert f"https://{HIDDEN}@host/base.qcow2" in told
-    done = imgcore_command("info", "--json", path)
-    assert "hunter2" not in done.stdout + done.stderr
+    for words in (
+        ("info", "--json"),
+        ("check", "--json"),
+        ("lint", "--json", "--profile=openstack"),
+        ("lint", "--json", "--profile=hyperv"),
+    ):
+        done = imgcore_command(*words, path)
+        assert json.loads(done.stdout)["format"] == "qcow2"
+        assert "hunter2" not in done.stdout + done.stderr
+    for finding in imgcore.lint(path, profile="openstack").findings:
+        assert "hunter2" not in repr(finding)
     assert "hunter2" not in repr(BackingReference(name, "qcow2", other_names=(name,)))
 
 
