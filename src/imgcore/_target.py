@@ -457,28 +457,36 @@ class Target:
         fd = self._folder_fd
         token = new_token()
         backups: list[tuple[str, str]] = []
-        done: list[str] = []
         try:
             if self.force:
                 for _, name in reversed(pairs):
-                    backup = backup_name(name, token)
+                    # Noted first: an interruption comes before or after any of this.
+                    backups.append((backup_name(name, token), name))
                     with contextlib.suppress(FileNotFoundError):
-                        os.rename(name, backup, src_dir_fd=fd, dst_dir_fd=fd)
-                        backups.append((backup, name))
+                        os.rename(name, backups[-1][0], src_dir_fd=fd, dst_dir_fd=fd)
                         self._sync_names()
             for temporary, name in pairs:
-                if done:
+                if temporary != pairs[0][0]:
                     self._sync_names()
                 self._rename(temporary, name)
-                done.append(name)
         except BaseException:
-            for name in reversed(done):
-                self._remove(name)
+            for _, name in reversed(pairs):
+                if self._is_new(name):
+                    self._remove(name)
             for backup, name in reversed(backups):
                 with contextlib.suppress(OSError):
                     os.rename(backup, name, src_dir_fd=fd, dst_dir_fd=fd)
             raise
         return [backup for backup, _ in backups]
+
+    def _is_new(self, name: str) -> bool:
+        """Tell whether a name is that of a file of ours already."""
+        try:
+            status = os.stat(name, dir_fd=self._folder_fd, follow_symlinks=False)
+        except OSError:
+            return False
+        files = (self.main, *self._companions)
+        return file_identity(status) in [file_identity(os.fstat(file.fd)) for file in files]
 
     def _sync_names(self) -> None:
         """Make the names so far durable, where the folder can do that at all."""

@@ -568,6 +568,29 @@ class TestCompanion:
         assert (tmp_path / "disk.vmdk").read_bytes() == b"main2"
         assert names(tmp_path) == ["disk-flat.vmdk", "disk.vmdk"]
 
+    @pytest.mark.parametrize("has_old", [True, False])
+    @pytest.mark.parametrize("nth", range(4))
+    def test_interrupted_right_after_a_rename(
+        self, tmp_path: Path, nth: int, has_old: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if has_old:
+            self.write(tmp_path)
+        rename = os.rename
+        count = iter(range(100))
+
+        def interrupt(*arguments: Any, **keywords: Any) -> None:
+            rename(*arguments, **keywords)
+            if next(count) == min(nth, 3 if has_old else 1):
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(os, "rename", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            self.write(tmp_path, b"main2", b"flat2", force=True)
+        assert names(tmp_path) == (["disk-flat.vmdk", "disk.vmdk"] if has_old else [])
+        if has_old:
+            assert (tmp_path / "disk-flat.vmdk").read_bytes() == b"flat"
+            assert (tmp_path / "disk.vmdk").read_bytes() == b"main"
+
     @pytest.mark.parametrize("nth", range(4))
     def test_failing_rename_brings_the_old_pair_back(
         self, tmp_path: Path, nth: int, monkeypatch: pytest.MonkeyPatch
