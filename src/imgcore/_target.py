@@ -203,7 +203,7 @@ class Target:
         self._temporaries: dict[str, str] = {}
         self._companions: list[TargetFile] = []
         self._committed = False
-        self._old_mode: int | None = None
+        self._old: os.stat_result | None = None
         self.identity: Identity | None = None
         self._protected: dict[Identity | None, str] = {}
         self.is_block_device = False
@@ -251,7 +251,7 @@ class Target:
             raise TargetError("exists already; --force replaces it", path=self.path)
         self.identity = file_identity(status)
         if stat.S_ISREG(link.st_mode):
-            self._old_mode = link.st_mode & 0o777
+            self._old = link
 
     def _open_folder(self) -> int:
         flags = os.O_DIRECTORY | os.O_CLOEXEC
@@ -283,7 +283,7 @@ class Target:
             if self.in_place:
                 self._main = TargetFile(self._open_in_place(), self.path)
             else:
-                self._main = self._create(self._name, self.path, self._old_mode)
+                self._main = self._create(self._name, self.path, self._old)
         return self._main
 
     def companion(self, name: str) -> TargetFile:
@@ -306,18 +306,18 @@ class Target:
         if not name or "/" in name or name in (".", "..", self._name):
             raise TargetError("is no name for a second file", path=path)
         restore_interrupted(self._folder, name)
-        old_mode = None
+        old = None
         with contextlib.suppress(FileNotFoundError):
             status = os.stat(name, dir_fd=self._folder_fd, follow_symlinks=False)
             self._refuse_protected(file_identity(status), path)
             if not self.force:
                 raise TargetError("exists already; --force replaces it", path=path)
             if stat.S_ISREG(status.st_mode):
-                old_mode = status.st_mode & 0o777
+                old = status
             elif not stat.S_ISLNK(status.st_mode):
                 kind = describe_file_type(status.st_mode)
                 raise TargetError(f"is {kind}, not a regular file", path=path)
-        file = self._create(name, path, old_mode)
+        file = self._create(name, path, old)
         self._companions.append(file)
         return file
 
@@ -341,10 +341,13 @@ class Target:
             raise
         return fd
 
-    def _create(self, name: str, path: str, old_mode: int | None) -> TargetFile:
-        """Make a temporary beside the target, of a name that nobody else has."""
+    def _create(self, name: str, path: str, old: os.stat_result | None) -> TargetFile:
+        """Make a temporary beside the target, of a name that nobody else has.
+
+        It has the mode of the file that it is to replace, and its owner as far as we may.
+        """
         remove_stale(self._folder_fd, name)
-        mode = 0o666 if old_mode is None else old_mode
+        mode = 0o666 if old is None else old.st_mode & 0o777
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         while True:
             temporary = temporary_name(name, new_token())
@@ -359,8 +362,10 @@ class Target:
                 raise OSError(error.errno, os.strerror(error.errno or 0), path) from error
             file = TargetFile(fd, path)
             try:
-                if old_mode is not None:
-                    os.fchmod(fd, old_mode)
+                if old is not None:
+                    with contextlib.suppress(OSError):
+                        os.fchown(fd, old.st_uid, old.st_gid)
+                    os.fchmod(fd, mode)
                 if lock(fd) and os.fstat(fd).st_nlink:
                     return file
             except BaseException:

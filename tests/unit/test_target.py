@@ -140,6 +140,18 @@ class TestMode:
             target.commit()
         assert stat.S_IMODE(os.stat(path).st_mode) == mode
 
+    @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+    def test_replacing_keeps_the_owner(self, tmp_path: Path) -> None:
+        for name in ("disk.vmdk", "disk-flat.vmdk"):
+            (tmp_path / name).write_bytes(b"old")
+            os.chown(tmp_path / name, 12345, 23456)
+        with Target(tmp_path / "disk.vmdk", force=True) as target:
+            target.companion("disk-flat.vmdk")
+            target.commit()
+        for name in ("disk.vmdk", "disk-flat.vmdk"):
+            status = os.stat(tmp_path / name)
+            assert (status.st_uid, status.st_gid, status.st_size) == (12345, 23456, 0)
+
 
 class TestExisting:
     def test_refused(self, tmp_path: Path) -> None:
