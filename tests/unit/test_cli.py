@@ -153,6 +153,19 @@ def test_usage_errors(case: str, run: RunMain) -> None:
     assert_one_line(run(*USAGE_ERRORS[case]), 2)
 
 
+CHECK_USAGE = {
+    "no-file": (),
+    "as-qemu-img-has-it": ("-r", "all", "a.qcow2"),
+    "unknown-flag": ("--nonsense", "a.qcow2"),
+    "unknown-format": ("-f", "floppy", __file__),
+}
+
+
+@pytest.mark.parametrize("case", CHECK_USAGE)
+def test_wrong_usage_of_check_is_not_taken_for_corruption(case: str, run: RunMain) -> None:
+    assert_one_line(run("check", *CHECK_USAGE[case]), 1)
+
+
 ERRORS = {
     "image": (CorruptImageError("L1 table is broken", path="a.raw"), 1, "a.raw: L1 table"),
     "target": (TargetError("exists already", path="b.raw"), 1, "b.raw: exists already"),
@@ -171,8 +184,8 @@ ERRORS = {
 def test_errors(case: str, verb: str, run: RunMain, fake: Fake) -> None:
     error, code, text = ERRORS[case]
     fake(verb, error=error)
-    # 1 is compare's "different".
-    code = 2 if verb == "compare" else code
+    # 1 is compare's "different", 2 is check's "corrupt".
+    code = {"compare": 2, "check": 1}.get(verb, code)
     assert_one_line(run(verb, *CALLS[verb][2]), code, text)
 
 

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from types import FrameType
@@ -38,6 +38,7 @@ _VERBS: Final = {
 EXIT_FAILURE: Final = 1
 EXIT_USAGE: Final = 2
 _FAILURE_CODES: Final = {"compare": 2, "lint": 2}  # where 1 has another meaning
+_USAGE_CODES: Final = {"check": 1}  # where 2 has
 _EXIT_SIGNAL: Final = 128  # + the signal's number, as shells report it
 
 _REPEAT_SECONDS: Final = 0.01
@@ -149,18 +150,23 @@ def _run(arguments: list[str]) -> int:
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.UsageError as error:
-        return _fail_usage(error)
+        return _fail_usage(error, _code(_USAGE_CODES, ctx, EXIT_USAGE))
     except BrokenPipeError:
         _discard_stdout()
         return _EXIT_SIGNAL + signal.SIGPIPE
     except OptionError as error:
-        return _fail(str(error), EXIT_USAGE)
+        return _fail(str(error), _code(_USAGE_CODES, ctx, EXIT_USAGE))
     except Exception as error:
         if os.environ.get(_DEBUG_VARIABLE):
             raise
-        verb = ctx.invoked_subcommand if ctx is not None else None
-        return _fail(_error_text(error), _FAILURE_CODES.get(verb or "", EXIT_FAILURE))
+        return _fail(_error_text(error), _code(_FAILURE_CODES, ctx, EXIT_FAILURE))
     return result if isinstance(result, int) else 0
+
+
+def _code(codes: Mapping[str, int], ctx: click.Context | None, usual: int) -> int:
+    """Return the exit code of the verb that was called."""
+    verb = ctx.invoked_subcommand if ctx is not None else None
+    return codes.get(verb or "", usual)
 
 
 def _error_text(error: Exception) -> str:
@@ -179,11 +185,10 @@ def _fail(message: str, code: int = EXIT_FAILURE) -> int:
     return code
 
 
-def _fail_usage(error: click.UsageError) -> int:
+def _fail_usage(error: click.UsageError, code: int) -> int:
     path = error.ctx.command_path if error.ctx is not None else "imgcore"
     message = error.format_message().rstrip(".")
-    _fail(f"{message[:1].lower()}{message[1:]}; try '{path} --help'", EXIT_USAGE)
-    return EXIT_USAGE
+    return _fail(f"{message[:1].lower()}{message[1:]}; try '{path} --help'", code)
 
 
 def _discard_stdout() -> None:

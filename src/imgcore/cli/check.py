@@ -50,8 +50,8 @@ def command(
 
     With --repair, a verified copy with the repairs takes its place, and the report is about that.
 
-    Exit code: 0 clean, 1 the check failed, 2 corrupt, 3 leaked clusters only, 63 the format
-    has nothing to check.
+    Exit code: 0 clean, 1 the check failed or wrong usage, 2 corrupt, 3 leaked clusters only, 63 the
+    format has nothing to check.
     """
     from imgcore._check import CheckNotSupportedError, check
 
