@@ -144,6 +144,11 @@ class TargetFile:
             os.close(fd)
 
 
+def _refuse_in_use(fd: int, path: str) -> None:
+    if is_locked_by_other(fd, QEMU_WRITES) or is_locked_by_other(fd, QEMU_DENIES_WRITING):
+        raise TargetError("in use by another process (QEMU's image lock)", path=path)
+
+
 @contextlib.contextmanager
 def _named(path: str) -> Iterator[None]:
     """Put the target's name into operating-system errors that carry none."""
@@ -334,8 +339,7 @@ class Target:
         try:
             if file_identity(os.fstat(fd)) != self.identity:
                 raise TargetError("was replaced while it was opened", path=self.path)
-            if is_locked_by_other(fd, QEMU_WRITES) or is_locked_by_other(fd, QEMU_DENIES_WRITING):
-                raise TargetError("in use by another process (QEMU's image lock)", path=self.path)
+            _refuse_in_use(fd, self.path)
         except BaseException:
             os.close(fd)
             raise
@@ -346,6 +350,8 @@ class Target:
 
         It has the mode of the file that it is to replace, and its owner as far as we may.
         """
+        if old is not None:
+            self._refuse_replaced_in_use(name, path)
         remove_stale(self._folder_fd, name)
         mode = 0o666 if old is None else old.st_mode & 0o777
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -374,6 +380,18 @@ class Target:
             # Taken for a stale one before it was locked.
             self._remove(temporary)
             file.close()
+
+    def _refuse_replaced_in_use(self, name: str, path: str) -> None:
+        """Refuse to replace what a virtual machine would go on writing to, without a name."""
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            fd = os.open(name, flags, dir_fd=self._folder_fd)
+        except OSError:
+            return  # gone meanwhile, or not ours to read
+        try:
+            _refuse_in_use(fd, path)
+        finally:
+            os.close(fd)
 
     def require_capacity(self, nbytes: int) -> None:
         """Refuse to write in place into what is smaller than ``nbytes``."""

@@ -638,6 +638,19 @@ class TestCompanion:
             path.write_bytes(b"1")
         return paths
 
+    @pytest.mark.parametrize("name", ["disk.vmdk", "disk-flat.vmdk"])
+    def test_what_qemu_has_open_is_not_replaced(self, tmp_path: Path, name: str) -> None:
+        self.write(tmp_path)
+        lock = struct.pack("@hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, 101, 1, 0)
+        with (tmp_path / name).open("rb") as other:
+            fcntl.fcntl(other, 37, lock)  # F_OFD_SETLK
+            with pytest.raises(TargetError, match=f"{name}: in use by another process"):
+                self.write(tmp_path, b"main2", b"flat2", force=True)
+        assert names(tmp_path) == ["disk-flat.vmdk", "disk.vmdk"]
+        assert (tmp_path / "disk.vmdk").read_bytes() == b"main"
+        self.write(tmp_path, b"main2", b"flat2", force=True)
+        assert (tmp_path / "disk.vmdk").read_bytes() == b"main2"
+
     def test_interrupted_between_the_renames(self, tmp_path: Path) -> None:
         self.set_aside(tmp_path)
         (tmp_path / "disk-flat.vmdk").write_bytes(b"2")
@@ -743,12 +756,14 @@ class TestInPlace:
         with pytest.raises(TargetError, match="was replaced"):
             _ = target.main
 
-    def test_in_use_by_qemu(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("how", ["in_place", "force"])
+    def test_in_use_by_qemu(self, tmp_path: Path, how: str) -> None:
         path = tmp_path / "disk.raw"
         path.write_bytes(bytes(4096))
         with qemu_io("-f", "raw", path):
-            with pytest.raises(TargetError, match="in use"), Target(path, in_place=True):
+            with pytest.raises(TargetError, match="in use"), Target(path, **{how: True}):
                 pass
+        assert names(tmp_path) == ["disk.raw"]
 
     @pytest.mark.parametrize(("byte", "refused"), [(100, False), (101, True), (201, True)])
     def test_bytes_that_qemu_locks(self, tmp_path: Path, byte: int, refused: bool) -> None:
