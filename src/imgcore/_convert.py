@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from imgcore.formats._base import Writer
 
 _MAX_SPARSE_NBYTES = 1 * MIB
+_REPORT_SECONDS = 0.05  # as the engine's, which keeps to that by itself
 
 
 class Progress(NamedTuple):
@@ -576,8 +577,14 @@ class _Conversion:
             raise OptionError(f"{r.target}: a compressed raw stream takes no -c, -B or -o")
         disk = streams.DiskInOrder(self._image, self._stream)
 
-        def report(done: int, n_read: int) -> None:
-            self._count(done, n_read, n_read, 0)
+        next_report = -float("inf")
+
+        def report(done: int, n_read: int, n_written: int) -> None:
+            nonlocal next_report
+            now = time.monotonic()
+            if done == self._virtual_size or now >= next_report:
+                next_report = now + _REPORT_SECONDS
+                self._count(done, n_read, n_read, n_written)
 
         if is_archive:
             streams.write_gce_tar(disk, target.main, self._virtual_size, r.threads, report)

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from imgcore._stream import StreamSource
     from imgcore._target import TargetFile
 
-    # How many bytes of the disk are done, and how many of these were read.
-    Report = Callable[[int, int], None]
+    # How many bytes of the disk are done, how many of these were read, and how many were written.
+    Report = Callable[[int, int, int], None]
     Segments = NDArray[np.int64]
 
 # Data of an archive's sparse file is cut at multiples of this, and of more where it lies scattered.
@@ -118,8 +118,9 @@ def write_zstd(
     for chunk in disk.chunks():
         sink.write(chunk)
         done += len(chunk)
-        report(done, done)
+        report(done, done, sink.written_nbytes)
     sink.finish()
+    report(done, done, sink.written_nbytes)
 
 
 def write_gzip(disk: DiskInOrder, target: TargetFile, threads: int, report: Report) -> None:
@@ -129,8 +130,9 @@ def write_gzip(disk: DiskInOrder, target: TargetFile, threads: int, report: Repo
         for chunk in disk.chunks():
             sink.write(chunk)
             done += len(chunk)
-            report(done, done)
+            report(done, done, sink.written_nbytes)
         sink.finish()
+    report(done, done, sink.written_nbytes)
 
 
 def write_gce_tar(
@@ -154,6 +156,7 @@ def write_gce_tar(
                 sink.write(piece)
                 done += len(piece)
                 n_read += len(piece)
-                report(done, n_read)
+                report(done, n_read, sink.written_nbytes)
         sink.write(archive_end(len(header) + n_read))
         sink.finish()
+    report(virtual_size, n_read, sink.written_nbytes)

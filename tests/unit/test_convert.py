@@ -354,6 +354,33 @@ def test_a_stream_goes_into_every_format(tmp_path: Path, disk: Path) -> None:
     assert imgcore.compare(disk, tmp_path / "s.vmdk").identical
 
 
+@pytest.mark.parametrize(
+    ("name", "profile"), [("a.raw.zst", None), ("a.raw.gz", None), ("a.tar.gz", "gce")]
+)
+def test_what_is_written_as_a_stream_is_counted(
+    name: str, profile: str | None, tmp_path: Path, disk: Path
+) -> None:
+    seen: list[imgcore.Progress] = []
+    result = imgcore.convert(disk, tmp_path / name, profile=profile, progress=seen.append)
+    assert result.bytes_written == result.file_size == (tmp_path / name).stat().st_size
+    assert seen[-1].written == result.bytes_written
+    assert seen[-1].done == seen[-1].total
+    for field in zip(*seen, strict=True):
+        assert list(field) == sorted(field)
+
+
+def test_scattered_data_makes_no_flood_of_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces = [(offset, b"x") for offset in range(0, 32 * MIB, MIB)]
+    source = write_disk(tmp_path / "disk.raw", 33 * MIB, pieces)
+    seen: list[imgcore.Progress] = []
+    monkeypatch.setattr(_convert.time, "monotonic", lambda: 0.0)
+    imgcore.convert(source, tmp_path / "a.tar.gz", profile="gce", progress=seen.append)
+    assert len(seen) < 5
+    assert seen[-1].done == seen[-1].total
+
+
 def test_a_stream_has_no_parent(tmp_path: Path, disk: Path) -> None:
     packed = tmp_path / "disk.raw.zst"
     imgcore.convert(disk, packed)
