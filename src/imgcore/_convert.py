@@ -55,7 +55,6 @@ if TYPE_CHECKING:
     from imgcore.formats._base import Writer
 
 _MAX_SPARSE_NBYTES = 1 * MIB
-_REPORT_SECONDS = 0.05  # as the engine's, which keeps to that by itself
 
 
 class Progress(NamedTuple):
@@ -577,15 +576,10 @@ class _Conversion:
             raise OptionError(f"{r.target}: a compressed raw stream takes no -c, -B or -o")
         disk = streams.DiskInOrder(self._image, self._stream)
 
-        next_report = -float("inf")
+        def count(done: int, n_read: int, n_written: int) -> None:
+            self._count(done, n_read, n_read, n_written)
 
-        def report(done: int, n_read: int, n_written: int) -> None:
-            nonlocal next_report
-            now = time.monotonic()
-            if done == self._virtual_size or now >= next_report:
-                next_report = now + _REPORT_SECONDS
-                self._count(done, n_read, n_read, n_written)
-
+        report = streams.seldom(count, self._virtual_size)
         if is_archive:
             streams.write_gce_tar(disk, target.main, self._virtual_size, r.threads, report)
         elif stream_suffix(r.target) == ".gz":

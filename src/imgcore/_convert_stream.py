@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 # Data of an archive's sparse file is cut at multiples of this, and of more where it lies scattered.
 _MIN_GRANULE_NBYTES: Final = 64 * KIB
+
+_REPORT_SECONDS: Final = 0.05
 
 
 class DiskInOrder:
@@ -105,6 +108,20 @@ def _joined(ranges: Segments) -> Segments:
     is_first = np.concatenate(([True], ranges[1:, 0] > ranges[:-1, 1]))
     is_last = np.concatenate((is_first[1:], [True]))
     return np.stack((ranges[is_first, 0], ranges[is_last, 1]), axis=1)
+
+
+def seldom(report: Report, end: int) -> Report:
+    """Return a report that is made at most every 50 ms, as the engine's, and at the end."""
+    next_time = -float("inf")
+
+    def limited(done: int, n_read: int, n_written: int) -> None:
+        nonlocal next_time
+        now = time.monotonic()
+        if done == end or now >= next_time:
+            next_time = now + _REPORT_SECONDS
+            report(done, n_read, n_written)
+
+    return limited
 
 
 def write_zstd(
