@@ -352,6 +352,9 @@ def _stream_ends_at_its_end(facts: Facts) -> str | None:
 
 def _end_stream(facts: Facts) -> str:
     assert facts.stream_layout is not None
+    assert facts.stream_layout.end is not None
+    if facts.stream_layout.end > facts.file.nbytes:
+        return _convert(facts)
     return f"truncate -s {facts.stream_layout.end} puts it right"
 
 

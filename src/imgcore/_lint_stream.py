@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class StreamLayout(NamedTuple):
     """``disorder`` is the guest offset (bytes) of a grain that lies before the one before it.
 
-    ``end`` (bytes) is behind the sector of the end-of-stream marker, None if the grains have no
-    markers that say how long they are.
+    ``end`` (bytes) is behind the sector of the end-of-stream marker, or where that would end if
+    the file does not hold it; None if the grains have no markers that lead to it.
     """
 
     disorder: int | None
@@ -40,9 +40,9 @@ def stream_layout(file: HostFile, reader: VmdkReader) -> StreamLayout:
     disorder, last = _walk(reader, sparse)
     end = stream_end(file)
     if end is None and sparse.has_markers:
-        # The directory stands in front: the last grain is followed by the marker alone.
-        end = _grain_end(file, last) if last is not None else sparse.overhead
-        end += SECTOR_NBYTES
+        # The header names the directory; what follows the grains differs from program to program.
+        start = _grain_end(file, last) if last is not None else sparse.overhead
+        end = _end_behind_markers(file, start)
     return StreamLayout(disorder, end)
 
 
@@ -69,6 +69,21 @@ def _walk(reader: VmdkReader, sparse: SparseExtent) -> tuple[int | None, int | N
         before = int(places[-1])
         last = max(last, int(places.max()))
     return disorder, last if last >= 0 else None
+
+
+def _end_behind_markers(file: HostFile, position: int) -> int | None:
+    """Follow the markers of tables, directory and footer to the end of the stream."""
+    from imgcore.formats._vmdk_layout import MARKER, Marker
+
+    while position + SECTOR_NBYTES <= file.nbytes:
+        n_sectors, size, kind = MARKER.unpack(file.pread(position, MARKER.size))
+        if size != 0 or kind > max(Marker):
+            return None
+        position += SECTOR_NBYTES
+        if kind == Marker.EOS:
+            return position
+        position += n_sectors * SECTOR_NBYTES
+    return position + SECTOR_NBYTES
 
 
 def _grain_end(file: HostFile, place: int) -> int:

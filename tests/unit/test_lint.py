@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.helpers import images, qemu, vdi, vhd
+from tests.helpers import images, qemu, vdi, vhd, vmdk
 from tests.helpers.command import assert_one_line_error
 from tests.helpers.command import imgcore as command
 from tests.helpers.plans import poke
@@ -352,6 +352,28 @@ def test_remedy_of_trailing_zeros_works(tmp_path: Path) -> None:
     os.truncate(path, int(words[2]))
     assert broken(path, "esxi") == ["stream-keys"]
     qemu.assert_same(tmp_path / "disk.raw", path, source_format="raw", target_format="vmdk")
+
+
+@pytest.mark.parametrize("grains", [{}, {1: b"g" * vmdk.GRAIN}], ids=["empty", "one"])
+@pytest.mark.parametrize("layout", ["front", "patched", "footer"])
+def test_end_of_streams_of_other_programs(
+    tmp_path: Path, layout: str, grains: dict[int, bytes]
+) -> None:
+    """Tables, directory and footer may follow the grains although the header names the place."""
+    path = vmdk.stream(tmp_path / "a.vmdk", 512, grains, layout=layout)
+    whole_nbytes = path.stat().st_size
+    assert broken(path, "esxi") == ["stream-keys"]
+    os.truncate(path, whole_nbytes + 512)
+    findings = {finding.rule: finding for finding in imgcore.lint(path, profile="esxi").findings}
+    assert findings["stream-end"].remedy == f"truncate -s {whole_nbytes} puts it right"
+
+
+def test_a_stream_without_its_end(tmp_path: Path) -> None:
+    path = vmdk.stream(tmp_path / "a.vmdk", 512, {1: b"g" * vmdk.GRAIN}, layout="patched")
+    os.truncate(path, path.stat().st_size - 512)
+    findings = {finding.rule: finding for finding in imgcore.lint(path, profile="esxi").findings}
+    assert "without an end-of-stream marker" in findings["stream-end"].message
+    assert "truncate" not in findings["stream-end"].remedy
 
 
 def test_parent_given(tmp_path: Path) -> None:
