@@ -277,6 +277,15 @@ def _vhd_header_is_strict(facts: Facts) -> str | None:
     return None
 
 
+def _vhd_locators_are_sound(facts: Facts) -> str | None:
+    from imgcore.formats._vhd_header import parent_texts, read_header
+
+    if facts.format != "vhd" or facts.subformat != "differencing":
+        return None
+    _, problems = parent_texts(facts.file, read_header(facts.file))
+    return problems[0].reason if problems else None
+
+
 def _vhd_blocks_are_small(facts: Facts) -> str | None:
     header = facts.vhd_header
     if header is None or header.block_nbytes <= _MAX_VHD_BLOCK_NBYTES:
@@ -507,6 +516,7 @@ RULES: Final[Mapping[str, tuple[Rule, ...]]] = {
         Rule("vhd-block-size", _vhd_blocks_are_small),
         _VHD_FOOTERS,
         Rule("vhd-header", _vhd_header_is_strict),
+        Rule("vhd-locators", _vhd_locators_are_sound),
         Rule("vhd-footer", _vhd_footer_is_last),
         _PARENTS,
     ),

@@ -195,6 +195,12 @@ def orphan(folder: Path) -> Path:
     return path
 
 
+def bad_locator(folder: Path) -> Path:
+    """A child of which one of the names cannot be read."""
+    path = child(folder)
+    return poke(path, (path.read_bytes().index(b"file://./base.vhd"), b"\xff"))
+
+
 def archive(name: str = "disk.raw", form: int = tarfile.GNU_FORMAT, size: int = GIB) -> Make:
     """Return a maker of an archive as Python's tarfile writes it: not sparse."""
 
@@ -254,6 +260,7 @@ CASES: list[tuple[str, str, Make, list[str]]] = [
     ("xenserver", "qcow2", lambda f: own(f, "a.qcow2"), ["qcow2"]),
     ("xenserver", "child", child, []),
     ("xenserver", "orphan", orphan, ["parents"]),
+    ("xenserver", "locator", bad_locator, ["vhd-locators"]),
     ("esxi", "monolithicSparse", lambda f: own(f, "a.vmdk"), ["format"]),
     ("esxi", "qemu", qemu_stream, ["stream-keys", "stream-end"]),
     ("esxi", "longer", longer_by(512), ["stream-end"]),

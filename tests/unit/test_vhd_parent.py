@@ -173,6 +173,36 @@ def test_unreadable_names(
         read(child(tmp_path, locators))
 
 
+@pytest.mark.parametrize(
+    "locators",
+    [
+        {b"W2ku": b"p\xd8."},
+        {b"MacX": b"file://./\xff.vhd"},
+        {b"MacX": b"file://./%FF.vhd"},
+        {b"W2ru": utf16("p.vhd") + b"\0"},
+    ],
+)
+def test_an_unreadable_name_where_another_serves(
+    tmp_path: Path, locators: dict[bytes, bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    parent(tmp_path)
+    path = child(tmp_path, locators, parent_name="p.vhd")
+    assert read(path) == content()
+    assert "by its other names" in caplog.text
+    assert imgcore.info(path)["format-specific"]["data"]["parent-names"]
+
+
+def test_what_follows_a_names_end_is_nobodys(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    parent(tmp_path)
+    path = child(tmp_path, {b"W2ru": utf16("p.vhd\0") + b"\x00\xd8x"}, parent_name="p.vhd")
+    # A lone surrogate behind the name in the header.
+    vhd.poke_sound(path, (512 + 64 + 2 * len("p.vhd\0"), b"\xd8\x00\x00x"))
+    assert read(path) == content()
+    assert not caplog.records
+
+
 # Of the first locator: length and place.
 LENGTH, PLACE = 512 + 576 + 8, 512 + 576 + 16
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from imgcore._errors import ImgcoreError, LimitExceededError
+from imgcore._errors import LimitExceededError
 from imgcore._limits import SECTOR_NBYTES, VHD_MAX_CHECKED_BLOCKS
 from imgcore.formats import _vhd_layout as layout
 from imgcore.formats._base import CheckReport, Repair
@@ -140,11 +140,8 @@ def _check_header(report: CheckReport, file: HostFile, header: VhdHeader) -> Non
         report.corruption(
             f"the BAT at {dynamic.table_offset:#x} does not begin at a sector's start"
         )
-    try:
-        for _ in parent_texts(file, header):
-            pass
-    except ImgcoreError as error:
-        report.corruption(error.reason)
+    for problem in parent_texts(file, header)[1]:
+        report.corruption(problem.reason)
 
 
 class _BlockCheck:

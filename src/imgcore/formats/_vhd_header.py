@@ -28,8 +28,6 @@ from imgcore.formats import _vhd_layout as layout
 from imgcore.formats._vhd_layout import DiskType, DynamicHeader, Footer, Locator
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from imgcore._files import HostFile
 
 # BAT entries that are looked at together.
@@ -386,23 +384,39 @@ def _verify_table(file: HostFile, header: DynamicHeader, size: VirtualSize) -> N
         )
 
 
-def parent_texts(file: HostFile, header: VhdHeader) -> Iterator[tuple[bytes, str]]:
-    """Yield (platform code, text) of each parent locator and, with code b"", the header's name.
+def parent_texts(
+    file: HostFile, header: VhdHeader
+) -> tuple[list[tuple[bytes, str]], list[ImgcoreError]]:
+    """Return what an image calls its parent, and why some of that cannot be read.
 
-    Raises
-    ------
-    CorruptImageError
-        A locator lies outside the file, or is not in the encoding it should be in.
-    LimitExceededError
-        One is longer than any path.
+    Returns
+    -------
+    texts : list of (bytes, str)
+        Platform code and text of each parent locator and, with code b"", the header's name.
+    problems : list of ImgcoreError
+        A locator lies outside the file, is longer than any path, or is not in the encoding it
+        should be in; the others serve all the same.
     """
+    if header.dynamic is None:
+        return [], []
+    texts: list[tuple[bytes, str]] = []
+    problems: list[ImgcoreError] = []
     for locator in header.locators:
-        encoding = {layout.FILE_URL: "utf-8"}.get(locator.platform, "utf-16-le")
-        if locator.platform in (layout.RELATIVE_PATH, layout.ABSOLUTE_PATH, layout.FILE_URL):
+        code = locator.platform
+        if code not in (layout.RELATIVE_PATH, layout.ABSOLUTE_PATH, layout.FILE_URL):
+            continue
+        encoding = "utf-8" if code == layout.FILE_URL else "utf-16-le"
+        try:
             raw = _read_locator(file, locator)
-            yield locator.platform, _decode(file, raw, encoding, f"{_code(locator)} locator")
-    if header.dynamic is not None:
-        yield b"", _decode(file, header.dynamic.parent_name, "utf-16-be", "parent's name")
+            texts.append((code, _decode(file, raw, encoding, f"{_code(locator)} locator")))
+        except ImgcoreError as error:
+            problems.append(error)
+    try:
+        name = _decode(file, header.dynamic.parent_name, "utf-16-be", "parent's name")
+        texts.append((b"", name))
+    except ImgcoreError as error:
+        problems.append(error)
+    return texts, problems
 
 
 def _code(locator: Locator) -> str:
@@ -428,7 +442,10 @@ def _read_locator(file: HostFile, locator: Locator) -> bytes:
 
 
 def _decode(file: HostFile, raw: bytes, encoding: str, what: str) -> str:
+    # What follows the text's end is nobody's.
+    unit = 1 if encoding == "utf-8" else 2
+    ends = (at for at in range(0, len(raw), unit) if raw[at : at + unit] == bytes(unit))
     try:
-        return raw.decode(encoding).partition("\0")[0]
+        return raw[: next(ends, len(raw))].decode(encoding)
     except UnicodeDecodeError:
         raise CorruptImageError(f"the {what} is no {encoding.upper()}", path=file.path) from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from imgcore._errors import CorruptImageError
+from imgcore._log import log
 from imgcore.formats import _vhd_layout as layout
 from imgcore.formats._base import BackingReference
 from imgcore.formats._parents import names_from_windows_path
@@ -28,33 +29,33 @@ def find_parent(file: HostFile, header: VhdHeader) -> BackingReference | None:
 
     Raises
     ------
-    CorruptImageError
+    CorruptImageError, LimitExceededError
         The disk names no parent, or not in a readable way.
 
     Notes
     -----
+    Names that cannot be read are left out, with a warning, where another one can.
     A parent without UUID may be a raw disk (XenServer makes such); its format is not stated then.
     """
     dynamic = header.dynamic
     if dynamic is None or header.disk_type is not DiskType.DIFFERENCING:
         return None
+    found, problems = parent_texts(file, header)
     texts: dict[bytes, str] = {}
-    for code, text in parent_texts(file, header):
+    for code, text in found:
         texts.setdefault(code, text)
-    names = [
-        name
-        for code in _PREFERENCE
-        if texts.get(code)
-        for name in (
-            _names_from_url(texts[code], file)
-            if code == layout.FILE_URL
-            else names_from_windows_path(texts[code])
-        )
-    ]
+    names: list[str] = []
+    for code in _PREFERENCE:
+        try:
+            names += _names(code, texts.get(code, ""), file)
+        except CorruptImageError as error:
+            problems.append(error)
     if not names:
-        raise CorruptImageError(
-            "a differencing disk that names no parent, neither in a locator nor in its header",
-            path=file.path,
+        problem = "a differencing disk that names no parent, neither in a locator nor in its header"
+        raise problems[0] if problems else CorruptImageError(problem, path=file.path)
+    for unreadable in problems:
+        log.warning(
+            "%s: %s; looking for the parent by its other names", file.path, unreadable.reason
         )
     has_uuid = dynamic.parent_uuid != _NO_UUID
     names = list(dict.fromkeys(names))
@@ -69,6 +70,11 @@ def find_parent(file: HostFile, header: VhdHeader) -> BackingReference | None:
             else None
         ),
     )
+
+
+def _names(code: bytes, text: str, file: HostFile) -> tuple[str, ...]:
+    """Return the names that a locator's text stands for."""
+    return _names_from_url(text, file) if code == layout.FILE_URL else names_from_windows_path(text)
 
 
 def _names_from_url(url: str, file: HostFile) -> tuple[str, ...]:

@@ -166,7 +166,7 @@ class VhdReader:
             data["parent-timestamp"] = dynamic.parent_timestamp + layout.EPOCH_UNIX_SECONDS
             data["parent-names"] = [
                 {"locator": _printable(code) or "header", "name": text}
-                for code, text in parent_texts(self._file, self._header)
+                for code, text in parent_texts(self._file, self._header)[0]
             ]
         return info
 
