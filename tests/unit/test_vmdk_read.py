@@ -385,6 +385,33 @@ def test_a_delta_reads_through_its_parent(tmp_path: Path) -> None:
         assert image.read(0, 1 << 20) == bytes(65536) + b"\7" * 131072 + bytes((1 << 20) - 196608)
 
 
+@pytest.mark.parametrize(
+    "hint",
+    [
+        "base.vmdk",
+        r"C:\Virtual Machines\base.vmdk",
+        r"..\there\base.vmdk",
+        r".\base.vmdk",
+        "/vmfs/volumes/old/base.vmdk",
+    ],
+)
+def test_parents_by_the_path_of_another_machine(tmp_path: Path, hint: str) -> None:
+    """The content ID tells whether it is the parent, so its name in the own folder will do."""
+    vmdk.hosted(tmp_path / "base.vmdk", 128, {0: b"B" * GRAIN})
+    fields = {"extra": f'parentFileNameHint="{hint}"'}
+    top = tmp_path / "top.vmdk"
+    for parent, is_known in (("12345678", True), ("12345679", False), ("ffffffff", False)):
+        vmdk.hosted(top, 128, {})
+        text = vmdk.descriptor("monolithicSparse", 'RW 128 SPARSE "x"', parent=parent, **fields)
+        poke(top, (SECTOR, text.ljust(20 * SECTOR, b"\0")))
+        if is_known or (parent == "ffffffff" and hint == "base.vmdk"):
+            with imgcore.open(top) as image:
+                assert image.read(0, GRAIN) == b"B" * GRAIN
+        else:
+            with pytest.raises((imgcore.ImgcoreError, FileNotFoundError)):
+                imgcore.open(top)
+
+
 # -- large disks, pieces, probing ----------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""File names out of the parent locators of VHD and VHDX, which hold Windows paths."""
+"""File names out of the Windows paths by which VHD, VHDX and VMDK name their parents."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from imgcore._limits import SECTOR_NBYTES, VMDK_MAX_DESCRIPTOR_NBYTES
 from imgcore._log import log
 from imgcore.formats._base import BackingReference, CheckReport, SourceFile
 from imgcore.formats._magic import is_vmdk_descriptor
+from imgcore.formats._parents import names_from_windows_path
 from imgcore.formats._vmdk_descriptor import (
     Descriptor,
     ExtentLine,
@@ -345,12 +346,18 @@ class VmdkReader:
         )
 
     def _find_backing(self) -> BackingReference | None:
-        """Return the parent; a delta is never taken for a whole disk."""
+        """Return the parent; a delta is never taken for a whole disk.
+
+        The hint is a path of the machine that the delta was made on, which may be one of
+        Windows: where the content ID tells the parent, it is looked for as that means it here.
+        """
         hint = self.descriptor.parent_hint
+        if hint and self.descriptor.parent_cid == NO_PARENT_CID:
+            return BackingReference(hint, "vmdk")
         if hint:
-            parent_cid = self.descriptor.parent_cid
-            identities = {} if parent_cid == NO_PARENT_CID else _content_id(parent_cid)
-            return BackingReference(hint, "vmdk", identities)
+            identities = _content_id(self.descriptor.parent_cid)
+            names = names_from_windows_path(hint)
+            return BackingReference(hint, "vmdk", identities, other_names=names)
         if self.descriptor.parent_cid != NO_PARENT_CID:
             raise CorruptImageError(
                 f"the disk is a delta of the one with content ID {self.descriptor.parent_cid:08x}, "
