@@ -311,13 +311,13 @@ def test_flat_kinds_lie_in_two_files(tmp_path: Path, raw: Path, mode: str) -> No
     assert f'RW {n_sectors} FLAT "disk-flat.vmdk" 0\n' in path.read_text()
 
 
-def test_odd_names(tmp_path: Path, raw: Path) -> None:
-    name = 'a"b.vmdk'
+@pytest.mark.parametrize("name", ['a"b.vmdk', "vm-2024-01-01T10:00.vmdk"])
+def test_odd_names(tmp_path: Path, raw: Path, name: str) -> None:
     path = _write(raw, tmp_path / name, "subformat=streamOptimized")
     assert open_vmdk(path).descriptor.extents[0].name == "disk.vmdk"
     with pytest.raises(OptionError, match="descriptor"):
-        _write(raw, tmp_path / 'c"d.vmdk', "subformat=monolithicFlat")
-    assert sorted(os.listdir(tmp_path)) == [name, raw.name]
+        _write(raw, tmp_path / f"c{name}", "subformat=monolithicFlat")
+    assert set(os.listdir(tmp_path)) == {name, raw.name}
 
 
 # -- refusals, limits, measure ----------------------------------------------------------------

@@ -171,14 +171,15 @@ def extent_name(plan: VmdkPlan) -> str:
 
 
 def _is_plain_name(name: str) -> bool:
-    return bool(name) and name.isprintable() and '"' not in name
+    """Tell whether readers take a name for a file: what stands before a colon is a protocol."""
+    return bool(name) and name.isprintable() and not {'"', ":"} & set(name)
 
 
 def _refuse_odd_name(name: str, path: str) -> None:
     if not _is_plain_name(name):
         raise OptionError(
-            "a name with quotes, control characters or bytes that are not UTF-8 cannot stand in "
-            "a VMDK descriptor",
+            "a name with quotes, colons, control characters or bytes that are not UTF-8 cannot "
+            "stand in a VMDK descriptor",
             path=path,
         )
 
