@@ -62,6 +62,7 @@ def test_quirks_of_real_files(text: str) -> None:
             'RDONLY 1 SPARSE "s p a c e.vmdk"',
             ExtentLine("RDONLY", 512, "SPARSE", "s p a c e.vmdk", 0),
         ),
+        ('RW 1 VMFS "a" # old', ExtentLine("RW", 512, "VMFS", "a", 0)),
         ('rw 1 flat "a" 7', ExtentLine("RW", 512, "FLAT", "a", 3584)),
         (
             'RW 63 FLAT "\\\\.\\PhysicalDrive0" 0 partitionUUID device',
@@ -100,6 +101,9 @@ def test_encodings(encoding: str, raw: bytes, name: str) -> None:
         ('ddb.logicalSectorSize="512"\nddb.logicalSectorSize="4096"\n', CorruptImageError, "twice"),
         ("RW\n", CorruptImageError, "line 1 is no extent"),
         ("\n\nRW x FLAT\n", CorruptImageError, "line 3"),
+        ('RW 8 FLAT "a" -1\n', CorruptImageError, "line 1 is no extent"),
+        ('RW 8 FLAT "a" 0x10\n', CorruptImageError, "line 1 is no extent"),
+        (f'RW 8 FLAT "a" {10**20}\n', CorruptImageError, "line 1 is no extent"),
         ("a" * (limits.VMDK_MAX_DESCRIPTOR_LINE_NBYTES + 1), LimitExceededError, "line 1"),
         ("\n" * (limits.VMDK_MAX_DESCRIPTOR_NBYTES + 1), LimitExceededError, "descriptor of"),
         ("RW 1 ZERO\n" * (limits.VMDK_MAX_EXTENTS + 1), LimitExceededError, "extents"),

@@ -26,7 +26,9 @@ SIGNATURE: Final = "# Disk DescriptorFile"
 LOGICAL_SECTOR_SIZES: Final = ("512", "4096")
 _ACCESS_WORDS: Final = ("RW", "RDONLY", "NOACCESS")
 _EXTENT_LINE: Final = re.compile(
-    r'(RW|RDONLY|NOACCESS)\s+(\d{1,20})\s+([A-Za-z]+)(?:\s+"([^"]*)"(?:\s+(\d{1,20}))?(?:\s+\S.*)?)?',
+    r"(RW|RDONLY|NOACCESS)\s+(\d{1,20})\s+([A-Za-z]+)"
+    # Anything may follow, but no other number than the offset: that would be read as none.
+    r'(?:\s+"([^"]*)"(?:\s+(\d{1,20})(?:\s+\S.*)?|\s+[^\s\d+-].*)?)?',
     re.IGNORECASE,
 )
 _KEY_LINE: Final = re.compile(r"([A-Za-z][\w.]*)\s*=\s*(.*)")
