@@ -129,10 +129,10 @@ class Rule:
     remedy: str | Callable[[Facts], str] = ""
 
     def apply(self, facts: Facts) -> Finding | None:
-        """Return what is wrong, or None; damage in the way is a finding too."""
+        """Return what is wrong, or None; damage or a missing parent in the way is a finding too."""
         try:
             message = self.check(facts)
-        except ImgcoreError as error:
+        except (ImgcoreError, FileNotFoundError) as error:
             return Finding(self.name, f"cannot be verified: {error}", _CHECK_REMEDY)
         if message is None:
             return None
@@ -396,6 +396,14 @@ def _vmdk_uuid_is_none(facts: Facts) -> str | None:
     return "ddb.uuid.image is zero"
 
 
+def _vmdk_version_is_known(facts: Facts) -> str | None:
+    if facts.format != "vmdk" or facts.reader is None:
+        return None
+    sparse = [item.sparse for item in cast("VmdkReader", facts.reader).disk_extents]
+    odd = [item.version for item in sparse if item is not None and item.version not in (1, 3)]
+    return f"an extent of version {odd[0]}, read are 1 and 3" if odd else None
+
+
 def _vmdk_is_one_file(facts: Facts) -> str | None:
     if facts.format != "vmdk" or facts.reader is None:
         return None
@@ -558,6 +566,7 @@ RULES: Final[Mapping[str, tuple[Rule, ...]]] = {
         Rule("vdi-uuid", _vdi_has_uuids),
         Rule("vdi-block-size", _vdi_blocks_fit),
         Rule("vmdk-uuid", _vmdk_uuid_is_none, "take ddb.uuid.image out, or give it a new value"),
+        Rule("vmdk-version", _vmdk_version_is_known),
         Rule("stream-grains", _stream_inflates, "the data of these grains is lost: copy it again"),
         _PARENTS,
     ),

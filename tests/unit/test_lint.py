@@ -201,6 +201,14 @@ def bad_locator(folder: Path) -> Path:
     return poke(path, (path.read_bytes().index(b"file://./base.vhd"), b"\xff"))
 
 
+def orphan_stream(folder: Path) -> Path:
+    path = vmdk.stream(folder / "a.vmdk", 512, {1: b"g" * vmdk.GRAIN})
+    hint = 'parentFileNameHint="gone.vmdk"'
+    line = 'RDONLY 512 SPARSE "a.vmdk"'
+    text = vmdk.descriptor("streamOptimized", line, extra=hint, parent="0000abcd")
+    return poke(path, (512, text.ljust(20 * 512, b"\0")))
+
+
 def archive(name: str = "disk.raw", form: int = tarfile.GNU_FORMAT, size: int = GIB) -> Make:
     """Return a maker of an archive as Python's tarfile writes it: not sparse."""
 
@@ -289,6 +297,13 @@ CASES: list[tuple[str, str, Make, list[str]]] = [
     ("gce", "odd", archive(size=GIB + MIB), ["archive-sparse", "size-unit"]),
     ("gce", "gzip", lambda f: own(f, "a.raw.gz"), ["archive"]),
     ("virtualbox", "vmdk", lambda f: own(f, "a.vmdk"), []),
+    (
+        "virtualbox",
+        "zeroed-grain",
+        lambda f: own(f, "a.vmdk", options="zeroed_grain=on"),
+        ["vmdk-version"],
+    ),
+    ("virtualbox", "orphan-stream", orphan_stream, ["stream-grains", "parents"]),
     ("virtualbox", "qcow2", lambda f: own(f, "a.qcow2"), ["format"]),
     ("virtualbox", "grain", damaged_grain, ["stream-grains"]),
     ("virtualbox", "uuid", vdi_of(uuids=[None, vdi.IDS[0], None, None]), ["vdi-uuid"]),
