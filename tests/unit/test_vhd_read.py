@@ -219,6 +219,14 @@ class TestRefusals:
         with pytest.raises(CorruptImageError, match="block 2 overlaps block 1"):
             rows_of(path)
 
+    def test_last_block_upon_the_footer(self, tmp_path: Path) -> None:
+        """A file cut inside its last block and closed with a footer reads as no disk."""
+        path = dynamic(tmp_path, {1: Block(DATA), 4: Block(DATA)})
+        whole = path.read_bytes()
+        path.write_bytes(whole[: -2 * SECTOR] + whole[-SECTOR:])
+        with pytest.raises(CorruptImageError, match="block 4 at 0x.* lies upon the footer$"):
+            rows_of(path)
+
     @pytest.mark.parametrize("nbytes", [0, 1, 511, 512, 1535, 2000, FIRST + BLOCK - 1])
     def test_cut_short(self, tmp_path: Path, nbytes: int) -> None:
         """Where the footer's copy is still there, the blocks that are gone are an error."""
@@ -355,6 +363,7 @@ class TestSize:
                 (creator, CHS, None, (CURRENT, "current", "creator"))
                 for creator in (b"win ", b"d2v ", b"qem2", b"tap\0", b"CTXS", b"vbox", b"wa\0\0")
             ),
+            (b"vpc ", (0, 0, 0), None, (CURRENT, "current", "geometry")),
             (b"vpc ", MAXIMUM, None, (CURRENT, "current", "geometry")),
             (b"vpc ", CHS, "current", (CURRENT, "current", "option")),
             (b"win ", CHS, "chs", (CHS_NBYTES, "chs", "option")),

@@ -52,8 +52,8 @@ class FooterPlace(NamedTuple):
 class VirtualSize(NamedTuple):
     """Bytes of the disk, and which field they come from: ``chs`` or ``current``.
 
-    ``because`` is ``creator``, ``geometry`` (that of any large disk), ``file`` (the length of a
-    fixed disk's file) or ``option``.
+    ``because`` is ``creator``, ``geometry`` (that of any large disk, or none), ``file`` (the length
+    of a fixed disk's file) or ``option``.
     """
 
     nbytes: int
@@ -285,7 +285,7 @@ def _refuse_truncated(file: HostFile, header: VhdHeader) -> None:
 def _stated_size(file: HostFile, footer: Footer, size: str | None) -> VirtualSize:
     """Return the size that the footer means: by its creator, unless the caller knows better."""
     n_sectors = footer.cylinders * footer.heads * footer.sectors_per_track
-    if n_sectors == layout.MAX_CHS_NSECTORS:
+    if n_sectors in (0, layout.MAX_CHS_NSECTORS):
         choice = ("current", "geometry")
     elif size is not None:
         choice = (size, "option")

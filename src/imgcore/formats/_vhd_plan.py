@@ -70,6 +70,8 @@ class BlockPlanner:
         self._block_nbytes = header.dynamic.block_nbytes
         self._bitmap_nbytes = header.bitmap_nbytes
         self._structures = header.structures
+        if header.end is not None and header.end.problem is None:
+            self._structures.append((header.end.offset, file.nbytes, "the footer"))
         self._format = table_format(self._block_nbytes, self._bitmap_nbytes)
         is_differencing = header.disk_type == layout.DiskType.DIFFERENCING
         self._absent = Kind.HOLE if is_differencing else Kind.ZERO
@@ -122,7 +124,7 @@ class BlockPlanner:
             )
 
     def _refuse_structures(self, rows: Extents) -> None:
-        """Raise if a block lies upon a header or the BAT: an empty table of zeros is no table."""
+        """Raise if a block lies upon a header, the BAT or the footer: the guest put none there."""
         place = rows["host_offset"].astype(np.int64)
         start, end = place - self._bitmap_nbytes, place + rows["length"].astype(np.int64)
         is_block = rows["kind"] == Kind.DATA
