@@ -387,6 +387,16 @@ def _stream_inflates(facts: Facts) -> str | None:
     return None
 
 
+def _stream_ends_in_whole_grain(facts: Facts) -> str | None:
+    extent = facts.stream.disk_extents[0] if facts.stream is not None else None
+    if extent is None or extent.sparse is None or not extent.short_nbytes:
+        return None
+    return (
+        f"the last grain holds {extent.short_nbytes} bytes, where VirtualBox wants all "
+        f"{extent.sparse.grain_nbytes}"
+    )
+
+
 def _vmdk_uuid_is_none(facts: Facts) -> str | None:
     if facts.format != "vmdk" or facts.reader is None:
         return None
@@ -567,6 +577,7 @@ RULES: Final[Mapping[str, tuple[Rule, ...]]] = {
         Rule("vdi-block-size", _vdi_blocks_fit),
         Rule("vmdk-uuid", _vmdk_uuid_is_none, "take ddb.uuid.image out, or give it a new value"),
         Rule("vmdk-version", _vmdk_version_is_known),
+        Rule("stream-last-grain", _stream_ends_in_whole_grain),
         Rule("stream-grains", _stream_inflates, "the data of these grains is lost: copy it again"),
         _PARENTS,
     ),

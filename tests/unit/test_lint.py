@@ -303,6 +303,18 @@ CASES: list[tuple[str, str, Make, list[str]]] = [
         lambda f: own(f, "a.vmdk", options="zeroed_grain=on"),
         ["vmdk-version"],
     ),
+    (
+        "virtualbox",
+        "short-grain",
+        lambda f: vmdk.stream(f / "a.vmdk", 200, {1: b"g" * (72 * 512)}),
+        ["stream-last-grain"],
+    ),
+    (
+        "virtualbox",
+        "cut-grain",
+        lambda f: own(f, "a.vmdk", SIZE + 512, profile="esxi"),
+        [],
+    ),
     ("virtualbox", "orphan-stream", orphan_stream, ["stream-grains", "parents"]),
     ("virtualbox", "qcow2", lambda f: own(f, "a.qcow2"), ["format"]),
     ("virtualbox", "grain", damaged_grain, ["stream-grains"]),

@@ -88,10 +88,11 @@ def test_header_is_refused(
         (vdi.SECTOR_SIZE, le32(0)),
         (vdi.LCHS_SECTOR_SIZE, le32(0)),
         (vdi.FLAGS, le32(1)),
+        (vdi.FLAGS, le32(0x100)),
         (vdi.N_ALLOCATED, le32(77)),  # for `check` to find
         (vdi.HEADER_NBYTES, le32(384) + le32(1)),
     ],
-    ids=["sectors", "LCHS", "zero-expand", "allocated", "short-header"],
+    ids=["sectors", "LCHS", "zero-expand", "zero-expand-vd", "allocated", "short-header"],
 )
 def test_header_is_accepted(image: Path, offset: int, data: bytes) -> None:
     reader = open_vdi(poke(image, (offset, data)))

@@ -31,8 +31,11 @@ COMMENT_NBYTES: Final = 256  # VDI_IMAGE_COMMENT_SIZE
 # Header and whatever of it may be read at once.
 HEAD_NBYTES: Final = 512
 
-FLAG_ZERO_EXPAND: Final = 1 << 0  # new blocks were filled with zeros
-KNOWN_FLAGS: Final = FLAG_ZERO_EXPAND
+# New blocks were filled with zeros: the flag of the file, and the one of VirtualBox's interface
+# (vd.h), which its own check of headers lets pass as well.
+FLAG_ZERO_EXPAND: Final = 1 << 0
+FLAG_ZERO_EXPAND_VD: Final = 1 << 8
+KNOWN_FLAGS: Final = FLAG_ZERO_EXPAND | FLAG_ZERO_EXPAND_VD
 
 # VDIIMAGEBLOCKPOINTER: the number of a block in the data area, or one of two special values.
 ENTRY_NBYTES: Final = 4
