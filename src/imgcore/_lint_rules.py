@@ -583,7 +583,20 @@ RULES: Final[Mapping[str, tuple[Rule, ...]]] = {
     ),
     "openstack": (
         _READABLE,
-        Rule("format", _takes(dict.fromkeys(("qcow2", "raw", "vmdk", "vhd", "vhdx", "vdi"), ()))),
+        # A fixed VHD has its magic at the end only: their inspectors take it for raw.
+        Rule(
+            "format",
+            _takes(
+                {
+                    "qcow2": (),
+                    "raw": (),
+                    "vmdk": (),
+                    "vhd": ("dynamic", "differencing"),
+                    "vhdx": (),
+                    "vdi": (),
+                }
+            ),
+        ),
         _NO_PARENT,
         Rule("qcow2-data-file", _qcow2_is_one_file),
         Rule("vmdk-files", _vmdk_is_one_file),

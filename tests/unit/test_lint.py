@@ -332,6 +332,8 @@ CASES: list[tuple[str, str, Make, list[str]]] = [
     ("openstack", "backing", with_backing, ["no-parent"]),
     ("openstack", "data-file", with_data_file, ["qcow2-data-file"]),
     ("openstack", "flat", lambda f: own(f, "a.vmdk", options="subformat=vmfs"), ["vmdk-files"]),
+    ("openstack", "fixed-vhd", fixed_vhd, ["format"]),
+    ("openstack", "child-vhd", child, ["no-parent"]),
     ("openstack", "raw", raw_disk, []),
     ("openstack", "vdi", vdi_of(), []),
 ]
