@@ -351,6 +351,7 @@ class TestWriting:
             ("old.raw", "raw", [], "has to be a VHD, not raw"),
             ("p.vhd", "vhd", ["subformat=fixed"], "a fixed VHD has no parent"),
             ("a\\b.vhd", "vhd", [], "cannot be said in a VHD"),
+            ("./vm-10:00.vhd", "vhd", [], "cannot be said in a VHD"),
             ("x" * 251 + ".vhd", "vhd", [], None),
         ],
     )

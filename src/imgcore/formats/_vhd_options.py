@@ -253,7 +253,9 @@ def _windows_names(name: str) -> tuple[str, str]:
         name.encode("utf-8")
     except UnicodeEncodeError:
         raise OptionError(f"the parent's name {name!r} is not UTF-8") from None
-    if "\\" in name or not name.rpartition("/")[2]:
+    # What stands before a colon is a drive or a protocol to readers, ours among them.
+    has_colon = ":" in name.removeprefix("./").partition("/")[0]
+    if "\\" in name or has_colon or not name.rpartition("/")[2]:
         raise OptionError(f"the parent's name {name!r} cannot be said in a VHD")
     windows_name = name.removeprefix("./").replace("/", "\\")
     if windows_name.startswith("\\"):
