@@ -143,7 +143,7 @@ static bool skip_grain_marker(const uint8_t **in, uint64_t *nbytes, uint64_t blo
 /*
  * Decompresses the block of one row into its place in the window.  `in` holds the
  * row's host_length bytes.  A whole block goes straight to its place; of others the
- * wanted part is copied.  The last block of a disk may have been compressed short.
+ * wanted part is copied.
  */
 static int decompress_row(struct reader *reader, const struct imgc_extent *row, const uint8_t *in,
 			  uint64_t start, uint64_t end, struct view *view, struct imgc_error *err)
@@ -167,9 +167,6 @@ static int decompress_row(struct reader *reader, const struct imgc_extent *row, 
 	}
 	status = imgc_decompress(reader->decompressor, codec, in, in_nbytes, reader->block, block,
 				 NULL);
-	if (status == IMGC_CORRUPT && row->length != block)
-		status = imgc_decompress(reader->decompressor, codec, in, in_nbytes, reader->block,
-					 within + row->length, NULL);
 	if (status)
 		goto failed;
 	uint64_t from = imgc_max_u64(row->guest_offset, start);

@@ -638,6 +638,41 @@ static void test_errors(void)
 	disk_destroy(&target);
 }
 
+/* What a block decompresses to is no shorter because only its front is wanted. */
+static void test_a_short_block_is_corrupt(void)
+{
+	struct imgc_codec_params codec = {IMGC_CODEC_ZLIB, IMGC_DEFLATE_LIBDEFLATE, 6, 15};
+	struct disk source = disk_create(64 * KIB), target = disk_create(64 * KIB);
+	struct imgc_extent rows[2] = {{0, 4096, 0, 0, 0, IMGC_ZLIB, 0},
+				      empty_row(4096, 60 * KIB, IMGC_HOLE)};
+	struct imgc_compressor *compressor;
+	struct imgc_source_file file;
+	struct imgc_job_options o = convert_options(&source, &target, &file, 1);
+	struct imgc_batch batch = {0, 64 * KIB, rows, 2, NULL, 0, NULL, 0};
+	struct imgc_error err = {0};
+	struct imgc_job *job;
+	uint8_t text[8192];
+
+	o.geometry.placing = IMGC_PLACE_IDENTITY;
+	file.block_nbytes = 8192;
+	fill_text(text, sizeof(text), 1);
+	CHECK_EQ(imgc_compressor_create(&codec, &compressor), IMGC_OK);
+	for (size_t nbytes = 4096; nbytes <= 8192; nbytes += 4096) {
+		size_t stored = 0;
+
+		CHECK_EQ(imgc_compress(compressor, text, nbytes, source.bytes, 8192, &stored),
+			 IMGC_OK);
+		rows[0].host_length = stored;
+		CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_OK);
+		CHECK_EQ(run_batch(job, &batch, &err), nbytes == 8192 ? IMGC_OK : IMGC_CORRUPT);
+		imgc_job_destroy(job);
+	}
+	CHECK(memcmp(target.bytes, text, 4096) == 0);
+	imgc_compressor_destroy(compressor);
+	disk_destroy(&source);
+	disk_destroy(&target);
+}
+
 static void test_cancel(void)
 {
 	struct imgc_codec_params slow = {IMGC_CODEC_DEFLATE, IMGC_DEFLATE_LIBDEFLATE, 12, 15};
@@ -705,6 +740,7 @@ int main(void)
 	test_base_of_large_blocks(4);
 	test_compare();
 	test_errors();
+	test_a_short_block_is_corrupt();
 	test_cancel();
 	return 0;
 }
