@@ -84,12 +84,13 @@ struct rows {
 struct salvage {
 	bool is_wanted, lock_exists;
 	pthread_mutex_t lock;
-	struct imgc_bad_range *ranges;
+	struct imgc_bad_range *ranges; /* ascending, neighbours joined */
 	size_t n, capacity;
 };
 
-/* What a worker needs to read: never shared, but for `salvage`. */
+/* What a worker needs to read: never shared, but for `job` and `salvage`. */
 struct reader {
+	const struct imgc_job *job;
 	struct salvage *salvage; /* NULL: what cannot be read is an error */
 	const struct imgc_source_file *files;
 	struct imgc_io_context *io;
@@ -112,10 +113,17 @@ bool imgc_view_has_data(const struct view *view, uint64_t start, uint64_t end);
 /* The row that holds guest_offset; rows.n if none. */
 size_t imgc_rows_find(struct rows rows, uint64_t guest_offset);
 
-/* imgc_file_read() and imgc_file_write(), repeated where that can help; `err` is not NULL. */
-int imgc_read_patiently(struct imgc_file *file, struct imgc_io_context *io,
+/* imgc_file_read(), without a second try; `file` is an index, and stated in *err. */
+int imgc_reader_read(struct reader *reader, uint32_t file, const struct imgc_io_request *requests,
+		     size_t n, struct imgc_error *err);
+
+/*
+ * Reading and writing, repeated where that can help, unless the job is told to stop;
+ * `err` is not NULL.
+ */
+int imgc_read_patiently(struct reader *reader, uint32_t file,
 			const struct imgc_io_request *requests, size_t n, struct imgc_error *err);
-int imgc_write_patiently(struct imgc_file *file, const struct iovec *iov, int n_iov,
+int imgc_write_patiently(const struct imgc_job *job, const struct iovec *iov, int n_iov,
 			 uint64_t offset, struct imgc_error *err);
 
 int imgc_salvage_note(struct salvage *salvage, struct imgc_bad_range range, struct imgc_error *err);
@@ -206,6 +214,8 @@ void *imgc_worker_main(void *argument);
 /* The first error wins and stops the others. */
 void imgc_job_fail(struct imgc_job *job, const struct imgc_error *err);
 bool imgc_job_is_stopped(const struct imgc_job *job);
+/* IMGC_CANCELLED if the job is stopped: between blocks, and between reads that fail. */
+int imgc_job_go_on(const struct imgc_job *job, struct imgc_error *err);
 
 /* Fills and digests one window; writes nothing. */
 int imgc_window_process(struct worker *worker, struct slot *slot, struct imgc_error *err);

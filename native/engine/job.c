@@ -152,6 +152,7 @@ static int worker_create(struct imgc_job *job, struct worker *worker, struct cou
 
 	worker->job = job;
 	worker->counters = counters;
+	reader->job = job;
 	reader->files = job->sources;
 	reader->salvage = job->salvage.is_wanted ? &job->salvage : NULL;
 	status = imgc_io_context_create(o->io_variant, &reader->io);
@@ -365,10 +366,10 @@ int imgc_job_start(struct imgc_job *job, const struct imgc_batch *batch, struct 
 {
 	if (job->in_batch)
 		return invalid(err, "start");
-	if (imgc_job_is_stopped(job))
-		return imgc_fail(err, IMGC_CANCELLED, 0, 0, IMGC_NO_SOURCE, "start");
-	int status = check_batch(job, batch, err);
+	int status = imgc_job_go_on(job, err);
 
+	if (status == IMGC_OK)
+		status = check_batch(job, batch, err);
 	if (status)
 		return status;
 	if (batch->base_extents && create_other_views(job))
@@ -452,6 +453,13 @@ bool imgc_job_is_stopped(const struct imgc_job *job)
 {
 	return atomic_load_explicit(&job->cancelled, memory_order_relaxed) ||
 	       atomic_load_explicit(&job->failed, memory_order_relaxed);
+}
+
+int imgc_job_go_on(const struct imgc_job *job, struct imgc_error *err)
+{
+	return imgc_job_is_stopped(job)
+		       ? imgc_fail(err, IMGC_CANCELLED, 0, 0, IMGC_NO_SOURCE, "cancel")
+		       : IMGC_OK;
 }
 
 static void wake_workers(struct imgc_job *job)

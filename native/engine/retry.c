@@ -33,27 +33,45 @@ static bool read_may_succeed_later(int os_errno)
 	return os_errno == EIO || os_errno == EAGAIN || os_errno == ETIMEDOUT;
 }
 
-int imgc_read_patiently(struct imgc_file *file, struct imgc_io_context *io,
+int imgc_reader_read(struct reader *reader, uint32_t file, const struct imgc_io_request *requests,
+		     size_t n, struct imgc_error *err)
+{
+	int status = imgc_file_read(reader->files[file].file, reader->io, requests, n, err);
+
+	if (status)
+		err->source = file;
+	return status;
+}
+
+int imgc_read_patiently(struct reader *reader, uint32_t file,
 			const struct imgc_io_request *requests, size_t n, struct imgc_error *err)
 {
 	for (unsigned attempt = 0;; attempt++) {
-		int status = imgc_file_read(file, io, requests, n, err);
+		int status = imgc_reader_read(reader, file, requests, n, err);
 
 		if (status != IMGC_IO || attempt == N_PAUSES ||
 		    !read_may_succeed_later(err->os_errno))
 			return status;
 		pause_before(attempt);
+		status = imgc_job_go_on(reader->job, err);
+		if (status)
+			return status;
 	}
 }
 
-int imgc_write_patiently(struct imgc_file *file, const struct iovec *iov, int n_iov,
+int imgc_write_patiently(const struct imgc_job *job, const struct iovec *iov, int n_iov,
 			 uint64_t offset, struct imgc_error *err)
 {
 	for (unsigned attempt = 0;; attempt++) {
-		int status = imgc_file_write(file, iov, n_iov, offset, err);
+		int status = imgc_file_write(job->options.target, iov, n_iov, offset, err);
 
+		if (status)
+			err->source = IMGC_TARGET;
 		if (status != IMGC_IO || attempt == N_PAUSES || err->os_errno != EAGAIN)
 			return status;
 		pause_before(attempt);
+		status = imgc_job_go_on(job, err);
+		if (status)
+			return status;
 	}
 }

@@ -84,12 +84,9 @@ static int pending_flush(struct reader *reader, struct pending *pending, struct 
 {
 	if (pending->n == 0)
 		return IMGC_OK;
-	int status = imgc_read_patiently(reader->files[pending->file].file, reader->io,
-					 pending->requests, pending->n, err);
+	int status = imgc_read_patiently(reader, pending->file, pending->requests, pending->n, err);
 	if (status == IMGC_IO && reader->salvage)
 		status = pending_salvage(reader, pending, err);
-	if (status)
-		err->source = pending->file;
 	pending->n = 0;
 	return status;
 }
@@ -196,24 +193,39 @@ static int lose_row(struct reader *reader, const struct imgc_extent *row, uint64
 	return imgc_salvage_note(reader->salvage, range, err);
 }
 
-/* Reads the stored bytes of the first of `*count` rows, of all of them if that works. */
-static int read_compressed(struct reader *reader, const struct imgc_extent *rows, size_t *count,
-			   uint64_t span_end, struct imgc_error *err)
+/* decompress_row(), or gives the row up if that is wanted. */
+static int take_row(struct reader *reader, const struct imgc_extent *row, const uint8_t *in,
+		    uint64_t start, uint64_t end, struct view *view, struct imgc_error *err)
 {
-	struct imgc_file *file = reader->files[rows[0].file].file;
-	struct imgc_io_request request = {rows[0].host_offset, reader->compressed,
-					  span_end - rows[0].host_offset};
-	int status = imgc_read_patiently(file, reader->io, &request, 1, err);
+	int status = decompress_row(reader, row, in, start, end, view, err);
 
-	if (status == IMGC_IO && reader->salvage && *count > 1) {
-		*count = 1;
-		request.length = rows[0].host_length;
-		status = imgc_file_read(file, reader->io, &request, 1, err);
+	return status == IMGC_CORRUPT && reader->salvage
+		       ? lose_row(reader, row, start, end, view, 0, err)
+		       : status;
+}
+
+/* The rows could not be read at once: takes each that can be read alone. */
+static int salvage_rows(struct reader *reader, const struct imgc_extent *rows, size_t n,
+			uint64_t start, uint64_t end, struct view *view, struct imgc_error *err)
+{
+	int status = IMGC_OK;
+
+	for (size_t i = 0; i < n && status == IMGC_OK; i++) {
+		struct imgc_io_request request = {rows[i].host_offset, reader->compressed,
+						  rows[i].host_length};
+
+		status = imgc_job_go_on(reader->job, err);
+		if (status)
+			break;
+		status = imgc_reader_read(reader, rows[i].file, &request, 1, err);
+		if (status == IMGC_OK) {
+			reader->bytes_read += request.length;
+			status = take_row(reader, &rows[i], reader->compressed, start, end, view,
+					  err);
+		} else if (status == IMGC_IO) {
+			status = lose_row(reader, &rows[i], start, end, view, err->os_errno, err);
+		}
 	}
-	if (status)
-		err->source = rows[0].file;
-	else
-		reader->bytes_read += request.length;
 	return status;
 }
 
@@ -245,19 +257,19 @@ static int fill_compressed(struct reader *reader, const struct imgc_extent *rows
 		span_end = row_end;
 	}
 
-	int status = read_compressed(reader, rows, &count, span_end, err);
+	struct imgc_io_request request = {span_start, reader->compressed, span_end - span_start};
+	int status = imgc_read_patiently(reader, rows[0].file, &request, 1, err);
 
 	*n_taken = count;
 	if (status == IMGC_IO && reader->salvage)
-		return lose_row(reader, &rows[0], start, end, view, err->os_errno, err);
+		return salvage_rows(reader, rows, count, start, end, view, err);
 	if (status)
 		return status;
+	reader->bytes_read += request.length;
 	for (size_t i = 0; i < count; i++) {
-		status = decompress_row(reader, &rows[i],
-					reader->compressed + (rows[i].host_offset - span_start),
-					start, end, view, err);
-		if (status == IMGC_CORRUPT && reader->salvage)
-			status = lose_row(reader, &rows[i], start, end, view, 0, err);
+		status = take_row(reader, &rows[i],
+				  reader->compressed + (rows[i].host_offset - span_start), start,
+				  end, view, err);
 		if (status)
 			return status;
 	}

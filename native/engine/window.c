@@ -185,7 +185,9 @@ static int process_pieces(struct worker *worker, struct slot *slot, struct imgc_
 			.start = (uint32_t)(at - slot->start),
 			.nbytes = (uint32_t)(imgc_min_u64(next, slot->end) - at),
 		};
-		int status = process_piece(worker, slot, piece, err);
+		int status = imgc_job_go_on(job, err);
+		if (status == IMGC_OK)
+			status = process_piece(worker, slot, piece, err);
 		if (status)
 			return status;
 		at = next;
@@ -307,12 +309,9 @@ static int gather_flush(struct worker *worker, struct gather *gather, struct img
 {
 	if (gather->n == 0)
 		return IMGC_OK;
-	int status = imgc_write_patiently(worker->job->options.target, gather->iov, gather->n,
-					  gather->offset, err);
-	if (status) {
-		err->source = IMGC_TARGET;
+	int status = imgc_write_patiently(worker->job, gather->iov, gather->n, gather->offset, err);
+	if (status)
 		return status;
-	}
 	atomic_fetch_add_explicit(&worker->counters->written, gather->nbytes, memory_order_relaxed);
 	gather->n = 0;
 	gather->nbytes = 0;

@@ -481,7 +481,8 @@ uint64_t imgc_job_first_difference(const struct imgc_job *job);
 
 /*
  * Between batches, with options.salvage: the number of ranges that were not read so
- * far, in no order, and *out = their rows, which stay valid until the next start.
+ * far, and *out = their rows, ascending, neighbours of one source and errno joined; they
+ * stay valid until the next start.
  */
 size_t imgc_job_bad_ranges(const struct imgc_job *job, const struct imgc_bad_range **out);
 

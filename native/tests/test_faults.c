@@ -10,6 +10,7 @@
 #define KIB 1024u
 #define MIB (1024u * 1024)
 #define DISK_NBYTES (2u * MIB)
+#define MAX_ROWS 17
 
 /* A file in memory that fails the next calls, or wherever a range is touched. */
 struct flaky_file {
@@ -19,12 +20,15 @@ struct flaky_file {
 	_Atomic int n_calls;
 	int os_errno;
 	uint64_t bad_start, bad_end;
+	int cancel_at; /* this call tells the job to stop */
+	struct imgc_job *job;
 };
 
 static int flaky_fail(struct flaky_file *file, uint64_t offset, uint64_t length,
 		      struct imgc_error *err)
 {
-	atomic_fetch_add(&file->n_calls, 1);
+	if (atomic_fetch_add(&file->n_calls, 1) + 1 == file->cancel_at)
+		imgc_job_cancel(file->job);
 	if (atomic_load(&file->n_failing) > 0) {
 		atomic_fetch_sub(&file->n_failing, 1);
 		return imgc_fail(err, IMGC_IO, file->os_errno, offset, IMGC_NO_SOURCE, "flaky");
@@ -64,7 +68,8 @@ struct bench {
 	struct flaky_file source, target;
 	struct imgc_source_file file;
 	struct imgc_job_options options;
-	struct imgc_extent row;
+	struct imgc_extent rows[MAX_ROWS];
+	size_t n_rows;
 };
 
 static struct imgc_file *memory(uint8_t **bytes)
@@ -85,7 +90,8 @@ static void bench_create(struct bench *b, unsigned n_threads)
 	b->target.inner = memory(&b->target_bytes);
 	fill_random(b->source_bytes, DISK_NBYTES, 3);
 	b->file = (struct imgc_source_file){.file = &b->source.base, .nbytes = DISK_NBYTES};
-	b->row = (struct imgc_extent){0, DISK_NBYTES, 0, DISK_NBYTES, 0, IMGC_DATA, 0};
+	b->rows[0] = (struct imgc_extent){0, DISK_NBYTES, 0, DISK_NBYTES, 0, IMGC_DATA, 0};
+	b->n_rows = 1;
 	b->options = (struct imgc_job_options){
 		.kind = IMGC_JOB_CONVERT,
 		.n_threads = n_threads,
@@ -113,12 +119,14 @@ static void bench_destroy(struct bench *b)
 static int run(struct bench *b, struct imgc_bad_range *ranges, size_t capacity, size_t *n,
 	       struct imgc_error *err)
 {
-	struct imgc_batch batch = {.guest_end = DISK_NBYTES, .extents = &b->row, .n_extents = 1};
+	struct imgc_batch batch = {
+		.guest_end = DISK_NBYTES, .extents = b->rows, .n_extents = b->n_rows};
 	const struct imgc_bad_range *rows = NULL;
 	struct imgc_job *job;
 	int status;
 
 	CHECK_EQ(imgc_job_create(&b->options, &job, err), IMGC_OK);
+	b->source.job = b->target.job = job;
 	CHECK_EQ(imgc_job_start(job, &batch, err), IMGC_OK);
 	while (!imgc_job_wait(job, 50))
 		;
@@ -208,31 +216,140 @@ static void test_salvage_of_a_broken_block(void)
 	size_t n;
 
 	bench_create(&b, 2);
-	b.row = (struct imgc_extent){0, 64 * KIB, 512, 9000, 0, IMGC_ZLIB, 0};
-	struct imgc_extent rows[2] = {b.row,
-				      {64 * KIB, DISK_NBYTES - 64 * KIB, 64 * KIB,
-				       DISK_NBYTES - 64 * KIB, 0, IMGC_DATA, 0}};
-	struct imgc_batch batch = {.guest_end = DISK_NBYTES, .extents = rows, .n_extents = 2};
-	const struct imgc_bad_range *found = NULL;
-	struct imgc_job *job;
-
+	b.n_rows = 2;
+	b.rows[0] = (struct imgc_extent){0, 64 * KIB, 512, 9000, 0, IMGC_ZLIB, 0};
+	b.rows[1] = (struct imgc_extent){
+		64 * KIB, DISK_NBYTES - 64 * KIB, 64 * KIB, DISK_NBYTES - 64 * KIB, 0, IMGC_DATA,
+		0};
 	b.file.block_nbytes = 64 * KIB;
 	b.options.salvage = 1;
-	CHECK_EQ(imgc_job_create(&b.options, &job, &err), IMGC_OK);
-	CHECK_EQ(imgc_job_start(job, &batch, &err), IMGC_OK);
-	while (!imgc_job_wait(job, 50))
-		;
-	CHECK_EQ(imgc_job_finish(job, &err), IMGC_OK);
-	n = imgc_job_bad_ranges(job, &found);
+	CHECK_EQ(run(&b, lost, 8, &n, &err), IMGC_OK);
 	CHECK_EQ(n, 1);
-	lost[0] = found[0];
 	CHECK_EQ(lost[0].guest_offset, 0);
 	CHECK_EQ(lost[0].length, 64 * KIB);
 	CHECK_EQ(lost[0].os_errno, 0);
-	imgc_job_destroy(job);
 	memset(b.source_bytes, 0, 64 * KIB);
 	CHECK(memcmp(b.source_bytes, b.target_bytes, DISK_NBYTES) == 0);
 	bench_destroy(&b);
+}
+
+/* Blocks of 4 KiB in front, all but the third of them readable, and a hole behind. */
+static void compressed_rows(struct bench *b)
+{
+	struct imgc_codec_params codec = {IMGC_CODEC_ZLIB, IMGC_DEFLATE_LIBDEFLATE, 1, 15};
+	struct imgc_compressor *compressor;
+	uint8_t text[4096];
+
+	CHECK_EQ(imgc_compressor_create(&codec, &compressor), IMGC_OK);
+	b->n_rows = MAX_ROWS;
+	for (size_t i = 0; i < MAX_ROWS - 1; i++) {
+		size_t nbytes;
+
+		fill_text(text, sizeof(text), (unsigned)i);
+		CHECK_EQ(imgc_compress(compressor, text, sizeof(text), b->source_bytes + i * 8192,
+				       8192, &nbytes),
+			 IMGC_OK);
+		b->rows[i] =
+			(struct imgc_extent){i * 4096, 4096, i * 8192, nbytes, 0, IMGC_ZLIB, 0};
+	}
+	uint64_t start = (MAX_ROWS - 1) * 4096;
+
+	b->rows[MAX_ROWS - 1] = (struct imgc_extent){
+		.guest_offset = start, .length = DISK_NBYTES - start, .kind = IMGC_HOLE};
+	b->file.block_nbytes = 4096;
+	b->source.bad_start = 2 * 8192;
+	b->source.bad_end = 2 * 8192 + 1;
+	b->options.salvage = 1;
+	imgc_compressor_destroy(compressor);
+}
+
+/* One bad sector among compressed blocks costs the patience of one read, not of each block. */
+static void test_salvage_around_a_bad_sector(void)
+{
+	struct imgc_bad_range lost[8];
+	struct imgc_error err = {0};
+	uint8_t text[4096];
+	struct bench b;
+	size_t n;
+
+	bench_create(&b, 1);
+	compressed_rows(&b);
+	CHECK_EQ(run(&b, lost, 8, &n, &err), IMGC_OK);
+	CHECK_EQ(n, 1);
+	CHECK_EQ(lost[0].guest_offset, 2 * 4096);
+	CHECK_EQ(lost[0].length, 4096);
+	CHECK_EQ(lost[0].os_errno, EIO);
+	CHECK_EQ(b.source.n_calls, 5 + MAX_ROWS - 1);
+	for (size_t i = 0; i < MAX_ROWS - 1; i++) {
+		fill_text(text, sizeof(text), (unsigned)i);
+		if (i == 2)
+			memset(text, 0, sizeof(text));
+		CHECK(memcmp(b.target_bytes + i * 4096, text, sizeof(text)) == 0);
+	}
+	bench_destroy(&b);
+}
+
+/* A job that is told to stop reads no more, however much is left to be tried. */
+static void test_cancel(unsigned salvage, bool compressed, int at)
+{
+	struct imgc_error err = {0};
+	struct bench b;
+	size_t n;
+
+	bench_create(&b, 1);
+	if (compressed)
+		compressed_rows(&b);
+	b.options.salvage = salvage;
+	b.source.bad_start = 0;
+	b.source.bad_end = DISK_NBYTES;
+	b.source.cancel_at = at;
+	CHECK_EQ(run(&b, NULL, 0, &n, &err), IMGC_CANCELLED);
+	CHECK_EQ(b.source.n_calls, at);
+	bench_destroy(&b);
+
+	bench_create(&b, 1);
+	b.target.os_errno = EAGAIN;
+	b.target.n_failing = 1000;
+	b.target.cancel_at = 2;
+	CHECK_EQ(run(&b, NULL, 0, &n, &err), IMGC_CANCELLED);
+	CHECK_EQ(b.target.n_calls, 2);
+	bench_destroy(&b);
+}
+
+static void note(struct salvage *salvage, uint64_t piece, int os_errno)
+{
+	struct imgc_bad_range range = {piece * 4096, 4096, 0, os_errno};
+
+	CHECK_EQ(imgc_salvage_note(salvage, range, NULL), IMGC_OK);
+}
+
+/* Two workers in one bad region make one range of it, in whatever order they come. */
+static void test_list_is_joined(void)
+{
+	struct salvage salvage = {.is_wanted = true};
+	const uint64_t n = 2 * IMGC_MAX_BAD_RANGES;
+
+	CHECK(pthread_mutex_init(&salvage.lock, NULL) == 0);
+	salvage.lock_exists = true;
+	for (uint64_t i = 0; i < n; i++) {
+		note(&salvage, i, EIO);
+		note(&salvage, 2 * n + 1 + i, EIO);
+	}
+	CHECK_EQ(salvage.n, 2);
+	note(&salvage, 2 * n - 1, EIO);
+	note(&salvage, 2 * n, EIO); /* joins two */
+	CHECK_EQ(salvage.n, 2);
+	note(&salvage, n + 1, 0);
+	note(&salvage, n, 0); /* joins the next one only */
+	CHECK_EQ(salvage.n, 3);
+	CHECK_EQ(salvage.ranges[0].guest_offset, 0);
+	CHECK_EQ(salvage.ranges[0].length, n * 4096);
+	CHECK_EQ(salvage.ranges[1].guest_offset, n * 4096);
+	CHECK_EQ(salvage.ranges[1].length, 2 * 4096);
+	CHECK_EQ(salvage.ranges[1].os_errno, 0);
+	CHECK_EQ(salvage.ranges[2].guest_offset, (2 * n - 1) * 4096);
+	CHECK_EQ(salvage.ranges[2].length, (n + 2) * 4096);
+	imgc_salvage_destroy(&salvage);
 }
 
 static void test_list_is_bounded(void)
@@ -264,6 +381,12 @@ int main(void)
 	test_salvage(1);
 	test_salvage(4);
 	test_salvage_of_a_broken_block();
+	test_salvage_around_a_bad_sector();
+	test_cancel(0, false, 2);
+	test_cancel(1, false, 2);
+	test_cancel(1, false, 7);
+	test_cancel(1, true, 7);
+	test_list_is_joined();
 	test_list_is_bounded();
 	return 0;
 }

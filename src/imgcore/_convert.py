@@ -28,7 +28,7 @@ from imgcore._profiles import (
     get_profile,
     rounded_size,
 )
-from imgcore._salvage import BadRange, joined_bad_ranges
+from imgcore._salvage import BadRange, named_bad_ranges
 from imgcore._sizes import parse_size
 from imgcore._supply import ImageSupply, StreamSupply
 from imgcore._target import Target
@@ -528,7 +528,7 @@ class _Conversion:
             )
             stack.callback(job.close)
             self._run_batches(job, writer, supply)
-            self._bad_ranges = joined_bad_ranges(job.bad_ranges, supply.paths)
+            self._bad_ranges = named_bad_ranges(job.bad_ranges, supply.paths)
             return int(job.next_offset)
 
     def _run_batches(self, job: Job, writer: Writer, supply: Supply) -> None:

@@ -10,6 +10,7 @@ from imgcore._geometry import Geometry
 
 NO_SOURCE: Final[int]
 TARGET: Final[int]
+MAX_BAD_RANGES: Final[int]
 
 class CoreError(Exception):
     """A failed call: ``status`` (enum imgc_status), ``os_errno``, ``offset``, ``source``, ``op``."""

@@ -11,6 +11,7 @@ from imgcore cimport _native as n
 
 NO_SOURCE = n.IMGC_NO_SOURCE
 TARGET = n.IMGC_TARGET
+MAX_BAD_RANGES = n.IMGC_MAX_BAD_RANGES
 
 cdef int POLL_MS = 50
 
@@ -416,7 +417,7 @@ cdef class Job:
 
     @property
     def bad_ranges(self):
-        """What was not read, with ``salvage``: (guest_offset, length, source, errno or 0)."""
+        """What was not read, in order: (guest_offset, length, source, errno or 0)."""
         cdef const n.imgc_bad_range *rows = NULL
         cdef size_t count = n.imgc_job_bad_ranges(self.require(), &rows)
         cdef size_t i

@@ -100,6 +100,9 @@ def _translate(error: _core.CoreError, path: str | None) -> Exception:
         return CorruptImageError(f"{what} (at 0x{error.offset:x})", **where)
     if error.status == _OUT_OF_RANGE and error.op == "pread":
         return CorruptImageError(f"the file ends before 0x{error.offset:x}", **where)
+    if error.status == _LIMIT and error.op == "salvage":
+        what = f"more than {_core.MAX_BAD_RANGES} separate ranges cannot be read"
+        return LimitExceededError(f"{what}, the last at 0x{error.offset:x} of the disk", path=path)
     if error.status == _LIMIT:
         return LimitExceededError(f"grows past what the format can address ({error.op})", **where)
     if error.status == _UNSUPPORTED:

@@ -31,6 +31,7 @@ cdef extern from "imgc.h" nogil:
 
     const uint32_t IMGC_NO_SOURCE
     const uint32_t IMGC_TARGET
+    const uint32_t IMGC_MAX_BAD_RANGES
     const uint64_t IMGC_NO_DIFFERENCE
 
     struct imgc_error:

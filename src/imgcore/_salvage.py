@@ -18,19 +18,11 @@ class BadRange(NamedTuple):
     reason: str
 
 
-def joined_bad_ranges(
+def named_bad_ranges(
     rows: Iterable[tuple[int, int, int, int]], paths: Sequence[str]
 ) -> tuple[BadRange, ...]:
-    """Return the engine's rows in order, neighbours joined.
-
-    They are (guest_offset, length, source, errno or 0).
-    """
-    joined: list[BadRange] = []
-    for offset, length, source, code in sorted(rows):
-        row = BadRange(offset, length, paths[source], os.strerror(code) if code else _BROKEN)
-        last = joined[-1] if joined else None
-        if last is not None and last.guest_offset + last.length == offset and last[2:] == row[2:]:
-            joined[-1] = last._replace(length=last.length + length)
-        else:
-            joined.append(row)
-    return tuple(joined)
+    """Return the engine's rows, (guest_offset, length, source, errno or 0), in words."""
+    return tuple(
+        BadRange(offset, length, paths[source], os.strerror(code) if code else _BROKEN)
+        for offset, length, source, code in rows
+    )

@@ -125,6 +125,7 @@ def test_read_only_extents_are_accepted() -> None:
         ((-4, 0, 512, 0, "decompress"), CorruptImageError, r"a\.img: .*\(at 0x200\)"),
         ((-3, 0, 512, 0, "pread"), CorruptImageError, "ends before 0x200"),
         ((-6, 0, 0, _core.TARGET, "place"), LimitExceededError, "out.img"),
+        ((-6, 0, 512, 0, "salvage"), LimitExceededError, r"a\.img: more than 65536 .* at 0x200"),
         ((-8, 0, 0, _core.NO_SOURCE, "cancel"), ConversionCancelled, "cancelled"),
         ((-2, 0, 3, _core.NO_SOURCE, "batch"), ImgcoreError, "internal: batch refused row 3"),
     ],
