@@ -106,7 +106,8 @@ static int complete_slot(struct ring_slot *slot, int result, bool *again, struct
 	*again = false;
 	if (result == 0)
 		return imgc_fail(err, IMGC_OUT_OF_RANGE, 0, offset, IMGC_NO_SOURCE, "pread");
-	if (result < 0 && result != -EINTR && result != -EAGAIN)
+	/* EAGAIN is repeated with patience and an end, by the caller. */
+	if (result < 0 && result != -EINTR)
 		return imgc_fail(err, IMGC_IO, -result, offset, IMGC_NO_SOURCE, "pread");
 	if (result > 0)
 		slot->done += (uint64_t)result;
@@ -210,11 +211,15 @@ int imgc_uring_read(struct imgc_io_context *ctx, int fd, const struct imgc_io_re
 		if (n_under_way == 0)
 			continue;
 		rc = io_uring_submit_and_wait(&ctx->ring, 1);
-		if (rc < 0 && rc != -EINTR && rc != -EAGAIN && rc != -EBUSY) {
+		if (rc < 0 && rc != -EINTR) {
 			unsigned n_queued = io_uring_sq_ready(&ctx->ring);
+			unsigned n_taken = n_under_way > n_queued ? n_under_way - n_queued : 0;
 
-			break_ring(ctx, n_under_way > n_queued ? n_under_way - n_queued : 0);
-			return read_by_pread(fd, requests, n, err);
+			/* A busy ring has room again when something of what it has taken ends. */
+			if ((rc != -EAGAIN && rc != -EBUSY) || n_taken == 0) {
+				break_ring(ctx, n_taken);
+				return read_by_pread(fd, requests, n, err);
+			}
 		}
 		reap(ctx, fd, &n_under_way, &status, err);
 	}
