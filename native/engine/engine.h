@@ -141,7 +141,7 @@ struct piece {
 	uint64_t block;		  /* number of the block in the disk */
 	uint32_t start, nbytes;	  /* in the window */
 	uint32_t state;		  /* enum imgc_block_state */
-	uint32_t packed_start;	  /* COMPRESSED: in `packed`, prefix first */
+	uint64_t packed_start;	  /* COMPRESSED: in `packed`, prefix first */
 	uint32_t packed_nbytes;	  /* without the padding that follows */
 	size_t first_run, n_runs; /* STORED: what of it is written */
 	bool opens_block;	  /* STORED: the block's prefix is written with it */

@@ -36,6 +36,7 @@ static bool geometry_is_valid(const struct imgc_geometry *g)
 	       (!compresses || (g->placing == IMGC_PLACE_APPEND &&
 				g->block_nbytes <= MAX_COMPRESSED_BLOCK_NBYTES)) &&
 	       (!g->store_incompressible || g->compressed_alignment == 1) &&
+	       g->group_nblocks <= INT64_MAX / g->block_nbytes &&
 	       g->stored_prefix_nbytes <= IMGC_MAX_STORED_PREFIX_NBYTES &&
 	       g->stored_prefix_byte <= UINT8_MAX &&
 	       (g->stored_prefix_nbytes == 0 || (g->placing == IMGC_PLACE_APPEND && !compresses));
@@ -87,21 +88,24 @@ static uint64_t choose_window(const struct imgc_job_options *o)
 
 /* -------------------------------------------------------------------- memory */
 
+static void view_destroy(struct view *view)
+{
+	free(view->data);
+	free(view->ranges);
+	*view = (struct view){0};
+}
+
 static int view_create(struct view *view, uint64_t window_nbytes)
 {
 	/* A page more: IMGC_COMPRESS_SLACK_NBYTES for the last block. */
 	view->data = aligned_alloc(PAGE_NBYTES, window_nbytes + PAGE_NBYTES);
 	view->ranges = malloc((window_nbytes / SECTOR_NBYTES + 1) * sizeof(*view->ranges));
-	if (!view->data || !view->ranges)
+	if (!view->data || !view->ranges) {
+		view_destroy(view);
 		return IMGC_NO_MEMORY;
+	}
 	memset(view->data + window_nbytes, 0, IMGC_COMPRESS_SLACK_NBYTES);
 	return IMGC_OK;
-}
-
-static void view_destroy(struct view *view)
-{
-	free(view->data);
-	free(view->ranges);
 }
 
 static int slot_create(struct imgc_job *job, struct slot *slot)

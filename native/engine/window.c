@@ -100,7 +100,7 @@ static int pack(struct worker *worker, struct slot *slot, struct piece *piece, b
 
 	memset(out + length, 0, padding);
 	piece->state = IMGC_BLOCK_COMPRESSED;
-	piece->packed_start = (uint32_t)slot->packed_nbytes;
+	piece->packed_start = slot->packed_nbytes;
 	piece->packed_nbytes = (uint32_t)length;
 	slot->packed_nbytes += length + padding;
 	return IMGC_OK;

@@ -156,9 +156,11 @@ static void fill_next_slot(struct worker *worker)
 	pthread_mutex_unlock(&job->lock);
 	int status = imgc_window_process(worker, slot, &err);
 	pthread_mutex_lock(&job->lock);
-	slot->state = SLOT_READY;
-	if (status == IMGC_OK)
+	if (status == IMGC_OK) {
+		slot->state = SLOT_READY;
 		status = place_ready(job, &err);
+	}
+	/* A window that could not be filled is never ready: nobody may write it. */
 	if (status) {
 		pthread_mutex_unlock(&job->lock);
 		imgc_job_fail(job, &err);

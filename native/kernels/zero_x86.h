@@ -22,7 +22,7 @@ __attribute__((target("avx2"))) static inline __m256i load32(const uint8_t *p)
 
 __attribute__((target("avx2"))) static int zero_avx2(const uint8_t *p, size_t nbytes)
 {
-	const uint8_t *last = p + nbytes - 32;
+	const uint8_t *last;
 	__m256i v;
 
 	if (nbytes < 32)
@@ -50,7 +50,7 @@ __attribute__((target("avx512f"))) static inline __m512i load64(const uint8_t *p
 
 __attribute__((target("avx512f"))) static int zero_avx512(const uint8_t *p, size_t nbytes)
 {
-	const uint8_t *last = p + nbytes - 64;
+	const uint8_t *last;
 	__m512i v;
 
 	if (nbytes < 64)

@@ -633,6 +633,9 @@ static void test_errors(void)
 	o.n_threads = 1;
 	o.geometry.block_nbytes = 65535;
 	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_INVALID_ARGUMENT);
+	o.geometry.block_nbytes = 64 * KIB;
+	o.geometry.group_nblocks = UINT64_C(1) << 48; /* of no bytes, were it allowed to wrap */
+	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_INVALID_ARGUMENT);
 	free(placements);
 	disk_destroy(&source);
 	disk_destroy(&target);
