@@ -1,6 +1,7 @@
 # cython: language_level=3, binding=True, embedsignature=False
 """The binding to the native core: thin, no algorithm (see native/include/imgc.h)."""
 
+cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
@@ -192,11 +193,11 @@ cdef class File:
 
     cdef n.imgc_file *handle
     cdef Py_buffer view
-    cdef bint has_view
+    cdef bint has_view, is_closed
 
     def __cinit__(self):
         self.handle = NULL
-        self.has_view = False
+        self.has_view = self.is_closed = False
 
     def __init__(self):
         raise TypeError("use File.from_fd, File.from_memory or File.null")
@@ -230,7 +231,7 @@ cdef class File:
         return file
 
     cdef n.imgc_file *require(self) except NULL:
-        if self.handle == NULL:
+        if self.handle == NULL or self.is_closed:
             raise ValueError("the file is closed")
         return self.handle
 
@@ -255,17 +256,22 @@ cdef class File:
         return start, end
 
     def close(self):
-        """Forget the file and release the buffer."""
-        n.imgc_file_close(self.handle)
-        self.handle = NULL
+        """Refuse further use and release the buffer, which no job may use any more.
+
+        The native file stays until nobody refers to this object: a job or a call of another
+        thread may be in the middle of it.
+        """
+        self.is_closed = True
         if self.has_view:
             PyBuffer_Release(&self.view)
             self.has_view = False
 
     def __dealloc__(self):
         self.close()
+        n.imgc_file_close(self.handle)
 
 
+@cython.no_gc_clear  # what the workers use stays until they are joined
 cdef class Job:
     """One conversion or comparison, run batch by batch."""
 

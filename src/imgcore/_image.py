@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from imgcore._chain import open_chain
@@ -49,6 +51,10 @@ class Image:
         self.sources: list[SourceFile] = []
         self._first_files: list[int] = []
         self.files = list(files)
+        # Reentrant: a signal's handler may close the image in the middle of a read.
+        self._lock = threading.RLock()
+        self._n_users = 1  # who opened it, and reads under way
+        self._is_closed = False
         for layer in self.layers:
             self._first_files.append(len(self.sources))
             self.sources.extend(layer.sources)
@@ -135,12 +141,25 @@ class Image:
                 return
             first = offset - offset % SECTOR_NBYTES
             last = min(end + -end % SECTOR_NBYTES, self.virtual_size)
-            if (first, last) == (offset, end):
-                self._read_sectors(first, octets, threads)
-                return
-            whole = bytearray(last - first)
-            self._read_sectors(first, memoryview(whole), threads)
+            with self._reading():
+                if (first, last) == (offset, end):
+                    self._read_sectors(first, octets, threads)
+                    return
+                whole = bytearray(last - first)
+                self._read_sectors(first, memoryview(whole), threads)
             octets[:] = whole[offset - first : end - first]
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Keep the files open meanwhile."""
+        with self._lock:
+            if self._is_closed:
+                raise ValueError(f"{self.path}: the image is closed")
+            self._n_users += 1
+        try:
+            yield
+        finally:
+            self._release()
 
     def _read_sectors(self, start: int, view: memoryview, threads: int | None) -> None:
         from imgcore._core import File, Job
@@ -194,11 +213,25 @@ class Image:
         return list(dict.fromkeys(files))
 
     def close(self) -> None:
-        """Close every file; more than once is allowed."""
-        for layer in self.layers:
-            layer.close()
-        for file in self.files:
-            file.close()
+        """Close every file; more than once is allowed.
+
+        Reads of other threads that are under way are finished; the last one closes the files.
+        """
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            self._release()
+
+    def _release(self) -> None:
+        with self._lock:
+            self._n_users -= 1
+            if self._n_users:
+                return
+            for layer in self.layers:
+                layer.close()
+            for file in self.files:
+                file.close()
 
     def __enter__(self) -> Image:
         return self

@@ -7,11 +7,13 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import imgcore
 from imgcore import _core
 from imgcore._errors import (
     ConversionCancelled,
@@ -226,6 +228,46 @@ def test_closed_objects_say_so() -> None:
     job.close()
     with pytest.raises(ValueError, match="closed"):
         job.progress()
+
+
+def test_a_job_keeps_its_files(tmp_path: Path) -> None:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(os.urandom(MIB))
+    out = bytearray(MIB)
+    with path.open("rb") as opened:
+        source = _core.File.from_fd(opened.fileno())
+        job = _core.Job(
+            sources=[(source, MIB, 0, 0)],
+            geometry=identity(MIB),
+            target=_core.File.from_memory(out, True),
+        )
+        source.close()
+        others = [_core.File.from_fd(opened.fileno()) for _ in range(100)]  # its memory, if free
+        for other in others:
+            other.close()
+        job.run(0, MIB, single(0, MIB, Kind.DATA))
+    assert bytes(out) == path.read_bytes()
+
+
+def test_an_image_that_is_closed_in_the_middle_of_a_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(os.urandom(MIB))
+    image = imgcore.open(path)
+    plan = image.reader.plan
+
+    def close_and_plan(start: int, length: int) -> Iterator[np.ndarray]:
+        closer = threading.Thread(target=image.close)
+        closer.start()
+        closer.join()
+        return plan(start, length)
+
+    monkeypatch.setattr(image.reader, "plan", close_and_plan)
+    assert image.read(0, MIB) == path.read_bytes()
+    assert image.files[0].fd == -1
+    with pytest.raises(ValueError, match=r"disk\.raw: the image is closed"):
+        image.read(0, MIB)
 
 
 def test_the_next_offset_only_grows() -> None:
