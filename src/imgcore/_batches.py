@@ -106,7 +106,7 @@ def _filled_ranges(
 
 
 def pair_up(
-    a: Iterator[Extents], b: Iterator[Extents], *, max_nbytes: int | None = None
+    a: Iterator[Extents], b: Iterator[Extents]
 ) -> Iterator[tuple[int, int, Extents, Extents]]:
     """Yield the rows of two gap-free plans of one range, cut where either has a batch's end.
 
@@ -114,8 +114,6 @@ def pair_up(
     ----------
     a, b : iterator of ndarray
         Gap-free extents of the same range.
-    max_nbytes : int, optional
-        Cut also after this many guest bytes.
 
     Yields
     ------
@@ -127,8 +125,6 @@ def pair_up(
         start = int(rows_a["guest_offset"][0])
         end_a, end_b = _end(rows_a), _end(rows_b)
         end = min(end_a, end_b)
-        if max_nbytes is not None:
-            end = min(end, start + max_nbytes)
         yield start, end, clip(rows_a, start, end), clip(rows_b, start, end)
         rows_a = clip(rows_a, end, end_a) if end < end_a else next(a, None)
         rows_b = clip(rows_b, end, end_b) if end < end_b else next(b, None)

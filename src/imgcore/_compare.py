@@ -15,14 +15,10 @@ from imgcore._extents import Kind
 from imgcore._image import Image
 from imgcore._image import open as open_image
 from imgcore._job import chosen_variants, native_sources, thread_count, translated_errors
-from imgcore._limits import MIB
 from imgcore._overlay import padded
 
 if TYPE_CHECKING:
     from imgcore._extents import Extents
-
-# Differences are looked for in ascending order, so that the first one ends the work early.
-_MAX_BATCH_NBYTES = 4096 * MIB
 
 
 class CompareResult(NamedTuple):
@@ -137,8 +133,7 @@ class _Comparison:
 
     def _pairs(self) -> Iterator[tuple[int, int, Extents, Extents]]:
         """Yield both sides' extents over the same ranges, as both come along."""
-        sides = self._extents(self._a), self._extents(self._b)
-        return pair_up(*sides, max_nbytes=_MAX_BATCH_NBYTES)
+        return pair_up(self._extents(self._a), self._extents(self._b))
 
     def _first_allocation_difference(self) -> int | None:
         for _, _, rows_a, rows_b in self._pairs():

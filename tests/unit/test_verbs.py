@@ -20,7 +20,7 @@ from tests.helpers import qemu
 from tests.helpers.command import assert_one_line_error
 
 import imgcore
-from imgcore import cli
+from imgcore import _compare, _core, cli
 from imgcore._extents import EXTENT_DTYPE, Kind
 from imgcore._map import MapEntry
 from imgcore._measure import count_blocks
@@ -447,6 +447,25 @@ def test_compare_says_what_qemu_img_says(case: str, folder: Path) -> None:
     line += ["-F", image_format(b), a, b]
     theirs = subprocess.run(line, cwd=folder, capture_output=True, text=True, check=False)
     assert (ours.returncode, ours.stdout) == (theirs.returncode, theirs.stdout)
+
+
+def test_compare_of_empty_disks_takes_one_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: list[tuple[int, int]] = []
+
+    class CountingJob(_core.Job):
+        def start(self, start: int, end: int, *rows: Any) -> None:
+            starts.append((start, end))
+            super().start(start, end, *rows)
+
+    monkeypatch.setattr(_compare, "Job", CountingJob)
+    nbytes = 8 << 40
+    for name in ("a.raw", "b.raw"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(nbytes)
+    assert imgcore.compare(tmp_path / "a.raw", tmp_path / "b.raw").identical
+    assert starts == [(0, nbytes)]
 
 
 def test_compare_with_what_cannot_be_read(folder: Path) -> None:
