@@ -151,6 +151,8 @@ struct piece {
 struct slot {
 	enum slot_state state;
 	uint64_t start, end; /* guest range */
+	int status;	     /* of filling it; `error` tells why */
+	struct imgc_error error;
 	struct view view;
 	uint8_t *packed; /* compressed blocks, one behind the other */
 	uint64_t packed_nbytes;

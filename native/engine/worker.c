@@ -95,7 +95,11 @@ static struct slot *slot_of(struct imgc_job *job, uint64_t number)
 	return &job->slots[number % job->n_slots];
 }
 
-/* Places every window at the front of the ring that is ready.  Under the lock. */
+/*
+ * Places every window at the front of the ring that is ready.  Under the lock.
+ * Those that could not be filled are errors here, in guest order, so that what a job ends
+ * with depends on no thread; behind a difference nobody asks for them.
+ */
 static int place_ready(struct imgc_job *job, struct imgc_error *err)
 {
 	while (job->placed < job->claimed) {
@@ -103,9 +107,14 @@ static int place_ready(struct imgc_job *job, struct imgc_error *err)
 
 		if (slot->state != SLOT_READY)
 			break;
-		int status = imgc_window_place(job, slot, err);
-		if (status)
-			return status;
+		if (slot->status == IMGC_OK) {
+			int status = imgc_window_place(job, slot, err);
+			if (status)
+				return status;
+		} else if (slot->start < atomic_load(&job->first_difference)) {
+			*err = slot->error;
+			return slot->status;
+		}
 		slot->state = SLOT_PLACED;
 		job->placed++;
 	}
@@ -154,14 +163,12 @@ static void fill_next_slot(struct worker *worker)
 	job->claimed++;
 	job->n_busy++;
 	pthread_mutex_unlock(&job->lock);
-	int status = imgc_window_process(worker, slot, &err);
+	slot->status = imgc_window_process(worker, slot, &slot->error);
 	pthread_mutex_lock(&job->lock);
-	if (status == IMGC_OK) {
-		slot->state = SLOT_READY;
-		status = place_ready(job, &err);
-	}
-	/* A window that could not be filled is never ready: nobody may write it. */
-	if (status) {
+	slot->state = SLOT_READY;
+	if (slot->status)
+		job->cursor = job->batch.guest_end; /* whatever lies behind is in vain */
+	if (place_ready(job, &err)) {
 		pthread_mutex_unlock(&job->lock);
 		imgc_job_fail(job, &err);
 		pthread_mutex_lock(&job->lock);

@@ -458,7 +458,10 @@ int imgc_job_start(struct imgc_job *job, const struct imgc_batch *batch, struct 
 /* Waits up to timeout_ms for the running batch: 1 = ended, 0 = still running. */
 int imgc_job_wait(struct imgc_job *job, int timeout_ms);
 
-/* Joins the batch; the first error of any worker wins.  The job may start another batch on 0. */
+/*
+ * Joins the batch; the first error wins, those of windows that cannot be read in guest order, and
+ * none behind a difference.  The job may start another batch on 0.
+ */
 int imgc_job_finish(struct imgc_job *job, struct imgc_error *err);
 
 /* Any thread, at any time; values never decrease, and are exact after finish. */

@@ -316,6 +316,69 @@ static void test_cancel(unsigned salvage, bool compressed, int at)
 	bench_destroy(&b);
 }
 
+/* Compares the source with the target, whose first reads take their time. */
+static int compare(struct bench *b, uint64_t difference, uint64_t *found, struct imgc_error *err)
+{
+	struct imgc_extent other = {0, DISK_NBYTES, 0, DISK_NBYTES, 1, IMGC_DATA, 0};
+	struct imgc_batch batch = {.guest_end = DISK_NBYTES,
+				   .extents = b->rows,
+				   .n_extents = b->n_rows,
+				   .base_extents = &other,
+				   .n_base_extents = 1};
+	struct imgc_source_file files[2] = {b->file, {&b->target.base, DISK_NBYTES, 0, 0}};
+	struct imgc_job_options o = b->options;
+	struct imgc_job *job;
+	int status;
+
+	o.kind = IMGC_JOB_COMPARE;
+	o.sources = files;
+	o.n_sources = 2;
+	memcpy(b->target_bytes, b->source_bytes, DISK_NBYTES);
+	b->target_bytes[difference] ^= 1;
+	b->target.os_errno = EIO;
+	b->target.n_failing = 3;
+	CHECK_EQ(imgc_job_create(&o, &job, err), IMGC_OK);
+	CHECK_EQ(imgc_job_start(job, &batch, err), IMGC_OK);
+	while (!imgc_job_wait(job, 50))
+		;
+	status = imgc_job_finish(job, err);
+	*found = imgc_job_first_difference(job);
+	imgc_job_destroy(job);
+	return status;
+}
+
+/*
+ * The lowest of differences and errors is what a comparison ends with, and the lowest error a
+ * conversion, whichever worker is first: those in front are the ones that take their time.
+ */
+static void test_the_first_in_order_wins(void)
+{
+	struct imgc_error err = {0};
+	struct bench b;
+	uint64_t found;
+	size_t n;
+
+	/* The second half is refused at once. */
+	bench_create(&b, 4);
+	b.n_rows = 2;
+	b.rows[0].length = b.rows[0].host_length = MIB;
+	b.rows[1] = (struct imgc_extent){MIB, MIB, DISK_NBYTES, MIB, 0, IMGC_DATA, 0};
+	b.file.nbytes = 2 * DISK_NBYTES; /* but it ends before */
+	for (uint64_t at = 5; at < MIB; at += 256 * KIB) {
+		CHECK_EQ(compare(&b, at, &found, &err), IMGC_OK);
+		CHECK_EQ(found, at);
+	}
+	CHECK_EQ(compare(&b, MIB + 5, &found, &err), IMGC_OUT_OF_RANGE);
+
+	/* The first half is refused as well, after a second. */
+	b.source.bad_start = MIB - 1;
+	b.source.bad_end = MIB;
+	b.target.n_failing = 0;
+	CHECK_EQ(run(&b, NULL, 0, &n, &err), IMGC_IO);
+	CHECK_EQ(err.os_errno, EIO);
+	bench_destroy(&b);
+}
+
 static void note(struct salvage *salvage, uint64_t piece, int os_errno)
 {
 	struct imgc_bad_range range = {piece * 4096, 4096, 0, os_errno};
@@ -386,6 +449,7 @@ int main(void)
 	test_cancel(1, false, 2);
 	test_cancel(1, false, 7);
 	test_cancel(1, true, 7);
+	test_the_first_in_order_wins();
 	test_list_is_joined();
 	test_list_is_bounded();
 	return 0;
