@@ -654,7 +654,7 @@ static void test_a_short_block_is_corrupt(void)
 	struct imgc_batch batch = {0, 64 * KIB, rows, 2, NULL, 0, NULL, 0};
 	struct imgc_error err = {0};
 	struct imgc_job *job;
-	uint8_t text[8192];
+	uint8_t text[8192 + IMGC_COMPRESS_SLACK_NBYTES];
 
 	o.geometry.placing = IMGC_PLACE_IDENTITY;
 	file.block_nbytes = 8192;

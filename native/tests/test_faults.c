@@ -238,16 +238,16 @@ static void compressed_rows(struct bench *b)
 {
 	struct imgc_codec_params codec = {IMGC_CODEC_ZLIB, IMGC_DEFLATE_LIBDEFLATE, 1, 15};
 	struct imgc_compressor *compressor;
-	uint8_t text[4096];
+	uint8_t text[4096 + IMGC_COMPRESS_SLACK_NBYTES] = {0};
 
 	CHECK_EQ(imgc_compressor_create(&codec, &compressor), IMGC_OK);
 	b->n_rows = MAX_ROWS;
 	for (size_t i = 0; i < MAX_ROWS - 1; i++) {
 		size_t nbytes;
 
-		fill_text(text, sizeof(text), (unsigned)i);
-		CHECK_EQ(imgc_compress(compressor, text, sizeof(text), b->source_bytes + i * 8192,
-				       8192, &nbytes),
+		fill_text(text, 4096, (unsigned)i);
+		CHECK_EQ(imgc_compress(compressor, text, 4096, b->source_bytes + i * 8192, 8192,
+				       &nbytes),
 			 IMGC_OK);
 		b->rows[i] =
 			(struct imgc_extent){i * 4096, 4096, i * 8192, nbytes, 0, IMGC_ZLIB, 0};
