@@ -90,7 +90,7 @@ def test_a_sound_image_is_not_touched(image: Path) -> None:
 
 
 def test_nothing_is_freed_beside_a_corruption(leaky: Path) -> None:
-    poke(leaky, (L2, struct.pack(">Q", COPIED | 0x50200)))
+    poke(leaky, (L2, struct.pack(">Q", COPIED | 0x50000 | 1 << 56)))
     before = leaky.read_bytes()
     result = imgcore.check(leaky, repair=True)
     assert result.corruptions == 1

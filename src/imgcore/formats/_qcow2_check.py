@@ -346,7 +346,10 @@ class Qcow2Checker:
         def line(reason: str) -> Callable[[int], str]:
             return lambda index: f"L1 entry {base + index} ({int(l1[index]):#x}) {reason}"
 
-        self._corruptions((l1 & np.uint64(layout.L1_RESERVED)) != 0, line("has reserved bits set"))
+        reserved = (l1 & np.uint64(layout.L1_RESERVED)) != 0
+        nowhere = (l1 != 0) & (l1 & np.uint64(layout.OFFSET_MASK) == 0)
+        self._corruptions(reserved, line("has reserved bits set"))
+        self._corruptions(nowhere & ~reserved, line("has flags, but no L2 table"))
         self._corruptions(unaligned, line("is not cluster aligned"))
         self._corruptions(outside & ~unaligned, line("is outside the file"))
 
@@ -374,9 +377,11 @@ class Qcow2Checker:
             self._bad_entries(missing, "points past the end of the file", entries, guest)
             if is_active:
                 self._count_guest(offsets[placed], guest[placed], int(packed.sum()))
-        good = placed & ~unaligned & ~outside
-        clusters = offsets[good] >> self._bits
-        window.add(window.data, clusters)
+        clusters = offsets[placed] >> self._bits
+        is_zero = (entries & np.uint64(layout.ZERO_FLAG)) != 0
+        # As QEMU counts: a misaligned cluster of data takes two, one of zeros counts nothing.
+        window.add(window.data, clusters[~(unaligned & is_zero)[placed]])
+        window.add(window.data, clusters[(unaligned & ~is_zero)[placed]] + 1)
         present = begin < self._file.nbytes
         first = begin[present] >> self._bits
         last = (np.minimum(end[present], self._n_clusters << self._bits) - 1) >> self._bits
@@ -384,7 +389,7 @@ class Qcow2Checker:
         for step in range(int((last - first).max(initial=-1)) + 1):
             window.add(window.data, (first + step)[first + step <= last])
         if is_active:
-            self._check_copied(entries[good], clusters, "data cluster", window)
+            self._check_copied(entries[placed], clusters, "data cluster", window)
 
     def _is_outside(
         self,
