@@ -17,12 +17,13 @@ from imgcore._errors import (
     LimitExceededError,
     OptionError,
     UnsafeReferenceError,
+    UnsupportedFeatureError,
     WrongFormatError,
 )
 from imgcore._files import HostFile, ReferenceGate, same_file
 from imgcore._limits import MAX_CHAIN_DEPTH
 from imgcore._log import log
-from imgcore.formats import open_reader
+from imgcore.formats import canonical_name, open_reader
 
 if TYPE_CHECKING:
     from imgcore.formats import OptionTexts
@@ -153,7 +154,15 @@ class _Chain:
                 "never guessed: state it (--backing-format)",
                 path=image,
             )
-        return format
+        try:
+            return canonical_name(format)
+        except OptionError as error:
+            if reference.format is None:
+                raise  # the caller's word, not the image's
+            raise UnsupportedFeatureError(
+                f"names a backing file of the format {format[:64]!r}, which is not supported",
+                path=image,
+            ) from error
 
     def _add(
         self, file: HostFile, reference: BackingReference, format: str, gate: ReferenceGate

@@ -18,6 +18,7 @@ from imgcore._errors import (
     LimitExceededError,
     OptionError,
     UnsafeReferenceError,
+    UnsupportedFeatureError,
     WrongFormatError,
 )
 from imgcore._files import HostFile, ReferenceGate
@@ -60,7 +61,7 @@ def paths(child: Path, **arguments: Any) -> list[str]:
 
 
 def child_of(tmp_path: Path, **reference: Any) -> Path:
-    return put(tmp_path / "child", {"format": "fake", **reference})
+    return put(tmp_path / "child", {"format": "raw", **reference})
 
 
 def n_open_files() -> int:
@@ -76,7 +77,7 @@ def test_the_first_name_that_exists(tmp_path: Path) -> None:
 
 def test_a_chain_goes_on_to_its_end(tmp_path: Path) -> None:
     child = child_of(tmp_path, name="middle")
-    put(tmp_path / "middle", {"name": "base", "format": "fake"})
+    put(tmp_path / "middle", {"name": "base", "format": "raw"})
     put(tmp_path / "base")
     assert [Path(path).name for path in paths(child)] == ["child", "middle", "base"]
 
@@ -123,7 +124,7 @@ def test_no_name_exists(tmp_path: Path) -> None:
         paths(child_of(tmp_path, name="a"))
     assert info.value.filename == str(tmp_path / "a")
     assert info.value.strerror.endswith(f"(the parent of {child}; --parent says where it is)")
-    put(tmp_path / "a", {"name": "b", "format": "fake"})
+    put(tmp_path / "a", {"name": "b", "format": "raw"})
     with pytest.raises(FileNotFoundError) as info:
         paths(child)
     assert info.value.strerror.endswith(f"(the parent of {tmp_path / 'a'})")
@@ -132,7 +133,7 @@ def test_no_name_exists(tmp_path: Path) -> None:
 def test_a_name_outside_does_not_hide_one_inside(tmp_path: Path) -> None:
     folder = tmp_path / "vm"
     put(tmp_path / "base")
-    child = put(folder / "child", {"name": "../base", "other_names": ["base"], "format": "fake"})
+    child = put(folder / "child", {"name": "../base", "other_names": ["base"], "format": "raw"})
     with pytest.raises(UnsafeReferenceError, match="--allow"):
         paths(child)
     base = put(folder / "base")
@@ -142,7 +143,7 @@ def test_a_name_outside_does_not_hide_one_inside(tmp_path: Path) -> None:
 
 def test_a_given_parent(tmp_path: Path) -> None:
     child = child_of(tmp_path, name="gone", identities={"UUID": UUID})
-    base = put(tmp_path / "elsewhere" / "b", {"name": "c", "format": "fake"}, UUID=UUID)
+    base = put(tmp_path / "elsewhere" / "b", {"name": "c", "format": "raw"}, UUID=UUID)
     last = put(tmp_path / "elsewhere" / "c")
     assert paths(child, parent=str(base)) == [str(child), str(base), str(last)]
     with pytest.raises(CorruptImageError, match="another disk"):
@@ -159,16 +160,23 @@ def test_a_parents_format_is_never_guessed(tmp_path: Path) -> None:
     for arguments in ({}, {"parent": str(base)}):
         with pytest.raises(WrongFormatError, match="--backing-format"):
             paths(child, **arguments)
-        assert len(paths(child, backing_format="fake", **arguments)) == 2
+        assert len(paths(child, backing_format="raw", **arguments)) == 2
+
+
+def test_a_parent_of_an_unknown_format(tmp_path: Path) -> None:
+    put(tmp_path / "base.img")
+    child = put(tmp_path / "a.img", backing={"name": "base.img", "format": "qed"})
+    with pytest.raises(UnsupportedFeatureError, match=r"a\.img: .* format 'qed', which is not"):
+        paths(child)
 
 
 def test_loops_and_depth(tmp_path: Path) -> None:
     child = child_of(tmp_path, name="base")
-    put(tmp_path / "base", {"name": "child", "format": "fake"})
+    put(tmp_path / "base", {"name": "child", "format": "raw"})
     with pytest.raises(CorruptImageError, match="comes back to"):
         paths(child)
     for depth in range(MAX_CHAIN_DEPTH):
-        put(tmp_path / str(depth), {"name": str(depth + 1), "format": "fake"})
+        put(tmp_path / str(depth), {"name": str(depth + 1), "format": "raw"})
     before = n_open_files()
     with pytest.raises(LimitExceededError, match=f"more than {MAX_CHAIN_DEPTH}"):
         paths(tmp_path / "0")

@@ -182,12 +182,12 @@ def test_an_error_of_any_length(tmp_path: Path) -> None:
 def test_info_has_no_control_characters_but_in_json(tmp_path: Path) -> None:
     path, base = tmp_path / "child.qcow2", tmp_path / f"{HOSTILE}.qcow2"
     imgcore.create(base, 1 << 20, sync=False)
-    imgcore.create(path, backing=base.name, backing_format="qcow2", sync=False)
+    imgcore.create(path, backing=f"./{base.name}", backing_format="qcow2", sync=False)
     done = imgcore_command("info", path)
     assert done.returncode == 0, done.stderr
     assert all(line.isprintable() for line in done.stdout.splitlines())
     done = imgcore_command("info", "--json", path)
-    assert json.loads(done.stdout)["backing-filename"] == base.name
+    assert json.loads(done.stdout)["backing-filename"] == f"./{base.name}"
 
 
 # ---------------------------------------------------------------------- content and secrets

@@ -13,6 +13,7 @@ from tests.helpers.images import noise, text
 from tests.helpers.plans import plan_rows
 from tests.helpers.qcow2 import open_qcow2, read_guest, request, write_image
 
+import imgcore
 from imgcore import _limits as limits
 from imgcore._errors import LimitExceededError, OptionError
 from imgcore._extents import PLACEMENT_DTYPE, BlockState
@@ -260,6 +261,23 @@ def test_backing_name_has_to_fit(nbytes: int) -> None:
     backing = BackingReference("b" * nbytes, "raw")
     with pytest.raises(OptionError, match="backing file's name"):
         DRIVER.writer(request(MIB, {"cluster_size": 512}, backing=backing))
+
+
+@pytest.mark.parametrize("name", ["a:b.qcow2", "1:b.qcow2", "nbd:x", "json:{}", "web 01:/b"])
+def test_backing_name_that_qemu_takes_for_a_protocol(name: str) -> None:
+    with pytest.raises(OptionError, match="with ./ before it"):
+        DRIVER.writer(request(MIB, backing=BackingReference(name, "raw")))
+    DRIVER.writer(request(MIB, backing=BackingReference(f"./{name}", "raw")))
+
+
+def test_backing_format_is_called_what_qemu_calls_it(tmp_path: Path) -> None:
+    imgcore.create(tmp_path / "base.vhd", MIB, format="vhd")
+    path = tmp_path / "a.qcow2"
+    imgcore.create(path, backing="base.vhd", backing_format="vhd")
+    assert qemu.info(path, "qcow2")["backing-filename-format"] == "vpc"
+    qemu.run("map", path)
+    with imgcore.open(path) as image:
+        assert [layer.format_name for layer in image.layers] == ["qcow2", "vhd"]
 
 
 @pytest.mark.parametrize("virtual_size", [1, 511, 1000])

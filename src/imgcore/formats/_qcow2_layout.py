@@ -43,6 +43,8 @@ AUTOCLEAR_BITMAPS: Final = 1 << 0
 EXTENSION: Final = struct.Struct(">II")
 EXTENSION_END: Final = 0x00000000
 EXTENSION_BACKING_FORMAT: Final = 0xE2792ACA
+# What is stored is QEMU's name of the format, where that is another one.
+BACKING_FORMAT_NAMES: Final = {"vhd": "vpc"}
 EXTENSION_FEATURE_NAMES: Final = 0x6803F857
 EXTENSION_BITMAPS: Final = 0x23852875
 

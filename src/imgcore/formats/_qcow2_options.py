@@ -247,6 +247,11 @@ def _check_backing(params: Qcow2Params, backing: BackingReference) -> None:
             f"the backing file's name takes {name_nbytes} bytes, allowed 1 to "
             f"{limits.QCOW2_MAX_BACKING_NAME_NBYTES}"
         )
+    if ":" in backing.name.partition("/")[0]:
+        raise OptionError(
+            f"readers take what stands before the colon in {backing.name!r} for a protocol: "
+            "give the backing file's name with ./ before it"
+        )
     nbytes = len(build_header(params, 0, 0, 0))
     if nbytes > params.cluster_size:
         raise OptionError(
@@ -280,7 +285,8 @@ def build_header(
     v3 = params.version >= 3
     extensions = b""
     if params.backing is not None and params.backing.format is not None:
-        data = params.backing.format.encode()
+        name = params.backing.format
+        data = layout.BACKING_FORMAT_NAMES.get(name, name).encode()
         extensions += _extension(layout.EXTENSION_BACKING_FORMAT, data)
     # In clusters smaller than this QEMU leaves the names out too, for the backing file's sake.
     if v3 and params.cluster_size >= 2 * limits.KIB:
@@ -288,12 +294,12 @@ def build_header(
         extensions += _extension(layout.EXTENSION_FEATURE_NAMES, names)
     extensions += layout.EXTENSION.pack(layout.EXTENSION_END, 0)
     header_nbytes = layout.HEADER_V3_NBYTES if v3 else layout.HEADER_V2_NBYTES
-    name = b"" if params.backing is None else os.fsencode(params.backing.name)
+    backing_name = b"" if params.backing is None else os.fsencode(params.backing.name)
     header = layout.HEADER_V2.pack(
         layout.MAGIC,
         params.version,
-        header_nbytes + len(extensions) if name else 0,
-        len(name),
+        header_nbytes + len(extensions) if backing_name else 0,
+        len(backing_name),
         params.cluster_bits,
         params.virtual_size,
         layout.CRYPT_NONE,
@@ -314,7 +320,7 @@ def build_header(
             header_nbytes,
         )
         header += bytes([params.compression_type]).ljust(8, b"\0")
-    return header + extensions + name
+    return header + extensions + backing_name
 
 
 def _extension(kind: int, data: bytes) -> bytes:
