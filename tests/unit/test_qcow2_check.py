@@ -140,6 +140,19 @@ def test_l1_entry_of_flags_alone_is_a_corruption(tmp_path: Path) -> None:
     assert "L1 entry 0 (0x8000000000000000) has flags, but no L2 table" in report.problems[0]
 
 
+def test_compressed_cluster_that_reaches_far_past_the_end(tmp_path: Path) -> None:
+    path = create(tmp_path / "a.qcow2", MIB)
+    qemu_io(path, "write -c -P 7 0 64k")
+    raw = path.read_bytes()
+    entry = int.from_bytes(raw[0x40000:0x40008], "big")
+    # All bits of the number of sectors: 128 KiB.
+    poke(path, (0x40000, struct.pack(">Q", entry | 0xFF << 54)))
+    path.write_bytes(path.read_bytes()[:0x50200])
+    report = _assert_same(path)
+    assert (report.corruptions, report.leaks) == (1, 1)
+    assert "points past the end of the file" in report.problems[0]
+
+
 def test_a_cluster_that_is_cut_short_is_no_leak(tmp_path: Path) -> None:
     path = create(tmp_path / "a.qcow2", MIB)
     qemu_io(path, "write -P 7 0 192k")

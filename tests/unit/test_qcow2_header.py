@@ -58,6 +58,7 @@ BAD: list[tuple[str, list[tuple[int, bytes]], type[ImgcoreError], str]] = [
     ("backing-in-header", [(8, u64(16)), (16, u32(4))], CorruptImageError, "backing file name"),
     ("backing-outside", [(8, u64(65530)), (16, u32(7))], CorruptImageError, "backing file name"),
     ("backing-far", [(8, u64(1 << 63)), (16, u32(7))], CorruptImageError, "backing file name"),
+    ("backing-far-and-empty", [(8, u64(1 << 40))], CorruptImageError, "backing file name"),
     ("backing-long", [(8, u64(0x300)), (16, u32(1024))], LimitExceededError, "1024 bytes"),
     ("cluster-bits-8", [(20, u32(8))], CorruptImageError, "cluster bits are 8"),
     ("cluster-bits-22", [(20, u32(22))], CorruptImageError, "cluster bits are 22"),

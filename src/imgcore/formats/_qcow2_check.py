@@ -368,12 +368,14 @@ class Qcow2Checker:
         unaligned = placed & (offsets & (self._size - 1) != 0)
         outside = placed & ~unaligned & self._is_outside(entries, offsets, guest)
         begin, end = self._packed_ranges(entries[packed])
+        # The last sectors of the last cluster may not exist.
+        absent = (begin >= self._file.nbytes) | (end >= self._file.nbytes + self._size)
         if window.is_first:
             self._check_flags(entries, guest, packed)
             self._bad_entries(unaligned, "is not cluster aligned", entries, guest)
             self._bad_entries(outside, "points past the end of the file", entries, guest)
             missing = np.zeros(len(entries), dtype=bool)
-            missing[packed] = begin >= self._file.nbytes
+            missing[packed] = absent
             self._bad_entries(missing, "points past the end of the file", entries, guest)
             if is_active:
                 self._count_guest(offsets[placed], guest[placed], int(packed.sum()))
@@ -382,9 +384,8 @@ class Qcow2Checker:
         # As QEMU counts: a misaligned cluster of data takes two, one of zeros counts nothing.
         window.add(window.data, clusters[~(unaligned & is_zero)[placed]])
         window.add(window.data, clusters[(unaligned & ~is_zero)[placed]] + 1)
-        present = begin < self._file.nbytes
-        first = begin[present] >> self._bits
-        last = (np.minimum(end[present], self._n_clusters << self._bits) - 1) >> self._bits
+        first = begin[~absent] >> self._bits
+        last = (np.minimum(end[~absent], self._n_clusters << self._bits) - 1) >> self._bits
         # A compressed cluster touches two host clusters at the most, in sound images.
         for step in range(int((last - first).max(initial=-1)) + 1):
             window.add(window.data, (first + step)[first + step <= last])

@@ -344,7 +344,7 @@ def check_range(file: HostFile, header: Qcow2Header, what: str, offset: int, nby
 
 def _read_backing(file: HostFile, header: Qcow2Header) -> None:
     offset, nbytes = header.backing_offset, header.backing_nbytes
-    if not offset or not nbytes:
+    if not offset:
         return
     if nbytes > limits.QCOW2_MAX_BACKING_NAME_NBYTES:
         raise LimitExceededError(
@@ -360,6 +360,8 @@ def _read_backing(file: HostFile, header: Qcow2Header) -> None:
             f"({header.header_nbytes:#x}) and inside the first cluster ({header.cluster_size:#x})",
             8,
         )
+    if not nbytes:
+        return
     name = os.fsdecode(file.pread(offset, nbytes))
     raw_format = header.extensions.get(layout.EXTENSION_BACKING_FORMAT, b"")
     stated = raw_format.rstrip(b"\0").decode("utf-8", "replace") or None
