@@ -32,7 +32,17 @@ PYTHON_LAYERS = (
     {"_extents", "_core", "_kernels"},
     {"_files", "_stream", "_target"},
     {"formats"},
-    {"_chain", "_image", "_describe", "_overlay", "_batches", "_job", "_salvage", "_supply"},
+    {
+        "_chain",
+        "_image",
+        "_describe",
+        "_host_holes",
+        "_overlay",
+        "_batches",
+        "_job",
+        "_salvage",
+        "_supply",
+    },
     {
         "_convert",
         "_compare",

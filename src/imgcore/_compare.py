@@ -128,15 +128,17 @@ class _Comparison:
             reason is None, offset, reason, self._a.virtual_size, self._b.virtual_size
         )
 
-    def _extents(self, image: Image) -> Iterator[Extents]:
-        return padded(image.extents(), image.virtual_size, self._total)
-
-    def _pairs(self) -> Iterator[tuple[int, int, Extents, Extents]]:
+    def _pairs(
+        self, extents: Callable[[Image], Iterator[Extents]]
+    ) -> Iterator[tuple[int, int, Extents, Extents]]:
         """Yield both sides' extents over the same ranges, as both come along."""
-        return pair_up(self._extents(self._a), self._extents(self._b))
+        sides = [
+            padded(extents(image), image.virtual_size, self._total) for image in (self._a, self._b)
+        ]
+        return pair_up(*sides)
 
     def _first_allocation_difference(self) -> int | None:
-        for _, _, rows_a, rows_b in self._pairs():
+        for _, _, rows_a, rows_b in self._pairs(Image.extents):
             offset = first_kind_difference(rows_a, rows_b)
             if offset is not None:
                 return offset
@@ -151,7 +153,7 @@ class _Comparison:
                 variants=chosen_variants(None),
             )
             try:
-                for start, end, rows_a, rows_b in self._pairs():
+                for start, end, rows_a, rows_b in self._pairs(Image.extents_to_read):
                     shifted = rows_b.copy()
                     stored = shifted["kind"] >= Kind.DATA
                     shifted["file"][stored] += np.uint32(len(a.sources))

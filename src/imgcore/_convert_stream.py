@@ -59,7 +59,7 @@ class DiskInOrder:
             return [(0, nbytes)] if nbytes else []
         assert self._image is not None
         found = _Segments()
-        for rows in self._image.extents():
+        for rows in self._image.extents_to_read():
             data = rows[rows["kind"] >= Kind.DATA]
             found.add(data["guest_offset"].astype(np.int64), data["length"].astype(np.int64))
         return found.clipped(self._image.virtual_size)

@@ -103,6 +103,14 @@ class Image:
         for rows, _ in self.layer_extents(start, length):
             yield rows
 
+    def extents_to_read(self, start: int = 0, length: int | None = None) -> Iterator[Extents]:
+        """Yield extents as `extents` does, but long ones in holes of the host's files as ZERO."""
+        from imgcore._host_holes import HostHoles
+
+        holes = HostHoles(self.sources)
+        for rows in self.extents(start, length):
+            yield from holes.cut(rows)
+
     def read(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes of the virtual disk from ``offset`` on.
 

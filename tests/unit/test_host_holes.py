@@ -1,0 +1,101 @@
+"""Extents that lie in holes of a host's file: found, cut, and never more than that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from tests.helpers import qemu
+from tests.helpers.images import noise
+from tests.helpers.qcow2 import create, qemu_io
+
+import imgcore
+from imgcore import _host_holes
+from imgcore._extents import EXTENT_DTYPE, Kind
+from imgcore._files import HostFile
+from imgcore._host_holes import HostHoles
+from imgcore.formats._base import SourceFile
+
+if TYPE_CHECKING:
+    from imgcore._extents import Extents
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+
+@pytest.fixture
+def sparse(tmp_path: Path) -> Iterator[HostFile]:
+    """8 MiB, with data at 1 MiB and 4 MiB, 64 KiB each."""
+    path = tmp_path / "file"
+    with path.open("wb") as file:
+        file.truncate(8 * MIB)
+        for offset in (MIB, 4 * MIB):
+            file.seek(offset)
+            file.write(noise(64 * KIB))
+    with HostFile.open(path) as opened:
+        yield opened
+
+
+def _rows(*rows: tuple[int, int, int, int, int, Kind]) -> Extents:
+    return np.array([(*row, 0) for row in rows], dtype=EXTENT_DTYPE)
+
+
+def _cut(file: HostFile, rows: Extents) -> list[tuple[int, int, int, Kind]]:
+    pieces = np.concatenate(list(HostHoles([SourceFile(file)]).cut(rows)))
+    columns = (pieces[name].tolist() for name in ("guest_offset", "length", "host_offset", "kind"))
+    return [(a, b, c, Kind(d)) for a, b, c, d in zip(*columns, strict=True)]
+
+
+@pytest.mark.parametrize("max_rows", [2, 3, 1000])
+def test_long_rows_are_cut(
+    sparse: HostFile, max_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_host_holes, "MAX_BATCH_ROWS", max_rows)
+    rows = _rows(
+        (0, 4096, 0, 0, 0, Kind.HOLE),
+        (4096, 4 * MIB, 512 * KIB, 4 * MIB, 0, Kind.DATA),
+        (4096 + 4 * MIB, MIB, 0, 9, 0, Kind.DEFLATE),
+        (4096 + 5 * MIB, 64 * KIB, 0, 64 * KIB, 0, Kind.DATA),
+        (4096 + 5 * MIB + 64 * KIB, 2 * MIB, 6 * MIB, 2 * MIB, 0, Kind.DATA),
+    )
+    batches = list(HostHoles([SourceFile(sparse)]).cut(rows))
+    assert max(map(len, batches)) <= max_rows
+    assert _cut(sparse, rows) == [
+        (0, 4096, 0, Kind.HOLE),
+        (4096, 512 * KIB, 0, Kind.ZERO),
+        (4096 + 512 * KIB, 64 * KIB, MIB, Kind.DATA),
+        (4096 + 576 * KIB, 3 * MIB - 64 * KIB, 0, Kind.ZERO),
+        (4096 + 3 * MIB + 512 * KIB, 64 * KIB, 4 * MIB, Kind.DATA),
+        (4096 + 3 * MIB + 576 * KIB, 448 * KIB, 0, Kind.ZERO),
+        (4096 + 4 * MIB, MIB, 0, Kind.DEFLATE),
+        (4096 + 5 * MIB, 64 * KIB, 0, Kind.DATA),
+        (4096 + 5 * MIB + 64 * KIB, 2 * MIB, 0, Kind.ZERO),
+    ]
+
+
+def test_what_is_cut_off_later_is_no_hole(sparse: HostFile, tmp_path: Path) -> None:
+    rows = _rows((0, 2 * MIB, 6 * MIB, 2 * MIB, 0, Kind.DATA))
+    with (tmp_path / "file").open("r+b") as file:
+        file.truncate(7 * MIB)
+    assert _cut(sparse, rows) == [(0, 2 * MIB, 6 * MIB, Kind.DATA)]
+
+
+def test_a_file_without_holes_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(noise(2 * MIB))
+    monkeypatch.setattr(HostHoles, "_next_data", None)
+    with HostFile.open(tmp_path / "file") as file:
+        assert len(_cut(file, _rows((0, 2 * MIB, 0, 2 * MIB, 0, Kind.DATA)))) == 1
+
+
+def test_preallocated_metadata(tmp_path: Path) -> None:
+    """100 GiB of clusters that hold nothing take no time, and cover what is below."""
+    path = create(tmp_path / "a.qcow2", 100 * GIB, "preallocation=metadata")
+    qemu_io(path, "write -P 7 50G 3M", "write -P 8 99G 64k")
+    result = imgcore.convert(path, tmp_path / "b.qcow2")
+    assert result.bytes_read < 16 * MIB
+    assert imgcore.compare(path, tmp_path / "b.qcow2").identical
+    qemu.assert_same(path, tmp_path / "b.qcow2", source_format="qcow2", target_format="qcow2")
+    wanted = qemu.run("measure", "-O", "qcow2", path).stdout.splitlines()[0].split()[-1]
+    assert imgcore.measure(path, target_format="qcow2").required == int(wanted)
