@@ -73,6 +73,21 @@ def test_snapshots_bitmaps_and_compression(tmp_path: Path) -> None:
     assert (report.corruptions, report.leaks) == (0, 0)
 
 
+def test_bitmaps_that_share_a_table(tmp_path: Path) -> None:
+    # As many as an image may have would be read for days.
+    path = create(tmp_path / "a.qcow2", 4 * MIB)
+    for name in ("b0", "b1"):
+        qemu.run("bitmap", "--add", path, name)
+    raw = path.read_bytes()
+    at = raw.index(struct.pack(">II", 0x23852875, 24), 104) + 8
+    directory = int.from_bytes(raw[at + 16 : at + 24], "big")
+    poke(path, (directory + 32, raw[directory : directory + 8]))
+    report = _check(path)
+    assert _qemu_check(path)["corruptions"] > 0
+    assert report.corruptions == 1
+    assert report.problems[0] == "ERROR bitmap 'b1': its table lies on another one"
+
+
 @pytest.mark.parametrize("window", [1, 3, 64])
 def test_windows_do_not_change_the_outcome(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int

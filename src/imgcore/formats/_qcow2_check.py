@@ -120,6 +120,7 @@ class Qcow2Checker:
         self._bits = header.cluster_bits
         self._size = header.cluster_size
         self._n_clusters = -(-file.nbytes >> self._bits)
+        self._bitmap_tables: list[tuple[int, int]] = []
         self.report = CheckReport(total_clusters=-(-header.virtual_size >> self._bits))
 
     def run(self) -> CheckReport:
@@ -131,6 +132,7 @@ class Qcow2Checker:
             report.problems.append("corrupt flag is set: the image must not be written to")
         blocks = self.refcount_blocks()
         regions, tables = self._metadata()
+        self._bitmap_tables = self._read_bitmaps()
         highest = -1
         for base in self._bases(blocks, regions, tables):
             n = min(WINDOW_CLUSTERS, self._n_clusters - base)
@@ -284,21 +286,30 @@ class Qcow2Checker:
             and offset + nbytes <= self._file.nbytes
         )
 
-    def _count_bitmaps(self, window: _Window) -> None:
+    def _read_bitmaps(self) -> list[tuple[int, int]]:
+        """Return where the bitmaps' tables are, and how many entries they have."""
         try:
             bitmaps = read_bitmaps(self._file, self._header)
         except FormatError as error:
-            if window.is_first:
-                self.report.corruption(f"bitmap directory: {error}")
-            return
+            self.report.corruption(f"bitmap directory: {error}")
+            return []
+        tables: list[tuple[int, int]] = []
+        taken: list[tuple[int, int]] = []
         for bitmap in bitmaps:
-            nbytes = bitmap.table_entries * layout.ENTRY_NBYTES
-            if bitmap.table_offset % self._size or bitmap.table_offset + nbytes > self._file.nbytes:
-                if window.is_first:
-                    self.report.corruption(f"bitmap {bitmap.name!r}: table is outside the file")
-                continue
-            window.add_range(bitmap.table_offset, nbytes)
-            for _, entries in iter_l1(self._file, bitmap.table_offset, 0, bitmap.table_entries):
+            end = bitmap.table_offset + bitmap.table_entries * layout.ENTRY_NBYTES
+            if bitmap.table_offset % self._size or end > self._file.nbytes:
+                self.report.corruption(f"bitmap {bitmap.name!r}: table is outside the file")
+            elif not _insert(taken, bitmap.table_offset, end):
+                # As with snapshots: each has a table of its own.
+                self.report.corruption(f"bitmap {bitmap.name!r}: its table lies on another one")
+            else:
+                tables.append((bitmap.table_offset, bitmap.table_entries))
+        return tables
+
+    def _count_bitmaps(self, window: _Window) -> None:
+        for table_offset, n_entries in self._bitmap_tables:
+            window.add_range(table_offset, n_entries * layout.ENTRY_NBYTES)
+            for _, entries in iter_l1(self._file, table_offset, 0, n_entries):
                 offsets = (entries & np.uint64(layout.BITMAP_OFFSET_MASK)).astype(np.int64)
                 bad = (offsets & (self._size - 1) != 0) | (offsets >= self._file.nbytes)
                 if window.is_first:
