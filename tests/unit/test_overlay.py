@@ -198,7 +198,7 @@ def test_batches_over_a_base_are_bounded_on_both_sides(
             SimpleNamespace(
                 virtual_size=layer.virtual_size,
                 sources=[SimpleNamespace(file=SimpleNamespace(path=""))],
-                extents=lambda start=0, length=None, layer=layer: layer.plan(
+                extents_to_read=lambda start=0, length=None, layer=layer: layer.plan(
                     start, layer.virtual_size if length is None else length
                 ),
             )
