@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from imgcore import _limits as limits
-from imgcore._core import CoreError, TableFormat
+from imgcore._core import TableFormat
 from imgcore._errors import CorruptImageError
-from imgcore._extents import EXTENT_DTYPE, Kind, clip, single
+from imgcore._extents import Kind, clip, single
 from imgcore.formats import _qcow2_layout as layout
+from imgcore.formats._tables import decode_entries
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -218,20 +219,15 @@ class ExtentPlanner:
     def _decode(
         self, entries: NDArray[np.uint8], first_entry: int, start: int, stop: int
     ) -> Extents:
-        out = np.empty(entries.size // layout.ENTRY_NBYTES, dtype=EXTENT_DTYPE)
-        guest_offset = first_entry << self._header.cluster_bits
-        try:
-            count = self._format.decode(
-                entries,
-                out,
-                guest_offset=guest_offset,
-                guest_end=stop,
-                file_nbytes=self._file.nbytes,
-                file=0,
-            )
-        except CoreError as error:
-            raise self._entry_error(entries, first_entry, error.offset) from None
-        return clip(out[:count], start, stop)
+        rows = decode_entries(
+            self._format,
+            entries.view(">u8"),
+            lambda index: self._entry_error(entries, first_entry, index),
+            guest_offset=first_entry << self._header.cluster_bits,
+            guest_end=stop,
+            file_nbytes=self._file.nbytes,
+        )
+        return clip(rows, start, stop)
 
     def _entry_error(
         self, entries: NDArray[np.uint8], first_entry: int, index: int

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from imgcore._core import CoreError, TableFormat
+from imgcore._core import TableFormat
 from imgcore._errors import CorruptImageError
 from imgcore._extents import EXTENT_DTYPE, Kind, clip
 from imgcore._limits import MAX_BATCH_ROWS
 from imgcore.formats import _vdi_layout as layout
 from imgcore.formats._flat import plan_flat, sync_holes
+from imgcore.formats._tables import decode_entries
 from imgcore.formats._vdi_layout import ImageType
 
 if TYPE_CHECKING:
@@ -84,21 +85,14 @@ class BlockMapPlanner:
                 yield rows
 
     def _decode(self, entries: NDArray[np.uint32], first_block: int, guest_end: int) -> Extents:
-        out = np.empty(len(entries), dtype=EXTENT_DTYPE)
-        guest_offset = first_block * self._header.block_nbytes
-        try:
-            count = self._format.decode(
-                entries.view(np.uint8),
-                out,
-                guest_offset=guest_offset,
-                guest_end=guest_end,
-                file_nbytes=self._file.nbytes,
-                file=0,
-            )
-        except CoreError as error:
-            entry = int(entries[error.offset])
-            raise self._outside(first_block + error.offset, entry) from None
-        return out[:count]
+        return decode_entries(
+            self._format,
+            entries,
+            lambda index: self._outside(first_block + index, int(entries[index])),
+            guest_offset=first_block * self._header.block_nbytes,
+            guest_end=guest_end,
+            file_nbytes=self._file.nbytes,
+        )
 
     def _outside(self, block: int, entry: int) -> CorruptImageError:
         place = self._header.data_offset + entry * self._header.block_nbytes

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from imgcore._core import CoreError, TableFormat
+from imgcore._core import TableFormat
 from imgcore._errors import CorruptImageError
-from imgcore._extents import EXTENT_DTYPE, Kind, clip
+from imgcore._extents import Kind, clip
 from imgcore._limits import MAX_BATCH_ROWS, MIB, SECTOR_NBYTES
 from imgcore.formats import _vhd_layout as layout
 from imgcore.formats._sector_bitmap import expand
+from imgcore.formats._tables import decode_entries
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -94,19 +95,14 @@ class BlockPlanner:
     def _decode(self, first: int, last: int, stop: int) -> Extents:
         """Return BAT entries [first, last) as rows, each DATA row a block."""
         entries = read_bat(self._file, self._table_offset, first, last)
-        out = np.empty(last - first, dtype=EXTENT_DTYPE)
-        try:
-            count = self._format.decode(
-                entries,
-                out,
-                guest_offset=first * self._block_nbytes,
-                guest_end=stop,
-                file_nbytes=self._file.nbytes,
-                file=0,
-            )
-        except CoreError as error:
-            raise self._entry_error(entries, first, error.offset) from None
-        rows = out[:count]
+        rows = decode_entries(
+            self._format,
+            entries.view(">u4"),
+            lambda index: self._entry_error(entries, first, index),
+            guest_offset=first * self._block_nbytes,
+            guest_end=stop,
+            file_nbytes=self._file.nbytes,
+        )
         self._refuse_joined(rows)
         self._refuse_structures(rows)
         return rows

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from imgcore import _limits as limits
-from imgcore._core import CoreError, TableFormat
+from imgcore._core import TableFormat
 from imgcore._errors import CorruptImageError
-from imgcore._extents import EXTENT_DTYPE, Kind, clip, single, split
+from imgcore._extents import Kind, clip, single, split
 from imgcore.formats import _vhdx_layout as layout
 from imgcore.formats._sector_bitmap import expand
+from imgcore.formats._tables import decode_entries
 from imgcore.formats._vhdx_log import ZEROS
 
 if TYPE_CHECKING:
@@ -154,19 +155,14 @@ class ExtentPlanner:
             raise self._entry_error(int(entries[index]), first + index)
 
     def _decode(self, entries: Entries, first: int) -> Extents:
-        out = np.empty(len(entries), dtype=EXTENT_DTYPE)
-        try:
-            count = self._format.decode(
-                entries.view(np.uint8),
-                out,
-                guest_offset=first * self._block_nbytes,
-                guest_end=self._image.metadata.virtual_size,
-                file_nbytes=self._image.view.nbytes,
-                file=0,
-            )
-        except CoreError as error:
-            raise self._entry_error(int(entries[error.offset]), first + error.offset) from None
-        return out[:count]
+        return decode_entries(
+            self._format,
+            entries,
+            lambda index: self._entry_error(int(entries[index]), first + index),
+            guest_offset=first * self._block_nbytes,
+            guest_end=self._image.metadata.virtual_size,
+            file_nbytes=self._image.view.nbytes,
+        )
 
     def _entry_error(self, entry: int, block: int) -> CorruptImageError:
         reason = entry_problem(self._image, entry, block)

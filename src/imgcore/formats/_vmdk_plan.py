@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from imgcore._core import CoreError, TableFormat
+from imgcore._core import TableFormat
 from imgcore._errors import CorruptImageError
-from imgcore._extents import EXTENT_DTYPE, FLAG_GRAIN_MARKER, Kind, single
+from imgcore._extents import FLAG_GRAIN_MARKER, Kind, single
 from imgcore._limits import MAX_BATCH_ROWS, SECTOR_NBYTES
 from imgcore.formats._flat import sync_holes
+from imgcore.formats._tables import decode_entries
 from imgcore.formats._vmdk_layout import (
     ENTRY_ABSENT,
     ENTRY_NBYTES,
@@ -261,30 +262,24 @@ class SparsePlanner:
         skip = (start - table_start) // grain_nbytes
         n_entries = -(-(stop - table_start) // grain_nbytes) - skip
         first_grain = table_start + skip * grain_nbytes
-        out = np.zeros(n_entries, dtype=EXTENT_DTYPE)
-        try:
-            n_rows = self._format.decode(
-                entries[skip : skip + n_entries].view(np.uint8),
-                out,
-                guest_offset=first_grain,
-                guest_end=stop,
-                file_nbytes=self.extent.file.nbytes,
-                file=self._file_index,
-            )
-        except CoreError as error:
-            raise self._bad_entry(error, entries, skip, first_grain) from error
-        rows = out[:n_rows]
+        wanted = entries[skip : skip + n_entries]
+        rows = decode_entries(
+            self._format,
+            wanted,
+            lambda index: self._bad_entry(wanted, index, first_grain),
+            guest_offset=first_grain,
+            guest_end=stop,
+            file_nbytes=self.extent.file.nbytes,
+            file=self._file_index,
+        )
         self._cut_front(rows, start)
         if self.extent.is_compressed:
             self._mark_short_grain(rows)
             tighten_bounds(rows)
         return rows
 
-    def _bad_entry(
-        self, error: CoreError, entries: Entries, skip: int, first_grain: int
-    ) -> CorruptImageError:
-        index = error.offset
-        place = int(entries[skip + index]) * SECTOR_NBYTES
+    def _bad_entry(self, entries: Entries, index: int, first_grain: int) -> CorruptImageError:
+        place = int(entries[index]) * SECTOR_NBYTES
         guest_offset = first_grain + index * self.extent.grain_nbytes
         return CorruptImageError(
             f"the grain for guest offset {guest_offset:#x} is at {place:#x}, "
