@@ -258,6 +258,12 @@ class TestDifferencing:
             options = sizes | {"logical_sector_size": "512"}
             convert(changed, tmp_path / "no.vhdx", backing="base.vhdx", **options)
 
+    def test_a_parent_with_a_colon(self, tmp_path: Path, disk: Path) -> None:
+        convert(disk, tmp_path / "a:b.vhdx")
+        with pytest.raises(OptionError, match="no backslash, no colon"):
+            convert(disk, tmp_path / "top.vhdx", backing="./a:b.vhdx")
+        assert not (tmp_path / "top.vhdx").exists()
+
     def test_a_parent_elsewhere(self, tmp_path: Path, disk: Path) -> None:
         _, changed = self.make(tmp_path, disk)
         folder = tmp_path / "inner" / "most"

@@ -150,9 +150,10 @@ def _relative_path(backing: BackingReference, target_path: str) -> str:
         nbytes = len(text.encode("utf-16-le"))
     except UnicodeEncodeError:
         raise OptionError(f"the parent's name {path!r} is not encodable in UTF-16") from None
-    if "\\" in path or nbytes > limits.VHDX_MAX_PATH_NBYTES:
+    # To readers, ours among them, a colon ends the name of a drive or a protocol.
+    if {"\\", ":"} & set(path) or nbytes > limits.VHDX_MAX_PATH_NBYTES:
         raise OptionError(
-            f"the parent's name {path!r} cannot be stored: no backslash and up to "
+            f"the parent's name {path!r} cannot be stored: no backslash, no colon and up to "
             f"{limits.VHDX_MAX_PATH_NBYTES} bytes of UTF-16 are allowed"
         )
     return text
