@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from imgcore._errors import OptionError, UnsupportedFeatureError
-from imgcore._files import ReferenceGate
+from imgcore._files import ReferenceGate, folder_names
 
 if TYPE_CHECKING:
     from imgcore._files import HostFile
@@ -152,7 +152,7 @@ def check(
             return _result(file, reader, report)
         from imgcore._check_repair import repair as repair_image
 
-        gate = ReferenceGate(os.path.dirname(file.path), [os.fspath(folder) for folder in allow])
+        gate = ReferenceGate(os.path.dirname(file.path), folder_names(allow))
         after, repairs = repair_image(file, reader, report, gate)
         return replace(
             _result(file, reader, after),

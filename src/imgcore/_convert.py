@@ -14,6 +14,7 @@ from imgcore._chain import opened_reference
 from imgcore._core import Job
 from imgcore._errors import LimitExceededError, OptionError, UnsupportedFeatureError
 from imgcore._extents import PLACEMENT_DTYPE
+from imgcore._files import folder_names
 from imgcore._geometry import CodecId, Placing, ZeroPolicy
 from imgcore._image import Image
 from imgcore._image import open as open_image
@@ -232,7 +233,7 @@ def convert(
         in_place=in_place,
         share=share,
         salvage=salvage,
-        allow=tuple(os.fspath(folder) for folder in allow),
+        allow=tuple(folder_names(allow)),
         progress=progress,
         variants=chosen_variants(kernels),
         profile=platform,

@@ -23,7 +23,7 @@ from imgcore._errors import (
 from imgcore._retry import READ_ERRORS, patiently
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from typing import Self
 
     from imgcore._core import File
@@ -98,6 +98,16 @@ def is_on_xfs(fd: int) -> bool:
     if ctypes.CDLL(None).fstatfs(fd, buffer) != 0:
         return False
     return ctypes.c_long.from_buffer(buffer).value == _XFS_SUPER_MAGIC
+
+
+def folder_names(allow: Iterable[str | os.PathLike[str]]) -> list[str]:
+    """Return allowed folders as the gate takes them; OptionError for a single one.
+
+    A text is a sequence too, of characters, and ``/`` is a folder.
+    """
+    if isinstance(allow, str | bytes | os.PathLike):
+        raise OptionError(f"allow is a sequence of folders, not {allow!r} alone")
+    return [os.fspath(folder) for folder in allow]
 
 
 class HostFile:
@@ -255,6 +265,17 @@ class HostFile:
         except OSError as error:
             text = f"{os.strerror(error.errno or 0)} (reading {length} bytes at 0x{offset:x})"
             raise OSError(error.errno, text, self.path) from error
+
+    def next_data(self, position: int) -> tuple[int, int]:
+        """Return [start, end) of the next data at or after a place, ``start >= end`` for none.
+
+        What a file has lost since it was opened counts as data: reading it has to fail, where
+        a hole would read as zeros.
+        """
+        start, end = self.core.next_data(position)
+        if start < end or self.is_block_device or os.fstat(self.fd).st_size >= self.nbytes:
+            return start, end
+        return position, self.nbytes
 
     def check_unchanged(self) -> None:
         """Raise ImgcoreError if the file has changed since it was opened.

@@ -87,11 +87,9 @@ class HostHoles:
         start, end = self._data.get(index, (0, 0))
         if not start <= position < end:
             file = self._sources[index].file
-            start, end = file.core.next_data(position)
+            start, end = file.next_data(position)
             if start >= end:
                 start = end = max(file.nbytes, position + SECTOR_NBYTES)
-                if os.fstat(file.fd).st_size < file.nbytes:
-                    start = position  # it became shorter: who reads there has to see that
             start -= start % SECTOR_NBYTES
             end += -end % SECTOR_NBYTES
             self._data[index] = start, end

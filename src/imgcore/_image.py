@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from imgcore._chain import open_chain
+from imgcore._files import folder_names
 from imgcore._limits import SECTOR_NBYTES
 from imgcore.formats._base import SectorSized
 
@@ -306,7 +307,7 @@ def open(
         backing_format=backing_format,
         parent=None if parent is None else os.fspath(parent),
         read_options=read_options,
-        allow=[os.fspath(folder) for folder in allow],
+        allow=folder_names(allow),
         share=share,
     )
     return Image(files[0].path, layers, files)

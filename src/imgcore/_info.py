@@ -136,11 +136,11 @@ def open_layer(
     share: bool = False,
 ) -> Iterator[tuple[HostFile, Reader]]:
     """Open one image without its backing files."""
-    from imgcore._files import HostFile, ReferenceGate
+    from imgcore._files import HostFile, ReferenceGate, folder_names
     from imgcore.formats import open_reader
 
     with HostFile.open(path, share=share) as file:
-        gate = ReferenceGate(os.path.dirname(file.path), [os.fspath(folder) for folder in allow])
+        gate = ReferenceGate(os.path.dirname(file.path), folder_names(allow))
         reader = open_reader(file, gate, format, read_options)
         try:
             yield file, reader

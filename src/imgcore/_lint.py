@@ -126,7 +126,7 @@ def _facts(
     share: bool,
 ) -> Iterator[Facts]:
     """Open the image as far as it can be opened."""
-    from imgcore._files import HostFile, ReferenceGate
+    from imgcore._files import HostFile, ReferenceGate, folder_names
     from imgcore.formats import canonical_name, open_reader, probe
 
     with ExitStack() as stack:
@@ -143,7 +143,7 @@ def _facts(
         if facts.format in _NO_IMAGES:
             yield facts
             return
-        gate = ReferenceGate(os.path.dirname(file.path), [os.fspath(folder) for folder in allow])
+        gate = ReferenceGate(os.path.dirname(file.path), folder_names(allow))
         try:
             # A reader closes its file, also where it refuses it.
             own = stack.enter_context(HostFile.open(path, share=share))

@@ -468,6 +468,29 @@ def test_compare_of_empty_disks_takes_one_step(
     assert starts == [(0, nbytes)]
 
 
+@pytest.mark.parametrize("format", ["raw", "vpc", "vdi", "vmdk"])
+def test_a_disk_that_becomes_shorter_is_no_hole(tmp_path: Path, format: str) -> None:
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(os.urandom(4 << 20))
+    path = tmp_path / f"a.{format}"
+    flat = {"raw": (), "vmdk": ("subformat=monolithicFlat",)}.get(format, ("subformat=fixed",))
+    imgcore.convert(disk, path, target_format=format, options=flat, sync=False)
+    stored = path.with_name("a-flat.vmdk") if format == "vmdk" else path
+    with imgcore.open(path) as image:
+        os.truncate(stored, 3 << 20)
+        with pytest.raises(imgcore.CorruptImageError, match="ends before"):
+            image.read(0, image.virtual_size)
+
+
+def test_allow_is_a_sequence(folder: Path) -> None:
+    image = folder / "disk.raw"
+    for call in (imgcore.info, imgcore.open, imgcore.check):
+        with pytest.raises(imgcore.OptionError, match="sequence of folders, not '/'"):
+            call(image, allow="/")  # type: ignore[operator]
+    with pytest.raises(imgcore.OptionError, match="sequence of folders"):
+        imgcore.convert(image, folder / "no.qcow2", allow=folder)  # type: ignore[arg-type]
+
+
 def test_compare_with_what_cannot_be_read(folder: Path) -> None:
     done = command("compare", folder / "disk.raw", folder / "gone.raw")
     assert_one_line_error(done, "gone.raw", code=2)

@@ -64,7 +64,7 @@ def plan_flat(
     shift = file_offset - guest_base
     position = start
     while position < stop:
-        data_start, data_end = file.core.next_data(position + shift)
+        data_start, data_end = file.next_data(position + shift)
         if data_start >= data_end:
             data_start = data_end = stop + shift
         data_start = min(max(data_start - shift, position), stop)

@@ -89,8 +89,8 @@ class RawReader:
 
     def _next_data(self, position: int, end: int) -> tuple[int, int]:
         """Return the next range of data in [position, end), empty at the end if there is none."""
-        data_start, data_end = self.file.core.next_data(position)
-        if data_start == data_end or data_start >= end:
+        data_start, data_end = self.file.next_data(position)
+        if data_start >= data_end or data_start >= end:
             return end, end
         # Whole sectors: a file system's blocks may be smaller, and holes read as zeros.
         data_start = max(data_start // SECTOR_NBYTES * SECTOR_NBYTES, position)
