@@ -363,6 +363,12 @@ class _Conversion:
         )
         self._stack.callback(self._image.close)
         self._virtual_size = self._image.virtual_size
+        if self._virtual_size % SECTOR_NBYTES:
+            raise UnsupportedFeatureError(
+                f"its disk has {self._virtual_size} bytes, no multiple of {SECTOR_NBYTES}: no "
+                "other format can say that (qemu-img resize changes the size)",
+                path=r.source,
+            )
 
     def _open_base(self) -> None:
         backing = self._request.backing
