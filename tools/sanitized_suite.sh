@@ -8,7 +8,7 @@ export IMGCORE_SANITIZE=address,undefined
 "$python" setup.py -q build --build-lib "$out/lib" --build-temp "$out/temp" 2>"$out.log" ||
   { tail -n 20 "$out.log" >&2; exit 1; }
 # Preloaded sanitizers make other programs hang: they are called through wrappers without them.
-unset IMGCORE_PEERS
+export IMGCORE_PEERS=$out  # not those of the home folder, which are no wrappers
 mkdir -p "$out/bin"
 for program in qemu-img qemu-io qemu-nbd vbox-img gcc cc; do
   found=$(command -v "$program") || continue
