@@ -70,8 +70,8 @@ def cases() -> Iterator[Case]:
         (
             "unknown-format",
             qcow2.extension(0xE2792ACA, 4, b"evil\0\0\0\0"),
-            "OptionError",
-            "unknown format",
+            "UnsupportedFeatureError",
+            "of the format 'evil', which is not supported",
         ),
         ("other-format", QCOW2, "WrongFormatError", "not a qcow2 image"),
     ):
