@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.helpers import vmdk
@@ -12,6 +14,7 @@ from tests.helpers.plans import poke
 from tests.helpers.vmdk import GRAIN, SECTOR
 
 import imgcore
+from imgcore.formats import _vmdk_check
 
 N_SECTORS = 20 * GRAIN // SECTOR
 CONTENTS = {0: noise(GRAIN), 1: text(GRAIN), 7: noise(GRAIN, 3)}
@@ -98,6 +101,25 @@ def test_markers(tmp_path: Path, offset: int, data: bytes, word: str) -> None:
     report = imgcore.check(path)
     assert report.corruptions >= 1
     assert word in "\n".join(report.problems)
+
+
+def test_where_nothing_is_nothing_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = _hosted(tmp_path)
+    windows: list[int] = []
+    regions = _vmdk_check._ExtentCheck._regions
+
+    def counted(self: Any, low: int, high: int, *, count: bool) -> Any:
+        windows.append(low)
+        return regions(self, low, high, count=count)
+
+    monkeypatch.setattr(_vmdk_check._ExtentCheck, "_regions", counted)
+    os.truncate(path, 5 << 40)
+    report = imgcore.check(path)
+    assert windows == [0]
+    assert report.corruptions == 0
+    assert report.leaks > 1 << 26  # in grains
 
 
 def test_many_problems_are_counted_and_few_are_told(tmp_path: Path) -> None:

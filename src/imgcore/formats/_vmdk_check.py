@@ -59,7 +59,8 @@ def check_extents(path: str, extents: Sequence[DiskExtent]) -> CheckReport:
     Notes
     -----
     Time: every table once per window of the file (128 GiB with the usual grains, 1 GiB if
-    compressed), and 12 bytes of each compressed grain.  Memory: 200 MiB at the most.
+    compressed) in which anything is, and 12 bytes of each compressed grain.  Memory: 200 MiB at
+    the most.
     """
     report = CheckReport()
     for item in extents:
@@ -93,7 +94,7 @@ class _ExtentCheck:
         # Compressed grains take one sector at least, others a grain.
         unit = 1 if extent.is_compressed else self._grain_nsectors
         window_nsectors = _MAX_REGIONS // 2 * unit
-        for start in range(0, self._file_nsectors, window_nsectors):
+        for start in self._window_starts(window_nsectors):
             regions = self._regions(start, start + window_nsectors, count=start == 0)
             self._check_regions(regions)
         if not extent.is_compressed:
@@ -101,6 +102,22 @@ class _ExtentCheck:
         self._report.image_end_offset = max(
             self._report.image_end_offset, self._end_nsectors * SECTOR_NBYTES
         )
+
+    def _window_starts(self, window_nsectors: int) -> list[int]:
+        """Return where the windows begin in which anything is; a sparse file may have millions."""
+        used = {0}
+        if self._file_nsectors > window_nsectors:
+            for sectors in self._places():
+                inside = sectors[sectors < self._file_nsectors]
+                used.update(np.unique(inside // window_nsectors).tolist())
+        return [number * window_nsectors for number in sorted(used)]
+
+    def _places(self) -> Iterator[Sectors]:
+        """Yield the first sectors of everything."""
+        yield self._fixed_claims()[0]
+        yield from self._table_places()
+        for _, sectors in self._entries():
+            yield sectors
 
     def _corruptions(self, count: int, lines: Iterable[str]) -> None:
         """Count corruptions of which only the first are worth a line."""
@@ -220,22 +237,25 @@ class _ExtentCheck:
         return self._file_nsectors > _MAX_REGIONS
 
     def _claims(self, low: int, high: int, *, count: bool) -> Iterator[tuple[Sectors, Sectors]]:
-        yield self._fixed_claims(low, high)
-        for gd_offset in (self._extent.gd_offset, self._extent.rgd_offset):
-            if not gd_offset:
-                continue
-            for _, directory in self._directory_pieces(gd_offset):
-                absent, _ = absent_or_zeroed(self._extent, directory)
-                tables = directory[~absent & ~self._is_outside(directory)].astype(np.int64)
-                tables = tables[(tables >= low) & (tables < high)]
-                yield tables, np.full(len(tables), self._gt_nsectors)
+        sectors, lengths = self._fixed_claims()
+        inside = (sectors >= low) & (sectors < high)
+        yield sectors[inside], lengths[inside]
+        for tables in self._table_places():
+            inside = (tables >= low) & (tables < high)
+            yield tables[inside], np.full(np.count_nonzero(inside), self._gt_nsectors)
         for grains, sectors in self._entries():
             if count:
                 self._count(grains, sectors)
             inside = (sectors >= low) & (sectors < high)
             yield self._grain_claims(grains[inside], sectors[inside])
 
-    def _fixed_claims(self, low: int, high: int) -> tuple[Sectors, Sectors]:
+    def _table_places(self) -> Iterator[Sectors]:
+        for gd_offset in (self._extent.gd_offset, self._extent.rgd_offset):
+            for _, directory in self._directory_pieces(gd_offset) if gd_offset else ():
+                absent, _ = absent_or_zeroed(self._extent, directory)
+                yield directory[~absent & ~self._is_outside(directory)].astype(np.int64)
+
+    def _fixed_claims(self) -> tuple[Sectors, Sectors]:
         extent = self._extent
         gd_nbytes = extent.n_directory_entries * ENTRY_NBYTES
         parts = [(0, HEADER_NBYTES), (extent.gd_offset, gd_nbytes)]
@@ -245,8 +265,7 @@ class _ExtentCheck:
             parts.append((extent.rgd_offset, gd_nbytes))
         sectors = np.array([offset // SECTOR_NBYTES for offset, _ in parts], dtype=np.int64)
         lengths = np.array([-(-nbytes // SECTOR_NBYTES) for _, nbytes in parts], dtype=np.int64)
-        inside = (sectors >= low) & (sectors < high)
-        return sectors[inside], lengths[inside]
+        return sectors, lengths
 
     def _count(self, grains: Sectors, sectors: Sectors) -> None:
         """Count allocated grains and report those outside the file."""
