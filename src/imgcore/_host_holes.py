@@ -64,7 +64,8 @@ class HostHoles:
     def _pieces(self, rows: Extents) -> Iterator[Extents]:
         """Yield runs of rows that stay as they are, and the parts of each that is cut."""
         if self._is_sparse is None:
-            self._is_sparse = np.array([_is_sparse(source.file) for source in self._sources])
+            sparse = [_is_sparse(source.file) for source in self._sources]
+            self._is_sparse = np.array(sparse, dtype=np.bool_)
         done = 0
         long = np.flatnonzero((rows["kind"] == Kind.DATA) & (rows["length"] >= _MIN_ROW_NBYTES))
         for index in long[self._is_sparse[rows["file"][long]]].tolist():

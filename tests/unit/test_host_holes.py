@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from tests.helpers import qemu
+from tests.helpers import qemu, vmdk
 from tests.helpers.images import noise
 from tests.helpers.qcow2 import create, qemu_io
 
@@ -99,3 +99,11 @@ def test_preallocated_metadata(tmp_path: Path) -> None:
     qemu.assert_same(path, tmp_path / "b.qcow2", source_format="qcow2", target_format="qcow2")
     wanted = qemu.run("measure", "-O", "qcow2", path).stdout.splitlines()[0].split()[-1]
     assert imgcore.measure(path, target_format="qcow2").required == int(wanted)
+
+
+def test_a_disk_without_files(tmp_path: Path) -> None:
+    path = tmp_path / "a.vmdk"
+    path.write_bytes(vmdk.descriptor("custom", "RW 256 ZERO"))
+    result = imgcore.convert(path, tmp_path / "b.raw")
+    assert (result.virtual_size, result.bytes_read) == (128 * KIB, 0)
+    assert (tmp_path / "b.raw").read_bytes() == bytes(128 * KIB)
