@@ -174,7 +174,9 @@ def other_readers(
         # libqcow reads compressed clusters wrongly, those of qemu-img as well.
         if not compress and _is_installed(_LIBYAL_READERS.get(image_format, ("?",))[0]):
             readers.append("libyal")
-    if image_format in ("vmdk", "vhd", "vdi") and qemu.find_program("vbox-img") is not None:
+    # VirtualBox opens VMDK extents of versions 1 and 3; explicit zeros make version 2.
+    is_known = image_format in ("vmdk", "vhd", "vdi") and "zeroed_grain=on" not in options
+    if is_known and qemu.find_program("vbox-img") is not None:
         readers.append("virtualbox")
     return readers
 
