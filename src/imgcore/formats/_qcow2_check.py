@@ -19,7 +19,7 @@ from imgcore import _limits as limits
 from imgcore._errors import FormatError, LimitExceededError
 from imgcore.formats import _qcow2_layout as layout
 from imgcore.formats._base import CheckReport
-from imgcore.formats._qcow2_header import read_bitmaps, read_snapshots, snapshot_table_nbytes
+from imgcore.formats._qcow2_header import read_bitmaps, read_snapshots
 from imgcore.formats._qcow2_tables import iter_l1, read_entries
 
 if TYPE_CHECKING:
@@ -254,8 +254,7 @@ class Qcow2Checker:
         try:
             snapshots = read_snapshots(self._file, header)
             if snapshots:
-                nbytes = snapshot_table_nbytes(self._file, header)
-                regions.append((header.snapshots_offset, nbytes))
+                regions.append((header.snapshots_offset, snapshots[-1].table_nbytes))
         except (FormatError, LimitExceededError) as error:
             self.report.corruption(f"snapshot table: {error}")
             return regions, tables

@@ -7,7 +7,6 @@ Source: QEMU docs/interop/qcow2.rst.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -82,7 +81,7 @@ class Qcow2Header:
 
 
 class Snapshot(NamedTuple):
-    """One row of the snapshot table."""
+    """One row of the snapshot table; ``table_nbytes`` is that table's length up to its end."""
 
     l1_offset: int
     l1_entries: int
@@ -93,6 +92,7 @@ class Snapshot(NamedTuple):
     vm_clock_nanoseconds: int
     vm_state_nbytes: int
     icount: int | None
+    table_nbytes: int
 
 
 class Bitmap(NamedTuple):
@@ -376,15 +376,7 @@ def read_snapshots(file: HostFile, header: Qcow2Header) -> list[Snapshot]:
     list of Snapshot
         In the table's order; memory is bounded by QCOW2_MAX_SNAPSHOT_TABLE_NBYTES.
     """
-    return [snapshot for snapshot, _ in _iter_snapshots(file, header)]
-
-
-def snapshot_table_nbytes(file: HostFile, header: Qcow2Header) -> int:
-    """Return the number of bytes that the snapshot table takes."""
-    return max((end for _, end in _iter_snapshots(file, header)), default=0)
-
-
-def _iter_snapshots(file: HostFile, header: Qcow2Header) -> Iterator[tuple[Snapshot, int]]:
+    snapshots = []
     position = 0
     for index in range(header.n_snapshots):
         offset = header.snapshots_offset + position
@@ -419,7 +411,7 @@ def _iter_snapshots(file: HostFile, header: Qcow2Header) -> Iterator[tuple[Snaps
             )
         extra, text = variable[:extra_nbytes], variable[extra_nbytes:]
         vm_nbytes, icount = _snapshot_extra(extra, vm_nbytes)
-        yield (
+        snapshots.append(
             Snapshot(
                 l1_offset,
                 l1_entries,
@@ -430,9 +422,10 @@ def _iter_snapshots(file: HostFile, header: Qcow2Header) -> Iterator[tuple[Snaps
                 clock,
                 vm_nbytes,
                 icount,
-            ),
-            position,
+                position,
+            )
         )
+    return snapshots
 
 
 def _snapshot_extra(extra: bytes, vm_state_nbytes: int) -> tuple[int, int | None]:
