@@ -13,6 +13,7 @@ from tests.helpers import qemu
 from tests.helpers.plans import poke
 from tests.helpers.qcow2 import create, open_qcow2, qemu_io
 
+from imgcore._files import HostFile
 from imgcore.formats import _qcow2_check
 from imgcore.formats._base import CheckReport
 
@@ -59,6 +60,27 @@ def test_sound_images(tmp_path: Path, cluster_size: int, refcount_bits: int) -> 
     report = _assert_same(path)
     assert report.problems == []
     assert report.allocated_clusters > 0
+
+
+def test_the_snapshot_table_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There may be 65536 rows, and each takes two reads."""
+    path = create(tmp_path / "a.qcow2", MIB)
+    for number in range(3):
+        qemu.run("snapshot", "-c", f"s{number}", path)
+    reader = open_qcow2(path)
+    start = reader._header.snapshots_offset
+    table_end = start + _qcow2_check.read_snapshots(reader._file, reader._header)[-1].table_nbytes
+    offsets: list[int] = []
+    pread = HostFile.pread
+
+    def counted(self: HostFile, offset: int, length: int) -> bytes:
+        offsets.append(offset)
+        return pread(self, offset, length)
+
+    monkeypatch.setattr(HostFile, "pread", counted)
+    assert reader.check().corruptions == 0
+    assert len([offset for offset in offsets if start <= offset < table_end]) == 2 * 3
+    reader.close()
 
 
 def test_snapshots_bitmaps_and_compression(tmp_path: Path) -> None:
