@@ -129,8 +129,13 @@ def test_windows_do_not_change_the_outcome(
     assert pieces.image_end_offset == whole.image_end_offset
 
 
-# In the image below: refcount table 0x10000, block 0x20000, L1 0x30000, L2 0x40000, data 0x50000
-# to 0x80000.
+def _three_clusters(folder: Path) -> Path:
+    """Refcount table 0x10000, block 0x20000, L1 0x30000, L2 0x40000, data 0x50000 to 0x80000."""
+    path = create(folder / "a.qcow2", MIB)
+    qemu_io(path, "write -P 7 0 192k")
+    return path
+
+
 DAMAGE: list[tuple[str, int, bytes, str]] = [
     ("refcount-too-low", 0x20000 + 2 * 5, struct.pack(">H", 0), "cluster 5 refcount=0 reference=1"),
     ("refcount-too-high", 0x20000 + 2 * 5, struct.pack(">H", 2), "cluster 5 refcount=2"),
@@ -150,16 +155,14 @@ DAMAGE: list[tuple[str, int, bytes, str]] = [
 def test_damage_is_found_as_qemu_img_finds_it(
     tmp_path: Path, offset: int, data: bytes, line: str
 ) -> None:
-    path = create(tmp_path / "a.qcow2", MIB)
-    qemu_io(path, "write -P 7 0 192k")
+    path = _three_clusters(tmp_path)
     poke(path, (offset, data))
     report = _assert_same(path)
     assert any(line in problem for problem in report.problems), report.problems
 
 
 def test_unaligned_entry_takes_two_clusters(tmp_path: Path) -> None:
-    path = create(tmp_path / "a.qcow2", MIB)
-    qemu_io(path, "write -P 7 0 192k")
+    path = _three_clusters(tmp_path)
     poke(path, (0x40000, struct.pack(">Q", COPIED | 0x50200)))
     report = _assert_same(path)
     assert (report.corruptions, report.leaks) == (2, 0)
@@ -168,8 +171,7 @@ def test_unaligned_entry_takes_two_clusters(tmp_path: Path) -> None:
 
 def test_l1_entry_of_flags_alone_is_a_corruption(tmp_path: Path) -> None:
     # A bit of the offset is lost: what it led to seems leaked, and must not be freed for that.
-    path = create(tmp_path / "a.qcow2", MIB)
-    qemu_io(path, "write -P 7 0 192k")
+    path = _three_clusters(tmp_path)
     poke(path, (0x30000, struct.pack(">Q", COPIED)))
     report = _check(path)
     assert _qemu_check(path)["corruptions"] > 0
@@ -191,8 +193,7 @@ def test_compressed_cluster_that_reaches_far_past_the_end(tmp_path: Path) -> Non
 
 
 def test_a_cluster_that_is_cut_short_is_no_leak(tmp_path: Path) -> None:
-    path = create(tmp_path / "a.qcow2", MIB)
-    qemu_io(path, "write -P 7 0 192k")
+    path = _three_clusters(tmp_path)
     with path.open("r+b") as file:
         file.truncate(0x80000 - 512)
     report = _check(path)
@@ -202,8 +203,7 @@ def test_a_cluster_that_is_cut_short_is_no_leak(tmp_path: Path) -> None:
 
 
 def test_overlap_that_refcounts_allow_is_found(tmp_path: Path) -> None:
-    path = create(tmp_path / "a.qcow2", MIB)
-    qemu_io(path, "write -P 7 0 192k")
+    path = _three_clusters(tmp_path)
     # A guest cluster on the refcount table, whose refcount says that this is right.
     poke(
         path,
