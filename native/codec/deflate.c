@@ -5,6 +5,7 @@
 #include <libdeflate.h>
 #include <stdbool.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "codec/codec.h"
 #include "codec/zlib_frame.h"
@@ -22,9 +23,23 @@
 #define SAMPLE_PERCENT 45
 #define SAMPLED_ISAL_LEVEL 3
 
+/*
+ * ISA-L for x86-64 (up to 2.31.1) enters, at levels 1 and 2, the third byte of a block under a hash
+ * of bits 16 to 47 of the stream's own address, in place of the bytes there.  So a match is found
+ * or not by where the stream happens to lie: one block of 64 KiB in ten thousand comes out
+ * differently from run to run, and from thread to thread.  It makes no difference as long as that
+ * hash is not the hash of any of the block's first three places; of several streams one is taken
+ * for which that holds.
+ */
+#define N_STREAMS 8
+#define STREAM_SPACING_NBYTES ((sizeof(struct isal_zstream) + 0xffff) & ~(size_t)0xffff)
+/* The hash tables of the smallest blocks have more entries: a match of these bits is enough. */
+#define HASH_MASK 0xffu
+
 struct imgc_deflate {
 	struct libdeflate_compressor *libdeflate; /* NULL: ISA-L alone */
-	struct isal_zstream *stream;		  /* NULL: libdeflate alone */
+	uint8_t *streams;			  /* N_STREAMS of ISA-L's; NULL: libdeflate alone */
+	struct isal_zstream *stream;		  /* the one of the last block */
 	uint8_t *level_buffer;
 	uint32_t level_buffer_nbytes;
 	uint32_t level;
@@ -58,8 +73,8 @@ static int create_isal(int32_t level, uint32_t window_bits, struct imgc_deflate 
 	d->level = (uint32_t)level;
 	d->window_bits = (uint16_t)window_bits;
 	d->level_buffer_nbytes = isal_level_nbytes(d->level);
-	d->stream = calloc(1, sizeof(*d->stream));
-	if (!d->stream)
+	d->streams = calloc(N_STREAMS, STREAM_SPACING_NBYTES);
+	if (!d->streams)
 		return IMGC_NO_MEMORY;
 	if (d->level_buffer_nbytes != 0) {
 		d->level_buffer = calloc(1, d->level_buffer_nbytes);
@@ -114,7 +129,7 @@ void imgc_deflate_destroy(struct imgc_deflate *d)
 		return;
 	if (d->libdeflate)
 		libdeflate_free_compressor(d->libdeflate);
-	free(d->stream);
+	free(d->streams);
 	free(d->level_buffer);
 	free(d);
 }
@@ -128,14 +143,71 @@ size_t imgc_deflate_bound(const struct imgc_deflate *d, size_t nbytes)
 	if (d->libdeflate)
 		libdeflate = d->is_zlib ? libdeflate_zlib_compress_bound(d->libdeflate, nbytes)
 					: libdeflate_deflate_compress_bound(d->libdeflate, nbytes);
-	return d->stream && isal > libdeflate ? isal : libdeflate;
+	return d->streams && isal > libdeflate ? isal : libdeflate;
+}
+
+/* What ISA-L's hash tables go by, before they cut it to their size (the crc32 instruction). */
+static uint32_t isal_hash(uint32_t word)
+{
+	const uint32_t crc32c_polynomial = 0x82f63b78;
+
+	for (int bit = 0; bit < 32; bit++)
+		word = word >> 1 ^ (word & 1 ? crc32c_polynomial : 0);
+	return word;
+}
+
+/* Bytes of 0x00 or 0xff at the start that ISA-L takes out, so that the block starts behind them. */
+static size_t repeated_nbytes(const uint8_t *in, size_t in_nbytes)
+{
+	size_t n = 0;
+
+	if (in_nbytes > 0 && (in[0] == 0x00 || in[0] == 0xff))
+		while (n < in_nbytes && in[n] == in[0])
+			n++;
+	return n;
+}
+
+static bool stream_is_neutral(const struct isal_zstream *stream, const uint32_t *hashes, size_t n)
+{
+	uint32_t own = isal_hash((uint32_t)((uintptr_t)stream >> 16));
+
+	for (size_t i = 0; i < n; i++)
+		if (((own ^ hashes[i]) & HASH_MASK) == 0)
+			return false;
+	return true;
+}
+
+static struct isal_zstream *choose_stream(const struct imgc_deflate *d, const uint8_t *in,
+					  size_t in_nbytes)
+{
+	const size_t starts[] = {0, repeated_nbytes(in, in_nbytes)};
+	struct isal_zstream *stream = NULL;
+	uint32_t hashes[6];
+	size_t n = 0;
+
+	for (size_t i = 0; i < 2; i++) {
+		for (size_t at = starts[i]; at < starts[i] + 3; at++) {
+			uint32_t word;
+
+			if (at + sizeof(word) > in_nbytes)
+				break;
+			memcpy(&word, in + at, sizeof(word));
+			hashes[n++] = isal_hash(word);
+		}
+	}
+	for (size_t i = 0; i < N_STREAMS; i++) {
+		stream = (struct isal_zstream *)(d->streams + i * STREAM_SPACING_NBYTES);
+		if (stream_is_neutral(stream, hashes, n))
+			break;
+	}
+	return stream;
 }
 
 /* A raw stream. ISA-L's own status; the stream's totals tell the sizes. */
 static int deflate_once(struct imgc_deflate *d, uint32_t level, const void *in, size_t in_nbytes,
 			void *out, size_t out_capacity)
 {
-	struct isal_zstream *s = d->stream;
+	struct isal_zstream *s = d->stream = choose_stream(d, in, in_nbytes);
 
 	isal_deflate_stateless_init(s);
 	s->level = level;
@@ -194,7 +266,7 @@ static bool shrinks_well(struct imgc_deflate *d, const void *in, size_t in_nbyte
 int imgc_deflate_run(struct imgc_deflate *d, const void *in, size_t in_nbytes, void *out,
 		     size_t out_capacity, size_t *out_nbytes)
 {
-	if (!d->libdeflate || (d->stream && !shrinks_well(d, in, in_nbytes, out, out_capacity)))
+	if (!d->libdeflate || (d->streams && !shrinks_well(d, in, in_nbytes, out, out_capacity)))
 		return run_isal(d, in, in_nbytes, out, out_capacity, out_nbytes);
 	if (d->is_zlib)
 		*out_nbytes =

@@ -1,4 +1,5 @@
 /* Codecs: round trips with zlib as judge, windows, damage, sizes, every inflate variant. */
+#include <stdbool.h>
 #include <zlib.h>
 #include <zstd.h>
 
@@ -187,6 +188,49 @@ static void test_deterministic(void)
 			CHECK_EQ(n, n_first);
 			CHECK(memcmp(first, packed, n) == 0);
 		}
+	}
+}
+
+/* Small blocks whose start comes again: those that ISA-L's hash of an address tells on. */
+static void fill_repeating(uint8_t *p, size_t nbytes, uint64_t seed)
+{
+	size_t start = seed % 3 == 0 ? 64 : 0;
+
+	fill_random(p, nbytes, seed);
+	memset(p, seed % 2 ? 0xff : 0, start);
+	for (size_t at = start + 40 + seed % 16; at + 12 < nbytes; at += 60 + seed % 8)
+		memcpy(p + at, p + start + at % 3, 12);
+}
+
+static void test_the_same_wherever_the_memory_lies(void)
+{
+	enum { N_PLACES = 6, N_BLOCKS = 800, SMALL = 512 };
+	static uint8_t data[SMALL + SLACK], first[2 * SMALL];
+
+	for (unsigned i = 0; i < N_PARAMS; i++) {
+		struct imgc_compressor *places[N_PLACES];
+		bool is_isal = all_params[i].codec != IMGC_CODEC_ZSTD &&
+			       all_params[i].engine != IMGC_DEFLATE_LIBDEFLATE;
+		unsigned n_blocks = is_isal ? N_BLOCKS : 20;
+		size_t n_first = 0, n = 0;
+
+		for (unsigned k = 0; k < N_PLACES; k++)
+			CHECK_EQ(imgc_compressor_create(&all_params[i], &places[k]), IMGC_OK);
+		for (unsigned seed = 0; seed < n_blocks; seed++) {
+			fill_repeating(data, SMALL, seed);
+			CHECK_EQ(imgc_compress(places[0], data, SMALL, first, sizeof(first),
+					       &n_first),
+				 IMGC_OK);
+			for (unsigned k = 1; k < N_PLACES; k++) {
+				CHECK_EQ(imgc_compress(places[k], data, SMALL, packed,
+						       sizeof(first), &n),
+					 IMGC_OK);
+				CHECK_EQ(n, n_first);
+				CHECK(memcmp(packed, first, n) == 0);
+			}
+		}
+		for (unsigned k = 0; k < N_PLACES; k++)
+			imgc_compressor_destroy(places[k]);
 	}
 }
 
@@ -473,6 +517,7 @@ int main(void)
 	test_refused_params();
 	test_compressors();
 	test_deterministic();
+	test_the_same_wherever_the_memory_lies();
 	test_sampled();
 	test_zlib_header();
 	test_zstd_frames();
