@@ -11,6 +11,8 @@ command -v gcc >/dev/null || missing+=(gcc libc6-dev)
 needs_program make make
 needs_program pkg-config pkg-config
 needs_program mke2fs e2fsprogs
+needs_program mkfs.xfs xfsprogs
+needs_program mkfs.btrfs btrfs-progs
 needs_program zstd zstd
 needs_program qemu-img qemu-utils
 if command -v pkg-config >/dev/null; then

@@ -29,6 +29,7 @@
 #define MAX_READ_REQUESTS 64
 #define MAX_SEGMENTS 64
 #define GRAIN_MARKER_NBYTES 12u
+#define MIN_SHARE_NBYTES (64u * 1024) /* less is written as fast, and fragments less */
 #define SECTOR_NBYTES 512u
 
 /* The stored bytes of a compressed block never exceed this (VMDK: two grains; QCOW2: two clusters).
@@ -165,7 +166,7 @@ struct slot {
 
 struct counters {
 	_Alignas(64) _Atomic uint64_t done;
-	_Atomic uint64_t data, zero, read, written;
+	_Atomic uint64_t data, zero, read, written, shared;
 };
 
 struct worker {
@@ -194,6 +195,7 @@ struct imgc_job {
 
 	_Atomic bool cancelled, failed;
 	_Atomic uint64_t first_difference;
+	_Atomic bool *shares; /* for each source: not refused yet; NULL: nothing is shared */
 
 	pthread_mutex_t lock; /* all below */
 	pthread_cond_t changed, ended;

@@ -408,6 +408,12 @@ struct imgc_job_options {
 	 * imgc_job_bad_ranges().
 	 */
 	uint32_t salvage;
+	/*
+	 * CONVERT without salvage: what lies plain in a source, at a place that differs by whole
+	 * blocks of the file system, is not written but shared with it (a reflink), where
+	 * the file system can do that.  What the target reads as is the same either way.
+	 */
+	uint32_t share;
 };
 
 /* A guest range that was not read. */
@@ -443,6 +449,7 @@ struct imgc_progress {
 	uint64_t bytes_zero;	/* of these, found to be zeros */
 	uint64_t bytes_read;	/* host bytes read */
 	uint64_t bytes_written; /* host bytes written */
+	uint64_t bytes_shared;	/* host bytes that are a source's blocks now */
 };
 
 #define IMGC_NO_DIFFERENCE UINT64_MAX

@@ -75,7 +75,8 @@ class ConvertResult(NamedTuple):
     """What a conversion did; sizes in bytes.
 
     ``bytes_data`` and ``bytes_zero`` split the virtual disk into what was found to be data
-    and what was found to be zeros.  ``bad_ranges`` is empty unless ``salvage`` was asked for.
+    and what was found to be zeros; ``bytes_shared`` were not written, they are the source's own
+    blocks.  ``bad_ranges`` is empty unless ``salvage`` was asked for.
     """
 
     source: str
@@ -87,6 +88,7 @@ class ConvertResult(NamedTuple):
     bytes_zero: int
     bytes_read: int
     bytes_written: int
+    bytes_shared: int
     file_size: int
     seconds: float
     bad_ranges: tuple[BadRange, ...] = ()
@@ -112,6 +114,7 @@ class _Request(NamedTuple):
     in_place: bool
     share: bool
     salvage: bool
+    reflink: bool
     allow: tuple[str, ...]
     progress: Callable[[Progress], None] | None
     variants: dict[str, str]
@@ -138,6 +141,7 @@ def convert(
     in_place: bool = False,
     share: bool = False,
     salvage: bool = False,
+    reflink: bool = True,
     allow: Sequence[str | os.PathLike[str]] = (),
     progress: Callable[[Progress], None] | None = None,
     kernels: Mapping[str, str] | None = None,
@@ -182,6 +186,12 @@ def convert(
         Write zeros for guest data that the system cannot read, or that does not decompress,
         and list it in ``bad_ranges`` of the result, instead of failing.  Headers and tables
         have to be sound all the same.
+    reflink : bool
+        Let the target share the source's blocks instead of copying them, where the file system
+        can do that (XFS, Btrfs) and both formats put them on its block boundaries.  The target
+        reads the same either way, and neither file sees what is written to the other later.
+        Not done for targets that are to have blocks of their own: preallocated ones
+        (falloc, full), those with every zero written (``sparse=0``) or written in place.
     allow : sequence of path-like
         Folders, besides an image's own, in which files named inside images may lie.
     progress : callable, optional
@@ -233,6 +243,7 @@ def convert(
         in_place=in_place,
         share=share,
         salvage=salvage,
+        reflink=reflink,
         allow=tuple(folder_names(allow)),
         progress=progress,
         variants=chosen_variants(kernels),
@@ -318,7 +329,7 @@ class _Conversion:
         self._backing: BackingReference | None = None
         self._skipped_nbytes = 0
         self._has_begun = False
-        self._data_nbytes = self._read_nbytes = self._written_nbytes = 0
+        self._data_nbytes = self._read_nbytes = self._written_nbytes = self._shared_nbytes = 0
         self._bad_ranges: tuple[BadRange, ...] = ()
         self._started = time.monotonic()
 
@@ -440,6 +451,7 @@ class _Conversion:
             bytes_zero=self._virtual_size - self._data_nbytes,
             bytes_read=self._read_nbytes,
             bytes_written=self._written_nbytes,
+            bytes_shared=self._shared_nbytes,
             file_size=file_size,
             seconds=time.monotonic() - self._started,
             bad_ranges=self._bad_ranges,
@@ -506,7 +518,7 @@ class _Conversion:
         data_file = writer.begin(target)
         offset = writer.first_offset
         if self._virtual_size:
-            offset = self._move(writer, data_file)
+            offset = self._move(writer, target, data_file)
         writer.finish(offset)
 
     def _supply(self, geometry: Geometry) -> Supply:
@@ -515,7 +527,7 @@ class _Conversion:
         assert self._image is not None
         return ImageSupply(self._image, self._base, geometry)
 
-    def _move(self, writer: Writer, data_file: TargetFile) -> int:
+    def _move(self, writer: Writer, target: Target, data_file: TargetFile) -> int:
         """Run the engine over the whole disk; return the target's first free offset."""
         r = self._request
         self._has_begun = True
@@ -532,11 +544,19 @@ class _Conversion:
                 threads=r.threads,
                 variants=r.variants,
                 salvage=r.salvage,
+                share=self._may_share(target, writer.geometry),
             )
             stack.callback(job.close)
             self._run_batches(job, writer, supply)
             self._bad_ranges = named_bad_ranges(job.bad_ranges, supply.paths)
             return int(job.next_offset)
+
+    def _may_share(self, target: Target, geometry: Geometry) -> bool:
+        """Tell whether the target may consist of the source's blocks."""
+        r = self._request
+        own_blocks = geometry.zero_policy is ZeroPolicy.STORE or target.in_place
+        own_blocks |= r.options.get("preallocation") in ("falloc", "full")
+        return r.reflink and not own_blocks and not r.salvage
 
     def _run_batches(self, job: Job, writer: Writer, supply: Supply) -> None:
         """Plan each batch while the engine works on the one before it."""
@@ -561,7 +581,7 @@ class _Conversion:
         self, job: Job, writer: Writer, batch: Batch, placements: Placements | None
     ) -> None:
         def tick() -> None:
-            done, data, _, read, written = job.progress()
+            done, data, _, read, written, self._shared_nbytes = job.progress()
             self._count(self._skipped_nbytes + done, data, read, written)
 
         job.wait(tick)

@@ -97,10 +97,12 @@ class Job:
         window_nbytes: int = ...,
         variants: dict[str, str] | None = ...,
         salvage: bool = ...,
+        share: bool = ...,
     ) -> None:
         """``sources`` holds (file, nbytes, guest_base, block_nbytes); no geometry: a comparison.
 
         ``has_base``: the batches of a conversion come with what the target's parent reads as.
+        ``share``: what is at the right place of a source becomes blocks of the target (reflink).
         """
     def start(
         self,
@@ -121,8 +123,8 @@ class Job:
         placements: NDArray[np.void] | None = ...,
     ) -> None: ...
     def cancel(self) -> None: ...
-    def progress(self) -> tuple[int, int, int, int, int]:
-        """Guest bytes done, of these data, of these zeros; host bytes read, written."""
+    def progress(self) -> tuple[int, int, int, int, int, int]:
+        """Guest bytes done, of these data, of these zeros; host bytes read, written, shared."""
     next_offset: int
     @property
     def first_difference(self) -> int | None: ...

@@ -287,7 +287,7 @@ cdef class Job:
 
     def __init__(self, *, sources, geometry=None, File target=None, uint64_t next_offset=0,
                  bint has_base=False, uint32_t threads=1, uint64_t window_nbytes=0, variants=None,
-                 bint salvage=False):
+                 bint salvage=False, bint share=False):
         cdef n.imgc_job_options options
         cdef n.imgc_error err
         cdef File file
@@ -306,6 +306,7 @@ cdef class Job:
         options.next_offset = next_offset
         options.has_base = has_base
         options.salvage = salvage
+        options.share = share
         if geometry is not None:
             fill_geometry(&options.geometry, geometry)
             if target is None:
@@ -397,11 +398,11 @@ cdef class Job:
         n.imgc_job_cancel(self.require())
 
     def progress(self):
-        """Guest bytes done, of these data, of these zeros; host bytes read, written."""
+        """Guest bytes done, of these data, of these zeros; host bytes read, written, shared."""
         cdef n.imgc_progress progress
         n.imgc_job_progress(self.require(), &progress)
         return (progress.bytes_done, progress.bytes_data, progress.bytes_zero,
-                progress.bytes_read, progress.bytes_written)
+                progress.bytes_read, progress.bytes_written, progress.bytes_shared)
 
     @property
     def next_offset(self):

@@ -35,6 +35,7 @@ class Calls(IntFlag):
     CLOSE = 128
     UNLINK = 256
     COPY = 512
+    SHARE = 1024
 
 
 CHANGES = (
@@ -47,6 +48,7 @@ CHANGES = (
     | Calls.CLOSE
     | Calls.UNLINK
     | Calls.COPY
+    | Calls.SHARE
 )
 
 

@@ -16,6 +16,7 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <link.h>
+#include <linux/fs.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -41,7 +42,8 @@ enum fault_class {
 	CLASS_CREATE = 1 << 6,
 	CLASS_CLOSE = 1 << 7, /* of a file opened for writing */
 	CLASS_UNLINK = 1 << 8,
-	CLASS_COPY = 1 << 9, /* copy_file_range */
+	CLASS_COPY = 1 << 9,   /* copy_file_range */
+	CLASS_SHARE = 1 << 10, /* FICLONERANGE */
 };
 
 enum fault_mode { FAIL_ONCE, FAIL_ON, KILL_BEFORE, KILL_HALFWAY };
@@ -411,6 +413,25 @@ ssize_t copy_file_range(int in, off64_t *in_at, int out, off64_t *out_at, size_t
 		return -1;
 	}
 	return real(in, in_at, out, out_at, nbytes, flags);
+}
+
+int ioctl(int fd, unsigned long request, ...)
+{
+	va_list arguments;
+	va_start(arguments, request);
+	void *argument = va_arg(arguments, void *);
+	va_end(arguments);
+	REAL(ioctl);
+
+	if (request != FICLONERANGE || !fd_is_watched(fd))
+		return real(fd, request, argument);
+	if (fails(CLASS_SHARE))
+		return -1;
+	if (log_fd >= 0) { /* written by hand then, so that the bytes are known */
+		errno = EOPNOTSUPP;
+		return -1;
+	}
+	return real(fd, request, argument);
 }
 
 static int sync_by(int (*real)(int), int fd)

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
-import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -18,38 +16,10 @@ import pytest
 from tests.faults.harness import DISK, params
 from tests.helpers import images, own, qemu
 from tests.helpers.command import imgcore
+from tests.helpers.mounts import make_file_system, mounted
 from tests.helpers.qemu import Variant
 
 KIB = images.KIB
-
-
-@contextmanager
-def mounted(device: str | Path, folder: Path, *options: str) -> Iterator[Path]:
-    """Mount something, or skip with the reason."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting needs root")
-    if shutil.which("mount") is None:
-        pytest.skip("mount is not installed")
-    folder.mkdir()
-    command = ["mount", *options, str(device), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        pytest.skip(f"mounting is not possible here: {done.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
-def make_ext4(image: Path, nbytes: int) -> Path:
-    """Make a file system in a sparse file, or skip."""
-    if shutil.which("mkfs.ext4") is None:
-        pytest.skip("mkfs.ext4 is not installed (Debian: e2fsprogs)")
-    with open(image, "wb") as file:
-        file.truncate(nbytes)
-    command = ["mkfs.ext4", "-q", "-F", "-m", "0", "-O", "^has_journal", str(image)]
-    subprocess.run(command, check=True)
-    return image
 
 
 @pytest.fixture(params=["ext4", "tmpfs"])
@@ -58,7 +28,7 @@ def small(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     with ExitStack() as stack:
         folder = tmp_path / "small"
         if request.param == "ext4":
-            image = make_ext4(tmp_path / "ext4.img", 12 * images.MIB)
+            image = make_file_system("ext4", tmp_path / "ext4.img", 12 * images.MIB)
             yield stack.enter_context(mounted(image, folder, "-o", "loop"))
         else:
             yield stack.enter_context(mounted("tmpfs", folder, "-t", "tmpfs", "-o", "size=12m"))
@@ -144,7 +114,7 @@ def test_a_store_that_is_thinner_than_it_says(name: str, tmp_path: Path) -> None
         below = stack.enter_context(
             mounted("tmpfs", tmp_path / "below", "-t", "tmpfs", "-o", "size=8m")
         )
-        image = make_ext4(below / "thin.img", 64 * images.MIB)
+        image = make_file_system("ext4", below / "thin.img", 64 * images.MIB)
         thin = stack.enter_context(mounted(image, tmp_path / "thin", "-o", "loop"))
         done = imgcore("convert", "-q", source, thin / name)
         assert done.returncode == 1, done.stderr

@@ -272,7 +272,7 @@ def test_convert_passes_every_flag_on(run: RunMain, fake: Fake) -> None:
     received = fake("convert", result=Outcome())
     line = "convert -f raw -O qcow2 -F raw -B base.raw -o a=1,b=2 -o c=3 -c -S 64k -m 3 -n -W -q -U"
     line += " --force --no-sync --allow /x --allow /y --source-backing-format qcow2"
-    line += " --parent p --read-options size=chs --profile azure --salvage src dst"
+    line += " --parent p --read-options size=chs --profile azure --salvage --no-reflink src dst"
     assert run(*line.split()) == Run(0, "", "")
     assert received.pop("args") == ("src", "dst")
     assert received == {
@@ -293,6 +293,7 @@ def test_convert_passes_every_flag_on(run: RunMain, fake: Fake) -> None:
         "sync": False,
         "share": True,
         "salvage": True,
+        "reflink": False,
         "allow": ("/x", "/y"),
         "progress": None,
     }
@@ -304,6 +305,7 @@ def test_convert_defaults(run: RunMain, fake: Fake) -> None:
     assert received["sparse"] == 4096
     assert received["sync"] is True
     assert received["salvage"] is False
+    assert received["reflink"] is True
     assert received["threads"] is None
     assert received["progress"] is None
     assert received["options"] == ()

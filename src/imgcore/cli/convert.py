@@ -73,6 +73,11 @@ EXIT_SALVAGED: Final = 3  # done, but for what could not be read
     is_flag=True,
     help="Write zeros for what cannot be read of SOURCE's data, and list it; exit code 3 then.",
 )
+@click.option(
+    "--no-reflink",
+    is_flag=True,
+    help="Copy blocks that TARGET could share with SOURCE (on XFS, Btrfs).",
+)
 @allow_option()
 @threads_option()
 @click.option("-W", "out_of_order", is_flag=True, help="Accepted, no effect: writing is parallel.")
@@ -102,6 +107,7 @@ def command(
     read_options: tuple[str, ...],
     share: bool,
     salvage: bool,
+    no_reflink: bool,
     allow: tuple[str, ...],
     threads: int | None,
     out_of_order: bool,
@@ -144,6 +150,7 @@ def command(
             in_place=in_place,
             share=share,
             salvage=salvage,
+            reflink=not no_reflink,
             allow=allow,
             progress=report.callback,
             profile=profile,

@@ -1,0 +1,258 @@
+/*
+ * How the bytes of a window get to their places in the target: written, or shared with a
+ * source's blocks where the file system can do that.
+ */
+#include "engine/engine.h"
+
+#include "common/checked.h"
+#include "common/error.h"
+
+/* Blocks of a source that become the target's. */
+struct part {
+	uint64_t guest_offset, length;
+	uint64_t host_offset; /* in the target */
+	uint64_t source_offset;
+	uint32_t file;
+};
+
+/* Neighbouring bytes of the target that go to the kernel in one call. */
+struct gather {
+	struct iovec iov[MAX_SEGMENTS];
+	int n;
+	uint64_t offset, nbytes;
+	struct part part; /* waits for its neighbours; length 0: there is none */
+};
+
+static int gather_flush(struct worker *worker, struct gather *gather, struct imgc_error *err)
+{
+	if (gather->n == 0)
+		return IMGC_OK;
+	int status = imgc_write_patiently(worker->job, gather->iov, gather->n, gather->offset, err);
+	if (status)
+		return status;
+	atomic_fetch_add_explicit(&worker->counters->written, gather->nbytes, memory_order_relaxed);
+	gather->n = 0;
+	gather->nbytes = 0;
+	return IMGC_OK;
+}
+
+static int gather_add(struct worker *worker, struct gather *gather, uint64_t offset, uint8_t *data,
+		      uint64_t nbytes, struct imgc_error *err)
+{
+	if (gather->n > 0 &&
+	    (offset != gather->offset + gather->nbytes || gather->n == MAX_SEGMENTS)) {
+		int status = gather_flush(worker, gather, err);
+		if (status)
+			return status;
+	}
+	struct iovec *last = gather->n > 0 ? &gather->iov[gather->n - 1] : NULL;
+
+	if (last && (uint8_t *)last->iov_base + last->iov_len == data) {
+		last->iov_len += nbytes;
+	} else {
+		if (gather->n == 0)
+			gather->offset = offset;
+		gather->iov[gather->n++] = (struct iovec){data, nbytes};
+	}
+	gather->nbytes += nbytes;
+	return IMGC_OK;
+}
+
+/* ------------------------------------------------------------------ sharing */
+
+/*
+ * The first part of guest range [start, end), which goes to host_offset of the target, that
+ * lies plain in a source at a place that differs by whole blocks.
+ */
+static bool find_part(const struct imgc_job *job, uint64_t start, uint64_t end,
+		      uint64_t host_offset, struct part *part)
+{
+	for (size_t i = imgc_rows_find(job->rows, start); i < job->rows.n; i++) {
+		const struct imgc_extent *row = &job->rows.rows[i];
+		uint64_t from = imgc_max_u64(row->guest_offset, start);
+		uint64_t to = imgc_min_u64(row->guest_offset + row->length, end);
+
+		if (from >= to)
+			return false;
+		if (row->kind != IMGC_DATA || !atomic_load(&job->shares[row->file]))
+			continue;
+		uint64_t unit = imgc_max_u64(job->sources[row->file].file->share_nbytes,
+					     job->options.target->share_nbytes);
+		uint64_t source_offset = row->host_offset + (from - row->guest_offset);
+		uint64_t offset = host_offset + (from - start);
+		uint64_t before = (0 - offset) & (unit - 1);
+
+		if (to - from < before + unit || (source_offset - offset) & (unit - 1))
+			continue;
+		*part = (struct part){
+			.guest_offset = from + before,
+			.length = imgc_align_down(to - from - before, unit),
+			.host_offset = offset + before,
+			.source_offset = source_offset + before,
+			.file = row->file,
+		};
+		return true;
+	}
+	return false;
+}
+
+/* Shares the part that waits, or writes it: it is in the window as well. */
+static int part_flush(struct worker *worker, const struct slot *slot, struct gather *gather,
+		      struct imgc_error *err)
+{
+	struct imgc_job *job = worker->job;
+	struct part part = gather->part;
+
+	gather->part.length = 0;
+	if (part.length >= MIN_SHARE_NBYTES) {
+		if (imgc_file_share(job->options.target, part.host_offset,
+				    job->sources[part.file].file, part.source_offset,
+				    part.length)) {
+			atomic_fetch_add_explicit(&worker->counters->shared, part.length,
+						  memory_order_relaxed);
+			return IMGC_OK;
+		}
+		atomic_store(&job->shares[part.file], false);
+	}
+	return part.length == 0 ? IMGC_OK
+				: gather_add(worker, gather, part.host_offset,
+					     slot->view.data + (part.guest_offset - slot->start),
+					     part.length, err);
+}
+
+static bool part_continues(const struct part *part, const struct part *next)
+{
+	return part->file == next->file &&
+	       part->guest_offset + part->length == next->guest_offset &&
+	       part->host_offset + part->length == next->host_offset &&
+	       part->source_offset + part->length == next->source_offset;
+}
+
+static int part_add(struct worker *worker, const struct slot *slot, struct gather *gather,
+		    const struct part *next, struct imgc_error *err)
+{
+	if (part_continues(&gather->part, next)) {
+		gather->part.length += next->length;
+		return IMGC_OK;
+	}
+	int status = part_flush(worker, slot, gather, err);
+
+	gather->part = *next;
+	return status;
+}
+
+/* Brings a run of the window to host_offset. */
+static int put_run(struct worker *worker, const struct slot *slot, struct gather *gather,
+		   uint64_t host_offset, struct range run, struct imgc_error *err)
+{
+	const struct imgc_job *job = worker->job;
+	uint64_t shift = host_offset - run.start, start = run.start;
+	struct part part;
+	int status = IMGC_OK;
+
+	while (job->shares && status == IMGC_OK &&
+	       find_part(job, slot->start + start, slot->start + run.end, start + shift, &part)) {
+		uint64_t at = part.guest_offset - slot->start;
+
+		if (at > start)
+			status = gather_add(worker, gather, start + shift, slot->view.data + start,
+					    at - start, err);
+		if (status == IMGC_OK)
+			status = part_add(worker, slot, gather, &part, err);
+		start = at + part.length;
+	}
+	if (status || start == run.end)
+		return status;
+	return gather_add(worker, gather, start + shift, slot->view.data + start, run.end - start,
+			  err);
+}
+
+/* ------------------------------------------------------------------ windows */
+
+/* `piece` is the first of its block that has a place. */
+static int write_stored_prefix(struct worker *worker, const struct slot *slot,
+			       const struct piece *piece, struct gather *gather,
+			       struct imgc_error *err)
+{
+	const struct imgc_job *job = worker->job;
+	uint64_t nbytes = job->geometry.stored_prefix_nbytes;
+	uint64_t within = (slot->start + piece->start) & (job->geometry.block_nbytes - 1);
+
+	return gather_add(worker, gather, piece->host_offset - within - nbytes, job->stored_prefix,
+			  nbytes, err);
+}
+
+static int write_piece(struct worker *worker, struct slot *slot, const struct piece *piece,
+		       struct gather *gather, struct imgc_error *err)
+{
+	uint64_t alignment = worker->job->geometry.compressed_alignment;
+
+	if (piece->state == IMGC_BLOCK_COMPRESSED)
+		return gather_add(worker, gather, piece->host_offset,
+				  slot->packed + piece->packed_start,
+				  (piece->packed_nbytes + alignment - 1) & ~(alignment - 1), err);
+	if (piece->opens_block && worker->job->stored_prefix) {
+		int status = write_stored_prefix(worker, slot, piece, gather, err);
+
+		if (status)
+			return status;
+	}
+	for (size_t i = 0; i < piece->n_runs; i++) {
+		struct range run = slot->runs[piece->first_run + i];
+		int status = put_run(worker, slot, gather,
+				     piece->host_offset + (run.start - piece->start), run, err);
+		if (status)
+			return status;
+	}
+	return IMGC_OK;
+}
+
+static int write_identity(struct worker *worker, struct slot *slot, struct gather *gather,
+			  struct imgc_error *err)
+{
+	const struct imgc_geometry *g = &worker->job->geometry;
+	uint64_t base = g->host_base + (slot->start - g->guest_base), zero_from = 0;
+	int status = IMGC_OK;
+
+	for (size_t i = 0; i <= slot->n_runs && status == IMGC_OK; i++) {
+		uint64_t start = i < slot->n_runs ? slot->runs[i].start : slot->end - slot->start;
+
+		if (g->zero_policy == IMGC_ZERO_EXPLICIT && start > zero_from)
+			status = imgc_span_write_zeros(worker, slot->start + zero_from,
+						       slot->start + start, err);
+		if (status || i == slot->n_runs)
+			break;
+		zero_from = slot->runs[i].end;
+		status = put_run(worker, slot, gather, base + start, slot->runs[i], err);
+	}
+	return status;
+}
+
+int imgc_window_write(struct worker *worker, struct slot *slot, struct imgc_error *err)
+{
+	struct gather gather = {.n = 0, .part.length = 0};
+	int status = IMGC_OK;
+
+	if (worker->job->geometry.placing == IMGC_PLACE_IDENTITY)
+		status = write_identity(worker, slot, &gather, err);
+	for (size_t i = 0; i < slot->n_pieces && status == IMGC_OK; i++)
+		status = write_piece(worker, slot, &slot->pieces[i], &gather, err);
+	if (status == IMGC_OK)
+		status = part_flush(worker, slot, &gather, err);
+	return status ? status : gather_flush(worker, &gather, err);
+}
+
+int imgc_span_write_zeros(struct worker *worker, uint64_t start, uint64_t end,
+			  struct imgc_error *err)
+{
+	struct imgc_job *job = worker->job;
+	const struct imgc_geometry *g = &job->geometry;
+
+	if (g->zero_policy != IMGC_ZERO_EXPLICIT || g->placing != IMGC_PLACE_IDENTITY)
+		return IMGC_OK;
+	int status = imgc_file_zero(job->options.target, g->host_base + (start - g->guest_base),
+				    end - start, err);
+	if (status && err)
+		err->source = IMGC_TARGET;
+	return status;
+}

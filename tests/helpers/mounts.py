@@ -1,0 +1,49 @@
+"""File systems of a test's own, on a file; each skips where it cannot be had."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+# Program, options, and the Debian package that it comes with.
+_MAKERS = {
+    "ext4": ("mkfs.ext4", ("-q", "-F", "-m", "0", "-O", "^has_journal"), "e2fsprogs"),
+    "xfs": ("mkfs.xfs", ("-q", "-m", "reflink=1"), "xfsprogs"),
+    "btrfs": ("mkfs.btrfs", ("-q", "-m", "single"), "btrfs-progs"),
+}
+
+
+@contextmanager
+def mounted(device: str | Path, folder: Path, *options: str) -> Iterator[Path]:
+    """Mount something, or skip with the reason."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    if shutil.which("mount") is None:
+        pytest.skip("mount is not installed")
+    folder.mkdir()
+    command = ["mount", *options, str(device), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"mounting is not possible here: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def make_file_system(kind: str, image: Path, nbytes: int) -> Path:
+    """Make a file system in a sparse file, or skip."""
+    name, options, package = _MAKERS[kind]
+    program = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    if program is None:
+        pytest.skip(f"{name} is not installed (Debian: {package})")
+    with open(image, "wb") as file:
+        file.truncate(nbytes)
+    subprocess.run([program, *options, str(image)], check=True, stdout=subprocess.DEVNULL)
+    return image

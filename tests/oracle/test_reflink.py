@@ -1,0 +1,192 @@
+"""Targets that share the source's blocks, on XFS and Btrfs: the same bytes, in no space.
+
+What a target is to hold is known from qemu-img, and from the same conversion without sharing.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import imgcore
+from tests.helpers import images, qcow2, qemu
+from tests.helpers.images import KIB, MIB, RawImage
+from tests.helpers.mounts import make_file_system, mounted
+from tests.helpers.qemu import Variant
+
+# Long data, zeros inside, data off every boundary, and an end that is no whole block.
+DISK = RawImage(
+    "reflink",
+    12 * MIB + 5 * 512,
+    lambda: [
+        (0, images.text(3 * MIB)),
+        (4 * MIB + 512, images.noise(300 * KIB)),
+        (6 * MIB, images.noise(200 * KIB) + bytes(64 * KIB) + images.noise(120 * KIB)),
+        (12 * MIB - 70 * KIB, images.text(70 * KIB + 5 * 512)),
+    ],
+)
+# What of it are blocks of 4 KiB with data, in runs of 64 KiB and more.
+SHARABLE_NBYTES = 3 * MIB + (304 + 200 + 120 + 72) * KIB
+PLAIN = tuple(
+    v for v in qemu.VARIANTS if not v.compress and "subformat=streamOptimized" not in v.options
+)
+each_source = pytest.mark.parametrize("source", PLAIN, ids=lambda v: f"from-{v.name}")
+each_target = pytest.mark.parametrize("target", PLAIN, ids=lambda v: f"to-{v.name}")
+
+
+@pytest.fixture(scope="module", params=["xfs", "btrfs"])
+def file_system(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp(request.param)
+    image = make_file_system(request.param, folder / "image", 512 * MIB)
+    with mounted(image, folder / "mounted", "-o", "loop") as top:
+        yield top
+
+
+@pytest.fixture
+def here(file_system: Path) -> Iterator[Path]:
+    """Give an empty folder on a file system with reflinks."""
+    folder = file_system / "test"
+    folder.mkdir()
+    yield folder
+    shutil.rmtree(folder)
+
+
+def make_source(folder: Path, variant: Variant = qemu.RAW) -> tuple[Path, Path]:
+    """Write the disk, as raw and as an image of imgcore's."""
+    raw = folder / "disk.raw"
+    DISK.write(raw)
+    if variant is qemu.RAW:
+        return raw, raw
+    path = folder / f"source{variant.suffix}"
+    imgcore.convert(
+        raw, path, format="raw", target_format=variant.format, options=list(variant.options)
+    )
+    return raw, path
+
+
+def convert(source: Path, target: Path, variant: Variant, **more: Any) -> imgcore.ConvertResult:
+    options = [*variant.options, *variant.own_options, *more.pop("options", ())]
+    more.setdefault("format", {".raw": "raw"}.get(source.suffix))
+    more.setdefault("sync", False)
+    return imgcore.convert(source, target, target_format=variant.format, options=options, **more)
+
+
+def files_of(target: Path) -> dict[str, bytes]:
+    """Return the target's files, an extent beside it included, without the target's own name."""
+    stem = target.name.split(".")[0]
+    return {
+        path.name[len(stem) :]: path.read_bytes().replace(stem.encode(), b"x")
+        for path in target.parent.glob(f"{stem}[.-]*")
+    }
+
+
+@each_source
+@each_target
+def test_every_pair_is_the_same_with_and_without(
+    source: Variant, target: Variant, here: Path
+) -> None:
+    raw, path = make_source(here, source)
+    shared, copied = here / f"shared{target.suffix}", here / f"copied{target.suffix}"
+    result = convert(path, shared, target)
+    assert convert(path, copied, target, reflink=False).bytes_shared == 0
+    assert result.bytes_shared >= SHARABLE_NBYTES * 3 // 4
+    assert result.bytes_shared <= SHARABLE_NBYTES
+    assert files_of(shared) == files_of(copied)
+    qemu.assert_same(raw, shared, source_format="raw", target_format=target.format)
+    if target is not qemu.RAW:
+        assert imgcore.check(str(shared), format=target.format).ok
+    assert qemu.disk_nbytes(shared) <= qemu.disk_nbytes(copied) + 64 * KIB
+
+
+def free_nbytes(folder: Path) -> int:
+    os.sync()
+    status = os.statvfs(folder)
+    return status.f_bfree * status.f_frsize
+
+
+def test_no_space_is_taken(here: Path) -> None:
+    _, source = make_source(here)
+    free = free_nbytes(here)
+    convert(source, here / "out.qcow2", qemu.QCOW2)
+    assert free - free_nbytes(here) < SHARABLE_NBYTES // 2
+
+
+def test_neither_sees_what_is_written_to_the_other(here: Path) -> None:
+    _, source = make_source(here)
+    target = here / "out.raw"
+    assert convert(source, target, qemu.RAW).bytes_shared == SHARABLE_NBYTES
+    before = target.read_bytes()
+    with open(source, "r+b") as file:
+        file.write(b"\xff" * MIB)
+    assert target.read_bytes() == before
+    changed = source.read_bytes()
+    with open(target, "r+b") as file:
+        file.write(b"\xee" * MIB)
+    assert source.read_bytes() == changed
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"reflink": False},
+        {"sparse": 0},
+        {"salvage": True},
+        {"options": ["preallocation=falloc"]},
+        {"options": ["preallocation=full"]},
+        {"in_place": True},
+    ],
+    ids=lambda more: str(next(iter(more.items()))),
+)
+def test_blocks_of_its_own(more: dict[str, Any], here: Path) -> None:
+    raw, source = make_source(here)
+    target = here / "out.raw"
+    if "in_place" in more:
+        target.write_bytes(b"\x55" * DISK.virtual_size)
+    assert convert(source, target, qemu.RAW, **dict(more)).bytes_shared == 0
+    qemu.assert_same(raw, target, source_format="raw", target_format="raw")
+
+
+def test_data_off_the_blocks_is_copied(here: Path) -> None:
+    """qemu-img puts the blocks of a VDI behind a map of any size."""
+    raw, _ = make_source(here)
+    source = here / "theirs.vdi"
+    qemu.convert(raw, source, qemu.VDI)
+    assert convert(source, here / "out.qcow2", qemu.QCOW2).bytes_shared == 0
+    qemu.assert_same(raw, here / "out.qcow2", source_format="raw", target_format="qcow2")
+
+
+def test_another_file_system_copies(here: Path, tmp_path: Path) -> None:
+    raw, _ = make_source(tmp_path)
+    assert convert(raw, here / "in.qcow2", qemu.QCOW2).bytes_shared == 0
+    assert convert(here / "in.qcow2", tmp_path / "out.raw", qemu.RAW).bytes_shared == 0
+    assert images.sha256(tmp_path / "out.raw") == images.sha256(raw)
+
+
+def test_a_chain_shares_with_each_of_its_files(here: Path) -> None:
+    _, base = make_source(here, qemu.QCOW2)
+    overlay = here / "overlay.qcow2"
+    qemu.run("create", "-q", "-f", "qcow2", "-b", str(base), "-F", "qcow2", str(overlay))
+    qcow2.qemu_io(overlay, "write -P 7 8M 1M")
+    result = convert(overlay, here / "out.raw", qemu.RAW)
+    assert result.bytes_shared == SHARABLE_NBYTES + MIB
+    qemu.assert_same(overlay, here / "out.raw", source_format="qcow2", target_format="raw")
+
+
+def test_only_what_differs_from_the_backing_file_is_shared(here: Path) -> None:
+    raw, base = make_source(here, qemu.QCOW2)
+    newer = here / "newer.raw"
+    newer.write_bytes(raw.read_bytes())
+    with open(newer, "r+b") as file:
+        file.seek(8 * MIB)
+        file.write(images.noise(MIB, 3))
+    target = here / "out.qcow2"
+    result = convert(newer, target, qemu.QCOW2, backing=base.name, backing_format="qcow2")
+    assert result.bytes_shared == MIB
+    qemu.assert_same(newer, target, source_format="raw", target_format="qcow2")
