@@ -141,30 +141,38 @@ static int part_add(struct worker *worker, const struct slot *slot, struct gathe
 	return status;
 }
 
+/* Bytes that are written whatever the sources hold, behind the part that waits. */
+static int put_bytes(struct worker *worker, const struct slot *slot, struct gather *gather,
+		     uint64_t host_offset, uint8_t *data, uint64_t nbytes, struct imgc_error *err)
+{
+	if (nbytes == 0)
+		return IMGC_OK;
+	int status = part_flush(worker, slot, gather, err);
+
+	return status ? status : gather_add(worker, gather, host_offset, data, nbytes, err);
+}
+
 /* Brings a run of the window to host_offset. */
 static int put_run(struct worker *worker, const struct slot *slot, struct gather *gather,
 		   uint64_t host_offset, struct range run, struct imgc_error *err)
 {
 	const struct imgc_job *job = worker->job;
 	uint64_t shift = host_offset - run.start, start = run.start;
+	uint8_t *data = slot->view.data;
 	struct part part;
-	int status = IMGC_OK;
 
-	while (job->shares && status == IMGC_OK &&
+	while (job->shares &&
 	       find_part(job, slot->start + start, slot->start + run.end, start + shift, &part)) {
 		uint64_t at = part.guest_offset - slot->start;
-
-		if (at > start)
-			status = gather_add(worker, gather, start + shift, slot->view.data + start,
-					    at - start, err);
+		int status = put_bytes(worker, slot, gather, start + shift, data + start,
+				       at - start, err);
 		if (status == IMGC_OK)
 			status = part_add(worker, slot, gather, &part, err);
+		if (status)
+			return status;
 		start = at + part.length;
 	}
-	if (status || start == run.end)
-		return status;
-	return gather_add(worker, gather, start + shift, slot->view.data + start, run.end - start,
-			  err);
+	return put_bytes(worker, slot, gather, start + shift, data + start, run.end - start, err);
 }
 
 /* ------------------------------------------------------------------ windows */
@@ -178,8 +186,8 @@ static int write_stored_prefix(struct worker *worker, const struct slot *slot,
 	uint64_t nbytes = job->geometry.stored_prefix_nbytes;
 	uint64_t within = (slot->start + piece->start) & (job->geometry.block_nbytes - 1);
 
-	return gather_add(worker, gather, piece->host_offset - within - nbytes, job->stored_prefix,
-			  nbytes, err);
+	return put_bytes(worker, slot, gather, piece->host_offset - within - nbytes,
+			 job->stored_prefix, nbytes, err);
 }
 
 static int write_piece(struct worker *worker, struct slot *slot, const struct piece *piece,
