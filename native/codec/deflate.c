@@ -33,7 +33,7 @@
  */
 #define N_STREAMS 8
 #define STREAM_SPACING_NBYTES ((sizeof(struct isal_zstream) + 0xffff) & ~(size_t)0xffff)
-/* The hash tables of the smallest blocks have more entries: a match of these bits is enough. */
+/* No hash table has fewer entries, so hashes that differ in these bits differ in every table. */
 #define HASH_MASK 0xffu
 
 struct imgc_deflate {
@@ -167,6 +167,11 @@ static size_t repeated_nbytes(const uint8_t *in, size_t in_nbytes)
 	return n;
 }
 
+static struct isal_zstream *stream_at(const struct imgc_deflate *d, size_t i)
+{
+	return (struct isal_zstream *)(d->streams + i * STREAM_SPACING_NBYTES);
+}
+
 static bool stream_is_neutral(const struct isal_zstream *stream, const uint32_t *hashes, size_t n)
 {
 	uint32_t own = isal_hash((uint32_t)((uintptr_t)stream >> 16));
@@ -196,7 +201,7 @@ static struct isal_zstream *choose_stream(const struct imgc_deflate *d, const ui
 		}
 	}
 	for (size_t i = 0; i < N_STREAMS; i++) {
-		stream = (struct isal_zstream *)(d->streams + i * STREAM_SPACING_NBYTES);
+		stream = stream_at(d, i);
 		if (stream_is_neutral(stream, hashes, n))
 			break;
 	}
@@ -207,8 +212,11 @@ static struct isal_zstream *choose_stream(const struct imgc_deflate *d, const ui
 static int deflate_once(struct imgc_deflate *d, uint32_t level, const void *in, size_t in_nbytes,
 			void *out, size_t out_capacity)
 {
-	struct isal_zstream *s = d->stream = choose_stream(d, in, in_nbytes);
+	bool depends_on_place = level == 1 || level == 2;
+	struct isal_zstream *s =
+		depends_on_place ? choose_stream(d, in, in_nbytes) : stream_at(d, 0);
 
+	d->stream = s;
 	isal_deflate_stateless_init(s);
 	s->level = level;
 	s->level_buf = level == 0 ? NULL : d->level_buffer;

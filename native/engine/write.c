@@ -96,28 +96,30 @@ static bool find_part(const struct imgc_job *job, uint64_t start, uint64_t end,
 	return false;
 }
 
+static bool share_part(struct worker *worker, const struct part *part)
+{
+	struct imgc_job *job = worker->job;
+
+	if (!imgc_file_share(job->options.target, part->host_offset, job->sources[part->file].file,
+			     part->source_offset, part->length)) {
+		atomic_store(&job->shares[part->file], false);
+		return false;
+	}
+	atomic_fetch_add_explicit(&worker->counters->shared, part->length, memory_order_relaxed);
+	return true;
+}
+
 /* Shares the part that waits, or writes it: it is in the window as well. */
 static int part_flush(struct worker *worker, const struct slot *slot, struct gather *gather,
 		      struct imgc_error *err)
 {
-	struct imgc_job *job = worker->job;
 	struct part part = gather->part;
 
 	gather->part.length = 0;
-	if (part.length >= MIN_SHARE_NBYTES) {
-		if (imgc_file_share(job->options.target, part.host_offset,
-				    job->sources[part.file].file, part.source_offset,
-				    part.length)) {
-			atomic_fetch_add_explicit(&worker->counters->shared, part.length,
-						  memory_order_relaxed);
-			return IMGC_OK;
-		}
-		atomic_store(&job->shares[part.file], false);
-	}
-	return part.length == 0 ? IMGC_OK
-				: gather_add(worker, gather, part.host_offset,
-					     slot->view.data + (part.guest_offset - slot->start),
-					     part.length, err);
+	if (part.length == 0 || (part.length >= MIN_SHARE_NBYTES && share_part(worker, &part)))
+		return IMGC_OK;
+	return gather_add(worker, gather, part.host_offset,
+			  slot->view.data + (part.guest_offset - slot->start), part.length, err);
 }
 
 static bool part_continues(const struct part *part, const struct part *next)

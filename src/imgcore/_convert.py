@@ -544,14 +544,14 @@ class _Conversion:
                 threads=r.threads,
                 variants=r.variants,
                 salvage=r.salvage,
-                share=self._may_share(target, writer.geometry),
+                reflink=self._may_reflink(target, writer.geometry),
             )
             stack.callback(job.close)
             self._run_batches(job, writer, supply)
             self._bad_ranges = named_bad_ranges(job.bad_ranges, supply.paths)
             return int(job.next_offset)
 
-    def _may_share(self, target: Target, geometry: Geometry) -> bool:
+    def _may_reflink(self, target: Target, geometry: Geometry) -> bool:
         """Tell whether the target may consist of the source's blocks."""
         r = self._request
         own_blocks = geometry.zero_policy is ZeroPolicy.STORE or target.in_place

@@ -97,12 +97,12 @@ class Job:
         window_nbytes: int = ...,
         variants: dict[str, str] | None = ...,
         salvage: bool = ...,
-        share: bool = ...,
+        reflink: bool = ...,
     ) -> None:
         """``sources`` holds (file, nbytes, guest_base, block_nbytes); no geometry: a comparison.
 
         ``has_base``: the batches of a conversion come with what the target's parent reads as.
-        ``share``: what is at the right place of a source becomes blocks of the target (reflink).
+        ``reflink``: what is at the right place of a source becomes blocks of the target.
         """
     def start(
         self,

@@ -287,7 +287,7 @@ cdef class Job:
 
     def __init__(self, *, sources, geometry=None, File target=None, uint64_t next_offset=0,
                  bint has_base=False, uint32_t threads=1, uint64_t window_nbytes=0, variants=None,
-                 bint salvage=False, bint share=False):
+                 bint salvage=False, bint reflink=False):
         cdef n.imgc_job_options options
         cdef n.imgc_error err
         cdef File file
@@ -306,7 +306,7 @@ cdef class Job:
         options.next_offset = next_offset
         options.has_base = has_base
         options.salvage = salvage
-        options.share = share
+        options.share = reflink
         if geometry is not None:
             fill_geometry(&options.geometry, geometry)
             if target is None:
