@@ -18,15 +18,15 @@ NATIVE = ROOT / "native"
 # Lower layers first; a module imports from its own layer and from those below it.
 PYTHON_LAYERS = (
     {
-        "_text",
-        "_log",
-        "_errors",
-        "_limits",
+        "text",
+        "log",
+        "errors",
+        "limits",
         "_version",
         "_geometry",
         "_levels",
         "_retry",
-        "_sizes",
+        "sizes",
         "_profiles",
     },
     {"_extents", "_core", "_kernels"},

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from imgcore._errors import (
+from imgcore._version import __version__
+from imgcore.errors import (
     ConversionCancelled,
     CorruptImageError,
     FormatError,
@@ -17,7 +18,6 @@ from imgcore._errors import (
     UnsupportedFeatureError,
     WrongFormatError,
 )
-from imgcore._version import __version__
 
 if TYPE_CHECKING:
     from imgcore._check import CheckResult, check

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from imgcore._extents import Kind, clip
-from imgcore._limits import MAX_BATCH_ROWS
+from imgcore.limits import MAX_BATCH_ROWS
 
 if TYPE_CHECKING:
     from imgcore._extents import Extents

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from imgcore._errors import (
+from imgcore._files import HostFile, ReferenceGate, same_file
+from imgcore.errors import (
     CorruptImageError,
     ImgcoreError,
     LimitExceededError,
@@ -20,10 +21,9 @@ from imgcore._errors import (
     UnsupportedFeatureError,
     WrongFormatError,
 )
-from imgcore._files import HostFile, ReferenceGate, same_file
-from imgcore._limits import MAX_CHAIN_DEPTH
-from imgcore._log import log
 from imgcore.formats import canonical_name, open_reader
+from imgcore.limits import MAX_CHAIN_DEPTH
+from imgcore.log import log
 
 if TYPE_CHECKING:
     from imgcore.formats import OptionTexts

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from imgcore._errors import OptionError, UnsupportedFeatureError
 from imgcore._files import ReferenceGate, folder_names
+from imgcore.errors import OptionError, UnsupportedFeatureError
 
 if TYPE_CHECKING:
     from imgcore._files import HostFile

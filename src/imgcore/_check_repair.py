@@ -15,14 +15,19 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from imgcore._batches import pair_up
-from imgcore._errors import ImgcoreError, LimitExceededError, TargetError, UnsupportedFeatureError
 from imgcore._extents import Kind
 from imgcore._files import HostFile, ReferenceGate, same_file
 from imgcore._image_info import STAT_BLOCK_NBYTES
-from imgcore._limits import MAX_REPAIR_NBYTES, MIB
 from imgcore._target import Target
+from imgcore.errors import (
+    ImgcoreError,
+    LimitExceededError,
+    TargetError,
+    UnsupportedFeatureError,
+)
 from imgcore.formats import get_driver
 from imgcore.formats._base import Repairable
+from imgcore.limits import MAX_REPAIR_NBYTES, MIB
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -12,15 +12,12 @@ import numpy as np
 
 from imgcore._chain import opened_reference
 from imgcore._core import Job
-from imgcore._errors import LimitExceededError, OptionError, UnsupportedFeatureError
 from imgcore._extents import PLACEMENT_DTYPE
 from imgcore._files import folder_names
 from imgcore._geometry import CodecId, Placing, ZeroPolicy
 from imgcore._image import Image
 from imgcore._image import open as open_image
 from imgcore._job import chosen_variants, thread_count, translated_errors
-from imgcore._limits import MAX_BASE_BLOCK_NBYTES, MIB, SECTOR_NBYTES
-from imgcore._log import log
 from imgcore._profiles import (
     GCE_SUFFIXES,
     Container,
@@ -30,9 +27,9 @@ from imgcore._profiles import (
     rounded_size,
 )
 from imgcore._salvage import BadRange, named_bad_ranges
-from imgcore._sizes import parse_size
 from imgcore._supply import ImageSupply, StreamSupply
 from imgcore._target import Target
+from imgcore.errors import LimitExceededError, OptionError, UnsupportedFeatureError
 from imgcore.formats import (
     canonical_name,
     format_from_suffix,
@@ -44,6 +41,9 @@ from imgcore.formats import (
     stream_suffix,
 )
 from imgcore.formats._base import BackingReference, SectorSized, WriteRequest
+from imgcore.limits import MAX_BASE_BLOCK_NBYTES, MIB, SECTOR_NBYTES
+from imgcore.log import log
+from imgcore.sizes import parse_size
 
 if TYPE_CHECKING:
     from imgcore._batches import Batch

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from imgcore._errors import OptionError, TargetError
-from imgcore._limits import SECTOR_NBYTES
+from imgcore.errors import OptionError, TargetError
+from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
     from imgcore._target import Target

@@ -14,13 +14,13 @@ import stat
 import struct
 from typing import TYPE_CHECKING, Any, Final
 
-from imgcore._errors import (
+from imgcore._retry import READ_ERRORS, patiently
+from imgcore.errors import (
     CorruptImageError,
     ImgcoreError,
     OptionError,
     UnsafeReferenceError,
 )
-from imgcore._retry import READ_ERRORS, patiently
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

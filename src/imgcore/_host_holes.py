@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from imgcore._extents import EXTENT_DTYPE, Kind
-from imgcore._limits import MAX_BATCH_ROWS, MIB, SECTOR_NBYTES
 from imgcore.formats._flat import sync_holes
+from imgcore.limits import MAX_BATCH_ROWS, MIB, SECTOR_NBYTES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

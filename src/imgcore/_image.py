@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from imgcore._chain import open_chain
 from imgcore._files import folder_names
-from imgcore._limits import SECTOR_NBYTES
 from imgcore.formats._base import SectorSized
+from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
     from imgcore._extents import Extents
@@ -174,7 +174,7 @@ class Image:
         from imgcore._core import File, Job
         from imgcore._geometry import Geometry, Placing, ZeroPolicy
         from imgcore._job import chosen_variants, native_sources, thread_count, translated_errors
-        from imgcore._limits import MIB
+        from imgcore.limits import MIB
 
         if threads is None:
             threads = min(thread_count(None), 1 + len(view) // MIB)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, Final
 
-from imgcore._text import without_secrets
+from imgcore.text import without_secrets
 
 if TYPE_CHECKING:
     from imgcore._files import HostFile

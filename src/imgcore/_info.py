@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from imgcore._errors import OptionError
 from imgcore._image_info import STAT_BLOCK_NBYTES, describe_layer
+from imgcore.errors import OptionError
 
 if TYPE_CHECKING:
     from imgcore._files import HostFile

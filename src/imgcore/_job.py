@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from imgcore import _core
-from imgcore._errors import (
+from imgcore.errors import (
     ConversionCancelled,
     CorruptImageError,
     ImgcoreError,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from imgcore._errors import OptionError
 from imgcore._geometry import Codec, CodecId, DeflateEngine
+from imgcore.errors import OptionError
 
 LEVELS: Final = ("fastest", "fast", "default", "best")
 

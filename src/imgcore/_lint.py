@@ -9,8 +9,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from imgcore._errors import ImgcoreError, WrongFormatError
 from imgcore._lint_rules import RULES, Facts, Finding
+from imgcore.errors import ImgcoreError, WrongFormatError
 
 if TYPE_CHECKING:
     from imgcore._files import HostFile

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from imgcore._errors import CorruptImageError, ImgcoreError
-from imgcore._limits import (
+from imgcore._profiles import GCE_MEMBER_NAME, XENSERVER_MAX_VHD_NBYTES, Profile
+from imgcore.errors import CorruptImageError, ImgcoreError
+from imgcore.limits import (
     GIB,
     MIB,
     VDI_MAX_WRITTEN_BLOCK_NBYTES,
     VDI_MIN_WRITTEN_BLOCK_NBYTES,
 )
-from imgcore._profiles import GCE_MEMBER_NAME, XENSERVER_MAX_VHD_NBYTES, Profile
-from imgcore._text import one_line
+from imgcore.text import one_line
 
 if TYPE_CHECKING:
     from imgcore._files import HostFile

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from imgcore._limits import SECTOR_NBYTES
+from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
     from imgcore._files import HostFile

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from imgcore._errors import OptionError
+from imgcore.errors import OptionError
 
 if TYPE_CHECKING:
     from imgcore._extents import Extents

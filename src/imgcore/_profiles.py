@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final
 
-from imgcore._errors import OptionError
-from imgcore._limits import GIB, MAX_VIRTUAL_NBYTES, MIB, SECTOR_NBYTES, TIB
+from imgcore.errors import OptionError
+from imgcore.limits import GIB, MAX_VIRTUAL_NBYTES, MIB, SECTOR_NBYTES, TIB
 
 
 class Container(Enum):

@@ -13,15 +13,15 @@ import threading
 import zlib
 from typing import IO, TYPE_CHECKING, Any, Final, Protocol, cast
 
-from imgcore._errors import (
+from imgcore._files import HostFile
+from imgcore.errors import (
     CorruptImageError,
     ImgcoreError,
     LimitExceededError,
     OptionError,
     WrongFormatError,
 )
-from imgcore._files import HostFile
-from imgcore._limits import MIB, SECTOR_NBYTES
+from imgcore.limits import MIB, SECTOR_NBYTES
 
 if TYPE_CHECKING:
     from collections.abc import Generator

@@ -13,7 +13,7 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
 
-from imgcore._limits import KIB, MIB
+from imgcore.limits import KIB, MIB
 
 if TYPE_CHECKING:
     from typing import Self

@@ -9,12 +9,12 @@ import numpy as np
 
 from imgcore._batches import Batch, cut_batches, pair_up
 from imgcore._core import File
-from imgcore._errors import OptionError
 from imgcore._extents import Kind, single
 from imgcore._geometry import ZeroPolicy
 from imgcore._job import native_sources
-from imgcore._limits import MIB
 from imgcore._overlay import padded
+from imgcore.errors import OptionError
+from imgcore.limits import MIB
 
 if TYPE_CHECKING:
     from imgcore._extents import Extents

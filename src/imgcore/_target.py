@@ -13,7 +13,6 @@ import stat
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from imgcore._errors import TargetError
 from imgcore._files import (
     QEMU_DENIES_WRITING,
     QEMU_WRITES,
@@ -22,9 +21,7 @@ from imgcore._files import (
     file_identity,
     is_locked_by_other,
 )
-from imgcore._log import log
 from imgcore._retry import READ_ERRORS, WRITE_ERRORS, patiently
-from imgcore._sizes import format_size
 from imgcore._target_names import (
     backup_name,
     folder_lock,
@@ -35,6 +32,9 @@ from imgcore._target_names import (
     restore_interrupted,
     temporary_name,
 )
+from imgcore.errors import TargetError
+from imgcore.log import log
+from imgcore.sizes import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

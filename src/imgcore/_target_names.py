@@ -14,7 +14,7 @@ import re
 import time
 from typing import TYPE_CHECKING, Final
 
-from imgcore._log import log
+from imgcore.log import log
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

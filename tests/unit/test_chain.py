@@ -13,7 +13,8 @@ import pytest
 
 from imgcore import _chain
 from imgcore._chain import open_chain
-from imgcore._errors import (
+from imgcore._files import HostFile, ReferenceGate
+from imgcore.errors import (
     CorruptImageError,
     LimitExceededError,
     OptionError,
@@ -21,9 +22,8 @@ from imgcore._errors import (
     UnsupportedFeatureError,
     WrongFormatError,
 )
-from imgcore._files import HostFile, ReferenceGate
-from imgcore._limits import MAX_CHAIN_DEPTH
 from imgcore.formats._base import BackingReference
+from imgcore.limits import MAX_CHAIN_DEPTH
 
 UUID = "{00000000-0000-0000-0000-0000000000aa}"
 

@@ -21,9 +21,14 @@ import pytest
 from click.testing import CliRunner
 
 from imgcore import cli
-from imgcore._errors import CorruptImageError, OptionError, TargetError, UnsupportedFeatureError
 from imgcore._salvage import BadRange
 from imgcore.cli import _progress
+from imgcore.errors import (
+    CorruptImageError,
+    OptionError,
+    TargetError,
+    UnsupportedFeatureError,
+)
 
 VERBS = ("convert", "info", "map", "compare", "check", "measure", "create")
 

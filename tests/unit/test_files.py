@@ -17,8 +17,13 @@ from typing import Any
 import pytest
 
 from imgcore import _files
-from imgcore._errors import CorruptImageError, ImgcoreError, OptionError, UnsafeReferenceError
 from imgcore._files import HostFile, ReferenceGate, same_file
+from imgcore.errors import (
+    CorruptImageError,
+    ImgcoreError,
+    OptionError,
+    UnsafeReferenceError,
+)
 
 
 @pytest.fixture

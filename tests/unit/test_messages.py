@@ -19,10 +19,10 @@ from tests.helpers.command import assert_one_line_error
 from tests.helpers.command import imgcore as imgcore_command
 
 import imgcore
-from imgcore._log import log
-from imgcore._text import HIDDEN, MAX_TEXT_CHARS, one_line, without_secrets
 from imgcore.formats import DRIVERS
 from imgcore.formats._base import BackingReference
+from imgcore.log import log
+from imgcore.text import HIDDEN, MAX_TEXT_CHARS, one_line, without_secrets
 
 PACKAGE = Path(imgcore.__file__).parent
 HOSTILE = "a\nimgcore: error: \x1b[2J\r\x07\u202e\u2028\x9b31m"

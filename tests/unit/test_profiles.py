@@ -18,8 +18,8 @@ from tests.helpers.command import imgcore as command
 
 import imgcore
 from imgcore import _convert_stream
-from imgcore._errors import LimitExceededError, OptionError
 from imgcore._profiles import PROFILES, get_profile, profile_names
+from imgcore.errors import LimitExceededError, OptionError
 from imgcore.formats import format_names, get_driver, parse_options
 
 MIB = 1 << 20

@@ -15,7 +15,7 @@ from tests.helpers.images import noise
 from tests.helpers.plans import plan_rows, poke
 from tests.helpers.qcow2 import create, open_qcow2, qemu_io
 
-from imgcore._errors import (
+from imgcore.errors import (
     CorruptImageError,
     ImgcoreError,
     LimitExceededError,

@@ -14,9 +14,9 @@ from tests.helpers.images import noise, text
 from tests.helpers.plans import plan_rows, poke
 from tests.helpers.qcow2 import create, merged, open_qcow2, qemu_io, qemu_map, read_guest
 
-from imgcore import _limits as limits
-from imgcore._errors import CorruptImageError, ImgcoreError
+from imgcore import limits
 from imgcore._extents import Kind
+from imgcore.errors import CorruptImageError, ImgcoreError
 
 MIB, TIB = 1 << 20, 1 << 40
 

@@ -14,10 +14,10 @@ from tests.helpers.plans import plan_rows
 from tests.helpers.qcow2 import open_qcow2, read_guest, request, write_image
 
 import imgcore
-from imgcore import _limits as limits
-from imgcore._errors import LimitExceededError, OptionError
+from imgcore import limits
 from imgcore._extents import PLACEMENT_DTYPE, BlockState
 from imgcore._target import Target
+from imgcore.errors import LimitExceededError, OptionError
 from imgcore.formats._base import BackingReference
 from imgcore.formats._qcow2_refcounts import encode_refcounts
 from imgcore.formats.qcow2 import DRIVER

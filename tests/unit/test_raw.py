@@ -15,11 +15,16 @@ from tests.helpers import images
 from tests.unit.test_files import loop_device
 
 from imgcore._core import Job
-from imgcore._errors import CorruptImageError, OptionError, TargetError, UnsupportedFeatureError
 from imgcore._extents import EXTENT_DTYPE, PLACEMENT_DTYPE, Kind
 from imgcore._files import HostFile
 from imgcore._geometry import Placing, ZeroPolicy
 from imgcore._target import Target
+from imgcore.errors import (
+    CorruptImageError,
+    OptionError,
+    TargetError,
+    UnsupportedFeatureError,
+)
 from imgcore.formats import _flat, raw
 from imgcore.formats._base import BackingReference, WriteRequest
 

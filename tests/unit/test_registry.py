@@ -14,9 +14,9 @@ from tests.helpers import qemu
 from tests.unit.test_files import loop_device
 
 from imgcore import formats
-from imgcore._errors import OptionError, UnsupportedFeatureError, WrongFormatError
 from imgcore._files import HostFile, ReferenceGate
 from imgcore._stream import StreamSource
+from imgcore.errors import OptionError, UnsupportedFeatureError, WrongFormatError
 from imgcore.formats import _magic
 from imgcore.formats._base import Driver, Option
 

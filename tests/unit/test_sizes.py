@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from imgcore._errors import OptionError
-from imgcore._sizes import format_size, parse_size
+from imgcore.errors import OptionError
+from imgcore.sizes import format_size, parse_size
 
 
 @pytest.mark.parametrize(

@@ -14,15 +14,15 @@ import zstandard
 from tests.helpers import images
 
 from imgcore import _stream
-from imgcore._errors import (
+from imgcore._stream import StreamSource, ZstdSink
+from imgcore._target import Target
+from imgcore.errors import (
     CorruptImageError,
     ImgcoreError,
     LimitExceededError,
     OptionError,
     WrongFormatError,
 )
-from imgcore._stream import StreamSource, ZstdSink
-from imgcore._target import Target
 
 DATA = images.noise(300_032) + bytes(1 << 20) + images.text(700_928) + bytes(512)
 CHUNKS = [512, 65536, 1_000_000, 64 << 20]

@@ -21,9 +21,9 @@ import pytest
 from tests.unit.test_files import loop_device, qemu_io
 
 from imgcore import _target, _target_names
-from imgcore._errors import TargetError
 from imgcore._files import HostFile, same_file
 from imgcore._target import Target
+from imgcore.errors import TargetError
 
 NEW = b"new" * 1000
 

@@ -12,15 +12,15 @@ from tests.helpers.plans import plan_rows, poke
 from tests.helpers.vdi import BLOCK, DATA_OFFSET, FREE, IDS, ZERO, fill, make, open_vdi
 
 import imgcore
-from imgcore import _limits as limits
-from imgcore._errors import (
+from imgcore import limits
+from imgcore._extents import Kind
+from imgcore.errors import (
     CorruptImageError,
     LimitExceededError,
     OptionError,
     UnsupportedFeatureError,
     WrongFormatError,
 )
-from imgcore._extents import Kind
 from imgcore.formats import _vdi_check, _vdi_parent
 
 MIB = 1 << 20

@@ -13,8 +13,8 @@ from tests.helpers import images, vdi
 from tests.helpers.vdi import FREE, ZERO
 
 import imgcore
-from imgcore import _limits as limits
-from imgcore._errors import LimitExceededError, OptionError, UnsupportedFeatureError
+from imgcore import limits
+from imgcore.errors import LimitExceededError, OptionError, UnsupportedFeatureError
 
 MIB = 1 << 20
 GIVEN = UUID("6f9619ff-8b86-d011-b42d-00c04fc964ff")

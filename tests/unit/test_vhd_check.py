@@ -12,7 +12,7 @@ from tests.helpers.plans import poke
 from tests.helpers.vhd import Block, be32, be64
 
 import imgcore
-from imgcore import _limits as limits
+from imgcore import limits
 
 BLOCK = 8192
 SECTOR = vhd.SECTOR

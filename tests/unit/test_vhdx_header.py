@@ -15,7 +15,7 @@ from tests.helpers.vhdx import FULL, HEADERS, KIB, MIB, REGION_TABLES, Vhdx, pat
 
 import imgcore
 from imgcore import CorruptImageError, LimitExceededError, UnsupportedFeatureError
-from imgcore._limits import VHDX_MAX_LOCATOR_ENTRIES, VHDX_MAX_VIRTUAL_NBYTES
+from imgcore.limits import VHDX_MAX_LOCATOR_ENTRIES, VHDX_MAX_VIRTUAL_NBYTES
 
 DISK = Vhdx(3 * MIB, blocks={0: (FULL, pattern(1, MIB))})
 CHILD = Vhdx(3 * MIB, locator=vhdx.child_locator())

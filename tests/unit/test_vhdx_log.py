@@ -28,7 +28,7 @@ from tests.helpers.vhdx import (
 
 import imgcore
 from imgcore import CorruptImageError, LimitExceededError
-from imgcore._limits import VHDX_MAX_LOG_NBYTES
+from imgcore.limits import VHDX_MAX_LOG_NBYTES
 
 GUID = vhdx.guid(0x106)
 SECTOR = 4096

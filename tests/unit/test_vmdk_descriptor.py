@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imgcore import _limits as limits
-from imgcore._errors import CorruptImageError, ImgcoreError, LimitExceededError
+from imgcore import limits
+from imgcore.errors import CorruptImageError, ImgcoreError, LimitExceededError
 from imgcore.formats._vmdk_descriptor import (
     DiskDatabase,
     ExtentLine,

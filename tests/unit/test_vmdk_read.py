@@ -19,7 +19,8 @@ from tests.helpers.plans import plan_rows, poke
 from tests.helpers.vmdk import GRAIN, SECTOR, open_vmdk, read_guest
 
 import imgcore
-from imgcore._errors import (
+from imgcore._extents import Kind
+from imgcore.errors import (
     CorruptImageError,
     ImgcoreError,
     LimitExceededError,
@@ -27,7 +28,6 @@ from imgcore._errors import (
     UnsupportedFeatureError,
     WrongFormatError,
 )
-from imgcore._extents import Kind
 from imgcore.formats._magic import matching_formats
 
 N_SECTORS = 10 * GRAIN // SECTOR + 7

@@ -18,16 +18,16 @@ from tests.helpers.images import DENSE, FAR, RAW_IMAGES, SPARSE, RawImage, noise
 from tests.helpers.vmdk import GRAIN, SECTOR, marker, open_vmdk, read_guest
 
 import imgcore
-from imgcore import _limits as limits
-from imgcore._errors import (
+from imgcore import limits
+from imgcore._extents import PLACEMENT_DTYPE, BlockState
+from imgcore._target import Target
+from imgcore.errors import (
     ImgcoreError,
     LimitExceededError,
     OptionError,
     TargetError,
     UnsupportedFeatureError,
 )
-from imgcore._extents import PLACEMENT_DTYPE, BlockState
-from imgcore._target import Target
 from imgcore.formats import parse_options
 from imgcore.formats._base import BackingReference, WriteRequest
 from imgcore.formats.vmdk import DRIVER

@@ -21,8 +21,8 @@ from typing import Any, Final, NoReturn
 
 import click
 
-from imgcore._errors import ImgcoreError, OptionError
 from imgcore.cli._common import CONTEXT_SETTINGS, say
+from imgcore.errors import ImgcoreError, OptionError
 
 _VERBS: Final = {
     "convert": "Convert an image to another format.",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from imgcore._text import one_line
+from imgcore.text import one_line
 
 if TYPE_CHECKING:
     from imgcore.formats._base import Driver
@@ -36,8 +36,8 @@ def size_value(ctx: click.Context, param: click.Parameter, value: str | None) ->
     """Parse a number of bytes with an optional suffix; a callback of options and arguments."""
     if value is None:
         return None
-    from imgcore._errors import OptionError
-    from imgcore._sizes import parse_size
+    from imgcore.errors import OptionError
+    from imgcore.sizes import parse_size
 
     try:
         return parse_size(value)
@@ -173,7 +173,7 @@ def require(ctx: click.Context, **arguments: object) -> None:
 
 def target_driver(format: str | None, path: str | None) -> Driver:
     """Return the driver of a target: by ``format``, else by the suffix of ``path``."""
-    from imgcore._errors import OptionError
+    from imgcore.errors import OptionError
     from imgcore.formats import format_from_suffix, get_driver
 
     found = format or (format_from_suffix(path) if path is not None else None)
@@ -210,7 +210,7 @@ def print_json(value: object) -> None:
 
 def size_text(n_bytes: int) -> str:
     """Return ``1 GiB (1073741824 bytes)``."""
-    from imgcore._sizes import format_size
+    from imgcore.sizes import format_size
 
     return f"{format_size(n_bytes)} ({n_bytes} bytes)"
 

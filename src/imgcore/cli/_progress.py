@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import click
 
-from imgcore._sizes import format_size
 from imgcore.cli._common import say
+from imgcore.sizes import format_size
 
 if TYPE_CHECKING:
     import rich.progress

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from imgcore._profiles import get_profile, profile_names
-from imgcore._text import one_line
 from imgcore.cli._common import (
     allow_option,
     format_option,
@@ -28,6 +27,7 @@ from imgcore.cli._common import (
     wants_options_help,
 )
 from imgcore.cli._progress import progress_options, reporter
+from imgcore.text import one_line
 
 if TYPE_CHECKING:
     from imgcore._salvage import BadRange

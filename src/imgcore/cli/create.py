@@ -6,7 +6,6 @@ from dataclasses import asdict
 
 import click
 
-from imgcore._text import one_line
 from imgcore.cli._common import (
     allow_option,
     options_option,
@@ -21,6 +20,7 @@ from imgcore.cli._common import (
     verb,
     wants_options_help,
 )
+from imgcore.text import one_line
 
 
 @verb("create")

@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-from imgcore._text import one_line
 from imgcore.cli._common import (
     allow_option,
     backing_format_option,
@@ -21,6 +20,7 @@ from imgcore.cli._common import (
     size_text,
     verb,
 )
+from imgcore.text import one_line
 
 
 @verb("info")
@@ -82,7 +82,7 @@ def command(
 
 
 def _print_human(image: dict[str, Any]) -> None:
-    from imgcore._sizes import format_size
+    from imgcore.sizes import format_size
 
     click.echo(f"image: {one_line(image['filename'])}")
     click.echo(f"file format: {image['format']}")
@@ -108,7 +108,7 @@ def _print_human(image: dict[str, Any]) -> None:
 
 
 def _print_snapshots(snapshots: list[dict[str, Any]]) -> None:
-    from imgcore._sizes import format_size
+    from imgcore.sizes import format_size
 
     click.echo("Snapshot list:")
     click.echo(f"{'ID':<8}{'TAG':<18}{'VM_SIZE':>7}{'DATE':>20}{'VM_CLOCK':>16}{'ICOUNT':>11}")

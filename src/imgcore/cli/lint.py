@@ -5,7 +5,6 @@ from __future__ import annotations
 import click
 
 from imgcore._profiles import get_profile, profile_names
-from imgcore._text import one_line
 from imgcore.cli._common import (
     allow_option,
     format_option,
@@ -17,6 +16,7 @@ from imgcore.cli._common import (
     share_option,
     verb,
 )
+from imgcore.text import one_line
 
 EXIT_BROKEN = 1
 

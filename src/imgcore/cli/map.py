@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from imgcore._text import one_line
 from imgcore.cli._common import (
     allow_option,
     backing_format_option,
@@ -20,6 +19,7 @@ from imgcore.cli._common import (
     size_value,
     verb,
 )
+from imgcore.text import one_line
 
 if TYPE_CHECKING:
     from imgcore._map import MapEntry

@@ -11,9 +11,9 @@ import os
 import stat
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
-from imgcore._errors import OptionError, UnsupportedFeatureError, WrongFormatError
-from imgcore._sizes import parse_size
+from imgcore.errors import OptionError, UnsupportedFeatureError, WrongFormatError
 from imgcore.formats._magic import HEAD_NBYTES, TAIL_NBYTES, matching_formats
+from imgcore.sizes import parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -9,7 +9,7 @@ from itertools import islice
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, cast, runtime_checkable
 
-from imgcore._text import without_secrets
+from imgcore.text import without_secrets
 
 if TYPE_CHECKING:
     from imgcore._extents import Extents, Placements

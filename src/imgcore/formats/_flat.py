@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from imgcore._files import is_on_xfs
 from imgcore._geometry import Geometry, Placing, ZeroPolicy
-from imgcore._limits import KIB, MAX_BATCH_ROWS, MIB
+from imgcore.limits import KIB, MAX_BATCH_ROWS, MIB
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from imgcore import _limits as limits
-from imgcore._errors import FormatError, LimitExceededError
+from imgcore import limits
+from imgcore.errors import FormatError, LimitExceededError
 from imgcore.formats import _qcow2_layout as layout
 from imgcore.formats._base import CheckReport
 from imgcore.formats._qcow2_header import read_bitmaps, read_snapshots

@@ -10,8 +10,8 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from imgcore import _limits as limits
-from imgcore._errors import (
+from imgcore import limits
+from imgcore.errors import (
     CorruptImageError,
     LimitExceededError,
     UnsupportedFeatureError,

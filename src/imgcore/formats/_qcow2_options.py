@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 from typing import Any, Final, NamedTuple
 
-from imgcore import _limits as limits
-from imgcore._errors import LimitExceededError, OptionError
+from imgcore import limits
 from imgcore._geometry import Codec, CodecId
+from imgcore.errors import LimitExceededError, OptionError
 from imgcore.formats import _qcow2_layout as layout
 from imgcore.formats._base import BackingReference, Option, WriteRequest
 

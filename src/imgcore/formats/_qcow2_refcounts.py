@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from imgcore import _limits as limits
-from imgcore._errors import LimitExceededError
+from imgcore import limits
+from imgcore.errors import LimitExceededError
 from imgcore.formats import _qcow2_layout as layout
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from imgcore._errors import LimitExceededError, UnsupportedFeatureError
-from imgcore._limits import MAX_REPAIR_NBYTES
+from imgcore.errors import LimitExceededError, UnsupportedFeatureError
 from imgcore.formats import _qcow2_layout as layout
 from imgcore.formats._base import Repair
 from imgcore.formats._qcow2_check import Qcow2Checker
+from imgcore.limits import MAX_REPAIR_NBYTES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 import numpy as np
 
-from imgcore import _limits as limits
+from imgcore import limits
 from imgcore._core import CoreError
-from imgcore._errors import LimitExceededError
 from imgcore._extents import BlockState
 from imgcore._geometry import CodecId, Geometry, Placing, ZeroPolicy
+from imgcore.errors import LimitExceededError
 from imgcore.formats import _qcow2_layout as layout
 from imgcore.formats._base import Measurement
 from imgcore.formats._holes import write_with_holes

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, Literal
 import numpy as np
 
 from imgcore._extents import Kind, join_neighbours
-from imgcore._limits import SECTOR_NBYTES
+from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

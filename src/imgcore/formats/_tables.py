@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from imgcore._core import TableFormat
-    from imgcore._errors import CorruptImageError
     from imgcore._extents import Extents
+    from imgcore.errors import CorruptImageError
 
 
 def decode_entries(

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from imgcore._errors import LimitExceededError
-from imgcore._limits import VDI_MAX_CHECKED_BLOCKS
+from imgcore.errors import LimitExceededError
 from imgcore.formats import _vdi_layout as layout
 from imgcore.formats._base import CheckReport, Repair
 from imgcore.formats._vdi_tables import read_map
+from imgcore.limits import VDI_MAX_CHECKED_BLOCKS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

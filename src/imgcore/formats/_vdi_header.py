@@ -10,21 +10,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from imgcore._errors import (
+from imgcore.errors import (
     CorruptImageError,
     LimitExceededError,
     UnsupportedFeatureError,
     WrongFormatError,
 )
-from imgcore._limits import (
+from imgcore.formats import _vdi_layout as layout
+from imgcore.formats._vdi_layout import HeaderFields, ImageType
+from imgcore.limits import (
     MAX_VIRTUAL_NBYTES,
     SECTOR_NBYTES,
     VDI_MAX_BLOCK_NBYTES,
     VDI_MIN_BLOCK_NBYTES,
 )
-from imgcore._log import log
-from imgcore.formats import _vdi_layout as layout
-from imgcore.formats._vdi_layout import HeaderFields, ImageType
+from imgcore.log import log
 
 if TYPE_CHECKING:
     from imgcore._files import HostFile

@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Final
 
-from imgcore._errors import ImgcoreError
-from imgcore._limits import VDI_MAX_SEARCHED_FILES
-from imgcore._log import log
+from imgcore.errors import ImgcoreError
 from imgcore.formats import _vdi_layout as layout
 from imgcore.formats._base import BackingReference
 from imgcore.formats._vdi_header import read_identities
+from imgcore.limits import VDI_MAX_SEARCHED_FILES
+from imgcore.log import log
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from imgcore._core import TableFormat
-from imgcore._errors import CorruptImageError
 from imgcore._extents import EXTENT_DTYPE, Kind, clip
-from imgcore._limits import MAX_BATCH_ROWS
+from imgcore.errors import CorruptImageError
 from imgcore.formats import _vdi_layout as layout
 from imgcore.formats._flat import plan_flat, sync_holes
 from imgcore.formats._tables import decode_entries
 from imgcore.formats._vdi_layout import ImageType
+from imgcore.limits import MAX_BATCH_ROWS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -11,20 +11,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final
 from uuid import UUID, uuid4, uuid5
 
-from imgcore._errors import LimitExceededError, OptionError, UnsupportedFeatureError
 from imgcore._geometry import Geometry, ZeroPolicy
-from imgcore._limits import (
+from imgcore.errors import LimitExceededError, OptionError, UnsupportedFeatureError
+from imgcore.formats import _vdi_layout as layout
+from imgcore.formats._base import Measurement
+from imgcore.formats._flat import flat_geometry
+from imgcore.formats._vdi_header import build_header
+from imgcore.formats._vdi_layout import ImageType
+from imgcore.limits import (
     MAX_VIRTUAL_NBYTES,
     SECTOR_NBYTES,
     VDI_MAX_DATA_OFFSET,
     VDI_MAX_WRITTEN_BLOCK_NBYTES,
     VDI_MIN_WRITTEN_BLOCK_NBYTES,
 )
-from imgcore.formats import _vdi_layout as layout
-from imgcore.formats._base import Measurement
-from imgcore.formats._flat import flat_geometry
-from imgcore.formats._vdi_header import build_header
-from imgcore.formats._vdi_layout import ImageType
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from imgcore._errors import LimitExceededError
-from imgcore._limits import SECTOR_NBYTES, VHD_MAX_CHECKED_BLOCKS
+from imgcore.errors import LimitExceededError
 from imgcore.formats import _vhd_layout as layout
 from imgcore.formats._base import CheckReport, Repair
 from imgcore.formats._vhd_header import parent_texts
 from imgcore.formats._vhd_plan import read_bat
+from imgcore.limits import SECTOR_NBYTES, VHD_MAX_CHECKED_BLOCKS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -9,23 +9,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from imgcore._errors import (
+from imgcore.errors import (
     CorruptImageError,
     ImgcoreError,
     LimitExceededError,
     UnsupportedFeatureError,
     WrongFormatError,
 )
-from imgcore._limits import (
+from imgcore.formats import _vhd_layout as layout
+from imgcore.formats._vhd_layout import DiskType, DynamicHeader, Footer, Locator
+from imgcore.limits import (
     SECTOR_NBYTES,
     VHD_MAX_BLOCK_NBYTES,
     VHD_MAX_BLOCKS_VERIFIED_AT_OPEN,
     VHD_MAX_DYNAMIC_NBYTES,
     VHD_MAX_LOCATOR_NBYTES,
 )
-from imgcore._log import log
-from imgcore.formats import _vhd_layout as layout
-from imgcore.formats._vhd_layout import DiskType, DynamicHeader, Footer, Locator
+from imgcore.log import log
 
 if TYPE_CHECKING:
     from imgcore._files import HostFile

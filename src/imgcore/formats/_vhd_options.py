@@ -5,16 +5,16 @@ from __future__ import annotations
 import uuid
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from imgcore._errors import LimitExceededError, OptionError
-from imgcore._limits import (
+from imgcore.errors import LimitExceededError, OptionError
+from imgcore.formats import _vhd_layout as layout
+from imgcore.formats._vhd_layout import DiskType
+from imgcore.limits import (
     MAX_VIRTUAL_NBYTES,
     SECTOR_NBYTES,
     VHD_MAX_DYNAMIC_NBYTES,
     VHD_MAX_WRITTEN_BLOCK_NBYTES,
     VHD_MIN_WRITTEN_BLOCK_NBYTES,
 )
-from imgcore.formats import _vhd_layout as layout
-from imgcore.formats._vhd_layout import DiskType
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

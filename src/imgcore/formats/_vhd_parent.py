@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from imgcore._errors import CorruptImageError
-from imgcore._log import log
+from imgcore.errors import CorruptImageError
 from imgcore.formats import _vhd_layout as layout
 from imgcore.formats._base import BackingReference
 from imgcore.formats._parents import names_from_windows_path
 from imgcore.formats._vhd_header import parent_texts, uuid_text
 from imgcore.formats._vhd_layout import DiskType
+from imgcore.log import log
 
 if TYPE_CHECKING:
     from imgcore._files import HostFile

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from imgcore._core import TableFormat
-from imgcore._errors import CorruptImageError
 from imgcore._extents import Kind, clip
-from imgcore._limits import MAX_BATCH_ROWS, MIB, SECTOR_NBYTES
+from imgcore.errors import CorruptImageError
 from imgcore.formats import _vhd_layout as layout
 from imgcore.formats._sector_bitmap import expand
 from imgcore.formats._tables import decode_entries
+from imgcore.limits import MAX_BATCH_ROWS, MIB, SECTOR_NBYTES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

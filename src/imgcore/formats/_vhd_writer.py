@@ -12,15 +12,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Final
 
-from imgcore._errors import LimitExceededError, UnsupportedFeatureError
 from imgcore._geometry import Geometry, Placing, ZeroPolicy
-from imgcore._limits import SECTOR_NBYTES
+from imgcore.errors import LimitExceededError, UnsupportedFeatureError
 from imgcore.formats import _vhd_layout as layout
 from imgcore.formats._base import Measurement
 from imgcore.formats._flat import flat_geometry
 from imgcore.formats._vhd_header import bitmap_nbytes, checksum
 from imgcore.formats._vhd_layout import DiskType, DynamicHeader, Footer, Locator
 from imgcore.formats._vhd_options import VhdPlan, plan_request
+from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
     from imgcore._extents import Placements

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from imgcore import _limits as limits
+from imgcore import limits
 from imgcore._core import TableFormat
-from imgcore._errors import CorruptImageError
 from imgcore._extents import Kind, clip, single, split
+from imgcore.errors import CorruptImageError
 from imgcore.formats import _vhdx_layout as layout
 from imgcore.formats._sector_bitmap import expand
 from imgcore.formats._tables import decode_entries

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
-from imgcore import _limits as limits
-from imgcore._errors import LimitExceededError
+from imgcore import limits
+from imgcore.errors import LimitExceededError
 from imgcore.formats import _vhdx_layout as layout
 from imgcore.formats._base import CheckReport, Repair
 from imgcore.formats._vhdx_bat import bitmap_index, entry_problem, read_payload, read_raw

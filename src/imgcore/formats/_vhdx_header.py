@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from imgcore import _limits as limits
+from imgcore import limits
 from imgcore._core import crc32c
-from imgcore._errors import (
+from imgcore.errors import (
     CorruptImageError,
     LimitExceededError,
     UnsupportedFeatureError,

@@ -10,7 +10,7 @@ import struct
 import uuid
 from typing import Final
 
-from imgcore._limits import KIB, MIB
+from imgcore.limits import KIB, MIB
 
 # 2.2: structures lie at multiples of 1 MiB; the first one is the header section's own.
 ALIGNMENT: Final = MIB

@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from imgcore import _limits as limits
+from imgcore import limits
 from imgcore._core import crc32c
-from imgcore._errors import CorruptImageError, LimitExceededError
 from imgcore._files import HostFile
+from imgcore.errors import CorruptImageError, LimitExceededError
 from imgcore.formats import _vhdx_layout as layout
 
 if TYPE_CHECKING:

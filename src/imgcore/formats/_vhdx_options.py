@@ -9,9 +9,9 @@ import uuid
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
-from imgcore import _limits as limits
-from imgcore._errors import LimitExceededError, OptionError
+from imgcore import limits
 from imgcore._version import __version__
+from imgcore.errors import LimitExceededError, OptionError
 from imgcore.formats import _vhdx_layout as layout
 from imgcore.formats._base import BackingReference, Option, WriteRequest
 from imgcore.formats._vhdx_header import Metadata, with_checksum

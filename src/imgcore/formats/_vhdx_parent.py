@@ -10,8 +10,8 @@ import uuid
 from collections.abc import Mapping
 from typing import Final
 
-from imgcore import _limits as limits
-from imgcore._errors import (
+from imgcore import limits
+from imgcore.errors import (
     CorruptImageError,
     LimitExceededError,
     OptionError,

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, ClassVar, Final
 import numpy as np
 
 from imgcore._core import CoreError
-from imgcore._errors import LimitExceededError
 from imgcore._extents import PLACEMENT_DTYPE, BlockState
 from imgcore._geometry import Geometry, Placing, ZeroPolicy
+from imgcore.errors import LimitExceededError
 from imgcore.formats import _vhdx_layout as layout
 from imgcore.formats import _vhdx_options as options
 from imgcore.formats._base import Measurement

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from imgcore._limits import SECTOR_NBYTES
 from imgcore.formats._base import CheckReport
 from imgcore.formats._vmdk_layout import (
     ENTRY_ABSENT,
@@ -23,6 +22,7 @@ from imgcore.formats._vmdk_plan import (
     read_directory,
     read_tables,
 )
+from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -10,8 +10,13 @@ import re
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-from imgcore._errors import CorruptImageError, LimitExceededError, UnsupportedFeatureError
-from imgcore._limits import (
+from imgcore.errors import (
+    CorruptImageError,
+    LimitExceededError,
+    UnsupportedFeatureError,
+)
+from imgcore.formats._vmdk_layout import NO_PARENT_CID
+from imgcore.limits import (
     MAX_VIRTUAL_NBYTES,
     SECTOR_NBYTES,
     VMDK_MAX_DESCRIPTOR_LINE_NBYTES,
@@ -19,7 +24,6 @@ from imgcore._limits import (
     VMDK_MAX_EXTENTS,
     VMDK_MAX_VERSION,
 )
-from imgcore.formats._vmdk_layout import NO_PARENT_CID
 
 SIGNATURE: Final = "# Disk DescriptorFile"
 # What ddb.logicalSectorSize may be, as it is written.

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from imgcore._core import TableFormat
-from imgcore._errors import CorruptImageError
 from imgcore._extents import FLAG_GRAIN_MARKER, Kind, single
-from imgcore._limits import MAX_BATCH_ROWS, SECTOR_NBYTES
+from imgcore.errors import CorruptImageError
 from imgcore.formats._flat import sync_holes
 from imgcore.formats._tables import decode_entries
 from imgcore.formats._vmdk_layout import (
@@ -23,6 +22,7 @@ from imgcore.formats._vmdk_layout import (
     GRAIN_MARKER,
     MAX_COMPRESSED_GRAINS,
 )
+from imgcore.limits import MAX_BATCH_ROWS, SECTOR_NBYTES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

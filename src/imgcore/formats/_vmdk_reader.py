@@ -6,14 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 
-from imgcore._errors import (
+from imgcore.errors import (
     CorruptImageError,
     LimitExceededError,
     UnsupportedFeatureError,
     WrongFormatError,
 )
-from imgcore._limits import SECTOR_NBYTES, VMDK_MAX_DESCRIPTOR_NBYTES
-from imgcore._log import log
 from imgcore.formats._base import BackingReference, CheckReport, SourceFile
 from imgcore.formats._magic import is_vmdk_descriptor
 from imgcore.formats._parents import names_from_windows_path
@@ -30,6 +28,8 @@ from imgcore.formats._vmdk_sparse import (
     refuse_foreign_extent,
     short_last_grain,
 )
+from imgcore.limits import SECTOR_NBYTES, VMDK_MAX_DESCRIPTOR_NBYTES
+from imgcore.log import log
 
 if TYPE_CHECKING:
     from imgcore._extents import Extents

@@ -8,13 +8,15 @@ from __future__ import annotations
 import zlib
 from typing import TYPE_CHECKING, NamedTuple
 
-from imgcore._errors import (
+from imgcore.errors import (
     CorruptImageError,
     LimitExceededError,
     UnsupportedFeatureError,
     WrongFormatError,
 )
-from imgcore._limits import (
+from imgcore.formats import _vmdk_layout as layout
+from imgcore.formats._vmdk_layout import Flags, SparseHeader
+from imgcore.limits import (
     MAX_VIRTUAL_NBYTES,
     SECTOR_NBYTES,
     VMDK_MAX_DESCRIPTOR_NBYTES,
@@ -25,9 +27,7 @@ from imgcore._limits import (
     VMDK_MAX_VERSION,
     VMDK_MIN_GRAIN_NBYTES,
 )
-from imgcore._log import log
-from imgcore.formats import _vmdk_layout as layout
-from imgcore.formats._vmdk_layout import Flags, SparseHeader
+from imgcore.log import log
 
 if TYPE_CHECKING:
     from imgcore._files import HostFile

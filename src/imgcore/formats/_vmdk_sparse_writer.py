@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Final
 
-from imgcore._errors import LimitExceededError
 from imgcore._geometry import CodecId, Geometry, Prefix
-from imgcore._limits import (
-    SECTOR_NBYTES,
-    VMDK_MAX_DIRECTORY_ENTRIES,
-    VMDK_MAX_SPARSE_FILE_NBYTES,
-)
+from imgcore.errors import LimitExceededError
 from imgcore.formats import _vmdk_layout as layout
 from imgcore.formats._vmdk_descriptor import compose_descriptor
 from imgcore.formats._vmdk_layout import Flags, SparseHeader
 from imgcore.formats._vmdk_writer import VmdkPlan, extent_name, refuse_in_place
+from imgcore.limits import (
+    SECTOR_NBYTES,
+    VMDK_MAX_DIRECTORY_ENTRIES,
+    VMDK_MAX_SPARSE_FILE_NBYTES,
+)
 
 if TYPE_CHECKING:
     import numpy as np

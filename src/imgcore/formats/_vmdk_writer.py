@@ -8,17 +8,13 @@ import re
 import secrets
 from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
-from imgcore._errors import OptionError, UnsupportedFeatureError
 from imgcore._geometry import ZeroPolicy
-from imgcore._limits import (
-    KIB,
-    SECTOR_NBYTES,
-    VMDK_MAX_GRAIN_NBYTES,
-)
+from imgcore.errors import OptionError, UnsupportedFeatureError
 from imgcore.formats._base import Measurement
 from imgcore.formats._flat import flat_geometry
 from imgcore.formats._vmdk_descriptor import DiskDatabase, compose_descriptor
 from imgcore.formats._vmdk_layout import DEFAULT_GRAIN_NBYTES, RESERVED_CIDS
+from imgcore.limits import KIB, SECTOR_NBYTES, VMDK_MAX_GRAIN_NBYTES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -68,7 +68,7 @@ class Qcow2Reader:
         header = self._header
         if not header.is_dirty and not header.is_corrupt:
             return
-        from imgcore._log import log
+        from imgcore.log import log
 
         if header.is_dirty:
             log.warning("%s: was not closed cleanly, its refcounts may be stale", self._file.path)

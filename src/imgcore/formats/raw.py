@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from imgcore._errors import CorruptImageError, OptionError, UnsupportedFeatureError
 from imgcore._geometry import ZeroPolicy
-from imgcore._limits import MAX_VIRTUAL_NBYTES, SECTOR_NBYTES
+from imgcore.errors import CorruptImageError, OptionError, UnsupportedFeatureError
 from imgcore.formats._base import Driver, Measurement, Option, SourceFile
 from imgcore.formats._flat import flat_geometry, sync_holes
+from imgcore.limits import MAX_VIRTUAL_NBYTES, SECTOR_NBYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

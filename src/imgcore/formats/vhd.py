@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from imgcore._limits import SECTOR_NBYTES
 from imgcore.formats import _vhd_layout as layout
 from imgcore.formats._base import BackingReference, Driver, Option, SourceFile
 from imgcore.formats._vhd_header import (
@@ -21,6 +20,7 @@ from imgcore.formats._vhd_header import (
 )
 from imgcore.formats._vhd_layout import DiskType
 from imgcore.formats._vhd_parent import find_parent
+from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
     from imgcore._extents import Extents

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from imgcore._log import log
 from imgcore.formats._base import BackingReference, Driver, SourceFile
 from imgcore.formats._vhdx_header import read_image
 from imgcore.formats._vhdx_options import OPTIONS
@@ -19,6 +18,7 @@ from imgcore.formats._vhdx_parent import (
     PHYSICAL_SECTOR_SIZE,
     VIRTUAL_DISK_ID,
 )
+from imgcore.log import log
 
 if TYPE_CHECKING:
     from imgcore._extents import Extents

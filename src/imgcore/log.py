@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from typing import Any, Final
 
-from imgcore._text import one_line
+from imgcore.text import one_line
 
 
 def _clean(record: logging.LogRecord) -> bool:

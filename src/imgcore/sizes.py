@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from imgcore._errors import OptionError
+from imgcore.errors import OptionError
 
 _UNITS: Final = "BKMGTPE"
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGTPE])(?:iB)?|B)?", re.ASCII | re.IGNORECASE)

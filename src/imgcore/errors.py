@@ -6,7 +6,7 @@ says what, where, found, allowed, on one line.
 
 from __future__ import annotations
 
-from imgcore._text import one_line
+from imgcore.text import one_line
 
 
 class ImgcoreError(Exception):
