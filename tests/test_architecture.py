@@ -30,7 +30,7 @@ PYTHON_LAYERS = (
         "_profiles",
     },
     {"_extents", "_core", "_kernels"},
-    {"_files", "_stream", "_target"},
+    {"files", "_stream"},
     {"formats"},
     {
         "_chain",

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from imgcore._files import HostFile, ReferenceGate, same_file
 from imgcore.errors import (
     CorruptImageError,
     ImgcoreError,
@@ -21,6 +20,9 @@ from imgcore.errors import (
     UnsupportedFeatureError,
     WrongFormatError,
 )
+from imgcore.files.gate import ReferenceGate
+from imgcore.files.host_file import HostFile
+from imgcore.files.identity import same_file
 from imgcore.formats import canonical_name, open_reader
 from imgcore.limits import MAX_CHAIN_DEPTH
 from imgcore.log import log

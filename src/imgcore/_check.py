@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from imgcore._files import ReferenceGate, folder_names
 from imgcore.errors import OptionError, UnsupportedFeatureError
+from imgcore.files.gate import ReferenceGate, folder_names
 
 if TYPE_CHECKING:
-    from imgcore._files import HostFile
+    from imgcore.files.host_file import HostFile
     from imgcore.formats._base import CheckReport, Reader
 
 

@@ -16,15 +16,17 @@ import numpy as np
 
 from imgcore._batches import pair_up
 from imgcore._extents import Kind
-from imgcore._files import HostFile, ReferenceGate, same_file
 from imgcore._image_info import STAT_BLOCK_NBYTES
-from imgcore._target import Target
 from imgcore.errors import (
     ImgcoreError,
     LimitExceededError,
     TargetError,
     UnsupportedFeatureError,
 )
+from imgcore.files.gate import ReferenceGate
+from imgcore.files.host_file import HostFile
+from imgcore.files.identity import same_file
+from imgcore.files.target import Target
 from imgcore.formats import get_driver
 from imgcore.formats._base import Repairable
 from imgcore.limits import MAX_REPAIR_NBYTES, MIB
@@ -32,7 +34,7 @@ from imgcore.limits import MAX_REPAIR_NBYTES, MIB
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from imgcore._target import TargetFile
+    from imgcore.files.target_file import TargetFile
     from imgcore.formats._base import CheckReport, Reader, Repair
 
 # Linux include/uapi/linux/fs.h: _IOW(0x94, 9, int).

@@ -13,7 +13,6 @@ import numpy as np
 from imgcore._chain import opened_reference
 from imgcore._core import Job
 from imgcore._extents import PLACEMENT_DTYPE
-from imgcore._files import folder_names
 from imgcore._geometry import CodecId, Placing, ZeroPolicy
 from imgcore._image import Image
 from imgcore._image import open as open_image
@@ -28,8 +27,9 @@ from imgcore._profiles import (
 )
 from imgcore._salvage import BadRange, named_bad_ranges
 from imgcore._supply import ImageSupply, StreamSupply
-from imgcore._target import Target
 from imgcore.errors import LimitExceededError, OptionError, UnsupportedFeatureError
+from imgcore.files.gate import folder_names
+from imgcore.files.target import Target
 from imgcore.formats import (
     canonical_name,
     format_from_suffix,
@@ -48,11 +48,11 @@ from imgcore.sizes import parse_size
 if TYPE_CHECKING:
     from imgcore._batches import Batch
     from imgcore._extents import Placements
-    from imgcore._files import HostFile
     from imgcore._geometry import Geometry
     from imgcore._stream import StreamSource
     from imgcore._supply import Supply
-    from imgcore._target import TargetFile
+    from imgcore.files.host_file import HostFile
+    from imgcore.files.target_file import TargetFile
     from imgcore.formats._base import Writer
 
 _MAX_SPARSE_NBYTES = 1 * MIB

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from imgcore._image import Image
     from imgcore._stream import StreamSource
-    from imgcore._target import TargetFile
+    from imgcore.files.target_file import TargetFile
 
     # How many bytes of the disk are done, how many of these were read, and how many were written.
     Report = Callable[[int, int, int], None]

@@ -11,7 +11,7 @@ from imgcore.errors import OptionError, TargetError
 from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
-    from imgcore._target import Target
+    from imgcore.files.target import Target
     from imgcore.formats._base import BackingReference, Driver, WriteRequest
 
 # Preallocation modes that take their space at once.
@@ -91,7 +91,7 @@ def create(
     OSError
         The operating system refused; ``filename`` is set.
     """
-    from imgcore._target import Target
+    from imgcore.files.target import Target
     from imgcore.formats import get_driver, stream_suffix
 
     name = os.fspath(path)

@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from imgcore._chain import open_chain
-from imgcore._files import folder_names
+from imgcore.files.gate import folder_names
 from imgcore.formats._base import SectorSized
 from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
     from imgcore._extents import Extents
-    from imgcore._files import HostFile
     from imgcore._overlay import Depths
+    from imgcore.files.host_file import HostFile
     from imgcore.formats._base import Reader, SourceFile
 
 

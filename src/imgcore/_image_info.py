@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 from imgcore.text import without_secrets
 
 if TYPE_CHECKING:
-    from imgcore._files import HostFile
     from imgcore._image import Image
+    from imgcore.files.host_file import HostFile
     from imgcore.formats._base import Reader
 
 # Keys of Reader.info() that stand beside "format-specific", not inside it.

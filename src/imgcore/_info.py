@@ -14,7 +14,7 @@ from imgcore._image_info import STAT_BLOCK_NBYTES, describe_layer
 from imgcore.errors import OptionError
 
 if TYPE_CHECKING:
-    from imgcore._files import HostFile
+    from imgcore.files.host_file import HostFile
     from imgcore.formats._base import Reader
 
 
@@ -136,7 +136,8 @@ def open_layer(
     share: bool = False,
 ) -> Iterator[tuple[HostFile, Reader]]:
     """Open one image without its backing files."""
-    from imgcore._files import HostFile, ReferenceGate, folder_names
+    from imgcore.files.gate import ReferenceGate, folder_names
+    from imgcore.files.host_file import HostFile
     from imgcore.formats import open_reader
 
     with HostFile.open(path, share=share) as file:

@@ -13,9 +13,9 @@ from imgcore._lint_rules import RULES, Facts, Finding
 from imgcore.errors import ImgcoreError, WrongFormatError
 
 if TYPE_CHECKING:
-    from imgcore._files import HostFile
     from imgcore._profiles import Profile
     from imgcore._stream_tar import Member
+    from imgcore.files.host_file import HostFile
 
 # More than any gzip header and a deflated tar header need.
 _ARCHIVE_HEAD_NBYTES: Final = 4096
@@ -126,7 +126,8 @@ def _facts(
     share: bool,
 ) -> Iterator[Facts]:
     """Open the image as far as it can be opened."""
-    from imgcore._files import HostFile, ReferenceGate, folder_names
+    from imgcore.files.gate import ReferenceGate, folder_names
+    from imgcore.files.host_file import HostFile
     from imgcore.formats import canonical_name, open_reader, probe
 
     with ExitStack() as stack:

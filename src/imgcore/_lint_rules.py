@@ -23,9 +23,9 @@ from imgcore.limits import (
 from imgcore.text import one_line
 
 if TYPE_CHECKING:
-    from imgcore._files import HostFile
     from imgcore._lint_stream import StreamLayout
     from imgcore._stream_tar import Member
+    from imgcore.files.host_file import HostFile
     from imgcore.formats._base import Reader
     from imgcore.formats._vhd_header import FooterPlace
     from imgcore.formats._vhd_layout import DynamicHeader

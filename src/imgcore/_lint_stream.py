@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
-    from imgcore._files import HostFile
+    from imgcore.files.host_file import HostFile
     from imgcore.formats._vmdk_reader import VmdkReader
     from imgcore.formats._vmdk_sparse import SparseExtent
 

@@ -13,7 +13,6 @@ import threading
 import zlib
 from typing import IO, TYPE_CHECKING, Any, Final, Protocol, cast
 
-from imgcore._files import HostFile
 from imgcore.errors import (
     CorruptImageError,
     ImgcoreError,
@@ -21,14 +20,15 @@ from imgcore.errors import (
     OptionError,
     WrongFormatError,
 )
+from imgcore.files.host_file import HostFile
 from imgcore.limits import MIB, SECTOR_NBYTES
 
 if TYPE_CHECKING:
     from collections.abc import Generator
     from typing import Self
 
-    from imgcore._files import Identity
-    from imgcore._target import TargetFile
+    from imgcore.files.identity import Identity
+    from imgcore.files.target_file import TargetFile
 
 # What `zstd --long` asks for without a further word on the reading side (windowLog 27).
 MAX_WINDOW_NBYTES: Final = 128 * MIB
@@ -288,7 +288,7 @@ class StreamSource:
 
     @property
     def identity(self) -> Identity:
-        """What tells the file from others, see `imgcore._files.same_file`."""
+        """What tells the file from others, see `imgcore.files.host_file.same_file`."""
         return self.file.identity
 
     def _find_codec(self) -> str:

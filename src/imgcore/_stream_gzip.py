@@ -18,7 +18,7 @@ from imgcore.limits import KIB, MIB
 if TYPE_CHECKING:
     from typing import Self
 
-    from imgcore._target import TargetFile
+    from imgcore.files.target_file import TargetFile
 
 _PIECE_NBYTES: Final = 1 * MIB
 _WINDOW_NBYTES: Final = 32 * KIB  # RFC 1951 section 2

@@ -14,9 +14,10 @@ import pytest
 import zstandard
 
 from imgcore._extents import PLACEMENT_DTYPE, BlockState, Kind
-from imgcore._files import HostFile
 from imgcore._geometry import CodecId, Geometry, Placing, ZeroPolicy
-from imgcore._target import Target, TargetFile
+from imgcore.files.host_file import HostFile
+from imgcore.files.target import Target
+from imgcore.files.target_file import TargetFile
 from imgcore.formats._base import BackingReference, WriteRequest
 from imgcore.formats.qcow2 import DRIVER, Qcow2Reader
 from tests.helpers import qemu

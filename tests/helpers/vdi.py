@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from uuid import UUID
 
-from imgcore._files import HostFile, ReferenceGate
+from imgcore.files.gate import ReferenceGate
+from imgcore.files.host_file import HostFile
 from imgcore.formats.vdi import VdiReader
 
 FREE, ZERO = 0xFFFFFFFF, 0xFFFFFFFE

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from imgcore._files import HostFile
+from imgcore.files.host_file import HostFile
 from imgcore.formats.vhd import VhdReader
 
 SECTOR = 512

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from imgcore._extents import FLAG_GRAIN_MARKER, Kind
-from imgcore._files import HostFile, ReferenceGate
+from imgcore.files.gate import ReferenceGate
+from imgcore.files.host_file import HostFile
 from imgcore.formats._vmdk_reader import VmdkReader
 from tests.helpers.plans import plan_rows
 

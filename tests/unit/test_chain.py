@@ -13,7 +13,6 @@ import pytest
 
 from imgcore import _chain
 from imgcore._chain import open_chain
-from imgcore._files import HostFile, ReferenceGate
 from imgcore.errors import (
     CorruptImageError,
     LimitExceededError,
@@ -22,6 +21,8 @@ from imgcore.errors import (
     UnsupportedFeatureError,
     WrongFormatError,
 )
+from imgcore.files.gate import ReferenceGate
+from imgcore.files.host_file import HostFile
 from imgcore.formats._base import BackingReference
 from imgcore.limits import MAX_CHAIN_DEPTH
 

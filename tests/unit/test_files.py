@@ -16,14 +16,16 @@ from typing import Any
 
 import pytest
 
-from imgcore import _files
-from imgcore._files import HostFile, ReferenceGate, same_file
 from imgcore.errors import (
     CorruptImageError,
     ImgcoreError,
     OptionError,
     UnsafeReferenceError,
 )
+from imgcore.files import gate, host_file, identity
+from imgcore.files.gate import ReferenceGate
+from imgcore.files.host_file import HostFile
+from imgcore.files.identity import same_file
 
 
 @pytest.fixture
@@ -197,7 +199,7 @@ def test_block_device(image: Path) -> None:
     with loop_device(image) as device, HostFile.open(device) as file:
         assert (file.is_block_device, file.nbytes) == (True, 4096)
         assert file.pread(0, 4096) == image.read_bytes()
-        assert file.identity == (_files.BLOCK_DEVICE, os.stat(device).st_rdev)
+        assert file.identity == (identity.BLOCK_DEVICE, os.stat(device).st_rdev)
         file.check_unchanged()
 
 
@@ -272,7 +274,7 @@ class TestQemuLock:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run a test with the kernel's help and without it."""
     if request.param == "walk":
-        monkeypatch.setattr(_files, "_openat2_beneath", lambda *_: None)
+        monkeypatch.setattr(gate, "_openat2_beneath", lambda *_: None)
     return str(request.param)
 
 
@@ -475,6 +477,6 @@ def test_is_on_xfs(tmp_path: Path, file_system: str) -> None:
             pytest.skip("mounting is not permitted")
         try:
             with (folder / "x").open("wb") as file:
-                assert _files.is_on_xfs(file.fileno()) == (file_system == "xfs")
+                assert host_file.is_on_xfs(file.fileno()) == (file_system == "xfs")
         finally:
             subprocess.run(["umount", folder], check=True)

@@ -15,8 +15,8 @@ from tests.helpers.qcow2 import create, qemu_io
 import imgcore
 from imgcore import _host_holes
 from imgcore._extents import EXTENT_DTYPE, Kind
-from imgcore._files import HostFile
 from imgcore._host_holes import HostHoles
+from imgcore.files.host_file import HostFile
 from imgcore.formats._base import SourceFile
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from tests.helpers import qemu
 from tests.helpers.plans import poke
 from tests.helpers.qcow2 import create, open_qcow2, qemu_io
 
-from imgcore._files import HostFile
+from imgcore.files.host_file import HostFile
 from imgcore.formats import _qcow2_check
 from imgcore.formats._base import CheckReport
 

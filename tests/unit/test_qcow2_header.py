@@ -280,7 +280,7 @@ def test_info_needs_no_numpy(tmp_path: Path) -> None:
     path = create(tmp_path / "a.qcow2", MIB)
     code = (
         "import sys\n"
-        "from imgcore._files import HostFile\n"
+        "from imgcore.files.host_file import HostFile\n"
         "from imgcore.formats.qcow2 import DRIVER\n"
         f"DRIVER.open(HostFile.open({str(path)!r}), None).info()\n"
         "assert 'numpy' not in sys.modules\n"

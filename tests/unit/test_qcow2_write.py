@@ -16,8 +16,8 @@ from tests.helpers.qcow2 import open_qcow2, read_guest, request, write_image
 import imgcore
 from imgcore import limits
 from imgcore._extents import PLACEMENT_DTYPE, BlockState
-from imgcore._target import Target
 from imgcore.errors import LimitExceededError, OptionError
+from imgcore.files.target import Target
 from imgcore.formats._base import BackingReference
 from imgcore.formats._qcow2_refcounts import encode_refcounts
 from imgcore.formats.qcow2 import DRIVER

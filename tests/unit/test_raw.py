@@ -16,15 +16,15 @@ from tests.unit.test_files import loop_device
 
 from imgcore._core import Job
 from imgcore._extents import EXTENT_DTYPE, PLACEMENT_DTYPE, Kind
-from imgcore._files import HostFile
 from imgcore._geometry import Placing, ZeroPolicy
-from imgcore._target import Target
 from imgcore.errors import (
     CorruptImageError,
     OptionError,
     TargetError,
     UnsupportedFeatureError,
 )
+from imgcore.files.host_file import HostFile
+from imgcore.files.target import Target
 from imgcore.formats import _flat, raw
 from imgcore.formats._base import BackingReference, WriteRequest
 
@@ -222,9 +222,11 @@ def test_reader_facts(tmp_path: Path) -> None:
 def test_info_needs_no_numpy(tmp_path: Path) -> None:
     script = (
         "import sys\n"
-        "from imgcore import _files, formats\n"
-        "file = _files.HostFile.open(sys.argv[1])\n"
-        "formats.open_reader(file, _files.ReferenceGate('.'))\n"
+        "from imgcore import formats\n"
+        "from imgcore.files.gate import ReferenceGate\n"
+        "from imgcore.files.host_file import HostFile\n"
+        "file = HostFile.open(sys.argv[1])\n"
+        "formats.open_reader(file, ReferenceGate('.'))\n"
         "print([name for name in ('numpy', 'zstandard', 'imgcore.formats.vmdk', 'ctypes')\n"
         "       if name in sys.modules])\n"
     )

@@ -15,7 +15,6 @@ from tests.helpers import images
 
 from imgcore import _stream
 from imgcore._stream import StreamSource, ZstdSink
-from imgcore._target import Target
 from imgcore.errors import (
     CorruptImageError,
     ImgcoreError,
@@ -23,6 +22,7 @@ from imgcore.errors import (
     OptionError,
     WrongFormatError,
 )
+from imgcore.files.target import Target
 
 DATA = images.noise(300_032) + bytes(1 << 20) + images.text(700_928) + bytes(512)
 CHUNKS = [512, 65536, 1_000_000, 64 << 20]

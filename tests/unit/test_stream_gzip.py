@@ -12,7 +12,7 @@ from tests.helpers import images, qemu
 import imgcore
 from imgcore import _stream_gzip
 from imgcore._stream_gzip import GzipSink
-from imgcore._target import Target
+from imgcore.files.target import Target
 
 MIB = 1 << 20
 

@@ -20,10 +20,16 @@ from typing import Any
 import pytest
 from tests.unit.test_files import loop_device, qemu_io
 
-from imgcore import _target, _target_names
-from imgcore._files import HostFile, same_file
-from imgcore._target import Target
 from imgcore.errors import TargetError
+from imgcore.files import (
+    target as target_module,
+)
+from imgcore.files import (
+    temporary_names,
+)
+from imgcore.files.host_file import HostFile
+from imgcore.files.identity import same_file
+from imgcore.files.target import Target
 
 NEW = b"new" * 1000
 
@@ -403,7 +409,7 @@ class TestFaults:
 
         with pytest.raises(OSError) as caught, Target(path, force=True) as target:
             if name == "close-late":
-                monkeypatch.setattr(_target.TargetFile, "check_written", fail)
+                monkeypatch.setattr(target_module.TargetFile, "check_written", fail)
             else:
                 monkeypatch.setattr(os, name, fail)
             target.main.truncate(100)
@@ -485,7 +491,7 @@ class TestStale:
         """Kill a process that is writing; return the name of what it left."""
         script = (
             "import os, sys\n"
-            "from imgcore._target import Target\n"
+            "from imgcore.files.target import Target\n"
             "target = Target(sys.argv[1], force=True)\n"
             "target.main.pwrite(0, b'half')\n"
             "os.kill(os.getpid(), 9)\n"
@@ -511,7 +517,7 @@ class TestStale:
     def test_still_locked_stays(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Its process number means nothing here: it may run on another host."""
         with Target(tmp_path / "disk.raw") as running:
-            monkeypatch.setattr(_target_names, "_is_alive", lambda pid: False)
+            monkeypatch.setattr(temporary_names, "_is_alive", lambda pid: False)
             write(tmp_path / "disk.raw")
             assert len(names(tmp_path)) == 2
             running.main.pwrite(0, b"x")
@@ -539,7 +545,7 @@ class TestStale:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         answers = iter([False, True])
-        monkeypatch.setattr(_target, "lock", lambda fd: next(answers))
+        monkeypatch.setattr(target_module, "lock", lambda fd: next(answers))
         write(tmp_path / "disk.raw")
         assert names(tmp_path) == ["disk.raw"]
 
@@ -670,7 +676,7 @@ class TestCompanion:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         left = self.set_aside(tmp_path)
-        monkeypatch.setattr(_target_names, "_is_trusted", lambda fd, entry: entry != left[1].name)
+        monkeypatch.setattr(temporary_names, "_is_trusted", lambda fd, entry: entry != left[1].name)
         Target(tmp_path / "disk.vmdk").abort()
         assert names(tmp_path) == sorted(path.name for path in left)
 

@@ -14,7 +14,7 @@ from tests.helpers.vhdx import FULL, MIB, PARTIAL, UNDEFINED, UNMAPPED, ZERO, Vh
 
 import imgcore
 from imgcore._extents import Kind
-from imgcore._files import HostFile
+from imgcore.files.host_file import HostFile
 from imgcore.formats.vhdx import VhdxReader
 
 ALL_STATES = {

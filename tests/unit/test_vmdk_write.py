@@ -20,7 +20,6 @@ from tests.helpers.vmdk import GRAIN, SECTOR, marker, open_vmdk, read_guest
 import imgcore
 from imgcore import limits
 from imgcore._extents import PLACEMENT_DTYPE, BlockState
-from imgcore._target import Target
 from imgcore.errors import (
     ImgcoreError,
     LimitExceededError,
@@ -28,6 +27,7 @@ from imgcore.errors import (
     TargetError,
     UnsupportedFeatureError,
 )
+from imgcore.files.target import Target
 from imgcore.formats import parse_options
 from imgcore.formats._base import BackingReference, WriteRequest
 from imgcore.formats.vmdk import DRIVER

@@ -18,8 +18,9 @@ from imgcore.sizes import parse_size
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from imgcore._files import HostFile, ReferenceGate
     from imgcore._stream import StreamSource
+    from imgcore.files.gate import ReferenceGate
+    from imgcore.files.host_file import HostFile
     from imgcore.formats._base import Driver, Option, Reader
 
     OptionTexts = Iterable[str] | Mapping[str, Any]

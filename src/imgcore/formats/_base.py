@@ -13,9 +13,11 @@ from imgcore.text import without_secrets
 
 if TYPE_CHECKING:
     from imgcore._extents import Extents, Placements
-    from imgcore._files import HostFile, ReferenceGate
     from imgcore._geometry import Geometry
-    from imgcore._target import Target, TargetFile
+    from imgcore.files.gate import ReferenceGate
+    from imgcore.files.host_file import HostFile
+    from imgcore.files.target import Target
+    from imgcore.files.target_file import TargetFile
 
 
 class SourceFile(NamedTuple):

@@ -9,15 +9,15 @@ import contextlib
 import os
 from typing import TYPE_CHECKING, Final
 
-from imgcore._files import is_on_xfs
 from imgcore._geometry import Geometry, Placing, ZeroPolicy
+from imgcore.files.host_file import is_on_xfs
 from imgcore.limits import KIB, MAX_BATCH_ROWS, MIB
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from imgcore._extents import Extents
-    from imgcore._files import HostFile
+    from imgcore.files.host_file import HostFile
 
 # Blocks of the target: whole ones of zeros are skipped, in others zeros of -S bytes are.
 _MIN_BLOCK_NBYTES: Final = 64 * KIB

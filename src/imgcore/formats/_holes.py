@@ -9,7 +9,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from imgcore._target import TargetFile
+    from imgcore.files.target_file import TargetFile
 
 # Pieces that hold only zeros stay holes.
 _HOLE_NBYTES: Final = 4096

@@ -25,7 +25,7 @@ from imgcore.formats._qcow2_tables import iter_l1, read_entries
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from imgcore._files import HostFile
+    from imgcore.files.host_file import HostFile
     from imgcore.formats._qcow2_header import Qcow2Header
 
 # Three arrays of 4 bytes: 96 MiB at the most.

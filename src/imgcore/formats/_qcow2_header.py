@@ -21,7 +21,7 @@ from imgcore.formats import _qcow2_layout as layout
 from imgcore.formats._base import BackingReference
 
 if TYPE_CHECKING:
-    from imgcore._files import HostFile
+    from imgcore.files.host_file import HostFile
 
 
 @dataclass

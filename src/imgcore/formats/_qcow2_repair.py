@@ -18,7 +18,7 @@ from imgcore.limits import MAX_REPAIR_NBYTES
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from imgcore._files import HostFile
+    from imgcore.files.host_file import HostFile
     from imgcore.formats._qcow2_header import Qcow2Header
 
 _KNOWN_EXTENSIONS: Final = {

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from imgcore._extents import Extents
-    from imgcore._files import HostFile
+    from imgcore.files.host_file import HostFile
     from imgcore.formats._qcow2_header import Qcow2Header
 
 # The L1 table is read in pieces of 1 MiB.

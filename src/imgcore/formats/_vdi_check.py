@@ -15,7 +15,7 @@ from imgcore.limits import VDI_MAX_CHECKED_BLOCKS
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from imgcore._files import HostFile
+    from imgcore.files.host_file import HostFile
     from imgcore.formats._vdi_header import VdiHeader
 
 # Blocks of the file that are counted in one pass over the map: a byte each.

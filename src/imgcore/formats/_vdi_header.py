@@ -27,7 +27,7 @@ from imgcore.limits import (
 from imgcore.log import log
 
 if TYPE_CHECKING:
-    from imgcore._files import HostFile
+    from imgcore.files.host_file import HostFile
 
 
 @dataclass(frozen=True)

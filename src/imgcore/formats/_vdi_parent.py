@@ -18,7 +18,7 @@ from imgcore.log import log
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from imgcore._files import ReferenceGate
+    from imgcore.files.gate import ReferenceGate
     from imgcore.formats._vdi_header import VdiHeader
 
 _SUFFIX: Final = ".vdi"

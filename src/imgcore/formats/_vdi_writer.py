@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from imgcore._extents import Placements
-    from imgcore._target import Target, TargetFile
+    from imgcore.files.target import Target
+    from imgcore.files.target_file import TargetFile
     from imgcore.formats._base import BackingReference, Writer, WriteRequest
 
 # Entries that are made and written at a time: 1 MiB.

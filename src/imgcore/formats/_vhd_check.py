@@ -16,7 +16,7 @@ from imgcore.limits import SECTOR_NBYTES, VHD_MAX_CHECKED_BLOCKS
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from imgcore._files import HostFile
+    from imgcore.files.host_file import HostFile
     from imgcore.formats._vhd_header import FooterPlace, VhdHeader
 
     Sectors = NDArray[np.int64]

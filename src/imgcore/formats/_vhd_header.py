@@ -28,7 +28,7 @@ from imgcore.limits import (
 from imgcore.log import log
 
 if TYPE_CHECKING:
-    from imgcore._files import HostFile
+    from imgcore.files.host_file import HostFile
 
 # BAT entries that are looked at together.
 _PIECE_ENTRIES: Final = 1 << 16

@@ -16,7 +16,7 @@ from imgcore.formats._vhd_layout import DiskType
 from imgcore.log import log
 
 if TYPE_CHECKING:
-    from imgcore._files import HostFile
+    from imgcore.files.host_file import HostFile
     from imgcore.formats._vhd_header import VhdHeader
 
 # A relative name leads to the parent wherever the two files have been moved together.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from imgcore._extents import Extents
-    from imgcore._files import HostFile
+    from imgcore.files.host_file import HostFile
     from imgcore.formats._vhd_header import VhdHeader
 
     Bitmaps = NDArray[np.uint8]

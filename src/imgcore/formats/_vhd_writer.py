@@ -24,7 +24,8 @@ from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
     from imgcore._extents import Placements
-    from imgcore._target import Target, TargetFile
+    from imgcore.files.target import Target
+    from imgcore.files.target_file import TargetFile
     from imgcore.formats._base import Writer, WriteRequest
 
 _HEADER_OFFSET: Final = layout.FOOTER_NBYTES

@@ -26,7 +26,7 @@ from imgcore.formats._vhdx_log import ReplayedFile, replay
 from imgcore.formats._vhdx_parent import NIL, backing_reference, read_locator
 
 if TYPE_CHECKING:
-    from imgcore._files import HostFile
+    from imgcore.files.host_file import HostFile
 
     # What is read after the log: the file itself, or what the log makes of it.
     ImageFile = HostFile | ReplayedFile

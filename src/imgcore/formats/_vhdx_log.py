@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from imgcore import limits
 from imgcore._core import crc32c
-from imgcore._files import HostFile
 from imgcore.errors import CorruptImageError, LimitExceededError
+from imgcore.files.host_file import HostFile
 from imgcore.formats import _vhdx_layout as layout
 
 if TYPE_CHECKING:

@@ -25,7 +25,8 @@ from imgcore.formats._vhdx_bat import payload_indices, table_format
 
 if TYPE_CHECKING:
     from imgcore._extents import Placements
-    from imgcore._target import Target, TargetFile
+    from imgcore.files.target import Target
+    from imgcore.files.target_file import TargetFile
     from imgcore.formats._base import WriteRequest
     from imgcore.formats._vhdx_options import VhdxParams
 

@@ -33,7 +33,8 @@ from imgcore.log import log
 
 if TYPE_CHECKING:
     from imgcore._extents import Extents
-    from imgcore._files import HostFile, ReferenceGate
+    from imgcore.files.gate import ReferenceGate
+    from imgcore.files.host_file import HostFile
     from imgcore.formats._vmdk_plan import SparsePlanner
 
 _PROBE_NBYTES: Final = 65536

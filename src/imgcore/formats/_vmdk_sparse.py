@@ -30,7 +30,7 @@ from imgcore.limits import (
 from imgcore.log import log
 
 if TYPE_CHECKING:
-    from imgcore._files import HostFile
+    from imgcore.files.host_file import HostFile
 
 _TAIL_PIECE_NBYTES = 65536
 

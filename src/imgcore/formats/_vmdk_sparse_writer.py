@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
     from imgcore._core import TableFormat
     from imgcore._extents import Placements
-    from imgcore._target import Target, TargetFile
+    from imgcore.files.target import Target
+    from imgcore.files.target_file import TargetFile
 
 _GT_NSECTORS: Final = layout.GT_NBYTES // SECTOR_NBYTES
 # What follows the grains of one table in a streamOptimized file: marker and table.

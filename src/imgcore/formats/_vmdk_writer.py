@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from imgcore._extents import Placements
-    from imgcore._target import Target, TargetFile
+    from imgcore.files.target import Target
+    from imgcore.files.target_file import TargetFile
     from imgcore.formats._base import Writer, WriteRequest
 
 # VMware's own tools write 4 for "any"; hosts since ESX 4 take the version from the VM instead.

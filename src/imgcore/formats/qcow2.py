@@ -16,7 +16,7 @@ from imgcore.formats._qcow2_options import OPTIONS
 
 if TYPE_CHECKING:
     from imgcore._extents import Extents
-    from imgcore._files import HostFile
+    from imgcore.files.host_file import HostFile
     from imgcore.formats._base import CheckReport, Repair
     from imgcore.formats._qcow2_tables import ExtentPlanner
 

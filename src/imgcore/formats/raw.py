@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from imgcore._extents import Extents, Placements
-    from imgcore._files import HostFile
     from imgcore._geometry import Geometry
-    from imgcore._target import Target, TargetFile
+    from imgcore.files.host_file import HostFile
+    from imgcore.files.target import Target
+    from imgcore.files.target_file import TargetFile
     from imgcore.formats._base import BackingReference, CheckReport, WriteRequest
 
 OPTIONS: Final = (

@@ -15,7 +15,8 @@ from imgcore.formats._vdi_header import read_header
 
 if TYPE_CHECKING:
     from imgcore._extents import Extents
-    from imgcore._files import HostFile, ReferenceGate
+    from imgcore.files.gate import ReferenceGate
+    from imgcore.files.host_file import HostFile
     from imgcore.formats._base import BackingReference, CheckReport, Repair
     from imgcore.formats._vdi_tables import BlockMapPlanner
 

@@ -24,7 +24,7 @@ from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
     from imgcore._extents import Extents
-    from imgcore._files import HostFile
+    from imgcore.files.host_file import HostFile
     from imgcore.formats._base import CheckReport, Repair
     from imgcore.formats._vhd_plan import BlockPlanner
 

@@ -22,7 +22,7 @@ from imgcore.log import log
 
 if TYPE_CHECKING:
     from imgcore._extents import Extents
-    from imgcore._files import HostFile
+    from imgcore.files.host_file import HostFile
     from imgcore.formats._base import CheckReport, Repair
     from imgcore.formats._vhdx_bat import ExtentPlanner
 

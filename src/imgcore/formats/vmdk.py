@@ -15,7 +15,8 @@ from imgcore.formats._base import Driver, Option, Reader
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from imgcore._files import HostFile, ReferenceGate
+    from imgcore.files.gate import ReferenceGate
+    from imgcore.files.host_file import HostFile
 
 ADAPTER_TYPES: Final = ("ide", "buslogic", "lsilogic", "legacyESX")
 SUBFORMATS: Final = ("monolithicSparse", "streamOptimized", "monolithicFlat", "vmfs")

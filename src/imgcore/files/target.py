@@ -10,19 +10,13 @@ import contextlib
 import errno
 import os
 import stat
-from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-from imgcore._files import (
-    QEMU_DENIES_WRITING,
-    QEMU_WRITES,
-    Identity,
-    describe_file_type,
-    file_identity,
-    is_locked_by_other,
-)
-from imgcore._retry import READ_ERRORS, WRITE_ERRORS, patiently
-from imgcore._target_names import (
+from imgcore.errors import TargetError
+from imgcore.files.identity import Identity, describe_file_type, file_identity
+from imgcore.files.locks import QEMU_DENIES_WRITING, QEMU_WRITES, is_locked_by_other
+from imgcore.files.target_file import TargetFile, named_errors
+from imgcore.files.temporary_names import (
     backup_name,
     folder_lock,
     lock,
@@ -32,130 +26,22 @@ from imgcore._target_names import (
     restore_interrupted,
     temporary_name,
 )
-from imgcore.errors import TargetError
 from imgcore.log import log
 from imgcore.sizes import format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
     from typing import Self
 
-    from imgcore._core import File
-    from imgcore._files import HostFile
+    from imgcore.files.host_file import HostFile
 
-_FILL_NBYTES: Final = 1 << 20
 # A folder that cannot be synced at all, as on some network and FUSE file systems.
 _NO_SYNC_ERRORS: Final = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES)
-
-
-class TargetFile:
-    """One file that is being written.
-
-    Attributes
-    ----------
-    path : str
-        The final name; stands in messages.
-    fd : int
-        Open for reading and writing, owned by this object.
-    """
-
-    def __init__(self, fd: int, path: str) -> None:
-        self.fd = fd
-        self.path = path
-        self._core: File | None = None
-
-    @property
-    def core(self) -> File:
-        """The file as the native core knows it."""
-        if self._core is None:
-            from imgcore._core import File
-
-            self._core = File.from_fd(self.fd)
-        return self._core
-
-    @property
-    def nbytes(self) -> int:
-        """The size now; of a block device, its capacity."""
-        return os.lseek(self.fd, 0, os.SEEK_END)
-
-    def pwrite(self, offset: int, data: Any) -> None:
-        """Write a whole buffer at ``offset``; raises OSError with the file's name."""
-        with memoryview(data) as view, view.cast("B") as octets, _named(self.path):
-            done = 0
-            while done < len(octets):
-                rest, at = octets[done:], offset + done
-                done += patiently(partial(os.pwrite, self.fd, rest, at), WRITE_ERRORS)
-
-    def pread(self, offset: int, length: int) -> bytes:
-        """Return what was written, up to ``length`` bytes, fewer at the file's end."""
-        with _named(self.path):
-            return patiently(lambda: os.pread(self.fd, length, offset), READ_ERRORS)
-
-    def truncate(self, nbytes: int) -> None:
-        """Set the file's size; a block device has to be large enough and stays as it is."""
-        with _named(self.path):
-            if not stat.S_ISBLK(os.fstat(self.fd).st_mode):
-                os.ftruncate(self.fd, nbytes)
-            elif self.nbytes < nbytes:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def preallocate(self, mode: str, nbytes: int) -> None:
-        """Reserve the file's first ``nbytes`` bytes, which then read as zeros.
-
-        Parameters
-        ----------
-        mode : {"off", "falloc", "full"}
-            Not at all, by asking the file system, by writing zeros.
-        nbytes : int
-            Bytes.
-
-        Raises
-        ------
-        OSError
-            The file system is full, or cannot.
-        """
-        if mode == "falloc" and nbytes:
-            with _named(self.path):
-                os.posix_fallocate(self.fd, 0, nbytes)
-        elif mode == "full":
-            zeros = bytes(_FILL_NBYTES)
-            for offset in range(0, nbytes, _FILL_NBYTES):
-                self.pwrite(offset, memoryview(zeros)[: min(_FILL_NBYTES, nbytes - offset)])
-        elif mode not in ("off", "falloc"):
-            raise ValueError(f"unknown preallocation mode {mode!r}")
-
-    def sync(self) -> None:
-        """Make the contents durable; a failure is final, the kernel may have dropped the data."""
-        with _named(self.path):
-            os.fsync(self.fd)
-
-    def check_written(self) -> None:
-        """Raise what closing the file would: network file systems report late errors there."""
-        with _named(self.path):
-            os.close(os.dup(self.fd))
-
-    def close(self) -> None:
-        """Close the descriptor; more than once is allowed."""
-        core, self._core = self._core, None
-        if core is not None:
-            core.close()
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
 
 
 def _refuse_in_use(fd: int, path: str) -> None:
     if is_locked_by_other(fd, QEMU_WRITES) or is_locked_by_other(fd, QEMU_DENIES_WRITING):
         raise TargetError("in use by another process (QEMU's image lock)", path=path)
-
-
-@contextlib.contextmanager
-def _named(path: str) -> Iterator[None]:
-    """Put the target's name into operating-system errors that carry none."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, os.strerror(error.errno or errno.EIO), path) from error
 
 
 class Target:
@@ -180,7 +66,7 @@ class Target:
     path : str
     in_place, is_block_device : bool
     identity : tuple of two ints, or None
-        Of what has the final name now, links followed; for `imgcore._files.same_file`.
+        Of what has the final name now, links followed; for `imgcore.files.host_file.same_file`.
 
     Raises
     ------
@@ -514,7 +400,7 @@ class Target:
     def _sync_names(self) -> None:
         """Make the names so far durable, where the folder can do that at all."""
         if self.sync:
-            with _named(self.path):
+            with named_errors(self.path):
                 try:
                     os.fsync(self._folder_fd)
                 except OSError as error:

@@ -1,0 +1,1 @@
+"""Files of the host: what is read, what is named inside images, what is written."""

@@ -1,0 +1,242 @@
+"""The reference gate: opens what an image names, below permitted folders only."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+import struct
+from typing import TYPE_CHECKING, Final
+
+from imgcore.errors import (
+    OptionError,
+    UnsafeReferenceError,
+)
+from imgcore.files.host_file import OPEN_FLAGS, HostFile
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+
+def folder_names(allow: Iterable[str | os.PathLike[str]]) -> list[str]:
+    """Return allowed folders as the gate takes them; OptionError for a single one.
+
+    A text is a sequence too, of characters, and ``/`` is a folder.
+    """
+    if isinstance(allow, str | bytes | os.PathLike):
+        raise OptionError(f"allow is a sequence of folders, not {allow!r} alone")
+    return [os.fspath(folder) for folder in allow]
+
+
+class ReferenceGate:
+    """Opens files that are named inside an image, below permitted folders only.
+
+    Parameters
+    ----------
+    folder : str
+        The image's own folder; relative names start here.
+    allowed : sequence of str
+        More folders, by the caller's word.  Block devices are opened only below these.
+    share : bool
+        What `open` does if it is not told: as in `HostFile.open`.
+
+    Notes
+    -----
+    The kernel itself keeps the way below the folder (``openat2`` with ``RESOLVE_BENEATH``), so
+    a name swapped for a symbolic link in the meantime leads nowhere.  Where there is no
+    ``openat2``, each component is opened by itself and symbolic links are refused.
+    """
+
+    def __init__(self, folder: str, allowed: Sequence[str] = (), *, share: bool = False) -> None:
+        self.share = share
+        self.folder = os.path.abspath(folder or ".")
+        self.allowed = tuple(os.path.abspath(name) for name in allowed)
+        for name in self.allowed:
+            if not os.path.isdir(name):
+                raise OptionError(f"{name}: the allowed folder does not exist or is no folder")
+        self._inherited: tuple[str, ...] = ()
+
+    def beside(self, file: HostFile) -> ReferenceGate:
+        """Return the gate for a file that came through this one: its folder, and this gate's."""
+        gate = ReferenceGate(os.path.dirname(file.path), self.allowed, share=self.share)
+        gate._inherited = (self.folder, *self._inherited)
+        return gate
+
+    def open(self, name: str, *, share: bool | None = None) -> HostFile:
+        """Open a file by the name that an image gives for it.
+
+        Parameters
+        ----------
+        name : str
+            A file name, absolute or relative to the image's folder, nothing else; bytes that
+            are not UTF-8 as ``os.fsdecode`` gives them.
+        share : bool, optional
+            As in `HostFile.open`; the gate's own by default.
+
+        Raises
+        ------
+        UnsafeReferenceError
+            The name is no file name, or leads out of the permitted folders.
+        OSError
+            The system refuses; also if there is no such file.
+        """
+        self._refuse_syntax(name)
+        path = os.path.normpath(os.path.join(self.folder, name))
+        try:
+            fd, device = self._open_beneath(path)
+        except _OutsideError:
+            fd, device = self._open_elsewhere(name, path)
+        sharing = self.share if share is None else share
+        return HostFile(fd, path, share=sharing, device=device)
+
+    def _open_elsewhere(self, name: str, path: str) -> tuple[int, bool]:
+        """Open what an absolute link leads to, if that is a permitted folder, in the same way."""
+        try:
+            return self._open_beneath(os.path.realpath(path))
+        except _OutsideError:
+            raise self._outside(name, path) from None
+        except OSError as error:
+            # The link may have become something else meanwhile, and realpath stumbled.
+            raise OSError(error.errno, os.strerror(error.errno or 0), path) from error
+
+    def _refuse_syntax(self, name: str) -> None:
+        problem = None
+        if not name:
+            problem = "is empty"
+        elif "\0" in name:
+            problem = "holds a NUL"
+        elif name[:5].lower() == "json:":
+            problem = "is a json: description"
+        elif re.match(r"[A-Za-z]:", name):
+            problem = "starts with a drive letter"
+        elif re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", name):
+            problem = "is a URL or names a protocol"
+        else:
+            try:
+                os.fsencode(name)
+            except UnicodeEncodeError:
+                problem = "is not encodable"
+        if problem is not None:
+            raise UnsafeReferenceError(
+                f"the image in {self.folder} refers to {name[:200]!r}, which {problem}; "
+                "only file names are followed"
+            )
+
+    def _outside(self, name: str, path: str) -> UnsafeReferenceError:
+        return UnsafeReferenceError(
+            f"the image in {self.folder} refers to {name[:200]!r}, which leads out of that folder; "
+            f"--allow {os.path.dirname(path)} permits it (allow=[...] in Python)"
+        )
+
+    def _open_beneath(self, path: str) -> tuple[int, bool]:
+        """Open an absolute, normal path below the first permitted folder that holds it."""
+        for folder, device in self._folders():
+            rest = _below(path, folder)
+            if rest is None:
+                continue
+            fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                return open_beneath(fd, rest, path), device
+            finally:
+                os.close(fd)
+        raise _OutsideError
+
+    def _folders(self) -> list[tuple[str, bool]]:
+        """Return permitted folders, each also without the links on the way to it."""
+        # Allowed ones first: they permit more.
+        pairs = [(folder, True) for folder in self.allowed]
+        pairs += [(folder, False) for folder in (self.folder, *self._inherited)]
+        return pairs + [(os.path.realpath(folder), device) for folder, device in pairs]
+
+
+class _OutsideError(Exception):
+    """The way leaves the folder."""
+
+
+def _below(path: str, folder: str) -> str | None:
+    """Return ``path`` relative to ``folder``, or None if it does not lie below by its name."""
+    prefix = folder if folder.endswith("/") else folder + "/"
+    return path[len(prefix) :] if path.startswith(prefix) and len(path) > len(prefix) else None
+
+
+def open_beneath(folder_fd: int, rest: str, path: str) -> int:
+    """Open a relative name for reading without ever leaving a folder; ``path`` is for messages."""
+    fd = _openat2_beneath(folder_fd, rest, path)
+    return _walk_beneath(folder_fd, rest, path) if fd is None else fd
+
+
+# Linux include/uapi/linux/openat2.h.
+_RESOLVE_NO_MAGICLINKS: Final = 0x02
+
+
+_RESOLVE_BENEATH: Final = 0x08
+
+
+# Only these machines are known to number the call so (all newer ones do).
+_SYS_OPENAT2: Final = {"x86_64": 437, "aarch64": 437}
+
+
+def _openat2_beneath(folder_fd: int, rest: str, path: str) -> int | None:
+    """Open by openat2; None if the kernel or its guards do not know the call."""
+    number = _SYS_OPENAT2.get(os.uname().machine)
+    if number is None:
+        return None
+    import ctypes
+
+    syscall = ctypes.CDLL(None, use_errno=True).syscall
+    syscall.restype = ctypes.c_long
+    how = struct.pack("@QQQ", OPEN_FLAGS, 0, _RESOLVE_BENEATH | _RESOLVE_NO_MAGICLINKS)
+    for _ in range(32):
+        fd = syscall(
+            ctypes.c_long(number),
+            ctypes.c_long(folder_fd),
+            ctypes.c_char_p(os.fsencode(rest)),
+            ctypes.c_char_p(how),
+            ctypes.c_long(len(how)),
+        )
+        if fd >= 0:
+            return int(fd)
+        code = ctypes.get_errno()
+        # EAGAIN: something was renamed on the way, so the kernel cannot be sure.
+        if code not in (errno.EAGAIN, errno.EINTR):
+            break
+    if code in (errno.ENOSYS, errno.EPERM):
+        return None
+    if code == errno.EXDEV:
+        raise _OutsideError
+    raise OSError(code, os.strerror(code), path)
+
+
+def _walk_beneath(folder_fd: int, rest: str, path: str) -> int:
+    """Open component by component, following no link."""
+    *folders, last = rest.split("/")
+    fd = os.dup(folder_fd)
+    try:
+        for component in folders:
+            next_fd = _step(fd, component, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, path)
+            os.close(fd)
+            fd = next_fd
+        return _step(fd, last, OPEN_FLAGS, path)
+    finally:
+        os.close(fd)
+
+
+def _step(folder_fd: int, component: str, flags: int, path: str) -> int:
+    if component in ("", ".", ".."):
+        raise _OutsideError
+    try:
+        return os.open(component, flags | os.O_NOFOLLOW, dir_fd=folder_fd)
+    except OSError as error:
+        # ELOOP is a link in the last place, ENOTDIR may be one in the place of a folder.
+        if error.errno == errno.ELOOP or _is_link(component, folder_fd):
+            raise _OutsideError from None
+        raise OSError(error.errno, os.strerror(error.errno or 0), path) from error
+
+
+def _is_link(component: str, folder_fd: int) -> bool:
+    try:
+        status = os.stat(component, dir_fd=folder_fd, follow_symlinks=False)
+    except OSError:
+        return False
+    return stat.S_ISLNK(status.st_mode)

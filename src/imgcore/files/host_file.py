@@ -1,0 +1,263 @@
+"""A file of the host that is open for reading: a regular file or a block device."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+from typing import TYPE_CHECKING, Any, Final
+
+from imgcore.errors import (
+    CorruptImageError,
+    ImgcoreError,
+)
+from imgcore.files.identity import (
+    describe_file_type,
+    file_identity,
+)
+from imgcore.files.locks import QEMU_DENIES_READING, QEMU_WRITES, is_locked_by_other
+from imgcore.files.retry import READ_ERRORS, patiently
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from imgcore._core import File
+
+
+OPEN_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+
+# The kernel moves no more than this in one read.
+_MAX_READ_NBYTES: Final = 0x7FFFF000
+
+
+_XFS_SUPER_MAGIC: Final = 0x58465342  # Linux include/uapi/linux/magic.h
+
+
+def is_on_xfs(fd: int) -> bool:
+    """Tell whether an open file lies on XFS."""
+    import ctypes
+
+    # struct statfs is 120 bytes on 64-bit Linux and starts with f_type, a long.
+    buffer = ctypes.create_string_buffer(256)
+    if ctypes.CDLL(None).fstatfs(fd, buffer) != 0:
+        return False
+    return ctypes.c_long.from_buffer(buffer).value == _XFS_SUPER_MAGIC
+
+
+class HostFile:
+    """A file of the host, open for reading: a regular file or a block device.
+
+    Attributes
+    ----------
+    path : str
+        As given; stands in messages.
+    fd : int
+        The descriptor, owned by this object.
+    nbytes : int
+        The size when it was opened.
+    is_block_device : bool
+    identity : tuple of two ints
+        Equal for two objects only if they are the same file.
+    """
+
+    def __init__(self, fd: int, path: str, *, share: bool = False, device: bool = True) -> None:
+        """Take over an open descriptor; it is closed if the file is refused."""
+        self.path = path
+        self.fd = fd
+        self._core: File | None = None
+        self._share = share
+        self._absolute_path = os.path.abspath(path)
+        try:
+            self._status = os.fstat(fd)
+            _refuse_type(self._status.st_mode, path, device=device)
+            self.is_block_device = stat.S_ISBLK(self._status.st_mode)
+            self.identity = file_identity(self._status)
+            self.nbytes = self._find_nbytes()
+            if self.is_block_device and self.nbytes == 0:
+                raise ImgcoreError("the block device has no medium (its size is 0)", path=path)
+            # io_uring fails reads of what is not cached on a non-blocking file.
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
+            if not share:
+                self._refuse_lock()
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, share: bool = False) -> Self:
+        """Open a file that the caller names.
+
+        Parameters
+        ----------
+        path : str or path-like
+            A regular file or a block device, or a symbolic link to one.
+        share : bool
+            Do not mind that another process may be writing to the image.
+
+        Raises
+        ------
+        OSError
+            The system refuses.
+        ImgcoreError
+            It is neither a regular file nor a block device, or QEMU has it open for writing.
+
+        Notes
+        -----
+        Does not hang, whatever the path names.
+        """
+        name = os.fspath(path)
+        # Not even opened: that alone can wake a pipe's writer or rewind a tape.
+        _refuse_type(os.stat(name).st_mode, name)
+        return cls(os.open(name, OPEN_FLAGS), name, share=share)
+
+    def _find_nbytes(self) -> int:
+        if self.is_block_device:
+            return os.lseek(self.fd, 0, os.SEEK_END)
+        return self._status.st_size
+
+    def _refuse_lock(self) -> None:
+        for byte in (QEMU_WRITES, QEMU_DENIES_READING):
+            if is_locked_by_other(self.fd, byte):
+                raise ImgcoreError(
+                    "in use by another process that writes to it (QEMU's image lock); "
+                    "-U reads it nevertheless",
+                    path=self.path,
+                )
+
+    @property
+    def modified(self) -> int:
+        """Unix seconds of the last change before it was opened."""
+        return int(self._status.st_mtime)
+
+    @property
+    def share(self) -> bool:
+        """Whether another process may be writing to the file."""
+        return self._share
+
+    @property
+    def core(self) -> File:
+        """The file as the native core knows it."""
+        if self._core is None:
+            from imgcore._core import File
+
+            self._core = File.from_fd(self.fd)
+        return self._core
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """Return exactly ``length`` bytes from ``offset`` on.
+
+        Raises
+        ------
+        CorruptImageError
+            The range does not lie inside the file; nothing was allocated for it.
+        OSError
+            The system cannot read it.
+        """
+        self._check_range(offset, length)
+        first = self._read_some(offset, length)
+        if len(first) == length:
+            return first
+        buffer = bytearray(length)
+        buffer[: len(first)] = first
+        self._fill(offset, memoryview(buffer), len(first))
+        return bytes(buffer)
+
+    def pread_into(self, offset: int, buffer: Any) -> None:
+        """Fill a writable buffer with the bytes from ``offset`` on; errors as of `pread`."""
+        with memoryview(buffer) as view, view.cast("B") as octets:
+            self._check_range(offset, len(octets))
+            self._fill(offset, octets, 0)
+
+    def _check_range(self, offset: int, length: int) -> None:
+        if offset < 0 or length < 0:
+            raise ValueError(f"{self.path}: negative offset or length: {offset}, {length}")
+        if length > self.nbytes or offset > self.nbytes - length:
+            raise CorruptImageError(
+                f"{length} bytes at 0x{offset:x} end at 0x{offset + length:x}, "
+                f"past the end of the file (0x{self.nbytes:x})",
+                path=self.path,
+                offset=offset,
+            )
+
+    def _fill(self, offset: int, view: memoryview, done: int) -> None:
+        while done < len(view):
+            piece = self._read_some(offset + done, len(view) - done)
+            if not piece:
+                raise CorruptImageError(
+                    f"the file became shorter while it was read: it ends at or before "
+                    f"0x{offset + done:x}",
+                    path=self.path,
+                    offset=offset + done,
+                )
+            view[done : done + len(piece)] = piece
+            done += len(piece)
+
+    def _read_some(self, offset: int, length: int) -> bytes:
+        try:
+            nbytes = min(length, _MAX_READ_NBYTES)
+            return patiently(lambda: os.pread(self.fd, nbytes, offset), READ_ERRORS)
+        except OSError as error:
+            text = f"{os.strerror(error.errno or 0)} (reading {length} bytes at 0x{offset:x})"
+            raise OSError(error.errno, text, self.path) from error
+
+    def next_data(self, position: int) -> tuple[int, int]:
+        """Return [start, end) of the next data at or after a place, ``start >= end`` for none.
+
+        What a file has lost since it was opened counts as data: reading it has to fail, where
+        a hole would read as zeros.
+        """
+        start, end = self.core.next_data(position)
+        if start < end or self.is_block_device or os.fstat(self.fd).st_size >= self.nbytes:
+            return start, end
+        return position, self.nbytes
+
+    def check_unchanged(self) -> None:
+        """Raise ImgcoreError if the file has changed since it was opened.
+
+        Size and time of modification are compared, and whether the name still is this file's;
+        of a block device only the size.  A shared file may change.
+        """
+        if self._share:
+            return
+        now = os.fstat(self.fd)
+        if self.is_block_device:
+            changed = None if self._find_nbytes() == self.nbytes else "size"
+        elif now.st_size != self.nbytes:
+            changed = "size"
+        elif now.st_mtime_ns != self._status.st_mtime_ns:
+            changed = "time of modification"
+        else:
+            changed = "inode" if self._is_replaced() else None
+        if changed is not None:
+            raise ImgcoreError(
+                f"changed while it was read (its {changed}): the result cannot be trusted",
+                path=self.path,
+            )
+
+    def _is_replaced(self) -> bool:
+        try:
+            return file_identity(os.stat(self._absolute_path)) != self.identity
+        except OSError:
+            return False  # deleted or out of reach now: what was read is whole
+
+    def close(self) -> None:
+        """Close the descriptor; more than once is allowed."""
+        core, self._core = self._core, None
+        if core is not None:
+            core.close()
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _refuse_type(mode: int, path: str, *, device: bool = True) -> None:
+    if stat.S_ISREG(mode) or (device and stat.S_ISBLK(mode)):
+        return
+    allowed = "a regular file or a block device" if device else "a regular file"
+    raise ImgcoreError(f"is {describe_file_type(mode)}, not {allowed}", path=path)

@@ -1,0 +1,44 @@
+"""What tells a file from all others, and what kind of file it is."""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    pass
+
+
+# (st_dev, st_ino) of a file, (BLOCK_DEVICE, st_rdev) of a block device.
+Identity = tuple[int, int]
+
+
+BLOCK_DEVICE: Final = -1
+
+
+def file_identity(status: os.stat_result) -> Identity:
+    """Return what tells a file from all others while it is open."""
+    if stat.S_ISBLK(status.st_mode):
+        return (BLOCK_DEVICE, status.st_rdev)
+    return (status.st_dev, status.st_ino)
+
+
+def same_file(a: Identity | None, b: Identity | None) -> bool:
+    """Tell whether two identities are of one file; a file that does not exist is no other's."""
+    return a is not None and a == b
+
+
+def describe_file_type(mode: int) -> str:
+    """Return what a ``st_mode`` is in words, for messages."""
+    for test, name in (
+        (stat.S_ISDIR, "a folder"),
+        (stat.S_ISFIFO, "a pipe"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISCHR, "a character device"),
+        (stat.S_ISLNK, "a symbolic link"),
+        (stat.S_ISBLK, "a block device"),
+    ):
+        if test(mode):
+            return name
+    return "a regular file"

@@ -1,0 +1,125 @@
+"""One file that is being written."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from imgcore.files.retry import READ_ERRORS, WRITE_ERRORS, patiently
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from imgcore._core import File
+
+
+_FILL_NBYTES: Final = 1 << 20
+
+
+class TargetFile:
+    """One file that is being written.
+
+    Attributes
+    ----------
+    path : str
+        The final name; stands in messages.
+    fd : int
+        Open for reading and writing, owned by this object.
+    """
+
+    def __init__(self, fd: int, path: str) -> None:
+        self.fd = fd
+        self.path = path
+        self._core: File | None = None
+
+    @property
+    def core(self) -> File:
+        """The file as the native core knows it."""
+        if self._core is None:
+            from imgcore._core import File
+
+            self._core = File.from_fd(self.fd)
+        return self._core
+
+    @property
+    def nbytes(self) -> int:
+        """The size now; of a block device, its capacity."""
+        return os.lseek(self.fd, 0, os.SEEK_END)
+
+    def pwrite(self, offset: int, data: Any) -> None:
+        """Write a whole buffer at ``offset``; raises OSError with the file's name."""
+        with memoryview(data) as view, view.cast("B") as octets, named_errors(self.path):
+            done = 0
+            while done < len(octets):
+                rest, at = octets[done:], offset + done
+                done += patiently(partial(os.pwrite, self.fd, rest, at), WRITE_ERRORS)
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """Return what was written, up to ``length`` bytes, fewer at the file's end."""
+        with named_errors(self.path):
+            return patiently(lambda: os.pread(self.fd, length, offset), READ_ERRORS)
+
+    def truncate(self, nbytes: int) -> None:
+        """Set the file's size; a block device has to be large enough and stays as it is."""
+        with named_errors(self.path):
+            if not stat.S_ISBLK(os.fstat(self.fd).st_mode):
+                os.ftruncate(self.fd, nbytes)
+            elif self.nbytes < nbytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def preallocate(self, mode: str, nbytes: int) -> None:
+        """Reserve the file's first ``nbytes`` bytes, which then read as zeros.
+
+        Parameters
+        ----------
+        mode : {"off", "falloc", "full"}
+            Not at all, by asking the file system, by writing zeros.
+        nbytes : int
+            Bytes.
+
+        Raises
+        ------
+        OSError
+            The file system is full, or cannot.
+        """
+        if mode == "falloc" and nbytes:
+            with named_errors(self.path):
+                os.posix_fallocate(self.fd, 0, nbytes)
+        elif mode == "full":
+            zeros = bytes(_FILL_NBYTES)
+            for offset in range(0, nbytes, _FILL_NBYTES):
+                self.pwrite(offset, memoryview(zeros)[: min(_FILL_NBYTES, nbytes - offset)])
+        elif mode not in ("off", "falloc"):
+            raise ValueError(f"unknown preallocation mode {mode!r}")
+
+    def sync(self) -> None:
+        """Make the contents durable; a failure is final, the kernel may have dropped the data."""
+        with named_errors(self.path):
+            os.fsync(self.fd)
+
+    def check_written(self) -> None:
+        """Raise what closing the file would: network file systems report late errors there."""
+        with named_errors(self.path):
+            os.close(os.dup(self.fd))
+
+    def close(self) -> None:
+        """Close the descriptor; more than once is allowed."""
+        core, self._core = self._core, None
+        if core is not None:
+            core.close()
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+@contextlib.contextmanager
+def named_errors(path: str) -> Iterator[None]:
+    """Put the target's name into operating-system errors that carry none."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, os.strerror(error.errno or errno.EIO), path) from error
