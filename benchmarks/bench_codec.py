@@ -10,8 +10,10 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 from tests.helpers import images
 
-from imgcore import _core, _extents, _levels
-from imgcore._geometry import Codec, CodecId, Geometry
+from imgcore import _core
+from imgcore.engine import extents as extents_module
+from imgcore.engine import levels as levels_module
+from imgcore.engine.geometry import Codec, CodecId, Geometry
 
 BLOCK_NBYTES = 64 << 10
 NBYTES = 32 << 20
@@ -19,12 +21,12 @@ NBYTES = 32 << 20
 CODECS = {
     "none": Codec(),
     **{
-        f"deflate-{level}-{bits}": _levels.deflate_codec(level, bits, CodecId.DEFLATE)
+        f"deflate-{level}-{bits}": levels_module.deflate_codec(level, bits, CodecId.DEFLATE)
         for level in ("fastest", "fast", "default", "best")
         for bits in (12, 15)
     },
     **{
-        f"zstd-{level}": _levels.zstd_codec(level)
+        f"zstd-{level}": levels_module.zstd_codec(level)
         for level in ("fastest", "fast", "default", "best")
     },
 }
@@ -38,8 +40,8 @@ def source() -> bytes:
 @pytest.mark.parametrize("name", CODECS)
 def test_compress(benchmark: BenchmarkFixture, name: str, source: bytes) -> None:
     geometry = Geometry(BLOCK_NBYTES, NBYTES, codec=CODECS[name], store_incompressible=True)
-    extents = _extents.single(0, NBYTES, _extents.Kind.DATA)
-    placements = np.zeros(NBYTES // BLOCK_NBYTES, _extents.PLACEMENT_DTYPE)
+    extents = extents_module.single(0, NBYTES, extents_module.Kind.DATA)
+    placements = np.zeros(NBYTES // BLOCK_NBYTES, extents_module.PLACEMENT_DTYPE)
 
     def job() -> int:
         placements[:] = 0

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from imgcore._lint import LintReport, lint
     from imgcore._map import MapEntry, map
     from imgcore._measure import measure
-    from imgcore._salvage import BadRange
+    from imgcore.engine.bad_ranges import BadRange
 
 __all__ = [
     "BadRange",

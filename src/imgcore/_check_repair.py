@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from imgcore._batches import pair_up
-from imgcore._extents import Kind
 from imgcore._image_info import STAT_BLOCK_NBYTES
+from imgcore.engine.batches import pair_up
+from imgcore.engine.extents import Kind
 from imgcore.errors import (
     ImgcoreError,
     LimitExceededError,

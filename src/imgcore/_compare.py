@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from imgcore._batches import pair_up
 from imgcore._convert import Progress
 from imgcore._core import Job
-from imgcore._extents import Kind
 from imgcore._image import Image
 from imgcore._image import open as open_image
-from imgcore._job import chosen_variants, native_sources, thread_count, translated_errors
 from imgcore._overlay import padded
+from imgcore.engine.batches import pair_up
+from imgcore.engine.extents import Kind
+from imgcore.engine.job import chosen_variants, thread_count, translated_errors
+from imgcore.engine.sources import native_sources
 
 if TYPE_CHECKING:
-    from imgcore._extents import Extents
+    from imgcore.engine.extents import Extents
 
 
 class CompareResult(NamedTuple):

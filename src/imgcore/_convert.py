@@ -12,11 +12,8 @@ import numpy as np
 
 from imgcore._chain import opened_reference
 from imgcore._core import Job
-from imgcore._extents import PLACEMENT_DTYPE
-from imgcore._geometry import CodecId, Placing, ZeroPolicy
 from imgcore._image import Image
 from imgcore._image import open as open_image
-from imgcore._job import chosen_variants, thread_count, translated_errors
 from imgcore._profiles import (
     GCE_SUFFIXES,
     Container,
@@ -25,8 +22,11 @@ from imgcore._profiles import (
     get_profile,
     rounded_size,
 )
-from imgcore._salvage import BadRange, named_bad_ranges
 from imgcore._supply import ImageSupply, StreamSupply
+from imgcore.engine.bad_ranges import BadRange, named_bad_ranges
+from imgcore.engine.extents import PLACEMENT_DTYPE
+from imgcore.engine.geometry import CodecId, Placing, ZeroPolicy
+from imgcore.engine.job import chosen_variants, thread_count, translated_errors
 from imgcore.errors import LimitExceededError, OptionError, UnsupportedFeatureError
 from imgcore.files.gate import folder_names
 from imgcore.files.target import Target
@@ -46,11 +46,11 @@ from imgcore.log import log
 from imgcore.sizes import parse_size
 
 if TYPE_CHECKING:
-    from imgcore._batches import Batch
-    from imgcore._extents import Placements
-    from imgcore._geometry import Geometry
     from imgcore._stream import StreamSource
     from imgcore._supply import Supply
+    from imgcore.engine.batches import Batch
+    from imgcore.engine.extents import Placements
+    from imgcore.engine.geometry import Geometry
     from imgcore.files.host_file import HostFile
     from imgcore.files.target_file import TargetFile
     from imgcore.formats._base import Writer

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from imgcore._extents import Kind
 from imgcore._profiles import GCE_MEMBER_NAME
 from imgcore._stream_gzip import GzipSink
 from imgcore._stream_tar import archive_end, sparse_header
 from imgcore._supply import STREAM_CHUNK_NBYTES, read_in_order
+from imgcore.engine.extents import Kind
 from imgcore.limits import KIB, MAX_TAR_SEGMENTS
 
 if TYPE_CHECKING:

@@ -1,16 +1,60 @@
 """The binding to the native core: thin, no algorithm (see native/include/imgc.h)."""
 
 from collections.abc import Callable, Sequence
-from typing import Final, final
+from typing import Final, Protocol, final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from imgcore._geometry import Geometry
-
 NO_SOURCE: Final[int]
 TARGET: Final[int]
 MAX_BAD_RANGES: Final[int]
+
+class _Codec(Protocol):
+    @property
+    def codec(self) -> int: ...
+    @property
+    def engine(self) -> int: ...
+    @property
+    def level(self) -> int: ...
+    @property
+    def window_bits(self) -> int: ...
+
+class _Geometry(Protocol):
+    """What a job reads of ``imgcore.engine.geometry.Geometry``."""
+
+    @property
+    def block_nbytes(self) -> int: ...
+    @property
+    def guest_nbytes(self) -> int: ...
+    @property
+    def placing(self) -> int: ...
+    @property
+    def zero_policy(self) -> int: ...
+    @property
+    def guest_base(self) -> int: ...
+    @property
+    def host_base(self) -> int: ...
+    @property
+    def stored_alignment(self) -> int: ...
+    @property
+    def compressed_alignment(self) -> int: ...
+    @property
+    def prefix(self) -> int: ...
+    @property
+    def store_incompressible(self) -> bool: ...
+    @property
+    def codec(self) -> _Codec: ...
+    @property
+    def sparse_nbytes(self) -> int: ...
+    @property
+    def group_nblocks(self) -> int: ...
+    @property
+    def group_gap_nbytes(self) -> int: ...
+    @property
+    def stored_prefix_nbytes(self) -> int: ...
+    @property
+    def stored_prefix_byte(self) -> int: ...
 
 class CoreError(Exception):
     """A failed call: ``status`` (enum imgc_status), ``os_errno``, ``offset``, ``source``, ``op``."""
@@ -89,7 +133,7 @@ class Job:
         self,
         *,
         sources: Sequence[tuple[File, int, int, int]],
-        geometry: Geometry | None = ...,
+        geometry: _Geometry | None = ...,
         target: File | None = ...,
         next_offset: int = ...,
         has_base: bool = ...,

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from imgcore._extents import EXTENT_DTYPE, Kind
+from imgcore.engine.extents import EXTENT_DTYPE, Kind
 from imgcore.formats._flat import sync_holes
 from imgcore.limits import MAX_BATCH_ROWS, MIB, SECTOR_NBYTES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from imgcore._extents import Extents
+    from imgcore.engine.extents import Extents
+    from imgcore.engine.sources import SourceFile
     from imgcore.files.host_file import HostFile
-    from imgcore.formats._base import SourceFile
 
 # A row costs up to two system calls, which pays where there is much to read.
 _MIN_ROW_NBYTES: Final = 1 * MIB

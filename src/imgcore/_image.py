@@ -14,10 +14,11 @@ from imgcore.formats._base import SectorSized
 from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
-    from imgcore._extents import Extents
     from imgcore._overlay import Depths
+    from imgcore.engine.extents import Extents
+    from imgcore.engine.sources import SourceFile
     from imgcore.files.host_file import HostFile
-    from imgcore.formats._base import Reader, SourceFile
+    from imgcore.formats._base import Reader
 
 
 class Image:
@@ -172,8 +173,9 @@ class Image:
 
     def _read_sectors(self, start: int, view: memoryview, threads: int | None) -> None:
         from imgcore._core import File, Job
-        from imgcore._geometry import Geometry, Placing, ZeroPolicy
-        from imgcore._job import chosen_variants, native_sources, thread_count, translated_errors
+        from imgcore.engine.geometry import Geometry, Placing, ZeroPolicy
+        from imgcore.engine.job import chosen_variants, thread_count, translated_errors
+        from imgcore.engine.sources import native_sources
         from imgcore.limits import MIB
 
         if threads is None:

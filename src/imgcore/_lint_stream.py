@@ -50,7 +50,7 @@ def _walk(reader: VmdkReader, sparse: SparseExtent) -> tuple[int | None, int | N
     """Return the first grain out of order, and where the last one's marker or data is."""
     import numpy as np
 
-    from imgcore._extents import FLAG_GRAIN_MARKER, Kind
+    from imgcore.engine.extents import FLAG_GRAIN_MARKER, Kind
     from imgcore.formats._vmdk_layout import GRAIN_MARKER
 
     prefix = GRAIN_MARKER.size if sparse.has_markers else 0

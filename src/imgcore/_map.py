@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from imgcore._extents import Extents
     from imgcore._image import Image
+    from imgcore.engine.extents import Extents
 
 # Image.layer_extents takes ranges of whole sectors; other ranges are clipped here.
 _SECTOR_NBYTES: Final = 512
@@ -120,7 +120,7 @@ def map_image(image: Image, start: int, end: int) -> Iterator[MapEntry]:
     """Yield the entries of ``[start, end)`` of an open image."""
     if start >= end:
         return
-    from imgcore._extents import clip
+    from imgcore.engine.extents import clip
 
     first = start - start % _SECTOR_NBYTES
     last = min(end + -end % _SECTOR_NBYTES, image.virtual_size)
@@ -156,7 +156,7 @@ def _batch_entries(
     """Turn extents into entries, joined within the batch."""
     import numpy as np
 
-    from imgcore._extents import Kind
+    from imgcore.engine.extents import Kind
 
     kind = batch["kind"]
     length = batch["length"]

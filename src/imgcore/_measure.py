@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from imgcore.errors import OptionError
 
 if TYPE_CHECKING:
-    from imgcore._extents import Extents
+    from imgcore.engine.extents import Extents
     from imgcore.formats._base import Measurement
 
 
@@ -111,7 +111,7 @@ def _stream_size(source: str | os.PathLike[str], format: str | None, share: bool
 
 
 def _whole(virtual_size: int) -> Iterator[Extents]:
-    from imgcore._extents import Kind, single
+    from imgcore.engine.extents import Kind, single
 
     if virtual_size:
         yield single(0, virtual_size, Kind.DATA)
@@ -168,7 +168,7 @@ def count_blocks(batches: Iterable[Extents], block_nbytes: int) -> int:
 
 
 def _data_ranges(batches: Iterable[Extents]) -> Iterator[tuple[Any, Any]]:
-    from imgcore._extents import Kind
+    from imgcore.engine.extents import Kind
 
     for batch in batches:
         rows = batch[batch["kind"] >= Kind.DATA]

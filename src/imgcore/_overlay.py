@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from imgcore._extents import EXTENT_DTYPE, Kind, clip, split
+from imgcore.engine.extents import EXTENT_DTYPE, Kind, clip, split
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from imgcore._extents import Extents
+    from imgcore.engine.extents import Extents
     from imgcore.formats._base import Reader
 
     Depths = NDArray[np.uint16]

@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from imgcore._batches import Batch, cut_batches, pair_up
 from imgcore._core import File
-from imgcore._extents import Kind, single
-from imgcore._geometry import ZeroPolicy
-from imgcore._job import native_sources
 from imgcore._overlay import padded
+from imgcore.engine.batches import Batch, cut_batches, pair_up
+from imgcore.engine.extents import Kind, single
+from imgcore.engine.geometry import ZeroPolicy
+from imgcore.engine.sources import native_sources
 from imgcore.errors import OptionError
 from imgcore.limits import MIB
 
 if TYPE_CHECKING:
-    from imgcore._extents import Extents
-    from imgcore._geometry import Geometry
     from imgcore._image import Image
     from imgcore._stream import StreamSource
+    from imgcore.engine.extents import Extents
+    from imgcore.engine.geometry import Geometry
 
 # A batch covers at most this many target blocks: 2^17 placements are 2 MiB.
 _MAX_BATCH_BLOCKS = 1 << 17

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import zstandard
 
-from imgcore._extents import PLACEMENT_DTYPE, BlockState, Kind
-from imgcore._geometry import CodecId, Geometry, Placing, ZeroPolicy
+from imgcore.engine.extents import PLACEMENT_DTYPE, BlockState, Kind
+from imgcore.engine.geometry import CodecId, Geometry, Placing, ZeroPolicy
 from imgcore.files.host_file import HostFile
 from imgcore.files.target import Target
 from imgcore.files.target_file import TargetFile

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from imgcore._extents import FLAG_GRAIN_MARKER, Kind
+from imgcore.engine.extents import FLAG_GRAIN_MARKER, Kind
 from imgcore.files.gate import ReferenceGate
 from imgcore.files.host_file import HostFile
 from imgcore.formats._vmdk_reader import VmdkReader

@@ -21,8 +21,8 @@ import pytest
 from click.testing import CliRunner
 
 from imgcore import cli
-from imgcore._salvage import BadRange
 from imgcore.cli import _progress
+from imgcore.engine.bad_ranges import BadRange
 from imgcore.errors import (
     CorruptImageError,
     OptionError,

@@ -15,9 +15,16 @@ import pytest
 
 import imgcore
 from imgcore import _core
-from imgcore._extents import EXTENT_DTYPE, PLACEMENT_DTYPE, Kind, single
-from imgcore._geometry import Codec, CodecId, DeflateEngine, Geometry, Placing, ZeroPolicy
-from imgcore._job import chosen_variants, thread_count, translated_errors
+from imgcore.engine.extents import EXTENT_DTYPE, PLACEMENT_DTYPE, Kind, single
+from imgcore.engine.geometry import (
+    Codec,
+    CodecId,
+    DeflateEngine,
+    Geometry,
+    Placing,
+    ZeroPolicy,
+)
+from imgcore.engine.job import chosen_variants, thread_count, translated_errors
 from imgcore.errors import (
     ConversionCancelled,
     CorruptImageError,

@@ -14,13 +14,13 @@ from tests.helpers.qcow2 import create, qemu_io
 
 import imgcore
 from imgcore import _host_holes
-from imgcore._extents import EXTENT_DTYPE, Kind
 from imgcore._host_holes import HostHoles
+from imgcore.engine.extents import EXTENT_DTYPE, Kind
+from imgcore.engine.sources import SourceFile
 from imgcore.files.host_file import HostFile
-from imgcore.formats._base import SourceFile
 
 if TYPE_CHECKING:
-    from imgcore._extents import Extents
+    from imgcore.engine.extents import Extents
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 

@@ -11,15 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imgcore._batches import cut_batches, pair_up
 from imgcore._compare import first_kind_difference
-from imgcore._extents import EXTENT_DTYPE, Kind, clip, single
-from imgcore._geometry import Geometry
 from imgcore._overlay import padded, plan_chain
 from imgcore._supply import ImageSupply
+from imgcore.engine.batches import cut_batches, pair_up
+from imgcore.engine.extents import EXTENT_DTYPE, Kind, clip, single
+from imgcore.engine.geometry import Geometry
 
 if TYPE_CHECKING:
-    from imgcore._extents import Extents
+    from imgcore.engine.extents import Extents
 
 SECTOR = 512
 
@@ -207,7 +207,7 @@ def test_batches_over_a_base_are_bounded_on_both_sides(
     geometry = Geometry(block_nbytes=unit, guest_nbytes=end)
     at = 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("imgcore._batches.MAX_BATCH_ROWS", max_rows)
+        patch.setattr("imgcore.engine.batches.MAX_BATCH_ROWS", max_rows)
         batches = list(ImageSupply(images[0], images[1], geometry).batches())
     for start, stop, rows, base in batches:
         assert base is not None

@@ -15,7 +15,7 @@ from tests.helpers.plans import plan_rows, poke
 from tests.helpers.qcow2 import create, merged, open_qcow2, qemu_io, qemu_map, read_guest
 
 from imgcore import limits
-from imgcore._extents import Kind
+from imgcore.engine.extents import Kind
 from imgcore.errors import CorruptImageError, ImgcoreError
 
 MIB, TIB = 1 << 20, 1 << 40

@@ -15,7 +15,7 @@ from tests.helpers.qcow2 import open_qcow2, read_guest, request, write_image
 
 import imgcore
 from imgcore import limits
-from imgcore._extents import PLACEMENT_DTYPE, BlockState
+from imgcore.engine.extents import PLACEMENT_DTYPE, BlockState
 from imgcore.errors import LimitExceededError, OptionError
 from imgcore.files.target import Target
 from imgcore.formats._base import BackingReference

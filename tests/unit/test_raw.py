@@ -15,8 +15,8 @@ from tests.helpers import images
 from tests.unit.test_files import loop_device
 
 from imgcore._core import Job
-from imgcore._extents import EXTENT_DTYPE, PLACEMENT_DTYPE, Kind
-from imgcore._geometry import Placing, ZeroPolicy
+from imgcore.engine.extents import EXTENT_DTYPE, PLACEMENT_DTYPE, Kind
+from imgcore.engine.geometry import Placing, ZeroPolicy
 from imgcore.errors import (
     CorruptImageError,
     OptionError,

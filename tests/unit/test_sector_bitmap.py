@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imgcore._extents import EXTENT_DTYPE, Kind, join_neighbours
+from imgcore.engine.extents import EXTENT_DTYPE, Kind, join_neighbours
 from imgcore.formats import _sector_bitmap
 from imgcore.formats._sector_bitmap import expand
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from imgcore._extents import Extents
+    from imgcore.engine.extents import Extents
 
 SECTOR = 512
 N_BITS = 16

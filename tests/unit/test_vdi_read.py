@@ -13,7 +13,7 @@ from tests.helpers.vdi import BLOCK, DATA_OFFSET, FREE, IDS, ZERO, fill, make, o
 
 import imgcore
 from imgcore import limits
-from imgcore._extents import Kind
+from imgcore.engine.extents import Kind
 from imgcore.errors import (
     CorruptImageError,
     LimitExceededError,

@@ -21,9 +21,9 @@ from tests.helpers.command import assert_one_line_error
 
 import imgcore
 from imgcore import _compare, _core, cli
-from imgcore._extents import EXTENT_DTYPE, Kind
 from imgcore._map import MapEntry
 from imgcore._measure import count_blocks
+from imgcore.engine.extents import EXTENT_DTYPE, Kind
 
 MIB = 1 << 20
 
@@ -621,7 +621,7 @@ def test_a_warning_that_nobody_can_read_is_no_failure(folder: Path) -> None:
     script = """if True:
         import sys
         from imgcore import cli
-        from imgcore._log import log
+        from imgcore.log import log
         import imgcore._info as verb
         plain = verb.info
         def info(*args, **kwargs):

@@ -17,7 +17,7 @@ from tests.helpers.vhd import Block, be32, be64
 
 import imgcore
 from imgcore import CorruptImageError, LimitExceededError, UnsupportedFeatureError, WrongFormatError
-from imgcore._extents import Kind
+from imgcore.engine.extents import Kind
 
 BLOCK = 8192
 SECTOR = vhd.SECTOR

@@ -13,7 +13,7 @@ from tests.helpers.plans import plan_rows, poke
 from tests.helpers.vhdx import FULL, MIB, PARTIAL, UNDEFINED, UNMAPPED, ZERO, Vhdx, pattern
 
 import imgcore
-from imgcore._extents import Kind
+from imgcore.engine.extents import Kind
 from imgcore.files.host_file import HostFile
 from imgcore.formats.vhdx import VhdxReader
 

@@ -13,7 +13,7 @@ from tests.helpers.vhdx import HEADERS, MIB, REGION_TABLES, crc32c
 
 import imgcore
 from imgcore import LimitExceededError, OptionError
-from imgcore._extents import Kind
+from imgcore.engine.extents import Kind
 
 GUIDS = {
     "virtual_disk_id": "11111111-2222-3333-4444-555555555555",

@@ -19,7 +19,7 @@ from tests.helpers.plans import plan_rows, poke
 from tests.helpers.vmdk import GRAIN, SECTOR, open_vmdk, read_guest
 
 import imgcore
-from imgcore._extents import Kind
+from imgcore.engine.extents import Kind
 from imgcore.errors import (
     CorruptImageError,
     ImgcoreError,

@@ -19,7 +19,7 @@ from tests.helpers.vmdk import GRAIN, SECTOR, marker, open_vmdk, read_guest
 
 import imgcore
 from imgcore import limits
-from imgcore._extents import PLACEMENT_DTYPE, BlockState
+from imgcore.engine.extents import PLACEMENT_DTYPE, BlockState
 from imgcore.errors import (
     ImgcoreError,
     LimitExceededError,

@@ -30,7 +30,7 @@ from imgcore.cli._progress import progress_options, reporter
 from imgcore.text import one_line
 
 if TYPE_CHECKING:
-    from imgcore._salvage import BadRange
+    from imgcore.engine.bad_ranges import BadRange
 
 EXIT_SALVAGED: Final = 3  # done, but for what could not be read
 

@@ -9,27 +9,16 @@ from itertools import islice
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, cast, runtime_checkable
 
+from imgcore.engine.sources import SourceFile
 from imgcore.text import without_secrets
 
 if TYPE_CHECKING:
-    from imgcore._extents import Extents, Placements
-    from imgcore._geometry import Geometry
+    from imgcore.engine.extents import Extents, Placements
+    from imgcore.engine.geometry import Geometry
     from imgcore.files.gate import ReferenceGate
     from imgcore.files.host_file import HostFile
     from imgcore.files.target import Target
     from imgcore.files.target_file import TargetFile
-
-
-class SourceFile(NamedTuple):
-    """A host file that extents refer to by their index in ``Reader.sources``.
-
-    ``guest_base`` and ``block_nbytes`` (bytes) locate compressed blocks: they start at
-    ``guest_base + k * block_nbytes``; ``block_nbytes`` is 0 for a file without any.
-    """
-
-    file: HostFile
-    guest_base: int = 0
-    block_nbytes: int = 0
 
 
 class BackingReference(NamedTuple):

@@ -9,14 +9,14 @@ import contextlib
 import os
 from typing import TYPE_CHECKING, Final
 
-from imgcore._geometry import Geometry, Placing, ZeroPolicy
+from imgcore.engine.geometry import Geometry, Placing, ZeroPolicy
 from imgcore.files.host_file import is_on_xfs
 from imgcore.limits import KIB, MAX_BATCH_ROWS, MIB
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from imgcore._extents import Extents
+    from imgcore.engine.extents import Extents
     from imgcore.files.host_file import HostFile
 
 # Blocks of the target: whole ones of zeros are skipped, in others zeros of -S bytes are.
@@ -58,7 +58,7 @@ def plan_flat(
     """
     import numpy as np
 
-    from imgcore._extents import EXTENT_DTYPE, Kind
+    from imgcore.engine.extents import EXTENT_DTYPE, Kind
 
     rows: list[tuple[int, int, int, int, int, int, int]] = []
     shift = file_offset - guest_base

@@ -9,7 +9,7 @@ import os
 from typing import Any, Final, NamedTuple
 
 from imgcore import limits
-from imgcore._geometry import Codec, CodecId
+from imgcore.engine.geometry import Codec, CodecId
 from imgcore.errors import LimitExceededError, OptionError
 from imgcore.formats import _qcow2_layout as layout
 from imgcore.formats._base import BackingReference, Option, WriteRequest
@@ -175,7 +175,7 @@ def _preallocation(mode: str) -> str:
 
 
 def _codec(options: dict[str, Any]) -> Codec:
-    from imgcore._levels import deflate_codec, zstd_codec
+    from imgcore.engine.levels import deflate_codec, zstd_codec
 
     level = options["level"]
     if options["compression_type"] == "zstd":

@@ -12,7 +12,7 @@ import numpy as np
 
 from imgcore import limits
 from imgcore._core import TableFormat
-from imgcore._extents import Kind, clip, single
+from imgcore.engine.extents import Kind, clip, single
 from imgcore.errors import CorruptImageError
 from imgcore.formats import _qcow2_layout as layout
 from imgcore.formats._tables import decode_entries
@@ -20,7 +20,7 @@ from imgcore.formats._tables import decode_entries
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from imgcore._extents import Extents
+    from imgcore.engine.extents import Extents
     from imgcore.files.host_file import HostFile
     from imgcore.formats._qcow2_header import Qcow2Header
 

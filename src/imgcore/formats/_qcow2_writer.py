@@ -16,8 +16,8 @@ import numpy as np
 
 from imgcore import limits
 from imgcore._core import CoreError
-from imgcore._extents import BlockState
-from imgcore._geometry import CodecId, Geometry, Placing, ZeroPolicy
+from imgcore.engine.extents import BlockState
+from imgcore.engine.geometry import CodecId, Geometry, Placing, ZeroPolicy
 from imgcore.errors import LimitExceededError
 from imgcore.formats import _qcow2_layout as layout
 from imgcore.formats._base import Measurement
@@ -34,7 +34,7 @@ from imgcore.formats._qcow2_tables import table_format
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from imgcore._extents import Placements
+    from imgcore.engine.extents import Placements
     from imgcore.files.target import Target
     from imgcore.files.target_file import TargetFile
     from imgcore.formats._base import WriteRequest

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 
-from imgcore._extents import Kind, join_neighbours
+from imgcore.engine.extents import Kind, join_neighbours
 from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from imgcore._extents import Extents
+    from imgcore.engine.extents import Extents
 
 # Bits that are looked at together: 20 MiB where every sector differs from its neighbours.
 _PIECE_BITS: Final = 1 << 18

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from imgcore._core import CoreError
-from imgcore._extents import EXTENT_DTYPE
+from imgcore.engine.extents import EXTENT_DTYPE
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from imgcore._core import TableFormat
-    from imgcore._extents import Extents
+    from imgcore.engine.extents import Extents
     from imgcore.errors import CorruptImageError
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from imgcore._core import TableFormat
-from imgcore._extents import EXTENT_DTYPE, Kind, clip
+from imgcore.engine.extents import EXTENT_DTYPE, Kind, clip
 from imgcore.errors import CorruptImageError
 from imgcore.formats import _vdi_layout as layout
 from imgcore.formats._flat import plan_flat, sync_holes
@@ -22,7 +22,7 @@ from imgcore.limits import MAX_BATCH_ROWS
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from imgcore._extents import Extents
+    from imgcore.engine.extents import Extents
     from imgcore.files.host_file import HostFile
     from imgcore.formats._vdi_header import VdiHeader
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final
 from uuid import UUID, uuid4, uuid5
 
-from imgcore._geometry import Geometry, ZeroPolicy
+from imgcore.engine.geometry import Geometry, ZeroPolicy
 from imgcore.errors import LimitExceededError, OptionError, UnsupportedFeatureError
 from imgcore.formats import _vdi_layout as layout
 from imgcore.formats._base import Measurement
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from imgcore._extents import Placements
+    from imgcore.engine.extents import Placements
     from imgcore.files.target import Target
     from imgcore.files.target_file import TargetFile
     from imgcore.formats._base import BackingReference, Writer, WriteRequest

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from imgcore._core import TableFormat
-from imgcore._extents import Kind, clip
+from imgcore.engine.extents import Kind, clip
 from imgcore.errors import CorruptImageError
 from imgcore.formats import _vhd_layout as layout
 from imgcore.formats._sector_bitmap import expand
@@ -22,7 +22,7 @@ from imgcore.limits import MAX_BATCH_ROWS, MIB, SECTOR_NBYTES
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from imgcore._extents import Extents
+    from imgcore.engine.extents import Extents
     from imgcore.files.host_file import HostFile
     from imgcore.formats._vhd_header import VhdHeader
 

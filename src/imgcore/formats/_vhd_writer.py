@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Final
 
-from imgcore._geometry import Geometry, Placing, ZeroPolicy
+from imgcore.engine.geometry import Geometry, Placing, ZeroPolicy
 from imgcore.errors import LimitExceededError, UnsupportedFeatureError
 from imgcore.formats import _vhd_layout as layout
 from imgcore.formats._base import Measurement
@@ -23,7 +23,7 @@ from imgcore.formats._vhd_options import VhdPlan, plan_request
 from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
-    from imgcore._extents import Placements
+    from imgcore.engine.extents import Placements
     from imgcore.files.target import Target
     from imgcore.files.target_file import TargetFile
     from imgcore.formats._base import Writer, WriteRequest

@@ -12,7 +12,7 @@ import numpy as np
 
 from imgcore import limits
 from imgcore._core import TableFormat
-from imgcore._extents import Kind, clip, single, split
+from imgcore.engine.extents import Kind, clip, single, split
 from imgcore.errors import CorruptImageError
 from imgcore.formats import _vhdx_layout as layout
 from imgcore.formats._sector_bitmap import expand
@@ -22,7 +22,7 @@ from imgcore.formats._vhdx_log import ZEROS
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from imgcore._extents import Extents
+    from imgcore.engine.extents import Extents
     from imgcore.formats._vhdx_header import VhdxImage
     from imgcore.formats._vhdx_log import ReplayedFile
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, ClassVar, Final
 import numpy as np
 
 from imgcore._core import CoreError
-from imgcore._extents import PLACEMENT_DTYPE, BlockState
-from imgcore._geometry import Geometry, Placing, ZeroPolicy
+from imgcore.engine.extents import PLACEMENT_DTYPE, BlockState
+from imgcore.engine.geometry import Geometry, Placing, ZeroPolicy
 from imgcore.errors import LimitExceededError
 from imgcore.formats import _vhdx_layout as layout
 from imgcore.formats import _vhdx_options as options
@@ -24,7 +24,7 @@ from imgcore.formats._holes import write_with_holes
 from imgcore.formats._vhdx_bat import payload_indices, table_format
 
 if TYPE_CHECKING:
-    from imgcore._extents import Placements
+    from imgcore.engine.extents import Placements
     from imgcore.files.target import Target
     from imgcore.files.target_file import TargetFile
     from imgcore.formats._base import WriteRequest

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from imgcore._core import TableFormat
-from imgcore._extents import FLAG_GRAIN_MARKER, Kind, single
+from imgcore.engine.extents import FLAG_GRAIN_MARKER, Kind, single
 from imgcore.errors import CorruptImageError
 from imgcore.formats._flat import sync_holes
 from imgcore.formats._tables import decode_entries
@@ -27,7 +27,7 @@ from imgcore.limits import MAX_BATCH_ROWS, SECTOR_NBYTES
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from imgcore._extents import Extents
+    from imgcore.engine.extents import Extents
     from imgcore.formats._vmdk_sparse import SparseExtent
 
     Entries = NDArray[np.uint32]

@@ -6,13 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 
+from imgcore.engine.sources import SourceFile
 from imgcore.errors import (
     CorruptImageError,
     LimitExceededError,
     UnsupportedFeatureError,
     WrongFormatError,
 )
-from imgcore.formats._base import BackingReference, CheckReport, SourceFile
+from imgcore.formats._base import BackingReference, CheckReport
 from imgcore.formats._magic import is_vmdk_descriptor
 from imgcore.formats._parents import names_from_windows_path
 from imgcore.formats._vmdk_descriptor import (
@@ -32,7 +33,7 @@ from imgcore.limits import SECTOR_NBYTES, VMDK_MAX_DESCRIPTOR_NBYTES
 from imgcore.log import log
 
 if TYPE_CHECKING:
-    from imgcore._extents import Extents
+    from imgcore.engine.extents import Extents
     from imgcore.files.gate import ReferenceGate
     from imgcore.files.host_file import HostFile
     from imgcore.formats._vmdk_plan import SparsePlanner
@@ -138,7 +139,7 @@ class VmdkReader:
         See :meth:`imgcore.formats._base.Reader.plan`.  Memory is one piece of the grain
         directory, one window of grain tables and one batch.
         """
-        from imgcore._extents import Kind, single
+        from imgcore.engine.extents import Kind, single
         from imgcore.formats._flat import plan_flat, sync_holes
 
         stop = start + length

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Final
 
-from imgcore._geometry import CodecId, Geometry, Prefix
+from imgcore.engine.geometry import CodecId, Geometry, Prefix
 from imgcore.errors import LimitExceededError
 from imgcore.formats import _vmdk_layout as layout
 from imgcore.formats._vmdk_descriptor import compose_descriptor
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from imgcore._core import TableFormat
-    from imgcore._extents import Placements
+    from imgcore.engine.extents import Placements
     from imgcore.files.target import Target
     from imgcore.files.target_file import TargetFile
 
@@ -175,7 +175,7 @@ class StreamWriter:
         self._is_pending = False
 
     def _make_geometry(self) -> Geometry:
-        from imgcore._levels import deflate_codec
+        from imgcore.engine.levels import deflate_codec
 
         return Geometry(
             block_nbytes=self._plan.grain_nbytes,

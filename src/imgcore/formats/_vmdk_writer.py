@@ -8,7 +8,7 @@ import re
 import secrets
 from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
-from imgcore._geometry import ZeroPolicy
+from imgcore.engine.geometry import ZeroPolicy
 from imgcore.errors import OptionError, UnsupportedFeatureError
 from imgcore.formats._base import Measurement
 from imgcore.formats._flat import flat_geometry
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-    from imgcore._extents import Placements
+    from imgcore.engine.extents import Placements
     from imgcore.files.target import Target
     from imgcore.files.target_file import TargetFile
     from imgcore.formats._base import Writer, WriteRequest

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
+from imgcore.engine.sources import SourceFile
 from imgcore.formats import _qcow2_layout as layout
-from imgcore.formats._base import BackingReference, Driver, SourceFile
+from imgcore.formats._base import BackingReference, Driver
 from imgcore.formats._qcow2_header import Snapshot, read_bitmaps, read_header, read_snapshots
 from imgcore.formats._qcow2_options import OPTIONS
 
 if TYPE_CHECKING:
-    from imgcore._extents import Extents
+    from imgcore.engine.extents import Extents
     from imgcore.files.host_file import HostFile
     from imgcore.formats._base import CheckReport, Repair
     from imgcore.formats._qcow2_tables import ExtentPlanner

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from imgcore._geometry import ZeroPolicy
+from imgcore.engine.geometry import ZeroPolicy
+from imgcore.engine.sources import SourceFile
 from imgcore.errors import CorruptImageError, OptionError, UnsupportedFeatureError
-from imgcore.formats._base import Driver, Measurement, Option, SourceFile
+from imgcore.formats._base import Driver, Measurement, Option
 from imgcore.formats._flat import flat_geometry, sync_holes
 from imgcore.limits import MAX_VIRTUAL_NBYTES, SECTOR_NBYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from imgcore._extents import Extents, Placements
-    from imgcore._geometry import Geometry
+    from imgcore.engine.extents import Extents, Placements
+    from imgcore.engine.geometry import Geometry
     from imgcore.files.host_file import HostFile
     from imgcore.files.target import Target
     from imgcore.files.target_file import TargetFile
@@ -66,7 +67,7 @@ class RawReader:
         """
         import numpy as np
 
-        from imgcore._extents import EXTENT_DTYPE, Kind
+        from imgcore.engine.extents import EXTENT_DTYPE, Kind
 
         if not self._synced:
             self._synced = True

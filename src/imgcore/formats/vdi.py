@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
+from imgcore.engine.sources import SourceFile
 from imgcore.formats import _vdi_layout as layout
-from imgcore.formats._base import Driver, Option, SourceFile
+from imgcore.formats._base import Driver, Option
 from imgcore.formats._vdi_header import read_header
 
 if TYPE_CHECKING:
-    from imgcore._extents import Extents
+    from imgcore.engine.extents import Extents
     from imgcore.files.gate import ReferenceGate
     from imgcore.files.host_file import HostFile
     from imgcore.formats._base import BackingReference, CheckReport, Repair

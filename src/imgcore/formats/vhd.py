@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
+from imgcore.engine.sources import SourceFile
 from imgcore.formats import _vhd_layout as layout
-from imgcore.formats._base import BackingReference, Driver, Option, SourceFile
+from imgcore.formats._base import BackingReference, Driver, Option
 from imgcore.formats._vhd_header import (
     SIZE_CHOICES,
     parent_texts,
@@ -23,7 +24,7 @@ from imgcore.formats._vhd_parent import find_parent
 from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
-    from imgcore._extents import Extents
+    from imgcore.engine.extents import Extents
     from imgcore.files.host_file import HostFile
     from imgcore.formats._base import CheckReport, Repair
     from imgcore.formats._vhd_plan import BlockPlanner

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from imgcore.formats._base import BackingReference, Driver, SourceFile
+from imgcore.engine.sources import SourceFile
+from imgcore.formats._base import BackingReference, Driver
 from imgcore.formats._vhdx_header import read_image
 from imgcore.formats._vhdx_options import OPTIONS
 from imgcore.formats._vhdx_parent import (
@@ -21,7 +22,7 @@ from imgcore.formats._vhdx_parent import (
 from imgcore.log import log
 
 if TYPE_CHECKING:
-    from imgcore._extents import Extents
+    from imgcore.engine.extents import Extents
     from imgcore.files.host_file import HostFile
     from imgcore.formats._base import CheckReport, Repair
     from imgcore.formats._vhdx_bat import ExtentPlanner

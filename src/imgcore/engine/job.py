@@ -19,7 +19,7 @@ from imgcore.errors import (
 )
 
 if TYPE_CHECKING:
-    from imgcore.formats._base import SourceFile
+    pass
 
 MAX_THREADS = 256
 
@@ -55,11 +55,6 @@ def chosen_variants(kernels: Mapping[str, str] | None) -> dict[str, str]:
         if not rows[variant]["runnable"]:
             raise OptionError(f"variant {variant!r} of {operation!r} does not run here")
     return chosen
-
-
-def native_sources(sources: Sequence[SourceFile]) -> list[tuple[_core.File, int, int, int]]:
-    """Return source files as the engine wants them."""
-    return [(s.file.core, s.file.nbytes, s.guest_base, s.block_nbytes) for s in sources]
 
 
 @contextmanager

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from imgcore._extents import Kind, clip
+from imgcore.engine.extents import Kind, clip
 from imgcore.limits import MAX_BATCH_ROWS
 
 if TYPE_CHECKING:
-    from imgcore._extents import Extents
+    from imgcore.engine.extents import Extents
 
 
 class Batch(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from imgcore._geometry import Codec, CodecId, DeflateEngine
+from imgcore.engine.geometry import Codec, CodecId, DeflateEngine
 from imgcore.errors import OptionError
 
 LEVELS: Final = ("fastest", "fast", "default", "best")

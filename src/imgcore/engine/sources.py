@@ -1,0 +1,27 @@
+"""The files that extents refer to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from imgcore import _core
+    from imgcore.files.host_file import HostFile
+
+
+class SourceFile(NamedTuple):
+    """A host file that extents refer to by their index in ``Reader.sources``.
+
+    ``guest_base`` and ``block_nbytes`` (bytes) locate compressed blocks: they start at
+    ``guest_base + k * block_nbytes``; ``block_nbytes`` is 0 for a file without any.
+    """
+
+    file: HostFile
+    guest_base: int = 0
+    block_nbytes: int = 0
+
+
+def native_sources(sources: Sequence[SourceFile]) -> list[tuple[_core.File, int, int, int]]:
+    """Return source files as the engine wants them."""
+    return [(s.file.core, s.file.nbytes, s.guest_base, s.block_nbytes) for s in sources]
