@@ -29,7 +29,7 @@ PYTHON_LAYERS = (
     {"_core"},
     {"files"},
     {"engine"},
-    {"_stream"},
+    {"streams"},
     {"formats"},
     {
         "_chain",

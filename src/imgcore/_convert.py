@@ -46,7 +46,6 @@ from imgcore.log import log
 from imgcore.sizes import parse_size
 
 if TYPE_CHECKING:
-    from imgcore._stream import StreamSource
     from imgcore._supply import Supply
     from imgcore.engine.batches import Batch
     from imgcore.engine.extents import Placements
@@ -54,6 +53,7 @@ if TYPE_CHECKING:
     from imgcore.files.host_file import HostFile
     from imgcore.files.target_file import TargetFile
     from imgcore.formats._base import Writer
+    from imgcore.streams.source import StreamSource
 
 _MAX_SPARSE_NBYTES = 1 * MIB
 
@@ -352,7 +352,7 @@ class _Conversion:
     def _open_source(self) -> None:
         r = self._request
         if stream_suffix(r.source) is not None and r.source_format in (None, "raw"):
-            from imgcore._stream import StreamSource
+            from imgcore.streams.source import StreamSource
 
             if r.salvage:
                 raise OptionError(f"{r.source}: nothing of a compressed stream can be salvaged")

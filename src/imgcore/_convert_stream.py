@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from imgcore._profiles import GCE_MEMBER_NAME
-from imgcore._stream_gzip import GzipSink
-from imgcore._stream_tar import archive_end, sparse_header
 from imgcore._supply import STREAM_CHUNK_NBYTES, read_in_order
 from imgcore.engine.extents import Kind
 from imgcore.limits import KIB, MAX_TAR_SEGMENTS
+from imgcore.streams.gzip import GzipSink
+from imgcore.streams.tar import archive_end, sparse_header
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from imgcore._image import Image
-    from imgcore._stream import StreamSource
     from imgcore.files.target_file import TargetFile
+    from imgcore.streams.source import StreamSource
 
     # How many bytes of the disk are done, how many of these were read, and how many were written.
     Report = Callable[[int, int, int], None]
@@ -128,7 +128,7 @@ def write_zstd(
     disk: DiskInOrder, target: TargetFile, virtual_size: int, threads: int, report: Report
 ) -> None:
     """Write ``.raw.zst``: one frame with the disk's size and a checksum."""
-    from imgcore._stream import ZstdSink
+    from imgcore.streams.zstd import ZstdSink
 
     sink = ZstdSink(target, virtual_size, threads=threads)
     done = 0

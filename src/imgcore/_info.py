@@ -151,7 +151,7 @@ def open_layer(
 
 def _describe_stream(path: str | os.PathLike[str], share: bool) -> dict[str, Any]:
     """Describe a compressed raw disk; one that does not state its size is decompressed for it."""
-    from imgcore._stream import StreamSource
+    from imgcore.streams.source import StreamSource
 
     with StreamSource.open(path, share=share) as stream:
         return {

@@ -14,8 +14,8 @@ from imgcore.errors import ImgcoreError, WrongFormatError
 
 if TYPE_CHECKING:
     from imgcore._profiles import Profile
-    from imgcore._stream_tar import Member
     from imgcore.files.host_file import HostFile
+    from imgcore.streams.tar import Member
 
 # More than any gzip header and a deflated tar header need.
 _ARCHIVE_HEAD_NBYTES: Final = 4096
@@ -163,7 +163,7 @@ _NO_IMAGES: Final = frozenset({"gzip", "zstd", "xz"})
 
 def _archive(file: HostFile) -> Member | None:
     """Return what the first header of a gzip tar says, None for any other file."""
-    from imgcore._stream_tar import BLOCK_NBYTES, parse_header
+    from imgcore.streams.tar import BLOCK_NBYTES, parse_header
 
     head = file.pread(0, min(_ARCHIVE_HEAD_NBYTES, file.nbytes))
     try:

@@ -104,7 +104,7 @@ def _stream_size(source: str | os.PathLike[str], format: str | None, share: bool
 
     if format not in (None, "raw") or stream_suffix(os.fspath(source)) is None:
         return None
-    from imgcore._stream import StreamSource
+    from imgcore.streams.source import StreamSource
 
     with StreamSource.open(source, share=share) as stream:
         return stream.virtual_size

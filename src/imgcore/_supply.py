@@ -18,9 +18,9 @@ from imgcore.limits import MIB
 
 if TYPE_CHECKING:
     from imgcore._image import Image
-    from imgcore._stream import StreamSource
     from imgcore.engine.extents import Extents
     from imgcore.engine.geometry import Geometry
+    from imgcore.streams.source import StreamSource
 
 # A batch covers at most this many target blocks: 2^17 placements are 2 MiB.
 _MAX_BATCH_BLOCKS = 1 << 17

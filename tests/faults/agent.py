@@ -18,8 +18,8 @@ from typing import Any
 
 import imgcore
 import imgcore._convert  # everything is loaded before anything can fail
-import imgcore._stream
-import imgcore._stream_gzip
+import imgcore.streams.gzip
+import imgcore.streams.source
 from imgcore._check import check
 
 _SHIM = ctypes.CDLL(os.environ["FAULT_SHIM"])

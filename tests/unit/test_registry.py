@@ -14,12 +14,12 @@ from tests.helpers import qemu
 from tests.unit.test_files import loop_device
 
 from imgcore import formats
-from imgcore._stream import StreamSource
 from imgcore.errors import OptionError, UnsupportedFeatureError, WrongFormatError
 from imgcore.files.gate import ReferenceGate
 from imgcore.files.host_file import HostFile
 from imgcore.formats import _magic
 from imgcore.formats._base import Driver, Option
+from imgcore.streams.source import StreamSource
 
 PAD = bytes(70_000 // 512 * 512)
 

@@ -13,8 +13,6 @@ import pytest
 import zstandard
 from tests.helpers import images
 
-from imgcore import _stream
-from imgcore._stream import StreamSource, ZstdSink
 from imgcore.errors import (
     CorruptImageError,
     ImgcoreError,
@@ -23,6 +21,8 @@ from imgcore.errors import (
     WrongFormatError,
 )
 from imgcore.files.target import Target
+from imgcore.streams.source import StreamSource
+from imgcore.streams.zstd import ZstdDecoder, ZstdSink
 
 DATA = images.noise(300_032) + bytes(1 << 20) + images.text(700_928) + bytes(512)
 CHUNKS = [512, 65536, 1_000_000, 64 << 20]
@@ -239,13 +239,13 @@ class TestThread:
     ) -> None:
         (tmp_path / "a").write_bytes(zstd(DATA))
         filled: list[int] = []
-        fill = _stream._ZstdDecoder.fill
+        fill = ZstdDecoder.fill
 
-        def count(decoder: _stream._ZstdDecoder, view: memoryview) -> int:
+        def count(decoder: ZstdDecoder, view: memoryview) -> int:
             filled.append(len(view))
             return fill(decoder, view)
 
-        monkeypatch.setattr(_stream._ZstdDecoder, "fill", count)
+        monkeypatch.setattr(ZstdDecoder, "fill", count)
         with StreamSource.open(tmp_path / "a") as source:
             for i, _ in enumerate(source.read_chunks(65536)):
                 assert len(filled) <= i + 3

@@ -10,9 +10,9 @@ import pytest
 from tests.helpers import images, qemu
 
 import imgcore
-from imgcore import _stream_gzip
-from imgcore._stream_gzip import GzipSink
 from imgcore.files.target import Target
+from imgcore.streams import gzip as gzip_module
+from imgcore.streams.gzip import GzipSink
 
 MIB = 1 << 20
 
@@ -64,7 +64,7 @@ def test_failure_in_a_thread_comes_out(tmp_path: Path, monkeypatch: pytest.Monke
     def fail(*_: object) -> bytes:
         raise MemoryError
 
-    monkeypatch.setattr(_stream_gzip, "_deflate", fail)
+    monkeypatch.setattr(gzip_module, "_deflate", fail)
     with pytest.raises(MemoryError):
         written(tmp_path / "a.gz", [bytes(3 * MIB)])
 

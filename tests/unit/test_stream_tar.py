@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tests.helpers import images
 
-from imgcore._stream_tar import Member, archive_end, parse_header, sparse_header
+from imgcore.streams.tar import Member, archive_end, parse_header, sparse_header
 
 GIB = 1 << 30
 KIB64 = 1 << 16

@@ -18,10 +18,10 @@ from imgcore.sizes import parse_size
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from imgcore._stream import StreamSource
     from imgcore.files.gate import ReferenceGate
     from imgcore.files.host_file import HostFile
     from imgcore.formats._base import Driver, Option, Reader
+    from imgcore.streams.source import StreamSource
 
     OptionTexts = Iterable[str] | Mapping[str, Any]
 

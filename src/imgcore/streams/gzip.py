@@ -1,6 +1,6 @@
-"""Writing gzip on several threads: one member, one stream, the same bytes with any number of them.
+"""Reading gzip, and writing it on several threads: the same bytes with any number of them.
 
-The input is cut into pieces that are deflated by themselves, each with the 32 KiB before it as
+What is written is one member.  The input is cut into pieces that are deflated by themselves, each with the 32 KiB before it as
 dictionary, and ended at a byte by an empty stored block; their outputs behind each other are one
 deflate stream.
 Source: RFC 1951 section 3.2.4, RFC 1952.
@@ -13,11 +13,14 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
 
+from imgcore.errors import CorruptImageError
 from imgcore.limits import KIB, MIB
+from imgcore.streams.decoder import OrderedInput
 
 if TYPE_CHECKING:
     from typing import Self
 
+    from imgcore.files.host_file import HostFile
     from imgcore.files.target_file import TargetFile
 
 _PIECE_NBYTES: Final = 1 * MIB
@@ -100,3 +103,57 @@ class GzipSink:
 
     def __exit__(self, *_: object) -> None:
         self._threads.shutdown(cancel_futures=True)
+
+
+GZIP_MAGIC: Final = b"\x1f\x8b"  # RFC 1952 section 2.3.1
+
+
+class GzipDecoder:
+    def __init__(self, file: HostFile) -> None:
+        self._path = file.path
+        self._input = OrderedInput(file)
+        self._pending = b""
+        self._member: Any = None
+        self._n_members = 0
+
+    def fill(self, view: memoryview) -> int:
+        done = 0
+        while done < len(view):
+            self._pending = self._pending or self._input.read()
+            if self._member is None and not self._next_member():
+                break
+            data = self._decompress(len(view) - done)
+            view[done : done + len(data)] = data
+            done += len(data)
+        return done
+
+    def _decompress(self, room: int) -> bytes:
+        member = self._member
+        try:
+            data: bytes = member.decompress(self._pending, room)
+        except zlib.error as error:
+            raise CorruptImageError(
+                f"the gzip stream is broken: {error}", path=self._path
+            ) from error
+        if member.eof:
+            self._pending = member.unused_data
+            self._member = None
+        elif not self._pending and not data:
+            raise CorruptImageError("the gzip stream ends too early", path=self._path)
+        else:
+            self._pending = member.unconsumed_tail
+        return data
+
+    def _next_member(self) -> bool:
+        """Start the next member; False at the end of the file, zeros before it are padding."""
+        padded = False
+        while self._n_members and self._pending.startswith(b"\0"):
+            padded = True
+            self._pending = self._pending.lstrip(b"\0") or self._input.read()
+        if not self._pending and self._n_members:
+            return False
+        if padded or self._pending[:1] != GZIP_MAGIC[:1]:
+            raise CorruptImageError("there is garbage behind the gzip stream", path=self._path)
+        self._member = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+        self._n_members += 1
+        return True

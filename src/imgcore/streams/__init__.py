@@ -1,0 +1,1 @@
+"""Streams: the bytes of a disk in order, through a compressor or into an archive."""

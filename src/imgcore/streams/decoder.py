@@ -1,0 +1,33 @@
+"""What decoders of streams have in common."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, Protocol
+
+from imgcore.files.host_file import HostFile
+
+if TYPE_CHECKING:
+    pass
+
+
+READ_NBYTES: Final = 256 * 1024
+
+
+class Decoder(Protocol):
+    def fill(self, view: memoryview) -> int:
+        """Decompress until the view is full or the stream ends; returns the bytes filled."""
+        ...
+
+
+class OrderedInput:
+    """Reads a file from its start, in order."""
+
+    def __init__(self, file: HostFile) -> None:
+        self._file = file
+        self._offset = 0
+
+    def read(self, nbytes: int = -1) -> bytes:
+        left = self._file.nbytes - self._offset
+        data = self._file.pread(self._offset, min(left, READ_NBYTES if nbytes < 0 else nbytes))
+        self._offset += len(data)
+        return data

@@ -1,0 +1,211 @@
+"""Reading and writing zstd streams."""
+
+from __future__ import annotations
+
+from typing import IO, TYPE_CHECKING, Any, Final, cast
+
+from imgcore.errors import (
+    CorruptImageError,
+    ImgcoreError,
+    LimitExceededError,
+    OptionError,
+)
+from imgcore.files.host_file import HostFile
+from imgcore.limits import MIB
+from imgcore.streams.decoder import READ_NBYTES, OrderedInput
+
+if TYPE_CHECKING:
+    from imgcore.files.target_file import TargetFile
+
+
+# What `zstd --long` asks for without a further word on the reading side (windowLog 27).
+MAX_WINDOW_NBYTES: Final = 128 * MIB
+
+
+ZSTD_MAGIC: Final = 0xFD2FB528  # RFC 8878 section 3.1.1
+
+
+SKIPPABLE_MAGIC: Final = 0x184D2A50  # RFC 8878 section 3.1.2; the last four bits are free
+
+
+_MAX_BLOCK_NBYTES: Final = 128 * 1024  # RFC 8878 section 3.1.1.2.4
+
+
+_RAW_BLOCK, _RLE_BLOCK, _RESERVED_BLOCK = 0, 1, 3  # RFC 8878 section 3.1.1.2.2
+
+
+class ZstdDecoder:
+    def __init__(self, file: HostFile) -> None:
+        import zstandard
+
+        self._error = zstandard.ZstdError
+        self._path = file.path
+        decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_NBYTES)
+        # All that is needed of a file is its read().
+        source = cast("IO[bytes]", OrderedInput(file))
+        self._reader = decompressor.stream_reader(
+            source, read_size=READ_NBYTES, read_across_frames=True
+        )
+
+    def fill(self, view: memoryview) -> int:
+        done = 0
+        while done < len(view):
+            try:
+                n = self._reader.readinto(view[done:])
+            except self._error as error:
+                raise _zstd_failure(error, self._path) from error
+            if not n:
+                break
+            done += n
+        return done
+
+
+def _zstd_failure(error: Exception, path: str) -> ImgcoreError:
+    text = str(error)
+    if "memory" in text:
+        return LimitExceededError(
+            f"the zstd stream needs a window of more than {MAX_WINDOW_NBYTES // MIB} MiB", path=path
+        )
+    return CorruptImageError(f"the zstd stream is broken: {text}", path=path)
+
+
+class FrameWalk:
+    """Goes through the frames of a zstd file by their block headers, decompressing nothing.
+
+    Finds truncation and garbage, which a streaming decompressor does not report, and the size of
+    the content if every frame states its own.  Source: RFC 8878 section 3.1.
+    """
+
+    def __init__(self, file: HostFile) -> None:
+        self._file = file
+        self._offset = 0
+        self._window = b""
+        self._window_offset = 0
+        self.n_frames = 0
+
+    def content_nbytes(self) -> int | None:
+        """Return the content's size in bytes, or None if a frame does not state it."""
+        total: int | None = 0
+        while self._offset < self._file.nbytes:
+            start = self._offset
+            magic = int.from_bytes(self._take(4), "little")
+            if magic & ~0xF == SKIPPABLE_MAGIC:
+                self._skip(int.from_bytes(self._take(4), "little"))
+                continue
+            if magic != ZSTD_MAGIC:
+                raise self._corrupt(f"there is garbage at 0x{start:x}, behind the zstd stream")
+            claimed = self._walk_frame(start)
+            total = None if total is None or claimed is None else total + claimed
+            self.n_frames += 1
+        return total
+
+    def _walk_frame(self, start: int) -> int | None:
+        """Walk one frame behind its magic and return the size that it claims."""
+        descriptor = self._take(1)[0]
+        single_segment = descriptor >> 5 & 1
+        if descriptor & 8:
+            raise self._corrupt(f"the zstd frame at 0x{start:x} sets a reserved bit")
+        self._skip((1 - single_segment) + (0, 1, 2, 4)[descriptor & 3])
+        size_nbytes = (single_segment, 2, 4, 8)[descriptor >> 6]
+        claimed = int.from_bytes(self._take(size_nbytes), "little")
+        claimed += 256 if size_nbytes == 2 else 0
+        bound = self._walk_blocks()
+        if descriptor >> 2 & 1:
+            self._skip(4)
+        if size_nbytes and claimed > bound:
+            raise self._corrupt(
+                f"the zstd frame at 0x{start:x} claims {claimed} bytes, it can hold {bound}"
+            )
+        return claimed if size_nbytes else None
+
+    def _walk_blocks(self) -> int:
+        """Walk a frame's blocks and return how much they can hold at most."""
+        bound = 0
+        last = False
+        while not last:
+            header = int.from_bytes(self._take(3), "little")
+            last = bool(header & 1)
+            kind, nbytes = header >> 1 & 3, header >> 3
+            if kind == _RESERVED_BLOCK:
+                raise self._corrupt(f"the zstd block at 0x{self._offset - 3:x} has no known type")
+            bound += nbytes if kind in (_RAW_BLOCK, _RLE_BLOCK) else _MAX_BLOCK_NBYTES
+            self._skip(1 if kind == _RLE_BLOCK else nbytes)
+        return bound
+
+    def _take(self, nbytes: int) -> bytes:
+        start = self._offset
+        self._skip(nbytes)
+        place = start - self._window_offset
+        if place < 0 or place + nbytes > len(self._window):
+            self._window = self._file.pread(start, min(4096, self._file.nbytes - start))
+            self._window_offset, place = start, 0
+        return self._window[place : place + nbytes]
+
+    def _skip(self, nbytes: int) -> None:
+        if nbytes > self._file.nbytes - self._offset:
+            raise self._corrupt("the zstd stream ends too early")
+        self._offset += nbytes
+
+    def _corrupt(self, text: str) -> CorruptImageError:
+        return CorruptImageError(text, path=self._file.path, offset=self._offset)
+
+
+class ZstdSink:
+    """Compresses a disk, given in order, into one zstd frame with its size and a checksum.
+
+    Parameters
+    ----------
+    target_file : TargetFile
+        Written from offset 0 on; stays the caller's.
+    virtual_size : int
+        Bytes that will be written in all.
+    level : int
+        zstd level, 1 to 19.
+    threads : int
+        Compression threads, at least 1.  The result does not depend on their number.
+    """
+
+    def __init__(
+        self, target_file: TargetFile, virtual_size: int, level: int = 3, threads: int = 1
+    ) -> None:
+        import zstandard
+
+        if not 1 <= level <= 19:
+            raise OptionError(f"the zstd level is {level}: allowed are 1 to 19")
+        compressor = zstandard.ZstdCompressor(
+            level=level, threads=max(threads, 1), write_content_size=True, write_checksum=True
+        )
+        self._stream = compressor.compressobj(size=virtual_size)
+        self._error = zstandard.ZstdError
+        self._target = target_file
+        self._virtual_size = virtual_size
+        self._taken_nbytes = 0
+        self.written_nbytes = 0
+
+    def write(self, buffer: Any) -> None:
+        """Compress the disk's next bytes; raises OSError with the target's name."""
+        with memoryview(buffer) as view:
+            if view.nbytes > self._virtual_size - self._taken_nbytes:
+                raise ValueError(f"{self._target.path}: more than {self._virtual_size} bytes given")
+            self._taken_nbytes += view.nbytes
+            self._put(self._call(self._stream.compress, view))
+
+    def finish(self) -> None:
+        """End the frame; the file is complete then, though not synced."""
+        if self._taken_nbytes != self._virtual_size:
+            raise ValueError(
+                f"{self._target.path}: {self._taken_nbytes} of {self._virtual_size} bytes given"
+            )
+        self._put(self._call(self._stream.flush))
+
+    def _call(self, function: Any, *arguments: Any) -> bytes:
+        try:
+            data: bytes = function(*arguments)
+        except self._error as error:
+            raise ImgcoreError(f"cannot compress: {error}", path=self._target.path) from error
+        return data
+
+    def _put(self, data: bytes) -> None:
+        if data:
+            self._target.pwrite(self.written_nbytes, data)
+            self.written_nbytes += len(data)
