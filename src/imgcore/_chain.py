@@ -23,13 +23,13 @@ from imgcore.errors import (
 from imgcore.files.gate import ReferenceGate
 from imgcore.files.host_file import HostFile
 from imgcore.files.identity import same_file
-from imgcore.formats import canonical_name, open_reader
+from imgcore.formats.registry import canonical_name, open_reader
 from imgcore.limits import MAX_CHAIN_DEPTH
 from imgcore.log import log
 
 if TYPE_CHECKING:
-    from imgcore.formats import OptionTexts
-    from imgcore.formats._base import BackingReference, Reader
+    from imgcore.formats.api import BackingReference, Reader
+    from imgcore.formats.option_texts import OptionTexts
 
 
 def open_chain(

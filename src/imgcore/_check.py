@@ -12,7 +12,7 @@ from imgcore.files.gate import ReferenceGate, folder_names
 
 if TYPE_CHECKING:
     from imgcore.files.host_file import HostFile
-    from imgcore.formats._base import CheckReport, Reader
+    from imgcore.formats.api import CheckReport, Reader
 
 
 class CheckNotSupportedError(UnsupportedFeatureError):

@@ -27,15 +27,15 @@ from imgcore.files.gate import ReferenceGate
 from imgcore.files.host_file import HostFile
 from imgcore.files.identity import same_file
 from imgcore.files.target import Target
-from imgcore.formats import get_driver
-from imgcore.formats._base import Repairable
+from imgcore.formats.api import Repairable
+from imgcore.formats.registry import get_driver
 from imgcore.limits import MAX_REPAIR_NBYTES, MIB
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from imgcore.files.target_file import TargetFile
-    from imgcore.formats._base import CheckReport, Reader, Repair
+    from imgcore.formats.api import CheckReport, Reader, Repair
 
 # Linux include/uapi/linux/fs.h: _IOW(0x94, 9, int).
 _FICLONE: Final = 0x40049409

@@ -30,17 +30,16 @@ from imgcore.engine.job import chosen_variants, thread_count, translated_errors
 from imgcore.errors import LimitExceededError, OptionError, UnsupportedFeatureError
 from imgcore.files.gate import folder_names
 from imgcore.files.target import Target
-from imgcore.formats import (
+from imgcore.formats.api import BackingReference, SectorSized, WriteRequest
+from imgcore.formats.option_texts import given_options, parse_options
+from imgcore.formats.registry import (
     canonical_name,
     format_from_suffix,
     get_driver,
-    given_options,
-    parse_options,
     refuse_image_in_stream,
     refuse_stream_options,
     stream_suffix,
 )
-from imgcore.formats._base import BackingReference, SectorSized, WriteRequest
 from imgcore.limits import MAX_BASE_BLOCK_NBYTES, MIB, SECTOR_NBYTES
 from imgcore.log import log
 from imgcore.sizes import parse_size
@@ -52,7 +51,7 @@ if TYPE_CHECKING:
     from imgcore.engine.geometry import Geometry
     from imgcore.files.host_file import HostFile
     from imgcore.files.target_file import TargetFile
-    from imgcore.formats._base import Writer
+    from imgcore.formats.api import Writer
     from imgcore.streams.source import StreamSource
 
 _MAX_SPARSE_NBYTES = 1 * MIB

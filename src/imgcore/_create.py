@@ -12,7 +12,7 @@ from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
     from imgcore.files.target import Target
-    from imgcore.formats._base import BackingReference, Driver, WriteRequest
+    from imgcore.formats.api import BackingReference, Driver, WriteRequest
 
 # Preallocation modes that take their space at once.
 _SPACE_TAKING: Final = frozenset({"falloc", "full"})
@@ -92,7 +92,7 @@ def create(
         The operating system refused; ``filename`` is set.
     """
     from imgcore.files.target import Target
-    from imgcore.formats import get_driver, stream_suffix
+    from imgcore.formats.registry import get_driver, stream_suffix
 
     name = os.fspath(path)
     if stream_suffix(name) is not None:
@@ -121,7 +121,7 @@ def create(
 
 
 def _target_format(name: str, format: str | None) -> str:
-    from imgcore.formats import format_from_suffix
+    from imgcore.formats.registry import format_from_suffix
 
     found = format if format is not None else format_from_suffix(name)
     if found is None:
@@ -138,7 +138,7 @@ def _open_backing(
     """Return the reference to store, the backing file's size (bytes) and its identity."""
     from imgcore._chain import opened_reference
     from imgcore._info import open_layer
-    from imgcore.formats._base import BackingReference
+    from imgcore.formats.api import BackingReference
 
     if backing is None:
         if backing_format is not None:
@@ -161,8 +161,8 @@ def _request(
     options: Mapping[str, Any] | Sequence[str] | None,
     reference: BackingReference | None,
 ) -> WriteRequest:
-    from imgcore.formats import parse_options
-    from imgcore.formats._base import WriteRequest
+    from imgcore.formats.api import WriteRequest
+    from imgcore.formats.option_texts import parse_options
 
     if virtual_size < 0 or virtual_size % SECTOR_NBYTES:
         raise OptionError(

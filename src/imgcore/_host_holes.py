@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from imgcore.engine.extents import EXTENT_DTYPE, Kind
-from imgcore.formats._flat import sync_holes
+from imgcore.formats.shared.flat import sync_holes
 from imgcore.limits import MAX_BATCH_ROWS, MIB, SECTOR_NBYTES
 
 if TYPE_CHECKING:

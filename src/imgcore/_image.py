@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from imgcore._chain import open_chain
 from imgcore.files.gate import folder_names
-from imgcore.formats._base import SectorSized
+from imgcore.formats.api import SectorSized
 from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
     from imgcore.engine.sources import SourceFile
     from imgcore.files.host_file import HostFile
-    from imgcore.formats._base import Reader
+    from imgcore.formats.api import Reader
 
 
 class Image:

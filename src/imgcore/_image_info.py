@@ -10,7 +10,7 @@ from imgcore.text import without_secrets
 if TYPE_CHECKING:
     from imgcore._image import Image
     from imgcore.files.host_file import HostFile
-    from imgcore.formats._base import Reader
+    from imgcore.formats.api import Reader
 
 # Keys of Reader.info() that stand beside "format-specific", not inside it.
 _TOP_LEVEL_KEYS: Final = ("cluster-size", "encrypted", "compressed", "snapshots")

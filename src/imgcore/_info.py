@@ -15,7 +15,7 @@ from imgcore.errors import OptionError
 
 if TYPE_CHECKING:
     from imgcore.files.host_file import HostFile
-    from imgcore.formats._base import Reader
+    from imgcore.formats.api import Reader
 
 
 @overload
@@ -99,7 +99,7 @@ def info(
     OSError
         The operating system refused; ``filename`` is set.
     """
-    from imgcore.formats import refuse_stream_options, stream_suffix
+    from imgcore.formats.registry import refuse_stream_options, stream_suffix
 
     if format in (None, "raw") and stream_suffix(os.fspath(path)) is not None:
         refuse_stream_options(os.fspath(path), read_options, parent)
@@ -138,7 +138,7 @@ def open_layer(
     """Open one image without its backing files."""
     from imgcore.files.gate import ReferenceGate, folder_names
     from imgcore.files.host_file import HostFile
-    from imgcore.formats import open_reader
+    from imgcore.formats.registry import open_reader
 
     with HostFile.open(path, share=share) as file:
         gate = ReferenceGate(os.path.dirname(file.path), folder_names(allow))

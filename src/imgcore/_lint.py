@@ -128,7 +128,7 @@ def _facts(
     """Open the image as far as it can be opened."""
     from imgcore.files.gate import ReferenceGate, folder_names
     from imgcore.files.host_file import HostFile
-    from imgcore.formats import canonical_name, open_reader, probe
+    from imgcore.formats.registry import canonical_name, open_reader, probe
 
     with ExitStack() as stack:
         file = stack.enter_context(HostFile.open(path, share=share))

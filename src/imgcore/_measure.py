@@ -10,7 +10,7 @@ from imgcore.errors import OptionError
 
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
-    from imgcore.formats._base import Measurement
+    from imgcore.formats.api import Measurement
 
 
 def measure(
@@ -71,7 +71,7 @@ def measure(
     -----
     Time: the tables of the source are read, its data is not. Memory: one batch of extents.
     """
-    from imgcore.formats import refuse_stream_options
+    from imgcore.formats.registry import refuse_stream_options
 
     if (source is None) == (size is None):
         raise OptionError("measure takes either a source or a size")
@@ -100,7 +100,7 @@ def measure(
 
 def _stream_size(source: str | os.PathLike[str], format: str | None, share: bool) -> int | None:
     """Return the size (bytes) of a compressed raw disk, None if it is no such file."""
-    from imgcore.formats import stream_suffix
+    from imgcore.formats.registry import stream_suffix
 
     if format not in (None, "raw") or stream_suffix(os.fspath(source)) is None:
         return None
@@ -124,8 +124,9 @@ def _measure_data(
     options: Mapping[str, Any] | Sequence[str] | None,
     compress: bool,
 ) -> Measurement:
-    from imgcore.formats import get_driver, parse_options
-    from imgcore.formats._base import WriteRequest
+    from imgcore.formats.api import WriteRequest
+    from imgcore.formats.option_texts import parse_options
+    from imgcore.formats.registry import get_driver
 
     driver = get_driver(target_format)
     request = WriteRequest(

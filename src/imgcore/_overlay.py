@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from imgcore.engine.extents import Extents
-    from imgcore.formats._base import Reader
+    from imgcore.formats.api import Reader
 
     Depths = NDArray[np.uint16]
 

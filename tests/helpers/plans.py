@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from imgcore.formats._base import Reader
+from imgcore.formats.api import Reader
 
 
 def poke(path: Path, *changes: tuple[int, bytes]) -> Path:

@@ -18,7 +18,7 @@ from imgcore.engine.geometry import CodecId, Geometry, Placing, ZeroPolicy
 from imgcore.files.host_file import HostFile
 from imgcore.files.target import Target
 from imgcore.files.target_file import TargetFile
-from imgcore.formats._base import BackingReference, WriteRequest
+from imgcore.formats.api import BackingReference, WriteRequest
 from imgcore.formats.qcow2 import DRIVER, Qcow2Reader
 from tests.helpers import qemu
 from tests.helpers.plans import plan_rows

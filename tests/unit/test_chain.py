@@ -23,7 +23,7 @@ from imgcore.errors import (
 )
 from imgcore.files.gate import ReferenceGate
 from imgcore.files.host_file import HostFile
-from imgcore.formats._base import BackingReference
+from imgcore.formats.api import BackingReference
 from imgcore.limits import MAX_CHAIN_DEPTH
 
 UUID = "{00000000-0000-0000-0000-0000000000aa}"

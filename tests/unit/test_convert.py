@@ -14,7 +14,7 @@ from tests.unit.test_files import loop_device
 import imgcore
 from imgcore import _convert, _convert_stream
 from imgcore.formats import _qcow2_writer
-from imgcore.formats._base import BackingReference, Writer, WriteRequest
+from imgcore.formats.api import BackingReference, Writer, WriteRequest
 
 KIB, MIB = 1 << 10, 1 << 20
 

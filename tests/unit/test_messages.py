@@ -19,8 +19,8 @@ from tests.helpers.command import assert_one_line_error
 from tests.helpers.command import imgcore as imgcore_command
 
 import imgcore
-from imgcore.formats import DRIVERS
-from imgcore.formats._base import BackingReference
+from imgcore.formats.api import BackingReference
+from imgcore.formats.registry import DRIVERS
 from imgcore.log import log
 from imgcore.text import HIDDEN, MAX_TEXT_CHARS, one_line, without_secrets
 

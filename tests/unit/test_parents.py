@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from imgcore.formats._parents import names_from_windows_path
+from imgcore.formats.shared.windows_paths import names_from_windows_path
 
 CASES = {
     "base.vhd": ("base.vhd",),

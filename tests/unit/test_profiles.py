@@ -20,7 +20,8 @@ import imgcore
 from imgcore import _convert_stream
 from imgcore._profiles import PROFILES, get_profile, profile_names
 from imgcore.errors import LimitExceededError, OptionError
-from imgcore.formats import format_names, get_driver, parse_options
+from imgcore.formats.option_texts import parse_options
+from imgcore.formats.registry import format_names, get_driver
 
 MIB = 1 << 20
 GIB = 1 << 30

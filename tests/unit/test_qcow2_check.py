@@ -15,7 +15,7 @@ from tests.helpers.qcow2 import create, open_qcow2, qemu_io
 
 from imgcore.files.host_file import HostFile
 from imgcore.formats import _qcow2_check
-from imgcore.formats._base import CheckReport
+from imgcore.formats.api import CheckReport
 
 MIB = 1 << 20
 COPIED = 1 << 63

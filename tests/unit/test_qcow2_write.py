@@ -18,8 +18,8 @@ from imgcore import limits
 from imgcore.engine.extents import PLACEMENT_DTYPE, BlockState
 from imgcore.errors import LimitExceededError, OptionError
 from imgcore.files.target import Target
-from imgcore.formats._base import BackingReference
 from imgcore.formats._qcow2_refcounts import encode_refcounts
+from imgcore.formats.api import BackingReference
 from imgcore.formats.qcow2 import DRIVER
 
 KIB, MIB, GIB, TIB = limits.KIB, limits.MIB, limits.GIB, limits.TIB

@@ -25,8 +25,9 @@ from imgcore.errors import (
 )
 from imgcore.files.host_file import HostFile
 from imgcore.files.target import Target
-from imgcore.formats import _flat, raw
-from imgcore.formats._base import BackingReference, WriteRequest
+from imgcore.formats import raw
+from imgcore.formats.api import BackingReference, WriteRequest
+from imgcore.formats.shared import flat
 
 MIB = 1 << 20
 
@@ -192,7 +193,7 @@ def test_holes_are_not_trusted_before_a_sync(
     with path.open("rb") as file:
         os.fsync(file.fileno())  # blocks are counted only when they are allocated
     synced: list[int] = []
-    monkeypatch.setattr(_flat, "is_on_xfs", lambda fd: on_xfs)
+    monkeypatch.setattr(flat, "is_on_xfs", lambda fd: on_xfs)
     monkeypatch.setattr(os, "fdatasync", synced.append)
     reader = open_raw(path)
     for _ in range(2):
@@ -222,11 +223,11 @@ def test_reader_facts(tmp_path: Path) -> None:
 def test_info_needs_no_numpy(tmp_path: Path) -> None:
     script = (
         "import sys\n"
-        "from imgcore import formats\n"
+        "from imgcore.formats.registry import open_reader\n"
         "from imgcore.files.gate import ReferenceGate\n"
         "from imgcore.files.host_file import HostFile\n"
         "file = HostFile.open(sys.argv[1])\n"
-        "formats.open_reader(file, ReferenceGate('.'))\n"
+        "open_reader(file, ReferenceGate('.'))\n"
         "print([name for name in ('numpy', 'zstandard', 'imgcore.formats.vmdk', 'ctypes')\n"
         "       if name in sys.modules])\n"
     )

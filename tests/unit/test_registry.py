@@ -13,12 +13,22 @@ import pytest
 from tests.helpers import qemu
 from tests.unit.test_files import loop_device
 
-from imgcore import formats
 from imgcore.errors import OptionError, UnsupportedFeatureError, WrongFormatError
 from imgcore.files.gate import ReferenceGate
 from imgcore.files.host_file import HostFile
-from imgcore.formats import _magic
-from imgcore.formats._base import Driver, Option
+from imgcore.formats import magic
+from imgcore.formats.api import Driver, Option
+from imgcore.formats.option_texts import options_help, parse_options
+from imgcore.formats.registry import (
+    canonical_name,
+    format_from_suffix,
+    format_names,
+    get_driver,
+    open_reader,
+    probe,
+    refuse_image_in_stream,
+    stream_suffix,
+)
 from imgcore.streams.source import StreamSource
 
 PAD = bytes(70_000 // 512 * 512)
@@ -51,13 +61,13 @@ def place(folder: Path, name: str, head: bytes = b"", tail: bytes = b"") -> Path
 
 def found(path: Path) -> str | None:
     with HostFile.open(path) as file:
-        return formats.probe(file)
+        return probe(file)
 
 
 def open_as(path: Path | str, image_format: str | None = None) -> str:
     """Open and return the name of the reader's format."""
     with HostFile.open(path) as file:
-        reader = formats.open_reader(file, ReferenceGate(os.path.dirname(path)), image_format)
+        reader = open_reader(file, ReferenceGate(os.path.dirname(path)), image_format)
         try:
             return reader.format_name
         finally:
@@ -115,11 +125,11 @@ class TestProbe:
     @pytest.mark.parametrize("name", HEADS)
     def test_a_head_is_of_one_format(self, name: str) -> None:
         data = HEADS[name].ljust(66 * 1024, b"\0")
-        assert _magic.matching_formats(data[:65536], data[-1024:]) == [name]
+        assert magic.matching_formats(data[:65536], data[-1024:]) == [name]
 
     def test_nothing_is_of_no_format(self) -> None:
-        assert _magic.matching_formats(b"", b"") == []
-        assert _magic.matching_formats(bytes(65536), bytes(1024)) == []
+        assert magic.matching_formats(b"", b"") == []
+        assert magic.matching_formats(bytes(65536), bytes(1024)) == []
 
     @pytest.mark.parametrize("variant", qemu.VARIANTS, ids=lambda variant: variant.name)
     def test_what_qemu_img_writes(self, tmp_path: Path, variant: qemu.Variant) -> None:
@@ -177,7 +187,7 @@ class TestRawRules:
     def test_block_device(self, tmp_path: Path) -> None:
         with loop_device(place(tmp_path, "backing")) as device:
             assert open_as(device) == "raw"
-            assert formats.format_from_suffix(device) == "raw"
+            assert format_from_suffix(device) == "raw"
         with loop_device(place(tmp_path, "backing", HEADS["qcow2"])) as device:
             with pytest.raises(WrongFormatError, match="block device, but carries"):
                 open_as(device)
@@ -227,10 +237,10 @@ def test_image_in_a_stream(tmp_path: Path, name: str | None) -> None:
     path.write_bytes(gzip.compress((HEADS[name] if name else b"").ljust(66 * 1024, b"\0")))
     with StreamSource.open(path) as stream:
         if name is None:
-            formats.refuse_image_in_stream(stream)
+            refuse_image_in_stream(stream)
         else:
             with pytest.raises(WrongFormatError, match=f"magic of {name}: decompress"):
-                formats.refuse_image_in_stream(stream)
+                refuse_image_in_stream(stream)
 
 
 class TestNames:
@@ -257,26 +267,26 @@ class TestNames:
         ],
     )
     def test_suffix(self, name: str, expected: str | None) -> None:
-        assert formats.format_from_suffix(name) == expected
+        assert format_from_suffix(name) == expected
 
     @pytest.mark.parametrize(
         ("name", "expected"),
         [("a.raw.zst", ".zst"), ("a.DD.GZ", ".gz"), ("a.vmdk.gz", None), ("a.raw", None)],
     )
     def test_stream_suffix(self, name: str, expected: str | None) -> None:
-        assert formats.stream_suffix(name) == expected
+        assert stream_suffix(name) == expected
 
     def test_format_names(self) -> None:
-        assert {"qcow2", "vmdk", "vdi", "raw"} <= set(formats.format_names())
-        assert formats.format_names()[-1] == "raw"
-        assert formats.canonical_name("vpc") == "vhd"
+        assert {"qcow2", "vmdk", "vdi", "raw"} <= set(format_names())
+        assert format_names()[-1] == "raw"
+        assert canonical_name("vpc") == "vhd"
 
-    @pytest.mark.parametrize("name", formats.format_names())
+    @pytest.mark.parametrize("name", format_names())
     def test_drivers_and_registry_tell_the_same(self, name: str) -> None:
-        driver = formats.get_driver(name)
+        driver = get_driver(name)
         assert driver.name == name
         assert len({option.name for option in driver.options}) == len(driver.options)
-        assert set(formats.parse_options(driver)) == {option.name for option in driver.options}
+        assert set(parse_options(driver)) == {option.name for option in driver.options}
 
 
 DRIVER = cast(
@@ -318,7 +328,7 @@ class TestOptions:
         ],
     )  # fmt: skip
     def test_parse(self, texts: Any, changes: dict[str, Any]) -> None:
-        assert formats.parse_options(DRIVER, texts) == DEFAULTS | changes
+        assert parse_options(DRIVER, texts) == DEFAULTS | changes
 
     @pytest.mark.parametrize(
         ("texts", "words"),
@@ -338,10 +348,10 @@ class TestOptions:
     )
     def test_refused(self, texts: Sequence[str], words: str) -> None:
         with pytest.raises(OptionError, match=words):
-            formats.parse_options(DRIVER, texts)
+            parse_options(DRIVER, texts)
 
     def test_help(self) -> None:
-        rows = formats.options_help(DRIVER)
+        rows = options_help(DRIVER)
         assert rows[0] == ("cluster_size", "size", "65536", "bytes of a cluster")
         assert rows[2:] == [
             ("lazy", "on|off", "off", "later"),

@@ -19,7 +19,7 @@ from tests.helpers.qcow2 import create, qemu_io
 
 import imgcore
 from imgcore import _check_repair
-from imgcore.formats._base import Repair
+from imgcore.formats.api import Repair
 from imgcore.formats.qcow2 import Qcow2Reader
 
 MIB = 1 << 20

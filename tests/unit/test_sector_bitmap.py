@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imgcore.engine.extents import EXTENT_DTYPE, Kind, join_neighbours
-from imgcore.formats import _sector_bitmap
-from imgcore.formats._sector_bitmap import expand
+from imgcore.formats.shared import sector_bitmap
+from imgcore.formats.shared.sector_bitmap import expand
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -75,7 +75,7 @@ def test_every_sector_is_where_its_bit_says(
     bitmaps = np.array(flat, np.uint8).reshape(len(blocks), 2)
     before = blocks.copy()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_sector_bitmap, "_PIECE_BITS", piece_bits)
+        patch.setattr(sector_bitmap, "_PIECE_BITS", piece_bits)
         got = expand(
             bitmaps, lsb_first=lsb_first, blocks=blocks, absent=absent, sector_nbytes=sector
         )

@@ -11,7 +11,7 @@ from tests.helpers import images, qemu
 
 import imgcore
 from imgcore.files.target import Target
-from imgcore.streams import gzip as gzip_module
+from imgcore.streams import gzip as gzip_stream
 from imgcore.streams.gzip import GzipSink
 
 MIB = 1 << 20
@@ -64,7 +64,7 @@ def test_failure_in_a_thread_comes_out(tmp_path: Path, monkeypatch: pytest.Monke
     def fail(*_: object) -> bytes:
         raise MemoryError
 
-    monkeypatch.setattr(gzip_module, "_deflate", fail)
+    monkeypatch.setattr(gzip_stream, "_deflate", fail)
     with pytest.raises(MemoryError):
         written(tmp_path / "a.gz", [bytes(3 * MIB)])
 

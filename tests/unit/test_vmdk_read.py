@@ -28,7 +28,7 @@ from imgcore.errors import (
     UnsupportedFeatureError,
     WrongFormatError,
 )
-from imgcore.formats._magic import matching_formats
+from imgcore.formats.magic import matching_formats
 
 N_SECTORS = 10 * GRAIN // SECTOR + 7
 TAIL = N_SECTORS * SECTOR % GRAIN

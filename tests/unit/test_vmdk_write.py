@@ -28,8 +28,8 @@ from imgcore.errors import (
     UnsupportedFeatureError,
 )
 from imgcore.files.target import Target
-from imgcore.formats import parse_options
-from imgcore.formats._base import BackingReference, WriteRequest
+from imgcore.formats.api import BackingReference, WriteRequest
+from imgcore.formats.option_texts import parse_options
 from imgcore.formats.vmdk import DRIVER
 
 SUBFORMATS = ["monolithicSparse", "streamOptimized", "monolithicFlat", "vmfs"]

@@ -14,7 +14,7 @@ import click
 from imgcore.text import one_line
 
 if TYPE_CHECKING:
-    from imgcore.formats._base import Driver
+    from imgcore.formats.api import Driver
 
 CONTEXT_SETTINGS: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -174,7 +174,7 @@ def require(ctx: click.Context, **arguments: object) -> None:
 def target_driver(format: str | None, path: str | None) -> Driver:
     """Return the driver of a target: by ``format``, else by the suffix of ``path``."""
     from imgcore.errors import OptionError
-    from imgcore.formats import format_from_suffix, get_driver
+    from imgcore.formats.registry import format_from_suffix, get_driver
 
     found = format or (format_from_suffix(path) if path is not None else None)
     if found is None:
@@ -184,7 +184,7 @@ def target_driver(format: str | None, path: str | None) -> Driver:
 
 def print_options_help(driver: Driver) -> None:
     """Print the table that ``-o help`` asks for."""
-    from imgcore.formats import options_help
+    from imgcore.formats.option_texts import options_help
 
     rows = options_help(driver)
     if not rows:

@@ -18,9 +18,9 @@ import numpy as np
 from imgcore import limits
 from imgcore.errors import FormatError, LimitExceededError
 from imgcore.formats import _qcow2_layout as layout
-from imgcore.formats._base import CheckReport
 from imgcore.formats._qcow2_header import read_bitmaps, read_snapshots
 from imgcore.formats._qcow2_tables import iter_l1, read_entries
+from imgcore.formats.api import CheckReport
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

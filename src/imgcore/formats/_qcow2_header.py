@@ -18,7 +18,7 @@ from imgcore.errors import (
     WrongFormatError,
 )
 from imgcore.formats import _qcow2_layout as layout
-from imgcore.formats._base import BackingReference
+from imgcore.formats.api import BackingReference
 
 if TYPE_CHECKING:
     from imgcore.files.host_file import HostFile

@@ -12,7 +12,7 @@ from imgcore import limits
 from imgcore.engine.geometry import Codec, CodecId
 from imgcore.errors import LimitExceededError, OptionError
 from imgcore.formats import _qcow2_layout as layout
-from imgcore.formats._base import BackingReference, Option, WriteRequest
+from imgcore.formats.api import BackingReference, Option, WriteRequest
 
 DEFAULT_CLUSTER_NBYTES: Final = 64 * limits.KIB
 DEFAULT_REFCOUNT_BITS: Final = 16

@@ -11,8 +11,8 @@ import numpy as np
 
 from imgcore.errors import LimitExceededError, UnsupportedFeatureError
 from imgcore.formats import _qcow2_layout as layout
-from imgcore.formats._base import Repair
 from imgcore.formats._qcow2_check import Qcow2Checker
+from imgcore.formats.api import Repair
 from imgcore.limits import MAX_REPAIR_NBYTES
 
 if TYPE_CHECKING:

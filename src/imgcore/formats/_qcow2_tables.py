@@ -15,7 +15,7 @@ from imgcore._core import TableFormat
 from imgcore.engine.extents import Kind, clip, single
 from imgcore.errors import CorruptImageError
 from imgcore.formats import _qcow2_layout as layout
-from imgcore.formats._tables import decode_entries
+from imgcore.formats.shared.tables import decode_entries
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -142,7 +142,7 @@ class ExtentPlanner:
         )
 
     def plan(self, start: int, length: int) -> Iterator[Extents]:
-        """Yield extent batches; see :meth:`imgcore.formats._base.Reader.plan`."""
+        """Yield extent batches; see :meth:`imgcore.formats.api.Reader.plan`."""
         stop = start + length
         done = start
         for first, last, offsets, first_table in self._groups(start, stop):

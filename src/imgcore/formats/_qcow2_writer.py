@@ -20,8 +20,6 @@ from imgcore.engine.extents import BlockState
 from imgcore.engine.geometry import CodecId, Geometry, Placing, ZeroPolicy
 from imgcore.errors import LimitExceededError
 from imgcore.formats import _qcow2_layout as layout
-from imgcore.formats._base import Measurement
-from imgcore.formats._holes import write_with_holes
 from imgcore.formats._qcow2_options import (
     Qcow2Params,
     build_header,
@@ -30,6 +28,8 @@ from imgcore.formats._qcow2_options import (
 )
 from imgcore.formats._qcow2_refcounts import RefcountBuilder, encode_refcounts
 from imgcore.formats._qcow2_tables import table_format
+from imgcore.formats.api import Measurement
+from imgcore.formats.shared.sparse_tables import write_with_holes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from imgcore.engine.extents import Placements
     from imgcore.files.target import Target
     from imgcore.files.target_file import TargetFile
-    from imgcore.formats._base import WriteRequest
+    from imgcore.formats.api import WriteRequest
 
 # Placements that are encoded at a time: 1 MiB of entries.
 _CHUNK_ENTRIES: Final = 1 << 17
@@ -156,12 +156,12 @@ class Qcow2Writer:
         )
 
     def begin(self, target: Target) -> TargetFile:
-        """Open the target; see :class:`imgcore.formats._base.Writer`."""
+        """Open the target; see :class:`imgcore.formats.api.Writer`."""
         self._file = target.main
         return self._file
 
     def place(self, first_block: int, placements: Placements, next_offset: int) -> int:
-        """Take note of placements; see :class:`imgcore.formats._base.Writer`."""
+        """Take note of placements; see :class:`imgcore.formats.api.Writer`."""
         for start in range(0, len(placements), _CHUNK_ENTRIES):
             rows = placements[start : start + _CHUNK_ENTRIES]
             if not rows["state"].any():
@@ -180,7 +180,7 @@ class Qcow2Writer:
         return self._write_refcount_blocks(n_blocks, offset)
 
     def finish(self, next_offset: int) -> None:
-        """Write what is left; see :class:`imgcore.formats._base.Writer`."""
+        """Write what is left; see :class:`imgcore.formats.api.Writer`."""
         params, file = self._params, self._target_file()
         self._tables.close_tail()
         offset = self._write_tables(self._aligned(max(next_offset, self.first_offset)))
@@ -284,7 +284,7 @@ class PreallocatedWriter:
         )
 
     def begin(self, target: Target) -> TargetFile:
-        """Reserve the file's space; see :class:`imgcore.formats._base.Writer`."""
+        """Reserve the file's space; see :class:`imgcore.formats.api.Writer`."""
         self._file = target.main
         self._file.truncate(self._file_nbytes)
         if self._params.preallocation != "metadata":
@@ -297,7 +297,7 @@ class PreallocatedWriter:
         return next_offset
 
     def finish(self, next_offset: int) -> None:
-        """Write all tables; see :class:`imgcore.formats._base.Writer`."""
+        """Write all tables; see :class:`imgcore.formats.api.Writer`."""
         if self._file is None:
             raise RuntimeError("begin() was not called")
         params, size = self._params, self._params.cluster_size

@@ -8,8 +8,8 @@ import numpy as np
 
 from imgcore.errors import LimitExceededError
 from imgcore.formats import _vdi_layout as layout
-from imgcore.formats._base import CheckReport, Repair
 from imgcore.formats._vdi_tables import read_map
+from imgcore.formats.api import CheckReport, Repair
 from imgcore.limits import VDI_MAX_CHECKED_BLOCKS
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ _WINDOW_BLOCKS: Final = 1 << 26
 
 
 def check(file: HostFile, header: VdiHeader) -> CheckReport:
-    """Verify the block map; see :meth:`imgcore.formats._base.Reader.check`.
+    """Verify the block map; see :meth:`imgcore.formats.api.Reader.check`.
 
     Found are entries past the end of the file, blocks used twice, a wrong count of allocated
     blocks in the header, and blocks of the file that nothing uses.

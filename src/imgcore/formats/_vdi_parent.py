@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Final
 
 from imgcore.errors import ImgcoreError
 from imgcore.formats import _vdi_layout as layout
-from imgcore.formats._base import BackingReference
 from imgcore.formats._vdi_header import read_identities
+from imgcore.formats.api import BackingReference
 from imgcore.limits import VDI_MAX_SEARCHED_FILES
 from imgcore.log import log
 

@@ -14,9 +14,9 @@ from imgcore._core import TableFormat
 from imgcore.engine.extents import EXTENT_DTYPE, Kind, clip
 from imgcore.errors import CorruptImageError
 from imgcore.formats import _vdi_layout as layout
-from imgcore.formats._flat import plan_flat, sync_holes
-from imgcore.formats._tables import decode_entries
 from imgcore.formats._vdi_layout import ImageType
+from imgcore.formats.shared.flat import plan_flat, sync_holes
+from imgcore.formats.shared.tables import decode_entries
 from imgcore.limits import MAX_BATCH_ROWS
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class BlockMapPlanner:
         self._synced = False
 
     def plan(self, start: int, length: int) -> Iterator[Extents]:
-        """Yield extent batches; see :meth:`imgcore.formats._base.Reader.plan`."""
+        """Yield extent batches; see :meth:`imgcore.formats.api.Reader.plan`."""
         stop = start + length
         if self._asks_file and not self._synced:
             self._synced = True

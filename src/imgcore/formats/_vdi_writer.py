@@ -14,10 +14,10 @@ from uuid import UUID, uuid4, uuid5
 from imgcore.engine.geometry import Geometry, ZeroPolicy
 from imgcore.errors import LimitExceededError, OptionError, UnsupportedFeatureError
 from imgcore.formats import _vdi_layout as layout
-from imgcore.formats._base import Measurement
-from imgcore.formats._flat import flat_geometry
 from imgcore.formats._vdi_header import build_header
 from imgcore.formats._vdi_layout import ImageType
+from imgcore.formats.api import Measurement
+from imgcore.formats.shared.flat import flat_geometry
 from imgcore.limits import (
     MAX_VIRTUAL_NBYTES,
     SECTOR_NBYTES,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from imgcore.engine.extents import Placements
     from imgcore.files.target import Target
     from imgcore.files.target_file import TargetFile
-    from imgcore.formats._base import BackingReference, Writer, WriteRequest
+    from imgcore.formats.api import BackingReference, Writer, WriteRequest
 
 # Entries that are made and written at a time: 1 MiB.
 _PIECE_ENTRIES: Final = 1 << 18

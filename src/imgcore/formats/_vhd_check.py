@@ -8,9 +8,9 @@ import numpy as np
 
 from imgcore.errors import LimitExceededError
 from imgcore.formats import _vhd_layout as layout
-from imgcore.formats._base import CheckReport, Repair
 from imgcore.formats._vhd_header import parent_texts
 from imgcore.formats._vhd_plan import read_bat
+from imgcore.formats.api import CheckReport, Repair
 from imgcore.limits import SECTOR_NBYTES, VHD_MAX_CHECKED_BLOCKS
 
 if TYPE_CHECKING:

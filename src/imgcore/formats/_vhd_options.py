@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-    from imgcore.formats._base import BackingReference, WriteRequest
+    from imgcore.formats.api import BackingReference, WriteRequest
 
 _DEFAULT_BLOCK_NBYTES: Final = VHD_MAX_WRITTEN_BLOCK_NBYTES
 _MAX_TIMESTAMP: Final = 0xFFFFFFFF

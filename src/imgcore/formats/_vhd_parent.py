@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Final
 
 from imgcore.errors import CorruptImageError
 from imgcore.formats import _vhd_layout as layout
-from imgcore.formats._base import BackingReference
-from imgcore.formats._parents import names_from_windows_path
 from imgcore.formats._vhd_header import parent_texts, uuid_text
 from imgcore.formats._vhd_layout import DiskType
+from imgcore.formats.api import BackingReference
+from imgcore.formats.shared.windows_paths import names_from_windows_path
 from imgcore.log import log
 
 if TYPE_CHECKING:

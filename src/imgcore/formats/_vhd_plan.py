@@ -15,8 +15,8 @@ from imgcore._core import TableFormat
 from imgcore.engine.extents import Kind, clip
 from imgcore.errors import CorruptImageError
 from imgcore.formats import _vhd_layout as layout
-from imgcore.formats._sector_bitmap import expand
-from imgcore.formats._tables import decode_entries
+from imgcore.formats.shared.sector_bitmap import expand
+from imgcore.formats.shared.tables import decode_entries
 from imgcore.limits import MAX_BATCH_ROWS, MIB, SECTOR_NBYTES
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class BlockPlanner:
         self._absent = Kind.HOLE if is_differencing else Kind.ZERO
 
     def plan(self, start: int, length: int) -> Iterator[Extents]:
-        """Yield extent batches; see :meth:`imgcore.formats._base.Reader.plan`."""
+        """Yield extent batches; see :meth:`imgcore.formats.api.Reader.plan`."""
         stop = start + length
         first_block = start // self._block_nbytes
         last_block = -(-stop // self._block_nbytes)

@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, ClassVar, Final
 from imgcore.engine.geometry import Geometry, Placing, ZeroPolicy
 from imgcore.errors import LimitExceededError, UnsupportedFeatureError
 from imgcore.formats import _vhd_layout as layout
-from imgcore.formats._base import Measurement
-from imgcore.formats._flat import flat_geometry
 from imgcore.formats._vhd_header import bitmap_nbytes, checksum
 from imgcore.formats._vhd_layout import DiskType, DynamicHeader, Footer, Locator
 from imgcore.formats._vhd_options import VhdPlan, plan_request
+from imgcore.formats.api import Measurement
+from imgcore.formats.shared.flat import flat_geometry
 from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
     from imgcore.engine.extents import Placements
     from imgcore.files.target import Target
     from imgcore.files.target_file import TargetFile
-    from imgcore.formats._base import Writer, WriteRequest
+    from imgcore.formats.api import Writer, WriteRequest
 
 _HEADER_OFFSET: Final = layout.FOOTER_NBYTES
 _TABLE_OFFSET: Final = _HEADER_OFFSET + layout.HEADER_NBYTES

@@ -15,9 +15,9 @@ from imgcore._core import TableFormat
 from imgcore.engine.extents import Kind, clip, single, split
 from imgcore.errors import CorruptImageError
 from imgcore.formats import _vhdx_layout as layout
-from imgcore.formats._sector_bitmap import expand
-from imgcore.formats._tables import decode_entries
 from imgcore.formats._vhdx_log import ZEROS
+from imgcore.formats.shared.sector_bitmap import expand
+from imgcore.formats.shared.tables import decode_entries
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -103,7 +103,7 @@ class ExtentPlanner:
         self._patches = None if image.replayed is None else _Patches(image.replayed)
 
     def plan(self, start: int, length: int) -> Iterator[Extents]:
-        """Yield extent batches; see :meth:`imgcore.formats._base.Reader.plan`."""
+        """Yield extent batches; see :meth:`imgcore.formats.api.Reader.plan`."""
         stop = start + length
         first_block, last_block = start // self._block_nbytes, -(-stop // self._block_nbytes)
         for first in range(first_block, last_block, limits.MAX_BATCH_ROWS):

@@ -16,9 +16,9 @@ import numpy as np
 from imgcore import limits
 from imgcore.errors import LimitExceededError
 from imgcore.formats import _vhdx_layout as layout
-from imgcore.formats._base import CheckReport, Repair
 from imgcore.formats._vhdx_bat import bitmap_index, entry_problem, read_payload, read_raw
 from imgcore.formats._vhdx_parent import NIL
+from imgcore.formats.api import CheckReport, Repair
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -21,9 +21,9 @@ from imgcore.errors import (
     WrongFormatError,
 )
 from imgcore.formats import _vhdx_layout as layout
-from imgcore.formats._base import BackingReference
 from imgcore.formats._vhdx_log import ReplayedFile, replay
 from imgcore.formats._vhdx_parent import NIL, backing_reference, read_locator
+from imgcore.formats.api import BackingReference
 
 if TYPE_CHECKING:
     from imgcore.files.host_file import HostFile

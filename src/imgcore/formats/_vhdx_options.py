@@ -13,7 +13,6 @@ from imgcore import limits
 from imgcore._version import __version__
 from imgcore.errors import LimitExceededError, OptionError
 from imgcore.formats import _vhdx_layout as layout
-from imgcore.formats._base import BackingReference, Option, WriteRequest
 from imgcore.formats._vhdx_header import Metadata, with_checksum
 from imgcore.formats._vhdx_parent import (
     DATA_WRITE_GUID,
@@ -22,6 +21,7 @@ from imgcore.formats._vhdx_parent import (
     VIRTUAL_DISK_ID,
     parent_locator,
 )
+from imgcore.formats.api import BackingReference, Option, WriteRequest
 
 # What Hyper-V takes, whatever the size of the disk.
 DEFAULT_BLOCK_NBYTES: Final = 32 * limits.MIB

@@ -18,8 +18,8 @@ from imgcore.errors import (
     UnsupportedFeatureError,
 )
 from imgcore.formats import _vhdx_layout as layout
-from imgcore.formats._base import BackingReference
-from imgcore.formats._parents import names_from_windows_path
+from imgcore.formats.api import BackingReference
+from imgcore.formats.shared.windows_paths import names_from_windows_path
 
 # What children recognise their parent by, and what they take over from it.
 DATA_WRITE_GUID: Final = "data write GUID"

@@ -18,17 +18,17 @@ from imgcore.engine.geometry import Geometry, Placing, ZeroPolicy
 from imgcore.errors import LimitExceededError
 from imgcore.formats import _vhdx_layout as layout
 from imgcore.formats import _vhdx_options as options
-from imgcore.formats._base import Measurement
-from imgcore.formats._flat import flat_geometry
-from imgcore.formats._holes import write_with_holes
 from imgcore.formats._vhdx_bat import payload_indices, table_format
+from imgcore.formats.api import Measurement
+from imgcore.formats.shared.flat import flat_geometry
+from imgcore.formats.shared.sparse_tables import write_with_holes
 
 if TYPE_CHECKING:
     from imgcore.engine.extents import Placements
     from imgcore.files.target import Target
     from imgcore.files.target_file import TargetFile
-    from imgcore.formats._base import WriteRequest
     from imgcore.formats._vhdx_options import VhdxParams
+    from imgcore.formats.api import WriteRequest
 
 # BAT entries that are encoded at a time: 1 MiB.
 _CHUNK_ENTRIES: Final = 1 << 17
@@ -64,7 +64,7 @@ class _VhdxWriter:
         self.logical_sector_nbytes = params.metadata.logical_sector_nbytes
 
     def begin(self, target: Target) -> TargetFile:
-        """Open the target; see :class:`imgcore.formats._base.Writer`."""
+        """Open the target; see :class:`imgcore.formats.api.Writer`."""
         self._file = target.main
         self._target_path = target.path
         return self._file
@@ -120,7 +120,7 @@ class DynamicWriter(_VhdxWriter):
         )
 
     def place(self, first_block: int, placements: Placements, next_offset: int) -> int:
-        """Write the entries of blocks; see :class:`imgcore.formats._base.Writer`."""
+        """Write the entries of blocks; see :class:`imgcore.formats.api.Writer`."""
         for start in range(0, len(placements), _CHUNK_ENTRIES):
             rows = placements[start : start + _CHUNK_ENTRIES]
             if rows["state"].any():
@@ -133,7 +133,7 @@ class DynamicWriter(_VhdxWriter):
         return max(next_offset, last + self._params.metadata.block_nbytes)
 
     def finish(self, next_offset: int) -> None:
-        """Write what stands before the blocks; see :class:`imgcore.formats._base.Writer`."""
+        """Write what stands before the blocks; see :class:`imgcore.formats.api.Writer`."""
         self._write_structures(max(next_offset, self.first_offset))
 
 
@@ -147,7 +147,7 @@ class FixedWriter(_VhdxWriter):
         )
 
     def begin(self, target: Target) -> TargetFile:
-        """Give the file its size; see :class:`imgcore.formats._base.Writer`."""
+        """Give the file its size; see :class:`imgcore.formats.api.Writer`."""
         file = super().begin(target)
         file.truncate(self._params.fully_allocated_nbytes)
         return file
@@ -157,7 +157,7 @@ class FixedWriter(_VhdxWriter):
         return next_offset
 
     def finish(self, next_offset: int) -> None:
-        """Write everything but the data; see :class:`imgcore.formats._base.Writer`."""
+        """Write everything but the data; see :class:`imgcore.formats.api.Writer`."""
         metadata = self._params.metadata
         for first in range(0, metadata.n_blocks, _CHUNK_ENTRIES):
             last = min(first + _CHUNK_ENTRIES, metadata.n_blocks)

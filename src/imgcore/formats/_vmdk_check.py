@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from imgcore.formats._base import CheckReport
 from imgcore.formats._vmdk_layout import (
     ENTRY_ABSENT,
     ENTRY_NBYTES,
@@ -22,6 +21,7 @@ from imgcore.formats._vmdk_plan import (
     read_directory,
     read_tables,
 )
+from imgcore.formats.api import CheckReport
 from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:

@@ -13,8 +13,6 @@ import numpy as np
 from imgcore._core import TableFormat
 from imgcore.engine.extents import FLAG_GRAIN_MARKER, Kind, single
 from imgcore.errors import CorruptImageError
-from imgcore.formats._flat import sync_holes
-from imgcore.formats._tables import decode_entries
 from imgcore.formats._vmdk_layout import (
     ENTRY_ABSENT,
     ENTRY_NBYTES,
@@ -22,6 +20,8 @@ from imgcore.formats._vmdk_layout import (
     GRAIN_MARKER,
     MAX_COMPRESSED_GRAINS,
 )
+from imgcore.formats.shared.flat import sync_holes
+from imgcore.formats.shared.tables import decode_entries
 from imgcore.limits import MAX_BATCH_ROWS, SECTOR_NBYTES
 
 if TYPE_CHECKING:

@@ -13,9 +13,6 @@ from imgcore.errors import (
     UnsupportedFeatureError,
     WrongFormatError,
 )
-from imgcore.formats._base import BackingReference, CheckReport
-from imgcore.formats._magic import is_vmdk_descriptor
-from imgcore.formats._parents import names_from_windows_path
 from imgcore.formats._vmdk_descriptor import (
     Descriptor,
     ExtentLine,
@@ -29,6 +26,9 @@ from imgcore.formats._vmdk_sparse import (
     refuse_foreign_extent,
     short_last_grain,
 )
+from imgcore.formats.api import BackingReference, CheckReport
+from imgcore.formats.magic import is_vmdk_descriptor
+from imgcore.formats.shared.windows_paths import names_from_windows_path
 from imgcore.limits import SECTOR_NBYTES, VMDK_MAX_DESCRIPTOR_NBYTES
 from imgcore.log import log
 
@@ -136,11 +136,11 @@ class VmdkReader:
     def plan(self, start: int, length: int) -> Iterator[Extents]:
         """Yield extent batches that cover ``[start, start + length)`` of this layer.
 
-        See :meth:`imgcore.formats._base.Reader.plan`.  Memory is one piece of the grain
+        See :meth:`imgcore.formats.api.Reader.plan`.  Memory is one piece of the grain
         directory, one window of grain tables and one batch.
         """
         from imgcore.engine.extents import Kind, single
-        from imgcore.formats._flat import plan_flat, sync_holes
+        from imgcore.formats.shared.flat import plan_flat, sync_holes
 
         stop = start + length
         if start < 0 or length < 0 or stop > self.virtual_size:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
 from imgcore.engine.geometry import ZeroPolicy
 from imgcore.errors import OptionError, UnsupportedFeatureError
-from imgcore.formats._base import Measurement
-from imgcore.formats._flat import flat_geometry
 from imgcore.formats._vmdk_descriptor import DiskDatabase, compose_descriptor
 from imgcore.formats._vmdk_layout import DEFAULT_GRAIN_NBYTES, RESERVED_CIDS
+from imgcore.formats.api import Measurement
+from imgcore.formats.shared.flat import flat_geometry
 from imgcore.limits import KIB, SECTOR_NBYTES, VMDK_MAX_GRAIN_NBYTES
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from imgcore.engine.extents import Placements
     from imgcore.files.target import Target
     from imgcore.files.target_file import TargetFile
-    from imgcore.formats._base import Writer, WriteRequest
+    from imgcore.formats.api import Writer, WriteRequest
 
 # VMware's own tools write 4 for "any"; hosts since ESX 4 take the version from the VM instead.
 DEFAULT_HW_VERSION: Final = "4"

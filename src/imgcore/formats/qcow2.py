@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from imgcore.engine.sources import SourceFile
 from imgcore.formats import _qcow2_layout as layout
-from imgcore.formats._base import BackingReference, Driver
 from imgcore.formats._qcow2_header import Snapshot, read_bitmaps, read_header, read_snapshots
 from imgcore.formats._qcow2_options import OPTIONS
+from imgcore.formats.api import BackingReference, Driver
 
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
     from imgcore.files.host_file import HostFile
-    from imgcore.formats._base import CheckReport, Repair
     from imgcore.formats._qcow2_tables import ExtentPlanner
+    from imgcore.formats.api import CheckReport, Repair
 
 _NANOSECONDS: Final = 1_000_000_000
 
@@ -77,7 +77,7 @@ class Qcow2Reader:
             log.warning("%s: is marked as corrupt, its data may be wrong", self._file.path)
 
     def plan(self, start: int, length: int) -> Iterator[Extents]:
-        """Yield extent batches; see :class:`imgcore.formats._base.Reader`.
+        """Yield extent batches; see :class:`imgcore.formats.api.Reader`.
 
         Notes
         -----

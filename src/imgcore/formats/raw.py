@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from imgcore.engine.geometry import ZeroPolicy
 from imgcore.engine.sources import SourceFile
 from imgcore.errors import CorruptImageError, OptionError, UnsupportedFeatureError
-from imgcore.formats._base import Driver, Measurement, Option
-from imgcore.formats._flat import flat_geometry, sync_holes
+from imgcore.formats.api import Driver, Measurement, Option
+from imgcore.formats.shared.flat import flat_geometry, sync_holes
 from imgcore.limits import MAX_VIRTUAL_NBYTES, SECTOR_NBYTES
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from imgcore.files.host_file import HostFile
     from imgcore.files.target import Target
     from imgcore.files.target_file import TargetFile
-    from imgcore.formats._base import BackingReference, CheckReport, WriteRequest
+    from imgcore.formats.api import BackingReference, CheckReport, WriteRequest
 
 OPTIONS: Final = (
     Option(
@@ -58,7 +58,7 @@ class RawReader:
         self._synced = False
 
     def plan(self, start: int, length: int) -> Iterator[Extents]:
-        """Yield extent batches of DATA and HOLE; see `imgcore.formats._base.Reader.plan`.
+        """Yield extent batches of DATA and HOLE; see `imgcore.formats.api.Reader.plan`.
 
         Notes
         -----

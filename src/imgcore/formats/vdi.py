@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from imgcore.engine.sources import SourceFile
 from imgcore.formats import _vdi_layout as layout
-from imgcore.formats._base import Driver, Option
 from imgcore.formats._vdi_header import read_header
+from imgcore.formats.api import Driver, Option
 
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
     from imgcore.files.gate import ReferenceGate
     from imgcore.files.host_file import HostFile
-    from imgcore.formats._base import BackingReference, CheckReport, Repair
     from imgcore.formats._vdi_tables import BlockMapPlanner
+    from imgcore.formats.api import BackingReference, CheckReport, Repair
 
 OPTIONS: Final = (
     Option(
@@ -92,7 +92,7 @@ class VdiReader:
         return self._backing
 
     def plan(self, start: int, length: int) -> Iterator[Extents]:
-        """Yield extent batches; see :class:`imgcore.formats._base.Reader`.
+        """Yield extent batches; see :class:`imgcore.formats.api.Reader`.
 
         Notes
         -----
@@ -136,7 +136,7 @@ class VdiReader:
         return check(self._file, self._header)
 
     def repairs(self) -> list[Repair]:
-        """Return what can be put right; see :class:`imgcore.formats._base.Repairable`."""
+        """Return what can be put right; see :class:`imgcore.formats.api.Repairable`."""
         from imgcore.formats._vdi_check import find_repairs
 
         return find_repairs(self._file, self._header)

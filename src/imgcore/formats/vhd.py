@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from imgcore.engine.sources import SourceFile
 from imgcore.formats import _vhd_layout as layout
-from imgcore.formats._base import BackingReference, Driver, Option
 from imgcore.formats._vhd_header import (
     SIZE_CHOICES,
     parent_texts,
@@ -21,13 +20,14 @@ from imgcore.formats._vhd_header import (
 )
 from imgcore.formats._vhd_layout import DiskType
 from imgcore.formats._vhd_parent import find_parent
+from imgcore.formats.api import BackingReference, Driver, Option
 from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
     from imgcore.files.host_file import HostFile
-    from imgcore.formats._base import CheckReport, Repair
     from imgcore.formats._vhd_plan import BlockPlanner
+    from imgcore.formats.api import CheckReport, Repair
 
 _SUBFORMATS: Final = {
     DiskType.FIXED: "fixed",
@@ -115,7 +115,7 @@ class VhdReader:
         return {"UUID": uuid_text(self._header.footer.uuid)}
 
     def plan(self, start: int, length: int) -> Iterator[Extents]:
-        """Yield extent batches; see :class:`imgcore.formats._base.Reader`.
+        """Yield extent batches; see :class:`imgcore.formats.api.Reader`.
 
         Notes
         -----
@@ -123,7 +123,7 @@ class VhdReader:
         Memory: one batch and 1 MiB of bitmaps.
         """
         if self._header.dynamic is None:
-            from imgcore.formats._flat import plan_flat, sync_holes
+            from imgcore.formats.shared.flat import plan_flat, sync_holes
 
             if not self._is_synced:
                 self._is_synced = True
@@ -183,7 +183,7 @@ class VhdReader:
         return check_image(self._file, self._header)
 
     def repairs(self) -> list[Repair]:
-        """Return what can be put right; see :class:`imgcore.formats._base.Repairable`."""
+        """Return what can be put right; see :class:`imgcore.formats.api.Repairable`."""
         from imgcore.formats._vhd_check import find_repairs
 
         return find_repairs(self._file, self._header)

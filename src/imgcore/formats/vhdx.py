@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from imgcore.engine.sources import SourceFile
-from imgcore.formats._base import BackingReference, Driver
 from imgcore.formats._vhdx_header import read_image
 from imgcore.formats._vhdx_options import OPTIONS
 from imgcore.formats._vhdx_parent import (
@@ -19,13 +18,14 @@ from imgcore.formats._vhdx_parent import (
     PHYSICAL_SECTOR_SIZE,
     VIRTUAL_DISK_ID,
 )
+from imgcore.formats.api import BackingReference, Driver
 from imgcore.log import log
 
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
     from imgcore.files.host_file import HostFile
-    from imgcore.formats._base import CheckReport, Repair
     from imgcore.formats._vhdx_bat import ExtentPlanner
+    from imgcore.formats.api import CheckReport, Repair
 
 
 class VhdxReader:
@@ -83,7 +83,7 @@ class VhdxReader:
             log.warning("%s: %s", file.path, problem.line)
 
     def plan(self, start: int, length: int) -> Iterator[Extents]:
-        """Yield extent batches; see :class:`imgcore.formats._base.Reader`.
+        """Yield extent batches; see :class:`imgcore.formats.api.Reader`.
 
         Notes
         -----
@@ -135,7 +135,7 @@ class VhdxReader:
         return VhdxChecker(self._image).run()
 
     def repairs(self) -> list[Repair]:
-        """Return what can be put right; see :class:`imgcore.formats._base.Repairable`."""
+        """Return what can be put right; see :class:`imgcore.formats.api.Repairable`."""
         from imgcore.formats._vhdx_check import find_repairs
 
         return find_repairs(self._image)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from imgcore.formats._base import Driver, Option, Reader
+from imgcore.formats.api import Driver, Option, Reader
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

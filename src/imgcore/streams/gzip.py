@@ -1,8 +1,8 @@
 """Reading gzip, and writing it on several threads: the same bytes with any number of them.
 
-What is written is one member.  The input is cut into pieces that are deflated by themselves, each with the 32 KiB before it as
-dictionary, and ended at a byte by an empty stored block; their outputs behind each other are one
-deflate stream.
+What is written is one member.  The input is cut into pieces; each is deflated by itself, with the
+32 KiB before it as dictionary, and ends at a byte with an empty stored block.  Joined, their
+outputs are one deflate stream.
 Source: RFC 1951 section 3.2.4, RFC 1952.
 """
 
