@@ -25,8 +25,8 @@ from imgcore.errors import (
 )
 from imgcore.files.host_file import HostFile
 from imgcore.files.target import Target
-from imgcore.formats import raw
 from imgcore.formats.api import BackingReference, WriteRequest
+from imgcore.formats.raw import reader as raw
 from imgcore.formats.shared import flat
 
 MIB = 1 << 20

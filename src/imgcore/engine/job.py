@@ -6,7 +6,7 @@ import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from imgcore import _core
 from imgcore.errors import (
@@ -17,9 +17,6 @@ from imgcore.errors import (
     OptionError,
     UnsupportedFeatureError,
 )
-
-if TYPE_CHECKING:
-    pass
 
 MAX_THREADS = 256
 

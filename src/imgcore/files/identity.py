@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import TYPE_CHECKING, Final
-
-if TYPE_CHECKING:
-    pass
-
+from typing import Final
 
 # (st_dev, st_ino) of a file, (BLOCK_DEVICE, st_rdev) of a block device.
 Identity = tuple[int, int]

@@ -5,11 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
-from typing import TYPE_CHECKING, Final
-
-if TYPE_CHECKING:
-    pass
-
+from typing import Final
 
 # Bytes that QEMU locks in an image (QEMU block/file-posix.c): 100 + p while it uses
 # permission p, 200 + p while it does not tolerate p in others.

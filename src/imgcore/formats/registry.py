@@ -38,7 +38,7 @@ DRIVERS: Final = (
     Entry("vhd", "imgcore.formats.vhd", (".vhd", ".vpc"), ("vpc",)),
     Entry("vhdx", "imgcore.formats.vhdx", (".vhdx",)),
     Entry("vdi", "imgcore.formats.vdi", (".vdi",)),
-    Entry("raw", "imgcore.formats.raw", (".raw", ".img", ".dd", ".bin")),
+    Entry("raw", "imgcore.formats.raw.driver", (".raw", ".img", ".dd", ".bin")),
 )
 
 STREAM_SUFFIXES: Final = (".zst", ".gz")

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol
 
 from imgcore.files.host_file import HostFile
-
-if TYPE_CHECKING:
-    pass
-
 
 READ_NBYTES: Final = 256 * 1024
 

@@ -1,0 +1,1 @@
+"""Raw: the guest's bytes and nothing else."""
