@@ -425,7 +425,7 @@ def _vmdk_is_one_file(facts: Facts) -> str | None:
 
 
 def _has_data_file(facts: Facts) -> bool:
-    from imgcore.formats import _qcow2_layout as layout
+    from imgcore.formats.qcow2 import layout
 
     if facts.format != "qcow2" or facts.file.nbytes < layout.HEADER_V3_MIN_NBYTES:
         return False

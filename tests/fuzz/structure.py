@@ -13,13 +13,8 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from imgcore._core import crc32c
-from imgcore.formats import (
-    _qcow2_layout,
-    _vdi_layout,
-    _vhd_layout,
-    _vhdx_layout,
-    _vmdk_layout,
-)
+from imgcore.formats import _vdi_layout, _vhd_layout, _vhdx_layout, _vmdk_layout
+from imgcore.formats.qcow2 import layout as qcow2_layout
 from tests.fuzz.pieces import Pieces
 
 MIB = 1 << 20
@@ -61,7 +56,7 @@ def number(image: Pieces, field: Field) -> int:
 
 
 def _qcow2(image: Pieces) -> Iterator[Field]:
-    layout = _qcow2_layout
+    layout = qcow2_layout
     yield from of_struct(layout.HEADER_V2, 0)
     yield from of_struct(layout.HEADER_V3_TAIL, layout.HEADER_V2_NBYTES)
     yield Field(layout.COMPRESSION_TYPE_OFFSET, 1, "big")

@@ -19,7 +19,8 @@ from imgcore.files.host_file import HostFile
 from imgcore.files.target import Target
 from imgcore.files.target_file import TargetFile
 from imgcore.formats.api import BackingReference, WriteRequest
-from imgcore.formats.qcow2 import DRIVER, Qcow2Reader
+from imgcore.formats.qcow2.driver import DRIVER
+from imgcore.formats.qcow2.reader import Qcow2Reader
 from tests.helpers import qemu
 from tests.helpers.plans import plan_rows
 

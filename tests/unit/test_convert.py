@@ -13,8 +13,8 @@ from tests.unit.test_files import loop_device
 
 import imgcore
 from imgcore import _convert, _convert_stream
-from imgcore.formats import _qcow2_writer
 from imgcore.formats.api import BackingReference, Writer, WriteRequest
+from imgcore.formats.qcow2 import writer as qcow2_writer
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -88,13 +88,13 @@ class TestBackingFile:
         imgcore.convert(disk, base, options={"cid": "1a2b3c4d"})
         os.utime(base, (1_700_000_000, 1_700_000_000.75))
         requests: list[WriteRequest] = []
-        make = _qcow2_writer.writer_for
+        make = qcow2_writer.writer_for
 
         def keep(request: WriteRequest) -> Writer:
             requests.append(request)
             return make(request)
 
-        monkeypatch.setattr(_qcow2_writer, "writer_for", keep)
+        monkeypatch.setattr(qcow2_writer, "writer_for", keep)
         over = disk.with_name("over.qcow2")
         if verb == "convert":
             imgcore.convert(disk, over, backing=base.name, backing_format="vmdk")

@@ -14,8 +14,8 @@ from tests.helpers.plans import poke
 from tests.helpers.qcow2 import create, open_qcow2, qemu_io
 
 from imgcore.files.host_file import HostFile
-from imgcore.formats import _qcow2_check
 from imgcore.formats.api import CheckReport
+from imgcore.formats.qcow2 import check
 
 MIB = 1 << 20
 COPIED = 1 << 63
@@ -69,7 +69,7 @@ def test_the_snapshot_table_is_read_once(tmp_path: Path, monkeypatch: pytest.Mon
         qemu.run("snapshot", "-c", f"s{number}", path)
     reader = open_qcow2(path)
     start = reader._header.snapshots_offset
-    table_end = start + _qcow2_check.read_snapshots(reader._file, reader._header)[-1].table_nbytes
+    table_end = start + check.read_snapshots(reader._file, reader._header)[-1].table_nbytes
     offsets: list[int] = []
     pread = HostFile.pread
 
@@ -122,7 +122,7 @@ def test_windows_do_not_change_the_outcome(
     whole = _check(path)
     assert whole.corruptions > 0
     assert whole.leaks > 0
-    monkeypatch.setattr(_qcow2_check, "WINDOW_CLUSTERS", window * 8)
+    monkeypatch.setattr(check, "WINDOW_CLUSTERS", window * 8)
     pieces = _check(path)
     assert sorted(pieces.problems) == sorted(whole.problems)
     assert (pieces.corruptions, pieces.leaks) == (whole.corruptions, whole.leaks)

@@ -22,7 +22,7 @@ from imgcore.errors import (
     UnsupportedFeatureError,
     WrongFormatError,
 )
-from imgcore.formats import _qcow2_layout as layout
+from imgcore.formats.qcow2 import layout
 
 MIB = 1 << 20
 
@@ -281,7 +281,7 @@ def test_info_needs_no_numpy(tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "from imgcore.files.host_file import HostFile\n"
-        "from imgcore.formats.qcow2 import DRIVER\n"
+        "from imgcore.formats.qcow2.driver import DRIVER\n"
         f"DRIVER.open(HostFile.open({str(path)!r}), None).info()\n"
         "assert 'numpy' not in sys.modules\n"
     )

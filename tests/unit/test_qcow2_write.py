@@ -18,9 +18,9 @@ from imgcore import limits
 from imgcore.engine.extents import PLACEMENT_DTYPE, BlockState
 from imgcore.errors import LimitExceededError, OptionError
 from imgcore.files.target import Target
-from imgcore.formats._qcow2_refcounts import encode_refcounts
 from imgcore.formats.api import BackingReference
-from imgcore.formats.qcow2 import DRIVER
+from imgcore.formats.qcow2.driver import DRIVER
+from imgcore.formats.qcow2.refcounts import encode_refcounts
 
 KIB, MIB, GIB, TIB = limits.KIB, limits.MIB, limits.GIB, limits.TIB
 

@@ -14,6 +14,7 @@ import pytest
 from tests.helpers import images
 from tests.unit.test_files import loop_device
 
+import imgcore.errors
 from imgcore._core import Job
 from imgcore.engine.extents import EXTENT_DTYPE, PLACEMENT_DTYPE, Kind
 from imgcore.engine.geometry import Placing, ZeroPolicy
@@ -26,7 +27,8 @@ from imgcore.errors import (
 from imgcore.files.host_file import HostFile
 from imgcore.files.target import Target
 from imgcore.formats.api import BackingReference, WriteRequest
-from imgcore.formats.raw import reader as raw
+from imgcore.formats.raw.driver import DRIVER
+from imgcore.formats.raw.reader import RawReader
 from imgcore.formats.shared import flat
 
 MIB = 1 << 20
@@ -40,14 +42,14 @@ def make(path: Path, virtual_size: int, *pieces: tuple[int, int]) -> Path:
     return path
 
 
-def open_raw(path: Path | str) -> raw.RawReader:
-    return raw.RawReader(HostFile.open(path))
+def open_raw(path: Path | str) -> RawReader:
+    return RawReader(HostFile.open(path))
 
 
 Row = tuple[int, int, Kind]
 
 
-def rows(reader: raw.RawReader, start: int = 0, length: int | None = None) -> list[Row]:
+def rows(reader: RawReader, start: int = 0, length: int | None = None) -> list[Row]:
     """Return the plan's rows with neighbours of one kind joined, after checking its form."""
     found: list[Row] = []
     position = start
@@ -143,7 +145,7 @@ class TestPlan:
         reader.close()
 
     def test_bounded_batches(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(raw, "_BATCH_ROWS", 8)
+        monkeypatch.setattr("imgcore.formats.raw.reader._BATCH_ROWS", 8)
         pieces = [(i * 16384, 4096) for i in range(50)]
         reader = open_raw(make(tmp_path / "a.raw", MIB, *pieces))
         batches = list(reader.plan(0, MIB))
@@ -206,7 +208,7 @@ def test_holes_are_not_trusted_before_a_sync(
 def test_odd_size_is_refused(tmp_path: Path, nbytes: int) -> None:
     with HostFile.open(make(tmp_path / "a.raw", nbytes)) as file:
         with pytest.raises(CorruptImageError, match=rf"{nbytes}: pad .*truncate -s \d+") as caught:
-            raw.RawReader(file)
+            RawReader(file)
         assert "multiple of 512" in str(caught.value)
 
 
@@ -233,7 +235,7 @@ def test_info_needs_no_numpy(tmp_path: Path) -> None:
     )
     # The package's own module may import more: only the layers below count here.
     bare = "import sys, types\nsys.modules['imgcore'] = p = types.ModuleType('imgcore')\n"
-    bare += f"p.__path__ = [{str(Path(raw.__file__).parent.parent)!r}]\n"
+    bare += f"p.__path__ = [{str(Path(imgcore.errors.__file__).parent)!r}]\n"
     path = make(tmp_path / "a.raw", MIB)
     done = subprocess.run(
         [sys.executable, "-c", bare + script, str(path)], capture_output=True, text=True, check=True
@@ -273,7 +275,7 @@ class TestWriter:
         path = tmp_path / "a.raw"
         if in_place:
             make(path, MIB)
-        writer = raw.DRIVER.writer(request(sparse_nbytes=sparse_nbytes))
+        writer = DRIVER.writer(request(sparse_nbytes=sparse_nbytes))
         with Target(path, in_place=in_place) as target:
             assert writer.begin(target) is target.main
             geometry = writer.geometry
@@ -284,7 +286,7 @@ class TestWriter:
 
     @pytest.mark.parametrize("virtual_size", [0, 512, MIB, 3 << 40])
     def test_empty_disk(self, tmp_path: Path, virtual_size: int) -> None:
-        writer = raw.DRIVER.writer(request(virtual_size))
+        writer = DRIVER.writer(request(virtual_size))
         with Target(tmp_path / "a.raw") as target:
             writer.begin(target)
             assert writer.place(0, np.empty(0, dtype=PLACEMENT_DTYPE), 0) == 0
@@ -295,7 +297,7 @@ class TestWriter:
 
     @pytest.mark.parametrize("mode", ["falloc", "full"])
     def test_preallocation(self, tmp_path: Path, mode: str) -> None:
-        writer = raw.DRIVER.writer(request(options={"preallocation": mode}))
+        writer = DRIVER.writer(request(options={"preallocation": mode}))
         with Target(tmp_path / "a.raw") as target:
             writer.begin(target)
             writer.finish(0)
@@ -305,7 +307,7 @@ class TestWriter:
         assert status.st_blocks * 512 >= MIB
 
     def test_preallocation_needs_space(self, tmp_path: Path) -> None:
-        writer = raw.DRIVER.writer(request(1 << 50, options={"preallocation": "full"}))
+        writer = DRIVER.writer(request(1 << 50, options={"preallocation": "full"}))
         with (
             pytest.raises(OSError, match="1 PiB needed"),
             Target(tmp_path / "a.raw") as target,
@@ -319,13 +321,13 @@ class TestWriter:
             Target(path, in_place=True) as target,
             pytest.raises(TargetError, match="fewer than"),
         ):
-            raw.DRIVER.writer(request()).begin(target)
+            DRIVER.writer(request()).begin(target)
         assert path.stat().st_size == MIB - 512
 
     def test_in_place_keeps_what_lies_behind(self, tmp_path: Path) -> None:
         path = make(tmp_path / "a.raw", 2 * MIB, (MIB, MIB))
         with Target(path, in_place=True) as target:
-            writer = raw.DRIVER.writer(request())
+            writer = DRIVER.writer(request())
             writer.begin(target)
             writer.finish(0)
             target.commit()
@@ -344,12 +346,12 @@ class TestWriter:
         ],
     )
     def test_refused(self, changes: dict[str, Any], words: str) -> None:
-        for function in (raw.DRIVER.writer, lambda request: raw.DRIVER.measure(request, 0)):
+        for function in (DRIVER.writer, lambda request: DRIVER.measure(request, 0)):
             with pytest.raises(OptionError, match=words):
                 function(request(**changes))
 
     def test_measure(self) -> None:
-        measured = raw.DRIVER.measure(request(), 65536)
+        measured = DRIVER.measure(request(), 65536)
         assert (measured.required, measured.fully_allocated) == (MIB, MIB)
 
 
@@ -362,7 +364,7 @@ def test_copy_through_the_engine(tmp_path: Path, image: images.RawImage, in_plac
     if in_place:
         path.write_bytes(b"\xff" * image.virtual_size)
     reader = open_raw(source)
-    writer = raw.DRIVER.writer(request(image.virtual_size))
+    writer = DRIVER.writer(request(image.virtual_size))
     with Target(path, in_place=in_place) as target:
         data_file = writer.begin(target)
         job = Job(

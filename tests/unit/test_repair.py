@@ -20,7 +20,7 @@ from tests.helpers.qcow2 import create, qemu_io
 import imgcore
 from imgcore import _check_repair
 from imgcore.formats.api import Repair
-from imgcore.formats.qcow2 import Qcow2Reader
+from imgcore.formats.qcow2.reader import Qcow2Reader
 
 MIB = 1 << 20
 COPIED = 1 << 63
@@ -229,7 +229,7 @@ class TestRefused:
             imgcore.check(leaky, repair=True)
 
     def test_too_much_to_write(self, leaky: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("imgcore.formats._qcow2_repair.MAX_REPAIR_NBYTES", 1024)
+        monkeypatch.setattr("imgcore.formats.qcow2.repair.MAX_REPAIR_NBYTES", 1024)
         with pytest.raises(imgcore.LimitExceededError, match="refcount blocks"):
             imgcore.check(leaky, repair=True)
         monkeypatch.undo()

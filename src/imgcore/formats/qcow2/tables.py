@@ -14,7 +14,7 @@ from imgcore import limits
 from imgcore._core import TableFormat
 from imgcore.engine.extents import Kind, clip, single
 from imgcore.errors import CorruptImageError
-from imgcore.formats import _qcow2_layout as layout
+from imgcore.formats.qcow2 import layout
 from imgcore.formats.shared.tables import decode_entries
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from imgcore.engine.extents import Extents
     from imgcore.files.host_file import HostFile
-    from imgcore.formats._qcow2_header import Qcow2Header
+    from imgcore.formats.qcow2.header import Qcow2Header
 
 # The L1 table is read in pieces of 1 MiB.
 L1_PIECE_ENTRIES: Final = 1 << 17

@@ -10,16 +10,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from imgcore.engine.sources import SourceFile
-from imgcore.formats import _qcow2_layout as layout
-from imgcore.formats._qcow2_header import Snapshot, read_bitmaps, read_header, read_snapshots
-from imgcore.formats._qcow2_options import OPTIONS
-from imgcore.formats.api import BackingReference, Driver
+from imgcore.formats.api import BackingReference
+from imgcore.formats.qcow2 import layout
+from imgcore.formats.qcow2.header import Snapshot, read_bitmaps, read_header, read_snapshots
 
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
     from imgcore.files.host_file import HostFile
-    from imgcore.formats._qcow2_tables import ExtentPlanner
     from imgcore.formats.api import CheckReport, Repair
+    from imgcore.formats.qcow2.tables import ExtentPlanner
 
 _NANOSECONDS: Final = 1_000_000_000
 
@@ -85,7 +84,7 @@ class Qcow2Reader:
         1 MiB of the L1 table.  Thread safety: none.
         """
         if self._planner is None:
-            from imgcore.formats._qcow2_tables import ExtentPlanner
+            from imgcore.formats.qcow2.tables import ExtentPlanner
 
             self._planner = ExtentPlanner(self._file, self._header)
         return self._planner.plan(start, length)
@@ -138,13 +137,13 @@ class Qcow2Reader:
         -----
         Complexity: O(L2 entries) for each 2^23 clusters of the file; memory: about 128 MiB.
         """
-        from imgcore.formats._qcow2_check import Qcow2Checker
+        from imgcore.formats.qcow2.check import Qcow2Checker
 
         return Qcow2Checker(self._file, self._header).run()
 
     def repairs(self) -> list[Repair]:
         """Return how to free clusters that nothing refers to, if nothing else is wrong."""
-        from imgcore.formats._qcow2_repair import find_repairs
+        from imgcore.formats.qcow2.repair import find_repairs
 
         return find_repairs(self._file, self._header)
 
@@ -166,11 +165,3 @@ def _snapshot_info(snapshot: Snapshot) -> dict[str, Any]:
     if snapshot.icount is not None:
         info["icount"] = snapshot.icount
     return info
-
-
-DRIVER: Final = Driver(
-    name="qcow2",
-    options=OPTIONS,
-    read=lambda file, gate, values: Qcow2Reader(file),
-    writing="imgcore.formats._qcow2_writer",
-)

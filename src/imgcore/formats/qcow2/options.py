@@ -11,8 +11,8 @@ from typing import Any, Final, NamedTuple
 from imgcore import limits
 from imgcore.engine.geometry import Codec, CodecId
 from imgcore.errors import LimitExceededError, OptionError
-from imgcore.formats import _qcow2_layout as layout
 from imgcore.formats.api import BackingReference, Option, WriteRequest
+from imgcore.formats.qcow2 import layout
 
 DEFAULT_CLUSTER_NBYTES: Final = 64 * limits.KIB
 DEFAULT_REFCOUNT_BITS: Final = 16

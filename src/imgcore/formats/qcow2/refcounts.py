@@ -11,12 +11,12 @@ import numpy as np
 
 from imgcore import limits
 from imgcore.errors import LimitExceededError
-from imgcore.formats import _qcow2_layout as layout
+from imgcore.formats.qcow2 import layout
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from imgcore.formats._qcow2_options import Qcow2Params
+    from imgcore.formats.qcow2.options import Qcow2Params
 
 _MIN_WINDOW: Final = 1 << 12
 # What a cell of the window holds; check_request keeps the number of sharers below it.

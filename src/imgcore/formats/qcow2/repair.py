@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from imgcore.errors import LimitExceededError, UnsupportedFeatureError
-from imgcore.formats import _qcow2_layout as layout
-from imgcore.formats._qcow2_check import Qcow2Checker
 from imgcore.formats.api import Repair
+from imgcore.formats.qcow2 import layout
+from imgcore.formats.qcow2.check import Qcow2Checker
 from imgcore.limits import MAX_REPAIR_NBYTES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from imgcore.files.host_file import HostFile
-    from imgcore.formats._qcow2_header import Qcow2Header
+    from imgcore.formats.qcow2.header import Qcow2Header
 
 _KNOWN_EXTENSIONS: Final = {
     layout.EXTENSION_BACKING_FORMAT,

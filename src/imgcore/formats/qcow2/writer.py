@@ -19,16 +19,16 @@ from imgcore._core import CoreError
 from imgcore.engine.extents import BlockState
 from imgcore.engine.geometry import CodecId, Geometry, Placing, ZeroPolicy
 from imgcore.errors import LimitExceededError
-from imgcore.formats import _qcow2_layout as layout
-from imgcore.formats._qcow2_options import (
+from imgcore.formats.api import Measurement
+from imgcore.formats.qcow2 import layout
+from imgcore.formats.qcow2.options import (
     Qcow2Params,
     build_header,
     check_request,
     refcount_clusters,
 )
-from imgcore.formats._qcow2_refcounts import RefcountBuilder, encode_refcounts
-from imgcore.formats._qcow2_tables import table_format
-from imgcore.formats.api import Measurement
+from imgcore.formats.qcow2.refcounts import RefcountBuilder, encode_refcounts
+from imgcore.formats.qcow2.tables import table_format
 from imgcore.formats.shared.sparse_tables import write_with_holes
 
 if TYPE_CHECKING:

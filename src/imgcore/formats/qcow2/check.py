@@ -17,16 +17,16 @@ import numpy as np
 
 from imgcore import limits
 from imgcore.errors import FormatError, LimitExceededError
-from imgcore.formats import _qcow2_layout as layout
-from imgcore.formats._qcow2_header import read_bitmaps, read_snapshots
-from imgcore.formats._qcow2_tables import iter_l1, read_entries
 from imgcore.formats.api import CheckReport
+from imgcore.formats.qcow2 import layout
+from imgcore.formats.qcow2.header import read_bitmaps, read_snapshots
+from imgcore.formats.qcow2.tables import iter_l1, read_entries
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from imgcore.files.host_file import HostFile
-    from imgcore.formats._qcow2_header import Qcow2Header
+    from imgcore.formats.qcow2.header import Qcow2Header
 
 # Three arrays of 4 bytes: 96 MiB at the most.
 WINDOW_CLUSTERS: Final = 1 << 23

@@ -17,8 +17,8 @@ from imgcore.errors import (
     UnsupportedFeatureError,
     WrongFormatError,
 )
-from imgcore.formats import _qcow2_layout as layout
 from imgcore.formats.api import BackingReference
+from imgcore.formats.qcow2 import layout
 
 if TYPE_CHECKING:
     from imgcore.files.host_file import HostFile

@@ -1,0 +1,1 @@
+"""QCOW2: QEMU's images, versions 2 and 3."""

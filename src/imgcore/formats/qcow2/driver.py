@@ -1,0 +1,16 @@
+"""The driver of QCOW2."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from imgcore.formats.api import Driver
+from imgcore.formats.qcow2.options import OPTIONS
+from imgcore.formats.qcow2.reader import Qcow2Reader
+
+DRIVER: Final = Driver(
+    name="qcow2",
+    options=OPTIONS,
+    read=lambda file, gate, values: Qcow2Reader(file),
+    writing="imgcore.formats.qcow2.writer",
+)
