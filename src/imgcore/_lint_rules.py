@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from imgcore.files.host_file import HostFile
     from imgcore.formats._vhd_header import FooterPlace
     from imgcore.formats._vhd_layout import DynamicHeader
-    from imgcore.formats._vmdk_reader import VmdkReader
     from imgcore.formats.api import Reader
+    from imgcore.formats.vmdk.reader import VmdkReader
     from imgcore.streams.tar import Member
 
 _MAX_VHD_BLOCK_NBYTES: Final = 2 * MIB

@@ -8,8 +8,8 @@ from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
     from imgcore.files.host_file import HostFile
-    from imgcore.formats._vmdk_reader import VmdkReader
-    from imgcore.formats._vmdk_sparse import SparseExtent
+    from imgcore.formats.vmdk.header import SparseExtent
+    from imgcore.formats.vmdk.reader import VmdkReader
 
 
 class StreamLayout(NamedTuple):
@@ -33,7 +33,7 @@ def stream_layout(file: HostFile, reader: VmdkReader) -> StreamLayout:
     reader : VmdkReader
         Of a streamOptimized disk, which has one extent.
     """
-    from imgcore.formats._vmdk_sparse import stream_end
+    from imgcore.formats.vmdk.header import stream_end
 
     sparse = reader.disk_extents[0].sparse
     assert sparse is not None
@@ -51,7 +51,7 @@ def _walk(reader: VmdkReader, sparse: SparseExtent) -> tuple[int | None, int | N
     import numpy as np
 
     from imgcore.engine.extents import FLAG_GRAIN_MARKER, Kind
-    from imgcore.formats._vmdk_layout import GRAIN_MARKER
+    from imgcore.formats.vmdk.layout import GRAIN_MARKER
 
     prefix = GRAIN_MARKER.size if sparse.has_markers else 0
     disorder: int | None = None
@@ -73,7 +73,7 @@ def _walk(reader: VmdkReader, sparse: SparseExtent) -> tuple[int | None, int | N
 
 def _end_behind_markers(file: HostFile, position: int) -> int | None:
     """Follow the markers of tables, directory and footer to the end of the stream."""
-    from imgcore.formats._vmdk_layout import MARKER, Marker
+    from imgcore.formats.vmdk.layout import MARKER, Marker
 
     while position + SECTOR_NBYTES <= file.nbytes:
         n_sectors, size, kind = MARKER.unpack(file.pread(position, MARKER.size))
@@ -88,7 +88,7 @@ def _end_behind_markers(file: HostFile, position: int) -> int | None:
 
 def _grain_end(file: HostFile, place: int) -> int:
     """Return the end of a compressed grain, in whole sectors."""
-    from imgcore.formats._vmdk_layout import GRAIN_MARKER
+    from imgcore.formats.vmdk.layout import GRAIN_MARKER
 
     _, nbytes = GRAIN_MARKER.unpack(file.pread(place, GRAIN_MARKER.size))
     return -(-(place + GRAIN_MARKER.size + int(nbytes)) // SECTOR_NBYTES) * SECTOR_NBYTES

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from imgcore._core import crc32c
-from imgcore.formats import _vdi_layout, _vhd_layout, _vhdx_layout, _vmdk_layout
+from imgcore.formats import _vdi_layout, _vhd_layout, _vhdx_layout
 from imgcore.formats.qcow2 import layout as qcow2_layout
+from imgcore.formats.vmdk import layout as vmdk_layout
 from tests.fuzz.pieces import Pieces
 
 MIB = 1 << 20
@@ -69,7 +70,7 @@ def _qcow2(image: Pieces) -> Iterator[Field]:
 
 
 def _vmdk(image: Pieces) -> Iterator[Field]:
-    layout = _vmdk_layout
+    layout = vmdk_layout
     for base in (0, image.nbytes - 1024):
         yield from of_struct(layout.SPARSE_HEADER, base)
         for offset in (48, 56):

@@ -10,7 +10,7 @@ from pathlib import Path
 from imgcore.engine.extents import FLAG_GRAIN_MARKER, Kind
 from imgcore.files.gate import ReferenceGate
 from imgcore.files.host_file import HostFile
-from imgcore.formats._vmdk_reader import VmdkReader
+from imgcore.formats.vmdk.reader import VmdkReader
 from tests.helpers.plans import plan_rows
 
 SECTOR = 512

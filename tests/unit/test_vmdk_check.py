@@ -14,7 +14,7 @@ from tests.helpers.plans import poke
 from tests.helpers.vmdk import GRAIN, SECTOR
 
 import imgcore
-from imgcore.formats import _vmdk_check
+from imgcore.formats.vmdk import check as vmdk_check
 
 N_SECTORS = 20 * GRAIN // SECTOR
 CONTENTS = {0: noise(GRAIN), 1: text(GRAIN), 7: noise(GRAIN, 3)}
@@ -108,13 +108,13 @@ def test_where_nothing_is_nothing_is_looked_for(
 ) -> None:
     path = _hosted(tmp_path)
     windows: list[int] = []
-    regions = _vmdk_check._ExtentCheck._regions
+    regions = vmdk_check._ExtentCheck._regions
 
     def counted(self: Any, low: int, high: int, *, count: bool) -> Any:
         windows.append(low)
         return regions(self, low, high, count=count)
 
-    monkeypatch.setattr(_vmdk_check._ExtentCheck, "_regions", counted)
+    monkeypatch.setattr(vmdk_check._ExtentCheck, "_regions", counted)
     os.truncate(path, 5 << 40)
     report = imgcore.check(path)
     assert windows == [0]

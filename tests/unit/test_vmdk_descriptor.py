@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from imgcore import limits
 from imgcore.errors import CorruptImageError, ImgcoreError, LimitExceededError
-from imgcore.formats._vmdk_descriptor import (
+from imgcore.formats.vmdk.descriptor import (
     DiskDatabase,
     ExtentLine,
     compose_descriptor,

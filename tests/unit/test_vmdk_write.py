@@ -30,7 +30,7 @@ from imgcore.errors import (
 from imgcore.files.target import Target
 from imgcore.formats.api import BackingReference, WriteRequest
 from imgcore.formats.option_texts import parse_options
-from imgcore.formats.vmdk import DRIVER
+from imgcore.formats.vmdk.driver import DRIVER
 
 SUBFORMATS = ["monolithicSparse", "streamOptimized", "monolithicFlat", "vmfs"]
 MIB, GIB, TIB = limits.MIB, limits.GIB, limits.TIB

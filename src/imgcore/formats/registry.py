@@ -34,7 +34,7 @@ class Entry(NamedTuple):
 
 DRIVERS: Final = (
     Entry("qcow2", "imgcore.formats.qcow2.driver", (".qcow2",)),
-    Entry("vmdk", "imgcore.formats.vmdk", (".vmdk",)),
+    Entry("vmdk", "imgcore.formats.vmdk.driver", (".vmdk",)),
     Entry("vhd", "imgcore.formats.vhd", (".vhd", ".vpc"), ("vpc",)),
     Entry("vhdx", "imgcore.formats.vhdx", (".vhdx",)),
     Entry("vdi", "imgcore.formats.vdi", (".vdi",)),

@@ -7,28 +7,28 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from imgcore.formats._vmdk_layout import (
+from imgcore.formats.api import CheckReport
+from imgcore.formats.vmdk.layout import (
     ENTRY_ABSENT,
     ENTRY_NBYTES,
     ENTRY_ZEROED,
     GRAIN_MARKER,
     HEADER_NBYTES,
 )
-from imgcore.formats._vmdk_plan import (
+from imgcore.formats.vmdk.tables import (
     DIRECTORY_PIECE_ENTRIES,
     absent_or_zeroed,
     drop_unwritten_tables,
     read_directory,
     read_tables,
 )
-from imgcore.formats.api import CheckReport
 from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from imgcore.formats._vmdk_reader import DiskExtent
-    from imgcore.formats._vmdk_sparse import SparseExtent
+    from imgcore.formats.vmdk.header import SparseExtent
+    from imgcore.formats.vmdk.reader import DiskExtent
 
     Sectors = NDArray[np.int64]
 

@@ -15,7 +15,7 @@ from imgcore.errors import (
     LimitExceededError,
     UnsupportedFeatureError,
 )
-from imgcore.formats._vmdk_layout import NO_PARENT_CID
+from imgcore.formats.vmdk.layout import NO_PARENT_CID
 from imgcore.limits import (
     MAX_VIRTUAL_NBYTES,
     SECTOR_NBYTES,

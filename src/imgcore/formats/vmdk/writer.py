@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
 from imgcore.engine.geometry import ZeroPolicy
 from imgcore.errors import OptionError, UnsupportedFeatureError
-from imgcore.formats._vmdk_descriptor import DiskDatabase, compose_descriptor
-from imgcore.formats._vmdk_layout import DEFAULT_GRAIN_NBYTES, RESERVED_CIDS
 from imgcore.formats.api import Measurement
 from imgcore.formats.shared.flat import flat_geometry
+from imgcore.formats.vmdk.descriptor import DiskDatabase, compose_descriptor
+from imgcore.formats.vmdk.layout import DEFAULT_GRAIN_NBYTES, RESERVED_CIDS
 from imgcore.limits import KIB, SECTOR_NBYTES, VMDK_MAX_GRAIN_NBYTES
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def writer_for(request: WriteRequest) -> Writer:
     UnsupportedFeatureError
         The request has a backing file.
     """
-    from imgcore.formats._vmdk_sparse_writer import SparseWriter, StreamWriter
+    from imgcore.formats.vmdk.sparse_writer import SparseWriter, StreamWriter
 
     plan = _plan(request)
     if plan.subformat == "streamOptimized":
@@ -87,7 +87,7 @@ def measure(request: WriteRequest, data_nbytes: int) -> Measurement:
 
     Of streamOptimized both are upper bounds, as if nothing could be compressed.
     """
-    from imgcore.formats import _vmdk_sparse_writer as sparse
+    from imgcore.formats.vmdk import sparse_writer as sparse
 
     plan = _plan(request)
     if plan.subformat == "streamOptimized":

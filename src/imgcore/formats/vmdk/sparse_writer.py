@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 from imgcore.engine.geometry import CodecId, Geometry, Prefix
 from imgcore.errors import LimitExceededError
-from imgcore.formats import _vmdk_layout as layout
-from imgcore.formats._vmdk_descriptor import compose_descriptor
-from imgcore.formats._vmdk_layout import Flags, SparseHeader
-from imgcore.formats._vmdk_writer import VmdkPlan, extent_name, refuse_in_place
+from imgcore.formats.vmdk import layout
+from imgcore.formats.vmdk.descriptor import compose_descriptor
+from imgcore.formats.vmdk.layout import Flags, SparseHeader
+from imgcore.formats.vmdk.writer import VmdkPlan, extent_name, refuse_in_place
 from imgcore.limits import (
     SECTOR_NBYTES,
     VMDK_MAX_DIRECTORY_ENTRIES,

@@ -13,22 +13,18 @@ from imgcore.errors import (
     UnsupportedFeatureError,
     WrongFormatError,
 )
-from imgcore.formats._vmdk_descriptor import (
-    Descriptor,
-    ExtentLine,
-    parse_descriptor,
-)
-from imgcore.formats._vmdk_layout import NO_PARENT_CID, SPARSE_MAGIC
-from imgcore.formats._vmdk_sparse import (
+from imgcore.formats.api import BackingReference, CheckReport
+from imgcore.formats.magic import is_vmdk_descriptor
+from imgcore.formats.shared.windows_paths import names_from_windows_path
+from imgcore.formats.vmdk.descriptor import Descriptor, ExtentLine, parse_descriptor
+from imgcore.formats.vmdk.header import (
     SparseExtent,
     open_sparse,
     read_embedded_descriptor,
     refuse_foreign_extent,
     short_last_grain,
 )
-from imgcore.formats.api import BackingReference, CheckReport
-from imgcore.formats.magic import is_vmdk_descriptor
-from imgcore.formats.shared.windows_paths import names_from_windows_path
+from imgcore.formats.vmdk.layout import NO_PARENT_CID, SPARSE_MAGIC
 from imgcore.limits import SECTOR_NBYTES, VMDK_MAX_DESCRIPTOR_NBYTES
 from imgcore.log import log
 
@@ -36,7 +32,7 @@ if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
     from imgcore.files.gate import ReferenceGate
     from imgcore.files.host_file import HostFile
-    from imgcore.formats._vmdk_plan import SparsePlanner
+    from imgcore.formats.vmdk.tables import SparsePlanner
 
 _PROBE_NBYTES: Final = 65536
 # Types of disks whose descriptor lies in the only extent.
@@ -163,7 +159,7 @@ class VmdkReader:
                 yield single(low, high - low, Kind.ZERO)
 
     def _planner(self, item: DiskExtent) -> SparsePlanner:
-        from imgcore.formats._vmdk_plan import SparsePlanner
+        from imgcore.formats.vmdk.tables import SparsePlanner
 
         planner = self._planners.get(item.guest_base)
         if planner is None:
@@ -202,7 +198,7 @@ class VmdkReader:
 
     def check(self) -> CheckReport:
         """Verify grain directories, grain tables and markers of all sparse extents."""
-        from imgcore.formats._vmdk_check import check_extents
+        from imgcore.formats.vmdk.check import check_extents
 
         return check_extents(self._path, self._extents)
 

@@ -13,22 +13,22 @@ import numpy as np
 from imgcore._core import TableFormat
 from imgcore.engine.extents import FLAG_GRAIN_MARKER, Kind, single
 from imgcore.errors import CorruptImageError
-from imgcore.formats._vmdk_layout import (
+from imgcore.formats.shared.flat import sync_holes
+from imgcore.formats.shared.tables import decode_entries
+from imgcore.formats.vmdk.layout import (
     ENTRY_ABSENT,
     ENTRY_NBYTES,
     ENTRY_ZEROED,
     GRAIN_MARKER,
     MAX_COMPRESSED_GRAINS,
 )
-from imgcore.formats.shared.flat import sync_holes
-from imgcore.formats.shared.tables import decode_entries
 from imgcore.limits import MAX_BATCH_ROWS, SECTOR_NBYTES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from imgcore.engine.extents import Extents
-    from imgcore.formats._vmdk_sparse import SparseExtent
+    from imgcore.formats.vmdk.header import SparseExtent
 
     Entries = NDArray[np.uint32]
     Mask = NDArray[np.bool_]

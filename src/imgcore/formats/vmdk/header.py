@@ -14,8 +14,8 @@ from imgcore.errors import (
     UnsupportedFeatureError,
     WrongFormatError,
 )
-from imgcore.formats import _vmdk_layout as layout
-from imgcore.formats._vmdk_layout import Flags, SparseHeader
+from imgcore.formats.vmdk import layout
+from imgcore.formats.vmdk.layout import Flags, SparseHeader
 from imgcore.limits import (
     MAX_VIRTUAL_NBYTES,
     SECTOR_NBYTES,

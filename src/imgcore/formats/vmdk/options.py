@@ -1,26 +1,19 @@
-"""VMDK: the disks of VMware's products, also written by QEMU and VirtualBox.
-
-Read are monolithicSparse, streamOptimized, monolithicFlat, vmfs, twoGbMaxExtentSparse and
-twoGbMaxExtentFlat; written are the first four.
-
-Sources: VMware "Virtual Disk Format 5.0"; libvmdk, "VMware Virtual Disk Format (VMDK)".
-"""
+"""VMDK: the options of a new disk."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import Final
 
-from imgcore.formats.api import Driver, Option, Reader
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from imgcore.files.gate import ReferenceGate
-    from imgcore.files.host_file import HostFile
+from imgcore.formats.api import Option
 
 ADAPTER_TYPES: Final = ("ide", "buslogic", "lsilogic", "legacyESX")
+
+
 SUBFORMATS: Final = ("monolithicSparse", "streamOptimized", "monolithicFlat", "vmfs")
+
+
 LEVELS: Final = ("fastest", "fast", "default", "best")
+
 
 OPTIONS: Final = (
     Option(
@@ -52,19 +45,4 @@ OPTIONS: Final = (
         "Reserve the space of flat kinds",
         ("off", "falloc", "full"),
     ),
-)
-
-
-def _read(file: HostFile, gate: ReferenceGate, values: Mapping[str, Any]) -> Reader:
-    """Open a disk by its descriptor file or its only extent."""
-    from imgcore.formats._vmdk_reader import VmdkReader
-
-    return VmdkReader(file, gate)
-
-
-DRIVER: Final = Driver(
-    name="vmdk",
-    options=OPTIONS,
-    read=_read,
-    writing="imgcore.formats._vmdk_writer",
 )

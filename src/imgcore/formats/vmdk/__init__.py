@@ -1,0 +1,1 @@
+"""VMDK: VMware's disks."""
