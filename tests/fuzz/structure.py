@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from imgcore._core import crc32c
-from imgcore.formats import _vdi_layout, _vhd_layout, _vhdx_layout
+from imgcore.formats import _vdi_layout, _vhd_layout
 from imgcore.formats.qcow2 import layout as qcow2_layout
+from imgcore.formats.vhdx import layout as vhdx_layout
 from imgcore.formats.vmdk import layout as vmdk_layout
 from tests.fuzz.pieces import Pieces
 
@@ -104,7 +105,7 @@ def _vdi(image: Pieces) -> Iterator[Field]:
 
 
 def _vhdx(image: Pieces) -> Iterator[Field]:
-    layout = _vhdx_layout
+    layout = vhdx_layout
     for base in layout.HEADER_OFFSETS:
         yield from of_struct(layout.HEADER, base)
     for base in layout.REGION_TABLE_OFFSETS:
@@ -183,7 +184,7 @@ def _sound_vhd(image: Pieces) -> None:
 
 
 def _sound_vhdx(image: Pieces) -> None:
-    layout = _vhdx_layout
+    layout = vhdx_layout
 
     def seal(base: int, nbytes: int, signature: bytes) -> None:
         raw = image.read(base, nbytes)

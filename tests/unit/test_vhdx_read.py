@@ -15,7 +15,7 @@ from tests.helpers.vhdx import FULL, MIB, PARTIAL, UNDEFINED, UNMAPPED, ZERO, Vh
 import imgcore
 from imgcore.engine.extents import Kind
 from imgcore.files.host_file import HostFile
-from imgcore.formats.vhdx import VhdxReader
+from imgcore.formats.vhdx.reader import VhdxReader
 
 ALL_STATES = {
     0: (FULL, pattern(1, MIB)),

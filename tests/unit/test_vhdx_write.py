@@ -415,13 +415,13 @@ class TestCheck:
 
     def test_windows(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """In pieces of five units the answers are the same."""
-        from imgcore.formats import _vhdx_check
+        from imgcore.formats.vhdx import check as vhdx_check
 
         for entries in ((5 * MIB | 6,), (10 * MIB | 6,), (4 * MIB | 6, 8 * MIB | 6)):
             path = self.write(tmp_path / "a.vhdx", *entries)
             whole = imgcore.check(path)
             with monkeypatch.context() as patch:
-                patch.setattr(_vhdx_check, "WINDOW_UNITS", 5)
+                patch.setattr(vhdx_check, "WINDOW_UNITS", 5)
                 pieces = imgcore.check(path)
             assert (pieces.corruptions > 0) == (whole.corruptions > 0)
             assert pieces.image_end_offset == whole.image_end_offset

@@ -15,16 +15,16 @@ import numpy as np
 
 from imgcore import limits
 from imgcore.errors import LimitExceededError
-from imgcore.formats import _vhdx_layout as layout
-from imgcore.formats._vhdx_bat import bitmap_index, entry_problem, read_payload, read_raw
-from imgcore.formats._vhdx_parent import NIL
 from imgcore.formats.api import CheckReport, Repair
+from imgcore.formats.vhdx import layout
+from imgcore.formats.vhdx.parent import NIL
+from imgcore.formats.vhdx.tables import bitmap_index, entry_problem, read_payload, read_raw
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from imgcore.formats._vhdx_bat import Entries
-    from imgcore.formats._vhdx_header import VhdxImage
+    from imgcore.formats.vhdx.header import VhdxImage
+    from imgcore.formats.vhdx.tables import Entries
 
 # Two arrays of 4 bytes for each unit of a window: 64 MiB.
 WINDOW_UNITS: Final = 1 << 23

@@ -12,16 +12,16 @@ from typing import Any, Final, NamedTuple
 from imgcore import limits
 from imgcore._version import __version__
 from imgcore.errors import LimitExceededError, OptionError
-from imgcore.formats import _vhdx_layout as layout
-from imgcore.formats._vhdx_header import Metadata, with_checksum
-from imgcore.formats._vhdx_parent import (
+from imgcore.formats.api import BackingReference, Option, WriteRequest
+from imgcore.formats.vhdx import layout
+from imgcore.formats.vhdx.header import Metadata, with_checksum
+from imgcore.formats.vhdx.parent import (
     DATA_WRITE_GUID,
     LOGICAL_SECTOR_SIZE,
     PHYSICAL_SECTOR_SIZE,
     VIRTUAL_DISK_ID,
     parent_locator,
 )
-from imgcore.formats.api import BackingReference, Option, WriteRequest
 
 # What Hyper-V takes, whatever the size of the disk.
 DEFAULT_BLOCK_NBYTES: Final = 32 * limits.MIB

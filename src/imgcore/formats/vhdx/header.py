@@ -20,10 +20,10 @@ from imgcore.errors import (
     UnsupportedFeatureError,
     WrongFormatError,
 )
-from imgcore.formats import _vhdx_layout as layout
-from imgcore.formats._vhdx_log import ReplayedFile, replay
-from imgcore.formats._vhdx_parent import NIL, backing_reference, read_locator
 from imgcore.formats.api import BackingReference
+from imgcore.formats.vhdx import layout
+from imgcore.formats.vhdx.log import ReplayedFile, replay
+from imgcore.formats.vhdx.parent import NIL, backing_reference, read_locator
 
 if TYPE_CHECKING:
     from imgcore.files.host_file import HostFile

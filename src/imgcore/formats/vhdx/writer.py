@@ -16,19 +16,18 @@ from imgcore._core import CoreError
 from imgcore.engine.extents import PLACEMENT_DTYPE, BlockState
 from imgcore.engine.geometry import Geometry, Placing, ZeroPolicy
 from imgcore.errors import LimitExceededError
-from imgcore.formats import _vhdx_layout as layout
-from imgcore.formats import _vhdx_options as options
-from imgcore.formats._vhdx_bat import payload_indices, table_format
 from imgcore.formats.api import Measurement
 from imgcore.formats.shared.flat import flat_geometry
 from imgcore.formats.shared.sparse_tables import write_with_holes
+from imgcore.formats.vhdx import layout, options
+from imgcore.formats.vhdx.tables import payload_indices, table_format
 
 if TYPE_CHECKING:
     from imgcore.engine.extents import Placements
     from imgcore.files.target import Target
     from imgcore.files.target_file import TargetFile
-    from imgcore.formats._vhdx_options import VhdxParams
     from imgcore.formats.api import WriteRequest
+    from imgcore.formats.vhdx.options import VhdxParams
 
 # BAT entries that are encoded at a time: 1 MiB.
 _CHUNK_ENTRIES: Final = 1 << 17

@@ -7,25 +7,24 @@ Source: [MS-VHDX] Virtual Hard Disk v2 (VHDX) File Format.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from imgcore.engine.sources import SourceFile
-from imgcore.formats._vhdx_header import read_image
-from imgcore.formats._vhdx_options import OPTIONS
-from imgcore.formats._vhdx_parent import (
+from imgcore.formats.api import BackingReference
+from imgcore.formats.vhdx.header import read_image
+from imgcore.formats.vhdx.parent import (
     DATA_WRITE_GUID,
     LOGICAL_SECTOR_SIZE,
     PHYSICAL_SECTOR_SIZE,
     VIRTUAL_DISK_ID,
 )
-from imgcore.formats.api import BackingReference, Driver
 from imgcore.log import log
 
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
     from imgcore.files.host_file import HostFile
-    from imgcore.formats._vhdx_bat import ExtentPlanner
     from imgcore.formats.api import CheckReport, Repair
+    from imgcore.formats.vhdx.tables import ExtentPlanner
 
 
 class VhdxReader:
@@ -91,7 +90,7 @@ class VhdxReader:
         memory: a few batches.  Thread safety: none.
         """
         if self._planner is None:
-            from imgcore.formats._vhdx_bat import ExtentPlanner
+            from imgcore.formats.vhdx.tables import ExtentPlanner
 
             self._planner = ExtentPlanner(self._image)
         return self._planner.plan(start, length)
@@ -130,13 +129,13 @@ class VhdxReader:
         -----
         Complexity: O(BAT entries) for each 8 TiB of the file; memory: about 100 MiB.
         """
-        from imgcore.formats._vhdx_check import VhdxChecker
+        from imgcore.formats.vhdx.check import VhdxChecker
 
         return VhdxChecker(self._image).run()
 
     def repairs(self) -> list[Repair]:
         """Return what can be put right; see :class:`imgcore.formats.api.Repairable`."""
-        from imgcore.formats._vhdx_check import find_repairs
+        from imgcore.formats.vhdx.check import find_repairs
 
         return find_repairs(self._image)
 
@@ -144,11 +143,3 @@ class VhdxReader:
         """Close the file; more than once is allowed."""
         for source in self.sources:
             source.file.close()
-
-
-DRIVER: Final = Driver(
-    name="vhdx",
-    options=OPTIONS,
-    read=lambda file, gate, values: VhdxReader(file),
-    writing="imgcore.formats._vhdx_writer",
-)

@@ -14,17 +14,17 @@ from imgcore import limits
 from imgcore._core import TableFormat
 from imgcore.engine.extents import Kind, clip, single, split
 from imgcore.errors import CorruptImageError
-from imgcore.formats import _vhdx_layout as layout
-from imgcore.formats._vhdx_log import ZEROS
 from imgcore.formats.shared.sector_bitmap import expand
 from imgcore.formats.shared.tables import decode_entries
+from imgcore.formats.vhdx import layout
+from imgcore.formats.vhdx.log import ZEROS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from imgcore.engine.extents import Extents
-    from imgcore.formats._vhdx_header import VhdxImage
-    from imgcore.formats._vhdx_log import ReplayedFile
+    from imgcore.formats.vhdx.header import VhdxImage
+    from imgcore.formats.vhdx.log import ReplayedFile
 
     Entries = NDArray[np.uint64]
 

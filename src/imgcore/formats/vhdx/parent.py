@@ -17,9 +17,9 @@ from imgcore.errors import (
     OptionError,
     UnsupportedFeatureError,
 )
-from imgcore.formats import _vhdx_layout as layout
 from imgcore.formats.api import BackingReference
 from imgcore.formats.shared.windows_paths import names_from_windows_path
+from imgcore.formats.vhdx import layout
 
 # What children recognise their parent by, and what they take over from it.
 DATA_WRITE_GUID: Final = "data write GUID"

@@ -19,7 +19,7 @@ from imgcore import limits
 from imgcore._core import crc32c
 from imgcore.errors import CorruptImageError, LimitExceededError
 from imgcore.files.host_file import HostFile
-from imgcore.formats import _vhdx_layout as layout
+from imgcore.formats.vhdx import layout
 
 if TYPE_CHECKING:
     import uuid

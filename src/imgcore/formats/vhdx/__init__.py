@@ -1,0 +1,1 @@
+"""VHDX: Hyper-V's disks."""
