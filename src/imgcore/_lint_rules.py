@@ -25,9 +25,9 @@ from imgcore.text import one_line
 if TYPE_CHECKING:
     from imgcore._lint_stream import StreamLayout
     from imgcore.files.host_file import HostFile
-    from imgcore.formats._vhd_header import FooterPlace
-    from imgcore.formats._vhd_layout import DynamicHeader
     from imgcore.formats.api import Reader
+    from imgcore.formats.vhd.header import FooterPlace
+    from imgcore.formats.vhd.layout import DynamicHeader
     from imgcore.formats.vmdk.reader import VmdkReader
     from imgcore.streams.tar import Member
 
@@ -88,14 +88,14 @@ class Facts:
     @cached_property
     def vhd_footers(self) -> tuple[FooterPlace | None, FooterPlace | None]:
         """The footer at the end of a VHD and its copy at the start."""
-        from imgcore.formats._vhd_header import find_footers
+        from imgcore.formats.vhd.header import find_footers
 
         return find_footers(self.file)
 
     @cached_property
     def vhd_header(self) -> DynamicHeader | None:
         """The dynamic disk header of a readable VHD, None for a fixed one."""
-        from imgcore.formats import _vhd_layout as layout
+        from imgcore.formats.vhd import layout
 
         sound = [place for place in self.vhd_footers if place is not None and not place.problem]
         if self.subformat not in ("dynamic", "differencing") or not sound:
@@ -217,7 +217,7 @@ def _parents_open(facts: Facts) -> str | None:
 
 
 def _vhd_size_is_one(facts: Facts) -> str | None:
-    from imgcore.formats._vhd_layout import CHS_CREATORS
+    from imgcore.formats.vhd.layout import CHS_CREATORS
 
     footer = facts.vhd_footers[0] if facts.format == "vhd" else None
     if facts.reader is None or footer is None or footer.footer.creator not in CHS_CREATORS:
@@ -232,7 +232,7 @@ def _vhd_size_is_one(facts: Facts) -> str | None:
 
 
 def _vhd_file_is_exact(facts: Facts) -> str | None:
-    from imgcore.formats._vhd_layout import FOOTER_NBYTES
+    from imgcore.formats.vhd.layout import FOOTER_NBYTES
 
     if facts.format != "vhd" or facts.subformat != "fixed" or facts.virtual_size is None:
         return None
@@ -243,7 +243,7 @@ def _vhd_file_is_exact(facts: Facts) -> str | None:
 
 
 def _vhd_footer_is_last(facts: Facts) -> str | None:
-    from imgcore.formats._vhd_layout import FOOTER_NBYTES
+    from imgcore.formats.vhd.layout import FOOTER_NBYTES
 
     if facts.format != "vhd":
         return None
@@ -265,7 +265,7 @@ def _vhd_footers_are_sound(facts: Facts) -> str | None:
 
 
 def _vhd_header_is_strict(facts: Facts) -> str | None:
-    from imgcore.formats import _vhd_layout as layout
+    from imgcore.formats.vhd import layout
 
     header = facts.vhd_header
     if header is None:
@@ -278,7 +278,7 @@ def _vhd_header_is_strict(facts: Facts) -> str | None:
 
 
 def _vhd_locators_are_sound(facts: Facts) -> str | None:
-    from imgcore.formats._vhd_header import parent_texts, read_header
+    from imgcore.formats.vhd.header import parent_texts, read_header
 
     if facts.format != "vhd" or facts.subformat != "differencing":
         return None

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from imgcore._core import crc32c
-from imgcore.formats import _vdi_layout, _vhd_layout
+from imgcore.formats import _vdi_layout
 from imgcore.formats.qcow2 import layout as qcow2_layout
+from imgcore.formats.vhd import layout as vhd_layout
 from imgcore.formats.vhdx import layout as vhdx_layout
 from imgcore.formats.vmdk import layout as vmdk_layout
 from tests.fuzz.pieces import Pieces
@@ -85,7 +86,7 @@ def _vmdk(image: Pieces) -> Iterator[Field]:
 
 
 def _vhd(image: Pieces) -> Iterator[Field]:
-    layout = _vhd_layout
+    layout = vhd_layout
     yield from of_struct(layout.FOOTER, 0)
     yield from of_struct(layout.FOOTER, image.nbytes - 512)
     header = number(image, Field(16, 8, "big"))
@@ -176,11 +177,11 @@ def _sound_vhd(image: Pieces) -> None:
         image.write(base + at, struct.pack(">I", total))
 
     for base in (0, image.nbytes - 512):
-        if base >= 0 and image.read(base, 8) == _vhd_layout.FOOTER_COOKIE:
+        if base >= 0 and image.read(base, 8) == vhd_layout.FOOTER_COOKIE:
             header = number(image, Field(base + 16, 8, "big"))
-            if image.read(header, 8) == _vhd_layout.HEADER_COOKIE:
-                seal(header, 1024, _vhd_layout.HEADER_CHECKSUM_OFFSET)
-            seal(base, 512, _vhd_layout.FOOTER_CHECKSUM_OFFSET)
+            if image.read(header, 8) == vhd_layout.HEADER_COOKIE:
+                seal(header, 1024, vhd_layout.HEADER_CHECKSUM_OFFSET)
+            seal(base, 512, vhd_layout.FOOTER_CHECKSUM_OFFSET)
 
 
 def _sound_vhdx(image: Pieces) -> None:

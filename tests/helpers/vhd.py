@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from imgcore.files.host_file import HostFile
-from imgcore.formats.vhd import VhdReader
+from imgcore.formats.vhd.reader import VhdReader
 
 SECTOR = 512
 NO_OFFSET = (1 << 64) - 1

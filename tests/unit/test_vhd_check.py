@@ -110,9 +110,9 @@ def test_locator_outside_the_file(tmp_path: Path) -> None:
 
 
 def test_too_many_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("imgcore.formats._vhd_check.VHD_MAX_CHECKED_BLOCKS", N_BLOCKS)
+    monkeypatch.setattr("imgcore.formats.vhd.check.VHD_MAX_CHECKED_BLOCKS", N_BLOCKS)
     assert imgcore.check(_dynamic(tmp_path)).ok
-    monkeypatch.setattr("imgcore.formats._vhd_check.VHD_MAX_CHECKED_BLOCKS", N_BLOCKS - 1)
+    monkeypatch.setattr("imgcore.formats.vhd.check.VHD_MAX_CHECKED_BLOCKS", N_BLOCKS - 1)
     with pytest.raises(imgcore.LimitExceededError, match="a disk of 6 blocks, 5 can be checked"):
         imgcore.check(_dynamic(tmp_path))
     assert limits.VHD_MAX_CHECKED_BLOCKS == 1 << 22

@@ -127,7 +127,7 @@ class TestBlocks:
             assert image.read(start, length) == expected[start : start + length]
 
     def test_batches_stay_bounded(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("imgcore.formats._vhd_plan.MAX_BATCH_ROWS", 8)
+        monkeypatch.setattr("imgcore.formats.vhd.tables.MAX_BATCH_ROWS", 8)
         blocks = {i: Block(DATA, frozenset(range(0, 16, 2))) for i in range(5)}
         path = dynamic(tmp_path, blocks)
         reader = vhd.open_vhd(path)

@@ -12,7 +12,7 @@ from tests.helpers.images import GIB, KIB, MIB, noise, text
 
 import imgcore
 from imgcore import LimitExceededError, OptionError, UnsupportedFeatureError
-from imgcore.formats._vhd_options import geometry_of, rounded_to_chs
+from imgcore.formats.vhd.options import geometry_of, rounded_to_chs
 
 SECTOR = 512
 UUID = "6b8b4567-327b-43c6-a43c-9869de3f1c11"

@@ -35,7 +35,7 @@ class Entry(NamedTuple):
 DRIVERS: Final = (
     Entry("qcow2", "imgcore.formats.qcow2.driver", (".qcow2",)),
     Entry("vmdk", "imgcore.formats.vmdk.driver", (".vmdk",)),
-    Entry("vhd", "imgcore.formats.vhd", (".vhd", ".vpc"), ("vpc",)),
+    Entry("vhd", "imgcore.formats.vhd.driver", (".vhd", ".vpc"), ("vpc",)),
     Entry("vhdx", "imgcore.formats.vhdx.driver", (".vhdx",)),
     Entry("vdi", "imgcore.formats.vdi", (".vdi",)),
     Entry("raw", "imgcore.formats.raw.driver", (".raw", ".img", ".dd", ".bin")),

@@ -14,9 +14,9 @@ import numpy as np
 from imgcore._core import TableFormat
 from imgcore.engine.extents import Kind, clip
 from imgcore.errors import CorruptImageError
-from imgcore.formats import _vhd_layout as layout
 from imgcore.formats.shared.sector_bitmap import expand
 from imgcore.formats.shared.tables import decode_entries
+from imgcore.formats.vhd import layout
 from imgcore.limits import MAX_BATCH_ROWS, MIB, SECTOR_NBYTES
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from imgcore.engine.extents import Extents
     from imgcore.files.host_file import HostFile
-    from imgcore.formats._vhd_header import VhdHeader
+    from imgcore.formats.vhd.header import VhdHeader
 
     Bitmaps = NDArray[np.uint8]
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import uuid
-from typing import TYPE_CHECKING, Final, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from imgcore.errors import LimitExceededError, OptionError
-from imgcore.formats import _vhd_layout as layout
-from imgcore.formats._vhd_layout import DiskType
+from imgcore.formats.api import BackingReference, Option
+from imgcore.formats.vhd import layout
+from imgcore.formats.vhd.header import SIZE_CHOICES
+from imgcore.formats.vhd.layout import DiskType
 from imgcore.limits import (
     MAX_VIRTUAL_NBYTES,
     SECTOR_NBYTES,
@@ -17,10 +20,7 @@ from imgcore.limits import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from typing import Any
-
-    from imgcore.formats.api import BackingReference, WriteRequest
+    from imgcore.formats.api import WriteRequest
 
 _DEFAULT_BLOCK_NBYTES: Final = VHD_MAX_WRITTEN_BLOCK_NBYTES
 _MAX_TIMESTAMP: Final = 0xFFFFFFFF
@@ -269,3 +269,37 @@ def _file_url(name: str) -> bytes:
 
     path = name if name.startswith(("/", "./", "../")) else f"./{name}"
     return f"file://{quote(path)}".encode("ascii")
+
+
+OPTIONS: Final = (
+    Option(
+        "subformat",
+        "choice",
+        "dynamic",
+        "Kind of VHD (with -B, a dynamic one is a differencing one)",
+        ("dynamic", "fixed"),
+    ),
+    Option(
+        "size",
+        "choice",
+        "current",
+        "Keep the size, or round it up to what cylinders, heads and sectors can say (Virtual PC)",
+        ("current", "chs"),
+    ),
+    Option("block_size", "size", None, "Block size, 512k to 2M (2M unless given; dynamic)"),
+    Option("uuid", "str", None, "UUID (random unless given)"),
+    Option("timestamp", "int", layout.EPOCH_UNIX_SECONDS, "Time of creation, Unix seconds"),
+    Option("batmap", "bool", False, "Write XenServer's map of full blocks (dynamic)"),
+    Option(
+        "preallocation",
+        "choice",
+        "off",
+        "Reserve the space of a fixed disk",
+        ("off", "falloc", "full"),
+    ),
+)
+
+
+READ_OPTIONS: Final = (
+    Option("size", "choice", None, "Which size counts, whatever the creator", SIZE_CHOICES),
+)

@@ -8,16 +8,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from imgcore.errors import CorruptImageError
-from imgcore.formats import _vhd_layout as layout
-from imgcore.formats._vhd_header import parent_texts, uuid_text
-from imgcore.formats._vhd_layout import DiskType
 from imgcore.formats.api import BackingReference
 from imgcore.formats.shared.windows_paths import names_from_windows_path
+from imgcore.formats.vhd import layout
+from imgcore.formats.vhd.header import parent_texts, uuid_text
+from imgcore.formats.vhd.layout import DiskType
 from imgcore.log import log
 
 if TYPE_CHECKING:
     from imgcore.files.host_file import HostFile
-    from imgcore.formats._vhd_header import VhdHeader
+    from imgcore.formats.vhd.header import VhdHeader
 
 # A relative name leads to the parent wherever the two files have been moved together.
 _PREFERENCE: Final = (layout.RELATIVE_PATH, layout.FILE_URL, layout.ABSOLUTE_PATH, b"")

@@ -11,61 +11,24 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from imgcore.engine.sources import SourceFile
-from imgcore.formats import _vhd_layout as layout
-from imgcore.formats._vhd_header import (
-    SIZE_CHOICES,
-    parent_texts,
-    read_header,
-    uuid_text,
-)
-from imgcore.formats._vhd_layout import DiskType
-from imgcore.formats._vhd_parent import find_parent
-from imgcore.formats.api import BackingReference, Driver, Option
+from imgcore.formats.api import BackingReference
+from imgcore.formats.vhd import layout
+from imgcore.formats.vhd.header import parent_texts, read_header, uuid_text
+from imgcore.formats.vhd.layout import DiskType
+from imgcore.formats.vhd.parent import find_parent
 from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
     from imgcore.files.host_file import HostFile
-    from imgcore.formats._vhd_plan import BlockPlanner
     from imgcore.formats.api import CheckReport, Repair
+    from imgcore.formats.vhd.tables import BlockPlanner
 
 _SUBFORMATS: Final = {
     DiskType.FIXED: "fixed",
     DiskType.DYNAMIC: "dynamic",
     DiskType.DIFFERENCING: "differencing",
 }
-
-OPTIONS: Final = (
-    Option(
-        "subformat",
-        "choice",
-        "dynamic",
-        "Kind of VHD (with -B, a dynamic one is a differencing one)",
-        ("dynamic", "fixed"),
-    ),
-    Option(
-        "size",
-        "choice",
-        "current",
-        "Keep the size, or round it up to what cylinders, heads and sectors can say (Virtual PC)",
-        ("current", "chs"),
-    ),
-    Option("block_size", "size", None, "Block size, 512k to 2M (2M unless given; dynamic)"),
-    Option("uuid", "str", None, "UUID (random unless given)"),
-    Option("timestamp", "int", layout.EPOCH_UNIX_SECONDS, "Time of creation, Unix seconds"),
-    Option("batmap", "bool", False, "Write XenServer's map of full blocks (dynamic)"),
-    Option(
-        "preallocation",
-        "choice",
-        "off",
-        "Reserve the space of a fixed disk",
-        ("off", "falloc", "full"),
-    ),
-)
-
-READ_OPTIONS: Final = (
-    Option("size", "choice", None, "Which size counts, whatever the creator", SIZE_CHOICES),
-)
 
 
 class VhdReader:
@@ -130,7 +93,7 @@ class VhdReader:
                 sync_holes(self._file)
             return plan_flat(self._file, 0, start, start + length, 0, 0)
         if self._planner is None:
-            from imgcore.formats._vhd_plan import BlockPlanner
+            from imgcore.formats.vhd.tables import BlockPlanner
 
             self._planner = BlockPlanner(self._file, self._header)
         return self._planner.plan(start, length)
@@ -178,13 +141,13 @@ class VhdReader:
         -----
         Complexity: O(n log n) in BAT entries; memory: about 60 bytes for each.
         """
-        from imgcore.formats._vhd_check import check_image
+        from imgcore.formats.vhd.check import check_image
 
         return check_image(self._file, self._header)
 
     def repairs(self) -> list[Repair]:
         """Return what can be put right; see :class:`imgcore.formats.api.Repairable`."""
-        from imgcore.formats._vhd_check import find_repairs
+        from imgcore.formats.vhd.check import find_repairs
 
         return find_repairs(self._file, self._header)
 
@@ -195,12 +158,3 @@ class VhdReader:
 
 def _printable(code: bytes) -> str:
     return code.rstrip(b"\0").decode("ascii", "backslashreplace").rstrip()
-
-
-DRIVER: Final = Driver(
-    name="vhd",
-    options=OPTIONS,
-    read=lambda file, gate, values: VhdReader(file, values["size"]),
-    writing="imgcore.formats._vhd_writer",
-    read_options=READ_OPTIONS,
-)

@@ -16,8 +16,8 @@ from imgcore.errors import (
     UnsupportedFeatureError,
     WrongFormatError,
 )
-from imgcore.formats import _vhd_layout as layout
-from imgcore.formats._vhd_layout import DiskType, DynamicHeader, Footer, Locator
+from imgcore.formats.vhd import layout
+from imgcore.formats.vhd.layout import DiskType, DynamicHeader, Footer, Locator
 from imgcore.limits import (
     SECTOR_NBYTES,
     VHD_MAX_BLOCK_NBYTES,

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 from imgcore.engine.geometry import Geometry, Placing, ZeroPolicy
 from imgcore.errors import LimitExceededError, UnsupportedFeatureError
-from imgcore.formats import _vhd_layout as layout
-from imgcore.formats._vhd_header import bitmap_nbytes, checksum
-from imgcore.formats._vhd_layout import DiskType, DynamicHeader, Footer, Locator
-from imgcore.formats._vhd_options import VhdPlan, plan_request
 from imgcore.formats.api import Measurement
 from imgcore.formats.shared.flat import flat_geometry
+from imgcore.formats.vhd import layout
+from imgcore.formats.vhd.header import bitmap_nbytes, checksum
+from imgcore.formats.vhd.layout import DiskType, DynamicHeader, Footer, Locator
+from imgcore.formats.vhd.options import VhdPlan, plan_request
 from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ class BlockWriter:
         """Return the file; headers and tables are written at the end."""
         import numpy as np
 
-        from imgcore.formats._vhd_plan import table_format
+        from imgcore.formats.vhd.tables import table_format
 
         _refuse_in_place(target)
         self._file = target.main

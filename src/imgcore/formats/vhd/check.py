@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from imgcore.errors import LimitExceededError
-from imgcore.formats import _vhd_layout as layout
-from imgcore.formats._vhd_header import parent_texts
-from imgcore.formats._vhd_plan import read_bat
 from imgcore.formats.api import CheckReport, Repair
+from imgcore.formats.vhd import layout
+from imgcore.formats.vhd.header import parent_texts
+from imgcore.formats.vhd.tables import read_bat
 from imgcore.limits import SECTOR_NBYTES, VHD_MAX_CHECKED_BLOCKS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from imgcore.files.host_file import HostFile
-    from imgcore.formats._vhd_header import FooterPlace, VhdHeader
+    from imgcore.formats.vhd.header import FooterPlace, VhdHeader
 
     Sectors = NDArray[np.int64]
 
