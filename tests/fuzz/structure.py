@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from imgcore._core import crc32c
-from imgcore.formats import _vdi_layout
 from imgcore.formats.qcow2 import layout as qcow2_layout
+from imgcore.formats.vdi import layout as vdi_layout
 from imgcore.formats.vhd import layout as vhd_layout
 from imgcore.formats.vhdx import layout as vhdx_layout
 from imgcore.formats.vmdk import layout as vmdk_layout
@@ -98,7 +98,7 @@ def _vhd(image: Pieces) -> Iterator[Field]:
 
 
 def _vdi(image: Pieces) -> Iterator[Field]:
-    layout = _vdi_layout
+    layout = vdi_layout
     yield from of_struct(layout.PRE_HEADER, 0)
     yield from of_struct(layout.HEADER, layout.PRE_HEADER.size)
     yield from of_struct(layout.GEOMETRY, layout.PRE_HEADER.size + layout.HEADER.size)

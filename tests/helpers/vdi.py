@@ -9,7 +9,7 @@ from uuid import UUID
 
 from imgcore.files.gate import ReferenceGate
 from imgcore.files.host_file import HostFile
-from imgcore.formats.vdi import VdiReader
+from imgcore.formats.vdi.reader import VdiReader
 
 FREE, ZERO = 0xFFFFFFFF, 0xFFFFFFFE
 BLOCK = 1 << 20

@@ -21,7 +21,8 @@ from imgcore.errors import (
     UnsupportedFeatureError,
     WrongFormatError,
 )
-from imgcore.formats import _vdi_check, _vdi_parent
+from imgcore.formats.vdi import check as vdi_check
+from imgcore.formats.vdi import parent as vdi_parent
 
 MIB = 1 << 20
 
@@ -324,11 +325,11 @@ def test_search_is_bounded(
     chain: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     names = sorted(p.name for p in chain.parent.iterdir() if p.suffix.lower() == ".vdi")
-    monkeypatch.setattr(_vdi_parent, "VDI_MAX_SEARCHED_FILES", len(names))
+    monkeypatch.setattr(vdi_parent, "VDI_MAX_SEARCHED_FILES", len(names))
     imgcore.open(chain).close()
     assert not caplog.records
     n_files = names.index("middle.VDI")
-    monkeypatch.setattr(_vdi_parent, "VDI_MAX_SEARCHED_FILES", n_files)
+    monkeypatch.setattr(vdi_parent, "VDI_MAX_SEARCHED_FILES", n_files)
     with pytest.raises(FileNotFoundError, match="--parent"):
         imgcore.open(chain)
     assert f"no more than {n_files} *.vdi files" in caplog.text
@@ -375,7 +376,7 @@ def test_check_finds(
     leaks: int,
     lines: list[str],
 ) -> None:
-    monkeypatch.setattr(_vdi_check, "_WINDOW_BLOCKS", window)
+    monkeypatch.setattr(vdi_check, "_WINDOW_BLOCKS", window)
     path = make(tmp_path / "a.vdi", entries, n_allocated=n_allocated)
     if entries == [0, 9]:
         with path.open("r+b") as file:

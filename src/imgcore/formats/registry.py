@@ -37,7 +37,7 @@ DRIVERS: Final = (
     Entry("vmdk", "imgcore.formats.vmdk.driver", (".vmdk",)),
     Entry("vhd", "imgcore.formats.vhd.driver", (".vhd", ".vpc"), ("vpc",)),
     Entry("vhdx", "imgcore.formats.vhdx.driver", (".vhdx",)),
-    Entry("vdi", "imgcore.formats.vdi", (".vdi",)),
+    Entry("vdi", "imgcore.formats.vdi.driver", (".vdi",)),
     Entry("raw", "imgcore.formats.raw.driver", (".raw", ".img", ".dd", ".bin")),
 )
 

@@ -13,10 +13,10 @@ import numpy as np
 from imgcore._core import TableFormat
 from imgcore.engine.extents import EXTENT_DTYPE, Kind, clip
 from imgcore.errors import CorruptImageError
-from imgcore.formats import _vdi_layout as layout
-from imgcore.formats._vdi_layout import ImageType
 from imgcore.formats.shared.flat import plan_flat, sync_holes
 from imgcore.formats.shared.tables import decode_entries
+from imgcore.formats.vdi import layout
+from imgcore.formats.vdi.layout import ImageType
 from imgcore.limits import MAX_BATCH_ROWS
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from imgcore.engine.extents import Extents
     from imgcore.files.host_file import HostFile
-    from imgcore.formats._vdi_header import VdiHeader
+    from imgcore.formats.vdi.header import VdiHeader
 
 
 def table_format(block_nbytes: int, data_offset: int) -> TableFormat:

@@ -7,45 +7,17 @@ Source: VirtualBox src/VBox/Storage/VDICore.h.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from imgcore.engine.sources import SourceFile
-from imgcore.formats import _vdi_layout as layout
-from imgcore.formats._vdi_header import read_header
-from imgcore.formats.api import Driver, Option
+from imgcore.formats.vdi.header import read_header
 
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
     from imgcore.files.gate import ReferenceGate
     from imgcore.files.host_file import HostFile
-    from imgcore.formats._vdi_tables import BlockMapPlanner
     from imgcore.formats.api import BackingReference, CheckReport, Repair
-
-OPTIONS: Final = (
-    Option(
-        "subformat",
-        "choice",
-        None,
-        "Kind of VDI (dynamic unless given)",
-        ("dynamic", "fixed"),
-    ),
-    Option("static", "bool", False, "The same as subformat=fixed"),
-    Option("block_size", "size", layout.DEFAULT_BLOCK_NBYTES, "Block size, 128k to 128M"),
-    Option("uuid", "str", None, "UUID of the image (random unless given)"),
-    Option(
-        "modification_uuid",
-        "str",
-        None,
-        "UUID of its last change (random; it follows from uuid if that is given)",
-    ),
-    Option(
-        "preallocation",
-        "choice",
-        "off",
-        "Reserve the space of a fixed image",
-        ("off", "falloc", "full"),
-    ),
-)
+    from imgcore.formats.vdi.tables import BlockMapPlanner
 
 
 class VdiReader:
@@ -86,7 +58,7 @@ class VdiReader:
     def backing(self) -> BackingReference | None:
         """The parent; it is looked for by its UUID the first time this is asked."""
         if self._backing is None and self._header.parent_uuid is not None:
-            from imgcore.formats._vdi_parent import find_parent
+            from imgcore.formats.vdi.parent import find_parent
 
             self._backing = find_parent(self._header, self._gate, self._file.path)
         return self._backing
@@ -99,7 +71,7 @@ class VdiReader:
         Complexity: O(blocks in the range); memory: one piece of the block map and one batch.
         """
         if self._planner is None:
-            from imgcore.formats._vdi_tables import BlockMapPlanner
+            from imgcore.formats.vdi.tables import BlockMapPlanner
 
             self._planner = BlockMapPlanner(self._file, self._header)
         return self._planner.plan(start, length)
@@ -131,24 +103,16 @@ class VdiReader:
         -----
         Complexity: O(blocks) for each 2^26 blocks of the file; memory: up to 64 MiB.
         """
-        from imgcore.formats._vdi_check import check
+        from imgcore.formats.vdi.check import check
 
         return check(self._file, self._header)
 
     def repairs(self) -> list[Repair]:
         """Return what can be put right; see :class:`imgcore.formats.api.Repairable`."""
-        from imgcore.formats._vdi_check import find_repairs
+        from imgcore.formats.vdi.check import find_repairs
 
         return find_repairs(self._file, self._header)
 
     def close(self) -> None:
         """Close the file; more than once is allowed."""
         self._file.close()
-
-
-DRIVER: Final = Driver(
-    name="vdi",
-    options=OPTIONS,
-    read=lambda file, gate, values: VdiReader(file, gate),
-    writing="imgcore.formats._vdi_writer",
-)

@@ -9,9 +9,9 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from imgcore.errors import ImgcoreError
-from imgcore.formats import _vdi_layout as layout
-from imgcore.formats._vdi_header import read_identities
 from imgcore.formats.api import BackingReference
+from imgcore.formats.vdi import layout
+from imgcore.formats.vdi.header import read_identities
 from imgcore.limits import VDI_MAX_SEARCHED_FILES
 from imgcore.log import log
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from imgcore.files.gate import ReferenceGate
-    from imgcore.formats._vdi_header import VdiHeader
+    from imgcore.formats.vdi.header import VdiHeader
 
 _SUFFIX: Final = ".vdi"
 

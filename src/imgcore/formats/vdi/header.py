@@ -16,8 +16,8 @@ from imgcore.errors import (
     UnsupportedFeatureError,
     WrongFormatError,
 )
-from imgcore.formats import _vdi_layout as layout
-from imgcore.formats._vdi_layout import HeaderFields, ImageType
+from imgcore.formats.vdi import layout
+from imgcore.formats.vdi.layout import HeaderFields, ImageType
 from imgcore.limits import (
     MAX_VIRTUAL_NBYTES,
     SECTOR_NBYTES,

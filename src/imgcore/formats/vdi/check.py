@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from imgcore.errors import LimitExceededError
-from imgcore.formats import _vdi_layout as layout
-from imgcore.formats._vdi_tables import read_map
 from imgcore.formats.api import CheckReport, Repair
+from imgcore.formats.vdi import layout
+from imgcore.formats.vdi.tables import read_map
 from imgcore.limits import VDI_MAX_CHECKED_BLOCKS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from imgcore.files.host_file import HostFile
-    from imgcore.formats._vdi_header import VdiHeader
+    from imgcore.formats.vdi.header import VdiHeader
 
 # Blocks of the file that are counted in one pass over the map: a byte each.
 _WINDOW_BLOCKS: Final = 1 << 26

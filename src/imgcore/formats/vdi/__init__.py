@@ -1,0 +1,1 @@
+"""VDI: VirtualBox's disks."""
