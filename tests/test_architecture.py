@@ -31,14 +31,8 @@ PYTHON_LAYERS = (
     {"engine"},
     {"streams"},
     {"formats"},
-    {
-        "_chain",
-        "_image",
-        "_describe",
-        "_host_holes",
-        "_overlay",
-        "_supply",
-    },
+    {"disk"},
+    {},
     {
         "_convert",
         "_compare",

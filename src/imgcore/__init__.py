@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from imgcore._compare import CompareResult, compare
     from imgcore._convert import ConvertResult, Progress, convert
     from imgcore._create import CreateResult, create
-    from imgcore._image import Image, open
     from imgcore._info import info
     from imgcore._lint import LintReport, lint
     from imgcore._map import MapEntry, map
     from imgcore._measure import measure
+    from imgcore.disk.image import Image, open
     from imgcore.engine.bad_ranges import BadRange
 
 __all__ = [
@@ -65,12 +65,12 @@ __all__ = [
 
 # The verbs load on first use: NumPy alone costs more time than `imgcore info` does.
 _HOMES = {
-    "BadRange": "_salvage",
+    "BadRange": "engine.bad_ranges",
     "CheckResult": "_check",
     "CompareResult": "_compare",
     "ConvertResult": "_convert",
     "CreateResult": "_create",
-    "Image": "_image",
+    "Image": "disk.image",
     "LintReport": "_lint",
     "MapEntry": "_map",
     "Progress": "_convert",
@@ -82,7 +82,7 @@ _HOMES = {
     "lint": "_lint",
     "map": "_map",
     "measure": "_measure",
-    "open": "_image",
+    "open": "disk.image",
 }
 
 

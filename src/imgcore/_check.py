@@ -137,7 +137,7 @@ def check(
     OSError
         The operating system refused; ``filename`` is set.
     """
-    from imgcore._info import open_layer
+    from imgcore.disk.layer import open_layer
 
     if repair and share:
         raise OptionError("an image that another process may write to is not repaired (-U)")
@@ -150,7 +150,7 @@ def check(
             raise CheckNotSupportedError(str(error)) from error
         if not repair:
             return _result(file, reader, report)
-        from imgcore._check_repair import repair as repair_image
+        from imgcore.disk.repair import repair as repair_image
 
         gate = ReferenceGate(os.path.dirname(file.path), folder_names(allow))
         after, repairs = repair_image(file, reader, report, gate)
@@ -184,6 +184,6 @@ def _verify_parent(
     allow: Sequence[str | os.PathLike[str]],
     share: bool,
 ) -> None:
-    from imgcore._image import open as open_image
+    from imgcore.disk.image import open as open_image
 
     open_image(path, format=format, parent=parent, allow=allow, share=share).close()

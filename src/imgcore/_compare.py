@@ -10,9 +10,9 @@ import numpy as np
 
 from imgcore._convert import Progress
 from imgcore._core import Job
-from imgcore._image import Image
-from imgcore._image import open as open_image
-from imgcore._overlay import padded
+from imgcore.disk.image import Image
+from imgcore.disk.image import open as open_image
+from imgcore.disk.overlay import padded
 from imgcore.engine.batches import pair_up
 from imgcore.engine.extents import Kind
 from imgcore.engine.job import chosen_variants, thread_count, translated_errors

@@ -10,10 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from imgcore._chain import opened_reference
 from imgcore._core import Job
-from imgcore._image import Image
-from imgcore._image import open as open_image
 from imgcore._profiles import (
     GCE_SUFFIXES,
     Container,
@@ -22,7 +19,10 @@ from imgcore._profiles import (
     get_profile,
     rounded_size,
 )
-from imgcore._supply import ImageSupply, StreamSupply
+from imgcore.disk.chain import opened_reference
+from imgcore.disk.image import Image
+from imgcore.disk.image import open as open_image
+from imgcore.disk.supply import ImageSupply, StreamSupply
 from imgcore.engine.bad_ranges import BadRange, named_bad_ranges
 from imgcore.engine.extents import PLACEMENT_DTYPE
 from imgcore.engine.geometry import CodecId, Placing, ZeroPolicy
@@ -45,7 +45,7 @@ from imgcore.log import log
 from imgcore.sizes import parse_size
 
 if TYPE_CHECKING:
-    from imgcore._supply import Supply
+    from imgcore.disk.supply import Supply
     from imgcore.engine.batches import Batch
     from imgcore.engine.extents import Placements
     from imgcore.engine.geometry import Geometry

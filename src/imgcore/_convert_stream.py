@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from imgcore._profiles import GCE_MEMBER_NAME
-from imgcore._supply import STREAM_CHUNK_NBYTES, read_in_order
+from imgcore.disk.supply import STREAM_CHUNK_NBYTES, read_in_order
 from imgcore.engine.extents import Kind
 from imgcore.limits import KIB, MAX_TAR_SEGMENTS
 from imgcore.streams.gzip import GzipSink
@@ -18,7 +18,7 @@ from imgcore.streams.tar import archive_end, sparse_header
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from imgcore._image import Image
+    from imgcore.disk.image import Image
     from imgcore.files.target_file import TargetFile
     from imgcore.streams.source import StreamSource
 

@@ -136,8 +136,8 @@ def _open_backing(
     allow: Sequence[str | os.PathLike[str]],
 ) -> tuple[BackingReference | None, int | None, object]:
     """Return the reference to store, the backing file's size (bytes) and its identity."""
-    from imgcore._chain import opened_reference
-    from imgcore._info import open_layer
+    from imgcore.disk.chain import opened_reference
+    from imgcore.disk.layer import open_layer
     from imgcore.formats.api import BackingReference
 
     if backing is None:

@@ -6,16 +6,12 @@ Nothing here or below imports NumPy: ``imgcore info`` has to answer at once.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, overload
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, overload
 
-from imgcore._image_info import STAT_BLOCK_NBYTES, describe_layer
+from imgcore.disk.describe import STAT_BLOCK_NBYTES, describe_layer
+from imgcore.disk.layer import open_layer
 from imgcore.errors import OptionError
-
-if TYPE_CHECKING:
-    from imgcore.files.host_file import HostFile
-    from imgcore.formats.api import Reader
 
 
 @overload
@@ -112,7 +108,7 @@ def info(
             path, format=format, read_options=read_options, allow=allow, share=share
         ) as layer:
             return describe_layer(*layer)
-    from imgcore._image import open as open_image
+    from imgcore.disk.image import open as open_image
 
     with open_image(
         path,
@@ -124,29 +120,6 @@ def info(
         share=share,
     ) as image:
         return [describe_layer(*layer) for layer in zip(image.files, image.layers, strict=True)]
-
-
-@contextmanager
-def open_layer(
-    path: str | os.PathLike[str],
-    *,
-    format: str | None = None,
-    read_options: Mapping[str, Any] | Sequence[str] | None = None,
-    allow: Sequence[str | os.PathLike[str]] = (),
-    share: bool = False,
-) -> Iterator[tuple[HostFile, Reader]]:
-    """Open one image without its backing files."""
-    from imgcore.files.gate import ReferenceGate, folder_names
-    from imgcore.files.host_file import HostFile
-    from imgcore.formats.registry import open_reader
-
-    with HostFile.open(path, share=share) as file:
-        gate = ReferenceGate(os.path.dirname(file.path), folder_names(allow))
-        reader = open_reader(file, gate, format, read_options)
-        try:
-            yield file, reader
-        finally:
-            reader.close()
 
 
 def _describe_stream(path: str | os.PathLike[str], share: bool) -> dict[str, Any]:

@@ -96,8 +96,8 @@ def lint(
     An image that is damaged or not supported is no exception but a finding.  Time: the tables
     are read; for VirtualBox a streamOptimized image is decompressed as a whole.
     """
-    from imgcore._image import open as open_image
     from imgcore._profiles import get_profile
+    from imgcore.disk.image import open as open_image
 
     def open_chain() -> Any:
         return open_image(

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from imgcore._image import Image
+    from imgcore.disk.image import Image
     from imgcore.engine.extents import Extents
 
 # Image.layer_extents takes ranges of whole sectors; other ranges are clipped here.
@@ -101,7 +101,7 @@ def map(
     -----
     Memory is bounded by one batch of extents, however fragmented the image is.
     """
-    from imgcore._image import open as open_image
+    from imgcore.disk.image import open as open_image
 
     with open_image(
         path,

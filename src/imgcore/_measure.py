@@ -83,7 +83,7 @@ def measure(
         # What a stream holds is known when it has been read: all of it may be data.
         whole = _whole(stream_size)
         return _measure_data(stream_size, whole, target_format, options, compress)
-    from imgcore._image import open as open_image
+    from imgcore.disk.image import open as open_image
 
     with open_image(
         source,

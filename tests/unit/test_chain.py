@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from imgcore import _chain
-from imgcore._chain import open_chain
+from imgcore.disk import chain
+from imgcore.disk.chain import open_chain
 from imgcore.errors import (
     CorruptImageError,
     LimitExceededError,
@@ -43,7 +43,7 @@ def _fake_format(monkeypatch: pytest.MonkeyPatch) -> None:
             backing=reference, identities=content.get("identities", {}), close=lambda: None
         )
 
-    monkeypatch.setattr(_chain, "open_reader", open_fake)
+    monkeypatch.setattr(chain, "open_reader", open_fake)
 
 
 def put(path: Path, backing: Mapping[str, Any] | None = None, **identities: str) -> Path:

@@ -429,7 +429,7 @@ def test_a_stream_is_not_held_in_huge_pieces(tmp_path: Path, disk: Path) -> None
 def test_long_streams_are_taken_in_turns(
     tmp_path: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("imgcore._supply.STREAM_CHUNK_NBYTES", 256 * KIB)
+    monkeypatch.setattr("imgcore.disk.supply.STREAM_CHUNK_NBYTES", 256 * KIB)
     monkeypatch.setattr(_convert_stream, "STREAM_CHUNK_NBYTES", 256 * KIB)
     packed = tmp_path / "disk.raw.zst"
     imgcore.convert(disk, packed)

@@ -13,8 +13,8 @@ from tests.helpers.images import noise
 from tests.helpers.qcow2 import create, qemu_io
 
 import imgcore
-from imgcore import _host_holes
-from imgcore._host_holes import HostHoles
+from imgcore.disk import host_holes
+from imgcore.disk.host_holes import HostHoles
 from imgcore.engine.extents import EXTENT_DTYPE, Kind
 from imgcore.engine.sources import SourceFile
 from imgcore.files.host_file import HostFile
@@ -52,7 +52,7 @@ def _cut(file: HostFile, rows: Extents) -> list[tuple[int, int, int, Kind]]:
 def test_long_rows_are_cut(
     sparse: HostFile, max_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_host_holes, "MAX_BATCH_ROWS", max_rows)
+    monkeypatch.setattr(host_holes, "MAX_BATCH_ROWS", max_rows)
     rows = _rows(
         (0, 4096, 0, 0, 0, Kind.HOLE),
         (4096, 4 * MIB, 512 * KIB, 4 * MIB, 0, Kind.DATA),

@@ -18,7 +18,7 @@ from tests.helpers.plans import poke
 from tests.helpers.qcow2 import create, qemu_io
 
 import imgcore
-from imgcore import _check_repair
+from imgcore.disk import repair as check_repair
 from imgcore.formats.api import Repair
 from imgcore.formats.qcow2.reader import Qcow2Reader
 
@@ -157,9 +157,9 @@ def test_ways_to_copy(leaky: Path, monkeypatch: pytest.MonkeyPatch, way: str) ->
         raise OSError(95, "Operation not supported")
 
     if way != "clone":
-        monkeypatch.setattr(_check_repair.fcntl, "ioctl", unsupported)
+        monkeypatch.setattr(check_repair.fcntl, "ioctl", unsupported)
     if way == "read and write":
-        monkeypatch.setattr(_check_repair.os, "copy_file_range", unsupported)
+        monkeypatch.setattr(check_repair.os, "copy_file_range", unsupported)
     content = digest(leaky)
     assert imgcore.check(leaky, repair=True).leaks_fixed == 1
     assert digest(leaky) == content
@@ -198,7 +198,7 @@ class TestRefused:
         def fail(*_: object) -> None:
             raise OSError(28, "No space left on device", "a.qcow2")
 
-        monkeypatch.setattr(_check_repair, step, fail)
+        monkeypatch.setattr(check_repair, step, fail)
         with pytest.raises(OSError, match="No space"):
             imgcore.check(leaky, repair=True)
 
@@ -233,20 +233,20 @@ class TestRefused:
         with pytest.raises(imgcore.LimitExceededError, match="refcount blocks"):
             imgcore.check(leaky, repair=True)
         monkeypatch.undo()
-        monkeypatch.setattr(_check_repair, "MAX_REPAIR_NBYTES", 1024)
+        monkeypatch.setattr(check_repair, "MAX_REPAIR_NBYTES", 1024)
         with pytest.raises(imgcore.LimitExceededError, match="65536 bytes"):
             imgcore.check(leaky, repair=True)
 
     def test_an_image_that_changes_meanwhile(
         self, leaky: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        real: Callable[..., None] = _check_repair._copy
+        real: Callable[..., None] = check_repair._copy
 
         def copy(*arguments: object) -> None:
             real(*arguments)
             os.utime(leaky)
 
-        monkeypatch.setattr(_check_repair, "_copy", copy)
+        monkeypatch.setattr(check_repair, "_copy", copy)
         with pytest.raises(imgcore.ImgcoreError, match="changed while it was read"):
             imgcore.check(leaky, repair=True)
 

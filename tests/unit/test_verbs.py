@@ -249,9 +249,10 @@ def test_map_yields_named_entries(folder: Path) -> None:
 
 
 def test_map_joins_over_batches(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from imgcore import _image, _map
+    from imgcore import _map
+    from imgcore.disk import image
 
-    with _image.open(folder / "top.qcow2") as image:
+    with image.open(folder / "top.qcow2") as image:
         whole = list(_map.map_image(image, 0, image.virtual_size))
         layer_extents = image.layer_extents
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from imgcore.text import without_secrets
 
 if TYPE_CHECKING:
-    from imgcore._image import Image
+    from imgcore.disk.image import Image
     from imgcore.files.host_file import HostFile
     from imgcore.formats.api import Reader
 

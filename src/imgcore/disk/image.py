@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from imgcore._chain import open_chain
+from imgcore.disk.chain import open_chain
 from imgcore.files.gate import folder_names
 from imgcore.formats.api import SectorSized
 from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
-    from imgcore._overlay import Depths
+    from imgcore.disk.overlay import Depths
     from imgcore.engine.extents import Extents
     from imgcore.engine.sources import SourceFile
     from imgcore.files.host_file import HostFile
@@ -92,7 +92,7 @@ class Image:
         CorruptImageError
             A table entry lies outside its file.
         """
-        from imgcore._overlay import plan_chain
+        from imgcore.disk.overlay import plan_chain
 
         length = self.virtual_size - start if length is None else length
         if start < 0 or length < 0 or start + length > self.virtual_size:
@@ -107,7 +107,7 @@ class Image:
 
     def extents_to_read(self, start: int = 0, length: int | None = None) -> Iterator[Extents]:
         """Yield extents as `extents` does, but long ones in holes of the host's files as ZERO."""
-        from imgcore._host_holes import HostHoles
+        from imgcore.disk.host_holes import HostHoles
 
         holes = HostHoles(self.sources)
         for rows in self.extents(start, length):
@@ -209,7 +209,7 @@ class Image:
 
     def info(self) -> dict[str, Any]:
         """Return what is known of the image, in the keys of ``qemu-img info --output=json``."""
-        from imgcore._image_info import describe
+        from imgcore.disk.describe import describe
 
         return describe(self)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from imgcore._image_info import STAT_BLOCK_NBYTES
+from imgcore.disk.describe import STAT_BLOCK_NBYTES
 from imgcore.engine.batches import pair_up
 from imgcore.engine.extents import Kind
 from imgcore.errors import (

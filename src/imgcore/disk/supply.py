@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from imgcore._core import File
-from imgcore._overlay import padded
+from imgcore.disk.overlay import padded
 from imgcore.engine.batches import Batch, cut_batches, pair_up
 from imgcore.engine.extents import Kind, single
 from imgcore.engine.geometry import ZeroPolicy
@@ -17,7 +17,7 @@ from imgcore.errors import OptionError
 from imgcore.limits import MIB
 
 if TYPE_CHECKING:
-    from imgcore._image import Image
+    from imgcore.disk.image import Image
     from imgcore.engine.extents import Extents
     from imgcore.engine.geometry import Geometry
     from imgcore.streams.source import StreamSource
