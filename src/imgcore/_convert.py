@@ -11,14 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from imgcore._core import Job
-from imgcore._profiles import (
-    GCE_SUFFIXES,
-    Container,
-    Profile,
-    apply_options,
-    get_profile,
-    rounded_size,
-)
 from imgcore.disk.chain import opened_reference
 from imgcore.disk.image import Image
 from imgcore.disk.image import open as open_image
@@ -42,6 +34,14 @@ from imgcore.formats.registry import (
 )
 from imgcore.limits import MAX_BASE_BLOCK_NBYTES, MIB, SECTOR_NBYTES
 from imgcore.log import log
+from imgcore.platforms.profiles import (
+    GCE_SUFFIXES,
+    Container,
+    Profile,
+    apply_options,
+    get_profile,
+    rounded_size,
+)
 from imgcore.sizes import parse_size
 
 if TYPE_CHECKING:

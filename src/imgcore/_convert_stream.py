@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from imgcore._profiles import GCE_MEMBER_NAME
 from imgcore.disk.supply import STREAM_CHUNK_NBYTES, read_in_order
 from imgcore.engine.extents import Kind
 from imgcore.limits import KIB, MAX_TAR_SEGMENTS
+from imgcore.platforms.profiles import GCE_MEMBER_NAME
 from imgcore.streams.gzip import GzipSink
 from imgcore.streams.tar import archive_end, sparse_header
 

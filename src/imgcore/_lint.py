@@ -9,12 +9,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from imgcore._lint_rules import RULES, Facts, Finding
 from imgcore.errors import ImgcoreError, WrongFormatError
+from imgcore.platforms.rules import RULES, Facts, Finding
 
 if TYPE_CHECKING:
-    from imgcore._profiles import Profile
     from imgcore.files.host_file import HostFile
+    from imgcore.platforms.profiles import Profile
     from imgcore.streams.tar import Member
 
 # More than any gzip header and a deflated tar header need.
@@ -96,8 +96,8 @@ def lint(
     An image that is damaged or not supported is no exception but a finding.  Time: the tables
     are read; for VirtualBox a streamOptimized image is decompressed as a whole.
     """
-    from imgcore._profiles import get_profile
     from imgcore.disk.image import open as open_image
+    from imgcore.platforms.profiles import get_profile
 
     def open_chain() -> Any:
         return open_image(

@@ -18,9 +18,9 @@ from tests.helpers.command import imgcore as command
 from tests.helpers.plans import poke
 
 import imgcore
-from imgcore._lint_rules import RULES
-from imgcore._profiles import PROFILES, profile_names
 from imgcore.errors import OptionError, WrongFormatError
+from imgcore.platforms.profiles import PROFILES, profile_names
+from imgcore.platforms.rules import RULES
 
 MIB = 1 << 20
 GIB = 1 << 30

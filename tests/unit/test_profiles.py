@@ -18,10 +18,10 @@ from tests.helpers.command import imgcore as command
 
 import imgcore
 from imgcore import _convert_stream
-from imgcore._profiles import PROFILES, get_profile, profile_names
 from imgcore.errors import LimitExceededError, OptionError
 from imgcore.formats.option_texts import parse_options
 from imgcore.formats.registry import format_names, get_driver
+from imgcore.platforms.profiles import PROFILES, get_profile, profile_names
 
 MIB = 1 << 20
 GIB = 1 << 30

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from imgcore._profiles import get_profile, profile_names
 from imgcore.cli._common import (
     allow_option,
     format_option,
@@ -27,6 +26,7 @@ from imgcore.cli._common import (
     wants_options_help,
 )
 from imgcore.cli._progress import progress_options, reporter
+from imgcore.platforms.profiles import get_profile, profile_names
 from imgcore.text import one_line
 
 if TYPE_CHECKING:

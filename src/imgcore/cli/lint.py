@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import click
 
-from imgcore._profiles import get_profile, profile_names
 from imgcore.cli._common import (
     allow_option,
     format_option,
@@ -16,6 +15,7 @@ from imgcore.cli._common import (
     share_option,
     verb,
 )
+from imgcore.platforms.profiles import get_profile, profile_names
 from imgcore.text import one_line
 
 EXIT_BROKEN = 1

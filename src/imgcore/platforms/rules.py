@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from imgcore._profiles import GCE_MEMBER_NAME, XENSERVER_MAX_VHD_NBYTES, Profile
 from imgcore.errors import CorruptImageError, ImgcoreError
 from imgcore.limits import (
     GIB,
@@ -20,14 +19,15 @@ from imgcore.limits import (
     VDI_MAX_WRITTEN_BLOCK_NBYTES,
     VDI_MIN_WRITTEN_BLOCK_NBYTES,
 )
+from imgcore.platforms.profiles import GCE_MEMBER_NAME, XENSERVER_MAX_VHD_NBYTES, Profile
 from imgcore.text import one_line
 
 if TYPE_CHECKING:
-    from imgcore._lint_stream import StreamLayout
     from imgcore.files.host_file import HostFile
     from imgcore.formats.api import Reader
     from imgcore.formats.vhd.header import FooterPlace
     from imgcore.formats.vhd.layout import DynamicHeader
+    from imgcore.formats.vmdk.lint import StreamLayout
     from imgcore.formats.vmdk.reader import VmdkReader
     from imgcore.streams.tar import Member
 
@@ -112,7 +112,7 @@ class Facts:
     @cached_property
     def stream_layout(self) -> StreamLayout | None:
         """Where the grains of a streamOptimized VMDK lie."""
-        from imgcore._lint_stream import stream_layout
+        from imgcore.formats.vmdk.lint import stream_layout
 
         return None if self.stream is None else stream_layout(self.file, self.stream)
 
