@@ -20,16 +20,16 @@ from imgcore.errors import (
 )
 
 if TYPE_CHECKING:
-    from imgcore._check import CheckResult, check
-    from imgcore._compare import CompareResult, compare
-    from imgcore._convert import ConvertResult, Progress, convert
-    from imgcore._create import CreateResult, create
-    from imgcore._info import info
-    from imgcore._lint import LintReport, lint
-    from imgcore._map import MapEntry, map
-    from imgcore._measure import measure
     from imgcore.disk.image import Image, open
     from imgcore.engine.bad_ranges import BadRange
+    from imgcore.verbs.check import CheckResult, check
+    from imgcore.verbs.compare import CompareResult, compare
+    from imgcore.verbs.convert import ConvertResult, Progress, convert
+    from imgcore.verbs.create import CreateResult, create
+    from imgcore.verbs.info import info
+    from imgcore.verbs.lint import LintReport, lint
+    from imgcore.verbs.map import MapEntry, map
+    from imgcore.verbs.measure import measure
 
 __all__ = [
     "BadRange",
@@ -66,22 +66,22 @@ __all__ = [
 # The verbs load on first use: NumPy alone costs more time than `imgcore info` does.
 _HOMES = {
     "BadRange": "engine.bad_ranges",
-    "CheckResult": "_check",
-    "CompareResult": "_compare",
-    "ConvertResult": "_convert",
-    "CreateResult": "_create",
+    "CheckResult": "verbs.check",
+    "CompareResult": "verbs.compare",
+    "ConvertResult": "verbs.convert",
+    "CreateResult": "verbs.create",
     "Image": "disk.image",
-    "LintReport": "_lint",
-    "MapEntry": "_map",
-    "Progress": "_convert",
-    "check": "_check",
-    "compare": "_compare",
-    "convert": "_convert",
-    "create": "_create",
-    "info": "_info",
-    "lint": "_lint",
-    "map": "_map",
-    "measure": "_measure",
+    "LintReport": "verbs.lint",
+    "MapEntry": "verbs.map",
+    "Progress": "verbs.convert",
+    "check": "verbs.check",
+    "compare": "verbs.compare",
+    "convert": "verbs.convert",
+    "create": "verbs.create",
+    "info": "verbs.info",
+    "lint": "verbs.lint",
+    "map": "verbs.map",
+    "measure": "verbs.measure",
     "open": "disk.image",
 }
 

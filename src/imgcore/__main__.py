@@ -11,9 +11,9 @@ def run() -> NoReturn:
     # Until it is loaded there is nothing to clean up: Ctrl-C just ends it, without a traceback.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from imgcore import cli
+    from imgcore.cli import main
 
-    cli.run()
+    main.run()
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ import time
 from typing import Any
 
 import imgcore
-import imgcore._convert  # everything is loaded before anything can fail
 import imgcore.streams.gzip
 import imgcore.streams.source
-from imgcore._check import check
+import imgcore.verbs.convert  # everything is loaded before anything can fail
+from imgcore.verbs.check import check
 
 _SHIM = ctypes.CDLL(os.environ["FAULT_SHIM"])
 _SHIM.fault_watch.argtypes = [ctypes.c_char_p]

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import pytest
 from click.testing import CliRunner
 
-from imgcore import cli
-from imgcore.cli import _progress
+from imgcore.cli import main as cli
+from imgcore.cli import progress
 from imgcore.engine.bad_ranges import BadRange
 from imgcore.errors import (
     CorruptImageError,
@@ -34,13 +34,13 @@ VERBS = ("convert", "info", "map", "compare", "check", "measure", "create")
 
 # Verb, module and function behind it, and the least that has to stand on its line.
 CALLS = {
-    "convert": ("imgcore._convert", "convert", ("a.raw", "b.raw")),
-    "info": ("imgcore._info", "info", ("a.raw",)),
-    "map": ("imgcore._map", "map", ("a.raw",)),
-    "compare": ("imgcore._compare", "compare", ("a.raw", "b.raw")),
-    "check": ("imgcore._check", "check", ("a.raw",)),
-    "measure": ("imgcore._measure", "measure", ("a.raw",)),
-    "create": ("imgcore._create", "create", ("a.raw", "1M")),
+    "convert": ("imgcore.verbs.convert", "convert", ("a.raw", "b.raw")),
+    "info": ("imgcore.verbs.info", "info", ("a.raw",)),
+    "map": ("imgcore.verbs.map", "map", ("a.raw",)),
+    "compare": ("imgcore.verbs.compare", "compare", ("a.raw", "b.raw")),
+    "check": ("imgcore.verbs.check", "check", ("a.raw",)),
+    "measure": ("imgcore.verbs.measure", "measure", ("a.raw",)),
+    "create": ("imgcore.verbs.create", "create", ("a.raw", "1M")),
 }
 
 
@@ -251,7 +251,7 @@ def test_an_interrupt_while_the_command_is_loaded_says_nothing() -> None:
         import os, signal, sys
         class Finder:
             def find_spec(self, name, path=None, target=None):
-                if name == "imgcore.cli":
+                if name == "imgcore.cli.main":
                     os.kill(os.getpid(), signal.SIGINT)
         sys.meta_path.insert(0, Finder())
         from imgcore.__main__ import run
@@ -381,7 +381,7 @@ CHECKS = {
 
 @pytest.mark.parametrize("case", CHECKS)
 def test_check(case: str, run: RunMain, fake: Fake) -> None:
-    from imgcore._check import CheckResult
+    from imgcore.verbs.check import CheckResult
 
     counts, code, text = CHECKS[case]
     result = CheckResult("a.qcow2", "qcow2", problems=["ERROR x\x1b"] if counts else [], **counts)
@@ -397,7 +397,7 @@ def test_check(case: str, run: RunMain, fake: Fake) -> None:
 
 
 def test_check_of_a_format_without_tables(run: RunMain, fake: Fake) -> None:
-    from imgcore._check import CheckNotSupportedError
+    from imgcore.verbs.check import CheckNotSupportedError
 
     fake("check", error=CheckNotSupportedError("nothing to check", path="a.raw"))
     assert_one_line(run("check", "a.raw"), 63, "nothing to check")
@@ -430,7 +430,7 @@ def test_progress_json(run: RunMain, fake: Fake) -> None:
 
 def test_progress_plain(run: RunMain, fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(_progress.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     gib = 1 << 30
 
     def job(progress: Callable[[Any], None], **_: Any) -> Outcome:
@@ -480,11 +480,11 @@ def test_no_progress(flags: tuple[str, ...], run: RunMain, fake: Fake) -> None:
     ("seconds", "text"), [(None, "--:--"), (0, "0:00"), (61.4, "1:01"), (3723, "1:02:03")]
 )
 def test_time_text(seconds: float | None, text: str) -> None:
-    assert _progress.time_text(seconds) == text
+    assert progress.time_text(seconds) == text
 
 
 def test_rate_is_that_of_the_last_seconds() -> None:
-    rate = _progress.Rate()
+    rate = progress.Rate()
     for second in range(100):
         rate.update(float(second), 1000 * min(second, 50) + 10 * max(second - 50, 0))
     assert rate.per_second == pytest.approx(10, rel=0.01)
@@ -495,7 +495,7 @@ def test_info_loads_neither_numpy_nor_rich(tmp_path: Any) -> None:
     image = tmp_path / "a.raw"
     image.write_bytes(bytes(1024))
     code = (
-        "import sys; from imgcore.cli import main; code = main(['info', sys.argv[1]]);"
+        "import sys; from imgcore.cli.main import main; code = main(['info', sys.argv[1]]);"
         "heavy = {'numpy', 'rich', 'zstandard', 'imgcore._core'} & set(sys.modules);"
         "sys.exit(code or (f'loaded: {heavy}' if heavy else 0))"
     )

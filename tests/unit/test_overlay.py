@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imgcore._compare import first_kind_difference
 from imgcore.disk.overlay import padded, plan_chain
 from imgcore.disk.supply import ImageSupply
 from imgcore.engine.batches import cut_batches, pair_up
 from imgcore.engine.extents import EXTENT_DTYPE, Kind, clip, single
 from imgcore.engine.geometry import Geometry
+from imgcore.verbs.compare import first_kind_difference
 
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents

@@ -20,10 +20,12 @@ from tests.helpers import qemu
 from tests.helpers.command import assert_one_line_error
 
 import imgcore
-from imgcore import _compare, _core, cli
-from imgcore._map import MapEntry
-from imgcore._measure import count_blocks
+from imgcore import _core
+from imgcore.cli import main as cli
 from imgcore.engine.extents import EXTENT_DTYPE, Kind
+from imgcore.verbs import compare
+from imgcore.verbs.map import MapEntry
+from imgcore.verbs.measure import count_blocks
 
 MIB = 1 << 20
 
@@ -249,11 +251,11 @@ def test_map_yields_named_entries(folder: Path) -> None:
 
 
 def test_map_joins_over_batches(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from imgcore import _map
     from imgcore.disk import image
+    from imgcore.verbs import map
 
     with image.open(folder / "top.qcow2") as image:
-        whole = list(_map.map_image(image, 0, image.virtual_size))
+        whole = list(map.map_image(image, 0, image.virtual_size))
         layer_extents = image.layer_extents
 
         def split(start: int, length: int) -> Iterator[Any]:
@@ -262,7 +264,7 @@ def test_map_joins_over_batches(folder: Path, monkeypatch: pytest.MonkeyPatch) -
                     yield batch[row : row + 1].copy(), depths[row : row + 1].copy()
 
         monkeypatch.setattr(image, "layer_extents", split)
-        assert list(_map.map_image(image, 0, image.virtual_size)) == whole
+        assert list(map.map_image(image, 0, image.virtual_size)) == whole
 
 
 @pytest.mark.parametrize("name", [name for name in IMAGES if name.endswith(".qcow2")])
@@ -460,7 +462,7 @@ def test_compare_of_empty_disks_takes_one_step(
             starts.append((start, end))
             super().start(start, end, *rows)
 
-    monkeypatch.setattr(_compare, "Job", CountingJob)
+    monkeypatch.setattr(compare, "Job", CountingJob)
     nbytes = 8 << 40
     for name in ("a.raw", "b.raw"):
         with (tmp_path / name).open("wb") as file:
@@ -621,9 +623,9 @@ def test_a_job_does_not_fail_for_its_reports(flag: str, stream: str, tmp_path: P
 def test_a_warning_that_nobody_can_read_is_no_failure(folder: Path) -> None:
     script = """if True:
         import sys
-        from imgcore import cli
+        from imgcore.cli import main as cli
         from imgcore.log import log
-        import imgcore._info as verb
+        import imgcore.verbs.info as verb
         plain = verb.info
         def info(*args, **kwargs):
             log.warning("odd")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from imgcore.cli._common import (
+from imgcore.cli.common import (
     allow_option,
     format_option,
     output_options,
@@ -19,7 +19,7 @@ from imgcore.cli._common import (
 )
 
 if TYPE_CHECKING:
-    from imgcore._check import CheckResult
+    from imgcore.verbs.check import CheckResult
 
 # The codes of `qemu-img check`.
 EXIT_CORRUPT: Final = 2
@@ -53,7 +53,7 @@ def command(
     Exit code: 0 clean, 1 the check failed or wrong usage, 2 corrupt, 3 leaked clusters only, 63 the
     format has nothing to check.
     """
-    from imgcore._check import CheckNotSupportedError, check
+    from imgcore.verbs.check import CheckNotSupportedError, check
 
     try:
         result = check(file, format=format, parent=parent, repair=repair, allow=allow, share=share)

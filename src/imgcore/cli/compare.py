@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from imgcore.cli._common import (
+from imgcore.cli.common import (
     allow_option,
     backing_format_option,
     format_option,
@@ -19,10 +19,10 @@ from imgcore.cli._common import (
     threads_option,
     verb,
 )
-from imgcore.cli._progress import progress_options, reporter
+from imgcore.cli.progress import progress_options, reporter
 
 if TYPE_CHECKING:
-    from imgcore._compare import CompareResult
+    from imgcore.verbs.compare import CompareResult
 
 EXIT_DIFFERENT: Final = 1
 EXIT_FAILED: Final = 2
@@ -69,7 +69,7 @@ def command(
     Exit code: 0 identical, 1 different, 2 an error. Without -s, zeros at the end of the
     larger image make no difference.
     """
-    from imgcore._compare import compare
+    from imgcore.verbs.compare import compare
 
     with reporter(progress_mode, wanted=wants_progress, quiet=quiet, label="compare") as report:
         result = compare(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from imgcore.cli._common import (
+from imgcore.cli.common import (
     allow_option,
     format_option,
     options_option,
@@ -25,7 +25,7 @@ from imgcore.cli._common import (
     verb,
     wants_options_help,
 )
-from imgcore.cli._progress import progress_options, reporter
+from imgcore.cli.progress import progress_options, reporter
 from imgcore.platforms.profiles import get_profile, profile_names
 from imgcore.text import one_line
 
@@ -125,7 +125,7 @@ def command(
         print_options_help(target_driver(stated, target))
         return None
     require(ctx, source=source, target=target)
-    from imgcore._convert import convert
+    from imgcore.verbs.convert import convert
 
     assert source is not None
     assert target is not None

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import click
 
-from imgcore.cli._common import (
+from imgcore.cli.common import (
     allow_option,
     options_option,
     output_options,
@@ -63,7 +63,7 @@ def command(
         print_options_help(target_driver(format, file))
         return
     require(ctx, file=file)
-    from imgcore._create import create
+    from imgcore.verbs.create import create
 
     result = create(
         file or "",

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from imgcore.cli._common import (
+from imgcore.cli.common import (
     allow_option,
     backing_format_option,
     format_option,
@@ -45,7 +45,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Describe the image FILE by its headers."""
-    from imgcore._info import info
+    from imgcore.verbs.info import info
 
     if backing_chain:
         images = info(

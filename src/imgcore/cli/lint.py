@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from imgcore.cli._common import (
+from imgcore.cli.common import (
     allow_option,
     format_option,
     output_options,
@@ -51,7 +51,7 @@ def command(
 
     Exit code: 0 none, 1 some, 2 it could not be looked at.
     """
-    from imgcore._lint import lint
+    from imgcore.verbs.lint import lint
 
     report = lint(
         image,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from imgcore.cli._common import (
+from imgcore.cli.common import (
     allow_option,
     backing_format_option,
     format_option,
@@ -22,7 +22,7 @@ from imgcore.cli._common import (
 from imgcore.text import one_line
 
 if TYPE_CHECKING:
-    from imgcore._map import MapEntry
+    from imgcore.verbs.map import MapEntry
 
 
 @verb("map")
@@ -54,7 +54,7 @@ def command(
 
     The table shows stored data only, the JSON form everything.
     """
-    from imgcore._map import map
+    from imgcore.verbs.map import map
 
     entries = map(
         file,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from imgcore.cli._common import (
+from imgcore.cli.common import (
     allow_option,
     backing_format_option,
     format_option,
@@ -58,7 +58,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Tell how large a target file would be for the image FILE, or for an empty disk of --size."""
-    from imgcore._measure import measure
+    from imgcore.verbs.measure import measure
 
     if wants_options_help(options):
         print_options_help(target_driver(target_format, None))

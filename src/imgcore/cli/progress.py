@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import click
 
-from imgcore.cli._common import say
+from imgcore.cli.common import say
 from imgcore.sizes import format_size
 
 if TYPE_CHECKING:

@@ -591,7 +591,7 @@ class _Conversion:
 
     def _write_stream(self, target: Target, is_archive: bool) -> None:
         """Write guest bytes in order, through a multi-threaded compressor."""
-        from imgcore import _convert_stream as streams
+        from imgcore.disk import ordered as streams
 
         r = self._request
         if target.in_place:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from imgcore._convert import Progress
 from imgcore._core import Job
 from imgcore.disk.image import Image
 from imgcore.disk.image import open as open_image
@@ -17,6 +16,7 @@ from imgcore.engine.batches import pair_up
 from imgcore.engine.extents import Kind
 from imgcore.engine.job import chosen_variants, thread_count, translated_errors
 from imgcore.engine.sources import native_sources
+from imgcore.verbs.convert import Progress
 
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents

@@ -1,0 +1,267 @@
+"""The ``imgcore`` command: one module a verb, each imported only when it is asked for.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 ended by SIGINT, 143 by SIGTERM, 129 by SIGHUP,
+141 when nobody reads the output any more. ``compare``, ``check``, ``lint`` and
+``convert --salvage`` have more: see their help.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from types import FrameType
+from typing import Any, Final, NoReturn
+
+import click
+
+from imgcore.cli.common import CONTEXT_SETTINGS, say
+from imgcore.errors import ImgcoreError, OptionError
+
+_VERBS: Final = {
+    "convert": "Convert an image to another format.",
+    "info": "Describe an image.",
+    "map": "List where the parts of a disk are stored.",
+    "compare": "Compare the content of two images.",
+    "check": "Verify the tables of an image.",
+    "lint": "Tell which rules of a platform an image breaks.",
+    "measure": "Tell how large a target would be.",
+    "create": "Make an empty image.",
+}
+
+EXIT_FAILURE: Final = 1
+EXIT_USAGE: Final = 2
+_FAILURE_CODES: Final = {"compare": 2, "lint": 2}  # where 1 has another meaning
+_USAGE_CODES: Final = {"check": 1}  # where 2 has
+_EXIT_SIGNAL: Final = 128  # + the signal's number, as shells report it
+
+_REPEAT_SECONDS: Final = 0.01
+
+# Set to anything: failures that are bugs show where they come from.
+_DEBUG_VARIABLE: Final = "IMGCORE_DEBUG"
+
+
+class Terminated(BaseException):
+    """A signal asked the process to end; like KeyboardInterrupt it passes ``except Exception``."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.signal_number = signal_number
+
+
+class _LazyGroup(click.Group):
+    """A group that imports the module of a verb when the verb is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _VERBS:
+            return None
+        command: click.Command = import_module(f"imgcore.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl(list(_VERBS.items()))
+
+
+def _print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        from imgcore._version import __version__
+
+        click.echo(f"imgcore {__version__}")
+        ctx.exit()
+
+
+@click.group(
+    cls=_LazyGroup,
+    context_settings=CONTEXT_SETTINGS,
+    no_args_is_help=False,
+    invoke_without_command=False,
+    subcommand_metavar="VERB ...",
+)
+@click.option(
+    "-V",
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_print_version,
+    help="Show the version and exit.",
+)
+def group() -> None:
+    """Convert, compare and inspect virtual disk images (raw, QCOW2, VMDK, VHD, VHDX, VDI).
+
+    Exit code: 0 done, 1 failed, 2 wrong usage, 130 or 143 ended by a signal.
+    """
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code; the only place that prints an error."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # NumPy's BLAS starts a thread per core when it is loaded; nothing here multiplies matrices.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    _prepare_streams()
+    with _signals(), _warnings():
+        try:
+            return _run(arguments)
+        except KeyboardInterrupt:
+            return _ended_by(signal.SIGINT)
+        except Terminated as error:
+            return _ended_by(error.signal_number)
+
+
+def run() -> NoReturn:
+    """Run the command as the process that it is, and end that."""
+    code = main()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    # Everything is closed and written. Taking interpreter and NumPy apart would cost 15 ms.
+    os._exit(code)
+
+
+def _prepare_streams() -> None:
+    """Let printing never fail for a closed stream, nor for a character it cannot encode."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (stays open as the real one does)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _run(arguments: list[str]) -> int:
+    """Run the verb; turn every exception but those of signals into one line and an exit code."""
+    ctx: click.Context | None = None
+    try:
+        try:
+            with group.make_context("imgcore", arguments) as ctx:
+                result = group.invoke(ctx)
+        finally:
+            sys.stdout.flush()
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.UsageError as error:
+        return _fail_usage(error, _code(_USAGE_CODES, ctx, EXIT_USAGE))
+    except BrokenPipeError:
+        _discard_stdout()
+        return _EXIT_SIGNAL + signal.SIGPIPE
+    except OptionError as error:
+        return _fail(str(error), _code(_USAGE_CODES, ctx, EXIT_USAGE))
+    except Exception as error:
+        if os.environ.get(_DEBUG_VARIABLE):
+            raise
+        return _fail(_error_text(error), _code(_FAILURE_CODES, ctx, EXIT_FAILURE))
+    return result if isinstance(result, int) else 0
+
+
+def _code(codes: Mapping[str, int], ctx: click.Context | None, usual: int) -> int:
+    """Return the exit code of the verb that was called."""
+    verb = ctx.invoked_subcommand if ctx is not None else None
+    return codes.get(verb or "", usual)
+
+
+def _error_text(error: Exception) -> str:
+    if isinstance(error, ImgcoreError):
+        return str(error)
+    if isinstance(error, OSError):
+        text = error.strerror or str(error) or type(error).__name__
+        return text if error.filename is None else f"{os.fsdecode(error.filename)}: {text}"
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    return f"internal error: {type(error).__name__}: {error}"
+
+
+def _fail(message: str, code: int = EXIT_FAILURE) -> int:
+    say(f"imgcore: {message}")
+    return code
+
+
+def _fail_usage(error: click.UsageError, code: int) -> int:
+    path = error.ctx.command_path if error.ctx is not None else "imgcore"
+    message = error.format_message().rstrip(".")
+    return _fail(f"{message[:1].lower()}{message[1:]}; try '{path} --help'", code)
+
+
+def _discard_stdout() -> None:
+    """Keep the interpreter's last flush from failing once more."""
+    try:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+    except (OSError, ValueError):  # no descriptor behind it: nothing to flush
+        pass
+
+
+def _ended_by(number: int) -> int:
+    return _fail(f"ended by {signal.Signals(number).name}", _EXIT_SIGNAL + number)
+
+
+class _WarningLines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(f"imgcore: {record.levelname.lower()}: {record.getMessage()}")
+
+
+@contextmanager
+def _warnings() -> Iterator[None]:
+    """Print what the library logs, a line each; ``-q`` raises the level."""
+    logger, handler = logging.getLogger("imgcore"), _WarningLines()
+    level, propagate = logger.level, logger.propagate
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Turn the first of SIGINT, SIGTERM and SIGHUP into an exception.
+
+    Those that follow are ignored: what cleans up is not to be interrupted.
+    A signal that the caller ignores (nohup, background jobs) stays ignored.
+    """
+    previous: dict[int, Any] = {}
+    has_come = False
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        nonlocal has_come
+        if has_come:
+            return
+        has_come = True
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
+
+    def repeat(lost: sys.UnraisableHookArgs) -> None:
+        # Python drops what is raised in a finalizer: once more, when that has ended.
+        nonlocal has_come
+        if not isinstance(lost.exc_value, KeyboardInterrupt | Terminated):
+            previous_hook(lost)
+            return
+        has_come = False
+        number = getattr(lost.exc_value, "signal_number", signal.SIGINT)
+        threading.Timer(_REPEAT_SECONDS, os.kill, (os.getpid(), number)).start()
+
+    previous_hook, sys.unraisablehook = sys.unraisablehook, repeat
+    if threading.current_thread() is threading.main_thread():
+        for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(ending) is not signal.SIG_IGN:
+                previous[ending] = signal.getsignal(ending)
+                signal.signal(ending, handle)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        sys.unraisablehook = previous_hook
