@@ -1,4 +1,8 @@
-"""Imports and includes point one way, and the extension exports one symbol."""
+"""The tree's rules: which way imports and includes point, and what may name what.
+
+The members of each layer are read from the tree, so a new module or folder is covered at once.
+Imports inside functions and those for type checkers count like all others.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,8 @@ import ast
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,97 +20,198 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "imgcore"
 NATIVE = ROOT / "native"
 
-# Lower layers first; a module imports from its own layer and from those below it.
-PYTHON_LAYERS = (
-    {
-        "text",
-        "log",
-        "errors",
-        "limits",
-        "_version",
-        "sizes",
-    },
-    {"_core"},
-    {"files"},
-    {"engine"},
-    {"streams"},
-    {"formats"},
-    {"platforms"},
-    {"disk"},
-    {"verbs"},
-    {"__init__"},
-    {"cli"},
-    {"__main__"},
-)
+# Upper layers first: a module imports from its own layer and from those below it.
+LAYERS = ("cli", "verbs", "disk", "platforms", "formats", "streams", "engine", "files")
+# What stands beside the layers: the package's face above all of them, leaves below.
+FACE = ("imgcore", "imgcore.__main__")
+# What a format may import besides its own modules, the layers below and the leaves.
+FORMAT_MAY_IMPORT = ("imgcore.formats.api", "imgcore.formats.magic", "imgcore.formats.shared")
+FORMAT_LAYERS = ("engine", "files")
 
-# engine -> {tables, io, codec, kernels} -> common -> include
 C_LAYERS = (("include",), ("common",), ("kernels", "codec", "tables", "io"), ("engine",))
 
 
-def layer_of(module: str) -> int:
-    """Return the layer of a top-level module or package of imgcore."""
-    for rank, names in enumerate(PYTHON_LAYERS):
-        if module in names:
-            return rank
-    # A helper shares its verb's layer: _convert_stream sits with _convert.
-    for rank, names in enumerate(PYTHON_LAYERS):
-        if any(module.startswith(f"{name}_") for name in names):
-            return rank
-    raise AssertionError(f"imgcore.{module} has no layer: add it to PYTHON_LAYERS")
+def folders_of(layer: str) -> list[str]:
+    """Return the folders inside a layer, which are its members."""
+    return sorted(path.parent.name for path in (PACKAGE / layer).glob("*/__init__.py"))
 
 
-def module_of(path: Path) -> str:
-    """Return the top-level name below imgcore that a file belongs to."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported(path: Path) -> Iterator[str]:
-    """Yield top-level names below imgcore that a file imports, anywhere in it."""
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
+@cache
+def modules() -> Mapping[str, Path]:
+    """Return every module of the package, the compiled one by its stub."""
+    paths = [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.pyi")]
+    return {module_name(path): path for path in sorted(paths)}
+
+
+def imports_of(text: str, where: str) -> Iterator[str]:
+    """Yield the modules of imgcore that a module's text imports, anywhere in it."""
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: a relative import"
+            assert node.level == 0, f"{where}: a relative import"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
             continue
         for name in names:
-            parts = name.split(".")
-            if parts[0] == "imgcore":
-                yield parts[1] if len(parts) > 1 and is_module(parts[1]) else "__init__"
+            if name.split(".")[0] == "imgcore":
+                yield name if name in modules() else name.rpartition(".")[0]
 
 
-def is_module(name: str) -> bool:
-    """Tell whether imgcore has a module or package of that name."""
-    return any((PACKAGE / entry).exists() for entry in (name, f"{name}.py", f"{name}.pyi"))
+@cache
+def graph() -> Mapping[str, frozenset[str]]:
+    """Return for each module those that it imports."""
+    return {
+        name: frozenset(imports_of(path.read_text(), name)) - {name}
+        for name, path in modules().items()
+    }
+
+
+def rank_of(module: str) -> int:
+    """Return the layer's number: larger is further down."""
+    if module in FACE:
+        return -1
+    first = module.split(".")[1]
+    if first in LAYERS:
+        return LAYERS.index(first)
+    assert not (PACKAGE / first).is_dir(), f"{first}/ is in no layer: add it to LAYERS"
+    return len(LAYERS)
+
+
+def circle_in(edges: Mapping[str, Iterable[str]]) -> list[str] | None:
+    """Return the names along a circle, None if there is none."""
+    done: set[str] = set()
+
+    def walk(name: str, way: list[str]) -> list[str] | None:
+        if name in way:
+            return [*way[way.index(name) :], name]
+        if name in done:
+            return None
+        for below in sorted(edges.get(name, ())):
+            if (found := walk(below, [*way, name])) is not None:
+                return found
+        done.add(name)
+        return None
+
+    return next((found for name in sorted(edges) if (found := walk(name, []))), None)
+
+
+# -- the rules for Python, as functions of the graph --------------------------------------
+
+
+def upward_imports(edges: Mapping[str, Iterable[str]]) -> list[str]:
+    return [
+        f"{name} imports {other}"
+        for name, others in edges.items()
+        for other in others
+        if rank_of(other) < rank_of(name)
+    ]
+
+
+def imports_between_members(edges: Mapping[str, Iterable[str]]) -> list[str]:
+    """Return imports from one format to another, and from one verb or command to another."""
+    formats = {f"imgcore.formats.{name}" for name in folders_of("formats")}
+    formats.discard("imgcore.formats.shared")
+    verbs = {name for name in modules() if name.startswith("imgcore.verbs.")}
+    commands = {name.replace(".verbs.", ".cli.") for name in verbs}
+    return [
+        f"{name} imports {other}"
+        for members in (formats, verbs, commands)
+        for name, others in edges.items()
+        for other in others
+        if (own := member_of(name, members)) and own != (member_of(other, members) or own)
+    ]
+
+
+def member_of(module: str, members: Iterable[str]) -> str | None:
+    return next((one for one in members if f"{module}.".startswith(f"{one}.")), None)
+
+
+def stray_imports_of_formats(edges: Mapping[str, Iterable[str]]) -> list[str]:
+    """Return what formats import beyond the protocols, what they share, and the lower layers."""
+    members = [f"imgcore.formats.{name}" for name in folders_of("formats")]
+    allowed = (*FORMAT_MAY_IMPORT, *(f"imgcore.{layer}" for layer in FORMAT_LAYERS))
+    return [
+        f"{name} imports {other}"
+        for name, others in edges.items()
+        if (own := member_of(name, members))
+        for other in others
+        if rank_of(other) < len(LAYERS) and not member_of(other, (own, *allowed))
+    ]
+
+
+RULES = (upward_imports, imports_between_members, stray_imports_of_formats)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_python_imports(rule: object) -> None:
+    assert callable(rule)
+    assert rule(graph()) == []
+
+
+def test_python_modules_import_in_no_circle() -> None:
+    assert circle_in(graph()) is None
 
 
 @pytest.mark.parametrize(
-    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
+    ("module", "other", "rule"),
+    [
+        ("imgcore.engine.job", "imgcore.verbs.convert", upward_imports),
+        ("imgcore.errors", "imgcore.files.host_file", upward_imports),
+        ("imgcore.formats.vhd.reader", "imgcore.formats.vhdx.reader", imports_between_members),
+        ("imgcore.verbs.convert", "imgcore.verbs.compare", imports_between_members),
+        ("imgcore.cli.convert", "imgcore.cli.compare", imports_between_members),
+        ("imgcore.formats.vhd.reader", "imgcore.streams.source", stray_imports_of_formats),
+        ("imgcore.formats.vhd.reader", "imgcore.formats.registry", stray_imports_of_formats),
+        ("imgcore.formats.shared.flat", "imgcore.formats.registry", stray_imports_of_formats),
+    ],
 )
-def test_python_imports_point_down(path: Path) -> None:
-    own = module_of(path)
-    for name in imported(path):
-        assert layer_of(name) <= layer_of(own), f"imgcore.{own} imports imgcore.{name}"
+def test_the_rules_notice(module: str, other: str, rule: object) -> None:
+    """Each rule fails for an import added by hand, so that its silence means something."""
+    assert {module, other} <= set(modules())
+    assert callable(rule)
+    assert rule({module: {other}}) == [f"{module} imports {other}"]
 
 
-@pytest.mark.parametrize(
-    "path",
-    sorted(
-        path for folder in C_LAYERS for name in folder for path in (NATIVE / name).glob("*.[ch]")
-    ),
-    ids=lambda path: str(path.relative_to(NATIVE)),
-)
-def test_c_includes_point_down(path: Path) -> None:
+def test_circles_are_noticed() -> None:
+    assert circle_in({"a": ["b"], "b": ["c"], "c": ["a"]}) == ["a", "b", "c", "a"]
+    assert circle_in({"a": ["b", "c"], "b": ["c"], "c": []}) is None
+
+
+def test_the_tables_name_what_exists() -> None:
+    for layer in (*LAYERS, *FORMAT_LAYERS):
+        assert (PACKAGE / layer / "__init__.py").is_file(), layer
+    for name in (*FACE, *FORMAT_MAY_IMPORT):
+        assert name in modules(), name
+    for folder in (name for names in C_LAYERS for name in names):
+        assert (NATIVE / folder).is_dir(), folder
+
+
+def test_no_file_shells_out() -> None:
+    """imgcore itself never starts another program."""
+    for path in PACKAGE.rglob("*.py"):
+        for word in ("subprocess", "os.system", "os.popen"):
+            assert word not in path.read_text(), f"{path}: {word}"
+
+
+# -- the rules for C ------------------------------------------------------------------------
+
+
+def test_c_includes_point_down() -> None:
     folders = {name: rank for rank, names in enumerate(C_LAYERS) for name in names}
-    for included in re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.MULTILINE):
-        folder = included.split("/")[0] if "/" in included else path.parent.name
-        if included == "imgc.h":
-            folder = "include"
-        assert folder in folders, f"{path}: {included}"
-        same = folder == path.parent.name
-        assert same or folders[folder] < folders[path.parent.name], f"{path}: {included}"
+    for path in (path for folder in folders for path in (NATIVE / folder).glob("*.[ch]")):
+        for included in re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.MULTILINE):
+            folder = included.split("/")[0] if "/" in included else path.parent.name
+            if included == "imgc.h":
+                folder = "include"
+            assert folder in folders, f"{path}: {included}"
+            same = folder == path.parent.name
+            assert same or folders[folder] < folders[path.parent.name], f"{path}: {included}"
 
 
 def test_native_code_knows_no_python() -> None:
@@ -137,10 +243,3 @@ def test_the_extension_exports_one_symbol() -> None:
     names = {line.split()[-1] for line in done.stdout.splitlines()}
     names = {name for name in names if not name.startswith(("__asan", "__ubsan", "__odr_asan"))}
     assert names == {"PyInit__core"}
-
-
-def test_no_file_shells_out() -> None:
-    """imgcore itself never starts another program."""
-    for path in PACKAGE.rglob("*.py"):
-        for word in ("subprocess", "os.system", "os.popen"):
-            assert word not in path.read_text(), f"{path}: {word}"

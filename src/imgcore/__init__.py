@@ -22,9 +22,10 @@ from imgcore.errors import (
 if TYPE_CHECKING:
     from imgcore.disk.image import Image, open
     from imgcore.engine.bad_ranges import BadRange
+    from imgcore.engine.progress import Progress
     from imgcore.verbs.check import CheckResult, check
     from imgcore.verbs.compare import CompareResult, compare
-    from imgcore.verbs.convert import ConvertResult, Progress, convert
+    from imgcore.verbs.convert import ConvertResult, convert
     from imgcore.verbs.create import CreateResult, create
     from imgcore.verbs.info import info
     from imgcore.verbs.lint import LintReport, lint
@@ -73,7 +74,7 @@ _HOMES = {
     "Image": "disk.image",
     "LintReport": "verbs.lint",
     "MapEntry": "verbs.map",
-    "Progress": "verbs.convert",
+    "Progress": "engine.progress",
     "check": "verbs.check",
     "compare": "verbs.compare",
     "convert": "verbs.convert",

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Final
 from imgcore.text import without_secrets
 
 if TYPE_CHECKING:
-    from imgcore.disk.image import Image
     from imgcore.files.host_file import HostFile
     from imgcore.formats.api import Reader
 
@@ -16,11 +15,6 @@ if TYPE_CHECKING:
 _TOP_LEVEL_KEYS: Final = ("cluster-size", "encrypted", "compressed", "snapshots")
 _OWN_KEYS: Final = (*_TOP_LEVEL_KEYS, "dirty-flag", "backing-filename", "backing-filename-format")
 STAT_BLOCK_NBYTES: Final = 512  # st_blocks counts these, whatever st_blksize says
-
-
-def describe(image: Image) -> dict[str, Any]:
-    """Return what ``info`` says about an open image, its backing files apart."""
-    return describe_layer(image.files[0], image.reader)
 
 
 def describe_layer(file: HostFile, reader: Reader) -> dict[str, Any]:

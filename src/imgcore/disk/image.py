@@ -209,9 +209,9 @@ class Image:
 
     def info(self) -> dict[str, Any]:
         """Return what is known of the image, in the keys of ``qemu-img info --output=json``."""
-        from imgcore.disk.describe import describe
+        from imgcore.disk.describe import describe_layer
 
-        return describe(self)
+        return describe_layer(self.files[0], self.reader)
 
     def check_unchanged(self) -> None:
         """Raise ImgcoreError if a file of the chain has changed since it was opened."""

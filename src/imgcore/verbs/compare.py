@@ -15,8 +15,8 @@ from imgcore.disk.overlay import padded
 from imgcore.engine.batches import pair_up
 from imgcore.engine.extents import Kind
 from imgcore.engine.job import chosen_variants, thread_count, translated_errors
+from imgcore.engine.progress import Progress
 from imgcore.engine.sources import native_sources
-from imgcore.verbs.convert import Progress
 
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents

@@ -19,6 +19,7 @@ from imgcore.engine.bad_ranges import BadRange, named_bad_ranges
 from imgcore.engine.extents import PLACEMENT_DTYPE
 from imgcore.engine.geometry import CodecId, Placing, ZeroPolicy
 from imgcore.engine.job import chosen_variants, thread_count, translated_errors
+from imgcore.engine.progress import Progress
 from imgcore.errors import LimitExceededError, OptionError, UnsupportedFeatureError
 from imgcore.files.gate import folder_names
 from imgcore.files.target import Target
@@ -55,19 +56,6 @@ if TYPE_CHECKING:
     from imgcore.streams.source import StreamSource
 
 _MAX_SPARSE_NBYTES = 1 * MIB
-
-
-class Progress(NamedTuple):
-    """How far a job is, in bytes of the virtual disk (``written``: of the target file).
-
-    No value ever decreases.
-    """
-
-    done: int
-    total: int
-    data: int
-    zero: int
-    written: int
 
 
 class ConvertResult(NamedTuple):

@@ -27,8 +27,8 @@ from imgcore.limits import SECTOR_NBYTES
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from imgcore.formats.vmdk.extent import DiskExtent
     from imgcore.formats.vmdk.header import SparseExtent
-    from imgcore.formats.vmdk.reader import DiskExtent
 
     Sectors = NDArray[np.int64]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from imgcore.engine.sources import SourceFile
 from imgcore.errors import (
@@ -17,6 +17,7 @@ from imgcore.formats.api import BackingReference, CheckReport
 from imgcore.formats.magic import is_vmdk_descriptor
 from imgcore.formats.shared.windows_paths import names_from_windows_path
 from imgcore.formats.vmdk.descriptor import Descriptor, ExtentLine, parse_descriptor
+from imgcore.formats.vmdk.extent import DiskExtent
 from imgcore.formats.vmdk.header import (
     SparseExtent,
     open_sparse,
@@ -50,19 +51,6 @@ _READABLE_TYPES: Final = _MONOLITHIC_TYPES | {
     "custom",
 }
 _FLAT_KINDS: Final = frozenset({"FLAT", "VMFS"})
-
-
-class DiskExtent(NamedTuple):
-    """One piece of the disk; ``sparse`` is None for a flat one, ``file`` for one of zeros."""
-
-    kind: str
-    guest_base: int
-    nbytes: int
-    file: HostFile | None = None
-    file_offset: int = 0
-    sparse: SparseExtent | None = None
-    file_index: int = 0
-    short_nbytes: int = 0
 
 
 class VmdkReader:

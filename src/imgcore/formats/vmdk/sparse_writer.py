@@ -13,7 +13,7 @@ from imgcore.errors import LimitExceededError
 from imgcore.formats.vmdk import layout
 from imgcore.formats.vmdk.descriptor import compose_descriptor
 from imgcore.formats.vmdk.layout import Flags, SparseHeader
-from imgcore.formats.vmdk.writer import VmdkPlan, extent_name, refuse_in_place
+from imgcore.formats.vmdk.options import VmdkPlan, extent_name, refuse_in_place
 from imgcore.limits import (
     SECTOR_NBYTES,
     VMDK_MAX_DIRECTORY_ENTRIES,

@@ -1,0 +1,25 @@
+"""One extent of a VMDK disk: what the descriptor says of it, and where it is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from imgcore.formats.vmdk.header import (
+    SparseExtent,
+)
+
+if TYPE_CHECKING:
+    from imgcore.files.host_file import HostFile
+
+
+class DiskExtent(NamedTuple):
+    """One piece of the disk; ``sparse`` is None for a flat one, ``file`` for one of zeros."""
+
+    kind: str
+    guest_base: int
+    nbytes: int
+    file: HostFile | None = None
+    file_offset: int = 0
+    sparse: SparseExtent | None = None
+    file_index: int = 0
+    short_nbytes: int = 0
