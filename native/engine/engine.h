@@ -29,7 +29,7 @@
 #define MAX_READ_REQUESTS 64
 #define MAX_SEGMENTS 64
 #define GRAIN_MARKER_NBYTES 12u
-#define MIN_SHARE_NBYTES (64u * 1024) /* less is written as fast, and fragments less */
+#define MIN_REFLINK_NBYTES (64u * 1024) /* less is written as fast, and fragments less */
 #define SECTOR_NBYTES 512u
 
 /* The stored bytes of a compressed block never exceed this (VMDK: two grains; QCOW2: two clusters).
@@ -81,7 +81,7 @@ struct rows {
 	size_t n;
 };
 
-/* Guest ranges that could not be read; shared by the workers. */
+/* Guest ranges that could not be read; used by all workers. */
 struct salvage {
 	bool is_wanted, lock_exists;
 	pthread_mutex_t lock;
@@ -89,7 +89,7 @@ struct salvage {
 	size_t n, capacity;
 };
 
-/* What a worker needs to read: never shared, but for `job` and `salvage`. */
+/* What a worker needs to read.  No other worker uses it, but for `job` and `salvage`. */
 struct reader {
 	const struct imgc_job *job;
 	struct salvage *salvage; /* NULL: what cannot be read is an error */
@@ -166,7 +166,7 @@ struct slot {
 
 struct counters {
 	_Alignas(64) _Atomic uint64_t done;
-	_Atomic uint64_t data, zero, read, written, shared;
+	_Atomic uint64_t data, zero, read, written, reflinked;
 };
 
 struct worker {
@@ -195,7 +195,7 @@ struct imgc_job {
 
 	_Atomic bool cancelled, failed;
 	_Atomic uint64_t first_difference;
-	_Atomic bool *shares; /* for each source: not refused yet; NULL: nothing is shared */
+	_Atomic bool *may_reflink; /* per source, until a reflink fails; NULL: no reflinks */
 
 	pthread_mutex_t lock; /* all below */
 	pthread_cond_t changed, ended;

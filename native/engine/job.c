@@ -60,8 +60,8 @@ static int check_options(const struct imgc_job_options *o, struct imgc_error *er
 		return invalid(err, "base");
 	if (o->salvage && (o->kind != IMGC_JOB_CONVERT || o->has_base))
 		return invalid(err, "salvage");
-	if (o->share && (o->kind != IMGC_JOB_CONVERT || o->salvage))
-		return invalid(err, "share");
+	if (o->reflink && (o->kind != IMGC_JOB_CONVERT || o->salvage))
+		return invalid(err, "reflink");
 	for (size_t i = 0; i < o->n_sources; i++)
 		if (!o->sources[i].file || o->sources[i].block_nbytes > MAX_SOURCE_BLOCK_NBYTES)
 			return invalid(err, "sources");
@@ -222,17 +222,17 @@ static int create_stored_prefix(struct imgc_job *job)
 	return IMGC_OK;
 }
 
-static int create_shares(struct imgc_job *job)
+static int create_may_reflink(struct imgc_job *job)
 {
 	const struct imgc_job_options *o = &job->options;
 
-	if (!o->share || o->target->share_nbytes == 0)
+	if (!o->reflink || o->target->reflink_block_nbytes == 0)
 		return IMGC_OK;
-	job->shares = calloc(o->n_sources + 1, sizeof(*job->shares));
-	if (!job->shares)
+	job->may_reflink = calloc(o->n_sources + 1, sizeof(*job->may_reflink));
+	if (!job->may_reflink)
 		return IMGC_NO_MEMORY;
 	for (size_t i = 0; i < o->n_sources; i++)
-		atomic_init(&job->shares[i], job->sources[i].file->share_nbytes != 0);
+		atomic_init(&job->may_reflink[i], job->sources[i].file->reflink_block_nbytes != 0);
 	return IMGC_OK;
 }
 
@@ -291,7 +291,7 @@ int imgc_job_create(const struct imgc_job_options *options, struct imgc_job **ou
 	if (status == IMGC_OK)
 		status = create_stored_prefix(job);
 	if (status == IMGC_OK)
-		status = create_shares(job);
+		status = create_may_reflink(job);
 	if (status == IMGC_OK)
 		status = create_workers(job);
 out:
@@ -326,7 +326,7 @@ void imgc_job_destroy(struct imgc_job *job)
 	free(job->slots);
 	free(job->sources);
 	free(job->stored_prefix);
-	free(job->shares);
+	free(job->may_reflink);
 	free(job);
 }
 
@@ -520,7 +520,7 @@ void imgc_job_progress(const struct imgc_job *job, struct imgc_progress *out)
 		out->bytes_zero += atomic_load_explicit(&c->zero, memory_order_relaxed);
 		out->bytes_read += atomic_load_explicit(&c->read, memory_order_relaxed);
 		out->bytes_written += atomic_load_explicit(&c->written, memory_order_relaxed);
-		out->bytes_shared += atomic_load_explicit(&c->shared, memory_order_relaxed);
+		out->bytes_reflinked += atomic_load_explicit(&c->reflinked, memory_order_relaxed);
 	}
 }
 

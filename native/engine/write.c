@@ -1,6 +1,6 @@
 /*
- * How the bytes of a window get to their places in the target: written, or shared with a
- * source's blocks where the file system can do that.
+ * How the bytes of a window get to their places in the target: written, or
+ * reflinked from a source where the file system can do that.
  */
 #include "engine/engine.h"
 
@@ -58,7 +58,7 @@ static int gather_add(struct worker *worker, struct gather *gather, uint64_t off
 	return IMGC_OK;
 }
 
-/* ------------------------------------------------------------------ sharing */
+/* ---------------------------------------------------------------- reflinks */
 
 /*
  * The first part of guest range [start, end), which goes to host_offset of the target, that
@@ -74,10 +74,10 @@ static bool find_part(const struct imgc_job *job, uint64_t start, uint64_t end,
 
 		if (from >= to)
 			return false;
-		if (row->kind != IMGC_DATA || !atomic_load(&job->shares[row->file]))
+		if (row->kind != IMGC_DATA || !atomic_load(&job->may_reflink[row->file]))
 			continue;
-		uint64_t unit = imgc_max_u64(job->sources[row->file].file->share_nbytes,
-					     job->options.target->share_nbytes);
+		uint64_t unit = imgc_max_u64(job->sources[row->file].file->reflink_block_nbytes,
+					     job->options.target->reflink_block_nbytes);
 		uint64_t source_offset = row->host_offset + (from - row->guest_offset);
 		uint64_t offset = host_offset + (from - start);
 		uint64_t before = (0 - offset) & (unit - 1);
@@ -96,27 +96,27 @@ static bool find_part(const struct imgc_job *job, uint64_t start, uint64_t end,
 	return false;
 }
 
-static bool share_part(struct worker *worker, const struct part *part)
+static bool reflink_part(struct worker *worker, const struct part *part)
 {
 	struct imgc_job *job = worker->job;
 
-	if (!imgc_file_share(job->options.target, part->host_offset, job->sources[part->file].file,
-			     part->source_offset, part->length)) {
-		atomic_store(&job->shares[part->file], false);
+	if (!imgc_file_reflink(job->options.target, part->host_offset,
+			       job->sources[part->file].file, part->source_offset, part->length)) {
+		atomic_store(&job->may_reflink[part->file], false);
 		return false;
 	}
-	atomic_fetch_add_explicit(&worker->counters->shared, part->length, memory_order_relaxed);
+	atomic_fetch_add_explicit(&worker->counters->reflinked, part->length, memory_order_relaxed);
 	return true;
 }
 
-/* Shares the part that waits, or writes it: it is in the window as well. */
+/* Reflinks the part that waits, or writes it: it is in the window as well. */
 static int part_flush(struct worker *worker, const struct slot *slot, struct gather *gather,
 		      struct imgc_error *err)
 {
 	struct part part = gather->part;
 
 	gather->part.length = 0;
-	if (part.length == 0 || (part.length >= MIN_SHARE_NBYTES && share_part(worker, &part)))
+	if (part.length == 0 || (part.length >= MIN_REFLINK_NBYTES && reflink_part(worker, &part)))
 		return IMGC_OK;
 	return gather_add(worker, gather, part.host_offset,
 			  slot->view.data + (part.guest_offset - slot->start), part.length, err);
@@ -163,7 +163,7 @@ static int put_run(struct worker *worker, const struct slot *slot, struct gather
 	uint8_t *data = slot->view.data;
 	struct part part;
 
-	while (job->shares &&
+	while (job->may_reflink &&
 	       find_part(job, slot->start + start, slot->start + run.end, start + shift, &part)) {
 		uint64_t at = part.guest_offset - slot->start;
 		int status = put_bytes(worker, slot, gather, start + shift, data + start,

@@ -409,11 +409,12 @@ struct imgc_job_options {
 	 */
 	uint32_t salvage;
 	/*
-	 * CONVERT without salvage: what lies plain in a source, at a place that differs by whole
-	 * blocks of the file system, is not written but shared with it (a reflink), where
-	 * the file system can do that.  What the target reads as is the same either way.
+	 * CONVERT without salvage: data that is stored plain in a source, at an offset that
+	 * differs from its place in the target by whole blocks of the file system, is
+	 * reflinked instead of written, where the file system can do that.  The target reads
+	 * the same either way.
 	 */
-	uint32_t share;
+	uint32_t reflink;
 };
 
 /* A guest range that was not read. */
@@ -444,12 +445,12 @@ struct imgc_batch {
 };
 
 struct imgc_progress {
-	uint64_t bytes_done;	/* guest bytes finished, zeros included */
-	uint64_t bytes_data;	/* of these, found to be data */
-	uint64_t bytes_zero;	/* of these, found to be zeros */
-	uint64_t bytes_read;	/* host bytes read */
-	uint64_t bytes_written; /* host bytes written */
-	uint64_t bytes_shared;	/* host bytes that are a source's blocks now */
+	uint64_t bytes_done;	  /* guest bytes finished, zeros included */
+	uint64_t bytes_data;	  /* of these, found to be data */
+	uint64_t bytes_zero;	  /* of these, found to be zeros */
+	uint64_t bytes_read;	  /* host bytes read */
+	uint64_t bytes_written;	  /* host bytes written */
+	uint64_t bytes_reflinked; /* host bytes reflinked from a source */
 };
 
 #define IMGC_NO_DIFFERENCE UINT64_MAX

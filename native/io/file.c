@@ -263,8 +263,8 @@ static int file_extents(struct imgc_file *base, uint64_t offset, uint64_t *start
 	return IMGC_OK;
 }
 
-static bool file_share(struct imgc_file *base, uint64_t offset, struct imgc_file *source_base,
-		       uint64_t source_offset, uint64_t length)
+static bool file_reflink(struct imgc_file *base, uint64_t offset, struct imgc_file *source_base,
+			 uint64_t source_offset, uint64_t length)
 {
 	struct fd_file *file = (struct fd_file *)base;
 	struct fd_file *source = (struct fd_file *)source_base;
@@ -283,7 +283,7 @@ static bool file_share(struct imgc_file *base, uint64_t offset, struct imgc_file
 }
 
 /* What a file system calls its block size may be anything. */
-static uint64_t share_nbytes(const struct stat *st)
+static uint64_t reflink_block_nbytes(const struct stat *st)
 {
 	uint64_t nbytes = st->st_blksize > 0 ? (uint64_t)st->st_blksize : 0;
 
@@ -301,7 +301,7 @@ static const struct imgc_file_ops fd_file_ops = {
 	.zero = file_zero,
 	.sync = file_sync,
 	.extents = file_extents,
-	.share = file_share,
+	.reflink = file_reflink,
 	.close = file_close,
 };
 
@@ -322,7 +322,7 @@ int imgc_file_open_fd(int fd, struct imgc_file **out, struct imgc_error *err)
 		return imgc_fail(err, IMGC_NO_MEMORY, 0, 0, IMGC_NO_SOURCE, "open");
 	file->base.ops = &fd_file_ops;
 	file->base.writes_are_serial = S_ISREG(st.st_mode);
-	file->base.share_nbytes = share_nbytes(&st);
+	file->base.reflink_block_nbytes = reflink_block_nbytes(&st);
 	file->fd = fd;
 	file->is_block_device = S_ISBLK(st.st_mode);
 	file->device_nbytes = device_nbytes;

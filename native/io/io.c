@@ -68,11 +68,11 @@ int imgc_file_zero(struct imgc_file *file, uint64_t offset, uint64_t length, str
 	return file->ops->zero(file, offset, length, err);
 }
 
-bool imgc_file_share(struct imgc_file *file, uint64_t offset, struct imgc_file *source,
-		     uint64_t source_offset, uint64_t length)
+bool imgc_file_reflink(struct imgc_file *file, uint64_t offset, struct imgc_file *source,
+		       uint64_t source_offset, uint64_t length)
 {
-	return file->ops->share && file->ops == source->ops &&
-	       file->ops->share(file, offset, source, source_offset, length);
+	return file->ops->reflink && file->ops == source->ops &&
+	       file->ops->reflink(file, offset, source, source_offset, length);
 }
 
 int imgc_file_sync(struct imgc_file *file, struct imgc_error *err)

@@ -35,9 +35,9 @@ struct imgc_file_ops {
 	int (*sync)(struct imgc_file *file, struct imgc_error *err);
 	int (*extents)(struct imgc_file *file, uint64_t offset, uint64_t *start, uint64_t *end,
 		       struct imgc_error *err);
-	/* NULL: there are no blocks that two files could share. */
-	bool (*share)(struct imgc_file *file, uint64_t offset, struct imgc_file *source,
-		      uint64_t source_offset, uint64_t length);
+	/* NULL: files of this kind have no blocks that can be reflinked. */
+	bool (*reflink)(struct imgc_file *file, uint64_t offset, struct imgc_file *source,
+			uint64_t source_offset, uint64_t length);
 	void (*close)(struct imgc_file *file);
 };
 
@@ -46,8 +46,8 @@ struct imgc_file {
 	const struct imgc_file_ops *ops;
 	/* The kernel lets one write in at a time (a file's inode lock): more would only spin. */
 	bool writes_are_serial;
-	/* What is shared with another file consists of whole blocks of this size; 0: none is. */
-	uint64_t share_nbytes;
+	/* Reflinks consist of whole blocks of this size; 0: none are possible. */
+	uint64_t reflink_block_nbytes;
 };
 
 /*
@@ -73,11 +73,11 @@ int imgc_file_write(struct imgc_file *file, const struct iovec *iov, int n_iov, 
 
 /*
  * Lets [offset, offset + length) of `file` be the blocks of `source` at source_offset, without
- * copying (a reflink).  All three are multiples of both files' share_nbytes.  False if that
+ * copying (a reflink).  All three are multiples of both files' reflink_block_nbytes.  False if that
  * cannot be had, for whatever reason; the range of `file` is undefined then.
  */
-bool imgc_file_share(struct imgc_file *file, uint64_t offset, struct imgc_file *source,
-		     uint64_t source_offset, uint64_t length);
+bool imgc_file_reflink(struct imgc_file *file, uint64_t offset, struct imgc_file *source,
+		       uint64_t source_offset, uint64_t length);
 
 /* Makes what was written durable. */
 int imgc_file_sync(struct imgc_file *file, struct imgc_error *err);

@@ -715,20 +715,20 @@ static void test_cancel(void)
 	disk_destroy(&target);
 }
 
-/* ------------------------------------------------------------------ sharing */
+/* ---------------------------------------------------------------- reflinks */
 
-static atomic_uint n_share_calls, n_share_allowed;
+static atomic_uint n_reflink_calls, n_reflinks_allowed;
 
 /* As good as a reflink, to those who only look at the bytes. */
-static bool share_by_copying(struct imgc_file *file, uint64_t offset, struct imgc_file *source,
-			     uint64_t source_offset, uint64_t length)
+static bool reflink_by_copying(struct imgc_file *file, uint64_t offset, struct imgc_file *source,
+			       uint64_t source_offset, uint64_t length)
 {
 	struct iovec iov = {malloc(length), length};
 	struct imgc_io_request request = {source_offset, iov.iov_base, length};
 
 	CHECK_EQ((offset | source_offset | length) % 4096, 0);
 	CHECK(length > 0);
-	bool allowed = atomic_fetch_add(&n_share_calls, 1) < atomic_load(&n_share_allowed);
+	bool allowed = atomic_fetch_add(&n_reflink_calls, 1) < atomic_load(&n_reflinks_allowed);
 
 	if (allowed) {
 		CHECK_EQ(imgc_file_read(source, NULL, &request, 1, NULL), IMGC_OK);
@@ -740,10 +740,10 @@ static bool share_by_copying(struct imgc_file *file, uint64_t offset, struct img
 
 /*
  * Converts 4 MiB of data with a hole and an explicit zero inside, from source_shift on, and
- * checks what the target holds.  Returns the bytes shared.
+ * checks what the target holds.  Returns the bytes reflinked.
  */
-static uint64_t share(uint64_t source_shift, uint32_t placing, unsigned n_allowed,
-		      unsigned n_threads)
+static uint64_t reflink(uint64_t source_shift, uint32_t placing, unsigned n_allowed,
+			unsigned n_threads)
 {
 	struct disk source = disk_create(5 * MIB), target = disk_create(6 * MIB);
 	struct imgc_file_ops ops = *source.file->ops;
@@ -754,12 +754,12 @@ static uint64_t share(uint64_t source_shift, uint32_t placing, unsigned n_allowe
 
 	fill_random(source.bytes, source.nbytes, 5);
 	memset(target.bytes, 0, target.nbytes);
-	ops.share = share_by_copying;
+	ops.reflink = reflink_by_copying;
 	source.file->ops = target.file->ops = &ops;
-	source.file->share_nbytes = 512;
-	target.file->share_nbytes = 4096; /* the larger one counts */
-	atomic_store(&n_share_calls, 0);
-	atomic_store(&n_share_allowed, n_allowed);
+	source.file->reflink_block_nbytes = 512;
+	target.file->reflink_block_nbytes = 4096; /* the larger one counts */
+	atomic_store(&n_reflink_calls, 0);
+	atomic_store(&n_reflinks_allowed, n_allowed);
 
 	struct imgc_extent rows[] = {
 		data_row(0, MIB + 1024, source_shift),
@@ -773,7 +773,7 @@ static uint64_t share(uint64_t source_shift, uint32_t placing, unsigned n_allowe
 	struct imgc_job_options options = convert_options(&source, &target, &file, n_threads);
 	struct imgc_batch batch = {.guest_end = 4 * MIB, .extents = rows, .n_extents = n_rows};
 
-	options.share = 1;
+	options.reflink = 1;
 	options.geometry.guest_nbytes = 4 * MIB;
 	options.geometry.placing = placing;
 	options.geometry.block_nbytes = 64 * KIB;
@@ -800,27 +800,27 @@ static uint64_t share(uint64_t source_shift, uint32_t placing, unsigned n_allowe
 					     source.bytes + rows[i].host_offset + at, KIB) == 0);
 		}
 	}
-	CHECK(progress.bytes_shared + progress.bytes_written >= 4 * MIB - 128 * KIB);
+	CHECK(progress.bytes_reflinked + progress.bytes_written >= 4 * MIB - 128 * KIB);
 	imgc_job_destroy(job);
 	disk_destroy(&source);
 	disk_destroy(&target);
-	return progress.bytes_shared;
+	return progress.bytes_reflinked;
 }
 
-static void test_share(void)
+static void test_reflink(void)
 {
 	uint64_t data = 4 * MIB - 128 * KIB;
 
 	for (unsigned n_threads = 1; n_threads <= 4; n_threads += 3) {
-		CHECK_EQ(share(0, IMGC_PLACE_IDENTITY, UINT_MAX, n_threads), data);
-		CHECK_EQ(share(8192, IMGC_PLACE_APPEND, UINT_MAX, n_threads), data);
+		CHECK_EQ(reflink(0, IMGC_PLACE_IDENTITY, UINT_MAX, n_threads), data);
+		CHECK_EQ(reflink(8192, IMGC_PLACE_APPEND, UINT_MAX, n_threads), data);
 		/* No place differs by whole blocks: nobody is asked. */
-		CHECK_EQ(share(512, IMGC_PLACE_IDENTITY, UINT_MAX, n_threads), 0);
-		CHECK_EQ(atomic_load(&n_share_calls), 0);
+		CHECK_EQ(reflink(512, IMGC_PLACE_IDENTITY, UINT_MAX, n_threads), 0);
+		CHECK_EQ(atomic_load(&n_reflink_calls), 0);
 		/* Refused at once, and later: the rest is copied. */
-		CHECK_EQ(share(0, IMGC_PLACE_APPEND, 0, n_threads), 0);
-		CHECK(atomic_load(&n_share_calls) <= n_threads);
-		CHECK(share(0, IMGC_PLACE_IDENTITY, 2, n_threads) <= MIB);
+		CHECK_EQ(reflink(0, IMGC_PLACE_APPEND, 0, n_threads), 0);
+		CHECK(atomic_load(&n_reflink_calls) <= n_threads);
+		CHECK(reflink(0, IMGC_PLACE_IDENTITY, 2, n_threads) <= MIB);
 	}
 }
 
@@ -856,6 +856,6 @@ int main(void)
 	test_errors();
 	test_a_short_block_is_corrupt();
 	test_cancel();
-	test_share();
+	test_reflink();
 	return 0;
 }

@@ -102,7 +102,7 @@ class Job:
         """``sources`` holds (file, nbytes, guest_base, block_nbytes); no geometry: a comparison.
 
         ``has_base``: the batches of a conversion come with what the target's parent reads as.
-        ``reflink``: what is at the right place of a source becomes blocks of the target.
+        ``reflink``: data at a suitable place of a source is reflinked, not written.
         """
     def start(
         self,
@@ -124,7 +124,7 @@ class Job:
     ) -> None: ...
     def cancel(self) -> None: ...
     def progress(self) -> tuple[int, int, int, int, int, int]:
-        """Guest bytes done, of these data, of these zeros; host bytes read, written, shared."""
+        """Guest bytes done, of these data, of these zeros; host bytes read, written, reflinked."""
     next_offset: int
     @property
     def first_difference(self) -> int | None: ...

@@ -306,7 +306,7 @@ cdef class Job:
         options.next_offset = next_offset
         options.has_base = has_base
         options.salvage = salvage
-        options.share = reflink
+        options.reflink = reflink
         if geometry is not None:
             fill_geometry(&options.geometry, geometry)
             if target is None:
@@ -398,11 +398,11 @@ cdef class Job:
         n.imgc_job_cancel(self.require())
 
     def progress(self):
-        """Guest bytes done, of these data, of these zeros; host bytes read, written, shared."""
+        """Guest bytes done, of these data, of these zeros; host bytes read, written, reflinked."""
         cdef n.imgc_progress progress
         n.imgc_job_progress(self.require(), &progress)
         return (progress.bytes_done, progress.bytes_data, progress.bytes_zero,
-                progress.bytes_read, progress.bytes_written, progress.bytes_shared)
+                progress.bytes_read, progress.bytes_written, progress.bytes_reflinked)
 
     @property
     def next_offset(self):

@@ -162,7 +162,7 @@ cdef extern from "imgc.h" nogil:
         uint64_t next_offset
         uint32_t has_base
         uint32_t salvage
-        uint32_t share
+        uint32_t reflink
 
     struct imgc_bad_range:
         uint64_t guest_offset
@@ -186,7 +186,7 @@ cdef extern from "imgc.h" nogil:
         uint64_t bytes_zero
         uint64_t bytes_read
         uint64_t bytes_written
-        uint64_t bytes_shared
+        uint64_t bytes_reflinked
 
     struct imgc_job:
         pass
