@@ -52,12 +52,11 @@ int imgc_extents_check(const struct imgc_extent *extents, size_t n,
 		if (row->guest_offset != expected || expected % SECTOR_NBYTES != 0 ||
 		    row->length == 0 || expected > guest_end ||
 		    row->length > guest_end - expected || !row_is_valid(row, files, n_files))
-			return imgc_fail(err, IMGC_OUT_OF_RANGE, 0, i, IMGC_NO_SOURCE,
-					 "extent_check");
+			return imgc_fail_at(err, IMGC_OUT_OF_RANGE, i, "extent_check");
 		expected += row->length;
 	}
 	if (expected != guest_end)
-		return imgc_fail(err, IMGC_OUT_OF_RANGE, 0, n, IMGC_NO_SOURCE, "extent_check");
+		return imgc_fail_at(err, IMGC_OUT_OF_RANGE, n, "extent_check");
 	return IMGC_OK;
 }
 

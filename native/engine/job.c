@@ -17,7 +17,7 @@
 
 static int invalid(struct imgc_error *err, const char *what)
 {
-	return imgc_fail(err, IMGC_INVALID_ARGUMENT, 0, 0, IMGC_NO_SOURCE, what);
+	return imgc_fail_call(err, IMGC_INVALID_ARGUMENT, what);
 }
 
 /* ----------------------------------------------------------------- arguments */
@@ -265,7 +265,7 @@ int imgc_job_create(const struct imgc_job_options *options, struct imgc_job **ou
 	struct imgc_job *job = calloc(1, sizeof(*job));
 
 	if (!job)
-		return imgc_fail(err, IMGC_NO_MEMORY, 0, 0, IMGC_NO_SOURCE, "job_create");
+		return imgc_fail_call(err, IMGC_NO_MEMORY, "job_create");
 	job->options = *options;
 	job->geometry = options->geometry;
 	job->window_nbytes = choose_window(options);
@@ -297,7 +297,7 @@ int imgc_job_create(const struct imgc_job_options *options, struct imgc_job **ou
 out:
 	if (status) {
 		imgc_job_destroy(job);
-		return imgc_fail(err, status, 0, 0, IMGC_NO_SOURCE, "job_create");
+		return imgc_fail_call(err, status, "job_create");
 	}
 	*out = job;
 	return IMGC_OK;
@@ -396,7 +396,7 @@ int imgc_job_start(struct imgc_job *job, const struct imgc_batch *batch, struct 
 	if (status)
 		return status;
 	if (batch->base_extents && create_other_views(job))
-		return imgc_fail(err, IMGC_NO_MEMORY, 0, 0, IMGC_NO_SOURCE, "start");
+		return imgc_fail_call(err, IMGC_NO_MEMORY, "start");
 	job->batch = *batch;
 	job->rows = (struct rows){batch->extents, batch->n_extents};
 	job->base = (struct rows){batch->base_extents, batch->n_base_extents};
@@ -416,7 +416,7 @@ int imgc_job_start(struct imgc_job *job, const struct imgc_batch *batch, struct 
 	}
 	pthread_mutex_unlock(&job->lock);
 	if (job->n_started == 0)
-		return imgc_fail(err, IMGC_IO, EAGAIN, 0, IMGC_NO_SOURCE, "pthread_create");
+		return imgc_fail_system(err, EAGAIN, 0, "pthread_create");
 	job->in_batch = true;
 	return IMGC_OK;
 }
@@ -462,7 +462,7 @@ int imgc_job_finish(struct imgc_job *job, struct imgc_error *err)
 		return job->error.status;
 	}
 	if (atomic_load(&job->cancelled))
-		return imgc_fail(err, IMGC_CANCELLED, 0, 0, IMGC_NO_SOURCE, "cancel");
+		return imgc_fail_call(err, IMGC_CANCELLED, "cancel");
 	if (job->appends && job->geometry.zero_policy == IMGC_ZERO_EXPLICIT && !job->base.n)
 		mark_zero_blocks(job);
 	if (job->appends && imgc_placer_close_group(&job->placer))
@@ -480,9 +480,7 @@ bool imgc_job_is_stopped(const struct imgc_job *job)
 
 int imgc_job_go_on(const struct imgc_job *job, struct imgc_error *err)
 {
-	return imgc_job_is_stopped(job)
-		       ? imgc_fail(err, IMGC_CANCELLED, 0, 0, IMGC_NO_SOURCE, "cancel")
-		       : IMGC_OK;
+	return imgc_job_is_stopped(job) ? imgc_fail_call(err, IMGC_CANCELLED, "cancel") : IMGC_OK;
 }
 
 static void wake_workers(struct imgc_job *job)

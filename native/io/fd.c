@@ -21,8 +21,7 @@ int imgc_fd_read(int fd, const struct imgc_io_request *request, struct imgc_erro
 	if (request->length == 0)
 		return IMGC_OK;
 	if (!imgc_range_inside(request->offset, request->length, INT64_MAX))
-		return imgc_fail(err, IMGC_OUT_OF_RANGE, 0, request->offset, IMGC_NO_SOURCE,
-				 "pread");
+		return imgc_fail_at(err, IMGC_OUT_OF_RANGE, request->offset, "pread");
 	while (done < request->length) {
 		uint64_t offset = request->offset + done;
 		size_t piece = (size_t)imgc_min_u64(request->length - done, FD_MAX_PIECE);
@@ -31,10 +30,9 @@ int imgc_fd_read(int fd, const struct imgc_io_request *request, struct imgc_erro
 		if (got > 0)
 			done += (uint64_t)got;
 		else if (got == 0)
-			return imgc_fail(err, IMGC_OUT_OF_RANGE, 0, offset, IMGC_NO_SOURCE,
-					 "pread");
+			return imgc_fail_at(err, IMGC_OUT_OF_RANGE, offset, "pread");
 		else if (errno != EINTR)
-			return imgc_fail(err, IMGC_IO, errno, offset, IMGC_NO_SOURCE, "pread");
+			return imgc_fail_system(err, errno, offset, "pread");
 	}
 	return IMGC_OK;
 }
@@ -56,8 +54,7 @@ static int write_entries(int fd, struct iovec *entries, int n, uint64_t *offset,
 		if (put < 0 && errno == EINTR)
 			continue;
 		if (put <= 0)
-			return imgc_fail(err, IMGC_IO, put < 0 ? errno : EIO, *offset,
-					 IMGC_NO_SOURCE, "pwritev");
+			return imgc_fail_system(err, put < 0 ? errno : EIO, *offset, "pwritev");
 		*offset += (uint64_t)put;
 		while (put > 0) {
 			size_t step = entries[first].iov_len;
@@ -84,7 +81,7 @@ int imgc_fd_write(int fd, const struct iovec *iov, int n_iov, uint64_t offset,
 			length = UINT64_MAX;
 	}
 	if (!imgc_range_inside(offset, length, INT64_MAX))
-		return imgc_fail(err, IMGC_OUT_OF_RANGE, 0, offset, IMGC_NO_SOURCE, "pwritev");
+		return imgc_fail_at(err, IMGC_OUT_OF_RANGE, offset, "pwritev");
 	for (i = 0; i < n_iov;) {
 		struct iovec entries[FD_MAX_IOV];
 		int n = 0;

@@ -52,7 +52,7 @@ static int file_nbytes(const struct fd_file *file, uint64_t *nbytes, struct imgc
 		return IMGC_OK;
 	}
 	if (fstat(file->fd, &st))
-		return imgc_fail(err, IMGC_IO, errno, 0, IMGC_NO_SOURCE, "fstat");
+		return imgc_fail_system(err, errno, 0, "fstat");
 	*nbytes = (uint64_t)st.st_size;
 	return IMGC_OK;
 }
@@ -148,7 +148,7 @@ static int zero_by_fallocate(struct fd_file *file, int mode, uint64_t offset, ui
 	if (*refused)
 		return IMGC_OK;
 	if (os_errno)
-		return imgc_fail(err, IMGC_IO, os_errno, offset, IMGC_NO_SOURCE, "fallocate");
+		return imgc_fail_system(err, os_errno, offset, "fallocate");
 	return extend_to(file, offset + length, err);
 }
 
@@ -173,7 +173,7 @@ static int zero_by_device(struct fd_file *file, uint64_t offset, uint64_t length
 		*refused = is_refusal(errno);
 		if (*refused)
 			return IMGC_OK;
-		return imgc_fail(err, IMGC_IO, errno, offset, IMGC_NO_SOURCE, "BLKZEROOUT");
+		return imgc_fail_system(err, errno, offset, "BLKZEROOUT");
 	}
 	status = write_zeros(file, offset, start - offset, err);
 	if (!status)
@@ -207,7 +207,7 @@ static int file_zero(struct imgc_file *base, uint64_t offset, uint64_t length,
 	int status;
 
 	if (!imgc_range_inside(offset, length, limit))
-		return imgc_fail(err, IMGC_OUT_OF_RANGE, 0, offset, IMGC_NO_SOURCE, "zero");
+		return imgc_fail_at(err, IMGC_OUT_OF_RANGE, offset, "zero");
 	if (length == 0)
 		return IMGC_OK;
 	for (;;) {
@@ -225,7 +225,7 @@ static int file_sync(struct imgc_file *base, struct imgc_error *err)
 
 	while (fdatasync(file->fd)) {
 		if (errno != EINTR)
-			return imgc_fail(err, IMGC_IO, errno, 0, IMGC_NO_SOURCE, "fdatasync");
+			return imgc_fail_system(err, errno, 0, "fdatasync");
 	}
 	return IMGC_OK;
 }
@@ -250,7 +250,7 @@ static int file_extents(struct imgc_file *base, uint64_t offset, uint64_t *start
 		return IMGC_OK;
 	}
 	if (data < 0 && !is_refusal(errno))
-		return imgc_fail(err, IMGC_IO, errno, offset, IMGC_NO_SOURCE, "lseek");
+		return imgc_fail_system(err, errno, offset, "lseek");
 	hole = data < 0 ? -1 : lseek(file->fd, data, SEEK_HOLE);
 	/* A file system that cannot tell, or a file that changes meanwhile: all data. */
 	if (hole <= data || (uint64_t)data < offset) {
@@ -312,14 +312,14 @@ int imgc_file_open_fd(int fd, struct imgc_file **out, struct imgc_error *err)
 	uint64_t device_nbytes = 0;
 
 	if (fstat(fd, &st))
-		return imgc_fail(err, IMGC_IO, errno, 0, IMGC_NO_SOURCE, "fstat");
+		return imgc_fail_system(err, errno, 0, "fstat");
 	if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode))
-		return imgc_fail(err, IMGC_UNSUPPORTED, 0, 0, IMGC_NO_SOURCE, "fstat");
+		return imgc_fail_call(err, IMGC_UNSUPPORTED, "fstat");
 	if (S_ISBLK(st.st_mode) && ioctl(fd, BLKGETSIZE64, &device_nbytes))
-		return imgc_fail(err, IMGC_IO, errno, 0, IMGC_NO_SOURCE, "BLKGETSIZE64");
+		return imgc_fail_system(err, errno, 0, "BLKGETSIZE64");
 	file = calloc(1, sizeof(*file));
 	if (!file)
-		return imgc_fail(err, IMGC_NO_MEMORY, 0, 0, IMGC_NO_SOURCE, "open");
+		return imgc_fail_call(err, IMGC_NO_MEMORY, "open");
 	file->base.ops = &fd_file_ops;
 	file->base.writes_are_serial = S_ISREG(st.st_mode);
 	file->base.reflink_block_nbytes = reflink_block_nbytes(&st);

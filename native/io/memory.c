@@ -25,9 +25,8 @@ static int memory_read(struct imgc_file *base, struct imgc_io_context *ctx,
 		const struct imgc_io_request *r = &requests[i];
 
 		if (!imgc_range_inside(r->offset, r->length, file->nbytes))
-			return imgc_fail(err, IMGC_OUT_OF_RANGE, 0,
-					 imgc_max_u64(r->offset, file->nbytes), IMGC_NO_SOURCE,
-					 "pread");
+			return imgc_fail_at(err, IMGC_OUT_OF_RANGE,
+					    imgc_max_u64(r->offset, file->nbytes), "pread");
 		if (r->length != 0)
 			memcpy(r->buffer, file->data + r->offset, (size_t)r->length);
 	}
@@ -44,8 +43,7 @@ static int memory_write(struct imgc_file *base, const struct iovec *iov, int n_i
 	/* All or nothing: a write that does not fit changes no byte. */
 	for (i = 0; i < n_iov; i++) {
 		if (offset > file->nbytes || iov[i].iov_len > room)
-			return imgc_fail(err, IMGC_OUT_OF_RANGE, 0, offset, IMGC_NO_SOURCE,
-					 "pwritev");
+			return imgc_fail_at(err, IMGC_OUT_OF_RANGE, offset, "pwritev");
 		room -= iov[i].iov_len;
 	}
 	for (i = 0; i < n_iov; i++) {
@@ -62,7 +60,7 @@ static int memory_zero(struct imgc_file *base, uint64_t offset, uint64_t length,
 	struct memory_file *file = (struct memory_file *)base;
 
 	if (!imgc_range_inside(offset, length, file->nbytes))
-		return imgc_fail(err, IMGC_OUT_OF_RANGE, 0, offset, IMGC_NO_SOURCE, "zero");
+		return imgc_fail_at(err, IMGC_OUT_OF_RANGE, offset, "zero");
 	if (length != 0)
 		memset(file->data + offset, 0, (size_t)length);
 	return IMGC_OK;

@@ -105,10 +105,10 @@ static int complete_slot(struct ring_slot *slot, int result, bool *again, struct
 
 	*again = false;
 	if (result == 0)
-		return imgc_fail(err, IMGC_OUT_OF_RANGE, 0, offset, IMGC_NO_SOURCE, "pread");
+		return imgc_fail_at(err, IMGC_OUT_OF_RANGE, offset, "pread");
 	/* EAGAIN is repeated with patience and an end, by the caller. */
 	if (result < 0 && result != -EINTR)
-		return imgc_fail(err, IMGC_IO, -result, offset, IMGC_NO_SOURCE, "pread");
+		return imgc_fail_system(err, -result, offset, "pread");
 	if (result > 0)
 		slot->done += (uint64_t)result;
 	*again = slot->done < slot->request->length;
@@ -154,8 +154,8 @@ static void reap(struct imgc_io_context *ctx, int fd, unsigned *n_under_way, int
 		if (again && !*status) {
 			if (queue_slot(ctx, fd, index))
 				continue;
-			*status = imgc_fail(err, IMGC_IO, EBUSY, ctx->slots[index].request->offset,
-					    IMGC_NO_SOURCE, "pread");
+			*status = imgc_fail_system(err, EBUSY, ctx->slots[index].request->offset,
+						   "pread");
 		}
 		ctx->free_slots[ctx->n_free++] = (uint8_t)index;
 		(*n_under_way)--;
@@ -195,8 +195,7 @@ int imgc_uring_read(struct imgc_io_context *ctx, int fd, const struct imgc_io_re
 			if (r->length == 0)
 				continue;
 			if (!imgc_range_inside(r->offset, r->length, INT64_MAX)) {
-				status = imgc_fail(err, IMGC_OUT_OF_RANGE, 0, r->offset,
-						   IMGC_NO_SOURCE, "pread");
+				status = imgc_fail_at(err, IMGC_OUT_OF_RANGE, r->offset, "pread");
 				break;
 			}
 			index = ctx->free_slots[--ctx->n_free];

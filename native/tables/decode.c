@@ -185,7 +185,7 @@ int imgc_table_decode(const struct imgc_table_format *format, const void *entrie
 	int status;
 
 	if (!imgc_table_format_valid(format) || format->flags > UINT16_MAX)
-		return imgc_fail(err, IMGC_INVALID_ARGUMENT, 0, 0, IMGC_NO_SOURCE, OP);
+		return imgc_fail_call(err, IMGC_INVALID_ARGUMENT, OP);
 	n = entries_inside(format, span, n_entries);
 	if (format->entry_nbytes == 4 && format->big_endian)
 		status = decode_all(format, entries, n, span, &sink, &failed, 4, true);
@@ -196,7 +196,7 @@ int imgc_table_decode(const struct imgc_table_format *format, const void *entrie
 	else
 		status = decode_all(format, entries, n, span, &sink, &failed, 8, false);
 	if (status)
-		return imgc_fail(err, status, 0, failed, IMGC_NO_SOURCE, OP);
+		return imgc_fail_at(err, status, failed, OP);
 	*n_out = sink.n;
 	return IMGC_OK;
 }

@@ -93,13 +93,13 @@ int imgc_table_encode(const struct imgc_table_format *format,
 
 	if (!imgc_table_format_valid(format) || format->absent_entry > limit ||
 	    format->zero_entry > limit)
-		return imgc_fail(err, IMGC_INVALID_ARGUMENT, 0, 0, IMGC_NO_SOURCE, OP);
+		return imgc_fail_call(err, IMGC_INVALID_ARGUMENT, OP);
 	for (i = 0; i < n; i++, p += format->entry_nbytes) {
 		uint64_t entry = 0;
 		int status = encode_row(format, &placements[i], &entry);
 
 		if (status)
-			return imgc_fail(err, status, 0, i, IMGC_NO_SOURCE, OP);
+			return imgc_fail_at(err, status, i, OP);
 		store_entry(format, p, entry);
 	}
 	return IMGC_OK;

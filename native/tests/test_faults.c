@@ -31,10 +31,10 @@ static int flaky_fail(struct flaky_file *file, uint64_t offset, uint64_t length,
 		imgc_job_cancel(file->job);
 	if (atomic_load(&file->n_failing) > 0) {
 		atomic_fetch_sub(&file->n_failing, 1);
-		return imgc_fail(err, IMGC_IO, file->os_errno, offset, IMGC_NO_SOURCE, "flaky");
+		return imgc_fail_system(err, file->os_errno, offset, "flaky");
 	}
 	if (offset < file->bad_end && offset + length > file->bad_start)
-		return imgc_fail(err, IMGC_IO, EIO, offset, IMGC_NO_SOURCE, "flaky");
+		return imgc_fail_system(err, EIO, offset, "flaky");
 	return IMGC_OK;
 }
 
