@@ -1,5 +1,9 @@
-/* The second, independent check of every row that comes from outside. */
-#include "engine/engine.h"
+/*
+ * extents.c - the second, independent check of every row, and the search among rows
+ */
+#include "engine/extents.h"
+
+#include <stdbool.h>
 
 #include "common/checked.h"
 #include "common/error.h"

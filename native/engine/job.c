@@ -1,4 +1,6 @@
-/* The life of a job: create, then start, wait and finish for each batch, destroy. */
+/*
+ * job.c - the life of a job: create; start, wait and finish for each batch; destroy
+ */
 #include "engine/engine.h"
 
 #include <errno.h>
@@ -9,6 +11,10 @@
 #include "common/checked.h"
 #include "common/error.h"
 
+#define MAX_THREADS 256u
+#define WINDOW_NBYTES (512u * 1024)
+#define MAX_WINDOW_NBYTES (256u * 1024 * 1024)
+#define COMPRESSED_BUFFER_NBYTES (1024u * 1024)
 #define MIN_BLOCK_NBYTES 512u
 #define MAX_BLOCK_NBYTES (256u * 1024 * 1024)
 #define MAX_COMPRESSED_BLOCK_NBYTES (2u * 1024 * 1024)
@@ -158,9 +164,9 @@ static int worker_create(struct imgc_job *job, struct worker *worker, struct cou
 
 	worker->job = job;
 	worker->counters = counters;
-	reader->job = job;
+	reader->stop = &job->stop;
 	reader->files = job->sources;
-	reader->salvage = job->salvage.is_wanted ? &job->salvage : NULL;
+	reader->salvage = o->salvage ? &job->salvage : NULL;
 	status = imgc_io_context_create(o->io_variant, &reader->io);
 	if (status == IMGC_OK && o->kind == IMGC_JOB_CONVERT &&
 	    job->geometry.codec.codec != IMGC_CODEC_NONE)
@@ -249,10 +255,7 @@ static int create_locks(struct imgc_job *job)
 
 	pthread_condattr_destroy(&attributes);
 	job->locks_exist = !failed;
-	job->salvage.is_wanted = job->options.salvage;
-	job->salvage.lock_exists = !failed && !pthread_mutex_init(&job->salvage.lock, NULL);
-	failed = failed || !job->salvage.lock_exists;
-	return failed ? IMGC_NO_MEMORY : IMGC_OK;
+	return failed ? IMGC_NO_MEMORY : imgc_salvage_create(&job->salvage);
 }
 
 int imgc_job_create(const struct imgc_job_options *options, struct imgc_job **out,
@@ -389,7 +392,7 @@ int imgc_job_start(struct imgc_job *job, const struct imgc_batch *batch, struct 
 {
 	if (job->in_batch)
 		return invalid(err, "start");
-	int status = imgc_job_go_on(job, err);
+	int status = imgc_check_stopped(&job->stop, err);
 
 	if (status == IMGC_OK)
 		status = check_batch(job, batch, err);
@@ -456,12 +459,12 @@ int imgc_job_finish(struct imgc_job *job, struct imgc_error *err)
 	for (unsigned i = 0; i < job->n_started; i++)
 		pthread_join(job->workers[i].thread, NULL);
 	job->in_batch = false;
-	if (atomic_load(&job->failed)) {
+	if (atomic_load(&job->stop.failed)) {
 		if (err)
 			*err = job->error;
 		return job->error.status;
 	}
-	if (atomic_load(&job->cancelled))
+	if (atomic_load(&job->stop.cancelled))
 		return imgc_fail_call(err, IMGC_CANCELLED, "cancel");
 	if (job->appends && job->geometry.zero_policy == IMGC_ZERO_EXPLICIT && !job->base.n)
 		mark_zero_blocks(job);
@@ -472,39 +475,12 @@ int imgc_job_finish(struct imgc_job *job, struct imgc_error *err)
 
 /* --------------------------------------------------------- from other threads */
 
-bool imgc_job_is_stopped(const struct imgc_job *job)
-{
-	return atomic_load_explicit(&job->cancelled, memory_order_relaxed) ||
-	       atomic_load_explicit(&job->failed, memory_order_relaxed);
-}
-
-int imgc_job_go_on(const struct imgc_job *job, struct imgc_error *err)
-{
-	return imgc_job_is_stopped(job) ? imgc_fail_call(err, IMGC_CANCELLED, "cancel") : IMGC_OK;
-}
-
-static void wake_workers(struct imgc_job *job)
-{
-	pthread_mutex_lock(&job->lock);
-	pthread_cond_broadcast(&job->changed);
-	pthread_mutex_unlock(&job->lock);
-}
-
-void imgc_job_fail(struct imgc_job *job, const struct imgc_error *err)
-{
-	pthread_mutex_lock(&job->lock);
-	if (!atomic_load(&job->failed)) {
-		job->error = *err;
-		atomic_store(&job->failed, true);
-	}
-	pthread_cond_broadcast(&job->changed);
-	pthread_mutex_unlock(&job->lock);
-}
-
 void imgc_job_cancel(struct imgc_job *job)
 {
-	atomic_store(&job->cancelled, true);
-	wake_workers(job);
+	atomic_store(&job->stop.cancelled, true);
+	pthread_mutex_lock(&job->lock);
+	pthread_cond_broadcast(&job->changed);
+	pthread_mutex_unlock(&job->lock);
 }
 
 void imgc_job_progress(const struct imgc_job *job, struct imgc_progress *out)

@@ -1,7 +1,10 @@
-/* Where the blocks of an appending target land. */
-#include "engine/engine.h"
+/*
+ * placer.c - host offsets of an appending target
+ */
+#include "engine/placer.h"
 
 #include "common/checked.h"
+#include "engine/extents.h"
 
 void imgc_placer_init(struct placer *placer, const struct imgc_geometry *geometry, uint64_t next)
 {

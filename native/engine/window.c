@@ -1,4 +1,6 @@
-/* What happens to the bytes of one window: zero tests, compression, comparison, places. */
+/*
+ * window.c - one window: read, test for zeros, compress, compare, place
+ */
 #include "engine/engine.h"
 
 #include <string.h>
@@ -185,7 +187,7 @@ static int process_pieces(struct worker *worker, struct slot *slot, struct imgc_
 			.start = (uint32_t)(at - slot->start),
 			.nbytes = (uint32_t)(imgc_min_u64(next, slot->end) - at),
 		};
-		int status = imgc_job_go_on(job, err);
+		int status = imgc_check_stopped(&job->stop, err);
 		if (status == IMGC_OK)
 			status = process_piece(worker, slot, piece, err);
 		if (status)

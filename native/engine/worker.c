@@ -1,8 +1,12 @@
-/* Which window is next, and who does what with it. */
+/*
+ * worker.c - the ring: which window is next, and which worker does what
+ */
 #include "engine/engine.h"
 
 #include "common/checked.h"
 #include "common/error.h"
+
+#define MAX_ZERO_SPAN_NBYTES (128u * 1024 * 1024) /* so that a cancelled job ends soon */
 
 enum claim { CLAIM_NOTHING, CLAIM_WINDOW, CLAIM_ZERO_SPAN };
 
@@ -68,12 +72,24 @@ static void count(struct worker *worker, uint64_t guest_nbytes, uint64_t data_nb
 	worker->reader.bytes_read = 0;
 }
 
+/* The first error wins; the other workers stop. */
+static void fail_job(struct imgc_job *job, const struct imgc_error *err)
+{
+	pthread_mutex_lock(&job->lock);
+	if (!atomic_load(&job->stop.failed)) {
+		job->error = *err;
+		atomic_store(&job->stop.failed, true);
+	}
+	pthread_cond_broadcast(&job->changed);
+	pthread_mutex_unlock(&job->lock);
+}
+
 static void work_on_span(struct worker *worker, uint64_t start, uint64_t end)
 {
 	struct imgc_error err;
 
 	if (imgc_span_write_zeros(worker, start, end, &err))
-		imgc_job_fail(worker->job, &err);
+		fail_job(worker->job, &err);
 	else
 		count(worker, end - start, 0);
 }
@@ -83,7 +99,7 @@ static void work_on_writing(struct worker *worker, struct slot *slot)
 	struct imgc_error err;
 
 	if (imgc_window_write(worker, slot, &err))
-		imgc_job_fail(worker->job, &err);
+		fail_job(worker->job, &err);
 	else
 		count(worker, slot->end - slot->start, slot->data_nbytes);
 }
@@ -170,7 +186,7 @@ static void fill_next_slot(struct worker *worker)
 		job->cursor = job->batch.guest_end; /* whatever lies behind is in vain */
 	if (place_ready(job, &err)) {
 		pthread_mutex_unlock(&job->lock);
-		imgc_job_fail(job, &err);
+		fail_job(job, &err);
 		pthread_mutex_lock(&job->lock);
 	}
 	pthread_cond_broadcast(&job->changed);
@@ -191,7 +207,7 @@ static void run(struct worker *worker)
 	struct imgc_job *job = worker->job;
 
 	pthread_mutex_lock(&job->lock);
-	while (!imgc_job_is_stopped(job)) {
+	while (!imgc_stop_is_set(&job->stop)) {
 		if (job->written < job->placed && job->n_writing < job->max_writers)
 			write_next_slot(worker);
 		else if (work_is_left(job) && slot_of(job, job->claimed)->state == SLOT_FREE)

@@ -1,11 +1,16 @@
 /*
- * How the bytes of a window get to their places in the target: written, or
- * reflinked from a source where the file system can do that.
+ * write.c - one window to the target: written, or reflinked from a source
  */
 #include "engine/engine.h"
 
+#include <sys/uio.h>
+
 #include "common/checked.h"
 #include "common/error.h"
+#include "engine/retry.h"
+
+#define MAX_SEGMENTS 64
+#define MIN_REFLINK_NBYTES (64u * 1024) /* less is written as fast, and fragments less */
 
 /* Blocks of a source that become the target's. */
 struct part {
@@ -27,9 +32,11 @@ static int gather_flush(struct worker *worker, struct gather *gather, struct img
 {
 	if (gather->n == 0)
 		return IMGC_OK;
-	int status = imgc_write_patiently(worker->job, gather->iov, gather->n, gather->offset, err);
+	struct imgc_job *job = worker->job;
+	int status = imgc_write_retrying(job->options.target, gather->iov, gather->n,
+					 gather->offset, &job->stop, err);
 	if (status)
-		return status;
+		return imgc_fail_in(err, status, IMGC_TARGET);
 	atomic_fetch_add_explicit(&worker->counters->written, gather->nbytes, memory_order_relaxed);
 	gather->n = 0;
 	gather->nbytes = 0;
@@ -262,7 +269,5 @@ int imgc_span_write_zeros(struct worker *worker, uint64_t start, uint64_t end,
 		return IMGC_OK;
 	int status = imgc_file_zero(job->options.target, g->host_base + (start - g->guest_base),
 				    end - start, err);
-	if (status && err)
-		err->source = IMGC_TARGET;
-	return status;
+	return imgc_fail_in(err, status, IMGC_TARGET);
 }

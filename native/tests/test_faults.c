@@ -383,17 +383,16 @@ static void note(struct salvage *salvage, uint64_t piece, int os_errno)
 {
 	struct imgc_bad_range range = {piece * 4096, 4096, 0, os_errno};
 
-	CHECK_EQ(imgc_salvage_note(salvage, range, NULL), IMGC_OK);
+	CHECK_EQ(imgc_salvage_add(salvage, range, NULL), IMGC_OK);
 }
 
 /* Two workers in one bad region make one range of it, in whatever order they come. */
 static void test_list_is_joined(void)
 {
-	struct salvage salvage = {.is_wanted = true};
+	struct salvage salvage;
 	const uint64_t n = 2 * IMGC_MAX_BAD_RANGES;
 
-	CHECK(pthread_mutex_init(&salvage.lock, NULL) == 0);
-	salvage.lock_exists = true;
+	CHECK_EQ(imgc_salvage_create(&salvage), IMGC_OK);
 	for (uint64_t i = 0; i < n; i++) {
 		note(&salvage, i, EIO);
 		note(&salvage, 2 * n + 1 + i, EIO);
@@ -417,21 +416,20 @@ static void test_list_is_joined(void)
 
 static void test_list_is_bounded(void)
 {
-	struct salvage salvage = {.is_wanted = true};
+	struct salvage salvage;
 	struct imgc_error err = {0};
 
-	CHECK(pthread_mutex_init(&salvage.lock, NULL) == 0);
-	salvage.lock_exists = true;
+	CHECK_EQ(imgc_salvage_create(&salvage), IMGC_OK);
 	for (uint64_t i = 0; i < IMGC_MAX_BAD_RANGES; i++) {
 		struct imgc_bad_range range = {i * 8192, 4096, 0, EIO};
 
-		CHECK_EQ(imgc_salvage_note(&salvage, range, &err), IMGC_OK);
+		CHECK_EQ(imgc_salvage_add(&salvage, range, &err), IMGC_OK);
 	}
 	struct imgc_bad_range next = {(IMGC_MAX_BAD_RANGES - 1) * 8192ull + 4096, 512, 0, EIO};
 	struct imgc_bad_range more = {IMGC_MAX_BAD_RANGES * 8192ull, 512, 0, EIO};
 
-	CHECK_EQ(imgc_salvage_note(&salvage, next, &err), IMGC_OK); /* joins the last one */
-	CHECK_EQ(imgc_salvage_note(&salvage, more, &err), IMGC_LIMIT);
+	CHECK_EQ(imgc_salvage_add(&salvage, next, &err), IMGC_OK); /* joins the last one */
+	CHECK_EQ(imgc_salvage_add(&salvage, more, &err), IMGC_LIMIT);
 	CHECK_EQ(salvage.n, IMGC_MAX_BAD_RANGES);
 	imgc_salvage_destroy(&salvage);
 }
