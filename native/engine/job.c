@@ -11,7 +11,6 @@
 #include "common/checked.h"
 #include "common/error.h"
 
-#define MAX_THREADS 256u
 #define WINDOW_NBYTES (512u * 1024)
 #define MAX_WINDOW_NBYTES (256u * 1024 * 1024)
 #define COMPRESSED_BUFFER_NBYTES (1024u * 1024)
@@ -50,7 +49,7 @@ static bool geometry_is_valid(const struct imgc_geometry *g)
 
 static int check_options(const struct imgc_job_options *o, struct imgc_error *err)
 {
-	if (o->n_threads < 1 || o->n_threads > MAX_THREADS)
+	if (o->n_threads < 1 || o->n_threads > IMGC_MAX_THREADS)
 		return invalid(err, "threads");
 	if (o->kind > IMGC_JOB_COMPARE)
 		return invalid(err, "kind");

@@ -49,7 +49,7 @@ static size_t n_before(const struct salvage *salvage, uint64_t guest_offset)
 static int insert(struct salvage *salvage, size_t at, struct imgc_bad_range range)
 {
 	if (salvage->n == IMGC_MAX_BAD_RANGES)
-		return IMGC_LIMIT;
+		return IMGC_TOO_MANY_BAD_RANGES;
 	if (salvage->n == salvage->capacity) {
 		size_t capacity = salvage->n ? 2 * salvage->n : FIRST_CAPACITY;
 		void *grown = realloc(salvage->ranges, capacity * sizeof(range));

@@ -237,7 +237,8 @@ static int decompress_row(struct fill *fill, const struct imgc_extent *row, cons
 
 	if (row->flags & IMGC_EXTENT_GRAIN_MARKER &&
 	    !skip_grain_marker(&in, &in_nbytes, row->guest_offset - within - file->guest_base))
-		return imgc_fail(err, IMGC_CORRUPT, 0, row->host_offset, row->file, "grain_marker");
+		return imgc_fail(err, IMGC_BAD_GRAIN_MARKER, 0, row->host_offset, row->file,
+				 "grain_marker");
 	int status = imgc_decompress(reader->decompressor, codec_of(row->kind), in, in_nbytes, out,
 				     block, NULL);
 
@@ -265,9 +266,9 @@ static int take_row(struct fill *fill, const struct imgc_extent *row, const uint
 		    struct imgc_error *err)
 {
 	int status = decompress_row(fill, row, in, err);
+	bool is_broken = status == IMGC_CORRUPT || status == IMGC_BAD_GRAIN_MARKER;
 
-	return status == IMGC_CORRUPT && fill->reader->salvage ? salvage_row(fill, row, 0, err)
-							       : status;
+	return is_broken && fill->reader->salvage ? salvage_row(fill, row, 0, err) : status;
 }
 
 /* The rows could not be read together: takes each that can be read alone. */

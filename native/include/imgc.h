@@ -35,6 +35,9 @@ enum imgc_status {
 	IMGC_LIMIT = -6,	    /* a result does not fit its field */
 	IMGC_NO_MEMORY = -7,
 	IMGC_CANCELLED = -8,
+	IMGC_BAD_GRAIN_MARKER = -9,	/* a grain marker contradicts its extent */
+	IMGC_PAST_END = -10,		/* a read reaches past the end of the file */
+	IMGC_TOO_MANY_BAD_RANGES = -11, /* see IMGC_MAX_BAD_RANGES */
 };
 
 #define IMGC_NO_SOURCE UINT32_MAX    /* imgc_error.source: no source file involved */
@@ -387,12 +390,14 @@ enum imgc_job_kind {
 	IMGC_JOB_COMPARE = 1, /* read two, find the first difference */
 };
 
+#define IMGC_MAX_THREADS 256u
+
 /* A block is compared with the base as a whole, in memory. */
 #define IMGC_MAX_BASE_BLOCK_NBYTES (4u * 1024 * 1024)
 
 struct imgc_job_options {
 	uint32_t kind;	    /* enum imgc_job_kind */
-	uint32_t n_threads; /* 1..256 */
+	uint32_t n_threads; /* 1..IMGC_MAX_THREADS */
 	uint32_t zero_variant, inflate_variant, io_variant;
 	uint64_t window_nbytes;			/* 0: chosen by the geometry */
 	const struct imgc_source_file *sources; /* copied */
@@ -424,7 +429,7 @@ struct imgc_bad_range {
 	int os_errno;	 /* 0: the compressed data is broken */
 };
 
-/* One more is IMGC_LIMIT. */
+/* One more is IMGC_TOO_MANY_BAD_RANGES. */
 #define IMGC_MAX_BAD_RANGES 65536u
 
 /* One piece of the virtual disk.  All arrays stay the caller's until finish. */

@@ -21,7 +21,7 @@ int imgc_fd_read(int fd, const struct imgc_io_request *request, struct imgc_erro
 	if (request->length == 0)
 		return IMGC_OK;
 	if (!imgc_range_inside(request->offset, request->length, INT64_MAX))
-		return imgc_fail_at(err, IMGC_OUT_OF_RANGE, request->offset, "pread");
+		return imgc_fail_at(err, IMGC_PAST_END, request->offset, "pread");
 	while (done < request->length) {
 		uint64_t offset = request->offset + done;
 		size_t piece = (size_t)imgc_min_u64(request->length - done, FD_MAX_PIECE);
@@ -30,7 +30,7 @@ int imgc_fd_read(int fd, const struct imgc_io_request *request, struct imgc_erro
 		if (got > 0)
 			done += (uint64_t)got;
 		else if (got == 0)
-			return imgc_fail_at(err, IMGC_OUT_OF_RANGE, offset, "pread");
+			return imgc_fail_at(err, IMGC_PAST_END, offset, "pread");
 		else if (errno != EINTR)
 			return imgc_fail_system(err, errno, offset, "pread");
 	}

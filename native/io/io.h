@@ -60,7 +60,7 @@ void imgc_io_context_destroy(struct imgc_io_context *ctx);
 
 /*
  * Reads every request fully; with a ring they are under way together.  The
- * file's end before a request's end is IMGC_OUT_OF_RANGE, err->offset the first
+ * file's end before a request's end is IMGC_PAST_END, err->offset the first
  * byte missing.  `ctx` may be NULL.  On failure the buffers are undefined, and
  * nothing is under way any more.
  */

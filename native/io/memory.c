@@ -25,7 +25,7 @@ static int memory_read(struct imgc_file *base, struct imgc_io_context *ctx,
 		const struct imgc_io_request *r = &requests[i];
 
 		if (!imgc_range_inside(r->offset, r->length, file->nbytes))
-			return imgc_fail_at(err, IMGC_OUT_OF_RANGE,
+			return imgc_fail_at(err, IMGC_PAST_END,
 					    imgc_max_u64(r->offset, file->nbytes), "pread");
 		if (r->length != 0)
 			memcpy(r->buffer, file->data + r->offset, (size_t)r->length);

@@ -105,7 +105,7 @@ static int complete_slot(struct ring_slot *slot, int result, bool *again, struct
 
 	*again = false;
 	if (result == 0)
-		return imgc_fail_at(err, IMGC_OUT_OF_RANGE, offset, "pread");
+		return imgc_fail_at(err, IMGC_PAST_END, offset, "pread");
 	/* EAGAIN is repeated with patience and an end, by the caller. */
 	if (result < 0 && result != -EINTR)
 		return imgc_fail_system(err, -result, offset, "pread");
@@ -195,7 +195,7 @@ int imgc_uring_read(struct imgc_io_context *ctx, int fd, const struct imgc_io_re
 			if (r->length == 0)
 				continue;
 			if (!imgc_range_inside(r->offset, r->length, INT64_MAX)) {
-				status = imgc_fail_at(err, IMGC_OUT_OF_RANGE, r->offset, "pread");
+				status = imgc_fail_at(err, IMGC_PAST_END, r->offset, "pread");
 				break;
 			}
 			index = ctx->free_slots[--ctx->n_free];

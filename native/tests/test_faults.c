@@ -208,7 +208,7 @@ static void test_salvage(unsigned n_threads)
 	bench_destroy(&b);
 }
 
-static void test_salvage_of_a_broken_block(void)
+static void test_salvage_of_a_broken_block(uint16_t flags)
 {
 	struct imgc_bad_range lost[8];
 	struct imgc_error err = {0};
@@ -217,7 +217,7 @@ static void test_salvage_of_a_broken_block(void)
 
 	bench_create(&b, 2);
 	b.n_rows = 2;
-	b.rows[0] = (struct imgc_extent){0, 64 * KIB, 512, 9000, 0, IMGC_ZLIB, 0};
+	b.rows[0] = (struct imgc_extent){0, 64 * KIB, 512, 9000, 0, IMGC_ZLIB, flags};
 	b.rows[1] = (struct imgc_extent){
 		64 * KIB, DISK_NBYTES - 64 * KIB, 64 * KIB, DISK_NBYTES - 64 * KIB, 0, IMGC_DATA,
 		0};
@@ -368,7 +368,7 @@ static void test_the_first_in_order_wins(void)
 		CHECK_EQ(compare(&b, at, &found, &err), IMGC_OK);
 		CHECK_EQ(found, at);
 	}
-	CHECK_EQ(compare(&b, MIB + 5, &found, &err), IMGC_OUT_OF_RANGE);
+	CHECK_EQ(compare(&b, MIB + 5, &found, &err), IMGC_PAST_END);
 
 	/* The first half is refused as well, after a second. */
 	b.source.bad_start = MIB - 1;
@@ -429,7 +429,7 @@ static void test_list_is_bounded(void)
 	struct imgc_bad_range more = {IMGC_MAX_BAD_RANGES * 8192ull, 512, 0, EIO};
 
 	CHECK_EQ(imgc_salvage_add(&salvage, next, &err), IMGC_OK); /* joins the last one */
-	CHECK_EQ(imgc_salvage_add(&salvage, more, &err), IMGC_LIMIT);
+	CHECK_EQ(imgc_salvage_add(&salvage, more, &err), IMGC_TOO_MANY_BAD_RANGES);
 	CHECK_EQ(salvage.n, IMGC_MAX_BAD_RANGES);
 	imgc_salvage_destroy(&salvage);
 }
@@ -441,7 +441,8 @@ int main(void)
 	test_lasting();
 	test_salvage(1);
 	test_salvage(4);
-	test_salvage_of_a_broken_block();
+	test_salvage_of_a_broken_block(0);
+	test_salvage_of_a_broken_block(IMGC_EXTENT_GRAIN_MARKER);
 	test_salvage_around_a_bad_sector();
 	test_cancel(0, false, 2);
 	test_cancel(1, false, 2);

@@ -101,8 +101,8 @@ static void test_reads(struct imgc_io_context *ctx)
 	/* One read across the end spoils the lot, and the context stays usable. */
 	requests[17].offset = FILE_NBYTES - 100;
 	requests[17].length = 101;
-	CHECK_EQ(imgc_file_read(file, ctx, requests, N_REQUESTS, &error), IMGC_OUT_OF_RANGE);
-	CHECK_EQ(error.status, IMGC_OUT_OF_RANGE);
+	CHECK_EQ(imgc_file_read(file, ctx, requests, N_REQUESTS, &error), IMGC_PAST_END);
+	CHECK_EQ(error.status, IMGC_PAST_END);
 	CHECK_EQ(error.offset, FILE_NBYTES);
 	CHECK_EQ(error.source, IMGC_NO_SOURCE);
 	CHECK(strcmp(error.op, "pread") == 0);
@@ -110,7 +110,7 @@ static void test_reads(struct imgc_io_context *ctx)
 	CHECK_EQ(imgc_file_read(file, ctx, requests, N_REQUESTS, &error), IMGC_OK);
 	requests[200].offset = UINT64_MAX - 5;
 	requests[200].length = 100;
-	CHECK_EQ(imgc_file_read(file, ctx, requests, N_REQUESTS, &error), IMGC_OUT_OF_RANGE);
+	CHECK_EQ(imgc_file_read(file, ctx, requests, N_REQUESTS, &error), IMGC_PAST_END);
 	requests[200].length = 0;
 	CHECK_EQ(imgc_file_read(file, ctx, requests, N_REQUESTS, &error), IMGC_OK);
 	imgc_file_close(file);
@@ -268,7 +268,7 @@ static void test_memory(struct imgc_io_context *ctx)
 	CHECK_EQ(imgc_file_read(file, ctx, requests, 2, &error), IMGC_OK);
 	CHECK(memcmp(back + 500, content, 500) == 0 && memcmp(back, content + 500, 500) == 0);
 	requests[1].length = 501;
-	CHECK_EQ(imgc_file_read(file, ctx, requests, 2, &error), IMGC_OUT_OF_RANGE);
+	CHECK_EQ(imgc_file_read(file, ctx, requests, 2, &error), IMGC_PAST_END);
 	CHECK_EQ(error.offset, GUARD_PAGE);
 	CHECK_EQ(imgc_file_zero(file, GUARD_PAGE - 10, 10, &error), IMGC_OK);
 	CHECK_EQ(imgc_file_zero(file, GUARD_PAGE - 10, 11, &error), IMGC_OUT_OF_RANGE);

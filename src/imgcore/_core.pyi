@@ -1,6 +1,7 @@
 """The binding to the native core: thin, no algorithm (see native/include/imgc.h)."""
 
 from collections.abc import Callable, Sequence
+from enum import IntEnum
 from typing import Final, final
 
 import numpy as np
@@ -11,16 +12,35 @@ from imgcore._geometry import Geometry
 NO_SOURCE: Final[int]
 TARGET: Final[int]
 MAX_BAD_RANGES: Final[int]
+MAX_THREADS: Final[int]
+
+class Status(IntEnum):
+    """The result of a native call: ``enum imgc_status``."""
+
+    OK = 0
+    IO = -1
+    INVALID_ARGUMENT = -2
+    OUT_OF_RANGE = -3
+    CORRUPT = -4
+    UNSUPPORTED = -5
+    LIMIT = -6
+    NO_MEMORY = -7
+    CANCELLED = -8
+    BAD_GRAIN_MARKER = -9
+    PAST_END = -10
+    TOO_MANY_BAD_RANGES = -11
 
 class CoreError(Exception):
-    """A failed call: ``status`` (enum imgc_status), ``os_errno``, ``offset``, ``source``, ``op``."""
+    """A native call failed: the attributes are those of ``struct imgc_error``."""
 
-    status: int
+    status: Status
     os_errno: int
     offset: int
     source: int
     op: str
-    def __init__(self, status: int, os_errno: int, offset: int, source: int, op: str) -> None: ...
+    def __init__(
+        self, status: Status, os_errno: int, offset: int, source: int, op: str
+    ) -> None: ...
 
 def build_info() -> dict[str, str]: ...
 def variants() -> dict[str, list[dict[str, object]]]: ...

@@ -1,6 +1,8 @@
 # cython: language_level=3, binding=True, embedsignature=False
 """The binding to the native core: thin, no algorithm (see native/include/imgc.h)."""
 
+from enum import IntEnum
+
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.exc cimport PyErr_CheckSignals
@@ -13,6 +15,7 @@ from imgcore cimport _native as n
 NO_SOURCE = n.IMGC_NO_SOURCE
 TARGET = n.IMGC_TARGET
 MAX_BAD_RANGES = n.IMGC_MAX_BAD_RANGES
+MAX_THREADS = n.IMGC_MAX_THREADS
 
 cdef int POLL_MS = 50
 
@@ -31,11 +34,28 @@ ctypedef packed struct placement_row:
     uint32_t state
 
 
+class Status(IntEnum):
+    """The result of a native call: ``enum imgc_status``."""
+
+    OK = n.IMGC_OK
+    IO = n.IMGC_IO
+    INVALID_ARGUMENT = n.IMGC_INVALID_ARGUMENT
+    OUT_OF_RANGE = n.IMGC_OUT_OF_RANGE
+    CORRUPT = n.IMGC_CORRUPT
+    UNSUPPORTED = n.IMGC_UNSUPPORTED
+    LIMIT = n.IMGC_LIMIT
+    NO_MEMORY = n.IMGC_NO_MEMORY
+    CANCELLED = n.IMGC_CANCELLED
+    BAD_GRAIN_MARKER = n.IMGC_BAD_GRAIN_MARKER
+    PAST_END = n.IMGC_PAST_END
+    TOO_MANY_BAD_RANGES = n.IMGC_TOO_MANY_BAD_RANGES
+
+
 class CoreError(Exception):
-    """A failed call; see the attributes for what, where and why."""
+    """A native call failed: the attributes are those of ``struct imgc_error``."""
 
     def __init__(self, status, os_errno, offset, source, op):
-        super().__init__(f"{op}: status {status}, errno {os_errno}, offset {offset}")
+        super().__init__(f"{op}: {status.name}, errno {os_errno}, offset {offset}")
         self.status = status
         self.os_errno = os_errno
         self.offset = offset
@@ -49,7 +69,7 @@ cdef int check(int status, n.imgc_error *err) except -1:
     if status == n.IMGC_NO_MEMORY:
         raise MemoryError()
     op = err.op.decode("ascii") if err.op != NULL else "core"
-    raise CoreError(status, err.os_errno, err.offset, err.source, op)
+    raise CoreError(Status(status), err.os_errno, err.offset, err.source, op)
 
 
 cdef uint32_t select(unsigned op, name) except? 0xFFFFFFFF:

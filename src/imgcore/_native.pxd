@@ -13,6 +13,9 @@ cdef extern from "imgc.h" nogil:
         IMGC_LIMIT
         IMGC_NO_MEMORY
         IMGC_CANCELLED
+        IMGC_BAD_GRAIN_MARKER
+        IMGC_PAST_END
+        IMGC_TOO_MANY_BAD_RANGES
 
         IMGC_OP_ZERO
         IMGC_OP_CRC32C
@@ -32,6 +35,7 @@ cdef extern from "imgc.h" nogil:
     const uint32_t IMGC_NO_SOURCE
     const uint32_t IMGC_TARGET
     const uint32_t IMGC_MAX_BAD_RANGES
+    const uint32_t IMGC_MAX_THREADS
     const uint64_t IMGC_NO_DIFFERENCE
 
     struct imgc_error:
