@@ -312,8 +312,8 @@ int imgc_file_zero(struct imgc_file *file, uint64_t offset, uint64_t length,
  * Finds the next range of data at or after `offset`: [*start, *end).  *start ==
  * *end == the file's end if there is none.  A file that cannot tell is all data.
  */
-int imgc_file_extents(struct imgc_file *file, uint64_t offset, uint64_t *start, uint64_t *end,
-		      struct imgc_error *err);
+int imgc_file_next_data(struct imgc_file *file, uint64_t offset, uint64_t *start, uint64_t *end,
+			struct imgc_error *err);
 
 /* ------------------------------------------------------------------ engine */
 

@@ -1,4 +1,4 @@
-/* Files: whole reads and writes by every way, ends, zeroing, extents, memory and null. */
+/* Files: whole reads and writes by every way, ends, zeroing, data ranges, memory and null. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -212,20 +212,20 @@ static void test_zero_file(void)
 }
 
 /* The list of data ranges of a file with holes; whole-file data if it cannot tell. */
-static void test_extents(void)
+static void test_next_data(void)
 {
 	const uint64_t step = 1 << 20;
 	int fd;
 	struct imgc_file *file = open_temporary(&fd);
 	uint64_t at = 0, start = 0, end = 0, n_data = 0;
 
-	CHECK_EQ(imgc_file_extents(file, 0, &start, &end, &error), IMGC_OK);
+	CHECK_EQ(imgc_file_next_data(file, 0, &start, &end, &error), IMGC_OK);
 	CHECK(start == 0 && end == 0);
 	CHECK(ftruncate(fd, (off_t)(8 * step)) == 0);
 	write_all(file, content, 65536, 2 * step);
 	write_all(file, content, 65536, 5 * step);
 	while (at < 8 * step) {
-		CHECK_EQ(imgc_file_extents(file, at, &start, &end, &error), IMGC_OK);
+		CHECK_EQ(imgc_file_next_data(file, at, &start, &end, &error), IMGC_OK);
 		CHECK(start >= at && start <= end && end <= 8 * step);
 		/* What was written is never called a hole. */
 		CHECK(!(at <= 2 * step && start > 2 * step));
@@ -238,12 +238,13 @@ static void test_extents(void)
 		at = end;
 	}
 	CHECK(n_data >= 2 * 65536);
-	printf("  extents: %llu KiB of data seen in 128 KiB\n", (unsigned long long)n_data / 1024);
-	CHECK_EQ(imgc_file_extents(file, 2 * step + 100, &start, &end, &error), IMGC_OK);
+	printf("  next_data: %llu KiB of data seen in 128 KiB\n",
+	       (unsigned long long)n_data / 1024);
+	CHECK_EQ(imgc_file_next_data(file, 2 * step + 100, &start, &end, &error), IMGC_OK);
 	CHECK_EQ(start, 2 * step + 100);
-	CHECK_EQ(imgc_file_extents(file, 9 * step, &start, &end, &error), IMGC_OK);
+	CHECK_EQ(imgc_file_next_data(file, 9 * step, &start, &end, &error), IMGC_OK);
 	CHECK(start == 8 * step && end == 8 * step);
-	CHECK_EQ(imgc_file_extents(file, UINT64_MAX, &start, &end, &error), IMGC_OK);
+	CHECK_EQ(imgc_file_next_data(file, UINT64_MAX, &start, &end, &error), IMGC_OK);
 	CHECK(start == 8 * step && end == 8 * step);
 	imgc_file_close(file);
 	close(fd);
@@ -274,9 +275,9 @@ static void test_memory(struct imgc_io_context *ctx)
 	CHECK_EQ(imgc_file_zero(file, GUARD_PAGE - 10, 11, &error), IMGC_OUT_OF_RANGE);
 	CHECK_EQ(read_one(file, ctx, back, 10, GUARD_PAGE - 10), IMGC_OK);
 	CHECK(is_all_zero(back, 10));
-	CHECK_EQ(imgc_file_extents(file, 100, &start, &end, &error), IMGC_OK);
+	CHECK_EQ(imgc_file_next_data(file, 100, &start, &end, &error), IMGC_OK);
 	CHECK(start == 100 && end == GUARD_PAGE);
-	CHECK_EQ(imgc_file_extents(file, GUARD_PAGE + 1, &start, &end, &error), IMGC_OK);
+	CHECK_EQ(imgc_file_next_data(file, GUARD_PAGE + 1, &start, &end, &error), IMGC_OK);
 	CHECK(start == GUARD_PAGE && end == GUARD_PAGE);
 	CHECK_EQ(imgc_file_sync(file, &error), IMGC_OK);
 	imgc_file_close(file);
@@ -295,7 +296,7 @@ static void test_null(void)
 	CHECK_EQ(read_one(file, NULL, back, sizeof(back), 0), IMGC_OK);
 	CHECK_EQ(back[0] | back[99], 0);
 	CHECK_EQ(imgc_file_zero(file, 0, UINT64_MAX, &error), IMGC_OK);
-	CHECK_EQ(imgc_file_extents(file, 0, &start, &end, &error), IMGC_OK);
+	CHECK_EQ(imgc_file_next_data(file, 0, &start, &end, &error), IMGC_OK);
 	CHECK(start == end && end == UINT64_MAX);
 	CHECK_EQ(imgc_file_sync(file, &error), IMGC_OK);
 	imgc_file_close(file);
@@ -373,7 +374,7 @@ int main(void)
 	imgc_io_context_destroy(NULL);
 	test_vectored_write();
 	test_zero_file();
-	test_extents();
+	test_next_data();
 	test_null();
 	test_threads();
 	return 0;

@@ -271,7 +271,7 @@ cdef class File:
         cdef uint64_t start = 0, end = 0
         cdef int status
         with nogil:
-            status = n.imgc_file_extents(handle, offset, &start, &end, &err)
+            status = n.imgc_file_next_data(handle, offset, &start, &end, &err)
         check(status, &err)
         return start, end
 

@@ -125,7 +125,7 @@ cdef extern from "imgc.h" nogil:
     int imgc_file_open_null(imgc_file **out)
     void imgc_file_close(imgc_file *file)
     int imgc_file_zero(imgc_file *file, uint64_t offset, uint64_t length, imgc_error *err)
-    int imgc_file_extents(imgc_file *file, uint64_t offset, uint64_t *start, uint64_t *end,
+    int imgc_file_next_data(imgc_file *file, uint64_t offset, uint64_t *start, uint64_t *end,
                           imgc_error *err)
 
     struct imgc_source_file:
