@@ -18,8 +18,9 @@
 #define STORED_BLOCK_OVERHEAD 5
 
 /*
- * IMGC_DEFLATE_SAMPLED: the middle eighth of a block is compressed at ISA-L's level 0, and
- * stands for the rest (docs/codecs.md).  In small blocks an eighth is too little to tell.
+ * IMGC_DEFLATE_SAMPLED: the middle eighth of a block is compressed at ISA-L's level 0,
+ * and stands for the rest (docs/codecs.md).  In small blocks an eighth is too little to
+ * tell.
  */
 #define SAMPLE_DIVISOR 8
 #define MIN_SAMPLE_NBYTES 4096
@@ -27,14 +28,15 @@
 #define SAMPLED_ISAL_LEVEL 3
 
 /*
- * ISA-L for x86-64 (up to 2.31.1) has a fault at levels 1 and 2: it enters the third byte
- * of a block under a hash of bits 16 to 47 of the stream's own address, not under a hash
- * of the bytes there.  Whether it finds a match then depends on where the stream is in
- * memory: one block of 64 KiB in ten thousand comes out differently from run to run, and
- * from thread to thread.
+ * ISA-L for x86-64 (up to 2.31.1) has a fault at levels 1 and 2: it enters the third
+ * byte of a block under a hash of bits 16 to 47 of the stream's own address, not under
+ * a hash of the bytes there.  Whether it finds a match then depends on where the stream
+ * is in memory: one block of 64 KiB in ten thousand comes out differently from run to
+ * run, and from thread to thread.
  *
  * The fault has no effect as long as that hash differs from the hashes of the block's
- * first three places.  So each block takes, of several streams, one for which it differs.
+ * first three places.  So each block takes, of several streams, one for which it
+ * differs.
  */
 #define N_STREAMS 8
 #define STREAM_SPACING_NBYTES ((sizeof(struct isal_zstream) + 0xffff) & ~(size_t)0xffff)
@@ -54,8 +56,8 @@ struct imgc_deflate {
 
 /*
  * The small buffers end a DEFLATE block after 16 Ki tokens, so that the Huffman codes
- * follow the data.  The output is a little smaller than with the default buffers, and the
- * speed is the same.
+ * follow the data.  The output is a little smaller than with the default buffers, and
+ * the speed is the same.
  */
 static uint32_t isal_level_nbytes(uint32_t level)
 {
@@ -153,7 +155,10 @@ size_t imgc_deflate_bound(const struct imgc_deflate *d, size_t nbytes)
 	return d->streams && isal > libdeflate ? isal : libdeflate;
 }
 
-/* ISA-L's hash of four bytes, before a table takes its low bits (the crc32 instruction). */
+/*
+ * ISA-L's hash of four bytes, before a table takes its low bits (the crc32
+ * instruction).
+ */
 static uint32_t isal_hash(uint32_t word)
 {
 	const uint32_t crc32c_polynomial = 0x82f63b78;
@@ -164,8 +169,8 @@ static uint32_t isal_hash(uint32_t word)
 }
 
 /*
- * The run of 0x00 or 0xff at the start of a block.  ISA-L encodes it apart, and looks for
- * matches from its end on.
+ * The run of 0x00 or 0xff at the start of a block.  ISA-L encodes it apart, and looks
+ * for matches from its end on.
  */
 static size_t repeated_nbytes(const uint8_t *in, size_t in_nbytes)
 {

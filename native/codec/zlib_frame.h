@@ -1,9 +1,9 @@
 /*
  * zlib_frame.h - the header and trailer of RFC 1950 around a DEFLATE stream of ISA-L
  *
- * ISA-L's own zlib mode is not used.  Up to release 2.30 its Adler-32 reads past the end of
- * the data on aarch64, and its header states a window of 32 KiB even if the window is
- * smaller.
+ * ISA-L's own zlib mode is not used.  Up to release 2.30 its Adler-32 reads past the
+ * end of the data on aarch64, and its header states a window of 32 KiB even if the
+ * window is smaller.
  */
 #ifndef IMGC_CODEC_ZLIB_FRAME_H
 #define IMGC_CODEC_ZLIB_FRAME_H
@@ -19,7 +19,10 @@
 #define ZLIB_TRAILER_NBYTES 4
 #define ZLIB_OVERHEAD (ZLIB_HEADER_NBYTES + ZLIB_TRAILER_NBYTES)
 
-/* Source: RFC 1950, 2.2: CMF has CM in bits 0-3, CINFO in bits 4-7; FLG has FCHECK, FDICT. */
+/*
+ * Source: RFC 1950, 2.2: CMF has CM in bits 0-3, CINFO in bits 4-7; FLG has FCHECK,
+ * FDICT.
+ */
 #define ZLIB_CM_DEFLATE 8
 #define ZLIB_MAX_WINDOW_BITS 15
 #define ZLIB_FDICT 0x20

@@ -107,9 +107,9 @@ void imgc_zstd_decoder_destroy(struct imgc_zstd_decoder *d)
 }
 
 /*
- * Takes frames one by one until the block is full, because the bytes after the last frame
- * may be anything.  Decoding straight into `out` needs no window, so a header that claims
- * a huge window costs nothing.
+ * Takes frames one by one until the block is full, because the bytes after the last
+ * frame may be anything.  Decoding straight into `out` needs no window, so a header
+ * that claims a huge window costs nothing.
  */
 int imgc_zstd_decode(struct imgc_zstd_decoder *d, const void *in, size_t in_nbytes, void *out,
 		     size_t out_nbytes, size_t *in_used)

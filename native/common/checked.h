@@ -1,8 +1,8 @@
 /*
  * checked.h - arithmetic on numbers from untrusted tables
  *
- * Each function with an `out` returns whether the result fits 64 bits, and sets *out only
- * if it does.
+ * Each function with an `out` returns whether the result fits 64 bits, and sets *out
+ * only if it does.
  */
 #ifndef IMGC_COMMON_CHECKED_H
 #define IMGC_COMMON_CHECKED_H

@@ -7,8 +7,8 @@
 #include "imgc.h"
 
 /*
- * Each of these fills *err, which may be NULL, and returns the status, so that a failing
- * function ends in `return imgc_fail...(...)`.  `op` is a static string.
+ * Each of these fills *err, which may be NULL, and returns the status, so that a
+ * failing function ends in `return imgc_fail...(...)`.  `op` is a static string.
  */
 int imgc_fail(struct imgc_error *err, int status, int os_errno, uint64_t offset, uint32_t source,
 	      const char *op);
@@ -24,7 +24,8 @@ int imgc_fail_system(struct imgc_error *err, int os_errno, uint64_t offset, cons
 
 /*
  * Adds the file to an error of a call that does not know its index in the job.  Leaves
- * *err alone if the status is IMGC_OK, or IMGC_CANCELLED, for which no file is to blame.
+ * *err alone if the status is IMGC_OK, or IMGC_CANCELLED, for which no file is to
+ * blame.
  */
 int imgc_fail_in(struct imgc_error *err, int status, uint32_t source);
 

@@ -122,13 +122,13 @@ void *imgc_worker_main(void *argument);
 /* window.c: reads one window and tests, compresses or compares it.  Writes nothing. */
 int imgc_window_process(struct worker *worker, struct slot *slot, struct imgc_error *err);
 
-/* window.c: gives host offsets to the slot's pieces.  In guest order, under the lock. */
+/* window.c: gives the slot's pieces host offsets, in guest order, under the lock. */
 int imgc_window_place(struct imgc_job *job, struct slot *slot, struct imgc_error *err);
 
 /* write.c: brings the slot's bytes to the target. */
 int imgc_window_write(struct worker *worker, struct slot *slot, struct imgc_error *err);
 
-/* write.c: a guest range without data.  Makes it zeros where the geometry asks for it. */
+/* write.c: makes a guest range without data zeros, if the geometry asks for it. */
 int imgc_span_write_zeros(struct worker *worker, uint64_t start, uint64_t end,
 			  struct imgc_error *err);
 

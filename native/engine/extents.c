@@ -13,7 +13,7 @@ static bool kind_is_compressed(unsigned kind)
 	return kind == IMGC_DEFLATE || kind == IMGC_ZLIB || kind == IMGC_ZSTD;
 }
 
-/* A compressed row lies inside one block of its file, and its bound is sane. */
+/* Whether a compressed row lies inside one block of its file, with a possible bound. */
 static bool compressed_row_is_valid(const struct imgc_extent *row,
 				    const struct imgc_source_file *file)
 {

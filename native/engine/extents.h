@@ -11,8 +11,8 @@
 #define MAX_SOURCE_BLOCK_NBYTES (2u * 1024 * 1024)
 
 /*
- * Upper bound of a compressed block's stored bytes: two grains in a VMDK, two clusters in
- * a QCOW2.
+ * Upper bound of a compressed block's stored bytes: two grains in a VMDK, two clusters
+ * in a QCOW2.
  */
 static inline uint64_t max_compressed_nbytes(uint64_t block_nbytes)
 {

@@ -74,12 +74,13 @@ static int check_options(const struct imgc_job_options *o, struct imgc_error *er
 }
 
 /*
- * Large enough for blocks that are compressed, or compared with the base, as a whole;
- * else small enough for the cache.
+ * A window holds any block that is compressed, or compared with the base, as a whole.
+ * Otherwise it is small enough for the CPU's cache.
  */
 static uint64_t choose_window(const struct imgc_job_options *o)
 {
-	uint64_t least = o->window_nbytes ? o->window_nbytes : WINDOW_NBYTES, window = PAGE_NBYTES;
+	uint64_t least = o->window_nbytes ? o->window_nbytes : WINDOW_NBYTES;
+	uint64_t window = PAGE_NBYTES;
 
 	for (size_t i = 0; i < o->n_sources; i++)
 		least = imgc_max_u64(least, o->sources[i].block_nbytes);
@@ -104,7 +105,7 @@ static void view_destroy(struct view *view)
 
 static int view_create(struct view *view, uint64_t window_nbytes)
 {
-	/* A page more: IMGC_COMPRESS_SLACK_NBYTES for the last block. */
+	/* One more page, for the IMGC_COMPRESS_SLACK_NBYTES after the last block. */
 	view->data = aligned_alloc(PAGE_NBYTES, window_nbytes + PAGE_NBYTES);
 	view->ranges = malloc((window_nbytes / SECTOR_NBYTES + 1) * sizeof(*view->ranges));
 	if (!view->data || !view->ranges) {
@@ -159,14 +160,14 @@ static int worker_create(struct imgc_job *job, struct worker *worker, struct cou
 	const struct imgc_job_options *o = &job->options;
 	struct reader *reader = &worker->reader;
 	uint64_t block = largest_source_block(job);
-	int status;
 
 	worker->job = job;
 	worker->counters = counters;
 	reader->stop = &job->stop;
 	reader->files = job->sources;
 	reader->salvage = o->salvage ? &job->salvage : NULL;
-	status = imgc_io_context_create(o->io_variant, &reader->io);
+	int status = imgc_io_context_create(o->io_variant, &reader->io);
+
 	if (status == IMGC_OK && o->kind == IMGC_JOB_CONVERT &&
 	    job->geometry.codec.codec != IMGC_CODEC_NONE)
 		status = imgc_compressor_create(&job->geometry.codec, &worker->compressor);
@@ -205,6 +206,7 @@ static int create_workers(struct imgc_job *job)
 	memset(job->counters, 0, n * sizeof(*job->counters));
 	for (size_t i = 0; i < n; i++) {
 		int status = worker_create(job, &job->workers[i], &job->counters[i]);
+
 		if (status)
 			return status;
 	}
@@ -361,21 +363,21 @@ static int check_batch(const struct imgc_job *job, const struct imgc_batch *b,
 		       struct imgc_error *err)
 {
 	const struct imgc_job_options *o = &job->options;
-	int status;
 
 	if (b->guest_start >= b->guest_end || b->guest_start % SECTOR_NBYTES != 0)
 		return invalid(err, "batch");
 	if (o->kind == IMGC_JOB_CONVERT ? !batch_fits_geometry(job, b) : !b->base_extents)
 		return invalid(err, "batch");
-	status = imgc_extents_check(b->extents, b->n_extents, job->sources, o->n_sources,
-				    b->guest_start, b->guest_end, err);
+	int status = imgc_extents_check(b->extents, b->n_extents, job->sources, o->n_sources,
+					b->guest_start, b->guest_end, err);
+
 	if (status == IMGC_OK && b->base_extents)
 		status = imgc_extents_check(b->base_extents, b->n_base_extents, job->sources,
 					    o->n_sources, b->guest_start, b->guest_end, err);
 	return status;
 }
 
-/* The other side's buffers exist only once there is another side. */
+/* Made for the first batch with another side; a job without one saves the memory. */
 static int create_other_views(struct imgc_job *job)
 {
 	for (size_t i = 0; i < job->options.n_threads; i++) {
@@ -410,7 +412,7 @@ int imgc_job_start(struct imgc_job *job, const struct imgc_batch *batch, struct 
 	for (unsigned i = 0; i < job->options.n_threads; i++) {
 		struct worker *worker = &job->workers[i];
 
-		/* Fewer threads than asked for do the same work, later. */
+		/* With fewer threads than asked for, the batch only takes longer. */
 		if (pthread_create(&worker->thread, NULL, imgc_worker_main, worker))
 			break;
 		job->n_started++;
@@ -426,7 +428,6 @@ int imgc_job_start(struct imgc_job *job, const struct imgc_batch *batch, struct 
 int imgc_job_wait(struct imgc_job *job, int timeout_ms)
 {
 	struct timespec until;
-	int ended, outcome = 0;
 
 	clock_gettime(CLOCK_MONOTONIC, &until);
 	until.tv_sec += timeout_ms / 1000;
@@ -435,15 +436,18 @@ int imgc_job_wait(struct imgc_job *job, int timeout_ms)
 		until.tv_sec++;
 		until.tv_nsec -= 1000000000;
 	}
+	int outcome = 0;
+
 	pthread_mutex_lock(&job->lock);
 	while (job->n_running > 0 && outcome == 0)
 		outcome = pthread_cond_timedwait(&job->ended, &job->lock, &until);
-	ended = job->n_running == 0;
+	int ended = job->n_running == 0;
+
 	pthread_mutex_unlock(&job->lock);
 	return ended;
 }
 
-/* Zeros that the target has to know of, where nothing else is said of them. */
+/* For a target that states its zeros: ABSENT blocks become ZERO. */
 static void mark_zero_blocks(struct imgc_job *job)
 {
 	for (size_t i = 0; i < job->batch.n_placements; i++)

@@ -1,11 +1,11 @@
 /*
  * retry.c - reads and writes that are repeated where that can help
  *
- * Reads: the kernel has retried already, but a path or a server may come back.  A read is
- * therefore repeated a few times, with growing pauses.
+ * Reads: the kernel has retried already, but a path or a server may come back.  A read
+ * is therefore repeated a few times, with growing pauses.
  *
- * Writes: repeated only after EAGAIN, by which the kernel says that it has written nothing.
- * After any other failure the state of the range is unknown.
+ * Writes: repeated only after EAGAIN, by which the kernel says that it has written
+ * nothing.  After any other failure the state of the range is unknown.
  *
  * A failed sync is never repeated: the kernel may have dropped the data.
  */

@@ -67,8 +67,8 @@ static int insert(struct salvage *salvage, size_t at, struct imgc_bad_range rang
 }
 
 /*
- * Workers add ranges in any order.  A range is therefore joined to both neighbours: if only
- * the newest range were joined, two workers in one bad region would fill the list.
+ * Workers add ranges in any order.  A range is therefore joined to both neighbours: if
+ * only the newest range were joined, two workers in one bad region would fill the list.
  */
 static int join_or_insert(struct salvage *salvage, struct imgc_bad_range range)
 {

@@ -220,9 +220,9 @@ static bool skip_grain_marker(const uint8_t **in, uint64_t *nbytes, uint64_t blo
 }
 
 /*
- * Decompresses the block of one row into the view.  `in` holds the row's host_length bytes.
- * A block that is wanted whole goes straight to its place.  Of any other block the wanted
- * part is copied.
+ * Decompresses the block of one row into the view.  `in` holds the row's host_length
+ * bytes.  A block that is wanted whole goes straight to its place.  Of any other block
+ * the wanted part is copied.
  */
 static int decompress_row(struct fill *fill, const struct imgc_extent *row, const uint8_t *in,
 			  struct imgc_error *err)
@@ -261,7 +261,7 @@ static int salvage_row(struct fill *fill, const struct imgc_extent *row, int os_
 	return imgc_salvage_add(fill->reader->salvage, range, err);
 }
 
-/* decompress_row(), or salvage_row() if the block is broken and the caller wants that. */
+/* decompress_row(), but when salvaging a broken block is a bad range, not an error. */
 static int take_row(struct fill *fill, const struct imgc_extent *row, const uint8_t *in,
 		    struct imgc_error *err)
 {
@@ -298,9 +298,9 @@ static int salvage_rows(struct fill *fill, const struct imgc_extent *rows, size_
 }
 
 /*
- * Counts the rows from the first on that are read together: they lie close to each other
- * and fit the reader's buffer.  host_length is often only an upper bound, so the rows'
- * ranges may overlap.  *span_end is where the last of them ends.
+ * Counts the rows from the first on that are read together: they lie close to each
+ * other and fit the reader's buffer.  host_length is often only an upper bound, so the
+ * rows' ranges may overlap.  *span_end is where the last of them ends.
  */
 static size_t count_neighbours(const struct fill *fill, const struct imgc_extent *rows, size_t n,
 			       uint64_t *span_end)

@@ -22,7 +22,7 @@ struct view {
 	size_t n_ranges;
 };
 
-/* A worker's means of reading.  No other thread uses it, but for `stop` and `salvage`. */
+/* A worker's means of reading.  All but `stop` and `salvage` are its own. */
 struct reader {
 	const struct stop *stop;
 	struct salvage *salvage; /* NULL: a range that cannot be read is an error */
@@ -36,8 +36,9 @@ struct reader {
 };
 
 /*
- * Reads every DATA and compressed byte of guest range [start, end) into the view.  Bytes
- * that are no data are left as they are; imgc_view_materialise() makes them zeros.
+ * Reads every DATA and compressed byte of guest range [start, end) into the view.
+ * Bytes that are no data are left as they are; imgc_view_materialise() makes them
+ * zeros.
  */
 int imgc_reader_fill(struct reader *reader, struct rows rows, uint64_t start, uint64_t end,
 		     struct view *view, struct imgc_error *err);

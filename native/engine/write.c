@@ -12,7 +12,7 @@
 #define MAX_SEGMENTS 64
 #define MIN_REFLINK_NBYTES (64u * 1024) /* less is written as fast, and fragments less */
 
-/* Blocks of a source that become the target's. */
+/* A range of the target that can be reflinked from a source. */
 struct part {
 	uint64_t guest_offset, length;
 	uint64_t host_offset; /* in the target */
@@ -20,12 +20,12 @@ struct part {
 	uint32_t file;
 };
 
-/* Neighbouring bytes of the target that go to the kernel in one call. */
+/* Bytes that are neighbours in the target, and go to the kernel in one call. */
 struct gather {
 	struct iovec iov[MAX_SEGMENTS];
 	int n;
 	uint64_t offset, nbytes;
-	struct part part; /* waits for its neighbours; length 0: there is none */
+	struct part part; /* waits for neighbours that join it; length 0: no part */
 };
 
 static int gather_flush(struct worker *worker, struct gather *gather, struct imgc_error *err)
@@ -35,6 +35,7 @@ static int gather_flush(struct worker *worker, struct gather *gather, struct img
 	struct imgc_job *job = worker->job;
 	int status = imgc_write_retrying(job->options.target, gather->iov, gather->n,
 					 gather->offset, &job->stop, err);
+
 	if (status)
 		return imgc_fail_in(err, status, IMGC_TARGET);
 	atomic_fetch_add_explicit(&worker->counters->written, gather->nbytes, memory_order_relaxed);
@@ -49,6 +50,7 @@ static int gather_add(struct worker *worker, struct gather *gather, uint64_t off
 	if (gather->n > 0 &&
 	    (offset != gather->offset + gather->nbytes || gather->n == MAX_SEGMENTS)) {
 		int status = gather_flush(worker, gather, err);
+
 		if (status)
 			return status;
 	}
@@ -68,8 +70,9 @@ static int gather_add(struct worker *worker, struct gather *gather, uint64_t off
 /* ---------------------------------------------------------------- reflinks */
 
 /*
- * The first part of guest range [start, end), which goes to host_offset of the target, that
- * lies plain in a source at a place that differs by whole blocks.
+ * Finds the first part of guest range [start, end) that can be reflinked: a source
+ * stores it plain, at a place that differs from its place in the target by whole
+ * blocks.  host_offset is where `start` goes in the target.
  */
 static bool find_part(const struct imgc_job *job, uint64_t start, uint64_t end,
 		      uint64_t host_offset, struct part *part)
@@ -116,7 +119,7 @@ static bool reflink_part(struct worker *worker, const struct part *part)
 	return true;
 }
 
-/* Reflinks the part that waits, or writes it: it is in the window as well. */
+/* Reflinks the part that waits.  If that does not work, writes it from the window. */
 static int part_flush(struct worker *worker, const struct slot *slot, struct gather *gather,
 		      struct imgc_error *err)
 {
@@ -150,7 +153,7 @@ static int part_add(struct worker *worker, const struct slot *slot, struct gathe
 	return status;
 }
 
-/* Bytes that are written whatever the sources hold, behind the part that waits. */
+/* Adds bytes that are not reflinked.  The part that waits comes first. */
 static int put_bytes(struct worker *worker, const struct slot *slot, struct gather *gather,
 		     uint64_t host_offset, uint8_t *data, uint64_t nbytes, struct imgc_error *err)
 {
@@ -161,7 +164,7 @@ static int put_bytes(struct worker *worker, const struct slot *slot, struct gath
 	return status ? status : gather_add(worker, gather, host_offset, data, nbytes, err);
 }
 
-/* Brings a run of the window to host_offset. */
+/* Brings a run of the window to host_offset, by reflinks where they are possible. */
 static int put_run(struct worker *worker, const struct slot *slot, struct gather *gather,
 		   uint64_t host_offset, struct range run, struct imgc_error *err)
 {
@@ -175,6 +178,7 @@ static int put_run(struct worker *worker, const struct slot *slot, struct gather
 		uint64_t at = part.guest_offset - slot->start;
 		int status = put_bytes(worker, slot, gather, start + shift, data + start,
 				       at - start, err);
+
 		if (status == IMGC_OK)
 			status = part_add(worker, slot, gather, &part, err);
 		if (status)
@@ -186,7 +190,7 @@ static int put_run(struct worker *worker, const struct slot *slot, struct gather
 
 /* ------------------------------------------------------------------ windows */
 
-/* `piece` is the first of its block that has a place. */
+/* `piece` is the first piece of its block that has a place. */
 static int write_stored_prefix(struct worker *worker, const struct slot *slot,
 			       const struct piece *piece, struct gather *gather,
 			       struct imgc_error *err)
@@ -218,6 +222,7 @@ static int write_piece(struct worker *worker, struct slot *slot, const struct pi
 		struct range run = slot->runs[piece->first_run + i];
 		int status = put_run(worker, slot, gather,
 				     piece->host_offset + (run.start - piece->start), run, err);
+
 		if (status)
 			return status;
 	}

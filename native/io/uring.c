@@ -25,7 +25,9 @@ bool imgc_uring_runnable(void)
 
 #define RING_DEPTH 64
 
-/* An entry's length has 32 bits.  A longer read is continued, as after a short count. */
+/*
+ * An entry's length has 32 bits.  A longer read is continued, as after a short count.
+ */
 #define RING_MAX_PIECE ((uint64_t)1 << 30)
 
 struct ring_slot {
@@ -209,7 +211,9 @@ int imgc_uring_read(struct imgc_io_context *ctx, int fd, const struct imgc_io_re
 			unsigned n_queued = io_uring_sq_ready(&ctx->ring);
 			unsigned n_taken = n_under_way > n_queued ? n_under_way - n_queued : 0;
 
-			/* A busy ring has room again once one of its reads has ended. */
+			/*
+			 * A busy ring has room again once one of its reads has ended.
+			 */
 			if ((rc != -EAGAIN && rc != -EBUSY) || n_taken == 0) {
 				break_ring(ctx, n_taken);
 				return imgc_fd_read(fd, requests, n, err);

@@ -2,10 +2,11 @@
  * crc32c.c - CRC-32C (Castagnoli)
  *
  * Source: RFC 3720, section 12.1 and appendix B.4: polynomial 0x11edc6f41, here in its
- * reflected form 0x82f63b78; the register starts as all ones and is inverted at the end.
+ * reflected form 0x82f63b78; the register starts as all ones and is inverted at the
+ * end.
  *
- * The variants take and return the register itself.  imgc_crc32c() inverts it before and
- * after.
+ * The variants take and return the register itself.  imgc_crc32c() inverts it before
+ * and after.
  */
 #include <isa-l/crc.h>
 
@@ -23,8 +24,8 @@ typedef uint32_t (*crc32c_fn)(uint32_t state, const uint8_t *p, size_t nbytes);
  *             state = state >> 1 ^ (state & 1 ? 0x82f63b78 : 0)
  *
  * A CRC is linear: the entry of a byte is the xor of the entries of its bits.  So only
- * the entries of 1, 2, 4, ... 128 are written down, eight for each table, and the compiler
- * derives the other 248.  test_crc32c.c computes all 64 of them again.
+ * the entries of 1, 2, 4, ... 128 are written down, eight for each table, and the
+ * compiler derives the other 248.  test_crc32c.c computes all 64 of them again.
  */
 #define BIT(i, n, v) (((i) >> (n)) & 1 ? (v) : 0)
 #define ENTRY(i, a, b, c, d, e, f, g, h)                                                           \

@@ -10,7 +10,9 @@ static bool cpu_has_crc32(void)
 	return (getauxval(AT_HWCAP) & ARM_HWCAP_CRC32) != 0;
 }
 
-/* With some compilers arm_acle.h needs -march for the whole file; the builtins do not. */
+/*
+ * With some compilers arm_acle.h needs -march for the whole file; the builtins do not.
+ */
 __attribute__((target("+crc"))) static uint32_t crc32c_armv8(uint32_t state, const uint8_t *p,
 							     size_t nbytes)
 {

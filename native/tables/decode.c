@@ -35,7 +35,9 @@ static inline bool entry_place(const struct imgc_table_format *f, uint64_t entry
 	       imgc_add_checked(value, f->host_base, place);
 }
 
-/* Sets the host place of a compressed row; false if it starts past the end of the file. */
+/*
+ * Sets the host place of a compressed row; false if it starts past the end of the file.
+ */
 static bool compressed_place(const struct imgc_table_format *f, uint64_t entry,
 			     uint64_t file_nbytes, struct imgc_extent *row)
 {
@@ -45,7 +47,10 @@ static bool compressed_place(const struct imgc_table_format *f, uint64_t entry,
 		uint64_t n_units = (entry >> f->length_shift) & f->length_mask;
 
 		row->host_offset = entry & f->compressed_mask;
-		/* Units count from the sector's start.  The file's end cuts a huge number. */
+		/*
+		 * Units count from the sector's start.  The file's end cuts a huge
+		 * number.
+		 */
 		if (n_units >= UINT64_MAX / 512)
 			bound = UINT64_MAX;
 		else
@@ -112,9 +117,9 @@ static inline int decode_entry(const struct imgc_table_format *f,
 }
 
 /*
- * Specialised by the constants entry_nbytes and big_endian.  The format and the sink are
- * local copies, so that the compiler knows that the loop's writes cannot change them, and
- * keeps them in registers.
+ * Specialised by the constants entry_nbytes and big_endian.  The format and the sink
+ * are local copies, so that the compiler knows that the loop's writes cannot change
+ * them, and keeps them in registers.
  */
 static inline __attribute__((always_inline)) int decode_all(const struct imgc_table_format *format,
 							    const uint8_t *entries, size_t n,
