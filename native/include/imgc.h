@@ -472,7 +472,7 @@ struct imgc_job;
 int imgc_job_create(const struct imgc_job_options *options, struct imgc_job **out,
 		    struct imgc_error *err);
 
-/* Checks the batch (imgc_extents_check) and starts its workers.  One batch at a time. */
+/* Checks the batch (imgc_extents_check) and starts its workers.  One at a time. */
 int imgc_job_start(struct imgc_job *job, const struct imgc_batch *batch, struct imgc_error *err);
 
 /* Waits up to timeout_ms for the running batch.  Returns 1 if it has ended, else 0. */

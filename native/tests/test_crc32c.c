@@ -7,13 +7,10 @@
 
 static uint32_t naive_crc32c(uint32_t crc, const uint8_t *p, size_t nbytes)
 {
-	size_t i;
-	int bit;
-
 	crc = ~crc;
-	for (i = 0; i < nbytes; i++) {
+	for (size_t i = 0; i < nbytes; i++) {
 		crc ^= p[i];
-		for (bit = 0; bit < 8; bit++)
+		for (int bit = 0; bit < 8; bit++)
 			crc = (crc >> 1) ^ (crc & 1 ? 0x82f63b78u : 0);
 	}
 	return ~crc;
@@ -23,7 +20,6 @@ static uint32_t naive_crc32c(uint32_t crc, const uint8_t *p, size_t nbytes)
 static void test_known_answers(uint32_t variant)
 {
 	uint8_t data[32];
-	unsigned i;
 
 	CHECK_EQ(imgc_crc32c(variant, 0, "123456789", 9), 0xe3069283u);
 	CHECK_EQ(imgc_crc32c(variant, 0, "", 0), 0);
@@ -31,10 +27,10 @@ static void test_known_answers(uint32_t variant)
 	CHECK_EQ(imgc_crc32c(variant, 0, data, sizeof(data)), 0x8a9136aau);
 	memset(data, 0xff, sizeof(data));
 	CHECK_EQ(imgc_crc32c(variant, 0, data, sizeof(data)), 0x62a8ab43u);
-	for (i = 0; i < sizeof(data); i++)
+	for (unsigned i = 0; i < sizeof(data); i++)
 		data[i] = (uint8_t)i;
 	CHECK_EQ(imgc_crc32c(variant, 0, data, sizeof(data)), 0x46dd794eu);
-	for (i = 0; i < sizeof(data); i++)
+	for (unsigned i = 0; i < sizeof(data); i++)
 		data[i] = (uint8_t)(31 - i);
 	CHECK_EQ(imgc_crc32c(variant, 0, data, sizeof(data)), 0x113fdb5cu);
 }
@@ -43,10 +39,9 @@ static void test_known_answers(uint32_t variant)
 static void test_lengths(uint32_t variant)
 {
 	struct guarded g = guarded_alloc(GUARD_PAGE);
-	size_t nbytes;
 
 	fill_random(g.start, GUARD_PAGE, 5);
-	for (nbytes = 0; nbytes <= MAX_NBYTES; nbytes++) {
+	for (size_t nbytes = 0; nbytes <= MAX_NBYTES; nbytes++) {
 		const uint8_t *p = g.end - nbytes;
 		uint32_t expected = naive_crc32c(0, p, nbytes);
 		uint32_t part = imgc_crc32c(variant, 0, p, nbytes / 3);
@@ -60,8 +55,8 @@ static void test_lengths(uint32_t variant)
 }
 
 /*
- * The entries written down in crc32c.c, each computed again.  Entry 1 << bit of table k is
- * the register after a word that holds this bit in byte 7 - k, and zeros elsewhere.
+ * The entries written down in crc32c.c, each computed again.  Entry 1 << bit of table k
+ * is the register after a word that holds this bit in byte 7 - k, and zeros elsewhere.
  */
 static void test_basis_rows(void)
 {
@@ -84,13 +79,11 @@ static void test_basis_rows(void)
 int main(void)
 {
 	static uint8_t large[1 << 20];
-	uint32_t expected;
-	unsigned i;
 
 	test_basis_rows();
 	fill_random(large, sizeof(large), 9);
-	expected = naive_crc32c(0, large, sizeof(large));
-	for (i = 0; i < imgc_variant_count(IMGC_OP_CRC32C); i++) {
+	uint32_t expected = naive_crc32c(0, large, sizeof(large));
+	for (unsigned i = 0; i < imgc_variant_count(IMGC_OP_CRC32C); i++) {
 		uint32_t variant;
 
 		if (!variant_usable(IMGC_OP_CRC32C, i, &variant))
