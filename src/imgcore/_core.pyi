@@ -82,13 +82,13 @@ class TableFormat:
         file_nbytes: int,
         file: int,
     ) -> int:
-        """Decode wire entries (n * entry_nbytes bytes) into ``out``; returns the row count."""
+        """Decode table entries into ``out`` and return the number of rows."""
     def encode(self, placements: NDArray[np.void], entries: object) -> None:
-        """Encode placements, one for one, into the writable buffer ``entries``."""
+        """Encode placements into the writable buffer ``entries``, one for one."""
 
 @final
 class File:
-    """A row of the operations table; keeps no descriptor of its own open."""
+    """A file of the engine.  The caller owns the descriptor behind it."""
 
     @staticmethod
     def from_fd(fd: int) -> File: ...
@@ -98,7 +98,7 @@ class File:
     def null() -> File: ...
     def zero(self, offset: int, length: int) -> None: ...
     def next_data(self, offset: int) -> tuple[int, int]:
-        """Return [start, end) of the next data at or after ``offset``; start == end: none."""
+        """Return (start, end) of the next data from ``offset`` on; equal if none."""
     def close(self) -> None: ...
 
 @final
@@ -119,10 +119,11 @@ class Job:
         salvage: bool = ...,
         reflink: bool = ...,
     ) -> None:
-        """``sources`` holds (file, nbytes, guest_base, block_nbytes); no geometry: a comparison.
+        """Create a job: a comparison if ``geometry`` is None, else a conversion.
 
-        ``has_base``: the batches of a conversion come with what the target's parent reads as.
-        ``reflink``: data at a suitable place of a source is reflinked, not written.
+        ``sources`` holds (file, nbytes, guest_base, block_nbytes).  ``has_base``: each
+        batch has the extents of the target's parent as ``base_extents``.  ``reflink``:
+        data at a suitable place of a source is reflinked, not written.
         """
     def start(
         self,
@@ -133,7 +134,10 @@ class Job:
         placements: NDArray[np.void] | None = ...,
     ) -> None: ...
     def wait(self, tick: Callable[[], None] | None = ...) -> None:
-        """Join the batch; ``tick`` is called on this thread about every 50 ms and may raise."""
+        """Join the batch, and call ``tick`` on this thread about every 50 ms.
+
+        An exception of ``tick`` cancels the job.
+        """
     def run(
         self,
         start: int,
@@ -144,7 +148,11 @@ class Job:
     ) -> None: ...
     def cancel(self) -> None: ...
     def progress(self) -> tuple[int, int, int, int, int, int]:
-        """Guest bytes done, of these data, of these zeros; host bytes read, written, reflinked."""
+        """Return counts of bytes.
+
+        Guest bytes done, and of these data and zeros; host bytes read, written and
+        reflinked.
+        """
     next_offset: int
     @property
     def first_difference(self) -> int | None: ...

@@ -1,4 +1,4 @@
-# imgc.h mirrored one to one, nothing else.
+# The declarations of imgc.h that the binding uses, in its order.
 
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
