@@ -9,9 +9,6 @@
  *
  * A failed sync is never repeated: the kernel may have dropped the data.
  */
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE
-#endif
 #include "engine/retry.h"
 
 #include <errno.h>

@@ -1,9 +1,6 @@
 /*
  * fd.c - whole reads and writes on a file descriptor
  */
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE
-#endif
 #include "io/fd.h"
 
 #include <errno.h>

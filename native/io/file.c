@@ -1,9 +1,6 @@
 /*
  * file.c - regular files and block devices
  */
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE
-#endif
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/falloc.h>

@@ -12,9 +12,6 @@ bool imgc_uring_runnable(void)
 
 #else
 
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE
-#endif
 #include <errno.h>
 #include <liburing.h>
 #include <stdlib.h>
@@ -25,9 +22,7 @@ bool imgc_uring_runnable(void)
 
 #define RING_DEPTH 64
 
-/*
- * An entry's length has 32 bits.  A longer read is continued, as after a short count.
- */
+/* An entry's length has 32 bits.  Longer reads are continued, like short counts. */
 #define RING_MAX_PIECE ((uint64_t)1 << 30)
 
 struct ring_slot {

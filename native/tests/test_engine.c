@@ -326,6 +326,28 @@ static void test_compare(void)
 
 /* ------------------------------------------------------------------ failure */
 
+static void test_refused_options(void)
+{
+	struct disk source = example_disk(), target = disk_create(MIB);
+	struct imgc_source_file file;
+	struct imgc_job_options o = convert_options(&source, &target, &file, 0);
+	struct imgc_error err = {0};
+	struct imgc_job *job;
+
+	o.geometry.placing = IMGC_PLACE_APPEND;
+	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_INVALID_ARGUMENT);
+	o.n_threads = IMGC_MAX_THREADS + 1;
+	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_INVALID_ARGUMENT);
+	o.n_threads = 1;
+	o.geometry.block_nbytes = 65535;
+	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_INVALID_ARGUMENT);
+	o.geometry.block_nbytes = 64 * KIB;
+	o.geometry.group_nblocks = UINT64_C(1) << 48; /* 0 bytes, if the product could wrap */
+	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_INVALID_ARGUMENT);
+	disk_destroy(&source);
+	disk_destroy(&target);
+}
+
 static void test_errors(void)
 {
 	struct disk source = example_disk(), target = disk_create(MIB);
@@ -377,14 +399,6 @@ static void test_errors(void)
 	batch.guest_end -= 512;
 	CHECK_EQ(imgc_job_start(job, &batch, &err), IMGC_INVALID_ARGUMENT);
 	imgc_job_destroy(job);
-	o.n_threads = 0;
-	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_INVALID_ARGUMENT);
-	o.n_threads = 1;
-	o.geometry.block_nbytes = 65535;
-	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_INVALID_ARGUMENT);
-	o.geometry.block_nbytes = 64 * KIB;
-	o.geometry.group_nblocks = UINT64_C(1) << 48; /* 0 bytes, if the product could wrap */
-	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_INVALID_ARGUMENT);
 	free(placements);
 	disk_destroy(&source);
 	disk_destroy(&target);
@@ -486,6 +500,7 @@ int main(void)
 	test_stored_prefix(512, 64 * KIB, 7, 1);
 	test_stored_prefix_limits();
 	test_compare();
+	test_refused_options();
 	test_errors();
 	test_a_short_block_is_corrupt();
 	test_cancel();

@@ -1,9 +1,6 @@
 /*
  * test_io.c - files: reads and writes of every variant, ends, zeroing, data ranges
  */
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE
-#endif
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>

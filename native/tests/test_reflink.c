@@ -29,6 +29,23 @@ static bool reflink_by_copying(struct imgc_file *file, uint64_t offset, struct i
 }
 
 /*
+ * Compares a row's data with its place in the target; no placements: its identity
+ * place.
+ */
+static void check_row(const struct disk *source, const struct disk *target,
+		      const struct imgc_extent *row, const struct imgc_placement *placements)
+{
+	for (uint64_t at = 0; row->kind == IMGC_DATA && at < row->length; at += KIB) {
+		uint64_t guest = row->guest_offset + at, place = 4096 + guest;
+
+		if (placements)
+			place = placements[guest / (64 * KIB)].host_offset + guest % (64 * KIB);
+		CHECK(memcmp(target->bytes + place, source->bytes + row->host_offset + at, KIB) ==
+		      0);
+	}
+}
+
+/*
  * Converts 4 MiB with a hole and a range of zeros inside, stored from source_shift on,
  * and checks the target's content.  Returns the bytes reflinked.
  */
@@ -78,18 +95,8 @@ static uint64_t reflink(uint64_t source_shift, uint32_t placing, unsigned n_allo
 	CHECK_EQ(imgc_job_create(&options, &job, &err), IMGC_OK);
 	CHECK_EQ(run_batch(job, &batch, &err), IMGC_OK);
 	imgc_job_progress(job, &progress);
-	for (size_t i = 0; i < n_rows; i++) {
-		for (uint64_t at = 0; at < rows[i].length; at += KIB) {
-			uint64_t guest = rows[i].guest_offset + at, place = 4096 + guest;
-
-			if (placing == IMGC_PLACE_APPEND)
-				place = placements[guest / (64 * KIB)].host_offset +
-					guest % (64 * KIB);
-			if (rows[i].kind == IMGC_DATA)
-				CHECK(memcmp(target.bytes + place,
-					     source.bytes + rows[i].host_offset + at, KIB) == 0);
-		}
-	}
+	for (size_t i = 0; i < n_rows; i++)
+		check_row(&source, &target, &rows[i], batch.placements);
 	CHECK(progress.bytes_reflinked + progress.bytes_written >= 4 * MIB - 128 * KIB);
 	imgc_job_destroy(job);
 	disk_destroy(&source);
