@@ -155,10 +155,7 @@ size_t imgc_deflate_bound(const struct imgc_deflate *d, size_t nbytes)
 	return d->streams && isal > libdeflate ? isal : libdeflate;
 }
 
-/*
- * ISA-L's hash of four bytes, before a table takes its low bits (the crc32
- * instruction).
- */
+/* ISA-L's hash of four bytes (the crc32 instruction), before it is cut to a table. */
 static uint32_t isal_hash(uint32_t word)
 {
 	const uint32_t crc32c_polynomial = 0x82f63b78;

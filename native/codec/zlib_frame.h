@@ -19,10 +19,7 @@
 #define ZLIB_TRAILER_NBYTES 4
 #define ZLIB_OVERHEAD (ZLIB_HEADER_NBYTES + ZLIB_TRAILER_NBYTES)
 
-/*
- * Source: RFC 1950, 2.2: CMF has CM in bits 0-3, CINFO in bits 4-7; FLG has FCHECK,
- * FDICT.
- */
+/* Source: RFC 1950, 2.2: CM in CMF bits 0-3, CINFO in bits 4-7; FDICT in FLG bit 5. */
 #define ZLIB_CM_DEFLATE 8
 #define ZLIB_MAX_WINDOW_BITS 15
 #define ZLIB_FDICT 0x20

@@ -19,7 +19,7 @@
  *     salvage.c  the list of ranges that could not be read
  *     placer.c   host offsets of an appending target
  *     extents.c  the check of rows, and the search among them
- *     stop.c     the flags by which a job is told to stop
+ *     stop.c     the flags that tell a job to stop
  */
 #ifndef IMGC_ENGINE_ENGINE_H
 #define IMGC_ENGINE_ENGINE_H

@@ -22,7 +22,7 @@ struct view {
 	size_t n_ranges;
 };
 
-/* A worker's means of reading.  All but `stop` and `salvage` are its own. */
+/* A worker's means of reading.  All but `stop`, `salvage` and `files` are its own. */
 struct reader {
 	const struct stop *stop;
 	struct salvage *salvage; /* NULL: a range that cannot be read is an error */

@@ -1,5 +1,5 @@
 /*
- * stop.c - the flags by which a job is told to stop
+ * stop.c - the flags that tell a job to stop
  */
 #include "engine/stop.h"
 

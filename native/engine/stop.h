@@ -1,5 +1,5 @@
 /*
- * stop.h - the flags by which a job is told to stop
+ * stop.h - the flags that tell a job to stop
  */
 #ifndef IMGC_ENGINE_STOP_H
 #define IMGC_ENGINE_STOP_H

@@ -142,7 +142,7 @@ static int place_ready(struct imgc_job *job, struct imgc_error *err)
 	return IMGC_OK;
 }
 
-/* Called and returns with the lock held. */
+/* Called with the lock held, and returns with it held. */
 static void write_next_slot(struct worker *worker)
 {
 	struct imgc_job *job = worker->job;
@@ -159,7 +159,7 @@ static void write_next_slot(struct worker *worker)
 	pthread_cond_broadcast(&job->changed);
 }
 
-/* Called and returns with the lock held. */
+/* Called with the lock held, and returns with it held. */
 static void fill_next_slot(struct worker *worker)
 {
 	struct imgc_job *job = worker->job;

@@ -116,7 +116,8 @@ static bool is_refusal(int os_errno)
 
 /*
  * Extends the file to `end` if it is shorter, by a byte inside the range that is
- * zeroed. ftruncate() is no choice: it could cut off bytes that another thread appends.
+ * zeroed.  ftruncate() is no choice: it could cut off bytes that another thread
+ * appends.
  */
 static int extend_to(struct fd_file *file, uint64_t end, struct imgc_error *err)
 {

@@ -206,9 +206,7 @@ int imgc_uring_read(struct imgc_io_context *ctx, int fd, const struct imgc_io_re
 			unsigned n_queued = io_uring_sq_ready(&ctx->ring);
 			unsigned n_taken = n_under_way > n_queued ? n_under_way - n_queued : 0;
 
-			/*
-			 * A busy ring has room again once one of its reads has ended.
-			 */
+			/* A busy ring has room again when one of its reads ends. */
 			if ((rc != -EAGAIN && rc != -EBUSY) || n_taken == 0) {
 				break_ring(ctx, n_taken);
 				return imgc_fd_read(fd, requests, n, err);

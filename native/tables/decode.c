@@ -35,9 +35,7 @@ static inline bool entry_place(const struct imgc_table_format *f, uint64_t entry
 	       imgc_add_checked(value, f->host_base, place);
 }
 
-/*
- * Sets the host place of a compressed row; false if it starts past the end of the file.
- */
+/* Sets a compressed row's host place; false if that is past the end of the file. */
 static bool compressed_place(const struct imgc_table_format *f, uint64_t entry,
 			     uint64_t file_nbytes, struct imgc_extent *row)
 {
@@ -47,10 +45,7 @@ static bool compressed_place(const struct imgc_table_format *f, uint64_t entry,
 		uint64_t n_units = (entry >> f->length_shift) & f->length_mask;
 
 		row->host_offset = entry & f->compressed_mask;
-		/*
-		 * Units count from the sector's start.  The file's end cuts a huge
-		 * number.
-		 */
+		/* Counted from the sector's start; a huge number ends with the file. */
 		if (n_units >= UINT64_MAX / 512)
 			bound = UINT64_MAX;
 		else
