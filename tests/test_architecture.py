@@ -7,6 +7,7 @@ Imports inside functions and those for type checkers count like all others.
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 import shutil
 import subprocess
@@ -243,3 +244,74 @@ def test_the_extension_exports_one_symbol() -> None:
     names = {line.split()[-1] for line in done.stdout.splitlines()}
     names = {name for name in names if not name.startswith(("__asan", "__ubsan", "__odr_asan"))}
     assert names == {"PyInit__core"}
+
+
+def c_code(path: Path) -> str:
+    """Return a C file without comments and the content of string literals."""
+    text = re.sub(r"/\*.*?\*/|//[^\n]*", " ", path.read_text(), flags=re.DOTALL)
+    return re.sub(r'(#\s*include\s*)?"(?:[^"\\\n]|\\.)*"', _keep_include, text)
+
+
+def _keep_include(found: re.Match[str]) -> str:
+    return found[0] if found[1] else '""'
+
+
+def c_files(suffix: str) -> list[Path]:
+    """Return the library's own files, without its tests and fuzz targets."""
+    folders = ("include", "common", "kernels", "codec", "tables", "io", "engine")
+    return sorted(path for name in folders for path in (NATIVE / name).glob(f"*.{suffix}"))
+
+
+def c_definitions(code: str) -> set[str]:
+    """Return the functions and objects with external linkage that a C file defines."""
+    # A definition starts in the first column; its braces or its initialiser end the match.
+    head = r"^(?!static\b|typedef\b|extern\b)[A-Za-z_][\w \t*]*?[ \t*]"
+    functions = re.findall(head + r"(\w+)\([^;{}]*\)\s*\{", code, re.MULTILINE)
+    objects = re.findall(head + r"(\w+)(?:\[[^\]]*\])?\s*=\s*[^=]", code, re.MULTILINE)
+    return {*functions, *objects}
+
+
+def c_uses() -> dict[str, set[str]]:
+    """Return for each C file the other C files whose functions or objects it names."""
+    codes = {str(path.relative_to(NATIVE)): c_code(path) for path in c_files("c")}
+    owners = {name: file for file, code in codes.items() for name in c_definitions(code)}
+    words = {file: set(re.findall(r"\w+", code)) for file, code in codes.items()}
+    return {
+        file: {owners[word] for word in named if word in owners} - {file}
+        for file, named in words.items()
+    }
+
+
+def c_includes() -> dict[str, set[str]]:
+    """Return for each header the headers of this project that it includes."""
+    found = {}
+    for path in c_files("h"):
+        names = re.findall(r'#\s*include\s*"([^"]+)"', c_code(path))
+        found[str(path.relative_to(NATIVE))] = {
+            f"include/{name}" if name == "imgc.h" else name for name in names
+        }
+    return found
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Return the nodes of one circle, the first again at the end; empty if there is none."""
+    try:
+        list(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as error:
+        nodes: list[str] = error.args[1]
+        return nodes[::-1]  # in the order of the calls
+    return []
+
+
+def test_c_files_do_not_call_in_circles() -> None:
+    uses = c_uses()
+    # The patterns above still find what they are meant for.
+    assert {"engine/worker.c", "engine/placer.c"} <= uses["engine/job.c"]
+    assert {"io/io.c", "kernels/zero.c"} <= uses["kernels/variants.c"]
+    assert not circle(uses), " uses ".join(circle(uses))
+
+
+def test_c_headers_do_not_include_in_circles() -> None:
+    includes = c_includes()
+    assert "engine/source.h" in includes["engine/engine.h"]
+    assert not circle(includes), " includes ".join(circle(includes))
