@@ -1,7 +1,7 @@
 """The examples in the documents run, and print what the documents say they print.
 
 A block runs in a folder with the files that it reads.  Shell and console blocks run line by
-line, Python blocks as a whole.
+line, without a shell; Python blocks run as a whole.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import doctest
 import os
 import re
 import shlex
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +20,7 @@ import pytest
 
 import imgcore
 from tests.docs.documents import DOCUMENTS, ROOT
+from tests.helpers.command import imgcore as run_imgcore
 
 MIB = 1024 * 1024
 
@@ -129,28 +128,19 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return get
 
 
-@pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Change to an empty folder, with ``imgcore`` on the path."""
-    monkeypatch.chdir(tmp_path)
-    programs = os.path.dirname(sys.executable)
-    monkeypatch.setenv("PATH", programs + os.pathsep + os.environ["PATH"])
-    return tmp_path
-
-
 @pytest.mark.parametrize("block", blocks("sh", "console"), ids=str)
-def test_shell(block: Block, workplace: Path, image: Callable[[str], Path]) -> None:
+def test_shell(block: Block, tmp_path: Path, image: Callable[[str], Path]) -> None:
     reasons = []
     for command in commands(block):
         if command.why_not is not None:
             reasons.append(command.why_not)
             continue
         for name in command.inputs():
-            if not (workplace / name).exists():
-                os.link(image(name), workplace / name)
-        done = subprocess.run(
-            ["bash", "-c", command.text], capture_output=True, text=True, timeout=60
-        )
+            if not (tmp_path / name).exists():
+                os.link(image(name), tmp_path / name)
+        program, *arguments = command.words()
+        assert program == "imgcore", f"{block}: {command.text}"
+        done = run_imgcore(*arguments, cwd=tmp_path)
         assert done.returncode == 0, f"{block}: {command.text}\n{done.stdout}{done.stderr}"
         if command.output is not None:
             assert_output(command, done.stdout)
@@ -166,9 +156,15 @@ def assert_output(command: Command, got: str) -> None:
 
 
 @pytest.mark.parametrize("block", blocks("python"), ids=str)
-def test_python(block: Block, workplace: Path, image: Callable[[str], Path]) -> None:
+def test_python(
+    block: Block,
+    tmp_path: Path,
+    image: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
     for name in python_inputs(block.text):
-        os.link(image(name), workplace / name)
+        os.link(image(name), tmp_path / name)
     exec(compile(block.text, str(block), "exec"), {"__name__": "example"})
 
 
