@@ -11,6 +11,7 @@
 #   make crosscheck    random images against qemu-img and others, for $CROSSCHECK_SECONDS (120)
 #   make faults        full disks, read errors, kills and power cuts, in every format (needs root for some)
 #   make fuzz          every fuzz target for FUZZ_SECONDS each (60 unless given); docs/fuzzing.md
+#   make docs          the site from docs/ in build/site; warnings and broken links are errors
 #   make lint native-test clean
 
 PYTHON ?= python3
@@ -18,6 +19,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -qq
 STAMP := $(VENV)/.imgcore-ready
+DOCS_STAMP := $(VENV)/.imgcore-docs
 PYTEST_ARGS ?=
 FUZZ_SECONDS ?= 60
 FUZZ_WORK := build/fuzz/readers
@@ -26,7 +28,7 @@ FUZZ_FLAGS = -max_total_time=$(FUZZ_SECONDS) -timeout=30 -rss_limit_mb=2048 -max
 
 .NOTPARALLEL:
 .PHONY: all setup build demo test lint native-test native-sanitize sanitize python-test \
-	valgrind test-arm64 wheel peers-test crosscheck faults bench fuzz fuzz-merge clean
+	valgrind test-arm64 wheel peers-test crosscheck faults bench docs fuzz fuzz-merge clean
 
 all: build
 
@@ -96,6 +98,13 @@ faults: build
 
 bench: build
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m benchmarks $(BENCH_ARGS)
+
+$(DOCS_STAMP): $(STAMP)
+	@$(PIP) install --no-build-isolation -e '.[docs]'
+	@touch $@
+
+docs: $(DOCS_STAMP)
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 # Coverage-guided: the C core by libFuzzer (clang), the readers by atheris.
 fuzz: build
