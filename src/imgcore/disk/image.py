@@ -9,16 +9,16 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from imgcore.disk.chain import open_chain
-from imgcore.files.gate import folder_names
+from imgcore.disk.options import OpenOptions
 from imgcore.formats.api import SectorSized
 from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
+    from imgcore.disk.layer import Layer
     from imgcore.disk.overlay import Depths
     from imgcore.engine.extents import Extents
     from imgcore.engine.sources import SourceFile
     from imgcore.files.host_file import HostFile
-    from imgcore.formats.api import Reader
 
 
 class Image:
@@ -34,17 +34,20 @@ class Image:
         Bytes of the virtual disk.
     block_size : int
         Bytes of its allocation unit (cluster, grain).
-    layers : list of Reader
+    chain : list of Layer
         The image, then its backing file, and so on.
+    layers : list of Reader
+        The reader of each.
     sources : list of SourceFile
         Every file that extents refer to by index.
     files : list of HostFile
         Every file that was opened by name, the image first.
     """
 
-    def __init__(self, path: str, layers: Sequence[Reader], files: Sequence[HostFile]) -> None:
-        self.path = path
-        self.layers = list(layers)
+    def __init__(self, chain: Sequence[Layer]) -> None:
+        self.chain = list(chain)
+        self.path = self.chain[0].file.path
+        self.layers = [layer.reader for layer in self.chain]
         self.reader = self.layers[0]
         self.format = self.reader.format_name
         self.subformat = self.reader.subformat
@@ -52,7 +55,7 @@ class Image:
         self.block_size = self.reader.block_nbytes
         self.sources: list[SourceFile] = []
         self._first_files: list[int] = []
-        self.files = list(files)
+        self.files = [layer.file for layer in self.chain]
         # Reentrant: a signal's handler may close the image in the middle of a read.
         self._lock = threading.RLock()
         self._n_users = 1  # who opened it, and reads under way
@@ -211,7 +214,7 @@ class Image:
         """Return what is known of the image, in the keys of ``qemu-img info --output=json``."""
         from imgcore.disk.describe import describe_layer
 
-        return describe_layer(self.files[0], self.reader)
+        return describe_layer(self.chain[0])
 
     def check_unchanged(self) -> None:
         """Raise ImgcoreError if a file of the chain has changed since it was opened."""
@@ -239,10 +242,8 @@ class Image:
             self._n_users -= 1
             if self._n_users:
                 return
-            for layer in self.layers:
+            for layer in self.chain:
                 layer.close()
-            for file in self.files:
-                file.close()
 
     def __enter__(self) -> Image:
         return self
@@ -303,13 +304,19 @@ def open(
     UnsafeReferenceError
         It names a file outside the permitted folders.
     """
-    layers, files = open_chain(
-        os.fspath(path),
+    options = OpenOptions.from_keywords(
         format=format,
         backing_format=backing_format,
-        parent=None if parent is None else os.fspath(parent),
+        parent=parent,
         read_options=read_options,
-        allow=folder_names(allow),
+        allow=allow,
         share=share,
     )
-    return Image(files[0].path, layers, files)
+    return open_image(path, options)
+
+
+def open_image(
+    path: str | os.PathLike[str], options: OpenOptions, *, parents: bool = True
+) -> Image:
+    """Open an image as `open` does; without ``parents``, only its headers are of use."""
+    return Image(open_chain(path, options, parents=parents))

@@ -23,7 +23,6 @@ from imgcore.errors import (
     TargetError,
     UnsupportedFeatureError,
 )
-from imgcore.files.gate import ReferenceGate
 from imgcore.files.host_file import HostFile
 from imgcore.files.identity import same_file
 from imgcore.files.target import Target
@@ -34,6 +33,7 @@ from imgcore.limits import MAX_REPAIR_NBYTES, MIB
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from imgcore.disk.layer import Layer
     from imgcore.files.target_file import TargetFile
     from imgcore.formats.api import CheckReport, Reader, Repair
 
@@ -51,19 +51,15 @@ _NO_CLONE_ERRORS: Final = (
 _COPY_NBYTES: Final = 64 * MIB
 
 
-def repair(
-    file: HostFile, reader: Reader, before: CheckReport, gate: ReferenceGate
-) -> tuple[CheckReport, list[Repair]]:
+def repair(layer: Layer, before: CheckReport) -> tuple[CheckReport, list[Repair]]:
     """Put right what can be put right safely, and check the result.
 
     Parameters
     ----------
-    file, reader : HostFile, Reader
-        The image, open; they show its former state afterwards.
+    layer : Layer
+        The image, open; it shows its former state afterwards.
     before : CheckReport
         What is wrong with it.
-    gate : ReferenceGate
-        What the image names is opened through it.
 
     Returns
     -------
@@ -77,6 +73,7 @@ def repair(
     TargetError, OSError
         The copy could not be made or take the image's place.
     """
+    file, reader = layer.file, layer.reader
     if not isinstance(reader, Repairable):
         raise UnsupportedFeatureError(
             f"nothing in {reader.format_name} images can be repaired", path=file.path
@@ -93,7 +90,7 @@ def repair(
         _copy(file, target)
         for item in repairs:
             _apply(target.main, item)
-        after = _verify(file, reader, target.main, gate)
+        after = _verify(layer, target.main)
         if after.corruptions > before.corruptions or after.leaks > before.leaks:
             raise ImgcoreError("internal: the repairs do not help; nothing changed", path=file.path)
         _copy_attributes(file, target.main)
@@ -210,11 +207,12 @@ def _copy_attributes(file: HostFile, copy: TargetFile) -> None:
 # -- verification -------------------------------------------------------------------------
 
 
-def _verify(file: HostFile, reader: Reader, copy: TargetFile, gate: ReferenceGate) -> CheckReport:
+def _verify(layer: Layer, copy: TargetFile) -> CheckReport:
     """Check the copy, which has to read from the same places as the image."""
+    file, reader = layer.file, layer.reader
     # The image's own name: it stands in messages.
     with HostFile(os.dup(copy.fd), file.path, device=False) as opened:
-        repaired = get_driver(reader.format_name).open(opened, gate)
+        repaired = get_driver(reader.format_name).open(opened, layer.gate)
         try:
             if not _reads_the_same(reader, repaired):
                 raise ImgcoreError(

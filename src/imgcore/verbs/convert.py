@@ -12,8 +12,8 @@ import numpy as np
 
 from imgcore._core import Job
 from imgcore.disk.chain import opened_reference
-from imgcore.disk.image import Image
-from imgcore.disk.image import open as open_image
+from imgcore.disk.image import Image, open_image
+from imgcore.disk.options import OpenOptions
 from imgcore.disk.supply import ImageSupply, StreamSupply
 from imgcore.engine.bad_ranges import BadRange, named_bad_ranges
 from imgcore.engine.extents import PLACEMENT_DTYPE
@@ -21,7 +21,6 @@ from imgcore.engine.geometry import CodecId, Placing, ZeroPolicy
 from imgcore.engine.job import chosen_variants, thread_count, translated_errors
 from imgcore.engine.progress import Progress
 from imgcore.errors import LimitExceededError, OptionError, UnsupportedFeatureError
-from imgcore.files.gate import folder_names
 from imgcore.files.target import Target
 from imgcore.formats.api import BackingReference, SectorSized, WriteRequest
 from imgcore.formats.option_texts import given_options, parse_options
@@ -85,24 +84,19 @@ class _Request(NamedTuple):
     """The arguments of `convert`, checked and resolved."""
 
     source: str
-    source_format: str | None
+    opening: OpenOptions
     target: str
     target_format: str
     options: Mapping[str, Any]
     compress: bool
     backing: BackingReference | None
-    source_backing_format: str | None
-    parent: str | None
-    read_options: Mapping[str, Any] | Sequence[str] | None
     sparse_nbytes: int
     threads: int
     force: bool
     sync: bool
     in_place: bool
-    share: bool
     salvage: bool
     reflink: bool
-    allow: tuple[str, ...]
     progress: Callable[[Progress], None] | None
     variants: dict[str, str]
     profile: Profile | None
@@ -140,8 +134,9 @@ def convert(
     ----------
     source, target : path-like
         ``disk.raw.zst`` and ``disk.raw.gz`` are read and written as compressed raw disks.
-    format : str, optional
-        The source's format; found by its magic, or for raw by its suffix, if None.
+    format, source_backing_format, parent, read_options, allow, share
+        How to open the source: see :func:`imgcore.open`, where ``source_backing_format`` is
+        called ``backing_format``.  ``allow`` and ``share`` are for the target's backing file too.
     target_format : str, optional
         The target's format; follows from its suffix if None.
     options : mapping or sequence of str, optional
@@ -151,12 +146,6 @@ def convert(
     backing, backing_format : optional
         A backing file for the target (QCOW2) or its parent (VHD, VHDX, VDI), and its format.
         Blocks that read the same in it are left out; the virtual disk reads the same as the source.
-    source_backing_format : str, optional
-        Format of the source's backing files whose format the source does not state.
-    parent : path-like, optional
-        The source's parent, in place of what the source calls it; see :func:`imgcore.open`.
-    read_options : mapping or sequence of str, optional
-        How to read the source; see :func:`imgcore.open`.
     sparse : int or str
         Bytes: runs of zeros of this size are not written.  0 writes every zero.
     threads : int, optional
@@ -167,8 +156,6 @@ def convert(
         Let the target reach the disk before it gets its name.
     in_place : bool
         Write into an existing raw file or block device.
-    share : bool
-        Open the source even if another process writes to it.
     salvage : bool
         Write zeros for guest data that the system cannot read, or that does not decompress,
         and list it in ``bad_ranges`` of the result, instead of failing.  Headers and tables
@@ -179,8 +166,6 @@ def convert(
         reads the same either way, and neither file sees what is written to the other later.
         Not done for targets that are to have blocks of their own: preallocated ones
         (falloc, full), those with every zero written (``sparse=0``) or written in place.
-    allow : sequence of path-like
-        Folders, besides an image's own, in which files named inside images may lie.
     progress : callable, optional
         Called with `Progress` on the calling thread, at most every 50 ms and once at the end.
         If it raises, the conversion is cancelled and the exception passes through.
@@ -214,24 +199,26 @@ def convert(
     resolved = _resolve_target_format(target_name, target_format, platform)
     request = _Request(
         source=source_name,
-        source_format=format,
+        opening=OpenOptions.from_keywords(
+            format=format,
+            backing_format=source_backing_format,
+            parent=parent,
+            read_options=read_options,
+            allow=allow,
+            share=share,
+        ),
         target=target_name,
         target_format=resolved,
         options=_resolve_options(resolved, options, platform),
         compress=compress,
         backing=_backing_reference(backing, backing_format),
-        source_backing_format=source_backing_format,
-        parent=None if parent is None else os.fspath(parent),
-        read_options=read_options,
         sparse_nbytes=_sparse_nbytes(sparse),
         threads=thread_count(threads),
         force=force,
         sync=sync,
         in_place=in_place,
-        share=share,
         salvage=salvage,
         reflink=reflink,
-        allow=tuple(folder_names(allow)),
         progress=progress,
         variants=chosen_variants(kernels),
         profile=platform,
@@ -338,27 +325,19 @@ class _Conversion:
 
     def _open_source(self) -> None:
         r = self._request
-        if stream_suffix(r.source) is not None and r.source_format in (None, "raw"):
+        if stream_suffix(r.source) is not None and r.opening.format in (None, "raw"):
             from imgcore.streams.source import StreamSource
 
             if r.salvage:
                 raise OptionError(f"{r.source}: nothing of a compressed stream can be salvaged")
-            refuse_stream_options(r.source, r.read_options, r.parent)
-            self._stream = StreamSource.open(r.source, share=r.share)
+            refuse_stream_options(r.source, r.opening.read_options, r.opening.parent)
+            self._stream = StreamSource.open(r.source, share=r.opening.share)
             self._stack.callback(self._stream.close)
-            if r.source_format is None:
+            if r.opening.format is None:
                 refuse_image_in_stream(self._stream)
             self._virtual_size = self._stream.virtual_size
             return
-        self._image = open_image(
-            r.source,
-            format=r.source_format,
-            backing_format=r.source_backing_format,
-            parent=r.parent,
-            read_options=r.read_options,
-            allow=r.allow,
-            share=r.share,
-        )
+        self._image = open_image(r.source, r.opening)
         self._stack.callback(self._image.close)
         self._virtual_size = self._image.virtual_size
         if self._virtual_size % SECTOR_NBYTES:
@@ -377,14 +356,14 @@ class _Conversion:
         if self._stream is not None:
             raise UnsupportedFeatureError("a compressed raw source does not go with -B")
         folder = os.path.dirname(os.path.abspath(self._request.target))
-        self._base = open_image(
-            os.path.join(folder, backing.name),
+        opening = OpenOptions(
             format=backing.format,
-            allow=self._request.allow,
-            share=self._request.share,
+            allow=self._request.opening.allow,
+            share=self._request.opening.share,
         )
+        self._base = open_image(os.path.join(folder, backing.name), opening)
         self._stack.callback(self._base.close)
-        self._backing = opened_reference(backing, self._base.files[0], self._base.reader)
+        self._backing = opened_reference(backing, self._base.chain[0])
 
     def _fit_to(self, profile: Profile) -> None:
         """Round the disk up to what the platform takes; the engine pads it with zeros."""

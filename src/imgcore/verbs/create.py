@@ -76,7 +76,7 @@ def create(
     sync : bool
         Return when the image is on stable storage.
     allow : sequence of path-like
-        Folders in which files named inside the backing file may lie, besides its own.
+        See :func:`imgcore.open`; for files that the backing file names.
 
     Returns
     -------
@@ -138,6 +138,7 @@ def _open_backing(
     """Return the reference to store, the backing file's size (bytes) and its identity."""
     from imgcore.disk.chain import opened_reference
     from imgcore.disk.layer import open_layer
+    from imgcore.disk.options import OpenOptions
     from imgcore.formats.api import BackingReference
 
     if backing is None:
@@ -148,10 +149,11 @@ def _open_backing(
         raise OptionError("the backing file's format is never guessed: state it with -F", path=name)
     stored = os.fspath(backing)
     path = os.path.join(os.path.dirname(name), stored)
-    with open_layer(path, format=backing_format, allow=allow, share=True) as (file, reader):
-        reference = BackingReference(stored, reader.format_name)
-        reference = opened_reference(reference, file, reader)
-        return reference, reader.virtual_size, file.identity
+    options = OpenOptions.from_keywords(format=backing_format, allow=allow, share=True)
+    with open_layer(path, options) as layer:
+        reference = BackingReference(stored, layer.reader.format_name)
+        reference = opened_reference(reference, layer)
+        return reference, layer.reader.virtual_size, layer.file.identity
 
 
 def _request(

@@ -11,6 +11,7 @@ from typing import Any, Literal, overload
 
 from imgcore.disk.describe import STAT_BLOCK_NBYTES, describe_layer
 from imgcore.disk.layer import open_layer
+from imgcore.disk.options import OpenOptions
 from imgcore.errors import OptionError
 
 
@@ -59,21 +60,10 @@ def info(
     ----------
     path : path-like
         The image.
-    format : str, optional
-        Its format; found by its magic, or for raw by its suffix, if None.
     chain : bool
         Describe the backing files as well; without it none is opened.
-    allow : sequence of path-like
-        Folders, besides an image's own, in which files named inside images may lie.
-    share : bool
-        Open the image even if another process writes to it.
-    backing_format : str, optional
-        Format of backing files whose format the image does not state.
-    parent : path-like, optional
-        With ``chain``: the image's parent, in place of what the image calls it; see
-        :func:`imgcore.open`.
-    read_options : mapping or sequence of str, optional
-        How to read the image; see :func:`imgcore.open`.
+    format, backing_format, parent, read_options, allow, share
+        See :func:`imgcore.open`; ``parent`` is for ``chain`` only.
 
     Returns
     -------
@@ -97,6 +87,14 @@ def info(
     """
     from imgcore.formats.registry import refuse_stream_options, stream_suffix
 
+    options = OpenOptions.from_keywords(
+        format=format,
+        backing_format=backing_format,
+        parent=parent,
+        read_options=read_options,
+        allow=allow,
+        share=share,
+    )
     if format in (None, "raw") and stream_suffix(os.fspath(path)) is not None:
         refuse_stream_options(os.fspath(path), read_options, parent)
         description = _describe_stream(path, share)
@@ -104,22 +102,12 @@ def info(
     if not chain:
         if parent is not None:
             raise OptionError("a parent is given, but only the image itself is described")
-        with open_layer(
-            path, format=format, read_options=read_options, allow=allow, share=share
-        ) as layer:
-            return describe_layer(*layer)
-    from imgcore.disk.image import open as open_image
+        with open_layer(path, options) as layer:
+            return describe_layer(layer)
+    from imgcore.disk.image import open_image
 
-    with open_image(
-        path,
-        format=format,
-        backing_format=backing_format,
-        parent=parent,
-        read_options=read_options,
-        allow=allow,
-        share=share,
-    ) as image:
-        return [describe_layer(*layer) for layer in zip(image.files, image.layers, strict=True)]
+    with open_image(path, options) as image:
+        return [describe_layer(layer) for layer in image.chain]
 
 
 def _describe_stream(path: str | os.PathLike[str], share: bool) -> dict[str, Any]:

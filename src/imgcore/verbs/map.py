@@ -72,20 +72,10 @@ def map(
     ----------
     path : path-like
         The image.
-    format : str, optional
-        Its format; found by its magic, or for raw by its suffix, if None.
     start, length : int
         Bytes: the range to map, cut at the end of the disk; all of it by default.
-    backing_format : str, optional
-        Format of backing files whose format the image does not state.
-    parent : path-like, optional
-        The image's parent, in place of what the image calls it; see :func:`imgcore.open`.
-    read_options : mapping or sequence of str, optional
-        How to read the image; see :func:`imgcore.open`.
-    allow : sequence of path-like
-        Folders, besides an image's own, in which files named inside images may lie.
-    share : bool
-        Open the image even if another process writes to it.
+    format, backing_format, parent, read_options, allow, share
+        See :func:`imgcore.open`.
 
     Yields
     ------
@@ -101,17 +91,18 @@ def map(
     -----
     Memory is bounded by one batch of extents, however fragmented the image is.
     """
-    from imgcore.disk.image import open as open_image
+    from imgcore.disk.image import open_image
+    from imgcore.disk.options import OpenOptions
 
-    with open_image(
-        path,
+    options = OpenOptions.from_keywords(
         format=format,
         backing_format=backing_format,
         parent=parent,
         read_options=read_options,
         allow=allow,
         share=share,
-    ) as image:
+    )
+    with open_image(path, options) as image:
         end = image.virtual_size if length is None else min(start + length, image.virtual_size)
         yield from map_image(image, max(start, 0), end)
 

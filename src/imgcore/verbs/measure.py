@@ -35,24 +35,14 @@ def measure(
         The image to be converted.
     size : int, optional
         Bytes of an empty disk, in place of ``source``.
-    format : str, optional
-        Format of ``source``; found by its magic, or for raw by its suffix, if None.
     target_format : str
         Format of the target.
     options : mapping or sequence of str, optional
         Options of the target format, or strings ``"key=value,..."``.
     compress : bool
         The target is compressed; the result is the upper bound, without any gain.
-    backing_format : str, optional
-        Format of backing files whose format the source does not state.
-    parent : path-like, optional
-        The source's parent, in place of what the source calls it; see :func:`imgcore.open`.
-    read_options : mapping or sequence of str, optional
-        How to read the source; see :func:`imgcore.open`.
-    allow : sequence of path-like
-        Folders, besides an image's own, in which files named inside images may lie.
-    share : bool
-        Open the source even if another process writes to it.
+    format, backing_format, parent, read_options, allow, share
+        See :func:`imgcore.open`; they are about ``source``.
 
     Returns
     -------
@@ -83,17 +73,18 @@ def measure(
         # What a stream holds is known when it has been read: all of it may be data.
         whole = _whole(stream_size)
         return _measure_data(stream_size, whole, target_format, options, compress)
-    from imgcore.disk.image import open as open_image
+    from imgcore.disk.image import open_image
+    from imgcore.disk.options import OpenOptions
 
-    with open_image(
-        source,
+    opening = OpenOptions.from_keywords(
         format=format,
         backing_format=backing_format,
         parent=parent,
         read_options=read_options,
         allow=allow,
         share=share,
-    ) as image:
+    )
+    with open_image(source, opening) as image:
         batches = image.extents_to_read()
         return _measure_data(image.virtual_size, batches, target_format, options, compress)
 
