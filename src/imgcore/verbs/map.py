@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 # Image.layer_extents takes ranges of whole sectors; other ranges are clipped here.
 _SECTOR_NBYTES: Final = 512
 
-# Subformats whose disk lies in plain files byte for byte, holes of these files included.
-_FLAT_SUBFORMATS: Final = frozenset({"monolithicFlat", "twoGbMaxExtentFlat", "vmfs"})
-
 
 class MapEntry(NamedTuple):
     """A run of the virtual disk with one state, as ``qemu-img map --output=json`` names it.
@@ -154,14 +151,12 @@ def _batch_entries(
     plain = kind == Kind.DATA
     compressed = kind > Kind.DATA
     empty = ~(plain | compressed)
-    # A hole of a raw file is a place in that file like any other.
-    is_raw = np.array([layer.format_name == "raw" for layer in image.layers])
-    is_flat = np.array([layer.subformat in _FLAT_SUBFORMATS for layer in image.layers])
-    in_raw = empty & is_raw[depths]
-    present = (kind != Kind.HOLE) | in_raw | is_flat[depths]
-    placed = plain | in_raw
-    offset = np.where(in_raw, batch["guest_offset"], batch["host_offset"])
-    file = np.where(in_raw, _raw_files(image)[depths], batch["file"])
+    # A hole of a flat file is a place in that file like any other.
+    in_flat = empty & np.array([layer.is_flat for layer in image.layers])[depths]
+    present = (kind != Kind.HOLE) | in_flat
+    placed = plain | in_flat
+    offset = np.where(in_flat, batch["guest_offset"], batch["host_offset"])
+    file = np.where(in_flat, _first_files(image)[depths], batch["file"])
 
     joins = np.ones(len(batch), dtype=bool)
     joins[0] = False
@@ -192,7 +187,7 @@ def _batch_entries(
         )
 
 
-def _raw_files(image: Image) -> NDArray[np.uint32]:
+def _first_files(image: Image) -> NDArray[np.uint32]:
     """Return for each layer the index of its first file in ``image.sources``."""
     import numpy as np
 
