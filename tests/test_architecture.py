@@ -166,7 +166,7 @@ def test_python_modules_import_in_no_circle() -> None:
         ("imgcore.formats.vhd.reader", "imgcore.formats.vhdx.reader", imports_between_members),
         ("imgcore.verbs.convert", "imgcore.verbs.compare", imports_between_members),
         ("imgcore.cli.convert", "imgcore.cli.compare", imports_between_members),
-        ("imgcore.formats.vhd.reader", "imgcore.streams.source", stray_imports_of_formats),
+        ("imgcore.formats.vhd.reader", "imgcore.streams.reader", stray_imports_of_formats),
         ("imgcore.formats.vhd.reader", "imgcore.formats.registry", stray_imports_of_formats),
         ("imgcore.formats.shared.flat", "imgcore.formats.registry", stray_imports_of_formats),
     ],

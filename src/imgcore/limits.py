@@ -14,6 +14,9 @@ SECTOR_NBYTES: Final = 512
 # Rows of one extent batch: 2^17 rows of 40 bytes are 5 MiB, whatever the fragmentation.
 MAX_BATCH_ROWS: Final = 1 << 17
 
+# Pieces in which a disk is read from its start to its end; a few of them are held.
+CHUNK_NBYTES: Final = 16 * MIB
+
 # Tables that a writer may hold back before it must put them into the file.
 MAX_PENDING_TABLE_NBYTES: Final = 32 * MIB
 

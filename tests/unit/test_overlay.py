@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from imgcore.disk.image_batches import image_batches
 from imgcore.disk.overlay import padded, plan_chain
-from imgcore.disk.supply import ImageSupply
 from imgcore.engine.batches import cut_batches, pair_up
 from imgcore.engine.extents import EXTENT_DTYPE, Kind, clip, single
 from imgcore.engine.geometry import Geometry
@@ -208,7 +208,7 @@ def test_batches_over_a_base_are_bounded_on_both_sides(
     at = 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("imgcore.engine.batches.MAX_BATCH_ROWS", max_rows)
-        batches = list(ImageSupply(images[0], images[1], geometry).batches())
+        batches = list(image_batches(images[0], images[1], geometry))
     for start, stop, rows, base in batches:
         assert base is not None
         assert start == at

@@ -1,1 +1,1 @@
-"""An open disk: an image with its chain of parents, and what is read of it."""
+"""An open disk: an image with its chain of parents, what is read from and what is written to."""

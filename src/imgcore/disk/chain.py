@@ -60,16 +60,6 @@ def open_chain(
     return chain.layers
 
 
-def opened_reference(reference: BackingReference, parent: Layer) -> BackingReference:
-    """Return the reference that a new child of an opened image stores."""
-    return reference._replace(
-        identities=dict(parent.reader.identities),
-        modified=parent.file.modified,
-        path=os.path.abspath(parent.file.path),
-        virtual_size=parent.reader.virtual_size,
-    )
-
-
 class _WrongParentError(CorruptImageError):
     """The file is an image, but not the one that its child was made upon."""
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # Keys of Reader.info() that stand beside "format-specific", not inside it.
 _TOP_LEVEL_KEYS: Final = ("cluster-size", "encrypted", "compressed", "snapshots")
 _OWN_KEYS: Final = (*_TOP_LEVEL_KEYS, "dirty-flag", "backing-filename", "backing-filename-format")
-STAT_BLOCK_NBYTES: Final = 512  # st_blocks counts these, whatever st_blksize says
+_STAT_BLOCK_NBYTES: Final = 512  # st_blocks counts these, whatever st_blksize says
 
 
 def describe_layer(layer: Layer) -> dict[str, Any]:
@@ -64,4 +64,4 @@ def _full_name(path: str, name: str) -> str:
 def allocated_nbytes(files: Iterable[HostFile]) -> int:
     """Sum the bytes that the host has allocated to the distinct ones among some files."""
     distinct = {file.identity: file for file in files}
-    return sum(os.fstat(file.fd).st_blocks for file in distinct.values()) * STAT_BLOCK_NBYTES
+    return sum(os.fstat(file.fd).st_blocks for file in distinct.values()) * _STAT_BLOCK_NBYTES

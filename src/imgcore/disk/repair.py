@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from imgcore.disk.describe import STAT_BLOCK_NBYTES
+from imgcore.disk.describe import allocated_nbytes
 from imgcore.engine.batches import pair_up
 from imgcore.engine.extents import Kind
 from imgcore.errors import (
@@ -153,7 +153,7 @@ def _copy(file: HostFile, target: Target) -> None:
     except OSError as error:
         if error.errno not in _NO_CLONE_ERRORS:
             raise OSError(error.errno, error.strerror, file.path) from error
-    target.require_space(os.fstat(file.fd).st_blocks * STAT_BLOCK_NBYTES)
+    target.require_space(allocated_nbytes([file]))
     target.main.truncate(file.nbytes)
     start, end = file.core.next_data(0)
     while start < end:

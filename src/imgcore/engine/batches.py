@@ -11,6 +11,7 @@ from imgcore.engine.extents import Kind, clip
 from imgcore.limits import MAX_BATCH_ROWS
 
 if TYPE_CHECKING:
+    from imgcore._core import File
     from imgcore.engine.extents import Extents
 
 
@@ -24,6 +25,19 @@ class Batch(NamedTuple):
     end: int
     rows: Extents
     base: Extents | None = None
+
+
+class Supply(NamedTuple):
+    """What the engine reads a disk from.
+
+    ``native_sources`` are the files that the batches' extents refer to by index: file, size,
+    guest base, block size; ``paths`` are their names.  When a batch is taken, the one before
+    it stays valid.
+    """
+
+    paths: list[str]
+    native_sources: list[tuple[File, int, int, int]]
+    batches: Iterator[Batch]
 
 
 def cut_batches(

@@ -1,6 +1,6 @@
-"""The verb ``info``: what an image says about itself.
+"""The verb ``info``: describes an image by its headers.
 
-Nothing here or below imports NumPy: ``imgcore info`` has to answer at once.
+``imgcore info`` imports no NumPy, which would take longer than all the rest.
 """
 
 from __future__ import annotations
@@ -9,10 +9,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, overload
 
-from imgcore.disk.describe import STAT_BLOCK_NBYTES, describe_layer
-from imgcore.disk.layer import open_layer
 from imgcore.disk.options import OpenOptions
-from imgcore.errors import OptionError
+from imgcore.disk.source import open_source
 
 
 @overload
@@ -85,8 +83,6 @@ def info(
     OSError
         The operating system refused; ``filename`` is set.
     """
-    from imgcore.formats.registry import refuse_stream_options, stream_suffix
-
     options = OpenOptions.from_keywords(
         format=format,
         backing_format=backing_format,
@@ -95,31 +91,6 @@ def info(
         allow=allow,
         share=share,
     )
-    if format in (None, "raw") and stream_suffix(os.fspath(path)) is not None:
-        refuse_stream_options(os.fspath(path), read_options, parent)
-        description = _describe_stream(path, share)
-        return [description] if chain else description
-    if not chain:
-        if parent is not None:
-            raise OptionError("a parent is given, but only the image itself is described")
-        with open_layer(path, options) as layer:
-            return describe_layer(layer)
-    from imgcore.disk.image import open_image
-
-    with open_image(path, options) as image:
-        return [describe_layer(layer) for layer in image.chain]
-
-
-def _describe_stream(path: str | os.PathLike[str], share: bool) -> dict[str, Any]:
-    """Describe a compressed raw disk; one that does not state its size is decompressed for it."""
-    from imgcore.streams.source import StreamSource
-
-    with StreamSource.open(path, share=share) as stream:
-        return {
-            "filename": stream.path,
-            "format": "raw",
-            "virtual-size": stream.virtual_size,
-            "actual-size": os.fstat(stream.file.fd).st_blocks * STAT_BLOCK_NBYTES,
-            "dirty-flag": False,
-            "format-specific": {"type": "raw", "data": {"compression": stream.codec}},
-        }
+    with open_source(path, options, parents=chain) as source:
+        described = source.describe()
+    return described if chain else described[0]

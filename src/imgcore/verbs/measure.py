@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from imgcore.errors import OptionError
+from imgcore.formats.registry import PLAIN_FORMAT
 
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
@@ -18,7 +19,7 @@ def measure(
     *,
     size: int | None = None,
     format: str | None = None,
-    target_format: str = "raw",
+    target_format: str = PLAIN_FORMAT,
     options: Mapping[str, Any] | Sequence[str] | None = None,
     compress: bool = False,
     backing_format: str | None = None,
@@ -61,20 +62,13 @@ def measure(
     -----
     Time: the tables of the source are read, its data is not. Memory: one batch of extents.
     """
-    from imgcore.formats.registry import refuse_stream_options
-
     if (source is None) == (size is None):
         raise OptionError("measure takes either a source or a size")
     if size is not None:
         return _measure_data(size, (), target_format, options, compress)
     assert source is not None
-    if (stream_size := _stream_size(source, format, share)) is not None:
-        refuse_stream_options(os.fspath(source), read_options, parent)
-        # What a stream holds is known when it has been read: all of it may be data.
-        whole = _whole(stream_size)
-        return _measure_data(stream_size, whole, target_format, options, compress)
-    from imgcore.disk.image import open_image
     from imgcore.disk.options import OpenOptions
+    from imgcore.disk.source import open_source
 
     opening = OpenOptions.from_keywords(
         format=format,
@@ -84,28 +78,9 @@ def measure(
         allow=allow,
         share=share,
     )
-    with open_image(source, opening) as image:
-        batches = image.extents_to_read()
-        return _measure_data(image.virtual_size, batches, target_format, options, compress)
-
-
-def _stream_size(source: str | os.PathLike[str], format: str | None, share: bool) -> int | None:
-    """Return the size (bytes) of a compressed raw disk, None if it is no such file."""
-    from imgcore.formats.registry import stream_suffix
-
-    if format not in (None, "raw") or stream_suffix(os.fspath(source)) is None:
-        return None
-    from imgcore.streams.source import StreamSource
-
-    with StreamSource.open(source, share=share) as stream:
-        return stream.virtual_size
-
-
-def _whole(virtual_size: int) -> Iterator[Extents]:
-    from imgcore.engine.extents import Kind, single
-
-    if virtual_size:
-        yield single(0, virtual_size, Kind.DATA)
+    with open_source(source, opening) as disk:
+        extents = disk.data_extents()
+        return _measure_data(disk.virtual_size, extents, target_format, options, compress)
 
 
 def _measure_data(
