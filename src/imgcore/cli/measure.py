@@ -20,11 +20,14 @@ from imgcore.cli.common import (
     verb,
     wants_options_help,
 )
+from imgcore.formats.registry import PLAIN_FORMAT
 
 
 @verb("measure")
 @format_option()
-@click.option("-O", "--target-format", metavar="FMT", default="raw", help="Format of the target.")
+@click.option(
+    "-O", "--target-format", metavar="FMT", default=PLAIN_FORMAT, help="Format of the target."
+)
 @options_option()
 @click.option("-c", "--compress", is_flag=True, help="Measure a compressed target: an upper bound.")
 @click.option(

@@ -143,9 +143,11 @@ def _facts(path: str | os.PathLike[str], profile: Profile, options: OpenOptions)
 
 
 def _format_of(file: HostFile, options: OpenOptions) -> str:
-    from imgcore.formats.registry import canonical_name, probe
+    from imgcore.formats.registry import PLAIN_FORMAT, canonical_name, probe
 
-    return canonical_name(options.format) if options.format is not None else probe(file) or "raw"
+    if options.format is not None:
+        return canonical_name(options.format)
+    return probe(file) or PLAIN_FORMAT
 
 
 # What is known by its magic and holds no disk that could be read here.
