@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from imgcore.cli.common import (
-    allow_option,
-    backing_format_option,
-    format_option,
+    open_options,
     options_option,
     output_options,
-    parent_option,
     print_json,
     print_options_help,
-    read_options_option,
-    share_option,
     size_value,
     target_driver,
     verb,
@@ -24,7 +21,7 @@ from imgcore.formats.registry import PLAIN_FORMAT
 
 
 @verb("measure")
-@format_option()
+@open_options()
 @click.option(
     "-O", "--target-format", metavar="FMT", default=PLAIN_FORMAT, help="Format of the target."
 )
@@ -37,27 +34,17 @@ from imgcore.formats.registry import PLAIN_FORMAT
     callback=size_value,
     help="Size of an empty disk, in place of FILE.",
 )
-@backing_format_option()
-@parent_option()
-@read_options_option()
-@share_option()
-@allow_option()
 @output_options
 @click.argument("file", required=False)
 @click.pass_context
 def command(
     ctx: click.Context,
     file: str | None,
-    format: str | None,
     target_format: str,
     options: tuple[str, ...],
     compress: bool,
     size: int | None,
-    backing_format: str | None,
-    parent: str | None,
-    read_options: tuple[str, ...],
-    share: bool,
-    allow: tuple[str, ...],
+    opening: dict[str, Any],
     as_json: bool,
 ) -> None:
     """Tell how large a target file would be for the image FILE, or for an empty disk of --size."""
@@ -71,15 +58,10 @@ def command(
     result = measure(
         file,
         size=size,
-        format=format,
         target_format=target_format,
         options=options,
         compress=compress,
-        backing_format=backing_format,
-        parent=parent,
-        read_options=read_options,
-        allow=allow,
-        share=share,
+        **opening,
     )
     if as_json:
         print_json({"required": result.required, "fully-allocated": result.fully_allocated})
