@@ -29,6 +29,9 @@ MAX_BASE_BLOCK_NBYTES: Final = 4 * MIB
 # What `check --repair` writes into its copy of an image, all repairs together.
 MAX_REPAIR_NBYTES: Final = 64 * MIB
 
+# Workers of a job.
+MAX_THREADS: Final = 256
+
 # Virtual disks: raw files are limited by off_t, all others by their own tables.
 MAX_VIRTUAL_NBYTES: Final = (1 << 63) - SECTOR_NBYTES
 

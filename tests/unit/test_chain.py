@@ -103,7 +103,7 @@ def test_a_wrong_parent_is_refused(tmp_path: Path, identities: dict[str, str], f
     with pytest.raises(CorruptImageError) as info:
         paths(child)
     assert str(info.value) == (
-        f"{child}: was made upon a parent with UUID {UUID}, {base} {found}: "
+        f"{child}: was made on a parent with UUID {UUID}, {base} {found}: "
         "it is another disk, or was written to since"
     )
     assert n_open_files() == before

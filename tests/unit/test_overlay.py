@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imgcore.disk.image_batches import image_batches
-from imgcore.disk.overlay import padded, plan_chain
+from imgcore.disk.overlay import chain_extents, padded
 from imgcore.engine.batches import cut_batches, pair_up
 from imgcore.engine.extents import EXTENT_DTYPE, Kind, clip, single
 from imgcore.engine.geometry import Geometry
@@ -76,7 +76,7 @@ def test_chain_reads_as_the_topmost_layer_that_holds_it(
 ) -> None:
     fakes: list[Any] = [FakeLayer(joined(kinds), batch_rows) for kinds in layers]
     n_sectors = len(layers[0])
-    got = list(plan_chain(fakes, [10 * i for i in range(len(layers))], 0, n_sectors * SECTOR))
+    got = list(chain_extents(fakes, [10 * i for i in range(len(layers))], 0, n_sectors * SECTOR))
     at = 0
     for rows, depths in got:
         assert len(rows) == len(depths)

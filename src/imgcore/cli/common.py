@@ -1,4 +1,4 @@
-"""What the verbs of the command share: options, and text for people."""
+"""The options that several verbs of the command have, and text for people."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import click
 
+from imgcore.limits import MAX_THREADS
 from imgcore.text import one_line
 
 if TYPE_CHECKING:
     from imgcore.formats.api import Driver
 
 CONTEXT_SETTINGS: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-
-MAX_THREADS: Final = 256
 
 _HELP_WORDS: Final = frozenset({"help", "?"})
 
@@ -28,7 +27,7 @@ Decorator = Callable[[Function], Function]
 
 
 def say(text: str) -> None:
-    """Print one line on stderr; a job does not fail because nobody can read what it says."""
+    """Print one line on stderr; a closed or full stderr does not make a job fail."""
     with suppress(OSError):
         print(one_line(text), file=sys.stderr, flush=True)
 

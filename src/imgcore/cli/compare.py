@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from imgcore.verbs.compare import CompareResult
 
 EXIT_DIFFERENT: Final = 1
-EXIT_FAILED: Final = 2
 
 
 @verb("compare")

@@ -67,7 +67,9 @@ EXIT_SALVAGED: Final = 3  # done, but for what could not be read
     help="Copy blocks that TARGET could share with SOURCE (on XFS, Btrfs).",
 )
 @threads_option()
-@click.option("-W", "out_of_order", is_flag=True, help="Accepted, no effect: writing is parallel.")
+@click.option(
+    "-W", is_flag=True, expose_value=False, help="Accepted, no effect: writing is parallel."
+)
 @progress_options
 @quiet_option()
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
@@ -91,7 +93,6 @@ def command(
     salvage: bool,
     no_reflink: bool,
     threads: int | None,
-    out_of_order: bool,
     opening: dict[str, Any],
     progress_mode: str,
     wants_progress: bool,

@@ -1,1 +1,1 @@
-"""An open disk: an image with its chain of parents, what is read from and what is written to."""
+"""An open disk: an image with its parents, the sources and sinks of a conversion."""

@@ -61,7 +61,7 @@ def open_chain(
 
 
 class _WrongParentError(CorruptImageError):
-    """The file is an image, but not the one that its child was made upon."""
+    """The file is an image, but not the one that its child was made on."""
 
 
 class _Chain:
@@ -90,7 +90,7 @@ class _Chain:
         self._add(file, gate_of(file, self._options), reference, format)
 
     def _open_parent(self, reference: BackingReference) -> None:
-        """Open the last layer's parent under the first of its names where the right one lies."""
+        """Open the last layer's parent, by the first of its names that leads to the right one."""
         gate, format = self.layers[-1].gate, self._format_of(reference)
         names = list(dict.fromkeys((reference.name, *reference.other_names)))
         refused: list[ImgcoreError] = []
@@ -142,7 +142,7 @@ class _Chain:
             return canonical_name(format)
         except OptionError as error:
             if reference.format is None:
-                raise  # the caller's word, not the image's
+                raise  # the caller stated it, not the image
             raise UnsupportedFeatureError(
                 f"names a backing file of the format {format[:64]!r}, which is not supported",
                 path=image,
@@ -170,12 +170,12 @@ class _Chain:
 
 
 def _refuse_wrong_parent(image: str, reference: BackingReference, parent: Layer) -> None:
-    """Raise if the parent is not the one that the image was made upon; warn if it may not be."""
+    """Raise if a parent is not the one that the image was made on; warn if it may not be."""
     for what, wanted in reference.identities.items():
         found = parent.reader.identities.get(what)
         if found is None or found not in (wanted, reference.alternatives.get(what)):
             raise _WrongParentError(
-                f"was made upon a parent with {what} {wanted}, {parent.file.path} has "
+                f"was made on a parent with {what} {wanted}, {parent.file.path} has "
                 f"{found or 'none'}: it is another disk, or was written to since",
                 path=image,
             )

@@ -1,4 +1,4 @@
-"""What is known of an open image by its headers, in the keys of ``qemu-img info``."""
+"""Describes an open image by its headers, in the keys of ``qemu-img info``."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def describe_layer(layer: Layer) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> Any:
-    """Return what an image says without the credentials that names in it may carry."""
+    """Return a value without the credentials that names in it may carry."""
     if isinstance(value, str):
         return without_secrets(value)
     if isinstance(value, dict):

@@ -95,13 +95,13 @@ class Image:
         CorruptImageError
             A table entry lies outside its file.
         """
-        from imgcore.disk.overlay import plan_chain
+        from imgcore.disk.overlay import chain_extents
 
         length = self.virtual_size - start if length is None else length
         if start < 0 or length < 0 or start + length > self.virtual_size:
             raise ValueError(f"[{start}, {start + length}) is not inside the disk")
         if length:
-            yield from plan_chain(self.layers, self._first_files, start, length)
+            yield from chain_extents(self.layers, self._first_files, start, length)
 
     def extents(self, start: int = 0, length: int | None = None) -> Iterator[Extents]:
         """Yield extents as `layer_extents` does, without their layers."""
@@ -278,8 +278,8 @@ def open(
     backing_format : str, optional
         Format of backing files whose format the image does not state; it is never guessed.
     parent : path-like, optional
-        The image's parent (backing file), in place of what the image calls it.  Whatever the
-        image says of its parent's identity is verified all the same.
+        The image's parent (backing file), in place of the file that the image names.  Its
+        identity is verified against what the image states.
     read_options : mapping or sequence of str, optional
         How to read the image, or strings ``"key=value,..."``; of VHD ``size``: ``chs`` or
         ``current``.
@@ -298,7 +298,7 @@ def open(
     OSError
         A file cannot be opened.
     WrongFormatError, CorruptImageError, UnsupportedFeatureError, LimitExceededError
-        The image is not what it should be, or its parent is another one than it was made upon.
+        The image is not what it should be, or its parent is not the one that it was made on.
     OptionError
         ``parent`` is given for an image that has none, or a read option is unknown.
     UnsafeReferenceError

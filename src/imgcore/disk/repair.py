@@ -190,7 +190,7 @@ def _copy_attributes(file: HostFile, copy: TargetFile) -> None:
     """Give the copy the image's owner, mode, times and extended attributes.
 
     Its time of modification as well: children may have recorded it, and the content they are
-    made upon is the same.
+    made on is the same.
     """
     status, own = os.fstat(file.fd), os.fstat(copy.fd)
     if (status.st_uid, status.st_gid) != (own.st_uid, own.st_gid):
@@ -229,5 +229,5 @@ def _reads_the_same(a: Reader, b: Reader) -> bool:
         return False
     if not a.virtual_size:
         return True
-    plans = (reader.plan(0, reader.virtual_size) for reader in (a, b))
-    return all(np.array_equal(rows_a, rows_b) for _, _, rows_a, rows_b in pair_up(*plans))
+    both = (reader.plan(0, reader.virtual_size) for reader in (a, b))
+    return all(np.array_equal(rows_a, rows_b) for _, _, rows_a, rows_b in pair_up(*both))

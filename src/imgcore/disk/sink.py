@@ -1,4 +1,4 @@
-"""What a disk is written to: an image, a compressed raw stream, an archive."""
+"""Sinks, to which a disk is written: an image, a compressed raw stream, an archive."""
 
 from __future__ import annotations
 

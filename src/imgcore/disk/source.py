@@ -1,4 +1,4 @@
-"""What a disk is read from: an image with its chain, or a compressed raw stream."""
+"""Sources, from which a disk is read: an image with its chain, a compressed raw stream."""
 
 from __future__ import annotations
 

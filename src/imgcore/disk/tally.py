@@ -12,7 +12,7 @@ _REPORT_SECONDS: Final = 0.05
 
 
 class Tally:
-    """What a conversion has done so far, in bytes.
+    """Sums of what a conversion has done so far, in bytes.
 
     Parameters
     ----------

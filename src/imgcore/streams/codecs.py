@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class StreamCodec(NamedTuple):
-    """What a codec offers.
+    """The functions and classes of a codec.
 
     Attributes
     ----------

@@ -20,7 +20,7 @@ class CheckNotSupportedError(UnsupportedFeatureError):
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What ``check`` found.
+    """The findings of ``check``.
 
     Attributes
     ----------

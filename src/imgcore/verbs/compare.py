@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class CompareResult(NamedTuple):
-    """What a comparison found.
+    """The outcome of a comparison.
 
     Attributes
     ----------

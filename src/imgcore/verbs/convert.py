@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 
 class ConvertResult(NamedTuple):
-    """What a conversion did; sizes in bytes.
+    """The outcome of a conversion; sizes in bytes.
 
-    ``bytes_data`` and ``bytes_zero`` split the virtual disk into what was found to be data
-    and what was found to be zeros; ``bytes_shared`` were not written, they are the source's own
-    blocks.  ``bad_ranges`` is empty unless ``salvage`` was asked for.
+    ``bytes_data`` and ``bytes_zero`` split the virtual disk into data and zeros.
+    ``bytes_shared`` were not written: they are reflinks to the source's own blocks.
+    ``bad_ranges`` is empty unless ``salvage`` was asked for.
     """
 
     source: str
@@ -138,9 +138,9 @@ def convert(
 
     Notes
     -----
-    Whatever goes wrong, at any moment the target's name holds its former file, nothing, or
-    the complete new image; with ``in_place`` that cannot be promised.  Memory is bounded,
-    whatever the size of the disk.
+    At any moment the target's name holds its former file, nothing, or the complete new
+    image, also after a failure; not so with ``in_place``.  Memory is bounded, however large
+    the disk is.
     """
     started = time.monotonic()
     opening = OpenOptions.from_keywords(
