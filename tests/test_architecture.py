@@ -29,6 +29,9 @@ FACE = ("imgcore", "imgcore.__main__")
 FORMAT_MAY_IMPORT = ("imgcore.formats.api", "imgcore.formats.magic", "imgcore.formats.shared")
 FORMAT_LAYERS = ("engine", "files")
 
+# Layers in which a format is whatever a driver says about it.
+GENERAL_LAYERS = ("cli", "verbs", "disk", "streams", "engine", "files")
+
 C_LAYERS = (("include",), ("common",), ("kernels", "codec", "tables", "io"), ("engine",))
 
 
@@ -167,7 +170,7 @@ def test_python_modules_import_in_no_circle() -> None:
         ("imgcore.formats.vhd.reader", "imgcore.formats.vhdx.reader", imports_between_members),
         ("imgcore.verbs.convert", "imgcore.verbs.compare", imports_between_members),
         ("imgcore.cli.convert", "imgcore.cli.compare", imports_between_members),
-        ("imgcore.formats.vhd.reader", "imgcore.streams.source", stray_imports_of_formats),
+        ("imgcore.formats.vhd.reader", "imgcore.streams.reader", stray_imports_of_formats),
         ("imgcore.formats.vhd.reader", "imgcore.formats.registry", stray_imports_of_formats),
         ("imgcore.formats.shared.flat", "imgcore.formats.registry", stray_imports_of_formats),
     ],
@@ -185,12 +188,49 @@ def test_circles_are_noticed() -> None:
 
 
 def test_the_tables_name_what_exists() -> None:
-    for layer in (*LAYERS, *FORMAT_LAYERS):
+    for layer in (*LAYERS, *FORMAT_LAYERS, *GENERAL_LAYERS):
         assert (PACKAGE / layer / "__init__.py").is_file(), layer
     for name in (*FACE, *FORMAT_MAY_IMPORT):
         assert name in modules(), name
     for folder in (name for names in C_LAYERS for name in names):
         assert (NATIVE / folder).is_dir(), folder
+
+
+@cache
+def names_of_formats() -> frozenset[str]:
+    """Return every name, alias and subformat of the registered formats."""
+    from imgcore.formats.registry import DRIVERS, get_driver
+
+    names = {name for entry in DRIVERS for name in (entry.name, *entry.aliases)}
+    for entry in DRIVERS:
+        options = get_driver(entry.name).options
+        names.update(*(option.choices for option in options if option.name == "subformat"))
+    return frozenset(names)
+
+
+def named_formats(text: str) -> list[str]:
+    """Return the strings of a module that are the name of a format and nothing else."""
+    constants = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)]
+    return [node.value for node in constants if node.value in names_of_formats()]
+
+
+def test_general_code_names_no_format() -> None:
+    """It asks drivers and readers what they can do; help texts and docstrings are sentences."""
+    found = {
+        name: words
+        for name, path in modules().items()
+        if name.startswith(tuple(f"imgcore.{layer}." for layer in GENERAL_LAYERS))
+        and (words := named_formats(path.read_text()))
+    }
+    assert found == {}
+
+
+def test_names_of_formats_are_noticed() -> None:
+    assert named_formats('"""raw"""\nif kind == "vmfs" or name in ("vpc", b"raw", 1): ...') == [
+        "raw",
+        "vmfs",
+        "vpc",
+    ]
 
 
 def test_no_file_shells_out() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import imgcore
-from imgcore import _core
+from imgcore import _core, limits
 from imgcore._core import Status
 from imgcore.engine.extents import EXTENT_DTYPE, PLACEMENT_DTYPE, Kind, single
 from imgcore.engine.geometry import (
@@ -334,3 +334,7 @@ def test_is_zero(nbytes: int) -> None:
 def test_crc32c_is_castagnoli() -> None:
     assert _core.crc32c(b"123456789") == 0xE3069283
     assert _core.crc32c(b"6789", _core.crc32c(b"12345")) == 0xE3069283
+
+
+def test_both_sides_have_the_same_limits() -> None:
+    assert limits.MAX_THREADS == _core.MAX_THREADS

@@ -13,6 +13,8 @@ import pytest
 from tests.helpers import qemu
 from tests.unit.test_files import loop_device
 
+from imgcore.disk.options import OpenOptions
+from imgcore.disk.source import open_source
 from imgcore.errors import OptionError, UnsupportedFeatureError, WrongFormatError
 from imgcore.files.gate import ReferenceGate
 from imgcore.files.host_file import HostFile
@@ -26,10 +28,8 @@ from imgcore.formats.registry import (
     get_driver,
     open_reader,
     probe,
-    refuse_image_in_stream,
-    stream_suffix,
 )
-from imgcore.streams.source import StreamSource
+from imgcore.streams.names import stream_suffix
 
 PAD = bytes(70_000 // 512 * 512)
 
@@ -235,12 +235,14 @@ class TestStatedFormat:
 def test_image_in_a_stream(tmp_path: Path, name: str | None) -> None:
     path = tmp_path / "x.raw.gz"
     path.write_bytes(gzip.compress((HEADS[name] if name else b"").ljust(66 * 1024, b"\0")))
-    with StreamSource.open(path) as stream:
+    with open_source(path, OpenOptions()) as source:
         if name is None:
-            refuse_image_in_stream(stream)
+            source.refuse_conversion(salvage=False, with_base=False)
         else:
             with pytest.raises(WrongFormatError, match=f"magic of {name}: decompress"):
-                refuse_image_in_stream(stream)
+                source.refuse_conversion(salvage=False, with_base=False)
+    with open_source(path, OpenOptions(format="raw")) as source:
+        source.refuse_conversion(salvage=False, with_base=False)
 
 
 class TestNames:

@@ -1,6 +1,6 @@
-"""What lies in a hole of a host file is zeros, and is not read to find that out.
+"""Turns holes of host files into zeros, so that they need not be read.
 
-Images with preallocated tables lead everywhere, although their files hold next to nothing.
+Images with preallocated tables refer to all of their file, which may be nearly empty.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MIN_HOLES_SHARE: Final = 16
 
 
 class HostHoles:
-    """Tells what extents of an image lie in holes of its files.
+    """Finds the extents of an image that lie in holes of its files.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ class HostHoles:
         self._data: dict[int, tuple[int, int]] = {}
 
     def cut(self, rows: Extents) -> Iterator[Extents]:
-        """Yield a gap-free batch again, its long DATA rows cut where their file has holes.
+        """Yield a gap-free batch with its long DATA rows cut where their file has holes.
 
         Yields
         ------

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from imgcore.disk.describe import STAT_BLOCK_NBYTES
+from imgcore.disk.describe import allocated_nbytes
 from imgcore.engine.batches import pair_up
 from imgcore.engine.extents import Kind
 from imgcore.errors import (
@@ -23,7 +23,6 @@ from imgcore.errors import (
     TargetError,
     UnsupportedFeatureError,
 )
-from imgcore.files.gate import ReferenceGate
 from imgcore.files.host_file import HostFile
 from imgcore.files.identity import same_file
 from imgcore.files.target import Target
@@ -34,6 +33,7 @@ from imgcore.limits import MAX_REPAIR_NBYTES, MIB
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from imgcore.disk.layer import Layer
     from imgcore.files.target_file import TargetFile
     from imgcore.formats.api import CheckReport, Reader, Repair
 
@@ -51,19 +51,15 @@ _NO_CLONE_ERRORS: Final = (
 _COPY_NBYTES: Final = 64 * MIB
 
 
-def repair(
-    file: HostFile, reader: Reader, before: CheckReport, gate: ReferenceGate
-) -> tuple[CheckReport, list[Repair]]:
+def repair(layer: Layer, before: CheckReport) -> tuple[CheckReport, list[Repair]]:
     """Put right what can be put right safely, and check the result.
 
     Parameters
     ----------
-    file, reader : HostFile, Reader
-        The image, open; they show its former state afterwards.
+    layer : Layer
+        The image, open; it shows its former state afterwards.
     before : CheckReport
         What is wrong with it.
-    gate : ReferenceGate
-        What the image names is opened through it.
 
     Returns
     -------
@@ -77,6 +73,7 @@ def repair(
     TargetError, OSError
         The copy could not be made or take the image's place.
     """
+    file, reader = layer.file, layer.reader
     if not isinstance(reader, Repairable):
         raise UnsupportedFeatureError(
             f"nothing in {reader.format_name} images can be repaired", path=file.path
@@ -93,7 +90,7 @@ def repair(
         _copy(file, target)
         for item in repairs:
             _apply(target.main, item)
-        after = _verify(file, reader, target.main, gate)
+        after = _verify(layer, target.main)
         if after.corruptions > before.corruptions or after.leaks > before.leaks:
             raise ImgcoreError("internal: the repairs do not help; nothing changed", path=file.path)
         _copy_attributes(file, target.main)
@@ -156,7 +153,7 @@ def _copy(file: HostFile, target: Target) -> None:
     except OSError as error:
         if error.errno not in _NO_CLONE_ERRORS:
             raise OSError(error.errno, error.strerror, file.path) from error
-    target.require_space(os.fstat(file.fd).st_blocks * STAT_BLOCK_NBYTES)
+    target.require_space(allocated_nbytes([file]))
     target.main.truncate(file.nbytes)
     start, end = file.core.next_data(0)
     while start < end:
@@ -193,7 +190,7 @@ def _copy_attributes(file: HostFile, copy: TargetFile) -> None:
     """Give the copy the image's owner, mode, times and extended attributes.
 
     Its time of modification as well: children may have recorded it, and the content they are
-    made upon is the same.
+    made on is the same.
     """
     status, own = os.fstat(file.fd), os.fstat(copy.fd)
     if (status.st_uid, status.st_gid) != (own.st_uid, own.st_gid):
@@ -210,11 +207,12 @@ def _copy_attributes(file: HostFile, copy: TargetFile) -> None:
 # -- verification -------------------------------------------------------------------------
 
 
-def _verify(file: HostFile, reader: Reader, copy: TargetFile, gate: ReferenceGate) -> CheckReport:
+def _verify(layer: Layer, copy: TargetFile) -> CheckReport:
     """Check the copy, which has to read from the same places as the image."""
+    file, reader = layer.file, layer.reader
     # The image's own name: it stands in messages.
     with HostFile(os.dup(copy.fd), file.path, device=False) as opened:
-        repaired = get_driver(reader.format_name).open(opened, gate)
+        repaired = get_driver(reader.format_name).open(opened, layer.gate)
         try:
             if not _reads_the_same(reader, repaired):
                 raise ImgcoreError(
@@ -231,5 +229,5 @@ def _reads_the_same(a: Reader, b: Reader) -> bool:
         return False
     if not a.virtual_size:
         return True
-    plans = (reader.plan(0, reader.virtual_size) for reader in (a, b))
-    return all(np.array_equal(rows_a, rows_b) for _, _, rows_a, rows_b in pair_up(*plans))
+    both = (reader.plan(0, reader.virtual_size) for reader in (a, b))
+    return all(np.array_equal(rows_a, rows_b) for _, _, rows_a, rows_b in pair_up(*both))

@@ -18,14 +18,15 @@ from imgcore.errors import (
     OptionError,
     UnsupportedFeatureError,
 )
+from imgcore.limits import MAX_THREADS
 
 
 def thread_count(threads: int | None) -> int:
     """Return the number of workers: as asked for, or one for each CPU that is ours."""
     if threads is None:
-        return min(len(os.sched_getaffinity(0)), _core.MAX_THREADS)
-    if not 1 <= threads <= _core.MAX_THREADS:
-        raise OptionError(f"{threads} threads asked for, 1 to {_core.MAX_THREADS} allowed")
+        return min(len(os.sched_getaffinity(0)), MAX_THREADS)
+    if not 1 <= threads <= MAX_THREADS:
+        raise OptionError(f"{threads} threads asked for, 1 to {MAX_THREADS} allowed")
     return threads
 
 

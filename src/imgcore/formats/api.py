@@ -63,6 +63,8 @@ class Reader(Protocol):
     """Answers one question: where is guest range [a, b)?  It never moves guest bytes."""
 
     format_name: ClassVar[str]
+    # The disk is its only file, byte for byte: a HOLE of it is a place in that file too.
+    is_flat: ClassVar[bool]
 
     @property
     def subformat(self) -> str | None:
@@ -231,6 +233,11 @@ class WriteRequest(NamedTuple):
     target_name: str = ""
     logical_sector_nbytes: int | None = None
 
+    @property
+    def takes_space(self) -> bool:
+        """Whether all of the target's space is taken at once, and so in blocks of its own."""
+        return self.options.get("preallocation") in ("falloc", "full")
+
 
 class Writer(Protocol):
     """States a target geometry, then turns placements into tables.  It never moves guest bytes."""
@@ -314,6 +321,8 @@ class Driver:
     writing : str
         Module with ``writer_for(request)`` and ``measure(request, data_nbytes)``; it is imported
         when it is needed, since it imports NumPy.
+    writes_in_place : bool
+        Whether a new disk can be written into an existing file or a block device.
     """
 
     name: str
@@ -321,6 +330,7 @@ class Driver:
     read: Callable[[HostFile, ReferenceGate, Mapping[str, Any]], Reader]
     writing: str
     read_options: tuple[Option, ...] = ()
+    writes_in_place: bool = False
 
     def open(
         self, file: HostFile, gate: ReferenceGate, values: Mapping[str, Any] | None = None

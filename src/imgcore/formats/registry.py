@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Final, NamedTuple, cast
 from imgcore.errors import OptionError, UnsupportedFeatureError, WrongFormatError
 from imgcore.formats.magic import HEAD_NBYTES, TAIL_NBYTES, matching_formats
 from imgcore.formats.option_texts import parse_values
+from imgcore.streams.names import CODEC_OF_SUFFIX, RAW_SUFFIXES, stream_suffix
 
 if TYPE_CHECKING:
     from imgcore.files.gate import ReferenceGate
     from imgcore.files.host_file import HostFile
     from imgcore.formats.api import Driver, Reader
     from imgcore.formats.option_texts import OptionTexts
-    from imgcore.streams.source import StreamSource
 
 
 class Entry(NamedTuple):
@@ -38,11 +38,11 @@ DRIVERS: Final = (
     Entry("vhd", "imgcore.formats.vhd.driver", (".vhd", ".vpc"), ("vpc",)),
     Entry("vhdx", "imgcore.formats.vhdx.driver", (".vhdx",)),
     Entry("vdi", "imgcore.formats.vdi.driver", (".vdi",)),
-    Entry("raw", "imgcore.formats.raw.driver", (".raw", ".img", ".dd", ".bin")),
+    Entry("raw", "imgcore.formats.raw.driver", RAW_SUFFIXES),
 )
 
-STREAM_SUFFIXES: Final = (".zst", ".gz")
-STREAM_MAGICS: Final = ("zstd", "gzip")
+# The format without a header: the disk's bytes and nothing else.  It has no magic.
+PLAIN_FORMAT: Final = "raw"
 
 
 def _index() -> dict[str, Entry]:
@@ -78,14 +78,6 @@ def get_driver(name: str) -> Driver:
     return cast("Driver", module.DRIVER)
 
 
-def stream_suffix(path: str) -> str | None:
-    """Return ``.zst`` or ``.gz`` if the name is that of a compressed raw disk, else None."""
-    stem, suffix = os.path.splitext(path.lower())
-    if suffix in STREAM_SUFFIXES and os.path.splitext(stem)[1] in _ENTRIES["raw"].suffixes:
-        return suffix
-    return None
-
-
 def format_from_suffix(path: str | os.PathLike[str]) -> str | None:
     """Return the format that a file's name stands for, or None if it stands for none.
 
@@ -93,7 +85,7 @@ def format_from_suffix(path: str | os.PathLike[str]) -> str | None:
     """
     name = os.fspath(path)
     if stream_suffix(name) is not None:
-        return "raw"
+        return PLAIN_FORMAT
     suffix = os.path.splitext(name)[1].lower()
     for entry in DRIVERS:
         if suffix in entry.suffixes:
@@ -102,7 +94,7 @@ def format_from_suffix(path: str | os.PathLike[str]) -> str | None:
         is_block_device = stat.S_ISBLK(os.stat(name).st_mode)
     except OSError:
         return None
-    return "raw" if is_block_device else None
+    return PLAIN_FORMAT if is_block_device else None
 
 
 def _matches(file: HostFile) -> list[str]:
@@ -166,7 +158,7 @@ def open_reader(
     else:
         name = canonical_name(format)
         _refuse_other_format(file, name)
-    if name in STREAM_MAGICS:
+    if name in CODEC_OF_SUFFIX.values():
         raise UnsupportedFeatureError(
             f"a {name} stream has no random access: convert, info and measure read it, "
             "for the rest decompress it first",
@@ -182,26 +174,17 @@ def open_reader(
     return driver.open(file, gate, parse_values(name, driver.read_options, options))
 
 
-def refuse_stream_options(path: str, options: OptionTexts | None, parent: object) -> None:
-    """Raise OptionError if a compressed raw disk is given options or a parent: it has none."""
-    if options:
-        raise OptionError("raw has no options for reading", path=path)
-    if parent is not None:
-        raise OptionError("a parent is given, but raw disks have none", path=path)
-
-
 def _find_format(file: HostFile) -> str:
     found = probe(file)
-    named_raw = file.is_block_device or format_from_suffix(file.path) == "raw"
-    if stream_suffix(file.path) is not None and found in STREAM_MAGICS:
-        return found
-    if found is None and named_raw:
-        return "raw"
+    named_raw = file.is_block_device or format_from_suffix(file.path) == PLAIN_FORMAT
     if found is None:
+        if named_raw:
+            return PLAIN_FORMAT
         raise WrongFormatError(
             "no known format (no magic found): if it is a raw disk, say -f raw", path=file.path
         )
-    if named_raw:
+    is_stream = found in CODEC_OF_SUFFIX.values() and stream_suffix(file.path) is not None
+    if named_raw and not is_stream:
         what = "is a block device" if file.is_block_device else "is named like a raw disk"
         raise WrongFormatError(
             f"{what}, but carries the magic of {found}: say -f {found} or -f raw", path=file.path
@@ -209,23 +192,9 @@ def _find_format(file: HostFile) -> str:
     return found
 
 
-def refuse_image_in_stream(stream: StreamSource) -> None:
-    """Raise WrongFormatError if a compressed disk, not stated to be raw, holds an image.
-
-    Only its first bytes are looked at.
-    """
-    found = matching_formats(stream.head(HEAD_NBYTES), b"")
-    if found:
-        raise WrongFormatError(
-            f"its content carries the magic of {' and '.join(found)}: decompress it first, "
-            "or say -f raw",
-            path=stream.path,
-        )
-
-
 def _refuse_other_format(file: HostFile, name: str) -> None:
     # What a raw disk holds is the guest's affair.
-    if name == "raw":
+    if name == PLAIN_FORMAT:
         return
     found = _matches(file)
     if name not in found:

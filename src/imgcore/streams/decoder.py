@@ -1,4 +1,4 @@
-"""What decoders of streams have in common."""
+"""The interface of decoders of streams, and what they have in common."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ READ_NBYTES: Final = 256 * 1024
 
 
 class Decoder(Protocol):
+    """Decompresses a file from its start, in order."""
+
     def fill(self, view: memoryview) -> int:
         """Decompress until the view is full or the stream ends; returns the bytes filled."""
         ...

@@ -45,6 +45,7 @@ class Qcow2Reader:
     """
 
     format_name: ClassVar[str] = "qcow2"
+    is_flat: ClassVar[bool] = False
 
     def __init__(self, file: HostFile) -> None:
         self._file = file

@@ -25,6 +25,7 @@ class RawReader:
     """Reads a raw file or block device; closes it when it is closed itself."""
 
     format_name: ClassVar[str] = "raw"
+    is_flat: ClassVar[bool] = True
 
     def __init__(self, file: HostFile) -> None:
         if file.nbytes % SECTOR_NBYTES:

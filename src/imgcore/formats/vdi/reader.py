@@ -37,6 +37,7 @@ class VdiReader:
     """
 
     format_name: ClassVar[str] = "vdi"
+    is_flat: ClassVar[bool] = False
 
     def __init__(self, file: HostFile, gate: ReferenceGate) -> None:
         self._file = file

@@ -55,6 +55,7 @@ class VhdReader:
     """
 
     format_name: ClassVar[str] = "vhd"
+    is_flat: ClassVar[bool] = False
 
     def __init__(self, file: HostFile, size: str | None = None) -> None:
         self._file = file

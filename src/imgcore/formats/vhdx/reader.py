@@ -50,6 +50,7 @@ class VhdxReader:
     """
 
     format_name: ClassVar[str] = "vhdx"
+    is_flat: ClassVar[bool] = False
 
     def __init__(self, file: HostFile) -> None:
         self._file = file

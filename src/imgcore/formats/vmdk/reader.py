@@ -57,6 +57,7 @@ class VmdkReader:
     """A VMDK disk of one or several files."""
 
     format_name: ClassVar[str] = "vmdk"
+    is_flat: ClassVar[bool] = False
 
     def __init__(self, file: HostFile, gate: ReferenceGate) -> None:
         self._path = file.path
