@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from tests.helpers import qemu
-from tests.unit.test_files import loop_device
+from tests.helpers.mounts import loop_device
 
 import imgcore
 from imgcore.disk import ordered as convert_stream

@@ -10,11 +10,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.helpers.mounts import loop_device
+from tests.helpers.qemu import held_open
 
 from imgcore.errors import (
     CorruptImageError,
@@ -180,21 +181,6 @@ class TestFileTypes:
             HostFile.open(tmp_path / "pipe")
 
 
-@contextlib.contextmanager
-def loop_device(path: Path) -> Iterator[str]:
-    if os.geteuid() != 0 or shutil.which("losetup") is None:
-        pytest.skip("needs root and losetup")
-    done = subprocess.run(
-        ["losetup", "--find", "--show", path], capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        pytest.skip(f"no loop device: {done.stderr.strip()}")
-    try:
-        yield done.stdout.strip()
-    finally:
-        subprocess.run(["losetup", "--detach", done.stdout.strip()], check=True)
-
-
 def test_block_device(image: Path) -> None:
     with loop_device(image) as device, HostFile.open(device) as file:
         assert (file.is_block_device, file.nbytes) == (True, 4096)
@@ -217,34 +203,9 @@ def test_identity(image: Path) -> None:
     assert not same_file(None, None)
 
 
-@contextlib.contextmanager
-def qemu_io(*arguments: str | Path) -> Iterator[None]:
-    program = shutil.which("qemu-io")
-    if program is None:
-        pytest.skip("qemu-io is not installed (Debian: qemu-utils)")
-    process = subprocess.Popen(
-        [program, *map(str, arguments)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    # Its answer tells that the image is open.
-    process.stdin.write(b"length\n")
-    process.stdin.flush()
-    assert process.stdout.read(1)
-    try:
-        yield
-    finally:
-        process.stdin.close()
-        process.stdout.close()
-        process.wait(timeout=10)
-
-
 class TestQemuLock:
     def test_writer(self, image: Path) -> None:
-        with qemu_io("-f", "raw", image):
+        with held_open("-f", "raw", image):
             with pytest.raises(ImgcoreError, match="in use by another process.*-U"):
                 HostFile.open(image)
             HostFile.open(image, share=True).close()
@@ -255,7 +216,7 @@ class TestQemuLock:
         HostFile.open(image).close()
 
     def test_reader(self, image: Path) -> None:
-        with qemu_io("-r", "-f", "raw", image):
+        with held_open("-r", "-f", "raw", image):
             HostFile.open(image).close()
 
     def test_file_system_without_locks(self, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:

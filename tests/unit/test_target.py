@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.test_files import loop_device, qemu_io
+from tests.helpers.mounts import loop_device
+from tests.helpers.qemu import held_open
 
 from imgcore.errors import TargetError
 from imgcore.files import (
@@ -766,7 +767,7 @@ class TestInPlace:
     def test_in_use_by_qemu(self, tmp_path: Path, how: str) -> None:
         path = tmp_path / "disk.raw"
         path.write_bytes(bytes(4096))
-        with qemu_io("-f", "raw", path):
+        with held_open("-f", "raw", path):
             with pytest.raises(TargetError, match="in use"), Target(path, **{how: True}):
                 pass
         assert names(tmp_path) == ["disk.raw"]
