@@ -63,6 +63,13 @@ def test_read_past_the_end(image: Path, offset: int, length: int) -> None:
         assert str(caught.value).startswith(f"{image}: ")
 
 
+@pytest.mark.parametrize(("offset", "length"), [(-1, 1), (0, -1)])
+def test_read_before_the_start(image: Path, offset: int, length: int) -> None:
+    with HostFile.open(image) as file:
+        with pytest.raises(ValueError, match="negative offset or length"):
+            file.pread(offset, length)
+
+
 def test_short_reads_are_joined(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pread = os.pread
     with HostFile.open(image) as file:
@@ -187,6 +194,14 @@ def test_block_device(image: Path) -> None:
         assert file.pread(0, 4096) == image.read_bytes()
         assert file.identity == (identity.BLOCK_DEVICE, os.stat(device).st_rdev)
         file.check_unchanged()
+
+
+def test_block_device_without_a_medium(tmp_path: Path) -> None:
+    path = tmp_path / "empty"
+    path.touch()
+    with loop_device(path) as device:
+        with pytest.raises(ImgcoreError, match=f"{device}: .*has no medium"):
+            HostFile.open(device)
 
 
 def test_identity(image: Path) -> None:
