@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -402,6 +403,13 @@ class TestReferenceGate:
             with contextlib.suppress(OSError, ImgcoreError):
                 gate.open(name).close()
         assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_machine_whose_openat2_is_not_known(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine="s390x"))
+    ReferenceGate(str(tree / "images")).open("sub/../base.raw").close()
+    with pytest.raises(UnsafeReferenceError):
+        ReferenceGate(str(tree / "images")).open("../secret.raw")
 
 
 def test_allowed_folder_must_exist(tmp_path: Path) -> None:

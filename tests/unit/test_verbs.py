@@ -344,6 +344,13 @@ def test_measure_of_a_size(size: str) -> None:
     assert json.loads(done.stdout) == theirs
 
 
+@pytest.mark.parametrize("mode", ["falloc", "full"])
+def test_measure_of_what_is_allocated_before(mode: str, folder: Path) -> None:
+    options = ["subformat=monolithicFlat", f"preallocation={mode}"]
+    found = imgcore.measure(folder / "disk.raw", target_format="vmdk", options=options)
+    assert found.required == found.fully_allocated > 10 * MIB
+
+
 def test_measure_takes_one_source() -> None:
     with pytest.raises(imgcore.OptionError):
         imgcore.measure()
@@ -422,6 +429,11 @@ CREATE_ERRORS = {
         (MIB,),
         {"format": "qcow2", "backing_format": "raw"},
         imgcore.OptionError,
+    ),
+    "too-large-for-a-fixed-vhd": (
+        ((1 << 63) - 512,),
+        {"format": "vhd", "options": ["subformat=fixed"]},
+        imgcore.LimitExceededError,
     ),
     "backing-missing": (
         (MIB,),
