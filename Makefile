@@ -59,8 +59,8 @@ lint: build
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) -m mypy.stubtest imgcore._core --allowlist tests/stubtest-allowlist.txt
-	$(VENV)/bin/clang-format --dry-run --Werror \
-		$$(find native tests -name '*.[ch]' -not -path 'native/build/*')
+	find native tests -name '*.[ch]' -not -path 'native/build/*' -print0 | \
+		xargs -0 -n 8 -P 8 $(VENV)/bin/clang-format --dry-run --Werror
 
 native-test: setup
 	@$(MAKE) --no-print-directory $(JOBS) -C native test
@@ -87,7 +87,7 @@ coverage: build
 	@status=0; $(PY) -m coverage run -m pytest $(PARALLEL) $(PYTEST_ARGS) || status=$$?; \
 		$(PY) -W ignore -m coverage combine -q; rm -f build/coverage/data.*; \
 		$(PY) -m coverage report && exit $$status
-	@$(MAKE) --no-print-directory -C native coverage
+	@$(MAKE) --no-print-directory $(JOBS) -C native coverage
 
 # Native tests under every sanitizer, then the whole Python suite on a sanitized extension.
 sanitize: build native-sanitize
