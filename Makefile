@@ -1,7 +1,9 @@
 # Everything works from a clean clone: `make test` and `make demo` install what is missing.
 #
+#   make quick         lint, native tests, unit tests: for the inner loop, under 90 s on two cores
 #   make demo          raw -> QCOW2 -> streamOptimized -> raw of a real file system, compared
 #   make test          lint, native tests (plain and sanitized), the Python suite
+#   make coverage      lines that no test runs, of the package and of the native core
 #   make bench         the table of ratios against qemu-img (long)
 #   make sanitize      native tests under ASan, UBSan, TSan; the Python suite under ASan and UBSan
 #   make valgrind      the native codec, table and kernel tests under memcheck
@@ -21,14 +23,18 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq
 STAMP := $(VENV)/.imgcore-ready
 DOCS_STAMP := $(VENV)/.imgcore-docs
 PYTEST_ARGS ?=
+# As many workers as cores, at most 8; PYTEST_ARGS="-n 0" for none, as a debugger needs.
+PARALLEL := -n auto --maxprocesses 8 --dist loadgroup
+JOBS := -j$(shell nproc)
 FUZZ_SECONDS ?= 60
 FUZZ_WORK := build/fuzz/readers
 FUZZ_FLAGS = -max_total_time=$(FUZZ_SECONDS) -timeout=30 -rss_limit_mb=2048 -max_len=65536 \
 	-print_final_stats=1 -artifact_prefix=build/fuzz/readers-
 
 .NOTPARALLEL:
-.PHONY: all setup build demo test lint native-test native-sanitize sanitize python-test \
-	valgrind test-arm64 wheel peers-test crosscheck faults bench docs fuzz fuzz-merge clean
+.PHONY: all setup build demo quick test lint native-test native-sanitize sanitize python-test \
+	coverage valgrind test-arm64 wheel peers-test crosscheck faults bench docs fuzz \
+	fuzz-merge clean
 
 all: build
 
@@ -56,19 +62,35 @@ lint: build
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) -m mypy.stubtest imgcore._core --allowlist tests/stubtest-allowlist.txt
-	$(VENV)/bin/clang-format --dry-run --Werror \
-		$$(find native tests -name '*.[ch]' -not -path 'native/build/*')
+	find native tests -name '*.[ch]' -not -path 'native/build/*' -print0 | \
+		xargs -0 -n 8 -P 8 $(VENV)/bin/clang-format --dry-run --Werror
 
 native-test: setup
-	@$(MAKE) --no-print-directory -C native test
+	@$(MAKE) --no-print-directory $(JOBS) -C native test
 
 native-sanitize: setup
-	@$(MAKE) --no-print-directory -C native asan ubsan
+	@$(MAKE) --no-print-directory $(JOBS) -C native asan ubsan
 
 python-test: build
-	@$(PY) -m pytest $(PYTEST_ARGS)
+	@$(PY) -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 test: lint native-test native-sanitize python-test
+
+QUICK_TESTS := tests/unit tests/test_architecture.py tests/test_promises.py
+
+quick: lint native-test build
+	@$(PY) -m pytest -q $(PARALLEL) $(PYTEST_ARGS) $(QUICK_TESTS)
+	@echo "quick: lint, types, native tests and $(QUICK_TESTS) passed."
+	@echo "quick: left to make test: sanitizers, tests/{crosscheck,faults,fuzz,hostile,oracle,property}"
+
+# Traces the tests and all processes that they start. Those that are killed leave broken records,
+# which are dropped. A failed test does not stop the report.
+coverage: build
+	@rm -rf build/coverage && mkdir -p build/coverage
+	@status=0; $(PY) -m coverage run -m pytest $(PARALLEL) $(PYTEST_ARGS) || status=$$?; \
+		$(PY) -W ignore -m coverage combine -q; rm -f build/coverage/data.*; \
+		$(PY) -m coverage report && exit $$status
+	@$(MAKE) --no-print-directory $(JOBS) -C native coverage
 
 # Native tests under every sanitizer, then the whole Python suite on a sanitized extension.
 sanitize: build native-sanitize

@@ -20,6 +20,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "imgcore"
 NATIVE = ROOT / "native"
+TESTS = ROOT / "tests"
 
 # Upper layers first: a module imports from its own layer and from those below it.
 LAYERS = ("cli", "verbs", "disk", "platforms", "formats", "streams", "engine", "files")
@@ -52,19 +53,21 @@ def modules() -> Mapping[str, Path]:
     return {module_name(path): path for path in sorted(paths)}
 
 
-def imports_of(text: str, where: str) -> Iterator[str]:
-    """Yield the modules of imgcore that a module's text imports, anywhere in it."""
+def names_imported(text: str, where: str) -> Iterator[str]:
+    """Yield the full names that a module's text imports, anywhere in it."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{where}: a relative import"
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        for name in names:
-            if name.split(".")[0] == "imgcore":
-                yield name if name in modules() else name.rpartition(".")[0]
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imports_of(text: str, where: str) -> Iterator[str]:
+    """Yield the modules of imgcore that a module's text imports."""
+    for name in names_imported(text, where):
+        if name.split(".")[0] == "imgcore":
+            yield name if name in modules() else name.rpartition(".")[0]
 
 
 @cache
@@ -238,6 +241,61 @@ def test_no_file_shells_out() -> None:
     for path in PACKAGE.rglob("*.py"):
         for word in ("subprocess", "os.system", "os.popen"):
             assert word not in path.read_text(), f"{path}: {word}"
+
+
+# -- the rules for tests and documents ----------------------------------------------------
+
+
+def stray_imports_of_tests(text: str, path: Path) -> list[str]:
+    """Return what a file of the tests imports although it may not.
+
+    Nobody imports a module of tests. Such a module itself imports from the tests only
+    ``tests.helpers`` and what else is in its own folder.
+    """
+    own = (path.parent.relative_to(ROOT).parts, ("tests", "helpers"))
+    found = []
+    for name in names_imported(text, str(path)):
+        parts = tuple(name.split("."))
+        if parts[0] != "tests":
+            continue
+        is_test = any(part.startswith("test_") for part in parts)
+        is_far = path.name.startswith("test_") and not any(parts[: len(o)] == o for o in own)
+        if is_test or is_far:
+            found.append(f"{path.relative_to(ROOT)} imports {name}")
+    return found
+
+
+def test_no_test_module_imports_another() -> None:
+    """What two test modules need belongs into tests/helpers or into their folder's harness."""
+    paths = sorted(TESTS.rglob("*.py"))
+    assert [x for path in paths for x in stray_imports_of_tests(path.read_text(), path)] == []
+
+
+@pytest.mark.parametrize(
+    ("where", "text", "is_stray"),
+    [
+        ("unit/test_raw.py", "from tests.unit.test_files import way", True),
+        ("unit/test_raw.py", "from tests.unit import test_files", True),
+        ("unit/test_raw.py", "from tests.faults.harness import Calls", True),
+        ("unit/test_raw.py", "import tests.helpers.qemu", False),
+        ("faults/test_cut.py", "from tests.faults.harness import Calls", False),
+        ("faults/figures.py", "from tests.faults.test_cut import cuts", True),
+        ("fuzz/exercise.py", "from tests.hostile.case import CANARY", False),
+    ],
+)
+def test_stray_imports_of_tests_are_noticed(where: str, text: str, is_stray: bool) -> None:
+    assert bool(stray_imports_of_tests(text, TESTS / where)) is is_stray
+
+
+@pytest.mark.parametrize(
+    ("root", "what"), [(PACKAGE, "__init__.py"), (NATIVE, "*.[ch]")], ids=["python", "native"]
+)
+def test_every_folder_is_described(root: Path, what: str) -> None:
+    """ARCHITECTURE.md names each folder of the code, with a slash at its end."""
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    folders = sorted({path.parent for path in root.rglob(what)} - {root})
+    assert len(folders) > 5
+    assert [f"{f}/" for f in folders if not re.search(rf"\b{f.name}/", text)] == []
 
 
 # -- the rules for C ------------------------------------------------------------------------

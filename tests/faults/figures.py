@@ -21,8 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.faults.harness import CHANGES, DISK, OLD_DISK, Calls, Mode, shim_path
-from tests.faults.test_cut import cuts
+from tests.faults.harness import CHANGES, DISK, OLD_DISK, Calls, Mode, cuts, shim_path
 from tests.helpers import images, qemu
 from tests.helpers.qemu import Variant
 

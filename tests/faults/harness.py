@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -96,6 +97,18 @@ DISK = images.RawImage(
     ],
 )
 OLD_DISK = images.RawImage("old", images.MIB, lambda: [(4096, images.text(200 * images.KIB, 7))])
+
+N_CUTS = 40
+
+
+def cuts(nbytes: int, rng: random.Random) -> list[int]:
+    """Return sizes to cut to: edges of what formats are made of, and anything."""
+    fixed = [0, 1, 511, 512, 1024, 4096, 65536, nbytes - 1, nbytes - 512, nbytes - 65536]
+    sizes = {size for size in fixed if 0 <= size < nbytes}
+    while len(sizes) < min(N_CUTS, nbytes):
+        unit = rng.choice((1, 512, 4096, 65536))
+        sizes.add(rng.randrange(nbytes) // unit * unit)
+    return sorted(sizes)
 
 
 @cache

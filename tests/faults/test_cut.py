@@ -10,21 +10,9 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.faults.harness import Place, params
+from tests.faults.harness import N_CUTS, Place, cuts, params
 from tests.helpers import images, qemu
 from tests.helpers.qemu import Variant
-
-N_CUTS = 40
-
-
-def cuts(nbytes: int, rng: random.Random) -> list[int]:
-    """Return sizes to cut to: edges of what formats are made of, and anything."""
-    fixed = [0, 1, 511, 512, 1024, 4096, 65536, nbytes - 1, nbytes - 512, nbytes - 65536]
-    sizes = {size for size in fixed if 0 <= size < nbytes}
-    while len(sizes) < min(N_CUTS, nbytes):
-        unit = rng.choice((1, 512, 4096, 65536))
-        sizes.add(rng.randrange(nbytes) // unit * unit)
-    return sorted(sizes)
 
 
 @pytest.mark.parametrize("variant", params([v for v in qemu.VARIANTS if v is not qemu.RAW]))

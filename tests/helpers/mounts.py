@@ -1,4 +1,4 @@
-"""File systems of a test's own, on a file; each skips where it cannot be had."""
+"""Loop devices and file systems on a test's file; each skips where it cannot be had."""
 
 from __future__ import annotations
 
@@ -17,6 +17,22 @@ _MAKERS = {
     "xfs": ("mkfs.xfs", ("-q", "-m", "reflink=1"), "xfsprogs"),
     "btrfs": ("mkfs.btrfs", ("-q", "-m", "single"), "btrfs-progs"),
 }
+
+
+@contextmanager
+def loop_device(path: Path) -> Iterator[str]:
+    """Give the name of a loop device over a file, or skip with the reason."""
+    if os.geteuid() != 0 or shutil.which("losetup") is None:
+        pytest.skip("needs root and losetup")
+    done = subprocess.run(
+        ["losetup", "--find", "--show", path], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        pytest.skip(f"no loop device: {done.stderr.strip()}")
+    try:
+        yield done.stdout.strip()
+    finally:
+        subprocess.run(["losetup", "--detach", done.stdout.strip()], check=True)
 
 
 @contextmanager

@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -64,6 +65,32 @@ def checked(command: Sequence[str], cwd: Path | None = None) -> subprocess.Compl
             f"{' '.join(command)}: exit {done.returncode}\n{done.stdout}{done.stderr}"
         )
     return done
+
+
+@contextmanager
+def held_open(*arguments: str | Path) -> Iterator[None]:
+    """Let qemu-io hold an image open for the time of a block, or skip."""
+    program = shutil.which("qemu-io")
+    if program is None:
+        pytest.skip("qemu-io is not installed (Debian: qemu-utils)")
+    process = subprocess.Popen(
+        [program, *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    # Its answer tells that the image is open.
+    process.stdin.write(b"length\n")
+    process.stdin.flush()
+    assert process.stdout.read(1)
+    try:
+        yield
+    finally:
+        process.stdin.close()
+        process.stdout.close()
+        process.wait(timeout=10)
 
 
 @dataclass(frozen=True)

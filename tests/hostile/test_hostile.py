@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,12 @@ Reports = dict[str, dict[str, dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> Reports:
-    """Run all cases in few processes; return what each verb of each case reported."""
-    found: Reports = {}
-    for number in range(N_PROCESSES):
+def reports_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Reports]:
+    """Return a function that runs the cases of one process, and gives what each verb reported."""
+
+    @cache
+    def run(number: int) -> Reports:
+        found: Reports = {}
         folder = tmp_path_factory.mktemp(f"hostile-{number}")
         report = folder / "report"
         command = [sys.executable, "-m", "tests.hostile.run", str(folder), str(report)]
@@ -44,7 +48,9 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Reports:
             found.setdefault(answer["case"], {})[answer["verb"]] = answer
         assert done.returncode == 0, (done.returncode, lines[-1:], done.stderr[-2000:])
         assert CANARY.decode() not in done.stdout + done.stderr
-    return found
+        return found
+
+    return run
 
 
 def test_the_set_is_as_large_as_promised() -> None:
@@ -55,9 +61,22 @@ def test_the_set_is_as_large_as_promised() -> None:
         assert sum(name.startswith(f"{image_format}-") for name in names) >= 10, image_format
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_case(case: Case, reports: Reports) -> None:
-    answers = reports[case.name]
+def cases() -> list[Any]:
+    """Return each case with the number of its process; those of one run in one worker."""
+    return [
+        pytest.param(
+            case,
+            i % N_PROCESSES,
+            id=case.name,
+            marks=pytest.mark.xdist_group(f"hostile-{i % N_PROCESSES}"),
+        )
+        for i, case in enumerate(CASES)
+    ]
+
+
+@pytest.mark.parametrize(("case", "number"), cases())
+def test_case(case: Case, number: int, reports_of: Callable[[int], Reports]) -> None:
+    answers = reports_of(number)[case.name]
     for verb, answer in answers.items():
         assert "seconds" in answer, f"the process died in {verb}"
         check_promises(verb, answer)

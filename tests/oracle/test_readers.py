@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import imgcore
 from tests.helpers import images, own, qemu
 from tests.helpers.images import RawImage
 from tests.helpers.qemu import Variant
+from tests.helpers.readers import assert_dissect_reads
 
 RawImages = Callable[[RawImage], Path]
 
@@ -20,29 +20,6 @@ VDI_VARIANTS = (qemu.VDI, qemu.VDI_FIXED, qemu.VDI.with_options("block_size=128k
 VMDK_VARIANTS = (qemu.VMDK_SPARSE, qemu.VMDK_STREAM, qemu.VMDK_FLAT)
 IMAGES = (images.SPARSE, images.DENSE, images.EMPTY)
 each_image = pytest.mark.parametrize("image", IMAGES, ids=lambda i: i.name)
-
-
-# In a process of its own: the library leaves files open, which is an error in this one.
-DISSECT = """
-import hashlib, pathlib, sys
-from dissect.hypervisor.disk.{module} import {name}
-disk = {name}({argument})
-stream = disk.open() if hasattr(disk, "open") else disk
-digest = hashlib.sha256()
-while piece := stream.read({piece_nbytes}):  # of a VDI, it reads no two blocks at once right
-    digest.update(piece)
-print(stream.size, digest.hexdigest())
-"""
-DISSECT_PIECE_NBYTES = 128 * images.KIB
-
-
-def assert_dissect_reads(raw: Path, ours: Path, module: str, name: str, argument: str) -> None:
-    pytest.importorskip("dissect.hypervisor")
-    code = DISSECT.format(
-        module=module, name=name, argument=argument, piece_nbytes=DISSECT_PIECE_NBYTES
-    )
-    done = qemu.checked([sys.executable, "-c", code, str(ours)], cwd=ours.parent)
-    assert done.stdout.split() == [str(raw.stat().st_size), images.sha256(raw)]
 
 
 @each_image

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -29,10 +30,12 @@ def _entries() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def samples() -> Path:
-    """Unpack the archive once; its folder stays for the next run."""
+    """Unpack the archive once; its folder stays for the next run, and for other workers."""
     if not SHARED.is_dir():
         pytest.skip("the sample images are not beside this repository")
-    done = subprocess.run([SHARED / "unpack.sh"], capture_output=True, text=True, check=True)
+    with open(SHARED / "unpack.sh") as script:
+        fcntl.flock(script, fcntl.LOCK_EX)
+        done = subprocess.run([script.name], capture_output=True, text=True, check=True)
     return Path(os.environ.get("IMGCORE_IMAGES") or done.stdout.strip().splitlines()[-1])
 
 

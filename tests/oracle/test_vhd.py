@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 import imgcore
 from tests.helpers import images, own, qemu
 from tests.helpers.images import MIB, RawImage
-from tests.oracle.test_readers import assert_dissect_reads
+from tests.helpers.readers import assert_dissect_reads, assert_libvhdi_reads
 
 RawImages = Callable[[RawImage], Path]
 
@@ -26,29 +25,6 @@ VARIANTS = (
 )
 each_image = pytest.mark.parametrize("image", IMAGES, ids=lambda i: i.name)
 each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
-
-# In a process of its own: a library in C that is not ours.
-LIBVHDI = """
-import hashlib, sys, pyvhdi
-files = []
-for path in sys.argv[1:]:
-    file = pyvhdi.file()
-    file.open(path)
-    if files:
-        files[-1].set_parent(file)
-    files.append(file)
-disk = files[0]
-sha, size = hashlib.sha256(), disk.get_media_size()
-for offset in range(0, size, 1 << 20):
-    sha.update(disk.read_buffer_at_offset(min(1 << 20, size - offset), offset))
-print(size, sha.hexdigest())
-"""
-
-
-def assert_libvhdi_reads(raw: Path, *chain: Path) -> None:
-    pytest.importorskip("pyvhdi")
-    done = qemu.checked([sys.executable, "-c", LIBVHDI, *map(str, chain)])
-    assert done.stdout.split() == [str(raw.stat().st_size), images.sha256(raw)]
 
 
 def sha256_of(path: Path) -> str:

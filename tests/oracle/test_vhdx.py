@@ -14,8 +14,8 @@ import pytest
 import imgcore
 from tests.helpers import images, own, qemu, vhdx
 from tests.helpers.images import RawImage
+from tests.helpers.readers import assert_libvhdi_reads
 from tests.helpers.vhdx import FULL, MIB, PARTIAL, Vhdx, pattern
-from tests.oracle.test_vhd import assert_libvhdi_reads
 
 RawImages = Callable[[RawImage], Path]
 

@@ -2,52 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-import imgcore
 from tests.helpers import images, qemu, vhd
+from tests.helpers.arbitrary import relaxed, use
 from tests.helpers.qemu import VARIANTS, Variant
 
-MAX_SECONDS = 2.0
-MAX_READ_NBYTES = 1 << 20
 FORMATS = ("raw", "qcow2", "vmdk", "vhd", "vhdx", "vdi")
-CHECKED_FORMATS = ("qcow2", "vhd", "vhdx", "vdi")
-
-relaxed = settings(
-    max_examples=300,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
-
-
-def use(path: Path, image_format: str | None) -> None:
-    """Open, describe, plan, read; only ImgcoreError, or OSError about a named file, comes out."""
-    begun = time.monotonic()
-    try:
-        with imgcore.open(str(path), format=image_format) as image:
-            image.info()
-            length = min(image.virtual_size, MAX_READ_NBYTES)
-            for _ in itertools.islice(image.extents(0, image.virtual_size), 8):
-                pass
-            if length:
-                image.read(0, length)
-                image.read(image.virtual_size - length, length)
-        if image_format in CHECKED_FORMATS:
-            imgcore.check(str(path), format=image_format)
-    except imgcore.ImgcoreError as error:
-        assert str(error)
-        assert "\n" not in str(error)
-    except OSError as error:  # a damaged name of another file
-        assert error.filename is not None
-    assert time.monotonic() - begun < MAX_SECONDS
 
 
 class Seeds:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import imgcore
 from tests.helpers import vhdx
+from tests.helpers.arbitrary import relaxed, use
 from tests.helpers.vhdx import FULL, HEADERS, KIB, MIB, PARTIAL, REGION_TABLES, ZERO, Vhdx, pattern
-from tests.property.test_arbitrary_bytes import relaxed, use
 
 # Each example writes a file of some MiB.
 fewer = settings(relaxed, max_examples=100)

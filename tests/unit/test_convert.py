@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from tests.helpers import qemu
-from tests.unit.test_files import loop_device
+from tests.helpers.mounts import loop_device
 
 import imgcore
 from imgcore.disk import image_sink, image_source, stream_batches, tally
@@ -402,6 +402,24 @@ def test_a_stream_has_no_parent(tmp_path: Path, disk: Path) -> None:
             imgcore.info(packed, parent=disk, chain=chain)
     with pytest.raises(imgcore.OptionError, match="a parent is given"):
         imgcore.measure(packed, parent=disk)
+
+
+def test_requests_that_contradict_themselves(tmp_path: Path, disk: Path) -> None:
+    packed = tmp_path / "disk.raw.zst"
+    imgcore.convert(disk, packed)
+    backed = {"backing": "disk.raw", "backing_format": "raw"}
+    wrong: list[tuple[Path, str, dict[str, Any], str]] = [
+        (disk, "a", {}, "no suffix of a known format"),
+        (disk, "a.raw.zst", {"target_format": "vdi"}, "only raw is written as a compressed"),
+        (disk, "a.raw.zst", {"compress": True}, "takes no -c, -B or -o"),
+        (packed, "a.raw", {"salvage": True}, "nothing of a compressed stream can be salvaged"),
+        (packed, "a.qcow2", backed, "does not go with -B"),
+        (disk, "a.qcow2", {"salvage": True, **backed}, "cannot be compared with a parent"),
+    ]
+    for source, target, arguments, words in wrong:
+        with pytest.raises(imgcore.ImgcoreError, match=words):
+            imgcore.convert(source, tmp_path / target, sync=False, **arguments)
+        assert not (tmp_path / target).exists(), words
 
 
 def test_a_stream_that_grows_is_read_only_on_request(tmp_path: Path, disk: Path) -> None:

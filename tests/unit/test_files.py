@@ -10,11 +10,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tests.helpers.mounts import loop_device
+from tests.helpers.qemu import held_open
 
 from imgcore.errors import (
     CorruptImageError,
@@ -60,6 +62,13 @@ def test_read_past_the_end(image: Path, offset: int, length: int) -> None:
             file.pread(offset, length)
         assert caught.value.offset == offset
         assert str(caught.value).startswith(f"{image}: ")
+
+
+@pytest.mark.parametrize(("offset", "length"), [(-1, 1), (0, -1)])
+def test_read_before_the_start(image: Path, offset: int, length: int) -> None:
+    with HostFile.open(image) as file:
+        with pytest.raises(ValueError, match="negative offset or length"):
+            file.pread(offset, length)
 
 
 def test_short_reads_are_joined(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,27 +189,20 @@ class TestFileTypes:
             HostFile.open(tmp_path / "pipe")
 
 
-@contextlib.contextmanager
-def loop_device(path: Path) -> Iterator[str]:
-    if os.geteuid() != 0 or shutil.which("losetup") is None:
-        pytest.skip("needs root and losetup")
-    done = subprocess.run(
-        ["losetup", "--find", "--show", path], capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        pytest.skip(f"no loop device: {done.stderr.strip()}")
-    try:
-        yield done.stdout.strip()
-    finally:
-        subprocess.run(["losetup", "--detach", done.stdout.strip()], check=True)
-
-
 def test_block_device(image: Path) -> None:
     with loop_device(image) as device, HostFile.open(device) as file:
         assert (file.is_block_device, file.nbytes) == (True, 4096)
         assert file.pread(0, 4096) == image.read_bytes()
         assert file.identity == (identity.BLOCK_DEVICE, os.stat(device).st_rdev)
         file.check_unchanged()
+
+
+def test_block_device_without_a_medium(tmp_path: Path) -> None:
+    path = tmp_path / "empty"
+    path.touch()
+    with loop_device(path) as device:
+        with pytest.raises(ImgcoreError, match=f"{device}: .*has no medium"):
+            HostFile.open(device)
 
 
 def test_identity(image: Path) -> None:
@@ -217,34 +219,9 @@ def test_identity(image: Path) -> None:
     assert not same_file(None, None)
 
 
-@contextlib.contextmanager
-def qemu_io(*arguments: str | Path) -> Iterator[None]:
-    program = shutil.which("qemu-io")
-    if program is None:
-        pytest.skip("qemu-io is not installed (Debian: qemu-utils)")
-    process = subprocess.Popen(
-        [program, *map(str, arguments)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    # Its answer tells that the image is open.
-    process.stdin.write(b"length\n")
-    process.stdin.flush()
-    assert process.stdout.read(1)
-    try:
-        yield
-    finally:
-        process.stdin.close()
-        process.stdout.close()
-        process.wait(timeout=10)
-
-
 class TestQemuLock:
     def test_writer(self, image: Path) -> None:
-        with qemu_io("-f", "raw", image):
+        with held_open("-f", "raw", image):
             with pytest.raises(ImgcoreError, match="in use by another process.*-U"):
                 HostFile.open(image)
             HostFile.open(image, share=True).close()
@@ -255,7 +232,7 @@ class TestQemuLock:
         HostFile.open(image).close()
 
     def test_reader(self, image: Path) -> None:
-        with qemu_io("-r", "-f", "raw", image):
+        with held_open("-r", "-f", "raw", image):
             HostFile.open(image).close()
 
     def test_file_system_without_locks(self, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -426,6 +403,13 @@ class TestReferenceGate:
             with contextlib.suppress(OSError, ImgcoreError):
                 gate.open(name).close()
         assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_machine_whose_openat2_is_not_known(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine="s390x"))
+    ReferenceGate(str(tree / "images")).open("sub/../base.raw").close()
+    with pytest.raises(UnsafeReferenceError):
+        ReferenceGate(str(tree / "images")).open("../secret.raw")
 
 
 def test_allowed_folder_must_exist(tmp_path: Path) -> None:

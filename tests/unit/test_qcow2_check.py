@@ -95,6 +95,16 @@ def test_snapshots_bitmaps_and_compression(tmp_path: Path) -> None:
     assert (report.corruptions, report.leaks) == (0, 0)
 
 
+def test_a_bitmaps_table_outside_the_file(tmp_path: Path) -> None:
+    path = create(tmp_path / "a.qcow2", 4 * MIB)
+    qemu.run("bitmap", "--add", path, "b0")
+    raw = path.read_bytes()
+    at = raw.index(struct.pack(">II", 0x23852875, 24), 104) + 8
+    directory = int.from_bytes(raw[at + 16 : at + 24], "big")
+    poke(path, (directory, struct.pack(">Q", 1 << 40)))
+    assert "ERROR bitmap 'b0': table is outside the file" in _check(path).problems
+
+
 def test_bitmaps_that_share_a_table(tmp_path: Path) -> None:
     # As many as an image may have would be read for days.
     path = create(tmp_path / "a.qcow2", 4 * MIB)

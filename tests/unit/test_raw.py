@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.helpers import images
-from tests.unit.test_files import loop_device
+from tests.helpers.mounts import loop_device
 
 import imgcore.errors
 from imgcore._core import Job

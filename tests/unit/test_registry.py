@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 from tests.helpers import qemu
-from tests.unit.test_files import loop_device
+from tests.helpers.mounts import loop_device
 
 from imgcore.disk.options import OpenOptions
 from imgcore.disk.source import open_source

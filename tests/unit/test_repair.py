@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import pytest
 from tests.helpers import qemu
 from tests.helpers.command import assert_one_line_error
 from tests.helpers.command import imgcore as run
+from tests.helpers.mounts import loop_device, make_file_system, mounted
 from tests.helpers.plans import poke
 from tests.helpers.qcow2 import create, qemu_io
 
@@ -118,6 +120,44 @@ def test_an_unknown_extension_may_own_clusters(leaky: Path) -> None:
         imgcore.check(leaky, repair=True)
 
 
+@pytest.mark.parametrize(
+    ("place", "bits", "words"),
+    [(80, 0x20, "compatible features 0x20"), (88, 4, "autoclear features 0x4")],
+)
+def test_an_unknown_feature_may_own_clusters(
+    leaky: Path, place: int, bits: int, words: str
+) -> None:
+    poke(leaky, (place, struct.pack(">Q", bits)))
+    with pytest.raises(imgcore.UnsupportedFeatureError, match=words):
+        imgcore.check(leaky, repair=True)
+
+
+def test_blocks_are_shared_with_the_copy(leaky: Path, tmp_path: Path) -> None:
+    """Where the file system knows reflinks, the copy takes no space."""
+    image = make_file_system("btrfs", tmp_path / "image", 256 * MIB)
+    with mounted(image, tmp_path / "mounted", "-o", "loop") as folder:
+        path = folder / "a.qcow2"
+        shutil.copyfile(leaky, path)
+        assert imgcore.check(path, repair=True).leaks_fixed == 1
+        qemu.assert_check_clean(path)
+
+
+def test_the_owner_stays(leaky: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root may give files away")
+    os.chown(leaky, 1234, 5678)
+
+    def refuse(*_: object) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(check_repair.os, "fchown", refuse)
+        with pytest.raises(PermissionError, match="cannot be given the image's owner"):
+            imgcore.check(leaky, repair=True)
+    assert imgcore.check(leaky, repair=True).leaks_fixed == 1
+    assert (leaky.stat().st_uid, leaky.stat().st_gid) == (1234, 5678)
+
+
 def test_attributes_stay(leaky: Path) -> None:
     leaky.chmod(0o640)
     os.utime(leaky, ns=(1_600_000_000_000_000_000, 1_700_000_000_123_456_789))
@@ -180,6 +220,30 @@ class TestRefused:
         os.link(leaky, leaky.with_name("second"))
         with pytest.raises(imgcore.UnsupportedFeatureError, match="2 names"):
             imgcore.check(leaky, repair=True)
+
+    def test_a_block_device(self, leaky: Path) -> None:
+        with loop_device(leaky) as device:
+            with pytest.raises(imgcore.UnsupportedFeatureError, match="on a block device"):
+                imgcore.check(device, format="qcow2", repair=True)
+
+    @pytest.mark.parametrize("call", ["ioctl", "copy_file_range"])
+    def test_a_copy_that_fails(
+        self, leaky: Path, monkeypatch: pytest.MonkeyPatch, call: str
+    ) -> None:
+        """An error of the disk is none of a missing ability: it ends the repair."""
+
+        def answer(code: int) -> Callable[..., int]:
+            def fail(*_: object) -> int:
+                raise OSError(code, os.strerror(code))
+
+            return fail
+
+        code = errno.EIO if call == "ioctl" else errno.EOPNOTSUPP
+        monkeypatch.setattr(check_repair.fcntl, "ioctl", answer(code))
+        monkeypatch.setattr(check_repair.os, "copy_file_range", answer(errno.EIO))
+        with pytest.raises(OSError, match="Input/output error") as caught:
+            imgcore.check(leaky, repair=True)
+        assert caught.value.filename == str(leaky)
 
     def test_shared(self, leaky: Path) -> None:
         with pytest.raises(imgcore.OptionError, match="-U"):

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.test_files import loop_device, qemu_io
+from tests.helpers.mounts import loop_device
+from tests.helpers.qemu import held_open
 
 from imgcore.errors import TargetError
 from imgcore.files import (
@@ -290,6 +291,22 @@ class TestNoPlace:
             (os.mkfifo, "is a pipe"),
         ],
     )
+    def test_special_companion(
+        self, tmp_path: Path, make: Callable[[Path], None], words: str
+    ) -> None:
+        make(tmp_path / "disk-flat.vmdk")
+        with Target(tmp_path / "disk.vmdk", force=True) as target:
+            with pytest.raises(TargetError, match=f"disk-flat.vmdk: {words}"):
+                target.companion("disk-flat.vmdk")
+        assert names(tmp_path) == ["disk-flat.vmdk"]
+
+    @pytest.mark.parametrize(
+        ("make", "words"),
+        [
+            (Path.mkdir, "is a folder"),
+            (os.mkfifo, "is a pipe"),
+        ],
+    )
     def test_special_file(self, tmp_path: Path, make: Callable[[Path], None], words: str) -> None:
         make(tmp_path / "disk.raw")
         for options in ({}, {"force": True}, {"in_place": True}):
@@ -523,6 +540,28 @@ class TestStale:
             running.main.pwrite(0, b"x")
         assert names(tmp_path) == ["disk.raw"]
 
+    def test_of_somebody_elses_process_stays(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(pid: int, number: int) -> None:
+            raise PermissionError
+
+        left = tmp_path / ".disk.raw.imgcore-4999999-0123456789ab"
+        left.touch()
+        monkeypatch.setattr(os, "kill", refuse)
+        write(tmp_path / "disk.raw")
+        assert left.exists()
+
+    def test_file_system_without_locks(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(fd: int, how: int) -> None:
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr(fcntl, "flock", refuse)
+        write(tmp_path / "disk.raw")
+        assert names(tmp_path) == ["disk.raw"]
+
     def test_of_a_living_process_stays(self, tmp_path: Path) -> None:
         left = tmp_path / f".disk.raw.imgcore-{os.getppid()}-0123456789ab"
         left.touch()
@@ -568,6 +607,19 @@ class TestCompanion:
     def test_aborted(self, tmp_path: Path) -> None:
         with Target(tmp_path / "disk.vmdk") as target:
             target.companion("disk-flat.vmdk")
+        assert names(tmp_path) == []
+
+    def test_folder_that_stays_locked(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(temporary_names, "_FOLDER_LOCK_SECONDS", 0.1)
+        fd = os.open(tmp_path, os.O_RDONLY)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            with pytest.raises(OSError, match="stays locked by another process"):
+                self.write(tmp_path)
+        finally:
+            os.close(fd)
         assert names(tmp_path) == []
 
     def test_existing(self, tmp_path: Path) -> None:
@@ -766,7 +818,7 @@ class TestInPlace:
     def test_in_use_by_qemu(self, tmp_path: Path, how: str) -> None:
         path = tmp_path / "disk.raw"
         path.write_bytes(bytes(4096))
-        with qemu_io("-f", "raw", path):
+        with held_open("-f", "raw", path):
             with pytest.raises(TargetError, match="in use"), Target(path, **{how: True}):
                 pass
         assert names(tmp_path) == ["disk.raw"]

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from tests.helpers import qemu
 from tests.helpers.command import assert_one_line_error
+from tests.helpers.plans import poke
 
 import imgcore
 from imgcore import _core
@@ -135,6 +136,22 @@ def test_info_for_people_reads_like_qemu_img(name: str, folder: Path) -> None:
     # Newer versions add a section on the file.
     expected = theirs.split("Child node")[0].splitlines()
     assert sorted(ours) == sorted(expected)
+
+
+def test_info_for_people_lists_snapshots(folder: Path) -> None:
+    lines = command("info", folder / "snapshot.qcow2").stdout.splitlines()
+    at = lines.index("Snapshot list:")
+    assert lines[at + 1].split() == ["ID", "TAG", "VM_SIZE", "DATE", "VM_CLOCK", "ICOUNT"]
+    assert lines[at + 2].startswith("1       before update")
+    assert "00:00:00.000" in lines[at + 2]
+
+
+def test_info_of_an_image_in_use(tmp_path: Path) -> None:
+    """Whoever had it open did not close it: the dirty bit is set."""
+    path = tmp_path / "a.qcow2"
+    qemu.run("create", "-q", "-f", "qcow2", path, "1M")
+    poke(path, (72, (1).to_bytes(8, "big")))
+    assert "cleanly shut down: no" in command("info", path).stdout.splitlines()
 
 
 def test_info_of_a_chain(folder: Path) -> None:
@@ -327,6 +344,13 @@ def test_measure_of_a_size(size: str) -> None:
     assert json.loads(done.stdout) == theirs
 
 
+@pytest.mark.parametrize("mode", ["falloc", "full"])
+def test_measure_of_what_is_allocated_before(mode: str, folder: Path) -> None:
+    options = ["subformat=monolithicFlat", f"preallocation={mode}"]
+    found = imgcore.measure(folder / "disk.raw", target_format="vmdk", options=options)
+    assert found.required == found.fully_allocated > 10 * MIB
+
+
 def test_measure_takes_one_source() -> None:
     with pytest.raises(imgcore.OptionError):
         imgcore.measure()
@@ -383,6 +407,17 @@ def test_create_on_a_backing_file(folder: Path) -> None:
         path.unlink()
 
 
+def test_create_tells_what_it_made(folder: Path, tmp_path: Path) -> None:
+    base = str(folder / "base.qcow2")
+    words = ("create", "--no-sync", "--allow", folder, "-b", base, "-F", "qcow2")
+    done = command(*words, tmp_path / "a.qcow2")
+    assert done.returncode == 0, done.stderr
+    assert f"size={10 * MIB} backing_file={base} backing_fmt=qcow2 " in done.stdout
+    done = command(*words, "--json", tmp_path / "b.qcow2")
+    answer = json.loads(done.stdout)
+    assert (answer["virtual_size"], answer["backing"]) == (10 * MIB, base)
+
+
 CREATE_ERRORS = {
     "no-size": ((), {"format": "qcow2"}, imgcore.OptionError),
     "no-format": ((MIB,), {}, imgcore.OptionError),
@@ -394,6 +429,11 @@ CREATE_ERRORS = {
         (MIB,),
         {"format": "qcow2", "backing_format": "raw"},
         imgcore.OptionError,
+    ),
+    "too-large-for-a-fixed-vhd": (
+        ((1 << 63) - 512,),
+        {"format": "vhd", "options": ["subformat=fixed"]},
+        imgcore.LimitExceededError,
     ),
     "backing-missing": (
         (MIB,),

@@ -9,7 +9,7 @@ import pytest
 from tests.helpers import vhd
 from tests.helpers.images import noise
 from tests.helpers.plans import poke
-from tests.helpers.vhd import Block, be32, be64
+from tests.helpers.vhd import Block, be32, be64, poke_sound
 
 import imgcore
 from imgcore import limits
@@ -140,6 +140,16 @@ def test_batmap(tmp_path: Path, change: tuple[int, bytes], word: str) -> None:
     assert imgcore.check(path).ok
     report = imgcore.check(poke(path, change))
     assert any(word in line for line in report.problems), report.problems
+
+
+def test_a_batmap_that_is_missing(tmp_path: Path) -> None:
+    """XenServer's VHDs may be without one, and end before the place where it would be."""
+    bare = tmp_path / "bare.vhd"
+    bare.write_bytes(_dynamic(tmp_path).read_bytes())
+    poke_sound(bare, (28, b"tap\0"))
+    assert imgcore.check(bare).ok
+    path = _batmap_image(tmp_path)
+    assert imgcore.check(poke(path, (2048, b"another."))).ok
 
 
 def _apply(path: Path) -> list[str]:

@@ -243,6 +243,14 @@ def test_loop(tmp_path: Path) -> None:
 
 
 class TestWriting:
+    def test_a_name_that_is_not_utf_8(self, tmp_path: Path) -> None:
+        _, raw = self.make(tmp_path)
+        name = os.fsdecode(b"p\xff.vhd")
+        os.link(tmp_path / "p.vhd", tmp_path / name)
+        with pytest.raises(OptionError, match="is not UTF-8"):
+            self.child(raw, tmp_path / "c.vhd", name)
+        assert not (tmp_path / "c.vhd").exists()
+
     def make(self, folder: Path, subformat: str = "dynamic") -> tuple[bytes, Path]:
         folder.mkdir(exist_ok=True, parents=True)
         old = text(5 * MIB) + bytes(2 * MIB) + noise(MIB + SECTOR)

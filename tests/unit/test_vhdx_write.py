@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import uuid
 from pathlib import Path
@@ -262,6 +263,13 @@ class TestDifferencing:
         convert(disk, tmp_path / "a:b.vhdx")
         with pytest.raises(OptionError, match="no backslash, no colon"):
             convert(disk, tmp_path / "top.vhdx", backing="./a:b.vhdx")
+        assert not (tmp_path / "top.vhdx").exists()
+
+    def test_a_parent_whose_name_is_not_utf_8(self, tmp_path: Path, disk: Path) -> None:
+        name = os.fsdecode(b"p\xff.vhdx")
+        convert(disk, tmp_path / name)
+        with pytest.raises(OptionError, match="not encodable in UTF-16"):
+            convert(disk, tmp_path / "top.vhdx", backing=name)
         assert not (tmp_path / "top.vhdx").exists()
 
     def test_a_parent_elsewhere(self, tmp_path: Path, disk: Path) -> None:

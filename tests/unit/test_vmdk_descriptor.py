@@ -83,6 +83,7 @@ def test_extent_lines(line: str, expected: ExtentLine) -> None:
         ("UTF-8", b"\xff\xfe", "\udcff\udcfe"),
         ("rot13", b"abc", "abc"),
         ("no-such", b"abc", "abc"),
+        ("windows-9999", b"abc", "abc"),
     ],
 )
 def test_encodings(encoding: str, raw: bytes, name: str) -> None:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.helpers import qemu, vmdk
 from tests.helpers.images import noise, text
+from tests.helpers.mounts import loop_device
 from tests.helpers.plans import plan_rows, poke
 from tests.helpers.vmdk import GRAIN, SECTOR, open_vmdk, read_guest
 
@@ -451,6 +452,17 @@ def test_a_grain_far_out_is_found(tmp_path: Path) -> None:
     )
     rows = [row for row in plan_rows(open_vmdk(path)) if row[5] != Kind.HOLE]
     assert [row[:4] for row in rows] == [(index, GRAIN, table + GRAIN, GRAIN)]
+
+
+def test_an_extent_on_a_block_device(tmp_path: Path) -> None:
+    content = noise(64 * SECTOR)
+    (tmp_path / "content").write_bytes(content)
+    path = tmp_path / "a.vmdk"
+    with loop_device(tmp_path / "content") as device:
+        line = f'RW 64 FLAT "{device}" 0'
+        path.write_bytes(vmdk.descriptor("monolithicFlat", line))
+        with pytest.raises(UnsupportedFeatureError, match="is a block device"):
+            imgcore.open(path, allow=["/dev"])
 
 
 @settings(max_examples=40, deadline=None)

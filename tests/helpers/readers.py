@@ -1,0 +1,58 @@
+"""Readers by others than QEMU, each in a process of its own."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import images, qemu
+
+# The library leaves files open, which is an error in this one.
+DISSECT = """
+import hashlib, pathlib, sys
+from dissect.hypervisor.disk.{module} import {name}
+disk = {name}({argument})
+stream = disk.open() if hasattr(disk, "open") else disk
+digest = hashlib.sha256()
+while piece := stream.read({piece_nbytes}):  # of a VDI, it reads no two blocks at once right
+    digest.update(piece)
+print(stream.size, digest.hexdigest())
+"""
+DISSECT_PIECE_NBYTES = 128 * images.KIB
+
+
+def assert_dissect_reads(raw: Path, ours: Path, module: str, name: str, argument: str) -> None:
+    """Fail unless dissect.hypervisor reads the raw disk's bytes from an image."""
+    pytest.importorskip("dissect.hypervisor")
+    code = DISSECT.format(
+        module=module, name=name, argument=argument, piece_nbytes=DISSECT_PIECE_NBYTES
+    )
+    done = qemu.checked([sys.executable, "-c", code, str(ours)], cwd=ours.parent)
+    assert done.stdout.split() == [str(raw.stat().st_size), images.sha256(raw)]
+
+
+# A library in C that shares no code with QEMU.
+LIBVHDI = """
+import hashlib, sys, pyvhdi
+files = []
+for path in sys.argv[1:]:
+    file = pyvhdi.file()
+    file.open(path)
+    if files:
+        files[-1].set_parent(file)
+    files.append(file)
+disk = files[0]
+sha, size = hashlib.sha256(), disk.get_media_size()
+for offset in range(0, size, 1 << 20):
+    sha.update(disk.read_buffer_at_offset(min(1 << 20, size - offset), offset))
+print(size, sha.hexdigest())
+"""
+
+
+def assert_libvhdi_reads(raw: Path, *chain: Path) -> None:
+    """Fail unless libvhdi reads the raw disk's bytes from a chain, the child first."""
+    pytest.importorskip("pyvhdi")
+    done = qemu.checked([sys.executable, "-c", LIBVHDI, *map(str, chain)])
+    assert done.stdout.split() == [str(raw.stat().st_size), images.sha256(raw)]
