@@ -24,12 +24,12 @@ from imgcore.errors import (
     TargetError,
     UnsupportedFeatureError,
 )
+from imgcore.files import host_file
 from imgcore.files.host_file import HostFile
 from imgcore.files.target import Target
 from imgcore.formats.api import BackingReference, WriteRequest
 from imgcore.formats.raw.driver import DRIVER
 from imgcore.formats.raw.reader import RawReader
-from imgcore.formats.shared import flat
 
 MIB = 1 << 20
 
@@ -195,7 +195,7 @@ def test_holes_are_not_trusted_before_a_sync(
     with path.open("rb") as file:
         os.fsync(file.fileno())  # blocks are counted only when they are allocated
     synced: list[int] = []
-    monkeypatch.setattr(flat, "is_on_xfs", lambda fd: on_xfs)
+    monkeypatch.setattr(host_file, "is_on_xfs", lambda fd: on_xfs)
     monkeypatch.setattr(os, "fdatasync", synced.append)
     reader = open_raw(path)
     for _ in range(2):

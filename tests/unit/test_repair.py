@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -157,9 +158,9 @@ def test_ways_to_copy(leaky: Path, monkeypatch: pytest.MonkeyPatch, way: str) ->
         raise OSError(95, "Operation not supported")
 
     if way != "clone":
-        monkeypatch.setattr(check_repair.fcntl, "ioctl", unsupported)
+        monkeypatch.setattr(fcntl, "ioctl", unsupported)
     if way == "read and write":
-        monkeypatch.setattr(check_repair.os, "copy_file_range", unsupported)
+        monkeypatch.setattr(os, "copy_file_range", unsupported)
     content = digest(leaky)
     assert imgcore.check(leaky, repair=True).leaks_fixed == 1
     assert digest(leaky) == content
@@ -191,7 +192,7 @@ class TestRefused:
         with pytest.raises(imgcore.UnsupportedFeatureError, match="nothing in vmdk images"):
             imgcore.check(vmdk, repair=True)
 
-    @pytest.mark.parametrize("step", ["_copy", "_apply", "_verify", "_copy_attributes"])
+    @pytest.mark.parametrize("step", ["copy_content", "_apply", "_verify", "copy_attributes"])
     def test_a_failure_at_any_step(
         self, leaky: Path, monkeypatch: pytest.MonkeyPatch, step: str
     ) -> None:
@@ -240,13 +241,13 @@ class TestRefused:
     def test_an_image_that_changes_meanwhile(
         self, leaky: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        real: Callable[..., None] = check_repair._copy
+        real: Callable[..., None] = check_repair.copy_content
 
         def copy(*arguments: object) -> None:
             real(*arguments)
             os.utime(leaky)
 
-        monkeypatch.setattr(check_repair, "_copy", copy)
+        monkeypatch.setattr(check_repair, "copy_content", copy)
         with pytest.raises(imgcore.ImgcoreError, match="changed while it was read"):
             imgcore.check(leaky, repair=True)
 

@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Any, Final
 from imgcore.text import without_secrets
 
 if TYPE_CHECKING:
-    from imgcore.files.host_file import HostFile
+    from imgcore.files.byte_source import ByteSource
     from imgcore.formats.api import Reader
 
 # Keys of Reader.info() that stand beside "format-specific", not inside it.
 _TOP_LEVEL_KEYS: Final = ("cluster-size", "encrypted", "compressed", "snapshots")
 _OWN_KEYS: Final = (*_TOP_LEVEL_KEYS, "dirty-flag", "backing-filename", "backing-filename-format")
-STAT_BLOCK_NBYTES: Final = 512  # st_blocks counts these, whatever st_blksize says
 
 
-def describe_layer(file: HostFile, reader: Reader) -> dict[str, Any]:
+def describe_layer(file: ByteSource, reader: Reader) -> dict[str, Any]:
     """Return what ``info`` says about one image of a chain."""
     answer = dict(reader.info())
     result: dict[str, Any] = {
@@ -58,8 +57,7 @@ def _full_name(path: str, name: str) -> str:
     return os.path.join(os.path.dirname(path), name)
 
 
-def _actual_nbytes(file: HostFile, reader: Reader) -> int:
+def _actual_nbytes(file: ByteSource, reader: Reader) -> int:
     """Sum the bytes allocated on the host over the distinct files of one image."""
-    files = {file.identity: file}
-    files.update((source.file.identity, source.file) for source in reader.sources)
-    return sum(os.fstat(item.fd).st_blocks for item in files.values()) * STAT_BLOCK_NBYTES
+    files = {item.identity: item for item in (file, *(source.file for source in reader.sources))}
+    return sum(item.allocated_nbytes for item in files.values())

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Self
 
-    from imgcore.files.host_file import HostFile
+    from imgcore.files.byte_source import ByteSource
 
 # A folder that cannot be synced at all, as on some network and FUSE file systems.
 _NO_SYNC_ERRORS: Final = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES)
@@ -151,7 +151,7 @@ class Target:
         except PermissionError:
             return os.open(self._folder, os.O_PATH | flags)
 
-    def protect(self, sources: Iterable[HostFile]) -> None:
+    def protect(self, sources: Iterable[ByteSource]) -> None:
         """Refuse to replace any of these files, which the conversion reads.
 
         Raises

@@ -15,8 +15,8 @@ from imgcore.text import without_secrets
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents, Placements
     from imgcore.engine.geometry import Geometry
+    from imgcore.files.byte_source import ByteSource
     from imgcore.files.gate import ReferenceGate
-    from imgcore.files.host_file import HostFile
     from imgcore.files.target import Target
     from imgcore.files.target_file import TargetFile
 
@@ -318,12 +318,12 @@ class Driver:
 
     name: str
     options: tuple[Option, ...]
-    read: Callable[[HostFile, ReferenceGate, Mapping[str, Any]], Reader]
+    read: Callable[[ByteSource, ReferenceGate, Mapping[str, Any]], Reader]
     writing: str
     read_options: tuple[Option, ...] = ()
 
     def open(
-        self, file: HostFile, gate: ReferenceGate, values: Mapping[str, Any] | None = None
+        self, file: ByteSource, gate: ReferenceGate, values: Mapping[str, Any] | None = None
     ) -> Reader:
         """Open an image; ``values`` are the parsed ``read_options``, their defaults if None."""
         if values is None:

@@ -16,8 +16,8 @@ from imgcore.formats.magic import HEAD_NBYTES, TAIL_NBYTES, matching_formats
 from imgcore.formats.option_texts import parse_values
 
 if TYPE_CHECKING:
+    from imgcore.files.byte_source import ByteSource
     from imgcore.files.gate import ReferenceGate
-    from imgcore.files.host_file import HostFile
     from imgcore.formats.api import Driver, Reader
     from imgcore.formats.option_texts import OptionTexts
     from imgcore.streams.source import StreamSource
@@ -105,13 +105,13 @@ def format_from_suffix(path: str | os.PathLike[str]) -> str | None:
     return "raw" if is_block_device else None
 
 
-def _matches(file: HostFile) -> list[str]:
+def _matches(file: ByteSource) -> list[str]:
     head = file.pread(0, min(HEAD_NBYTES, file.nbytes))
     tail_nbytes = min(TAIL_NBYTES, file.nbytes)
     return matching_formats(head, file.pread(file.nbytes - tail_nbytes, tail_nbytes))
 
 
-def probe(file: HostFile) -> str | None:
+def probe(file: ByteSource) -> str | None:
     """Return the one format whose magic the file carries, never raw, or None.
 
     The answer may be a format that imgcore knows by its magic alone.
@@ -132,7 +132,7 @@ def probe(file: HostFile) -> str | None:
 
 
 def open_reader(
-    file: HostFile,
+    file: ByteSource,
     gate: ReferenceGate,
     format: str | None = None,
     options: OptionTexts | None = None,
@@ -141,7 +141,7 @@ def open_reader(
 
     Parameters
     ----------
-    file : HostFile
+    file : ByteSource
         Stays the caller's to close if this raises; closing the reader is enough otherwise
         for raw, and both may be closed in any order.
     gate : ReferenceGate
@@ -190,7 +190,7 @@ def refuse_stream_options(path: str, options: OptionTexts | None, parent: object
         raise OptionError("a parent is given, but raw disks have none", path=path)
 
 
-def _find_format(file: HostFile) -> str:
+def _find_format(file: ByteSource) -> str:
     found = probe(file)
     named_raw = file.is_block_device or format_from_suffix(file.path) == "raw"
     if stream_suffix(file.path) is not None and found in STREAM_MAGICS:
@@ -223,7 +223,7 @@ def refuse_image_in_stream(stream: StreamSource) -> None:
         )
 
 
-def _refuse_other_format(file: HostFile, name: str) -> None:
+def _refuse_other_format(file: ByteSource, name: str) -> None:
     # What a raw disk holds is the guest's affair.
     if name == "raw":
         return

@@ -6,7 +6,6 @@ formats than its own: that they are of another format is a rule of its own.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -456,7 +455,7 @@ def _vdi_blocks_fit(facts: Facts) -> str | None:
 
 def _is_plain_on_ntfs(facts: Facts) -> str | None:
     try:
-        attributes = int.from_bytes(os.getxattr(facts.file.fd, _NTFS_ATTRIBUTES), "big")
+        attributes = int.from_bytes(facts.file.attribute(_NTFS_ATTRIBUTES), "big")
     except OSError:
         return None  # not on NTFS
     kinds = [("sparse", _NTFS_SPARSE), ("compressed", _NTFS_COMPRESSED)]

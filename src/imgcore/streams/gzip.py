@@ -20,7 +20,7 @@ from imgcore.streams.decoder import OrderedInput
 if TYPE_CHECKING:
     from typing import Self
 
-    from imgcore.files.host_file import HostFile
+    from imgcore.files.byte_source import ByteSource
     from imgcore.files.target_file import TargetFile
 
 _PIECE_NBYTES: Final = 1 * MIB
@@ -109,7 +109,7 @@ GZIP_MAGIC: Final = b"\x1f\x8b"  # RFC 1952 section 2.3.1
 
 
 class GzipDecoder:
-    def __init__(self, file: HostFile) -> None:
+    def __init__(self, file: ByteSource) -> None:
         self._path = file.path
         self._input = OrderedInput(file)
         self._pending = b""

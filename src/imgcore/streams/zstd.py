@@ -10,11 +10,11 @@ from imgcore.errors import (
     LimitExceededError,
     OptionError,
 )
-from imgcore.files.host_file import HostFile
 from imgcore.limits import MIB
 from imgcore.streams.decoder import READ_NBYTES, OrderedInput
 
 if TYPE_CHECKING:
+    from imgcore.files.byte_source import ByteSource
     from imgcore.files.target_file import TargetFile
 
 
@@ -35,7 +35,7 @@ _RAW_BLOCK, _RLE_BLOCK, _RESERVED_BLOCK = 0, 1, 3  # RFC 8878 section 3.1.1.2.2
 
 
 class ZstdDecoder:
-    def __init__(self, file: HostFile) -> None:
+    def __init__(self, file: ByteSource) -> None:
         import zstandard
 
         self._error = zstandard.ZstdError
@@ -76,7 +76,7 @@ class FrameWalk:
     the content if every frame states its own.  Source: RFC 8878 section 3.1.
     """
 
-    def __init__(self, file: HostFile) -> None:
+    def __init__(self, file: ByteSource) -> None:
         self._file = file
         self._offset = 0
         self._window = b""

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from imgcore.engine.batches import Batch
     from imgcore.engine.extents import Placements
     from imgcore.engine.geometry import Geometry
-    from imgcore.files.host_file import HostFile
+    from imgcore.files.byte_source import ByteSource
     from imgcore.files.target_file import TargetFile
     from imgcore.formats.api import Writer
     from imgcore.streams.source import StreamSource
@@ -405,7 +405,7 @@ class _Conversion:
             )
         self._virtual_size = nbytes
 
-    def _sources(self) -> Iterator[HostFile]:
+    def _sources(self) -> Iterator[ByteSource]:
         if self._stream is not None:
             yield self._stream.file
         for image in filter(None, (self._image, self._base)):
@@ -425,7 +425,7 @@ class _Conversion:
                 if target.in_place and self._has_begun:
                     log.warning("%s: written in place, and now incomplete", r.target)
                 raise
-            file_size = os.fstat(target.main.fd).st_size
+            file_size = target.main.file_size
             target.commit()
         self._report(self._virtual_size)
         return ConvertResult(

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, overload
 
-from imgcore.disk.describe import STAT_BLOCK_NBYTES, describe_layer
+from imgcore.disk.describe import describe_layer
 from imgcore.disk.layer import open_layer
 from imgcore.errors import OptionError
 
@@ -131,7 +131,7 @@ def _describe_stream(path: str | os.PathLike[str], share: bool) -> dict[str, Any
             "filename": stream.path,
             "format": "raw",
             "virtual-size": stream.virtual_size,
-            "actual-size": os.fstat(stream.file.fd).st_blocks * STAT_BLOCK_NBYTES,
+            "actual-size": stream.file.allocated_nbytes,
             "dirty-flag": False,
             "format-specific": {"type": "raw", "data": {"compression": stream.codec}},
         }

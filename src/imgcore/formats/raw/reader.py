@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from imgcore.engine.sources import SourceFile
 from imgcore.errors import CorruptImageError, UnsupportedFeatureError
-from imgcore.formats.shared.flat import sync_holes
 from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from imgcore.engine.extents import Extents
-    from imgcore.files.host_file import HostFile
+    from imgcore.files.byte_source import ByteSource
     from imgcore.formats.api import BackingReference, CheckReport
 
 
@@ -26,7 +25,7 @@ class RawReader:
 
     format_name: ClassVar[str] = "raw"
 
-    def __init__(self, file: HostFile) -> None:
+    def __init__(self, file: ByteSource) -> None:
         if file.nbytes % SECTOR_NBYTES:
             wanted = -(-file.nbytes // SECTOR_NBYTES) * SECTOR_NBYTES
             raise CorruptImageError(
@@ -41,7 +40,6 @@ class RawReader:
         self.sources = (SourceFile(file),)
         self.backing: BackingReference | None = None
         self.identities: Mapping[str, str] = {}
-        self._synced = False
 
     def plan(self, start: int, length: int) -> Iterator[Extents]:
         """Yield extent batches of DATA and HOLE; see `imgcore.formats.api.Reader.plan`.
@@ -55,9 +53,6 @@ class RawReader:
 
         from imgcore.engine.extents import EXTENT_DTYPE, Kind
 
-        if not self._synced:
-            self._synced = True
-            sync_holes(self.file)
         end = start + length
         position = start
         rows: list[tuple[int, int, int, int, int, int, int]] = []

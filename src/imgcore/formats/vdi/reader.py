@@ -14,8 +14,8 @@ from imgcore.formats.vdi.header import read_header
 
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
+    from imgcore.files.byte_source import ByteSource
     from imgcore.files.gate import ReferenceGate
-    from imgcore.files.host_file import HostFile
     from imgcore.formats.api import BackingReference, CheckReport, Repair
     from imgcore.formats.vdi.tables import BlockMapPlanner
 
@@ -25,7 +25,7 @@ class VdiReader:
 
     Parameters
     ----------
-    file : HostFile
+    file : ByteSource
         Owned by the reader from here on, also if the constructor raises.
 
     Raises
@@ -38,7 +38,7 @@ class VdiReader:
 
     format_name: ClassVar[str] = "vdi"
 
-    def __init__(self, file: HostFile, gate: ReferenceGate) -> None:
+    def __init__(self, file: ByteSource, gate: ReferenceGate) -> None:
         self._file = file
         self._gate = gate
         try:

@@ -20,7 +20,7 @@ from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
-    from imgcore.files.host_file import HostFile
+    from imgcore.files.byte_source import ByteSource
     from imgcore.formats.api import CheckReport, Repair
     from imgcore.formats.vhd.tables import BlockPlanner
 
@@ -36,7 +36,7 @@ class VhdReader:
 
     Parameters
     ----------
-    file : HostFile
+    file : ByteSource
         Owned by the reader from here on, also if the constructor raises.
     size : str, optional
         ``chs`` or ``current``: which size counts; the creator's choice if None.
@@ -56,7 +56,7 @@ class VhdReader:
 
     format_name: ClassVar[str] = "vhd"
 
-    def __init__(self, file: HostFile, size: str | None = None) -> None:
+    def __init__(self, file: ByteSource, size: str | None = None) -> None:
         self._file = file
         try:
             self._header = read_header(file, size)
@@ -70,7 +70,6 @@ class VhdReader:
         self.block_nbytes = SECTOR_NBYTES if dynamic is None else dynamic.block_nbytes
         self.sources = (SourceFile(file),)
         self._planner: BlockPlanner | None = None
-        self._is_synced = False
 
     @property
     def identities(self) -> Mapping[str, str]:
@@ -86,11 +85,8 @@ class VhdReader:
         Memory: one batch and 1 MiB of bitmaps.
         """
         if self._header.dynamic is None:
-            from imgcore.formats.shared.flat import plan_flat, sync_holes
+            from imgcore.formats.shared.flat import plan_flat
 
-            if not self._is_synced:
-                self._is_synced = True
-                sync_holes(self._file)
             return plan_flat(self._file, 0, start, start + length, 0, 0)
         if self._planner is None:
             from imgcore.formats.vhd.tables import BlockPlanner

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
-    from imgcore.files.host_file import HostFile
+    from imgcore.files.byte_source import ByteSource
     from imgcore.formats.vmdk.header import SparseExtent
     from imgcore.formats.vmdk.reader import VmdkReader
 
@@ -23,12 +23,12 @@ class StreamLayout(NamedTuple):
     end: int | None
 
 
-def stream_layout(file: HostFile, reader: VmdkReader) -> StreamLayout:
+def stream_layout(file: ByteSource, reader: VmdkReader) -> StreamLayout:
     """Read all grain tables, the marker of the last grain and the end of the file.
 
     Parameters
     ----------
-    file : HostFile
+    file : ByteSource
         The image.
     reader : VmdkReader
         Of a streamOptimized disk, which has one extent.
@@ -71,7 +71,7 @@ def _walk(reader: VmdkReader, sparse: SparseExtent) -> tuple[int | None, int | N
     return disorder, last if last >= 0 else None
 
 
-def _end_behind_markers(file: HostFile, position: int) -> int | None:
+def _end_behind_markers(file: ByteSource, position: int) -> int | None:
     """Follow the markers of tables, directory and footer to the end of the stream."""
     from imgcore.formats.vmdk.layout import MARKER, Marker
 
@@ -86,7 +86,7 @@ def _end_behind_markers(file: HostFile, position: int) -> int | None:
     return position + SECTOR_NBYTES
 
 
-def _grain_end(file: HostFile, place: int) -> int:
+def _grain_end(file: ByteSource, place: int) -> int:
     """Return the end of a compressed grain, in whole sectors."""
     from imgcore.formats.vmdk.layout import GRAIN_MARKER
 
