@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, cast, runtime_checkable
 
 from imgcore.engine.sources import SourceFile
+from imgcore.errors import OptionError
 from imgcore.text import without_secrets
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ class Reader(Protocol):
         ...
 
     def check(self) -> CheckReport:
-        """Verify the image's tables; raises UnsupportedFeatureError if the format has none."""
+        """Verify the image's tables; see `Driver.has_tables`."""
         ...
 
     def close(self) -> None:
@@ -311,16 +312,22 @@ class Driver:
         Returns a `Reader` for a file, a gate for what the image names, and the values of
         ``read_options``; the parent is not opened.  Raises WrongFormatError only if the magic is
         absent.
-    writing : str
+    writing : str or None
         Module with ``writer_for(request)`` and ``measure(request, data_nbytes)``; it is imported
-        when it is needed, since it imports NumPy.
+        when it is needed, since it imports NumPy.  None if images are read only.
+    writes_in_place : bool
+        Whether an image may be written into an existing file or a block device.
+    has_tables : bool
+        Whether images have tables, so that there is something to check.
     """
 
     name: str
     options: tuple[Option, ...]
     read: Callable[[ByteSource, ReferenceGate, Mapping[str, Any]], Reader]
-    writing: str
+    writing: str | None
     read_options: tuple[Option, ...] = ()
+    writes_in_place: bool = False
+    has_tables: bool = True
 
     def open(
         self, file: ByteSource, gate: ReferenceGate, values: Mapping[str, Any] | None = None
@@ -332,9 +339,13 @@ class Driver:
 
     def writer(self, request: WriteRequest) -> Writer:
         """Return a writer; raises OptionError or LimitExceededError."""
-        return cast("Writer", importlib.import_module(self.writing).writer_for(request))
+        return cast("Writer", self._writing_module().writer_for(request))
 
     def measure(self, request: WriteRequest, data_nbytes: int) -> Measurement:
         """Return the file size needed for ``data_nbytes`` of allocated blocks."""
-        module = importlib.import_module(self.writing)
-        return cast("Measurement", module.measure(request, data_nbytes))
+        return cast("Measurement", self._writing_module().measure(request, data_nbytes))
+
+    def _writing_module(self) -> Any:
+        if self.writing is None:
+            raise OptionError(f"{self.name} images are read, not written")
+        return importlib.import_module(self.writing)

@@ -41,6 +41,18 @@ DRIVERS: Final = (
     Entry("raw", "imgcore.formats.raw.driver", (".raw", ".img", ".dd", ".bin")),
 )
 
+# Formats that are told apart by their magic but not read: what their images are called.
+NOT_READ: Final = {
+    "qcow": "QCOW version 1 images",
+    "parallels": "Parallels disks",
+    "bochs": "Bochs disks",
+    "qed": "QED images",
+    "luks": "LUKS containers",
+    "dmg": "Apple DMG images",
+    "cloop": "cloop images",
+    "xz": "xz streams",
+}
+
 STREAM_SUFFIXES: Final = (".zst", ".gz")
 STREAM_MAGICS: Final = ("zstd", "gzip")
 
@@ -59,21 +71,23 @@ _ENTRIES: Final = _index()
 
 
 def format_names() -> tuple[str, ...]:
-    """Return the names of the formats that can be read and written."""
+    """Return the names of the formats that have a driver, and so can be read."""
     return tuple(entry.name for entry in DRIVERS)
 
 
 def canonical_name(name: str) -> str:
-    """Return a format's own name for a name or alias; OptionError if there is none such."""
+    """Return a format's own name for a name or alias; OptionError if it has no driver."""
     entry = _ENTRIES.get(name)
     if entry is None:
-        known = ", ".join(entry.name for entry in DRIVERS)
+        known = ", ".join(format_names())
+        if name in NOT_READ:
+            raise OptionError(f"{NOT_READ[name]} are neither read nor written: known are {known}")
         raise OptionError(f"unknown format {name!r}: known are {known}")
     return entry.name
 
 
 def get_driver(name: str) -> Driver:
-    """Return the driver of a format, by its name or alias; OptionError if there is none such."""
+    """Return the driver of a format, by its name or alias; OptionError if it has none."""
     module = importlib.import_module(_ENTRIES[canonical_name(name)].module)
     return cast("Driver", module.DRIVER)
 
@@ -114,7 +128,7 @@ def _matches(file: ByteSource) -> list[str]:
 def probe(file: ByteSource) -> str | None:
     """Return the one format whose magic the file carries, never raw, or None.
 
-    The answer may be a format that imgcore knows by its magic alone.
+    The answer may be a stream's, or a format's that is not read (`NOT_READ`).
 
     Raises
     ------
@@ -159,7 +173,7 @@ def open_reader(
     WrongFormatError
         The file is not of the stated format, or its format cannot be told safely.
     UnsupportedFeatureError
-        The format is known but not supported.
+        The format is known by its magic, but not read.
     """
     if format is None:
         name = _find_format(file)
@@ -172,8 +186,8 @@ def open_reader(
             "for the rest decompress it first",
             path=file.path,
         )
-    if name not in format_names():
-        raise UnsupportedFeatureError(f"the format {name} is not supported", path=file.path)
+    if name in NOT_READ:
+        raise UnsupportedFeatureError(f"{NOT_READ[name]} are not read", path=file.path)
     driver = get_driver(name)
     if not options:
         return driver.open(file, gate)
@@ -203,8 +217,9 @@ def _find_format(file: ByteSource) -> str:
         )
     if named_raw:
         what = "is a block device" if file.is_block_device else "is named like a raw disk"
+        stated = f"-f {found} or -f raw" if found in format_names() else "-f raw"
         raise WrongFormatError(
-            f"{what}, but carries the magic of {found}: say -f {found} or -f raw", path=file.path
+            f"{what}, but carries the magic of {found}: say {stated}", path=file.path
         )
     return found
 

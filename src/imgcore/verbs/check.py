@@ -138,16 +138,18 @@ def check(
         The operating system refused; ``filename`` is set.
     """
     from imgcore.disk.layer import open_layer
+    from imgcore.formats.registry import get_driver
 
     if repair and share:
         raise OptionError("an image that another process may write to is not repaired (-U)")
     if parent is not None:
         _verify_parent(path, format, parent, allow, share)
     with open_layer(path, format=format, allow=allow, share=share) as (file, reader):
-        try:
-            report = reader.check()
-        except UnsupportedFeatureError as error:
-            raise CheckNotSupportedError(str(error)) from error
+        if not get_driver(reader.format_name).has_tables:
+            raise CheckNotSupportedError(
+                f"a {reader.format_name} image has no tables to check", path=file.path
+            )
+        report = reader.check()
         if not repair:
             return _result(file, reader, report)
         from imgcore.disk.repair import repair as repair_image

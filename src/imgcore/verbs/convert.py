@@ -28,6 +28,7 @@ from imgcore.formats.option_texts import given_options, parse_options
 from imgcore.formats.registry import (
     canonical_name,
     format_from_suffix,
+    format_names,
     get_driver,
     refuse_image_in_stream,
     refuse_stream_options,
@@ -450,13 +451,17 @@ class _Conversion:
 
     def _make_writer(self, target: Target) -> Writer:
         r = self._request
-        if target.in_place and r.target_format != "raw":
+        driver = get_driver(r.target_format)
+        if target.in_place and not driver.writes_in_place:
             what = "a block device" if target.is_block_device else "an existing file (-n)"
+            allowed = " and ".join(
+                name for name in format_names() if get_driver(name).writes_in_place
+            )
             raise UnsupportedFeatureError(
-                f"only raw is written into {what}, not {r.target_format}", path=r.target
+                f"only {allowed} is written into {what}, not {r.target_format}", path=r.target
             )
         stated = None if self._image is None else self._image.logical_sector_nbytes
-        writer = get_driver(r.target_format).writer(
+        writer = driver.writer(
             WriteRequest(
                 virtual_size=self._virtual_size,
                 options=r.options,

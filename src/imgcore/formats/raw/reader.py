@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from imgcore.engine.sources import SourceFile
-from imgcore.errors import CorruptImageError, UnsupportedFeatureError
+from imgcore.errors import CorruptImageError
+from imgcore.formats.api import CheckReport
 from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
     from imgcore.engine.extents import Extents
     from imgcore.files.byte_source import ByteSource
-    from imgcore.formats.api import BackingReference, CheckReport
+    from imgcore.formats.api import BackingReference
 
 
 # Each row costs two system calls to find; small batches keep the first one quick to come.
@@ -85,8 +86,8 @@ class RawReader:
         return {}
 
     def check(self) -> CheckReport:
-        """Raise UnsupportedFeatureError: there is nothing to check."""
-        raise UnsupportedFeatureError("a raw image has no tables to check", path=self.file.path)
+        """Return an empty report: a raw disk has no tables."""
+        return CheckReport()
 
     def close(self) -> None:
         """Close the file."""
