@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from imgcore.errors import ImgcoreError, WrongFormatError
-from imgcore.platforms.rules import RULES, Facts, Finding
+from imgcore.formats.shared.lint import Finding
+from imgcore.platforms.rules import Facts, find_broken
 
 if TYPE_CHECKING:
     from imgcore.files.host_file import HostFile
@@ -107,12 +108,11 @@ def lint(
     chosen = get_profile(profile)
     with _facts(path, chosen, format, read_options, allow, share) as facts:
         facts.open_chain = open_chain
-        found = (rule.apply(facts) for rule in RULES[chosen.name])
         return LintReport(
             filename=facts.file.path,
             format=facts.format,
             profile=chosen.name,
-            findings=[finding for finding in found if finding is not None],
+            findings=find_broken(facts),
         )
 
 

@@ -130,6 +130,15 @@ def read_header(file: ByteSource) -> Qcow2Header:
     return header
 
 
+def read_incompatible_features(file: ByteSource) -> int:
+    """Return the incompatible feature bits of a file, whether or not its header can be trusted."""
+    if file.nbytes < layout.HEADER_V3_MIN_NBYTES:
+        return 0
+    (_, version, *_) = layout.HEADER_V2.unpack(file.pread(0, layout.HEADER_V2_NBYTES))
+    tail = file.pread(layout.HEADER_V2_NBYTES, layout.HEADER_V3_TAIL.size)
+    return int(layout.HEADER_V3_TAIL.unpack(tail)[0]) if version >= 3 else 0
+
+
 def _corrupt(file: ByteSource, message: str, offset: int | None = None) -> CorruptImageError:
     return CorruptImageError(message, path=file.path, offset=offset)
 

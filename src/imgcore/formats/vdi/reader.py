@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from imgcore.engine.sources import SourceFile
-from imgcore.formats.vdi.header import read_header
+from imgcore.formats.vdi.header import VdiHeader, read_header
 
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
@@ -53,6 +53,11 @@ class VdiReader:
         self.identities: Mapping[str, str] = self._header.identities
         self._backing: BackingReference | None = None
         self._planner: BlockMapPlanner | None = None
+
+    @property
+    def header(self) -> VdiHeader:
+        """The verified header."""
+        return self._header
 
     @property
     def backing(self) -> BackingReference | None:

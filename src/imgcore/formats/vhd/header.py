@@ -81,6 +81,11 @@ class VhdHeader(NamedTuple):
         return DiskType(self.footer.disk_type)
 
     @property
+    def chs_nbytes(self) -> int:
+        """Bytes of the disk by its geometry: cylinders, heads and sectors."""
+        return chs_nbytes(self.footer)
+
+    @property
     def n_blocks(self) -> int:
         """BAT entries that the disk needs."""
         return 0 if self.dynamic is None else -(-self.size.nbytes // self.dynamic.block_nbytes)
@@ -107,6 +112,11 @@ class VhdHeader(NamedTuple):
     def blocks_end(self) -> int | None:
         """Where blocks have to end: at the footer; None if there is none behind them."""
         return None if self.end is None else self.end.offset
+
+
+def chs_nbytes(footer: Footer) -> int:
+    """Return the bytes of the disk by the geometry in its footer."""
+    return footer.cylinders * footer.heads * footer.sectors_per_track * SECTOR_NBYTES
 
 
 def bitmap_nbytes(block_nbytes: int) -> int:
@@ -286,14 +296,14 @@ def _refuse_truncated(file: ByteSource, header: VhdHeader) -> None:
 
 def _stated_size(file: ByteSource, footer: Footer, size: str | None) -> VirtualSize:
     """Return the size that the footer means: by its creator, unless the caller knows better."""
-    n_sectors = footer.cylinders * footer.heads * footer.sectors_per_track
-    if n_sectors in (0, layout.MAX_CHS_NSECTORS):
+    by_geometry = chs_nbytes(footer)
+    if by_geometry in (0, layout.MAX_CHS_NSECTORS * SECTOR_NBYTES):
         choice = ("current", "geometry")
     elif size is not None:
         choice = (size, "option")
     else:
         choice = ("chs" if footer.creator in layout.CHS_CREATORS else "current", "creator")
-    nbytes = n_sectors * SECTOR_NBYTES if choice[0] == "chs" else footer.current_size
+    nbytes = by_geometry if choice[0] == "chs" else footer.current_size
     if nbytes % SECTOR_NBYTES:
         raise CorruptImageError(
             f"the footer states {nbytes} bytes, which is no multiple of {SECTOR_NBYTES}",
@@ -308,8 +318,7 @@ def _fixed_size(file: ByteSource, place: FooterPlace, size: str | None) -> Virtu
     stated = _stated_size(file, footer, size)
     if stated.nbytes == held_nbytes or (size is not None and stated.nbytes <= held_nbytes):
         return stated
-    chs_nbytes = footer.cylinders * footer.heads * footer.sectors_per_track * SECTOR_NBYTES
-    for field, nbytes in (("current", footer.current_size), ("chs", chs_nbytes)):
+    for field, nbytes in (("current", footer.current_size), ("chs", chs_nbytes(footer))):
         if nbytes == held_nbytes and nbytes % SECTOR_NBYTES == 0:
             return VirtualSize(nbytes, field, "file")
     if stated.nbytes > held_nbytes:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from imgcore.engine.sources import SourceFile
 from imgcore.formats.api import BackingReference
 from imgcore.formats.vhd import layout
-from imgcore.formats.vhd.header import parent_texts, read_header, uuid_text
+from imgcore.formats.vhd.header import VhdHeader, parent_texts, read_header, uuid_text
 from imgcore.formats.vhd.layout import DiskType
 from imgcore.formats.vhd.parent import find_parent
 from imgcore.limits import SECTOR_NBYTES
@@ -72,6 +72,11 @@ class VhdReader:
         self._planner: BlockPlanner | None = None
 
     @property
+    def header(self) -> VhdHeader:
+        """The verified headers, with the footer and its copy as they were found."""
+        return self._header
+
+    @property
     def identities(self) -> Mapping[str, str]:
         """What a differencing disk upon this one states as its parent's."""
         return {"UUID": uuid_text(self._header.footer.uuid)}
@@ -99,16 +104,16 @@ class VhdReader:
         footer, size = self._header.footer, self._header.size
         data: dict[str, Any] = {
             "subformat": self.subformat,
-            "creator": _printable(footer.creator),
+            "creator": printable(footer.creator),
             "creator-version": f"{footer.creator_version >> 16}.{footer.creator_version & 0xFFFF}",
-            "creator-os": _printable(footer.creator_os),
+            "creator-os": printable(footer.creator_os),
             "uuid": uuid_text(footer.uuid),
             "timestamp": footer.timestamp + layout.EPOCH_UNIX_SECONDS,
             "size": {
                 "from": size.field,
                 "because": size.because,
                 "current": footer.current_size,
-                "chs": footer.cylinders * footer.heads * footer.sectors_per_track * SECTOR_NBYTES,
+                "chs": self._header.chs_nbytes,
             },
             "geometry": {
                 "cylinders": footer.cylinders,
@@ -125,7 +130,7 @@ class VhdReader:
             data["parent-uuid"] = uuid_text(dynamic.parent_uuid)
             data["parent-timestamp"] = dynamic.parent_timestamp + layout.EPOCH_UNIX_SECONDS
             data["parent-names"] = [
-                {"locator": _printable(code) or "header", "name": text}
+                {"locator": printable(code) or "header", "name": text}
                 for code, text in parent_texts(self._file, self._header)[0]
             ]
         return info
@@ -152,5 +157,6 @@ class VhdReader:
         self._file.close()
 
 
-def _printable(code: bytes) -> str:
+def printable(code: bytes) -> str:
+    """Return a code of four letters, such as a creator's, without its padding."""
     return code.rstrip(b"\0").decode("ascii", "backslashreplace").rstrip()

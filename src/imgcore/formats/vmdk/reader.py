@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from imgcore.engine.sources import SourceFile
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
     from imgcore.files.byte_source import ByteSource
     from imgcore.files.gate import ReferenceGate
+    from imgcore.formats.vmdk.stream_layout import StreamLayout
     from imgcore.formats.vmdk.tables import SparsePlanner
 
 _PROBE_NBYTES: Final = 65536
@@ -108,6 +110,15 @@ class VmdkReader:
         if first is not None and stated.lower() in _MONOLITHIC_TYPES | {""}:
             return "streamOptimized" if first.is_compressed else "monolithicSparse"
         return stated or None
+
+    @cached_property
+    def stream_layout(self) -> StreamLayout:
+        """Where the grains of a streamOptimized disk lie; all grain tables are read for it."""
+        from imgcore.formats.vmdk.stream_layout import find_stream_layout
+
+        sparse = self._extents[0].sparse
+        assert sparse is not None
+        return find_stream_layout(sparse, self.plan(0, self.virtual_size))
 
     @property
     def block_nbytes(self) -> int:
