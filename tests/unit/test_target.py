@@ -21,12 +21,8 @@ import pytest
 from tests.unit.test_files import loop_device, qemu_io
 
 from imgcore.errors import TargetError
-from imgcore.files import (
-    target as target_module,
-)
-from imgcore.files import (
-    temporary_names,
-)
+from imgcore.files import target as target_module
+from imgcore.files import target_folder, temporary_names
 from imgcore.files.host_file import HostFile
 from imgcore.files.identity import same_file
 from imgcore.files.target import Target
@@ -545,7 +541,7 @@ class TestStale:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         answers = iter([False, True])
-        monkeypatch.setattr(target_module, "lock", lambda fd: next(answers))
+        monkeypatch.setattr(target_folder, "lock", lambda fd: next(answers))
         write(tmp_path / "disk.raw")
         assert names(tmp_path) == ["disk.raw"]
 

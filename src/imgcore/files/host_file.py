@@ -16,7 +16,7 @@ from imgcore.files.identity import (
     describe_file_type,
     file_identity,
 )
-from imgcore.files.locks import QEMU_DENIES_READING, QEMU_WRITES, is_locked_by_other
+from imgcore.files.locks import refuse_image_being_written
 from imgcore.files.retry import READ_ERRORS, retrying
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class HostFile:
             # io_uring fails reads of what is not cached on a non-blocking file.
             fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
             if not share:
-                self._refuse_lock()
+                refuse_image_being_written(fd, path)
         except BaseException:
             self.close()
             raise
@@ -127,15 +127,6 @@ class HostFile:
         if self.is_block_device:
             return os.lseek(self.fd, 0, os.SEEK_END)
         return self._status.st_size
-
-    def _refuse_lock(self) -> None:
-        for byte in (QEMU_WRITES, QEMU_DENIES_READING):
-            if is_locked_by_other(self.fd, byte):
-                raise ImgcoreError(
-                    "in use by another process that writes to it (QEMU's image lock); "
-                    "-U reads it nevertheless",
-                    path=self.path,
-                )
 
     @property
     def modified(self) -> int:
