@@ -243,6 +243,20 @@ def test_no_file_shells_out() -> None:
             assert word not in path.read_text(), f"{path}: {word}"
 
 
+def uses_of_descriptors(text: str) -> list[int]:
+    """Return the lines on which the attribute ``fd`` of something is used."""
+    nodes = ast.walk(ast.parse(text))
+    return [node.lineno for node in nodes if isinstance(node, ast.Attribute) and node.attr == "fd"]
+
+
+def test_descriptors_stay_in_files() -> None:
+    """Other layers ask a file for what they need: see `imgcore.files.byte_source`."""
+    assert uses_of_descriptors("os.fstat(file.fd)") == [1]
+    for name, path in modules().items():
+        if path.suffix == ".py" and not name.startswith("imgcore.files."):
+            assert uses_of_descriptors(path.read_text()) == [], name
+
+
 # -- the rules for tests and documents ----------------------------------------------------
 
 

@@ -293,7 +293,7 @@ class TestFailure:
             ({"threads": 0}, "1 to 256"),
             ({"options": {"colour": "blue"}}, "colour"),
             ({"target_format": "floppy"}, "floppy"),
-            ({"target_format": "qed"}, "qed"),
+            ({"target_format": "qed"}, "QED images are neither"),
             ({"kernels": {"zero": "abacus"}}, "abacus"),
             ({"backing_format": "raw"}, "without a backing file"),
         ],

@@ -11,12 +11,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from imgcore.disk.layer import Layer
-    from imgcore.files.host_file import HostFile
+    from imgcore.files.byte_source import ByteSource
 
 # Keys of Reader.info() that stand beside "format-specific", not inside it.
 _TOP_LEVEL_KEYS: Final = ("cluster-size", "encrypted", "compressed", "snapshots")
 _OWN_KEYS: Final = (*_TOP_LEVEL_KEYS, "dirty-flag", "backing-filename", "backing-filename-format")
-_STAT_BLOCK_NBYTES: Final = 512  # st_blocks counts these, whatever st_blksize says
 
 
 def describe_layer(layer: Layer) -> dict[str, Any]:
@@ -61,7 +60,7 @@ def _full_name(path: str, name: str) -> str:
     return os.path.join(os.path.dirname(path), name)
 
 
-def allocated_nbytes(files: Iterable[HostFile]) -> int:
+def allocated_nbytes(files: Iterable[ByteSource]) -> int:
     """Sum the bytes that the host has allocated to the distinct ones among some files."""
     distinct = {file.identity: file for file in files}
-    return sum(os.fstat(file.fd).st_blocks for file in distinct.values()) * _STAT_BLOCK_NBYTES
+    return sum(file.allocated_nbytes for file in distinct.values())

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from imgcore.disk.overlay import Depths
     from imgcore.engine.extents import Extents
     from imgcore.engine.sources import SourceFile
-    from imgcore.files.host_file import HostFile
+    from imgcore.files.byte_source import ByteSource
 
 
 class Image:
@@ -221,7 +221,7 @@ class Image:
         for file in self.every_file():
             file.check_unchanged()
 
-    def every_file(self) -> list[HostFile]:
+    def every_file(self) -> list[ByteSource]:
         """Return the files of all layers, each once."""
         files = [*self.files, *(source.file for source in self.sources)]
         return list(dict.fromkeys(files))

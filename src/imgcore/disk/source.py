@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from imgcore.engine.batches import Supply
     from imgcore.engine.extents import Extents
     from imgcore.engine.geometry import Geometry
-    from imgcore.files.host_file import HostFile
+    from imgcore.files.byte_source import ByteSource
 
 
 class Source(Protocol):
@@ -49,7 +49,7 @@ class Source(Protocol):
         ...
 
     @property
-    def files(self) -> Sequence[HostFile]:
+    def files(self) -> Sequence[ByteSource]:
         """Every file that is read, each once."""
         ...
 

@@ -10,13 +10,14 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, cast, runtime_checkable
 
 from imgcore.engine.sources import SourceFile
+from imgcore.errors import OptionError
 from imgcore.text import without_secrets
 
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents, Placements
     from imgcore.engine.geometry import Geometry
+    from imgcore.files.byte_source import ByteSource
     from imgcore.files.gate import ReferenceGate
-    from imgcore.files.host_file import HostFile
     from imgcore.files.target import Target
     from imgcore.files.target_file import TargetFile
 
@@ -122,7 +123,7 @@ class Reader(Protocol):
         ...
 
     def check(self) -> CheckReport:
-        """Verify the image's tables; raises UnsupportedFeatureError if the format has none."""
+        """Verify the image's tables; see `Driver.has_tables`."""
         ...
 
     def close(self) -> None:
@@ -318,22 +319,25 @@ class Driver:
         Returns a `Reader` for a file, a gate for what the image names, and the values of
         ``read_options``; the parent is not opened.  Raises WrongFormatError only if the magic is
         absent.
-    writing : str
+    writing : str or None
         Module with ``writer_for(request)`` and ``measure(request, data_nbytes)``; it is imported
-        when it is needed, since it imports NumPy.
+        when it is needed, since it imports NumPy.  None if images are read only.
     writes_in_place : bool
-        Whether a new disk can be written into an existing file or a block device.
+        Whether an image may be written into an existing file or a block device.
+    has_tables : bool
+        Whether images have tables, so that there is something to check.
     """
 
     name: str
     options: tuple[Option, ...]
-    read: Callable[[HostFile, ReferenceGate, Mapping[str, Any]], Reader]
-    writing: str
+    read: Callable[[ByteSource, ReferenceGate, Mapping[str, Any]], Reader]
+    writing: str | None
     read_options: tuple[Option, ...] = ()
     writes_in_place: bool = False
+    has_tables: bool = True
 
     def open(
-        self, file: HostFile, gate: ReferenceGate, values: Mapping[str, Any] | None = None
+        self, file: ByteSource, gate: ReferenceGate, values: Mapping[str, Any] | None = None
     ) -> Reader:
         """Open an image; ``values`` are the parsed ``read_options``, their defaults if None."""
         if values is None:
@@ -342,9 +346,13 @@ class Driver:
 
     def writer(self, request: WriteRequest) -> Writer:
         """Return a writer; raises OptionError or LimitExceededError."""
-        return cast("Writer", importlib.import_module(self.writing).writer_for(request))
+        return cast("Writer", self._writing_module().writer_for(request))
 
     def measure(self, request: WriteRequest, data_nbytes: int) -> Measurement:
         """Return the file size needed for ``data_nbytes`` of allocated blocks."""
-        module = importlib.import_module(self.writing)
-        return cast("Measurement", module.measure(request, data_nbytes))
+        return cast("Measurement", self._writing_module().measure(request, data_nbytes))
+
+    def _writing_module(self) -> Any:
+        if self.writing is None:
+            raise OptionError(f"{self.name} images are read, not written")
+        return importlib.import_module(self.writing)

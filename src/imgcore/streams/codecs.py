@@ -9,7 +9,7 @@ from imgcore.streams.gzip import GzipDecoder, GzipEncoder, is_gzip
 from imgcore.streams.zstd import ZstdDecoder, ZstdEncoder, content_nbytes, is_zstd
 
 if TYPE_CHECKING:
-    from imgcore.files.host_file import HostFile
+    from imgcore.files.byte_source import ByteSource
     from imgcore.files.target_file import TargetFile
     from imgcore.streams.decoder import Decoder
     from imgcore.streams.encoder import Encoder
@@ -30,8 +30,8 @@ class StreamCodec(NamedTuple):
     """
 
     matches: Callable[[bytes], bool]
-    content_nbytes: Callable[[HostFile], int | None]
-    decoder: Callable[[HostFile], Decoder]
+    content_nbytes: Callable[[ByteSource], int | None]
+    decoder: Callable[[ByteSource], Decoder]
     encoder: Callable[[TargetFile, int, int], Encoder]
 
 

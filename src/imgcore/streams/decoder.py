@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
-from imgcore.files.host_file import HostFile
+if TYPE_CHECKING:
+    from imgcore.files.byte_source import ByteSource
 
 READ_NBYTES: Final = 256 * 1024
 
@@ -20,7 +21,7 @@ class Decoder(Protocol):
 class OrderedInput:
     """Reads a file from its start, in order."""
 
-    def __init__(self, file: HostFile) -> None:
+    def __init__(self, file: ByteSource) -> None:
         self._file = file
         self._offset = 0
 

@@ -21,7 +21,7 @@ from imgcore.streams.encoder import OrderedOutput
 if TYPE_CHECKING:
     from typing import Self
 
-    from imgcore.files.host_file import HostFile
+    from imgcore.files.byte_source import ByteSource
     from imgcore.files.target_file import TargetFile
 
 _PIECE_NBYTES: Final = 1 * MIB
@@ -115,7 +115,7 @@ def is_gzip(head: bytes) -> bool:
 
 
 class GzipDecoder:
-    def __init__(self, file: HostFile) -> None:
+    def __init__(self, file: ByteSource) -> None:
         self._path = file.path
         self._input = OrderedInput(file)
         self._pending = b""

@@ -10,7 +10,6 @@ from imgcore.errors import (
     LimitExceededError,
     OptionError,
 )
-from imgcore.files.host_file import HostFile
 from imgcore.limits import MIB
 from imgcore.streams.decoder import READ_NBYTES, OrderedInput
 from imgcore.streams.encoder import OrderedOutput
@@ -18,6 +17,7 @@ from imgcore.streams.encoder import OrderedOutput
 if TYPE_CHECKING:
     from typing import Self
 
+    from imgcore.files.byte_source import ByteSource
     from imgcore.files.target_file import TargetFile
 
 # The window of `zstd --long` (windowLog 27), which decompresses without an option.
@@ -41,7 +41,7 @@ def _is_skippable(magic: int) -> bool:
 
 
 class ZstdDecoder:
-    def __init__(self, file: HostFile) -> None:
+    def __init__(self, file: ByteSource) -> None:
         import zstandard
 
         self._error = zstandard.ZstdError
@@ -75,7 +75,7 @@ def _zstd_failure(error: Exception, path: str) -> ImgcoreError:
     return CorruptImageError(f"the zstd stream is broken: {text}", path=path)
 
 
-def content_nbytes(file: HostFile) -> int | None:
+def content_nbytes(file: ByteSource) -> int | None:
     """Return the bytes that a zstd file says it holds, None if one of its frames does not."""
     walk = FrameWalk(file)
     nbytes = walk.content_nbytes()
@@ -91,7 +91,7 @@ class FrameWalk:
     the content if every frame states its own.  Source: RFC 8878 section 3.1.
     """
 
-    def __init__(self, file: HostFile) -> None:
+    def __init__(self, file: ByteSource) -> None:
         self._file = file
         self._offset = 0
         self._window = b""

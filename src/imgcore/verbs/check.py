@@ -135,6 +135,7 @@ def check(
     from imgcore.disk.chain import open_chain
     from imgcore.disk.layer import open_layer
     from imgcore.disk.options import OpenOptions
+    from imgcore.formats.registry import get_driver
 
     if repair and share:
         raise OptionError("an image that another process may write to is not repaired (-U)")
@@ -143,10 +144,12 @@ def check(
         for layer in open_chain(path, options):
             layer.close()
     with open_layer(path, options) as layer:
-        try:
-            report = layer.reader.check()
-        except UnsupportedFeatureError as error:
-            raise CheckNotSupportedError(str(error)) from error
+        format_name = layer.reader.format_name
+        if not get_driver(format_name).has_tables:
+            raise CheckNotSupportedError(
+                f"a {format_name} image has no tables to check", path=layer.file.path
+            )
+        report = layer.reader.check()
         if not repair:
             return _result(layer, report)
         from imgcore.disk.repair import repair as repair_image

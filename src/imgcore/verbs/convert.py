@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from imgcore.disk.sink import Sink
     from imgcore.engine.bad_ranges import BadRange
     from imgcore.engine.progress import Progress
-    from imgcore.files.host_file import HostFile
+    from imgcore.files.byte_source import ByteSource
 
 
 class ConvertResult(NamedTuple):
@@ -176,7 +176,7 @@ def convert(
         output.protect(files)
         sink = open_sink(output, writing, disk, base, tally.total_nbytes)
         bad_ranges = _write(sink, tally, files, output.path)
-        file_size = os.fstat(output.main.fd).st_size
+        file_size = output.main.file_size
         output.commit()
         tally.finish()
         return ConvertResult(
@@ -207,7 +207,7 @@ def _open_base(
 
 
 def _write(
-    sink: Sink, tally: Tally, files: Sequence[HostFile], target: str
+    sink: Sink, tally: Tally, files: Sequence[ByteSource], target: str
 ) -> tuple[BadRange, ...]:
     """Write the target's content; the files that it is read from must not change meanwhile."""
     try:

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from imgcore.errors import ImgcoreError, WrongFormatError
-from imgcore.platforms.rules import RULES, Facts, Finding
+from imgcore.formats.shared.lint import Finding
+from imgcore.platforms.rules import Facts, find_broken
 
 if TYPE_CHECKING:
     from imgcore.disk.options import OpenOptions
@@ -99,12 +100,11 @@ def lint(
     chosen = get_profile(profile)
     with _facts(path, chosen, options) as facts:
         facts.open_chain = lambda: open_image(path, options)
-        found = (rule.apply(facts) for rule in RULES[chosen.name])
         return LintReport(
             filename=facts.file.path,
             format=facts.format,
             profile=chosen.name,
-            findings=[finding for finding in found if finding is not None],
+            findings=find_broken(facts),
         )
 
 

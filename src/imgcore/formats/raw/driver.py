@@ -14,4 +14,5 @@ DRIVER: Final = Driver(
     read=lambda file, gate, values: RawReader(file),
     writing="imgcore.formats.raw.writer",
     writes_in_place=True,
+    has_tables=False,
 )
