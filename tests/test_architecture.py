@@ -25,7 +25,9 @@ LAYERS = ("cli", "verbs", "disk", "platforms", "formats", "streams", "engine", "
 # What stands beside the layers: the package's face above all of them, leaves below.
 FACE = ("imgcore", "imgcore.__main__")
 # What a format may import besides its own modules, the layers below and the leaves.
-FORMAT_MAY_IMPORT = ("imgcore.formats.api", "imgcore.formats.magic", "imgcore.formats.shared")
+FORMAT_MAY_IMPORT = tuple(
+    f"imgcore.formats.{name}" for name in ("api", "magic", "options", "shared")
+)
 FORMAT_LAYERS = ("engine", "files")
 
 C_LAYERS = (("include",), ("common",), ("kernels", "codec", "tables", "io"), ("engine",))

@@ -19,6 +19,8 @@ from imgcore.files.host_file import HostFile
 from imgcore.files.target import Target
 from imgcore.files.target_file import TargetFile
 from imgcore.formats.api import BackingReference, WriteRequest
+from imgcore.formats.option_texts import parse_options
+from imgcore.formats.options import FormatOptions
 from imgcore.formats.qcow2.driver import DRIVER
 from imgcore.formats.qcow2.reader import Qcow2Reader
 from tests.helpers import qemu
@@ -115,9 +117,10 @@ def request(
     compress: bool = False,
     backing: BackingReference | None = None,
     sparse_nbytes: int = 4096,
-) -> WriteRequest:
+) -> WriteRequest[FormatOptions]:
     """Return a request for a writer, all options not given at their defaults."""
-    return WriteRequest(virtual_size, dict(options or {}), compress, backing, sparse_nbytes)
+    parsed = parse_options(DRIVER, options)
+    return WriteRequest(virtual_size, parsed, compress, backing, sparse_nbytes)
 
 
 @dataclass
@@ -167,7 +170,7 @@ class StandIn:
 def write_image(
     path: Path,
     content: bytes,
-    wanted: WriteRequest,
+    wanted: WriteRequest[Any],
     *,
     batch: int = 1000,
     absent: set[int] | None = None,

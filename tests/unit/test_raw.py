@@ -28,6 +28,7 @@ from imgcore.files.host_file import HostFile
 from imgcore.files.target import Target
 from imgcore.formats.api import BackingReference, WriteRequest
 from imgcore.formats.raw.driver import DRIVER
+from imgcore.formats.raw.options import Options
 from imgcore.formats.raw.reader import RawReader
 from imgcore.formats.shared import flat
 
@@ -243,10 +244,8 @@ def test_info_needs_no_numpy(tmp_path: Path) -> None:
     assert done.stdout.strip() == "[]"
 
 
-def request(virtual_size: int = MIB, **changes: Any) -> WriteRequest:
-    return WriteRequest(
-        virtual_size, {"preallocation": "off"} | changes.pop("options", {}), **changes
-    )
+def request(virtual_size: int = MIB, **changes: Any) -> WriteRequest[Any]:
+    return WriteRequest(virtual_size, Options(**changes.pop("options", {})), **changes)
 
 
 class TestWriter:
@@ -338,7 +337,7 @@ class TestWriter:
         [
             ({"virtual_size": 1000}, "multiple of 512"),
             ({"virtual_size": -512}, "multiple of 512"),
-            ({"virtual_size": 1 << 63}, "multiple of 512"),
+            ({"virtual_size": 1 << 63}, "9223372036854775808 is too large: allowed are"),
             ({"compress": True}, "raw.zst"),
             ({"backing": BackingReference("base.raw", "raw")}, "backing"),
             ({"sparse_nbytes": 1000}, "-S"),

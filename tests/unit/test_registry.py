@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,8 +18,9 @@ from imgcore.errors import OptionError, UnsupportedFeatureError, WrongFormatErro
 from imgcore.files.gate import ReferenceGate
 from imgcore.files.host_file import HostFile
 from imgcore.formats import magic
-from imgcore.formats.api import Driver, Option
+from imgcore.formats.api import Driver
 from imgcore.formats.option_texts import options_help, parse_options
+from imgcore.formats.options import FormatOptions, byte_size, choice, flag, number, text
 from imgcore.formats.registry import (
     canonical_name,
     format_from_suffix,
@@ -285,23 +287,19 @@ class TestNames:
     def test_drivers_and_registry_tell_the_same(self, name: str) -> None:
         driver = get_driver(name)
         assert driver.name == name
-        assert len({option.name for option in driver.options}) == len(driver.options)
-        assert set(parse_options(driver)) == {option.name for option in driver.options}
+        assert parse_options(driver) == driver.options()
 
 
-DRIVER = cast(
-    "Driver",
-    SimpleNamespace(
-        name="toy",
-        options=(
-            Option("cluster_size", "size", 65536, "bytes of a cluster"),
-            Option("level", "int", 3, "effort"),
-            Option("lazy", "bool", False, "later"),
-            Option("mode", "choice", "off", "how", ("off", "full")),
-            Option("comment", "str", None, "any text"),
-        ),
-    ),
-)
+@dataclass(frozen=True)
+class Options(FormatOptions):
+    cluster_size: int = byte_size(65536, "bytes of a cluster")
+    level: int = number(3, "effort")
+    lazy: bool = flag("later")
+    mode: str = choice("off", ("off", "full"), "how")
+    comment: str | None = text(None, "any text")
+
+
+DRIVER = cast("Driver", SimpleNamespace(name="toy", options=Options))
 DEFAULTS = {"cluster_size": 65536, "level": 3, "lazy": False, "mode": "off", "comment": None}
 
 
@@ -328,7 +326,7 @@ class TestOptions:
         ],
     )  # fmt: skip
     def test_parse(self, texts: Any, changes: dict[str, Any]) -> None:
-        assert parse_options(DRIVER, texts) == DEFAULTS | changes
+        assert asdict(parse_options(DRIVER, texts)) == DEFAULTS | changes
 
     @pytest.mark.parametrize(
         ("texts", "words"),

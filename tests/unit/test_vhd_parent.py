@@ -348,10 +348,10 @@ class TestWriting:
     @pytest.mark.parametrize(
         ("name", "format", "options", "match"),
         [
-            ("old.raw", "raw", [], "has to be a VHD, not raw"),
+            ("old.raw", "raw", [], "must be a VHD, not raw"),
             ("p.vhd", "vhd", ["subformat=fixed"], "a fixed VHD has no parent"),
-            ("a\\b.vhd", "vhd", [], "cannot be said in a VHD"),
-            ("./vm-10:00.vhd", "vhd", [], "cannot be said in a VHD"),
+            ("a\\b.vhd", "vhd", [], "cannot be represented in a VHD"),
+            ("./vm-10:00.vhd", "vhd", [], "cannot be represented in a VHD"),
             ("x" * 251 + ".vhd", "vhd", [], None),
         ],
     )

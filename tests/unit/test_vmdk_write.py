@@ -41,7 +41,7 @@ def _write(raw: Path, path: Path, *options: str, **more: Any) -> Path:
     return path
 
 
-def _request(virtual_size: int, *options: str, **more: Any) -> WriteRequest:
+def _request(virtual_size: int, *options: str, **more: Any) -> WriteRequest[Any]:
     values = parse_options(DRIVER, options)
     return WriteRequest(virtual_size, values, target_name="disk.vmdk", **more)
 
@@ -397,7 +397,7 @@ def test_hardware_version_6(tmp_path: Path) -> None:
     ],
     ids=["odd-size", "backing", "directory", "everything"],
 )
-def test_refused_requests(request_: WriteRequest, error: type[ImgcoreError]) -> None:
+def test_refused_requests(request_: WriteRequest[Any], error: type[ImgcoreError]) -> None:
     with pytest.raises(error):
         DRIVER.writer(request_)
 
@@ -419,16 +419,13 @@ def test_a_sparse_file_ends_at_2_tib(tmp_path: Path, subformat: str) -> None:
                 writer.place(0, placements, offset + GRAIN)
 
 
-def test_not_in_place(tmp_path: Path) -> None:
-    path = tmp_path / "a.vmdk"
+@pytest.mark.parametrize("subformat", SUBFORMATS)
+def test_not_in_place(tmp_path: Path, subformat: str) -> None:
+    path, raw = tmp_path / "a.vmdk", tmp_path / "a.raw"
     path.write_bytes(bytes(SECTOR))
-    for subformat in SUBFORMATS:
-        writer = DRIVER.writer(_request(MIB, f"subformat={subformat}"))
-        with (
-            Target(path, in_place=True) as target,
-            pytest.raises(UnsupportedFeatureError, match="new file"),
-        ):
-            writer.begin(target)
+    raw.write_bytes(b"x" * SECTOR)
+    with pytest.raises(UnsupportedFeatureError, match="only raw is written into"):
+        imgcore.convert(raw, path, options={"subformat": subformat}, in_place=True)
     assert path.read_bytes() == bytes(SECTOR)
 
 

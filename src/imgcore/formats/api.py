@@ -1,4 +1,4 @@
-"""What a format has to offer: one reader, one writer, a list of options."""
+"""The parts of a format: one reader, one writer, a record of options."""
 
 from __future__ import annotations
 
@@ -7,9 +7,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, cast, runtime_checkable
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Generic,
+    NamedTuple,
+    Protocol,
+    TypeVar,
+    cast,
+    runtime_checkable,
+)
 
 from imgcore.engine.sources import SourceFile
+from imgcore.formats.options import FormatOptions
 from imgcore.text import without_secrets
 
 if TYPE_CHECKING:
@@ -215,16 +226,32 @@ class CheckReport:
             self.problems.append(line)
 
 
-class WriteRequest(NamedTuple):
-    """What the target has to be.
+Options = TypeVar("Options", bound=FormatOptions)
 
-    ``options`` holds parsed ``-o`` values by name (defaults filled in by ``parse_options``),
-    ``compress`` is ``-c``; ``sparse_nbytes`` is ``-S`` in bytes (0: write zeros too);
-    ``logical_sector_nbytes`` is what the source states, None if it states nothing.
+
+class WriteRequest(NamedTuple, Generic[Options]):
+    """A target that is asked for; the format verifies it.
+
+    Attributes
+    ----------
+    virtual_size : int
+        Bytes.
+    options : FormatOptions
+        The format's own record, from the ``-o`` options.
+    compress : bool
+        ``-c``.
+    backing : BackingReference or None
+        The parent that the target is to get.
+    sparse_nbytes : int
+        ``-S`` in bytes; 0 writes zeros too.
+    target_name : str
+        The file's name, without its folder.
+    logical_sector_nbytes : int or None
+        What the source states, None if it states nothing.
     """
 
     virtual_size: int
-    options: Mapping[str, Any]
+    options: Options
     compress: bool = False
     backing: BackingReference | None = None
     sparse_nbytes: int = 4096
@@ -245,6 +272,11 @@ class Writer(Protocol):
     @property
     def first_offset(self) -> int:
         """First byte of the file that guest data may take."""
+        ...
+
+    @property
+    def needs_own_blocks(self) -> bool:
+        """Whether all space is reserved ahead: no block may be a reflink to the source's."""
         ...
 
     def begin(self, target: Target) -> TargetFile:
@@ -276,20 +308,6 @@ class Writer(Protocol):
         ...
 
 
-class Option(NamedTuple):
-    """One ``-o key=value`` of a format.
-
-    ``kind`` is ``"size"`` (bytes with suffix), ``"int"``, ``"bool"`` (on/off), ``"choice"`` or
-    ``"str"``.
-    """
-
-    name: str
-    kind: str
-    default: Any
-    help: str
-    choices: tuple[str, ...] = ()
-
-
 class Measurement(NamedTuple):
     """Bytes that a target file needs: for the given data, and at the most."""
 
@@ -305,10 +323,10 @@ class Driver:
     ----------
     name : str
         As in the registry.
-    options, read_options : tuple of Option
+    options, read_options : subclass of FormatOptions
         For writing, and for reading.
     read : callable
-        Returns a `Reader` for a file, a gate for what the image names, and the values of
+        Returns a `Reader` for a file, a gate for what the image names, and a record of
         ``read_options``; the parent is not opened.  Raises WrongFormatError only if the magic is
         absent.
     writing : str
@@ -317,24 +335,22 @@ class Driver:
     """
 
     name: str
-    options: tuple[Option, ...]
-    read: Callable[[HostFile, ReferenceGate, Mapping[str, Any]], Reader]
+    options: type[FormatOptions]
+    read: Callable[[HostFile, ReferenceGate, Any], Reader]
     writing: str
-    read_options: tuple[Option, ...] = ()
+    read_options: type[FormatOptions] = FormatOptions
 
     def open(
-        self, file: HostFile, gate: ReferenceGate, values: Mapping[str, Any] | None = None
+        self, file: HostFile, gate: ReferenceGate, options: FormatOptions | None = None
     ) -> Reader:
-        """Open an image; ``values`` are the parsed ``read_options``, their defaults if None."""
-        if values is None:
-            values = {option.name: option.default for option in self.read_options}
-        return self.read(file, gate, values)
+        """Open an image; ``options`` is a record of ``read_options``, the defaults if None."""
+        return self.read(file, gate, options or self.read_options())
 
-    def writer(self, request: WriteRequest) -> Writer:
+    def writer(self, request: WriteRequest[Any]) -> Writer:
         """Return a writer; raises OptionError or LimitExceededError."""
         return cast("Writer", importlib.import_module(self.writing).writer_for(request))
 
-    def measure(self, request: WriteRequest, data_nbytes: int) -> Measurement:
+    def measure(self, request: WriteRequest[Any], data_nbytes: int) -> Measurement:
         """Return the file size needed for ``data_nbytes`` of allocated blocks."""
         module = importlib.import_module(self.writing)
         return cast("Measurement", module.measure(request, data_nbytes))

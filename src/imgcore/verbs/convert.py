@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from imgcore.files.host_file import HostFile
     from imgcore.files.target_file import TargetFile
     from imgcore.formats.api import Writer
+    from imgcore.formats.options import FormatOptions
     from imgcore.streams.source import StreamSource
 
 _MAX_SPARSE_NBYTES = 1 * MIB
@@ -88,7 +89,7 @@ class _Request(NamedTuple):
     source_format: str | None
     target: str
     target_format: str
-    options: Mapping[str, Any]
+    options: FormatOptions
     compress: bool
     backing: BackingReference | None
     source_backing_format: str | None
@@ -262,7 +263,7 @@ def _resolve_options(
     target_format: str,
     options: Mapping[str, Any] | Sequence[str] | None,
     profile: Profile | None,
-) -> dict[str, Any]:
+) -> FormatOptions:
     driver = get_driver(target_format)
     if profile is None:
         return parse_options(driver, options)
@@ -531,18 +532,18 @@ class _Conversion:
                 threads=r.threads,
                 variants=r.variants,
                 salvage=r.salvage,
-                reflink=self._may_reflink(target, writer.geometry),
+                reflink=self._may_reflink(target, writer),
             )
             stack.callback(job.close)
             self._run_batches(job, writer, supply)
             self._bad_ranges = named_bad_ranges(job.bad_ranges, supply.paths)
             return int(job.next_offset)
 
-    def _may_reflink(self, target: Target, geometry: Geometry) -> bool:
+    def _may_reflink(self, target: Target, writer: Writer) -> bool:
         """Tell whether the target may consist of the source's blocks."""
         r = self._request
-        own_blocks = geometry.zero_policy is ZeroPolicy.STORE or target.in_place
-        own_blocks |= r.options.get("preallocation") in ("falloc", "full")
+        own_blocks = writer.geometry.zero_policy is ZeroPolicy.STORE or target.in_place
+        own_blocks |= writer.needs_own_blocks
         return r.reflink and not own_blocks and not r.salvage
 
     def _run_batches(self, job: Job, writer: Writer, supply: Supply) -> None:
@@ -586,7 +587,8 @@ class _Conversion:
             raise OptionError(f"{r.target}: a compressed raw stream is not written in place (-n)")
         if r.salvage:
             raise OptionError(f"{r.target}: what is salvaged is not written as a stream")
-        if r.compress or r.backing is not None or r.options.get("preallocation") != "off":
+        defaults = parse_options(get_driver(r.target_format))
+        if r.compress or r.backing is not None or r.options != defaults:
             raise OptionError(f"{r.target}: a compressed raw stream takes no -c, -B or -o")
         disk = streams.DiskInOrder(self._image, self._stream)
 

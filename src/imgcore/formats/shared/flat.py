@@ -1,4 +1,4 @@
-"""Disks that lie in a host file as they are: raw, flat extents, fixed images.
+"""Disks that lie in a host file as they are, read and written: raw, flat extents, fixed images.
 
 NumPy is imported only once a disk is planned, so that ``info`` starts fast.
 """
@@ -16,8 +16,13 @@ from imgcore.limits import KIB, MAX_BATCH_ROWS, MIB
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from imgcore.engine.extents import Extents
+    from imgcore.engine.extents import Extents, Placements
     from imgcore.files.host_file import HostFile
+    from imgcore.files.target import Target
+    from imgcore.files.target_file import TargetFile
+
+# Values of the option "preallocation": none, by the file system, by writing zeros.
+PREALLOCATION: Final = ("off", "falloc", "full")
 
 # Blocks of the target: whole ones of zeros are skipped, in others zeros of -S bytes are.
 _MIN_BLOCK_NBYTES: Final = 64 * KIB
@@ -106,3 +111,49 @@ def flat_geometry(guest_nbytes: int, sparse_nbytes: int, *, host_base: int = 0) 
         host_base=host_base,
         sparse_nbytes=sparse_nbytes,
     )
+
+
+class FlatWriter:
+    """Base of writers in whose file every block has its place from the start.
+
+    Parameters
+    ----------
+    geometry : Geometry
+        With placing IDENTITY.
+    file_nbytes : int
+        Bytes of the whole file.
+    preallocation : str
+        Whether and how the file's space is reserved ahead; ``metadata`` reserves none.
+    """
+
+    def __init__(self, geometry: Geometry, file_nbytes: int, preallocation: str = "off") -> None:
+        self.geometry = geometry
+        self.first_offset = geometry.host_base
+        self.needs_own_blocks = preallocation in ("falloc", "full")
+        self._file_nbytes = file_nbytes
+        self._preallocation = preallocation
+        self._file: TargetFile | None = None
+
+    def begin(self, target: Target) -> TargetFile:
+        """Give the file its size, so that it reads as zeros, and return it."""
+        return self._reserve(target, target.main)
+
+    def _reserve(self, target: Target, file: TargetFile) -> TargetFile:
+        self._file = file
+        if self.needs_own_blocks:
+            target.require_space(self._file_nbytes)
+        file.truncate(self._file_nbytes)
+        if self.needs_own_blocks:
+            file.preallocate(self._preallocation, self._file_nbytes)
+        return file
+
+    def place(self, first_block: int, placements: Placements, next_offset: int) -> int:
+        """Do nothing: every block has its place."""
+        return next_offset
+
+    def _finished_file(self) -> TargetFile:
+        """Return the file at its final size."""
+        if self._file is None:
+            raise RuntimeError("begin() was not called")
+        self._file.truncate(self._file_nbytes)
+        return self._file

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Final
 
 from imgcore.formats.api import Driver
-from imgcore.formats.vdi.options import OPTIONS
+from imgcore.formats.vdi.options import Options
 from imgcore.formats.vdi.reader import VdiReader
 
 DRIVER: Final = Driver(
     name="vdi",
-    options=OPTIONS,
-    read=lambda file, gate, values: VdiReader(file, gate),
+    options=Options,
+    read=lambda file, gate, options: VdiReader(file, gate),
     writing="imgcore.formats.vdi.writer",
 )

@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 # BAT entries that are looked at together.
 _PIECE_ENTRIES: Final = 1 << 16
 
-SIZE_CHOICES: Final = ("chs", "current")
-
 
 class FooterPlace(NamedTuple):
     """What stands where a footer belongs; ``problem`` is None if it can be trusted.

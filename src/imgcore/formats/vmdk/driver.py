@@ -8,19 +8,18 @@ Sources: VMware "Virtual Disk Format 5.0"; libvmdk, "VMware Virtual Disk Format 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from imgcore.formats.api import Driver, Reader
-from imgcore.formats.vmdk.options import OPTIONS
+from imgcore.formats.vmdk.options import Options
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from imgcore.files.gate import ReferenceGate
     from imgcore.files.host_file import HostFile
+    from imgcore.formats.options import FormatOptions
 
 
-def _read(file: HostFile, gate: ReferenceGate, values: Mapping[str, Any]) -> Reader:
+def _read(file: HostFile, gate: ReferenceGate, options: FormatOptions) -> Reader:
     """Open a disk by its descriptor file or its only extent."""
     from imgcore.formats.vmdk.reader import VmdkReader
 
@@ -29,7 +28,7 @@ def _read(file: HostFile, gate: ReferenceGate, values: Mapping[str, Any]) -> Rea
 
 DRIVER: Final = Driver(
     name="vmdk",
-    options=OPTIONS,
+    options=Options,
     read=_read,
     writing="imgcore.formats.vmdk.writer",
 )
