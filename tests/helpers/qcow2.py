@@ -24,7 +24,7 @@ from imgcore.formats.options import FormatOptions
 from imgcore.formats.qcow2.driver import DRIVER
 from imgcore.formats.qcow2.reader import Qcow2Reader
 from tests.helpers import qemu
-from tests.helpers.plans import plan_rows
+from tests.helpers.readers import extent_rows
 
 
 def open_qcow2(path: Path) -> Qcow2Reader:
@@ -95,7 +95,7 @@ def read_guest(path: Path) -> bytes:
     reader = open_qcow2(path)
     host = path.read_bytes()
     content = bytearray(reader.virtual_size)
-    for guest, length, offset, nbytes, _, kind, _ in plan_rows(reader):
+    for guest, length, offset, nbytes, _, kind, _ in extent_rows(reader):
         if kind == Kind.DATA:
             content[guest : guest + length] = host[offset : offset + length]
         elif kind in (Kind.DEFLATE, Kind.ZSTD):

@@ -1,4 +1,4 @@
-"""VMDK without imgcore's writer: small images made by hand, and a reader of plans."""
+"""VMDK without imgcore's writer: small images made by hand, and a reader of extents."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from imgcore.engine.extents import FLAG_GRAIN_MARKER, Kind
 from imgcore.files.gate import ReferenceGate
 from imgcore.files.host_file import HostFile
 from imgcore.formats.vmdk.reader import VmdkReader
-from tests.helpers.plans import plan_rows
+from tests.helpers.readers import extent_rows
 
 SECTOR = 512
 GRAIN = 65536
@@ -163,10 +163,10 @@ def stream(
 
 
 def read_guest(reader: VmdkReader, start: int = 0, length: int | None = None) -> bytes:
-    """Follow a plan in plain Python; every row has to begin where the one before it ended."""
+    """Read extents in plain Python; each row must begin where the one before it ended."""
     pieces = []
     position = start
-    for guest_offset, n, host_offset, host_length, index, kind, flags in plan_rows(
+    for guest_offset, n, host_offset, host_length, index, kind, flags in extent_rows(
         reader, start, length
     ):
         assert guest_offset == position

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from tests.helpers import qemu
 from tests.helpers.images import noise, text
-from tests.helpers.plans import plan_rows
 from tests.helpers.qcow2 import open_qcow2, read_guest, request, write_image
+from tests.helpers.readers import extent_rows
 
 import imgcore
 from imgcore import limits
@@ -105,7 +105,7 @@ def test_preallocation(tmp_path: Path, mode: str, cluster_size: int) -> None:
     path = write_image(tmp_path / "a.qcow2", content, wanted)
     _assert_clean(path, content)
     reader = open_qcow2(path)
-    rows = plan_rows(reader)
+    rows = extent_rows(reader)
     assert len(rows) == 1
     assert reader.check().allocated_clusters == -(-len(content) // cluster_size)
     reader.close()
@@ -126,7 +126,7 @@ def test_empty_64_tib_is_written_at_once(tmp_path: Path) -> None:
     assert path.stat().st_blocks * 512 < 256 * KIB
     qemu.assert_check_clean(path)
     reader = open_qcow2(path)
-    assert [row[:2] for row in plan_rows(reader)] == [(0, 64 * TIB)]
+    assert [row[:2] for row in extent_rows(reader)] == [(0, 64 * TIB)]
     reader.close()
 
 
@@ -178,7 +178,7 @@ def _own_rows(path: Path) -> list[tuple[int, int, str, int | None]]:
     from tests.helpers.qcow2 import merged
 
     reader = open_qcow2(path)
-    rows = merged(plan_rows(reader))
+    rows = merged(extent_rows(reader))
     reader.close()
     return rows
 
@@ -209,7 +209,7 @@ def test_far_placements(tmp_path: Path) -> None:
         target.commit()
     assert qemu.assert_check_clean(path)["allocated-clusters"] == n_blocks
     reader = open_qcow2(path)
-    rows = [row[:3] for row in plan_rows(reader) if row[5] == 2]
+    rows = [row[:3] for row in extent_rows(reader) if row[5] == 2]
     assert rows == [(60 * TIB + 5 * 65536, n_blocks * 65536, first)]
     reader.close()
 

@@ -51,11 +51,11 @@ Row = tuple[int, int, Kind]
 
 
 def rows(reader: RawReader, start: int = 0, length: int | None = None) -> list[Row]:
-    """Return the plan's rows with neighbours of one kind joined, after checking its form."""
+    """Return the rows with neighbours of one kind joined, after checking its form."""
     found: list[Row] = []
     position = start
     length = reader.virtual_size - start if length is None else length
-    for batch in reader.plan(start, length):
+    for batch in reader.extents(start, length):
         assert batch.dtype == EXTENT_DTYPE
         assert batch.flags.c_contiguous
         assert 1 <= len(batch) <= 1 << 17
@@ -75,7 +75,7 @@ def rows(reader: RawReader, start: int = 0, length: int | None = None) -> list[R
     return found
 
 
-class TestPlan:
+class TestExtents:
     @pytest.mark.parametrize(
         ("virtual_size", "pieces", "expected"),
         [
@@ -149,7 +149,7 @@ class TestPlan:
         monkeypatch.setattr("imgcore.formats.raw.reader._BATCH_ROWS", 8)
         pieces = [(i * 16384, 4096) for i in range(50)]
         reader = open_raw(make(tmp_path / "a.raw", MIB, *pieces))
-        batches = list(reader.plan(0, MIB))
+        batches = list(reader.extents(0, MIB))
         assert len(batches) > 10
         assert max(map(len, batches)) <= 9
         assert len(rows(reader)) == 100
@@ -372,7 +372,7 @@ def test_copy_through_the_engine(tmp_path: Path, image: images.RawImage, in_plac
             target=data_file.core,
             threads=2,
         )
-        for batch in reader.plan(0, image.virtual_size):
+        for batch in reader.extents(0, image.virtual_size):
             start = int(batch["guest_offset"][0])
             end = int(batch["guest_offset"][-1] + batch["length"][-1])
             job.run(start, end, batch)

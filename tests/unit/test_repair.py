@@ -14,8 +14,8 @@ import pytest
 from tests.helpers import qemu
 from tests.helpers.command import assert_one_line_error
 from tests.helpers.command import imgcore as run
-from tests.helpers.plans import poke
 from tests.helpers.qcow2 import create, qemu_io
+from tests.helpers.readers import poke
 
 import imgcore
 from imgcore.disk import repair as check_repair

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tests.helpers import vhd
 from tests.helpers.images import MIB, noise, text
-from tests.helpers.plans import poke
+from tests.helpers.readers import poke
 from tests.helpers.vhd import Block, be32
 
 import imgcore

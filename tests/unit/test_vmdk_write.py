@@ -253,7 +253,7 @@ def test_zeroed_grains_are_written(tmp_path: Path) -> None:
         target.commit()
     entries = qemu.map_entries(path, "vmdk")
     assert not any(row["data"] for row in entries)
-    rows = [row for batch in open_vmdk(path).plan(0, 4 * GRAIN) for row in batch.tolist()]
+    rows = [row for batch in open_vmdk(path).extents(0, 4 * GRAIN) for row in batch.tolist()]
     assert [(row[1] // GRAIN, row[5]) for row in rows] == [(1, 0), (1, 1), (2, 0)]
     assert path.read_bytes()[4] == 2
 
@@ -456,7 +456,7 @@ def test_unwritten_tables_cost_nothing(tmp_path: Path) -> None:
     assert os.stat(path).st_blocks * 512 < 64 * MIB
     reader = open_vmdk(path)
     started = time.monotonic()
-    rows = [row for batch in reader.plan(0, 64 * TIB) for row in batch.tolist()]
+    rows = [row for batch in reader.extents(0, 64 * TIB) for row in batch.tolist()]
     assert time.monotonic() - started < 2
     assert sum(row[1] for row in rows) == 64 * TIB
     assert {row[5] for row in rows} == {0}
@@ -470,5 +470,5 @@ def test_unwritten_tables_cost_nothing(tmp_path: Path) -> None:
         file.truncate(path.stat().st_size + GRAIN)
         file.seek(offset)
         file.write(struct.pack("<I", path.stat().st_size // SECTOR - GRAIN // SECTOR))
-    found = [row for batch in open_vmdk(path).plan(0, 64 * TIB) for row in batch if row["kind"]]
+    found = [row for batch in open_vmdk(path).extents(0, 64 * TIB) for row in batch if row["kind"]]
     assert [int(row["guest_offset"]) for row in found] == [40 * TIB + 5 * GRAIN]

@@ -92,20 +92,20 @@ class Image:
         CorruptImageError
             A table entry lies outside its file.
         """
-        from imgcore.disk.overlay import plan_chain
+        from imgcore.disk.overlay import chain_extents
 
         length = self.virtual_size - start if length is None else length
         if start < 0 or length < 0 or start + length > self.virtual_size:
             raise ValueError(f"[{start}, {start + length}) is not inside the disk")
         if length:
-            yield from plan_chain(self.layers, self._first_files, start, length)
+            yield from chain_extents(self.layers, self._first_files, start, length)
 
     def extents(self, start: int = 0, length: int | None = None) -> Iterator[Extents]:
         """Yield extents as `layer_extents` does, without their layers."""
         for rows, _ in self.layer_extents(start, length):
             yield rows
 
-    def extents_to_read(self, start: int = 0, length: int | None = None) -> Iterator[Extents]:
+    def data_extents(self, start: int = 0, length: int | None = None) -> Iterator[Extents]:
         """Yield extents as `extents` does, but long ones in holes of the host's files as ZERO."""
         from imgcore.disk.host_holes import HostHoles
 

@@ -59,7 +59,7 @@ class DiskInOrder:
             return [(0, nbytes)] if nbytes else []
         assert self._image is not None
         found = _Segments()
-        for rows in self._image.extents_to_read():
+        for rows in self._image.data_extents():
             data = rows[rows["kind"] >= Kind.DATA]
             found.add(data["guest_offset"].astype(np.int64), data["length"].astype(np.int64))
         return found.clipped(self._image.virtual_size)
@@ -110,7 +110,7 @@ def _joined(ranges: Segments) -> Segments:
     return np.stack((ranges[is_first, 0], ranges[is_last, 1]), axis=1)
 
 
-def seldom(report: Report, end: int) -> Report:
+def rate_limited(report: Report, end: int) -> Report:
     """Return a report that is made at most every 50 ms, as the engine's, and at the end."""
     next_time = -float("inf")
 

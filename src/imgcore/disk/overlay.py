@@ -45,7 +45,7 @@ def merge(
     return rows, depths
 
 
-def plan_chain(
+def chain_extents(
     layers: Sequence[Reader], first_files: Sequence[int], start: int, length: int, depth: int = 0
 ) -> Iterator[tuple[Extents, Depths]]:
     """Yield what a chain of layers reads as, from the layer ``depth`` downwards.
@@ -66,7 +66,7 @@ def plan_chain(
         holds is a HOLE of the deepest layer asked.
     """
     shift, last = first_files[depth], depth + 1 == len(layers)
-    for batch in layers[depth].plan(start, length):
+    for batch in layers[depth].extents(start, length):
         rows = batch
         if shift:
             rows = batch.copy()
@@ -86,7 +86,7 @@ def _over_lower(
     lower_end = min(end, layers[depth + 1].virtual_size)
     at = start
     if start < lower_end:
-        for lower, lower_depths in plan_chain(
+        for lower, lower_depths in chain_extents(
             layers, first_files, start, lower_end - start, depth + 1
         ):
             until = at + int(lower["length"].sum())

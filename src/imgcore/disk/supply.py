@@ -72,14 +72,14 @@ class ImageSupply:
         """Yield the disk, without long empty parts if nothing is written there."""
         skip_empty = self._base is None and self._geometry.zero_policy is ZeroPolicy.SKIP
         # The target may be larger than the source: zeros follow.
-        plan = padded(self._image.extents_to_read(), self._image.virtual_size, self._disk_end)
-        own = self._cut(plan, skip_empty)
+        extents = padded(self._image.data_extents(), self._image.virtual_size, self._disk_end)
+        own = self._cut(extents, skip_empty)
         return own if self._base is None else self._over_base(own, self._base)
 
-    def _cut(self, plan: Iterator[Extents], skip_empty: bool = False) -> Iterator[Batch]:
+    def _cut(self, extents: Iterator[Extents], skip_empty: bool = False) -> Iterator[Batch]:
         block_nbytes, unit = self._geometry.block_nbytes, _unit_nbytes(self._geometry)
         return cut_batches(
-            plan,
+            extents,
             unit=unit,
             max_nbytes=max(unit, _MAX_BATCH_BLOCKS * block_nbytes // unit * unit),
             disk_end=self._disk_end,
@@ -93,7 +93,7 @@ class ImageSupply:
         """
         disk_end = self._disk_end
         base_end = min(base.virtual_size, disk_end)
-        below = self._cut(padded(base.extents_to_read(0, base_end), base_end, disk_end))
+        below = self._cut(padded(base.data_extents(0, base_end), base_end, disk_end))
         for start, end, rows, base_rows in pair_up(
             (batch.rows for batch in own), (batch.rows for batch in below)
         ):

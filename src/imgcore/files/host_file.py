@@ -16,7 +16,7 @@ from imgcore.files.identity import (
     file_identity,
 )
 from imgcore.files.locks import QEMU_DENIES_READING, QEMU_WRITES, is_locked_by_other
-from imgcore.files.retry import READ_ERRORS, patiently
+from imgcore.files.retry import READ_ERRORS, retrying
 
 if TYPE_CHECKING:
     from typing import Self
@@ -195,7 +195,7 @@ class HostFile:
     def _read_some(self, offset: int, length: int) -> bytes:
         try:
             nbytes = min(length, _MAX_READ_NBYTES)
-            return patiently(lambda: os.pread(self.fd, nbytes, offset), READ_ERRORS)
+            return retrying(lambda: os.pread(self.fd, nbytes, offset), READ_ERRORS)
         except OSError as error:
             text = f"{os.strerror(error.errno or 0)} (reading {length} bytes at 0x{offset:x})"
             raise OSError(error.errno, text, self.path) from error

@@ -9,7 +9,7 @@ import stat
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from imgcore.files.retry import READ_ERRORS, WRITE_ERRORS, patiently
+from imgcore.files.retry import READ_ERRORS, WRITE_ERRORS, retrying
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,12 +56,12 @@ class TargetFile:
             done = 0
             while done < len(octets):
                 rest, at = octets[done:], offset + done
-                done += patiently(partial(os.pwrite, self.fd, rest, at), WRITE_ERRORS)
+                done += retrying(partial(os.pwrite, self.fd, rest, at), WRITE_ERRORS)
 
     def pread(self, offset: int, length: int) -> bytes:
         """Return what was written, up to ``length`` bytes, fewer at the file's end."""
         with named_errors(self.path):
-            return patiently(lambda: os.pread(self.fd, length, offset), READ_ERRORS)
+            return retrying(lambda: os.pread(self.fd, length, offset), READ_ERRORS)
 
     def truncate(self, nbytes: int) -> None:
         """Set the file's size; a block device has to be large enough and stays as it is."""

@@ -105,7 +105,7 @@ class Reader(Protocol):
         """What a child can recognise this image by (see `BackingReference`); often nothing."""
         ...
 
-    def plan(self, start: int, length: int) -> Iterator[Extents]:
+    def extents(self, start: int, length: int) -> Iterator[Extents]:
         """Yield extent batches that cover ``[start, start + length)`` of this layer.
 
         Parameters

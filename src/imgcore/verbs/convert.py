@@ -547,7 +547,7 @@ class _Conversion:
         return r.reflink and not own_blocks and not r.salvage
 
     def _run_batches(self, job: Job, writer: Writer, supply: Supply) -> None:
-        """Plan each batch while the engine works on the one before it."""
+        """Find the extents of each batch while the engine works on the one before it."""
         geometry = writer.geometry
         pending: tuple[Batch, Placements | None] | None = None
         given_nbytes = 0
@@ -595,7 +595,7 @@ class _Conversion:
         def count(done: int, n_read: int, n_written: int) -> None:
             self._count(done, n_read, n_read, n_written)
 
-        report = streams.seldom(count, self._virtual_size)
+        report = streams.rate_limited(count, self._virtual_size)
         if is_archive:
             streams.write_gce_tar(disk, target.main, self._virtual_size, r.threads, report)
         elif stream_suffix(r.target) == ".gz":

@@ -94,7 +94,7 @@ def measure(
         allow=allow,
         share=share,
     ) as image:
-        batches = image.extents_to_read()
+        batches = image.data_extents()
         return _measure_data(image.virtual_size, batches, target_format, options, compress)
 
 

@@ -43,8 +43,8 @@ class RawReader:
         self.identities: Mapping[str, str] = {}
         self._synced = False
 
-    def plan(self, start: int, length: int) -> Iterator[Extents]:
-        """Yield extent batches of DATA and HOLE; see `imgcore.formats.api.Reader.plan`.
+    def extents(self, start: int, length: int) -> Iterator[Extents]:
+        """Yield extent batches of DATA and HOLE; see `imgcore.formats.api.Reader.extents`.
 
         Notes
         -----

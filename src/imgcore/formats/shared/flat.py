@@ -1,6 +1,6 @@
 """Disks that lie in a host file as they are, read and written: raw, flat extents, fixed images.
 
-NumPy is imported only once a disk is planned, so that ``info`` starts fast.
+NumPy is imported only when extents are asked for, so that ``info`` starts fast.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def sync_holes(file: HostFile) -> None:
             os.fdatasync(file.fd)
 
 
-def plan_flat(
+def flat_extents(
     file: HostFile, file_offset: int, start: int, stop: int, guest_base: int, file_index: int
 ) -> Iterator[Extents]:
     """Yield batches for guest range [start, stop) of a flat extent.

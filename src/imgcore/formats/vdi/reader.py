@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from imgcore.files.gate import ReferenceGate
     from imgcore.files.host_file import HostFile
     from imgcore.formats.api import BackingReference, CheckReport, Repair
-    from imgcore.formats.vdi.tables import BlockMapPlanner
+    from imgcore.formats.vdi.tables import ExtentTables
 
 
 class VdiReader:
@@ -52,7 +52,7 @@ class VdiReader:
         self.sources: Sequence[SourceFile] = (SourceFile(file),)
         self.identities: Mapping[str, str] = self._header.identities
         self._backing: BackingReference | None = None
-        self._planner: BlockMapPlanner | None = None
+        self._tables: ExtentTables | None = None
 
     @property
     def backing(self) -> BackingReference | None:
@@ -63,18 +63,18 @@ class VdiReader:
             self._backing = find_parent(self._header, self._gate, self._file.path)
         return self._backing
 
-    def plan(self, start: int, length: int) -> Iterator[Extents]:
+    def extents(self, start: int, length: int) -> Iterator[Extents]:
         """Yield extent batches; see :class:`imgcore.formats.api.Reader`.
 
         Notes
         -----
         Complexity: O(blocks in the range); memory: one piece of the block map and one batch.
         """
-        if self._planner is None:
-            from imgcore.formats.vdi.tables import BlockMapPlanner
+        if self._tables is None:
+            from imgcore.formats.vdi.tables import ExtentTables
 
-            self._planner = BlockMapPlanner(self._file, self._header)
-        return self._planner.plan(start, length)
+            self._tables = ExtentTables(self._file, self._header)
+        return self._tables.extents(start, length)
 
     def info(self) -> dict[str, Any]:
         """Return UUIDs and the kind of image, in the keys of ``qemu-img info``."""

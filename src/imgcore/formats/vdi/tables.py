@@ -13,7 +13,7 @@ import numpy as np
 from imgcore._core import TableFormat
 from imgcore.engine.extents import EXTENT_DTYPE, Kind, clip
 from imgcore.errors import CorruptImageError
-from imgcore.formats.shared.flat import plan_flat, sync_holes
+from imgcore.formats.shared.flat import flat_extents, sync_holes
 from imgcore.formats.shared.tables import decode_entries
 from imgcore.formats.vdi import layout
 from imgcore.formats.vdi.layout import ImageType
@@ -56,8 +56,8 @@ def read_map(
         yield start, np.frombuffer(raw, dtype="<u4")
 
 
-class BlockMapPlanner:
-    """Answers where guest ranges are; holds no table in memory between two calls."""
+class ExtentTables:
+    """Turns tables into extents; holds no table in memory between two calls."""
 
     def __init__(self, file: HostFile, header: VdiHeader) -> None:
         self._file = file
@@ -67,8 +67,8 @@ class BlockMapPlanner:
         self._asks_file = header.image_type == ImageType.FIXED
         self._synced = False
 
-    def plan(self, start: int, length: int) -> Iterator[Extents]:
-        """Yield extent batches; see :meth:`imgcore.formats.api.Reader.plan`."""
+    def extents(self, start: int, length: int) -> Iterator[Extents]:
+        """Yield extent batches; see :meth:`imgcore.formats.api.Reader.extents`."""
         stop = start + length
         if self._asks_file and not self._synced:
             self._synced = True
@@ -108,7 +108,7 @@ class BlockMapPlanner:
         for row in rows:
             guest_offset, length = int(row["guest_offset"]), int(row["length"])
             if row["kind"] == Kind.DATA:
-                yield from plan_flat(
+                yield from flat_extents(
                     self._file,
                     int(row["host_offset"]),
                     guest_offset,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
     from imgcore.files.host_file import HostFile
     from imgcore.formats.api import CheckReport, Repair
-    from imgcore.formats.vhd.tables import BlockPlanner
+    from imgcore.formats.vhd.tables import ExtentTables
 
 _SUBFORMATS: Final = {
     DiskType.FIXED: "fixed",
@@ -69,7 +69,7 @@ class VhdReader:
         dynamic = self._header.dynamic
         self.block_nbytes = SECTOR_NBYTES if dynamic is None else dynamic.block_nbytes
         self.sources = (SourceFile(file),)
-        self._planner: BlockPlanner | None = None
+        self._tables: ExtentTables | None = None
         self._is_synced = False
 
     @property
@@ -77,7 +77,7 @@ class VhdReader:
         """What a differencing disk upon this one states as its parent's."""
         return {"UUID": uuid_text(self._header.footer.uuid)}
 
-    def plan(self, start: int, length: int) -> Iterator[Extents]:
+    def extents(self, start: int, length: int) -> Iterator[Extents]:
         """Yield extent batches; see :class:`imgcore.formats.api.Reader`.
 
         Notes
@@ -86,17 +86,17 @@ class VhdReader:
         Memory: one batch and 1 MiB of bitmaps.
         """
         if self._header.dynamic is None:
-            from imgcore.formats.shared.flat import plan_flat, sync_holes
+            from imgcore.formats.shared.flat import flat_extents, sync_holes
 
             if not self._is_synced:
                 self._is_synced = True
                 sync_holes(self._file)
-            return plan_flat(self._file, 0, start, start + length, 0, 0)
-        if self._planner is None:
-            from imgcore.formats.vhd.tables import BlockPlanner
+            return flat_extents(self._file, 0, start, start + length, 0, 0)
+        if self._tables is None:
+            from imgcore.formats.vhd.tables import ExtentTables
 
-            self._planner = BlockPlanner(self._file, self._header)
-        return self._planner.plan(start, length)
+            self._tables = ExtentTables(self._file, self._header)
+        return self._tables.extents(start, length)
 
     def info(self) -> dict[str, Any]:
         """Return what the footer and the headers say."""

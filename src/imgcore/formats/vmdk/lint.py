@@ -56,7 +56,7 @@ def _walk(reader: VmdkReader, sparse: SparseExtent) -> tuple[int | None, int | N
     prefix = GRAIN_MARKER.size if sparse.has_markers else 0
     disorder: int | None = None
     before, last = -1, -1
-    for rows in reader.plan(0, reader.virtual_size):
+    for rows in reader.extents(0, reader.virtual_size):
         grains = rows[rows["kind"] >= Kind.DATA]
         if not len(grains):
             continue

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
     from imgcore.files.gate import ReferenceGate
     from imgcore.files.host_file import HostFile
-    from imgcore.formats.vmdk.tables import SparsePlanner
+    from imgcore.formats.vmdk.tables import SparseTables
 
 _PROBE_NBYTES: Final = 65536
 # Types of disks whose descriptor lies in the only extent.
@@ -63,7 +63,7 @@ class VmdkReader:
         self._opened = ExitStack()
         self._sources: list[SourceFile] = []
         self._extents: list[DiskExtent] = []
-        self._planners: dict[int, SparsePlanner] = {}
+        self._tables: dict[int, SparseTables] = {}
         # Flat files of which holes may be trusted now.
         self._synced: set[int] = set()
         self.virtual_size = 0
@@ -117,14 +117,14 @@ class VmdkReader:
         grains = [item.sparse.grain_nbytes for item in self._extents if item.sparse is not None]
         return max(grains, default=SECTOR_NBYTES)
 
-    def plan(self, start: int, length: int) -> Iterator[Extents]:
+    def extents(self, start: int, length: int) -> Iterator[Extents]:
         """Yield extent batches that cover ``[start, start + length)`` of this layer.
 
-        See :meth:`imgcore.formats.api.Reader.plan`.  Memory is one piece of the grain
+        See :meth:`imgcore.formats.api.Reader.extents`.  Memory is one piece of the grain
         directory, one window of grain tables and one batch.
         """
         from imgcore.engine.extents import Kind, single
-        from imgcore.formats.shared.flat import plan_flat, sync_holes
+        from imgcore.formats.shared.flat import flat_extents, sync_holes
 
         stop = start + length
         if start < 0 or length < 0 or stop > self.virtual_size:
@@ -135,28 +135,28 @@ class VmdkReader:
             if low >= high:
                 continue
             if item.sparse is not None:
-                yield from self._planner(item).plan(low, high)
+                yield from self._tables_of(item).extents(low, high)
             elif item.file is not None:
                 if item.file_index not in self._synced:
                     self._synced.add(item.file_index)
                     sync_holes(item.file)
-                yield from plan_flat(
+                yield from flat_extents(
                     item.file, item.file_offset, low, high, item.guest_base, item.file_index
                 )
             else:
                 yield single(low, high - low, Kind.ZERO)
 
-    def _planner(self, item: DiskExtent) -> SparsePlanner:
-        from imgcore.formats.vmdk.tables import SparsePlanner
+    def _tables_of(self, item: DiskExtent) -> SparseTables:
+        from imgcore.formats.vmdk.tables import SparseTables
 
-        planner = self._planners.get(item.guest_base)
-        if planner is None:
+        tables = self._tables.get(item.guest_base)
+        if tables is None:
             assert item.sparse is not None
-            planner = SparsePlanner(
+            tables = SparseTables(
                 item.sparse, item.guest_base, item.nbytes, item.file_index, item.short_nbytes
             )
-            self._planners[item.guest_base] = planner
-        return planner
+            self._tables[item.guest_base] = tables
+        return tables
 
     def info(self) -> dict[str, Any]:
         """Return content IDs, type and extents, in the keys of ``qemu-img info``."""

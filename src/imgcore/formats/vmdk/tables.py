@@ -161,8 +161,8 @@ def drop_unwritten_tables(extent: SparseExtent, directory: Entries) -> Entries:
     return kept
 
 
-class SparsePlanner:
-    """Plans one sparse extent.
+class SparseTables:
+    """Turns the tables of one sparse extent into extents of the disk.
 
     Parameters
     ----------
@@ -199,7 +199,7 @@ class SparsePlanner:
         # Rows of one decoded window and one row of a hole before it stay inside a batch.
         self._window_ntables = max(1, (MAX_BATCH_ROWS - 1) // extent.n_gtes_per_gt)
 
-    def plan(self, start: int, stop: int) -> Iterator[Extents]:
+    def extents(self, start: int, stop: int) -> Iterator[Extents]:
         """Yield batches for guest range [start, stop), which lies inside the extent."""
         reach_nbytes = self.extent.gt_reach_nbytes
         first = (start - self.guest_base) // reach_nbytes
@@ -208,11 +208,9 @@ class SparsePlanner:
             n_entries = min(DIRECTORY_PIECE_ENTRIES, end - piece)
             directory = read_directory(self.extent, self.extent.gd_offset, piece, n_entries)
             directory = drop_unwritten_tables(self.extent, directory)
-            yield from self._plan_piece(directory, piece, start, stop)
+            yield from self._piece(directory, piece, start, stop)
 
-    def _plan_piece(
-        self, directory: Entries, first: int, start: int, stop: int
-    ) -> Iterator[Extents]:
+    def _piece(self, directory: Entries, first: int, start: int, stop: int) -> Iterator[Extents]:
         """Split a directory piece into stretches without tables and windows of tables."""
         # With the flag, an entry of 1 has to be told from a hole: it goes through a window.
         used = np.flatnonzero(directory != ENTRY_ABSENT)

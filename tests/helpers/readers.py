@@ -17,7 +17,7 @@ def poke(path: Path, *changes: tuple[int, bytes]) -> Path:
     return path
 
 
-def plan_rows(reader: Reader, start: int = 0, length: int | None = None) -> list[Any]:
-    """Return all rows of a plan as tuples."""
+def extent_rows(reader: Reader, start: int = 0, length: int | None = None) -> list[Any]:
+    """Return all rows of a range as tuples."""
     length = reader.virtual_size - start if length is None else length
-    return [row for batch in reader.plan(start, length) for row in batch.tolist()]
+    return [row for batch in reader.extents(start, length) for row in batch.tolist()]
