@@ -170,7 +170,7 @@ def test_python_modules_import_in_no_circle() -> None:
         ("imgcore.cli.convert", "imgcore.cli.compare", imports_between_members),
         ("imgcore.formats.vhd.reader", "imgcore.streams.source", stray_imports_of_formats),
         ("imgcore.formats.vhd.reader", "imgcore.formats.registry", stray_imports_of_formats),
-        ("imgcore.formats.shared.flat", "imgcore.formats.registry", stray_imports_of_formats),
+        ("imgcore.formats.shared.tables", "imgcore.formats.registry", stray_imports_of_formats),
     ],
 )
 def test_the_rules_notice(module: str, other: str, rule: object) -> None:

@@ -20,6 +20,9 @@ MAX_PENDING_TABLE_NBYTES: Final = 32 * MIB
 # A chain of backing files; each of them stays open, and QEMU itself has no limit.
 MAX_CHAIN_DEPTH: Final = 64
 
+# Workers of a conversion or comparison: MAX_THREADS of native/engine/engine.h.
+MAX_THREADS: Final = 256
+
 # A block of a target with a parent (-B), which is compared as a whole: IMGC_MAX_BASE_BLOCK_NBYTES.
 MAX_BASE_BLOCK_NBYTES: Final = 4 * MIB
 

@@ -30,7 +30,7 @@ from imgcore.formats.api import BackingReference, WriteRequest
 from imgcore.formats.raw.driver import DRIVER
 from imgcore.formats.raw.options import Options
 from imgcore.formats.raw.reader import RawReader
-from imgcore.formats.shared import flat
+from imgcore.formats.shared import flat_reader
 
 MIB = 1 << 20
 
@@ -146,7 +146,7 @@ class TestExtents:
         reader.close()
 
     def test_bounded_batches(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("imgcore.formats.raw.reader._BATCH_ROWS", 8)
+        monkeypatch.setattr("imgcore.formats.shared.flat_reader._BATCH_ROWS", 8)
         pieces = [(i * 16384, 4096) for i in range(50)]
         reader = open_raw(make(tmp_path / "a.raw", MIB, *pieces))
         batches = list(reader.extents(0, MIB))
@@ -196,7 +196,7 @@ def test_holes_are_not_trusted_before_a_sync(
     with path.open("rb") as file:
         os.fsync(file.fileno())  # blocks are counted only when they are allocated
     synced: list[int] = []
-    monkeypatch.setattr(flat, "is_on_xfs", lambda fd: on_xfs)
+    monkeypatch.setattr(flat_reader, "is_on_xfs", lambda fd: on_xfs)
     monkeypatch.setattr(os, "fdatasync", synced.append)
     reader = open_raw(path)
     for _ in range(2):

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from imgcore.limits import MAX_THREADS
 from imgcore.text import one_line
 
 if TYPE_CHECKING:
     from imgcore.formats.api import Driver
 
 CONTEXT_SETTINGS: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-
-MAX_THREADS: Final = 256
 
 _HELP_WORDS: Final = frozenset({"help", "?"})
 

@@ -17,8 +17,7 @@ from imgcore.errors import (
     OptionError,
     UnsupportedFeatureError,
 )
-
-MAX_THREADS = 256
+from imgcore.limits import MAX_THREADS
 
 # enum imgc_status
 _IO, _OUT_OF_RANGE, _CORRUPT, _UNSUPPORTED, _LIMIT, _CANCELLED = -1, -3, -4, -5, -6, -8

@@ -207,23 +207,25 @@ class CheckReport:
 
     def corruption(self, line: str) -> None:
         """Count a corruption and keep its line."""
-        self.corruptions += 1
-        self._keep(f"ERROR {line}")
+        self.corruptions_among(1, [line])
 
     def corruptions_among(self, count: int, lines: Iterable[str]) -> None:
         """Count ``count`` corruptions; of their lines, no more are made than are kept."""
         self.corruptions += count
-        room = self.MAX_PROBLEM_LINES - len(self.problems)
-        self.problems += [f"ERROR {line}" for line in islice(lines, max(0, room))]
+        self._keep("ERROR", lines)
 
     def leak(self, line: str, count: int = 1) -> None:
         """Count ``count`` leaked units and keep the line about them."""
-        self.leaks += count
-        self._keep(f"Leaked {line}")
+        self.leaks_among(count, [line])
 
-    def _keep(self, line: str) -> None:
-        if len(self.problems) < self.MAX_PROBLEM_LINES:
-            self.problems.append(line)
+    def leaks_among(self, count: int, lines: Iterable[str]) -> None:
+        """Count ``count`` leaked units; of their lines, no more are made than are kept."""
+        self.leaks += count
+        self._keep("Leaked", lines)
+
+    def _keep(self, what: str, lines: Iterable[str]) -> None:
+        room = self.MAX_PROBLEM_LINES - len(self.problems)
+        self.problems += [f"{what} {line}" for line in islice(lines, max(0, room))]
 
 
 Options = TypeVar("Options", bound=FormatOptions)

@@ -31,6 +31,9 @@ _FLAG_TEXTS: Final = {
 }
 FLAG_VALUES: Final = "on|off"
 
+# How space is reserved ahead: not, by the file system, by writing zeros.
+PREALLOCATION: Final = ("off", "falloc", "full")
+
 
 @dataclass(frozen=True)
 class FormatOptions:

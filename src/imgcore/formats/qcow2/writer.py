@@ -30,7 +30,7 @@ from imgcore.formats.qcow2.options import (
 from imgcore.formats.qcow2.refcounts import RefcountBuilder, encode_refcounts
 from imgcore.formats.qcow2.tables import table_format
 from imgcore.formats.shared.alignment import align_up
-from imgcore.formats.shared.flat import FlatWriter
+from imgcore.formats.shared.flat_writer import FlatWriter
 from imgcore.formats.shared.requests import zero_policy
 from imgcore.formats.shared.sparse_tables import write_with_holes
 

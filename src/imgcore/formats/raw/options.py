@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from imgcore.errors import OptionError
-from imgcore.formats.options import FormatOptions, choice
-from imgcore.formats.shared.flat import PREALLOCATION
+from imgcore.formats.options import PREALLOCATION, FormatOptions, choice
 from imgcore.formats.shared.requests import check_virtual_size
 from imgcore.limits import MAX_VIRTUAL_NBYTES, SECTOR_NBYTES
 

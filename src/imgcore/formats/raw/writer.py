@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from imgcore.engine.geometry import ZeroPolicy
 from imgcore.formats.api import Measurement
 from imgcore.formats.raw.options import Options, WriteOptions
-from imgcore.formats.shared.flat import FlatWriter, flat_geometry
+from imgcore.formats.shared.flat_writer import FlatWriter, flat_geometry
 
 if TYPE_CHECKING:
     from imgcore.files.target import Target

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from uuid import UUID, uuid4, uuid5
 
 from imgcore.errors import LimitExceededError, OptionError
-from imgcore.formats.options import FormatOptions, byte_size, choice, flag, text
+from imgcore.formats.options import PREALLOCATION, FormatOptions, byte_size, choice, flag, text
 from imgcore.formats.shared.alignment import align_up
-from imgcore.formats.shared.flat import PREALLOCATION
 from imgcore.formats.shared.requests import (
     check_block_size,
     check_virtual_size,

@@ -13,7 +13,7 @@ import numpy as np
 from imgcore._core import TableFormat
 from imgcore.engine.extents import EXTENT_DTYPE, Kind, clip
 from imgcore.errors import CorruptImageError
-from imgcore.formats.shared.flat import flat_extents, sync_holes
+from imgcore.formats.shared.flat_reader import HostData, flat_rows, sync_holes
 from imgcore.formats.shared.tables import decode_entries
 from imgcore.formats.vdi import layout
 from imgcore.formats.vdi.layout import ImageType
@@ -105,16 +105,17 @@ class ExtentTables:
 
     def _without_holes(self, rows: Extents) -> Iterator[Extents]:
         """Yield rows of a fixed image with the holes of its file as zeros."""
+        data = HostData(self._file)
         for row in rows:
             guest_offset, length = int(row["guest_offset"]), int(row["length"])
             if row["kind"] == Kind.DATA:
-                yield from flat_extents(
-                    self._file,
-                    int(row["host_offset"]),
+                yield from flat_rows(
+                    data,
                     guest_offset,
                     guest_offset + length,
-                    guest_offset,
-                    0,
+                    shift=int(row["host_offset"]) - guest_offset,
+                    hole=Kind.ZERO,
+                    max_rows=MAX_BATCH_ROWS,
                 )
             else:
                 yield np.array([row], dtype=EXTENT_DTYPE)

@@ -7,8 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from imgcore.errors import LimitExceededError, OptionError
-from imgcore.formats.options import FormatOptions, byte_size, choice, flag, number, text
-from imgcore.formats.shared.flat import PREALLOCATION
+from imgcore.formats.options import (
+    PREALLOCATION,
+    FormatOptions,
+    byte_size,
+    choice,
+    flag,
+    number,
+    text,
+)
 from imgcore.formats.shared.requests import (
     check_block_size,
     check_virtual_size,

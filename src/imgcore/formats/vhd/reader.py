@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from imgcore.engine.sources import SourceFile
 from imgcore.formats.api import BackingReference
+from imgcore.formats.shared.flat_reader import FlatExtents
 from imgcore.formats.vhd import layout
 from imgcore.formats.vhd.header import parent_texts, read_header, uuid_text
 from imgcore.formats.vhd.layout import DiskType
@@ -69,8 +70,9 @@ class VhdReader:
         dynamic = self._header.dynamic
         self.block_nbytes = SECTOR_NBYTES if dynamic is None else dynamic.block_nbytes
         self.sources = (SourceFile(file),)
-        self._tables: ExtentTables | None = None
-        self._is_synced = False
+        self._tables: ExtentTables | FlatExtents | None = None
+        if dynamic is None:
+            self._tables = FlatExtents(file)
 
     @property
     def identities(self) -> Mapping[str, str]:
@@ -85,13 +87,6 @@ class VhdReader:
         Complexity: O(BAT entries of the range), and one read for the sector bitmap of each block.
         Memory: one batch and 1 MiB of bitmaps.
         """
-        if self._header.dynamic is None:
-            from imgcore.formats.shared.flat import flat_extents, sync_holes
-
-            if not self._is_synced:
-                self._is_synced = True
-                sync_holes(self._file)
-            return flat_extents(self._file, 0, start, start + length, 0, 0)
         if self._tables is None:
             from imgcore.formats.vhd.tables import ExtentTables
 

@@ -16,7 +16,7 @@ from imgcore.engine.geometry import Geometry, Placing
 from imgcore.errors import LimitExceededError
 from imgcore.formats.api import Measurement
 from imgcore.formats.shared.alignment import align_up
-from imgcore.formats.shared.flat import FlatWriter, flat_geometry
+from imgcore.formats.shared.flat_writer import FlatWriter, flat_geometry
 from imgcore.formats.shared.requests import zero_policy
 from imgcore.formats.vhd import layout
 from imgcore.formats.vhd.header import bitmap_nbytes, checksum

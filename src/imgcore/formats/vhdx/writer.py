@@ -18,7 +18,7 @@ from imgcore.engine.extents import PLACEMENT_DTYPE, BlockState
 from imgcore.engine.geometry import Geometry, Placing
 from imgcore.errors import LimitExceededError
 from imgcore.formats.api import Measurement
-from imgcore.formats.shared.flat import FlatWriter, flat_geometry
+from imgcore.formats.shared.flat_writer import FlatWriter, flat_geometry
 from imgcore.formats.shared.requests import zero_policy
 from imgcore.formats.shared.sparse_tables import write_with_holes
 from imgcore.formats.vhdx import layout

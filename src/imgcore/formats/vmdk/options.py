@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from imgcore.errors import OptionError, UnsupportedFeatureError
-from imgcore.formats.options import FormatOptions, byte_size, choice, flag, text
-from imgcore.formats.shared.flat import PREALLOCATION
+from imgcore.formats.options import PREALLOCATION, FormatOptions, byte_size, choice, flag, text
 from imgcore.formats.shared.requests import check_block_size, check_virtual_size, refuse_idle
 from imgcore.formats.vmdk.descriptor import DiskDatabase
 from imgcore.formats.vmdk.layout import DEFAULT_GRAIN_NBYTES, RESERVED_CIDS

@@ -15,6 +15,7 @@ from imgcore.errors import (
 )
 from imgcore.formats.api import BackingReference, CheckReport
 from imgcore.formats.magic import is_vmdk_descriptor
+from imgcore.formats.shared.flat_reader import FlatExtents
 from imgcore.formats.shared.windows_paths import names_from_windows_path
 from imgcore.formats.vmdk.descriptor import Descriptor, ExtentLine, parse_descriptor
 from imgcore.formats.vmdk.extent import DiskExtent
@@ -63,9 +64,8 @@ class VmdkReader:
         self._opened = ExitStack()
         self._sources: list[SourceFile] = []
         self._extents: list[DiskExtent] = []
-        self._tables: dict[int, SparseTables] = {}
-        # Flat files of which holes may be trusted now.
-        self._synced: set[int] = set()
+        # By the place of an extent on the disk, made when they are first asked.
+        self._tables: dict[int, SparseTables | FlatExtents] = {}
         self.virtual_size = 0
         with self._opened:
             head = file.pread(0, min(file.nbytes, _PROBE_NBYTES))
@@ -123,40 +123,32 @@ class VmdkReader:
         See :meth:`imgcore.formats.api.Reader.extents`.  Memory is one piece of the grain
         directory, one window of grain tables and one batch.
         """
-        from imgcore.engine.extents import Kind, single
-        from imgcore.formats.shared.flat import flat_extents, sync_holes
-
         stop = start + length
         if start < 0 or length < 0 or stop > self.virtual_size:
             raise ValueError(f"[{start}, {stop}) is not inside {self.virtual_size} bytes")
         for item in self._extents:
             low = max(start, item.guest_base)
             high = min(stop, item.guest_base + item.nbytes)
-            if low >= high:
-                continue
-            if item.sparse is not None:
-                yield from self._tables_of(item).extents(low, high)
-            elif item.file is not None:
-                if item.file_index not in self._synced:
-                    self._synced.add(item.file_index)
-                    sync_holes(item.file)
-                yield from flat_extents(
-                    item.file, item.file_offset, low, high, item.guest_base, item.file_index
-                )
-            else:
-                yield single(low, high - low, Kind.ZERO)
+            if low < high:
+                yield from self._extents_of(item, low, high - low)
 
-    def _tables_of(self, item: DiskExtent) -> SparseTables:
+    def _extents_of(self, item: DiskExtent, start: int, length: int) -> Iterator[Extents]:
+        from imgcore.engine.extents import Kind, single
         from imgcore.formats.vmdk.tables import SparseTables
 
-        tables = self._tables.get(item.guest_base)
-        if tables is None:
-            assert item.sparse is not None
-            tables = SparseTables(
-                item.sparse, item.guest_base, item.nbytes, item.file_index, item.short_nbytes
-            )
-            self._tables[item.guest_base] = tables
-        return tables
+        if item.file is None:
+            return iter([single(start, length, Kind.ZERO)])
+        found = self._tables.get(item.guest_base)
+        if found is None:
+            if item.sparse is None:
+                shift = item.file_offset - item.guest_base
+                found = FlatExtents(item.file, shift=shift, file_index=item.file_index)
+            else:
+                found = SparseTables(
+                    item.sparse, item.guest_base, item.nbytes, item.file_index, item.short_nbytes
+                )
+            self._tables[item.guest_base] = found
+        return found.extents(start, length)
 
     def info(self) -> dict[str, Any]:
         """Return content IDs, type and extents, in the keys of ``qemu-img info``."""

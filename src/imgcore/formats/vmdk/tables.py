@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from imgcore._core import TableFormat
-from imgcore.engine.extents import FLAG_GRAIN_MARKER, Kind, single
+from imgcore.engine.extents import FLAG_GRAIN_MARKER, Kind, clip, single
 from imgcore.errors import CorruptImageError
-from imgcore.formats.shared.flat import sync_holes
+from imgcore.formats.shared.flat_reader import sync_holes
 from imgcore.formats.shared.tables import decode_entries
 from imgcore.formats.vmdk.layout import (
     ENTRY_ABSENT,
@@ -199,8 +199,9 @@ class SparseTables:
         # Rows of one decoded window and one row of a hole before it stay inside a batch.
         self._window_ntables = max(1, (MAX_BATCH_ROWS - 1) // extent.n_gtes_per_gt)
 
-    def extents(self, start: int, stop: int) -> Iterator[Extents]:
-        """Yield batches for guest range [start, stop), which lies inside the extent."""
+    def extents(self, start: int, length: int) -> Iterator[Extents]:
+        """Yield batches for ``length`` bytes of the disk from ``start``, inside the extent."""
+        stop = start + length
         reach_nbytes = self.extent.gt_reach_nbytes
         first = (start - self.guest_base) // reach_nbytes
         end = -(-(stop - self.guest_base) // reach_nbytes)
@@ -270,7 +271,7 @@ class SparseTables:
             file_nbytes=self.extent.file.nbytes,
             file=self._file_index,
         )
-        self._cut_front(rows, start)
+        rows = clip(rows, start, stop)
         if self.extent.is_compressed:
             self._mark_short_grain(rows)
             tighten_bounds(rows)
@@ -285,17 +286,6 @@ class SparseTables:
             path=self.extent.file.path,
             offset=place,
         )
-
-    def _cut_front(self, rows: Extents, start: int) -> None:
-        first = rows[0]
-        cut_nbytes = start - int(first["guest_offset"])
-        if cut_nbytes == 0:
-            return
-        first["guest_offset"] += cut_nbytes
-        first["length"] -= cut_nbytes
-        if first["kind"] == Kind.DATA:
-            first["host_offset"] += cut_nbytes
-            first["host_length"] -= cut_nbytes
 
     def _mark_short_grain(self, rows: Extents) -> None:
         """Point a last grain that is stored cut to the source of that block size.

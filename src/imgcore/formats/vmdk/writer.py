@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 from imgcore.errors import OptionError
 from imgcore.formats.api import Measurement
-from imgcore.formats.shared.flat import FlatWriter, flat_geometry
+from imgcore.formats.shared.flat_writer import FlatWriter, flat_geometry
 from imgcore.formats.vmdk.descriptor import compose_descriptor
 from imgcore.formats.vmdk.options import FLAT_KINDS, Options, WriteOptions, is_plain_name
 

@@ -1,92 +1,20 @@
-"""Disks that lie in a host file as they are, read and written: raw, flat extents, fixed images.
-
-NumPy is imported only when extents are asked for, so that ``info`` starts fast.
-"""
+"""Disks that lie in a host file as they are, written: raw, flat extents, fixed images."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 from typing import TYPE_CHECKING, Final
 
 from imgcore.engine.geometry import Geometry, Placing, ZeroPolicy
-from imgcore.files.host_file import is_on_xfs
-from imgcore.limits import KIB, MAX_BATCH_ROWS, MIB
+from imgcore.limits import KIB, MIB
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from imgcore.engine.extents import Extents, Placements
-    from imgcore.files.host_file import HostFile
+    from imgcore.engine.extents import Placements
     from imgcore.files.target import Target
     from imgcore.files.target_file import TargetFile
-
-# Values of the option "preallocation": none, by the file system, by writing zeros.
-PREALLOCATION: Final = ("off", "falloc", "full")
 
 # Blocks of the target: whole ones of zeros are skipped, in others zeros of -S bytes are.
 _MIN_BLOCK_NBYTES: Final = 64 * KIB
 _MAX_BLOCK_NBYTES: Final = 2 * MIB
-
-
-def sync_holes(file: HostFile) -> None:
-    """Write back what the file has in memory where its holes could not be trusted else.
-
-    XFS can report a hole where a reflinked file has data that is not written back yet.
-    """
-    with contextlib.suppress(OSError):
-        status = os.fstat(file.fd)
-        has_holes = status.st_blocks * 512 < status.st_size
-        if not file.is_block_device and has_holes and is_on_xfs(file.fd):
-            os.fdatasync(file.fd)
-
-
-def flat_extents(
-    file: HostFile, file_offset: int, start: int, stop: int, guest_base: int, file_index: int
-) -> Iterator[Extents]:
-    """Yield batches for guest range [start, stop) of a flat extent.
-
-    Parameters
-    ----------
-    file : HostFile
-        Where the extent is; see `sync_holes`, which is the caller's to call first.
-    file_offset, guest_base : int
-        Bytes: where the extent's first byte lies in the file, and on the disk.
-    start, stop : int
-        Bytes of the disk, ``start < stop``, inside the extent.
-    file_index : int
-        Of the file in the reader's sources.
-
-    Notes
-    -----
-    Holes of the host's file are explicit zeros: a flat extent hides its parent everywhere.
-    """
-    import numpy as np
-
-    from imgcore.engine.extents import EXTENT_DTYPE, Kind
-
-    rows: list[tuple[int, int, int, int, int, int, int]] = []
-    shift = file_offset - guest_base
-    position = start
-    while position < stop:
-        data_start, data_end = file.next_data(position + shift)
-        if data_start >= data_end:
-            data_start = data_end = stop + shift
-        data_start = min(max(data_start - shift, position), stop)
-        data_end = min(max(data_end - shift, data_start), stop)
-        if position < data_start:
-            rows.append((position, data_start - position, 0, 0, 0, int(Kind.ZERO), 0))
-        if data_start < data_end:
-            length = data_end - data_start
-            rows.append(
-                (data_start, length, data_start + shift, length, file_index, int(Kind.DATA), 0)
-            )
-        position = data_end
-        if len(rows) >= MAX_BATCH_ROWS - 1:
-            yield np.array(rows, dtype=EXTENT_DTYPE)
-            rows.clear()
-    if rows:
-        yield np.array(rows, dtype=EXTENT_DTYPE)
 
 
 def flat_geometry(guest_nbytes: int, sparse_nbytes: int, *, host_base: int = 0) -> Geometry:
