@@ -15,7 +15,6 @@ import zstandard
 
 from imgcore.engine.extents import PLACEMENT_DTYPE, BlockState, Kind
 from imgcore.engine.geometry import CodecId, Geometry, Placing, ZeroPolicy
-from imgcore.files.host_file import HostFile
 from imgcore.files.target import Target
 from imgcore.files.target_file import TargetFile
 from imgcore.formats.api import BackingReference, WriteRequest
@@ -24,12 +23,12 @@ from imgcore.formats.options import FormatOptions
 from imgcore.formats.qcow2.driver import DRIVER
 from imgcore.formats.qcow2.reader import Qcow2Reader
 from tests.helpers import qemu
-from tests.helpers.readers import extent_rows
+from tests.helpers.readers import extent_rows, open_file
 
 
 def open_qcow2(path: Path) -> Qcow2Reader:
     """Open one layer."""
-    return Qcow2Reader(HostFile.open(path))
+    return open_file(path, Qcow2Reader)
 
 
 def create(path: Path, size: int | str, *options: str, backing: Path | None = None) -> Path:

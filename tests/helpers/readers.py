@@ -1,11 +1,25 @@
-"""Damage for images, and what a reader says of them."""
+"""Damage for images, readers of them, and their rows."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from imgcore.files.host_file import HostFile
 from imgcore.formats.api import Reader
+
+_Reader = TypeVar("_Reader", bound=Reader)
+
+
+def open_file(path: Path, read: Callable[[HostFile], _Reader]) -> _Reader:
+    """Return the reader of a file; the file is closed if there is none."""
+    file = HostFile.open(path)
+    try:
+        return read(file)
+    except BaseException:
+        file.close()
+        raise
 
 
 def poke(path: Path, *changes: tuple[int, bytes]) -> Path:

@@ -9,9 +9,8 @@ from pathlib import Path
 
 from imgcore.engine.extents import FLAG_GRAIN_MARKER, Kind
 from imgcore.files.gate import ReferenceGate
-from imgcore.files.host_file import HostFile
 from imgcore.formats.vmdk.reader import VmdkReader
-from tests.helpers.readers import extent_rows
+from tests.helpers.readers import extent_rows, open_file
 
 SECTOR = 512
 GRAIN = 65536
@@ -22,7 +21,7 @@ STREAM_FLAGS = 0x30001
 
 def open_vmdk(path: Path) -> VmdkReader:
     """Open one layer."""
-    return VmdkReader(HostFile.open(path), ReferenceGate(str(path.parent)))
+    return open_file(path, lambda file: VmdkReader(file, ReferenceGate(str(path.parent))))
 
 
 def header(n_sectors: int, **fields: int) -> bytes:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.helpers import images
+from tests.helpers.readers import open_file
 from tests.unit.test_files import loop_device
 
 import imgcore.errors
@@ -44,7 +45,7 @@ def make(path: Path, virtual_size: int, *pieces: tuple[int, int]) -> Path:
 
 
 def open_raw(path: Path | str) -> RawReader:
-    return RawReader(HostFile.open(path))
+    return open_file(path, RawReader)
 
 
 Row = tuple[int, int, Kind]

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 from tests.helpers import images, vhdx
-from tests.helpers.readers import extent_rows, poke
+from tests.helpers.readers import extent_rows, open_file, poke
 from tests.helpers.vhdx import FULL, MIB, PARTIAL, UNDEFINED, UNMAPPED, ZERO, Vhdx, pattern
 
 import imgcore
 from imgcore.engine.extents import Kind
-from imgcore.files.host_file import HostFile
 from imgcore.formats.vhdx.reader import VhdxReader
 
 ALL_STATES = {
@@ -29,7 +28,7 @@ ALL_STATES = {
 
 
 def open_vhdx(path: Path) -> VhdxReader:
-    return VhdxReader(HostFile.open(path))
+    return open_file(path, VhdxReader)
 
 
 def content(path: Path) -> bytes:

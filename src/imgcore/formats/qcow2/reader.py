@@ -29,7 +29,7 @@ class Qcow2Reader:
     Parameters
     ----------
     file : HostFile
-        Owned by the reader from here on, also if the constructor raises.
+        Closed with the reader; the caller closes it if this raises.
 
     Raises
     ------
@@ -48,11 +48,7 @@ class Qcow2Reader:
 
     def __init__(self, file: HostFile) -> None:
         self._file = file
-        try:
-            self._header = read_header(file)
-        except BaseException:
-            file.close()
-            raise
+        self._header = read_header(file)
         self.subformat: str | None = None
         self.virtual_size = self._header.virtual_size
         self.block_nbytes = self._header.cluster_size

@@ -26,7 +26,7 @@ class VdiReader:
     Parameters
     ----------
     file : HostFile
-        Owned by the reader from here on, also if the constructor raises.
+        Closed with the reader; the caller closes it if this raises.
 
     Raises
     ------
@@ -41,11 +41,7 @@ class VdiReader:
     def __init__(self, file: HostFile, gate: ReferenceGate) -> None:
         self._file = file
         self._gate = gate
-        try:
-            self._header = read_header(file)
-        except BaseException:
-            file.close()
-            raise
+        self._header = read_header(file)
         self.subformat: str | None = self._header.subformat
         self.virtual_size = self._header.virtual_size
         self.block_nbytes = self._header.block_nbytes

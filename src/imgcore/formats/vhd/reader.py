@@ -38,7 +38,7 @@ class VhdReader:
     Parameters
     ----------
     file : HostFile
-        Owned by the reader from here on, also if the constructor raises.
+        Closed with the reader; the caller closes it if this raises.
     size : str, optional
         ``chs`` or ``current``: which size counts; the creator's choice if None.
 
@@ -59,12 +59,8 @@ class VhdReader:
 
     def __init__(self, file: HostFile, size: str | None = None) -> None:
         self._file = file
-        try:
-            self._header = read_header(file, size)
-            self.backing: BackingReference | None = find_parent(file, self._header)
-        except BaseException:
-            file.close()
-            raise
+        self._header = read_header(file, size)
+        self.backing: BackingReference | None = find_parent(file, self._header)
         self.subformat: str | None = _SUBFORMATS[self._header.disk_type]
         self.virtual_size = self._header.size.nbytes
         dynamic = self._header.dynamic

@@ -33,7 +33,7 @@ class VhdxReader:
     Parameters
     ----------
     file : HostFile
-        Owned by the reader from here on, also if the constructor raises.
+        Closed with the reader; the caller closes it if this raises.
 
     Raises
     ------
@@ -53,11 +53,7 @@ class VhdxReader:
 
     def __init__(self, file: HostFile) -> None:
         self._file = file
-        try:
-            self._image = read_image(file)
-        except BaseException:
-            file.close()
-            raise
+        self._image = read_image(file)
         metadata = self._image.metadata
         self.subformat: str | None = "dynamic"
         if metadata.has_parent:
