@@ -111,7 +111,7 @@ def cases() -> Iterator[Case]:
         "vhd-table-of-zeros",
         _sparse,
         "CorruptImageError",
-        "lies upon the footer",
+        "overlaps the footer",
         Stage.TABLES,
         target="qcow2",
     )

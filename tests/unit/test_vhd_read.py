@@ -224,7 +224,7 @@ class TestRefusals:
         path = dynamic(tmp_path, {1: Block(DATA), 4: Block(DATA)})
         whole = path.read_bytes()
         path.write_bytes(whole[: -2 * SECTOR] + whole[-SECTOR:])
-        with pytest.raises(CorruptImageError, match="block 4 at 0x.* lies upon the footer$"):
+        with pytest.raises(CorruptImageError, match="block 4 at 0x.* overlaps the footer$"):
             rows_of(path)
 
     @pytest.mark.parametrize("nbytes", [0, 1, 511, 512, 1535, 2000, FIRST + BLOCK - 1])

@@ -1,6 +1,6 @@
-"""What lies in a hole of a host file is zeros, and is not read to find that out.
+"""Holes of a host file under an image's extents: zeros that need not be read.
 
-Images with preallocated tables lead everywhere, although their files hold next to nothing.
+Tables that are written ahead refer to data everywhere, although the file holds next to none.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class BackingReference(NamedTuple):
-    """The parent that an image is made upon; in a `WriteRequest`, the one it is to get.
+    """The parent of an image; in a `WriteRequest`, the one that the target is to get.
 
     Attributes
     ----------
@@ -102,7 +102,7 @@ class Reader(Protocol):
 
     @property
     def identities(self) -> Mapping[str, str]:
-        """What a child can recognise this image by (see `BackingReference`); often nothing."""
+        """Facts by which a child recognises this image (see `BackingReference`); often none."""
         ...
 
     def extents(self, start: int, length: int) -> Iterator[Extents]:
@@ -189,7 +189,7 @@ class Repairable(Protocol):
 
 @dataclass
 class CheckReport:
-    """What ``check`` found; the counts are in the format's own allocation units.
+    """The findings of ``check``; the counts are in the format's own allocation units.
 
     ``problems`` holds one line each, at most ``MAX_PROBLEM_LINES``; the counters go on.
     """
@@ -268,7 +268,7 @@ class Writer(Protocol):
 
     @property
     def geometry(self) -> Geometry:
-        """What the engine is asked for; final after `begin`."""
+        """The request to the engine; final after `begin`."""
         ...
 
     @property
@@ -325,8 +325,11 @@ class Driver:
     ----------
     name : str
         As in the registry.
-    options, read_options : subclass of FormatOptions
-        For writing, and for reading.
+    options_module : str
+        Module with ``Options``, the record of the options for writing; reading an image does
+        not import it.
+    read_options : subclass of FormatOptions
+        The record of the options for reading.
     read : callable
         Returns a `Reader` for a file, a gate for what the image names, and a record of
         ``read_options``; the parent is not opened.  Raises WrongFormatError only if the magic is
@@ -337,10 +340,15 @@ class Driver:
     """
 
     name: str
-    options: type[FormatOptions]
+    options_module: str
     read: Callable[[HostFile, ReferenceGate, Any], Reader]
     writing: str
     read_options: type[FormatOptions] = FormatOptions
+
+    @property
+    def options(self) -> type[FormatOptions]:
+        """The record of the options for writing."""
+        return cast("type[FormatOptions]", importlib.import_module(self.options_module).Options)
 
     def open(
         self, file: HostFile, gate: ReferenceGate, options: FormatOptions | None = None

@@ -299,7 +299,7 @@ class Qcow2Checker:
             if bitmap.table_offset % self._size or end > self._file.nbytes:
                 self.report.corruption(f"bitmap {bitmap.name!r}: table is outside the file")
             elif not _insert(taken, bitmap.table_offset, end):
-                # As with snapshots: each has a table of its own.
+                # As with snapshots: each has its own table.
                 self.report.corruption(f"bitmap {bitmap.name!r}: its table lies on another one")
             else:
                 tables.append((bitmap.table_offset, bitmap.table_entries))

@@ -27,7 +27,7 @@ def refuse_idle(idle: Mapping[str, bool], subformat: str) -> None:
     Parameters
     ----------
     idle : mapping of str to bool
-        For each option that only some subformats have: whether it is given in vain.
+        For each option that only some subformats have: whether it is given but has no effect.
     subformat : str
         The one that is written.
     """
@@ -78,8 +78,7 @@ def zero_policy(
     has_parent : bool
         A block that is left out then reads as the parent's.
     can_hide_parent : bool
-        Whether a table entry can say "zeros, whatever the parent has there"; where it cannot,
-        zeros are stored.
+        Whether a table entry can mark zeros that hide the parent; if not, zeros are stored.
     """
     if sparse_nbytes == 0:
         return ZeroPolicy.STORE

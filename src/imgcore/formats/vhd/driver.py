@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Final
 
 from imgcore.formats.api import Driver
-from imgcore.formats.vhd.options import Options, ReadOptions
-from imgcore.formats.vhd.reader import VhdReader
+from imgcore.formats.vhd.reader import ReadOptions, VhdReader
 
 DRIVER: Final = Driver(
     name="vhd",
-    options=Options,
+    options_module="imgcore.formats.vhd.options",
     read=lambda file, gate, options: VhdReader(file, options.size),
     writing="imgcore.formats.vhd.writer",
     read_options=ReadOptions,

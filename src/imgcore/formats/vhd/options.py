@@ -53,20 +53,13 @@ class Options(FormatOptions):
     size: str = choice(
         "current",
         ("current", "chs"),
-        "Keep the size, or round it up to what cylinders, heads and sectors can say (Virtual PC)",
+        "Keep the size, or round it up to one that a geometry expresses exactly (Virtual PC)",
     )
     block_size: int | None = byte_size(None, "Block size, 512k to 2M (2M unless given; dynamic)")
     uuid: str | None = text(None, "UUID (random unless given)")
     timestamp: int = number(layout.EPOCH_UNIX_SECONDS, "Time of creation, Unix seconds")
     batmap: bool = flag("Write XenServer's map of full blocks (dynamic)")
     preallocation: str = choice("off", PREALLOCATION, "Reserve the space of a fixed disk")
-
-
-@dataclass(frozen=True)
-class ReadOptions(FormatOptions):
-    """The options of a disk that is read."""
-
-    size: str | None = choice(None, ("chs", "current"), "Which size counts, whatever the creator")
 
 
 class WriteOptions(NamedTuple):
@@ -121,7 +114,7 @@ class WriteOptions(NamedTuple):
 
 
 def geometry_of(virtual_size: int) -> tuple[int, int, int]:
-    """Return (cylinders, heads, sectors per track) of a disk; they may say less than its size.
+    """Return (cylinders, heads, sectors per track) of a disk, which may be larger than they say.
 
     Source: "Virtual Hard Disk Image Format Specification" 1.0, "Appendix: CHS Calculation".
     """
@@ -139,7 +132,7 @@ def geometry_of(virtual_size: int) -> tuple[int, int, int]:
 
 
 def rounded_to_chs(virtual_size: int) -> int:
-    """Return the next size that a geometry says exactly; the size itself above 127 GiB.
+    """Return the next size that a geometry expresses exactly; the size itself above 127 GiB.
 
     As QEMU rounds: the geometry of the first larger disk whose cylinders hold this one.
     """

@@ -8,10 +8,12 @@ Sources: Microsoft, "Virtual Hard Disk Image Format Specification" 1.0; libvhdi,
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from imgcore.engine.sources import SourceFile
 from imgcore.formats.api import BackingReference
+from imgcore.formats.options import FormatOptions, choice
 from imgcore.formats.shared.flat_reader import FlatExtents
 from imgcore.formats.vhd import layout
 from imgcore.formats.vhd.header import parent_texts, read_header, uuid_text
@@ -30,6 +32,13 @@ _SUBFORMATS: Final = {
     DiskType.DYNAMIC: "dynamic",
     DiskType.DIFFERENCING: "differencing",
 }
+
+
+@dataclass(frozen=True)
+class ReadOptions(FormatOptions):
+    """The options of a disk that is read."""
+
+    size: str | None = choice(None, ("chs", "current"), "Which size counts, whatever the creator")
 
 
 class VhdReader:
@@ -72,7 +81,7 @@ class VhdReader:
 
     @property
     def identities(self) -> Mapping[str, str]:
-        """What a differencing disk upon this one states as its parent's."""
+        """The UUID that a differencing disk states as its parent's."""
         return {"UUID": uuid_text(self._header.footer.uuid)}
 
     def extents(self, start: int, length: int) -> Iterator[Extents]:

@@ -120,7 +120,7 @@ class ExtentTables:
             )
 
     def _refuse_structures(self, rows: Extents) -> None:
-        """Raise if a block lies upon a header, the BAT or the footer: the guest put none there."""
+        """Raise if a block overlaps a header, the BAT or the footer: the guest put none there."""
         place = rows["host_offset"].astype(np.int64)
         start, end = place - self._bitmap_nbytes, place + rows["length"].astype(np.int64)
         is_block = rows["kind"] == Kind.DATA
@@ -130,7 +130,7 @@ class ExtentTables:
                 row = int(np.argmax(bad))
                 raise CorruptImageError(
                     f"block {int(rows['guest_offset'][row]) // self._block_nbytes} at "
-                    f"{int(start[row]):#x} lies upon {what}",
+                    f"{int(start[row]):#x} overlaps {what}",
                     path=self._file.path,
                     offset=int(start[row]),
                 )

@@ -190,7 +190,7 @@ class BlockWriter:
         except CoreError as error:
             raise LimitExceededError(
                 f"block {first_block + error.offset} would be at {int(places[error.offset]):#x}, "
-                "which no BAT entry can say",
+                "beyond what a BAT entry can hold",
                 path=self._options.target_name or None,
             ) from error
         last = int(places.max(initial=0))

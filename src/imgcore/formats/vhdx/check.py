@@ -50,8 +50,8 @@ class _Blocks(NamedTuple):
 def find_repairs(image: VhdxImage) -> list[Repair]:
     """Return what can be put right: a copy from the other one, leaked space at the end.
 
-    Nothing is offered while a log waits to be replayed, or for an image whose blocks lie upon
-    each other or upon tables: what is written could be a guest's.
+    Nothing is offered while a log waits to be replayed, or for an image whose blocks
+    overlap each other or tables: a repair could overwrite guest data.
     """
     checker = VhdxChecker(image)
     report = checker.run()
@@ -280,13 +280,13 @@ class VhdxChecker:
             numbers, first, end = self._placed(entries, first_block, _PLACED_STATES)
             low = np.clip(first - base, 0, len(counts))
             high = np.clip(end - base, 0, len(counts))
-            upon = shared[high] > shared[low]
+            overlaps = shared[high] > shared[low]
             self.report.corruptions_among(
-                int(upon.sum()),
+                int(overlaps.sum()),
                 (
                     f"block {number} at {unit << _UNIT_BITS:#x} overlaps another block or structure"
                     for number, unit in zip(
-                        numbers[upon].tolist(), first[upon].tolist(), strict=True
+                        numbers[overlaps].tolist(), first[overlaps].tolist(), strict=True
                     )
                 ),
             )

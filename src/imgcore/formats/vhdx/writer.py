@@ -60,7 +60,7 @@ def measure(request: WriteRequest[Options], data_nbytes: int) -> Measurement:
 
 
 class _Structures:
-    """What stands before the blocks in the file of both kinds."""
+    """The structures before the blocks, the same for both kinds."""
 
     def __init__(self, options: WriteOptions) -> None:
         self._options = options

@@ -134,7 +134,7 @@ class _ExtentCheck:
         return ~absent & (places > self._extent.file.nbytes - self._extent.gt_nbytes)
 
     def _check_directory(self, gd_offset: int) -> bool:
-        """Report tables outside the file or upon each other; False if that leaves no sense."""
+        """Report tables outside the file or overlapping; False if no check can follow."""
         tables = np.empty(self._extent.n_directory_entries, dtype=np.uint32)
         n_tables = 0
         for first, directory in self._directory_pieces(gd_offset):
@@ -165,7 +165,7 @@ class _ExtentCheck:
         return n_overlaps == 0
 
     def _compare_redundant(self) -> None:
-        """Report tables that the two directories do not agree upon."""
+        """Report tables that differ between the two directories."""
         extent = self._extent
         pairs = zip(
             self._directory_pieces(extent.gd_offset),

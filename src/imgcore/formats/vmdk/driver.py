@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from imgcore.formats.api import Driver, Reader
-from imgcore.formats.vmdk.options import Options
 
 if TYPE_CHECKING:
     from imgcore.files.gate import ReferenceGate
@@ -28,7 +27,7 @@ def _read(file: HostFile, gate: ReferenceGate, options: FormatOptions) -> Reader
 
 DRIVER: Final = Driver(
     name="vmdk",
-    options=Options,
+    options_module="imgcore.formats.vmdk.options",
     read=_read,
     writing="imgcore.formats.vmdk.writer",
 )

@@ -84,7 +84,7 @@ class VmdkReader:
 
     @property
     def identities(self) -> Mapping[str, str]:
-        """What a delta of this disk states as its parent's."""
+        """The content ID that a delta states as its parent's."""
         return _content_id(self.descriptor.cid)
 
     @property
@@ -104,7 +104,7 @@ class VmdkReader:
 
     @property
     def subformat(self) -> str | None:
-        """What the files are, which differs from the descriptor's word in some exports."""
+        """Kind of the files; in some exports the descriptor states another."""
         first = self._extents[0].sparse if len(self._extents) == 1 else None
         stated = self.descriptor.create_type
         if first is not None and stated.lower() in _MONOLITHIC_TYPES | {""}:

@@ -83,7 +83,7 @@ def read_tables(
     extent : SparseExtent
         The extent.
     directory : ndarray, shape (n,), dtype uint32
-        Directory entries; one without a table gives entries of its own value.
+        Directory entries; one without a table gives entries with its value.
     first : int
         Index of ``directory[0]``, for messages.
 
@@ -213,7 +213,7 @@ class SparseTables:
 
     def _piece(self, directory: Entries, first: int, start: int, stop: int) -> Iterator[Extents]:
         """Split a directory piece into stretches without tables and windows of tables."""
-        # With the flag, an entry of 1 has to be told from a hole: it goes through a window.
+        # With the flag, an entry of 1 differs from a hole: it goes through a window.
         used = np.flatnonzero(directory != ENTRY_ABSENT)
         position = 0
         while position < len(directory):
