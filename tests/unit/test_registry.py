@@ -18,7 +18,7 @@ from imgcore.errors import OptionError, UnsupportedFeatureError, WrongFormatErro
 from imgcore.files.gate import ReferenceGate
 from imgcore.files.host_file import HostFile
 from imgcore.formats import magic
-from imgcore.formats.api import Driver
+from imgcore.formats.api import Driver, WriteRequest
 from imgcore.formats.option_texts import options_help, parse_options
 from imgcore.formats.options import FormatOptions, byte_size, choice, flag, number, text
 from imgcore.formats.registry import (
@@ -288,6 +288,22 @@ class TestNames:
         driver = get_driver(name)
         assert driver.name == name
         assert parse_options(driver) == driver.options()
+
+
+@pytest.mark.parametrize(
+    ("name", "subformat"),
+    [("raw", None), ("qcow2", None), ("vhd", "fixed"), ("vdi", "fixed"), ("vmdk", "vmfs")],
+)
+def test_preallocated_disks_need_their_own_blocks(name: str, subformat: str | None) -> None:
+    """So no block of theirs is a reflink; tables written ahead do not count."""
+    driver = get_driver(name)
+    kind = {} if subformat is None else {"subformat": subformat}
+    modes = {"off": False, "falloc": True, "full": True}
+    for mode, needed in (modes | ({"metadata": False} if name == "qcow2" else {})).items():
+        options = parse_options(driver, kind | {"preallocation": mode})
+        assert driver.writer(WriteRequest(1 << 20, options)).needs_own_blocks is needed
+    growing = driver.writer(WriteRequest(1 << 20, parse_options(driver)))
+    assert not growing.needs_own_blocks
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class RefcountBuilder:
         if int(counts.max()) > self._limit:
             cluster = first + int(counts.argmax())
             raise LimitExceededError(
-                f"{int(counts.max())} compressed clusters share host cluster {cluster}, "
+                f"host cluster {cluster} holds {int(counts.max())} compressed clusters, "
                 f"refcounts of {1 << self._options.refcount_order} bits allow {self._limit}",
                 path=self._options.target_name or None,
             )
