@@ -27,7 +27,9 @@ LAYERS = ("cli", "verbs", "disk", "platforms", "formats", "streams", "engine", "
 # What stands beside the layers: the package's face above all of them, leaves below.
 FACE = ("imgcore", "imgcore.__main__")
 # What a format may import besides its own modules, the layers below and the leaves.
-FORMAT_MAY_IMPORT = ("imgcore.formats.api", "imgcore.formats.magic", "imgcore.formats.shared")
+FORMAT_MAY_IMPORT = tuple(
+    f"imgcore.formats.{name}" for name in ("api", "magic", "options", "shared")
+)
 FORMAT_LAYERS = ("engine", "files")
 
 # Layers in which a format is whatever a driver says about it.
@@ -175,7 +177,7 @@ def test_python_modules_import_in_no_circle() -> None:
         ("imgcore.cli.convert", "imgcore.cli.compare", imports_between_members),
         ("imgcore.formats.vhd.reader", "imgcore.streams.reader", stray_imports_of_formats),
         ("imgcore.formats.vhd.reader", "imgcore.formats.registry", stray_imports_of_formats),
-        ("imgcore.formats.shared.flat", "imgcore.formats.registry", stray_imports_of_formats),
+        ("imgcore.formats.shared.tables", "imgcore.formats.registry", stray_imports_of_formats),
     ],
 )
 def test_the_rules_notice(module: str, other: str, rule: object) -> None:
@@ -202,12 +204,13 @@ def test_the_tables_name_what_exists() -> None:
 @cache
 def names_of_formats() -> frozenset[str]:
     """Return every name, alias and subformat of the registered formats."""
+    from imgcore.formats.option_texts import options_help
     from imgcore.formats.registry import DRIVERS, get_driver
 
     names = {name for entry in DRIVERS for name in (entry.name, *entry.aliases)}
     for entry in DRIVERS:
-        options = get_driver(entry.name).options
-        names.update(*(option.choices for option in options if option.name == "subformat"))
+        for name, values, *_ in options_help(get_driver(entry.name)):
+            names.update(values.split("|") if name == "subformat" else ())
     return frozenset(names)
 
 

@@ -29,7 +29,7 @@ MAX_BASE_BLOCK_NBYTES: Final = 4 * MIB
 # What `check --repair` writes into its copy of an image, all repairs together.
 MAX_REPAIR_NBYTES: Final = 64 * MIB
 
-# Workers of a job.
+# Workers of a job: IMGC_MAX_THREADS.
 MAX_THREADS: Final = 256
 
 # Virtual disks: raw files are limited by off_t, all others by their own tables.

@@ -15,9 +15,9 @@ import pytest
 from tests.faults.crash import Event, Row, after_crashes, read_log
 from tests.faults.harness import VARIANTS, Agent, Place, agent_in, params, state_of
 from tests.helpers import images
-from tests.helpers.plans import poke
 from tests.helpers.qcow2 import create, qemu_io
 from tests.helpers.qemu import Variant
+from tests.helpers.reading import poke
 
 
 def recorded(place: Place, log: Path) -> list[Row]:

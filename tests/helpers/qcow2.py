@@ -15,19 +15,20 @@ import zstandard
 
 from imgcore.engine.extents import PLACEMENT_DTYPE, BlockState, Kind
 from imgcore.engine.geometry import CodecId, Geometry, Placing, ZeroPolicy
-from imgcore.files.host_file import HostFile
 from imgcore.files.target import Target
 from imgcore.files.target_file import TargetFile
 from imgcore.formats.api import BackingReference, WriteRequest
+from imgcore.formats.option_texts import parse_options
+from imgcore.formats.options import FormatOptions
 from imgcore.formats.qcow2.driver import DRIVER
 from imgcore.formats.qcow2.reader import Qcow2Reader
 from tests.helpers import qemu
-from tests.helpers.plans import plan_rows
+from tests.helpers.reading import extent_rows, open_file
 
 
 def open_qcow2(path: Path) -> Qcow2Reader:
     """Open one layer."""
-    return Qcow2Reader(HostFile.open(path))
+    return open_file(path, Qcow2Reader)
 
 
 def create(path: Path, size: int | str, *options: str, backing: Path | None = None) -> Path:
@@ -93,7 +94,7 @@ def read_guest(path: Path) -> bytes:
     reader = open_qcow2(path)
     host = path.read_bytes()
     content = bytearray(reader.virtual_size)
-    for guest, length, offset, nbytes, _, kind, _ in plan_rows(reader):
+    for guest, length, offset, nbytes, _, kind, _ in extent_rows(reader):
         if kind == Kind.DATA:
             content[guest : guest + length] = host[offset : offset + length]
         elif kind in (Kind.DEFLATE, Kind.ZSTD):
@@ -115,9 +116,10 @@ def request(
     compress: bool = False,
     backing: BackingReference | None = None,
     sparse_nbytes: int = 4096,
-) -> WriteRequest:
+) -> WriteRequest[FormatOptions]:
     """Return a request for a writer, all options not given at their defaults."""
-    return WriteRequest(virtual_size, dict(options or {}), compress, backing, sparse_nbytes)
+    parsed = parse_options(DRIVER, options)
+    return WriteRequest(virtual_size, parsed, compress, backing, sparse_nbytes)
 
 
 @dataclass
@@ -167,7 +169,7 @@ class StandIn:
 def write_image(
     path: Path,
     content: bytes,
-    wanted: WriteRequest,
+    wanted: WriteRequest[Any],
     *,
     batch: int = 1000,
     absent: set[int] | None = None,

@@ -8,8 +8,8 @@ from pathlib import Path
 from uuid import UUID
 
 from imgcore.files.gate import ReferenceGate
-from imgcore.files.host_file import HostFile
 from imgcore.formats.vdi.reader import VdiReader
+from tests.helpers.reading import open_file
 
 FREE, ZERO = 0xFFFFFFFF, 0xFFFFFFFE
 BLOCK = 1 << 20
@@ -82,4 +82,4 @@ def make(
 def open_vdi(path: Path, allowed: Sequence[Path] = ()) -> VdiReader:
     """Open one layer."""
     gate = ReferenceGate(str(path.parent), [str(folder) for folder in allowed])
-    return VdiReader(HostFile.open(path), gate)
+    return open_file(path, lambda file: VdiReader(file, gate))

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from imgcore.files.host_file import HostFile
 from imgcore.formats.vhd.reader import VhdReader
+from tests.helpers.reading import open_file
 
 SECTOR = 512
 NO_OFFSET = (1 << 64) - 1
@@ -23,7 +23,7 @@ FIXED, DYNAMIC, DIFFERENCING = 2, 3, 4
 
 def open_vhd(path: Path, size: str | None = None) -> VhdReader:
     """Open one layer."""
-    return VhdReader(HostFile.open(path), size)
+    return open_file(path, lambda file: VhdReader(file, size))
 
 
 def checksum(raw: bytes, offset: int) -> bytes:

@@ -1,4 +1,4 @@
-"""VMDK without imgcore's writer: small images made by hand, and a reader of plans."""
+"""VMDK without imgcore's writer: small images made by hand, and a reader of extents."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from pathlib import Path
 
 from imgcore.engine.extents import FLAG_GRAIN_MARKER, Kind
 from imgcore.files.gate import ReferenceGate
-from imgcore.files.host_file import HostFile
 from imgcore.formats.vmdk.reader import VmdkReader
-from tests.helpers.plans import plan_rows
+from tests.helpers.reading import extent_rows, open_file
 
 SECTOR = 512
 GRAIN = 65536
@@ -22,7 +21,7 @@ STREAM_FLAGS = 0x30001
 
 def open_vmdk(path: Path) -> VmdkReader:
     """Open one layer."""
-    return VmdkReader(HostFile.open(path), ReferenceGate(str(path.parent)))
+    return open_file(path, lambda file: VmdkReader(file, ReferenceGate(str(path.parent))))
 
 
 def header(n_sectors: int, **fields: int) -> bytes:
@@ -163,10 +162,10 @@ def stream(
 
 
 def read_guest(reader: VmdkReader, start: int = 0, length: int | None = None) -> bytes:
-    """Follow a plan in plain Python; every row has to begin where the one before it ended."""
+    """Read extents in plain Python; each row must begin where the one before it ended."""
     pieces = []
     position = start
-    for guest_offset, n, host_offset, host_length, index, kind, flags in plan_rows(
+    for guest_offset, n, host_offset, host_length, index, kind, flags in extent_rows(
         reader, start, length
     ):
         assert guest_offset == position

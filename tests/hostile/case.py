@@ -18,7 +18,7 @@ class Stage(Enum):
     OPEN = "open"  # every verb
     CHAIN = "chain"  # verbs that open the parent: map, measure, convert
     INFO = "info"  # a table that only info reads
-    PLAN = "plan"  # a table of the disk: map, measure, convert; check at its discretion
+    TABLES = "tables"  # a table of the disk: map, measure, convert; check at its discretion
     DATA = "data"  # a compressed block, or bytes that are missing: convert
     STREAM = "stream"  # content of a compressed disk: convert, others at their discretion
     CHECK = "check"  # the content is what it is: only check has something to say
@@ -55,7 +55,7 @@ _FAILING = {
     Stage.OPEN: _DISK_VERBS | {"info", "check"},
     Stage.CHAIN: _DISK_VERBS,
     Stage.INFO: frozenset({"info"}),
-    Stage.PLAN: _DISK_VERBS,
+    Stage.TABLES: _DISK_VERBS,
     Stage.DATA: frozenset({"convert"}),
     Stage.STREAM: frozenset({"convert"}),
     Stage.CHECK: frozenset[str](),

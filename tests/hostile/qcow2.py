@@ -192,7 +192,7 @@ def cases() -> Iterator[Case]:
         yield Case(f"qcow2-{name}", put(build(**fields)), error, word)
     for name, entries, word in ENTRIES:
         image = build(PLAIN | entries)
-        yield Case(f"qcow2-{name}", put(image), "CorruptImageError", word, Stage.PLAN)
+        yield Case(f"qcow2-{name}", put(image), "CorruptImageError", word, Stage.TABLES)
     for name, l1, word in (
         ("l1-entry-past-end", 1 << 50, "past the end"),
         ("l1-entry-misaligned", L2 + 512, "multiple"),
@@ -200,7 +200,7 @@ def cases() -> Iterator[Case]:
         ("l1-entry-at-2-56", 0x00FFFFFFFFFF0000, "past the end"),
     ):
         image = build(l1=(l1,))
-        yield Case(f"qcow2-{name}", put(image), "CorruptImageError", word, Stage.PLAN)
+        yield Case(f"qcow2-{name}", put(image), "CorruptImageError", word, Stage.TABLES)
     yield from _extensions()
     yield from _clusters()
     yield from _readable()
@@ -210,7 +210,7 @@ def cases() -> Iterator[Case]:
         put(build({0: 1}, version=2)),
         "CorruptImageError",
         "zero flag",
-        Stage.PLAN,
+        Stage.TABLES,
     )
 
 
@@ -337,5 +337,5 @@ def _truncated() -> Iterator[Case]:
             put(whole[:nbytes]),
             "CorruptImageError",
             "past the end",
-            Stage.PLAN,
+            Stage.TABLES,
         )

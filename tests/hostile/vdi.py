@@ -81,7 +81,7 @@ def cases() -> Iterator[Case]:
         yield Case(f"vdi-{name}", _poked((offset, data)), error, word)
     for name, entry in (("past-end", 2), ("far", 0x7FFFFFFF), ("max", 0xFFFFFFFD)):
         make = _poked((vdi.MAP_OFFSET, _u32(entry)))
-        yield Case(f"vdi-entry-{name}", make, "CorruptImageError", "past the end", Stage.PLAN)
+        yield Case(f"vdi-entry-{name}", make, "CorruptImageError", "past the end", Stage.TABLES)
     shared = vdi.fill(0) + CONTENT[BLOCK:]
     yield Case(
         "vdi-shared-block",
@@ -110,7 +110,7 @@ def cases() -> Iterator[Case]:
         _cut(vdi.DATA_OFFSET + 2 * BLOCK - 1),
         "CorruptImageError",
         "past the end",
-        Stage.PLAN,
+        Stage.TABLES,
     )
     yield Case(
         "vdi-odd-size",

@@ -106,13 +106,13 @@ def cases() -> Iterator[Case]:
         ("on-table", 3),
     ):
         make = _raw((vhd.TABLE_OFFSET, be32(entry)))
-        yield Case(f"vhd-entry-{name}", make, "CorruptImageError", "block 0", Stage.PLAN)
+        yield Case(f"vhd-entry-{name}", make, "CorruptImageError", "block 0", Stage.TABLES)
     yield Case(
         "vhd-table-of-zeros",
         _sparse,
         "CorruptImageError",
-        "lies upon the footer",
-        Stage.PLAN,
+        "overlaps the footer",
+        Stage.TABLES,
         target="qcow2",
     )
     first = struct.unpack_from(">I", _entries(), 0)[0]

@@ -251,7 +251,7 @@ def _entries() -> Iterator[Case]:
         ("max", FULL | 0xFFFFFFFFFFF00000, "past the end"),
     ):
         make = _write((vhdx.BAT_OFFSET, _u64(entry)))
-        yield Case(f"vhdx-entry-{name}", make, "CorruptImageError", word, Stage.PLAN)
+        yield Case(f"vhdx-entry-{name}", make, "CorruptImageError", word, Stage.TABLES)
     shared = _write((vhdx.BAT_OFFSET + 8, _u64(FULL | 4 << 20)))
     content = CONTENT[:MIB] + CONTENT[2 * MIB : 3 * MIB] * 2 + bytes(MIB)
     yield Case("vhdx-shared-block", shared, None, stage=Stage.CHECK, content=content)
@@ -278,7 +278,7 @@ def _cuts() -> Iterator[Case]:
     ):
         yield Case(f"vhdx-cut-at-{nbytes}", cut(nbytes), "CorruptImageError", word)
     yield Case(
-        "vhdx-cut-in-block", cut(5 * MIB + 512), "CorruptImageError", "past the end", Stage.PLAN
+        "vhdx-cut-in-block", cut(5 * MIB + 512), "CorruptImageError", "past the end", Stage.TABLES
     )
 
 

@@ -101,7 +101,7 @@ def _entries() -> Iterator[Case]:
         ("grain-max", table, 0xFFFFFFFF, "past the end"),
     ):
         make = _poked((offset, struct.pack("<I", value)))
-        yield Case(f"vmdk-entry-{name}", make, "CorruptImageError", word, Stage.PLAN)
+        yield Case(f"vmdk-entry-{name}", make, "CorruptImageError", word, Stage.TABLES)
     shared = _poked((table + 4, struct.pack("<I", 128)))
     content = GRAINS[0] * 2 + GRAINS[2] + bytes(GRAIN)
     yield Case("vmdk-shared-grain", shared, None, stage=Stage.CHECK, content=content)

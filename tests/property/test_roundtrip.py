@@ -1,4 +1,4 @@
-"""Random extents to every format and back; planning in pieces equals planning at once."""
+"""Random extents to every format and back; extents in pieces equal those at once."""
 
 from __future__ import annotations
 
@@ -72,11 +72,11 @@ def test_there_and_back(
         back = folder / "back.raw"
         own.convert(target, back, qemu.RAW, source_format=variant.format, threads=threads)
         assert back.read_bytes() == raw.read_bytes()
-        plan_in_pieces_equals_plan_at_once(target, variant, n_sectors)
+        extents_in_pieces_equal_those_at_once(target, variant, n_sectors)
 
 
-def plan_in_pieces_equals_plan_at_once(path: Path, variant: Variant, n_sectors: int) -> None:
-    """Cut the plan at every odd place, and join it again."""
+def extents_in_pieces_equal_those_at_once(path: Path, variant: Variant, n_sectors: int) -> None:
+    """Ask for extents cut at every odd place, and join them again."""
     with imgcore.open(str(path), format=variant.format) as image:
         virtual_size = n_sectors * 512
         assert image.virtual_size == virtual_size
@@ -88,7 +88,7 @@ def plan_in_pieces_equals_plan_at_once(path: Path, variant: Variant, n_sectors: 
 
 
 def joined(image: imgcore.Image, parts: list[tuple[int, int]]) -> list[tuple[int, ...]]:
-    """Return the plan as rows, neighbours that continue each other made one."""
+    """Return the extents as rows, neighbours that continue each other made one."""
     rows: list[list[int]] = []
     for start, length in parts:
         position = start
@@ -117,8 +117,8 @@ def continues(before: list[int], row: tuple[int, ...]) -> bool:
     return before[2] == row[2]  # two parts of one compressed block
 
 
-def test_plan_arithmetic_stays_integer(tmp_path: Path) -> None:
-    """NumPy makes floats of uint64 and int64 mixed; no column of a plan may be one."""
+def test_extent_arithmetic_stays_integer(tmp_path: Path) -> None:
+    """NumPy makes floats of uint64 and int64 mixed; no column of extents may be one."""
     raw = tmp_path / "in.raw"
     images.FRAGMENTED.write(raw)
     for variant in VARIANTS:

@@ -15,6 +15,7 @@ import imgcore
 from imgcore.disk import image_sink, image_source, stream_batches, tally
 from imgcore.formats.api import BackingReference, Writer, WriteRequest
 from imgcore.formats.qcow2 import writer as qcow2_writer
+from imgcore.formats.registry import format_names
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -87,10 +88,10 @@ class TestBackingFile:
         base = disk.with_name("base.vmdk")
         imgcore.convert(disk, base, options={"cid": "1a2b3c4d"})
         os.utime(base, (1_700_000_000, 1_700_000_000.75))
-        requests: list[WriteRequest] = []
+        requests: list[WriteRequest[Any]] = []
         make = qcow2_writer.writer_for
 
-        def keep(request: WriteRequest) -> Writer:
+        def keep(request: WriteRequest[Any]) -> Writer:
             requests.append(request)
             return make(request)
 
@@ -156,8 +157,11 @@ class TestInPlace:
             imgcore.convert(disk, target, in_place=True)
         assert target.read_bytes() == b"\xee" * MIB
 
-    def test_only_raw(self, tmp_path: Path, disk: Path, caplog: pytest.LogCaptureFixture) -> None:
-        target = tmp_path / "volume.qcow2"
+    @pytest.mark.parametrize("format", [name for name in format_names() if name != "raw"])
+    def test_only_raw(
+        self, tmp_path: Path, disk: Path, format: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        target = tmp_path / f"volume.{format}"
         target.write_bytes(bytes(8 * MIB))
         with pytest.raises(imgcore.UnsupportedFeatureError, match="only raw"):
             imgcore.convert(disk, target, in_place=True)

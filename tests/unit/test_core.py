@@ -271,15 +271,15 @@ def test_an_image_that_is_closed_in_the_middle_of_a_read(
     path = tmp_path / "disk.raw"
     path.write_bytes(os.urandom(MIB))
     image = imgcore.open(path)
-    plan = image.reader.plan
+    extents = image.reader.extents
 
-    def close_and_plan(start: int, length: int) -> Iterator[np.ndarray]:
+    def close_first(start: int, length: int) -> Iterator[np.ndarray]:
         closer = threading.Thread(target=image.close)
         closer.start()
         closer.join()
-        return plan(start, length)
+        return extents(start, length)
 
-    monkeypatch.setattr(image.reader, "plan", close_and_plan)
+    monkeypatch.setattr(image.reader, "extents", close_first)
     assert image.read(0, MIB) == path.read_bytes()
     assert image.files[0].fd == -1
     with pytest.raises(ValueError, match=r"disk\.raw: the image is closed"):

@@ -18,6 +18,7 @@ from imgcore.disk.host_holes import HostHoles
 from imgcore.engine.extents import EXTENT_DTYPE, Kind
 from imgcore.engine.sources import SourceFile
 from imgcore.files.host_file import HostFile
+from imgcore.formats.shared.flat_reader import HostData
 
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
@@ -84,7 +85,7 @@ def test_what_is_cut_off_later_is_no_hole(sparse: HostFile, tmp_path: Path) -> N
 
 def test_a_file_without_holes_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_bytes(noise(2 * MIB))
-    monkeypatch.setattr(HostHoles, "_next_data", None)
+    monkeypatch.setattr(HostData, "next", None)
     with HostFile.open(tmp_path / "file") as file:
         assert len(_cut(file, _rows((0, 2 * MIB, 0, 2 * MIB, 0, Kind.DATA)))) == 1
 

@@ -15,7 +15,7 @@ import pytest
 from tests.helpers import images, qemu, vdi, vhd, vmdk
 from tests.helpers.command import assert_one_line_error
 from tests.helpers.command import imgcore as command
-from tests.helpers.plans import poke
+from tests.helpers.reading import poke
 
 import imgcore
 from imgcore.errors import OptionError, WrongFormatError

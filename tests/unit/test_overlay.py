@@ -61,7 +61,7 @@ class FakeLayer:
         self._batch_rows = batch_rows
         self.virtual_size = int(rows["guest_offset"][-1] + rows["length"][-1])
 
-    def plan(self, start: int, length: int) -> Iterator[Extents]:
+    def extents(self, start: int, length: int) -> Iterator[Extents]:
         rows = clip(self._rows, start, start + length)
         for at in range(0, len(rows), self._batch_rows):
             yield rows[at : at + self._batch_rows]
@@ -133,7 +133,11 @@ def test_batches_start_and_end_at_units_and_cover_all_data(
     unit, end = unit_sectors * SECTOR, len(kinds) * SECTOR
     batches = list(
         cut_batches(
-            layer.plan(0, end), unit=unit, max_nbytes=2 * unit, disk_end=end, skip_empty=skip_empty
+            layer.extents(0, end),
+            unit=unit,
+            max_nbytes=2 * unit,
+            disk_end=end,
+            skip_empty=skip_empty,
         )
     )
     covered = set()
@@ -153,9 +157,9 @@ def test_batches_start_and_end_at_units_and_cover_all_data(
         assert not missing
 
 
-def test_a_batch_may_need_several_plans_for_one_unit() -> None:
-    plan = (rows_of([2] * 8)[i : i + 1] for i in range(8))
-    batches = list(cut_batches(plan, unit=4096, max_nbytes=4096, disk_end=4096, skip_empty=True))
+def test_a_batch_may_need_several_of_the_reader_for_one_unit() -> None:
+    extents = (rows_of([2] * 8)[i : i + 1] for i in range(8))
+    batches = list(cut_batches(extents, unit=4096, max_nbytes=4096, disk_end=4096, skip_empty=True))
     assert [(b.start, b.end, len(b.rows)) for b in batches] == [(0, 4096, 8)]
 
 
@@ -163,7 +167,9 @@ def test_a_batch_may_need_several_plans_for_one_unit() -> None:
 def test_pairs_cover_both_sides(a: list[int], b: list[int], n_a: int, n_b: int) -> None:
     end = max(len(a), len(b)) * SECTOR
     sides = [
-        padded(FakeLayer(joined(kinds), n).plan(0, len(kinds) * SECTOR), len(kinds) * SECTOR, end)
+        padded(
+            FakeLayer(joined(kinds), n).extents(0, len(kinds) * SECTOR), len(kinds) * SECTOR, end
+        )
         for kinds, n in ((a, n_a), (b, n_b))
     ]
     at, difference = 0, None
@@ -198,7 +204,7 @@ def test_batches_over_a_base_are_bounded_on_both_sides(
             SimpleNamespace(
                 virtual_size=layer.virtual_size,
                 sources=[SimpleNamespace(file=SimpleNamespace(path=""))],
-                extents_to_read=lambda start=0, length=None, layer=layer: layer.plan(
+                data_extents=lambda start=0, length=None, layer=layer: layer.extents(
                     start, layer.virtual_size if length is None else length
                 ),
             )

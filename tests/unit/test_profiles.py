@@ -53,7 +53,8 @@ def test_the_table_is_sound(profile: Any) -> None:
         pytest.skip(f"{profile.format} is not supported yet")
     for key, values in profile.options.items():
         for value in values:
-            assert parse_options(get_driver(profile.format), {key: value})[key] == value
+            parsed = parse_options(get_driver(profile.format), {key: value})
+            assert getattr(parsed, key) == value
 
 
 def test_names() -> None:

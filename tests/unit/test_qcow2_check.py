@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from tests.helpers import qemu
-from tests.helpers.plans import poke
 from tests.helpers.qcow2 import create, open_qcow2, qemu_io
+from tests.helpers.reading import poke
 
 from imgcore.files.host_file import HostFile
 from imgcore.formats.api import CheckReport

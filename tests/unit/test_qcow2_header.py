@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from tests.helpers import qemu
 from tests.helpers.images import noise
-from tests.helpers.plans import plan_rows, poke
 from tests.helpers.qcow2 import create, open_qcow2, qemu_io
+from tests.helpers.reading import extent_rows, poke
 
 from imgcore.errors import (
     CorruptImageError,
@@ -171,7 +171,7 @@ def test_any_byte_of_the_header_may_be_wrong(tmp_path: Path, image: bytes) -> No
         except ImgcoreError:
             continue
         reader.info()
-        for _ in reader.plan(0, min(reader.virtual_size, 1 << 30)):
+        for _ in reader.extents(0, min(reader.virtual_size, 1 << 30)):
             pass
         reader.close()
 
@@ -214,7 +214,7 @@ def test_marks_are_warnings(
     info = reader.info()
     assert info["dirty-flag"] == (bits == layout.INCOMPATIBLE_DIRTY)
     assert info["format-specific"]["data"]["corrupt"] == (bits == layout.INCOMPATIBLE_CORRUPT)
-    assert plan_rows(reader)[0][5] == 2
+    assert extent_rows(reader)[0][5] == 2
     report = reader.check()
     assert report.corruptions == 0
     assert line in report.problems[0]
@@ -269,7 +269,7 @@ def test_bad_snapshot_table_is_refused_by_info_only(tmp_path: Path) -> None:
     table = int.from_bytes(raw[64:72], "big")
     poke(path, (table + 36, u32(0xFFFFFFFF)))
     reader = open_qcow2(path)
-    assert plan_rows(reader)
+    assert extent_rows(reader)
     with pytest.raises(LimitExceededError, match="extra data"):
         reader.info()
     assert reader.check().corruptions > 0

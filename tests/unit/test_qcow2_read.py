@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from tests.helpers import qemu
 from tests.helpers.images import noise, text
-from tests.helpers.plans import plan_rows, poke
 from tests.helpers.qcow2 import create, merged, open_qcow2, qemu_io, qemu_map, read_guest
+from tests.helpers.reading import extent_rows, poke
 
 from imgcore import limits
 from imgcore.engine.extents import Kind
@@ -46,7 +46,7 @@ def test_extents_equal_qemu_img_map(tmp_path: Path, cluster_size: int, compat: s
     path = create(tmp_path / "a.qcow2", size, f"cluster_size={cluster_size}", f"compat={compat}")
     _scribble(path, size, cluster_size, cluster_size)
     reader = open_qcow2(path)
-    rows = plan_rows(reader)
+    rows = extent_rows(reader)
     assert merged(rows) == qemu_map(path)
     assert sum(row[1] for row in rows) == size
     raw = tmp_path / "a.raw"
@@ -67,7 +67,7 @@ def test_compressed_images(tmp_path: Path, cluster_size: int, options: tuple[str
     qemu.run("convert", "-c", "-f", "raw", "-O", "qcow2", "-o", texts, raw, path)
     assert read_guest(path) == content
     reader = open_qcow2(path)
-    for row in plan_rows(reader):
+    for row in extent_rows(reader):
         if row[5] >= Kind.DEFLATE:
             assert row[2] + row[3] <= path.stat().st_size
     report = reader.check()
@@ -83,13 +83,13 @@ def test_pieces_equal_the_whole(tmp_path: Path, cluster_size: int) -> None:
     path = create(tmp_path / "a.qcow2", size, f"cluster_size={cluster_size}")
     _scribble(path, size, cluster_size, 7)
     reader = open_qcow2(path)
-    whole = plan_rows(reader)
+    whole = extent_rows(reader)
     rng = random.Random(3)
     cuts = sorted({0, size, *(rng.randrange(size // 512) * 512 for _ in range(30))})
     pieces = [
         row
         for start, end in itertools.pairwise(cuts)
-        for row in plan_rows(reader, start, end - start)
+        for row in extent_rows(reader, start, end - start)
     ]
     assert merged(pieces) == merged(whole)
     for row in pieces:
@@ -101,26 +101,26 @@ def test_pieces_equal_the_whole(tmp_path: Path, cluster_size: int) -> None:
     reader.close()
 
 
-def test_nothing_to_plan(tmp_path: Path) -> None:
+def test_no_extents(tmp_path: Path) -> None:
     reader = open_qcow2(create(tmp_path / "a.qcow2", 0))
-    assert plan_rows(reader) == []
+    assert extent_rows(reader) == []
     reader.close()
 
 
 def test_empty_64_tib_is_one_row(tmp_path: Path) -> None:
     reader = open_qcow2(create(tmp_path / "a.qcow2", 64 * TIB))
-    assert plan_rows(reader) == [(0, 64 * TIB, 0, 0, 0, Kind.HOLE, 0)]
+    assert extent_rows(reader) == [(0, 64 * TIB, 0, 0, 0, Kind.HOLE, 0)]
     reader.close()
 
 
 def test_batches_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = create(tmp_path / "a.qcow2", 8 * MIB, "cluster_size=512", "preallocation=metadata")
     reader = open_qcow2(path)
-    whole = merged(plan_rows(reader))
+    whole = merged(extent_rows(reader))
     # Once less than a table, once some tables at a time.
     for rows in (10, 200):
         monkeypatch.setattr(limits, "MAX_BATCH_ROWS", rows)
-        batches = list(reader.plan(0, 8 * MIB))
+        batches = list(reader.extents(0, 8 * MIB))
         assert max(map(len, batches)) <= rows
         assert merged([row for batch in batches for row in batch.tolist()]) == whole
     reader.close()
@@ -130,7 +130,7 @@ def test_far_apart_tables(tmp_path: Path) -> None:
     path = create(tmp_path / "a.qcow2", TIB)
     qemu_io(path, "write 0 64k", f"write {TIB // 2} 64k", f"write {TIB - 65536} 64k")
     reader = open_qcow2(path)
-    rows = plan_rows(reader)
+    rows = extent_rows(reader)
     assert [row[0] for row in rows if row[5] == Kind.DATA] == [0, TIB // 2, TIB - 65536]
     assert merged(rows) == qemu_map(path)
     reader.close()
@@ -166,10 +166,10 @@ def test_bad_l2_entry(image: Path, entry: int, message: str) -> None:
     poke(image, (0x40008, struct.pack(">Q", entry)))
     reader = open_qcow2(image)
     with pytest.raises(CorruptImageError, match=message) as caught:
-        plan_rows(reader)
+        extent_rows(reader)
     assert "guest offset 0x10000" in str(caught.value)
     # Other ranges are not affected.
-    assert [row[5] for row in plan_rows(reader, 0, 65536)] == [Kind.DATA]
+    assert [row[5] for row in extent_rows(reader, 0, 65536)] == [Kind.DATA]
     assert reader.check().corruptions > 0
     reader.close()
 
@@ -188,7 +188,7 @@ def test_bad_l1_entry(image: Path, entry: int, message: str) -> None:
     poke(image, (0x30000, struct.pack(">Q", entry)))
     reader = open_qcow2(image)
     with pytest.raises(CorruptImageError, match=message):
-        plan_rows(reader)
+        extent_rows(reader)
     assert reader.check().corruptions > 0
     reader.close()
 
@@ -206,7 +206,7 @@ def test_bad_l1_entry(image: Path, entry: int, message: str) -> None:
 def test_l2_entry(image: Path, entry: int, kind: Kind) -> None:
     poke(image, (0x40000, struct.pack(">Q", entry)))
     reader = open_qcow2(image)
-    assert plan_rows(reader, 0, 65536)[0][5] == kind
+    assert extent_rows(reader, 0, 65536)[0][5] == kind
     reader.close()
 
 
@@ -216,7 +216,7 @@ def test_zero_flag_in_version_2_is_refused(tmp_path: Path) -> None:
     poke(path, (0x40000, struct.pack(">Q", COPIED | 0x50001)))
     reader = open_qcow2(path)
     with pytest.raises(CorruptImageError, match="version 2 does not know"):
-        plan_rows(reader)
+        extent_rows(reader)
     assert reader.check().corruptions > 0
     reader.close()
 
@@ -226,7 +226,7 @@ def test_truncated_data_is_refused(image: Path) -> None:
     image.write_bytes(raw[:-1])
     reader = open_qcow2(image)
     with pytest.raises(CorruptImageError, match="guest offset 0x20000.*ends at 0x80000"):
-        plan_rows(reader)
+        extent_rows(reader)
     assert reader.check().corruptions > 0
     reader.close()
 
@@ -245,7 +245,7 @@ def test_any_byte_of_the_tables_may_be_wrong(tmp_path: Path) -> None:
         damaged[place : place + 2] = rng.randbytes(2)
         path.write_bytes(damaged)
         reader = open_qcow2(path)
-        for verb in (reader.info, lambda reader=reader: plan_rows(reader), reader.check):
+        for verb in (reader.info, lambda reader=reader: extent_rows(reader), reader.check):
             with contextlib.suppress(ImgcoreError):
                 verb()
         reader.close()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from tests.helpers import images
 from tests.helpers.mounts import loop_device
+from tests.helpers.reading import open_file
 
 import imgcore.errors
 from imgcore._core import Job
@@ -28,6 +29,7 @@ from imgcore.files.host_file import HostFile
 from imgcore.files.target import Target
 from imgcore.formats.api import BackingReference, CheckReport, WriteRequest
 from imgcore.formats.raw.driver import DRIVER
+from imgcore.formats.raw.options import Options
 from imgcore.formats.raw.reader import RawReader
 
 MIB = 1 << 20
@@ -42,18 +44,18 @@ def make(path: Path, virtual_size: int, *pieces: tuple[int, int]) -> Path:
 
 
 def open_raw(path: Path | str) -> RawReader:
-    return RawReader(HostFile.open(path))
+    return open_file(path, RawReader)
 
 
 Row = tuple[int, int, Kind]
 
 
 def rows(reader: RawReader, start: int = 0, length: int | None = None) -> list[Row]:
-    """Return the plan's rows with neighbours of one kind joined, after checking its form."""
+    """Return the rows with neighbours of one kind joined, after checking its form."""
     found: list[Row] = []
     position = start
     length = reader.virtual_size - start if length is None else length
-    for batch in reader.plan(start, length):
+    for batch in reader.extents(start, length):
         assert batch.dtype == EXTENT_DTYPE
         assert batch.flags.c_contiguous
         assert 1 <= len(batch) <= 1 << 17
@@ -73,7 +75,7 @@ def rows(reader: RawReader, start: int = 0, length: int | None = None) -> list[R
     return found
 
 
-class TestPlan:
+class TestExtents:
     @pytest.mark.parametrize(
         ("virtual_size", "pieces", "expected"),
         [
@@ -144,10 +146,10 @@ class TestPlan:
         reader.close()
 
     def test_bounded_batches(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("imgcore.formats.raw.reader._BATCH_ROWS", 8)
+        monkeypatch.setattr("imgcore.formats.shared.flat_reader._BATCH_ROWS", 8)
         pieces = [(i * 16384, 4096) for i in range(50)]
         reader = open_raw(make(tmp_path / "a.raw", MIB, *pieces))
-        batches = list(reader.plan(0, MIB))
+        batches = list(reader.extents(0, MIB))
         assert len(batches) > 10
         assert max(map(len, batches)) <= 9
         assert len(rows(reader)) == 100
@@ -242,10 +244,8 @@ def test_info_needs_no_numpy(tmp_path: Path) -> None:
     assert done.stdout.strip() == "[]"
 
 
-def request(virtual_size: int = MIB, **changes: Any) -> WriteRequest:
-    return WriteRequest(
-        virtual_size, {"preallocation": "off"} | changes.pop("options", {}), **changes
-    )
+def request(virtual_size: int = MIB, **changes: Any) -> WriteRequest[Any]:
+    return WriteRequest(virtual_size, Options(**changes.pop("options", {})), **changes)
 
 
 class TestWriter:
@@ -337,7 +337,7 @@ class TestWriter:
         [
             ({"virtual_size": 1000}, "multiple of 512"),
             ({"virtual_size": -512}, "multiple of 512"),
-            ({"virtual_size": 1 << 63}, "multiple of 512"),
+            ({"virtual_size": 1 << 63}, "9223372036854775808 is too large: allowed are"),
             ({"compress": True}, "raw.zst"),
             ({"backing": BackingReference("base.raw", "raw")}, "backing"),
             ({"sparse_nbytes": 1000}, "-S"),
@@ -372,7 +372,7 @@ def test_copy_through_the_engine(tmp_path: Path, image: images.RawImage, in_plac
             target=data_file.core,
             threads=2,
         )
-        for batch in reader.plan(0, image.virtual_size):
+        for batch in reader.extents(0, image.virtual_size):
             start = int(batch["guest_offset"][0])
             end = int(batch["guest_offset"][-1] + batch["length"][-1])
             job.run(start, end, batch)

@@ -6,7 +6,7 @@ import gzip
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -22,8 +22,9 @@ from imgcore.errors import OptionError, UnsupportedFeatureError, WrongFormatErro
 from imgcore.files.gate import ReferenceGate
 from imgcore.files.host_file import HostFile
 from imgcore.formats import magic, registry
-from imgcore.formats.api import Driver, Option
+from imgcore.formats.api import Driver, WriteRequest
 from imgcore.formats.option_texts import options_help, parse_options
+from imgcore.formats.options import FormatOptions, byte_size, choice, flag, number, text
 from imgcore.formats.raw.reader import RawReader
 from imgcore.formats.registry import (
     NOT_READ,
@@ -316,8 +317,7 @@ class TestNames:
     def test_drivers_and_registry_tell_the_same(self, name: str) -> None:
         driver = get_driver(name)
         assert driver.name == name
-        assert len({option.name for option in driver.options}) == len(driver.options)
-        assert set(parse_options(driver)) == {option.name for option in driver.options}
+        assert parse_options(driver) == driver.options()
 
 
 class ToyReader(RawReader):
@@ -369,19 +369,32 @@ class TestReadOnlyFormat:
             imgcore.convert(source, target, in_place=True)
 
 
-DRIVER = cast(
-    "Driver",
-    SimpleNamespace(
-        name="toy",
-        options=(
-            Option("cluster_size", "size", 65536, "bytes of a cluster"),
-            Option("level", "int", 3, "effort"),
-            Option("lazy", "bool", False, "later"),
-            Option("mode", "choice", "off", "how", ("off", "full")),
-            Option("comment", "str", None, "any text"),
-        ),
-    ),
+@pytest.mark.parametrize(
+    ("name", "subformat"),
+    [("raw", None), ("qcow2", None), ("vhd", "fixed"), ("vdi", "fixed"), ("vmdk", "vmfs")],
 )
+def test_preallocated_disks_need_their_own_blocks(name: str, subformat: str | None) -> None:
+    """So no block of theirs is a reflink; tables written ahead do not count."""
+    driver = get_driver(name)
+    kind = {} if subformat is None else {"subformat": subformat}
+    modes = {"off": False, "falloc": True, "full": True}
+    for mode, needed in (modes | ({"metadata": False} if name == "qcow2" else {})).items():
+        options = parse_options(driver, kind | {"preallocation": mode})
+        assert driver.writer(WriteRequest(1 << 20, options)).needs_own_blocks is needed
+    growing = driver.writer(WriteRequest(1 << 20, parse_options(driver)))
+    assert not growing.needs_own_blocks
+
+
+@dataclass(frozen=True)
+class Options(FormatOptions):
+    cluster_size: int = byte_size(65536, "bytes of a cluster")
+    level: int = number(3, "effort")
+    lazy: bool = flag("later")
+    mode: str = choice("off", ("off", "full"), "how")
+    comment: str | None = text(None, "any text")
+
+
+DRIVER = cast("Driver", SimpleNamespace(name="toy", options=Options))
 DEFAULTS = {"cluster_size": 65536, "level": 3, "lazy": False, "mode": "off", "comment": None}
 
 
@@ -408,7 +421,7 @@ class TestOptions:
         ],
     )  # fmt: skip
     def test_parse(self, texts: Any, changes: dict[str, Any]) -> None:
-        assert parse_options(DRIVER, texts) == DEFAULTS | changes
+        assert asdict(parse_options(DRIVER, texts)) == DEFAULTS | changes
 
     @pytest.mark.parametrize(
         ("texts", "words"),

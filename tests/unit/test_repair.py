@@ -17,8 +17,8 @@ from tests.helpers import qemu
 from tests.helpers.command import assert_one_line_error
 from tests.helpers.command import imgcore as run
 from tests.helpers.mounts import loop_device, make_file_system, mounted
-from tests.helpers.plans import poke
 from tests.helpers.qcow2 import create, qemu_io
+from tests.helpers.reading import poke
 
 import imgcore
 from imgcore.disk import repair as check_repair

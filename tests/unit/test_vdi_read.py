@@ -1,4 +1,4 @@
-"""VDI: headers poked into, plans against declared maps, parents by their UUID, check."""
+"""VDI: headers poked into, extents against declared maps, parents by their UUID, check."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from tests.helpers import vdi
-from tests.helpers.plans import plan_rows, poke
+from tests.helpers.reading import extent_rows, poke
 from tests.helpers.vdi import BLOCK, DATA_OFFSET, FREE, IDS, ZERO, fill, make, open_vdi
 
 import imgcore
@@ -137,7 +137,7 @@ def test_largest_block(tmp_path: Path) -> None:
 
 def test_free_and_discarded_blocks_are_kept_apart(image: Path) -> None:
     reader = open_vdi(image)
-    assert plan_rows(reader) == [
+    assert extent_rows(reader) == [
         (0, BLOCK, DATA_OFFSET + BLOCK, BLOCK, 0, Kind.DATA, 0),
         (BLOCK, BLOCK, 0, 0, 0, Kind.HOLE, 0),
         (2 * BLOCK, BLOCK, DATA_OFFSET, BLOCK, 0, Kind.DATA, 0),
@@ -150,7 +150,7 @@ def test_neighbours_are_joined_and_cut(tmp_path: Path) -> None:
     path = make(tmp_path / "a.vdi", [0, 1, 2, FREE], virtual_size=3 * BLOCK + 512)
     reader = open_vdi(path)
     start, length = BLOCK + 512, 2 * BLOCK
-    assert plan_rows(reader, start, length) == [
+    assert extent_rows(reader, start, length) == [
         (start, 2 * BLOCK - 512, DATA_OFFSET + start, 2 * BLOCK - 512, 0, Kind.DATA, 0),
         (3 * BLOCK, 512, 0, 0, 0, Kind.HOLE, 0),
     ]
@@ -161,8 +161,8 @@ def test_entry_past_the_end_of_the_file(image: Path) -> None:
     poke(image, (vdi.MAP_OFFSET + 4, le32(2)))
     reader = open_vdi(image)
     with pytest.raises(CorruptImageError, match=r"block 1 is at 0x201000 \(entry 0x2\), past the"):
-        plan_rows(reader)
-    assert plan_rows(reader, 0, BLOCK)
+        extent_rows(reader)
+    assert extent_rows(reader, 0, BLOCK)
     reader.close()
 
 
@@ -198,7 +198,7 @@ def test_holes_of_a_fixed_image_are_zeros(tmp_path: Path) -> None:
         file.write(fill(8))
     reader = open_vdi(path)
     assert reader.subformat == "fixed"
-    assert [(row[0], row[1], row[5]) for row in plan_rows(reader)] == [
+    assert [(row[0], row[1], row[5]) for row in extent_rows(reader)] == [
         (0, BLOCK, Kind.ZERO),
         (BLOCK, BLOCK, Kind.DATA),
         (2 * BLOCK, BLOCK, Kind.ZERO),

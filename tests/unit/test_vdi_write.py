@@ -139,14 +139,14 @@ def test_uuids_given(raw: Path, tmp_path: Path) -> None:
 
 OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"uuid": "xyz"}, "uuid is 'xyz'"),
-    ({"uuid": str(UUID(int=0))}, "uuid is null"),
-    ({"modification_uuid": str(UUID(int=0))}, "modification_uuid is null"),
+    ({"uuid": str(UUID(int=0))}, "not all of them zero"),
+    ({"modification_uuid": str(UUID(int=0))}, "modification_uuid is .*, not all of them zero"),
     ({"block_size": "64k"}, "block_size is 65536: allowed are powers of two from 131072"),
     ({"block_size": "256M"}, "block_size is 268435456"),
     ({"block_size": "3M"}, "block_size is 3145728"),
     ({"subformat": "sparse"}, "allowed are dynamic, fixed"),
     ({"subformat": "dynamic", "static": "on"}, "static=on asks for subformat=fixed"),
-    ({"preallocation": "full"}, "goes with subformat=fixed only"),
+    ({"preallocation": "full"}, "preallocation does not go with subformat=dynamic"),
 ]
 
 
@@ -161,7 +161,7 @@ def test_options_are_refused(
 
 def test_other_refusals(raw: Path, tmp_path: Path) -> None:
     target = tmp_path / "a.vdi"
-    with pytest.raises(OptionError, match="no compression"):
+    with pytest.raises(OptionError, match="cannot be compressed"):
         imgcore.convert(raw, target, format="raw", compress=True)
     target.write_bytes(bytes(10 * MIB))
     with pytest.raises(UnsupportedFeatureError, match="only raw is written into"):

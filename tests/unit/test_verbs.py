@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from tests.helpers import qemu
 from tests.helpers.command import assert_one_line_error
-from tests.helpers.plans import poke
+from tests.helpers.reading import poke
 
 import imgcore
 from imgcore import _core

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tests.helpers import vhd
 from tests.helpers.images import noise
-from tests.helpers.plans import poke
+from tests.helpers.reading import poke
 from tests.helpers.vhd import Block, be32, be64, poke_sound
 
 import imgcore

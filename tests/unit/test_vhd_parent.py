@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tests.helpers import vhd
 from tests.helpers.images import MIB, noise, text
-from tests.helpers.plans import poke
+from tests.helpers.reading import poke
 from tests.helpers.vhd import Block, be32
 
 import imgcore
@@ -356,10 +356,10 @@ class TestWriting:
     @pytest.mark.parametrize(
         ("name", "format", "options", "match"),
         [
-            ("old.raw", "raw", [], "has to be a VHD, not raw"),
+            ("old.raw", "raw", [], "must be a VHD, not raw"),
             ("p.vhd", "vhd", ["subformat=fixed"], "a fixed VHD has no parent"),
-            ("a\\b.vhd", "vhd", [], "cannot be said in a VHD"),
-            ("./vm-10:00.vhd", "vhd", [], "cannot be said in a VHD"),
+            ("a\\b.vhd", "vhd", [], "cannot be represented in a VHD"),
+            ("./vm-10:00.vhd", "vhd", [], "cannot be represented in a VHD"),
             ("x" * 251 + ".vhd", "vhd", [], None),
         ],
     )

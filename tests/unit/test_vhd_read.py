@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.helpers import command, vhd
 from tests.helpers.images import noise
-from tests.helpers.plans import plan_rows, poke
+from tests.helpers.reading import extent_rows, poke
 from tests.helpers.vhd import Block, be32, be64
 
 import imgcore
@@ -36,7 +36,7 @@ def dynamic(tmp_path: Path, blocks: dict[int, Block] | None = None, **fields: An
 def rows_of(path: Path, start: int = 0, length: int | None = None) -> list[tuple[Any, ...]]:
     """Return (guest offset, length, kind, host offset of data) of every row."""
     reader = vhd.open_vhd(path)
-    rows = plan_rows(reader, start, length)
+    rows = extent_rows(reader, start, length)
     reader.close()
     return [(row[0], row[1], Kind(row[5]).name, row[2]) for row in rows]
 
@@ -131,7 +131,7 @@ class TestBlocks:
         blocks = {i: Block(DATA, frozenset(range(0, 16, 2))) for i in range(5)}
         path = dynamic(tmp_path, blocks)
         reader = vhd.open_vhd(path)
-        batches = list(reader.plan(0, SIZE))
+        batches = list(reader.extents(0, SIZE))
         reader.close()
         assert all(1 <= len(batch) <= 8 for batch in batches)
         assert sum(int(batch["length"].sum()) for batch in batches) == SIZE
@@ -224,7 +224,7 @@ class TestRefusals:
         path = dynamic(tmp_path, {1: Block(DATA), 4: Block(DATA)})
         whole = path.read_bytes()
         path.write_bytes(whole[: -2 * SECTOR] + whole[-SECTOR:])
-        with pytest.raises(CorruptImageError, match="block 4 at 0x.* lies upon the footer$"):
+        with pytest.raises(CorruptImageError, match="block 4 at 0x.* overlaps the footer$"):
             rows_of(path)
 
     @pytest.mark.parametrize("nbytes", [0, 1, 511, 512, 1535, 2000, FIRST + BLOCK - 1])

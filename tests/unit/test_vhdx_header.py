@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from tests.helpers import vhdx
-from tests.helpers.plans import poke
+from tests.helpers.reading import poke
 from tests.helpers.vhdx import FULL, HEADERS, KIB, MIB, REGION_TABLES, Vhdx, pattern
 
 import imgcore

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.helpers import vhdx
-from tests.helpers.plans import poke
+from tests.helpers.reading import poke
 from tests.helpers.vhdx import (
     BAT_OFFSET,
     FULL,

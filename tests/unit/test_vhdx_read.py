@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 from tests.helpers import images, vhdx
-from tests.helpers.plans import plan_rows, poke
+from tests.helpers.reading import extent_rows, open_file, poke
 from tests.helpers.vhdx import FULL, MIB, PARTIAL, UNDEFINED, UNMAPPED, ZERO, Vhdx, pattern
 
 import imgcore
 from imgcore.engine.extents import Kind
-from imgcore.files.host_file import HostFile
 from imgcore.formats.vhdx.reader import VhdxReader
 
 ALL_STATES = {
@@ -29,7 +28,7 @@ ALL_STATES = {
 
 
 def open_vhdx(path: Path) -> VhdxReader:
-    return VhdxReader(HostFile.open(path))
+    return open_file(path, VhdxReader)
 
 
 def content(path: Path) -> bytes:
@@ -59,7 +58,7 @@ class TestStates:
     def test_extents(self, tmp_path: Path) -> None:
         path = Vhdx(9 * MIB, blocks=ALL_STATES).write(tmp_path / "a.vhdx")
         reader = open_vhdx(path)
-        rows = [(row[0] // MIB, row[1] // MIB, Kind(row[5])) for row in plan_rows(reader)]
+        rows = [(row[0] // MIB, row[1] // MIB, Kind(row[5])) for row in extent_rows(reader)]
         reader.close()
         assert rows == [
             (0, 1, Kind.DATA),
@@ -71,7 +70,7 @@ class TestStates:
             (8, 1, Kind.DATA),
         ]
 
-    def test_a_plan_in_pieces_is_the_whole(self, tmp_path: Path) -> None:
+    def test_extents_in_pieces_are_the_whole(self, tmp_path: Path) -> None:
         disk = Vhdx(9 * MIB - 512, blocks=ALL_STATES)
         path = disk.write(tmp_path / "a.vhdx")
         expected, rng = disk.expected(), random.Random(images.SEED)
@@ -222,7 +221,7 @@ class TestParents:
             own_sectors={0: set(range(0, block_nbytes // 512, 2))},
         )
         reader = open_vhdx(child.write(tmp_path / "child.vhdx"))
-        lengths = [len(batch) for batch in reader.plan(0, block_nbytes)]
+        lengths = [len(batch) for batch in reader.extents(0, block_nbytes)]
         reader.close()
         assert sum(lengths) == block_nbytes // 512
         assert max(lengths) <= 1 << 17
@@ -353,7 +352,7 @@ def test_bad_bitmap_entries(tmp_path: Path, entry: int) -> None:
     assert imgcore.check(path).corruptions >= 1
 
 
-def test_an_empty_disk_of_64_tib_is_planned_at_once(tmp_path: Path) -> None:
+def test_an_empty_disk_of_64_tib_is_covered_at_once(tmp_path: Path) -> None:
     path = tmp_path / "a.vhdx"
     imgcore.create(path, 64 << 40, options={"block_size": MIB}, sync=False)
     with imgcore.open(path) as image:
@@ -380,7 +379,7 @@ def test_info_needs_no_numpy(tmp_path: Path) -> None:
 def test_batches_are_gap_free(tmp_path: Path) -> None:
     _, child = family(tmp_path)
     reader = open_vhdx(tmp_path / "child.vhdx")
-    rows = plan_rows(reader, 512, child.virtual_size - 1024)
+    rows = extent_rows(reader, 512, child.virtual_size - 1024)
     reader.close()
     assert rows[0][0] == 512
     assert all(a[0] + a[1] == b[0] for a, b in itertools.pairwise(rows))

@@ -196,7 +196,7 @@ class TestOptions:
             ({"logical_sector_size": "1024"}, "512, 4096"),
             ({"physical_sector_size": "0"}, "512, 4096"),
             ({"subformat": "sparse"}, "dynamic, fixed"),
-            ({"virtual_disk_id": "x"}, "no GUID"),
+            ({"virtual_disk_id": "x"}, "virtual_disk_id is 'x': 32 hexadecimal digits"),
             ({"log_size": MIB}, "unknown option"),
         ],
     )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tests.helpers import vmdk
 from tests.helpers.images import noise, text
-from tests.helpers.plans import poke
+from tests.helpers.reading import poke
 from tests.helpers.vmdk import GRAIN, SECTOR
 
 import imgcore

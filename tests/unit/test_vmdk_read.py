@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.helpers import qemu, vmdk
 from tests.helpers.images import noise, text
 from tests.helpers.mounts import loop_device
-from tests.helpers.plans import plan_rows, poke
+from tests.helpers.reading import extent_rows, poke
 from tests.helpers.vmdk import GRAIN, SECTOR, open_vmdk, read_guest
 
 import imgcore
@@ -62,7 +62,7 @@ def test_stream_layouts(tmp_path: Path, layout: str, short_tail: bool) -> None:
     reader = open_vmdk(path)
     assert reader.subformat == "streamOptimized"
     assert read_guest(reader) == _guest(contents)
-    assert [(row[0] // GRAIN, row[5]) for row in plan_rows(reader)] == [
+    assert [(row[0] // GRAIN, row[5]) for row in extent_rows(reader)] == [
         (0, Kind.ZLIB),
         (1, Kind.ZLIB),
         (2, Kind.HOLE),
@@ -115,7 +115,7 @@ def test_hosted_extents(tmp_path: Path) -> None:
     reader = open_vmdk(path)
     assert reader.subformat == "monolithicSparse"
     assert reader.virtual_size == N_SECTORS * SECTOR
-    rows = plan_rows(reader)
+    rows = extent_rows(reader)
     # (start, length, place); grains that join in the file are one row.
     assert [row[:3] for row in rows if row[5] == Kind.DATA] == [
         (0, 2 * GRAIN, GRAIN),
@@ -129,10 +129,10 @@ def test_zeroed_grains(tmp_path: Path) -> None:
     path = vmdk.hosted(
         tmp_path / "a.vmdk", N_SECTORS, {0: text(GRAIN), 2: 1, 3: 1}, version=2, flags=7
     )
-    kinds = [(row[0] // GRAIN, row[5]) for row in plan_rows(open_vmdk(path))]
+    kinds = [(row[0] // GRAIN, row[5]) for row in extent_rows(open_vmdk(path))]
     assert kinds == [(0, Kind.DATA), (1, Kind.HOLE), (2, Kind.ZERO), (4, Kind.HOLE)]
     poke(path, (26 * SECTOR, struct.pack("<I", 1)))  # the directory says that all is zero
-    assert [row[5] for row in plan_rows(open_vmdk(path))] == [Kind.ZERO]
+    assert [row[5] for row in extent_rows(open_vmdk(path))] == [Kind.ZERO]
 
 
 def test_the_redundant_directory_serves_if_the_primary_cannot(
@@ -234,7 +234,7 @@ def test_entries_outside_the_file(tmp_path: Path, offset: int, word: str) -> Non
     poke(path, (offset, struct.pack("<I", 0xFFFFFF)))
     reader = open_vmdk(path)
     with pytest.raises(CorruptImageError, match=word):
-        plan_rows(reader)
+        extent_rows(reader)
 
 
 def test_a_footer_that_contradicts_the_header(tmp_path: Path) -> None:
@@ -309,7 +309,7 @@ def test_holes_of_a_flat_file_are_zeros(tmp_path: Path) -> None:
         file.seek(4 << 20)
         file.write(b"x" * 4096)
     path = _described(tmp_path, f'RW {(8 << 20) // SECTOR} FLAT "flat.bin" 0')
-    rows = plan_rows(open_vmdk(path))
+    rows = extent_rows(open_vmdk(path))
     assert {row[5] for row in rows} <= {Kind.ZERO, Kind.DATA}
     assert sum(row[1] for row in rows if row[5] == Kind.DATA) < 1 << 20
 
@@ -427,11 +427,11 @@ def _huge(path: Path, nbytes: int) -> Path:
     return path
 
 
-def test_an_empty_disk_of_64_tib_is_planned_at_once(tmp_path: Path) -> None:
+def test_an_empty_disk_of_64_tib_is_covered_at_once(tmp_path: Path) -> None:
     reader = open_vmdk(_huge(tmp_path / "a.vmdk", 64 << 40))
-    plan_rows(reader, 0, GRAIN)
+    extent_rows(reader, 0, GRAIN)
     started = time.monotonic()
-    rows = plan_rows(reader)
+    rows = extent_rows(reader)
     assert time.monotonic() - started < 0.5
     assert {row[5] for row in rows} == {Kind.HOLE}
     assert sum(row[1] for row in rows) == 64 << 40
@@ -450,7 +450,7 @@ def test_a_grain_far_out_is_found(tmp_path: Path) -> None:
         (table + entry * 4, struct.pack("<I", table // SECTOR + 128)),
         (table + GRAIN, text(GRAIN)),
     )
-    rows = [row for row in plan_rows(open_vmdk(path)) if row[5] != Kind.HOLE]
+    rows = [row for row in extent_rows(open_vmdk(path)) if row[5] != Kind.HOLE]
     assert [row[:4] for row in rows] == [(index, GRAIN, table + GRAIN, GRAIN)]
 
 
@@ -467,7 +467,7 @@ def test_an_extent_on_a_block_device(tmp_path: Path) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_planning_in_pieces_equals_planning_at_once(
+def test_extents_in_pieces_equal_those_at_once(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     folder = tmp_path_factory.mktemp("pieces")
@@ -503,7 +503,7 @@ def test_damage_is_an_imgcore_error_or_harmless(
     except (ImgcoreError, FileNotFoundError):
         return
     try:
-        for _ in reader.plan(0, min(reader.virtual_size, 1 << 40)):
+        for _ in reader.extents(0, min(reader.virtual_size, 1 << 40)):
             pass
         reader.info()
         reader.check()

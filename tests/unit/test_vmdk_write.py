@@ -41,7 +41,7 @@ def _write(raw: Path, path: Path, *options: str, **more: Any) -> Path:
     return path
 
 
-def _request(virtual_size: int, *options: str, **more: Any) -> WriteRequest:
+def _request(virtual_size: int, *options: str, **more: Any) -> WriteRequest[Any]:
     values = parse_options(DRIVER, options)
     return WriteRequest(virtual_size, values, target_name="disk.vmdk", **more)
 
@@ -253,7 +253,7 @@ def test_zeroed_grains_are_written(tmp_path: Path) -> None:
         target.commit()
     entries = qemu.map_entries(path, "vmdk")
     assert not any(row["data"] for row in entries)
-    rows = [row for batch in open_vmdk(path).plan(0, 4 * GRAIN) for row in batch.tolist()]
+    rows = [row for batch in open_vmdk(path).extents(0, 4 * GRAIN) for row in batch.tolist()]
     assert [(row[1] // GRAIN, row[5]) for row in rows] == [(1, 0), (1, 1), (2, 0)]
     assert path.read_bytes()[4] == 2
 
@@ -397,7 +397,7 @@ def test_hardware_version_6(tmp_path: Path) -> None:
     ],
     ids=["odd-size", "backing", "directory", "everything"],
 )
-def test_refused_requests(request_: WriteRequest, error: type[ImgcoreError]) -> None:
+def test_refused_requests(request_: WriteRequest[Any], error: type[ImgcoreError]) -> None:
     with pytest.raises(error):
         DRIVER.writer(request_)
 
@@ -419,16 +419,13 @@ def test_a_sparse_file_ends_at_2_tib(tmp_path: Path, subformat: str) -> None:
                 writer.place(0, placements, offset + GRAIN)
 
 
-def test_not_in_place(tmp_path: Path) -> None:
-    path = tmp_path / "a.vmdk"
+@pytest.mark.parametrize("subformat", SUBFORMATS)
+def test_not_in_place(tmp_path: Path, subformat: str) -> None:
+    path, raw = tmp_path / "a.vmdk", tmp_path / "a.raw"
     path.write_bytes(bytes(SECTOR))
-    for subformat in SUBFORMATS:
-        writer = DRIVER.writer(_request(MIB, f"subformat={subformat}"))
-        with (
-            Target(path, in_place=True) as target,
-            pytest.raises(UnsupportedFeatureError, match="new file"),
-        ):
-            writer.begin(target)
+    raw.write_bytes(b"x" * SECTOR)
+    with pytest.raises(UnsupportedFeatureError, match="only raw is written into"):
+        imgcore.convert(raw, path, options={"subformat": subformat}, in_place=True)
     assert path.read_bytes() == bytes(SECTOR)
 
 
@@ -459,7 +456,7 @@ def test_unwritten_tables_cost_nothing(tmp_path: Path) -> None:
     assert os.stat(path).st_blocks * 512 < 64 * MIB
     reader = open_vmdk(path)
     started = time.monotonic()
-    rows = [row for batch in reader.plan(0, 64 * TIB) for row in batch.tolist()]
+    rows = [row for batch in reader.extents(0, 64 * TIB) for row in batch.tolist()]
     assert time.monotonic() - started < 2
     assert sum(row[1] for row in rows) == 64 * TIB
     assert {row[5] for row in rows} == {0}
@@ -473,5 +470,5 @@ def test_unwritten_tables_cost_nothing(tmp_path: Path) -> None:
         file.truncate(path.stat().st_size + GRAIN)
         file.seek(offset)
         file.write(struct.pack("<I", path.stat().st_size // SECTOR - GRAIN // SECTOR))
-    found = [row for batch in open_vmdk(path).plan(0, 64 * TIB) for row in batch if row["kind"]]
+    found = [row for batch in open_vmdk(path).extents(0, 64 * TIB) for row in batch if row["kind"]]
     assert [int(row["guest_offset"]) for row in found] == [40 * TIB + 5 * GRAIN]

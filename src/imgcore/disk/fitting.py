@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from imgcore.errors import LimitExceededError, OptionError
 from imgcore.formats.option_texts import given_options, parse_options
@@ -13,6 +13,7 @@ from imgcore.platforms.profiles import GCE_SUFFIXES, Container, apply_options, r
 if TYPE_CHECKING:
     from imgcore.disk.source import Source
     from imgcore.formats.option_texts import OptionTexts
+    from imgcore.formats.options import FormatOptions
     from imgcore.platforms.profiles import Profile
 
 
@@ -29,7 +30,7 @@ def fitting_format(profile: Profile | None, stated: str | None) -> str | None:
 
 def fitting_options(
     profile: Profile | None, format: str, options: OptionTexts | None
-) -> dict[str, Any]:
+) -> FormatOptions:
     """Return the options of the format, with those that the profile asks for."""
     driver = get_driver(format)
     if profile is None:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from imgcore.engine.extents import EXTENT_DTYPE, Kind
-from imgcore.limits import MAX_BATCH_ROWS, MIB, SECTOR_NBYTES
+from imgcore.engine.extents import Kind
+from imgcore.formats.shared.flat_reader import HostData, flat_rows
+from imgcore.limits import MAX_BATCH_ROWS, MIB
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,8 +39,7 @@ class HostHoles:
     def __init__(self, sources: Sequence[SourceFile]) -> None:
         self._sources = sources
         self._is_sparse: NDArray[np.bool_] | None = None
-        # The data found last in each file: to find its end may take the kernel long.
-        self._data: dict[int, tuple[int, int]] = {}
+        self._data = [HostData(source.file) for source in sources]
 
     def cut(self, rows: Extents) -> Iterator[Extents]:
         """Yield a gap-free batch with its long DATA rows cut where their file has holes.
@@ -78,37 +78,20 @@ class HostHoles:
 
     def _has_hole(self, row: np.void) -> bool:
         start = int(row["host_offset"])
-        data_start, data_end = self._next_data(int(row["file"]), start)
+        data_start, data_end = self._data[int(row["file"])].next(start)
         return data_start > start or data_end < start + int(row["length"])
 
-    def _next_data(self, index: int, position: int) -> tuple[int, int]:
-        """Return the next data at or after a place in a file, in whole sectors."""
-        start, end = self._data.get(index, (0, 0))
-        if not start <= position < end:
-            file = self._sources[index].file
-            start, end = file.next_data(position)
-            if start >= end:
-                start = end = max(file.nbytes, position + SECTOR_NBYTES)
-            start -= start % SECTOR_NBYTES
-            end += -end % SECTOR_NBYTES
-            self._data[index] = start, end
-        return max(start, position), end
-
     def _parts(self, row: np.void) -> Iterator[Extents]:
-        index, shift = int(row["file"]), int(row["host_offset"]) - int(row["guest_offset"])
-        position, stop = int(row["guest_offset"]), int(row["guest_offset"]) + int(row["length"])
-        parts: list[tuple[int, int, int, int, int, int, int]] = []
-        while position < stop:
-            start, end = self._next_data(index, position + shift)
-            start, end = min(start - shift, stop), min(end - shift, stop)
-            if position < start:
-                parts.append((position, start - position, 0, 0, 0, Kind.ZERO, 0))
-            if start < end:
-                parts.append((start, end - start, start + shift, end - start, index, Kind.DATA, 0))
-            position = max(start, end)
-            if len(parts) >= MAX_BATCH_ROWS - 1 or position >= stop:
-                yield np.array(parts, dtype=EXTENT_DTYPE)
-                parts.clear()
+        index, start = int(row["file"]), int(row["guest_offset"])
+        return flat_rows(
+            self._data[index],
+            start,
+            start + int(row["length"]),
+            shift=int(row["host_offset"]) - start,
+            file_index=index,
+            hole=Kind.ZERO,
+            max_rows=MAX_BATCH_ROWS,
+        )
 
 
 def _is_sparse(file: ByteSource) -> bool:

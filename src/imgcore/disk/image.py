@@ -108,7 +108,7 @@ class Image:
         for rows, _ in self.layer_extents(start, length):
             yield rows
 
-    def extents_to_read(self, start: int = 0, length: int | None = None) -> Iterator[Extents]:
+    def data_extents(self, start: int = 0, length: int | None = None) -> Iterator[Extents]:
         """Yield extents as `extents` does, but long ones in holes of the host's files as ZERO."""
         from imgcore.disk.host_holes import HostHoles
 

@@ -34,11 +34,11 @@ def image_batches(image: Image, base: Image | None, geometry: Geometry) -> Itera
         The target's.  Its disk may be larger than the image's; the rest reads as zeros.
     """
     disk_end = geometry.guest_nbytes
-    rows = padded(image.extents_to_read(), image.virtual_size, disk_end)
+    rows = padded(image.data_extents(), image.virtual_size, disk_end)
     if base is None:
         return _cut(rows, geometry, skip_empty=geometry.zero_policy is ZeroPolicy.SKIP)
     base_end = min(base.virtual_size, disk_end)
-    base_rows = padded(base.extents_to_read(0, base_end), base_end, disk_end)
+    base_rows = padded(base.data_extents(0, base_end), base_end, disk_end)
     return _over_base(_cut(rows, geometry), _cut(base_rows, geometry), len(image.sources))
 
 

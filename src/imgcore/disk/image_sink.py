@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -41,7 +41,7 @@ class ImageSink:
         target: Target,
         source: Source,
         base: Image | None,
-        request: WriteRequest,
+        request: WriteRequest[Any],
         options: SinkOptions,
     ) -> None:
         """Make the writer, which refuses what the format cannot represent."""
@@ -109,7 +109,7 @@ class ImageSink:
         """Tell whether the target may consist of the source's blocks."""
         own_blocks = (
             self._target.in_place
-            or self._request.takes_space
+            or self._writer.needs_own_blocks
             or self._writer.geometry.zero_policy is ZeroPolicy.STORE
         )
         return self._options.reflink and not own_blocks and not self._options.salvage

@@ -46,7 +46,7 @@ class ImageSource:
 
     def data_extents(self) -> Iterator[Extents]:
         """Yield the extents of the disk, long ones in holes of the host's files as ZERO."""
-        return self._image.extents_to_read()
+        return self._image.data_extents()
 
     def chunks(self, start: int, length: int) -> Iterator[memoryview]:
         """Yield the bytes of a range in order."""

@@ -66,7 +66,7 @@ def chain_extents(
         holds is a HOLE of the deepest layer asked.
     """
     shift, last = first_files[depth], depth + 1 == len(layers)
-    for batch in layers[depth].plan(start, length):
+    for batch in layers[depth].extents(start, length):
         rows = batch
         if shift:
             rows = batch.copy()

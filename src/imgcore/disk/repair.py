@@ -117,7 +117,7 @@ def _guest_data(file: HostFile, reader: Reader) -> Iterator[tuple[np.ndarray, np
     """Yield where guest data starts and ends in the file, batch by batch."""
     own = [same_file(source.file.identity, file.identity) for source in reader.sources]
     own_indices = np.flatnonzero(own)
-    for rows in reader.plan(0, reader.virtual_size) if reader.virtual_size else ():
+    for rows in reader.extents(0, reader.virtual_size) if reader.virtual_size else ():
         stored = rows[(rows["kind"] >= Kind.DATA) & np.isin(rows["file"], own_indices)]
         yield stored["host_offset"], stored["host_offset"] + stored["host_length"]
 
@@ -156,5 +156,5 @@ def _reads_the_same(a: Reader, b: Reader) -> bool:
         return False
     if not a.virtual_size:
         return True
-    both = (reader.plan(0, reader.virtual_size) for reader in (a, b))
-    return all(np.array_equal(rows_a, rows_b) for _, _, rows_a, rows_b in pair_up(*both))
+    extents = (reader.extents(0, reader.virtual_size) for reader in (a, b))
+    return all(np.array_equal(rows_a, rows_b) for _, _, rows_a, rows_b in pair_up(*extents))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from imgcore.disk.backing import backing_reference
 from imgcore.disk.fitting import fitting_format, fitting_options, refuse_against_profile
@@ -19,6 +19,7 @@ from imgcore.sizes import parse_size
 if TYPE_CHECKING:
     from imgcore.formats.api import BackingReference
     from imgcore.formats.option_texts import OptionTexts
+    from imgcore.formats.options import FormatOptions
     from imgcore.platforms.profiles import Profile
 
 _MAX_SPARSE_NBYTES: Final = 1 * MIB
@@ -29,7 +30,7 @@ class SinkOptions:
     """The keywords of :func:`imgcore.convert` that are about the target."""
 
     format: str
-    options: Mapping[str, Any]
+    options: FormatOptions
     compress: bool
     backing: BackingReference | None
     sparse_nbytes: int

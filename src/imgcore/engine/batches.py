@@ -50,7 +50,7 @@ def cut_batches(
     extents : iterator of ndarray
         Gap-free extents of ``[0, disk_end)``.
     unit : int
-        Bytes: the target's block, or a group of blocks with a table of its own.
+        Bytes: the target's block, or a group of blocks with its own table.
     max_nbytes : int
         A batch covers no more guest bytes than this, a multiple of ``unit``; so the
         placements of one batch are bounded however large the disk.

@@ -1,4 +1,4 @@
-"""What a format has to offer: one reader, one writer, a list of options."""
+"""The parts of a format: one reader, one writer, a record of options."""
 
 from __future__ import annotations
 
@@ -7,10 +7,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, cast, runtime_checkable
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Generic,
+    NamedTuple,
+    Protocol,
+    TypeVar,
+    cast,
+    runtime_checkable,
+)
 
 from imgcore.engine.sources import SourceFile
 from imgcore.errors import OptionError
+from imgcore.formats.options import FormatOptions
 from imgcore.text import without_secrets
 
 if TYPE_CHECKING:
@@ -23,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class BackingReference(NamedTuple):
-    """The parent that an image is made upon; in a `WriteRequest`, the one it is to get.
+    """The parent of an image; in a `WriteRequest`, the one that the target is to get.
 
     Attributes
     ----------
@@ -94,10 +105,10 @@ class Reader(Protocol):
 
     @property
     def identities(self) -> Mapping[str, str]:
-        """What a child can recognise this image by (see `BackingReference`); often nothing."""
+        """Facts by which a child recognises this image (see `BackingReference`); often none."""
         ...
 
-    def plan(self, start: int, length: int) -> Iterator[Extents]:
+    def extents(self, start: int, length: int) -> Iterator[Extents]:
         """Yield extent batches that cover ``[start, start + length)`` of this layer.
 
         Parameters
@@ -181,7 +192,7 @@ class Repairable(Protocol):
 
 @dataclass
 class CheckReport:
-    """What ``check`` found; the counts are in the format's own allocation units.
+    """The findings of ``check``; the counts are in the format's own allocation units.
 
     ``problems`` holds one line each, at most ``MAX_PROBLEM_LINES``; the counters go on.
     """
@@ -199,45 +210,58 @@ class CheckReport:
 
     def corruption(self, line: str) -> None:
         """Count a corruption and keep its line."""
-        self.corruptions += 1
-        self._keep(f"ERROR {line}")
+        self.corruptions_among(1, [line])
 
     def corruptions_among(self, count: int, lines: Iterable[str]) -> None:
         """Count ``count`` corruptions; of their lines, no more are made than are kept."""
         self.corruptions += count
-        room = self.MAX_PROBLEM_LINES - len(self.problems)
-        self.problems += [f"ERROR {line}" for line in islice(lines, max(0, room))]
+        self._keep("ERROR", lines)
 
     def leak(self, line: str, count: int = 1) -> None:
         """Count ``count`` leaked units and keep the line about them."""
+        self.leaks_among(count, [line])
+
+    def leaks_among(self, count: int, lines: Iterable[str]) -> None:
+        """Count ``count`` leaked units; of their lines, no more are made than are kept."""
         self.leaks += count
-        self._keep(f"Leaked {line}")
+        self._keep("Leaked", lines)
 
-    def _keep(self, line: str) -> None:
-        if len(self.problems) < self.MAX_PROBLEM_LINES:
-            self.problems.append(line)
+    def _keep(self, what: str, lines: Iterable[str]) -> None:
+        room = self.MAX_PROBLEM_LINES - len(self.problems)
+        self.problems += [f"{what} {line}" for line in islice(lines, max(0, room))]
 
 
-class WriteRequest(NamedTuple):
-    """What the target has to be.
+Options = TypeVar("Options", bound=FormatOptions)
 
-    ``options`` holds parsed ``-o`` values by name (defaults filled in by ``parse_options``),
-    ``compress`` is ``-c``; ``sparse_nbytes`` is ``-S`` in bytes (0: write zeros too);
-    ``logical_sector_nbytes`` is what the source states, None if it states nothing.
+
+class WriteRequest(NamedTuple, Generic[Options]):
+    """A target that is asked for; the format verifies it.
+
+    Attributes
+    ----------
+    virtual_size : int
+        Bytes.
+    options : FormatOptions
+        The format's own record, from the ``-o`` options.
+    compress : bool
+        ``-c``.
+    backing : BackingReference or None
+        The parent that the target is to get.
+    sparse_nbytes : int
+        ``-S`` in bytes; 0 writes zeros too.
+    target_name : str
+        The file's name, without its folder.
+    logical_sector_nbytes : int or None
+        What the source states, None if it states nothing.
     """
 
     virtual_size: int
-    options: Mapping[str, Any]
+    options: Options
     compress: bool = False
     backing: BackingReference | None = None
     sparse_nbytes: int = 4096
     target_name: str = ""
     logical_sector_nbytes: int | None = None
-
-    @property
-    def takes_space(self) -> bool:
-        """Whether all of the target's space is taken at once, and so in blocks of its own."""
-        return self.options.get("preallocation") in ("falloc", "full")
 
 
 class Writer(Protocol):
@@ -247,12 +271,17 @@ class Writer(Protocol):
 
     @property
     def geometry(self) -> Geometry:
-        """What the engine is asked for; final after `begin`."""
+        """The request to the engine; final after `begin`."""
         ...
 
     @property
     def first_offset(self) -> int:
         """First byte of the file that guest data may take."""
+        ...
+
+    @property
+    def needs_own_blocks(self) -> bool:
+        """Whether all space is reserved ahead: no block may be a reflink to the source's."""
         ...
 
     def begin(self, target: Target) -> TargetFile:
@@ -284,20 +313,6 @@ class Writer(Protocol):
         ...
 
 
-class Option(NamedTuple):
-    """One ``-o key=value`` of a format.
-
-    ``kind`` is ``"size"`` (bytes with suffix), ``"int"``, ``"bool"`` (on/off), ``"choice"`` or
-    ``"str"``.
-    """
-
-    name: str
-    kind: str
-    default: Any
-    help: str
-    choices: tuple[str, ...] = ()
-
-
 class Measurement(NamedTuple):
     """Bytes that a target file needs: for the given data, and at the most."""
 
@@ -313,10 +328,13 @@ class Driver:
     ----------
     name : str
         As in the registry.
-    options, read_options : tuple of Option
-        For writing, and for reading.
+    options_module : str
+        Module with ``Options``, the record of the options for writing; reading an image does
+        not import it.
+    read_options : subclass of FormatOptions
+        The record of the options for reading.
     read : callable
-        Returns a `Reader` for a file, a gate for what the image names, and the values of
+        Returns a `Reader` for a file, a gate for what the image names, and a record of
         ``read_options``; the parent is not opened.  Raises WrongFormatError only if the magic is
         absent.
     writing : str or None
@@ -329,26 +347,29 @@ class Driver:
     """
 
     name: str
-    options: tuple[Option, ...]
-    read: Callable[[ByteSource, ReferenceGate, Mapping[str, Any]], Reader]
+    options_module: str
+    read: Callable[[ByteSource, ReferenceGate, Any], Reader]
     writing: str | None
-    read_options: tuple[Option, ...] = ()
+    read_options: type[FormatOptions] = FormatOptions
     writes_in_place: bool = False
     has_tables: bool = True
 
-    def open(
-        self, file: ByteSource, gate: ReferenceGate, values: Mapping[str, Any] | None = None
-    ) -> Reader:
-        """Open an image; ``values`` are the parsed ``read_options``, their defaults if None."""
-        if values is None:
-            values = {option.name: option.default for option in self.read_options}
-        return self.read(file, gate, values)
+    @property
+    def options(self) -> type[FormatOptions]:
+        """The record of the options for writing."""
+        return cast("type[FormatOptions]", importlib.import_module(self.options_module).Options)
 
-    def writer(self, request: WriteRequest) -> Writer:
+    def open(
+        self, file: ByteSource, gate: ReferenceGate, options: FormatOptions | None = None
+    ) -> Reader:
+        """Open an image; ``options`` is a record of ``read_options``, the defaults if None."""
+        return self.read(file, gate, options or self.read_options())
+
+    def writer(self, request: WriteRequest[Any]) -> Writer:
         """Return a writer; raises OptionError or LimitExceededError."""
         return cast("Writer", self._writing_module().writer_for(request))
 
-    def measure(self, request: WriteRequest, data_nbytes: int) -> Measurement:
+    def measure(self, request: WriteRequest[Any], data_nbytes: int) -> Measurement:
         """Return the file size needed for ``data_nbytes`` of allocated blocks."""
         return cast("Measurement", self._writing_module().measure(request, data_nbytes))
 

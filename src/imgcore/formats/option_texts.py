@@ -1,32 +1,33 @@
-"""Options as people write them: texts and mappings in, typed values out."""
+"""Options as people write them: texts and mappings in, a format's record of options out."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, cast
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from imgcore.errors import OptionError
-from imgcore.sizes import parse_size
+from imgcore.formats.options import FLAG_VALUES, FormatOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
+    from dataclasses import Field
 
-    from imgcore.formats.api import Driver, Option
+    from imgcore.formats.api import Driver
 
     OptionTexts = Iterable[str] | Mapping[str, Any]
 
+_Options = TypeVar("_Options", bound=FormatOptions)
 
-_BOOLS: Final = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
 
-
-def parse_options(driver: Driver, texts: OptionTexts | None = None) -> dict[str, Any]:
-    """Return a format's options with their types, defaults filled in.
+def parse_options(driver: Driver, texts: OptionTexts | None = None) -> FormatOptions:
+    """Return a format's options for writing, those not given at their defaults.
 
     Parameters
     ----------
     driver : Driver
     texts : iterable of str, or mapping
         Each text is ``key=value[,key=value...]``, a doubled comma standing for one in a value;
-        a bare key switches a boolean on.  A mapping may also hold values of the right type.
+        a bare key switches a flag on.  A mapping may also hold values of the right type.
         Later ones win.
 
     Raises
@@ -34,7 +35,12 @@ def parse_options(driver: Driver, texts: OptionTexts | None = None) -> dict[str,
     OptionError
         An unknown key, or a value that is not allowed; the message lists what is.
     """
-    return parse_values(driver.name, driver.options, texts or ())
+    return parse_record(driver.name, driver.options, texts)
+
+
+def parse_record(name: str, record: type[_Options], texts: OptionTexts | None = None) -> _Options:
+    """Return the options of the format ``name``, for reading or for writing."""
+    return record(**_given(name, record, texts or ()))
 
 
 def given_options(driver: Driver, texts: OptionTexts | None = None) -> dict[str, Any]:
@@ -42,25 +48,20 @@ def given_options(driver: Driver, texts: OptionTexts | None = None) -> dict[str,
     return _given(driver.name, driver.options, texts or ())
 
 
-def parse_values(name: str, options: Sequence[Option], texts: OptionTexts) -> dict[str, Any]:
-    """Return the values of a format's ``options``, for reading or for writing."""
-    return {option.name: option.default for option in options} | _given(name, options, texts)
-
-
-def _given(name: str, options: Sequence[Option], texts: OptionTexts) -> dict[str, Any]:
+def _given(name: str, record: type[FormatOptions], texts: OptionTexts) -> dict[str, Any]:
     if isinstance(texts, str):
         pairs: list[tuple[str, Any]] = list(_split_options(texts))
     elif hasattr(texts, "items"):
         pairs = list(cast("Mapping[str, Any]", texts).items())
     else:
         pairs = [pair for text in texts for pair in _split_options(text)]
-    known = {option.name: option for option in options}
+    known = {option.name: option for option in fields(record)}
     values: dict[str, Any] = {}
     for key, value in pairs:
         if key not in known:
             names = ", ".join(known) or "none"
             raise OptionError(f"unknown option {key!r} for {name}: known are {names}")
-        values[key] = _typed(name, known[key], value)
+        values[key] = _value(name, known[key], value)
     return values
 
 
@@ -75,54 +76,23 @@ def _split_options(text: str) -> list[tuple[str, str | None]]:
     return pairs
 
 
-def _typed(name: str, option: Option, value: Any) -> Any:
+def _value(name: str, option: Field[Any], value: Any) -> Any:
     """Return an option's value in its own type."""
     where = f"option {option.name} of {name}"
     if value is None:
-        if option.kind != "bool":
+        if option.metadata["values"] != FLAG_VALUES:
             raise OptionError(f"{where} needs a value: {option.name}=...")
         return True
-    if option.kind == "bool":
-        if isinstance(value, bool):
-            return value
-        if str(value).lower() not in _BOOLS:
-            raise OptionError(f"{where} is {value!r}: allowed are on and off")
-        return _BOOLS[str(value).lower()]
-    if option.kind == "size":
-        return _typed_size(where, value)
-    if option.kind == "int":
-        try:
-            return value if isinstance(value, int) else int(str(value), 0)
-        except ValueError:
-            raise OptionError(f"{where} is {value!r}: a whole number is needed") from None
-    text = str(value)
-    if option.kind == "choice" and text not in option.choices:
-        raise OptionError(f"{where} is {text!r}: allowed are {', '.join(option.choices)}")
-    return text
-
-
-def _typed_size(where: str, value: Any) -> int:
-    if isinstance(value, int):
-        if value < 0:
-            raise OptionError(f"{where} is {value}: a size is not negative")
-        return value
-    try:
-        return parse_size(str(value))
-    except OptionError as error:
-        raise OptionError(f"{where}: {error}") from None
+    return option.metadata["read"](where, value)
 
 
 def options_help(driver: Driver) -> list[tuple[str, str, str, str]]:
     """Return a row for each option of a format: name, values, default, meaning."""
     rows = []
-    for option in driver.options:
-        if option.kind == "choice":
-            values = "|".join(option.choices)
-        else:
-            values = {"bool": "on|off", "str": "text"}.get(option.kind, option.kind)
+    for option in fields(driver.options):
         default = option.default
         if isinstance(default, bool):
             default = "on" if default else "off"
         text = "" if default is None else str(default)
-        rows.append((option.name, values, text, option.help))
+        rows.append((option.name, option.metadata["values"], text, option.metadata["help"]))
     return rows

@@ -9,11 +9,12 @@ from __future__ import annotations
 import importlib
 import os
 import stat
+from dataclasses import fields
 from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 from imgcore.errors import OptionError, UnsupportedFeatureError, WrongFormatError
 from imgcore.formats.magic import HEAD_NBYTES, TAIL_NBYTES, matching_formats
-from imgcore.formats.option_texts import parse_values
+from imgcore.formats.option_texts import parse_record
 from imgcore.streams.names import CODEC_OF_SUFFIX, RAW_SUFFIXES, stream_suffix
 
 if TYPE_CHECKING:
@@ -183,9 +184,9 @@ def open_reader(
     driver = get_driver(name)
     if not options:
         return driver.open(file, gate)
-    if not driver.read_options:
+    if not fields(driver.read_options):
         raise OptionError(f"{name} has no options for reading", path=file.path)
-    return driver.open(file, gate, parse_values(name, driver.read_options, options))
+    return driver.open(file, gate, parse_record(name, driver.read_options, options))
 
 
 def _find_format(file: ByteSource) -> str:

@@ -158,7 +158,7 @@ class _Comparison:
                 variants=chosen_variants(None),
             )
             try:
-                for start, end, rows_a, rows_b in self._pairs(Image.extents_to_read):
+                for start, end, rows_a, rows_b in self._pairs(Image.data_extents):
                     shifted = rows_b.copy()
                     stored = shifted["kind"] >= Kind.DATA
                     shifted["file"][stored] += np.uint32(len(a.sources))

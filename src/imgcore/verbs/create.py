@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from imgcore.errors import OptionError, TargetError
@@ -13,6 +13,7 @@ from imgcore.limits import SECTOR_NBYTES
 if TYPE_CHECKING:
     from imgcore.files.target import Target
     from imgcore.formats.api import BackingReference, Driver, WriteRequest
+    from imgcore.formats.options import FormatOptions
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def create(
         format=driver.name,
         virtual_size=virtual_size,
         file_size=os.stat(name).st_size,
-        options=dict(request.options),
+        options=asdict(request.options),
         backing=reference.name if reference else None,
         backing_format=reference.format if reference else None,
     )
@@ -143,7 +144,7 @@ def _request(
     virtual_size: int,
     options: Mapping[str, Any] | Sequence[str] | None,
     reference: BackingReference | None,
-) -> WriteRequest:
+) -> WriteRequest[FormatOptions]:
     from imgcore.formats.api import WriteRequest
     from imgcore.formats.option_texts import parse_options
 
@@ -159,9 +160,7 @@ def _request(
     )
 
 
-def _write_empty(driver: Driver, request: WriteRequest, target: Target) -> None:
-    if request.takes_space:
-        target.require_space(driver.measure(request, request.virtual_size).fully_allocated)
+def _write_empty(driver: Driver, request: WriteRequest[FormatOptions], target: Target) -> None:
     writer = driver.writer(request)
     writer.begin(target)
     writer.finish(writer.first_offset)

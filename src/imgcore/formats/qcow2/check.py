@@ -225,7 +225,7 @@ class Qcow2Checker:
             )
 
         self._corruptions(stored < referenced, line)
-        self._rows(stored > referenced, line, self.report.leak, "leaks")
+        self._leaks(stored > referenced, line)
         overlaps = (window.meta != 0) & (window.data != 0) & (stored == referenced)
         self._corruptions(
             overlaps, lambda index: f"cluster {window.base + index} holds metadata and guest data"
@@ -299,7 +299,7 @@ class Qcow2Checker:
             if bitmap.table_offset % self._size or end > self._file.nbytes:
                 self.report.corruption(f"bitmap {bitmap.name!r}: table is outside the file")
             elif not _insert(taken, bitmap.table_offset, end):
-                # As with snapshots: each has a table of its own.
+                # As with snapshots: each has its own table.
                 self.report.corruption(f"bitmap {bitmap.name!r}: its table lies on another one")
             else:
                 tables.append((bitmap.table_offset, bitmap.table_entries))
@@ -486,21 +486,12 @@ class Qcow2Checker:
         )
 
     def _corruptions(self, bad: NDArray[np.bool_], line: Callable[[int], str]) -> None:
-        self._rows(bad, line, self.report.corruption, "corruptions")
-
-    def _rows(
-        self,
-        bad: NDArray[np.bool_],
-        line: Callable[[int], str],
-        note: Callable[[str], None],
-        counter: str,
-    ) -> None:
         rows = np.flatnonzero(bad)
-        shown = max(0, CheckReport.MAX_PROBLEM_LINES - len(self.report.problems))
-        for index in rows[:shown].tolist():
-            note(line(index))
-        rest = max(0, int(rows.size) - shown)
-        setattr(self.report, counter, getattr(self.report, counter) + rest)
+        self.report.corruptions_among(rows.size, (line(int(index)) for index in rows))
+
+    def _leaks(self, bad: NDArray[np.bool_], line: Callable[[int], str]) -> None:
+        rows = np.flatnonzero(bad)
+        self.report.leaks_among(rows.size, (line(int(index)) for index in rows))
 
 
 def _insert(taken: list[tuple[int, int]], start: int, end: int) -> bool:

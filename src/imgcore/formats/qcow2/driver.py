@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Final
 
 from imgcore.formats.api import Driver
-from imgcore.formats.qcow2.options import OPTIONS
 from imgcore.formats.qcow2.reader import Qcow2Reader
 
 DRIVER: Final = Driver(
     name="qcow2",
-    options=OPTIONS,
-    read=lambda file, gate, values: Qcow2Reader(file),
+    options_module="imgcore.formats.qcow2.options",
+    read=lambda file, gate, options: Qcow2Reader(file),
     writing="imgcore.formats.qcow2.writer",
 )

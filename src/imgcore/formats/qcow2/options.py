@@ -1,4 +1,4 @@
-"""QCOW2: the options of a new image, checked, and the sizes that follow from them.
+"""QCOW2: the options of a new disk, and the header and sizes that follow from them.
 
 No NumPy here.  Source: QEMU docs/interop/qcow2.rst.
 """
@@ -6,56 +6,53 @@ No NumPy here.  Source: QEMU docs/interop/qcow2.rst.
 from __future__ import annotations
 
 import os
-from typing import Any, Final, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from imgcore import limits
 from imgcore.engine.geometry import Codec, CodecId
 from imgcore.errors import LimitExceededError, OptionError
-from imgcore.formats.api import BackingReference, Option, WriteRequest
+from imgcore.formats.options import FormatOptions, byte_size, choice, flag, number, text
 from imgcore.formats.qcow2 import layout
+from imgcore.formats.shared.requests import check_block_size, check_virtual_size
 
-DEFAULT_CLUSTER_NBYTES: Final = 64 * limits.KIB
-DEFAULT_REFCOUNT_BITS: Final = 16
+if TYPE_CHECKING:
+    from imgcore.formats.api import BackingReference, WriteRequest
+
 _WINDOW_BITS: Final = {"4k": 12, "32k": 15}
-_COMPAT_VERSION: Final = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
+_COMPAT_VERSION: Final = {"0.10": 2, "1.1": 3, "v2": 2, "v3": 3}
+_COMPRESSION_TYPES: Final = {name: number for number, name in layout.COMPRESSION_NAMES.items()}
 
 # Smaller than anything DEFLATE (at best about 1032 : 1) or Zstandard (a frame header of 6 bytes,
-# 4 bytes for each block of 128 KiB) make of a block: bounds how many share a host cluster.
+# 4 bytes for each block of 128 KiB) make of a block: bounds how many one host cluster holds.
 _DEFLATE_MIN_NBYTES: Final = 3
 _DEFLATE_BEST_RATIO: Final = 1032
 _ZSTD_MIN_NBYTES: Final = 9
 _ZSTD_BLOCK_BITS: Final = 17
 
-OPTIONS: Final = (
-    Option("cluster_size", "size", DEFAULT_CLUSTER_NBYTES, "cluster size, 512 to 2M"),
-    Option(
-        "compat",
-        "choice",
-        "1.1",
-        "compatibility level: 0.10 (version 2) or 1.1 (version 3)",
-        ("0.10", "1.1", "v2", "v3"),
-    ),
-    Option("compression_type", "choice", "zlib", "method of compressed clusters", ("zlib", "zstd")),
-    Option(
-        "preallocation",
-        "choice",
-        "off",
-        "what is allocated ahead",
-        ("off", "metadata", "falloc", "full"),
-    ),
-    Option("lazy_refcounts", "bool", False, "let writers postpone refcount updates"),
-    Option("refcount_bits", "int", DEFAULT_REFCOUNT_BITS, "width of a refcount: 1, 2, 4 to 64"),
-    Option(
-        "level", "str", "default", "compression: fastest, fast, default, best; zstd also -7 to 19"
-    ),
-    Option("window", "choice", "4k", "zlib window; not all readers take 32k", ("4k", "32k")),
-)
 
-_REFUSED: Final = ("encryption", "encrypt.format", "extended_l2", "data_file", "data_file_raw")
+@dataclass(frozen=True)
+class Options(FormatOptions):
+    """The ``-o`` options."""
+
+    cluster_size: int = byte_size(64 * limits.KIB, "cluster size, 512 to 2M")
+    compat: str = choice(
+        "1.1", tuple(_COMPAT_VERSION), "compatibility level: 0.10 (version 2) or 1.1 (version 3)"
+    )
+    compression_type: str = choice(
+        "zlib", tuple(_COMPRESSION_TYPES), "method of compressed clusters"
+    )
+    preallocation: str = choice(
+        "off", ("off", "metadata", "falloc", "full"), "what is allocated ahead"
+    )
+    lazy_refcounts: bool = flag("let writers postpone refcount updates")
+    refcount_bits: int = number(16, "width of a refcount: 1, 2, 4 to 64")
+    level: str = text("default", "compression: fastest, fast, default, best; zstd also -7 to 19")
+    window: str = choice("4k", tuple(_WINDOW_BITS), "zlib window; not all readers take 32k")
 
 
-class Qcow2Params(NamedTuple):
-    """What a new image has to be, checked; sizes in bytes."""
+class WriteOptions(NamedTuple):
+    """A request, verified; sizes in bytes."""
 
     virtual_size: int
     version: int
@@ -66,7 +63,34 @@ class Qcow2Params(NamedTuple):
     preallocation: str
     codec: Codec
     backing: BackingReference | None
+    sparse_nbytes: int
     target_name: str
+
+    @classmethod
+    def of(cls, request: WriteRequest[Options]) -> WriteOptions:
+        """Verify a request; raises OptionError or LimitExceededError."""
+        options = request.options
+        low, high = limits.QCOW2_MIN_CLUSTER_BITS, limits.QCOW2_MAX_CLUSTER_BITS
+        check_block_size("cluster_size", options.cluster_size, 1 << low, 1 << high)
+        check_block_size("refcount_bits", options.refcount_bits, 1, 1 << layout.MAX_REFCOUNT_ORDER)
+        check_virtual_size(request.virtual_size)
+        result = cls(
+            virtual_size=request.virtual_size,
+            version=_COMPAT_VERSION[options.compat],
+            cluster_bits=options.cluster_size.bit_length() - 1,
+            refcount_order=options.refcount_bits.bit_length() - 1,
+            compression_type=_COMPRESSION_TYPES[options.compression_type],
+            lazy_refcounts=options.lazy_refcounts,
+            preallocation=options.preallocation,
+            codec=_codec(options) if request.compress else Codec(),
+            backing=request.backing,
+            sparse_nbytes=request.sparse_nbytes,
+            target_name=request.target_name,
+        )
+        _check_tables(result)
+        _check_together(result)
+        _check_compressed_refcounts(result)
+        return result
 
     @property
     def cluster_size(self) -> int:
@@ -104,108 +128,30 @@ class Qcow2Params(NamedTuple):
         return self.cluster_size * 8 >> self.refcount_order
 
 
-def check_request(request: WriteRequest) -> Qcow2Params:
-    """Turn a request into checked parameters.
-
-    Raises
-    ------
-    OptionError
-        A value is not allowed, or two do not go together.
-    LimitExceededError
-        The disk is too large for the cluster size.
-    """
-    options = {option.name: option.default for option in OPTIONS} | dict(request.options)
-    for name in _REFUSED:
-        if options.get(name) not in (None, False, "off", ""):
-            raise OptionError(f"qcow2 option {name} is not supported")
-    version = _COMPAT_VERSION.get(str(options["compat"]))
-    if version is None:
-        raise OptionError(f"qcow2 option compat is {options['compat']!r}, allowed 0.10 and 1.1")
-    params = Qcow2Params(
-        virtual_size=request.virtual_size,
-        version=version,
-        cluster_bits=_cluster_bits(int(options["cluster_size"])),
-        refcount_order=_refcount_order(int(options["refcount_bits"])),
-        compression_type=_compression_type(str(options["compression_type"])),
-        lazy_refcounts=bool(options["lazy_refcounts"]),
-        preallocation=_preallocation(str(options["preallocation"])),
-        codec=_codec(options) if request.compress else Codec(),
-        backing=request.backing,
-        target_name=request.target_name,
-    )
-    _check_size(params)
-    _check_together(params)
-    _check_sharing(params)
-    return params
-
-
-def _cluster_bits(cluster_size: int) -> int:
-    bits = cluster_size.bit_length() - 1
-    low, high = limits.QCOW2_MIN_CLUSTER_BITS, limits.QCOW2_MAX_CLUSTER_BITS
-    if cluster_size != 1 << max(bits, 0) or not low <= bits <= high:
-        raise OptionError(
-            f"qcow2 option cluster_size is {cluster_size}, allowed are powers of two from "
-            f"{1 << low} to {1 << high}"
-        )
-    return bits
-
-
-def _refcount_order(bits: int) -> int:
-    order = bits.bit_length() - 1
-    if order < 0 or bits != 1 << order or order > layout.MAX_REFCOUNT_ORDER:
-        raise OptionError(
-            f"qcow2 option refcount_bits is {bits}, allowed are powers of two from 1 to 64"
-        )
-    return order
-
-
-def _compression_type(name: str) -> int:
-    for number, known in layout.COMPRESSION_NAMES.items():
-        if name == known:
-            return number
-    raise OptionError(f"qcow2 option compression_type is {name!r}, allowed zlib and zstd")
-
-
-def _preallocation(mode: str) -> str:
-    if mode not in ("off", "metadata", "falloc", "full"):
-        raise OptionError(
-            f"qcow2 option preallocation is {mode!r}, allowed off, metadata, falloc and full"
-        )
-    return mode
-
-
-def _codec(options: dict[str, Any]) -> Codec:
+def _codec(options: Options) -> Codec:
     from imgcore.engine.levels import deflate_codec, zstd_codec
 
-    level = options["level"]
-    if options["compression_type"] == "zstd":
-        return zstd_codec(level)
-    window = _WINDOW_BITS.get(str(options["window"]))
-    if window is None:
-        raise OptionError(f"qcow2 option window is {options['window']!r}, allowed 4k and 32k")
-    return deflate_codec(str(level), window, CodecId.DEFLATE)
+    if options.compression_type == "zstd":
+        return zstd_codec(options.level)
+    return deflate_codec(options.level, _WINDOW_BITS[options.window], CodecId.DEFLATE)
 
 
-def _check_size(params: Qcow2Params) -> None:
-    size = params.virtual_size
-    if size % limits.SECTOR_NBYTES or size < 0:
-        raise OptionError(
-            f"a qcow2 disk of {size} bytes is not possible, allowed are multiples of "
-            f"{limits.SECTOR_NBYTES}"
-        )
-    if params.l1_entries * layout.ENTRY_NBYTES <= limits.QCOW2_MAX_L1_NBYTES:
+def _check_tables(options: WriteOptions) -> None:
+    """Refuse disks whose L1 table would be larger than readers take."""
+    size = options.virtual_size
+    l1_nbytes = options.l1_entries * layout.ENTRY_NBYTES
+    if l1_nbytes <= limits.QCOW2_MAX_L1_NBYTES:
         return
-    for bits in range(params.cluster_bits + 1, limits.QCOW2_MAX_CLUSTER_BITS + 1):
+    for bits in range(options.cluster_bits + 1, limits.QCOW2_MAX_CLUSTER_BITS + 1):
         if size <= _max_virtual_size(bits):
             advice = f"cluster_size={_short(1 << bits)} is enough"
             break
     else:
-        advice = (
-            f"no cluster size allows more than {_max_virtual_size(limits.QCOW2_MAX_CLUSTER_BITS)}"
-        )
+        most = _max_virtual_size(limits.QCOW2_MAX_CLUSTER_BITS)
+        advice = f"no cluster size allows more than {most}"
     raise LimitExceededError(
         f"a qcow2 disk of {size} bytes needs an L1 table of "
-        f"{params.l1_entries * layout.ENTRY_NBYTES} bytes with clusters of {params.cluster_size}, "
+        f"{l1_nbytes} bytes with clusters of {options.cluster_size}, "
         f"allowed up to {limits.QCOW2_MAX_L1_NBYTES}: {advice}"
     )
 
@@ -219,28 +165,28 @@ def _short(nbytes: int) -> str:
     return f"{nbytes // limits.MIB}M" if nbytes >= limits.MIB else f"{nbytes // limits.KIB}k"
 
 
-def _check_together(params: Qcow2Params) -> None:
-    if params.version < 3:
+def _check_together(options: WriteOptions) -> None:
+    if options.version < 3:
         for name, given in (
-            ("compression_type=zstd", params.compression_type != layout.COMPRESSION_ZLIB),
-            ("lazy_refcounts=on", params.lazy_refcounts),
+            ("compression_type=zstd", options.compression_type != layout.COMPRESSION_ZLIB),
+            ("lazy_refcounts=on", options.lazy_refcounts),
             (
-                f"refcount_bits={1 << params.refcount_order}",
-                params.refcount_order != layout.V2_REFCOUNT_ORDER,
+                f"refcount_bits={1 << options.refcount_order}",
+                options.refcount_order != layout.V2_REFCOUNT_ORDER,
             ),
         ):
             if given:
                 raise OptionError(f"qcow2 option {name} needs compat=1.1")
-    if params.preallocation != "off":
-        if params.codec.codec is not CodecId.NONE:
+    if options.preallocation != "off":
+        if options.codec.codec is not CodecId.NONE:
             raise OptionError("qcow2: compression and preallocation do not go together")
-        if params.backing is not None:
+        if options.backing is not None:
             raise OptionError("qcow2: a backing file and preallocation do not go together")
-    if params.backing is not None:
-        _check_backing(params, params.backing)
+    if options.backing is not None:
+        _check_backing(options, options.backing)
 
 
-def _check_backing(params: Qcow2Params, backing: BackingReference) -> None:
+def _check_backing(options: WriteOptions, backing: BackingReference) -> None:
     name_nbytes = len(os.fsencode(backing.name))
     if not 0 < name_nbytes <= limits.QCOW2_MAX_BACKING_NAME_NBYTES:
         raise OptionError(
@@ -252,58 +198,58 @@ def _check_backing(params: Qcow2Params, backing: BackingReference) -> None:
             f"readers take what stands before the colon in {backing.name!r} for a protocol: "
             "give the backing file's name with ./ before it"
         )
-    nbytes = len(build_header(params, 0, 0, 0))
-    if nbytes > params.cluster_size:
+    nbytes = len(build_header(options, 0, 0, 0))
+    if nbytes > options.cluster_size:
         raise OptionError(
             f"header and backing file's name take {nbytes} bytes, a cluster has "
-            f"{params.cluster_size}"
+            f"{options.cluster_size}"
         )
 
 
-def _check_sharing(params: Qcow2Params) -> None:
+def _check_compressed_refcounts(options: WriteOptions) -> None:
     """Refuse refcounts that the number of compressed clusters in a host cluster may overflow."""
-    if params.codec.codec is CodecId.NONE:
+    if options.codec.codec is CodecId.NONE:
         return
-    cluster_size = params.cluster_size
-    if params.codec.codec is CodecId.ZSTD:
+    cluster_size = options.cluster_size
+    if options.codec.codec is CodecId.ZSTD:
         n_blocks = max(1, cluster_size >> _ZSTD_BLOCK_BITS)
         smallest = _ZSTD_MIN_NBYTES + 4 * (n_blocks - 1)
     else:
         smallest = max(_DEFLATE_MIN_NBYTES, cluster_size // _DEFLATE_BEST_RATIO)
-    sharers = cluster_size // smallest + 2
-    if sharers > params.max_refcount:
+    most = cluster_size // smallest + 2
+    if most > options.max_refcount:
         raise OptionError(
-            f"qcow2 option refcount_bits={1 << params.refcount_order} is too small for "
-            f"compression: up to {sharers} compressed clusters share one of {cluster_size} bytes"
+            f"qcow2 option refcount_bits={1 << options.refcount_order} is too small for "
+            f"compression: one cluster of {cluster_size} bytes holds up to {most} compressed ones"
         )
 
 
 def build_header(
-    params: Qcow2Params, l1_offset: int, refcount_table_offset: int, refcount_table_clusters: int
+    options: WriteOptions, l1_offset: int, refcount_table_offset: int, refcount_table_clusters: int
 ) -> bytes:
     """Return the first bytes of the image: header, extensions and the backing file's name."""
-    v3 = params.version >= 3
+    v3 = options.version >= 3
     extensions = b""
-    if params.backing is not None and params.backing.format is not None:
-        name = params.backing.format
+    if options.backing is not None and options.backing.format is not None:
+        name = options.backing.format
         data = layout.BACKING_FORMAT_NAMES.get(name, name).encode()
         extensions += _extension(layout.EXTENSION_BACKING_FORMAT, data)
     # In clusters smaller than this QEMU leaves the names out too, for the backing file's sake.
-    if v3 and params.cluster_size >= 2 * limits.KIB:
+    if v3 and options.cluster_size >= 2 * limits.KIB:
         names = b"".join(layout.FEATURE_NAME.pack(*row) for row in layout.FEATURE_NAMES)
         extensions += _extension(layout.EXTENSION_FEATURE_NAMES, names)
     extensions += layout.EXTENSION.pack(layout.EXTENSION_END, 0)
     header_nbytes = layout.HEADER_V3_NBYTES if v3 else layout.HEADER_V2_NBYTES
-    backing_name = b"" if params.backing is None else os.fsencode(params.backing.name)
+    backing_name = b"" if options.backing is None else os.fsencode(options.backing.name)
     header = layout.HEADER_V2.pack(
         layout.MAGIC,
-        params.version,
+        options.version,
         header_nbytes + len(extensions) if backing_name else 0,
         len(backing_name),
-        params.cluster_bits,
-        params.virtual_size,
+        options.cluster_bits,
+        options.virtual_size,
         layout.CRYPT_NONE,
-        params.l1_entries,
+        options.l1_entries,
         l1_offset,
         refcount_table_offset,
         refcount_table_clusters,
@@ -311,15 +257,15 @@ def build_header(
         0,
     )
     if v3:
-        zstd = params.compression_type != layout.COMPRESSION_ZLIB
+        zstd = options.compression_type != layout.COMPRESSION_ZLIB
         header += layout.HEADER_V3_TAIL.pack(
             layout.INCOMPATIBLE_COMPRESSION if zstd else 0,
-            layout.COMPATIBLE_LAZY_REFCOUNTS if params.lazy_refcounts else 0,
+            layout.COMPATIBLE_LAZY_REFCOUNTS if options.lazy_refcounts else 0,
             0,
-            params.refcount_order,
+            options.refcount_order,
             header_nbytes,
         )
-        header += bytes([params.compression_type]).ljust(8, b"\0")
+        header += bytes([options.compression_type]).ljust(8, b"\0")
     return header + extensions + backing_name
 
 
@@ -328,13 +274,13 @@ def _extension(kind: int, data: bytes) -> bytes:
     return layout.EXTENSION.pack(kind, len(data)) + padded
 
 
-def refcount_clusters(params: Qcow2Params, n_clusters: int) -> tuple[int, int]:
+def refcount_clusters(options: WriteOptions, n_clusters: int) -> tuple[int, int]:
     """Return how many refcount blocks and table clusters cover ``n_clusters`` and themselves."""
-    per_table_cluster = params.cluster_size // layout.ENTRY_NBYTES
+    per_table_cluster = options.cluster_size // layout.ENTRY_NBYTES
     n_blocks = n_table = 0
     while True:
         total = n_clusters + n_blocks + n_table
-        blocks = -(-total // params.refcounts_per_block)
+        blocks = -(-total // options.refcounts_per_block)
         table = -(-blocks // per_table_cluster)
         if (blocks, table) == (n_blocks, n_table):
             return blocks, table

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
     from imgcore.files.byte_source import ByteSource
     from imgcore.formats.api import CheckReport, Repair
-    from imgcore.formats.qcow2.tables import ExtentPlanner
+    from imgcore.formats.qcow2.tables import ExtentTables
 
 _NANOSECONDS: Final = 1_000_000_000
 
@@ -29,7 +29,7 @@ class Qcow2Reader:
     Parameters
     ----------
     file : ByteSource
-        Owned by the reader from here on, also if the constructor raises.
+        Closed with the reader; the caller closes it if this raises.
 
     Raises
     ------
@@ -49,11 +49,7 @@ class Qcow2Reader:
 
     def __init__(self, file: ByteSource) -> None:
         self._file = file
-        try:
-            self._header = read_header(file)
-        except BaseException:
-            file.close()
-            raise
+        self._header = read_header(file)
         self.subformat: str | None = None
         self.virtual_size = self._header.virtual_size
         self.block_nbytes = self._header.cluster_size
@@ -62,7 +58,7 @@ class Qcow2Reader:
         self.sources: Sequence[SourceFile] = (
             SourceFile(file, guest_base=0, block_nbytes=self._header.cluster_size),
         )
-        self._planner: ExtentPlanner | None = None
+        self._tables: ExtentTables | None = None
         self._warn()
 
     def _warn(self) -> None:
@@ -76,7 +72,7 @@ class Qcow2Reader:
         if header.is_corrupt:
             log.warning("%s: is marked as corrupt, its data may be wrong", self._file.path)
 
-    def plan(self, start: int, length: int) -> Iterator[Extents]:
+    def extents(self, start: int, length: int) -> Iterator[Extents]:
         """Yield extent batches; see :class:`imgcore.formats.api.Reader`.
 
         Notes
@@ -84,11 +80,11 @@ class Qcow2Reader:
         Complexity: O(L2 entries that exist in the range); memory: one batch and one piece of
         1 MiB of the L1 table.  Thread safety: none.
         """
-        if self._planner is None:
-            from imgcore.formats.qcow2.tables import ExtentPlanner
+        if self._tables is None:
+            from imgcore.formats.qcow2.tables import ExtentTables
 
-            self._planner = ExtentPlanner(self._file, self._header)
-        return self._planner.plan(start, length)
+            self._tables = ExtentTables(self._file, self._header)
+        return self._tables.extents(start, length)
 
     def info(self) -> dict[str, Any]:
         """Return what ``qemu-img info`` says about the format, in its keys."""

@@ -16,10 +16,10 @@ from imgcore.formats.qcow2 import layout
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from imgcore.formats.qcow2.options import Qcow2Params
+    from imgcore.formats.qcow2.options import WriteOptions
 
 _MIN_WINDOW: Final = 1 << 12
-# What a cell of the window holds; check_request keeps the number of sharers below it.
+# What a cell of the window holds; WriteOptions keeps refcounts below it.
 _MAX_COUNT: Final = (1 << 16) - 1
 
 
@@ -54,9 +54,9 @@ class RefcountBuilder:
     ``block_offsets`` collects where blocks were written, for the refcount table.
     """
 
-    def __init__(self, params: Qcow2Params) -> None:
-        self._params = params
-        self._limit = min(params.max_refcount, _MAX_COUNT)
+    def __init__(self, options: WriteOptions) -> None:
+        self._options = options
+        self._limit = min(options.max_refcount, _MAX_COUNT)
         self._base = 0
         self._counts = np.zeros(_MIN_WINDOW, dtype=np.uint16)
         self.block_offsets: list[int] = []
@@ -78,9 +78,9 @@ class RefcountBuilder:
         if int(counts.max()) > self._limit:
             cluster = first + int(counts.argmax())
             raise LimitExceededError(
-                f"{int(counts.max())} compressed clusters share host cluster {cluster}, "
-                f"refcounts of {1 << self._params.refcount_order} bits allow {self._limit}",
-                path=self._params.target_name or None,
+                f"host cluster {cluster} holds {int(counts.max())} compressed clusters, "
+                f"refcounts of {1 << self._options.refcount_order} bits allow {self._limit}",
+                path=self._options.target_name or None,
             )
         cells[:] = counts
 
@@ -97,11 +97,11 @@ class RefcountBuilder:
 
     def n_complete(self, frontier: int) -> int:
         """Return how many blocks lie wholly below cluster ``frontier``."""
-        return max(0, (frontier - self._base) // self._params.refcounts_per_block)
+        return max(0, (frontier - self._base) // self._options.refcounts_per_block)
 
     def pending_nbytes(self, frontier: int) -> int:
         """Return the memory that taking the complete blocks would free."""
-        return self.n_complete(frontier) * self._params.refcounts_per_block * 2
+        return self.n_complete(frontier) * self._options.refcounts_per_block * 2
 
     def n_missing(self, n_clusters: int) -> tuple[int, int]:
         """Return the blocks and table clusters to write behind ``n_clusters`` used clusters.
@@ -109,10 +109,10 @@ class RefcountBuilder:
         They are counted themselves; blocks taken already are not.
         """
         n_blocks = n_table = 0
-        per_cluster = self._params.cluster_size // layout.ENTRY_NBYTES
+        per_cluster = self._options.cluster_size // layout.ENTRY_NBYTES
         while True:
             total = n_clusters + n_blocks + n_table
-            all_blocks = -(-total // self._params.refcounts_per_block)
+            all_blocks = -(-total // self._options.refcounts_per_block)
             table = -(-all_blocks // per_cluster)
             if (all_blocks - len(self.block_offsets), table) == (n_blocks, n_table):
                 return n_blocks, n_table
@@ -125,11 +125,11 @@ class RefcountBuilder:
         -------
         ndarray, shape (n_blocks * cluster_size,), dtype uint8
         """
-        per_block = self._params.refcounts_per_block
+        per_block = self._options.refcounts_per_block
         n_cells = n_blocks * per_block
         self._room_for(self._base, self._base + n_cells)
-        encoded = encode_refcounts(self._counts[:n_cells], self._params.refcount_order)
-        size = self._params.cluster_size
+        encoded = encode_refcounts(self._counts[:n_cells], self._options.refcount_order)
+        size = self._options.cluster_size
         self.block_offsets.extend(range(offset, offset + n_blocks * size, size))
         self._counts = self._counts[n_cells:].copy()
         if not self._counts.size:
@@ -146,11 +146,11 @@ class RefcountBuilder:
                 f"the refcount table needs {nbytes} bytes, allowed up to "
                 f"{limits.QCOW2_MAX_REFCOUNT_TABLE_NBYTES}: larger clusters or fewer "
                 "refcount_bits help",
-                path=self._params.target_name or None,
+                path=self._options.target_name or None,
             )
 
     def table(self, n_clusters: int) -> NDArray[np.uint8]:
         """Return the refcount table, padded to ``n_clusters`` clusters."""
-        entries = np.zeros(n_clusters * self._params.l2_entries, dtype=">u8")
+        entries = np.zeros(n_clusters * self._options.l2_entries, dtype=">u8")
         entries[: len(self.block_offsets)] = self.block_offsets
         return entries.view(np.uint8)

@@ -128,8 +128,8 @@ def read_entries(
     return buffer
 
 
-class ExtentPlanner:
-    """Answers where guest ranges are; holds no table in memory between two calls."""
+class ExtentTables:
+    """Turns tables into extents; holds no table in memory between two calls."""
 
     def __init__(self, file: ByteSource, header: Qcow2Header) -> None:
         self._file = file
@@ -141,8 +141,8 @@ class ExtentPlanner:
             kind=Kind.ZSTD if zstd else Kind.DEFLATE,
         )
 
-    def plan(self, start: int, length: int) -> Iterator[Extents]:
-        """Yield extent batches; see :meth:`imgcore.formats.api.Reader.plan`."""
+    def extents(self, start: int, length: int) -> Iterator[Extents]:
+        """Yield extent batches; see :meth:`imgcore.formats.api.Reader.extents`."""
         stop = start + length
         done = start
         for first, last, offsets, first_table in self._groups(start, stop):

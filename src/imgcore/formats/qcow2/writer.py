@@ -17,18 +17,21 @@ import numpy as np
 from imgcore import limits
 from imgcore._core import CoreError
 from imgcore.engine.extents import BlockState
-from imgcore.engine.geometry import CodecId, Geometry, Placing, ZeroPolicy
+from imgcore.engine.geometry import CodecId, Geometry, Placing
 from imgcore.errors import LimitExceededError
 from imgcore.formats.api import Measurement
 from imgcore.formats.qcow2 import layout
 from imgcore.formats.qcow2.options import (
-    Qcow2Params,
+    Options,
+    WriteOptions,
     build_header,
-    check_request,
     refcount_clusters,
 )
 from imgcore.formats.qcow2.refcounts import RefcountBuilder, encode_refcounts
 from imgcore.formats.qcow2.tables import table_format
+from imgcore.formats.shared.alignment import align_up
+from imgcore.formats.shared.flat_writer import FlatWriter
+from imgcore.formats.shared.requests import zero_policy
 from imgcore.formats.shared.sparse_tables import write_with_holes
 
 if TYPE_CHECKING:
@@ -44,15 +47,15 @@ _CHUNK_ENTRIES: Final = 1 << 17
 _PIECE_NBYTES: Final = 4 << 20
 
 
-def writer_for(request: WriteRequest) -> Qcow2Writer | PreallocatedWriter:
+def writer_for(request: WriteRequest[Options]) -> Qcow2Writer | PreallocatedWriter:
     """Return the writer that the options ask for; raises OptionError or LimitExceededError."""
-    params = check_request(request)
-    if params.preallocation == "off":
-        return Qcow2Writer(params, request.sparse_nbytes)
-    return PreallocatedWriter(params, request.sparse_nbytes)
+    options = WriteOptions.of(request)
+    if options.preallocation == "off":
+        return Qcow2Writer(options)
+    return PreallocatedWriter(options)
 
 
-def measure(request: WriteRequest, data_nbytes: int) -> Measurement:
+def measure(request: WriteRequest[Options], data_nbytes: int) -> Measurement:
     """Return what ``qemu-img measure -O qcow2`` returns for the same options.
 
     Parameters
@@ -66,15 +69,15 @@ def measure(request: WriteRequest, data_nbytes: int) -> Measurement:
     Measurement
         Compression is not taken into account.
     """
-    params = check_request(request)
-    cluster_size = params.cluster_size
-    per_table = params.l2_entries
-    l2_tables = -(-params.n_data_clusters // per_table)
+    options = WriteOptions.of(request)
+    cluster_size = options.cluster_size
+    per_table = options.l2_entries
+    l2_tables = -(-options.n_data_clusters // per_table)
     l1_clusters = -(-l2_tables // per_table)
-    n_clusters = 1 + l2_tables + l1_clusters + params.n_data_clusters
-    fully_allocated = (n_clusters + sum(refcount_clusters(params, n_clusters))) * cluster_size
-    whole = params.n_data_clusters * cluster_size
-    if params.preallocation in ("falloc", "full"):
+    n_clusters = 1 + l2_tables + l1_clusters + options.n_data_clusters
+    fully_allocated = (n_clusters + sum(refcount_clusters(options, n_clusters))) * cluster_size
+    whole = options.n_data_clusters * cluster_size
+    if options.preallocation in ("falloc", "full"):
         data_nbytes = whole
     return Measurement(fully_allocated - whole + min(data_nbytes, whole), fully_allocated)
 
@@ -82,9 +85,9 @@ def measure(request: WriteRequest, data_nbytes: int) -> Measurement:
 class _L2Tables:
     """L2 tables that wait to be written: complete ones in chunks, and the one being filled."""
 
-    def __init__(self, params: Qcow2Params) -> None:
-        self._per_table = params.l2_entries
-        self._format = table_format(params.cluster_bits, version=params.version)
+    def __init__(self, options: WriteOptions) -> None:
+        self._per_table = options.l2_entries
+        self._format = table_format(options.cluster_bits, version=options.version)
         self._chunks: list[tuple[NDArray[np.int64], NDArray[np.uint64]]] = []
         self._tail_index = -1
         self._tail = np.zeros(0, dtype=np.uint64)
@@ -134,25 +137,31 @@ class Qcow2Writer:
     """Writes images that grow with their data, plain or compressed."""
 
     format_name: ClassVar[str] = "qcow2"
+    needs_own_blocks: ClassVar[bool] = False
 
-    def __init__(self, params: Qcow2Params, sparse_nbytes: int) -> None:
-        self._params = params
-        self._tables = _L2Tables(params)
-        self._refcounts = RefcountBuilder(params)
-        self._l1 = np.zeros(params.l1_entries, dtype=np.uint64)
+    def __init__(self, options: WriteOptions) -> None:
+        self._options = options
+        self._tables = _L2Tables(options)
+        self._refcounts = RefcountBuilder(options)
+        self._l1 = np.zeros(options.l1_entries, dtype=np.uint64)
         self._file: TargetFile | None = None
-        self.first_offset = (1 + params.l1_clusters) * params.cluster_size
-        self._refcounts.add_range(0, 1 + params.l1_clusters)
+        self.first_offset = (1 + options.l1_clusters) * options.cluster_size
+        self._refcounts.add_range(0, 1 + options.l1_clusters)
         self.geometry = Geometry(
-            block_nbytes=params.cluster_size,
-            guest_nbytes=params.virtual_size,
+            block_nbytes=options.cluster_size,
+            guest_nbytes=options.virtual_size,
             placing=Placing.APPEND,
-            zero_policy=_zero_policy(params, sparse_nbytes),
-            stored_alignment=params.cluster_size,
+            # Version 2 has no zero flag.
+            zero_policy=zero_policy(
+                options.sparse_nbytes,
+                has_parent=options.backing is not None,
+                can_hide_parent=options.version >= 3,
+            ),
+            stored_alignment=options.cluster_size,
             compressed_alignment=1,
-            store_incompressible=params.codec.codec is not CodecId.NONE,
-            codec=params.codec,
-            sparse_nbytes=sparse_nbytes,
+            store_incompressible=options.codec.codec is not CodecId.NONE,
+            codec=options.codec,
+            sparse_nbytes=options.sparse_nbytes,
         )
 
     def begin(self, target: Target) -> TargetFile:
@@ -171,30 +180,30 @@ class Qcow2Writer:
                 self._tables.add(first_block + start, rows)
             except CoreError as error:
                 raise self._entry_error(rows[error.offset]) from None
-        frontier = next_offset >> self._params.cluster_bits
+        frontier = next_offset >> self._options.cluster_bits
         pending = self._tables.nbytes + self._refcounts.pending_nbytes(frontier)
         if pending <= limits.MAX_PENDING_TABLE_NBYTES:
             return next_offset
         offset = self._write_tables(self._aligned(next_offset))
-        n_blocks = self._refcounts.n_complete(offset >> self._params.cluster_bits)
+        n_blocks = self._refcounts.n_complete(offset >> self._options.cluster_bits)
         return self._write_refcount_blocks(n_blocks, offset)
 
     def finish(self, next_offset: int) -> None:
         """Write what is left; see :class:`imgcore.formats.api.Writer`."""
-        params, file = self._params, self._target_file()
+        options, file = self._options, self._target_file()
         self._tables.close_tail()
         offset = self._write_tables(self._aligned(max(next_offset, self.first_offset)))
-        n_used = offset >> params.cluster_bits
+        n_used = offset >> options.cluster_bits
         n_blocks, n_table = self._refcounts.n_missing(n_used)
         # All references have to be counted before the first of these blocks is encoded.
         self._refcounts.add_range(n_used, n_blocks + n_table)
         encoded = self._refcounts.take(n_blocks, offset)
         file.pwrite(offset, encoded)
-        table_offset = offset + n_blocks * params.cluster_size
+        table_offset = offset + n_blocks * options.cluster_size
         file.pwrite(table_offset, self._refcounts.table(n_table))
-        write_with_holes(file, params.cluster_size, self._l1.astype(">u8"))
-        file.truncate(table_offset + n_table * params.cluster_size)
-        file.pwrite(0, build_header(params, params.cluster_size, table_offset, n_table))
+        write_with_holes(file, options.cluster_size, self._l1.astype(">u8"))
+        file.truncate(table_offset + n_table * options.cluster_size)
+        file.pwrite(0, build_header(options, options.cluster_size, table_offset, n_table))
 
     def _target_file(self) -> TargetFile:
         if self._file is None:
@@ -202,11 +211,10 @@ class Qcow2Writer:
         return self._file
 
     def _aligned(self, offset: int) -> int:
-        size = self._params.cluster_size
-        return -(-offset // size) * size
+        return align_up(offset, self._options.cluster_size)
 
     def _count(self, rows: Placements) -> None:
-        bits = self._params.cluster_bits
+        bits = self._options.cluster_bits
         state = rows["state"]
         # Offsets in an image have at most 61 bits, so signed arithmetic holds.
         offsets = rows["host_offset"].astype(np.int64)
@@ -223,113 +231,94 @@ class Qcow2Writer:
         return LimitExceededError(
             f"host offset {int(row['host_offset']):#x} with {int(row['length'])} bytes does not "
             "fit an L2 entry",
-            path=self._params.target_name or None,
+            path=self._options.target_name or None,
         )
 
     def _write_tables(self, offset: int) -> int:
         """Write the complete L2 tables at ``offset``, enter them into L1, return their end."""
-        file, size = self._target_file(), self._params.cluster_size
+        file, size = self._target_file(), self._options.cluster_size
         start = offset
         for indices, rows in self._tables.take():
             file.pwrite(offset, rows.view(np.uint8).reshape(-1))
             places = np.arange(len(rows), dtype=np.uint64) * np.uint64(size) + np.uint64(offset)
             self._l1[indices] = places | np.uint64(layout.COPIED)
             offset += rows.nbytes
-        bits = self._params.cluster_bits
+        bits = self._options.cluster_bits
         self._refcounts.add_range(start >> bits, (offset - start) >> bits)
         return offset
 
     def _write_refcount_blocks(self, n_blocks: int, offset: int) -> int:
         if not n_blocks:
             return offset
-        self._refcounts.add_range(offset >> self._params.cluster_bits, n_blocks)
+        self._refcounts.add_range(offset >> self._options.cluster_bits, n_blocks)
         self._target_file().pwrite(offset, self._refcounts.take(n_blocks, offset))
-        return offset + n_blocks * self._params.cluster_size
+        return offset + n_blocks * self._options.cluster_size
 
 
-class PreallocatedWriter:
+class PreallocatedWriter(FlatWriter):
     """Writes images in which every cluster has its place from the start."""
 
     format_name: ClassVar[str] = "qcow2"
 
-    def __init__(self, params: Qcow2Params, sparse_nbytes: int) -> None:
-        self._params = params
-        self._file: TargetFile | None = None
-        size = params.cluster_size
-        self._n_l2 = -(-params.n_data_clusters // params.l2_entries)
-        n_clusters = 1 + params.l1_clusters + self._n_l2 + params.n_data_clusters
-        self._n_blocks, self._n_table = refcount_clusters(params, n_clusters)
+    def __init__(self, options: WriteOptions) -> None:
+        self._options = options
+        size = options.cluster_size
+        self._n_l2 = -(-options.n_data_clusters // options.l2_entries)
+        n_clusters = 1 + options.l1_clusters + self._n_l2 + options.n_data_clusters
+        self._n_blocks, self._n_table = refcount_clusters(options, n_clusters)
         if self._n_table * size > limits.QCOW2_MAX_REFCOUNT_TABLE_NBYTES:
             raise LimitExceededError(
                 f"the refcount table needs {self._n_table * size} bytes, allowed up to "
                 f"{limits.QCOW2_MAX_REFCOUNT_TABLE_NBYTES}: larger clusters or fewer "
                 "refcount_bits help",
-                path=params.target_name or None,
+                path=options.target_name or None,
             )
-        self._l2_offset = (1 + params.l1_clusters) * size
+        self._l2_offset = (1 + options.l1_clusters) * size
         self._table_offset = self._l2_offset + self._n_l2 * size
         self._blocks_offset = self._table_offset + self._n_table * size
         self._data_start = self._blocks_offset + self._n_blocks * size
-        self._file_nbytes = self._data_start + params.n_data_clusters * size
-        self.first_offset = self._file_nbytes
-        store = sparse_nbytes == 0
-        self.geometry = Geometry(
+        geometry = Geometry(
             block_nbytes=size,
-            guest_nbytes=params.virtual_size,
+            guest_nbytes=options.virtual_size,
             placing=Placing.IDENTITY,
-            zero_policy=ZeroPolicy.STORE if store else ZeroPolicy.SKIP,
+            zero_policy=zero_policy(options.sparse_nbytes, has_parent=False),
             host_base=self._data_start,
             stored_alignment=size,
-            sparse_nbytes=sparse_nbytes,
+            sparse_nbytes=options.sparse_nbytes,
         )
-
-    def begin(self, target: Target) -> TargetFile:
-        """Reserve the file's space; see :class:`imgcore.formats.api.Writer`."""
-        self._file = target.main
-        self._file.truncate(self._file_nbytes)
-        if self._params.preallocation != "metadata":
-            target.require_space(self._file_nbytes)
-            self._file.preallocate(self._params.preallocation, self._file_nbytes)
-        return self._file
-
-    def place(self, first_block: int, placements: Placements, next_offset: int) -> int:
-        """Do nothing: all places are known."""
-        return next_offset
+        file_nbytes = self._data_start + options.n_data_clusters * size
+        super().__init__(geometry, file_nbytes, options.preallocation)
 
     def finish(self, next_offset: int) -> None:
         """Write all tables; see :class:`imgcore.formats.api.Writer`."""
-        if self._file is None:
-            raise RuntimeError("begin() was not called")
-        params, size = self._params, self._params.cluster_size
-        l1 = np.zeros(params.l1_entries, dtype=np.uint64)
+        file, options, size = self._finished_file(), self._options, self._options.cluster_size
+        l1 = np.zeros(options.l1_entries, dtype=np.uint64)
         l1[: self._n_l2] = np.arange(self._n_l2, dtype=np.uint64) * np.uint64(size)
         l1[: self._n_l2] += np.uint64(self._l2_offset | layout.COPIED)
-        self._file.pwrite(size, l1.astype(">u8").view(np.uint8))
-        self._write_l2(self._file)
+        file.pwrite(size, l1.astype(">u8").view(np.uint8))
+        self._write_l2(file)
         blocks = np.arange(self._n_blocks, dtype=np.uint64) * np.uint64(size)
-        table = np.zeros(self._n_table * params.l2_entries, dtype=">u8")
+        table = np.zeros(self._n_table * options.l2_entries, dtype=">u8")
         table[: self._n_blocks] = blocks + np.uint64(self._blocks_offset)
-        self._file.pwrite(self._table_offset, table.view(np.uint8))
-        self._write_refcounts(self._file)
-        self._file.truncate(self._file_nbytes)
-        header = build_header(params, size, self._table_offset, self._n_table)
-        self._file.pwrite(0, header)
+        file.pwrite(self._table_offset, table.view(np.uint8))
+        self._write_refcounts(file)
+        file.pwrite(0, build_header(options, size, self._table_offset, self._n_table))
 
     def _write_l2(self, file: TargetFile) -> None:
         step = _PIECE_NBYTES // layout.ENTRY_NBYTES
-        n_entries = self._n_l2 * self._params.l2_entries
+        n_entries = self._n_l2 * self._options.l2_entries
         for first in range(0, n_entries, step):
             last = min(first + step, n_entries)
             entries = np.arange(first, last, dtype=np.uint64) << np.uint64(
-                self._params.cluster_bits
+                self._options.cluster_bits
             )
             entries += np.uint64(self._data_start | layout.COPIED)
-            entries[max(0, self._params.n_data_clusters - first) :] = 0
+            entries[max(0, self._options.n_data_clusters - first) :] = 0
             offset = self._l2_offset + first * layout.ENTRY_NBYTES
             file.pwrite(offset, entries.astype(">u8").view(np.uint8))
 
     def _write_refcounts(self, file: TargetFile) -> None:
-        per_block, size = self._params.refcounts_per_block, self._params.cluster_size
+        per_block, size = self._options.refcounts_per_block, self._options.cluster_size
         total = self._file_nbytes // size
         step = max(1, _PIECE_NBYTES // per_block)
         for block in range(0, self._n_blocks, step):
@@ -337,14 +326,5 @@ class PreallocatedWriter:
             used = total - block * per_block
             cells = np.zeros(n_blocks * per_block, dtype=np.uint16)
             cells[: min(cells.size, used)] = 1
-            encoded = encode_refcounts(cells, self._params.refcount_order)
+            encoded = encode_refcounts(cells, self._options.refcount_order)
             file.pwrite(self._blocks_offset + block * size, encoded)
-
-
-def _zero_policy(params: Qcow2Params, sparse_nbytes: int) -> ZeroPolicy:
-    if sparse_nbytes == 0:
-        return ZeroPolicy.STORE
-    if params.backing is None:
-        return ZeroPolicy.SKIP
-    # Version 2 has no way to say "zeros, whatever the backing file has there" but to store them.
-    return ZeroPolicy.EXPLICIT if params.version >= 3 else ZeroPolicy.STORE

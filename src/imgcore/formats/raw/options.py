@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
-from imgcore.formats.api import Option
+from imgcore.errors import OptionError
+from imgcore.formats.options import PREALLOCATION, FormatOptions, choice
+from imgcore.formats.shared.requests import check_virtual_size
+from imgcore.limits import MAX_VIRTUAL_NBYTES, SECTOR_NBYTES
 
-OPTIONS: Final = (
-    Option(
-        "preallocation",
-        "choice",
+if TYPE_CHECKING:
+    from imgcore.formats.api import WriteRequest
+
+
+@dataclass(frozen=True)
+class Options(FormatOptions):
+    """The ``-o`` options."""
+
+    preallocation: str = choice(
         "off",
+        PREALLOCATION,
         "reserve the whole file: by the file system (falloc), by writing zeros (full)",
-        ("off", "falloc", "full"),
-    ),
-)
+    )
+
+
+class WriteOptions(NamedTuple):
+    """A request, verified; sizes in bytes."""
+
+    virtual_size: int
+    sparse_nbytes: int
+    preallocation: str
+
+    @classmethod
+    def of(cls, request: WriteRequest[Options]) -> WriteOptions:
+        """Verify a request; raises OptionError."""
+        if request.compress:
+            raise OptionError("raw cannot be compressed (-c): name the target .raw.zst instead")
+        if request.backing is not None:
+            raise OptionError("raw cannot have a backing file (-B)")
+        check_virtual_size(request.virtual_size, at_most=MAX_VIRTUAL_NBYTES)
+        if request.sparse_nbytes % SECTOR_NBYTES or request.sparse_nbytes < 0:
+            raise OptionError(
+                f"-S is {request.sparse_nbytes}: a multiple of {SECTOR_NBYTES} bytes is needed"
+            )
+        return cls(request.virtual_size, request.sparse_nbytes, request.options.preallocation)

@@ -1,1 +1,1 @@
-"""What several formats use."""
+"""Parts that several formats use."""

@@ -46,7 +46,7 @@ def expand(
     -------
     ndarray, shape (m,), dtype EXTENT_DTYPE
         Ascending rows of DATA and ``absent`` that cover the same ranges; neighbours are joined.
-        There may be as many rows as sectors: a plan cuts them into batches.
+        There may be as many rows as sectors: the caller cuts them into batches.
 
     Raises
     ------

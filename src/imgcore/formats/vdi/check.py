@@ -59,7 +59,7 @@ def find_repairs(file: ByteSource, header: VdiHeader) -> list[Repair]:
 
     VirtualBox puts the next block where the header's count says, so the count is put right only
     where the blocks in use have no gap between them.  Nothing is offered for an image whose
-    blocks lie upon each other or outside the file.
+    blocks overlap each other or lie outside the file.
     """
     report = check(file, header)
     has_wrong_count = report.allocated_clusters != header.n_allocated

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Final
 
 from imgcore.formats.api import Driver
-from imgcore.formats.vdi.options import OPTIONS
 from imgcore.formats.vdi.reader import VdiReader
 
 DRIVER: Final = Driver(
     name="vdi",
-    options=OPTIONS,
-    read=lambda file, gate, values: VdiReader(file, gate),
+    options_module="imgcore.formats.vdi.options",
+    read=lambda file, gate, options: VdiReader(file, gate),
     writing="imgcore.formats.vdi.writer",
 )

@@ -60,12 +60,12 @@ class VdiHeader:
 
     @property
     def identities(self) -> dict[str, str]:
-        """What a child can recognise this image by."""
+        """The UUIDs by which a child recognises this image."""
         return _identities(self.uuid, self.modification_uuid)
 
     @property
     def parent_identities(self) -> dict[str, str]:
-        """What the parent has to have of these; nothing for an image without a parent."""
+        """The UUIDs that the parent must have; nothing for an image without a parent."""
         return _identities(self.parent_uuid, self.parent_modification_uuid)
 
 

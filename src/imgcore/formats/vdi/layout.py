@@ -46,7 +46,7 @@ BLOCK_ZERO: Final = 0xFFFF_FFFE  # discarded: zeros
 # VDI_DATA_ALIGN, VDI_IMAGE_DEFAULT_BLOCK_SIZE.
 DATA_ALIGNMENT: Final = 1 << 20
 DEFAULT_BLOCK_NBYTES: Final = 1 << 20
-# Where the block map of a new image begins: on a page of its own.
+# Where the block map of a new image begins: on its own page.
 MAP_OFFSET: Final = 4096
 
 NULL_UUID: Final = bytes(16)

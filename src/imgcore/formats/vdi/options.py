@@ -3,60 +3,49 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, NamedTuple
 from uuid import UUID, uuid4, uuid5
 
-from imgcore.engine.geometry import ZeroPolicy
 from imgcore.errors import LimitExceededError, OptionError
-from imgcore.formats.api import Option
+from imgcore.formats.options import PREALLOCATION, FormatOptions, byte_size, choice, flag, text
+from imgcore.formats.shared.alignment import align_up
+from imgcore.formats.shared.requests import (
+    check_block_size,
+    check_virtual_size,
+    parse_uuid,
+    refuse_compression,
+    refuse_idle,
+)
 from imgcore.formats.vdi import layout
 from imgcore.formats.vdi.header import build_header
 from imgcore.formats.vdi.layout import ImageType
 from imgcore.limits import (
     MAX_VIRTUAL_NBYTES,
-    SECTOR_NBYTES,
     VDI_MAX_DATA_OFFSET,
     VDI_MAX_WRITTEN_BLOCK_NBYTES,
     VDI_MIN_WRITTEN_BLOCK_NBYTES,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from typing import Any
-
     from imgcore.formats.api import BackingReference, WriteRequest
 
 
-OPTIONS: Final = (
-    Option(
-        "subformat",
-        "choice",
-        None,
-        "Kind of VDI (dynamic unless given)",
-        ("dynamic", "fixed"),
-    ),
-    Option("static", "bool", False, "The same as subformat=fixed"),
-    Option("block_size", "size", layout.DEFAULT_BLOCK_NBYTES, "Block size, 128k to 128M"),
-    Option("uuid", "str", None, "UUID of the image (random unless given)"),
-    Option(
-        "modification_uuid",
-        "str",
-        None,
-        "UUID of its last change (random; it follows from uuid if that is given)",
-    ),
-    Option(
-        "preallocation",
-        "choice",
-        "off",
-        "Reserve the space of a fixed image",
-        ("off", "falloc", "full"),
-    ),
-)
-
-
 @dataclass(frozen=True)
-class VdiPlan:
-    """A request with its options verified; places and lengths in bytes."""
+class Options(FormatOptions):
+    """The ``-o`` options."""
+
+    subformat: str | None = choice(None, ("dynamic", "fixed"), "Kind of VDI (dynamic unless given)")
+    static: bool = flag("The same as subformat=fixed")
+    block_size: int = byte_size(layout.DEFAULT_BLOCK_NBYTES, "Block size, 128k to 128M")
+    uuid: str | None = text(None, "UUID of the image (random unless given)")
+    modification_uuid: str | None = text(
+        None, "UUID of its last change (random; it follows from uuid if that is given)"
+    )
+    preallocation: str = choice("off", PREALLOCATION, "Reserve the space of a fixed image")
+
+
+class WriteOptions(NamedTuple):
+    """A request, verified; places and lengths in bytes."""
 
     image_type: ImageType
     virtual_size: int
@@ -67,20 +56,41 @@ class VdiPlan:
     preallocation: str
     uuid: UUID
     modification_uuid: UUID
-    parent_uuid: UUID | None = None
-    parent_modification_uuid: UUID | None = None
+    parent_uuid: UUID | None
+    parent_modification_uuid: UUID | None
+
+    @classmethod
+    def of(cls, request: WriteRequest[Options]) -> WriteOptions:
+        """Verify a request; raises OptionError or LimitExceededError."""
+        options = request.options
+        refuse_compression(request, "VDI")
+        check_virtual_size(request.virtual_size, at_most=MAX_VIRTUAL_NBYTES)
+        image_type = _image_type(options, request.backing)
+        is_fixed = image_type is ImageType.FIXED
+        refuse_idle({"preallocation": options.preallocation != "off" and not is_fixed}, "dynamic")
+        low, high = VDI_MIN_WRITTEN_BLOCK_NBYTES, VDI_MAX_WRITTEN_BLOCK_NBYTES
+        check_block_size("block_size", options.block_size, low, high)
+        n_blocks = -(-request.virtual_size // options.block_size)
+        image_uuid, modification_uuid = _uuids(options)
+        parent_uuid, parent_modification_uuid = _parent_uuids(request.backing)
+        return cls(
+            image_type=image_type,
+            virtual_size=request.virtual_size,
+            block_nbytes=options.block_size,
+            n_blocks=n_blocks,
+            data_offset=_data_offset(request.virtual_size, options.block_size, n_blocks),
+            sparse_nbytes=request.sparse_nbytes,
+            preallocation=options.preallocation,
+            uuid=image_uuid,
+            modification_uuid=modification_uuid,
+            parent_uuid=parent_uuid,
+            parent_modification_uuid=parent_modification_uuid,
+        )
 
     @property
     def is_fixed(self) -> bool:
         """Every block has its place from the start."""
         return self.image_type is ImageType.FIXED
-
-    @property
-    def zero_policy(self) -> ZeroPolicy:
-        """Zeros are told from the parent's content where there is one."""
-        if self.sparse_nbytes == 0:
-            return ZeroPolicy.STORE
-        return ZeroPolicy.SKIP if self.parent_uuid is None else ZeroPolicy.EXPLICIT
 
     def file_nbytes(self, n_allocated: int) -> int:
         """Return the size of the file with that many blocks in it."""
@@ -102,56 +112,26 @@ class VdiPlan:
         )
 
 
-def plan_request(request: WriteRequest) -> VdiPlan:
-    options = request.options
-    if request.compress:
-        raise OptionError("VDI knows no compression (-c)")
-    if request.virtual_size % SECTOR_NBYTES or not 0 <= request.virtual_size <= MAX_VIRTUAL_NBYTES:
-        raise OptionError(
-            f"virtual size {request.virtual_size} is not a multiple of {SECTOR_NBYTES}"
-        )
-    image_type = _image_type(options, request.backing)
-    preallocation = str(options.get("preallocation") or "off")
-    if preallocation != "off" and image_type is not ImageType.FIXED:
-        raise OptionError("option preallocation goes with subformat=fixed only")
-    block_nbytes = _block_nbytes(options)
-    n_blocks = -(-request.virtual_size // block_nbytes)
-    map_end = layout.MAP_OFFSET + n_blocks * layout.ENTRY_NBYTES
-    unit = max(block_nbytes, layout.DATA_ALIGNMENT)
-    data_offset = -(-map_end // unit) * unit
-    if data_offset > VDI_MAX_DATA_OFFSET:
-        raise LimitExceededError(
-            f"a disk of {request.virtual_size} bytes needs {n_blocks} blocks of {block_nbytes}, "
-            f"whose map does not fit below {VDI_MAX_DATA_OFFSET:#x}: a larger block_size helps"
-        )
-    image_uuid, modification_uuid = _uuids(options)
-    parent_uuid, parent_modification_uuid = _parent_uuids(request.backing)
-    return VdiPlan(
-        image_type=image_type,
-        virtual_size=request.virtual_size,
-        block_nbytes=block_nbytes,
-        n_blocks=n_blocks,
-        data_offset=data_offset,
-        sparse_nbytes=request.sparse_nbytes,
-        preallocation=preallocation,
-        uuid=image_uuid,
-        modification_uuid=modification_uuid,
-        parent_uuid=parent_uuid,
-        parent_modification_uuid=parent_modification_uuid,
-    )
-
-
-def _image_type(options: Mapping[str, Any], backing: BackingReference | None) -> ImageType:
-    subformat = options.get("subformat")
-    is_static = bool(options.get("static"))
-    if is_static and subformat == "dynamic":
+def _image_type(options: Options, backing: BackingReference | None) -> ImageType:
+    if options.static and options.subformat == "dynamic":
         raise OptionError("static=on asks for subformat=fixed, not for dynamic")
-    is_fixed = is_static or subformat == "fixed"
+    is_fixed = options.static or options.subformat == "fixed"
     if backing is None:
         return ImageType.FIXED if is_fixed else ImageType.NORMAL
     if is_fixed:
         raise OptionError("a fixed VDI has no parent (-B)")
     return ImageType.DIFF
+
+
+def _data_offset(virtual_size: int, block_nbytes: int, n_blocks: int) -> int:
+    map_end = layout.MAP_OFFSET + n_blocks * layout.ENTRY_NBYTES
+    offset = align_up(map_end, max(block_nbytes, layout.DATA_ALIGNMENT))
+    if offset > VDI_MAX_DATA_OFFSET:
+        raise LimitExceededError(
+            f"a disk of {virtual_size} bytes needs {n_blocks} blocks of {block_nbytes}, "
+            f"whose map does not fit below {VDI_MAX_DATA_OFFSET:#x}: a larger block_size helps"
+        )
+    return offset
 
 
 def _parent_uuids(backing: BackingReference | None) -> tuple[UUID | None, UUID | None]:
@@ -163,38 +143,10 @@ def _parent_uuids(backing: BackingReference | None) -> tuple[UUID | None, UUID |
     return UUID(known[layout.IDENTITY_UUID]), UUID(known[layout.IDENTITY_MODIFICATION])
 
 
-def _block_nbytes(options: Mapping[str, Any]) -> int:
-    nbytes = int(options.get("block_size") or layout.DEFAULT_BLOCK_NBYTES)
-    if (
-        nbytes & (nbytes - 1)
-        or not VDI_MIN_WRITTEN_BLOCK_NBYTES <= nbytes <= VDI_MAX_WRITTEN_BLOCK_NBYTES
-    ):
-        raise OptionError(
-            f"block_size is {nbytes}: allowed are powers of two from "
-            f"{VDI_MIN_WRITTEN_BLOCK_NBYTES} to {VDI_MAX_WRITTEN_BLOCK_NBYTES}"
-        )
-    return nbytes
-
-
-def _uuids(options: Mapping[str, Any]) -> tuple[UUID, UUID]:
-    """Return the UUIDs of the image and of its modification; neither is ever null."""
-    image_uuid = _given_uuid(options, "uuid")
-    modification_uuid = _given_uuid(options, "modification_uuid")
-    if modification_uuid is None:
-        modification_uuid = uuid5(image_uuid, "modification") if image_uuid else uuid4()
-    return image_uuid or uuid4(), modification_uuid
-
-
-def _given_uuid(options: Mapping[str, Any], name: str) -> UUID | None:
-    text = options.get(name)
-    if text is None:
-        return None
-    try:
-        value = UUID(str(text))
-    except ValueError:
-        raise OptionError(
-            f"{name} is {str(text)[:60]!r}: 32 hexadecimal digits are expected"
-        ) from None
-    if value.bytes_le == layout.NULL_UUID:
-        raise OptionError(f"{name} is null: VirtualBox refuses such an image")
-    return value
+def _uuids(options: Options) -> tuple[UUID, UUID]:
+    """Return the UUIDs of the image and of its modification; VirtualBox refuses null ones."""
+    stated, modification = options.uuid, options.modification_uuid
+    image_uuid = uuid4() if stated is None else parse_uuid("uuid", stated)
+    if modification is not None:
+        return image_uuid, parse_uuid("modification_uuid", modification)
+    return image_uuid, uuid4() if stated is None else uuid5(image_uuid, "modification")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from imgcore.files.byte_source import ByteSource
     from imgcore.files.gate import ReferenceGate
     from imgcore.formats.api import BackingReference, CheckReport, Repair
-    from imgcore.formats.vdi.tables import BlockMapPlanner
+    from imgcore.formats.vdi.tables import ExtentTables
 
 
 class VdiReader:
@@ -26,7 +26,7 @@ class VdiReader:
     Parameters
     ----------
     file : ByteSource
-        Owned by the reader from here on, also if the constructor raises.
+        Closed with the reader; the caller closes it if this raises.
 
     Raises
     ------
@@ -42,18 +42,14 @@ class VdiReader:
     def __init__(self, file: ByteSource, gate: ReferenceGate) -> None:
         self._file = file
         self._gate = gate
-        try:
-            self._header = read_header(file)
-        except BaseException:
-            file.close()
-            raise
+        self._header = read_header(file)
         self.subformat: str | None = self._header.subformat
         self.virtual_size = self._header.virtual_size
         self.block_nbytes = self._header.block_nbytes
         self.sources: Sequence[SourceFile] = (SourceFile(file),)
         self.identities: Mapping[str, str] = self._header.identities
         self._backing: BackingReference | None = None
-        self._planner: BlockMapPlanner | None = None
+        self._tables: ExtentTables | None = None
 
     @property
     def header(self) -> VdiHeader:
@@ -69,18 +65,18 @@ class VdiReader:
             self._backing = find_parent(self._header, self._gate, self._file.path)
         return self._backing
 
-    def plan(self, start: int, length: int) -> Iterator[Extents]:
+    def extents(self, start: int, length: int) -> Iterator[Extents]:
         """Yield extent batches; see :class:`imgcore.formats.api.Reader`.
 
         Notes
         -----
         Complexity: O(blocks in the range); memory: one piece of the block map and one batch.
         """
-        if self._planner is None:
-            from imgcore.formats.vdi.tables import BlockMapPlanner
+        if self._tables is None:
+            from imgcore.formats.vdi.tables import ExtentTables
 
-            self._planner = BlockMapPlanner(self._file, self._header)
-        return self._planner.plan(start, length)
+            self._tables = ExtentTables(self._file, self._header)
+        return self._tables.extents(start, length)
 
     def info(self) -> dict[str, Any]:
         """Return UUIDs and the kind of image, in the keys of ``qemu-img info``."""

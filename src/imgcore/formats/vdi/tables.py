@@ -13,7 +13,7 @@ import numpy as np
 from imgcore._core import TableFormat
 from imgcore.engine.extents import EXTENT_DTYPE, Kind, clip
 from imgcore.errors import CorruptImageError
-from imgcore.formats.shared.flat import plan_flat
+from imgcore.formats.shared.flat_reader import HostData, flat_rows
 from imgcore.formats.shared.tables import decode_entries
 from imgcore.formats.vdi import layout
 from imgcore.formats.vdi.layout import ImageType
@@ -56,8 +56,8 @@ def read_map(
         yield start, np.frombuffer(raw, dtype="<u4")
 
 
-class BlockMapPlanner:
-    """Answers where guest ranges are; holds no table in memory between two calls."""
+class ExtentTables:
+    """Turns tables into extents; holds no table in memory between two calls."""
 
     def __init__(self, file: ByteSource, header: VdiHeader) -> None:
         self._file = file
@@ -66,8 +66,8 @@ class BlockMapPlanner:
         # Of a fixed image only the file system knows what was ever written.
         self._asks_file = header.image_type == ImageType.FIXED
 
-    def plan(self, start: int, length: int) -> Iterator[Extents]:
-        """Yield extent batches; see :meth:`imgcore.formats.api.Reader.plan`."""
+    def extents(self, start: int, length: int) -> Iterator[Extents]:
+        """Yield extent batches; see :meth:`imgcore.formats.api.Reader.extents`."""
         stop = start + length
         block_nbytes = self._header.block_nbytes
         first, last = start // block_nbytes, -(-stop // block_nbytes)
@@ -101,16 +101,17 @@ class BlockMapPlanner:
 
     def _without_holes(self, rows: Extents) -> Iterator[Extents]:
         """Yield rows of a fixed image with the holes of its file as zeros."""
+        data = HostData(self._file)
         for row in rows:
             guest_offset, length = int(row["guest_offset"]), int(row["length"])
             if row["kind"] == Kind.DATA:
-                yield from plan_flat(
-                    self._file,
-                    int(row["host_offset"]),
+                yield from flat_rows(
+                    data,
                     guest_offset,
                     guest_offset + length,
-                    guest_offset,
-                    0,
+                    shift=int(row["host_offset"]) - guest_offset,
+                    hole=Kind.ZERO,
+                    max_rows=MAX_BATCH_ROWS,
                 )
             else:
                 yield np.array([row], dtype=EXTENT_DTYPE)

@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from imgcore.engine.geometry import Geometry
-from imgcore.errors import UnsupportedFeatureError
 from imgcore.formats.api import Measurement
-from imgcore.formats.shared.flat import flat_geometry
+from imgcore.formats.shared.flat_writer import FlatWriter, flat_geometry
+from imgcore.formats.shared.requests import zero_policy
 from imgcore.formats.vdi import layout
-from imgcore.formats.vdi.options import VdiPlan, plan_request
+from imgcore.formats.vdi.options import Options, WriteOptions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,49 +29,51 @@ if TYPE_CHECKING:
 _PIECE_ENTRIES: Final = 1 << 18
 
 
-def writer_for(request: WriteRequest) -> Writer:
+def writer_for(request: WriteRequest[Options]) -> Writer:
     """Return the writer that the options ask for; raises OptionError or LimitExceededError."""
-    plan = plan_request(request)
-    return FixedWriter(plan) if plan.is_fixed else DynamicWriter(plan)
+    options = WriteOptions.of(request)
+    return FixedWriter(options) if options.is_fixed else DynamicWriter(options)
 
 
-def measure(request: WriteRequest, data_nbytes: int) -> Measurement:
+def measure(request: WriteRequest[Options], data_nbytes: int) -> Measurement:
     """Return the size of the file with ``data_nbytes`` of whole blocks, and with a full disk."""
-    plan = plan_request(request)
-    full = plan.file_nbytes(plan.n_blocks)
-    if plan.is_fixed:
+    options = WriteOptions.of(request)
+    full = options.file_nbytes(options.n_blocks)
+    if options.is_fixed:
         return Measurement(full, full)
-    n_data = min(-(-data_nbytes // plan.block_nbytes), plan.n_blocks)
-    return Measurement(plan.file_nbytes(n_data), full)
+    n_data = min(-(-data_nbytes // options.block_nbytes), options.n_blocks)
+    return Measurement(options.file_nbytes(n_data), full)
 
 
 class DynamicWriter:
     """Writes images that grow with their data, with a parent or without."""
 
     format_name: ClassVar[str] = "vdi"
+    needs_own_blocks: ClassVar[bool] = False
 
-    def __init__(self, plan: VdiPlan) -> None:
-        self._plan = plan
+    def __init__(self, options: WriteOptions) -> None:
+        self._options = options
         self._file: TargetFile | None = None
         self._n_allocated = 0
         # Entries of the map before this one are in the file.
         self._n_written = 0
-        self.first_offset = plan.data_offset
+        self.first_offset = options.data_offset
         self.geometry = Geometry(
-            block_nbytes=plan.block_nbytes,
-            guest_nbytes=plan.virtual_size,
-            zero_policy=plan.zero_policy,
-            stored_alignment=plan.block_nbytes,
-            sparse_nbytes=plan.sparse_nbytes,
+            block_nbytes=options.block_nbytes,
+            guest_nbytes=options.virtual_size,
+            zero_policy=zero_policy(
+                options.sparse_nbytes, has_parent=options.parent_uuid is not None
+            ),
+            stored_alignment=options.block_nbytes,
+            sparse_nbytes=options.sparse_nbytes,
         )
 
     def begin(self, target: Target) -> TargetFile:
         """Return the file; its header is written at the end."""
         from imgcore.formats.vdi.tables import table_format
 
-        _refuse_in_place(target)
         self._file = target.main
-        self._format = table_format(self._plan.block_nbytes, self._plan.data_offset)
+        self._format = table_format(self._options.block_nbytes, self._options.data_offset)
         return self._file
 
     def place(self, first_block: int, placements: Placements, next_offset: int) -> int:
@@ -104,58 +106,36 @@ class DynamicWriter:
     def finish(self, next_offset: int) -> None:
         """Complete the map and the last block, write the header."""
         assert self._file is not None
-        self._write_free(self._plan.n_blocks)
-        self._file.truncate(self._plan.file_nbytes(self._n_allocated))
-        self._file.pwrite(0, self._plan.header(self._n_allocated))
+        self._write_free(self._options.n_blocks)
+        self._file.truncate(self._options.file_nbytes(self._n_allocated))
+        self._file.pwrite(0, self._options.header(self._n_allocated))
 
 
-class FixedWriter:
+class FixedWriter(FlatWriter):
     """Writes images in which every block has its place from the start."""
 
     format_name: ClassVar[str] = "vdi"
 
-    def __init__(self, plan: VdiPlan) -> None:
-        self._plan = plan
-        self._file: TargetFile | None = None
-        self.first_offset = plan.file_nbytes(plan.n_blocks)
-        self.geometry = flat_geometry(
-            plan.virtual_size, plan.sparse_nbytes, host_base=plan.data_offset
+    def __init__(self, options: WriteOptions) -> None:
+        super().__init__(
+            flat_geometry(
+                options.virtual_size, options.sparse_nbytes, host_base=options.data_offset
+            ),
+            options.file_nbytes(options.n_blocks),
+            options.preallocation,
         )
-
-    def begin(self, target: Target) -> TargetFile:
-        """Give the file its size, so that it reads as zeros, and return it."""
-        _refuse_in_place(target)
-        self._file = target.main
-        if self._plan.preallocation != "off":
-            target.require_space(self.first_offset)
-        self._file.truncate(self.first_offset)
-        self._file.preallocate(self._plan.preallocation, self.first_offset)
-        return self._file
-
-    def place(self, first_block: int, placements: Placements, next_offset: int) -> int:
-        """Do nothing: all places are known."""
-        return next_offset
+        self._options = options
 
     def finish(self, next_offset: int) -> None:
         """Write the block map and the header."""
         import numpy as np
 
-        assert self._file is not None
-        n_blocks = self._plan.n_blocks
+        file, n_blocks = self._finished_file(), self._options.n_blocks
         for first in range(0, n_blocks, _PIECE_ENTRIES):
             last = min(first + _PIECE_ENTRIES, n_blocks)
-            _write_entries(self._file, first, np.arange(first, last, dtype="<u4"))
-        self._file.truncate(self.first_offset)
-        self._file.pwrite(0, self._plan.header(n_blocks))
+            _write_entries(file, first, np.arange(first, last, dtype="<u4"))
+        file.pwrite(0, self._options.header(n_blocks))
 
 
 def _write_entries(file: TargetFile, first: int, entries: NDArray[np.uint32]) -> None:
     file.pwrite(layout.MAP_OFFSET + first * layout.ENTRY_NBYTES, entries)
-
-
-def _refuse_in_place(target: Target) -> None:
-    if target.in_place:
-        raise UnsupportedFeatureError(
-            "VDI is written to a new file only, not in place (-n) nor to a block device",
-            path=target.path,
-        )

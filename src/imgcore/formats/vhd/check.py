@@ -58,7 +58,7 @@ def check_image(file: ByteSource, header: VhdHeader) -> CheckReport:
 def find_repairs(file: ByteSource, header: VhdHeader) -> list[Repair]:
     """Return what can be put right: a footer from the other one, leaked space at the end.
 
-    Nothing is offered for an image whose blocks lie upon each other or upon tables: what is
+    Nothing is offered for an image whose blocks overlap each other or tables: what is
     written could be a guest's.
     """
     report = CheckReport()
@@ -258,7 +258,7 @@ class _BlockCheck:
         )
 
     def _check_claims(self, starts: Sectors, numbers: Sectors) -> None:
-        """Report what lies upon each other, and count the space of blocks that nobody claims.
+        """Report overlaps, and count the space of blocks that nobody claims.
 
         ``starts`` are sectors, ascending, ``numbers`` those of the blocks there.
         """
@@ -267,10 +267,10 @@ class _BlockCheck:
         def block(index: int) -> str:
             return f"block {numbers[index]} at sector {starts[index]}"
 
-        upon = np.flatnonzero(starts[1:] < ends[:-1])
+        overlaps = np.flatnonzero(starts[1:] < ends[:-1])
         self._report.corruptions_among(
-            len(upon),
-            (f"{block(i + 1)} overlaps block {numbers[i]}" for i in _first(upon)),
+            len(overlaps),
+            (f"{block(i + 1)} overlaps block {numbers[i]}" for i in _first(overlaps)),
         )
         data_start = 0
         for first, end, what in self._metadata():

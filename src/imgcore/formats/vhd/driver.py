@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Final
 
 from imgcore.formats.api import Driver
-from imgcore.formats.vhd.options import OPTIONS, READ_OPTIONS
-from imgcore.formats.vhd.reader import VhdReader
+from imgcore.formats.vhd.reader import ReadOptions, VhdReader
 
 DRIVER: Final = Driver(
     name="vhd",
-    options=OPTIONS,
-    read=lambda file, gate, values: VhdReader(file, values["size"]),
+    options_module="imgcore.formats.vhd.options",
+    read=lambda file, gate, options: VhdReader(file, options.size),
     writing="imgcore.formats.vhd.writer",
-    read_options=READ_OPTIONS,
+    read_options=ReadOptions,
 )

@@ -33,11 +33,9 @@ if TYPE_CHECKING:
 # BAT entries that are looked at together.
 _PIECE_ENTRIES: Final = 1 << 16
 
-SIZE_CHOICES: Final = ("chs", "current")
-
 
 class FooterPlace(NamedTuple):
-    """What stands where a footer belongs; ``problem`` is None if it can be trusted.
+    """The sector where a footer belongs; ``problem`` is None if it can be trusted.
 
     ``nbytes`` is 511 for an old footer; ``raw`` has 512 bytes all the same.
     """
@@ -97,7 +95,7 @@ class VhdHeader(NamedTuple):
 
     @property
     def structures(self) -> list[tuple[int, int, str]]:
-        """First byte, end and name of what no block may lie upon; of locators nothing is said."""
+        """First byte, end and name of what no block may overlap; locators are left out."""
         if self.dynamic is None:
             return []
         table, header = self.dynamic.table_offset, self.footer.data_offset

@@ -25,6 +25,7 @@ NO_OFFSET: Final = 0xFFFFFFFFFFFFFFFF
 
 # Seconds from the Unix epoch to 2000-01-01 00:00:00 UTC, where time stamps start.
 EPOCH_UNIX_SECONDS: Final = 946684800
+MAX_TIMESTAMP: Final = 0xFFFFFFFF
 
 
 class Footer(NamedTuple):

@@ -1,13 +1,14 @@
-"""What a differencing VHD calls its parent.
+"""VHD: the parent of a differencing disk, read and written.
 
 Source: Microsoft, "Virtual Hard Disk Image Format Specification" 1.0, "Parent Locator Entries".
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+import uuid
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from imgcore.errors import CorruptImageError
+from imgcore.errors import CorruptImageError, OptionError
 from imgcore.formats.api import BackingReference
 from imgcore.formats.shared.windows_paths import names_from_windows_path
 from imgcore.formats.vhd import layout
@@ -22,6 +23,15 @@ if TYPE_CHECKING:
 # A relative name leads to the parent wherever the two files have been moved together.
 _PREFERENCE: Final = (layout.RELATIVE_PATH, layout.FILE_URL, layout.ABSOLUTE_PATH, b"")
 _NO_UUID: Final = bytes(16)
+
+
+class ParentFields(NamedTuple):
+    """The fields about its parent in a differencing disk; ``timestamp`` counts from 2000."""
+
+    uuid: bytes
+    timestamp: int
+    name: bytes
+    locators: tuple[tuple[bytes, bytes], ...]
 
 
 def find_parent(file: ByteSource, header: VhdHeader) -> BackingReference | None:
@@ -95,3 +105,61 @@ def _names_from_url(url: str, file: ByteSource) -> tuple[str, ...]:
     if not last or "\0" in name:
         return ()
     return (last, name) if name.startswith("/") else (name,)
+
+
+def parent_fields(backing: BackingReference, virtual_size: int) -> ParentFields:
+    """Return the fields about a parent, under the names that Windows and XenServer look for."""
+    if backing.format != "vhd":
+        raise OptionError(f"the parent of a VHD must be a VHD, not {backing.format}")
+    if backing.virtual_size != virtual_size:
+        raise OptionError(
+            f"a differencing VHD has the size of its parent: {backing.name} has "
+            f"{backing.virtual_size} bytes, the disk {virtual_size}"
+        )
+    parent_uuid = uuid.UUID(backing.identities["UUID"])
+    if not parent_uuid.int:
+        raise OptionError(
+            f"the parent {backing.name} has no UUID that a differencing VHD could know it by"
+        )
+    relative, windows_name = _windows_names(backing.name)
+    last = windows_name.rpartition("\\")[2].encode("utf-16-be")
+    if len(last) > layout.PARENT_NAME_NBYTES - 2:
+        raise OptionError(f"the parent's name has {len(last) // 2} characters, 255 are allowed")
+    modified = (backing.modified or 0) - layout.EPOCH_UNIX_SECONDS
+    return ParentFields(
+        uuid=parent_uuid.bytes,
+        timestamp=min(max(modified, 0), layout.MAX_TIMESTAMP),
+        name=last,
+        locators=(
+            (layout.FILE_URL, _file_url(backing.name)),
+            (layout.ABSOLUTE_PATH, windows_name.encode("utf-16-le")),
+            (layout.RELATIVE_PATH, relative.encode("utf-16-le")),
+        ),
+    )
+
+
+def _windows_names(name: str) -> tuple[str, str]:
+    r"""Return a parent's relative name for Windows, such as ``.\parent.vhd``, and the full one.
+
+    The folder of a relative name is not written: it would be the one of this machine.
+    """
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        raise OptionError(f"the parent's name {name!r} is not UTF-8") from None
+    # What stands before a colon is a drive or a protocol to readers, ours among them.
+    has_colon = ":" in name.removeprefix("./").partition("/")[0]
+    if "\\" in name or has_colon or not name.rpartition("/")[2]:
+        raise OptionError(f"the parent's name {name!r} cannot be represented in a VHD")
+    windows_name = name.removeprefix("./").replace("/", "\\")
+    if windows_name.startswith("\\"):
+        return ".\\" + windows_name.rpartition("\\")[2], windows_name
+    prefix = "" if windows_name.startswith("..\\") else ".\\"
+    return prefix + windows_name, prefix + windows_name
+
+
+def _file_url(name: str) -> bytes:
+    from urllib.parse import quote
+
+    path = name if name.startswith(("/", "./", "../")) else f"./{name}"
+    return f"file://{quote(path)}".encode("ascii")

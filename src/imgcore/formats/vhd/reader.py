@@ -8,10 +8,13 @@ Sources: Microsoft, "Virtual Hard Disk Image Format Specification" 1.0; libvhdi,
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from imgcore.engine.sources import SourceFile
 from imgcore.formats.api import BackingReference
+from imgcore.formats.options import FormatOptions, choice
+from imgcore.formats.shared.flat_reader import FlatExtents
 from imgcore.formats.vhd import layout
 from imgcore.formats.vhd.header import VhdHeader, parent_texts, read_header, uuid_text
 from imgcore.formats.vhd.layout import DiskType
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
     from imgcore.files.byte_source import ByteSource
     from imgcore.formats.api import CheckReport, Repair
-    from imgcore.formats.vhd.tables import BlockPlanner
+    from imgcore.formats.vhd.tables import ExtentTables
 
 _SUBFORMATS: Final = {
     DiskType.FIXED: "fixed",
@@ -31,13 +34,20 @@ _SUBFORMATS: Final = {
 }
 
 
+@dataclass(frozen=True)
+class ReadOptions(FormatOptions):
+    """The options of a disk that is read."""
+
+    size: str | None = choice(None, ("chs", "current"), "Which size counts, whatever the creator")
+
+
 class VhdReader:
     """Reads one VHD of any kind.
 
     Parameters
     ----------
     file : ByteSource
-        Owned by the reader from here on, also if the constructor raises.
+        Closed with the reader; the caller closes it if this raises.
     size : str, optional
         ``chs`` or ``current``: which size counts; the creator's choice if None.
 
@@ -59,18 +69,16 @@ class VhdReader:
 
     def __init__(self, file: ByteSource, size: str | None = None) -> None:
         self._file = file
-        try:
-            self._header = read_header(file, size)
-            self.backing: BackingReference | None = find_parent(file, self._header)
-        except BaseException:
-            file.close()
-            raise
+        self._header = read_header(file, size)
+        self.backing: BackingReference | None = find_parent(file, self._header)
         self.subformat: str | None = _SUBFORMATS[self._header.disk_type]
         self.virtual_size = self._header.size.nbytes
         dynamic = self._header.dynamic
         self.block_nbytes = SECTOR_NBYTES if dynamic is None else dynamic.block_nbytes
         self.sources = (SourceFile(file),)
-        self._planner: BlockPlanner | None = None
+        self._tables: ExtentTables | FlatExtents | None = None
+        if dynamic is None:
+            self._tables = FlatExtents(file)
 
     @property
     def header(self) -> VhdHeader:
@@ -79,10 +87,10 @@ class VhdReader:
 
     @property
     def identities(self) -> Mapping[str, str]:
-        """What a differencing disk upon this one states as its parent's."""
+        """The UUID that a differencing disk states as its parent's."""
         return {"UUID": uuid_text(self._header.footer.uuid)}
 
-    def plan(self, start: int, length: int) -> Iterator[Extents]:
+    def extents(self, start: int, length: int) -> Iterator[Extents]:
         """Yield extent batches; see :class:`imgcore.formats.api.Reader`.
 
         Notes
@@ -90,15 +98,11 @@ class VhdReader:
         Complexity: O(BAT entries of the range), and one read for the sector bitmap of each block.
         Memory: one batch and 1 MiB of bitmaps.
         """
-        if self._header.dynamic is None:
-            from imgcore.formats.shared.flat import plan_flat
+        if self._tables is None:
+            from imgcore.formats.vhd.tables import ExtentTables
 
-            return plan_flat(self._file, 0, start, start + length, 0, 0)
-        if self._planner is None:
-            from imgcore.formats.vhd.tables import BlockPlanner
-
-            self._planner = BlockPlanner(self._file, self._header)
-        return self._planner.plan(start, length)
+            self._tables = ExtentTables(self._file, self._header)
+        return self._tables.extents(start, length)
 
     def info(self) -> dict[str, Any]:
         """Return what the footer and the headers say."""

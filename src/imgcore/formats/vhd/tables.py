@@ -57,8 +57,8 @@ def read_bat(file: ByteSource, table_offset: int, first: int, last: int) -> NDAr
     )
 
 
-class BlockPlanner:
-    """Plans a dynamic or differencing disk.
+class ExtentTables:
+    """Turns the tables of a dynamic or differencing disk into extents.
 
     What a differencing disk does not hold is a hole, through which its parent is seen; in a
     dynamic disk an absent block is a hole too, an absent sector of a present block is zeros.
@@ -77,8 +77,8 @@ class BlockPlanner:
         is_differencing = header.disk_type == layout.DiskType.DIFFERENCING
         self._absent = Kind.HOLE if is_differencing else Kind.ZERO
 
-    def plan(self, start: int, length: int) -> Iterator[Extents]:
-        """Yield extent batches; see :meth:`imgcore.formats.api.Reader.plan`."""
+    def extents(self, start: int, length: int) -> Iterator[Extents]:
+        """Yield extent batches; see :meth:`imgcore.formats.api.Reader.extents`."""
         stop = start + length
         first_block = start // self._block_nbytes
         last_block = -(-stop // self._block_nbytes)
@@ -120,7 +120,7 @@ class BlockPlanner:
             )
 
     def _refuse_structures(self, rows: Extents) -> None:
-        """Raise if a block lies upon a header, the BAT or the footer: the guest put none there."""
+        """Raise if a block overlaps a header, the BAT or the footer: the guest put none there."""
         place = rows["host_offset"].astype(np.int64)
         start, end = place - self._bitmap_nbytes, place + rows["length"].astype(np.int64)
         is_block = rows["kind"] == Kind.DATA
@@ -130,7 +130,7 @@ class BlockPlanner:
                 row = int(np.argmax(bad))
                 raise CorruptImageError(
                     f"block {int(rows['guest_offset'][row]) // self._block_nbytes} at "
-                    f"{int(start[row]):#x} lies upon {what}",
+                    f"{int(start[row]):#x} overlaps {what}",
                     path=self._file.path,
                     offset=int(start[row]),
                 )
@@ -156,9 +156,9 @@ class BlockPlanner:
             if (bitmaps == 0xFF).all():
                 yield part
             else:
-                yield from self._honour(part, is_block, bitmaps)
+                yield from self._apply_bitmaps(part, is_block, bitmaps)
 
-    def _honour(
+    def _apply_bitmaps(
         self, rows: Extents, is_block: NDArray[np.bool_], bitmaps: Bitmaps
     ) -> Iterator[Extents]:
         # From byte to byte there is at most one change, and in a mixed byte eight.

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Final
 
-from imgcore.engine.geometry import Geometry, Placing, ZeroPolicy
-from imgcore.errors import LimitExceededError, UnsupportedFeatureError
+from imgcore.engine.geometry import Geometry, Placing
+from imgcore.errors import LimitExceededError
 from imgcore.formats.api import Measurement
-from imgcore.formats.shared.flat import flat_geometry
+from imgcore.formats.shared.alignment import align_up
+from imgcore.formats.shared.flat_writer import FlatWriter, flat_geometry
+from imgcore.formats.shared.requests import zero_policy
 from imgcore.formats.vhd import layout
 from imgcore.formats.vhd.header import bitmap_nbytes, checksum
 from imgcore.formats.vhd.layout import DiskType, DynamicHeader, Footer, Locator
-from imgcore.formats.vhd.options import VhdPlan, plan_request
+from imgcore.formats.vhd.options import Options, WriteOptions
 from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
@@ -34,60 +36,56 @@ _TABLE_OFFSET: Final = _HEADER_OFFSET + layout.HEADER_NBYTES
 _DATA_ALIGNMENT: Final = 4096
 
 
-def writer_for(request: WriteRequest) -> Writer:
+def writer_for(request: WriteRequest[Options]) -> Writer:
     """Return the writer that the options ask for; raises OptionError or LimitExceededError."""
-    plan = plan_request(request)
-    return FixedWriter(plan) if plan.disk_type is DiskType.FIXED else BlockWriter(plan)
+    options = WriteOptions.of(request)
+    return FixedWriter(options) if options.disk_type is DiskType.FIXED else BlockWriter(options)
 
 
-def measure(request: WriteRequest, data_nbytes: int) -> Measurement:
+def measure(request: WriteRequest[Options], data_nbytes: int) -> Measurement:
     """Return the file's size with ``data_nbytes`` of data, and with a full disk."""
-    plan = plan_request(request)
-    if plan.disk_type is DiskType.FIXED:
-        nbytes = plan.virtual_size + layout.FOOTER_NBYTES
+    options = WriteOptions.of(request)
+    if options.disk_type is DiskType.FIXED:
+        nbytes = options.virtual_size + layout.FOOTER_NBYTES
         return Measurement(nbytes, nbytes)
     return Measurement(
-        _file_nbytes(plan, min(data_nbytes, plan.virtual_size)),
-        _file_nbytes(plan, plan.virtual_size),
+        _file_nbytes(options, min(data_nbytes, options.virtual_size)),
+        _file_nbytes(options, options.virtual_size),
     )
 
 
-def _align_up(nbytes: int, unit: int) -> int:
-    return -(-nbytes // unit) * unit
-
-
-def _file_nbytes(plan: VhdPlan, data_nbytes: int) -> int:
-    end = BlockLayout(plan).first_offset
-    n_blocks = -(-data_nbytes // plan.block_nbytes)
+def _file_nbytes(options: WriteOptions, data_nbytes: int) -> int:
+    end = BlockLayout(options).first_offset
+    n_blocks = -(-data_nbytes // options.block_nbytes)
     if n_blocks:
-        prefix_nbytes = bitmap_nbytes(plan.block_nbytes)
-        first_data = _align_up(end + prefix_nbytes, _DATA_ALIGNMENT)
-        stride = _align_up(prefix_nbytes, _DATA_ALIGNMENT) + plan.block_nbytes
-        end = first_data + plan.block_nbytes + (n_blocks - 1) * stride
+        prefix_nbytes = bitmap_nbytes(options.block_nbytes)
+        first_data = align_up(end + prefix_nbytes, _DATA_ALIGNMENT)
+        stride = align_up(prefix_nbytes, _DATA_ALIGNMENT) + options.block_nbytes
+        end = first_data + options.block_nbytes + (n_blocks - 1) * stride
     return end + layout.FOOTER_NBYTES
 
 
-def make_footer(plan: VhdPlan) -> bytes:
+def make_footer(options: WriteOptions) -> bytes:
     """Return a footer, 512 bytes with its checksum."""
-    creator, creator_version = plan.creator
-    cylinders, heads, sectors_per_track = plan.chs
+    creator, creator_version = options.creator
+    cylinders, heads, sectors_per_track = options.chs
     footer = Footer(
         cookie=layout.FOOTER_COOKIE,
         features=layout.FEATURE_RESERVED,
         version=layout.VERSION,
-        data_offset=layout.NO_OFFSET if plan.disk_type is DiskType.FIXED else _HEADER_OFFSET,
-        timestamp=plan.timestamp,
+        data_offset=layout.NO_OFFSET if options.disk_type is DiskType.FIXED else _HEADER_OFFSET,
+        timestamp=options.timestamp,
         creator=creator,
         creator_version=creator_version,
         creator_os=layout.CREATOR_OS_WINDOWS,
-        original_size=plan.virtual_size,
-        current_size=plan.virtual_size,
+        original_size=options.virtual_size,
+        current_size=options.virtual_size,
         cylinders=cylinders,
         heads=heads,
         sectors_per_track=sectors_per_track,
-        disk_type=plan.disk_type,
+        disk_type=options.disk_type,
         checksum=0,
-        uuid=plan.uuid,
+        uuid=options.uuid,
         saved_state=0,
     )
     raw = layout.FOOTER.pack(*footer).ljust(layout.FOOTER_NBYTES, b"\0")
@@ -99,66 +97,41 @@ def _with_checksum(raw: bytes, offset: int) -> bytes:
     return raw[:offset] + value + raw[offset + 4 :]
 
 
-def _refuse_in_place(target: Target) -> None:
-    if target.in_place or target.is_block_device:
-        raise UnsupportedFeatureError(
-            "VHD is written to a new file only, not in place (-n) nor to a block device",
-            path=target.path,
-        )
-
-
-class FixedWriter:
+class FixedWriter(FlatWriter):
     """Writes a fixed disk: its bytes, then the footer."""
 
     format_name: ClassVar[str] = "vhd"
 
-    def __init__(self, plan: VhdPlan) -> None:
-        self._plan = plan
-        self._file: TargetFile | None = None
-        self._file_nbytes = plan.virtual_size + layout.FOOTER_NBYTES
-        self.first_offset = 0
-        self.geometry = flat_geometry(plan.guest_nbytes, plan.sparse_nbytes)
-
-    def begin(self, target: Target) -> TargetFile:
-        """Give the file its size, so that it reads as zeros, and return it."""
-        _refuse_in_place(target)
-        self._file = target.main
-        if self._plan.preallocation != "off":
-            target.require_space(self._file_nbytes)
-        self._file.truncate(self._file_nbytes)
-        self._file.preallocate(self._plan.preallocation, self._file_nbytes)
-        return self._file
-
-    def place(self, first_block: int, placements: Placements, next_offset: int) -> int:
-        """Do nothing: every block has its place."""
-        return next_offset
+    def __init__(self, options: WriteOptions) -> None:
+        super().__init__(
+            flat_geometry(options.guest_nbytes, options.sparse_nbytes),
+            options.virtual_size + layout.FOOTER_NBYTES,
+            options.preallocation,
+        )
+        self._options = options
 
     def finish(self, next_offset: int) -> None:
         """Write the footer."""
-        assert self._file is not None
-        self._file.truncate(self._file_nbytes)
-        self._file.pwrite(self._plan.virtual_size, make_footer(self._plan))
+        self._finished_file().pwrite(self._options.virtual_size, make_footer(self._options))
 
 
 class BlockLayout:
     """Where the parts before the blocks lie; bytes.  ``locators`` pairs entries with their data."""
 
-    def __init__(self, plan: VhdPlan) -> None:
-        self.n_blocks = -(-plan.virtual_size // plan.block_nbytes)
-        self.table_nbytes = _align_up(self.n_blocks * layout.ENTRY_NBYTES, SECTOR_NBYTES)
+    def __init__(self, options: WriteOptions) -> None:
+        self.n_blocks = -(-options.virtual_size // options.block_nbytes)
+        self.table_nbytes = align_up(self.n_blocks * layout.ENTRY_NBYTES, SECTOR_NBYTES)
         end = _TABLE_OFFSET + self.table_nbytes
         # XenServer finds the batmap by this place alone.
         self.batmap_offset = end
         self.batmap_nbytes = 0
-        if plan.batmap:
-            self.batmap_nbytes = max(
-                SECTOR_NBYTES, _align_up(-(-self.n_blocks // 8), SECTOR_NBYTES)
-            )
+        if options.batmap:
+            self.batmap_nbytes = max(SECTOR_NBYTES, align_up(-(-self.n_blocks // 8), SECTOR_NBYTES))
             end += SECTOR_NBYTES + self.batmap_nbytes
         self.locators: list[tuple[Locator, bytes]] = []
-        if plan.parent is not None:
-            for platform, data in plan.parent.locators:
-                space = _align_up(len(data), SECTOR_NBYTES)
+        if options.parent is not None:
+            for platform, data in options.parent.locators:
+                space = align_up(len(data), SECTOR_NBYTES)
                 self.locators.append((Locator(platform, space, len(data), 0, end), data))
                 end += space
         self.first_offset = end
@@ -171,23 +144,24 @@ class BlockWriter:
     """
 
     format_name: ClassVar[str] = "vhd"
+    needs_own_blocks: ClassVar[bool] = False
 
-    def __init__(self, plan: VhdPlan) -> None:
-        self._plan = plan
-        self._layout = BlockLayout(plan)
+    def __init__(self, options: WriteOptions) -> None:
+        self._options = options
+        self._layout = BlockLayout(options)
         self._file: TargetFile | None = None
         self._blocks_end = self.first_offset = self._layout.first_offset
-        # A differencing disk cannot say "zeros, whatever the parent has there" but by storing them.
-        stores_zeros = plan.sparse_nbytes == 0 or plan.parent is not None
         self.geometry = Geometry(
-            block_nbytes=plan.block_nbytes,
-            guest_nbytes=plan.guest_nbytes,
+            block_nbytes=options.block_nbytes,
+            guest_nbytes=options.guest_nbytes,
             placing=Placing.APPEND,
-            zero_policy=ZeroPolicy.STORE if stores_zeros else ZeroPolicy.SKIP,
+            zero_policy=zero_policy(
+                options.sparse_nbytes, has_parent=options.parent is not None, can_hide_parent=False
+            ),
             stored_alignment=_DATA_ALIGNMENT,
-            stored_prefix_nbytes=bitmap_nbytes(plan.block_nbytes),
+            stored_prefix_nbytes=bitmap_nbytes(options.block_nbytes),
             stored_prefix_byte=0xFF,
-            sparse_nbytes=plan.sparse_nbytes,
+            sparse_nbytes=options.sparse_nbytes,
         )
 
     def begin(self, target: Target) -> TargetFile:
@@ -196,9 +170,8 @@ class BlockWriter:
 
         from imgcore.formats.vhd.tables import table_format
 
-        _refuse_in_place(target)
         self._file = target.main
-        block_nbytes = self._plan.block_nbytes
+        block_nbytes = self._options.block_nbytes
         self._format = table_format(block_nbytes, bitmap_nbytes(block_nbytes))
         self._table = np.full(self._layout.table_nbytes, 0xFF, dtype=np.uint8)
         return self._file
@@ -217,23 +190,23 @@ class BlockWriter:
         except CoreError as error:
             raise LimitExceededError(
                 f"block {first_block + error.offset} would be at {int(places[error.offset]):#x}, "
-                "which no BAT entry can say",
-                path=self._plan.target_name or None,
+                "beyond what a BAT entry can hold",
+                path=self._options.target_name or None,
             ) from error
         last = int(places.max(initial=0))
         if last:
             # The disk's end may cut its last block, but the file holds it whole.
-            self._blocks_end = max(self._blocks_end, last + self._plan.block_nbytes)
+            self._blocks_end = max(self._blocks_end, last + self._options.block_nbytes)
         return next_offset
 
     def finish(self, next_offset: int) -> None:
         """Write everything before the blocks, and the footer behind them."""
         file, parts = self._file, self._layout
         assert file is not None
-        footer = make_footer(self._plan)
+        footer = make_footer(self._options)
         file.truncate(self._blocks_end + layout.FOOTER_NBYTES)
         file.pwrite(_TABLE_OFFSET, self._table)
-        if self._plan.batmap:
+        if self._options.batmap:
             file.pwrite(parts.batmap_offset, self._make_batmap())
         for locator, data in parts.locators:
             file.pwrite(locator.data_offset, data)
@@ -258,14 +231,14 @@ class BlockWriter:
         return header.ljust(SECTOR_NBYTES, b"\0") + batmap
 
     def _make_header(self) -> bytes:
-        parent = self._plan.parent
+        parent = self._options.parent
         header = DynamicHeader(
             cookie=layout.HEADER_COOKIE,
             data_offset=layout.NO_OFFSET,
             table_offset=_TABLE_OFFSET,
             version=layout.VERSION,
             max_table_entries=self._layout.n_blocks,
-            block_nbytes=self._plan.block_nbytes,
+            block_nbytes=self._options.block_nbytes,
             checksum=0,
             parent_uuid=bytes(16) if parent is None else parent.uuid,
             parent_timestamp=0 if parent is None else parent.timestamp,

@@ -50,8 +50,8 @@ class _Blocks(NamedTuple):
 def find_repairs(image: VhdxImage) -> list[Repair]:
     """Return what can be put right: a copy from the other one, leaked space at the end.
 
-    Nothing is offered while a log waits to be replayed, or for an image whose blocks lie upon
-    each other or upon tables: what is written could be a guest's.
+    Nothing is offered while a log waits to be replayed, or for an image whose blocks
+    overlap each other or tables: a repair could overwrite guest data.
     """
     checker = VhdxChecker(image)
     report = checker.run()
@@ -266,7 +266,7 @@ class VhdxChecker:
     def _report_overlaps(
         self, counts: NDArray[np.int32], base: int, bitmaps: dict[int, int]
     ) -> None:
-        """Report each block that shares a unit with another structure."""
+        """Report each block that overlaps another structure in some unit."""
         if not (counts > 1).any():
             return
         for chunk, unit in bitmaps.items():
@@ -275,18 +275,18 @@ class VhdxChecker:
                     f"sector bitmap block {chunk} at {unit << _UNIT_BITS:#x} overlaps another "
                     "block or structure"
                 )
-        shared = np.concatenate(([0], np.cumsum(counts > 1)))
+        n_doubled = np.concatenate(([0], np.cumsum(counts > 1)))
         for entries, first_block in self._payload():
             numbers, first, end = self._placed(entries, first_block, _PLACED_STATES)
             low = np.clip(first - base, 0, len(counts))
             high = np.clip(end - base, 0, len(counts))
-            upon = shared[high] > shared[low]
+            overlaps = n_doubled[high] > n_doubled[low]
             self.report.corruptions_among(
-                int(upon.sum()),
+                int(overlaps.sum()),
                 (
                     f"block {number} at {unit << _UNIT_BITS:#x} overlaps another block or structure"
                     for number, unit in zip(
-                        numbers[upon].tolist(), first[upon].tolist(), strict=True
+                        numbers[overlaps].tolist(), first[overlaps].tolist(), strict=True
                     )
                 ),
             )

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Final
 
 from imgcore.formats.api import Driver
-from imgcore.formats.vhdx.options import OPTIONS
 from imgcore.formats.vhdx.reader import VhdxReader
 
 DRIVER: Final = Driver(
     name="vhdx",
-    options=OPTIONS,
-    read=lambda file, gate, values: VhdxReader(file),
+    options_module="imgcore.formats.vhdx.options",
+    read=lambda file, gate, options: VhdxReader(file),
     writing="imgcore.formats.vhdx.writer",
 )

@@ -117,7 +117,7 @@ class VhdxImage(NamedTuple):
 
     @property
     def view(self) -> ImageFile:
-        """What tables are read from."""
+        """The file that tables are read from."""
         return self.file if self.replayed is None else self.replayed
 
     @property

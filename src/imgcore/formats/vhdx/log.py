@@ -63,7 +63,7 @@ class ReplayedFile:
     n_entries : int
         Entries of the active sequence.
     store : HostFile
-        Sectors out of the log, in an anonymous file of its own.
+        Sectors from the log, in an anonymous file.
     patches : list of Patch
         Ascending and disjoint.
     """

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
     from imgcore.files.byte_source import ByteSource
     from imgcore.formats.api import CheckReport, Repair
-    from imgcore.formats.vhdx.tables import ExtentPlanner
+    from imgcore.formats.vhdx.tables import ExtentTables
 
 
 class VhdxReader:
@@ -33,7 +33,7 @@ class VhdxReader:
     Parameters
     ----------
     file : ByteSource
-        Owned by the reader from here on, also if the constructor raises.
+        Closed with the reader; the caller closes it if this raises.
 
     Raises
     ------
@@ -54,11 +54,7 @@ class VhdxReader:
 
     def __init__(self, file: ByteSource) -> None:
         self._file = file
-        try:
-            self._image = read_image(file)
-        except BaseException:
-            file.close()
-            raise
+        self._image = read_image(file)
         metadata = self._image.metadata
         self.subformat: str | None = "dynamic"
         if metadata.has_parent:
@@ -78,11 +74,11 @@ class VhdxReader:
         replayed = self._image.replayed
         files = [file] if replayed is None else [file, replayed.store]
         self.sources: Sequence[SourceFile] = [SourceFile(source) for source in files]
-        self._planner: ExtentPlanner | None = None
+        self._tables: ExtentTables | None = None
         for problem in self._image.problems:
             log.warning("%s: %s", file.path, problem.line)
 
-    def plan(self, start: int, length: int) -> Iterator[Extents]:
+    def extents(self, start: int, length: int) -> Iterator[Extents]:
         """Yield extent batches; see :class:`imgcore.formats.api.Reader`.
 
         Notes
@@ -90,11 +86,11 @@ class VhdxReader:
         Complexity: O(BAT entries in the range, and sectors of partially present blocks);
         memory: a few batches.  Thread safety: none.
         """
-        if self._planner is None:
-            from imgcore.formats.vhdx.tables import ExtentPlanner
+        if self._tables is None:
+            from imgcore.formats.vhdx.tables import ExtentTables
 
-            self._planner = ExtentPlanner(self._image)
-        return self._planner.plan(start, length)
+            self._tables = ExtentTables(self._image)
+        return self._tables.extents(start, length)
 
     def info(self) -> dict[str, Any]:
         """Return what is specific to the format, in the keys of ``qemu-img info``."""

@@ -93,8 +93,8 @@ def read_payload(image: VhdxImage, first: int, last: int) -> Entries:
     return raw[payload_indices(first, last, ratio) - base]
 
 
-class ExtentPlanner:
-    """Answers where guest ranges are; holds no table in memory between two calls."""
+class ExtentTables:
+    """Turns tables into extents; holds no table in memory between two calls."""
 
     def __init__(self, image: VhdxImage) -> None:
         self._image = image
@@ -102,8 +102,8 @@ class ExtentPlanner:
         self._format = table_format(self._block_nbytes)
         self._patches = None if image.replayed is None else _Patches(image.replayed)
 
-    def plan(self, start: int, length: int) -> Iterator[Extents]:
-        """Yield extent batches; see :meth:`imgcore.formats.api.Reader.plan`."""
+    def extents(self, start: int, length: int) -> Iterator[Extents]:
+        """Yield extent batches; see :meth:`imgcore.formats.api.Reader.extents`."""
         stop = start + length
         first_block, last_block = start // self._block_nbytes, -(-stop // self._block_nbytes)
         for first in range(first_block, last_block, limits.MAX_BATCH_ROWS):

@@ -120,11 +120,7 @@ class _ExtentCheck:
             yield sectors
 
     def _corruptions(self, count: int, lines: Iterable[str]) -> None:
-        """Count corruptions of which only the first are worth a line."""
-        wanted = min(count, CheckReport.MAX_PROBLEM_LINES - len(self._report.problems))
-        for _, line in zip(range(wanted), lines, strict=False):
-            self._report.corruption(f"{self._name}: {line}")
-        self._report.corruptions += count - wanted
+        self._report.corruptions_among(count, (f"{self._name}: {line}" for line in lines))
 
     def _directory_pieces(self, gd_offset: int) -> Iterator[tuple[int, NDArray[np.uint32]]]:
         n_entries = self._extent.n_directory_entries
@@ -138,7 +134,7 @@ class _ExtentCheck:
         return ~absent & (places > self._extent.file.nbytes - self._extent.gt_nbytes)
 
     def _check_directory(self, gd_offset: int) -> bool:
-        """Report tables outside the file or upon each other; False if that leaves no sense."""
+        """Report tables outside the file or overlapping; False if no check can follow."""
         tables = np.empty(self._extent.n_directory_entries, dtype=np.uint32)
         n_tables = 0
         for first, directory in self._directory_pieces(gd_offset):
@@ -169,7 +165,7 @@ class _ExtentCheck:
         return n_overlaps == 0
 
     def _compare_redundant(self) -> None:
-        """Report tables that the two directories do not agree upon."""
+        """Report tables that differ between the two directories."""
         extent = self._extent
         pairs = zip(
             self._directory_pieces(extent.gd_offset),
@@ -358,5 +354,4 @@ class _ExtentCheck:
         start = max(start, self._extent.overhead // SECTOR_NBYTES)
         n_grains = (stop - start) // self._grain_nsectors
         if n_grains > 0:
-            self._report.leak(f"{self._name}: {n_grains} grains from sector {start} on")
-            self._report.leaks += n_grains - 1
+            self._report.leak(f"{self._name}: {n_grains} grains from sector {start} on", n_grains)

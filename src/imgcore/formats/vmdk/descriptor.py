@@ -90,7 +90,7 @@ class Descriptor(NamedTuple):
 
 
 def parse_descriptor(data: bytes, path: str) -> Descriptor:
-    """Parse a descriptor, from a file of its own or embedded and padded with NULs.
+    """Parse a descriptor, from a separate file or embedded and padded with NULs.
 
     Parameters
     ----------
@@ -234,7 +234,7 @@ def _logical_sector_nbytes(values: dict[str, str], path: str) -> int:
 
 
 class DiskDatabase(NamedTuple):
-    """What a new descriptor says about the virtual hardware and the content."""
+    """The virtual hardware and the content IDs in a new descriptor."""
 
     adapter_type: str
     hw_version: str

@@ -8,19 +8,17 @@ Sources: VMware "Virtual Disk Format 5.0"; libvmdk, "VMware Virtual Disk Format 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from imgcore.formats.api import Driver, Reader
-from imgcore.formats.vmdk.options import OPTIONS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from imgcore.files.byte_source import ByteSource
     from imgcore.files.gate import ReferenceGate
+    from imgcore.formats.options import FormatOptions
 
 
-def _read(file: ByteSource, gate: ReferenceGate, values: Mapping[str, Any]) -> Reader:
+def _read(file: ByteSource, gate: ReferenceGate, options: FormatOptions) -> Reader:
     """Open a disk by its descriptor file or its only extent."""
     from imgcore.formats.vmdk.reader import VmdkReader
 
@@ -29,7 +27,7 @@ def _read(file: ByteSource, gate: ReferenceGate, values: Mapping[str, Any]) -> R
 
 DRIVER: Final = Driver(
     name="vmdk",
-    options=OPTIONS,
+    options_module="imgcore.formats.vmdk.options",
     read=_read,
     writing="imgcore.formats.vmdk.writer",
 )

@@ -21,7 +21,7 @@ SESPARSE_MAGIC: Final = b"\xbe\xba\xfe\xca\x00\x00\x00\x00"
 SPARSE_HEADER: Final = struct.Struct("<4sIIQQQQIQQQB4sH")
 HEADER_NBYTES: Final = 512
 
-# The grain directory lies behind the grains; the footer says where.
+# The grain directory follows the grains; the footer says where.
 GD_AT_END: Final = (1 << 64) - 1
 # singleEndLineChar, nonEndLineChar, doubleEndLineChar1, doubleEndLineChar2
 NEWLINE_TEST: Final = b"\n \r\n"

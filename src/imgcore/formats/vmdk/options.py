@@ -2,88 +2,63 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
-import secrets
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from imgcore.engine.geometry import ZeroPolicy
 from imgcore.errors import OptionError, UnsupportedFeatureError
-from imgcore.formats.api import Option
+from imgcore.formats.options import PREALLOCATION, FormatOptions, byte_size, choice, flag, text
+from imgcore.formats.shared.requests import check_block_size, check_virtual_size, refuse_idle
 from imgcore.formats.vmdk.descriptor import DiskDatabase
 from imgcore.formats.vmdk.layout import DEFAULT_GRAIN_NBYTES, RESERVED_CIDS
 from imgcore.limits import KIB, SECTOR_NBYTES, VMDK_MAX_GRAIN_NBYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from typing import Any
-
-    from imgcore.files.target import Target
     from imgcore.formats.api import WriteRequest
 
-
-ADAPTER_TYPES: Final = ("ide", "buslogic", "lsilogic", "legacyESX")
-
-
-SUBFORMATS: Final = ("monolithicSparse", "streamOptimized", "monolithicFlat", "vmfs")
-
-
-LEVELS: Final = ("fastest", "fast", "default", "best")
-
-
-OPTIONS: Final = (
-    Option(
-        "subformat",
-        "choice",
-        None,
-        "Kind of VMDK (monolithicSparse unless given; streamOptimized with -c)",
-        SUBFORMATS,
-    ),
-    Option("adapter_type", "choice", "lsilogic", "Virtual disk adapter", ADAPTER_TYPES),
-    Option("hwversion", "str", None, "Virtual hardware version (4 unless given)"),
-    Option("toolsversion", "str", "2147483647", "Version of the guest tools"),
-    Option("compat6", "bool", False, "Virtual hardware version 6"),
-    Option(
-        "logical_sector_size",
-        "choice",
-        None,
-        "Sector size of the guest's disk (the source's, else 512)",
-        ("512", "4096"),
-    ),
-    Option("zeroed_grain", "bool", False, "Mark explicit zeros in tables (monolithicSparse)"),
-    Option("grain_size", "size", 65536, "Grain size, 8k to 1M (sparse kinds)"),
-    Option("level", "choice", "default", "Compression level (streamOptimized)", LEVELS),
-    Option("cid", "str", None, "Content ID, 8 hexadecimal digits (random unless given)"),
-    Option(
-        "preallocation",
-        "choice",
-        "off",
-        "Reserve the space of flat kinds",
-        ("off", "falloc", "full"),
-    ),
-)
-
-# VMware's own tools write 4 for "any"; hosts since ESX 4 take the version from the VM instead.
-DEFAULT_HW_VERSION: Final = "4"
-
-
-COMPAT6_HW_VERSION: Final = "6"
-
-
-# Tools that are managed by the guest's distribution.
-DEFAULT_TOOLS_VERSION: Final = "2147483647"
-
+# Subformats with flat extents, and what their descriptors call these.
+FLAT_KINDS: Final = {"monolithicFlat": "FLAT", "vmfs": "VMFS"}
 
 # The specification asks for more than 8 sectors, and libvmdk insists on it.
 _MIN_GRAIN_NBYTES: Final = 8 * KIB
+# VMware's own tools write 4 for "any"; hosts since ESX 4 take the version from the VM instead.
+_HW_VERSION: Final = "4"
+_COMPAT6_HW_VERSION: Final = "6"
 
 
-FLAT_KINDS: Final = {"monolithicFlat": "FLAT", "vmfs": "VMFS"}
+@dataclass(frozen=True)
+class Options(FormatOptions):
+    """The ``-o`` options."""
+
+    subformat: str | None = choice(
+        None,
+        ("monolithicSparse", "streamOptimized", *FLAT_KINDS),
+        "Kind of VMDK (monolithicSparse unless given; streamOptimized with -c)",
+    )
+    adapter_type: str = choice(
+        "lsilogic", ("ide", "buslogic", "lsilogic", "legacyESX"), "Virtual disk adapter"
+    )
+    hwversion: str | None = text(None, "Virtual hardware version (4 unless given)")
+    # Tools that are managed by the guest's distribution.
+    toolsversion: str = text("2147483647", "Version of the guest tools")
+    compat6: bool = flag("Virtual hardware version 6")
+    logical_sector_size: str | None = choice(
+        None, ("512", "4096"), "Sector size of the guest's disk (the source's, else 512)"
+    )
+    zeroed_grain: bool = flag("Mark explicit zeros in tables (monolithicSparse)")
+    grain_size: int = byte_size(DEFAULT_GRAIN_NBYTES, "Grain size, 8k to 1M (sparse kinds)")
+    level: str = choice(
+        "default",
+        ("fastest", "fast", "default", "best"),
+        "Compression level (streamOptimized)",
+    )
+    cid: str | None = text(None, "Content ID, 8 hexadecimal digits (random unless given)")
+    preallocation: str = choice("off", PREALLOCATION, "Reserve the space of flat kinds")
 
 
-class VmdkPlan(NamedTuple):
-    """A request with its options verified."""
+class WriteOptions(NamedTuple):
+    """A request, verified."""
 
     subformat: str
     virtual_size: int
@@ -95,29 +70,33 @@ class VmdkPlan(NamedTuple):
     name: str
     database: DiskDatabase
 
+    @classmethod
+    def of(cls, request: WriteRequest[Options]) -> WriteOptions:
+        """Verify a request; raises OptionError or UnsupportedFeatureError."""
+        options = request.options
+        if request.backing is not None:
+            raise UnsupportedFeatureError("VMDK with a backing file (-B) is not written yet")
+        check_virtual_size(request.virtual_size)
+        subformat = _subformat(request)
+        check_block_size("grain_size", options.grain_size, _MIN_GRAIN_NBYTES, VMDK_MAX_GRAIN_NBYTES)
+        database = _database(request)
+        _refuse_idle_options(options, subformat)
+        return cls(
+            subformat=subformat,
+            virtual_size=request.virtual_size,
+            grain_nbytes=options.grain_size,
+            zeroed_grain=options.zeroed_grain,
+            level=options.level,
+            preallocation=options.preallocation,
+            sparse_nbytes=request.sparse_nbytes,
+            name=os.path.basename(request.target_name),
+            database=database,
+        )
+
     @property
     def n_sectors(self) -> int:
         """The disk's capacity in sectors."""
         return self.virtual_size // SECTOR_NBYTES
-
-    @property
-    def zero_policy(self) -> ZeroPolicy:
-        """Zeros are written only where ``-S 0`` asks for it: a new file reads as zeros."""
-        return ZeroPolicy.SKIP if self.sparse_nbytes else ZeroPolicy.STORE
-
-
-def refuse_in_place(target: Target) -> None:
-    """Raise UnsupportedFeatureError unless the target is a new file."""
-    if target.in_place or target.is_block_device:
-        raise UnsupportedFeatureError(
-            "VMDK is written to a new file only, not in place (-n) nor to a block device",
-            path=target.path,
-        )
-
-
-def extent_name(plan: VmdkPlan) -> str:
-    """Return the name a sparse file gives itself; readers go by the file, not by this."""
-    return plan.name if is_plain_name(plan.name) else "disk.vmdk"
 
 
 def is_plain_name(name: str) -> bool:
@@ -125,80 +104,50 @@ def is_plain_name(name: str) -> bool:
     return bool(name) and name.isprintable() and not {'"', ":"} & set(name)
 
 
-def plan_request(request: WriteRequest) -> VmdkPlan:
-    options = request.options
-    if request.backing is not None:
-        raise UnsupportedFeatureError("VMDK with a backing file (-B) is not written yet")
-    if request.virtual_size % SECTOR_NBYTES or request.virtual_size < 0:
-        raise OptionError(
-            f"virtual size {request.virtual_size} is not a multiple of {SECTOR_NBYTES}"
-        )
-    subformat = options.get("subformat")
-    if request.compress:
-        if subformat not in (None, "streamOptimized"):
-            raise OptionError(f"-c asks for streamOptimized, not for subformat={subformat}")
-        subformat = "streamOptimized"
-    plan = VmdkPlan(
-        subformat=subformat or "monolithicSparse",
-        virtual_size=request.virtual_size,
-        grain_nbytes=_grain_nbytes(options),
-        zeroed_grain=bool(options.get("zeroed_grain")),
-        level=str(options.get("level") or "default"),
-        preallocation=str(options.get("preallocation") or "off"),
-        sparse_nbytes=request.sparse_nbytes,
-        name=os.path.basename(request.target_name),
-        database=_database(request),
+def _subformat(request: WriteRequest[Options]) -> str:
+    stated = request.options.subformat
+    if not request.compress:
+        return stated or "monolithicSparse"
+    if stated not in (None, "streamOptimized"):
+        raise OptionError(f"-c asks for streamOptimized, not for subformat={stated}")
+    return "streamOptimized"
+
+
+def _refuse_idle_options(options: Options, subformat: str) -> None:
+    is_flat = subformat in FLAT_KINDS
+    refuse_idle(
+        {
+            "zeroed_grain": options.zeroed_grain and subformat != "monolithicSparse",
+            "level": options.level != Options.level and subformat != "streamOptimized",
+            "grain_size": options.grain_size != Options.grain_size and is_flat,
+            "preallocation": options.preallocation != "off" and not is_flat,
+        },
+        subformat,
     )
-    _refuse_idle_options(plan)
-    return plan
 
 
-def _refuse_idle_options(plan: VmdkPlan) -> None:
-    """Refuse options that would do nothing: the user expects something of them."""
-    is_flat = plan.subformat in FLAT_KINDS
-    idle = {
-        "zeroed_grain": plan.zeroed_grain and plan.subformat != "monolithicSparse",
-        "level": plan.level != "default" and plan.subformat != "streamOptimized",
-        "grain_size": plan.grain_nbytes != DEFAULT_GRAIN_NBYTES and is_flat,
-        "preallocation": plan.preallocation != "off" and not is_flat,
-    }
-    for name, is_idle in idle.items():
-        if is_idle:
-            raise OptionError(f"option {name} does not go with subformat={plan.subformat}")
-
-
-def _grain_nbytes(options: Mapping[str, Any]) -> int:
-    nbytes = int(options.get("grain_size") or DEFAULT_GRAIN_NBYTES)
-    if nbytes & (nbytes - 1) or not _MIN_GRAIN_NBYTES <= nbytes <= VMDK_MAX_GRAIN_NBYTES:
-        raise OptionError(
-            f"grain_size is {nbytes}: allowed are powers of two from "
-            f"{_MIN_GRAIN_NBYTES} to {VMDK_MAX_GRAIN_NBYTES}"
-        )
-    return nbytes
-
-
-def _database(request: WriteRequest) -> DiskDatabase:
+def _database(request: WriteRequest[Options]) -> DiskDatabase:
     options = request.options
-    hw_version = options.get("hwversion")
-    if options.get("compat6"):
+    hw_version = options.hwversion
+    if options.compat6:
         if hw_version is not None:
             raise OptionError("compat6 and hwversion do not go together")
-        hw_version = COMPAT6_HW_VERSION
-    cid, long_content_id = _content_ids(options.get("cid"))
+        hw_version = _COMPAT6_HW_VERSION
+    cid, long_content_id = _content_ids(options.cid)
     return DiskDatabase(
-        adapter_type=str(options.get("adapter_type") or "lsilogic"),
-        hw_version=_number("hwversion", hw_version, DEFAULT_HW_VERSION),
-        tools_version=_number("toolsversion", options.get("toolsversion"), DEFAULT_TOOLS_VERSION),
+        adapter_type=options.adapter_type,
+        hw_version=_number("hwversion", _HW_VERSION if hw_version is None else hw_version),
+        tools_version=_number("toolsversion", options.toolsversion),
         cid=cid,
         long_content_id=long_content_id,
         logical_sector_nbytes=_logical_sector_nbytes(request),
     )
 
 
-def _logical_sector_nbytes(request: WriteRequest) -> int:
+def _logical_sector_nbytes(request: WriteRequest[Options]) -> int:
     """Return the option's value, else what the source states: a guest sees no change."""
     nbytes = int(
-        request.options.get("logical_sector_size") or request.logical_sector_nbytes or SECTOR_NBYTES
+        request.options.logical_sector_size or request.logical_sector_nbytes or SECTOR_NBYTES
     )
     if request.virtual_size % nbytes:
         raise OptionError(
@@ -208,27 +157,28 @@ def _logical_sector_nbytes(request: WriteRequest) -> int:
     return nbytes
 
 
-def _number(name: str, value: object, default: str) -> str:
-    text = default if value is None else str(value)
+def _number(name: str, text: str) -> str:
     if not re.fullmatch(r"[0-9]{1,10}", text):
         raise OptionError(f"{name} is {text[:40]!r}: a number is expected")
     return text
 
 
-def _content_ids(given: object) -> tuple[int, str]:
+def _content_ids(given: str | None) -> tuple[int, str]:
     """Return the content ID and the long one, which ends with it, as VMware makes them.
 
     Random, unless the short one is given: then both follow from it.
     """
+    import hashlib
+    import secrets
+
     if given is None:
         cid = secrets.randbelow(min(RESERVED_CIDS))
         return cid, f"{secrets.token_hex(12)}{cid:08x}"
-    text = str(given)
-    if not re.fullmatch(r"(0x)?[0-9A-Fa-f]{1,8}", text) or int(text, 16) in RESERVED_CIDS:
+    if not re.fullmatch(r"(0x)?[0-9A-Fa-f]{1,8}", given) or int(given, 16) in RESERVED_CIDS:
         raise OptionError(
-            f"cid is {text[:40]!r}: 8 hexadecimal digits are expected, other than "
+            f"cid is {given[:40]!r}: 8 hexadecimal digits are expected, other than "
             + " and ".join(f"{cid:08x}" for cid in RESERVED_CIDS)
         )
-    cid = int(text, 16)
+    cid = int(given, 16)
     digest = hashlib.sha256(b"imgcore vmdk longContentID" + cid.to_bytes(4, "big"))
     return cid, f"{digest.hexdigest()[:24]}{cid:08x}"

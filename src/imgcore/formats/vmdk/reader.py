@@ -16,6 +16,7 @@ from imgcore.errors import (
 )
 from imgcore.formats.api import BackingReference, CheckReport
 from imgcore.formats.magic import is_vmdk_descriptor
+from imgcore.formats.shared.flat_reader import FlatExtents
 from imgcore.formats.shared.windows_paths import names_from_windows_path
 from imgcore.formats.vmdk.descriptor import Descriptor, ExtentLine, parse_descriptor
 from imgcore.formats.vmdk.extent import DiskExtent
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from imgcore.files.byte_source import ByteSource
     from imgcore.files.gate import ReferenceGate
     from imgcore.formats.vmdk.stream_layout import StreamLayout
-    from imgcore.formats.vmdk.tables import SparsePlanner
+    from imgcore.formats.vmdk.tables import SparseTables
 
 _PROBE_NBYTES: Final = 65536
 # Types of disks whose descriptor lies in the only extent.
@@ -66,7 +67,8 @@ class VmdkReader:
         self._opened = ExitStack()
         self._sources: list[SourceFile] = []
         self._extents: list[DiskExtent] = []
-        self._planners: dict[int, SparsePlanner] = {}
+        # By the place of an extent on the disk, made when they are first asked.
+        self._tables: dict[int, SparseTables | FlatExtents] = {}
         self.virtual_size = 0
         with self._opened:
             head = file.pread(0, min(file.nbytes, _PROBE_NBYTES))
@@ -85,7 +87,7 @@ class VmdkReader:
 
     @property
     def identities(self) -> Mapping[str, str]:
-        """What a delta of this disk states as its parent's."""
+        """The content ID that a delta states as its parent's."""
         return _content_id(self.descriptor.cid)
 
     @property
@@ -105,7 +107,7 @@ class VmdkReader:
 
     @property
     def subformat(self) -> str | None:
-        """What the files are, which differs from the descriptor's word in some exports."""
+        """Kind of the files; in some exports the descriptor states another."""
         first = self._extents[0].sparse if len(self._extents) == 1 else None
         stated = self.descriptor.create_type
         if first is not None and stated.lower() in _MONOLITHIC_TYPES | {""}:
@@ -119,7 +121,7 @@ class VmdkReader:
 
         sparse = self._extents[0].sparse
         assert sparse is not None
-        return find_stream_layout(sparse, self.plan(0, self.virtual_size))
+        return find_stream_layout(sparse, self.extents(0, self.virtual_size))
 
     @property
     def block_nbytes(self) -> int:
@@ -127,43 +129,38 @@ class VmdkReader:
         grains = [item.sparse.grain_nbytes for item in self._extents if item.sparse is not None]
         return max(grains, default=SECTOR_NBYTES)
 
-    def plan(self, start: int, length: int) -> Iterator[Extents]:
+    def extents(self, start: int, length: int) -> Iterator[Extents]:
         """Yield extent batches that cover ``[start, start + length)`` of this layer.
 
-        See :meth:`imgcore.formats.api.Reader.plan`.  Memory is one piece of the grain
+        See :meth:`imgcore.formats.api.Reader.extents`.  Memory is one piece of the grain
         directory, one window of grain tables and one batch.
         """
-        from imgcore.engine.extents import Kind, single
-        from imgcore.formats.shared.flat import plan_flat
-
         stop = start + length
         if start < 0 or length < 0 or stop > self.virtual_size:
             raise ValueError(f"[{start}, {stop}) is not inside {self.virtual_size} bytes")
         for item in self._extents:
             low = max(start, item.guest_base)
             high = min(stop, item.guest_base + item.nbytes)
-            if low >= high:
-                continue
-            if item.sparse is not None:
-                yield from self._planner(item).plan(low, high)
-            elif item.file is not None:
-                yield from plan_flat(
-                    item.file, item.file_offset, low, high, item.guest_base, item.file_index
-                )
+            if low < high:
+                yield from self._extents_of(item, low, high - low)
+
+    def _extents_of(self, item: DiskExtent, start: int, length: int) -> Iterator[Extents]:
+        from imgcore.engine.extents import Kind, single
+        from imgcore.formats.vmdk.tables import SparseTables
+
+        if item.file is None:
+            return iter([single(start, length, Kind.ZERO)])
+        found = self._tables.get(item.guest_base)
+        if found is None:
+            if item.sparse is None:
+                shift = item.file_offset - item.guest_base
+                found = FlatExtents(item.file, shift=shift, file_index=item.file_index)
             else:
-                yield single(low, high - low, Kind.ZERO)
-
-    def _planner(self, item: DiskExtent) -> SparsePlanner:
-        from imgcore.formats.vmdk.tables import SparsePlanner
-
-        planner = self._planners.get(item.guest_base)
-        if planner is None:
-            assert item.sparse is not None
-            planner = SparsePlanner(
-                item.sparse, item.guest_base, item.nbytes, item.file_index, item.short_nbytes
-            )
-            self._planners[item.guest_base] = planner
-        return planner
+                found = SparseTables(
+                    item.sparse, item.guest_base, item.nbytes, item.file_index, item.short_nbytes
+                )
+            self._tables[item.guest_base] = found
+        return found.extents(start, length)
 
     def info(self) -> dict[str, Any]:
         """Return content IDs, type and extents, in the keys of ``qemu-img info``."""

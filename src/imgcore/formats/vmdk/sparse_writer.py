@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 from imgcore.engine.geometry import CodecId, Geometry, Prefix
 from imgcore.errors import LimitExceededError
+from imgcore.formats.shared.alignment import align_up
+from imgcore.formats.shared.requests import zero_policy
 from imgcore.formats.vmdk import layout
 from imgcore.formats.vmdk.descriptor import compose_descriptor
 from imgcore.formats.vmdk.layout import Flags, SparseHeader
-from imgcore.formats.vmdk.options import VmdkPlan, extent_name, refuse_in_place
+from imgcore.formats.vmdk.options import WriteOptions, is_plain_name
 from imgcore.limits import (
     SECTOR_NBYTES,
     VMDK_MAX_DIRECTORY_ENTRIES,
@@ -35,56 +37,52 @@ _GT_GAP_NBYTES: Final = SECTOR_NBYTES + layout.GT_NBYTES
 _STREAM_FIRST_OFFSET: Final = layout.STREAM_OVERHEAD_NSECTORS * SECTOR_NBYTES
 
 
-def _align_up(nbytes: int, unit: int) -> int:
-    return -(-nbytes // unit) * unit
-
-
-def _n_directory_entries(plan: VmdkPlan) -> int:
-    count = -(-plan.virtual_size // (plan.grain_nbytes * layout.GTES_PER_GT))
+def _n_directory_entries(options: WriteOptions) -> int:
+    count = -(-options.virtual_size // (options.grain_nbytes * layout.GTES_PER_GT))
     if count > VMDK_MAX_DIRECTORY_ENTRIES:
         raise LimitExceededError(
-            f"{plan.virtual_size} bytes need {count} grain directory entries, allowed are "
+            f"{options.virtual_size} bytes need {count} grain directory entries, allowed are "
             f"{VMDK_MAX_DIRECTORY_ENTRIES}: a larger grain_size helps"
         )
     return count
 
 
 def _directory_nbytes(n_entries: int) -> int:
-    return _align_up(n_entries * layout.ENTRY_NBYTES, SECTOR_NBYTES)
+    return align_up(n_entries * layout.ENTRY_NBYTES, SECTOR_NBYTES)
 
 
-def stream_bound_nbytes(plan: VmdkPlan, data_nbytes: int) -> int:
+def stream_bound_nbytes(options: WriteOptions, data_nbytes: int) -> int:
     """Return the largest streamOptimized file for ``data_nbytes`` of whole grains of data."""
-    grain_nbytes = plan.grain_nbytes
-    n_grains = -(-min(data_nbytes, plan.virtual_size) // grain_nbytes)
+    grain_nbytes = options.grain_nbytes
+    n_grains = -(-min(data_nbytes, options.virtual_size) // grain_nbytes)
     # Deflate's stored blocks cost 5 bytes each; 1/512 covers blocks of 4 KiB and up.
-    grain_bound = _align_up(
+    grain_bound = align_up(
         layout.GRAIN_MARKER.size + grain_nbytes + grain_nbytes // 512 + 64, SECTOR_NBYTES
     )
-    n_entries = _n_directory_entries(plan)
+    n_entries = _n_directory_entries(options)
     n_tables = min(n_grains, n_entries)
     # Markers of the directory and the footer, the footer, the end of the stream.
     end_nbytes = _directory_nbytes(n_entries) + 4 * SECTOR_NBYTES
     return _STREAM_FIRST_OFFSET + n_grains * grain_bound + n_tables * _GT_GAP_NBYTES + end_nbytes
 
 
-def sparse_file_nbytes(plan: VmdkPlan, data_nbytes: int) -> int:
+def sparse_file_nbytes(options: WriteOptions, data_nbytes: int) -> int:
     """Return the size of a monolithicSparse file with ``data_nbytes`` of whole grains of data."""
-    n_grains = -(-min(data_nbytes, plan.virtual_size) // plan.grain_nbytes)
-    return HostedLayout(plan).overhead + n_grains * plan.grain_nbytes
+    n_grains = -(-min(data_nbytes, options.virtual_size) // options.grain_nbytes)
+    return HostedLayout(options).overhead + n_grains * options.grain_nbytes
 
 
-def _table_format(plan: VmdkPlan) -> TableFormat:
+def _table_format(options: WriteOptions) -> TableFormat:
     from imgcore._core import TableFormat
 
     return TableFormat(
         entry_nbytes=layout.ENTRY_NBYTES,
         big_endian=False,
-        block_nbytes=plan.grain_nbytes,
+        block_nbytes=options.grain_nbytes,
         offset_mask=0xFFFFFFFF,
         offset_lshift=SECTOR_NBYTES.bit_length() - 1,
         absent_entry=layout.ENTRY_ABSENT,
-        zero_entry=layout.ENTRY_ZEROED if plan.zeroed_grain else layout.ENTRY_ABSENT,
+        zero_entry=layout.ENTRY_ZEROED if options.zeroed_grain else layout.ENTRY_ABSENT,
     )
 
 
@@ -111,15 +109,17 @@ def _too_large(place: int, path: str) -> LimitExceededError:
     )
 
 
-def _embedded_descriptor(plan: VmdkPlan, access: str) -> bytes:
-    line = f'{access} {plan.n_sectors} SPARSE "{extent_name(plan)}"'
-    text = compose_descriptor(plan.subformat, line, plan.n_sectors, plan.database)
+def _embedded_descriptor(options: WriteOptions, access: str) -> bytes:
+    # The name a sparse file gives itself; readers go by the file, not by this.
+    name = options.name if is_plain_name(options.name) else "disk.vmdk"
+    line = f'{access} {options.n_sectors} SPARSE "{name}"'
+    text = compose_descriptor(options.subformat, line, options.n_sectors, options.database)
     assert len(text) <= layout.DESCRIPTOR_NSECTORS * SECTOR_NBYTES
     return text
 
 
 def _header(
-    plan: VmdkPlan,
+    options: WriteOptions,
     version: int,
     flags: Flags,
     gd_offset: int,
@@ -131,8 +131,8 @@ def _header(
         magic=layout.SPARSE_MAGIC,
         version=version,
         flags=int(flags),
-        capacity=plan.n_sectors,
-        grain_size=plan.grain_nbytes // SECTOR_NBYTES,
+        capacity=options.n_sectors,
+        grain_size=options.grain_nbytes // SECTOR_NBYTES,
         descriptor_offset=layout.DESCRIPTOR_SECTOR,
         descriptor_size=layout.DESCRIPTOR_NSECTORS,
         n_gtes_per_gt=layout.GTES_PER_GT,
@@ -160,13 +160,14 @@ class StreamWriter:
     """
 
     format_name: ClassVar[str] = "vmdk"
+    needs_own_blocks: ClassVar[bool] = False
     _FLAGS: ClassVar[Flags] = Flags.NEWLINE_TEST | Flags.COMPRESSED | Flags.MARKERS
     _VERSION: ClassVar[int] = 3
 
-    def __init__(self, plan: VmdkPlan) -> None:
-        self._plan = plan
-        self._n_entries = _n_directory_entries(plan)
-        self.logical_sector_nbytes = plan.database.logical_sector_nbytes
+    def __init__(self, options: WriteOptions) -> None:
+        self._options = options
+        self._n_entries = _n_directory_entries(options)
+        self.logical_sector_nbytes = options.database.logical_sector_nbytes
         self.first_offset = _STREAM_FIRST_OFFSET
         self.geometry = self._make_geometry()
         self._file: TargetFile | None = None
@@ -178,14 +179,14 @@ class StreamWriter:
         from imgcore.engine.levels import deflate_codec
 
         return Geometry(
-            block_nbytes=self._plan.grain_nbytes,
-            guest_nbytes=self._plan.virtual_size,
-            zero_policy=self._plan.zero_policy,
+            block_nbytes=self._options.grain_nbytes,
+            guest_nbytes=self._options.virtual_size,
+            zero_policy=zero_policy(self._options.sparse_nbytes, has_parent=False),
             compressed_alignment=SECTOR_NBYTES,
             prefix=Prefix.GRAIN_MARKER,
             store_incompressible=False,
-            codec=deflate_codec(self._plan.level, 15, CodecId.ZLIB),
-            sparse_nbytes=self._plan.sparse_nbytes,
+            codec=deflate_codec(self._options.level, 15, CodecId.ZLIB),
+            sparse_nbytes=self._options.sparse_nbytes,
             group_nblocks=layout.GTES_PER_GT,
             group_gap_nbytes=_GT_GAP_NBYTES,
         )
@@ -194,9 +195,8 @@ class StreamWriter:
         """Return the file; its header is written at the end."""
         import numpy as np
 
-        refuse_in_place(target)
         self._file = target.main
-        self._table_format = _table_format(self._plan)
+        self._table_format = _table_format(self._options)
         self._directory = np.zeros(self._n_entries, dtype="<u4")
         self._table = np.zeros(layout.GTES_PER_GT, dtype="<u4")
         return self._file
@@ -223,7 +223,7 @@ class StreamWriter:
             high = min(group_start + layout.GTES_PER_GT, first_block + len(entries))
             piece = slice(low - first_block, high - first_block)
             self._table[low - group_start : high - group_start] = entries[piece]
-            self._gap_offset = _align_up(int(ends[piece].max()), SECTOR_NBYTES)
+            self._gap_offset = align_up(int(ends[piece].max()), SECTOR_NBYTES)
             self._is_pending = True
             if self._gap_offset + _GT_GAP_NBYTES <= next_offset:
                 self._write_table()
@@ -249,7 +249,7 @@ class StreamWriter:
         end = max(next_offset, self.first_offset)
         if self._group >= 0:
             end = max(end, self._gap_offset + _GT_GAP_NBYTES)
-        end = _align_up(end, SECTOR_NBYTES)
+        end = align_up(end, SECTOR_NBYTES)
         directory_nbytes = _directory_nbytes(self._n_entries)
         gd_offset = end + SECTOR_NBYTES
         if gd_offset >= VMDK_MAX_SPARSE_FILE_NBYTES:
@@ -265,12 +265,14 @@ class StreamWriter:
         )
         self._file.pwrite(end, tail)
         self._file.truncate(end + len(tail))
-        descriptor = _embedded_descriptor(self._plan, "RDONLY")
+        descriptor = _embedded_descriptor(self._options, "RDONLY")
         self._file.pwrite(layout.DESCRIPTOR_SECTOR * SECTOR_NBYTES, descriptor)
         self._file.pwrite(0, self._header(layout.GD_AT_END))
 
     def _header(self, gd_offset: int) -> bytes:
-        return _header(self._plan, self._VERSION, self._FLAGS, gd_offset, 0, _STREAM_FIRST_OFFSET)
+        return _header(
+            self._options, self._VERSION, self._FLAGS, gd_offset, 0, _STREAM_FIRST_OFFSET
+        )
 
 
 class HostedLayout:
@@ -280,18 +282,18 @@ class HostedLayout:
     grain ``i`` is at ``gt_offset + 4 * i``.
     """
 
-    def __init__(self, plan: VmdkPlan) -> None:
-        self.n_entries = _n_directory_entries(plan)
+    def __init__(self, options: WriteOptions) -> None:
+        self.n_entries = _n_directory_entries(options)
         directory_nbytes = _directory_nbytes(self.n_entries)
         tables_nbytes = self.n_entries * layout.GT_NBYTES
         self.rgd_offset = (layout.DESCRIPTOR_SECTOR + layout.DESCRIPTOR_NSECTORS) * SECTOR_NBYTES
         self.rgt_offset = self.rgd_offset + directory_nbytes
         self.gd_offset = self.rgt_offset + tables_nbytes
         self.gt_offset = self.gd_offset + directory_nbytes
-        self.overhead = _align_up(self.gt_offset + tables_nbytes, plan.grain_nbytes)
+        self.overhead = align_up(self.gt_offset + tables_nbytes, options.grain_nbytes)
         if self.overhead >= VMDK_MAX_SPARSE_FILE_NBYTES:
             raise LimitExceededError(
-                f"the tables of a disk of {plan.virtual_size} bytes need {self.overhead} bytes, "
+                f"the tables of a disk of {options.virtual_size} bytes need {self.overhead} bytes, "
                 f"a sparse VMDK file holds {VMDK_MAX_SPARSE_FILE_NBYTES} at the most"
             )
 
@@ -300,27 +302,27 @@ class SparseWriter:
     """Writes monolithicSparse: two sets of tables in front, then plain grains."""
 
     format_name: ClassVar[str] = "vmdk"
+    needs_own_blocks: ClassVar[bool] = False
 
-    def __init__(self, plan: VmdkPlan) -> None:
-        self._plan = plan
-        self._layout = HostedLayout(plan)
-        self.logical_sector_nbytes = plan.database.logical_sector_nbytes
+    def __init__(self, options: WriteOptions) -> None:
+        self._options = options
+        self._layout = HostedLayout(options)
+        self.logical_sector_nbytes = options.database.logical_sector_nbytes
         self.first_offset = self._layout.overhead
         self.geometry = Geometry(
-            block_nbytes=plan.grain_nbytes,
-            guest_nbytes=plan.virtual_size,
-            zero_policy=plan.zero_policy,
-            stored_alignment=plan.grain_nbytes,
-            compressed_alignment=plan.grain_nbytes,
-            sparse_nbytes=plan.sparse_nbytes,
+            block_nbytes=options.grain_nbytes,
+            guest_nbytes=options.virtual_size,
+            zero_policy=zero_policy(options.sparse_nbytes, has_parent=False),
+            stored_alignment=options.grain_nbytes,
+            compressed_alignment=options.grain_nbytes,
+            sparse_nbytes=options.sparse_nbytes,
         )
         self._file: TargetFile | None = None
 
     def begin(self, target: Target) -> TargetFile:
         """Return the file; its header is written at the end."""
-        refuse_in_place(target)
         self._file = target.main
-        self._table_format = _table_format(self._plan)
+        self._table_format = _table_format(self._options)
         return self._file
 
     def place(self, first_block: int, placements: Placements, next_offset: int) -> int:
@@ -345,21 +347,23 @@ class SparseWriter:
         """Write both directories, the descriptor and the header; round up to whole grains."""
         assert self._file is not None
         parts = self._layout
-        end = _align_up(max(next_offset, parts.overhead), self._plan.grain_nbytes)
+        end = align_up(max(next_offset, parts.overhead), self._options.grain_nbytes)
         if end > VMDK_MAX_SPARSE_FILE_NBYTES:
             raise _too_large(end, self._file.path)
         self._file.truncate(end)
         self._write_directory(parts.rgd_offset, parts.rgt_offset)
         self._write_directory(parts.gd_offset, parts.gt_offset)
-        descriptor = _embedded_descriptor(self._plan, "RW")
+        descriptor = _embedded_descriptor(self._options, "RW")
         self._file.pwrite(layout.DESCRIPTOR_SECTOR * SECTOR_NBYTES, descriptor)
         flags = Flags.NEWLINE_TEST | Flags.REDUNDANT_GD
-        if self._plan.zeroed_grain:
+        if self._options.zeroed_grain:
             flags |= Flags.ZEROED_GRAIN
-        version = 2 if self._plan.zeroed_grain else 1
+        version = 2 if self._options.zeroed_grain else 1
         self._file.pwrite(
             0,
-            _header(self._plan, version, flags, parts.gd_offset, parts.rgd_offset, parts.overhead),
+            _header(
+                self._options, version, flags, parts.gd_offset, parts.rgd_offset, parts.overhead
+            ),
         )
 
     def _write_directory(self, offset: int, first_table: int) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from imgcore._core import TableFormat
-from imgcore.engine.extents import FLAG_GRAIN_MARKER, Kind, single
+from imgcore.engine.extents import FLAG_GRAIN_MARKER, Kind, clip, single
 from imgcore.errors import CorruptImageError
 from imgcore.formats.shared.tables import decode_entries
 from imgcore.formats.vmdk.layout import (
@@ -82,7 +82,7 @@ def read_tables(
     extent : SparseExtent
         The extent.
     directory : ndarray, shape (n,), dtype uint32
-        Directory entries; one without a table gives entries of its own value.
+        Directory entries; one without a table gives entries with its value.
     first : int
         Index of ``directory[0]``, for messages.
 
@@ -159,8 +159,8 @@ def drop_unwritten_tables(extent: SparseExtent, directory: Entries) -> Entries:
     return kept
 
 
-class SparsePlanner:
-    """Plans one sparse extent.
+class SparseTables:
+    """Turns the tables of one sparse extent into extents of the disk.
 
     Parameters
     ----------
@@ -197,8 +197,9 @@ class SparsePlanner:
         # Rows of one decoded window and one row of a hole before it stay inside a batch.
         self._window_ntables = max(1, (MAX_BATCH_ROWS - 1) // extent.n_gtes_per_gt)
 
-    def plan(self, start: int, stop: int) -> Iterator[Extents]:
-        """Yield batches for guest range [start, stop), which lies inside the extent."""
+    def extents(self, start: int, length: int) -> Iterator[Extents]:
+        """Yield batches for ``length`` bytes of the disk from ``start``, inside the extent."""
+        stop = start + length
         reach_nbytes = self.extent.gt_reach_nbytes
         first = (start - self.guest_base) // reach_nbytes
         end = -(-(stop - self.guest_base) // reach_nbytes)
@@ -206,13 +207,11 @@ class SparsePlanner:
             n_entries = min(DIRECTORY_PIECE_ENTRIES, end - piece)
             directory = read_directory(self.extent, self.extent.gd_offset, piece, n_entries)
             directory = drop_unwritten_tables(self.extent, directory)
-            yield from self._plan_piece(directory, piece, start, stop)
+            yield from self._piece(directory, piece, start, stop)
 
-    def _plan_piece(
-        self, directory: Entries, first: int, start: int, stop: int
-    ) -> Iterator[Extents]:
+    def _piece(self, directory: Entries, first: int, start: int, stop: int) -> Iterator[Extents]:
         """Split a directory piece into stretches without tables and windows of tables."""
-        # With the flag, an entry of 1 has to be told from a hole: it goes through a window.
+        # With the flag, an entry of 1 differs from a hole: it goes through a window.
         used = np.flatnonzero(directory != ENTRY_ABSENT)
         position = 0
         while position < len(directory):
@@ -270,7 +269,7 @@ class SparsePlanner:
             file_nbytes=self.extent.file.nbytes,
             file=self._file_index,
         )
-        self._cut_front(rows, start)
+        rows = clip(rows, start, stop)
         if self.extent.is_compressed:
             self._mark_short_grain(rows)
             tighten_bounds(rows)
@@ -285,17 +284,6 @@ class SparsePlanner:
             path=self.extent.file.path,
             offset=place,
         )
-
-    def _cut_front(self, rows: Extents, start: int) -> None:
-        first = rows[0]
-        cut_nbytes = start - int(first["guest_offset"])
-        if cut_nbytes == 0:
-            return
-        first["guest_offset"] += cut_nbytes
-        first["length"] -= cut_nbytes
-        if first["kind"] == Kind.DATA:
-            first["host_offset"] += cut_nbytes
-            first["host_length"] -= cut_nbytes
 
     def _mark_short_grain(self, rows: Extents) -> None:
         """Point a last grain that is stored cut to the source of that block size.

@@ -7,18 +7,11 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 from imgcore.errors import OptionError
 from imgcore.formats.api import Measurement
-from imgcore.formats.shared.flat import flat_geometry
+from imgcore.formats.shared.flat_writer import FlatWriter, flat_geometry
 from imgcore.formats.vmdk.descriptor import compose_descriptor
-from imgcore.formats.vmdk.options import (
-    FLAT_KINDS,
-    VmdkPlan,
-    is_plain_name,
-    plan_request,
-    refuse_in_place,
-)
+from imgcore.formats.vmdk.options import FLAT_KINDS, Options, WriteOptions, is_plain_name
 
 if TYPE_CHECKING:
-    from imgcore.engine.extents import Placements
     from imgcore.files.target import Target
     from imgcore.files.target_file import TargetFile
     from imgcore.formats.api import Writer, WriteRequest
@@ -26,7 +19,7 @@ if TYPE_CHECKING:
 _DESCRIPTOR_NBYTES: Final = 1024
 
 
-def writer_for(request: WriteRequest) -> Writer:
+def writer_for(request: WriteRequest[Options]) -> Writer:
     """Return the writer for the request's subformat.
 
     Raises
@@ -40,83 +33,73 @@ def writer_for(request: WriteRequest) -> Writer:
     """
     from imgcore.formats.vmdk.sparse_writer import SparseWriter, StreamWriter
 
-    plan = plan_request(request)
-    if plan.subformat == "streamOptimized":
-        return StreamWriter(plan)
-    if plan.subformat == "monolithicSparse":
-        return SparseWriter(plan)
-    return FlatWriter(plan)
+    options = WriteOptions.of(request)
+    if options.subformat == "streamOptimized":
+        return StreamWriter(options)
+    if options.subformat == "monolithicSparse":
+        return SparseWriter(options)
+    return DescribedWriter(options)
 
 
-def measure(request: WriteRequest, data_nbytes: int) -> Measurement:
+def measure(request: WriteRequest[Options], data_nbytes: int) -> Measurement:
     """Return the bytes of all files with ``data_nbytes`` of data, and with a full disk.
 
     Of streamOptimized both are upper bounds, as if nothing could be compressed.
     """
     from imgcore.formats.vmdk import sparse_writer as sparse
 
-    plan = plan_request(request)
-    if plan.subformat == "streamOptimized":
+    options = WriteOptions.of(request)
+    if options.subformat == "streamOptimized":
         nbytes = sparse.stream_bound_nbytes
-        return Measurement(nbytes(plan, data_nbytes), nbytes(plan, plan.virtual_size))
-    if plan.subformat == "monolithicSparse":
+        return Measurement(nbytes(options, data_nbytes), nbytes(options, options.virtual_size))
+    if options.subformat == "monolithicSparse":
         nbytes = sparse.sparse_file_nbytes
-        return Measurement(nbytes(plan, data_nbytes), nbytes(plan, plan.virtual_size))
-    full = _DESCRIPTOR_NBYTES + plan.virtual_size
-    if plan.preallocation != "off":
+        return Measurement(nbytes(options, data_nbytes), nbytes(options, options.virtual_size))
+    full = _DESCRIPTOR_NBYTES + options.virtual_size
+    if options.preallocation != "off":
         return Measurement(full, full)
-    return Measurement(_DESCRIPTOR_NBYTES + min(data_nbytes, plan.virtual_size), full)
+    return Measurement(_DESCRIPTOR_NBYTES + min(data_nbytes, options.virtual_size), full)
 
 
-class FlatWriter:
+class DescribedWriter(FlatWriter):
     """Writes monolithicFlat and vmfs: a descriptor, and beside it the disk as it is."""
 
     format_name: ClassVar[str] = "vmdk"
 
-    def __init__(self, plan: VmdkPlan) -> None:
-        self._plan = plan
-        self._target: Target | None = None
-        self._companion: TargetFile | None = None
-        self.logical_sector_nbytes = plan.database.logical_sector_nbytes
-        self.first_offset = 0
-        self.geometry = flat_geometry(plan.virtual_size, plan.sparse_nbytes)
+    def __init__(self, options: WriteOptions) -> None:
+        super().__init__(
+            flat_geometry(options.virtual_size, options.sparse_nbytes),
+            options.virtual_size,
+            options.preallocation,
+        )
+        self._options = options
+        self._descriptor: TargetFile | None = None
+        self.logical_sector_nbytes = options.database.logical_sector_nbytes
 
     @property
     def companion_name(self) -> str:
         """Name of the file with the data."""
-        stem, suffix = os.path.splitext(self._plan.name)
-        return f"{stem if suffix.lower() == '.vmdk' else self._plan.name}-flat.vmdk"
+        stem, suffix = os.path.splitext(self._options.name)
+        return f"{stem if suffix.lower() == '.vmdk' else self._options.name}-flat.vmdk"
 
     def begin(self, target: Target) -> TargetFile:
         """Make the file for the data at its full size and return it."""
-        refuse_in_place(target)
-        _refuse_odd_name(self._plan.name, target.path)
-        companion = target.companion(self.companion_name)
-        if self._plan.preallocation != "off":
-            target.require_space(self._plan.virtual_size)
-        companion.truncate(self._plan.virtual_size)
-        companion.preallocate(self._plan.preallocation, self._plan.virtual_size)
-        self._target, self._companion = target, companion
-        return companion
-
-    def place(self, first_block: int, placements: Placements, next_offset: int) -> int:
-        """Do nothing: every block has its place."""
-        return next_offset
+        _refuse_odd_name(self._options.name, target.path)
+        self._descriptor = target.main
+        return self._reserve(target, target.companion(self.companion_name))
 
     def finish(self, next_offset: int) -> None:
         """Write the descriptor."""
-        assert self._target is not None
-        assert self._companion is not None
-        kind = FLAT_KINDS[self._plan.subformat]
-        line = f'RW {self._plan.n_sectors} {kind} "{self.companion_name}"'
+        options = self._options
+        self._finished_file()
+        kind = FLAT_KINDS[options.subformat]
+        line = f'RW {options.n_sectors} {kind} "{self.companion_name}"'
         if kind == "FLAT":
             line += " 0"
-        text = compose_descriptor(
-            self._plan.subformat, line, self._plan.n_sectors, self._plan.database
-        )
-        self._companion.truncate(self._plan.virtual_size)
-        self._target.main.pwrite(0, text)
-        self._target.main.truncate(len(text))
+        text = compose_descriptor(options.subformat, line, options.n_sectors, options.database)
+        assert self._descriptor is not None
+        self._descriptor.pwrite(0, text)
+        self._descriptor.truncate(len(text))
 
 
 def _refuse_odd_name(name: str, path: str) -> None:

@@ -1,0 +1,87 @@
+"""Disks that lie in a host file as they are, written: raw, flat extents, fixed images."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from imgcore.engine.geometry import Geometry, Placing, ZeroPolicy
+from imgcore.limits import KIB, MIB
+
+if TYPE_CHECKING:
+    from imgcore.engine.extents import Placements
+    from imgcore.files.target import Target
+    from imgcore.files.target_file import TargetFile
+
+# Blocks of the target: whole ones of zeros are skipped, in others zeros of -S bytes are.
+_MIN_BLOCK_NBYTES: Final = 64 * KIB
+_MAX_BLOCK_NBYTES: Final = 2 * MIB
+
+
+def flat_geometry(guest_nbytes: int, sparse_nbytes: int, *, host_base: int = 0) -> Geometry:
+    """Return the geometry of a new file in which every guest byte has its place.
+
+    Parameters
+    ----------
+    guest_nbytes : int
+        Bytes of the disk.
+    sparse_nbytes : int
+        Bytes: ``-S``; 0 writes zeros too.
+    host_base : int
+        Where guest byte 0 lies in the file.
+    """
+    # A block of zeros is skipped whole, so it must not be smaller than -S.
+    wanted = 1 << max(sparse_nbytes - 1, 0).bit_length()
+    return Geometry(
+        block_nbytes=min(max(wanted, _MIN_BLOCK_NBYTES), _MAX_BLOCK_NBYTES),
+        guest_nbytes=guest_nbytes,
+        placing=Placing.IDENTITY,
+        zero_policy=ZeroPolicy.SKIP if sparse_nbytes else ZeroPolicy.STORE,
+        host_base=host_base,
+        sparse_nbytes=sparse_nbytes,
+    )
+
+
+class FlatWriter:
+    """Base of writers in whose file every block has its place from the start.
+
+    Parameters
+    ----------
+    geometry : Geometry
+        With placing IDENTITY.
+    file_nbytes : int
+        Bytes of the whole file.
+    preallocation : str
+        Whether and how the file's space is reserved ahead; ``metadata`` reserves none.
+    """
+
+    def __init__(self, geometry: Geometry, file_nbytes: int, preallocation: str = "off") -> None:
+        self.geometry = geometry
+        self.first_offset = geometry.host_base
+        self.needs_own_blocks = preallocation in ("falloc", "full")
+        self._file_nbytes = file_nbytes
+        self._preallocation = preallocation
+        self._file: TargetFile | None = None
+
+    def begin(self, target: Target) -> TargetFile:
+        """Give the file its size, so that it reads as zeros, and return it."""
+        return self._reserve(target, target.main)
+
+    def _reserve(self, target: Target, file: TargetFile) -> TargetFile:
+        self._file = file
+        if self.needs_own_blocks:
+            target.require_space(self._file_nbytes)
+        file.truncate(self._file_nbytes)
+        if self.needs_own_blocks:
+            file.preallocate(self._preallocation, self._file_nbytes)
+        return file
+
+    def place(self, first_block: int, placements: Placements, next_offset: int) -> int:
+        """Do nothing: every block has its place."""
+        return next_offset
+
+    def _finished_file(self) -> TargetFile:
+        """Return the file at its final size."""
+        if self._file is None:
+            raise RuntimeError("begin() was not called")
+        self._file.truncate(self._file_nbytes)
+        return self._file

@@ -1,0 +1,87 @@
+"""Verifying a request for a new image: the checks that several formats make."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from imgcore.engine.geometry import ZeroPolicy
+from imgcore.errors import OptionError
+from imgcore.limits import SECTOR_NBYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from uuid import UUID
+
+    from imgcore.formats.api import WriteRequest
+
+
+def refuse_compression(request: WriteRequest[Any], name: str) -> None:
+    """Raise OptionError for ``-c``; ``name`` is the format's, for people."""
+    if request.compress:
+        raise OptionError(f"{name} cannot be compressed (-c)")
+
+
+def refuse_idle(idle: Mapping[str, bool], subformat: str) -> None:
+    """Raise OptionError for an option without effect: the user expects something of it.
+
+    Parameters
+    ----------
+    idle : mapping of str to bool
+        For each option that only some subformats have: whether it is given but has no effect.
+    subformat : str
+        The one that is written.
+    """
+    for name, is_idle in idle.items():
+        if is_idle:
+            raise OptionError(f"option {name} does not go with subformat={subformat}")
+
+
+def check_virtual_size(virtual_size: int, at_most: int | None = None) -> None:
+    """Raise OptionError unless a disk has whole sectors, and ``at_most`` so many bytes."""
+    if virtual_size % SECTOR_NBYTES or virtual_size < 0:
+        raise OptionError(f"virtual size {virtual_size} is not a multiple of {SECTOR_NBYTES}")
+    if at_most is not None and virtual_size > at_most:
+        raise OptionError(f"virtual size {virtual_size} is too large: allowed are {at_most}")
+
+
+def check_block_size(name: str, nbytes: int, low: int, high: int, note: str = "") -> None:
+    """Raise OptionError unless the value of option ``name`` is a power of two in [low, high]."""
+    if nbytes & (nbytes - 1) or not low <= nbytes <= high:
+        raise OptionError(
+            f"{name} is {nbytes}: allowed are powers of two from {low} to {high}{note}"
+        )
+
+
+def parse_uuid(name: str, text: str, *, allow_null: bool = False) -> UUID:
+    """Return the UUID that option ``name`` states; OptionError if it is none, or all zeros."""
+    from uuid import UUID
+
+    expected = "32 hexadecimal digits are expected"
+    try:
+        value = UUID(text)
+    except ValueError:
+        raise OptionError(f"{name} is {text[:60]!r}: {expected}") from None
+    if not (value.int or allow_null):
+        raise OptionError(f"{name} is {text[:60]!r}: {expected}, not all of them zero")
+    return value
+
+
+def zero_policy(
+    sparse_nbytes: int, *, has_parent: bool, can_hide_parent: bool = True
+) -> ZeroPolicy:
+    """Return how a new image represents blocks of zeros.
+
+    Parameters
+    ----------
+    sparse_nbytes : int
+        ``-S``: 0 stores zeros too.
+    has_parent : bool
+        A block that is left out then reads as the parent's.
+    can_hide_parent : bool
+        Whether a table entry can mark zeros that hide the parent; if not, zeros are stored.
+    """
+    if sparse_nbytes == 0:
+        return ZeroPolicy.STORE
+    if not has_parent:
+        return ZeroPolicy.SKIP
+    return ZeroPolicy.EXPLICIT if can_hide_parent else ZeroPolicy.STORE
