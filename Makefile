@@ -30,8 +30,8 @@ FUZZ_FLAGS = -max_total_time=$(FUZZ_SECONDS) -timeout=30 -rss_limit_mb=2048 -max
 	-print_final_stats=1 -artifact_prefix=build/fuzz/readers-
 
 .NOTPARALLEL:
-.PHONY: all setup build demo quick test lint native-test native-sanitize sanitize python-test \
-	coverage valgrind test-arm64 wheel peers-test crosscheck faults bench fuzz fuzz-merge clean
+.PHONY: all setup build demo test lint native-test native-sanitize sanitize python-test \
+	valgrind test-arm64 wheel peers-test crosscheck faults bench fuzz fuzz-merge clean
 
 all: build
 
@@ -73,6 +73,7 @@ python-test: build
 
 test: lint native-test native-sanitize python-test
 
+.PHONY: quick coverage
 QUICK_TESTS := tests/unit tests/test_architecture.py tests/test_promises.py
 
 quick: lint native-test build

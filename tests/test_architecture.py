@@ -202,6 +202,52 @@ def test_no_file_shells_out() -> None:
             assert word not in path.read_text(), f"{path}: {word}"
 
 
+# -- the rules for C ------------------------------------------------------------------------
+
+
+def test_c_includes_point_down() -> None:
+    folders = {name: rank for rank, names in enumerate(C_LAYERS) for name in names}
+    for path in (path for folder in folders for path in (NATIVE / folder).glob("*.[ch]")):
+        for included in re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.MULTILINE):
+            folder = included.split("/")[0] if "/" in included else path.parent.name
+            if included == "imgc.h":
+                folder = "include"
+            assert folder in folders, f"{path}: {included}"
+            same = folder == path.parent.name
+            assert same or folders[folder] < folders[path.parent.name], f"{path}: {included}"
+
+
+def test_native_code_knows_no_python() -> None:
+    for path in NATIVE.rglob("*.[ch]"):
+        assert re.search(r"#\s*include\s*<Python.h>", path.read_text()) is None, path
+
+
+def test_native_code_neither_prints_nor_exits() -> None:
+    """Nor reads the environment: every choice comes from the caller."""
+    forbidden = re.compile(r"\b(printf|fprintf|abort|exit|getenv|assert)\s*\(")
+    for folder in ("common", "kernels", "codec", "tables", "io", "engine"):
+        for path in (NATIVE / folder).glob("*.[ch]"):
+            code = re.sub(r"/\*.*?\*/|//[^\n]*", "", path.read_text(), flags=re.DOTALL)
+            found = forbidden.search(code)
+            assert found is None, f"{path}: {found and found.group()}"
+
+
+def test_the_extension_exports_one_symbol() -> None:
+    if shutil.which("nm") is None:
+        pytest.skip("nm is not installed (Debian: binutils)")
+    import imgcore._core
+
+    done = subprocess.run(
+        ["nm", "-D", "--defined-only", imgcore._core.__file__],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    names = {line.split()[-1] for line in done.stdout.splitlines()}
+    names = {name for name in names if not name.startswith(("__asan", "__ubsan", "__odr_asan"))}
+    assert names == {"PyInit__core"}
+
+
 # -- the rules for tests and documents ----------------------------------------------------
 
 
@@ -255,49 +301,3 @@ def test_every_folder_is_described(root: Path, what: str) -> None:
     folders = sorted({path.parent for path in root.rglob(what)} - {root})
     assert len(folders) > 5
     assert [f"{f}/" for f in folders if not re.search(rf"\b{f.name}/", text)] == []
-
-
-# -- the rules for C ------------------------------------------------------------------------
-
-
-def test_c_includes_point_down() -> None:
-    folders = {name: rank for rank, names in enumerate(C_LAYERS) for name in names}
-    for path in (path for folder in folders for path in (NATIVE / folder).glob("*.[ch]")):
-        for included in re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.MULTILINE):
-            folder = included.split("/")[0] if "/" in included else path.parent.name
-            if included == "imgc.h":
-                folder = "include"
-            assert folder in folders, f"{path}: {included}"
-            same = folder == path.parent.name
-            assert same or folders[folder] < folders[path.parent.name], f"{path}: {included}"
-
-
-def test_native_code_knows_no_python() -> None:
-    for path in NATIVE.rglob("*.[ch]"):
-        assert re.search(r"#\s*include\s*<Python.h>", path.read_text()) is None, path
-
-
-def test_native_code_neither_prints_nor_exits() -> None:
-    """Nor reads the environment: every choice comes from the caller."""
-    forbidden = re.compile(r"\b(printf|fprintf|abort|exit|getenv|assert)\s*\(")
-    for folder in ("common", "kernels", "codec", "tables", "io", "engine"):
-        for path in (NATIVE / folder).glob("*.[ch]"):
-            code = re.sub(r"/\*.*?\*/|//[^\n]*", "", path.read_text(), flags=re.DOTALL)
-            found = forbidden.search(code)
-            assert found is None, f"{path}: {found and found.group()}"
-
-
-def test_the_extension_exports_one_symbol() -> None:
-    if shutil.which("nm") is None:
-        pytest.skip("nm is not installed (Debian: binutils)")
-    import imgcore._core
-
-    done = subprocess.run(
-        ["nm", "-D", "--defined-only", imgcore._core.__file__],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    names = {line.split()[-1] for line in done.stdout.splitlines()}
-    names = {name for name in names if not name.startswith(("__asan", "__ubsan", "__odr_asan"))}
-    assert names == {"PyInit__core"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -151,7 +152,7 @@ def test_the_owner_stays(leaky: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(1, "Operation not permitted")
 
     with monkeypatch.context() as patch:
-        patch.setattr(check_repair.os, "fchown", refuse)
+        patch.setattr(os, "fchown", refuse)
         with pytest.raises(PermissionError, match="cannot be given the image's owner"):
             imgcore.check(leaky, repair=True)
     assert imgcore.check(leaky, repair=True).leaks_fixed == 1
@@ -239,8 +240,8 @@ class TestRefused:
             return fail
 
         code = errno.EIO if call == "ioctl" else errno.EOPNOTSUPP
-        monkeypatch.setattr(check_repair.fcntl, "ioctl", answer(code))
-        monkeypatch.setattr(check_repair.os, "copy_file_range", answer(errno.EIO))
+        monkeypatch.setattr(fcntl, "ioctl", answer(code))
+        monkeypatch.setattr(os, "copy_file_range", answer(errno.EIO))
         with pytest.raises(OSError, match="Input/output error") as caught:
             imgcore.check(leaky, repair=True)
         assert caught.value.filename == str(leaky)
