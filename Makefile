@@ -13,6 +13,7 @@
 #   make crosscheck    random images against qemu-img and others, for $CROSSCHECK_SECONDS (120)
 #   make faults        full disks, read errors, kills and power cuts, in every format (needs root for some)
 #   make fuzz          every fuzz target for FUZZ_SECONDS each (60 unless given); docs/fuzzing.md
+#   make docs          the site from docs/ in build/site; warnings and broken links are errors
 #   make lint native-test clean
 
 PYTHON ?= python3
@@ -20,6 +21,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -qq
 STAMP := $(VENV)/.imgcore-ready
+DOCS_STAMP := $(VENV)/.imgcore-docs
 PYTEST_ARGS ?=
 # As many workers as cores, at most 8; PYTEST_ARGS="-n 0" for none, as a debugger needs.
 PARALLEL := -n auto --maxprocesses 8 --dist loadgroup
@@ -30,8 +32,9 @@ FUZZ_FLAGS = -max_total_time=$(FUZZ_SECONDS) -timeout=30 -rss_limit_mb=2048 -max
 	-print_final_stats=1 -artifact_prefix=build/fuzz/readers-
 
 .NOTPARALLEL:
-.PHONY: all setup build demo test lint native-test native-sanitize sanitize python-test \
-	valgrind test-arm64 wheel peers-test crosscheck faults bench fuzz fuzz-merge clean
+.PHONY: all setup build demo quick test lint native-test native-sanitize sanitize python-test \
+	coverage valgrind test-arm64 wheel peers-test crosscheck faults bench docs fuzz \
+	fuzz-merge clean
 
 all: build
 
@@ -73,7 +76,6 @@ python-test: build
 
 test: lint native-test native-sanitize python-test
 
-.PHONY: quick coverage
 QUICK_TESTS := tests/unit tests/test_architecture.py tests/test_promises.py
 
 quick: lint native-test build
@@ -118,6 +120,13 @@ faults: build
 
 bench: build
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m benchmarks $(BENCH_ARGS)
+
+$(DOCS_STAMP): $(STAMP)
+	@$(PIP) install --no-build-isolation -e '.[docs]'
+	@touch $@
+
+docs: $(DOCS_STAMP)
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 # Coverage-guided: the C core by libFuzzer (clang), the readers by atheris.
 fuzz: build

@@ -7,6 +7,7 @@ Imports inside functions and those for type checkers count like all others.
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 import shutil
 import subprocess
@@ -28,6 +29,9 @@ FACE = ("imgcore", "imgcore.__main__")
 # What a format may import besides its own modules, the layers below and the leaves.
 FORMAT_MAY_IMPORT = ("imgcore.formats.api", "imgcore.formats.magic", "imgcore.formats.shared")
 FORMAT_LAYERS = ("engine", "files")
+
+# Layers in which a format is whatever a driver says about it.
+GENERAL_LAYERS = ("cli", "verbs", "disk", "streams", "engine", "files")
 
 C_LAYERS = (("include",), ("common",), ("kernels", "codec", "tables", "io"), ("engine",))
 
@@ -169,7 +173,7 @@ def test_python_modules_import_in_no_circle() -> None:
         ("imgcore.formats.vhd.reader", "imgcore.formats.vhdx.reader", imports_between_members),
         ("imgcore.verbs.convert", "imgcore.verbs.compare", imports_between_members),
         ("imgcore.cli.convert", "imgcore.cli.compare", imports_between_members),
-        ("imgcore.formats.vhd.reader", "imgcore.streams.source", stray_imports_of_formats),
+        ("imgcore.formats.vhd.reader", "imgcore.streams.reader", stray_imports_of_formats),
         ("imgcore.formats.vhd.reader", "imgcore.formats.registry", stray_imports_of_formats),
         ("imgcore.formats.shared.flat", "imgcore.formats.registry", stray_imports_of_formats),
     ],
@@ -187,12 +191,49 @@ def test_circles_are_noticed() -> None:
 
 
 def test_the_tables_name_what_exists() -> None:
-    for layer in (*LAYERS, *FORMAT_LAYERS):
+    for layer in (*LAYERS, *FORMAT_LAYERS, *GENERAL_LAYERS):
         assert (PACKAGE / layer / "__init__.py").is_file(), layer
     for name in (*FACE, *FORMAT_MAY_IMPORT):
         assert name in modules(), name
     for folder in (name for names in C_LAYERS for name in names):
         assert (NATIVE / folder).is_dir(), folder
+
+
+@cache
+def names_of_formats() -> frozenset[str]:
+    """Return every name, alias and subformat of the registered formats."""
+    from imgcore.formats.registry import DRIVERS, get_driver
+
+    names = {name for entry in DRIVERS for name in (entry.name, *entry.aliases)}
+    for entry in DRIVERS:
+        options = get_driver(entry.name).options
+        names.update(*(option.choices for option in options if option.name == "subformat"))
+    return frozenset(names)
+
+
+def named_formats(text: str) -> list[str]:
+    """Return the strings of a module that are the name of a format and nothing else."""
+    constants = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)]
+    return [node.value for node in constants if node.value in names_of_formats()]
+
+
+def test_general_code_names_no_format() -> None:
+    """It asks drivers and readers what they can do; help texts and docstrings are sentences."""
+    found = {
+        name: words
+        for name, path in modules().items()
+        if name.startswith(tuple(f"imgcore.{layer}." for layer in GENERAL_LAYERS))
+        and (words := named_formats(path.read_text()))
+    }
+    assert found == {}
+
+
+def test_names_of_formats_are_noticed() -> None:
+    assert named_formats('"""raw"""\nif kind == "vmfs" or name in ("vpc", b"raw", 1): ...') == [
+        "raw",
+        "vmfs",
+        "vpc",
+    ]
 
 
 def test_no_file_shells_out() -> None:
@@ -202,50 +243,18 @@ def test_no_file_shells_out() -> None:
             assert word not in path.read_text(), f"{path}: {word}"
 
 
-# -- the rules for C ------------------------------------------------------------------------
+def uses_of_descriptors(text: str) -> list[int]:
+    """Return the lines on which the attribute ``fd`` of something is used."""
+    nodes = ast.walk(ast.parse(text))
+    return [node.lineno for node in nodes if isinstance(node, ast.Attribute) and node.attr == "fd"]
 
 
-def test_c_includes_point_down() -> None:
-    folders = {name: rank for rank, names in enumerate(C_LAYERS) for name in names}
-    for path in (path for folder in folders for path in (NATIVE / folder).glob("*.[ch]")):
-        for included in re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.MULTILINE):
-            folder = included.split("/")[0] if "/" in included else path.parent.name
-            if included == "imgc.h":
-                folder = "include"
-            assert folder in folders, f"{path}: {included}"
-            same = folder == path.parent.name
-            assert same or folders[folder] < folders[path.parent.name], f"{path}: {included}"
-
-
-def test_native_code_knows_no_python() -> None:
-    for path in NATIVE.rglob("*.[ch]"):
-        assert re.search(r"#\s*include\s*<Python.h>", path.read_text()) is None, path
-
-
-def test_native_code_neither_prints_nor_exits() -> None:
-    """Nor reads the environment: every choice comes from the caller."""
-    forbidden = re.compile(r"\b(printf|fprintf|abort|exit|getenv|assert)\s*\(")
-    for folder in ("common", "kernels", "codec", "tables", "io", "engine"):
-        for path in (NATIVE / folder).glob("*.[ch]"):
-            code = re.sub(r"/\*.*?\*/|//[^\n]*", "", path.read_text(), flags=re.DOTALL)
-            found = forbidden.search(code)
-            assert found is None, f"{path}: {found and found.group()}"
-
-
-def test_the_extension_exports_one_symbol() -> None:
-    if shutil.which("nm") is None:
-        pytest.skip("nm is not installed (Debian: binutils)")
-    import imgcore._core
-
-    done = subprocess.run(
-        ["nm", "-D", "--defined-only", imgcore._core.__file__],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    names = {line.split()[-1] for line in done.stdout.splitlines()}
-    names = {name for name in names if not name.startswith(("__asan", "__ubsan", "__odr_asan"))}
-    assert names == {"PyInit__core"}
+def test_descriptors_stay_in_files() -> None:
+    """Other layers ask a file for what they need: see `imgcore.files.byte_source`."""
+    assert uses_of_descriptors("os.fstat(file.fd)") == [1]
+    for name, path in modules().items():
+        if path.suffix == ".py" and not name.startswith("imgcore.files."):
+            assert uses_of_descriptors(path.read_text()) == [], name
 
 
 # -- the rules for tests and documents ----------------------------------------------------
@@ -301,3 +310,120 @@ def test_every_folder_is_described(root: Path, what: str) -> None:
     folders = sorted({path.parent for path in root.rglob(what)} - {root})
     assert len(folders) > 5
     assert [f"{f}/" for f in folders if not re.search(rf"\b{f.name}/", text)] == []
+
+
+# -- the rules for C ------------------------------------------------------------------------
+
+
+def test_c_includes_point_down() -> None:
+    folders = {name: rank for rank, names in enumerate(C_LAYERS) for name in names}
+    for path in (path for folder in folders for path in (NATIVE / folder).glob("*.[ch]")):
+        for included in re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.MULTILINE):
+            folder = included.split("/")[0] if "/" in included else path.parent.name
+            if included == "imgc.h":
+                folder = "include"
+            assert folder in folders, f"{path}: {included}"
+            same = folder == path.parent.name
+            assert same or folders[folder] < folders[path.parent.name], f"{path}: {included}"
+
+
+def test_native_code_knows_no_python() -> None:
+    for path in NATIVE.rglob("*.[ch]"):
+        assert re.search(r"#\s*include\s*<Python.h>", path.read_text()) is None, path
+
+
+def test_native_code_neither_prints_nor_exits() -> None:
+    """Nor reads the environment: every choice comes from the caller."""
+    forbidden = re.compile(r"\b(printf|fprintf|abort|exit|getenv|assert)\s*\(")
+    for folder in ("common", "kernels", "codec", "tables", "io", "engine"):
+        for path in (NATIVE / folder).glob("*.[ch]"):
+            code = re.sub(r"/\*.*?\*/|//[^\n]*", "", path.read_text(), flags=re.DOTALL)
+            found = forbidden.search(code)
+            assert found is None, f"{path}: {found and found.group()}"
+
+
+def test_the_extension_exports_one_symbol() -> None:
+    if shutil.which("nm") is None:
+        pytest.skip("nm is not installed (Debian: binutils)")
+    import imgcore._core
+
+    done = subprocess.run(
+        ["nm", "-D", "--defined-only", imgcore._core.__file__],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    names = {line.split()[-1] for line in done.stdout.splitlines()}
+    names = {name for name in names if not name.startswith(("__asan", "__ubsan", "__odr_asan"))}
+    assert names == {"PyInit__core"}
+
+
+def c_code(path: Path) -> str:
+    """Return a C file without comments and the content of string literals."""
+    text = re.sub(r"/\*.*?\*/|//[^\n]*", " ", path.read_text(), flags=re.DOTALL)
+    return re.sub(r'(#\s*include\s*)?"(?:[^"\\\n]|\\.)*"', _keep_include, text)
+
+
+def _keep_include(found: re.Match[str]) -> str:
+    return found[0] if found[1] else '""'
+
+
+def c_files(suffix: str) -> list[Path]:
+    """Return the library's own files, without its tests and fuzz targets."""
+    folders = ("include", "common", "kernels", "codec", "tables", "io", "engine")
+    return sorted(path for name in folders for path in (NATIVE / name).glob(f"*.{suffix}"))
+
+
+def c_definitions(code: str) -> set[str]:
+    """Return the functions and objects with external linkage that a C file defines."""
+    # A definition starts in the first column; its braces or its initialiser end the match.
+    head = r"^(?!static\b|typedef\b|extern\b)[A-Za-z_][\w \t*]*?[ \t*]"
+    functions = re.findall(head + r"(\w+)\([^;{}]*\)\s*\{", code, re.MULTILINE)
+    objects = re.findall(head + r"(\w+)(?:\[[^\]]*\])?\s*=\s*[^=]", code, re.MULTILINE)
+    return {*functions, *objects}
+
+
+def c_uses() -> dict[str, set[str]]:
+    """Return for each C file the other C files whose functions or objects it names."""
+    codes = {str(path.relative_to(NATIVE)): c_code(path) for path in c_files("c")}
+    owners = {name: file for file, code in codes.items() for name in c_definitions(code)}
+    words = {file: set(re.findall(r"\w+", code)) for file, code in codes.items()}
+    return {
+        file: {owners[word] for word in named if word in owners} - {file}
+        for file, named in words.items()
+    }
+
+
+def c_includes() -> dict[str, set[str]]:
+    """Return for each header the headers of this project that it includes."""
+    found = {}
+    for path in c_files("h"):
+        names = re.findall(r'#\s*include\s*"([^"]+)"', c_code(path))
+        found[str(path.relative_to(NATIVE))] = {
+            f"include/{name}" if name == "imgc.h" else name for name in names
+        }
+    return found
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Return the nodes of one circle, the first again at the end; empty if there is none."""
+    try:
+        list(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as error:
+        nodes: list[str] = error.args[1]
+        return nodes[::-1]  # in the order of the calls
+    return []
+
+
+def test_c_files_do_not_call_in_circles() -> None:
+    uses = c_uses()
+    # The patterns above still find what they are meant for.
+    assert {"engine/worker.c", "engine/placer.c"} <= uses["engine/job.c"]
+    assert {"io/io.c", "kernels/zero.c"} <= uses["kernels/variants.c"]
+    assert not circle(uses), " uses ".join(circle(uses))
+
+
+def test_c_headers_do_not_include_in_circles() -> None:
+    includes = c_includes()
+    assert "engine/source.h" in includes["engine/engine.h"]
+    assert not circle(includes), " includes ".join(circle(includes))

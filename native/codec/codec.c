@@ -1,5 +1,5 @@
 /*
- * codec.c - compressors and decompressors, whatever the codec
+ * codec.c - compressors and decompressors of all codecs
  */
 #include <stdlib.h>
 
@@ -18,10 +18,11 @@ struct imgc_decompressor {
 int imgc_compressor_create(const struct imgc_codec_params *params, struct imgc_compressor **out)
 {
 	struct imgc_compressor *c = calloc(1, sizeof(*c));
-	int status;
 
 	if (!c)
 		return IMGC_NO_MEMORY;
+	int status;
+
 	switch (params->codec) {
 	case IMGC_CODEC_DEFLATE:
 	case IMGC_CODEC_ZLIB:
@@ -66,11 +67,11 @@ int imgc_compress(struct imgc_compressor *c, const void *in, size_t in_nbytes, v
 int imgc_decompressor_create(uint32_t inflate_variant, struct imgc_decompressor **out)
 {
 	struct imgc_decompressor *d = calloc(1, sizeof(*d));
-	int status;
 
 	if (!d)
 		return IMGC_NO_MEMORY;
-	status = imgc_inflate_create(inflate_variant, &d->inflate);
+	int status = imgc_inflate_create(inflate_variant, &d->inflate);
+
 	if (status) {
 		free(d);
 		return status;

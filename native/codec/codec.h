@@ -1,8 +1,8 @@
 /*
- * codec.h - what codec.c needs of each library's wrapper
+ * codec.h - the wrappers of the compression libraries, for codec.c
  *
- * Compressing gives IMGC_OK and 0 bytes for a result that does not fit;
- * decompressing demands exactly out_nbytes (see imgc.h).
+ * Compression gives IMGC_OK and 0 bytes if the result does not fit.  Decompression
+ * demands exactly out_nbytes (see imgc.h).
  */
 #ifndef IMGC_CODEC_CODEC_H
 #define IMGC_CODEC_CODEC_H

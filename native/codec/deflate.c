@@ -1,5 +1,8 @@
 /*
- * deflate.c - DEFLATE compression by ISA-L (fast, any window) and libdeflate (small, 32 KiB window)
+ * deflate.c - DEFLATE compression
+ *
+ * ISA-L is fast and supports every window.  libdeflate compresses better; its window is
+ * always 32 KiB.
  */
 #include <isa-l/igzip_lib.h>
 #include <libdeflate.h>
@@ -10,13 +13,14 @@
 #include "codec/codec.h"
 #include "codec/zlib_frame.h"
 
-/* A stored block holds at most 65535 bytes and costs 5; ISA-L may also start one early. */
+/* A stored block holds up to 65535 bytes and adds 5.  ISA-L may start one early. */
 #define STORED_BLOCK_NBYTES 65535
 #define STORED_BLOCK_OVERHEAD 5
 
 /*
- * IMGC_DEFLATE_SAMPLED: the middle eighth of a block, compressed at ISA-L's level 0, tells how the
- * rest is (docs/codecs.md).  Of small blocks an eighth says nothing.
+ * IMGC_DEFLATE_SAMPLED: the middle eighth of a block is compressed at ISA-L's level 0,
+ * and stands for the rest (docs/codecs.md).  In small blocks an eighth is too little to
+ * tell.
  */
 #define SAMPLE_DIVISOR 8
 #define MIN_SAMPLE_NBYTES 4096
@@ -24,22 +28,25 @@
 #define SAMPLED_ISAL_LEVEL 3
 
 /*
- * ISA-L for x86-64 (up to 2.31.1) enters, at levels 1 and 2, the third byte of a block under a hash
- * of bits 16 to 47 of the stream's own address, in place of the bytes there.  So a match is found
- * or not by where the stream happens to lie: one block of 64 KiB in ten thousand comes out
- * differently from run to run, and from thread to thread.  It makes no difference as long as that
- * hash is not the hash of any of the block's first three places; of several streams one is taken
- * for which that holds.
+ * ISA-L for x86-64 (up to 2.31.1) has a fault at levels 1 and 2: it enters the third
+ * byte of a block under a hash of bits 16 to 47 of the stream's own address, not under
+ * a hash of the bytes there.  Whether it finds a match then depends on where the stream
+ * is in memory: one block of 64 KiB in ten thousand comes out differently from run to
+ * run, and from thread to thread.
+ *
+ * The fault has no effect as long as that hash differs from the hashes of the block's
+ * first three places.  So each block takes, of several streams, one for which it
+ * differs.
  */
 #define N_STREAMS 8
 #define STREAM_SPACING_NBYTES ((sizeof(struct isal_zstream) + 0xffff) & ~(size_t)0xffff)
-/* No hash table has fewer entries, so hashes that differ in these bits differ in every table. */
+/* Every hash table has 256 entries or more: hashes that differ here differ in each. */
 #define HASH_MASK 0xffu
 
 struct imgc_deflate {
 	struct libdeflate_compressor *libdeflate; /* NULL: ISA-L alone */
-	uint8_t *streams;			  /* N_STREAMS of ISA-L's; NULL: libdeflate alone */
-	struct isal_zstream *stream;		  /* the one of the last block */
+	uint8_t *streams;			  /* N_STREAMS of ISA-L; NULL: libdeflate alone */
+	struct isal_zstream *stream;		  /* the stream of the last block */
 	uint8_t *level_buffer;
 	uint32_t level_buffer_nbytes;
 	uint32_t level;
@@ -48,8 +55,9 @@ struct imgc_deflate {
 };
 
 /*
- * The small buffers close a DEFLATE block after 16 Ki tokens, so that the Huffman
- * codes follow the data: a little smaller than the default, and as fast.
+ * The small buffers end a DEFLATE block after 16 Ki tokens, so that the Huffman codes
+ * follow the data.  The output is a little smaller than with the default buffers, and
+ * the speed is the same.
  */
 static uint32_t isal_level_nbytes(uint32_t level)
 {
@@ -95,10 +103,11 @@ static int create_libdeflate(const struct imgc_codec_params *params, struct imgc
 int imgc_deflate_create(const struct imgc_codec_params *params, struct imgc_deflate **out)
 {
 	struct imgc_deflate *d = calloc(1, sizeof(*d));
-	int status;
 
 	if (!d)
 		return IMGC_NO_MEMORY;
+	int status;
+
 	d->is_zlib = params->codec == IMGC_CODEC_ZLIB;
 	switch (params->engine) {
 	case IMGC_DEFLATE_ISAL:
@@ -146,7 +155,7 @@ size_t imgc_deflate_bound(const struct imgc_deflate *d, size_t nbytes)
 	return d->streams && isal > libdeflate ? isal : libdeflate;
 }
 
-/* What ISA-L's hash tables go by, before they cut it to their size (the crc32 instruction). */
+/* ISA-L's hash of four bytes (the crc32 instruction), before it is cut to a table. */
 static uint32_t isal_hash(uint32_t word)
 {
 	const uint32_t crc32c_polynomial = 0x82f63b78;
@@ -156,7 +165,10 @@ static uint32_t isal_hash(uint32_t word)
 	return word;
 }
 
-/* Bytes of 0x00 or 0xff at the start that ISA-L takes out, so that the block starts behind them. */
+/*
+ * The run of 0x00 or 0xff at the start of a block.  ISA-L encodes it apart, and looks
+ * for matches from its end on.
+ */
 static size_t repeated_nbytes(const uint8_t *in, size_t in_nbytes)
 {
 	size_t n = 0;
@@ -208,7 +220,7 @@ static struct isal_zstream *choose_stream(const struct imgc_deflate *d, const ui
 	return stream;
 }
 
-/* A raw stream. ISA-L's own status; the stream's totals tell the sizes. */
+/* Writes a raw stream.  Returns ISA-L's own status; d->stream has the sizes. */
 static int deflate_once(struct imgc_deflate *d, uint32_t level, const void *in, size_t in_nbytes,
 			void *out, size_t out_capacity)
 {
@@ -258,7 +270,7 @@ static int run_isal(struct imgc_deflate *d, const void *in, size_t in_nbytes, ui
 	return IMGC_OK;
 }
 
-/* `out` is used as scratch memory. */
+/* Whether the sample compresses well.  `out` serves as scratch memory. */
 static bool shrinks_well(struct imgc_deflate *d, const void *in, size_t in_nbytes, void *out,
 			 size_t out_capacity)
 {

@@ -1,5 +1,5 @@
 /*
- * inflate.c - DEFLATE decompression of one block whose size is known
+ * inflate.c - DEFLATE decompression of a block of known size
  */
 #include <isa-l/igzip_lib.h>
 #include <libdeflate.h>
@@ -30,11 +30,10 @@ struct imgc_inflate {
 
 int imgc_inflate_create(uint32_t variant, struct imgc_inflate **out)
 {
-	struct imgc_inflate *d;
-
 	if (variant >= N_INFLATE_VARIANTS)
 		return IMGC_INVALID_ARGUMENT;
-	d = calloc(1, sizeof(*d));
+	struct imgc_inflate *d = calloc(1, sizeof(*d));
+
 	if (!d)
 		return IMGC_NO_MEMORY;
 	if (variant == INFLATE_LIBDEFLATE)
@@ -76,9 +75,8 @@ static int run_libdeflate(struct libdeflate_decompressor *d, uint32_t codec, con
 static int run_isal_raw(struct inflate_state *s, const uint8_t *in, size_t in_nbytes, void *out,
 			size_t out_nbytes, size_t *in_used)
 {
-	/* What follows the stream may be longer than ISA-L can count. */
+	/* in_nbytes includes what follows the stream, and may exceed 32 bits. */
 	uint32_t avail_in = in_nbytes > UINT32_MAX ? UINT32_MAX : (uint32_t)in_nbytes;
-	int rc;
 
 	if (out_nbytes > UINT32_MAX)
 		return IMGC_UNSUPPORTED;
@@ -88,7 +86,8 @@ static int run_isal_raw(struct inflate_state *s, const uint8_t *in, size_t in_nb
 	s->avail_in = avail_in;
 	s->next_out = out;
 	s->avail_out = (uint32_t)out_nbytes;
-	rc = isal_inflate_stateless(s);
+	int rc = isal_inflate_stateless(s);
+
 	if (rc != ISAL_DECOMP_OK || s->block_state != ISAL_BLOCK_FINISH || s->avail_out != 0)
 		return IMGC_CORRUPT;
 	*in_used = avail_in - s->avail_in;
@@ -98,15 +97,14 @@ static int run_isal_raw(struct inflate_state *s, const uint8_t *in, size_t in_nb
 static int run_isal(struct inflate_state *s, uint32_t codec, const uint8_t *in, size_t in_nbytes,
 		    void *out, size_t out_nbytes, size_t *in_used)
 {
-	size_t used;
-	int status;
-
 	if (codec != IMGC_CODEC_ZLIB)
 		return run_isal_raw(s, in, in_nbytes, out, out_nbytes, in_used);
 	if (in_nbytes < ZLIB_OVERHEAD || !zlib_header_valid(in))
 		return IMGC_CORRUPT;
-	status = run_isal_raw(s, in + ZLIB_HEADER_NBYTES, in_nbytes - ZLIB_OVERHEAD, out,
-			      out_nbytes, &used);
+	size_t used;
+	int status = run_isal_raw(s, in + ZLIB_HEADER_NBYTES, in_nbytes - ZLIB_OVERHEAD, out,
+				  out_nbytes, &used);
+
 	if (status)
 		return status;
 	if (!zlib_trailer_valid(in + ZLIB_HEADER_NBYTES + used, out, out_nbytes))

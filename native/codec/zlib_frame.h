@@ -1,8 +1,9 @@
 /*
- * zlib_frame.h - what RFC 1950 puts around a DEFLATE stream, where a library is not left to do it
+ * zlib_frame.h - the header and trailer of RFC 1950 around a DEFLATE stream of ISA-L
  *
- * ISA-L's own zlib mode is not used: its Adler-32 reads past the end of the data on aarch64
- * up to release 2.30, and its header claims a window of 32 KiB, whatever was used.
+ * ISA-L's own zlib mode is not used.  Up to release 2.30 its Adler-32 reads past the
+ * end of the data on aarch64, and its header states a window of 32 KiB even if the
+ * window is smaller.
  */
 #ifndef IMGC_CODEC_ZLIB_FRAME_H
 #define IMGC_CODEC_ZLIB_FRAME_H
@@ -18,7 +19,7 @@
 #define ZLIB_TRAILER_NBYTES 4
 #define ZLIB_OVERHEAD (ZLIB_HEADER_NBYTES + ZLIB_TRAILER_NBYTES)
 
-/* RFC 1950, 2.2: CM in the low half of CMF, CINFO in the high one; FDICT and FCHECK in FLG. */
+/* Source: RFC 1950, 2.2: CM in CMF bits 0-3, CINFO in bits 4-7; FDICT in FLG bit 5. */
 #define ZLIB_CM_DEFLATE 8
 #define ZLIB_MAX_WINDOW_BITS 15
 #define ZLIB_FDICT 0x20

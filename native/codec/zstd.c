@@ -1,5 +1,5 @@
 /*
- * zstd.c - Zstandard, one call a block
+ * zstd.c - Zstandard: one call for each block
  */
 #include <stdlib.h>
 #include <zstd.h>
@@ -9,8 +9,9 @@
 #include "common/endian.h"
 
 /*
- * Levels 1 and 2 look for matches in one hash table.  One of as many entries as a usual cluster
- * has bytes makes them smaller and no slower than libzstd's own, of a quarter or half of that.
+ * Levels 1 and 2 look for matches in one hash table.  With as many entries as a usual
+ * cluster has bytes, blocks become smaller and take no longer than with libzstd's own
+ * table, which has a quarter or half as many.
  */
 #define FAST_HASH_BITS 16
 
@@ -33,19 +34,15 @@ static int set_level(ZSTD_CCtx *ctx, int32_t level)
 
 int imgc_zstd_encoder_create(int32_t level, struct imgc_zstd_encoder **out)
 {
-	struct imgc_zstd_encoder *e;
-	int status = IMGC_INVALID_ARGUMENT;
-
 	if (level < ZSTD_minCLevel() || level > ZSTD_maxCLevel())
-		return status;
-	e = calloc(1, sizeof(*e));
+		return IMGC_INVALID_ARGUMENT;
+	struct imgc_zstd_encoder *e = calloc(1, sizeof(*e));
+
 	if (!e)
 		return IMGC_NO_MEMORY;
 	e->ctx = ZSTD_createCCtx();
-	if (!e->ctx)
-		status = IMGC_NO_MEMORY;
-	else
-		status = set_level(e->ctx, level);
+	int status = e->ctx ? set_level(e->ctx, level) : IMGC_NO_MEMORY;
+
 	if (status)
 		imgc_zstd_encoder_destroy(e);
 	else
@@ -110,28 +107,27 @@ void imgc_zstd_decoder_destroy(struct imgc_zstd_decoder *d)
 }
 
 /*
- * Frames are taken one by one until the block is full, since what follows the
- * last one is not known to be Zstandard.  Decoding straight into `out` needs no
- * window, so a header that claims a huge one costs nothing.
+ * Takes frames one by one until the block is full, because the bytes after the last
+ * frame may be anything.  Decoding straight into `out` needs no window, so a header
+ * that claims a huge window costs nothing.
  */
 int imgc_zstd_decode(struct imgc_zstd_decoder *d, const void *in, size_t in_nbytes, void *out,
 		     size_t out_nbytes, size_t *in_used)
 {
 	const uint8_t *p = in;
-	size_t used = 0;
-	size_t done = 0;
+	size_t used = 0, done = 0;
 
 	do {
-		size_t frame_nbytes, n;
-
-		/* Skippable frames and those of zstd before 0.8 have no place in a block. */
+		/* A block holds no skippable frames, and none of zstd before 0.8. */
 		if (in_nbytes - used < 4 || imgc_load_le32(p + used) != ZSTD_MAGICNUMBER)
 			return IMGC_CORRUPT;
-		frame_nbytes = ZSTD_findFrameCompressedSize(p + used, in_nbytes - used);
+		size_t frame_nbytes = ZSTD_findFrameCompressedSize(p + used, in_nbytes - used);
+
 		if (ZSTD_isError(frame_nbytes))
 			return IMGC_CORRUPT;
-		n = ZSTD_decompressDCtx(d->ctx, (uint8_t *)out + done, out_nbytes - done, p + used,
-					frame_nbytes);
+		size_t n = ZSTD_decompressDCtx(d->ctx, (uint8_t *)out + done, out_nbytes - done,
+					       p + used, frame_nbytes);
+
 		if (ZSTD_isError(n))
 			return ZSTD_getErrorCode(n) == ZSTD_error_memory_allocation ? IMGC_NO_MEMORY
 										    : IMGC_CORRUPT;

@@ -1,8 +1,8 @@
 /*
- * checked.h - arithmetic on numbers that come from untrusted tables
+ * checked.h - arithmetic on numbers from untrusted tables
  *
- * Each function returns whether the result is representable, and touches *out
- * only if it is.
+ * Each function with an `out` returns whether the result fits 64 bits, and sets *out
+ * only if it does.
  */
 #ifndef IMGC_COMMON_CHECKED_H
 #define IMGC_COMMON_CHECKED_H
@@ -18,15 +18,7 @@ static inline bool imgc_add_checked(uint64_t a, uint64_t b, uint64_t *out)
 	return true;
 }
 
-static inline bool imgc_mul_checked(uint64_t a, uint64_t b, uint64_t *out)
-{
-	if (b != 0 && a > UINT64_MAX / b)
-		return false;
-	*out = a * b;
-	return true;
-}
-
-/* value << n_bits without losing a bit. */
+/* value << n_bits; false if a bit would be lost. */
 static inline bool imgc_shl_checked(uint64_t value, uint32_t n_bits, uint64_t *out)
 {
 	if (n_bits > 63 || value > UINT64_MAX >> n_bits)
@@ -35,7 +27,7 @@ static inline bool imgc_shl_checked(uint64_t value, uint32_t n_bits, uint64_t *o
 	return true;
 }
 
-/* Does [offset, offset + length) lie inside [0, limit)? */
+/* Whether [offset, offset + length) lies inside [0, limit). */
 static inline bool imgc_range_inside(uint64_t offset, uint64_t length, uint64_t limit)
 {
 	return offset <= limit && length <= limit - offset;

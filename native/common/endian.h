@@ -1,5 +1,5 @@
 /*
- * endian.h - integers in wire order, at any alignment
+ * endian.h - integers in a given byte order, at any alignment
  */
 #ifndef IMGC_COMMON_ENDIAN_H
 #define IMGC_COMMON_ENDIAN_H

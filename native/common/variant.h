@@ -1,8 +1,8 @@
 /*
- * variant.h - how an operation lists its variants
+ * variant.h - the table of an operation's variants
  *
- * Each operation owns one table, beside its implementations; kernels/variants.c
- * answers by name and by index.  The index of a row is the variant's id.
+ * Each operation has one table, beside its implementations.  kernels/variants.c finds
+ * variants in them by name and by index.  The index of a row is the variant's id.
  */
 #ifndef IMGC_COMMON_VARIANT_H
 #define IMGC_COMMON_VARIANT_H
@@ -12,12 +12,12 @@
 struct imgc_variant {
 	const char *name;
 	bool built;
-	bool (*runnable)(void); /* NULL: wherever it is built */
+	bool (*runnable)(void); /* NULL: it runs wherever it is built */
 };
 
 struct imgc_variant_table {
 	const char *operation;
-	const struct imgc_variant *rows; /* in order of preference, the last always runs */
+	const struct imgc_variant *rows; /* by preference; the last one always runs */
 	unsigned n_rows;
 	unsigned default_row; /* measured, see docs/kernels.md */
 };

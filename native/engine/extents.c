@@ -1,5 +1,9 @@
-/* The second, independent check of every row that comes from outside. */
-#include "engine/engine.h"
+/*
+ * extents.c - the second, independent check of every row, and the search among rows
+ */
+#include "engine/extents.h"
+
+#include <stdbool.h>
 
 #include "common/checked.h"
 #include "common/error.h"
@@ -9,7 +13,7 @@ static bool kind_is_compressed(unsigned kind)
 	return kind == IMGC_DEFLATE || kind == IMGC_ZLIB || kind == IMGC_ZSTD;
 }
 
-/* A compressed row lies inside one block of its file, and its bound is sane. */
+/* Whether a compressed row lies inside one block of its file, with a possible bound. */
 static bool compressed_row_is_valid(const struct imgc_extent *row,
 				    const struct imgc_source_file *file)
 {
@@ -52,12 +56,11 @@ int imgc_extents_check(const struct imgc_extent *extents, size_t n,
 		if (row->guest_offset != expected || expected % SECTOR_NBYTES != 0 ||
 		    row->length == 0 || expected > guest_end ||
 		    row->length > guest_end - expected || !row_is_valid(row, files, n_files))
-			return imgc_fail(err, IMGC_OUT_OF_RANGE, 0, i, IMGC_NO_SOURCE,
-					 "extent_check");
+			return imgc_fail_at(err, IMGC_OUT_OF_RANGE, i, "extent_check");
 		expected += row->length;
 	}
 	if (expected != guest_end)
-		return imgc_fail(err, IMGC_OUT_OF_RANGE, 0, n, IMGC_NO_SOURCE, "extent_check");
+		return imgc_fail_at(err, IMGC_OUT_OF_RANGE, n, "extent_check");
 	return IMGC_OK;
 }
 

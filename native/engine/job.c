@@ -1,4 +1,6 @@
-/* The life of a job: create, then start, wait and finish for each batch, destroy. */
+/*
+ * job.c - the life of a job: create; start, wait and finish for each batch; destroy
+ */
 #include "engine/engine.h"
 
 #include <errno.h>
@@ -9,6 +11,9 @@
 #include "common/checked.h"
 #include "common/error.h"
 
+#define WINDOW_NBYTES (512u * 1024)
+#define MAX_WINDOW_NBYTES (256u * 1024 * 1024)
+#define COMPRESSED_BUFFER_NBYTES (1024u * 1024)
 #define MIN_BLOCK_NBYTES 512u
 #define MAX_BLOCK_NBYTES (256u * 1024 * 1024)
 #define MAX_COMPRESSED_BLOCK_NBYTES (2u * 1024 * 1024)
@@ -17,7 +22,7 @@
 
 static int invalid(struct imgc_error *err, const char *what)
 {
-	return imgc_fail(err, IMGC_INVALID_ARGUMENT, 0, 0, IMGC_NO_SOURCE, what);
+	return imgc_fail_call(err, IMGC_INVALID_ARGUMENT, what);
 }
 
 /* ----------------------------------------------------------------- arguments */
@@ -44,7 +49,7 @@ static bool geometry_is_valid(const struct imgc_geometry *g)
 
 static int check_options(const struct imgc_job_options *o, struct imgc_error *err)
 {
-	if (o->n_threads < 1 || o->n_threads > MAX_THREADS)
+	if (o->n_threads < 1 || o->n_threads > IMGC_MAX_THREADS)
 		return invalid(err, "threads");
 	if (o->kind > IMGC_JOB_COMPARE)
 		return invalid(err, "kind");
@@ -60,8 +65,8 @@ static int check_options(const struct imgc_job_options *o, struct imgc_error *er
 		return invalid(err, "base");
 	if (o->salvage && (o->kind != IMGC_JOB_CONVERT || o->has_base))
 		return invalid(err, "salvage");
-	if (o->share && (o->kind != IMGC_JOB_CONVERT || o->salvage))
-		return invalid(err, "share");
+	if (o->reflink && (o->kind != IMGC_JOB_CONVERT || o->salvage))
+		return invalid(err, "reflink");
 	for (size_t i = 0; i < o->n_sources; i++)
 		if (!o->sources[i].file || o->sources[i].block_nbytes > MAX_SOURCE_BLOCK_NBYTES)
 			return invalid(err, "sources");
@@ -69,12 +74,13 @@ static int check_options(const struct imgc_job_options *o, struct imgc_error *er
 }
 
 /*
- * Large enough for blocks that are compressed, or compared with the base, as a whole;
- * else small enough for the cache.
+ * A window holds any block that is compressed, or compared with the base, as a whole.
+ * Otherwise it is small enough for the CPU's cache.
  */
 static uint64_t choose_window(const struct imgc_job_options *o)
 {
-	uint64_t least = o->window_nbytes ? o->window_nbytes : WINDOW_NBYTES, window = PAGE_NBYTES;
+	uint64_t least = o->window_nbytes ? o->window_nbytes : WINDOW_NBYTES;
+	uint64_t window = PAGE_NBYTES;
 
 	for (size_t i = 0; i < o->n_sources; i++)
 		least = imgc_max_u64(least, o->sources[i].block_nbytes);
@@ -99,7 +105,7 @@ static void view_destroy(struct view *view)
 
 static int view_create(struct view *view, uint64_t window_nbytes)
 {
-	/* A page more: IMGC_COMPRESS_SLACK_NBYTES for the last block. */
+	/* One more page, for the IMGC_COMPRESS_SLACK_NBYTES after the last block. */
 	view->data = aligned_alloc(PAGE_NBYTES, window_nbytes + PAGE_NBYTES);
 	view->ranges = malloc((window_nbytes / SECTOR_NBYTES + 1) * sizeof(*view->ranges));
 	if (!view->data || !view->ranges) {
@@ -154,14 +160,14 @@ static int worker_create(struct imgc_job *job, struct worker *worker, struct cou
 	const struct imgc_job_options *o = &job->options;
 	struct reader *reader = &worker->reader;
 	uint64_t block = largest_source_block(job);
-	int status;
 
 	worker->job = job;
 	worker->counters = counters;
-	reader->job = job;
+	reader->stop = &job->stop;
 	reader->files = job->sources;
-	reader->salvage = job->salvage.is_wanted ? &job->salvage : NULL;
-	status = imgc_io_context_create(o->io_variant, &reader->io);
+	reader->salvage = o->salvage ? &job->salvage : NULL;
+	int status = imgc_io_context_create(o->io_variant, &reader->io);
+
 	if (status == IMGC_OK && o->kind == IMGC_JOB_CONVERT &&
 	    job->geometry.codec.codec != IMGC_CODEC_NONE)
 		status = imgc_compressor_create(&job->geometry.codec, &worker->compressor);
@@ -200,6 +206,7 @@ static int create_workers(struct imgc_job *job)
 	memset(job->counters, 0, n * sizeof(*job->counters));
 	for (size_t i = 0; i < n; i++) {
 		int status = worker_create(job, &job->workers[i], &job->counters[i]);
+
 		if (status)
 			return status;
 	}
@@ -222,17 +229,17 @@ static int create_stored_prefix(struct imgc_job *job)
 	return IMGC_OK;
 }
 
-static int create_shares(struct imgc_job *job)
+static int create_may_reflink(struct imgc_job *job)
 {
 	const struct imgc_job_options *o = &job->options;
 
-	if (!o->share || o->target->share_nbytes == 0)
+	if (!o->reflink || o->target->reflink_block_nbytes == 0)
 		return IMGC_OK;
-	job->shares = calloc(o->n_sources + 1, sizeof(*job->shares));
-	if (!job->shares)
+	job->may_reflink = calloc(o->n_sources + 1, sizeof(*job->may_reflink));
+	if (!job->may_reflink)
 		return IMGC_NO_MEMORY;
 	for (size_t i = 0; i < o->n_sources; i++)
-		atomic_init(&job->shares[i], job->sources[i].file->share_nbytes != 0);
+		atomic_init(&job->may_reflink[i], job->sources[i].file->reflink_block_nbytes != 0);
 	return IMGC_OK;
 }
 
@@ -249,10 +256,7 @@ static int create_locks(struct imgc_job *job)
 
 	pthread_condattr_destroy(&attributes);
 	job->locks_exist = !failed;
-	job->salvage.is_wanted = job->options.salvage;
-	job->salvage.lock_exists = !failed && !pthread_mutex_init(&job->salvage.lock, NULL);
-	failed = failed || !job->salvage.lock_exists;
-	return failed ? IMGC_NO_MEMORY : IMGC_OK;
+	return failed ? IMGC_NO_MEMORY : imgc_salvage_create(&job->salvage);
 }
 
 int imgc_job_create(const struct imgc_job_options *options, struct imgc_job **out,
@@ -265,7 +269,7 @@ int imgc_job_create(const struct imgc_job_options *options, struct imgc_job **ou
 	struct imgc_job *job = calloc(1, sizeof(*job));
 
 	if (!job)
-		return imgc_fail(err, IMGC_NO_MEMORY, 0, 0, IMGC_NO_SOURCE, "job_create");
+		return imgc_fail_call(err, IMGC_NO_MEMORY, "job_create");
 	job->options = *options;
 	job->geometry = options->geometry;
 	job->window_nbytes = choose_window(options);
@@ -291,13 +295,13 @@ int imgc_job_create(const struct imgc_job_options *options, struct imgc_job **ou
 	if (status == IMGC_OK)
 		status = create_stored_prefix(job);
 	if (status == IMGC_OK)
-		status = create_shares(job);
+		status = create_may_reflink(job);
 	if (status == IMGC_OK)
 		status = create_workers(job);
 out:
 	if (status) {
 		imgc_job_destroy(job);
-		return imgc_fail(err, status, 0, 0, IMGC_NO_SOURCE, "job_create");
+		return imgc_fail_call(err, status, "job_create");
 	}
 	*out = job;
 	return IMGC_OK;
@@ -326,7 +330,7 @@ void imgc_job_destroy(struct imgc_job *job)
 	free(job->slots);
 	free(job->sources);
 	free(job->stored_prefix);
-	free(job->shares);
+	free(job->may_reflink);
 	free(job);
 }
 
@@ -359,21 +363,21 @@ static int check_batch(const struct imgc_job *job, const struct imgc_batch *b,
 		       struct imgc_error *err)
 {
 	const struct imgc_job_options *o = &job->options;
-	int status;
 
 	if (b->guest_start >= b->guest_end || b->guest_start % SECTOR_NBYTES != 0)
 		return invalid(err, "batch");
 	if (o->kind == IMGC_JOB_CONVERT ? !batch_fits_geometry(job, b) : !b->base_extents)
 		return invalid(err, "batch");
-	status = imgc_extents_check(b->extents, b->n_extents, job->sources, o->n_sources,
-				    b->guest_start, b->guest_end, err);
+	int status = imgc_extents_check(b->extents, b->n_extents, job->sources, o->n_sources,
+					b->guest_start, b->guest_end, err);
+
 	if (status == IMGC_OK && b->base_extents)
 		status = imgc_extents_check(b->base_extents, b->n_base_extents, job->sources,
 					    o->n_sources, b->guest_start, b->guest_end, err);
 	return status;
 }
 
-/* The other side's buffers exist only once there is another side. */
+/* Made for the first batch with another side; a job without one saves the memory. */
 static int create_other_views(struct imgc_job *job)
 {
 	for (size_t i = 0; i < job->options.n_threads; i++) {
@@ -389,14 +393,14 @@ int imgc_job_start(struct imgc_job *job, const struct imgc_batch *batch, struct 
 {
 	if (job->in_batch)
 		return invalid(err, "start");
-	int status = imgc_job_go_on(job, err);
+	int status = imgc_check_stopped(&job->stop, err);
 
 	if (status == IMGC_OK)
 		status = check_batch(job, batch, err);
 	if (status)
 		return status;
 	if (batch->base_extents && create_other_views(job))
-		return imgc_fail(err, IMGC_NO_MEMORY, 0, 0, IMGC_NO_SOURCE, "start");
+		return imgc_fail_call(err, IMGC_NO_MEMORY, "start");
 	job->batch = *batch;
 	job->rows = (struct rows){batch->extents, batch->n_extents};
 	job->base = (struct rows){batch->base_extents, batch->n_base_extents};
@@ -408,7 +412,7 @@ int imgc_job_start(struct imgc_job *job, const struct imgc_batch *batch, struct 
 	for (unsigned i = 0; i < job->options.n_threads; i++) {
 		struct worker *worker = &job->workers[i];
 
-		/* Fewer threads than asked for do the same work, later. */
+		/* With fewer threads than asked for, the batch only takes longer. */
 		if (pthread_create(&worker->thread, NULL, imgc_worker_main, worker))
 			break;
 		job->n_started++;
@@ -416,7 +420,7 @@ int imgc_job_start(struct imgc_job *job, const struct imgc_batch *batch, struct 
 	}
 	pthread_mutex_unlock(&job->lock);
 	if (job->n_started == 0)
-		return imgc_fail(err, IMGC_IO, EAGAIN, 0, IMGC_NO_SOURCE, "pthread_create");
+		return imgc_fail_system(err, EAGAIN, 0, "pthread_create");
 	job->in_batch = true;
 	return IMGC_OK;
 }
@@ -424,7 +428,6 @@ int imgc_job_start(struct imgc_job *job, const struct imgc_batch *batch, struct 
 int imgc_job_wait(struct imgc_job *job, int timeout_ms)
 {
 	struct timespec until;
-	int ended, outcome = 0;
 
 	clock_gettime(CLOCK_MONOTONIC, &until);
 	until.tv_sec += timeout_ms / 1000;
@@ -433,15 +436,18 @@ int imgc_job_wait(struct imgc_job *job, int timeout_ms)
 		until.tv_sec++;
 		until.tv_nsec -= 1000000000;
 	}
+	int outcome = 0;
+
 	pthread_mutex_lock(&job->lock);
 	while (job->n_running > 0 && outcome == 0)
 		outcome = pthread_cond_timedwait(&job->ended, &job->lock, &until);
-	ended = job->n_running == 0;
+	int ended = job->n_running == 0;
+
 	pthread_mutex_unlock(&job->lock);
 	return ended;
 }
 
-/* Zeros that the target has to know of, where nothing else is said of them. */
+/* For a target that states its zeros: ABSENT blocks become ZERO. */
 static void mark_zero_blocks(struct imgc_job *job)
 {
 	for (size_t i = 0; i < job->batch.n_placements; i++)
@@ -456,13 +462,13 @@ int imgc_job_finish(struct imgc_job *job, struct imgc_error *err)
 	for (unsigned i = 0; i < job->n_started; i++)
 		pthread_join(job->workers[i].thread, NULL);
 	job->in_batch = false;
-	if (atomic_load(&job->failed)) {
+	if (atomic_load(&job->stop.failed)) {
 		if (err)
 			*err = job->error;
 		return job->error.status;
 	}
-	if (atomic_load(&job->cancelled))
-		return imgc_fail(err, IMGC_CANCELLED, 0, 0, IMGC_NO_SOURCE, "cancel");
+	if (atomic_load(&job->stop.cancelled))
+		return imgc_fail_call(err, IMGC_CANCELLED, "cancel");
 	if (job->appends && job->geometry.zero_policy == IMGC_ZERO_EXPLICIT && !job->base.n)
 		mark_zero_blocks(job);
 	if (job->appends && imgc_placer_close_group(&job->placer))
@@ -472,41 +478,12 @@ int imgc_job_finish(struct imgc_job *job, struct imgc_error *err)
 
 /* --------------------------------------------------------- from other threads */
 
-bool imgc_job_is_stopped(const struct imgc_job *job)
-{
-	return atomic_load_explicit(&job->cancelled, memory_order_relaxed) ||
-	       atomic_load_explicit(&job->failed, memory_order_relaxed);
-}
-
-int imgc_job_go_on(const struct imgc_job *job, struct imgc_error *err)
-{
-	return imgc_job_is_stopped(job)
-		       ? imgc_fail(err, IMGC_CANCELLED, 0, 0, IMGC_NO_SOURCE, "cancel")
-		       : IMGC_OK;
-}
-
-static void wake_workers(struct imgc_job *job)
-{
-	pthread_mutex_lock(&job->lock);
-	pthread_cond_broadcast(&job->changed);
-	pthread_mutex_unlock(&job->lock);
-}
-
-void imgc_job_fail(struct imgc_job *job, const struct imgc_error *err)
-{
-	pthread_mutex_lock(&job->lock);
-	if (!atomic_load(&job->failed)) {
-		job->error = *err;
-		atomic_store(&job->failed, true);
-	}
-	pthread_cond_broadcast(&job->changed);
-	pthread_mutex_unlock(&job->lock);
-}
-
 void imgc_job_cancel(struct imgc_job *job)
 {
-	atomic_store(&job->cancelled, true);
-	wake_workers(job);
+	atomic_store(&job->stop.cancelled, true);
+	pthread_mutex_lock(&job->lock);
+	pthread_cond_broadcast(&job->changed);
+	pthread_mutex_unlock(&job->lock);
 }
 
 void imgc_job_progress(const struct imgc_job *job, struct imgc_progress *out)
@@ -520,7 +497,7 @@ void imgc_job_progress(const struct imgc_job *job, struct imgc_progress *out)
 		out->bytes_zero += atomic_load_explicit(&c->zero, memory_order_relaxed);
 		out->bytes_read += atomic_load_explicit(&c->read, memory_order_relaxed);
 		out->bytes_written += atomic_load_explicit(&c->written, memory_order_relaxed);
-		out->bytes_shared += atomic_load_explicit(&c->shared, memory_order_relaxed);
+		out->bytes_reflinked += atomic_load_explicit(&c->reflinked, memory_order_relaxed);
 	}
 }
 

@@ -1,7 +1,10 @@
-/* Where the blocks of an appending target land. */
-#include "engine/engine.h"
+/*
+ * placer.c - host offsets of an appending target
+ */
+#include "engine/placer.h"
 
 #include "common/checked.h"
+#include "engine/extents.h"
 
 void imgc_placer_init(struct placer *placer, const struct imgc_geometry *geometry, uint64_t next)
 {
@@ -58,8 +61,7 @@ static int take(struct placer *placer, uint64_t alignment, uint64_t nbytes, uint
 int imgc_placer_stored(struct placer *placer, uint64_t block, uint64_t nbytes,
 		       uint64_t *host_offset)
 {
-	uint64_t alignment = placer->geometry->stored_alignment;
-	uint64_t whole;
+	uint64_t alignment = placer->geometry->stored_alignment, whole;
 
 	if (enter_group(placer, block) || !imgc_align_up_checked(nbytes, alignment, &whole) ||
 	    !imgc_add_checked(placer->next, placer->geometry->stored_prefix_nbytes, &placer->next))
@@ -68,15 +70,15 @@ int imgc_placer_stored(struct placer *placer, uint64_t block, uint64_t nbytes,
 }
 
 /*
- * Where stored and compressed blocks mix (QCOW2), whole allocation units are
- * taken, and packing goes on inside the last one as long as the bytes stay
- * contiguous; a stored block in between does not waste its rest.
+ * Stored and compressed blocks mix (QCOW2): takes whole allocation units, and packs
+ * blocks into them.  A block may reach into the next unit if that is free.  A stored
+ * block between two compressed ones does not waste the rest of a unit.
  */
 static int take_packed(struct placer *placer, uint64_t nbytes, uint64_t *host_offset)
 {
 	uint64_t unit = placer->geometry->stored_alignment;
-	uint64_t start = placer->packed_next, free_nbytes = placer->packed_end - start, more,
-		 ignored;
+	uint64_t start = placer->packed_next, free_nbytes = placer->packed_end - start;
+	uint64_t more, ignored;
 
 	if (start == 0 || (free_nbytes < nbytes && placer->packed_end != placer->next)) {
 		if (!imgc_align_up_checked(placer->next, unit, &start))

@@ -1,20 +1,20 @@
 /*
- * What is done about reads and writes that fail.
+ * retry.c - reads and writes that are repeated where that can help
  *
- * Reads: the kernel has retried already, but a path or a server may come back, so a read is
- * repeated a few times with growing pauses.  Writes: repeated only where the kernel says that
- * nothing has been tried (EAGAIN); after any other failure the state of the range is unknown.
+ * Reads: the kernel has retried already, but a path or a server may come back.  A read
+ * is therefore repeated a few times, with growing pauses.
+ *
+ * Writes: repeated only after EAGAIN, by which the kernel says that it has written
+ * nothing.  After any other failure the state of the range is unknown.
+ *
  * A failed sync is never repeated: the kernel may have dropped the data.
  */
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE
-#endif
-#include "engine/engine.h"
+#include "engine/retry.h"
 
 #include <errno.h>
 #include <time.h>
 
-/* 0.85 s in all: cancelling stays prompt. */
+/* 0.85 s in all, so that a cancelled job still ends soon. */
 static const long pauses_ms[] = {10, 40, 160, 640};
 
 #define N_PAUSES (sizeof(pauses_ms) / sizeof(pauses_ms[0]))
@@ -33,44 +33,33 @@ static bool read_may_succeed_later(int os_errno)
 	return os_errno == EIO || os_errno == EAGAIN || os_errno == ETIMEDOUT;
 }
 
-int imgc_reader_read(struct reader *reader, uint32_t file, const struct imgc_io_request *requests,
-		     size_t n, struct imgc_error *err)
-{
-	int status = imgc_file_read(reader->files[file].file, reader->io, requests, n, err);
-
-	if (status)
-		err->source = file;
-	return status;
-}
-
-int imgc_read_patiently(struct reader *reader, uint32_t file,
-			const struct imgc_io_request *requests, size_t n, struct imgc_error *err)
+int imgc_read_retrying(struct imgc_file *file, struct imgc_io_context *io,
+		       const struct imgc_io_request *requests, size_t n, const struct stop *stop,
+		       struct imgc_error *err)
 {
 	for (unsigned attempt = 0;; attempt++) {
-		int status = imgc_reader_read(reader, file, requests, n, err);
+		int status = imgc_file_read(file, io, requests, n, err);
 
 		if (status != IMGC_IO || attempt == N_PAUSES ||
 		    !read_may_succeed_later(err->os_errno))
 			return status;
 		pause_before(attempt);
-		status = imgc_job_go_on(reader->job, err);
+		status = imgc_check_stopped(stop, err);
 		if (status)
 			return status;
 	}
 }
 
-int imgc_write_patiently(const struct imgc_job *job, const struct iovec *iov, int n_iov,
-			 uint64_t offset, struct imgc_error *err)
+int imgc_write_retrying(struct imgc_file *file, const struct iovec *iov, int n_iov, uint64_t offset,
+			const struct stop *stop, struct imgc_error *err)
 {
 	for (unsigned attempt = 0;; attempt++) {
-		int status = imgc_file_write(job->options.target, iov, n_iov, offset, err);
+		int status = imgc_file_write(file, iov, n_iov, offset, err);
 
-		if (status)
-			err->source = IMGC_TARGET;
 		if (status != IMGC_IO || attempt == N_PAUSES || err->os_errno != EAGAIN)
 			return status;
 		pause_before(attempt);
-		status = imgc_job_go_on(job, err);
+		status = imgc_check_stopped(stop, err);
 		if (status)
 			return status;
 	}

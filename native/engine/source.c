@@ -1,11 +1,19 @@
-/* From extents to bytes in a window. */
-#include "engine/engine.h"
+/*
+ * source.c - from extents to bytes in memory
+ */
+#include "engine/source.h"
 
 #include <string.h>
 
 #include "common/checked.h"
 #include "common/endian.h"
 #include "common/error.h"
+#include "engine/retry.h"
+
+#define MAX_READ_REQUESTS 64
+#define MAX_COMPRESSED_GAP_NBYTES (64u * 1024)
+/* The usual physical sector of a disk, and a page: the least that can be bad. */
+#define SALVAGE_PIECE_NBYTES 4096u
 
 /* ------------------------------------------------------------------- views */
 
@@ -53,50 +61,117 @@ void imgc_view_materialise(const struct view *view, uint64_t start, uint64_t end
 	}
 }
 
-/* ------------------------------------------------------------ plain extents */
+/* ------------------------------------------------------------------- reads */
 
-/* Reads of one file that go to the kernel together. */
-struct pending {
+/* One call of imgc_reader_fill(). */
+struct fill {
+	struct reader *reader;
+	uint64_t start, end; /* the guest range that is wanted */
+	struct view *view;   /* receives its bytes */
+	/* Plain reads of one file that go to the kernel together. */
 	struct imgc_io_request requests[MAX_READ_REQUESTS];
-	size_t n;
+	size_t n_requests;
 	uint32_t file;
-	const uint8_t *window; /* where the buffers lie, */
-	uint64_t start;	       /* and which guest byte that is */
 };
 
-/* Some of these could not be read: takes what can be had. */
-static int pending_salvage(struct reader *reader, const struct pending *pending,
+static uint64_t wanted_start(const struct fill *fill, const struct imgc_extent *row)
+{
+	return imgc_max_u64(row->guest_offset, fill->start);
+}
+
+static uint64_t wanted_end(const struct fill *fill, const struct imgc_extent *row)
+{
+	return imgc_min_u64(row->guest_offset + row->length, fill->end);
+}
+
+static uint8_t *bytes_at(const struct fill *fill, uint64_t guest_offset)
+{
+	return fill->view->data + (guest_offset - fill->start);
+}
+
+static int read_once(struct reader *reader, uint32_t file, const struct imgc_io_request *request,
+		     struct imgc_error *err)
+{
+	int status = imgc_file_read(reader->files[file].file, reader->io, request, 1, err);
+
+	return imgc_fail_in(err, status, file);
+}
+
+static int read_retrying(struct reader *reader, uint32_t file,
+			 const struct imgc_io_request *requests, size_t n, struct imgc_error *err)
+{
+	int status = imgc_read_retrying(reader->files[file].file, reader->io, requests, n,
+					reader->stop, err);
+
+	return imgc_fail_in(err, status, file);
+}
+
+/* ------------------------------------------------------------ plain extents */
+
+/* Reads in small pieces.  A piece that cannot be read becomes zeros and a bad range. */
+static int salvage_request(struct fill *fill, const struct imgc_io_request *request,
 			   struct imgc_error *err)
 {
-	for (size_t i = 0; i < pending->n; i++) {
-		const struct imgc_io_request *request = &pending->requests[i];
-		uint64_t within = (uint64_t)((const uint8_t *)request->buffer - pending->window);
-		int status = imgc_salvage_read(reader, pending->file, request,
-					       pending->start + within, err);
+	struct reader *reader = fill->reader;
+	uint8_t *buffer = request->buffer;
+	uint64_t guest_offset = fill->start + (uint64_t)(buffer - fill->view->data);
+	uint64_t done = 0;
 
+	while (done < request->length) {
+		uint64_t offset = request->offset + done;
+		uint64_t end = (offset | (SALVAGE_PIECE_NBYTES - 1)) + 1;
+		struct imgc_io_request piece = {
+			.offset = offset,
+			.buffer = buffer + done,
+			.length = imgc_min_u64(end - offset, request->length - done),
+		};
+		int status = imgc_check_stopped(reader->stop, err);
+
+		if (status == IMGC_OK)
+			status = read_once(reader, fill->file, &piece, err);
+		if (status == IMGC_IO) {
+			struct imgc_bad_range range = {guest_offset + done, piece.length,
+						       fill->file, err->os_errno};
+
+			memset(piece.buffer, 0, piece.length);
+			status = imgc_salvage_add(reader->salvage, range, err);
+		}
+		if (status)
+			return status;
+		done += piece.length;
+	}
+	return IMGC_OK;
+}
+
+static int flush_requests(struct fill *fill, struct imgc_error *err)
+{
+	size_t n = fill->n_requests;
+
+	if (n == 0)
+		return IMGC_OK;
+	fill->n_requests = 0;
+	int status = read_retrying(fill->reader, fill->file, fill->requests, n, err);
+
+	if (status != IMGC_IO || !fill->reader->salvage)
+		return status;
+	for (size_t i = 0; i < n; i++) {
+		status = salvage_request(fill, &fill->requests[i], err);
 		if (status)
 			return status;
 	}
 	return IMGC_OK;
 }
 
-static int pending_flush(struct reader *reader, struct pending *pending, struct imgc_error *err)
+/* Queues the wanted part of a DATA row. */
+static int add_request(struct fill *fill, const struct imgc_extent *row, struct imgc_error *err)
 {
-	if (pending->n == 0)
-		return IMGC_OK;
-	int status = imgc_read_patiently(reader, pending->file, pending->requests, pending->n, err);
-	if (status == IMGC_IO && reader->salvage)
-		status = pending_salvage(reader, pending, err);
-	pending->n = 0;
-	return status;
-}
+	uint64_t start = wanted_start(fill, row), length = wanted_end(fill, row) - start;
+	uint64_t offset = row->host_offset + (start - row->guest_offset);
+	uint8_t *buffer = bytes_at(fill, start);
 
-static int pending_add(struct reader *reader, struct pending *pending, uint32_t file,
-		       uint64_t offset, uint8_t *buffer, uint64_t length, struct imgc_error *err)
-{
-	reader->bytes_read += length;
-	if (pending->n > 0 && pending->file == file) {
-		struct imgc_io_request *last = &pending->requests[pending->n - 1];
+	fill->reader->bytes_read += length;
+	if (fill->n_requests > 0 && fill->file == row->file) {
+		struct imgc_io_request *last = &fill->requests[fill->n_requests - 1];
 
 		if (last->offset + last->length == offset &&
 		    (uint8_t *)last->buffer + last->length == buffer) {
@@ -104,13 +179,15 @@ static int pending_add(struct reader *reader, struct pending *pending, uint32_t 
 			return IMGC_OK;
 		}
 	}
-	if (pending->n == MAX_READ_REQUESTS || (pending->n > 0 && pending->file != file)) {
-		int status = pending_flush(reader, pending, err);
+	if (fill->n_requests == MAX_READ_REQUESTS ||
+	    (fill->n_requests > 0 && fill->file != row->file)) {
+		int status = flush_requests(fill, err);
+
 		if (status)
 			return status;
 	}
-	pending->file = file;
-	pending->requests[pending->n++] = (struct imgc_io_request){offset, buffer, length};
+	fill->file = row->file;
+	fill->requests[fill->n_requests++] = (struct imgc_io_request){offset, buffer, length};
 	return IMGC_OK;
 }
 
@@ -123,7 +200,12 @@ static unsigned codec_of(unsigned kind)
 	return kind == IMGC_ZLIB ? IMGC_CODEC_ZLIB : IMGC_CODEC_ZSTD;
 }
 
-/* Steps over a grain marker that says what the row says. */
+static bool row_is_compressed(const struct imgc_extent *row)
+{
+	return row->kind >= IMGC_DEFLATE;
+}
+
+/* Steps over a grain marker; false if it contradicts the row. */
 static bool skip_grain_marker(const uint8_t **in, uint64_t *nbytes, uint64_t block_start)
 {
 	if (*nbytes <= GRAIN_MARKER_NBYTES || imgc_load_le64(*in) != block_start / SECTOR_NBYTES)
@@ -138,138 +220,130 @@ static bool skip_grain_marker(const uint8_t **in, uint64_t *nbytes, uint64_t blo
 }
 
 /*
- * Decompresses the block of one row into its place in the window.  `in` holds the
- * row's host_length bytes.  A whole block goes straight to its place; of others the
- * wanted part is copied.
+ * Decompresses the block of one row into the view.  `in` holds the row's host_length
+ * bytes.  A block that is wanted whole goes straight to its place.  Of any other block
+ * the wanted part is copied.
  */
-static int decompress_row(struct reader *reader, const struct imgc_extent *row, const uint8_t *in,
-			  uint64_t start, uint64_t end, struct view *view, struct imgc_error *err)
+static int decompress_row(struct fill *fill, const struct imgc_extent *row, const uint8_t *in,
+			  struct imgc_error *err)
 {
+	struct reader *reader = fill->reader;
 	const struct imgc_source_file *file = &reader->files[row->file];
 	uint64_t block = file->block_nbytes, in_nbytes = row->host_length;
 	uint64_t within = (row->guest_offset - file->guest_base) % block;
-	unsigned codec = codec_of(row->kind);
-	int status;
+	uint64_t start = wanted_start(fill, row), end = wanted_end(fill, row);
+	bool is_whole = end - start == block;
+	uint8_t *out = is_whole ? bytes_at(fill, start) : reader->block;
 
 	if (row->flags & IMGC_EXTENT_GRAIN_MARKER &&
 	    !skip_grain_marker(&in, &in_nbytes, row->guest_offset - within - file->guest_base))
-		return imgc_fail(err, IMGC_CORRUPT, 0, row->host_offset, row->file, "grain_marker");
-	if (row->length == block && row->guest_offset >= start &&
-	    end - row->guest_offset >= block) {
-		status = imgc_decompress(reader->decompressor, codec, in, in_nbytes,
-					 view->data + (row->guest_offset - start), block, NULL);
-		if (status)
-			goto failed;
-		return IMGC_OK;
-	}
-	status = imgc_decompress(reader->decompressor, codec, in, in_nbytes, reader->block, block,
-				 NULL);
+		return imgc_fail(err, IMGC_BAD_GRAIN_MARKER, 0, row->host_offset, row->file,
+				 "grain_marker");
+	int status = imgc_decompress(reader->decompressor, codec_of(row->kind), in, in_nbytes, out,
+				     block, NULL);
+
 	if (status)
-		goto failed;
-	uint64_t from = imgc_max_u64(row->guest_offset, start);
-	uint64_t to = imgc_min_u64(row->guest_offset + row->length, end);
-
-	memcpy(view->data + (from - start), reader->block + within + (from - row->guest_offset),
-	       to - from);
+		return imgc_fail(err, status, 0, row->host_offset, row->file, "decompress");
+	if (!is_whole)
+		memcpy(bytes_at(fill, start), out + within + (start - row->guest_offset),
+		       end - start);
 	return IMGC_OK;
-failed:
-	return imgc_fail(err, status, 0, row->host_offset, row->file, "decompress");
 }
 
-static bool row_is_compressed(const struct imgc_extent *row)
+/* The row's block cannot be had: it becomes zeros and a bad range. */
+static int salvage_row(struct fill *fill, const struct imgc_extent *row, int os_errno,
+		       struct imgc_error *err)
 {
-	return row->kind >= IMGC_DEFLATE;
+	uint64_t start = wanted_start(fill, row), length = wanted_end(fill, row) - start;
+	struct imgc_bad_range range = {start, length, row->file, os_errno};
+
+	memset(bytes_at(fill, start), 0, length);
+	return imgc_salvage_add(fill->reader->salvage, range, err);
 }
 
-/* The row's block is lost: zeros, if that is wanted. */
-static int lose_row(struct reader *reader, const struct imgc_extent *row, uint64_t start,
-		    uint64_t end, struct view *view, int os_errno, struct imgc_error *err)
+/* decompress_row(), but when salvaging a broken block is a bad range, not an error. */
+static int take_row(struct fill *fill, const struct imgc_extent *row, const uint8_t *in,
+		    struct imgc_error *err)
 {
-	uint64_t from = imgc_max_u64(row->guest_offset, start);
-	uint64_t to = imgc_min_u64(row->guest_offset + row->length, end);
-	struct imgc_bad_range range = {from, to - from, row->file, os_errno};
+	int status = decompress_row(fill, row, in, err);
+	bool is_broken = status == IMGC_CORRUPT || status == IMGC_BAD_GRAIN_MARKER;
 
-	memset(view->data + (from - start), 0, to - from);
-	return imgc_salvage_note(reader->salvage, range, err);
+	return is_broken && fill->reader->salvage ? salvage_row(fill, row, 0, err) : status;
 }
 
-/* decompress_row(), or gives the row up if that is wanted. */
-static int take_row(struct reader *reader, const struct imgc_extent *row, const uint8_t *in,
-		    uint64_t start, uint64_t end, struct view *view, struct imgc_error *err)
+/* The rows could not be read together: takes each that can be read alone. */
+static int salvage_rows(struct fill *fill, const struct imgc_extent *rows, size_t n,
+			struct imgc_error *err)
 {
-	int status = decompress_row(reader, row, in, start, end, view, err);
+	struct reader *reader = fill->reader;
 
-	return status == IMGC_CORRUPT && reader->salvage
-		       ? lose_row(reader, row, start, end, view, 0, err)
-		       : status;
-}
-
-/* The rows could not be read at once: takes each that can be read alone. */
-static int salvage_rows(struct reader *reader, const struct imgc_extent *rows, size_t n,
-			uint64_t start, uint64_t end, struct view *view, struct imgc_error *err)
-{
-	int status = IMGC_OK;
-
-	for (size_t i = 0; i < n && status == IMGC_OK; i++) {
+	for (size_t i = 0; i < n; i++) {
 		struct imgc_io_request request = {rows[i].host_offset, reader->compressed,
 						  rows[i].host_length};
+		int status = imgc_check_stopped(reader->stop, err);
 
-		status = imgc_job_go_on(reader->job, err);
 		if (status)
-			break;
-		status = imgc_reader_read(reader, rows[i].file, &request, 1, err);
+			return status;
+		status = read_once(reader, rows[i].file, &request, err);
 		if (status == IMGC_OK) {
 			reader->bytes_read += request.length;
-			status = take_row(reader, &rows[i], reader->compressed, start, end, view,
-					  err);
+			status = take_row(fill, &rows[i], reader->compressed, err);
 		} else if (status == IMGC_IO) {
-			status = lose_row(reader, &rows[i], start, end, view, err->os_errno, err);
+			status = salvage_row(fill, &rows[i], err->os_errno, err);
 		}
+		if (status)
+			return status;
 	}
-	return status;
+	return IMGC_OK;
 }
 
 /*
- * Reads the bytes of neighbouring compressed rows at once and decompresses them.
- * host_length is often only an upper bound, so that the rows' ranges overlap.
- * Returns how many rows it took.
+ * Counts the rows from the first on that are read together: they lie close to each
+ * other and fit the reader's buffer.  host_length is often only an upper bound, so the
+ * rows' ranges may overlap.  *span_end is where the last of them ends.
  */
-static int fill_compressed(struct reader *reader, const struct imgc_extent *rows, size_t n,
-			   uint64_t start, uint64_t end, struct view *view, size_t *n_taken,
-			   struct imgc_error *err)
+static size_t count_neighbours(const struct fill *fill, const struct imgc_extent *rows, size_t n,
+			       uint64_t *span_end)
 {
-	uint64_t span_start = rows[0].host_offset;
-	uint64_t span_end = span_start + rows[0].host_length;
+	uint64_t end = rows[0].host_offset + rows[0].host_length;
 	size_t count = 1;
 
 	for (; count < n; count++) {
 		const struct imgc_extent *row = &rows[count];
 
-		if (row->guest_offset >= end || !row_is_compressed(row) ||
+		if (row->guest_offset >= fill->end || !row_is_compressed(row) ||
 		    row->file != rows[0].file || row->host_offset < rows[count - 1].host_offset ||
-		    (row->host_offset > span_end &&
-		     row->host_offset - span_end > MAX_COMPRESSED_GAP_NBYTES))
+		    (row->host_offset > end && row->host_offset - end > MAX_COMPRESSED_GAP_NBYTES))
 			break;
-		uint64_t row_end = imgc_max_u64(span_end, row->host_offset + row->host_length);
+		uint64_t row_end = imgc_max_u64(end, row->host_offset + row->host_length);
 
-		if (row_end - span_start > reader->compressed_capacity)
+		if (row_end - rows[0].host_offset > fill->reader->compressed_capacity)
 			break;
-		span_end = row_end;
+		end = row_end;
 	}
+	*span_end = end;
+	return count;
+}
 
-	struct imgc_io_request request = {span_start, reader->compressed, span_end - span_start};
-	int status = imgc_read_patiently(reader, rows[0].file, &request, 1, err);
+/* Reads neighbouring compressed rows and decompresses them.  *n_taken says how many. */
+static int fill_compressed(struct fill *fill, const struct imgc_extent *rows, size_t n,
+			   size_t *n_taken, struct imgc_error *err)
+{
+	struct reader *reader = fill->reader;
+	uint64_t start = rows[0].host_offset, end;
+	size_t count = count_neighbours(fill, rows, n, &end);
+	struct imgc_io_request request = {start, reader->compressed, end - start};
+	int status = read_retrying(reader, rows[0].file, &request, 1, err);
 
 	*n_taken = count;
 	if (status == IMGC_IO && reader->salvage)
-		return salvage_rows(reader, rows, count, start, end, view, err);
+		return salvage_rows(fill, rows, count, err);
 	if (status)
 		return status;
 	reader->bytes_read += request.length;
 	for (size_t i = 0; i < count; i++) {
-		status = take_row(reader, &rows[i],
-				  reader->compressed + (rows[i].host_offset - span_start), start,
-				  end, view, err);
+		status = take_row(fill, &rows[i],
+				  reader->compressed + (rows[i].host_offset - start), err);
 		if (status)
 			return status;
 	}
@@ -281,34 +355,33 @@ static int fill_compressed(struct reader *reader, const struct imgc_extent *rows
 int imgc_reader_fill(struct reader *reader, struct rows rows, uint64_t start, uint64_t end,
 		     struct view *view, struct imgc_error *err)
 {
-	struct pending pending = {.n = 0, .window = view->data, .start = start};
+	struct fill fill;
 	size_t first = imgc_rows_find(rows, start), compressed_until = first;
-	int status;
 
+	/* Field by field: the requests need no zeros. */
+	fill.reader = reader;
+	fill.start = start;
+	fill.end = end;
+	fill.view = view;
+	fill.n_requests = 0;
 	view->n_ranges = 0;
 	for (size_t i = first; i < rows.n && rows.rows[i].guest_offset < end; i++) {
 		const struct imgc_extent *row = &rows.rows[i];
-		uint64_t from = imgc_max_u64(row->guest_offset, start);
-		uint64_t to = imgc_min_u64(row->guest_offset + row->length, end);
+		int status = IMGC_OK;
 
 		if (row->kind == IMGC_HOLE || row->kind == IMGC_ZERO)
 			continue;
-		view_add(view, from - start, to - start);
+		view_add(view, wanted_start(&fill, row) - start, wanted_end(&fill, row) - start);
 		if (row->kind == IMGC_DATA) {
-			status = pending_add(reader, &pending, row->file,
-					     row->host_offset + (from - row->guest_offset),
-					     view->data + (from - start), to - from, err);
-			if (status)
-				return status;
+			status = add_request(&fill, row, err);
 		} else if (i >= compressed_until) {
 			size_t n_taken;
 
-			status = fill_compressed(reader, row, rows.n - i, start, end, view,
-						 &n_taken, err);
-			if (status)
-				return status;
+			status = fill_compressed(&fill, row, rows.n - i, &n_taken, err);
 			compressed_until = i + n_taken;
 		}
+		if (status)
+			return status;
 	}
-	return pending_flush(reader, &pending, err);
+	return flush_requests(&fill, err);
 }

@@ -1,4 +1,6 @@
-/* What happens to the bytes of one window: zero tests, compression, comparison, places. */
+/*
+ * window.c - one window: read, test for zeros, compress, compare, place
+ */
 #include "engine/engine.h"
 
 #include <string.h>
@@ -24,8 +26,8 @@ static void add_run(struct slot *slot, size_t first_run, uint64_t start, uint64_
 }
 
 /*
- * Appends what of [start, end) has to be written: all of it, or what is left without
- * runs of zeros.  Returns whether that is anything.
+ * Adds the runs of [start, end) that must be written: all of it, or all but runs of
+ * zeros.  Returns whether there are any.
  */
 static bool find_runs(const struct imgc_job *job, struct slot *slot, uint64_t start, uint64_t end)
 {
@@ -56,7 +58,7 @@ static uint64_t packed_room(const struct imgc_job *job, const struct worker *wor
 {
 	uint64_t block = job->geometry.block_nbytes;
 
-	/* A block that does not shrink is stored instead, where the format can. */
+	/* A block that does not get smaller is stored, if the format allows it. */
 	return job->geometry.store_incompressible
 		       ? block - 1
 		       : imgc_compressor_bound(worker->compressor, block);
@@ -69,7 +71,7 @@ static void put_grain_marker(uint8_t *marker, uint64_t guest_offset, size_t nbyt
 }
 
 /*
- * Compresses the piece behind what the slot has packed so far.  *fits is false if the
+ * Compresses the piece to the end of the slot's packed bytes.  *fits is false if the
  * result is not smaller than the block and the format can store it plain.
  */
 static int pack(struct worker *worker, struct slot *slot, struct piece *piece, bool *fits,
@@ -81,7 +83,7 @@ static int pack(struct worker *worker, struct slot *slot, struct piece *piece, b
 	uint8_t *out = slot->packed + slot->packed_nbytes;
 	size_t nbytes = 0;
 
-	/* The last block may reach past the disk's end. */
+	/* The whole block: the disk's last one may reach past its end. */
 	imgc_view_materialise(&slot->view, piece->start, piece->start + g->block_nbytes);
 	int status =
 		imgc_compress(worker->compressor, slot->view.data + piece->start, g->block_nbytes,
@@ -108,7 +110,7 @@ static int pack(struct worker *worker, struct slot *slot, struct piece *piece, b
 
 /* ------------------------------------------------------------------- pieces */
 
-/* Whether the piece reads the same as the base: then the target leaves it to its backing file. */
+/* Whether both sides are equal.  The target leaves such a block to its backing file. */
 static bool equals_base(const struct worker *worker, const struct slot *slot, uint64_t start,
 			uint64_t end)
 {
@@ -130,7 +132,7 @@ static bool piece_is_zero(const struct imgc_job *job, const struct slot *slot, u
 	return is_zero(job, &slot->view, start, end);
 }
 
-/* Without a base, absent blocks read as zeros; job_finish marks them if asked to. */
+/* Without a base ABSENT reads as zeros; see mark_zero_blocks() in job.c. */
 static uint32_t zero_state(const struct imgc_job *job)
 {
 	return job->base.n ? IMGC_BLOCK_ZERO : IMGC_BLOCK_ABSENT;
@@ -156,6 +158,7 @@ static int process_piece(struct worker *worker, struct slot *slot, struct piece 
 		}
 		slot->data_nbytes += zero ? 0 : piece->nbytes;
 		int status = pack(worker, slot, piece, &fits, err);
+
 		if (status || fits)
 			return status;
 	}
@@ -185,7 +188,8 @@ static int process_pieces(struct worker *worker, struct slot *slot, struct imgc_
 			.start = (uint32_t)(at - slot->start),
 			.nbytes = (uint32_t)(imgc_min_u64(next, slot->end) - at),
 		};
-		int status = imgc_job_go_on(job, err);
+		int status = imgc_check_stopped(&job->stop, err);
+
 		if (status == IMGC_OK)
 			status = process_piece(worker, slot, piece, err);
 		if (status)
@@ -228,12 +232,12 @@ static void compare_window(struct worker *worker, struct slot *slot)
 int imgc_window_process(struct worker *worker, struct slot *slot, struct imgc_error *err)
 {
 	struct imgc_job *job = worker->job;
-	int status;
 
 	slot->n_pieces = slot->n_runs = 0;
 	slot->packed_nbytes = slot->data_nbytes = 0;
-	status = imgc_reader_fill(&worker->reader, job->rows, slot->start, slot->end, &slot->view,
-				  err);
+	int status = imgc_reader_fill(&worker->reader, job->rows, slot->start, slot->end,
+				      &slot->view, err);
+
 	if (status == IMGC_OK && job->base.n)
 		status = imgc_reader_fill(&worker->reader, job->base, slot->start, slot->end,
 					  &worker->other, err);

@@ -1,12 +1,18 @@
-/* Which window is next, and who does what with it. */
+/*
+ * worker.c - the ring: which window is next, and which worker does what
+ */
 #include "engine/engine.h"
 
 #include "common/checked.h"
 #include "common/error.h"
 
+#define MAX_ZERO_SPAN_NBYTES (128u * 1024 * 1024) /* so that a cancelled job ends soon */
+
 enum claim { CLAIM_NOTHING, CLAIM_WINDOW, CLAIM_ZERO_SPAN };
 
-/* Guest offset up to which the rows hold no data from the cursor on; the cursor itself if they do.
+/*
+ * The end of the range without data that starts at the cursor: the cursor itself if
+ * there is data.  *at is the row where the search goes on.
  */
 static uint64_t empty_until(struct rows rows, size_t *at, uint64_t cursor)
 {
@@ -23,8 +29,8 @@ static uint64_t empty_until(struct rows rows, size_t *at, uint64_t cursor)
 }
 
 /*
- * Takes the next piece of the batch: a window, or a longer span that holds no data on
- * either side and so needs no reading.  Windows start at multiples of their size, so that
+ * Takes the next part of the batch: a window, or a longer span that has no data on
+ * either side and so is not read.  Windows start at multiples of their size, so that
  * they do not depend on what came before.
  */
 static enum claim claim_next(struct imgc_job *job, uint64_t *start, uint64_t *end)
@@ -37,7 +43,7 @@ static enum claim claim_next(struct imgc_job *job, uint64_t *start, uint64_t *en
 	uint64_t window_end = imgc_min_u64((cursor | (job->window_nbytes - 1)) + 1, batch_end);
 
 	*start = cursor;
-	/* Zeros on both sides are left to the base. */
+	/* With a base, zeros on both sides stay ABSENT, even if zeros are stored. */
 	if (job->geometry.zero_policy != IMGC_ZERO_STORE || job->base.n) {
 		uint64_t span = empty_until(job->rows, &job->claim_row, cursor);
 
@@ -68,12 +74,24 @@ static void count(struct worker *worker, uint64_t guest_nbytes, uint64_t data_nb
 	worker->reader.bytes_read = 0;
 }
 
+/* The first error wins; the other workers stop. */
+static void fail_job(struct imgc_job *job, const struct imgc_error *err)
+{
+	pthread_mutex_lock(&job->lock);
+	if (!atomic_load(&job->stop.failed)) {
+		job->error = *err;
+		atomic_store(&job->stop.failed, true);
+	}
+	pthread_cond_broadcast(&job->changed);
+	pthread_mutex_unlock(&job->lock);
+}
+
 static void work_on_span(struct worker *worker, uint64_t start, uint64_t end)
 {
 	struct imgc_error err;
 
 	if (imgc_span_write_zeros(worker, start, end, &err))
-		imgc_job_fail(worker->job, &err);
+		fail_job(worker->job, &err);
 	else
 		count(worker, end - start, 0);
 }
@@ -83,12 +101,12 @@ static void work_on_writing(struct worker *worker, struct slot *slot)
 	struct imgc_error err;
 
 	if (imgc_window_write(worker, slot, &err))
-		imgc_job_fail(worker->job, &err);
+		fail_job(worker->job, &err);
 	else
 		count(worker, slot->end - slot->start, slot->data_nbytes);
 }
 
-/* ---------------------------------------------------------------- the ring */
+/* -------------------------------------------------------------------- ring */
 
 static struct slot *slot_of(struct imgc_job *job, uint64_t number)
 {
@@ -97,8 +115,10 @@ static struct slot *slot_of(struct imgc_job *job, uint64_t number)
 
 /*
  * Places every window at the front of the ring that is ready.  Under the lock.
- * Those that could not be filled are errors here, in guest order, so that what a job ends
- * with depends on no thread; behind a difference nobody asks for them.
+ *
+ * A window that could not be filled becomes the job's error here, in guest order, so
+ * that the error does not depend on which worker was faster.  After a difference it is
+ * ignored: the comparison has its answer.
  */
 static int place_ready(struct imgc_job *job, struct imgc_error *err)
 {
@@ -109,6 +129,7 @@ static int place_ready(struct imgc_job *job, struct imgc_error *err)
 			break;
 		if (slot->status == IMGC_OK) {
 			int status = imgc_window_place(job, slot, err);
+
 			if (status)
 				return status;
 		} else if (slot->start < atomic_load(&job->first_difference)) {
@@ -121,7 +142,7 @@ static int place_ready(struct imgc_job *job, struct imgc_error *err)
 	return IMGC_OK;
 }
 
-/* Called and returns with the lock held. */
+/* Called with the lock held, and returns with it held. */
 static void write_next_slot(struct worker *worker)
 {
 	struct imgc_job *job = worker->job;
@@ -138,7 +159,7 @@ static void write_next_slot(struct worker *worker)
 	pthread_cond_broadcast(&job->changed);
 }
 
-/* Called and returns with the lock held. */
+/* Called with the lock held, and returns with it held. */
 static void fill_next_slot(struct worker *worker)
 {
 	struct imgc_job *job = worker->job;
@@ -148,7 +169,7 @@ static void fill_next_slot(struct worker *worker)
 	enum claim claim = claim_next(job, &start, &end);
 
 	if (claim == CLAIM_NOTHING)
-		return; /* a difference has been found meanwhile */
+		return; /* another worker has found a difference */
 	if (claim == CLAIM_ZERO_SPAN) {
 		job->n_busy++;
 		pthread_mutex_unlock(&job->lock);
@@ -167,10 +188,10 @@ static void fill_next_slot(struct worker *worker)
 	pthread_mutex_lock(&job->lock);
 	slot->state = SLOT_READY;
 	if (slot->status)
-		job->cursor = job->batch.guest_end; /* whatever lies behind is in vain */
+		job->cursor = job->batch.guest_end; /* later windows need not be read */
 	if (place_ready(job, &err)) {
 		pthread_mutex_unlock(&job->lock);
-		imgc_job_fail(job, &err);
+		fail_job(job, &err);
 		pthread_mutex_lock(&job->lock);
 	}
 	pthread_cond_broadcast(&job->changed);
@@ -183,15 +204,15 @@ static bool work_is_left(const struct imgc_job *job)
 }
 
 /*
- * Writing comes first, so that the ring empties; but where the kernel lets one writer
- * in at a time, the others rather fill the ring than wait at its door.
+ * Writing comes first, so that slots become free.  Where the kernel lets one writer in
+ * at a time, the other workers fill the ring instead of waiting for it.
  */
 static void run(struct worker *worker)
 {
 	struct imgc_job *job = worker->job;
 
 	pthread_mutex_lock(&job->lock);
-	while (!imgc_job_is_stopped(job)) {
+	while (!imgc_stop_is_set(&job->stop)) {
 		if (job->written < job->placed && job->n_writing < job->max_writers)
 			write_next_slot(worker);
 		else if (work_is_left(job) && slot_of(job, job->claimed)->state == SLOT_FREE)
@@ -201,7 +222,7 @@ static void run(struct worker *worker)
 		else
 			pthread_cond_wait(&job->changed, &job->lock);
 	}
-	/* Whoever still waits for work has to see that there is none. */
+	/* Wakes the workers that still wait for work: there is none left. */
 	pthread_cond_broadcast(&job->changed);
 	pthread_mutex_unlock(&job->lock);
 }

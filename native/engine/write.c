@@ -1,13 +1,18 @@
 /*
- * How the bytes of a window get to their places in the target: written, or shared with a
- * source's blocks where the file system can do that.
+ * write.c - one window to the target: written, or reflinked from a source
  */
 #include "engine/engine.h"
 
+#include <sys/uio.h>
+
 #include "common/checked.h"
 #include "common/error.h"
+#include "engine/retry.h"
 
-/* Blocks of a source that become the target's. */
+#define MAX_SEGMENTS 64
+#define MIN_REFLINK_NBYTES (64u * 1024) /* less is written as fast, and fragments less */
+
+/* A range of the target that can be reflinked from a source. */
 struct part {
 	uint64_t guest_offset, length;
 	uint64_t host_offset; /* in the target */
@@ -15,21 +20,24 @@ struct part {
 	uint32_t file;
 };
 
-/* Neighbouring bytes of the target that go to the kernel in one call. */
+/* Bytes that are neighbours in the target, and go to the kernel in one call. */
 struct gather {
 	struct iovec iov[MAX_SEGMENTS];
 	int n;
 	uint64_t offset, nbytes;
-	struct part part; /* waits for its neighbours; length 0: there is none */
+	struct part part; /* waits for neighbours that join it; length 0: no part */
 };
 
 static int gather_flush(struct worker *worker, struct gather *gather, struct imgc_error *err)
 {
 	if (gather->n == 0)
 		return IMGC_OK;
-	int status = imgc_write_patiently(worker->job, gather->iov, gather->n, gather->offset, err);
+	struct imgc_job *job = worker->job;
+	int status = imgc_write_retrying(job->options.target, gather->iov, gather->n,
+					 gather->offset, &job->stop, err);
+
 	if (status)
-		return status;
+		return imgc_fail_in(err, status, IMGC_TARGET);
 	atomic_fetch_add_explicit(&worker->counters->written, gather->nbytes, memory_order_relaxed);
 	gather->n = 0;
 	gather->nbytes = 0;
@@ -42,6 +50,7 @@ static int gather_add(struct worker *worker, struct gather *gather, uint64_t off
 	if (gather->n > 0 &&
 	    (offset != gather->offset + gather->nbytes || gather->n == MAX_SEGMENTS)) {
 		int status = gather_flush(worker, gather, err);
+
 		if (status)
 			return status;
 	}
@@ -58,11 +67,12 @@ static int gather_add(struct worker *worker, struct gather *gather, uint64_t off
 	return IMGC_OK;
 }
 
-/* ------------------------------------------------------------------ sharing */
+/* ---------------------------------------------------------------- reflinks */
 
 /*
- * The first part of guest range [start, end), which goes to host_offset of the target, that
- * lies plain in a source at a place that differs by whole blocks.
+ * Finds the first part of guest range [start, end) that can be reflinked: a source
+ * stores it plain, at a place that differs from its place in the target by whole
+ * blocks.  host_offset is where `start` goes in the target.
  */
 static bool find_part(const struct imgc_job *job, uint64_t start, uint64_t end,
 		      uint64_t host_offset, struct part *part)
@@ -74,10 +84,10 @@ static bool find_part(const struct imgc_job *job, uint64_t start, uint64_t end,
 
 		if (from >= to)
 			return false;
-		if (row->kind != IMGC_DATA || !atomic_load(&job->shares[row->file]))
+		if (row->kind != IMGC_DATA || !atomic_load(&job->may_reflink[row->file]))
 			continue;
-		uint64_t unit = imgc_max_u64(job->sources[row->file].file->share_nbytes,
-					     job->options.target->share_nbytes);
+		uint64_t unit = imgc_max_u64(job->sources[row->file].file->reflink_block_nbytes,
+					     job->options.target->reflink_block_nbytes);
 		uint64_t source_offset = row->host_offset + (from - row->guest_offset);
 		uint64_t offset = host_offset + (from - start);
 		uint64_t before = (0 - offset) & (unit - 1);
@@ -96,27 +106,27 @@ static bool find_part(const struct imgc_job *job, uint64_t start, uint64_t end,
 	return false;
 }
 
-static bool share_part(struct worker *worker, const struct part *part)
+static bool reflink_part(struct worker *worker, const struct part *part)
 {
 	struct imgc_job *job = worker->job;
 
-	if (!imgc_file_share(job->options.target, part->host_offset, job->sources[part->file].file,
-			     part->source_offset, part->length)) {
-		atomic_store(&job->shares[part->file], false);
+	if (!imgc_file_reflink(job->options.target, part->host_offset,
+			       job->sources[part->file].file, part->source_offset, part->length)) {
+		atomic_store(&job->may_reflink[part->file], false);
 		return false;
 	}
-	atomic_fetch_add_explicit(&worker->counters->shared, part->length, memory_order_relaxed);
+	atomic_fetch_add_explicit(&worker->counters->reflinked, part->length, memory_order_relaxed);
 	return true;
 }
 
-/* Shares the part that waits, or writes it: it is in the window as well. */
+/* Reflinks the part that waits.  If that does not work, writes it from the window. */
 static int part_flush(struct worker *worker, const struct slot *slot, struct gather *gather,
 		      struct imgc_error *err)
 {
 	struct part part = gather->part;
 
 	gather->part.length = 0;
-	if (part.length == 0 || (part.length >= MIN_SHARE_NBYTES && share_part(worker, &part)))
+	if (part.length == 0 || (part.length >= MIN_REFLINK_NBYTES && reflink_part(worker, &part)))
 		return IMGC_OK;
 	return gather_add(worker, gather, part.host_offset,
 			  slot->view.data + (part.guest_offset - slot->start), part.length, err);
@@ -143,7 +153,7 @@ static int part_add(struct worker *worker, const struct slot *slot, struct gathe
 	return status;
 }
 
-/* Bytes that are written whatever the sources hold, behind the part that waits. */
+/* Adds bytes that are not reflinked.  The part that waits comes first. */
 static int put_bytes(struct worker *worker, const struct slot *slot, struct gather *gather,
 		     uint64_t host_offset, uint8_t *data, uint64_t nbytes, struct imgc_error *err)
 {
@@ -154,7 +164,7 @@ static int put_bytes(struct worker *worker, const struct slot *slot, struct gath
 	return status ? status : gather_add(worker, gather, host_offset, data, nbytes, err);
 }
 
-/* Brings a run of the window to host_offset. */
+/* Brings a run of the window to host_offset, by reflinks where they are possible. */
 static int put_run(struct worker *worker, const struct slot *slot, struct gather *gather,
 		   uint64_t host_offset, struct range run, struct imgc_error *err)
 {
@@ -163,11 +173,12 @@ static int put_run(struct worker *worker, const struct slot *slot, struct gather
 	uint8_t *data = slot->view.data;
 	struct part part;
 
-	while (job->shares &&
+	while (job->may_reflink &&
 	       find_part(job, slot->start + start, slot->start + run.end, start + shift, &part)) {
 		uint64_t at = part.guest_offset - slot->start;
 		int status = put_bytes(worker, slot, gather, start + shift, data + start,
 				       at - start, err);
+
 		if (status == IMGC_OK)
 			status = part_add(worker, slot, gather, &part, err);
 		if (status)
@@ -179,7 +190,7 @@ static int put_run(struct worker *worker, const struct slot *slot, struct gather
 
 /* ------------------------------------------------------------------ windows */
 
-/* `piece` is the first of its block that has a place. */
+/* `piece` is the first piece of its block that has a place. */
 static int write_stored_prefix(struct worker *worker, const struct slot *slot,
 			       const struct piece *piece, struct gather *gather,
 			       struct imgc_error *err)
@@ -211,6 +222,7 @@ static int write_piece(struct worker *worker, struct slot *slot, const struct pi
 		struct range run = slot->runs[piece->first_run + i];
 		int status = put_run(worker, slot, gather,
 				     piece->host_offset + (run.start - piece->start), run, err);
+
 		if (status)
 			return status;
 	}
@@ -262,7 +274,5 @@ int imgc_span_write_zeros(struct worker *worker, uint64_t start, uint64_t end,
 		return IMGC_OK;
 	int status = imgc_file_zero(job->options.target, g->host_base + (start - g->guest_base),
 				    end - start, err);
-	if (status && err)
-		err->source = IMGC_TARGET;
-	return status;
+	return imgc_fail_in(err, status, IMGC_TARGET);
 }

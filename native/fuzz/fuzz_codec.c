@@ -1,7 +1,8 @@
 /*
- * Compressed blocks of all codecs: damaged ones, by every inflate variant, and round trips.
+ * fuzz_codec.c - compressed blocks of all codecs: damaged blocks, and round trips
  *
- * Variants agree on what is valid and on the content; what was compressed comes back.
+ * The inflate variants agree on which blocks are valid, and on their content.  A block
+ * that was compressed decompresses to the same bytes.
  */
 #include "fuzz/fuzz_util.h"
 
@@ -36,12 +37,11 @@ static void damaged(uint32_t codec, size_t out_nbytes, struct input *in)
 	for (i = 0; i < n; i++) {
 		struct imgc_variant_info info;
 		uint32_t id;
-		int answer;
 
 		REQUIRE(imgc_variant_describe(IMGC_OP_INFLATE, i, &info) == IMGC_OK);
 		if (imgc_variant_select(IMGC_OP_INFLATE, info.name, &id) != IMGC_SELECT_OK)
 			continue;
-		answer = unpack(id, codec, packed, nbytes, i == 0 ? first : other, out_nbytes);
+		int answer = unpack(id, codec, packed, nbytes, i == 0 ? first : other, out_nbytes);
 		if (i == 0)
 			status = answer;
 		else if (status == IMGC_OK && answer == IMGC_OK)
@@ -59,18 +59,17 @@ static void round_trip(uint32_t codec, uint8_t how, struct input *in)
 					   .level = take_u8(in) % 13,
 					   .window_bits = 12 + take_u8(in) % 4};
 	struct imgc_compressor *c = NULL;
-	size_t nbytes, bound, packed_nbytes = 0;
-	uint8_t *plain, *packed, *back;
+	size_t nbytes, packed_nbytes = 0;
 	uint32_t id;
 
 	if (imgc_compressor_create(&params, &c) != IMGC_OK)
-		return; /* a combination that is not offered */
-	plain = take_rest(in, &nbytes);
+		return; /* not a supported combination */
+	uint8_t *plain = take_rest(in, &nbytes);
 	plain = realloc(plain, nbytes + IMGC_COMPRESS_SLACK_NBYTES);
 	REQUIRE(plain != NULL);
-	bound = imgc_compressor_bound(c, nbytes);
-	packed = malloc(bound ? bound : 1);
-	back = malloc(nbytes ? nbytes : 1);
+	size_t bound = imgc_compressor_bound(c, nbytes);
+	uint8_t *packed = malloc(bound ? bound : 1);
+	uint8_t *back = malloc(nbytes ? nbytes : 1);
 	REQUIRE(packed != NULL && back != NULL);
 	if (nbytes > 0) {
 		REQUIRE(imgc_compress(c, plain, nbytes, packed, bound, &packed_nbytes) == IMGC_OK);

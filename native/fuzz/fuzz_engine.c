@@ -1,8 +1,9 @@
 /*
- * Jobs over files in memory, with rows and geometries as a hostile caller would make them.
+ * fuzz_engine.c - jobs over files in memory, with rows and geometries of a hostile
+ * caller
  *
- * Whatever the rows say, the engine refuses them or stays inside its buffers; and a plain
- * copy holds exactly what the rows describe.
+ * The engine refuses the rows or stays inside its buffers.  A plain copy holds exactly
+ * the bytes that the rows describe.
  */
 #include "fuzz/fuzz_util.h"
 
@@ -21,7 +22,7 @@ struct job_case {
 	uint64_t guest_nbytes;
 };
 
-/* Mostly rows that follow each other, as only those get past the check. */
+/* Mostly rows that follow each other: the engine accepts only those. */
 static size_t take_rows(struct input *in, struct imgc_extent *rows, uint64_t guest_nbytes)
 {
 	size_t i, n = take_u8(in) % MAX_ROWS;
@@ -43,7 +44,7 @@ static size_t take_rows(struct input *in, struct imgc_extent *rows, uint64_t gue
 			row->file = how & 0x20 ? take_u8(in) : 0;
 			row->flags = how & 0x10 ? IMGC_EXTENT_GRAIN_MARKER : 0;
 		}
-		if (how == 0xff) { /* and one that does not follow at all */
+		if (how == 0xff) { /* a row that does not follow the last one */
 			row->guest_offset = take_u64(in);
 			row->length = take_u64(in);
 			row->host_length = take_u64(in);
@@ -82,16 +83,15 @@ static void take_geometry(struct input *in, struct imgc_geometry *g, uint64_t gu
 	}
 }
 
-/* What a plain copy has to hold; false if it is not one of those that are modelled. */
+/* The expected content of a plain copy; false if this model does not cover the job. */
 static bool model(const struct job_case *c, const uint8_t *content, uint8_t *out)
 {
 	const struct imgc_geometry *g = &c->options.geometry;
-	size_t i;
 
 	if (c->options.kind != IMGC_JOB_CONVERT || g->placing != IMGC_PLACE_IDENTITY ||
 	    g->host_base != 0 || g->codec.codec != IMGC_CODEC_NONE)
 		return false;
-	for (i = 0; i < c->n_rows; i++) {
+	for (size_t i = 0; i < c->n_rows; i++) {
 		const struct imgc_extent *row = &c->rows[i];
 
 		if (row->kind > IMGC_DATA)
@@ -149,7 +149,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t nbytes)
 	struct job_case c = {.guest_nbytes = SECTOR * (1 + take_uint(&in, 2) % MAX_GUEST_NSECTORS)};
 	struct imgc_file *file = NULL;
 	uint8_t how = take_u8(&in), *content;
-	size_t content_nbytes, i;
+	size_t content_nbytes;
 
 	_Static_assert(SECTOR * MAX_GUEST_NSECTORS <= TARGET_NBYTES, "the guest fits the target");
 	c.options.kind = how & 1 ? IMGC_JOB_COMPARE : IMGC_JOB_CONVERT;
@@ -165,15 +165,15 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t nbytes)
 	if (how & 5)
 		c.n_base = take_rows(&in, c.base, c.guest_nbytes);
 	c.options.n_sources = 1 + take_u8(&in) % MAX_SOURCES;
-	for (i = 0; i < c.options.n_sources; i++) {
+	for (size_t i = 0; i < c.options.n_sources; i++) {
 		c.sources[i].guest_base = take_u8(&in) * SECTOR;
 		c.sources[i].block_nbytes = 1u << (take_u8(&in) % 22);
 	}
 	content = take_rest(&in, &content_nbytes);
 	REQUIRE(imgc_file_open_memory(content, content_nbytes, &file) == IMGC_OK);
-	for (i = 0; i < c.options.n_sources; i++) {
+	for (size_t i = 0; i < c.options.n_sources; i++) {
 		c.sources[i].file = file;
-		/* A file that has become shorter than it was said to be. */
+		/* The file may be shorter than the job states. */
 		c.sources[i].nbytes = content_nbytes + (how & 16 ? 4096 : 0);
 	}
 	c.options.sources = c.sources;

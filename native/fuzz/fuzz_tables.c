@@ -1,14 +1,14 @@
 /*
- * Table entries of any format to extents and back.
+ * fuzz_tables.c - table entries of any format to extents and back
  *
- * What decode accepts, the engine's own check of rows accepts too: the two are
- * independent, and a row that only one of them takes is a hole in the other.
+ * The engine's own check accepts every row that decode produces.  The two are
+ * independent: a row that only one of them accepts shows a fault in one of them.
  */
 #include "fuzz/fuzz_util.h"
 
 #define MAX_ENTRIES 4096
 
-/* The five real formats in small, so that a fuzzer need not find them. */
+/* The five real formats, so that a fuzzer need not find them. */
 static const struct imgc_table_format formats[] = {
 	{/* QCOW2, 64 KiB clusters */
 	 .entry_nbytes = 8,
@@ -38,7 +38,7 @@ static const struct imgc_table_format formats[] = {
 	 .n_rules = 2,
 	 .rules = {{UINT32_MAX, 0, IMGC_HOLE}, {UINT32_MAX, 1, IMGC_ZERO}},
 	 .zero_entry = 1},
-	{/* VHD, blocks of 4 KiB behind their bitmap */
+	{/* VHD, blocks of 4 KiB after their bitmap */
 	 .entry_nbytes = 4,
 	 .big_endian = 1,
 	 .block_nbytes = 4096,
@@ -75,7 +75,7 @@ static const struct imgc_table_format formats[] = {
 
 #define N_FORMATS (sizeof(formats) / sizeof(formats[0]))
 
-/* Anything a caller may pass, the invalid included. */
+/* Any format that a caller may pass, valid or not. */
 static struct imgc_table_format any_format(struct input *in)
 {
 	struct imgc_table_format f = {
@@ -95,9 +95,8 @@ static struct imgc_table_format any_format(struct input *in)
 		.compressed_bound = take_place(in),
 		.n_rules = take_u8(in) % (IMGC_TABLE_MAX_RULES + 2),
 	};
-	uint32_t i;
 
-	for (i = 0; i < f.n_rules && i < IMGC_TABLE_MAX_RULES; i++)
+	for (uint32_t i = 0; i < f.n_rules && i < IMGC_TABLE_MAX_RULES; i++)
 		f.rules[i] = (struct imgc_table_rule){take_u64(in), take_u64(in),
 						      take_u8(in) % (IMGC_N_KINDS + 1)};
 	f.absent_entry = take_u64(in);
@@ -108,17 +107,16 @@ static struct imgc_table_format any_format(struct input *in)
 }
 
 /*
- * What holds of every answer: rows in order without a gap, data inside the file.  For the
- * real formats the engine would take them as they are.
+ * Every answer has rows in order without gaps, and data inside the file.  The engine
+ * accepts the rows of the real formats.
  */
 static void check_rows(const struct imgc_table_format *f, const struct imgc_table_span *span,
 		       const struct imgc_extent *rows, size_t n, size_t n_entries, bool is_real)
 {
 	uint64_t expected = span->guest_offset;
-	size_t i;
 
 	REQUIRE(n <= n_entries);
-	for (i = 0; i < n; i++) {
+	for (size_t i = 0; i < n; i++) {
 		REQUIRE(rows[i].guest_offset == expected && rows[i].length > 0);
 		REQUIRE(rows[i].length <= span->guest_end - expected);
 		expected += rows[i].length;
@@ -135,7 +133,7 @@ static void check_rows(const struct imgc_table_format *f, const struct imgc_tabl
 		int status =
 			imgc_extents_check(rows, n, &file, 1, span->guest_offset, expected, &err);
 
-		/* A grain whose marker is cut off is for the engine to refuse. */
+		/* The engine refuses a grain whose marker is cut off. */
 		REQUIRE(status == IMGC_OK ||
 			(rows[err.offset].kind == IMGC_ZLIB && rows[err.offset].host_length <= 12));
 	}
@@ -147,12 +145,10 @@ static void decode(const struct imgc_table_format *f, struct input *in, bool is_
 				       .file_nbytes = take_place(in)};
 	uint64_t length = take_place(in);
 	struct imgc_error err = {0};
-	struct imgc_extent *rows;
-	size_t nbytes, n_entries, capacity, n = 0;
+	size_t nbytes, n = 0;
 	uint8_t tight = take_u8(in), *entries;
-	int status;
 
-	if (is_real) { /* what every reader keeps to */
+	if (is_real) { /* as every reader passes them */
 		span.guest_offset &= ~(f->block_nbytes - 1);
 		length &= ~UINT64_C(511);
 	}
@@ -160,13 +156,13 @@ static void decode(const struct imgc_table_format *f, struct input *in, bool is_
 	if (span.guest_end < span.guest_offset)
 		span.guest_end = UINT64_MAX;
 	entries = take_rest(in, &nbytes);
-	n_entries = nbytes / f->entry_nbytes;
+	size_t n_entries = nbytes / f->entry_nbytes;
 	if (n_entries > MAX_ENTRIES)
 		n_entries = MAX_ENTRIES;
-	capacity = tight < n_entries ? tight : n_entries;
-	rows = malloc((capacity ? capacity : 1) * sizeof(*rows));
+	size_t capacity = tight < n_entries ? tight : n_entries;
+	struct imgc_extent *rows = malloc((capacity ? capacity : 1) * sizeof(*rows));
 	REQUIRE(rows != NULL);
-	status = imgc_table_decode(f, entries, n_entries, &span, rows, capacity, &n, &err);
+	int status = imgc_table_decode(f, entries, n_entries, &span, rows, capacity, &n, &err);
 	if (status == IMGC_OK)
 		check_rows(f, &span, rows, n, n_entries, is_real);
 	else
@@ -175,7 +171,7 @@ static void decode(const struct imgc_table_format *f, struct input *in, bool is_
 	free(entries);
 }
 
-/* What encode writes of stored blocks, decode reads. */
+/* Decode reads what encode has written for stored blocks. */
 static void encode(const struct imgc_table_format *f, struct input *in, bool is_real)
 {
 	struct imgc_placement rows[16];

@@ -1,7 +1,7 @@
 /*
- * fuzz_util.h - takes a fuzzer's bytes apart
+ * fuzz_util.h - numbers and places from a fuzzer's bytes
  *
- * An input that is too short reads as zeros, so that every input means something.
+ * An input that is too short reads as zeros, so that every input is valid.
  */
 #ifndef IMGC_FUZZ_UTIL_H
 #define IMGC_FUZZ_UTIL_H
@@ -15,10 +15,10 @@
 
 #include "imgc.h"
 
-/* What libFuzzer calls, and replay.c with the files of a corpus. */
+/* Called by libFuzzer, and by replay.c with the files of a corpus. */
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t nbytes);
 
-/* A broken promise of the library is a finding like a fault of memory. */
+/* A broken promise of the library is a finding, like a memory error. */
 #define REQUIRE(condition)                                                                         \
 	do {                                                                                       \
 		if (!(condition)) {                                                                \
@@ -35,9 +35,8 @@ struct input {
 static inline uint64_t take_uint(struct input *in, size_t nbytes)
 {
 	uint64_t value = 0;
-	size_t i;
 
-	for (i = 0; i < nbytes && in->nbytes > 0; i++, in->nbytes--)
+	for (size_t i = 0; i < nbytes && in->nbytes > 0; i++, in->nbytes--)
 		value |= (uint64_t)*in->data++ << (8 * i);
 	return value;
 }
@@ -52,7 +51,7 @@ static inline uint64_t take_u64(struct input *in)
 	return take_uint(in, 8);
 }
 
-/* A number of the size that is usual for places, and now and then any number. */
+/* Mostly a number as large as places are, sometimes any number. */
 static inline uint64_t take_place(struct input *in)
 {
 	uint8_t how = take_u8(in);
@@ -62,7 +61,9 @@ static inline uint64_t take_place(struct input *in)
 	return take_u64(in);
 }
 
-/* The rest of the input in memory of exactly its size, so that an overread is seen. */
+/*
+ * The rest of the input, in memory of exactly its size so that overreads are detected.
+ */
 static inline uint8_t *take_rest(struct input *in, size_t *nbytes)
 {
 	uint8_t *copy = malloc(in->nbytes ? in->nbytes : 1);

@@ -1,17 +1,17 @@
-/* Runs the files named on the command line through a fuzz target, without a fuzzer. */
+/*
+ * replay.c - runs a fuzz target on the files named on the command line
+ */
 #include "fuzz/fuzz_util.h"
 
 static uint8_t *read_all(const char *path, size_t *nbytes)
 {
 	FILE *file = fopen(path, "rb");
-	uint8_t *data;
-	long end;
 
 	REQUIRE(file != NULL && fseek(file, 0, SEEK_END) == 0);
-	end = ftell(file);
+	long end = ftell(file);
 	REQUIRE(end >= 0 && fseek(file, 0, SEEK_SET) == 0);
 	*nbytes = (size_t)end;
-	data = malloc(*nbytes ? *nbytes : 1);
+	uint8_t *data = malloc(*nbytes ? *nbytes : 1);
 	REQUIRE(data != NULL && fread(data, 1, *nbytes, file) == *nbytes);
 	fclose(file);
 	return data;
@@ -19,9 +19,7 @@ static uint8_t *read_all(const char *path, size_t *nbytes)
 
 int main(int argc, char **argv)
 {
-	int i;
-
-	for (i = 1; i < argc; i++) {
+	for (int i = 1; i < argc; i++) {
 		size_t nbytes;
 		uint8_t *data = read_all(argv[i], &nbytes);
 

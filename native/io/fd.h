@@ -6,8 +6,8 @@
 
 #include "io/io.h"
 
-/* Reads one request fully by pread(). */
-int imgc_fd_read(int fd, const struct imgc_io_request *request, struct imgc_error *err);
+/* Reads all requests by pread(), one after the other. */
+int imgc_fd_read(int fd, const struct imgc_io_request *requests, size_t n, struct imgc_error *err);
 
 /* Writes all of `iov` by pwritev(). */
 int imgc_fd_write(int fd, const struct iovec *iov, int n_iov, uint64_t offset,

@@ -1,9 +1,6 @@
 /*
  * file.c - regular files and block devices
  */
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE
-#endif
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/falloc.h>
@@ -19,7 +16,7 @@
 #include "io/fd.h"
 #include "io/uring.h"
 
-/* Ways to zero, cheapest first.  One that the file refuses is not tried again. */
+/* Ways to zero, the cheapest first.  A way that the file refuses is not tried again. */
 enum zero_method {
 	ZERO_BY_PUNCH,	/* regular files: frees the blocks */
 	ZERO_BY_RANGE,	/* regular files: keeps them, marked unwritten */
@@ -37,10 +34,10 @@ struct fd_file {
 
 static const uint8_t zero_page[4096];
 
-/* A write of zeros covers no more than this many pages at once. */
+/* The most pages of zeros that one write covers. */
 #define ZERO_MAX_PAGES 64
 
-/* BLKZEROOUT takes whole 512-byte units only. */
+/* BLKZEROOUT takes whole units of 512 bytes only. */
 #define DEVICE_UNIT 512
 
 static int file_nbytes(const struct fd_file *file, uint64_t *nbytes, struct imgc_error *err)
@@ -52,7 +49,7 @@ static int file_nbytes(const struct fd_file *file, uint64_t *nbytes, struct imgc
 		return IMGC_OK;
 	}
 	if (fstat(file->fd, &st))
-		return imgc_fail(err, IMGC_IO, errno, 0, IMGC_NO_SOURCE, "fstat");
+		return imgc_fail_system(err, errno, 0, "fstat");
 	*nbytes = (uint64_t)st.st_size;
 	return IMGC_OK;
 }
@@ -61,21 +58,14 @@ static int file_read(struct imgc_file *base, struct imgc_io_context *ctx,
 		     const struct imgc_io_request *requests, size_t n, struct imgc_error *err)
 {
 	struct fd_file *file = (struct fd_file *)base;
-	size_t i;
 
 #ifdef IMGC_HAVE_URING
-	/* One read alone gains nothing from a ring. */
+	/* A single read gains nothing from a ring. */
 	if (ctx && n > 1)
 		return imgc_uring_read(ctx, file->fd, requests, n, err);
 #endif
 	(void)ctx;
-	for (i = 0; i < n; i++) {
-		int status = imgc_fd_read(file->fd, &requests[i], err);
-
-		if (status)
-			return status;
-	}
-	return IMGC_OK;
+	return imgc_fd_read(file->fd, requests, n, err);
 }
 
 static int file_write(struct imgc_file *base, const struct iovec *iov, int n_iov, uint64_t offset,
@@ -93,14 +83,14 @@ static int write_zeros(struct fd_file *file, uint64_t offset, uint64_t length,
 		struct iovec iov[ZERO_MAX_PAGES];
 		uint64_t piece = 0;
 		int n = 0;
-		int status;
 
 		while (n < ZERO_MAX_PAGES && piece < length) {
 			iov[n].iov_base = (void *)(uintptr_t)zero_page;
 			iov[n].iov_len = (size_t)imgc_min_u64(length - piece, sizeof(zero_page));
 			piece += iov[n++].iov_len;
 		}
-		status = imgc_fd_write(file->fd, iov, n, offset, err);
+		int status = imgc_fd_write(file->fd, iov, n, offset, err);
+
 		if (status)
 			return status;
 		offset += piece;
@@ -125,8 +115,9 @@ static bool is_refusal(int os_errno)
 }
 
 /*
- * Makes the file reach `end` if it is shorter.  The byte written lies in the
- * range being zeroed; ftruncate() could cut off what another thread appends.
+ * Extends the file to `end` if it is shorter, by a byte inside the range that is
+ * zeroed.  ftruncate() is no choice: it could cut off bytes that another thread
+ * appends.
  */
 static int extend_to(struct fd_file *file, uint64_t end, struct imgc_error *err)
 {
@@ -138,7 +129,7 @@ static int extend_to(struct fd_file *file, uint64_t end, struct imgc_error *err)
 	return write_zeros(file, end - 1, 1, err);
 }
 
-/* *refused tells that the file does not know this way; the status is then OK. */
+/* *refused: the file does not support this way; the status is IMGC_OK then. */
 static int zero_by_fallocate(struct fd_file *file, int mode, uint64_t offset, uint64_t length,
 			     bool *refused, struct imgc_error *err)
 {
@@ -148,7 +139,7 @@ static int zero_by_fallocate(struct fd_file *file, int mode, uint64_t offset, ui
 	if (*refused)
 		return IMGC_OK;
 	if (os_errno)
-		return imgc_fail(err, IMGC_IO, os_errno, offset, IMGC_NO_SOURCE, "fallocate");
+		return imgc_fail_system(err, os_errno, offset, "fallocate");
 	return extend_to(file, offset + length, err);
 }
 
@@ -156,29 +147,24 @@ static int zero_by_device(struct fd_file *file, uint64_t offset, uint64_t length
 			  struct imgc_error *err)
 {
 	uint64_t end = offset + length;
-	uint64_t range[2];
-	uint64_t start;
-	int status;
+	uint64_t start = (offset + DEVICE_UNIT - 1) & ~(uint64_t)(DEVICE_UNIT - 1);
+	uint64_t stop = imgc_align_down(end, DEVICE_UNIT);
+	uint64_t range[2] = {start, stop - start};
 
 	*refused = false;
-	start = (offset + DEVICE_UNIT - 1) & ~(uint64_t)(DEVICE_UNIT - 1);
-	range[0] = start;
-	range[1] = imgc_align_down(end, DEVICE_UNIT);
-	if (range[1] <= start)
+	if (stop <= start)
 		return write_zeros(file, offset, length, err);
-	range[1] -= start;
 	while (ioctl(file->fd, BLKZEROOUT, range)) {
 		if (errno == EINTR)
 			continue;
 		*refused = is_refusal(errno);
 		if (*refused)
 			return IMGC_OK;
-		return imgc_fail(err, IMGC_IO, errno, offset, IMGC_NO_SOURCE, "BLKZEROOUT");
+		return imgc_fail_system(err, errno, offset, "BLKZEROOUT");
 	}
-	status = write_zeros(file, offset, start - offset, err);
-	if (!status)
-		status = write_zeros(file, start + range[1], end - start - range[1], err);
-	return status;
+	int status = write_zeros(file, offset, start - offset, err);
+
+	return status ? status : write_zeros(file, stop, end - stop, err);
 }
 
 static int zero_by(struct fd_file *file, int method, uint64_t offset, uint64_t length,
@@ -203,15 +189,15 @@ static int file_zero(struct imgc_file *base, uint64_t offset, uint64_t length,
 	struct fd_file *file = (struct fd_file *)base;
 	uint64_t limit = file->is_block_device ? file->device_nbytes : INT64_MAX;
 	int method = atomic_load_explicit(&file->zero_method, memory_order_relaxed);
-	bool refused;
-	int status;
 
 	if (!imgc_range_inside(offset, length, limit))
-		return imgc_fail(err, IMGC_OUT_OF_RANGE, 0, offset, IMGC_NO_SOURCE, "zero");
+		return imgc_fail_at(err, IMGC_OUT_OF_RANGE, offset, "zero");
 	if (length == 0)
 		return IMGC_OK;
 	for (;;) {
-		status = zero_by(file, method, offset, length, &refused, err);
+		bool refused;
+		int status = zero_by(file, method, offset, length, &refused, err);
+
 		if (!refused)
 			return status;
 		method = method == ZERO_BY_PUNCH ? ZERO_BY_RANGE : ZERO_BY_WRITE;
@@ -225,17 +211,16 @@ static int file_sync(struct imgc_file *base, struct imgc_error *err)
 
 	while (fdatasync(file->fd)) {
 		if (errno != EINTR)
-			return imgc_fail(err, IMGC_IO, errno, 0, IMGC_NO_SOURCE, "fdatasync");
+			return imgc_fail_system(err, errno, 0, "fdatasync");
 	}
 	return IMGC_OK;
 }
 
-static int file_extents(struct imgc_file *base, uint64_t offset, uint64_t *start, uint64_t *end,
-			struct imgc_error *err)
+static int file_next_data(struct imgc_file *base, uint64_t offset, uint64_t *start, uint64_t *end,
+			  struct imgc_error *err)
 {
 	struct fd_file *file = (struct fd_file *)base;
 	uint64_t nbytes = 0;
-	off_t data, hole;
 	int status = file_nbytes(file, &nbytes, err);
 
 	if (status)
@@ -244,15 +229,17 @@ static int file_extents(struct imgc_file *base, uint64_t offset, uint64_t *start
 		*start = *end = nbytes;
 		return IMGC_OK;
 	}
-	data = lseek(file->fd, (off_t)offset, SEEK_DATA);
+	off_t data = lseek(file->fd, (off_t)offset, SEEK_DATA);
+
 	if (data < 0 && errno == ENXIO) {
 		*start = *end = nbytes;
 		return IMGC_OK;
 	}
 	if (data < 0 && !is_refusal(errno))
-		return imgc_fail(err, IMGC_IO, errno, offset, IMGC_NO_SOURCE, "lseek");
-	hole = data < 0 ? -1 : lseek(file->fd, data, SEEK_HOLE);
-	/* A file system that cannot tell, or a file that changes meanwhile: all data. */
+		return imgc_fail_system(err, errno, offset, "lseek");
+	off_t hole = data < 0 ? -1 : lseek(file->fd, data, SEEK_HOLE);
+
+	/* The file system cannot tell, or the file is changing: all of it is data. */
 	if (hole <= data || (uint64_t)data < offset) {
 		*start = offset;
 		*end = nbytes;
@@ -263,8 +250,8 @@ static int file_extents(struct imgc_file *base, uint64_t offset, uint64_t *start
 	return IMGC_OK;
 }
 
-static bool file_share(struct imgc_file *base, uint64_t offset, struct imgc_file *source_base,
-		       uint64_t source_offset, uint64_t length)
+static bool file_reflink(struct imgc_file *base, uint64_t offset, struct imgc_file *source_base,
+			 uint64_t source_offset, uint64_t length)
 {
 	struct fd_file *file = (struct fd_file *)base;
 	struct fd_file *source = (struct fd_file *)source_base;
@@ -282,8 +269,8 @@ static bool file_share(struct imgc_file *base, uint64_t offset, struct imgc_file
 	return true;
 }
 
-/* What a file system calls its block size may be anything. */
-static uint64_t share_nbytes(const struct stat *st)
+/* 0 unless it is a power of two: a file system may report any number. */
+static uint64_t block_nbytes(const struct stat *st)
 {
 	uint64_t nbytes = st->st_blksize > 0 ? (uint64_t)st->st_blksize : 0;
 
@@ -300,29 +287,29 @@ static const struct imgc_file_ops fd_file_ops = {
 	.write = file_write,
 	.zero = file_zero,
 	.sync = file_sync,
-	.extents = file_extents,
-	.share = file_share,
+	.next_data = file_next_data,
+	.reflink = file_reflink,
 	.close = file_close,
 };
 
 int imgc_file_open_fd(int fd, struct imgc_file **out, struct imgc_error *err)
 {
-	struct fd_file *file;
 	struct stat st;
 	uint64_t device_nbytes = 0;
 
 	if (fstat(fd, &st))
-		return imgc_fail(err, IMGC_IO, errno, 0, IMGC_NO_SOURCE, "fstat");
+		return imgc_fail_system(err, errno, 0, "fstat");
 	if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode))
-		return imgc_fail(err, IMGC_UNSUPPORTED, 0, 0, IMGC_NO_SOURCE, "fstat");
+		return imgc_fail_call(err, IMGC_UNSUPPORTED, "fstat");
 	if (S_ISBLK(st.st_mode) && ioctl(fd, BLKGETSIZE64, &device_nbytes))
-		return imgc_fail(err, IMGC_IO, errno, 0, IMGC_NO_SOURCE, "BLKGETSIZE64");
-	file = calloc(1, sizeof(*file));
+		return imgc_fail_system(err, errno, 0, "BLKGETSIZE64");
+	struct fd_file *file = calloc(1, sizeof(*file));
+
 	if (!file)
-		return imgc_fail(err, IMGC_NO_MEMORY, 0, 0, IMGC_NO_SOURCE, "open");
+		return imgc_fail_call(err, IMGC_NO_MEMORY, "open");
 	file->base.ops = &fd_file_ops;
 	file->base.writes_are_serial = S_ISREG(st.st_mode);
-	file->base.share_nbytes = share_nbytes(&st);
+	file->base.reflink_block_nbytes = block_nbytes(&st);
 	file->fd = fd;
 	file->is_block_device = S_ISBLK(st.st_mode);
 	file->device_nbytes = device_nbytes;

@@ -1,5 +1,5 @@
 /*
- * io.c - the way from a file to the row of its table, and the choice of how to read
+ * io.c - calls an operation of a file, and chooses how reads reach the kernel
  */
 #include "io/io.h"
 #include "common/variant.h"
@@ -68,11 +68,11 @@ int imgc_file_zero(struct imgc_file *file, uint64_t offset, uint64_t length, str
 	return file->ops->zero(file, offset, length, err);
 }
 
-bool imgc_file_share(struct imgc_file *file, uint64_t offset, struct imgc_file *source,
-		     uint64_t source_offset, uint64_t length)
+bool imgc_file_reflink(struct imgc_file *file, uint64_t offset, struct imgc_file *source,
+		       uint64_t source_offset, uint64_t length)
 {
-	return file->ops->share && file->ops == source->ops &&
-	       file->ops->share(file, offset, source, source_offset, length);
+	return file->ops->reflink && file->ops == source->ops &&
+	       file->ops->reflink(file, offset, source, source_offset, length);
 }
 
 int imgc_file_sync(struct imgc_file *file, struct imgc_error *err)
@@ -80,10 +80,10 @@ int imgc_file_sync(struct imgc_file *file, struct imgc_error *err)
 	return file->ops->sync(file, err);
 }
 
-int imgc_file_extents(struct imgc_file *file, uint64_t offset, uint64_t *start, uint64_t *end,
-		      struct imgc_error *err)
+int imgc_file_next_data(struct imgc_file *file, uint64_t offset, uint64_t *start, uint64_t *end,
+			struct imgc_error *err)
 {
-	return file->ops->extents(file, offset, start, end, err);
+	return file->ops->next_data(file, offset, start, end, err);
 }
 
 void imgc_file_close(struct imgc_file *file)

@@ -1,9 +1,9 @@
 /*
  * io.h - files as a table of operations
  *
- * Engine and binding reach files through the functions below, each of which
- * calls the row of the file's own table.  Errors carry IMGC_NO_SOURCE: which
- * source a file is, only the caller knows.
+ * The engine and the binding reach every file through the functions below.  Each calls
+ * the file's own row of the table.  Errors carry IMGC_NO_SOURCE: only the caller knows
+ * the file's index in its job.
  */
 #ifndef IMGC_IO_IO_H
 #define IMGC_IO_IO_H
@@ -22,64 +22,133 @@ struct imgc_io_request {
 	uint64_t length;
 };
 
-/* What a thread needs to reach the kernel: a ring of its own, or nothing (NULL). */
+/* A thread's own way to the kernel: a ring, or NULL for plain system calls. */
 struct imgc_io_context;
 
+/*
+ * The operations of one kind of file.
+ *
+ * Threads: any number of threads may call any of these at once on one file, but for
+ * close.  Two calls on ranges that overlap have no defined order, as with pread() and
+ * pwrite().  A context belongs to one thread.
+ *
+ * Errors: an operation that returns int gives IMGC_OK or a negative status, and on
+ * failure fills *err, which may be NULL.  It gives IMGC_IO with the errno if the system
+ * refused.  It does not retry, except after EINTR and short counts: engine/retry.c
+ * decides what is worth another attempt.
+ *
+ * NULL: a member may be NULL only where its comment says so.
+ */
 struct imgc_file_ops {
+	/*
+	 * Reads all bytes of all `n` requests.  No count is returned: a short count of
+	 * the system is continued until the request is complete.  If the file ends
+	 * before that, the status is IMGC_PAST_END and err->offset is the first missing
+	 * byte.  On failure the buffers are undefined, and no read is still under way
+	 * when the call returns.
+	 *
+	 * The requests may lie anywhere in the file and in any order, and may be empty.
+	 * `ctx` is the calling thread's context.  NULL, or a context that this kind of
+	 * file has no use for, means plain reads.
+	 */
 	int (*read)(struct imgc_file *file, struct imgc_io_context *ctx,
 		    const struct imgc_io_request *requests, size_t n, struct imgc_error *err);
+
+	/*
+	 * Writes all bytes of `iov`, one after the other from `offset` on.  Short
+	 * counts are continued.  The file grows as needed.  A range past the end of a
+	 * file in memory is IMGC_OUT_OF_RANGE; past the end of a device it is IMGC_IO
+	 * with ENOSPC.  On failure the range is undefined.  Success does not mean that
+	 * the bytes survive a power cut: see `sync`.
+	 *
+	 * Called for targets only.  `iov` and its entries are left as they are.
+	 */
 	int (*write)(struct imgc_file *file, const struct iovec *iov, int n_iov, uint64_t offset,
 		     struct imgc_error *err);
+
+	/*
+	 * Makes [offset, offset + length) read as zeros, by the cheapest way that the
+	 * file supports: the blocks may be freed, or kept and marked, or written.  The
+	 * file grows to offset + length if it is shorter, and otherwise keeps its size.
+	 * A range past the end of a file that cannot grow is IMGC_OUT_OF_RANGE.  A
+	 * length of 0 is allowed.
+	 *
+	 * Called for targets only.
+	 */
 	int (*zero)(struct imgc_file *file, uint64_t offset, uint64_t length,
 		    struct imgc_error *err);
+
+	/*
+	 * Returns once all bytes of completed writes, and the size of the file, are
+	 * durable.  After a failure the state of the file is unknown.  The caller must
+	 * not try again: the kernel may have dropped the data and report success.
+	 *
+	 * The engine does not call this: the owner of the target decides when to sync.
+	 */
 	int (*sync)(struct imgc_file *file, struct imgc_error *err);
-	int (*extents)(struct imgc_file *file, uint64_t offset, uint64_t *start, uint64_t *end,
-		       struct imgc_error *err);
-	/* NULL: there are no blocks that two files could share. */
-	bool (*share)(struct imgc_file *file, uint64_t offset, struct imgc_file *source,
-		      uint64_t source_offset, uint64_t length);
+
+	/*
+	 * Finds the next range of data, [*start, *end), at or after `offset`.  If there
+	 * is none, both are the file's end.  Bytes before *start read as zeros.  A
+	 * range may hold zeros too: a file that cannot tell where its holes are is all
+	 * data.  On failure *start and *end are untouched.
+	 */
+	int (*next_data)(struct imgc_file *file, uint64_t offset, uint64_t *start, uint64_t *end,
+			 struct imgc_error *err);
+
+	/*
+	 * Makes [offset, offset + length) of `file` refer to the blocks of `source` at
+	 * source_offset, without copying (a reflink).  All three numbers are multiples
+	 * of both files' reflink_block_nbytes, and `source` has the same table as
+	 * `file`.  Returns false if it did not work, for whatever reason; the caller
+	 * then writes the range, which is undefined until then.  There is no error to
+	 * report.
+	 *
+	 * NULL: files of this kind have no blocks that can be reflinked.
+	 */
+	bool (*reflink)(struct imgc_file *file, uint64_t offset, struct imgc_file *source,
+			uint64_t source_offset, uint64_t length);
+
+	/*
+	 * Frees the object.  A descriptor or a buffer that it was opened with stays the
+	 * caller's.  Does not sync and cannot fail.  Called once, by the owner, when no
+	 * other call on the file is under way.
+	 */
 	void (*close)(struct imgc_file *file);
 };
 
-/* The head of every implementation's own struct. */
+/* The first member of each implementation's own struct. */
 struct imgc_file {
 	const struct imgc_file_ops *ops;
-	/* The kernel lets one write in at a time (a file's inode lock): more would only spin. */
+	/*
+	 * The kernel lets one write in at a time (the inode's lock).  More than one
+	 * writer would only wait.
+	 */
 	bool writes_are_serial;
-	/* What is shared with another file consists of whole blocks of this size; 0: none is. */
-	uint64_t share_nbytes;
+	/* Reflinks consist of whole blocks of this size, a power of two; 0: none. */
+	uint64_t reflink_block_nbytes;
 };
 
 /*
- * One per worker thread, not thread-safe.  `io_variant` is an id of IMGC_OP_IO.
- * The plain variant needs no context and gives *out = NULL.  IMGC_UNSUPPORTED
- * if the kernel refuses a ring.  destroy(NULL) is allowed.
+ * One context per worker thread.  `io_variant` is an id of IMGC_OP_IO.  The plain
+ * variant needs no context and gives *out = NULL.  IMGC_UNSUPPORTED if the kernel
+ * refuses a ring.  destroy(NULL) is allowed.
  */
 int imgc_io_context_create(uint32_t io_variant, struct imgc_io_context **out);
 void imgc_io_context_destroy(struct imgc_io_context *ctx);
 
 /*
- * Reads every request fully; with a ring they are under way together.  The
- * file's end before a request's end is IMGC_OUT_OF_RANGE, err->offset the first
- * byte missing.  `ctx` may be NULL.  On failure the buffers are undefined, and
- * nothing is under way any more.
+ * The operations above, of any file.  imgc.h declares those that the binding calls too:
+ * imgc_file_zero(), imgc_file_next_data() and imgc_file_close().
  */
 int imgc_file_read(struct imgc_file *file, struct imgc_io_context *ctx,
 		   const struct imgc_io_request *requests, size_t n, struct imgc_error *err);
-
-/* Writes all of `iov` at `offset`. */
 int imgc_file_write(struct imgc_file *file, const struct iovec *iov, int n_iov, uint64_t offset,
 		    struct imgc_error *err);
-
-/*
- * Lets [offset, offset + length) of `file` be the blocks of `source` at source_offset, without
- * copying (a reflink).  All three are multiples of both files' share_nbytes.  False if that
- * cannot be had, for whatever reason; the range of `file` is undefined then.
- */
-bool imgc_file_share(struct imgc_file *file, uint64_t offset, struct imgc_file *source,
-		     uint64_t source_offset, uint64_t length);
-
-/* Makes what was written durable. */
 int imgc_file_sync(struct imgc_file *file, struct imgc_error *err);
+
+/* Also false if the files are of different kinds, or of a kind without reflinks. */
+bool imgc_file_reflink(struct imgc_file *file, uint64_t offset, struct imgc_file *source,
+		       uint64_t source_offset, uint64_t length);
 
 #endif /* IMGC_IO_IO_H */

@@ -18,16 +18,14 @@ static int memory_read(struct imgc_file *base, struct imgc_io_context *ctx,
 		       const struct imgc_io_request *requests, size_t n, struct imgc_error *err)
 {
 	struct memory_file *file = (struct memory_file *)base;
-	size_t i;
 
 	(void)ctx;
-	for (i = 0; i < n; i++) {
+	for (size_t i = 0; i < n; i++) {
 		const struct imgc_io_request *r = &requests[i];
 
 		if (!imgc_range_inside(r->offset, r->length, file->nbytes))
-			return imgc_fail(err, IMGC_OUT_OF_RANGE, 0,
-					 imgc_max_u64(r->offset, file->nbytes), IMGC_NO_SOURCE,
-					 "pread");
+			return imgc_fail_at(err, IMGC_PAST_END,
+					    imgc_max_u64(r->offset, file->nbytes), "pread");
 		if (r->length != 0)
 			memcpy(r->buffer, file->data + r->offset, (size_t)r->length);
 	}
@@ -39,16 +37,14 @@ static int memory_write(struct imgc_file *base, const struct iovec *iov, int n_i
 {
 	struct memory_file *file = (struct memory_file *)base;
 	uint64_t room = offset <= file->nbytes ? file->nbytes - offset : 0;
-	int i;
 
-	/* All or nothing: a write that does not fit changes no byte. */
-	for (i = 0; i < n_iov; i++) {
+	/* All or nothing: a write that does not fit leaves the buffer as it is. */
+	for (int i = 0; i < n_iov; i++) {
 		if (offset > file->nbytes || iov[i].iov_len > room)
-			return imgc_fail(err, IMGC_OUT_OF_RANGE, 0, offset, IMGC_NO_SOURCE,
-					 "pwritev");
+			return imgc_fail_at(err, IMGC_OUT_OF_RANGE, offset, "pwritev");
 		room -= iov[i].iov_len;
 	}
-	for (i = 0; i < n_iov; i++) {
+	for (int i = 0; i < n_iov; i++) {
 		if (iov[i].iov_len != 0)
 			memcpy(file->data + offset, iov[i].iov_base, iov[i].iov_len);
 		offset += iov[i].iov_len;
@@ -62,7 +58,7 @@ static int memory_zero(struct imgc_file *base, uint64_t offset, uint64_t length,
 	struct memory_file *file = (struct memory_file *)base;
 
 	if (!imgc_range_inside(offset, length, file->nbytes))
-		return imgc_fail(err, IMGC_OUT_OF_RANGE, 0, offset, IMGC_NO_SOURCE, "zero");
+		return imgc_fail_at(err, IMGC_OUT_OF_RANGE, offset, "zero");
 	if (length != 0)
 		memset(file->data + offset, 0, (size_t)length);
 	return IMGC_OK;
@@ -75,8 +71,8 @@ static int memory_sync(struct imgc_file *base, struct imgc_error *err)
 	return IMGC_OK;
 }
 
-static int memory_extents(struct imgc_file *base, uint64_t offset, uint64_t *start, uint64_t *end,
-			  struct imgc_error *err)
+static int memory_next_data(struct imgc_file *base, uint64_t offset, uint64_t *start, uint64_t *end,
+			    struct imgc_error *err)
 {
 	struct memory_file *file = (struct memory_file *)base;
 
@@ -96,17 +92,16 @@ static const struct imgc_file_ops memory_file_ops = {
 	.write = memory_write,
 	.zero = memory_zero,
 	.sync = memory_sync,
-	.extents = memory_extents,
+	.next_data = memory_next_data,
 	.close = memory_close,
 };
 
 int imgc_file_open_memory(void *data, uint64_t nbytes, struct imgc_file **out)
 {
-	struct memory_file *file;
-
 	if ((!data && nbytes != 0) || nbytes > SIZE_MAX)
 		return IMGC_INVALID_ARGUMENT;
-	file = calloc(1, sizeof(*file));
+	struct memory_file *file = calloc(1, sizeof(*file));
+
 	if (!file)
 		return IMGC_NO_MEMORY;
 	file->base.ops = &memory_file_ops;

@@ -1,5 +1,5 @@
 /*
- * null.c - a sink without end, for benchmarks: zeros everywhere, whatever is written
+ * null.c - an endless file that forgets every write and reads as zeros, for benchmarks
  */
 #include <stdlib.h>
 #include <string.h>
@@ -9,12 +9,10 @@
 static int null_read(struct imgc_file *file, struct imgc_io_context *ctx,
 		     const struct imgc_io_request *requests, size_t n, struct imgc_error *err)
 {
-	size_t i;
-
 	(void)file;
 	(void)ctx;
 	(void)err;
-	for (i = 0; i < n; i++) {
+	for (size_t i = 0; i < n; i++) {
 		if (requests[i].length != 0)
 			memset(requests[i].buffer, 0, (size_t)requests[i].length);
 	}
@@ -49,8 +47,8 @@ static int null_sync(struct imgc_file *file, struct imgc_error *err)
 	return IMGC_OK;
 }
 
-static int null_extents(struct imgc_file *file, uint64_t offset, uint64_t *start, uint64_t *end,
-			struct imgc_error *err)
+static int null_next_data(struct imgc_file *file, uint64_t offset, uint64_t *start, uint64_t *end,
+			  struct imgc_error *err)
 {
 	(void)file;
 	(void)offset;
@@ -69,7 +67,7 @@ static const struct imgc_file_ops null_file_ops = {
 	.write = null_write,
 	.zero = null_zero,
 	.sync = null_sync,
-	.extents = null_extents,
+	.next_data = null_next_data,
 	.close = null_close,
 };
 

@@ -1,3 +1,6 @@
+/*
+ * uring.c - scattered reads through io_uring
+ */
 #include "io/uring.h"
 
 #ifndef IMGC_HAVE_URING
@@ -9,9 +12,6 @@ bool imgc_uring_runnable(void)
 
 #else
 
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE
-#endif
 #include <errno.h>
 #include <liburing.h>
 #include <stdlib.h>
@@ -22,7 +22,7 @@ bool imgc_uring_runnable(void)
 
 #define RING_DEPTH 64
 
-/* An entry's length is 32 bits wide; longer reads continue like short ones. */
+/* An entry's length has 32 bits.  Longer reads are continued, like short counts. */
 #define RING_MAX_PIECE ((uint64_t)1 << 30)
 
 struct ring_slot {
@@ -32,7 +32,7 @@ struct ring_slot {
 
 struct imgc_io_context {
 	struct io_uring ring;
-	bool broken; /* the ring failed and is gone: plain reads from now on */
+	bool broken; /* the ring failed and was closed: plain reads from now on */
 	unsigned n_free;
 	uint8_t free_slots[RING_DEPTH];
 	struct ring_slot slots[RING_DEPTH];
@@ -50,21 +50,19 @@ bool imgc_uring_runnable(void)
 
 static void reset_slots(struct imgc_io_context *ctx)
 {
-	unsigned i;
-
 	ctx->n_free = RING_DEPTH;
-	for (i = 0; i < RING_DEPTH; i++)
+	for (unsigned i = 0; i < RING_DEPTH; i++)
 		ctx->free_slots[i] = (uint8_t)i;
 }
 
 int imgc_uring_context_create(struct imgc_io_context **out)
 {
 	struct imgc_io_context *ctx = calloc(1, sizeof(*ctx));
-	int rc;
 
 	if (!ctx)
 		return IMGC_NO_MEMORY;
-	rc = io_uring_queue_init(RING_DEPTH, &ctx->ring, 0);
+	int rc = io_uring_queue_init(RING_DEPTH, &ctx->ring, 0);
+
 	if (rc) {
 		free(ctx);
 		return rc == -ENOMEM ? IMGC_NO_MEMORY : IMGC_UNSUPPORTED;
@@ -83,7 +81,7 @@ void imgc_uring_context_destroy(struct imgc_io_context *ctx)
 	free(ctx);
 }
 
-/* Puts what is left of the slot's request into the ring. */
+/* Puts the rest of the slot's request into the ring; false if the ring is full. */
 static bool queue_slot(struct imgc_io_context *ctx, int fd, unsigned index)
 {
 	struct ring_slot *slot = &ctx->slots[index];
@@ -98,17 +96,17 @@ static bool queue_slot(struct imgc_io_context *ctx, int fd, unsigned index)
 	return true;
 }
 
-/* *again tells whether the slot has to go round once more. */
+/* *again: the request is not complete yet, and goes into the ring again. */
 static int complete_slot(struct ring_slot *slot, int result, bool *again, struct imgc_error *err)
 {
 	uint64_t offset = slot->request->offset + slot->done;
 
 	*again = false;
 	if (result == 0)
-		return imgc_fail(err, IMGC_OUT_OF_RANGE, 0, offset, IMGC_NO_SOURCE, "pread");
-	/* EAGAIN is repeated with patience and an end, by the caller. */
+		return imgc_fail_at(err, IMGC_PAST_END, offset, "pread");
+	/* After EAGAIN the caller decides whether and when to try again. */
 	if (result < 0 && result != -EINTR)
-		return imgc_fail(err, IMGC_IO, -result, offset, IMGC_NO_SOURCE, "pread");
+		return imgc_fail_system(err, -result, offset, "pread");
 	if (result > 0)
 		slot->done += (uint64_t)result;
 	*again = slot->done < slot->request->length;
@@ -116,8 +114,8 @@ static int complete_slot(struct ring_slot *slot, int result, bool *again, struct
 }
 
 /*
- * The ring refused to go on: waits until the kernel has let go of the caller's
- * buffers (the end of a ring cancels or finishes what it holds).
+ * The ring has failed: waits until the kernel no longer uses the caller's buffers.
+ * Closing a ring cancels or completes the reads that it still holds.
  */
 static void break_ring(struct imgc_io_context *ctx, unsigned n_under_way)
 {
@@ -154,24 +152,36 @@ static void reap(struct imgc_io_context *ctx, int fd, unsigned *n_under_way, int
 		if (again && !*status) {
 			if (queue_slot(ctx, fd, index))
 				continue;
-			*status = imgc_fail(err, IMGC_IO, EBUSY, ctx->slots[index].request->offset,
-					    IMGC_NO_SOURCE, "pread");
+			*status = imgc_fail_system(err, EBUSY, ctx->slots[index].request->offset,
+						   "pread");
 		}
 		ctx->free_slots[ctx->n_free++] = (uint8_t)index;
 		(*n_under_way)--;
 	}
 }
 
-static int read_by_pread(int fd, const struct imgc_io_request *requests, size_t n,
-			 struct imgc_error *err)
+/* Puts requests into the ring while it has room; *next is the first that is left. */
+static int queue_requests(struct imgc_io_context *ctx, int fd,
+			  const struct imgc_io_request *requests, size_t n, size_t *next,
+			  unsigned *n_under_way, struct imgc_error *err)
 {
-	size_t i;
+	while (*next < n && ctx->n_free != 0) {
+		const struct imgc_io_request *r = &requests[*next];
 
-	for (i = 0; i < n; i++) {
-		int status = imgc_fd_read(fd, &requests[i], err);
+		if (r->length == 0) {
+			++*next;
+			continue;
+		}
+		if (!imgc_range_inside(r->offset, r->length, INT64_MAX))
+			return imgc_fail_at(err, IMGC_PAST_END, r->offset, "pread");
+		unsigned index = ctx->free_slots[ctx->n_free - 1];
 
-		if (status)
-			return status;
+		ctx->slots[index] = (struct ring_slot){.request = r, .done = 0};
+		if (!queue_slot(ctx, fd, index))
+			break;
+		ctx->n_free--;
+		++*next;
+		++*n_under_way;
 	}
 	return IMGC_OK;
 }
@@ -184,41 +194,22 @@ int imgc_uring_read(struct imgc_io_context *ctx, int fd, const struct imgc_io_re
 	int status = IMGC_OK;
 
 	if (ctx->broken)
-		return read_by_pread(fd, requests, n, err);
+		return imgc_fd_read(fd, requests, n, err);
 	while (n_under_way != 0 || (next < n && !status)) {
-		int rc;
-
-		while (next < n && !status && ctx->n_free != 0) {
-			const struct imgc_io_request *r = &requests[next++];
-			unsigned index;
-
-			if (r->length == 0)
-				continue;
-			if (!imgc_range_inside(r->offset, r->length, INT64_MAX)) {
-				status = imgc_fail(err, IMGC_OUT_OF_RANGE, 0, r->offset,
-						   IMGC_NO_SOURCE, "pread");
-				break;
-			}
-			index = ctx->free_slots[--ctx->n_free];
-			ctx->slots[index] = (struct ring_slot){.request = r, .done = 0};
-			if (!queue_slot(ctx, fd, index)) {
-				ctx->free_slots[ctx->n_free++] = (uint8_t)index;
-				next--;
-				break;
-			}
-			n_under_way++;
-		}
+		if (!status)
+			status = queue_requests(ctx, fd, requests, n, &next, &n_under_way, err);
 		if (n_under_way == 0)
 			continue;
-		rc = io_uring_submit_and_wait(&ctx->ring, 1);
+		int rc = io_uring_submit_and_wait(&ctx->ring, 1);
+
 		if (rc < 0 && rc != -EINTR) {
 			unsigned n_queued = io_uring_sq_ready(&ctx->ring);
 			unsigned n_taken = n_under_way > n_queued ? n_under_way - n_queued : 0;
 
-			/* A busy ring has room again when something of what it has taken ends. */
+			/* A busy ring has room again when one of its reads ends. */
 			if ((rc != -EAGAIN && rc != -EBUSY) || n_taken == 0) {
 				break_ring(ctx, n_taken);
-				return read_by_pread(fd, requests, n, err);
+				return imgc_fd_read(fd, requests, n, err);
 			}
 		}
 		reap(ctx, fd, &n_under_way, &status, err);

@@ -1,8 +1,7 @@
 /*
  * uring.h - scattered reads through io_uring
  *
- * Without liburing at build time (IMGC_HAVE_URING) only the probe exists, and
- * says no.
+ * Built without liburing (IMGC_HAVE_URING), only the probe exists, and answers false.
  */
 #ifndef IMGC_IO_URING_H
 #define IMGC_IO_URING_H
@@ -11,7 +10,7 @@
 
 #include "io/io.h"
 
-/* Does this kernel, here and now, give us a ring? */
+/* Whether the kernel gives this process a ring now. */
 bool imgc_uring_runnable(void);
 
 #ifdef IMGC_HAVE_URING
@@ -19,7 +18,7 @@ bool imgc_uring_runnable(void);
 int imgc_uring_context_create(struct imgc_io_context **out);
 void imgc_uring_context_destroy(struct imgc_io_context *ctx);
 
-/* imgc_file_read() on a file descriptor. */
+/* Does what imgc_file_ops.read asks for, on a file descriptor. */
 int imgc_uring_read(struct imgc_io_context *ctx, int fd, const struct imgc_io_request *requests,
 		    size_t n, struct imgc_error *err);
 

@@ -1,8 +1,12 @@
 /*
- * crc32c.c - CRC-32C (Castagnoli), reflected polynomial 0x82f63b78 (RFC 3720, appendix B.4)
+ * crc32c.c - CRC-32C (Castagnoli)
  *
- * The update functions take and give the register itself; imgc_crc32c() adds
- * the inversions before and after.
+ * Source: RFC 3720, section 12.1 and appendix B.4: polynomial 0x11edc6f41, here in its
+ * reflected form 0x82f63b78; the register starts as all ones and is inverted at the
+ * end.
+ *
+ * The variants take and return the register itself.  imgc_crc32c() inverts it before
+ * and after.
  */
 #include <isa-l/crc.h>
 
@@ -13,8 +17,15 @@
 typedef uint32_t (*crc32c_fn)(uint32_t state, const uint8_t *p, size_t nbytes);
 
 /*
- * A CRC is linear: the entry of a byte is the sum (xor) of those of its bits.
- * So the eight tables follow, at compile time, from the entries of 1, 2, 4, .. 128.
+ * Eight tables, for eight bytes at a time (slicing by 8).  Entry b of table k is the
+ * register after byte b and then k bytes of zeros:
+ *
+ *     state = b; repeat 8 * (k + 1) times:
+ *             state = state >> 1 ^ (state & 1 ? 0x82f63b78 : 0)
+ *
+ * A CRC is linear: the entry of a byte is the xor of the entries of its bits.  So only
+ * the entries of 1, 2, 4, ... 128 are written down, eight for each table, and the
+ * compiler derives the other 248.  test_crc32c.c computes all 64 of them again.
  */
 #define BIT(i, n, v) (((i) >> (n)) & 1 ? (v) : 0)
 #define ENTRY(i, a, b, c, d, e, f, g, h)                                                           \
@@ -35,7 +46,7 @@ typedef uint32_t (*crc32c_fn)(uint32_t state, const uint8_t *p, size_t nbytes);
 			ROW64(192, __VA_ARGS__)                                                    \
 	}
 
-/* [k][b]: what byte b becomes after k more bytes of zeros. */
+/* TABLE(entry of 1, of 2, of 4, ... of 128), for k = 0 to 7. */
 static const uint32_t crc32c_table[8][256] = {
 	TABLE(0xf26b8303, 0xe13b70f7, 0xc79a971f, 0x8ad958cf, 0x105ec76f, 0x20bd8ede, 0x417b1dbc,
 	      0x82f63b78),
@@ -72,7 +83,7 @@ static uint32_t crc32c_portable(uint32_t state, const uint8_t *p, size_t nbytes)
 	return state;
 }
 
-/* ISA-L counts in int. */
+/* ISA-L takes the length as an int. */
 #define ISAL_PIECE ((size_t)1 << 30)
 
 static uint32_t crc32c_isal(uint32_t state, const uint8_t *p, size_t nbytes)

@@ -1,5 +1,5 @@
 /*
- * crc32c_arm.h - the CRC32 extension of Armv8, for crc32c.c
+ * crc32c_arm.h - the variant of crc32c.c for the CRC32 extension of Armv8
  */
 #include <sys/auxv.h>
 
@@ -10,7 +10,9 @@ static bool cpu_has_crc32(void)
 	return (getauxval(AT_HWCAP) & ARM_HWCAP_CRC32) != 0;
 }
 
-/* The builtins need no header, and no -march for the file as arm_acle.h does in some compilers. */
+/*
+ * With some compilers arm_acle.h needs -march for the whole file; the builtins do not.
+ */
 __attribute__((target("+crc"))) static uint32_t crc32c_armv8(uint32_t state, const uint8_t *p,
 							     size_t nbytes)
 {

@@ -1,5 +1,5 @@
 /*
- * crc32c_x86.h - the crc32 instruction of SSE 4.2, for crc32c.c
+ * crc32c_x86.h - the variant of crc32c.c for the crc32 instruction of SSE 4.2
  */
 #include <nmmintrin.h>
 #include <string.h>

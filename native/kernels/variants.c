@@ -1,5 +1,5 @@
 /*
- * variants.c - operations and their variants, by name and by index
+ * variants.c - finds variants by name and by index
  */
 #include <string.h>
 
@@ -41,14 +41,12 @@ unsigned imgc_variant_count(unsigned op)
 	return table ? table->n_rows : 0;
 }
 
-/* The measured default where it runs, else the first row that does. */
+/* The measured default if it runs here, else the first row that does. */
 static unsigned default_row(const struct imgc_variant_table *table)
 {
-	unsigned i;
-
 	if (is_runnable(&table->rows[table->default_row]))
 		return table->default_row;
-	for (i = 0; i < table->n_rows - 1; i++) {
+	for (unsigned i = 0; i < table->n_rows - 1; i++) {
 		if (is_runnable(&table->rows[i]))
 			return i;
 	}
@@ -71,7 +69,6 @@ int imgc_variant_describe(unsigned op, unsigned index, struct imgc_variant_info 
 int imgc_variant_select(unsigned op, const char *name, uint32_t *id)
 {
 	const struct imgc_variant_table *table = operation_table(op);
-	unsigned i;
 
 	if (!table)
 		return IMGC_SELECT_UNKNOWN;
@@ -79,7 +76,7 @@ int imgc_variant_select(unsigned op, const char *name, uint32_t *id)
 		*id = default_row(table);
 		return IMGC_SELECT_OK;
 	}
-	for (i = 0; i < table->n_rows; i++) {
+	for (unsigned i = 0; i < table->n_rows; i++) {
 		if (strcmp(table->rows[i].name, name) != 0)
 			continue;
 		if (!table->rows[i].built)

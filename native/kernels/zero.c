@@ -1,8 +1,8 @@
 /*
- * zero.c - is a buffer all zeros
+ * zero.c - tests whether a buffer is all zeros
  *
- * Every variant looks at the first bytes alone before it loops, since data
- * mostly shows itself there.
+ * Every variant tests the first bytes before it loops: most blocks of data differ from
+ * zero there.
  */
 #include <string.h>
 
@@ -11,12 +11,10 @@
 
 typedef int (*zero_fn)(const uint8_t *p, size_t nbytes);
 
-/* The first 16 bytes are zeros, and each byte equals the one 16 before it. */
+/* All zeros: the first 16 bytes are, and each byte equals the one 16 before it. */
 static int zero_portable(const uint8_t *p, size_t nbytes)
 {
-	size_t i;
-
-	for (i = 0; i < 16; i++) {
+	for (size_t i = 0; i < 16; i++) {
 		if (i == nbytes)
 			return 1;
 		if (p[i] != 0)

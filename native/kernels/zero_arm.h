@@ -1,17 +1,15 @@
 /*
- * zero_arm.h - NEON variant, for zero.c; every aarch64 CPU has it
+ * zero_arm.h - the NEON variant of zero.c; every aarch64 CPU has it
  */
 #include <arm_neon.h>
 
 static int zero_neon(const uint8_t *p, size_t nbytes)
 {
-	const uint8_t *last;
-	uint8x16_t v;
-
 	if (nbytes < 16)
 		return zero_portable(p, nbytes);
-	last = p + nbytes - 16;
-	v = vld1q_u8(p);
+	const uint8_t *last = p + nbytes - 16;
+	uint8x16_t v = vld1q_u8(p);
+
 	if (vmaxvq_u8(v) != 0)
 		return 0;
 	for (; nbytes >= 64; p += 64, nbytes -= 64) {

@@ -1,7 +1,7 @@
 /*
- * zero_x86.h - AVX2 and AVX-512 variants, for zero.c
+ * zero_x86.h - the AVX2 and AVX-512 variants of zero.c
  *
- * Tails are read as a last full vector that overlaps the one before.
+ * The tail is read as one full vector that overlaps the vector before it.
  */
 #include <immintrin.h>
 
@@ -22,13 +22,11 @@ __attribute__((target("avx2"))) static inline __m256i load32(const uint8_t *p)
 
 __attribute__((target("avx2"))) static int zero_avx2(const uint8_t *p, size_t nbytes)
 {
-	const uint8_t *last;
-	__m256i v;
-
 	if (nbytes < 32)
 		return zero_portable(p, nbytes);
-	last = p + nbytes - 32;
-	v = load32(p);
+	const uint8_t *last = p + nbytes - 32;
+	__m256i v = load32(p);
+
 	if (!_mm256_testz_si256(v, v))
 		return 0;
 	for (; nbytes >= 128; p += 128, nbytes -= 128) {
@@ -50,13 +48,11 @@ __attribute__((target("avx512f"))) static inline __m512i load64(const uint8_t *p
 
 __attribute__((target("avx512f"))) static int zero_avx512(const uint8_t *p, size_t nbytes)
 {
-	const uint8_t *last;
-	__m512i v;
-
 	if (nbytes < 64)
 		return zero_portable(p, nbytes);
-	last = p + nbytes - 64;
-	v = load64(p);
+	const uint8_t *last = p + nbytes - 64;
+	__m512i v = load64(p);
+
 	if (_mm512_test_epi64_mask(v, v))
 		return 0;
 	for (; nbytes >= 256; p += 256, nbytes -= 256) {

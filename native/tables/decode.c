@@ -1,13 +1,14 @@
 /*
- * decode.c - wire entries to extents
+ * decode.c - from table entries to extents
  */
+#include "tables/format.h"
+
 #include "common/endian.h"
 #include "common/error.h"
-#include "tables/format.h"
 
 #define OP "table_decode"
 
-/* Where the rows go.  The last one is held back as long as neighbours join it. */
+/* Receives the rows.  The last row is held back as long as the next one may join it. */
 struct row_sink {
 	struct imgc_extent *rows;
 	size_t capacity;
@@ -18,16 +19,14 @@ struct row_sink {
 
 static inline uint32_t entry_kind(const struct imgc_table_format *f, uint64_t entry)
 {
-	uint32_t i;
-
-	for (i = 0; i < f->n_rules; i++) {
+	for (uint32_t i = 0; i < f->n_rules; i++) {
 		if ((entry & f->rules[i].mask) == f->rules[i].value)
 			return f->rules[i].kind;
 	}
 	return f->default_kind;
 }
 
-/* Where a plain entry points; false if the number does not fit 64 bits. */
+/* The place that a plain entry states; false if it does not fit 64 bits. */
 static inline bool entry_place(const struct imgc_table_format *f, uint64_t entry, uint64_t *place)
 {
 	uint64_t value = (entry & f->offset_mask) >> f->offset_rshift;
@@ -36,7 +35,7 @@ static inline bool entry_place(const struct imgc_table_format *f, uint64_t entry
 	       imgc_add_checked(value, f->host_base, place);
 }
 
-/* Fills the host place of a compressed row. */
+/* Sets a compressed row's host place; false if that is past the end of the file. */
 static bool compressed_place(const struct imgc_table_format *f, uint64_t entry,
 			     uint64_t file_nbytes, struct imgc_extent *row)
 {
@@ -46,7 +45,7 @@ static bool compressed_place(const struct imgc_table_format *f, uint64_t entry,
 		uint64_t n_units = (entry >> f->length_shift) & f->length_mask;
 
 		row->host_offset = entry & f->compressed_mask;
-		/* Units count from the sector's start; a number past 64 bits ends at the file. */
+		/* Counted from the sector's start; a huge number ends with the file. */
 		if (n_units >= UINT64_MAX / 512)
 			bound = UINT64_MAX;
 		else
@@ -67,7 +66,7 @@ static inline bool joins(const struct imgc_extent *last, const struct imgc_exten
 	return row->kind != IMGC_DATA || last->host_offset + last->host_length == row->host_offset;
 }
 
-/* Joins the row to the open one, or opens it; false if there is no room for it. */
+/* Joins the row to the open row, or opens it; false if there is no room for it. */
 static inline bool put_row(struct row_sink *sink, const struct imgc_extent *row)
 {
 	if (sink->is_open) {
@@ -113,9 +112,9 @@ static inline int decode_entry(const struct imgc_table_format *f,
 }
 
 /*
- * Specialised by the constants entry_nbytes and big_endian.  The format and the
- * sink are copies: nothing that the loop writes can then be part of them, and
- * they stay in registers.
+ * Specialised by the constants entry_nbytes and big_endian.  The format and the sink
+ * are local copies, so that the compiler knows that the loop's writes cannot change
+ * them, and keeps them in registers.
  */
 static inline __attribute__((always_inline)) int decode_all(const struct imgc_table_format *format,
 							    const uint8_t *entries, size_t n,
@@ -127,14 +126,12 @@ static inline __attribute__((always_inline)) int decode_all(const struct imgc_ta
 	struct row_sink sink = *out;
 	uint64_t guest_offset = span->guest_offset;
 	uint64_t previous = 0;
-	bool repeats = false; /* the open row is a hole or zeros, made of `previous` */
-	size_t i;
+	bool repeats = false; /* the open row is a hole or zeros, from entry `previous` */
 
-	for (i = 0; i < n; i++, guest_offset += f.block_nbytes) {
+	for (size_t i = 0; i < n; i++, guest_offset += f.block_nbytes) {
 		const uint8_t *p = entries + i * entry_nbytes;
 		struct imgc_extent row = {.guest_offset = guest_offset};
 		uint64_t entry;
-		int status;
 
 		if (entry_nbytes == 4)
 			entry = big_endian ? imgc_load_be32(p) : imgc_load_le32(p);
@@ -146,7 +143,8 @@ static inline __attribute__((always_inline)) int decode_all(const struct imgc_ta
 			continue;
 		}
 		row.kind = (uint16_t)entry_kind(&f, entry);
-		status = decode_entry(&f, span, entry, &row);
+		int status = decode_entry(&f, span, entry, &row);
+
 		if (!status && !put_row(&sink, &row))
 			status = IMGC_LIMIT;
 		if (status) {
@@ -162,16 +160,15 @@ static inline __attribute__((always_inline)) int decode_all(const struct imgc_ta
 	return IMGC_OK;
 }
 
-/* How many of the entries lie before the disk's end. */
+/* The number of entries before the disk's end. */
 static size_t entries_inside(const struct imgc_table_format *f, const struct imgc_table_span *span,
 			     size_t n_entries)
 {
-	uint64_t length, n;
-
 	if (span->guest_offset >= span->guest_end)
 		return 0;
-	length = span->guest_end - span->guest_offset;
-	n = length / f->block_nbytes + (length % f->block_nbytes != 0);
+	uint64_t length = span->guest_end - span->guest_offset;
+	uint64_t n = length / f->block_nbytes + (length % f->block_nbytes != 0);
+
 	return n < n_entries ? (size_t)n : n_entries;
 }
 
@@ -181,12 +178,12 @@ int imgc_table_decode(const struct imgc_table_format *format, const void *entrie
 {
 	struct row_sink sink = {.rows = out, .capacity = capacity};
 	size_t failed = 0;
-	size_t n;
-	int status;
 
 	if (!imgc_table_format_valid(format) || format->flags > UINT16_MAX)
-		return imgc_fail(err, IMGC_INVALID_ARGUMENT, 0, 0, IMGC_NO_SOURCE, OP);
-	n = entries_inside(format, span, n_entries);
+		return imgc_fail_call(err, IMGC_INVALID_ARGUMENT, OP);
+	size_t n = entries_inside(format, span, n_entries);
+	int status;
+
 	if (format->entry_nbytes == 4 && format->big_endian)
 		status = decode_all(format, entries, n, span, &sink, &failed, 4, true);
 	else if (format->entry_nbytes == 4)
@@ -196,7 +193,7 @@ int imgc_table_decode(const struct imgc_table_format *format, const void *entrie
 	else
 		status = decode_all(format, entries, n, span, &sink, &failed, 8, false);
 	if (status)
-		return imgc_fail(err, status, 0, failed, IMGC_NO_SOURCE, OP);
+		return imgc_fail_at(err, status, failed, OP);
 	*n_out = sink.n;
 	return IMGC_OK;
 }

@@ -1,36 +1,35 @@
 /*
- * encode.c - placements to wire entries
+ * encode.c - from placements to table entries
  */
+#include "tables/format.h"
+
 #include "common/endian.h"
 #include "common/error.h"
-#include "tables/format.h"
 
 #define OP "table_encode"
 
-/* The inverse of a plain entry's place; false if bits would be lost. */
+/* The entry of a plain place; false if bits would be lost. */
 static inline bool place_bits(const struct imgc_table_format *f, uint64_t host_offset,
 			      uint64_t *entry)
 {
-	uint64_t value;
-
 	if (host_offset < f->host_base)
 		return false;
-	value = host_offset - f->host_base;
+	uint64_t value = host_offset - f->host_base;
+
 	if (!imgc_is_aligned(value, (uint64_t)1 << f->offset_lshift))
 		return false;
 	value >>= f->offset_lshift;
 	return imgc_shl_checked(value, f->offset_rshift, entry) && (*entry & ~f->offset_mask) == 0;
 }
 
-/* Place and length in one entry, the length in 512-byte units less one. */
+/* The entry of a place and a length, which counts units of 512 bytes, less one. */
 static inline bool place_and_length_bits(const struct imgc_table_format *f,
 					 const struct imgc_placement *row, uint64_t *entry)
 {
-	uint64_t n_units, bits;
-
 	if (row->length == 0 || (row->host_offset & ~f->compressed_mask) != 0)
 		return false;
-	n_units = (row->host_offset % 512 + row->length - 1) / 512;
+	uint64_t n_units = (row->host_offset % 512 + row->length - 1) / 512, bits;
+
 	if (n_units > f->length_mask || !imgc_shl_checked(n_units, f->length_shift, &bits))
 		return false;
 	*entry = row->host_offset | bits;
@@ -62,7 +61,7 @@ static inline int encode_row(const struct imgc_table_format *f, const struct img
 	default:
 		return IMGC_INVALID_ARGUMENT;
 	}
-	/* A block that has a place must not read as one that has none. */
+	/* The entry of a block with a place must not mean "no place". */
 	if (!fits || *entry == f->absent_entry)
 		return IMGC_LIMIT;
 	return f->entry_nbytes == 8 || *entry <= UINT32_MAX ? IMGC_OK : IMGC_LIMIT;
@@ -89,17 +88,16 @@ int imgc_table_encode(const struct imgc_table_format *format,
 {
 	const uint64_t limit = format->entry_nbytes == 4 ? UINT32_MAX : UINT64_MAX;
 	uint8_t *p = entries;
-	size_t i;
 
 	if (!imgc_table_format_valid(format) || format->absent_entry > limit ||
 	    format->zero_entry > limit)
-		return imgc_fail(err, IMGC_INVALID_ARGUMENT, 0, 0, IMGC_NO_SOURCE, OP);
-	for (i = 0; i < n; i++, p += format->entry_nbytes) {
+		return imgc_fail_call(err, IMGC_INVALID_ARGUMENT, OP);
+	for (size_t i = 0; i < n; i++, p += format->entry_nbytes) {
 		uint64_t entry = 0;
 		int status = encode_row(format, &placements[i], &entry);
 
 		if (status)
-			return imgc_fail(err, status, 0, i, IMGC_NO_SOURCE, OP);
+			return imgc_fail_at(err, status, i, OP);
 		store_entry(format, p, entry);
 	}
 	return IMGC_OK;

@@ -1,5 +1,5 @@
 /*
- * format.h - is a struct imgc_table_format one that the kernels can work with
+ * format.h - the check of a struct imgc_table_format, for both table kernels
  */
 #ifndef IMGC_TABLES_FORMAT_H
 #define IMGC_TABLES_FORMAT_H
@@ -11,15 +11,13 @@
 
 static inline bool imgc_table_format_valid(const struct imgc_table_format *f)
 {
-	uint32_t i;
-
 	if ((f->entry_nbytes != 4 && f->entry_nbytes != 8) || f->n_rules > IMGC_TABLE_MAX_RULES)
 		return false;
 	if (!imgc_is_power_of_two(f->block_nbytes) || f->default_kind >= IMGC_N_KINDS)
 		return false;
 	if (f->offset_rshift > 63 || f->offset_lshift > 63 || f->length_shift > 63)
 		return false;
-	for (i = 0; i < f->n_rules; i++) {
+	for (uint32_t i = 0; i < f->n_rules; i++) {
 		if (f->rules[i].kind >= IMGC_N_KINDS)
 			return false;
 	}

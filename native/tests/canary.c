@@ -1,7 +1,9 @@
 /*
- * Deliberate faults: a build or a checker under which they do not kill the process checks nothing,
- * whatever else passes.  A program for the native tests, a module for sanitized builds of the
- * extension (setup.py).
+ * canary.c - deliberate faults
+ *
+ * If they do not kill the process, the build or the checker detects nothing, and its
+ * other results mean nothing.  A program for the native tests; a module for sanitized
+ * builds of the extension (setup.py).
  */
 #include <assert.h>
 #include <pthread.h>
@@ -18,7 +20,9 @@ EXPORT void *PyInit__canary(void);
 
 EXPORT int imgc_canary_overread(void)
 {
-	/* Volatile: neither the compiler nor UBSan, which knows sizes, is to see it before ASan. */
+	/*
+	 * Volatile, so that neither the compiler nor UBSan finds the fault before ASan.
+	 */
 	unsigned char *volatile data = calloc(100, 1);
 	int value = data == NULL ? 0 : data[100];
 
@@ -58,13 +62,13 @@ static int race(void)
 	return 0;
 }
 
-/* ctypes loads this file; the symbol keeps setuptools content. */
+/* ctypes loads this file; setuptools demands the symbol. */
 EXPORT void *PyInit__canary(void)
 {
 	return NULL;
 }
 
-/* Exit code 0 says that the fault went unnoticed. */
+/* Exit code 0: the fault went unnoticed. */
 int main(int argc, char **argv)
 {
 	const char *fault = argc == 2 ? argv[1] : "";

@@ -1,4 +1,6 @@
-/* Codecs: round trips with zlib as judge, windows, damage, sizes, every inflate variant. */
+/*
+ * test_codec.c - codecs: round trips with zlib as judge, windows, damage, sizes
+ */
 #include <stdbool.h>
 #include <zlib.h>
 #include <zstd.h>
@@ -61,8 +63,8 @@ static void fill(uint8_t *p, size_t nbytes, unsigned pattern)
 #define N_PATTERNS 4
 
 /*
- * zlib's opinion; window_bits as given to inflateInit2().  Output is taken in
- * pieces, since zlib would else reach back further than its window.
+ * Whether zlib accepts the stream.  window_bits is that of inflateInit2().  Takes the
+ * output in pieces: otherwise zlib would look back further than its window.
  */
 static int judge_inflate(const uint8_t *in, size_t in_nbytes, int window_bits, const uint8_t *data,
 			 size_t nbytes)
@@ -106,7 +108,6 @@ static void check_block(struct imgc_compressor *c, const struct imgc_codec_param
 			const uint8_t *content, size_t nbytes)
 {
 	static struct guarded from, g;
-	const uint8_t *data;
 	size_t bound = imgc_compressor_bound(c, nbytes);
 	size_t n = 0, again = 0;
 
@@ -114,17 +115,19 @@ static void check_block(struct imgc_compressor *c, const struct imgc_codec_param
 		from = guarded_alloc(MAX_OUT);
 		g = guarded_alloc(MAX_OUT);
 	}
-	data = memcpy(from.end - SLACK - nbytes, content, nbytes);
+	const uint8_t *data = memcpy(from.end - SLACK - nbytes, content, nbytes);
 	CHECK(bound <= MAX_OUT);
 	memset(packed, 0xee, sizeof(packed));
 	CHECK_EQ(imgc_compress(c, data, nbytes, packed, bound, &n), IMGC_OK);
 	CHECK(n > 0 && n <= bound);
-	/* What lies behind the block may be read, and makes no difference. */
+	/* The bytes after the block may be read, but make no difference. */
 	memset(from.end - SLACK, from.end[-1] ^ 0xff, SLACK);
 	CHECK_EQ(imgc_compress(c, data, nbytes, unpacked, bound, &again), IMGC_OK);
 	CHECK(again == n && memcmp(packed, unpacked, n) == 0);
 	CHECK(judge(params, n, data, nbytes));
-	/* Too little room: a size of 0 or a stream that fits, never a byte too far. */
+	/*
+	 * Too little room: a size of 0, or a stream that fits.  No byte past the end.
+	 */
 	for (again = n / 2; again <= n; again += again < n ? n - again : 1) {
 		size_t small = 77;
 
@@ -138,15 +141,13 @@ static void check_block(struct imgc_compressor *c, const struct imgc_codec_param
 static void test_compressors(void)
 {
 	static uint8_t data[2 * BLOCK + SLACK];
-	size_t i, k;
-	unsigned pattern;
 
-	for (i = 0; i < N_PARAMS; i++) {
+	for (size_t i = 0; i < N_PARAMS; i++) {
 		struct imgc_compressor *c;
 
 		CHECK_EQ(imgc_compressor_create(&all_params[i], &c), IMGC_OK);
-		for (k = 0; k < N_SIZES; k++) {
-			for (pattern = 0; pattern < N_PATTERNS; pattern++) {
+		for (size_t k = 0; k < N_SIZES; k++) {
+			for (unsigned pattern = 0; pattern < N_PATTERNS; pattern++) {
 				fill(data, sizes[k], pattern);
 				check_block(c, &all_params[i], data, sizes[k]);
 			}
@@ -155,22 +156,20 @@ static void test_compressors(void)
 	}
 }
 
-/* What a block becomes does not depend on the blocks before it. */
+/* The output does not depend on the blocks before. */
 static void test_deterministic(void)
 {
 	static uint8_t data[BLOCK + SLACK], other[BLOCK + SLACK], first[MAX_OUT];
-	size_t i, round;
 
 	fill_text(data, BLOCK, 3);
-	for (i = 0; i < N_PARAMS; i++) {
+	for (size_t i = 0; i < N_PARAMS; i++) {
 		size_t n_first = 0, n = 0;
 
-		for (round = 0; round < 6; round++) {
+		for (size_t round = 0; round < 6; round++) {
 			struct imgc_compressor *c;
-			size_t k;
 
 			CHECK_EQ(imgc_compressor_create(&all_params[i], &c), IMGC_OK);
-			for (k = 0; k < round; k++) {
+			for (size_t k = 0; k < round; k++) {
 				size_t nbytes = BLOCK >> (k & 1);
 
 				fill(other, nbytes, (unsigned)(k + 1) % N_PATTERNS);
@@ -191,7 +190,7 @@ static void test_deterministic(void)
 	}
 }
 
-/* Small blocks whose start comes again: those that ISA-L's hash of an address tells on. */
+/* Small blocks that repeat their start, where ISA-L's hash of an address would show. */
 static void fill_repeating(uint8_t *p, size_t nbytes, uint64_t seed)
 {
 	size_t start = seed % 3 == 0 ? 64 : 0;
@@ -246,7 +245,7 @@ static size_t compress_once(struct imgc_codec_params params, const uint8_t *data
 	return n;
 }
 
-/* A sample decides, by how well it shrinks; small blocks are not sampled. */
+/* A sample that compresses well decides.  Small blocks are not sampled. */
 static void test_sampled(void)
 {
 	static const struct {
@@ -280,10 +279,10 @@ static void test_sampled(void)
 static void test_zlib_header(void)
 {
 	static uint8_t data[4096 + SLACK];
-	size_t i, n = 0;
+	size_t n = 0;
 
 	fill_text(data, 4096, 1);
-	for (i = 0; i < N_PARAMS; i++) {
+	for (size_t i = 0; i < N_PARAMS; i++) {
 		struct imgc_compressor *c;
 
 		if (all_params[i].codec != IMGC_CODEC_ZLIB)
@@ -317,9 +316,8 @@ static void test_refused_params(void)
 	};
 	struct imgc_compressor *c = NULL;
 	struct imgc_decompressor *d = NULL;
-	size_t i;
 
-	for (i = 0; i < sizeof(refused) / sizeof(refused[0]); i++)
+	for (size_t i = 0; i < sizeof(refused) / sizeof(refused[0]); i++)
 		CHECK_EQ(imgc_compressor_create(&refused[i], &c), IMGC_INVALID_ARGUMENT);
 	CHECK(c == NULL);
 	CHECK_EQ(imgc_decompressor_create(99, &d), IMGC_INVALID_ARGUMENT);
@@ -334,7 +332,6 @@ static int guarded_decompress(struct imgc_decompressor *d, uint32_t codec, const
 			      size_t *used)
 {
 	static struct guarded from, to;
-	int status;
 
 	if (!from.start) {
 		from = guarded_alloc(MAX_OUT);
@@ -342,14 +339,14 @@ static int guarded_decompress(struct imgc_decompressor *d, uint32_t codec, const
 	}
 	if (in_nbytes != 0)
 		memcpy(from.end - in_nbytes, in, in_nbytes);
-	status = imgc_decompress(d, codec, from.end - in_nbytes, in_nbytes, to.end - out_nbytes,
-				 out_nbytes, used);
+	int status = imgc_decompress(d, codec, from.end - in_nbytes, in_nbytes, to.end - out_nbytes,
+				     out_nbytes, used);
 	if (!status && expected)
 		CHECK(memcmp(to.end - out_nbytes, expected, out_nbytes) == 0);
 	return status;
 }
 
-/* `n` bytes in packed are a stream of `nbytes` bytes of data. */
+/* Expects the first `n` bytes of packed to be a stream of `nbytes` bytes of data. */
 static void check_stream(struct imgc_decompressor *d, uint32_t codec, size_t n, const uint8_t *data,
 			 size_t nbytes)
 {
@@ -358,13 +355,13 @@ static void check_stream(struct imgc_decompressor *d, uint32_t codec, size_t n, 
 	CHECK_EQ(guarded_decompress(d, codec, packed, n, nbytes, data, &used), IMGC_OK);
 	CHECK_EQ(used, n);
 	CHECK_EQ(guarded_decompress(d, codec, packed, n, nbytes, data, NULL), IMGC_OK);
-	/* Bytes behind the stream are ignored, whatever they are. */
+	/* Any bytes after the stream are ignored. */
 	memset(packed + n, 0xa5, 700);
 	CHECK_EQ(guarded_decompress(d, codec, packed, n + 700, nbytes, data, &used), IMGC_OK);
 	CHECK_EQ(used, n);
 	CHECK_EQ(guarded_decompress(d, codec, packed, n + 1, nbytes, data, &used), IMGC_OK);
 	CHECK_EQ(used, n);
-	/* The size is demanded exactly. */
+	/* The size must be exact. */
 	used = 77;
 	CHECK_EQ(guarded_decompress(d, codec, packed, n, nbytes + 1, NULL, &used), IMGC_CORRUPT);
 	CHECK_EQ(guarded_decompress(d, codec, packed, n, nbytes - 1, NULL, &used), IMGC_CORRUPT);
@@ -376,25 +373,25 @@ static void check_stream(struct imgc_decompressor *d, uint32_t codec, size_t n, 
 	CHECK_EQ(used, 77);
 }
 
-/* Damage may go unseen without a checksum, but nothing outside the buffers is touched. */
+/*
+ * Without a checksum damage may go unnoticed, but nothing outside the buffers is used.
+ */
 static void check_damage(struct imgc_decompressor *d, uint32_t codec, size_t n, size_t nbytes)
 {
 	uint64_t state = n;
-	unsigned round;
 
-	for (round = 0; round < 200; round++) {
+	for (unsigned round = 0; round < 200; round++) {
 		size_t at = (size_t)(test_random(&state) % n);
 		uint8_t bit = (uint8_t)(1u << (test_random(&state) >> 61));
-		int status;
 
 		packed[at] ^= bit;
-		status = guarded_decompress(d, codec, packed, n, nbytes, NULL, NULL);
+		int status = guarded_decompress(d, codec, packed, n, nbytes, NULL, NULL);
 		CHECK(status == IMGC_OK || status == IMGC_CORRUPT);
 		if (codec == IMGC_CODEC_ZLIB && at >= n - 4)
 			CHECK_EQ(status, IMGC_CORRUPT);
 		packed[at] ^= bit;
 	}
-	for (round = 0; round < 100; round++) {
+	for (unsigned round = 0; round < 100; round++) {
 		fill_random(packed, 512, round);
 		CHECK(guarded_decompress(d, codec, packed, 512, nbytes, NULL, NULL) ==
 		      IMGC_CORRUPT);
@@ -405,18 +402,17 @@ static void test_decompressor(uint32_t variant)
 {
 	static uint8_t data[2 * BLOCK + SLACK];
 	struct imgc_decompressor *d;
-	size_t i, k, n = 0;
-	unsigned pattern;
+	size_t n = 0;
 
 	CHECK_EQ(imgc_decompressor_create(variant, &d), IMGC_OK);
 	CHECK_EQ(imgc_decompress(d, IMGC_CODEC_NONE, packed, 1, data, 1, NULL),
 		 IMGC_INVALID_ARGUMENT);
-	for (i = 0; i < N_PARAMS; i++) {
+	for (size_t i = 0; i < N_PARAMS; i++) {
 		struct imgc_compressor *c;
 
 		CHECK_EQ(imgc_compressor_create(&all_params[i], &c), IMGC_OK);
-		for (k = 3; k < N_SIZES; k++) {
-			for (pattern = 0; pattern < N_PATTERNS; pattern++) {
+		for (size_t k = 3; k < N_SIZES; k++) {
+			for (unsigned pattern = 0; pattern < N_PATTERNS; pattern++) {
 				fill(data, sizes[k], pattern);
 				CHECK_EQ(imgc_compress(c, data, sizes[k], packed, MAX_OUT, &n),
 					 IMGC_OK);
@@ -431,17 +427,16 @@ static void test_decompressor(uint32_t variant)
 	imgc_decompressor_destroy(d);
 }
 
-/* zlib's own streams, at its levels and windows, raw as QEMU writes them. */
+/* Streams of zlib itself, at its levels and windows, raw as QEMU writes them. */
 static void test_zlib_streams(uint32_t variant)
 {
 	static uint8_t data[BLOCK];
 	struct imgc_decompressor *d;
-	int level, bits;
 
 	CHECK_EQ(imgc_decompressor_create(variant, &d), IMGC_OK);
 	fill_text(data, BLOCK, 8);
-	for (level = 0; level <= 9; level += 3) {
-		for (bits = 9; bits <= 15; bits += 3) {
+	for (int level = 0; level <= 9; level += 3) {
+		for (int bits = 9; bits <= 15; bits += 3) {
 			z_stream s;
 
 			memset(&s, 0, sizeof(s));
@@ -475,10 +470,9 @@ static void test_zstd_claims(struct imgc_decompressor *d)
 	static const uint8_t legacy[] = {0x27, 0xb5, 0x2f, 0xfd, 0, 0, 0, 0, 0, 0, 0, 0};
 	/* A run of one byte, 128 KiB long: more than the block. */
 	static const uint8_t bomb[] = {0x28, 0xb5, 0x2f, 0xfd, 0x00, 0x58, 0x03, 0x00, 0x10, 'x'};
-	int status;
 
-	status = guarded_decompress(d, IMGC_CODEC_ZSTD, raw_frame, sizeof(raw_frame), 3,
-				    (const uint8_t *)"abc", NULL);
+	int status = guarded_decompress(d, IMGC_CODEC_ZSTD, raw_frame, sizeof(raw_frame), 3,
+					(const uint8_t *)"abc", NULL);
 	CHECK(status == IMGC_OK || status == IMGC_CORRUPT);
 	CHECK_EQ(guarded_decompress(d, IMGC_CODEC_ZSTD, skippable, sizeof(skippable), 512, NULL,
 				    NULL),
@@ -493,12 +487,12 @@ static void test_zstd_frames(void)
 {
 	static uint8_t data[BLOCK];
 	struct imgc_decompressor *d;
-	size_t n, used = 0;
+	size_t used = 0;
 
 	CHECK_EQ(imgc_decompressor_create(0, &d), IMGC_OK);
 	fill_text(data, BLOCK, 4);
-	/* Two frames, the second of which may be followed by anything. */
-	n = put_frame(put_frame(0, data, 1000), data + 1000, BLOCK - 1000);
+	/* Two frames.  Anything may follow the second. */
+	size_t n = put_frame(put_frame(0, data, 1000), data + 1000, BLOCK - 1000);
 	check_stream(d, IMGC_CODEC_ZSTD, n, data, BLOCK);
 	/* A skippable frame between two is refused. */
 	n = put_frame(0, data, 1000);
@@ -512,8 +506,6 @@ static void test_zstd_frames(void)
 
 int main(void)
 {
-	unsigned i;
-
 	test_refused_params();
 	test_compressors();
 	test_deterministic();
@@ -521,7 +513,7 @@ int main(void)
 	test_sampled();
 	test_zlib_header();
 	test_zstd_frames();
-	for (i = 0; i < imgc_variant_count(IMGC_OP_INFLATE); i++) {
+	for (unsigned i = 0; i < imgc_variant_count(IMGC_OP_INFLATE); i++) {
 		uint32_t variant;
 
 		if (!variant_usable(IMGC_OP_INFLATE, i, &variant))

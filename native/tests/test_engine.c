@@ -1,26 +1,11 @@
-/* The engine: plan check, placer, conversions and comparisons in memory. */
-#include "test_util.h"
-
-#include <limits.h>
-
-#include "engine/engine.h"
-
-#define KIB 1024u
-#define MIB (1024u * 1024)
+/*
+ * test_engine.c - the engine: extent check, conversions and comparisons in memory
+ */
+#include "tests/engine_util.h"
 
 static const struct imgc_extent NO_ROW;
 
-static struct imgc_extent data_row(uint64_t guest, uint64_t length, uint64_t host)
-{
-	return (struct imgc_extent){guest, length, host, length, 0, IMGC_DATA, 0};
-}
-
-static struct imgc_extent empty_row(uint64_t guest, uint64_t length, uint16_t kind)
-{
-	return (struct imgc_extent){.guest_offset = guest, .length = length, .kind = kind};
-}
-
-/* --------------------------------------------------------------- plan check */
+/* ------------------------------------------------------------ extent check */
 
 static void check_refused(struct imgc_extent second, size_t n, uint64_t start, uint64_t end,
 			  uint64_t row)
@@ -71,7 +56,7 @@ static void test_extents_check(void)
 	check_refused(row, 3, 0, 12288, 1); /* larger than any compressed block */
 	row.host_length = 12;
 	row.flags = IMGC_EXTENT_GRAIN_MARKER;
-	check_refused(row, 3, 0, 12288, 1); /* nothing behind the marker */
+	check_refused(row, 3, 0, 12288, 1); /* nothing after the marker */
 
 	/* A compressed row that crosses its block. */
 	struct imgc_extent crossing = {2048, 4096, 0, 4096, 0, IMGC_ZSTD, 0};
@@ -85,154 +70,7 @@ static void test_extents_check(void)
 	CHECK_EQ(imgc_extents_check(&NO_ROW, 0, &file, 1, 0, 0, NULL), IMGC_OK);
 }
 
-/* ------------------------------------------------------------------- placer */
-
-static void test_placer_packs_around_stored_blocks(void)
-{
-	struct imgc_geometry g = {.block_nbytes = 64 * KIB,
-				  .stored_alignment = 64 * KIB,
-				  .compressed_alignment = 1,
-				  .store_incompressible = 1};
-	struct placer p;
-	uint64_t at;
-
-	imgc_placer_init(&p, &g, 3 * 64 * KIB);
-	CHECK_EQ(imgc_placer_compressed(&p, 0, 40000, &at), IMGC_OK);
-	CHECK_EQ(at, 3 * 64 * KIB);
-	CHECK_EQ(imgc_placer_stored(&p, 1, 64 * KIB, &at), IMGC_OK);
-	CHECK_EQ(at, 4 * 64 * KIB);
-	/* Still fits into the rest of the first cluster. */
-	CHECK_EQ(imgc_placer_compressed(&p, 2, 20000, &at), IMGC_OK);
-	CHECK_EQ(at, 3 * 64 * KIB + 40000);
-	/* Does not fit, and the next cluster is taken: a new one. */
-	CHECK_EQ(imgc_placer_compressed(&p, 3, 60000, &at), IMGC_OK);
-	CHECK_EQ(at, 5 * 64 * KIB);
-	/* Crosses into the cluster behind, which is free. */
-	CHECK_EQ(imgc_placer_compressed(&p, 4, 60000, &at), IMGC_OK);
-	CHECK_EQ(at, 5 * 64 * KIB + 60000);
-	CHECK_EQ(p.next, 7 * 64 * KIB);
-	/* Tables of the writer end the packing. */
-	imgc_placer_restart(&p, 9 * 64 * KIB);
-	CHECK_EQ(imgc_placer_compressed(&p, 5, 10, &at), IMGC_OK);
-	CHECK_EQ(at, 9 * 64 * KIB);
-}
-
-static void test_placer_leaves_gaps_for_tables(void)
-{
-	struct imgc_geometry g = {.block_nbytes = 64 * KIB,
-				  .stored_alignment = 512,
-				  .compressed_alignment = 512,
-				  .group_nblocks = 4,
-				  .group_gap_nbytes = 2560};
-	struct placer p;
-	uint64_t at;
-
-	imgc_placer_init(&p, &g, 65536);
-	CHECK_EQ(imgc_placer_close_group(&p), IMGC_OK);
-	CHECK_EQ(p.next, 65536); /* nothing placed, no gap */
-	CHECK_EQ(imgc_placer_compressed(&p, 1, 700, &at), IMGC_OK);
-	CHECK_EQ(at, 65536);
-	CHECK_EQ(imgc_placer_compressed(&p, 2, 100, &at), IMGC_OK);
-	CHECK_EQ(at, 65536 + 1024);
-	/* Group 1 stays empty: one gap only. */
-	CHECK_EQ(imgc_placer_compressed(&p, 9, 100, &at), IMGC_OK);
-	CHECK_EQ(at, 65536 + 1536 + 2560);
-	CHECK_EQ(imgc_placer_close_group(&p), IMGC_OK);
-	CHECK_EQ(p.next, 65536 + 1536 + 2560 + 512 + 2560);
-	CHECK_EQ(imgc_placer_stored(&p, 12, UINT64_MAX - 600, &at), IMGC_LIMIT);
-}
-
 /* -------------------------------------------------------------- conversions */
-
-struct disk {
-	uint8_t *bytes;
-	uint64_t nbytes;
-	struct imgc_file *file;
-};
-
-static struct disk disk_create(uint64_t nbytes)
-{
-	struct disk disk = {calloc(1, nbytes), nbytes, NULL};
-
-	CHECK(disk.bytes);
-	CHECK_EQ(imgc_file_open_memory(disk.bytes, nbytes, &disk.file), IMGC_OK);
-	return disk;
-}
-
-static void disk_destroy(struct disk *disk)
-{
-	imgc_file_close(disk->file);
-	free(disk->bytes);
-}
-
-/* Half text, some zeros inside, some that does not compress; an odd end. */
-static struct disk example_disk(void)
-{
-	struct disk disk = disk_create(5 * MIB + 3 * 512);
-
-	fill_text(disk.bytes, 2 * MIB, 1);
-	fill_random(disk.bytes + 3 * MIB, MIB, 2);
-	fill_text(disk.bytes + 5 * MIB - 100, 700, 3);
-	disk.bytes[2 * MIB + 300 * KIB] = 1;
-	return disk;
-}
-
-static struct imgc_job_options convert_options(const struct disk *source, struct disk *target,
-					       struct imgc_source_file *file, unsigned n_threads)
-{
-	*file = (struct imgc_source_file){.file = source->file, .nbytes = source->nbytes};
-	struct imgc_job_options options = {
-		.kind = IMGC_JOB_CONVERT,
-		.n_threads = n_threads,
-		.window_nbytes = 256 * KIB,
-		.sources = file,
-		.n_sources = 1,
-		.target = target->file,
-		.geometry = {.block_nbytes = 64 * KIB,
-			     .stored_alignment = 64 * KIB,
-			     .compressed_alignment = 1,
-			     .sparse_nbytes = 4096,
-			     .guest_nbytes = source->nbytes},
-	};
-
-	use_default_variants(&options);
-	return options;
-}
-
-static int run_batch(struct imgc_job *job, const struct imgc_batch *batch, struct imgc_error *err)
-{
-	int status = imgc_job_start(job, batch, err);
-
-	if (status)
-		return status;
-	while (!imgc_job_wait(job, 50))
-		;
-	return imgc_job_finish(job, err);
-}
-
-/* Runs one batch over the whole disk; returns the first free offset. */
-static uint64_t convert(const struct imgc_job_options *options, const struct imgc_extent *rows,
-			size_t n_rows, struct imgc_placement *placements, size_t n_placements)
-{
-	struct imgc_batch batch = {.guest_end = options->geometry.guest_nbytes,
-				   .extents = rows,
-				   .n_extents = n_rows,
-				   .placements = placements,
-				   .n_placements = n_placements};
-	struct imgc_progress progress;
-	struct imgc_error err = {0};
-	struct imgc_job *job;
-
-	CHECK_EQ(imgc_job_create(options, &job, &err), IMGC_OK);
-	CHECK_EQ(run_batch(job, &batch, &err), IMGC_OK);
-	imgc_job_progress(job, &progress);
-	CHECK_EQ(progress.bytes_done, batch.guest_end);
-	CHECK_EQ(progress.bytes_data + progress.bytes_zero, batch.guest_end);
-	uint64_t next = imgc_job_next_offset(job);
-
-	imgc_job_destroy(job);
-	return next;
-}
 
 static void test_identity(unsigned n_threads)
 {
@@ -246,14 +84,14 @@ static void test_identity(unsigned n_threads)
 	convert(&o, &row, 1, NULL, 0);
 	CHECK(memcmp(source.bytes, target.bytes + 4096, source.nbytes) == 0);
 
-	/* Over old content, zeros have to be made. */
+	/* Over old content, zeros must be written. */
 	memset(target.bytes, 0xee, target.nbytes);
 	o.geometry.zero_policy = IMGC_ZERO_EXPLICIT;
 	convert(&o, &row, 1, NULL, 0);
 	CHECK(memcmp(source.bytes, target.bytes + 4096, source.nbytes) == 0);
 	CHECK_EQ(target.bytes[4095], 0xee);
 
-	/* So have those that are no data at all, and those between two rows. */
+	/* So must holes, and zeros between two rows. */
 	struct imgc_extent rows[3] = {
 		empty_row(0, 3 * MIB, IMGC_HOLE), data_row(3 * MIB, 1536, 3 * MIB),
 		empty_row(3 * MIB + 1536, source.nbytes - 3 * MIB - 1536, IMGC_ZERO)};
@@ -358,7 +196,7 @@ static void test_append(struct imgc_codec_params codec, uint64_t block, uint64_t
 	disk_destroy(&source);
 }
 
-/* Each stored block has its prefix right before it, whatever the number of threads. */
+/* Each stored block follows its prefix, with any number of threads. */
 static void test_stored_prefix(uint64_t block, uint64_t window, uint32_t prefix, uint32_t alignment)
 {
 	struct disk source = example_disk();
@@ -420,7 +258,6 @@ static void test_stored_prefix_limits(void)
 	struct disk source = example_disk(), target = disk_create(2 * source.nbytes);
 	struct imgc_source_file file;
 	struct imgc_job_options good = convert_options(&source, &target, &file, 1);
-	struct imgc_job_options o;
 	struct imgc_job *job;
 
 	good.geometry.placing = IMGC_PLACE_APPEND;
@@ -428,7 +265,7 @@ static void test_stored_prefix_limits(void)
 	good.geometry.stored_prefix_byte = 255;
 	CHECK_EQ(imgc_job_create(&good, &job, NULL), IMGC_OK);
 	imgc_job_destroy(job);
-	o = good;
+	struct imgc_job_options o = good;
 	o.geometry.stored_prefix_nbytes++;
 	CHECK_EQ(imgc_job_create(&o, &job, NULL), IMGC_INVALID_ARGUMENT);
 	o = good;
@@ -440,95 +277,6 @@ static void test_stored_prefix_limits(void)
 	o = good;
 	o.geometry.codec.codec = IMGC_CODEC_ZSTD;
 	CHECK_EQ(imgc_job_create(&o, &job, NULL), IMGC_INVALID_ARGUMENT);
-	disk_destroy(&source);
-	disk_destroy(&target);
-}
-
-static void test_base(void)
-{
-	struct disk source = example_disk(), target = disk_create(2 * source.nbytes);
-	struct imgc_source_file file;
-	struct imgc_job_options o = convert_options(&source, &target, &file, 2);
-	size_t n = (source.nbytes + 64 * KIB - 1) / (64 * KIB);
-	struct imgc_placement *placements = calloc(n, sizeof(*placements));
-	struct imgc_extent row = data_row(0, source.nbytes, 0);
-	/* The base is the source, but for a hole in front and data where the source has zeros. */
-	struct imgc_extent base[3] = {empty_row(0, 128 * KIB, IMGC_HOLE),
-				      data_row(128 * KIB, 4 * MIB - 128 * KIB, 128 * KIB),
-				      data_row(4 * MIB, source.nbytes - 4 * MIB, 0)};
-	struct imgc_batch batch = {0, source.nbytes, &row, 1, base, 3, placements, n};
-	struct imgc_error err = {0};
-	struct imgc_job *job;
-
-	CHECK(placements);
-	o.geometry.placing = IMGC_PLACE_APPEND;
-	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_OK);
-	CHECK_EQ(imgc_job_start(job, &batch, &err), IMGC_INVALID_ARGUMENT); /* unannounced */
-	imgc_job_destroy(job);
-	o.has_base = 1;
-	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_OK);
-	CHECK_EQ(run_batch(job, &batch, &err), IMGC_OK);
-	CHECK_EQ(placements[0].state, IMGC_BLOCK_STORED);
-	CHECK_EQ(placements[1].state, IMGC_BLOCK_STORED);
-	for (size_t i = 2; i < 64; i++)
-		CHECK_EQ(placements[i].state, IMGC_BLOCK_ABSENT);
-	for (size_t i = 64; i < 79; i++)
-		CHECK_EQ(placements[i].state, IMGC_BLOCK_ZERO);
-	CHECK_EQ(placements[79].state, IMGC_BLOCK_STORED);
-	CHECK_EQ(imgc_job_next_offset(job), 4 * 64 * KIB);
-	imgc_job_destroy(job);
-	free(placements);
-	disk_destroy(&source);
-	disk_destroy(&target);
-}
-
-/* One byte of a block differs: the whole block is stored, zeros included, and no other. */
-static void test_base_of_large_blocks(unsigned n_threads)
-{
-	const uint64_t block = IMGC_MAX_BASE_BLOCK_NBYTES, nbytes = 5 * block + 512;
-	struct disk source = disk_create(nbytes), target = disk_create(4 * block);
-	struct imgc_source_file file;
-	struct imgc_job_options o = convert_options(&source, &target, &file, n_threads);
-	struct imgc_placement placements[6] = {{0}};
-	/* Blocks 0 and 4 are holes on both sides, block 2 only in the base. */
-	struct imgc_extent rows[3] = {empty_row(0, block, IMGC_ZERO),
-				      data_row(block, 3 * block, block),
-				      empty_row(4 * block, block + 512, IMGC_HOLE)};
-	struct imgc_extent base[4] = {empty_row(0, block, IMGC_HOLE), data_row(block, block, block),
-				      empty_row(2 * block, block, IMGC_HOLE),
-				      empty_row(3 * block, 2 * block + 512, IMGC_HOLE)};
-	struct imgc_batch batch = {0, nbytes, rows, 3, base, 4, placements, 6};
-	struct imgc_error err = {0};
-	struct imgc_job *job;
-
-	fill_random(source.bytes + block, block, 1);
-	source.bytes[3 * block - 1] = 1;
-	memset(target.bytes, 0xEE, target.nbytes);
-	o.window_nbytes = 0;
-	o.has_base = 1;
-	o.next_offset = 4096;
-	o.geometry.placing = IMGC_PLACE_APPEND;
-	o.geometry.zero_policy = IMGC_ZERO_STORE;
-	o.geometry.block_nbytes = block;
-	o.geometry.stored_alignment = 512;
-	o.geometry.stored_prefix_nbytes = 1024;
-	o.geometry.stored_prefix_byte = 0xFF;
-	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_OK);
-	CHECK_EQ(run_batch(job, &batch, &err), IMGC_OK);
-	for (size_t i = 0; i < 6; i++)
-		CHECK_EQ(placements[i].state, i == 2 ? IMGC_BLOCK_STORED : IMGC_BLOCK_ABSENT);
-	CHECK_EQ(placements[2].host_offset, 4096 + 1024);
-	CHECK_EQ(imgc_job_next_offset(job), 4096 + 1024 + block);
-	CHECK(memcmp(target.bytes + 4096 + 1024, source.bytes + 2 * block, block) == 0);
-	CHECK_EQ(target.bytes[4095], 0xEE);
-	CHECK_EQ(target.bytes[4096 + 1024 + block], 0xEE);
-	imgc_job_destroy(job);
-	o.geometry.block_nbytes = 2 * block;
-	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_INVALID_ARGUMENT);
-	o.geometry.block_nbytes = block;
-	o.geometry.stored_prefix_nbytes = 0;
-	o.geometry.placing = IMGC_PLACE_IDENTITY;
-	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_INVALID_ARGUMENT);
 	disk_destroy(&source);
 	disk_destroy(&target);
 }
@@ -578,6 +326,28 @@ static void test_compare(void)
 
 /* ------------------------------------------------------------------ failure */
 
+static void test_refused_options(void)
+{
+	struct disk source = example_disk(), target = disk_create(MIB);
+	struct imgc_source_file file;
+	struct imgc_job_options o = convert_options(&source, &target, &file, 0);
+	struct imgc_error err = {0};
+	struct imgc_job *job;
+
+	o.geometry.placing = IMGC_PLACE_APPEND;
+	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_INVALID_ARGUMENT);
+	o.n_threads = IMGC_MAX_THREADS + 1;
+	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_INVALID_ARGUMENT);
+	o.n_threads = 1;
+	o.geometry.block_nbytes = 65535;
+	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_INVALID_ARGUMENT);
+	o.geometry.block_nbytes = 64 * KIB;
+	o.geometry.group_nblocks = UINT64_C(1) << 48; /* 0 bytes, if the product could wrap */
+	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_INVALID_ARGUMENT);
+	disk_destroy(&source);
+	disk_destroy(&target);
+}
+
 static void test_errors(void)
 {
 	struct disk source = example_disk(), target = disk_create(MIB);
@@ -599,7 +369,7 @@ static void test_errors(void)
 	CHECK_EQ(imgc_job_start(job, &batch, &err), IMGC_CANCELLED);
 	imgc_job_destroy(job);
 
-	/* A compressed block that is none. */
+	/* A compressed block that is not one. */
 	struct imgc_extent bad[2] = {{0, 64 * KIB, 3 * MIB, 5000, 0, IMGC_ZLIB, 0},
 				     empty_row(64 * KIB, source.nbytes - 64 * KIB, IMGC_HOLE)};
 
@@ -613,8 +383,7 @@ static void test_errors(void)
 	imgc_job_destroy(job);
 	bad[0].flags = IMGC_EXTENT_GRAIN_MARKER;
 	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_OK);
-	CHECK_EQ(run_batch(job, &batch, &err), IMGC_CORRUPT);
-	CHECK(strcmp(err.op, "grain_marker") == 0);
+	CHECK_EQ(run_batch(job, &batch, &err), IMGC_BAD_GRAIN_MARKER);
 	imgc_job_destroy(job);
 
 	/* A batch that breaks the contract. */
@@ -630,20 +399,12 @@ static void test_errors(void)
 	batch.guest_end -= 512;
 	CHECK_EQ(imgc_job_start(job, &batch, &err), IMGC_INVALID_ARGUMENT);
 	imgc_job_destroy(job);
-	o.n_threads = 0;
-	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_INVALID_ARGUMENT);
-	o.n_threads = 1;
-	o.geometry.block_nbytes = 65535;
-	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_INVALID_ARGUMENT);
-	o.geometry.block_nbytes = 64 * KIB;
-	o.geometry.group_nblocks = UINT64_C(1) << 48; /* of no bytes, were it allowed to wrap */
-	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_INVALID_ARGUMENT);
 	free(placements);
 	disk_destroy(&source);
 	disk_destroy(&target);
 }
 
-/* What a block decompresses to is no shorter because only its front is wanted. */
+/* A block must decompress to its full size, even if only its front is wanted. */
 static void test_a_short_block_is_corrupt(void)
 {
 	struct imgc_codec_params codec = {IMGC_CODEC_ZLIB, IMGC_DEFLATE_LIBDEFLATE, 6, 15};
@@ -706,122 +467,13 @@ static void test_cancel(void)
 	CHECK(after.bytes_done >= before.bytes_done && after.bytes_done < source.nbytes);
 	imgc_job_destroy(job);
 
-	/* Destroyed while it runs. */
+	/* Destroyed while a batch runs. */
 	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_OK);
 	CHECK_EQ(imgc_job_start(job, &batch, &err), IMGC_OK);
 	imgc_job_destroy(job);
 	imgc_job_destroy(NULL);
 	disk_destroy(&source);
 	disk_destroy(&target);
-}
-
-/* ------------------------------------------------------------------ sharing */
-
-static atomic_uint n_share_calls, n_share_allowed;
-
-/* As good as a reflink, to those who only look at the bytes. */
-static bool share_by_copying(struct imgc_file *file, uint64_t offset, struct imgc_file *source,
-			     uint64_t source_offset, uint64_t length)
-{
-	struct iovec iov = {malloc(length), length};
-	struct imgc_io_request request = {source_offset, iov.iov_base, length};
-
-	CHECK_EQ((offset | source_offset | length) % 4096, 0);
-	CHECK(length > 0);
-	bool allowed = atomic_fetch_add(&n_share_calls, 1) < atomic_load(&n_share_allowed);
-
-	if (allowed) {
-		CHECK_EQ(imgc_file_read(source, NULL, &request, 1, NULL), IMGC_OK);
-		CHECK_EQ(imgc_file_write(file, &iov, 1, offset, NULL), IMGC_OK);
-	}
-	free(iov.iov_base);
-	return allowed;
-}
-
-/*
- * Converts 4 MiB of data with a hole and an explicit zero inside, from source_shift on, and
- * checks what the target holds.  Returns the bytes shared.
- */
-static uint64_t share(uint64_t source_shift, uint32_t placing, unsigned n_allowed,
-		      unsigned n_threads)
-{
-	struct disk source = disk_create(5 * MIB), target = disk_create(6 * MIB);
-	struct imgc_file_ops ops = *source.file->ops;
-	struct imgc_placement placements[64] = {0};
-	struct imgc_progress progress;
-	struct imgc_error err = {0};
-	struct imgc_job *job;
-
-	fill_random(source.bytes, source.nbytes, 5);
-	memset(target.bytes, 0, target.nbytes);
-	ops.share = share_by_copying;
-	source.file->ops = target.file->ops = &ops;
-	source.file->share_nbytes = 512;
-	target.file->share_nbytes = 4096; /* the larger one counts */
-	atomic_store(&n_share_calls, 0);
-	atomic_store(&n_share_allowed, n_allowed);
-
-	struct imgc_extent rows[] = {
-		data_row(0, MIB + 1024, source_shift),
-		empty_row(MIB + 1024, 63 * KIB, IMGC_HOLE),
-		data_row(MIB + 64 * KIB, 2 * MIB, source_shift + 2 * MIB),
-		empty_row(3 * MIB + 64 * KIB, 64 * KIB, IMGC_ZERO),
-		data_row(3 * MIB + 128 * KIB, 896 * KIB, source_shift + 3 * MIB),
-	};
-	size_t n_rows = sizeof(rows) / sizeof(rows[0]);
-	struct imgc_source_file file;
-	struct imgc_job_options options = convert_options(&source, &target, &file, n_threads);
-	struct imgc_batch batch = {.guest_end = 4 * MIB, .extents = rows, .n_extents = n_rows};
-
-	options.share = 1;
-	options.geometry.guest_nbytes = 4 * MIB;
-	options.geometry.placing = placing;
-	options.geometry.block_nbytes = 64 * KIB;
-	options.geometry.stored_alignment = 4096;
-	options.geometry.sparse_nbytes = 4096;
-	options.geometry.host_base = placing == IMGC_PLACE_IDENTITY ? 4096 : 0;
-	options.next_offset = 4096;
-	if (placing == IMGC_PLACE_APPEND) {
-		batch.placements = placements;
-		batch.n_placements = 64;
-	}
-	CHECK_EQ(imgc_job_create(&options, &job, &err), IMGC_OK);
-	CHECK_EQ(run_batch(job, &batch, &err), IMGC_OK);
-	imgc_job_progress(job, &progress);
-	for (size_t i = 0; i < n_rows; i++) {
-		for (uint64_t at = 0; at < rows[i].length; at += KIB) {
-			uint64_t guest = rows[i].guest_offset + at, place = 4096 + guest;
-
-			if (placing == IMGC_PLACE_APPEND)
-				place = placements[guest / (64 * KIB)].host_offset +
-					guest % (64 * KIB);
-			if (rows[i].kind == IMGC_DATA)
-				CHECK(memcmp(target.bytes + place,
-					     source.bytes + rows[i].host_offset + at, KIB) == 0);
-		}
-	}
-	CHECK(progress.bytes_shared + progress.bytes_written >= 4 * MIB - 128 * KIB);
-	imgc_job_destroy(job);
-	disk_destroy(&source);
-	disk_destroy(&target);
-	return progress.bytes_shared;
-}
-
-static void test_share(void)
-{
-	uint64_t data = 4 * MIB - 128 * KIB;
-
-	for (unsigned n_threads = 1; n_threads <= 4; n_threads += 3) {
-		CHECK_EQ(share(0, IMGC_PLACE_IDENTITY, UINT_MAX, n_threads), data);
-		CHECK_EQ(share(8192, IMGC_PLACE_APPEND, UINT_MAX, n_threads), data);
-		/* No place differs by whole blocks: nobody is asked. */
-		CHECK_EQ(share(512, IMGC_PLACE_IDENTITY, UINT_MAX, n_threads), 0);
-		CHECK_EQ(atomic_load(&n_share_calls), 0);
-		/* Refused at once, and later: the rest is copied. */
-		CHECK_EQ(share(0, IMGC_PLACE_APPEND, 0, n_threads), 0);
-		CHECK(atomic_load(&n_share_calls) <= n_threads);
-		CHECK(share(0, IMGC_PLACE_IDENTITY, 2, n_threads) <= MIB);
-	}
 }
 
 int main(void)
@@ -832,8 +484,6 @@ int main(void)
 	struct imgc_codec_params zstd = {.codec = IMGC_CODEC_ZSTD, .level = 1};
 
 	test_extents_check();
-	test_placer_packs_around_stored_blocks();
-	test_placer_leaves_gaps_for_tables();
 	test_identity(1);
 	test_identity(4);
 	test_append(none, 64 * KIB, 256 * KIB, 0);
@@ -849,13 +499,10 @@ int main(void)
 	test_stored_prefix(2 * MIB, 4 * MIB, 1000, 2 * MIB);
 	test_stored_prefix(512, 64 * KIB, 7, 1);
 	test_stored_prefix_limits();
-	test_base();
-	test_base_of_large_blocks(1);
-	test_base_of_large_blocks(4);
 	test_compare();
+	test_refused_options();
 	test_errors();
 	test_a_short_block_is_corrupt();
 	test_cancel();
-	test_share();
 	return 0;
 }

@@ -1,5 +1,7 @@
-/* The engine over files that fail: for a moment, for good, in one place. */
-#include "test_util.h"
+/*
+ * test_faults.c - the engine over files that fail: for a moment, for good, in one place
+ */
+#include "tests/test_util.h"
 
 #include <errno.h>
 #include <stdatomic.h>
@@ -12,7 +14,7 @@
 #define DISK_NBYTES (2u * MIB)
 #define MAX_ROWS 17
 
-/* A file in memory that fails the next calls, or wherever a range is touched. */
+/* A file in memory whose next calls fail, or all calls on one range. */
 struct flaky_file {
 	struct imgc_file base;
 	struct imgc_file *inner;
@@ -20,7 +22,7 @@ struct flaky_file {
 	_Atomic int n_calls;
 	int os_errno;
 	uint64_t bad_start, bad_end;
-	int cancel_at; /* this call tells the job to stop */
+	int cancel_at; /* the number of the call that cancels the job */
 	struct imgc_job *job;
 };
 
@@ -31,10 +33,10 @@ static int flaky_fail(struct flaky_file *file, uint64_t offset, uint64_t length,
 		imgc_job_cancel(file->job);
 	if (atomic_load(&file->n_failing) > 0) {
 		atomic_fetch_sub(&file->n_failing, 1);
-		return imgc_fail(err, IMGC_IO, file->os_errno, offset, IMGC_NO_SOURCE, "flaky");
+		return imgc_fail_system(err, file->os_errno, offset, "flaky");
 	}
 	if (offset < file->bad_end && offset + length > file->bad_start)
-		return imgc_fail(err, IMGC_IO, EIO, offset, IMGC_NO_SOURCE, "flaky");
+		return imgc_fail_system(err, EIO, offset, "flaky");
 	return IMGC_OK;
 }
 
@@ -115,7 +117,7 @@ static void bench_destroy(struct bench *b)
 	free(b->target_bytes);
 }
 
-/* Runs the job; with `ranges`, copies up to `capacity` of what was lost. */
+/* Runs the job.  Copies up to `capacity` bad ranges to `ranges`, if not NULL. */
 static int run(struct bench *b, struct imgc_bad_range *ranges, size_t capacity, size_t *n,
 	       struct imgc_error *err)
 {
@@ -123,14 +125,13 @@ static int run(struct bench *b, struct imgc_bad_range *ranges, size_t capacity, 
 		.guest_end = DISK_NBYTES, .extents = b->rows, .n_extents = b->n_rows};
 	const struct imgc_bad_range *rows = NULL;
 	struct imgc_job *job;
-	int status;
 
 	CHECK_EQ(imgc_job_create(&b->options, &job, err), IMGC_OK);
 	b->source.job = b->target.job = job;
 	CHECK_EQ(imgc_job_start(job, &batch, err), IMGC_OK);
 	while (!imgc_job_wait(job, 50))
 		;
-	status = imgc_job_finish(job, err);
+	int status = imgc_job_finish(job, err);
 	*n = imgc_job_bad_ranges(job, &rows);
 	for (size_t i = 0; ranges && i < *n && i < capacity; i++)
 		ranges[i] = rows[i];
@@ -161,7 +162,7 @@ static void test_lasting(void)
 	struct bench b;
 	size_t n;
 
-	/* Five times in all, and then it is an error. */
+	/* Five attempts in all, then an error. */
 	bench_create(&b, 1);
 	b.source.os_errno = EIO;
 	b.source.n_failing = 1000;
@@ -171,7 +172,7 @@ static void test_lasting(void)
 	CHECK_EQ(b.source.n_calls, 5);
 	bench_destroy(&b);
 
-	/* What was written in vain is not written again. */
+	/* A write that failed is not repeated. */
 	bench_create(&b, 1);
 	b.target.os_errno = EIO;
 	b.target.n_failing = 1;
@@ -208,7 +209,7 @@ static void test_salvage(unsigned n_threads)
 	bench_destroy(&b);
 }
 
-static void test_salvage_of_a_broken_block(void)
+static void test_salvage_of_a_broken_block(uint16_t flags)
 {
 	struct imgc_bad_range lost[8];
 	struct imgc_error err = {0};
@@ -217,7 +218,7 @@ static void test_salvage_of_a_broken_block(void)
 
 	bench_create(&b, 2);
 	b.n_rows = 2;
-	b.rows[0] = (struct imgc_extent){0, 64 * KIB, 512, 9000, 0, IMGC_ZLIB, 0};
+	b.rows[0] = (struct imgc_extent){0, 64 * KIB, 512, 9000, 0, IMGC_ZLIB, flags};
 	b.rows[1] = (struct imgc_extent){
 		64 * KIB, DISK_NBYTES - 64 * KIB, 64 * KIB, DISK_NBYTES - 64 * KIB, 0, IMGC_DATA,
 		0};
@@ -233,7 +234,7 @@ static void test_salvage_of_a_broken_block(void)
 	bench_destroy(&b);
 }
 
-/* Blocks of 4 KiB in front, all but the third of them readable, and a hole behind. */
+/* Blocks of 4 KiB, all but the third readable, and then a hole. */
 static void compressed_rows(struct bench *b)
 {
 	struct imgc_codec_params codec = {IMGC_CODEC_ZLIB, IMGC_DEFLATE_LIBDEFLATE, 1, 15};
@@ -263,7 +264,7 @@ static void compressed_rows(struct bench *b)
 	imgc_compressor_destroy(compressor);
 }
 
-/* One bad sector among compressed blocks costs the patience of one read, not of each block. */
+/* For a bad sector among compressed blocks one read is repeated, not one per block. */
 static void test_salvage_around_a_bad_sector(void)
 {
 	struct imgc_bad_range lost[8];
@@ -289,7 +290,7 @@ static void test_salvage_around_a_bad_sector(void)
 	bench_destroy(&b);
 }
 
-/* A job that is told to stop reads no more, however much is left to be tried. */
+/* A cancelled job stops reading, even if attempts are left. */
 static void test_cancel(unsigned salvage, bool compressed, int at)
 {
 	struct imgc_error err = {0};
@@ -316,7 +317,7 @@ static void test_cancel(unsigned salvage, bool compressed, int at)
 	bench_destroy(&b);
 }
 
-/* Compares the source with the target, whose first reads take their time. */
+/* Compares the source with the target, whose first reads are repeated. */
 static int compare(struct bench *b, uint64_t difference, uint64_t *found, struct imgc_error *err)
 {
 	struct imgc_extent other = {0, DISK_NBYTES, 0, DISK_NBYTES, 1, IMGC_DATA, 0};
@@ -328,7 +329,6 @@ static int compare(struct bench *b, uint64_t difference, uint64_t *found, struct
 	struct imgc_source_file files[2] = {b->file, {&b->target.base, DISK_NBYTES, 0, 0}};
 	struct imgc_job_options o = b->options;
 	struct imgc_job *job;
-	int status;
 
 	o.kind = IMGC_JOB_COMPARE;
 	o.sources = files;
@@ -341,15 +341,16 @@ static int compare(struct bench *b, uint64_t difference, uint64_t *found, struct
 	CHECK_EQ(imgc_job_start(job, &batch, err), IMGC_OK);
 	while (!imgc_job_wait(job, 50))
 		;
-	status = imgc_job_finish(job, err);
+	int status = imgc_job_finish(job, err);
 	*found = imgc_job_first_difference(job);
 	imgc_job_destroy(job);
 	return status;
 }
 
 /*
- * The lowest of differences and errors is what a comparison ends with, and the lowest error a
- * conversion, whichever worker is first: those in front are the ones that take their time.
+ * A comparison ends with the lowest of differences and errors, a conversion with the
+ * lowest error, whichever worker is first.  Here the workers in front are the slow
+ * ones.
  */
 static void test_the_first_in_order_wins(void)
 {
@@ -358,19 +359,19 @@ static void test_the_first_in_order_wins(void)
 	uint64_t found;
 	size_t n;
 
-	/* The second half is refused at once. */
+	/* The second half fails at once. */
 	bench_create(&b, 4);
 	b.n_rows = 2;
 	b.rows[0].length = b.rows[0].host_length = MIB;
 	b.rows[1] = (struct imgc_extent){MIB, MIB, DISK_NBYTES, MIB, 0, IMGC_DATA, 0};
-	b.file.nbytes = 2 * DISK_NBYTES; /* but it ends before */
+	b.file.nbytes = 2 * DISK_NBYTES; /* past the end */
 	for (uint64_t at = 5; at < MIB; at += 256 * KIB) {
 		CHECK_EQ(compare(&b, at, &found, &err), IMGC_OK);
 		CHECK_EQ(found, at);
 	}
-	CHECK_EQ(compare(&b, MIB + 5, &found, &err), IMGC_OUT_OF_RANGE);
+	CHECK_EQ(compare(&b, MIB + 5, &found, &err), IMGC_PAST_END);
 
-	/* The first half is refused as well, after a second. */
+	/* The first half fails too, after a second. */
 	b.source.bad_start = MIB - 1;
 	b.source.bad_end = MIB;
 	b.target.n_failing = 0;
@@ -383,17 +384,16 @@ static void note(struct salvage *salvage, uint64_t piece, int os_errno)
 {
 	struct imgc_bad_range range = {piece * 4096, 4096, 0, os_errno};
 
-	CHECK_EQ(imgc_salvage_note(salvage, range, NULL), IMGC_OK);
+	CHECK_EQ(imgc_salvage_add(salvage, range, NULL), IMGC_OK);
 }
 
-/* Two workers in one bad region make one range of it, in whatever order they come. */
+/* Two workers in one bad region add one range, in any order. */
 static void test_list_is_joined(void)
 {
-	struct salvage salvage = {.is_wanted = true};
+	struct salvage salvage;
 	const uint64_t n = 2 * IMGC_MAX_BAD_RANGES;
 
-	CHECK(pthread_mutex_init(&salvage.lock, NULL) == 0);
-	salvage.lock_exists = true;
+	CHECK_EQ(imgc_salvage_create(&salvage), IMGC_OK);
 	for (uint64_t i = 0; i < n; i++) {
 		note(&salvage, i, EIO);
 		note(&salvage, 2 * n + 1 + i, EIO);
@@ -417,21 +417,20 @@ static void test_list_is_joined(void)
 
 static void test_list_is_bounded(void)
 {
-	struct salvage salvage = {.is_wanted = true};
+	struct salvage salvage;
 	struct imgc_error err = {0};
 
-	CHECK(pthread_mutex_init(&salvage.lock, NULL) == 0);
-	salvage.lock_exists = true;
+	CHECK_EQ(imgc_salvage_create(&salvage), IMGC_OK);
 	for (uint64_t i = 0; i < IMGC_MAX_BAD_RANGES; i++) {
 		struct imgc_bad_range range = {i * 8192, 4096, 0, EIO};
 
-		CHECK_EQ(imgc_salvage_note(&salvage, range, &err), IMGC_OK);
+		CHECK_EQ(imgc_salvage_add(&salvage, range, &err), IMGC_OK);
 	}
 	struct imgc_bad_range next = {(IMGC_MAX_BAD_RANGES - 1) * 8192ull + 4096, 512, 0, EIO};
 	struct imgc_bad_range more = {IMGC_MAX_BAD_RANGES * 8192ull, 512, 0, EIO};
 
-	CHECK_EQ(imgc_salvage_note(&salvage, next, &err), IMGC_OK); /* joins the last one */
-	CHECK_EQ(imgc_salvage_note(&salvage, more, &err), IMGC_LIMIT);
+	CHECK_EQ(imgc_salvage_add(&salvage, next, &err), IMGC_OK); /* joins the last one */
+	CHECK_EQ(imgc_salvage_add(&salvage, more, &err), IMGC_TOO_MANY_BAD_RANGES);
 	CHECK_EQ(salvage.n, IMGC_MAX_BAD_RANGES);
 	imgc_salvage_destroy(&salvage);
 }
@@ -443,7 +442,8 @@ int main(void)
 	test_lasting();
 	test_salvage(1);
 	test_salvage(4);
-	test_salvage_of_a_broken_block();
+	test_salvage_of_a_broken_block(0);
+	test_salvage_of_a_broken_block(IMGC_EXTENT_GRAIN_MARKER);
 	test_salvage_around_a_bad_sector();
 	test_cancel(0, false, 2);
 	test_cancel(1, false, 2);

@@ -1,7 +1,6 @@
-/* Files: whole reads and writes by every way, ends, zeroing, extents, memory and null. */
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE
-#endif
+/*
+ * test_io.c - files: reads and writes of every variant, ends, zeroing, data ranges
+ */
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
@@ -22,10 +21,9 @@ static int temporary_fd(void)
 {
 	const char *folder = getenv("TMPDIR");
 	char path[4096];
-	int fd;
 
 	snprintf(path, sizeof(path), "%s/imgc-test-XXXXXX", folder ? folder : "/tmp");
-	fd = mkstemp(path);
+	int fd = mkstemp(path);
 	CHECK(fd >= 0);
 	CHECK(unlink(path) == 0);
 	return fd;
@@ -77,15 +75,14 @@ static void test_reads(struct imgc_io_context *ctx)
 	static struct imgc_io_request requests[N_REQUESTS];
 	static uint8_t buffers[N_REQUESTS][9000];
 	uint64_t state = 99;
-	int fd, round;
+	int fd;
 	struct imgc_file *file = open_temporary(&fd);
-	size_t i;
 
 	write_all(file, content, FILE_NBYTES, 0);
-	for (round = 0; round < 3; round++) {
+	for (int round = 0; round < 3; round++) {
 		size_t n = round == 0 ? 1 : round == 1 ? 64 : N_REQUESTS;
 
-		for (i = 0; i < n; i++) {
+		for (size_t i = 0; i < n; i++) {
 			requests[i].length = i % 50 == 7 ? 0 : test_random(&state) % 9000;
 			requests[i].offset =
 				test_random(&state) % (FILE_NBYTES - requests[i].length);
@@ -93,16 +90,16 @@ static void test_reads(struct imgc_io_context *ctx)
 		}
 		memset(buffers, 0, sizeof(buffers));
 		CHECK_EQ(imgc_file_read(file, ctx, requests, n, &error), IMGC_OK);
-		for (i = 0; i < n; i++)
+		for (size_t i = 0; i < n; i++)
 			CHECK(memcmp(buffers[i], content + requests[i].offset,
 				     requests[i].length) == 0);
 	}
 	CHECK_EQ(imgc_file_read(file, ctx, requests, 0, &error), IMGC_OK);
-	/* One read across the end spoils the lot, and the context stays usable. */
+	/* One read across the end fails the call; the context stays usable. */
 	requests[17].offset = FILE_NBYTES - 100;
 	requests[17].length = 101;
-	CHECK_EQ(imgc_file_read(file, ctx, requests, N_REQUESTS, &error), IMGC_OUT_OF_RANGE);
-	CHECK_EQ(error.status, IMGC_OUT_OF_RANGE);
+	CHECK_EQ(imgc_file_read(file, ctx, requests, N_REQUESTS, &error), IMGC_PAST_END);
+	CHECK_EQ(error.status, IMGC_PAST_END);
 	CHECK_EQ(error.offset, FILE_NBYTES);
 	CHECK_EQ(error.source, IMGC_NO_SOURCE);
 	CHECK(strcmp(error.op, "pread") == 0);
@@ -110,7 +107,7 @@ static void test_reads(struct imgc_io_context *ctx)
 	CHECK_EQ(imgc_file_read(file, ctx, requests, N_REQUESTS, &error), IMGC_OK);
 	requests[200].offset = UINT64_MAX - 5;
 	requests[200].length = 100;
-	CHECK_EQ(imgc_file_read(file, ctx, requests, N_REQUESTS, &error), IMGC_OUT_OF_RANGE);
+	CHECK_EQ(imgc_file_read(file, ctx, requests, N_REQUESTS, &error), IMGC_PAST_END);
 	requests[200].length = 0;
 	CHECK_EQ(imgc_file_read(file, ctx, requests, N_REQUESTS, &error), IMGC_OK);
 	imgc_file_close(file);
@@ -125,11 +122,10 @@ static void test_refused_by_the_system(struct imgc_io_context *ctx)
 	struct iovec iov = {content, 512};
 	int fd = temporary_fd();
 	char path[64];
-	int write_only, read_only;
 
 	snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
-	write_only = open(path, O_WRONLY | O_CLOEXEC);
-	read_only = open(path, O_RDONLY | O_CLOEXEC);
+	int write_only = open(path, O_WRONLY | O_CLOEXEC);
+	int read_only = open(path, O_RDONLY | O_CLOEXEC);
 	CHECK(write_only >= 0 && read_only >= 0);
 	requests[0] = (struct imgc_io_request){0, content, 512};
 	requests[1] = (struct imgc_io_request){512, content, 512};
@@ -160,9 +156,8 @@ static void test_vectored_write(void)
 	int fd;
 	struct imgc_file *file = open_temporary(&fd);
 	size_t at = 0;
-	int i;
 
-	for (i = 0; i < 2000; i++) {
+	for (int i = 0; i < 2000; i++) {
 		iov[i].iov_base = content + at;
 		iov[i].iov_len = i % 13 == 5 ? 0 : (size_t)(i % 700 + 1);
 		at += iov[i].iov_len;
@@ -189,11 +184,10 @@ static void test_zero_file(void)
 	static uint8_t expected[FILE_NBYTES + 70000], back[FILE_NBYTES + 70000];
 	int fd;
 	struct imgc_file *file = open_temporary(&fd);
-	size_t i;
 
 	write_all(file, content, FILE_NBYTES, 0);
 	memcpy(expected, content, FILE_NBYTES);
-	for (i = 0; i < sizeof(ranges) / sizeof(ranges[0]); i++) {
+	for (size_t i = 0; i < sizeof(ranges) / sizeof(ranges[0]); i++) {
 		CHECK_EQ(imgc_file_zero(file, ranges[i].offset, ranges[i].length, &error), IMGC_OK);
 		memset(expected + ranges[i].offset, 0, ranges[i].length);
 	}
@@ -211,23 +205,23 @@ static void test_zero_file(void)
 	close(fd);
 }
 
-/* The list of data ranges of a file with holes; whole-file data if it cannot tell. */
-static void test_extents(void)
+/* The data ranges of a file with holes, or all of it if the file cannot tell. */
+static void test_next_data(void)
 {
 	const uint64_t step = 1 << 20;
 	int fd;
 	struct imgc_file *file = open_temporary(&fd);
 	uint64_t at = 0, start = 0, end = 0, n_data = 0;
 
-	CHECK_EQ(imgc_file_extents(file, 0, &start, &end, &error), IMGC_OK);
+	CHECK_EQ(imgc_file_next_data(file, 0, &start, &end, &error), IMGC_OK);
 	CHECK(start == 0 && end == 0);
 	CHECK(ftruncate(fd, (off_t)(8 * step)) == 0);
 	write_all(file, content, 65536, 2 * step);
 	write_all(file, content, 65536, 5 * step);
 	while (at < 8 * step) {
-		CHECK_EQ(imgc_file_extents(file, at, &start, &end, &error), IMGC_OK);
+		CHECK_EQ(imgc_file_next_data(file, at, &start, &end, &error), IMGC_OK);
 		CHECK(start >= at && start <= end && end <= 8 * step);
-		/* What was written is never called a hole. */
+		/* Written bytes are never reported as a hole. */
 		CHECK(!(at <= 2 * step && start > 2 * step));
 		CHECK(!(at <= 5 * step && start > 5 * step));
 		n_data += end - start;
@@ -238,12 +232,13 @@ static void test_extents(void)
 		at = end;
 	}
 	CHECK(n_data >= 2 * 65536);
-	printf("  extents: %llu KiB of data seen in 128 KiB\n", (unsigned long long)n_data / 1024);
-	CHECK_EQ(imgc_file_extents(file, 2 * step + 100, &start, &end, &error), IMGC_OK);
+	printf("  next_data: %llu KiB of data seen in 128 KiB\n",
+	       (unsigned long long)n_data / 1024);
+	CHECK_EQ(imgc_file_next_data(file, 2 * step + 100, &start, &end, &error), IMGC_OK);
 	CHECK_EQ(start, 2 * step + 100);
-	CHECK_EQ(imgc_file_extents(file, 9 * step, &start, &end, &error), IMGC_OK);
+	CHECK_EQ(imgc_file_next_data(file, 9 * step, &start, &end, &error), IMGC_OK);
 	CHECK(start == 8 * step && end == 8 * step);
-	CHECK_EQ(imgc_file_extents(file, UINT64_MAX, &start, &end, &error), IMGC_OK);
+	CHECK_EQ(imgc_file_next_data(file, UINT64_MAX, &start, &end, &error), IMGC_OK);
 	CHECK(start == 8 * step && end == 8 * step);
 	imgc_file_close(file);
 	close(fd);
@@ -268,15 +263,15 @@ static void test_memory(struct imgc_io_context *ctx)
 	CHECK_EQ(imgc_file_read(file, ctx, requests, 2, &error), IMGC_OK);
 	CHECK(memcmp(back + 500, content, 500) == 0 && memcmp(back, content + 500, 500) == 0);
 	requests[1].length = 501;
-	CHECK_EQ(imgc_file_read(file, ctx, requests, 2, &error), IMGC_OUT_OF_RANGE);
+	CHECK_EQ(imgc_file_read(file, ctx, requests, 2, &error), IMGC_PAST_END);
 	CHECK_EQ(error.offset, GUARD_PAGE);
 	CHECK_EQ(imgc_file_zero(file, GUARD_PAGE - 10, 10, &error), IMGC_OK);
 	CHECK_EQ(imgc_file_zero(file, GUARD_PAGE - 10, 11, &error), IMGC_OUT_OF_RANGE);
 	CHECK_EQ(read_one(file, ctx, back, 10, GUARD_PAGE - 10), IMGC_OK);
 	CHECK(is_all_zero(back, 10));
-	CHECK_EQ(imgc_file_extents(file, 100, &start, &end, &error), IMGC_OK);
+	CHECK_EQ(imgc_file_next_data(file, 100, &start, &end, &error), IMGC_OK);
 	CHECK(start == 100 && end == GUARD_PAGE);
-	CHECK_EQ(imgc_file_extents(file, GUARD_PAGE + 1, &start, &end, &error), IMGC_OK);
+	CHECK_EQ(imgc_file_next_data(file, GUARD_PAGE + 1, &start, &end, &error), IMGC_OK);
 	CHECK(start == GUARD_PAGE && end == GUARD_PAGE);
 	CHECK_EQ(imgc_file_sync(file, &error), IMGC_OK);
 	imgc_file_close(file);
@@ -295,7 +290,7 @@ static void test_null(void)
 	CHECK_EQ(read_one(file, NULL, back, sizeof(back), 0), IMGC_OK);
 	CHECK_EQ(back[0] | back[99], 0);
 	CHECK_EQ(imgc_file_zero(file, 0, UINT64_MAX, &error), IMGC_OK);
-	CHECK_EQ(imgc_file_extents(file, 0, &start, &end, &error), IMGC_OK);
+	CHECK_EQ(imgc_file_next_data(file, 0, &start, &end, &error), IMGC_OK);
 	CHECK(start == end && end == UINT64_MAX);
 	CHECK_EQ(imgc_file_sync(file, &error), IMGC_OK);
 	imgc_file_close(file);
@@ -311,9 +306,8 @@ struct writer {
 static void *run_writer(void *opaque)
 {
 	struct writer *w = opaque;
-	unsigned i;
 
-	for (i = 0; i < 64; i++) {
+	for (unsigned i = 0; i < 64; i++) {
 		uint64_t offset = (i * 4 + w->index) * UINT64_C(8192);
 		struct iovec iov = {content + w->index, 8192};
 
@@ -332,16 +326,15 @@ static void test_threads(void)
 	uint8_t back[8192];
 	int fd;
 	struct imgc_file *file = open_temporary(&fd);
-	unsigned i;
 
-	for (i = 0; i < 4; i++) {
+	for (unsigned i = 0; i < 4; i++) {
 		writers[i] = (struct writer){file, i};
 		CHECK(pthread_create(&threads[i], NULL, run_writer, &writers[i]) == 0);
 	}
-	for (i = 0; i < 4; i++)
+	for (unsigned i = 0; i < 4; i++)
 		CHECK(pthread_join(threads[i], NULL) == 0);
 	CHECK_EQ(fd_nbytes(fd), 256 * 8192);
-	for (i = 0; i < 256; i++) {
+	for (unsigned i = 0; i < 256; i++) {
 		CHECK_EQ(read_one(file, NULL, back, sizeof(back), i * UINT64_C(8192)), IMGC_OK);
 		if (i / 4 % 3 == 0)
 			CHECK(is_all_zero(back, sizeof(back)));
@@ -355,10 +348,9 @@ static void test_threads(void)
 int main(void)
 {
 	struct imgc_io_context *ctx = NULL;
-	unsigned i;
 
 	fill_random(content, sizeof(content), 11);
-	for (i = 0; i < imgc_variant_count(IMGC_OP_IO); i++) {
+	for (unsigned i = 0; i < imgc_variant_count(IMGC_OP_IO); i++) {
 		uint32_t variant;
 
 		if (!variant_usable(IMGC_OP_IO, i, &variant))
@@ -373,7 +365,7 @@ int main(void)
 	imgc_io_context_destroy(NULL);
 	test_vectored_write();
 	test_zero_file();
-	test_extents();
+	test_next_data();
 	test_null();
 	test_threads();
 	return 0;

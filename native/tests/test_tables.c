@@ -1,4 +1,6 @@
-/* Tables: the formats' real entry layouts, decoded, refused, encoded and back. */
+/*
+ * test_tables.c - the formats' real table entries: decoded, refused, encoded and back
+ */
 #include "common/endian.h"
 #include "tests/test_util.h"
 
@@ -18,7 +20,7 @@ static const struct imgc_table_format vmdk = {
 	.zero_entry = 1,
 };
 
-/* VMDK streamOptimized: the same, zlib behind grain markers. */
+/* VMDK streamOptimized: the same, with zlib streams after grain markers. */
 static const struct imgc_table_format vmdk_stream = {
 	.entry_nbytes = 4,
 	.block_nbytes = 64 * KIB,
@@ -56,7 +58,9 @@ static const struct imgc_table_format qcow2 = {
 	.compressed_bits = QCOW2_COMPRESSED,
 };
 
-/* VHD: sectors, big-endian, all ones absent; a sector bitmap of 512 bytes stands before a block. */
+/*
+ * VHD: sectors, big-endian, all ones absent; a bitmap of 512 bytes before each block.
+ */
 static const struct imgc_table_format vhd = {
 	.entry_nbytes = 4,
 	.big_endian = 1,
@@ -84,7 +88,7 @@ static const struct imgc_table_format vhdx = {
 	.stored_bits = 6,
 };
 
-/* VDI: block numbers behind the header and map, all ones absent, all ones but one zeros. */
+/* VDI: block numbers after header and map; all ones absent, all ones less one zeros. */
 static const struct imgc_table_format vdi = {
 	.entry_nbytes = 4,
 	.block_nbytes = MIB,
@@ -110,9 +114,7 @@ static struct imgc_error error;
 
 static void put_entries(const struct imgc_table_format *f, const uint64_t *values, size_t n)
 {
-	size_t i;
-
-	for (i = 0; i < n; i++) {
+	for (size_t i = 0; i < n; i++) {
 		void *p = wire + i * f->entry_nbytes;
 
 		if (f->entry_nbytes == 4 && f->big_endian)
@@ -126,7 +128,7 @@ static void put_entries(const struct imgc_table_format *f, const uint64_t *value
 	}
 }
 
-/* Decodes `values` of a disk that starts here and has `guest_nbytes`; rows and *n_out answer. */
+/* Decodes the `values` of a disk of guest_nbytes into rows and *n_out. */
 static int decode(const struct imgc_table_format *f, const uint64_t *values, size_t n,
 		  uint64_t guest_nbytes, uint64_t file_nbytes, size_t *n_out)
 {
@@ -180,7 +182,7 @@ static void test_vmdk_stream(void)
 	check_row(3, 3 * grain, grain - 512, 200 * 512, 700, IMGC_ZLIB);
 	for (i = 0; i < n; i++)
 		CHECK_EQ(rows[i].flags, rows[i].kind == IMGC_ZLIB ? IMGC_EXTENT_GRAIN_MARKER : 0);
-	/* The bound, where the file does not cut it. */
+	/* The bound, if the file does not cut it. */
 	CHECK_EQ(decode(&vmdk_stream, values, 4, 4 * grain, 10 * MIB, &n), IMGC_OK);
 	check_row(0, 0, grain, 128 * 512, 128 * KIB, IMGC_ZLIB);
 	CHECK_EQ(decode(&vmdk_stream, values, 4, 4 * grain, 200 * 512, &n), IMGC_OUT_OF_RANGE);
@@ -195,7 +197,7 @@ static void test_qcow2(void)
 		QCOW2_COPIED | 2 * cluster,
 		3 * cluster,
 		0,
-		QCOW2_COPIED, /* no offset: absent, whatever the flag */
+		QCOW2_COPIED, /* no offset: absent, even with the flag */
 		1,
 		7 * cluster | 1, /* zeros with a preallocated cluster */
 		QCOW2_COMPRESSED | packed_at | UINT64_C(3) << 54,
@@ -246,9 +248,9 @@ static void test_refused_entries(void)
 		{&vdi, 8, IMGC_OUT_OF_RANGE},
 		{&vdi, UINT32_MAX - 2, IMGC_OUT_OF_RANGE},
 	};
-	size_t i, n;
+	size_t n;
 
-	for (i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+	for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
 		const uint64_t absent = cases[i].format->absent_entry;
 		const uint64_t values[] = {absent, cases[i].entry};
 
@@ -262,7 +264,7 @@ static void test_refused_entries(void)
 	}
 }
 
-/* Numbers that leave 64 bits. */
+/* Numbers that do not fit 64 bits. */
 static void test_wrap(void)
 {
 	struct imgc_table_format f = vhdx;
@@ -295,7 +297,7 @@ static void test_clipping(void)
 				       .file = 3};
 	size_t n = 0;
 
-	/* The third block ends with the disk, and with the file; the fourth is not looked at. */
+	/* The third block ends with the disk and the file.  The fourth is ignored. */
 	put_entries(&qcow2, values, 4);
 	CHECK_EQ(imgc_table_decode(&qcow2, wire, 4, &span, rows, 1, &n, &error), IMGC_OK);
 	CHECK_EQ(n, 1);
@@ -330,9 +332,8 @@ static void test_refused_formats(void)
 {
 	struct imgc_table_format f;
 	size_t n = 0;
-	int i;
 
-	for (i = 0; i < 8; i++) {
+	for (int i = 0; i < 8; i++) {
 		struct imgc_placement place = {0, 0, 0};
 
 		f = vmdk;
@@ -393,9 +394,8 @@ static void test_refused_placements(void)
 		{&qcow2, {512, 0, IMGC_BLOCK_COMPRESSED}, IMGC_LIMIT},
 		{&vmdk, {0, 0, 4}, IMGC_INVALID_ARGUMENT},
 	};
-	size_t i;
 
-	for (i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+	for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
 		struct imgc_placement two[2] = {{0, 0, IMGC_BLOCK_ABSENT}, cases[i].placement};
 
 		error.offset = 99;
@@ -413,9 +413,9 @@ static void test_round_trip(const struct imgc_table_format *f, uint64_t seed)
 				       .file = 3};
 	uint64_t state = seed * 2 + 1;
 	uint64_t next = f->host_base + f->block_nbytes;
-	size_t i, row = 0, n = 0;
+	size_t row = 0, n = 0;
 
-	for (i = 0; i < MAX_ENTRIES; i++) {
+	for (size_t i = 0; i < MAX_ENTRIES; i++) {
 		uint32_t n_states = f == &qcow2 ? 4 : 3;
 		uint32_t state_now = (uint32_t)(test_random(&state) >> 40) % n_states;
 
@@ -436,7 +436,7 @@ static void test_round_trip(const struct imgc_table_format *f, uint64_t seed)
 	CHECK_EQ(imgc_table_encode(f, places, MAX_ENTRIES, wire, &error), IMGC_OK);
 	CHECK_EQ(imgc_table_decode(f, wire, MAX_ENTRIES, &span, rows, MAX_ENTRIES, &n, &error),
 		 IMGC_OK);
-	for (i = 0; i < MAX_ENTRIES; i++) {
+	for (size_t i = 0; i < MAX_ENTRIES; i++) {
 		uint64_t guest_offset = i * f->block_nbytes, inside;
 
 		while (rows[row].guest_offset + rows[row].length <= guest_offset)
@@ -466,9 +466,6 @@ static void test_round_trip(const struct imgc_table_format *f, uint64_t seed)
 
 int main(void)
 {
-	size_t i;
-	uint64_t seed;
-
 	test_vmdk();
 	test_vmdk_stream();
 	test_qcow2();
@@ -478,9 +475,9 @@ int main(void)
 	test_capacity();
 	test_refused_formats();
 	test_refused_placements();
-	for (i = 0; i < N_FORMATS; i++) {
+	for (size_t i = 0; i < N_FORMATS; i++) {
 		printf("  round trips: %s\n", format_names[i]);
-		for (seed = 1; seed < 50; seed++)
+		for (uint64_t seed = 1; seed < 50; seed++)
 			test_round_trip(formats[i], seed);
 	}
 	return 0;

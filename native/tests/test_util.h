@@ -45,11 +45,10 @@ struct guarded {
 static inline struct guarded guarded_alloc(size_t nbytes)
 {
 	struct guarded g;
-	uint8_t *p;
 
 	g.n_pages = (nbytes + GUARD_PAGE - 1) / GUARD_PAGE;
-	p = mmap(NULL, (g.n_pages + 2) * GUARD_PAGE, PROT_READ | PROT_WRITE,
-		 MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	uint8_t *p = mmap(NULL, (g.n_pages + 2) * GUARD_PAGE, PROT_READ | PROT_WRITE,
+			  MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	CHECK(p != MAP_FAILED);
 	CHECK(mprotect(p, GUARD_PAGE, PROT_NONE) == 0);
 	CHECK(mprotect(p + (g.n_pages + 1) * GUARD_PAGE, GUARD_PAGE, PROT_NONE) == 0);
@@ -76,13 +75,12 @@ static inline void fill_random(void *out, size_t nbytes, uint64_t seed)
 {
 	uint8_t *p = out;
 	uint64_t state = seed * 2 + 1;
-	size_t i;
 
-	for (i = 0; i < nbytes; i++)
+	for (size_t i = 0; i < nbytes; i++)
 		p[i] = (uint8_t)(test_random(&state) >> 56);
 }
 
-/* Words and repeats near and far, so that compressors find matches at every distance. */
+/* Words that repeat near and far, so that compressors find matches at all distances. */
 static inline void fill_text(void *out, size_t nbytes, uint64_t seed)
 {
 	uint8_t *p = out;
@@ -106,7 +104,9 @@ static inline void fill_text(void *out, size_t nbytes, uint64_t seed)
 	}
 }
 
-/* 1 if IMGCORE_EXPECT_VARIANTS, as "zero=neon,crc32c=armv8", demands that this one runs. */
+/*
+ * 1 if IMGCORE_EXPECT_VARIANTS ("zero=neon,crc32c=armv8") demands that this one runs.
+ */
 static inline int variant_expected(const char *operation, const char *name)
 {
 	const char *list = getenv("IMGCORE_EXPECT_VARIANTS");
@@ -120,7 +120,9 @@ static inline int variant_expected(const char *operation, const char *name)
 	return 0;
 }
 
-/* The id of variant `index`, or 0 with a note if it cannot run here; the last always can. */
+/*
+ * Whether variant `index` runs here, and its id.  Prints a note; the last one must run.
+ */
 static inline int variant_usable(unsigned op, unsigned index, uint32_t *id)
 {
 	struct imgc_variant_info info;
@@ -143,7 +145,7 @@ static inline int variant_usable(unsigned op, unsigned index, uint32_t *id)
 	return 1;
 }
 
-/* Row 0 of a table is the preferred variant, not one that runs everywhere. */
+/* Row 0 of a table is the preferred variant, and may not run here. */
 static inline void use_default_variants(struct imgc_job_options *o)
 {
 	CHECK_EQ(imgc_variant_select(IMGC_OP_ZERO, NULL, &o->zero_variant), IMGC_SELECT_OK);

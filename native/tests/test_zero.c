@@ -1,4 +1,6 @@
-/* Every variant of the zero test against a byte loop, and the choice of variants. */
+/*
+ * test_zero.c - every variant of the zero test against a byte loop; choosing variants
+ */
 #include "tests/test_util.h"
 
 #define MAX_NBYTES 1024
@@ -6,9 +8,7 @@
 
 static int naive_is_zero(const uint8_t *p, size_t nbytes)
 {
-	size_t i;
-
-	for (i = 0; i < nbytes; i++) {
+	for (size_t i = 0; i < nbytes; i++) {
 		if (p[i] != 0)
 			return 0;
 	}
@@ -19,10 +19,9 @@ static int naive_is_zero(const uint8_t *p, size_t nbytes)
 static void test_lengths(uint32_t variant)
 {
 	static uint8_t area[MAX_NBYTES + 2 * MAX_ALIGNMENT];
-	size_t nbytes, shift;
 
-	for (shift = 0; shift < MAX_ALIGNMENT; shift++) {
-		for (nbytes = 0; nbytes <= MAX_NBYTES; nbytes++) {
+	for (size_t shift = 0; shift < MAX_ALIGNMENT; shift++) {
+		for (size_t nbytes = 0; nbytes <= MAX_NBYTES; nbytes++) {
 			uint8_t *p = area + MAX_ALIGNMENT / 2 + shift;
 
 			memset(area, 0xff, sizeof(area));
@@ -41,10 +40,9 @@ static void test_lengths(uint32_t variant)
 static void test_single_bits(uint32_t variant)
 {
 	static uint8_t area[MAX_NBYTES];
-	size_t nbytes, at;
 
-	for (nbytes = 1; nbytes <= MAX_NBYTES; nbytes += nbytes < 300 ? 1 : 31) {
-		for (at = 0; at < nbytes; at++) {
+	for (size_t nbytes = 1; nbytes <= MAX_NBYTES; nbytes += nbytes < 300 ? 1 : 31) {
+		for (size_t at = 0; at < nbytes; at++) {
 			area[at] = (uint8_t)(1u << (at & 7));
 			CHECK(!imgc_is_zero(variant, area, nbytes));
 			CHECK_EQ(imgc_is_zero(variant, area, at), naive_is_zero(area, at));
@@ -57,9 +55,8 @@ static void test_single_bits(uint32_t variant)
 static void test_guards(uint32_t variant)
 {
 	struct guarded g = guarded_alloc(2 * GUARD_PAGE);
-	size_t nbytes;
 
-	for (nbytes = 0; nbytes <= MAX_NBYTES; nbytes++) {
+	for (size_t nbytes = 0; nbytes <= MAX_NBYTES; nbytes++) {
 		CHECK(imgc_is_zero(variant, g.end - nbytes, nbytes));
 		CHECK(imgc_is_zero(variant, g.start, nbytes));
 		if (nbytes == 0)
@@ -72,7 +69,7 @@ static void test_guards(uint32_t variant)
 	guarded_free(&g);
 }
 
-/* Data at the front ends the search: the rest is a page that must not be read. */
+/* Data at the front ends the search: the pages after it must not be read. */
 static void test_early_exit(uint32_t variant)
 {
 	struct guarded g = guarded_alloc(GUARD_PAGE);
@@ -113,10 +110,8 @@ static void test_selection(void)
 
 int main(void)
 {
-	unsigned i;
-
 	test_selection();
-	for (i = 0; i < imgc_variant_count(IMGC_OP_ZERO); i++) {
+	for (unsigned i = 0; i < imgc_variant_count(IMGC_OP_ZERO); i++) {
 		uint32_t variant;
 
 		if (!variant_usable(IMGC_OP_ZERO, i, &variant))

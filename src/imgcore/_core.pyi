@@ -1,6 +1,7 @@
 """The binding to the native core: thin, no algorithm (see native/include/imgc.h)."""
 
 from collections.abc import Callable, Sequence
+from enum import IntEnum
 from typing import Final, Protocol, final
 
 import numpy as np
@@ -9,6 +10,23 @@ from numpy.typing import NDArray
 NO_SOURCE: Final[int]
 TARGET: Final[int]
 MAX_BAD_RANGES: Final[int]
+MAX_THREADS: Final[int]
+
+class Status(IntEnum):
+    """The result of a native call: ``enum imgc_status``."""
+
+    OK = 0
+    IO = -1
+    INVALID_ARGUMENT = -2
+    OUT_OF_RANGE = -3
+    CORRUPT = -4
+    UNSUPPORTED = -5
+    LIMIT = -6
+    NO_MEMORY = -7
+    CANCELLED = -8
+    BAD_GRAIN_MARKER = -9
+    PAST_END = -10
+    TOO_MANY_BAD_RANGES = -11
 
 class _Codec(Protocol):
     @property
@@ -57,14 +75,16 @@ class _Geometry(Protocol):
     def stored_prefix_byte(self) -> int: ...
 
 class CoreError(Exception):
-    """A failed call: ``status`` (enum imgc_status), ``os_errno``, ``offset``, ``source``, ``op``."""
+    """A native call failed: the attributes are those of ``struct imgc_error``."""
 
-    status: int
+    status: Status
     os_errno: int
     offset: int
     source: int
     op: str
-    def __init__(self, status: int, os_errno: int, offset: int, source: int, op: str) -> None: ...
+    def __init__(
+        self, status: Status, os_errno: int, offset: int, source: int, op: str
+    ) -> None: ...
 
 def build_info() -> dict[str, str]: ...
 def variants() -> dict[str, list[dict[str, object]]]: ...
@@ -106,13 +126,13 @@ class TableFormat:
         file_nbytes: int,
         file: int,
     ) -> int:
-        """Decode wire entries (n * entry_nbytes bytes) into ``out``; returns the row count."""
+        """Decode table entries into ``out`` and return the number of rows."""
     def encode(self, placements: NDArray[np.void], entries: object) -> None:
-        """Encode placements, one for one, into the writable buffer ``entries``."""
+        """Encode placements into the writable buffer ``entries``, one for one."""
 
 @final
 class File:
-    """A row of the operations table; keeps no descriptor of its own open."""
+    """A file of the engine.  The caller owns the descriptor behind it."""
 
     @staticmethod
     def from_fd(fd: int) -> File: ...
@@ -122,7 +142,7 @@ class File:
     def null() -> File: ...
     def zero(self, offset: int, length: int) -> None: ...
     def next_data(self, offset: int) -> tuple[int, int]:
-        """Return [start, end) of the next data at or after ``offset``; start == end: none."""
+        """Return (start, end) of the next data from ``offset`` on; equal if none."""
     def close(self) -> None: ...
 
 @final
@@ -143,10 +163,11 @@ class Job:
         salvage: bool = ...,
         reflink: bool = ...,
     ) -> None:
-        """``sources`` holds (file, nbytes, guest_base, block_nbytes); no geometry: a comparison.
+        """Create a job: a comparison if ``geometry`` is None, else a conversion.
 
-        ``has_base``: the batches of a conversion come with what the target's parent reads as.
-        ``reflink``: what is at the right place of a source becomes blocks of the target.
+        ``sources`` holds (file, nbytes, guest_base, block_nbytes).  ``has_base``: each
+        batch has the extents of the target's parent as ``base_extents``.  ``reflink``:
+        data at a suitable place of a source is reflinked, not written.
         """
     def start(
         self,
@@ -157,7 +178,10 @@ class Job:
         placements: NDArray[np.void] | None = ...,
     ) -> None: ...
     def wait(self, tick: Callable[[], None] | None = ...) -> None:
-        """Join the batch; ``tick`` is called on this thread about every 50 ms and may raise."""
+        """Join the batch, and call ``tick`` on this thread about every 50 ms.
+
+        An exception of ``tick`` cancels the job.
+        """
     def run(
         self,
         start: int,
@@ -168,7 +192,11 @@ class Job:
     ) -> None: ...
     def cancel(self) -> None: ...
     def progress(self) -> tuple[int, int, int, int, int, int]:
-        """Guest bytes done, of these data, of these zeros; host bytes read, written, shared."""
+        """Return counts of bytes.
+
+        Guest bytes done, and of these data and zeros; host bytes read, written and
+        reflinked.
+        """
     next_offset: int
     @property
     def first_difference(self) -> int | None: ...

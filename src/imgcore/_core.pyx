@@ -1,6 +1,8 @@
 # cython: language_level=3, binding=True, embedsignature=False
 """The binding to the native core: thin, no algorithm (see native/include/imgc.h)."""
 
+from enum import IntEnum
+
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.exc cimport PyErr_CheckSignals
@@ -13,6 +15,7 @@ from imgcore cimport _native as n
 NO_SOURCE = n.IMGC_NO_SOURCE
 TARGET = n.IMGC_TARGET
 MAX_BAD_RANGES = n.IMGC_MAX_BAD_RANGES
+MAX_THREADS = n.IMGC_MAX_THREADS
 
 cdef int POLL_MS = 50
 
@@ -31,11 +34,28 @@ ctypedef packed struct placement_row:
     uint32_t state
 
 
+class Status(IntEnum):
+    """The result of a native call: ``enum imgc_status``."""
+
+    OK = n.IMGC_OK
+    IO = n.IMGC_IO
+    INVALID_ARGUMENT = n.IMGC_INVALID_ARGUMENT
+    OUT_OF_RANGE = n.IMGC_OUT_OF_RANGE
+    CORRUPT = n.IMGC_CORRUPT
+    UNSUPPORTED = n.IMGC_UNSUPPORTED
+    LIMIT = n.IMGC_LIMIT
+    NO_MEMORY = n.IMGC_NO_MEMORY
+    CANCELLED = n.IMGC_CANCELLED
+    BAD_GRAIN_MARKER = n.IMGC_BAD_GRAIN_MARKER
+    PAST_END = n.IMGC_PAST_END
+    TOO_MANY_BAD_RANGES = n.IMGC_TOO_MANY_BAD_RANGES
+
+
 class CoreError(Exception):
-    """A failed call; see the attributes for what, where and why."""
+    """A native call failed: the attributes are those of ``struct imgc_error``."""
 
     def __init__(self, status, os_errno, offset, source, op):
-        super().__init__(f"{op}: status {status}, errno {os_errno}, offset {offset}")
+        super().__init__(f"{op}: {status.name}, errno {os_errno}, offset {offset}")
         self.status = status
         self.os_errno = os_errno
         self.offset = offset
@@ -49,11 +69,11 @@ cdef int check(int status, n.imgc_error *err) except -1:
     if status == n.IMGC_NO_MEMORY:
         raise MemoryError()
     op = err.op.decode("ascii") if err.op != NULL else "core"
-    raise CoreError(status, err.os_errno, err.offset, err.source, op)
+    raise CoreError(Status(status), err.os_errno, err.offset, err.source, op)
 
 
 cdef uint32_t select(unsigned op, name) except? 0xFFFFFFFF:
-    """Resolve a variant by name; a demand that cannot be met is an error."""
+    """Find a variant by name; one that does not exist or run here is an error."""
     cdef uint32_t variant = 0
     cdef bytes encoded
     cdef const char *wanted = NULL
@@ -71,7 +91,7 @@ cdef uint32_t select(unsigned op, name) except? 0xFFFFFFFF:
 
 
 def variants():
-    """Return, for each operation, its variants: name, built, runnable, default."""
+    """Return the variants of each operation: name, built, runnable, default."""
     cdef n.imgc_variant_info info
     result = {}
     for op in range(n.IMGC_N_OPERATIONS):
@@ -91,7 +111,7 @@ def variants():
 
 
 def is_zero(const uint8_t[::1] data, variant=None):
-    """Tell whether every byte is zero."""
+    """Return whether every byte is zero."""
     cdef uint32_t chosen = select(n.IMGC_OP_ZERO, variant)
     cdef size_t nbytes = data.shape[0]
     cdef int result
@@ -114,7 +134,7 @@ def crc32c(const uint8_t[::1] data, uint32_t crc=0, variant=None):
 
 
 cdef class TableFormat:
-    """What a grain table, BAT or L2 table is made of (``struct imgc_table_format``)."""
+    """The layout of a table's entries: ``struct imgc_table_format``."""
 
     cdef n.imgc_table_format format
 
@@ -154,7 +174,7 @@ cdef class TableFormat:
 
     def decode(self, const uint8_t[::1] entries, extent_row[::1] out, *, uint64_t guest_offset,
                uint64_t guest_end, uint64_t file_nbytes, uint32_t file):
-        """Decode wire entries into ``out``; return the number of rows."""
+        """Decode table entries into ``out`` and return the number of rows."""
         cdef n.imgc_table_span span
         cdef n.imgc_error err
         cdef size_t n_out = 0
@@ -174,7 +194,7 @@ cdef class TableFormat:
         return n_out
 
     def encode(self, const placement_row[::1] placements, uint8_t[::1] entries):
-        """Encode placements, one for one, into ``entries``."""
+        """Encode placements into ``entries``, one for one."""
         cdef n.imgc_error err
         cdef size_t count = placements.shape[0]
         cdef int status
@@ -189,7 +209,7 @@ cdef class TableFormat:
 
 
 cdef class File:
-    """A row of the operations table; keeps no descriptor of its own open."""
+    """A file of the engine.  The caller owns the descriptor behind it."""
 
     cdef n.imgc_file *handle
     cdef Py_buffer view
@@ -204,7 +224,7 @@ cdef class File:
 
     @staticmethod
     def from_fd(int fd):
-        """Wrap an open descriptor, which stays the caller's."""
+        """Wrap an open descriptor, which the caller closes."""
         cdef File file = File.__new__(File)
         cdef n.imgc_error err
         check(n.imgc_file_open_fd(fd, &file.handle, &err), &err)
@@ -212,7 +232,7 @@ cdef class File:
 
     @staticmethod
     def from_memory(buffer, bint writable=False):
-        """Wrap a contiguous buffer, which is held until close."""
+        """Wrap a contiguous buffer, and hold it until close."""
         cdef File file = File.__new__(File)
         cdef n.imgc_error err
         memset(&err, 0, sizeof(err))
@@ -223,7 +243,7 @@ cdef class File:
 
     @staticmethod
     def null():
-        """Return a sink that forgets what is written."""
+        """Return a file that forgets every write and reads as zeros."""
         cdef File file = File.__new__(File)
         cdef n.imgc_error err
         memset(&err, 0, sizeof(err))
@@ -245,21 +265,21 @@ cdef class File:
         check(status, &err)
 
     def next_data(self, uint64_t offset):
-        """Return [start, end) of the next data at or after ``offset``; start == end: none."""
+        """Return (start, end) of the next data from ``offset`` on; equal if none."""
         cdef n.imgc_file *handle = self.require()
         cdef n.imgc_error err
         cdef uint64_t start = 0, end = 0
         cdef int status
         with nogil:
-            status = n.imgc_file_extents(handle, offset, &start, &end, &err)
+            status = n.imgc_file_next_data(handle, offset, &start, &end, &err)
         check(status, &err)
         return start, end
 
     def close(self):
-        """Refuse further use and release the buffer, which no job may use any more.
+        """Reject further calls and release the buffer; no job may still use it.
 
-        The native file stays until nobody refers to this object: a job or a call of another
-        thread may be in the middle of it.
+        The native file is freed together with this object: a job or another thread
+        may still be using it.
         """
         self.is_closed = True
         if self.has_view:
@@ -271,7 +291,7 @@ cdef class File:
         n.imgc_file_close(self.handle)
 
 
-@cython.no_gc_clear  # what the workers use stays until they are joined
+@cython.no_gc_clear  # the workers use the files until they are joined
 cdef class Job:
     """One conversion or comparison, run batch by batch."""
 
@@ -306,7 +326,7 @@ cdef class Job:
         options.next_offset = next_offset
         options.has_base = has_base
         options.salvage = salvage
-        options.share = reflink
+        options.reflink = reflink
         if geometry is not None:
             fill_geometry(&options.geometry, geometry)
             if target is None:
@@ -338,7 +358,7 @@ cdef class Job:
 
     def start(self, uint64_t start, uint64_t end, const extent_row[::1] extents,
               const extent_row[::1] base_extents=None, placement_row[::1] placements=None):
-        """Start the workers on one piece of the disk; the arrays are held until wait."""
+        """Start the workers on one part of the disk; hold the arrays until wait."""
         cdef n.imgc_job *handle = self.require()
         cdef n.imgc_error err
         cdef int status
@@ -363,7 +383,10 @@ cdef class Job:
         self.running = True
 
     def wait(self, tick=None):
-        """Join the batch; ``tick`` is called on this thread about every 50 ms and may raise."""
+        """Join the batch, and call ``tick`` on this thread about every 50 ms.
+
+        An exception of ``tick`` cancels the job.
+        """
         cdef n.imgc_job *handle = self.require()
         cdef n.imgc_error err
         cdef int status = n.IMGC_OK
@@ -394,19 +417,23 @@ cdef class Job:
         self.wait()
 
     def cancel(self):
-        """Ask the workers to stop; ``wait`` then raises CoreError with IMGC_CANCELLED."""
+        """Ask the workers to stop; ``wait`` then raises CoreError (CANCELLED)."""
         n.imgc_job_cancel(self.require())
 
     def progress(self):
-        """Guest bytes done, of these data, of these zeros; host bytes read, written, shared."""
+        """Return counts of bytes.
+
+        Guest bytes done, and of these data and zeros; host bytes read, written and
+        reflinked.
+        """
         cdef n.imgc_progress progress
         n.imgc_job_progress(self.require(), &progress)
         return (progress.bytes_done, progress.bytes_data, progress.bytes_zero,
-                progress.bytes_read, progress.bytes_written, progress.bytes_shared)
+                progress.bytes_read, progress.bytes_written, progress.bytes_reflinked)
 
     @property
     def next_offset(self):
-        """First free host offset of an appending target."""
+        """The first free host offset of an appending target."""
         return n.imgc_job_next_offset(self.require())
 
     @next_offset.setter
@@ -418,13 +445,13 @@ cdef class Job:
 
     @property
     def first_difference(self):
-        """Lowest guest offset that differs, or None."""
+        """The lowest guest offset that differs, or None."""
         cdef uint64_t offset = n.imgc_job_first_difference(self.require())
         return None if offset == n.IMGC_NO_DIFFERENCE else offset
 
     @property
     def bad_ranges(self):
-        """What was not read, in order: (guest_offset, length, source, errno or 0)."""
+        """Ranges that could not be read: (guest_offset, length, source, errno or 0)."""
         cdef const n.imgc_bad_range *rows = NULL
         cdef size_t count = n.imgc_job_bad_ranges(self.require(), &rows)
         cdef size_t i
@@ -432,7 +459,7 @@ cdef class Job:
                 for i in range(count)]
 
     def close(self):
-        """Cancel and join what still runs, and free the workers' memory."""
+        """Cancel and join a batch that still runs, and free the workers' memory."""
         cdef n.imgc_job *handle = self.handle
         self.handle = NULL
         with nogil:
@@ -469,9 +496,8 @@ cdef int fill_geometry(n.imgc_geometry *out, geometry) except -1:
 
 
 def build_info():
-    """Return what this build contains, and which variants it would choose."""
-    chosen = {
+    """Return the default variant of each operation."""
+    return {
         operation: next(row["name"] for row in rows if row["default"])
         for operation, rows in variants().items()
     }
-    return chosen

@@ -1,4 +1,4 @@
-# imgc.h mirrored one to one, nothing else.
+# The declarations of imgc.h that the binding uses, in its order.
 
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
@@ -13,6 +13,9 @@ cdef extern from "imgc.h" nogil:
         IMGC_LIMIT
         IMGC_NO_MEMORY
         IMGC_CANCELLED
+        IMGC_BAD_GRAIN_MARKER
+        IMGC_PAST_END
+        IMGC_TOO_MANY_BAD_RANGES
 
         IMGC_OP_ZERO
         IMGC_OP_CRC32C
@@ -32,6 +35,7 @@ cdef extern from "imgc.h" nogil:
     const uint32_t IMGC_NO_SOURCE
     const uint32_t IMGC_TARGET
     const uint32_t IMGC_MAX_BAD_RANGES
+    const uint32_t IMGC_MAX_THREADS
     const uint64_t IMGC_NO_DIFFERENCE
 
     struct imgc_error:
@@ -121,7 +125,7 @@ cdef extern from "imgc.h" nogil:
     int imgc_file_open_null(imgc_file **out)
     void imgc_file_close(imgc_file *file)
     int imgc_file_zero(imgc_file *file, uint64_t offset, uint64_t length, imgc_error *err)
-    int imgc_file_extents(imgc_file *file, uint64_t offset, uint64_t *start, uint64_t *end,
+    int imgc_file_next_data(imgc_file *file, uint64_t offset, uint64_t *start, uint64_t *end,
                           imgc_error *err)
 
     struct imgc_source_file:
@@ -162,7 +166,7 @@ cdef extern from "imgc.h" nogil:
         uint64_t next_offset
         uint32_t has_base
         uint32_t salvage
-        uint32_t share
+        uint32_t reflink
 
     struct imgc_bad_range:
         uint64_t guest_offset
@@ -186,7 +190,7 @@ cdef extern from "imgc.h" nogil:
         uint64_t bytes_zero
         uint64_t bytes_read
         uint64_t bytes_written
-        uint64_t bytes_shared
+        uint64_t bytes_reflinked
 
     struct imgc_job:
         pass

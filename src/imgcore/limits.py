@@ -14,6 +14,9 @@ SECTOR_NBYTES: Final = 512
 # Rows of one extent batch: 2^17 rows of 40 bytes are 5 MiB, whatever the fragmentation.
 MAX_BATCH_ROWS: Final = 1 << 17
 
+# Pieces in which a disk is read from its start to its end; a few of them are held.
+CHUNK_NBYTES: Final = 16 * MIB
+
 # Tables that a writer may hold back before it must put them into the file.
 MAX_PENDING_TABLE_NBYTES: Final = 32 * MIB
 
@@ -25,6 +28,9 @@ MAX_BASE_BLOCK_NBYTES: Final = 4 * MIB
 
 # What `check --repair` writes into its copy of an image, all repairs together.
 MAX_REPAIR_NBYTES: Final = 64 * MIB
+
+# Workers of a job.
+MAX_THREADS: Final = 256
 
 # Virtual disks: raw files are limited by off_t, all others by their own tables.
 MAX_VIRTUAL_NBYTES: Final = (1 << 63) - SECTOR_NBYTES

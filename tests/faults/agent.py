@@ -17,8 +17,12 @@ import time
 from typing import Any
 
 import imgcore
-import imgcore.streams.gzip
-import imgcore.streams.source
+import imgcore.disk.archive_sink
+import imgcore.disk.image_batches
+import imgcore.disk.image_sink
+import imgcore.disk.stream_batches
+import imgcore.disk.stream_sink
+import imgcore.streams.reader
 import imgcore.verbs.convert  # everything is loaded before anything can fail
 from imgcore.verbs.check import check
 

@@ -108,7 +108,7 @@ def deflate(data: bytes) -> bytes:
 
 
 HEADERS = [
-    ("version-1", {"version": 1}, "UnsupportedFeatureError", "qcow is not supported"),
+    ("version-1", {"version": 1}, "UnsupportedFeatureError", "QCOW version 1 images are not read"),
     ("version-0", {"version": 0}, "UnsupportedFeatureError", "version 0"),
     ("version-4", {"version": 4}, "UnsupportedFeatureError", "version 4"),
     ("version-max", {"version": 0xFFFFFFFF}, "UnsupportedFeatureError", "version"),

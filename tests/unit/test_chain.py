@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from imgcore.disk import chain
+from imgcore.disk import layer as layers_module
 from imgcore.disk.chain import open_chain
+from imgcore.disk.options import OpenOptions
 from imgcore.errors import (
     CorruptImageError,
     LimitExceededError,
@@ -43,7 +45,8 @@ def _fake_format(monkeypatch: pytest.MonkeyPatch) -> None:
             backing=reference, identities=content.get("identities", {}), close=lambda: None
         )
 
-    monkeypatch.setattr(chain, "open_reader", open_fake)
+    for module in (layers_module, chain):
+        monkeypatch.setattr(module, "open_reader", open_fake)
 
 
 def put(path: Path, backing: Mapping[str, Any] | None = None, **identities: str) -> Path:
@@ -53,11 +56,10 @@ def put(path: Path, backing: Mapping[str, Any] | None = None, **identities: str)
 
 
 def paths(child: Path, **arguments: Any) -> list[str]:
-    layers, files = open_chain(str(child), **arguments)
-    assert len(layers) == len(files)
-    found = [file.path for file in files]
-    for file in files:
-        file.close()
+    layers = open_chain(child, OpenOptions.from_keywords(**arguments))
+    found = [layer.file.path for layer in layers]
+    for layer in layers:
+        layer.close()
     return found
 
 
@@ -101,7 +103,7 @@ def test_a_wrong_parent_is_refused(tmp_path: Path, identities: dict[str, str], f
     with pytest.raises(CorruptImageError) as info:
         paths(child)
     assert str(info.value) == (
-        f"{child}: was made upon a parent with UUID {UUID}, {base} {found}: "
+        f"{child}: was made on a parent with UUID {UUID}, {base} {found}: "
         "it is another disk, or was written to since"
     )
     assert n_open_files() == before

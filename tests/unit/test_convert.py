@@ -12,10 +12,9 @@ from tests.helpers import qemu
 from tests.helpers.mounts import loop_device
 
 import imgcore
-from imgcore.disk import ordered as convert_stream
+from imgcore.disk import image_sink, image_source, stream_batches, tally
 from imgcore.formats.api import BackingReference, Writer, WriteRequest
 from imgcore.formats.qcow2 import writer as qcow2_writer
-from imgcore.verbs import convert
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -117,7 +116,7 @@ class TestBackingFile:
     def test_blocks_too_large_to_be_compared(
         self, disk: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(convert, "MAX_BASE_BLOCK_NBYTES", 32 * KIB)
+        monkeypatch.setattr(image_sink, "MAX_BASE_BLOCK_NBYTES", 32 * KIB)
         over = disk.with_name("over.qcow2")
         with pytest.raises(imgcore.OptionError, match="blocks of 65536 bytes"):
             imgcore.convert(disk, over, backing=disk.name, backing_format="raw")
@@ -294,7 +293,7 @@ class TestFailure:
             ({"threads": 0}, "1 to 256"),
             ({"options": {"colour": "blue"}}, "colour"),
             ({"target_format": "floppy"}, "floppy"),
-            ({"target_format": "qed"}, "qed"),
+            ({"target_format": "qed"}, "QED images are neither"),
             ({"kernels": {"zero": "abacus"}}, "abacus"),
             ({"backing_format": "raw"}, "without a backing file"),
         ],
@@ -387,7 +386,7 @@ def test_scattered_data_makes_no_flood_of_reports(
     pieces = [(offset, b"x") for offset in range(0, 32 * MIB, MIB)]
     source = write_disk(tmp_path / "disk.raw", 33 * MIB, pieces)
     seen: list[imgcore.Progress] = []
-    monkeypatch.setattr(convert.time, "monotonic", lambda: 0.0)
+    monkeypatch.setattr(tally.time, "monotonic", lambda: 0.0)
     imgcore.convert(source, tmp_path / "a.tar.gz", profile="gce", progress=seen.append)
     assert len(seen) < 5
     assert seen[-1].done == seen[-1].total
@@ -448,8 +447,8 @@ def test_a_stream_is_not_held_in_huge_pieces(tmp_path: Path, disk: Path) -> None
 def test_long_streams_are_taken_in_turns(
     tmp_path: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("imgcore.disk.supply.STREAM_CHUNK_NBYTES", 256 * KIB)
-    monkeypatch.setattr(convert_stream, "STREAM_CHUNK_NBYTES", 256 * KIB)
+    for module in (image_source, stream_batches):
+        monkeypatch.setattr(module, "CHUNK_NBYTES", 256 * KIB)
     packed = tmp_path / "disk.raw.zst"
     imgcore.convert(disk, packed)
     imgcore.convert(packed, tmp_path / "a.qcow2")

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import imgcore
-from imgcore import _core
+from imgcore import _core, limits
+from imgcore._core import Status
 from imgcore.engine.extents import EXTENT_DTYPE, PLACEMENT_DTYPE, Kind, single
 from imgcore.engine.geometry import (
     Codec,
@@ -127,20 +128,28 @@ def test_read_only_extents_are_accepted() -> None:
 @pytest.mark.parametrize(
     ("error", "expected", "text"),
     [
-        ((-1, errno.EIO, 4096, 0, "pread"), OSError, "pread at 0x1000"),
-        ((-1, errno.ENOSPC, 0, _core.TARGET, "pwrite"), OSError, "No space left on device"),
-        ((-5, 0, 0, _core.NO_SOURCE, "uring"), ImgcoreError, "not available"),
-        ((-4, 0, 512, 0, "grain_marker"), CorruptImageError, "grain marker"),
-        ((-4, 0, 512, 0, "decompress"), CorruptImageError, r"a\.img: .*\(at 0x200\)"),
-        ((-3, 0, 512, 0, "pread"), CorruptImageError, "ends before 0x200"),
-        ((-6, 0, 0, _core.TARGET, "place"), LimitExceededError, "out.img"),
-        ((-6, 0, 512, 0, "salvage"), LimitExceededError, r"a\.img: more than 65536 .* at 0x200"),
-        ((-8, 0, 0, _core.NO_SOURCE, "cancel"), ConversionCancelled, "cancelled"),
-        ((-2, 0, 3, _core.NO_SOURCE, "batch"), ImgcoreError, "internal: batch refused row 3"),
+        ((Status.IO, errno.EIO, 4096, 0, "pread"), OSError, "pread at 0x1000"),
+        ((Status.IO, errno.ENOSPC, 0, _core.TARGET, "pwrite"), OSError, "No space left on device"),
+        ((Status.UNSUPPORTED, 0, 0, _core.NO_SOURCE, "uring"), ImgcoreError, "not available"),
+        ((Status.BAD_GRAIN_MARKER, 0, 512, 0, "grain_marker"), CorruptImageError, "grain marker"),
+        ((Status.CORRUPT, 0, 512, 0, "decompress"), CorruptImageError, r"a\.img: .*\(at 0x200\)"),
+        ((Status.PAST_END, 0, 512, 0, "pread"), CorruptImageError, "ends before 0x200"),
+        ((Status.LIMIT, 0, 0, _core.TARGET, "place"), LimitExceededError, "out.img"),
+        (
+            (Status.TOO_MANY_BAD_RANGES, 0, 512, 0, "salvage"),
+            LimitExceededError,
+            r"a\.img: more than 65536 .* at 0x200",
+        ),
+        ((Status.CANCELLED, 0, 0, _core.NO_SOURCE, "cancel"), ConversionCancelled, "cancelled"),
+        (
+            (Status.INVALID_ARGUMENT, 0, 3, _core.NO_SOURCE, "batch"),
+            ImgcoreError,
+            "internal: batch refused row 3",
+        ),
     ],
 )
 def test_core_errors_get_words_and_names(
-    error: tuple[int, int, int, int, str], expected: type[Exception], text: str
+    error: tuple[Status, int, int, int, str], expected: type[Exception], text: str
 ) -> None:
     with pytest.raises(expected, match=text) as caught, translated_errors(["a.img"], "out.img"):
         raise _core.CoreError(*error)
@@ -325,3 +334,7 @@ def test_is_zero(nbytes: int) -> None:
 def test_crc32c_is_castagnoli() -> None:
     assert _core.crc32c(b"123456789") == 0xE3069283
     assert _core.crc32c(b"6789", _core.crc32c(b"12345")) == 0xE3069283
+
+
+def test_both_sides_have_the_same_limits() -> None:
+    assert limits.MAX_THREADS == _core.MAX_THREADS

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imgcore.disk.overlay import padded, plan_chain
-from imgcore.disk.supply import ImageSupply
+from imgcore.disk.image_batches import image_batches
+from imgcore.disk.overlay import chain_extents, padded
 from imgcore.engine.batches import cut_batches, pair_up
 from imgcore.engine.extents import EXTENT_DTYPE, Kind, clip, single
 from imgcore.engine.geometry import Geometry
@@ -76,7 +76,7 @@ def test_chain_reads_as_the_topmost_layer_that_holds_it(
 ) -> None:
     fakes: list[Any] = [FakeLayer(joined(kinds), batch_rows) for kinds in layers]
     n_sectors = len(layers[0])
-    got = list(plan_chain(fakes, [10 * i for i in range(len(layers))], 0, n_sectors * SECTOR))
+    got = list(chain_extents(fakes, [10 * i for i in range(len(layers))], 0, n_sectors * SECTOR))
     at = 0
     for rows, depths in got:
         assert len(rows) == len(depths)
@@ -208,7 +208,7 @@ def test_batches_over_a_base_are_bounded_on_both_sides(
     at = 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("imgcore.engine.batches.MAX_BATCH_ROWS", max_rows)
-        batches = list(ImageSupply(images[0], images[1], geometry).batches())
+        batches = list(image_batches(images[0], images[1], geometry))
     for start, stop, rows, base in batches:
         assert base is not None
         assert start == at

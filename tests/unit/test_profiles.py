@@ -19,7 +19,7 @@ from tests.helpers.command import assert_one_line_error
 from tests.helpers.command import imgcore as command
 
 import imgcore
-from imgcore.disk import ordered as convert_stream
+from imgcore.disk import archive_sink
 from imgcore.errors import LimitExceededError, OptionError
 from imgcore.formats.option_texts import parse_options
 from imgcore.formats.registry import format_names, get_driver
@@ -269,7 +269,7 @@ def test_gce_of_scattered_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     pieces = [(i * 256 * 1024, images.noise(512, i + 1)) for i in range(60)]
     images.RawImage("scattered", 16 * MIB, lambda: pieces).write(path)
     for limit in (60, 59, 4, 1):
-        monkeypatch.setattr(convert_stream, "MAX_TAR_SEGMENTS", limit)
+        monkeypatch.setattr(archive_sink, "MAX_TAR_SEGMENTS", limit)
         target = convert(path, f"{limit}.tar.gz", "gce")
         with tarfile.open(target) as tar:
             (member,) = tar.getmembers()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import os
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,23 +15,27 @@ import pytest
 from tests.helpers import qemu
 from tests.helpers.mounts import loop_device
 
+import imgcore
+from imgcore.disk.options import OpenOptions
+from imgcore.disk.source import open_source
 from imgcore.errors import OptionError, UnsupportedFeatureError, WrongFormatError
 from imgcore.files.gate import ReferenceGate
 from imgcore.files.host_file import HostFile
-from imgcore.formats import magic
+from imgcore.formats import magic, registry
 from imgcore.formats.api import Driver, Option
 from imgcore.formats.option_texts import options_help, parse_options
+from imgcore.formats.raw.reader import RawReader
 from imgcore.formats.registry import (
+    NOT_READ,
+    Entry,
     canonical_name,
     format_from_suffix,
     format_names,
     get_driver,
     open_reader,
     probe,
-    refuse_image_in_stream,
-    stream_suffix,
 )
-from imgcore.streams.source import StreamSource
+from imgcore.streams.names import CODEC_OF_SUFFIX, stream_suffix
 
 PAD = bytes(70_000 // 512 * 512)
 
@@ -180,7 +186,8 @@ class TestRawRules:
     @pytest.mark.parametrize("name", [*HEADS, "dmg"])
     def test_suffix_and_other_magic(self, tmp_path: Path, name: str) -> None:
         path = place(tmp_path, "x.raw", HEADS.get(name, b""), TAILS.get(name, b""))
-        with pytest.raises(WrongFormatError, match=f"magic of {name}: say -f {name} or -f raw"):
+        stated = f"-f {name} or -f raw" if name in format_names() else "-f raw"
+        with pytest.raises(WrongFormatError, match=f"magic of {name}: say {stated}$"):
             open_as(path)
         assert open_as(path, "raw") == "raw"
 
@@ -218,9 +225,31 @@ class TestStatedFormat:
             open_as(path)
         assert open_as(path, "qcow2") == "qcow2"
 
-    def test_known_by_its_magic_alone(self, tmp_path: Path) -> None:
-        with pytest.raises(UnsupportedFeatureError, match="format qed is not supported$"):
-            open_as(place(tmp_path, "x", HEADS["qed"]))
+    @pytest.mark.parametrize(
+        ("name", "line"),
+        [
+            ("qcow", "QCOW version 1 images are not read"),
+            ("parallels", "Parallels disks are not read"),
+            ("bochs", "Bochs disks are not read"),
+            ("qed", "QED images are not read"),
+            ("luks", "LUKS containers are not read"),
+            ("dmg", "Apple DMG images are not read"),
+            ("cloop", "cloop images are not read"),
+            ("xz", "xz streams are not read"),
+        ],
+    )
+    def test_known_by_its_magic_only(self, tmp_path: Path, name: str, line: str) -> None:
+        path = place(tmp_path, "x", HEADS.get(name, b""), TAILS.get(name, b""))
+        with pytest.raises(UnsupportedFeatureError) as caught:
+            open_as(path)
+        assert str(caught.value) == f"{path}: {line}"
+        words = line.replace("not read", "neither read nor written")
+        with pytest.raises(OptionError, match=f"^{words}: known are qcow2, vmdk"):
+            canonical_name(name)
+
+    def test_every_magic_is_known(self) -> None:
+        names = {item.format_name for item in magic.MAGICS}
+        assert names - set(format_names()) == set(NOT_READ) | set(CODEC_OF_SUFFIX.values())
 
     def test_unknown_name(self, tmp_path: Path) -> None:
         with pytest.raises(OptionError, match="unknown format 'qcow3'.*qcow2, vmdk, vhd, vhdx"):
@@ -235,12 +264,14 @@ class TestStatedFormat:
 def test_image_in_a_stream(tmp_path: Path, name: str | None) -> None:
     path = tmp_path / "x.raw.gz"
     path.write_bytes(gzip.compress((HEADS[name] if name else b"").ljust(66 * 1024, b"\0")))
-    with StreamSource.open(path) as stream:
+    with open_source(path, OpenOptions()) as source:
         if name is None:
-            refuse_image_in_stream(stream)
+            source.refuse_conversion(salvage=False, with_base=False)
         else:
             with pytest.raises(WrongFormatError, match=f"magic of {name}: decompress"):
-                refuse_image_in_stream(stream)
+                source.refuse_conversion(salvage=False, with_base=False)
+    with open_source(path, OpenOptions(format="raw")) as source:
+        source.refuse_conversion(salvage=False, with_base=False)
 
 
 class TestNames:
@@ -287,6 +318,55 @@ class TestNames:
         assert driver.name == name
         assert len({option.name for option in driver.options}) == len(driver.options)
         assert set(parse_options(driver)) == {option.name for option in driver.options}
+
+
+class ToyReader(RawReader):
+    """Reads a file as if it were raw; there is no writer."""
+
+    format_name = "toy"
+
+
+@pytest.fixture
+def read_only_format(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Register a format that is read only, by the means that any format has."""
+    driver = replace(
+        get_driver("raw"),
+        name="toy",
+        read=lambda file, gate, values: ToyReader(file),
+        writing=None,
+        writes_in_place=False,
+    )
+    entry = Entry("toy", "toy_driver", (".toy",))
+    monkeypatch.setitem(sys.modules, "toy_driver", cast("Any", SimpleNamespace(DRIVER=driver)))
+    monkeypatch.setattr(registry, "DRIVERS", (*registry.DRIVERS, entry))
+    monkeypatch.setitem(registry._ENTRIES, "toy", entry)
+    monkeypatch.setattr(magic, "MAGICS", (*magic.MAGICS, magic.Magic("toy", 0, b"TOY!")))
+    return "toy"
+
+
+class TestReadOnlyFormat:
+    def test_is_read(self, tmp_path: Path, read_only_format: str) -> None:
+        path = place(tmp_path, "x.toy", b"TOY!")
+        assert imgcore.info(path)["format"] == read_only_format
+        assert imgcore.convert(path, tmp_path / "x.qcow2").source_format == read_only_format
+        assert imgcore.compare(path, tmp_path / "x.qcow2").identical
+
+    @pytest.mark.parametrize("verb", ["convert", "create", "measure"])
+    def test_is_not_written(self, tmp_path: Path, read_only_format: str, verb: str) -> None:
+        source, target = place(tmp_path, "x.raw"), tmp_path / "y.toy"
+        with pytest.raises(OptionError, match="^toy images are read, not written$"):
+            if verb == "convert":
+                imgcore.convert(source, target)
+            elif verb == "create":
+                imgcore.create(target, 1 << 20)
+            else:
+                imgcore.measure(source, target_format=read_only_format)
+        assert [path.name for path in tmp_path.iterdir()] == ["x.raw"]
+
+    def test_is_not_written_in_place(self, tmp_path: Path, read_only_format: str) -> None:
+        source, target = place(tmp_path, "x.raw"), place(tmp_path, "y.toy")
+        with pytest.raises(UnsupportedFeatureError, match="only raw is written into an existing"):
+            imgcore.convert(source, target, in_place=True)
 
 
 DRIVER = cast(

@@ -153,7 +153,7 @@ def test_the_owner_stays(leaky: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fchown", refuse)
-        with pytest.raises(PermissionError, match="cannot be given the image's owner"):
+        with pytest.raises(PermissionError, match="cannot be given the owner of the original"):
             imgcore.check(leaky, repair=True)
     assert imgcore.check(leaky, repair=True).leaks_fixed == 1
     assert (leaky.stat().st_uid, leaky.stat().st_gid) == (1234, 5678)
@@ -198,9 +198,9 @@ def test_ways_to_copy(leaky: Path, monkeypatch: pytest.MonkeyPatch, way: str) ->
         raise OSError(95, "Operation not supported")
 
     if way != "clone":
-        monkeypatch.setattr(check_repair.fcntl, "ioctl", unsupported)
+        monkeypatch.setattr(fcntl, "ioctl", unsupported)
     if way == "read and write":
-        monkeypatch.setattr(check_repair.os, "copy_file_range", unsupported)
+        monkeypatch.setattr(os, "copy_file_range", unsupported)
     content = digest(leaky)
     assert imgcore.check(leaky, repair=True).leaks_fixed == 1
     assert digest(leaky) == content
@@ -256,7 +256,7 @@ class TestRefused:
         with pytest.raises(imgcore.UnsupportedFeatureError, match="nothing in vmdk images"):
             imgcore.check(vmdk, repair=True)
 
-    @pytest.mark.parametrize("step", ["_copy", "_apply", "_verify", "_copy_attributes"])
+    @pytest.mark.parametrize("step", ["copy_content", "_apply", "_verify", "copy_attributes"])
     def test_a_failure_at_any_step(
         self, leaky: Path, monkeypatch: pytest.MonkeyPatch, step: str
     ) -> None:
@@ -305,13 +305,13 @@ class TestRefused:
     def test_an_image_that_changes_meanwhile(
         self, leaky: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        real: Callable[..., None] = check_repair._copy
+        real: Callable[..., None] = check_repair.copy_content
 
         def copy(*arguments: object) -> None:
             real(*arguments)
             os.utime(leaky)
 
-        monkeypatch.setattr(check_repair, "_copy", copy)
+        monkeypatch.setattr(check_repair, "copy_content", copy)
         with pytest.raises(imgcore.ImgcoreError, match="changed while it was read"):
             imgcore.check(leaky, repair=True)
 

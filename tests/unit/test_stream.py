@@ -21,8 +21,8 @@ from imgcore.errors import (
     WrongFormatError,
 )
 from imgcore.files.target import Target
-from imgcore.streams.source import StreamSource
-from imgcore.streams.zstd import ZstdDecoder, ZstdSink
+from imgcore.streams.reader import StreamReader
+from imgcore.streams.zstd import ZstdDecoder, ZstdEncoder
 
 DATA = images.noise(300_032) + bytes(1 << 20) + images.text(700_928) + bytes(512)
 CHUNKS = [512, 65536, 1_000_000, 64 << 20]
@@ -64,7 +64,7 @@ def no_thread_left() -> Iterator[None]:
     assert not [thread for thread in threading.enumerate() if thread.name == "imgcore-stream"]
 
 
-def digest(source: StreamSource, chunk_nbytes: int) -> str:
+def digest(source: StreamReader, chunk_nbytes: int) -> str:
     total = hashlib.sha256()
     for chunk in source.read_chunks(chunk_nbytes):
         total.update(chunk)
@@ -76,7 +76,7 @@ def digest(source: StreamSource, chunk_nbytes: int) -> str:
 def test_read(tmp_path: Path, encoding: str, chunk_nbytes: int) -> None:
     path = tmp_path / "disk.raw.zst"
     path.write_bytes(ENCODINGS[encoding]())
-    with StreamSource.open(path) as source:
+    with StreamReader.open(path) as source:
         assert source.virtual_size == len(DATA)
         assert source.codec == encoding[:4]
         for _ in range(2):  # each reading starts anew
@@ -85,18 +85,18 @@ def test_read(tmp_path: Path, encoding: str, chunk_nbytes: int) -> None:
 
 def test_chunks_have_the_size_asked_for(tmp_path: Path) -> None:
     (tmp_path / "a.raw.zst").write_bytes(zstd(DATA))
-    with StreamSource.open(tmp_path / "a.raw.zst") as source:
+    with StreamReader.open(tmp_path / "a.raw.zst") as source:
         sizes = [len(chunk) for chunk in source.read_chunks(65536)]
     assert set(sizes[:-1]) == {65536}
     assert sizes[-1] == len(DATA) % 65536
-    with StreamSource.open(tmp_path / "a.raw.zst") as source, pytest.raises(ValueError):
+    with StreamReader.open(tmp_path / "a.raw.zst") as source, pytest.raises(ValueError):
         next(source.read_chunks(0))
 
 
 @pytest.mark.parametrize("encode", [zstd, gzip.compress], ids=["zstd", "gzip"])
 def test_empty(tmp_path: Path, encode: Callable[[bytes], bytes]) -> None:
     (tmp_path / "a").write_bytes(encode(b""))
-    with StreamSource.open(tmp_path / "a") as source:
+    with StreamReader.open(tmp_path / "a") as source:
         assert source.virtual_size == 0
         assert list(source.read_chunks(4096)) == []
 
@@ -110,7 +110,7 @@ class TestBroken:
         error: type[ImgcoreError] = CorruptImageError,
     ) -> None:
         path.write_bytes(data)
-        with pytest.raises(error, match=words) as caught, StreamSource.open(path) as source:
+        with pytest.raises(error, match=words) as caught, StreamReader.open(path) as source:
             digest(source, 65536)
         assert str(caught.value).startswith(f"{path}: ")
         assert "\n" not in str(caught.value)
@@ -123,7 +123,7 @@ class TestBroken:
             path = tmp_path / "disk.raw.zst"
             path.write_bytes(data[:cut])
             # Cut between two frames, what is left is whole, though shorter.
-            with pytest.raises(CorruptImageError), StreamSource.open(path) as source:
+            with pytest.raises(CorruptImageError), StreamReader.open(path) as source:
                 digest(source, 1 << 20)
 
     @pytest.mark.parametrize("encoding", ["zstd", "zstd-unknown-size", "gzip"])
@@ -186,27 +186,27 @@ class TestBroken:
         parameters = zstandard.ZstdCompressionParameters(window_log=27, write_content_size=False)
         stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
         (tmp_path / "a").write_bytes(stream.compress(DATA) + stream.flush())
-        with StreamSource.open(tmp_path / "a") as source:
+        with StreamReader.open(tmp_path / "a") as source:
             assert source.virtual_size == len(DATA)
 
     def test_fifo(self, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "a.raw.zst")
         with pytest.raises(ImgcoreError, match="is a pipe"):
-            StreamSource.open(tmp_path / "a.raw.zst")
+            StreamReader.open(tmp_path / "a.raw.zst")
 
     def test_file_changes_between_count_and_reading(self, tmp_path: Path) -> None:
         path = tmp_path / "a.raw.gz"
         path.write_bytes(gzip.compress(DATA))
-        with StreamSource.open(path) as source:
+        with StreamReader.open(path) as source:
             path.write_bytes(gzip.compress(DATA[:-512])[: source.file.nbytes])
             with pytest.raises(ImgcoreError):
                 digest(source, 65536)
             with pytest.raises(ImgcoreError, match="changed"):
-                source.check_unchanged()
+                source.file.check_unchanged()
 
     def test_more_than_the_size_says(self, tmp_path: Path) -> None:
         (tmp_path / "a").write_bytes(zstd(DATA))
-        with StreamSource.open(tmp_path / "a") as source:
+        with StreamReader.open(tmp_path / "a") as source:
             source.virtual_size -= 512
             with pytest.raises(CorruptImageError, match="more than"):
                 digest(source, 65536)
@@ -220,7 +220,7 @@ class TestThread:
 
     def test_closed_early(self, tmp_path: Path) -> None:
         (tmp_path / "a").write_bytes(zstd(DATA * 4))
-        with StreamSource.open(tmp_path / "a") as source:
+        with StreamReader.open(tmp_path / "a") as source:
             for n_taken in range(4):
                 chunks = source.read_chunks(65536)
                 for _ in range(n_taken):
@@ -229,7 +229,7 @@ class TestThread:
 
     def test_consumer_fails(self, tmp_path: Path) -> None:
         (tmp_path / "a").write_bytes(zstd(DATA * 4))
-        with StreamSource.open(tmp_path / "a") as source:
+        with StreamReader.open(tmp_path / "a") as source:
             with pytest.raises(KeyboardInterrupt):
                 for _ in source.read_chunks(65536):
                     raise KeyboardInterrupt
@@ -246,7 +246,7 @@ class TestThread:
             return fill(decoder, view)
 
         monkeypatch.setattr(ZstdDecoder, "fill", count)
-        with StreamSource.open(tmp_path / "a") as source:
+        with StreamReader.open(tmp_path / "a") as source:
             for i, _ in enumerate(source.read_chunks(65536)):
                 assert len(filled) <= i + 3
 
@@ -254,7 +254,7 @@ class TestThread:
 class TestSink:
     def write(self, path: Path, data: bytes, step: int = 100_000, **options: int) -> None:
         with Target(path, force=True, sync=False) as target:
-            sink = ZstdSink(target.main, len(data), **options)
+            sink = ZstdEncoder(target.main, len(data), **options)
             for start in range(0, len(data), step):
                 sink.write(memoryview(data)[start : start + step])
             sink.finish()
@@ -265,7 +265,7 @@ class TestSink:
     def test_round_trip(self, tmp_path: Path, data: bytes) -> None:
         path = tmp_path / "disk.raw.zst"
         self.write(path, data)
-        with StreamSource.open(path) as source:
+        with StreamReader.open(path) as source:
             assert source.virtual_size == len(data)
             assert digest(source, 65536) == hashlib.sha256(data).hexdigest()
         parameters = zstandard.get_frame_parameters(path.read_bytes())
@@ -282,11 +282,11 @@ class TestSink:
     @pytest.mark.parametrize("level", [0, 20, -5])
     def test_bad_level(self, tmp_path: Path, level: int) -> None:
         with Target(tmp_path / "a") as target, pytest.raises(OptionError, match="1 to 19"):
-            ZstdSink(target.main, 512, level)
+            ZstdEncoder(target.main, 512, level=level)
 
     def test_wrong_amount(self, tmp_path: Path) -> None:
         with Target(tmp_path / "a") as target:
-            sink = ZstdSink(target.main, 1024)
+            sink = ZstdEncoder(target.main, 1024)
             sink.write(bytes(512))
             with pytest.raises(ValueError, match="512 of 1024"):
                 sink.finish()

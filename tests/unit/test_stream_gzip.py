@@ -12,14 +12,14 @@ from tests.helpers import images, qemu
 import imgcore
 from imgcore.files.target import Target
 from imgcore.streams import gzip as gzip_stream
-from imgcore.streams.gzip import GzipSink
+from imgcore.streams.gzip import GzipEncoder
 
 MIB = 1 << 20
 
 
 def written(path: Path, pieces: list[bytes], threads: int = 2) -> bytes:
     with Target(path, sync=False) as target:
-        with GzipSink(target.main, threads) as sink:
+        with GzipEncoder(target.main, threads) as sink:
             for piece in pieces:
                 sink.write(piece)
             sink.finish()
@@ -53,7 +53,7 @@ def test_nearly_as_small_as_in_one_piece(tmp_path: Path) -> None:
 
 def test_leaving_in_the_middle_ends_the_threads(tmp_path: Path) -> None:
     with Target(tmp_path / "a.gz", sync=False) as target:
-        with pytest.raises(KeyboardInterrupt), GzipSink(target.main, 2) as sink:
+        with pytest.raises(KeyboardInterrupt), GzipEncoder(target.main, 2) as sink:
             sink.write(images.noise(8 * MIB))
             raise KeyboardInterrupt
         assert sink._threads._shutdown

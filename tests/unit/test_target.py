@@ -22,12 +22,8 @@ from tests.helpers.mounts import loop_device
 from tests.helpers.qemu import held_open
 
 from imgcore.errors import TargetError
-from imgcore.files import (
-    target as target_module,
-)
-from imgcore.files import (
-    temporary_names,
-)
+from imgcore.files import target as target_module
+from imgcore.files import target_folder, temporary_names
 from imgcore.files.host_file import HostFile
 from imgcore.files.identity import same_file
 from imgcore.files.target import Target
@@ -584,7 +580,7 @@ class TestStale:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         answers = iter([False, True])
-        monkeypatch.setattr(target_module, "lock", lambda fd: next(answers))
+        monkeypatch.setattr(target_folder, "lock", lambda fd: next(answers))
         write(tmp_path / "disk.raw")
         assert names(tmp_path) == ["disk.raw"]
 
@@ -612,7 +608,7 @@ class TestCompanion:
     def test_folder_that_stays_locked(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(temporary_names, "_FOLDER_LOCK_SECONDS", 0.1)
+        monkeypatch.setattr("imgcore.files.locks._FOLDER_LOCK_SECONDS", 0.1)
         fd = os.open(tmp_path, os.O_RDONLY)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)

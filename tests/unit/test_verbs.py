@@ -568,7 +568,7 @@ def test_a_given_parent(case: str, folder: Path, tmp_path: Path) -> None:
     other = str(names["other"])
     assert_one_line_error(
         command(*words[:-1], other, "--force" if case == "convert" else "-U"),
-        "made upon a parent with content ID",
+        "made on a parent with content ID",
         other,
         code=code,
     )

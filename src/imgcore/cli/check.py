@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from imgcore.cli.common import (
-    allow_option,
-    format_option,
+    open_options,
     output_options,
-    parent_option,
     print_json,
     quiet_option,
     say,
-    share_option,
     verb,
 )
 
@@ -28,21 +25,15 @@ EXIT_UNSUPPORTED: Final = 63
 
 
 @verb("check")
-@format_option()
+@open_options("format", "parent", "share", "allow")
 @quiet_option()
-@parent_option()
-@share_option()
-@allow_option()
 @output_options
 @click.option("-r", "--repair", is_flag=True, help="Repair what can be repaired safely.")
 @click.argument("file")
 def command(
     file: str,
-    format: str | None,
     quiet: bool,
-    parent: str | None,
-    share: bool,
-    allow: tuple[str, ...],
+    opening: dict[str, Any],
     as_json: bool,
     repair: bool,
 ) -> int:
@@ -56,7 +47,7 @@ def command(
     from imgcore.verbs.check import CheckNotSupportedError, check
 
     try:
-        result = check(file, format=format, parent=parent, repair=repair, allow=allow, share=share)
+        result = check(file, repair=repair, **opening)
     except CheckNotSupportedError as error:
         say(f"imgcore: {error}")
         return EXIT_UNSUPPORTED

@@ -1,4 +1,4 @@
-"""What the verbs of the command share: options, and text for people."""
+"""The options that several verbs of the command have, and text for people."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Final
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import click
 
+from imgcore.limits import MAX_THREADS
 from imgcore.text import one_line
 
 if TYPE_CHECKING:
     from imgcore.formats.api import Driver
 
 CONTEXT_SETTINGS: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-
-MAX_THREADS: Final = 256
 
 _HELP_WORDS: Final = frozenset({"help", "?"})
 
@@ -27,7 +27,7 @@ Decorator = Callable[[Function], Function]
 
 
 def say(text: str) -> None:
-    """Print one line on stderr; a job does not fail because nobody can read what it says."""
+    """Print one line on stderr; a closed or full stderr does not make a job fail."""
     with suppress(OSError):
         print(one_line(text), file=sys.stderr, flush=True)
 
@@ -52,50 +52,91 @@ def verb(name: str) -> Callable[[Function], click.Command]:
     )
 
 
-def format_option(flag: str = "-f", name: str = "--format", of: str = "the image") -> Decorator:
-    parameter = name.removeprefix("--").replace("-", "_")
-    return click.option(
-        flag,
-        name,
-        parameter,
-        metavar="FMT",
-        help=f"Format of {of}; found by its content if left out.",
-    )
+class _Flag(NamedTuple):
+    flags: tuple[str, ...]
+    settings: dict[str, Any]
 
 
-def backing_format_option() -> Decorator:
-    return click.option(
-        "--backing-format",
-        metavar="FMT",
-        help="Format of backing files whose format the image does not state.",
-    )
+# The keywords of `imgcore.open` as flags; {} stands for the image that they are about.
+_OPEN_FLAGS: Final = {
+    "format": _Flag(
+        ("-f", "--format"),
+        {"metavar": "FMT", "help": "Format of {}; found by its content if left out."},
+    ),
+    "backing_format": _Flag(
+        ("--backing-format",),
+        {
+            "metavar": "FMT",
+            "help": "Format of the backing files of {}, where no image states it.",
+        },
+    ),
+    "parent": _Flag(
+        ("--parent",),
+        {
+            "metavar": "FILE",
+            "help": "Parent of {}, in place of what it calls its parent; verified.",
+        },
+    ),
+    "read_options": _Flag(
+        ("--read-options",),
+        {
+            "metavar": "KEY=VALUE[,...]",
+            "multiple": True,
+            "help": "How to read {}; of VHD: size=chs or size=current.",
+        },
+    ),
+    "share": _Flag(
+        ("-U", "--force-share"),
+        {"is_flag": True, "help": "Open images even if another process writes to them."},
+    ),
+    "allow": _Flag(
+        ("--allow",),
+        {
+            "metavar": "DIR",
+            "multiple": True,
+            "help": "Folder in which files named inside an image may lie, besides the image's own.",
+        },
+    ),
+}
 
 
-def parent_option(*flags: str, of: str = "the image") -> Decorator:
-    return click.option(
-        *(flags or ("--parent",)),
-        metavar="FILE",
-        help=f"Parent of {of}, in place of what it calls its parent; verified.",
-    )
+def open_options(
+    *names: str, of: str = "the image", flags: Mapping[str, tuple[str, ...]] | None = None
+) -> Decorator:
+    """Add flags for keywords of `imgcore.open`; the function receives them as ``opening``.
 
+    Parameters
+    ----------
+    names : str
+        The keywords; all if none is given.
+    of : str
+        The image that they are about.
+    flags : mapping of str to tuple of str, optional
+        Other flags for some of them.  The last one then says what the verb calls the keyword:
+        ``--format-a`` is ``format_a``.
+    """
+    keywords: list[str] = []
+    added: list[Decorator] = []
+    for name in names or _OPEN_FLAGS:
+        usual, settings = _OPEN_FLAGS[name]
+        own = (flags or {}).get(name)
+        keyword = name if own is None else own[-1].removeprefix("--").replace("-", "_")
+        text = settings["help"].format(of)
+        keywords.append(keyword)
+        added.append(click.option(*(own or usual), keyword, **settings | {"help": text}))
 
-def share_option() -> Decorator:
-    return click.option(
-        "-U",
-        "--force-share",
-        "share",
-        is_flag=True,
-        help="Open images even if another process writes to them.",
-    )
+    def decorate(function: Function) -> Function:
+        @wraps(function)
+        def collected(*args: Any, opening: dict[str, Any] | None = None, **values: Any) -> Any:
+            own = {keyword: values.pop(keyword) for keyword in keywords}
+            return function(*args, opening=(opening or {}) | own, **values)
 
+        decorated: Function = collected
+        for add in reversed(added):
+            decorated = add(decorated)
+        return decorated
 
-def allow_option() -> Decorator:
-    return click.option(
-        "--allow",
-        metavar="DIR",
-        multiple=True,
-        help="Folder in which files named inside an image may lie, besides the image's own.",
-    )
+    return decorate
 
 
 def output_options(function: Function) -> Function:
@@ -125,15 +166,6 @@ def options_option() -> Decorator:
         metavar="KEY=VALUE[,...]",
         multiple=True,
         help="Options of the target format; 'help' lists them.",
-    )
-
-
-def read_options_option(*flags: str, of: str = "the image") -> Decorator:
-    return click.option(
-        *(flags or ("--read-options",)),
-        metavar="KEY=VALUE[,...]",
-        multiple=True,
-        help=f"How to read {of}; of VHD: size=chs or size=current.",
     )
 
 

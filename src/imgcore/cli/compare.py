@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from imgcore.cli.common import (
-    allow_option,
-    backing_format_option,
-    format_option,
+    open_options,
     output_options,
-    parent_option,
     print_json,
     quiet_option,
-    read_options_option,
-    share_option,
     threads_option,
     verb,
 )
@@ -25,20 +20,33 @@ if TYPE_CHECKING:
     from imgcore.verbs.compare import CompareResult
 
 EXIT_DIFFERENT: Final = 1
-EXIT_FAILED: Final = 2
 
 
 @verb("compare")
-@format_option("-f", "--format-a", of="A")
-@format_option("-F", "--format-b", of="B")
+@open_options(
+    "format",
+    "parent",
+    "read_options",
+    of="A",
+    flags={
+        "format": ("-f", "--format-a"),
+        "parent": ("--parent", "--parent-a"),
+        "read_options": ("--read-options", "--read-options-a"),
+    },
+)
+@open_options(
+    "format",
+    "parent",
+    "read_options",
+    of="B",
+    flags={
+        "format": ("-F", "--format-b"),
+        "parent": ("--parent-b",),
+        "read_options": ("--read-options-b",),
+    },
+)
+@open_options("backing_format", "share", "allow", of="A and B")
 @click.option("-s", "--strict", is_flag=True, help="Sizes and allocation must agree as well.")
-@backing_format_option()
-@parent_option("--parent", "--parent-a", "parent_a", of="A")
-@parent_option("--parent-b", of="B")
-@read_options_option("--read-options", "--read-options-a", "read_options_a", of="A")
-@read_options_option("--read-options-b", of="B")
-@share_option()
-@allow_option()
 @threads_option()
 @progress_options
 @quiet_option()
@@ -48,17 +56,9 @@ EXIT_FAILED: Final = 2
 def command(
     a: str,
     b: str,
-    format_a: str | None,
-    format_b: str | None,
     strict: bool,
-    parent_a: str | None,
-    parent_b: str | None,
-    read_options_a: tuple[str, ...],
-    read_options_b: tuple[str, ...],
-    backing_format: str | None,
-    share: bool,
-    allow: tuple[str, ...],
     threads: int | None,
+    opening: dict[str, Any],
     progress_mode: str,
     wants_progress: bool,
     quiet: bool,
@@ -75,18 +75,10 @@ def command(
         result = compare(
             a,
             b,
-            format_a=format_a,
-            format_b=format_b,
-            parent_a=parent_a,
-            parent_b=parent_b,
-            read_options_a=read_options_a,
-            read_options_b=read_options_b,
             strict=strict,
             threads=threads,
-            allow=allow,
-            backing_format=backing_format,
-            share=share,
             progress=report.callback,
+            **opening,
         )
     if as_json:
         print_json(result._asdict())

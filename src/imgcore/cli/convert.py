@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from imgcore.cli.common import (
-    allow_option,
-    format_option,
+    open_options,
     options_option,
-    parent_option,
     print_options_help,
     quiet_option,
-    read_options_option,
     require,
     say,
-    share_option,
     size_value,
     target_driver,
     threads_option,
@@ -36,7 +32,7 @@ EXIT_SALVAGED: Final = 3  # done, but for what could not be read
 
 
 @verb("convert")
-@format_option(of="SOURCE")
+@open_options(of="SOURCE", flags={"backing_format": ("--source-backing-format",)})
 @click.option(
     "-O", "--target-format", metavar="FMT", help="Format of TARGET; follows from its suffix."
 )
@@ -50,11 +46,6 @@ EXIT_SALVAGED: Final = 3  # done, but for what could not be read
 @click.option("-B", "--backing", metavar="FILE", help="Backing file of TARGET.")
 @click.option("-F", "--backing-format", metavar="FMT", help="Format of the backing file of TARGET.")
 @click.option(
-    "--source-backing-format",
-    metavar="FMT",
-    help="Format of SOURCE's backing files, where SOURCE does not state it.",
-)
-@click.option(
     "-S",
     "--sparse-size",
     callback=size_value,
@@ -65,9 +56,6 @@ EXIT_SALVAGED: Final = 3  # done, but for what could not be read
 @click.option("-n", "--in-place", is_flag=True, help="Write into TARGET, which exists already.")
 @click.option("--force", is_flag=True, help="Replace an existing TARGET.")
 @click.option("--no-sync", is_flag=True, help="Do not wait for stable storage.")
-@parent_option(of="SOURCE")
-@read_options_option(of="SOURCE")
-@share_option()
 @click.option(
     "--salvage",
     is_flag=True,
@@ -78,9 +66,10 @@ EXIT_SALVAGED: Final = 3  # done, but for what could not be read
     is_flag=True,
     help="Copy blocks that TARGET could share with SOURCE (on XFS, Btrfs).",
 )
-@allow_option()
 @threads_option()
-@click.option("-W", "out_of_order", is_flag=True, help="Accepted, no effect: writing is parallel.")
+@click.option(
+    "-W", is_flag=True, expose_value=False, help="Accepted, no effect: writing is parallel."
+)
 @progress_options
 @quiet_option()
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
@@ -91,26 +80,20 @@ def command(
     ctx: click.Context,
     source: str | None,
     target: str | None,
-    format: str | None,
     target_format: str | None,
     options: tuple[str, ...],
     profile: str | None,
     compress: bool,
     backing: str | None,
     backing_format: str | None,
-    source_backing_format: str | None,
     sparse_size: int,
     in_place: bool,
     force: bool,
     no_sync: bool,
-    parent: str | None,
-    read_options: tuple[str, ...],
-    share: bool,
     salvage: bool,
     no_reflink: bool,
-    allow: tuple[str, ...],
     threads: int | None,
-    out_of_order: bool,
+    opening: dict[str, Any],
     progress_mode: str,
     wants_progress: bool,
     quiet: bool,
@@ -134,26 +117,21 @@ def command(
         result = convert(
             source,
             target,
-            format=format,
             target_format=target_format,
             options=options,
             compress=compress,
             backing=backing,
             backing_format=backing_format,
-            source_backing_format=source_backing_format,
-            parent=parent,
-            read_options=read_options,
             sparse=sparse_size,
             threads=threads,
             force=force,
             sync=not no_sync,
             in_place=in_place,
-            share=share,
             salvage=salvage,
             reflink=not no_reflink,
-            allow=allow,
             progress=report.callback,
             profile=profile,
+            **opening,
         )
     if as_json:
         ranges = [row._asdict() for row in result.bad_ranges]

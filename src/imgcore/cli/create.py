@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 import click
 
 from imgcore.cli.common import (
-    allow_option,
+    open_options,
     options_option,
     output_options,
     plain_value,
@@ -36,7 +37,7 @@ from imgcore.text import one_line
 @quiet_option()
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @click.option("--no-sync", is_flag=True, help="Do not wait for stable storage.")
-@allow_option()
+@open_options("allow", of="the backing file")
 @output_options
 @click.argument("file", required=False, metavar="FILE")
 @click.argument("size", required=False, metavar="[SIZE]", callback=size_value)
@@ -52,7 +53,7 @@ def command(
     quiet: bool,
     force: bool,
     no_sync: bool,
-    allow: tuple[str, ...],
+    opening: dict[str, Any],
     as_json: bool,
 ) -> None:
     """Make the image FILE of SIZE bytes (suffixes k M G T P E), empty or on a backing file.
@@ -74,7 +75,7 @@ def command(
         backing_format=backing_format,
         force=force,
         sync=not no_sync,
-        allow=allow,
+        **opening,
     )
     if as_json:
         print_json(asdict(result))

@@ -8,15 +8,10 @@ from typing import Any
 import click
 
 from imgcore.cli.common import (
-    allow_option,
-    backing_format_option,
-    format_option,
+    open_options,
     output_options,
-    parent_option,
     print_json,
     print_tree,
-    read_options_option,
-    share_option,
     size_text,
     verb,
 )
@@ -24,57 +19,23 @@ from imgcore.text import one_line
 
 
 @verb("info")
-@format_option()
+@open_options(flags={"read_options": ("-o", "--read-options")})
 @click.option("--backing-chain", is_flag=True, help="Describe the backing files as well.")
-@backing_format_option()
-@parent_option()
-@read_options_option("-o", "--read-options")
-@share_option()
-@allow_option()
 @output_options
 @click.argument("file")
 def command(
     file: str,
-    format: str | None,
     backing_chain: bool,
-    backing_format: str | None,
-    parent: str | None,
-    read_options: tuple[str, ...],
-    share: bool,
-    allow: tuple[str, ...],
+    opening: dict[str, Any],
     as_json: bool,
 ) -> None:
     """Describe the image FILE by its headers."""
     from imgcore.verbs.info import info
 
-    if backing_chain:
-        images = info(
-            file,
-            format=format,
-            chain=True,
-            allow=allow,
-            share=share,
-            backing_format=backing_format,
-            parent=parent,
-            read_options=read_options,
-        )
-        if as_json:
-            print_json(images)
-            return
-    else:
-        images = [
-            info(
-                file,
-                format=format,
-                allow=allow,
-                share=share,
-                parent=parent,
-                read_options=read_options,
-            )
-        ]
-        if as_json:
-            print_json(images[0])
-            return
+    images = info(file, chain=True, **opening) if backing_chain else [info(file, **opening)]
+    if as_json:
+        print_json(images if backing_chain else images[0])
+        return
     for index, image in enumerate(images):
         if index:
             click.echo()

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from imgcore.cli.common import (
-    allow_option,
-    format_option,
+    open_options,
     output_options,
-    parent_option,
     print_json,
     quiet_option,
-    read_options_option,
-    share_option,
     verb,
 )
 from imgcore.platforms.profiles import get_profile, profile_names
@@ -28,23 +26,15 @@ EXIT_BROKEN = 1
     required=True,
     help=f"The platform: {', '.join(profile_names())}.",
 )
-@format_option()
-@read_options_option()
-@parent_option()
+@open_options("format", "parent", "read_options", "share", "allow")
 @quiet_option()
-@share_option()
-@allow_option()
 @output_options
 @click.argument("image")
 def command(
     image: str,
     profile: str,
-    format: str | None,
-    read_options: tuple[str, ...],
-    parent: str | None,
     quiet: bool,
-    share: bool,
-    allow: tuple[str, ...],
+    opening: dict[str, Any],
     as_json: bool,
 ) -> int:
     """Tell which rules of a platform IMAGE breaks, one line each with the remedy.
@@ -56,11 +46,7 @@ def command(
     report = lint(
         image,
         profile=profile,
-        format=format,
-        read_options=read_options,
-        parent=parent,
-        allow=allow,
-        share=share,
+        **opening,
     )
     if as_json:
         print_json(report.as_dict())

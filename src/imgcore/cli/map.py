@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from imgcore.cli.common import (
-    allow_option,
-    backing_format_option,
-    format_option,
+    open_options,
     output_options,
-    parent_option,
-    read_options_option,
-    share_option,
     size_value,
     verb,
 )
@@ -26,28 +21,18 @@ if TYPE_CHECKING:
 
 
 @verb("map")
-@format_option()
+@open_options(flags={"read_options": ("-o", "--read-options")})
 @click.option(
     "--start-offset", callback=size_value, default="0", metavar="OFFSET", help="Where to start."
 )
 @click.option("--max-length", callback=size_value, metavar="LENGTH", help="How much to map.")
-@backing_format_option()
-@parent_option()
-@read_options_option("-o", "--read-options")
-@share_option()
-@allow_option()
 @output_options
 @click.argument("file")
 def command(
     file: str,
-    format: str | None,
     start_offset: int,
     max_length: int | None,
-    backing_format: str | None,
-    parent: str | None,
-    read_options: tuple[str, ...],
-    share: bool,
-    allow: tuple[str, ...],
+    opening: dict[str, Any],
     as_json: bool,
 ) -> None:
     """List where each part of the disk in the image FILE is stored, backing files included.
@@ -58,14 +43,9 @@ def command(
 
     entries = map(
         file,
-        format=format,
         start=start_offset,
         length=max_length,
-        backing_format=backing_format,
-        parent=parent,
-        read_options=read_options,
-        allow=allow,
-        share=share,
+        **opening,
     )
     lines = _json_lines(entries) if as_json else _table_lines(entries)
     sys.stdout.writelines(lines)

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from imgcore.cli.common import (
-    allow_option,
-    backing_format_option,
-    format_option,
+    open_options,
     options_option,
     output_options,
-    parent_option,
     print_json,
     print_options_help,
-    read_options_option,
-    share_option,
     size_value,
     target_driver,
     verb,
     wants_options_help,
 )
+from imgcore.formats.registry import PLAIN_FORMAT
 
 
 @verb("measure")
-@format_option()
-@click.option("-O", "--target-format", metavar="FMT", default="raw", help="Format of the target.")
+@open_options()
+@click.option(
+    "-O", "--target-format", metavar="FMT", default=PLAIN_FORMAT, help="Format of the target."
+)
 @options_option()
 @click.option("-c", "--compress", is_flag=True, help="Measure a compressed target: an upper bound.")
 @click.option(
@@ -34,27 +34,17 @@ from imgcore.cli.common import (
     callback=size_value,
     help="Size of an empty disk, in place of FILE.",
 )
-@backing_format_option()
-@parent_option()
-@read_options_option()
-@share_option()
-@allow_option()
 @output_options
 @click.argument("file", required=False)
 @click.pass_context
 def command(
     ctx: click.Context,
     file: str | None,
-    format: str | None,
     target_format: str,
     options: tuple[str, ...],
     compress: bool,
     size: int | None,
-    backing_format: str | None,
-    parent: str | None,
-    read_options: tuple[str, ...],
-    share: bool,
-    allow: tuple[str, ...],
+    opening: dict[str, Any],
     as_json: bool,
 ) -> None:
     """Tell how large a target file would be for the image FILE, or for an empty disk of --size."""
@@ -68,15 +58,10 @@ def command(
     result = measure(
         file,
         size=size,
-        format=format,
         target_format=target_format,
         options=options,
         compress=compress,
-        backing_format=backing_format,
-        parent=parent,
-        read_options=read_options,
-        allow=allow,
-        share=share,
+        **opening,
     )
     if as_json:
         print_json({"required": result.required, "fully-allocated": result.fully_allocated})

@@ -31,7 +31,7 @@ _RATE_WINDOW_SECONDS: Final = 10.0
 
 
 class Counters(Protocol):
-    """What a verb passes to its callback; all in bytes."""
+    """The values that a verb passes to its callback; all in bytes."""
 
     @property
     def done(self) -> int: ...
@@ -109,7 +109,7 @@ class Reporter:
 
     @property
     def callback(self) -> Any:
-        """What to pass as ``progress=``; None if nothing is reported."""
+        """The callback for ``progress=``; None if nothing is reported."""
         return self.update if self.interval_seconds != float("inf") else None
 
     def update(self, counters: Counters) -> None:

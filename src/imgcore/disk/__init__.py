@@ -1,1 +1,1 @@
-"""An open disk: an image with its chain of parents, and what is read of it."""
+"""An open disk: an image with its parents, the sources and sinks of a conversion."""

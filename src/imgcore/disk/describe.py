@@ -1,4 +1,4 @@
-"""What is known of an open image by its headers, in the keys of ``qemu-img info``."""
+"""Describes an open image by its headers, in the keys of ``qemu-img info``."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ from typing import TYPE_CHECKING, Any, Final
 from imgcore.text import without_secrets
 
 if TYPE_CHECKING:
-    from imgcore.files.host_file import HostFile
-    from imgcore.formats.api import Reader
+    from collections.abc import Iterable
+
+    from imgcore.disk.layer import Layer
+    from imgcore.files.byte_source import ByteSource
 
 # Keys of Reader.info() that stand beside "format-specific", not inside it.
 _TOP_LEVEL_KEYS: Final = ("cluster-size", "encrypted", "compressed", "snapshots")
 _OWN_KEYS: Final = (*_TOP_LEVEL_KEYS, "dirty-flag", "backing-filename", "backing-filename-format")
-STAT_BLOCK_NBYTES: Final = 512  # st_blocks counts these, whatever st_blksize says
 
 
-def describe_layer(file: HostFile, reader: Reader) -> dict[str, Any]:
+def describe_layer(layer: Layer) -> dict[str, Any]:
     """Return what ``info`` says about one image of a chain."""
+    file, reader = layer.file, layer.reader
     answer = dict(reader.info())
     result: dict[str, Any] = {
         "filename": file.path,
         "format": reader.format_name,
         "virtual-size": reader.virtual_size,
-        "actual-size": _actual_nbytes(file, reader),
+        "actual-size": allocated_nbytes([file, *(source.file for source in reader.sources)]),
         "dirty-flag": bool(answer.get("dirty-flag", False)),
     }
     result |= {key: answer[key] for key in _TOP_LEVEL_KEYS if answer.get(key) is not None}
@@ -44,7 +46,7 @@ def describe_layer(file: HostFile, reader: Reader) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> Any:
-    """Return what an image says without the credentials that names in it may carry."""
+    """Return a value without the credentials that names in it may carry."""
     if isinstance(value, str):
         return without_secrets(value)
     if isinstance(value, dict):
@@ -58,8 +60,7 @@ def _full_name(path: str, name: str) -> str:
     return os.path.join(os.path.dirname(path), name)
 
 
-def _actual_nbytes(file: HostFile, reader: Reader) -> int:
-    """Sum the bytes allocated on the host over the distinct files of one image."""
-    files = {file.identity: file}
-    files.update((source.file.identity, source.file) for source in reader.sources)
-    return sum(os.fstat(item.fd).st_blocks for item in files.values()) * STAT_BLOCK_NBYTES
+def allocated_nbytes(files: Iterable[ByteSource]) -> int:
+    """Sum the bytes that the host has allocated to the distinct ones among some files."""
+    distinct = {file.identity: file for file in files}
+    return sum(file.allocated_nbytes for file in distinct.values())

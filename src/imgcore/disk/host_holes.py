@@ -1,18 +1,16 @@
-"""What lies in a hole of a host file is zeros, and is not read to find that out.
+"""Turns holes of host files into zeros, so that they need not be read.
 
-Images with preallocated tables lead everywhere, although their files hold next to nothing.
+Images with preallocated tables refer to all of their file, which may be nearly empty.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from imgcore.engine.extents import EXTENT_DTYPE, Kind
-from imgcore.formats.shared.flat import sync_holes
 from imgcore.limits import MAX_BATCH_ROWS, MIB, SECTOR_NBYTES
 
 if TYPE_CHECKING:
@@ -20,7 +18,7 @@ if TYPE_CHECKING:
 
     from imgcore.engine.extents import Extents
     from imgcore.engine.sources import SourceFile
-    from imgcore.files.host_file import HostFile
+    from imgcore.files.byte_source import ByteSource
 
 # A row costs up to two system calls, which pays where there is much to read.
 _MIN_ROW_NBYTES: Final = 1 * MIB
@@ -29,7 +27,7 @@ _MIN_HOLES_SHARE: Final = 16
 
 
 class HostHoles:
-    """Tells what extents of an image lie in holes of its files.
+    """Finds the extents of an image that lie in holes of its files.
 
     Parameters
     ----------
@@ -44,7 +42,7 @@ class HostHoles:
         self._data: dict[int, tuple[int, int]] = {}
 
     def cut(self, rows: Extents) -> Iterator[Extents]:
-        """Yield a gap-free batch again, its long DATA rows cut where their file has holes.
+        """Yield a gap-free batch with its long DATA rows cut where their file has holes.
 
         Yields
         ------
@@ -113,11 +111,6 @@ class HostHoles:
                 parts.clear()
 
 
-def _is_sparse(file: HostFile) -> bool:
-    if file.is_block_device:
-        return False
-    status = os.fstat(file.fd)
-    if status.st_size - status.st_blocks * 512 <= status.st_size // _MIN_HOLES_SHARE:
-        return False
-    sync_holes(file)
-    return True
+def _is_sparse(file: ByteSource) -> bool:
+    holes_nbytes = file.nbytes - file.allocated_nbytes
+    return not file.is_block_device and holes_nbytes > file.nbytes // _MIN_HOLES_SHARE

@@ -9,16 +9,16 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from imgcore.disk.chain import open_chain
-from imgcore.files.gate import folder_names
+from imgcore.disk.options import OpenOptions
 from imgcore.formats.api import SectorSized
 from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
+    from imgcore.disk.layer import Layer
     from imgcore.disk.overlay import Depths
     from imgcore.engine.extents import Extents
     from imgcore.engine.sources import SourceFile
-    from imgcore.files.host_file import HostFile
-    from imgcore.formats.api import Reader
+    from imgcore.files.byte_source import ByteSource
 
 
 class Image:
@@ -34,17 +34,20 @@ class Image:
         Bytes of the virtual disk.
     block_size : int
         Bytes of its allocation unit (cluster, grain).
-    layers : list of Reader
+    chain : list of Layer
         The image, then its backing file, and so on.
+    layers : list of Reader
+        The reader of each.
     sources : list of SourceFile
         Every file that extents refer to by index.
     files : list of HostFile
         Every file that was opened by name, the image first.
     """
 
-    def __init__(self, path: str, layers: Sequence[Reader], files: Sequence[HostFile]) -> None:
-        self.path = path
-        self.layers = list(layers)
+    def __init__(self, chain: Sequence[Layer]) -> None:
+        self.chain = list(chain)
+        self.path = self.chain[0].file.path
+        self.layers = [layer.reader for layer in self.chain]
         self.reader = self.layers[0]
         self.format = self.reader.format_name
         self.subformat = self.reader.subformat
@@ -52,7 +55,7 @@ class Image:
         self.block_size = self.reader.block_nbytes
         self.sources: list[SourceFile] = []
         self._first_files: list[int] = []
-        self.files = list(files)
+        self.files = [layer.file for layer in self.chain]
         # Reentrant: a signal's handler may close the image in the middle of a read.
         self._lock = threading.RLock()
         self._n_users = 1  # who opened it, and reads under way
@@ -92,13 +95,13 @@ class Image:
         CorruptImageError
             A table entry lies outside its file.
         """
-        from imgcore.disk.overlay import plan_chain
+        from imgcore.disk.overlay import chain_extents
 
         length = self.virtual_size - start if length is None else length
         if start < 0 or length < 0 or start + length > self.virtual_size:
             raise ValueError(f"[{start}, {start + length}) is not inside the disk")
         if length:
-            yield from plan_chain(self.layers, self._first_files, start, length)
+            yield from chain_extents(self.layers, self._first_files, start, length)
 
     def extents(self, start: int = 0, length: int | None = None) -> Iterator[Extents]:
         """Yield extents as `layer_extents` does, without their layers."""
@@ -211,14 +214,14 @@ class Image:
         """Return what is known of the image, in the keys of ``qemu-img info --output=json``."""
         from imgcore.disk.describe import describe_layer
 
-        return describe_layer(self.files[0], self.reader)
+        return describe_layer(self.chain[0])
 
     def check_unchanged(self) -> None:
         """Raise ImgcoreError if a file of the chain has changed since it was opened."""
         for file in self.every_file():
             file.check_unchanged()
 
-    def every_file(self) -> list[HostFile]:
+    def every_file(self) -> list[ByteSource]:
         """Return the files of all layers, each once."""
         files = [*self.files, *(source.file for source in self.sources)]
         return list(dict.fromkeys(files))
@@ -239,10 +242,8 @@ class Image:
             self._n_users -= 1
             if self._n_users:
                 return
-            for layer in self.layers:
+            for layer in self.chain:
                 layer.close()
-            for file in self.files:
-                file.close()
 
     def __enter__(self) -> Image:
         return self
@@ -277,8 +278,8 @@ def open(
     backing_format : str, optional
         Format of backing files whose format the image does not state; it is never guessed.
     parent : path-like, optional
-        The image's parent (backing file), in place of what the image calls it.  Whatever the
-        image says of its parent's identity is verified all the same.
+        The image's parent (backing file), in place of the file that the image names.  Its
+        identity is verified against what the image states.
     read_options : mapping or sequence of str, optional
         How to read the image, or strings ``"key=value,..."``; of VHD ``size``: ``chs`` or
         ``current``.
@@ -297,19 +298,25 @@ def open(
     OSError
         A file cannot be opened.
     WrongFormatError, CorruptImageError, UnsupportedFeatureError, LimitExceededError
-        The image is not what it should be, or its parent is another one than it was made upon.
+        The image is not what it should be, or its parent is not the one that it was made on.
     OptionError
         ``parent`` is given for an image that has none, or a read option is unknown.
     UnsafeReferenceError
         It names a file outside the permitted folders.
     """
-    layers, files = open_chain(
-        os.fspath(path),
+    options = OpenOptions.from_keywords(
         format=format,
         backing_format=backing_format,
-        parent=None if parent is None else os.fspath(parent),
+        parent=parent,
         read_options=read_options,
-        allow=folder_names(allow),
+        allow=allow,
         share=share,
     )
-    return Image(files[0].path, layers, files)
+    return open_image(path, options)
+
+
+def open_image(
+    path: str | os.PathLike[str], options: OpenOptions, *, parents: bool = True
+) -> Image:
+    """Open an image as `open` does; without ``parents``, only its headers are of use."""
+    return Image(open_chain(path, options, parents=parents))

@@ -1,35 +1,62 @@
-"""One image without its backing files."""
+"""One image of a chain: its file, its reader, and the gate for the files that it names."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from imgcore.files.gate import ReferenceGate
+from imgcore.files.host_file import HostFile
+from imgcore.formats.registry import open_reader
 
 if TYPE_CHECKING:
-    from imgcore.files.host_file import HostFile
+    from typing import Self
+
+    from imgcore.disk.options import OpenOptions
     from imgcore.formats.api import Reader
 
 
-@contextmanager
-def open_layer(
-    path: str | os.PathLike[str],
-    *,
-    format: str | None = None,
-    read_options: Mapping[str, Any] | Sequence[str] | None = None,
-    allow: Sequence[str | os.PathLike[str]] = (),
-    share: bool = False,
-) -> Iterator[tuple[HostFile, Reader]]:
-    """Open one image without its backing files."""
-    from imgcore.files.gate import ReferenceGate, folder_names
-    from imgcore.files.host_file import HostFile
-    from imgcore.formats.registry import open_reader
+@dataclass(frozen=True)
+class Layer:
+    """An open image without its parent; a context manager.
 
-    with HostFile.open(path, share=share) as file:
-        gate = ReferenceGate(os.path.dirname(file.path), folder_names(allow))
-        reader = open_reader(file, gate, format, read_options)
-        try:
-            yield file, reader
-        finally:
-            reader.close()
+    Attributes
+    ----------
+    file : HostFile
+        The file that was opened by name.
+    gate : ReferenceGate
+        Opens the files that the image names.
+    reader : Reader
+    """
+
+    file: HostFile
+    gate: ReferenceGate
+    reader: Reader
+
+    def close(self) -> None:
+        """Close the reader with all its files; more than once is allowed."""
+        self.reader.close()
+        self.file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_layer(path: str | os.PathLike[str], options: OpenOptions) -> Layer:
+    """Open an image that the caller names, without its parent."""
+    file = HostFile.open(path, share=options.share)
+    try:
+        gate = gate_of(file, options)
+        return Layer(file, gate, open_reader(file, gate, options.format, options.read_options))
+    except BaseException:
+        file.close()
+        raise
+
+
+def gate_of(file: HostFile, options: OpenOptions) -> ReferenceGate:
+    """Return the gate of an image that the caller names."""
+    return ReferenceGate(os.path.dirname(file.path), options.allow, share=options.share)

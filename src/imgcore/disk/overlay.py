@@ -1,4 +1,4 @@
-"""Lays an image over its backing file: one answer from a chain of layers."""
+"""Lays an image over its backing file: the extents of a chain of layers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def merge(
     upper: Extents, upper_depths: Depths, lower: Extents, lower_depths: Depths
 ) -> tuple[Extents, Depths]:
-    """Return the upper layer's answer, with the lower layer's where the upper one has a hole.
+    """Return the upper layer's extents, with the lower layer's where the upper one has holes.
 
     Parameters
     ----------
@@ -45,10 +45,10 @@ def merge(
     return rows, depths
 
 
-def plan_chain(
+def chain_extents(
     layers: Sequence[Reader], first_files: Sequence[int], start: int, length: int, depth: int = 0
 ) -> Iterator[tuple[Extents, Depths]]:
-    """Yield what a chain of layers reads as, from the layer ``depth`` downwards.
+    """Yield the extents of a chain of layers, from the layer ``depth`` downwards.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ def _over_lower(
     lower_end = min(end, layers[depth + 1].virtual_size)
     at = start
     if start < lower_end:
-        for lower, lower_depths in plan_chain(
+        for lower, lower_depths in chain_extents(
             layers, first_files, start, lower_end - start, depth + 1
         ):
             until = at + int(lower["length"].sum())
@@ -94,7 +94,7 @@ def _over_lower(
             yield merge(part, np.full(len(part), depth, np.uint16), lower, lower_depths)
             at = until
     if at < end:
-        # A backing file may be shorter: behind its end there is nothing.
+        # A backing file may be shorter: there is nothing after its end.
         part = clip(rows, at, end)
         yield part, np.full(len(part), depth, np.uint16)
 

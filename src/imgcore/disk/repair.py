@@ -1,20 +1,15 @@
 """``check --repair``: a complete, verified copy with the repairs takes the image's place.
 
-The image itself is never written to.  Its copy shares its blocks where the file system can.
+The image itself is never written to.  Its copy is a reflink where the file system can.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import os
-import shutil
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from imgcore.disk.describe import STAT_BLOCK_NBYTES
 from imgcore.engine.batches import pair_up
 from imgcore.engine.extents import Kind
 from imgcore.errors import (
@@ -23,47 +18,31 @@ from imgcore.errors import (
     TargetError,
     UnsupportedFeatureError,
 )
-from imgcore.files.gate import ReferenceGate
-from imgcore.files.host_file import HostFile
+from imgcore.files.copying import copy_attributes, copy_content
 from imgcore.files.identity import same_file
 from imgcore.files.target import Target
 from imgcore.formats.api import Repairable
 from imgcore.formats.registry import get_driver
-from imgcore.limits import MAX_REPAIR_NBYTES, MIB
+from imgcore.limits import MAX_REPAIR_NBYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from imgcore.disk.layer import Layer
+    from imgcore.files.host_file import HostFile
     from imgcore.files.target_file import TargetFile
     from imgcore.formats.api import CheckReport, Reader, Repair
 
-# Linux include/uapi/linux/fs.h: _IOW(0x94, 9, int).
-_FICLONE: Final = 0x40049409
-_NO_CLONE_ERRORS: Final = (
-    errno.EOPNOTSUPP,
-    errno.ENOTTY,
-    errno.EXDEV,
-    errno.EINVAL,
-    errno.ENOSYS,
-    errno.EPERM,
-)
-# One system call's worth, so that an interruption is noticed soon.
-_COPY_NBYTES: Final = 64 * MIB
 
-
-def repair(
-    file: HostFile, reader: Reader, before: CheckReport, gate: ReferenceGate
-) -> tuple[CheckReport, list[Repair]]:
+def repair(layer: Layer, before: CheckReport) -> tuple[CheckReport, list[Repair]]:
     """Put right what can be put right safely, and check the result.
 
     Parameters
     ----------
-    file, reader : HostFile, Reader
-        The image, open; they show its former state afterwards.
+    layer : Layer
+        The image, open; it shows its former state afterwards.
     before : CheckReport
         What is wrong with it.
-    gate : ReferenceGate
-        What the image names is opened through it.
 
     Returns
     -------
@@ -77,6 +56,7 @@ def repair(
     TargetError, OSError
         The copy could not be made or take the image's place.
     """
+    file, reader = layer.file, layer.reader
     if not isinstance(reader, Repairable):
         raise UnsupportedFeatureError(
             f"nothing in {reader.format_name} images can be repaired", path=file.path
@@ -90,13 +70,13 @@ def repair(
     with Target(os.path.realpath(file.path), force=True) as target:
         if not same_file(target.identity, file.identity):
             raise TargetError("was replaced while it was checked", path=file.path)
-        _copy(file, target)
+        copy_content(file, target)
         for item in repairs:
             _apply(target.main, item)
-        after = _verify(file, reader, target.main, gate)
+        after = _verify(layer, target.main)
         if after.corruptions > before.corruptions or after.leaks > before.leaks:
             raise ImgcoreError("internal: the repairs do not help; nothing changed", path=file.path)
-        _copy_attributes(file, target.main)
+        copy_attributes(file, target.main)
         file.check_unchanged()
         target.commit()
     return after, repairs
@@ -105,10 +85,9 @@ def repair(
 def _refuse_place(file: HostFile) -> None:
     if file.is_block_device:
         raise UnsupportedFeatureError("an image on a block device is not repaired", path=file.path)
-    n_links = os.fstat(file.fd).st_nlink
-    if n_links > 1:
+    if file.n_links > 1:
         raise UnsupportedFeatureError(
-            f"the file has {n_links} names (hard links), and only one would be repaired",
+            f"the file has {file.n_links} names (hard links), and only one would be repaired",
             path=file.path,
         )
 
@@ -143,43 +122,6 @@ def _guest_data(file: HostFile, reader: Reader) -> Iterator[tuple[np.ndarray, np
         yield stored["host_offset"], stored["host_offset"] + stored["host_length"]
 
 
-# -- the copy ---------------------------------------------------------------------------
-
-
-def _copy(file: HostFile, target: Target) -> None:
-    """Copy the image; blocks are shared, or else holes stay holes."""
-    with contextlib.suppress(OSError):
-        os.fdatasync(file.fd)  # some file systems report holes where data is not written yet
-    try:
-        fcntl.ioctl(target.main.fd, _FICLONE, file.fd)
-        return
-    except OSError as error:
-        if error.errno not in _NO_CLONE_ERRORS:
-            raise OSError(error.errno, error.strerror, file.path) from error
-    target.require_space(os.fstat(file.fd).st_blocks * STAT_BLOCK_NBYTES)
-    target.main.truncate(file.nbytes)
-    start, end = file.core.next_data(0)
-    while start < end:
-        _copy_range(file, target.main, start, end)
-        start, end = file.core.next_data(end)
-
-
-def _copy_range(file: HostFile, copy: TargetFile, start: int, end: int) -> None:
-    while start < end:
-        nbytes = min(end - start, _COPY_NBYTES)
-        try:
-            done = os.copy_file_range(file.fd, copy.fd, nbytes, start, start)
-        except OSError as error:
-            if error.errno not in _NO_CLONE_ERRORS:
-                raise OSError(error.errno, error.strerror, file.path) from error
-            done = 0
-        if done == 0:
-            data = file.pread(start, min(nbytes, MIB))
-            copy.pwrite(start, data)
-            done = len(data)
-        start += done
-
-
 def _apply(copy: TargetFile, item: Repair) -> None:
     if item.file_nbytes is not None:
         copy.truncate(item.file_nbytes)
@@ -189,32 +131,15 @@ def _apply(copy: TargetFile, item: Repair) -> None:
         copy.pwrite(offset, data)
 
 
-def _copy_attributes(file: HostFile, copy: TargetFile) -> None:
-    """Give the copy the image's owner, mode, times and extended attributes.
-
-    Its time of modification as well: children may have recorded it, and the content they are
-    made upon is the same.
-    """
-    status, own = os.fstat(file.fd), os.fstat(copy.fd)
-    if (status.st_uid, status.st_gid) != (own.st_uid, own.st_gid):
-        try:
-            os.fchown(copy.fd, status.st_uid, status.st_gid)
-        except OSError as error:
-            raise OSError(
-                error.errno, "The repaired copy cannot be given the image's owner", file.path
-            ) from error
-    with contextlib.suppress(OSError):
-        shutil.copystat(f"/proc/self/fd/{file.fd}", f"/proc/self/fd/{copy.fd}")
-
-
 # -- verification -------------------------------------------------------------------------
 
 
-def _verify(file: HostFile, reader: Reader, copy: TargetFile, gate: ReferenceGate) -> CheckReport:
+def _verify(layer: Layer, copy: TargetFile) -> CheckReport:
     """Check the copy, which has to read from the same places as the image."""
+    file, reader = layer.file, layer.reader
     # The image's own name: it stands in messages.
-    with HostFile(os.dup(copy.fd), file.path, device=False) as opened:
-        repaired = get_driver(reader.format_name).open(opened, gate)
+    with copy.reopened(file.path) as opened:
+        repaired = get_driver(reader.format_name).open(opened, layer.gate)
         try:
             if not _reads_the_same(reader, repaired):
                 raise ImgcoreError(
@@ -231,5 +156,5 @@ def _reads_the_same(a: Reader, b: Reader) -> bool:
         return False
     if not a.virtual_size:
         return True
-    plans = (reader.plan(0, reader.virtual_size) for reader in (a, b))
-    return all(np.array_equal(rows_a, rows_b) for _, _, rows_a, rows_b in pair_up(*plans))
+    both = (reader.plan(0, reader.virtual_size) for reader in (a, b))
+    return all(np.array_equal(rows_a, rows_b) for _, _, rows_a, rows_b in pair_up(*both))

@@ -1,4 +1,4 @@
-"""Cuts a plan into the batches that the engine is given."""
+"""Cuts extents into the batches that the engine is given."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from imgcore.engine.extents import Kind, clip
 from imgcore.limits import MAX_BATCH_ROWS
 
 if TYPE_CHECKING:
+    from imgcore._core import File
     from imgcore.engine.extents import Extents
 
 
@@ -26,14 +27,27 @@ class Batch(NamedTuple):
     base: Extents | None = None
 
 
+class Supply(NamedTuple):
+    """What the engine reads a disk from.
+
+    ``native_sources`` are the files that the batches' extents refer to by index: file, size,
+    guest base, block size; ``paths`` are their names.  When a batch is taken, the one before
+    it stays valid.
+    """
+
+    paths: list[str]
+    native_sources: list[tuple[File, int, int, int]]
+    batches: Iterator[Batch]
+
+
 def cut_batches(
-    plan: Iterator[Extents], *, unit: int, max_nbytes: int, disk_end: int, skip_empty: bool
+    extents: Iterator[Extents], *, unit: int, max_nbytes: int, disk_end: int, skip_empty: bool
 ) -> Iterator[Batch]:
     """Yield batches that start and end at multiples of ``unit``, or at the disk's end.
 
     Parameters
     ----------
-    plan : iterator of ndarray
+    extents : iterator of ndarray
         Gap-free extents of ``[0, disk_end)``.
     unit : int
         Bytes: the target's block, or a group of blocks with a table of its own.
@@ -43,7 +57,7 @@ def cut_batches(
     disk_end : int
         Bytes.
     skip_empty : bool
-        Leave out units without data: the target reads as zeros there anyhow.
+        Leave out units without data: the target already reads as zeros there.
 
     Yields
     ------
@@ -52,11 +66,11 @@ def cut_batches(
 
     Notes
     -----
-    Memory: the rows of one unit, and of one batch of the plan.
+    Memory: the rows of one unit, and of one batch of extents.
     """
     pending: list[Extents] = []
     start = end = n_rows = 0
-    for rows in plan:
+    for rows in extents:
         pending.append(rows)
         n_rows += len(rows)
         end = _end(rows)
@@ -108,7 +122,7 @@ def _filled_ranges(
 def pair_up(
     a: Iterator[Extents], b: Iterator[Extents]
 ) -> Iterator[tuple[int, int, Extents, Extents]]:
-    """Yield the rows of two gap-free plans of one range, cut where either has a batch's end.
+    """Yield the rows of two layouts of one range, cut where either has the end of a batch.
 
     Parameters
     ----------

@@ -85,3 +85,8 @@ class Geometry(NamedTuple):
     group_gap_nbytes: int = 0
     stored_prefix_nbytes: int = 0
     stored_prefix_byte: int = 0xFF
+
+    @property
+    def unit_nbytes(self) -> int:
+        """Where batches may end: whole blocks, or groups of blocks with a table of their own."""
+        return self.block_nbytes * max(self.group_nblocks, 1)

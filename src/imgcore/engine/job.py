@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from imgcore import _core
+from imgcore._core import Status
 from imgcore.errors import (
     ConversionCancelled,
     CorruptImageError,
@@ -17,11 +18,7 @@ from imgcore.errors import (
     OptionError,
     UnsupportedFeatureError,
 )
-
-MAX_THREADS = 256
-
-# enum imgc_status
-_IO, _OUT_OF_RANGE, _CORRUPT, _UNSUPPORTED, _LIMIT, _CANCELLED = -1, -3, -4, -5, -6, -8
+from imgcore.limits import MAX_THREADS
 
 
 def thread_count(threads: int | None) -> int:
@@ -78,25 +75,28 @@ def translated_errors(paths: Sequence[str], target: str | None = None) -> Iterat
 
 def _translate(error: _core.CoreError, path: str | None) -> Exception:
     where: dict[str, Any] = {"path": path, "offset": error.offset}
-    if error.status == _IO:
-        text = os.strerror(error.os_errno)
-        if error.os_errno not in (errno.ENOSPC, errno.EDQUOT):
-            text += f" ({error.op} at 0x{error.offset:x})"
-        return OSError(error.os_errno, text, path)
-    if error.status == _CANCELLED:
-        return ConversionCancelled("cancelled")
-    if error.status == _CORRUPT:
-        what = "grain marker does not match its grain"
-        if error.op == "decompress":
+    at = f"0x{error.offset:x}"
+    match error.status:
+        case Status.IO:
+            text = os.strerror(error.os_errno)
+            if error.os_errno not in (errno.ENOSPC, errno.EDQUOT):
+                text += f" ({error.op} at {at})"
+            return OSError(error.os_errno, text, path)
+        case Status.CANCELLED:
+            return ConversionCancelled("cancelled")
+        case Status.CORRUPT:
             what = "compressed block does not decompress to a whole block"
-        return CorruptImageError(f"{what} (at 0x{error.offset:x})", **where)
-    if error.status == _OUT_OF_RANGE and error.op == "pread":
-        return CorruptImageError(f"the file ends before 0x{error.offset:x}", **where)
-    if error.status == _LIMIT and error.op == "salvage":
-        what = f"more than {_core.MAX_BAD_RANGES} separate ranges cannot be read"
-        return LimitExceededError(f"{what}, the last at 0x{error.offset:x} of the disk", path=path)
-    if error.status == _LIMIT:
-        return LimitExceededError(f"grows past what the format can address ({error.op})", **where)
-    if error.status == _UNSUPPORTED:
-        return UnsupportedFeatureError(f"{error.op} is not available here", **where)
+            return CorruptImageError(f"{what} (at {at})", **where)
+        case Status.BAD_GRAIN_MARKER:
+            return CorruptImageError(f"grain marker does not match its grain (at {at})", **where)
+        case Status.PAST_END:
+            return CorruptImageError(f"the file ends before {at}", **where)
+        case Status.TOO_MANY_BAD_RANGES:
+            what = f"more than {_core.MAX_BAD_RANGES} separate ranges cannot be read"
+            return LimitExceededError(f"{what}, the last at {at} of the disk", path=path)
+        case Status.LIMIT:
+            what = "grows past what the format can address"
+            return LimitExceededError(f"{what} ({error.op})", **where)
+        case Status.UNSUPPORTED:
+            return UnsupportedFeatureError(f"{error.op} is not available here", **where)
     return ImgcoreError(f"internal: {error.op} refused row {error.offset}", path=path)

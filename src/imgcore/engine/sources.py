@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from imgcore import _core
-    from imgcore.files.host_file import HostFile
+    from imgcore.files.byte_source import ByteSource
 
 
 class SourceFile(NamedTuple):
@@ -17,7 +17,7 @@ class SourceFile(NamedTuple):
     ``guest_base + k * block_nbytes``; ``block_nbytes`` is 0 for a file without any.
     """
 
-    file: HostFile
+    file: ByteSource
     guest_base: int = 0
     block_nbytes: int = 0
 

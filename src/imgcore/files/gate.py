@@ -18,6 +18,8 @@ from imgcore.files.host_file import OPEN_FLAGS, HostFile
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from imgcore.files.byte_source import ByteSource
+
 
 def folder_names(allow: Iterable[str | os.PathLike[str]]) -> list[str]:
     """Return allowed folders as the gate takes them; OptionError for a single one.
@@ -57,7 +59,7 @@ class ReferenceGate:
                 raise OptionError(f"{name}: the allowed folder does not exist or is no folder")
         self._inherited: tuple[str, ...] = ()
 
-    def beside(self, file: HostFile) -> ReferenceGate:
+    def beside(self, file: ByteSource) -> ReferenceGate:
         """Return the gate for a file that came through this one: its folder, and this gate's."""
         gate = ReferenceGate(os.path.dirname(file.path), self.allowed, share=self.share)
         gate._inherited = (self.folder, *self._inherited)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import stat
@@ -15,8 +16,8 @@ from imgcore.files.identity import (
     describe_file_type,
     file_identity,
 )
-from imgcore.files.locks import QEMU_DENIES_READING, QEMU_WRITES, is_locked_by_other
-from imgcore.files.retry import READ_ERRORS, patiently
+from imgcore.files.locks import refuse_image_being_written
+from imgcore.files.retry import READ_ERRORS, retrying
 
 if TYPE_CHECKING:
     from typing import Self
@@ -30,6 +31,8 @@ OPEN_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 _MAX_READ_NBYTES: Final = 0x7FFFF000
 
 
+# st_blocks counts these, whatever st_blksize says (Linux stat(2)).
+_STAT_BLOCK_NBYTES: Final = 512
 _XFS_SUPER_MAGIC: Final = 0x58465342  # Linux include/uapi/linux/magic.h
 
 
@@ -47,25 +50,22 @@ def is_on_xfs(fd: int) -> bool:
 class HostFile:
     """A file of the host, open for reading: a regular file or a block device.
 
+    It is a `ByteSource`, whose contract stands there; the members beyond that are about the
+    file's place on the host.
+
     Attributes
     ----------
-    path : str
-        As given; stands in messages.
     fd : int
-        The descriptor, owned by this object.
-    nbytes : int
-        The size when it was opened.
-    is_block_device : bool
-    identity : tuple of two ints
-        Equal for two objects only if they are the same file.
+        The descriptor, owned by this object; only `imgcore.files` uses it.
     """
 
     def __init__(self, fd: int, path: str, *, share: bool = False, device: bool = True) -> None:
         """Take over an open descriptor; it is closed if the file is refused."""
         self.path = path
         self.fd = fd
+        self.share = share
         self._core: File | None = None
-        self._share = share
+        self._knows_holes = False
         self._absolute_path = os.path.abspath(path)
         try:
             self._status = os.fstat(fd)
@@ -78,7 +78,7 @@ class HostFile:
             # io_uring fails reads of what is not cached on a non-blocking file.
             fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
             if not share:
-                self._refuse_lock()
+                refuse_image_being_written(fd, path)
         except BaseException:
             self.close()
             raise
@@ -110,19 +110,23 @@ class HostFile:
         _refuse_type(os.stat(name).st_mode, name)
         return cls(os.open(name, OPEN_FLAGS), name, share=share)
 
+    @classmethod
+    def in_memory(cls, content: bytes | bytearray, name: str) -> Self:
+        """Return an anonymous file that holds ``content``; ``name`` stands in messages."""
+        fd = os.memfd_create("imgcore", os.MFD_CLOEXEC)
+        try:
+            with open(fd, "wb", closefd=False) as writer:
+                writer.write(content)
+        except OSError as error:
+            os.close(fd)
+            error.filename = name
+            raise
+        return cls(fd, name, share=True)
+
     def _find_nbytes(self) -> int:
         if self.is_block_device:
             return os.lseek(self.fd, 0, os.SEEK_END)
         return self._status.st_size
-
-    def _refuse_lock(self) -> None:
-        for byte in (QEMU_WRITES, QEMU_DENIES_READING):
-            if is_locked_by_other(self.fd, byte):
-                raise ImgcoreError(
-                    "in use by another process that writes to it (QEMU's image lock); "
-                    "-U reads it nevertheless",
-                    path=self.path,
-                )
 
     @property
     def modified(self) -> int:
@@ -130,9 +134,18 @@ class HostFile:
         return int(self._status.st_mtime)
 
     @property
-    def share(self) -> bool:
-        """Whether another process may be writing to the file."""
-        return self._share
+    def allocated_nbytes(self) -> int:
+        """Bytes that the host has allocated by now; 0 for a block device."""
+        return os.fstat(self.fd).st_blocks * _STAT_BLOCK_NBYTES
+
+    @property
+    def n_links(self) -> int:
+        """Names (hard links) that the file has now."""
+        return os.fstat(self.fd).st_nlink
+
+    def attribute(self, name: str) -> bytes:
+        """Return an extended attribute; OSError if the file has none of that name."""
+        return os.getxattr(self.fd, name)
 
     @property
     def core(self) -> File:
@@ -144,15 +157,7 @@ class HostFile:
         return self._core
 
     def pread(self, offset: int, length: int) -> bytes:
-        """Return exactly ``length`` bytes from ``offset`` on.
-
-        Raises
-        ------
-        CorruptImageError
-            The range does not lie inside the file; nothing was allocated for it.
-        OSError
-            The system cannot read it.
-        """
+        """Return exactly ``length`` bytes from ``offset`` on; see `ByteSource.pread`."""
         self._check_range(offset, length)
         first = self._read_some(offset, length)
         if len(first) == length:
@@ -195,29 +200,34 @@ class HostFile:
     def _read_some(self, offset: int, length: int) -> bytes:
         try:
             nbytes = min(length, _MAX_READ_NBYTES)
-            return patiently(lambda: os.pread(self.fd, nbytes, offset), READ_ERRORS)
+            return retrying(lambda: os.pread(self.fd, nbytes, offset), READ_ERRORS)
         except OSError as error:
             text = f"{os.strerror(error.errno or 0)} (reading {length} bytes at 0x{offset:x})"
             raise OSError(error.errno, text, self.path) from error
 
     def next_data(self, position: int) -> tuple[int, int]:
-        """Return [start, end) of the next data at or after a place, ``start >= end`` for none.
-
-        What a file has lost since it was opened counts as data: reading it has to fail, where
-        a hole would read as zeros.
-        """
+        """Return [start, end) of the next data at or after a place; see `ByteSource.next_data`."""
+        if not self._knows_holes:
+            self._sync_holes()
+            self._knows_holes = True
         start, end = self.core.next_data(position)
         if start < end or self.is_block_device or os.fstat(self.fd).st_size >= self.nbytes:
             return start, end
         return position, self.nbytes
 
-    def check_unchanged(self) -> None:
-        """Raise ImgcoreError if the file has changed since it was opened.
+    def _sync_holes(self) -> None:
+        """Write back what the file has in memory, if its holes cannot be trusted otherwise.
 
-        Size and time of modification are compared, and whether the name still is this file's;
-        of a block device only the size.  A shared file may change.
+        XFS can report a hole where a reflinked file has data that is not written back yet.
         """
-        if self._share:
+        with contextlib.suppress(OSError):
+            has_holes = self.allocated_nbytes < os.fstat(self.fd).st_size
+            if not self.is_block_device and has_holes and is_on_xfs(self.fd):
+                os.fdatasync(self.fd)
+
+    def check_unchanged(self) -> None:
+        """Raise ImgcoreError if the file has changed; see `ByteSource.check_unchanged`."""
+        if self.share:
             return
         now = os.fstat(self.fd)
         if self.is_block_device:

@@ -1,22 +1,25 @@
-"""The locks by which QEMU marks an image as in use."""
+"""Locks: those by which QEMU marks an image as in use, and those among our own processes."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import os
 import struct
-from typing import Final
+import time
+from typing import TYPE_CHECKING, Final
+
+from imgcore.errors import ImgcoreError, TargetError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # Bytes that QEMU locks in an image (QEMU block/file-posix.c): 100 + p while it uses
 # permission p, 200 + p while it does not tolerate p in others.
-QEMU_WRITES: Final = 101
-
-
-QEMU_DENIES_READING: Final = 200
-
-
-QEMU_DENIES_WRITING: Final = 201
-
+_QEMU_WRITES: Final = 101
+_QEMU_DENIES_READING: Final = 200
+_QEMU_DENIES_WRITING: Final = 201
 
 # From Linux include/uapi/asm-generic/fcntl.h; Python's fcntl lacks it before 3.9 and on some libcs.
 _F_OFD_GETLK: Final[int] = getattr(fcntl, "F_OFD_GETLK", 36)
@@ -25,8 +28,26 @@ _F_OFD_GETLK: Final[int] = getattr(fcntl, "F_OFD_GETLK", 36)
 # struct flock with 64-bit offsets: l_type, l_whence, l_start, l_len, l_pid.
 _FLOCK: Final = struct.Struct("@hhqqi4x")
 
+_FOLDER_LOCK_SECONDS: Final = 5.0
 
-def is_locked_by_other(fd: int, byte: int) -> bool:
+
+def refuse_image_being_written(fd: int, path: str) -> None:
+    """Raise ImgcoreError if QEMU writes to an image that is to be read."""
+    if _is_locked_by_other(fd, _QEMU_WRITES) or _is_locked_by_other(fd, _QEMU_DENIES_READING):
+        raise ImgcoreError(
+            "in use by another process that writes to it (QEMU's image lock); "
+            "-U reads it nevertheless",
+            path=path,
+        )
+
+
+def refuse_image_in_use(fd: int, path: str) -> None:
+    """Raise TargetError if QEMU uses an image that is to be replaced or written to."""
+    if _is_locked_by_other(fd, _QEMU_WRITES) or _is_locked_by_other(fd, _QEMU_DENIES_WRITING):
+        raise TargetError("in use by another process (QEMU's image lock)", path=path)
+
+
+def _is_locked_by_other(fd: int, byte: int) -> bool:
     """Tell whether another open file holds a lock of any kind on one byte of the file."""
     request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
     try:
@@ -34,3 +55,32 @@ def is_locked_by_other(fd: int, byte: int) -> bool:
     except OSError:
         return False  # a file system without locks: QEMU cannot hold one either
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+
+
+def lock(fd: int) -> bool:
+    """Mark a temporary as in use; False if somebody else holds it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # no locks on this file system: stale files then stay for ever
+    return True
+
+
+@contextlib.contextmanager
+def folder_lock(folder_fd: int, path: str) -> Iterator[None]:
+    """Keep two jobs from mixing their files while each renames several.
+
+    Somebody else's lock on the folder is waited for, but not for ever.
+    """
+    deadline = time.monotonic() + _FOLDER_LOCK_SECONDS
+    while not lock(folder_fd):
+        if time.monotonic() > deadline:
+            raise OSError(errno.EAGAIN, "The folder stays locked by another process", path)
+        time.sleep(0.02)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(folder_fd, fcntl.LOCK_UN)

@@ -23,7 +23,7 @@ READ_ERRORS: Final = frozenset({errno.EIO, errno.EAGAIN, errno.ETIMEDOUT})
 WRITE_ERRORS: Final = frozenset({errno.EAGAIN})
 
 
-def patiently(call: Callable[[], Result], transient: frozenset[int]) -> Result:
+def retrying(call: Callable[[], Result], transient: frozenset[int]) -> Result:
     """Return what ``call`` returns; an OSError of a transient kind is given a few more chances."""
     for pause in _PAUSES:
         try:

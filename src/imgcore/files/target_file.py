@@ -9,7 +9,8 @@ import stat
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from imgcore.files.retry import READ_ERRORS, WRITE_ERRORS, patiently
+from imgcore.files.host_file import HostFile
+from imgcore.files.retry import READ_ERRORS, WRITE_ERRORS, retrying
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,7 +29,7 @@ class TargetFile:
     path : str
         The final name; stands in messages.
     fd : int
-        Open for reading and writing, owned by this object.
+        Open for reading and writing, owned by this object; only `imgcore.files` uses it.
     """
 
     def __init__(self, fd: int, path: str) -> None:
@@ -50,18 +51,27 @@ class TargetFile:
         """The size now; of a block device, its capacity."""
         return os.lseek(self.fd, 0, os.SEEK_END)
 
+    @property
+    def file_size(self) -> int:
+        """The size that the file system states: 0 for a block device."""
+        return os.fstat(self.fd).st_size
+
+    def reopened(self, path: str) -> HostFile:
+        """Return the file for reading, under another name in messages; both are closed alone."""
+        return HostFile(os.dup(self.fd), path, device=False)
+
     def pwrite(self, offset: int, data: Any) -> None:
         """Write a whole buffer at ``offset``; raises OSError with the file's name."""
         with memoryview(data) as view, view.cast("B") as octets, named_errors(self.path):
             done = 0
             while done < len(octets):
                 rest, at = octets[done:], offset + done
-                done += patiently(partial(os.pwrite, self.fd, rest, at), WRITE_ERRORS)
+                done += retrying(partial(os.pwrite, self.fd, rest, at), WRITE_ERRORS)
 
     def pread(self, offset: int, length: int) -> bytes:
         """Return what was written, up to ``length`` bytes, fewer at the file's end."""
         with named_errors(self.path):
-            return patiently(lambda: os.pread(self.fd, length, offset), READ_ERRORS)
+            return retrying(lambda: os.pread(self.fd, length, offset), READ_ERRORS)
 
     def truncate(self, nbytes: int) -> None:
         """Set the file's size; a block device has to be large enough and stays as it is."""

@@ -7,17 +7,16 @@ the process and a random number.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import re
-import time
 from typing import TYPE_CHECKING, Final
 
+from imgcore.files.locks import folder_lock
 from imgcore.log import log
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    pass
 
 _NAME_MAX: Final = 255  # bytes in a file name, Linux include/uapi/linux/limits.h
 _BACKUP_SUFFIX: Final = "-old"
@@ -25,7 +24,6 @@ _BACKUP_SUFFIX: Final = "-old"
 _ROOM: Final = _NAME_MAX - len(b"..imgcore-") - 7 - 1 - 12 - len(_BACKUP_SUFFIX)
 # Final name, and token.
 _BACKUP: Final = re.compile(r"\.(.+)\.imgcore-(\d+-[0-9a-f]{12})-old", re.DOTALL)
-_FOLDER_LOCK_SECONDS: Final = 5.0
 
 
 def new_token() -> str:
@@ -47,17 +45,6 @@ def _temporary_prefix(name: str) -> str:
     """Return the start of the temporaries' names, short enough for what follows it."""
     short = os.fsdecode(os.fsencode(name)[:_ROOM])
     return f".{short}.imgcore-"
-
-
-def lock(fd: int) -> bool:
-    """Mark a temporary as in use; False if somebody else holds it."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True  # no locks on this file system: stale files then stay for ever
-    return True
 
 
 def remove_stale(folder_fd: int, name: str) -> None:
@@ -153,53 +140,3 @@ def _is_alive(pid: int) -> bool:
     except OSError:
         return True
     return True
-
-
-@contextlib.contextmanager
-def folder_lock(folder_fd: int, path: str) -> Iterator[None]:
-    """Keep two jobs from mixing their files while each renames several.
-
-    Somebody else's lock on the folder is waited for, but not for ever.
-    """
-    deadline = time.monotonic() + _FOLDER_LOCK_SECONDS
-    while not lock(folder_fd):
-        if time.monotonic() > deadline:
-            raise OSError(errno.EAGAIN, "The folder stays locked by another process", path)
-        time.sleep(0.02)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            fcntl.flock(folder_fd, fcntl.LOCK_UN)
-
-
-_RENAME_NOREPLACE: Final = 1  # Linux include/uapi/linux/fs.h
-
-
-def rename_without_replacing(folder_fd: int, old: str, new: str) -> None:
-    """Rename inside a folder; FileExistsError if the new name is taken at that instant."""
-    import ctypes
-
-    code = errno.ENOSYS
-    libc = ctypes.CDLL(None, use_errno=True)
-    if hasattr(libc, "renameat2"):
-        names = os.fsencode(old), os.fsencode(new)
-        if not libc.renameat2(folder_fd, names[0], folder_fd, names[1], _RENAME_NOREPLACE):
-            return
-        code = ctypes.get_errno()
-    # These mean that the file system or the kernel does not know the flag.
-    if code not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM):
-        raise OSError(code, os.strerror(code), new)
-    try:
-        os.link(old, new, src_dir_fd=folder_fd, dst_dir_fd=folder_fd, follow_symlinks=False)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
-            raise
-    else:
-        os.unlink(old, dir_fd=folder_fd)
-        return
-    # Neither (FAT and its like): all that is left is to look first.
-    with contextlib.suppress(FileNotFoundError):
-        os.stat(new, dir_fd=folder_fd, follow_symlinks=False)
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), new)
-    os.rename(old, new, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)

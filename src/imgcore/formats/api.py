@@ -10,13 +10,14 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, cast, runtime_checkable
 
 from imgcore.engine.sources import SourceFile
+from imgcore.errors import OptionError
 from imgcore.text import without_secrets
 
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents, Placements
     from imgcore.engine.geometry import Geometry
+    from imgcore.files.byte_source import ByteSource
     from imgcore.files.gate import ReferenceGate
-    from imgcore.files.host_file import HostFile
     from imgcore.files.target import Target
     from imgcore.files.target_file import TargetFile
 
@@ -63,6 +64,8 @@ class Reader(Protocol):
     """Answers one question: where is guest range [a, b)?  It never moves guest bytes."""
 
     format_name: ClassVar[str]
+    # The disk is its only file, byte for byte: a HOLE of it is a place in that file too.
+    is_flat: ClassVar[bool]
 
     @property
     def subformat(self) -> str | None:
@@ -120,7 +123,7 @@ class Reader(Protocol):
         ...
 
     def check(self) -> CheckReport:
-        """Verify the image's tables; raises UnsupportedFeatureError if the format has none."""
+        """Verify the image's tables; see `Driver.has_tables`."""
         ...
 
     def close(self) -> None:
@@ -231,6 +234,11 @@ class WriteRequest(NamedTuple):
     target_name: str = ""
     logical_sector_nbytes: int | None = None
 
+    @property
+    def takes_space(self) -> bool:
+        """Whether all of the target's space is taken at once, and so in blocks of its own."""
+        return self.options.get("preallocation") in ("falloc", "full")
+
 
 class Writer(Protocol):
     """States a target geometry, then turns placements into tables.  It never moves guest bytes."""
@@ -311,19 +319,25 @@ class Driver:
         Returns a `Reader` for a file, a gate for what the image names, and the values of
         ``read_options``; the parent is not opened.  Raises WrongFormatError only if the magic is
         absent.
-    writing : str
+    writing : str or None
         Module with ``writer_for(request)`` and ``measure(request, data_nbytes)``; it is imported
-        when it is needed, since it imports NumPy.
+        when it is needed, since it imports NumPy.  None if images are read only.
+    writes_in_place : bool
+        Whether an image may be written into an existing file or a block device.
+    has_tables : bool
+        Whether images have tables, so that there is something to check.
     """
 
     name: str
     options: tuple[Option, ...]
-    read: Callable[[HostFile, ReferenceGate, Mapping[str, Any]], Reader]
-    writing: str
+    read: Callable[[ByteSource, ReferenceGate, Mapping[str, Any]], Reader]
+    writing: str | None
     read_options: tuple[Option, ...] = ()
+    writes_in_place: bool = False
+    has_tables: bool = True
 
     def open(
-        self, file: HostFile, gate: ReferenceGate, values: Mapping[str, Any] | None = None
+        self, file: ByteSource, gate: ReferenceGate, values: Mapping[str, Any] | None = None
     ) -> Reader:
         """Open an image; ``values`` are the parsed ``read_options``, their defaults if None."""
         if values is None:
@@ -332,9 +346,13 @@ class Driver:
 
     def writer(self, request: WriteRequest) -> Writer:
         """Return a writer; raises OptionError or LimitExceededError."""
-        return cast("Writer", importlib.import_module(self.writing).writer_for(request))
+        return cast("Writer", self._writing_module().writer_for(request))
 
     def measure(self, request: WriteRequest, data_nbytes: int) -> Measurement:
         """Return the file size needed for ``data_nbytes`` of allocated blocks."""
-        module = importlib.import_module(self.writing)
-        return cast("Measurement", module.measure(request, data_nbytes))
+        return cast("Measurement", self._writing_module().measure(request, data_nbytes))
+
+    def _writing_module(self) -> Any:
+        if self.writing is None:
+            raise OptionError(f"{self.name} images are read, not written")
+        return importlib.import_module(self.writing)

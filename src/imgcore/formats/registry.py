@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Final, NamedTuple, cast
 from imgcore.errors import OptionError, UnsupportedFeatureError, WrongFormatError
 from imgcore.formats.magic import HEAD_NBYTES, TAIL_NBYTES, matching_formats
 from imgcore.formats.option_texts import parse_values
+from imgcore.streams.names import CODEC_OF_SUFFIX, RAW_SUFFIXES, stream_suffix
 
 if TYPE_CHECKING:
+    from imgcore.files.byte_source import ByteSource
     from imgcore.files.gate import ReferenceGate
-    from imgcore.files.host_file import HostFile
     from imgcore.formats.api import Driver, Reader
     from imgcore.formats.option_texts import OptionTexts
-    from imgcore.streams.source import StreamSource
 
 
 class Entry(NamedTuple):
@@ -38,11 +38,23 @@ DRIVERS: Final = (
     Entry("vhd", "imgcore.formats.vhd.driver", (".vhd", ".vpc"), ("vpc",)),
     Entry("vhdx", "imgcore.formats.vhdx.driver", (".vhdx",)),
     Entry("vdi", "imgcore.formats.vdi.driver", (".vdi",)),
-    Entry("raw", "imgcore.formats.raw.driver", (".raw", ".img", ".dd", ".bin")),
+    Entry("raw", "imgcore.formats.raw.driver", RAW_SUFFIXES),
 )
 
-STREAM_SUFFIXES: Final = (".zst", ".gz")
-STREAM_MAGICS: Final = ("zstd", "gzip")
+# The format without a header: the disk's bytes and nothing else.  It has no magic.
+PLAIN_FORMAT: Final = "raw"
+
+# Formats that are told apart by their magic but not read: what their images are called.
+NOT_READ: Final = {
+    "qcow": "QCOW version 1 images",
+    "parallels": "Parallels disks",
+    "bochs": "Bochs disks",
+    "qed": "QED images",
+    "luks": "LUKS containers",
+    "dmg": "Apple DMG images",
+    "cloop": "cloop images",
+    "xz": "xz streams",
+}
 
 
 def _index() -> dict[str, Entry]:
@@ -59,31 +71,25 @@ _ENTRIES: Final = _index()
 
 
 def format_names() -> tuple[str, ...]:
-    """Return the names of the formats that can be read and written."""
+    """Return the names of the formats that have a driver, and so can be read."""
     return tuple(entry.name for entry in DRIVERS)
 
 
 def canonical_name(name: str) -> str:
-    """Return a format's own name for a name or alias; OptionError if there is none such."""
+    """Return a format's own name for a name or alias; OptionError if it has no driver."""
     entry = _ENTRIES.get(name)
     if entry is None:
-        known = ", ".join(entry.name for entry in DRIVERS)
+        known = ", ".join(format_names())
+        if name in NOT_READ:
+            raise OptionError(f"{NOT_READ[name]} are neither read nor written: known are {known}")
         raise OptionError(f"unknown format {name!r}: known are {known}")
     return entry.name
 
 
 def get_driver(name: str) -> Driver:
-    """Return the driver of a format, by its name or alias; OptionError if there is none such."""
+    """Return the driver of a format, by its name or alias; OptionError if it has none."""
     module = importlib.import_module(_ENTRIES[canonical_name(name)].module)
     return cast("Driver", module.DRIVER)
-
-
-def stream_suffix(path: str) -> str | None:
-    """Return ``.zst`` or ``.gz`` if the name is that of a compressed raw disk, else None."""
-    stem, suffix = os.path.splitext(path.lower())
-    if suffix in STREAM_SUFFIXES and os.path.splitext(stem)[1] in _ENTRIES["raw"].suffixes:
-        return suffix
-    return None
 
 
 def format_from_suffix(path: str | os.PathLike[str]) -> str | None:
@@ -93,7 +99,7 @@ def format_from_suffix(path: str | os.PathLike[str]) -> str | None:
     """
     name = os.fspath(path)
     if stream_suffix(name) is not None:
-        return "raw"
+        return PLAIN_FORMAT
     suffix = os.path.splitext(name)[1].lower()
     for entry in DRIVERS:
         if suffix in entry.suffixes:
@@ -102,19 +108,19 @@ def format_from_suffix(path: str | os.PathLike[str]) -> str | None:
         is_block_device = stat.S_ISBLK(os.stat(name).st_mode)
     except OSError:
         return None
-    return "raw" if is_block_device else None
+    return PLAIN_FORMAT if is_block_device else None
 
 
-def _matches(file: HostFile) -> list[str]:
+def _matches(file: ByteSource) -> list[str]:
     head = file.pread(0, min(HEAD_NBYTES, file.nbytes))
     tail_nbytes = min(TAIL_NBYTES, file.nbytes)
     return matching_formats(head, file.pread(file.nbytes - tail_nbytes, tail_nbytes))
 
 
-def probe(file: HostFile) -> str | None:
+def probe(file: ByteSource) -> str | None:
     """Return the one format whose magic the file carries, never raw, or None.
 
-    The answer may be a format that imgcore knows by its magic alone.
+    The answer may be a stream's, or a format's that is not read (`NOT_READ`).
 
     Raises
     ------
@@ -132,7 +138,7 @@ def probe(file: HostFile) -> str | None:
 
 
 def open_reader(
-    file: HostFile,
+    file: ByteSource,
     gate: ReferenceGate,
     format: str | None = None,
     options: OptionTexts | None = None,
@@ -141,7 +147,7 @@ def open_reader(
 
     Parameters
     ----------
-    file : HostFile
+    file : ByteSource
         Stays the caller's to close if this raises; closing the reader is enough otherwise
         for raw, and both may be closed in any order.
     gate : ReferenceGate
@@ -159,21 +165,21 @@ def open_reader(
     WrongFormatError
         The file is not of the stated format, or its format cannot be told safely.
     UnsupportedFeatureError
-        The format is known but not supported.
+        The format is known by its magic, but not read.
     """
     if format is None:
         name = _find_format(file)
     else:
         name = canonical_name(format)
         _refuse_other_format(file, name)
-    if name in STREAM_MAGICS:
+    if name in CODEC_OF_SUFFIX.values():
         raise UnsupportedFeatureError(
             f"a {name} stream has no random access: convert, info and measure read it, "
             "for the rest decompress it first",
             path=file.path,
         )
-    if name not in format_names():
-        raise UnsupportedFeatureError(f"the format {name} is not supported", path=file.path)
+    if name in NOT_READ:
+        raise UnsupportedFeatureError(f"{NOT_READ[name]} are not read", path=file.path)
     driver = get_driver(name)
     if not options:
         return driver.open(file, gate)
@@ -182,50 +188,28 @@ def open_reader(
     return driver.open(file, gate, parse_values(name, driver.read_options, options))
 
 
-def refuse_stream_options(path: str, options: OptionTexts | None, parent: object) -> None:
-    """Raise OptionError if a compressed raw disk is given options or a parent: it has none."""
-    if options:
-        raise OptionError("raw has no options for reading", path=path)
-    if parent is not None:
-        raise OptionError("a parent is given, but raw disks have none", path=path)
-
-
-def _find_format(file: HostFile) -> str:
+def _find_format(file: ByteSource) -> str:
     found = probe(file)
-    named_raw = file.is_block_device or format_from_suffix(file.path) == "raw"
-    if stream_suffix(file.path) is not None and found in STREAM_MAGICS:
-        return found
-    if found is None and named_raw:
-        return "raw"
+    named_raw = file.is_block_device or format_from_suffix(file.path) == PLAIN_FORMAT
     if found is None:
+        if named_raw:
+            return PLAIN_FORMAT
         raise WrongFormatError(
             "no known format (no magic found): if it is a raw disk, say -f raw", path=file.path
         )
-    if named_raw:
+    is_stream = found in CODEC_OF_SUFFIX.values() and stream_suffix(file.path) is not None
+    if named_raw and not is_stream:
         what = "is a block device" if file.is_block_device else "is named like a raw disk"
+        stated = f"-f {found} or -f raw" if found in format_names() else "-f raw"
         raise WrongFormatError(
-            f"{what}, but carries the magic of {found}: say -f {found} or -f raw", path=file.path
+            f"{what}, but carries the magic of {found}: say {stated}", path=file.path
         )
     return found
 
 
-def refuse_image_in_stream(stream: StreamSource) -> None:
-    """Raise WrongFormatError if a compressed disk, not stated to be raw, holds an image.
-
-    Only its first bytes are looked at.
-    """
-    found = matching_formats(stream.head(HEAD_NBYTES), b"")
-    if found:
-        raise WrongFormatError(
-            f"its content carries the magic of {' and '.join(found)}: decompress it first, "
-            "or say -f raw",
-            path=stream.path,
-        )
-
-
-def _refuse_other_format(file: HostFile, name: str) -> None:
+def _refuse_other_format(file: ByteSource, name: str) -> None:
     # What a raw disk holds is the guest's affair.
-    if name == "raw":
+    if name == PLAIN_FORMAT:
         return
     found = _matches(file)
     if name not in found:

@@ -1,15 +1,18 @@
-"""What decoders of streams have in common."""
+"""The interface of decoders of streams, and what they have in common."""
 
 from __future__ import annotations
 
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
-from imgcore.files.host_file import HostFile
+if TYPE_CHECKING:
+    from imgcore.files.byte_source import ByteSource
 
 READ_NBYTES: Final = 256 * 1024
 
 
 class Decoder(Protocol):
+    """Decompresses a file from its start, in order."""
+
     def fill(self, view: memoryview) -> int:
         """Decompress until the view is full or the stream ends; returns the bytes filled."""
         ...
@@ -18,7 +21,7 @@ class Decoder(Protocol):
 class OrderedInput:
     """Reads a file from its start, in order."""
 
-    def __init__(self, file: HostFile) -> None:
+    def __init__(self, file: ByteSource) -> None:
         self._file = file
         self._offset = 0
 

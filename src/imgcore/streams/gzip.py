@@ -1,7 +1,7 @@
-"""Reading gzip, and writing it on several threads: the same bytes with any number of them.
+"""Reads gzip, and writes it on several threads; their number does not change the bytes.
 
-What is written is one member.  The input is cut into pieces; each is deflated by itself, with the
-32 KiB before it as dictionary, and ends at a byte with an empty stored block.  Joined, their
+The encoder writes one member.  It cuts the input into pieces.  Each is deflated by itself, with
+the 32 KiB before it as dictionary, and ends at a byte with an empty stored block.  Joined, the
 outputs are one deflate stream.
 Source: RFC 1951 section 3.2.4, RFC 1952.
 """
@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, Final
 from imgcore.errors import CorruptImageError
 from imgcore.limits import KIB, MIB
 from imgcore.streams.decoder import OrderedInput
+from imgcore.streams.encoder import OrderedOutput
 
 if TYPE_CHECKING:
     from typing import Self
 
-    from imgcore.files.host_file import HostFile
+    from imgcore.files.byte_source import ByteSource
     from imgcore.files.target_file import TargetFile
 
 _PIECE_NBYTES: Final = 1 * MIB
@@ -36,7 +37,7 @@ def _deflate(piece: bytes, dictionary: bytes, is_last: bool) -> bytes:
     return data + compressor.flush(zlib.Z_FINISH if is_last else zlib.Z_SYNC_FLUSH)
 
 
-class GzipSink:
+class GzipEncoder:
     """Compresses what it is given, in order, into a gzip file.
 
     A context manager: leaving it ends the threads, also in the middle.
@@ -54,7 +55,7 @@ class GzipSink:
     """
 
     def __init__(self, target_file: TargetFile, threads: int = 1) -> None:
-        self._target = target_file
+        self._output = OrderedOutput(target_file)
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="imgcore-gzip")
         self._max_waiting = 2 * threads
         self._waiting: deque[Future[bytes]] = deque()
@@ -62,11 +63,15 @@ class GzipSink:
         self._dictionary = b""
         self._crc = 0
         self._nbytes = 0
-        self.written_nbytes = 0
-        self._put(_HEADER)
+        self._output.write(_HEADER)
+
+    @property
+    def written_nbytes(self) -> int:
+        """Bytes of the file so far."""
+        return self._output.nbytes
 
     def write(self, buffer: Any) -> None:
-        """Compress the next bytes; raises OSError with the target's name."""
+        """Compress the next bytes; raises OSError with the file's name."""
         with memoryview(buffer) as view, view.cast("B") as octets:
             position = 0
             while position < len(octets):
@@ -80,23 +85,19 @@ class GzipSink:
         """End the stream; the file is complete then, though not synced."""
         self._submit(is_last=True)
         while self._waiting:
-            self._put(self._waiting.popleft().result())
-        self._put((self._crc).to_bytes(4, "little"))
-        self._put((self._nbytes & 0xFFFFFFFF).to_bytes(4, "little"))
+            self._output.write(self._waiting.popleft().result())
+        self._output.write(self._crc.to_bytes(4, "little"))
+        self._output.write((self._nbytes & 0xFFFFFFFF).to_bytes(4, "little"))
 
     def _submit(self, *, is_last: bool) -> None:
         piece = bytes(self._piece)
         self._piece.clear()
         if len(self._waiting) >= self._max_waiting:
-            self._put(self._waiting.popleft().result())
+            self._output.write(self._waiting.popleft().result())
         self._waiting.append(self._threads.submit(_deflate, piece, self._dictionary, is_last))
         self._dictionary = piece[-_WINDOW_NBYTES:]
         self._crc = zlib.crc32(piece, self._crc)
         self._nbytes += len(piece)
-
-    def _put(self, data: bytes) -> None:
-        self._target.pwrite(self.written_nbytes, data)
-        self.written_nbytes += len(data)
 
     def __enter__(self) -> Self:
         return self
@@ -105,11 +106,16 @@ class GzipSink:
         self._threads.shutdown(cancel_futures=True)
 
 
-GZIP_MAGIC: Final = b"\x1f\x8b"  # RFC 1952 section 2.3.1
+_MAGIC: Final = b"\x1f\x8b"  # RFC 1952 section 2.3.1
+
+
+def is_gzip(head: bytes) -> bool:
+    """Tell whether a file with these first bytes is a gzip stream."""
+    return head.startswith(_MAGIC)
 
 
 class GzipDecoder:
-    def __init__(self, file: HostFile) -> None:
+    def __init__(self, file: ByteSource) -> None:
         self._path = file.path
         self._input = OrderedInput(file)
         self._pending = b""
@@ -152,7 +158,7 @@ class GzipDecoder:
             self._pending = self._pending.lstrip(b"\0") or self._input.read()
         if not self._pending and self._n_members:
             return False
-        if padded or self._pending[:1] != GZIP_MAGIC[:1]:
+        if padded or self._pending[:1] != _MAGIC[:1]:
             raise CorruptImageError("there is garbage behind the gzip stream", path=self._path)
         self._member = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
         self._n_members += 1

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 BLOCK_NBYTES: Final = 512
-# What GNU tar fills archives up to: 20 blocks.
+# GNU tar fills archives up to a multiple of 20 blocks.
 RECORD_NBYTES: Final = 20 * BLOCK_NBYTES
 
-# Fields of `struct oldgnu_header` behind those of every header.
+# Fields of `struct oldgnu_header`, which follow those of every header.
 _NAME: Final = slice(0, 100)
 _SIZE: Final = slice(124, 136)
 _CHECKSUM: Final = slice(148, 156)
@@ -44,8 +44,8 @@ def sparse_header(name: str, nbytes: int, segments: Sequence[tuple[int, int]]) -
     nbytes : int
         Its size, holes included.
     segments : sequence of (offset, length)
-        Where data is, ascending, in bytes: multiples of 512, inside the file.  Behind the
-        header follows the data of all of them.
+        Where data is, ascending, in bytes: multiples of 512, inside the file.  The data of
+        all of them follows the header.
     """
     entries = list(segments)
     if not entries or sum(entries[-1]) < nbytes:
@@ -87,7 +87,7 @@ def _number(value: int) -> bytes:
 
 
 class Member(NamedTuple):
-    """What an archive's first header says; ``nbytes`` is the file's size, holes included."""
+    """The fields of an archive's first header; ``nbytes`` is the file's size with its holes."""
 
     name: str
     nbytes: int

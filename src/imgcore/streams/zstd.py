@@ -10,32 +10,38 @@ from imgcore.errors import (
     LimitExceededError,
     OptionError,
 )
-from imgcore.files.host_file import HostFile
 from imgcore.limits import MIB
 from imgcore.streams.decoder import READ_NBYTES, OrderedInput
+from imgcore.streams.encoder import OrderedOutput
 
 if TYPE_CHECKING:
+    from typing import Self
+
+    from imgcore.files.byte_source import ByteSource
     from imgcore.files.target_file import TargetFile
 
-
-# What `zstd --long` asks for without a further word on the reading side (windowLog 27).
+# The window of `zstd --long` (windowLog 27), which decompresses without an option.
 MAX_WINDOW_NBYTES: Final = 128 * MIB
 
-
-ZSTD_MAGIC: Final = 0xFD2FB528  # RFC 8878 section 3.1.1
-
-
-SKIPPABLE_MAGIC: Final = 0x184D2A50  # RFC 8878 section 3.1.2; the last four bits are free
-
-
-_MAX_BLOCK_NBYTES: Final = 128 * 1024  # RFC 8878 section 3.1.1.2.4
+# RFC 8878: sections 3.1.1, 3.1.2 (the last four bits are free), 3.1.1.2.4 and 3.1.1.2.2.
+_FRAME_MAGIC: Final = 0xFD2FB528
+_SKIPPABLE_MAGIC: Final = 0x184D2A50
+_MAX_BLOCK_NBYTES: Final = 128 * 1024
+_RAW_BLOCK, _RLE_BLOCK, _RESERVED_BLOCK = 0, 1, 3
 
 
-_RAW_BLOCK, _RLE_BLOCK, _RESERVED_BLOCK = 0, 1, 3  # RFC 8878 section 3.1.1.2.2
+def is_zstd(head: bytes) -> bool:
+    """Tell whether a file with these first four bytes is a zstd stream."""
+    magic = int.from_bytes(head[:4], "little")
+    return magic == _FRAME_MAGIC or _is_skippable(magic)
+
+
+def _is_skippable(magic: int) -> bool:
+    return magic & ~0xF == _SKIPPABLE_MAGIC
 
 
 class ZstdDecoder:
-    def __init__(self, file: HostFile) -> None:
+    def __init__(self, file: ByteSource) -> None:
         import zstandard
 
         self._error = zstandard.ZstdError
@@ -69,6 +75,15 @@ def _zstd_failure(error: Exception, path: str) -> ImgcoreError:
     return CorruptImageError(f"the zstd stream is broken: {text}", path=path)
 
 
+def content_nbytes(file: ByteSource) -> int | None:
+    """Return the bytes that a zstd file says it holds, None if one of its frames does not."""
+    walk = FrameWalk(file)
+    nbytes = walk.content_nbytes()
+    if walk.n_frames == 0:
+        raise CorruptImageError("the zstd stream has no frame", path=file.path)
+    return nbytes
+
+
 class FrameWalk:
     """Goes through the frames of a zstd file by their block headers, decompressing nothing.
 
@@ -76,7 +91,7 @@ class FrameWalk:
     the content if every frame states its own.  Source: RFC 8878 section 3.1.
     """
 
-    def __init__(self, file: HostFile) -> None:
+    def __init__(self, file: ByteSource) -> None:
         self._file = file
         self._offset = 0
         self._window = b""
@@ -89,10 +104,10 @@ class FrameWalk:
         while self._offset < self._file.nbytes:
             start = self._offset
             magic = int.from_bytes(self._take(4), "little")
-            if magic & ~0xF == SKIPPABLE_MAGIC:
+            if _is_skippable(magic):
                 self._skip(int.from_bytes(self._take(4), "little"))
                 continue
-            if magic != ZSTD_MAGIC:
+            if magic != _FRAME_MAGIC:
                 raise self._corrupt(f"there is garbage at 0x{start:x}, behind the zstd stream")
             claimed = self._walk_frame(start)
             total = None if total is None or claimed is None else total + claimed
@@ -150,23 +165,23 @@ class FrameWalk:
         return CorruptImageError(text, path=self._file.path, offset=self._offset)
 
 
-class ZstdSink:
-    """Compresses a disk, given in order, into one zstd frame with its size and a checksum.
+class ZstdEncoder:
+    """Compresses bytes, given in order, into one zstd frame with their number and a checksum.
 
     Parameters
     ----------
     target_file : TargetFile
         Written from offset 0 on; stays the caller's.
-    virtual_size : int
-        Bytes that will be written in all.
-    level : int
-        zstd level, 1 to 19.
+    nbytes : int
+        Bytes that will be given in all.
     threads : int
         Compression threads, at least 1.  The result does not depend on their number.
+    level : int
+        zstd level, 1 to 19.
     """
 
     def __init__(
-        self, target_file: TargetFile, virtual_size: int, level: int = 3, threads: int = 1
+        self, target_file: TargetFile, nbytes: int, threads: int = 1, level: int = 3
     ) -> None:
         import zstandard
 
@@ -175,37 +190,42 @@ class ZstdSink:
         compressor = zstandard.ZstdCompressor(
             level=level, threads=max(threads, 1), write_content_size=True, write_checksum=True
         )
-        self._stream = compressor.compressobj(size=virtual_size)
+        self._stream = compressor.compressobj(size=nbytes)
         self._error = zstandard.ZstdError
-        self._target = target_file
-        self._virtual_size = virtual_size
+        self._output = OrderedOutput(target_file)
+        self._nbytes = nbytes
         self._taken_nbytes = 0
-        self.written_nbytes = 0
+
+    @property
+    def written_nbytes(self) -> int:
+        """Bytes of the file so far."""
+        return self._output.nbytes
 
     def write(self, buffer: Any) -> None:
-        """Compress the disk's next bytes; raises OSError with the target's name."""
+        """Compress the next bytes; raises OSError with the file's name."""
         with memoryview(buffer) as view:
-            if view.nbytes > self._virtual_size - self._taken_nbytes:
-                raise ValueError(f"{self._target.path}: more than {self._virtual_size} bytes given")
+            if view.nbytes > self._nbytes - self._taken_nbytes:
+                raise ValueError(f"{self._output.path}: more than {self._nbytes} bytes given")
             self._taken_nbytes += view.nbytes
-            self._put(self._call(self._stream.compress, view))
+            self._output.write(self._call(self._stream.compress, view))
 
     def finish(self) -> None:
         """End the frame; the file is complete then, though not synced."""
-        if self._taken_nbytes != self._virtual_size:
+        if self._taken_nbytes != self._nbytes:
             raise ValueError(
-                f"{self._target.path}: {self._taken_nbytes} of {self._virtual_size} bytes given"
+                f"{self._output.path}: {self._taken_nbytes} of {self._nbytes} bytes given"
             )
-        self._put(self._call(self._stream.flush))
+        self._output.write(self._call(self._stream.flush))
 
     def _call(self, function: Any, *arguments: Any) -> bytes:
         try:
             data: bytes = function(*arguments)
         except self._error as error:
-            raise ImgcoreError(f"cannot compress: {error}", path=self._target.path) from error
+            raise ImgcoreError(f"cannot compress: {error}", path=self._output.path) from error
         return data
 
-    def _put(self, data: bytes) -> None:
-        if data:
-            self._target.pwrite(self.written_nbytes, data)
-            self.written_nbytes += len(data)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Do nothing: the library ends its threads when the compressor is freed."""

@@ -8,11 +8,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from imgcore.errors import OptionError, UnsupportedFeatureError
-from imgcore.files.gate import ReferenceGate, folder_names
 
 if TYPE_CHECKING:
-    from imgcore.files.host_file import HostFile
-    from imgcore.formats.api import CheckReport, Reader
+    from imgcore.disk.layer import Layer
+    from imgcore.formats.api import CheckReport
 
 
 class CheckNotSupportedError(UnsupportedFeatureError):
@@ -21,7 +20,7 @@ class CheckNotSupportedError(UnsupportedFeatureError):
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What ``check`` found.
+    """The findings of ``check``.
 
     Attributes
     ----------
@@ -108,18 +107,14 @@ def check(
     ----------
     path : path-like
         The image.
-    format : str, optional
-        Its format; found by its magic if None.
+    format, allow, share
+        See :func:`imgcore.open`.
     parent : path-like, optional
-        The image's parent: it, and what it is made upon in turn, must be what the image was
-        made upon.
+        The image's parent: its whole chain of parents is opened, and each must be the one that
+        the image was made on.
     repair : bool
         Put right what is safe to put right.  A complete copy with the repairs, verified to read
         the same, takes the image's place; whatever goes wrong, the image stays as it was.
-    allow : sequence of path-like
-        Folders, besides the image's own, in which files named inside it may lie.
-    share : bool
-        Open the image even if another process writes to it.
 
     Returns
     -------
@@ -137,35 +132,41 @@ def check(
     OSError
         The operating system refused; ``filename`` is set.
     """
+    from imgcore.disk.chain import open_chain
     from imgcore.disk.layer import open_layer
+    from imgcore.disk.options import OpenOptions
+    from imgcore.formats.registry import get_driver
 
     if repair and share:
         raise OptionError("an image that another process may write to is not repaired (-U)")
+    options = OpenOptions.from_keywords(format=format, parent=parent, allow=allow, share=share)
     if parent is not None:
-        _verify_parent(path, format, parent, allow, share)
-    with open_layer(path, format=format, allow=allow, share=share) as (file, reader):
-        try:
-            report = reader.check()
-        except UnsupportedFeatureError as error:
-            raise CheckNotSupportedError(str(error)) from error
+        for layer in open_chain(path, options):
+            layer.close()
+    with open_layer(path, options) as layer:
+        format_name = layer.reader.format_name
+        if not get_driver(format_name).has_tables:
+            raise CheckNotSupportedError(
+                f"a {format_name} image has no tables to check", path=layer.file.path
+            )
+        report = layer.reader.check()
         if not repair:
-            return _result(file, reader, report)
+            return _result(layer, report)
         from imgcore.disk.repair import repair as repair_image
 
-        gate = ReferenceGate(os.path.dirname(file.path), folder_names(allow))
-        after, repairs = repair_image(file, reader, report, gate)
+        after, repairs = repair_image(layer, report)
         return replace(
-            _result(file, reader, after),
+            _result(layer, after),
             repairs=[f"{item.problem}: {item.action}" for item in repairs],
             corruptions_fixed=report.corruptions - after.corruptions,
             leaks_fixed=report.leaks - after.leaks,
         )
 
 
-def _result(file: HostFile, reader: Reader, report: CheckReport) -> CheckResult:
+def _result(layer: Layer, report: CheckReport) -> CheckResult:
     return CheckResult(
-        filename=file.path,
-        format=reader.format_name,
+        filename=layer.file.path,
+        format=layer.reader.format_name,
         corruptions=report.corruptions,
         leaks=report.leaks,
         total_clusters=report.total_clusters,
@@ -175,15 +176,3 @@ def _result(file: HostFile, reader: Reader, report: CheckReport) -> CheckResult:
         image_end_offset=report.image_end_offset,
         problems=list(report.problems),
     )
-
-
-def _verify_parent(
-    path: str | os.PathLike[str],
-    format: str | None,
-    parent: str | os.PathLike[str],
-    allow: Sequence[str | os.PathLike[str]],
-    share: bool,
-) -> None:
-    from imgcore.disk.image import open as open_image
-
-    open_image(path, format=format, parent=parent, allow=allow, share=share).close()

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from imgcore._core import Job
-from imgcore.disk.image import Image
-from imgcore.disk.image import open as open_image
+from imgcore.disk.image import Image, open_image
+from imgcore.disk.options import OpenOptions
 from imgcore.disk.overlay import padded
 from imgcore.engine.batches import pair_up
 from imgcore.engine.extents import Kind
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class CompareResult(NamedTuple):
-    """What a comparison found.
+    """The outcome of a comparison.
 
     Attributes
     ----------
@@ -67,18 +67,14 @@ def compare(
     ----------
     a, b : path-like
         The images.
-    format_a, format_b : str, optional
-        Their formats; found by their magic, or for raw by the suffix, if None.
-    parent_a, parent_b : path-like, optional
-        Their parents, in place of what the images call them; see :func:`imgcore.open`.
-    read_options_a, read_options_b : mapping or sequence of str, optional
-        How to read them; see :func:`imgcore.open`.
+    format_a, format_b, parent_a, parent_b, read_options_a, read_options_b
+        As ``format``, ``parent`` and ``read_options`` of :func:`imgcore.open`, for each image.
+    backing_format, allow, share
+        See :func:`imgcore.open`; for both.
     strict : bool
         Also demand the same size and the same allocation.
     threads : int, optional
         Workers; one per CPU by default.
-    allow, backing_format, share
-        As in :func:`imgcore.open`.
     progress : callable, optional
         Called with `Progress` on the calling thread, at most every 50 ms and once at the end.
 
@@ -91,15 +87,23 @@ def compare(
     OSError, ImgcoreError
         An image cannot be read.
     """
-    common: dict[str, Any] = {"allow": allow, "backing_format": backing_format, "share": share}
-    with (
-        open_image(
-            a, format=format_a, parent=parent_a, read_options=read_options_a, **common
-        ) as image_a,
-        open_image(
-            b, format=format_b, parent=parent_b, read_options=read_options_b, **common
-        ) as image_b,
-    ):
+    options_a = OpenOptions.from_keywords(
+        format=format_a,
+        backing_format=backing_format,
+        parent=parent_a,
+        read_options=read_options_a,
+        allow=allow,
+        share=share,
+    )
+    options_b = OpenOptions.from_keywords(
+        format=format_b,
+        backing_format=backing_format,
+        parent=parent_b,
+        read_options=read_options_b,
+        allow=allow,
+        share=share,
+    )
+    with open_image(a, options_a) as image_a, open_image(b, options_b) as image_b:
         comparison = _Comparison(image_a, image_b, thread_count(threads), progress)
         return comparison.run(strict)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from imgcore.errors import OptionError, TargetError
 from imgcore.limits import SECTOR_NBYTES
@@ -13,9 +13,6 @@ from imgcore.limits import SECTOR_NBYTES
 if TYPE_CHECKING:
     from imgcore.files.target import Target
     from imgcore.formats.api import BackingReference, Driver, WriteRequest
-
-# Preallocation modes that take their space at once.
-_SPACE_TAKING: Final = frozenset({"falloc", "full"})
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ def create(
     sync : bool
         Return when the image is on stable storage.
     allow : sequence of path-like
-        Folders in which files named inside the backing file may lie, besides its own.
+        See :func:`imgcore.open`; for files that the backing file names.
 
     Returns
     -------
@@ -91,13 +88,13 @@ def create(
     OSError
         The operating system refused; ``filename`` is set.
     """
+    from imgcore.disk.target_format import refuse_stream, target_format
     from imgcore.files.target import Target
-    from imgcore.formats.registry import get_driver, stream_suffix
+    from imgcore.formats.registry import get_driver
 
     name = os.fspath(path)
-    if stream_suffix(name) is not None:
-        raise OptionError("compressed raw disks are written by convert only", path=name)
-    driver = get_driver(_target_format(name, format))
+    refuse_stream(name)
+    driver = get_driver(target_format(name, format, flag="-f"))
     reference, backing_size, identity = _open_backing(name, backing, backing_format, allow)
     if virtual_size is None:
         virtual_size = backing_size
@@ -120,15 +117,6 @@ def create(
     )
 
 
-def _target_format(name: str, format: str | None) -> str:
-    from imgcore.formats.registry import format_from_suffix
-
-    found = format if format is not None else format_from_suffix(name)
-    if found is None:
-        raise OptionError("the name has no suffix of a known format: state it with -f", path=name)
-    return found
-
-
 def _open_backing(
     name: str,
     backing: str | os.PathLike[str] | None,
@@ -136,22 +124,17 @@ def _open_backing(
     allow: Sequence[str | os.PathLike[str]],
 ) -> tuple[BackingReference | None, int | None, object]:
     """Return the reference to store, the backing file's size (bytes) and its identity."""
-    from imgcore.disk.chain import opened_reference
+    from imgcore.disk.backing import backing_path, backing_reference, opened_reference
     from imgcore.disk.layer import open_layer
-    from imgcore.formats.api import BackingReference
+    from imgcore.disk.options import OpenOptions
 
-    if backing is None:
-        if backing_format is not None:
-            raise OptionError("a backing format is given without a backing file", path=name)
+    reference = backing_reference(backing, backing_format)
+    if reference is None:
         return None, None, None
-    if backing_format is None:
-        raise OptionError("the backing file's format is never guessed: state it with -F", path=name)
-    stored = os.fspath(backing)
-    path = os.path.join(os.path.dirname(name), stored)
-    with open_layer(path, format=backing_format, allow=allow, share=True) as (file, reader):
-        reference = BackingReference(stored, reader.format_name)
-        reference = opened_reference(reference, file, reader)
-        return reference, reader.virtual_size, file.identity
+    options = OpenOptions.from_keywords(format=reference.format, allow=allow, share=True)
+    with open_layer(backing_path(name, reference), options) as layer:
+        reference = opened_reference(reference, layer)
+        return reference, layer.reader.virtual_size, layer.file.identity
 
 
 def _request(
@@ -177,7 +160,7 @@ def _request(
 
 
 def _write_empty(driver: Driver, request: WriteRequest, target: Target) -> None:
-    if request.options.get("preallocation") in _SPACE_TAKING:
+    if request.takes_space:
         target.require_space(driver.measure(request, request.virtual_size).fully_allocated)
     writer = driver.writer(request)
     writer.begin(target)

@@ -1,6 +1,6 @@
-"""The verb ``info``: what an image says about itself.
+"""The verb ``info``: describes an image by its headers.
 
-Nothing here or below imports NumPy: ``imgcore info`` has to answer at once.
+``imgcore info`` imports no NumPy, which would take longer than all the rest.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, overload
 
-from imgcore.disk.describe import STAT_BLOCK_NBYTES, describe_layer
-from imgcore.disk.layer import open_layer
-from imgcore.errors import OptionError
+from imgcore.disk.options import OpenOptions
+from imgcore.disk.source import open_source
 
 
 @overload
@@ -59,21 +58,10 @@ def info(
     ----------
     path : path-like
         The image.
-    format : str, optional
-        Its format; found by its magic, or for raw by its suffix, if None.
     chain : bool
         Describe the backing files as well; without it none is opened.
-    allow : sequence of path-like
-        Folders, besides an image's own, in which files named inside images may lie.
-    share : bool
-        Open the image even if another process writes to it.
-    backing_format : str, optional
-        Format of backing files whose format the image does not state.
-    parent : path-like, optional
-        With ``chain``: the image's parent, in place of what the image calls it; see
-        :func:`imgcore.open`.
-    read_options : mapping or sequence of str, optional
-        How to read the image; see :func:`imgcore.open`.
+    format, backing_format, parent, read_options, allow, share
+        See :func:`imgcore.open`; ``parent`` is for ``chain`` only.
 
     Returns
     -------
@@ -95,43 +83,14 @@ def info(
     OSError
         The operating system refused; ``filename`` is set.
     """
-    from imgcore.formats.registry import refuse_stream_options, stream_suffix
-
-    if format in (None, "raw") and stream_suffix(os.fspath(path)) is not None:
-        refuse_stream_options(os.fspath(path), read_options, parent)
-        description = _describe_stream(path, share)
-        return [description] if chain else description
-    if not chain:
-        if parent is not None:
-            raise OptionError("a parent is given, but only the image itself is described")
-        with open_layer(
-            path, format=format, read_options=read_options, allow=allow, share=share
-        ) as layer:
-            return describe_layer(*layer)
-    from imgcore.disk.image import open as open_image
-
-    with open_image(
-        path,
+    options = OpenOptions.from_keywords(
         format=format,
         backing_format=backing_format,
         parent=parent,
         read_options=read_options,
         allow=allow,
         share=share,
-    ) as image:
-        return [describe_layer(*layer) for layer in zip(image.files, image.layers, strict=True)]
-
-
-def _describe_stream(path: str | os.PathLike[str], share: bool) -> dict[str, Any]:
-    """Describe a compressed raw disk; one that does not state its size is decompressed for it."""
-    from imgcore.streams.source import StreamSource
-
-    with StreamSource.open(path, share=share) as stream:
-        return {
-            "filename": stream.path,
-            "format": "raw",
-            "virtual-size": stream.virtual_size,
-            "actual-size": os.fstat(stream.file.fd).st_blocks * STAT_BLOCK_NBYTES,
-            "dirty-flag": False,
-            "format-specific": {"type": "raw", "data": {"compression": stream.codec}},
-        }
+    )
+    with open_source(path, options, parents=chain) as source:
+        described = source.describe()
+    return described if chain else described[0]

@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from imgcore.errors import ImgcoreError, WrongFormatError
-from imgcore.platforms.rules import RULES, Facts, Finding
+from imgcore.formats.shared.lint import Finding
+from imgcore.platforms.rules import Facts, find_broken
 
 if TYPE_CHECKING:
+    from imgcore.disk.options import OpenOptions
     from imgcore.files.host_file import HostFile
     from imgcore.platforms.profiles import Profile
     from imgcore.streams.tar import Member
@@ -67,16 +69,8 @@ def lint(
         The image, or for Compute Engine the archive.
     profile : str
         The platform, as for :func:`imgcore.convert`.
-    format : str, optional
-        The image's format; found by its magic, or for raw by its suffix, if None.
-    read_options : mapping or sequence of str, optional
-        How to read the image; see :func:`imgcore.open`.
-    parent : path-like, optional
-        The image's parent, in place of what the image calls it.
-    allow : sequence of path-like
-        Folders, besides the image's own, in which files named inside it may lie.
-    share : bool
-        Open the image even if another process writes to it.
+    format, parent, read_options, allow, share
+        See :func:`imgcore.open`.
 
     Returns
     -------
@@ -96,46 +90,37 @@ def lint(
     An image that is damaged or not supported is no exception but a finding.  Time: the tables
     are read; for VirtualBox a streamOptimized image is decompressed as a whole.
     """
-    from imgcore.disk.image import open as open_image
+    from imgcore.disk.image import open_image
+    from imgcore.disk.options import OpenOptions
     from imgcore.platforms.profiles import get_profile
 
-    def open_chain() -> Any:
-        return open_image(
-            path, format=format, read_options=read_options, parent=parent, allow=allow, share=share
-        )
-
+    options = OpenOptions.from_keywords(
+        format=format, parent=parent, read_options=read_options, allow=allow, share=share
+    )
     chosen = get_profile(profile)
-    with _facts(path, chosen, format, read_options, allow, share) as facts:
-        facts.open_chain = open_chain
-        found = (rule.apply(facts) for rule in RULES[chosen.name])
+    with _facts(path, chosen, options) as facts:
+        facts.open_chain = lambda: open_image(path, options)
         return LintReport(
             filename=facts.file.path,
             format=facts.format,
             profile=chosen.name,
-            findings=[finding for finding in found if finding is not None],
+            findings=find_broken(facts),
         )
 
 
 @contextmanager
-def _facts(
-    path: str | os.PathLike[str],
-    profile: Profile,
-    format: str | None,
-    read_options: Mapping[str, Any] | Sequence[str] | None,
-    allow: Sequence[str | os.PathLike[str]],
-    share: bool,
-) -> Iterator[Facts]:
+def _facts(path: str | os.PathLike[str], profile: Profile, options: OpenOptions) -> Iterator[Facts]:
     """Open the image as far as it can be opened."""
-    from imgcore.files.gate import ReferenceGate, folder_names
+    from imgcore.disk.layer import gate_of
     from imgcore.files.host_file import HostFile
-    from imgcore.formats.registry import canonical_name, open_reader, probe
+    from imgcore.formats.registry import open_reader
 
     with ExitStack() as stack:
-        file = stack.enter_context(HostFile.open(path, share=share))
+        file = stack.enter_context(HostFile.open(path, share=options.share))
         facts = Facts(
             file=file,
             profile=profile,
-            format=canonical_name(format) if format is not None else probe(file) or "raw",
+            format=_format_of(file, options),
             reader=None,
             error=None,
             archive=_archive(file),
@@ -144,17 +129,25 @@ def _facts(
         if facts.format in _NO_IMAGES:
             yield facts
             return
-        gate = ReferenceGate(os.path.dirname(file.path), folder_names(allow))
+        gate = gate_of(file, options)
         try:
             # A reader closes its file, also where it refuses it.
-            own = stack.enter_context(HostFile.open(path, share=share))
-            facts.reader = open_reader(own, gate, format, read_options)
+            own = stack.enter_context(HostFile.open(path, share=options.share))
+            facts.reader = open_reader(own, gate, options.format, options.read_options)
             stack.callback(facts.reader.close)
         except WrongFormatError:
             raise
         except ImgcoreError as error:
             facts.error = error
         yield facts
+
+
+def _format_of(file: HostFile, options: OpenOptions) -> str:
+    from imgcore.formats.registry import PLAIN_FORMAT, canonical_name, probe
+
+    if options.format is not None:
+        return canonical_name(options.format)
+    return probe(file) or PLAIN_FORMAT
 
 
 # What is known by its magic and holds no disk that could be read here.

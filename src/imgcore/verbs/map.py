@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 # Image.layer_extents takes ranges of whole sectors; other ranges are clipped here.
 _SECTOR_NBYTES: Final = 512
 
-# Subformats whose disk lies in plain files byte for byte, holes of these files included.
-_FLAT_SUBFORMATS: Final = frozenset({"monolithicFlat", "twoGbMaxExtentFlat", "vmfs"})
-
 
 class MapEntry(NamedTuple):
     """A run of the virtual disk with one state, as ``qemu-img map --output=json`` names it.
@@ -72,20 +69,10 @@ def map(
     ----------
     path : path-like
         The image.
-    format : str, optional
-        Its format; found by its magic, or for raw by its suffix, if None.
     start, length : int
         Bytes: the range to map, cut at the end of the disk; all of it by default.
-    backing_format : str, optional
-        Format of backing files whose format the image does not state.
-    parent : path-like, optional
-        The image's parent, in place of what the image calls it; see :func:`imgcore.open`.
-    read_options : mapping or sequence of str, optional
-        How to read the image; see :func:`imgcore.open`.
-    allow : sequence of path-like
-        Folders, besides an image's own, in which files named inside images may lie.
-    share : bool
-        Open the image even if another process writes to it.
+    format, backing_format, parent, read_options, allow, share
+        See :func:`imgcore.open`.
 
     Yields
     ------
@@ -101,17 +88,18 @@ def map(
     -----
     Memory is bounded by one batch of extents, however fragmented the image is.
     """
-    from imgcore.disk.image import open as open_image
+    from imgcore.disk.image import open_image
+    from imgcore.disk.options import OpenOptions
 
-    with open_image(
-        path,
+    options = OpenOptions.from_keywords(
         format=format,
         backing_format=backing_format,
         parent=parent,
         read_options=read_options,
         allow=allow,
         share=share,
-    ) as image:
+    )
+    with open_image(path, options) as image:
         end = image.virtual_size if length is None else min(start + length, image.virtual_size)
         yield from map_image(image, max(start, 0), end)
 
@@ -163,14 +151,12 @@ def _batch_entries(
     plain = kind == Kind.DATA
     compressed = kind > Kind.DATA
     empty = ~(plain | compressed)
-    # A hole of a raw file is a place in that file like any other.
-    is_raw = np.array([layer.format_name == "raw" for layer in image.layers])
-    is_flat = np.array([layer.subformat in _FLAT_SUBFORMATS for layer in image.layers])
-    in_raw = empty & is_raw[depths]
-    present = (kind != Kind.HOLE) | in_raw | is_flat[depths]
-    placed = plain | in_raw
-    offset = np.where(in_raw, batch["guest_offset"], batch["host_offset"])
-    file = np.where(in_raw, _raw_files(image)[depths], batch["file"])
+    # A hole of a flat file is a place in that file like any other.
+    in_flat = empty & np.array([layer.is_flat for layer in image.layers])[depths]
+    present = (kind != Kind.HOLE) | in_flat
+    placed = plain | in_flat
+    offset = np.where(in_flat, batch["guest_offset"], batch["host_offset"])
+    file = np.where(in_flat, _first_files(image)[depths], batch["file"])
 
     joins = np.ones(len(batch), dtype=bool)
     joins[0] = False
@@ -201,7 +187,7 @@ def _batch_entries(
         )
 
 
-def _raw_files(image: Image) -> NDArray[np.uint32]:
+def _first_files(image: Image) -> NDArray[np.uint32]:
     """Return for each layer the index of its first file in ``image.sources``."""
     import numpy as np
 

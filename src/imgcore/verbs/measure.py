@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from imgcore.errors import OptionError
+from imgcore.formats.registry import PLAIN_FORMAT
 
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
@@ -18,7 +19,7 @@ def measure(
     *,
     size: int | None = None,
     format: str | None = None,
-    target_format: str = "raw",
+    target_format: str = PLAIN_FORMAT,
     options: Mapping[str, Any] | Sequence[str] | None = None,
     compress: bool = False,
     backing_format: str | None = None,
@@ -35,24 +36,14 @@ def measure(
         The image to be converted.
     size : int, optional
         Bytes of an empty disk, in place of ``source``.
-    format : str, optional
-        Format of ``source``; found by its magic, or for raw by its suffix, if None.
     target_format : str
         Format of the target.
     options : mapping or sequence of str, optional
         Options of the target format, or strings ``"key=value,..."``.
     compress : bool
         The target is compressed; the result is the upper bound, without any gain.
-    backing_format : str, optional
-        Format of backing files whose format the source does not state.
-    parent : path-like, optional
-        The source's parent, in place of what the source calls it; see :func:`imgcore.open`.
-    read_options : mapping or sequence of str, optional
-        How to read the source; see :func:`imgcore.open`.
-    allow : sequence of path-like
-        Folders, besides an image's own, in which files named inside images may lie.
-    share : bool
-        Open the source even if another process writes to it.
+    format, backing_format, parent, read_options, allow, share
+        See :func:`imgcore.open`; they are about ``source``.
 
     Returns
     -------
@@ -71,50 +62,25 @@ def measure(
     -----
     Time: the tables of the source are read, its data is not. Memory: one batch of extents.
     """
-    from imgcore.formats.registry import refuse_stream_options
-
     if (source is None) == (size is None):
         raise OptionError("measure takes either a source or a size")
     if size is not None:
         return _measure_data(size, (), target_format, options, compress)
     assert source is not None
-    if (stream_size := _stream_size(source, format, share)) is not None:
-        refuse_stream_options(os.fspath(source), read_options, parent)
-        # What a stream holds is known when it has been read: all of it may be data.
-        whole = _whole(stream_size)
-        return _measure_data(stream_size, whole, target_format, options, compress)
-    from imgcore.disk.image import open as open_image
+    from imgcore.disk.options import OpenOptions
+    from imgcore.disk.source import open_source
 
-    with open_image(
-        source,
+    opening = OpenOptions.from_keywords(
         format=format,
         backing_format=backing_format,
         parent=parent,
         read_options=read_options,
         allow=allow,
         share=share,
-    ) as image:
-        batches = image.extents_to_read()
-        return _measure_data(image.virtual_size, batches, target_format, options, compress)
-
-
-def _stream_size(source: str | os.PathLike[str], format: str | None, share: bool) -> int | None:
-    """Return the size (bytes) of a compressed raw disk, None if it is no such file."""
-    from imgcore.formats.registry import stream_suffix
-
-    if format not in (None, "raw") or stream_suffix(os.fspath(source)) is None:
-        return None
-    from imgcore.streams.source import StreamSource
-
-    with StreamSource.open(source, share=share) as stream:
-        return stream.virtual_size
-
-
-def _whole(virtual_size: int) -> Iterator[Extents]:
-    from imgcore.engine.extents import Kind, single
-
-    if virtual_size:
-        yield single(0, virtual_size, Kind.DATA)
+    )
+    with open_source(source, opening) as disk:
+        extents = disk.data_extents()
+        return _measure_data(disk.virtual_size, extents, target_format, options, compress)
 
 
 def _measure_data(

@@ -25,7 +25,7 @@ from imgcore.formats.qcow2.tables import iter_l1, read_entries
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from imgcore.files.host_file import HostFile
+    from imgcore.files.byte_source import ByteSource
     from imgcore.formats.qcow2.header import Qcow2Header
 
 # Three arrays of 4 bytes: 96 MiB at the most.
@@ -110,7 +110,7 @@ class Qcow2Checker:
 
     def __init__(
         self,
-        file: HostFile,
+        file: ByteSource,
         header: Qcow2Header,
         on_unreferenced: Callable[[NDArray[np.int64]], None] | None = None,
     ) -> None:

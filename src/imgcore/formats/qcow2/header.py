@@ -21,7 +21,7 @@ from imgcore.formats.api import BackingReference
 from imgcore.formats.qcow2 import layout
 
 if TYPE_CHECKING:
-    from imgcore.files.host_file import HostFile
+    from imgcore.files.byte_source import ByteSource
 
 
 @dataclass
@@ -105,7 +105,7 @@ class Bitmap(NamedTuple):
     name: str
 
 
-def read_header(file: HostFile) -> Qcow2Header:
+def read_header(file: ByteSource) -> Qcow2Header:
     """Read and check the header and its extensions.
 
     Raises
@@ -130,11 +130,20 @@ def read_header(file: HostFile) -> Qcow2Header:
     return header
 
 
-def _corrupt(file: HostFile, message: str, offset: int | None = None) -> CorruptImageError:
+def read_incompatible_features(file: ByteSource) -> int:
+    """Return the incompatible feature bits of a file, whether or not its header can be trusted."""
+    if file.nbytes < layout.HEADER_V3_MIN_NBYTES:
+        return 0
+    (_, version, *_) = layout.HEADER_V2.unpack(file.pread(0, layout.HEADER_V2_NBYTES))
+    tail = file.pread(layout.HEADER_V2_NBYTES, layout.HEADER_V3_TAIL.size)
+    return int(layout.HEADER_V3_TAIL.unpack(tail)[0]) if version >= 3 else 0
+
+
+def _corrupt(file: ByteSource, message: str, offset: int | None = None) -> CorruptImageError:
     return CorruptImageError(message, path=file.path, offset=offset)
 
 
-def _read_fixed(file: HostFile) -> Qcow2Header:
+def _read_fixed(file: ByteSource) -> Qcow2Header:
     if file.nbytes < layout.HEADER_V2_NBYTES:
         raise _corrupt(file, f"header ends at {file.nbytes}, needs {layout.HEADER_V2_NBYTES} bytes")
     raw = file.pread(0, layout.HEADER_V2_NBYTES)
@@ -154,7 +163,7 @@ def _read_fixed(file: HostFile) -> Qcow2Header:
     return header
 
 
-def _read_v3(file: HostFile, header: Qcow2Header) -> None:
+def _read_v3(file: ByteSource, header: Qcow2Header) -> None:
     if file.nbytes < layout.HEADER_V3_MIN_NBYTES:
         raise _corrupt(
             file, f"header ends at {file.nbytes}, needs {layout.HEADER_V3_MIN_NBYTES} bytes"
@@ -185,7 +194,7 @@ def _read_v3(file: HostFile, header: Qcow2Header) -> None:
         )
 
 
-def _check_geometry(file: HostFile, header: Qcow2Header) -> None:
+def _check_geometry(file: ByteSource, header: Qcow2Header) -> None:
     low, high = limits.QCOW2_MIN_CLUSTER_BITS, limits.QCOW2_MAX_CLUSTER_BITS
     if not low <= header.cluster_bits <= high:
         raise _corrupt(file, f"cluster bits are {header.cluster_bits}, allowed {low} to {high}", 20)
@@ -218,7 +227,7 @@ def _check_geometry(file: HostFile, header: Qcow2Header) -> None:
         )
 
 
-def _check_features(file: HostFile, header: Qcow2Header) -> None:
+def _check_features(file: ByteSource, header: Qcow2Header) -> None:
     # Decided by the bits alone, before any file name in the image is looked at.
     refused = header.incompatible & ~layout.INCOMPATIBLE_READABLE
     if refused:
@@ -255,7 +264,7 @@ def _feature_name(header: Qcow2Header, wanted_bit: int) -> str:
     return f"unknown (bit {wanted_bit})"
 
 
-def _read_extensions(file: HostFile, header: Qcow2Header) -> None:
+def _read_extensions(file: ByteSource, header: Qcow2Header) -> None:
     offset = header.header_nbytes
     end = min(header.backing_offset or header.cluster_size, header.cluster_size, file.nbytes)
     while offset + layout.EXTENSION.size <= end:
@@ -275,7 +284,7 @@ def _read_extensions(file: HostFile, header: Qcow2Header) -> None:
     _read_bitmaps_extension(file, header)
 
 
-def _read_bitmaps_extension(file: HostFile, header: Qcow2Header) -> None:
+def _read_bitmaps_extension(file: ByteSource, header: Qcow2Header) -> None:
     if not header.autoclear & layout.AUTOCLEAR_BITMAPS:
         return  # without the bit the data are stale, and nothing in there counts
     raw = header.extensions.get(layout.EXTENSION_BITMAPS)
@@ -291,7 +300,7 @@ def _read_bitmaps_extension(file: HostFile, header: Qcow2Header) -> None:
     header.bitmaps = (n_bitmaps, offset, nbytes)
 
 
-def _check_tables(file: HostFile, header: Qcow2Header) -> None:
+def _check_tables(file: ByteSource, header: Qcow2Header) -> None:
     if header.l1_entries:
         check_range(
             file, header, "L1 table", header.l1_offset, header.l1_entries * layout.ENTRY_NBYTES
@@ -325,7 +334,7 @@ def _check_tables(file: HostFile, header: Qcow2Header) -> None:
         check_range(file, header, "bitmap directory", header.bitmaps[1], header.bitmaps[2])
 
 
-def check_range(file: HostFile, header: Qcow2Header, what: str, offset: int, nbytes: int) -> None:
+def check_range(file: ByteSource, header: Qcow2Header, what: str, offset: int, nbytes: int) -> None:
     """Refuse a table that is misaligned, in the header's cluster, or not inside the file."""
     if offset % header.cluster_size or not offset:
         raise _corrupt(
@@ -342,7 +351,7 @@ def check_range(file: HostFile, header: Qcow2Header, what: str, offset: int, nby
         )
 
 
-def _read_backing(file: HostFile, header: Qcow2Header) -> None:
+def _read_backing(file: ByteSource, header: Qcow2Header) -> None:
     offset, nbytes = header.backing_offset, header.backing_nbytes
     if not offset:
         return
@@ -368,7 +377,7 @@ def _read_backing(file: HostFile, header: Qcow2Header) -> None:
     header.backing = BackingReference(name, stated)
 
 
-def read_snapshots(file: HostFile, header: Qcow2Header) -> list[Snapshot]:
+def read_snapshots(file: ByteSource, header: Qcow2Header) -> list[Snapshot]:
     """Read the snapshot table.
 
     Returns
@@ -438,7 +447,7 @@ def _snapshot_extra(extra: bytes, vm_state_nbytes: int) -> tuple[int, int | None
     return vm_state_nbytes, icount if known and icount != layout.SNAPSHOT_NO_ICOUNT else None
 
 
-def _check_piece(file: HostFile, what: str, offset: int, nbytes: int) -> None:
+def _check_piece(file: ByteSource, what: str, offset: int, nbytes: int) -> None:
     if offset + nbytes > file.nbytes:
         raise _corrupt(
             file,
@@ -447,7 +456,7 @@ def _check_piece(file: HostFile, what: str, offset: int, nbytes: int) -> None:
         )
 
 
-def read_bitmaps(file: HostFile, header: Qcow2Header) -> list[Bitmap]:
+def read_bitmaps(file: ByteSource, header: Qcow2Header) -> list[Bitmap]:
     """Read the bitmap directory; empty if the image has none that is consistent."""
     if header.bitmaps is None:
         return []

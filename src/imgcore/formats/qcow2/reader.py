@@ -16,7 +16,7 @@ from imgcore.formats.qcow2.header import Snapshot, read_bitmaps, read_header, re
 
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
-    from imgcore.files.host_file import HostFile
+    from imgcore.files.byte_source import ByteSource
     from imgcore.formats.api import CheckReport, Repair
     from imgcore.formats.qcow2.tables import ExtentPlanner
 
@@ -28,7 +28,7 @@ class Qcow2Reader:
 
     Parameters
     ----------
-    file : HostFile
+    file : ByteSource
         Owned by the reader from here on, also if the constructor raises.
 
     Raises
@@ -45,8 +45,9 @@ class Qcow2Reader:
     """
 
     format_name: ClassVar[str] = "qcow2"
+    is_flat: ClassVar[bool] = False
 
-    def __init__(self, file: HostFile) -> None:
+    def __init__(self, file: ByteSource) -> None:
         self._file = file
         try:
             self._header = read_header(file)

@@ -18,7 +18,7 @@ from imgcore.limits import MAX_REPAIR_NBYTES
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from imgcore.files.host_file import HostFile
+    from imgcore.files.byte_source import ByteSource
     from imgcore.formats.qcow2.header import Qcow2Header
 
 _KNOWN_EXTENSIONS: Final = {
@@ -28,7 +28,7 @@ _KNOWN_EXTENSIONS: Final = {
 }
 
 
-def find_repairs(file: HostFile, header: Qcow2Header) -> list[Repair]:
+def find_repairs(file: ByteSource, header: Qcow2Header) -> list[Repair]:
     """Return how to free the clusters that have a refcount and that nothing refers to.
 
     Raises
@@ -56,7 +56,7 @@ def find_repairs(file: HostFile, header: Qcow2Header) -> list[Repair]:
     ]
 
 
-def _refuse_unknown(file: HostFile, header: Qcow2Header) -> None:
+def _refuse_unknown(file: ByteSource, header: Qcow2Header) -> None:
     unknown = [
         f"header extension {kind:#010x}" for kind in header.extensions.keys() - _KNOWN_EXTENSIONS
     ]
@@ -73,7 +73,7 @@ def _refuse_unknown(file: HostFile, header: Qcow2Header) -> None:
 class _LeakedClusters:
     """Refcount blocks in which the refcounts of leaked clusters are set to 0."""
 
-    def __init__(self, file: HostFile, header: Qcow2Header) -> None:
+    def __init__(self, file: ByteSource, header: Qcow2Header) -> None:
         self._file = file
         self._order = header.refcount_order
         self._cluster_size = header.cluster_size

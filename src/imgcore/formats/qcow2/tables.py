@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from imgcore.engine.extents import Extents
-    from imgcore.files.host_file import HostFile
+    from imgcore.files.byte_source import ByteSource
     from imgcore.formats.qcow2.header import Qcow2Header
 
 # The L1 table is read in pieces of 1 MiB.
@@ -70,7 +70,7 @@ def table_format(cluster_bits: int, *, version: int = 3, kind: Kind = Kind.DEFLA
 
 
 def iter_l1(
-    file: HostFile, l1_offset: int, first: int, last: int
+    file: ByteSource, l1_offset: int, first: int, last: int
 ) -> Iterator[tuple[int, NDArray[np.uint64]]]:
     """Yield ``(index of its first entry, entries)`` for pieces of ``[first, last)`` of an L1 table.
 
@@ -83,7 +83,7 @@ def iter_l1(
 
 
 def read_entries(
-    file: HostFile,
+    file: ByteSource,
     header: Qcow2Header,
     offsets: NDArray[np.uint64],
     first: int,
@@ -131,7 +131,7 @@ def read_entries(
 class ExtentPlanner:
     """Answers where guest ranges are; holds no table in memory between two calls."""
 
-    def __init__(self, file: HostFile, header: Qcow2Header) -> None:
+    def __init__(self, file: ByteSource, header: Qcow2Header) -> None:
         self._file = file
         self._header = header
         zstd = header.compression_type == layout.COMPRESSION_ZSTD

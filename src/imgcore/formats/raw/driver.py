@@ -13,4 +13,6 @@ DRIVER: Final = Driver(
     options=OPTIONS,
     read=lambda file, gate, values: RawReader(file),
     writing="imgcore.formats.raw.writer",
+    writes_in_place=True,
+    has_tables=False,
 )

@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from imgcore.engine.sources import SourceFile
-from imgcore.errors import CorruptImageError, UnsupportedFeatureError
-from imgcore.formats.shared.flat import sync_holes
+from imgcore.errors import CorruptImageError
+from imgcore.formats.api import CheckReport
 from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from imgcore.engine.extents import Extents
-    from imgcore.files.host_file import HostFile
-    from imgcore.formats.api import BackingReference, CheckReport
+    from imgcore.files.byte_source import ByteSource
+    from imgcore.formats.api import BackingReference
 
 
 # Each row costs two system calls to find; small batches keep the first one quick to come.
@@ -25,8 +25,9 @@ class RawReader:
     """Reads a raw file or block device; closes it when it is closed itself."""
 
     format_name: ClassVar[str] = "raw"
+    is_flat: ClassVar[bool] = True
 
-    def __init__(self, file: HostFile) -> None:
+    def __init__(self, file: ByteSource) -> None:
         if file.nbytes % SECTOR_NBYTES:
             wanted = -(-file.nbytes // SECTOR_NBYTES) * SECTOR_NBYTES
             raise CorruptImageError(
@@ -41,7 +42,6 @@ class RawReader:
         self.sources = (SourceFile(file),)
         self.backing: BackingReference | None = None
         self.identities: Mapping[str, str] = {}
-        self._synced = False
 
     def plan(self, start: int, length: int) -> Iterator[Extents]:
         """Yield extent batches of DATA and HOLE; see `imgcore.formats.api.Reader.plan`.
@@ -55,9 +55,6 @@ class RawReader:
 
         from imgcore.engine.extents import EXTENT_DTYPE, Kind
 
-        if not self._synced:
-            self._synced = True
-            sync_holes(self.file)
         end = start + length
         position = start
         rows: list[tuple[int, int, int, int, int, int, int]] = []
@@ -90,8 +87,8 @@ class RawReader:
         return {}
 
     def check(self) -> CheckReport:
-        """Raise UnsupportedFeatureError: there is nothing to check."""
-        raise UnsupportedFeatureError("a raw image has no tables to check", path=self.file.path)
+        """Return an empty report: a raw disk has no tables."""
+        return CheckReport()
 
     def close(self) -> None:
         """Close the file."""

@@ -5,46 +5,31 @@ NumPy is imported only once a disk is planned, so that ``info`` starts fast.
 
 from __future__ import annotations
 
-import contextlib
-import os
 from typing import TYPE_CHECKING, Final
 
 from imgcore.engine.geometry import Geometry, Placing, ZeroPolicy
-from imgcore.files.host_file import is_on_xfs
 from imgcore.limits import KIB, MAX_BATCH_ROWS, MIB
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from imgcore.engine.extents import Extents
-    from imgcore.files.host_file import HostFile
+    from imgcore.files.byte_source import ByteSource
 
 # Blocks of the target: whole ones of zeros are skipped, in others zeros of -S bytes are.
 _MIN_BLOCK_NBYTES: Final = 64 * KIB
 _MAX_BLOCK_NBYTES: Final = 2 * MIB
 
 
-def sync_holes(file: HostFile) -> None:
-    """Write back what the file has in memory where its holes could not be trusted else.
-
-    XFS can report a hole where a reflinked file has data that is not written back yet.
-    """
-    with contextlib.suppress(OSError):
-        status = os.fstat(file.fd)
-        has_holes = status.st_blocks * 512 < status.st_size
-        if not file.is_block_device and has_holes and is_on_xfs(file.fd):
-            os.fdatasync(file.fd)
-
-
 def plan_flat(
-    file: HostFile, file_offset: int, start: int, stop: int, guest_base: int, file_index: int
+    file: ByteSource, file_offset: int, start: int, stop: int, guest_base: int, file_index: int
 ) -> Iterator[Extents]:
     """Yield batches for guest range [start, stop) of a flat extent.
 
     Parameters
     ----------
-    file : HostFile
-        Where the extent is; see `sync_holes`, which is the caller's to call first.
+    file : ByteSource
+        Where the extent is.
     file_offset, guest_base : int
         Bytes: where the extent's first byte lies in the file, and on the disk.
     start, stop : int

@@ -15,14 +15,14 @@ from imgcore.limits import VDI_MAX_CHECKED_BLOCKS
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from imgcore.files.host_file import HostFile
+    from imgcore.files.byte_source import ByteSource
     from imgcore.formats.vdi.header import VdiHeader
 
 # Blocks of the file that are counted in one pass over the map: a byte each.
 _WINDOW_BLOCKS: Final = 1 << 26
 
 
-def check(file: HostFile, header: VdiHeader) -> CheckReport:
+def check(file: ByteSource, header: VdiHeader) -> CheckReport:
     """Verify the block map; see :meth:`imgcore.formats.api.Reader.check`.
 
     Found are entries past the end of the file, blocks used twice, a wrong count of allocated
@@ -54,7 +54,7 @@ def check(file: HostFile, header: VdiHeader) -> CheckReport:
     return report
 
 
-def find_repairs(file: HostFile, header: VdiHeader) -> list[Repair]:
+def find_repairs(file: ByteSource, header: VdiHeader) -> list[Repair]:
     """Return what can be put right: leaked space at the end, the count of allocated blocks.
 
     VirtualBox puts the next block where the header's count says, so the count is put right only
@@ -88,7 +88,7 @@ def find_repairs(file: HostFile, header: VdiHeader) -> list[Repair]:
 
 
 def _verify_entries(
-    file: HostFile, header: VdiHeader, report: CheckReport, n_file_blocks: int
+    file: ByteSource, header: VdiHeader, report: CheckReport, n_file_blocks: int
 ) -> int:
     """Count entries, report those out of the file; return the end of the blocks inside."""
     previous, end = -1, 0
@@ -116,7 +116,7 @@ def _verify_entries(
 
 
 def _verify_window(
-    file: HostFile, header: VdiHeader, report: CheckReport, low: int, high: int
+    file: ByteSource, header: VdiHeader, report: CheckReport, low: int, high: int
 ) -> None:
     """Report blocks [low, high) of the file that are used twice or not at all."""
     is_used = np.zeros(high - low, dtype=bool)

@@ -27,7 +27,7 @@ from imgcore.limits import (
 from imgcore.log import log
 
 if TYPE_CHECKING:
-    from imgcore.files.host_file import HostFile
+    from imgcore.files.byte_source import ByteSource
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,12 @@ class VdiHeader:
         return _identities(self.parent_uuid, self.parent_modification_uuid)
 
 
-def read_header(file: HostFile) -> VdiHeader:
+def read_header(file: ByteSource) -> VdiHeader:
     """Read and verify the header of an image.
 
     Parameters
     ----------
-    file : HostFile
+    file : ByteSource
         Stays the caller's.
 
     Raises
@@ -116,7 +116,7 @@ def read_header(file: HostFile) -> VdiHeader:
     )
 
 
-def read_identities(file: HostFile) -> dict[str, str]:
+def read_identities(file: ByteSource) -> dict[str, str]:
     """Return what a child can recognise a file by: nothing if it is no VDI 1.1."""
     nbytes = layout.PRE_HEADER.size + layout.HEADER.size
     if file.nbytes < nbytes:
@@ -241,7 +241,7 @@ def _verify_sizes(path: str, fields: HeaderFields) -> None:
         )
 
 
-def _verify_places(file: HostFile, fields: HeaderFields) -> None:
+def _verify_places(file: ByteSource, fields: HeaderFields) -> None:
     map_end = fields.map_offset + fields.n_blocks * layout.ENTRY_NBYTES
     header_end = layout.PRE_HEADER.size + layout.HEADER_V1_NBYTES
     if fields.map_offset < header_end:

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from imgcore.engine.sources import SourceFile
-from imgcore.formats.vdi.header import read_header
+from imgcore.formats.vdi.header import VdiHeader, read_header
 
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
+    from imgcore.files.byte_source import ByteSource
     from imgcore.files.gate import ReferenceGate
-    from imgcore.files.host_file import HostFile
     from imgcore.formats.api import BackingReference, CheckReport, Repair
     from imgcore.formats.vdi.tables import BlockMapPlanner
 
@@ -25,7 +25,7 @@ class VdiReader:
 
     Parameters
     ----------
-    file : HostFile
+    file : ByteSource
         Owned by the reader from here on, also if the constructor raises.
 
     Raises
@@ -37,8 +37,9 @@ class VdiReader:
     """
 
     format_name: ClassVar[str] = "vdi"
+    is_flat: ClassVar[bool] = False
 
-    def __init__(self, file: HostFile, gate: ReferenceGate) -> None:
+    def __init__(self, file: ByteSource, gate: ReferenceGate) -> None:
         self._file = file
         self._gate = gate
         try:
@@ -53,6 +54,11 @@ class VdiReader:
         self.identities: Mapping[str, str] = self._header.identities
         self._backing: BackingReference | None = None
         self._planner: BlockMapPlanner | None = None
+
+    @property
+    def header(self) -> VdiHeader:
+        """The verified header."""
+        return self._header
 
     @property
     def backing(self) -> BackingReference | None:

@@ -13,7 +13,7 @@ import numpy as np
 from imgcore._core import TableFormat
 from imgcore.engine.extents import EXTENT_DTYPE, Kind, clip
 from imgcore.errors import CorruptImageError
-from imgcore.formats.shared.flat import plan_flat, sync_holes
+from imgcore.formats.shared.flat import plan_flat
 from imgcore.formats.shared.tables import decode_entries
 from imgcore.formats.vdi import layout
 from imgcore.formats.vdi.layout import ImageType
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from imgcore.engine.extents import Extents
-    from imgcore.files.host_file import HostFile
+    from imgcore.files.byte_source import ByteSource
     from imgcore.formats.vdi.header import VdiHeader
 
 
@@ -47,7 +47,7 @@ def table_format(block_nbytes: int, data_offset: int) -> TableFormat:
 
 
 def read_map(
-    file: HostFile, header: VdiHeader, first: int, last: int
+    file: ByteSource, header: VdiHeader, first: int, last: int
 ) -> Iterator[tuple[int, NDArray[np.uint32]]]:
     """Yield ``(index of its first entry, entries)`` for pieces of ``[first, last)`` of the map."""
     for start in range(first, last, MAX_BATCH_ROWS):
@@ -59,20 +59,16 @@ def read_map(
 class BlockMapPlanner:
     """Answers where guest ranges are; holds no table in memory between two calls."""
 
-    def __init__(self, file: HostFile, header: VdiHeader) -> None:
+    def __init__(self, file: ByteSource, header: VdiHeader) -> None:
         self._file = file
         self._header = header
         self._format = table_format(header.block_nbytes, header.data_offset)
         # Of a fixed image only the file system knows what was ever written.
         self._asks_file = header.image_type == ImageType.FIXED
-        self._synced = False
 
     def plan(self, start: int, length: int) -> Iterator[Extents]:
         """Yield extent batches; see :meth:`imgcore.formats.api.Reader.plan`."""
         stop = start + length
-        if self._asks_file and not self._synced:
-            self._synced = True
-            sync_holes(self._file)
         block_nbytes = self._header.block_nbytes
         first, last = start // block_nbytes, -(-stop // block_nbytes)
         for index, entries in read_map(self._file, self._header, first, last):

@@ -16,7 +16,7 @@ from imgcore.limits import SECTOR_NBYTES, VHD_MAX_CHECKED_BLOCKS
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from imgcore.files.host_file import HostFile
+    from imgcore.files.byte_source import ByteSource
     from imgcore.formats.vhd.header import FooterPlace, VhdHeader
 
     Sectors = NDArray[np.int64]
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 _PIECE_ENTRIES: Final = 1 << 20
 
 
-def check_image(file: HostFile, header: VhdHeader) -> CheckReport:
+def check_image(file: ByteSource, header: VhdHeader) -> CheckReport:
     """Check an image whose headers could be read.
 
     Parameters
     ----------
-    file : HostFile
+    file : ByteSource
         Stays the caller's.
     header : VhdHeader
         As `read_header` gave it.
@@ -55,7 +55,7 @@ def check_image(file: HostFile, header: VhdHeader) -> CheckReport:
     return report
 
 
-def find_repairs(file: HostFile, header: VhdHeader) -> list[Repair]:
+def find_repairs(file: ByteSource, header: VhdHeader) -> list[Repair]:
     """Return what can be put right: a footer from the other one, leaked space at the end.
 
     Nothing is offered for an image whose blocks lie upon each other or upon tables: what is
@@ -106,7 +106,7 @@ def _footer_repair(end: FooterPlace | None, raw: bytes, blocks_end: int) -> Repa
     )
 
 
-def _check_footers(report: CheckReport, file: HostFile, header: VhdHeader) -> None:
+def _check_footers(report: CheckReport, file: ByteSource, header: VhdHeader) -> None:
     for place, where in ((header.end, "end"), (header.copy, "start")):
         if place is not None and place.problem is not None:
             report.corruption(place.problem.reason)
@@ -128,7 +128,7 @@ def _check_footers(report: CheckReport, file: HostFile, header: VhdHeader) -> No
         report.corruption("the footer's reserved feature bit is not set")
 
 
-def _check_header(report: CheckReport, file: HostFile, header: VhdHeader) -> None:
+def _check_header(report: CheckReport, file: ByteSource, header: VhdHeader) -> None:
     dynamic = header.dynamic
     assert dynamic is not None
     if dynamic.data_offset != layout.NO_OFFSET:
@@ -145,7 +145,7 @@ def _check_header(report: CheckReport, file: HostFile, header: VhdHeader) -> Non
 
 
 class _BlockCheck:
-    def __init__(self, report: CheckReport, file: HostFile, header: VhdHeader) -> None:
+    def __init__(self, report: CheckReport, file: ByteSource, header: VhdHeader) -> None:
         assert header.dynamic is not None
         self._report = report
         self._file = file

@@ -28,7 +28,7 @@ from imgcore.limits import (
 from imgcore.log import log
 
 if TYPE_CHECKING:
-    from imgcore.files.host_file import HostFile
+    from imgcore.files.byte_source import ByteSource
 
 # BAT entries that are looked at together.
 _PIECE_ENTRIES: Final = 1 << 16
@@ -81,6 +81,11 @@ class VhdHeader(NamedTuple):
         return DiskType(self.footer.disk_type)
 
     @property
+    def chs_nbytes(self) -> int:
+        """Bytes of the disk by its geometry: cylinders, heads and sectors."""
+        return chs_nbytes(self.footer)
+
+    @property
     def n_blocks(self) -> int:
         """BAT entries that the disk needs."""
         return 0 if self.dynamic is None else -(-self.size.nbytes // self.dynamic.block_nbytes)
@@ -109,6 +114,11 @@ class VhdHeader(NamedTuple):
         return None if self.end is None else self.end.offset
 
 
+def chs_nbytes(footer: Footer) -> int:
+    """Return the bytes of the disk by the geometry in its footer."""
+    return footer.cylinders * footer.heads * footer.sectors_per_track * SECTOR_NBYTES
+
+
 def bitmap_nbytes(block_nbytes: int) -> int:
     """Return the size of a block's sector bitmap: a bit for each sector, in whole sectors."""
     n_bytes = -(-block_nbytes // (8 * SECTOR_NBYTES))
@@ -126,12 +136,12 @@ def uuid_text(raw: bytes) -> str:
     return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
 
 
-def read_header(file: HostFile, size: str | None = None) -> VhdHeader:
+def read_header(file: ByteSource, size: str | None = None) -> VhdHeader:
     """Read and verify everything before the BAT.
 
     Parameters
     ----------
-    file : HostFile
+    file : ByteSource
         Stays the caller's.
     size : str, optional
         ``chs`` or ``current``: which size counts, whoever created the disk.
@@ -163,7 +173,7 @@ def read_header(file: HostFile, size: str | None = None) -> VhdHeader:
     return header
 
 
-def find_footers(file: HostFile) -> tuple[FooterPlace | None, FooterPlace | None]:
+def find_footers(file: ByteSource) -> tuple[FooterPlace | None, FooterPlace | None]:
     """Return what stands at the end and at the start of the file and has a footer's cookie."""
     end = None
     for nbytes in (layout.FOOTER_NBYTES, layout.OLD_FOOTER_NBYTES):
@@ -171,7 +181,7 @@ def find_footers(file: HostFile) -> tuple[FooterPlace | None, FooterPlace | None
     return end, _footer_at(file, 0, layout.FOOTER_NBYTES)
 
 
-def _footer_at(file: HostFile, offset: int, nbytes: int) -> FooterPlace | None:
+def _footer_at(file: ByteSource, offset: int, nbytes: int) -> FooterPlace | None:
     if offset < 0 or offset + nbytes > file.nbytes:
         return None
     raw = file.pread(offset, nbytes).ljust(layout.FOOTER_NBYTES, b"\0")
@@ -181,7 +191,9 @@ def _footer_at(file: HostFile, offset: int, nbytes: int) -> FooterPlace | None:
     return FooterPlace(offset, nbytes, raw, footer, _footer_problem(file, offset, raw, footer))
 
 
-def _footer_problem(file: HostFile, offset: int, raw: bytes, footer: Footer) -> ImgcoreError | None:
+def _footer_problem(
+    file: ByteSource, offset: int, raw: bytes, footer: Footer
+) -> ImgcoreError | None:
     where = f"the footer at {offset:#x}"
     found = checksum(raw, layout.FOOTER_CHECKSUM_OFFSET)
     if footer.checksum != found:
@@ -213,7 +225,7 @@ def _footer_problem(file: HostFile, offset: int, raw: bytes, footer: Footer) -> 
 
 
 def _choose_footer(
-    file: HostFile, end: FooterPlace | None, copy: FooterPlace | None
+    file: ByteSource, end: FooterPlace | None, copy: FooterPlace | None
 ) -> FooterPlace:
     """Return the footer that counts: the one at the end, or its copy where that is bad.
 
@@ -237,7 +249,7 @@ def _choose_footer(
     raise WrongFormatError("no VHD footer, neither at the end nor at the start", path=file.path)
 
 
-def _warn_of_footers(file: HostFile, end: FooterPlace | None, copy: FooterPlace | None) -> None:
+def _warn_of_footers(file: ByteSource, end: FooterPlace | None, copy: FooterPlace | None) -> None:
     """Say a word where one footer had to do for both."""
     by_copy, by_end = "reading by its copy at the start", "reading by the one at the end"
     if end is None:
@@ -255,7 +267,7 @@ def _warn_of_footers(file: HostFile, end: FooterPlace | None, copy: FooterPlace 
     log.warning("%s: %s", file.path, problem)
 
 
-def _refuse_truncated(file: HostFile, header: VhdHeader) -> None:
+def _refuse_truncated(file: ByteSource, header: VhdHeader) -> None:
     """Raise if a file without a footer at its end has lost blocks together with it.
 
     In a BAT too large to go through here, a lost block is found when it is read.
@@ -282,16 +294,16 @@ def _refuse_truncated(file: HostFile, header: VhdHeader) -> None:
                 )
 
 
-def _stated_size(file: HostFile, footer: Footer, size: str | None) -> VirtualSize:
+def _stated_size(file: ByteSource, footer: Footer, size: str | None) -> VirtualSize:
     """Return the size that the footer means: by its creator, unless the caller knows better."""
-    n_sectors = footer.cylinders * footer.heads * footer.sectors_per_track
-    if n_sectors in (0, layout.MAX_CHS_NSECTORS):
+    by_geometry = chs_nbytes(footer)
+    if by_geometry in (0, layout.MAX_CHS_NSECTORS * SECTOR_NBYTES):
         choice = ("current", "geometry")
     elif size is not None:
         choice = (size, "option")
     else:
         choice = ("chs" if footer.creator in layout.CHS_CREATORS else "current", "creator")
-    nbytes = n_sectors * SECTOR_NBYTES if choice[0] == "chs" else footer.current_size
+    nbytes = by_geometry if choice[0] == "chs" else footer.current_size
     if nbytes % SECTOR_NBYTES:
         raise CorruptImageError(
             f"the footer states {nbytes} bytes, which is no multiple of {SECTOR_NBYTES}",
@@ -300,14 +312,13 @@ def _stated_size(file: HostFile, footer: Footer, size: str | None) -> VirtualSiz
     return VirtualSize(nbytes, *choice)
 
 
-def _fixed_size(file: HostFile, place: FooterPlace, size: str | None) -> VirtualSize:
+def _fixed_size(file: ByteSource, place: FooterPlace, size: str | None) -> VirtualSize:
     """Return a fixed disk's size: the stated one, or the other if that is what the file holds."""
     footer, held_nbytes = place.footer, place.offset
     stated = _stated_size(file, footer, size)
     if stated.nbytes == held_nbytes or (size is not None and stated.nbytes <= held_nbytes):
         return stated
-    chs_nbytes = footer.cylinders * footer.heads * footer.sectors_per_track * SECTOR_NBYTES
-    for field, nbytes in (("current", footer.current_size), ("chs", chs_nbytes)):
+    for field, nbytes in (("current", footer.current_size), ("chs", chs_nbytes(footer))):
         if nbytes == held_nbytes and nbytes % SECTOR_NBYTES == 0:
             return VirtualSize(nbytes, field, "file")
     if stated.nbytes > held_nbytes:
@@ -320,7 +331,9 @@ def _fixed_size(file: HostFile, place: FooterPlace, size: str | None) -> Virtual
     return stated
 
 
-def _read_dynamic_header(file: HostFile, offset: int) -> tuple[DynamicHeader, tuple[Locator, ...]]:
+def _read_dynamic_header(
+    file: ByteSource, offset: int
+) -> tuple[DynamicHeader, tuple[Locator, ...]]:
     raw = file.pread(offset, layout.HEADER_NBYTES)
     header = DynamicHeader._make(layout.HEADER.unpack_from(raw))
     if header.cookie != layout.HEADER_COOKIE:
@@ -353,7 +366,7 @@ def _read_dynamic_header(file: HostFile, offset: int) -> tuple[DynamicHeader, tu
     return header, tuple(entry for entry in entries if entry.platform != layout.NO_PLATFORM)
 
 
-def _verify_table(file: HostFile, header: DynamicHeader, size: VirtualSize) -> None:
+def _verify_table(file: ByteSource, header: DynamicHeader, size: VirtualSize) -> None:
     block_nbytes = header.block_nbytes
     if not SECTOR_NBYTES <= block_nbytes <= VHD_MAX_BLOCK_NBYTES or block_nbytes & (
         block_nbytes - 1
@@ -385,7 +398,7 @@ def _verify_table(file: HostFile, header: DynamicHeader, size: VirtualSize) -> N
 
 
 def parent_texts(
-    file: HostFile, header: VhdHeader
+    file: ByteSource, header: VhdHeader
 ) -> tuple[list[tuple[bytes, str]], list[ImgcoreError]]:
     """Return what an image calls its parent, and why some of that cannot be read.
 
@@ -423,7 +436,7 @@ def _code(locator: Locator) -> str:
     return locator.platform.decode("ascii", "backslashreplace")
 
 
-def _read_locator(file: HostFile, locator: Locator) -> bytes:
+def _read_locator(file: ByteSource, locator: Locator) -> bytes:
     if locator.data_nbytes > VHD_MAX_LOCATOR_NBYTES:
         raise LimitExceededError(
             f"the {_code(locator)} parent locator has {locator.data_nbytes} bytes, allowed are "
@@ -441,7 +454,7 @@ def _read_locator(file: HostFile, locator: Locator) -> bytes:
     return file.pread(locator.data_offset, locator.data_nbytes)
 
 
-def _decode(file: HostFile, raw: bytes, encoding: str, what: str) -> str:
+def _decode(file: ByteSource, raw: bytes, encoding: str, what: str) -> str:
     # What follows the text's end is nobody's.
     unit = 1 if encoding == "utf-8" else 2
     ends = (at for at in range(0, len(raw), unit) if raw[at : at + unit] == bytes(unit))

@@ -16,7 +16,7 @@ from imgcore.formats.vhd.layout import DiskType
 from imgcore.log import log
 
 if TYPE_CHECKING:
-    from imgcore.files.host_file import HostFile
+    from imgcore.files.byte_source import ByteSource
     from imgcore.formats.vhd.header import VhdHeader
 
 # A relative name leads to the parent wherever the two files have been moved together.
@@ -24,7 +24,7 @@ _PREFERENCE: Final = (layout.RELATIVE_PATH, layout.FILE_URL, layout.ABSOLUTE_PAT
 _NO_UUID: Final = bytes(16)
 
 
-def find_parent(file: HostFile, header: VhdHeader) -> BackingReference | None:
+def find_parent(file: ByteSource, header: VhdHeader) -> BackingReference | None:
     """Return the reference to a differencing disk's parent, None for other disks.
 
     Raises
@@ -72,12 +72,12 @@ def find_parent(file: HostFile, header: VhdHeader) -> BackingReference | None:
     )
 
 
-def _names(code: bytes, text: str, file: HostFile) -> tuple[str, ...]:
+def _names(code: bytes, text: str, file: ByteSource) -> tuple[str, ...]:
     """Return the names that a locator's text stands for."""
     return _names_from_url(text, file) if code == layout.FILE_URL else names_from_windows_path(text)
 
 
-def _names_from_url(url: str, file: HostFile) -> tuple[str, ...]:
+def _names_from_url(url: str, file: ByteSource) -> tuple[str, ...]:
     """Return the names that a file URL stands for; XenServer puts relative ones behind ``//``."""
     from urllib.parse import unquote
 

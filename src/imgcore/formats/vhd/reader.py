@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from imgcore.engine.sources import SourceFile
 from imgcore.formats.api import BackingReference
 from imgcore.formats.vhd import layout
-from imgcore.formats.vhd.header import parent_texts, read_header, uuid_text
+from imgcore.formats.vhd.header import VhdHeader, parent_texts, read_header, uuid_text
 from imgcore.formats.vhd.layout import DiskType
 from imgcore.formats.vhd.parent import find_parent
 from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
-    from imgcore.files.host_file import HostFile
+    from imgcore.files.byte_source import ByteSource
     from imgcore.formats.api import CheckReport, Repair
     from imgcore.formats.vhd.tables import BlockPlanner
 
@@ -36,7 +36,7 @@ class VhdReader:
 
     Parameters
     ----------
-    file : HostFile
+    file : ByteSource
         Owned by the reader from here on, also if the constructor raises.
     size : str, optional
         ``chs`` or ``current``: which size counts; the creator's choice if None.
@@ -55,8 +55,9 @@ class VhdReader:
     """
 
     format_name: ClassVar[str] = "vhd"
+    is_flat: ClassVar[bool] = False
 
-    def __init__(self, file: HostFile, size: str | None = None) -> None:
+    def __init__(self, file: ByteSource, size: str | None = None) -> None:
         self._file = file
         try:
             self._header = read_header(file, size)
@@ -70,7 +71,11 @@ class VhdReader:
         self.block_nbytes = SECTOR_NBYTES if dynamic is None else dynamic.block_nbytes
         self.sources = (SourceFile(file),)
         self._planner: BlockPlanner | None = None
-        self._is_synced = False
+
+    @property
+    def header(self) -> VhdHeader:
+        """The verified headers, with the footer and its copy as they were found."""
+        return self._header
 
     @property
     def identities(self) -> Mapping[str, str]:
@@ -86,11 +91,8 @@ class VhdReader:
         Memory: one batch and 1 MiB of bitmaps.
         """
         if self._header.dynamic is None:
-            from imgcore.formats.shared.flat import plan_flat, sync_holes
+            from imgcore.formats.shared.flat import plan_flat
 
-            if not self._is_synced:
-                self._is_synced = True
-                sync_holes(self._file)
             return plan_flat(self._file, 0, start, start + length, 0, 0)
         if self._planner is None:
             from imgcore.formats.vhd.tables import BlockPlanner
@@ -103,16 +105,16 @@ class VhdReader:
         footer, size = self._header.footer, self._header.size
         data: dict[str, Any] = {
             "subformat": self.subformat,
-            "creator": _printable(footer.creator),
+            "creator": printable(footer.creator),
             "creator-version": f"{footer.creator_version >> 16}.{footer.creator_version & 0xFFFF}",
-            "creator-os": _printable(footer.creator_os),
+            "creator-os": printable(footer.creator_os),
             "uuid": uuid_text(footer.uuid),
             "timestamp": footer.timestamp + layout.EPOCH_UNIX_SECONDS,
             "size": {
                 "from": size.field,
                 "because": size.because,
                 "current": footer.current_size,
-                "chs": footer.cylinders * footer.heads * footer.sectors_per_track * SECTOR_NBYTES,
+                "chs": self._header.chs_nbytes,
             },
             "geometry": {
                 "cylinders": footer.cylinders,
@@ -129,7 +131,7 @@ class VhdReader:
             data["parent-uuid"] = uuid_text(dynamic.parent_uuid)
             data["parent-timestamp"] = dynamic.parent_timestamp + layout.EPOCH_UNIX_SECONDS
             data["parent-names"] = [
-                {"locator": _printable(code) or "header", "name": text}
+                {"locator": printable(code) or "header", "name": text}
                 for code, text in parent_texts(self._file, self._header)[0]
             ]
         return info
@@ -156,5 +158,6 @@ class VhdReader:
         self._file.close()
 
 
-def _printable(code: bytes) -> str:
+def printable(code: bytes) -> str:
+    """Return a code of four letters, such as a creator's, without its padding."""
     return code.rstrip(b"\0").decode("ascii", "backslashreplace").rstrip()

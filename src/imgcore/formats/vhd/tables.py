@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from imgcore.engine.extents import Extents
-    from imgcore.files.host_file import HostFile
+    from imgcore.files.byte_source import ByteSource
     from imgcore.formats.vhd.header import VhdHeader
 
     Bitmaps = NDArray[np.uint8]
@@ -49,7 +49,7 @@ def table_format(block_nbytes: int, bitmap_nbytes: int) -> TableFormat:
     )
 
 
-def read_bat(file: HostFile, table_offset: int, first: int, last: int) -> NDArray[np.uint8]:
+def read_bat(file: ByteSource, table_offset: int, first: int, last: int) -> NDArray[np.uint8]:
     """Return BAT entries [first, last) as they are in the file, shape ((last - first) * 4,)."""
     nbytes = (last - first) * layout.ENTRY_NBYTES
     return np.frombuffer(
@@ -64,7 +64,7 @@ class BlockPlanner:
     dynamic disk an absent block is a hole too, an absent sector of a present block is zeros.
     """
 
-    def __init__(self, file: HostFile, header: VhdHeader) -> None:
+    def __init__(self, file: ByteSource, header: VhdHeader) -> None:
         assert header.dynamic is not None
         self._file = file
         self._table_offset = header.dynamic.table_offset

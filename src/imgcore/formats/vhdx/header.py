@@ -26,10 +26,10 @@ from imgcore.formats.vhdx.log import ReplayedFile, replay
 from imgcore.formats.vhdx.parent import NIL, backing_reference, read_locator
 
 if TYPE_CHECKING:
-    from imgcore.files.host_file import HostFile
+    from imgcore.files.byte_source import ByteSource
 
     # What is read after the log: the file itself, or what the log makes of it.
-    ImageFile = HostFile | ReplayedFile
+    ImageFile = ByteSource | ReplayedFile
 
 
 class FileHeader(NamedTuple):
@@ -106,7 +106,7 @@ class VhdxImage(NamedTuple):
     ``view`` is the file with its log replayed, ``replayed`` the same if there was one to replay.
     """
 
-    file: HostFile
+    file: ByteSource
     creator: str
     header: FileHeader
     replayed: ReplayedFile | None
@@ -126,7 +126,7 @@ class VhdxImage(NamedTuple):
         return next(region for region in self.regions if region.guid == layout.BAT_REGION)
 
 
-def read_image(file: HostFile) -> VhdxImage:
+def read_image(file: ByteSource) -> VhdxImage:
     """Read and verify everything but the BAT.
 
     Raises
@@ -220,7 +220,7 @@ def _read_copies(
 # ---------------------------------------------------------------------- headers (2.2.2)
 
 
-def _current_header(file: HostFile, problems: list[Problem]) -> FileHeader:
+def _current_header(file: ByteSource, problems: list[Problem]) -> FileHeader:
     """Return the header with the higher sequence number of those that are valid."""
     damaged: list[Problem] = []
     copies = _read_copies(
@@ -265,7 +265,7 @@ def _unpack_header(raw: bytes) -> FileHeader:
     )
 
 
-def _check_header(header: FileHeader, file: HostFile) -> None:
+def _check_header(header: FileHeader, file: ByteSource) -> None:
     if header.version != layout.VERSION:
         raise UnsupportedFeatureError(
             f"is VHDX version {header.version}, known is {layout.VERSION}", path=file.path

@@ -9,7 +9,6 @@ Source: [MS-VHDX] 2.3, "Log".
 from __future__ import annotations
 
 import heapq
-import os
 from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import pairwise
@@ -23,6 +22,8 @@ from imgcore.formats.vhdx import layout
 
 if TYPE_CHECKING:
     import uuid
+
+    from imgcore.files.byte_source import ByteSource
 
 _SECTOR: Final = layout.LOG_SECTOR_NBYTES
 
@@ -68,7 +69,7 @@ class ReplayedFile:
     """
 
     def __init__(
-        self, file: HostFile, nbytes: int, n_entries: int, writes: list[Patch], sectors: bytearray
+        self, file: ByteSource, nbytes: int, n_entries: int, writes: list[Patch], sectors: bytearray
     ) -> None:
         self._file = file
         self.path = file.path
@@ -77,10 +78,10 @@ class ReplayedFile:
         grown = [Patch(file.nbytes, nbytes, ZEROS)] if nbytes > file.nbytes else []
         self.patches = _flatten([*grown, *writes])
         self._starts = [patch.start for patch in self.patches]
-        self.store = _anonymous_file(sectors, f"{file.path} (log)")
+        self.store = HostFile.in_memory(sectors, f"{file.path} (log)")
 
     def pread(self, offset: int, length: int) -> bytes:
-        """Return ``length`` bytes; as `HostFile.pread`."""
+        """Return ``length`` bytes; as `ByteSource.pread`."""
         if length > self.nbytes or offset > self.nbytes - length:
             raise CorruptImageError(
                 f"{length} bytes at 0x{offset:x} end at 0x{offset + length:x}, "
@@ -108,29 +109,17 @@ class ReplayedFile:
         return bytes(buffer)
 
     def pread_into(self, offset: int, buffer: Any) -> None:
-        """Fill a writable buffer; as `HostFile.pread_into`."""
+        """Fill a writable buffer; as `ByteSource.pread_into`."""
         with memoryview(buffer) as view, view.cast("B") as octets:
             octets[:] = self.pread(offset, len(octets))
 
 
-def _anonymous_file(content: bytearray, name: str) -> HostFile:
-    fd = os.memfd_create("imgcore-log", os.MFD_CLOEXEC)
-    try:
-        with open(fd, "wb", closefd=False) as writer:
-            writer.write(content)
-    except OSError as error:
-        os.close(fd)
-        error.filename = name
-        raise
-    return HostFile(fd, name, share=True)
-
-
-def replay(file: HostFile, guid: uuid.UUID, log_offset: int, log_nbytes: int) -> ReplayedFile:
+def replay(file: ByteSource, guid: uuid.UUID, log_offset: int, log_nbytes: int) -> ReplayedFile:
     """Return what a file is when its log is replayed; the file itself stays as it is.
 
     Parameters
     ----------
-    file : HostFile
+    file : ByteSource
         Stays the caller's.
     guid : UUID
         The header's LogGuid, not nil.

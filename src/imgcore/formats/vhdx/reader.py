@@ -22,7 +22,7 @@ from imgcore.log import log
 
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
-    from imgcore.files.host_file import HostFile
+    from imgcore.files.byte_source import ByteSource
     from imgcore.formats.api import CheckReport, Repair
     from imgcore.formats.vhdx.tables import ExtentPlanner
 
@@ -32,7 +32,7 @@ class VhdxReader:
 
     Parameters
     ----------
-    file : HostFile
+    file : ByteSource
         Owned by the reader from here on, also if the constructor raises.
 
     Raises
@@ -50,8 +50,9 @@ class VhdxReader:
     """
 
     format_name: ClassVar[str] = "vhdx"
+    is_flat: ClassVar[bool] = False
 
-    def __init__(self, file: HostFile) -> None:
+    def __init__(self, file: ByteSource) -> None:
         self._file = file
         try:
             self._image = read_image(file)

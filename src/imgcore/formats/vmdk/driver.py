@@ -16,11 +16,11 @@ from imgcore.formats.vmdk.options import OPTIONS
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from imgcore.files.byte_source import ByteSource
     from imgcore.files.gate import ReferenceGate
-    from imgcore.files.host_file import HostFile
 
 
-def _read(file: HostFile, gate: ReferenceGate, values: Mapping[str, Any]) -> Reader:
+def _read(file: ByteSource, gate: ReferenceGate, values: Mapping[str, Any]) -> Reader:
     """Open a disk by its descriptor file or its only extent."""
     from imgcore.formats.vmdk.reader import VmdkReader
 

@@ -9,7 +9,7 @@ from imgcore.formats.vmdk.header import (
 )
 
 if TYPE_CHECKING:
-    from imgcore.files.host_file import HostFile
+    from imgcore.files.byte_source import ByteSource
 
 
 class DiskExtent(NamedTuple):
@@ -18,7 +18,7 @@ class DiskExtent(NamedTuple):
     kind: str
     guest_base: int
     nbytes: int
-    file: HostFile | None = None
+    file: ByteSource | None = None
     file_offset: int = 0
     sparse: SparseExtent | None = None
     file_index: int = 0

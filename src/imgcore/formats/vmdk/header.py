@@ -30,7 +30,7 @@ from imgcore.limits import (
 from imgcore.log import log
 
 if TYPE_CHECKING:
-    from imgcore.files.host_file import HostFile
+    from imgcore.files.byte_source import ByteSource
 
 _TAIL_PIECE_NBYTES = 65536
 
@@ -42,7 +42,7 @@ class SparseExtent(NamedTuple):
     ``gd_offset`` is the directory that is read, ``rgd_offset`` the other one or 0.
     """
 
-    file: HostFile
+    file: ByteSource
     version: int
     flags: Flags
     capacity: int
@@ -88,12 +88,12 @@ class SparseExtent(NamedTuple):
         return prefix + layout.MAX_COMPRESSED_GRAINS * self.grain_nbytes
 
 
-def open_sparse(file: HostFile) -> SparseExtent:
+def open_sparse(file: ByteSource) -> SparseExtent:
     """Verify a sparse extent's header and find its grain directory.
 
     Parameters
     ----------
-    file : HostFile
+    file : ByteSource
         Stays the caller's.
 
     Raises
@@ -125,7 +125,7 @@ def open_sparse(file: HostFile) -> SparseExtent:
     return _verified(file, header)
 
 
-def refuse_foreign_extent(file: HostFile, head: bytes) -> None:
+def refuse_foreign_extent(file: ByteSource, head: bytes) -> None:
     """Raise UnsupportedFeatureError for the extents of ESX(i) hosts that are not read here."""
     for magic, name in (
         (layout.COWD_MAGIC, "vmfsSparse (COWD)"),
@@ -152,7 +152,7 @@ def read_embedded_descriptor(extent: SparseExtent) -> bytes | None:
     return extent.file.pread(extent.descriptor_offset, extent.descriptor_nbytes)
 
 
-def _read_header(file: HostFile, offset: int) -> SparseHeader:
+def _read_header(file: ByteSource, offset: int) -> SparseHeader:
     if file.nbytes < offset + layout.HEADER_NBYTES:
         raise WrongFormatError(f"no VMDK header in {file.nbytes} bytes", path=file.path)
     raw = file.pread(offset, layout.HEADER_NBYTES)
@@ -166,7 +166,7 @@ def _read_header(file: HostFile, offset: int) -> SparseHeader:
     return header
 
 
-def _read_footer(file: HostFile) -> SparseHeader:
+def _read_footer(file: ByteSource) -> SparseHeader:
     """Find the footer: footer marker, footer, end-of-stream marker, then only zeros.
 
     The end-of-stream marker is a sector of zeros itself, so the footer is the last sector that
@@ -190,7 +190,7 @@ def _read_footer(file: HostFile) -> SparseHeader:
     return header
 
 
-def stream_end(file: HostFile) -> int | None:
+def stream_end(file: ByteSource) -> int | None:
     """Return where a file whose footer names its grain directory should end, None for others.
 
     That is behind the sector of the end-of-stream marker.
@@ -205,7 +205,7 @@ def stream_end(file: HostFile) -> int | None:
     return _end_of_data(file) + SECTOR_NBYTES
 
 
-def _truncated(file: HostFile) -> CorruptImageError:
+def _truncated(file: ByteSource) -> CorruptImageError:
     return CorruptImageError(
         "the grain directory should be at the end, but no footer and end-of-stream marker are "
         f"there: the file ({file.nbytes} bytes) is truncated",
@@ -214,7 +214,7 @@ def _truncated(file: HostFile) -> CorruptImageError:
     )
 
 
-def _end_of_data(file: HostFile) -> int:
+def _end_of_data(file: ByteSource) -> int:
     """Return the end of the last whole sector that is not all zeros."""
     position = file.nbytes // SECTOR_NBYTES * SECTOR_NBYTES
     limit = max(0, position - VMDK_MAX_TRAILING_ZERO_NBYTES)
@@ -227,7 +227,7 @@ def _end_of_data(file: HostFile) -> int:
     raise _truncated(file)
 
 
-def _verified(file: HostFile, header: SparseHeader) -> SparseExtent:
+def _verified(file: ByteSource, header: SparseHeader) -> SparseExtent:
     path = file.path
     _verify_version(path, header)
     grain_nbytes = header.grain_size * SECTOR_NBYTES
@@ -301,7 +301,7 @@ def _verify_version(path: str, header: SparseHeader) -> None:
         raise CorruptImageError("the header says markers but not compressed", path=path, offset=8)
 
 
-def _directories(file: HostFile, header: SparseHeader, n_entries: int) -> tuple[int, int]:
+def _directories(file: ByteSource, header: SparseHeader, n_entries: int) -> tuple[int, int]:
     """Return the places of the directory to read and of the other one (0: none).
 
     The primary directory is read, as VMware's, QEMU's and VirtualBox's readers do, although
@@ -329,11 +329,11 @@ def _directories(file: HostFile, header: SparseHeader, n_entries: int) -> tuple[
     raise _outside(file, "grain directory", gd_offset, gd_nbytes)
 
 
-def _fits(file: HostFile, offset: int, nbytes: int) -> bool:
+def _fits(file: ByteSource, offset: int, nbytes: int) -> bool:
     return offset + nbytes <= file.nbytes
 
 
-def _outside(file: HostFile, what: str, offset: int, nbytes: int) -> CorruptImageError:
+def _outside(file: ByteSource, what: str, offset: int, nbytes: int) -> CorruptImageError:
     return CorruptImageError(
         f"{what} ends at {offset + nbytes:#x}, past the end of the file ({file.nbytes:#x})",
         path=file.path,
@@ -373,7 +373,7 @@ def short_last_grain(extent: SparseExtent, guest_nbytes: int) -> int:
     return inflated_nbytes if tail_nbytes <= inflated_nbytes < grain_nbytes else 0
 
 
-def _sector_at(file: HostFile, offset: int) -> int:
+def _sector_at(file: ByteSource, offset: int) -> int:
     """Return the place that the table entry at ``offset`` names, 0 for none that can be read."""
     if offset + layout.ENTRY_NBYTES > file.nbytes:
         return 0

@@ -1,94 +1,151 @@
-"""Where the grains of a streamOptimized VMDK lie, and where its file should end."""
+"""Rules about VMDK."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final
 
-from imgcore.limits import SECTOR_NBYTES
+from imgcore.errors import CorruptImageError
+from imgcore.formats.shared.lint import Rule
+from imgcore.formats.vmdk.reader import VmdkReader
+from imgcore.limits import MIB
 
 if TYPE_CHECKING:
-    from imgcore.files.host_file import HostFile
-    from imgcore.formats.vmdk.header import SparseExtent
-    from imgcore.formats.vmdk.reader import VmdkReader
+    from imgcore.formats.shared.lint import ImageFacts
+    from imgcore.formats.vmdk.stream_layout import StreamLayout
+
+# Keys of the descriptor, as VMware writes them.
+_STREAM_KEYS: Final = (
+    "encoding",
+    "ddb.adapterType",
+    "ddb.longContentID",
+    "ddb.toolsInstallType",
+    "ddb.toolsVersion",
+    "ddb.virtualHWVersion",
+)
+_STREAM_VERSION: Final = 3
+_VERSIONS: Final = (1, 3)
+_NULL_UUID: Final = "00000000-0000-0000-0000-000000000000"
+_READ_NBYTES: Final = 16 * MIB
 
 
-class StreamLayout(NamedTuple):
-    """``disorder`` is the guest offset (bytes) of a grain that lies before the one before it.
-
-    ``end`` (bytes) is behind the sector of the end-of-stream marker, or where that would end if
-    the file does not hold it; None if the grains have no markers that lead to it.
-    """
-
-    disorder: int | None
-    end: int | None
+def _stream(facts: ImageFacts) -> VmdkReader | None:
+    """Return the reader of a streamOptimized disk, which has one extent."""
+    reader = facts.reader
+    if isinstance(reader, VmdkReader) and reader.subformat == "streamOptimized":
+        return reader
+    return None
 
 
-def stream_layout(file: HostFile, reader: VmdkReader) -> StreamLayout:
-    """Read all grain tables, the marker of the last grain and the end of the file.
-
-    Parameters
-    ----------
-    file : HostFile
-        The image.
-    reader : VmdkReader
-        Of a streamOptimized disk, which has one extent.
-    """
-    from imgcore.formats.vmdk.header import stream_end
-
-    sparse = reader.disk_extents[0].sparse
-    assert sparse is not None
-    disorder, last = _walk(reader, sparse)
-    end = stream_end(file)
-    if end is None and sparse.has_markers:
-        # The header names the directory; what follows the grains differs from program to program.
-        start = _grain_end(file, last) if last is not None else sparse.overhead
-        end = _end_behind_markers(file, start)
-    return StreamLayout(disorder, end)
+def _layout(facts: ImageFacts) -> StreamLayout | None:
+    stream = _stream(facts)
+    return None if stream is None else stream.stream_layout
 
 
-def _walk(reader: VmdkReader, sparse: SparseExtent) -> tuple[int | None, int | None]:
-    """Return the first grain out of order, and where the last one's marker or data is."""
-    import numpy as np
-
-    from imgcore.engine.extents import FLAG_GRAIN_MARKER, Kind
-    from imgcore.formats.vmdk.layout import GRAIN_MARKER
-
-    prefix = GRAIN_MARKER.size if sparse.has_markers else 0
-    disorder: int | None = None
-    before, last = -1, -1
-    for rows in reader.plan(0, reader.virtual_size):
-        grains = rows[rows["kind"] >= Kind.DATA]
-        if not len(grains):
-            continue
-        # A last grain that is stored cut has its row behind the marker.
-        behind = (grains["flags"] & FLAG_GRAIN_MARKER) == 0
-        places = grains["host_offset"].astype(np.int64) - np.where(behind, prefix, 0)
-        wrong = np.flatnonzero(np.diff(places, prepend=before) < 0)
-        if wrong.size and disorder is None:
-            disorder = int(grains["guest_offset"][wrong[0]])
-        before = int(places[-1])
-        last = max(last, int(places.max()))
-    return disorder, last if last >= 0 else None
+def _stream_is_version_3(facts: ImageFacts) -> str | None:
+    stream = _stream(facts)
+    sparse = None if stream is None else stream.disk_extents[0].sparse
+    if sparse is None or sparse.version == _STREAM_VERSION:
+        return None
+    return f"the header has version {sparse.version}, not {_STREAM_VERSION}"
 
 
-def _end_behind_markers(file: HostFile, position: int) -> int | None:
-    """Follow the markers of tables, directory and footer to the end of the stream."""
-    from imgcore.formats.vmdk.layout import MARKER, Marker
-
-    while position + SECTOR_NBYTES <= file.nbytes:
-        n_sectors, size, kind = MARKER.unpack(file.pread(position, MARKER.size))
-        if size != 0 or kind > max(Marker):
-            return None
-        position += SECTOR_NBYTES
-        if kind == Marker.EOS:
-            return position
-        position += n_sectors * SECTOR_NBYTES
-    return position + SECTOR_NBYTES
+def _stream_says_so(facts: ImageFacts) -> str | None:
+    stream = _stream(facts)
+    if stream is None or stream.descriptor.create_type == "streamOptimized":
+        return None
+    return f"is streamOptimized, but its descriptor says {stream.descriptor.create_type!r}"
 
 
-def _grain_end(file: HostFile, place: int) -> int:
-    """Return the end of a compressed grain, in whole sectors."""
-    from imgcore.formats.vmdk.layout import GRAIN_MARKER
+def _stream_has_keys(facts: ImageFacts) -> str | None:
+    stream = _stream(facts)
+    if stream is None:
+        return None
+    missing = [key for key in _STREAM_KEYS if key.lower() not in stream.descriptor.values]
+    return f"the descriptor lacks {', '.join(missing)}" if missing else None
 
-    _, nbytes = GRAIN_MARKER.unpack(file.pread(place, GRAIN_MARKER.size))
-    return -(-(place + GRAIN_MARKER.size + int(nbytes)) // SECTOR_NBYTES) * SECTOR_NBYTES
+
+def _stream_ascends(facts: ImageFacts) -> str | None:
+    layout = _layout(facts)
+    if layout is None or layout.disorder is None:
+        return None
+    return f"the grain of guest offset {layout.disorder:#x} lies before the one before it"
+
+
+def _stream_ends_at_its_end(facts: ImageFacts) -> str | None:
+    layout = _layout(facts)
+    if layout is None or layout.end is None or layout.end == facts.file.nbytes:
+        return None
+    if layout.end > facts.file.nbytes:
+        return "the file ends without an end-of-stream marker"
+    return (
+        f"{facts.file.nbytes - layout.end} bytes follow the end-of-stream marker, which ends at "
+        f"{layout.end:#x}"
+    )
+
+
+def _end_stream(facts: ImageFacts) -> str:
+    """Return how to cut off what follows the stream; nothing if that is not what is wrong."""
+    layout = _layout(facts)
+    if layout is None or layout.end is None or layout.end > facts.file.nbytes:
+        return ""
+    return f"truncate -s {layout.end} puts it right"
+
+
+def _stream_inflates(facts: ImageFacts) -> str | None:
+    if _stream(facts) is None:
+        return None
+    buffer = memoryview(bytearray(_READ_NBYTES))
+    try:
+        with facts.open_chain() as image:
+            for offset in range(0, image.virtual_size, _READ_NBYTES):
+                image.readinto(offset, buffer[: min(_READ_NBYTES, image.virtual_size - offset)])
+    except CorruptImageError as error:
+        return f"not every grain inflates: {error}"
+    return None
+
+
+def _stream_ends_in_whole_grain(facts: ImageFacts) -> str | None:
+    stream = _stream(facts)
+    extent = None if stream is None else stream.disk_extents[0]
+    if extent is None or extent.sparse is None or not extent.short_nbytes:
+        return None
+    return (
+        f"the last grain holds {extent.short_nbytes} bytes, where VirtualBox wants all "
+        f"{extent.sparse.grain_nbytes}"
+    )
+
+
+def _uuid_is_none(facts: ImageFacts) -> str | None:
+    if not isinstance(facts.reader, VmdkReader):
+        return None
+    is_zero = facts.reader.descriptor.values.get("ddb.uuid.image") == _NULL_UUID
+    return "ddb.uuid.image is zero" if is_zero else None
+
+
+def _version_is_known(facts: ImageFacts) -> str | None:
+    if not isinstance(facts.reader, VmdkReader):
+        return None
+    sparse = [item.sparse for item in facts.reader.disk_extents]
+    odd = [item.version for item in sparse if item is not None and item.version not in _VERSIONS]
+    return f"an extent of version {odd[0]}, read are 1 and 3" if odd else None
+
+
+def _is_one_file(facts: ImageFacts) -> str | None:
+    if not isinstance(facts.reader, VmdkReader):
+        return None
+    files = {source.file.identity for source in facts.reader.sources} | {facts.file.identity}
+    return f"consists of {len(files)} files" if len(files) > 1 else None
+
+
+STREAM_VERSION: Final = Rule("stream-version", _stream_is_version_3)
+STREAM_TYPE: Final = Rule("stream-type", _stream_says_so)
+STREAM_KEYS: Final = Rule("stream-keys", _stream_has_keys)
+STREAM_ORDER: Final = Rule("stream-order", _stream_ascends)
+STREAM_END: Final = Rule("stream-end", _stream_ends_at_its_end, _end_stream)
+STREAM_LAST_GRAIN: Final = Rule("stream-last-grain", _stream_ends_in_whole_grain)
+STREAM_GRAINS: Final = Rule(
+    "stream-grains", _stream_inflates, "the data of these grains is lost: copy it again"
+)
+UUID: Final = Rule("vmdk-uuid", _uuid_is_none, "take ddb.uuid.image out, or give it a new value")
+VERSION: Final = Rule("vmdk-version", _version_is_known)
+ONE_FILE: Final = Rule("vmdk-files", _is_one_file)

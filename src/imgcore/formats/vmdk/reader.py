@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from imgcore.engine.sources import SourceFile
@@ -31,8 +32,9 @@ from imgcore.log import log
 
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
+    from imgcore.files.byte_source import ByteSource
     from imgcore.files.gate import ReferenceGate
-    from imgcore.files.host_file import HostFile
+    from imgcore.formats.vmdk.stream_layout import StreamLayout
     from imgcore.formats.vmdk.tables import SparsePlanner
 
 _PROBE_NBYTES: Final = 65536
@@ -57,15 +59,14 @@ class VmdkReader:
     """A VMDK disk of one or several files."""
 
     format_name: ClassVar[str] = "vmdk"
+    is_flat: ClassVar[bool] = False
 
-    def __init__(self, file: HostFile, gate: ReferenceGate) -> None:
+    def __init__(self, file: ByteSource, gate: ReferenceGate) -> None:
         self._path = file.path
         self._opened = ExitStack()
         self._sources: list[SourceFile] = []
         self._extents: list[DiskExtent] = []
         self._planners: dict[int, SparsePlanner] = {}
-        # Flat files of which holes may be trusted now.
-        self._synced: set[int] = set()
         self.virtual_size = 0
         with self._opened:
             head = file.pread(0, min(file.nbytes, _PROBE_NBYTES))
@@ -111,6 +112,15 @@ class VmdkReader:
             return "streamOptimized" if first.is_compressed else "monolithicSparse"
         return stated or None
 
+    @cached_property
+    def stream_layout(self) -> StreamLayout:
+        """Where the grains of a streamOptimized disk lie; all grain tables are read for it."""
+        from imgcore.formats.vmdk.stream_layout import find_stream_layout
+
+        sparse = self._extents[0].sparse
+        assert sparse is not None
+        return find_stream_layout(sparse, self.plan(0, self.virtual_size))
+
     @property
     def block_nbytes(self) -> int:
         """Bytes of a grain; of a sector for a disk of flat extents."""
@@ -124,7 +134,7 @@ class VmdkReader:
         directory, one window of grain tables and one batch.
         """
         from imgcore.engine.extents import Kind, single
-        from imgcore.formats.shared.flat import plan_flat, sync_holes
+        from imgcore.formats.shared.flat import plan_flat
 
         stop = start + length
         if start < 0 or length < 0 or stop > self.virtual_size:
@@ -137,9 +147,6 @@ class VmdkReader:
             if item.sparse is not None:
                 yield from self._planner(item).plan(low, high)
             elif item.file is not None:
-                if item.file_index not in self._synced:
-                    self._synced.add(item.file_index)
-                    sync_holes(item.file)
                 yield from plan_flat(
                     item.file, item.file_offset, low, high, item.guest_base, item.file_index
                 )
@@ -194,7 +201,7 @@ class VmdkReader:
         """Close the extents that this reader opened; more than once is allowed."""
         self._opened.close()
 
-    def _open_monolithic(self, file: HostFile) -> Descriptor:
+    def _open_monolithic(self, file: ByteSource) -> Descriptor:
         """Open a sparse extent with its descriptor inside, whatever name that one gives it."""
         sparse = open_sparse(file)
         raw = read_embedded_descriptor(sparse)
@@ -223,7 +230,7 @@ class VmdkReader:
         self._add_sparse(sparse, line, "SPARSE")
         return descriptor
 
-    def _open_described(self, file: HostFile, gate: ReferenceGate) -> Descriptor:
+    def _open_described(self, file: ByteSource, gate: ReferenceGate) -> Descriptor:
         """Open the extents that a descriptor file lists."""
         if file.nbytes > VMDK_MAX_DESCRIPTOR_NBYTES:
             raise LimitExceededError(
@@ -237,7 +244,7 @@ class VmdkReader:
         for line in descriptor.extents:
             self._refuse_access(line)
             self._refuse_kind(line)
-        opened: dict[str, HostFile] = {}
+        opened: dict[str, ByteSource] = {}
         for line in descriptor.extents:
             if line.kind == "ZERO":
                 self._add(DiskExtent("ZERO", self.virtual_size, line.nbytes))
@@ -251,7 +258,7 @@ class VmdkReader:
                 self._add_sparse(open_sparse(extent_file), line, line.kind)
         return descriptor
 
-    def _open_extent(self, file: HostFile, gate: ReferenceGate, name: str) -> HostFile:
+    def _open_extent(self, file: ByteSource, gate: ReferenceGate, name: str) -> ByteSource:
         if not name:
             raise CorruptImageError("an extent of the descriptor names no file", path=file.path)
         extent_file = self._opened.enter_context(gate.open(name, share=file.share))
@@ -282,7 +289,7 @@ class VmdkReader:
         self._extents.append(item)
         self.virtual_size += item.nbytes
 
-    def _add_flat(self, file: HostFile, line: ExtentLine) -> None:
+    def _add_flat(self, file: ByteSource, line: ExtentLine) -> None:
         end = line.offset_nbytes + line.nbytes
         if end > file.nbytes:
             raise CorruptImageError(

@@ -13,7 +13,6 @@ import numpy as np
 from imgcore._core import TableFormat
 from imgcore.engine.extents import FLAG_GRAIN_MARKER, Kind, single
 from imgcore.errors import CorruptImageError
-from imgcore.formats.shared.flat import sync_holes
 from imgcore.formats.shared.tables import decode_entries
 from imgcore.formats.vmdk.layout import (
     ENTRY_ABSENT,
@@ -144,13 +143,12 @@ def drop_unwritten_tables(extent: SparseExtent, directory: Entries) -> Entries:
         if stop - start < _PROBED_NTABLES:
             continue
         if kept is directory:
-            sync_holes(extent.file)
             kept = directory.copy()
         begin, end = int(offsets[start]), int(offsets[stop - 1]) + extent.gt_nbytes
         is_written = np.zeros(stop - start, dtype=bool)
         position = begin
         while position < end:
-            data_start, data_end = extent.file.core.next_data(position)
+            data_start, data_end = extent.file.next_data(position)
             if data_start >= min(data_end, end):
                 break
             low = (max(data_start, position) - begin) // extent.gt_nbytes

@@ -1,32 +1,26 @@
-"""Compressed raw disks as streams: ``disk.raw.zst`` and ``disk.raw.gz`` in, ``disk.raw.zst`` out.
+"""Reads compressed raw disks: ``disk.raw.zst`` and ``disk.raw.gz``.
 
-A stream has no random access: its content is read once, in order, by a helper thread.  Memory
-stays bounded whatever a stream claims or holds.
+A stream has no random access: a helper thread reads its content once, in order.  Memory stays
+bounded whatever a stream claims or holds.
 """
 
 from __future__ import annotations
 
 import os
 import queue
-import struct
 import threading
 from typing import TYPE_CHECKING, Final
 
-from imgcore.errors import (
-    CorruptImageError,
-    WrongFormatError,
-)
+from imgcore.errors import CorruptImageError, WrongFormatError
 from imgcore.files.host_file import HostFile
 from imgcore.limits import MIB, SECTOR_NBYTES
-from imgcore.streams.decoder import Decoder
-from imgcore.streams.gzip import GZIP_MAGIC, GzipDecoder
-from imgcore.streams.zstd import SKIPPABLE_MAGIC, ZSTD_MAGIC, FrameWalk, ZstdDecoder
+from imgcore.streams.codecs import CODECS
 
 if TYPE_CHECKING:
     from collections.abc import Generator
     from typing import Self
 
-    from imgcore.files.identity import Identity
+    from imgcore.streams.decoder import Decoder
 
 
 _COUNT_NBYTES: Final = 1 * MIB
@@ -34,7 +28,7 @@ _COUNT_NBYTES: Final = 1 * MIB
 _N_BUFFERS: Final = 3
 
 
-class StreamSource:
+class StreamReader:
     """A compressed raw disk that is read once, in order.
 
     Attributes
@@ -88,29 +82,17 @@ class StreamSource:
         """The file's name as given."""
         return self.file.path
 
-    @property
-    def identity(self) -> Identity:
-        """What tells the file from others, see `imgcore.files.host_file.same_file`."""
-        return self.file.identity
-
     def _find_codec(self) -> str:
         head = self.file.pread(0, min(4, self.file.nbytes))
-        if head[:2] == GZIP_MAGIC:
-            return "gzip"
-        if len(head) == 4:
-            (magic,) = struct.unpack("<I", head)
-            if magic == ZSTD_MAGIC or magic & ~0xF == SKIPPABLE_MAGIC:
-                return "zstd"
-        raise WrongFormatError("neither a zstd nor a gzip stream", path=self.file.path)
+        for name, codec in CODECS.items():
+            if codec.matches(head):
+                return name
+        raise WrongFormatError(f"neither a {' nor a '.join(CODECS)} stream", path=self.file.path)
 
     def _find_virtual_size(self) -> int:
-        if self.codec == "zstd":
-            walk = FrameWalk(self.file)
-            nbytes = walk.content_nbytes()
-            if walk.n_frames == 0:
-                raise CorruptImageError("the zstd stream has no frame", path=self.file.path)
-            if nbytes is not None:
-                return nbytes
+        stated = CODECS[self.codec].content_nbytes(self.file)
+        if stated is not None:
+            return stated
         decoder = self._decoder()
         buffer = memoryview(bytearray(_COUNT_NBYTES))
         total = 0
@@ -119,7 +101,7 @@ class StreamSource:
         return total
 
     def _decoder(self) -> Decoder:
-        return ZstdDecoder(self.file) if self.codec == "zstd" else GzipDecoder(self.file)
+        return CODECS[self.codec].decoder(self.file)
 
     def head(self, nbytes: int) -> bytes:
         """Return the disk's first bytes, fewer if it is smaller."""
@@ -169,10 +151,6 @@ class StreamSource:
                 f"the stream holds {what} than the {self.virtual_size} bytes that it should",
                 path=self.path,
             )
-
-    def check_unchanged(self) -> None:
-        """Raise ImgcoreError if the file has changed since it was opened."""
-        self.file.check_unchanged()
 
     def close(self) -> None:
         """Close the file; more than once is allowed."""

@@ -1,0 +1,52 @@
+/*
+ * source.h - from extents to bytes in memory
+ */
+#ifndef IMGC_ENGINE_SOURCE_H
+#define IMGC_ENGINE_SOURCE_H
+
+#include <stdbool.h>
+
+#include "engine/extents.h"
+#include "engine/salvage.h"
+#include "engine/stop.h"
+#include "io/io.h"
+
+struct range {
+	uint64_t start, end; /* relative to the window */
+};
+
+/* One side of a window: its bytes, and which of them are data. */
+struct view {
+	uint8_t *data;
+	struct range *ranges; /* ascending, disjoint, not adjacent */
+	size_t n_ranges;
+};
+
+/* A worker's means of reading.  All but `stop`, `salvage` and `files` are its own. */
+struct reader {
+	const struct stop *stop;
+	struct salvage *salvage; /* NULL: a range that cannot be read is an error */
+	const struct imgc_source_file *files;
+	struct imgc_io_context *io;
+	struct imgc_decompressor *decompressor;
+	uint8_t *compressed; /* bytes of several neighbouring blocks */
+	uint64_t compressed_capacity;
+	uint8_t *block; /* one decompressed block of which a part is wanted */
+	uint64_t bytes_read;
+};
+
+/*
+ * Reads every DATA and compressed byte of guest range [start, end) into the view.
+ * Bytes that are no data are left as they are; imgc_view_materialise() makes them
+ * zeros.
+ */
+int imgc_reader_fill(struct reader *reader, struct rows rows, uint64_t start, uint64_t end,
+		     struct view *view, struct imgc_error *err);
+
+/* Writes zeros into [start, end) of the view wherever it holds no data. */
+void imgc_view_materialise(const struct view *view, uint64_t start, uint64_t end);
+
+/* Whether any data lies in [start, end). */
+bool imgc_view_has_data(const struct view *view, uint64_t start, uint64_t end);
+
+#endif /* IMGC_ENGINE_SOURCE_H */

@@ -1,0 +1,49 @@
+"""The archive that Compute Engine imports as a sink: a gzip tar with one sparse file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from imgcore.disk.data_parts import data_parts
+from imgcore.limits import MAX_TAR_SEGMENTS
+from imgcore.platforms.profiles import GCE_MEMBER_NAME
+from imgcore.streams.gzip import GzipEncoder
+from imgcore.streams.tar import archive_end, sparse_header
+
+if TYPE_CHECKING:
+    from imgcore.disk.source import Source
+    from imgcore.disk.tally import Tally
+    from imgcore.engine.bad_ranges import BadRange
+    from imgcore.files.target import Target
+
+
+class ArchiveSink:
+    """Writes the parts of a disk that hold data; see `imgcore.disk.sink.Sink`."""
+
+    overwrites: Final = False
+
+    def __init__(self, target: Target, source: Source, virtual_size: int, threads: int) -> None:
+        self._target = target
+        self._source = source
+        self._virtual_size = virtual_size
+        self._threads = threads
+
+    def write(self, tally: Tally) -> tuple[BadRange, ...]:
+        """Write the whole disk; nothing is salvaged."""
+        source, nbytes = self._source, self._virtual_size
+        parts = data_parts(source.data_extents(), source.virtual_size, MAX_TAR_SEGMENTS)
+        header = sparse_header(GCE_MEMBER_NAME, nbytes, parts)
+        n_read = 0
+        with GzipEncoder(self._target.main, self._threads) as encoder:
+            encoder.write(header)
+            for offset, length in parts:
+                done = offset
+                for piece in source.chunks(offset, length):
+                    encoder.write(piece)
+                    done += len(piece)
+                    n_read += len(piece)
+                    tally.count(done, data=n_read, read=n_read, written=encoder.written_nbytes)
+            encoder.write(archive_end(len(header) + n_read))
+            encoder.finish()
+            tally.count(nbytes, data=n_read, read=n_read, written=encoder.written_nbytes)
+        return ()

@@ -1,0 +1,41 @@
+"""The parent that a new image gets."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from imgcore.errors import OptionError
+from imgcore.formats.api import BackingReference
+from imgcore.formats.registry import canonical_name
+
+if TYPE_CHECKING:
+    from imgcore.disk.layer import Layer
+
+
+def backing_reference(
+    backing: str | os.PathLike[str] | None, backing_format: str | None
+) -> BackingReference | None:
+    """Return the reference that a caller asks for; OptionError unless both are given or none."""
+    if backing is None:
+        if backing_format is not None:
+            raise OptionError("a format of the backing file (-F) without a backing file")
+        return None
+    if backing_format is None:
+        raise OptionError("the backing file's format is never guessed: state it with -F")
+    return BackingReference(os.fspath(backing), canonical_name(backing_format))
+
+
+def backing_path(target: str, reference: BackingReference) -> str:
+    """Return where the parent is: a relative name counts from the target's folder."""
+    return os.path.join(os.path.dirname(target), reference.name)
+
+
+def opened_reference(reference: BackingReference, parent: Layer) -> BackingReference:
+    """Return the reference with what a child stores about its parent."""
+    return reference._replace(
+        identities=dict(parent.reader.identities),
+        modified=parent.file.modified,
+        path=os.path.abspath(parent.file.path),
+        virtual_size=parent.reader.virtual_size,
+    )

@@ -1,0 +1,65 @@
+"""Cuts an image's extents into batches for the engine, with those of a base beside them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from imgcore.disk.overlay import padded
+from imgcore.engine.batches import Batch, cut_batches, pair_up
+from imgcore.engine.extents import Kind
+from imgcore.engine.geometry import ZeroPolicy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from imgcore.disk.image import Image
+    from imgcore.engine.extents import Extents
+    from imgcore.engine.geometry import Geometry
+
+# A batch covers at most this many target blocks: 2^17 placements are 2 MiB.
+_MAX_BATCH_BLOCKS: Final = 1 << 17
+
+
+def image_batches(image: Image, base: Image | None, geometry: Geometry) -> Iterator[Batch]:
+    """Yield the disk in batches, without long empty parts if nothing is written there.
+
+    Parameters
+    ----------
+    image : Image
+    base : Image, optional
+        What the target's parent will be.  Its files are numbered after those of ``image``.
+    geometry : Geometry
+        The target's.  Its disk may be larger than the image's; the rest reads as zeros.
+    """
+    disk_end = geometry.guest_nbytes
+    rows = padded(image.extents_to_read(), image.virtual_size, disk_end)
+    if base is None:
+        return _cut(rows, geometry, skip_empty=geometry.zero_policy is ZeroPolicy.SKIP)
+    base_end = min(base.virtual_size, disk_end)
+    base_rows = padded(base.extents_to_read(0, base_end), base_end, disk_end)
+    return _over_base(_cut(rows, geometry), _cut(base_rows, geometry), len(image.sources))
+
+
+def _cut(rows: Iterator[Extents], geometry: Geometry, skip_empty: bool = False) -> Iterator[Batch]:
+    block_nbytes, unit = geometry.block_nbytes, geometry.unit_nbytes
+    return cut_batches(
+        rows,
+        unit=unit,
+        max_nbytes=max(unit, _MAX_BATCH_BLOCKS * block_nbytes // unit * unit),
+        disk_end=geometry.guest_nbytes,
+        skip_empty=skip_empty,
+    )
+
+
+def _over_base(own: Iterator[Batch], base: Iterator[Batch], first_file: int) -> Iterator[Batch]:
+    """Yield batches with both sides' extents.
+
+    Both are cut at whole units, so that neither side's rows exceed a batch's.
+    """
+    pairs = pair_up((batch.rows for batch in own), (batch.rows for batch in base))
+    for start, end, rows, base_rows in pairs:
+        shifted = base_rows.copy()
+        shifted["file"][shifted["kind"] >= Kind.DATA] += np.uint32(first_file)
+        yield Batch(start, end, np.ascontiguousarray(rows), shifted)

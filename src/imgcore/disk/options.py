@@ -1,0 +1,47 @@
+"""How an image is opened, as one record."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from imgcore.files.gate import folder_names
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from imgcore.formats.option_texts import OptionTexts
+
+
+@dataclass(frozen=True)
+class OpenOptions:
+    """The keywords of :func:`imgcore.open`, which documents them."""
+
+    format: str | None = None
+    backing_format: str | None = None
+    parent: str | None = None
+    read_options: OptionTexts | None = None
+    allow: tuple[str, ...] = ()
+    share: bool = False
+
+    @classmethod
+    def from_keywords(
+        cls,
+        *,
+        format: str | None = None,
+        backing_format: str | None = None,
+        parent: str | os.PathLike[str] | None = None,
+        read_options: OptionTexts | None = None,
+        allow: Iterable[str | os.PathLike[str]] = (),
+        share: bool = False,
+    ) -> OpenOptions:
+        """Return the record for what a caller gives; OptionError if ``allow`` is one folder."""
+        return cls(
+            format=format,
+            backing_format=backing_format,
+            parent=None if parent is None else os.fspath(parent),
+            read_options=read_options,
+            allow=tuple(folder_names(allow)),
+            share=share,
+        )

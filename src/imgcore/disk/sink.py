@@ -1,0 +1,96 @@
+"""Sinks, to which a disk is written: an image, a compressed raw stream, an archive."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Protocol
+
+from imgcore.disk.backing import opened_reference
+from imgcore.errors import OptionError
+from imgcore.formats.api import WriteRequest
+from imgcore.formats.option_texts import parse_options
+from imgcore.formats.registry import get_driver
+from imgcore.platforms.profiles import Container
+from imgcore.streams.names import CODEC_OF_SUFFIX, stream_suffix
+
+if TYPE_CHECKING:
+    from imgcore.disk.image import Image
+    from imgcore.disk.sink_options import SinkOptions
+    from imgcore.disk.source import Source
+    from imgcore.disk.tally import Tally
+    from imgcore.engine.bad_ranges import BadRange
+    from imgcore.files.target import Target
+
+
+class Sink(Protocol):
+    """A target that takes the disk of a source."""
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether an existing file has been written into, so that a failure leaves it broken."""
+        ...
+
+    def write(self, tally: Tally) -> tuple[BadRange, ...]:
+        """Write the whole disk, and return what could not be read of it."""
+        ...
+
+
+def open_sink(
+    target: Target, options: SinkOptions, source: Source, base: Image | None, virtual_size: int
+) -> Sink:
+    """Return the sink for a target; nothing is written yet.
+
+    Parameters
+    ----------
+    target : Target
+    options : SinkOptions
+    source : Source
+        The disk.
+    base : Image, optional
+        The target's parent, open.
+    virtual_size : int
+        Bytes of the target's disk, at least those of the source's; zeros follow.
+
+    Raises
+    ------
+    OptionError, UnsupportedFeatureError
+        Such a target cannot be written, or not in this way.
+    """
+    container = Container.NONE if options.profile is None else options.profile.container
+    suffix = stream_suffix(target.path)
+    if container is Container.GCE_TAR:
+        from imgcore.disk.archive_sink import ArchiveSink
+
+        _refuse_in_stream(target, options)
+        return ArchiveSink(target, source, virtual_size, options.threads)
+    if suffix is not None:
+        from imgcore.disk.stream_sink import StreamSink
+
+        _refuse_in_stream(target, options)
+        return StreamSink(target, source, CODEC_OF_SUFFIX[suffix], options.threads)
+    from imgcore.disk.image_sink import ImageSink
+
+    backing = options.backing
+    if backing is not None and base is not None:
+        backing = opened_reference(backing, base.chain[0])
+    request = WriteRequest(
+        virtual_size=virtual_size,
+        options=options.options,
+        compress=options.compress,
+        backing=backing,
+        sparse_nbytes=options.sparse_nbytes,
+        target_name=os.path.basename(target.path),
+        logical_sector_nbytes=source.logical_sector_nbytes,
+    )
+    return ImageSink(target, source, base, request, options)
+
+
+def _refuse_in_stream(target: Target, options: SinkOptions) -> None:
+    """Raise OptionError for what cannot be done where bytes are written once, in order."""
+    if target.in_place:
+        raise OptionError("a compressed raw stream is not written in place (-n)", path=target.path)
+    if options.salvage:
+        raise OptionError("what is salvaged is not written as a stream", path=target.path)
+    has_options = options.options != parse_options(get_driver(options.format))
+    if options.compress or options.backing is not None or has_options:
+        raise OptionError("a compressed raw stream takes no -c, -B or -o", path=target.path)

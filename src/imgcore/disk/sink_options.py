@@ -1,0 +1,95 @@
+"""How a disk is written, as one record."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from imgcore.disk.backing import backing_reference
+from imgcore.disk.fitting import fitting_format, fitting_options, refuse_against_profile
+from imgcore.disk.target_format import target_format
+from imgcore.engine.job import chosen_variants, thread_count
+from imgcore.errors import OptionError
+from imgcore.limits import MIB, SECTOR_NBYTES
+from imgcore.platforms.profiles import get_profile
+from imgcore.sizes import parse_size
+
+if TYPE_CHECKING:
+    from imgcore.formats.api import BackingReference
+    from imgcore.formats.option_texts import OptionTexts
+    from imgcore.platforms.profiles import Profile
+
+_MAX_SPARSE_NBYTES: Final = 1 * MIB
+
+
+@dataclass(frozen=True)
+class SinkOptions:
+    """The keywords of :func:`imgcore.convert` that are about the target."""
+
+    format: str
+    options: Mapping[str, Any]
+    compress: bool
+    backing: BackingReference | None
+    sparse_nbytes: int
+    threads: int
+    in_place: bool
+    salvage: bool
+    reflink: bool
+    variants: Mapping[str, str]
+    profile: Profile | None
+
+    @classmethod
+    def from_keywords(
+        cls,
+        target: str,
+        *,
+        format: str | None,
+        options: OptionTexts | None,
+        compress: bool,
+        backing: str | os.PathLike[str] | None,
+        backing_format: str | None,
+        sparse: int | str,
+        threads: int | None,
+        in_place: bool,
+        salvage: bool,
+        reflink: bool,
+        kernels: Mapping[str, str] | None,
+        profile: str | None,
+    ) -> SinkOptions:
+        """Return the record for what a caller gives; OptionError for what makes no sense."""
+        platform = None if profile is None else get_profile(profile)
+        name = target_format(target, fitting_format(platform, format), flag="-O")
+        if salvage and backing is not None:
+            raise OptionError("what is salvaged cannot be compared with a parent (-B)")
+        if platform is not None:
+            refuse_against_profile(
+                platform,
+                target,
+                with_backing=backing is not None,
+                in_place=in_place,
+                compress=compress,
+            )
+        return cls(
+            format=name,
+            options=fitting_options(platform, name, options),
+            compress=compress,
+            backing=backing_reference(backing, backing_format),
+            sparse_nbytes=_sparse_nbytes(sparse),
+            threads=thread_count(threads),
+            in_place=in_place,
+            salvage=salvage,
+            reflink=reflink,
+            variants=chosen_variants(kernels),
+            profile=platform,
+        )
+
+
+def _sparse_nbytes(sparse: int | str) -> int:
+    nbytes = parse_size(sparse) if isinstance(sparse, str) else sparse
+    if nbytes < 0 or nbytes % SECTOR_NBYTES or nbytes > _MAX_SPARSE_NBYTES:
+        raise OptionError(
+            f"-S {nbytes}: a multiple of {SECTOR_NBYTES} up to {_MAX_SPARSE_NBYTES} is needed"
+        )
+    return nbytes

@@ -1,0 +1,37 @@
+"""A compressed raw disk as a sink."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from imgcore.streams.codecs import CODECS
+
+if TYPE_CHECKING:
+    from imgcore.disk.source import Source
+    from imgcore.disk.tally import Tally
+    from imgcore.engine.bad_ranges import BadRange
+    from imgcore.files.target import Target
+
+
+class StreamSink:
+    """Writes a disk's bytes in order, through an encoder; see `imgcore.disk.sink.Sink`."""
+
+    overwrites: Final = False
+
+    def __init__(self, target: Target, source: Source, codec: str, threads: int) -> None:
+        self._target = target
+        self._source = source
+        self._encoder = CODECS[codec].encoder
+        self._threads = threads
+
+    def write(self, tally: Tally) -> tuple[BadRange, ...]:
+        """Write the whole disk; nothing is salvaged."""
+        nbytes, done = self._source.virtual_size, 0
+        with self._encoder(self._target.main, nbytes, self._threads) as encoder:
+            for chunk in self._source.chunks(0, nbytes):
+                encoder.write(chunk)
+                done += len(chunk)
+                tally.count(done, data=done, read=done, written=encoder.written_nbytes)
+            encoder.finish()
+            tally.count(done, data=done, read=done, written=encoder.written_nbytes)
+        return ()

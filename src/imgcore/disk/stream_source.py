@@ -1,0 +1,119 @@
+"""A compressed raw disk as a source: read once, in order."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from imgcore.disk.describe import allocated_nbytes
+from imgcore.errors import OptionError, UnsupportedFeatureError, WrongFormatError
+from imgcore.formats.magic import HEAD_NBYTES, matching_formats
+from imgcore.formats.registry import PLAIN_FORMAT
+from imgcore.limits import CHUNK_NBYTES
+from imgcore.streams.names import stream_suffix
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
+    from typing import Any, Self
+
+    from imgcore.disk.image import Image
+    from imgcore.disk.options import OpenOptions
+    from imgcore.engine.batches import Supply
+    from imgcore.engine.extents import Extents
+    from imgcore.engine.geometry import Geometry
+    from imgcore.streams.reader import StreamReader
+
+
+def is_stream(path: str | os.PathLike[str], options: OpenOptions) -> bool:
+    """Tell whether a name, and the format stated with it, are those of a compressed raw disk."""
+    return options.format in (None, PLAIN_FORMAT) and stream_suffix(os.fspath(path)) is not None
+
+
+class StreamSource:
+    """An open stream; see `imgcore.disk.source.Source`.  A context manager, which closes it."""
+
+    format = PLAIN_FORMAT
+    logical_sector_nbytes = None
+
+    def __init__(self, reader: StreamReader, *, is_stated: bool) -> None:
+        self._reader = reader
+        self._is_stated = is_stated  # the caller has said that it is raw
+        self.path = reader.path
+        self.virtual_size = reader.virtual_size
+        self.files = (reader.file,)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], options: OpenOptions) -> Self:
+        """Open a compressed raw disk; one that does not state its size is decompressed for it."""
+        from imgcore.streams.reader import StreamReader
+
+        if options.read_options:
+            raise OptionError(f"{cls.format} has no options for reading", path=os.fspath(path))
+        if options.parent is not None:
+            raise OptionError(
+                f"a parent is given, but {cls.format} disks have none", path=os.fspath(path)
+            )
+        reader = StreamReader.open(path, share=options.share)
+        return cls(reader, is_stated=options.format is not None)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Describe the disk and its compression."""
+        return [
+            {
+                "filename": self.path,
+                "format": self.format,
+                "virtual-size": self.virtual_size,
+                "actual-size": allocated_nbytes(self.files),
+                "dirty-flag": False,
+                "format-specific": {
+                    "type": self.format,
+                    "data": {"compression": self._reader.codec},
+                },
+            }
+        ]
+
+    def refuse_conversion(self, *, salvage: bool, with_base: bool) -> None:
+        """Raise for what takes random access, and for an image in the stream.
+
+        Only the first bytes of the disk are read.
+        """
+        if salvage:
+            raise OptionError("nothing of a compressed stream can be salvaged", path=self.path)
+        found = [] if self._is_stated else matching_formats(self._reader.head(HEAD_NBYTES), b"")
+        if found:
+            raise WrongFormatError(
+                f"its content carries the magic of {' and '.join(found)}: decompress it first, "
+                f"or say -f {self.format}",
+                path=self.path,
+            )
+        if with_base:
+            raise UnsupportedFeatureError(
+                "a compressed raw source does not go with -B", path=self.path
+            )
+
+    def data_extents(self) -> Iterator[Extents]:
+        """Yield one extent: what a stream holds is known only when it has been read."""
+        from imgcore.engine.extents import Kind, single
+
+        if self.virtual_size:
+            yield single(0, self.virtual_size, Kind.DATA)
+
+    def chunks(self, start: int, length: int) -> Iterator[memoryview]:
+        """Yield the bytes of the whole disk in order."""
+        if (start, length) != (0, self.virtual_size):
+            raise ValueError(f"{self.path}: [{start}, {start + length}) is not the whole disk")
+        return self._reader.read_chunks(CHUNK_NBYTES)
+
+    def supply(self, geometry: Geometry, base: Image | None) -> AbstractContextManager[Supply]:
+        """Return two buffers that the stream goes through in turn, and batches in them."""
+        from imgcore.disk.stream_batches import stream_supply
+
+        assert base is None, "see refuse_conversion"
+        return stream_supply(self._reader, geometry)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._reader.close()

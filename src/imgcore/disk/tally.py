@@ -1,0 +1,60 @@
+"""Counts what a conversion has done, and reports it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Final
+
+from imgcore.engine.progress import Progress
+
+_REPORT_SECONDS: Final = 0.05
+
+
+class Tally:
+    """Sums of what a conversion has done so far, in bytes.
+
+    Parameters
+    ----------
+    total_nbytes : int
+        Bytes of the disk that is written.
+    report : callable, optional
+        Called with `Progress` at most every 50 ms, and when the disk is done.  If it raises,
+        the exception passes through.
+
+    Attributes
+    ----------
+    data_nbytes : int
+        Bytes of the disk that were found to be data.
+    read_nbytes, written_nbytes : int
+        Bytes of the source's and the target's files.
+    reflinked_nbytes : int
+        Bytes that were not written, since the target has the source's own blocks.
+    """
+
+    def __init__(self, total_nbytes: int, report: Callable[[Progress], None] | None) -> None:
+        self.total_nbytes = total_nbytes
+        self.data_nbytes = self.read_nbytes = self.written_nbytes = self.reflinked_nbytes = 0
+        self._report = report
+        self._next_time = -float("inf")
+
+    def count(self, done: int, *, data: int, read: int, written: int, reflinked: int = 0) -> None:
+        """Take over the sums so far; ``done`` is how far on the disk the conversion is."""
+        self.data_nbytes, self.read_nbytes = data, read
+        self.written_nbytes, self.reflinked_nbytes = written, reflinked
+        if self._report is None:
+            return
+        now = time.monotonic()
+        if done == self.total_nbytes or now >= self._next_time:
+            self._next_time = now + _REPORT_SECONDS
+            self._report(Progress(done, self.total_nbytes, data, done - data, written))
+
+    def finish(self) -> None:
+        """Report that the whole disk is done."""
+        self.count(
+            self.total_nbytes,
+            data=self.data_nbytes,
+            read=self.read_nbytes,
+            written=self.written_nbytes,
+            reflinked=self.reflinked_nbytes,
+        )

@@ -1,0 +1,93 @@
+"""Copies of whole files: content as reflinks where the file system can, and attributes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+from typing import TYPE_CHECKING, Final
+
+from imgcore.limits import MIB
+
+if TYPE_CHECKING:
+    from imgcore.files.host_file import HostFile
+    from imgcore.files.target import Target
+    from imgcore.files.target_file import TargetFile
+
+# Linux include/uapi/linux/fs.h: _IOW(0x94, 9, int).
+_FICLONE: Final = 0x40049409
+_NO_CLONE_ERRORS: Final = (
+    errno.EOPNOTSUPP,
+    errno.ENOTTY,
+    errno.EXDEV,
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.EPERM,
+)
+# One system call's worth, so that an interruption is noticed soon.
+_COPY_NBYTES: Final = 64 * MIB
+
+
+def copy_content(file: HostFile, target: Target) -> None:
+    """Make the target's main file equal to a file: as a reflink, or else with its holes.
+
+    Raises
+    ------
+    OSError
+        The file cannot be read, or the copy not written; ENOSPC before anything is copied
+        if there is too little space.
+    """
+    with contextlib.suppress(OSError):
+        os.fdatasync(file.fd)  # some file systems report holes where data is not written yet
+    try:
+        fcntl.ioctl(target.main.fd, _FICLONE, file.fd)
+        return
+    except OSError as error:
+        if error.errno not in _NO_CLONE_ERRORS:
+            raise OSError(error.errno, error.strerror, file.path) from error
+    target.require_space(file.allocated_nbytes)
+    target.main.truncate(file.nbytes)
+    start, end = file.next_data(0)
+    while start < end:
+        _copy_range(file, target.main, start, end)
+        start, end = file.next_data(end)
+
+
+def _copy_range(file: HostFile, copy: TargetFile, start: int, end: int) -> None:
+    while start < end:
+        nbytes = min(end - start, _COPY_NBYTES)
+        try:
+            done = os.copy_file_range(file.fd, copy.fd, nbytes, start, start)
+        except OSError as error:
+            if error.errno not in _NO_CLONE_ERRORS:
+                raise OSError(error.errno, error.strerror, file.path) from error
+            done = 0
+        if done == 0:
+            data = file.pread(start, min(nbytes, MIB))
+            copy.pwrite(start, data)
+            done = len(data)
+        start += done
+
+
+def copy_attributes(file: HostFile, copy: TargetFile) -> None:
+    """Give a copy the file's owner, mode, times and extended attributes.
+
+    The time of modification as well: children of an image may have recorded it.
+
+    Raises
+    ------
+    OSError
+        The copy cannot be given the owner.  What else cannot be copied is left out.
+    """
+    status, own = os.fstat(file.fd), os.fstat(copy.fd)
+    if (status.st_uid, status.st_gid) != (own.st_uid, own.st_gid):
+        try:
+            os.fchown(copy.fd, status.st_uid, status.st_gid)
+        except OSError as error:
+            raise OSError(
+                error.errno, "The copy cannot be given the owner of the original", file.path
+            ) from error
+    with contextlib.suppress(OSError):
+        shutil.copystat(f"/proc/self/fd/{file.fd}", f"/proc/self/fd/{copy.fd}")

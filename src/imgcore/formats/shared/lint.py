@@ -1,0 +1,101 @@
+"""Rules that images are held against: the record of a rule, and the facts that it examines."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+
+from imgcore.errors import ImgcoreError
+from imgcore.text import one_line
+
+if TYPE_CHECKING:
+    from imgcore.files.host_file import HostFile
+    from imgcore.formats.api import Reader
+
+CHECK_REMEDY: Final = "imgcore check may tell more"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A broken rule: its name, what is wrong, what to do about it; one line each."""
+
+    rule: str
+    message: str
+    remedy: str
+
+
+@dataclass
+class ImageFacts(ABC):
+    """Everything that a rule may examine.
+
+    Attributes
+    ----------
+    file : HostFile
+        The image's file; the reader has it open once more.
+    format : str
+        The image's format.
+    reader : Reader or None
+        None if the image cannot be opened: ``error`` says why, unless the format has no
+        reader.
+    error : ImgcoreError or None
+        Why the image is refused.
+    open_chain : callable
+        Returns the open image with its parents.
+    """
+
+    file: HostFile
+    format: str
+    reader: Reader | None
+    error: ImgcoreError | None
+    open_chain: Callable[[], Any]
+
+    @property
+    def subformat(self) -> str | None:
+        """Kind within the format."""
+        return None if self.reader is None else self.reader.subformat
+
+    @property
+    def virtual_size(self) -> int | None:
+        """Bytes of the disk; None if not known."""
+        return None if self.reader is None else self.reader.virtual_size
+
+    @property
+    @abstractmethod
+    def remedy(self) -> str:
+        """What to do about a broken rule that names nothing better."""
+
+
+Facts = TypeVar("Facts", bound=ImageFacts, contravariant=True)
+
+
+@dataclass(frozen=True)
+class Rule(Generic[Facts]):
+    """One demand.
+
+    Attributes
+    ----------
+    name : str
+        Stands in findings.
+    check : callable
+        Returns what is wrong, or None.  It keeps silent about images of other formats than
+        its own: that they are of another format is a rule, too.
+    remedy : str, or callable
+        What to do about it; an empty text stands for `ImageFacts.remedy`.
+    """
+
+    name: str
+    check: Callable[[Facts], str | None]
+    remedy: str | Callable[[Facts], str] = ""
+
+    def apply(self, facts: Facts) -> Finding | None:
+        """Return what is wrong, or None; damage or a missing parent in the way is a finding too."""
+        try:
+            message = self.check(facts)
+        except (ImgcoreError, FileNotFoundError) as error:
+            return Finding(self.name, f"cannot be verified: {error}", CHECK_REMEDY)
+        if message is None:
+            return None
+        remedy = self.remedy if isinstance(self.remedy, str) else self.remedy(facts)
+        return Finding(self.name, one_line(message), remedy or facts.remedy)
