@@ -25,7 +25,7 @@ relaxed = settings(
 
 
 def use(path: Path, image_format: str | None) -> None:
-    """Open, describe, plan, read; only ImgcoreError, or OSError about a named file, comes out."""
+    """Open, describe, map, read; only ImgcoreError, or OSError about a named file, comes out."""
     begun, cpu_begun = time.monotonic(), time.process_time()
     try:
         with imgcore.open(str(path), format=image_format) as image:

@@ -11,8 +11,8 @@ import pytest
 import imgcore
 from tests.helpers import images, own, qemu
 from tests.helpers.images import RawImage
+from tests.helpers.other_readers import assert_dissect_reads
 from tests.helpers.qemu import Variant
-from tests.helpers.readers import assert_dissect_reads
 
 RawImages = Callable[[RawImage], Path]
 

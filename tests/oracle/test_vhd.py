@@ -12,7 +12,7 @@ import pytest
 import imgcore
 from tests.helpers import images, own, qemu
 from tests.helpers.images import MIB, RawImage
-from tests.helpers.readers import assert_dissect_reads, assert_libvhdi_reads
+from tests.helpers.other_readers import assert_dissect_reads, assert_libvhdi_reads
 
 RawImages = Callable[[RawImage], Path]
 

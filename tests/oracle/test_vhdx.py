@@ -14,7 +14,7 @@ import pytest
 import imgcore
 from tests.helpers import images, own, qemu, vhdx
 from tests.helpers.images import RawImage
-from tests.helpers.readers import assert_libvhdi_reads
+from tests.helpers.other_readers import assert_libvhdi_reads
 from tests.helpers.vhdx import FULL, MIB, PARTIAL, Vhdx, pattern
 
 RawImages = Callable[[RawImage], Path]
