@@ -302,7 +302,7 @@ def _read_bitmaps_extension(file: ByteSource, header: Qcow2Header) -> None:
 
 def _check_tables(file: ByteSource, header: Qcow2Header) -> None:
     if header.l1_entries:
-        check_range(
+        _check_range(
             file, header, "L1 table", header.l1_offset, header.l1_entries * layout.ENTRY_NBYTES
         )
     table_nbytes = header.refcount_table_clusters * header.cluster_size
@@ -315,7 +315,7 @@ def _check_tables(file: ByteSource, header: Qcow2Header) -> None:
         )
     if not table_nbytes or not header.refcount_table_offset:
         raise _corrupt(file, "no refcount table", 48)
-    check_range(file, header, "refcount table", header.refcount_table_offset, table_nbytes)
+    _check_range(file, header, "refcount table", header.refcount_table_offset, table_nbytes)
     if header.n_snapshots > limits.QCOW2_MAX_SNAPSHOTS:
         raise LimitExceededError(
             f"{header.n_snapshots} snapshots, allowed up to {limits.QCOW2_MAX_SNAPSHOTS}",
@@ -323,7 +323,7 @@ def _check_tables(file: ByteSource, header: Qcow2Header) -> None:
             offset=60,
         )
     if header.n_snapshots:
-        check_range(
+        _check_range(
             file,
             header,
             "snapshot table",
@@ -331,10 +331,12 @@ def _check_tables(file: ByteSource, header: Qcow2Header) -> None:
             header.n_snapshots * layout.SNAPSHOT.size,
         )
     if header.bitmaps is not None:
-        check_range(file, header, "bitmap directory", header.bitmaps[1], header.bitmaps[2])
+        _check_range(file, header, "bitmap directory", header.bitmaps[1], header.bitmaps[2])
 
 
-def check_range(file: ByteSource, header: Qcow2Header, what: str, offset: int, nbytes: int) -> None:
+def _check_range(
+    file: ByteSource, header: Qcow2Header, what: str, offset: int, nbytes: int
+) -> None:
     """Refuse a table that is misaligned, in the header's cluster, or not inside the file."""
     if offset % header.cluster_size or not offset:
         raise _corrupt(
@@ -343,6 +345,10 @@ def check_range(file: ByteSource, header: Qcow2Header, what: str, offset: int, n
             f"{header.cluster_size:#x} from there on",
             offset,
         )
+    _check_end(file, what, offset, nbytes)
+
+
+def _check_end(file: ByteSource, what: str, offset: int, nbytes: int) -> None:
     if offset + nbytes > file.nbytes:
         raise _corrupt(
             file,
@@ -389,7 +395,7 @@ def read_snapshots(file: ByteSource, header: Qcow2Header) -> list[Snapshot]:
     position = 0
     for index in range(header.n_snapshots):
         offset = header.snapshots_offset + position
-        _check_piece(file, f"snapshot {index}", offset, layout.SNAPSHOT.size)
+        _check_end(file, f"snapshot {index}", offset, layout.SNAPSHOT.size)
         (
             l1_offset,
             l1_entries,
@@ -409,7 +415,7 @@ def read_snapshots(file: ByteSource, header: Qcow2Header) -> list[Snapshot]:
                 offset=offset,
             )
         variable_nbytes = extra_nbytes + id_nbytes + name_nbytes
-        _check_piece(file, f"snapshot {index}", offset + layout.SNAPSHOT.size, variable_nbytes)
+        _check_end(file, f"snapshot {index}", offset + layout.SNAPSHOT.size, variable_nbytes)
         variable = file.pread(offset + layout.SNAPSHOT.size, variable_nbytes)
         position += -(-(layout.SNAPSHOT.size + variable_nbytes) // 8) * 8
         if position > limits.QCOW2_MAX_SNAPSHOT_TABLE_NBYTES:
@@ -445,15 +451,6 @@ def _snapshot_extra(extra: bytes, vm_state_nbytes: int) -> tuple[int, int | None
         vm_state_nbytes = vm_state
     known = len(extra) >= layout.SNAPSHOT_EXTRA_ICOUNT_NBYTES
     return vm_state_nbytes, icount if known and icount != layout.SNAPSHOT_NO_ICOUNT else None
-
-
-def _check_piece(file: ByteSource, what: str, offset: int, nbytes: int) -> None:
-    if offset + nbytes > file.nbytes:
-        raise _corrupt(
-            file,
-            f"{what} ends at {offset + nbytes:#x}, past the end of the file ({file.nbytes:#x})",
-            offset,
-        )
 
 
 def read_bitmaps(file: ByteSource, header: Qcow2Header) -> list[Bitmap]:

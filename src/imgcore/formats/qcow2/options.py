@@ -274,14 +274,20 @@ def _extension(kind: int, data: bytes) -> bytes:
     return layout.EXTENSION.pack(kind, len(data)) + padded
 
 
-def refcount_clusters(options: WriteOptions, n_clusters: int) -> tuple[int, int]:
-    """Return how many refcount blocks and table clusters cover ``n_clusters`` and themselves."""
+def refcount_clusters(
+    options: WriteOptions, n_clusters: int, n_written: int = 0
+) -> tuple[int, int]:
+    """Return how many refcount blocks and table clusters to add.
+
+    They cover ``n_clusters`` clusters and themselves.  ``n_written`` blocks, which are
+    among these clusters, already exist.
+    """
     per_table_cluster = options.cluster_size // layout.ENTRY_NBYTES
     n_blocks = n_table = 0
     while True:
         total = n_clusters + n_blocks + n_table
-        blocks = -(-total // options.refcounts_per_block)
-        table = -(-blocks // per_table_cluster)
-        if (blocks, table) == (n_blocks, n_table):
-            return blocks, table
-        n_blocks, n_table = blocks, table
+        all_blocks = -(-total // options.refcounts_per_block)
+        table = -(-all_blocks // per_table_cluster)
+        if (all_blocks - n_written, table) == (n_blocks, n_table):
+            return n_blocks, n_table
+        n_blocks, n_table = all_blocks - n_written, table

@@ -12,6 +12,7 @@ import numpy as np
 from imgcore import limits
 from imgcore.errors import LimitExceededError
 from imgcore.formats.qcow2 import layout
+from imgcore.formats.qcow2.options import refcount_clusters
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -46,6 +47,17 @@ def encode_refcounts(counts: NDArray[np.uint16], refcount_order: int) -> NDArray
     for position in range(8 // width):
         packed |= cells[:, position] << np.uint8(position * width)
     return packed
+
+
+def check_table_size(options: WriteOptions, nbytes: int) -> None:
+    """Refuse a refcount table that readers would refuse."""
+    if nbytes > limits.QCOW2_MAX_REFCOUNT_TABLE_NBYTES:
+        raise LimitExceededError(
+            f"the refcount table needs {nbytes} bytes, allowed up to "
+            f"{limits.QCOW2_MAX_REFCOUNT_TABLE_NBYTES}: larger clusters or fewer "
+            "refcount_bits help",
+            path=options.target_name or None,
+        )
 
 
 class RefcountBuilder:
@@ -108,15 +120,7 @@ class RefcountBuilder:
 
         They are counted themselves; blocks taken already are not.
         """
-        n_blocks = n_table = 0
-        per_cluster = self._options.cluster_size // layout.ENTRY_NBYTES
-        while True:
-            total = n_clusters + n_blocks + n_table
-            all_blocks = -(-total // self._options.refcounts_per_block)
-            table = -(-all_blocks // per_cluster)
-            if (all_blocks - len(self.block_offsets), table) == (n_blocks, n_table):
-                return n_blocks, n_table
-            n_blocks, n_table = all_blocks - len(self.block_offsets), table
+        return refcount_clusters(self._options, n_clusters, len(self.block_offsets))
 
     def take(self, n_blocks: int, offset: int) -> NDArray[np.uint8]:
         """Take the next blocks out, to be written contiguously at ``offset``.
@@ -135,19 +139,8 @@ class RefcountBuilder:
         if not self._counts.size:
             self._counts = np.zeros(_MIN_WINDOW, dtype=np.uint16)
         self._base += n_cells
-        self.check_table()
+        check_table_size(self._options, len(self.block_offsets) * layout.ENTRY_NBYTES)
         return encoded
-
-    def check_table(self) -> None:
-        """Refuse a refcount table that readers would refuse."""
-        nbytes = len(self.block_offsets) * layout.ENTRY_NBYTES
-        if nbytes > limits.QCOW2_MAX_REFCOUNT_TABLE_NBYTES:
-            raise LimitExceededError(
-                f"the refcount table needs {nbytes} bytes, allowed up to "
-                f"{limits.QCOW2_MAX_REFCOUNT_TABLE_NBYTES}: larger clusters or fewer "
-                "refcount_bits help",
-                path=self._options.target_name or None,
-            )
 
     def table(self, n_clusters: int) -> NDArray[np.uint8]:
         """Return the refcount table, padded to ``n_clusters`` clusters."""

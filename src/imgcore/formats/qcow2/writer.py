@@ -27,7 +27,11 @@ from imgcore.formats.qcow2.options import (
     build_header,
     refcount_clusters,
 )
-from imgcore.formats.qcow2.refcounts import RefcountBuilder, encode_refcounts
+from imgcore.formats.qcow2.refcounts import (
+    RefcountBuilder,
+    check_table_size,
+    encode_refcounts,
+)
 from imgcore.formats.qcow2.tables import table_format
 from imgcore.formats.shared.alignment import align_up
 from imgcore.formats.shared.flat_writer import FlatWriter
@@ -266,13 +270,7 @@ class PreallocatedWriter(FlatWriter):
         self._n_l2 = -(-options.n_data_clusters // options.l2_entries)
         n_clusters = 1 + options.l1_clusters + self._n_l2 + options.n_data_clusters
         self._n_blocks, self._n_table = refcount_clusters(options, n_clusters)
-        if self._n_table * size > limits.QCOW2_MAX_REFCOUNT_TABLE_NBYTES:
-            raise LimitExceededError(
-                f"the refcount table needs {self._n_table * size} bytes, allowed up to "
-                f"{limits.QCOW2_MAX_REFCOUNT_TABLE_NBYTES}: larger clusters or fewer "
-                "refcount_bits help",
-                path=options.target_name or None,
-            )
+        check_table_size(options, self._n_table * size)
         self._l2_offset = (1 + options.l1_clusters) * size
         self._table_offset = self._l2_offset + self._n_l2 * size
         self._blocks_offset = self._table_offset + self._n_table * size
