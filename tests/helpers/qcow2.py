@@ -1,4 +1,4 @@
-"""QCOW2 without the native engine: a small stand-in for it, and images poked into."""
+"""QCOW2 without the native engine: a small stand-in, and images made by QEMU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.helpers.reading import extent_rows, open_file
 
 
 def open_qcow2(path: Path) -> Qcow2Reader:
-    """Open one layer."""
+    """Open a single QCOW2 layer."""
     return open_file(path, Qcow2Reader)
 
 
@@ -41,7 +41,7 @@ def create(path: Path, size: int | str, *options: str, backing: Path | None = No
 
 
 def qemu_io(path: Path, *commands: str, check: bool = True) -> None:
-    """Run qemu-io's commands on an image; without ``check`` some of them may fail."""
+    """Run qemu-io commands on an image; without ``check`` they may fail."""
     program = qemu.find_program("qemu-io")
     if program is None:
         pytest.skip("qemu-io is not installed (Debian: qemu-utils)")
@@ -50,7 +50,7 @@ def qemu_io(path: Path, *commands: str, check: bool = True) -> None:
 
 
 def merged(rows: list[Any]) -> list[tuple[int, int, str, int | None]]:
-    """Return rows as (start, length, what, place of plain data), neighbours joined."""
+    """Return rows as (start, length, kind, offset of plain data), neighbours joined."""
     names = {Kind.HOLE: "hole", Kind.ZERO: "zero", Kind.DATA: "data"}
     return _joined(
         [
@@ -61,12 +61,12 @@ def merged(rows: list[Any]) -> list[tuple[int, int, str, int | None]]:
 
 
 def qemu_map(path: Path) -> list[tuple[int, int, str, int | None]]:
-    """Return ``qemu-img map`` of a single layer in the shape of `merged`."""
+    """Return ``qemu-img map`` of a single layer in the form of `merged`."""
     rows: list[tuple[int, int, str, int | None]] = []
     for entry in qemu.map_entries(path, "qcow2"):
         what = "data"
         if not entry["data"]:
-            # Before QEMU 8.2 nothing tells a hole from zeros but the missing "present".
+            # Before QEMU 8.2 only a missing "present" tells a hole from zeros.
             what = "zero" if entry["present"] else "hole"
         elif entry.get("compressed") or "offset" not in entry:
             what = "packed"
@@ -90,7 +90,7 @@ def _joined(
 
 
 def read_guest(path: Path) -> bytes:
-    """Return what one layer reads as, decompressed by the Python codecs."""
+    """Return the content of one layer, decompressed by Python codecs."""
     reader = open_qcow2(path)
     host = path.read_bytes()
     content = bytearray(reader.virtual_size)
@@ -117,14 +117,14 @@ def request(
     backing: BackingReference | None = None,
     sparse_nbytes: int = 4096,
 ) -> WriteRequest[FormatOptions]:
-    """Return a request for a writer, all options not given at their defaults."""
+    """Return a request for a writer; options not given have their defaults."""
     parsed = parse_options(DRIVER, options)
     return WriteRequest(virtual_size, parsed, compress, backing, sparse_nbytes)
 
 
 @dataclass
 class StandIn:
-    """Does what the engine does with a geometry, one block after the other."""
+    """Places blocks by a geometry as the engine does, one at a time."""
 
     geometry: Geometry
     file: TargetFile
@@ -174,7 +174,7 @@ def write_image(
     batch: int = 1000,
     absent: set[int] | None = None,
 ) -> Path:
-    """Write an image of ``content`` with the writer and the stand-in, ``batch`` blocks a call."""
+    """Write an image of ``content`` with the stand-in, ``batch`` blocks per call."""
     writer = DRIVER.writer(wanted)
     with Target(path, sync=False) as target:
         file = writer.begin(target)

@@ -1,4 +1,4 @@
-"""qemu-img and vbox-img as oracles: where they are, and the few calls that tests make."""
+"""qemu-img and vbox-img as oracles: find them, and make the calls that tests need."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 
 @cache
 def find_program(name: str) -> str | None:
-    """Return the path of a program: in ``$IMGCORE_PEERS/bin``, else on PATH."""
+    """Return the path of a program in ``$IMGCORE_PEERS/bin``, or on PATH."""
     peers = os.environ.get("IMGCORE_PEERS")
     if peers:
         candidate = os.path.join(peers, "bin", name)
@@ -28,12 +28,15 @@ def find_program(name: str) -> str | None:
 
 
 def require_qemu_img() -> str:
-    """Return qemu-img's path; without it skip, or fail if IMGCORE_REQUIRE_QEMU is set."""
+    """Return qemu-img's path.
+
+    Without it skip the test, or fail if IMGCORE_REQUIRE_QEMU is set.
+    """
     return _require("qemu-img", "qemu-utils")
 
 
 def require_vbox_img() -> str:
-    """Return vbox-img's path, or skip."""
+    """Return vbox-img's path, or skip the test."""
     program = find_program("vbox-img")
     if program is None:
         pytest.skip("vbox-img is not installed (set IMGCORE_PEERS)")
@@ -51,12 +54,12 @@ def _require(name: str, package: str) -> str:
 
 
 def run(*arguments: str | os.PathLike[str]) -> subprocess.CompletedProcess[str]:
-    """Run qemu-img; a failure shows what it said."""
+    """Run qemu-img; a failure shows its output."""
     return checked([require_qemu_img(), *map(os.fspath, arguments)])
 
 
 def checked(command: Sequence[str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a command; a failure shows what it said."""
+    """Run a command; a failure shows its output."""
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, timeout=300, cwd=cwd
     )
@@ -69,7 +72,7 @@ def checked(command: Sequence[str], cwd: Path | None = None) -> subprocess.Compl
 
 @contextmanager
 def held_open(*arguments: str | Path) -> Iterator[None]:
-    """Let qemu-io hold an image open for the time of a block, or skip."""
+    """Keep an image open in qemu-io while the block runs, or skip the test."""
     program = shutil.which("qemu-io")
     if program is None:
         pytest.skip("qemu-io is not installed (Debian: qemu-utils)")
@@ -81,7 +84,7 @@ def held_open(*arguments: str | Path) -> Iterator[None]:
     )
     assert process.stdin is not None
     assert process.stdout is not None
-    # Its answer tells that the image is open.
+    # An answer means that the image is open.
     process.stdin.write(b"length\n")
     process.stdin.flush()
     assert process.stdout.read(1)
@@ -95,15 +98,15 @@ def held_open(*arguments: str | Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Variant:
-    """A target that both tools can write: the ``-O`` name, ``-o`` options, and ``-c``."""
+    """A target that both tools can write: ``-O`` name, ``-o`` options, ``-c``."""
 
     name: str
     format: str
     options: tuple[str, ...] = ()
     compress: bool = False
-    # What only imgcore is told, so that its output is the same on every run.
+    # Only for imgcore: makes its output the same on every run.
     own_options: tuple[str, ...] = ()
-    # What only qemu-img is told.
+    # Only for qemu-img.
     qemu_options: tuple[str, ...] = ()
 
     @property
@@ -111,7 +114,7 @@ class Variant:
         return f".{self.format}"
 
     def with_options(self, *options: str) -> Variant:
-        """Return this variant with further options."""
+        """Return this variant with more options."""
         name = "-".join((self.name, *(option.replace("=", "_") for option in options)))
         return replace(self, name=name, options=(*self.options, *options))
 
@@ -163,7 +166,7 @@ VARIANTS = (
 
 
 def _name(image_format: str) -> str:
-    """Return what qemu-img calls a format."""
+    """Return qemu-img's name of a format."""
     return {"vhd": "vpc"}.get(image_format, image_format)
 
 
@@ -180,12 +183,12 @@ def convert(source: Path, target: Path, variant: Variant, *, source_format: str 
 
 
 def assert_same(source: Path, target: Path, *, source_format: str, target_format: str) -> None:
-    """Fail unless qemu-img finds the two images' content identical."""
+    """Fail unless the two images are identical for ``qemu-img compare``."""
     run("compare", "-f", _name(source_format), "-F", _name(target_format), source, target)
 
 
 def assert_check_clean(path: Path, image_format: str = "qcow2") -> dict[str, Any]:
-    """Fail unless ``qemu-img check`` finds neither corruption nor leaks; return its report."""
+    """Fail if ``qemu-img check`` finds corruption or leaks; return its report."""
     done = run("check", "--output=json", "-f", _name(image_format), path)
     report: dict[str, Any] = json.loads(done.stdout)
     assert report.get("corruptions", 0) == 0, report
@@ -202,7 +205,7 @@ def map_entries(path: Path, image_format: str) -> list[dict[str, Any]]:
 
 
 def data_nbytes(path: Path, image_format: str) -> int:
-    """Return how many guest bytes qemu-img calls data."""
+    """Return how many guest bytes are data for ``qemu-img map``."""
     return sum(row["length"] for row in map_entries(path, image_format) if row["data"])
 
 
@@ -214,6 +217,6 @@ def info(path: Path, image_format: str) -> dict[str, Any]:
 
 
 def disk_nbytes(path: Path) -> int:
-    """Return the bytes that an image takes on disk, a flat extent beside it included."""
+    """Return the bytes that an image takes on disk, with a flat extent beside it."""
     files = [path, path.with_name(f"{path.stem}-flat{path.suffix}")]
     return sum(os.stat(file).st_blocks * 512 for file in files if file.exists())

@@ -12,7 +12,7 @@ from tests.hostile.case import Case, Stage, pattern
 CLUSTER = 65536
 SIZE = 4 * CLUSTER
 COPIED, COMPRESSED = 1 << 63, 1 << 62
-# Clusters of the image that `build` makes; data follow from DATA on.
+# Offsets in the image that `build` makes; data clusters start at DATA.
 REFTABLE, REFBLOCK, L1, L2, DATA = (n * CLUSTER for n in range(1, 6))
 FIELDS = {
     "version": (4, ">I"),
@@ -48,7 +48,7 @@ def build(
     tail: bytes = b"",
     **fields: int,
 ) -> bytes:
-    """Return an image of four clusters, two of them with data."""
+    """Return an image of four guest clusters, two of them with data."""
     image = bytearray(DATA)
     values = {
         "version": 3,
@@ -80,7 +80,7 @@ def build(
 
 
 def put(content: bytes, name: str = "disk.qcow2") -> Callable[[Path], Path]:
-    """Return what writes an image into a folder."""
+    """Return a function that writes an image into a folder."""
 
     def make(folder: Path) -> Path:
         path = folder / name
@@ -96,13 +96,13 @@ def extension(kind: int, nbytes: int, data: bytes = b"") -> bytes:
 
 
 def packed(offset: int, nbytes: int) -> int:
-    """Return an entry of a compressed cluster."""
+    """Return the L2 entry of a compressed cluster."""
     n_more = (offset % 512 + nbytes - 1) // 512
     return COMPRESSED | n_more << 54 | offset
 
 
 def deflate(data: bytes) -> bytes:
-    """Return raw DEFLATE."""
+    """Compress to raw DEFLATE."""
     codec = zlib.compressobj(9, zlib.DEFLATED, -12)
     return codec.compress(data) + codec.flush()
 
@@ -263,7 +263,7 @@ def _clusters() -> Iterator[Case]:
     }
     for name, stream in streams.items():
         data = stream.ljust(CLUSTER, b"\0")
-        # A cluster with one byte more is no error by the format: readers take what they need.
+        # The format allows longer output: readers take only the bytes they need.
         image = build({0: packed(DATA, len(stream))}, data=data)
         if name == "bomb":
             content = bytes(SIZE)
@@ -280,7 +280,7 @@ _BOMB = ("CorruptImageError", "compressed", Stage.DATA)
 
 
 def _readable() -> Iterator[Case]:
-    """What contradicts itself and is readable all the same: the content is what tables say."""
+    """Yield images that contradict themselves but are readable as their tables say."""
     shared = {0: DATA | COPIED, 1: DATA | COPIED}
     twice = CONTENT[:CLUSTER] * 2 + bytes(2 * CLUSTER)
     yield Case("qcow2-shared-cluster", put(build(shared)), None, stage=Stage.CHECK, content=twice)
@@ -292,14 +292,14 @@ def _readable() -> Iterator[Case]:
         yield Case(f"qcow2-marked-{name}", put(image), None, stage=Stage.NONE, content=CONTENT)
     image = build(size=SIZE, autoclear=1 << 63, compatible=1 << 63)
     yield Case("qcow2-unknown-harmless-bits", put(image), None, stage=Stage.NONE, content=CONTENT)
-    # 1 PiB in clusters of 2 MiB: 2048 entries of L1, none of them in use.
+    # 1 PiB in clusters of 2 MiB: an L1 table of 2048 entries, all unused.
     huge = bytearray(6 << 21)
     huge[: len(build()[:4096])] = build(
         cluster_bits=21, size=1 << 50, l1_size=2048, l1_offset=3 << 21, reftable_offset=1 << 21
     )[:4096]
     struct.pack_into(">Q", huge, 1 << 21, 2 << 21)
     yield Case("qcow2-empty-pebibyte", put(bytes(huge)), None, stage=Stage.NONE)
-    # Every snapshot names the image's own L1 table: each would be one more walk for check.
+    # Every snapshot names the active L1 table: check must not walk it for each one.
     row = struct.pack(">QIHHIIQII", L1, 1, 0, 0, 0, 0, 0, 0, 0)
     at = DATA + 2 * CLUSTER
     image = build(tail=row * 65536, n_snapshots=65536, snapshots_offset=at)
@@ -308,7 +308,7 @@ def _readable() -> Iterator[Case]:
 
 
 def _sparse(folder: Path) -> Path:
-    """Make a file of 2^34 clusters of which nearly none is anything: check looks for them all."""
+    """Make a file of 2^34 clusters, nearly all unused, which check must skip."""
     path = folder / "disk.qcow2"
     head = build(cluster_bits=9, size=2048, l1_offset=1536, reftable_offset=512)[:112]
     with open(path, "wb") as file:

@@ -1,4 +1,4 @@
-"""QCOW2 check: the same counts as qemu-img check, on sound images and on damaged ones."""
+"""QCOW2 check: the same counts as qemu-img check, on sound and damaged images."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_sound_images(tmp_path: Path, cluster_size: int, refcount_bits: int) -> 
 
 
 def test_the_snapshot_table_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There may be 65536 rows, and each takes two reads."""
+    """A table may have 65536 rows, and each takes two reads."""
     path = create(tmp_path / "a.qcow2", MIB)
     for number in range(3):
         qemu.run("snapshot", "-c", f"s{number}", path)
@@ -106,7 +106,7 @@ def test_a_bitmaps_table_outside_the_file(tmp_path: Path) -> None:
 
 
 def test_bitmaps_that_share_a_table(tmp_path: Path) -> None:
-    # As many as an image may have would be read for days.
+    # Reading one table for the largest allowed number of bitmaps would take days.
     path = create(tmp_path / "a.qcow2", 4 * MIB)
     for name in ("b0", "b1"):
         qemu.run("bitmap", "--add", path, name)
@@ -117,7 +117,7 @@ def test_bitmaps_that_share_a_table(tmp_path: Path) -> None:
     report = _check(path)
     assert _qemu_check(path)["corruptions"] > 0
     assert report.corruptions == 1
-    assert report.problems[0] == "ERROR bitmap 'b1': its table lies on another one"
+    assert report.problems[0] == "ERROR bitmap 'b1': its table overlaps another one"
 
 
 @pytest.mark.parametrize("window", [1, 3, 64])
@@ -140,7 +140,11 @@ def test_windows_do_not_change_the_outcome(
 
 
 def _three_clusters(folder: Path) -> Path:
-    """Refcount table 0x10000, block 0x20000, L1 0x30000, L2 0x40000, data 0x50000 to 0x80000."""
+    """Make an image with three data clusters.
+
+    Refcount table at 0x10000, block at 0x20000, L1 at 0x30000, L2 at 0x40000, data from
+    0x50000 to 0x80000.
+    """
     path = create(folder / "a.qcow2", MIB)
     qemu_io(path, "write -P 7 0 192k")
     return path
@@ -180,13 +184,13 @@ def test_unaligned_entry_takes_two_clusters(tmp_path: Path) -> None:
 
 
 def test_l1_entry_of_flags_alone_is_a_corruption(tmp_path: Path) -> None:
-    # A bit of the offset is lost: what it led to seems leaked, and must not be freed for that.
+    # The offset is lost: its clusters seem leaked, but must not be freed.
     path = _three_clusters(tmp_path)
     poke(path, (0x30000, struct.pack(">Q", COPIED)))
     report = _check(path)
     assert _qemu_check(path)["corruptions"] > 0
     assert (report.corruptions, report.leaks) == (1, 4)
-    assert "L1 entry 0 (0x8000000000000000) has flags, but no L2 table" in report.problems[0]
+    assert "L1 entry 0 (0x8000000000000000) has flags but no L2 table" in report.problems[0]
 
 
 def test_compressed_cluster_that_reaches_far_past_the_end(tmp_path: Path) -> None:
@@ -194,7 +198,7 @@ def test_compressed_cluster_that_reaches_far_past_the_end(tmp_path: Path) -> Non
     qemu_io(path, "write -c -P 7 0 64k")
     raw = path.read_bytes()
     entry = int.from_bytes(raw[0x40000:0x40008], "big")
-    # All bits of the number of sectors: 128 KiB.
+    # The largest number of sectors: 128 KiB.
     poke(path, (0x40000, struct.pack(">Q", entry | 0xFF << 54)))
     path.write_bytes(path.read_bytes()[:0x50200])
     report = _assert_same(path)
@@ -207,14 +211,14 @@ def test_a_cluster_that_is_cut_short_is_no_leak(tmp_path: Path) -> None:
     with path.open("r+b") as file:
         file.truncate(0x80000 - 512)
     report = _check(path)
-    # qemu-img reads what is missing as zeros.
+    # qemu-img reads the missing bytes as zeros.
     assert (report.corruptions, report.leaks) == (1, 0)
     assert "points past the end of the file" in report.problems[0]
 
 
 def test_overlap_that_refcounts_allow_is_found(tmp_path: Path) -> None:
     path = _three_clusters(tmp_path)
-    # A guest cluster on the refcount table, whose refcount says that this is right.
+    # A guest cluster at the refcount table, with a matching refcount.
     poke(
         path,
         (0x40000, struct.pack(">Q", 0x10000)),
@@ -222,7 +226,7 @@ def test_overlap_that_refcounts_allow_is_found(tmp_path: Path) -> None:
         (0x20000 + 2 * 5, struct.pack(">H", 0)),
     )
     report = _check(path)
-    assert report.problems == ["ERROR cluster 1 holds metadata and guest data"]
+    assert report.problems == ["ERROR cluster 1 holds both metadata and guest data"]
 
 
 @pytest.mark.parametrize(
@@ -245,7 +249,7 @@ def test_problem_lines_are_bounded(tmp_path: Path) -> None:
     path = create(tmp_path / "a.qcow2", 8 * MIB, "cluster_size=512", "preallocation=metadata")
     raw = path.read_bytes()
     table = int.from_bytes(raw[48:56], "big")
-    # Every second refcount block is lost.
+    # Remove every second refcount block.
     poke(path, *((table + 16 * index, bytes(8)) for index in range(40)))
     report = _check(path)
     assert report.corruptions > CheckReport.MAX_PROBLEM_LINES

@@ -1,4 +1,4 @@
-"""QCOW2 headers: what is told of good ones, and how each bad one is refused."""
+"""QCOW2 headers: the facts of good ones, the error for each bad one."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def u64(value: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """Give a version 3 image with clusters of 64 KiB: header, refcounts at 1 and 2, L1 at 3."""
+    """Return a version 3 image, clusters of 64 KiB: refcounts at 1 and 2, L1 at 3."""
     path = create(tmp_path_factory.mktemp("qcow2") / "a.qcow2", 10 * MIB)
     qemu_io(path, "write -P 7 0 128k")
     return path.read_bytes()
@@ -52,7 +52,7 @@ NAMED_BIT_9 = FEATURE + layout.FEATURE_NAME.pack(0, 9, b"time travel") + bytes(8
 FAR = 1 << 40
 
 BAD: list[tuple[str, list[tuple[int, bytes]], type[ImgcoreError], str]] = [
-    ("magic", [(0, b"QFI\xfa")], WrongFormatError, "no QCOW2 image"),
+    ("magic", [(0, b"QFI\xfa")], WrongFormatError, "not a QCOW2 image"),
     ("version-1", [(4, u32(1))], UnsupportedFeatureError, "version 1"),
     ("version-4", [(4, u32(4))], UnsupportedFeatureError, "version 4"),
     ("backing-in-header", [(8, u64(16)), (16, u32(4))], CorruptImageError, "backing file name"),
@@ -160,7 +160,7 @@ def test_truncated(tmp_path: Path, image: bytes, nbytes: int) -> None:
 
 
 def test_any_byte_of_the_header_may_be_wrong(tmp_path: Path, image: bytes) -> None:
-    """Whatever the header says, the outcome is an image or an ImgcoreError."""
+    """Any header gives an image or an ImgcoreError."""
     path = tmp_path / "any.qcow2"
     garbage = noise(512)
     for index in range(512):
@@ -178,7 +178,7 @@ def test_any_byte_of_the_header_may_be_wrong(tmp_path: Path, image: bytes) -> No
 
 def test_v2_does_not_look_behind_its_header(tmp_path: Path) -> None:
     path = create(tmp_path / "a.qcow2", MIB, "compat=0.10")
-    # An end marker, then what would be feature bits and a refcount order in version 3.
+    # An end marker, then the bytes that are features and refcount order in version 3.
     poke(path, (72, u64(0)), (80, b"\xff" * 64))
     reader = open_qcow2(path)
     assert reader.info()["format-specific"]["data"] == {

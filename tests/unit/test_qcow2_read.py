@@ -35,7 +35,7 @@ def _scribble(path: Path, size: int, cluster_size: int, seed: int) -> None:
                 continue
         pattern = f" -P {number + 1}" if verb in ("write", "write -c") else ""
         commands.append(f"{verb}{pattern} {start} {length}")
-    # Compressing over what is there already fails, and need not succeed.
+    # Compressing over allocated clusters fails; that does not matter here.
     qemu_io(path, *commands, check=False)
 
 
@@ -117,7 +117,7 @@ def test_batches_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     path = create(tmp_path / "a.qcow2", 8 * MIB, "cluster_size=512", "preallocation=metadata")
     reader = open_qcow2(path)
     whole = merged(extent_rows(reader))
-    # Once less than a table, once some tables at a time.
+    # First less than a table at once, then several tables.
     for rows in (10, 200):
         monkeypatch.setattr(limits, "MAX_BATCH_ROWS", rows)
         batches = list(reader.extents(0, 8 * MIB))
@@ -137,11 +137,12 @@ def test_far_apart_tables(tmp_path: Path) -> None:
 
 
 COPIED, COMPRESSED = 1 << 63, 1 << 62
-END = 0x80000  # of the image below
+# End of the image below.
+END = 0x80000
 BAD_L2 = [
     ("past-end", COPIED | END, "past the end of the file"),
     ("far-past-end", COPIED | (1 << 55), "past the end of the file"),
-    ("misaligned", COPIED | 0x50200, "no multiple of the cluster size"),
+    ("misaligned", COPIED | 0x50200, "not a multiple of the cluster size"),
     ("reserved-low", COPIED | 0x50002, "reserved bits"),
     ("reserved-high", COPIED | 0x50000 | 1 << 56, "reserved bits"),
     ("reserved-only", 1 << 60, "reserved bits"),
@@ -152,7 +153,7 @@ BAD_L2 = [
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    """Give an image with its L2 table at 0x40000 and three data clusters behind it."""
+    """Return an image with its L2 table at 0x40000 and three data clusters after it."""
     path = create(tmp_path / "a.qcow2", MIB)
     qemu_io(path, "write -P 7 0 192k")
     raw = path.read_bytes()
@@ -179,7 +180,7 @@ def test_bad_l2_entry(image: Path, entry: int, message: str) -> None:
     [
         (COPIED | END, "past the end of the file"),
         (COPIED | 1 << 55, "past the end of the file"),
-        (COPIED | 0x40200, "no multiple of the cluster size"),
+        (COPIED | 0x40200, "not a multiple of the cluster size"),
         (COPIED | 0x40001, "reserved bits"),
         (COPIED | 0x40000 | 1 << 60, "reserved bits"),
     ],
@@ -215,7 +216,7 @@ def test_zero_flag_in_version_2_is_refused(tmp_path: Path) -> None:
     qemu_io(path, "write 0 64k")
     poke(path, (0x40000, struct.pack(">Q", COPIED | 0x50001)))
     reader = open_qcow2(path)
-    with pytest.raises(CorruptImageError, match="version 2 does not know"):
+    with pytest.raises(CorruptImageError, match="which version 2 does not have"):
         extent_rows(reader)
     assert reader.check().corruptions > 0
     reader.close()
@@ -232,7 +233,7 @@ def test_truncated_data_is_refused(image: Path) -> None:
 
 
 def test_any_byte_of_the_tables_may_be_wrong(tmp_path: Path) -> None:
-    """Whatever the tables say, the outcome is an answer or an ImgcoreError."""
+    """Any tables give an answer or an ImgcoreError."""
     path = create(tmp_path / "a.qcow2", MIB, "cluster_size=1024")
     qemu_io(path, "write 0 60k", "write -c 200k 1k", "write -c 201k 1k", "write -z 512k 64k")
     qemu.run("snapshot", "-c", "first", path)

@@ -1,4 +1,4 @@
-"""The QCOW2 writer, driven without the engine: qemu-img reads and checks what it writes."""
+"""The QCOW2 writer without the engine: qemu-img reads and checks its images."""
 
 from __future__ import annotations
 
@@ -239,8 +239,8 @@ def test_placement_beyond_the_entry_is_refused(tmp_path: Path) -> None:
         ({"compat": "0.10", "compression_type": "zstd"}, True, False, "needs compat=1.1"),
         ({"compat": "0.10", "lazy_refcounts": True}, False, False, "needs compat=1.1"),
         ({"compat": "0.10", "refcount_bits": 8}, False, False, "needs compat=1.1"),
-        ({"preallocation": "full"}, True, False, "do not go together"),
-        ({"preallocation": "metadata"}, False, True, "do not go together"),
+        ({"preallocation": "full"}, True, False, "cannot be combined"),
+        ({"preallocation": "metadata"}, False, True, "cannot be combined"),
         ({"refcount_bits": 1}, True, False, "too small for compression"),
         ({"refcount_bits": 8}, True, False, "too small for compression"),
         ({"extended_l2": True}, False, False, "unknown option 'extended_l2' for qcow2"),

@@ -1,1 +1,1 @@
-"""QCOW2: QEMU's images, versions 2 and 3."""
+"""QCOW2, QEMU's image format: versions 2 and 3."""

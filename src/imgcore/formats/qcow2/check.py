@@ -1,7 +1,8 @@
-"""QCOW2: compare every refcount with the references that exist, and look for bad entries.
+"""Check QCOW2 images: compare refcounts with references, and verify table entries.
 
-Host clusters are looked at in windows, each with one walk over all tables, so memory is bounded
-whatever the size of the file.  Counts and wording follow ``qemu-img check``.
+Host clusters are checked in windows, with one walk over all tables for each window.
+Memory is therefore bounded, however large the file is.  Counts and wording follow
+``qemu-img check``.
 
 Source: QEMU docs/interop/qcow2.rst, "Host cluster management", "Cluster mapping".
 """
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from imgcore.files.byte_source import ByteSource
     from imgcore.formats.qcow2.header import Qcow2Header
 
-# Three arrays of 4 bytes: 96 MiB at the most.
+# Three arrays of 4 bytes for each cluster: at most 96 MiB.
 WINDOW_CLUSTERS: Final = 1 << 23
 _MAX_BATCH_ENTRIES: Final = 1 << 18
 _MAX_COUNT: Final = (1 << 32) - 1
@@ -42,7 +43,7 @@ class _L1Table:
 
 
 class _Window:
-    """References to host clusters ``[base, base + n)``, and the refcounts they should equal."""
+    """References to host clusters ``[base, base + n)``, and their stored refcounts."""
 
     def __init__(self, base: int, n: int, cluster_bits: int, stored: NDArray[np.uint32]) -> None:
         self.base = base
@@ -54,17 +55,17 @@ class _Window:
         self.data = np.zeros(n, dtype=np.uint32)
 
     def inside(self, clusters: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Tell which of these clusters the window is about."""
+        """Tell which of these clusters are in the window."""
         return (clusters >= self.base) & (clusters < self.end)
 
     def add(self, counts: NDArray[np.uint32], clusters: NDArray[np.int64]) -> None:
-        """Count a reference to each of these clusters; those outside are left out."""
+        """Count a reference to each of these clusters that is in the window."""
         mine = clusters[self.inside(clusters)]
         if mine.size:
             np.add.at(counts, mine - self.base, np.uint32(1))
 
     def add_range(self, offset: int, nbytes: int) -> None:
-        """Count a reference of metadata to each cluster that the bytes touch."""
+        """Count a metadata reference to each cluster that the bytes touch."""
         if nbytes:
             first = max(offset >> self._bits, self.base) - self.base
             last = min((offset + nbytes - 1) >> self._bits, self.end - 1) - self.base
@@ -73,9 +74,10 @@ class _Window:
 
 
 class _Survey(_Window):
-    """Takes note of the windows that anything refers to; it is about no cluster itself.
+    """Records which windows contain references; has no clusters itself.
 
-    Files may be sparse, and far larger than what an image needs of them.
+    A sparse file may be far larger than the part of it that the image uses, so empty
+    windows are skipped.
     """
 
     def __init__(self, n_clusters: int, cluster_bits: int) -> None:
@@ -92,20 +94,20 @@ class _Survey(_Window):
             self.add_clusters(offset >> self._bits, (offset + nbytes - 1) >> self._bits)
 
     def add_clusters(self, first: int, last: int) -> None:
-        """Take note of the windows of clusters ``[first, last]``."""
+        """Record the windows of clusters ``[first, last]``."""
         self.is_used[first // WINDOW_CLUSTERS : last // WINDOW_CLUSTERS + 1] = True
 
 
 class Qcow2Checker:
-    """One run over one image.
+    """Checks one image once.
 
     Parameters
     ----------
     file, header
         The image.
     on_unreferenced : callable, optional
-        Called window by window with the clusters (int64, ascending, at least one) that have a
-        refcount and that nothing refers to.
+        Called for each window that has clusters with a refcount but no reference, with
+        these clusters (int64, ascending).
     """
 
     def __init__(
@@ -124,7 +126,7 @@ class Qcow2Checker:
         self.report = CheckReport(total_clusters=-(-header.virtual_size >> self._bits))
 
     def run(self) -> CheckReport:
-        """Check everything."""
+        """Check everything and return the report."""
         report, header = self.report, self._header
         if header.is_dirty:
             report.problems.append("dirty flag is set: refcounts may be stale")
@@ -148,7 +150,7 @@ class Qcow2Checker:
         regions: list[tuple[int, int]],
         tables: list[_L1Table],
     ) -> list[int]:
-        """Return where the first window and all those begin that hold anything to compare."""
+        """Return the first clusters of the windows to check, always with 0."""
         if self._n_clusters <= WINDOW_CLUSTERS:
             return [0]
         survey = _Survey(self._n_clusters, self._bits)
@@ -166,7 +168,7 @@ class Qcow2Checker:
         regions: list[tuple[int, int]],
         tables: list[_L1Table],
     ) -> None:
-        """Count all references in a window, or survey where there are any."""
+        """Count all references in a window; a survey only records where they are."""
         for offset, nbytes in regions:
             window.add_range(offset, nbytes)
         window.add(window.meta, blocks[blocks != 0] >> self._bits)
@@ -177,7 +179,7 @@ class Qcow2Checker:
     # -------------------------------------------------------------- refcounts
 
     def refcount_blocks(self) -> NDArray[np.int64]:
-        """Return where the refcount blocks are; 0 for those that do not exist or are nowhere."""
+        """Return the offsets of the refcount blocks; 0 if absent or not readable."""
         header = self._header
         raw = self._file.pread(
             header.refcount_table_offset, header.refcount_table_entries * layout.ENTRY_NBYTES
@@ -198,7 +200,7 @@ class Qcow2Checker:
         return offsets.astype(np.int64)
 
     def _stored(self, blocks: NDArray[np.int64], base: int, n: int) -> NDArray[np.uint32]:
-        """Return the refcounts that the image has for ``n`` clusters, capped at 2^32-1."""
+        """Return the stored refcounts of ``n`` clusters, capped at 2^32-1."""
         order = self._header.refcount_order
         per_block = self._size * 8 >> order
         stored = np.zeros(n, dtype=np.uint32)
@@ -207,14 +209,15 @@ class Qcow2Checker:
                 continue
             low = max(block * per_block, base)
             high = min((block + 1) * per_block, base + n)
-            skip = low - block * per_block  # windows begin at whole bytes
+            # Windows begin at whole bytes.
+            skip = low - block * per_block
             nbytes = ((high - low << order) + 7) // 8
             raw = self._file.pread(int(blocks[block]) + (skip << order) // 8, nbytes)
             stored[low - base : high - base] = _decode_refcounts(raw, order)[: high - low]
         return stored
 
     def _compare(self, window: _Window) -> int:
-        """Report differences; return the highest cluster in use, -1 if there is none."""
+        """Report differences; return the highest cluster in use, -1 if none is."""
         referenced = window.meta + window.data
         stored = window.stored
 
@@ -228,7 +231,8 @@ class Qcow2Checker:
         self._leaks(stored > referenced, line)
         overlaps = (window.meta != 0) & (window.data != 0) & (stored == referenced)
         self._corruptions(
-            overlaps, lambda index: f"cluster {window.base + index} holds metadata and guest data"
+            overlaps,
+            lambda index: f"cluster {window.base + index} holds both metadata and guest data",
         )
         if self._on_unreferenced is not None:
             leaked = np.flatnonzero((referenced == 0) & (stored != 0))
@@ -240,7 +244,7 @@ class Qcow2Checker:
     # --------------------------------------------------------------- metadata
 
     def _metadata(self) -> tuple[list[tuple[int, int]], list[_L1Table]]:
-        """Return the regions of bytes that hold metadata, and all L1 tables."""
+        """Return (offset, length) of each metadata region, and all L1 tables."""
         header = self._header
         l1_nbytes = header.l1_entries * layout.ENTRY_NBYTES
         regions = [
@@ -268,10 +272,11 @@ class Qcow2Checker:
                 )
                 continue
             if not _insert(taken, snapshot.l1_offset, snapshot.l1_offset + nbytes):
-                # Sound snapshots have tables of their own; one for all of 65536 would take days.
+                # In a sound image each snapshot has its own table.  Walking one shared
+                # table for 65536 snapshots would take days.
                 self.report.corruption(
-                    f"snapshot {snapshot.identifier}: its L1 table at {snapshot.l1_offset:#x} lies "
-                    "on another one"
+                    f"snapshot {snapshot.identifier}: its L1 table at {snapshot.l1_offset:#x} "
+                    "overlaps another one"
                 )
                 continue
             regions.append((snapshot.l1_offset, nbytes))
@@ -286,7 +291,7 @@ class Qcow2Checker:
         )
 
     def _read_bitmaps(self) -> list[tuple[int, int]]:
-        """Return where the bitmaps' tables are, and how many entries they have."""
+        """Return (offset, number of entries) of each bitmap table."""
         try:
             bitmaps = read_bitmaps(self._file, self._header)
         except FormatError as error:
@@ -299,8 +304,8 @@ class Qcow2Checker:
             if bitmap.table_offset % self._size or end > self._file.nbytes:
                 self.report.corruption(f"bitmap {bitmap.name!r}: table is outside the file")
             elif not _insert(taken, bitmap.table_offset, end):
-                # As with snapshots: each has its own table.
-                self.report.corruption(f"bitmap {bitmap.name!r}: its table lies on another one")
+                # As with snapshots, each has its own table.
+                self.report.corruption(f"bitmap {bitmap.name!r}: its table overlaps another one")
             else:
                 tables.append((bitmap.table_offset, bitmap.table_entries))
         return tables
@@ -312,7 +317,9 @@ class Qcow2Checker:
                 offsets = (entries & np.uint64(layout.BITMAP_OFFSET_MASK)).astype(np.int64)
                 bad = (offsets & (self._size - 1) != 0) | (offsets >= self._file.nbytes)
                 if window.is_first:
-                    self._corruptions(bad, lambda _: "bitmap cluster is misaligned or outside")
+                    self._corruptions(
+                        bad, lambda _: "bitmap cluster is misaligned or outside the file"
+                    )
                 window.add(window.meta, offsets[~bad & (offsets != 0)] >> self._bits)
 
     # ----------------------------------------------------------- L1, L2, data
@@ -359,7 +366,7 @@ class Qcow2Checker:
         reserved = (l1 & np.uint64(layout.L1_RESERVED)) != 0
         nowhere = (l1 != 0) & (l1 & np.uint64(layout.OFFSET_MASK) == 0)
         self._corruptions(reserved, line("has reserved bits set"))
-        self._corruptions(nowhere & ~reserved, line("has flags, but no L2 table"))
+        self._corruptions(nowhere & ~reserved, line("has flags but no L2 table"))
         self._corruptions(unaligned, line("is not cluster aligned"))
         self._corruptions(outside & ~unaligned, line("is outside the file"))
 
@@ -378,7 +385,7 @@ class Qcow2Checker:
         unaligned = placed & (offsets & (self._size - 1) != 0)
         outside = placed & ~unaligned & self._is_outside(entries, offsets, guest)
         begin, end = self._packed_ranges(entries[packed])
-        # The last sectors of the last cluster may not exist.
+        # The file may end inside the last cluster.
         absent = (begin >= self._file.nbytes) | (end >= self._file.nbytes + self._size)
         if window.is_first:
             self._check_flags(entries, guest, packed)
@@ -391,12 +398,13 @@ class Qcow2Checker:
                 self._count_guest(offsets[placed], guest[placed], int(packed.sum()))
         clusters = offsets[placed] >> self._bits
         is_zero = (entries & np.uint64(layout.ZERO_FLAG)) != 0
-        # As QEMU counts: a misaligned cluster of data takes two, one of zeros counts nothing.
+        # As QEMU counts: a misaligned data cluster counts as two clusters, a misaligned
+        # zero cluster as none.
         window.add(window.data, clusters[~(unaligned & is_zero)[placed]])
         window.add(window.data, clusters[(unaligned & ~is_zero)[placed]] + 1)
         first = begin[~absent] >> self._bits
         last = (np.minimum(end[~absent], self._n_clusters << self._bits) - 1) >> self._bits
-        # A compressed cluster touches two host clusters at the most, in sound images.
+        # In a sound image a compressed cluster touches at most two host clusters.
         for step in range(int((last - first).max(initial=-1)) + 1):
             window.add(window.data, (first + step)[first + step <= last])
         if is_active:
@@ -408,7 +416,10 @@ class Qcow2Checker:
         offsets: NDArray[np.int64],
         guest: NDArray[np.int64],
     ) -> NDArray[np.bool_]:
-        """Tell which plain entries miss bytes: all that the guest can see of data, any of zeros."""
+        """Tell which plain entries need bytes past the end of the file.
+
+        A data cluster needs the bytes that the guest can see; a zero cluster one byte.
+        """
         left = self._header.virtual_size - (guest << self._bits)
         needed = np.clip(left, 1, self._size)
         needed[(entries & np.uint64(layout.ZERO_FLAG)) != 0] = 1
@@ -446,7 +457,7 @@ class Qcow2Checker:
         jumps = (offsets[1:] != offsets[:-1] + self._size) & (table[1:] == table[:-1])
         report.allocated_clusters += len(offsets) + n_packed
         report.compressed_clusters += n_packed
-        # As QEMU counts: compressed clusters are fragmented by nature.
+        # As QEMU counts: every compressed cluster is fragmented.
         report.fragmented_clusters += int(jumps.sum()) + n_packed
 
     def _check_copied(
@@ -495,7 +506,7 @@ class Qcow2Checker:
 
 
 def _insert(taken: list[tuple[int, int]], start: int, end: int) -> bool:
-    """Add a range to ascending, disjoint ones; False if it overlaps one of them."""
+    """Insert a range into sorted, disjoint ones; return False if it overlaps one."""
     at = bisect(taken, (start, end))
     if (at and taken[at - 1][1] > start) or (at < len(taken) and taken[at][0] < end):
         return False

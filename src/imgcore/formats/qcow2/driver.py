@@ -1,4 +1,4 @@
-"""The driver of QCOW2."""
+"""The QCOW2 driver."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """QCOW2: the header, its extensions, the snapshot table and the bitmap directory.
 
-Everything here works on Python integers and needs no NumPy, so that ``info`` starts fast.
+This module does not import NumPy, so that ``info`` starts fast.
 Source: QEMU docs/interop/qcow2.rst.
 """
 
@@ -51,22 +51,22 @@ class Qcow2Header:
 
     @property
     def cluster_size(self) -> int:
-        """Bytes of a cluster."""
+        """The size of a cluster in bytes."""
         return 1 << self.cluster_bits
 
     @property
     def l2_entries(self) -> int:
-        """Entries of one L2 table."""
+        """The number of entries in an L2 table."""
         return self.cluster_size // layout.ENTRY_NBYTES
 
     @property
     def refcount_bits(self) -> int:
-        """Width of a refcount."""
+        """The width of a refcount in bits."""
         return 1 << self.refcount_order
 
     @property
     def refcount_table_entries(self) -> int:
-        """Entries of the refcount table."""
+        """The number of entries in the refcount table."""
         return self.refcount_table_clusters * self.cluster_size // layout.ENTRY_NBYTES
 
     @property
@@ -81,7 +81,10 @@ class Qcow2Header:
 
 
 class Snapshot(NamedTuple):
-    """One row of the snapshot table; ``table_nbytes`` is that table's length up to its end."""
+    """One row of the snapshot table.
+
+    ``table_nbytes`` is the length of the table up to the end of this row.
+    """
 
     l1_offset: int
     l1_entries: int
@@ -118,7 +121,7 @@ def read_header(file: ByteSource) -> Qcow2Header:
     magic = file.pread(0, min(4, file.nbytes))
     if magic != layout.MAGIC:
         raise WrongFormatError(
-            f"no QCOW2 image: it does not start with {layout.MAGIC.hex()}",
+            f"not a QCOW2 image: it does not start with {layout.MAGIC.hex()}",
             path=file.path,
         )
     header = _read_fixed(file)
@@ -131,7 +134,7 @@ def read_header(file: ByteSource) -> Qcow2Header:
 
 
 def read_incompatible_features(file: ByteSource) -> int:
-    """Return the incompatible feature bits of a file, whether or not its header can be trusted."""
+    """Return the incompatible feature bits without checking the rest of the header."""
     if file.nbytes < layout.HEADER_V3_MIN_NBYTES:
         return 0
     (_, version, *_) = layout.HEADER_V2.unpack(file.pread(0, layout.HEADER_V2_NBYTES))
@@ -228,7 +231,7 @@ def _check_geometry(file: ByteSource, header: Qcow2Header) -> None:
 
 
 def _check_features(file: ByteSource, header: Qcow2Header) -> None:
-    # Decided by the bits alone, before any file name in the image is looked at.
+    # The bits alone decide, before any file name in the image is read.
     refused = header.incompatible & ~layout.INCOMPATIBLE_READABLE
     if refused:
         names = ", ".join(_feature_name(header, bit) for bit in range(64) if refused >> bit & 1)
@@ -286,7 +289,8 @@ def _read_extensions(file: ByteSource, header: Qcow2Header) -> None:
 
 def _read_bitmaps_extension(file: ByteSource, header: Qcow2Header) -> None:
     if not header.autoclear & layout.AUTOCLEAR_BITMAPS:
-        return  # without the bit the data are stale, and nothing in there counts
+        # Without the bit the bitmaps are stale.
+        return
     raw = header.extensions.get(layout.EXTENSION_BITMAPS)
     if raw is None or len(raw) != layout.BITMAPS.size:
         raise _corrupt(file, "the bitmaps feature bit is set without a bitmaps extension", 88)
@@ -337,12 +341,12 @@ def _check_tables(file: ByteSource, header: Qcow2Header) -> None:
 def _check_range(
     file: ByteSource, header: Qcow2Header, what: str, offset: int, nbytes: int
 ) -> None:
-    """Refuse a table that is misaligned, in the header's cluster, or not inside the file."""
+    """Reject a table that is misaligned, in the header's cluster, or past the end."""
     if offset % header.cluster_size or not offset:
         raise _corrupt(
             file,
-            f"{what} at {offset:#x}, allowed are multiples of the cluster size "
-            f"{header.cluster_size:#x} from there on",
+            f"{what} at {offset:#x}, allowed are nonzero multiples of the cluster size "
+            f"{header.cluster_size:#x}",
             offset,
         )
     _check_end(file, what, offset, nbytes)
@@ -371,7 +375,7 @@ def _read_backing(file: ByteSource, header: Qcow2Header) -> None:
     if offset < header.header_nbytes or offset + nbytes > header.cluster_size:
         raise _corrupt(
             file,
-            f"backing file name at {offset:#x} to {offset + nbytes:#x}, allowed behind the header "
+            f"backing file name at {offset:#x} to {offset + nbytes:#x}, allowed after the header "
             f"({header.header_nbytes:#x}) and inside the first cluster ({header.cluster_size:#x})",
             8,
         )
@@ -389,7 +393,11 @@ def read_snapshots(file: ByteSource, header: Qcow2Header) -> list[Snapshot]:
     Returns
     -------
     list of Snapshot
-        In the table's order; memory is bounded by QCOW2_MAX_SNAPSHOT_TABLE_NBYTES.
+        In the order of the table.
+
+    Notes
+    -----
+    QCOW2_MAX_SNAPSHOT_TABLE_NBYTES bounds the memory.
     """
     snapshots = []
     position = 0
@@ -454,7 +462,7 @@ def _snapshot_extra(extra: bytes, vm_state_nbytes: int) -> tuple[int, int | None
 
 
 def read_bitmaps(file: ByteSource, header: Qcow2Header) -> list[Bitmap]:
-    """Read the bitmap directory; empty if the image has none that is consistent."""
+    """Read the bitmap directory; empty if the image has no consistent bitmaps."""
     if header.bitmaps is None:
         return []
     n_bitmaps, offset, nbytes = header.bitmaps

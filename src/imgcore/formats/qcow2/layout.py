@@ -1,7 +1,7 @@
 """QCOW2 structures on disk: data only.
 
-Source: QEMU docs/interop/qcow2.rst; the section stands with each item.  All numbers are
-big-endian.
+Source: QEMU docs/interop/qcow2.rst; quoted comments name its sections.  All numbers
+are big-endian.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ AUTOCLEAR_BITMAPS: Final = 1 << 0
 EXTENSION: Final = struct.Struct(">II")
 EXTENSION_END: Final = 0x00000000
 EXTENSION_BACKING_FORMAT: Final = 0xE2792ACA
-# What is stored is QEMU's name of the format, where that is another one.
+# QEMU's names of formats, which images store, if they differ from imgcore's.
 BACKING_FORMAT_NAMES: Final = {"vhd": "vpc"}
 EXTENSION_FEATURE_NAMES: Final = 0x6803F857
 EXTENSION_BITMAPS: Final = 0x23852875
@@ -67,33 +67,40 @@ FEATURE_NAMES: Final = (
 
 # "Cluster mapping": L1 and L2 tables.
 ENTRY_NBYTES: Final = 8
-OFFSET_MASK: Final = 0x00FF_FFFF_FFFF_FE00  # bits 9..55
+# Bits 9..55.
+OFFSET_MASK: Final = 0x00FF_FFFF_FFFF_FE00
 COPIED: Final = 1 << 63
 COMPRESSED: Final = 1 << 62
 ZERO_FLAG: Final = 1 << 0
-L1_RESERVED: Final = 0x7F00_0000_0000_01FF  # bits 0..8, 56..62
-L2_RESERVED_V3: Final = 0x3F00_0000_0000_01FE  # bits 1..8, 56..61
-L2_RESERVED_V2: Final = L2_RESERVED_V3 | ZERO_FLAG  # "With version 2 ... this is always 0"
+# Bits 0..8 and 56..62.
+L1_RESERVED: Final = 0x7F00_0000_0000_01FF
+# Bits 1..8 and 56..61.
+L2_RESERVED_V3: Final = 0x3F00_0000_0000_01FE
+# "With version 2 ... this is always 0".
+L2_RESERVED_V2: Final = L2_RESERVED_V3 | ZERO_FLAG
 COMPRESSED_UNIT_NBYTES: Final = 512
 # "Compressed Clusters Descriptor": x = 62 - (cluster_bits - 8).
 COMPRESSED_SHIFT_AT_BITS_0: Final = 70
 COMPRESSED_LENGTH_BITS_LESS: Final = 8
 
 # "Host cluster management".
-REFCOUNT_TABLE_OFFSET_MASK: Final = 0xFFFF_FFFF_FFFF_FE00  # bits 9..63
+# Bits 9..63.
+REFCOUNT_TABLE_OFFSET_MASK: Final = 0xFFFF_FFFF_FFFF_FE00
 REFCOUNT_TABLE_RESERVED: Final = 0x1FF
 
-# "Snapshots": L1 offset and size, lengths of id and name, date s and ns, VM clock ns, VM state
-# size, length of extra data.
+# "Snapshots": L1 offset and size, lengths of id and name, date s and ns, VM clock ns,
+# VM state size, length of extra data.
 SNAPSHOT: Final = struct.Struct(">QIHHIIQII")
-SNAPSHOT_EXTRA: Final = struct.Struct(">QQQ")  # VM state size, virtual size, icount
+# VM state size, virtual size, icount.
+SNAPSHOT_EXTRA: Final = struct.Struct(">QQQ")
 SNAPSHOT_EXTRA_VM_STATE_NBYTES: Final = 8
 SNAPSHOT_EXTRA_ICOUNT_NBYTES: Final = 24
 SNAPSHOT_NO_ICOUNT: Final = (1 << 64) - 1
 
-# "Bitmaps extension" and "Bitmap directory": table offset and size, flags, type, granularity
-# bits, lengths of name and extra data.
+# "Bitmaps extension": number, reserved, size and offset of the directory.
 BITMAPS: Final = struct.Struct(">IIQQ")
+# "Bitmap directory": table offset and size, flags, type, granularity bits, lengths of
+# name and extra data.
 BITMAP_ENTRY: Final = struct.Struct(">QIIBBHI")
 BITMAP_FLAGS: Final = ((1 << 0, "in-use"), (1 << 1, "auto"))
 BITMAP_OFFSET_MASK: Final = OFFSET_MASK

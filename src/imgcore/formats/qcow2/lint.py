@@ -1,4 +1,4 @@
-"""Rules about QCOW2."""
+"""Lint rules for QCOW2."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def has_data_file(facts: ImageFacts) -> bool:
-    """Tell whether the image is refused for its external data file, whatever else is wrong."""
+    """Tell whether the image has an external data file, even if it cannot be opened."""
     if facts.format != "qcow2":
         return False
     features = read_incompatible_features(facts.file)

@@ -1,6 +1,6 @@
 """QCOW2: the options of a new disk, and the header and sizes that follow from them.
 
-No NumPy here.  Source: QEMU docs/interop/qcow2.rst.
+This module does not import NumPy.  Source: QEMU docs/interop/qcow2.rst.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ _WINDOW_BITS: Final = {"4k": 12, "32k": 15}
 _COMPAT_VERSION: Final = {"0.10": 2, "1.1": 3, "v2": 2, "v3": 3}
 _COMPRESSION_TYPES: Final = {name: number for number, name in layout.COMPRESSION_NAMES.items()}
 
-# Smaller than anything DEFLATE (at best about 1032 : 1) or Zstandard (a frame header of 6 bytes,
-# 4 bytes for each block of 128 KiB) make of a block: bounds how many one host cluster holds.
+# Lower bounds of a compressed cluster's size limit how many fit in a host cluster.
+# DEFLATE compresses at best about 1032 : 1.  Zstandard needs a frame header of 6 bytes
+# and 4 bytes for each block of 128 KiB.
 _DEFLATE_MIN_NBYTES: Final = 3
 _DEFLATE_BEST_RATIO: Final = 1032
 _ZSTD_MIN_NBYTES: Final = 9
@@ -40,19 +41,21 @@ class Options(FormatOptions):
         "1.1", tuple(_COMPAT_VERSION), "compatibility level: 0.10 (version 2) or 1.1 (version 3)"
     )
     compression_type: str = choice(
-        "zlib", tuple(_COMPRESSION_TYPES), "method of compressed clusters"
+        "zlib", tuple(_COMPRESSION_TYPES), "method for compressed clusters"
     )
     preallocation: str = choice(
-        "off", ("off", "metadata", "falloc", "full"), "what is allocated ahead"
+        "off", ("off", "metadata", "falloc", "full"), "what to allocate in advance"
     )
-    lazy_refcounts: bool = flag("let writers postpone refcount updates")
-    refcount_bits: int = number(16, "width of a refcount: 1, 2, 4 to 64")
-    level: str = text("default", "compression: fastest, fast, default, best; zstd also -7 to 19")
-    window: str = choice("4k", tuple(_WINDOW_BITS), "zlib window; not all readers take 32k")
+    lazy_refcounts: bool = flag("allow later writers to postpone refcount updates")
+    refcount_bits: int = number(16, "width of a refcount: 1, 2, 4, 8, 16, 32 or 64")
+    level: str = text(
+        "default", "compression: fastest, fast, default, best; also -7 to 19 for zstd"
+    )
+    window: str = choice("4k", tuple(_WINDOW_BITS), "zlib window; some readers do not accept 32k")
 
 
 class WriteOptions(NamedTuple):
-    """A request, verified; sizes in bytes."""
+    """A verified request; sizes in bytes."""
 
     virtual_size: int
     version: int
@@ -94,27 +97,27 @@ class WriteOptions(NamedTuple):
 
     @property
     def cluster_size(self) -> int:
-        """Bytes of a cluster."""
+        """The size of a cluster in bytes."""
         return 1 << self.cluster_bits
 
     @property
     def l2_entries(self) -> int:
-        """Entries of one L2 table."""
+        """The number of entries in an L2 table."""
         return self.cluster_size // layout.ENTRY_NBYTES
 
     @property
     def n_data_clusters(self) -> int:
-        """Guest clusters, the last one may be short."""
+        """The number of guest clusters; the last one may be short."""
         return -(-self.virtual_size // self.cluster_size)
 
     @property
     def l1_entries(self) -> int:
-        """L2 tables that the disk needs; at least one, as QEMU takes no empty L1 table."""
+        """The number of L1 entries; at least one, as QEMU rejects an empty L1 table."""
         return max(1, -(-self.n_data_clusters // self.l2_entries))
 
     @property
     def l1_clusters(self) -> int:
-        """Clusters that the L1 table takes."""
+        """The number of clusters that the L1 table takes."""
         return -(-self.l1_entries * layout.ENTRY_NBYTES // self.cluster_size)
 
     @property
@@ -124,7 +127,7 @@ class WriteOptions(NamedTuple):
 
     @property
     def refcounts_per_block(self) -> int:
-        """Host clusters that one refcount block covers."""
+        """The number of host clusters that one refcount block covers."""
         return self.cluster_size * 8 >> self.refcount_order
 
 
@@ -137,7 +140,7 @@ def _codec(options: Options) -> Codec:
 
 
 def _check_tables(options: WriteOptions) -> None:
-    """Refuse disks whose L1 table would be larger than readers take."""
+    """Reject a disk whose L1 table would be larger than readers accept."""
     size = options.virtual_size
     l1_nbytes = options.l1_entries * layout.ENTRY_NBYTES
     if l1_nbytes <= limits.QCOW2_MAX_L1_NBYTES:
@@ -179,9 +182,9 @@ def _check_together(options: WriteOptions) -> None:
                 raise OptionError(f"qcow2 option {name} needs compat=1.1")
     if options.preallocation != "off":
         if options.codec.codec is not CodecId.NONE:
-            raise OptionError("qcow2: compression and preallocation do not go together")
+            raise OptionError("qcow2: compression and preallocation cannot be combined")
         if options.backing is not None:
-            raise OptionError("qcow2: a backing file and preallocation do not go together")
+            raise OptionError("qcow2: a backing file and preallocation cannot be combined")
     if options.backing is not None:
         _check_backing(options, options.backing)
 
@@ -195,19 +198,19 @@ def _check_backing(options: WriteOptions, backing: BackingReference) -> None:
         )
     if ":" in backing.name.partition("/")[0]:
         raise OptionError(
-            f"readers take what stands before the colon in {backing.name!r} for a protocol: "
+            f"readers take the text before the colon in {backing.name!r} for a protocol: "
             "give the backing file's name with ./ before it"
         )
     nbytes = len(build_header(options, 0, 0, 0))
     if nbytes > options.cluster_size:
         raise OptionError(
-            f"header and backing file's name take {nbytes} bytes, a cluster has "
-            f"{options.cluster_size}"
+            f"the header and the backing file's name take {nbytes} bytes, allowed up to the "
+            f"cluster size {options.cluster_size}"
         )
 
 
 def _check_compressed_refcounts(options: WriteOptions) -> None:
-    """Refuse refcounts that the number of compressed clusters in a host cluster may overflow."""
+    """Reject refcounts that compressed clusters in one host cluster might overflow."""
     if options.codec.codec is CodecId.NONE:
         return
     cluster_size = options.cluster_size
@@ -227,14 +230,15 @@ def _check_compressed_refcounts(options: WriteOptions) -> None:
 def build_header(
     options: WriteOptions, l1_offset: int, refcount_table_offset: int, refcount_table_clusters: int
 ) -> bytes:
-    """Return the first bytes of the image: header, extensions and the backing file's name."""
+    """Return the start of the image: header, extensions, backing file's name."""
     v3 = options.version >= 3
     extensions = b""
     if options.backing is not None and options.backing.format is not None:
         name = options.backing.format
         data = layout.BACKING_FORMAT_NAMES.get(name, name).encode()
         extensions += _extension(layout.EXTENSION_BACKING_FORMAT, data)
-    # In clusters smaller than this QEMU leaves the names out too, for the backing file's sake.
+    # In smaller clusters QEMU omits the names too: they leave no room for the backing
+    # file's name.
     if v3 and options.cluster_size >= 2 * limits.KIB:
         names = b"".join(layout.FEATURE_NAME.pack(*row) for row in layout.FEATURE_NAMES)
         extensions += _extension(layout.EXTENSION_FEATURE_NAMES, names)

@@ -1,6 +1,6 @@
-"""QCOW2, versions 2 and 3: reader and driver.
+"""Read QCOW2 images of versions 2 and 3.
 
-NumPy is imported only once tables are looked at, so that ``info`` starts fast.
+NumPy is imported only when tables are read, so that ``info`` starts fast.
 Source: QEMU docs/interop/qcow2.rst.
 """
 
@@ -29,19 +29,20 @@ class Qcow2Reader:
     Parameters
     ----------
     file : ByteSource
-        Closed with the reader; the caller closes it if this raises.
+        Closed with the reader.  If the constructor raises, the caller closes it.
 
     Raises
     ------
     WrongFormatError
         The magic is absent.
     CorruptImageError, LimitExceededError, UnsupportedFeatureError
-        The header cannot be trusted, or asks for more than is supported.
+        The header is invalid, exceeds a limit or needs an unsupported feature.
 
     Notes
     -----
-    An image that is marked dirty or corrupt is read, with a warning in the log ``imgcore``: the
-    first mark is about refcounts, which reading does not need, the second forbids writing.
+    An image that is marked dirty or corrupt is read, with a warning in the log
+    ``imgcore``.  Dirty means that refcounts may be stale, which reading does not need.
+    Corrupt forbids writing only.
     """
 
     format_name: ClassVar[str] = "qcow2"
@@ -68,17 +69,21 @@ class Qcow2Reader:
         from imgcore.log import log
 
         if header.is_dirty:
-            log.warning("%s: was not closed cleanly, its refcounts may be stale", self._file.path)
+            log.warning(
+                "%s: the image was not closed cleanly, its refcounts may be stale", self._file.path
+            )
         if header.is_corrupt:
-            log.warning("%s: is marked as corrupt, its data may be wrong", self._file.path)
+            log.warning(
+                "%s: the image is marked as corrupt, its data may be wrong", self._file.path
+            )
 
     def extents(self, start: int, length: int) -> Iterator[Extents]:
         """Yield extent batches; see :class:`imgcore.formats.api.Reader`.
 
         Notes
         -----
-        Complexity: O(L2 entries that exist in the range); memory: one batch and one piece of
-        1 MiB of the L1 table.  Thread safety: none.
+        Complexity: O(L2 entries that exist in the range).  Memory: one batch and 1 MiB
+        of the L1 table.  Not thread-safe.
         """
         if self._tables is None:
             from imgcore.formats.qcow2.tables import ExtentTables
@@ -87,7 +92,7 @@ class Qcow2Reader:
         return self._tables.extents(start, length)
 
     def info(self) -> dict[str, Any]:
-        """Return what ``qemu-img info`` says about the format, in its keys."""
+        """Return what ``qemu-img info`` reports about the format, under its keys."""
         header = self._header
         info: dict[str, Any] = {
             "cluster-size": header.cluster_size,
@@ -132,20 +137,21 @@ class Qcow2Reader:
 
         Notes
         -----
-        Complexity: O(L2 entries) for each 2^23 clusters of the file; memory: about 128 MiB.
+        Complexity: O(L2 entries) for each 2^23 clusters of the file.  Memory: about
+        128 MiB.
         """
         from imgcore.formats.qcow2.check import Qcow2Checker
 
         return Qcow2Checker(self._file, self._header).run()
 
     def repairs(self) -> list[Repair]:
-        """Return how to free clusters that nothing refers to, if nothing else is wrong."""
+        """Return how to free unreferenced clusters; empty if the image is corrupt."""
         from imgcore.formats.qcow2.repair import find_repairs
 
         return find_repairs(self._file, self._header)
 
     def close(self) -> None:
-        """Close the file; more than once is allowed."""
+        """Close the file; further calls do nothing."""
         self._file.close()
 
 

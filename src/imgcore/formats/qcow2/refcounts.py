@@ -1,4 +1,4 @@
-"""QCOW2: refcounts of an image that is being written, in host order and bounded memory.
+"""Count the references of a QCOW2 image that is being written, in bounded memory.
 
 Source: QEMU docs/interop/qcow2.rst, "Host cluster management".
 """
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from imgcore.formats.qcow2.options import WriteOptions
 
 _MIN_WINDOW: Final = 1 << 12
-# What a cell of the window holds; WriteOptions keeps refcounts below it.
+# The range of a cell in the window; WriteOptions keeps refcounts below it.
 _MAX_COUNT: Final = (1 << 16) - 1
 
 
 def encode_refcounts(counts: NDArray[np.uint16], refcount_order: int) -> NDArray[np.uint8]:
-    """Return refcounts as they stand in a refcount block.
+    """Encode refcounts as in a refcount block.
 
     Parameters
     ----------
     counts : ndarray, shape (n,), dtype uint16
-        n is a multiple of the entries of a block; all fit the width.
+        n is a multiple of the entries in a block; all counts fit the width.
     refcount_order : int
         log2 of the width in bits.
 
@@ -40,7 +40,7 @@ def encode_refcounts(counts: NDArray[np.uint16], refcount_order: int) -> NDArray
     """
     if refcount_order >= 3:
         return counts.astype(f">u{1 << (refcount_order - 3)}").view(np.uint8)
-    # Entries narrower than a byte: the first one takes the lowest bits.
+    # If entries are narrower than a byte, the first one takes the lowest bits.
     width = 1 << refcount_order
     cells = counts.astype(np.uint8).reshape(-1, 8 // width)
     packed = np.zeros(len(cells), dtype=np.uint8)
@@ -50,20 +50,20 @@ def encode_refcounts(counts: NDArray[np.uint16], refcount_order: int) -> NDArray
 
 
 def check_table_size(options: WriteOptions, nbytes: int) -> None:
-    """Refuse a refcount table that readers would refuse."""
+    """Reject a refcount table that is larger than readers accept."""
     if nbytes > limits.QCOW2_MAX_REFCOUNT_TABLE_NBYTES:
         raise LimitExceededError(
             f"the refcount table needs {nbytes} bytes, allowed up to "
-            f"{limits.QCOW2_MAX_REFCOUNT_TABLE_NBYTES}: larger clusters or fewer "
-            "refcount_bits help",
+            f"{limits.QCOW2_MAX_REFCOUNT_TABLE_NBYTES}: use larger clusters or fewer "
+            "refcount_bits",
             path=options.target_name or None,
         )
 
 
 class RefcountBuilder:
-    """Counts references to host clusters; whole blocks can be taken out once they are final.
+    """Counts references to host clusters; final blocks can be taken out and written.
 
-    ``block_offsets`` collects where blocks were written, for the refcount table.
+    ``block_offsets`` lists where the taken blocks are written, for the refcount table.
     """
 
     def __init__(self, options: WriteOptions) -> None:
@@ -74,13 +74,16 @@ class RefcountBuilder:
         self.block_offsets: list[int] = []
 
     def add_range(self, first: int, n_clusters: int) -> None:
-        """Count one reference to each of ``n_clusters`` clusters from ``first`` on."""
+        """Count a reference to each of ``n_clusters`` clusters from ``first``."""
         if n_clusters:
             low = self._room_for(first, first + n_clusters)
             self._counts[low : low + n_clusters] += np.uint16(1)
 
     def add(self, clusters: NDArray[np.int64]) -> None:
-        """Count a reference to each of these clusters, which may repeat and lie close together."""
+        """Count a reference to each of these clusters.
+
+        They may repeat.  Memory grows with the distance between the lowest and highest.
+        """
         if not clusters.size:
             return
         first, last = int(clusters.min()), int(clusters.max()) + 1
@@ -97,9 +100,9 @@ class RefcountBuilder:
         cells[:] = counts
 
     def _room_for(self, first: int, last: int) -> int:
-        """Make the window reach to ``last``; return where ``first`` lies in it."""
+        """Extend the window to ``last``; return the index of ``first`` in it."""
         if first < self._base:
-            raise ValueError(f"refcount block of cluster {first} is written already")
+            raise ValueError(f"refcount block of cluster {first} has already been written")
         needed = last - self._base
         if needed > self._counts.size:
             grown = np.zeros(max(needed, 2 * self._counts.size), dtype=np.uint16)
@@ -108,7 +111,7 @@ class RefcountBuilder:
         return first - self._base
 
     def n_complete(self, frontier: int) -> int:
-        """Return how many blocks lie wholly below cluster ``frontier``."""
+        """Return how many blocks end at or before cluster ``frontier``."""
         return max(0, (frontier - self._base) // self._options.refcounts_per_block)
 
     def pending_nbytes(self, frontier: int) -> int:
@@ -116,14 +119,11 @@ class RefcountBuilder:
         return self.n_complete(frontier) * self._options.refcounts_per_block * 2
 
     def n_missing(self, n_clusters: int) -> tuple[int, int]:
-        """Return the blocks and table clusters to write behind ``n_clusters`` used clusters.
-
-        They are counted themselves; blocks taken already are not.
-        """
+        """Return how many blocks and table clusters to write after ``n_clusters``."""
         return refcount_clusters(self._options, n_clusters, len(self.block_offsets))
 
     def take(self, n_blocks: int, offset: int) -> NDArray[np.uint8]:
-        """Take the next blocks out, to be written contiguously at ``offset``.
+        """Take out the next blocks; the caller writes them together at ``offset``.
 
         Returns
         -------

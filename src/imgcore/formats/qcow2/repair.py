@@ -1,4 +1,4 @@
-"""QCOW2: leaked clusters are freed by their refcounts.
+"""Free leaked clusters of QCOW2 images by setting their refcounts to 0.
 
 Source: QEMU docs/interop/qcow2.rst, "Host cluster management".
 """
@@ -29,19 +29,19 @@ _KNOWN_EXTENSIONS: Final = {
 
 
 def find_repairs(file: ByteSource, header: Qcow2Header) -> list[Repair]:
-    """Return how to free the clusters that have a refcount and that nothing refers to.
+    """Return how to free the clusters that have a refcount but no reference.
 
     Raises
     ------
     UnsupportedFeatureError
-        The image may use clusters in a way that is not known here.
+        The image has features that might refer to clusters in an unknown way.
     LimitExceededError
         Too many refcount blocks would change.
 
     Notes
     -----
-    With any corruption nothing is freed: a cluster that seems leaked may be what a damaged
-    entry meant.  Refcounts that are too high, but not for nothing, stay as they are.
+    In a corrupt image nothing is freed: a cluster that seems leaked may belong to a
+    damaged entry.  Refcounts of referenced clusters stay unchanged even if too high.
     """
     _refuse_unknown(file, header)
     leaks = _LeakedClusters(file, header)
@@ -71,7 +71,7 @@ def _refuse_unknown(file: ByteSource, header: Qcow2Header) -> None:
 
 
 class _LeakedClusters:
-    """Refcount blocks in which the refcounts of leaked clusters are set to 0."""
+    """Collects refcount blocks with the refcounts of leaked clusters set to 0."""
 
     def __init__(self, file: ByteSource, header: Qcow2Header) -> None:
         self._file = file
@@ -98,7 +98,7 @@ class _LeakedClusters:
             if (len(self.blocks) + 1) * self._cluster_size > MAX_REPAIR_NBYTES:
                 raise LimitExceededError(
                     f"leaked clusters in more than {len(self.blocks)} refcount blocks: too many "
-                    "to be repaired in one go; converting the image frees them",
+                    "to repair at once; convert the image to free them",
                     path=self._file.path,
                 )
             block = bytearray(self._file.pread(offset, self._cluster_size))
@@ -107,7 +107,7 @@ class _LeakedClusters:
         if self._order >= 3:
             octets.reshape(-1, 1 << (self._order - 3))[indices] = 0
             return
-        # Narrower refcounts: the first one is in the lowest bits.
+        # If refcounts are narrower than a byte, the first one is in the lowest bits.
         bits = indices << self._order
         masks = np.uint8((1 << (1 << self._order)) - 1) << (bits & 7).astype(np.uint8)
         np.bitwise_and.at(octets, bits >> 3, ~masks)

@@ -1,4 +1,4 @@
-"""QCOW2: from L1 and L2 tables to extents.
+"""Turn QCOW2 L1 and L2 tables into extents.
 
 Source: QEMU docs/interop/qcow2.rst, "Cluster mapping".
 """
@@ -27,21 +27,21 @@ if TYPE_CHECKING:
 # The L1 table is read in pieces of 1 MiB.
 L1_PIECE_ENTRIES: Final = 1 << 17
 
-# L2 tables that do not exist cost less as zero entries of one batch than as a batch of their own.
+# A short run of absent L2 tables costs less as zero entries than as a separate batch.
 _FOLDED_GAP_ENTRIES: Final = 8192
 
 
 def table_format(cluster_bits: int, *, version: int = 3, kind: Kind = Kind.DEFLATE) -> TableFormat:
-    """Return the numbers that describe an L2 table to the table kernels.
+    """Return the description of L2 tables for the table kernels.
 
     Parameters
     ----------
     cluster_bits : int
         log2 of the cluster size.
     version : int
-        2 or 3: version 2 knows no zero flag.
+        2 or 3.  Version 2 does not have the zero flag.
     kind : Kind
-        What compressed clusters are: DEFLATE or ZSTD.
+        The kind of compressed clusters: DEFLATE or ZSTD.
     """
     cluster_size = 1 << cluster_bits
     reserved = layout.L2_RESERVED_V3 if version >= 3 else layout.L2_RESERVED_V2
@@ -49,7 +49,7 @@ def table_format(cluster_bits: int, *, version: int = 3, kind: Kind = Kind.DEFLA
     rules = [(layout.COMPRESSED, layout.COMPRESSED, int(kind))]
     if version >= 3:
         rules.append((layout.ZERO_FLAG, layout.ZERO_FLAG, int(Kind.ZERO)))
-    # An entry of reserved bits only is no hole: it falls through to DATA, which refuses it.
+    # An entry with only reserved bits is not a hole: as DATA it is rejected.
     rules.append((layout.OFFSET_MASK | reserved, 0, int(Kind.HOLE)))
     return TableFormat(
         entry_nbytes=layout.ENTRY_NBYTES,
@@ -72,9 +72,10 @@ def table_format(cluster_bits: int, *, version: int = 3, kind: Kind = Kind.DEFLA
 def iter_l1(
     file: ByteSource, l1_offset: int, first: int, last: int
 ) -> Iterator[tuple[int, NDArray[np.uint64]]]:
-    """Yield ``(index of its first entry, entries)`` for pieces of ``[first, last)`` of an L1 table.
+    """Yield entries ``[first, last)`` of an L1 table in pieces.
 
-    Entries are raw and in native byte order; memory is one piece.
+    Each piece is ``(index of its first entry, entries)``.  Entries are raw, in native
+    byte order.  Memory: one piece.
     """
     for start in range(first, last, L1_PIECE_ENTRIES):
         count = min(L1_PIECE_ENTRIES, last - start)
@@ -89,13 +90,13 @@ def read_entries(
     first: int,
     last: int,
 ) -> NDArray[np.uint8]:
-    """Read entries ``[first, last)`` of consecutive L2 tables as they are in the file.
+    """Read the raw entries ``[first, last)`` of consecutive L2 tables.
 
     Parameters
     ----------
     offsets : ndarray, shape (n,), dtype uint64
-        Where the tables begin, inside the file; 0 for a table that does not exist, which
-        reads as zero entries.
+        Offsets of the tables, inside the file.  A table at 0 does not exist and reads
+        as zero entries.
     first, last : int
         Counted from the first entry of the first table.
 
@@ -111,12 +112,12 @@ def read_entries(
     tables = np.arange(first_table, last_table, dtype=np.int64)
     low = np.maximum(tables * per_table, first)
     high = np.minimum((tables + 1) * per_table, last)
-    # Offsets have at most 56 bits, so signed arithmetic holds.
+    # Offsets have at most 56 bits, so signed integers can hold them.
     where = offsets[first_table:last_table].astype(np.int64)
     present = where != 0
     begin = where + (low - tables * per_table) * entry_nbytes
     nbytes = (high - low) * entry_nbytes
-    # Neighbours in the guest that are neighbours in the file are read in one go.
+    # Tables that are also adjacent in the file are read at once.
     joins = present[1:] & present[:-1] & (begin[1:] == begin[:-1] + nbytes[:-1])
     starts = np.flatnonzero(present & np.concatenate(([True], ~joins)))
     ends = np.flatnonzero(present & np.concatenate((~joins, [True])))
@@ -129,7 +130,7 @@ def read_entries(
 
 
 class ExtentTables:
-    """Turns tables into extents; holds no table in memory between two calls."""
+    """Turns tables into extents; keeps no tables in memory between calls."""
 
     def __init__(self, file: ByteSource, header: Qcow2Header) -> None:
         self._file = file
@@ -161,7 +162,7 @@ class ExtentTables:
             yield single(done, stop - done, Kind.HOLE)
 
     def _groups(self, start: int, stop: int) -> Iterator[tuple[int, int, NDArray[np.uint64], int]]:
-        """Yield (first entry, last entry, L2 offsets, first table) of runs with few gaps."""
+        """Yield (first entry, end, L2 offsets, first table) of runs with small gaps."""
         per_table = self._header.l2_entries
         first_entry = start >> self._header.cluster_bits
         last_entry = -(-stop >> self._header.cluster_bits)
@@ -209,7 +210,7 @@ class ExtentTables:
         if entry & layout.L1_RESERVED:
             reason = "has reserved bits set"
         elif offset % self._header.cluster_size:
-            reason = f"is no multiple of the cluster size {self._header.cluster_size:#x}"
+            reason = f"is not a multiple of the cluster size {self._header.cluster_size:#x}"
         else:
             reason = f"puts an L2 table past the end of the file ({self._file.nbytes:#x})"
         raise CorruptImageError(
@@ -245,13 +246,13 @@ class ExtentTables:
         if offset >= self._file.nbytes:
             reason = f"starts at {offset:#x}, past the end of the file ({self._file.nbytes:#x})"
         elif entry & layout.COMPRESSED:
-            reason = f"at {offset:#x} is no valid compressed cluster"
+            reason = f"at {offset:#x} is not a valid compressed cluster"
         elif self._header.version < 3 and entry & layout.ZERO_FLAG:
-            reason = "has the zero flag, which version 2 does not know"
+            reason = "has the zero flag, which version 2 does not have"
         elif entry & layout.L2_RESERVED_V3:
             reason = "has reserved bits set"
         elif offset % cluster_size:
-            reason = f"is no multiple of the cluster size {cluster_size:#x}"
+            reason = f"is not a multiple of the cluster size {cluster_size:#x}"
         else:
             reason = (
                 f"ends at {offset + cluster_size:#x}, past the end of the file "

@@ -1,9 +1,9 @@
-"""QCOW2: the writer.
+"""Write QCOW2 images.
 
-Layout of a new file: header, L1 table, then data; behind the data L2 tables, refcount blocks
-and the refcount table.  L2 tables and refcount blocks that are final go into the file between
-data when too much of them gathers.  With preallocation all tables stand before the data, and
-guest cluster i is host cluster data_start + i.
+A new file contains, in this order: header, L1 table, data, L2 tables, refcount blocks,
+refcount table.  If pending tables take too much memory, final L2 tables and refcount
+blocks are written between the data.  With preallocation all tables precede the data,
+and guest cluster i is host cluster data_start + i.
 
 Source: QEMU docs/interop/qcow2.rst.
 """
@@ -46,13 +46,21 @@ if TYPE_CHECKING:
     from imgcore.files.target_file import TargetFile
     from imgcore.formats.api import WriteRequest
 
-# Placements that are encoded at a time: 1 MiB of entries.
+# Placements that are encoded at once: 1 MiB of entries.
 _CHUNK_ENTRIES: Final = 1 << 17
 _PIECE_NBYTES: Final = 4 << 20
 
 
 def writer_for(request: WriteRequest[Options]) -> Qcow2Writer | PreallocatedWriter:
-    """Return the writer that the options ask for; raises OptionError or LimitExceededError."""
+    """Return the writer for the request's preallocation.
+
+    Raises
+    ------
+    OptionError
+        An option's value is not allowed, or cannot be combined with the others.
+    LimitExceededError
+        The disk is too large for the options.
+    """
     options = WriteOptions.of(request)
     if options.preallocation == "off":
         return Qcow2Writer(options)
@@ -66,12 +74,12 @@ def measure(request: WriteRequest[Options], data_nbytes: int) -> Measurement:
     ----------
     request : WriteRequest
     data_nbytes : int
-        Bytes of the clusters that hold data.
+        Size of the clusters that contain data.
 
     Returns
     -------
     Measurement
-        Compression is not taken into account.
+        Sizes without compression.
     """
     options = WriteOptions.of(request)
     cluster_size = options.cluster_size
@@ -87,7 +95,7 @@ def measure(request: WriteRequest[Options], data_nbytes: int) -> Measurement:
 
 
 class _L2Tables:
-    """L2 tables that wait to be written: complete ones in chunks, and the one being filled."""
+    """L2 tables still to be written: complete ones, and the one being filled."""
 
     def __init__(self, options: WriteOptions) -> None:
         self._per_table = options.l2_entries
@@ -98,7 +106,7 @@ class _L2Tables:
         self.nbytes = 0
 
     def add(self, first_block: int, placements: Placements) -> None:
-        """Encode placements; raises CoreError if one does not fit an entry."""
+        """Encode placements; raise CoreError if one does not fit in an entry."""
         per_table = self._per_table
         first = first_block // per_table
         last = (first_block + len(placements) - 1) // per_table
@@ -119,7 +127,7 @@ class _L2Tables:
         self._keep(first, rows[:complete])
 
     def close_tail(self) -> None:
-        """Take the table that was being filled for complete."""
+        """Treat the table being filled as complete."""
         if self._tail_index >= 0:
             self._keep(self._tail_index, self._tail.reshape(1, -1))
             self._tail_index = -1
@@ -132,7 +140,7 @@ class _L2Tables:
             self.nbytes += kept.nbytes
 
     def take(self) -> list[tuple[NDArray[np.int64], NDArray[np.uint64]]]:
-        """Take out the complete tables: lists of (indices in L1, rows as they go into the file)."""
+        """Take out the complete tables as (indices in L1, rows to write)."""
         chunks, self._chunks, self.nbytes = self._chunks, [], 0
         return chunks
 
@@ -174,7 +182,7 @@ class Qcow2Writer:
         return self._file
 
     def place(self, first_block: int, placements: Placements, next_offset: int) -> int:
-        """Take note of placements; see :class:`imgcore.formats.api.Writer`."""
+        """Record placements; see :class:`imgcore.formats.api.Writer`."""
         for start in range(0, len(placements), _CHUNK_ENTRIES):
             rows = placements[start : start + _CHUNK_ENTRIES]
             if not rows["state"].any():
@@ -193,13 +201,13 @@ class Qcow2Writer:
         return self._write_refcount_blocks(n_blocks, offset)
 
     def finish(self, next_offset: int) -> None:
-        """Write what is left; see :class:`imgcore.formats.api.Writer`."""
+        """Write the remaining tables; see :class:`imgcore.formats.api.Writer`."""
         options, file = self._options, self._target_file()
         self._tables.close_tail()
         offset = self._write_tables(self._aligned(max(next_offset, self.first_offset)))
         n_used = offset >> options.cluster_bits
         n_blocks, n_table = self._refcounts.n_missing(n_used)
-        # All references have to be counted before the first of these blocks is encoded.
+        # All references must be counted before the first of these blocks is encoded.
         self._refcounts.add_range(n_used, n_blocks + n_table)
         encoded = self._refcounts.take(n_blocks, offset)
         file.pwrite(offset, encoded)
@@ -220,7 +228,7 @@ class Qcow2Writer:
     def _count(self, rows: Placements) -> None:
         bits = self._options.cluster_bits
         state = rows["state"]
-        # Offsets in an image have at most 61 bits, so signed arithmetic holds.
+        # Offsets in an image have at most 61 bits, so signed integers can hold them.
         offsets = rows["host_offset"].astype(np.int64)
         stored = state == BlockState.STORED
         self._refcounts.add(offsets[stored] >> bits)
@@ -234,12 +242,15 @@ class Qcow2Writer:
     def _entry_error(self, row: np.void) -> LimitExceededError:
         return LimitExceededError(
             f"host offset {int(row['host_offset']):#x} with {int(row['length'])} bytes does not "
-            "fit an L2 entry",
+            "fit in an L2 entry",
             path=self._options.target_name or None,
         )
 
     def _write_tables(self, offset: int) -> int:
-        """Write the complete L2 tables at ``offset``, enter them into L1, return their end."""
+        """Write the complete L2 tables at ``offset`` and enter them into L1.
+
+        Return the offset after them.
+        """
         file, size = self._target_file(), self._options.cluster_size
         start = offset
         for indices, rows in self._tables.take():
@@ -260,7 +271,7 @@ class Qcow2Writer:
 
 
 class PreallocatedWriter(FlatWriter):
-    """Writes images in which every cluster has its place from the start."""
+    """Writes images in which every cluster is allocated from the start."""
 
     format_name: ClassVar[str] = "qcow2"
 
