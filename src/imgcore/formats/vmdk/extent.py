@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from imgcore.formats.vmdk.header import (
-    SparseExtent,
-)
-
 if TYPE_CHECKING:
     from imgcore.files.byte_source import ByteSource
+    from imgcore.formats.vmdk.header import SparseExtent
 
 
 class DiskExtent(NamedTuple):

@@ -72,9 +72,7 @@ def absent_or_zeroed(extent: SparseExtent, directory: Entries) -> tuple[Mask, Ma
     return (directory == ENTRY_ABSENT) | zeroed, zeroed
 
 
-def read_tables(
-    extent: SparseExtent, directory: Entries, first: int, *, what: str = "grain table"
-) -> NDArray[np.uint32]:
+def read_tables(extent: SparseExtent, directory: Entries, first: int) -> NDArray[np.uint32]:
     """Read neighbouring grain tables, those that join in the file in one go.
 
     Parameters
@@ -104,7 +102,7 @@ def read_tables(
     if outside.any():
         index = int(np.argmax(outside))
         raise CorruptImageError(
-            f"{what} {first + index} ends at {int(offsets[index]) + extent.gt_nbytes:#x}, "
+            f"grain table {first + index} ends at {int(offsets[index]) + extent.gt_nbytes:#x}, "
             f"past the end of the file ({extent.file.nbytes:#x})",
             path=extent.file.path,
             offset=int(offsets[index]),
