@@ -1,4 +1,4 @@
-"""VMDK without imgcore's writer: small images made by hand, and a reader of extents."""
+"""VMDK without imgcore's writer: small images made by hand, and a plain reader."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ STREAM_FLAGS = 0x30001
 
 
 def open_vmdk(path: Path) -> VmdkReader:
-    """Open one layer."""
+    """Open a single VMDK layer."""
     return open_file(path, lambda file: VmdkReader(file, ReferenceGate(str(path.parent))))
 
 
 def header(n_sectors: int, **fields: int) -> bytes:
-    """Return a header sector; unnamed fields are those of a hosted extent."""
+    """Return a header sector; fields not given are those of a hosted extent."""
     values = {
         "version": 1,
         "flags": HOSTED_FLAGS,
@@ -60,7 +60,7 @@ def header(n_sectors: int, **fields: int) -> bytes:
 
 
 def descriptor(create_type: str, *extents: str, extra: str = "", parent: str = "ffffffff") -> bytes:
-    """Return a descriptor as VMware writes them."""
+    """Return a descriptor in VMware's form."""
     lines = [
         "# Disk DescriptorFile",
         "version=1",
@@ -80,7 +80,7 @@ def descriptor(create_type: str, *extents: str, extra: str = "", parent: str = "
 
 
 def put(image: bytearray, sector: int, data: bytes) -> None:
-    """Put bytes at a sector; the image grows as needed, to whole sectors."""
+    """Put bytes at a sector; the image grows in whole sectors as needed."""
     end = sector * SECTOR + len(data)
     end += -end % SECTOR
     image.extend(bytes(max(0, end - len(image))))
@@ -88,7 +88,7 @@ def put(image: bytearray, sector: int, data: bytes) -> None:
 
 
 def hosted(path: Path, n_sectors: int, grains: Mapping[int, bytes | int], **fields: int) -> Path:
-    """Make a monolithicSparse image of one grain table; an int is an entry as it is."""
+    """Make a monolithicSparse image with one grain table; an int is a raw entry."""
     image = bytearray()
     put(image, 0, header(n_sectors, **fields))
     put(image, 1, descriptor("monolithicSparse", f'RW {n_sectors} SPARSE "other-name.vmdk"'))
@@ -111,7 +111,7 @@ def hosted(path: Path, n_sectors: int, grains: Mapping[int, bytes | int], **fiel
 
 
 def marked(lba: int, content: bytes) -> bytes:
-    """Return a compressed grain behind its marker."""
+    """Return a compressed grain after its marker."""
     packed = zlib.compress(content)
     return struct.pack("<QI", lba, len(packed)) + packed
 
@@ -130,10 +130,10 @@ def stream(
     trailing_sectors: int = 0,
     create_type: str = "streamOptimized",
 ) -> Path:
-    """Make a streamOptimized image of one grain table.
+    """Make a streamOptimized image with one grain table.
 
-    ``layout`` is ``footer``, ``patched`` (footer, and the header names the directory) or
-    ``front`` (directory and table before the grains, no footer).
+    ``layout`` is ``footer``, ``patched`` (footer, and the header names the directory)
+    or ``front`` (directory and table before the grains, no footer).
     """
     image = bytearray()
     put(image, 1, descriptor(create_type, f'RDONLY {n_sectors} SPARSE "generated-stream.vmdk"'))
@@ -162,7 +162,7 @@ def stream(
 
 
 def read_guest(reader: VmdkReader, start: int = 0, length: int | None = None) -> bytes:
-    """Read extents in plain Python; each row must begin where the one before it ended."""
+    """Read extents in plain Python; check that the rows have no gaps."""
     pieces = []
     position = start
     for guest_offset, n, host_offset, host_length, index, kind, flags in extent_rows(

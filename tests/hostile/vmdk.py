@@ -106,7 +106,7 @@ def _entries() -> Iterator[Case]:
     content = GRAINS[0] * 2 + GRAINS[2] + bytes(GRAIN)
     yield Case("vmdk-shared-grain", shared, None, stage=Stage.CHECK, content=content)
     in_table = _poked((table + 4, struct.pack("<I", 1)))
-    # Without the flag that gives it a meaning, 1 is a place like any other: the descriptor's.
+    # Without the flag for zeroed grains, 1 is an ordinary sector: the descriptor's.
     yield Case("vmdk-grain-in-descriptor", in_table, None, stage=Stage.CHECK)
 
 
@@ -146,7 +146,7 @@ def _grains() -> Iterator[Case]:
             raw = bytearray(path.read_bytes())
             at = len(raw)
             raw += record.ljust(-(-len(record) // SECTOR) * SECTOR, b"\0")
-            # The grain table of the only grain: at its end the image grows by the new record.
+            # Point the only grain's entry to the new record at the end of the image.
             table = raw.find(struct.pack("<I", 128) + bytes(60), 129 * SECTOR)
             raw[table : table + 4] = struct.pack("<I", at // SECTOR)
             footer = bytes(raw[at - 3 * SECTOR : at])
@@ -181,14 +181,14 @@ def _descriptors() -> Iterator[Case]:
         ("url", 'RW 8 FLAT "http://127.0.0.1/x" 0', _UNSAFE, "URL"),
         ("nbd", 'RW 8 FLAT "nbd:127.0.0.1:1" 0', _UNSAFE, "URL"),
         ("drive", 'RW 8 FLAT "C:flat.bin" 0', _UNSAFE, "drive"),
-        ("no-name", 'RW 8 FLAT "" 0', "CorruptImageError", "names no file"),
+        ("no-name", 'RW 8 FLAT "" 0', "CorruptImageError", "has no file name"),
         ("itself", 'RW 1 FLAT "disk.vmdk" 0', "CorruptImageError", "itself"),
         ("missing", 'RW 8 FLAT "gone.bin" 0', "FileNotFoundError", "No such file"),
         ("past-end", 'RW 9 FLAT "flat.bin" 0', "CorruptImageError", "past the end"),
         ("offset-past-end", 'RW 8 FLAT "flat.bin" 1', "CorruptImageError", "past the end"),
         ("sectors-cap-plus-1", f'RW {limit} FLAT "flat.bin" 0', "LimitExceededError", "sectors"),
         ("sectors-of-21-digits", f'RW {"9" * 21} FLAT "flat.bin" 0', "CorruptImageError", "line"),
-        ("sectors-negative", 'RW -8 FLAT "flat.bin" 0', "CorruptImageError", "no extent"),
+        ("sectors-negative", 'RW -8 FLAT "flat.bin" 0', "CorruptImageError", "not an extent"),
         ("offset-max", f'RW 8 FLAT "flat.bin" {"9" * 20}', "LimitExceededError", "sectors"),
         ("flat-as-sparse", 'RW 8 SPARSE "flat.bin"', "WrongFormatError", "sparse extent"),
         ("noaccess", 'NOACCESS 8 FLAT "flat.bin" 0', "UnsupportedFeatureError", "NOACCESS"),
@@ -219,7 +219,7 @@ def _descriptors() -> Iterator[Case]:
         "CorruptImageError",
         "delta",
     )
-    # Codecs of Python that are no code page, or run code: the name stays what its bytes are.
+    # Python codecs that are not code pages, or run code: the file name keeps its bytes.
     for name in ("rot13", "unicode_escape", "zlib_codec", "idna", "raw_unicode_escape"):
         extra = f'encoding="{name}"'
         yield Case(

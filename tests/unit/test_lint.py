@@ -401,7 +401,7 @@ def test_end_of_streams_of_other_programs(
     assert broken(path, "esxi") == ["stream-keys"]
     os.truncate(path, whole_nbytes + 512)
     findings = {finding.rule: finding for finding in imgcore.lint(path, profile="esxi").findings}
-    assert findings["stream-end"].remedy == f"truncate -s {whole_nbytes} puts it right"
+    assert findings["stream-end"].remedy == f"truncate -s {whole_nbytes} fixes it"
 
 
 def test_a_stream_without_its_end(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The check of VMDK tables: nothing in sound images, each kind of damage by its name."""
+"""The check of VMDK tables: sound images are clean, each damage is reported."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_two_tables_at_one_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("offset", "data", "word"),
     [
-        (0, struct.pack("<Q", 128), "is of LBA 128, not of grain 0"),
+        (0, struct.pack("<Q", 128), "is for LBA 128, not for grain 0"),
         (8, struct.pack("<I", 0), "says 0 bytes"),
         (8, struct.pack("<I", 2 * GRAIN + 1), "says 131073 bytes"),
         (8, struct.pack("<I", 2 * GRAIN), "overlaps"),
@@ -103,9 +103,7 @@ def test_markers(tmp_path: Path, offset: int, data: bytes, word: str) -> None:
     assert word in "\n".join(report.problems)
 
 
-def test_where_nothing_is_nothing_is_looked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unused_windows_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = _hosted(tmp_path)
     windows: list[int] = []
     regions = vmdk_check._ExtentCheck._regions
@@ -119,10 +117,11 @@ def test_where_nothing_is_nothing_is_looked_for(
     report = imgcore.check(path)
     assert windows == [0]
     assert report.corruptions == 0
-    assert report.leaks > 1 << 26  # in grains
+    # Leaks are counted in grains.
+    assert report.leaks > 1 << 26
 
 
-def test_many_problems_are_counted_and_few_are_told(tmp_path: Path) -> None:
+def test_all_problems_are_counted_and_few_are_listed(tmp_path: Path) -> None:
     n_sectors = 512 * 512 * GRAIN // SECTOR
     path = tmp_path / "a.vmdk"
     head = vmdk.header(n_sectors, gd=256, rgd=0, flags=1)

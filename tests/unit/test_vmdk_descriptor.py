@@ -1,4 +1,4 @@
-"""The descriptor's text: what real files contain, what is refused, what is written."""
+"""VMDK descriptors: text of real files, rejected text, and composed text."""
 
 from __future__ import annotations
 
@@ -100,11 +100,11 @@ def test_encodings(encoding: str, raw: bytes, name: str) -> None:
         ('parentFileNameHint="a"\nparentFileNameHint="b"\n', CorruptImageError, "twice"),
         ('ddb.logicalSectorSize = "0"\n', CorruptImageError, "'0', allowed are 512 and 4096"),
         ('ddb.logicalSectorSize="512"\nddb.logicalSectorSize="4096"\n', CorruptImageError, "twice"),
-        ("RW\n", CorruptImageError, "line 1 is no extent"),
+        ("RW\n", CorruptImageError, "line 1 is not an extent"),
         ("\n\nRW x FLAT\n", CorruptImageError, "line 3"),
-        ('RW 8 FLAT "a" -1\n', CorruptImageError, "line 1 is no extent"),
-        ('RW 8 FLAT "a" 0x10\n', CorruptImageError, "line 1 is no extent"),
-        (f'RW 8 FLAT "a" {10**20}\n', CorruptImageError, "line 1 is no extent"),
+        ('RW 8 FLAT "a" -1\n', CorruptImageError, "line 1 is not an extent"),
+        ('RW 8 FLAT "a" 0x10\n', CorruptImageError, "line 1 is not an extent"),
+        (f'RW 8 FLAT "a" {10**20}\n', CorruptImageError, "line 1 is not an extent"),
         ("a" * (limits.VMDK_MAX_DESCRIPTOR_LINE_NBYTES + 1), LimitExceededError, "line 1"),
         ("\n" * (limits.VMDK_MAX_DESCRIPTOR_NBYTES + 1), LimitExceededError, "descriptor of"),
         ("RW 1 ZERO\n" * (limits.VMDK_MAX_EXTENTS + 1), LimitExceededError, "extents"),

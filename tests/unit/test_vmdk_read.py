@@ -1,4 +1,4 @@
-"""The VMDK reader on images made by hand, whole and damaged."""
+"""The VMDK reader on images made by hand, sound and damaged."""
 
 from __future__ import annotations
 
@@ -74,13 +74,13 @@ def test_stream_layouts(tmp_path: Path, layout: str, short_tail: bool) -> None:
     with imgcore.open(path) as image:
         guest = _guest(contents)
         assert image.read(0, len(guest)) == guest
-        # A part of the last grain, which may be stored cut.
+        # A part of the last grain, which may be truncated.
         assert image.read(len(guest) - TAIL, SECTOR) == guest[-TAIL:][:SECTOR]
         assert image.read(len(guest) - SECTOR, SECTOR) == guest[-SECTOR:]
 
 
 @pytest.mark.parametrize("trailing_sectors", [0, 1, 127, 2046])
-def test_zero_sectors_behind_the_end(tmp_path: Path, trailing_sectors: int) -> None:
+def test_zero_sectors_after_the_end(tmp_path: Path, trailing_sectors: int) -> None:
     contents = _contents()
     path = vmdk.stream(tmp_path / "a.vmdk", N_SECTORS, contents, trailing_sectors=trailing_sectors)
     assert read_guest(open_vmdk(path)) == _guest(contents)
@@ -116,7 +116,7 @@ def test_hosted_extents(tmp_path: Path) -> None:
     assert reader.subformat == "monolithicSparse"
     assert reader.virtual_size == N_SECTORS * SECTOR
     rows = extent_rows(reader)
-    # (start, length, place); grains that join in the file are one row.
+    # (start, length, offset); grains that are adjacent in the file are one row.
     assert [row[:3] for row in rows if row[5] == Kind.DATA] == [
         (0, 2 * GRAIN, GRAIN),
         (4 * GRAIN, 2 * GRAIN, 3 * GRAIN),
@@ -131,7 +131,8 @@ def test_zeroed_grains(tmp_path: Path) -> None:
     )
     kinds = [(row[0] // GRAIN, row[5]) for row in extent_rows(open_vmdk(path))]
     assert kinds == [(0, Kind.DATA), (1, Kind.HOLE), (2, Kind.ZERO), (4, Kind.HOLE)]
-    poke(path, (26 * SECTOR, struct.pack("<I", 1)))  # the directory says that all is zero
+    # The directory entry makes all grains zero.
+    poke(path, (26 * SECTOR, struct.pack("<I", 1)))
     assert [row[5] for row in extent_rows(open_vmdk(path))] == [Kind.ZERO]
 
 
@@ -144,7 +145,7 @@ def test_the_redundant_directory_serves_if_the_primary_cannot(
     assert "redundant" in caplog.text
 
 
-def test_unclean_shutdown_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unclean_shutdown_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = vmdk.hosted(tmp_path / "a.vmdk", N_SECTORS, _contents(), dirty=1)
     with caplog.at_level(logging.WARNING):
         assert imgcore.info(path)["dirty-flag"] is True
@@ -170,7 +171,7 @@ def test_descriptor_and_header_may_differ_on_compression(
     assert "compressed" in caplog.text
 
 
-# Field of the hosted header: (offset, bytes, error, a word of its message).
+# Fields of the hosted header: (offset, bytes, error, part of its message).
 BAD_HEADERS = [
     (0, b"KDMX", WrongFormatError, "neither"),
     (0, b"COWD", UnsupportedFeatureError, "vmfsSparse"),
@@ -259,7 +260,7 @@ def test_a_marker_of_another_grain_is_noticed(tmp_path: Path) -> None:
         image.read(0, GRAIN)
 
 
-# -- disks of several files ---------------------------------------------------------------
+# -- disks of several files ------------------------------------------------------------
 
 
 def _described(folder: Path, *extents: str, create_type: str = "custom", **more: str) -> Path:
@@ -325,10 +326,10 @@ def test_holes_of_a_flat_file_are_zeros(tmp_path: Path) -> None:
         ('RW 4 FLAT "/etc/hostname" 0', UnsafeReferenceError, "leads out"),
         ('RW 4 FLAT "json:{}" 0', UnsafeReferenceError, "json"),
         ('RW 4 FLAT "folder" 0', ImgcoreError, "folder"),
-        ('RW 4 FLAT "" 0', CorruptImageError, "names no file"),
-        ("RW 4 FLAT", CorruptImageError, "names no file"),
-        ("RW 4 FLAT flat.bin 0", CorruptImageError, "is no extent"),
-        ('RW -4 FLAT "flat.bin" 0', CorruptImageError, "is no extent"),
+        ('RW 4 FLAT "" 0', CorruptImageError, "has no file name"),
+        ("RW 4 FLAT", CorruptImageError, "has no file name"),
+        ("RW 4 FLAT flat.bin 0", CorruptImageError, "is not an extent"),
+        ('RW -4 FLAT "flat.bin" 0', CorruptImageError, "is not an extent"),
         ('RW 4 SPARSE "flat.bin"', WrongFormatError, "magic"),
         ('NOACCESS 4 FLAT "flat.bin" 0', UnsupportedFeatureError, "NOACCESS"),
         ('RW 4 VMFSSPARSE "flat.bin"', UnsupportedFeatureError, "VMFSSPARSE"),
@@ -397,7 +398,7 @@ def test_a_delta_reads_through_its_parent(tmp_path: Path) -> None:
     ],
 )
 def test_parents_by_the_path_of_another_machine(tmp_path: Path, hint: str) -> None:
-    """The content ID tells whether it is the parent, so its name in the own folder will do."""
+    """As the content ID identifies the parent, it is found by name beside the child."""
     vmdk.hosted(tmp_path / "base.vmdk", 128, {0: b"B" * GRAIN})
     fields = {"extra": f'parentFileNameHint="{hint}"'}
     top = tmp_path / "top.vmdk"
@@ -413,11 +414,11 @@ def test_parents_by_the_path_of_another_machine(tmp_path: Path, hint: str) -> No
                 imgcore.open(top)
 
 
-# -- large disks, pieces, probing ----------------------------------------------------------
+# -- large disks, pieces, probing ------------------------------------------------------
 
 
 def _huge(path: Path, nbytes: int) -> Path:
-    """Make an empty hosted extent whose directory is a hole of the file."""
+    """Make an empty hosted extent whose directory is a hole in the file."""
     n_sectors = nbytes // SECTOR
     head = vmdk.header(n_sectors, gd=128)
     text_ = vmdk.descriptor("monolithicSparse", f'RW {n_sectors} SPARSE "x.vmdk"')

@@ -1,4 +1,4 @@
-"""The VMDK writers: other programs read and check what they write, and its bytes are looked at."""
+"""The VMDK writers: other programs read and check their files; bytes are compared."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ for at in range(0, size, 65536):
 """
 
 
-# dissect is in the tests' environment, libvmdk in the system's (Debian: python3-libvmdk).
+# dissect is in the test environment, libvmdk in the system's (Debian: python3-libvmdk).
 @pytest.mark.parametrize(
     ("python", "module", "code"),
     [
@@ -120,7 +120,7 @@ def test_other_readers(
 
 
 def _structures(image: bytes) -> list[tuple[str, int, int]]:
-    """Go through a streamOptimized file from marker to marker: (what, sector, value)."""
+    """Return (kind, sector, value) of each marker in a streamOptimized file."""
     found = []
     sector = 128
     names = {0: "eos", 1: "table", 2: "directory", 3: "footer"}
@@ -140,7 +140,7 @@ def test_the_parts_of_a_stream(tmp_path: Path, raw: Path) -> None:
     path = _write(raw, tmp_path / "a.vmdk", "subformat=streamOptimized")
     image = path.read_bytes()
     found = _structures(image)
-    # Two tables of 512 grains: each follows its grains, then directory, footer, end.
+    # Two tables of 512 grains, each after its grains, then directory, footer, end.
     assert [part[0] for part in found] == (
         ["grain"] * 7 + ["table"] + ["grain"] * 2 + ["table", "directory", "footer", "eos"]
     )
@@ -165,7 +165,7 @@ def test_the_parts_of_a_stream(tmp_path: Path, raw: Path) -> None:
         assert len(grain) == GRAIN
         whole = raw.read_bytes()[lba * SECTOR : lba * SECTOR + GRAIN]
         assert grain == whole.ljust(GRAIN, b"\0")
-        # What fills the sector is zeros.
+        # The sector is padded with zeros.
         assert not any(image[start + nbytes : start + nbytes + -(start + nbytes) % SECTOR])
 
 
@@ -196,7 +196,7 @@ def test_the_descriptor_of_a_stream(tmp_path: Path, raw: Path) -> None:
 
 
 def test_the_parts_of_a_hosted_extent(tmp_path: Path) -> None:
-    """The tables lie where qemu-img puts them."""
+    """The tables have the same offsets as in qemu-img's files."""
     ours, theirs = tmp_path / "a.vmdk", tmp_path / "b.vmdk"
     imgcore.create(ours, 3 * GIB, options=["adapter_type=ide"], sync=False)
     qemu.run("create", "-q", "-f", "vmdk", theirs, "3G")
@@ -268,7 +268,7 @@ def test_zeros_are_stored_if_asked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pieces", [[1024], [300, 724], [100, 300, 100, 524], [512, 512]])
 def test_groups_that_are_placed_in_pieces(tmp_path: Path, pieces: list[int]) -> None:
-    """Tables are right whether or not the engine's batches end with a group."""
+    """Tables are correct even if batches do not end with a group."""
     path = tmp_path / "a.vmdk"
     writer = DRIVER.writer(_request(1024 * GRAIN, "subformat=streamOptimized"))
     packed = zlib.compress(b"x" * GRAIN)
@@ -293,7 +293,7 @@ def test_groups_that_are_placed_in_pieces(tmp_path: Path, pieces: list[int]) -> 
     assert imgcore.check(path).ok
 
 
-# -- flat kinds -----------------------------------------------------------------------------
+# -- flat kinds -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["off", "falloc", "full"])
@@ -320,7 +320,7 @@ def test_odd_names(tmp_path: Path, raw: Path, name: str) -> None:
     assert set(os.listdir(tmp_path)) == {name, raw.name}
 
 
-# -- refusals, limits, measure ----------------------------------------------------------------
+# -- refusals, limits, measure --------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -439,7 +439,7 @@ def test_measure(tmp_path: Path, raw_images: Any, image: RawImage, subformat: st
     total = sum(file.stat().st_size for file in tmp_path.iterdir())
     assert measured.fully_allocated >= measured.required
     if subformat == "monolithicSparse":
-        # Data that is all zeros is not written.
+        # Data of zeros is not written.
         assert path.stat().st_size <= measured.required
     elif subformat == "streamOptimized":
         assert path.stat().st_size <= measured.required
@@ -450,7 +450,7 @@ def test_measure(tmp_path: Path, raw_images: Any, image: RawImage, subformat: st
 
 
 def test_unwritten_tables_cost_nothing(tmp_path: Path) -> None:
-    """An empty disk of 64 TiB has 4 GiB of tables, all of them a hole of the file."""
+    """An empty disk of 64 TiB has 4 GiB of tables, all in a hole of the file."""
     path = tmp_path / "a.vmdk"
     imgcore.create(path, 64 * TIB, sync=False)
     assert os.stat(path).st_blocks * 512 < 64 * MIB
@@ -460,7 +460,7 @@ def test_unwritten_tables_cost_nothing(tmp_path: Path) -> None:
     assert time.monotonic() - started < 2
     assert sum(row[1] for row in rows) == 64 * TIB
     assert {row[5] for row in rows} == {0}
-    # A table that is written to is found among those that are not.
+    # A written table is found among unwritten ones.
     table = 40 * TIB // (512 * GRAIN)
     sparse = reader.disk_extents[0].sparse
     assert sparse is not None

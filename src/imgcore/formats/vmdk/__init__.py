@@ -1,1 +1,1 @@
-"""VMDK: VMware's disks."""
+"""VMDK, VMware's disk format."""

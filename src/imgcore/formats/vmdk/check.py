@@ -1,4 +1,4 @@
-"""Verifying the tables of VMDK sparse extents against each other and against the file."""
+"""Check the tables of VMDK sparse extents against each other and the file."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
     Sectors = NDArray[np.int64]
 
-# Tables that are looked at together: 128 Ki entries.
+# Tables that are read at once: 128 Ki entries.
 _CHUNK_TABLES: Final = 256
-# Regions that are sorted together: 32 MiB.  The file is gone through in windows that cannot hold
-# more, so that memory does not grow with it.
+# Regions that are sorted at once: 32 MiB.  The file is checked in windows that hold no
+# more regions than this, so that memory does not grow with the file.
 _MAX_REGIONS: Final = 1 << 22
-# A region is packed into one number: first sector above, sectors below.
+# A region is one number: the first sector in the upper bits, the length in the lower.
 _LENGTH_BITS: Final = 32
 
 
@@ -54,13 +54,13 @@ def check_extents(path: str, extents: Sequence[DiskExtent]) -> CheckReport:
     Returns
     -------
     CheckReport
-        Counts in grains.  Flat extents have no tables; they count for nothing.
+        Counts are in grains.  Flat extents have no tables and are not counted.
 
     Notes
     -----
-    Time: every table once per window of the file (128 GiB with the usual grains, 1 GiB if
-    compressed) in which anything is, and 12 bytes of each compressed grain.  Memory: 200 MiB at
-    the most.
+    Every table is read once for each window of the file that contains anything: 128 GiB
+    with grains of 64 KiB, 1 GiB if compressed.  Of each compressed grain 12 bytes are
+    read.  Memory: at most 200 MiB.
     """
     report = CheckReport()
     for item in extents:
@@ -78,7 +78,7 @@ class _ExtentCheck:
         self._grain_nsectors = extent.grain_nbytes // SECTOR_NBYTES
         self._gt_nsectors = -(-extent.gt_nbytes // SECTOR_NBYTES)
         self._guest_nbytes = guest_nbytes
-        # The last grain may be stored only as far as the disk goes.
+        # The last grain may be stored only up to the end of the disk.
         self._least_nsectors = (
             guest_nbytes % extent.grain_nbytes // SECTOR_NBYTES or self._grain_nsectors
         )
@@ -91,7 +91,7 @@ class _ExtentCheck:
             return
         if extent.rgd_offset and self._check_directory(extent.rgd_offset):
             self._compare_redundant()
-        # Compressed grains take one sector at least, others a grain.
+        # A compressed grain takes at least one sector, a plain one a whole grain.
         unit = 1 if extent.is_compressed else self._grain_nsectors
         window_nsectors = _MAX_REGIONS // 2 * unit
         for start in self._window_starts(window_nsectors):
@@ -104,7 +104,7 @@ class _ExtentCheck:
         )
 
     def _window_starts(self, window_nsectors: int) -> list[int]:
-        """Return where the windows begin in which anything is; a sparse file may have millions."""
+        """Return the starts of used windows; a sparse file may have millions unused."""
         used = {0}
         if self._file_nsectors > window_nsectors:
             for sectors in self._places():
@@ -113,7 +113,7 @@ class _ExtentCheck:
         return [number * window_nsectors for number in sorted(used)]
 
     def _places(self) -> Iterator[Sectors]:
-        """Yield the first sectors of everything."""
+        """Yield the first sectors of all structures and grains."""
         yield self._fixed_claims()[0]
         yield from self._table_places()
         for _, sectors in self._entries():
@@ -134,7 +134,7 @@ class _ExtentCheck:
         return ~absent & (places > self._extent.file.nbytes - self._extent.gt_nbytes)
 
     def _check_directory(self, gd_offset: int) -> bool:
-        """Report tables outside the file or overlapping; False if no check can follow."""
+        """Report tables that are outside the file or overlap; False if any overlap."""
         tables = np.empty(self._extent.n_directory_entries, dtype=np.uint32)
         n_tables = 0
         for first, directory in self._directory_pieces(gd_offset):
@@ -189,7 +189,7 @@ class _ExtentCheck:
                 )
 
     def _entries(self) -> Iterator[tuple[Sectors, Sectors]]:
-        """Yield (grain numbers, sectors) of every entry that names a place on the disk."""
+        """Yield (grain numbers, sectors) of all entries that are sectors."""
         extent = self._extent
         n_grains = -(-self._guest_nbytes // extent.grain_nbytes)
         for first, directory in self._directory_pieces(extent.gd_offset):
@@ -207,7 +207,7 @@ class _ExtentCheck:
                 yield grains[named], entries[named]
 
     def _regions(self, low: int, high: int, *, count: bool) -> NDArray[np.uint64]:
-        """Collect what claims sectors of [low, high), packed and sorted."""
+        """Return the regions that start in sectors [low, high), packed and sorted."""
         regions = np.empty(_MAX_REGIONS, dtype=np.uint64) if self._is_large() else None
         parts: list[NDArray[np.uint64]] = []
         n_regions = 0
@@ -217,7 +217,7 @@ class _ExtentCheck:
             )
             room = _MAX_REGIONS - n_regions
             if len(packed) > room:
-                # More than the window can hold: they overlap, which sorting will show.
+                # More regions than fit in the window must overlap, as sorting shows.
                 packed = packed[:room]
             if regions is None:
                 parts.append(packed)
@@ -229,7 +229,7 @@ class _ExtentCheck:
         return result
 
     def _is_large(self) -> bool:
-        """Tell whether parts of regions would cost more than one array at once."""
+        """Tell whether one preallocated array needs less memory than parts."""
         return self._file_nsectors > _MAX_REGIONS
 
     def _claims(self, low: int, high: int, *, count: bool) -> Iterator[tuple[Sectors, Sectors]]:
@@ -300,7 +300,7 @@ class _ExtentCheck:
         return sectors[good], lengths[good]
 
     def _marked_lengths(self, grains: Sectors, sectors: Sectors) -> Sectors:
-        """Read the marker of each grain; 0 for one that is wrong, which is reported."""
+        """Return the lengths in the markers; report wrong ones, with length 0."""
         extent = self._extent
         lengths = np.zeros(len(grains), dtype=np.int64)
         rows = zip(grains.tolist(), sectors.tolist(), strict=True)
@@ -312,7 +312,7 @@ class _ExtentCheck:
             stored_nbytes = GRAIN_MARKER.size + nbytes
             if lba != grain * self._grain_nsectors:
                 self._corruptions(
-                    1, [f"the marker at sector {sector} is of LBA {lba}, not of grain {grain}"]
+                    1, [f"the marker at sector {sector} is for LBA {lba}, not for grain {grain}"]
                 )
             elif nbytes == 0 or stored_nbytes > extent.compressed_bound:
                 self._corruptions(
@@ -321,13 +321,13 @@ class _ExtentCheck:
             elif offset + stored_nbytes > extent.file.nbytes:
                 self._corruptions(1, [f"grain {grain} ends past the end of the file"])
             else:
-                # A file may end with the last grain's bytes, its sector not filled.
+                # A file may end after the last grain's bytes, within a sector.
                 whole = -(-stored_nbytes // SECTOR_NBYTES)
                 lengths[index] = min(whole, max(self._file_nsectors - sector, 0))
         return lengths
 
     def _check_regions(self, regions: NDArray[np.uint64]) -> None:
-        """Report overlaps in sorted regions, and count the space that nothing claims."""
+        """Report overlaps in sorted regions, and count unclaimed space as leaks."""
         if not len(regions):
             return
         starts = (regions >> np.uint64(_LENGTH_BITS)).astype(np.int64)
@@ -340,7 +340,7 @@ class _ExtentCheck:
         self._corruptions(
             len(overlaps),
             (
-                f"what is at sector {starts[i]} overlaps what is before it"
+                f"the data at sector {starts[i]} overlaps the data before it"
                 for i in overlaps.tolist()
             ),
         )
@@ -350,7 +350,7 @@ class _ExtentCheck:
         self._end_nsectors = max(self._end_nsectors, int(ends[-1]))
 
     def _count_leak(self, start: int, stop: int) -> None:
-        """Count the whole grains between two sectors behind the tables."""
+        """Count the whole grains between two sectors, after the tables."""
         start = max(start, self._extent.overhead // SECTOR_NBYTES)
         n_grains = (stop - start) // self._grain_nsectors
         if n_grains > 0:

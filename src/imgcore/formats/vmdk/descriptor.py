@@ -1,4 +1,4 @@
-"""The text that describes a VMDK disk: parsing what real files contain, and composing new ones.
+"""Parse and compose VMDK descriptors, the text that describes a disk.
 
 Source: VMware "Virtual Disk Format 5.0", section "The Descriptor File".
 """
@@ -26,17 +26,17 @@ from imgcore.limits import (
 )
 
 SIGNATURE: Final = "# Disk DescriptorFile"
-# What ddb.logicalSectorSize may be, as it is written.
+# The values of ddb.logicalSectorSize, as in the text.
 LOGICAL_SECTOR_SIZES: Final = ("512", "4096")
 _ACCESS_WORDS: Final = ("RW", "RDONLY", "NOACCESS")
 _EXTENT_LINE: Final = re.compile(
     r"(RW|RDONLY|NOACCESS)\s+(\d{1,20})\s+([A-Za-z]+)"
-    # Anything may follow, but no other number than the offset: that would be read as none.
+    # Any text may follow, except a malformed offset, which would read as none.
     r'(?:\s+"([^"]*)"(?:\s+(\d{1,20})(?:\s+\S.*)?|\s+[^\s\d+-].*)?)?',
     re.IGNORECASE,
 )
 _KEY_LINE: Final = re.compile(r"([A-Za-z][\w.]*)\s*=\s*(.*)")
-# A second, different value of one of these would let two programs see two disks.
+# With two different values of one of these, two programs might see different disks.
 _DECISIVE_KEYS: Final = frozenset(
     {
         "version",
@@ -47,7 +47,7 @@ _DECISIVE_KEYS: Final = frozenset(
         "ddb.logicalsectorsize",
     }
 )
-# Codecs of Python that do not decode bytes to text, or do more than a code page does.
+# Code pages.  Python has other codecs too, some of which do not decode bytes to text.
 _CODE_PAGE: Final = re.compile(
     r"(utf-?8|us-ascii|windows-\d{3,4}|iso-8859-\d{1,2}|gbk|gb2312|gb18030|big5|shift_jis|euc-(jp|kr))",
     re.IGNORECASE,
@@ -55,7 +55,7 @@ _CODE_PAGE: Final = re.compile(
 
 
 class ExtentLine(NamedTuple):
-    """One line of the extent description; ``offset_nbytes`` is the place in a flat file."""
+    """One line of the extent description; ``offset_nbytes`` is within a flat file."""
 
     access: str
     nbytes: int
@@ -65,7 +65,7 @@ class ExtentLine(NamedTuple):
 
 
 class Descriptor(NamedTuple):
-    """A parsed descriptor; ``values`` holds every key in lower case."""
+    """A parsed descriptor; the keys of ``values`` are in lower case."""
 
     values: dict[str, str]
     extents: tuple[ExtentLine, ...]
@@ -75,7 +75,7 @@ class Descriptor(NamedTuple):
 
     @property
     def create_type(self) -> str:
-        """The disk type as written, empty if the descriptor has none."""
+        """The stated disk type, empty if the descriptor has none."""
         return self.values.get("createtype", "")
 
     @property
@@ -85,24 +85,24 @@ class Descriptor(NamedTuple):
 
     @property
     def virtual_size(self) -> int:
-        """Bytes of all extents together."""
+        """The total size of all extents in bytes."""
         return sum(extent.nbytes for extent in self.extents)
 
 
 def parse_descriptor(data: bytes, path: str) -> Descriptor:
-    """Parse a descriptor, from a separate file or embedded and padded with NULs.
+    """Parse a descriptor from its own file, or embedded and padded with NULs.
 
     Parameters
     ----------
     data : bytes
-        At most ``VMDK_MAX_DESCRIPTOR_NBYTES`` bytes are taken.
+        Up to ``VMDK_MAX_DESCRIPTOR_NBYTES`` bytes before the first NUL.
     path : str
         For messages.
 
     Raises
     ------
     CorruptImageError
-        An extent line cannot be read, a key contradicts itself, or a number is none.
+        An extent line or a number is malformed, or a key has two different values.
     LimitExceededError
         The descriptor, a line, the number of extents or the disk is too large.
     UnsupportedFeatureError
@@ -111,7 +111,8 @@ def parse_descriptor(data: bytes, path: str) -> Descriptor:
     text = data.split(b"\0", 1)[0].removeprefix(codecs.BOM_UTF8)
     if len(text) > VMDK_MAX_DESCRIPTOR_NBYTES:
         raise LimitExceededError(
-            f"descriptor of {len(text)} bytes, allowed are {VMDK_MAX_DESCRIPTOR_NBYTES}", path=path
+            f"descriptor of {len(text)} bytes, allowed up to {VMDK_MAX_DESCRIPTOR_NBYTES}",
+            path=path,
         )
     values: dict[str, str] = {}
     extents: list[ExtentLine] = []
@@ -139,13 +140,13 @@ def parse_descriptor(data: bytes, path: str) -> Descriptor:
 
 
 def _lines(text: bytes, path: str) -> Iterator[tuple[int, str]]:
-    """Yield the number and text of every line that is neither empty nor a comment."""
+    """Yield number and text of each line that is not empty and not a comment."""
     encoding = _encoding(text)
     for number, raw in enumerate(re.split(rb"\r\n|\n|\r", text), 1):
         if len(raw) > VMDK_MAX_DESCRIPTOR_LINE_NBYTES:
             raise LimitExceededError(
                 f"descriptor line {number} has {len(raw)} bytes, "
-                f"allowed are {VMDK_MAX_DESCRIPTOR_LINE_NBYTES}",
+                f"allowed up to {VMDK_MAX_DESCRIPTOR_LINE_NBYTES}",
                 path=path,
             )
         line = raw.decode(encoding, "surrogateescape").strip()
@@ -154,9 +155,9 @@ def _lines(text: bytes, path: str) -> Iterator[tuple[int, str]]:
 
 
 def _encoding(text: bytes) -> str:
-    """Return the stated code page, or UTF-8 where it is missing or unknown.
+    """Return the stated code page, or UTF-8 if it is missing or unknown.
 
-    Undecodable bytes survive as surrogates in either case, so that a file name stays itself.
+    The caller decodes invalid bytes to surrogates, so that file names keep their bytes.
     """
     match = re.search(
         rb'^[ \t]*(?:ddb\.)?encoding[ \t]*=[ \t]*"?([\w-]{1,40})', text, re.MULTILINE | re.I
@@ -174,7 +175,7 @@ def _parse_extent(line: str, number: int, path: str) -> ExtentLine:
     match = _EXTENT_LINE.fullmatch(line)
     if match is None:
         raise CorruptImageError(
-            f"descriptor line {number} is no extent: {line[:80]!r}, expected"
+            f"descriptor line {number} is not an extent: {line[:80]!r}, expected"
             ' ACCESS SECTORS TYPE "NAME" [OFFSET]',
             path=path,
         )
@@ -183,7 +184,7 @@ def _parse_extent(line: str, number: int, path: str) -> ExtentLine:
     if int(n_sectors) > limit or int(offset or 0) > limit:
         raise LimitExceededError(
             f"descriptor line {number}: extent of {n_sectors} sectors at {offset or 0}, "
-            f"allowed are {limit}",
+            f"allowed up to {limit}",
             path=path,
         )
     return ExtentLine(
@@ -222,7 +223,7 @@ def _content_id(values: dict[str, str], key: str, default: int, path: str) -> in
 
 
 def _logical_sector_nbytes(values: dict[str, str], path: str) -> int:
-    """Return what the guest takes for a sector; a descriptor that says nothing means 512 bytes."""
+    """Return the guest's sector size, 512 unless the descriptor states another."""
     text = values.get("ddb.logicalsectorsize", str(SECTOR_NBYTES))
     if text not in LOGICAL_SECTOR_SIZES:
         raise CorruptImageError(
@@ -247,26 +248,26 @@ class DiskDatabase(NamedTuple):
 def compose_descriptor(
     create_type: str, extent_line: str, n_sectors: int, database: DiskDatabase
 ) -> bytes:
-    """Return a descriptor with one extent, in the order and with the keys VMware writes.
+    """Return a descriptor with one extent, with VMware's keys in VMware's order.
 
     Parameters
     ----------
     create_type : str
         For example ``"streamOptimized"``.
     extent_line : str
-        The whole line of the extent description.
+        The complete line of the extent description.
     n_sectors : int
-        Capacity, for the geometry.
+        The capacity, from which the geometry follows.
     database : DiskDatabase
-        The rest.
+        The virtual hardware and the content IDs.
 
     Returns
     -------
     bytes
-        UTF-8, lines end with a single line feed.
+        UTF-8; lines end with a line feed.
     """
     cylinders, heads, sectors = _disk_geometry(n_sectors, database.adapter_type)
-    # Only disks of large sectors have the key: no reader stumbles over it for nothing.
+    # Only disks with large sectors need the key, which some readers might not expect.
     large_sectors = (
         (f'ddb.logicalSectorSize = "{database.logical_sector_nbytes}"',)
         if database.logical_sector_nbytes != SECTOR_NBYTES
@@ -301,7 +302,7 @@ def compose_descriptor(
 
 
 def _disk_geometry(n_sectors: int, adapter_type: str) -> tuple[int, int, int]:
-    """Return cylinders, heads, sectors as VMware derives them from size and adapter."""
+    """Return cylinders, heads and sectors as VMware computes them."""
     gib_nsectors = (1 << 30) // SECTOR_NBYTES
     if adapter_type == "ide":
         heads, sectors, limit = 16, 63, 16383

@@ -1,7 +1,7 @@
-"""VMDK: the disks of VMware's products, also written by QEMU and VirtualBox.
+"""The VMDK driver.
 
-Read are monolithicSparse, streamOptimized, monolithicFlat, vmfs, twoGbMaxExtentSparse and
-twoGbMaxExtentFlat; written are the first four.
+It reads monolithicSparse, streamOptimized, monolithicFlat, vmfs, twoGbMaxExtentSparse
+and twoGbMaxExtentFlat, and writes the first four.
 
 Sources: VMware "Virtual Disk Format 5.0"; libvmdk, "VMware Virtual Disk Format (VMDK)".
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def _read(file: ByteSource, gate: ReferenceGate, options: FormatOptions) -> Reader:
-    """Open a disk by its descriptor file or its only extent."""
+    """Open a disk from its descriptor file or its only extent."""
     from imgcore.formats.vmdk.reader import VmdkReader
 
     return VmdkReader(file, gate)

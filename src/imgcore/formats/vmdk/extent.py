@@ -1,4 +1,4 @@
-"""One extent of a VMDK disk: what the descriptor says of it, and where it is."""
+"""One extent of a VMDK disk: its part of the guest, and its file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ if TYPE_CHECKING:
 
 
 class DiskExtent(NamedTuple):
-    """One piece of the disk; ``sparse`` is None for a flat one, ``file`` for one of zeros."""
+    """One piece of the disk, in bytes.
+
+    ``sparse`` is None for a flat extent, and ``file`` too for an extent of zeros.
+    """
 
     kind: str
     guest_base: int

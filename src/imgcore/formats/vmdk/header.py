@@ -1,6 +1,6 @@
-"""Headers of VMDK sparse extents: verification, the footer, the grain directory's place.
+"""Parse and verify headers of VMDK sparse extents, and find the grain directory.
 
-Nothing here needs NumPy, so that ``info`` stays quick.
+This module does not import NumPy, so that ``info`` starts fast.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _TAIL_PIECE_NBYTES = 65536
 
 
 class SparseExtent(NamedTuple):
-    """One verified sparse extent; places and lengths in bytes.
+    """One verified sparse extent; offsets and lengths in bytes.
 
-    ``capacity`` is what the header claims, ``n_directory_entries`` follows from it;
-    ``gd_offset`` is the directory that is read, ``rgd_offset`` the other one or 0.
+    ``capacity`` is the header's, from which ``n_directory_entries`` follows.
+    ``gd_offset`` is the directory to read, ``rgd_offset`` the other one or 0.
     """
 
     file: ByteSource
@@ -58,32 +58,32 @@ class SparseExtent(NamedTuple):
 
     @property
     def is_compressed(self) -> bool:
-        """Every grain is a zlib stream."""
+        """Whether every grain is a zlib stream."""
         return Flags.COMPRESSED in self.flags
 
     @property
     def has_markers(self) -> bool:
-        """Every compressed grain is preceded by its LBA and size."""
+        """Whether LBA and size precede every compressed grain."""
         return Flags.MARKERS in self.flags
 
     @property
     def has_zeroed_grains(self) -> bool:
-        """An entry of 1 means explicit zeros."""
+        """Whether an entry of 1 means explicit zeros."""
         return Flags.ZEROED_GRAIN in self.flags
 
     @property
     def gt_nbytes(self) -> int:
-        """Bytes of one grain table."""
+        """The size of a grain table in bytes."""
         return self.n_gtes_per_gt * layout.ENTRY_NBYTES
 
     @property
     def gt_reach_nbytes(self) -> int:
-        """Guest bytes of one grain table."""
+        """The number of guest bytes that a grain table covers."""
         return self.n_gtes_per_gt * self.grain_nbytes
 
     @property
     def compressed_bound(self) -> int:
-        """Bytes that a compressed grain may take at the most, its marker included."""
+        """The largest size of a compressed grain with its marker, in bytes."""
         prefix = layout.GRAIN_MARKER.size if self.has_markers else 0
         return prefix + layout.MAX_COMPRESSED_GRAINS * self.grain_nbytes
 
@@ -94,7 +94,7 @@ def open_sparse(file: ByteSource) -> SparseExtent:
     Parameters
     ----------
     file : ByteSource
-        Stays the caller's.
+        The caller closes it.
 
     Raises
     ------
@@ -103,9 +103,9 @@ def open_sparse(file: ByteSource) -> SparseExtent:
     CorruptImageError
         The header contradicts itself or the file, or the footer is missing.
     UnsupportedFeatureError
-        A version, flag or kind of extent that is not read here.
+        A version, flag or kind of extent is not supported.
     LimitExceededError
-        A claimed size is over its limit.
+        A size in the header exceeds its limit.
 
     Notes
     -----
@@ -126,7 +126,7 @@ def open_sparse(file: ByteSource) -> SparseExtent:
 
 
 def refuse_foreign_extent(file: ByteSource, head: bytes) -> None:
-    """Raise UnsupportedFeatureError for the extents of ESX(i) hosts that are not read here."""
+    """Raise UnsupportedFeatureError for ESX(i) extents that are not supported."""
     for magic, name in (
         (layout.COWD_MAGIC, "vmfsSparse (COWD)"),
         (layout.SESPARSE_MAGIC, "seSparse"),
@@ -136,13 +136,13 @@ def refuse_foreign_extent(file: ByteSource, head: bytes) -> None:
 
 
 def read_embedded_descriptor(extent: SparseExtent) -> bytes | None:
-    """Return the descriptor inside the extent, NUL padding included, or None."""
+    """Return the embedded descriptor with its NUL padding, or None."""
     if extent.descriptor_offset == 0 or extent.descriptor_nbytes == 0:
         return None
     if extent.descriptor_nbytes > VMDK_MAX_DESCRIPTOR_NBYTES:
         raise LimitExceededError(
             f"descriptor of {extent.descriptor_nbytes} bytes, "
-            f"allowed are {VMDK_MAX_DESCRIPTOR_NBYTES}",
+            f"allowed up to {VMDK_MAX_DESCRIPTOR_NBYTES}",
             path=extent.file.path,
         )
     if not _fits(extent.file, extent.descriptor_offset, extent.descriptor_nbytes):
@@ -154,23 +154,27 @@ def read_embedded_descriptor(extent: SparseExtent) -> bytes | None:
 
 def _read_header(file: ByteSource, offset: int) -> SparseHeader:
     if file.nbytes < offset + layout.HEADER_NBYTES:
-        raise WrongFormatError(f"no VMDK header in {file.nbytes} bytes", path=file.path)
+        raise WrongFormatError(
+            f"not a VMDK sparse extent: {file.nbytes} bytes are too few for a header",
+            path=file.path,
+        )
     raw = file.pread(offset, layout.HEADER_NBYTES)
     refuse_foreign_extent(file, raw)
     header = SparseHeader._make(layout.SPARSE_HEADER.unpack_from(raw))
     if header.magic != layout.SPARSE_MAGIC:
         raise WrongFormatError(
-            f"no VMDK sparse extent: its magic is not {layout.SPARSE_MAGIC!r}",
+            f"not a VMDK sparse extent: its magic is not {layout.SPARSE_MAGIC!r}",
             path=file.path,
         )
     return header
 
 
 def _read_footer(file: ByteSource) -> SparseHeader:
-    """Find the footer: footer marker, footer, end-of-stream marker, then only zeros.
+    """Find and read the footer.
 
-    The end-of-stream marker is a sector of zeros itself, so the footer is the last sector that
-    is none.  Some producers fill the file with zero sectors up to their allocation unit.
+    The file ends with a footer marker, the footer and an end-of-stream marker.  Some
+    producers then pad the file with zero sectors.  The end-of-stream marker is a zero
+    sector too, so the footer is the last sector that is not zero.
     """
     end = _end_of_data(file)
     start = end - layout.HEADER_NBYTES
@@ -191,9 +195,9 @@ def _read_footer(file: ByteSource) -> SparseHeader:
 
 
 def stream_end(file: ByteSource) -> int | None:
-    """Return where a file whose footer names its grain directory should end, None for others.
+    """Return where a file with a footer should end, None for a file without one.
 
-    That is behind the sector of the end-of-stream marker.
+    It should end with the sector of the end-of-stream marker.
 
     Raises
     ------
@@ -207,8 +211,8 @@ def stream_end(file: ByteSource) -> int | None:
 
 def _truncated(file: ByteSource) -> CorruptImageError:
     return CorruptImageError(
-        "the grain directory should be at the end, but no footer and end-of-stream marker are "
-        f"there: the file ({file.nbytes} bytes) is truncated",
+        "the grain directory should be at the end, but the footer or the end-of-stream marker "
+        f"is missing: the file ({file.nbytes} bytes) is truncated",
         path=file.path,
         offset=file.nbytes,
     )
@@ -254,12 +258,12 @@ def _verified(file: ByteSource, header: SparseHeader) -> SparseExtent:
     ):
         raise LimitExceededError(
             f"capacity of {header.capacity} sectors needs {n_entries} grain directory entries, "
-            f"allowed are {VMDK_MAX_DIRECTORY_ENTRIES}",
+            f"allowed up to {VMDK_MAX_DIRECTORY_ENTRIES}",
             path=path,
         )
     gd_offset, rgd_offset = _directories(file, header, n_entries)
     if header.unclean_shutdown:
-        log.warning("%s: the extent was not closed cleanly; reading it as it is", path)
+        log.warning("%s: the extent was not closed cleanly; reading it anyway", path)
     return SparseExtent(
         file=file,
         version=header.version,
@@ -280,7 +284,8 @@ def _verified(file: ByteSource, header: SparseHeader) -> SparseExtent:
 def _verify_version(path: str, header: SparseHeader) -> None:
     if not 1 <= header.version <= VMDK_MAX_VERSION:
         raise UnsupportedFeatureError(
-            f"VMDK extent version {header.version}, known are 1 to {VMDK_MAX_VERSION}", path=path
+            f"VMDK extent version {header.version}, supported are 1 to {VMDK_MAX_VERSION}",
+            path=path,
         )
     unknown = header.flags & layout.INCOMPATIBLE_FLAGS & ~layout.KNOWN_INCOMPATIBLE_FLAGS
     if unknown:
@@ -298,15 +303,17 @@ def _verify_version(path: str, header: SparseHeader) -> None:
                 f"VMDK compression algorithm {header.compression}", path=path
             )
     elif header.flags & Flags.MARKERS:
-        raise CorruptImageError("the header says markers but not compressed", path=path, offset=8)
+        raise CorruptImageError(
+            "the header has the flag for markers but not for compression", path=path, offset=8
+        )
 
 
 def _directories(file: ByteSource, header: SparseHeader, n_entries: int) -> tuple[int, int]:
-    """Return the places of the directory to read and of the other one (0: none).
+    """Return the offsets of the directory to read and of the other one (0: absent).
 
-    The primary directory is read, as VMware's, QEMU's and VirtualBox's readers do, although
-    nearly every hosted extent carries the flag that a redundant one exists; that one serves
-    where the primary cannot be one.
+    The primary directory is read, as by VMware, QEMU and VirtualBox.  Nearly every
+    hosted extent has a redundant one too, which is read only if the primary does not
+    fit in the file.
     """
     gd_nbytes = n_entries * layout.ENTRY_NBYTES
     gd_offset = header.gd_offset * SECTOR_NBYTES
@@ -325,7 +332,7 @@ def _directories(file: ByteSource, header: SparseHeader, n_entries: int) -> tupl
         )
         return rgd_offset, 0
     if gd_offset == 0:
-        raise CorruptImageError("the header names no grain directory", path=file.path, offset=56)
+        raise CorruptImageError("the header has no grain directory", path=file.path, offset=56)
     raise _outside(file, "grain directory", gd_offset, gd_nbytes)
 
 
@@ -342,11 +349,11 @@ def _outside(file: ByteSource, what: str, offset: int, nbytes: int) -> CorruptIm
 
 
 def short_last_grain(extent: SparseExtent, guest_nbytes: int) -> int:
-    """Return the bytes that the last grain inflates to if it is cut at the disk's end, else 0.
+    """Return the inflated size of a truncated last grain, 0 if it is stored whole.
 
-    Producers differ: a compressed last grain that the disk's end cuts is stored whole
-    (VirtualBox) or only as far as the disk goes (QEMU, VMware).  Damage is not reported
-    here but when the grain is read.
+    If the disk ends within its last grain, VirtualBox compresses the whole grain, QEMU
+    and VMware only the part up to the end of the disk.  Damage is reported later, when
+    the grain is read.
     """
     grain_nbytes = extent.grain_nbytes
     tail_nbytes = guest_nbytes % grain_nbytes
@@ -374,7 +381,7 @@ def short_last_grain(extent: SparseExtent, guest_nbytes: int) -> int:
 
 
 def _sector_at(file: ByteSource, offset: int) -> int:
-    """Return the place that the table entry at ``offset`` names, 0 for none that can be read."""
+    """Return the table entry at ``offset`` in bytes; 0 if it is not an offset."""
     if offset + layout.ENTRY_NBYTES > file.nbytes:
         return 0
     entry = int.from_bytes(file.pread(offset, layout.ENTRY_NBYTES), "little")

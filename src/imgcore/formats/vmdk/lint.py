@@ -1,4 +1,4 @@
-"""Rules about VMDK."""
+"""Lint rules for VMDK."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from imgcore.formats.shared.lint import ImageFacts
     from imgcore.formats.vmdk.stream_layout import StreamLayout
 
-# Keys of the descriptor, as VMware writes them.
+# Keys in descriptors by VMware.
 _STREAM_KEYS: Final = (
     "encoding",
     "ddb.adapterType",
@@ -29,7 +29,7 @@ _READ_NBYTES: Final = 16 * MIB
 
 
 def _stream(facts: ImageFacts) -> VmdkReader | None:
-    """Return the reader of a streamOptimized disk, which has one extent."""
+    """Return the reader if the disk is streamOptimized, which has one extent."""
     reader = facts.reader
     if isinstance(reader, VmdkReader) and reader.subformat == "streamOptimized":
         return reader
@@ -49,7 +49,7 @@ def _stream_is_version_3(facts: ImageFacts) -> str | None:
     return f"the header has version {sparse.version}, not {_STREAM_VERSION}"
 
 
-def _stream_says_so(facts: ImageFacts) -> str | None:
+def _stream_has_type(facts: ImageFacts) -> str | None:
     stream = _stream(facts)
     if stream is None or stream.descriptor.create_type == "streamOptimized":
         return None
@@ -68,7 +68,7 @@ def _stream_ascends(facts: ImageFacts) -> str | None:
     layout = _layout(facts)
     if layout is None or layout.disorder is None:
         return None
-    return f"the grain of guest offset {layout.disorder:#x} lies before the one before it"
+    return f"the grain of guest offset {layout.disorder:#x} is stored before its predecessor"
 
 
 def _stream_ends_at_its_end(facts: ImageFacts) -> str | None:
@@ -84,11 +84,11 @@ def _stream_ends_at_its_end(facts: ImageFacts) -> str | None:
 
 
 def _end_stream(facts: ImageFacts) -> str:
-    """Return how to cut off what follows the stream; nothing if that is not what is wrong."""
+    """Return how to cut off bytes after the stream; empty if none follow."""
     layout = _layout(facts)
     if layout is None or layout.end is None or layout.end > facts.file.nbytes:
         return ""
-    return f"truncate -s {layout.end} puts it right"
+    return f"truncate -s {layout.end} fixes it"
 
 
 def _stream_inflates(facts: ImageFacts) -> str | None:
@@ -100,7 +100,7 @@ def _stream_inflates(facts: ImageFacts) -> str | None:
             for offset in range(0, image.virtual_size, _READ_NBYTES):
                 image.readinto(offset, buffer[: min(_READ_NBYTES, image.virtual_size - offset)])
     except CorruptImageError as error:
-        return f"not every grain inflates: {error}"
+        return f"a grain does not inflate: {error}"
     return None
 
 
@@ -110,7 +110,7 @@ def _stream_ends_in_whole_grain(facts: ImageFacts) -> str | None:
     if extent is None or extent.sparse is None or not extent.short_nbytes:
         return None
     return (
-        f"the last grain holds {extent.short_nbytes} bytes, where VirtualBox wants all "
+        f"the last grain holds {extent.short_nbytes} bytes, VirtualBox requires all "
         f"{extent.sparse.grain_nbytes}"
     )
 
@@ -127,7 +127,7 @@ def _version_is_known(facts: ImageFacts) -> str | None:
         return None
     sparse = [item.sparse for item in facts.reader.disk_extents]
     odd = [item.version for item in sparse if item is not None and item.version not in _VERSIONS]
-    return f"an extent of version {odd[0]}, read are 1 and 3" if odd else None
+    return f"an extent of version {odd[0]}, allowed are 1 and 3" if odd else None
 
 
 def _is_one_file(facts: ImageFacts) -> str | None:
@@ -138,14 +138,14 @@ def _is_one_file(facts: ImageFacts) -> str | None:
 
 
 STREAM_VERSION: Final = Rule("stream-version", _stream_is_version_3)
-STREAM_TYPE: Final = Rule("stream-type", _stream_says_so)
+STREAM_TYPE: Final = Rule("stream-type", _stream_has_type)
 STREAM_KEYS: Final = Rule("stream-keys", _stream_has_keys)
 STREAM_ORDER: Final = Rule("stream-order", _stream_ascends)
 STREAM_END: Final = Rule("stream-end", _stream_ends_at_its_end, _end_stream)
 STREAM_LAST_GRAIN: Final = Rule("stream-last-grain", _stream_ends_in_whole_grain)
 STREAM_GRAINS: Final = Rule(
-    "stream-grains", _stream_inflates, "the data of these grains is lost: copy it again"
+    "stream-grains", _stream_inflates, "the data of these grains is lost: copy the image again"
 )
-UUID: Final = Rule("vmdk-uuid", _uuid_is_none, "take ddb.uuid.image out, or give it a new value")
+UUID: Final = Rule("vmdk-uuid", _uuid_is_none, "remove ddb.uuid.image, or give it a new value")
 VERSION: Final = Rule("vmdk-version", _version_is_known)
 ONE_FILE: Final = Rule("vmdk-files", _is_one_file)

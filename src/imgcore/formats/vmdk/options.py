@@ -17,12 +17,12 @@ from imgcore.limits import KIB, SECTOR_NBYTES, VMDK_MAX_GRAIN_NBYTES
 if TYPE_CHECKING:
     from imgcore.formats.api import WriteRequest
 
-# Subformats with flat extents, and what their descriptors call these.
+# Subformats with flat extents, and the type of these in descriptors.
 FLAT_KINDS: Final = {"monolithicFlat": "FLAT", "vmfs": "VMFS"}
 
-# The specification asks for more than 8 sectors, and libvmdk insists on it.
+# The specification requires more than 8 sectors, and libvmdk enforces it.
 _MIN_GRAIN_NBYTES: Final = 8 * KIB
-# VMware's own tools write 4 for "any"; hosts since ESX 4 take the version from the VM instead.
+# VMware's tools write 4 for "any"; hosts since ESX 4 use the VM's version instead.
 _HW_VERSION: Final = "4"
 _COMPAT6_HW_VERSION: Final = "6"
 
@@ -34,17 +34,17 @@ class Options(FormatOptions):
     subformat: str | None = choice(
         None,
         ("monolithicSparse", "streamOptimized", *FLAT_KINDS),
-        "Kind of VMDK (monolithicSparse unless given; streamOptimized with -c)",
+        "Kind of VMDK (default monolithicSparse, with -c streamOptimized)",
     )
     adapter_type: str = choice(
         "lsilogic", ("ide", "buslogic", "lsilogic", "legacyESX"), "Virtual disk adapter"
     )
-    hwversion: str | None = text(None, "Virtual hardware version (4 unless given)")
-    # Tools that are managed by the guest's distribution.
+    hwversion: str | None = text(None, "Virtual hardware version (default 4)")
+    # VMware's value for tools that the guest's distribution manages.
     toolsversion: str = text("2147483647", "Version of the guest tools")
     compat6: bool = flag("Virtual hardware version 6")
     logical_sector_size: str | None = choice(
-        None, ("512", "4096"), "Sector size of the guest's disk (the source's, else 512)"
+        None, ("512", "4096"), "Sector size that the guest sees (default the source's, else 512)"
     )
     zeroed_grain: bool = flag("Mark explicit zeros in tables (monolithicSparse)")
     grain_size: int = byte_size(DEFAULT_GRAIN_NBYTES, "Grain size, 8k to 1M (sparse kinds)")
@@ -53,12 +53,12 @@ class Options(FormatOptions):
         ("fastest", "fast", "default", "best"),
         "Compression level (streamOptimized)",
     )
-    cid: str | None = text(None, "Content ID, 8 hexadecimal digits (random unless given)")
-    preallocation: str = choice("off", PREALLOCATION, "Reserve the space of flat kinds")
+    cid: str | None = text(None, "Content ID, 8 hexadecimal digits (default random)")
+    preallocation: str = choice("off", PREALLOCATION, "Reserve space in advance (flat kinds)")
 
 
 class WriteOptions(NamedTuple):
-    """A request, verified."""
+    """A verified request."""
 
     subformat: str
     virtual_size: int
@@ -75,7 +75,9 @@ class WriteOptions(NamedTuple):
         """Verify a request; raises OptionError or UnsupportedFeatureError."""
         options = request.options
         if request.backing is not None:
-            raise UnsupportedFeatureError("VMDK with a backing file (-B) is not written yet")
+            raise UnsupportedFeatureError(
+                "writing a VMDK with a backing file (-B) is not supported yet"
+            )
         check_virtual_size(request.virtual_size)
         subformat = _subformat(request)
         check_block_size("grain_size", options.grain_size, _MIN_GRAIN_NBYTES, VMDK_MAX_GRAIN_NBYTES)
@@ -100,7 +102,7 @@ class WriteOptions(NamedTuple):
 
 
 def is_plain_name(name: str) -> bool:
-    """Tell whether readers take a name for a file: what stands before a colon is a protocol."""
+    """Tell whether readers take a name for a file; before a colon is a protocol."""
     return bool(name) and name.isprintable() and not {'"', ":"} & set(name)
 
 
@@ -109,7 +111,7 @@ def _subformat(request: WriteRequest[Options]) -> str:
     if not request.compress:
         return stated or "monolithicSparse"
     if stated not in (None, "streamOptimized"):
-        raise OptionError(f"-c asks for streamOptimized, not for subformat={stated}")
+        raise OptionError(f"-c writes streamOptimized, not subformat={stated}")
     return "streamOptimized"
 
 
@@ -131,7 +133,7 @@ def _database(request: WriteRequest[Options]) -> DiskDatabase:
     hw_version = options.hwversion
     if options.compat6:
         if hw_version is not None:
-            raise OptionError("compat6 and hwversion do not go together")
+            raise OptionError("compat6 and hwversion cannot be combined")
         hw_version = _COMPAT6_HW_VERSION
     cid, long_content_id = _content_ids(options.cid)
     return DiskDatabase(
@@ -145,7 +147,7 @@ def _database(request: WriteRequest[Options]) -> DiskDatabase:
 
 
 def _logical_sector_nbytes(request: WriteRequest[Options]) -> int:
-    """Return the option's value, else what the source states: a guest sees no change."""
+    """Return the option's value, else the source's."""
     nbytes = int(
         request.options.logical_sector_size or request.logical_sector_nbytes or SECTOR_NBYTES
     )
@@ -159,14 +161,14 @@ def _logical_sector_nbytes(request: WriteRequest[Options]) -> int:
 
 def _number(name: str, text: str) -> str:
     if not re.fullmatch(r"[0-9]{1,10}", text):
-        raise OptionError(f"{name} is {text[:40]!r}: a number is expected")
+        raise OptionError(f"{name} is {text[:40]!r}, expected a number of up to 10 digits")
     return text
 
 
 def _content_ids(given: str | None) -> tuple[int, str]:
-    """Return the content ID and the long one, which ends with it, as VMware makes them.
+    """Return the content ID and the long content ID, which ends with it as VMware's do.
 
-    Random, unless the short one is given: then both follow from it.
+    Both are random, or computed from the short one if it is given.
     """
     import hashlib
     import secrets
@@ -176,7 +178,7 @@ def _content_ids(given: str | None) -> tuple[int, str]:
         return cid, f"{secrets.token_hex(12)}{cid:08x}"
     if not re.fullmatch(r"(0x)?[0-9A-Fa-f]{1,8}", given) or int(given, 16) in RESERVED_CIDS:
         raise OptionError(
-            f"cid is {given[:40]!r}: 8 hexadecimal digits are expected, other than "
+            f"cid is {given[:40]!r}, expected 8 hexadecimal digits other than "
             + " and ".join(f"{cid:08x}" for cid in RESERVED_CIDS)
         )
     cid = int(given, 16)

@@ -1,4 +1,4 @@
-"""Opening VMDK disks: which files they consist of, and where their guest bytes are."""
+"""Read VMDK disks: open their files, and find where their guest bytes are."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from imgcore.formats.vmdk.tables import SparseTables
 
 _PROBE_NBYTES: Final = 65536
-# Types of disks whose descriptor lies in the only extent.
+# Types of disks whose descriptor is embedded in the only extent.
 _MONOLITHIC_TYPES: Final = frozenset({"monolithicsparse", "streamoptimized"})
 _READABLE_TYPES: Final = _MONOLITHIC_TYPES | {
     "monolithicflat",
@@ -57,7 +57,7 @@ _FLAT_KINDS: Final = frozenset({"FLAT", "VMFS"})
 
 
 class VmdkReader:
-    """A VMDK disk of one or several files."""
+    """Reads a VMDK disk of one or several files."""
 
     format_name: ClassVar[str] = "vmdk"
     is_flat: ClassVar[bool] = False
@@ -67,7 +67,7 @@ class VmdkReader:
         self._opened = ExitStack()
         self._sources: list[SourceFile] = []
         self._extents: list[DiskExtent] = []
-        # By the place of an extent on the disk, made when they are first asked.
+        # Keyed by the guest offset of an extent, made when first needed.
         self._tables: dict[int, SparseTables | FlatExtents] = {}
         self.virtual_size = 0
         with self._opened:
@@ -82,17 +82,17 @@ class VmdkReader:
                     "neither a VMDK sparse extent nor a VMDK descriptor", path=file.path
                 )
             self.backing = self._find_backing()
-            # Opened without a failure: they stay open until close.
+            # Everything was opened, so the files stay open until close().
             self._opened = self._opened.pop_all()
 
     @property
     def identities(self) -> Mapping[str, str]:
-        """The content ID that a delta states as its parent's."""
+        """The content ID, which a delta states for its parent."""
         return _content_id(self.descriptor.cid)
 
     @property
     def logical_sector_nbytes(self) -> int:
-        """Bytes of a logical sector, 512 unless the descriptor states another size."""
+        """The logical sector size, 512 bytes unless the descriptor states another."""
         return self.descriptor.logical_sector_nbytes
 
     @property
@@ -107,7 +107,7 @@ class VmdkReader:
 
     @property
     def subformat(self) -> str | None:
-        """Kind of the files; in some exports the descriptor states another."""
+        """The kind of the files, which the descriptors of some exports misstate."""
         first = self._extents[0].sparse if len(self._extents) == 1 else None
         stated = self.descriptor.create_type
         if first is not None and stated.lower() in _MONOLITHIC_TYPES | {""}:
@@ -116,7 +116,7 @@ class VmdkReader:
 
     @cached_property
     def stream_layout(self) -> StreamLayout:
-        """Where the grains of a streamOptimized disk lie; all grain tables are read for it."""
+        """The layout of a streamOptimized disk; first use reads all grain tables."""
         from imgcore.formats.vmdk.stream_layout import find_stream_layout
 
         sparse = self._extents[0].sparse
@@ -125,14 +125,14 @@ class VmdkReader:
 
     @property
     def block_nbytes(self) -> int:
-        """Bytes of a grain; of a sector for a disk of flat extents."""
+        """The size of a grain in bytes, or of a sector if all extents are flat."""
         grains = [item.sparse.grain_nbytes for item in self._extents if item.sparse is not None]
         return max(grains, default=SECTOR_NBYTES)
 
     def extents(self, start: int, length: int) -> Iterator[Extents]:
         """Yield extent batches that cover ``[start, start + length)`` of this layer.
 
-        See :meth:`imgcore.formats.api.Reader.extents`.  Memory is one piece of the grain
+        See :meth:`imgcore.formats.api.Reader.extents`.  Memory: one piece of the grain
         directory, one window of grain tables and one batch.
         """
         stop = start + length
@@ -163,7 +163,7 @@ class VmdkReader:
         return found.extents(start, length)
 
     def info(self) -> dict[str, Any]:
-        """Return content IDs, type and extents, in the keys of ``qemu-img info``."""
+        """Return content IDs, type and extents, under the keys of ``qemu-img info``."""
         grains = {item.sparse.grain_nbytes for item in self._extents if item.sparse is not None}
         result: dict[str, Any] = {
             "cid": self.descriptor.cid,
@@ -195,16 +195,16 @@ class VmdkReader:
         return check_extents(self._path, self._extents)
 
     def close(self) -> None:
-        """Close the extents that this reader opened; more than once is allowed."""
+        """Close the extents that this reader opened; further calls do nothing."""
         self._opened.close()
 
     def _open_monolithic(self, file: ByteSource) -> Descriptor:
-        """Open a sparse extent with its descriptor inside, whatever name that one gives it."""
+        """Open a sparse extent with an embedded descriptor; ignore the name in that."""
         sparse = open_sparse(file)
         raw = read_embedded_descriptor(sparse)
         if raw is None or not raw.strip(b"\0 \t\r\n"):
             raise UnsupportedFeatureError(
-                "one extent of a disk, without a descriptor: open the file that describes the disk",
+                "one extent of a disk, without a descriptor: open the disk's descriptor file",
                 path=file.path,
             )
         descriptor = parse_descriptor(raw, file.path)
@@ -217,7 +217,7 @@ class VmdkReader:
         stated = descriptor.create_type.lower()
         if sparse.is_compressed != (stated == "streamoptimized") and stated in _MONOLITHIC_TYPES:
             log.warning(
-                "%s: the descriptor says %s, the header says the grains are %s; reading them so",
+                "%s: the descriptor says %s, the header says the grains are %s; using the header",
                 file.path,
                 descriptor.create_type,
                 "compressed" if sparse.is_compressed else "not compressed",
@@ -231,7 +231,7 @@ class VmdkReader:
         """Open the extents that a descriptor file lists."""
         if file.nbytes > VMDK_MAX_DESCRIPTOR_NBYTES:
             raise LimitExceededError(
-                f"descriptor of {file.nbytes} bytes, allowed are {VMDK_MAX_DESCRIPTOR_NBYTES}",
+                f"descriptor of {file.nbytes} bytes, allowed up to {VMDK_MAX_DESCRIPTOR_NBYTES}",
                 path=file.path,
             )
         descriptor = parse_descriptor(file.pread(0, file.nbytes), file.path)
@@ -257,7 +257,7 @@ class VmdkReader:
 
     def _open_extent(self, file: ByteSource, gate: ReferenceGate, name: str) -> ByteSource:
         if not name:
-            raise CorruptImageError("an extent of the descriptor names no file", path=file.path)
+            raise CorruptImageError("an extent in the descriptor has no file name", path=file.path)
         extent_file = self._opened.enter_context(gate.open(name, share=file.share))
         if extent_file.is_block_device:
             raise UnsupportedFeatureError(f"extent {name!r} is a block device", path=file.path)
@@ -273,7 +273,7 @@ class VmdkReader:
     def _refuse_access(self, line: ExtentLine) -> None:
         if line.access == "NOACCESS":
             raise UnsupportedFeatureError(
-                f"extent {line.name!r} may not be accessed (NOACCESS)", path=self._path
+                f"access to extent {line.name!r} is not allowed (NOACCESS)", path=self._path
             )
 
     def _refuse_kind(self, line: ExtentLine) -> None:
@@ -307,7 +307,7 @@ class VmdkReader:
         )
 
     def _add_sparse(self, sparse: SparseExtent, line: ExtentLine, kind: str) -> None:
-        # VirtualBox rounds the header's capacity up to whole grains; the line has the true size.
+        # VirtualBox rounds the header's capacity up to whole grains; the line is exact.
         if not 0 <= sparse.capacity - line.nbytes < sparse.grain_nbytes:
             raise CorruptImageError(
                 f"the descriptor says {line.nbytes // SECTOR_NBYTES} sectors, the header "
@@ -338,8 +338,8 @@ class VmdkReader:
     def _find_backing(self) -> BackingReference | None:
         """Return the parent; a delta is never taken for a whole disk.
 
-        The hint is a path of the machine that the delta was made on, which may be one of
-        Windows: where the content ID tells the parent, it is looked for as that means it here.
+        The hint is a path on the machine that made the delta, perhaps a Windows path.
+        If a content ID identifies the parent, names from such a path are tried as well.
         """
         hint = self.descriptor.parent_hint
         if hint and self.descriptor.parent_cid == NO_PARENT_CID:
@@ -350,8 +350,8 @@ class VmdkReader:
             return BackingReference(hint, "vmdk", identities, other_names=names)
         if self.descriptor.parent_cid != NO_PARENT_CID:
             raise CorruptImageError(
-                f"the disk is a delta of the one with content ID {self.descriptor.parent_cid:08x}, "
-                "but the descriptor does not name that file",
+                "the disk is a delta of the disk with content ID "
+                f"{self.descriptor.parent_cid:08x}, but the descriptor does not name its file",
                 path=self._path,
             )
         return None

@@ -1,7 +1,7 @@
-"""Writing the sparse kinds of VMDK: streamOptimized and monolithicSparse.
+"""Write the sparse kinds of VMDK: streamOptimized and monolithicSparse.
 
-Source: Virtual Disk Format 5.0, "Hosted Sparse Extents", "Stream-Optimized Compressed Sparse
-Extents".
+Source: Virtual Disk Format 5.0, "Hosted Sparse Extents", "Stream-Optimized Compressed
+Sparse Extents".
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from imgcore.files.target_file import TargetFile
 
 _GT_NSECTORS: Final = layout.GT_NBYTES // SECTOR_NBYTES
-# What follows the grains of one table in a streamOptimized file: marker and table.
+# In a streamOptimized file a marker and their table follow the grains.
 _GT_GAP_NBYTES: Final = SECTOR_NBYTES + layout.GT_NBYTES
 _STREAM_FIRST_OFFSET: Final = layout.STREAM_OVERHEAD_NSECTORS * SECTOR_NBYTES
 
@@ -41,8 +41,8 @@ def _n_directory_entries(options: WriteOptions) -> int:
     count = -(-options.virtual_size // (options.grain_nbytes * layout.GTES_PER_GT))
     if count > VMDK_MAX_DIRECTORY_ENTRIES:
         raise LimitExceededError(
-            f"{options.virtual_size} bytes need {count} grain directory entries, allowed are "
-            f"{VMDK_MAX_DIRECTORY_ENTRIES}: a larger grain_size helps"
+            f"{options.virtual_size} bytes need {count} grain directory entries, allowed up to "
+            f"{VMDK_MAX_DIRECTORY_ENTRIES}: use a larger grain_size"
         )
     return count
 
@@ -52,22 +52,22 @@ def _directory_nbytes(n_entries: int) -> int:
 
 
 def stream_bound_nbytes(options: WriteOptions, data_nbytes: int) -> int:
-    """Return the largest streamOptimized file for ``data_nbytes`` of whole grains of data."""
+    """Return the largest size of a streamOptimized file with that much grain data."""
     grain_nbytes = options.grain_nbytes
     n_grains = -(-min(data_nbytes, options.virtual_size) // grain_nbytes)
-    # Deflate's stored blocks cost 5 bytes each; 1/512 covers blocks of 4 KiB and up.
+    # A stored block of DEFLATE costs 5 bytes; 1/512 covers blocks of 4 KiB and more.
     grain_bound = align_up(
         layout.GRAIN_MARKER.size + grain_nbytes + grain_nbytes // 512 + 64, SECTOR_NBYTES
     )
     n_entries = _n_directory_entries(options)
     n_tables = min(n_grains, n_entries)
-    # Markers of the directory and the footer, the footer, the end of the stream.
+    # Markers of directory and footer, the footer, the end-of-stream marker.
     end_nbytes = _directory_nbytes(n_entries) + 4 * SECTOR_NBYTES
     return _STREAM_FIRST_OFFSET + n_grains * grain_bound + n_tables * _GT_GAP_NBYTES + end_nbytes
 
 
 def sparse_file_nbytes(options: WriteOptions, data_nbytes: int) -> int:
-    """Return the size of a monolithicSparse file with ``data_nbytes`` of whole grains of data."""
+    """Return the size of a monolithicSparse file with that much grain data."""
     n_grains = -(-min(data_nbytes, options.virtual_size) // options.grain_nbytes)
     return HostedLayout(options).overhead + n_grains * options.grain_nbytes
 
@@ -103,14 +103,14 @@ def _encode(table: TableFormat, placements: Placements, path: str) -> NDArray[np
 
 def _too_large(place: int, path: str) -> LimitExceededError:
     return LimitExceededError(
-        f"data at {place:#x}: a sparse VMDK file holds {VMDK_MAX_SPARSE_FILE_NBYTES} bytes at "
-        "the most (use a flat subformat)",
+        f"data at {place:#x}: a sparse VMDK file holds at most {VMDK_MAX_SPARSE_FILE_NBYTES} "
+        "bytes (use a flat subformat)",
         path=path,
     )
 
 
 def _embedded_descriptor(options: WriteOptions, access: str) -> bytes:
-    # The name a sparse file gives itself; readers go by the file, not by this.
+    # Readers ignore the name that a sparse file gives itself.
     name = options.name if is_plain_name(options.name) else "disk.vmdk"
     line = f'{access} {options.n_sectors} SPARSE "{name}"'
     text = compose_descriptor(options.subformat, line, options.n_sectors, options.database)
@@ -126,7 +126,7 @@ def _header(
     rgd_offset: int,
     overhead: int,
 ) -> bytes:
-    """Return a header sector; places in bytes, or ``GD_AT_END``."""
+    """Return a header sector; offsets in bytes, or ``GD_AT_END``."""
     header = SparseHeader(
         magic=layout.SPARSE_MAGIC,
         version=version,
@@ -153,9 +153,9 @@ def _marker(n_sectors: int, kind: layout.Marker) -> bytes:
 
 
 class StreamWriter:
-    """Writes streamOptimized: compressed grains in guest order, each table behind its grains.
+    """Writes streamOptimized: compressed grains in guest order, each table after them.
 
-    The header sends readers to the footer, which is the last sector but one.  Memory is the
+    The header refers to the footer, which is the last sector but one.  Memory: the
     grain directory and one grain table.
     """
 
@@ -192,7 +192,7 @@ class StreamWriter:
         )
 
     def begin(self, target: Target) -> TargetFile:
-        """Return the file; its header is written at the end."""
+        """Return the file; ``finish`` writes its header."""
         import numpy as np
 
         self._file = target.main
@@ -202,10 +202,10 @@ class StreamWriter:
         return self._file
 
     def place(self, first_block: int, placements: Placements, next_offset: int) -> int:
-        """Write the table of every group of which grains have been placed.
+        """Write the table of every group that has placed grains.
 
-        A group that goes on in the next call gets a second, complete table then; the first
-        one stays in the file without being referred to.
+        If a group continues in the next call, that call writes a second, complete
+        table.  The first one stays in the file, unreferenced.
         """
         import numpy as np
 
@@ -230,7 +230,7 @@ class StreamWriter:
         return next_offset
 
     def _write_table(self) -> None:
-        """Write the pending table into the gap behind the last grain of its group."""
+        """Write the pending table into the gap after the last grain of its group."""
         if not self._is_pending:
             return
         assert self._file is not None
@@ -243,7 +243,7 @@ class StreamWriter:
         self._directory[self._group] = sector
 
     def finish(self, next_offset: int) -> None:
-        """Write directory, footer and end of the stream behind the grains, then the header."""
+        """Write directory, footer and end marker after the grains, then the header."""
         assert self._file is not None
         self._write_table()
         end = max(next_offset, self.first_offset)
@@ -276,9 +276,9 @@ class StreamWriter:
 
 
 class HostedLayout:
-    """Where the parts of a monolithicSparse file lie; places in bytes.
+    """The parts of a monolithicSparse file; offsets in bytes.
 
-    Both directories are followed by their tables, one behind the other, so that the entry of
+    Each directory is followed by its tables, which are contiguous, so that the entry of
     grain ``i`` is at ``gt_offset + 4 * i``.
     """
 
@@ -294,12 +294,12 @@ class HostedLayout:
         if self.overhead >= VMDK_MAX_SPARSE_FILE_NBYTES:
             raise LimitExceededError(
                 f"the tables of a disk of {options.virtual_size} bytes need {self.overhead} bytes, "
-                f"a sparse VMDK file holds {VMDK_MAX_SPARSE_FILE_NBYTES} at the most"
+                f"a sparse VMDK file holds at most {VMDK_MAX_SPARSE_FILE_NBYTES}"
             )
 
 
 class SparseWriter:
-    """Writes monolithicSparse: two sets of tables in front, then plain grains."""
+    """Writes monolithicSparse: two sets of tables, then plain grains."""
 
     format_name: ClassVar[str] = "vmdk"
     needs_own_blocks: ClassVar[bool] = False
@@ -320,19 +320,19 @@ class SparseWriter:
         self._file: TargetFile | None = None
 
     def begin(self, target: Target) -> TargetFile:
-        """Return the file; its header is written at the end."""
+        """Return the file; ``finish`` writes its header."""
         self._file = target.main
         self._table_format = _table_format(self._options)
         return self._file
 
     def place(self, first_block: int, placements: Placements, next_offset: int) -> int:
-        """Write the entries of the placed grains; tables without any stay holes of the file."""
+        """Write the entries of the placed grains; unused tables stay holes."""
         import numpy as np
 
         assert self._file is not None
         entries = _encode(self._table_format, placements, self._file.path)
         tables = np.unique((np.flatnonzero(entries) + first_block) // layout.GTES_PER_GT)
-        # Neighbouring tables are neighbours in the file.
+        # Consecutive tables are adjacent in the file.
         for run in np.split(tables, np.flatnonzero(np.diff(tables) > 1) + 1):
             if not len(run):
                 continue
@@ -344,7 +344,7 @@ class SparseWriter:
         return next_offset
 
     def finish(self, next_offset: int) -> None:
-        """Write both directories, the descriptor and the header; round up to whole grains."""
+        """Write both directories, descriptor and header; round up to whole grains."""
         assert self._file is not None
         parts = self._layout
         end = align_up(max(next_offset, parts.overhead), self._options.grain_nbytes)
@@ -367,7 +367,7 @@ class SparseWriter:
         )
 
     def _write_directory(self, offset: int, first_table: int) -> None:
-        """Write a directory that names every table, also those that are holes of the file."""
+        """Write a directory that names every table, even those in holes of the file."""
         import numpy as np
 
         assert self._file is not None

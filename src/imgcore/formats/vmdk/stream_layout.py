@@ -1,4 +1,4 @@
-"""Where the grains of a streamOptimized VMDK lie, and where its file should end."""
+"""The order of grains in a streamOptimized VMDK, and where its file should end."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 
 class StreamLayout(NamedTuple):
-    """Where grains lie, and where the file should end.
+    """The order of grains, and where the file should end.
 
     Attributes
     ----------
     disorder : int or None
-        Guest offset (bytes) of the first grain that lies before the one before it.
+        Guest offset (bytes) of the first grain stored before its predecessor.
     end : int or None
-        Bytes: the end of the end-of-stream marker's sector, or where that would be if the
-        file does not hold it; None if the grains have no markers that lead to it.
+        The end of the end-of-stream marker's sector in bytes, or where it would be if
+        the marker is missing.  None if there are no markers to find it with.
     """
 
     disorder: int | None
@@ -43,20 +43,20 @@ def find_stream_layout(sparse: SparseExtent, batches: Iterable[Extents]) -> Stre
     sparse : SparseExtent
         The only extent of a streamOptimized disk.
     batches : iterable of Extents
-        All of the disk, from its grain tables.
+        The extents of the whole disk, from its grain tables.
     """
     file = sparse.file
     disorder, last = _walk(sparse, batches)
     end = stream_end(file)
     if end is None and sparse.has_markers:
-        # The header names the directory; what follows the grains differs from program to program.
+        # The header names the directory; producers differ in what follows the grains.
         start = _grain_end(file, last) if last is not None else sparse.overhead
-        end = _end_behind_markers(file, start)
+        end = _end_after_markers(file, start)
     return StreamLayout(disorder, end)
 
 
 def _walk(sparse: SparseExtent, batches: Iterable[Extents]) -> tuple[int | None, int | None]:
-    """Return the first grain out of order, and where the last one's marker or data is."""
+    """Return the first grain out of order, and the offset of the last stored one."""
     prefix = GRAIN_MARKER.size if sparse.has_markers else 0
     disorder: int | None = None
     before, last = -1, -1
@@ -64,9 +64,9 @@ def _walk(sparse: SparseExtent, batches: Iterable[Extents]) -> tuple[int | None,
         grains = rows[rows["kind"] >= Kind.DATA]
         if not len(grains):
             continue
-        # A last grain that is stored cut has its row behind the marker.
-        behind = (grains["flags"] & FLAG_GRAIN_MARKER) == 0
-        places = grains["host_offset"].astype(np.int64) - np.where(behind, prefix, 0)
+        # The row of a truncated last grain starts after the marker.
+        after_marker = (grains["flags"] & FLAG_GRAIN_MARKER) == 0
+        places = grains["host_offset"].astype(np.int64) - np.where(after_marker, prefix, 0)
         wrong = np.flatnonzero(np.diff(places, prepend=before) < 0)
         if wrong.size and disorder is None:
             disorder = int(grains["guest_offset"][wrong[0]])
@@ -75,7 +75,7 @@ def _walk(sparse: SparseExtent, batches: Iterable[Extents]) -> tuple[int | None,
     return disorder, last if last >= 0 else None
 
 
-def _end_behind_markers(file: ByteSource, position: int) -> int | None:
+def _end_after_markers(file: ByteSource, position: int) -> int | None:
     """Follow the markers of tables, directory and footer to the end of the stream."""
     while position + SECTOR_NBYTES <= file.nbytes:
         n_sectors, size, kind = MARKER.unpack(file.pread(position, MARKER.size))

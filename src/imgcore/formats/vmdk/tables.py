@@ -1,4 +1,4 @@
-"""From grain directories and grain tables to extents.
+"""Turn VMDK grain directories and grain tables into extents.
 
 Source: Virtual Disk Format 5.0, "Grain Directory", "Grain Table".
 """
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     Mask = NDArray[np.bool_]
 
 _ENTRY_DTYPE: Final = np.dtype("<u4")
-# One read of the directory: 256 KiB, 2 TiB of disk with the usual grains and tables.
+# One read of the directory: 256 KiB, or 2 TiB of disk with grains of 64 KiB.
 DIRECTORY_PIECE_ENTRIES: Final = 1 << 16
 _ENTRY_MASK: Final = 0xFFFFFFFF
-# Shorter stretches of tables are read at once faster than they are asked for holes.
+# Reading a shorter run of tables is faster than searching it for holes.
 _PROBED_NTABLES: Final = 1024
 
 
@@ -67,20 +67,20 @@ def read_directory(
 
 
 def absent_or_zeroed(extent: SparseExtent, directory: Entries) -> tuple[Mask, Mask]:
-    """Return two masks: entries without a table, and of these the ones that mean zeros."""
+    """Return two masks: entries without a table, and those of them that mean zeros."""
     zeroed = (directory == ENTRY_ZEROED) & np.bool_(extent.has_zeroed_grains)
     return (directory == ENTRY_ABSENT) | zeroed, zeroed
 
 
 def read_tables(extent: SparseExtent, directory: Entries, first: int) -> NDArray[np.uint32]:
-    """Read neighbouring grain tables, those that join in the file in one go.
+    """Read consecutive grain tables; tables adjacent in the file are read at once.
 
     Parameters
     ----------
     extent : SparseExtent
         The extent.
     directory : ndarray, shape (n,), dtype uint32
-        Directory entries; one without a table gives entries with its value.
+        Directory entries; an entry without a table gives grain entries of its value.
     first : int
         Index of ``directory[0]``, for messages.
 
@@ -115,7 +115,7 @@ def read_tables(extent: SparseExtent, directory: Entries, first: int) -> NDArray
 def _joined_runs(
     offsets: NDArray[np.int64], absent: NDArray[np.bool_], gt_nbytes: int
 ) -> Iterator[tuple[int, int]]:
-    """Yield [start, stop) of present tables that follow each other in the file as well."""
+    """Yield [start, stop) of present tables that are also adjacent in the file."""
     present = ~absent
     if not present.any():
         return
@@ -128,10 +128,11 @@ def _joined_runs(
 
 
 def drop_unwritten_tables(extent: SparseExtent, directory: Entries) -> Entries:
-    """Return the directory without tables that lie in holes of the file.
+    """Return the directory without tables that are in holes of the file.
 
-    A monolithic file has a table for every part of the disk; those never written to are holes,
-    of which a large, nearly empty disk has gigabytes.  They would read as entries of zero.
+    A monolithic file has a table for every part of the disk.  Tables that were never
+    written are holes, gigabytes of them in a large, nearly empty disk.  Without reading
+    them it is known that their entries are zero.
     """
     offsets = directory.astype(np.int64) * SECTOR_NBYTES
     absent, _ = absent_or_zeroed(extent, directory)
@@ -167,12 +168,12 @@ class SparseTables:
     guest_base : int
         Guest offset of its first byte in the whole disk.
     guest_nbytes : int
-        What the disk uses of it.
+        How many bytes of it the disk uses.
     file_index : int
-        Of the extent's file in the reader's sources.
+        Index of the extent's file in the reader's sources.
     short_nbytes : int
-        What the last grain inflates to if it is stored cut, else 0; the next source
-        after ``file_index`` has blocks of that size.
+        Inflated size of a truncated last grain, else 0.  The source after
+        ``file_index`` has blocks of that size.
     """
 
     def __init__(
@@ -192,11 +193,11 @@ class SparseTables:
             guest_base + guest_nbytes // extent.grain_nbytes * extent.grain_nbytes
         )
         self._format = table_format(extent)
-        # Rows of one decoded window and one row of a hole before it stay inside a batch.
+        # The rows of a window, with a hole before it, fit in a batch.
         self._window_ntables = max(1, (MAX_BATCH_ROWS - 1) // extent.n_gtes_per_gt)
 
     def extents(self, start: int, length: int) -> Iterator[Extents]:
-        """Yield batches for ``length`` bytes of the disk from ``start``, inside the extent."""
+        """Yield batches for ``length`` bytes from guest offset ``start``."""
         stop = start + length
         reach_nbytes = self.extent.gt_reach_nbytes
         first = (start - self.guest_base) // reach_nbytes
@@ -208,8 +209,8 @@ class SparseTables:
             yield from self._piece(directory, piece, start, stop)
 
     def _piece(self, directory: Entries, first: int, start: int, stop: int) -> Iterator[Extents]:
-        """Split a directory piece into stretches without tables and windows of tables."""
-        # With the flag, an entry of 1 differs from a hole: it goes through a window.
+        """Split a directory piece into holes and windows of tables."""
+        # A zeroed entry is not a hole, so it goes through a window.
         used = np.flatnonzero(directory != ENTRY_ABSENT)
         position = 0
         while position < len(directory):
@@ -217,7 +218,7 @@ class SparseTables:
             window = int(used[at]) if at < len(used) else len(directory)
             window_end = min(window + self._window_ntables, len(directory))
             last = int(np.searchsorted(used, window_end))
-            # A window does not end in tables that do not exist.
+            # A window does not end with absent tables.
             window_end = int(used[last - 1]) + 1 if last > at else window
             yield self._batch(directory, first, position, window, window_end, start, stop)
             position = window_end
@@ -232,7 +233,7 @@ class SparseTables:
         start: int,
         stop: int,
     ) -> Extents:
-        """Return a hole over directory entries [position, window) and the window's rows."""
+        """Return a hole for entries [position, window), then the window's rows."""
         hole_start = self._clip(first + position, start, stop)
         window_start = self._clip(first + window, start, stop)
         window_stop = self._clip(first + window_end, start, stop)
@@ -252,7 +253,7 @@ class SparseTables:
         return min(max(self.guest_base + table_index * self.extent.gt_reach_nbytes, start), stop)
 
     def _decode(self, entries: Entries, table_start: int, start: int, stop: int) -> Extents:
-        """Decode entries from the table at guest ``table_start`` into rows for [start, stop)."""
+        """Decode tables that start at ``table_start`` of the guest; clip the rows."""
         grain_nbytes = self.extent.grain_nbytes
         skip = (start - table_start) // grain_nbytes
         n_entries = -(-(stop - table_start) // grain_nbytes) - skip
@@ -284,9 +285,10 @@ class SparseTables:
         )
 
     def _mark_short_grain(self, rows: Extents) -> None:
-        """Point a last grain that is stored cut to the source of that block size.
+        """Change the row of a truncated last grain to the source of its block size.
 
-        The marker, which counts from the extent's start and has been verified, is left out.
+        The row skips the marker, which has been verified: its LBA counts from the start
+        of the extent, not of this source.
         """
         last = rows[-1]
         if (
@@ -304,14 +306,14 @@ class SparseTables:
 
 
 def tighten_bounds(rows: Extents) -> None:
-    """Lower the bound of each compressed row to where the next grain in the file begins.
+    """Limit each compressed row to the start of the following row's grain.
 
-    Grains do not overlap, so the engine need not read beyond.
+    Grains do not overlap, so the engine need not read further.
     """
     places = rows["host_offset"]
     compressed = np.flatnonzero(rows["kind"] == Kind.ZLIB)
     here, following = places[compressed[:-1]], places[compressed[1:]]
-    # Unsigned: where the next grain lies before this one, the difference is not taken.
+    # Unsigned numbers: subtract only if the next grain lies after this one.
     ahead = following > here
     gaps = np.where(
         ahead, following - np.where(ahead, here, np.uint64(0)), np.uint64(0xFFFFFFFFFFFFFFFF)

@@ -1,4 +1,4 @@
-"""Writing VMDK disks: options, the choice of the kind, and the kinds with flat extents."""
+"""Write VMDK disks: choose the writer, measure, and write flat extents."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def writer_for(request: WriteRequest[Options]) -> Writer:
     Raises
     ------
     OptionError
-        An option's value is not allowed, or does not go with the others.
+        An option's value is not allowed, or cannot be combined with the others.
     LimitExceededError
         The disk is too large for the subformat.
     UnsupportedFeatureError
@@ -42,9 +42,9 @@ def writer_for(request: WriteRequest[Options]) -> Writer:
 
 
 def measure(request: WriteRequest[Options], data_nbytes: int) -> Measurement:
-    """Return the bytes of all files with ``data_nbytes`` of data, and with a full disk.
+    """Return the size of all files with ``data_nbytes`` of data, and with a full disk.
 
-    Of streamOptimized both are upper bounds, as if nothing could be compressed.
+    For streamOptimized both are upper bounds, as if nothing could be compressed.
     """
     from imgcore.formats.vmdk import sparse_writer as sparse
 
@@ -62,7 +62,7 @@ def measure(request: WriteRequest[Options], data_nbytes: int) -> Measurement:
 
 
 class DescribedWriter(FlatWriter):
-    """Writes monolithicFlat and vmfs: a descriptor, and beside it the disk as it is."""
+    """Writes monolithicFlat and vmfs: a descriptor, and the raw disk beside it."""
 
     format_name: ClassVar[str] = "vmdk"
 
@@ -78,12 +78,12 @@ class DescribedWriter(FlatWriter):
 
     @property
     def companion_name(self) -> str:
-        """Name of the file with the data."""
+        """The name of the data file."""
         stem, suffix = os.path.splitext(self._options.name)
         return f"{stem if suffix.lower() == '.vmdk' else self._options.name}-flat.vmdk"
 
     def begin(self, target: Target) -> TargetFile:
-        """Make the file for the data at its full size and return it."""
+        """Create the data file at its full size and return it."""
         _refuse_odd_name(self._options.name, target.path)
         self._descriptor = target.main
         return self._reserve(target, target.companion(self.companion_name))
@@ -106,6 +106,6 @@ def _refuse_odd_name(name: str, path: str) -> None:
     if not is_plain_name(name):
         raise OptionError(
             "a name with quotes, colons, control characters or bytes that are not UTF-8 cannot "
-            "stand in a VMDK descriptor",
+            "be written in a VMDK descriptor",
             path=path,
         )
