@@ -388,17 +388,7 @@ def _read_backing(file: ByteSource, header: Qcow2Header) -> None:
 
 
 def read_snapshots(file: ByteSource, header: Qcow2Header) -> list[Snapshot]:
-    """Read the snapshot table.
-
-    Returns
-    -------
-    list of Snapshot
-        In the order of the table.
-
-    Notes
-    -----
-    QCOW2_MAX_SNAPSHOT_TABLE_NBYTES bounds the memory.
-    """
+    """Read the snapshot table, at most QCOW2_MAX_SNAPSHOT_TABLE_NBYTES bytes."""
     snapshots = []
     position = 0
     for index in range(header.n_snapshots):

@@ -36,22 +36,24 @@ _ZSTD_BLOCK_BITS: Final = 17
 class Options(FormatOptions):
     """The ``-o`` options."""
 
-    cluster_size: int = byte_size(64 * limits.KIB, "cluster size, 512 to 2M")
+    cluster_size: int = byte_size(64 * limits.KIB, "Cluster size, 512 to 2M")
     compat: str = choice(
-        "1.1", tuple(_COMPAT_VERSION), "compatibility level: 0.10 (version 2) or 1.1 (version 3)"
+        "1.1", tuple(_COMPAT_VERSION), "Compatibility level: 0.10 (version 2) or 1.1 (version 3)"
     )
     compression_type: str = choice(
-        "zlib", tuple(_COMPRESSION_TYPES), "method for compressed clusters"
+        "zlib", tuple(_COMPRESSION_TYPES), "Method for compressed clusters"
     )
     preallocation: str = choice(
-        "off", ("off", "metadata", "falloc", "full"), "what to allocate in advance"
+        "off", ("off", "metadata", "falloc", "full"), "What to allocate in advance"
     )
-    lazy_refcounts: bool = flag("allow later writers to postpone refcount updates")
-    refcount_bits: int = number(16, "width of a refcount: 1, 2, 4, 8, 16, 32 or 64")
+    lazy_refcounts: bool = flag("Allow later writers to postpone refcount updates")
+    refcount_bits: int = number(16, "Width of a refcount: 1, 2, 4, 8, 16, 32 or 64")
     level: str = text(
-        "default", "compression: fastest, fast, default, best; also -7 to 19 for zstd"
+        "default", "Compression: fastest, fast, default, best; also -7 to 19 for zstd"
     )
-    window: str = choice("4k", tuple(_WINDOW_BITS), "zlib window; some readers do not accept 32k")
+    window: str = choice(
+        "4k", tuple(_WINDOW_BITS), "Window of zlib; some readers do not accept 32k"
+    )
 
 
 class WriteOptions(NamedTuple):
