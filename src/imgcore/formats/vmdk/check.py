@@ -58,9 +58,9 @@ def check_extents(path: str, extents: Sequence[DiskExtent]) -> CheckReport:
 
     Notes
     -----
-    Every table is read once for each window of the file that contains anything: 128 GiB
-    with grains of 64 KiB, 1 GiB if compressed.  Of each compressed grain 12 bytes are
-    read.  Memory: at most 200 MiB.
+    Every table is read once for each window of the file that is not empty.  A window is
+    128 GiB with grains of 64 KiB, 1 GiB if they are compressed.  Compressed grains take
+    one read of 12 bytes each.  Memory: at most 200 MiB.
     """
     report = CheckReport()
     for item in extents:

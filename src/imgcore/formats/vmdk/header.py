@@ -381,7 +381,7 @@ def short_last_grain(extent: SparseExtent, guest_nbytes: int) -> int:
 
 
 def _sector_at(file: ByteSource, offset: int) -> int:
-    """Return the table entry at ``offset`` in bytes; 0 if it is not an offset."""
+    """Return the byte offset stored in the table entry at ``offset``, 0 if none."""
     if offset + layout.ENTRY_NBYTES > file.nbytes:
         return 0
     entry = int.from_bytes(file.pread(offset, layout.ENTRY_NBYTES), "little")

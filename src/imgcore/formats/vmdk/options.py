@@ -34,17 +34,17 @@ class Options(FormatOptions):
     subformat: str | None = choice(
         None,
         ("monolithicSparse", "streamOptimized", *FLAT_KINDS),
-        "Kind of VMDK (default monolithicSparse, with -c streamOptimized)",
+        "Kind of VMDK (default: monolithicSparse, with -c streamOptimized)",
     )
     adapter_type: str = choice(
         "lsilogic", ("ide", "buslogic", "lsilogic", "legacyESX"), "Virtual disk adapter"
     )
-    hwversion: str | None = text(None, "Virtual hardware version (default 4)")
+    hwversion: str | None = text(None, "Virtual hardware version (default: 4)")
     # VMware's value for tools that the guest's distribution manages.
     toolsversion: str = text("2147483647", "Version of the guest tools")
     compat6: bool = flag("Virtual hardware version 6")
     logical_sector_size: str | None = choice(
-        None, ("512", "4096"), "Sector size that the guest sees (default the source's, else 512)"
+        None, ("512", "4096"), "Sector size that the guest sees (default: the source's, else 512)"
     )
     zeroed_grain: bool = flag("Mark explicit zeros in tables (monolithicSparse)")
     grain_size: int = byte_size(DEFAULT_GRAIN_NBYTES, "Grain size, 8k to 1M (sparse kinds)")
@@ -53,7 +53,7 @@ class Options(FormatOptions):
         ("fastest", "fast", "default", "best"),
         "Compression level (streamOptimized)",
     )
-    cid: str | None = text(None, "Content ID, 8 hexadecimal digits (default random)")
+    cid: str | None = text(None, "Content ID, 8 hexadecimal digits (default: random)")
     preallocation: str = choice("off", PREALLOCATION, "Reserve space in advance (flat kinds)")
 
 
@@ -102,7 +102,7 @@ class WriteOptions(NamedTuple):
 
 
 def is_plain_name(name: str) -> bool:
-    """Tell whether readers take a name for a file; before a colon is a protocol."""
+    """Tell whether readers accept a file name; a colon would mean a protocol."""
     return bool(name) and name.isprintable() and not {'"', ":"} & set(name)
 
 

@@ -199,7 +199,7 @@ class VmdkReader:
         self._opened.close()
 
     def _open_monolithic(self, file: ByteSource) -> Descriptor:
-        """Open a sparse extent with an embedded descriptor; ignore the name in that."""
+        """Open a sparse extent by its embedded descriptor, ignoring the name in it."""
         sparse = open_sparse(file)
         raw = read_embedded_descriptor(sparse)
         if raw is None or not raw.strip(b"\0 \t\r\n"):

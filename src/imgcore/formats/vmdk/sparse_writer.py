@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from imgcore.files.target_file import TargetFile
 
 _GT_NSECTORS: Final = layout.GT_NBYTES // SECTOR_NBYTES
-# In a streamOptimized file a marker and their table follow the grains.
+# In a streamOptimized file a marker and the table follow the table's grains.
 _GT_GAP_NBYTES: Final = SECTOR_NBYTES + layout.GT_NBYTES
 _STREAM_FIRST_OFFSET: Final = layout.STREAM_OVERHEAD_NSECTORS * SECTOR_NBYTES
 
@@ -52,7 +52,7 @@ def _directory_nbytes(n_entries: int) -> int:
 
 
 def stream_bound_nbytes(options: WriteOptions, data_nbytes: int) -> int:
-    """Return the largest size of a streamOptimized file with that much grain data."""
+    """Return the largest streamOptimized file for ``data_nbytes`` in whole grains."""
     grain_nbytes = options.grain_nbytes
     n_grains = -(-min(data_nbytes, options.virtual_size) // grain_nbytes)
     # A stored block of DEFLATE costs 5 bytes; 1/512 covers blocks of 4 KiB and more.
@@ -67,7 +67,7 @@ def stream_bound_nbytes(options: WriteOptions, data_nbytes: int) -> int:
 
 
 def sparse_file_nbytes(options: WriteOptions, data_nbytes: int) -> int:
-    """Return the size of a monolithicSparse file with that much grain data."""
+    """Return the size of monolithicSparse for ``data_nbytes`` in whole grains."""
     n_grains = -(-min(data_nbytes, options.virtual_size) // options.grain_nbytes)
     return HostedLayout(options).overhead + n_grains * options.grain_nbytes
 
@@ -153,7 +153,7 @@ def _marker(n_sectors: int, kind: layout.Marker) -> bytes:
 
 
 class StreamWriter:
-    """Writes streamOptimized: compressed grains in guest order, each table after them.
+    """Writes streamOptimized: compressed grains in guest order, with tables between.
 
     The header refers to the footer, which is the last sector but one.  Memory: the
     grain directory and one grain table.

@@ -131,8 +131,8 @@ def drop_unwritten_tables(extent: SparseExtent, directory: Entries) -> Entries:
     """Return the directory without tables that are in holes of the file.
 
     A monolithic file has a table for every part of the disk.  Tables that were never
-    written are holes, gigabytes of them in a large, nearly empty disk.  Without reading
-    them it is known that their entries are zero.
+    written are holes, gigabytes of them in a large, nearly empty disk.  They need not
+    be read, as their entries are zero.
     """
     offsets = directory.astype(np.int64) * SECTOR_NBYTES
     absent, _ = absent_or_zeroed(extent, directory)
