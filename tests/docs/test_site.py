@@ -36,8 +36,8 @@ def test_links_lead_to_files(document: str) -> None:
 def files_at(name: str) -> list[Path]:
     """Return the files and folders that a path in a document names.
 
-    It may start at the repository, at ``src/imgcore`` or at ``native``, or be a file's name
-    alone.  A part that is ``x`` stands for any format.
+    It may start at the repository, at ``src/imgcore`` or at ``native``, or be only a
+    file's name.  A part ``x`` stands for any format.
     """
     pattern = re.sub(r"(?<![^/])x(?![^/.])", "*", name)
     found = [path for root in (ROOT, PACKAGE, NATIVE) for path in root.glob(pattern)]

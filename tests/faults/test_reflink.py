@@ -1,4 +1,4 @@
-"""The file system shares blocks, and then no longer does: what is left is copied."""
+"""The file system stops making reflinks during a job: the rest is copied."""
 
 from __future__ import annotations
 
