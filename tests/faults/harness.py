@@ -36,7 +36,7 @@ class Calls(IntFlag):
     CLOSE = 128
     UNLINK = 256
     COPY = 512
-    SHARE = 1024
+    REFLINK = 1024
 
 
 CHANGES = (
@@ -49,7 +49,7 @@ CHANGES = (
     | Calls.CLOSE
     | Calls.UNLINK
     | Calls.COPY
-    | Calls.SHARE
+    | Calls.REFLINK
 )
 
 
