@@ -1,19 +1,20 @@
-# Everything works from a clean clone: `make test` and `make demo` install what is missing.
+# Every target works in a clean clone: it installs what is missing.
 #
-#   make quick         lint, native tests, unit tests: for the inner loop, under 90 s on two cores
-#   make demo          raw -> QCOW2 -> streamOptimized -> raw of a real file system, compared
+#   make quick         lint, native tests, unit tests: under 90 s on two cores
+#   make demo          raw -> QCOW2 -> streamOptimized -> raw of a real disk, compared
 #   make test          lint, native tests (plain and sanitized), the Python suite
-#   make coverage      lines that no test runs, of the package and of the native core
+#   make coverage      lines of the package and the native core that no test runs
 #   make bench         the table of ratios against qemu-img (long)
-#   make sanitize      native tests under ASan, UBSan, TSan; the Python suite under ASan and UBSan
+#   make sanitize      native tests: ASan, UBSan, TSan; Python suite: ASan, UBSan
 #   make valgrind      the native codec, table and kernel tests under memcheck
 #   make test-arm64    native and Python tests for arm64, under emulation
-#   make wheel         a wheel of this machine's kind, checked and tried in an empty environment
-#   make peers-test    the slow tests, with $IMGCORE_PEERS where set
-#   make crosscheck    random images against qemu-img and others, for $CROSSCHECK_SECONDS (120)
-#   make faults        full disks, read errors, kills and power cuts, in every format (needs root for some)
-#   make fuzz          every fuzz target for FUZZ_SECONDS each (60 unless given); docs/fuzzing.md
-#   make docs          the site from docs/ in build/site; warnings and broken links are errors
+#   make wheel         a wheel for this machine, checked, run in an empty environment
+#   make peers-test    the slow tests, with the programs of $IMGCORE_PEERS, if set
+#   make crosscheck    random images against other programs, $CROSSCHECK_SECONDS (120)
+#   make faults        full disks, read errors, kills, power cuts in every format; some
+#                      need root
+#   make fuzz          every fuzz target for FUZZ_SECONDS (60) each; see docs/fuzzing.md
+#   make docs          the site in build/site; warnings and broken links are errors
 #   make lint native-test clean
 
 PYTHON ?= python3
@@ -23,7 +24,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq
 STAMP := $(VENV)/.imgcore-ready
 DOCS_STAMP := $(VENV)/.imgcore-docs
 PYTEST_ARGS ?=
-# As many workers as cores, at most 8; PYTEST_ARGS="-n 0" for none, as a debugger needs.
+# As many workers as cores, at most 8; a debugger needs PYTEST_ARGS="-n 0".
 PARALLEL := -n auto --maxprocesses 8 --dist loadgroup
 JOBS := -j$(shell nproc)
 FUZZ_SECONDS ?= 60
@@ -41,8 +42,9 @@ all: build
 setup:
 	@tools/setup.sh
 
-# Made anew when what it holds changes; the extension itself is rebuilt by `build`, which also
-# compiles the modules, as an installation does: the command then starts as fast as an installed one.
+# The environment is updated when the files that define it change.  `build` rebuilds
+# the extension, and compiles the modules as an installation does, so that the command
+# starts as fast as an installed one.
 $(STAMP): pyproject.toml setup.py
 	@tools/setup.sh
 	@test -x $(PY) || PYTHON="$(PYTHON)" tools/make_venv.sh $(VENV)
@@ -83,8 +85,8 @@ quick: lint native-test build
 	@echo "quick: lint, types, native tests and $(QUICK_TESTS) passed."
 	@echo "quick: left to make test: sanitizers, tests/{crosscheck,faults,fuzz,hostile,oracle,property}"
 
-# Traces the tests and all processes that they start. Those that are killed leave broken records,
-# which are dropped. A failed test does not stop the report.
+# Traces the tests and all processes that they start.  Killed processes leave broken
+# records, which are dropped.  The report is printed even if a test fails.
 coverage: build
 	@rm -rf build/coverage && mkdir -p build/coverage
 	@status=0; $(PY) -m coverage run -m pytest $(PARALLEL) $(PYTEST_ARGS) || status=$$?; \
@@ -92,7 +94,7 @@ coverage: build
 		$(PY) -m coverage report && exit $$status
 	@$(MAKE) --no-print-directory $(JOBS) -C native coverage
 
-# Native tests under every sanitizer, then the whole Python suite on a sanitized extension.
+# Native tests under every sanitizer, then the Python suite on a sanitized extension.
 sanitize: build native-sanitize
 	@$(MAKE) --no-print-directory -C native tsan
 	@PYTHON="$(PY)" tools/sanitized_suite.sh
@@ -140,7 +142,7 @@ fuzz: build
 		>build/fuzz/readers.log 2>&1 || { tail -n 60 build/fuzz/readers.log; exit 1; }
 	@grep -a stat::number_of_executed_units build/fuzz/readers.log
 
-# Keeps of all inputs those that reach something no smaller one does.
+# Keeps the inputs that reach something that smaller ones do not.
 fuzz-merge: build
 	@$(MAKE) --no-print-directory -C native fuzz-merge
 	@$(PY) -m tests.fuzz.minimise tests/fuzz/corpus $(FUZZ_WORK)

@@ -1,13 +1,13 @@
-"""Builds the one extension module; everything else stands in pyproject.toml.
+"""Builds the extension module; everything else is in pyproject.toml.
 
 Environment:
 
 ``IMGCORE_<LIB>_PREFIX`` (LIBDEFLATE, LIBISAL, LIBZSTD, LIBURING)
-    Folder with ``include/`` and ``lib/``, asked before pkg-config.
+    Folder with ``include/`` and ``lib/``, used instead of pkg-config.
 ``IMGCORE_SANITIZE``
     For example ``address,undefined``: a build that dies on the first fault.
 ``IMGCORE_WERROR``
-    Set: warnings of the native sources are errors.
+    If set, warnings of the native sources are errors.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ COMPILE_ARGS = ["-std=c11", "-D_GNU_SOURCE", "-O3", "-fvisibility=hidden", "-Wal
 
 @dataclass(frozen=True)
 class Library:
-    """A system library: its pkg-config name, the oldest version, and who ships it."""
+    """A system library: its pkg-config name, the oldest version, and its packages."""
 
     name: str
     minimum: str
@@ -49,14 +49,14 @@ LIBRARIES = (
 
 @dataclass
 class Flags:
-    """What the compiler and the linker are told."""
+    """Flags of the compiler and the linker."""
 
     compile_args: list[str] = field(default_factory=list)
     link_args: list[str] = field(default_factory=list)
 
 
 def pkg_config(library: Library) -> list[str] | None:
-    """Return the flags that pkg-config states, None if it has no such library."""
+    """Return the flags that pkg-config states, None if it does not find the library."""
     program = os.environ.get("PKG_CONFIG", "pkg-config")
     wanted = f"{library.name} >= {library.minimum}"
     try:
@@ -69,7 +69,7 @@ def pkg_config(library: Library) -> list[str] | None:
 
 
 def find(library: Library) -> Flags | None:
-    """Look for a library: by its environment variable, then by pkg-config."""
+    """Find a library by its environment variable, else by pkg-config."""
     variable = f"IMGCORE_{library.name.upper()}_PREFIX"
     prefix = os.environ.get(variable)
     if prefix:
@@ -87,15 +87,15 @@ def find(library: Library) -> Flags | None:
 
 
 def sanitizer_flags(names: str) -> Flags:
-    """Return the flags of a sanitizer build, undoing what CPython's own flags hide."""
+    """Return the flags of a sanitizer build; they undo flags of CPython's."""
     sanitize = [f"-fsanitize={names}", "-fno-sanitize-recover=all"]
     strict = ["-UNDEBUG", "-fno-wrapv", "-fstrict-overflow"]
     return Flags(["-O1", "-g", "-fno-omit-frame-pointer", *sanitize, *strict], sanitize)
 
 
 def all_flags() -> Flags:
-    """Gather the flags of every library and of the build's variant."""
-    # What comes out of a static library is nobody else's: the module exports its start alone.
+    """Collect the flags of every library and of the build's variant."""
+    # The module exports its init function only, not symbols of static libraries.
     flags = Flags(list(COMPILE_ARGS), ["-pthread", "-Wl,--exclude-libs,ALL"])
     for library in LIBRARIES:
         found = find(library)
@@ -111,7 +111,7 @@ def all_flags() -> Flags:
         flags.compile_args += extra.compile_args
         flags.link_args += extra.link_args
     if os.environ.get("IMGCORE_WERROR"):
-        # The generated C of Cython is not free of these two.
+        # Cython's generated C causes these two warnings.
         flags.compile_args += [
             "-Werror",
             "-Wno-error=unused-function",
@@ -121,10 +121,10 @@ def all_flags() -> Flags:
 
 
 class BuildExtension(build_ext):
-    """Finds the libraries and runs Cython only when something is really built."""
+    """Finds the libraries and runs Cython only for a real build."""
 
     def build_extensions(self) -> None:
-        """Complete each extension by the flags found, then build it."""
+        """Add the flags to each extension, then build it."""
         from Cython.Build import cythonize
 
         flags = all_flags()
@@ -143,7 +143,7 @@ class BuildExtension(build_ext):
 
 
 def extensions() -> list[Extension]:
-    """Return the extension, and in sanitizer builds the faults that prove them."""
+    """Return the extension; in sanitizer builds also the deliberate faults."""
     native = sorted(path for name in NATIVE_FOLDERS for path in glob(f"native/{name}/*.c"))
     found = [
         Extension(

@@ -1,1 +1,1 @@
-"""Measurements against qemu-img, and of imgcore's own parts; see BENCHMARKING.md."""
+"""Measurements against qemu-img, and of parts of imgcore; see BENCHMARKING.md."""

@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: the comparison of whole commands."""
+"""``python -m benchmarks`` compares whole commands."""
 
 from __future__ import annotations
 

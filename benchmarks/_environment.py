@@ -1,4 +1,4 @@
-"""What a figure depends on, written beside it."""
+"""The environment of the measurements, which is recorded with them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LIBRARIES = ("libdeflate", "libisal", "libzstd", "liburing")
 
 
 def output(*command: str) -> str:
-    """Return what a command prints, empty if it cannot run."""
+    """Return the output of a command, empty if it cannot run."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:
@@ -32,12 +32,12 @@ def cpu_model() -> str:
 
 
 def file_system(folder: Path) -> str:
-    """Return the type of the file system that a folder is on."""
+    """Return the type of a folder's file system."""
     return output("stat", "-f", "-c", "%T", str(folder))
 
 
 def find_qemu_img() -> str:
-    """Return the qemu-img to measure against: of $IMGCORE_PEERS, else of PATH."""
+    """Return the qemu-img to compare with: of $IMGCORE_PEERS, else of PATH."""
     peers = os.environ.get("IMGCORE_PEERS") or os.path.expanduser("~/.cache/imgcore-peers")
     candidate = os.path.join(peers, "bin", "qemu-img")
     found = candidate if os.access(candidate, os.X_OK) else shutil.which("qemu-img")
@@ -47,7 +47,7 @@ def find_qemu_img() -> str:
 
 
 def find_imgcore() -> str:
-    """Return the installed command, the one beside this interpreter first."""
+    """Return the installed command: beside this interpreter, else of PATH."""
     beside = Path(sys.executable).with_name("imgcore")
     found = str(beside) if beside.exists() else shutil.which("imgcore")
     if found is None:
@@ -56,13 +56,13 @@ def find_imgcore() -> str:
 
 
 def peer_libzstd(qemu_img: str) -> Path | None:
-    """Return the libzstd that comes with a peer in a tree of its own; None: the system's."""
+    """Return the libzstd that a peer brings, None if it uses the system's."""
     root = Path(qemu_img).parent.parent / "root"
     return next(root.glob("usr/lib/*/libzstd.so.1"), None)
 
 
 def lend_library(library: Path, folder: Path) -> dict[str, str]:
-    """Return an environment in which one library, and no other, comes from elsewhere."""
+    """Return an environment that loads this library instead of the system's."""
     place = folder / "lib"
     place.mkdir()
     shutil.copyfile(library, place / library.name)
@@ -72,7 +72,7 @@ def lend_library(library: Path, folder: Path) -> dict[str, str]:
 def describe(
     folder: Path, qemu_img: str, recipe: str, libzstd: Path | None = None
 ) -> dict[str, Any]:
-    """Return the record that goes into the JSON; ``libzstd`` is the one that both sides use."""
+    """Return the record for the JSON; ``libzstd`` is the one that both sides use."""
     code = "import json, imgcore._core as c; print(json.dumps(c.build_info()))"
     build = output(sys.executable, "-c", code)
     libraries = {name: output("pkg-config", "--modversion", name) for name in LIBRARIES}

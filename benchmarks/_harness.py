@@ -1,4 +1,4 @@
-"""Running commands in turns, as whole processes, with their time and peak memory."""
+"""Runs commands in turns, as whole processes, and measures time and peak memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SETTLE_SECONDS = 2.5
 
 @dataclass(frozen=True)
 class Run:
-    """One process that ended well."""
+    """A process that succeeded."""
 
     seconds: float
     cpu_seconds: float
@@ -23,14 +23,14 @@ class Run:
 
 
 class CommandFailed(Exception):
-    """A command of the benchmark ended with an error."""
+    """A command of the benchmark failed."""
 
 
 def run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Run:
-    """Run a command to its end; the time is the caller's wall clock, start-up included.
+    """Run a command to its end; measure its wall-clock time, start-up included.
 
-    The peak is the child's own ``ru_maxrss``. Linux lets a child inherit the peak of the
-    process that started it, so this program stays small: it imports no NumPy.
+    The peak is the child's ``ru_maxrss``.  On Linux a child inherits the peak of the
+    process that started it, so this program stays small and does not import NumPy.
     """
     begun = time.perf_counter()
     with open(os.devnull, "wb") as null:
@@ -49,7 +49,7 @@ def run(command: Sequence[str], environment: Mapping[str, str] | None = None) ->
 
 @dataclass(frozen=True)
 class Contender:
-    """One side of a comparison: a command, and the target that it makes (None: it makes none)."""
+    """One side of a comparison: a command, and the target that it writes, if any."""
 
     name: str
     command: tuple[str, ...]
@@ -79,9 +79,10 @@ def in_turns(
     verify: Callable[[Contender], None],
     warm_nbytes: int = 0,
 ) -> dict[str, Series]:
-    """Run every contender once a round, A B A B; each output is verified, untimed, and removed.
+    """Run every contender once a round, A B A B.
 
-    Before each run that makes an output, `warm_memory` provides ``warm_nbytes`` for it.
+    Each output is verified, which is not timed, and removed.  Before each run that
+    writes an output, `warm_memory` provides ``warm_nbytes`` for it.
     """
     series = {contender.name: Series() for contender in contenders}
     for _ in range(rounds):
@@ -98,11 +99,11 @@ def in_turns(
 
 
 def warm_memory(target: Path, nbytes: int) -> None:
-    """Let the system hold as much free memory as an output takes.
+    """Make sure that the system has as much free memory as an output takes.
 
-    A virtual machine gives free memory back to its host, two seconds after it has become
-    free, and has to fetch it again page by page; without this, that would slow down one side
-    or the other at random, up to fivefold.
+    A virtual machine returns memory to its host two seconds after it has become free,
+    and fetches it again page by page.  This would slow down either side at random, up
+    to fivefold.
     """
     if nbytes == 0:
         return
@@ -123,7 +124,7 @@ def remove(target: Path | None) -> None:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as fast: peer's seconds over ours, round by round."""
+    """The speed ratio: the peer's seconds divided by ours, for each round."""
 
     median: float
     low: float

@@ -1,6 +1,7 @@
-"""The engine from memory into a null sink, for each level: ``pytest benchmarks/bench_codec.py``.
+"""The engine from memory to a null sink, for each level.
 
-What remains is reading memory, the zero test and the codec, on one thread.
+``pytest benchmarks/bench_codec.py`` measures reading memory, the zero test and the
+codec, on one thread.
 """
 
 from __future__ import annotations

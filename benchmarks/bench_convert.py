@@ -1,4 +1,4 @@
-"""imgcore against qemu-img, as whole commands: the table that the README quotes.
+"""Compares imgcore with qemu-img, as whole commands: the table that the README quotes.
 
 python -m benchmarks [--mib 2048] [--rounds 3] [--only WORD] [--require]
 """
@@ -25,7 +25,7 @@ from benchmarks._harness import CommandFailed, Contender, Ratio, Series, in_turn
 
 ROOT = Path(__file__).resolve().parent.parent
 MEMORY_LIMIT_NBYTES = 256 << 20
-# A peer that takes this long is run three times at most.
+# A peer that takes longer is run three times at most.
 SLOW_SECONDS = 15.0
 
 SUFFIXES = {
@@ -40,15 +40,16 @@ SUFFIXES = {
 
 @dataclass(frozen=True)
 class Kind:
-    """A format with what makes it: ``-O``, ``-o`` and ``-c``."""
+    """A format with the flags that select it: ``-O``, ``-o`` and ``-c``."""
 
     name: str
     format: str
     options: tuple[str, ...] = ()
     compress: bool = False
-    # Options that make the peer do what imgcore does without being asked.
+    # Options that make the peer do what imgcore does by default.
     peer_options: tuple[str, ...] = ()
-    # Out-of-order writes help qemu-img, but spoil the order of grains that readers demand.
+    # Out-of-order writes help qemu-img, but not with streamOptimized, where readers
+    # need the grains in order.
     peer_flags: tuple[str, ...] = ("-m", "16", "-W")
 
     def arguments(self, more: tuple[str, ...] = ()) -> tuple[str, ...]:
@@ -77,7 +78,7 @@ STREAM = Kind("streamOptimized", "vmdk", ("subformat=streamOptimized",), peer_fl
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the table: our extra options, what is required, how large the file may be."""
+    """One line of the table: required ratio, our extra options, largest size ratio."""
 
     title: str
     required: float
@@ -87,7 +88,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Group:
-    """Lines that are measured against one and the same run of the peer."""
+    """Lines that are measured against the same runs of the peer."""
 
     source: Kind
     target: Kind
@@ -96,13 +97,13 @@ class Group:
 
 
 def one(source: Kind, target: Kind, required: float, size_limit: float | None = None) -> Group:
-    """Return a conversion without options of ours."""
+    """Return a conversion without extra options."""
     line = Line(f"{source.name} to {target.name}", required, (), size_limit)
     return Group(source, target, (line,))
 
 
 def plain(source: Kind, target: Kind) -> Group:
-    """Return a conversion in which nothing is compressed; qemu-img is slow with VMDK."""
+    """Return a conversion without compression; qemu-img is slow with VMDK."""
     return one(source, target, 1.8 if SPARSE in (source, target) else 1.0)
 
 
@@ -137,7 +138,7 @@ GROUPS = (
 
 @dataclass(frozen=True)
 class Result:
-    """One line with its figures; ``met`` holds every requirement of the line."""
+    """One line with its figures; ``met`` is True if all requirements are met."""
 
     title: str
     required: float
@@ -151,7 +152,7 @@ class Result:
 
 
 class Bench:
-    """The sources, the two programs, and the folder that everything happens in."""
+    """The sources, the two programs, and the folder of all files."""
 
     def __init__(self, folder: Path, mebibytes: int, rounds: int) -> None:
         self.folder = folder
@@ -160,7 +161,7 @@ class Bench:
         self.warm_nbytes = (mebibytes << 20) * 5 // 4
         self.qemu_img = _environment.find_qemu_img()
         self.imgcore = _environment.find_imgcore()
-        # The peer brings the newest libzstd; two versions of one codec would be compared else.
+        # Both sides use the peer's libzstd: otherwise two versions of it are compared.
         self.libzstd = _environment.peer_libzstd(self.qemu_img)
         self.environment = (
             None if self.libzstd is None else _environment.lend_library(self.libzstd, folder)
@@ -172,7 +173,7 @@ class Bench:
         self.sources[RAW.name] = raw
 
     def source(self, kind: Kind) -> Path:
-        """Return the image of a kind; qemu-img writes it, once, from the raw one."""
+        """Return the image of a kind; qemu-img writes it once, from the raw one."""
         if kind.name not in self.sources:
             path = self.folder / f"source-{kind.name.replace(' ', '-')}{SUFFIXES[kind.format]}"
             peer = (self.qemu_img, "convert", "-f", "raw", *kind.peer_arguments)
@@ -181,7 +182,7 @@ class Bench:
         return self.sources[kind.name]
 
     def drop_sources(self, following: Group | None) -> None:
-        """Remove the large images that the next group does not read: memory is not for them."""
+        """Remove large images that the next group does not read, to free memory."""
         for kind in PLAIN[1:]:
             if kind.name in self.sources and (following is None or following.source != kind):
                 self.sources.pop(kind.name).unlink()
@@ -209,7 +210,7 @@ class Bench:
         return found
 
     def verify(self, contender: Contender, target: Kind) -> None:
-        """Let qemu-img compare an output of ours with the raw source."""
+        """Compare an output of imgcore with the raw source, using qemu-img."""
         if contender.name == "peer" or contender.target is None:
             return
         words = ("compare", "-f", "raw", "-F", target.format)
@@ -220,7 +221,7 @@ class Bench:
     def measure(self, group: Group) -> Iterator[Result]:
         """Run a group in turns and yield its lines."""
         contenders = self.contenders(group)
-        # Blocks that are shared with a source have to be on the disk: that is no run's work.
+        # Blocks for reflinks must be on the disk; syncing them must not be timed.
         os.sync()
 
         def turns(rounds: int) -> dict[str, Series]:
@@ -241,7 +242,7 @@ class Bench:
 
 
 def result(line: Line, peer: Series, ours: Series) -> Result:
-    """Hold a line's figures against what it requires."""
+    """Compare a line's figures with its requirements."""
     speed = ratio(peer, ours)
     size_ratio = ours.file_nbytes / peer.file_nbytes if peer.file_nbytes else None
     fits = line.size_limit is None or (size_ratio is not None and size_ratio <= line.size_limit)
@@ -261,7 +262,7 @@ def result(line: Line, peer: Series, ours: Series) -> Result:
 
 @dataclass(frozen=True)
 class Absolute:
-    """A figure that is no ratio: seconds, with a limit."""
+    """A figure in seconds, with a limit."""
 
     title: str
     limit_seconds: float
@@ -271,7 +272,7 @@ class Absolute:
 
 
 def absolute(bench: Bench) -> Iterator[Absolute]:
-    """Measure what has a limit in seconds: ``info``, and empty images of 64 TiB."""
+    """Measure jobs with a limit in seconds: ``info``, and empty images of 64 TiB."""
     empty = {name: bench.folder / f"empty.{name}" for name in ("qcow2", "vhdx")}
     run((bench.qemu_img, "create", "-q", "-f", "qcow2", str(empty["qcow2"]), "64T"))
     run((bench.imgcore, "create", "-q", "-f", "vhdx", str(empty["vhdx"]), "64T"))
@@ -315,7 +316,7 @@ def show_absolute(one: Absolute) -> str:
 
 @contextmanager
 def work_folder() -> Iterator[Path]:
-    """Give a folder on $IMGCORE_BENCH_DIR, by default in memory, and remove it afterwards."""
+    """Create a folder in $IMGCORE_BENCH_DIR, by default in memory, and remove it."""
     parent = os.environ.get("IMGCORE_BENCH_DIR") or "/dev/shm"
     if not os.path.isdir(parent):
         parent = tempfile.gettempdir()
@@ -376,7 +377,7 @@ def write_json(
     results: Sequence[Result],
     absolutes: Sequence[Absolute],
 ) -> None:
-    """Write everything that was printed, with what it depends on."""
+    """Write the figures that were printed, and their environment."""
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -1,4 +1,4 @@
-"""Bytes a second of every variant of every kernel: ``pytest benchmarks/bench_kernels.py``."""
+"""The speed of each variant of each kernel: ``pytest benchmarks/bench_kernels.py``."""
 
 from __future__ import annotations
 

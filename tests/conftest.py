@@ -1,4 +1,4 @@
-"""Fixtures that every test may use; no product code is imported before a test needs it."""
+"""Fixtures for every test; they do not import imgcore before a test needs it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from hypothesis import HealthCheck, settings
 
 from tests.helpers import images
 
-# For runs in which time says nothing: emulated, sanitized.
+# For slow runs: emulated or sanitized.
 settings.register_profile("slow", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @pytest.fixture(scope="session")
 def raw_images(tmp_path_factory: pytest.TempPathFactory) -> Callable[[images.RawImage], Path]:
-    """Give the path of a generated raw image, each made once in a session; never write to it."""
+    """Return a function for the path of a generated raw image, which is read-only."""
     folder = tmp_path_factory.mktemp("raw")
 
     def get(image: images.RawImage) -> Path:
@@ -32,14 +32,14 @@ def raw_images(tmp_path_factory: pytest.TempPathFactory) -> Callable[[images.Raw
 
 
 def pytest_configure() -> None:
-    """Let signals mean what they mean: a runner in the background may have them ignored."""
+    """Reset signal handlers: a runner in the background may ignore the signals."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
 
 def pytest_report_header() -> list[str]:
-    """State what makes a run differ from another."""
+    """State the settings of this run."""
     required = "yes" if os.environ.get("IMGCORE_REQUIRE_QEMU") else "no"
     line = (
         f"imgcore: seed {images.SEED} (IMGCORE_TEST_SEED), qemu-img required: {required}, "

@@ -1,7 +1,7 @@
-"""The tree's rules: which way imports and includes point, and what may name what.
+"""The tree's rules: directions of imports and includes, and names that code may use.
 
-The members of each layer are read from the tree, so a new module or folder is covered at once.
-Imports inside functions and those for type checkers count like all others.
+The tests read the members of each layer from the tree, so they cover new modules and
+folders.  Imports inside functions and those for type checkers count like all others.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ TESTS = ROOT / "tests"
 
 # Upper layers first: a module imports from its own layer and from those below it.
 LAYERS = ("cli", "verbs", "disk", "platforms", "formats", "streams", "engine", "files")
-# What stands beside the layers: the package's face above all of them, leaves below.
+# Modules beside the layers: the package's face above all of them; leaves are below.
 FACE = ("imgcore", "imgcore.__main__")
-# What a format may import besides its own modules, the layers below and the leaves.
+# Modules that a format may import besides its own, the layers below and the leaves.
 FORMAT_MAY_IMPORT = tuple(
     f"imgcore.formats.{name}" for name in ("api", "magic", "options", "shared")
 )
 FORMAT_LAYERS = ("engine", "files")
 
-# Layers in which a format is whatever a driver says about it.
+# Layers that ask drivers about formats, and never name one.
 GENERAL_LAYERS = ("cli", "verbs", "disk", "streams", "engine", "files")
 
 C_LAYERS = (("include",), ("common",), ("kernels", "codec", "tables", "io"), ("engine",))
 
 
 def folders_of(layer: str) -> list[str]:
-    """Return the folders inside a layer, which are its members."""
+    """Return the names of a layer's folders."""
     return sorted(path.parent.name for path in (PACKAGE / layer).glob("*/__init__.py"))
 
 
@@ -50,13 +50,13 @@ def module_name(path: Path) -> str:
 
 @cache
 def modules() -> Mapping[str, Path]:
-    """Return every module of the package, the compiled one by its stub."""
+    """Return every module of the package; the compiled one has its stub."""
     paths = [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.pyi")]
     return {module_name(path): path for path in sorted(paths)}
 
 
 def names_imported(text: str, where: str) -> Iterator[str]:
-    """Yield the full names that a module's text imports, anywhere in it."""
+    """Yield the full names that a module's text imports anywhere."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -74,7 +74,7 @@ def imports_of(text: str, where: str) -> Iterator[str]:
 
 @cache
 def graph() -> Mapping[str, frozenset[str]]:
-    """Return for each module those that it imports."""
+    """Return the imported modules of each module."""
     return {
         name: frozenset(imports_of(path.read_text(), name)) - {name}
         for name, path in modules().items()
@@ -82,7 +82,7 @@ def graph() -> Mapping[str, frozenset[str]]:
 
 
 def rank_of(module: str) -> int:
-    """Return the layer's number: larger is further down."""
+    """Return the number of a module's layer; lower layers have larger numbers."""
     if module in FACE:
         return -1
     first = module.split(".")[1]
@@ -93,7 +93,7 @@ def rank_of(module: str) -> int:
 
 
 def circle_in(edges: Mapping[str, Iterable[str]]) -> list[str] | None:
-    """Return the names along a circle, None if there is none."""
+    """Return the names along a circle, None without one."""
     done: set[str] = set()
 
     def walk(name: str, way: list[str]) -> list[str] | None:
@@ -110,7 +110,7 @@ def circle_in(edges: Mapping[str, Iterable[str]]) -> list[str] | None:
     return next((found for name in sorted(edges) if (found := walk(name, []))), None)
 
 
-# -- the rules for Python, as functions of the graph --------------------------------------
+# -- the rules for Python, as functions of the graph -----------------------------------
 
 
 def upward_imports(edges: Mapping[str, Iterable[str]]) -> list[str]:
@@ -123,7 +123,7 @@ def upward_imports(edges: Mapping[str, Iterable[str]]) -> list[str]:
 
 
 def imports_between_members(edges: Mapping[str, Iterable[str]]) -> list[str]:
-    """Return imports from one format to another, and from one verb or command to another."""
+    """Return imports between formats, between verbs, and between commands."""
     formats = {f"imgcore.formats.{name}" for name in folders_of("formats")}
     formats.discard("imgcore.formats.shared")
     verbs = {name for name in modules() if name.startswith("imgcore.verbs.")}
@@ -142,7 +142,7 @@ def member_of(module: str, members: Iterable[str]) -> str | None:
 
 
 def stray_imports_of_formats(edges: Mapping[str, Iterable[str]]) -> list[str]:
-    """Return what formats import beyond the protocols, what they share, and the lower layers."""
+    """Return imports of formats other than protocols, shared modules, lower layers."""
     members = [f"imgcore.formats.{name}" for name in folders_of("formats")]
     allowed = (*FORMAT_MAY_IMPORT, *(f"imgcore.{layer}" for layer in FORMAT_LAYERS))
     return [
@@ -181,7 +181,7 @@ def test_python_modules_import_in_no_circle() -> None:
     ],
 )
 def test_the_rules_notice(module: str, other: str, rule: object) -> None:
-    """Each rule fails for an import added by hand, so that its silence means something."""
+    """Each rule reports an import that breaks it."""
     assert {module, other} <= set(modules())
     assert callable(rule)
     assert rule({module: {other}}) == [f"{module} imports {other}"]
@@ -215,13 +215,13 @@ def names_of_formats() -> frozenset[str]:
 
 
 def named_formats(text: str) -> list[str]:
-    """Return the strings of a module that are the name of a format and nothing else."""
+    """Return the strings of a module that are exactly the name of a format."""
     constants = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)]
     return [node.value for node in constants if node.value in names_of_formats()]
 
 
 def test_general_code_names_no_format() -> None:
-    """It asks drivers and readers what they can do; help texts and docstrings are sentences."""
+    """It asks drivers and readers; help texts and docstrings may name formats."""
     found = {
         name: words
         for name, path in modules().items()
@@ -240,34 +240,34 @@ def test_names_of_formats_are_noticed() -> None:
 
 
 def test_no_file_shells_out() -> None:
-    """imgcore itself never starts another program."""
+    """imgcore never starts another program."""
     for path in PACKAGE.rglob("*.py"):
         for word in ("subprocess", "os.system", "os.popen"):
             assert word not in path.read_text(), f"{path}: {word}"
 
 
 def uses_of_descriptors(text: str) -> list[int]:
-    """Return the lines on which the attribute ``fd`` of something is used."""
+    """Return the lines that use an attribute ``fd``."""
     nodes = ast.walk(ast.parse(text))
     return [node.lineno for node in nodes if isinstance(node, ast.Attribute) and node.attr == "fd"]
 
 
 def test_descriptors_stay_in_files() -> None:
-    """Other layers ask a file for what they need: see `imgcore.files.byte_source`."""
+    """Other layers use the interface in `imgcore.files.byte_source`."""
     assert uses_of_descriptors("os.fstat(file.fd)") == [1]
     for name, path in modules().items():
         if path.suffix == ".py" and not name.startswith("imgcore.files."):
             assert uses_of_descriptors(path.read_text()) == [], name
 
 
-# -- the rules for tests and documents ----------------------------------------------------
+# -- the rules for tests and documents -------------------------------------------------
 
 
 def stray_imports_of_tests(text: str, path: Path) -> list[str]:
-    """Return what a file of the tests imports although it may not.
+    """Return the forbidden imports of a file of the tests.
 
-    Nobody imports a module of tests. Such a module itself imports from the tests only
-    ``tests.helpers`` and what else is in its own folder.
+    Nothing imports a module of tests (``test_*.py``).  Of the tests, such a module
+    imports only ``tests.helpers`` and modules of its own folder.
     """
     own = (path.parent.relative_to(ROOT).parts, ("tests", "helpers"))
     found = []
@@ -283,7 +283,7 @@ def stray_imports_of_tests(text: str, path: Path) -> list[str]:
 
 
 def test_no_test_module_imports_another() -> None:
-    """What two test modules need belongs into tests/helpers or into their folder's harness."""
+    """Shared code belongs in tests/helpers or in a module of the folder."""
     paths = sorted(TESTS.rglob("*.py"))
     assert [x for path in paths for x in stray_imports_of_tests(path.read_text(), path)] == []
 
@@ -315,7 +315,7 @@ def test_every_folder_is_described(root: Path, what: str) -> None:
     assert [f"{f}/" for f in folders if not re.search(rf"\b{f.name}/", text)] == []
 
 
-# -- the rules for C ------------------------------------------------------------------------
+# -- the rules for C -------------------------------------------------------------------
 
 
 def test_c_includes_point_down() -> None:
@@ -336,7 +336,7 @@ def test_native_code_knows_no_python() -> None:
 
 
 def test_native_code_neither_prints_nor_exits() -> None:
-    """Nor reads the environment: every choice comes from the caller."""
+    """It does not read the environment either: callers make every choice."""
     forbidden = re.compile(r"\b(printf|fprintf|abort|exit|getenv|assert)\s*\(")
     for folder in ("common", "kernels", "codec", "tables", "io", "engine"):
         for path in (NATIVE / folder).glob("*.[ch]"):
@@ -362,7 +362,7 @@ def test_the_extension_exports_one_symbol() -> None:
 
 
 def c_code(path: Path) -> str:
-    """Return a C file without comments and the content of string literals."""
+    """Return a C file without comments and without the content of strings."""
     text = re.sub(r"/\*.*?\*/|//[^\n]*", " ", path.read_text(), flags=re.DOTALL)
     return re.sub(r'(#\s*include\s*)?"(?:[^"\\\n]|\\.)*"', _keep_include, text)
 
@@ -379,7 +379,7 @@ def c_files(suffix: str) -> list[Path]:
 
 def c_definitions(code: str) -> set[str]:
     """Return the functions and objects with external linkage that a C file defines."""
-    # A definition starts in the first column; its braces or its initialiser end the match.
+    # A definition starts in the first column; its brace or initialiser ends the match.
     head = r"^(?!static\b|typedef\b|extern\b)[A-Za-z_][\w \t*]*?[ \t*]"
     functions = re.findall(head + r"(\w+)\([^;{}]*\)\s*\{", code, re.MULTILINE)
     objects = re.findall(head + r"(\w+)(?:\[[^\]]*\])?\s*=\s*[^=]", code, re.MULTILINE)
@@ -387,7 +387,7 @@ def c_definitions(code: str) -> set[str]:
 
 
 def c_uses() -> dict[str, set[str]]:
-    """Return for each C file the other C files whose functions or objects it names."""
+    """Return the other C files whose functions or objects each C file names."""
     codes = {str(path.relative_to(NATIVE)): c_code(path) for path in c_files("c")}
     owners = {name: file for file, code in codes.items() for name in c_definitions(code)}
     words = {file: set(re.findall(r"\w+", code)) for file, code in codes.items()}
@@ -398,7 +398,7 @@ def c_uses() -> dict[str, set[str]]:
 
 
 def c_includes() -> dict[str, set[str]]:
-    """Return for each header the headers of this project that it includes."""
+    """Return the headers of this project that each header includes."""
     found = {}
     for path in c_files("h"):
         names = re.findall(r'#\s*include\s*"([^"]+)"', c_code(path))
@@ -409,18 +409,18 @@ def c_includes() -> dict[str, set[str]]:
 
 
 def circle(graph: dict[str, set[str]]) -> list[str]:
-    """Return the nodes of one circle, the first again at the end; empty if there is none."""
+    """Return the nodes of one circle, the first again at the end; empty without one."""
     try:
         list(graphlib.TopologicalSorter(graph).static_order())
     except graphlib.CycleError as error:
         nodes: list[str] = error.args[1]
-        return nodes[::-1]  # in the order of the calls
+        return nodes[::-1]  # in the order of calls
     return []
 
 
 def test_c_files_do_not_call_in_circles() -> None:
     uses = c_uses()
-    # The patterns above still find what they are meant for.
+    # The patterns above must still find these.
     assert {"engine/worker.c", "engine/placer.c"} <= uses["engine/job.c"]
     assert {"io/io.c", "kernels/zero.c"} <= uses["kernels/variants.c"]
     assert not circle(uses), " uses ".join(circle(uses))

@@ -1,4 +1,4 @@
-"""The benchmark runs and writes its record; what it measures here means nothing."""
+"""The benchmark runs and writes its record; its figures are meaningless here."""
 
 from __future__ import annotations
 

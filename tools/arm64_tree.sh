@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# Makes a folder with an arm64 Debian 12 to build for and to emulate, and prints its name:
+# Makes a folder with an arm64 Debian 12 for builds and emulation, and prints its name:
 #
-#   root/        headers, libraries and Python, unpacked only: nothing of it has to run here
-#   site/        the Python packages that imgcore and its tests need
-#   bin/cc       the cross compiler for it; bin/pkg-config answers for its libraries
-#   bin/run      runs one of its programs under qemu; bin/python its Python, child processes included
+#   root/           headers, libraries and Python, only unpacked
+#   site/           the Python packages that imgcore and its tests need
+#   bin/cc          the cross compiler
+#   bin/pkg-config  finds the libraries in root/
+#   bin/run         runs an arm64 program under qemu
+#   bin/python      runs the arm64 Python, with its child processes
 #
-# It lies in $IMGCORE_ARM64_TREE, otherwise in the user's cache, and is made anew when this script changes.
+# The folder is $IMGCORE_ARM64_TREE, by default in the user's cache.  It is made again
+# when this script changes.
 set -euo pipefail
 python=${PYTHON:-.venv/bin/python}
 tree=${IMGCORE_ARM64_TREE:-${XDG_CACHE_HOME:-$HOME/.cache}/imgcore-arm64}
@@ -26,7 +29,7 @@ rm -rf "$tree"
 mkdir -p "$tree/bin" "$tree/root"
 : >"$stamp"
 
-# The machine's own mirror has arm64 as well.
+# The machine's Debian mirror has arm64 as well.
 mirror=${IMGCORE_DEBIAN_MIRROR:-$(apt-get indextargets --format '$(REPO_URI)' | grep -m 1 '/debian/*$')}
 packages=(libc6-dev libgcc-12-dev libdeflate-dev libisal-dev libzstd-dev liburing-dev zlib1g-dev
   python3 libpython3-dev)
@@ -51,14 +54,14 @@ export PKG_CONFIG_SYSROOT_DIR='$tree/root'
 export PKG_CONFIG_LIBDIR='$tree/root/usr/lib/aarch64-linux-gnu/pkgconfig:$tree/root/usr/share/pkgconfig'
 exec pkg-config "\$@"
 EOF
-# The emulator is given the loader rather than -L, which would also redirect what programs open.
+# The emulator runs the loader; -L would also redirect the files that programs open.
 loader="qemu-aarch64 '$tree/root/lib/ld-linux-aarch64.so.1' --library-path \
   '$tree/root/lib/aarch64-linux-gnu:$tree/root/usr/lib/aarch64-linux-gnu'"
 write run <<EOF
 #!/bin/sh
 exec $loader "\$@"
 EOF
-# Its argv[0], and so sys.executable, is this script: children need no help of the kernel.
+# argv[0], and so sys.executable, is this script: child processes do not need binfmt.
 write python <<EOF
 #!/bin/sh
 export PYTHONHOME='$tree/root/usr' PYTHONNOUSERSITE=1

@@ -3,8 +3,10 @@
 #
 #   tools/build_deps.sh [PREFIX]        (default /opt/imgcore-deps)
 #
-# Sources are the Debian archive's, pinned by SHA-256; from $IMGCORE_DEPS_CACHE if they are there, else by apt-get from
-# the machine's own mirror, else by curl from $IMGCORE_DEBIAN_MIRROR (a URL; where there is no apt).  Nothing is done where PREFIX holds the same versions already.
+# The sources are the Debian archive's, pinned by SHA-256.  They are taken from
+# $IMGCORE_DEPS_CACHE, else by apt-get from the machine's mirror, else (without apt) by
+# curl from the URL $IMGCORE_DEBIAN_MIRROR.  If PREFIX already has the same versions,
+# the script does nothing.
 set -euo pipefail
 prefix=${1:-/opt/imgcore-deps}
 cache=${IMGCORE_DEPS_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/imgcore-deps}
@@ -32,7 +34,7 @@ jobs=$(nproc)
 
 is_pinned() { [[ -e $1 ]] && echo "$2  $1" | sha256sum --check --status; }
 
-# apt-get on lists of its own: what the machine's apt knows stays as it is.
+# Uses separate package lists, so that the machine's apt is not changed.
 apt_source() {
   local package=$1 apt=$work/apt keyring=/usr/share/keyrings/debian-archive-keyring.gpg
   command -v apt-get >/dev/null && [[ -e $keyring ]] || return 1
@@ -55,11 +57,11 @@ fetch() {
   [[ -n $mirror ]] &&
     curl --fail --silent --location --max-time 300 --output "$cache/$file" \
       "$mirror/pool/main/${package:0:4}/$package/$file" && is_pinned "$cache/$file" "$digest" && return
-  echo "build_deps: $file could not be had, or is not the pinned one; put it into $cache, or set IMGCORE_DEBIAN_MIRROR" >&2
+  echo "build_deps: $file is not available, or is not the pinned one; put it into $cache, or set IMGCORE_DEBIAN_MIRROR" >&2
   exit 1
 }
 
-# NAME VERSION LINK_NAME: what setup.py asks pkg-config for.
+# write_pc NAME VERSION LINK_NAME: writes the file with which setup.py finds a library.
 write_pc() {
   cat >"$prefix/lib/pkgconfig/$1.pc" <<EOF
 Name: $1
@@ -110,7 +112,7 @@ for source in "${sources[@]}"; do
   fetch "$package" "$file" "$digest"
   mkdir "$work/$package"
   tar -xf "$cache/$file" -C "$work/$package" --strip-components=1
-  set +e # Part of a condition, the commands of a function would not end it.
+  set +e # in a condition, `set -e` has no effect inside the function
   (set -e; cd "$work/$package"; "build_$package") >"$work/$package.log" 2>&1
   status=$?
   set -e

@@ -1,7 +1,7 @@
-"""Checks what a repaired wheel holds: tools/check_wheel.py WHEEL.
+"""Checks a repaired wheel: tools/check_wheel.py WHEEL.
 
-The native libraries are linked in, not carried beside the module; nothing but the module's own
-start is exported; no sources; the licences of what is linked in.
+The native libraries are linked into the module, not beside it.  The module exports its
+init function only.  The wheel has no sources, and the licences of the libraries.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ def words_of(program: str, *arguments: str) -> list[list[str]]:
 
 
 def faults(wheel: Path, folder: Path) -> list[str]:
-    """Unpack the wheel and return what is wrong with it."""
+    """Unpack the wheel and return its faults."""
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(folder)
     found = [
-        f"{name} does not belong into a wheel"
+        f"{name} does not belong in a wheel"
         for name in names
         if name.endswith((".c", ".h", ".pyx", ".pxd")) or ".libs/" in name
     ]
@@ -54,7 +54,7 @@ def faults(wheel: Path, folder: Path) -> list[str]:
 
 
 def main() -> int:
-    """Print each fault on a line of its own; exit code 1 if there are any."""
+    """Print each fault on a line; return 1 if there are any."""
     wheel = Path(sys.argv[1])
     with tempfile.TemporaryDirectory() as folder:
         found = faults(wheel, Path(folder))

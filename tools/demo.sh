@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Converts a real file system image raw -> QCOW2 -> streamOptimized VMDK -> raw, and compares.
+# Converts an image of a real file system from raw to QCOW2, streamOptimized VMDK and
+# back to raw, and compares.
 set -euo pipefail
 python=${PYTHON:-.venv/bin/python}
 megabytes=${DEMO_MIB:-320}

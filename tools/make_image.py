@@ -2,8 +2,8 @@
 
     tools/make_image.py TARGET MEBIBYTES [FOLDER...]
 
-The files are taken in an order that depends on their names only, so that one
-machine gives one content.
+The order of the files depends on their names only, so a machine always makes the same
+content.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 DEFAULT_FOLDERS = ("/usr/lib", "/usr/share", "/usr/bin", "/usr/include")
-# The rest is ext4's own (journal, inode tables, bitmaps) and its directories', which take more
-# of a small image and of many small files: where the first share does not fit, the next is tried,
-# at last with an inode for every 4 KiB.
+# (share of the image for files, bytes for each inode).  The rest is for ext4's journal,
+# inode tables, bitmaps and directories, which take a larger share of a small image, or
+# with many small files.  If a row does not fit, the next is tried.
 ATTEMPTS = ((0.91, 16384), (0.8, 16384), (0.6, 16384), (0.6, 4096))
 MAX_FILE_NBYTES = 64 << 20
 
@@ -63,7 +63,7 @@ def stage(paths: Sequence[str], folder: Path) -> None:
 
 
 def make_image(target: Path, virtual_size: int, folders: Sequence[str] = DEFAULT_FOLDERS) -> None:
-    """Write an ext4 file system of ``virtual_size`` bytes, filled with installed files."""
+    """Write an ext4 file system of ``virtual_size`` bytes with installed files."""
     program = shutil.which("mke2fs", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
     if program is None:
         raise SystemExit("make_image: mke2fs was not found: install e2fsprogs")

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Makes dist/imgcore-*.whl for this machine's Python, from the sdist, with the native libraries linked in, and tries it:
-# what it needs of a system (auditwheel), in an empty environment, and on an x86-64 CPU without AVX (emulated).
+# Makes dist/imgcore-*.whl for this machine's Python, from the sdist, with the native
+# libraries linked in.  Checks its requirements (auditwheel, tools/check_wheel.py), and
+# runs it in an empty environment and on an emulated x86-64 CPU without AVX.
 set -euo pipefail
 python=${PYTHON:-.venv/bin/python}
 out=$PWD/build/wheel

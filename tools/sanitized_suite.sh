@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Builds the extension under AddressSanitizer and UBSan, proves that faults kill, and runs the Python suite on it:
-# tools/sanitized_suite.sh [TESTS...], by default all but the slow ones.
+# Builds the extension with AddressSanitizer and UBSan, proves that they find deliberate
+# faults, and runs the Python suite on it: tools/sanitized_suite.sh [TESTS...], by
+# default all but the slow ones.
 set -euo pipefail
 python=${PYTHON:-.venv/bin/python}
 out=$PWD/build/sanitize
 export IMGCORE_SANITIZE=address,undefined
 "$python" setup.py -q build --build-lib "$out/lib" --build-temp "$out/temp" 2>"$out.log" ||
   { tail -n 20 "$out.log" >&2; exit 1; }
-# Preloaded sanitizers make other programs hang: they are called through wrappers without them.
-export IMGCORE_PEERS=$out  # not those of the home folder, which are no wrappers
+# Other programs hang with preloaded sanitizers: wrappers run them without.
+export IMGCORE_PEERS=$out  # the wrappers, not the programs of the home folder
 mkdir -p "$out/bin"
 for program in qemu-img qemu-io qemu-nbd vbox-img gcc cc; do
   found=$(command -v "$program") || continue
@@ -36,9 +37,9 @@ dies 'overread()' heap-buffer-overflow
 dies 'overflow(5)' 'signed integer overflow'
 dies 'assert(1)' 'Assertion'
 run -c "import imgcore._core as c; assert c.__file__.startswith('$out'), c.__file__"
-rm -f "$out"/report.*  # those of the deliberate faults
+rm -f "$out"/report.*  # reports of the deliberate faults
 run -m pytest -q --hypothesis-profile slow "${@:-tests}" ${PYTEST_ARGS:-} || status=$?
-# pytest may have captured what a sanitizer said, or a child process may have died of it.
+# pytest may have captured a report, or a child process may have died with one.
 for report in "$out"/report.*; do
   if grep -q 'ERROR: \|runtime error' "$report" 2>/dev/null; then
     cat "$report" >&2

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs the Debian packages that building and testing imgcore needs; does nothing where they are there.
-# tools/setup.sh [arm64|valgrind|wheel]: those of a target that needs more, as well.
+# Installs the missing Debian packages for building and testing imgcore.
+# tools/setup.sh [arm64|valgrind|wheel]: also those for this target of the Makefile.
 set -euo pipefail
 
 missing=()

@@ -1,7 +1,7 @@
 """MkDocs hook: documents outside ``docs/`` are pages of the site.
 
-In the repository documents link to each other by their paths.  The site has other paths, so
-each link is rewritten; the text is that of the repository.
+Documents link to each other by their paths in the repository.  The site has other
+paths, so the hook rewrites the links.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def site_links(markdown: str, site_path: str) -> str:
-    """Return a document of the repository with its links as the site has them."""
+    """Return a document of the repository with links for the site."""
     folder = posixpath.dirname(_ORIGINS.get(site_path, f"docs/{site_path}"))
 
     def rewritten(match: re.Match[str]) -> str:

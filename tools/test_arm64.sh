@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Builds imgcore for arm64 and tests it under emulation: tools/test_arm64.sh [PYTEST ARGUMENT...]
+# Builds imgcore for arm64 and tests it under emulation:
+# tools/test_arm64.sh [PYTEST ARGUMENT...]
 #
-# The native tests run as they are, with the NEON and CRC32 variants demanded.  The wheel is built by the
-# emulated Python with a cross compiler, unpacked, and the unit and property tests run on what came out; without
-# those of Compute Engine's archives, which are whole GiB and take minutes each.
+# The native tests must run the NEON and CRC32 variants.  The emulated Python builds a
+# wheel with a cross compiler.  The unit and property tests run on the unpacked wheel,
+# without those of Compute Engine's archives, which have whole GiB and take minutes.
 set -euo pipefail
 python=${PYTHON:-.venv/bin/python}
 out=$PWD/build/arm64

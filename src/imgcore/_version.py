@@ -1,4 +1,4 @@
-"""The one place that states the version."""
+"""The version; no other file states it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The exceptions that imgcore raises, one root and few stable kinds.
+"""The exceptions that imgcore raises: one root and few, stable kinds.
 
-Operating-system errors stay :class:`OSError` with the file name.  Every message
-says what, where, found, allowed, on one line.
+Errors of the operating system stay :class:`OSError` with the file's name.  A message
+is one line: what, where, found, allowed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from imgcore.text import one_line
 
 
 class ImgcoreError(Exception):
-    """Root of everything that imgcore raises about images.
+    """The base class of all exceptions that imgcore raises about images.
 
     Parameters
     ----------
@@ -19,14 +19,14 @@ class ImgcoreError(Exception):
     path : str, optional
         The file that the message is about; it is put in front of the message.
     offset : int, optional
-        Byte offset in that file, where one is known.
+        Byte offset in that file, if one is known.
 
     Attributes
     ----------
     reason : str
         The message without the path.
     path : str or None
-        The file's name as it is; in the message it is escaped and bounded, as all of it.
+        The file's name, unchanged; in the message it is escaped and shortened.
     offset : int or None
         As given.
     """
@@ -43,19 +43,19 @@ class FormatError(ImgcoreError, ValueError):
 
 
 class WrongFormatError(FormatError):
-    """The file is of another format than the one asked for, or of none known."""
+    """The file does not have the requested format, or any known one."""
 
 
 class CorruptImageError(FormatError):
-    """The image contradicts itself or ends too early."""
+    """The image contradicts itself, or ends too early."""
 
 
 class UnsupportedFeatureError(ImgcoreError, NotImplementedError):
-    """The image or the request needs something that imgcore does not do."""
+    """The image or the request needs something that imgcore does not support."""
 
 
 class LimitExceededError(ImgcoreError):
-    """A size claimed by an image, or a result, exceeds a named limit."""
+    """A size that an image claims, or the size of a result, exceeds a named limit."""
 
 
 class UnsafeReferenceError(ImgcoreError):
@@ -63,12 +63,12 @@ class UnsafeReferenceError(ImgcoreError):
 
 
 class TargetError(ImgcoreError):
-    """The target cannot be used: it exists, is the source, or is no place for a file."""
+    """The target cannot be used: it exists, is a source, or cannot be a file."""
 
 
 class OptionError(ImgcoreError, ValueError):
-    """An option is unknown, malformed, or does not go with the others."""
+    """An option is unknown, malformed, or cannot be combined with the others."""
 
 
 class ConversionCancelled(ImgcoreError):
-    """The job was cancelled before it ended; no target was left."""
+    """The job was cancelled before it ended; it left no target."""

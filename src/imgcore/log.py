@@ -1,6 +1,7 @@
 """The package's one logger, ``imgcore``.
 
-A message has names and numbers, no content of images; names are made fit for one line of a log.
+Messages contain names and numbers, never the content of images.  Names are escaped and
+shortened, so that a message stays one line.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from imgcore.text import one_line
 
 
 def _clean(record: logging.LogRecord) -> bool:
-    """Escape what a message is filled with, before any handler sees it."""
+    """Escape the arguments of a message before any handler sees them."""
     if isinstance(record.args, tuple):
         record.args = tuple(_cleaned(value) for value in record.args)
     return True

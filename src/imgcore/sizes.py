@@ -10,19 +10,19 @@ from imgcore.errors import OptionError
 _UNITS: Final = "BKMGTPE"
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGTPE])(?:iB)?|B)?", re.ASCII | re.IGNORECASE)
 
-# No file can be longer: offsets are signed 64-bit integers in the kernel.
+# The kernel's offsets are signed 64-bit integers.
 MAX_SIZE: Final = (1 << 63) - 1
 
 
 def parse_size(text: str) -> int:
-    """Return the number of bytes that a text such as ``10G``, ``1.5T`` or ``512`` means.
+    """Return the number of bytes that a text states: ``10G``, ``1.5T`` or ``512``.
 
     Parameters
     ----------
     text : str
-        A decimal number, with a fraction if need be, and one of the binary units
-        ``K M G T P E`` (in either case, ``iB`` behind them allowed), or plain bytes, which may
-        also be hexadecimal (``0x200``).
+        A decimal number, which may have a fraction, and an optional binary unit
+        ``K M G T P E`` in either case, which ``iB`` may follow; or a hexadecimal number
+        of bytes (``0x200``).
 
     Returns
     -------
@@ -32,7 +32,7 @@ def parse_size(text: str) -> int:
     Raises
     ------
     OptionError
-        The text is no such number, or exceeds 2**63 - 1.
+        The text is not such a number, or the number exceeds 2**63 - 1.
     """
     stripped = text.strip()
     if re.fullmatch(r"0[xX][0-9a-fA-F]{1,16}", stripped):
@@ -53,7 +53,7 @@ def parse_size(text: str) -> int:
 
 
 def format_size(nbytes: int) -> str:
-    """Return bytes in the largest fitting binary unit with three digits, as ``1.5 GiB``.
+    """Return bytes with three digits in the largest fitting binary unit.
 
     Parameters
     ----------
@@ -63,11 +63,11 @@ def format_size(nbytes: int) -> str:
     Returns
     -------
     str
-        Such as ``512 B``, ``64 KiB``, ``1.46 TiB``.
+        For example ``512 B``, ``64 KiB`` or ``1.46 TiB``.
     """
     power = 0
     value = float(nbytes)
-    # From 999.5 on, three digits would not hold the value.
+    # Values from 999.5 would take four digits.
     while value >= 999.5 and power < len(_UNITS) - 1:
         value /= 1024
         power += 1

@@ -1,7 +1,7 @@
-"""Text that came out of images and names, made fit for messages.
+"""Makes text from images and names safe for messages.
 
-Whoever made an image chose the names in it: they could span lines, act on a terminal, fill a log,
-or carry a password.
+The maker of an image chose the names in it.  They could span lines, control a
+terminal, fill a log, or contain a password.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from typing import Final
 
-# Longer texts lose their middle; a path of the usual length keeps all of it.
+# Longer texts lose their middle; the usual path is shorter.
 MAX_TEXT_CHARS: Final = 1200
 _TAIL_CHARS: Final = 300
 _GAP: Final = " ... "
 HIDDEN: Final = "***"
 
-# Of a URL's authority, what stands before the last @; values of such names in queries and JSON.
+# The part of a URL's authority before the last @, and the values of secret fields in
+# queries and JSON.
 _USER_INFO: Final = re.compile(r"(?<=://)[^/?#\s]*@")
 _SECRET_VALUE: Final = re.compile(
     r"(?i)((?:password|passwd|passphrase|secret|token|key|cookie|credential|signature|sig)"
@@ -24,9 +25,9 @@ _SECRET_VALUE: Final = re.compile(
 
 
 def one_line(text: str) -> str:
-    """Return a text on one line, bounded, without control characters and without secrets.
+    """Return a text as one line of bounded length, without its secrets.
 
-    Control and format characters and lone surrogates appear as Python escapes.
+    Control and format characters and lone surrogates become Python escapes.
     """
     if len(text) > MAX_TEXT_CHARS:
         head = MAX_TEXT_CHARS - _TAIL_CHARS - len(_GAP)
@@ -41,7 +42,7 @@ def one_line(text: str) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """Return a name with the credentials hidden that a URL or options in it carry."""
+    """Return a name with the credentials of URLs and options in it hidden."""
     if "@" in text:
         text = _USER_INFO.sub(f"{HIDDEN}@", text)
     return _SECRET_VALUE.sub(rf"\1{HIDDEN}", text)

@@ -1,7 +1,7 @@
-"""Chains that no tool at hand writes: differencing VHD and VHDX with random sector bitmaps.
+"""Differencing VHD and VHDX with random sector bitmaps, which no available tool writes.
 
-They are made from the specifications' text (tests/helpers), and what they read as is computed
-sector by sector beside them.
+tests/helpers builds them from the specifications.  The content expected is computed
+sector by sector.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SECTOR = 512
 
 
 def random_sectors(rng: random.Random, n: int) -> frozenset[int]:
-    """Return some of n sectors: runs, single ones, all but one, none."""
+    """Return some of n sectors: runs, single ones, all but one, or none."""
     kind = rng.randrange(5)
     if kind == 0:
         return frozenset(range(rng.randrange(n), n))
@@ -34,7 +34,7 @@ def random_sectors(rng: random.Random, n: int) -> frozenset[int]:
 
 
 def vhd_case(rng: random.Random, folder: Path) -> None:
-    """A dynamic disk, and up to three differencing ones upon it."""
+    """A dynamic disk with up to three differencing children."""
     nbytes = rng.randrange(1, 600) * SECTOR
     disk, uuid = bytearray(nbytes), b""
     path = folder / "0.vhd"
@@ -74,7 +74,7 @@ def vhd_case(rng: random.Random, folder: Path) -> None:
 
 
 def vhdx_case(rng: random.Random, folder: Path) -> None:
-    """A disk with blocks in every state, and up to two differencing ones upon it."""
+    """A disk with blocks in every state, with up to two differencing children."""
     logical = rng.choice((512, 4096))
     block_nbytes = rng.choice((MIB, 2 * MIB))
     nbytes = rng.randrange(1, 5 * MIB // logical) * logical
@@ -102,7 +102,7 @@ def vhdx_case(rng: random.Random, folder: Path) -> None:
 
 
 def assert_reads_as(rng: random.Random, path: Path, content: bytes | bytearray) -> None:
-    """Read it in full, in random pieces, by conversion and by comparison."""
+    """Read the disk as a whole, in random pieces, by conversion and by comparison."""
     with imgcore.open(path) as image:
         assert image.read(0, len(content)) == content
         for _ in range(10):

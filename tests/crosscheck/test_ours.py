@@ -1,6 +1,7 @@
-"""imgcore's outputs for random disks and options, read by everybody else.
+"""imgcore's outputs for random disks and options, read by other programs.
 
-qemu-img compares and checks all formats; VirtualBox, dissect and libyal read what they know.
+qemu-img compares and checks all formats; VirtualBox, dissect and libyal read those that
+they support.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tests.helpers.images import KIB, MIB
 
 Options = list[str]
 
-# Readers run in a process of their own: they leave files open, and crash in their own ways.
+# Other readers run in a separate process: they leave files open, and may crash.
 _DISSECT = """
 import hashlib, pathlib, sys
 from dissect.hypervisor.disk.{module} import {name}
@@ -120,7 +121,7 @@ def _vdi(rng: random.Random) -> Options:
     return [f"block_size={128 << rng.randrange(5)}k"]
 
 
-# -------------------------------------------------------------------------------- judges
+# ------------------------------------------------------------------------------- judges
 
 
 def digest_of(content: bytes | bytearray) -> list[str]:
@@ -163,15 +164,15 @@ def assert_virtualbox_agrees(raw: Path, path: Path, image_format: str) -> None:
 def other_readers(
     image_format: str, options: Sequence[str], nbytes: int, compress: bool
 ) -> list[str]:
-    """Return who of those installed reads such an image besides qemu-img."""
+    """Return the installed readers of such an image, besides qemu-img."""
     readers = []
-    # QEMU's zlib window is 4 KiB, and dissect and libqcow know neither another nor Zstandard.
+    # dissect and libqcow support QEMU's zlib window of 4 KiB only, and not Zstandard.
     if not {"compression_type=zstd", "window=32k"} & set(options):
-        # Of a VMDK, dissect reads pieces of 8 KiB, the last one too.
+        # dissect reads a VMDK in whole pieces of 8 KiB, even at its end.
         is_odd = image_format == "vmdk" and nbytes % (8 * KIB)
         if not is_odd and image_format in _DISSECT_READERS and _is_installed("dissect.hypervisor"):
             readers.append("dissect")
-        # libqcow reads compressed clusters wrongly, those of qemu-img as well.
+        # libqcow reads compressed clusters wrongly, also those from qemu-img.
         if not compress and _is_installed(_LIBYAL_READERS.get(image_format, ("?",))[0]):
             readers.append("libyal")
     # VirtualBox opens VMDK extents of versions 1 and 3; explicit zeros make version 2.
@@ -188,7 +189,7 @@ def _is_installed(module: str) -> bool:
         return False
 
 
-# --------------------------------------------------------------------------------- cases
+# -------------------------------------------------------------------------------- cases
 
 
 def _case(
@@ -239,7 +240,7 @@ def assert_all_agree(
 
 
 def _chain_case(image_format: str, make_options: Callable[[random.Random], Options]) -> Case:
-    """Write a base, then up to three children, each of changed content upon the last one."""
+    """Write a base, then up to three children, each with changes to its parent."""
 
     def case(rng: random.Random, folder: Path) -> None:
         content = crosscheck.random_content(rng, crosscheck.random_size(rng))
@@ -267,7 +268,7 @@ def _chain_case(image_format: str, make_options: Callable[[random.Random], Optio
         assert imgcore.check(chain[0], format=image_format).ok
         if image_format == "qcow2":
             assert_qemu_agrees(raw, chain[0], image_format, len(content))
-        # Of a VHDX chunk without sector bitmap, libvhdi takes the file's first bytes for one.
+        # libvhdi takes the file's first bytes for a missing sector bitmap of a VHDX.
         elif image_format == "vhd" and _is_installed("pyvhdi"):
             assert_libyal_agrees(content, image_format, *chain)
         elif image_format == "vhdx" and _is_installed("dissect.hypervisor"):

@@ -1,6 +1,7 @@
-"""Images that qemu-io wrote to at random: imgcore must see what qemu-img sees.
+"""Images with random writes by qemu-io: imgcore and qemu-img must agree.
 
-Content (in full, and in random pieces), size, map, and what `check` counts.
+They must agree on content (as a whole and in random pieces), size, map, and the counts
+of `check`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ NOISE_NBYTES = 2 * MIB
 
 @dataclass(frozen=True)
 class Kind:
-    """How images of one kind are made: format, whether children are possible, and options."""
+    """How images of one kind are created: format, whether as a chain, and options."""
 
     name: str
     format: str
@@ -100,7 +101,7 @@ def qemu_name(kind: Kind) -> str:
 
 
 def random_commands(kind: Kind, rng: random.Random, nbytes: int, noise: Path) -> list[str]:
-    """Return qemu-io commands; those that a format refuses are refused, no more."""
+    """Return qemu-io commands; a format may reject some of them."""
     commands = []
     for _ in range(rng.randrange(14)):
         block = rng.choice((*kind.block_nbytes, 4096, 512))
@@ -125,7 +126,7 @@ def random_commands(kind: Kind, rng: random.Random, nbytes: int, noise: Path) ->
 
 
 def qemu_io(kind: Kind, path: Path, commands: Sequence[str]) -> None:
-    """Run commands; that one of them is refused is no failure, that qemu-io crashes is."""
+    """Run commands; qemu-io may reject some of them, but must not crash."""
     program = qemu.find_program("qemu-io")
     if program is None:
         pytest.skip("qemu-io is not installed")
@@ -174,7 +175,7 @@ def _is_preallocated(options: Sequence[str]) -> bool:
 
 
 def operate(kind: Kind, rng: random.Random, path: Path, folder: Path) -> None:
-    """Write at random, with a snapshot in between where the format has them."""
+    """Write at random, with a snapshot in between if the format has snapshots."""
     nbytes = qemu.info(path, kind.format)["virtual-size"]
     noise = folder / "noise"
     if not noise.exists():
@@ -186,7 +187,7 @@ def operate(kind: Kind, rng: random.Random, path: Path, folder: Path) -> None:
 
 
 def make_image(kind: Kind, rng: random.Random, folder: Path) -> Path:
-    """Make an image of the kind, or a chain of up to three."""
+    """Create an image of the kind, or a chain of up to three."""
     path = make_layer(kind, rng, folder, f"a.{kind.format}", None)
     if not kind.has_backing:
         return path
@@ -227,9 +228,9 @@ def assert_random_reads(image: imgcore.Image, flat: Path, rng: random.Random) ->
 
 
 def assert_same_map(kind: Kind, path: Path) -> None:
-    """Compare maps piece by piece, whatever the rows that either joins."""
+    """Compare maps piece by piece: the two may join rows differently."""
     if kind.format == "vhdx":
-        return  # QEMU knows no map of it: all of it is data
+        return  # QEMU cannot map it and reports data only
     theirs = qemu.map_entries(path, kind.format)
     ours = list(imgcore.map(path, format=kind.format))
     their_end = theirs[-1]["start"] + theirs[-1]["length"]
@@ -248,9 +249,9 @@ def assert_same_map(kind: Kind, path: Path) -> None:
 def _difference(
     kind: Kind, start: int, theirs: dict[str, Any], ours: imgcore.MapEntry
 ) -> str | None:
-    """Return what two rows about one place say differently; None if nothing."""
+    """Return how two rows about one place differ; None if they agree."""
     if theirs["data"] and theirs["zero"]:
-        # A hole of the file behind stored blocks: to imgcore data, or zeros.
+        # A hole of the file in stored blocks is data or zeros to imgcore.
         return None
     if theirs["data"] != ours.data or theirs["zero"] != ours.zero:
         return "data or zero"
@@ -268,7 +269,7 @@ def _difference(
 def assert_same_check(kind: Kind, path: Path) -> None:
     if kind.format not in ("qcow2", "vhdx", "vdi"):
         if kind.format != "raw":
-            # Of a grain that became zeros, QEMU leaves the place behind: leaks are in order.
+            # QEMU does not free a grain that became zeros, so leaks are expected.
             assert imgcore.check(path, format=kind.format).corruptions == 0
         return
     program = qemu.require_qemu_img()
@@ -296,7 +297,10 @@ def _case(kind: Kind) -> Case:
 
 
 def killed_case(rng: random.Random, folder: Path) -> None:
-    """A writer that dies leaves a log or refcounts behind: what qemu-img repairs, imgcore reads."""
+    """imgcore reads the image of a killed writer, with its log or wrong refcounts.
+
+    qemu-img repairs such images.
+    """
     kind = rng.choice([kind for kind in KINDS if kind.name in ("qcow2", "vhdx")])
     path = make_layer(kind, rng, folder, "a", None)
     nbytes = qemu.info(path, kind.format)["virtual-size"]

@@ -1,7 +1,7 @@
-"""The examples in the documents run, and print what the documents say they print.
+"""The examples in the documents run, and print the output that the documents show.
 
-A block runs in a folder with the files that it reads.  Shell and console blocks run line by
-line, without a shell; Python blocks run as a whole.
+A block runs in a folder with the files that it reads.  Shell and console blocks run
+line by line, without a shell; Python blocks run as a whole.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.helpers.command import imgcore as run_imgcore
 
 MIB = 1024 * 1024
 
-# Commands that are not run, by how they start, and why.
+# Commands that are not run, by their start, and the reason.
 NOT_RUN = {
     "apt-get install": "changes the system",
     "pip install": "changes the environment, and builds the extension",
@@ -34,7 +34,7 @@ NOT_RUN = {
     ".venv/bin/python -m pytest": "measures for minutes",
 }
 
-# Files that examples read, and how they are made of disk.raw.
+# Files that examples read, and the options for creating them from disk.raw.
 INPUTS: dict[str, dict[str, Any]] = {
     "disk.raw": {},
     "disk.qcow2": {},
@@ -59,7 +59,7 @@ class Block(NamedTuple):
 
 
 class Command(NamedTuple):
-    """A line of a shell or console block, and the output that stands below it."""
+    """A line of a shell or console block, and the output below it."""
 
     text: str
     output: str | None
@@ -76,7 +76,7 @@ class Command(NamedTuple):
         return shlex.split(self.text, comments=True)
 
     def inputs(self) -> Iterator[str]:
-        """Yield the files that the command reads; the last word of ``convert`` is its target."""
+        """Yield the files that the command reads; ``convert`` has its target last."""
         words = self.words()
         if "convert" in words:
             words.pop()
@@ -97,7 +97,7 @@ def blocks(*languages: str) -> list[Block]:
 
 
 def commands(block: Block) -> list[Command]:
-    """Return the commands of a shell block, or of a console block with what they print."""
+    """Return the commands of a block, those of a console block with their output."""
     text = block.text.replace("\\\n", " ")
     if block.language == "sh":
         lines = (line.strip() for line in text.splitlines())
@@ -110,12 +110,12 @@ def commands(block: Block) -> list[Command]:
 
 @pytest.fixture(scope="session")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Give the path of an input; each is made once."""
+    """Return a function for the path of an input, which is created once."""
     folder = tmp_path_factory.mktemp("inputs")
     raw = folder / "disk.raw"
     with raw.open("wb") as file:
         file.truncate(24 * MIB)
-        for start in (0, 8 * MIB):  # text, as an example should compress
+        for start in (0, 8 * MIB):  # text, which compresses
             file.seek(start)
             file.write(b"".join(b"%d bottles of beer\n" % i for i in range(60000))[:MIB])
 
@@ -149,7 +149,7 @@ def test_shell(block: Block, tmp_path: Path, image: Callable[[str], Path]) -> No
 
 
 def assert_output(command: Command, got: str) -> None:
-    """Compare with the document's output, in which ``...`` stands for anything."""
+    """Compare with the document's output, in which ``...`` matches anything."""
     assert command.output is not None
     same = doctest.OutputChecker().check_output(command.output, got, doctest.ELLIPSIS)
     assert same, f"{command.text}\n-- the document says\n{command.output}-- printed\n{got}"
@@ -169,7 +169,7 @@ def test_python(
 
 
 def python_inputs(text: str) -> set[str]:
-    """Return the files that Python code names, but not the targets of ``imgcore.convert``."""
+    """Return the files that Python code names, but not targets of conversions."""
     tree = ast.parse(text)
     constants = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
     targets = {
@@ -181,7 +181,7 @@ def python_inputs(text: str) -> set[str]:
 
 
 def test_what_is_not_run_exists() -> None:
-    """The table of exceptions and that of inputs hold nothing that no example needs."""
+    """The examples need every row of the tables of exceptions and inputs."""
     all_commands = [command for block in blocks("sh", "console") for command in commands(block)]
     unused = [start for start in NOT_RUN if not any(c.starts_with(start) for c in all_commands)]
     assert unused == []
@@ -191,7 +191,7 @@ def test_what_is_not_run_exists() -> None:
 
 
 def test_blocks_name_their_language() -> None:
-    """A block that is not run says so by its language."""
+    """The language of a block decides whether it is run."""
     known = {"sh", "console", "python", "json", "text"}
     for document in DOCUMENTS:
         fences = re.findall(r"^ *```(.*)$", (ROOT / document).read_text(), re.MULTILINE)

@@ -1,14 +1,18 @@
-"""The documents hang together: links, the site's navigation, the API reference."""
+"""Links, the site's navigation, the API reference, and paths of the code are right."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
 import imgcore
 from tests.docs.documents import DOCUMENTS, ROOT
 
+PACKAGE = ROOT / "src" / "imgcore"
+NATIVE = ROOT / "native"
+TESTS = ROOT / "tests"
 PROSE_COLUMNS = 88
 
 
@@ -29,8 +33,50 @@ def test_links_lead_to_files(document: str) -> None:
     assert [target for target in targets if not (path.parent / target).exists()] == []
 
 
+def files_at(name: str) -> list[Path]:
+    """Return the files and folders that a path in a document names.
+
+    It may start at the repository, at ``src/imgcore`` or at ``native``, or be only a
+    file's name.  A part ``x`` stands for any format.
+    """
+    pattern = re.sub(r"(?<![^/])x(?![^/.])", "*", name)
+    found = [path for root in (ROOT, PACKAGE, NATIVE) for path in root.glob(pattern)]
+    if "/" not in name:
+        found += [path for root in (PACKAGE, NATIVE, TESTS) for path in root.rglob(name)]
+    return found
+
+
+@pytest.mark.parametrize("document", ["ARCHITECTURE.md", "CONTRIBUTING.md"])
+def test_paths_of_the_code_exist(document: str) -> None:
+    """A path in backticks has a slash at its end or a suffix of source files."""
+    text = without_code((ROOT / document).read_text())
+    named = re.findall(r"`([\w.-][\w./-]*(?:/|\.(?:py|pyx|c|h|sh|md|toml)))(?:::\w+)?`", text)
+    assert len(named) > 40
+    assert [name for name in named if not files_at(name)] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "exists"),
+    [
+        ("src/imgcore/cli/", True),
+        ("disk/source.py", True),
+        ("formats/x/options.py", True),
+        ("docs/formats/x.md", True),
+        ("native/engine/job.c", True),
+        ("worker.c", True),
+        ("native/engine/plan.c", False),
+        ("disk/plan.py", False),
+        ("formats/x/plan.py", False),
+        ("plan.py", False),
+        ("plans/", False),
+    ],
+)
+def test_missing_paths_are_noticed(name: str, exists: bool) -> None:
+    assert bool(files_at(name)) is exists
+
+
 def test_the_site_has_every_document() -> None:
-    """Pages of docs/ under their own names, the others under those that the hook gives them."""
+    """Pages of docs/ have their own names; the hook names the others."""
     nav = re.findall(r"^ +- .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     hook = (ROOT / "tools/site_pages.py").read_text()
     moved = dict(re.findall(r'^    "(\S+\.md)": "(\S+)",$', hook, re.MULTILINE))
@@ -46,7 +92,7 @@ def test_prose_fits_the_columns(document: str) -> None:
 
 @pytest.mark.parametrize("document", [d for d in DOCUMENTS if d.startswith("docs/")])
 def test_pages_begin_with_a_sentence(document: str) -> None:
-    """It says what the reader gets."""
+    """The first sentence tells the reader what the page is about."""
     title, blank, first = (ROOT / document).read_text().splitlines()[:3]
     assert title.startswith("# ")
     assert blank == ""

@@ -1,7 +1,7 @@
-"""A process below the shim that does what it is told, one JSON object a line.
+"""A process under the shim that runs jobs from stdin, one JSON object a line.
 
-It stays warm: a conversion with one more fault costs milliseconds, not the start of an
-interpreter.  What is to be killed is a fork of it.
+It keeps running, so a conversion with one more fault takes milliseconds, not the start
+of an interpreter.  Jobs that will be killed run in a fork.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SHIM.fault_memory_of.argtypes = [ctypes.c_char_p]
 _SHIM.fault_arm_memory.argtypes = [ctypes.c_long]
 _SHIM.fault_memory_seen.restype = ctypes.c_long
 
-# Starts of libraries' names whose allocations fail.
+# Prefixes of the names of the libraries whose allocations fail.
 _NATIVE = b"_core.\0libzstd\0libdeflate\0libisal\0\0"
 _PYTHON = b"python\0libpython\0_multiarray_umath\0\0"
 
@@ -59,7 +59,7 @@ ACTIONS = {"convert": convert, "repair": repair, "compare": compare}
 
 
 def attempt(job: dict[str, Any], memory: int | None) -> dict[str, Any]:
-    """Do it, and say how it ended."""
+    """Do the job, and return how it ended."""
     before = len(os.listdir("/proc/self/fd"))
     action, arguments = ACTIONS[job["do"]], job["with"]
     try:
@@ -78,16 +78,16 @@ def attempt(job: dict[str, Any], memory: int | None) -> dict[str, Any]:
             "errno": getattr(error, "errno", None),
             "path": getattr(error, "filename", None),
         }
-    except Exception as error:  # not one of those that are promised
+    except Exception as error:  # an exception that is not promised
         answer = {"outcome": "bug", "type": type(error).__name__, "text": str(error)}
-        if "MemoryError" in answer["text"]:  # ctypes wraps it into an error of its own
+        if "MemoryError" in answer["text"]:  # ctypes wraps it
             answer |= {"outcome": "error", "type": "MemoryError"}
     answer["descriptors"] = len(os.listdir("/proc/self/fd")) - before
     return answer
 
 
 def armed(job: dict[str, Any]) -> dict[str, Any]:
-    """Do it with the faults that the job asks for."""
+    """Do the job with its faults."""
     mask, nth, code, mode = job.get("arm", (0, 0, 0, 0))
     inode, start, end = job.get("bad", (0, 0, 0))
     memory = job.get("memory")
@@ -107,7 +107,7 @@ def armed(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def forked(job: dict[str, Any]) -> dict[str, Any]:
-    """Do it in a child, which is killed by the shim or, after some seconds, from here."""
+    """Do the job in a child, which the shim kills, or this process after a timeout."""
     child = os.fork()
     if not child:
         code = 99

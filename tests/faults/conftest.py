@@ -1,4 +1,4 @@
-"""The shim is compiled once; an agent and a place for each test."""
+"""Fixtures: the shim, compiled once; an agent and a place for each test."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(shim: Path, tmp_path: Path) -> Iterator[Callable[..., Place]]:
-    """Return a function that makes the place for a format."""
+    """Return a function that creates the place for a format."""
     with ExitStack() as stack:
 
         def make(variant: Variant, **more: str) -> Place:

@@ -1,7 +1,7 @@
-"""What a disk may hold after a power cut, from the recorded log of a process's writes.
+"""The states of a disk after a power cut, from the recorded log of a process's writes.
 
-Contents are durable when their file has been synced since, names when the folder has been.
-Whatever is not may be there, in part, or not at all.
+Contents are durable when their file has been synced since, and names when their folder
+has been.  Everything else may be there, in part, or not at all.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _HEAD = struct.Struct("@IIIIQQQ")
 
 
 class Event(IntEnum):
-    """Rows of the log (``enum record_kind``)."""
+    """The kind of a row (``enum record_kind``)."""
 
     CREATE = 1
     WRITE = 2
@@ -42,7 +42,7 @@ class Row(NamedTuple):
 
 
 def read_log(path: Path) -> list[Row]:
-    """Return the rows of a log that the shim has written."""
+    """Return the rows of a log that the shim wrote."""
     rows: list[Row] = []
     log = path.read_bytes()
     at = 0
@@ -64,7 +64,7 @@ def read_log(path: Path) -> list[Row]:
 
 
 def _apply(content: bytearray, row: Row, keep: int | None = None) -> None:
-    """Change a file's content; of a write only ``keep`` bytes, if that is given."""
+    """Change a file's content; ``keep`` limits the bytes of a write."""
     if row.event is Event.TRUNCATE:
         del content[row.offset :]
         content.extend(bytes(row.offset - len(content)))
@@ -81,7 +81,7 @@ def _apply(content: bytearray, row: Row, keep: int | None = None) -> None:
 def after_crashes(
     before: Mapping[str, bytes], rows: list[Row], rng: random.Random
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Yield, for a cut after each row, what the folder may hold, and a description of it."""
+    """Yield the possible contents of the folder after each row, and a description."""
     for cut in range(len(rows) + 1):
         for how in ("all unsynced lost", "names kept", "some torn", "all kept"):
             yield f"cut after {cut} of {len(rows)}, {how}", _crash(before, rows[:cut], how, rng)
@@ -97,13 +97,13 @@ def _crash(
             folder_synced_until = index
         elif row.event is Event.SYNC:
             synced_until[row.inode] = index
-    # Old files are numbered below zero: they were there, and durable.
+    # Old files, which are durable, have negative numbers.
     contents: dict[int, bytearray] = {}
     names: dict[str, int] = {}
     for number, (name, data) in enumerate(before.items()):
         contents[-1 - number] = bytearray(data)
         names[name] = -1 - number
-    # A journal keeps the order of names; how many of the unsynced ones it holds is open.
+    # A journal keeps the order of names, but may hold any number of unsynced ones.
     last_name = len(rows)
     if how == "all unsynced lost":
         last_name = folder_synced_until

@@ -1,9 +1,9 @@
-"""The same faults for imgcore and for qemu-img, counted: the table of docs/reliability.md.
+"""Counts outcomes of the same faults for imgcore and qemu-img (docs/reliability.md).
 
     python -m tests.faults.figures [imgcore] [qemu-img]
 
-A case is *wrong* if the target's name holds something that is neither the old image nor the
-complete new one, or if the command says that all is well and the content is not the source's.
+A case is *wrong* if the target is neither the old image nor the complete new one, or if
+the command succeeds and the content is not the source's.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ TOOLS: dict[str, Command] = {"imgcore": imgcore, "qemu-img": qemu_img}
 
 
 class Bench:
-    """A folder with a source and, again and again, an old target."""
+    """A folder with a source, and an old target before each run."""
 
     def __init__(self, shim: Path, folder: Path, command: Command, variant: Variant) -> None:
         self.shim, self.command, self.variant = shim, command, variant
@@ -77,14 +77,14 @@ class Bench:
         return {entry.name: entry.read_bytes() for entry in self.folder.iterdir()}
 
     def put(self, files: dict[str, bytes] | None = None) -> None:
-        """Leave the old target, or other files, and nothing else."""
+        """Restore the old target, or other files, and remove everything else."""
         for entry in self.folder.iterdir():
             entry.unlink()
         for name, data in (self._old if files is None else files).items():
             (self.folder / name).write_bytes(data)
 
     def run(self, command: list[str], spec: str = "", seconds: float | None = None) -> int:
-        """Run a command below the shim, kill it after ``seconds``; return its exit code."""
+        """Run a command under the shim, killed after ``seconds``; return its status."""
         environment = {**os.environ, "LD_PRELOAD": str(self.shim), "FAULT_SPEC": spec}
         with subprocess.Popen(
             command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -99,7 +99,7 @@ class Bench:
         return self.run(self.command(self.source, "raw", self.target, self.variant), spec, seconds)
 
     def content(self) -> str | None:
-        """Return the digest of what the target reads as now; None: no image of the format."""
+        """Return the digest of the target's disk; None if it is not a valid image."""
         self._out.unlink(missing_ok=True)
         name = _QEMU_NAMES.get(self.variant.format, self.variant.format)
         words = ["convert", "-f", name, "-O", "raw", str(self.target), str(self._out)]
@@ -107,7 +107,7 @@ class Bench:
         return images.sha256(self._out) if done.returncode == 0 else None
 
     def outcome(self, code: int) -> str:
-        """Judge what stands under the name after a run."""
+        """Judge the target after a run."""
         if not self.target.exists():
             return "wrong" if code == 0 else "absent"
         content = self.content()
@@ -119,7 +119,7 @@ class Bench:
 
 
 def killed(bench: Bench) -> Iterator[str]:
-    """Kill at twenty moments of the clock, spread over the whole run."""
+    """Kill at twenty moments, spread over the whole run."""
     rng = random.Random(images.SEED)
     bench.put()
     started = time.monotonic()
@@ -140,7 +140,7 @@ def killed_at_changes(bench: Bench) -> Iterator[str]:
 
 
 def full(bench: Bench) -> Iterator[str]:
-    """Let the n-th write and all later ones find the disk full."""
+    """Make the n-th write and all later ones find the disk full."""
     for nth in (1, 2, 3, 5, 8):
         bench.put()
         spec = f"{bench.folder}|{int(Calls.WRITE)}|{nth}|{errno.ENOSPC}|{int(Mode.FAIL_ON)}"
@@ -157,7 +157,7 @@ def unreadable(bench: Bench) -> Iterator[str]:
 
 
 def cut(bench: Bench) -> Iterator[str]:
-    """Cut the image short, and read it: refused, the same, or wrong."""
+    """Cut the image short and read it: it is rejected, the same, or wrong."""
     if bench.variant is qemu.RAW:
         return
     name = max(bench.new, key=lambda name: len(bench.new[name]))

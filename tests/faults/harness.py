@@ -1,4 +1,4 @@
-"""The shim, the agent below it, and the disks and formats that every fault is tried on."""
+"""The shim, the agent under it, and the disks and formats for every fault."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Calls(IntFlag):
     CLOSE = 128
     UNLINK = 256
     COPY = 512
-    SHARE = 1024
+    REFLINK = 1024
 
 
 CHANGES = (
@@ -49,12 +49,12 @@ CHANGES = (
     | Calls.CLOSE
     | Calls.UNLINK
     | Calls.COPY
-    | Calls.SHARE
+    | Calls.REFLINK
 )
 
 
 class Mode(IntEnum):
-    """What becomes of the call that is hit (``enum fault_mode``)."""
+    """How the chosen call fails (``enum fault_mode``)."""
 
     FAIL_ONCE = 0
     FAIL_ON = 1
@@ -65,10 +65,11 @@ class Mode(IntEnum):
 VMDK_VMFS = Variant("vmdk-vmfs", "vmdk", ("subformat=vmfs",), False, ("cid=1a2b3c4d",))
 RAW_PREALLOCATED = Variant("raw-falloc", "raw", ("preallocation=falloc",))
 
-# Every format that is written, and every way in which a target comes about.
+# Every format that is written, and every kind of target.
 VARIANTS = (*qemu.VARIANTS, VMDK_VMFS, RAW_PREALLOCATED)
 
-# One of each way to write: identity, tables, compressed stream, two files, prefixes, a log.
+# One for each way of writing: identity, tables, compressed stream, two files,
+# prefixes, a log.
 _ORDINARY = (
     qemu.RAW,
     qemu.QCOW2_ZLIB,
@@ -80,7 +81,7 @@ _ORDINARY = (
 
 
 def params(variants: Sequence[Variant] = VARIANTS) -> list[Any]:
-    """Return the formats as parameters; those like others are left to `make faults`."""
+    """Return the formats as parameters; `make faults` also runs similar ones."""
     return [
         pytest.param(v, id=v.name, marks=() if v in _ORDINARY else pytest.mark.slow)
         for v in variants
@@ -102,7 +103,7 @@ N_CUTS = 40
 
 
 def cuts(nbytes: int, rng: random.Random) -> list[int]:
-    """Return sizes to cut to: edges of what formats are made of, and anything."""
+    """Return sizes to cut to: edges of structures, and random ones."""
     fixed = [0, 1, 511, 512, 1024, 4096, 65536, nbytes - 1, nbytes - 512, nbytes - 65536]
     sizes = {size for size in fixed if 0 <= size < nbytes}
     while len(sizes) < min(N_CUTS, nbytes):
@@ -113,7 +114,7 @@ def cuts(nbytes: int, rng: random.Random) -> list[int]:
 
 @cache
 def shim_path(folder: Path) -> Path:
-    """Compile the shim, or skip where that is not possible."""
+    """Compile the shim, or skip if that is not possible."""
     if os.environ.get("LD_PRELOAD"):
         pytest.skip("something is preloaded already (a sanitizer?), the fault shim cannot be")
     out = folder / "shim.so"
@@ -133,9 +134,9 @@ def shim_path(folder: Path) -> Path:
 
 
 class Agent:
-    """A warm process below the shim; faults happen in ``folder`` only.
+    """A process under the shim that keeps running; faults happen in ``folder`` only.
 
-    ``more`` goes into its environment.
+    ``more`` is added to its environment.
     """
 
     def __init__(self, shim: Path, folder: Path, **more: str) -> None:
@@ -158,7 +159,7 @@ class Agent:
         )
 
     def do(self, action: str, arguments: Mapping[str, Any], **job: Any) -> dict[str, Any]:
-        """Let the agent do something; ``job`` are the faults."""
+        """Run a job in the agent; ``job`` has its faults."""
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
@@ -169,7 +170,7 @@ class Agent:
         assert line, f"the agent died over {action} {named} {job}"
         answer: dict[str, Any] = json.loads(line)
         assert answer["outcome"] != "bug", (action, named, job, answer)
-        # Between the system call and the object that owns it, the interpreter may lose one.
+        # The interpreter may lose a descriptor between the system call and its owner.
         if "of_python" not in job:
             assert answer.get("descriptors", 0) == 0, (action, named, job, answer)
         return answer
@@ -177,7 +178,7 @@ class Agent:
     def convert(
         self, source: Path, target: Path, variant: Variant, *, more: Any = None, **job: Any
     ) -> dict[str, Any]:
-        """Convert, replacing what is there."""
+        """Convert, and replace the target."""
         arguments = {
             "source": source,
             "target": target,
@@ -202,7 +203,7 @@ class Agent:
 
 @contextmanager
 def agent_in(shim: Path, folder: Path, **more: str) -> Iterator[Agent]:
-    """Run an agent for the time of a block."""
+    """Run an agent while the block runs."""
     agent = Agent(shim, folder, **more)
     try:
         yield agent
@@ -211,10 +212,10 @@ def agent_in(shim: Path, folder: Path, **more: str) -> Iterator[Agent]:
 
 
 class Place:
-    """A folder in which one target is written again and again over an older one.
+    """A folder in which a target is repeatedly written over an older one.
 
-    The three states that the promises allow: the name is absent, the old image is there, or
-    the complete new one.
+    The promises allow three states: the name is absent, or it is the old image, or the
+    complete new one.
     """
 
     def __init__(self, agent: Agent, variant: Variant, folder: Path) -> None:
@@ -242,7 +243,7 @@ class Place:
         return {entry.name: entry.read_bytes() for entry in self.agent.folder.iterdir()}
 
     def reset(self, files: Mapping[str, bytes] | None = None) -> None:
-        """Put the old image there, or other files, and nothing else."""
+        """Restore the old image, or other files, and remove everything else."""
         wanted = self.old if files is None else files
         for entry in self.agent.folder.iterdir():
             entry.unlink()
@@ -250,7 +251,7 @@ class Place:
             (self.agent.folder / name).write_bytes(data)
 
     def convert(self, **job: Any) -> dict[str, Any]:
-        """Write the new image over what is there."""
+        """Write the new image over the target."""
         return self.agent.convert(self.source, self.target, self.variant, **job)
 
     def state(self, files: Mapping[str, bytes]) -> str:
@@ -261,7 +262,7 @@ class Place:
 def state_of(
     files: Mapping[str, bytes], old: Mapping[str, bytes], new: Mapping[str, bytes], main: str
 ) -> str:
-    """Return what stands under the target's names: "old", "new" or "absent"."""
+    """Return the state of the target's names: "old", "new" or "absent"."""
     if main not in files:
         return "absent"
     seen = {name: data for name, data in files.items() if name in old or name in new}

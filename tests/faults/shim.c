@@ -1,12 +1,12 @@
 /*
  * shim.c - faults between a process and its C library, by LD_PRELOAD
  *
- * Calls on files below one folder are counted by class.  The n-th that a mask of classes
- * covers, or all from then on, can fail, end the process, or be refused for one range of a
- * file.  Writes, syncs and renames can be recorded, each with its bytes, in the order in which
- * they happened.  Allocations that come from named libraries can fail likewise.
+ * The shim counts calls on files below one folder, by class.  The n-th call of a mask of
+ * classes, or every call from then on, can fail, end the process, or fail for one range of
+ * a file.  The shim can also record writes, syncs and renames in their order, with their
+ * bytes, and make allocations of named libraries fail.
  *
- * A test drives it from inside the process (fault_...()), or from outside by $FAULT_SPEC.
+ * A test drives it from inside the process by fault_...(), or from outside by $FAULT_SPEC.
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -42,8 +42,8 @@ enum fault_class {
 	CLASS_CREATE = 1 << 6,
 	CLASS_CLOSE = 1 << 7, /* of a file opened for writing */
 	CLASS_UNLINK = 1 << 8,
-	CLASS_COPY = 1 << 9,   /* copy_file_range */
-	CLASS_SHARE = 1 << 10, /* FICLONERANGE */
+	CLASS_COPY = 1 << 9,	 /* copy_file_range */
+	CLASS_REFLINK = 1 << 10, /* FICLONERANGE */
 };
 
 enum fault_mode { FAIL_ONCE, FAIL_ON, KILL_BEFORE, KILL_HALFWAY };
@@ -103,7 +103,7 @@ void fault_arm(unsigned mask, long nth, int os_errno, int mode)
 	atomic_store(&armed_mask, mask);
 }
 
-/* Returns how many calls of the mask were seen since fault_arm(); nothing fails any more. */
+/* Ends the faults, and returns the number of calls of the mask since fault_arm(). */
 long fault_disarm(void)
 {
 	atomic_store(&armed_mask, 0);
@@ -191,7 +191,8 @@ static bool at_is_watched(int dir_fd, const char *name)
 	return fd_is_watched(dir_fd);
 }
 
-/* Whether this call of the class fails now; errno is then set.  *half: do half of it, then die. */
+/* Returns whether this call of the class fails now, with errno set.  *half: do half of it,
+ * then die. */
 static bool is_hit(unsigned class, bool *half)
 {
 	long number;
@@ -261,7 +262,7 @@ static void put_record(const struct record *head, const char *name, const char *
 	}
 }
 
-/* A file's own event; `iov` may be NULL. */
+/* Records an event of a file; `iov` may be NULL. */
 static void record_file(uint32_t kind, int fd, uint64_t offset, uint64_t length,
 			const struct iovec *iov, int n)
 {
@@ -353,7 +354,7 @@ ssize_t preadv64(int fd, const struct iovec *iov, int n, off64_t offset)
 
 /* ---------------------------------------------------------------- writing */
 
-/* Writes part of it, and dies: a torn write. */
+/* Makes a torn write: writes a part, then dies. */
 static void write_half(int fd, const struct iovec *iov, uint64_t offset)
 {
 	REAL(pwrite);
@@ -408,7 +409,7 @@ ssize_t copy_file_range(int in, off64_t *in_at, int out, off64_t *out_at, size_t
 		return real(in, in_at, out, out_at, nbytes, flags);
 	if (fails(CLASS_COPY))
 		return -1;
-	if (log_fd >= 0) { /* written by hand then, so that the bytes are known */
+	if (log_fd >= 0) { /* the caller then writes the bytes, which are recorded */
 		errno = EOPNOTSUPP;
 		return -1;
 	}
@@ -425,9 +426,9 @@ int ioctl(int fd, unsigned long request, ...)
 
 	if (request != FICLONERANGE || !fd_is_watched(fd))
 		return real(fd, request, argument);
-	if (fails(CLASS_SHARE))
+	if (fails(CLASS_REFLINK))
 		return -1;
-	if (log_fd >= 0) { /* written by hand then, so that the bytes are known */
+	if (log_fd >= 0) { /* the caller then writes the bytes, which are recorded */
 		errno = EOPNOTSUPP;
 		return -1;
 	}
@@ -506,7 +507,7 @@ int fallocate(int fd, int mode, off_t offset, off_t nbytes)
 		struct stat st;
 
 		if (!fstat(fd, &st)) {
-			/* The range's length stands in a name of eight bytes: it has no data. */
+			/* A row without data has the range's length as a name of eight bytes. */
 			uint64_t length = (uint64_t)nbytes;
 
 			head.inode = st.st_ino;
@@ -671,7 +672,7 @@ int close(int fd)
 	return real(fd);
 }
 
-/* Waiting costs tests time and proves nothing. */
+/* Skips waits, which only take time in tests. */
 int nanosleep(const struct timespec *wanted, struct timespec *left)
 {
 	REAL(nanosleep);
@@ -729,7 +730,7 @@ static int add_library(struct dl_phdr_info *info, size_t size, void *words)
 	return 0;
 }
 
-/* `names` are starts of libraries' file names, each ended by NUL, one more NUL at the end. */
+/* `names` has prefixes of libraries' file names, each ended by NUL, then one more NUL. */
 int fault_memory_of(char *names)
 {
 	n_libraries = 0;
@@ -737,7 +738,7 @@ int fault_memory_of(char *names)
 	return n_libraries;
 }
 
-/* 0 counts only; below 0 ends it, and keeps the count. */
+/* 0 only counts; a negative number ends the faults, and keeps the count. */
 void fault_arm_memory(long nth)
 {
 	atomic_store(&memory_armed, false);

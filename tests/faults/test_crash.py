@@ -1,7 +1,7 @@
-"""A power cut at any moment: writes that were not synced are lost, or half there.
+"""A power cut at any moment: writes that were not synced are lost, or partly there.
 
-The log of a real conversion is replayed up to every point.  Under the target's name is the
-old image or the complete new one, and after success it is the new one for good.
+The log of a real conversion is replayed up to every point.  The target is the old image
+or the complete new one; after success it always is the new one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.helpers.reading import poke
 
 
 def recorded(place: Place, log: Path) -> list[Row]:
-    """Return what a conversion over the old image does."""
+    """Return the log of a conversion over the old image."""
     place.reset()
     assert place.convert(log=str(log))["outcome"] == "ok"
     return read_log(log)
@@ -39,7 +39,7 @@ def test_power_cut(variant: Variant, place: Callable[[Variant], Place], tmp_path
         except AssertionError as error:
             raise AssertionError(f"{where}: {error}") from None
         states[state] = states.get(state, 0) + 1
-        # Once the command has ended, nothing may be lost.
+        # After the command has ended, nothing may be lost.
         if where.startswith(f"cut after {len(rows)} of"):
             assert state == "new", where
     assert states["old"] > 0
@@ -49,7 +49,7 @@ def test_power_cut(variant: Variant, place: Callable[[Variant], Place], tmp_path
 def test_the_replay_sees_what_is_not_synced(
     place: Callable[[Variant], Place], tmp_path: Path
 ) -> None:
-    """The replay itself: without its syncs the same log leaves broken images."""
+    """Tests the replay: without the syncs, the same log leaves broken images."""
     here = place(VARIANTS[1])
     rows = [row for row in recorded(here, tmp_path / "log") if row.event is not Event.SYNC]
     with pytest.raises(AssertionError, match="neither the old nor the new"):
@@ -58,7 +58,7 @@ def test_the_replay_sees_what_is_not_synced(
 
 
 def test_the_log_is_complete(place: Callable[[Variant], Place], tmp_path: Path) -> None:
-    """Replayed to its end with nothing lost, the log gives the very files."""
+    """Replayed to its end without losses, the log gives the same files."""
     for variant in VARIANTS:
         here = place(variant)
         rows = recorded(here, tmp_path / "log")
@@ -80,7 +80,7 @@ def leaky(tmp_path: Path, shim: Path) -> Iterator[tuple[Agent, Path]]:
 
 
 def test_repair_is_whole_at_every_point(leaky: tuple[Agent, Path], tmp_path: Path) -> None:
-    """In place for the caller, by a copy in truth: damaged as before, or repaired."""
+    """The image is damaged as before or repaired: a repair works in a copy."""
     agent, path = leaky
     old = {path.name: path.read_bytes()}
     answer = agent.do("repair", {"path": path}, log=str(tmp_path / "log"))

@@ -1,6 +1,7 @@
 """A source that was cut short, at many places in every format.
 
-It is refused, or reads as before: what was cut off was of no use.  Never zeros in place of data.
+It is rejected, or reads as before if the part cut off was not needed.  Data never
+becomes zeros.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def test_cut(variant: Variant, place: Callable[[Variant], Place]) -> None:
     here = place(variant)
     rng = random.Random(images.SEED)
     whole = here.new
-    # The file that holds the data: a flat extent stands beside its descriptor.
+    # The file with the data: a flat extent is beside its descriptor.
     name = max(whole, key=lambda name: len(whole[name]))
     out = here.target.with_name("out.raw")
     refused = 0

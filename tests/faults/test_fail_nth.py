@@ -1,7 +1,7 @@
 """Every call that a conversion makes on its files fails once, one after the other.
 
-Visited point by point: the error is clean and names the file, nothing is left, the old target
-is untouched; where a call can be repeated or done without, the new image is complete.
+Each time the error is clean and names the file, no file is left, and the old target is
+unchanged.  If a call can be repeated or is not needed, the new image is complete.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FAULTS = [
 
 
 def visit(place: Place, calls: Calls, code: int, mode: Mode) -> list[str]:
-    """Let each call fail in turn; return what stood under the name afterwards."""
+    """Make each call fail in turn; return the states of the target."""
     states: list[str] = []
     for nth in range(1, 2000):
         place.reset()

@@ -1,6 +1,7 @@
-"""Real file systems that fill up: at once, in the middle, at the last block; and one that lies.
+"""Real file systems that fill up: at once, in the middle, at the last block.
 
-The error says so, the old target stays, nothing else is left.  Needs root, for mounting.
+One claims more space than it has.  The error names the reason, the old target stays,
+and no other file is left.  Mounting needs root.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def own_convert_over(source: Path, target: Path, variant: Variant) -> None:
 def test_what_is_known_to_be_too_much_is_told_before(
     options: tuple[str, ...], small: Path, tmp_path: Path
 ) -> None:
-    """Where the size follows from what is asked for, nothing is written at all."""
+    """Nothing is written if the request already determines a size that does not fit."""
     source = tmp_path / "source.raw"
     with open(source, "wb") as file:
         file.truncate(images.GIB)
@@ -107,7 +108,7 @@ def test_what_is_known_to_be_too_much_is_told_before(
 
 @pytest.mark.parametrize("name", ["out.raw", "out.qcow2", "out.vmdk"])
 def test_a_store_that_is_thinner_than_it_says(name: str, tmp_path: Path) -> None:
-    """Writing succeeds, into the cache; that there is no room below comes out at the sync."""
+    """Writing to the cache succeeds; only the sync reports that the store is full."""
     source = tmp_path / "source.raw"
     source.write_bytes(images.noise(16 * images.MIB))
     with ExitStack() as stack:

@@ -1,7 +1,7 @@
-"""A process that is killed leaves the old image, the new one, or nothing under the name.
+"""A process that is killed leaves the old image, the new one, or no file as the target.
 
-At every change that it makes to its folder, before it and in the middle of it, and at twenty
-moments of the clock; the next run is not hindered by what is left.
+It is killed before and during every change that it makes to its folder, and at twenty
+random moments.  The next run succeeds in spite of the files left.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ N_MOMENTS = 20
 
 
 def assert_next_run_is_whole(place: Place) -> None:
-    """Convert once more over what a killed process left."""
+    """Convert once more over the files that a killed process left."""
     answer = place.convert()
     assert answer["outcome"] == "ok", answer
     assert place.files() == place.new
@@ -78,7 +78,7 @@ def test_at_random_moments(variant: Variant, place: Callable[[Variant], Place]) 
 def test_an_interrupted_pair_is_put_back(
     variant: Variant, place: Callable[[Variant], Place]
 ) -> None:
-    """Between the renames of two files neither stands: the next run puts the old pair back."""
+    """Killed between the renames of two files: the next run restores the old pair."""
     here = place(variant)
     found = 0
     for nth in range(1, 2000):

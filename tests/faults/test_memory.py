@@ -1,4 +1,4 @@
-"""Every allocation of the native core and of its codecs fails once: a clean MemoryError."""
+"""Every allocation of the native core and its codecs fails once, with MemoryError."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_writing(variant: Variant, place: Callable[[Variant], Place]) -> None:
             assert answer["outcome"] == "ok"
             assert n_failed > 5
             return
-        if answer["outcome"] == "ok":  # done without
+        if answer["outcome"] == "ok":  # not needed
             assert here.files() == here.new
             here.reset()
             continue
@@ -69,10 +69,10 @@ def test_reading(variant: Variant, place: Callable[[Variant], Place]) -> None:
 
 @pytest.mark.parametrize("variant", [qemu.QCOW2_ZLIB, qemu.VHDX_DYNAMIC], ids=lambda v: v.name)
 def test_allocations_of_the_interpreter(variant: Variant, place: Callable[..., Place]) -> None:
-    """Those of Python and NumPy, wherever they come from; a sample of them.
+    """A sample of the allocations of Python and NumPy fails.
 
-    Not all of NumPy survives that, so it is done in a child.  The target is whole regardless,
-    and no run says that all is well if it is not.
+    NumPy does not survive every failure, so the job runs in a child.  The target is
+    never broken, and a run that succeeds has written the new image.
     """
     here = place(variant, PYTHONMALLOC="malloc")
     here.reset()
@@ -83,7 +83,7 @@ def test_allocations_of_the_interpreter(variant: Variant, place: Callable[..., P
         here.reset()
         answer = here.convert(memory=nth, of_python=True, fork=True, more={"sync": False})
         state = here.state(here.files())
-        # After the rename there is nothing left to fail but the report.
+        # After the rename only the report can fail.
         assert state == "new" or (state == "old" and answer["outcome"] != "ok"), answer
         n_failed += state == "old"
     assert n_failed > 10

@@ -1,7 +1,7 @@
 """A source of which a part cannot be read.
 
-An error that lasts ends the conversion and names the place; one that passes is not noticed;
-with ``salvage`` the rest is saved, and what is lost is listed.
+A lasting error ends the conversion and names the place; a passing one has no effect.
+With ``salvage`` the rest is saved, and the lost ranges are listed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ READABLE = [v for v in VARIANTS if v.name != "raw-falloc"]
 
 
 class Source:
-    """An image in the agent's folder, to be read with faults."""
+    """An image in the agent's folder that is read with faults."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
@@ -40,11 +40,11 @@ class Source:
         return self.place.agent.convert(self.image, self.out, qemu.RAW, more=arguments, **job)
 
     def bad(self, start: int, end: int) -> tuple[int, int, int]:
-        """Return the job's word for a range of the data file that cannot be read."""
+        """Return the job's fault for a range of the data file that cannot be read."""
         return ((self.image.parent / self.data).stat().st_ino, start, end)
 
     def find(self, guest_offset: int) -> int:
-        """Return where a piece of the disk lies in the data file."""
+        """Return the offset of a piece of the disk in the data file."""
         needle = self.content[guest_offset : guest_offset + 512]
         at: int = (self.image.parent / self.data).read_bytes().find(needle)
         return at
@@ -108,7 +108,7 @@ def test_a_write_that_was_not_tried_is_repeated(
 def test_there_is_an_end_to_repeating(source: Callable[[Variant], Source]) -> None:
     answer = source(qemu.RAW).read(arm=(Calls.READ, 1, errno.EIO, Mode.FAIL_ON))
     assert answer["outcome"] == "error"
-    # Two threads may have a read under way each.
+    # Each of two threads may have started a read.
     assert 5 <= answer["hits"] <= 10
 
 
@@ -139,7 +139,7 @@ def test_salvage_of_plain_data(variant: Variant, source: Callable[[Variant], Sou
 
 
 def assert_lost(here: Source, lost: list[list[Any]]) -> None:
-    """Fail unless zeros stand in the listed ranges, and the source's bytes elsewhere."""
+    """Fail unless the listed ranges are zeros, and all else is the source's bytes."""
     expected = bytearray(here.content)
     for offset, length, *_ in lost:
         expected[offset : offset + length] = bytes(length)
@@ -172,7 +172,7 @@ def test_salvage_of_compressed_data(
 
 
 def break_a_block(source: Source) -> None:
-    """Damage the image where that breaks compressed data, and nothing else."""
+    """Damage compressed data of the image, and nothing else."""
     whole = source.place.new[source.data]
     for at in range(4096, len(whole), 8192):
         damaged = bytearray(whole)

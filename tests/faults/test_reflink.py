@@ -1,4 +1,4 @@
-"""The file system shares blocks, and then no longer does: what is left is copied."""
+"""The file system stops making reflinks during a job: the rest is copied."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_what_is_refused_is_copied(code: int, nth: int, tmp_path: Path, shim: Pa
         raw, target = top / "disk.raw", top / "target" / "out.qcow2"
         DISK.write(raw)
         with agent_in(shim, target.parent) as agent:
-            arm = (Calls.SHARE, nth, code, Mode.FAIL_ON)
+            arm = (Calls.REFLINK, nth, code, Mode.FAIL_ON)
             answer = agent.convert(raw, target, qemu.QCOW2, arm=arm)
         assert answer["outcome"] == "ok"
         assert answer["hits"] == 1, "asked again after a refusal"

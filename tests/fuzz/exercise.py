@@ -1,4 +1,4 @@
-"""What is done with each image that a fuzzer makes, and what may come of it."""
+"""Uses each image that a fuzzer makes, and checks the outcome."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ SUFFIXES = {"raw": ".raw"}
 
 
 class Finding(AssertionError):
-    """Something that must not happen; never caught as an error of imgcore's."""
+    """An outcome that must not happen; not an error of imgcore."""
 
 
 def _family(folder: Path) -> None:
-    """Write what images may refer to: parents and extents beside them, canaries outside."""
+    """Write files for images to refer to: parents and extents, and canaries outside."""
     outside = folder.parent / "outside"
     outside.mkdir()
     secret = (CANARY * 40)[:512] * 32
@@ -43,7 +43,7 @@ def _family(folder: Path) -> None:
 
 
 class Place:
-    """A folder with a family, in which one image after the other is used."""
+    """A folder with a family, in which images are used one after the other."""
 
     def __init__(self) -> None:
         memory = Path("/dev/shm")
@@ -57,12 +57,12 @@ class Place:
         shutil.rmtree(self._root)
 
     def use(self, data: bytes) -> str:
-        """Use one packed image; return what came of it, ``ok`` or the name of an exception.
+        """Use one packed image; return ``ok`` or the name of the exception.
 
         Raises
         ------
         Finding
-            An exception that is none of imgcore's, a leak, or too much time.
+            An exception that is not imgcore's, a leak, or a timeout.
         """
         image = Pieces.unpack(data)
         path = self._folder / f"disk{SUFFIXES.get(image.format or '', '')}"

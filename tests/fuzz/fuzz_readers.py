@@ -15,12 +15,13 @@ import warnings
 import atheris  # type: ignore[import-not-found]
 from atheris.import_hook import HookManager  # type: ignore[import-not-found]
 
-# As `atheris.instrument_imports`, but without its hooks in comparisons (atheris 3.0): they never
-# free a result that is no bool, such as an array, and the limit on memory would mean nothing.
+# As `atheris.instrument_imports`, but without its hooks in comparisons: in atheris 3.0
+# these never free a result that is not a bool, such as an array, so that memory would
+# grow to its limit.
 with HookManager({"imgcore"}, set(), True, trace_dataflow=False):
     import imgcore
 
-    # What a reader imports when it is first needed has to be watched as well.
+    # The modules that a reader imports lazily must be instrumented as well.
     for module in pkgutil.walk_packages(imgcore.__path__, "imgcore."):
         if not module.name.startswith(("imgcore.cli", "imgcore.__main__")):
             importlib.import_module(module.name)

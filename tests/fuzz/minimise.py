@@ -1,7 +1,7 @@
-"""Keeps the smallest inputs that reach something new: a corpus that is fit to be committed.
+"""Keeps the smallest inputs that reach something new, for a corpus to be committed.
 
-``python -m tests.fuzz.minimise CORPUS FOLDER...`` adds to CORPUS, out of all folders, what it
-lacks, and removes from it what others make superfluous.
+``python -m tests.fuzz.minimise CORPUS FOLDER...`` adds inputs of all folders to CORPUS
+if they reach something new, and removes those that are no longer needed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Arc = tuple[str, int, int, str | None]
 
 
 class Tracer:
-    """Notes which lines of imgcore follow which, for one format."""
+    """Records which lines of imgcore follow which, for one format."""
 
     def __init__(self, format: str | None) -> None:
         self.arcs: set[Arc] = set()
@@ -54,7 +54,7 @@ def reached(data: bytes, place: Place) -> set[Arc]:
     try:
         place.use(data)
     except Finding:
-        pass  # tracing takes its time, and real ones the fuzzer has reported
+        pass  # tracing is slow; the fuzzer has reported real timeouts
     finally:
         sys.settrace(None)
         threading.settrace(None)  # type: ignore[arg-type]
@@ -62,7 +62,7 @@ def reached(data: bytes, place: Place) -> set[Arc]:
 
 
 def main(corpus: Path, folders: list[Path]) -> None:
-    """Make the corpus small again."""
+    """Update the corpus."""
     logging.getLogger("imgcore").addHandler(logging.NullHandler())
     logging.getLogger("imgcore").propagate = False
     corpus.mkdir(exist_ok=True)

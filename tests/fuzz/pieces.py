@@ -1,7 +1,7 @@
-"""A sparse file in few bytes: what a fuzzer mutates, and what a corpus holds.
+"""Sparse files packed into few bytes, for the fuzzer and its corpus.
 
-Images of several MiB are mostly zeros.  Packed, an image is the number of its format, its size,
-and the pieces that are not zero: offset, length, bytes.
+Images of several MiB are mostly zeros.  A packed image is the number of its format, its
+size, and the pieces that are not zero: offset, length, bytes.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
-# 0 stands for "not stated": the format is found by the magic.
+# 0 means "not stated": the format is found by the magic.
 FORMATS = (None, "raw", "qcow2", "vmdk", "vhd", "vhdx", "vdi")
 MAX_FILE_NBYTES = 1 << 44
 
 _HEAD = struct.Struct("<BQ")
 _PIECE = struct.Struct("<QI")
-# Zeros shorter than this stay inside a piece.
+# Shorter runs of zeros stay inside a piece.
 _GAP = 2 * _PIECE.size
 
 
@@ -25,7 +25,7 @@ class Pieces:
     Attributes
     ----------
     format : str or None
-        What the image is opened as.
+        The format that is stated when the image is opened.
     nbytes : int
         The file's size.
     chunks : list of (offset, bytearray)
@@ -56,7 +56,7 @@ class Pieces:
 
     @classmethod
     def unpack(cls, data: bytes) -> Pieces:
-        """Return what packed bytes mean; any bytes mean something."""
+        """Return the pieces of packed bytes; any bytes are valid."""
         data = data.ljust(_HEAD.size, b"\0")
         kind, nbytes = _HEAD.unpack_from(data)
         pieces = cls(FORMATS[kind % len(FORMATS)], min(nbytes, MAX_FILE_NBYTES))
@@ -76,7 +76,7 @@ class Pieces:
         return b"".join(out)
 
     def read(self, offset: int, nbytes: int) -> bytes:
-        """Return bytes, zeros where nothing is."""
+        """Return bytes of the file; zeros between and after pieces."""
         out = bytearray(nbytes)
         for start, chunk in self.chunks:
             low, high = max(start, offset), min(start + len(chunk), offset + nbytes)
@@ -85,7 +85,7 @@ class Pieces:
         return bytes(out)
 
     def write(self, offset: int, data: bytes) -> None:
-        """Put bytes; what lies outside the file is left out."""
+        """Write bytes; the part outside the file is ignored."""
         data = data[: max(0, self.nbytes - offset)]
         if not data:
             return
@@ -104,7 +104,7 @@ class Pieces:
         self.chunks.sort(key=lambda chunk: chunk[0])
 
     def resize(self, nbytes: int) -> None:
-        """Change the file's size; what lies behind it is gone."""
+        """Change the file's size; bytes after the new end are lost."""
         self.nbytes = max(0, min(nbytes, MAX_FILE_NBYTES))
         self.chunks = [
             (start, chunk[: self.nbytes - start])

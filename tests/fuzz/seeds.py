@@ -1,4 +1,4 @@
-"""Small valid images of every format and kind: where a fuzzer begins.
+"""Small valid images of every format and kind, from which a fuzzer starts.
 
 ``python -m tests.fuzz.seeds FOLDER`` writes them, packed.
 """
@@ -129,7 +129,7 @@ def _vdi() -> Iterator[tuple[str, Make]]:
 
 
 def seeds() -> Iterator[tuple[str, Pieces]]:
-    """Yield names and images."""
+    """Yield (name, image)."""
     for name, content in _qcow2():
         yield f"qcow2-{name}", Pieces.of(content, "qcow2")
     made = {"vmdk": _vmdk(), "vhd": _vhd(), "vhdx": _vhdx(), "vdi": _vdi()}

@@ -1,7 +1,7 @@
-"""Where the fields and tables of an image are, and what its checksums have to be.
+"""Mutates images by their fields and tables, and corrects their checksums.
 
-A fuzzer that flips bits gets no further than the first checksum.  This one changes fields, and
-then makes the checksums right again.
+A fuzzer that flips bits does not get past the first checksum.  This one changes fields,
+and then corrects the checksums.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def _vhdx(image: Pieces) -> Iterator[Field]:
 
 
 def log_entries(image: Pieces) -> list[int]:
-    """Return where entries of a VHDX log begin."""
+    """Return the offsets of entries of a VHDX log."""
     found = []
     for start, chunk in image.chunks:
         at = chunk.find(b"loge")
@@ -152,7 +152,7 @@ _FIELDS: dict[str, Callable[[Pieces], Iterator[Field]]] = {
 
 
 def fields(image: Pieces) -> list[Field]:
-    """Return the fields of an image that lie inside the file."""
+    """Return the fields of an image that are inside the file."""
     find = _FIELDS.get(image.format or "")
     if find is None:
         return []
@@ -163,7 +163,7 @@ def fields(image: Pieces) -> list[Field]:
 
 
 def make_sound(image: Pieces) -> None:
-    """Make the checksums right that readers verify before they look at anything else."""
+    """Correct the checksums that readers verify before anything else."""
     if image.format == "vhd":
         _sound_vhd(image)
     elif image.format == "vhdx":
@@ -207,7 +207,7 @@ def _sound_vhdx(image: Pieces) -> None:
 
 
 def _value(rng: random.Random, image: Pieces, field: Field) -> int:
-    """Return a number that may be the wrong one there."""
+    """Return a number that may be wrong in this field."""
     old, bits = number(image, field), 8 * field.nbytes
     choices = (
         lambda: 0,
@@ -283,7 +283,7 @@ _MUTATIONS = (_change_field,) * 8 + (_change_bytes,) * 2 + (_change_size, _copy,
 
 
 def mutate(data: bytes, max_nbytes: int, seed: int) -> bytes:
-    """Return another packed image, in most cases with sound checksums."""
+    """Return a changed packed image, in most cases with valid checksums."""
     rng = random.Random(seed)
     image = Pieces.unpack(data)
     for _ in range(rng.choice((1, 1, 1, 2, 3, 5))):

@@ -1,4 +1,4 @@
-"""What fuzzing has found worth keeping is used again in every run of the tests."""
+"""The inputs that fuzzing found are used in every run of the tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.fuzz.pieces import FORMATS, Pieces
 
 CORPUS = Path(__file__).parent / "corpus"
 SEEDS = dict(seeds.seeds())
-# A compressed raw disk has to be named like one.
+# A compressed raw disk is recognised by its name.
 UNREADABLE = ("any-gzip", "any-zstd")
 
 
@@ -36,7 +36,7 @@ def test_seeds_are_valid(place: Place) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_corpus(place: Place) -> None:
-    """Each input ends in success or in one of imgcore's errors, in time."""
+    """Each input ends with success or an error of imgcore, in time."""
     outcomes: Counter[str] = Counter()
     for path in sorted(CORPUS.iterdir()):
         outcomes[place.use(path.read_bytes())] += 1
@@ -46,7 +46,7 @@ def test_corpus(place: Place) -> None:
 
 @pytest.mark.parametrize("format", [name for name in FORMATS[2:] if name], ids=str)
 def test_mutations_pass_checksums(format: str, place: Place) -> None:
-    """Most mutations get behind the checksums, into what they change."""
+    """Most mutations get past the checksums, to the changed fields."""
     outcomes: Counter[str] = Counter()
     images = [image.pack() for name, image in SEEDS.items() if name.startswith(f"{format}-")]
     for seed in range(60):

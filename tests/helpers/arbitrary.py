@@ -1,4 +1,4 @@
-"""How tests of random bytes use an image, and what they allow."""
+"""Uses images of random bytes, and checks the outcome."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 
 import imgcore
 
-# Of the processor: what other processes take of a busy machine does not count, but for a hang.
+# Processor time, so that other processes of a busy machine do not count.
 MAX_SECONDS = 2.0
 HANG_SECONDS = 20
 MAX_READ_NBYTES = 1 << 20
@@ -25,7 +25,10 @@ relaxed = settings(
 
 
 def use(path: Path, image_format: str | None) -> None:
-    """Open, describe, map, read; only ImgcoreError, or OSError about a named file, comes out."""
+    """Open, describe, map and read an image.
+
+    Only ImgcoreError, or an OSError with a file's name, may be raised.
+    """
     begun, cpu_begun = time.monotonic(), time.process_time()
     try:
         with imgcore.open(str(path), format=image_format) as image:

@@ -1,4 +1,4 @@
-"""The imgcore command as a child process, the way users run it."""
+"""Runs the imgcore command as a child process, as users do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 def imgcore(
     *arguments: str | os.PathLike[str], cwd: Path | None = None, timeout: float = 120
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``imgcore`` with the interpreter of the tests and return what it printed."""
+    """Run ``imgcore`` with the interpreter of the tests and return the outcome."""
     command = [sys.executable, "-m", "imgcore", *map(os.fspath, arguments)]
     return subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=cwd, timeout=timeout
@@ -21,7 +21,7 @@ def imgcore(
 def assert_one_line_error(
     done: subprocess.CompletedProcess[str], *words: str, code: int = 1
 ) -> None:
-    """Fail unless the command ended with that exit code and one line that holds ``words``."""
+    """Fail unless the command ended with this exit code and one line with ``words``."""
     assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
     lines = done.stderr.splitlines()
     assert len(lines) == 1, done.stderr

@@ -1,7 +1,7 @@
 """Random cases that can be run again: seeds, a time budget, random disks.
 
-A case is a function of a `random.Random`, so its seed is all that a failure has to say.
-``CROSSCHECK_SEED`` runs that one seed; ``CROSSCHECK_SECONDS`` is how long the long runs take.
+A case is a function of a `random.Random`, so its seed repeats a failure.
+``CROSSCHECK_SEED`` selects one seed; ``CROSSCHECK_SECONDS`` is the time of long runs.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ Case = Callable[[random.Random, Path], None]
 
 ONE_SEED = os.environ.get("CROSSCHECK_SEED")
 SECONDS = float(os.environ.get("CROSSCHECK_SECONDS", "120"))
-# After so many failures a long run has said enough.
+# A long run ends after this many failures.
 MAX_FAILURES = 8
 
 
 def seeds(count: int) -> list[int]:
-    """Return the seeds of an ordinary run: the first few, or the one that is asked for."""
+    """Return the seeds of an ordinary run: the first few, or ``CROSSCHECK_SEED``."""
     return [int(ONE_SEED)] if ONE_SEED else [images.SEED + i for i in range(count)]
 
 
 def run(name: str, case: Case, seed: int, folder: Path) -> None:
-    """Run one case in a folder of its own, which stays if it fails."""
+    """Run one case in a new folder, which stays if the case fails."""
     place = folder / f"{name}-{seed}"
     place.mkdir()
     case(random.Random(f"{name} {seed}"), place)
@@ -41,9 +41,9 @@ def run(name: str, case: Case, seed: int, folder: Path) -> None:
 
 
 def run_for_a_while(cases: Mapping[str, Case], folder: Path, seconds: float = SECONDS) -> int:
-    """Run all cases by turns, each with ever new seeds, until time is up; return how many.
+    """Run all cases in turn, with new seeds, until time is up; return their number.
 
-    Failures do not end the run: all of them together are the AssertionError at its end.
+    A failure does not end the run; the AssertionError at its end has all of them.
     """
     deadline = time.monotonic() + seconds
     first = int(ONE_SEED) if ONE_SEED else int(time.time()) % 10**8 * 1000
@@ -68,7 +68,7 @@ def run_for_a_while(cases: Mapping[str, Case], folder: Path, seconds: float = SE
 
 
 def random_size(rng: random.Random, unit: int = 512, largest: int = 20 * MIB) -> int:
-    """Return a disk size: often small, often just beside a power of two."""
+    """Return a disk size, often small, often close to a power of two."""
     kind = rng.randrange(4)
     if kind == 0:
         nbytes = rng.randrange(1, 200 * KIB)
@@ -96,7 +96,7 @@ def random_content(rng: random.Random, nbytes: int) -> bytearray:
 
 
 def piece(rng: random.Random, nbytes: int) -> bytes:
-    """Return one run of a kind; half of them are zeros."""
+    """Return one run of bytes; half of the runs are zeros."""
     kind = rng.randrange(8)
     if kind == 0:
         return np.random.default_rng(rng.getrandbits(32)).bytes(nbytes)
@@ -112,7 +112,7 @@ def piece(rng: random.Random, nbytes: int) -> bytes:
 
 
 def write_sparse(path: Path, content: bytes | bytearray, rng: random.Random) -> None:
-    """Write a raw image; its zeros are holes or bytes as chance has it."""
+    """Write a raw image, in which zeros are holes or bytes at random."""
     with open(path, "wb") as file:
         file.truncate(len(content))
         for offset, data in _pieces(content):

@@ -1,4 +1,4 @@
-"""Raw images with known content, made from a seed; the same on every machine."""
+"""Raw images with known content from a seed, the same on every machine."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ SEED = int(os.environ.get("IMGCORE_TEST_SEED", "20240229"))
 
 
 def noise(nbytes: int, seed: int = SEED) -> bytes:
-    """Return bytes that no codec shrinks."""
+    """Return bytes that cannot be compressed."""
     return np.random.default_rng(seed).bytes(nbytes)
 
 
 def text(nbytes: int, seed: int = SEED) -> bytes:
-    """Return bytes that deflate to about a third, with distances beyond 4 KiB."""
+    """Return bytes that deflate to about a third, with matches beyond 4 KiB."""
     rng = np.random.default_rng(seed)
     words: NDArray[np.uint8] = rng.integers(97, 123, size=(4096, 8), dtype=np.uint8)
     words[:, 7] = 32
@@ -34,14 +34,14 @@ def text(nbytes: int, seed: int = SEED) -> bytes:
 
 @dataclass(frozen=True)
 class RawImage:
-    """How to make one raw image: pieces of data over a sparse file."""
+    """The recipe of a raw image: pieces of data in a sparse file."""
 
     name: str
     virtual_size: int
     pieces: Callable[[], list[tuple[int, bytes]]]
 
     def write(self, path: Path) -> None:
-        """Write the image; what is not data stays a hole."""
+        """Write the image; all but data stays a hole."""
         with open(path, "wb") as file:
             for offset, data in self.pieces():
                 file.seek(offset)
@@ -58,7 +58,7 @@ def _sparse() -> list[tuple[int, bytes]]:
         (64 * KIB, text(300 * KIB)),
         (3 * MIB + 512, noise(700)),
         (9 * MIB - 4096, text(64 * KIB, SEED + 2)),
-        (23 * MIB, b"\x00" * (2 * MIB)),  # written zeros: no data to any tool
+        (23 * MIB, b"\x00" * (2 * MIB)),  # written zeros, which tools find to be empty
         (31 * MIB + 65024, noise(512, SEED + 3)),
     ]
 
@@ -81,7 +81,7 @@ def _far() -> list[tuple[int, bytes]]:
 
 
 def _nearly_zero() -> list[tuple[int, bytes]]:
-    """Clusters whose only set bit is at an edge: the zero test's hard cases."""
+    """Clusters whose only set bit is at an edge: hard cases for the zero test."""
     return [
         (offset, b"\x01")
         for i in range(24)

@@ -1,4 +1,4 @@
-"""Loop devices and file systems on a test's file; each skips where it cannot be had."""
+"""Loop devices and file systems on a test's file; each skips if it is not available."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-# Program, options, and the Debian package that it comes with.
+# Program, options, and the program's Debian package.
 _MAKERS = {
     "ext4": ("mkfs.ext4", ("-q", "-F", "-m", "0", "-O", "^has_journal"), "e2fsprogs"),
     "xfs": ("mkfs.xfs", ("-q", "-m", "reflink=1"), "xfsprogs"),
@@ -54,7 +54,7 @@ def mounted(device: str | Path, folder: Path, *options: str) -> Iterator[Path]:
 
 
 def make_file_system(kind: str, image: Path, nbytes: int) -> Path:
-    """Make a file system in a sparse file, or skip."""
+    """Create a file system in a sparse file, or skip."""
     name, options, package = _MAKERS[kind]
     program = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
     if program is None:

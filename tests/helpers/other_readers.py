@@ -1,4 +1,4 @@
-"""Readers by others than QEMU, each in a process of its own."""
+"""Readers other than QEMU, each in a separate process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers import images, qemu
 
-# The library leaves files open, which is an error in this one.
+# The library leaves files open, which is an error in the tests' process.
 DISSECT = """
 import hashlib, pathlib, sys
 from dissect.hypervisor.disk.{module} import {name}
@@ -33,7 +33,7 @@ def assert_dissect_reads(raw: Path, ours: Path, module: str, name: str, argument
     assert done.stdout.split() == [str(raw.stat().st_size), images.sha256(raw)]
 
 
-# A library in C that shares no code with QEMU.
+# A library in C without code of QEMU.
 LIBVHDI = """
 import hashlib, sys, pyvhdi
 files = []

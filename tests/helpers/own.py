@@ -1,4 +1,4 @@
-"""imgcore's own conversion in the shape of the oracle's."""
+"""imgcore's conversion with the interface of the oracle's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def convert(
     threads: int | None = 2,
     options: tuple[str, ...] = (),
 ) -> imgcore.ConvertResult:
-    """Convert with imgcore; no sync, tests' folders are not worth it."""
+    """Convert with imgcore, without sync."""
     return imgcore.convert(
         str(source),
         str(target),

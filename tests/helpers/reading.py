@@ -1,4 +1,4 @@
-"""Damage for images, readers of them, and their rows."""
+"""Damages images, opens readers, and lists extents."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _Reader = TypeVar("_Reader", bound=Reader)
 
 
 def open_file(path: Path, read: Callable[[HostFile], _Reader]) -> _Reader:
-    """Return the reader of a file; the file is closed if there is none."""
+    """Return the reader of a file; an error closes the file."""
     file = HostFile.open(path)
     try:
         return read(file)

@@ -1,4 +1,4 @@
-"""Hostile references: backing files that leave the folder, loop, or are something else."""
+"""Hostile references: to files outside the folder, in a loop, or of another kind."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Prepare = Callable[[Path], object]
 
 
 def _upon(name: str, format: bytes = RAW, prepare: Prepare | None = None) -> Callable[[Path], Path]:
-    """Return what makes an empty image upon a backing file."""
+    """Return a function that creates an empty image with a backing file."""
 
     def make(folder: Path) -> Path:
         if prepare is not None:
@@ -120,7 +120,7 @@ def _fields() -> Iterator[Case]:
         ),
     ):
         yield Case(f"qcow2-backing-{name}", qcow2.put(qcow2.build(**fields)), error, word)
-    # The bit alone decides, before any name is looked at.
+    # The bit decides before any name is examined.
     data_file = qcow2.extension(0x44415441, 21, b"../outside/canary.raw\0\0\0")
     yield Case(
         "qcow2-data-file-outside",
@@ -136,7 +136,7 @@ def _fields() -> Iterator[Case]:
         content=qcow2.CONTENT,
     )
 
-    # What lies beside the image is its own to name, also through a link that stays inside.
+    # An image may name files beside it, also through a link that stays inside.
     def inside(folder: Path) -> None:
         _base(folder)
         (folder / "link").symlink_to("base.raw")

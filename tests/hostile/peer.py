@@ -1,7 +1,7 @@
-"""The hostile set against qemu-img: what comes of the same images there.
+"""Runs qemu-img on the hostile set.
 
-``python -m tests.hostile.peer FOLDER QEMU_IMG [FIRST STEP]`` prints counts, and the cases behind
-them.
+``python -m tests.hostile.peer FOLDER QEMU_IMG [FIRST STEP]`` prints counts, and the
+cases of each.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.hostile.cases import CASES
 from tests.hostile.run import HANG_SECONDS, MAX_FILE_NBYTES, put_canaries
 
 MANY_NBYTES = 448 << 20
-# What stands in files outside the image's folder: in the canaries, and in /etc/passwd.
+# Content of files outside the image's folder: of the canaries, and of /etc/passwd.
 FOREIGN = (CANARY, b"root:x:0:0")
 
 
@@ -31,7 +31,7 @@ def _limit() -> None:
 
 
 def run(command: list[str]) -> tuple[int | None, float, int]:
-    """Return exit status (None: it hung), seconds, and bytes of memory."""
+    """Return exit status (None after a timeout), seconds, and bytes of memory."""
     begun = time.monotonic()
     child = subprocess.Popen(
         command,
@@ -53,7 +53,7 @@ def run(command: list[str]) -> tuple[int | None, float, int]:
 
 
 def judge(case: Case, image: Path, output: Path, program: str) -> set[str]:
-    """Use one image in every way; return what there is to say of it."""
+    """Use one image in every way, and return the findings."""
     found = set()
     target = ["convert", "-O", case.target, str(image), str(output)]
     for verb in (["info", str(image)], ["map", str(image)], ["check", str(image)], target):

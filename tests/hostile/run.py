@@ -1,7 +1,8 @@
-"""Runs cases of the hostile set in a process with limits; the tests look at what it reports.
+"""Runs cases of the hostile set in a process with limits; the tests check its report.
 
-``python -m tests.hostile.run FOLDER REPORT FIRST STEP`` makes and uses every STEP-th case.
-A line of JSON is written before each verb and one after it, so that a process that died says where.
+``python -m tests.hostile.run FOLDER REPORT FIRST STEP`` makes and uses every STEP-th
+case.  It writes a line of JSON before and after each verb, which shows where a process
+died.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from tests.hostile.case import CANARY, Case
 from tests.hostile.cases import CASES
 
 MIB = 1 << 20
-# What a verb may take above what the interpreter with its libraries has: 256 MiB, two workers'
-# buffers, their stacks and the arenas that malloc reserves for them.
+# Memory that a verb may use beyond the interpreter with its libraries: 256 MiB, the
+# buffers and stacks of two workers, and the arenas that malloc reserves for them.
 HEADROOM_NBYTES = 448 * MIB
 MAX_FILE_NBYTES = 64 * MIB
-# A verb that takes longer hangs; what it may take is the test's to say.
+# A verb that takes longer hangs; the tests have stricter limits.
 HANG_SECONDS = 20
 
 
 def put_canaries(outside: Path) -> None:
-    """Write files that no image may lead to, valid in every format."""
+    """Write files, valid in every format, that no image may reach."""
     outside.mkdir()
     text = (CANARY * 40)[:512] * 16
     raw = outside / "canary.raw"
@@ -44,18 +45,18 @@ def put_canaries(outside: Path) -> None:
 
 
 def limit_resources() -> None:
-    """Limit what this process may have, after everything that is used has been loaded."""
+    """Limit this process's resources, after all modules have been loaded."""
     with open("/proc/self/statm") as file:
         held_nbytes = int(file.read().split()[0]) * resource.getpagesize()
     limit = held_nbytes + HEADROOM_NBYTES
-    # AddressSanitizer reserves terabytes of addresses; what it runs is limited elsewhere.
+    # AddressSanitizer reserves terabytes of addresses, and has its own limit.
     if "asan" not in os.environ.get("LD_PRELOAD", ""):
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def verbs(image: Path, output: Path, case: Case) -> dict[str, Callable[[], Any]]:
-    """Return what is done with each image, in this order."""
+    """Return the verbs for each image, in their order."""
     name = str(image)
 
     def convert() -> None:
@@ -73,7 +74,7 @@ def verbs(image: Path, output: Path, case: Case) -> dict[str, Callable[[], Any]]
 
 
 class Log(logging.Handler):
-    """Keeps what imgcore logs."""
+    """Keeps imgcore's log messages."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +96,7 @@ def _hang(*_: object) -> None:
 
 
 def use(do: Callable[[], Any]) -> dict[str, Any]:
-    """Do one thing; return what came of it."""
+    """Run one verb, and return the outcome."""
     LOG.lines.clear()
     begun, cpu_begun = time.monotonic(), time.process_time()
     answer: dict[str, Any] = {"error": None, "message": "", "filename": None, "result": ""}
@@ -120,7 +121,7 @@ def use(do: Callable[[], Any]) -> dict[str, Any]:
 
 
 def run_case(case: Case, folder: Path, report: IO[str]) -> None:
-    """Make one image, use it in every way, report each."""
+    """Make one image, use it in every way, and report each outcome."""
     own = folder / case.name
     own.mkdir()
     image = case.make(own)
@@ -144,7 +145,7 @@ def run_case(case: Case, folder: Path, report: IO[str]) -> None:
 
 
 def snapshot(folder: Path) -> list[tuple[str, int, int]]:
-    """Return names, sizes and times of what an image's folder holds."""
+    """Return names, sizes and times of the files in an image's folder."""
     found = []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         status = entry.stat(follow_symlinks=False)
@@ -158,7 +159,7 @@ def main(folder: Path, report_path: Path, first: int, step: int) -> None:
     (folder / "out").mkdir()
     logging.getLogger("imgcore").addHandler(LOG)
     signal.signal(signal.SIGALRM, _hang)
-    # What a conversion loads is no case's memory.
+    # Memory for modules that a conversion loads must not count for a case.
     warm = folder / "outside" / "canary.qcow2"
     imgcore.convert(warm, folder / "warm.vmdk", target_format="vmdk", sync=False)
     imgcore.check(warm)

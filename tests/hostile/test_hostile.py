@@ -1,4 +1,4 @@
-"""Every image of the hostile set ends as it should, under limits of memory and time."""
+"""Every image of the hostile set has its expected outcome, with limited resources."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Reports = dict[str, dict[str, dict[str, Any]]]
 
 @pytest.fixture(scope="module")
 def reports_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Reports]:
-    """Return a function that runs the cases of one process, and gives what each verb reported."""
+    """Return a function that runs the cases of one process, and returns the reports."""
 
     @cache
     def run(number: int) -> Reports:
@@ -62,7 +62,7 @@ def test_the_set_is_as_large_as_promised() -> None:
 
 
 def cases() -> list[Any]:
-    """Return each case with the number of its process; those of one run in one worker."""
+    """Return each case with its process; one worker runs the cases of a process."""
     return [
         pytest.param(
             case,
@@ -93,9 +93,9 @@ def test_case(case: Case, number: int, reports_of: Callable[[int], Reports]) -> 
 
 
 def check_promises(verb: str, answer: dict[str, Any]) -> None:
-    """Check what holds of every image and every verb."""
+    """Check the promises for every image and every verb."""
     where = (answer["case"], verb, answer)
-    # What other processes take of a busy machine does not count, but for a hang.
+    # Processor time, so that other processes of a busy machine do not count.
     assert answer["cpu_seconds"] < MAX_SECONDS, where
     assert answer["seconds"] < HANG_SECONDS, where
     assert answer["unchanged"], where

@@ -1,4 +1,4 @@
-"""Whatever a file holds, parsing it ends in success or in an ImgcoreError, and soon."""
+"""Parsing arbitrary bytes ends with success or an ImgcoreError, and soon."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FORMATS = ("raw", "qcow2", "vmdk", "vhd", "vhdx", "vdi")
 
 
 class Seeds:
-    """Small valid images of every kind, as bytes; its text in a failure's report is short."""
+    """Small valid images of every kind, as bytes, with a short repr for reports."""
 
     def __init__(self, folder: Path) -> None:
         self.images = seeds(folder)
@@ -103,7 +103,7 @@ def test_damaged_images(
 def test_damaged_vhd_with_sound_checksums(
     variant: Variant, edits: list[tuple[int, bytes]], seed_images: Seeds
 ) -> None:
-    """What a checksum would give away is tried with a checksum that fits."""
+    """Damage that a checksum would reveal is tried with a correct checksum."""
     data = bytearray(seed_images.images[variant.name])
     base = 0 if variant is qemu.VHD_DYNAMIC else len(data) - 512
     for offset, piece in edits:
@@ -117,7 +117,7 @@ def test_damaged_vhd_with_sound_checksums(
 
 
 def check_bytes(data: bytes, image_format: str | None) -> None:
-    """Write ``data`` into a file of its own and use it."""
+    """Write ``data`` to a new file and use it."""
     with tempfile.TemporaryDirectory(prefix="imgcore-bytes-") as name:
         path = Path(name) / "image.bin" if image_format == "raw" else Path(name) / "image"
         path.write_bytes(data)

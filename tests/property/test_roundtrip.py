@@ -1,4 +1,4 @@
-"""Random extents to every format and back; extents in pieces equal those at once."""
+"""Random extents are converted to every format and back, and asked for in pieces."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_there_and_back(
 
 
 def extents_in_pieces_equal_those_at_once(path: Path, variant: Variant, n_sectors: int) -> None:
-    """Ask for extents cut at every odd place, and join them again."""
+    """Ask for extents in odd pieces, and join them again."""
     with imgcore.open(str(path), format=variant.format) as image:
         virtual_size = n_sectors * 512
         assert image.virtual_size == virtual_size
@@ -88,7 +88,7 @@ def extents_in_pieces_equal_those_at_once(path: Path, variant: Variant, n_sector
 
 
 def joined(image: imgcore.Image, parts: list[tuple[int, int]]) -> list[tuple[int, ...]]:
-    """Return the extents as rows, neighbours that continue each other made one."""
+    """Return the extents as rows, with neighbours that continue each other joined."""
     rows: list[list[int]] = []
     for start, length in parts:
         position = start
@@ -100,7 +100,7 @@ def joined(image: imgcore.Image, parts: list[tuple[int, int]]) -> list[tuple[int
                 if rows and continues(rows[-1], row):
                     rows[-1][1] += row[1]
                 else:
-                    # host_length is an upper bound for compressed blocks, the length for others.
+                    # For compressed blocks, host_length is an upper bound.
                     rows.append([*row[:3], 0, *row[4:]])
         assert position == start + length
     return [tuple(row) for row in rows]
@@ -118,7 +118,7 @@ def continues(before: list[int], row: tuple[int, ...]) -> bool:
 
 
 def test_extent_arithmetic_stays_integer(tmp_path: Path) -> None:
-    """NumPy makes floats of uint64 and int64 mixed; no column of extents may be one."""
+    """NumPy turns mixed uint64 and int64 into floats; columns must stay integers."""
     raw = tmp_path / "in.raw"
     images.FRAGMENTED.write(raw)
     for variant in VARIANTS:

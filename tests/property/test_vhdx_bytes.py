@@ -1,4 +1,4 @@
-"""Damage to a VHDX that its checksums do not give away, and logs of any shape."""
+"""Damage to a VHDX that its checksums do not reveal, and arbitrary logs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ fewer = settings(relaxed, max_examples=100)
 
 SECTOR = 4096
 GUID = vhdx.guid(0x106)
-# Where numbers stand that readers follow.
+# Offsets of numbers that readers follow.
 PLACES = st.one_of(
     st.integers(HEADERS[0], HEADERS[0] + 80),
     st.integers(REGION_TABLES[0], REGION_TABLES[0] + 80),
@@ -65,7 +65,7 @@ def test_sealed_damage(
         for offset, data in edits:
             file.seek(offset)
             file.write(data)
-        # Both copies are damaged alike, so that neither is the way out.
+        # Both copies get the same damage, so that neither can replace the other.
         for places, nbytes in ((HEADERS, 4096), (REGION_TABLES, 64 * KIB)):
             file.seek(places[0])
             raw = vhdx.sealed(file.read(nbytes))
@@ -93,9 +93,9 @@ WRITES = st.lists(
 def test_any_log_is_replayed_in_its_order(
     entries: list[list[tuple[int, int | bytes]]], tmp_path_factory: object
 ) -> None:
-    """Against the plain way: writing into a copy of the payload, one after the other."""
+    """The reference writes entry after entry into a copy of the payload."""
     folder: Path = tmp_path_factory.mktemp("log")  # type: ignore[attr-defined]
-    base = 4 * MIB  # block 0, and all that is written, lies here
+    base = 4 * MIB  # block 0, which has everything that is written
     payload = bytearray(pattern(7, MIB))
     log = b""
     for sequence, writes in enumerate(entries, 1):

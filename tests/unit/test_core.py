@@ -1,4 +1,4 @@
-"""The binding: what it refuses, and how errors of the core come out."""
+"""The binding: arguments that it rejects, and the core's errors as exceptions."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ class TestCheckUnchanged:
 
 
 class TestFileTypes:
-    """Nothing else than regular files and block devices, and nothing hangs."""
+    """Only regular files and block devices are opened, and opening never blocks."""
 
     def refuse(self, path: str, words: str) -> None:
         begun = time.monotonic()
@@ -249,7 +249,7 @@ class TestQemuLock:
 
 @pytest.fixture(params=["openat2", "walk"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run a test with the kernel's help and without it."""
+    """Run a test with and without openat2."""
     if request.param == "walk":
         monkeypatch.setattr(gate, "_openat2_beneath", lambda *_: None)
     return str(request.param)
@@ -418,7 +418,7 @@ def test_allowed_folder_must_exist(tmp_path: Path) -> None:
 
 
 def test_link_exchanged_while_it_is_opened(tree: Path) -> None:
-    """A racing process swaps a file for a link to the secret: the secret never comes out."""
+    """A racing process swaps a file for a link to a secret, which is never opened."""
     script = (
         "import os, sys\n"
         "os.chdir(sys.argv[1])\n"
@@ -431,7 +431,7 @@ def test_link_exchanged_while_it_is_opened(tree: Path) -> None:
         gate = ReferenceGate(str(tree / "images"))
         n_opened = 0
         start = time.monotonic()
-        # A second is enough where the other process is up by then.
+        # A second is enough once the other process is running.
         while time.monotonic() < start + (1 if n_opened else 30):
             try:
                 with gate.open("victim.raw") as file:

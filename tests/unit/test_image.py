@@ -1,4 +1,4 @@
-"""An open disk: what is outside of it, how it ends, and what it is called."""
+"""An open disk: reads outside of it, closing, and its name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Windows paths of parent locators, as names to try here."""
+"""Windows paths of parent locators as names on this host."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sizes in and out."""
+"""Sizes are parsed and formatted."""
 
 from __future__ import annotations
 

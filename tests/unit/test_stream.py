@@ -79,7 +79,7 @@ def test_read(tmp_path: Path, encoding: str, chunk_nbytes: int) -> None:
     with StreamReader.open(path) as source:
         assert source.virtual_size == len(DATA)
         assert source.codec == encoding[:4]
-        for _ in range(2):  # each reading starts anew
+        for _ in range(2):  # each reading starts from the first byte
             assert digest(source, chunk_nbytes) == hashlib.sha256(DATA).hexdigest()
 
 
@@ -122,7 +122,7 @@ class TestBroken:
         for cut in (whole - 1, whole - 5, whole // 2, 300_000, 20, 5):
             path = tmp_path / "disk.raw.zst"
             path.write_bytes(data[:cut])
-            # Cut between two frames, what is left is whole, though shorter.
+            # A cut between two frames leaves a valid, shorter stream.
             with pytest.raises(CorruptImageError), StreamReader.open(path) as source:
                 digest(source, 1 << 20)
 
@@ -138,7 +138,7 @@ class TestBroken:
     @pytest.mark.parametrize("encoding", ["zstd", "zstd-unknown-size", "gzip"])
     def test_flipped_bit(self, tmp_path: Path, encoding: str) -> None:
         data = bytearray(ENCODINGS[encoding]())
-        data[250_000] ^= 1  # in noise stored as such: only the checksum knows
+        data[250_000] ^= 1  # in stored noise: only the checksum finds it
         self.refuse(tmp_path / "a", bytes(data), "stream is broken")
 
     @pytest.mark.parametrize("data", [b"", b"\x28\xb5", b"plain text", bytes(4096)])
@@ -154,7 +154,7 @@ class TestBroken:
 
     def test_claims_more_than_it_can_hold(self, tmp_path: Path) -> None:
         data = bytearray(zstd(DATA, checksum=False))
-        assert data[4] >> 6 == 2  # a size of four bytes, behind the window descriptor
+        assert data[4] >> 6 == 2  # a size of four bytes, after the window descriptor
         place = 5 if data[4] & 0x20 else 6
         data[place : place + 4] = (0xFFFFFE00).to_bytes(4, "little")
         self.refuse(tmp_path / "a.raw.zst", bytes(data), "claims 4294966784 bytes")
@@ -216,7 +216,7 @@ class TestBroken:
 
 
 class TestThread:
-    """It ends whatever the consumer does (see also the fixture)."""
+    """It always ends, whatever the consumer does (the fixture checks it, too)."""
 
     def test_closed_early(self, tmp_path: Path) -> None:
         (tmp_path / "a").write_bytes(zstd(DATA * 4))

@@ -1,4 +1,4 @@
-"""The gzip that several threads write: one member, what the library and gzip read."""
+"""gzip written by several threads is one member, which zlib and gzip can read."""
 
 from __future__ import annotations
 

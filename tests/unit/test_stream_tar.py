@@ -1,4 +1,4 @@
-"""Sparse files in old GNU tar archives: against Python's tarfile and GNU tar."""
+"""Sparse files in old GNU tar archives, read by Python's tarfile and GNU tar."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KIB64 = 1 << 16
 
 
 def archive(nbytes: int, segments: list[tuple[int, int]]) -> tuple[bytes, dict[int, bytes]]:
-    """Return an archive, and by offset what its segments hold."""
+    """Return an archive, and the content of its segments by offset."""
     data = {offset: images.noise(length, offset + 1) for offset, length in segments}
     body = sparse_header("disk.raw", nbytes, segments) + b"".join(data.values())
     return body + archive_end(len(body)), data

@@ -1,4 +1,4 @@
-"""Targets: at every instant the final name is absent, the old file, or the whole new one."""
+"""Targets: the final name is always absent, the old file, or the complete new one."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ class TestExisting:
         assert names(tmp_path) == ["a"]
 
     def test_many_jobs_with_force(self, tmp_path: Path) -> None:
-        """Whoever comes last, the name has one whole result at every instant."""
+        """The name always has one complete result, whichever job is last."""
         path = tmp_path / "a"
         contents = [bytes([65 + i]) * 50_000 for i in range(4)]
         write(path, data=contents[0], sync=False)
@@ -407,7 +407,7 @@ class TestFull:
 
 
 class TestFaults:
-    """Each operation fails once: the old target stays, nothing else is left."""
+    """Each operation fails once: the old target stays, and no other file is left."""
 
     @pytest.mark.parametrize("name", ["pwrite", "fsync", "rename", "close-late", "ftruncate"])
     @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
@@ -501,7 +501,7 @@ class TestFaults:
 
 class TestStale:
     def leave(self, folder: Path, name: str = "disk.raw") -> str:
-        """Kill a process that is writing; return the name of what it left."""
+        """Kill a process that is writing; return the name of the file it left."""
         script = (
             "import os, sys\n"
             "from imgcore.files.target import Target\n"
@@ -528,7 +528,7 @@ class TestStale:
         assert names(tmp_path) == sorted([left, "disk.raw"])
 
     def test_still_locked_stays(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Its process number means nothing here: it may run on another host."""
+        """The process number is meaningless if the process runs on another host."""
         with Target(tmp_path / "disk.raw") as running:
             monkeypatch.setattr(temporary_names, "_is_alive", lambda pid: False)
             write(tmp_path / "disk.raw")
@@ -666,7 +666,7 @@ class TestCompanion:
         count = iter(range(100))
 
         def fail(*arguments: Any, **keywords: Any) -> None:
-            # A new main file never stands beside an old companion, nor the other way round.
+            # Main file and companion are never of different generations.
             state = [(tmp_path / name).exists() for name in ("disk.vmdk", "disk-flat.vmdk")]
             if all(state):
                 pair = (
@@ -686,7 +686,7 @@ class TestCompanion:
         assert names(tmp_path) == ["disk-flat.vmdk", "disk.vmdk"]
 
     def set_aside(self, folder: Path, token: str = "999999999-0123456789ab") -> list[Path]:
-        """Leave what a process killed between its renames leaves, of a pair of one byte each."""
+        """Leave the backups of a process that was killed between its renames."""
         paths = [folder / f".{n}.imgcore-{token}-old" for n in ("disk.vmdk", "disk-flat.vmdk")]
         for path in paths:
             path.write_bytes(b"1")

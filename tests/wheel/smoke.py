@@ -1,6 +1,6 @@
 """Tries an installed imgcore, in one process and without pytest: raw there and back.
 
-``--without NAME,NAME`` demands that no kernel of these names runs on this CPU.
+``--without NAME,NAME`` fails if a kernel of one of these names runs on this CPU.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def content() -> bytes:
 
 
 def main() -> None:
-    """Convert from format to format, and compare with what went in."""
+    """Convert from format to format, and compare with the source."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--without", default="")
     unwanted = set(filter(None, parser.parse_args().without.split(",")))

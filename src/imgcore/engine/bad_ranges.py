@@ -1,4 +1,4 @@
-"""The list of what a salvaging conversion could not read."""
+"""The ranges that a salvaging conversion could not read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ _BROKEN: Final = "does not decompress"
 
 
 class BadRange(NamedTuple):
-    """A part of the virtual disk that could not be read, and is zeros in the target; bytes."""
+    """A range of the virtual disk, in bytes, that could not be read.
+
+    It is zeros in the target.
+    """
 
     guest_offset: int
     length: int
@@ -21,7 +24,7 @@ class BadRange(NamedTuple):
 def named_bad_ranges(
     rows: Iterable[tuple[int, int, int, int]], paths: Sequence[str]
 ) -> tuple[BadRange, ...]:
-    """Return the engine's rows, (guest_offset, length, source, errno or 0), in words."""
+    """Return the engine's rows (guest_offset, length, source, errno or 0) as ranges."""
     return tuple(
         BadRange(offset, length, paths[source], os.strerror(code) if code else _BROKEN)
         for offset, length, source, code in rows

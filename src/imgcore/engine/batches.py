@@ -1,4 +1,4 @@
-"""Cuts extents into the batches that the engine is given."""
+"""Cuts extents into batches for the engine."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 class Batch(NamedTuple):
-    """One piece of the disk: guest range in bytes, and extents that cover just it.
+    """One piece of the disk: a guest range in bytes, and the extents that cover it.
 
-    ``base`` is what the target's parent reads as there, None if it has none.
+    ``base`` has the extents of the target's parent in the range, None without one.
     """
 
     start: int
@@ -28,11 +28,11 @@ class Batch(NamedTuple):
 
 
 class Supply(NamedTuple):
-    """What the engine reads a disk from.
+    """A disk as the engine reads it: files, and batches of extents.
 
-    ``native_sources`` are the files that the batches' extents refer to by index: file, size,
-    guest base, block size; ``paths`` are their names.  When a batch is taken, the one before
-    it stays valid.
+    ``native_sources`` are the files that extents refer to by index (file, size, guest
+    base, block size); ``paths`` are their names.  A batch stays valid until the second
+    batch after it is taken.
     """
 
     paths: list[str]
@@ -50,10 +50,10 @@ def cut_batches(
     extents : iterator of ndarray
         Gap-free extents of ``[0, disk_end)``.
     unit : int
-        Bytes: the target's block, or a group of blocks with its own table.
+        Bytes of a target block, or of a group of blocks with its own table.
     max_nbytes : int
-        A batch covers no more guest bytes than this, a multiple of ``unit``; so the
-        placements of one batch are bounded however large the disk.
+        The most guest bytes of one batch, a multiple of ``unit``.  This bounds the
+        placements of a batch.
     disk_end : int
         Bytes.
     skip_empty : bool
@@ -86,7 +86,10 @@ def cut_batches(
 
 
 def _split(rows: Extents, unit: int, max_nbytes: int, skip_empty: bool) -> Iterator[Batch]:
-    """Yield a gap-free array in pieces of at most ``max_nbytes``, long empty runs left out."""
+    """Yield a gap-free array in pieces of at most ``max_nbytes``.
+
+    With ``skip_empty``, long empty ranges are left out.
+    """
     start = int(rows["guest_offset"][0])
     end = _end(rows)
     for first, last in _filled_ranges(rows, start, end, unit, max_nbytes, skip_empty):
@@ -98,11 +101,11 @@ def _split(rows: Extents, unit: int, max_nbytes: int, skip_empty: bool) -> Itera
 def _filled_ranges(
     rows: Extents, start: int, end: int, unit: int, max_nbytes: int, skip_empty: bool
 ) -> Iterator[tuple[int, int]]:
-    """Yield the ranges between empty rows that are too long to be looked at."""
+    """Yield the ranges between long empty rows."""
     if not skip_empty:
         yield start, end
         return
-    # Shorter ones the engine steps over by itself; a batch for each piece between would cost more.
+    # The engine itself steps over shorter rows, which costs less than further batches.
     least_nbytes = max(max_nbytes // 16, 2 * unit)
     long = (rows["kind"] <= Kind.ZERO) & (rows["length"] >= np.uint64(least_nbytes))
     for row in rows[long]:
@@ -122,7 +125,7 @@ def _filled_ranges(
 def pair_up(
     a: Iterator[Extents], b: Iterator[Extents]
 ) -> Iterator[tuple[int, int, Extents, Extents]]:
-    """Yield the rows of two layouts of one range, cut where either has the end of a batch.
+    """Yield the rows of two layouts of one range, cut where a batch of either ends.
 
     Parameters
     ----------
@@ -132,7 +135,7 @@ def pair_up(
     Yields
     ------
     tuple
-        Start and end in bytes, and both sides' rows of just that range.
+        Start and end in bytes, and both sides' rows of that range.
     """
     rows_a, rows_b = next(a, None), next(b, None)
     while rows_a is not None and rows_b is not None:

@@ -1,7 +1,7 @@
-"""The two tables that cross the border to the native core, and what is done with them.
+"""The two tables that Python and the native core exchange, and operations on them.
 
 An *extent* says where a piece of the virtual disk is; a *placement* says where a
-target block landed.  Both are NumPy structured arrays with the very layout of
+target block was written.  Both are NumPy structured arrays with the layout of
 ``struct imgc_extent`` and ``struct imgc_placement`` in ``native/include/imgc.h``.
 """
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Kind(IntEnum):
-    """What an extent is (``enum imgc_extent_kind``)."""
+    """How an extent is stored (``enum imgc_extent_kind``)."""
 
     HOLE = 0
     ZERO = 1
@@ -31,7 +31,7 @@ class Kind(IntEnum):
 
 
 class BlockState(IntEnum):
-    """What became of a target block (``enum imgc_block_state``)."""
+    """How a target block was written (``enum imgc_block_state``)."""
 
     ABSENT = 0
     ZERO = 1
@@ -39,7 +39,7 @@ class BlockState(IntEnum):
     COMPRESSED = 3
 
 
-# The stored block is preceded by a VMDK grain marker (IMGC_EXTENT_GRAIN_MARKER).
+# A VMDK grain marker precedes the stored block (IMGC_EXTENT_GRAIN_MARKER).
 FLAG_GRAIN_MARKER: Final = 1
 
 EXTENT_DTYPE: Final = np.dtype(
@@ -69,7 +69,7 @@ def single(
     kind : Kind
         HOLE, ZERO or DATA.
     file : int
-        Index of the source that DATA lies in.
+        Index of the source that contains the DATA.
 
     Returns
     -------
@@ -81,17 +81,17 @@ def single(
 
 
 def join_neighbours(rows: Extents) -> Extents:
-    """Return rows in which neighbours that go on where the one before them ends are one.
+    """Return rows in which neighbours that continue each other are joined.
 
     Parameters
     ----------
     rows : ndarray, shape (n,), dtype EXTENT_DTYPE
-        Ascending HOLE, ZERO and DATA; gaps between them stay.
+        Ascending HOLE, ZERO and DATA, possibly with gaps between them.
 
     Returns
     -------
     ndarray, shape (m,), dtype EXTENT_DTYPE
-        A copy.  DATA is joined only where it goes on in the file as well.
+        A copy.  DATA is joined only if it is contiguous in the file as well.
     """
     if not len(rows):
         return rows.copy()
@@ -120,7 +120,7 @@ def clip(rows: Extents, start: int, end: int) -> Extents:
     Returns
     -------
     ndarray, shape (m,), dtype EXTENT_DTYPE
-        A view where nothing had to be cut, else a copy.
+        A view if no row had to be cut, else a copy.
     """
     first, last = _rows_between(rows, start, end)
     part = rows[first:last]
@@ -143,7 +143,7 @@ def _rows_between(rows: Extents, start: int, end: int) -> tuple[int, int]:
 
 
 def _shorten(row: Extents, n_before: int, n_less: int) -> None:
-    """Cut a row of one: ``n_before`` bytes off its front, ``n_less`` off its length."""
+    """Move a one-row array's start by ``n_before``, and its length by ``-n_less``."""
     row["guest_offset"] += np.uint64(n_before)
     row["length"] -= np.uint64(n_less)
     if row["kind"][0] == Kind.DATA:
@@ -152,15 +152,15 @@ def _shorten(row: Extents, n_before: int, n_less: int) -> None:
 
 
 def split(rows: Extents, starts: NDArray[np.uint64]) -> Extents:
-    """Return a gap-free batch with its rows cut.
+    """Return a gap-free batch with its rows cut at given offsets.
 
     Parameters
     ----------
     rows : ndarray, shape (n,), dtype EXTENT_DTYPE
         Ascending and gap-free.
     starts : ndarray, shape (m,), dtype uint64
-        Guest offsets in bytes, ascending: where the new rows begin, which is at least where
-        the old ones do.
+        Guest offsets in bytes, ascending: the starts of the new rows.  They include the
+        starts of the old ones.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""What a writer asks of the engine: where blocks go, and in what shape."""
+"""The geometry of a target: how the engine places and stores its blocks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Placing(IntEnum):
 
 
 class ZeroPolicy(IntEnum):
-    """What becomes of a block of zeros (``enum imgc_zero_policy``)."""
+    """How a block of zeros is written (``enum imgc_zero_policy``)."""
 
     SKIP = 0
     EXPLICIT = 1
@@ -22,7 +22,7 @@ class ZeroPolicy(IntEnum):
 
 
 class Prefix(IntEnum):
-    """What stands before each compressed block (``enum imgc_prefix``)."""
+    """What precedes each compressed block (``enum imgc_prefix``)."""
 
     NONE = 0
     GRAIN_MARKER = 1
@@ -38,7 +38,10 @@ class CodecId(IntEnum):
 
 
 class DeflateEngine(IntEnum):
-    """Which library deflates, or that a sample decides (``enum imgc_deflate_engine``)."""
+    """Which library deflates; SAMPLED: chosen for each block by a sample.
+
+    ``enum imgc_deflate_engine``.
+    """
 
     ISAL = 0
     LIBDEFLATE = 1
@@ -48,7 +51,8 @@ class DeflateEngine(IntEnum):
 class Codec(NamedTuple):
     """Compression of target blocks (``struct imgc_codec_params``).
 
-    ``window_bits`` is 12 (ISA-L only) to 15; ``engine`` and ``window_bits`` mean nothing to zstd.
+    ``window_bits`` is 12 (ISA-L only) to 15.  zstd ignores ``engine`` and
+    ``window_bits``.
     """
 
     codec: CodecId = CodecId.NONE
@@ -58,15 +62,21 @@ class Codec(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """What a writer asks of the engine (``struct imgc_geometry``); sizes in bytes.
+    """How the engine places and stores a target's blocks (``struct imgc_geometry``).
 
-    With IDENTITY, guest byte ``guest_base`` lies at ``host_base``, and the rest behind it.
-    With APPEND, blocks are placed in guest order at the next free offset, STORED ones at
-    ``stored_alignment``, COMPRESSED ones at ``compressed_alignment``; after the last placed
-    block of each group of ``group_nblocks`` blocks, ``group_gap_nbytes`` stay free, from the
-    next multiple of 512 on, for the format's table.  ``stored_prefix_nbytes`` bytes (up to
-    1 MiB) of the value ``stored_prefix_byte`` stand directly before the data of each STORED
-    block, which is what is aligned and what a placement is about; blocks are not compressed then.
+    Sizes are in bytes.
+
+    With IDENTITY, guest byte ``guest_base`` is at ``host_base``, and the others follow.
+
+    With APPEND, blocks are placed in guest order at the next free offset: STORED ones
+    at multiples of ``stored_alignment``, COMPRESSED ones at multiples of
+    ``compressed_alignment``.  After the last placed block of each group of
+    ``group_nblocks`` blocks, ``group_gap_nbytes`` from the next multiple of 512 stay
+    free for the format's table.
+
+    ``stored_prefix_nbytes`` (up to 1 MiB) of the value ``stored_prefix_byte`` directly
+    precede the data of each STORED block.  Alignment and placement refer to the data,
+    not to the prefix.  A geometry with such a prefix has no codec.
     """
 
     block_nbytes: int
@@ -88,5 +98,5 @@ class Geometry(NamedTuple):
 
     @property
     def unit_nbytes(self) -> int:
-        """Where batches may end: whole blocks, or groups of blocks with a table of their own."""
+        """The unit of a batch: a block, or a group of blocks that has its own table."""
         return self.block_nbytes * max(self.group_nblocks, 1)

@@ -1,4 +1,4 @@
-"""Runs the native engine: threads, variants, and its errors in the words of Python."""
+"""Settings of native jobs (threads, variants), and their errors as exceptions."""
 
 from __future__ import annotations
 
@@ -22,25 +22,26 @@ from imgcore.limits import MAX_THREADS
 
 
 def thread_count(threads: int | None) -> int:
-    """Return the number of workers: as asked for, or one for each CPU that is ours."""
+    """Return the number of workers: as requested, or one for each available CPU."""
     if threads is None:
         return min(len(os.sched_getaffinity(0)), MAX_THREADS)
     if not 1 <= threads <= MAX_THREADS:
-        raise OptionError(f"{threads} threads asked for, 1 to {MAX_THREADS} allowed")
+        raise OptionError(f"{threads} threads requested, 1 to {MAX_THREADS} allowed")
     return threads
 
 
 def chosen_variants(kernels: Mapping[str, str] | None) -> dict[str, str]:
-    """Return which variant each operation is to use: ``kernels``, else ``IMGCORE_KERNEL``.
+    """Return the variants chosen by ``kernels``, or else by ``IMGCORE_KERNEL``.
 
-    The variable holds ``operation=variant`` pairs with commas, such as ``zero=avx2,io=uring``.
+    The environment variable has ``operation=variant`` pairs, separated by commas:
+    ``zero=avx2,io=uring``.
     """
     chosen = dict(kernels or {})
     for pair in filter(None, os.environ.get("IMGCORE_KERNEL", "").split(",")):
         operation, _, variant = pair.partition("=")
         chosen.setdefault(operation.strip(), variant.strip())
     if not chosen:
-        return chosen  # asking what runs here costs system calls
+        return chosen  # detecting what runs here takes system calls
     known = _core.variants()
     for operation, variant in chosen.items():
         rows = {row["name"]: row for row in known.get(operation, ())}
@@ -58,7 +59,7 @@ def translated_errors(paths: Sequence[str], target: str | None = None) -> Iterat
     Parameters
     ----------
     paths : sequence of str
-        Names of the job's sources, in its order.
+        Names of the job's sources, in the job's order.
     target : str, optional
         Name of the target.
     """

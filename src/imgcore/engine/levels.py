@@ -1,4 +1,4 @@
-"""Compression levels by name, chosen from measurements on real data (``docs/codecs.md``)."""
+"""Named compression levels, chosen by measurements on real data (docs/codecs.md)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ _ISAL: Final = DeflateEngine.ISAL
 _LIBDEFLATE: Final = DeflateEngine.LIBDEFLATE
 _SAMPLED: Final = DeflateEngine.SAMPLED
 
-# (wrapper, window_bits) -> level -> (library, its level).  The zlib wrapper is VMDK's, whose
-# default is to be no larger than zlib's level 6; raw DEFLATE is QCOW2's, whose default with the
-# large window is to be no larger than zlib's level 6 with the small one, and much faster: there a
-# sample of each cluster decides which library takes it.  libdeflate has the 32 KiB window only.
+# (wrapper, window_bits) -> level -> (library, its level).
+#
+# VMDK uses the zlib wrapper; its default must not be larger than zlib's level 6.
+# QCOW2 uses raw DEFLATE; its default with the large window must not be larger than
+# zlib's level 6 with the small one, and is much faster: a sample of each cluster
+# decides which library compresses it.  libdeflate has the 32 KiB window only.
 _SMALL_WINDOW: Final = {
     "fastest": (_ISAL, 0),
     "fast": (_ISAL, 1),
@@ -61,7 +63,7 @@ def deflate_codec(level: str, window_bits: int, wrapper: CodecId) -> Codec:
     Raises
     ------
     OptionError
-        There is no such level.
+        The level does not exist.
     """
     named = _DEFLATE[wrapper, window_bits]
     if level not in named:
@@ -71,12 +73,12 @@ def deflate_codec(level: str, window_bits: int, wrapper: CodecId) -> Codec:
 
 
 def zstd_codec(level: str | int) -> Codec:
-    """Return the codec of a zstd level, by one of ``LEVELS`` or by zstd's own number.
+    """Return the codec of a zstd level: one of ``LEVELS``, or zstd's own number.
 
     Raises
     ------
     OptionError
-        There is no such level, or the number is outside -7 .. 19.
+        The level does not exist, or the number is outside -7 .. 19.
     """
     number = _ZSTD.get(level) if isinstance(level, str) else level
     if number is None:

@@ -1,4 +1,4 @@
-"""How far a job is."""
+"""The progress of a job."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 
 class Progress(NamedTuple):
-    """How far a job is, in bytes of the virtual disk (``written``: of the target file).
+    """The progress of a job in bytes of the virtual disk (``written``: of the target).
 
-    No value ever decreases.
+    The values never decrease.
     """
 
     done: int

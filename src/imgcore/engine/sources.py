@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 class SourceFile(NamedTuple):
     """A host file that extents refer to by their index in ``Reader.sources``.
 
-    ``guest_base`` and ``block_nbytes`` (bytes) locate compressed blocks: they start at
-    ``guest_base + k * block_nbytes``; ``block_nbytes`` is 0 for a file without any.
+    ``guest_base`` and ``block_nbytes`` (bytes) locate compressed blocks, which start at
+    ``guest_base + k * block_nbytes``; ``block_nbytes`` is 0 for a file without them.
     """
 
     file: ByteSource
@@ -23,5 +23,5 @@ class SourceFile(NamedTuple):
 
 
 def native_sources(sources: Sequence[SourceFile]) -> list[tuple[_core.File, int, int, int]]:
-    """Return source files as the engine wants them."""
+    """Return source files as the engine takes them."""
     return [(s.file.core, s.file.nbytes, s.guest_base, s.block_nbytes) for s in sources]

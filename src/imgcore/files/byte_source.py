@@ -1,4 +1,4 @@
-"""What a reader may ask of the file that it reads."""
+"""The interface of files that are read."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ if TYPE_CHECKING:
 
 
 class ByteSource(Protocol):
-    """Bytes with an address, open for reading; their number is fixed when they are opened.
+    """A file that is open for reading at any offset; opening it fixes its size.
 
-    Formats, the engine and the streams know files by this interface only.  `HostFile`
-    implements it.
+    Formats, the engine and the streams use files through this interface only.
+    `HostFile` implements it.
 
     Notes
     -----
-    Errors: an operation that fails in the system raises OSError with ``path`` as its file
-    name, after errors that may pass have been retried (`imgcore.files.retry`).
+    Errors: if the system fails, an operation raises OSError with ``path`` as the file's
+    name.  Errors that may pass are retried first (`imgcore.files.retry`).
 
-    Threads: `pread`, `pread_into` and `next_data` may run in several threads at once, as no
-    operation uses a position that another moves.  `close` must not run while any of them, or
-    a job of the native engine, still uses the file.
+    Threads: `pread`, `pread_into` and `next_data` may run in several threads at once;
+    they do not use a file position.  `close` must not run while one of them, or a job
+    of the native engine, still uses the file.
     """
 
     @property
     def path(self) -> str:
-        """The name as it was given; it stands in messages and need not exist."""
+        """The name, as given; it appears in messages and need not exist."""
         ...
 
     @property
@@ -37,7 +37,7 @@ class ByteSource(Protocol):
 
     @property
     def identity(self) -> Identity:
-        """What distinguishes the file from all others: equal only for the same file."""
+        """Identifies the file: equal only for the same file."""
         ...
 
     @property
@@ -52,61 +52,64 @@ class ByteSource(Protocol):
 
     @property
     def share(self) -> bool:
-        """Whether another process may be writing to the file: nothing is guaranteed then."""
+        """Whether another process may be writing to the file."""
         ...
 
     @property
     def allocated_nbytes(self) -> int:
-        """Bytes that the host has allocated for the file by now; 0 for a block device.
+        """Bytes that the host has allocated for the file; 0 for a block device.
 
-        Fewer than `nbytes` if the file has holes.
+        A file with holes has fewer than `nbytes`.
         """
         ...
 
     @property
     def core(self) -> File:
-        """The file as the native engine knows it; made on first use, closed by `close`."""
+        """The file for the native engine; created on first use, closed by `close`."""
         ...
 
     def pread(self, offset: int, length: int) -> bytes:
-        """Return exactly ``length`` bytes from ``offset`` on.
+        """Return exactly ``length`` bytes, starting at ``offset``.
+
+        A length from an image's header may be passed unchecked: memory is allocated
+        only if the range is inside the file.
 
         Raises
         ------
         CorruptImageError
-            The range does not lie inside the file: nothing is allocated for it, so that a
-            length from an image's header may be passed unchecked.  Also if the file has
-            become shorter.
+            The range is not inside the file, or the file has become shorter.
         OSError
-            The system cannot read it.
+            The system cannot read the range.
         ValueError
-            A negative offset or length: the caller's mistake, never the image's.
+            The offset or the length is negative, which is the caller's mistake.
         """
         ...
 
     def pread_into(self, offset: int, buffer: Any) -> None:
-        """Fill a writable buffer with the bytes from ``offset`` on; errors as of `pread`."""
+        """Fill a writable buffer with bytes from ``offset``; raises as `pread` does."""
         ...
 
     def next_data(self, position: int) -> tuple[int, int]:
-        """Return [start, end) of the next data at or after a place, ``start >= end`` for none.
+        """Return (start, end) of the next data at or after ``position``.
 
-        What lies before ``start`` is a hole: it reads as zeros and need not be read.  A file
-        whose holes are not known is all data.  What the file has lost since it was opened
-        counts as data: reading it must fail, where a hole would read as zeros.
+        ``start >= end`` means that no data follows.  The bytes before ``start`` are a
+        hole: they read as zeros and need not be read.  A file whose holes are not known
+        is all data.  A part that the file has lost since it was opened counts as data,
+        because reading it must fail; a hole would read as zeros.
 
         Raises
         ------
         OSError
-            The system cannot tell.
+            The system cannot find holes.
         """
         ...
 
     def check_unchanged(self) -> None:
         """Raise ImgcoreError if the file has changed since it was opened.
 
-        Size and time of modification are compared, and whether the name still is this
-        file's; of a block device only the size.  A shared file may change.
+        The size and the time of modification are compared, and whether the name still
+        refers to this file; for a block device only the size.  A file opened with
+        `share` may change.
         """
         ...
 

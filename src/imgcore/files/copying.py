@@ -1,4 +1,4 @@
-"""Copies of whole files: content as reflinks where the file system can, and attributes."""
+"""Copies whole files: content, by reflink if the file system can, and attributes."""
 
 from __future__ import annotations
 
@@ -26,21 +26,22 @@ _NO_CLONE_ERRORS: Final = (
     errno.ENOSYS,
     errno.EPERM,
 )
-# One system call's worth, so that an interruption is noticed soon.
+# Bytes of one system call: few enough that an interruption takes effect soon.
 _COPY_NBYTES: Final = 64 * MIB
 
 
 def copy_content(file: HostFile, target: Target) -> None:
-    """Make the target's main file equal to a file: as a reflink, or else with its holes.
+    """Make the target's main file equal to a file: by reflink, or else with its holes.
 
     Raises
     ------
     OSError
-        The file cannot be read, or the copy not written; ENOSPC before anything is copied
-        if there is too little space.
+        The file cannot be read, or the copy cannot be written; ENOSPC is raised before
+        anything is copied.
     """
     with contextlib.suppress(OSError):
-        os.fdatasync(file.fd)  # some file systems report holes where data is not written yet
+        # Some file systems report holes for data that is not written back yet.
+        os.fdatasync(file.fd)
     try:
         fcntl.ioctl(target.main.fd, _FICLONE, file.fd)
         return
@@ -74,12 +75,12 @@ def _copy_range(file: HostFile, copy: TargetFile, start: int, end: int) -> None:
 def copy_attributes(file: HostFile, copy: TargetFile) -> None:
     """Give a copy the file's owner, mode, times and extended attributes.
 
-    The time of modification as well: children of an image may have recorded it.
+    The time of modification matters because an image's children may have recorded it.
 
     Raises
     ------
     OSError
-        The copy cannot be given the owner.  What else cannot be copied is left out.
+        The owner cannot be set.  Failures to copy the other attributes are ignored.
     """
     status, own = os.fstat(file.fd), os.fstat(copy.fd)
     if (status.st_uid, status.st_gid) != (own.st_uid, own.st_gid):

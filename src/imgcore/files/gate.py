@@ -1,4 +1,4 @@
-"""The reference gate: opens what an image names, below permitted folders only."""
+"""The reference gate: opens files named in images, below permitted folders only."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 
 def folder_names(allow: Iterable[str | os.PathLike[str]]) -> list[str]:
-    """Return allowed folders as the gate takes them; OptionError for a single one.
+    """Return the names of allowed folders.
 
-    A text is a sequence too, of characters, and ``/`` is a folder.
+    A lone str is rejected with OptionError: iterating over it would allow ``/``.
     """
     if isinstance(allow, str | bytes | os.PathLike):
         raise OptionError(f"allow is a sequence of folders, not {allow!r} alone")
@@ -39,15 +39,16 @@ class ReferenceGate:
     folder : str
         The image's own folder; relative names start here.
     allowed : sequence of str
-        More folders, by the caller's word.  Block devices are opened only below these.
+        Further folders that the caller allows.  Block devices are opened only below
+        these.
     share : bool
-        What `open` does if it is not told: as in `HostFile.open`.
+        The default of `open`; as in `HostFile.open`.
 
     Notes
     -----
-    The kernel itself keeps the way below the folder (``openat2`` with ``RESOLVE_BENEATH``), so
-    a name swapped for a symbolic link in the meantime leads nowhere.  Where there is no
-    ``openat2``, each component is opened by itself and symbolic links are refused.
+    Paths are resolved with ``openat2(RESOLVE_BENEATH)``, so nothing can change between
+    check and open.  Without ``openat2``, components are opened one by one and symbolic
+    links are rejected.
     """
 
     def __init__(self, folder: str, allowed: Sequence[str] = (), *, share: bool = False) -> None:
@@ -56,11 +57,14 @@ class ReferenceGate:
         self.allowed = tuple(os.path.abspath(name) for name in allowed)
         for name in self.allowed:
             if not os.path.isdir(name):
-                raise OptionError(f"{name}: the allowed folder does not exist or is no folder")
+                raise OptionError(f"{name}: the allowed folder does not exist or is not a folder")
         self._inherited: tuple[str, ...] = ()
 
     def beside(self, file: ByteSource) -> ReferenceGate:
-        """Return the gate for a file that came through this one: its folder, and this gate's."""
+        """Return the gate for references inside a file that this gate opened.
+
+        It permits the file's folder and all folders of this gate.
+        """
         gate = ReferenceGate(os.path.dirname(file.path), self.allowed, share=self.share)
         gate._inherited = (self.folder, *self._inherited)
         return gate
@@ -71,17 +75,17 @@ class ReferenceGate:
         Parameters
         ----------
         name : str
-            A file name, absolute or relative to the image's folder, nothing else; bytes that
-            are not UTF-8 as ``os.fsdecode`` gives them.
+            A file name, absolute or relative to the image's folder; bytes that are not
+            UTF-8 as ``os.fsdecode`` returns them.
         share : bool, optional
-            As in `HostFile.open`; the gate's own by default.
+            As in `HostFile.open`; by default as the gate was created.
 
         Raises
         ------
         UnsafeReferenceError
-            The name is no file name, or leads out of the permitted folders.
+            The name is not a file name, or leads out of the permitted folders.
         OSError
-            The system refuses; also if there is no such file.
+            The file does not exist, or the system cannot open it.
         """
         self._refuse_syntax(name)
         path = os.path.normpath(os.path.join(self.folder, name))
@@ -93,13 +97,13 @@ class ReferenceGate:
         return HostFile(fd, path, share=sharing, device=device)
 
     def _open_elsewhere(self, name: str, path: str) -> tuple[int, bool]:
-        """Open what an absolute link leads to, if that is a permitted folder, in the same way."""
+        """Open the file that a link leads to, if its folder is permitted."""
         try:
             return self._open_beneath(os.path.realpath(path))
         except _OutsideError:
             raise self._outside(name, path) from None
         except OSError as error:
-            # The link may have become something else meanwhile, and realpath stumbled.
+            # realpath fails if the link was replaced meanwhile.
             raise OSError(error.errno, os.strerror(error.errno or 0), path) from error
 
     def _refuse_syntax(self, name: str) -> None:
@@ -132,7 +136,7 @@ class ReferenceGate:
         )
 
     def _open_beneath(self, path: str) -> tuple[int, bool]:
-        """Open an absolute, normal path below the first permitted folder that holds it."""
+        """Open an absolute, normal path below the first permitted folder."""
         for folder, device in self._folders():
             rest = _below(path, folder)
             if rest is None:
@@ -145,42 +149,42 @@ class ReferenceGate:
         raise _OutsideError
 
     def _folders(self) -> list[tuple[str, bool]]:
-        """Return permitted folders, each also without the links on the way to it."""
-        # Allowed ones first: they permit more.
+        """Return (folder, whether devices are permitted), also with links resolved."""
+        # Allowed folders come first: they permit devices.
         pairs = [(folder, True) for folder in self.allowed]
         pairs += [(folder, False) for folder in (self.folder, *self._inherited)]
         return pairs + [(os.path.realpath(folder), device) for folder, device in pairs]
 
 
 class _OutsideError(Exception):
-    """The way leaves the folder."""
+    """The path leads out of the folder."""
 
 
 def _below(path: str, folder: str) -> str | None:
-    """Return ``path`` relative to ``folder``, or None if it does not lie below by its name."""
+    """Return ``path`` relative to ``folder``, None if its name is not below it."""
     prefix = folder if folder.endswith("/") else folder + "/"
     return path[len(prefix) :] if path.startswith(prefix) and len(path) > len(prefix) else None
 
 
 def open_beneath(folder_fd: int, rest: str, path: str) -> int:
-    """Open a relative name for reading without ever leaving a folder; ``path`` is for messages."""
+    """Open a relative name for reading, only below a folder.
+
+    ``path`` is the name in messages.
+    """
     fd = _openat2_beneath(folder_fd, rest, path)
     return _walk_beneath(folder_fd, rest, path) if fd is None else fd
 
 
 # Linux include/uapi/linux/openat2.h.
 _RESOLVE_NO_MAGICLINKS: Final = 0x02
-
-
 _RESOLVE_BENEATH: Final = 0x08
 
-
-# Only these machines are known to number the call so (all newer ones do).
+# The call's number on the machines that are tested.
 _SYS_OPENAT2: Final = {"x86_64": 437, "aarch64": 437}
 
 
 def _openat2_beneath(folder_fd: int, rest: str, path: str) -> int | None:
-    """Open by openat2; None if the kernel or its guards do not know the call."""
+    """Open with openat2; None if the kernel or a seccomp filter lacks the call."""
     number = _SYS_OPENAT2.get(os.uname().machine)
     if number is None:
         return None
@@ -200,7 +204,7 @@ def _openat2_beneath(folder_fd: int, rest: str, path: str) -> int | None:
         if fd >= 0:
             return int(fd)
         code = ctypes.get_errno()
-        # EAGAIN: something was renamed on the way, so the kernel cannot be sure.
+        # EAGAIN: a component was renamed meanwhile, so the kernel cannot be sure.
         if code not in (errno.EAGAIN, errno.EINTR):
             break
     if code in (errno.ENOSYS, errno.EPERM):
@@ -211,7 +215,7 @@ def _openat2_beneath(folder_fd: int, rest: str, path: str) -> int | None:
 
 
 def _walk_beneath(folder_fd: int, rest: str, path: str) -> int:
-    """Open component by component, following no link."""
+    """Open component by component, without following links."""
     *folders, last = rest.split("/")
     fd = os.dup(folder_fd)
     try:
@@ -230,7 +234,7 @@ def _step(folder_fd: int, component: str, flags: int, path: str) -> int:
     try:
         return os.open(component, flags | os.O_NOFOLLOW, dir_fd=folder_fd)
     except OSError as error:
-        # ELOOP is a link in the last place, ENOTDIR may be one in the place of a folder.
+        # ELOOP: the last component is a link.  ENOTDIR: a folder may be a link.
         if error.errno == errno.ELOOP or _is_link(component, folder_fd):
             raise _OutsideError from None
         raise OSError(error.errno, os.strerror(error.errno or 0), path) from error

@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 
 OPEN_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 
-# The kernel moves no more than this in one read.
+# The kernel reads at most this in one call.
 _MAX_READ_NBYTES: Final = 0x7FFFF000
 
 
-# st_blocks counts these, whatever st_blksize says (Linux stat(2)).
+# The unit of st_blocks, which does not depend on st_blksize (Linux stat(2)).
 _STAT_BLOCK_NBYTES: Final = 512
 _XFS_SUPER_MAGIC: Final = 0x58465342  # Linux include/uapi/linux/magic.h
 
 
 def is_on_xfs(fd: int) -> bool:
-    """Tell whether an open file lies on XFS."""
+    """Tell whether an open file is on XFS."""
     import ctypes
 
     # struct statfs is 120 bytes on 64-bit Linux and starts with f_type, a long.
@@ -50,17 +50,16 @@ def is_on_xfs(fd: int) -> bool:
 class HostFile:
     """A file of the host, open for reading: a regular file or a block device.
 
-    It is a `ByteSource`, whose contract stands there; the members beyond that are about the
-    file's place on the host.
+    See `ByteSource` for the contract of its members.
 
     Attributes
     ----------
     fd : int
-        The descriptor, owned by this object; only `imgcore.files` uses it.
+        The descriptor, which this object owns; only `imgcore.files` uses it.
     """
 
     def __init__(self, fd: int, path: str, *, share: bool = False, device: bool = True) -> None:
-        """Take over an open descriptor; it is closed if the file is refused."""
+        """Take over an open descriptor; an error closes it."""
         self.path = path
         self.fd = fd
         self.share = share
@@ -75,7 +74,7 @@ class HostFile:
             self.nbytes = self._find_nbytes()
             if self.is_block_device and self.nbytes == 0:
                 raise ImgcoreError("the block device has no medium (its size is 0)", path=path)
-            # io_uring fails reads of what is not cached on a non-blocking file.
+            # On a non-blocking file, io_uring fails reads of data that is not cached.
             fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
             if not share:
                 refuse_image_being_written(fd, path)
@@ -92,27 +91,28 @@ class HostFile:
         path : str or path-like
             A regular file or a block device, or a symbolic link to one.
         share : bool
-            Do not mind that another process may be writing to the image.
+            Open the file although another process may be writing to it.
 
         Raises
         ------
         OSError
-            The system refuses.
+            The system cannot open the file.
         ImgcoreError
-            It is neither a regular file nor a block device, or QEMU has it open for writing.
+            It is neither a regular file nor a block device, or QEMU has it open for
+            writing.
 
         Notes
         -----
-        Does not hang, whatever the path names.
+        It never blocks, whatever kind of file the path names.
         """
         name = os.fspath(path)
-        # Not even opened: that alone can wake a pipe's writer or rewind a tape.
+        # Checked before opening, which could wake a pipe's writer or rewind a tape.
         _refuse_type(os.stat(name).st_mode, name)
         return cls(os.open(name, OPEN_FLAGS), name, share=share)
 
     @classmethod
     def in_memory(cls, content: bytes | bytearray, name: str) -> Self:
-        """Return an anonymous file that holds ``content``; ``name`` stands in messages."""
+        """Return an anonymous file with ``content``; ``name`` appears in messages."""
         fd = os.memfd_create("imgcore", os.MFD_CLOEXEC)
         try:
             with open(fd, "wb", closefd=False) as writer:
@@ -130,12 +130,12 @@ class HostFile:
 
     @property
     def modified(self) -> int:
-        """Unix seconds of the last change before it was opened."""
+        """Unix seconds of the last change before the file was opened."""
         return int(self._status.st_mtime)
 
     @property
     def allocated_nbytes(self) -> int:
-        """Bytes that the host has allocated by now; 0 for a block device."""
+        """Bytes that the host has allocated for the file; 0 for a block device."""
         return os.fstat(self.fd).st_blocks * _STAT_BLOCK_NBYTES
 
     @property
@@ -144,12 +144,12 @@ class HostFile:
         return os.fstat(self.fd).st_nlink
 
     def attribute(self, name: str) -> bytes:
-        """Return an extended attribute; OSError if the file has none of that name."""
+        """Return an extended attribute; OSError if the file does not have it."""
         return os.getxattr(self.fd, name)
 
     @property
     def core(self) -> File:
-        """The file as the native core knows it."""
+        """The file for the native engine."""
         if self._core is None:
             from imgcore._core import File
 
@@ -157,7 +157,7 @@ class HostFile:
         return self._core
 
     def pread(self, offset: int, length: int) -> bytes:
-        """Return exactly ``length`` bytes from ``offset`` on; see `ByteSource.pread`."""
+        """Return exactly ``length`` bytes; see `ByteSource.pread`."""
         self._check_range(offset, length)
         first = self._read_some(offset, length)
         if len(first) == length:
@@ -168,7 +168,7 @@ class HostFile:
         return bytes(buffer)
 
     def pread_into(self, offset: int, buffer: Any) -> None:
-        """Fill a writable buffer with the bytes from ``offset`` on; errors as of `pread`."""
+        """Fill a writable buffer with bytes from ``offset``; raises as `pread` does."""
         with memoryview(buffer) as view, view.cast("B") as octets:
             self._check_range(offset, len(octets))
             self._fill(offset, octets, 0)
@@ -206,7 +206,7 @@ class HostFile:
             raise OSError(error.errno, text, self.path) from error
 
     def next_data(self, position: int) -> tuple[int, int]:
-        """Return [start, end) of the next data at or after a place; see `ByteSource.next_data`."""
+        """Return (start, end) of the next data; see `ByteSource.next_data`."""
         if not self._knows_holes:
             self._sync_holes()
             self._knows_holes = True
@@ -216,9 +216,9 @@ class HostFile:
         return position, self.nbytes
 
     def _sync_holes(self) -> None:
-        """Write back what the file has in memory, if its holes cannot be trusted otherwise.
+        """Write back the file's data if its holes cannot be trusted before that.
 
-        XFS can report a hole where a reflinked file has data that is not written back yet.
+        XFS can report a hole where a reflinked file has data that is not written back.
         """
         with contextlib.suppress(OSError):
             has_holes = self.allocated_nbytes < os.fstat(self.fd).st_size
@@ -226,7 +226,7 @@ class HostFile:
                 os.fdatasync(self.fd)
 
     def check_unchanged(self) -> None:
-        """Raise ImgcoreError if the file has changed; see `ByteSource.check_unchanged`."""
+        """Raise ImgcoreError after a change; see `ByteSource.check_unchanged`."""
         if self.share:
             return
         now = os.fstat(self.fd)
@@ -248,7 +248,7 @@ class HostFile:
         try:
             return file_identity(os.stat(self._absolute_path)) != self.identity
         except OSError:
-            return False  # deleted or out of reach now: what was read is whole
+            return False  # deleted or unreachable now, but the data read is complete
 
     def close(self) -> None:
         """Close the descriptor; more than once is allowed."""

@@ -1,4 +1,4 @@
-"""What tells a file from all others, and what kind of file it is."""
+"""The identity of a file, and its type in words."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ BLOCK_DEVICE: Final = -1
 
 
 def file_identity(status: os.stat_result) -> Identity:
-    """Return what tells a file from all others while it is open."""
+    """Return what identifies a file while it is open."""
     if stat.S_ISBLK(status.st_mode):
         return (BLOCK_DEVICE, status.st_rdev)
     return (status.st_dev, status.st_ino)
 
 
 def same_file(a: Identity | None, b: Identity | None) -> bool:
-    """Tell whether two identities are of one file; a file that does not exist is no other's."""
+    """Tell whether two identities are of one file; a missing file has None."""
     return a is not None and a == b
 
 
 def describe_file_type(mode: int) -> str:
-    """Return what a ``st_mode`` is in words, for messages."""
+    """Return the file type of a ``st_mode`` in words, for messages."""
     for test, name in (
         (stat.S_ISDIR, "a folder"),
         (stat.S_ISFIFO, "a pipe"),

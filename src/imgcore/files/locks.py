@@ -1,4 +1,4 @@
-"""Locks: those by which QEMU marks an image as in use, and those among our own processes."""
+"""Locks: QEMU's on images in use, and those between imgcore's own processes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 # Bytes that QEMU locks in an image (QEMU block/file-posix.c): 100 + p while it uses
-# permission p, 200 + p while it does not tolerate p in others.
+# permission p, 200 + p while it denies p to others.
 _QEMU_WRITES: Final = 101
 _QEMU_DENIES_READING: Final = 200
 _QEMU_DENIES_WRITING: Final = 201
 
-# From Linux include/uapi/asm-generic/fcntl.h; Python's fcntl lacks it before 3.9 and on some libcs.
+# Linux include/uapi/asm-generic/fcntl.h; Python's fcntl lacks it on some libcs.
 _F_OFD_GETLK: Final[int] = getattr(fcntl, "F_OFD_GETLK", 36)
 
 
@@ -32,39 +32,39 @@ _FOLDER_LOCK_SECONDS: Final = 5.0
 
 
 def refuse_image_being_written(fd: int, path: str) -> None:
-    """Raise ImgcoreError if QEMU writes to an image that is to be read."""
+    """Raise ImgcoreError if QEMU is writing to the image."""
     if _is_locked_by_other(fd, _QEMU_WRITES) or _is_locked_by_other(fd, _QEMU_DENIES_READING):
         raise ImgcoreError(
-            "in use by another process that writes to it (QEMU's image lock); "
-            "-U reads it nevertheless",
+            "in use by another process that writes to it (QEMU's image lock); -U reads it anyway",
             path=path,
         )
 
 
 def refuse_image_in_use(fd: int, path: str) -> None:
-    """Raise TargetError if QEMU uses an image that is to be replaced or written to."""
+    """Raise TargetError if QEMU uses the image, which a job would replace or change."""
     if _is_locked_by_other(fd, _QEMU_WRITES) or _is_locked_by_other(fd, _QEMU_DENIES_WRITING):
         raise TargetError("in use by another process (QEMU's image lock)", path=path)
 
 
 def _is_locked_by_other(fd: int, byte: int) -> bool:
-    """Tell whether another open file holds a lock of any kind on one byte of the file."""
+    """Tell whether another open file holds a lock of any kind on a byte of the file."""
     request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
     try:
         answer = fcntl.fcntl(fd, _F_OFD_GETLK, request)
     except OSError:
-        return False  # a file system without locks: QEMU cannot hold one either
+        return False  # a file system without locks: QEMU cannot lock it either
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
 
 def lock(fd: int) -> bool:
-    """Mark a temporary as in use; False if somebody else holds it."""
+    """Lock a file or folder; False if another open file holds the lock."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
-        return True  # no locks on this file system: stale files then stay for ever
+        # A file system without locks: `remove_stale` then removes nothing.
+        return True
     return True
 
 
@@ -72,7 +72,7 @@ def lock(fd: int) -> bool:
 def folder_lock(folder_fd: int, path: str) -> Iterator[None]:
     """Keep two jobs from mixing their files while each renames several.
 
-    Somebody else's lock on the folder is waited for, but not for ever.
+    It waits up to 5 s for another process's lock on the folder.
     """
     deadline = time.monotonic() + _FOLDER_LOCK_SECONDS
     while not lock(folder_fd):

@@ -1,4 +1,4 @@
-"""Giving a file a name that must not be taken."""
+"""Renames a file only if the new name is free."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _RENAME_NOREPLACE: Final = 1  # Linux include/uapi/linux/fs.h
 
 
 def rename_without_replacing(folder_fd: int, old: str, new: str) -> None:
-    """Rename inside a folder; FileExistsError if the new name is taken at that instant."""
+    """Rename inside a folder; raises FileExistsError if the new name is taken."""
     import ctypes
 
     code = errno.ENOSYS
@@ -32,7 +32,7 @@ def rename_without_replacing(folder_fd: int, old: str, new: str) -> None:
     else:
         os.unlink(old, dir_fd=folder_fd)
         return
-    # Neither (FAT and its like): all that is left is to look first.
+    # Neither works (on FAT, for example): check the name first, which leaves a race.
     with contextlib.suppress(FileNotFoundError):
         os.stat(new, dir_fd=folder_fd, follow_symlinks=False)
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), new)

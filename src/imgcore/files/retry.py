@@ -1,6 +1,6 @@
-"""How often a failed system call is repeated, and how long apart.
+"""Repeats failed system calls, after pauses.
 
-The same rules as in the native core (``native/engine/retry.c``, which says why).
+The native core has the same rules; ``native/engine/retry.c`` gives the reasons.
 """
 
 from __future__ import annotations
@@ -14,17 +14,20 @@ if TYPE_CHECKING:
 
     Result = TypeVar("Result")
 
-# 0.85 s in all: cancelling stays prompt.
+# 0.85 s in all, so that cancelling stays prompt.
 _PAUSES: Final = (0.01, 0.04, 0.16, 0.64)
 
-# A path or a server may come back; reading again does no harm.
+# A path or a server may come back, and reading again does no harm.
 READ_ERRORS: Final = frozenset({errno.EIO, errno.EAGAIN, errno.ETIMEDOUT})
-# Nothing has been tried. After any other failure the state of the range is unknown.
+# Nothing was written.  After any other failure the state of the range is unknown.
 WRITE_ERRORS: Final = frozenset({errno.EAGAIN})
 
 
 def retrying(call: Callable[[], Result], transient: frozenset[int]) -> Result:
-    """Return what ``call`` returns; an OSError of a transient kind is given a few more chances."""
+    """Call, and call again after each OSError with an errno in ``transient``.
+
+    The last attempt's OSError is raised.
+    """
     for pause in _PAUSES:
         try:
             return call()

@@ -1,7 +1,7 @@
-"""Files that are written: under a temporary name, then renamed when they are whole.
+"""Targets: files written under a temporary name and renamed when they are complete.
 
-At every instant the final name is absent, the old file, or the complete new one.  Only a target
-written in place (a block device, or on request an existing file) is exempt from that.
+The final name is always absent, the old file, or the complete new one.  Targets
+written in place (a block device, or on request an existing file) are the exception.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 
 class Target:
-    """The place where an image is to appear, as a context manager.
+    """The files of an image that is being written; a context manager.
 
-    Leaving the ``with`` block without `commit` removes what was written.
+    Leaving the ``with`` block without `commit` removes them.
 
     Parameters
     ----------
@@ -41,22 +41,23 @@ class Target:
     sync : bool
         Make everything durable in `commit`.
     in_place : bool
-        Write straight into an existing regular file or block device; a block device is written
-        in no other way.  A failure leaves such a target incomplete.
+        Write directly into an existing regular file or block device; a block device can
+        only be written in place.  A failure leaves such a target incomplete.
 
     Attributes
     ----------
     path : str
     in_place, is_block_device : bool
     identity : tuple of two ints, or None
-        Of what has the final name now, links followed; for `imgcore.files.identity.same_file`.
+        The identity of the file that has the final name now, links followed; see
+        `imgcore.files.identity.same_file`.
 
     Raises
     ------
     TargetError
-        The name is taken, or no place for an image.
+        The name is taken, or cannot be an image's.
     OSError
-        The folder is missing or cannot be written to; with the name.
+        The folder is missing or cannot be written to.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class Target:
         self._folder = None if in_place else TargetFolder(self.path, force=force, sync=sync)
 
     def _examine(self, in_place: bool) -> None:
-        """Look at what has the final name now, and refuse what cannot be a target."""
+        """Examine the file that has the final name now, and reject unsuitable ones."""
         try:
             link = os.lstat(self.path)
         except FileNotFoundError:
@@ -131,7 +132,7 @@ class Target:
         Raises
         ------
         TargetError
-            The target is one of them, by whatever name; `companion` raises it as well.
+            The target is one of them, under any name; `companion` raises it as well.
         """
         self._protected = {source.identity: source.path for source in sources}
         self._refuse_protected(self.identity, self.path)
@@ -143,7 +144,7 @@ class Target:
 
     @property
     def main(self) -> TargetFile:
-        """The file that gets the final name; made on first use."""
+        """The file that gets the final name; created on first use."""
         if self._main is None:
             if self._folder is None:
                 self._main = TargetFile(self._open_in_place(), self.path)
@@ -152,13 +153,13 @@ class Target:
         return self._main
 
     def companion(self, name: str) -> TargetFile:
-        """Make a second file beside the target, renamed just before it.
+        """Create a second file beside the target, renamed just before it.
 
         Parameters
         ----------
         name : str
-            Its final name, without a folder.  An existing file of that name is refused
-            without ``force``.
+            Its final name, without a folder.  An existing file of that name is replaced
+            only with ``force``.
 
         Raises
         ------
@@ -169,7 +170,7 @@ class Target:
         if self._folder is None:
             raise TargetError("a target of several files cannot be written in place", path=path)
         if not name or "/" in name or name in (".", "..", self._name):
-            raise TargetError("is no name for a second file", path=path)
+            raise TargetError("is not a valid name for a second file", path=path)
         restore_interrupted(os.path.dirname(self.path) or ".", name)
         file = self._folder.create(name, self._examine_companion(self._folder, name, path))
         self._companions.append(file)
@@ -178,7 +179,7 @@ class Target:
     def _examine_companion(
         self, folder: TargetFolder, name: str, path: str
     ) -> os.stat_result | None:
-        """Return the file that a companion replaces, and refuse what it must not replace."""
+        """Return the status of the file that a companion replaces, None without one."""
         try:
             status = folder.status(name)
         except FileNotFoundError:
@@ -194,7 +195,7 @@ class Target:
         return status
 
     def _open_in_place(self) -> int:
-        # O_EXCL on a block device: refused by the kernel while it is mounted.
+        # O_EXCL: the kernel refuses to open a block device that is mounted.
         exclusive = os.O_EXCL if self.is_block_device else os.O_NOFOLLOW
         try:
             fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOCTTY | exclusive)
@@ -213,7 +214,7 @@ class Target:
         return fd
 
     def require_capacity(self, nbytes: int) -> None:
-        """Refuse to write in place into what is smaller than ``nbytes``."""
+        """Raise TargetError if a target in place is smaller than ``nbytes``."""
         if self.in_place and self.main.nbytes < nbytes:
             raise TargetError(
                 f"holds {self.main.nbytes} bytes, fewer than the {nbytes} of the disk",
@@ -221,9 +222,9 @@ class Target:
             )
 
     def require_space(self, nbytes: int) -> None:
-        """Raise OSError(ENOSPC) if the file system has no ``nbytes`` bytes left.
+        """Raise OSError(ENOSPC) if the file system has fewer than ``nbytes`` left.
 
-        A target in place has its space already.
+        A target in place already has its space.
         """
         free = None if self._folder is None else self._folder.free_nbytes()
         if free is not None and free < nbytes:
@@ -236,10 +237,10 @@ class Target:
         Raises
         ------
         OSError
-            Data could not be written after all, or the name could not be given; the former
-            target is then untouched and nothing else is left.
+            Data could not be written, or a file could not be renamed.  The old target
+            is then unchanged, and the new files are removed.
         TargetError
-            A file has appeared under the name meanwhile, and ``force`` was not given.
+            A file has appeared under the name meanwhile, and ``force`` is False.
         """
         if self._committed:
             raise RuntimeError(f"{self.path}: committed twice")
@@ -255,7 +256,7 @@ class Target:
         self._committed = True
         self._close_files()
         try:
-            # What was set aside goes when the new names are durable, not before.
+            # Old files are removed only when the new names are durable.
             self._folder.sync()
         finally:
             for backup in backups:
@@ -263,9 +264,9 @@ class Target:
             self._folder.close()
 
     def abort(self) -> None:
-        """Remove what was written; a target in place stays as it is by now.
+        """Remove the files written; a target in place stays as it is now.
 
-        After `commit`, or a second time, it does nothing.
+        After `commit`, or when called again, it does nothing.
         """
         if self._folder is not None and not self._committed:
             self._folder.remove_temporaries()

@@ -27,9 +27,10 @@ class TargetFile:
     Attributes
     ----------
     path : str
-        The final name; stands in messages.
+        The final name, which appears in messages.
     fd : int
-        Open for reading and writing, owned by this object; only `imgcore.files` uses it.
+        Open for reading and writing; this object owns it, and only `imgcore.files`
+        uses it.
     """
 
     def __init__(self, fd: int, path: str) -> None:
@@ -39,7 +40,7 @@ class TargetFile:
 
     @property
     def core(self) -> File:
-        """The file as the native core knows it."""
+        """The file for the native engine."""
         if self._core is None:
             from imgcore._core import File
 
@@ -48,16 +49,19 @@ class TargetFile:
 
     @property
     def nbytes(self) -> int:
-        """The size now; of a block device, its capacity."""
+        """The size now; for a block device, its capacity."""
         return os.lseek(self.fd, 0, os.SEEK_END)
 
     @property
     def file_size(self) -> int:
-        """The size that the file system states: 0 for a block device."""
+        """The size that the file system states; 0 for a block device."""
         return os.fstat(self.fd).st_size
 
     def reopened(self, path: str) -> HostFile:
-        """Return the file for reading, under another name in messages; both are closed alone."""
+        """Return the file open for reading, with another name in messages.
+
+        The caller closes it.
+        """
         return HostFile(os.dup(self.fd), path, device=False)
 
     def pwrite(self, offset: int, data: Any) -> None:
@@ -69,12 +73,12 @@ class TargetFile:
                 done += retrying(partial(os.pwrite, self.fd, rest, at), WRITE_ERRORS)
 
     def pread(self, offset: int, length: int) -> bytes:
-        """Return what was written, up to ``length`` bytes, fewer at the file's end."""
+        """Return up to ``length`` bytes that were written, fewer at the file's end."""
         with named_errors(self.path):
             return retrying(lambda: os.pread(self.fd, length, offset), READ_ERRORS)
 
     def truncate(self, nbytes: int) -> None:
-        """Set the file's size; a block device has to be large enough and stays as it is."""
+        """Set the file's size; a block device keeps its own, which must suffice."""
         with named_errors(self.path):
             if not stat.S_ISBLK(os.fstat(self.fd).st_mode):
                 os.ftruncate(self.fd, nbytes)
@@ -87,14 +91,14 @@ class TargetFile:
         Parameters
         ----------
         mode : {"off", "falloc", "full"}
-            Not at all, by asking the file system, by writing zeros.
+            Do nothing, ask the file system, or write zeros.
         nbytes : int
             Bytes.
 
         Raises
         ------
         OSError
-            The file system is full, or cannot.
+            The file system is full, or cannot preallocate.
         """
         if mode == "falloc" and nbytes:
             with named_errors(self.path):
@@ -107,12 +111,18 @@ class TargetFile:
             raise ValueError(f"unknown preallocation mode {mode!r}")
 
     def sync(self) -> None:
-        """Make the contents durable; a failure is final, the kernel may have dropped the data."""
+        """Make the content durable.
+
+        A failure is final: the kernel may have dropped the data.
+        """
         with named_errors(self.path):
             os.fsync(self.fd)
 
     def check_written(self) -> None:
-        """Raise what closing the file would: network file systems report late errors there."""
+        """Raise the error that closing the file would hide.
+
+        Network file systems report late errors on close.
+        """
         with named_errors(self.path):
             os.close(os.dup(self.fd))
 
@@ -128,7 +138,7 @@ class TargetFile:
 
 @contextlib.contextmanager
 def named_errors(path: str) -> Iterator[None]:
-    """Put the target's name into operating-system errors that carry none."""
+    """Put the target's name into OSErrors."""
     try:
         yield
     except OSError as error:

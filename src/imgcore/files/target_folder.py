@@ -1,4 +1,4 @@
-"""The folder in which a target appears: its files get their names together, or not at all."""
+"""The folder of a target: all files of the target get their names, or none does."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from imgcore.files.target_file import TargetFile, named_errors
 from imgcore.files.temporary_names import backup_name, new_token, remove_stale, temporary_name
 from imgcore.log import log
 
-# A folder that cannot be synced at all, as on some network and FUSE file systems.
+# The folder cannot be synced at all, as on some network and FUSE file systems.
 _NO_SYNC_ERRORS: Final = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES)
 
 
 class TargetFolder:
-    """The folder of a target, held open, and the temporaries that are made in it.
+    """The open folder of a target, and the temporaries in it.
 
     Parameters
     ----------
@@ -36,7 +36,7 @@ class TargetFolder:
         self._path = path
         self._force = force
         self._sync = sync
-        # Temporary and final name of each file, in the order of their making.
+        # Temporary and final name of each file, in the order of creation.
         self._temporaries: dict[str, str] = {}
         self._files: list[TargetFile] = []
         self._fd = _open_folder(os.path.dirname(path) or ".")
@@ -46,11 +46,11 @@ class TargetFolder:
         return os.path.join(os.path.dirname(self._path), name)
 
     def status(self, name: str) -> os.stat_result:
-        """Return what has a name now, links not followed."""
+        """Return the status of a name, without following links."""
         return os.stat(name, dir_fd=self._fd, follow_symlinks=False)
 
     def free_nbytes(self) -> int | None:
-        """Return the bytes that the file system has left for us; None if it does not say."""
+        """Return the bytes that this process may still write; None if not known."""
         try:
             status = os.fstatvfs(self._fd)
         except OSError:
@@ -59,10 +59,10 @@ class TargetFolder:
         return n_blocks * status.f_frsize if status.f_blocks else None
 
     def create(self, name: str, old: os.stat_result | None) -> TargetFile:
-        """Make a temporary for a final name, under a name that nobody else has.
+        """Create a temporary, under a unique name, for a final name.
 
-        It has the mode of the file ``old`` that it is to replace, and its owner as far as we
-        may.
+        It gets the mode of the file ``old`` that it will replace, and its owner if the
+        system permits that.
         """
         path = self.path_of(name)
         if old is not None:
@@ -72,7 +72,7 @@ class TargetFolder:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         while True:
             temporary = temporary_name(name, new_token())
-            # Noted first, so that an interruption at any point leaves nothing.
+            # Recorded first, so that an interruption at any point leaves no file.
             self._temporaries[temporary] = name
             try:
                 fd = os.open(temporary, flags, mode, dir_fd=self._fd)
@@ -93,24 +93,24 @@ class TargetFolder:
             except BaseException:
                 file.close()
                 raise
-            # Taken for a stale one before it was locked.
+            # Another process took it for a stale one before it was locked.
             self.remove(temporary)
             file.close()
 
     def _refuse_in_use(self, name: str, path: str) -> None:
-        """Refuse to replace what a virtual machine would go on writing to, without a name."""
+        """Refuse to replace an image to which a virtual machine would keep writing."""
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
             fd = os.open(name, flags, dir_fd=self._fd)
         except OSError:
-            return  # gone meanwhile, or not ours to read
+            return  # gone meanwhile, or not readable for us
         try:
             refuse_image_in_use(fd, path)
         finally:
             os.close(fd)
 
     def give_names(self) -> list[str]:
-        """Rename all files; return the names of old ones that were set aside."""
+        """Rename all files, and return the names of backups of old ones."""
         pairs = list(self._temporaries.items())
         pairs.sort(key=lambda pair: pair[1] == os.path.basename(self._path))
         if len(pairs) == 1:
@@ -132,11 +132,11 @@ class TargetFolder:
             raise OSError(error.errno, os.strerror(error.errno or 0), path) from error
 
     def _swap_in(self, pairs: list[tuple[str, str]]) -> list[str]:
-        """Rename several files, the main one last; an error brings the old ones back.
+        """Rename several files, the main one last; an error restores the old ones.
 
-        The old main file goes out of the way first, so that it never stands beside a new
-        companion.  Each step is durable before the next: what a crash leaves is then what
-        `restore_interrupted` knows.
+        The old main file is renamed to a backup first, so that it never exists beside a
+        new companion.  Each step is durable before the next, so that
+        `restore_interrupted` can undo what a crash leaves.
         """
         fd = self._fd
         token = new_token()
@@ -144,7 +144,7 @@ class TargetFolder:
         try:
             if self._force:
                 for _, name in reversed(pairs):
-                    # Noted first: an interruption comes before or after any of this.
+                    # Recorded first: an interruption may come at any point.
                     backups.append((backup_name(name, token), name))
                     with contextlib.suppress(FileNotFoundError):
                         os.rename(name, backups[-1][0], src_dir_fd=fd, dst_dir_fd=fd)
@@ -164,7 +164,7 @@ class TargetFolder:
         return [backup for backup, _ in backups]
 
     def _is_new(self, name: str) -> bool:
-        """Tell whether a name is that of a file of ours already."""
+        """Tell whether a name already refers to one of our new files."""
         try:
             identity = file_identity(self.status(name))
         except OSError:
@@ -172,7 +172,7 @@ class TargetFolder:
         return identity in [file_identity(os.fstat(file.fd)) for file in self._files]
 
     def _sync_names(self) -> None:
-        """Make the names so far durable, where the folder can do that at all."""
+        """Make the names so far durable, if the folder can be synced."""
         if self._sync:
             with named_errors(self._path):
                 try:
@@ -182,7 +182,7 @@ class TargetFolder:
                         raise
 
     def sync(self) -> None:
-        """Make the final names durable; a folder that cannot be synced is worth a warning."""
+        """Make the final names durable; warn if the folder cannot be synced."""
         if not self._sync:
             return
         try:
@@ -195,13 +195,13 @@ class TargetFolder:
             log.warning("%s: the folder cannot be synced: %s", folder, error.strerror)
 
     def remove(self, name: str) -> None:
-        """Remove a file; one that cannot be removed stays."""
+        """Remove a file; ignore a failure."""
         with contextlib.suppress(OSError):
             os.unlink(name, dir_fd=self._fd)
         self._temporaries.pop(name, None)
 
     def remove_temporaries(self) -> None:
-        """Remove the temporaries that have no final name yet."""
+        """Remove the temporaries that do not have their final names yet."""
         for temporary in list(self._temporaries):
             self.remove(temporary)
 

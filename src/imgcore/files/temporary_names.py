@@ -1,7 +1,7 @@
-"""The names of files that are being written or replaced, and what a killed process leaves.
+"""Names of temporaries and backups, and the removal of those of killed processes.
 
-All of them start with a dot and the final name, so that they lie beside the target, and hold
-the process and a random number.
+A name consists of a dot, the final name, the process and a random number.  The files
+are in the target's folder.
 """
 
 from __future__ import annotations
@@ -10,24 +10,21 @@ import contextlib
 import fcntl
 import os
 import re
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from imgcore.files.locks import folder_lock
 from imgcore.log import log
 
-if TYPE_CHECKING:
-    pass
-
 _NAME_MAX: Final = 255  # bytes in a file name, Linux include/uapi/linux/limits.h
 _BACKUP_SUFFIX: Final = "-old"
-# Bytes of the final name that fit beside the rest: 7 digits of the process, 12 random ones.
+# Bytes of the final name that fit beside 7 digits of the process and 12 random ones.
 _ROOM: Final = _NAME_MAX - len(b"..imgcore-") - 7 - 1 - 12 - len(_BACKUP_SUFFIX)
-# Final name, and token.
+# Groups: final name, token.
 _BACKUP: Final = re.compile(r"\.(.+)\.imgcore-(\d+-[0-9a-f]{12})-old", re.DOTALL)
 
 
 def new_token() -> str:
-    """Return what no other process, and no other file of this one, has in its names."""
+    """Return a text that is unique among processes and files."""
     return f"{os.getpid()}-{os.urandom(6).hex()}"
 
 
@@ -37,21 +34,21 @@ def temporary_name(name: str, token: str) -> str:
 
 
 def backup_name(name: str, token: str) -> str:
-    """Return where a file is kept while several are replaced; they have one token."""
+    """Return the name of an old file while several are replaced with one token."""
     return f"{_temporary_prefix(name)}{token}{_BACKUP_SUFFIX}"
 
 
 def _temporary_prefix(name: str) -> str:
-    """Return the start of the temporaries' names, short enough for what follows it."""
+    """Return the start of a temporary's name, shortened so that the rest fits."""
     short = os.fsdecode(os.fsencode(name)[:_ROOM])
     return f".{short}.imgcore-"
 
 
 def remove_stale(folder_fd: int, name: str) -> None:
-    """Remove temporaries for this name whose process has ended without removing them.
+    """Remove temporaries for this name whose process ended without removing them.
 
-    The process number alone would mislead (other hosts, other containers); a temporary that
-    is being written is locked as well.
+    The process number alone is not enough, because other hosts and containers may use
+    the folder.  Temporaries that are being written are locked as well.
     """
     pattern = re.compile(re.escape(_temporary_prefix(name)) + r"(\d+)-[0-9a-f]{12}")
     try:
@@ -73,10 +70,10 @@ def remove_stale(folder_fd: int, name: str) -> None:
 
 
 def restore_interrupted(folder: str, name: str) -> None:
-    """Put back what a process took out of the way and did not live to replace.
+    """Restore the backups of a process that was killed while it replaced files.
 
-    Several files are replaced with the old ones set aside.  If the main one is missing, the
-    old ones are put back, the main one last; if it is there, the replacement was complete.
+    If the main file is missing, the backups get their names back, the main file last.
+    If it exists, the replacement was complete, and the backups are removed.
     """
     try:
         entries = [entry for entry in os.listdir(folder) if entry.endswith(_BACKUP_SUFFIX)]
@@ -97,7 +94,7 @@ def restore_interrupted(folder: str, name: str) -> None:
 
 
 def _restore(folder_fd: int, folder: str, name: str, token: str) -> None:
-    """Undo, or end, one replacement; the folder is locked."""
+    """Undo or complete one replacement; the folder is locked."""
     matches = [_BACKUP.fullmatch(entry) for entry in os.listdir(folder_fd)]
     backups = [match for match in matches if match and match[2] == token]
     main = backup_name(name, token)
@@ -108,18 +105,16 @@ def _restore(folder_fd: int, folder: str, name: str, token: str) -> None:
             os.unlink(match[0], dir_fd=folder_fd)
         return
     if any(len(os.fsencode(match[1])) >= _ROOM for match in backups):
-        return  # a name that was cut short cannot be given back
+        return  # the full name of a shortened one is not known
     for match in sorted(backups, key=lambda match: match[0] == main):
         os.rename(match[0], match[1], src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
         with contextlib.suppress(OSError):
             os.fsync(folder_fd)
-    log.warning(
-        "%s: a replacement that was interrupted has been undone", os.path.join(folder, name)
-    )
+    log.warning("%s: an interrupted replacement has been undone", os.path.join(folder, name))
 
 
 def _is_trusted(folder_fd: int, entry: str) -> bool:
-    """Tell whether a file was put there by us, or by the folder's owner, who may do anything."""
+    """Tell whether a file belongs to us or to the folder's owner."""
     owner = os.stat(entry, dir_fd=folder_fd, follow_symlinks=False).st_uid
     return owner in (os.geteuid(), os.fstat(folder_fd).st_uid)
 

@@ -1,4 +1,4 @@
-"""The codecs of compressed raw disks, by their names."""
+"""The codecs of compressed raw disks, by name."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class StreamCodec(NamedTuple):
     Attributes
     ----------
     matches : callable
-        Tells by a file's first four bytes whether the file is such a stream.
+        Takes a file's first four bytes, and returns whether it is such a stream.
     content_nbytes : callable
-        Returns the bytes that a file says it decompresses to, or None if it does not say so.
+        Returns the decompressed size that a file states, or None if it states none.
     decoder, encoder : callable
-        The encoder takes a file, how many bytes it will be given, and a number of threads; the
-        bytes that it writes do not depend on the latter.
+        The encoder takes a file, the number of bytes to expect, and a number of
+        threads, which does not change the bytes written.
     """
 
     matches: Callable[[bytes], bool]
@@ -37,7 +37,7 @@ class StreamCodec(NamedTuple):
 
 CODECS: Final = {
     "zstd": StreamCodec(is_zstd, content_nbytes, ZstdDecoder, ZstdEncoder),
-    # The size at the end of a gzip member has 32 bits, and there may be further members.
+    # A gzip member states its size modulo 2^32, and further members may follow.
     "gzip": StreamCodec(
         is_gzip,
         lambda file: None,

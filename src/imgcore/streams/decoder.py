@@ -1,4 +1,4 @@
-"""The interface of decoders of streams, and what they have in common."""
+"""The interface of stream decoders, and the input that they share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ class Decoder(Protocol):
     """Decompresses a file from its start, in order."""
 
     def fill(self, view: memoryview) -> int:
-        """Decompress until the view is full or the stream ends; returns the bytes filled."""
+        """Decompress until the view is full or the stream ends.
+
+        Returns
+        -------
+        int
+            Bytes filled.
+        """
         ...
 
 

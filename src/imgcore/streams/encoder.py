@@ -1,4 +1,4 @@
-"""The interface of encoders of streams, and what they have in common."""
+"""The interface of stream encoders, and the output that they share."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 class Encoder(Protocol):
     """Compresses bytes, given in order, into a file.
 
-    A context manager: leaving it ends its threads, also in the middle.
+    A context manager: leaving it ends its threads, even before `finish`.
     """
 
     @property
     def written_nbytes(self) -> int:
-        """Bytes of the file so far."""
+        """Bytes written to the file so far."""
         ...
 
     def write(self, buffer: Any) -> None:
@@ -26,7 +26,7 @@ class Encoder(Protocol):
         ...
 
     def finish(self) -> None:
-        """End the stream; the file is complete then, though not synced."""
+        """End the stream; the file is then complete but not synced."""
         ...
 
     def __enter__(self) -> Self: ...
@@ -35,7 +35,7 @@ class Encoder(Protocol):
 
 
 class OrderedOutput:
-    """Writes a file from its start, in order; the file stays the caller's."""
+    """Writes a file from its start, in order; the caller closes the file."""
 
     def __init__(self, file: TargetFile) -> None:
         self._file = file

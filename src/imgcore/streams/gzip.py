@@ -1,8 +1,9 @@
-"""Reads gzip, and writes it on several threads; their number does not change the bytes.
+"""Reads gzip, and writes it on several threads.
 
-The encoder writes one member.  It cuts the input into pieces.  Each is deflated by itself, with
-the 32 KiB before it as dictionary, and ends at a byte with an empty stored block.  Joined, the
-outputs are one deflate stream.
+The encoder writes one member.  It cuts the input into pieces and deflates each of them
+separately, with the 32 KiB before it as dictionary.  An empty stored block ends each
+piece on a byte boundary, so the joined pieces are one deflate stream.  The number of
+threads does not change the bytes.
 Source: RFC 1951 section 3.2.4, RFC 1952.
 """
 
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
 _PIECE_NBYTES: Final = 1 * MIB
 _WINDOW_NBYTES: Final = 32 * KIB  # RFC 1951 section 2
-_LEVEL: Final = 6  # of gzip itself
-# RFC 1952 section 2.3: magic, deflate, no flags, no time, no extra flags, unknown system.
+_LEVEL: Final = 6  # the default of gzip
+# RFC 1952 section 2.3: magic, deflate, no flags, time or extra flags, unknown system.
 _HEADER: Final = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff"
 
 
@@ -38,16 +39,16 @@ def _deflate(piece: bytes, dictionary: bytes, is_last: bool) -> bytes:
 
 
 class GzipEncoder:
-    """Compresses what it is given, in order, into a gzip file.
+    """Compresses bytes, given in order, into a gzip file.
 
-    A context manager: leaving it ends the threads, also in the middle.
+    A context manager: leaving it ends the threads, even before `finish`.
 
     Parameters
     ----------
     target_file : TargetFile
-        Written from offset 0 on; stays the caller's.
+        Written from offset 0; the caller closes it.
     threads : int
-        At least 1.  The result does not depend on their number.
+        At least 1.  The number does not change the result.
 
     Notes
     -----
@@ -67,7 +68,7 @@ class GzipEncoder:
 
     @property
     def written_nbytes(self) -> int:
-        """Bytes of the file so far."""
+        """Bytes written to the file so far."""
         return self._output.nbytes
 
     def write(self, buffer: Any) -> None:
@@ -82,7 +83,7 @@ class GzipEncoder:
                     self._submit(is_last=False)
 
     def finish(self) -> None:
-        """End the stream; the file is complete then, though not synced."""
+        """End the stream; the file is then complete but not synced."""
         self._submit(is_last=True)
         while self._waiting:
             self._output.write(self._waiting.popleft().result())
@@ -151,7 +152,10 @@ class GzipDecoder:
         return data
 
     def _next_member(self) -> bool:
-        """Start the next member; False at the end of the file, zeros before it are padding."""
+        """Start the next member; False at the end of the file.
+
+        Zeros at the end of the file are padding.
+        """
         padded = False
         while self._n_members and self._pending.startswith(b"\0"):
             padded = True
@@ -159,7 +163,7 @@ class GzipDecoder:
         if not self._pending and self._n_members:
             return False
         if padded or self._pending[:1] != _MAGIC[:1]:
-            raise CorruptImageError("there is garbage behind the gzip stream", path=self._path)
+            raise CorruptImageError("there is garbage after the gzip stream", path=self._path)
         self._member = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
         self._n_members += 1
         return True

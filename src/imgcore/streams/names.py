@@ -1,4 +1,4 @@
-"""How raw disks are named, plain and compressed."""
+"""The suffixes of raw disks, plain and compressed."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import os
 from typing import Final
 
 RAW_SUFFIXES: Final = (".raw", ".img", ".dd", ".bin")
-# What follows a raw disk's suffix, and the codec that it stands for.
+# The suffix that follows a raw disk's, and the codec it stands for.
 CODEC_OF_SUFFIX: Final = {".zst": "zstd", ".gz": "gzip"}
 
 
 def stream_suffix(path: str) -> str | None:
-    """Return ``.zst`` or ``.gz`` if the name is that of a compressed raw disk, else None."""
+    """Return ``.zst`` or ``.gz`` for the name of a compressed raw disk, else None."""
     stem, suffix = os.path.splitext(path.lower())
     if suffix in CODEC_OF_SUFFIX and os.path.splitext(stem)[1] in RAW_SUFFIXES:
         return suffix

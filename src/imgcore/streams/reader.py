@@ -1,7 +1,7 @@
 """Reads compressed raw disks: ``disk.raw.zst`` and ``disk.raw.gz``.
 
-A stream has no random access: a helper thread reads its content once, in order.  Memory stays
-bounded whatever a stream claims or holds.
+A stream has no random access, so a helper thread reads its content once, in order.
+Memory stays bounded, whatever a stream claims or contains.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 _COUNT_NBYTES: Final = 1 * MIB
-# One chunk with the consumer, two ahead of it.
+# One chunk is with the consumer, two are being filled or waiting.
 _N_BUFFERS: Final = 3
 
 
@@ -34,7 +34,7 @@ class StreamReader:
     Attributes
     ----------
     file : HostFile
-        The compressed file, closed with this object.
+        The compressed file; `close` closes it.
     virtual_size : int
         Bytes of the disk.
     codec : str
@@ -42,7 +42,7 @@ class StreamReader:
     """
 
     def __init__(self, file: HostFile) -> None:
-        """Take over an open file; closed if it is refused."""
+        """Take over an open file; an error closes it."""
         self.file = file
         try:
             self.codec = self._find_codec()
@@ -61,25 +61,26 @@ class StreamReader:
     def open(cls, path: str | os.PathLike[str], *, share: bool = False) -> Self:
         """Open a compressed raw disk and find its size.
 
-        The sizes that zstd frames state are taken; if one does not, and for gzip, the content
-        is counted by decompressing it once.
+        The size is the sum of those that the zstd frames state.  If a frame does not
+        state its size, and for gzip, the content is decompressed once and counted.
 
         Raises
         ------
         WrongFormatError
             It is neither a zstd nor a gzip stream.
         CorruptImageError
-            The stream ends too early, holds something else, or no whole number of sectors.
+            The stream ends too early, contains something else, or does not hold a
+            whole number of sectors.
         LimitExceededError
             Its window exceeds `MAX_WINDOW_NBYTES`.
         OSError
-            The system refuses.
+            The system cannot open or read the file.
         """
         return cls(HostFile.open(path, share=share))
 
     @property
     def path(self) -> str:
-        """The file's name as given."""
+        """The file's name, as given."""
         return self.file.path
 
     def _find_codec(self) -> str:
@@ -109,7 +110,7 @@ class StreamReader:
         return bytes(view[: self._decoder().fill(view)])
 
     def read_chunks(self, chunk_nbytes: int) -> Generator[memoryview, None, None]:
-        """Yield the disk's content in order.
+        """Yield the disk's content in order, from its first byte.
 
         Parameters
         ----------
@@ -119,7 +120,7 @@ class StreamReader:
         Yields
         ------
         memoryview
-            Writable bytes, valid until the next chunk is asked for.
+            Writable bytes, valid until the next chunk is requested.
 
         Raises
         ------
@@ -128,11 +129,11 @@ class StreamReader:
 
         Notes
         -----
-        A thread decompresses up to two chunks ahead; it has ended when the iterator has, or
-        is closed.  Each call starts from the disk's first byte.
+        A thread decompresses up to two chunks ahead.  It ends with the iterator, or
+        when the iterator is closed.
         """
         if chunk_nbytes <= 0:
-            raise ValueError(f"chunk_nbytes is {chunk_nbytes}: it has to be positive")
+            raise ValueError(f"chunk_nbytes is {chunk_nbytes}: it must be positive")
         feeder = _Feeder(self._decoder(), min(chunk_nbytes, max(self.virtual_size, SECTOR_NBYTES)))
         total = 0
         feeder.start()
@@ -148,7 +149,7 @@ class StreamReader:
         if total != self.virtual_size:
             what = "more" if total > self.virtual_size else f"{total} bytes, fewer"
             raise CorruptImageError(
-                f"the stream holds {what} than the {self.virtual_size} bytes that it should",
+                f"the stream holds {what} than the {self.virtual_size} bytes expected",
                 path=self.path,
             )
 
@@ -164,7 +165,7 @@ class StreamReader:
 
 
 class _Feeder(threading.Thread):
-    """Decompresses into a few buffers that go round between this thread and the consumer."""
+    """Decompresses into buffers that this thread and the consumer exchange."""
 
     def __init__(self, decoder: Decoder, chunk_nbytes: int) -> None:
         super().__init__(name="imgcore-stream", daemon=True)
@@ -178,7 +179,7 @@ class _Feeder(threading.Thread):
             self._free.put(memoryview(bytearray(chunk_nbytes)))
 
     def run(self) -> None:
-        """Fill buffers until the stream ends, fails, or nobody wants more."""
+        """Fill buffers until the stream ends or fails, or `stop` is called."""
         try:
             while (view := self._free.get()) is not None and not self._stopped.is_set():
                 n = self._decoder.fill(view)
@@ -191,7 +192,7 @@ class _Feeder(threading.Thread):
             self._filled.put(error)
 
     def take(self) -> memoryview | None:
-        """Return the next chunk, None at the end; raises what the thread ran into."""
+        """Return the next chunk, None at the end; raises the thread's exception."""
         item = self._filled.get()
         if isinstance(item, BaseException):
             raise item
@@ -201,11 +202,11 @@ class _Feeder(threading.Thread):
         return item[0][: item[1]]
 
     def give_back(self) -> None:
-        """Let the chunk taken last be filled again."""
+        """Return the buffer of the last chunk, to be filled again."""
         self._free.put(self._taken)
 
     def stop(self) -> None:
-        """End the thread and wait for it: at most for the chunk that it is in."""
+        """End the thread and wait until it has finished its current chunk."""
         self._stopped.set()
         self._free.put(None)
         self.join()

@@ -1,6 +1,6 @@
-"""Tar archives of the old GNU format with one sparse file: what Google Compute Engine imports.
+"""Tar archives in the old GNU format with one sparse file, for Google Compute Engine.
 
-Python's tarfile makes the fields that all headers have; it writes no sparse files.
+Python's tarfile makes the fields that all headers have, but cannot write sparse files.
 Source: GNU tar manual, "Storing Sparse Files", "Old GNU Format"; its src/tar.h.
 """
 
@@ -24,7 +24,7 @@ _SPARSE_OFFSET: Final = 386
 _IS_EXTENDED: Final = 482
 _REAL_SIZE: Final = slice(483, 495)
 _N_SPARSE_IN_HEADER: Final = 4
-# `struct sparse_header`: 21 entries, and whether another one follows.
+# `struct sparse_header`: 21 entries, and whether another header follows.
 _N_SPARSE_IN_EXTENSION: Final = 21
 _EXTENSION_MORE: Final = 504
 _NUMBER_NBYTES: Final = 12
@@ -35,17 +35,17 @@ _SPARSE_TYPE: Final = b"S"
 
 
 def sparse_header(name: str, nbytes: int, segments: Sequence[tuple[int, int]]) -> bytes:
-    """Return the header blocks of a sparse file, reproducibly: no owner, no time.
+    """Return the header blocks of a sparse file, without an owner and a time.
 
     Parameters
     ----------
     name : str
-        Of the file; at most 100 ASCII characters.
+        The file's name, at most 100 ASCII characters.
     nbytes : int
-        Its size, holes included.
+        The file's size, holes included.
     segments : sequence of (offset, length)
-        Where data is, ascending, in bytes: multiples of 512, inside the file.  The data of
-        all of them follows the header.
+        The ranges with data, ascending, in bytes: multiples of 512, inside the file.
+        Their data follows the header.
     """
     entries = list(segments)
     if not entries or sum(entries[-1]) < nbytes:
@@ -65,7 +65,7 @@ def sparse_header(name: str, nbytes: int, segments: Sequence[tuple[int, int]]) -
 
 
 def archive_end(n_before: int) -> bytes:
-    """Return what ends an archive that has ``n_before`` bytes: two blocks of zeros and padding."""
+    """Return the end of an archive of ``n_before`` bytes: two zero blocks, padding."""
     end = n_before + 2 * BLOCK_NBYTES
     return bytes(-(-end // RECORD_NBYTES) * RECORD_NBYTES - n_before)
 
@@ -80,14 +80,14 @@ def _extensions(packed: Sequence[bytes]) -> bytes:
 
 
 def _number(value: int) -> bytes:
-    """Return a number in octal digits, or in base 256 where these do not suffice."""
+    """Return a number in octal digits, or in base 256 if it has too many of them."""
     if value <= _MAX_OCTAL:
         return b"%011o\0" % value
     return b"\x80" + value.to_bytes(_NUMBER_NBYTES - 1, "big")
 
 
 class Member(NamedTuple):
-    """The fields of an archive's first header; ``nbytes`` is the file's size with its holes."""
+    """Fields of an archive's first header; ``nbytes`` is the file's size with holes."""
 
     name: str
     nbytes: int
@@ -96,7 +96,7 @@ class Member(NamedTuple):
 
 
 def parse_header(block: bytes) -> Member | None:
-    """Return what a header block of 512 bytes says, None if it is none."""
+    """Return the fields of a header block of 512 bytes, None if it is not a header."""
     try:
         stated = _parse_number(block[_CHECKSUM])
         cleared = block[: _CHECKSUM.start] + b" " * 8 + block[_CHECKSUM.stop :]

@@ -1,4 +1,4 @@
-"""Reading and writing zstd streams."""
+"""Reads and writes zstd streams."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from imgcore.files.byte_source import ByteSource
     from imgcore.files.target_file import TargetFile
 
-# The window of `zstd --long` (windowLog 27), which decompresses without an option.
+# The window of `zstd --long` (windowLog 27); zstd decompresses it without an option.
 MAX_WINDOW_NBYTES: Final = 128 * MIB
 
-# RFC 8878: sections 3.1.1, 3.1.2 (the last four bits are free), 3.1.1.2.4 and 3.1.1.2.2.
+# RFC 8878: sections 3.1.1, 3.1.2 (its last four bits are free), 3.1.1.2.4, 3.1.1.2.2.
 _FRAME_MAGIC: Final = 0xFD2FB528
 _SKIPPABLE_MAGIC: Final = 0x184D2A50
 _MAX_BLOCK_NBYTES: Final = 128 * 1024
@@ -31,7 +31,7 @@ _RAW_BLOCK, _RLE_BLOCK, _RESERVED_BLOCK = 0, 1, 3
 
 
 def is_zstd(head: bytes) -> bool:
-    """Tell whether a file with these first four bytes is a zstd stream."""
+    """Tell whether a file with these first bytes is a zstd stream."""
     magic = int.from_bytes(head[:4], "little")
     return magic == _FRAME_MAGIC or _is_skippable(magic)
 
@@ -47,7 +47,7 @@ class ZstdDecoder:
         self._error = zstandard.ZstdError
         self._path = file.path
         decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_NBYTES)
-        # All that is needed of a file is its read().
+        # The decompressor only calls read().
         source = cast("IO[bytes]", OrderedInput(file))
         self._reader = decompressor.stream_reader(
             source, read_size=READ_NBYTES, read_across_frames=True
@@ -76,7 +76,7 @@ def _zstd_failure(error: Exception, path: str) -> ImgcoreError:
 
 
 def content_nbytes(file: ByteSource) -> int | None:
-    """Return the bytes that a zstd file says it holds, None if one of its frames does not."""
+    """Return the content's size in bytes, or None if a frame does not state its own."""
     walk = FrameWalk(file)
     nbytes = walk.content_nbytes()
     if walk.n_frames == 0:
@@ -85,10 +85,11 @@ def content_nbytes(file: ByteSource) -> int | None:
 
 
 class FrameWalk:
-    """Goes through the frames of a zstd file by their block headers, decompressing nothing.
+    """Walks the frames of a zstd file by their block headers, without decompressing.
 
-    Finds truncation and garbage, which a streaming decompressor does not report, and the size of
-    the content if every frame states its own.  Source: RFC 8878 section 3.1.
+    It finds truncation and garbage, which a streaming decompressor does not report, and
+    the size of the content if every frame states its own.
+    Source: RFC 8878 section 3.1.
     """
 
     def __init__(self, file: ByteSource) -> None:
@@ -99,7 +100,7 @@ class FrameWalk:
         self.n_frames = 0
 
     def content_nbytes(self) -> int | None:
-        """Return the content's size in bytes, or None if a frame does not state it."""
+        """Walk all frames and return the sum of their sizes, None if one is missing."""
         total: int | None = 0
         while self._offset < self._file.nbytes:
             start = self._offset
@@ -108,14 +109,14 @@ class FrameWalk:
                 self._skip(int.from_bytes(self._take(4), "little"))
                 continue
             if magic != _FRAME_MAGIC:
-                raise self._corrupt(f"there is garbage at 0x{start:x}, behind the zstd stream")
+                raise self._corrupt(f"there is garbage at 0x{start:x}, after the zstd stream")
             claimed = self._walk_frame(start)
             total = None if total is None or claimed is None else total + claimed
             self.n_frames += 1
         return total
 
     def _walk_frame(self, start: int) -> int | None:
-        """Walk one frame behind its magic and return the size that it claims."""
+        """Walk the frame whose magic was read, and return the size that it claims."""
         descriptor = self._take(1)[0]
         single_segment = descriptor >> 5 & 1
         if descriptor & 8:
@@ -129,12 +130,12 @@ class FrameWalk:
             self._skip(4)
         if size_nbytes and claimed > bound:
             raise self._corrupt(
-                f"the zstd frame at 0x{start:x} claims {claimed} bytes, it can hold {bound}"
+                f"the zstd frame at 0x{start:x} claims {claimed} bytes, but can hold {bound}"
             )
         return claimed if size_nbytes else None
 
     def _walk_blocks(self) -> int:
-        """Walk a frame's blocks and return how much they can hold at most."""
+        """Walk a frame's blocks and return the most bytes that they can hold."""
         bound = 0
         last = False
         while not last:
@@ -166,16 +167,16 @@ class FrameWalk:
 
 
 class ZstdEncoder:
-    """Compresses bytes, given in order, into one zstd frame with their number and a checksum.
+    """Compresses bytes, given in order, into one zstd frame with size and checksum.
 
     Parameters
     ----------
     target_file : TargetFile
-        Written from offset 0 on; stays the caller's.
+        Written from offset 0; the caller closes it.
     nbytes : int
-        Bytes that will be given in all.
+        Bytes to expect in all.
     threads : int
-        Compression threads, at least 1.  The result does not depend on their number.
+        Compression threads, at least 1.  The number does not change the result.
     level : int
         zstd level, 1 to 19.
     """
@@ -198,7 +199,7 @@ class ZstdEncoder:
 
     @property
     def written_nbytes(self) -> int:
-        """Bytes of the file so far."""
+        """Bytes written to the file so far."""
         return self._output.nbytes
 
     def write(self, buffer: Any) -> None:
@@ -210,7 +211,7 @@ class ZstdEncoder:
             self._output.write(self._call(self._stream.compress, view))
 
     def finish(self) -> None:
-        """End the frame; the file is complete then, though not synced."""
+        """End the frame; the file is then complete but not synced."""
         if self._taken_nbytes != self._nbytes:
             raise ValueError(
                 f"{self._output.path}: {self._taken_nbytes} of {self._nbytes} bytes given"
