@@ -186,7 +186,7 @@ class TestInPlace:
     def test_no_stream(self, tmp_path: Path, disk: Path, name: str) -> None:
         target = tmp_path / name
         target.write_bytes(b"\xee" * (5 * MIB))
-        with pytest.raises(imgcore.OptionError, match="not written in place"):
+        with pytest.raises(imgcore.OptionError, match="cannot be written in place"):
             imgcore.convert(disk, target, in_place=True)
         assert target.read_bytes() == b"\xee" * (5 * MIB)
 
@@ -299,7 +299,7 @@ class TestFailure:
             ({"target_format": "floppy"}, "floppy"),
             ({"target_format": "qed"}, "QED images are neither"),
             ({"kernels": {"zero": "abacus"}}, "abacus"),
-            ({"backing_format": "raw"}, "without a backing file"),
+            ({"backing_format": "raw"}, "but no backing file"),
         ],
     )
     def test_arguments_that_make_no_sense(
@@ -414,10 +414,10 @@ def test_requests_that_contradict_themselves(tmp_path: Path, disk: Path) -> None
     backed = {"backing": "disk.raw", "backing_format": "raw"}
     wrong: list[tuple[Path, str, dict[str, Any], str]] = [
         (disk, "a", {}, "no suffix of a known format"),
-        (disk, "a.raw.zst", {"target_format": "vdi"}, "only raw is written as a compressed"),
-        (disk, "a.raw.zst", {"compress": True}, "takes no -c, -B or -o"),
-        (packed, "a.raw", {"salvage": True}, "nothing of a compressed stream can be salvaged"),
-        (packed, "a.qcow2", backed, "does not go with -B"),
+        (disk, "a.raw.zst", {"target_format": "vdi"}, "only raw can be written as a compressed"),
+        (disk, "a.raw.zst", {"compress": True}, "does not allow -c, -B or -o"),
+        (packed, "a.raw", {"salvage": True}, "data of a compressed stream cannot be salvaged"),
+        (packed, "a.qcow2", backed, "cannot be combined with -B"),
         (disk, "a.qcow2", {"salvage": True, **backed}, "cannot be compared with a parent"),
     ]
     for source, target, arguments, words in wrong:

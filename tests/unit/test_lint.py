@@ -456,7 +456,7 @@ def test_command(tmp_path: Path) -> None:
     done = command("lint", "--profile", "azure", bad)
     assert done.returncode == 1
     (line,) = done.stdout.splitlines()
-    assert line.startswith("format: is qcow2; Microsoft Azure takes fixed vhd: imgcore convert")
+    assert line.startswith("format: is qcow2; Microsoft Azure accepts fixed vhd: convert it")
 
 
 def test_command_json(tmp_path: Path) -> None:

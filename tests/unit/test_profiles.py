@@ -137,16 +137,16 @@ def test_esxi_also_writes_vmfs(raw: Path) -> None:
 
 CONTRADICTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("azure", {"target_format": "vmdk"}, "profile azure writes vhd, not vmdk"),
-    ("azure", {"options": ["subformat=dynamic"]}, "asks for subformat=fixed, not for subformat=dy"),
-    ("azure", {"options": {"size": "chs"}}, "asks for size=current, not for size=chs"),
+    ("azure", {"options": ["subformat=dynamic"]}, "requires subformat=fixed, not subformat=dy"),
+    ("azure", {"options": {"size": "chs"}}, "requires size=current, not size=chs"),
     ("azure", {"compress": True}, "cannot be compressed"),
-    ("xenserver", {"options": ["block_size=1M"]}, "asks for block_size=2097152, not"),
-    ("aws", {"options": ["subformat=monolithicSparse"]}, "asks for subformat=streamOptimized"),
+    ("xenserver", {"options": ["block_size=1M"]}, "requires block_size=2097152, not"),
+    ("aws", {"options": ["subformat=monolithicSparse"]}, "requires subformat=streamOptimized"),
     ("esxi", {"options": ["subformat=monolithicSparse"]}, "streamOptimized or subformat=vmfs"),
-    ("openstack", {"backing": "b.qcow2", "backing_format": "qcow2"}, "takes no parent"),
-    ("gce", {"options": ["preallocation=full"]}, "asks for preallocation=off"),
-    ("gce", {"in_place": True}, "takes no -n"),
-    ("gce", {"compress": True}, "takes no -n and no -c"),
+    ("openstack", {"backing": "b.qcow2", "backing_format": "qcow2"}, "does not allow a parent"),
+    ("gce", {"options": ["preallocation=full"]}, "requires preallocation=off"),
+    ("gce", {"in_place": True}, "does not allow -n"),
+    ("gce", {"compress": True}, "does not allow -n or -c"),
 ]
 
 
@@ -179,7 +179,7 @@ def test_a_disk_that_is_too_large(tmp_path: Path) -> None:
     path = tmp_path / "disk.raw"
     with path.open("wb") as file:
         file.truncate(2041 * GIB)
-    with pytest.raises(LimitExceededError, match="XenServer and XCP-ng takes no disk of"):
+    with pytest.raises(LimitExceededError, match="bytes is too large for XenServer and XCP-ng"):
         convert(path, "a.vhd", "xenserver")
     assert not (tmp_path / "a.vhd").exists()
 
@@ -188,7 +188,8 @@ def test_a_disk_that_is_too_small(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     path = tmp_path / "disk.raw"
     path.write_bytes(bytes(MIB))
     convert(path, "a.vhd", "azure")
-    assert "takes no disk of 1048576 bytes, 20971520 at least" in caplog.text
+    words = "a disk of 1048576 bytes is too small for Microsoft Azure: at least 20971520 are needed"
+    assert words in caplog.text
 
 
 # -- Compute Engine --------------------------------------------------------------------
@@ -283,7 +284,7 @@ def test_gce_of_scattered_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_gce_wants_the_name_of_an_archive(raw: Path) -> None:
-    with pytest.raises(OptionError, match=r"a\.raw: .*name it \.tar\.gz or \.tgz"):
+    with pytest.raises(OptionError, match=r"a\.raw: .*name must end in \.tar\.gz or \.tgz"):
         convert(raw, "a.raw", "gce")
 
 

@@ -253,7 +253,7 @@ class TestRefused:
     def test_a_format_without_repairs(self, leaky: Path) -> None:
         vmdk = leaky.with_name("a.vmdk")
         imgcore.convert(leaky, vmdk)
-        with pytest.raises(imgcore.UnsupportedFeatureError, match="nothing in vmdk images"):
+        with pytest.raises(imgcore.UnsupportedFeatureError, match="vmdk images cannot be repaired"):
             imgcore.check(vmdk, repair=True)
 
     @pytest.mark.parametrize("step", ["copy_content", "_apply", "_verify", "copy_attributes"])

@@ -453,7 +453,7 @@ def test_create_refuses(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["new.raw.zst", "new.img.gz"])
 def test_create_makes_no_stream(name: str, tmp_path: Path) -> None:
-    with pytest.raises(imgcore.OptionError, match="by convert only"):
+    with pytest.raises(imgcore.OptionError, match="only convert writes"):
         imgcore.create(tmp_path / name, MIB)
     assert list(tmp_path.iterdir()) == []
 
@@ -568,7 +568,7 @@ def test_a_given_parent(case: str, folder: Path, tmp_path: Path) -> None:
     other = str(names["other"])
     assert_one_line_error(
         command(*words[:-1], other, "--force" if case == "convert" else "-U"),
-        "made on a parent with content ID",
+        "created from a parent with content ID",
         other,
         code=code,
     )
