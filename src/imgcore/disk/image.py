@@ -78,24 +78,13 @@ class Image:
     def layer_extents(
         self, start: int = 0, length: int | None = None
     ) -> Iterator[tuple[Extents, Depths]]:
-        """Yield extents, and for each the layer that it comes from.
-
-        Parameters
-        ----------
-        start, length : int
-            Bytes, multiples of 512 unless they end the disk; the whole disk by default.
+        """Yield extents as `extents` does, and for each the layer that it comes from.
 
         Yields
         ------
         tuple of ndarray
-            Extents of dtype ``EXTENT_DTYPE``, shape (n,), ascending and gap-free, and
-            their depths (uint16): 0 for the image itself, 1 for its backing file, and
-            so on.
-
-        Raises
-        ------
-        CorruptImageError
-            A table entry lies outside its file.
+            The extents, and their depths (uint16): 0 for the image itself, 1 for its
+            backing file, and so on.
         """
         from imgcore.disk.overlay import chain_extents
 
@@ -106,7 +95,28 @@ class Image:
             yield from chain_extents(self.layers, self._first_files, start, length)
 
     def extents(self, start: int = 0, length: int | None = None) -> Iterator[Extents]:
-        """Yield the extents of a range, as `layer_extents` but without their layers."""
+        """Yield the extents of a range: where its bytes are stored.
+
+        Parameters
+        ----------
+        start : int
+            Byte offset in the disk, a multiple of 512.
+        length : int, optional
+            Bytes, a multiple of 512 unless the range ends with the disk; up to the end
+            of the disk by default.
+
+        Yields
+        ------
+        ndarray
+            A batch of extents, shape (n,), ascending and gap-free.  Its fields include
+            ``guest_offset``, ``length``, ``host_offset``, ``host_length``, ``file`` (an
+            index into ``sources``) and ``kind``.
+
+        Raises
+        ------
+        CorruptImageError
+            A table entry points outside its file.
+        """
         for rows, _ in self.layer_extents(start, length):
             yield rows
 
@@ -138,11 +148,11 @@ class Image:
         Parameters
         ----------
         offset : int
-            Any byte of the disk.
+            Byte offset in the disk; any alignment.
         buffer : writable bytes-like
             All of it is filled, or its content is undefined after an exception.
         threads : int, optional
-            Workers; by default one per CPU, fewer for short reads.
+            Number of worker threads; one per CPU by default, fewer for short reads.
 
         Notes
         -----

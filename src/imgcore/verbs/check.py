@@ -102,14 +102,13 @@ def check(
 ) -> CheckResult:
     """Verify the tables of an image, and optionally repair them.
 
-    Backing files are not opened unless ``parent`` is given.
+    Backing files are not opened unless ``parent`` is given.  For ``format``, ``allow``
+    and ``share`` see `imgcore.open`.
 
     Parameters
     ----------
     path : str or os.PathLike
         The image.
-    format, allow, share
-        See `imgcore.open`.
     parent : str or os.PathLike, optional
         The image's parent.  The whole chain of parents is opened, and the identity of
         each is verified.
@@ -125,11 +124,9 @@ def check(
 
     Raises
     ------
-    CheckNotSupportedError
-        The format has no tables to check (raw).  It is an `UnsupportedFeatureError`.
     UnsupportedFeatureError
-        ``repair`` is given, but images of this format, or in this place, cannot be
-        repaired.
+        The format has no tables to check (raw); or ``repair`` is given, but images of
+        this format or in this place cannot be repaired.
     CorruptImageError
         The headers cannot be read, or ``parent`` is not the image's parent.
     OSError

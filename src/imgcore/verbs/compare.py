@@ -63,15 +63,14 @@ def compare(
 ) -> CompareResult:
     """Compare the content of two images of any formats.
 
+    The keywords that end in ``_a`` or ``_b`` are ``format``, ``parent`` and
+    ``read_options`` of `imgcore.open` for that image.  ``backing_format``, ``allow``
+    and ``share`` of `imgcore.open` apply to both images.
+
     Parameters
     ----------
     a, b : str or os.PathLike
         The images.
-    format_a, format_b, parent_a, parent_b, read_options_a, read_options_b
-        As ``format``, ``parent`` and ``read_options`` of `imgcore.open`, for each
-        image.
-    backing_format, allow, share
-        See `imgcore.open`; for both images.
     strict : bool
         Also require the same size and the same allocation.
     threads : int, optional

@@ -95,14 +95,15 @@ def convert(
 ) -> ConvertResult:
     """Convert a virtual disk image, including its backing files, to another format.
 
+    ``format``, ``parent``, ``read_options``, ``allow`` and ``share`` are the keywords
+    of `imgcore.open` for the source.  Its ``backing_format`` is
+    ``source_backing_format`` here, since ``backing_format`` is about the target.
+    ``allow`` and ``share`` apply to the target's backing file, too.
+
     Parameters
     ----------
     source, target : str or os.PathLike
         Names such as ``disk.raw.zst`` and ``disk.raw.gz`` are compressed raw disks.
-    format, source_backing_format, parent, read_options, allow, share
-        How to open the source: see `imgcore.open`, whose ``backing_format`` is called
-        ``source_backing_format`` here.  ``allow`` and ``share`` apply to the target's
-        backing file, too.
     target_format : str, optional
         The target's format; by default the suffix of ``target`` decides.
     options : mapping or sequence of str, optional

@@ -54,14 +54,14 @@ def info(
 ) -> dict[str, Any] | list[dict[str, Any]]:
     """Describe an image by its headers; guest data is not read.
 
+    For the other keywords see `imgcore.open`; ``parent`` requires ``chain``.
+
     Parameters
     ----------
     path : str or os.PathLike
         The image.
     chain : bool
         Describe the backing files as well; otherwise they are not opened.
-    format, backing_format, parent, read_options, allow, share
-        See `imgcore.open`; ``parent`` requires ``chain``.
 
     Returns
     -------

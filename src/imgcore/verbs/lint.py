@@ -67,14 +67,14 @@ def lint(
 ) -> LintReport:
     """Check an image, from any program, against the rules of a platform.
 
+    For the other keywords see `imgcore.open`.
+
     Parameters
     ----------
     path : str or os.PathLike
         The image, or for Compute Engine the archive.
     profile : str
         The platform, as for `imgcore.convert`.
-    format, parent, read_options, allow, share
-        See `imgcore.open`.
 
     Returns
     -------

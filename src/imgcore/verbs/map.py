@@ -18,12 +18,14 @@ _SECTOR_NBYTES: Final = 512
 
 
 class MapEntry(NamedTuple):
-    """A range of the virtual disk, with the keys of ``qemu-img map --output=json``.
+    """A range of the virtual disk with one state.
+
+    The names are those of ``qemu-img map --output=json``.
 
     Attributes
     ----------
     start, length : int
-        Byte offset in the virtual disk, and bytes.
+        Byte offset in the virtual disk, and number of bytes.
     depth : int
         The layer that the range comes from: 0 is the image, 1 its backing file, and so
         on.
@@ -66,15 +68,16 @@ def map(
 ) -> Iterator[MapEntry]:
     """Yield where each part of the virtual disk is stored, including backing files.
 
+    For the other keywords see `imgcore.open`.
+
     Parameters
     ----------
     path : str or os.PathLike
         The image.
-    start, length : int, optional
-        The range to map, in bytes, cut at the end of the disk; the whole disk by
-        default.
-    format, backing_format, parent, read_options, allow, share
-        See `imgcore.open`.
+    start : int
+        Byte offset of the range to map.
+    length : int, optional
+        Bytes of the range, which is cut at the end of the disk; up to there by default.
 
     Yields
     ------

@@ -30,6 +30,8 @@ def measure(
 ) -> Measurement:
     """Compute how large a target file would be.
 
+    For the keywords that are about opening ``source`` see `imgcore.open`.
+
     Parameters
     ----------
     source : str or os.PathLike, optional
@@ -37,14 +39,12 @@ def measure(
     size : int, optional
         Bytes of an empty disk, instead of ``source``.
     target_format : str
-        Format of the target.
+        Format of the target; raw by default.
     options : mapping or sequence of str, optional
         Options of the target's format, as a mapping or as strings ``"key=value,..."``.
     compress : bool
         Measure a compressed target.  The result is an upper bound: the data may turn
         out not to compress at all.
-    format, backing_format, parent, read_options, allow, share
-        See `imgcore.open`; they are about ``source``.
 
     Returns
     -------
