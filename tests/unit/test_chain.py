@@ -1,4 +1,4 @@
-"""Finding the parents of an image, and telling the right ones from the wrong."""
+"""Finding the parents of an image, and rejecting wrong ones."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ UUID = "{00000000-0000-0000-0000-0000000000aa}"
 
 @pytest.fixture(autouse=True)
 def _fake_format(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a file hold, as JSON, what its reader says of itself and of its parent."""
+    """Replace the formats by one whose files describe reader and parent as JSON."""
 
     def open_fake(
         file: HostFile, gate: ReferenceGate, format: str | None = None, options: object = None

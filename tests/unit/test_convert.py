@@ -41,7 +41,7 @@ def names(folder: Path) -> list[str]:
 
 
 class TestBackingFile:
-    """``-B``: only what differs is stored, and the disk reads the same as the source."""
+    """``-B``: only differences are stored; the disk reads the same as the source."""
 
     @pytest.mark.parametrize("compress", [False, True], ids=["plain", "compressed"])
     @pytest.mark.parametrize("compat", ["0.10", "1.1"])
@@ -60,7 +60,7 @@ class TestBackingFile:
     ) -> None:
         content = disk.read_bytes()
         base = tmp_path / "base.raw"
-        # Data where the source has zeros, zeros where it has data, and equal parts.
+        # Data where the source has zeros, zeros where it has data, and equal blocks.
         write_disk(base, base_nbytes, [(0, content[:MIB]), (MIB + 512 * KIB, b"gone" * 30000)])
         if base_format == "qcow2":
             imgcore.convert(base, base := tmp_path / "base.qcow2")
@@ -138,7 +138,7 @@ class TestBackingFile:
 
 
 class TestInPlace:
-    """``-n``: into what exists, zeros included."""
+    """``-n`` writes into an existing file, including zeros."""
 
     def test_old_content_is_overwritten_with_zeros(self, tmp_path: Path, disk: Path) -> None:
         target = tmp_path / "volume.raw"
@@ -228,7 +228,7 @@ class TestSparse:
 
 
 class TestFailure:
-    """Nothing is left, and the source is as it was."""
+    """Nothing remains of the target, and the source is unchanged."""
 
     def test_a_disk_of_broken_sectors(self, disk: Path) -> None:
         image = disk.with_name("odd.qcow2")

@@ -1,4 +1,4 @@
-"""Profiles: what each platform gets, judged by other tools where these can."""
+"""Profiles: the images for each platform, examined by other tools if possible."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ GIB = 1 << 30
 
 @pytest.fixture
 def raw(tmp_path: Path) -> Path:
-    """A disk that is no whole number of MiB; its last sector is not zeros."""
+    """A disk that does not end at a whole MiB; its last sector is not zeros."""
     path = tmp_path / "disk.raw"
     size = 21 * MIB + 3 * 512
     pieces = [(0, images.text(70_000)), (5 * MIB, images.noise(99_000)), (size - 9, b"last word")]
@@ -63,7 +63,8 @@ def test_names() -> None:
         get_profile("acme")
 
 
-# What each profile writes: suffix, size in bytes, what qemu-img and imgcore call it.
+# For each profile the suffix, the size in bytes, and the format's name in qemu-img
+# and imgcore.
 SIZE = 21 * MIB + 3 * 512
 WRITTEN = [
     ("azure", "a.vhd", 22 * MIB, "vhd", "fixed"),
@@ -228,7 +229,7 @@ def assert_padded_copy(raw: Path, copy: Path, size: int) -> None:
 
 
 def data_ranges(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Yield what is no hole of a file, in pieces; holes are zeros and take long to read."""
+    """Yield the data of a file in pieces; reading the holes would take long."""
     while start < end:
         try:
             start = os.lseek(fd, start, os.SEEK_DATA)
@@ -266,7 +267,7 @@ def test_gce_is_the_same_with_any_number_of_threads(raw: Path) -> None:
 
 
 def test_gce_of_scattered_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More parts than a header may have are joined, with the holes between them."""
+    """If a header cannot hold all parts, parts are joined with the holes between."""
     path = tmp_path / "disk.raw"
     pieces = [(i * 256 * 1024, images.noise(512, i + 1)) for i in range(60)]
     images.RawImage("scattered", 16 * MIB, lambda: pieces).write(path)
@@ -278,7 +279,7 @@ def test_gce_of_scattered_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             content = tar.extractfile(member)
             assert content is not None
             assert content.read(16 * MIB) == path.read_bytes()
-            # The last entry says that the file ends in a hole, unused ones are zeros.
+            # The last entry states that the file ends in a hole; unused ones are zeros.
             parts = [part for part in member.sparse or () if part[1]]
             assert len(parts) <= limit
 
