@@ -90,7 +90,10 @@ def test_a_sound_image_is_not_touched(image: Path) -> None:
     result = imgcore.check(image, repair=True)
     assert result.ok
     assert result.repairs == []
-    assert image.stat() == before
+    # Reading may change the time of access.
+    after = image.stat()
+    for name in ("st_ino", "st_size", "st_mode", "st_mtime_ns", "st_ctime_ns"):
+        assert getattr(after, name) == getattr(before, name), name
 
 
 def test_nothing_is_freed_beside_a_corruption(leaky: Path) -> None:
