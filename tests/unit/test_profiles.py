@@ -59,7 +59,7 @@ def test_the_table_is_sound(profile: Any) -> None:
 
 def test_names() -> None:
     assert len(set(profile_names())) == len(PROFILES)
-    with pytest.raises(OptionError, match="unknown profile 'acme': known are azure, hyperv"):
+    with pytest.raises(OptionError, match="unknown profile 'acme'; known profiles: azure, hyperv"):
         get_profile("acme")
 
 

@@ -85,7 +85,7 @@ class StreamSource:
         if found:
             raise WrongFormatError(
                 f"its content carries the magic of {' and '.join(found)}: decompress it first, "
-                f"or say -f {self.format}",
+                f"or use -f {self.format}",
                 path=self.path,
             )
         if with_base:

@@ -155,7 +155,7 @@ def get_profile(name: str) -> Profile:
     for profile in PROFILES:
         if profile.name == name:
             return profile
-    raise OptionError(f"unknown profile {name!r}: known are {', '.join(profile_names())}")
+    raise OptionError(f"unknown profile {name!r}; known profiles: {', '.join(profile_names())}")
 
 
 def apply_options(profile: Profile, given: Mapping[str, Any]) -> dict[str, Any]:
