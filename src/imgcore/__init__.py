@@ -1,4 +1,7 @@
-"""Converts virtual disk images, six formats, in parallel, with nothing lost silently."""
+"""Converts virtual disk images between six formats, in parallel.
+
+Data that cannot be converted is reported, never dropped silently.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +67,7 @@ __all__ = [
     "open",
 ]
 
-# The verbs load on first use: NumPy alone costs more time than `imgcore info` does.
+# The verbs are imported on first use: NumPy alone takes longer than `imgcore info`.
 _HOMES = {
     "BadRange": "engine.bad_ranges",
     "CheckResult": "verbs.check",

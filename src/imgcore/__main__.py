@@ -1,4 +1,4 @@
-"""``python -m imgcore``, and the ``imgcore`` command."""
+"""The ``imgcore`` command, also as ``python -m imgcore``."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import NoReturn
 
 
 def run() -> NoReturn:
-    """Load the command and run it as the process that it is."""
-    # Until it is loaded there is nothing to clean up: Ctrl-C just ends it, without a traceback.
+    """Load the command, run it and end the process."""
+    # Nothing needs cleaning up before the command is loaded: Ctrl-C may end the process
+    # at once, without a traceback.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from imgcore.cli import main

@@ -155,14 +155,14 @@ def _loops() -> Iterator[Case]:
         "qcow2-backing-itself",
         _upon("disk.qcow2", QCOW2),
         "CorruptImageError",
-        "comes back",
+        "leads back",
         Stage.CHAIN,
     )
     yield Case(
         "qcow2-backing-itself-by-link",
         _upon("link", QCOW2, _link("disk.qcow2")),
         "CorruptImageError",
-        "comes back",
+        "leads back",
         Stage.CHAIN,
     )
 
@@ -174,7 +174,7 @@ def _loops() -> Iterator[Case]:
         "qcow2-backing-ring",
         _upon("other.qcow2", QCOW2, ring),
         "CorruptImageError",
-        "comes back",
+        "leads back",
         Stage.CHAIN,
     )
 
@@ -212,7 +212,7 @@ def _others() -> Iterator[Case]:
         ("absolute", "/etc/passwd", _UNSAFE, "leads out"),
         ("json", "json:{}", _UNSAFE, "json"),
         ("missing", "gone.vmdk", "FileNotFoundError", ""),
-        ("itself", "disk.vmdk", "CorruptImageError", "comes back"),
+        ("itself", "disk.vmdk", "CorruptImageError", "leads back"),
     ):
         yield Case(f"vmdk-parent-{name}", _delta(hint), error, word, Stage.CHAIN)
 
@@ -233,7 +233,7 @@ def _others() -> Iterator[Case]:
     itself = (vdi.IDS[0], vdi.IDS[1], vdi.IDS[0], vdi.IDS[1])
     for name, uuids, error, word in (
         ("missing", ids, "FileNotFoundError", ""),
-        ("itself", itself, "CorruptImageError", "comes back"),
+        ("itself", itself, "CorruptImageError", "leads back"),
     ):
 
         def make(folder: Path, uuids: tuple[object, ...] = uuids) -> Path:

@@ -254,6 +254,6 @@ def _locators() -> Iterator[Case]:
         "vhd-parent-is-itself",
         child({b"W2ru": utf16("disk.vhd")}, footer_fields={"uuid": vhd.PARENT_UUID}),
         "CorruptImageError",
-        "comes back",
+        "leads back",
         Stage.CHAIN,
     )

@@ -378,7 +378,7 @@ def _locators() -> Iterator[Case]:
             "",
             Stage.CHAIN,
         ),
-        ("itself", vhdx.child_locator("disk.vhdx"), "CorruptImageError", "comes back", Stage.CHAIN),
+        ("itself", vhdx.child_locator("disk.vhdx"), "CorruptImageError", "leads back", Stage.CHAIN),
         ("dots", vhdx.child_locator(".."), "CorruptImageError", "names no file", Stage.OPEN),
         ("no-linkage", {"relative_path": "p.vhdx"}, "CorruptImageError", "identify", Stage.OPEN),
         (

@@ -1,4 +1,4 @@
-"""Bad input through the command: one line, exit 1, nothing left behind, the source untouched."""
+"""Bad input through the command: one line, exit 1, no target, the source unchanged."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def assert_refused(
     assert images.sha256(source) == before
 
 
-# Offset and bytes poked into a good image of that kind, and a word that the message must hold.
+# Offset and bytes to write into a good image, and a word that the message must contain.
 QCOW2_POKES = {
     "version-4": (4, be32(4), "version"),
     "cluster-bits-8": (20, be32(8), "cluster"),
@@ -172,14 +172,14 @@ def test_truncated(name: str, share: float, good: Path, tmp_path: Path) -> None:
 
 
 def _guest_data_end(path: Path) -> int:
-    """Return where the last byte that the guest sees ends in a VHDX file."""
+    """Return the offset in a VHDX file at which the guest's last byte ends."""
     with open_image(path, format="vhdx") as image:
         return max(int((b["host_offset"] + b["host_length"]).max()) for b in image.extents())
 
 
 @pytest.mark.parametrize("name", [v.name + v.suffix for v in qemu.VARIANTS if v.format == "vhdx"])
 def test_cut_behind_the_disks_end(name: str, good: Path, tmp_path: Path) -> None:
-    """A VHDX block reaches behind the disk's end, and qemu-img leaves that out of fixed ones."""
+    """A VHDX block extends past the disk; qemu-img omits that part of fixed disks."""
     source, target = tmp_path / name, tmp_path / "out.raw"
     shutil.copyfile(good / name, source)
     end = _guest_data_end(source)
@@ -203,7 +203,7 @@ def test_truncated_flat_extent(good: Path, tmp_path: Path) -> None:
     "name", ["qcow2-zlib.qcow2", "qcow2-zstd.qcow2", "vmdk-streamOptimized.vmdk"]
 )
 def test_damaged_compressed_data(name: str, good: Path, tmp_path: Path) -> None:
-    """Every half MiB some bytes are replaced: tables may survive, the streams do not."""
+    """Some bytes are replaced every half MiB, so that compressed data is damaged."""
     source = tmp_path / name
     shutil.copyfile(good / name, source)
     start = 400_000
@@ -243,13 +243,13 @@ def test_backing_file_that_is_missing(tmp_path: Path) -> None:
 
 
 def test_vmdk_delta_on_a_changed_parent(tmp_path: Path) -> None:
-    """A delta is read with the parent that it was made upon, and with no other."""
+    """A delta is read only with the parent that it was created from."""
     base, top, out = tmp_path / "base.vmdk", tmp_path / "top.vmdk", tmp_path / "out.raw"
     qemu.convert(_small_raw(tmp_path), base, qemu.VMDK_SPARSE)
     qemu.run("create", "-f", "vmdk", "-b", "base.vmdk", "-F", "vmdk", top)
     assert imgcore("convert", top, out).returncode == 0
     qemu.assert_same(top, out, source_format="vmdk", target_format="raw")
-    # qemu-img leaves leading zeros out.
+    # qemu-img omits leading zeros.
     digits = re.search(rb"\nCID=([0-9a-f]+)\n", base.read_bytes())
     assert digits is not None
     other = int(digits[1], 16) ^ 1
@@ -270,7 +270,7 @@ def test_unknown_content(tmp_path: Path) -> None:
 
 
 def test_raw_suffix_over_another_format(good: Path, tmp_path: Path) -> None:
-    """A .raw file that carries a magic is refused; -f raw reads it as it is."""
+    """A .raw file with a magic is rejected; -f raw reads it."""
     source = tmp_path / "disk.raw"
     shutil.copyfile(good / "qcow2.qcow2", source)
     assert_refused(source, tmp_path, words=("disk.raw", "-f"))
@@ -315,7 +315,7 @@ def test_target_folder_missing(source: Path, tmp_path: Path) -> None:
 
 @contextmanager
 def mounted_tmpfs(folder: Path, options: str) -> Iterator[None]:
-    """Mount a small file system, or skip where that is not allowed."""
+    """Mount a small file system, or skip the test if that is not allowed."""
     folder.mkdir()
     words = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
     try:
@@ -339,7 +339,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def read_only_folder(tmp_path: Path) -> Iterator[Path]:
-    """Give a folder that nobody can write to: root ignores modes, but not a read-only mount."""
+    """Give a read-only mount: unlike file modes, it applies to root as well."""
     folder = tmp_path / "locked"
     if os.geteuid() != 0:
         folder.mkdir(mode=0o555)
@@ -400,7 +400,7 @@ def test_source_equals_target(way: str, force: tuple[str, ...], good: Path, tmp_
     names = sorted(path.name for path in tmp_path.iterdir())
     done = imgcore("convert", *force, "-O", "qcow2", source, target)
     if way == "symlink" and force:
-        # --force replaces the link itself: the source is untouched either way.
+        # --force replaces the link itself, so the source is unchanged either way.
         assert done.returncode in (0, 1), done.stderr
     else:
         assert_one_line_error(done)
@@ -456,7 +456,7 @@ def test_bad_options(options: tuple[str, ...], source: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_it_within_a_second(number: int, code: int, tmp_path: Path) -> None:
-    """A job that would run for long, stopped in the middle."""
+    """A long job that is stopped in the middle."""
     source = tmp_path / "noise.raw"
     chunk = images.text(8 << 20)
     with open(source, "wb") as file:

@@ -1,4 +1,4 @@
-"""Every pair of formats against qemu-img: content, clean tables, and how sparse the result is."""
+"""Every pair of formats, compared with qemu-img: content, tables and allocation."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ each_target = pytest.mark.parametrize("target", VARIANTS, ids=lambda v: f"to-{v.
 each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
 each_image = pytest.mark.parametrize("image", images.RAW_IMAGES, ids=lambda i: i.name)
 
-# A file system may give a file more than it asked for; compressed data is allowed 12 % (the
-# price of the 4 KiB window).
+# A file system may allocate more than was requested.  Compressed data may take 12 %
+# more, the price of the 4 KiB window.
 DISK_SLACK_NBYTES = 256 * 1024
 COMPRESSED_SHARE = 1.12
-# What qemu-img can check.
+# The formats that qemu-img can check.
 CHECKED_FORMATS = ("qcow2", "vdi", "vhdx")
 
 
 def assert_good_target(raw: Path, ours: Path, theirs: Path, variant: Variant) -> None:
-    """Content equal, tables clean, allocation no larger than qemu-img's."""
+    """Content is equal, tables are clean, allocation is at most that of qemu-img."""
     qemu.assert_same(raw, ours, source_format="raw", target_format=variant.format)
     if variant.format in CHECKED_FORMATS:
         qemu.assert_check_clean(ours, variant.format)
@@ -92,7 +92,7 @@ def test_imgcore_reads_what_qemu_wrote(
 
 
 def assert_random_reads(path: Path, raw: Path, image_format: str, n_reads: int = 60) -> None:
-    """Compare reads of random ranges, aligned to nothing, with the raw content."""
+    """Compare reads of random, unaligned ranges with the raw content."""
     rng = random.Random(images.SEED)
     with imgcore.open(str(path), format=image_format) as image, open(raw, "rb") as plain:
         nbytes = image.virtual_size
@@ -131,13 +131,13 @@ def _qcow2_variants(options: tuple[str, ...]) -> list[Variant]:
 def test_qcow2_options(
     variant: Variant, image: RawImage, raw_images: RawImages, tmp_path: Path
 ) -> None:
-    """What both tools can write, each reads of the other."""
+    """Each tool reads the images of the other, for options that both have."""
     raw = raw_images(image)
     theirs, ours = tmp_path / "theirs.qcow2", tmp_path / "ours.qcow2"
     qemu.convert(raw, theirs, variant)
     assert_random_reads(theirs, raw, "qcow2", 20)
     if "lazy_refcounts=on" in variant.options:
-        return  # imgcore writes complete refcounts and has no such option
+        return  # imgcore always writes complete refcounts
     own.convert(raw, ours, variant)
     assert_good_target(raw, ours, theirs, variant)
 
@@ -168,7 +168,7 @@ def test_qcow2_preallocation(mode: str, raw_images: RawImages, tmp_path: Path) -
 
 @pytest.mark.parametrize("size", ["64k", "1M"])
 def test_vmdk_large_disk_size_is_kept(size: str, tmp_path: Path) -> None:
-    """A size that is no multiple of the grain comes back exactly."""
+    """A size that is not a multiple of the grain is preserved exactly."""
     raw = tmp_path / "odd.raw"
     nbytes = {"64k": 65536 + 512, "1M": (1 << 20) + 7 * 512}[size]
     raw.write_bytes(images.text(nbytes))
@@ -184,7 +184,7 @@ def test_vmdk_large_disk_size_is_kept(size: str, tmp_path: Path) -> None:
 def test_qcow2_zero_clusters_and_backing(
     compat: str, raw_images: RawImages, tmp_path: Path
 ) -> None:
-    """Zero clusters hide the backing file, holes show it; a short backing file ends in zeros."""
+    """Zero clusters hide the backing file, holes do not; zeros follow its end."""
     qemu_io = qemu.find_program("qemu-io")
     if qemu_io is None:
         pytest.skip("qemu-io is not installed")
@@ -206,7 +206,7 @@ def test_qcow2_zero_clusters_and_backing(
 
 
 def test_convert_onto_a_backing_file(raw_images: RawImages, tmp_path: Path) -> None:
-    """-B leaves out what the backing file already reads as."""
+    """-B omits blocks that read the same in the backing file."""
     base = tmp_path / "base.qcow2"
     own.convert(raw_images(images.DENSE), base, qemu.QCOW2)
     changed = tmp_path / "changed.raw"
@@ -262,17 +262,17 @@ def test_levels_and_windows(
 
 
 @pytest.mark.parametrize(
-    # QEMU knows no map of VHDX: all of it is data.
+    # QEMU cannot map VHDX: it reports the whole disk as data.
     "variant",
     [variant for variant in VARIANTS if variant.format != "vhdx"],
     ids=lambda v: v.name,
 )
 def test_map_agrees(variant: Variant, raw_images: RawImages, tmp_path: Path) -> None:
-    """imgcore's map calls the same ranges data as qemu-img's, for a file that either wrote."""
+    """imgcore and qemu-img map the same ranges as data."""
     raw = raw_images(images.SPARSE)
     path = tmp_path / f"theirs{variant.suffix}"
     qemu.convert(raw, path, variant)
-    # qemu-img calls the holes of a flat extent data that is zero; a hole is no data to imgcore.
+    # qemu-img reports holes of a flat extent as data that is zero, imgcore as no data.
     theirs = _data_ranges(
         (row["start"], row["length"], row["data"] and not row["zero"])
         for row in qemu.map_entries(path, variant.format)

@@ -1,4 +1,4 @@
-"""Readers that share nothing with QEMU: dissect.hypervisor, and VirtualBox where installed."""
+"""Readers independent of QEMU: dissect.hypervisor, and VirtualBox if installed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ each_image = pytest.mark.parametrize("image", IMAGES, ids=lambda i: i.name)
 def test_dissect_reads_qcow2(
     variant: Variant, image: RawImage, raw_images: RawImages, tmp_path: Path
 ) -> None:
-    """It inflates with a 4 KiB window, the one that QEMU writes with."""
+    """It inflates with a 4 KiB window, as QEMU writes it."""
     raw, ours = raw_images(image), tmp_path / "ours.qcow2"
     own.convert(raw, ours, variant)
     assert_dissect_reads(raw, ours, "qcow2", "QCow2", "open(sys.argv[1], 'rb')")
@@ -54,7 +54,7 @@ def test_dissect_reads_vdi(
 
 
 def test_dissect_reads_a_differencing_vdi(raw_images: RawImages, tmp_path: Path) -> None:
-    """Changed blocks, blocks that became zeros, blocks left to the parent."""
+    """Some blocks are changed, some became zeros, and some are in the parent only."""
     raw = raw_images(images.DENSE)
     own.convert(raw, tmp_path / "base.vdi", qemu.VDI)
     changed = tmp_path / "changed.raw"

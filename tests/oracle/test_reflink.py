@@ -1,6 +1,6 @@
-"""Targets that share the source's blocks, on XFS and Btrfs: the same bytes, in no space.
+"""Targets that reflink the source's blocks, on XFS and Btrfs.
 
-What a target is to hold is known from qemu-img, and from the same conversion without sharing.
+The content must be that of qemu-img, and that of the same conversion without reflinks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.helpers.images import KIB, MIB, RawImage
 from tests.helpers.mounts import make_file_system, mounted
 from tests.helpers.qemu import Variant
 
-# Long data, zeros inside, data off every boundary, and an end that is no whole block.
+# Long data, zeros inside, data across boundaries, and an end inside a block.
 DISK = RawImage(
     "reflink",
     12 * MIB + 5 * 512,
@@ -30,7 +30,7 @@ DISK = RawImage(
         (12 * MIB - 70 * KIB, images.text(70 * KIB + 5 * 512)),
     ],
 )
-# What of it are blocks of 4 KiB with data, in runs of 64 KiB and more.
+# Bytes of whole 4 KiB blocks with data, in runs of at least 64 KiB.
 SHARABLE_NBYTES = 3 * MIB + (304 + 200 + 120 + 72) * KIB
 PLAIN = tuple(
     v for v in qemu.VARIANTS if not v.compress and "subformat=streamOptimized" not in v.options
@@ -59,7 +59,7 @@ def here(file_system: Path) -> Iterator[Path]:
 
 
 def make_source(folder: Path, variant: Variant = qemu.RAW) -> tuple[Path, Path]:
-    """Write the disk, as raw and as an image of imgcore's."""
+    """Write the disk as raw and as an image by imgcore."""
     raw = folder / "disk.raw"
     DISK.write(raw)
     if variant is qemu.RAW:
@@ -79,7 +79,7 @@ def convert(source: Path, target: Path, variant: Variant, **more: Any) -> imgcor
 
 
 def files_of(target: Path) -> dict[str, bytes]:
-    """Return the target's files, an extent beside it included, without the target's own name."""
+    """Return the target's files, including an extent, without the target's name."""
     stem = target.name.split(".")[0]
     return {
         path.name[len(stem) :]: path.read_bytes().replace(stem.encode(), b"x")
@@ -154,7 +154,7 @@ def test_blocks_of_its_own(more: dict[str, Any], here: Path) -> None:
 
 
 def test_data_off_the_blocks_is_copied(here: Path) -> None:
-    """qemu-img puts the blocks of a VDI behind a map of any size."""
+    """qemu-img places the blocks of a VDI after the map, without alignment."""
     raw, _ = make_source(here)
     source = here / "theirs.vdi"
     qemu.convert(raw, source, qemu.VDI)

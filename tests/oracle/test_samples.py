@@ -1,4 +1,4 @@
-"""Images that other programs wrote, each read in full against the manifest's digest."""
+"""Images by other programs, read in full and compared with the manifest."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _entries() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def samples() -> Path:
-    """Unpack the archive once; its folder stays for the next run, and for other workers."""
+    """Unpack the archive once; keep the folder for the next run and other workers."""
     if not SHARED.is_dir():
         pytest.skip("the sample images are not beside this repository")
     with open(SHARED / "unpack.sh") as script:
@@ -40,7 +40,7 @@ def samples() -> Path:
 
 
 def digest(path: Path, image_format: str) -> tuple[int, str]:
-    """Return virtual size and SHA-256 of the whole guest content."""
+    """Return the virtual size and the SHA-256 of the whole guest content."""
     sha = hashlib.sha256()
     with imgcore.open(str(path), format=image_format) as image:
         buffer = bytearray(READ_NBYTES)

@@ -1,4 +1,4 @@
-"""VHD against qemu-img, VirtualBox, dissect and libvhdi: what imgcore wrote, and what they did."""
+"""VHD images of imgcore, qemu-img and VirtualBox, each read by the other programs."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_qemu_takes_the_exact_size(
 def test_size_rounded_as_qemu_rounds_it(
     subformat: str, image: RawImage, raw_images: RawImages, tmp_path: Path
 ) -> None:
-    """Without force_size, qemu-img's disks grow to what a geometry can say."""
+    """Without force_size, qemu-img rounds sizes up to those that a geometry has."""
     raw, ours, theirs = raw_images(image), tmp_path / "ours.vhd", tmp_path / "theirs.vhd"
     options = (f"subformat={subformat}",)
     qemu.convert(raw, theirs, qemu.Variant("vhd", "vhd", options))
@@ -124,7 +124,7 @@ def test_virtualbox_reads(
 def test_imgcore_reads_what_virtualbox_wrote(
     kind: str, image: RawImage, raw_images: RawImages, tmp_path: Path
 ) -> None:
-    """Its sector bitmaps name the written sectors only."""
+    """Its sector bitmaps mark only the written sectors."""
     program = qemu.require_vbox_img()
     raw, theirs = tmp_path / "copy.raw", tmp_path / "theirs.vhd"
     shutil.copyfile(raw_images(image), raw)

@@ -1,4 +1,4 @@
-"""VHDX against QEMU, dissect and libvhdi: their options, our kinds, and logs to replay."""
+"""VHDX, compared with QEMU, dissect and libvhdi: options, kinds and logs to replay."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RawImages = Callable[[RawImage], Path]
 
 
 def raw_digest(path: Path) -> tuple[int, str]:
-    """Return size and SHA-256 of what imgcore reads."""
+    """Return the size and the SHA-256 of the disk as imgcore reads it."""
     sha = hashlib.sha256()
     with imgcore.open(path) as image:
         for offset in range(0, image.virtual_size, 8 * MIB):
@@ -30,7 +30,7 @@ def raw_digest(path: Path) -> tuple[int, str]:
 
 
 def dissect_digest(path: Path) -> tuple[int, str]:
-    """Return the same by dissect.hypervisor, in a process of its own as it leaves files open."""
+    """Return the same as dissect reads it, in a process since it leaves files open."""
     pytest.importorskip("dissect.hypervisor")
     code = (
         "import hashlib, pathlib, sys\n"
@@ -92,7 +92,7 @@ def test_what_imgcore_writes(
     assert dissect_digest(ours) == expected
     if find_spec("pyvhdi"):
         assert_libvhdi_reads(raw, ours)
-    if "logical_sector_size=4096" not in options:  # QEMU knows 512 only
+    if "logical_sector_size=4096" not in options:  # QEMU supports only 512
         qemu.assert_same(raw, ours, source_format="raw", target_format="vhdx")
         qemu.assert_check_clean(ours, "vhdx")
 
@@ -127,7 +127,7 @@ def test_others_read_our_differencing_disks(
 
 @pytest.mark.parametrize("logical", [512, 4096])
 def test_dissect_agrees_on_sector_bitmaps(logical: int, tmp_path: Path) -> None:
-    """Three expectations of one chain: the tests' own, imgcore's, dissect's."""
+    """The tests, imgcore and dissect agree on the content of a chain."""
     parent = Vhdx(
         6 * MIB, logical=logical, blocks={n: (FULL, pattern(100 + n, MIB)) for n in range(4)}
     )
@@ -153,7 +153,7 @@ PAYLOAD = {n: (FULL, pattern(n, MIB)) for n in range(4)}
 
 
 def bat(*entries: int) -> bytes:
-    """Return the BAT's first sector."""
+    """Return the first sector of the BAT."""
     return struct.pack(f"<{len(entries)}Q", *entries).ljust(SECTOR, b"\0")
 
 
@@ -167,8 +167,8 @@ B = vhdx.BAT_OFFSET
 ALL = bat(7 * MIB | 6, 6 * MIB | 6, 5 * MIB | 6, 4 * MIB | 6)
 SOME = bat(7 * MIB | 6, 2, 5 * MIB | 6)
 OTHER = bat(2, 6 * MIB | 6, 0, 4 * MIB | 6)
-# Entries, and where in the log they begin.  QEMU (11) goes its own way with entries before the
-# tail, with descriptors in more than one sector, and with an older entry right behind a newer one.
+# Entries, and their offset in the log.  QEMU 11 differs for entries before the tail,
+# for descriptors in several sectors, and for an older entry directly after a newer one.
 LOGS: dict[str, tuple[list[bytes], int]] = {
     "one": ([entry(1, 0, (B, ALL))], 0),
     "three": ([entry(n, 0, (B, data)) for n, data in ((5, ALL), (6, SOME), (7, OTHER))], 0),
@@ -188,7 +188,7 @@ LOGS: dict[str, tuple[list[bytes], int]] = {
 
 @pytest.mark.parametrize(("entries", "at"), LOGS.values(), ids=LOGS)
 def test_qemu_replays_a_log_as_imgcore_does(entries: list[bytes], at: int, tmp_path: Path) -> None:
-    """What imgcore reads beside the file is what QEMU makes of the file."""
+    """imgcore reads the disk that QEMU reads after it has replayed the log."""
     ring = bytearray(vhdx.LOG_NBYTES)
     for offset, byte in enumerate(b"".join(entries), at):
         ring[offset % len(ring)] = byte

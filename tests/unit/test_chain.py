@@ -1,4 +1,4 @@
-"""Finding the parents of an image, and telling the right ones from the wrong."""
+"""Finding the parents of an image, and rejecting wrong ones."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ UUID = "{00000000-0000-0000-0000-0000000000aa}"
 
 @pytest.fixture(autouse=True)
 def _fake_format(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a file hold, as JSON, what its reader says of itself and of its parent."""
+    """Replace the formats by one whose files describe reader and parent as JSON."""
 
     def open_fake(
         file: HostFile, gate: ReferenceGate, format: str | None = None, options: object = None
@@ -103,7 +103,7 @@ def test_a_wrong_parent_is_refused(tmp_path: Path, identities: dict[str, str], f
     with pytest.raises(CorruptImageError) as info:
         paths(child)
     assert str(info.value) == (
-        f"{child}: was made on a parent with UUID {UUID}, {base} {found}: "
+        f"{child}: was created from a parent with UUID {UUID}, but {base} {found}: "
         "it is another disk, or was written to since"
     )
     assert n_open_files() == before
@@ -122,11 +122,11 @@ def test_no_name_exists(tmp_path: Path) -> None:
         paths(child)
     assert info.value.filename == str(child)
     tried = "none of the names of its parent exists: 'a', 'b'"
-    assert info.value.strerror == f"{tried}; --parent says where it is"
+    assert info.value.strerror == f"{tried}; state it with --parent"
     with pytest.raises(FileNotFoundError) as info:
         paths(child_of(tmp_path, name="a"))
     assert info.value.filename == str(tmp_path / "a")
-    assert info.value.strerror.endswith(f"(the parent of {child}; --parent says where it is)")
+    assert info.value.strerror.endswith(f"(the parent of {child}; state it with --parent)")
     put(tmp_path / "a", {"name": "b", "format": "raw"})
     with pytest.raises(FileNotFoundError) as info:
         paths(child)
@@ -176,7 +176,7 @@ def test_a_parent_of_an_unknown_format(tmp_path: Path) -> None:
 def test_loops_and_depth(tmp_path: Path) -> None:
     child = child_of(tmp_path, name="base")
     put(tmp_path / "base", {"name": "child", "format": "raw"})
-    with pytest.raises(CorruptImageError, match="comes back to"):
+    with pytest.raises(CorruptImageError, match="leads back to"):
         paths(child)
     for depth in range(MAX_CHAIN_DEPTH):
         put(tmp_path / str(depth), {"name": str(depth + 1), "format": "raw"})
@@ -198,4 +198,4 @@ def test_another_time_of_modification_is_a_warning(
     assert len(paths(child)) == 2
     assert len(caplog.messages) == difference
     if difference:
-        assert f"its parent {base} has another time of modification" in caplog.text
+        assert f"the modification time of its parent {base} has changed" in caplog.text

@@ -1,6 +1,6 @@
-"""The command itself: usage, exit codes, help, one line an error, reports.
+"""The command itself: usage, exit codes, help, one-line errors, reports.
 
-The verbs behind it are replaced; what they do is tested with them.
+The verbs are replaced by stand-ins; they have their own tests.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from imgcore.errors import (
 
 VERBS = ("convert", "info", "map", "compare", "check", "measure", "create")
 
-# Verb, module and function behind it, and the least that has to stand on its line.
+# For each verb its module, its function and the arguments that it requires.
 CALLS = {
     "convert": ("imgcore.verbs.convert", "convert", ("a.raw", "b.raw")),
     "info": ("imgcore.verbs.info", "info", ("a.raw",)),
@@ -69,7 +69,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> RunMain:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
-    """Give a function that replaces a verb; the dict it returns receives the arguments."""
+    """Give a function that replaces a verb and returns a dict with its arguments."""
 
     def replace(
         verb: str, result: Any = None, error: BaseException | None = None
@@ -90,7 +90,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
 
 
 class Outcome(NamedTuple):
-    """Stands for ConvertResult and CompareResult."""
+    """Stands in for ConvertResult and CompareResult."""
 
     identical: bool = True
     first_difference: int | None = None
@@ -189,7 +189,7 @@ ERRORS = {
 def test_errors(case: str, verb: str, run: RunMain, fake: Fake) -> None:
     error, code, text = ERRORS[case]
     fake(verb, error=error)
-    # 1 is compare's "different", 2 is check's "corrupt".
+    # For compare, 1 means "different"; for check, 2 means "corrupt".
     code = {"compare": 2, "check": 1}.get(verb, code)
     assert_one_line(run(verb, *CALLS[verb][2]), code, text)
 
@@ -406,7 +406,7 @@ def test_check_of_a_format_without_tables(run: RunMain, fake: Fake) -> None:
 
 
 def progress_of(*states: tuple[int, int]) -> Callable[..., Outcome]:
-    """Stand for a job that goes through these states."""
+    """Return a stand-in for a job that reports these states."""
 
     def job(progress: Callable[[Any], None] | None, **_: Any) -> Outcome:
         assert progress is not None
@@ -421,7 +421,7 @@ def test_progress_json(run: RunMain, fake: Fake) -> None:
     fake("convert", result=progress_of((0, 1000), (250, 1000), (1000, 1000)))
     done = run("convert", "--progress=json", "a", "b")
     lines = [json.loads(line) for line in done.err.splitlines()]
-    # The middle one comes too soon after the first.
+    # The middle state comes too soon after the first.
     assert [line["percent"] for line in lines] == [0.0, 100.0]
     assert lines[-1] == {**lines[-1], "done": 1000, "total": 1000, "eta": 0.0}
     assert set(lines[0]) == {"done", "total", "percent", "rate", "eta"}

@@ -41,7 +41,7 @@ def names(folder: Path) -> list[str]:
 
 
 class TestBackingFile:
-    """``-B``: only what differs is stored, and the disk reads the same as the source."""
+    """``-B``: only differences are stored; the disk reads the same as the source."""
 
     @pytest.mark.parametrize("compress", [False, True], ids=["plain", "compressed"])
     @pytest.mark.parametrize("compat", ["0.10", "1.1"])
@@ -60,7 +60,7 @@ class TestBackingFile:
     ) -> None:
         content = disk.read_bytes()
         base = tmp_path / "base.raw"
-        # Data where the source has zeros, zeros where it has data, and equal parts.
+        # Data where the source has zeros, zeros where it has data, and equal blocks.
         write_disk(base, base_nbytes, [(0, content[:MIB]), (MIB + 512 * KIB, b"gone" * 30000)])
         if base_format == "qcow2":
             imgcore.convert(base, base := tmp_path / "base.qcow2")
@@ -138,7 +138,7 @@ class TestBackingFile:
 
 
 class TestInPlace:
-    """``-n``: into what exists, zeros included."""
+    """``-n`` writes into an existing file, including zeros."""
 
     def test_old_content_is_overwritten_with_zeros(self, tmp_path: Path, disk: Path) -> None:
         target = tmp_path / "volume.raw"
@@ -186,7 +186,7 @@ class TestInPlace:
     def test_no_stream(self, tmp_path: Path, disk: Path, name: str) -> None:
         target = tmp_path / name
         target.write_bytes(b"\xee" * (5 * MIB))
-        with pytest.raises(imgcore.OptionError, match="not written in place"):
+        with pytest.raises(imgcore.OptionError, match="cannot be written in place"):
             imgcore.convert(disk, target, in_place=True)
         assert target.read_bytes() == b"\xee" * (5 * MIB)
 
@@ -228,7 +228,7 @@ class TestSparse:
 
 
 class TestFailure:
-    """Nothing is left, and the source is as it was."""
+    """Nothing remains of the target, and the source is unchanged."""
 
     def test_a_disk_of_broken_sectors(self, disk: Path) -> None:
         image = disk.with_name("odd.qcow2")
@@ -299,7 +299,7 @@ class TestFailure:
             ({"target_format": "floppy"}, "floppy"),
             ({"target_format": "qed"}, "QED images are neither"),
             ({"kernels": {"zero": "abacus"}}, "abacus"),
-            ({"backing_format": "raw"}, "without a backing file"),
+            ({"backing_format": "raw"}, "but no backing file"),
         ],
     )
     def test_arguments_that_make_no_sense(
@@ -414,10 +414,10 @@ def test_requests_that_contradict_themselves(tmp_path: Path, disk: Path) -> None
     backed = {"backing": "disk.raw", "backing_format": "raw"}
     wrong: list[tuple[Path, str, dict[str, Any], str]] = [
         (disk, "a", {}, "no suffix of a known format"),
-        (disk, "a.raw.zst", {"target_format": "vdi"}, "only raw is written as a compressed"),
-        (disk, "a.raw.zst", {"compress": True}, "takes no -c, -B or -o"),
-        (packed, "a.raw", {"salvage": True}, "nothing of a compressed stream can be salvaged"),
-        (packed, "a.qcow2", backed, "does not go with -B"),
+        (disk, "a.raw.zst", {"target_format": "vdi"}, "only raw can be written as a compressed"),
+        (disk, "a.raw.zst", {"compress": True}, "does not allow -c, -B or -o"),
+        (packed, "a.raw", {"salvage": True}, "data of a compressed stream cannot be salvaged"),
+        (packed, "a.qcow2", backed, "cannot be combined with -B"),
         (disk, "a.qcow2", {"salvage": True, **backed}, "cannot be compared with a parent"),
     ]
     for source, target, arguments, words in wrong:

@@ -1,4 +1,4 @@
-"""Extents that lie in holes of a host's file: found, cut, and never more than that."""
+"""Extents in holes of host files are found and cut; no other bytes change."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_file_without_holes_is_not_asked(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_preallocated_metadata(tmp_path: Path) -> None:
-    """100 GiB of clusters that hold nothing take no time, and cover what is below."""
+    """100 GiB of empty clusters are read at once, and hide the backing file."""
     path = create(tmp_path / "a.qcow2", 100 * GIB, "preallocation=metadata")
     qemu_io(path, "write -P 7 50G 3M", "write -P 8 99G 64k")
     result = imgcore.convert(path, tmp_path / "b.qcow2")

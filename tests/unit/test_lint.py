@@ -1,4 +1,4 @@
-"""lint: images that break one rule each, and images that break none."""
+"""lint: images that break one rule each, and images that keep all rules."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def own(folder: Path, name: str, size: int = SIZE, **arguments: Any) -> Path:
 
 
 def broken(path: Path, profile: str, **arguments: Any) -> list[str]:
-    """Return the names of the rules that lint finds broken."""
+    """Return the names of the broken rules that lint finds."""
     report = imgcore.lint(path, profile=profile, **arguments)
     for finding in report.findings:
         assert finding.message
@@ -83,7 +83,7 @@ def test_esxi_takes_vmfs_as_well(tmp_path: Path) -> None:
     assert broken(own(tmp_path, "a.vmdk", options={"subformat": "vmfs"}), "esxi") == []
 
 
-# -- by format ---------------------------------------------------------------------------
+# -- by format -------------------------------------------------------------------------
 
 
 def vhd_dynamic(folder: Path, **fields: Any) -> Path:
@@ -134,7 +134,7 @@ def longer_by(nbytes: int) -> Make:
 
 
 def edited_stream(old: bytes, new: bytes) -> Make:
-    """Return a maker of a streamOptimized image with one text of its descriptor replaced."""
+    """Return a maker of streamOptimized images with changed descriptors."""
 
     def make(folder: Path) -> Path:
         path = own(folder, "a.vmdk", profile="esxi")
@@ -152,7 +152,7 @@ def stream_version_2(folder: Path) -> Path:
 
 
 def stream_out_of_order(folder: Path) -> Path:
-    """The first two entries of the first grain table changed over."""
+    """The first two entries of the first grain table are swapped."""
     path = own(folder, "a.vmdk", profile="esxi")
     data = bytearray(path.read_bytes())
     (directory,) = struct.unpack_from("<Q", data, len(data) - 1024 + 56)
@@ -196,7 +196,7 @@ def orphan(folder: Path) -> Path:
 
 
 def bad_locator(folder: Path) -> Path:
-    """A child of which one of the names cannot be read."""
+    """A child with a locator whose name cannot be read."""
     path = child(folder)
     return poke(path, (path.read_bytes().index(b"file://./base.vhd"), b"\xff"))
 
@@ -210,14 +210,15 @@ def orphan_stream(folder: Path) -> Path:
 
 
 def archive(name: str = "disk.raw", form: int = tarfile.GNU_FORMAT, size: int = GIB) -> Make:
-    """Return a maker of an archive as Python's tarfile writes it: not sparse."""
+    """Return a maker of archives that are not sparse, by Python's tarfile."""
 
     def make(folder: Path) -> Path:
         path = folder / "a.tar.gz"
         info = tarfile.TarInfo(name)
         info.size = size
         with gzip.open(path, "wb") as file:
-            file.write(info.tobuf(form))  # lint looks at no more
+            # lint reads only the header.
+            file.write(info.tobuf(form))
         return path
 
     return make
@@ -349,7 +350,7 @@ def test_rules(profile: str, make: Make, expected: list[str], tmp_path: Path) ->
 
 
 def test_every_rule_is_shown_to_break() -> None:
-    """Each rule of each profile by a case above, or one of these, which have tests of their own."""
+    """Every rule of every profile has a case above, or a separate test listed here."""
     elsewhere = {"plain-file", "vhd-limit"}
     shared = {"readable", "size-range", "vhd-checksums", "parents", "no-parent", "vhd-footer"}
     shown = {rule for _, _, _, rules in CASES for rule in rules}
@@ -395,7 +396,7 @@ def test_remedy_of_trailing_zeros_works(tmp_path: Path) -> None:
 def test_end_of_streams_of_other_programs(
     tmp_path: Path, layout: str, grains: dict[int, bytes]
 ) -> None:
-    """Tables, directory and footer may follow the grains although the header names the place."""
+    """Tables, directory and footer may follow the grains if the header locates them."""
     path = vmdk.stream(tmp_path / "a.vmdk", 512, grains, layout=layout)
     whole_nbytes = path.stat().st_size
     assert broken(path, "esxi") == ["stream-keys"]
@@ -434,7 +435,7 @@ def test_errors(tmp_path: Path) -> None:
 
 
 def test_damage_on_the_way_is_a_finding(tmp_path: Path) -> None:
-    """A grain table past the end is met by the rule that reads tables, not by opening."""
+    """The rule that reads tables finds a grain table past the end; opening does not."""
     path = own(tmp_path, "a.vmdk", profile="esxi")
     n_bytes = path.stat().st_size
     poke(path, (n_bytes - 2048, b"\xff\xff\xff\x7f"))
@@ -444,7 +445,7 @@ def test_damage_on_the_way_is_a_finding(tmp_path: Path) -> None:
     assert "cannot be verified" in found["stream-order"]
 
 
-# -- the command -------------------------------------------------------------------------
+# -- the command -----------------------------------------------------------------------
 
 
 def test_command(tmp_path: Path) -> None:
@@ -456,7 +457,7 @@ def test_command(tmp_path: Path) -> None:
     done = command("lint", "--profile", "azure", bad)
     assert done.returncode == 1
     (line,) = done.stdout.splitlines()
-    assert line.startswith("format: is qcow2; Microsoft Azure takes fixed vhd: imgcore convert")
+    assert line.startswith("format: is qcow2; Microsoft Azure accepts fixed vhd: convert it")
 
 
 def test_command_json(tmp_path: Path) -> None:

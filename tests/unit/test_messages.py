@@ -1,4 +1,4 @@
-"""What imgcore says: one line, bounded, by the logger ``imgcore`` alone, and nobody's secrets."""
+"""Messages: one bounded line, only by the logger ``imgcore``, without secrets."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from imgcore.text import HIDDEN, MAX_TEXT_CHARS, one_line, without_secrets
 PACKAGE = Path(imgcore.__file__).parent
 HOSTILE = "a\nimgcore: error: \x1b[2J\r\x07\u202e\u2028\x9b31m"
 LEVELS = ("debug", "info", "warning", "error", "critical", "exception", "log")
-LONGEST_CHARS = 10 * MAX_TEXT_CHARS  # each character may become an escape of ten
+# Each character may become an escape of ten.
+LONGEST_CHARS = 10 * MAX_TEXT_CHARS
 
 
 def modules() -> list[Path]:
@@ -38,11 +39,11 @@ def is_harmless(text: str) -> bool:
     return text.isprintable() and len(text) <= LONGEST_CHARS
 
 
-# ---------------------------------------------------------------------------- by the source
+# ------------------------------------------------------------------------ by the source
 
 
 def test_no_module_prints() -> None:
-    """The command prints; the library logs and raises."""
+    """Only the command prints; the library logs and raises."""
     for path in modules():
         if path.parent.name == "cli":
             continue
@@ -67,7 +68,7 @@ def test_there_is_one_logger() -> None:
 
 
 def test_messages_are_templates() -> None:
-    """What a message is filled with reaches the filter as an argument, not inside the text."""
+    """Values reach the logger's filter as arguments, not as part of the text."""
     for path in modules():
         if path.name == "log.py":
             continue
@@ -81,7 +82,7 @@ def test_messages_are_templates() -> None:
                 assert isinstance(node.args[0], ast.Constant), f"{path}:{node.lineno}"
 
 
-# ------------------------------------------------------------------------------- one line
+# ----------------------------------------------------------------------------- one line
 
 
 @pytest.mark.parametrize(
@@ -130,12 +131,12 @@ def test_secrets_are_hidden(text: str, expected: str) -> None:
     assert one_line(text) == expected
 
 
-# ------------------------------------------------------------------------------- messages
+# ----------------------------------------------------------------------------- messages
 
 
 @pytest.fixture
 def log_lines() -> Iterator[io.StringIO]:
-    """Collect what a plain handler writes."""
+    """Collect the output of a plain handler."""
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter("%(name)s %(message)s"))
@@ -191,7 +192,7 @@ def test_info_has_no_control_characters_but_in_json(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["backing-filename"] == f"./{base.name}"
 
 
-# ---------------------------------------------------------------------- content and secrets
+# ------------------------------------------------------------------ content and secrets
 
 CANARY = b"SQUEAMISH"
 
@@ -216,7 +217,7 @@ def test_a_file_of_another_kind_is_refused_without_its_content(name: str, tmp_pa
 
 
 def test_a_backing_file_with_credentials(tmp_path: Path) -> None:
-    """The name is refused, and shown without what would open it elsewhere."""
+    """The name is rejected, and shown without its credentials."""
     name = "https://user:hunter2@host/base.qcow2?sig=hunter2"
     path = tmp_path / "child.qcow2"
     qemu.run("create", "-q", "-u", "-f", "qcow2", "-b", name, "-F", "qcow2", path, "1M")
@@ -240,7 +241,7 @@ def test_a_backing_file_with_credentials(tmp_path: Path) -> None:
 
 
 def test_a_library_that_only_reads_prints_nothing(tmp_path: Path) -> None:
-    """Without any handler set up, warnings go where Python sends them, and nothing else is said."""
+    """Without a handler, Python prints the warnings, and nothing else is printed."""
     path = tmp_path / "disk.vhd"
     vhd.dynamic(path, 1 << 20, {})
     code = "import imgcore, sys; imgcore.info(sys.argv[1]); imgcore.check(sys.argv[1])"

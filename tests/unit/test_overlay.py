@@ -1,4 +1,4 @@
-"""Layers over layers, against a byte-wise model."""
+"""Chains of layers, compared with a byte-wise model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SECTOR = 512
 
 
 def rows_of(kinds: list[int], file: int = 0) -> Extents:
-    """One sector for each kind; DATA and compressed rows lie apart from their neighbours."""
+    """One sector per kind; stored rows are not adjacent to others on the host."""
     rows = np.zeros(len(kinds), EXTENT_DTYPE)
     rows["guest_offset"] = np.arange(len(kinds), dtype=np.uint64) * np.uint64(SECTOR)
     rows["length"] = SECTOR
@@ -38,7 +38,7 @@ def rows_of(kinds: list[int], file: int = 0) -> Extents:
 
 
 def joined(kinds: list[int]) -> Extents:
-    """The same, neighbours of one kind in one row that is contiguous on the host."""
+    """The same, but adjacent sectors of a kind are one row, contiguous on the host."""
     rows: list[tuple[int, ...]] = []
     for index, kind in enumerate(kinds):
         if rows and rows[-1][5] == kind:
@@ -103,7 +103,7 @@ def test_chain_reads_as_the_topmost_layer_that_holds_it(
 
 
 def reachable(layers: list[list[int]], sector: int, depth: int) -> bool:
-    """A layer that ends earlier cuts off all those below it."""
+    """A layer that ends early cuts off all layers below it."""
     return all(sector < len(kinds) for kinds in layers[: depth + 1])
 
 
@@ -195,7 +195,7 @@ def test_pairs_cover_both_sides(a: list[int], b: list[int], n_a: int, n_b: int) 
 def test_batches_over_a_base_are_bounded_on_both_sides(
     kinds: list[int], base_kinds: list[int], batch_rows: int
 ) -> None:
-    """Whole units, the same range on both sides, and never many rows more than a unit has."""
+    """Both sides cover the same whole units, and few more rows than a unit holds."""
     unit, max_rows = 4 * SECTOR, 8
     images: list[Any] = []
     for side in (kinds, base_kinds):

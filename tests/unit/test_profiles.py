@@ -1,4 +1,4 @@
-"""Profiles: what each platform gets, judged by other tools where these can."""
+"""Profiles: the images for each platform, examined by other tools if possible."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ GIB = 1 << 30
 
 @pytest.fixture
 def raw(tmp_path: Path) -> Path:
-    """A disk that is no whole number of MiB; its last sector is not zeros."""
+    """A disk that does not end at a whole MiB; its last sector is not zeros."""
     path = tmp_path / "disk.raw"
     size = 21 * MIB + 3 * 512
     pieces = [(0, images.text(70_000)), (5 * MIB, images.noise(99_000)), (size - 9, b"last word")]
@@ -59,11 +59,12 @@ def test_the_table_is_sound(profile: Any) -> None:
 
 def test_names() -> None:
     assert len(set(profile_names())) == len(PROFILES)
-    with pytest.raises(OptionError, match="unknown profile 'acme': known are azure, hyperv"):
+    with pytest.raises(OptionError, match="unknown profile 'acme'; known profiles: azure, hyperv"):
         get_profile("acme")
 
 
-# What each profile writes: suffix, size in bytes, what qemu-img and imgcore call it.
+# For each profile the suffix, the size in bytes, and the format's name in qemu-img
+# and imgcore.
 SIZE = 21 * MIB + 3 * 512
 WRITTEN = [
     ("azure", "a.vhd", 22 * MIB, "vhd", "fixed"),
@@ -137,16 +138,16 @@ def test_esxi_also_writes_vmfs(raw: Path) -> None:
 
 CONTRADICTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("azure", {"target_format": "vmdk"}, "profile azure writes vhd, not vmdk"),
-    ("azure", {"options": ["subformat=dynamic"]}, "asks for subformat=fixed, not for subformat=dy"),
-    ("azure", {"options": {"size": "chs"}}, "asks for size=current, not for size=chs"),
+    ("azure", {"options": ["subformat=dynamic"]}, "requires subformat=fixed, not subformat=dy"),
+    ("azure", {"options": {"size": "chs"}}, "requires size=current, not size=chs"),
     ("azure", {"compress": True}, "cannot be compressed"),
-    ("xenserver", {"options": ["block_size=1M"]}, "asks for block_size=2097152, not"),
-    ("aws", {"options": ["subformat=monolithicSparse"]}, "asks for subformat=streamOptimized"),
+    ("xenserver", {"options": ["block_size=1M"]}, "requires block_size=2097152, not"),
+    ("aws", {"options": ["subformat=monolithicSparse"]}, "requires subformat=streamOptimized"),
     ("esxi", {"options": ["subformat=monolithicSparse"]}, "streamOptimized or subformat=vmfs"),
-    ("openstack", {"backing": "b.qcow2", "backing_format": "qcow2"}, "takes no parent"),
-    ("gce", {"options": ["preallocation=full"]}, "asks for preallocation=off"),
-    ("gce", {"in_place": True}, "takes no -n"),
-    ("gce", {"compress": True}, "takes no -n and no -c"),
+    ("openstack", {"backing": "b.qcow2", "backing_format": "qcow2"}, "does not allow a parent"),
+    ("gce", {"options": ["preallocation=full"]}, "requires preallocation=off"),
+    ("gce", {"in_place": True}, "does not allow -n"),
+    ("gce", {"compress": True}, "does not allow -n or -c"),
 ]
 
 
@@ -179,7 +180,7 @@ def test_a_disk_that_is_too_large(tmp_path: Path) -> None:
     path = tmp_path / "disk.raw"
     with path.open("wb") as file:
         file.truncate(2041 * GIB)
-    with pytest.raises(LimitExceededError, match="XenServer and XCP-ng takes no disk of"):
+    with pytest.raises(LimitExceededError, match="bytes is too large for XenServer and XCP-ng"):
         convert(path, "a.vhd", "xenserver")
     assert not (tmp_path / "a.vhd").exists()
 
@@ -188,7 +189,8 @@ def test_a_disk_that_is_too_small(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     path = tmp_path / "disk.raw"
     path.write_bytes(bytes(MIB))
     convert(path, "a.vhd", "azure")
-    assert "takes no disk of 1048576 bytes, 20971520 at least" in caplog.text
+    words = "a disk of 1048576 bytes is too small for Microsoft Azure: at least 20971520 are needed"
+    assert words in caplog.text
 
 
 # -- Compute Engine --------------------------------------------------------------------
@@ -227,7 +229,7 @@ def assert_padded_copy(raw: Path, copy: Path, size: int) -> None:
 
 
 def data_ranges(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Yield what is no hole of a file, in pieces; holes are zeros and take long to read."""
+    """Yield the data of a file in pieces; reading the holes would take long."""
     while start < end:
         try:
             start = os.lseek(fd, start, os.SEEK_DATA)
@@ -265,7 +267,7 @@ def test_gce_is_the_same_with_any_number_of_threads(raw: Path) -> None:
 
 
 def test_gce_of_scattered_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More parts than a header may have are joined, with the holes between them."""
+    """If a header cannot hold all parts, parts are joined with the holes between."""
     path = tmp_path / "disk.raw"
     pieces = [(i * 256 * 1024, images.noise(512, i + 1)) for i in range(60)]
     images.RawImage("scattered", 16 * MIB, lambda: pieces).write(path)
@@ -277,13 +279,13 @@ def test_gce_of_scattered_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             content = tar.extractfile(member)
             assert content is not None
             assert content.read(16 * MIB) == path.read_bytes()
-            # The last entry says that the file ends in a hole, unused ones are zeros.
+            # The last entry states that the file ends in a hole; unused ones are zeros.
             parts = [part for part in member.sparse or () if part[1]]
             assert len(parts) <= limit
 
 
 def test_gce_wants_the_name_of_an_archive(raw: Path) -> None:
-    with pytest.raises(OptionError, match=r"a\.raw: .*name it \.tar\.gz or \.tgz"):
+    with pytest.raises(OptionError, match=r"a\.raw: .*name must end in \.tar\.gz or \.tgz"):
         convert(raw, "a.raw", "gce")
 
 

@@ -365,7 +365,9 @@ class TestReadOnlyFormat:
 
     def test_is_not_written_in_place(self, tmp_path: Path, read_only_format: str) -> None:
         source, target = place(tmp_path, "x.raw"), place(tmp_path, "y.toy")
-        with pytest.raises(UnsupportedFeatureError, match="only raw is written into an existing"):
+        with pytest.raises(
+            UnsupportedFeatureError, match="only raw can be written into an existing"
+        ):
             imgcore.convert(source, target, in_place=True)
 
 

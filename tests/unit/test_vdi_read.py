@@ -314,10 +314,10 @@ def test_parent_given(chain: Path, tmp_path: Path) -> None:
 def test_loop(tmp_path: Path) -> None:
     child_of(tmp_path / "a.vdi", [FREE], (IDS[4], IDS[5]), own=2)
     path = child_of(tmp_path / "b.vdi", [FREE], (IDS[2], IDS[3]))
-    with pytest.raises(CorruptImageError, match="comes back"):
+    with pytest.raises(CorruptImageError, match="leads back"):
         imgcore.open(path)
     own = child_of(tmp_path / "own.vdi", [FREE], (IDS[6], IDS[7]), own=6)
-    with pytest.raises(CorruptImageError, match="comes back"):
+    with pytest.raises(CorruptImageError, match="leads back"):
         imgcore.open(own)
 
 

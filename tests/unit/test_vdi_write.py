@@ -164,7 +164,7 @@ def test_other_refusals(raw: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="cannot be compressed"):
         imgcore.convert(raw, target, format="raw", compress=True)
     target.write_bytes(bytes(10 * MIB))
-    with pytest.raises(UnsupportedFeatureError, match="only raw is written into"):
+    with pytest.raises(UnsupportedFeatureError, match="only raw can be written into"):
         imgcore.convert(raw, target, format="raw", target_format="vdi", in_place=True)
 
 

@@ -1,4 +1,4 @@
-"""info, map, check, measure and create against what qemu-img says about the same image."""
+"""info, map, check, measure and create, compared with qemu-img."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MIB = 1 << 20
 def command(
     *arguments: str | os.PathLike[str], cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command in this process: a new one spends most of its time on imports."""
+    """Run the command in this process, which has the modules imported already."""
     out, errors = io.StringIO(), io.StringIO()
     with (
         contextlib.redirect_stdout(out),
@@ -57,7 +57,7 @@ def qemu_json(verb: str, *arguments: str | os.PathLike[str]) -> Any:
 
 
 def write(path: Path, image_format: str, *commands: str) -> None:
-    """Let qemu-io write into an image; it is beside qemu-img wherever that is."""
+    """Write into an image with qemu-io, which is in the folder of qemu-img."""
     program = qemu.find_program("qemu-io")
     if program is None:
         pytest.skip("qemu-io is not installed (Debian: qemu-utils)")
@@ -67,7 +67,7 @@ def write(path: Path, image_format: str, *commands: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give a folder of small images, written by qemu-img, of each kind and state."""
+    """Give a folder of small images by qemu-img, one of each kind and state."""
     folder = tmp_path_factory.mktemp("verbs")
     raw = folder / "disk.raw"
     qemu.run("create", "-q", "-f", "raw", raw, "10M")
@@ -147,7 +147,7 @@ def test_info_for_people_lists_snapshots(folder: Path) -> None:
 
 
 def test_info_of_an_image_in_use(tmp_path: Path) -> None:
-    """Whoever had it open did not close it: the dirty bit is set."""
+    """The dirty bit is set, since a program has the image open."""
     path = tmp_path / "a.qcow2"
     qemu.run("create", "-q", "-f", "qcow2", path, "1M")
     poke(path, (72, (1).to_bytes(8, "big")))
@@ -175,7 +175,7 @@ def test_chain_that_does_not_state_a_format(tmp_path: Path) -> None:
     base, top = tmp_path / "base.qcow2", tmp_path / "top.qcow2"
     qemu.run("create", "-q", "-f", "qcow2", base, "1M")
     qemu.run("create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", top)
-    # The header extension that holds the format becomes one that nobody knows.
+    # The header extension for the format gets an unknown type.
     top.write_bytes(top.read_bytes().replace(b"\xe2\x79\x2a\xca", b"\x12\x34\x56\x78", 1))
     with pytest.raises(imgcore.WrongFormatError, match=r"base\.qcow2"):
         imgcore.info(top, chain=True)
@@ -196,10 +196,10 @@ def test_info_of_a_compressed_raw_disk(suffix: str, tmp_path: Path) -> None:
 
 
 def normalised(rows: list[dict[str, Any]], *, flat: bool) -> list[dict[str, Any]]:
-    """Leave out what differs with reason.
+    """Remove differences that are intended.
 
-    Older versions do not tell ``compressed``. A hole in the flat file of a VMDK is ``data``
-    for qemu-img, with its place.
+    Older versions of qemu-img do not report ``compressed``.  They report a hole in the
+    flat file of a VMDK as ``data``, with its offset.
     """
     kept = []
     for row in rows:
@@ -251,7 +251,7 @@ def test_map_table_is_that_of_qemu_img(name: str, folder: Path) -> None:
         text=True,
         check=True,
     )
-    # Our layers below the first are named by their full paths.
+    # imgcore names the layers below the first by their full paths.
     assert ours.stdout.replace(f"{folder}/", "") == theirs.stdout
 
 
@@ -453,7 +453,7 @@ def test_create_refuses(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["new.raw.zst", "new.img.gz"])
 def test_create_makes_no_stream(name: str, tmp_path: Path) -> None:
-    with pytest.raises(imgcore.OptionError, match="by convert only"):
+    with pytest.raises(imgcore.OptionError, match="only convert writes"):
         imgcore.create(tmp_path / name, MIB)
     assert list(tmp_path.iterdir()) == []
 
@@ -552,7 +552,7 @@ PARENT_LINES = {
 
 @pytest.mark.parametrize("case", PARENT_LINES)
 def test_a_given_parent(case: str, folder: Path, tmp_path: Path) -> None:
-    """It is used in place of what the image names, and verified as well as that."""
+    """It replaces the file that the image names, and is verified in the same way."""
     names = {name: tmp_path / f"{name}.vmdk" for name in ("top", "base", "whole", "other")}
     (tmp_path / "elsewhere").mkdir()
     for name in ("base", "other"):
@@ -568,7 +568,7 @@ def test_a_given_parent(case: str, folder: Path, tmp_path: Path) -> None:
     other = str(names["other"])
     assert_one_line_error(
         command(*words[:-1], other, "--force" if case == "convert" else "-U"),
-        "made on a parent with content ID",
+        "created from a parent with content ID",
         other,
         code=code,
     )

@@ -239,7 +239,7 @@ def test_no_compression(tmp_path: Path) -> None:
 
 def test_not_in_place(tmp_path: Path) -> None:
     (tmp_path / "out.vhd").write_bytes(bytes(MIB))
-    with pytest.raises(UnsupportedFeatureError, match="only raw is written into"):
+    with pytest.raises(UnsupportedFeatureError, match="only raw can be written into"):
         convert(tmp_path, noise(SECTOR), in_place=True)
 
 

@@ -301,7 +301,7 @@ class TestParents:
         for name, other, own, theirs in (("a", "b", 1, 2), ("b", "a", 2, 1)):
             locator = vhdx.child_locator(rf".\{other}.vhdx", vhdx.guid(theirs))
             Vhdx(MIB, locator=locator, data_guid=vhdx.guid(own)).write(tmp_path / f"{name}.vhdx")
-        with pytest.raises(imgcore.CorruptImageError, match="comes back to"):
+        with pytest.raises(imgcore.CorruptImageError, match="leads back to"):
             imgcore.open(tmp_path / "a.vhdx")
 
     def test_a_name_outside_the_folder(self, tmp_path: Path) -> None:

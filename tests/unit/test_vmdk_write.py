@@ -424,7 +424,7 @@ def test_not_in_place(tmp_path: Path, subformat: str) -> None:
     path, raw = tmp_path / "a.vmdk", tmp_path / "a.raw"
     path.write_bytes(bytes(SECTOR))
     raw.write_bytes(b"x" * SECTOR)
-    with pytest.raises(UnsupportedFeatureError, match="only raw is written into"):
+    with pytest.raises(UnsupportedFeatureError, match="only raw can be written into"):
         imgcore.convert(raw, path, options={"subformat": subformat}, in_place=True)
     assert path.read_bytes() == bytes(SECTOR)
 

@@ -1,1 +1,1 @@
-"""The ``imgcore`` command: one module a verb, each imported when it is called."""
+"""The ``imgcore`` command: one module per verb, imported when the verb is called."""

@@ -18,7 +18,7 @@ from imgcore.cli.common import (
 if TYPE_CHECKING:
     from imgcore.verbs.check import CheckResult
 
-# The codes of `qemu-img check`.
+# The exit codes of `qemu-img check`.
 EXIT_CORRUPT: Final = 2
 EXIT_LEAKS: Final = 3
 EXIT_UNSUPPORTED: Final = 63
@@ -39,10 +39,11 @@ def command(
 ) -> int:
     """Verify the tables of the image FILE.
 
-    With --repair, a verified copy with the repairs takes its place, and the report is about that.
+    With --repair, a repaired and verified copy replaces FILE, and the report is about
+    that copy.
 
-    Exit code: 0 clean, 1 the check failed or wrong usage, 2 corrupt, 3 leaked clusters only, 63 the
-    format has nothing to check.
+    Exit code: 0 clean, 1 the check failed or wrong usage, 2 corrupt, 3 leaked clusters
+    only, 63 the format has no tables to check.
     """
     from imgcore.verbs.check import CheckNotSupportedError, check
 

@@ -1,4 +1,4 @@
-"""The options that several verbs of the command have, and text for people."""
+"""Options that several verbs share, and functions that print results."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ Decorator = Callable[[Function], Function]
 
 
 def say(text: str) -> None:
-    """Print one line on stderr; a closed or full stderr does not make a job fail."""
+    """Print one line on stderr; a closed or full stderr is not an error."""
     with suppress(OSError):
         print(one_line(text), file=sys.stderr, flush=True)
 
 
 def size_value(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    """Parse a number of bytes with an optional suffix; a callback of options and arguments."""
+    """Parse a number of bytes with an optional suffix; a callback for click."""
     if value is None:
         return None
     from imgcore.errors import OptionError
@@ -46,7 +46,7 @@ def size_value(ctx: click.Context, param: click.Parameter, value: str | None) ->
 
 
 def verb(name: str) -> Callable[[Function], click.Command]:
-    """Make a function a verb of the command."""
+    """Return a decorator that makes a function a verb of the command."""
     return click.command(
         name, context_settings=CONTEXT_SETTINGS, options_metavar="[OPTIONS]", no_args_is_help=False
     )
@@ -57,24 +57,24 @@ class _Flag(NamedTuple):
     settings: dict[str, Any]
 
 
-# The keywords of `imgcore.open` as flags; {} stands for the image that they are about.
+# The keywords of `imgcore.open` as flags; {} stands for the image that is opened.
 _OPEN_FLAGS: Final = {
     "format": _Flag(
         ("-f", "--format"),
-        {"metavar": "FMT", "help": "Format of {}; found by its content if left out."},
+        {"metavar": "FMT", "help": "Format of {}; detected from its content by default."},
     ),
     "backing_format": _Flag(
         ("--backing-format",),
         {
             "metavar": "FMT",
-            "help": "Format of the backing files of {}, where no image states it.",
+            "help": "Format of the backing files of {} if the images do not state it.",
         },
     ),
     "parent": _Flag(
         ("--parent",),
         {
             "metavar": "FILE",
-            "help": "Parent of {}, in place of what it calls its parent; verified.",
+            "help": "Parent of {}, instead of the file that it names; its identity is verified.",
         },
     ),
     "read_options": _Flag(
@@ -82,7 +82,7 @@ _OPEN_FLAGS: Final = {
         {
             "metavar": "KEY=VALUE[,...]",
             "multiple": True,
-            "help": "How to read {}; of VHD: size=chs or size=current.",
+            "help": "Options for reading {}; for VHD size=chs or size=current.",
         },
     ),
     "share": _Flag(
@@ -94,7 +94,7 @@ _OPEN_FLAGS: Final = {
         {
             "metavar": "DIR",
             "multiple": True,
-            "help": "Folder in which files named inside an image may lie, besides the image's own.",
+            "help": "Allow images to refer to files in DIR, as well as in their own folder.",
         },
     ),
 }
@@ -103,17 +103,17 @@ _OPEN_FLAGS: Final = {
 def open_options(
     *names: str, of: str = "the image", flags: Mapping[str, tuple[str, ...]] | None = None
 ) -> Decorator:
-    """Add flags for keywords of `imgcore.open`; the function receives them as ``opening``.
+    """Add flags for keywords of `imgcore.open`, which become the argument ``opening``.
 
     Parameters
     ----------
     names : str
-        The keywords; all if none is given.
+        The keywords; all by default.
     of : str
-        The image that they are about.
+        The image that is opened, in words for the help.
     flags : mapping of str to tuple of str, optional
-        Other flags for some of them.  The last one then says what the verb calls the keyword:
-        ``--format-a`` is ``format_a``.
+        Other flags for some of the keywords.  The last flag of a keyword then also
+        renames it: ``--format-a`` makes it ``format_a``.
     """
     keywords: list[str] = []
     added: list[Decorator] = []
@@ -151,7 +151,7 @@ def output_options(function: Function) -> Function:
         type=click.Choice(["human", "json"]),
         default="human",
         callback=choose,
-        help="Form of the report.",
+        help="Output format; human by default.",
     )(function)
     return click.option(
         "--json", "as_json", flag_value="json", default=None, help="Same as --output=json."
@@ -184,7 +184,7 @@ def threads_option() -> Decorator:
         "--threads",
         type=click.IntRange(1, MAX_THREADS),
         metavar="N",
-        help="Number of threads; all processors by default. The result is the same.",
+        help="Number of threads; one per processor by default. The result does not depend on it.",
     )
 
 
@@ -196,7 +196,7 @@ def wants_options_help(options: Sequence[str]) -> bool:
 def require(ctx: click.Context, **arguments: object) -> None:
     """Fail for the first positional argument that is missing.
 
-    Click would do so before ``-o help`` is looked at, which needs none.
+    Click's own check would also reject ``-o help``, which needs no arguments.
     """
     for name, value in arguments.items():
         if value is None:
@@ -204,18 +204,18 @@ def require(ctx: click.Context, **arguments: object) -> None:
 
 
 def target_driver(format: str | None, path: str | None) -> Driver:
-    """Return the driver of a target: by ``format``, else by the suffix of ``path``."""
+    """Return the driver for ``format``, or for the suffix of ``path`` if it is None."""
     from imgcore.errors import OptionError
     from imgcore.formats.registry import format_from_suffix, get_driver
 
     found = format or (format_from_suffix(path) if path is not None else None)
     if found is None:
-        raise OptionError("the target's format does not follow from a suffix: state it")
+        raise OptionError("the target's format cannot be told from its name: state it")
     return get_driver(found)
 
 
 def print_options_help(driver: Driver) -> None:
-    """Print the table that ``-o help`` asks for."""
+    """Print the options of a format, for ``-o help``."""
     from imgcore.formats.option_texts import options_help
 
     rows = options_help(driver)
@@ -248,7 +248,7 @@ def size_text(n_bytes: int) -> str:
 
 
 def print_tree(values: Mapping[str, Any], indent: int) -> None:
-    """Print nested values one a line, as qemu-img prints what is specific to a format."""
+    """Print nested values, one a line, as qemu-img prints format-specific ones."""
     for key, value in values.items():
         _print_item(key.replace("-", " "), value, indent)
 

@@ -46,7 +46,7 @@ EXIT_DIFFERENT: Final = 1
     },
 )
 @open_options("backing_format", "share", "allow", of="A and B")
-@click.option("-s", "--strict", is_flag=True, help="Sizes and allocation must agree as well.")
+@click.option("-s", "--strict", is_flag=True, help="Require equal sizes and equal allocation, too.")
 @threads_option()
 @progress_options
 @quiet_option()
@@ -66,8 +66,9 @@ def command(
 ) -> int:
     """Compare what a guest would read from the images A and B.
 
-    Exit code: 0 identical, 1 different, 2 an error. Without -s, zeros at the end of the
-    larger image make no difference.
+    Zeros at the end of the larger image are ignored unless -s is given.
+
+    Exit code: 0 identical, 1 different, 2 failed or wrong usage.
     """
     from imgcore.verbs.compare import compare
 
@@ -88,7 +89,7 @@ def command(
 
 
 def _print_human(result: CompareResult, strict: bool) -> None:
-    """Print what qemu-img would; it looks at sizes once what both disks have is the same."""
+    """Print the result as qemu-img does, which compares the sizes last."""
     common = min(result.size_a, result.size_b)
     difference = result.first_difference
     if (

@@ -28,19 +28,23 @@ from imgcore.text import one_line
 if TYPE_CHECKING:
     from imgcore.engine.bad_ranges import BadRange
 
-EXIT_SALVAGED: Final = 3  # done, but for what could not be read
+# Done, but some data could not be read.
+EXIT_SALVAGED: Final = 3
 
 
 @verb("convert")
 @open_options(of="SOURCE", flags={"backing_format": ("--source-backing-format",)})
 @click.option(
-    "-O", "--target-format", metavar="FMT", help="Format of TARGET; follows from its suffix."
+    "-O",
+    "--target-format",
+    metavar="FMT",
+    help="Format of TARGET; taken from its suffix by default.",
 )
 @options_option()
 @click.option(
     "--profile",
     metavar="NAME",
-    help=f"Write what a platform takes: {', '.join(profile_names())}.",
+    help=f"Write an image for a platform: {', '.join(profile_names())}.",
 )
 @click.option("-c", "--compress", is_flag=True, help="Compress TARGET.")
 @click.option("-B", "--backing", metavar="FILE", help="Backing file of TARGET.")
@@ -51,24 +55,24 @@ EXIT_SALVAGED: Final = 3  # done, but for what could not be read
     callback=size_value,
     metavar="SIZE",
     default="4k",
-    help="Zeros of this length are not written; 0 writes them all.  [default: 4k]",
+    help="Skip runs of zeros of this length; 0 writes all zeros.  [default: 4k]",
 )
-@click.option("-n", "--in-place", is_flag=True, help="Write into TARGET, which exists already.")
+@click.option("-n", "--in-place", is_flag=True, help="Write into an existing TARGET.")
 @click.option("--force", is_flag=True, help="Replace an existing TARGET.")
-@click.option("--no-sync", is_flag=True, help="Do not wait for stable storage.")
+@click.option("--no-sync", is_flag=True, help="Do not wait until TARGET is on stable storage.")
 @click.option(
     "--salvage",
     is_flag=True,
-    help="Write zeros for what cannot be read of SOURCE's data, and list it; exit code 3 then.",
+    help="Replace unreadable data of SOURCE with zeros and list it; exit code 3 if there is any.",
 )
 @click.option(
     "--no-reflink",
     is_flag=True,
-    help="Copy blocks that TARGET could share with SOURCE (on XFS, Btrfs).",
+    help="Copy every block, even if the file system could reflink it (XFS, Btrfs).",
 )
 @threads_option()
 @click.option(
-    "-W", is_flag=True, expose_value=False, help="Accepted, no effect: writing is parallel."
+    "-W", is_flag=True, expose_value=False, help="Ignored: blocks are always written in parallel."
 )
 @progress_options
 @quiet_option()
@@ -101,7 +105,10 @@ def command(
 ) -> int | None:
     """Convert the image SOURCE to TARGET.
 
-    TARGET appears under its name when it is complete; a job that fails leaves none.
+    TARGET appears under its name only when it is complete.
+
+    Exit code: 0 done, 1 failed, 2 wrong usage, 3 done with --salvage, but data was
+    lost.
     """
     if wants_options_help(options):
         stated = get_profile(profile).format if profile is not None else target_format

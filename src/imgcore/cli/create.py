@@ -25,18 +25,20 @@ from imgcore.text import one_line
 
 
 @verb("create")
-@click.option("-f", "--format", metavar="FMT", help="Format; follows from the suffix if left out.")
+@click.option(
+    "-f", "--format", metavar="FMT", help="Format of FILE; taken from its suffix by default."
+)
 @options_option()
 @click.option(
     "-b",
     "--backing",
     metavar="FILE",
-    help="Backing file; a relative name counts from the folder of the new image.",
+    help="Backing file; a relative name starts at the folder of FILE.",
 )
 @click.option("-F", "--backing-format", metavar="FMT", help="Format of the backing file.")
 @quiet_option()
-@click.option("--force", is_flag=True, help="Replace an existing file.")
-@click.option("--no-sync", is_flag=True, help="Do not wait for stable storage.")
+@click.option("--force", is_flag=True, help="Replace an existing FILE.")
+@click.option("--no-sync", is_flag=True, help="Do not wait until FILE is on stable storage.")
 @open_options("allow", of="the backing file")
 @output_options
 @click.argument("file", required=False, metavar="FILE")
@@ -56,9 +58,9 @@ def command(
     opening: dict[str, Any],
     as_json: bool,
 ) -> None:
-    """Make the image FILE of SIZE bytes (suffixes k M G T P E), empty or on a backing file.
+    """Create the image FILE with a disk of SIZE bytes (suffixes k M G T P E).
 
-    SIZE is the backing file's if left out.
+    The disk is empty, or reads as its backing file, whose size is the default for SIZE.
     """
     if wants_options_help(options):
         print_options_help(target_driver(format, file))

@@ -29,7 +29,7 @@ def command(
     opening: dict[str, Any],
     as_json: bool,
 ) -> None:
-    """Describe the image FILE by its headers."""
+    """Describe the image FILE; only its headers are read."""
     from imgcore.verbs.info import info
 
     images = info(file, chain=True, **opening) if backing_chain else [info(file, **opening)]

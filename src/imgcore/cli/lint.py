@@ -24,7 +24,7 @@ EXIT_BROKEN = 1
     "--profile",
     metavar="NAME",
     required=True,
-    help=f"The platform: {', '.join(profile_names())}.",
+    help=f"Platform: {', '.join(profile_names())}.",
 )
 @open_options("format", "parent", "read_options", "share", "allow")
 @quiet_option()
@@ -37,9 +37,11 @@ def command(
     opening: dict[str, Any],
     as_json: bool,
 ) -> int:
-    """Tell which rules of a platform IMAGE breaks, one line each with the remedy.
+    """Check IMAGE against the rules of a platform.
 
-    Exit code: 0 none, 1 some, 2 it could not be looked at.
+    Each broken rule is a line of output, with the remedy.
+
+    Exit code: 0 no rule is broken, 1 some are, 2 IMAGE could not be examined.
     """
     from imgcore.verbs.lint import lint
 

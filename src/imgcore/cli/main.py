@@ -1,8 +1,8 @@
-"""The ``imgcore`` command: one module a verb, each imported only when it is asked for.
+"""The ``imgcore`` command: the group of verbs, errors, exit codes and signals.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 ended by SIGINT, 143 by SIGTERM, 129 by SIGHUP,
-141 when nobody reads the output any more. ``compare``, ``check``, ``lint`` and
-``convert --salvage`` have more: see their help.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 ended by SIGINT, 143 by SIGTERM, 129 by
+SIGHUP, 141 if the reader of the output has closed it.  ``compare``, ``check``, ``lint``
+and ``convert --salvage`` have more: see their help.
 """
 
 from __future__ import annotations
@@ -30,25 +30,31 @@ _VERBS: Final = {
     "map": "List where the parts of a disk are stored.",
     "compare": "Compare the content of two images.",
     "check": "Verify the tables of an image.",
-    "lint": "Tell which rules of a platform an image breaks.",
-    "measure": "Tell how large a target would be.",
-    "create": "Make an empty image.",
+    "lint": "Check an image against the rules of a platform.",
+    "measure": "Compute how large a target file would be.",
+    "create": "Create an empty image.",
 }
 
 EXIT_FAILURE: Final = 1
 EXIT_USAGE: Final = 2
-_FAILURE_CODES: Final = {"compare": 2, "lint": 2}  # where 1 has another meaning
-_USAGE_CODES: Final = {"check": 1}  # where 2 has
-_EXIT_SIGNAL: Final = 128  # + the signal's number, as shells report it
+# For verbs in which 1 has another meaning.
+_FAILURE_CODES: Final = {"compare": 2, "lint": 2}
+# For verbs in which 2 has another meaning.
+_USAGE_CODES: Final = {"check": 1}
+# Plus the number of the signal, as shells report it.
+_EXIT_SIGNAL: Final = 128
 
 _REPEAT_SECONDS: Final = 0.01
 
-# Set to anything: failures that are bugs show where they come from.
+# If set, unexpected exceptions are not caught, so that their traceback is printed.
 _DEBUG_VARIABLE: Final = "IMGCORE_DEBUG"
 
 
 class Terminated(BaseException):
-    """A signal asked the process to end; like KeyboardInterrupt it passes ``except Exception``."""
+    """A signal asked the process to end.
+
+    Like KeyboardInterrupt, it is not caught by ``except Exception``.
+    """
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(signal_number)
@@ -97,16 +103,18 @@ def _print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> 
     help="Show the version and exit.",
 )
 def group() -> None:
-    """Convert, compare and inspect virtual disk images (raw, QCOW2, VMDK, VHD, VHDX, VDI).
+    """Convert, compare and inspect virtual disk images.
+
+    The formats are raw, QCOW2, VMDK, VHD, VHDX and VDI.
 
     Exit code: 0 done, 1 failed, 2 wrong usage, 130 or 143 ended by a signal.
     """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code; the only place that prints an error."""
+    """Run the command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # NumPy's BLAS starts a thread per core when it is loaded; nothing here multiplies matrices.
+    # NumPy's BLAS starts a thread per core on import, and imgcore uses none of them.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     _prepare_streams()
     with _signals(), _warnings():
@@ -119,19 +127,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run() -> NoReturn:
-    """Run the command as the process that it is, and end that."""
+    """Run the command and end the process."""
     code = main()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
-    # Everything is closed and written. Taking interpreter and NumPy apart would cost 15 ms.
+    # Everything is closed and written.  Finalizing Python and NumPy would take 15 ms.
     os._exit(code)
 
 
 def _prepare_streams() -> None:
-    """Let printing never fail for a closed stream, nor for a character it cannot encode."""
+    """Keep printing from failing on closed streams and unencodable characters."""
     if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (stays open as the real one does)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (stays open)
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -139,7 +147,10 @@ def _prepare_streams() -> None:
 
 
 def _run(arguments: list[str]) -> int:
-    """Run the verb; turn every exception but those of signals into one line and an exit code."""
+    """Run the verb; turn an exception into one line and an exit code.
+
+    Exceptions that signals raise pass through.
+    """
     ctx: click.Context | None = None
     try:
         try:
@@ -164,7 +175,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _code(codes: Mapping[str, int], ctx: click.Context | None, usual: int) -> int:
-    """Return the exit code of the verb that was called."""
+    """Return the exit code for the verb that was called."""
     verb = ctx.invoked_subcommand if ctx is not None else None
     return codes.get(verb or "", usual)
 
@@ -192,13 +203,13 @@ def _fail_usage(error: click.UsageError, code: int) -> int:
 
 
 def _discard_stdout() -> None:
-    """Keep the interpreter's last flush from failing once more."""
+    """Redirect stdout, so that the flush at exit does not fail again."""
     try:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
         os.close(null)
-    except (OSError, ValueError):  # no descriptor behind it: nothing to flush
-        pass
+    except (OSError, ValueError):
+        pass  # stdout has no descriptor: nothing to flush
 
 
 def _ended_by(number: int) -> int:
@@ -212,7 +223,7 @@ class _WarningLines(logging.Handler):
 
 @contextmanager
 def _warnings() -> Iterator[None]:
-    """Print what the library logs, a line each; ``-q`` raises the level."""
+    """Print the library's warnings, one a line; ``-q`` raises the level."""
     logger, handler = logging.getLogger("imgcore"), _WarningLines()
     level, propagate = logger.level, logger.propagate
     logger.setLevel(logging.WARNING)
@@ -230,8 +241,8 @@ def _warnings() -> Iterator[None]:
 def _signals() -> Iterator[None]:
     """Turn the first of SIGINT, SIGTERM and SIGHUP into an exception.
 
-    Those that follow are ignored: what cleans up is not to be interrupted.
-    A signal that the caller ignores (nohup, background jobs) stays ignored.
+    Later ones are ignored, so that they cannot interrupt the clean-up.  A signal that
+    the caller ignores (nohup, background jobs) stays ignored.
     """
     previous: dict[int, Any] = {}
     has_come = False
@@ -244,7 +255,7 @@ def _signals() -> Iterator[None]:
         raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
 
     def repeat(lost: sys.UnraisableHookArgs) -> None:
-        # Python drops what is raised in a finalizer: once more, when that has ended.
+        # Python drops exceptions that are raised in a finalizer: send the signal again.
         nonlocal has_come
         if not isinstance(lost.exc_value, KeyboardInterrupt | Terminated):
             previous_hook(lost)

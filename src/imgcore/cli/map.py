@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 @verb("map")
 @open_options(flags={"read_options": ("-o", "--read-options")})
 @click.option(
-    "--start-offset", callback=size_value, default="0", metavar="OFFSET", help="Where to start."
+    "--start-offset", callback=size_value, default="0", metavar="OFFSET", help="First byte to map."
 )
-@click.option("--max-length", callback=size_value, metavar="LENGTH", help="How much to map.")
+@click.option("--max-length", callback=size_value, metavar="LENGTH", help="Number of bytes to map.")
 @output_options
 @click.argument("file")
 def command(
@@ -35,9 +35,10 @@ def command(
     opening: dict[str, Any],
     as_json: bool,
 ) -> None:
-    """List where each part of the disk in the image FILE is stored, backing files included.
+    """List where each part of the disk in the image FILE is stored.
 
-    The table shows stored data only, the JSON form everything.
+    Backing files are included.  The table lists only stored data; JSON output also
+    lists holes and zeros.
     """
     from imgcore.verbs.map import map
 
@@ -52,7 +53,7 @@ def command(
 
 
 def _json_lines(entries: Iterable[MapEntry]) -> Iterator[str]:
-    """Yield the array row by row, in qemu-img's layout, without holding it."""
+    """Yield the JSON array row by row, in the layout of qemu-img."""
     words = {False: "false", True: "true"}
     lead = "["
     for entry in entries:

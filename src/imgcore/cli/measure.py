@@ -23,16 +23,25 @@ from imgcore.formats.registry import PLAIN_FORMAT
 @verb("measure")
 @open_options()
 @click.option(
-    "-O", "--target-format", metavar="FMT", default=PLAIN_FORMAT, help="Format of the target."
+    "-O",
+    "--target-format",
+    metavar="FMT",
+    default=PLAIN_FORMAT,
+    help=f"Format of the target; {PLAIN_FORMAT} by default.",
 )
 @options_option()
-@click.option("-c", "--compress", is_flag=True, help="Measure a compressed target: an upper bound.")
+@click.option(
+    "-c",
+    "--compress",
+    is_flag=True,
+    help="Measure a compressed target; the sizes are upper bounds.",
+)
 @click.option(
     "-s",
     "--size",
     metavar="SIZE",
     callback=size_value,
-    help="Size of an empty disk, in place of FILE.",
+    help="Measure an empty disk of this size instead of FILE.",
 )
 @output_options
 @click.argument("file", required=False)
@@ -47,7 +56,10 @@ def command(
     opening: dict[str, Any],
     as_json: bool,
 ) -> None:
-    """Tell how large a target file would be for the image FILE, or for an empty disk of --size."""
+    """Compute how large a target file would be.
+
+    The source is the image FILE, or an empty disk of --size.
+    """
     from imgcore.verbs.measure import measure
 
     if wants_options_help(options):

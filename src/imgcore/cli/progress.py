@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 MODES: Final = ("auto", "bar", "plain", "json", "none")
 
-# On a terminal, a job that ends sooner needs no bar (and no time to import one).
+# A job that ends sooner does not need a bar, nor the time to import one.
 _BAR_DELAY_SECONDS: Final = 0.5
 _BAR_INTERVAL_SECONDS: Final = 0.1
 _PLAIN_INTERVAL_SECONDS: Final = 5.0
 _JSON_INTERVAL_SECONDS: Final = 0.25
 
-# The rate is that of the last few seconds: what is cached at first is not what follows.
+# Only the last seconds count: a job may start fast while the page cache fills.
 _RATE_WINDOW_SECONDS: Final = 10.0
 
 
@@ -46,10 +46,10 @@ def progress_options(function: Any) -> Any:
         "progress_mode",
         type=click.Choice(MODES),
         default="auto",
-        help="Form of the progress report on stderr; auto: a bar on a terminal, else what -p asks.",
+        help="How to report progress on stderr; auto: a bar on a terminal, else plain lines if -p.",
     )(function)
     return click.option(
-        "-p", "wants_progress", is_flag=True, help="Show progress, also without a terminal."
+        "-p", "wants_progress", is_flag=True, help="Show progress even if stderr is not a terminal."
     )(decorated)
 
 
@@ -87,7 +87,7 @@ class Rate:
         return (done - before) / (now - then) if now > then else 0.0
 
     def seconds_left(self, total: int) -> float | None:
-        """Return the time left, None if nothing is known about it."""
+        """Return the time left, or None if it is unknown."""
         done = self._samples[-1][1] if self._samples else 0
         if done >= total:
             return 0.0
@@ -95,7 +95,7 @@ class Rate:
 
 
 class Reporter:
-    """Reports nothing; the base of those that do."""
+    """Reports nothing; the base class of the others."""
 
     interval_seconds: float = float("inf")
 
@@ -125,13 +125,13 @@ class Reporter:
         return True
 
     def show(self, counters: Counters) -> None:
-        """Put the state on stderr."""
+        """Print the state on stderr."""
 
     def finish(self) -> None:
-        """Show the last state of a job that has ended well."""
+        """Show the final state of a job that succeeded."""
 
     def close(self) -> None:
-        """Leave the terminal in order, whatever has happened."""
+        """Restore the terminal, also after a failure."""
 
     def __enter__(self) -> Reporter:
         return self
@@ -148,7 +148,7 @@ class Reporter:
 
 
 class JsonReporter(Reporter):
-    """One JSON object a line."""
+    """Prints one JSON object per line."""
 
     interval_seconds = _JSON_INTERVAL_SECONDS
 
@@ -169,7 +169,7 @@ class JsonReporter(Reporter):
 
 
 class PlainReporter(Reporter):
-    """A line now and then, for logs."""
+    """Prints a line every few seconds, for logs."""
 
     interval_seconds = _PLAIN_INTERVAL_SECONDS
 
@@ -193,7 +193,7 @@ class PlainReporter(Reporter):
 
 
 class BarReporter(Reporter):
-    """A bar with rate and time left, drawn on the calling thread."""
+    """Draws a bar with rate and time left, on the calling thread."""
 
     interval_seconds = _BAR_INTERVAL_SECONDS
 
@@ -225,7 +225,7 @@ class BarReporter(Reporter):
 
         class LenientConsole(Console):
             def on_broken_pipe(self) -> None:
-                """Go on in silence; rich would end the process."""
+                """Stop printing; rich would end the process."""
                 self.quiet = True
 
         # No refresh thread: it would contend for the GIL with the progress callback.

@@ -1,1 +1,1 @@
-"""An open disk: an image with its parents, the sources and sinks of a conversion."""
+"""Open disks: an image with its parents, and the sources and sinks of conversions."""

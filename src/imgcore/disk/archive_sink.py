@@ -1,4 +1,4 @@
-"""The archive that Compute Engine imports as a sink: a gzip tar with one sparse file."""
+"""The sink for Compute Engine: a gzip tar archive with one sparse file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class ArchiveSink:
-    """Writes the parts of a disk that hold data; see `imgcore.disk.sink.Sink`."""
+    """Writes the parts of a disk that hold data into the archive; a `Sink`."""
 
     overwrites: Final = False
 
@@ -29,7 +29,7 @@ class ArchiveSink:
         self._threads = threads
 
     def write(self, tally: Tally) -> tuple[BadRange, ...]:
-        """Write the whole disk; nothing is salvaged."""
+        """Write the whole disk.  Unreadable data is an error, so no ranges are bad."""
         source, nbytes = self._source, self._virtual_size
         parts = data_parts(source.data_extents(), source.virtual_size, MAX_TAR_SEGMENTS)
         header = sparse_header(GCE_MEMBER_NAME, nbytes, parts)

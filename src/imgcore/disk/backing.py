@@ -1,4 +1,4 @@
-"""The parent that a new image gets."""
+"""The parent of a new image."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 def backing_reference(
     backing: str | os.PathLike[str] | None, backing_format: str | None
 ) -> BackingReference | None:
-    """Return the reference that a caller asks for; OptionError unless both are given or none."""
+    """Return the reference to store; OptionError if only one of the two is given."""
     if backing is None:
         if backing_format is not None:
-            raise OptionError("a format of the backing file (-F) without a backing file")
+            raise OptionError("a format of the backing file is given (-F), but no backing file")
         return None
     if backing_format is None:
         raise OptionError("the backing file's format is never guessed: state it with -F")
@@ -27,12 +27,12 @@ def backing_reference(
 
 
 def backing_path(target: str, reference: BackingReference) -> str:
-    """Return where the parent is: a relative name counts from the target's folder."""
+    """Return the parent's path; a relative name starts at the folder of the target."""
     return os.path.join(os.path.dirname(target), reference.name)
 
 
 def opened_reference(reference: BackingReference, parent: Layer) -> BackingReference:
-    """Return the reference with what a child stores about its parent."""
+    """Return the reference with the facts that a child stores about its parent."""
     return reference._replace(
         identities=dict(parent.reader.identities),
         modified=parent.file.modified,

@@ -1,6 +1,7 @@
-"""Opens an image with its chain of parents, and verifies that each is the right one.
+"""Opens an image with its chain of parents, and verifies the identity of each parent.
 
-QCOW2's backing files, VMDK's base disks and the parents of VHD, VHDX and VDI are found alike.
+Backing files of QCOW2, base disks of VMDK and parents of VHD, VHDX and VDI are all
+found in the same way.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def open_chain(
 
     Parameters
     ----------
-    path : path-like
+    path : str or os.PathLike
     options : OpenOptions
     parents : bool
         If False, only the image itself is opened.
@@ -61,7 +62,7 @@ def open_chain(
 
 
 class _WrongParentError(CorruptImageError):
-    """The file is an image, but not the one that its child was made on."""
+    """The file is an image, but not the one that its child was created from."""
 
 
 class _Chain:
@@ -71,11 +72,11 @@ class _Chain:
 
     @property
     def _path(self) -> str:
-        """The image whose parent is looked for."""
+        """The image whose parent is opened next."""
         return self.layers[-1].file.path
 
     def open_parents(self) -> None:
-        """Open the parents of the only layer, the first where the caller states it."""
+        """Open all parents; the caller may have stated the first one."""
         if self._options.parent is not None:
             self._open_stated_parent(self._options.parent)
         while (reference := self.layers[-1].reader.backing) is not None:
@@ -90,7 +91,7 @@ class _Chain:
         self._add(file, gate_of(file, self._options), reference, format)
 
     def _open_parent(self, reference: BackingReference) -> None:
-        """Open the last layer's parent, by the first of its names that leads to the right one."""
+        """Open the last layer's parent by the first name that leads to it."""
         gate, format = self.layers[-1].gate, self._format_of(reference)
         names = list(dict.fromkeys((reference.name, *reference.other_names)))
         refused: list[ImgcoreError] = []
@@ -116,7 +117,7 @@ class _Chain:
 
     def _not_found(self, names: list[str], missing: list[FileNotFoundError]) -> FileNotFoundError:
         image = self._path
-        hint = "; --parent says where it is" if len(self.layers) == 1 else ""
+        hint = "; state it with --parent" if len(self.layers) == 1 else ""
         if len(missing) == 1:
             text = f"{os.strerror(errno.ENOENT)} (the parent of {image}{hint})"
             return FileNotFoundError(errno.ENOENT, text, missing[0].filename)
@@ -125,7 +126,7 @@ class _Chain:
         return FileNotFoundError(errno.ENOENT, text, image)
 
     def _format_of(self, reference: BackingReference) -> str:
-        """Return the format that the next layer is read in."""
+        """Return the format of the next layer."""
         image = self._path
         if len(self.layers) >= MAX_CHAIN_DEPTH:
             raise LimitExceededError(
@@ -142,7 +143,8 @@ class _Chain:
             return canonical_name(format)
         except OptionError as error:
             if reference.format is None:
-                raise  # the caller stated it, not the image
+                # The caller stated it, not the image.
+                raise
             raise UnsupportedFeatureError(
                 f"names a backing file of the format {format[:64]!r}, which is not supported",
                 path=image,
@@ -151,12 +153,12 @@ class _Chain:
     def _add(
         self, file: HostFile, gate: ReferenceGate, reference: BackingReference, format: str
     ) -> None:
-        """Make a file that was just opened the next layer; it is closed if this raises."""
+        """Append an open file as the next layer; the file is closed if this raises."""
         with ExitStack() as stack:
             stack.callback(file.close)
             if any(same_file(file.identity, layer.file.identity) for layer in self.layers):
                 raise CorruptImageError(
-                    f"the chain of backing files comes back to {file.path}", path=self._path
+                    f"the chain of backing files leads back to {file.path}", path=self._path
                 )
             layer = Layer(file, gate, open_reader(file, gate, format))
             stack.callback(layer.close)
@@ -170,19 +172,19 @@ class _Chain:
 
 
 def _refuse_wrong_parent(image: str, reference: BackingReference, parent: Layer) -> None:
-    """Raise if a parent is not the one that the image was made on; warn if it may not be."""
+    """Raise if this is not the parent the image was created from; warn if unsure."""
     for what, wanted in reference.identities.items():
         found = parent.reader.identities.get(what)
         if found is None or found not in (wanted, reference.alternatives.get(what)):
             raise _WrongParentError(
-                f"was made on a parent with {what} {wanted}, {parent.file.path} has "
-                f"{found or 'none'}: it is another disk, or was written to since",
+                f"was created from a parent with {what} {wanted}, but {parent.file.path} "
+                f"has {found or 'none'}: it is another disk, or was written to since",
                 path=image,
             )
     if reference.modified is not None and reference.modified != parent.file.modified:
         log.warning(
-            "%s: its parent %s has another time of modification than when the image was made; "
-            "if it was not merely copied, the content may be wrong",
+            "%s: the modification time of its parent %s has changed since the image was "
+            "created; unless the parent was only copied, the content may be wrong",
             image,
             parent.file.path,
         )

@@ -1,4 +1,4 @@
-"""The parts of a disk that hold data, a bounded number of them."""
+"""The parts of a disk that hold data, as a list of bounded length."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
     from imgcore.engine.extents import Extents
 
-# Parts start and end at multiples of this, and of more where data lies scattered.
+# Parts start and end at multiples of this, or of larger units if data is scattered.
 _MIN_GRANULE_NBYTES: Final = 64 * KIB
 
 
 def data_parts(
     batches: Iterable[Extents], virtual_size: int, max_parts: int
 ) -> list[tuple[int, int]]:
-    """Return (offset, length) of the parts in which anything may be stored, ascending.
+    """Return (offset, length) of the parts that may hold data, ascending.
 
     Parameters
     ----------
@@ -32,7 +32,7 @@ def data_parts(
     virtual_size : int
         Bytes of the disk.
     max_parts : int
-        No more parts are returned: data that lies scattered is joined, with the holes between.
+        The most parts to return: scattered data is joined, with the holes in between.
     """
     granule = _MIN_GRANULE_NBYTES
     ranges: NDArray[np.int64] = np.empty((0, 2), dtype=np.int64)

@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from imgcore.disk.layer import Layer
     from imgcore.files.byte_source import ByteSource
 
-# Keys of Reader.info() that stand beside "format-specific", not inside it.
+# Keys of Reader.info() that belong beside "format-specific", not inside it.
 _TOP_LEVEL_KEYS: Final = ("cluster-size", "encrypted", "compressed", "snapshots")
 _OWN_KEYS: Final = (*_TOP_LEVEL_KEYS, "dirty-flag", "backing-filename", "backing-filename-format")
 
 
 def describe_layer(layer: Layer) -> dict[str, Any]:
-    """Return what ``info`` says about one image of a chain."""
+    """Return the description of one image of a chain."""
     file, reader = layer.file, layer.reader
     answer = dict(reader.info())
     result: dict[str, Any] = {
@@ -46,7 +46,7 @@ def describe_layer(layer: Layer) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> Any:
-    """Return a value without the credentials that names in it may carry."""
+    """Return a value without the credentials that names in it may contain."""
     if isinstance(value, str):
         return without_secrets(value)
     if isinstance(value, dict):
@@ -61,6 +61,6 @@ def _full_name(path: str, name: str) -> str:
 
 
 def allocated_nbytes(files: Iterable[ByteSource]) -> int:
-    """Sum the bytes that the host has allocated to the distinct ones among some files."""
+    """Return the bytes that the host has allocated to the files; each counts once."""
     distinct = {file.identity: file for file in files}
     return sum(file.allocated_nbytes for file in distinct.values())

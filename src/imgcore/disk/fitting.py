@@ -1,4 +1,4 @@
-"""Fits what a caller asks for to a platform's profile, or refuses it."""
+"""Combines the caller's options with a platform's profile, or rejects them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def fitting_format(profile: Profile | None, stated: str | None) -> str | None:
-    """Return the format that is to be written, None if neither says it."""
+    """Return the format to write, or None if neither states one."""
     if profile is None:
         return stated
     if stated is not None and canonical_name(stated) != profile.format:
@@ -31,7 +31,7 @@ def fitting_format(profile: Profile | None, stated: str | None) -> str | None:
 def fitting_options(
     profile: Profile | None, format: str, options: OptionTexts | None
 ) -> FormatOptions:
-    """Return the options of the format, with those that the profile asks for."""
+    """Return the options of the format, including those that the profile requires."""
     driver = get_driver(format)
     if profile is None:
         return parse_options(driver, options)
@@ -41,37 +41,38 @@ def fitting_options(
 def refuse_against_profile(
     profile: Profile, target: str, *, with_backing: bool, in_place: bool, compress: bool
 ) -> None:
-    """Raise OptionError for what the profile rules out, beside format and options."""
+    """Raise OptionError for requests that contradict the profile in other ways."""
     if with_backing and not profile.allows_backing:
-        raise OptionError(f"the profile {profile.name} takes no parent (-B)")
+        raise OptionError(f"the profile {profile.name} does not allow a parent (-B)")
     if profile.container is not Container.GCE_TAR:
         return
     if not target.lower().endswith(GCE_SUFFIXES):
         raise OptionError(
-            f"the profile {profile.name} writes an archive, name it {' or '.join(GCE_SUFFIXES)}",
+            f"the profile {profile.name} writes an archive, whose name must end in "
+            f"{' or '.join(GCE_SUFFIXES)}",
             path=target,
         )
     if in_place or compress:
-        raise OptionError(f"the profile {profile.name} takes no -n and no -c")
+        raise OptionError(f"the profile {profile.name} does not allow -n or -c")
 
 
 def fitting_size(profile: Profile | None, source: Source) -> int:
-    """Return the size that the target's disk gets: rounded up to what the platform takes."""
+    """Return the size of the target's disk, rounded up to the platform's unit."""
     if profile is None:
         return source.virtual_size
     nbytes = rounded_size(profile, source.virtual_size)
     if nbytes > profile.max_virtual_nbytes:
         raise LimitExceededError(
-            f"{profile.platform} takes no disk of {nbytes} bytes, "
-            f"{profile.max_virtual_nbytes} at most",
+            f"a disk of {nbytes} bytes is too large for {profile.platform}: at most "
+            f"{profile.max_virtual_nbytes} are allowed",
             path=source.path,
         )
     if nbytes < profile.min_virtual_nbytes:
         log.warning(
-            "%s: %s takes no disk of %d bytes, %d at least",
+            "%s: a disk of %d bytes is too small for %s: at least %d are needed",
             source.path,
-            profile.platform,
             nbytes,
+            profile.platform,
             profile.min_virtual_nbytes,
         )
     return nbytes

@@ -1,6 +1,6 @@
 """Turns holes of host files into zeros, so that they need not be read.
 
-Images with preallocated tables refer to all of their file, which may be nearly empty.
+An image with preallocated tables refers to its whole file, which may be almost empty.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from imgcore.engine.sources import SourceFile
     from imgcore.files.byte_source import ByteSource
 
-# A row costs up to two system calls, which pays where there is much to read.
+# A row costs up to two system calls, which is worth it only for long reads.
 _MIN_ROW_NBYTES: Final = 1 * MIB
-# Files that lack less than this share of their size are not looked at.
-_MIN_HOLES_SHARE: Final = 16
+# Files are searched if holes take more than 1/16 of their size.
+_MIN_HOLES_DIVISOR: Final = 16
 
 
 class HostHoles:
@@ -33,7 +33,7 @@ class HostHoles:
     Parameters
     ----------
     sources : sequence of SourceFile
-        What extents refer to by index.
+        The files that extents refer to by index.
     """
 
     def __init__(self, sources: Sequence[SourceFile]) -> None:
@@ -42,12 +42,12 @@ class HostHoles:
         self._data = [HostData(source.file) for source in sources]
 
     def cut(self, rows: Extents) -> Iterator[Extents]:
-        """Yield a gap-free batch with its long DATA rows cut where their file has holes.
+        """Yield a gap-free batch, its long DATA rows cut at holes of their files.
 
         Yields
         ------
         ndarray, shape (n,), dtype EXTENT_DTYPE, 1 <= n <= MAX_BATCH_ROWS
-            The holes are ZERO, since they hide what a parent has there.
+            The holes are ZERO, since they hide the data of a parent.
         """
         pending: list[Extents] = []
         n_rows = 0
@@ -60,7 +60,7 @@ class HostHoles:
         yield np.concatenate(pending) if len(pending) > 1 else pending[0]
 
     def _pieces(self, rows: Extents) -> Iterator[Extents]:
-        """Yield runs of rows that stay as they are, and the parts of each that is cut."""
+        """Yield the rows in order: unchanged runs, and the parts of cut rows."""
         if self._is_sparse is None:
             sparse = [_is_sparse(source.file) for source in self._sources]
             self._is_sparse = np.array(sparse, dtype=np.bool_)
@@ -96,4 +96,4 @@ class HostHoles:
 
 def _is_sparse(file: ByteSource) -> bool:
     holes_nbytes = file.nbytes - file.allocated_nbytes
-    return not file.is_block_device and holes_nbytes > file.nbytes // _MIN_HOLES_SHARE
+    return not file.is_block_device and holes_nbytes > file.nbytes // _MIN_HOLES_DIVISOR

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 
 class Image:
-    """A virtual disk that is open for reading; made by :func:`open`.
+    """A virtual disk that is open for reading; `imgcore.open` returns it.
 
     Attributes
     ----------
     path : str
         The image file.
     format, subformat : str
-        Such as ``"vmdk"`` and ``"streamOptimized"``; ``subformat`` may be None.
+        For example ``"vmdk"`` and ``"streamOptimized"``; ``subformat`` may be None.
     virtual_size : int
         Bytes of the virtual disk.
     block_size : int
@@ -56,9 +56,10 @@ class Image:
         self.sources: list[SourceFile] = []
         self._first_files: list[int] = []
         self.files = [layer.file for layer in self.chain]
-        # Reentrant: a signal's handler may close the image in the middle of a read.
+        # Reentrant: a signal handler may close the image in the middle of a read.
         self._lock = threading.RLock()
-        self._n_users = 1  # who opened it, and reads under way
+        # The opener, and each read in progress.
+        self._n_users = 1
         self._is_closed = False
         for layer in self.layers:
             self._first_files.append(len(self.sources))
@@ -71,29 +72,19 @@ class Image:
 
     @property
     def logical_sector_nbytes(self) -> int | None:
-        """Bytes of a logical sector of the disk, None if the format does not state it."""
+        """Bytes of a logical sector, or None if the format does not state it."""
         return self.reader.logical_sector_nbytes if isinstance(self.reader, SectorSized) else None
 
     def layer_extents(
         self, start: int = 0, length: int | None = None
     ) -> Iterator[tuple[Extents, Depths]]:
-        """Yield extents, and the layer that each comes from.
-
-        Parameters
-        ----------
-        start, length : int
-            Bytes, multiples of 512 unless they end the disk; the whole disk by default.
+        """Yield extents as `extents` does, and for each the layer that it comes from.
 
         Yields
         ------
         tuple of ndarray
-            Extents of dtype ``EXTENT_DTYPE``, shape (n,), ascending and gap-free, and their
-            depths (uint16): 0 for the image itself, 1 for its backing file, and so on.
-
-        Raises
-        ------
-        CorruptImageError
-            A table entry lies outside its file.
+            The extents, and their depths (uint16): 0 for the image itself, 1 for its
+            backing file, and so on.
         """
         from imgcore.disk.overlay import chain_extents
 
@@ -104,12 +95,33 @@ class Image:
             yield from chain_extents(self.layers, self._first_files, start, length)
 
     def extents(self, start: int = 0, length: int | None = None) -> Iterator[Extents]:
-        """Yield extents as `layer_extents` does, without their layers."""
+        """Yield the extents of a range: where its bytes are stored.
+
+        Parameters
+        ----------
+        start : int
+            Byte offset in the disk, a multiple of 512.
+        length : int, optional
+            Bytes, a multiple of 512 unless the range ends with the disk; up to the end
+            of the disk by default.
+
+        Yields
+        ------
+        ndarray
+            A batch of extents, shape (n,), ascending and gap-free.  Its fields include
+            ``guest_offset``, ``length``, ``host_offset``, ``host_length``, ``file`` (an
+            index into ``sources``) and ``kind``.
+
+        Raises
+        ------
+        CorruptImageError
+            A table entry points outside its file.
+        """
         for rows, _ in self.layer_extents(start, length):
             yield rows
 
     def data_extents(self, start: int = 0, length: int | None = None) -> Iterator[Extents]:
-        """Yield extents as `extents` does, but long ones in holes of the host's files as ZERO."""
+        """Yield the extents of a range, with long holes of host files as ZERO."""
         from imgcore.disk.host_holes import HostHoles
 
         holes = HostHoles(self.sources)
@@ -117,34 +129,34 @@ class Image:
             yield from holes.cut(rows)
 
     def read(self, offset: int, length: int) -> bytes:
-        """Return ``length`` bytes of the virtual disk from ``offset`` on.
+        """Return ``length`` bytes of the virtual disk, starting at ``offset``.
 
         Raises
         ------
         ValueError
             The range does not lie inside the disk.
         CorruptImageError, OSError
-            The bytes cannot be had.
+            The bytes cannot be read.
         """
         buffer = bytearray(length)
         self.readinto(offset, buffer)
         return bytes(buffer)
 
     def readinto(self, offset: int, buffer: Any, *, threads: int | None = None) -> None:
-        """Fill a writable buffer with the bytes of the virtual disk from ``offset`` on.
+        """Fill a buffer with the bytes of the virtual disk that start at ``offset``.
 
         Parameters
         ----------
         offset : int
-            Any byte of the disk.
+            Byte offset in the disk; any alignment.
         buffer : writable bytes-like
             All of it is filled, or its content is undefined after an exception.
         threads : int, optional
-            Workers; by default one per CPU, fewer for short reads.
+            Number of worker threads; one per CPU by default, fewer for short reads.
 
         Notes
         -----
-        Safe to call from several threads at once.  Reads of whole sectors need no extra copy.
+        Several threads may call this at once.  Reads of whole sectors avoid a copy.
         """
         with memoryview(buffer) as view, view.cast("B") as octets:
             end = offset + len(octets)
@@ -164,7 +176,7 @@ class Image:
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Keep the files open meanwhile."""
+        """Keep the files open during a read."""
         with self._lock:
             if self._is_closed:
                 raise ValueError(f"{self.path}: the image is closed")
@@ -211,7 +223,7 @@ class Image:
             target.close()
 
     def info(self) -> dict[str, Any]:
-        """Return what is known of the image, in the keys of ``qemu-img info --output=json``."""
+        """Describe the image, with the keys of ``qemu-img info --output=json``."""
         from imgcore.disk.describe import describe_layer
 
         return describe_layer(self.chain[0])
@@ -227,9 +239,9 @@ class Image:
         return list(dict.fromkeys(files))
 
     def close(self) -> None:
-        """Close every file; more than once is allowed.
+        """Close every file; may be called more than once.
 
-        Reads of other threads that are under way are finished; the last one closes the files.
+        Reads in progress on other threads finish first; the last one closes the files.
         """
         with self._lock:
             if self._is_closed:
@@ -269,22 +281,25 @@ def open(
 
     Parameters
     ----------
-    path : path-like
+    path : str or os.PathLike
         A regular file or a block device.
     format : str, optional
-        ``raw``, ``qcow2``, ``vmdk``, ``vhd``, ``vhdx`` or ``vdi``; found by its magic if None.
-        Raw is never guessed from content: it follows from the suffix (.raw, .img, .dd, .bin), or
-        from being a block device, or is stated here.
+        ``raw``, ``qcow2``, ``vmdk``, ``vhd``, ``vhdx`` or ``vdi``; detected by its
+        magic if None.  Raw is never guessed from content: a file is raw only if it has
+        a suffix of raw disks (.raw, .img, .dd, .bin), if it is a block device, or if
+        ``"raw"`` is stated here.
     backing_format : str, optional
-        Format of backing files whose format the image does not state; it is never guessed.
-    parent : path-like, optional
-        The image's parent (backing file), in place of the file that the image names.  Its
-        identity is verified against what the image states.
+        Format of backing files whose format the image does not state; it is never
+        guessed.
+    parent : str or os.PathLike, optional
+        The image's parent (backing file), instead of the file that the image names.
+        Its identity is verified against the one that the image states.
     read_options : mapping or sequence of str, optional
-        How to read the image, or strings ``"key=value,..."``; of VHD ``size``: ``chs`` or
-        ``current``.
-    allow : sequence of path-like
-        Folders, besides an image's own, in which files named inside images may lie.
+        Options for reading the image, as a mapping or as strings ``"key=value,..."``.
+        VHD has ``size``, which is ``chs`` or ``current``.
+    allow : sequence of str or os.PathLike
+        Further folders in which files that an image names may lie.  The image's own
+        folder is always allowed.
     share : bool
         Open the image even if another process (a running virtual machine) writes to it.
 
@@ -298,11 +313,11 @@ def open(
     OSError
         A file cannot be opened.
     WrongFormatError, CorruptImageError, UnsupportedFeatureError, LimitExceededError
-        The image is not what it should be, or its parent is not the one that it was made on.
+        The image cannot be read, or its parent is not the one it was created from.
     OptionError
         ``parent`` is given for an image that has none, or a read option is unknown.
     UnsafeReferenceError
-        It names a file outside the permitted folders.
+        The image names a file outside the allowed folders.
     """
     options = OpenOptions.from_keywords(
         format=format,
@@ -318,5 +333,5 @@ def open(
 def open_image(
     path: str | os.PathLike[str], options: OpenOptions, *, parents: bool = True
 ) -> Image:
-    """Open an image as `open` does; without ``parents``, only its headers are of use."""
+    """Open an image; without ``parents``, only its headers can be used."""
     return Image(open_chain(path, options, parents=parents))

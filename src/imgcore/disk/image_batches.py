@@ -1,4 +1,4 @@
-"""Cuts an image's extents into batches for the engine, with those of a base beside them."""
+"""Cuts the extents of an image, and of a base, into batches for the engine."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _MAX_BATCH_BLOCKS: Final = 1 << 17
 
 
 def image_batches(image: Image, base: Image | None, geometry: Geometry) -> Iterator[Batch]:
-    """Yield the disk in batches, without long empty parts if nothing is written there.
+    """Yield the disk in batches; long empty parts are skipped if none is written.
 
     Parameters
     ----------
     image : Image
     base : Image, optional
-        What the target's parent will be.  Its files are numbered after those of ``image``.
+        The target's parent.  Its files are numbered after those of ``image``.
     geometry : Geometry
-        The target's.  Its disk may be larger than the image's; the rest reads as zeros.
+        The target's.  Its disk may be larger than the image's and then ends in zeros.
     """
     disk_end = geometry.guest_nbytes
     rows = padded(image.data_extents(), image.virtual_size, disk_end)
@@ -54,9 +54,9 @@ def _cut(rows: Iterator[Extents], geometry: Geometry, skip_empty: bool = False) 
 
 
 def _over_base(own: Iterator[Batch], base: Iterator[Batch], first_file: int) -> Iterator[Batch]:
-    """Yield batches with both sides' extents.
+    """Yield batches with the extents of both sides.
 
-    Both are cut at whole units, so that neither side's rows exceed a batch's.
+    Both are cut at whole units, so that neither side has more rows than a batch holds.
     """
     pairs = pair_up((batch.rows for batch in own), (batch.rows for batch in base))
     for start, end, rows, base_rows in pairs:

@@ -1,4 +1,4 @@
-"""An image file as a sink: the engine moves the blocks, the format's writer makes the tables."""
+"""The sink for image files: the engine moves blocks, the writer makes the tables."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class ImageSink:
-    """Writes an image of any format; see `imgcore.disk.sink.Sink`."""
+    """Writes an image of any format; a `Sink`."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class ImageSink:
         request: WriteRequest[Any],
         options: SinkOptions,
     ) -> None:
-        """Make the writer, which refuses what the format cannot represent."""
+        """Make the writer, which rejects disks that the format cannot represent."""
         self.overwrites = False
         self._target, self._source, self._base = target, source, base
         self._request, self._options = request, options
@@ -57,11 +57,12 @@ class ImageSink:
         self._warn_of_sectors()
 
     def write(self, tally: Tally) -> tuple[BadRange, ...]:
-        """Write the disk block by block, then the tables that are not written yet."""
+        """Write the blocks of the disk, then the remaining tables."""
         writer, nbytes = self._writer, self._request.virtual_size
         geometry = writer.geometry
         if geometry.zero_policy is ZeroPolicy.STORE and geometry.codec.codec is CodecId.NONE:
-            self._target.require_space(nbytes)  # every byte of the disk is written
+            # Every byte of the disk will be written.
+            self._target.require_space(nbytes)
         data_file = writer.begin(self._target)
         next_offset = writer.first_offset
         bad_ranges: tuple[BadRange, ...] = ()
@@ -72,12 +73,12 @@ class ImageSink:
         return bad_ranges
 
     def _warn_of_sectors(self) -> None:
-        """Warn if the target's logical sectors are not those that the source states."""
+        """Warn if the target's logical sector size differs from the source's."""
         writer, stated = self._writer, self._source.logical_sector_nbytes
         kept = writer.logical_sector_nbytes if isinstance(writer, SectorSized) else SECTOR_NBYTES
         if stated is not None and stated != kept:
             log.warning(
-                "%s: logical sectors have %d bytes, in %s they had %d: the guest may fail to boot",
+                "%s: its logical sectors have %d bytes, in %s %d: the guest may fail to boot",
                 self._target.path,
                 kept,
                 self._source.path,
@@ -85,7 +86,7 @@ class ImageSink:
             )
 
     def _move(self, data_file: TargetFile, tally: Tally) -> tuple[int, tuple[BadRange, ...]]:
-        """Run the engine over the whole disk; return the target's first free offset as well."""
+        """Move the whole disk; return the target's first free offset and bad ranges."""
         options, geometry = self._options, self._writer.geometry
         with ExitStack() as stack:
             supply = stack.enter_context(self._source.supply(geometry, self._base))
@@ -106,7 +107,7 @@ class ImageSink:
             return int(job.next_offset), named_bad_ranges(job.bad_ranges, supply.paths)
 
     def _may_reflink(self) -> bool:
-        """Tell whether the target may consist of the source's blocks."""
+        """Tell whether blocks may be reflinked instead of copied."""
         own_blocks = (
             self._target.in_place
             or self._writer.needs_own_blocks
@@ -119,7 +120,7 @@ def _not_in_place(target: Target, format: str) -> UnsupportedFeatureError:
     names = [name for name in format_names() if get_driver(name).writes_in_place]
     what = "a block device" if target.is_block_device else "an existing file (-n)"
     return UnsupportedFeatureError(
-        f"only {' and '.join(names)} is written into {what}, not {format}", path=target.path
+        f"only {' and '.join(names)} can be written into {what}, not {format}", path=target.path
     )
 
 
@@ -134,7 +135,7 @@ def _refuse_large_blocks(target: Target, writer: Writer) -> None:
 
 
 def _run(job: Job, writer: Writer, batches: Iterator[Batch], tally: Tally) -> None:
-    """Find each batch while the engine works on the one before it."""
+    """Prepare each batch while the engine works on the one before it."""
     pending: tuple[Batch, int, Placements | None] | None = None
     given_nbytes = 0
     for batch in batches:
@@ -162,7 +163,7 @@ def _finish_batch(
 ) -> None:
     """Wait for a batch, and tell the writer where its blocks are.
 
-    ``skipped_nbytes`` were in no batch so far.
+    ``skipped_nbytes`` is the sum of the gaps between the batches so far.
     """
 
     def tick() -> None:

@@ -1,4 +1,4 @@
-"""An image with its chain as a source."""
+"""The source for images with their chains."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class ImageSource:
-    """An open image; see `imgcore.disk.source.Source`.  The image stays the caller's."""
+    """Reads an open image, which the caller closes; a `Source`."""
 
     def __init__(self, image: Image) -> None:
         self._image = image
@@ -36,16 +36,16 @@ class ImageSource:
         return [describe_layer(layer) for layer in self._image.chain]
 
     def refuse_conversion(self, *, salvage: bool, with_base: bool) -> None:
-        """Raise UnsupportedFeatureError for a disk of broken sectors."""
+        """Raise UnsupportedFeatureError if the disk ends inside a sector."""
         if self.virtual_size % SECTOR_NBYTES:
             raise UnsupportedFeatureError(
-                f"its disk has {self.virtual_size} bytes, no multiple of {SECTOR_NBYTES}: no "
-                "other format can represent that (qemu-img resize changes the size)",
+                f"its disk has {self.virtual_size} bytes, not a multiple of {SECTOR_NBYTES}: "
+                "no other format can represent that (qemu-img resize changes the size)",
                 path=self.path,
             )
 
     def data_extents(self) -> Iterator[Extents]:
-        """Yield the extents of the disk, long ones in holes of the host's files as ZERO."""
+        """Yield the extents of the disk, with long holes of host files as ZERO."""
         return self._image.data_extents()
 
     def chunks(self, start: int, length: int) -> Iterator[memoryview]:
@@ -58,7 +58,7 @@ class ImageSource:
             yield piece
 
     def supply(self, geometry: Geometry, base: Image | None) -> AbstractContextManager[Supply]:
-        """Return the files of the image, then those of the base, and batches that refer to them."""
+        """Return the files of image and base, and batches that refer to them."""
         from imgcore.disk.image_batches import image_batches
         from imgcore.engine.batches import Supply
         from imgcore.engine.sources import native_sources

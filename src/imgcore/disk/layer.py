@@ -1,4 +1,4 @@
-"""One image of a chain: its file, its reader, and the gate for the files that it names."""
+"""One image of a chain: its file, its reader, and the gate for files it names."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Layer:
     reader: Reader
 
     def close(self) -> None:
-        """Close the reader with all its files; more than once is allowed."""
+        """Close the reader and all its files; may be called more than once."""
         self.reader.close()
         self.file.close()
 
@@ -47,7 +47,7 @@ class Layer:
 
 
 def open_layer(path: str | os.PathLike[str], options: OpenOptions) -> Layer:
-    """Open an image that the caller names, without its parent."""
+    """Open an image, without its parent, by the name that the caller gives."""
     file = HostFile.open(path, share=options.share)
     try:
         gate = gate_of(file, options)
@@ -58,5 +58,5 @@ def open_layer(path: str | os.PathLike[str], options: OpenOptions) -> Layer:
 
 
 def gate_of(file: HostFile, options: OpenOptions) -> ReferenceGate:
-    """Return the gate of an image that the caller names."""
+    """Return the gate for an image that was opened by the caller's name."""
     return ReferenceGate(os.path.dirname(file.path), options.allow, share=options.share)

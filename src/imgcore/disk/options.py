@@ -1,4 +1,4 @@
-"""How an image is opened, as one record."""
+"""The options for opening an image, as one record."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OpenOptions:
-    """The keywords of :func:`imgcore.open`, which documents them."""
+    """The keywords of `imgcore.open`, which documents them."""
 
     format: str | None = None
     backing_format: str | None = None
@@ -36,7 +36,7 @@ class OpenOptions:
         allow: Iterable[str | os.PathLike[str]] = (),
         share: bool = False,
     ) -> OpenOptions:
-        """Return the record for what a caller gives; OptionError if ``allow`` is one folder."""
+        """Return the record; OptionError if ``allow`` is a lone string."""
         return cls(
             format=format,
             backing_format=backing_format,

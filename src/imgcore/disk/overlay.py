@@ -1,4 +1,4 @@
-"""Lays an image over its backing file: the extents of a chain of layers."""
+"""Combines the extents of an image with those of its backing files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def merge(
     upper: Extents, upper_depths: Depths, lower: Extents, lower_depths: Depths
 ) -> tuple[Extents, Depths]:
-    """Return the upper layer's extents, with the lower layer's where the upper one has holes.
+    """Return the upper layer's extents, its holes filled from the lower layer.
 
     Parameters
     ----------
@@ -48,22 +48,22 @@ def merge(
 def chain_extents(
     layers: Sequence[Reader], first_files: Sequence[int], start: int, length: int, depth: int = 0
 ) -> Iterator[tuple[Extents, Depths]]:
-    """Yield the extents of a chain of layers, from the layer ``depth`` downwards.
+    """Yield the extents of a chain of layers, from layer ``depth`` down.
 
     Parameters
     ----------
     layers : sequence of Reader
         The image first, then its backing file, and so on.
     first_files : sequence of int
-        For each layer, what its file indices are shifted by.
+        For each layer, the number to add to its file indices.
     start, length : int
         Bytes; the range lies inside ``layers[depth].virtual_size``.
 
     Yields
     ------
     tuple of ndarray
-        A gap-free batch of extents, and for each row the layer it comes from.  What no layer
-        holds is a HOLE of the deepest layer asked.
+        A gap-free batch of extents, and for each row the layer it comes from.  A range
+        that no layer holds is a HOLE of the deepest layer there.
     """
     shift, last = first_files[depth], depth + 1 == len(layers)
     for batch in layers[depth].extents(start, length):
@@ -94,13 +94,13 @@ def _over_lower(
             yield merge(part, np.full(len(part), depth, np.uint16), lower, lower_depths)
             at = until
     if at < end:
-        # A backing file may be shorter: there is nothing after its end.
+        # The backing file is shorter: holes after its end stay holes.
         part = clip(rows, at, end)
         yield part, np.full(len(part), depth, np.uint16)
 
 
 def padded(batches: Iterator[Extents], nbytes: int, end: int) -> Iterator[Extents]:
-    """Yield the batches of a disk of ``nbytes``, then zeros up to ``end``."""
+    """Yield the batches of a disk of ``nbytes`` bytes, then zeros up to ``end``."""
     yield from batches
     if nbytes < end:
         yield np.array([(nbytes, end - nbytes, 0, 0, 0, Kind.ZERO, 0)], dtype=EXTENT_DTYPE)

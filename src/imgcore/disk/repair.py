@@ -1,6 +1,7 @@
-"""``check --repair``: a complete, verified copy with the repairs takes the image's place.
+"""``check --repair``: replaces an image by a repaired and verified copy.
 
-The image itself is never written to.  Its copy is a reflink where the file system can.
+The image itself is never written to.  The copy is a reflink if the file system can do
+it.
 """
 
 from __future__ import annotations
@@ -35,38 +36,39 @@ if TYPE_CHECKING:
 
 
 def repair(layer: Layer, before: CheckReport) -> tuple[CheckReport, list[Repair]]:
-    """Put right what can be put right safely, and check the result.
+    """Repair everything that can be repaired safely, and check the result.
 
     Parameters
     ----------
     layer : Layer
-        The image, open; it shows its former state afterwards.
+        The open image; it still shows the state before the repair afterwards.
     before : CheckReport
-        What is wrong with it.
+        The problems of the image.
 
     Returns
     -------
-    tuple
-        What is still wrong, and what was repaired; nothing was written if that is empty.
+    tuple of CheckReport and list of Repair
+        The remaining problems, and the repairs; if there are no repairs, nothing was
+        written.
 
     Raises
     ------
     UnsupportedFeatureError
-        The format has no repairs, or the image lies where it cannot be replaced.
+        The format has no repairs, or the image is on a device or has several names.
     TargetError, OSError
-        The copy could not be made or take the image's place.
+        The copy could not be made, or could not replace the image.
     """
     file, reader = layer.file, layer.reader
     if not isinstance(reader, Repairable):
         raise UnsupportedFeatureError(
-            f"nothing in {reader.format_name} images can be repaired", path=file.path
+            f"{reader.format_name} images cannot be repaired", path=file.path
         )
     repairs = reader.repairs()
     if not repairs:
         return before, []
     _refuse_place(file)
     _refuse_damage(file, reader, repairs)
-    # The link to an image stays a link to it.
+    # A symbolic link to the image stays one.
     with Target(os.path.realpath(file.path), force=True) as target:
         if not same_file(target.identity, file.identity):
             raise TargetError("was replaced while it was checked", path=file.path)
@@ -84,7 +86,9 @@ def repair(layer: Layer, before: CheckReport) -> tuple[CheckReport, list[Repair]
 
 def _refuse_place(file: HostFile) -> None:
     if file.is_block_device:
-        raise UnsupportedFeatureError("an image on a block device is not repaired", path=file.path)
+        raise UnsupportedFeatureError(
+            "an image on a block device cannot be repaired", path=file.path
+        )
     if file.n_links > 1:
         raise UnsupportedFeatureError(
             f"the file has {file.n_links} names (hard links), and only one would be repaired",
@@ -93,14 +97,15 @@ def _refuse_place(file: HostFile) -> None:
 
 
 def _refuse_damage(file: HostFile, reader: Reader, repairs: Sequence[Repair]) -> None:
-    """Raise if the repairs would touch a byte of guest data; their author is not trusted."""
+    """Raise if repairs would touch guest data, even if the reader proposes them."""
     writes = [write for item in repairs for write in item.writes]
     nbytes = sum(len(data) for _, data in writes)
     if nbytes > MAX_REPAIR_NBYTES:
         raise LimitExceededError(
-            f"the repairs write {nbytes} bytes, allowed are {MAX_REPAIR_NBYTES}", path=file.path
+            f"the repairs write {nbytes} bytes: at most {MAX_REPAIR_NBYTES} are allowed",
+            path=file.path,
         )
-    # Ranges of the file that change: written to, or cut off.
+    # The ranges of the file that are written to or cut off.
     ranges = [(offset, offset + len(data)) for offset, data in writes if data]
     ends = [item.file_nbytes for item in repairs if item.file_nbytes is not None]
     ranges.append((min([file.nbytes, *ends]), file.nbytes))
@@ -114,7 +119,7 @@ def _refuse_damage(file: HostFile, reader: Reader, repairs: Sequence[Repair]) ->
 
 
 def _guest_data(file: HostFile, reader: Reader) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield where guest data starts and ends in the file, batch by batch."""
+    """Yield the starts and ends of guest data in the file, batch by batch."""
     own = [same_file(source.file.identity, file.identity) for source in reader.sources]
     own_indices = np.flatnonzero(own)
     for rows in reader.extents(0, reader.virtual_size) if reader.virtual_size else ():
@@ -131,13 +136,13 @@ def _apply(copy: TargetFile, item: Repair) -> None:
         copy.pwrite(offset, data)
 
 
-# -- verification -------------------------------------------------------------------------
+# -- verification ----------------------------------------------------------------------
 
 
 def _verify(layer: Layer, copy: TargetFile) -> CheckReport:
-    """Check the copy, which has to read from the same places as the image."""
+    """Check the copy; its guest data must be in the same places as in the image."""
     file, reader = layer.file, layer.reader
-    # The image's own name: it stands in messages.
+    # Messages name the image, not the copy.
     with copy.reopened(file.path) as opened:
         repaired = get_driver(reader.format_name).open(opened, layer.gate)
         try:

@@ -1,4 +1,4 @@
-"""Sinks, to which a disk is written: an image, a compressed raw stream, an archive."""
+"""Sinks that a disk is written to: an image, a compressed raw stream, an archive."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 
 class Sink(Protocol):
-    """A target that takes the disk of a source."""
+    """A target that the disk of a source is written to."""
 
     @property
     def overwrites(self) -> bool:
-        """Whether an existing file has been written into, so that a failure leaves it broken."""
+        """Whether a failure would leave an existing file half overwritten."""
         ...
 
     def write(self, tally: Tally) -> tuple[BadRange, ...]:
-        """Write the whole disk, and return what could not be read of it."""
+        """Write the whole disk, and return the ranges that could not be read."""
         ...
 
 
@@ -54,7 +54,7 @@ def open_sink(
     Raises
     ------
     OptionError, UnsupportedFeatureError
-        Such a target cannot be written, or not in this way.
+        The target cannot be written, or not with these options.
     """
     container = Container.NONE if options.profile is None else options.profile.container
     suffix = stream_suffix(target.path)
@@ -86,11 +86,13 @@ def open_sink(
 
 
 def _refuse_in_stream(target: Target, options: SinkOptions) -> None:
-    """Raise OptionError for what cannot be done where bytes are written once, in order."""
+    """Raise OptionError for options that a stream of bytes in order cannot have."""
     if target.in_place:
-        raise OptionError("a compressed raw stream is not written in place (-n)", path=target.path)
+        raise OptionError(
+            "a compressed raw stream cannot be written in place (-n)", path=target.path
+        )
     if options.salvage:
-        raise OptionError("what is salvaged is not written as a stream", path=target.path)
+        raise OptionError("salvaged data cannot be written as a stream", path=target.path)
     has_options = options.options != parse_options(get_driver(options.format))
     if options.compress or options.backing is not None or has_options:
-        raise OptionError("a compressed raw stream takes no -c, -B or -o", path=target.path)
+        raise OptionError("a compressed raw stream does not allow -c, -B or -o", path=target.path)

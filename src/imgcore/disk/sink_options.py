@@ -1,4 +1,4 @@
-"""How a disk is written, as one record."""
+"""The options for writing a disk, as one record."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MAX_SPARSE_NBYTES: Final = 1 * MIB
 
 @dataclass(frozen=True)
 class SinkOptions:
-    """The keywords of :func:`imgcore.convert` that are about the target."""
+    """The keywords of `imgcore.convert` that are about the target."""
 
     format: str
     options: FormatOptions
@@ -59,11 +59,11 @@ class SinkOptions:
         kernels: Mapping[str, str] | None,
         profile: str | None,
     ) -> SinkOptions:
-        """Return the record for what a caller gives; OptionError for what makes no sense."""
+        """Return the record; OptionError if the keywords contradict each other."""
         platform = None if profile is None else get_profile(profile)
         name = target_format(target, fitting_format(platform, format), flag="-O")
         if salvage and backing is not None:
-            raise OptionError("what is salvaged cannot be compared with a parent (-B)")
+            raise OptionError("salvaged data cannot be compared with a parent (-B)")
         if platform is not None:
             refuse_against_profile(
                 platform,
@@ -91,6 +91,6 @@ def _sparse_nbytes(sparse: int | str) -> int:
     nbytes = parse_size(sparse) if isinstance(sparse, str) else sparse
     if nbytes < 0 or nbytes % SECTOR_NBYTES or nbytes > _MAX_SPARSE_NBYTES:
         raise OptionError(
-            f"-S {nbytes}: a multiple of {SECTOR_NBYTES} up to {_MAX_SPARSE_NBYTES} is needed"
+            f"-S {nbytes}: it must be a multiple of {SECTOR_NBYTES}, at most {_MAX_SPARSE_NBYTES}"
         )
     return nbytes

@@ -1,4 +1,4 @@
-"""Sources, from which a disk is read: an image with its chain, a compressed raw stream."""
+"""Sources that a disk is read from: an image, or a compressed raw stream."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Source(Protocol):
 
     @property
     def logical_sector_nbytes(self) -> int | None:
-        """Bytes of a logical sector, None if the format does not state it."""
+        """Bytes of a logical sector, or None if the format does not state it."""
         ...
 
     @property
@@ -54,7 +54,7 @@ class Source(Protocol):
         ...
 
     def describe(self) -> list[dict[str, Any]]:
-        """Return for each image of the chain what ``info`` says about it."""
+        """Return the description of each image of the chain, as ``info`` does."""
         ...
 
     def refuse_conversion(self, *, salvage: bool, with_base: bool) -> None:
@@ -63,31 +63,31 @@ class Source(Protocol):
         Parameters
         ----------
         salvage : bool
-            What cannot be read is to become zeros.
+            Unreadable data will be replaced with zeros.
         with_base : bool
-            The disk is to be compared with the target's parent.
+            The disk will be compared with the target's parent.
         """
         ...
 
     def data_extents(self) -> Iterator[Extents]:
-        """Yield ascending extents of the disk; outside of DATA and compressed ones it is zeros."""
+        """Yield ascending extents; the disk is zeros outside of stored ones."""
         ...
 
     def chunks(self, start: int, length: int) -> Iterator[memoryview]:
-        """Yield the bytes of a range in order, each piece valid until the next is asked for.
+        """Yield the bytes of a range in order; each piece is valid until the next.
 
-        The range is the whole disk, or lies in what `data_extents` says is data.  Streams can
-        be read as a whole only, so all of a stream is one extent.
+        The range is the whole disk, or part of a data extent of `data_extents`.  A
+        stream can only be read as a whole, and so is one extent.
         """
         ...
 
     def supply(self, geometry: Geometry, base: Image | None) -> AbstractContextManager[Supply]:
-        """Return what the engine reads, in batches that suit a target.
+        """Return the files that the engine reads, and batches that suit a target.
 
         Parameters
         ----------
         geometry : Geometry
-            The target's.  Its disk may be larger; the rest reads as zeros.
+            The target's.  Its disk may be larger and then ends in zeros.
         base : Image, optional
             The target's parent, which each batch is compared with.
         """
@@ -98,19 +98,19 @@ class Source(Protocol):
 def open_source(
     path: str | os.PathLike[str], options: OpenOptions, *, parents: bool = True
 ) -> Iterator[Source]:
-    """Open an image, or a compressed raw disk if the name and the stated format say so.
+    """Open an image or, depending on name and stated format, a compressed raw disk.
 
     Parameters
     ----------
-    path : path-like
+    path : str or os.PathLike
     options : OpenOptions
     parents : bool
-        If False, the parents of an image stay closed, and only `Source.describe` is of use.
+        If False, the parents of an image stay closed, and only `Source.describe` works.
 
     Raises
     ------
     OptionError
-        ``options`` has what does not apply: read options or a parent for a stream, or a parent
+        ``options`` do not apply: read options or a parent for a stream, or a parent
         although ``parents`` is False.
     ImgcoreError, OSError
         As `imgcore.open`.

@@ -1,4 +1,4 @@
-"""Feeds the engine from a stream: through two buffers in turn."""
+"""Feeds the engine from a stream, through two buffers in turn."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ _MAX_UNIT_NBYTES: Final = 64 * MIB
 
 @contextmanager
 def stream_supply(reader: StreamReader, geometry: Geometry) -> Iterator[Supply]:
-    """Yield a stream as the engine reads it; afterwards its buffers are released.
+    """Yield a stream in the form that the engine reads; release the buffers afterwards.
 
     Raises
     ------
     OptionError
-        The target's blocks are so large that the buffers would be.
+        The target's blocks are larger than a buffer may be.
     """
     unit = geometry.unit_nbytes
     if unit > _MAX_UNIT_NBYTES:
         raise OptionError(
-            f"a compressed raw source is held in pieces of {_MAX_UNIT_NBYTES} bytes at "
-            f"most, the target asks for {unit}: give it smaller blocks",
+            f"a compressed raw source is read in pieces of at most {_MAX_UNIT_NBYTES} "
+            f"bytes, but the target needs {unit}: choose smaller blocks",
             path=reader.path,
         )
     nbytes = -(-max(unit, CHUNK_NBYTES) // unit) * unit

@@ -1,4 +1,4 @@
-"""A compressed raw disk as a sink."""
+"""The sink for compressed raw disks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class StreamSink:
-    """Writes a disk's bytes in order, through an encoder; see `imgcore.disk.sink.Sink`."""
+    """Writes the bytes of a disk in order, through an encoder; a `Sink`."""
 
     overwrites: Final = False
 
@@ -25,7 +25,7 @@ class StreamSink:
         self._threads = threads
 
     def write(self, tally: Tally) -> tuple[BadRange, ...]:
-        """Write the whole disk; nothing is salvaged."""
+        """Write the whole disk.  Unreadable data is an error, so no ranges are bad."""
         nbytes, done = self._source.virtual_size, 0
         with self._encoder(self._target.main, nbytes, self._threads) as encoder:
             for chunk in self._source.chunks(0, nbytes):

@@ -1,4 +1,4 @@
-"""A compressed raw disk as a source: read once, in order."""
+"""The source for compressed raw disks, which are read once, in order."""
 
 from __future__ import annotations
 
@@ -26,26 +26,27 @@ if TYPE_CHECKING:
 
 
 def is_stream(path: str | os.PathLike[str], options: OpenOptions) -> bool:
-    """Tell whether a name, and the format stated with it, are those of a compressed raw disk."""
+    """Tell whether name and stated format are those of a compressed raw disk."""
     return options.format in (None, PLAIN_FORMAT) and stream_suffix(os.fspath(path)) is not None
 
 
 class StreamSource:
-    """An open stream; see `imgcore.disk.source.Source`.  A context manager, which closes it."""
+    """Reads an open stream; a `Source` and a context manager, which closes it."""
 
     format = PLAIN_FORMAT
     logical_sector_nbytes = None
 
     def __init__(self, reader: StreamReader, *, is_stated: bool) -> None:
         self._reader = reader
-        self._is_stated = is_stated  # the caller has said that it is raw
+        # Whether the caller has stated that the content is raw.
+        self._is_stated = is_stated
         self.path = reader.path
         self.virtual_size = reader.virtual_size
         self.files = (reader.file,)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], options: OpenOptions) -> Self:
-        """Open a compressed raw disk; one that does not state its size is decompressed for it."""
+        """Open a stream; decompress all of it if it does not state its size."""
         from imgcore.streams.reader import StreamReader
 
         if options.read_options:
@@ -74,26 +75,26 @@ class StreamSource:
         ]
 
     def refuse_conversion(self, *, salvage: bool, with_base: bool) -> None:
-        """Raise for what takes random access, and for an image in the stream.
+        """Raise for options that need random access, or if the stream holds an image.
 
         Only the first bytes of the disk are read.
         """
         if salvage:
-            raise OptionError("nothing of a compressed stream can be salvaged", path=self.path)
+            raise OptionError("data of a compressed stream cannot be salvaged", path=self.path)
         found = [] if self._is_stated else matching_formats(self._reader.head(HEAD_NBYTES), b"")
         if found:
             raise WrongFormatError(
                 f"its content carries the magic of {' and '.join(found)}: decompress it first, "
-                f"or say -f {self.format}",
+                f"or use -f {self.format}",
                 path=self.path,
             )
         if with_base:
             raise UnsupportedFeatureError(
-                "a compressed raw source does not go with -B", path=self.path
+                "a compressed raw source cannot be combined with -B", path=self.path
             )
 
     def data_extents(self) -> Iterator[Extents]:
-        """Yield one extent: what a stream holds is known only when it has been read."""
+        """Yield one extent: only reading a stream shows where it holds zeros."""
         from imgcore.engine.extents import Kind, single
 
         if self.virtual_size:
@@ -106,7 +107,7 @@ class StreamSource:
         return self._reader.read_chunks(CHUNK_NBYTES)
 
     def supply(self, geometry: Geometry, base: Image | None) -> AbstractContextManager[Supply]:
-        """Return two buffers that the stream goes through in turn, and batches in them."""
+        """Return two buffers, which the stream fills in turn, and batches in them."""
         from imgcore.disk.stream_batches import stream_supply
 
         assert base is None, "see refuse_conversion"

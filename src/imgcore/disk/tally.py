@@ -12,24 +12,24 @@ _REPORT_SECONDS: Final = 0.05
 
 
 class Tally:
-    """Sums of what a conversion has done so far, in bytes.
+    """The progress of a conversion, in bytes.
 
     Parameters
     ----------
     total_nbytes : int
         Bytes of the disk that is written.
     report : callable, optional
-        Called with `Progress` at most every 50 ms, and when the disk is done.  If it raises,
-        the exception passes through.
+        Called with `Progress` at most every 50 ms, and when the disk is done.  Its
+        exceptions are not caught.
 
     Attributes
     ----------
     data_nbytes : int
-        Bytes of the disk that were found to be data.
+        Bytes of the disk that are data.
     read_nbytes, written_nbytes : int
-        Bytes of the source's and the target's files.
+        Bytes read from the source's files and written to the target's.
     reflinked_nbytes : int
-        Bytes that were not written, since the target has the source's own blocks.
+        Bytes that were not written, since their blocks were reflinked.
     """
 
     def __init__(self, total_nbytes: int, report: Callable[[Progress], None] | None) -> None:
@@ -39,7 +39,7 @@ class Tally:
         self._next_time = -float("inf")
 
     def count(self, done: int, *, data: int, read: int, written: int, reflinked: int = 0) -> None:
-        """Take over the sums so far; ``done`` is how far on the disk the conversion is."""
+        """Set the sums so far; ``done`` is the position on the disk."""
         self.data_nbytes, self.read_nbytes = data, read
         self.written_nbytes, self.reflinked_nbytes = written, reflinked
         if self._report is None:

@@ -8,34 +8,34 @@ from imgcore.streams.names import stream_suffix
 
 
 def target_format(path: str, stated: str | None, *, flag: str) -> str:
-    """Return the format of a new disk: as stated, or as the suffix says.
+    """Return the format of a new disk: the stated one, or that of the suffix.
 
     Parameters
     ----------
     path : str
     stated : str, optional
     flag : str
-        The command's option for the format; for the message.
+        The command's option for the format, for the message.
 
     Raises
     ------
     OptionError
-        There is neither, or another format than raw is asked for as a compressed stream.
+        There is neither, or a compressed stream of a format other than raw is wanted.
     """
     name = stated or format_from_suffix(path)
     if name is None:
         raise OptionError(
-            f"the name has no suffix of a known format: state it with {flag}", path=path
+            f"the name has no suffix of a known format: state the format with {flag}", path=path
         )
     name = canonical_name(name)
     if stream_suffix(path) is not None and name != PLAIN_FORMAT:
         raise OptionError(
-            f"only {PLAIN_FORMAT} is written as a compressed stream, not {name}", path=path
+            f"only {PLAIN_FORMAT} can be written as a compressed stream, not {name}", path=path
         )
     return name
 
 
 def refuse_stream(path: str) -> None:
-    """Raise OptionError if a name is that of a compressed raw disk, which has no empty form."""
+    """Raise OptionError if a name is that of a compressed raw disk."""
     if stream_suffix(path) is not None:
-        raise OptionError("compressed raw disks are written by convert only", path=path)
+        raise OptionError("only convert writes compressed raw disks", path=path)

@@ -1,4 +1,4 @@
-"""What virtualisation platforms accept, as data: format, options and sizes for each.
+"""The formats, options and sizes that platforms accept, as data.
 
 Source: the platforms' own documents, named with each profile.
 """
@@ -15,7 +15,7 @@ from imgcore.limits import GIB, MAX_VIRTUAL_NBYTES, MIB, SECTOR_NBYTES, TIB
 
 
 class Container(Enum):
-    """What the image is put into."""
+    """The archive that holds the image."""
 
     NONE = "none"
     GCE_TAR = "disk.raw in a gzip tar"
@@ -23,26 +23,26 @@ class Container(Enum):
 
 @dataclass(frozen=True)
 class Profile:
-    """What `convert` writes for a platform.
+    """The image that `convert` writes for a platform.
 
     Attributes
     ----------
     name, platform : str
-        The profile, and what it is for, in words for people.
+        The name of the profile, and that of the platform in words.
     format : str
-        The format that is written.
+        The format to write.
     options : mapping of str to tuple
-        Allowed values of options; the first one is used where the caller asks for none.
+        The allowed values of options; the first one is the default.
     size_unit : int
-        Bytes: the virtual size is rounded up to a multiple.
+        Bytes; the virtual size is rounded up to a multiple of it.
     min_virtual_nbytes, max_virtual_nbytes : int
-        What the platform takes.
+        The sizes of disks that the platform accepts.
     allows_backing : bool
         Whether the image may have a parent.
     container : Container
-        What the image is put into.
+        The archive that holds the image.
     note : str
-        Why this format, where the platform takes several.
+        Why this format was chosen, if the platform accepts several.
     """
 
     name: str
@@ -57,16 +57,16 @@ class Profile:
     note: str = ""
 
 
-# The name of the only file in an archive for Compute Engine, and how archives are named.
+# The only file in an archive for Compute Engine, and the suffixes of such archives.
 GCE_MEMBER_NAME: Final = "disk.raw"
 GCE_SUFFIXES: Final = (".tar.gz", ".tgz")
 
-# What a dynamic VHD can say by its geometry, and XenServer's limit for its VHDs.
+# XenServer's limit for VHDs: the largest size of a dynamic VHD.
 XENSERVER_MAX_VHD_NBYTES: Final = 2040 * GIB
 
 PROFILES: Final = (
-    # Microsoft Learn, "Prepare a Windows VHD or VHDX to upload to Azure", "Create and upload a
-    # generalized Linux VHD": fixed, whole MiB, 20 MiB to 32 TiB.
+    # Microsoft Learn, "Prepare a Windows VHD or VHDX to upload to Azure", "Create and
+    # upload a generalized Linux VHD": fixed, whole MiB, 20 MiB to 32 TiB.
     Profile(
         name="azure",
         platform="Microsoft Azure",
@@ -101,14 +101,15 @@ PROFILES: Final = (
         max_virtual_nbytes=XENSERVER_MAX_VHD_NBYTES,
         allows_backing=True,
     ),
-    # VMware, "Virtual Disk Format 5.0"; "Virtual Disk Development Kit Programming Guide".
+    # VMware, "Virtual Disk Format 5.0", "Virtual Disk Development Kit Programming
+    # Guide".
     Profile(
         name="esxi",
         platform="VMware ESXi and vCenter",
         format="vmdk",
         options={"subformat": ("streamOptimized", "vmfs")},
-        note="streamOptimized is imported (vCenter, ovftool); a disk that is copied onto a "
-        "datastore and attached as it is has to be vmfs",
+        note="streamOptimized is for imports (vCenter, ovftool); a disk that is copied to a "
+        "datastore and attached directly must be vmfs",
     ),
     # AWS, "VM Import/Export User Guide", image formats.
     Profile(
@@ -117,7 +118,8 @@ PROFILES: Final = (
         format="vmdk",
         options={"subformat": ("streamOptimized",)},
     ),
-    # Google Cloud, "Manually import boot disks": disk.raw, whole GiB, tar of the old GNU format.
+    # Google Cloud, "Manually import boot disks": disk.raw, whole GiB, tar in old GNU
+    # format.
     Profile(
         name="gce",
         platform="Google Compute Engine",
@@ -133,7 +135,8 @@ PROFILES: Final = (
         format="vdi",
         allows_backing=True,
     ),
-    # OpenStack Glance, "Disk and container formats"; OSSA-2024-001: no backing, no data file.
+    # OpenStack Glance, "Disk and container formats"; OSSA-2024-001 forbids backing
+    # files and data files.
     Profile(
         name="openstack",
         platform="OpenStack and KubeVirt",
@@ -148,21 +151,21 @@ def profile_names() -> tuple[str, ...]:
 
 
 def get_profile(name: str) -> Profile:
-    """Return a profile by its name; OptionError if there is none such."""
+    """Return a profile by its name; OptionError if it does not exist."""
     for profile in PROFILES:
         if profile.name == name:
             return profile
-    raise OptionError(f"unknown profile {name!r}: known are {', '.join(profile_names())}")
+    raise OptionError(f"unknown profile {name!r}; known profiles: {', '.join(profile_names())}")
 
 
 def apply_options(profile: Profile, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options to write with; OptionError if the caller's contradict the profile.
+    """Return the options to write with; OptionError if the profile forbids one.
 
     Parameters
     ----------
     profile : Profile
     given : mapping
-        The options that the caller asks for, with their types.
+        The caller's options, with values of their types.
     """
     chosen = {key: values[0] for key, values in profile.options.items()}
     for key, value in given.items():
@@ -170,7 +173,7 @@ def apply_options(profile: Profile, given: Mapping[str, Any]) -> dict[str, Any]:
         if allowed is not None and value not in allowed:
             texts = " or ".join(f"{key}={_text(item)}" for item in allowed)
             raise OptionError(
-                f"the profile {profile.name} asks for {texts}, not for {key}={_text(value)}"
+                f"the profile {profile.name} requires {texts}, not {key}={_text(value)}"
             )
         chosen[key] = value
     return chosen
@@ -181,5 +184,5 @@ def _text(value: object) -> str:
 
 
 def rounded_size(profile: Profile, virtual_size: int) -> int:
-    """Return the size (bytes) that a disk gets: rounded up to the platform's unit."""
+    """Return the size of a disk in bytes, rounded up to the platform's unit."""
     return -(-virtual_size // profile.size_unit) * profile.size_unit

@@ -1,6 +1,6 @@
-"""What platforms demand of an image: a table of rules for each profile, and those for any format.
+"""The rules of platforms: those that concern any format, and a table per profile.
 
-The rules about one format stand beside it, in its ``lint`` module.
+Rules about one format are in the ``lint`` module of that format.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from imgcore.platforms.profiles import GCE_MEMBER_NAME, XENSERVER_MAX_VHD_NBYTES
 if TYPE_CHECKING:
     from imgcore.streams.tar import Member
 
-# NTFS as Linux shows it: FILE_ATTRIBUTE_SPARSE_FILE and _COMPRESSED ([MS-FSCC] 2.6).
+# FILE_ATTRIBUTE_SPARSE_FILE and _COMPRESSED ([MS-FSCC] 2.6), as Linux shows them.
 _NTFS_ATTRIBUTES: Final = "system.ntfs_attrib_be"
 _NTFS_SPARSE, _NTFS_COMPRESSED = 0x200, 0x800
 
 
 @dataclass
 class Facts(ImageFacts):
-    """The facts about an image, and the profile that it is held against.
+    """The facts about an image, and the profile to check it against.
 
     Attributes
     ----------
     profile : Profile
     archive : Member or None
-        What a gzip file's first tar header says.
+        The first header of a gzip tar archive.
     """
 
     profile: Profile
@@ -42,13 +42,13 @@ class Facts(ImageFacts):
 
     @property
     def virtual_size(self) -> int | None:
-        """Bytes of the disk, of an archive those of its file; None if not known."""
+        """Bytes of the disk, or of the file in an archive; None if unknown."""
         return super().virtual_size if self.archive is None else self.archive.nbytes
 
     @property
     def remedy(self) -> str:
-        """Converting the image with the profile."""
-        return f"imgcore convert --profile {self.profile.name} makes one that is right"
+        """Convert the image with the profile."""
+        return f"convert it with imgcore convert --profile {self.profile.name}"
 
 
 Check = Callable[[Facts], str | None]
@@ -60,11 +60,11 @@ def find_broken(facts: Facts) -> list[Finding]:
     return [finding for finding in found if finding is not None]
 
 
-# -- any format --------------------------------------------------------------------------
+# -- any format ------------------------------------------------------------------------
 
 
 def _is_readable(facts: Facts) -> str | None:
-    # Where a data file is wrong, a rule of its own says so.
+    # Another rule covers data files.
     if facts.error is None or qcow2.has_data_file(facts):
         return None
     text, path = str(facts.error), facts.file.path
@@ -72,7 +72,7 @@ def _is_readable(facts: Facts) -> str | None:
 
 
 def _takes(allowed: Mapping[str, tuple[str, ...]], words: Mapping[str, str] | None = None) -> Check:
-    """Return a check of format and subformat; an empty tuple allows all of the latter."""
+    """Return a check of format and subformat; an empty tuple allows any subformat."""
 
     def check(facts: Facts) -> str | None:
         subformats = allowed.get(facts.format)
@@ -86,7 +86,7 @@ def _takes(allowed: Mapping[str, tuple[str, ...]], words: Mapping[str, str] | No
         listed = (
             " or ".join(kinds) + f" {name}" if kinds else name for name, kinds in allowed.items()
         )
-        return f"is {what}{why}; {facts.profile.platform} takes {', '.join(listed)}"
+        return f"is {what}{why}; {facts.profile.platform} accepts {', '.join(listed)}"
 
     return check
 
@@ -96,7 +96,9 @@ def _fits_unit(facts: Facts) -> str | None:
     if size is None or size % unit == 0:
         return None
     name = {MIB: "MiB", 2 * MIB: "2 MiB", GIB: "GiB"}.get(unit, f"{unit} bytes")
-    return f"the virtual size, {size} bytes, is no whole number of {name}{vhd.size_source(facts)}"
+    return (
+        f"the virtual size, {size} bytes, is not a whole number of {name}{vhd.size_source(facts)}"
+    )
 
 
 def _fits_range(facts: Facts) -> str | None:
@@ -110,7 +112,7 @@ def _fits_range(facts: Facts) -> str | None:
 
 
 def _only_of(format: str, check: Check) -> Check:
-    """Return a check that is made of images of one format only."""
+    """Return a check that applies only to images of one format."""
     return lambda facts: check(facts) if facts.format == format else None
 
 
@@ -118,7 +120,7 @@ def _is_too_large_for_vhd(facts: Facts) -> str | None:
     size = facts.virtual_size
     if size is None or size > XENSERVER_MAX_VHD_NBYTES:
         return None
-    return "is qcow2, which is taken only where the disk is too large for a VHD (2040 GiB)"
+    return "is qcow2, which is accepted only if the disk is too large for a VHD (2040 GiB)"
 
 
 def _has_no_parent(facts: Facts) -> str | None:
@@ -137,7 +139,7 @@ def _parents_open(facts: Facts) -> str | None:
     return None
 
 
-# -- the file ---------------------------------------------------------------------------
+# -- the file --------------------------------------------------------------------------
 
 
 def _is_plain_on_ntfs(facts: Facts) -> str | None:
@@ -153,7 +155,7 @@ def _is_plain_on_ntfs(facts: Facts) -> str | None:
 def _is_archive(facts: Facts) -> str | None:
     if facts.archive is not None:
         return None
-    return f"is {facts.format}, no gzip tar with {GCE_MEMBER_NAME} in it"
+    return f"is {facts.format}, not a gzip tar archive with {GCE_MEMBER_NAME} in it"
 
 
 def _archive_holds_disk(facts: Facts) -> str | None:
@@ -165,7 +167,7 @@ def _archive_holds_disk(facts: Facts) -> str | None:
 def _archive_is_old_gnu(facts: Facts) -> str | None:
     if facts.archive is None or facts.archive.is_old_gnu:
         return None
-    return "the tar archive is not of the old GNU format"
+    return "the tar archive is not in the old GNU format"
 
 
 def _archive_is_sparse(facts: Facts) -> str | None:
@@ -174,18 +176,20 @@ def _archive_is_sparse(facts: Facts) -> str | None:
     return f"{facts.archive.name[:80]} is not stored as a sparse file"
 
 
-_TAR: Final = "tar --format=oldgnu -Sczf IMAGE.tar.gz disk.raw packs it right"
-_FLATTEN: Final = "imgcore convert makes one image of the whole chain"
+_TAR: Final = "pack it with tar --format=oldgnu -Sczf IMAGE.tar.gz disk.raw"
+_FLATTEN: Final = "imgcore convert merges the whole chain into one image"
 _READABLE: Final = Rule("readable", _is_readable, CHECK_REMEDY)
-_PARENTS: Final = Rule("parents", _parents_open, "--parent names it, --allow permits its folder")
+_PARENTS: Final = Rule(
+    "parents", _parents_open, "state it with --parent, or allow its folder with --allow"
+)
 _UNIT: Final = Rule("size-unit", _fits_unit)
 _OTHER_SIZE: Final = "a disk of another size is needed"
 _RANGE: Final = Rule("size-range", _fits_range, _OTHER_SIZE)
 _NO_PARENT: Final = Rule("no-parent", _has_no_parent, _FLATTEN)
 
 _ESXI_REFUSALS: Final = {
-    "monolithicSparse": ", which hosts refuse (disk type 2)",
-    "twoGbMaxExtentSparse": ", which hosts refuse (disk type 7)",
+    "monolithicSparse": ", which hosts reject (disk type 2)",
+    "twoGbMaxExtentSparse": ", which hosts reject (disk type 7)",
 }
 
 RULES: Final[Mapping[str, tuple[Rule[Facts], ...]]] = {
@@ -267,7 +271,7 @@ RULES: Final[Mapping[str, tuple[Rule[Facts], ...]]] = {
     ),
     "openstack": (
         _READABLE,
-        # A fixed VHD has its magic at the end only: their inspectors take it for raw.
+        # A fixed VHD has its magic only at its end, so inspectors take it for raw.
         Rule(
             "format",
             _takes(

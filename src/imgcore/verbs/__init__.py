@@ -1,1 +1,1 @@
-"""The verbs: one module each; none imports another."""
+"""The verbs, one module each; none imports another."""

@@ -1,4 +1,4 @@
-"""The verb ``check``: whether an image's tables are consistent."""
+"""The verb ``check``: verifies that an image's tables are consistent."""
 
 from __future__ import annotations
 
@@ -15,30 +15,31 @@ if TYPE_CHECKING:
 
 
 class CheckNotSupportedError(UnsupportedFeatureError):
-    """The format has no tables that could be checked."""
+    """The format has no tables to check."""
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """The findings of ``check``.
+    """The result of `imgcore.check`.
 
     Attributes
     ----------
     filename, format : str
-        The image.
-    corruptions, leaks : int
-        Entries that contradict each other; clusters that nothing refers to (space is
-        lost, no data).
+        The image and its format.
+    corruptions : int
+        Number of errors that may damage data.
+    leaks : int
+        Number of clusters that nothing refers to: they waste space, but harm no data.
     total_clusters, allocated_clusters, fragmented_clusters, compressed_clusters : int
-        In the format's own allocation units.
+        Numbers of the format's allocation units.
     image_end_offset : int
-        Bytes; 0 if the format has no such notion.
+        Byte offset after the last cluster in use; 0 if the format does not have one.
     problems : list of str
-        One line each, the first 1000.
+        The first 1000 problems, one line each.
     repairs : list of str
-        What was repaired, one line each.
+        The repairs that were made, one line each.
     corruptions_fixed, leaks_fixed : int
-        How many that were.
+        Numbers of corruptions and leaks that were repaired.
     """
 
     filename: str
@@ -57,14 +58,14 @@ class CheckResult:
 
     @property
     def ok(self) -> bool:
-        """True if nothing was found."""
+        """True if there are no corruptions and no leaks."""
         return not (self.corruptions or self.leaks)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the result in the keys of ``qemu-img check --output=json``.
+        """Return the result with the keys of ``qemu-img check --output=json``.
 
-        Counts of 0 are left out; ``check-errors`` is always 0, as a file that cannot be
-        read is an exception.
+        Counts of 0 are left out.  ``check-errors`` is always 0, since a file that
+        cannot be read raises an exception.
         """
         counts = {
             "image-end-offset": self.image_end_offset,
@@ -99,38 +100,37 @@ def check(
     allow: Sequence[str | os.PathLike[str]] = (),
     share: bool = False,
 ) -> CheckResult:
-    """Verify the tables of an image, and repair on request what can be repaired safely.
+    """Verify the tables of an image, and optionally repair them.
 
-    Backing files are not opened unless ``parent`` is given.
+    Backing files are not opened unless ``parent`` is given.  For ``format``, ``allow``
+    and ``share`` see `imgcore.open`.
 
     Parameters
     ----------
-    path : path-like
+    path : str or os.PathLike
         The image.
-    format, allow, share
-        See :func:`imgcore.open`.
-    parent : path-like, optional
-        The image's parent: its whole chain of parents is opened, and each must be the one that
-        the image was made on.
+    parent : str or os.PathLike, optional
+        The image's parent.  The whole chain of parents is opened, and the identity of
+        each is verified.
     repair : bool
-        Put right what is safe to put right.  A complete copy with the repairs, verified to read
-        the same, takes the image's place; whatever goes wrong, the image stays as it was.
+        Repair everything that can be repaired safely.  A repaired copy replaces the
+        image once it is complete and verified to hold the same disk.  If anything
+        fails, the image remains unchanged.
 
     Returns
     -------
     CheckResult
-        After repairs, what is still wrong.
+        After a repair, the counts and problems are those that remain.
 
     Raises
     ------
-    CheckNotSupportedError
-        The format has no tables to check (raw).
     UnsupportedFeatureError
-        ``repair``: nothing in this format can be repaired, or not where the image lies.
+        The format has no tables to check (raw); or ``repair`` is given, but images of
+        this format or in this place cannot be repaired.
     CorruptImageError
-        The headers alone are beyond use, or ``parent`` is another one.
+        The headers cannot be read, or ``parent`` is not the image's parent.
     OSError
-        The operating system refused; ``filename`` is set.
+        The operating system reported an error; ``filename`` is set.
     """
     from imgcore.disk.chain import open_chain
     from imgcore.disk.layer import open_layer
@@ -138,7 +138,7 @@ def check(
     from imgcore.formats.registry import get_driver
 
     if repair and share:
-        raise OptionError("an image that another process may write to is not repaired (-U)")
+        raise OptionError("an image that another process may write to cannot be repaired (-U)")
     options = OpenOptions.from_keywords(format=format, parent=parent, allow=allow, share=share)
     if parent is not None:
         for layer in open_chain(path, options):

@@ -1,4 +1,4 @@
-"""The verb ``compare``: whether two images hold the same virtual disk."""
+"""The verb ``compare``: tells whether two images hold the same virtual disk."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 
 class CompareResult(NamedTuple):
-    """The outcome of a comparison.
+    """The result of `imgcore.compare`.
 
     Attributes
     ----------
     identical : bool
-        The disks read the same; if one is larger, its rest reads as zeros.
+        The disks read the same.  If one is larger, the rest of it reads as zeros.
     first_difference : int or None
-        Byte offset in the virtual disk.
+        Byte offset of the first difference in the virtual disk.
     reason : str or None
-        One line, if not identical.
+        Why the disks are not identical, in one line.
     size_a, size_b : int
         Virtual sizes in bytes.
     """
@@ -61,22 +61,23 @@ def compare(
     share: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> CompareResult:
-    """Compare the content of two images, whatever their formats.
+    """Compare the content of two images of any formats.
+
+    The keywords that end in ``_a`` or ``_b`` are ``format``, ``parent`` and
+    ``read_options`` of `imgcore.open` for that image.  ``backing_format``, ``allow``
+    and ``share`` of `imgcore.open` apply to both images.
 
     Parameters
     ----------
-    a, b : path-like
+    a, b : str or os.PathLike
         The images.
-    format_a, format_b, parent_a, parent_b, read_options_a, read_options_b
-        As ``format``, ``parent`` and ``read_options`` of :func:`imgcore.open`, for each image.
-    backing_format, allow, share
-        See :func:`imgcore.open`; for both.
     strict : bool
-        Also demand the same size and the same allocation.
+        Also require the same size and the same allocation.
     threads : int, optional
-        Workers; one per CPU by default.
+        Number of worker threads; one per CPU by default.
     progress : callable, optional
-        Called with `Progress` on the calling thread, at most every 50 ms and once at the end.
+        Called with a `Progress` on the calling thread, at most every 50 ms and once at
+        the end.
 
     Returns
     -------
@@ -136,7 +137,7 @@ class _Comparison:
     def _pairs(
         self, extents: Callable[[Image], Iterator[Extents]]
     ) -> Iterator[tuple[int, int, Extents, Extents]]:
-        """Yield both sides' extents over the same ranges, as both come along."""
+        """Yield the extents of both disks over the same ranges."""
         sides = [
             padded(extents(image), image.virtual_size, self._total) for image in (self._a, self._b)
         ]
@@ -177,7 +178,7 @@ class _Comparison:
 
 
 def first_kind_difference(a: Extents, b: Extents) -> int | None:
-    """Return where one side first stores data and the other does not, or None."""
+    """Return the first offset at which only one side stores data, or None."""
     starts = np.union1d(a["guest_offset"], b["guest_offset"])
     stored = [
         rows["kind"][np.searchsorted(rows["guest_offset"], starts, side="right") - 1] >= Kind.DATA

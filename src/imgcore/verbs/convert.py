@@ -1,4 +1,4 @@
-"""The verb ``convert``: from one image to another."""
+"""The verb ``convert``: writes the disk of one image to another."""
 
 from __future__ import annotations
 
@@ -28,11 +28,28 @@ if TYPE_CHECKING:
 
 
 class ConvertResult(NamedTuple):
-    """The outcome of a conversion; sizes in bytes.
+    """The result of `imgcore.convert`; all sizes in bytes.
 
-    ``bytes_data`` and ``bytes_zero`` split the virtual disk into data and zeros.
-    ``bytes_shared`` were not written: they are reflinks to the source's own blocks.
-    ``bad_ranges`` is empty unless ``salvage`` was asked for.
+    Attributes
+    ----------
+    source, target : str
+        The names of the two files.
+    source_format, target_format : str
+        Their formats.
+    virtual_size : int
+        Size of the target's disk.
+    bytes_data, bytes_zero : int
+        How much of the disk is data and how much is zeros; the sum is ``virtual_size``.
+    bytes_read, bytes_written : int
+        Bytes read from the source's files and written to the target's.
+    bytes_shared : int
+        Bytes that were not written, since they are reflinks to the source's blocks.
+    file_size : int
+        Size of the target file; for a target of several files, of the main one.
+    seconds : float
+        Duration of the conversion.
+    bad_ranges : tuple of BadRange
+        Data that could not be read; always empty without ``salvage``.
     """
 
     source: str
@@ -76,54 +93,61 @@ def convert(
     kernels: Mapping[str, str] | None = None,
     profile: str | None = None,
 ) -> ConvertResult:
-    """Convert a virtual disk image, backing files included, into one of another format.
+    """Convert a virtual disk image, including its backing files, to another format.
+
+    ``format``, ``parent``, ``read_options``, ``allow`` and ``share`` are the keywords
+    of `imgcore.open` for the source.  Its ``backing_format`` is
+    ``source_backing_format`` here, since ``backing_format`` is about the target.
+    ``allow`` and ``share`` apply to the target's backing file, too.
 
     Parameters
     ----------
-    source, target : path-like
-        ``disk.raw.zst`` and ``disk.raw.gz`` are read and written as compressed raw disks.
-    format, source_backing_format, parent, read_options, allow, share
-        How to open the source: see :func:`imgcore.open`, where ``source_backing_format`` is
-        called ``backing_format``.  ``allow`` and ``share`` are for the target's backing file too.
+    source, target : str or os.PathLike
+        Names such as ``disk.raw.zst`` and ``disk.raw.gz`` are compressed raw disks.
     target_format : str, optional
-        The target's format; follows from its suffix if None.
+        The target's format; by default the suffix of ``target`` decides.
     options : mapping or sequence of str, optional
-        The target format's options, such as ``{"cluster_size": "2M"}`` or ``["cluster_size=2M"]``.
+        Options of the target's format, for example ``{"cluster_size": "2M"}`` or
+        ``["cluster_size=2M"]``.
     compress : bool
         Write compressed blocks.
-    backing, backing_format : optional
-        A backing file for the target (QCOW2) or its parent (VHD, VHDX, VDI), and its format.
-        Blocks that read the same in it are left out; the virtual disk reads the same as the source.
+    backing : str or os.PathLike, optional
+        The backing file (QCOW2) or parent (VHD, VHDX, VDI) of the target.  Blocks that
+        read the same there are left out of the target, so that the target's disk still
+        reads as the source's.
+    backing_format : str, optional
+        The format of ``backing``; required with it.
     sparse : int or str
-        Bytes: runs of zeros of this size are not written.  0 writes every zero.
+        Runs of zeros of this size, in bytes, are not written.  0 writes every zero.
     threads : int, optional
-        Workers, 1 to 256; one per CPU by default.  The bytes written do not depend on it.
+        Number of worker threads, 1 to 256; one per CPU by default.  The bytes written
+        do not depend on it.
     force : bool
-        Replace an existing target, when the conversion is complete.
+        Replace an existing target when the conversion is complete.
     sync : bool
-        Let the target reach the disk before it gets its name.
+        Write the target to stable storage before it gets its name.
     in_place : bool
         Write into an existing raw file or block device.
     salvage : bool
-        Write zeros for guest data that the system cannot read, or that does not decompress,
-        and list it in ``bad_ranges`` of the result, instead of failing.  Headers and tables
-        have to be sound all the same.
+        Replace guest data that the system cannot read, or that does not decompress,
+        with zeros and list it in ``bad_ranges`` of the result, instead of failing.
+        Headers and tables must still be valid.
     reflink : bool
-        Let the target share the source's blocks instead of copying them, where the file system
-        can do that (XFS, Btrfs) and both formats put them on its block boundaries.  The target
-        reads the same either way, and neither file sees what is written to the other later.
-        Not done for targets that are to have blocks of their own: preallocated ones
-        (falloc, full), those with every zero written (``sparse=0``) or written in place.
+        Reflink blocks of the source instead of copying them if the file system can do
+        it (XFS, Btrfs) and both formats place blocks on its boundaries.  The target
+        reads the same either way, and later writes to one file do not change the other.
+        Targets that need their own blocks are always copied: preallocated ones (falloc,
+        full), those with all zeros written (``sparse=0``), and those written in place.
     progress : callable, optional
-        Called with `Progress` on the calling thread, at most every 50 ms and once at the end.
-        If it raises, the conversion is cancelled and the exception passes through.
+        Called with a `Progress` on the calling thread, at most every 50 ms and once at
+        the end.  If it raises, the conversion is cancelled and the exception is raised.
     kernels : mapping, optional
-        Variant by operation, such as ``{"zero": "avx2"}``; a demand that cannot be met is an
-        OptionError.
+        The variant to use for an operation, for example ``{"zero": "avx2"}``.  A
+        variant that is not available is an `OptionError`.
     profile : str, optional
-        A platform that the target is for, such as ``"azure"``: sets format and options, and
-        rounds the virtual size up to what the platform takes.  Whatever else is asked for
-        must agree with it.
+        The platform that the target is for, for example ``"azure"``.  It sets format
+        and options, and rounds the virtual size up to one that the platform accepts.
+        Other arguments must not contradict it.
 
     Returns
     -------
@@ -134,13 +158,13 @@ def convert(
     OSError
         A file cannot be read or written, or the target's file system is full.
     ImgcoreError
-        The source is not a sound image, or the request makes no sense.
+        The source cannot be read as an image, or the arguments contradict each other.
 
     Notes
     -----
-    At any moment the target's name holds its former file, nothing, or the complete new
-    image, also after a failure; not so with ``in_place``.  Memory is bounded, however large
-    the disk is.
+    Unless ``in_place`` is given, the name ``target`` always stands for its former file,
+    for nothing, or for the complete new image, also after a failure.  The memory used
+    does not grow with the size of the disk.
     """
     started = time.monotonic()
     opening = OpenOptions.from_keywords(
@@ -199,7 +223,7 @@ def convert(
 def _open_base(
     target: str, writing: SinkOptions, opening: OpenOptions, stack: ExitStack
 ) -> Image | None:
-    """Open the target's parent; ``stack`` closes it."""
+    """Open the target's parent, which ``stack`` closes."""
     if writing.backing is None:
         return None
     options = OpenOptions(format=writing.backing.format, allow=opening.allow, share=opening.share)
@@ -209,13 +233,13 @@ def _open_base(
 def _write(
     sink: Sink, tally: Tally, files: Sequence[ByteSource], target: str
 ) -> tuple[BadRange, ...]:
-    """Write the target's content; the files that it is read from must not change meanwhile."""
+    """Write the target's content; raise if a source file changes meanwhile."""
     try:
         bad_ranges = sink.write(tally)
         for file in files:
             file.check_unchanged()
     except BaseException:
         if sink.overwrites:
-            log.warning("%s: written in place, and now incomplete", target)
+            log.warning("%s: it was written in place and is now incomplete", target)
         raise
     return bad_ranges

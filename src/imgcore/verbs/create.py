@@ -1,4 +1,4 @@
-"""The verb ``create``: a new, empty image."""
+"""The verb ``create``: creates an empty image."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CreateResult:
-    """The image that was made.
+    """The result of `imgcore.create`.
 
     Attributes
     ----------
     path, format : str
-        The image.
+        The new image and its format.
     virtual_size, file_size : int
-        Bytes: of the disk, and of the image's main file.
+        Bytes of the disk, and of the image's main file.
     options : dict
-        The options of the format in effect.
+        All options of the format with the values used.
     backing, backing_format : str or None
-        The backing file, as the image names it.
+        The backing file, as the image names it, and its format.
     """
 
     path: str
@@ -53,28 +53,30 @@ def create(
     sync: bool = True,
     allow: Sequence[str | os.PathLike[str]] = (),
 ) -> CreateResult:
-    """Make an empty image, or one whose content is a backing file's.
+    """Create an image that is empty or reads as its backing file.
 
     Parameters
     ----------
-    path : path-like
-        The new image. It appears under this name when it is complete.
+    path : str or os.PathLike
+        The new image.  It appears under this name only when it is complete.
     virtual_size : int, optional
-        Bytes, a multiple of 512; the backing file's size if None.
+        Bytes of the disk, a multiple of 512; by default the size of the backing
+        file's disk.
     format : str, optional
-        Its format; follows from the suffix if None.
+        The image's format; by default the suffix of ``path`` decides.
     options : mapping or sequence of str, optional
-        Options of the format, or strings ``"key=value,..."``.
-    backing : path-like, optional
-        Its backing file; a relative name counts from the folder of ``path`` and is stored as given.
+        Options of the format, as a mapping or as strings ``"key=value,..."``.
+    backing : str or os.PathLike, optional
+        The backing file.  A relative name starts at the folder of ``path``, and is
+        stored as given.
     backing_format : str, optional
         Format of the backing file; required with ``backing``.
     force : bool
         Replace an existing file.
     sync : bool
-        Return when the image is on stable storage.
-    allow : sequence of path-like
-        See :func:`imgcore.open`; for files that the backing file names.
+        Return only when the image is on stable storage.
+    allow : sequence of str or os.PathLike
+        See `imgcore.open`; for files that the backing file names.
 
     Returns
     -------
@@ -83,11 +85,11 @@ def create(
     Raises
     ------
     OptionError
-        No size, no format, or an option is wrong.
+        The size or the format is missing, or an option is wrong.
     TargetError
-        ``path`` exists (and not ``force``), or is the backing file.
+        ``path`` exists and ``force`` is not given, or it is the backing file.
     OSError
-        The operating system refused; ``filename`` is set.
+        The operating system reported an error; ``filename`` is set.
     """
     from imgcore.disk.target_format import refuse_stream, target_format
     from imgcore.files.target import Target
@@ -124,7 +126,7 @@ def _open_backing(
     backing_format: str | None,
     allow: Sequence[str | os.PathLike[str]],
 ) -> tuple[BackingReference | None, int | None, object]:
-    """Return the reference to store, the backing file's size (bytes) and its identity."""
+    """Return the reference to store, the backing file's disk size and its identity."""
     from imgcore.disk.backing import backing_path, backing_reference, opened_reference
     from imgcore.disk.layer import open_layer
     from imgcore.disk.options import OpenOptions

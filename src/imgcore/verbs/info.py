@@ -1,6 +1,6 @@
 """The verb ``info``: describes an image by its headers.
 
-``imgcore info`` imports no NumPy, which would take longer than all the rest.
+``imgcore info`` does not import NumPy, which would take longer than everything else.
 """
 
 from __future__ import annotations
@@ -52,36 +52,37 @@ def info(
     parent: str | os.PathLike[str] | None = None,
     read_options: Mapping[str, Any] | Sequence[str] | None = None,
 ) -> dict[str, Any] | list[dict[str, Any]]:
-    """Describe an image by its headers; no guest byte is read.
+    """Describe an image by its headers; guest data is not read.
+
+    For the other keywords see `imgcore.open`; ``parent`` requires ``chain``.
 
     Parameters
     ----------
-    path : path-like
+    path : str or os.PathLike
         The image.
     chain : bool
-        Describe the backing files as well; without it none is opened.
-    format, backing_format, parent, read_options, allow, share
-        See :func:`imgcore.open`; ``parent`` is for ``chain`` only.
+        Describe the backing files as well; otherwise they are not opened.
 
     Returns
     -------
-    dict, or with ``chain`` a list of dict
-        With the keys of ``qemu-img info --output=json``: ``filename``, ``format``,
-        ``virtual-size`` and ``actual-size`` (bytes; the latter as allocated on the
-        host, all files of the image together), ``dirty-flag``, ``format-specific``, and
-        where they apply ``cluster-size``, ``backing-filename``, ``full-backing-filename``,
-        ``backing-filename-format``, ``snapshots``. A list runs from the image to the
-        last file of its chain.
+    dict or list of dict
+        The description of the image, or with ``chain`` those of the image and its
+        backing files, in order.  The keys are those of ``qemu-img info --output=json``:
+        ``filename``, ``format``, ``virtual-size`` (bytes), ``actual-size`` (bytes that
+        the host has allocated to all files of the image), ``dirty-flag``, and if they
+        apply ``format-specific``, ``cluster-size``, ``encrypted``, ``compressed``,
+        ``snapshots``, ``backing-filename``, ``full-backing-filename`` and
+        ``backing-filename-format``.
 
     Raises
     ------
     WrongFormatError, CorruptImageError, UnsupportedFeatureError
-        The file is no image that can be described, or the format of a backing file is
-        stated nowhere.
+        The file is not an image that can be described, or the format of a backing file
+        is not stated anywhere.
     UnsafeReferenceError
-        A file named inside an image lies outside the allowed folders.
+        An image names a file outside the allowed folders.
     OSError
-        The operating system refused; ``filename`` is set.
+        The operating system reported an error; ``filename`` is set.
     """
     options = OpenOptions.from_keywords(
         format=format,

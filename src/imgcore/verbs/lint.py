@@ -1,4 +1,4 @@
-"""The verb ``lint``: which rules of a platform an image breaks."""
+"""The verb ``lint``: checks an image against the rules of a platform."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from imgcore.errors import ImgcoreError, WrongFormatError
 from imgcore.formats.shared.lint import Finding
 from imgcore.platforms.rules import Facts, find_broken
+from imgcore.streams.names import CODEC_OF_SUFFIX
 
 if TYPE_CHECKING:
     from imgcore.disk.options import OpenOptions
@@ -19,21 +20,24 @@ if TYPE_CHECKING:
     from imgcore.platforms.profiles import Profile
     from imgcore.streams.tar import Member
 
-# More than any gzip header and a deflated tar header need.
+# Files of these formats are not images, so no rule demands that they can be read.
+_STREAMS: Final = frozenset({*CODEC_OF_SUFFIX.values(), "xz"})
+
+# Enough for any gzip header and a deflated tar header.
 _ARCHIVE_HEAD_NBYTES: Final = 4096
 
 
 @dataclass(frozen=True)
 class LintReport:
-    """What ``lint`` found.
+    """The result of `imgcore.lint`.
 
     Attributes
     ----------
     filename, format, profile : str
-        The image, what it is, and the profile it was held against.
+        The image, its format, and the profile that it was checked against.
     findings : list of Finding
-        One for each broken rule: its name (``rule``), what is wrong (``message``), what to do
-        (``remedy``), a line each.
+        The broken rules.  Each has the attributes ``rule`` (the name of the rule),
+        ``message`` (what is wrong) and ``remedy`` (what to do), one line each.
     """
 
     filename: str
@@ -61,16 +65,16 @@ def lint(
     allow: Sequence[str | os.PathLike[str]] = (),
     share: bool = False,
 ) -> LintReport:
-    """Tell which rules of a platform an image breaks, whichever program made it.
+    """Check an image, from any program, against the rules of a platform.
+
+    For the other keywords see `imgcore.open`.
 
     Parameters
     ----------
-    path : path-like
+    path : str or os.PathLike
         The image, or for Compute Engine the archive.
     profile : str
-        The platform, as for :func:`imgcore.convert`.
-    format, parent, read_options, allow, share
-        See :func:`imgcore.open`.
+        The platform, as for `imgcore.convert`.
 
     Returns
     -------
@@ -79,16 +83,17 @@ def lint(
     Raises
     ------
     OptionError
-        There is no such profile.
+        The profile does not exist.
     WrongFormatError
-        What the file is cannot be told.
+        The file's format cannot be determined.
     OSError
-        The operating system refused; ``filename`` is set.
+        The operating system reported an error; ``filename`` is set.
 
     Notes
     -----
-    An image that is damaged or not supported is no exception but a finding.  Time: the tables
-    are read; for VirtualBox a streamOptimized image is decompressed as a whole.
+    A damaged or unsupported image does not raise an exception, but is a finding.  Only
+    tables are read, except that VirtualBox's rules decompress a whole streamOptimized
+    image.
     """
     from imgcore.disk.image import open_image
     from imgcore.disk.options import OpenOptions
@@ -110,7 +115,7 @@ def lint(
 
 @contextmanager
 def _facts(path: str | os.PathLike[str], profile: Profile, options: OpenOptions) -> Iterator[Facts]:
-    """Open the image as far as it can be opened."""
+    """Open the image, if it can be opened, and collect the facts about it."""
     from imgcore.disk.layer import gate_of
     from imgcore.files.host_file import HostFile
     from imgcore.formats.registry import open_reader
@@ -126,19 +131,15 @@ def _facts(path: str | os.PathLike[str], profile: Profile, options: OpenOptions)
             archive=_archive(file),
             open_chain=lambda: None,
         )
-        if facts.format in _NO_IMAGES:
-            yield facts
-            return
-        gate = gate_of(file, options)
-        try:
-            # A reader closes its file, also where it refuses it.
-            own = stack.enter_context(HostFile.open(path, share=options.share))
-            facts.reader = open_reader(own, gate, options.format, options.read_options)
-            stack.callback(facts.reader.close)
-        except WrongFormatError:
-            raise
-        except ImgcoreError as error:
-            facts.error = error
+        if facts.format not in _STREAMS:
+            gate = gate_of(file, options)
+            try:
+                facts.reader = open_reader(file, gate, options.format, options.read_options)
+                stack.callback(facts.reader.close)
+            except WrongFormatError:
+                raise
+            except ImgcoreError as error:
+                facts.error = error
         yield facts
 
 
@@ -150,12 +151,8 @@ def _format_of(file: HostFile, options: OpenOptions) -> str:
     return probe(file) or PLAIN_FORMAT
 
 
-# What is known by its magic and holds no disk that could be read here.
-_NO_IMAGES: Final = frozenset({"gzip", "zstd", "xz"})
-
-
 def _archive(file: HostFile) -> Member | None:
-    """Return what the first header of a gzip tar says, None for any other file."""
+    """Return the first header of a gzip tar archive, or None for any other file."""
     from imgcore.streams.tar import BLOCK_NBYTES, parse_header
 
     head = file.pread(0, min(_ARCHIVE_HEAD_NBYTES, file.nbytes))

@@ -1,4 +1,4 @@
-"""The verb ``map``: where each part of the virtual disk is stored."""
+"""The verb ``map``: lists where each part of the virtual disk is stored."""
 
 from __future__ import annotations
 
@@ -13,31 +13,34 @@ if TYPE_CHECKING:
     from imgcore.disk.image import Image
     from imgcore.engine.extents import Extents
 
-# Image.layer_extents takes ranges of whole sectors; other ranges are clipped here.
+# Image.layer_extents takes whole sectors; map clips its extents to other ranges.
 _SECTOR_NBYTES: Final = 512
 
 
 class MapEntry(NamedTuple):
-    """A run of the virtual disk with one state, as ``qemu-img map --output=json`` names it.
+    """A range of the virtual disk with one state.
+
+    The names are those of ``qemu-img map --output=json``.
 
     Attributes
     ----------
     start, length : int
-        Bytes of the virtual disk.
+        Byte offset in the virtual disk, and number of bytes.
     depth : int
-        Layer that decides: 0 is the image, 1 its backing file, and so on.
+        The layer that the range comes from: 0 is the image, 1 its backing file, and so
+        on.
     present : bool
-        The layer has an entry for it.
+        The layer has an entry for the range.
     zero : bool
-        It reads as zeros without being read.
+        The range is known to be zeros without reading it.
     data : bool
-        It is stored in a file.
+        The range is stored in a file.
     compressed : bool
-        It is stored compressed.
+        The range is stored compressed.
     offset : int or None
-        Byte offset in the file, for what is stored there unchanged.
+        Byte offset in the file, if the range is stored there uncompressed.
     filename : str or None
-        The file that stores it.
+        The file that stores the range.
     """
 
     start: int
@@ -63,30 +66,33 @@ def map(
     allow: Sequence[str | os.PathLike[str]] = (),
     share: bool = False,
 ) -> Iterator[MapEntry]:
-    """Yield where each part of the virtual disk is stored, backing files included.
+    """Yield where each part of the virtual disk is stored, including backing files.
+
+    For the other keywords see `imgcore.open`.
 
     Parameters
     ----------
-    path : path-like
+    path : str or os.PathLike
         The image.
-    start, length : int
-        Bytes: the range to map, cut at the end of the disk; all of it by default.
-    format, backing_format, parent, read_options, allow, share
-        See :func:`imgcore.open`.
+    start : int
+        Byte offset of the range to map.
+    length : int, optional
+        Bytes of the range, which is cut at the end of the disk; up to there by default.
 
     Yields
     ------
     MapEntry
-        Ascending and gap-free; neighbours of one state are one entry.
+        Ascending and gap-free; adjacent ranges with the same state are one entry.
 
     Raises
     ------
     ImgcoreError, OSError
-        As ``open``, at the first item: the image is open from then to the last one.
+        As `imgcore.open`, but when the first entry is requested: the image is open from
+        then until the last one.
 
     Notes
     -----
-    Memory is bounded by one batch of extents, however fragmented the image is.
+    Extents are held in memory one batch at a time, even for a fragmented image.
     """
     from imgcore.disk.image import open_image
     from imgcore.disk.options import OpenOptions
@@ -115,7 +121,7 @@ def map_image(image: Image, start: int, end: int) -> Iterator[MapEntry]:
     names = [source.file.path for source in image.sources]
     pending: MapEntry | None = None
     for batch, depths in image.layer_extents(first, last - first):
-        # The range may start and end inside a sector, and so inside the first and last row.
+        # The range may start or end inside a sector, and so inside a row.
         low = max(start, int(batch["guest_offset"][0]))
         high = min(end, int(batch["guest_offset"][-1]) + int(batch["length"][-1]))
         for entry in _batch_entries(image, clip(batch, low, high), depths, names):
@@ -151,7 +157,7 @@ def _batch_entries(
     plain = kind == Kind.DATA
     compressed = kind > Kind.DATA
     empty = ~(plain | compressed)
-    # A hole of a flat file is a place in that file like any other.
+    # A hole of a flat file has an offset in the file, as data has.
     in_flat = empty & np.array([layer.is_flat for layer in image.layers])[depths]
     present = (kind != Kind.HOLE) | in_flat
     placed = plain | in_flat

@@ -1,4 +1,4 @@
-"""The verb ``measure``: the file size that a conversion will need."""
+"""The verb ``measure``: computes the file size that a conversion needs."""
 
 from __future__ import annotations
 
@@ -28,42 +28,43 @@ def measure(
     allow: Sequence[str | os.PathLike[str]] = (),
     share: bool = False,
 ) -> Measurement:
-    """Return how large a target would be.
+    """Compute how large a target file would be.
+
+    For the keywords that are about opening ``source`` see `imgcore.open`.
 
     Parameters
     ----------
-    source : path-like, optional
-        The image to be converted.
+    source : str or os.PathLike, optional
+        The image to convert.
     size : int, optional
-        Bytes of an empty disk, in place of ``source``.
+        Bytes of an empty disk, instead of ``source``.
     target_format : str
-        Format of the target.
+        Format of the target; raw by default.
     options : mapping or sequence of str, optional
-        Options of the target format, or strings ``"key=value,..."``.
+        Options of the target's format, as a mapping or as strings ``"key=value,..."``.
     compress : bool
-        The target is compressed; the result is the upper bound, without any gain.
-    format, backing_format, parent, read_options, allow, share
-        See :func:`imgcore.open`; they are about ``source``.
+        Measure a compressed target.  The result is an upper bound: the data may turn
+        out not to compress at all.
 
     Returns
     -------
     Measurement
-        ``required`` (bytes, for the blocks that the source allocates) and
-        ``fully_allocated`` (bytes, if the guest fills its disk).
+        A tuple of ``required``, the bytes for the blocks that the source has allocated,
+        and ``fully_allocated``, the bytes if the guest fills its disk.
 
     Raises
     ------
     OptionError
-        Not exactly one of ``source`` and ``size`` is given, or an option is wrong.
+        Both or neither of ``source`` and ``size`` are given, or an option is wrong.
     ImgcoreError, OSError
-        As ``open``.
+        As `imgcore.open`.
 
     Notes
     -----
-    Time: the tables of the source are read, its data is not. Memory: one batch of extents.
+    Only the tables of the source are read, and one batch of extents is held in memory.
     """
     if (source is None) == (size is None):
-        raise OptionError("measure takes either a source or a size")
+        raise OptionError("measure needs either a source or a size, and not both")
     if size is not None:
         return _measure_data(size, (), target_format, options, compress)
     assert source is not None
@@ -106,7 +107,7 @@ def _measure_data(
 
 
 def count_blocks(batches: Iterable[Extents], block_nbytes: int) -> int:
-    """Count the blocks of ``block_nbytes`` in which anything is not a hole or zeros.
+    """Count the blocks of ``block_nbytes`` bytes that hold data.
 
     Parameters
     ----------

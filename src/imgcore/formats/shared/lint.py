@@ -33,7 +33,7 @@ class ImageFacts(ABC):
     Attributes
     ----------
     file : HostFile
-        The image's file; the reader has it open once more.
+        The image's file, which the reader reads as well.
     format : str
         The image's format.
     reader : Reader or None
@@ -79,8 +79,8 @@ class Rule(Generic[Facts]):
     name : str
         Stands in findings.
     check : callable
-        Returns what is wrong, or None.  It keeps silent about images of other formats than
-        its own: that they are of another format is a rule, too.
+        Returns what is wrong, or None.  It keeps silent about images of other formats
+        than its own: that they are of another format is a rule, too.
     remedy : str, or callable
         What to do about it; an empty text stands for `ImageFacts.remedy`.
     """
