@@ -126,7 +126,7 @@ class TestProbe:
     def test_two_matches_are_an_error(self, tmp_path: Path) -> None:
         path = place(tmp_path, "x.qcow2", HEADS["qcow2"], TAILS["vhd"])
         for call in (found, open_as):
-            with pytest.raises(WrongFormatError, match=r"\(qcow2, vhd\): say with -f"):
+            with pytest.raises(WrongFormatError, match=r"\(qcow2, vhd\): state the right one with -f"):
                 call(path)
 
     @pytest.mark.parametrize("name", HEADS)
@@ -179,7 +179,7 @@ class TestRawRules:
     @pytest.mark.parametrize("name", ["x", "x.iso", "x.vmdk", "x.qcow2", "x.vhd", "raw", ".raw"])
     def test_no_magic_and_no_such_suffix(self, tmp_path: Path, name: str) -> None:
         path = place(tmp_path, name)
-        with pytest.raises(WrongFormatError, match="say -f raw") as caught:
+        with pytest.raises(WrongFormatError, match="use -f raw") as caught:
             open_as(path)
         assert str(caught.value).startswith(f"{path}: ")
         assert open_as(path, "raw") == "raw"
@@ -188,7 +188,7 @@ class TestRawRules:
     def test_suffix_and_other_magic(self, tmp_path: Path, name: str) -> None:
         path = place(tmp_path, "x.raw", HEADS.get(name, b""), TAILS.get(name, b""))
         stated = f"-f {name} or -f raw" if name in format_names() else "-f raw"
-        with pytest.raises(WrongFormatError, match=f"magic of {name}: say {stated}$"):
+        with pytest.raises(WrongFormatError, match=f"magic of {name}: use {stated}$"):
             open_as(path)
         assert open_as(path, "raw") == "raw"
 
@@ -197,7 +197,7 @@ class TestRawRules:
             assert open_as(device) == "raw"
             assert format_from_suffix(device) == "raw"
         with loop_device(place(tmp_path, "backing", HEADS["qcow2"])) as device:
-            with pytest.raises(WrongFormatError, match="block device, but carries"):
+            with pytest.raises(WrongFormatError, match="block device, but has"):
                 open_as(device)
             assert open_as(device, "raw") == "raw"
 
@@ -354,7 +354,7 @@ class TestReadOnlyFormat:
     @pytest.mark.parametrize("verb", ["convert", "create", "measure"])
     def test_is_not_written(self, tmp_path: Path, read_only_format: str, verb: str) -> None:
         source, target = place(tmp_path, "x.raw"), tmp_path / "y.toy"
-        with pytest.raises(OptionError, match="^toy images are read, not written$"):
+        with pytest.raises(OptionError, match="^toy images can be read, but not written$"):
             if verb == "convert":
                 imgcore.convert(source, target)
             elif verb == "create":
