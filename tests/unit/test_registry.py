@@ -126,7 +126,9 @@ class TestProbe:
     def test_two_matches_are_an_error(self, tmp_path: Path) -> None:
         path = place(tmp_path, "x.qcow2", HEADS["qcow2"], TAILS["vhd"])
         for call in (found, open_as):
-            with pytest.raises(WrongFormatError, match=r"\(qcow2, vhd\): state the right one with -f"):
+            with pytest.raises(
+                WrongFormatError, match=r"\(qcow2, vhd\): state the right one with -f"
+            ):
                 call(path)
 
     @pytest.mark.parametrize("name", HEADS)
@@ -245,7 +247,7 @@ class TestStatedFormat:
             open_as(path)
         assert str(caught.value) == f"{path}: {line}"
         words = line.replace("not read", "neither read nor written")
-        with pytest.raises(OptionError, match=f"^{words}: known are qcow2, vmdk"):
+        with pytest.raises(OptionError, match=f"^{words}; known formats: qcow2, vmdk"):
             canonical_name(name)
 
     def test_every_magic_is_known(self) -> None:
@@ -428,14 +430,14 @@ class TestOptions:
         [
             (
                 ["colour=red"],
-                "unknown option 'colour' for toy: known are cluster_size, level, lazy",
+                "unknown option 'colour' for toy; known options: cluster_size, level, lazy",
             ),
             (["=red"], "unknown option ''"),
             (["cluster_size"], "needs a value"),
             (["cluster_size=big"], "cluster_size of toy: invalid size 'big'"),
             (["level=high"], "level of toy is 'high': a whole number"),
-            (["lazy=maybe"], "allowed are on and off"),
-            (["mode=half"], "allowed are off, full"),
+            (["lazy=maybe"], "allowed: on, off"),
+            (["mode=half"], "allowed: off, full"),
             ({"cluster_size": -1}, "not negative"),
         ],
     )

@@ -141,10 +141,10 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"uuid": "xyz"}, "uuid is 'xyz'"),
     ({"uuid": str(UUID(int=0))}, "not all of them zero"),
     ({"modification_uuid": str(UUID(int=0))}, "modification_uuid is .*, not all of them zero"),
-    ({"block_size": "64k"}, "block_size is 65536: allowed are powers of two from 131072"),
+    ({"block_size": "64k"}, "block_size is 65536, allowed: powers of two from 131072"),
     ({"block_size": "256M"}, "block_size is 268435456"),
     ({"block_size": "3M"}, "block_size is 3145728"),
-    ({"subformat": "sparse"}, "allowed are dynamic, fixed"),
+    ({"subformat": "sparse"}, "allowed: dynamic, fixed"),
     ({"subformat": "dynamic", "static": "on"}, "static=on asks for subformat=fixed"),
     ({"preallocation": "full"}, "preallocation does not go with subformat=dynamic"),
 ]

@@ -466,7 +466,7 @@ class TestReadOptions:
 
     @pytest.mark.parametrize(
         ("options", "match"),
-        [(["size=big"], "allowed are chs, current"), (["cut=1"], "unknown option 'cut' for vhd")],
+        [(["size=big"], "allowed: chs, current"), (["cut=1"], "unknown option 'cut' for vhd")],
     )
     def test_refused(self, tmp_path: Path, options: list[str], match: str) -> None:
         with pytest.raises(imgcore.OptionError, match=match):

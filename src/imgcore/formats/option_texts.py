@@ -60,7 +60,7 @@ def _given(name: str, record: type[FormatOptions], texts: OptionTexts) -> dict[s
     for key, value in pairs:
         if key not in known:
             names = ", ".join(known) or "none"
-            raise OptionError(f"unknown option {key!r} for {name}: known are {names}")
+            raise OptionError(f"unknown option {key!r} for {name}; known options: {names}")
         values[key] = _value(name, known[key], value)
     return values
 

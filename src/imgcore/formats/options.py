@@ -98,13 +98,13 @@ def _read_flag(where: str, value: Any) -> bool:
     if isinstance(value, bool):
         return value
     if str(value).lower() not in _FLAG_TEXTS:
-        raise OptionError(f"{where} is {value!r}: allowed are on and off")
+        raise OptionError(f"{where} is {value!r}, allowed: on, off")
     return _FLAG_TEXTS[str(value).lower()]
 
 
 def _read_choice(choices: Sequence[str], where: str, value: Any) -> str:
     if str(value) not in choices:
-        raise OptionError(f"{where} is {str(value)!r}: allowed are {', '.join(choices)}")
+        raise OptionError(f"{where} is {str(value)!r}, allowed: {', '.join(choices)}")
     return str(value)
 
 

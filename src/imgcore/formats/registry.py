@@ -110,8 +110,10 @@ def canonical_name(name: str) -> str:
     if entry is None:
         known = ", ".join(format_names())
         if name in NOT_READ:
-            raise OptionError(f"{NOT_READ[name]} are neither read nor written: known are {known}")
-        raise OptionError(f"unknown format {name!r}: known are {known}")
+            raise OptionError(
+                f"{NOT_READ[name]} are neither read nor written; known formats: {known}"
+            )
+        raise OptionError(f"unknown format {name!r}; known formats: {known}")
     return entry.name
 
 
