@@ -61,7 +61,7 @@ def cases() -> Iterator[Case]:
 def _files() -> Iterator[Case]:
     for name, file, error, word in (
         ("odd-size", _put("disk.raw", bytes(1000)), "CorruptImageError", "multiple of 512"),
-        ("no-suffix", _put("disk", pattern(SIZE)), "WrongFormatError", "say -f raw"),
+        ("no-suffix", _put("disk", pattern(SIZE)), "WrongFormatError", "use -f raw"),
         ("is-qcow2", _put("disk.raw", qcow2.build()), "WrongFormatError", "magic of qcow2"),
         ("is-vhdx", _put("disk.img", b"vhdxfile" + bytes(504)), "WrongFormatError", "vhdx"),
         ("is-luks", _put("disk", b"LUKS\xba\xbe" + bytes(506)), "UnsupportedFeatureError", "luks"),

@@ -63,7 +63,7 @@ FIELDS = [
         CURRENT_SIZE,
         be64((2040 << 30) + 512),
         "LimitExceededError",
-        "allowed are 2190433320960",
+        "at most 2190433320960 are allowed",
     ),
     ("size-cap", CURRENT_SIZE, be64(2040 << 30), "CorruptImageError", "BAT of 4 entries"),
     ("size-pebibyte", CURRENT_SIZE, be64(1 << 50), "LimitExceededError", "dynamic disk of"),
@@ -234,9 +234,14 @@ def _locators() -> Iterator[Case]:
     for name, locators, error, word in (
         ("missing", ok, "FileNotFoundError", ""),
         ("device", {b"W2ku": utf16("\\\\.\\PhysicalDrive0")}, "FileNotFoundError", ""),
-        ("http", {b"MacX": b"http://127.0.0.1/p.vhd"}, "CorruptImageError", "names no parent"),
-        ("nothing", {}, "CorruptImageError", "names no parent"),
-        ("dots", {b"W2ru": utf16("..")}, "CorruptImageError", "names no parent"),
+        (
+            "http",
+            {b"MacX": b"http://127.0.0.1/p.vhd"},
+            "CorruptImageError",
+            "does not name its parent",
+        ),
+        ("nothing", {}, "CorruptImageError", "does not name its parent"),
+        ("dots", {b"W2ru": utf16("..")}, "CorruptImageError", "does not name its parent"),
         ("bad-utf16", {b"W2ru": b"\x00\xd8x\0"}, "CorruptImageError", "UTF-16"),
         ("bad-url", {b"MacX": b"file://%ff"}, "CorruptImageError", "UTF-8"),
     ):

@@ -235,7 +235,7 @@ def test_placement_beyond_the_entry_is_refused(tmp_path: Path) -> None:
         ({"compat": "2.0"}, False, False, "compat of qcow2 is '2.0'"),
         ({"compression_type": "lzma"}, False, False, "compression_type of qcow2 is 'lzma'"),
         ({"preallocation": "some"}, False, False, "preallocation of qcow2 is 'some'"),
-        ({"window": "8k"}, True, False, "window of qcow2 is '8k': allowed are 4k, 32k"),
+        ({"window": "8k"}, True, False, "window of qcow2 is '8k', allowed: 4k, 32k"),
         ({"compat": "0.10", "compression_type": "zstd"}, True, False, "needs compat=1.1"),
         ({"compat": "0.10", "lazy_refcounts": True}, False, False, "needs compat=1.1"),
         ({"compat": "0.10", "refcount_bits": 8}, False, False, "needs compat=1.1"),

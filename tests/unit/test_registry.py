@@ -126,7 +126,9 @@ class TestProbe:
     def test_two_matches_are_an_error(self, tmp_path: Path) -> None:
         path = place(tmp_path, "x.qcow2", HEADS["qcow2"], TAILS["vhd"])
         for call in (found, open_as):
-            with pytest.raises(WrongFormatError, match=r"\(qcow2, vhd\): say with -f"):
+            with pytest.raises(
+                WrongFormatError, match=r"\(qcow2, vhd\): state the right one with -f"
+            ):
                 call(path)
 
     @pytest.mark.parametrize("name", HEADS)
@@ -179,7 +181,7 @@ class TestRawRules:
     @pytest.mark.parametrize("name", ["x", "x.iso", "x.vmdk", "x.qcow2", "x.vhd", "raw", ".raw"])
     def test_no_magic_and_no_such_suffix(self, tmp_path: Path, name: str) -> None:
         path = place(tmp_path, name)
-        with pytest.raises(WrongFormatError, match="say -f raw") as caught:
+        with pytest.raises(WrongFormatError, match="use -f raw") as caught:
             open_as(path)
         assert str(caught.value).startswith(f"{path}: ")
         assert open_as(path, "raw") == "raw"
@@ -188,7 +190,7 @@ class TestRawRules:
     def test_suffix_and_other_magic(self, tmp_path: Path, name: str) -> None:
         path = place(tmp_path, "x.raw", HEADS.get(name, b""), TAILS.get(name, b""))
         stated = f"-f {name} or -f raw" if name in format_names() else "-f raw"
-        with pytest.raises(WrongFormatError, match=f"magic of {name}: say {stated}$"):
+        with pytest.raises(WrongFormatError, match=f"magic of {name}: use {stated}$"):
             open_as(path)
         assert open_as(path, "raw") == "raw"
 
@@ -197,7 +199,7 @@ class TestRawRules:
             assert open_as(device) == "raw"
             assert format_from_suffix(device) == "raw"
         with loop_device(place(tmp_path, "backing", HEADS["qcow2"])) as device:
-            with pytest.raises(WrongFormatError, match="block device, but carries"):
+            with pytest.raises(WrongFormatError, match="block device, but has"):
                 open_as(device)
             assert open_as(device, "raw") == "raw"
 
@@ -245,7 +247,7 @@ class TestStatedFormat:
             open_as(path)
         assert str(caught.value) == f"{path}: {line}"
         words = line.replace("not read", "neither read nor written")
-        with pytest.raises(OptionError, match=f"^{words}: known are qcow2, vmdk"):
+        with pytest.raises(OptionError, match=f"^{words}; known formats: qcow2, vmdk"):
             canonical_name(name)
 
     def test_every_magic_is_known(self) -> None:
@@ -354,7 +356,7 @@ class TestReadOnlyFormat:
     @pytest.mark.parametrize("verb", ["convert", "create", "measure"])
     def test_is_not_written(self, tmp_path: Path, read_only_format: str, verb: str) -> None:
         source, target = place(tmp_path, "x.raw"), tmp_path / "y.toy"
-        with pytest.raises(OptionError, match="^toy images are read, not written$"):
+        with pytest.raises(OptionError, match="^toy images can be read, but not written$"):
             if verb == "convert":
                 imgcore.convert(source, target)
             elif verb == "create":
@@ -430,14 +432,14 @@ class TestOptions:
         [
             (
                 ["colour=red"],
-                "unknown option 'colour' for toy: known are cluster_size, level, lazy",
+                "unknown option 'colour' for toy; known options: cluster_size, level, lazy",
             ),
             (["=red"], "unknown option ''"),
             (["cluster_size"], "needs a value"),
             (["cluster_size=big"], "cluster_size of toy: invalid size 'big'"),
             (["level=high"], "level of toy is 'high': a whole number"),
-            (["lazy=maybe"], "allowed are on and off"),
-            (["mode=half"], "allowed are off, full"),
+            (["lazy=maybe"], "allowed: on, off"),
+            (["mode=half"], "allowed: off, full"),
             ({"cluster_size": -1}, "not negative"),
         ],
     )

@@ -49,22 +49,22 @@ HEADER_DAMAGE: list[tuple[str, int, bytes, type[imgcore.ImgcoreError], str]] = [
     ("type 0", vdi.TYPE, le32(0), CorruptImageError, "unknown image type 0"),
     ("type 5", vdi.TYPE, le32(5), CorruptImageError, "unknown image type 5"),
     ("undo", vdi.TYPE, le32(3), UnsupportedFeatureError, "type undo"),
-    ("no parent", vdi.TYPE, le32(4), CorruptImageError, "names no parent"),
+    ("no parent", vdi.TYPE, le32(4), CorruptImageError, "does not name its parent"),
     ("flags", vdi.FLAGS, le32(3), UnsupportedFeatureError, "flags 0x2"),
     ("map in header", vdi.OFF_MAP, le32(455), CorruptImageError, "0x1c7 lies in the header"),
-    ("map over data", vdi.OFF_DATA, le32(527), CorruptImageError, "0x210, behind the first"),
-    ("map past end", vdi.OFF_MAP, le32(0xFFFFFF00), CorruptImageError, "behind the first block"),
+    ("map over data", vdi.OFF_DATA, le32(527), CorruptImageError, "0x210, after the start"),
+    ("map past end", vdi.OFF_MAP, le32(0xFFFFFF00), CorruptImageError, "start of the first block"),
     ("sectors", vdi.SECTOR_SIZE, le32(4096), UnsupportedFeatureError, "sectors of 4096 bytes"),
     ("LCHS", vdi.LCHS_SECTOR_SIZE, le32(1024), UnsupportedFeatureError, "sectors of 1024"),
-    ("disk", vdi.DISK_SIZE, le64(4 * BLOCK + 1), CorruptImageError, "in 4 blocks of 1048576"),
-    ("huge disk", vdi.DISK_SIZE, le64(2**64 - 1), LimitExceededError, "allowed are 9223372036"),
+    ("disk", vdi.DISK_SIZE, le64(4 * BLOCK + 1), CorruptImageError, "fit in 4 blocks of 1048576"),
+    ("huge disk", vdi.DISK_SIZE, le64(2**64 - 1), LimitExceededError, "at most 9223372036"),
     ("block 0", vdi.BLOCK_SIZE, le32(0), LimitExceededError, "blocks of 0 bytes"),
     ("block odd", vdi.BLOCK_SIZE, le32(3 * MIB), LimitExceededError, "blocks of 3145728"),
     ("block small", vdi.BLOCK_SIZE, le32(32768), LimitExceededError, "from 65536 to 268435456"),
     ("block large", vdi.BLOCK_SIZE, le32(512 * MIB), LimitExceededError, "blocks of 536870912"),
     ("extra", vdi.BLOCK_EXTRA, le32(512), UnsupportedFeatureError, "512 bytes of extra data"),
     ("blocks", vdi.N_BLOCKS, le32(3), CorruptImageError, "in 3 blocks"),
-    ("map too long", vdi.N_BLOCKS, le32(0x3FFFFFFF), CorruptImageError, "behind the first block"),
+    ("map too long", vdi.N_BLOCKS, le32(0x3FFFFFFF), CorruptImageError, "start of the first block"),
 ]  # fmt: skip
 
 
@@ -332,7 +332,7 @@ def test_search_is_bounded(
     monkeypatch.setattr(vdi_parent, "VDI_MAX_SEARCHED_FILES", n_files)
     with pytest.raises(FileNotFoundError, match="--parent"):
         imgcore.open(chain)
-    assert f"no more than {n_files} *.vdi files" in caplog.text
+    assert f"only {n_files} *.vdi files" in caplog.text
     assert imgcore.info(chain)["backing-filename"].endswith(".vdi")
     with imgcore.open(chain, parent=chain.parent / "middle.VDI") as image:
         assert image.read(3 * BLOCK, 1) == fill(0, 1)
@@ -465,5 +465,5 @@ def test_more_blocks_than_can_be_checked(tmp_path: Path) -> None:
             file.seek(offset)
             file.write(value.to_bytes(4, "little"))
         file.truncate((1 << 29) + BLOCK)
-    with pytest.raises(imgcore.LimitExceededError, match="67108864 can be checked"):
+    with pytest.raises(imgcore.LimitExceededError, match="at most 67108864 can be checked"):
         imgcore.check(path)

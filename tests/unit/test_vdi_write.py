@@ -141,11 +141,11 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"uuid": "xyz"}, "uuid is 'xyz'"),
     ({"uuid": str(UUID(int=0))}, "not all of them zero"),
     ({"modification_uuid": str(UUID(int=0))}, "modification_uuid is .*, not all of them zero"),
-    ({"block_size": "64k"}, "block_size is 65536: allowed are powers of two from 131072"),
+    ({"block_size": "64k"}, "block_size is 65536, allowed: powers of two from 131072"),
     ({"block_size": "256M"}, "block_size is 268435456"),
     ({"block_size": "3M"}, "block_size is 3145728"),
-    ({"subformat": "sparse"}, "allowed are dynamic, fixed"),
-    ({"subformat": "dynamic", "static": "on"}, "static=on asks for subformat=fixed"),
+    ({"subformat": "sparse"}, "allowed: dynamic, fixed"),
+    ({"subformat": "dynamic", "static": "on"}, "static=on means subformat=fixed"),
     ({"preallocation": "full"}, "preallocation does not go with subformat=dynamic"),
 ]
 
@@ -217,9 +217,9 @@ def test_empty_child(raw: Path, tmp_path: Path) -> None:
 
 def test_parents_that_cannot_be(raw: Path, tmp_path: Path) -> None:
     write(tmp_path / "base.vdi", raw)
-    with pytest.raises(OptionError, match="is a VDI, not raw"):
+    with pytest.raises(OptionError, match="must be a VDI, not raw"):
         imgcore.create(tmp_path / "a.vdi", backing="disk.raw", backing_format="raw")
-    with pytest.raises(OptionError, match="a fixed VDI has no parent"):
+    with pytest.raises(OptionError, match="a fixed VDI cannot have a parent"):
         imgcore.create(
             tmp_path / "a.vdi",
             backing="base.vdi",

@@ -94,7 +94,7 @@ def test_table_off_a_sector(tmp_path: Path) -> None:
     raw[1538:1562] = raw[1536:1560]
     path.write_bytes(raw)
     report = imgcore.check(vhd.poke_sound(path, (512 + 16, be64(1538))))
-    assert report.problems == ["ERROR the BAT at 0x602 does not begin at a sector's start"]
+    assert report.problems == ["ERROR the BAT at 0x602 is not aligned to 512 bytes"]
 
 
 def test_fixed_footer_with_a_header_place(tmp_path: Path) -> None:
@@ -113,7 +113,9 @@ def test_too_many_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("imgcore.formats.vhd.check.VHD_MAX_CHECKED_BLOCKS", N_BLOCKS)
     assert imgcore.check(_dynamic(tmp_path)).ok
     monkeypatch.setattr("imgcore.formats.vhd.check.VHD_MAX_CHECKED_BLOCKS", N_BLOCKS - 1)
-    with pytest.raises(imgcore.LimitExceededError, match="a disk of 6 blocks, 5 can be checked"):
+    with pytest.raises(
+        imgcore.LimitExceededError, match="a disk of 6 blocks, at most 5 can be checked"
+    ):
         imgcore.check(_dynamic(tmp_path))
     assert limits.VHD_MAX_CHECKED_BLOCKS == 1 << 22
 
@@ -130,9 +132,9 @@ def _batmap_image(tmp_path: Path) -> Path:
     ("change", "word"),
     [
         ((2560, b"\xc4"), "the batmap states the checksum"),
-        ((2560, b"\xe0"), "the batmap calls block 2 full, which is absent"),
-        ((2048 + 16, be32(0)), "is no whole one"),
-        ((2048 + 8, be64(1 << 40)), "is no whole one"),
+        ((2560, b"\xe0"), "the batmap marks block 2 as full, but it is absent"),
+        ((2048 + 16, be32(0)), "is incomplete"),
+        ((2048 + 8, be64(1 << 40)), "is incomplete"),
     ],
 )
 def test_batmap(tmp_path: Path, change: tuple[int, bytes], word: str) -> None:
@@ -184,16 +186,20 @@ def _make_old(path: Path) -> None:
         (lambda path: poke(path, (END, bytes(SECTOR))), "no footer at the end", None),
         (_cut_footer, "no footer at the end", END + SECTOR),
         (_make_old, "footer at 0x6e00 is damaged", END + SECTOR - 1),
-        (lambda path: poke(path, (100, b"\x01")), "copy at the start is no copy", None),
-        (lambda path: poke(path, (0, bytes(SECTOR))), "copy at the start is no copy", None),
+        (lambda path: poke(path, (100, b"\x01")), "copy at the start is missing or wrong", None),
+        (
+            lambda path: poke(path, (0, bytes(SECTOR))),
+            "copy at the start is missing or wrong",
+            None,
+        ),
         (
             lambda path: poke(path, (0, vhd.footer(N_BLOCKS * BLOCK, timestamp=1))),
-            "copy at the start is no copy",
+            "copy at the start is missing or wrong",
             None,
         ),
         (
             lambda path: poke(path, _entry(4, vhd.ABSENT)),
-            "1 blocks behind the last one are leaked",
+            "1 blocks after the last one are leaked",
             END + SECTOR - STRIDE,
         ),
     ],

@@ -152,18 +152,22 @@ def test_time_of_modification(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
 
 
 def test_no_name_at_all(tmp_path: Path) -> None:
-    with pytest.raises(CorruptImageError, match="names no parent"):
+    with pytest.raises(CorruptImageError, match="does not name its parent"):
         read(child(tmp_path, {}))
 
 
 @pytest.mark.parametrize(
     ("locators", "error", "match"),
     [
-        ({b"W2ru": b"p\xd8."}, CorruptImageError, "W2ru locator is no UTF-16-LE"),
-        ({b"MacX": b"file://./\xff.vhd"}, CorruptImageError, "MacX locator is no UTF-8"),
-        ({b"MacX": b"file://./%FF.vhd"}, CorruptImageError, "MacX parent locator is no UTF-8"),
-        ({b"MacX": b"http://host/p.vhd"}, CorruptImageError, "names no parent"),
-        ({b"W2ru": b""}, CorruptImageError, "names no parent"),
+        ({b"W2ru": b"p\xd8."}, CorruptImageError, "W2ru locator is not valid UTF-16-LE"),
+        ({b"MacX": b"file://./\xff.vhd"}, CorruptImageError, "MacX locator is not valid UTF-8"),
+        (
+            {b"MacX": b"file://./%FF.vhd"},
+            CorruptImageError,
+            "MacX parent locator is not valid UTF-8",
+        ),
+        ({b"MacX": b"http://host/p.vhd"}, CorruptImageError, "does not name its parent"),
+        ({b"W2ru": b""}, CorruptImageError, "does not name its parent"),
     ],
 )
 def test_unreadable_names(
@@ -188,7 +192,7 @@ def test_an_unreadable_name_where_another_serves(
     parent(tmp_path)
     path = child(tmp_path, locators, parent_name="p.vhd")
     assert read(path) == content()
-    assert "by its other names" in caplog.text
+    assert "trying the other names of the parent" in caplog.text
     assert imgcore.info(path)["format-specific"]["data"]["parent-names"]
 
 
@@ -210,9 +214,9 @@ LENGTH, PLACE = 512 + 576 + 8, 512 + 576 + 16
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        ((LENGTH, be32(65537)), LimitExceededError, "65537 bytes, allowed are 65536"),
+        ((LENGTH, be32(65537)), LimitExceededError, "65537 bytes, at most 65536 are allowed"),
         ((LENGTH, be32(65536)), CorruptImageError, "past the end of the file"),
-        ((LENGTH, be32(0xFFFFFFFF)), LimitExceededError, "allowed are 65536"),
+        ((LENGTH, be32(0xFFFFFFFF)), LimitExceededError, "at most 65536 are allowed"),
         ((PLACE, b"\xff" * 8), CorruptImageError, "past the end of the file"),
     ],
 )
@@ -357,7 +361,7 @@ class TestWriting:
         ("name", "format", "options", "match"),
         [
             ("old.raw", "raw", [], "must be a VHD, not raw"),
-            ("p.vhd", "vhd", ["subformat=fixed"], "a fixed VHD has no parent"),
+            ("p.vhd", "vhd", ["subformat=fixed"], "a fixed VHD cannot have a parent"),
             ("a\\b.vhd", "vhd", [], "cannot be represented in a VHD"),
             ("./vm-10:00.vhd", "vhd", [], "cannot be represented in a VHD"),
             ("x" * 251 + ".vhd", "vhd", [], None),

@@ -146,9 +146,9 @@ FOOTER_CASES = {
     "header-past-the-end": ((16, be64(1 << 40)), CorruptImageError, "past the end of the file"),
     "header-wraps": ((16, be64((1 << 64) - 2)), CorruptImageError, "past the end of the file"),
     "no-header-there": ((16, be64(0)), CorruptImageError, "no dynamic disk header at 0x0"),
-    "odd-size": ((48, be64(SIZE + 1)), CorruptImageError, "no multiple of 512"),
+    "odd-size": ((48, be64(SIZE + 1)), CorruptImageError, "not a multiple of 512"),
     "size-beyond-the-bat": ((48, be64(1 << 30)), CorruptImageError, "a BAT of 6 entries"),
-    "petabytes": ((48, be64(1 << 60)), LimitExceededError, "allowed are 2190433320960"),
+    "petabytes": ((48, be64(1 << 60)), LimitExceededError, "at most 2190433320960 are allowed"),
 }
 HEADER_CASES = {
     "cookie": ((512, b"cxsparsf"), CorruptImageError, "its cookie is b'cxsparsf'"),
@@ -281,14 +281,14 @@ class TestFooters:
         with caplog.at_level(logging.WARNING, "imgcore"):
             assert rows_of(path) == before
         assert [words in record.message for record in caplog.records] == [True]
-        assert "reading by its copy at the start" in caplog.text
+        assert "using its copy at the start" in caplog.text
 
     @pytest.mark.parametrize(
         ("damage", "words"),
         [
-            ((100, b"\x01"), "reading by the one at the end"),
+            ((100, b"\x01"), "using the one at the end"),
             ((0, b"\0" * SECTOR), "no copy of the footer"),
-            ((0, vhd.footer(SIZE, timestamp=9)), "differ; reading by the one at the end"),
+            ((0, vhd.footer(SIZE, timestamp=9)), "differ; using the one at the end"),
         ],
         ids=["checksum", "gone", "other"],
     )
@@ -466,7 +466,7 @@ class TestReadOptions:
 
     @pytest.mark.parametrize(
         ("options", "match"),
-        [(["size=big"], "allowed are chs, current"), (["cut=1"], "unknown option 'cut' for vhd")],
+        [(["size=big"], "allowed: chs, current"), (["cut=1"], "unknown option 'cut' for vhd")],
     )
     def test_refused(self, tmp_path: Path, options: list[str], match: str) -> None:
         with pytest.raises(imgcore.OptionError, match=match):

@@ -43,7 +43,7 @@ def refused(path: Path, error: type[Exception], words: str) -> None:
 
 # Offset in both headers, bytes, error, words.
 HEADER_FIELDS: dict[str, tuple[int, bytes, type[Exception], str]] = {
-    "version-2": (66, u16(2), UnsupportedFeatureError, "VHDX version 2, known is 1"),
+    "version-2": (66, u16(2), UnsupportedFeatureError, "VHDX version 2, supported is 1"),
     "version-0": (66, u16(0), UnsupportedFeatureError, "VHDX version 0"),
     "log-unaligned": (72, u64(MIB + 4096), CorruptImageError, "not aligned"),
     "log-length-odd": (68, u32(MIB + 512), CorruptImageError, "not aligned"),
@@ -65,14 +65,14 @@ def test_header_fields(
 
 
 REGION_FIELDS: dict[str, tuple[int, bytes, type[Exception], str]] = {
-    "entries-2048": (8, u32(2048), CorruptImageError, "2048 entries, allowed up to 2047"),
-    "entries-4-billion": (8, u32(0xFFFFFFFF), CorruptImageError, "allowed up to 2047"),
+    "entries-2048": (8, u32(2048), CorruptImageError, "2048 entries, at most 2047"),
+    "entries-4-billion": (8, u32(0xFFFFFFFF), CorruptImageError, "at most 2047 are allowed"),
     "entries-none": (8, u32(0), CorruptImageError, "has no metadata region"),
     "entries-one": (8, u32(1), CorruptImageError, "has no metadata region"),
     "same-guid": (48, vhdx.BAT.bytes_le, CorruptImageError, "the same GUID"),
     "unknown-required": (16, UNKNOWN.bytes_le, UnsupportedFeatureError, str(UNKNOWN)),
     "bat-unaligned": (32, u64(2 * MIB + 4096), CorruptImageError, "multiples of"),
-    "bat-in-the-headers": (32, u64(0), CorruptImageError, "behind the headers"),
+    "bat-in-the-headers": (32, u64(0), CorruptImageError, "after the headers"),
     "bat-past-the-end": (32, u64(1 << 40), CorruptImageError, "BAT region ends at"),
     "bat-on-the-metadata": (32, u64(3 * MIB), CorruptImageError, "inside"),
     "bat-length-odd": (40, u32(4096), CorruptImageError, "multiples of"),
@@ -97,16 +97,16 @@ TABLE = vhdx.METADATA_OFFSET
 # Offset in the file, bytes, error, words.
 METADATA_FIELDS: dict[str, tuple[int, bytes, type[Exception], str]] = {
     "signature": (TABLE, b"metadat?", CorruptImageError, "starts with b'metadat"),
-    "entries-2048": (TABLE + 10, u16(2048), CorruptImageError, "allowed up to 2047"),
+    "entries-2048": (TABLE + 10, u16(2048), CorruptImageError, "at most 2047 are allowed"),
     "entries-none": (TABLE + 10, u16(0), CorruptImageError, "no metadata item file parameters"),
     "entries-two": (TABLE + 10, u16(2), CorruptImageError, "no metadata item virtual disk ID"),
     "twice": (TABLE + 64, vhdx.FILE_PARAMETERS.bytes_le, CorruptImageError, "two metadata items"),
     "unknown": (TABLE + 32, UNKNOWN.bytes_le, UnsupportedFeatureError, str(UNKNOWN)),
     "known-as-user": (TABLE + 56, u32(5), UnsupportedFeatureError, str(vhdx.FILE_PARAMETERS)),
-    "item-in-the-table": (TABLE + 48, u32(4096), CorruptImageError, "behind 0x10000"),
-    "item-past-the-region": (TABLE + 48, u32(MIB - 4), CorruptImageError, "behind 0x10000"),
-    "item-wraps": (TABLE + 48, u32(0xFFFFFFFC), CorruptImageError, "behind 0x10000"),
-    "item-of-4-gib": (TABLE + 52, u32(0xFFFFFFFF), CorruptImageError, "allowed are up to"),
+    "item-in-the-table": (TABLE + 48, u32(4096), CorruptImageError, "bytes after 0x10000"),
+    "item-past-the-region": (TABLE + 48, u32(MIB - 4), CorruptImageError, "bytes after 0x10000"),
+    "item-wraps": (TABLE + 48, u32(0xFFFFFFFC), CorruptImageError, "bytes after 0x10000"),
+    "item-of-4-gib": (TABLE + 52, u32(0xFFFFFFFF), CorruptImageError, "allowed: at most"),
     "item-too-short": (TABLE + 52, u32(4), CorruptImageError, "has 4 bytes, 8 are needed"),
     "item-empty": (TABLE + 48, bytes(8), CorruptImageError, "has 0 bytes, 8 are needed"),
 }
@@ -126,9 +126,14 @@ def _item_fields() -> dict[str, tuple[int, bytes, type[Exception], str]]:
             for name, at in (("logical", logical), ("physical", physical))
             for value in (0, 256, 1024, 8192, 0xFFFFFFFF)
         },
-        "size-odd": (size, u64(MIB + 1), CorruptImageError, "no multiple"),
-        "size-65-tib": (size, u64(limit + 512), LimitExceededError, f"allowed up to {limit}"),
-        "size-petabytes": (size, u64((1 << 64) - 512), LimitExceededError, "allowed up to"),
+        "size-odd": (size, u64(MIB + 1), CorruptImageError, "not a multiple"),
+        "size-65-tib": (size, u64(limit + 512), LimitExceededError, f"at most {limit}"),
+        "size-petabytes": (
+            size,
+            u64((1 << 64) - 512),
+            LimitExceededError,
+            "at most 70368744177664",
+        ),
         "size-64-tib": (size, u64(limit), CorruptImageError, "the BAT region has 1048576 bytes"),
         "parent-without-locator": (parameters + 4, u32(2), CorruptImageError, "no parent locator"),
     }
@@ -148,19 +153,19 @@ def test_metadata_fields(
 AT = CHILD.item_offset(vhdx.LOCATOR)
 LOCATOR_FIELDS: dict[str, tuple[int, bytes, type[Exception], str]] = {
     "other-type": (AT, UNKNOWN.bytes_le, UnsupportedFeatureError, str(UNKNOWN)),
-    "no-entries": (AT + 18, u16(0), CorruptImageError, "names no file"),
+    "no-entries": (AT + 18, u16(0), CorruptImageError, "does not name a file"),
     "more-entries-than-bytes": (AT + 18, u16(100), CorruptImageError, "need more"),
     "too-many-entries": (
         AT + 18,
         u16(VHDX_MAX_LOCATOR_ENTRIES + 1),
         LimitExceededError,
-        f"allowed up to {VHDX_MAX_LOCATOR_ENTRIES}",
+        f"at most {VHDX_MAX_LOCATOR_ENTRIES} are allowed",
     ),
     "key-outside": (AT + 20, u32(0xFFFFFFFF), CorruptImageError, "one of its texts ends at"),
     "value-outside": (AT + 24, u32(5000), CorruptImageError, "one of its texts ends at"),
     "key-twice": (AT + 32, u32(44) + u32(72) + u16(28), CorruptImageError, "twice"),
-    "no-utf-16": (AT + 44, b"\x00\xd8\x00\xd8", CorruptImageError, "no UTF-16"),
-    "no-guid": (AT + 72, "x".encode("utf-16-le"), CorruptImageError, "no GUID"),
+    "no-utf-16": (AT + 44, b"\x00\xd8\x00\xd8", CorruptImageError, "not valid UTF-16"),
+    "no-guid": (AT + 72, "x".encode("utf-16-le"), CorruptImageError, "not a GUID"),
     "other-key": (AT + 44, "q".encode("utf-16-le"), CorruptImageError, "does not identify"),
 }
 

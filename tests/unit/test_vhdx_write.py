@@ -305,7 +305,7 @@ class TestDifferencing:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            ({"subformat": "fixed"}, "do not go together"),
+            ({"subformat": "fixed"}, "cannot have a parent"),
             ({"block_size": 8 * MIB}, "powers of two from 1048576 to 4194304 with a parent"),
         ],
     )
@@ -318,7 +318,7 @@ class TestDifferencing:
 
     def test_a_parent_of_another_format(self, tmp_path: Path, disk: Path) -> None:
         imgcore.convert(disk, tmp_path / "base.qcow2", sync=False)
-        with pytest.raises(OptionError, match="the parent of a vhdx image is vhdx, not qcow2"):
+        with pytest.raises(OptionError, match="the parent of a vhdx image must be vhdx, not qcow2"):
             imgcore.convert(
                 disk, tmp_path / "top.vhdx", backing="base.qcow2", backing_format="qcow2"
             )

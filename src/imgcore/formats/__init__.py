@@ -1,1 +1,1 @@
-"""The formats: each a package with a reader, a writer and the driver that names both."""
+"""The formats: a package for each, with its reader, writer, options and driver."""

@@ -1,4 +1,20 @@
-"""The parts of a format: one reader, one writer, a record of options."""
+"""The interface of a format: what its reader, writer and driver have to offer.
+
+A format is a package ``formats/x`` with a `Driver`, named in
+`imgcore.formats.registry`.
+
+- Its `Reader` parses an image and states which bytes of the virtual disk are where.
+- Its `Writer`, if it has one, states a `Geometry` for the engine.  The engine stores
+  the blocks, and the writer turns their `Placements` into tables.
+- Its records of options are described in `imgcore.formats.options`.
+
+Neither a reader nor a writer ever moves guest bytes: the engine does.
+
+Offsets and lengths are in bytes.  A *guest* offset is a place on the virtual disk, a
+*host* offset a place in a file.  Everything in an image is untrusted: it is verified
+before use, and sizes in it are limited by `imgcore.limits` before memory is allocated
+for them.
+"""
 
 from __future__ import annotations
 
@@ -33,28 +49,42 @@ if TYPE_CHECKING:
     from imgcore.files.target_file import TargetFile
 
 
+# -- reading ---------------------------------------------------------------------------
+
+
 class BackingReference(NamedTuple):
-    """The parent of an image; in a `WriteRequest`, the one that the target is to get.
+    """The parent of an image: as a child names it, or as a new child should store it.
+
+    A `Reader` returns one as ``backing``.  `imgcore.disk.chain` tries its names in
+    order and opens the first file that is the right parent.  A `WriteRequest` holds one
+    for the parent of the target.
 
     Attributes
     ----------
     name : str
-        File name as `ReferenceGate.open` takes it; shown, and tried first.
+        File name, as `ReferenceGate.open` takes it.  It is tried first, and shown to
+        users.
     format : str or None
-        None if the image does not state it: it is never guessed then.
+        The parent's format, or None if the image does not state it.  It is never
+        guessed: the user must then state it.
     identities : mapping of str to str
-        What the parent must have in its own ``Reader.identities``, each by a name that people
-        can read, such as ``{"content ID": "1a2b3c4d"}``.
+        The parent's identity, such as ``{"content ID": "1a2b3c4d"}``.  Each entry must
+        also be in the parent's own ``Reader.identities``; the keys appear in messages.
     alternatives : mapping of str to str
-        What the parent may have instead of the identity of the same name.
+        Further values that are accepted for the identities of the same keys.
     other_names : tuple of str
-        Tried in this order if nothing that fits is found under ``name``.
+        Names to try, in this order, if ``name`` does not lead to the right parent.
     modified : int or None
-        Unix seconds of the parent's last change, where the format records it.  A difference is
-        worth a warning only: copying a file changes it.
-    path, virtual_size : str or None, int or None
-        In a `WriteRequest`: the absolute path of the parent, which has been opened, and the
-        bytes of its disk; its ``identities`` and ``modified`` are what it has now.
+        Time of the parent's last change in Unix seconds, if the format records it.  A
+        difference causes a warning only, because copying a file changes its time.
+    path : str or None
+        Only in a `WriteRequest`: absolute path of the parent, which has been opened.
+    virtual_size : int or None
+        Only in a `WriteRequest`: size of the parent's disk in bytes.
+
+    Notes
+    -----
+    In a `WriteRequest`, ``identities`` and ``modified`` are the parent's present ones.
     """
 
     name: str
@@ -72,129 +102,153 @@ class BackingReference(NamedTuple):
 
 
 class Reader(Protocol):
-    """Answers one question: where is guest range [a, b)?  It never moves guest bytes."""
+    """An open image: tells where each range of its virtual disk is stored.
+
+    A reader describes one image only.  Parents are opened and combined with it by
+    `imgcore.disk.chain` and `imgcore.disk.overlay`.
+
+    Opening an image reads its headers and verifies them.  It must not import NumPy, so
+    that ``imgcore info`` starts fast: import it in `extents` and `check`.
+
+    Notes
+    -----
+    Errors: any method that reads may raise OSError with the file's name,
+    CorruptImageError if the image contradicts itself or its file,
+    UnsupportedFeatureError, or LimitExceededError.  Messages state what is wrong,
+    where, and what is allowed.
+    """
 
     format_name: ClassVar[str]
-    # The disk is its only file, byte for byte: a HOLE of it is a place in that file too.
+    """The format's name in the registry."""
+
     is_flat: ClassVar[bool]
+    """Whether the disk is the image's only file, byte for byte.
+
+    A HOLE of such an image has a place in that file, too.
+    """
 
     @property
     def subformat(self) -> str | None:
-        """Kind within the format, such as ``streamOptimized``."""
+        """Kind within the format, such as ``streamOptimized``; None if only one."""
         ...
 
     @property
     def virtual_size(self) -> int:
-        """Bytes of the virtual disk."""
+        """Size of the virtual disk in bytes."""
         ...
 
     @property
     def block_nbytes(self) -> int:
-        """Bytes of the allocation unit."""
+        """Size of the allocation unit in bytes; 512 for an image without one."""
         ...
 
     @property
     def sources(self) -> Sequence[SourceFile]:
-        """Files that extents refer to by index."""
+        """The files that hold guest data; ``file`` in an extent is an index here."""
         ...
 
     @property
     def backing(self) -> BackingReference | None:
-        """The parent that the image names."""
+        """The parent that the image names; None if it has none."""
         ...
 
     @property
     def identities(self) -> Mapping[str, str]:
-        """Facts by which a child recognises this image (see `BackingReference`); often none."""
+        """Facts by which a child recognises this image, such as a UUID; may be empty.
+
+        See `BackingReference.identities`.
+        """
         ...
 
     def extents(self, start: int, length: int) -> Iterator[Extents]:
-        """Yield extent batches that cover ``[start, start + length)`` of this layer.
+        """Yield batches of extents that cover ``[start, start + length)`` of the disk.
 
         Parameters
         ----------
         start, length : int
-            Bytes, multiples of 512 unless they end the disk; inside ``virtual_size``.
+            Range of the virtual disk in bytes, inside ``virtual_size`` and not empty.
+            Both are multiples of 512, unless the range ends where the disk does.
 
         Yields
         ------
         ndarray, shape (n,), dtype EXTENT_DTYPE, C-contiguous, 1 <= n <= MAX_BATCH_ROWS
-            Ascending, gap-free, non-overlapping over all batches together; clipped to
-            the range (a compressed row may start or end inside its block).
+            Over all batches together, the rows ascend, leave no gap, do not overlap,
+            and are clipped to the range.  A compressed row may start or end inside its
+            block.
 
         Raises
         ------
         CorruptImageError
-            A table entry lies outside the file.
+            A table entry is impossible, for example one that points past the file's
+            end.
+
+        Notes
+        -----
+        Tables are read in pieces, so that memory does not grow with the disk.
         """
         ...
 
     def info(self) -> dict[str, Any]:
-        """Return what is specific to the format, in the keys of ``qemu-img info``."""
+        """Return what is specific to the format, in the keys of ``qemu-img info``.
+
+        General keys, such as the virtual size, are added by `imgcore.disk.describe`.
+        """
         ...
 
     def check(self) -> CheckReport:
-        """Verify the image's tables; see `Driver.has_tables`."""
+        """Verify the image's tables and report every problem found.
+
+        Raises
+        ------
+        LimitExceededError
+            The tables are too large to be checked.
+
+        Notes
+        -----
+        Not called for a format whose driver has ``has_tables=False``.
+        """
         ...
 
     def close(self) -> None:
-        """Close every file that this reader opened."""
+        """Close every file that this reader opened; may be called more than once."""
         ...
 
 
 @runtime_checkable
 class SectorSized(Protocol):
-    """A reader or writer of a format that states the disk's logical sector size; others lack it."""
+    """A reader or writer whose format states the disk's logical sector size.
+
+    Optional: readers and writers of other formats do not have this property.
+    """
 
     @property
     def logical_sector_nbytes(self) -> int:
-        """Bytes of a logical sector: 512 or 4096."""
+        """Logical sector size in bytes: 512 or 4096."""
         ...
 
 
-class Repair(NamedTuple):
-    """One thing that is wrong with an image's file, and the bytes that put it right.
-
-    Repairs are applied in their order to a copy of the file, which takes the image's place only
-    if it then reads the same and its check finds less.  So a format states what to change and
-    touches no file; it offers only what cannot lose data.
-
-    Attributes
-    ----------
-    problem, action : str
-        Half a line each: what is wrong and where; what is done about it.
-    file_nbytes : int or None
-        The size that the file gets first; None leaves it.
-    writes : tuple of (int, bytes)
-        Offsets and what is written there, inside the file; never where guest data is stored.
-    """
-
-    problem: str
-    action: str
-    file_nbytes: int | None = None
-    writes: tuple[tuple[int, bytes], ...] = ()
-
-
-@runtime_checkable
-class Repairable(Protocol):
-    """A reader of a format of which something can be repaired; others just lack the method."""
-
-    def repairs(self) -> list[Repair]:
-        """Return what can be put right safely; empty if there is nothing, or nothing safe.
-
-        Returns
-        -------
-        list of Repair
-            With at most MAX_REPAIR_NBYTES to write.
-        """
-        ...
+# -- checking and repairing ------------------------------------------------------------
 
 
 @dataclass
 class CheckReport:
-    """The findings of ``check``; the counts are in the format's own allocation units.
+    """The findings of ``check``, filled by a format's `Reader.check`.
 
-    ``problems`` holds one line each, at most ``MAX_PROBLEM_LINES``; the counters go on.
+    Attributes
+    ----------
+    corruptions : int
+        Contradictions in the image: guest data may be wrong or unreachable.
+    leaks : int
+        Allocation units of the file that nothing uses.
+    total_clusters, allocated_clusters : int
+        Allocation units of the disk, and those that the image stores.
+    fragmented_clusters, compressed_clusters : int
+        Of the allocated ones: those that do not follow their predecessor in the file,
+        and those that are compressed.
+    image_end_offset : int
+        End of the used part of the file, in bytes.
+    problems : list of str
+        A line for each problem, at most ``MAX_PROBLEM_LINES``.  The counters count all.
     """
 
     corruptions: int = 0
@@ -213,7 +267,7 @@ class CheckReport:
         self.corruptions_among(1, [line])
 
     def corruptions_among(self, count: int, lines: Iterable[str]) -> None:
-        """Count ``count`` corruptions; of their lines, no more are made than are kept."""
+        """Count ``count`` corruptions; read only those lines that can be kept."""
         self.corruptions += count
         self._keep("ERROR", lines)
 
@@ -222,7 +276,7 @@ class CheckReport:
         self.leaks_among(count, [line])
 
     def leaks_among(self, count: int, lines: Iterable[str]) -> None:
-        """Count ``count`` leaked units; of their lines, no more are made than are kept."""
+        """Count ``count`` leaked units; read only those lines that can be kept."""
         self.leaks += count
         self._keep("Leaked", lines)
 
@@ -231,28 +285,75 @@ class CheckReport:
         self.problems += [f"{what} {line}" for line in islice(lines, max(0, room))]
 
 
+class Repair(NamedTuple):
+    """One problem in an image's file, and the bytes that put it right.
+
+    A format only states what to change.  `imgcore.disk.repair` applies the repairs, in
+    order, to a copy of the file.  The copy replaces the image only if it reads the same
+    and its check finds no more problems than before.
+
+    Attributes
+    ----------
+    problem : str
+        What is wrong and where; half a line.
+    action : str
+        What is done about it; half a line.
+    file_nbytes : int or None
+        Size in bytes that the file gets before the writes; None to keep it.
+    writes : tuple of (int, bytes)
+        Host offsets and the bytes to write there.  They lie inside the file and never
+        overlap guest data.
+    """
+
+    problem: str
+    action: str
+    file_nbytes: int | None = None
+    writes: tuple[tuple[int, bytes], ...] = ()
+
+
+@runtime_checkable
+class Repairable(Protocol):
+    """A reader whose format supports repairs.
+
+    Optional: readers of other formats do not have this method.
+    """
+
+    def repairs(self) -> list[Repair]:
+        """Return the repairs that cannot lose data; empty if there are none.
+
+        Returns
+        -------
+        list of Repair
+            Together they write at most MAX_REPAIR_NBYTES.
+        """
+        ...
+
+
+# -- writing ---------------------------------------------------------------------------
+
 Options = TypeVar("Options", bound=FormatOptions)
 
 
 class WriteRequest(NamedTuple, Generic[Options]):
-    """A target that is asked for; the format verifies it.
+    """A target as the user asks for it; the format verifies it.
 
     Attributes
     ----------
     virtual_size : int
-        Bytes.
+        Size of the virtual disk in bytes.
     options : FormatOptions
-        The format's own record, from the ``-o`` options.
+        The format's own record, made from the ``-o`` options.
     compress : bool
-        ``-c``.
+        Whether guest data should be compressed (``-c``).
     backing : BackingReference or None
-        The parent that the target is to get.
+        The parent of the target (``-B``).
     sparse_nbytes : int
-        ``-S`` in bytes; 0 writes zeros too.
+        Shortest run of zeros, in bytes, that is left out (``-S``); 0 stores all zeros.
     target_name : str
         The file's name, without its folder.
     logical_sector_nbytes : int or None
-        What the source states, None if it states nothing.
+        Logical sector size of the source in bytes, or None if the source does not state
+        it.
     """
 
     virtual_size: int
@@ -265,23 +366,38 @@ class WriteRequest(NamedTuple, Generic[Options]):
 
 
 class Writer(Protocol):
-    """States a target geometry, then turns placements into tables.  It never moves guest bytes."""
+    """Writes one image around the guest data, which the engine stores.
+
+    The calls of a conversion, in this order:
+
+    1. `begin`, which prepares the target's files;
+    2. `place`, once for each batch of blocks, if the geometry's placing is APPEND;
+    3. `finish`, which writes what is missing.
+
+    A conversion that fails calls nothing more.  The unfinished files are then removed.
+
+    Notes
+    -----
+    Errors: `begin`, `place` and `finish` may raise OSError or TargetError with the
+    file's name, and LimitExceededError if the image outgrows the format.
+    """
 
     format_name: ClassVar[str]
+    """The format's name in the registry."""
 
     @property
     def geometry(self) -> Geometry:
-        """The request to the engine; final after `begin`."""
+        """Block size, placing and compression for the engine; final after `begin`."""
         ...
 
     @property
     def first_offset(self) -> int:
-        """First byte of the file that guest data may take."""
+        """Host offset in bytes from which the engine may store guest data."""
         ...
 
     @property
     def needs_own_blocks(self) -> bool:
-        """Whether all space is reserved ahead: no block may be a reflink to the source's."""
+        """Whether all space is reserved in advance, which rules out reflinks."""
         ...
 
     def begin(self, target: Target) -> TargetFile:
@@ -289,59 +405,82 @@ class Writer(Protocol):
         ...
 
     def place(self, first_block: int, placements: Placements, next_offset: int) -> int:
-        """Take note of where blocks landed, in ascending order of calls.
+        """Record where the engine has stored the next blocks.
+
+        Calls are in ascending order of blocks.  Blocks that no call mentions are
+        ABSENT.
 
         Parameters
         ----------
         first_block : int
-            Number of the block that ``placements[0]`` is about.
+            Number of the block that ``placements[0]`` describes.
         placements : ndarray, shape (n,), dtype PLACEMENT_DTYPE
-            Read only; valid during the call.  Blocks never mentioned are ABSENT.
+            Read only, and valid only during the call.
         next_offset : int
-            First free byte of the file.
+            Host offset of the first free byte of the file.
 
         Returns
         -------
         int
-            The first free byte now: larger if the writer has put tables into the file
-            because more than MAX_PENDING_TABLE_NBYTES had gathered.
+            Host offset of the first free byte after the call.  It is larger than
+            ``next_offset`` if the writer has put tables there, which it does when more
+            than MAX_PENDING_TABLE_NBYTES of them are waiting.
+
+        Raises
+        ------
+        LimitExceededError
+            A block lies where no table entry can point.
         """
         ...
 
     def finish(self, next_offset: int) -> None:
-        """Write the remaining tables and headers, and set the file's final size."""
+        """Write the remaining tables and headers, and set the file's final size.
+
+        Parameters
+        ----------
+        next_offset : int
+            Host offset of the first free byte of the file.
+        """
         ...
 
 
 class Measurement(NamedTuple):
-    """Bytes that a target file needs: for the given data, and at the most."""
+    """Bytes that a target needs: for the given data, and for a full disk."""
 
     required: int
     fully_allocated: int
 
 
+# -- the format ------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Driver:
-    """What a format offers; the module that the registry names holds it as ``DRIVER``.
+    """Everything that general code knows about a format.
+
+    ``formats/x/driver.py`` holds it as ``DRIVER``.  A driver imports the reader, but
+    the options and the writer only when they are needed.
 
     Attributes
     ----------
     name : str
-        As in the registry.
+        The format's name, the same as in the registry.
     options_module : str
-        Module with ``Options``, the record of the options for writing; reading an image does
-        not import it.
-    read_options : subclass of FormatOptions
-        The record of the options for reading.
+        Module that holds ``Options``, the record of the options for writing (``-o``).
+        Reading an image does not import it.
     read : callable
-        Returns a `Reader` for a file, a gate for what the image names, and a record of
-        ``read_options``; the parent is not opened.  Raises WrongFormatError only if the magic is
-        absent.
+        Returns a `Reader` for a file, a gate and a record of ``read_options``.  Files
+        that the image names are opened through the gate; the parent is not opened.
+        Raises WrongFormatError only if the magic is absent.  The caller closes the
+        file.
     writing : str or None
-        Module with ``writer_for(request)`` and ``measure(request, data_nbytes)``; it is imported
-        when it is needed, since it imports NumPy.  None if images are read only.
+        Module that holds ``writer_for(request)`` and ``measure(request, data_nbytes)``;
+        see `writer` and `measure`.  It may import NumPy.  None if the format is only
+        read.
+    read_options : subclass of FormatOptions
+        The record of the options for reading; without fields if there are none.
     writes_in_place : bool
-        Whether an image may be written into an existing file or a block device.
+        Whether an image can be written into an existing file or a block device.
     has_tables : bool
         Whether images have tables, so that there is something to check.
     """
@@ -362,18 +501,38 @@ class Driver:
     def open(
         self, file: ByteSource, gate: ReferenceGate, options: FormatOptions | None = None
     ) -> Reader:
-        """Open an image; ``options`` is a record of ``read_options``, the defaults if None."""
+        """Open an image; ``options`` defaults to those of ``read_options``."""
         return self.read(file, gate, options or self.read_options())
 
     def writer(self, request: WriteRequest[Any]) -> Writer:
-        """Return a writer; raises OptionError or LimitExceededError."""
+        """Verify a request and return its writer; touches no file.
+
+        Raises
+        ------
+        OptionError
+            The format cannot represent the request, or is only read.
+        LimitExceededError
+            The disk is too large for the format.
+        """
         return cast("Writer", self._writing_module().writer_for(request))
 
     def measure(self, request: WriteRequest[Any], data_nbytes: int) -> Measurement:
-        """Return the file size needed for ``data_nbytes`` of allocated blocks."""
+        """Return the size of the target's files without writing them.
+
+        Parameters
+        ----------
+        request : WriteRequest
+        data_nbytes : int
+            Bytes of the blocks that hold data: a multiple of the writer's block size.
+
+        Raises
+        ------
+        OptionError, LimitExceededError
+            As for `writer`.
+        """
         return cast("Measurement", self._writing_module().measure(request, data_nbytes))
 
     def _writing_module(self) -> Any:
         if self.writing is None:
-            raise OptionError(f"{self.name} images are read, not written")
+            raise OptionError(f"{self.name} images can be read, but not written")
         return importlib.import_module(self.writing)

@@ -1,7 +1,7 @@
-"""What files of each format start or end with: facts without logic.
+"""The magic of each format: how its files start or end.
 
-More formats are told apart than can be read, so that a refusal can say what a file is.
-Nothing here ever means raw.
+Formats that cannot be read are listed too, so that an error can name them.  Nothing
+here ever means raw.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ TAIL_NBYTES: Final = 1024
 
 
 class Magic(NamedTuple):
-    """Bytes that only files of one format have at a place, counted from the end if negative."""
+    """Bytes that only files of one format have at an offset.
+
+    A negative offset counts from the end of the file.
+    """
 
     format_name: str
     offset: int
@@ -23,23 +26,26 @@ class Magic(NamedTuple):
 
 
 MAGICS: Final = (
-    # QEMU docs/interop/qcow2.rst, "Header"; version 1 is a format of its own.
+    # QEMU docs/interop/qcow2.rst, "Header"; version 1 is another format.
     Magic("qcow", 0, b"QFI\xfb\x00\x00\x00\x01"),
-    # VMware Virtual Disk Format 1.1, "Hosted Sparse Extents", "ESX Server Sparse Extents".
+    # VMware Virtual Disk Format 1.1, "Hosted Sparse Extents", "ESX Server Sparse
+    # Extents".
     Magic("vmdk", 0, b"KDMV"),
     Magic("vmdk", 0, b"COWD"),
     # The seSparse extent of newer ESXi versions (QEMU block/vmdk.c).
     Magic("vmdk", 0, b"\xbe\xba\xfe\xca\x00\x00\x00\x00"),
-    # Virtual Hard Disk Image Format Specification, "Hard Disk Footer Format"; the footer of old
-    # Virtual PC versions has 511 bytes.
+    # Virtual Hard Disk Image Format Specification, "Hard Disk Footer Format"; old
+    # versions of Virtual PC wrote footers of 511 bytes.
     Magic("vhd", 0, b"conectix"),
     Magic("vhd", -512, b"conectix"),
     Magic("vhd", -511, b"conectix"),
     # [MS-VHDX] 2.2.1, "File Type Identifier".
     Magic("vhdx", 0, b"vhdxfile"),
-    # VirtualBox src/VBox/Storage/VDICore.h: the image signature behind 64 bytes of text.
+    # VirtualBox src/VBox/Storage/VDICore.h: the image signature follows 64 bytes of
+    # text.
     Magic("vdi", 0x40, b"\x7f\x10\xda\xbe"),
-    # QEMU block/: parallels.c, bochs.c, qed.c, luks (cryptsetup's LUKS on-disk format), dmg.c.
+    # QEMU block/: parallels.c, bochs.c, qed.c, luks (cryptsetup's LUKS on-disk format),
+    # dmg.c.
     Magic("parallels", 0, b"WithoutFreeSpace"),
     Magic("parallels", 0, b"WithouFreSpacExt"),
     Magic("bochs", 0, b"Bochs Virtual HD Image"),
@@ -53,8 +59,8 @@ MAGICS: Final = (
     Magic("xz", 0, b"\xfd7zXZ\x00"),
 )
 
-# Lines that a VMDK descriptor may have before its version (QEMU block/vmdk.c, vmdk_probe):
-# comments and blank ones; then version=1, 2 or 3.
+# A VMDK descriptor may begin with comments and blank lines.  Then come version=1, 2 or
+# 3 (QEMU block/vmdk.c, vmdk_probe).
 _VMDK_TEXT: Final = re.compile(
     rb"(?:[ \t]*(?:#[^\n\0]{0,4096})?\r?\n){0,256}version[ \t]*=[ \t]*[123][ \t]*\r?\n"
 )
@@ -68,7 +74,7 @@ def _is_qcow2(head: bytes) -> bool:
 
 
 def is_vmdk_descriptor(head: bytes) -> bool:
-    """Tell whether a file's first bytes are those of a VMDK descriptor."""
+    """Tell whether a file starts as a VMDK descriptor does."""
     return bool(_VMDK_FIRST_LINE.match(head) or _VMDK_TEXT.match(head))
 
 
@@ -79,7 +85,7 @@ _TESTS: Final[tuple[tuple[str, Callable[[bytes], bool]], ...]] = (
 
 
 def matching_formats(head: bytes, tail: bytes) -> list[str]:
-    """Return the names of all formats that a file may be of, each once.
+    """Return the formats whose magic a file has, each once.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Options as people write them: texts and mappings in, a format's record of options out."""
+"""Turns options, as users write them, into a format's record of options."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ _Options = TypeVar("_Options", bound=FormatOptions)
 
 
 def parse_options(driver: Driver, texts: OptionTexts | None = None) -> FormatOptions:
-    """Return a format's options for writing, those not given at their defaults.
+    """Return a format's options for writing; options that are not given have defaults.
 
     Parameters
     ----------
     driver : Driver
     texts : iterable of str, or mapping
-        Each text is ``key=value[,key=value...]``, a doubled comma standing for one in a value;
-        a bare key switches a flag on.  A mapping may also hold values of the right type.
-        Later ones win.
+        Each text is ``key=value[,key=value...]``.  A comma in a value is doubled; a
+        bare key switches a flag on.  A mapping may also hold values of the right type.
+        If a key occurs twice, the later value counts.
 
     Raises
     ------
     OptionError
-        An unknown key, or a value that is not allowed; the message lists what is.
+        A key is unknown or a value not allowed; the message lists the allowed ones.
     """
     return parse_record(driver.name, driver.options, texts)
 
@@ -44,7 +44,7 @@ def parse_record(name: str, record: type[_Options], texts: OptionTexts | None = 
 
 
 def given_options(driver: Driver, texts: OptionTexts | None = None) -> dict[str, Any]:
-    """Return the options that are given, with their types; as `parse_options` otherwise."""
+    """Return only the options that are given, parsed as by `parse_options`."""
     return _given(driver.name, driver.options, texts or ())
 
 
@@ -60,15 +60,15 @@ def _given(name: str, record: type[FormatOptions], texts: OptionTexts) -> dict[s
     for key, value in pairs:
         if key not in known:
             names = ", ".join(known) or "none"
-            raise OptionError(f"unknown option {key!r} for {name}: known are {names}")
+            raise OptionError(f"unknown option {key!r} for {name}; known options: {names}")
         values[key] = _value(name, known[key], value)
     return values
 
 
 def _split_options(text: str) -> list[tuple[str, str | None]]:
-    """Split ``k=v,k=v``; a value of None stands for a bare key."""
+    """Split ``k=v,k=v``; a bare key has the value None."""
     pairs: list[tuple[str, str | None]] = []
-    # No option's text can hold a NUL: the kernel ends arguments there.
+    # An argument of a command cannot hold a NUL, so it can stand for a doubled comma.
     for piece in text.replace(",,", "\0").split(","):
         key, equals, value = piece.replace("\0", ",").partition("=")
         if key or equals:
@@ -77,7 +77,7 @@ def _split_options(text: str) -> list[tuple[str, str | None]]:
 
 
 def _value(name: str, option: Field[Any], value: Any) -> Any:
-    """Return an option's value in its own type."""
+    """Return an option's value in the option's type."""
     where = f"option {option.name} of {name}"
     if value is None:
         if option.metadata["values"] != FLAG_VALUES:
@@ -87,7 +87,7 @@ def _value(name: str, option: Field[Any], value: Any) -> Any:
 
 
 def options_help(driver: Driver) -> list[tuple[str, str, str, str]]:
-    """Return a row for each option of a format: name, values, default, meaning."""
+    """Return (name, values, default, meaning) of each option of a format."""
     rows = []
     for option in fields(driver.options):
         default = option.default

@@ -1,4 +1,4 @@
-"""How a format states its ``-o`` options: a frozen dataclass, one field for each option.
+"""Declares the options of a format: a frozen dataclass with a field for each option.
 
 ::
 
@@ -6,6 +6,9 @@
     class Options(FormatOptions):
         subformat: str = choice("dynamic", ("dynamic", "fixed"), "Kind of VHD")
         block_size: int | None = byte_size(None, "Block size, 512k to 2M")
+
+A field's type, default, allowed values and help text are stated here only.  Users write
+``-o subformat=fixed``; `imgcore.formats.option_texts` parses that into the record.
 """
 
 from __future__ import annotations
@@ -31,17 +34,17 @@ _FLAG_TEXTS: Final = {
 }
 FLAG_VALUES: Final = "on|off"
 
-# How space is reserved ahead: not, by the file system, by writing zeros.
+# Space is not reserved, reserved by the file system, or filled with zeros.
 PREALLOCATION: Final = ("off", "falloc", "full")
 
 
 @dataclass(frozen=True)
 class FormatOptions:
-    """The options of a format that has none; base of all others."""
+    """Base of all records of options; itself the record of a format without options."""
 
 
 def byte_size(default: _Number, help: str) -> _Number:
-    """Declare an option in bytes, given with an optional suffix."""
+    """Declare an option that is a size in bytes; users may write a suffix (``64k``)."""
     return cast("_Number", _option(default, help, "size", _read_size))
 
 
@@ -51,12 +54,12 @@ def number(default: _Number, help: str) -> _Number:
 
 
 def flag(help: str) -> bool:
-    """Declare an option that is on or off, off unless given."""
+    """Declare an option that is on or off; it is off by default."""
     return cast("bool", _option(False, help, FLAG_VALUES, _read_flag))
 
 
 def choice(default: _Text, choices: Sequence[str], help: str) -> _Text:
-    """Declare an option with a few values."""
+    """Declare an option that is one of a few words."""
     return cast("_Text", _option(default, help, "|".join(choices), partial(_read_choice, choices)))
 
 
@@ -66,11 +69,11 @@ def text(default: _Text, help: str) -> _Text:
 
 
 def _option(default: Any, help: str, values: str, read: Callable[[str, Any], Any]) -> Any:
-    """Return a field whose metadata says what its values are and how one is read."""
+    """Return a field with its help, its allowed values and their parser as metadata."""
     return field(default=default, metadata={"help": help, "values": values, "read": read})
 
 
-# Each takes where the value stands, for messages, and the value as it was given.
+# The parsers of values: ``where`` names the option in messages, ``value`` is as given.
 
 
 def _read_size(where: str, value: Any) -> int:
@@ -95,13 +98,13 @@ def _read_flag(where: str, value: Any) -> bool:
     if isinstance(value, bool):
         return value
     if str(value).lower() not in _FLAG_TEXTS:
-        raise OptionError(f"{where} is {value!r}: allowed are on and off")
+        raise OptionError(f"{where} is {value!r}, allowed: on, off")
     return _FLAG_TEXTS[str(value).lower()]
 
 
 def _read_choice(choices: Sequence[str], where: str, value: Any) -> str:
     if str(value) not in choices:
-        raise OptionError(f"{where} is {str(value)!r}: allowed are {', '.join(choices)}")
+        raise OptionError(f"{where} is {str(value)!r}, allowed: {', '.join(choices)}")
     return str(value)
 
 

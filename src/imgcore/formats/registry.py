@@ -1,7 +1,17 @@
-"""The registry of formats: names, suffixes, detection, options.
+"""The registry of formats: their names and suffixes, and how a file's format is found.
 
-A driver's module is imported when it is first needed.  Detection is exclusive, and its outcome
-is never raw: a guest can write any header into its own first sector.
+To register a format, add an `Entry` to `DRIVERS` and its magic to
+`imgcore.formats.magic`.  A driver's module is imported when it is first needed.
+
+A file's format is found by these rules:
+
+1. A format that the user states is final.  Except for raw, the file must have its
+   magic.
+2. Otherwise the file must have the magic of exactly one format.
+3. A file without a magic is raw only if its suffix says so or it is a block device.
+
+A magic never means raw, and a file that is named like a raw disk but has a magic is
+rejected: a guest can write any header into its own first sector.
 """
 
 from __future__ import annotations
@@ -25,7 +35,19 @@ if TYPE_CHECKING:
 
 
 class Entry(NamedTuple):
-    """A format's line in the registry."""
+    """A format that has a driver.
+
+    Attributes
+    ----------
+    name : str
+        The format's name, as in ``-f`` and ``-O``.
+    module : str
+        Module that holds the format's `Driver` as ``DRIVER``.
+    suffixes : tuple of str
+        Suffixes of file names, in lower case with their dot.
+    aliases : tuple of str
+        Other names that users may write.
+    """
 
     name: str
     module: str
@@ -42,10 +64,10 @@ DRIVERS: Final = (
     Entry("raw", "imgcore.formats.raw.driver", RAW_SUFFIXES),
 )
 
-# The format without a header: the disk's bytes and nothing else.  It has no magic.
+# The format of plain guest bytes: it has neither header nor magic.
 PLAIN_FORMAT: Final = "raw"
 
-# Formats that are told apart by their magic but not read: what their images are called.
+# Formats that are recognised but not supported, with the words for their images.
 NOT_READ: Final = {
     "qcow": "QCOW version 1 images",
     "parallels": "Parallels disks",
@@ -72,29 +94,43 @@ _ENTRIES: Final = _index()
 
 
 def format_names() -> tuple[str, ...]:
-    """Return the names of the formats that have a driver, and so can be read."""
+    """Return the names of the formats that can be read."""
     return tuple(entry.name for entry in DRIVERS)
 
 
 def canonical_name(name: str) -> str:
-    """Return a format's own name for a name or alias; OptionError if it has no driver."""
+    """Return the name of a format that is given by its name or an alias.
+
+    Raises
+    ------
+    OptionError
+        There is no driver for it.
+    """
     entry = _ENTRIES.get(name)
     if entry is None:
         known = ", ".join(format_names())
         if name in NOT_READ:
-            raise OptionError(f"{NOT_READ[name]} are neither read nor written: known are {known}")
-        raise OptionError(f"unknown format {name!r}: known are {known}")
+            raise OptionError(
+                f"{NOT_READ[name]} are neither read nor written; known formats: {known}"
+            )
+        raise OptionError(f"unknown format {name!r}; known formats: {known}")
     return entry.name
 
 
 def get_driver(name: str) -> Driver:
-    """Return the driver of a format, by its name or alias; OptionError if it has none."""
+    """Return the driver of a format that is given by its name or an alias.
+
+    Raises
+    ------
+    OptionError
+        There is no driver for it.
+    """
     module = importlib.import_module(_ENTRIES[canonical_name(name)].module)
     return cast("Driver", module.DRIVER)
 
 
 def format_from_suffix(path: str | os.PathLike[str]) -> str | None:
-    """Return the format that a file's name stands for, or None if it stands for none.
+    """Return the format that a file's suffix stands for, or None.
 
     A block device and a compressed raw disk (``disk.raw.zst``) are raw.
     """
@@ -119,20 +155,21 @@ def _matches(file: ByteSource) -> list[str]:
 
 
 def probe(file: ByteSource) -> str | None:
-    """Return the one format whose magic the file carries, never raw, or None.
+    """Return the format whose magic the file has, or None; never raw.
 
-    The answer may be a stream's, or a format's that is not read (`NOT_READ`).
+    It may also be a compression (``gzip``) or a format that is not supported
+    (`NOT_READ`).
 
     Raises
     ------
     WrongFormatError
-        The file carries the magic of more than one format.
+        The file has the magic of more than one format.
     """
     names = _matches(file)
     if len(names) > 1:
         raise WrongFormatError(
-            f"carries the magic of more than one format ({', '.join(names)}): "
-            "say with -f which one it is",
+            f"has the magic of more than one format ({', '.join(names)}): "
+            "state the right one with -f",
             path=file.path,
         )
     return names[0] if names else None
@@ -144,29 +181,27 @@ def open_reader(
     format: str | None = None,
     options: OptionTexts | None = None,
 ) -> Reader:
-    """Open an image in the stated format, or in the one that its magic or its name tells.
+    """Open an image in the stated format, or in the one that its file has.
 
     Parameters
     ----------
     file : ByteSource
-        Stays the caller's to close if this raises; closing the reader is enough otherwise
-        for raw, and both may be closed in any order.
+        The image.  The caller closes it; the reader may have closed it before.
     gate : ReferenceGate
-        What the image names is opened through it.
+        Opens the files that the image names.
     format : str, optional
-        Final if stated.  If not, raw follows only from the file's suffix or from its being a
-        block device, and only if it carries no other format's magic.
+        Name or alias of the format; the module's docstring has the rules without it.
     options : iterable of str, or mapping, optional
-        How to read it, as `parse_options` takes them.
+        Options for reading, as for `parse_options`.
 
     Raises
     ------
     OptionError
-        The format has no such option for reading.
+        There is no such format, or it has no such option for reading.
     WrongFormatError
-        The file is not of the stated format, or its format cannot be told safely.
+        The file is not of the stated format, or its format is unknown or ambiguous.
     UnsupportedFeatureError
-        The format is known by its magic, but not read.
+        The format is recognised, but not supported.
     """
     if format is None:
         name = _find_format(file)
@@ -175,8 +210,8 @@ def open_reader(
         _refuse_other_format(file, name)
     if name in CODEC_OF_SUFFIX.values():
         raise UnsupportedFeatureError(
-            f"a {name} stream has no random access: convert, info and measure read it, "
-            "for the rest decompress it first",
+            f"a {name} stream has no random access: only convert, info and measure read "
+            "it, so decompress it first",
             path=file.path,
         )
     if name in NOT_READ:
@@ -196,20 +231,20 @@ def _find_format(file: ByteSource) -> str:
         if named_raw:
             return PLAIN_FORMAT
         raise WrongFormatError(
-            "no known format (no magic found): if it is a raw disk, say -f raw", path=file.path
+            "no known format (no magic found): use -f raw if it is a raw disk", path=file.path
         )
     is_stream = found in CODEC_OF_SUFFIX.values() and stream_suffix(file.path) is not None
     if named_raw and not is_stream:
         what = "is a block device" if file.is_block_device else "is named like a raw disk"
         stated = f"-f {found} or -f raw" if found in format_names() else "-f raw"
         raise WrongFormatError(
-            f"{what}, but carries the magic of {found}: say {stated}", path=file.path
+            f"{what}, but has the magic of {found}: use {stated}", path=file.path
         )
     return found
 
 
 def _refuse_other_format(file: ByteSource, name: str) -> None:
-    # What a raw disk holds is the guest's affair.
+    # A raw disk may hold anything, another format's magic included.
     if name == PLAIN_FORMAT:
         return
     found = _matches(file)

@@ -1,1 +1,1 @@
-"""Raw: the guest's bytes and nothing else."""
+"""Raw: only the guest's bytes."""

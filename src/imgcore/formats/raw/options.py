@@ -1,4 +1,4 @@
-"""Raw: the options of a new disk."""
+"""Raw: the options for writing."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Options(FormatOptions):
     preallocation: str = choice(
         "off",
         PREALLOCATION,
-        "reserve the whole file: by the file system (falloc), by writing zeros (full)",
+        "reserve the whole file: by the file system (falloc) or by writing zeros (full)",
     )
 
 
 class WriteOptions(NamedTuple):
-    """A request, verified; sizes in bytes."""
+    """A verified request; sizes in bytes."""
 
     virtual_size: int
     sparse_nbytes: int

@@ -1,4 +1,4 @@
-"""Raw images: files and block devices whose bytes are the guest's, nothing else."""
+"""Raw: the reader of files and block devices that hold only the guest's bytes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class RawReader:
-    """Reads a raw file or block device; closes it when it is closed itself."""
+    """Reads a raw file or block device; closing the reader closes it."""
 
     format_name: ClassVar[str] = "raw"
     is_flat: ClassVar[bool] = True
@@ -42,11 +42,11 @@ class RawReader:
         self._flat = FlatExtents(file, hides_parent=False)
 
     def extents(self, start: int, length: int) -> Iterator[Extents]:
-        """Yield extent batches of DATA and HOLE; see `imgcore.formats.api.Reader.extents`."""
+        """Yield batches of DATA and HOLE; see `imgcore.formats.api.Reader.extents`."""
         return self._flat.extents(start, length)
 
     def info(self) -> dict[str, Any]:
-        """Return what is specific to the format: nothing."""
+        """Return nothing: a raw disk has no properties of its format."""
         return {}
 
     def check(self) -> CheckReport:

@@ -21,15 +21,15 @@ def writer_for(request: WriteRequest[Options]) -> RawWriter:
 
 
 def measure(request: WriteRequest[Options], data_nbytes: int) -> Measurement:
-    """Return the size of a raw image: holes count, as `qemu-img measure` has it."""
+    """Return the size of a raw image, holes included, as ``qemu-img measure`` does."""
     nbytes = WriteOptions.of(request).virtual_size
     return Measurement(required=nbytes, fully_allocated=nbytes)
 
 
 class RawWriter(FlatWriter):
-    """Writes a raw file or block device; every guest byte keeps its place.
+    """Writes a raw file or block device.
 
-    ``geometry`` is final after `begin`, when it is known what the target held before.
+    ``geometry`` is final after `begin`: it depends on whether the target is a new file.
     """
 
     format_name: ClassVar[str] = "raw"
@@ -49,7 +49,7 @@ class RawWriter(FlatWriter):
             return super().begin(target)
         target.require_capacity(self._file_nbytes)
         if self.geometry.zero_policy is ZeroPolicy.SKIP:
-            # What is not written would keep its old bytes.
+            # Ranges that are not written would keep their old bytes.
             self.geometry = self.geometry._replace(zero_policy=ZeroPolicy.EXPLICIT, sparse_nbytes=0)
         return target.main
 

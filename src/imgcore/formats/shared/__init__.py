@@ -1,1 +1,1 @@
-"""Parts that several formats use."""
+"""Code that several formats use."""

@@ -1,8 +1,8 @@
-"""Rounding places and lengths up."""
+"""Rounds offsets and lengths up."""
 
 from __future__ import annotations
 
 
 def align_up(nbytes: int, unit: int) -> int:
-    """Return the first multiple of ``unit`` from ``nbytes`` on."""
+    """Return ``nbytes``, rounded up to a multiple of ``unit``."""
     return -(-nbytes // unit) * unit

@@ -1,6 +1,6 @@
-"""Disks that lie in a host file as they are, read: raw, flat extents, fixed images.
+"""Reads disks that a host file stores unchanged: raw, flat extents, fixed images.
 
-NumPy is imported only when extents are asked for, so that ``info`` starts fast.
+NumPy is imported only when extents are needed, so that ``info`` starts fast.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from imgcore.engine.extents import Extents, Kind
     from imgcore.files.byte_source import ByteSource
 
-# Each row costs two system calls to find; small batches keep the first one quick to come.
+# Each row takes two system calls to find, so a small batch makes the first one come
+# soon.
 _BATCH_ROWS: Final = 1 << 14
 _NO_DATA: Final = 1 << 63
 
@@ -23,7 +24,7 @@ _NO_DATA: Final = 1 << 63
 class HostData:
     """Finds the data of a file.
 
-    The data found last is remembered: to find its end may take the kernel long.
+    The last range is remembered, because the kernel may need long to find its end.
     """
 
     def __init__(self, file: ByteSource) -> None:
@@ -31,10 +32,10 @@ class HostData:
         self._found = (0, 0)
 
     def next(self, position: int) -> tuple[int, int]:
-        """Return [start, end) of the next data at or after a place; 2^63 if there is none.
+        """Return [start, end) of the next data at or after a host offset.
 
-        Data is widened to whole sectors: a file system's blocks may be smaller, and holes read
-        as zeros.
+        Both are 2^63 if no data follows.  Data is widened to whole sectors, because a
+        file system's blocks may be smaller.  Holes read as zeros, so this is safe.
         """
         start, end = self._found
         if not start <= position < end:
@@ -57,22 +58,22 @@ def flat_rows(
     hole: Kind,
     max_rows: int,
 ) -> Iterator[Extents]:
-    """Yield batches for guest range [start, stop), which lies in a file as it is.
+    """Yield batches for guest range [start, stop), which a file stores unchanged.
 
     Parameters
     ----------
     data : HostData
-        Of the file.
+        Finds the file's data.
     start, stop : int
-        Bytes of the disk, ``start < stop``.
+        Guest offsets in bytes, ``start < stop``.
     shift : int
-        What is added to a place on the disk to find it in the file.
+        Host offset minus guest offset, in bytes.
     file_index : int
-        Of the file in the reader's sources.
+        Index of the file in ``Reader.sources``.
     hole : Kind
-        What a hole of the file is: HOLE, or ZERO where it hides what a parent has there.
+        Kind of the file's holes: HOLE, or ZERO if they hide the parent's data.
     max_rows : int
-        Of a batch; at least 2.
+        Most rows in a batch; at least 2.
     """
     import numpy as np
 
@@ -95,20 +96,20 @@ def flat_rows(
 
 
 class FlatExtents:
-    """Finds the extents of a range of the disk that lies in a file as it is.
+    """Finds the extents of a disk, or part of one, that a file stores unchanged.
 
     Parameters
     ----------
     file : ByteSource
     shift, file_index : int
-        As `flat_rows` takes them.
+        As for `flat_rows`.
     hides_parent : bool
-        Whether holes of the file are explicit zeros.
+        Whether holes of the file read as zeros even if there is a parent.
 
     Notes
     -----
-    The file system is asked range by range, so that a batch comes at once however large the
-    disk.  One that cannot tell holes says that all is data.
+    The file system is asked range by range, so that the first batch comes at once even
+    for a large disk.  If it does not know holes, everything is DATA.
     """
 
     def __init__(

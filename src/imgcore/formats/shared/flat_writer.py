@@ -1,4 +1,4 @@
-"""Disks that lie in a host file as they are, written: raw, flat extents, fixed images."""
+"""Writes disks that a host file stores unchanged: raw, flat extents, fixed images."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ if TYPE_CHECKING:
     from imgcore.files.target import Target
     from imgcore.files.target_file import TargetFile
 
-# Blocks of the target: whole ones of zeros are skipped, in others zeros of -S bytes are.
+# A block of zeros is skipped as a whole; in others, runs of zeros of -S bytes are
+# skipped.
 _MIN_BLOCK_NBYTES: Final = 64 * KIB
 _MAX_BLOCK_NBYTES: Final = 2 * MIB
 
 
 def flat_geometry(guest_nbytes: int, sparse_nbytes: int, *, host_base: int = 0) -> Geometry:
-    """Return the geometry of a new file in which every guest byte has its place.
+    """Return the geometry of a new file in which each guest byte has a fixed place.
 
     Parameters
     ----------
     guest_nbytes : int
-        Bytes of the disk.
+        Size of the disk in bytes.
     sparse_nbytes : int
-        Bytes: ``-S``; 0 writes zeros too.
+        ``-S`` in bytes; 0 writes zeros too.
     host_base : int
-        Where guest byte 0 lies in the file.
+        Host offset of guest byte 0.
     """
     # A block of zeros is skipped whole, so it must not be smaller than -S.
     wanted = 1 << max(sparse_nbytes - 1, 0).bit_length()
@@ -42,16 +43,16 @@ def flat_geometry(guest_nbytes: int, sparse_nbytes: int, *, host_base: int = 0) 
 
 
 class FlatWriter:
-    """Base of writers in whose file every block has its place from the start.
+    """Base of writers in whose file every block has a fixed place.
 
     Parameters
     ----------
     geometry : Geometry
-        With placing IDENTITY.
+        Its placing is IDENTITY.
     file_nbytes : int
-        Bytes of the whole file.
+        Final size of the file in bytes.
     preallocation : str
-        Whether and how the file's space is reserved ahead; ``metadata`` reserves none.
+        ``falloc`` or ``full`` reserves the file's space; other values do not.
     """
 
     def __init__(self, geometry: Geometry, file_nbytes: int, preallocation: str = "off") -> None:
@@ -76,7 +77,7 @@ class FlatWriter:
         return file
 
     def place(self, first_block: int, placements: Placements, next_offset: int) -> int:
-        """Do nothing: every block has its place."""
+        """Do nothing: every block has a fixed place."""
         return next_offset
 
     def _finished_file(self) -> TargetFile:

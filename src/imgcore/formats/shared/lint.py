@@ -1,4 +1,4 @@
-"""Rules that images are held against: the record of a rule, and the facts that it examines."""
+"""Lint rules: the record of a rule, and the facts about an image that it examines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHECK_REMEDY: Final = "imgcore check may tell more"
 
 @dataclass(frozen=True)
 class Finding:
-    """A broken rule: its name, what is wrong, what to do about it; one line each."""
+    """A broken rule: its name, what is wrong and what to do, one line each."""
 
     rule: str
     message: str
@@ -33,14 +33,14 @@ class ImageFacts(ABC):
     Attributes
     ----------
     file : HostFile
-        The image's file, which the reader reads as well.
+        The image's file, opened separately from the reader's.
     format : str
         The image's format.
     reader : Reader or None
-        None if the image cannot be opened: ``error`` says why, unless the format has no
-        reader.
+        None if the image cannot be opened; ``error`` then says why, unless imgcore
+        cannot read the format.
     error : ImgcoreError or None
-        Why the image is refused.
+        Why the image cannot be opened.
     open_chain : callable
         Returns the open image with its parents.
     """
@@ -58,13 +58,13 @@ class ImageFacts(ABC):
 
     @property
     def virtual_size(self) -> int | None:
-        """Bytes of the disk; None if not known."""
+        """Size of the disk in bytes; None if not known."""
         return None if self.reader is None else self.reader.virtual_size
 
     @property
     @abstractmethod
     def remedy(self) -> str:
-        """What to do about a broken rule that names nothing better."""
+        """Advice for a broken rule that has no better one."""
 
 
 Facts = TypeVar("Facts", bound=ImageFacts, contravariant=True)
@@ -72,17 +72,17 @@ Facts = TypeVar("Facts", bound=ImageFacts, contravariant=True)
 
 @dataclass(frozen=True)
 class Rule(Generic[Facts]):
-    """One demand.
+    """A requirement that an image meets or breaks.
 
     Attributes
     ----------
     name : str
-        Stands in findings.
+        Appears in findings.
     check : callable
-        Returns what is wrong, or None.  It keeps silent about images of other formats
-        than its own: that they are of another format is a rule, too.
+        Returns what is wrong, or None.  It returns None for other formats than its own:
+        another rule reports a wrong format.
     remedy : str, or callable
-        What to do about it; an empty text stands for `ImageFacts.remedy`.
+        What to do about it; `ImageFacts.remedy` if empty.
     """
 
     name: str
@@ -90,7 +90,7 @@ class Rule(Generic[Facts]):
     remedy: str | Callable[[Facts], str] = ""
 
     def apply(self, facts: Facts) -> Finding | None:
-        """Return what is wrong, or None; damage or a missing parent in the way is a finding too."""
+        """Return a finding if the rule is broken, or cannot be verified; else None."""
         try:
             message = self.check(facts)
         except (ImgcoreError, FileNotFoundError) as error:

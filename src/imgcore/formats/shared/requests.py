@@ -1,4 +1,4 @@
-"""Verifying a request for a new image: the checks that several formats make."""
+"""Checks of a request for a new image that several formats make."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 
 
 def refuse_compression(request: WriteRequest[Any], name: str) -> None:
-    """Raise OptionError for ``-c``; ``name`` is the format's, for people."""
+    """Raise OptionError for ``-c``; ``name`` is the format's name in the message."""
     if request.compress:
         raise OptionError(f"{name} cannot be compressed (-c)")
 
 
 def refuse_idle(idle: Mapping[str, bool], subformat: str) -> None:
-    """Raise OptionError for an option without effect: the user expects something of it.
+    """Raise OptionError for an option that would have no effect.
 
     Parameters
     ----------
     idle : mapping of str to bool
-        For each option that only some subformats have: whether it is given but has no effect.
+        Whether each option that only some subformats have is given without effect.
     subformat : str
-        The one that is written.
+        The subformat that is written.
     """
     for name, is_idle in idle.items():
         if is_idle:
@@ -37,26 +37,24 @@ def refuse_idle(idle: Mapping[str, bool], subformat: str) -> None:
 
 
 def check_virtual_size(virtual_size: int, at_most: int | None = None) -> None:
-    """Raise OptionError unless a disk has whole sectors, and ``at_most`` so many bytes."""
+    """Raise OptionError unless a size is whole sectors and at most ``at_most``."""
     if virtual_size % SECTOR_NBYTES or virtual_size < 0:
         raise OptionError(f"virtual size {virtual_size} is not a multiple of {SECTOR_NBYTES}")
     if at_most is not None and virtual_size > at_most:
-        raise OptionError(f"virtual size {virtual_size} is too large: allowed are {at_most}")
+        raise OptionError(f"virtual size {virtual_size} is too large: at most {at_most} bytes")
 
 
 def check_block_size(name: str, nbytes: int, low: int, high: int, note: str = "") -> None:
-    """Raise OptionError unless the value of option ``name`` is a power of two in [low, high]."""
+    """Raise OptionError unless option ``name`` is a power of two in [low, high]."""
     if nbytes & (nbytes - 1) or not low <= nbytes <= high:
-        raise OptionError(
-            f"{name} is {nbytes}: allowed are powers of two from {low} to {high}{note}"
-        )
+        raise OptionError(f"{name} is {nbytes}, allowed: powers of two from {low} to {high}{note}")
 
 
 def parse_uuid(name: str, text: str, *, allow_null: bool = False) -> UUID:
-    """Return the UUID that option ``name`` states; OptionError if it is none, or all zeros."""
+    """Return the UUID in option ``name``; OptionError if it is invalid or all zeros."""
     from uuid import UUID
 
-    expected = "32 hexadecimal digits are expected"
+    expected = "32 hexadecimal digits are needed"
     try:
         value = UUID(text)
     except ValueError:
@@ -76,9 +74,10 @@ def zero_policy(
     sparse_nbytes : int
         ``-S``: 0 stores zeros too.
     has_parent : bool
-        A block that is left out then reads as the parent's.
+        If so, a block that is left out reads as the parent's.
     can_hide_parent : bool
-        Whether a table entry can mark zeros that hide the parent; if not, zeros are stored.
+        Whether a table entry can mark zeros that hide the parent; if not, zeros are
+        stored.
     """
     if sparse_nbytes == 0:
         return ZeroPolicy.STORE

@@ -1,4 +1,4 @@
-"""Sector bitmaps of VHD and VHDX: which sectors of a block are its own, as extents."""
+"""Sector bitmaps of VHD and VHDX: which sectors of a block the image itself stores."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
     from imgcore.engine.extents import Extents
 
-# Bits that are looked at together: 20 MiB where every sector differs from its neighbours.
+# Bits that are examined together: they take 20 MiB if every sector differs from the
+# next.
 _PIECE_BITS: Final = 1 << 18
 
 
@@ -26,37 +27,38 @@ def expand(
     absent: Kind,
     sector_nbytes: int = SECTOR_NBYTES,
 ) -> Extents:
-    """Return what blocks read as when their sector bitmaps are honoured.
+    """Return the extents of blocks, with their sector bitmaps applied.
 
     Parameters
     ----------
     bitmaps : ndarray, shape (n, nbytes), dtype uint8
         One bitmap for each block: a bit for each of its sectors, in ascending order.
     lsb_first : bool
-        Whether a byte's first sector is its lowest bit (VHDX) or its highest (VHD).
+        Whether a byte's first sector is its lowest bit (VHDX) or its highest bit (VHD).
     blocks : ndarray, shape (n,), dtype EXTENT_DTYPE
-        Ascending rows of DATA: where the first sectors of each block lie in the guest and in
-        the file.  A row may be shorter than its bitmap; bits behind its end do not count.
+        Ascending rows of DATA, one for each block.  A row may be shorter than its
+        bitmap; the bits after its end do not count.
     absent : Kind
-        HOLE or ZERO: what a sector is whose bit is not set.
+        Kind of a sector whose bit is not set: HOLE or ZERO.
     sector_nbytes : int
-        Bytes of a sector.
+        Sector size in bytes.
 
     Returns
     -------
     ndarray, shape (m,), dtype EXTENT_DTYPE
-        Ascending rows of DATA and ``absent`` that cover the same ranges; neighbours are joined.
-        There may be as many rows as sectors: the caller cuts them into batches.
+        Ascending rows of DATA and ``absent`` that cover the same ranges; neighbours are
+        joined.  There may be as many rows as sectors, so the caller must cut them into
+        batches.
 
     Raises
     ------
     ValueError
-        A row is longer than its bitmap, or there are not as many rows as bitmaps.
+        A row is longer than its bitmap, or the numbers of rows and bitmaps differ.
 
     Notes
     -----
-    Complexity: O(bytes of bitmaps) for blocks whose bits are all the same, O(bits) for others.
-    Memory: the result, and at most 20 MiB.
+    Complexity: O(bytes of bitmaps) for blocks whose bits are all equal, O(bits) for
+    others.  Memory: the result and at most 20 MiB.
     """
     n_sectors = -(-blocks["length"].astype(np.int64) // sector_nbytes)
     n_bits = bitmaps.shape[1] * 8

@@ -1,4 +1,4 @@
-"""Tables that are mostly zeros, written so that the zeros take no space."""
+"""Writes tables that are mostly zeros, so that the zeros take no space."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ if TYPE_CHECKING:
 
     from imgcore.files.target_file import TargetFile
 
-# Pieces that hold only zeros stay holes.
+# Pieces of this size that hold only zeros stay holes.
 _HOLE_NBYTES: Final = 4096
 
 
 def write_with_holes(file: TargetFile, offset: int, table: NDArray[np.uint64]) -> None:
-    """Write a table to where the file is a hole; long runs of zeros stay holes.
+    """Write a table into a hole of a file; long runs of zeros stay holes.
 
     Parameters
     ----------
     file : TargetFile
     offset : int
-        Bytes.
+        Host offset in bytes.
     table : ndarray, dtype uint64, C-contiguous
         In the byte order of the file.
     """

@@ -1,4 +1,4 @@
-"""Table entries to extents: what all formats do around the table kernel."""
+"""Turns table entries into extents: the code that all formats share."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ def decode_entries(
     file_nbytes: int,
     file: int = 0,
 ) -> Extents:
-    """Return what neighbouring entries of a table describe.
+    """Return the extents that neighbouring entries of a table describe.
 
     Parameters
     ----------
     table : TableFormat
     entries : ndarray, shape (n,), C-contiguous
-        One element an entry, in the byte order of the file.
+        One element for each entry, in the byte order of the file.
     error : callable
-        Gets the index of an entry that is not possible, and returns what is raised for it.
+        Takes the index of an impossible entry and returns the exception to raise.
     guest_offset, guest_end : int
-        Bytes of the disk: where the first entry's block starts, and where the last one is cut.
+        Where the first entry's block starts, and where the last one is cut, in bytes.
     file_nbytes : int
-        No block may end behind it.
+        Size of the file; no block may end after it.
     file : int
         Index in ``Reader.sources``.
 
     Returns
     -------
     ndarray, shape (m,), dtype EXTENT_DTYPE, m <= n
-        Gap-free; neighbours that join are one row.
+        Gap-free; adjacent rows that continue each other are joined.
     """
     out = np.empty(len(entries), dtype=EXTENT_DTYPE)
     try:

@@ -1,15 +1,16 @@
-"""File names out of the Windows paths by which VHD, VHDX and VMDK name their parents."""
+"""Turns the Windows paths of parents in VHD, VHDX and VMDK into file names."""
 
 from __future__ import annotations
 
 import re
 
-# C:, \\server\share, \\?\Volume{...}, \folder: a place that only the machine of origin has.
+# C:, \\server\share, \\?\Volume{...}, \folder: paths that only the machine of origin
+# has.
 _ABSOLUTE = re.compile(r"[A-Za-z]:|[\\/]")
 
 
 def names_from_windows_path(text: str) -> tuple[str, ...]:
-    r"""Return the names under which a parent may be found here.
+    r"""Return the names under which a parent may be found on this host.
 
     Parameters
     ----------
@@ -19,14 +20,15 @@ def names_from_windows_path(text: str) -> tuple[str, ...]:
     Returns
     -------
     tuple of str
-        Names for `ReferenceGate.open`, the likeliest first: of a relative path the same with
-        slashes, then, as of an absolute one, the last component, which is right where disks
-        were moved together.  Empty if the path has no last component.
+        Names for `ReferenceGate.open`, the likeliest first: a relative path with
+        slashes, then the path's last component, which fits if the disks were moved
+        together.  Only the last component of an absolute path is returned.  Empty if
+        there is no last component.
 
     Notes
     -----
-    The names are the image's word: only the gate decides whether they may be opened, and
-    only the identity of what is found there whether it is the parent.
+    The names are not trusted.  The gate decides whether they may be opened, and the
+    identity of the file decides whether it is the parent.
 
     Source: [MS-VHDX] 2.6.2.6.3, "VHDX Parent Locator"; "Virtual Hard Disk Image Format
     Specification" 1.0, "Parent Locator Entries".

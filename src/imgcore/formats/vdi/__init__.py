@@ -1,1 +1,1 @@
-"""VDI: VirtualBox's disks."""
+"""VDI: the disks of VirtualBox."""

@@ -1,4 +1,4 @@
-"""VDI: whether the block map is consistent with itself, the header and the file."""
+"""Checks a VDI: its block map against itself, the header and the file."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from imgcore.files.byte_source import ByteSource
     from imgcore.formats.vdi.header import VdiHeader
 
-# Blocks of the file that are counted in one pass over the map: a byte each.
+# Blocks of the file that one pass over the map examines, with a byte for each.
 _WINDOW_BLOCKS: Final = 1 << 26
 
 
 def check(file: ByteSource, header: VdiHeader) -> CheckReport:
-    """Verify the block map; see :meth:`imgcore.formats.api.Reader.check`.
+    """Verify the block map; see `imgcore.formats.api.Reader.check`.
 
-    Found are entries past the end of the file, blocks used twice, a wrong count of allocated
-    blocks in the header, and blocks of the file that nothing uses.
+    It finds entries past the end of the file, blocks that are used twice, a wrong count
+    of allocated blocks in the header, and leaked blocks.
 
     Raises
     ------
@@ -35,7 +35,8 @@ def check(file: ByteSource, header: VdiHeader) -> CheckReport:
     """
     if header.n_blocks > VDI_MAX_CHECKED_BLOCKS:
         raise LimitExceededError(
-            f"a block map of {header.n_blocks} entries, {VDI_MAX_CHECKED_BLOCKS} can be checked",
+            f"a block map of {header.n_blocks} entries, at most {VDI_MAX_CHECKED_BLOCKS} "
+            "can be checked",
             path=file.path,
         )
     report = CheckReport(total_clusters=header.n_blocks)
@@ -55,11 +56,11 @@ def check(file: ByteSource, header: VdiHeader) -> CheckReport:
 
 
 def find_repairs(file: ByteSource, header: VdiHeader) -> list[Repair]:
-    """Return what can be put right: leaked space at the end, the count of allocated blocks.
+    """Return the repairs: free leaked space at the end, correct the block count.
 
-    VirtualBox puts the next block where the header's count says, so the count is put right only
-    where the blocks in use have no gap between them.  Nothing is offered for an image whose
-    blocks overlap each other or lie outside the file.
+    VirtualBox derives the place of the next block from the count in the header.  So the
+    count is corrected only if there are no gaps between the blocks in use.  There are
+    no repairs if blocks overlap each other or lie outside the file.
     """
     report = check(file, header)
     has_wrong_count = report.allocated_clusters != header.n_allocated
@@ -70,8 +71,8 @@ def find_repairs(file: ByteSource, header: VdiHeader) -> list[Repair]:
     if unused > 0:
         repairs.append(
             Repair(
-                f"{unused} blocks behind the last one are leaked",
-                "end the file behind the last one",
+                f"{unused} blocks after the last one are leaked",
+                "end the file after the last one",
                 file_nbytes=report.image_end_offset,
             )
         )
@@ -80,7 +81,7 @@ def find_repairs(file: ByteSource, header: VdiHeader) -> list[Repair]:
         repairs.append(
             Repair(
                 f"the header counts {header.n_allocated} allocated blocks",
-                f"write there that it is {n_in_use}",
+                f"change the count to {n_in_use}",
                 writes=((layout.N_ALLOCATED_OFFSET, layout.COUNT.pack(n_in_use)),),
             )
         )
@@ -90,7 +91,7 @@ def find_repairs(file: ByteSource, header: VdiHeader) -> list[Repair]:
 def _verify_entries(
     file: ByteSource, header: VdiHeader, report: CheckReport, n_file_blocks: int
 ) -> int:
-    """Count entries, report those out of the file; return the end of the blocks inside."""
+    """Count entries and report those outside the file; return the end of the others."""
     previous, end = -1, 0
     for first, entries in read_map(file, header, 0, header.n_blocks):
         used = np.flatnonzero(entries < layout.BLOCK_ZERO)
@@ -128,7 +129,7 @@ def _verify_window(
             len(repeated),
             (
                 f"block {first + index} is at {_offset(header, int(entries[index])):#x}, "
-                "where another block is already"
+                "where another block is"
                 for index in repeated.tolist()
             ),
         )
@@ -139,14 +140,14 @@ def _verify_window(
 
 
 def _repeated(places: NDArray[np.int64], is_used: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Return the indices of places that are in use, or stand before in the same array."""
+    """Return the indices of places that are in use, or occur earlier in the array."""
     is_new = np.zeros(len(places), dtype=bool)
     is_new[np.unique(places, return_index=True)[1]] = True
     return np.flatnonzero(~is_new | is_used[places])
 
 
 def _offset(header: VdiHeader, block: int) -> int:
-    """Return where a block lies in the file."""
+    """Return the host offset of a block."""
     return header.data_offset + block * header.block_nbytes
 
 

@@ -1,6 +1,7 @@
-"""Headers of VDI images: verification, and what a new one holds.
+"""Reads, verifies and builds the headers of VDI images.
 
-Nothing here needs NumPy, so that ``info`` stays quick.
+Nothing here imports NumPy, so that ``info`` starts fast.
+
 Source: VirtualBox src/VBox/Storage/VDICore.h, VDI.cpp (vdiValidateHeader).
 """
 
@@ -32,10 +33,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VdiHeader:
-    """A verified header; places and lengths in bytes.
+    """A verified header; offsets and lengths in bytes.
 
-    ``n_blocks`` is the number of entries of the block map, which may exceed what the disk needs;
-    ``parent_uuid`` is None for an image without a parent.
+    ``n_blocks`` is the number of entries in the block map, which may be more than the
+    disk needs.  ``parent_uuid`` is None for an image without a parent.
     """
 
     image_type: ImageType
@@ -65,7 +66,7 @@ class VdiHeader:
 
     @property
     def parent_identities(self) -> dict[str, str]:
-        """The UUIDs that the parent must have; nothing for an image without a parent."""
+        """The UUIDs that the parent must have; empty for an image without a parent."""
         return _identities(self.parent_uuid, self.parent_modification_uuid)
 
 
@@ -75,7 +76,7 @@ def read_header(file: ByteSource) -> VdiHeader:
     Parameters
     ----------
     file : ByteSource
-        Stays the caller's.
+        The caller closes it.
 
     Raises
     ------
@@ -84,7 +85,7 @@ def read_header(file: ByteSource) -> VdiHeader:
     CorruptImageError
         The header contradicts itself or the file.
     UnsupportedFeatureError
-        A version, type or feature that is not read here.
+        The version, the type or a feature is not supported.
     LimitExceededError
         A claimed size is over its limit.
     """
@@ -117,7 +118,7 @@ def read_header(file: ByteSource) -> VdiHeader:
 
 
 def read_identities(file: ByteSource) -> dict[str, str]:
-    """Return what a child can recognise a file by: nothing if it is no VDI 1.1."""
+    """Return the identities of a file; empty if it is not a VDI 1.1."""
     nbytes = layout.PRE_HEADER.size + layout.HEADER.size
     if file.nbytes < nbytes:
         return {}
@@ -141,7 +142,7 @@ def build_header(
     parent_uuid: UUID | None,
     parent_modification_uuid: UUID | None,
 ) -> bytes:
-    """Return the first bytes of a new image; the geometry is left to VirtualBox to calculate."""
+    """Return the header of a new image; VirtualBox calculates the geometry itself."""
     fields = HeaderFields(
         header_nbytes=layout.HEADER_V1PLUS_NBYTES,
         image_type=image_type,
@@ -177,13 +178,13 @@ def _verify_pre_header(path: str, raw: bytes) -> None:
     _, signature, version = layout.PRE_HEADER.unpack_from(raw)
     if signature != layout.SIGNATURE:
         raise WrongFormatError(
-            f"no VDI image: its signature is not {layout.SIGNATURE:#010x}",
+            f"not a VDI image: its signature is not {layout.SIGNATURE:#010x}",
             path=path,
         )
     if version != layout.VERSION_1_1:
         raise UnsupportedFeatureError(
-            f"VDI version {version >> 16}.{version & 0xFFFF}, only 1.1 is read: VirtualBox "
-            "(VBoxManage clonemedium) brings older images up to it",
+            f"VDI version {version >> 16}.{version & 0xFFFF}, only 1.1 is supported: VirtualBox "
+            "(VBoxManage clonemedium) converts older images",
             path=path,
         )
 
@@ -206,13 +207,13 @@ def _verify_kind(path: str, fields: HeaderFields, raw: bytes) -> None:
     geometry_offset = layout.PRE_HEADER.size + layout.HEADER.size
     if fields.header_nbytes >= layout.HEADER_V1PLUS_NBYTES and len(raw) >= layout.HEAD_NBYTES:
         sector_sizes.add(layout.GEOMETRY.unpack_from(raw, geometry_offset)[3])
-    # 0 stands where the producer left the geometry out.
+    # 0 means that the producer left the geometry out.
     if odd := sector_sizes - {0, layout.SECTOR_NBYTES}:
         raise UnsupportedFeatureError(
-            f"sectors of {max(odd)} bytes, only {layout.SECTOR_NBYTES} are read", path=path
+            f"sectors of {max(odd)} bytes, only {layout.SECTOR_NBYTES} are supported", path=path
         )
     if fields.image_type == ImageType.DIFF and fields.parent_uuid == layout.NULL_UUID:
-        raise CorruptImageError("a differencing image that names no parent", path=path)
+        raise CorruptImageError("a differencing image that does not name its parent", path=path)
 
 
 def _verify_sizes(path: str, fields: HeaderFields) -> None:
@@ -222,7 +223,7 @@ def _verify_sizes(path: str, fields: HeaderFields) -> None:
         or not VDI_MIN_BLOCK_NBYTES <= block_nbytes <= VDI_MAX_BLOCK_NBYTES
     ):
         raise LimitExceededError(
-            f"blocks of {block_nbytes} bytes, allowed are powers of two from "
+            f"blocks of {block_nbytes} bytes, allowed: powers of two from "
             f"{VDI_MIN_BLOCK_NBYTES} to {VDI_MAX_BLOCK_NBYTES}",
             path=path,
         )
@@ -232,11 +233,13 @@ def _verify_sizes(path: str, fields: HeaderFields) -> None:
         )
     if fields.disk_nbytes > MAX_VIRTUAL_NBYTES:
         raise LimitExceededError(
-            f"disk of {fields.disk_nbytes} bytes, allowed are {MAX_VIRTUAL_NBYTES}", path=path
+            f"disk of {fields.disk_nbytes} bytes, at most {MAX_VIRTUAL_NBYTES} are allowed",
+            path=path,
         )
     if fields.disk_nbytes > fields.n_blocks * block_nbytes:
         raise CorruptImageError(
-            f"a disk of {fields.disk_nbytes} bytes in {fields.n_blocks} blocks of {block_nbytes}",
+            f"a disk of {fields.disk_nbytes} bytes does not fit in {fields.n_blocks} blocks of "
+            f"{block_nbytes}",
             path=path,
         )
 
@@ -252,7 +255,8 @@ def _verify_places(file: ByteSource, fields: HeaderFields) -> None:
         )
     if map_end > fields.data_offset:
         raise CorruptImageError(
-            f"the block map ends at {map_end:#x}, behind the first block ({fields.data_offset:#x})",
+            f"the block map ends at {map_end:#x}, after the start of the first block "
+            f"({fields.data_offset:#x})",
             path=file.path,
         )
     if map_end > file.nbytes:
@@ -267,7 +271,8 @@ def _virtual_size(path: str, fields: HeaderFields) -> int:
     n_odd = fields.disk_nbytes % SECTOR_NBYTES
     if n_odd:
         log.warning(
-            "%s: the last %d bytes of the disk are no whole sector: left out, as VirtualBox does",
+            "%s: the last %d bytes of the disk are not a whole sector; like VirtualBox, "
+            "imgcore ignores them",
             path,
             n_odd,
         )

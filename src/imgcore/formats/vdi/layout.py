@@ -1,7 +1,7 @@
-"""VDI structures on disk: data only.
+"""VDI on disk: structures and constants, without logic.
 
-Source: VirtualBox src/VBox/Storage/VDICore.h; the structure stands with each item.  All numbers
-are little-endian, UUIDs have their first three fields so.
+Source: VirtualBox src/VBox/Storage/VDICore.h; each item names its structure.  All
+numbers are little-endian, also the first three fields of UUIDs.
 """
 
 from __future__ import annotations
@@ -10,34 +10,35 @@ import struct
 from enum import IntEnum
 from typing import Final, NamedTuple
 
-# VDIPREHEADER: 64 bytes of text for people, signature, version (major << 16 | minor).
+# VDIPREHEADER: 64 bytes of text, signature, version (major << 16 | minor).
 PRE_HEADER: Final = struct.Struct("<64sII")
 SIGNATURE: Final = 0xBEDA107F
 VERSION_1_1: Final = 0x0001_0001
-# The text is "for eyes only"; readers go by the signature.
+# The text is for people; readers use the signature.
 FILE_INFO: Final = b"<<< imgcore VirtualBox Disk Image >>>\n"
 
 # VDIHEADER1, without the geometry that VDIHEADER1PLUS adds.
 HEADER: Final = struct.Struct("<III256sIIIIIIIQIIII16s16s16s16s")
-# VDIDISKGEOMETRY: cylinders, heads, sectors, bytes of a sector.
+# VDIDISKGEOMETRY: cylinders, heads, sectors, bytes per sector.
 GEOMETRY: Final = struct.Struct("<IIII")
-# cBlocksAllocated in the file, and its form.
+# Host offset of cBlocksAllocated, and its type.
 N_ALLOCATED_OFFSET: Final = 0x184
 COUNT: Final = struct.Struct("<I")
 HEADER_V1_NBYTES: Final = HEADER.size
 HEADER_V1PLUS_NBYTES: Final = HEADER.size + GEOMETRY.size
 SECTOR_NBYTES: Final = 512  # VDI_GEOMETRY_SECTOR_SIZE
 COMMENT_NBYTES: Final = 256  # VDI_IMAGE_COMMENT_SIZE
-# Header and whatever of it may be read at once.
+# Bytes that hold any header.
 HEAD_NBYTES: Final = 512
 
-# New blocks were filled with zeros: the flag of the file, and the one of VirtualBox's interface
-# (vd.h), which its own check of headers lets pass as well.
+# New blocks were filled with zeros: the flag in files, and the one in VirtualBox's API
+# (vd.h), which VirtualBox also accepts in files.
 FLAG_ZERO_EXPAND: Final = 1 << 0
 FLAG_ZERO_EXPAND_VD: Final = 1 << 8
 KNOWN_FLAGS: Final = FLAG_ZERO_EXPAND | FLAG_ZERO_EXPAND_VD
 
-# VDIIMAGEBLOCKPOINTER: the number of a block in the data area, or one of two special values.
+# VDIIMAGEBLOCKPOINTER: the number of a block in the data area, or one of two special
+# values.
 ENTRY_NBYTES: Final = 4
 ENTRY_MASK: Final = 0xFFFF_FFFF
 BLOCK_FREE: Final = 0xFFFF_FFFF  # never written: the parent's content, zeros without one
@@ -46,12 +47,12 @@ BLOCK_ZERO: Final = 0xFFFF_FFFE  # discarded: zeros
 # VDI_DATA_ALIGN, VDI_IMAGE_DEFAULT_BLOCK_SIZE.
 DATA_ALIGNMENT: Final = 1 << 20
 DEFAULT_BLOCK_NBYTES: Final = 1 << 20
-# Where the block map of a new image begins: on its own page.
+# Host offset of the block map in a new image: a page of its own.
 MAP_OFFSET: Final = 4096
 
 NULL_UUID: Final = bytes(16)
 
-# What parent and child know each other by, in words for people.
+# Names of the facts that identify a parent; they appear in messages.
 IDENTITY_UUID: Final = "UUID"
 IDENTITY_MODIFICATION: Final = "modification UUID"
 
@@ -73,7 +74,7 @@ SUBFORMATS: Final = {
 
 
 class HeaderFields(NamedTuple):
-    """VDIHEADER1 as it is in the file."""
+    """The fields of VDIHEADER1."""
 
     header_nbytes: int
     image_type: int

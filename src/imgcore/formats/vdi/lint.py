@@ -1,4 +1,4 @@
-"""Rules about VDI."""
+"""Lint rules for VDI."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _has_uuids(facts: ImageFacts) -> str | None:
     header = facts.reader.header
     uuids = {"uuid": header.uuid, "modification-uuid": header.modification_uuid}
     names = [name for name, uuid in uuids.items() if uuid.int == 0]
-    return f"zero where VirtualBox wants a UUID: {', '.join(names)}" if names else None
+    return f"VirtualBox needs UUIDs, but these are zero: {', '.join(names)}" if names else None
 
 
 def _blocks_fit(facts: ImageFacts) -> str | None:
@@ -26,7 +26,9 @@ def _blocks_fit(facts: ImageFacts) -> str | None:
         return None
     low, high = VDI_MIN_WRITTEN_BLOCK_NBYTES, VDI_MAX_WRITTEN_BLOCK_NBYTES
     nbytes = facts.reader.block_nbytes
-    return None if low <= nbytes <= high else f"blocks of {nbytes} bytes, read are {low} to {high}"
+    if low <= nbytes <= high:
+        return None
+    return f"blocks of {nbytes} bytes, supported are {low} to {high}"
 
 
 UUIDS: Final = Rule("vdi-uuid", _has_uuids)

@@ -1,4 +1,4 @@
-"""VDI: the options of a new disk."""
+"""VDI: the options for writing."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ if TYPE_CHECKING:
 class Options(FormatOptions):
     """The ``-o`` options."""
 
-    subformat: str | None = choice(None, ("dynamic", "fixed"), "Kind of VDI (dynamic unless given)")
+    subformat: str | None = choice(None, ("dynamic", "fixed"), "Kind of VDI (default dynamic)")
     static: bool = flag("The same as subformat=fixed")
     block_size: int = byte_size(layout.DEFAULT_BLOCK_NBYTES, "Block size, 128k to 128M")
-    uuid: str | None = text(None, "UUID of the image (random unless given)")
+    uuid: str | None = text(None, "UUID of the image (random by default)")
     modification_uuid: str | None = text(
-        None, "UUID of its last change (random; it follows from uuid if that is given)"
+        None, "UUID of its last change (random by default; derived from uuid if that is given)"
     )
     preallocation: str = choice("off", PREALLOCATION, "Reserve the space of a fixed image")
 
 
 class WriteOptions(NamedTuple):
-    """A request, verified; places and lengths in bytes."""
+    """A verified request; offsets and lengths in bytes."""
 
     image_type: ImageType
     virtual_size: int
@@ -89,11 +89,11 @@ class WriteOptions(NamedTuple):
 
     @property
     def is_fixed(self) -> bool:
-        """Every block has its place from the start."""
+        """Whether every block is allocated from the start."""
         return self.image_type is ImageType.FIXED
 
     def file_nbytes(self, n_allocated: int) -> int:
-        """Return the size of the file with that many blocks in it."""
+        """Return the size of a file with ``n_allocated`` blocks."""
         return self.data_offset + n_allocated * self.block_nbytes
 
     def header(self, n_allocated: int) -> bytes:
@@ -114,12 +114,12 @@ class WriteOptions(NamedTuple):
 
 def _image_type(options: Options, backing: BackingReference | None) -> ImageType:
     if options.static and options.subformat == "dynamic":
-        raise OptionError("static=on asks for subformat=fixed, not for dynamic")
+        raise OptionError("static=on means subformat=fixed, which contradicts subformat=dynamic")
     is_fixed = options.static or options.subformat == "fixed"
     if backing is None:
         return ImageType.FIXED if is_fixed else ImageType.NORMAL
     if is_fixed:
-        raise OptionError("a fixed VDI has no parent (-B)")
+        raise OptionError("a fixed VDI cannot have a parent (-B)")
     return ImageType.DIFF
 
 
@@ -138,13 +138,13 @@ def _parent_uuids(backing: BackingReference | None) -> tuple[UUID | None, UUID |
     if backing is None:
         return None, None
     if backing.format != "vdi":
-        raise OptionError(f"the parent (-B) of a VDI is a VDI, not {backing.format}")
+        raise OptionError(f"the parent (-B) of a VDI must be a VDI, not {backing.format}")
     known = backing.identities
     return UUID(known[layout.IDENTITY_UUID]), UUID(known[layout.IDENTITY_MODIFICATION])
 
 
 def _uuids(options: Options) -> tuple[UUID, UUID]:
-    """Return the UUIDs of the image and of its modification; VirtualBox refuses null ones."""
+    """Return the UUIDs of the image and of its last change; VirtualBox rejects zero."""
     stated, modification = options.uuid, options.modification_uuid
     image_uuid = uuid4() if stated is None else parse_uuid("uuid", stated)
     if modification is not None:

@@ -1,6 +1,6 @@
-"""VDI: which file is the parent of a differencing image.
+"""VDI: finds the parent of a differencing image.
 
-An image states its parent's UUIDs and no name, so files are looked at.
+An image states only the UUIDs of its parent, not its name, so files are searched.
 """
 
 from __future__ import annotations
@@ -30,22 +30,24 @@ def find_parent(header: VdiHeader, gate: ReferenceGate, path: str) -> BackingRef
     Parameters
     ----------
     header : VdiHeader
-        Of an image whose ``parent_uuid`` is not None.
+        Header of an image whose ``parent_uuid`` is not None.
     gate : ReferenceGate
-        The ``*.vdi`` files of its folder, then of the allowed ones, are opened through it.
+        It opens the ``*.vdi`` files in its folder, then those in the allowed folders.
     path : str
-        The image; stands in messages.
+        Name of the image for messages.
 
     Returns
     -------
     BackingReference
-        With the names of the files of that UUID, those of that modification first; if there
-        is none, the name that VirtualBox gives to an image of that UUID.
+        It names the files that have the parent's UUID, first those that also have its
+        modification UUID.  If there are none, it has the name that VirtualBox would
+        give the parent.
 
     Notes
     -----
-    No more than `VDI_MAX_SEARCHED_FILES` files are looked at; that others were not is logged as
-    a warning.  The image itself can be described, and read with a parent that is given.
+    At most `VDI_MAX_SEARCHED_FILES` files are opened; a warning tells if there are
+    more.  Without its parent, the image can still be described, or read with a parent
+    that the user states.
     """
     wanted = header.parent_identities
     same: list[str] = []
@@ -53,12 +55,12 @@ def find_parent(header: VdiHeader, gate: ReferenceGate, path: str) -> BackingRef
     for n_files, name in enumerate(_candidates(gate)):
         if n_files == VDI_MAX_SEARCHED_FILES:
             log.warning(
-                "%s: its parent, of UUID %s, is looked for in no more than %d *%s files: "
-                "name it (--parent) if it is not found",
+                "%s: only %d *%s files are searched for its parent with UUID %s: "
+                "state it (--parent) if it is not found",
                 path,
-                header.parent_uuid,
                 VDI_MAX_SEARCHED_FILES,
                 _SUFFIX,
+                header.parent_uuid,
             )
             break
         found = _identities(gate, name)
@@ -69,7 +71,7 @@ def find_parent(header: VdiHeader, gate: ReferenceGate, path: str) -> BackingRef
 
 
 def _candidates(gate: ReferenceGate) -> Iterator[str]:
-    """Yield names as the gate takes them, in the same order on every machine."""
+    """Yield names as the gate takes them, in the same order on every host."""
     for folder in (gate.folder, *gate.allowed):
         try:
             names = sorted(os.listdir(folder))
@@ -81,7 +83,7 @@ def _candidates(gate: ReferenceGate) -> Iterator[str]:
 
 
 def _identities(gate: ReferenceGate, name: str) -> dict[str, str]:
-    # Files that cannot be opened are none that the image could be read with.
+    # A file that cannot be opened cannot be used as the parent either.
     try:
         with gate.open(name, share=True) as file:
             return read_identities(file)

@@ -1,6 +1,5 @@
-"""VDI, VirtualBox's disks: reader and driver.
+"""VDI: the reader of dynamic, fixed and differencing images.
 
-Dynamic, fixed and differencing images are read and written.
 Source: VirtualBox src/VBox/Storage/VDICore.h.
 """
 
@@ -21,19 +20,21 @@ if TYPE_CHECKING:
 
 
 class VdiReader:
-    """Reads one VDI layer.
+    """Reads one VDI.
 
     Parameters
     ----------
     file : ByteSource
         Closed with the reader; the caller closes it if this raises.
+    gate : ReferenceGate
+        Opens the files among which the parent is searched.
 
     Raises
     ------
     WrongFormatError
         The signature is absent.
     CorruptImageError, LimitExceededError, UnsupportedFeatureError
-        The header cannot be trusted, or asks for more than is supported.
+        The header is damaged, unsupported or over a limit.
     """
 
     format_name: ClassVar[str] = "vdi"
@@ -58,7 +59,7 @@ class VdiReader:
 
     @property
     def backing(self) -> BackingReference | None:
-        """The parent; it is looked for by its UUID the first time this is asked."""
+        """The parent; the first use searches for it by its UUID."""
         if self._backing is None and self._header.parent_uuid is not None:
             from imgcore.formats.vdi.parent import find_parent
 
@@ -70,7 +71,8 @@ class VdiReader:
 
         Notes
         -----
-        Complexity: O(blocks in the range); memory: one piece of the block map and one batch.
+        Complexity: O(blocks in the range).  Memory: one piece of the block map and one
+        batch.
         """
         if self._tables is None:
             from imgcore.formats.vdi.tables import ExtentTables
@@ -99,18 +101,18 @@ class VdiReader:
         }
 
     def check(self) -> CheckReport:
-        """Look for blocks out of the file, used twice, or used by nothing.
+        """Find blocks outside the file, blocks used twice, and leaked blocks.
 
         Notes
         -----
-        Complexity: O(blocks) for each 2^26 blocks of the file; memory: up to 64 MiB.
+        Complexity: O(blocks) for each 2^26 blocks of the file.  Memory: up to 64 MiB.
         """
         from imgcore.formats.vdi.check import check
 
         return check(self._file, self._header)
 
     def repairs(self) -> list[Repair]:
-        """Return what can be put right; see :class:`imgcore.formats.api.Repairable`."""
+        """Return the possible repairs; see `imgcore.formats.api.Repairable`."""
         from imgcore.formats.vdi.check import find_repairs
 
         return find_repairs(self._file, self._header)

@@ -1,4 +1,4 @@
-"""VDI: from the block map to extents.
+"""VDI: turns the block map into extents.
 
 Source: VirtualBox src/VBox/Storage/VDICore.h, VDIIMAGEBLOCKPOINTER.
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def table_format(block_nbytes: int, data_offset: int) -> TableFormat:
-    """Return the numbers that describe a block map to the table kernels."""
+    """Describe a block map to the table kernels."""
     return TableFormat(
         entry_nbytes=layout.ENTRY_NBYTES,
         big_endian=False,
@@ -49,7 +49,7 @@ def table_format(block_nbytes: int, data_offset: int) -> TableFormat:
 def read_map(
     file: ByteSource, header: VdiHeader, first: int, last: int
 ) -> Iterator[tuple[int, NDArray[np.uint32]]]:
-    """Yield ``(index of its first entry, entries)`` for pieces of ``[first, last)`` of the map."""
+    """Yield (first index, entries) for pieces of entries [first, last) of the map."""
     for start in range(first, last, MAX_BATCH_ROWS):
         count = min(MAX_BATCH_ROWS, last - start)
         raw = file.pread(header.map_offset + start * layout.ENTRY_NBYTES, count * 4)
@@ -57,13 +57,13 @@ def read_map(
 
 
 class ExtentTables:
-    """Turns tables into extents; holds no table in memory between two calls."""
+    """Turns the block map into extents; keeps none of it in memory between calls."""
 
     def __init__(self, file: ByteSource, header: VdiHeader) -> None:
         self._file = file
         self._header = header
         self._format = table_format(header.block_nbytes, header.data_offset)
-        # Of a fixed image only the file system knows what was ever written.
+        # Only the file system knows which blocks of a fixed image were ever written.
         self._asks_file = header.image_type == ImageType.FIXED
 
     def extents(self, start: int, length: int) -> Iterator[Extents]:
@@ -100,7 +100,7 @@ class ExtentTables:
         )
 
     def _without_holes(self, rows: Extents) -> Iterator[Extents]:
-        """Yield rows of a fixed image with the holes of its file as zeros."""
+        """Yield rows of a fixed image, with holes of its file as ZERO."""
         data = HostData(self._file)
         for row in rows:
             guest_offset, length = int(row["guest_offset"]), int(row["length"])

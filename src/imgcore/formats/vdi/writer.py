@@ -1,8 +1,8 @@
 """VDI: the writers.
 
-Layout of a new file: header, block map, then blocks from a multiple of 1 MiB on, as VirtualBox
-aligns them.  The map's place is known from the start, so entries go into the file as blocks are
-placed, and no more than a piece of the map is in memory.
+A new file has the header, the block map, then blocks, which start at a multiple of 1
+MiB as in VirtualBox.  The offset of the map is known from the start.  So entries are
+written as blocks are placed, and only a piece of the map is in memory.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
     from imgcore.files.target_file import TargetFile
     from imgcore.formats.api import Writer, WriteRequest
 
-# Entries that are made and written at a time: 1 MiB.
+# Entries that are written at once: 1 MiB.
 _PIECE_ENTRIES: Final = 1 << 18
 
 
 def writer_for(request: WriteRequest[Options]) -> Writer:
-    """Return the writer that the options ask for; raises OptionError or LimitExceededError."""
+    """Return the writer for a request; raises OptionError or LimitExceededError."""
     options = WriteOptions.of(request)
     return FixedWriter(options) if options.is_fixed else DynamicWriter(options)
 
 
 def measure(request: WriteRequest[Options], data_nbytes: int) -> Measurement:
-    """Return the size of the file with ``data_nbytes`` of whole blocks, and with a full disk."""
+    """Return the file's size with ``data_nbytes`` of data and with a full disk."""
     options = WriteOptions.of(request)
     full = options.file_nbytes(options.n_blocks)
     if options.is_fixed:
@@ -46,7 +46,7 @@ def measure(request: WriteRequest[Options], data_nbytes: int) -> Measurement:
 
 
 class DynamicWriter:
-    """Writes images that grow with their data, with a parent or without."""
+    """Writes dynamic and differencing images."""
 
     format_name: ClassVar[str] = "vdi"
     needs_own_blocks: ClassVar[bool] = False
@@ -55,7 +55,7 @@ class DynamicWriter:
         self._options = options
         self._file: TargetFile | None = None
         self._n_allocated = 0
-        # Entries of the map before this one are in the file.
+        # Entries of the map before this one have been written.
         self._n_written = 0
         self.first_offset = options.data_offset
         self.geometry = Geometry(
@@ -77,7 +77,7 @@ class DynamicWriter:
         return self._file
 
     def place(self, first_block: int, placements: Placements, next_offset: int) -> int:
-        """Write the entries of these blocks, and of those before them that have no data."""
+        """Write the entries of these blocks, and of free blocks before them."""
         import numpy as np
 
         assert self._file is not None
@@ -85,8 +85,8 @@ class DynamicWriter:
         for start in range(0, len(placements), _PIECE_ENTRIES):
             entries = np.empty(min(_PIECE_ENTRIES, len(placements) - start), dtype="<u4")
             rows = placements[start : start + len(entries)]
-            # A place that does not fit an entry cannot come up: blocks are in guest order,
-            # and there are fewer of them than entries have values.
+            # Every place fits into an entry: blocks are in guest order, and there are
+            # fewer of them than an entry has values.
             self._format.encode(rows, entries.view(np.uint8))
             _write_entries(self._file, first_block + start, entries)
             self._n_allocated += int((entries < layout.BLOCK_ZERO).sum())
@@ -104,7 +104,7 @@ class DynamicWriter:
         self._n_written = max(self._n_written, until)
 
     def finish(self, next_offset: int) -> None:
-        """Complete the map and the last block, write the header."""
+        """Complete the map and the last block, and write the header."""
         assert self._file is not None
         self._write_free(self._options.n_blocks)
         self._file.truncate(self._options.file_nbytes(self._n_allocated))
@@ -112,7 +112,7 @@ class DynamicWriter:
 
 
 class FixedWriter(FlatWriter):
-    """Writes images in which every block has its place from the start."""
+    """Writes fixed images, in which every block is allocated from the start."""
 
     format_name: ClassVar[str] = "vdi"
 

@@ -1,4 +1,4 @@
-"""Verifying a VHD: footers, header, BAT, batmap, and who claims which part of the file."""
+"""Checks a VHD: footers, header, BAT, batmap, and overlaps in the file."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ if TYPE_CHECKING:
 
     Sectors = NDArray[np.int64]
 
-# BAT entries that are read together.
+# BAT entries that are read at once.
 _PIECE_ENTRIES: Final = 1 << 20
 
 
 def check_image(file: ByteSource, header: VhdHeader) -> CheckReport:
-    """Check an image whose headers could be read.
+    """Check an image whose headers have been read.
 
     Parameters
     ----------
     file : ByteSource
-        Stays the caller's.
+        The caller closes it.
     header : VhdHeader
-        As `read_header` gave it.
+        As `read_header` returned it.
 
     Returns
     -------
     CheckReport
-        Counts in blocks; a fixed disk has none.
+        Its unit is the block; a fixed disk has none.
 
     Raises
     ------
@@ -56,10 +56,10 @@ def check_image(file: ByteSource, header: VhdHeader) -> CheckReport:
 
 
 def find_repairs(file: ByteSource, header: VhdHeader) -> list[Repair]:
-    """Return what can be put right: a footer from the other one, leaked space at the end.
+    """Return the repairs: replace a damaged footer, and free leaked space at the end.
 
-    Nothing is offered for an image whose blocks overlap each other or tables: what is
-    written could be a guest's.
+    There are none if blocks overlap each other or tables, because a repair could then
+    overwrite guest data.
     """
     report = CheckReport()
     if header.dynamic is None:
@@ -71,20 +71,19 @@ def find_repairs(file: ByteSource, header: VhdHeader) -> list[Repair]:
     blocks_end = report.image_end_offset
     repairs: list[Repair] = []
     if end is None or end.problem is not None:
-        assert copy is not None  # it is the one that was read
+        assert copy is not None  # read_header() has used it
         repairs.append(_footer_repair(end, copy.raw, blocks_end))
     elif copy is None or copy.problem is not None or copy.raw != end.raw:
-        action = "write the footer at the end there"
-        repairs.append(
-            Repair("the footer's copy at the start is no copy", action, writes=((0, end.raw),))
-        )
+        problem = "the footer's copy at the start is missing or wrong"
+        action = "replace it with the footer at the end"
+        repairs.append(Repair(problem, action, writes=((0, end.raw),)))
     stride = header.bitmap_nbytes + header.dynamic.block_nbytes
     if end is not None and end.offset - blocks_end >= stride:
         raw = copy.raw if end.problem is not None and copy is not None else end.raw
         repairs.append(
             Repair(
-                f"{(end.offset - blocks_end) // stride} blocks behind the last one are leaked",
-                "end the file behind the last one",
+                f"{(end.offset - blocks_end) // stride} blocks after the last one are leaked",
+                "end the file after the last one",
                 file_nbytes=blocks_end + layout.FOOTER_NBYTES,
                 writes=((blocks_end, raw),),
             )
@@ -93,14 +92,14 @@ def find_repairs(file: ByteSource, header: VhdHeader) -> list[Repair]:
 
 
 def _footer_repair(end: FooterPlace | None, raw: bytes, blocks_end: int) -> Repair:
-    """Return the repair of a footer: in its place, or directly behind the last block."""
-    action = "write its copy at the start there"
+    """Return the repair of a footer: where it is, or directly after the last block."""
+    action = "replace it with its copy at the start"
     if end is not None:
         writes = ((end.offset, raw[: end.nbytes]),)
         return Repair(f"the footer at {end.offset:#x} is damaged", action, writes=writes)
     return Repair(
         "there is no footer at the end",
-        f"write its copy at the start to {blocks_end:#x} and end the file behind it",
+        f"write its copy at the start to {blocks_end:#x} and end the file after it",
         file_nbytes=blocks_end + layout.FOOTER_NBYTES,
         writes=((blocks_end, raw),),
     )
@@ -138,7 +137,7 @@ def _check_header(report: CheckReport, file: ByteSource, header: VhdHeader) -> N
         )
     if dynamic.table_offset % SECTOR_NBYTES:
         report.corruption(
-            f"the BAT at {dynamic.table_offset:#x} does not begin at a sector's start"
+            f"the BAT at {dynamic.table_offset:#x} is not aligned to {SECTOR_NBYTES} bytes"
         )
     for problem in parent_texts(file, header)[1]:
         report.corruption(problem.reason)
@@ -157,7 +156,8 @@ class _BlockCheck:
         self._end_nsectors = end // SECTOR_NBYTES
         if self._n_blocks > VHD_MAX_CHECKED_BLOCKS:
             raise LimitExceededError(
-                f"a disk of {self._n_blocks} blocks, {VHD_MAX_CHECKED_BLOCKS} can be checked",
+                f"a disk of {self._n_blocks} blocks, at most {VHD_MAX_CHECKED_BLOCKS} "
+                "can be checked",
                 path=file.path,
             )
 
@@ -178,7 +178,7 @@ class _BlockCheck:
             ),
         )
         self._check_batmap(sectors)
-        # There may be millions: what is done with is given back.
+        # There may be millions of blocks, so free what is no longer needed.
         del sectors
         where, present = where[~past], present[~past]
         order = np.argsort(where, kind="stable")
@@ -202,7 +202,7 @@ class _BlockCheck:
         return sectors
 
     def _metadata(self) -> list[tuple[int, int, str]]:
-        """Return (first byte, end, what) of everything that is no block."""
+        """Return (start, end, name) of everything except blocks; bytes."""
         parts = self._header.structures
         parts += [
             (entry.data_offset, entry.data_offset + entry.data_nbytes, "a parent locator")
@@ -221,7 +221,7 @@ class _BlockCheck:
         return self._dynamic.table_offset + -(-table_nbytes // SECTOR_NBYTES) * SECTOR_NBYTES
 
     def _find_batmap(self) -> tuple[int, int, int] | None:
-        """Return (offset, bytes, checksum) of XenServer's batmap, None if there is none."""
+        """Return (offset, bytes, checksum) of XenServer's batmap, or None."""
         offset = self._batmap_header_offset
         if not self._header.footer.creator.startswith(b"tap"):
             return None
@@ -240,7 +240,7 @@ class _BlockCheck:
             return
         offset, nbytes, checksum = batmap
         if offset + nbytes > self._file.nbytes or nbytes * 8 < self._n_blocks:
-            self._report.corruption(f"the batmap of {nbytes} bytes at {offset:#x} is no whole one")
+            self._report.corruption(f"the batmap of {nbytes} bytes at {offset:#x} is incomplete")
             return
         used_nbytes = -(-self._n_blocks // 8)
         raw = self._file.pread(offset, used_nbytes)
@@ -254,13 +254,17 @@ class _BlockCheck:
         wrong = np.flatnonzero((bits != 0) & (sectors == layout.ENTRY_ABSENT))
         self._report.corruptions_among(
             len(wrong),
-            (f"the batmap calls block {block} full, which is absent" for block in _first(wrong)),
+            (
+                f"the batmap marks block {block} as full, but it is absent"
+                for block in _first(wrong)
+            ),
         )
 
     def _check_claims(self, starts: Sectors, numbers: Sectors) -> None:
-        """Report overlaps, and count the space of blocks that nobody claims.
+        """Report overlaps, and count leaked blocks.
 
-        ``starts`` are sectors, ascending, ``numbers`` those of the blocks there.
+        ``starts`` are the sectors where blocks start, in ascending order; ``numbers``
+        are the numbers of these blocks.
         """
         ends = starts + self._block_nsectors
 
@@ -297,6 +301,6 @@ class _BlockCheck:
 
 
 def _first(numbers: Sectors) -> list[int]:
-    """Return those of the numbers that can have a line in the report."""
+    """Return the numbers that can have a line in the report."""
     first: list[int] = numbers[: CheckReport.MAX_PROBLEM_LINES].tolist()
     return first

@@ -1,8 +1,9 @@
-"""VHD footers, dynamic disk headers and parent locators: reading and verification.
+"""Reads and verifies VHD footers, dynamic disk headers and parent locators.
 
-Nothing here needs NumPy, so that ``info`` stays quick.
-Source: Microsoft, "Virtual Hard Disk Image Format Specification" 1.0; QEMU block/vpc.c for which of
-the two sizes a creator means.
+Nothing here imports NumPy, so that ``info`` starts fast.
+
+Source: Microsoft, "Virtual Hard Disk Image Format Specification" 1.0; QEMU block/vpc.c
+for the size that each creator means.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from imgcore.log import log
 if TYPE_CHECKING:
     from imgcore.files.byte_source import ByteSource
 
-# BAT entries that are looked at together.
+# BAT entries that are read at once.
 _PIECE_ENTRIES: Final = 1 << 16
 
 
 class FooterPlace(NamedTuple):
-    """The sector where a footer belongs; ``problem`` is None if it can be trusted.
+    """A footer that was found; ``problem`` is None if it is sound.
 
-    ``nbytes`` is 511 for an old footer; ``raw`` has 512 bytes all the same.
+    ``nbytes`` is 511 for an old footer, but ``raw`` always has 512 bytes.
     """
 
     offset: int
@@ -48,10 +49,11 @@ class FooterPlace(NamedTuple):
 
 
 class VirtualSize(NamedTuple):
-    """Bytes of the disk, and which field they come from: ``chs`` or ``current``.
+    """Size of the disk in bytes, and the field that states it: ``chs`` or ``current``.
 
-    ``because`` is ``creator``, ``geometry`` (that of any large disk, or none), ``file`` (the length
-    of a fixed disk's file) or ``option``.
+    ``because`` tells why this field counts: the ``creator`` uses it, the ``geometry``
+    is empty or at its maximum, the ``file`` of a fixed disk has this length, or an
+    ``option`` chose it.
     """
 
     nbytes: int
@@ -62,8 +64,9 @@ class VirtualSize(NamedTuple):
 class VhdHeader(NamedTuple):
     """The verified headers of one image.
 
-    ``end`` and ``copy`` are the footers at the file's end and start, None where there is none;
-    ``footer`` is the one that counts.  ``dynamic`` and ``locators`` are empty for a fixed disk.
+    ``end`` and ``copy`` are the footers at the file's end and start, or None;
+    ``footer`` is the one in use.  A fixed disk has no ``dynamic`` header and no
+    ``locators``.
     """
 
     footer: Footer
@@ -80,7 +83,7 @@ class VhdHeader(NamedTuple):
 
     @property
     def chs_nbytes(self) -> int:
-        """Bytes of the disk by its geometry: cylinders, heads and sectors."""
+        """Size of the disk in bytes by its geometry: cylinders, heads and sectors."""
         return chs_nbytes(self.footer)
 
     @property
@@ -95,7 +98,7 @@ class VhdHeader(NamedTuple):
 
     @property
     def structures(self) -> list[tuple[int, int, str]]:
-        """First byte, end and name of what no block may overlap; locators are left out."""
+        """(start, end, name) of what blocks must not overlap, without the locators."""
         if self.dynamic is None:
             return []
         table, header = self.dynamic.table_offset, self.footer.data_offset
@@ -108,23 +111,23 @@ class VhdHeader(NamedTuple):
 
     @property
     def blocks_end(self) -> int | None:
-        """Where blocks have to end: at the footer; None if there is none behind them."""
+        """Offset of the footer at the end, where blocks must end; None without one."""
         return None if self.end is None else self.end.offset
 
 
 def chs_nbytes(footer: Footer) -> int:
-    """Return the bytes of the disk by the geometry in its footer."""
+    """Return the size of the disk in bytes by the geometry in its footer."""
     return footer.cylinders * footer.heads * footer.sectors_per_track * SECTOR_NBYTES
 
 
 def bitmap_nbytes(block_nbytes: int) -> int:
-    """Return the size of a block's sector bitmap: a bit for each sector, in whole sectors."""
+    """Return the bytes of a block's sector bitmap, which fills whole sectors."""
     n_bytes = -(-block_nbytes // (8 * SECTOR_NBYTES))
     return -(-n_bytes // SECTOR_NBYTES) * SECTOR_NBYTES
 
 
 def checksum(raw: bytes, field_offset: int) -> int:
-    """Return the one's complement of the sum of all bytes but the checksum's own four."""
+    """Return the one's complement of the sum of all bytes except the checksum field."""
     return ~(sum(raw) - sum(raw[field_offset : field_offset + 4])) & 0xFFFFFFFF
 
 
@@ -140,18 +143,18 @@ def read_header(file: ByteSource, size: str | None = None) -> VhdHeader:
     Parameters
     ----------
     file : ByteSource
-        Stays the caller's.
+        The caller closes it.
     size : str, optional
-        ``chs`` or ``current``: which size counts, whoever created the disk.
+        ``chs`` or ``current``: the size to use, regardless of the creator.
 
     Raises
     ------
     WrongFormatError
-        There is no footer, neither at the end nor at the start.
+        There is no footer at the end or the start.
     CorruptImageError
         No footer is sound, or the headers contradict themselves or the file.
     UnsupportedFeatureError
-        A version or a type of disk that is not known.
+        The version or the type of disk is unknown.
     LimitExceededError
         A claimed size is over its limit.
     """
@@ -172,7 +175,7 @@ def read_header(file: ByteSource, size: str | None = None) -> VhdHeader:
 
 
 def find_footers(file: ByteSource) -> tuple[FooterPlace | None, FooterPlace | None]:
-    """Return what stands at the end and at the start of the file and has a footer's cookie."""
+    """Return the footers at the end and the start of the file, sound or not."""
     end = None
     for nbytes in (layout.FOOTER_NBYTES, layout.OLD_FOOTER_NBYTES):
         end = end or _footer_at(file, file.nbytes - nbytes, nbytes)
@@ -202,20 +205,20 @@ def _footer_problem(
         )
     if footer.version >> 16 != layout.VERSION >> 16:
         return UnsupportedFeatureError(
-            f"{where} is of version {footer.version:#010x}, known is {layout.VERSION:#010x}",
+            f"{where} has version {footer.version:#010x}, supported is {layout.VERSION:#010x}",
             path=file.path,
         )
     if footer.disk_type not in list(DiskType):
         return UnsupportedFeatureError(
-            f"{where} states disk type {footer.disk_type}: known are 2 (fixed), 3 (dynamic) and "
-            "4 (differencing)",
+            f"{where} states disk type {footer.disk_type}, supported are 2 (fixed), 3 (dynamic) "
+            "and 4 (differencing)",
             path=file.path,
         )
     header_end = footer.data_offset + layout.HEADER_NBYTES
     if footer.disk_type != DiskType.FIXED and header_end > file.nbytes:
         return CorruptImageError(
-            f"{where} puts the dynamic disk header at {footer.data_offset:#x}, its end past the "
-            f"end of the file ({file.nbytes:#x})",
+            f"{where} puts the dynamic disk header at {footer.data_offset:#x}, so that it "
+            f"ends past the end of the file ({file.nbytes:#x})",
             path=file.path,
             offset=offset,
         )
@@ -225,10 +228,10 @@ def _footer_problem(
 def _choose_footer(
     file: ByteSource, end: FooterPlace | None, copy: FooterPlace | None
 ) -> FooterPlace:
-    """Return the footer that counts: the one at the end, or its copy where that is bad.
+    """Return the footer to use: the one at the end, or its copy if that is damaged.
 
-    Only dynamic and differencing disks have a copy; in a fixed one the guest may have written
-    anything at the file's start.
+    Only dynamic and differencing disks have a copy.  A fixed disk starts with guest
+    data, which may look like a footer.
     """
     if end is not None and end.problem is None:
         return end
@@ -240,16 +243,17 @@ def _choose_footer(
         raise copy.problem
     if copy is not None:
         raise CorruptImageError(
-            "a fixed disk's footer stands at the start, none at the end: the file is truncated",
+            "there is a fixed disk's footer at the start, but none at the end: "
+            "the file is truncated",
             path=file.path,
             offset=0,
         )
-    raise WrongFormatError("no VHD footer, neither at the end nor at the start", path=file.path)
+    raise WrongFormatError("no VHD footer at the end or the start", path=file.path)
 
 
 def _warn_of_footers(file: ByteSource, end: FooterPlace | None, copy: FooterPlace | None) -> None:
-    """Say a word where one footer had to do for both."""
-    by_copy, by_end = "reading by its copy at the start", "reading by the one at the end"
+    """Warn if only one of the two footers can be used."""
+    by_copy, by_end = "using its copy at the start", "using the one at the end"
     if end is None:
         problem = f"there is no footer at the end; {by_copy}"
     elif end.problem is not None:
@@ -266,9 +270,9 @@ def _warn_of_footers(file: ByteSource, end: FooterPlace | None, copy: FooterPlac
 
 
 def _refuse_truncated(file: ByteSource, header: VhdHeader) -> None:
-    """Raise if a file without a footer at its end has lost blocks together with it.
+    """Raise if a file has lost blocks together with the footer at its end.
 
-    In a BAT too large to go through here, a lost block is found when it is read.
+    If the BAT is too large to be searched here, a lost block is found when it is read.
     """
     assert header.dynamic is not None
     block_nbytes, n_blocks = header.dynamic.block_nbytes, header.n_blocks
@@ -293,7 +297,7 @@ def _refuse_truncated(file: ByteSource, header: VhdHeader) -> None:
 
 
 def _stated_size(file: ByteSource, footer: Footer, size: str | None) -> VirtualSize:
-    """Return the size that the footer means: by its creator, unless the caller knows better."""
+    """Return the size that the footer's creator means, or that the caller chooses."""
     by_geometry = chs_nbytes(footer)
     if by_geometry in (0, layout.MAX_CHS_NSECTORS * SECTOR_NBYTES):
         choice = ("current", "geometry")
@@ -304,14 +308,14 @@ def _stated_size(file: ByteSource, footer: Footer, size: str | None) -> VirtualS
     nbytes = by_geometry if choice[0] == "chs" else footer.current_size
     if nbytes % SECTOR_NBYTES:
         raise CorruptImageError(
-            f"the footer states {nbytes} bytes, which is no multiple of {SECTOR_NBYTES}",
+            f"the footer states {nbytes} bytes, which is not a multiple of {SECTOR_NBYTES}",
             path=file.path,
         )
     return VirtualSize(nbytes, *choice)
 
 
 def _fixed_size(file: ByteSource, place: FooterPlace, size: str | None) -> VirtualSize:
-    """Return a fixed disk's size: the stated one, or the other if that is what the file holds."""
+    """Return a fixed disk's size: the stated one, or the one that fits the file."""
     footer, held_nbytes = place.footer, place.offset
     stated = _stated_size(file, footer, size)
     if stated.nbytes == held_nbytes or (size is not None and stated.nbytes <= held_nbytes):
@@ -351,7 +355,7 @@ def _read_dynamic_header(
         )
     if header.version >> 16 != layout.VERSION >> 16:
         raise UnsupportedFeatureError(
-            f"the dynamic disk header is of version {header.version:#010x}, known is "
+            f"the dynamic disk header has version {header.version:#010x}, supported is "
             f"{layout.VERSION:#010x}",
             path=file.path,
         )
@@ -370,19 +374,19 @@ def _verify_table(file: ByteSource, header: DynamicHeader, size: VirtualSize) ->
         block_nbytes - 1
     ):
         raise LimitExceededError(
-            f"blocks of {block_nbytes} bytes, allowed are powers of two from {SECTOR_NBYTES} to "
+            f"blocks of {block_nbytes} bytes, allowed: powers of two from {SECTOR_NBYTES} to "
             f"{VHD_MAX_BLOCK_NBYTES}",
             path=file.path,
         )
     if size.nbytes > VHD_MAX_DYNAMIC_NBYTES:
         raise LimitExceededError(
-            f"a dynamic disk of {size.nbytes} bytes, allowed are {VHD_MAX_DYNAMIC_NBYTES}",
+            f"a dynamic disk of {size.nbytes} bytes, at most {VHD_MAX_DYNAMIC_NBYTES} are allowed",
             path=file.path,
         )
     n_blocks = -(-size.nbytes // block_nbytes)
     if header.max_table_entries < n_blocks:
         raise CorruptImageError(
-            f"a BAT of {header.max_table_entries} entries, a disk of {size.nbytes} bytes needs "
+            f"a BAT of {header.max_table_entries} entries, but a disk of {size.nbytes} bytes needs "
             f"{n_blocks}",
             path=file.path,
         )
@@ -398,15 +402,16 @@ def _verify_table(file: ByteSource, header: DynamicHeader, size: VirtualSize) ->
 def parent_texts(
     file: ByteSource, header: VhdHeader
 ) -> tuple[list[tuple[bytes, str]], list[ImgcoreError]]:
-    """Return what an image calls its parent, and why some of that cannot be read.
+    """Return the texts in which an image names its parent, and those that are damaged.
 
     Returns
     -------
     texts : list of (bytes, str)
-        Platform code and text of each parent locator and, with code b"", the header's name.
+        Platform code and text of each parent locator.  The name in the header has the
+        code b"".
     problems : list of ImgcoreError
-        A locator lies outside the file, is longer than any path, or is not in the encoding it
-        should be in; the others serve all the same.
+        A locator lies outside the file, is too long, or has an invalid encoding.  The
+        other texts can still be used.
     """
     if header.dynamic is None:
         return [], []
@@ -437,8 +442,8 @@ def _code(locator: Locator) -> str:
 def _read_locator(file: ByteSource, locator: Locator) -> bytes:
     if locator.data_nbytes > VHD_MAX_LOCATOR_NBYTES:
         raise LimitExceededError(
-            f"the {_code(locator)} parent locator has {locator.data_nbytes} bytes, allowed are "
-            f"{VHD_MAX_LOCATOR_NBYTES}",
+            f"the {_code(locator)} parent locator has {locator.data_nbytes} bytes, at most "
+            f"{VHD_MAX_LOCATOR_NBYTES} are allowed",
             path=file.path,
         )
     if locator.data_offset + locator.data_nbytes > file.nbytes:
@@ -453,10 +458,12 @@ def _read_locator(file: ByteSource, locator: Locator) -> bytes:
 
 
 def _decode(file: ByteSource, raw: bytes, encoding: str, what: str) -> str:
-    # What follows the text's end is nobody's.
+    # Ignore what follows the first NUL.
     unit = 1 if encoding == "utf-8" else 2
     ends = (at for at in range(0, len(raw), unit) if raw[at : at + unit] == bytes(unit))
     try:
         return raw[: next(ends, len(raw))].decode(encoding)
     except UnicodeDecodeError:
-        raise CorruptImageError(f"the {what} is no {encoding.upper()}", path=file.path) from None
+        raise CorruptImageError(
+            f"the {what} is not valid {encoding.upper()}", path=file.path
+        ) from None

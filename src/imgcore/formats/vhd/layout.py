@@ -1,7 +1,7 @@
 """VHD on disk: structures and constants, without logic.
 
-Sources: Microsoft, "Virtual Hard Disk Image Format Specification" 1.0 (2006), sections named below;
-libvhdi, "Virtual Hard Disk (VHD) image format" (what real files hold).
+Sources: Microsoft, "Virtual Hard Disk Image Format Specification" 1.0 (2006), sections
+named below; libvhdi, "Virtual Hard Disk (VHD) image format" (contents of real files).
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from typing import Final, NamedTuple
 
 SECTOR_NBYTES: Final = 512
 
-# "Hard Disk Footer Format".  The reserved bytes behind the last field count for the checksum.
+# "Hard Disk Footer Format".  The checksum includes the reserved bytes after the last
+# field.
 FOOTER: Final = struct.Struct(">8sIIQI4sI4sQQHBBII16sB")
 FOOTER_NBYTES: Final = 512
-# Virtual PC before version 2004 wrote one reserved byte less.
+# Virtual PC before version 2004 wrote one reserved byte fewer.
 OLD_FOOTER_NBYTES: Final = 511
 FOOTER_COOKIE: Final = b"conectix"
 FOOTER_CHECKSUM_OFFSET: Final = 64
@@ -23,7 +24,7 @@ FEATURE_RESERVED: Final = 0x00000002
 VERSION: Final = 0x00010000
 NO_OFFSET: Final = 0xFFFFFFFFFFFFFFFF
 
-# Seconds from the Unix epoch to 2000-01-01 00:00:00 UTC, where time stamps start.
+# Seconds from the Unix epoch to 2000-01-01 00:00:00 UTC, the epoch of timestamps.
 EPOCH_UNIX_SECONDS: Final = 946684800
 MAX_TIMESTAMP: Final = 0xFFFFFFFF
 
@@ -58,7 +59,8 @@ class DiskType(IntEnum):
     DIFFERENCING = 4
 
 
-# "Dynamic Disk Header Format", 1024 bytes; the locators and 256 reserved bytes follow the name.
+# "Dynamic Disk Header Format", 1024 bytes; the locators and 256 reserved bytes follow
+# the name.
 HEADER: Final = struct.Struct(">8sQQIIII16sII512s")
 HEADER_NBYTES: Final = 1024
 HEADER_COOKIE: Final = b"cxsparse"
@@ -82,7 +84,8 @@ class DynamicHeader(NamedTuple):
     parent_name: bytes
 
 
-# "Parent Locator Entries".  ``data_space`` should count sectors; Windows and XenServer write bytes.
+# "Parent Locator Entries".  ``data_space`` should count sectors; Windows and XenServer
+# write bytes.
 LOCATOR: Final = struct.Struct(">4sIIIQ")
 LOCATORS_OFFSET: Final = 576
 N_LOCATORS: Final = 8
@@ -108,25 +111,26 @@ ENTRY_NBYTES: Final = 4
 ENTRY_MASK: Final = 0xFFFFFFFF
 ENTRY_ABSENT: Final = 0xFFFFFFFF
 
-# "CHS Calculation"; a geometry of these three says nothing of the size.
+# "CHS Calculation"; a geometry of these three maxima does not tell the size.
 MAX_CYLINDERS: Final = 65535
 MAX_HEADS: Final = 16
 MAX_SECTORS_PER_TRACK: Final = 255
 MAX_CHS_NSECTORS: Final = MAX_CYLINDERS * MAX_HEADS * MAX_SECTORS_PER_TRACK
 
-# Creators whose disks end where the geometry does: Virtual PC, Virtual Server, and QEMU unless
-# it was told to keep the size (QEMU block/vpc.c).
+# Creators that state the size as the geometry: Virtual PC, Virtual Server, and QEMU
+# without force_size (QEMU block/vpc.c).
 CHS_CREATORS: Final = (b"vpc ", b"vs  ", b"qemu")
 
-# What this writer calls itself.  Of an image of Hyper-V every reader takes the current size, of one
-# of Virtual PC some take the geometry; XenServer looks for a batmap in its own images only.
+# The creators that this writer states.  All readers use the current size of an image by
+# Hyper-V, but some use the geometry of one by Virtual PC.  XenServer looks for a batmap
+# only in its own images.
 CREATOR_WINDOWS: Final = (b"win ", 0x000A0000)
 CREATOR_VIRTUAL_PC: Final = (b"vpc ", 0x00050003)
 CREATOR_XENSERVER: Final = (b"tap\0", 0x00010003)
 CREATOR_OS_WINDOWS: Final = b"Wi2k"
 
-# XenServer's map of the blocks whose sector bitmap is all ones, in the sector behind the BAT
-# (blktap include/vhd.h, struct dd_batmap_hdr).
+# XenServer's map of the blocks whose sector bitmap is all ones.  Its header is in the
+# sector after the BAT (blktap include/vhd.h, struct dd_batmap_hdr).
 BATMAP: Final = struct.Struct(">8sQIII")
 BATMAP_COOKIE: Final = b"tdbatmap"
 BATMAP_VERSION: Final = 0x00010002

@@ -1,4 +1,4 @@
-"""Rules about VHD."""
+"""Lint rules for VHD."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
 
 
 def _header(facts: ImageFacts) -> VhdHeader | None:
-    """Return the headers of an image that can be read."""
+    """Return the headers, or None if the image cannot be opened."""
     return facts.reader.header if isinstance(facts.reader, VhdReader) else None
 
 
 def _footers(facts: ImageFacts) -> tuple[FooterPlace | None, FooterPlace | None]:
-    """Return the footer at the end and its copy, also of an image that is refused."""
+    """Return the footer at the end and its copy, even if the image cannot be opened."""
     header = _header(facts)
     return find_footers(facts.file) if header is None else (header.end, header.copy)
 
 
 def size_source(facts: ImageFacts) -> str:
-    """Return a half-sentence if the size is that of a VHD's geometry, else nothing."""
+    """Return a half-sentence if the size is that of a VHD's geometry, else ''."""
     header = _header(facts)
     if header is None or header.chs_nbytes != header.size.nbytes:
         return ""
-    return ", but what its geometry says (cylinders, heads and sectors)"
+    return ", but the size that its geometry states (cylinders, heads and sectors)"
 
 
 def _size_is_one(facts: ImageFacts) -> str | None:
@@ -44,8 +44,8 @@ def _size_is_one(facts: ImageFacts) -> str | None:
     if current == chs:
         return None
     return (
-        f"its geometry says {chs} bytes and its current size {current}; of a disk "
-        f"created by {printable(header.footer.creator)!r} some take the one, some the other"
+        f"its geometry states {chs} bytes and its current size {current}; programs disagree "
+        f"about which one counts in a disk created by {printable(header.footer.creator)!r}"
     )
 
 
@@ -56,7 +56,7 @@ def _file_is_exact(facts: ImageFacts) -> str | None:
     expected = header.size.nbytes + layout.FOOTER_NBYTES
     if facts.file.nbytes == expected:
         return None
-    return f"the file has {facts.file.nbytes} bytes, disk and footer are {expected}"
+    return f"the file has {facts.file.nbytes} bytes, but the disk and its footer have {expected}"
 
 
 def _footer_is_last(facts: ImageFacts) -> str | None:
@@ -65,7 +65,7 @@ def _footer_is_last(facts: ImageFacts) -> str | None:
     end, _ = _footers(facts)
     if end is not None and end.offset == facts.file.nbytes - layout.FOOTER_NBYTES:
         return None
-    return f"the last {layout.FOOTER_NBYTES} bytes are no footer"
+    return f"the last {layout.FOOTER_NBYTES} bytes are not a footer"
 
 
 def _footers_are_sound(facts: ImageFacts) -> str | None:
@@ -106,7 +106,9 @@ def _blocks_are_small(facts: ImageFacts) -> str | None:
     if header is None or header.dynamic is None:
         return None
     nbytes, allowed = header.dynamic.block_nbytes, VHD_MAX_WRITTEN_BLOCK_NBYTES
-    return None if nbytes <= allowed else f"blocks of {nbytes} bytes, at most {allowed} are read"
+    if nbytes <= allowed:
+        return None
+    return f"blocks of {nbytes} bytes, at most {allowed} are supported"
 
 
 def _has_uuid(facts: ImageFacts) -> str | None:
@@ -119,7 +121,8 @@ def _is_small(facts: ImageFacts) -> str | None:
     if header is None or header.size.nbytes <= VHD_MAX_DYNAMIC_NBYTES:
         return None
     return (
-        f"a VHD of {header.size.nbytes} bytes, at most {VHD_MAX_DYNAMIC_NBYTES} (2040 GiB) are read"
+        f"a VHD of {header.size.nbytes} bytes, at most {VHD_MAX_DYNAMIC_NBYTES} (2040 GiB) are "
+        "supported"
     )
 
 

@@ -1,4 +1,4 @@
-"""VHD: the options of a new disk, and the geometry that follows from its size."""
+"""VHD: the options for writing, and the geometry for a size."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from imgcore.limits import (
 if TYPE_CHECKING:
     from imgcore.formats.api import WriteRequest
 
-# "CHS Calculation" and QEMU's table of the same: below this many sectors, 63 of a track suffice.
+# "CHS Calculation": below this many sectors, 63 sectors per track suffice.
 _MAX_63_NSECTORS: Final = 65535 * 16 * 63
 
 
@@ -48,26 +48,26 @@ class Options(FormatOptions):
     subformat: str = choice(
         "dynamic",
         ("dynamic", "fixed"),
-        "Kind of VHD (with -B, a dynamic one is a differencing one)",
+        "Kind of VHD; with -B, dynamic makes a differencing disk",
     )
     size: str = choice(
         "current",
         ("current", "chs"),
-        "Keep the size, or round it up to one that a geometry expresses exactly (Virtual PC)",
+        "Keep the size, or round it up to one that a geometry states exactly (Virtual PC)",
     )
-    block_size: int | None = byte_size(None, "Block size, 512k to 2M (2M unless given; dynamic)")
-    uuid: str | None = text(None, "UUID (random unless given)")
-    timestamp: int = number(layout.EPOCH_UNIX_SECONDS, "Time of creation, Unix seconds")
-    batmap: bool = flag("Write XenServer's map of full blocks (dynamic)")
+    block_size: int | None = byte_size(None, "Block size, 512k to 2M (default 2M; dynamic only)")
+    uuid: str | None = text(None, "UUID (random by default)")
+    timestamp: int = number(layout.EPOCH_UNIX_SECONDS, "Time of creation in Unix seconds")
+    batmap: bool = flag("Write XenServer's map of full blocks (dynamic only)")
     preallocation: str = choice("off", PREALLOCATION, "Reserve the space of a fixed disk")
 
 
 class WriteOptions(NamedTuple):
-    """A request, verified.
+    """A verified request.
 
-    ``guest_nbytes`` is what is converted, ``virtual_size`` what the disk has: more if its size
-    is rounded up.  ``chs`` is (cylinders, heads, sectors per track); ``timestamp`` counts from
-    the year 2000.
+    ``guest_nbytes`` is the size of the source, ``virtual_size`` that of the new disk,
+    which is larger if it is rounded up.  ``chs`` is (cylinders, heads, sectors per
+    track); ``timestamp`` counts seconds from the year 2000.
     """
 
     disk_type: DiskType
@@ -114,9 +114,10 @@ class WriteOptions(NamedTuple):
 
 
 def geometry_of(virtual_size: int) -> tuple[int, int, int]:
-    """Return (cylinders, heads, sectors per track) of a disk, which may be larger than they say.
+    """Return (cylinders, heads, sectors per track); the disk may be larger than these.
 
-    Source: "Virtual Hard Disk Image Format Specification" 1.0, "Appendix: CHS Calculation".
+    Source: "Virtual Hard Disk Image Format Specification" 1.0, "Appendix: CHS
+    Calculation".
     """
     n_sectors = min(virtual_size // SECTOR_NBYTES, layout.MAX_CHS_NSECTORS)
     if n_sectors >= _MAX_63_NSECTORS:
@@ -132,9 +133,9 @@ def geometry_of(virtual_size: int) -> tuple[int, int, int]:
 
 
 def rounded_to_chs(virtual_size: int) -> int:
-    """Return the next size that a geometry expresses exactly; the size itself above 127 GiB.
+    """Round a size up to one that a geometry states exactly; keep it above 127 GiB.
 
-    As QEMU rounds: the geometry of the first larger disk whose cylinders hold this one.
+    As QEMU rounds: take the geometry of the first larger disk whose cylinders suffice.
     """
     n_sectors = virtual_size // SECTOR_NBYTES
     if n_sectors > layout.MAX_CHS_NSECTORS:
@@ -142,9 +143,9 @@ def rounded_to_chs(virtual_size: int) -> int:
     wanted = n_sectors
     while True:
         cylinders, heads, per_track = geometry_of(wanted * SECTOR_NBYTES)
-        said = cylinders * heads * per_track
-        if said >= n_sectors:
-            return said * SECTOR_NBYTES
+        held = cylinders * heads * per_track
+        if held >= n_sectors:
+            return held * SECTOR_NBYTES
         wanted += 1
 
 
@@ -154,7 +155,7 @@ def _disk_type(request: WriteRequest[Options]) -> DiskType:
         return DiskType.FIXED if is_fixed else DiskType.DYNAMIC
     if is_fixed:
         raise OptionError(
-            "a fixed VHD has no parent (-B): subformat=dynamic makes a differencing one"
+            "a fixed VHD cannot have a parent (-B): subformat=dynamic makes a differencing disk"
         )
     return DiskType.DIFFERENCING
 
@@ -175,11 +176,13 @@ def _refuse_large(virtual_size: int, disk_type: DiskType) -> None:
     if disk_type is DiskType.FIXED:
         allowed = MAX_VIRTUAL_NBYTES - layout.FOOTER_NBYTES
         if virtual_size > allowed:
-            raise LimitExceededError(f"a disk of {virtual_size} bytes, allowed are {allowed}")
+            raise LimitExceededError(
+                f"a disk of {virtual_size} bytes, at most {allowed} are allowed"
+            )
     elif virtual_size > VHD_MAX_DYNAMIC_NBYTES:
         raise LimitExceededError(
-            f"a dynamic VHD of {virtual_size} bytes, allowed are {VHD_MAX_DYNAMIC_NBYTES} "
-            "(2040 GiB): subformat=fixed has no such limit, VHDX allows 64 TiB"
+            f"a dynamic VHD of {virtual_size} bytes, at most {VHD_MAX_DYNAMIC_NBYTES} (2040 GiB) "
+            "are allowed: subformat=fixed has no such limit, VHDX allows 64 TiB"
         )
 
 
@@ -195,8 +198,7 @@ def _timestamp(seconds: int) -> int:
     first, last = layout.EPOCH_UNIX_SECONDS, layout.EPOCH_UNIX_SECONDS + layout.MAX_TIMESTAMP
     if not first <= seconds <= last:
         raise OptionError(
-            f"timestamp is {seconds}: Unix seconds from {first} (the year 2000) to {last} "
-            "are expected"
+            f"timestamp is {seconds}, allowed: Unix seconds from {first} (the year 2000) to {last}"
         )
     return seconds - first
 

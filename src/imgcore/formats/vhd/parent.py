@@ -1,6 +1,7 @@
 """VHD: the parent of a differencing disk, read and written.
 
-Source: Microsoft, "Virtual Hard Disk Image Format Specification" 1.0, "Parent Locator Entries".
+Source: Microsoft, "Virtual Hard Disk Image Format Specification" 1.0, "Parent Locator
+Entries".
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ if TYPE_CHECKING:
     from imgcore.files.byte_source import ByteSource
     from imgcore.formats.vhd.header import VhdHeader
 
-# A relative name leads to the parent wherever the two files have been moved together.
+# A relative name still leads to the parent if both files were moved together.
 _PREFERENCE: Final = (layout.RELATIVE_PATH, layout.FILE_URL, layout.ABSOLUTE_PATH, b"")
 _NO_UUID: Final = bytes(16)
 
 
 class ParentFields(NamedTuple):
-    """The fields about its parent in a differencing disk; ``timestamp`` counts from 2000."""
+    """A differencing disk's fields about its parent; ``timestamp`` counts from 2000."""
 
     uuid: bytes
     timestamp: int
@@ -35,17 +36,17 @@ class ParentFields(NamedTuple):
 
 
 def find_parent(file: ByteSource, header: VhdHeader) -> BackingReference | None:
-    """Return the reference to a differencing disk's parent, None for other disks.
+    """Return the reference to a differencing disk's parent; None for other disks.
 
     Raises
     ------
     CorruptImageError, LimitExceededError
-        The disk names no parent, or not in a readable way.
+        The disk does not name its parent, or only in damaged texts.
 
     Notes
     -----
-    Names that cannot be read are left out, with a warning, where another one can.
-    A parent without UUID may be a raw disk (XenServer makes such); its format is not stated then.
+    Damaged names cause a warning if another name can be read.  A parent without a UUID
+    may be a raw disk, as XenServer makes them, so its format is not stated.
     """
     dynamic = header.dynamic
     if dynamic is None or header.disk_type is not DiskType.DIFFERENCING:
@@ -61,12 +62,10 @@ def find_parent(file: ByteSource, header: VhdHeader) -> BackingReference | None:
         except CorruptImageError as error:
             problems.append(error)
     if not names:
-        problem = "a differencing disk that names no parent, neither in a locator nor in its header"
+        problem = "a differencing disk that does not name its parent in a locator or its header"
         raise problems[0] if problems else CorruptImageError(problem, path=file.path)
     for unreadable in problems:
-        log.warning(
-            "%s: %s; looking for the parent by its other names", file.path, unreadable.reason
-        )
+        log.warning("%s: %s; trying the other names of the parent", file.path, unreadable.reason)
     has_uuid = dynamic.parent_uuid != _NO_UUID
     names = list(dict.fromkeys(names))
     return BackingReference(
@@ -88,7 +87,7 @@ def _names(code: bytes, text: str, file: ByteSource) -> tuple[str, ...]:
 
 
 def _names_from_url(url: str, file: ByteSource) -> tuple[str, ...]:
-    """Return the names that a file URL stands for; XenServer puts relative ones behind ``//``."""
+    """Return the names that a file URL stands for; XenServer writes relative ones."""
     from urllib.parse import unquote
 
     scheme, found, path = url.partition("://")
@@ -97,7 +96,9 @@ def _names_from_url(url: str, file: ByteSource) -> tuple[str, ...]:
     try:
         name = unquote(path, encoding="utf-8", errors="strict").removeprefix("localhost/")
     except UnicodeDecodeError:
-        raise CorruptImageError("the MacX parent locator is no UTF-8", path=file.path) from None
+        raise CorruptImageError(
+            "the MacX parent locator is not valid UTF-8", path=file.path
+        ) from None
     if path.startswith("localhost/"):
         name = f"/{name}"
     name = name.removeprefix("./")
@@ -108,23 +109,25 @@ def _names_from_url(url: str, file: ByteSource) -> tuple[str, ...]:
 
 
 def parent_fields(backing: BackingReference, virtual_size: int) -> ParentFields:
-    """Return the fields about a parent, under the names that Windows and XenServer look for."""
+    """Return the fields about a parent, with names for Windows and XenServer."""
     if backing.format != "vhd":
         raise OptionError(f"the parent of a VHD must be a VHD, not {backing.format}")
     if backing.virtual_size != virtual_size:
         raise OptionError(
-            f"a differencing VHD has the size of its parent: {backing.name} has "
-            f"{backing.virtual_size} bytes, the disk {virtual_size}"
+            f"a differencing VHD must have the size of its parent: {backing.name} has "
+            f"{backing.virtual_size} bytes, the disk has {virtual_size}"
         )
     parent_uuid = uuid.UUID(backing.identities["UUID"])
     if not parent_uuid.int:
         raise OptionError(
-            f"the parent {backing.name} has no UUID that a differencing VHD could know it by"
+            f"the parent {backing.name} has no UUID, so a differencing VHD cannot identify it"
         )
     relative, windows_name = _windows_names(backing.name)
     last = windows_name.rpartition("\\")[2].encode("utf-16-be")
     if len(last) > layout.PARENT_NAME_NBYTES - 2:
-        raise OptionError(f"the parent's name has {len(last) // 2} characters, 255 are allowed")
+        raise OptionError(
+            f"the parent's name has {len(last) // 2} characters, at most 255 are allowed"
+        )
     modified = (backing.modified or 0) - layout.EPOCH_UNIX_SECONDS
     return ParentFields(
         uuid=parent_uuid.bytes,
@@ -139,15 +142,16 @@ def parent_fields(backing: BackingReference, virtual_size: int) -> ParentFields:
 
 
 def _windows_names(name: str) -> tuple[str, str]:
-    r"""Return a parent's relative name for Windows, such as ``.\parent.vhd``, and the full one.
+    r"""Return a parent's relative and full Windows name, such as ``.\parent.vhd``.
 
-    The folder of a relative name is not written: it would be the one of this machine.
+    Relative names stay relative, because the folders of this host mean nothing
+    elsewhere.
     """
     try:
         name.encode("utf-8")
     except UnicodeEncodeError:
         raise OptionError(f"the parent's name {name!r} is not UTF-8") from None
-    # What stands before a colon is a drive or a protocol to readers, ours among them.
+    # Readers, this one included, take a prefix before a colon as a drive or a protocol.
     has_colon = ":" in name.removeprefix("./").partition("/")[0]
     if "\\" in name or has_colon or not name.rpartition("/")[2]:
         raise OptionError(f"the parent's name {name!r} cannot be represented in a VHD")

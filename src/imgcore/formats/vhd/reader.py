@@ -1,8 +1,7 @@
-"""VHD: the disks of Virtual PC, Hyper-V, Azure and XenServer.
+"""VHD: the reader of fixed, dynamic and differencing disks.
 
-Fixed, dynamic and differencing disks are read and written.
-Sources: Microsoft, "Virtual Hard Disk Image Format Specification" 1.0; libvhdi, "Virtual Hard Disk
-(VHD) image format".
+Sources: Microsoft, "Virtual Hard Disk Image Format Specification" 1.0; libvhdi,
+"Virtual Hard Disk (VHD) image format".
 """
 
 from __future__ import annotations
@@ -36,32 +35,34 @@ _SUBFORMATS: Final = {
 
 @dataclass(frozen=True)
 class ReadOptions(FormatOptions):
-    """The options of a disk that is read."""
+    """The options for reading."""
 
-    size: str | None = choice(None, ("chs", "current"), "Which size counts, whatever the creator")
+    size: str | None = choice(
+        None, ("chs", "current"), "The size to use, regardless of the creator"
+    )
 
 
 class VhdReader:
-    """Reads one VHD of any kind.
+    """Reads one VHD.
 
     Parameters
     ----------
     file : ByteSource
         Closed with the reader; the caller closes it if this raises.
     size : str, optional
-        ``chs`` or ``current``: which size counts; the creator's choice if None.
+        ``chs`` or ``current``: the size to use; by default, the one the creator uses.
 
     Raises
     ------
     WrongFormatError
         There is no footer.
     CorruptImageError, LimitExceededError, UnsupportedFeatureError
-        No footer or header can be trusted, or one asks for more than is supported.
+        No footer is sound, or a header is damaged, unsupported or over a limit.
 
     Notes
     -----
-    Where the footer or its copy is damaged, the other one is read, with a warning in the log
-    ``imgcore``.
+    If the footer or its copy is damaged, the other one is used, with a warning in the
+    log ``imgcore``.
     """
 
     format_name: ClassVar[str] = "vhd"
@@ -82,12 +83,12 @@ class VhdReader:
 
     @property
     def header(self) -> VhdHeader:
-        """The verified headers, with the footer and its copy as they were found."""
+        """The verified headers, with the footer and its copy as found."""
         return self._header
 
     @property
     def identities(self) -> Mapping[str, str]:
-        """The UUID that a differencing disk states as its parent's."""
+        """The UUID by which a differencing disk identifies its parent."""
         return {"UUID": uuid_text(self._header.footer.uuid)}
 
     def extents(self, start: int, length: int) -> Iterator[Extents]:
@@ -95,8 +96,8 @@ class VhdReader:
 
         Notes
         -----
-        Complexity: O(BAT entries of the range), and one read for the sector bitmap of each block.
-        Memory: one batch and 1 MiB of bitmaps.
+        Complexity: O(BAT entries of the range), and one read for the sector bitmap of
+        each block.  Memory: one batch and 1 MiB of bitmaps.
         """
         if self._tables is None:
             from imgcore.formats.vhd.tables import ExtentTables
@@ -105,7 +106,7 @@ class VhdReader:
         return self._tables.extents(start, length)
 
     def info(self) -> dict[str, Any]:
-        """Return what the footer and the headers say."""
+        """Return the fields of the footer and the headers."""
         footer, size = self._header.footer, self._header.size
         data: dict[str, Any] = {
             "subformat": self.subformat,
@@ -141,18 +142,18 @@ class VhdReader:
         return info
 
     def check(self) -> CheckReport:
-        """Verify footers, headers, BAT and batmap; a fixed disk has its footer alone.
+        """Verify footers, headers, BAT and batmap; a fixed disk has only its footer.
 
         Notes
         -----
-        Complexity: O(n log n) in BAT entries; memory: about 60 bytes for each.
+        Complexity: O(n log n) in BAT entries.  Memory: about 60 bytes for each.
         """
         from imgcore.formats.vhd.check import check_image
 
         return check_image(self._file, self._header)
 
     def repairs(self) -> list[Repair]:
-        """Return what can be put right; see :class:`imgcore.formats.api.Repairable`."""
+        """Return the possible repairs; see `imgcore.formats.api.Repairable`."""
         from imgcore.formats.vhd.check import find_repairs
 
         return find_repairs(self._file, self._header)
@@ -163,5 +164,5 @@ class VhdReader:
 
 
 def printable(code: bytes) -> str:
-    """Return a code of four letters, such as a creator's, without its padding."""
+    """Return a four-letter code, such as a creator's, without its padding."""
     return code.rstrip(b"\0").decode("ascii", "backslashreplace").rstrip()

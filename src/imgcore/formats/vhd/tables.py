@@ -1,7 +1,7 @@
-"""VHD: from the BAT and sector bitmaps to extents.
+"""VHD: turns the BAT and sector bitmaps into extents.
 
-Source: Microsoft, "Virtual Hard Disk Image Format Specification" 1.0, "Block Allocation Table and
-Data Blocks".
+Source: Microsoft, "Virtual Hard Disk Image Format Specification" 1.0, "Block Allocation
+Table and Data Blocks".
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
     Bitmaps = NDArray[np.uint8]
 
-# BAT entries that are decoded together: 64 KiB of them, 32 GiB of disk with the usual blocks.
+# BAT entries that are decoded at once: 64 KiB, for 32 GiB of disk in blocks of 2 MiB.
 _PIECE_ENTRIES: Final = 1 << 14
-# Sector bitmaps that are read together.
+# Bytes of sector bitmaps that are read at once.
 _MAX_BITMAPS_NBYTES: Final = 1 * MIB
 
 
 def table_format(block_nbytes: int, bitmap_nbytes: int) -> TableFormat:
-    """Return the numbers that describe a BAT to the table kernels; places are those of the data."""
+    """Describe a BAT to the table kernels; host offsets are those of the data."""
     return TableFormat(
         entry_nbytes=layout.ENTRY_NBYTES,
         big_endian=True,
@@ -50,7 +50,7 @@ def table_format(block_nbytes: int, bitmap_nbytes: int) -> TableFormat:
 
 
 def read_bat(file: ByteSource, table_offset: int, first: int, last: int) -> NDArray[np.uint8]:
-    """Return BAT entries [first, last) as they are in the file, shape ((last - first) * 4,)."""
+    """Return the bytes of BAT entries [first, last), shape ((last - first) * 4,)."""
     nbytes = (last - first) * layout.ENTRY_NBYTES
     return np.frombuffer(
         file.pread(table_offset + first * layout.ENTRY_NBYTES, nbytes), dtype=np.uint8
@@ -60,8 +60,8 @@ def read_bat(file: ByteSource, table_offset: int, first: int, last: int) -> NDAr
 class ExtentTables:
     """Turns the tables of a dynamic or differencing disk into extents.
 
-    What a differencing disk does not hold is a hole, through which its parent is seen; in a
-    dynamic disk an absent block is a hole too, an absent sector of a present block is zeros.
+    An absent block is a HOLE.  An absent sector of a present block is a HOLE in a
+    differencing disk, where the parent has its content, and ZERO in a dynamic disk.
     """
 
     def __init__(self, file: ByteSource, header: VhdHeader) -> None:
@@ -93,7 +93,7 @@ class ExtentTables:
                         yield part[at : at + MAX_BATCH_ROWS]
 
     def _decode(self, first: int, last: int, stop: int) -> Extents:
-        """Return BAT entries [first, last) as rows, each DATA row a block."""
+        """Return BAT entries [first, last) as extents, one DATA row for each block."""
         entries = read_bat(self._file, self._table_offset, first, last)
         rows = decode_entries(
             self._format,
@@ -108,7 +108,7 @@ class ExtentTables:
         return rows
 
     def _refuse_joined(self, rows: Extents) -> None:
-        """Raise if a row is more than a block: the next one's bitmap would lie inside it."""
+        """Raise if a row is longer than a block: two blocks then overlap."""
         joined = (rows["kind"] == Kind.DATA) & (rows["length"] > np.uint64(self._block_nbytes))
         if joined.any():
             row = rows[int(np.argmax(joined))]
@@ -120,7 +120,7 @@ class ExtentTables:
             )
 
     def _refuse_structures(self, rows: Extents) -> None:
-        """Raise if a block overlaps a header, the BAT or the footer: the guest put none there."""
+        """Raise if a block overlaps a header, the BAT or the footer."""
         place = rows["host_offset"].astype(np.int64)
         start, end = place - self._bitmap_nbytes, place + rows["length"].astype(np.int64)
         is_block = rows["kind"] == Kind.DATA
@@ -146,7 +146,7 @@ class ExtentTables:
         )
 
     def _expanded(self, rows: Extents) -> Iterator[Extents]:
-        """Yield the rows with the sector bitmaps honoured, in pieces of bounded size."""
+        """Yield the rows with sector bitmaps applied, in pieces of bounded size."""
         step = max(1, _MAX_BITMAPS_NBYTES // self._bitmap_nbytes)
         is_block = rows["kind"] == Kind.DATA
         n_before = np.cumsum(is_block) - is_block
@@ -161,7 +161,7 @@ class ExtentTables:
     def _apply_bitmaps(
         self, rows: Extents, is_block: NDArray[np.bool_], bitmaps: Bitmaps
     ) -> Iterator[Extents]:
-        # From byte to byte there is at most one change, and in a mixed byte eight.
+        # Bound the number of rows: one change between two bytes, eight in a mixed byte.
         mixed = (bitmaps != 0xFF) & (bitmaps != 0)
         bound = np.ones(len(rows), dtype=np.int64)
         bound[is_block] += (bitmaps[:, 1:] != bitmaps[:, :-1]).sum(axis=1) + 8 * mixed.sum(axis=1)

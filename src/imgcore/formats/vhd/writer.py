@@ -1,11 +1,11 @@
 """VHD: the writers of fixed, dynamic and differencing disks.
 
-A dynamic disk's file begins with the footer's copy, the dynamic disk header and the BAT;
-XenServer's batmap and the parent locators follow, then the blocks, each behind its sector bitmap,
-then the footer.
+A dynamic disk's file begins with the footer's copy, the dynamic disk header and the
+BAT.  XenServer's batmap and the parent locators follow, then the blocks, each after its
+sector bitmap, and at the end the footer.
 
-Sources: Microsoft, "Virtual Hard Disk Image Format Specification" 1.0; blktap include/vhd.h
-(batmap).
+Sources: Microsoft, "Virtual Hard Disk Image Format Specification" 1.0; blktap
+include/vhd.h (batmap).
 """
 
 from __future__ import annotations
@@ -32,18 +32,19 @@ if TYPE_CHECKING:
 
 _HEADER_OFFSET: Final = layout.FOOTER_NBYTES
 _TABLE_OFFSET: Final = _HEADER_OFFSET + layout.HEADER_NBYTES
-# Where Windows and XenServer have the data of blocks begin: disks with 4096-byte sectors like it.
+# Windows and XenServer align the data of blocks so, which suits disks with 4096-byte
+# sectors.
 _DATA_ALIGNMENT: Final = 4096
 
 
 def writer_for(request: WriteRequest[Options]) -> Writer:
-    """Return the writer that the options ask for; raises OptionError or LimitExceededError."""
+    """Return the writer for a request; raises OptionError or LimitExceededError."""
     options = WriteOptions.of(request)
     return FixedWriter(options) if options.disk_type is DiskType.FIXED else BlockWriter(options)
 
 
 def measure(request: WriteRequest[Options], data_nbytes: int) -> Measurement:
-    """Return the file's size with ``data_nbytes`` of data, and with a full disk."""
+    """Return the file's size with ``data_nbytes`` of data and with a full disk."""
     options = WriteOptions.of(request)
     if options.disk_type is DiskType.FIXED:
         nbytes = options.virtual_size + layout.FOOTER_NBYTES
@@ -66,7 +67,7 @@ def _file_nbytes(options: WriteOptions, data_nbytes: int) -> int:
 
 
 def make_footer(options: WriteOptions) -> bytes:
-    """Return a footer, 512 bytes with its checksum."""
+    """Return the 512 bytes of a footer, with its checksum."""
     creator, creator_version = options.creator
     cylinders, heads, sectors_per_track = options.chs
     footer = Footer(
@@ -98,7 +99,7 @@ def _with_checksum(raw: bytes, offset: int) -> bytes:
 
 
 class FixedWriter(FlatWriter):
-    """Writes a fixed disk: its bytes, then the footer."""
+    """Writes a fixed disk: the guest's bytes, then the footer."""
 
     format_name: ClassVar[str] = "vhd"
 
@@ -116,13 +117,13 @@ class FixedWriter(FlatWriter):
 
 
 class BlockLayout:
-    """Where the parts before the blocks lie; bytes.  ``locators`` pairs entries with their data."""
+    """Offsets of the parts before the blocks; ``locators`` pairs entries with data."""
 
     def __init__(self, options: WriteOptions) -> None:
         self.n_blocks = -(-options.virtual_size // options.block_nbytes)
         self.table_nbytes = align_up(self.n_blocks * layout.ENTRY_NBYTES, SECTOR_NBYTES)
         end = _TABLE_OFFSET + self.table_nbytes
-        # XenServer finds the batmap by this place alone.
+        # XenServer expects the batmap exactly here.
         self.batmap_offset = end
         self.batmap_nbytes = 0
         if options.batmap:
@@ -138,9 +139,9 @@ class BlockLayout:
 
 
 class BlockWriter:
-    """Writes a dynamic or differencing disk; a block is there as a whole or not at all.
+    """Writes a dynamic or differencing disk; a block is stored whole or not at all.
 
-    Memory is the BAT: 4 bytes for each block, at most 16 MiB.
+    Memory: the BAT, with 4 bytes for each block, at most 16 MiB.
     """
 
     format_name: ClassVar[str] = "vhd"
@@ -177,7 +178,7 @@ class BlockWriter:
         return self._file
 
     def place(self, first_block: int, placements: Placements, next_offset: int) -> int:
-        """Enter the placed blocks into the BAT."""
+        """Record the stored blocks in the BAT."""
         from imgcore._core import CoreError
 
         entry_nbytes = layout.ENTRY_NBYTES
@@ -195,12 +196,12 @@ class BlockWriter:
             ) from error
         last = int(places.max(initial=0))
         if last:
-            # The disk's end may cut its last block, but the file holds it whole.
+            # The last block is stored whole even if the disk ends inside it.
             self._blocks_end = max(self._blocks_end, last + self._options.block_nbytes)
         return next_offset
 
     def finish(self, next_offset: int) -> None:
-        """Write everything before the blocks, and the footer behind them."""
+        """Write everything before the blocks, and the footer after them."""
         file, parts = self._file, self._layout
         assert file is not None
         footer = make_footer(self._options)
@@ -215,7 +216,7 @@ class BlockWriter:
         file.pwrite(0, footer)
 
     def _make_batmap(self) -> bytes:
-        """Return the batmap behind its header: every block that is there is full."""
+        """Return the batmap with its header; every stored block is full."""
         import numpy as np
 
         n_blocks, parts = self._layout.n_blocks, self._layout

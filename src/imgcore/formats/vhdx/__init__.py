@@ -1,1 +1,1 @@
-"""VHDX: Hyper-V's disks."""
+"""VHDX: the disks of Hyper-V."""

@@ -1,7 +1,7 @@
-"""VHDX: verify every copy of every structure, and where all blocks lie.
+"""Checks a VHDX: every copy of every structure, and the places of all blocks.
 
-The file is looked at in windows of 8 TiB, each with one walk over the BAT, so memory is bounded
-whatever the size of the file.  Space is counted in units of 1 MiB, as the BAT has it.
+The file is examined in windows of 8 TiB, each with one pass over the BAT, so that
+memory does not grow with the file.  Space is counted in units of 1 MiB, as in the BAT.
 
 Source: [MS-VHDX] 2.2 to 2.5.
 """
@@ -31,16 +31,17 @@ WINDOW_UNITS: Final = 1 << 23
 _UNIT_BITS: Final = layout.ALIGNMENT.bit_length() - 1
 _PIECE_ENTRIES: Final = 1 << 17
 _STATE: Final = np.uint64(layout.BAT_STATE_MASK)
-# What QEMU keeps free between the tables of a new image and its first block.
+# Units that QEMU leaves free between the tables of a new image and its first block.
 _SPARE_UNITS: Final = 4
-# States in which a place, where there is one, is the block's alone (2.5.1, 2.5.1.1).
+# States in which the place in the entry, if any, belongs to the block (2.5.1, 2.5.1.1).
 _PLACED_STATES: Final = (layout.BLOCK_UNDEFINED, layout.BLOCK_UNMAPPED, 4, 5, 6, 7)
-# A place means nothing here, but QEMU wrote one until 2.3: it is not given away.
+# States in which the place has no meaning; QEMU wrote one until 2.3, so it stays
+# reserved.
 _KEEPING_STATES: Final = (layout.BLOCK_ZERO,)
 
 
 class _Blocks(NamedTuple):
-    """Payload blocks of one piece of the BAT; places and ends in units of 1 MiB."""
+    """Payload blocks of one piece of the BAT; starts and ends in units of 1 MiB."""
 
     numbers: NDArray[np.int64]
     first_units: NDArray[np.int64]
@@ -48,10 +49,10 @@ class _Blocks(NamedTuple):
 
 
 def find_repairs(image: VhdxImage) -> list[Repair]:
-    """Return what can be put right: a copy from the other one, leaked space at the end.
+    """Return the repairs: replace a damaged copy, and free leaked space at the end.
 
-    Nothing is offered while a log waits to be replayed, or for an image whose blocks
-    overlap each other or tables: a repair could overwrite guest data.
+    There are none while a log must be replayed, or if blocks overlap each other or
+    tables, because a repair could then overwrite guest data.
     """
     checker = VhdxChecker(image)
     report = checker.run()
@@ -59,7 +60,9 @@ def find_repairs(image: VhdxImage) -> list[Repair]:
         return []
     repairs = [
         Repair(
-            problem.line, "write the other copy there", writes=((problem.offset, problem.sound),)
+            problem.line,
+            "replace it with the other copy",
+            writes=((problem.offset, problem.sound),),
         )
         for problem in image.problems
         if problem.sound is not None
@@ -67,8 +70,8 @@ def find_repairs(image: VhdxImage) -> list[Repair]:
     if report.leaks:
         repairs.append(
             Repair(
-                f"{report.leaks} MiB behind the last block are leaked",
-                "end the file behind the last block",
+                f"{report.leaks} MiB after the last block are leaked",
+                "end the file after the last block",
                 file_nbytes=checker.needed_nbytes,
             )
         )
@@ -76,13 +79,13 @@ def find_repairs(image: VhdxImage) -> list[Repair]:
 
 
 class VhdxChecker:
-    """One run over one image.
+    """A check of one image.
 
     Attributes
     ----------
     report : CheckReport
     needed_nbytes : int
-        Where the file may end.
+        Smallest size of the file, in bytes; set by `run`.
     """
 
     def __init__(self, image: VhdxImage) -> None:
@@ -98,16 +101,16 @@ class VhdxChecker:
         image, report = self._image, self.report
         if image.view.nbytes > limits.VHDX_MAX_FILE_NBYTES:
             raise LimitExceededError(
-                f"the file has {image.view.nbytes} bytes, checked are up to "
-                f"{limits.VHDX_MAX_FILE_NBYTES}",
+                f"the file has {image.view.nbytes} bytes, at most {limits.VHDX_MAX_FILE_NBYTES} "
+                "can be checked",
                 path=image.file.path,
             )
         for problem in image.problems:
             report.corruption(problem.line)
         if image.replayed is not None:
             report.problems.append(
-                f"the log has {image.replayed.n_entries} entries to replay: what follows is true "
-                "of the file after that"
+                f"the log has {image.replayed.n_entries} entries to replay: the other problems "
+                "are those of the file after that"
             )
         for entries, first in self._payload():
             self._check_entries(entries, first)
@@ -129,7 +132,7 @@ class VhdxChecker:
     # --------------------------------------------------------------------- entries
 
     def _check_entries(self, entries: Entries, first: int) -> None:
-        """Report each entry that does not stand by itself, and count blocks."""
+        """Report each entry that is invalid, and count blocks."""
         present = (entries & np.uint64(4)) != 0
         ends = self._ends(entries, first)
         bad = present & (
@@ -153,10 +156,10 @@ class VhdxChecker:
         self.report.allocated_clusters += int(present.sum())
 
     def _ends(self, entries: Entries, first: int) -> NDArray[np.uint64]:
-        """Return where the disk's part of each block ends in the file, in bytes."""
+        """Return the host offsets where the disk's part of each block ends."""
         metadata = self._metadata
         places = entries & np.uint64(layout.BAT_OFFSET_MASK)
-        # Places are up to 2^64 - 2^20: one unit less keeps the sum inside 64 bits.
+        # Places are up to 2^64 - 2^20: without a limit, the sum could exceed 64 bits.
         room = np.uint64((1 << 64) - 1 - metadata.block_nbytes)
         ends: NDArray[np.uint64] = np.minimum(places, room) + np.uint64(metadata.block_nbytes)
         last = metadata.n_blocks - 1
@@ -166,7 +169,7 @@ class VhdxChecker:
         return ends
 
     def _bitmap_blocks(self) -> dict[int, int]:
-        """Return the units of the sector bitmap blocks by chunk; report those that do not stand."""
+        """Return the units of sector bitmap blocks by chunk; report invalid entries."""
         metadata, ratio = self._metadata, self._metadata.chunk_ratio
         n_chunks = -(-metadata.n_blocks // ratio)
         if not metadata.has_parent:
@@ -208,7 +211,7 @@ class VhdxChecker:
     # ----------------------------------------------------------------------- space
 
     def _check_window(self, base: int, bitmaps: dict[int, int]) -> int:
-        """Report overlaps among units [base, ...); return the end of what is used."""
+        """Report overlaps in the window at ``base``; return where used units end."""
         n = min(WINDOW_UNITS, self._n_units - base)
         changes = np.zeros(n + 1, dtype=np.int32)
         kept = np.zeros(n + 1, dtype=np.int32)
@@ -228,17 +231,18 @@ class VhdxChecker:
         return base + int(in_use[-1]) + 1 if in_use.size else 0
 
     def _check_end(self, last_used: int) -> None:
-        """Report space behind everything else.
+        """Report unused space at the end of the file.
 
-        Between structures free space is as good as any (2.1): it is where next blocks go.  A
-        fixed disk's file keeps room for those of its blocks that have no place yet (2.6.2.1).
+        Free space between structures is allowed (2.1): it is used for the next blocks.
+        A fixed disk's file must have room for the blocks that have no place yet
+        (2.6.2.1).
         """
         needed, n_placed = last_used, self.report.allocated_clusters
         if self._metadata.leave_block_allocated and not self._metadata.has_parent:
             needed += (self._metadata.n_blocks - n_placed) * self._block_units
         self.needed_nbytes = needed << _UNIT_BITS
         unused = self._n_units - needed
-        # Less than a block is what alignment leaves.
+        # Alignment may leave less than a block unused.
         if unused >= self._block_units and (n_placed or unused > _SPARE_UNITS):
             self.report.leak(
                 f"space: nothing refers to {self.needed_nbytes:#x} up to "
@@ -256,7 +260,7 @@ class VhdxChecker:
             yield region.offset >> _UNIT_BITS, region.end >> _UNIT_BITS
 
     def _placed(self, entries: Entries, first: int, states: tuple[int, ...]) -> _Blocks:
-        """Return those blocks in one of the states that have a place behind the headers."""
+        """Return the blocks in these states that have a place after the headers."""
         has_place = np.isin(entries & _STATE, np.array(states, dtype=np.uint64))
         has_place &= entries >= np.uint64(layout.HEADER_SECTION_NBYTES)
         numbers = np.flatnonzero(has_place)
@@ -266,7 +270,7 @@ class VhdxChecker:
     def _report_overlaps(
         self, counts: NDArray[np.int32], base: int, bitmaps: dict[int, int]
     ) -> None:
-        """Report each block that overlaps another structure in some unit."""
+        """Report each block that overlaps another block or structure."""
         if not (counts > 1).any():
             return
         for chunk, unit in bitmaps.items():
@@ -293,7 +297,7 @@ class VhdxChecker:
 
 
 def _count(changes: NDArray[np.int32], first: NDArray[np.int64], end: NDArray[np.int64]) -> None:
-    """Count ranges of units, those parts that lie in the window, by where they begin and end."""
+    """Count, at their starts and ends, the parts of ranges that are in the window."""
     n = len(changes) - 1
     low, high = np.clip(first, 0, n), np.clip(end, 0, n)
     np.add.at(changes, low, 1)

@@ -1,6 +1,7 @@
-"""VHDX: headers, region tables and metadata.
+"""Reads and verifies VHDX headers, region tables and metadata.
 
-Everything here works on Python integers and needs no NumPy, so that ``info`` starts fast.
+Nothing here imports NumPy, so that ``info`` starts fast.
+
 Source: [MS-VHDX], by section.
 """
 
@@ -28,7 +29,7 @@ from imgcore.formats.vhdx.parent import NIL, backing_reference, read_locator
 if TYPE_CHECKING:
     from imgcore.files.byte_source import ByteSource
 
-    # What is read after the log: the file itself, or what the log makes of it.
+    # The file itself, or the file with its log replayed.
     ImageFile = ByteSource | ReplayedFile
 
 
@@ -55,12 +56,12 @@ class Region(NamedTuple):
 
     @property
     def end(self) -> int:
-        """First byte behind it."""
+        """Host offset where it ends."""
         return self.offset + self.nbytes
 
 
 class Metadata(NamedTuple):
-    """The known metadata items (2.6.2), checked; sizes in bytes."""
+    """The known metadata items (2.6.2), verified; sizes in bytes."""
 
     block_nbytes: int
     leave_block_allocated: bool
@@ -73,12 +74,12 @@ class Metadata(NamedTuple):
 
     @property
     def chunk_ratio(self) -> int:
-        """Payload blocks that one sector bitmap block is about (2.4)."""
+        """Payload blocks for each sector bitmap block (2.4)."""
         return layout.SECTORS_PER_CHUNK * self.logical_sector_nbytes // self.block_nbytes
 
     @property
     def n_blocks(self) -> int:
-        """Payload blocks of the disk; the last one may reach past its end."""
+        """Payload blocks of the disk, which may end inside the last one."""
         return -(-self.virtual_size // self.block_nbytes)
 
     @property
@@ -90,9 +91,9 @@ class Metadata(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """A copy of a structure that is not as it should be, but not needed either.
+    """A problem with one copy of a structure; the other copy is used.
 
-    ``sound`` is what ought to stand at ``offset``, None where that is not clear.
+    ``sound`` holds the right bytes for ``offset``, or None if they are not known.
     """
 
     line: str
@@ -101,9 +102,9 @@ class Problem(NamedTuple):
 
 
 class VhdxImage(NamedTuple):
-    """An image whose structures have passed every check.
+    """An image whose structures are verified.
 
-    ``view`` is the file with its log replayed, ``replayed`` the same if there was one to replay.
+    ``replayed`` is the file with its log replayed, or None if the log is empty.
     """
 
     file: ByteSource
@@ -117,7 +118,7 @@ class VhdxImage(NamedTuple):
 
     @property
     def view(self) -> ImageFile:
-        """The file that tables are read from."""
+        """The file to read tables from: replayed, if there is a log."""
         return self.file if self.replayed is None else self.replayed
 
     @property
@@ -127,18 +128,18 @@ class VhdxImage(NamedTuple):
 
 
 def read_image(file: ByteSource) -> VhdxImage:
-    """Read and verify everything but the BAT.
+    """Read and verify everything except the BAT.
 
     Raises
     ------
     WrongFormatError
         The magic is absent.
     CorruptImageError, LimitExceededError, UnsupportedFeatureError
-        The image contradicts itself, or asks for more than is supported.
+        The image contradicts itself, is unsupported, or is over a limit.
     """
     head = file.pread(0, min(file.nbytes, layout.CREATOR_OFFSET + layout.CREATOR_NBYTES))
     if not head.startswith(layout.SIGNATURE):
-        raise WrongFormatError("no VHDX file: it does not start as one", path=file.path)
+        raise WrongFormatError("not a VHDX image: its file identifier is missing", path=file.path)
     problems: list[Problem] = []
     header = _current_header(file, problems)
     _check_header(header, file)
@@ -162,7 +163,7 @@ def read_image(file: ByteSource) -> VhdxImage:
 
 
 def with_checksum(raw: bytes | bytearray) -> bytes:
-    """Return a structure with its checksum (2.2.2, 2.2.3.1) made right."""
+    """Return a structure with its checksum (2.2.2, 2.2.3.1) computed."""
     return b"".join(
         (
             raw[: layout.CHECKSUM_OFFSET],
@@ -181,7 +182,7 @@ def _checksum(raw: bytes | bytearray) -> int:
 def _read_copy(
     file: ImageFile, what: str, offset: int, nbytes: int, signature: bytes
 ) -> bytes | str:
-    """Return a checksummed structure, or in a line why it is none."""
+    """Return a checksummed structure, or a line that tells why it is invalid."""
     if offset + nbytes > file.nbytes:
         return f"{what} at {offset:#x} lies past the end of the file ({file.nbytes:#x})"
     raw = file.pread(offset, nbytes)
@@ -202,7 +203,7 @@ def _read_copies(
     signature: bytes,
     problems: list[Problem],
 ) -> list[bytes]:
-    """Return the valid copies of a structure, at least one; the others become problems."""
+    """Return the valid copies of a structure; the other one becomes a problem."""
     copies = [
         _read_copy(file, f"{what} {number}", offset, nbytes, signature)
         for number, offset in enumerate(offsets, 1)
@@ -221,7 +222,7 @@ def _read_copies(
 
 
 def _current_header(file: ByteSource, problems: list[Problem]) -> FileHeader:
-    """Return the header with the higher sequence number of those that are valid."""
+    """Return the valid header with the highest sequence number."""
     damaged: list[Problem] = []
     copies = _read_copies(
         file,
@@ -232,7 +233,8 @@ def _current_header(file: ByteSource, problems: list[Problem]) -> FileHeader:
         damaged,
     )
     headers = [_unpack_header(raw) for raw in copies]
-    # Of two headers with the same sequence number neither would be the current one.
+    # A repaired header needs another sequence number: with equal ones, neither is
+    # current.
     sequence = headers[0].sequence - 1 if headers[0].sequence else 1
     problems += [item._replace(sound=_with_sequence(copies[0], sequence)) for item in damaged]
     if len({header.sequence for header in headers}) < len(set(headers)):
@@ -268,11 +270,11 @@ def _unpack_header(raw: bytes) -> FileHeader:
 def _check_header(header: FileHeader, file: ByteSource) -> None:
     if header.version != layout.VERSION:
         raise UnsupportedFeatureError(
-            f"is VHDX version {header.version}, known is {layout.VERSION}", path=file.path
+            f"is VHDX version {header.version}, supported is {layout.VERSION}", path=file.path
         )
     if header.log_guid != NIL and header.log_version != layout.LOG_VERSION:
         raise UnsupportedFeatureError(
-            f"its log has version {header.log_version}, known is {layout.LOG_VERSION}",
+            f"its log has version {header.log_version}, supported is {layout.LOG_VERSION}",
             path=file.path,
         )
     if header.log_nbytes % layout.ALIGNMENT or header.log_offset % layout.ALIGNMENT:
@@ -285,8 +287,8 @@ def _check_header(header: FileHeader, file: ByteSource) -> None:
     is_in_use = header.log_guid != NIL
     if is_in_use and (header.log_offset < layout.HEADER_SECTION_NBYTES or not header.log_nbytes):
         raise CorruptImageError(
-            f"a log of {header.log_nbytes:#x} bytes at {header.log_offset:#x} has to be replayed: "
-            "there is no place for one",
+            f"the log of {header.log_nbytes:#x} bytes at {header.log_offset:#x} must be replayed, "
+            "but it is empty or inside the headers",
             path=file.path,
             offset=header.log_offset,
         )
@@ -310,7 +312,8 @@ def _read_regions(file: ImageFile, header: FileHeader, problems: list[Problem]) 
     _, _, n_entries, _ = layout.REGION_TABLE_HEADER.unpack_from(tables[0])
     if n_entries > layout.MAX_TABLE_ENTRIES:
         raise CorruptImageError(
-            f"the region table has {n_entries} entries, allowed up to {layout.MAX_TABLE_ENTRIES}",
+            f"the region table has {n_entries} entries, at most "
+            f"{layout.MAX_TABLE_ENTRIES} are allowed",
             path=file.path,
             offset=layout.REGION_TABLE_OFFSETS[0],
         )
@@ -329,13 +332,13 @@ def _check_regions(file: ImageFile, header: FileHeader, regions: list[Region]) -
     for region in regions:
         if region.is_required and region.guid not in known:
             raise UnsupportedFeatureError(
-                f"needs the region {region.guid}, which is not known", path=file.path
+                f"needs the region {region.guid}, which is not supported", path=file.path
             )
         is_aligned = region.offset % layout.ALIGNMENT == 0 == region.nbytes % layout.ALIGNMENT
         if not is_aligned or region.offset < layout.HEADER_SECTION_NBYTES:
             raise CorruptImageError(
                 f"the region {region.guid} has {region.nbytes:#x} bytes at {region.offset:#x}, "
-                f"allowed are multiples of {layout.ALIGNMENT:#x} behind the headers",
+                f"allowed: multiples of {layout.ALIGNMENT:#x} after the headers",
                 path=file.path,
                 offset=region.offset,
             )
@@ -347,7 +350,7 @@ def _check_regions(file: ImageFile, header: FileHeader, regions: list[Region]) -
     for (_, end, name), (start, _, other) in pairwise(taken):
         if start < end:
             raise CorruptImageError(
-                f"{name} ends at {end:#x}, inside {other} from {start:#x} on",
+                f"{name} ends at {end:#x}, inside {other}, which starts at {start:#x}",
                 path=file.path,
                 offset=start,
             )
@@ -371,8 +374,8 @@ def _check_bat(file: ImageFile, bat: Region, metadata: Metadata) -> None:
     needed = metadata.n_bat_entries * layout.BAT_ENTRY_NBYTES
     if bat.nbytes < needed:
         raise CorruptImageError(
-            f"the BAT region has {bat.nbytes} bytes, a disk of {metadata.virtual_size} bytes with "
-            f"blocks of {metadata.block_nbytes} needs {needed}",
+            f"the BAT region has {bat.nbytes} bytes, but a disk of {metadata.virtual_size} bytes "
+            f"with blocks of {metadata.block_nbytes} needs {needed}",
             path=file.path,
             offset=bat.offset,
         )
@@ -419,7 +422,7 @@ def _read_metadata(file: ImageFile, region: Region) -> Metadata:
 
 
 def _read_items(file: ImageFile, region: Region) -> dict[uuid.UUID, bytes]:
-    """Return the bytes of each known item of system metadata."""
+    """Return the bytes of each known item of the system metadata."""
     table = file.pread(region.offset, layout.METADATA_TABLE_NBYTES)
     signature, _, n_entries, _ = layout.METADATA_HEADER.unpack_from(table)
     if signature != layout.METADATA_SIGNATURE:
@@ -428,7 +431,8 @@ def _read_items(file: ImageFile, region: Region) -> dict[uuid.UUID, bytes]:
         )
     if n_entries > layout.MAX_TABLE_ENTRIES:
         raise CorruptImageError(
-            f"the metadata table has {n_entries} entries, allowed up to {layout.MAX_TABLE_ENTRIES}",
+            f"the metadata table has {n_entries} entries, at most "
+            f"{layout.MAX_TABLE_ENTRIES} are allowed",
             path=file.path,
             offset=region.offset,
         )
@@ -444,7 +448,7 @@ def _read_items(file: ImageFile, region: Region) -> dict[uuid.UUID, bytes]:
         is_known = guid in _KNOWN_ITEMS and not is_user
         if flags & layout.ITEM_IS_REQUIRED and not is_known:
             raise UnsupportedFeatureError(
-                f"needs the metadata item {guid}, which is not known", path=file.path
+                f"needs the metadata item {guid}, which is not supported", path=file.path
             )
         _check_item(file.path, region, guid, offset, nbytes)
         if is_known:
@@ -469,7 +473,8 @@ def _check_item(path: str, region: Region, guid: uuid.UUID, offset: int, nbytes:
     if nbytes > layout.MAX_ITEM_NBYTES or (nbytes and not is_inside):
         raise CorruptImageError(
             f"the metadata item {guid} has {nbytes} bytes at {offset:#x} of the metadata region, "
-            f"allowed are up to {layout.MAX_ITEM_NBYTES} behind {layout.METADATA_TABLE_NBYTES:#x}",
+            f"allowed: at most {layout.MAX_ITEM_NBYTES} bytes after "
+            f"{layout.METADATA_TABLE_NBYTES:#x}",
             path=path,
             offset=region.offset + offset,
         )
@@ -493,7 +498,7 @@ def _check_metadata(metadata: Metadata, path: str) -> None:
     block_nbytes = metadata.block_nbytes
     if not low <= block_nbytes <= high or block_nbytes & (block_nbytes - 1):
         raise CorruptImageError(
-            f"the block size is {block_nbytes}, allowed are powers of two from {low} to {high}",
+            f"the block size is {block_nbytes}, allowed: powers of two from {low} to {high}",
             path=path,
         )
     for what, nbytes in (
@@ -502,16 +507,17 @@ def _check_metadata(metadata: Metadata, path: str) -> None:
     ):
         if nbytes not in layout.SECTOR_SIZES:
             raise CorruptImageError(
-                f"the {what} sector size is {nbytes}, allowed are 512 and 4096", path=path
+                f"the {what} sector size is {nbytes}, allowed: 512 and 4096", path=path
             )
     size = metadata.virtual_size
     if size > limits.VHDX_MAX_VIRTUAL_NBYTES:
         raise LimitExceededError(
-            f"the disk has {size} bytes, allowed up to {limits.VHDX_MAX_VIRTUAL_NBYTES}", path=path
+            f"the disk has {size} bytes, at most {limits.VHDX_MAX_VIRTUAL_NBYTES} are allowed",
+            path=path,
         )
     if size % metadata.logical_sector_nbytes:
         raise CorruptImageError(
-            f"the disk has {size} bytes, no multiple of its logical sector size "
+            f"the disk has {size} bytes, not a multiple of its logical sector size "
             f"{metadata.logical_sector_nbytes}",
             path=path,
         )

@@ -1,6 +1,7 @@
 """VHDX: on-disk structures and constants, without logic.
 
-All numbers are little-endian, GUIDs in their mixed-endian binary form (``uuid.UUID.bytes_le``).
+All numbers are little-endian; GUIDs are mixed-endian (``uuid.UUID.bytes_le``).
+
 Source: [MS-VHDX] Virtual Hard Disk v2 (VHDX) File Format, by section.
 """
 
@@ -12,7 +13,7 @@ from typing import Final
 
 from imgcore.limits import KIB, MIB
 
-# 2.2: structures lie at multiples of 1 MiB; the first one is the header section's own.
+# 2.2: structures start at multiples of 1 MiB; the header section takes the first MiB.
 ALIGNMENT: Final = MIB
 HEADER_SECTION_NBYTES: Final = MIB
 
@@ -25,8 +26,8 @@ CREATOR_NBYTES: Final = 512
 HEADER_OFFSETS: Final = (64 * KIB, 128 * KIB)
 HEADER_NBYTES: Final = 4 * KIB
 HEADER_SIGNATURE: Final = b"head"
-# Signature, Checksum, SequenceNumber, FileWriteGuid, DataWriteGuid, LogGuid, LogVersion, Version,
-# LogLength, LogOffset.
+# Signature, Checksum, SequenceNumber, FileWriteGuid, DataWriteGuid, LogGuid,
+# LogVersion, Version, LogLength, LogOffset.
 HEADER: Final = struct.Struct("<4sIQ16s16s16sHHIQ")
 CHECKSUM_OFFSET: Final = 4
 CHECKSUM: Final = struct.Struct("<I")
@@ -49,11 +50,12 @@ MAX_TABLE_ENTRIES: Final = 2047
 BAT_REGION: Final = uuid.UUID("2dc27766-f623-4200-9d64-115e9bfd4a08")
 METADATA_REGION: Final = uuid.UUID("8b7ca206-4790-4b9a-b8fe-575f050f886e")
 
-# 2.3.1 Log Entry: sectors of 4 KiB; the header is followed by descriptors, then by data sectors.
+# 2.3.1 Log Entry: sectors of 4 KiB; the header is followed by descriptors, then by data
+# sectors.
 LOG_SECTOR_NBYTES: Final = 4 * KIB
 LOG_ENTRY_SIGNATURE: Final = b"loge"
-# Signature, Checksum, EntryLength, Tail, SequenceNumber, DescriptorCount, Reserved, LogGuid,
-# FlushedFileOffset, LastFileOffset.
+# Signature, Checksum, EntryLength, Tail, SequenceNumber, DescriptorCount, Reserved,
+# LogGuid, FlushedFileOffset, LastFileOffset.
 LOG_ENTRY: Final = struct.Struct("<4sIIIQII16sQQ")
 # Signature, TrailingBytes, LeadingBytes or ZeroLength, FileOffset, SequenceNumber.
 LOG_DESCRIPTOR: Final = struct.Struct("<4s4s8sQQ")
@@ -68,7 +70,8 @@ LOG_SECTOR_TAIL: Final = struct.Struct("<I")
 BITMAP_BLOCK_NBYTES: Final = MIB
 SECTORS_PER_CHUNK: Final = 1 << 23
 
-# 2.5.1 BAT Entry: State, 17 reserved bits, FileOffsetMB; so the place in bytes is a mask away.
+# 2.5.1 BAT Entry: State, 17 reserved bits, FileOffsetMB.  A mask gives the place in
+# bytes.
 BAT_ENTRY_NBYTES: Final = 8
 BAT_STATE_MASK: Final = 0x7
 BAT_RESERVED_MASK: Final = 0xFFFF8
@@ -114,12 +117,12 @@ VIRTUAL_DISK_ID: Final = struct.Struct("<16s")
 SECTOR_SIZE: Final = struct.Struct("<I")
 SECTOR_SIZES: Final = (512, 4096)
 
-# 2.6.2.6 Parent Locator: LocatorType, Reserved, KeyValueCount; then KeyOffset, ValueOffset,
-# KeyLength, ValueLength for each pair, in bytes of UTF-16.
+# 2.6.2.6 Parent Locator: LocatorType, Reserved, KeyValueCount; then KeyOffset,
+# ValueOffset, KeyLength, ValueLength for each pair, in bytes of UTF-16.
 LOCATOR_HEADER: Final = struct.Struct("<16sHH")
 LOCATOR_ENTRY: Final = struct.Struct("<IIHH")
 VHDX_LOCATOR: Final = uuid.UUID("b04aefb7-d19e-4a81-b789-25b8e9445913")
-# 2.6.2.6.3: which data the parent held, and where it is, in the order to look.
+# 2.6.2.6.3: the identity of the parent's data, and its paths in the order to try them.
 LINKAGE_KEY: Final = "parent_linkage"
 LINKAGE2_KEY: Final = "parent_linkage2"
 RELATIVE_PATH_KEY: Final = "relative_path"

@@ -1,7 +1,7 @@
-"""VHDX: the log, replayed in memory.
+"""VHDX: replays the log in memory.
 
-The file is never written to.  What the active sequence of log entries would change is kept
-beside it, and everything else reads through `ReplayedFile`.
+The file is never written to.  `ReplayedFile` keeps the changes of the active sequence
+of log entries beside it, and everything else reads through that.
 
 Source: [MS-VHDX] 2.3, "Log".
 """
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 _SECTOR: Final = layout.LOG_SECTOR_NBYTES
 
-# Place of a range that was zeroed.
+# ``place`` of a range that the log fills with zeros.
 ZEROS: Final = -1
 
 
 class Patch(NamedTuple):
-    """Bytes ``[start, end)`` of the file as the log leaves them.
+    """Bytes [start, end) of the file, as the log leaves them.
 
-    ``place`` is where they lie in the file of replayed sectors, or `ZEROS`.
+    ``place`` is their offset in the file of replayed sectors, or `ZEROS`.
     """
 
     start: int
@@ -53,15 +53,15 @@ class _Entry(NamedTuple):
 
 
 class ReplayedFile:
-    """The image file as it would be if its log had been replayed into it.
+    """An image file as it would be after its log was replayed.
 
     Attributes
     ----------
     path : str
     nbytes : int
-        The size that the log demands; what the file itself lacks of it reads as zeros.
+        The size that the log states.  If the file is shorter, the rest reads as zeros.
     n_entries : int
-        Entries of the active sequence.
+        Number of entries in the active sequence.
     store : HostFile
         Sectors from the log, in an anonymous file.
     patches : list of Patch
@@ -81,7 +81,7 @@ class ReplayedFile:
         self.store = HostFile.in_memory(sectors, f"{file.path} (log)")
 
     def pread(self, offset: int, length: int) -> bytes:
-        """Return ``length`` bytes; as `ByteSource.pread`."""
+        """Return ``length`` bytes; see `ByteSource.pread`."""
         if length > self.nbytes or offset > self.nbytes - length:
             raise CorruptImageError(
                 f"{length} bytes at 0x{offset:x} end at 0x{offset + length:x}, "
@@ -109,29 +109,30 @@ class ReplayedFile:
         return bytes(buffer)
 
     def pread_into(self, offset: int, buffer: Any) -> None:
-        """Fill a writable buffer; as `ByteSource.pread_into`."""
+        """Fill a writable buffer; see `ByteSource.pread_into`."""
         with memoryview(buffer) as view, view.cast("B") as octets:
             octets[:] = self.pread(offset, len(octets))
 
 
 def replay(file: ByteSource, guid: uuid.UUID, log_offset: int, log_nbytes: int) -> ReplayedFile:
-    """Return what a file is when its log is replayed; the file itself stays as it is.
+    """Return a file with its log replayed; the file itself does not change.
 
     Parameters
     ----------
     file : ByteSource
-        Stays the caller's.
+        The caller closes it.
     guid : UUID
         The header's LogGuid, not nil.
     log_offset, log_nbytes : int
-        Bytes, multiples of 1 MiB.
+        Host offset and size of the log in bytes, multiples of 1 MiB.
 
     Raises
     ------
     CorruptImageError
-        The log has no valid sequence of entries, or the file is shorter than the log says.
+        The log has no valid sequence of entries, or the file is shorter than the log
+        states.
     LimitExceededError
-        The log is larger than ``VHDX_MAX_LOG_NBYTES``, or asks for more than is sensible.
+        The log is larger than ``VHDX_MAX_LOG_NBYTES``, or it is over another limit.
 
     Notes
     -----
@@ -139,8 +140,8 @@ def replay(file: ByteSource, guid: uuid.UUID, log_offset: int, log_nbytes: int) 
     """
     if log_nbytes > limits.VHDX_MAX_LOG_NBYTES:
         raise LimitExceededError(
-            f"a log of {log_nbytes} bytes has to be replayed, allowed up to "
-            f"{limits.VHDX_MAX_LOG_NBYTES}",
+            f"a log of {log_nbytes} bytes must be replayed, at most {limits.VHDX_MAX_LOG_NBYTES} "
+            "are allowed",
             path=file.path,
             offset=log_offset,
         )
@@ -149,8 +150,8 @@ def replay(file: ByteSource, guid: uuid.UUID, log_offset: int, log_nbytes: int) 
     head = sequence[-1]
     if file.nbytes < head.flushed_file_offset:
         raise CorruptImageError(
-            f"the file has {file.nbytes:#x} bytes, its log says that "
-            f"{head.flushed_file_offset:#x} were written: it was cut off",
+            f"the file has {file.nbytes:#x} bytes, but its log states that "
+            f"{head.flushed_file_offset:#x} were written: the file is truncated",
             path=file.path,
         )
     sectors = bytearray()
@@ -158,8 +159,8 @@ def replay(file: ByteSource, guid: uuid.UUID, log_offset: int, log_nbytes: int) 
     nbytes = max([file.nbytes, head.last_file_offset, *(write.end for write in writes)])
     if nbytes > limits.VHDX_MAX_FILE_NBYTES:
         raise LimitExceededError(
-            f"its log makes the file {nbytes} bytes long, allowed up to "
-            f"{limits.VHDX_MAX_FILE_NBYTES}",
+            f"its log makes the file {nbytes} bytes long, at most {limits.VHDX_MAX_FILE_NBYTES} "
+            "are allowed",
             path=file.path,
             offset=log_offset,
         )
@@ -167,7 +168,7 @@ def replay(file: ByteSource, guid: uuid.UUID, log_offset: int, log_nbytes: int) 
 
 
 class _Log:
-    """The ring of log entries; each place is examined once."""
+    """The ring of log entries; each offset is examined once."""
 
     def __init__(self, path: str, ring: bytes, ring_offset: int, guid: uuid.UUID) -> None:
         self._path = path
@@ -178,7 +179,7 @@ class _Log:
         self._n_descriptors = 0
 
     def _bytes(self, offset: int, nbytes: int) -> bytes:
-        """Return bytes of the ring; it goes on at its start behind its end."""
+        """Return bytes of the ring, which continues at its start after its end."""
         offset %= len(self._ring)
         piece = self._ring[offset : offset + nbytes]
         return piece + self._ring[: nbytes - len(piece)]
@@ -188,9 +189,10 @@ class _Log:
 
         Notes
         -----
-        The specification walks from each place to the last entry of an unbroken run, and asks
-        whether that entry's tail is on the way.  The same is found here from that entry:
-        whether the run that starts at its tail leads to it.
+        The specification follows entries from each offset to the last one of an
+        unbroken run, and requires that the run contains the last one's tail.  The same
+        is verified here from the other side: the run that starts at the tail must lead
+        to the last entry.
         """
         entries = {}
         for offset in range(0, len(self._ring), _SECTOR):
@@ -205,7 +207,7 @@ class _Log:
                     best = sequence
         if not best:
             raise CorruptImageError(
-                "its log has to be replayed, but holds no valid sequence of entries",
+                "its log must be replayed, but has no valid sequence of entries",
                 path=self._path,
                 offset=self._ring_offset,
             )
@@ -216,7 +218,7 @@ class _Log:
         return after if after is not None and after.sequence == entry.sequence + 1 else None
 
     def _run(self, entries: dict[int, _Entry], head: _Entry) -> list[_Entry]:
-        """Return the entries from a head's tail to the head; none if they do not lead there."""
+        """Return the entries from a head's tail to the head; empty if broken."""
         run: list[_Entry] = []
         entry = entries.get(head.tail)
         while entry is not None:
@@ -227,7 +229,7 @@ class _Log:
         return []
 
     def _entry_at(self, offset: int) -> _Entry | None:
-        """Return the entry that starts here, None if there is no valid one."""
+        """Return the valid entry at an offset of the ring, or None."""
         ring_nbytes = len(self._ring)
         raw = self._bytes(offset, layout.LOG_ENTRY.size)
         if not raw.startswith(layout.LOG_ENTRY_SIGNATURE):
@@ -273,7 +275,7 @@ class _Log:
         )
 
     def _is_whole(self, entry: _Entry) -> bool:
-        """Tell whether descriptors and data sectors are those that the header was written with."""
+        """Tell whether descriptors and data sectors belong to the entry's header."""
         self._n_descriptors += entry.n_descriptors
         if self._n_descriptors > limits.VHDX_MAX_LOG_DESCRIPTORS:
             raise LimitExceededError(
@@ -303,7 +305,7 @@ class _Log:
         return bool(signature == layout.LOG_SECTOR_SIGNATURE and high << 32 | low == entry.sequence)
 
     def writes(self, entry: _Entry, sectors: bytearray) -> Iterator[Patch]:
-        """Yield what an entry writes, and append its sectors to ``sectors``."""
+        """Yield the writes of an entry, and append its sectors to ``sectors``."""
         data_offset = self._descriptors_nbytes(entry)
         for signature, trailing, leading, file_offset, _ in self._descriptors(entry):
             if signature == layout.LOG_ZERO_SIGNATURE:
@@ -318,7 +320,7 @@ class _Log:
 
 
 def _flatten(writes: list[Patch]) -> list[Patch]:
-    """Return disjoint, ascending ranges; where writes overlap, the later one counts."""
+    """Return disjoint, ascending ranges; if writes overlap, the later one counts."""
     by_start = sorted(range(len(writes)), key=lambda index: writes[index].start)
     bounds = sorted({bound for write in writes for bound in write[:2]})
     open_writes: list[int] = []  # a heap of negated indices: the latest write on top
@@ -337,7 +339,7 @@ def _flatten(writes: list[Patch]) -> list[Patch]:
 
 
 def _append(flat: list[Patch], patch: Patch) -> None:
-    """Append a range, to the last one if it goes on there."""
+    """Append a range; join it with the last one if it continues that."""
     if flat and flat[-1].end == patch.start:
         start, end, place = flat[-1]
         goes_on = place == ZEROS if patch.place == ZEROS else place + end - start == patch.place

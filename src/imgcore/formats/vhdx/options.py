@@ -1,6 +1,8 @@
-"""VHDX: the options of a new disk, and the places in its file that follow from them.
+"""VHDX: the options for writing, and the layout of a new file.
 
-No NumPy here.  Source: [MS-VHDX], by section.
+Nothing here imports NumPy.
+
+Source: [MS-VHDX], by section.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
     from imgcore.formats.api import BackingReference, WriteRequest
 
-# What Hyper-V takes, whatever the size of the disk.
+# The defaults of Hyper-V, for disks of any size.
 DEFAULT_BLOCK_NBYTES: Final = 32 * limits.MIB
 DEFAULT_DIFFERENCING_BLOCK_NBYTES: Final = 2 * limits.MIB
 DEFAULT_LOGICAL_SECTOR_NBYTES: Final = 512
@@ -47,25 +49,31 @@ BAT_OFFSET: Final = METADATA_OFFSET + METADATA_NBYTES
 class Options(FormatOptions):
     """The ``-o`` options."""
 
-    subformat: str = choice("dynamic", ("dynamic", "fixed"), "blocks as they are needed, or all")
-    block_size: int | None = byte_size(None, "1M to 256M; 32M, or 2M with a parent, if not given")
+    subformat: str = choice(
+        "dynamic", ("dynamic", "fixed"), "allocate blocks when they are needed, or all"
+    )
+    block_size: int | None = byte_size(None, "1M to 256M (default 32M, or 2M with a parent)")
     logical_sector_size: str | None = choice(
         None,
         _SECTOR_SIZES,
-        "what the guest sees; the source's or the parent's, or 512, if not given",
+        "sector size that the guest sees (default that of the parent or source, or 512)",
     )
     physical_sector_size: str | None = choice(
-        None, _SECTOR_SIZES, "what the guest aligns to; the parent's or 4096 if not given"
+        None,
+        _SECTOR_SIZES,
+        "sector size that the guest aligns to (default that of the parent, or 4096)",
     )
     virtual_disk_id: str | None = text(
-        None, "GUID of the disk; the parent's or random if not given"
+        None, "GUID of the disk (default that of the parent, or random)"
     )
-    data_write_guid: str | None = text(None, "GUID that children know the disk by; random")
-    file_write_guid: str | None = text(None, "GUID of the last change to the file; random")
+    data_write_guid: str | None = text(
+        None, "GUID by which children identify the disk (default random)"
+    )
+    file_write_guid: str | None = text(None, "GUID of the last change to the file (default random)")
 
 
 class WriteOptions(NamedTuple):
-    """A request, verified; sizes in bytes."""
+    """A verified request; sizes in bytes."""
 
     metadata: Metadata
     file_write_guid: uuid.UUID
@@ -111,7 +119,7 @@ class WriteOptions(NamedTuple):
 
     @property
     def is_fixed(self) -> bool:
-        """Whether every block has its place from the start."""
+        """Whether every block is allocated from the start."""
         return self.metadata.leave_block_allocated
 
     @property
@@ -122,20 +130,20 @@ class WriteOptions(NamedTuple):
 
     @property
     def data_offset(self) -> int:
-        """Where the first block may lie."""
+        """Smallest host offset of a block."""
         return BAT_OFFSET + self.bat_nbytes
 
     @property
     def fully_allocated_nbytes(self) -> int:
-        """Bytes of the file with all its blocks."""
+        """Size of the file with all its blocks, in bytes."""
         return self.data_offset + self.metadata.n_blocks * self.metadata.block_nbytes
 
 
 def _check_backing(backing: BackingReference, is_fixed: bool) -> None:
     if is_fixed:
-        raise OptionError("vhdx: subformat=fixed and a parent (-B) do not go together")
+        raise OptionError("a vhdx disk with subformat=fixed cannot have a parent (-B)")
     if backing.format != "vhdx" or DATA_WRITE_GUID not in backing.identities:
-        raise OptionError(f"the parent of a vhdx image is vhdx, not {backing.format}")
+        raise OptionError(f"the parent of a vhdx image must be vhdx, not {backing.format}")
 
 
 def _block_nbytes(given: int | None, *, has_parent: bool) -> int:
@@ -152,8 +160,8 @@ def _logical_sector_nbytes(request: WriteRequest[Options], parent: Mapping[str, 
     of_parent = parent.get(LOGICAL_SECTOR_SIZE)
     if of_parent is not None and stated not in (None, of_parent):
         raise OptionError(
-            f"vhdx option logical_sector_size is {stated}, the parent has {of_parent}: they must "
-            "be the same"
+            f"vhdx option logical_sector_size is {stated}, but the parent has {of_parent}: they "
+            "must be the same"
         )
     return int(
         stated or of_parent or request.logical_sector_nbytes or DEFAULT_LOGICAL_SECTOR_NBYTES
@@ -169,10 +177,10 @@ def _check_size(metadata: Metadata) -> None:
     size, sector_nbytes = metadata.virtual_size, metadata.logical_sector_nbytes
     if size < 0 or size % sector_nbytes:
         raise OptionError(
-            f"a vhdx disk of {size} bytes is not possible, allowed are multiples of its logical "
+            f"a vhdx disk of {size} bytes is not possible, allowed: multiples of its logical "
             f"sector size {sector_nbytes}"
         )
     if size > limits.VHDX_MAX_VIRTUAL_NBYTES:
         raise LimitExceededError(
-            f"a vhdx disk has up to {limits.VHDX_MAX_VIRTUAL_NBYTES} bytes, not {size}"
+            f"a vhdx disk of {size} bytes, at most {limits.VHDX_MAX_VIRTUAL_NBYTES} are allowed"
         )

@@ -1,6 +1,8 @@
-"""VHDX: the parent locator, read and written.
+"""VHDX: reads and writes the parent locator.
 
-No NumPy here.  Source: [MS-VHDX] 2.6.2.6, "Parent Locator".
+Nothing here imports NumPy.
+
+Source: [MS-VHDX] 2.6.2.6, "Parent Locator".
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from imgcore.formats.api import BackingReference
 from imgcore.formats.shared.windows_paths import names_from_windows_path
 from imgcore.formats.vhdx import layout
 
-# What children recognise their parent by, and what they take over from it.
+# Facts by which children identify their parent, and those that they inherit from it.
 DATA_WRITE_GUID: Final = "data write GUID"
 LOGICAL_SECTOR_SIZE: Final = "logical sector size"
 PHYSICAL_SECTOR_SIZE: Final = "physical sector size"
@@ -36,27 +38,28 @@ def read_locator(item: bytes, path: str) -> dict[str, str]:
     Raises
     ------
     CorruptImageError, LimitExceededError, UnsupportedFeatureError
-        It contradicts itself, is too long, or is of another type than VHDX's.
+        The locator contradicts itself, is too long, or has another type than VHDX.
     """
     if len(item) < layout.LOCATOR_HEADER.size:
         raise CorruptImageError(f"the parent locator has {len(item)} bytes", path=path)
     kind, _, n_entries = layout.LOCATOR_HEADER.unpack_from(item)
     if uuid.UUID(bytes_le=kind) != layout.VHDX_LOCATOR:
         raise UnsupportedFeatureError(
-            f"its parent is of the type {uuid.UUID(bytes_le=kind)}, known is only VHDX",
+            f"its parent is of the type {uuid.UUID(bytes_le=kind)}, only VHDX is supported",
             path=path,
         )
     if n_entries > limits.VHDX_MAX_LOCATOR_ENTRIES:
         raise LimitExceededError(
-            f"the parent locator has {n_entries} entries, allowed up to "
-            f"{limits.VHDX_MAX_LOCATOR_ENTRIES}",
+            f"the parent locator has {n_entries} entries, at most "
+            f"{limits.VHDX_MAX_LOCATOR_ENTRIES} are allowed",
             path=path,
         )
     start = layout.LOCATOR_HEADER.size
     raw = item[start : start + n_entries * layout.LOCATOR_ENTRY.size]
     if len(raw) < n_entries * layout.LOCATOR_ENTRY.size:
         raise CorruptImageError(
-            f"the parent locator has {len(item)} bytes, {n_entries} entries need more", path=path
+            f"the parent locator has {len(item)} bytes, but {n_entries} entries need more",
+            path=path,
         )
     locator: dict[str, str] = {}
     for key_at, value_at, key_nbytes, value_nbytes in layout.LOCATOR_ENTRY.iter_unpack(raw):
@@ -70,26 +73,28 @@ def read_locator(item: bytes, path: str) -> dict[str, str]:
 def _text(item: bytes, offset: int, nbytes: int, path: str) -> str:
     if offset + nbytes > len(item):
         raise CorruptImageError(
-            f"the parent locator has {len(item)} bytes, one of its texts ends at {offset + nbytes}",
+            f"the parent locator has {len(item)} bytes, but one of its texts ends at "
+            f"{offset + nbytes}",
             path=path,
         )
     try:
         return item[offset : offset + nbytes].decode("utf-16-le")
     except UnicodeDecodeError:
         raise CorruptImageError(
-            f"the parent locator's text at {offset} is no UTF-16", path=path
+            f"the parent locator's text at {offset} is not valid UTF-16", path=path
         ) from None
 
 
 def backing_reference(
     locator: Mapping[str, str], logical_sector_nbytes: int, path: str
 ) -> BackingReference:
-    """Return what a parent locator says of the parent; raises CorruptImageError."""
+    """Return the parent that a locator describes; raises CorruptImageError."""
     paths = [locator[key] for key in layout.PATH_KEYS if key in locator]
     names = [name for text in paths for name in names_from_windows_path(text)]
     if not names:
         raise CorruptImageError(
-            f"the parent locator names no file (its keys: {', '.join(sorted(locator))})", path=path
+            f"the parent locator does not name a file (its keys: {', '.join(sorted(locator))})",
+            path=path,
         )
     linkages = _linkages(locator, path)
     return BackingReference(
@@ -114,7 +119,7 @@ def _linkages(locator: Mapping[str, str], path: str) -> list[str]:
             guids.append(uuid.UUID(locator[key]))
         except ValueError:
             raise CorruptImageError(
-                f"the parent locator's {key} is {locator[key][:100]!r}, no GUID", path=path
+                f"the parent locator's {key} is {locator[key][:100]!r}, not a GUID", path=path
             ) from None
     wanted = [str(guid) for guid in guids if guid != NIL]
     if not wanted:
@@ -123,7 +128,7 @@ def _linkages(locator: Mapping[str, str], path: str) -> list[str]:
 
 
 def parent_locator(backing: BackingReference, target_path: str) -> bytes:
-    """Return the parent locator (2.6.2.6): what the parent holds, and where it lies from here."""
+    """Return the parent locator (2.6.2.6): the parent's identity and relative path."""
     entries = {
         layout.LINKAGE_KEY: f"{{{backing.identities[DATA_WRITE_GUID]}}}",
         layout.RELATIVE_PATH_KEY: _relative_path(backing, target_path),
@@ -140,7 +145,7 @@ def parent_locator(backing: BackingReference, target_path: str) -> bytes:
 
 
 def _relative_path(backing: BackingReference, target_path: str) -> str:
-    r"""Return the parent's place as Windows writes it, such as ``.\base.vhdx``."""
+    r"""Return the parent's relative path in Windows form, such as ``.\base.vhdx``."""
     folder = os.path.dirname(os.path.abspath(target_path))
     path = os.path.relpath(backing.path or os.path.join(folder, backing.name), folder)
     text = path.replace("/", "\\")
@@ -150,7 +155,7 @@ def _relative_path(backing: BackingReference, target_path: str) -> str:
         nbytes = len(text.encode("utf-16-le"))
     except UnicodeEncodeError:
         raise OptionError(f"the parent's name {path!r} is not encodable in UTF-16") from None
-    # To readers, ours among them, a colon ends the name of a drive or a protocol.
+    # Readers, this one included, take a prefix before a colon as a drive or a protocol.
     if {"\\", ":"} & set(path) or nbytes > limits.VHDX_MAX_PATH_NBYTES:
         raise OptionError(
             f"the parent's name {path!r} cannot be stored: no backslash, no colon and up to "

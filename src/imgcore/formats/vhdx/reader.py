@@ -1,6 +1,7 @@
-"""VHDX: reader and driver.
+"""VHDX: the reader of fixed, dynamic and differencing disks.
 
-NumPy is imported only once the BAT is looked at, so that ``info`` starts fast.
+NumPy is imported only when the BAT is read, so that ``info`` starts fast.
+
 Source: [MS-VHDX] Virtual Hard Disk v2 (VHDX) File Format.
 """
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class VhdxReader:
-    """Reads one VHDX layer: fixed, dynamic or differencing.
+    """Reads one VHDX.
 
     Parameters
     ----------
@@ -40,12 +41,12 @@ class VhdxReader:
     WrongFormatError
         The magic is absent.
     CorruptImageError, LimitExceededError, UnsupportedFeatureError
-        The image cannot be trusted, or asks for more than is supported.
+        The image is damaged, unsupported or over a limit.
 
     Notes
     -----
-    A log is replayed in memory; the file is never written to.  A damaged copy of a header or
-    region table is no obstacle if the other one is sound; it gets a warning in the log
+    A log is replayed in memory; the file is never written to.  If one copy of a header
+    or region table is damaged, the other one is used, with a warning in the log
     ``imgcore``.
     """
 
@@ -83,8 +84,8 @@ class VhdxReader:
 
         Notes
         -----
-        Complexity: O(BAT entries in the range, and sectors of partially present blocks);
-        memory: a few batches.  Thread safety: none.
+        Complexity: O(BAT entries in the range, and sectors of partially present
+        blocks).  Memory: a few batches.  Thread safety: none.
         """
         if self._tables is None:
             from imgcore.formats.vhdx.tables import ExtentTables
@@ -124,14 +125,14 @@ class VhdxReader:
 
         Notes
         -----
-        Complexity: O(BAT entries) for each 8 TiB of the file; memory: about 100 MiB.
+        Complexity: O(BAT entries) for each 8 TiB of the file.  Memory: about 100 MiB.
         """
         from imgcore.formats.vhdx.check import VhdxChecker
 
         return VhdxChecker(self._image).run()
 
     def repairs(self) -> list[Repair]:
-        """Return what can be put right; see :class:`imgcore.formats.api.Repairable`."""
+        """Return the possible repairs; see `imgcore.formats.api.Repairable`."""
         from imgcore.formats.vhdx.check import find_repairs
 
         return find_repairs(self._image)

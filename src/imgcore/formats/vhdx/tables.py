@@ -1,4 +1,4 @@
-"""VHDX: from the BAT and the sector bitmaps to extents.
+"""VHDX: turns the BAT and sector bitmaps into extents.
 
 Source: [MS-VHDX] 2.4, "Blocks", and 2.5, "BAT".
 """
@@ -28,16 +28,17 @@ if TYPE_CHECKING:
 
     Entries = NDArray[np.uint64]
 
-# Bitmaps that become rows together: at the most a row for each of their 2^19 bits.
+# Bytes of bitmaps that become rows at once: at most a row for each of their 2^19 bits.
 _MAX_BITMAPS_NBYTES: Final = 64 * limits.KIB
-# A state with this bit has a place in the file; those of them without the other are reserved.
+# States with the first bit have a place in the file; without the second, they are
+# reserved.
 _HAS_PLACE: Final = 4
 _IS_VALID_WITH_PLACE: Final = 2
 
 _STATE: Final = layout.BAT_STATE_MASK
 _RULES: Final = (
     (_STATE, layout.BLOCK_NOT_PRESENT, int(Kind.HOLE)),
-    # What a differencing disk has in these states is not its parent's.
+    # In these states, a block does not show the parent's data.
     (_STATE, layout.BLOCK_UNDEFINED, int(Kind.ZERO)),
     (_STATE, layout.BLOCK_ZERO, int(Kind.ZERO)),
     (_STATE, layout.BLOCK_UNMAPPED, int(Kind.ZERO)),
@@ -45,7 +46,7 @@ _RULES: Final = (
 
 
 def table_format(block_nbytes: int) -> TableFormat:
-    """Return the numbers that describe a BAT without its sector bitmap entries to the kernels."""
+    """Describe a BAT without its sector bitmap entries to the table kernels."""
     return TableFormat(
         entry_nbytes=layout.BAT_ENTRY_NBYTES,
         big_endian=False,
@@ -61,18 +62,18 @@ def table_format(block_nbytes: int) -> TableFormat:
 
 
 def payload_indices(first: int, last: int, chunk_ratio: int) -> NDArray[np.int64]:
-    """Return where the entries of payload blocks [first, last) stand in the BAT."""
+    """Return the indices in the BAT of payload blocks [first, last)."""
     blocks = np.arange(first, last, dtype=np.int64)
     return blocks + blocks // chunk_ratio
 
 
 def bitmap_index(block: int, chunk_ratio: int) -> int:
-    """Return where the entry of the sector bitmap block stands that a payload block belongs to."""
+    """Return the index in the BAT of the sector bitmap block of a payload block."""
     return (block // chunk_ratio + 1) * (chunk_ratio + 1) - 1
 
 
 def read_raw(image: VhdxImage, first: int, last: int) -> Entries:
-    """Read entries [first, last) of the BAT, sector bitmap blocks among them."""
+    """Read entries [first, last) of the BAT, those of sector bitmaps included."""
     nbytes = layout.BAT_ENTRY_NBYTES
     raw = image.view.pread(image.bat.offset + first * nbytes, (last - first) * nbytes)
     return np.frombuffer(raw, dtype="<u8").astype(np.uint64, copy=False)
@@ -94,7 +95,7 @@ def read_payload(image: VhdxImage, first: int, last: int) -> Entries:
 
 
 class ExtentTables:
-    """Turns tables into extents; holds no table in memory between two calls."""
+    """Turns tables into extents; keeps none of them in memory between calls."""
 
     def __init__(self, image: VhdxImage) -> None:
         self._image = image
@@ -118,7 +119,7 @@ class ExtentTables:
                 yield from self._clipped(rows, low, high)
 
     def _clipped(self, rows: Extents, low: int, high: int) -> Iterator[Extents]:
-        """Yield the part of a batch that lies in [low, high), what the log says applied."""
+        """Yield the part of a batch that lies in [low, high), with the log applied."""
         start = max(low, int(rows["guest_offset"][0]))
         stop = min(high, int(rows["guest_offset"][-1] + rows["length"][-1]))
         if start >= stop:
@@ -129,7 +130,7 @@ class ExtentTables:
                 yield part[at : at + limits.MAX_BATCH_ROWS]
 
     def _rows(self, entries: Entries, first: int) -> Iterator[Extents]:
-        """Yield rows of whole blocks; only the disk's last one may be shorter."""
+        """Yield rows of whole blocks; only the disk's last block may be shorter."""
         self._check(entries, first)
         rows = self._decode(entries, first)
         partial = np.flatnonzero((entries & np.uint64(_STATE)) == layout.BLOCK_PARTIALLY_PRESENT)
@@ -141,7 +142,7 @@ class ExtentTables:
     # --------------------------------------------------------------------- entries
 
     def _check(self, entries: Entries, first: int) -> None:
-        """Refuse what the kernel does not know of: reserved states, places inside the headers."""
+        """Raise for what the kernel does not find: bad states, places in headers."""
         state = entries & np.uint64(_STATE)
         has_place = (state & np.uint64(_HAS_PLACE)) != 0
         bad = has_place & (
@@ -175,14 +176,15 @@ class ExtentTables:
     # --------------------------------------------------------------------- bitmaps
 
     def _with_bitmaps(self, rows: Extents, partial: NDArray[np.int64]) -> Iterator[Extents]:
-        """Yield rows with the sector bitmaps of partially present blocks honoured."""
+        """Yield rows with the sector bitmaps of partially present blocks applied."""
         nbytes = self._block_nbytes
         end = int(rows["guest_offset"][-1] + rows["length"][-1])
         edges = np.concatenate((partial, partial + 1)) * nbytes
         cuts = edges[edges < end].astype(np.uint64)
         rows = split(rows, np.union1d(rows["guest_offset"], cuts))
         is_partial = np.isin(rows["guest_offset"] // np.uint64(nbytes), partial.astype(np.uint64))
-        # The rows of each group: up to so many partially present blocks, and all before the next.
+        # A group has up to this many partially present blocks, and the rows up to the
+        # next one.
         group = max(1, _MAX_BITMAPS_NBYTES // self._bitmap_nbytes)
         starts = np.flatnonzero(is_partial)[group::group]
         for part, mask in zip(np.split(rows, starts), np.split(is_partial, starts), strict=True):
@@ -208,7 +210,7 @@ class ExtentTables:
         )
 
     def _bitmap_offset(self, block: int) -> int:
-        """Return where the bits of a payload block lie in the file."""
+        """Return the host offset of the sector bitmap of a payload block."""
         ratio = self._image.metadata.chunk_ratio
         index = bitmap_index(block, ratio)
         entry = int(read_raw(self._image, index, index + 1)[0])
@@ -224,7 +226,7 @@ class ExtentTables:
 
 
 def entry_problem(image: VhdxImage, entry: int, block: int) -> str:
-    """Return in words what is wrong with a payload block's entry that does not stand."""
+    """Return what is wrong with the invalid entry of a payload block."""
     state, offset = entry & _STATE, entry & layout.BAT_OFFSET_MASK
     if state & _HAS_PLACE and not state & _IS_VALID_WITH_PLACE:
         return f"has the reserved state {state}"
@@ -240,21 +242,22 @@ def entry_problem(image: VhdxImage, entry: int, block: int) -> str:
 
 
 class _Patches:
-    """Lays what a log would write to payload blocks over their extents."""
+    """Applies the writes of a log to the extents of payload blocks."""
 
     def __init__(self, replayed: ReplayedFile) -> None:
         patches = np.array(replayed.patches, dtype=np.int64).reshape(-1, 3)
         self._starts, self._ends, self._places = patches.T.copy()
 
     def apply(self, rows: Extents) -> Iterator[Extents]:
-        """Yield the same rows, but what was replayed comes from the log (file 1) or is zeros.
+        """Yield the rows, with replayed ranges from the log (file 1) or as zeros.
 
         Notes
         -----
-        The specification keeps payload blocks out of the log, but what is replayed is what
-        counts; places behind the file's end are zeros by the same way.
+        The specification does not allow payload blocks in the log, but a replayed log
+        would change them all the same.  Places after the end of the file become zeros
+        in the same way.
         """
-        # Files are smaller than 2^63, so signed arithmetic holds.
+        # Files are smaller than 2^63, so signed arithmetic cannot overflow.
         host = rows["host_offset"].astype(np.int64)
         length = rows["length"].astype(np.int64)
         first = np.searchsorted(self._ends, host, side="right")
@@ -269,7 +272,7 @@ class _Patches:
     def _patched(
         self, rows: Extents, first: NDArray[np.int64], n_patches: NDArray[np.int64]
     ) -> Extents:
-        """Return rows of which each is changed by ``n_patches`` patches from ``first`` on."""
+        """Apply to each row its ``n_patches`` patches from ``first`` on."""
         if not n_patches.any():
             return rows
         host = rows["host_offset"].astype(np.int64)
@@ -287,7 +290,7 @@ class _Patches:
         return rows
 
     def _replace(self, rows: Extents) -> None:
-        """Change, in place, those rows that lie in a patch as a whole."""
+        """Change, in place, the rows that lie inside a patch."""
         host = rows["host_offset"].astype(np.int64)
         patch = np.maximum(np.searchsorted(self._starts, host, side="right") - 1, 0)
         inside = (host >= self._starts[patch]) & (host < self._ends[patch])

@@ -1,7 +1,8 @@
 """VHDX: the writer.
 
-Everything but the blocks has its place before the data: header section, log, metadata, BAT.
-BAT entries go into the file as their blocks get a place, so that nothing is held back.
+The header section, log, metadata and BAT come before the blocks.  BAT entries are
+written as soon as their blocks are placed, so that memory does not grow with the disk.
+
 
 Source: [MS-VHDX].
 """
@@ -41,18 +42,18 @@ if TYPE_CHECKING:
     from imgcore.files.target_file import TargetFile
     from imgcore.formats.api import WriteRequest
 
-# BAT entries that are encoded at a time: 1 MiB.
+# BAT entries that are encoded at once: 1 MiB.
 _CHUNK_ENTRIES: Final = 1 << 17
 
 
 def writer_for(request: WriteRequest[Options]) -> DynamicWriter | FixedWriter:
-    """Return the writer that the options ask for; raises OptionError or LimitExceededError."""
+    """Return the writer for a request; raises OptionError or LimitExceededError."""
     options = WriteOptions.of(request)
     return FixedWriter(options) if options.is_fixed else DynamicWriter(options)
 
 
 def measure(request: WriteRequest[Options], data_nbytes: int) -> Measurement:
-    """Return the file size needed for ``data_nbytes`` of allocated blocks."""
+    """Return the file's size with ``data_nbytes`` of data and with a full disk."""
     options = WriteOptions.of(request)
     whole = options.fully_allocated_nbytes
     required = whole if options.is_fixed else min(options.data_offset + data_nbytes, whole)
@@ -60,14 +61,14 @@ def measure(request: WriteRequest[Options], data_nbytes: int) -> Measurement:
 
 
 class _Structures:
-    """The structures before the blocks, the same for both kinds."""
+    """Writes the structures before the blocks, for both writers."""
 
     def __init__(self, options: WriteOptions) -> None:
         self._options = options
         self._format = table_format(options.metadata.block_nbytes)
 
     def write_entries(self, file: TargetFile, first_block: int, placements: Placements) -> None:
-        """Put the BAT entries of up to 2^17 blocks into the file."""
+        """Write the BAT entries of up to 2^17 blocks."""
         ratio = self._options.metadata.chunk_ratio
         indices = payload_indices(first_block, first_block + len(placements), ratio)
         base = int(indices[0])
@@ -80,7 +81,7 @@ class _Structures:
                 f"host offset {place:#x} does not fit a BAT entry",
                 path=self._options.target_name or None,
             ) from None
-        # Between the payload blocks of two chunks stands the entry of a sector bitmap block.
+        # The entry of a sector bitmap block separates the payload blocks of two chunks.
         table = np.zeros(int(indices[-1]) + 1 - base, dtype=np.uint64)
         table[indices - base] = entries
         write_with_holes(file, BAT_OFFSET + base * layout.BAT_ENTRY_NBYTES, table)
@@ -97,7 +98,7 @@ class _Structures:
 
 
 class DynamicWriter:
-    """Writes images that grow with their data: dynamic and differencing ones."""
+    """Writes dynamic and differencing images."""
 
     format_name: ClassVar[str] = "vhdx"
     needs_own_blocks: ClassVar[bool] = False
@@ -134,19 +135,19 @@ class DynamicWriter:
         stored = np.flatnonzero(placements["state"] == BlockState.STORED)
         if not stored.size:
             return next_offset
-        # The file holds the disk's last block as a whole, also where the disk ends inside it.
+        # The last block is stored whole even if the disk ends inside it.
         last = int(placements["host_offset"][stored[-1]])
         return max(next_offset, last + self._options.metadata.block_nbytes)
 
     def finish(self, next_offset: int) -> None:
-        """Write what stands before the blocks; see :class:`imgcore.formats.api.Writer`."""
+        """Write everything before the blocks; see `imgcore.formats.api.Writer`."""
         assert self._file is not None
         self._file.truncate(max(next_offset, self.first_offset))
         self._structures.write_headers(self._file, self._target_path)
 
 
 class FixedWriter(FlatWriter):
-    """Writes images in which block i has its place from the start."""
+    """Writes fixed images, in which every block is allocated from the start."""
 
     format_name: ClassVar[str] = "vhdx"
 
@@ -163,7 +164,7 @@ class FixedWriter(FlatWriter):
         self.logical_sector_nbytes = metadata.logical_sector_nbytes
 
     def finish(self, next_offset: int) -> None:
-        """Write everything but the data; see :class:`imgcore.formats.api.Writer`."""
+        """Write everything except the data; see `imgcore.formats.api.Writer`."""
         file, metadata = self._finished_file(), self._metadata
         for first in range(0, metadata.n_blocks, _CHUNK_ENTRIES):
             last = min(first + _CHUNK_ENTRIES, metadata.n_blocks)
@@ -214,7 +215,7 @@ def _region_table(options: WriteOptions) -> bytes:
 
 
 def _metadata_region(options: WriteOptions, target_path: str) -> bytes:
-    """Return the start of the metadata region: the table (2.6.1) and its items (2.6.2)."""
+    """Return the metadata table (2.6.1) and its items (2.6.2)."""
     metadata = options.metadata
     flags = layout.LEAVE_BLOCK_ALLOCATED if metadata.leave_block_allocated else 0
     flags |= layout.HAS_PARENT if metadata.has_parent else 0
