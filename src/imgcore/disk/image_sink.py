@@ -78,7 +78,8 @@ class ImageSink:
         kept = writer.logical_sector_nbytes if isinstance(writer, SectorSized) else SECTOR_NBYTES
         if stated is not None and stated != kept:
             log.warning(
-                "%s: its logical sectors have %d bytes, in %s %d: the guest may fail to boot",
+                "%s: its logical sectors have %d bytes, those of %s have %d: "
+                "the guest may fail to boot",
                 self._target.path,
                 kept,
                 self._source.path,
