@@ -1,6 +1,6 @@
 """The exceptions that imgcore raises: one root and few, stable kinds.
 
-Errors of the operating system stay :class:`OSError` with the file's name.  A message
+Errors of the operating system stay `OSError` with the file's name.  A message
 is one line: what, where, found, allowed.
 """
 

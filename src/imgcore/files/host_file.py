@@ -88,7 +88,7 @@ class HostFile:
 
         Parameters
         ----------
-        path : str or path-like
+        path : str or os.PathLike
             A regular file or a block device, or a symbolic link to one.
         share : bool
             Open the file although another process may be writing to it.

@@ -34,7 +34,7 @@ class Target:
 
     Parameters
     ----------
-    path : str or path-like
+    path : str or os.PathLike
         The final name.
     force : bool
         Replace an existing file (on success only).

@@ -78,7 +78,7 @@ class Qcow2Reader:
             )
 
     def extents(self, start: int, length: int) -> Iterator[Extents]:
-        """Yield extent batches; see :class:`imgcore.formats.api.Reader`.
+        """Yield extent batches; see `imgcore.formats.api.Reader`.
 
         Notes
         -----

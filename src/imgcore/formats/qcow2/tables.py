@@ -143,7 +143,7 @@ class ExtentTables:
         )
 
     def extents(self, start: int, length: int) -> Iterator[Extents]:
-        """Yield extent batches; see :meth:`imgcore.formats.api.Reader.extents`."""
+        """Yield extent batches; see `imgcore.formats.api.Reader.extents`."""
         stop = start + length
         done = start
         for first, last, offsets, first_table in self._groups(start, stop):

@@ -177,12 +177,12 @@ class Qcow2Writer:
         )
 
     def begin(self, target: Target) -> TargetFile:
-        """Open the target; see :class:`imgcore.formats.api.Writer`."""
+        """Open the target; see `imgcore.formats.api.Writer`."""
         self._file = target.main
         return self._file
 
     def place(self, first_block: int, placements: Placements, next_offset: int) -> int:
-        """Record placements; see :class:`imgcore.formats.api.Writer`."""
+        """Record placements; see `imgcore.formats.api.Writer`."""
         for start in range(0, len(placements), _CHUNK_ENTRIES):
             rows = placements[start : start + _CHUNK_ENTRIES]
             if not rows["state"].any():
@@ -201,7 +201,7 @@ class Qcow2Writer:
         return self._write_refcount_blocks(n_blocks, offset)
 
     def finish(self, next_offset: int) -> None:
-        """Write the remaining tables; see :class:`imgcore.formats.api.Writer`."""
+        """Write the remaining tables; see `imgcore.formats.api.Writer`."""
         options, file = self._options, self._target_file()
         self._tables.close_tail()
         offset = self._write_tables(self._aligned(max(next_offset, self.first_offset)))
@@ -299,7 +299,7 @@ class PreallocatedWriter(FlatWriter):
         super().__init__(geometry, file_nbytes, options.preallocation)
 
     def finish(self, next_offset: int) -> None:
-        """Write all tables; see :class:`imgcore.formats.api.Writer`."""
+        """Write all tables; see `imgcore.formats.api.Writer`."""
         file, options, size = self._finished_file(), self._options, self._options.cluster_size
         l1 = np.zeros(options.l1_entries, dtype=np.uint64)
         l1[: self._n_l2] = np.arange(self._n_l2, dtype=np.uint64) * np.uint64(size)

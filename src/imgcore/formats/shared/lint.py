@@ -33,7 +33,7 @@ class ImageFacts(ABC):
     Attributes
     ----------
     file : HostFile
-        The image's file, opened separately from the reader's.
+        The image's file, which the reader reads as well.
     format : str
         The image's format.
     reader : Reader or None

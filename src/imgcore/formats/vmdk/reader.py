@@ -132,7 +132,7 @@ class VmdkReader:
     def extents(self, start: int, length: int) -> Iterator[Extents]:
         """Yield extent batches that cover ``[start, start + length)`` of this layer.
 
-        See :meth:`imgcore.formats.api.Reader.extents`.  Memory: one piece of the grain
+        See `imgcore.formats.api.Reader.extents`.  Memory: one piece of the grain
         directory, one window of grain tables and one batch.
         """
         stop = start + length
