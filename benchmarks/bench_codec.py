@@ -12,8 +12,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from tests.helpers import images
 
 from imgcore import _core
+from imgcore.engine import compression_levels as levels_module
 from imgcore.engine import extents as extents_module
-from imgcore.engine import levels as levels_module
 from imgcore.engine.geometry import Codec, CodecId, Geometry
 
 BLOCK_NBYTES = 64 << 10

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from uuid import UUID
 
-from imgcore.files.gate import ReferenceGate
+from imgcore.files.reference_gate import ReferenceGate
 from imgcore.formats.vdi.reader import VdiReader
 from tests.helpers.reading import open_file
 

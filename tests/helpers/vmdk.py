@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from imgcore.engine.extents import FLAG_GRAIN_MARKER, Kind
-from imgcore.files.gate import ReferenceGate
+from imgcore.files.reference_gate import ReferenceGate
 from imgcore.formats.vmdk.reader import VmdkReader
 from tests.helpers.reading import extent_rows, open_file
 

@@ -14,7 +14,7 @@ import pytest
 from imgcore.disk import chain
 from imgcore.disk import layer as layers_module
 from imgcore.disk.chain import open_chain
-from imgcore.disk.options import OpenOptions
+from imgcore.disk.open_options import OpenOptions
 from imgcore.errors import (
     CorruptImageError,
     LimitExceededError,
@@ -23,8 +23,8 @@ from imgcore.errors import (
     UnsupportedFeatureError,
     WrongFormatError,
 )
-from imgcore.files.gate import ReferenceGate
 from imgcore.files.host_file import HostFile
+from imgcore.files.reference_gate import ReferenceGate
 from imgcore.formats.api import BackingReference
 from imgcore.limits import MAX_CHAIN_DEPTH
 

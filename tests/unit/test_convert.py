@@ -12,7 +12,8 @@ from tests.helpers import qemu
 from tests.helpers.mounts import loop_device
 
 import imgcore
-from imgcore.disk import image_sink, image_source, stream_batches, tally
+from imgcore.disk import image_sink, image_source, stream_batches
+from imgcore.engine import progress as progress_module
 from imgcore.formats.api import BackingReference, Writer, WriteRequest
 from imgcore.formats.qcow2 import writer as qcow2_writer
 from imgcore.formats.registry import format_names
@@ -390,7 +391,7 @@ def test_scattered_data_makes_no_flood_of_reports(
     pieces = [(offset, b"x") for offset in range(0, 32 * MIB, MIB)]
     source = write_disk(tmp_path / "disk.raw", 33 * MIB, pieces)
     seen: list[imgcore.Progress] = []
-    monkeypatch.setattr(tally.time, "monotonic", lambda: 0.0)
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: 0.0)
     imgcore.convert(source, tmp_path / "a.tar.gz", profile="gce", progress=seen.append)
     assert len(seen) < 5
     assert seen[-1].done == seen[-1].total

@@ -24,10 +24,11 @@ from imgcore.errors import (
     OptionError,
     UnsafeReferenceError,
 )
-from imgcore.files import gate, host_file, identity
-from imgcore.files.gate import ReferenceGate
+from imgcore.files import host_file, identity
+from imgcore.files import reference_gate as gate
 from imgcore.files.host_file import HostFile
 from imgcore.files.identity import same_file
+from imgcore.files.reference_gate import ReferenceGate
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import imgcore
 from imgcore.disk import host_holes
 from imgcore.disk.host_holes import HostHoles
 from imgcore.engine.extents import EXTENT_DTYPE, Kind
-from imgcore.engine.sources import SourceFile
+from imgcore.engine.source_file import SourceFile
 from imgcore.files.host_file import HostFile
 from imgcore.formats.shared.flat_reader import HostData
 

@@ -227,7 +227,7 @@ def test_info_needs_no_numpy(tmp_path: Path) -> None:
     script = (
         "import sys\n"
         "from imgcore.formats.registry import open_reader\n"
-        "from imgcore.files.gate import ReferenceGate\n"
+        "from imgcore.files.reference_gate import ReferenceGate\n"
         "from imgcore.files.host_file import HostFile\n"
         "file = HostFile.open(sys.argv[1])\n"
         "open_reader(file, ReferenceGate('.'))\n"

@@ -16,11 +16,11 @@ from tests.helpers import qemu
 from tests.helpers.mounts import loop_device
 
 import imgcore
-from imgcore.disk.options import OpenOptions
+from imgcore.disk.open_options import OpenOptions
 from imgcore.disk.source import open_source
 from imgcore.errors import OptionError, UnsupportedFeatureError, WrongFormatError
-from imgcore.files.gate import ReferenceGate
 from imgcore.files.host_file import HostFile
+from imgcore.files.reference_gate import ReferenceGate
 from imgcore.formats import magic, registry
 from imgcore.formats.api import Driver, WriteRequest
 from imgcore.formats.option_texts import options_help, parse_options

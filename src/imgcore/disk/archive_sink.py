@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from imgcore.disk.data_parts import data_parts
+from imgcore.disk.data_ranges import data_parts
 from imgcore.limits import MAX_TAR_SEGMENTS
 from imgcore.platforms.profiles import GCE_MEMBER_NAME
 from imgcore.streams.gzip import GzipEncoder
@@ -12,8 +12,8 @@ from imgcore.streams.tar import archive_end, sparse_header
 
 if TYPE_CHECKING:
     from imgcore.disk.source import Source
-    from imgcore.disk.tally import Tally
     from imgcore.engine.bad_ranges import BadRange
+    from imgcore.engine.progress import Tally
     from imgcore.files.target import Target
 
 

@@ -28,8 +28,8 @@ from imgcore.limits import MAX_CHAIN_DEPTH
 from imgcore.log import log
 
 if TYPE_CHECKING:
-    from imgcore.disk.options import OpenOptions
-    from imgcore.files.gate import ReferenceGate
+    from imgcore.disk.open_options import OpenOptions
+    from imgcore.files.reference_gate import ReferenceGate
     from imgcore.formats.api import BackingReference
 
 

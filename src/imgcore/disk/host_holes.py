@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from imgcore.engine.extents import Extents
-    from imgcore.engine.sources import SourceFile
+    from imgcore.engine.source_file import SourceFile
     from imgcore.files.byte_source import ByteSource
 
 # A row costs up to two system calls, which is worth it only for long reads.

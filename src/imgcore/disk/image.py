@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from imgcore.disk.chain import open_chain
-from imgcore.disk.options import OpenOptions
+from imgcore.disk.open_options import OpenOptions
 from imgcore.formats.api import SectorSized
 from imgcore.limits import SECTOR_NBYTES
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from imgcore.disk.layer import Layer
     from imgcore.disk.overlay import Depths
     from imgcore.engine.extents import Extents
-    from imgcore.engine.sources import SourceFile
+    from imgcore.engine.source_file import SourceFile
     from imgcore.files.byte_source import ByteSource
 
 
@@ -190,7 +190,7 @@ class Image:
         from imgcore._core import File, Job
         from imgcore.engine.geometry import Geometry, Placing, ZeroPolicy
         from imgcore.engine.job import chosen_variants, thread_count, translated_errors
-        from imgcore.engine.sources import native_sources
+        from imgcore.engine.source_file import native_sources
         from imgcore.limits import MIB
 
         if threads is None:

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from imgcore.disk.image import Image
     from imgcore.disk.sink_options import SinkOptions
     from imgcore.disk.source import Source
-    from imgcore.disk.tally import Tally
     from imgcore.engine.bad_ranges import BadRange
     from imgcore.engine.batches import Batch
     from imgcore.engine.extents import Placements
+    from imgcore.engine.progress import Tally
     from imgcore.files.target import Target
     from imgcore.files.target_file import TargetFile
     from imgcore.formats.api import Writer, WriteRequest

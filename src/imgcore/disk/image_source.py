@@ -61,7 +61,7 @@ class ImageSource:
         """Return the files of image and base, and batches that refer to them."""
         from imgcore.disk.image_batches import image_batches
         from imgcore.engine.batches import Supply
-        from imgcore.engine.sources import native_sources
+        from imgcore.engine.source_file import native_sources
 
         sources = [*self._image.sources, *(base.sources if base is not None else ())]
         return nullcontext(

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from imgcore.files.gate import ReferenceGate
 from imgcore.files.host_file import HostFile
+from imgcore.files.reference_gate import ReferenceGate
 from imgcore.formats.registry import open_reader
 
 if TYPE_CHECKING:
     from typing import Self
 
-    from imgcore.disk.options import OpenOptions
+    from imgcore.disk.open_options import OpenOptions
     from imgcore.formats.api import Reader
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(NamedTuple):
     """An open image without its parent; a context manager.
 
     Attributes

@@ -10,15 +10,14 @@ from imgcore.errors import OptionError
 from imgcore.formats.api import WriteRequest
 from imgcore.formats.option_texts import parse_options
 from imgcore.formats.registry import get_driver
-from imgcore.platforms.profiles import Container
 from imgcore.streams.names import CODEC_OF_SUFFIX, stream_suffix
 
 if TYPE_CHECKING:
     from imgcore.disk.image import Image
     from imgcore.disk.sink_options import SinkOptions
     from imgcore.disk.source import Source
-    from imgcore.disk.tally import Tally
     from imgcore.engine.bad_ranges import BadRange
+    from imgcore.engine.progress import Tally
     from imgcore.files.target import Target
 
 
@@ -56,9 +55,8 @@ def open_sink(
     OptionError, UnsupportedFeatureError
         The target cannot be written, or not with these options.
     """
-    container = Container.NONE if options.profile is None else options.profile.container
     suffix = stream_suffix(target.path)
-    if container is Container.GCE_TAR:
+    if options.profile is not None and options.profile.is_archived:
         from imgcore.disk.archive_sink import ArchiveSink
 
         _refuse_in_stream(target, options)

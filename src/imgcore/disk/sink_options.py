@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from imgcore.disk.backing import backing_reference
-from imgcore.disk.fitting import fitting_format, fitting_options, refuse_against_profile
+from imgcore.disk.profile_fitting import fitting_format, fitting_options, refuse_against_profile
 from imgcore.disk.target_format import target_format
 from imgcore.engine.job import chosen_variants, thread_count
 from imgcore.errors import OptionError
 from imgcore.limits import MIB, SECTOR_NBYTES
-from imgcore.platforms.profiles import get_profile
 from imgcore.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -25,8 +23,7 @@ if TYPE_CHECKING:
 _MAX_SPARSE_NBYTES: Final = 1 * MIB
 
 
-@dataclass(frozen=True)
-class SinkOptions:
+class SinkOptions(NamedTuple):
     """The keywords of `imgcore.convert` that are about the target."""
 
     format: str
@@ -60,7 +57,7 @@ class SinkOptions:
         profile: str | None,
     ) -> SinkOptions:
         """Return the record; OptionError if the keywords contradict each other."""
-        platform = None if profile is None else get_profile(profile)
+        platform = None if profile is None else _profile(profile)
         name = target_format(target, fitting_format(platform, format), flag="-O")
         if salvage and backing is not None:
             raise OptionError("salvaged data cannot be compared with a parent (-B)")
@@ -85,6 +82,12 @@ class SinkOptions:
             variants=chosen_variants(kernels),
             profile=platform,
         )
+
+
+def _profile(name: str) -> Profile:
+    from imgcore.platforms.profiles import get_profile
+
+    return get_profile(name)
 
 
 def _sparse_nbytes(sparse: int | str) -> int:

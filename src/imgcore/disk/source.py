@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from imgcore.disk.image import Image
-    from imgcore.disk.options import OpenOptions
+    from imgcore.disk.open_options import OpenOptions
     from imgcore.engine.batches import Supply
     from imgcore.engine.extents import Extents
     from imgcore.engine.geometry import Geometry

@@ -8,8 +8,8 @@ from imgcore.streams.codecs import CODECS
 
 if TYPE_CHECKING:
     from imgcore.disk.source import Source
-    from imgcore.disk.tally import Tally
     from imgcore.engine.bad_ranges import BadRange
+    from imgcore.engine.progress import Tally
     from imgcore.files.target import Target
 
 

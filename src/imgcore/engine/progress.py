@@ -1,8 +1,10 @@
-"""The progress of a job."""
+"""How far a job is: the record that callers get, and what counts and limits it."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import time
+from collections.abc import Callable
+from typing import Final, NamedTuple
 
 
 class Progress(NamedTuple):
@@ -16,3 +18,55 @@ class Progress(NamedTuple):
     data: int
     zero: int
     written: int
+
+
+_REPORT_SECONDS: Final = 0.05
+
+
+class Tally:
+    """The progress of a conversion, in bytes.
+
+    Parameters
+    ----------
+    total_nbytes : int
+        Bytes of the disk that is written.
+    report : callable, optional
+        Called with `Progress` at most every 50 ms, and when the disk is done.  Its
+        exceptions are not caught.
+
+    Attributes
+    ----------
+    data_nbytes : int
+        Bytes of the disk that are data.
+    read_nbytes, written_nbytes : int
+        Bytes read from the source's files and written to the target's.
+    reflinked_nbytes : int
+        Bytes that were not written, since their blocks were reflinked.
+    """
+
+    def __init__(self, total_nbytes: int, report: Callable[[Progress], None] | None) -> None:
+        self.total_nbytes = total_nbytes
+        self.data_nbytes = self.read_nbytes = self.written_nbytes = self.reflinked_nbytes = 0
+        self._report = report
+        self._next_time = -float("inf")
+
+    def count(self, done: int, *, data: int, read: int, written: int, reflinked: int = 0) -> None:
+        """Set the sums so far; ``done`` is the position on the disk."""
+        self.data_nbytes, self.read_nbytes = data, read
+        self.written_nbytes, self.reflinked_nbytes = written, reflinked
+        if self._report is None:
+            return
+        now = time.monotonic()
+        if done == self.total_nbytes or now >= self._next_time:
+            self._next_time = now + _REPORT_SECONDS
+            self._report(Progress(done, self.total_nbytes, data, done - data, written))
+
+    def finish(self) -> None:
+        """Report that the whole disk is done."""
+        self.count(
+            self.total_nbytes,
+            data=self.data_nbytes,
+            read=self.read_nbytes,
+            written=self.written_nbytes,
+            reflinked=self.reflinked_nbytes,
+        )

@@ -35,18 +35,18 @@ from typing import (
     runtime_checkable,
 )
 
-from imgcore.engine.sources import SourceFile
+from imgcore.engine.source_file import SourceFile
 from imgcore.errors import OptionError
-from imgcore.formats.options import FormatOptions
 from imgcore.text import without_secrets
 
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents, Placements
     from imgcore.engine.geometry import Geometry
     from imgcore.files.byte_source import ByteSource
-    from imgcore.files.gate import ReferenceGate
+    from imgcore.files.reference_gate import ReferenceGate
     from imgcore.files.target import Target
     from imgcore.files.target_file import TargetFile
+    from imgcore.formats.options import FormatOptions
 
 
 # -- reading ---------------------------------------------------------------------------
@@ -331,7 +331,7 @@ class Repairable(Protocol):
 
 # -- writing ---------------------------------------------------------------------------
 
-Options = TypeVar("Options", bound=FormatOptions)
+Options = TypeVar("Options", bound="FormatOptions")
 
 
 class WriteRequest(NamedTuple, Generic[Options]):
@@ -477,8 +477,8 @@ class Driver:
         Module that holds ``writer_for(request)`` and ``measure(request, data_nbytes)``;
         see `writer` and `measure`.  It may import NumPy.  None if the format is only
         read.
-    read_options : subclass of FormatOptions
-        The record of the options for reading; without fields if there are none.
+    read_options : subclass of FormatOptions, or None
+        The record of the options for reading; None if there are none.
     writes_in_place : bool
         Whether an image can be written into an existing file or a block device.
     has_tables : bool
@@ -489,7 +489,7 @@ class Driver:
     options_module: str
     read: Callable[[ByteSource, ReferenceGate, Any], Reader]
     writing: str | None
-    read_options: type[FormatOptions] = FormatOptions
+    read_options: type[FormatOptions] | None = None
     writes_in_place: bool = False
     has_tables: bool = True
 
@@ -502,7 +502,9 @@ class Driver:
         self, file: ByteSource, gate: ReferenceGate, options: FormatOptions | None = None
     ) -> Reader:
         """Open an image; ``options`` defaults to those of ``read_options``."""
-        return self.read(file, gate, options or self.read_options())
+        if options is None and self.read_options is not None:
+            options = self.read_options()
+        return self.read(file, gate, options)
 
     def writer(self, request: WriteRequest[Any]) -> Writer:
         """Verify a request and return its writer; touches no file.

@@ -19,17 +19,15 @@ from __future__ import annotations
 import importlib
 import os
 import stat
-from dataclasses import fields
 from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 from imgcore.errors import OptionError, UnsupportedFeatureError, WrongFormatError
 from imgcore.formats.magic import HEAD_NBYTES, TAIL_NBYTES, matching_formats
-from imgcore.formats.option_texts import parse_record
 from imgcore.streams.names import CODEC_OF_SUFFIX, RAW_SUFFIXES, stream_suffix
 
 if TYPE_CHECKING:
     from imgcore.files.byte_source import ByteSource
-    from imgcore.files.gate import ReferenceGate
+    from imgcore.files.reference_gate import ReferenceGate
     from imgcore.formats.api import Driver, Reader
     from imgcore.formats.option_texts import OptionTexts
 
@@ -219,8 +217,10 @@ def open_reader(
     driver = get_driver(name)
     if not options:
         return driver.open(file, gate)
-    if not fields(driver.read_options):
+    if driver.read_options is None:
         raise OptionError(f"{name} has no options for reading", path=file.path)
+    from imgcore.formats.option_texts import parse_record
+
     return driver.open(file, gate, parse_record(name, driver.read_options, options))
 
 

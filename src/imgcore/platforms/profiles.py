@@ -56,6 +56,11 @@ class Profile:
     container: Container = Container.NONE
     note: str = ""
 
+    @property
+    def is_archived(self) -> bool:
+        """Whether the image is put into an archive."""
+        return self.container is not Container.NONE
+
 
 # The only file in an archive for Compute Engine, and the suffixes of such archives.
 GCE_MEMBER_NAME: Final = "disk.raw"

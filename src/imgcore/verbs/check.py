@@ -134,7 +134,7 @@ def check(
     """
     from imgcore.disk.chain import open_chain
     from imgcore.disk.layer import open_layer
-    from imgcore.disk.options import OpenOptions
+    from imgcore.disk.open_options import OpenOptions
     from imgcore.formats.registry import get_driver
 
     if repair and share:

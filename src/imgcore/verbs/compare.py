@@ -10,13 +10,13 @@ import numpy as np
 
 from imgcore._core import Job
 from imgcore.disk.image import Image, open_image
-from imgcore.disk.options import OpenOptions
+from imgcore.disk.open_options import OpenOptions
 from imgcore.disk.overlay import padded
 from imgcore.engine.batches import pair_up
 from imgcore.engine.extents import Kind
 from imgcore.engine.job import chosen_variants, thread_count, translated_errors
 from imgcore.engine.progress import Progress
-from imgcore.engine.sources import native_sources
+from imgcore.engine.source_file import native_sources
 
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents

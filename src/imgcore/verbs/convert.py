@@ -9,13 +9,13 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from imgcore.disk.backing import backing_path
-from imgcore.disk.fitting import fitting_size
 from imgcore.disk.image import open_image
-from imgcore.disk.options import OpenOptions
+from imgcore.disk.open_options import OpenOptions
+from imgcore.disk.profile_fitting import fitting_size
 from imgcore.disk.sink import open_sink
 from imgcore.disk.sink_options import SinkOptions
 from imgcore.disk.source import open_source
-from imgcore.disk.tally import Tally
+from imgcore.engine.progress import Tally
 from imgcore.files.target import Target
 from imgcore.log import log
 

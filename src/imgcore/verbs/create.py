@@ -129,7 +129,7 @@ def _open_backing(
     """Return the reference to store, the backing file's disk size and its identity."""
     from imgcore.disk.backing import backing_path, backing_reference, opened_reference
     from imgcore.disk.layer import open_layer
-    from imgcore.disk.options import OpenOptions
+    from imgcore.disk.open_options import OpenOptions
 
     reference = backing_reference(backing, backing_format)
     if reference is None:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, overload
 
-from imgcore.disk.options import OpenOptions
+from imgcore.disk.open_options import OpenOptions
 from imgcore.disk.source import open_source
 
 

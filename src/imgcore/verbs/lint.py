@@ -15,7 +15,7 @@ from imgcore.platforms.rules import Facts, find_broken
 from imgcore.streams.names import CODEC_OF_SUFFIX
 
 if TYPE_CHECKING:
-    from imgcore.disk.options import OpenOptions
+    from imgcore.disk.open_options import OpenOptions
     from imgcore.files.host_file import HostFile
     from imgcore.platforms.profiles import Profile
     from imgcore.streams.tar import Member
@@ -96,7 +96,7 @@ def lint(
     image.
     """
     from imgcore.disk.image import open_image
-    from imgcore.disk.options import OpenOptions
+    from imgcore.disk.open_options import OpenOptions
     from imgcore.platforms.profiles import get_profile
 
     options = OpenOptions.from_keywords(

@@ -95,7 +95,7 @@ def map(
     Extents are held in memory one batch at a time, even for a fragmented image.
     """
     from imgcore.disk.image import open_image
-    from imgcore.disk.options import OpenOptions
+    from imgcore.disk.open_options import OpenOptions
 
     options = OpenOptions.from_keywords(
         format=format,

@@ -68,7 +68,7 @@ def measure(
     if size is not None:
         return _measure_data(size, (), target_format, options, compress)
     assert source is not None
-    from imgcore.disk.options import OpenOptions
+    from imgcore.disk.open_options import OpenOptions
     from imgcore.disk.source import open_source
 
     opening = OpenOptions.from_keywords(

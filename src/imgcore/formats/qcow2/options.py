@@ -14,7 +14,7 @@ from imgcore.engine.geometry import Codec, CodecId
 from imgcore.errors import LimitExceededError, OptionError
 from imgcore.formats.options import FormatOptions, byte_size, choice, flag, number, text
 from imgcore.formats.qcow2 import layout
-from imgcore.formats.shared.requests import check_block_size, check_virtual_size
+from imgcore.formats.shared.write_checks import check_block_size, check_virtual_size
 
 if TYPE_CHECKING:
     from imgcore.formats.api import BackingReference, WriteRequest
@@ -134,7 +134,7 @@ class WriteOptions(NamedTuple):
 
 
 def _codec(options: Options) -> Codec:
-    from imgcore.engine.levels import deflate_codec, zstd_codec
+    from imgcore.engine.compression_levels import deflate_codec, zstd_codec
 
     if options.compression_type == "zstd":
         return zstd_codec(options.level)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from imgcore.engine.sources import SourceFile
+from imgcore.engine.source_file import SourceFile
 from imgcore.formats.api import BackingReference
 from imgcore.formats.qcow2 import layout
 from imgcore.formats.qcow2.header import Snapshot, read_bitmaps, read_header, read_snapshots

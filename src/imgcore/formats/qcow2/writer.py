@@ -35,8 +35,8 @@ from imgcore.formats.qcow2.refcounts import (
 from imgcore.formats.qcow2.tables import table_format
 from imgcore.formats.shared.alignment import align_up
 from imgcore.formats.shared.flat_writer import FlatWriter
-from imgcore.formats.shared.requests import zero_policy
 from imgcore.formats.shared.sparse_tables import write_with_holes
+from imgcore.formats.shared.write_checks import zero_policy
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from imgcore.errors import OptionError
 from imgcore.formats.options import PREALLOCATION, FormatOptions, choice
-from imgcore.formats.shared.requests import check_virtual_size
+from imgcore.formats.shared.write_checks import check_virtual_size
 from imgcore.limits import MAX_VIRTUAL_NBYTES, SECTOR_NBYTES
 
 if TYPE_CHECKING:

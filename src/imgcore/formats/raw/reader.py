@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from imgcore.engine.sources import SourceFile
+from imgcore.engine.source_file import SourceFile
 from imgcore.errors import CorruptImageError
 from imgcore.formats.api import CheckReport
 from imgcore.formats.shared.flat_reader import FlatExtents

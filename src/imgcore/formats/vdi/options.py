@@ -9,7 +9,7 @@ from uuid import UUID, uuid4, uuid5
 from imgcore.errors import LimitExceededError, OptionError
 from imgcore.formats.options import PREALLOCATION, FormatOptions, byte_size, choice, flag, text
 from imgcore.formats.shared.alignment import align_up
-from imgcore.formats.shared.requests import (
+from imgcore.formats.shared.write_checks import (
     check_block_size,
     check_virtual_size,
     parse_uuid,

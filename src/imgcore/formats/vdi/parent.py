@@ -18,7 +18,7 @@ from imgcore.log import log
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from imgcore.files.gate import ReferenceGate
+    from imgcore.files.reference_gate import ReferenceGate
     from imgcore.formats.vdi.header import VdiHeader
 
 _SUFFIX: Final = ".vdi"

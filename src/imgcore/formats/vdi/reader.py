@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from imgcore.engine.sources import SourceFile
+from imgcore.engine.source_file import SourceFile
 from imgcore.formats.vdi.header import VdiHeader, read_header
 
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
     from imgcore.files.byte_source import ByteSource
-    from imgcore.files.gate import ReferenceGate
+    from imgcore.files.reference_gate import ReferenceGate
     from imgcore.formats.api import BackingReference, CheckReport, Repair
     from imgcore.formats.vdi.tables import ExtentTables
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 from imgcore.engine.geometry import Geometry
 from imgcore.formats.api import Measurement
 from imgcore.formats.shared.flat_writer import FlatWriter, flat_geometry
-from imgcore.formats.shared.requests import zero_policy
+from imgcore.formats.shared.write_checks import zero_policy
 from imgcore.formats.vdi import layout
 from imgcore.formats.vdi.options import Options, WriteOptions
 

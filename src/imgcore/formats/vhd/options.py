@@ -16,7 +16,7 @@ from imgcore.formats.options import (
     number,
     text,
 )
-from imgcore.formats.shared.requests import (
+from imgcore.formats.shared.write_checks import (
     check_block_size,
     check_virtual_size,
     parse_uuid,

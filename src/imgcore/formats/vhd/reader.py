@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from imgcore.engine.sources import SourceFile
+from imgcore.engine.source_file import SourceFile
 from imgcore.formats.api import BackingReference
 from imgcore.formats.options import FormatOptions, choice
 from imgcore.formats.shared.flat_reader import FlatExtents

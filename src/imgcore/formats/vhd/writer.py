@@ -17,7 +17,7 @@ from imgcore.errors import LimitExceededError
 from imgcore.formats.api import Measurement
 from imgcore.formats.shared.alignment import align_up
 from imgcore.formats.shared.flat_writer import FlatWriter, flat_geometry
-from imgcore.formats.shared.requests import zero_policy
+from imgcore.formats.shared.write_checks import zero_policy
 from imgcore.formats.vhd import layout
 from imgcore.formats.vhd.header import bitmap_nbytes, checksum
 from imgcore.formats.vhd.layout import DiskType, DynamicHeader, Footer, Locator

@@ -15,7 +15,7 @@ from imgcore import limits
 from imgcore.errors import LimitExceededError, OptionError
 from imgcore.formats.options import FormatOptions, byte_size, choice, text
 from imgcore.formats.shared.alignment import align_up
-from imgcore.formats.shared.requests import check_block_size, parse_uuid, refuse_compression
+from imgcore.formats.shared.write_checks import check_block_size, parse_uuid, refuse_compression
 from imgcore.formats.vhdx import layout
 from imgcore.formats.vhdx.header import Metadata
 from imgcore.formats.vhdx.parent import (

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from imgcore.engine.sources import SourceFile
+from imgcore.engine.source_file import SourceFile
 from imgcore.formats.api import BackingReference
 from imgcore.formats.vhdx.header import read_image
 from imgcore.formats.vhdx.parent import (

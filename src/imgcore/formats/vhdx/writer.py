@@ -20,8 +20,8 @@ from imgcore.engine.geometry import Geometry, Placing
 from imgcore.errors import LimitExceededError
 from imgcore.formats.api import Measurement
 from imgcore.formats.shared.flat_writer import FlatWriter, flat_geometry
-from imgcore.formats.shared.requests import zero_policy
 from imgcore.formats.shared.sparse_tables import write_with_holes
+from imgcore.formats.shared.write_checks import zero_policy
 from imgcore.formats.vhdx import layout
 from imgcore.formats.vhdx.header import with_checksum
 from imgcore.formats.vhdx.options import (

@@ -14,7 +14,7 @@ from imgcore.formats.api import Driver, Reader
 
 if TYPE_CHECKING:
     from imgcore.files.byte_source import ByteSource
-    from imgcore.files.gate import ReferenceGate
+    from imgcore.files.reference_gate import ReferenceGate
     from imgcore.formats.options import FormatOptions
 
 

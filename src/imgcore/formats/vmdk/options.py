@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from imgcore.errors import OptionError, UnsupportedFeatureError
 from imgcore.formats.options import PREALLOCATION, FormatOptions, byte_size, choice, flag, text
-from imgcore.formats.shared.requests import check_block_size, check_virtual_size, refuse_idle
+from imgcore.formats.shared.write_checks import check_block_size, check_virtual_size, refuse_idle
 from imgcore.formats.vmdk.descriptor import DiskDatabase
 from imgcore.formats.vmdk.layout import DEFAULT_GRAIN_NBYTES, RESERVED_CIDS
 from imgcore.limits import KIB, SECTOR_NBYTES, VMDK_MAX_GRAIN_NBYTES

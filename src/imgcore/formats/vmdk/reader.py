@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from imgcore.engine.sources import SourceFile
+from imgcore.engine.source_file import SourceFile
 from imgcore.errors import (
     CorruptImageError,
     LimitExceededError,
@@ -34,7 +34,7 @@ from imgcore.log import log
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
     from imgcore.files.byte_source import ByteSource
-    from imgcore.files.gate import ReferenceGate
+    from imgcore.files.reference_gate import ReferenceGate
     from imgcore.formats.vmdk.stream_layout import StreamLayout
     from imgcore.formats.vmdk.tables import SparseTables
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 from imgcore.engine.geometry import CodecId, Geometry, Prefix
 from imgcore.errors import LimitExceededError
 from imgcore.formats.shared.alignment import align_up
-from imgcore.formats.shared.requests import zero_policy
+from imgcore.formats.shared.write_checks import zero_policy
 from imgcore.formats.vmdk import layout
 from imgcore.formats.vmdk.descriptor import compose_descriptor
 from imgcore.formats.vmdk.layout import Flags, SparseHeader
@@ -176,7 +176,7 @@ class StreamWriter:
         self._is_pending = False
 
     def _make_geometry(self) -> Geometry:
-        from imgcore.engine.levels import deflate_codec
+        from imgcore.engine.compression_levels import deflate_codec
 
         return Geometry(
             block_nbytes=self._options.grain_nbytes,

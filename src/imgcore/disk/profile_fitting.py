@@ -1,4 +1,7 @@
-"""Combines the caller's options with a platform's profile, or rejects them."""
+"""Combines the caller's options with a platform's profile, or rejects them.
+
+Most conversions have no profile: the profiles are imported only where there is one.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ from imgcore.errors import LimitExceededError, OptionError
 from imgcore.formats.option_texts import given_options, parse_options
 from imgcore.formats.registry import canonical_name, get_driver
 from imgcore.log import log
-from imgcore.platforms.profiles import GCE_SUFFIXES, Container, apply_options, rounded_size
 
 if TYPE_CHECKING:
     from imgcore.disk.source import Source
@@ -35,6 +37,8 @@ def fitting_options(
     driver = get_driver(format)
     if profile is None:
         return parse_options(driver, options)
+    from imgcore.platforms.profiles import apply_options
+
     return parse_options(driver, apply_options(profile, given_options(driver, options)))
 
 
@@ -44,8 +48,10 @@ def refuse_against_profile(
     """Raise OptionError for requests that contradict the profile in other ways."""
     if with_backing and not profile.allows_backing:
         raise OptionError(f"the profile {profile.name} does not allow a parent (-B)")
-    if profile.container is not Container.GCE_TAR:
+    if not profile.is_archived:
         return
+    from imgcore.platforms.profiles import GCE_SUFFIXES
+
     if not target.lower().endswith(GCE_SUFFIXES):
         raise OptionError(
             f"the profile {profile.name} writes an archive, whose name must end in "
@@ -60,6 +66,8 @@ def fitting_size(profile: Profile | None, source: Source) -> int:
     """Return the size of the target's disk, rounded up to the platform's unit."""
     if profile is None:
         return source.virtual_size
+    from imgcore.platforms.profiles import rounded_size
+
     nbytes = rounded_size(profile, source.virtual_size)
     if nbytes > profile.max_virtual_nbytes:
         raise LimitExceededError(
