@@ -121,7 +121,7 @@ class FlatExtents:
         self._hides_parent = hides_parent
 
     def extents(self, start: int, length: int) -> Iterator[Extents]:
-        """Yield extent batches; see :meth:`imgcore.formats.api.Reader.extents`."""
+        """Yield extent batches; see `imgcore.formats.api.Reader.extents`."""
         from imgcore.engine.extents import Kind
 
         return flat_rows(

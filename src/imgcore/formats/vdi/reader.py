@@ -67,7 +67,7 @@ class VdiReader:
         return self._backing
 
     def extents(self, start: int, length: int) -> Iterator[Extents]:
-        """Yield extent batches; see :class:`imgcore.formats.api.Reader`.
+        """Yield extent batches; see `imgcore.formats.api.Reader`.
 
         Notes
         -----

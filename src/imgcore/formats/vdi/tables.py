@@ -67,7 +67,7 @@ class ExtentTables:
         self._asks_file = header.image_type == ImageType.FIXED
 
     def extents(self, start: int, length: int) -> Iterator[Extents]:
-        """Yield extent batches; see :meth:`imgcore.formats.api.Reader.extents`."""
+        """Yield extent batches; see `imgcore.formats.api.Reader.extents`."""
         stop = start + length
         block_nbytes = self._header.block_nbytes
         first, last = start // block_nbytes, -(-stop // block_nbytes)

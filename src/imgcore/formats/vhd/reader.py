@@ -92,7 +92,7 @@ class VhdReader:
         return {"UUID": uuid_text(self._header.footer.uuid)}
 
     def extents(self, start: int, length: int) -> Iterator[Extents]:
-        """Yield extent batches; see :class:`imgcore.formats.api.Reader`.
+        """Yield extent batches; see `imgcore.formats.api.Reader`.
 
         Notes
         -----

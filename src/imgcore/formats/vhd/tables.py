@@ -78,7 +78,7 @@ class ExtentTables:
         self._absent = Kind.HOLE if is_differencing else Kind.ZERO
 
     def extents(self, start: int, length: int) -> Iterator[Extents]:
-        """Yield extent batches; see :meth:`imgcore.formats.api.Reader.extents`."""
+        """Yield extent batches; see `imgcore.formats.api.Reader.extents`."""
         stop = start + length
         first_block = start // self._block_nbytes
         last_block = -(-stop // self._block_nbytes)

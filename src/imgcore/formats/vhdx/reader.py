@@ -80,7 +80,7 @@ class VhdxReader:
             log.warning("%s: %s", file.path, problem.line)
 
     def extents(self, start: int, length: int) -> Iterator[Extents]:
-        """Yield extent batches; see :class:`imgcore.formats.api.Reader`.
+        """Yield extent batches; see `imgcore.formats.api.Reader`.
 
         Notes
         -----

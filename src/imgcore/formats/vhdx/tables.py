@@ -104,7 +104,7 @@ class ExtentTables:
         self._patches = None if image.replayed is None else _Patches(image.replayed)
 
     def extents(self, start: int, length: int) -> Iterator[Extents]:
-        """Yield extent batches; see :meth:`imgcore.formats.api.Reader.extents`."""
+        """Yield extent batches; see `imgcore.formats.api.Reader.extents`."""
         stop = start + length
         first_block, last_block = start // self._block_nbytes, -(-stop // self._block_nbytes)
         for first in range(first_block, last_block, limits.MAX_BATCH_ROWS):

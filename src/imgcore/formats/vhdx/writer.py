@@ -120,13 +120,13 @@ class DynamicWriter:
         )
 
     def begin(self, target: Target) -> TargetFile:
-        """Return the file; see :class:`imgcore.formats.api.Writer`."""
+        """Return the file; see `imgcore.formats.api.Writer`."""
         self._file = target.main
         self._target_path = target.path
         return self._file
 
     def place(self, first_block: int, placements: Placements, next_offset: int) -> int:
-        """Write the entries of blocks; see :class:`imgcore.formats.api.Writer`."""
+        """Write the entries of blocks; see `imgcore.formats.api.Writer`."""
         assert self._file is not None
         for start in range(0, len(placements), _CHUNK_ENTRIES):
             rows = placements[start : start + _CHUNK_ENTRIES]
