@@ -1,4 +1,4 @@
-"""VDI images, made without imgcore's writer, and readers on them."""
+"""VDI images made without imgcore's writer, and their readers."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def make(
 ) -> Path:
     """Write an image with this block map.
 
-    The file has blocks up to the last one in use, but no more than twice as many as the map
-    has entries, whatever these are; block ``n`` of it holds ``fill(n)``.
+    The file has blocks up to the last one in use, but at most twice as many as the map
+    has entries.  Block ``n`` of the file holds ``fill(n)``.
     """
     used = [entry for entry in entries if entry < ZERO]
     size = len(entries) * block if virtual_size is None else virtual_size
@@ -80,6 +80,6 @@ def make(
 
 
 def open_vdi(path: Path, allowed: Sequence[Path] = ()) -> VdiReader:
-    """Open one layer."""
+    """Open one image."""
     gate = ReferenceGate(str(path.parent), [str(folder) for folder in allowed])
     return open_file(path, lambda file: VdiReader(file, gate))

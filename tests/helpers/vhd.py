@@ -1,4 +1,4 @@
-"""VHD without imgcore's writer: images made by hand, damage with sound checksums."""
+"""VHD images made without imgcore's writer, and damage with valid checksums."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ FIXED, DYNAMIC, DIFFERENCING = 2, 3, 4
 
 
 def open_vhd(path: Path, size: str | None = None) -> VhdReader:
-    """Open one layer."""
+    """Open one image."""
     return open_file(path, lambda file: VhdReader(file, size))
 
 
 def checksum(raw: bytes, offset: int) -> bytes:
-    """Return the checksum for a structure that keeps it at ``offset``."""
+    """Return the checksum of a structure that stores it at ``offset``."""
     return struct.pack(">I", ~sum(raw[:offset] + raw[offset + 4 :]) & 0xFFFFFFFF)
 
 
 def footer(virtual_size: int, disk_type: int = DYNAMIC, **fields: Any) -> bytes:
-    """Return a footer sector; unnamed fields are those of a disk of Hyper-V."""
+    """Return a footer sector; other fields are as in Hyper-V's disks."""
     values: dict[str, Any] = {
         "cookie": b"conectix",
         "features": 2,
@@ -67,7 +67,10 @@ def footer(virtual_size: int, disk_type: int = DYNAMIC, **fields: Any) -> bytes:
 
 
 def header(n_entries: int, block_nbytes: int, **fields: Any) -> bytes:
-    """Return a dynamic disk header; ``locators`` is a list of (code, space, length, offset)."""
+    """Return a dynamic disk header.
+
+    ``locators`` is a list of (code, space, length, offset).
+    """
     values: dict[str, Any] = {
         "cookie": b"cxsparse",
         "data_offset": NO_OFFSET,
@@ -106,7 +109,7 @@ class Block:
     bits: frozenset[int] | None = None
 
     def bitmap(self, n_sectors: int) -> bytes:
-        """Return the sector bitmap in whole sectors, the first sector in the highest bit."""
+        """Return a sector bitmap in whole sectors, the highest bit of a byte first."""
         n_bytes = -(-n_sectors // 8)
         raw = bytearray(-(-n_bytes // SECTOR) * SECTOR)
         for sector in range(n_sectors) if self.bits is None else self.bits:
@@ -159,13 +162,13 @@ def differencing(
     locators: Mapping[bytes, bytes],
     **fields: Any,
 ) -> Path:
-    """Write a differencing disk upon a parent with `PARENT_UUID`."""
+    """Write a differencing disk whose parent has `PARENT_UUID`."""
     fields = {"parent_uuid": PARENT_UUID} | fields
     return dynamic(path, virtual_size, blocks, disk_type=DIFFERENCING, locators=locators, **fields)
 
 
 def poke_sound(path: Path, *changes: tuple[int, bytes]) -> Path:
-    """Write bytes into both footers (0..511) or the header (512..1535), checksums made anew."""
+    """Write bytes into both footers (0..511) or the header, with checksums."""
     raw = bytearray(path.read_bytes())
     for offset, data in changes:
         raw[offset : offset + len(data)] = data

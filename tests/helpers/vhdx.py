@@ -1,6 +1,6 @@
-"""VHDX images made from the specification's text alone: no code of the product's writer.
+"""VHDX images made only from the specification, without imgcore's writer.
 
-Blocks are laid out from the file's end backwards, so that nothing works by accident.
+Blocks are placed from the end of the file backwards, so that no order is assumed.
 Source: [MS-VHDX], by section.
 """
 
@@ -52,13 +52,13 @@ def crc32c(data: bytes) -> int:
 
 
 def sealed(raw: bytes) -> bytes:
-    """Return a structure with the checksum at its bytes 4 to 8 made right."""
+    """Return a structure with its checksum, which is in bytes 4 to 8."""
     blank = raw[:4] + bytes(4) + raw[8:]
     return raw[:4] + struct.pack("<I", crc32c(blank)) + raw[8:]
 
 
 def seal(path: Path, offset: int, nbytes: int) -> Path:
-    """Make the checksum of a structure in a file right again."""
+    """Correct the checksum of a structure in a file."""
     with open(path, "r+b") as file:
         file.seek(offset)
         raw = sealed(file.read(nbytes))
@@ -76,14 +76,14 @@ PARENT_GUID = guid(1)
 
 
 def pattern(seed: int, nbytes: int) -> bytes:
-    """Return bytes that differ from sector to sector and from seed to seed."""
+    """Return bytes that differ for each sector and each seed."""
     sectors = (struct.pack("<II", seed, number) * 64 for number in range(-(-nbytes // 512)))
     return b"".join(sectors)[:nbytes]
 
 
 # ---------------------------------------------------------------------------- log (2.3)
 
-Write = tuple[int, bytes | int]  # 4096 bytes at an offset, or so many zeros
+Write = tuple[int, bytes | int]  # 4096 bytes at an offset, or a number of zeros
 
 
 def log_entry(
@@ -96,7 +96,7 @@ def log_entry(
     last: int = 0,
     pad_sectors: int = 0,
 ) -> bytes:
-    """Return one entry; ``tail`` is the offset in the log of the sequence's first one."""
+    """Return one entry; ``tail`` is the log offset of the sequence's first one."""
     descriptors, sectors = b"", b""
     for offset, what in writes:
         if isinstance(what, int):
@@ -129,7 +129,7 @@ def log_entry(
 
 @dataclass
 class Vhdx:
-    """What an image is to be; `write` makes it."""
+    """The description of an image; `write` makes it."""
 
     virtual_size: int
     block_nbytes: int = MIB
@@ -138,7 +138,7 @@ class Vhdx:
     leave_allocated: bool = False
     # Block number: state, content (a whole block; none for states without).
     blocks: dict[int, tuple[int, bytes]] = field(default_factory=dict)
-    # Partially present block: numbers of its sectors that are its own.
+    # Partially present block: numbers of the sectors that it stores.
     own_sectors: dict[int, set[int]] = field(default_factory=dict)
     locator: dict[str, str] | None = None
     data_guid: uuid.UUID = PARENT_GUID
@@ -231,7 +231,7 @@ class Vhdx:
         return raw + texts
 
     def item_offset(self, wanted: uuid.UUID) -> int:
-        """Return where an item lies in the file."""
+        """Return the host offset of an item."""
         at = ITEMS_OFFSET
         for name, _, item in self.items():
             if name == wanted:
@@ -280,7 +280,7 @@ class Vhdx:
         return bytes(bitmap)
 
     def expected(self, parent: bytes = b"") -> bytes:
-        """Return what the disk reads as, over the content of its parent."""
+        """Return the content of the disk over that of its parent."""
         disk = bytearray(self.virtual_size)
         disk[: min(len(parent), len(disk))] = parent[: len(disk)]
         for block, (state, content) in self.blocks.items():

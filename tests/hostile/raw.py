@@ -1,4 +1,4 @@
-"""Hostile raw disks, compressed streams, files of two formats, things that are no files."""
+"""Hostile raw disks, compressed streams, files of two formats, and special files."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _link_loop(path: Path) -> None:
 
 
 def cases() -> Iterator[Case]:
-    """Yield the cases; check says of every raw disk that it has no tables."""
+    """Yield the cases; check reports of every raw disk that it has no tables."""
     yield from _files()
     yield from _streams()
 
@@ -101,7 +101,7 @@ def _streams() -> Iterator[Case]:
     text = pattern(SIZE)
     packed = gzip.compress(text, mtime=0)
     frame = zstandard.compress(text)
-    # A frame header that asks for a window of 2^41 bytes, and one that claims 1 PiB of content.
+    # A frame header with a window of 2^41 bytes, and one that claims 1 PiB of content.
     window = b"\x28\xb5\x2f\xfd\x00\xf8" + struct.pack("<I", 512 << 3 | 1)[:3] + bytes(512)
     claim = b"\x28\xb5\x2f\xfd\xe0" + struct.pack("<Q", 1 << 50) + b"\x01\x00\x00"
     for name, suffix, content, error, word in (
@@ -120,5 +120,5 @@ def _streams() -> Iterator[Case]:
         yield Case(f"raw-{name}", make, error, word, Stage.STREAM)
     bomb = zlib.compressobj(9, zlib.DEFLATED, 31)
     content = bomb.compress(bytes(BOMB_NBYTES)) + bomb.flush()
-    # Larger than this process may write, but all zeros: holes of a file that is too large.
+    # Only zeros, so all holes, but larger than any file that this process may write.
     yield Case("raw-gz-bomb", _put("disk.raw.gz", content), "OSError", "", Stage.STREAM)

@@ -27,12 +27,12 @@ def _disk(folder: Path) -> Path:
 
 
 def _poked(*changes: tuple[int, bytes]) -> Callable[[Path], Path]:
-    """Return what makes an image with damage and checksums that fit it."""
+    """Return a maker of images with damage and valid checksums."""
     return lambda folder: vhd.poke_sound(_disk(folder), *changes)
 
 
 def _raw(*changes: tuple[int, bytes]) -> Callable[[Path], Path]:
-    """Return what makes an image with damage that checksums give away."""
+    """Return a maker of images with damage that checksums detect."""
 
     def make(folder: Path) -> Path:
         path = _disk(folder)
@@ -151,7 +151,7 @@ def _cuts() -> Iterator[Case]:
 
         return make
 
-    # The footer of old versions has 511 bytes: this is one, of a disk that is not there.
+    # Old versions have footers of 511 bytes: this is one, but without its disk.
     yield Case("vhd-cut-at-511", cut(511), "CorruptImageError", "past the end")
     yield Case("vhd-cut-at-100", cut(100), "WrongFormatError", "no VHD footer")
     yield Case("vhd-cut-at-512", cut(512), "CorruptImageError", "past the end")
@@ -183,7 +183,8 @@ def _fixed() -> Iterator[Case]:
         content=pattern(SIZE + BLOCK)[:SIZE],
     )
 
-    # A guest may write any footer into its first sector: the one at the end counts.
+    # A guest may write a footer into its first sector, but only the one at the end
+    # counts.
     def guest_footer(folder: Path) -> Path:
         content = vhd.footer(1 << 40, vhd.DYNAMIC) + pattern(SIZE - SECTOR)
         return vhd.fixed(folder / "disk.vhd", content)
@@ -198,14 +199,14 @@ def _fixed() -> Iterator[Case]:
 
 
 def utf16(text: str) -> bytes:
-    """Return a name as locators hold it."""
+    """Return a name in the encoding of locators."""
     return text.encode("utf-16-le")
 
 
 def child(
     locators: dict[bytes, bytes], changes: tuple[tuple[int, bytes], ...] = (), **fields: Any
 ) -> Callable[[Path], Path]:
-    """Return what makes a differencing disk whose parent lies outside its folder alone."""
+    """Return a maker of differencing disks with a parent outside their folder."""
 
     def make(folder: Path) -> Path:
         path = vhd.differencing(

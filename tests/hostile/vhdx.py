@@ -25,7 +25,7 @@ def _image(**fields: object) -> Vhdx:
 
 
 def _write(*changes: Poke, seal: bool = True, **fields: object) -> Callable[[Path], Path]:
-    """Return what makes an image with damage, and checksums that fit it if ``seal``."""
+    """Return a maker of images with damage; ``seal`` makes their checksums valid."""
 
     def make(folder: Path) -> Path:
         path = _image(**fields).write(folder / "disk.vhdx")
@@ -331,7 +331,7 @@ def _logs() -> Iterator[Case]:
         "LimitExceededError",
         "bytes long",
     )
-    # The log's own headers are what it may not replace: it clears the metadata.
+    # A log that clears the metadata; only the headers are safe from the log.
     yield Case(
         "vhdx-log-clears-metadata",
         _write(**_log(_entry(5, 0, [(3 * MIB, MIB)]))),
@@ -339,7 +339,7 @@ def _logs() -> Iterator[Case]:
         "metadata table",
     )
     replayed = bytearray(CONTENT)
-    # Block 0 lies behind block 2, from 5 MiB on.
+    # Block 0 is after block 2, at 5 MiB.
     replayed[:4096] = sector
     yield Case(
         "vhdx-log-into-a-block",

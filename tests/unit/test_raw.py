@@ -1,4 +1,4 @@
-"""Raw images: holes found, zeros left out, odd sizes refused."""
+"""Raw images: holes are found, zeros left out, odd sizes rejected."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ Row = tuple[int, int, Kind]
 
 
 def rows(reader: RawReader, start: int = 0, length: int | None = None) -> list[Row]:
-    """Return the rows with neighbours of one kind joined, after checking its form."""
+    """Verify the form of rows, and return them with neighbours of one kind joined."""
     found: list[Row] = []
     position = start
     length = reader.virtual_size - start if length is None else length
@@ -234,7 +234,7 @@ def test_info_needs_no_numpy(tmp_path: Path) -> None:
         "print([name for name in ('numpy', 'zstandard', 'imgcore.formats.vmdk.driver', 'ctypes')\n"
         "       if name in sys.modules])\n"
     )
-    # The package's own module may import more: only the layers below count here.
+    # The package itself may import more: only the layers below count here.
     bare = "import sys, types\nsys.modules['imgcore'] = p = types.ModuleType('imgcore')\n"
     bare += f"p.__path__ = [{str(Path(imgcore.errors.__file__).parent)!r}]\n"
     path = make(tmp_path / "a.raw", MIB)
@@ -357,7 +357,7 @@ class TestWriter:
 @pytest.mark.parametrize("in_place", [False, True], ids=["new", "in-place"])
 @pytest.mark.parametrize("image", images.RAW_IMAGES[:-1], ids=lambda image: image.name)
 def test_copy_through_the_engine(tmp_path: Path, image: images.RawImage, in_place: bool) -> None:
-    """Reader, engine and writer together; in place over old data, too."""
+    """Reader, engine and writer together, also in place over old data."""
     source, path = tmp_path / "source.raw", tmp_path / "target.raw"
     image.write(source)
     if in_place:

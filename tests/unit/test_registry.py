@@ -40,7 +40,7 @@ from imgcore.streams.names import CODEC_OF_SUFFIX, stream_suffix
 
 PAD = bytes(70_000 // 512 * 512)
 
-# What a file of each format starts with, padded, and its last sector.
+# How a file of each format starts, and its last sector.
 HEADS: dict[str, bytes] = {
     "qcow2": b"QFI\xfb\x00\x00\x00\x03",
     "qcow": b"QFI\xfb\x00\x00\x00\x01",
@@ -172,7 +172,7 @@ class TestProbe:
 
 
 class TestRawRules:
-    """Raw is asked for, or follows from a suffix, and then no other magic is tolerated."""
+    """Raw is stated, or follows from a suffix if there is no other magic."""
 
     @pytest.mark.parametrize("suffix", [".raw", ".img", ".dd", ".bin", ".RAW", ".Img"])
     def test_suffix(self, tmp_path: Path, suffix: str) -> None:
@@ -330,7 +330,7 @@ class ToyReader(RawReader):
 
 @pytest.fixture
 def read_only_format(monkeypatch: pytest.MonkeyPatch) -> str:
-    """Register a format that is read only, by the means that any format has."""
+    """Register a format that is only read, as any format is registered."""
     driver = replace(
         get_driver("raw"),
         name="toy",
@@ -378,7 +378,7 @@ class TestReadOnlyFormat:
     [("raw", None), ("qcow2", None), ("vhd", "fixed"), ("vdi", "fixed"), ("vmdk", "vmfs")],
 )
 def test_preallocated_disks_need_their_own_blocks(name: str, subformat: str | None) -> None:
-    """So no block of theirs is a reflink; tables written ahead do not count."""
+    """Their blocks are not reflinks; preallocated tables do not count."""
     driver = get_driver(name)
     kind = {} if subformat is None else {"subformat": subformat}
     modes = {"off": False, "falloc": True, "full": True}

@@ -29,7 +29,7 @@ def row(guest: int, length: int, kind: Kind, host: int = 0, file: int = 0) -> tu
 
 
 def blocks_of(places: list[tuple[int, int]], last_nbytes: int = BLOCK) -> Extents:
-    """Return a block for each place in the guest (in blocks) and in the file (in bytes)."""
+    """Return a block for each guest offset (in blocks) and host offset (in bytes)."""
     rows = [row(guest * BLOCK, BLOCK, Kind.DATA, host, file=3) for guest, host in places]
     blocks = np.array(rows, EXTENT_DTYPE)
     if len(blocks):
@@ -97,7 +97,7 @@ def test_bit_orders() -> None:
 
 
 def test_full_blocks_that_go_on_are_one_row() -> None:
-    """2^16 full bitmaps of 2 MiB blocks: no work for each sector, and no memory either."""
+    """2^16 full bitmaps of 2 MiB blocks take no work or memory for each sector."""
     n = 1 << 16
     bitmaps = np.full((n, 512), 0xFF, np.uint8)
     blocks = np.zeros(n, EXTENT_DTYPE)

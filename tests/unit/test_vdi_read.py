@@ -1,4 +1,4 @@
-"""VDI: headers poked into, extents against declared maps, parents by their UUID, check."""
+"""Reading VDI: damaged headers, extents of declared maps, parents by UUID, check."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def child_of(path: Path, entries: list[int], parent: tuple[Any, Any], own: int =
 
 @pytest.fixture
 def chain(tmp_path: Path) -> Path:
-    """A child of a child of a base, all in one folder, beside files that are none of them."""
+    """A child of a child of a base, all in one folder, with other files beside them."""
     make(tmp_path / "base.vdi", [0, 1, 2, FREE])
     child_of(tmp_path / "middle.VDI", [FREE, 0, ZERO, FREE], (IDS[0], IDS[1]), own=2)
     make(tmp_path / "aside.vdi", [0], uuids=[IDS[7], IDS[7], None, None])
@@ -393,7 +393,7 @@ def test_check_finds(
 
 
 def test_check_of_an_absurd_entry_is_quick(tmp_path: Path) -> None:
-    """An entry past the end of a sparse file of 8 TiB that nothing else refers to."""
+    """A sparse file of 8 TiB whose only entry is past its end."""
     path = make(tmp_path / "a.vdi", [ZERO - 1, FREE], block=64 * 1024)
     with path.open("r+b") as file:
         file.truncate(1 << 43)
@@ -423,14 +423,14 @@ class TestRepair:
         assert imgcore.check(path).ok
 
     def test_a_count_beside_a_gap_stays(self, tmp_path: Path) -> None:
-        """VirtualBox would put the next block upon one in use."""
+        """VirtualBox would write the next block over one in use."""
         path = make(tmp_path / "a.vdi", [0, 2], n_allocated=3)
         before = path.read_bytes()
         result = imgcore.check(path, repair=True)
         assert (result.corruptions, result.leaks, result.repairs) == (1, 1, [])
         assert path.read_bytes() == before
 
-    def test_blocks_upon_each_other_stay(self, tmp_path: Path) -> None:
+    def test_overlapping_blocks_stay(self, tmp_path: Path) -> None:
         path = make(tmp_path / "a.vdi", [0, 0], n_allocated=7)
         before = path.read_bytes()
         result = imgcore.check(path, repair=True)

@@ -1,4 +1,4 @@
-"""VDI: what is written, byte for byte where it matters, and what is refused."""
+"""Writing VDI: structures byte by byte, and requests that are rejected."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_measure(raw: Path, tmp_path: Path) -> None:
         assert found.fully_allocated == 7 * MIB
 
 
-# -- on a parent -------------------------------------------------------------------------
+# -- with a parent ---------------------------------------------------------------------
 
 
 def test_child(raw: Path, tmp_path: Path) -> None:

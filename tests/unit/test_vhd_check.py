@@ -1,4 +1,4 @@
-"""The check of VHDs: nothing in sound images, each kind of damage by its name; and repairs."""
+"""Checking VHDs: sound images have no problems; each damage is named; repairs."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_batmap(tmp_path: Path, change: tuple[int, bytes], word: str) -> None:
 
 
 def test_a_batmap_that_is_missing(tmp_path: Path) -> None:
-    """XenServer's VHDs may be without one, and end before the place where it would be."""
+    """XenServer's VHDs may lack it, and may end before its offset."""
     bare = tmp_path / "bare.vhd"
     bare.write_bytes(_dynamic(tmp_path).read_bytes())
     poke_sound(bare, (28, b"tap\0"))
@@ -155,7 +155,7 @@ def test_a_batmap_that_is_missing(tmp_path: Path) -> None:
 
 
 def _apply(path: Path) -> list[str]:
-    """Do what the repairs say; return their problems."""
+    """Apply the repairs; return their problems."""
     reader = vhd.open_vhd(path)
     repairs = reader.repairs()
     reader.close()

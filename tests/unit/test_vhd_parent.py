@@ -1,4 +1,4 @@
-"""Differencing VHDs: how a parent is named, found, recognised; and written."""
+"""Differencing VHDs: how a parent is named, found, verified and written."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def child(folder: Path, locators: dict[bytes, bytes] | None = None, **fields: ob
 
 
 def content() -> bytes:
-    """Return what the child reads as."""
+    """Return the content of the child."""
     expected = bytearray(noise(SIZE))
     assert OWN.bits is not None
     for sector in OWN.bits:
@@ -201,13 +201,13 @@ def test_what_follows_a_names_end_is_nobodys(
 ) -> None:
     parent(tmp_path)
     path = child(tmp_path, {b"W2ru": utf16("p.vhd\0") + b"\x00\xd8x"}, parent_name="p.vhd")
-    # A lone surrogate behind the name in the header.
+    # A lone surrogate after the name in the header.
     vhd.poke_sound(path, (512 + 64 + 2 * len("p.vhd\0"), b"\xd8\x00\x00x"))
     assert read(path) == content()
     assert not caplog.records
 
 
-# Of the first locator: length and place.
+# Offsets of the length and the place of the first locator.
 LENGTH, PLACE = 512 + 576 + 8, 512 + 576 + 16
 
 

@@ -1,4 +1,4 @@
-"""Reading VHD: which footer counts, which size, what the BAT and the sector bitmaps say."""
+"""Reading VHD: which footer and which size count; the BAT and the sector bitmaps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BLOCK = 8192
 SECTOR = vhd.SECTOR
 SIZE = 5 * BLOCK + 3 * SECTOR
 DATA = noise(BLOCK)
-# Where the first block's data begins: headers, one sector of BAT, the sector bitmap.
+# Offset of the first block's data: after headers, one sector of BAT, sector bitmap.
 FIRST = vhd.TABLE_OFFSET + 2 * SECTOR
 STRIDE = SECTOR + BLOCK
 
@@ -70,7 +70,7 @@ class TestBlocks:
     def test_bitmap_is_honoured_by_the_sector(
         self, tmp_path: Path, disk_type: int, absent: str
     ) -> None:
-        """The pattern 11001000 of a byte, which some readers take from its other end."""
+        """The bits are 11001000; some readers take a byte from its other end."""
         blocks = {0: Block(DATA, frozenset({0, 1, 4}))}
         fields = {"parent_uuid": vhd.PARENT_UUID, "parent_name": "p.vhd"}
         path = dynamic(tmp_path, blocks, disk_type=disk_type, **fields)
@@ -138,7 +138,7 @@ class TestBlocks:
         assert sum(len(batch) for batch in batches) == 5 * 16 + 1
 
 
-# Offsets count from the footer's copy and the header behind it, as `poke_sound` has them.
+# Offsets count from the footer's copy, which the header follows, as in `poke_sound`.
 FOOTER_CASES = {
     "version": ((12, be32(0x00020000)), UnsupportedFeatureError, "version 0x00020000"),
     "type-none": ((60, be32(0)), UnsupportedFeatureError, "disk type 0"),
@@ -212,7 +212,7 @@ class TestRefusals:
             rows_of(path)
 
     def test_block_whose_bitmap_ends_the_one_before(self, tmp_path: Path) -> None:
-        """Its data would follow the other's without a gap, as nothing in a VHD does."""
+        """Its data would follow the other's without a gap, which no VHD has."""
         path = dynamic(tmp_path, {1: Block(DATA), 4: Block(DATA)})
         second = FIRST // SECTOR - 1 + BLOCK // SECTOR
         poke(path, (vhd.TABLE_OFFSET + 8, be32(second)))
@@ -220,7 +220,7 @@ class TestRefusals:
             rows_of(path)
 
     def test_last_block_upon_the_footer(self, tmp_path: Path) -> None:
-        """A file cut inside its last block and closed with a footer reads as no disk."""
+        """A file that is cut inside its last block and has a footer is rejected."""
         path = dynamic(tmp_path, {1: Block(DATA), 4: Block(DATA)})
         whole = path.read_bytes()
         path.write_bytes(whole[: -2 * SECTOR] + whole[-SECTOR:])
@@ -229,7 +229,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("nbytes", [0, 1, 511, 512, 1535, 2000, FIRST + BLOCK - 1])
     def test_cut_short(self, tmp_path: Path, nbytes: int) -> None:
-        """Where the footer's copy is still there, the blocks that are gone are an error."""
+        """If only the footer's copy is left, missing blocks are an error."""
         path = dynamic(tmp_path)
         path.write_bytes(path.read_bytes()[:nbytes])
         with pytest.raises((CorruptImageError, WrongFormatError)):
@@ -237,7 +237,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("last", [5, 4])
     def test_blocks_cut_off_with_the_footer(self, tmp_path: Path, last: int) -> None:
-        """They are missed when the image is opened; a block needs only what the disk has of it."""
+        """Opening the image finds them; a last block may end where the disk does."""
         path = dynamic(tmp_path, {1: Block(DATA), last: Block(DATA)})
         held_nbytes = 3 * SECTOR if last == 5 else BLOCK
         whole = path.read_bytes()
@@ -332,7 +332,7 @@ class TestFooters:
             assert image.read(0, len(inner)) == inner
 
     def test_fixed_disk_without_its_footer(self, tmp_path: Path) -> None:
-        """A fixed disk's footer in the first sector is the guest's, not a copy."""
+        """A footer in the first sector of a fixed disk is guest data, not a copy."""
         path = tmp_path / "f.vhd"
         path.write_bytes(vhd.footer(BLOCK, vhd.FIXED) + DATA)
         with pytest.raises(CorruptImageError, match="the file is truncated"):

@@ -1,4 +1,4 @@
-"""Writing VHD: exact sizes, geometry, headers to the byte, options and limits."""
+"""Writing VHD: exact sizes, geometry, headers byte by byte, options and limits."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_fixed_to_the_byte(tmp_path: Path) -> None:
 
 
 def test_dynamic_to_the_byte(tmp_path: Path) -> None:
-    """Footer's copy, header, BAT; bitmap and block, its data at a multiple of 4096; footer."""
+    """Footer's copy, header, BAT, bitmap and block (aligned to 4096), footer."""
     block = noise(2 * MIB)
     content = bytes(2 * MIB) + block + bytes(MIB)
     raw = convert(tmp_path, content).read_bytes()

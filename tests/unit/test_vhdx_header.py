@@ -1,4 +1,4 @@
-"""VHDX: headers, region tables, metadata and locators, each poked at and sealed again."""
+"""VHDX: damage in headers, region tables, metadata and locators."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_locator_fields(
 
 
 class TestCopies:
-    """One sound copy is enough; the damaged one is a finding, and repaired."""
+    """One sound copy is enough; check reports and repairs the damaged one."""
 
     PLACES: tuple[tuple[str, int], ...] = (
         ("header 1", HEADERS[0]),

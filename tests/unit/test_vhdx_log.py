@@ -1,4 +1,4 @@
-"""VHDX: logs that a host left behind, replayed beside the file."""
+"""VHDX: logs that wait to be replayed; the file itself does not change."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from imgcore.limits import VHDX_MAX_LOG_NBYTES
 
 GUID = vhdx.guid(0x106)
 SECTOR = 4096
-# Two blocks lie in the file, the BAT knows of one: 0 at 5 MiB, 1 at 4 MiB.
+# The file has two blocks, 0 at 5 MiB and 1 at 4 MiB; the BAT has one of them.
 OLD = Vhdx(4 * MIB, blocks={0: (FULL, pattern(1, MIB)), 1: (FULL, pattern(2, MIB))})
 
 
@@ -42,7 +42,7 @@ def bat_sector(*entries: int) -> bytes:
 
 
 def with_log(path: Path, *entries: bytes, at: int = 0, forget: bool = True) -> Path:
-    """Write an image whose log holds entries from an offset on, around its end if need be."""
+    """Write an image whose log has entries from an offset on, around its end."""
     ring = bytearray(LOG_NBYTES)
     for entry in entries:
         for index, byte_offset in enumerate(range(0, len(entry), SECTOR)):
@@ -61,7 +61,7 @@ def entry(sequence: int, tail: int, *writes: Write, **more: int) -> bytes:
 
 
 def content(path: Path) -> bytes:
-    """Return what a disk reads as, and make sure that reading left the file alone."""
+    """Return the content of a disk; verify that reading does not change the file."""
     before = hashlib.sha256(path.read_bytes()).digest()
     with imgcore.open(path) as image:
         data = image.read(0, image.virtual_size)
@@ -151,7 +151,7 @@ class TestReplay:
         assert content(path) == B0 + bytes(block) + B_ + B_
 
     def test_payload_is_patched(self, tmp_path: Path) -> None:
-        """The specification keeps payload out of the log; it is replayed nevertheless."""
+        """The specification does not allow payload in the log, but it is replayed."""
         writes = (
             (5 * MIB + 8 * SECTOR, b"p" * SECTOR),
             (5 * MIB + 16 * SECTOR, 3 * SECTOR),
@@ -174,7 +174,7 @@ class TestReplay:
         assert (tmp_path / "flat.raw").read_bytes() == expected
 
     def test_many_patches_in_a_place_that_many_blocks_share(self, tmp_path: Path) -> None:
-        """Each block alone is changed in 8192 places: together they are not held in memory."""
+        """Each block is changed in 8192 places, not all in memory at once."""
         n_blocks = 1 << 11
         writes: list[Write] = [(64 * MIB + 2 * SECTOR * n, SECTOR) for n in range(8192)]
         log = entry(1, 0, *writes)
@@ -224,7 +224,7 @@ class TestActiveSequence:
         torn[damaged] ^= 0x40
         assert content(with_log(tmp_path / "a.vhdx", sound, bytes(torn))) == B0 + B_ * 3
 
-    # The checksum is right, the entry is not: offset in it, bytes.
+    # Damage with a valid checksum: offset in the entry, bytes.
     @pytest.mark.parametrize(
         ("offset", "data"),
         [
@@ -253,7 +253,7 @@ class TestActiveSequence:
 
     @pytest.mark.parametrize("sequence", [1, 3, 100])
     def test_a_gap_in_the_sequence_numbers(self, tmp_path: Path, sequence: int) -> None:
-        """The second entry starts a sequence of its own; its tail is not in it."""
+        """The second entry starts another sequence, which does not have its tail."""
         first = entry(1, 0, (BAT_OFFSET, ONLY_0))
         path = with_log(tmp_path / "a.vhdx", first, entry(sequence, 0, (BAT_OFFSET, ONLY_1)))
         assert content(path) == B0 + B_ * 3
@@ -335,7 +335,7 @@ class TestBounds:
             imgcore.open(path)
 
     def test_entries_upon_each_other_end_soon(self, tmp_path: Path) -> None:
-        """Headers in every sector, each claiming the rest of the log: no quadratic work."""
+        """Headers in every sector that claim the rest of the log take linear time."""
         ring = bytearray(LOG_NBYTES)
         for at in range(0, LOG_NBYTES, SECTOR):
             head = entry(1, 0)[:64]

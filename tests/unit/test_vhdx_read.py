@@ -1,4 +1,4 @@
-"""VHDX: blocks, bitmaps, parents, sector sizes, against images made without the writer."""
+"""VHDX: blocks, bitmaps, parents and sector sizes of images made without the writer."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class TestStates:
             (1, 1, Kind.HOLE),
             (2, 3, Kind.ZERO),
             (5, 1, Kind.DATA),
-            (6, 1, Kind.DATA),  # behind its neighbour on the disk, before it in the file
+            (6, 1, Kind.DATA),  # after its neighbour on the disk, before it in the file
             (7, 1, Kind.HOLE),
             (8, 1, Kind.DATA),
         ]
@@ -81,7 +81,7 @@ class TestStates:
                 assert image.read(offset, length) == expected[offset : offset + length]
 
     def test_blocks_beyond_one_chunk(self, tmp_path: Path) -> None:
-        """Payload entries 4096 and 8192 stand behind the entries of bitmap blocks."""
+        """Payload entries 4096 and 8192 follow the entries of bitmap blocks."""
         numbers = (0, 4095, 4096, 8191, 8192, 8200)
         blocks = {number: (FULL, pattern(number, MIB)) for number in numbers}
         path = Vhdx(8201 * MIB, blocks=blocks).write(tmp_path / "a.vhdx")
@@ -211,7 +211,7 @@ class TestParents:
                 assert image.read(offset, length) == expected[offset : offset + length]
 
     def test_large_blocks_come_in_bounded_batches(self, tmp_path: Path) -> None:
-        """Every other sector of 64 MiB is the child's: as many rows as sectors."""
+        """The child has every other sector of 64 MiB: as many rows as sectors."""
         block_nbytes = 64 * MIB
         child = Vhdx(
             block_nbytes,
@@ -316,7 +316,7 @@ class TestParents:
             assert len(image.layers) == 2
 
 
-# What is written where the BAT's first entries are: the entry, and what is said of it.
+# The first entries of the BAT, and the words of the error.
 BAD_ENTRIES = {
     "past-the-end": (0xFFF00000_00006, "past the end of the file"),
     "petabytes": (0xFFFFFFFF_FFF00006, "past the end of the file"),
@@ -362,7 +362,7 @@ def test_an_empty_disk_of_64_tib_is_covered_at_once(tmp_path: Path) -> None:
 
 
 def test_info_needs_no_numpy(tmp_path: Path) -> None:
-    """Replaying a log does not, either."""
+    """Replaying a log does not do so either."""
     import subprocess
     import sys
 

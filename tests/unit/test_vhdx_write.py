@@ -1,4 +1,4 @@
-"""VHDX: what is written, byte for byte where the specification says so, and read back."""
+"""Writing VHDX: structures as in the specification, and reading them back."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def raw_disk(path: Path, size: int, *pieces: tuple[int, bytes]) -> Path:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Path:
-    """A disk with data in blocks 0, 3 and 9 of 1 MiB, and zeros written into block 5."""
+    """A disk with data in blocks 0, 3 and 9 of 1 MiB, and zeros written to block 5."""
     return raw_disk(
         tmp_path / "disk.raw",
         10 * MIB - 1536,
@@ -60,7 +60,7 @@ def bat(path: Path, n: int) -> list[int]:
 
 
 def assert_structure(path: Path) -> bytes:
-    """Verify what every image has, with the tests' own checksum."""
+    """Verify the parts that all images have, with the tests' own checksum."""
     raw = path.read_bytes()
     assert len(raw) % MIB == 0
     assert raw[:8] == b"vhdxfile"
@@ -93,7 +93,7 @@ class TestDynamic:
         assert [entry & 7 for entry in entries] == [6, 0, 0, 6, 0, 0, 0, 0, 0, 6]
         places = [entry >> 20 << 20 for entry in entries if entry & 7 == 6]
         assert places == [4 * MIB, 5 * MIB, 6 * MIB]
-        assert len(raw) == 7 * MIB  # the last block is whole, though the disk ends inside it
+        assert len(raw) == 7 * MIB  # the last block is whole, although the disk ends inside it
         assert imgcore.compare(disk, path).identical
 
     @pytest.mark.parametrize("block_size", [MIB, 2 * MIB, 32 * MIB, 256 * MIB])
@@ -123,7 +123,7 @@ class TestDynamic:
         assert imgcore.compare(disk, path).identical
 
     def test_blocks_beyond_one_chunk(self, tmp_path: Path) -> None:
-        """A chunk of 1 MiB blocks is 4096 of them; the next entry is a sector bitmap's."""
+        """A chunk has 4096 blocks of 1 MiB; the entry of a sector bitmap follows."""
         numbers = (0, 4095, 4096, 8191, 8192, 8200)
         pieces = [(n * MIB, f"block {n}".encode().ljust(512)) for n in numbers]
         disk = raw_disk(tmp_path / "disk.raw", 8201 * MIB, *pieces)
@@ -336,7 +336,7 @@ class TestMeasure:
 
     def test_64_tib(self) -> None:
         measured = imgcore.measure(size=64 << 40, target_format="vhdx")
-        # 2^21 entries, and one for each chunk of 128 blocks but the last.
+        # 2^21 entries, and one for each chunk of 128 blocks except the last.
         bat_nbytes = -(-((1 << 21) + (1 << 14) - 1) * 8 // MIB) * MIB
         assert measured.required == 3 * MIB + bat_nbytes
 
@@ -406,7 +406,7 @@ class TestCheck:
         assert path.stat().st_size == (4 if n_leaks else file_mib) * MIB
 
     def test_a_fixed_disk_keeps_its_room(self, tmp_path: Path) -> None:
-        """As QEMU writes them: the file has room for all blocks, their entries say zero."""
+        """As QEMU writes them: the file has room for all blocks, entries are ZERO."""
         blocks = {0: (vhdx.FULL, vhdx.pattern(0, MIB)), 3: (vhdx.ZERO, b"")}
         path = vhdx.Vhdx(8 * MIB, blocks=blocks, leave_allocated=True).write(tmp_path / "a.vhdx")
         for file_mib, n_leaks in ((11, 0), (12, 0), (14, 2)):
@@ -422,7 +422,7 @@ class TestCheck:
         assert imgcore.check(path).ok
 
     def test_windows(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """In pieces of five units the answers are the same."""
+        """The result is the same in pieces of five units."""
         from imgcore.formats.vhdx import check as vhdx_check
 
         for entries in ((5 * MIB | 6,), (10 * MIB | 6,), (4 * MIB | 6, 8 * MIB | 6)):

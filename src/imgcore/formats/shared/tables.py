@@ -1,4 +1,4 @@
-"""Turns table entries into extents: the code that all formats share."""
+"""Turns table entries into extents: the code that all formats use."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ BLOCK_ZERO: Final = 0xFFFF_FFFE  # discarded: zeros
 # VDI_DATA_ALIGN, VDI_IMAGE_DEFAULT_BLOCK_SIZE.
 DATA_ALIGNMENT: Final = 1 << 20
 DEFAULT_BLOCK_NBYTES: Final = 1 << 20
-# Host offset of the block map in a new image: a page of its own.
+# Host offset of the block map in a new image: the second page.
 MAP_OFFSET: Final = 4096
 
 NULL_UUID: Final = bytes(16)
