@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import signal
-from typing import NoReturn
+from typing import Final, NoReturn
+
+# Allocations between two garbage collections.  Loading modules leaves no garbage: the
+# default of 700 makes start-up 6 % slower.
+_GC_THRESHOLD: Final = 100_000
 
 
 def run() -> NoReturn:
     """Load the command, run it and end the process."""
+    gc.set_threshold(_GC_THRESHOLD)
     # Nothing needs cleaning up before the command is loaded: Ctrl-C may end the process
     # at once, without a traceback.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

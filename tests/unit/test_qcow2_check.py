@@ -14,8 +14,8 @@ from tests.helpers.qcow2 import create, open_qcow2, qemu_io
 from tests.helpers.reading import poke
 
 from imgcore.files.host_file import HostFile
-from imgcore.formats.api import CheckReport
 from imgcore.formats.qcow2 import check
+from imgcore.formats.shared.check_report import CheckReport
 
 MIB = 1 << 20
 COPIED = 1 << 63

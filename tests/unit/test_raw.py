@@ -27,10 +27,11 @@ from imgcore.errors import (
 from imgcore.files import host_file
 from imgcore.files.host_file import HostFile
 from imgcore.files.target import Target
-from imgcore.formats.api import BackingReference, CheckReport, WriteRequest
+from imgcore.formats.api import BackingReference, WriteRequest
 from imgcore.formats.raw.driver import DRIVER
 from imgcore.formats.raw.options import Options
 from imgcore.formats.raw.reader import RawReader
+from imgcore.formats.shared.check_report import CheckReport
 
 MIB = 1 << 20
 

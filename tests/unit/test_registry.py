@@ -6,7 +6,7 @@ import gzip
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -331,8 +331,7 @@ class ToyReader(RawReader):
 @pytest.fixture
 def read_only_format(monkeypatch: pytest.MonkeyPatch) -> str:
     """Register a format that is only read, as any format is registered."""
-    driver = replace(
-        get_driver("raw"),
+    driver = get_driver("raw")._replace(
         name="toy",
         read=lambda file, gate, values: ToyReader(file),
         writing=None,

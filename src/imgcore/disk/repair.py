@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from imgcore.disk.layer import Layer
     from imgcore.files.host_file import HostFile
     from imgcore.files.target_file import TargetFile
-    from imgcore.formats.api import CheckReport, Reader, Repair
+    from imgcore.formats.api import Reader, Repair
+    from imgcore.formats.shared.check_report import CheckReport
 
 
 def repair(layer: Layer, before: CheckReport) -> tuple[CheckReport, list[Repair]]:

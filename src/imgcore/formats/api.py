@@ -19,9 +19,7 @@ for them.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import (
     TYPE_CHECKING,
@@ -47,6 +45,7 @@ if TYPE_CHECKING:
     from imgcore.files.target import Target
     from imgcore.files.target_file import TargetFile
     from imgcore.formats.options import FormatOptions
+    from imgcore.formats.shared.check_report import CheckReport
 
 
 # -- reading ---------------------------------------------------------------------------
@@ -230,61 +229,6 @@ class SectorSized(Protocol):
 # -- checking and repairing ------------------------------------------------------------
 
 
-@dataclass
-class CheckReport:
-    """The findings of ``check``, filled by a format's `Reader.check`.
-
-    Attributes
-    ----------
-    corruptions : int
-        Contradictions in the image: guest data may be wrong or unreachable.
-    leaks : int
-        Allocation units of the file that nothing uses.
-    total_clusters, allocated_clusters : int
-        Allocation units of the disk, and those that the image stores.
-    fragmented_clusters, compressed_clusters : int
-        Of the allocated ones: those that do not follow their predecessor in the file,
-        and those that are compressed.
-    image_end_offset : int
-        End of the used part of the file, in bytes.
-    problems : list of str
-        A line for each problem, at most ``MAX_PROBLEM_LINES``.  The counters count all.
-    """
-
-    corruptions: int = 0
-    leaks: int = 0
-    total_clusters: int = 0
-    allocated_clusters: int = 0
-    fragmented_clusters: int = 0
-    compressed_clusters: int = 0
-    image_end_offset: int = 0
-    problems: list[str] = field(default_factory=list)
-
-    MAX_PROBLEM_LINES: ClassVar[int] = 1000
-
-    def corruption(self, line: str) -> None:
-        """Count a corruption and keep its line."""
-        self.corruptions_among(1, [line])
-
-    def corruptions_among(self, count: int, lines: Iterable[str]) -> None:
-        """Count ``count`` corruptions; read only those lines that can be kept."""
-        self.corruptions += count
-        self._keep("ERROR", lines)
-
-    def leak(self, line: str, count: int = 1) -> None:
-        """Count ``count`` leaked units and keep the line about them."""
-        self.leaks_among(count, [line])
-
-    def leaks_among(self, count: int, lines: Iterable[str]) -> None:
-        """Count ``count`` leaked units; read only those lines that can be kept."""
-        self.leaks += count
-        self._keep("Leaked", lines)
-
-    def _keep(self, what: str, lines: Iterable[str]) -> None:
-        room = self.MAX_PROBLEM_LINES - len(self.problems)
-        self.problems += [f"{what} {line}" for line in islice(lines, max(0, room))]
-
-
 class Repair(NamedTuple):
     """One problem in an image's file, and the bytes that put it right.
 
@@ -454,8 +398,7 @@ class Measurement(NamedTuple):
 # -- the format ------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Driver:
+class Driver(NamedTuple):
     """Everything that general code knows about a format.
 
     ``formats/x/driver.py`` holds it as ``DRIVER``.  A driver imports the reader, but

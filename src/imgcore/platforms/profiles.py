@@ -6,23 +6,14 @@ Source: the platforms' own documents, named with each profile.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import Any, Final
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple
 
 from imgcore.errors import OptionError
 from imgcore.limits import GIB, MAX_VIRTUAL_NBYTES, MIB, SECTOR_NBYTES, TIB
 
 
-class Container(Enum):
-    """The archive that holds the image."""
-
-    NONE = "none"
-    GCE_TAR = "disk.raw in a gzip tar"
-
-
-@dataclass(frozen=True)
-class Profile:
+class Profile(NamedTuple):
     """The image that `convert` writes for a platform.
 
     Attributes
@@ -39,8 +30,8 @@ class Profile:
         The sizes of disks that the platform accepts.
     allows_backing : bool
         Whether the image may have a parent.
-    container : Container
-        The archive that holds the image.
+    is_archived : bool
+        Whether the image is put into an archive.
     note : str
         Why this format was chosen, if the platform accepts several.
     """
@@ -48,18 +39,13 @@ class Profile:
     name: str
     platform: str
     format: str
-    options: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    options: Mapping[str, tuple[Any, ...]] = MappingProxyType({})
     size_unit: int = SECTOR_NBYTES
     min_virtual_nbytes: int = 0
     max_virtual_nbytes: int = MAX_VIRTUAL_NBYTES
     allows_backing: bool = False
-    container: Container = Container.NONE
+    is_archived: bool = False
     note: str = ""
-
-    @property
-    def is_archived(self) -> bool:
-        """Whether the image is put into an archive."""
-        return self.container is not Container.NONE
 
 
 # The only file in an archive for Compute Engine, and the suffixes of such archives.
@@ -131,7 +117,7 @@ PROFILES: Final = (
         format="raw",
         options={"preallocation": ("off",)},
         size_unit=GIB,
-        container=Container.GCE_TAR,
+        is_archived=True,
     ),
     # VirtualBox manual, "Disk image files".
     Profile(

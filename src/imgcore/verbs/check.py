@@ -11,7 +11,7 @@ from imgcore.errors import OptionError, UnsupportedFeatureError
 
 if TYPE_CHECKING:
     from imgcore.disk.layer import Layer
-    from imgcore.formats.api import CheckReport
+    from imgcore.formats.shared.check_report import CheckReport
 
 
 class CheckNotSupportedError(UnsupportedFeatureError):

@@ -18,10 +18,10 @@ import numpy as np
 
 from imgcore import limits
 from imgcore.errors import FormatError, LimitExceededError
-from imgcore.formats.api import CheckReport
 from imgcore.formats.qcow2 import layout
 from imgcore.formats.qcow2.header import read_bitmaps, read_snapshots
 from imgcore.formats.qcow2.tables import iter_l1, read_entries
+from imgcore.formats.shared.check_report import CheckReport
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -17,8 +17,9 @@ from imgcore.formats.qcow2.header import Snapshot, read_bitmaps, read_header, re
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
     from imgcore.files.byte_source import ByteSource
-    from imgcore.formats.api import CheckReport, Repair
+    from imgcore.formats.api import Repair
     from imgcore.formats.qcow2.tables import ExtentTables
+    from imgcore.formats.shared.check_report import CheckReport
 
 _NANOSECONDS: Final = 1_000_000_000
 

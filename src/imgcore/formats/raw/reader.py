@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from imgcore.engine.source_file import SourceFile
 from imgcore.errors import CorruptImageError
-from imgcore.formats.api import CheckReport
 from imgcore.formats.shared.flat_reader import FlatExtents
 from imgcore.limits import SECTOR_NBYTES
 
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
     from imgcore.files.byte_source import ByteSource
     from imgcore.formats.api import BackingReference
+    from imgcore.formats.shared.check_report import CheckReport
 
 
 class RawReader:
@@ -51,6 +51,8 @@ class RawReader:
 
     def check(self) -> CheckReport:
         """Return an empty report: a raw disk has no tables."""
+        from imgcore.formats.shared.check_report import CheckReport
+
         return CheckReport()
 
     def close(self) -> None:

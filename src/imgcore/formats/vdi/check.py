@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from imgcore.errors import LimitExceededError
-from imgcore.formats.api import CheckReport, Repair
+from imgcore.formats.api import Repair
+from imgcore.formats.shared.check_report import CheckReport
 from imgcore.formats.vdi import layout
 from imgcore.formats.vdi.tables import read_map
 from imgcore.limits import VDI_MAX_CHECKED_BLOCKS

@@ -7,8 +7,7 @@ Source: VirtualBox src/VBox/Storage/VDICore.h, VDI.cpp (vdiValidateHeader).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from uuid import UUID
 
 from imgcore.errors import (
@@ -31,8 +30,7 @@ if TYPE_CHECKING:
     from imgcore.files.byte_source import ByteSource
 
 
-@dataclass(frozen=True)
-class VdiHeader:
+class VdiHeader(NamedTuple):
     """A verified header; offsets and lengths in bytes.
 
     ``n_blocks`` is the number of entries in the block map, which may be more than the

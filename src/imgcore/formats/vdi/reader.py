@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
     from imgcore.files.byte_source import ByteSource
     from imgcore.files.reference_gate import ReferenceGate
-    from imgcore.formats.api import BackingReference, CheckReport, Repair
+    from imgcore.formats.api import BackingReference, Repair
+    from imgcore.formats.shared.check_report import CheckReport
     from imgcore.formats.vdi.tables import ExtentTables
 
 

@@ -23,7 +23,8 @@ from imgcore.limits import SECTOR_NBYTES
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
     from imgcore.files.byte_source import ByteSource
-    from imgcore.formats.api import CheckReport, Repair
+    from imgcore.formats.api import Repair
+    from imgcore.formats.shared.check_report import CheckReport
     from imgcore.formats.vhd.tables import ExtentTables
 
 _SUBFORMATS: Final = {

@@ -15,7 +15,8 @@ import numpy as np
 
 from imgcore import limits
 from imgcore.errors import LimitExceededError
-from imgcore.formats.api import CheckReport, Repair
+from imgcore.formats.api import Repair
+from imgcore.formats.shared.check_report import CheckReport
 from imgcore.formats.vhdx import layout
 from imgcore.formats.vhdx.parent import NIL
 from imgcore.formats.vhdx.tables import bitmap_index, entry_problem, read_payload, read_raw

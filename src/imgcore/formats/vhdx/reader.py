@@ -24,7 +24,8 @@ from imgcore.log import log
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
     from imgcore.files.byte_source import ByteSource
-    from imgcore.formats.api import CheckReport, Repair
+    from imgcore.formats.api import Repair
+    from imgcore.formats.shared.check_report import CheckReport
     from imgcore.formats.vhdx.tables import ExtentTables
 
 

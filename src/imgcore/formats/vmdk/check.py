@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from imgcore.formats.api import CheckReport
+from imgcore.formats.shared.check_report import CheckReport
 from imgcore.formats.vmdk.layout import (
     ENTRY_ABSENT,
     ENTRY_NBYTES,

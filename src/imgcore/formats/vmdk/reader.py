@@ -14,7 +14,7 @@ from imgcore.errors import (
     UnsupportedFeatureError,
     WrongFormatError,
 )
-from imgcore.formats.api import BackingReference, CheckReport
+from imgcore.formats.api import BackingReference
 from imgcore.formats.magic import is_vmdk_descriptor
 from imgcore.formats.shared.flat_reader import FlatExtents
 from imgcore.formats.shared.windows_paths import names_from_windows_path
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
     from imgcore.files.byte_source import ByteSource
     from imgcore.files.reference_gate import ReferenceGate
+    from imgcore.formats.shared.check_report import CheckReport
     from imgcore.formats.vmdk.stream_layout import StreamLayout
     from imgcore.formats.vmdk.tables import SparseTables
 
