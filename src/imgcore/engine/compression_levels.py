@@ -59,16 +59,8 @@ def deflate_codec(level: str, window_bits: int, wrapper: CodecId) -> Codec:
         12 (4 KiB) or 15 (32 KiB).
     wrapper : CodecId
         DEFLATE (raw) or ZLIB.
-
-    Raises
-    ------
-    OptionError
-        The level does not exist.
     """
-    named = _DEFLATE[wrapper, window_bits]
-    if level not in named:
-        raise OptionError(f"level {level!r}: allowed are {', '.join(LEVELS)}")
-    engine, number = named[level]
+    engine, number = _DEFLATE[wrapper, window_bits][level]
     return Codec(wrapper, engine, number, window_bits)
 
 
