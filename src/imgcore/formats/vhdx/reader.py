@@ -39,8 +39,6 @@ class VhdxReader:
 
     Raises
     ------
-    WrongFormatError
-        The magic is absent.
     CorruptImageError, LimitExceededError, UnsupportedFeatureError
         The image is damaged, unsupported or over a limit.
 
