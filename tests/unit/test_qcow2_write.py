@@ -214,6 +214,29 @@ def test_far_placements(tmp_path: Path) -> None:
     reader.close()
 
 
+def test_an_entry_that_cannot_hold_its_placement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refcounts that far out would take terabytes of memory, so they are left out."""
+    writer = DRIVER.writer(request(MIB))
+    monkeypatch.setattr(writer, "_count", lambda rows: None)
+    rows = np.array([(1 << 56, 65536, BlockState.STORED)], dtype=PLACEMENT_DTYPE)
+    with Target(tmp_path / "a.qcow2", sync=False) as target:
+        writer.begin(target)
+        with pytest.raises(LimitExceededError, match="does not fit in an L2 entry"):
+            writer.place(0, rows, (1 << 56) + 65536)
+
+
+def test_more_clusters_in_one_than_a_refcount_holds(tmp_path: Path) -> None:
+    writer = DRIVER.writer(request(MIB, {"refcount_bits": 1}))
+    rows = np.array([(1 << 20, 9, 2), ((1 << 20) + 9, 9, 2)], dtype=PLACEMENT_DTYPE)
+    rows["state"] = BlockState.COMPRESSED
+    with Target(tmp_path / "a.qcow2", sync=False) as target:
+        writer.begin(target)
+        with pytest.raises(LimitExceededError, match="holds 2 compressed clusters"):
+            writer.place(0, rows, 2 << 20)
+
+
 def test_placement_beyond_the_entry_is_refused(tmp_path: Path) -> None:
     writer = DRIVER.writer(request(MIB))
     with Target(tmp_path / "a.qcow2", sync=False) as target:

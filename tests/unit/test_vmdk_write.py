@@ -472,3 +472,24 @@ def test_unwritten_tables_cost_nothing(tmp_path: Path) -> None:
         file.write(struct.pack("<I", path.stat().st_size // SECTOR - GRAIN // SECTOR))
     found = [row for batch in open_vmdk(path).extents(0, 64 * TIB) for row in batch if row["kind"]]
     assert [int(row["guest_offset"]) for row in found] == [40 * TIB + 5 * GRAIN]
+
+
+def test_a_hosted_disk_without_sectors(tmp_path: Path) -> None:
+    path = tmp_path / "a.vmdk"
+    imgcore.create(path, 0, options={"subformat": "monolithicSparse"}, sync=False)
+    with imgcore.open(path) as image:
+        assert image.virtual_size == 0
+
+
+@pytest.mark.parametrize("subformat", ["monolithicSparse", "streamOptimized"])
+def test_tables_beyond_2_tib_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subformat: str
+) -> None:
+    writer = DRIVER.writer(_request(MIB, f"subformat={subformat}"))
+    with Target(tmp_path / "a.vmdk", sync=False) as target:
+        writer.begin(target)
+        monkeypatch.setattr(
+            "imgcore.formats.vmdk.sparse_writer.VMDK_MAX_SPARSE_FILE_NBYTES", writer.first_offset
+        )
+        with pytest.raises(LimitExceededError, match="flat subformat"):
+            writer.finish(writer.first_offset + GRAIN)
