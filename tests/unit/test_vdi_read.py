@@ -480,3 +480,13 @@ def test_zeros_of_a_fixed_image(tmp_path: Path) -> None:
     path = vdi.make(tmp_path / "a.vdi", [0, vdi.ZERO, 1], image_type=2)
     with imgcore.open(path) as image:
         assert image.read(0, 3 * vdi.BLOCK) == vdi.fill(0) + bytes(vdi.BLOCK) + vdi.fill(1)
+
+
+def test_an_allowed_folder_that_vanishes(chain: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    reader = open_vdi(chain, [folder])
+    folder.rmdir()
+    assert reader.backing is not None
+    assert reader.backing.name == "middle.VDI"
+    reader.close()

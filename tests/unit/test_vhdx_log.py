@@ -368,12 +368,6 @@ def test_there_is_no_repair_before_the_log_is_replayed(tmp_path: Path) -> None:
     reader.close()
 
 
-def test_an_empty_range_has_no_extents(tmp_path: Path) -> None:
-    reader = open_file(OLD.write(tmp_path / "a.vhdx"), VhdxReader)
-    assert list(reader.extents(512, 0)) == []
-    reader.close()
-
-
 def test_a_read_past_the_end_of_a_replayed_file(tmp_path: Path) -> None:
     path = with_log(tmp_path / "a.vhdx", entry(1, 0, (BAT_OFFSET, BOTH)))
     reader = open_file(path, VhdxReader)

@@ -422,6 +422,13 @@ def test_more_zeros_after_the_footer_than_are_skipped(tmp_path: Path) -> None:
         open_vmdk(path)
 
 
+def test_a_descriptor_file_over_the_limit(tmp_path: Path) -> None:
+    path = tmp_path / "a.vmdk"
+    path.write_bytes(vmdk.descriptor("monolithicFlat").ljust((1 << 20) + 1, b"\n"))
+    with pytest.raises(LimitExceededError, match="descriptor of 1048577 bytes"):
+        open_vmdk(path)
+
+
 def test_a_header_without_a_directory(tmp_path: Path) -> None:
     path = vmdk.hosted(tmp_path / "a.vmdk", N_SECTORS, {}, flags=1, gd=0)
     with pytest.raises(CorruptImageError, match="the header has no grain directory"):

@@ -311,6 +311,17 @@ def test_flat_kinds_lie_in_two_files(tmp_path: Path, raw: Path, mode: str) -> No
     assert f'RW {n_sectors} FLAT "disk-flat.vmdk" 0\n' in path.read_text()
 
 
+def test_a_data_file_replaces_a_symbolic_link(tmp_path: Path, raw: Path) -> None:
+    other = tmp_path / "other"
+    other.write_bytes(b"kept")
+    flat = tmp_path / "disk-flat.vmdk"
+    flat.symlink_to(other)
+    _write(raw, tmp_path / "disk.vmdk", "subformat=monolithicFlat", force=True)
+    assert not flat.is_symlink()
+    assert flat.read_bytes() == raw.read_bytes()
+    assert other.read_bytes() == b"kept"
+
+
 @pytest.mark.parametrize("name", ['a"b.vmdk', "vm-2024-01-01T10:00.vmdk"])
 def test_odd_names(tmp_path: Path, raw: Path, name: str) -> None:
     path = _write(raw, tmp_path / name, "subformat=streamOptimized")

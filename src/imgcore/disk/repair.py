@@ -160,5 +160,7 @@ def _verify(layer: Layer, copy: TargetFile) -> CheckReport:
 def _reads_the_same(a: Reader, b: Reader) -> bool:
     if (a.virtual_size, a.backing) != (b.virtual_size, b.backing):
         return False
+    if not a.virtual_size:
+        return True
     extents = (reader.extents(0, reader.virtual_size) for reader in (a, b))
     return all(np.array_equal(rows_a, rows_b) for _, _, rows_a, rows_b in pair_up(*extents))

@@ -59,12 +59,20 @@ def deflate_codec(level: str, window_bits: int, wrapper: CodecId) -> Codec:
         12 (4 KiB) or 15 (32 KiB).
     wrapper : CodecId
         DEFLATE (raw) or ZLIB.
+
+    Raises
+    ------
+    OptionError
+        The level does not exist.
     """
-    engine, number = _DEFLATE[wrapper, window_bits][level]
+    named = _DEFLATE[wrapper, window_bits]
+    if level not in named:
+        raise OptionError(f"level {level!r}: allowed are {', '.join(LEVELS)}")
+    engine, number = named[level]
     return Codec(wrapper, engine, number, window_bits)
 
 
-def zstd_codec(level: str | int) -> Codec:
+def zstd_codec(level: str) -> Codec:
     """Return the codec of a zstd level: one of ``LEVELS``, or zstd's own number.
 
     Raises
@@ -72,7 +80,7 @@ def zstd_codec(level: str | int) -> Codec:
     OptionError
         The level does not exist, or the number is outside -7 .. 19.
     """
-    number = _ZSTD.get(level) if isinstance(level, str) else level
+    number = _ZSTD.get(level)
     if number is None:
         try:
             number = int(level)
