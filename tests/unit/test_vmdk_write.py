@@ -492,13 +492,18 @@ def test_a_hosted_disk_without_sectors(tmp_path: Path) -> None:
         assert image.virtual_size == 0
 
 
+@pytest.mark.parametrize("with_grain", [False, True])
 @pytest.mark.parametrize("subformat", ["monolithicSparse", "streamOptimized"])
 def test_tables_beyond_2_tib_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subformat: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subformat: str, with_grain: bool
 ) -> None:
     writer = DRIVER.writer(_request(MIB, f"subformat={subformat}"))
+    state = BlockState.STORED if subformat == "monolithicSparse" else BlockState.COMPRESSED
     with Target(tmp_path / "a.vmdk", sync=False) as target:
         writer.begin(target)
+        if with_grain:
+            rows = np.array([(writer.first_offset, 600, state)], dtype=PLACEMENT_DTYPE)
+            writer.place(0, rows, writer.first_offset + GRAIN)
         monkeypatch.setattr(
             "imgcore.formats.vmdk.sparse_writer.VMDK_MAX_SPARSE_FILE_NBYTES", writer.first_offset
         )
