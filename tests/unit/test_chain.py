@@ -199,3 +199,12 @@ def test_another_time_of_modification_is_a_warning(
     assert len(caplog.messages) == difference
     if difference:
         assert f"the modification time of its parent {base} has changed" in caplog.text
+
+
+def test_a_format_that_does_not_exist(tmp_path: Path) -> None:
+    """If the caller stated it, the option is wrong; otherwise the image is."""
+    put(tmp_path / "base")
+    with pytest.raises(OptionError, match="floppy"):
+        paths(child_of(tmp_path, name="base", format=None), backing_format="floppy")
+    with pytest.raises(UnsupportedFeatureError, match="of the format 'floppy'"):
+        paths(child_of(tmp_path, name="base", format="floppy"))

@@ -503,3 +503,27 @@ def test_info_loads_neither_numpy_nor_rich(tmp_path: Any) -> None:
         [sys.executable, "-c", code, str(image)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    for wanted in (False, True):
+        chosen = progress.reporter("auto", wanted=wanted, quiet=False, label="convert")
+        assert isinstance(chosen, progress.BarReporter)
+        assert chosen.is_due(0.0) is wanted
+
+
+def test_no_rate_without_two_samples() -> None:
+    rate = progress.Rate()
+    assert rate.per_second == 0.0
+    rate.update(1.0, 5)
+    assert rate.per_second == 0.0
+
+
+def test_other_lost_exceptions_are_still_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", shown.append)
+    lost = SimpleNamespace(exc_value=ValueError("lost"))
+    with cli._signals():
+        sys.unraisablehook(lost)  # type: ignore[arg-type]
+    assert shown == [lost]

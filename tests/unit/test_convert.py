@@ -191,6 +191,10 @@ class TestInPlace:
             imgcore.convert(disk, target, in_place=True)
         assert target.read_bytes() == b"\xee" * (5 * MIB)
 
+    def test_no_salvage_into_a_stream(self, tmp_path: Path, disk: Path) -> None:
+        with pytest.raises(imgcore.OptionError, match="salvaged data cannot be written as"):
+            imgcore.convert(disk, tmp_path / "a.raw.zst", salvage=True)
+
     def test_an_incomplete_target_is_said_to_be_so(
         self, tmp_path: Path, disk: Path, caplog: pytest.LogCaptureFixture
     ) -> None:

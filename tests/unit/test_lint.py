@@ -265,6 +265,12 @@ CASES: list[tuple[str, str, Make, list[str]]] = [
         lambda f: poke(vhd_dynamic(f), (70, b"\xff")),
         ["vhd-checksums"],
     ),
+    (
+        "xenserver",
+        "no-footer-copy",
+        lambda f: poke(vhd_dynamic(f), (0, bytes(512))),
+        ["vhd-checksums"],
+    ),
     ("xenserver", "header", lambda f: poke(vhd_dynamic(f), (512 + 30, b"\xff")), ["readable"]),
     ("xenserver", "qcow2", lambda f: own(f, "a.qcow2"), ["qcow2"]),
     ("xenserver", "child", child, []),
@@ -480,3 +486,16 @@ def test_command_failures(tmp_path: Path) -> None:
     assert_one_line_error(command("lint", "--profile", "acme", path), "unknown profile", code=2)
     missing = tmp_path / "missing"
     assert_one_line_error(command("lint", "--profile", "gce", missing), str(missing), code=2)
+
+
+def test_a_format_that_is_stated(tmp_path: Path) -> None:
+    path = own(tmp_path, "a.qcow2")
+    assert imgcore.lint(path, profile="openstack", format="qcow2").format == "qcow2"
+    with pytest.raises(OptionError):
+        imgcore.lint(path, profile="openstack", format="floppy")
+
+
+def test_a_qcow2_without_a_whole_header(tmp_path: Path) -> None:
+    path = tmp_path / "a.qcow2"
+    path.write_bytes(own(tmp_path, "whole.qcow2").read_bytes()[:100])
+    assert broken(path, "openstack") == ["readable"]

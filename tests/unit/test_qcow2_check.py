@@ -120,6 +120,22 @@ def test_bitmaps_that_share_a_table(tmp_path: Path) -> None:
     assert report.problems[0] == "ERROR bitmap 'b1': its table overlaps another one"
 
 
+def test_snapshots_that_share_a_table(tmp_path: Path) -> None:
+    path = create(tmp_path / "a.qcow2", MIB)
+    for name in ("first", "second"):
+        qemu.run("snapshot", "-c", name, path)
+    raw = path.read_bytes()
+    first = int.from_bytes(raw[64:72], "big")
+    reader = open_qcow2(path)
+    second = first + check.read_snapshots(reader._file, reader._header)[0].table_nbytes
+    reader.close()
+    poke(path, (second, raw[first : first + 8]))
+    report = _check(path)
+    assert report.corruptions == 1
+    assert "snapshot 2: its L1 table" in report.problems[0]
+    assert "overlaps another one" in report.problems[0]
+
+
 @pytest.mark.parametrize("window", [1, 3, 64])
 def test_windows_do_not_change_the_outcome(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int

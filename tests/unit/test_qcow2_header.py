@@ -286,3 +286,38 @@ def test_info_needs_no_numpy(tmp_path: Path) -> None:
         "assert 'numpy' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_empty_backing_name_is_none(tmp_path: Path, image: bytes) -> None:
+    path = tmp_path / "a.qcow2"
+    path.write_bytes(image)
+    reader = open_qcow2(poke(path, (8, u64(0x300))))
+    assert reader.backing is None
+    reader.close()
+
+
+# A directory of one bitmap of this size at this offset.  At 0x50000 all bytes are 7.
+@pytest.mark.parametrize(("nbytes", "offset"), [(16, 0x50000), (24, 0x50000)])
+def test_a_bitmap_outside_its_directory(
+    tmp_path: Path, image: bytes, nbytes: int, offset: int
+) -> None:
+    extension = u32(layout.EXTENSION_BITMAPS) + u32(24)
+    bitmaps = u32(1) + u32(0) + u64(nbytes) + u64(offset)
+    path = tmp_path / "a.qcow2"
+    path.write_bytes(image)
+    reader = open_qcow2(poke(path, (88, u64(1)), (112, extension + bitmaps)))
+    with pytest.raises(CorruptImageError, match="bitmap 0 lies outside its directory"):
+        reader.info()
+    problems = reader.check().problems
+    assert any("ERROR bitmap directory: " in line for line in problems), problems
+    reader.close()
+
+
+def test_a_snapshot_table_over_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = create(tmp_path / "a.qcow2", MIB)
+    qemu.run("snapshot", "-c", "first", path)
+    monkeypatch.setattr("imgcore.limits.QCOW2_MAX_SNAPSHOT_TABLE_NBYTES", 40)
+    reader = open_qcow2(path)
+    with pytest.raises(LimitExceededError, match="snapshot table takes more than 40 bytes"):
+        reader.info()
+    reader.close()

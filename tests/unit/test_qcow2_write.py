@@ -214,6 +214,29 @@ def test_far_placements(tmp_path: Path) -> None:
     reader.close()
 
 
+def test_an_entry_that_cannot_hold_its_placement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refcounts that far out would take terabytes of memory, so they are left out."""
+    writer = DRIVER.writer(request(MIB))
+    monkeypatch.setattr(writer, "_count", lambda rows: None)
+    rows = np.array([(1 << 56, 65536, BlockState.STORED)], dtype=PLACEMENT_DTYPE)
+    with Target(tmp_path / "a.qcow2", sync=False) as target:
+        writer.begin(target)
+        with pytest.raises(LimitExceededError, match="does not fit in an L2 entry"):
+            writer.place(0, rows, (1 << 56) + 65536)
+
+
+def test_more_clusters_in_one_than_a_refcount_holds(tmp_path: Path) -> None:
+    writer = DRIVER.writer(request(MIB, {"refcount_bits": 1}))
+    rows = np.array([(1 << 20, 9, 2), ((1 << 20) + 9, 9, 2)], dtype=PLACEMENT_DTYPE)
+    rows["state"] = BlockState.COMPRESSED
+    with Target(tmp_path / "a.qcow2", sync=False) as target:
+        writer.begin(target)
+        with pytest.raises(LimitExceededError, match="holds 2 compressed clusters"):
+            writer.place(0, rows, 2 << 20)
+
+
 def test_placement_beyond_the_entry_is_refused(tmp_path: Path) -> None:
     writer = DRIVER.writer(request(MIB))
     with Target(tmp_path / "a.qcow2", sync=False) as target:
@@ -235,6 +258,10 @@ def test_placement_beyond_the_entry_is_refused(tmp_path: Path) -> None:
         ({"compat": "2.0"}, False, False, "compat of qcow2 is '2.0'"),
         ({"compression_type": "lzma"}, False, False, "compression_type of qcow2 is 'lzma'"),
         ({"preallocation": "some"}, False, False, "preallocation of qcow2 is 'some'"),
+        ({"level": "5"}, True, False, "level '5': allowed are fastest, fast, default, best$"),
+        ({"level": "high"}, True, False, "level 'high': allowed are fastest"),
+        ({"compression_type": "zstd", "level": "20"}, True, False, "a number from -7 to 19"),
+        ({"compression_type": "zstd", "level": "high"}, True, False, "a number from -7 to 19"),
         ({"window": "8k"}, True, False, "window of qcow2 is '8k', allowed: 4k, 32k"),
         ({"compat": "0.10", "compression_type": "zstd"}, True, False, "needs compat=1.1"),
         ({"compat": "0.10", "lazy_refcounts": True}, False, False, "needs compat=1.1"),
@@ -254,6 +281,12 @@ def test_options_refused(
     reference = BackingReference("base.raw", "raw") if backing else None
     with pytest.raises(OptionError, match=message):
         DRIVER.writer(request(MIB, options, compress=compress, backing=reference))
+
+
+@pytest.mark.parametrize(("level", "number"), [("fast", 1), ("-7", -7), ("19", 19)])
+def test_levels_of_zstd(level: str, number: int) -> None:
+    options = {"compression_type": "zstd", "level": level}
+    assert DRIVER.writer(request(MIB, options, compress=True)).geometry.codec.level == number
 
 
 @pytest.mark.parametrize("nbytes", [1024, 490])

@@ -454,3 +454,8 @@ class TestOptions:
             ("mode", "off|full", "off", "how"),
             ("comment", "text", "", "any text"),
         ]
+
+
+def test_each_name_stands_for_one_format() -> None:
+    names = [name for entry in registry.DRIVERS for name in (entry.name, *entry.aliases)]
+    assert len(names) == len(set(names))

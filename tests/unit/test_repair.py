@@ -337,3 +337,12 @@ def test_the_command(leaky: Path, tmp_path: Path) -> None:
     raw = tmp_path / "disk.raw"
     raw.write_bytes(bytes(512))
     assert_one_line_error(run("check", "-r", raw), "no tables", code=63)
+
+
+def test_an_image_of_an_empty_disk(tmp_path: Path) -> None:
+    path = create(tmp_path / "a.qcow2", 0)
+    n_clusters = -(-path.stat().st_size // 65536)
+    os.truncate(path, (n_clusters + 1) * 65536)
+    poke(path, (REFCOUNTS + 2 * n_clusters, struct.pack(">H", 1)))
+    result = imgcore.check(path, repair=True)
+    assert (result.leaks_fixed, result.leaks, result.corruptions) == (1, 0, 0)

@@ -467,3 +467,26 @@ def test_more_blocks_than_can_be_checked(tmp_path: Path) -> None:
         file.truncate((1 << 29) + BLOCK)
     with pytest.raises(imgcore.LimitExceededError, match="at most 67108864 can be checked"):
         imgcore.check(path)
+
+
+def test_other_files_beside_a_child_are_passed_over(chain: Path) -> None:
+    (chain.parent / "0.vdi").write_bytes(b"no VDI" * 1000)
+    (chain.parent / "short.vdi").write_bytes(b"x")
+    with imgcore.open(chain) as image:
+        assert image.read(0, 1)
+
+
+def test_zeros_of_a_fixed_image(tmp_path: Path) -> None:
+    path = vdi.make(tmp_path / "a.vdi", [0, vdi.ZERO, 1], image_type=2)
+    with imgcore.open(path) as image:
+        assert image.read(0, 3 * vdi.BLOCK) == vdi.fill(0) + bytes(vdi.BLOCK) + vdi.fill(1)
+
+
+def test_an_allowed_folder_that_vanishes(chain: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    reader = open_vdi(chain, [folder])
+    folder.rmdir()
+    assert reader.backing is not None
+    assert reader.backing.name == "middle.VDI"
+    reader.close()

@@ -492,6 +492,18 @@ def test_compare_says_what_qemu_img_says(case: str, folder: Path) -> None:
     assert (ours.returncode, ours.stdout) == (theirs.returncode, theirs.stdout)
 
 
+def test_compare_reports_its_progress(tmp_path: Path) -> None:
+    for name in ("a.raw", "b.raw"):
+        (tmp_path / name).write_bytes(b"x" * 8192)
+    states: list[tuple[int, int]] = []
+    imgcore.compare(
+        tmp_path / "a.raw",
+        tmp_path / "b.raw",
+        progress=lambda state: states.append((state.done, state.total)),
+    )
+    assert states[-1] == (8192, 8192)
+
+
 def test_compare_of_empty_disks_takes_one_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -154,6 +154,20 @@ def test_a_batmap_that_is_missing(tmp_path: Path) -> None:
     assert imgcore.check(poke(path, (2048, b"another."))).ok
 
 
+def test_a_file_that_ends_before_its_batmap(tmp_path: Path) -> None:
+    fields = {"creator": b"tap\0"}
+    path = vhd.dynamic(tmp_path / "a.vhd", BLOCK, {}, block_nbytes=BLOCK, footer_fields=fields)
+    path.write_bytes(path.read_bytes()[:-SECTOR])
+    assert [line for line in imgcore.check(path).problems if "batmap" in line] == []
+
+
+def test_one_of_two_locators_is_damaged(tmp_path: Path) -> None:
+    names = {b"W2ru": "p.vhd".encode("utf-16-le"), b"W2ku": b"\x00\xd8"}
+    report = imgcore.check(vhd.differencing(tmp_path / "d.vhd", BLOCK, {}, names))
+    assert report.corruptions == 1
+    assert "W2ku" in report.problems[0]
+
+
 def _apply(path: Path) -> list[str]:
     """Apply the repairs; return their problems."""
     reader = vhd.open_vhd(path)

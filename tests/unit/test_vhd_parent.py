@@ -66,6 +66,7 @@ def read(path: Path, **arguments: object) -> bytes:
         {b"MacX": b"file://p.vhd"},
         {b"MacX": b"file://localhost/Users/me/p.vhd"},
         {b"MacX": b"file:///Users/me/%70.vhd"},
+        {b"MacX": b"file:///Users/me/", b"W2ru": utf16("p.vhd")},
         {b"W2ru": utf16(".\\gone.vhd"), b"W2ku": utf16("D:\\p.vhd")},
         {b"W2ku": utf16("C:\\vm\\gone.vhd"), b"MacX": b"file://./p.vhd"},
         {b"Mac ": b"\x01\x02", b"Wi2r": b"x", b"W2ru": utf16("p.vhd")},
@@ -81,6 +82,13 @@ def test_locators(tmp_path: Path, locators: dict[bytes, bytes]) -> None:
 def test_name_in_the_header(tmp_path: Path, name: str) -> None:
     parent(tmp_path)
     assert read(child(tmp_path, {}, parent_name=name)) == content()
+
+
+def test_a_damaged_name_in_the_header(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    parent(tmp_path)
+    path = vhd.poke_sound(child(tmp_path), (512 + 64, b"\xd8\x00\x00\x41"))
+    assert read(path) == content()
+    assert "parent's name" in caplog.text
 
 
 def test_relative_name_comes_first(tmp_path: Path) -> None:

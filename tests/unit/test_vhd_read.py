@@ -247,6 +247,17 @@ class TestRefusals:
         with pytest.raises(CorruptImageError, match=f"block {last} ends at 0x.* is truncated"):
             vhd.open_vhd(path)
 
+    def test_a_bat_too_large_to_search(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A lost block is then found when it is read."""
+        path = dynamic(tmp_path)
+        path.write_bytes(path.read_bytes()[: -SECTOR - BLOCK])
+        monkeypatch.setattr("imgcore.formats.vhd.header.VHD_MAX_BLOCKS_VERIFIED_AT_OPEN", 5)
+        vhd.open_vhd(path).close()
+        with pytest.raises(CorruptImageError):
+            rows_of(path)
+
     def test_no_footer(self, tmp_path: Path) -> None:
         path = tmp_path / "a.vhd"
         path.write_bytes(bytes(4096))

@@ -6,12 +6,18 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tests.helpers import vhd
 from tests.helpers.images import GIB, KIB, MIB, noise, text
 
 import imgcore
 from imgcore import LimitExceededError, OptionError, UnsupportedFeatureError
+from imgcore.engine.extents import PLACEMENT_DTYPE, BlockState
+from imgcore.files.target import Target
+from imgcore.formats.api import WriteRequest
+from imgcore.formats.option_texts import parse_options
+from imgcore.formats.vhd.driver import DRIVER
 from imgcore.formats.vhd.options import geometry_of, rounded_to_chs
 
 SECTOR = 512
@@ -269,3 +275,13 @@ def test_preallocation(tmp_path: Path, mode: str) -> None:
     assert path.stat().st_blocks * 512 >= 4 * MIB
     with imgcore.open(path) as image:
         assert image.read(0, 4 * MIB) == bytes(4 * MIB)
+
+
+def test_a_block_beyond_a_bat_entry(tmp_path: Path) -> None:
+    options = parse_options(DRIVER, {})
+    writer = DRIVER.writer(WriteRequest(4 * MIB, options, False, None, 4096))
+    rows = np.array([(2 << 40, 2 * MIB, BlockState.STORED)], dtype=PLACEMENT_DTYPE)
+    with Target(tmp_path / "a.vhd", sync=False) as target:
+        writer.begin(target)
+        with pytest.raises(LimitExceededError, match="block 1 would be at 0x20000000000"):
+            writer.place(1, rows, (2 << 40) + 2 * MIB)

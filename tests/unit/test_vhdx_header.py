@@ -293,3 +293,23 @@ def test_a_block_that_is_cut_off(tmp_path: Path) -> None:
         file.truncate(5 * MIB - 512)
     with imgcore.open(path) as image, pytest.raises(CorruptImageError, match="past the end"):
         image.read(0, 512)
+
+
+@pytest.mark.parametrize("change", [(68, u32(0)), (72, u64(0))])
+def test_a_log_in_use_has_a_place(tmp_path: Path, change: tuple[int, bytes]) -> None:
+    path = Vhdx(3 * MIB, log_guid=vhdx.guid(9)).write(tmp_path / "a.vhdx")
+    for place in HEADERS:
+        vhdx.seal(poke(path, (place + change[0], change[1])), place, 4096)
+    refused(path, CorruptImageError, "must be replayed, but it is empty or inside the headers")
+
+
+def test_a_locator_without_a_whole_header(tmp_path: Path) -> None:
+    path = poke(CHILD.write(tmp_path / "a.vhdx"), (TABLE + 32 + 5 * 32 + 20, u32(19)))
+    refused(path, CorruptImageError, "the parent locator has 19 bytes")
+
+
+def test_a_file_too_large_to_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = DISK.write(tmp_path / "a.vhdx")
+    monkeypatch.setattr("imgcore.limits.VHDX_MAX_FILE_NBYTES", path.stat().st_size - 1)
+    with pytest.raises(LimitExceededError, match="can be checked"):
+        imgcore.check(path)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.helpers import vhdx
-from tests.helpers.reading import poke
+from tests.helpers.reading import open_file, poke
 from tests.helpers.vhdx import (
     BAT_OFFSET,
     FULL,
@@ -28,6 +28,7 @@ from tests.helpers.vhdx import (
 
 import imgcore
 from imgcore import CorruptImageError, LimitExceededError
+from imgcore.formats.vhdx.reader import VhdxReader
 from imgcore.limits import VHDX_MAX_LOG_NBYTES
 
 GUID = vhdx.guid(0x106)
@@ -358,3 +359,32 @@ def test_the_log_of_a_parent_is_replayed_too(tmp_path: Path) -> None:
     child = Vhdx(4 * MIB, locator=vhdx.child_locator(), blocks={1: (FULL, pattern(3, MIB))})
     path = child.write(tmp_path / "child.vhdx")
     assert content(path) == B0 + pattern(3, MIB) + B_ + B_
+
+
+def test_there_is_no_repair_before_the_log_is_replayed(tmp_path: Path) -> None:
+    path = with_log(tmp_path / "a.vhdx", entry(1, 0, (BAT_OFFSET, BOTH)))
+    reader = open_file(path, VhdxReader)
+    assert reader.repairs() == []
+    reader.close()
+
+
+def test_a_read_past_the_end_of_a_replayed_file(tmp_path: Path) -> None:
+    path = with_log(tmp_path / "a.vhdx", entry(1, 0, (BAT_OFFSET, BOTH)))
+    reader = open_file(path, VhdxReader)
+    view = reader._image.view
+    with pytest.raises(CorruptImageError, match="past the end of the file"):
+        view.pread(view.nbytes - 1, 2)
+    reader.close()
+
+
+def test_too_many_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = with_log(tmp_path / "a.vhdx", entry(1, 0, (BAT_OFFSET, BOTH), (BAT_OFFSET, ONLY_0)))
+    monkeypatch.setattr("imgcore.limits.VHDX_MAX_LOG_DESCRIPTORS", 1)
+    with pytest.raises(LimitExceededError, match="its log has more than 1 descriptors"):
+        imgcore.open(path)
+
+
+def test_zeros_that_are_not_whole_sectors(tmp_path: Path) -> None:
+    odd = entry(2, 0, (BAT_OFFSET, SECTOR + 1))
+    path = with_log(tmp_path / "a.vhdx", entry(1, 0, (BAT_OFFSET, BOTH)), odd)
+    assert content(path) == B0 + B1 + B_ + B_

@@ -135,3 +135,45 @@ def test_all_problems_are_counted_and_few_are_listed(tmp_path: Path) -> None:
     report = imgcore.check(path)
     assert report.corruptions == 512 * 512
     assert len(report.problems) == 1000
+
+
+def test_zeroed_grains_are_not_counted(tmp_path: Path) -> None:
+    contents: dict[int, bytes | int] = {0: noise(GRAIN), 3: 1}
+    path = vmdk.hosted(tmp_path / "a.vmdk", N_SECTORS, contents, version=2, flags=7)
+    report = imgcore.check(path)
+    assert (report.corruptions, report.allocated_clusters) == (0, 1)
+
+
+def test_more_regions_than_fit_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole file is one window, but 20 grains begin in the same sector."""
+    contents: dict[int, bytes | int] = {0: noise(GRAIN), **dict.fromkeys(range(1, 20), 128)}
+    path = vmdk.hosted(tmp_path / "a.vmdk", N_SECTORS, contents)
+    monkeypatch.setattr(vmdk_check, "_MAX_REGIONS", 12)
+    report = imgcore.check(path)
+    assert report.allocated_clusters == 20
+    assert any("sector 128 overlaps" in line for line in report.problems), report.problems
+
+
+def test_a_window_without_sound_grains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = vmdk.stream(tmp_path / "a.vmdk", N_SECTORS, {0: noise(GRAIN)}, layout="front")
+    monkeypatch.setattr(vmdk_check, "_MAX_REGIONS", 256)
+    poke(path, (128 * SECTOR, struct.pack("<Q", 128)))
+    report = imgcore.check(path)
+    assert report.problems == [
+        f"ERROR {path}: the marker at sector 128 is for LBA 128, not for grain 0"
+    ]
+
+
+def test_compressed_grains_without_markers(tmp_path: Path) -> None:
+    path = vmdk.stream(tmp_path / "a.vmdk", N_SECTORS, CONTENTS, layout="front")
+    report = imgcore.check(poke(path, (8, struct.pack("<I", 0x10001))))
+    assert (report.corruptions, report.compressed_clusters) == (0, 3)
+
+
+@pytest.mark.parametrize(("held", "word"), [(8, "is at sector"), (1024, "ends past the end")])
+def test_a_stream_that_is_cut_in_its_last_grain(tmp_path: Path, held: int, word: str) -> None:
+    path = vmdk.stream(tmp_path / "a.vmdk", N_SECTORS, {0: noise(GRAIN)}, layout="front")
+    os.truncate(path, 128 * SECTOR + held)
+    report = imgcore.check(path)
+    assert report.corruptions == 1
+    assert word in report.problems[0]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -412,6 +414,72 @@ def test_parents_by_the_path_of_another_machine(tmp_path: Path, hint: str) -> No
         else:
             with pytest.raises((imgcore.ImgcoreError, FileNotFoundError)):
                 imgcore.open(top)
+
+
+def test_more_zeros_after_the_footer_than_are_skipped(tmp_path: Path) -> None:
+    path = vmdk.stream(tmp_path / "a.vmdk", N_SECTORS, {}, trailing_sectors=(1 << 20) // SECTOR)
+    with pytest.raises(CorruptImageError, match="is truncated"):
+        open_vmdk(path)
+
+
+def test_a_descriptor_file_over_the_limit(tmp_path: Path) -> None:
+    path = tmp_path / "a.vmdk"
+    path.write_bytes(vmdk.descriptor("monolithicFlat").ljust((1 << 20) + 1, b"\n"))
+    with pytest.raises(LimitExceededError, match="descriptor of 1048577 bytes"):
+        open_vmdk(path)
+
+
+def test_a_header_without_a_directory(tmp_path: Path) -> None:
+    path = vmdk.hosted(tmp_path / "a.vmdk", N_SECTORS, {}, flags=1, gd=0)
+    with pytest.raises(CorruptImageError, match="the header has no grain directory"):
+        open_vmdk(path)
+
+
+def _cut_after(nbytes: int) -> Callable[[Path], object]:
+    return lambda path: os.truncate(path, 128 * SECTOR + nbytes)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _cut_after(8),
+        lambda path: poke(path, (128 * SECTOR, struct.pack("<Q", 1))),
+        lambda path: poke(path, (128 * SECTOR + 12, b"\xff" * 8)),
+        lambda path: poke(path, (21 * SECTOR, struct.pack("<I", 1 << 30))),
+    ],
+    ids=["cut", "lba", "data", "table"],
+)
+def test_a_damaged_last_grain_is_found_when_it_is_read(
+    tmp_path: Path, damage: Callable[[Path], object]
+) -> None:
+    """The disk ends within its last grain, which opening the image looks at."""
+    path = vmdk.stream(tmp_path / "a.vmdk", 2 * 128 - 3, {1: noise(GRAIN)}, layout="front")
+    damage(path)
+    with imgcore.open(path) as image, pytest.raises(CorruptImageError):
+        image.read(0, image.virtual_size)
+
+
+@pytest.mark.parametrize("held", [1, 12])
+def test_a_stream_that_is_cut_in_a_marker(tmp_path: Path, held: int) -> None:
+    path = vmdk.stream(tmp_path / "a.vmdk", 2 * 128, {1: noise(GRAIN)}, layout="front")
+    _cut_after(held)(path)
+    with (
+        imgcore.open(path) as image,
+        pytest.raises(CorruptImageError, match="offset 0x10000 is at 0x10000, without data"),
+    ):
+        image.read(0, image.virtual_size)
+
+
+def test_other_data_after_the_grains_ends_the_search(tmp_path: Path) -> None:
+    path = vmdk.stream(tmp_path / "a.vmdk", N_SECTORS, {0: noise(GRAIN)}, layout="patched")
+    reader = open_vmdk(path)
+    end = reader.stream_layout.end
+    reader.close()
+    assert end == path.stat().st_size
+    marker = 128 * SECTOR + -(-len(vmdk.marked(0, noise(GRAIN))) // SECTOR) * SECTOR
+    reader = open_vmdk(poke(path, (marker + 8, struct.pack("<I", 1))))
+    assert reader.stream_layout.end is None
+    reader.close()
 
 
 # -- large disks, pieces, probing ------------------------------------------------------

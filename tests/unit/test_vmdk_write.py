@@ -311,6 +311,17 @@ def test_flat_kinds_lie_in_two_files(tmp_path: Path, raw: Path, mode: str) -> No
     assert f'RW {n_sectors} FLAT "disk-flat.vmdk" 0\n' in path.read_text()
 
 
+def test_a_data_file_replaces_a_symbolic_link(tmp_path: Path, raw: Path) -> None:
+    other = tmp_path / "other"
+    other.write_bytes(b"kept")
+    flat = tmp_path / "disk-flat.vmdk"
+    flat.symlink_to(other)
+    _write(raw, tmp_path / "disk.vmdk", "subformat=monolithicFlat", force=True)
+    assert not flat.is_symlink()
+    assert flat.read_bytes() == raw.read_bytes()
+    assert other.read_bytes() == b"kept"
+
+
 @pytest.mark.parametrize("name", ['a"b.vmdk', "vm-2024-01-01T10:00.vmdk"])
 def test_odd_names(tmp_path: Path, raw: Path, name: str) -> None:
     path = _write(raw, tmp_path / name, "subformat=streamOptimized")
@@ -472,3 +483,29 @@ def test_unwritten_tables_cost_nothing(tmp_path: Path) -> None:
         file.write(struct.pack("<I", path.stat().st_size // SECTOR - GRAIN // SECTOR))
     found = [row for batch in open_vmdk(path).extents(0, 64 * TIB) for row in batch if row["kind"]]
     assert [int(row["guest_offset"]) for row in found] == [40 * TIB + 5 * GRAIN]
+
+
+def test_a_hosted_disk_without_sectors(tmp_path: Path) -> None:
+    path = tmp_path / "a.vmdk"
+    imgcore.create(path, 0, options={"subformat": "monolithicSparse"}, sync=False)
+    with imgcore.open(path) as image:
+        assert image.virtual_size == 0
+
+
+@pytest.mark.parametrize("with_grain", [False, True])
+@pytest.mark.parametrize("subformat", ["monolithicSparse", "streamOptimized"])
+def test_tables_beyond_2_tib_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subformat: str, with_grain: bool
+) -> None:
+    writer = DRIVER.writer(_request(MIB, f"subformat={subformat}"))
+    state = BlockState.STORED if subformat == "monolithicSparse" else BlockState.COMPRESSED
+    with Target(tmp_path / "a.vmdk", sync=False) as target:
+        writer.begin(target)
+        if with_grain:
+            rows = np.array([(writer.first_offset, 600, state)], dtype=PLACEMENT_DTYPE)
+            writer.place(0, rows, writer.first_offset + GRAIN)
+        monkeypatch.setattr(
+            "imgcore.formats.vmdk.sparse_writer.VMDK_MAX_SPARSE_FILE_NBYTES", writer.first_offset
+        )
+        with pytest.raises(LimitExceededError, match="flat subformat"):
+            writer.finish(writer.first_offset + GRAIN)

@@ -219,9 +219,6 @@ def print_options_help(driver: Driver) -> None:
     from imgcore.formats.option_texts import options_help
 
     rows = options_help(driver)
-    if not rows:
-        click.echo(f"The {driver.name} format has no options.")
-        return
     click.echo(f"Options of the {driver.name} format:")
     width = max(len(f"{name}={values}") for name, values, _, _ in rows)
     for name, values, default, text in rows:

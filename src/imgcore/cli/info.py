@@ -49,8 +49,6 @@ def _print_human(image: dict[str, Any]) -> None:
     click.echo(f"file format: {image['format']}")
     click.echo(f"virtual size: {size_text(image['virtual-size'])}")
     click.echo(f"disk size: {format_size(image['actual-size'])}")
-    if image.get("encrypted"):
-        click.echo("encrypted: yes")
     if "cluster-size" in image:
         click.echo(f"cluster_size: {image['cluster-size']}")
     if image["dirty-flag"]:

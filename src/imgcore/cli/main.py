@@ -64,9 +64,6 @@ class Terminated(BaseException):
 class _LazyGroup(click.Group):
     """A group that imports the module of a verb when the verb is called."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_VERBS)
-
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _VERBS:
             return None

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from imgcore.files.byte_source import ByteSource
 
 # Keys of Reader.info() that belong beside "format-specific", not inside it.
-_TOP_LEVEL_KEYS: Final = ("cluster-size", "encrypted", "compressed", "snapshots")
+_TOP_LEVEL_KEYS: Final = ("cluster-size", "compressed", "snapshots")
 _OWN_KEYS: Final = (*_TOP_LEVEL_KEYS, "dirty-flag", "backing-filename", "backing-filename-format")
 
 

@@ -102,8 +102,7 @@ class StreamSource:
 
     def chunks(self, start: int, length: int) -> Iterator[memoryview]:
         """Yield the bytes of the whole disk in order."""
-        if (start, length) != (0, self.virtual_size):
-            raise ValueError(f"{self.path}: [{start}, {start + length}) is not the whole disk")
+        assert (start, length) == (0, self.virtual_size), "a stream is read whole"
         return self._reader.read_chunks(CHUNK_NBYTES)
 
     def supply(self, geometry: Geometry, base: Image | None) -> AbstractContextManager[Supply]:

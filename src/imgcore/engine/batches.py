@@ -113,8 +113,6 @@ def _filled_ranges(
         empty_to = empty_from + int(row["length"])
         empty_from += -empty_from % unit
         empty_to = empty_to if empty_to == end else empty_to - empty_to % unit
-        if empty_from >= empty_to:
-            continue
         if start < empty_from:
             yield start, empty_from
         start = empty_to

@@ -72,7 +72,7 @@ def deflate_codec(level: str, window_bits: int, wrapper: CodecId) -> Codec:
     return Codec(wrapper, engine, number, window_bits)
 
 
-def zstd_codec(level: str | int) -> Codec:
+def zstd_codec(level: str) -> Codec:
     """Return the codec of a zstd level: one of ``LEVELS``, or zstd's own number.
 
     Raises
@@ -80,7 +80,7 @@ def zstd_codec(level: str | int) -> Codec:
     OptionError
         The level does not exist, or the number is outside -7 .. 19.
     """
-    number = _ZSTD.get(level) if isinstance(level, str) else level
+    number = _ZSTD.get(level)
     if number is None:
         try:
             number = int(level)

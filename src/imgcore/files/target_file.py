@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from imgcore.files.host_file import HostFile
-from imgcore.files.retry import READ_ERRORS, WRITE_ERRORS, retrying
+from imgcore.files.retry import WRITE_ERRORS, retrying
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,11 +71,6 @@ class TargetFile:
             while done < len(octets):
                 rest, at = octets[done:], offset + done
                 done += retrying(partial(os.pwrite, self.fd, rest, at), WRITE_ERRORS)
-
-    def pread(self, offset: int, length: int) -> bytes:
-        """Return up to ``length`` bytes that were written, fewer at the file's end."""
-        with named_errors(self.path):
-            return retrying(lambda: os.pread(self.fd, length, offset), READ_ERRORS)
 
     def truncate(self, nbytes: int) -> None:
         """Set the file's size; a block device keeps its own, which must suffice."""

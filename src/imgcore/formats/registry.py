@@ -78,17 +78,7 @@ NOT_READ: Final = {
 }
 
 
-def _index() -> dict[str, Entry]:
-    entries: dict[str, Entry] = {}
-    for entry in DRIVERS:
-        for name in (entry.name, *entry.aliases):
-            if name in entries:
-                raise RuntimeError(f"two formats are named {name}")
-            entries[name] = entry
-    return entries
-
-
-_ENTRIES: Final = _index()
+_ENTRIES: Final = {name: entry for entry in DRIVERS for name in (entry.name, *entry.aliases)}
 
 
 def format_names() -> tuple[str, ...]:

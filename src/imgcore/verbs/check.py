@@ -167,12 +167,5 @@ def _result(layer: Layer, report: CheckReport) -> CheckResult:
     return CheckResult(
         filename=layer.file.path,
         format=layer.reader.format_name,
-        corruptions=report.corruptions,
-        leaks=report.leaks,
-        total_clusters=report.total_clusters,
-        allocated_clusters=report.allocated_clusters,
-        fragmented_clusters=report.fragmented_clusters,
-        compressed_clusters=report.compressed_clusters,
-        image_end_offset=report.image_end_offset,
-        problems=list(report.problems),
+        **vars(report),
     )

@@ -70,8 +70,8 @@ def info(
         backing files, in order.  The keys are those of ``qemu-img info --output=json``:
         ``filename``, ``format``, ``virtual-size`` (bytes), ``actual-size`` (bytes that
         the host has allocated to all files of the image), ``dirty-flag``, and if they
-        apply ``format-specific``, ``cluster-size``, ``encrypted``, ``compressed``,
-        ``snapshots``, ``backing-filename``, ``full-backing-filename`` and
+        apply ``format-specific``, ``cluster-size``, ``compressed``, ``snapshots``,
+        ``backing-filename``, ``full-backing-filename`` and
         ``backing-filename-format``.
 
     Raises

@@ -101,8 +101,7 @@ class RefcountBuilder:
 
     def _room_for(self, first: int, last: int) -> int:
         """Extend the window to ``last``; return the index of ``first`` in it."""
-        if first < self._base:
-            raise ValueError(f"refcount block of cluster {first} has already been written")
+        assert first >= self._base, "the cluster's refcount block has already been written"
         needed = last - self._base
         if needed > self._counts.size:
             grown = np.zeros(max(needed, 2 * self._counts.size), dtype=np.uint16)

@@ -245,8 +245,6 @@ class ExtentTables:
             offset = entry & layout.OFFSET_MASK
         if offset >= self._file.nbytes:
             reason = f"starts at {offset:#x}, past the end of the file ({self._file.nbytes:#x})"
-        elif entry & layout.COMPRESSED:
-            reason = f"at {offset:#x} is not a valid compressed cluster"
         elif self._header.version < 3 and entry & layout.ZERO_FLAG:
             reason = "has the zero flag, which version 2 does not have"
         elif entry & layout.L2_RESERVED_V3:

@@ -218,8 +218,7 @@ class Qcow2Writer:
         file.pwrite(0, build_header(options, options.cluster_size, table_offset, n_table))
 
     def _target_file(self) -> TargetFile:
-        if self._file is None:
-            raise RuntimeError("begin() was not called")
+        assert self._file is not None
         return self._file
 
     def _aligned(self, offset: int) -> int:

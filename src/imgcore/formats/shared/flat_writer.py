@@ -82,7 +82,6 @@ class FlatWriter:
 
     def _finished_file(self) -> TargetFile:
         """Return the file at its final size."""
-        if self._file is None:
-            raise RuntimeError("begin() was not called")
+        assert self._file is not None
         self._file.truncate(self._file_nbytes)
         return self._file

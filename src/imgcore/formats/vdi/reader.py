@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from imgcore.engine.source_file import SourceFile
-from imgcore.formats.vdi.header import VdiHeader, read_header
+from imgcore.formats.vdi.header import read_header
 
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
@@ -44,27 +44,22 @@ class VdiReader:
     def __init__(self, file: ByteSource, gate: ReferenceGate) -> None:
         self._file = file
         self._gate = gate
-        self._header = read_header(file)
-        self.subformat: str | None = self._header.subformat
-        self.virtual_size = self._header.virtual_size
-        self.block_nbytes = self._header.block_nbytes
+        self.header = read_header(file)
+        self.subformat: str | None = self.header.subformat
+        self.virtual_size = self.header.virtual_size
+        self.block_nbytes = self.header.block_nbytes
         self.sources: Sequence[SourceFile] = (SourceFile(file),)
-        self.identities: Mapping[str, str] = self._header.identities
+        self.identities: Mapping[str, str] = self.header.identities
         self._backing: BackingReference | None = None
         self._tables: ExtentTables | None = None
 
     @property
-    def header(self) -> VdiHeader:
-        """The verified header."""
-        return self._header
-
-    @property
     def backing(self) -> BackingReference | None:
         """The parent; the first use searches for it by its UUID."""
-        if self._backing is None and self._header.parent_uuid is not None:
+        if self._backing is None and self.header.parent_uuid is not None:
             from imgcore.formats.vdi.parent import find_parent
 
-            self._backing = find_parent(self._header, self._gate, self._file.path)
+            self._backing = find_parent(self.header, self._gate, self._file.path)
         return self._backing
 
     def extents(self, start: int, length: int) -> Iterator[Extents]:
@@ -78,12 +73,12 @@ class VdiReader:
         if self._tables is None:
             from imgcore.formats.vdi.tables import ExtentTables
 
-            self._tables = ExtentTables(self._file, self._header)
+            self._tables = ExtentTables(self._file, self.header)
         return self._tables.extents(start, length)
 
     def info(self) -> dict[str, Any]:
         """Return UUIDs and the kind of image, in the keys of ``qemu-img info``."""
-        header = self._header
+        header = self.header
         data: dict[str, Any] = {
             "subformat": header.subformat,
             "uuid": str(header.uuid),
@@ -110,13 +105,13 @@ class VdiReader:
         """
         from imgcore.formats.vdi.check import check
 
-        return check(self._file, self._header)
+        return check(self._file, self.header)
 
     def repairs(self) -> list[Repair]:
         """Return the possible repairs; see `imgcore.formats.api.Repairable`."""
         from imgcore.formats.vdi.check import find_repairs
 
-        return find_repairs(self._file, self._header)
+        return find_repairs(self._file, self.header)
 
     def close(self) -> None:
         """Close the file; more than once is allowed."""

@@ -98,9 +98,11 @@ class VhdHeader(NamedTuple):
 
     @property
     def structures(self) -> list[tuple[int, int, str]]:
-        """(start, end, name) of what blocks must not overlap, without the locators."""
-        if self.dynamic is None:
-            return []
+        """(start, end, name) of what a dynamic disk's blocks must not overlap.
+
+        The locators are left out.
+        """
+        assert self.dynamic is not None
         table, header = self.dynamic.table_offset, self.footer.data_offset
         table_nbytes = self.dynamic.max_table_entries * layout.ENTRY_NBYTES
         return [
@@ -413,8 +415,7 @@ def parent_texts(
         A locator lies outside the file, is too long, or has an invalid encoding.  The
         other texts can still be used.
     """
-    if header.dynamic is None:
-        return [], []
+    assert header.dynamic is not None
     texts: list[tuple[bytes, str]] = []
     problems: list[ImgcoreError] = []
     for locator in header.locators:

@@ -15,7 +15,7 @@ from imgcore.formats.api import BackingReference
 from imgcore.formats.options import FormatOptions, choice
 from imgcore.formats.shared.flat_reader import FlatExtents
 from imgcore.formats.vhd import layout
-from imgcore.formats.vhd.header import VhdHeader, parent_texts, read_header, uuid_text
+from imgcore.formats.vhd.header import parent_texts, read_header, uuid_text
 from imgcore.formats.vhd.layout import DiskType
 from imgcore.formats.vhd.parent import find_parent
 from imgcore.limits import SECTOR_NBYTES
@@ -71,11 +71,11 @@ class VhdReader:
 
     def __init__(self, file: ByteSource, size: str | None = None) -> None:
         self._file = file
-        self._header = read_header(file, size)
-        self.backing: BackingReference | None = find_parent(file, self._header)
-        self.subformat: str | None = _SUBFORMATS[self._header.disk_type]
-        self.virtual_size = self._header.size.nbytes
-        dynamic = self._header.dynamic
+        self.header = read_header(file, size)
+        self.backing: BackingReference | None = find_parent(file, self.header)
+        self.subformat: str | None = _SUBFORMATS[self.header.disk_type]
+        self.virtual_size = self.header.size.nbytes
+        dynamic = self.header.dynamic
         self.block_nbytes = SECTOR_NBYTES if dynamic is None else dynamic.block_nbytes
         self.sources = (SourceFile(file),)
         self._tables: ExtentTables | FlatExtents | None = None
@@ -83,14 +83,9 @@ class VhdReader:
             self._tables = FlatExtents(file)
 
     @property
-    def header(self) -> VhdHeader:
-        """The verified headers, with the footer and its copy as found."""
-        return self._header
-
-    @property
     def identities(self) -> Mapping[str, str]:
         """The UUID by which a differencing disk identifies its parent."""
-        return {"UUID": uuid_text(self._header.footer.uuid)}
+        return {"UUID": uuid_text(self.header.footer.uuid)}
 
     def extents(self, start: int, length: int) -> Iterator[Extents]:
         """Yield extent batches; see `imgcore.formats.api.Reader`.
@@ -103,12 +98,12 @@ class VhdReader:
         if self._tables is None:
             from imgcore.formats.vhd.tables import ExtentTables
 
-            self._tables = ExtentTables(self._file, self._header)
+            self._tables = ExtentTables(self._file, self.header)
         return self._tables.extents(start, length)
 
     def info(self) -> dict[str, Any]:
         """Return the fields of the footer and the headers."""
-        footer, size = self._header.footer, self._header.size
+        footer, size = self.header.footer, self.header.size
         data: dict[str, Any] = {
             "subformat": self.subformat,
             "creator": printable(footer.creator),
@@ -120,7 +115,7 @@ class VhdReader:
                 "from": size.field,
                 "because": size.because,
                 "current": footer.current_size,
-                "chs": self._header.chs_nbytes,
+                "chs": self.header.chs_nbytes,
             },
             "geometry": {
                 "cylinders": footer.cylinders,
@@ -130,15 +125,15 @@ class VhdReader:
             "saved-state": bool(footer.saved_state),
         }
         info: dict[str, Any] = {"format-specific": {"type": "vhd", "data": data}}
-        dynamic = self._header.dynamic
+        dynamic = self.header.dynamic
         if dynamic is not None:
             info["cluster-size"] = dynamic.block_nbytes
-        if dynamic is not None and self._header.disk_type is DiskType.DIFFERENCING:
+        if dynamic is not None and self.header.disk_type is DiskType.DIFFERENCING:
             data["parent-uuid"] = uuid_text(dynamic.parent_uuid)
             data["parent-timestamp"] = dynamic.parent_timestamp + layout.EPOCH_UNIX_SECONDS
             data["parent-names"] = [
                 {"locator": printable(code) or "header", "name": text}
-                for code, text in parent_texts(self._file, self._header)[0]
+                for code, text in parent_texts(self._file, self.header)[0]
             ]
         return info
 
@@ -151,13 +146,13 @@ class VhdReader:
         """
         from imgcore.formats.vhd.check import check_image
 
-        return check_image(self._file, self._header)
+        return check_image(self._file, self.header)
 
     def repairs(self) -> list[Repair]:
         """Return the possible repairs; see `imgcore.formats.api.Repairable`."""
         from imgcore.formats.vhd.check import find_repairs
 
-        return find_repairs(self._file, self._header)
+        return find_repairs(self._file, self.header)
 
     def close(self) -> None:
         """Close the file; more than once is allowed."""

@@ -19,7 +19,6 @@ from imgcore.errors import (
     CorruptImageError,
     LimitExceededError,
     UnsupportedFeatureError,
-    WrongFormatError,
 )
 from imgcore.formats.api import BackingReference
 from imgcore.formats.vhdx import layout
@@ -132,14 +131,10 @@ def read_image(file: ByteSource) -> VhdxImage:
 
     Raises
     ------
-    WrongFormatError
-        The magic is absent.
     CorruptImageError, LimitExceededError, UnsupportedFeatureError
         The image contradicts itself, is unsupported, or is over a limit.
     """
     head = file.pread(0, min(file.nbytes, layout.CREATOR_OFFSET + layout.CREATOR_NBYTES))
-    if not head.startswith(layout.SIGNATURE):
-        raise WrongFormatError("not a VHDX image: its file identifier is missing", path=file.path)
     problems: list[Problem] = []
     header = _current_header(file, problems)
     _check_header(header, file)

@@ -80,7 +80,6 @@ class WriteOptions(NamedTuple):
     data_write_guid: uuid.UUID
     backing: BackingReference | None
     sparse_nbytes: int
-    target_name: str
 
     @classmethod
     def of(cls, request: WriteRequest[Options]) -> WriteOptions:
@@ -114,7 +113,6 @@ class WriteOptions(NamedTuple):
             data_write_guid=_guid("data_write_guid", options.data_write_guid),
             backing=backing,
             sparse_nbytes=request.sparse_nbytes,
-            target_name=request.target_name,
         )
 
     @property

@@ -39,8 +39,6 @@ class VhdxReader:
 
     Raises
     ------
-    WrongFormatError
-        The magic is absent.
     CorruptImageError, LimitExceededError, UnsupportedFeatureError
         The image is damaged, unsupported or over a limit.
 
@@ -111,15 +109,11 @@ class VhdxReader:
             data["log-entries-replayed"] = image.replayed.n_entries
         if metadata.locator is not None:
             data["parent-locator"] = dict(metadata.locator)
-        info: dict[str, Any] = {
+        return {
             "cluster-size": metadata.block_nbytes,
             "dirty-flag": image.replayed is not None,
             "format-specific": {"type": "vhdx", "data": data},
         }
-        if image.backing is not None:
-            info["backing-filename"] = image.backing.name
-            info["backing-filename-format"] = image.backing.format
-        return info
 
     def check(self) -> CheckReport:
         """Verify headers, tables and the BAT.

@@ -122,8 +122,6 @@ class ExtentTables:
         """Yield the part of a batch that lies in [low, high), with the log applied."""
         start = max(low, int(rows["guest_offset"][0]))
         stop = min(high, int(rows["guest_offset"][-1] + rows["length"][-1]))
-        if start >= stop:
-            return
         rows = clip(rows, start, stop)
         for part in [rows] if self._patches is None else self._patches.apply(rows):
             for at in range(0, len(part), limits.MAX_BATCH_ROWS):

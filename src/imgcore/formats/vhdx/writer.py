@@ -13,11 +13,9 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 import numpy as np
 
-from imgcore._core import CoreError
 from imgcore._version import __version__
 from imgcore.engine.extents import PLACEMENT_DTYPE, BlockState
 from imgcore.engine.geometry import Geometry, Placing
-from imgcore.errors import LimitExceededError
 from imgcore.formats.api import Measurement
 from imgcore.formats.shared.flat_writer import FlatWriter, flat_geometry
 from imgcore.formats.shared.sparse_tables import write_with_holes
@@ -73,14 +71,8 @@ class _Structures:
         indices = payload_indices(first_block, first_block + len(placements), ratio)
         base = int(indices[0])
         entries = np.empty(len(placements), dtype=np.uint64)
-        try:
-            self._format.encode(placements, entries.view(np.uint8))
-        except CoreError as error:
-            place = int(placements["host_offset"][error.offset])
-            raise LimitExceededError(
-                f"host offset {place:#x} does not fit a BAT entry",
-                path=self._options.target_name or None,
-            ) from None
+        # Every place fits into an entry, which counts MiB in 44 bits.
+        self._format.encode(placements, entries.view(np.uint8))
         # The entry of a sector bitmap block separates the payload blocks of two chunks.
         table = np.zeros(int(indices[-1]) + 1 - base, dtype=np.uint64)
         table[indices - base] = entries

@@ -83,11 +83,6 @@ class Descriptor(NamedTuple):
         """The parent's file name, empty if the disk has no parent."""
         return self.values.get("parentfilenamehint", "")
 
-    @property
-    def virtual_size(self) -> int:
-        """The total size of all extents in bytes."""
-        return sum(extent.nbytes for extent in self.extents)
-
 
 def parse_descriptor(data: bytes, path: str) -> Descriptor:
     """Parse a descriptor from its own file, or embedded and padded with NULs.

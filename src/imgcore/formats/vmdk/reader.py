@@ -137,8 +137,6 @@ class VmdkReader:
         directory, one window of grain tables and one batch.
         """
         stop = start + length
-        if start < 0 or length < 0 or stop > self.virtual_size:
-            raise ValueError(f"[{start}, {stop}) is not inside {self.virtual_size} bytes")
         for item in self._extents:
             low = max(start, item.guest_base)
             high = min(stop, item.guest_base + item.nbytes)

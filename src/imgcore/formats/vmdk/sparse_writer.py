@@ -291,11 +291,6 @@ class HostedLayout:
         self.gd_offset = self.rgt_offset + tables_nbytes
         self.gt_offset = self.gd_offset + directory_nbytes
         self.overhead = align_up(self.gt_offset + tables_nbytes, options.grain_nbytes)
-        if self.overhead >= VMDK_MAX_SPARSE_FILE_NBYTES:
-            raise LimitExceededError(
-                f"the tables of a disk of {options.virtual_size} bytes need {self.overhead} bytes, "
-                f"a sparse VMDK file holds at most {VMDK_MAX_SPARSE_FILE_NBYTES}"
-            )
 
 
 class SparseWriter:

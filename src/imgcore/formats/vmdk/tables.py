@@ -270,6 +270,7 @@ class SparseTables:
         )
         rows = clip(rows, start, stop)
         if self.extent.is_compressed:
+            self._refuse_cut_marker(rows)
             self._mark_short_grain(rows)
             tighten_bounds(rows)
         return rows
@@ -283,6 +284,20 @@ class SparseTables:
             path=self.extent.file.path,
             offset=place,
         )
+
+    def _refuse_cut_marker(self, rows: Extents) -> None:
+        """Raise if the file ends within a grain's marker, or right after it."""
+        if not self.extent.has_markers:
+            return
+        cut = (rows["kind"] == Kind.ZLIB) & (rows["host_length"] <= GRAIN_MARKER.size)
+        for row in rows[cut]:
+            place = int(row["host_offset"])
+            raise CorruptImageError(
+                f"the grain for guest offset {int(row['guest_offset']):#x} is at {place:#x}, "
+                f"without data before the end of the file ({self.extent.file.nbytes:#x})",
+                path=self.extent.file.path,
+                offset=place,
+            )
 
     def _mark_short_grain(self, rows: Extents) -> None:
         """Change the row of a truncated last grain to the source of its block size.
