@@ -15,6 +15,8 @@ from tests.helpers.vhd import Block, be32
 
 import imgcore
 from imgcore import CorruptImageError, LimitExceededError, OptionError, WrongFormatError
+from imgcore.formats.api import BackingReference
+from imgcore.formats.vhd.parent import parent_fields
 
 BLOCK = 8192
 SECTOR = vhd.SECTOR
@@ -395,6 +397,15 @@ class TestWriting:
         raw.write_bytes(new.ljust(len(new) + 512, b"x")[: len(new) + n_sectors * SECTOR])
         with pytest.raises(OptionError, match=f"the size of its parent: p.vhd has {len(new)} "):
             self.child(raw, tmp_path / "c.vhd")
+
+    def test_a_name_too_long_for_the_header(self) -> None:
+        """FUSE file systems can have such names."""
+        identities = {"UUID": "12345678-1234-5678-1234-567812345678"}
+        backing = BackingReference(
+            "n" * 256, "vhd", identities=identities, path="/n", virtual_size=512
+        )
+        with pytest.raises(OptionError, match="has 256 characters, at most 255 are allowed"):
+            parent_fields(backing, 512)
 
     def test_parent_without_uuid(self, tmp_path: Path) -> None:
         _, raw = self.make(tmp_path, "fixed")

@@ -65,6 +65,7 @@ HEADER: Final = struct.Struct(">8sQQIIII16sII512s")
 HEADER_NBYTES: Final = 1024
 HEADER_COOKIE: Final = b"cxsparse"
 HEADER_CHECKSUM_OFFSET: Final = 36
+PARENT_NAME_NBYTES: Final = 512
 
 
 class DynamicHeader(NamedTuple):

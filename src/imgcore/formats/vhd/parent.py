@@ -124,6 +124,11 @@ def parent_fields(backing: BackingReference, virtual_size: int) -> ParentFields:
         )
     relative, windows_name = _windows_names(backing.name)
     last = windows_name.rpartition("\\")[2].encode("utf-16-be")
+    # Longer names exist on some FUSE file systems only.
+    if len(last) > layout.PARENT_NAME_NBYTES - 2:
+        raise OptionError(
+            f"the parent's name has {len(last) // 2} characters, at most 255 are allowed"
+        )
     modified = (backing.modified or 0) - layout.EPOCH_UNIX_SECONDS
     return ParentFields(
         uuid=parent_uuid.bytes,
