@@ -83,7 +83,7 @@ QUICK_TESTS := tests/unit tests/test_architecture.py tests/test_promises.py
 quick: lint native-test build
 	@$(PY) -m pytest -q $(PARALLEL) $(PYTEST_ARGS) $(QUICK_TESTS)
 	@echo "quick: lint, types, native tests and $(QUICK_TESTS) passed."
-	@echo "quick: left to make test: sanitizers, tests/{crosscheck,faults,fuzz,hostile,oracle,property}"
+	@echo "quick: left to make test: the sanitizers and the other folders of tests/."
 
 # Traces the tests and all processes that they start.  Killed processes leave broken
 # records, which are dropped.  The report is printed even if a test fails.
