@@ -451,6 +451,15 @@ def test_create_refuses(case: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("words", [{"backing": "b"}, {"backing_format": "raw"}, {"format": ""}])
+def test_create_does_not_guess_formats(words: dict[str, str], tmp_path: Path) -> None:
+    path = str(tmp_path / "new.qcow2")
+    with pytest.raises(imgcore.OptionError, match="format") as caught:
+        imgcore.create(path, MIB, **words)
+    assert caught.value.path == (None if "format" in words else path)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["new.raw.zst", "new.img.gz"])
 def test_create_makes_no_stream(name: str, tmp_path: Path) -> None:
     with pytest.raises(imgcore.OptionError, match="only convert writes"):

@@ -14,15 +14,19 @@ if TYPE_CHECKING:
 
 
 def backing_reference(
-    backing: str | os.PathLike[str] | None, backing_format: str | None
+    target: str, backing: str | os.PathLike[str] | None, backing_format: str | None
 ) -> BackingReference | None:
     """Return the reference to store; OptionError if only one of the two is given."""
     if backing is None:
         if backing_format is not None:
-            raise OptionError("a format of the backing file is given (-F), but no backing file")
+            raise OptionError(
+                "a format of the backing file is given (-F), but no backing file", path=target
+            )
         return None
     if backing_format is None:
-        raise OptionError("the backing file's format is never guessed: state it with -F")
+        raise OptionError(
+            "the backing file's format is never guessed: state it with -F", path=target
+        )
     return BackingReference(os.fspath(backing), canonical_name(backing_format))
 
 

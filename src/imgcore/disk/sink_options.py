@@ -58,7 +58,7 @@ class SinkOptions(NamedTuple):
     ) -> SinkOptions:
         """Return the record; OptionError if the keywords contradict each other."""
         platform = None if profile is None else _profile(profile)
-        name = target_format(target, fitting_format(platform, format), flag="-O")
+        name = target_format(target, fitting_format(platform, format) or None, flag="-O")
         if salvage and backing is not None:
             raise OptionError("salvaged data cannot be compared with a parent (-B)")
         if platform is not None:
@@ -73,7 +73,7 @@ class SinkOptions(NamedTuple):
             format=name,
             options=fitting_options(platform, name, options),
             compress=compress,
-            backing=backing_reference(backing, backing_format),
+            backing=backing_reference(target, backing, backing_format),
             sparse_nbytes=_sparse_nbytes(sparse),
             threads=thread_count(threads),
             in_place=in_place,

@@ -22,7 +22,7 @@ def target_format(path: str, stated: str | None, *, flag: str) -> str:
     OptionError
         There is neither, or a compressed stream of a format other than raw is wanted.
     """
-    name = stated or format_from_suffix(path)
+    name = format_from_suffix(path) if stated is None else stated
     if name is None:
         raise OptionError(
             f"the name has no suffix of a known format: state the format with {flag}", path=path

@@ -131,7 +131,7 @@ def _open_backing(
     from imgcore.disk.layer import open_layer
     from imgcore.disk.open_options import OpenOptions
 
-    reference = backing_reference(backing, backing_format)
+    reference = backing_reference(name, backing, backing_format)
     if reference is None:
         return None, None, None
     options = OpenOptions.from_keywords(format=reference.format, allow=allow, share=True)
