@@ -233,6 +233,8 @@ void *imgc_worker_main(void *argument)
 	struct imgc_job *job = worker->job;
 
 	run(worker);
+	/* Reads of windows that another worker wrote. */
+	count(worker, 0, 0);
 	pthread_mutex_lock(&job->lock);
 	if (--job->n_running == 0)
 		pthread_cond_broadcast(&job->ended);

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from tests.helpers import qemu
+from tests.helpers.images import noise
 from tests.helpers.mounts import loop_device
 
 import imgcore
@@ -32,8 +33,8 @@ def write_disk(path: Path, nbytes: int, pieces: list[tuple[int, bytes]]) -> Path
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Path:
-    noise = random.Random(1).randbytes
-    pieces = [(0, b"first" * 1000), (MIB, noise(200 * KIB)), (3 * MIB, b"text " * 40000)]
+    randbytes = random.Random(1).randbytes
+    pieces = [(0, b"first" * 1000), (MIB, randbytes(200 * KIB)), (3 * MIB, b"text " * 40000)]
     return write_disk(tmp_path / "disk.raw", 4 * MIB + 512, pieces)
 
 
@@ -462,3 +463,14 @@ def test_long_streams_are_taken_in_turns(
     imgcore.convert(disk, packed)
     imgcore.convert(packed, tmp_path / "a.qcow2")
     assert imgcore.compare(disk, tmp_path / "a.qcow2").identical
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_every_byte_read_is_counted(tmp_path: Path, threads: int) -> None:
+    """Also by workers that read windows which others write."""
+    source = tmp_path / "a.raw"
+    source.write_bytes(noise(16 * MIB))
+    for turn in range(5):
+        target = tmp_path / f"{turn}.raw"
+        result = imgcore.convert(source, target, threads=threads, reflink=False)
+        assert result.bytes_read == 16 * MIB

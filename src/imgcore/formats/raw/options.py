@@ -21,7 +21,7 @@ class Options(FormatOptions):
     preallocation: str = choice(
         "off",
         PREALLOCATION,
-        "reserve the whole file: by the file system (falloc) or by writing zeros (full)",
+        "Reserve the whole file: by the file system (falloc) or by writing zeros (full)",
     )
 
 

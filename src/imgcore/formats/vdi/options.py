@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 class Options(FormatOptions):
     """The ``-o`` options."""
 
-    subformat: str | None = choice(None, ("dynamic", "fixed"), "Kind of VDI (default dynamic)")
+    subformat: str | None = choice(None, ("dynamic", "fixed"), "Kind of VDI (default: dynamic)")
     static: bool = flag("The same as subformat=fixed")
     block_size: int = byte_size(layout.DEFAULT_BLOCK_NBYTES, "Block size, 128k to 128M")
-    uuid: str | None = text(None, "UUID of the image (random by default)")
+    uuid: str | None = text(None, "UUID of the image (default: random)")
     modification_uuid: str | None = text(
-        None, "UUID of its last change (random by default; derived from uuid if that is given)"
+        None, "UUID of its last change (default: derived from uuid if given, else random)"
     )
     preallocation: str = choice("off", PREALLOCATION, "Reserve the space of a fixed image")
 

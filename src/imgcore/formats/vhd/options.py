@@ -55,8 +55,8 @@ class Options(FormatOptions):
         ("current", "chs"),
         "Keep the size, or round it up to one that a geometry states exactly (Virtual PC)",
     )
-    block_size: int | None = byte_size(None, "Block size, 512k to 2M (default 2M; dynamic only)")
-    uuid: str | None = text(None, "UUID (random by default)")
+    block_size: int | None = byte_size(None, "Block size, 512k to 2M (default: 2M; dynamic only)")
+    uuid: str | None = text(None, "UUID (default: random)")
     timestamp: int = number(layout.EPOCH_UNIX_SECONDS, "Time of creation in Unix seconds")
     batmap: bool = flag("Write XenServer's map of full blocks (dynamic only)")
     preallocation: str = choice("off", PREALLOCATION, "Reserve the space of a fixed disk")

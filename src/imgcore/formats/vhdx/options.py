@@ -50,26 +50,30 @@ class Options(FormatOptions):
     """The ``-o`` options."""
 
     subformat: str = choice(
-        "dynamic", ("dynamic", "fixed"), "allocate blocks when they are needed, or all"
+        "dynamic", ("dynamic", "fixed"), "Allocate blocks when they are needed, or all of them"
     )
-    block_size: int | None = byte_size(None, "1M to 256M (default 32M, or 2M with a parent)")
+    block_size: int | None = byte_size(
+        None, "Block size, 1M to 256M (default: 32M, or 2M with a parent)"
+    )
     logical_sector_size: str | None = choice(
         None,
         _SECTOR_SIZES,
-        "sector size that the guest sees (default that of the parent or source, or 512)",
+        "Sector size that the guest sees (default: that of the parent or source, or 512)",
     )
     physical_sector_size: str | None = choice(
         None,
         _SECTOR_SIZES,
-        "sector size that the guest aligns to (default that of the parent, or 4096)",
+        "Sector size that the guest aligns to (default: that of the parent, or 4096)",
     )
     virtual_disk_id: str | None = text(
-        None, "GUID of the disk (default that of the parent, or random)"
+        None, "GUID of the disk (default: that of the parent, or random)"
     )
     data_write_guid: str | None = text(
-        None, "GUID by which children identify the disk (default random)"
+        None, "GUID by which children identify the disk (default: random)"
     )
-    file_write_guid: str | None = text(None, "GUID of the last change to the file (default random)")
+    file_write_guid: str | None = text(
+        None, "GUID of the last change to the file (default: random)"
+    )
 
 
 class WriteOptions(NamedTuple):
