@@ -47,7 +47,34 @@ def is_on_xfs(fd: int) -> bool:
     return ctypes.c_long.from_buffer(buffer).value == _XFS_SUPER_MAGIC
 
 
-class HostFile:
+class OpenFile:
+    """A descriptor, which this object owns, and the same file for the native engine."""
+
+    def __init__(self, fd: int, path: str) -> None:
+        self.fd = fd
+        self.path = path
+        self._core: File | None = None
+
+    @property
+    def core(self) -> File:
+        """The file for the native engine."""
+        if self._core is None:
+            from imgcore._core import File
+
+            self._core = File.from_fd(self.fd)
+        return self._core
+
+    def close(self) -> None:
+        """Close the descriptor; more than once is allowed."""
+        core, self._core = self._core, None
+        if core is not None:
+            core.close()
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+class HostFile(OpenFile):
     """A file of the host, open for reading: a regular file or a block device.
 
     See `ByteSource` for the contract of its members.
@@ -60,10 +87,8 @@ class HostFile:
 
     def __init__(self, fd: int, path: str, *, share: bool = False, device: bool = True) -> None:
         """Take over an open descriptor; an error closes it."""
-        self.path = path
-        self.fd = fd
+        super().__init__(fd, path)
         self.share = share
-        self._core: File | None = None
         self._knows_holes = False
         self._absolute_path = os.path.abspath(path)
         try:
@@ -146,15 +171,6 @@ class HostFile:
     def attribute(self, name: str) -> bytes:
         """Return an extended attribute; OSError if the file does not have it."""
         return os.getxattr(self.fd, name)
-
-    @property
-    def core(self) -> File:
-        """The file for the native engine."""
-        if self._core is None:
-            from imgcore._core import File
-
-            self._core = File.from_fd(self.fd)
-        return self._core
 
     def pread(self, offset: int, length: int) -> bytes:
         """Return exactly ``length`` bytes; see `ByteSource.pread`."""
@@ -249,15 +265,6 @@ class HostFile:
             return file_identity(os.stat(self._absolute_path)) != self.identity
         except OSError:
             return False  # deleted or unreachable now, but the data read is complete
-
-    def close(self) -> None:
-        """Close the descriptor; more than once is allowed."""
-        core, self._core = self._core, None
-        if core is not None:
-            core.close()
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
 
     def __enter__(self) -> Self:
         return self

@@ -9,19 +9,17 @@ import stat
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from imgcore.files.host_file import HostFile
+from imgcore.files.host_file import HostFile, OpenFile
 from imgcore.files.retry import WRITE_ERRORS, retrying
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from imgcore._core import File
-
 
 _FILL_NBYTES: Final = 1 << 20
 
 
-class TargetFile:
+class TargetFile(OpenFile):
     """One file that is being written.
 
     Attributes
@@ -32,20 +30,6 @@ class TargetFile:
         Open for reading and writing; this object owns it, and only `imgcore.files`
         uses it.
     """
-
-    def __init__(self, fd: int, path: str) -> None:
-        self.fd = fd
-        self.path = path
-        self._core: File | None = None
-
-    @property
-    def core(self) -> File:
-        """The file for the native engine."""
-        if self._core is None:
-            from imgcore._core import File
-
-            self._core = File.from_fd(self.fd)
-        return self._core
 
     @property
     def nbytes(self) -> int:
@@ -120,15 +104,6 @@ class TargetFile:
         """
         with named_errors(self.path):
             os.close(os.dup(self.fd))
-
-    def close(self) -> None:
-        """Close the descriptor; more than once is allowed."""
-        core, self._core = self._core, None
-        if core is not None:
-            core.close()
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
 
 
 @contextlib.contextmanager
