@@ -286,7 +286,7 @@ def test_convert_passes_every_flag_on(run: RunMain, fake: Fake) -> None:
         "backing": "base.raw",
         "backing_format": "raw",
         "source_backing_format": "qcow2",
-        "parent": "p",
+        "parent": ("p",),
         "read_options": ("size=chs",),
         "options": ("a=1,b=2", "c=3"),
         "profile": "azure",

@@ -25,7 +25,7 @@ EXIT_UNSUPPORTED: Final = 63
 
 
 @verb("check")
-@open_options("format", "parent", "share", "allow")
+@open_options("format", "backing_format", "parent", "share", "allow")
 @quiet_option()
 @output_options
 @click.option("-r", "--repair", is_flag=True, help="Repair what can be repaired safely.")

@@ -74,7 +74,9 @@ _OPEN_FLAGS: Final = {
         ("--parent",),
         {
             "metavar": "FILE",
-            "help": "Parent of {}, instead of the file that it names; its identity is verified.",
+            "multiple": True,
+            "help": "Parent of {}, instead of the file that it names; its identity is verified. "
+            "May be repeated: the parent's parent follows.",
         },
     ),
     "read_options": _Flag(

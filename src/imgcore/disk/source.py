@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from imgcore.disk.image import open_image
+from imgcore.disk.image_names import local_image
 from imgcore.disk.image_source import ImageSource
 from imgcore.disk.stream_source import StreamSource, is_stream
 from imgcore.errors import OptionError
@@ -115,11 +116,12 @@ def open_source(
     ImgcoreError, OSError
         As `imgcore.open`.
     """
+    path, options = local_image(path, options)
     if is_stream(path, options):
         with StreamSource.open(path, options) as stream:
             yield stream
         return
-    if options.parent is not None and not parents:
+    if options.parents and not parents:
         raise OptionError("a parent is given, but only the image itself is described")
     with open_image(path, options, parents=parents) as image:
         yield ImageSource(image)

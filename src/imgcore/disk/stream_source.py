@@ -51,7 +51,7 @@ class StreamSource:
 
         if options.read_options:
             raise OptionError(f"{cls.format} has no options for reading", path=os.fspath(path))
-        if options.parent is not None:
+        if options.parents:
             raise OptionError(
                 f"a parent is given, but {cls.format} disks have none", path=os.fspath(path)
             )

@@ -80,6 +80,8 @@ class BackingReference(NamedTuple):
         Only in a `WriteRequest`: absolute path of the parent, which has been opened.
     virtual_size : int or None
         Only in a `WriteRequest`: size of the parent's disk in bytes.
+    without_backing : bool
+        The parent's own parent is left out.
 
     Notes
     -----
@@ -94,6 +96,7 @@ class BackingReference(NamedTuple):
     modified: int | None = None
     path: str | None = None
     virtual_size: int | None = None
+    without_backing: bool = False
 
     def __repr__(self) -> str:
         fields = zip(self._fields, self, strict=True)
@@ -223,6 +226,21 @@ class SectorSized(Protocol):
     @property
     def logical_sector_nbytes(self) -> int:
         """Logical sector size in bytes: 512 or 4096."""
+        ...
+
+
+@runtime_checkable
+class Divided(Protocol):
+    """A reader of images whose disk may be in several files.
+
+    Optional: readers of other formats do not have this method.
+    """
+
+    def require_extents(self) -> None:
+        """Raise the gate's error if it did not open all files of the disk.
+
+        Without them, the image can be described, but not read.
+        """
         ...
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from imgcore.disk.backing import backing_path
 from imgcore.disk.image import open_image
-from imgcore.disk.open_options import OpenOptions
+from imgcore.disk.open_options import Flags, OpenOptions
 from imgcore.disk.profile_fitting import fitting_size
 from imgcore.disk.sink import open_sink
 from imgcore.disk.sink_options import SinkOptions
@@ -21,6 +21,7 @@ from imgcore.log import log
 
 if TYPE_CHECKING:
     from imgcore.disk.image import Image
+    from imgcore.disk.open_options import Parents
     from imgcore.disk.sink import Sink
     from imgcore.engine.bad_ranges import BadRange
     from imgcore.engine.progress import Progress
@@ -78,7 +79,7 @@ def convert(
     backing: str | os.PathLike[str] | None = None,
     backing_format: str | None = None,
     source_backing_format: str | None = None,
-    parent: str | os.PathLike[str] | None = None,
+    parent: Parents = None,
     read_options: Mapping[str, Any] | Sequence[str] | None = None,
     sparse: int | str = 4096,
     threads: int | None = None,
@@ -174,6 +175,7 @@ def convert(
         read_options=read_options,
         allow=allow,
         share=share,
+        flags=Flags(backing_format="--source-backing-format"),
     )
     writing = SinkOptions.from_keywords(
         os.fspath(target),
@@ -226,7 +228,12 @@ def _open_base(
     """Open the target's parent, which ``stack`` closes."""
     if writing.backing is None:
         return None
-    options = OpenOptions(format=writing.backing.format, allow=opening.allow, share=opening.share)
+    options = OpenOptions(
+        format=writing.backing.format,
+        allow=opening.allow,
+        share=opening.share,
+        flags=Flags(format="-F", backing_format="", parent=""),
+    )
     return stack.enter_context(open_image(backing_path(target, writing.backing), options))
 
 

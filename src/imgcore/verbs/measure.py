@@ -10,6 +10,7 @@ from imgcore.errors import OptionError
 from imgcore.formats.registry import PLAIN_FORMAT
 
 if TYPE_CHECKING:
+    from imgcore.disk.open_options import Parents
     from imgcore.engine.extents import Extents
     from imgcore.formats.api import Measurement
 
@@ -23,7 +24,7 @@ def measure(
     options: Mapping[str, Any] | Sequence[str] | None = None,
     compress: bool = False,
     backing_format: str | None = None,
-    parent: str | os.PathLike[str] | None = None,
+    parent: Parents = None,
     read_options: Mapping[str, Any] | Sequence[str] | None = None,
     allow: Sequence[str | os.PathLike[str]] = (),
     share: bool = False,

@@ -14,10 +14,11 @@ from imgcore.errors import (
     UnsupportedFeatureError,
     WrongFormatError,
 )
+from imgcore.files.reference_gate import ForeignPathError, UnopenedReferenceError
 from imgcore.formats.api import BackingReference
 from imgcore.formats.magic import is_vmdk_descriptor
 from imgcore.formats.shared.flat_reader import FlatExtents
-from imgcore.formats.shared.windows_paths import names_from_windows_path
+from imgcore.formats.shared.windows_paths import names_beside, names_from_windows_path
 from imgcore.formats.vmdk.descriptor import Descriptor, ExtentLine, parse_descriptor
 from imgcore.formats.vmdk.extent import DiskExtent
 from imgcore.formats.vmdk.header import (
@@ -34,6 +35,7 @@ from imgcore.log import log
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
     from imgcore.files.byte_source import ByteSource
+    from imgcore.files.host_file import HostFile
     from imgcore.files.reference_gate import ReferenceGate
     from imgcore.formats.shared.check_report import CheckReport
     from imgcore.formats.vmdk.stream_layout import StreamLayout
@@ -71,6 +73,7 @@ class VmdkReader:
         # Keyed by the guest offset of an extent, made when first needed.
         self._tables: dict[int, SparseTables | FlatExtents] = {}
         self.virtual_size = 0
+        self._unopened: UnopenedReferenceError | None = None
         with self._opened:
             head = file.pread(0, min(file.nbytes, _PROBE_NBYTES))
             refuse_foreign_extent(file, head)
@@ -136,6 +139,7 @@ class VmdkReader:
         See `imgcore.formats.api.Reader.extents`.  Memory: one piece of the grain
         directory, one window of grain tables and one batch.
         """
+        self.require_extents()
         stop = start + length
         for item in self._extents:
             low = max(start, item.guest_base)
@@ -187,10 +191,19 @@ class VmdkReader:
                 result["compressed"] = True
         return result
 
+    def require_extents(self) -> None:
+        """Raise UnopenedReferenceError if the gate did not open the extents.
+
+        The disk can then be described, but not read.
+        """
+        if self._unopened is not None:
+            raise self._unopened
+
     def check(self) -> CheckReport:
         """Verify grain directories, grain tables and markers of all sparse extents."""
         from imgcore.formats.vmdk.check import check_extents
 
+        self.require_extents()
         return check_extents(self._path, self._extents)
 
     def close(self) -> None:
@@ -246,7 +259,12 @@ class VmdkReader:
                 self._add(DiskExtent("ZERO", self.virtual_size, line.nbytes))
                 continue
             if line.name not in opened:
-                opened[line.name] = self._open_extent(file, gate, line.name)
+                try:
+                    opened[line.name] = self._open_extent(file, gate, line.name, opened)
+                except UnopenedReferenceError as error:
+                    self._unopened = error
+                    self._add(DiskExtent(line.kind, self.virtual_size, line.nbytes))
+                    continue
             extent_file = opened[line.name]
             if line.kind in _FLAT_KINDS:
                 self._add_flat(extent_file, line)
@@ -254,10 +272,12 @@ class VmdkReader:
                 self._add_sparse(open_sparse(extent_file), line, line.kind)
         return descriptor
 
-    def _open_extent(self, file: ByteSource, gate: ReferenceGate, name: str) -> ByteSource:
+    def _open_extent(
+        self, file: ByteSource, gate: ReferenceGate, name: str, opened: Mapping[str, ByteSource]
+    ) -> ByteSource:
         if not name:
             raise CorruptImageError("an extent in the descriptor has no file name", path=file.path)
-        extent_file = self._opened.enter_context(gate.open(name, share=file.share))
+        extent_file = self._opened.enter_context(_open_moved(file, gate, name, opened))
         if extent_file.is_block_device:
             raise UnsupportedFeatureError(f"extent {name!r} is a block device", path=file.path)
         if extent_file.identity == file.identity:
@@ -354,6 +374,38 @@ class VmdkReader:
                 path=self._path,
             )
         return None
+
+
+def _open_moved(
+    file: ByteSource, gate: ReferenceGate, name: str, others: Mapping[str, ByteSource]
+) -> HostFile:
+    """Open an extent, or the file of its name beside the image.
+
+    A path of another host does not lead to a file here.  A file that is another extent
+    already is not used.
+    """
+
+    def opened(name: str) -> HostFile:
+        return gate.open(name, share=file.share, role="extent", remedy="copy it there")
+
+    try:
+        return opened(name)
+    except (FileNotFoundError, NotADirectoryError, ForeignPathError) as error:
+        for other in names_beside(name):
+            if other == name:
+                continue
+            try:
+                found = opened(other)
+            except (FileNotFoundError, NotADirectoryError, ForeignPathError):
+                continue
+            if any(found.identity == used.identity for used in others.values()):
+                found.close()
+                raise error
+            log.warning(
+                "%s: the extent %s is not on this host, %s is used", file.path, name, found.path
+            )
+            return found
+        raise error
 
 
 def _content_id(cid: int) -> dict[str, str]:
