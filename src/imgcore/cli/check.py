@@ -11,8 +11,10 @@ from imgcore.cli.common import (
     output_options,
     print_json,
     quiet_option,
+    refused_options,
     say,
     verb,
+    with_qemu_names,
 )
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ EXIT_UNSUPPORTED: Final = 63
 
 
 @verb("check")
+@refused_options("image_opts", "object")
 @open_options("format", "backing_format", "parent", "share", "allow")
 @quiet_option()
 @output_options
@@ -53,7 +56,7 @@ def command(
         say(f"imgcore: {error}")
         return EXIT_UNSUPPORTED
     if as_json:
-        print_json(result.as_dict())
+        print_json(with_qemu_names(result.as_dict()))
     else:
         for line in result.problems:
             say(line)

@@ -141,6 +141,71 @@ def open_options(
     return decorate
 
 
+class _Refused(NamedTuple):
+    """An option of qemu-img that is not supported: its flags, why, and what to do."""
+
+    flags: tuple[str, ...]
+    takes_value: bool
+    advice: str
+
+
+_REFUSED_FLAGS: Final = {
+    "image_opts": _Refused(
+        ("--image-opts",),
+        False,
+        'images are named by their files: state the format with -f, or use json:{"driver":...}',
+    ),
+    "object": _Refused(
+        ("--object",),
+        True,
+        "encrypted images are not read: qemu-img convert decrypts them",
+    ),
+    "target_image_opts": _Refused(
+        ("--target-image-opts",),
+        False,
+        "the target is named by its file: state its format with -O",
+    ),
+    "snapshot": _Refused(
+        ("-l", "--snapshot"),
+        True,
+        "internal snapshots are not read: qemu-img convert -l NAME makes an image of one",
+    ),
+    "bitmaps": _Refused(
+        ("--bitmaps", "--skip-broken-bitmaps"),
+        False,
+        "persistent bitmaps are not carried over: qemu-img convert --bitmaps does that",
+    ),
+}
+
+
+def refused_options(*names: str) -> Decorator:
+    """Add qemu-img's options that are refused, with the reason and what to use."""
+
+    def decorate(function: Function) -> Function:
+        for name in names:
+            function = _refused_option(_REFUSED_FLAGS[name])(function)
+        return function
+
+    return decorate
+
+
+def _refused_option(refused: _Refused) -> Decorator:
+    def refuse(_ctx: click.Context, _param: click.Parameter, value: object) -> None:
+        if value:
+            from imgcore.errors import OptionError
+
+            raise OptionError(f"{refused.flags[0]} is not supported: {refused.advice}")
+
+    return click.option(
+        *refused.flags,
+        is_flag=not refused.takes_value,
+        callback=refuse,
+        is_eager=True,
+        expose_value=False,
+        hidden=True,
+    )
+
+
 def output_options(function: Function) -> Function:
     """Add ``--output=human|json`` and ``--json``; the function receives ``as_json``."""
 
@@ -232,6 +297,20 @@ def plain_value(value: object) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return str(value)
+
+
+def with_qemu_names(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what ``info`` or ``check`` says, with QEMU's names for the formats."""
+    from imgcore.formats.registry import qemu_name
+
+    result = dict(description)
+    for key in ("format", "backing-filename-format"):
+        if key in result:
+            result[key] = qemu_name(result[key])
+    if "format-specific" in result:
+        specific = result["format-specific"]
+        result["format-specific"] = specific | {"type": qemu_name(specific["type"])}
+    return result
 
 
 def print_json(value: object) -> None:

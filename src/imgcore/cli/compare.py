@@ -11,6 +11,7 @@ from imgcore.cli.common import (
     output_options,
     print_json,
     quiet_option,
+    refused_options,
     threads_option,
     verb,
 )
@@ -23,6 +24,7 @@ EXIT_DIFFERENT: Final = 1
 
 
 @verb("compare")
+@refused_options("image_opts", "object")
 @open_options(
     "format",
     "parent",

@@ -13,6 +13,7 @@ from imgcore.cli.common import (
     options_option,
     print_options_help,
     quiet_option,
+    refused_options,
     require,
     say,
     size_value,
@@ -33,6 +34,7 @@ EXIT_SALVAGED: Final = 3
 
 
 @verb("convert")
+@refused_options("image_opts", "object", "target_image_opts", "snapshot", "bitmaps")
 @open_options(of="SOURCE", flags={"backing_format": ("--source-backing-format",)})
 @click.option(
     "-O",

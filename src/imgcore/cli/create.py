@@ -15,6 +15,7 @@ from imgcore.cli.common import (
     print_json,
     print_options_help,
     quiet_option,
+    refused_options,
     require,
     size_value,
     target_driver,
@@ -25,6 +26,7 @@ from imgcore.text import one_line
 
 
 @verb("create")
+@refused_options("object")
 @click.option(
     "-f", "--format", metavar="FMT", help="Format of FILE; taken from its suffix by default."
 )

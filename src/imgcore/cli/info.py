@@ -12,13 +12,16 @@ from imgcore.cli.common import (
     output_options,
     print_json,
     print_tree,
+    refused_options,
     size_text,
     verb,
+    with_qemu_names,
 )
 from imgcore.text import one_line
 
 
 @verb("info")
+@refused_options("image_opts", "object")
 @open_options(flags={"read_options": ("-o", "--read-options")})
 @click.option("--backing-chain", is_flag=True, help="Describe the backing files as well.")
 @output_options
@@ -34,7 +37,8 @@ def command(
 
     images = info(file, chain=True, **opening) if backing_chain else [info(file, **opening)]
     if as_json:
-        print_json(images if backing_chain else images[0])
+        named = [with_qemu_names(image) for image in images]
+        print_json(named if backing_chain else named[0])
         return
     for index, image in enumerate(images):
         if index:

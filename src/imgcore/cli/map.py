@@ -11,6 +11,7 @@ import click
 from imgcore.cli.common import (
     open_options,
     output_options,
+    refused_options,
     size_value,
     verb,
 )
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 
 @verb("map")
+@refused_options("image_opts", "object")
 @open_options(flags={"read_options": ("-o", "--read-options")})
 @click.option(
     "--start-offset", callback=size_value, default="0", metavar="OFFSET", help="First byte to map."

@@ -12,6 +12,7 @@ from imgcore.cli.common import (
     output_options,
     print_json,
     print_options_help,
+    refused_options,
     size_value,
     target_driver,
     verb,
@@ -21,6 +22,7 @@ from imgcore.formats.registry import PLAIN_FORMAT
 
 
 @verb("measure")
+@refused_options("image_opts", "object", "snapshot")
 @open_options()
 @click.option(
     "-O",

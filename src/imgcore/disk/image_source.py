@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 from imgcore.disk.describe import describe_layer
 from imgcore.errors import UnsupportedFeatureError
+from imgcore.formats.api import Laden
 from imgcore.limits import CHUNK_NBYTES, SECTOR_NBYTES
+from imgcore.log import log
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,7 +38,13 @@ class ImageSource:
         return [describe_layer(layer) for layer in self._image.chain]
 
     def refuse_conversion(self, *, salvage: bool, with_base: bool) -> None:
-        """Raise UnsupportedFeatureError if the disk ends inside a sector."""
+        """Raise UnsupportedFeatureError if the disk ends inside a sector.
+
+        A warning tells what of the image the target will not have.
+        """
+        reader = self._image.reader
+        for text in reader.left_out() if isinstance(reader, Laden) else ():
+            log.warning("%s: %s", self.path, text)
         if self.virtual_size % SECTOR_NBYTES:
             raise UnsupportedFeatureError(
                 f"its disk has {self.virtual_size} bytes, not a multiple of {SECTOR_NBYTES}: "

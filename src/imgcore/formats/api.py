@@ -230,6 +230,18 @@ class SectorSized(Protocol):
 
 
 @runtime_checkable
+class Laden(Protocol):
+    """A reader of images that hold more than one state of the disk.
+
+    Optional: readers of other formats do not have this method.
+    """
+
+    def left_out(self) -> list[str]:
+        """Return what a conversion leaves out and what that means; may be empty."""
+        ...
+
+
+@runtime_checkable
 class Divided(Protocol):
     """A reader of images whose disk may be in several files.
 

@@ -133,6 +133,22 @@ class Qcow2Reader:
             ]
         return data
 
+    def left_out(self) -> list[str]:
+        """Name snapshots and bitmaps: a conversion carries over the disk of today."""
+        header = self._header
+        found = []
+        if header.n_snapshots:
+            found.append(
+                f"internal snapshots ({header.n_snapshots}) are left out; "
+                "qemu-img convert -l NAME makes an image of one"
+            )
+        if header.bitmaps is not None and header.bitmaps[0]:
+            found.append(
+                f"persistent bitmaps ({header.bitmaps[0]}) are left out: the next incremental "
+                "backup of the target must be a full one; qemu-img convert --bitmaps keeps them"
+            )
+        return found
+
     def check(self) -> CheckReport:
         """Compare all refcounts with the references that exist.
 

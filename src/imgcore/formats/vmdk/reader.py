@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
@@ -22,6 +23,7 @@ from imgcore.formats.shared.windows_paths import names_beside, names_from_window
 from imgcore.formats.vmdk.descriptor import Descriptor, ExtentLine, parse_descriptor
 from imgcore.formats.vmdk.extent import DiskExtent
 from imgcore.formats.vmdk.header import (
+    QEMU_READS,
     SparseExtent,
     open_sparse,
     read_embedded_descriptor,
@@ -56,6 +58,9 @@ _READABLE_TYPES: Final = _MONOLITHIC_TYPES | {
     "vmfseagerzeroedthick",
     "custom",
 }
+_TYPES_OF_QEMU: Final = frozenset({"vmfssparse", "sesparse"})
+# The filter of vSphere that encrypts a disk.
+_VM_CRYPT: Final = "vmwarevmcrypt"
 _FLAT_KINDS: Final = frozenset({"FLAT", "VMFS"})
 
 
@@ -184,12 +189,18 @@ class VmdkReader:
     def _extent_info(self, item: DiskExtent) -> dict[str, Any]:
         result: dict[str, Any] = {"virtual-size": item.nbytes, "format": item.kind}
         if item.file is not None:
-            result["filename"] = item.file.path
+            result["filename"] = self._name_of(item.file.path)
         if item.sparse is not None:
             result["cluster-size"] = item.sparse.grain_nbytes
             if item.sparse.is_compressed:
                 result["compressed"] = True
         return result
+
+    def _name_of(self, path: str) -> str:
+        """Return the path of a file beside the image as the image's own is given."""
+        folder = os.path.dirname(self._path)
+        prefix = os.path.join(os.path.abspath(folder or "."), "")
+        return os.path.join(folder, path.removeprefix(prefix)) if path.startswith(prefix) else path
 
     def require_extents(self) -> None:
         """Raise UnopenedReferenceError if the gate did not open the extents.
@@ -236,7 +247,8 @@ class VmdkReader:
             )
         line = descriptor.extents[0]
         self._refuse_access(line)
-        self._add_sparse(sparse, line, "SPARSE")
+        # qemu-img info shows no type for the extent of such a disk.
+        self._add_sparse(sparse, line, "")
         return descriptor
 
     def _open_described(self, file: ByteSource, gate: ReferenceGate) -> Descriptor:
@@ -287,7 +299,16 @@ class VmdkReader:
     def _refuse_type(self, descriptor: Descriptor) -> None:
         stated = descriptor.create_type
         if stated and stated.lower() not in _READABLE_TYPES:
-            raise UnsupportedFeatureError(f"VMDK of type {stated[:60]!r}", path=self._path)
+            raise UnsupportedFeatureError(
+                f"VMDK of type {stated[:60]!r}, which is not supported"
+                + (f": {QEMU_READS}" if stated.lower() in _TYPES_OF_QEMU else ""),
+                path=self._path,
+            )
+        if _VM_CRYPT in descriptor.values.get("ddb.iofilters", "").lower():
+            raise UnsupportedFeatureError(
+                "the disk is encrypted (ddb.iofilters): decrypt it in vSphere first",
+                path=self._path,
+            )
 
     def _refuse_access(self, line: ExtentLine) -> None:
         if line.access == "NOACCESS":
@@ -298,7 +319,8 @@ class VmdkReader:
     def _refuse_kind(self, line: ExtentLine) -> None:
         if line.kind not in _FLAT_KINDS | {"SPARSE", "ZERO"}:
             raise UnsupportedFeatureError(
-                f"VMDK extent {line.name!r} of type {line.kind[:40]}", path=self._path
+                f"VMDK extent {line.name!r} of type {line.kind[:40]}, which is not supported",
+                path=self._path,
             )
 
     def _add(self, item: DiskExtent) -> None:
