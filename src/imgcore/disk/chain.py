@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import errno
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 from imgcore.disk.image_names import NotLocalError, is_description, parse_description
 from imgcore.disk.layer import Layer, gate_of, open_layer, refuse_backing
 from imgcore.errors import (
     CorruptImageError,
-    ImgcoreError,
     LimitExceededError,
     OptionError,
     UnsafeReferenceError,
@@ -24,7 +23,6 @@ from imgcore.errors import (
 )
 from imgcore.files.host_file import HostFile
 from imgcore.files.identity import same_file
-from imgcore.files.reference_gate import ForeignPathError, UnopenedReferenceError
 from imgcore.formats.api import Divided
 from imgcore.formats.registry import canonical_name, open_reader
 from imgcore.formats.shared.windows_paths import names_from_windows_path
@@ -97,10 +95,12 @@ class _Chain:
             if n_used:
                 text = f"{n_given} parents are given, but the chain has {n_used}: {text}"
             raise OptionError(text, path=self._path)
-        described = self._described(reference)
-        format = self._format_of(described)
+        # The image may name what cannot be followed, such as a URL.
+        with suppress(UnsafeReferenceError):
+            reference = self._described(reference)
+        format = self._format_of(reference)
         file = HostFile.open(path, share=self._options.share)
-        self._add(file, gate_of(file, self._options), described, format)
+        self._add(file, gate_of(file, self._options), reference, format)
 
     def _described(self, reference: BackingReference) -> BackingReference:
         """Return a reference whose name is that of a file, if it is a description."""
@@ -143,18 +143,18 @@ class _Chain:
         reference = self._described(reference)
         gate, format = self.layers[-1].gate, self._format_of(reference)
         names = list(dict.fromkeys((reference.name, *reference.other_names)))
-        refused: list[ImgcoreError] = []
-        missing: list[OSError | ForeignPathError] = []
+        refused: list[Exception] = []
+        missing: list[Exception] = []
         for name in names:
             try:
                 file = gate.open(name, role="parent", remedy=self._remedy().removeprefix("; "))
-            except (FileNotFoundError, NotADirectoryError, ForeignPathError) as error:
+            except (FileNotFoundError, NotADirectoryError) as error:
                 missing.append(error)
                 continue
-            except UnopenedReferenceError:
-                raise
             except UnsafeReferenceError as error:
-                refused.append(error)
+                if gate.unstated:
+                    raise
+                (missing if gate.is_foreign(name) else refused).append(error)
                 continue
             try:
                 self._add(file, gate.beside(file), reference, format)
@@ -170,7 +170,7 @@ class _Chain:
         self,
         reference: BackingReference,
         names: list[str],
-        missing: list[OSError | ForeignPathError],
+        missing: list[Exception],
     ) -> Exception:
         image = self._path
         candidate = self._candidate(reference)
@@ -179,7 +179,7 @@ class _Chain:
                 f"names {reference.name[:200]!r} as its parent, which is not on this host; if it "
                 f"is {candidate}, which nothing but the name tells{self._remedy()} {candidate}"
             )
-            return ForeignPathError(text, path=image)
+            return UnsafeReferenceError(text, path=image)
         if len(missing) == 1:
             return missing[0]
         tried = ", ".join(repr(name) for name in names)

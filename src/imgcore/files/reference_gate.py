@@ -32,14 +32,6 @@ def folder_names(allow: Iterable[str | os.PathLike[str]]) -> list[str]:
     return [os.fspath(folder) for folder in allow]
 
 
-class ForeignPathError(UnsafeReferenceError):
-    """The path is that of another host: it cannot lead to a file here."""
-
-
-class UnopenedReferenceError(UnsafeReferenceError):
-    """The gate opens no file, because nobody has stated the image's format."""
-
-
 class ReferenceGate:
     """Opens files that are named inside an image, below permitted folders only.
 
@@ -119,7 +111,7 @@ class ReferenceGate:
             The file does not exist, or the system cannot open it.
         """
         if self.unstated:
-            raise UnopenedReferenceError(
+            raise UnsafeReferenceError(
                 f"names {name[:200]!r} as its {role}, which is not opened, because only the "
                 f"content says what the image is: state its format ({self.unstated})",
                 path=self.image,
@@ -142,6 +134,13 @@ class ReferenceGate:
         except ImgcoreError as error:
             text = f"{error.reason} ({reference.told()})"
             raise type(error)(text, path=error.path, offset=error.offset) from error
+
+    def is_foreign(self, name: str) -> bool:
+        """Tell whether a name is a path of another host: it leads to no file here."""
+        if _DRIVE.match(name):
+            return True
+        path = os.path.normpath(os.path.join(self.folder, name))
+        return "\0" not in name and not PROTOCOL.match(name) and not os.path.lexists(path)
 
     def _open_elsewhere(self, reference: _Reference, path: str) -> tuple[int, bool]:
         """Open the file that a link leads to, if its folder is permitted."""
@@ -199,11 +198,8 @@ class _Reference(NamedTuple):
             problem = "holds a NUL"
         elif name[:5].lower() == "json:":
             problem = "is a json: description"
-        elif re.match(r"[A-Za-z]:", name):
-            raise ForeignPathError(
-                self._refused("starts with a drive letter", "it is a path of Windows"),
-                path=self.image,
-            )
+        elif _DRIVE.match(name):
+            problem = "starts with a drive letter"
         elif PROTOCOL.match(name):
             problem = "is a URL or names a protocol"
         else:
@@ -219,7 +215,7 @@ class _Reference(NamedTuple):
         """Return the error for a path that leads out of the permitted folders."""
         if not os.path.lexists(path):
             text = self._refused("leads out of its folder", "there is no such file here")
-            return ForeignPathError(text, path=self.image)
+            return UnsafeReferenceError(text, path=self.image)
         return UnsafeReferenceError(
             f"names {self.name[:200]!r} as its {self.role}, which leads out of its folder; "
             f"--allow {os.path.dirname(path)} permits it (allow=[...] in Python)",
@@ -231,6 +227,7 @@ class _Reference(NamedTuple):
         return f"names {self.name[:200]!r} as its {self.role}, which {problem}: {why}{remedy}"
 
 
+_DRIVE: Final = re.compile(r"[A-Za-z]:")
 # A URL (nbd://host) or a protocol of QEMU (rbd:pool/disk).
 PROTOCOL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 

@@ -297,7 +297,7 @@ def _stated_by_name(path: str) -> str | None:
 
 def _no_magic(file: ByteSource, flag: str) -> str:
     if not file.nbytes:
-        return "the file is empty: it holds no disk"
+        return "no known format: the file is empty"
     content = raw_content(file.pread(0, min(HEAD_NBYTES, file.nbytes)))
     if content is not None:
         return f"has {content}: use {flag} raw if it is a raw disk"

@@ -12,10 +12,10 @@ from imgcore.engine.source_file import SourceFile
 from imgcore.errors import (
     CorruptImageError,
     LimitExceededError,
+    UnsafeReferenceError,
     UnsupportedFeatureError,
     WrongFormatError,
 )
-from imgcore.files.reference_gate import ForeignPathError, UnopenedReferenceError
 from imgcore.formats.api import BackingReference
 from imgcore.formats.magic import is_vmdk_descriptor
 from imgcore.formats.shared.flat_reader import FlatExtents
@@ -78,7 +78,7 @@ class VmdkReader:
         # Keyed by the guest offset of an extent, made when first needed.
         self._tables: dict[int, SparseTables | FlatExtents] = {}
         self.virtual_size = 0
-        self._unopened: UnopenedReferenceError | None = None
+        self._unopened: UnsafeReferenceError | None = None
         with self._opened:
             head = file.pread(0, min(file.nbytes, _PROBE_NBYTES))
             refuse_foreign_extent(file, head)
@@ -203,7 +203,7 @@ class VmdkReader:
         return os.path.join(folder, path.removeprefix(prefix)) if path.startswith(prefix) else path
 
     def require_extents(self) -> None:
-        """Raise UnopenedReferenceError if the gate did not open the extents.
+        """Raise UnsafeReferenceError if the gate did not open the extents.
 
         The disk can then be described, but not read.
         """
@@ -273,7 +273,9 @@ class VmdkReader:
             if line.name not in opened:
                 try:
                     opened[line.name] = self._open_extent(file, gate, line.name, opened)
-                except UnopenedReferenceError as error:
+                except UnsafeReferenceError as error:
+                    if not gate.unstated:
+                        raise
                     self._unopened = error
                     self._add(DiskExtent(line.kind, self.virtual_size, line.nbytes))
                     continue
@@ -412,13 +414,15 @@ def _open_moved(
 
     try:
         return opened(name)
-    except (FileNotFoundError, NotADirectoryError, ForeignPathError) as error:
+    except (FileNotFoundError, NotADirectoryError, UnsafeReferenceError) as error:
+        if gate.unstated or not gate.is_foreign(name):
+            raise
         for other in names_beside(name):
             if other == name:
                 continue
             try:
                 found = opened(other)
-            except (FileNotFoundError, NotADirectoryError, ForeignPathError):
+            except (FileNotFoundError, NotADirectoryError, UnsafeReferenceError):
                 continue
             if any(found.identity == used.identity for used in others.values()):
                 found.close()
