@@ -270,14 +270,17 @@ def require(ctx: click.Context, **arguments: object) -> None:
             raise click.UsageError(f"missing argument '{name.upper()}'", ctx)
 
 
-def target_driver(format: str | None, path: str | None) -> Driver:
-    """Return the driver for ``format``, or for the suffix of ``path`` if it is None."""
+def target_driver(format: str | None, path: str | None, *, flag: str = "-O") -> Driver:
+    """Return the driver for ``format``, or for the suffix of ``path`` if it is None.
+
+    ``flag`` is the option for the format, for the message.
+    """
     from imgcore.errors import OptionError
     from imgcore.formats.registry import format_from_suffix, get_driver
 
     found = format or (format_from_suffix(path) if path is not None else None)
     if found is None:
-        raise OptionError("the target's format cannot be told from its name: state it")
+        raise OptionError(f"the target's format cannot be told from its name: state it with {flag}")
     return get_driver(found)
 
 

@@ -24,7 +24,7 @@ from imgcore.errors import (
 from imgcore.files.host_file import HostFile
 from imgcore.files.identity import same_file
 from imgcore.formats.api import Divided
-from imgcore.formats.registry import canonical_name, open_reader
+from imgcore.formats.registry import NOT_READ, canonical_name, open_reader
 from imgcore.formats.shared.windows_paths import names_from_windows_path
 from imgcore.limits import MAX_CHAIN_DEPTH
 from imgcore.log import log
@@ -222,8 +222,10 @@ class _Chain:
             if reference.format is None:
                 # The caller stated it, not the image.
                 raise
+            remedy = ": qemu-img convert reads the whole chain" if format in NOT_READ else ""
             raise UnsupportedFeatureError(
-                f"names a backing file of the format {format[:64]!r}, which is not supported",
+                f"names a backing file of the format {format[:64]!r}, which is not supported"
+                f"{remedy}",
                 path=image,
             ) from error
 
@@ -237,7 +239,7 @@ class _Chain:
                 raise CorruptImageError(
                     f"the chain of backing files leads back to {file.path}", path=self._path
                 )
-            layer = Layer(file, gate, open_reader(file, gate, format))
+            layer = Layer(file, gate, open_reader(file, gate, format, flag=""))
             stack.callback(layer.close)
             if reference.without_backing:
                 refuse_backing(file, layer.reader)

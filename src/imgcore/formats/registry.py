@@ -96,9 +96,7 @@ NOT_READ: Final = {
     "parallels": NotRead("Parallels disks", _QEMU_READS),
     "bochs": NotRead("Bochs disks", _QEMU_READS),
     "qed": NotRead("QED images", _QEMU_READS),
-    "luks": NotRead(
-        "LUKS containers", "open it with cryptsetup first, or copy it as it is with {flag} raw"
-    ),
+    "luks": NotRead("LUKS containers", "open it with cryptsetup first"),
     "dmg": NotRead("Apple DMG images", _QEMU_READS),
     "cloop": NotRead("cloop images", _QEMU_READS),
     "vmware-encrypted": NotRead("encrypted VMware disks", "decrypt the machine in VMware first"),
@@ -241,7 +239,7 @@ def find_format(
     """
     if stated is not None:
         name = canonical_name(stated)
-        _refuse_other_format(file, name)
+        _refuse_other_format(file, name, flag)
         return Found(name)
     found = probe(file, flag=flag)
     named = PLAIN_FORMAT if file.is_block_device else _stated_by_name(file.path)
@@ -353,12 +351,8 @@ def open_found(
     flag: str = "-f",
 ) -> Reader:
     """Open an image in the format that `find_format` has found; see `open_reader`."""
-    if name in CODEC_OF_SUFFIX.values():
-        raise UnsupportedFeatureError(_no_random_access(name, file.path), path=file.path)
-    if name in NOT_READ:
-        words, remedy = NOT_READ[name]
-        text = f"{words} are not read: {remedy.format(flag=flag)}"
-        raise UnsupportedFeatureError(text, path=file.path)
+    if name not in format_names():
+        raise UnsupportedFeatureError(_not_read(name, file.path, flag), path=file.path)
     driver = get_driver(name)
     if not options:
         return driver.open(file, gate)
@@ -367,6 +361,18 @@ def open_found(
     from imgcore.formats.option_texts import parse_record
 
     return driver.open(file, gate, parse_record(name, driver.read_options, options))
+
+
+def _not_read(name: str, path: str, flag: str) -> str:
+    """Return that a format is not read, and what to do.
+
+    The format of a parent cannot be stated, so ``flag`` is empty.
+    """
+    if name in NOT_READ:
+        words, remedy = NOT_READ[name]
+        text = f"{words} are not read: {remedy}"
+        return f"{text}, or copy it as it is with {flag} raw" if name == "luks" and flag else text
+    return _no_random_access(name, path)
 
 
 def _no_random_access(codec: str, path: str) -> str:
@@ -382,11 +388,13 @@ def _no_random_access(codec: str, path: str) -> str:
     )
 
 
-def _refuse_other_format(file: ByteSource, name: str) -> None:
+def _refuse_other_format(file: ByteSource, name: str, flag: str) -> None:
     # A raw disk may hold anything, another format's magic included.
     if name == PLAIN_FORMAT:
         return
     found = _matches(file)
     if name not in found:
         what = f"its magic is that of {' and '.join(found)}" if found else "no known magic found"
+        if len(found) == 1 and found[0] not in format_names():
+            what += f": {_not_read(found[0], file.path, flag)}"
         raise WrongFormatError(f"not a {name} image: {what}", path=file.path)
