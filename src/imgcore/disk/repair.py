@@ -80,7 +80,7 @@ def repair(layer: Layer, before: CheckReport, *, leaks_only: bool = False) -> Ou
     file, reader = layer.file, layer.reader
     if not isinstance(reader, Repairable):
         reason = f"{reader.format_name} images cannot be repaired"
-        if not (before.corruptions or before.leaks):
+        if not before.problems:
             raise UnsupportedFeatureError(reason, path=file.path)
         return Outcome(before, [], [reason])
     repairs = reader.repairs(leaks_only=leaks_only)
@@ -106,9 +106,7 @@ def repair(layer: Layer, before: CheckReport, *, leaks_only: bool = False) -> Ou
 
 
 def _obstacles(reader: Repairable, report: CheckReport, leaks_only: bool) -> list[str]:
-    if not (report.corruptions or report.leaks):
-        return []
-    return reader.obstacles(leaks_only=leaks_only)
+    return reader.obstacles(leaks_only=leaks_only) if report.problems else []
 
 
 def _refuse_place(file: HostFile) -> None:
