@@ -174,7 +174,7 @@ class RefcountRepair(References):
         self._refuse_unknown()
         unknown = self.header.autoclear & ~_KNOWN_AUTOCLEAR
         if unknown:
-            repairs.append(Repair(f"autoclear features {unknown:#x} are unknown", "cleared"))
+            repairs.append(Repair(f"unknown autoclear features {unknown:#x}", "cleared"))
         repairs[0] = repairs[0]._replace(file_nbytes=self._new_file_nbytes())
         repairs[-1] = repairs[-1]._replace(stream=self._writes)
         return repairs
@@ -182,25 +182,27 @@ class RefcountRepair(References):
     def _refcount_repairs(self) -> Iterator[Repair]:
         if self._placement is not None:
             yield Repair(
-                "the refcount table or its blocks are damaged or incomplete",
-                f"{self._placement.n_new} clusters added for new ones",
+                "damaged refcount table or blocks",
+                f"rebuilt, with {self._placement.n_new} new clusters",
             )
         if self._n_low and not self._leaks_only:
-            yield Repair(f"{self._n_low} refcounts are too low", "raised to what is in use")
+            yield Repair(f"{self._n_low} refcounts too low", "raised to the number of references")
         if self._n_unused:
             yield Repair(f"{self._n_unused} leaked clusters", "refcounts set to 0")
         if self._n_high:
-            yield Repair(f"{self._n_high} refcounts are too high", "lowered to what is in use")
+            yield Repair(
+                f"{self._n_high} refcounts too high", "lowered to the number of references"
+            )
 
     def _flag_repairs(self) -> Iterator[Repair]:
         n_flags = self._n_flags + (0 if self._leaks_only else self._n_compressed_copied)
         if n_flags:
-            yield Repair(f"copied flags of {n_flags} clusters are wrong", "corrected")
+            yield Repair(f"wrong copied flags of {n_flags} clusters", "corrected")
         if self._is_clean_afterwards:
             if self.header.is_dirty:
-                yield Repair("dirty flag is set", "cleared")
+                yield Repair("dirty flag", "cleared")
             if self.header.is_corrupt:
-                yield Repair("corrupt flag is set", "cleared")
+                yield Repair("corrupt flag", "cleared")
 
     def obstacles(self) -> list[str]:
         """Return why nothing, or not everything, can be repaired; a line each."""
