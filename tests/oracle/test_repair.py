@@ -340,3 +340,61 @@ def test_random_damages(tmp_path: Path, seed: int) -> None:
     random_image(path, rng)
     random_damage(path, rng)
     assert_repaired(path, tmp_path)
+
+
+# ---------------------------------------------------------------------- exit codes
+
+
+def not_an_image(folder: Path) -> Path:
+    path = folder / "a.qcow2"
+    path.write_bytes(b"QFI\xfb" + bytes(600))
+    return path
+
+
+def sound(folder: Path) -> Path:
+    return make(folder / "a.qcow2", "plain")
+
+
+def leaking(folder: Path) -> Path:
+    path = sound(folder)
+    leak_of_entries(path, read_structure(path))
+    return path
+
+
+def corrupt(folder: Path) -> Path:
+    path = sound(folder)
+    zero_block(path, read_structure(path))
+    return path
+
+
+def not_checked(folder: Path) -> Path:
+    path = folder / "a.raw"
+    path.write_bytes(bytes(4096))
+    return path
+
+
+EXITS: dict[str, tuple[Callable[[Path], Path], dict[str, int]]] = {
+    "sound": (sound, {"": 0, "leaks": 0, "all": 0}),
+    "leaks": (leaking, {"": 3, "leaks": 0, "all": 0}),
+    "corrupt": (corrupt, {"": 2, "all": 0}),
+    "unreadable": (not_an_image, {"": 1, "leaks": 1, "all": 1}),
+    "missing": (lambda folder: folder / "a.qcow2", {"": 1, "leaks": 1, "all": 1}),
+    "raw": (not_checked, {"": 63, "leaks": 63, "all": 63}),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "mode"), [(case, mode) for case, (_, codes) in EXITS.items() for mode in codes]
+)
+def test_exit_codes(tmp_path: Path, case: str, mode: str) -> None:
+    build, codes = EXITS[case]
+    path = build(tmp_path)
+    theirs = tmp_path / f"theirs{path.suffix}"
+    if path.exists():
+        shutil.copyfile(path, theirs)
+    arguments = ["-r", mode] if mode else []
+    image_format = "raw" if path.suffix == ".raw" else "qcow2"
+    code, _ = qemu_check(theirs, *arguments, "-f", image_format)
+    done = run("check", *arguments, "-f", image_format, path)
+    assert done.returncode == code == codes[mode], done.stderr
+    assert "Traceback" not in done.stderr

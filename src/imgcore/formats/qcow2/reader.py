@@ -139,7 +139,7 @@ class Qcow2Reader:
         Notes
         -----
         Complexity: O(L2 entries) for each 2^23 clusters of the file.  Memory: about
-        128 MiB.
+        250 MiB.
         """
         from imgcore.formats.qcow2.check import Qcow2Checker
 
