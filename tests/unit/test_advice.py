@@ -23,10 +23,11 @@ from typing import NamedTuple
 
 import pytest
 import zstandard
-from tests.helpers import openings, qcow2, qemu
+from tests.helpers import openings, qcow2, qemu, vhdx
 from tests.helpers.command import imgcore as imgcore_command
 from tests.helpers.mounts import loop_device
 from tests.helpers.openings import VERBS, command
+from tests.helpers.reading import poke
 
 import imgcore
 
@@ -189,7 +190,7 @@ def _by_qemu(folder: Path, image: Path, words: str) -> Scenario:
 def _encrypted(folder: Path) -> Scenario:
     image, copy = folder / "a.qcow2", folder / "copy.qcow2"
     secret = ["--object", "secret,id=s0,data=abc"]
-    options = "encrypt.format=luks,encrypt.key-secret=s0,encrypt.iter-time=10"
+    options = "encrypt.format=aes,encrypt.key-secret=s0"
     qemu.run("create", "-q", *secret, "-f", "qcow2", "-o", options, image, "1M")
     opened = f"driver=qcow2,file.filename={image},encrypt.key-secret=s0"
     return Scenario(
@@ -449,7 +450,25 @@ MORE = {
 }
 
 # Messages whose advice another test executes.
+_REPAIRED = "-r all repairs this, -r leaks does not"
 ELSEWHERE = {
+    **{
+        (module, f"{what}: {_REPAIRED}"): "unit/test_not_repaired.py::test_what_stays"
+        for module, what in (
+            ("formats/vdi/check.py", "the count of blocks"),
+            ("formats/vhd/check.py", "the footer or its copy"),
+            ("formats/vhdx/check.py", "damaged copies of headers"),
+        )
+    },
+    ("formats/qcow2/repair.py", f"{{}} {{}}: {_REPAIRED}"):
+    "unit/test_repair.py::test_a_copied_flag_of_a_compressed_cluster",
+    ("formats/vdi/check.py", ("the count of blocks: VirtualBox derives from it where the next "
+     "block goes, and would overwrite one in use, because there are leaked blocks between them; "
+     "imgcore convert writes an image without these")):
+    "unit/test_not_repaired.py::test_what_stays",
+    ("formats/vhdx/check.py", ("the log must be replayed first, by the program that wrote it; "
+     "imgcore convert writes an image with an empty log")):
+    "unit/test_advice.py::test_an_image_with_a_log",
     ("formats/vmdk/reader.py", "copy it there"):
     "unit/test_references.py::test_who_asked_for_the_file",
     ("files/reference_gate.py", "make it and its folders readable"):
@@ -824,6 +843,20 @@ def test_remedies_of_lint(tmp_path: Path) -> None:
     done = run(remedy.replace("IMAGE", "x").split(), tmp_path)
     assert done.returncode == 0, done.stderr
     assert run(words, tmp_path).returncode == 0, run(words, tmp_path).stdout
+
+
+def test_an_image_with_a_log(tmp_path: Path) -> None:
+    mib = 1 << 20
+    guid = vhdx.guid(7)
+    entry = vhdx.log_entry(1, 0, [(6 * mib, bytes(4096))], log_guid=guid)
+    blocks = {0: (vhdx.FULL, vhdx.pattern(0, mib))}
+    log = entry.ljust(mib, b"\0")
+    path = vhdx.Vhdx(4 * mib, blocks=blocks, log_guid=guid, log=log).write(tmp_path / "a.vhdx")
+    poke(path, (vhdx.HEADERS[1] + 100, b"x"))
+    done = run(["check", "-r", path], tmp_path)
+    assert "imgcore convert writes an image with an empty log" in done.stderr
+    assert run(["convert", path, "b.vhdx"], tmp_path).returncode == 0
+    assert run(["check", "b.vhdx"], tmp_path).returncode == 0
 
 
 UNSUPPORTED = {
