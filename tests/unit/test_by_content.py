@@ -127,7 +127,7 @@ def test_a_whole_chain_by_the_command(tmp_path: Path) -> None:
     target = tmp_path / "out.raw"
     done = imgcore_command("convert", image, target)
     assert done.returncode == 1
-    assert [line.split(":")[1] for line in done.stderr.splitlines()] == [" warning", f" {image}"]
+    assert_one_line_error(done, f"{image}: names '{images[0].name}'", "(-f qcow2)")
     assert not target.exists()
     # As the backing file of another image, its format is stated there.
     top = openings.child(tmp_path, "qcow2", "top.qcow2", image)

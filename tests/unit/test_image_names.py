@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -293,6 +294,34 @@ def test_urls_as_backing_files(url: str, tmp_path: Path) -> None:
             assert imgcore.info(image)[key] == expected[key]
     with imgcore.open(image, parent=openings.disk(tmp_path / "copy")) as opened:
         assert opened.read(0, 1) == b"\1"
+
+
+TARGETS = [url for url in URLS if "/" in url and not url.endswith(".gz")] + [
+    'json:{"driver":"null-co"}'
+]
+
+
+@pytest.mark.parametrize("verb", ["convert", "create"])
+@pytest.mark.parametrize("url", TARGETS)
+def test_urls_as_targets(url: str, verb: str, tmp_path: Path) -> None:
+    raw = openings.disk(tmp_path / "disk.raw")
+    words = ["convert", "-O", "raw", str(raw), url] if verb == "convert" else []
+    words = words or ["create", "-f", "qcow2", url, "1M"]
+    done = imgcore_command(*words, cwd=tmp_path)
+    assert_one_line_error(done, "URLs and protocols are not written")
+    assert os.listdir(tmp_path) == ["disk.raw"]
+    # The advice, with a protocol that needs no server.
+    done = imgcore_command("convert", raw, tmp_path / "copy.raw")
+    assert done.returncode == 0
+    copied = tmp_path / "copied.raw"
+    qemu.run("convert", "-f", "raw", "-O", "raw", tmp_path / "copy.raw", f"file:{copied}")
+    assert copied.read_bytes() == raw.read_bytes()
+
+
+def test_a_new_file_with_a_colon(tmp_path: Path) -> None:
+    raw = openings.disk(tmp_path / "disk.raw")
+    assert imgcore_command("convert", raw, "ab:c.raw", cwd=tmp_path).returncode == 0
+    assert imgcore_command("convert", raw, tmp_path / "ab:d.raw").returncode == 0
 
 
 def test_a_file_whose_name_looks_like_a_protocol(

@@ -57,6 +57,7 @@ def open_chain(
         chain.layers.append(open_layer(path, options, describing=not parents))
         if parents:
             chain.open_parents()
+        chain.layers[0].warn()
     except BaseException:
         chain.close()
         raise

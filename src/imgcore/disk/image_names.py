@@ -180,6 +180,20 @@ def local_image(path: str | os.PathLike[str], options: OpenOptions) -> tuple[str
     return name, options
 
 
+def refuse_foreign_target(path: str) -> None:
+    """Raise UnsupportedFeatureError if a new image's name is that of no local file.
+
+    A colon alone is part of a file's name.
+    """
+    folder = os.path.dirname(path)
+    if is_description(path) or (PROTOCOL.match(path) and folder and not os.path.isdir(folder)):
+        raise UnsupportedFeatureError(
+            "URLs and protocols are not written: write a file and copy it from there "
+            "(qemu-img convert writes most of them)",
+            path=path,
+        )
+
+
 def _described_image(name: str, options: OpenOptions) -> tuple[str, OpenOptions]:
     try:
         found = parse_description(name)

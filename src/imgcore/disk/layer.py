@@ -10,6 +10,7 @@ from imgcore.errors import UnsupportedFeatureError
 from imgcore.files.host_file import HostFile
 from imgcore.files.reference_gate import ReferenceGate
 from imgcore.formats.registry import Found, find_format, open_found
+from imgcore.log import log
 
 if TYPE_CHECKING:
     from typing import Self
@@ -28,11 +29,19 @@ class Layer(NamedTuple):
     gate : ReferenceGate
         Opens the files that the image names.
     reader : Reader
+    notice : str
+        If only the content states the image's format, the words of a warning.
     """
 
     file: HostFile
     gate: ReferenceGate
     reader: Reader
+    notice: str = ""
+
+    def warn(self) -> None:
+        """Log the notice, if there is one: after opening, which may fail for it."""
+        if self.notice:
+            log.warning("%s: %s", self.file.path, self.notice)
 
     def close(self) -> None:
         """Close the reader and all its files; may be called more than once."""
@@ -62,7 +71,7 @@ def open_layer(
         reader = open_found(file, gate, found.name, options.read_options, flag=flag)
         if options.without_backing:
             refuse_backing(file, reader)
-        return Layer(file, gate, reader)
+        return Layer(file, gate, reader, found.notice)
     except BaseException:
         file.close()
         raise
@@ -82,7 +91,7 @@ def found_gate(file: HostFile, found: Found, options: OpenOptions) -> ReferenceG
 
     It opens nothing if only the image's content states its format.
     """
-    unstated = f"{options.flags.format} {found.name}" if found.by_content else ""
+    unstated = f"{options.flags.format} {found.name}" if found.notice else ""
     folder = os.path.dirname(file.path)
     return ReferenceGate(
         folder, options.allow, share=options.share, image=file.path, unstated=unstated

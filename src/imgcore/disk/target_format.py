@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from imgcore.disk.image_names import refuse_foreign_target
 from imgcore.errors import OptionError
 from imgcore.formats.registry import PLAIN_FORMAT, canonical_name, format_from_suffix
 from imgcore.streams.names import stream_suffix
@@ -21,7 +22,10 @@ def target_format(path: str, stated: str | None, *, flag: str) -> str:
     ------
     OptionError
         There is neither, or a compressed stream of a format other than raw is wanted.
+    UnsupportedFeatureError
+        The name is a URL.
     """
+    refuse_foreign_target(path)
     name = format_from_suffix(path) if stated is None else stated
     if name is None:
         raise OptionError(

@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 from imgcore.errors import OptionError, UnsupportedFeatureError, WrongFormatError
 from imgcore.formats.magic import HEAD_NBYTES, TAIL_NBYTES, matching_formats, raw_content
-from imgcore.log import log
 from imgcore.streams.names import CODEC_OF_SUFFIX, RAW_SUFFIXES, stream_suffix
 
 if TYPE_CHECKING:
@@ -115,10 +114,17 @@ NOT_READ: Final = {
 
 
 class Found(NamedTuple):
-    """A file's format, and whether only its content says so."""
+    """A file's format.
+
+    Attributes
+    ----------
+    name : str
+    notice : str
+        If only the content states the format, the words of a warning; otherwise empty.
+    """
 
     name: str
-    by_content: bool = False
+    notice: str = ""
 
 
 _ENTRIES: Final = {name: entry for entry in DRIVERS for name in (entry.name, *entry.aliases)}
@@ -248,34 +254,21 @@ def find_format(
             return Found(PLAIN_FORMAT)
         raise WrongFormatError(_no_magic(file, flag), path=file.path)
     is_stream = found in CODEC_OF_SUFFIX.values() and stream_suffix(file.path) is not None
+    is_read = found in format_names()
     if named == PLAIN_FORMAT and not is_stream:
         what = "is a block device" if file.is_block_device else "is named like a raw disk"
-        is_read = found in format_names()
-        if not (describing and is_read):
-            advice = f"{flag} {found} or {flag} raw" if is_read else f"{flag} raw"
-            raise WrongFormatError(
-                f"{what}, but has the magic of {found}: use {advice}", path=file.path
-            )
-        log.warning(
-            "%s: %s, but has the magic of %s: to read it, state the right one (%s %s or %s raw)",
-            file.path,
-            what,
-            found,
-            flag,
-            found,
-            flag,
-        )
-        return Found(found, by_content=True)
-    if named is not None or found not in format_names():
+        advice = f"{flag} {found} or {flag} raw" if is_read else f"{flag} raw"
+        problem = f"{what}, but has the magic of {found}: use {advice}"
+        if describing and is_read:
+            return Found(found, f"{problem} to read it")
+        raise WrongFormatError(problem, path=file.path)
+    if named is not None or not is_read:
         return Found(found)
-    log.warning(
-        "%s: the name does not state the format; the content is that of %s (%s %s states it)",
-        file.path,
+    return Found(
         found,
-        flag,
-        found,
+        f"the name does not state the format; the content is that of {found} "
+        f"({flag} {found} states it)",
     )
-    return Found(found, by_content=True)
 
 
 def _suffix(path: str) -> str:

@@ -159,6 +159,7 @@ def check(
         for layer in open_chain(path, options):
             layer.close()
     with open_layer(path, options) as layer:
+        layer.warn()
         format_name = layer.reader.format_name
         if not get_driver(format_name).has_tables:
             raise CheckNotSupportedError(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from imgcore.errors import ImgcoreError, WrongFormatError
 from imgcore.formats.shared.lint import Finding
+from imgcore.log import log
 from imgcore.platforms.rules import Facts, find_broken
 from imgcore.streams.names import CODEC_OF_SUFFIX
 
@@ -154,6 +155,8 @@ def _facts(path: str | os.PathLike[str], profile: Profile, options: OpenOptions)
                 if isinstance(reader, Divided):
                     reader.require_extents()
                 facts.reader = reader
+        if found.notice:
+            log.warning("%s: %s", file.path, found.notice)
         yield facts
 
 
