@@ -473,9 +473,9 @@ ELSEWHERE = {
     "unit/test_references.py::test_who_asked_for_the_file",
     ("files/reference_gate.py", "make it and its folders readable"):
     "unit/test_references.py::test_a_file_that_may_not_be_read",
-    (_CHAIN, "; state it with {}"): "unit/test_references.py::"
+    (_CHAIN, "state it with {}"): "unit/test_references.py::"
     "test_the_advice_for_a_missing_parent_works",
-    (_CHAIN, "; state it with {}, given once for each level from the first parent on"):
+    (_CHAIN, "state it with {}, given once for each level from the first parent on"):
     "unit/test_references.py::test_the_advice_for_a_missing_parent_works",
     (_CHAIN, "state it ({})"): "unit/test_advice.py::test_the_backing_files_format",
     (_CHAIN, ": qemu-img convert reads the whole chain"):

@@ -318,6 +318,19 @@ def test_urls_as_targets(url: str, verb: str, tmp_path: Path) -> None:
     assert copied.read_bytes() == raw.read_bytes()
 
 
+@pytest.mark.parametrize("verb", ["convert", "create"])
+@pytest.mark.parametrize("url", [url for url in URLS if url != URLS[3]])
+def test_urls_as_backing_files_of_targets(url: str, verb: str, tmp_path: Path) -> None:
+    raw = openings.disk(tmp_path / "disk.raw")
+    target = tmp_path / "below" / "t.qcow2"
+    target.parent.mkdir()
+    options = {"convert": ["-B", url, "-F", "raw", raw], "create": ["-b", url, "-F", "raw"]}
+    size = ["1M"] if verb == "create" else []
+    done = imgcore_command(verb, *options[verb], target, *size)
+    assert_one_line_error(done, "URLs and protocols are not read")
+    assert not target.exists()
+
+
 def test_a_new_file_with_a_colon(tmp_path: Path) -> None:
     raw = openings.disk(tmp_path / "disk.raw")
     assert imgcore_command("convert", raw, "ab:c.raw", cwd=tmp_path).returncode == 0

@@ -293,7 +293,7 @@ def test_a_backing_file_of_another_host(form: str, verb: str, tmp_path: Path) ->
     done = imgcore_command(*command(verb, image, raw))
     code = 2 if verb.startswith("compare") else 1
     assert_one_line_error(done, f"if it is {base}", code=code)
-    advice = re.findall(r"state it with (--[\w-]+) (\S+)$", done.stderr.strip())
+    advice = re.findall(r"state it with (--[\w-]+): (\S+)$", done.stderr.strip())
     done = imgcore_command(*command(verb, image, raw, *advice[0]))
     assert done.returncode == 0, done.stderr
     base.unlink()

@@ -112,7 +112,7 @@ class _Chain:
         except NotLocalError as error:
             raise UnsafeReferenceError(
                 f"names {reference.name[:200]!r} as its parent: {error}; only descriptions of "
-                f"one local file are followed{self._remedy()}",
+                f"one local file are followed; {self._remedy()}".removesuffix("; "),
                 path=self._path,
             ) from error
         if found.format is not None:
@@ -131,13 +131,13 @@ class _Chain:
         )
 
     def _remedy(self) -> str:
-        """Return how to state the next parent, for the end of a message."""
+        """Return how to state the next parent; empty if no option does."""
         flag, n_parents = self._options.flags.parent, len(self.layers) - 1
         if not flag:
             return ""
         if not n_parents:
-            return f"; state it with {flag}"
-        return f"; state it with {flag}, given once for each level from the first parent on"
+            return f"state it with {flag}"
+        return f"state it with {flag}, given once for each level from the first parent on"
 
     def _open_parent(self, reference: BackingReference) -> None:
         """Open the last layer's parent by the first name that leads to it."""
@@ -148,7 +148,7 @@ class _Chain:
         missing: list[Exception] = []
         for name in names:
             try:
-                file = gate.open(name, role="parent", remedy=self._remedy().removeprefix("; "))
+                file = gate.open(name, role="parent", remedy=self._remedy())
             except (FileNotFoundError, NotADirectoryError) as error:
                 missing.append(error)
                 continue
@@ -178,14 +178,14 @@ class _Chain:
         if candidate is not None:
             text = (
                 f"names {reference.name[:200]!r} as its parent, which is not on this host; if it "
-                f"is {candidate}, which nothing but the name tells{self._remedy()} {candidate}"
+                f"is {candidate}, which nothing but the name tells, {self._remedy()}: {candidate}"
             )
             return UnsafeReferenceError(text, path=image)
         if len(missing) == 1:
             return missing[0]
         tried = ", ".join(repr(name) for name in names)
-        text = f"none of the names of its parent exists: {tried}{self._remedy()}"
-        return FileNotFoundError(errno.ENOENT, text, image)
+        text = f"none of the names of its parent exists: {tried}; {self._remedy()}"
+        return FileNotFoundError(errno.ENOENT, text.removesuffix("; "), image)
 
     def _candidate(self, reference: BackingReference) -> str | None:
         """Return a file that may be a parent without an identity, which was moved.
