@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from imgcore.disk.image import Image
     from imgcore.disk.sink import Sink
     from imgcore.engine.bad_ranges import BadRange
+    from imgcore.engine.control import Control
     from imgcore.engine.progress import Progress
     from imgcore.files.byte_source import ByteSource
 
@@ -92,6 +93,8 @@ def convert(
     progress: Callable[[Progress], None] | None = None,
     kernels: Mapping[str, str] | None = None,
     profile: str | None = None,
+    rate: int | str | None = None,
+    control: Control | None = None,
 ) -> ConvertResult:
     """Convert a virtual disk image, including its backing files, to another format.
 
@@ -148,6 +151,12 @@ def convert(
         The platform that the target is for, for example ``"azure"``.  It sets format
         and options, and rounds the virtual size up to one that the platform accepts.
         Other arguments must not contradict it.
+    rate : int or str, optional
+        The most bytes of the disk to handle in a second, for example ``"100M"``.  Data
+        counts, as it is read; holes and zeros that the source's tables state do not,
+        unless they are written (``sparse=0``).  The bytes written do not depend on it.
+    control : Control, optional
+        Changes the rate while the conversion runs; in place of ``rate``.
 
     Returns
     -------
@@ -189,6 +198,8 @@ def convert(
         reflink=reflink,
         kernels=kernels,
         profile=profile,
+        rate=rate,
+        control=control,
     )
     with ExitStack() as stack:
         disk = stack.enter_context(open_source(source, opening))
