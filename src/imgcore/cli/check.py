@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from imgcore.cli.common import (
+    cache_option,
     open_options,
     output_options,
     print_json,
@@ -27,6 +28,7 @@ EXIT_UNSUPPORTED: Final = 63
 @verb("check")
 @open_options("format", "parent", "share", "allow")
 @quiet_option()
+@cache_option("-T", "--cache")
 @output_options
 @click.option("-r", "--repair", is_flag=True, help="Repair what can be repaired safely.")
 @click.argument("file")

@@ -9,11 +9,18 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
 from imgcore import limits
 from imgcore.errors import LimitExceededError, OptionError
-from imgcore.formats.options import FormatOptions, byte_size, choice, text
+from imgcore.formats.options import (
+    NO_EFFECT,
+    Foreign,
+    FormatOptions,
+    byte_size,
+    choice,
+    text,
+)
 from imgcore.formats.shared.alignment import align_up
 from imgcore.formats.shared.write_checks import check_block_size, parse_uuid, refuse_compression
 from imgcore.formats.vhdx import layout
@@ -48,6 +55,12 @@ BAT_OFFSET: Final = METADATA_OFFSET + METADATA_NBYTES
 @dataclass(frozen=True)
 class Options(FormatOptions):
     """The ``-o`` options."""
+
+    foreign: ClassVar = {
+        **FormatOptions.foreign,
+        "block_state_zero": NO_EFFECT,
+        "log_size": Foreign(reason="the log has 1 MiB: leave it out"),
+    }
 
     subformat: str = choice(
         "dynamic", ("dynamic", "fixed"), "Allocate blocks when they are needed, or all of them"
