@@ -68,14 +68,14 @@ class _Verb(click.Command):
 
     def _rewritten(self, args: list[str]) -> list[str]:
         """Replace ``--progress`` without a mode, as qemu-img has it, by ``-p``."""
-        modes = [choices for p in self.params if (choices := _choices(p, "--progress"))]
-        end = args.index("--") if "--" in args else len(args)
-        return [
-            "-p"
-            if modes and index < end and arg == "--progress" and following not in modes[0]
-            else arg
-            for index, (arg, following) in enumerate(zip(args, [*args[1:], ""], strict=True))
-        ]
+        modes = next((found for p in self.params if (found := _choices(p, "--progress"))), ())
+        rewritten = list(args)
+        for index, arg in enumerate(args):
+            if arg == "--" or not modes:
+                break
+            if arg == "--progress" and not (args[index + 1 :] and args[index + 1] in modes):
+                rewritten[index] = "-p"
+        return rewritten
 
 
 def _choices(param: click.Parameter, flag: str) -> Sequence[str]:

@@ -54,7 +54,7 @@ def progress_options(function: Any) -> Any:
         type=click.Choice(MODES),
         default="auto",
         help="How to report progress: on stderr, or on stdout as qemu-img (qemu); auto: a bar on "
-        "a terminal, else with -p as qemu-img.",
+        "a terminal, else with -p plain and qemu.",
     )(function)
     return click.option(
         "-p",
@@ -81,8 +81,9 @@ def reporter(mode: str, *, wanted: bool, quiet: bool, label: str, as_json: bool)
             return BarReporter(label, delay=0.0 if wanted else _BAR_DELAY_SECONDS)
         if not wanted:
             return Reporter()
-        # What reads the progress of qemu-img reads it from stdout.
-        mode = "plain" if as_json else "qemu"
+        if not as_json:
+            return BothReporter(PlainReporter(), QemuReporter())
+        mode = "plain"
     if mode == "bar":
         return BarReporter(label)
     if mode == "plain":
@@ -257,6 +258,33 @@ class QemuReporter(Reporter):
         except OSError:
             self._is_open = False
             discard_stdout()
+
+
+class BothReporter(Reporter):
+    """Prints plain lines on stderr, and on stdout what callers of qemu-img read."""
+
+    interval_seconds = 0.0
+
+    def __init__(self, *reporters: Reporter) -> None:
+        super().__init__()
+        self._reporters = reporters
+
+    def update(self, counters: Counters) -> None:
+        for one in self._reporters:
+            one.update(counters)
+
+    def finish(self) -> None:
+        for one in self._reporters:
+            one.finish()
+
+    def close(self) -> None:
+        for one in self._reporters:
+            one.close()
+
+    def __enter__(self) -> Reporter:
+        for one in self._reporters:
+            one.__enter__()
+        return self
 
 
 class BarReporter(Reporter):
