@@ -63,8 +63,7 @@ class SinkOptions(NamedTuple):
     ) -> SinkOptions:
         """Return the record; OptionError if the keywords contradict each other."""
         platform = None if profile is None else _profile(profile)
-        stated = fitting_format(platform, format)
-        name = target_format(target, stated, flag="-O", profile=platform)
+        name = target_format(target, fitting_format(platform, format) or None, flag="-O")
         if salvage and backing is not None:
             raise OptionError("salvaged data cannot be compared with a parent (-B)")
         if platform is not None:

@@ -12,15 +12,13 @@ from imgcore.formats.registry import (
     format_names,
 )
 from imgcore.formats.suffixes import stated_format, suffix_of
-from imgcore.streams.names import stream_suffix
+from imgcore.streams.names import CODEC_OF_SUFFIX, stream_suffix
 
 if TYPE_CHECKING:
     from imgcore.platforms.profiles import Profile
 
 
-def target_format(
-    path: str, stated: str | None, *, flag: str, profile: Profile | None = None
-) -> str:
+def target_format(path: str, stated: str | None, *, flag: str) -> str:
     """Return the format of a new disk: the stated one, or that of the suffix.
 
     Parameters
@@ -29,47 +27,49 @@ def target_format(
     stated : str, optional
     flag : str
         The command's option for the format, for the message.
-    profile : Profile, optional
-        The platform that states the format; it has its own rule for archives.
 
     Raises
     ------
     OptionError
-        There is neither, or the suffix states another format, or a compressed stream of
-        a format other than raw is wanted.
+        There is neither, or a compressed stream of a format other than raw is wanted.
     """
     name = format_from_suffix(path) if stated is None else canonical_name(stated)
-    if profile is not None and profile.is_archived:
-        return canonical_name(profile.format)
-    is_stream = stream_suffix(path) is not None
-    if is_stream and name not in (None, PLAIN_FORMAT):
-        raise OptionError(
-            f"only {PLAIN_FORMAT} can be written as a compressed stream, not {name}", path=path
-        )
-    named = PLAIN_FORMAT if is_stream else stated_format(path)
-    if named not in (None, name):
-        raise OptionError(_contradiction(named or "", name, flag, profile), path=path)
     if name is None:
+        named = stated_format(path)
+        if named is not None:
+            suffixes = ", ".join(map(suffix_of, format_names()))
+            what = f"the name states {named}, which is not written: end it in one of {suffixes}"
+            raise OptionError(what, path=path)
         raise OptionError(
             f"the name has no suffix of a known format: state the format with {flag}", path=path
+        )
+    if stream_suffix(path) is not None and name != PLAIN_FORMAT:
+        raise OptionError(
+            f"only {PLAIN_FORMAT} can be written as a compressed stream, not {name}", path=path
         )
     return name
 
 
-def _contradiction(named: str, name: str | None, flag: str, profile: Profile | None) -> str:
-    """Return the message for a suffix that states another format than is written."""
-    if name is None:
-        suffixes = ", ".join(map(suffix_of, format_names()))
-        return f"the name states {named}, which is not written: end it in one of {suffixes}"
+def refuse_other_name(path: str, name: str, *, flag: str, profile: Profile | None = None) -> None:
+    """Raise OptionError if the suffix of a new disk states another format than it has.
+
+    A profile that writes archives has its own rule for their names.
+    """
+    named = stated_format(path)
+    is_archive = profile is not None and profile.is_archived
+    if named is None or named == name or is_archive or stream_suffix(path) is not None:
+        return
     remedy = f"end it in {suffix_of(name)}"
-    if name == PLAIN_FORMAT and named in ("gzip", "zstd"):
+    if name == PLAIN_FORMAT and named in CODEC_OF_SUFFIX.values():
         remedy += f", or in {suffix_of(name)}{suffix_of(named)} to compress the disk"
     if profile is None:
+        statement = f"{flag} states {name}"
         remedy += f", or use {flag} {named}" if named in format_names() else ""
-        return f"the name states {named}, but {flag} states {name}: {remedy}"
-    others = _profiles_of(named)
-    remedy += f", or use a profile that writes {named} ({others})" if others else ""
-    return f"the name states {named}, but the profile {profile.name} writes {name}: {remedy}"
+    else:
+        statement = f"the profile {profile.name} writes {name}"
+        others = _profiles_of(named)
+        remedy += f", or use a profile that writes {named} ({others})" if others else ""
+    raise OptionError(f"the name states {named}, but {statement}: {remedy}", path=path)
 
 
 def _profiles_of(format: str) -> str:

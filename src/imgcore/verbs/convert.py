@@ -15,6 +15,7 @@ from imgcore.disk.profile_fitting import fitting_size
 from imgcore.disk.sink import open_sink
 from imgcore.disk.sink_options import SinkOptions
 from imgcore.disk.source import open_source
+from imgcore.disk.target_format import refuse_other_name
 from imgcore.engine.progress import Tally
 from imgcore.files.target import Target
 from imgcore.log import log
@@ -209,6 +210,7 @@ def convert(
         output = stack.enter_context(Target(target, force=force, sync=sync, in_place=in_place))
         files = [*disk.files, *(base.every_file() if base is not None else ())]
         output.protect(files)
+        refuse_other_name(output.path, writing.format, flag="-O", profile=writing.profile)
         sink = open_sink(output, writing, disk, base, tally.total_nbytes)
         bad_ranges = _write(sink, tally, files, output.path)
         file_size = output.main.file_size
