@@ -154,6 +154,7 @@ class RateLimit:
     def take(self, nbytes: int, timeout_ms: int = ...) -> bool:
         """Wait until ``nbytes`` may be handled; return False after the timeout."""
 
+@final
 class Job:
     """One conversion or comparison, run batch by batch."""
 

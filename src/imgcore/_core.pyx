@@ -291,7 +291,6 @@ cdef class File:
         n.imgc_file_close(self.handle)
 
 
-@cython.no_gc_clear  # the workers use the files until they are joined
 cdef class RateLimit:
     """How many guest bytes a second jobs may handle: ``struct imgc_rate_limit``."""
 
@@ -318,6 +317,7 @@ cdef class RateLimit:
         n.imgc_rate_limit_destroy(self.handle)
 
 
+@cython.no_gc_clear  # the workers use the files until they are joined
 cdef class Job:
     """One conversion or comparison, run batch by batch."""
 

@@ -25,10 +25,10 @@ MIB = 1 << 20
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Path:
-    """1 MiB of data in a disk of 1 GiB."""
+    """1 MiB of data in a disk of 64 MiB."""
     path = tmp_path / "disk.raw"
     path.write_bytes(noise(MIB))
-    os.truncate(path, 1 << 30)
+    os.truncate(path, 64 * MIB)
     return path
 
 
@@ -61,10 +61,10 @@ TARGETS: dict[str, dict[str, Any]] = {
 def test_a_conversion_takes_as_long_as_its_rate_demands(
     target: str, disk: Path, tmp_path: Path
 ) -> None:
-    """Holes are free: the whole disk would take more than eight minutes."""
+    """Holes are free: the whole disk would take 16 seconds."""
     path = tmp_path / target
-    taken = seconds(lambda: imgcore.convert(disk, path, rate="2M", sync=False, **TARGETS[target]))
-    assert taken >= 0.5
+    taken = seconds(lambda: imgcore.convert(disk, path, rate="4M", sync=False, **TARGETS[target]))
+    assert taken >= 0.25
     if not target.endswith(("gz", "zst")):
         assert imgcore.compare(disk, path).identical
 
@@ -78,22 +78,22 @@ def test_a_compressed_source_counts_whole(target: str, tmp_path: Path) -> None:
     profile = "gce" if target == "o.tar.gz" else None
     path = tmp_path / target
     taken = seconds(
-        lambda: imgcore.convert(packed, path, rate=2 * MIB, profile=profile, sync=False)
+        lambda: imgcore.convert(packed, path, rate=4 * MIB, profile=profile, sync=False)
     )
-    assert taken >= 0.5
+    assert taken >= 0.25
 
 
 def test_a_child_counts_what_is_read_of_it_and_its_parent(disk: Path, tmp_path: Path) -> None:
     base = tmp_path / "base.qcow2"
     imgcore.convert(disk, base, sync=False)
-    keywords = {"backing": base, "backing_format": "qcow2", "rate": "2M", "sync": False}
+    keywords = {"backing": base, "backing_format": "qcow2", "rate": "4M", "sync": False}
     taken = seconds(lambda: imgcore.convert(disk, tmp_path / "o.qcow2", **keywords))
-    assert taken >= 0.5
+    assert taken >= 0.25
     empty = tmp_path / "empty.raw"
     empty.touch()
-    os.truncate(empty, 1 << 30)
+    os.truncate(empty, 64 * MIB)
     taken = seconds(lambda: imgcore.convert(empty, tmp_path / "p.qcow2", **keywords))
-    assert taken >= 0.5
+    assert taken >= 0.25
 
 
 def test_zeros_that_are_written_count(tmp_path: Path) -> None:
@@ -102,8 +102,8 @@ def test_zeros_that_are_written_count(tmp_path: Path) -> None:
     os.truncate(empty, MIB)
     for target in ("o.raw", "o.qcow2"):
         path = tmp_path / target
-        taken = seconds(lambda p=path: imgcore.convert(empty, p, rate="2M", sparse=0, sync=False))
-        assert taken >= 0.5
+        taken = seconds(lambda p=path: imgcore.convert(empty, p, rate="4M", sparse=0, sync=False))
+        assert taken >= 0.25
 
 
 def test_holes_are_free(tmp_path: Path) -> None:
@@ -210,8 +210,10 @@ def test_an_exception_of_the_callback_ends_the_waiting(
     assert sorted(tmp_path.iterdir()) == [disk]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("target", TARGET_NAMES)
+@pytest.mark.parametrize(
+    ("target", "number"),
+    [*((name, signal.SIGTERM) for name in TARGET_NAMES), ("o.qcow2", signal.SIGINT)],
+)
 def test_a_signal_ends_the_waiting(
     target: str, number: signal.Signals, disk: Path, tmp_path: Path
 ) -> None:
@@ -248,6 +250,8 @@ def test_rates_that_are_taken(disk: Path, tmp_path: Path) -> None:
     }.items():
         assert imgcore.Control(rate=rate).rate == nbytes
     assert imgcore.Control().rate is None
+    with pytest.raises(TypeError):
+        imgcore.Control(rate=1.5)  # type: ignore[arg-type]
     imgcore.convert(disk, tmp_path / "o.raw", rate=2**63 - 1)
 
 

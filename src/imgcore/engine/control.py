@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+import threading
 from typing import Final
 
 from imgcore._core import RateLimit
@@ -28,6 +30,7 @@ class Control:
 
     def __init__(self, *, rate: int | str | None = None) -> None:
         self.limit: Final = RateLimit()
+        self._lock: Final = threading.Lock()
         self._rate: int | None = None
         self.rate = rate
 
@@ -38,10 +41,16 @@ class Control:
 
     @rate.setter
     def rate(self, rate: int | str | None) -> None:
-        nbytes = parse_size(rate) if isinstance(rate, str) else rate
-        if nbytes is not None and not 0 < nbytes <= MAX_SIZE:
-            raise OptionError(
-                f"a rate of {rate} bytes a second, 1 to {MAX_SIZE} are allowed; None is no limit"
-            )
-        self.limit.set(nbytes or 0)
-        self._rate = nbytes
+        nbytes = None if rate is None else _rate_nbytes(rate)
+        with self._lock:
+            self.limit.set(nbytes or 0)
+            self._rate = nbytes
+
+
+def _rate_nbytes(rate: int | str) -> int:
+    nbytes = parse_size(rate) if isinstance(rate, str) else operator.index(rate)
+    if not 0 < nbytes <= MAX_SIZE:
+        raise OptionError(
+            f"a rate of {rate} bytes a second, 1 to {MAX_SIZE} are allowed; None is no limit"
+        )
+    return nbytes
