@@ -206,11 +206,11 @@ def convert(
         disk = stack.enter_context(open_source(source, opening))
         disk.refuse_conversion(salvage=salvage, with_base=backing is not None)
         base = _open_base(os.fspath(target), writing, opening, stack)
-        tally = Tally(fitting_size(writing.profile, disk), progress)
         output = stack.enter_context(Target(target, force=force, sync=sync, in_place=in_place))
         files = [*disk.files, *(base.every_file() if base is not None else ())]
         output.protect(files)
         refuse_other_name(output.path, writing.format, flag="-O", profile=writing.profile)
+        tally = Tally(fitting_size(writing.profile, disk), progress)
         sink = open_sink(output, writing, disk, base, tally.total_nbytes)
         bad_ranges = _write(sink, tally, files, output.path)
         file_size = output.main.file_size
