@@ -60,7 +60,7 @@ TAKEN: Final = {
     "check": {
         "-f --format": "{} qcow2 base.qcow2",
         "-T --cache": "{} directsync base.qcow2",
-        "-r --repair": "{} base.qcow2",
+        "-r --repair": "{} all base.qcow2",
         "-U --force-share": "{} base.qcow2",
         "--output": "{} json base.qcow2",
         "-q --quiet": "{} base.qcow2",

@@ -56,7 +56,7 @@ def discard_stdout() -> None:
         pass  # stdout has no descriptor: nothing to flush
 
 
-class _Verb(click.Command):
+class Verb(click.Command):
     """A verb whose errors explain the flags of qemu-img that it does not have."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -94,11 +94,11 @@ def raise_for_flag(verb_name: str, error: click.NoSuchOption) -> None:
         raise OptionError(f"{error.option_name}: {reason}") from error
 
 
-def verb(name: str) -> Callable[[Function], click.Command]:
+def verb(name: str, cls: type[Verb] = Verb) -> Callable[[Function], click.Command]:
     """Return a decorator that makes a function a verb of the command."""
     return click.command(
         name,
-        cls=_Verb,
+        cls,
         context_settings=CONTEXT_SETTINGS,
         options_metavar="[OPTIONS]",
         no_args_is_help=False,
