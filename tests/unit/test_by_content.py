@@ -162,8 +162,9 @@ def test_info_answers_against_the_name(
     image_format: str, suffix: str, tmp_path: Path, closed: None
 ) -> None:
     raw = openings.disk(tmp_path / "disk.raw")
-    image = tmp_path / f"image{suffix}"
-    imgcore.convert(raw, image, target_format=image_format, sync=False)
+    made = tmp_path / f"image.{image_format}"
+    imgcore.convert(raw, made, sync=False)
+    image = openings.renamed(made, f"image{suffix}")
     done = imgcore_command("info", "--json", image)
     assert json.loads(done.stdout)["format"] == qemu._name(image_format)
     assert f"-f {image_format} or -f raw" in done.stderr

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import click
 
 from imgcore.cli.common import (
+    Verb,
+    cache_option,
     open_options,
     output_options,
     print_json,
     quiet_option,
-    refused_options,
     say,
     verb,
     with_qemu_names,
@@ -29,7 +30,7 @@ EXIT_LEAKS: Final = 3
 EXIT_UNSUPPORTED: Final = 63
 
 
-class _CheckCommand(click.Command):
+class _CheckCommand(Verb):
     """Makes the value of ``-r`` optional, without taking FILE for it."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -53,9 +54,9 @@ def _with_values(args: list[str]) -> Iterator[str]:
 
 
 @verb("check", _CheckCommand)
-@refused_options("image_opts", "object")
 @open_options("format", "backing_format", "parent", "share", "allow")
 @quiet_option()
+@cache_option("-T", "--cache")
 @output_options
 @click.option(
     "-r",

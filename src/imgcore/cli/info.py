@@ -8,11 +8,11 @@ from typing import Any
 import click
 
 from imgcore.cli.common import (
+    cache_option,
     open_options,
     output_options,
     print_json,
     print_tree,
-    refused_options,
     size_text,
     verb,
     with_qemu_names,
@@ -21,9 +21,9 @@ from imgcore.text import one_line
 
 
 @verb("info")
-@refused_options("image_opts", "object")
 @open_options(flags={"read_options": ("-o", "--read-options")})
 @click.option("--backing-chain", is_flag=True, help="Describe the backing files as well.")
+@cache_option("-t", "--cache")
 @output_options
 @click.argument("file")
 def command(

@@ -12,7 +12,6 @@ from imgcore.cli.common import (
     output_options,
     print_json,
     print_options_help,
-    refused_options,
     size_value,
     target_driver,
     verb,
@@ -22,7 +21,6 @@ from imgcore.formats.registry import PLAIN_FORMAT
 
 
 @verb("measure")
-@refused_options("image_opts", "object", "snapshot")
 @open_options()
 @click.option(
     "-O",

@@ -82,6 +82,9 @@ class BackingReference(NamedTuple):
         Only in a `WriteRequest`: size of the parent's disk in bytes.
     without_backing : bool
         The parent's own parent is left out.
+    inherited : tuple
+        Only in a `WriteRequest`: what the child takes over, in a form that only the
+        format knows (`Inheritable`).
 
     Notes
     -----
@@ -97,6 +100,7 @@ class BackingReference(NamedTuple):
     path: str | None = None
     virtual_size: int | None = None
     without_backing: bool = False
+    inherited: tuple[Any, ...] = ()
 
     def __repr__(self) -> str:
         fields = zip(self._fields, self, strict=True)
@@ -253,6 +257,18 @@ class Divided(Protocol):
 
         Without them, the image can be described, but not read.
         """
+        ...
+
+
+@runtime_checkable
+class Inheritable(Protocol):
+    """A reader whose format has facts about a disk that its children state as well.
+
+    Optional: the children of other formats take over no more than identities.
+    """
+
+    def inherited(self) -> tuple[Any, ...]:
+        """Return `BackingReference.inherited` for a new child."""
         ...
 
 
