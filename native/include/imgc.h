@@ -333,8 +333,9 @@ struct imgc_source_file {
 };
 
 /*
- * Verifies rows from outside: they start at sectors, ascend without gaps over exactly
- * [guest_start, guest_end), and have non-zero lengths, known kinds and known files.
+ * Verifies rows from outside: they ascend without gaps over exactly [guest_start,
+ * guest_end), and have non-zero lengths, known kinds and known files.  Rows with data
+ * start at sectors; the zeros that fill up an incomplete last sector do not.
  * Host ranges lie inside their file, compressed rows inside one block, and no sum
  * wraps.  Otherwise IMGC_OUT_OF_RANGE; err->offset is the row.
  */

@@ -236,17 +236,6 @@ class TestSparse:
 class TestFailure:
     """Nothing remains of the target, and the source is unchanged."""
 
-    def test_a_disk_of_broken_sectors(self, disk: Path) -> None:
-        image = disk.with_name("odd.qcow2")
-        imgcore.convert(disk, image)
-        with image.open("r+b") as file:
-            file.seek(24)
-            file.write((disk.stat().st_size + 31).to_bytes(8, "big"))
-        target = disk.with_name("no.raw")
-        with pytest.raises(imgcore.UnsupportedFeatureError, match=r"odd\.qcow2: its disk has"):
-            imgcore.convert(image, target)
-        assert not target.exists()
-
     @pytest.mark.parametrize("target", ["out.raw", "out.qcow2", "out.vmdk", "out.raw.zst"])
     def test_a_callback_that_raises(self, tmp_path: Path, disk: Path, target: str) -> None:
         (tmp_path / target).write_bytes(b"precious")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from imgcore.disk.overlay import padded
+from imgcore.disk.overlay import padded, resized
 from imgcore.engine.batches import Batch, cut_batches, pair_up
 from imgcore.engine.extents import Kind
 from imgcore.engine.geometry import ZeroPolicy
@@ -32,9 +32,10 @@ def image_batches(image: Image, base: Image | None, geometry: Geometry) -> Itera
         The target's parent.  Its files are numbered after those of ``image``.
     geometry : Geometry
         The target's.  Its disk may be larger than the image's and then ends in zeros.
+        It may also be smaller, by less than a sector.
     """
     disk_end = geometry.guest_nbytes
-    rows = padded(image.data_extents(), image.virtual_size, disk_end)
+    rows = resized(image.data_extents(), image.virtual_size, disk_end)
     if base is None:
         return _cut(rows, geometry, skip_empty=geometry.zero_policy is ZeroPolicy.SKIP)
     base_end = min(base.virtual_size, disk_end)

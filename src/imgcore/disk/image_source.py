@@ -6,8 +6,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from imgcore.disk.describe import describe_layer
-from imgcore.errors import UnsupportedFeatureError
-from imgcore.limits import CHUNK_NBYTES, SECTOR_NBYTES
+from imgcore.limits import CHUNK_NBYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,6 +27,8 @@ class ImageSource:
         self.path = image.path
         self.format = image.format
         self.virtual_size = image.virtual_size
+        is_flat = image.reader.is_flat
+        self.exact_nbytes = image.files[0].nbytes if is_flat else image.virtual_size
         self.logical_sector_nbytes = image.logical_sector_nbytes
         self.files = image.every_file()
 
@@ -36,13 +37,7 @@ class ImageSource:
         return [describe_layer(layer) for layer in self._image.chain]
 
     def refuse_conversion(self, *, salvage: bool, with_base: bool) -> None:
-        """Raise UnsupportedFeatureError if the disk ends inside a sector."""
-        if self.virtual_size % SECTOR_NBYTES:
-            raise UnsupportedFeatureError(
-                f"its disk has {self.virtual_size} bytes, not a multiple of {SECTOR_NBYTES}: "
-                "no other format can represent that (qemu-img resize changes the size)",
-                path=self.path,
-            )
+        """Do nothing: an image can be converted in every way."""
 
     def data_extents(self) -> Iterator[Extents]:
         """Yield the extents of the disk, with long holes of host files as ZERO."""

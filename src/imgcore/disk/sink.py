@@ -79,6 +79,7 @@ def open_sink(
         sparse_nbytes=options.sparse_nbytes,
         target_name=os.path.basename(target.path),
         logical_sector_nbytes=source.logical_sector_nbytes,
+        exact_nbytes=source.exact_nbytes if virtual_size == source.virtual_size else None,
     )
     return ImageSink(target, source, base, request, options)
 

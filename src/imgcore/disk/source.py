@@ -40,7 +40,15 @@ class Source(Protocol):
 
     @property
     def virtual_size(self) -> int:
-        """Bytes of the disk."""
+        """Bytes of the disk, in whole sectors."""
+        ...
+
+    @property
+    def exact_nbytes(self) -> int:
+        """Bytes of the disk without the zeros that fill up its last sector.
+
+        It differs from ``virtual_size`` for raw disks only.
+        """
         ...
 
     @property

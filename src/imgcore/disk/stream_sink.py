@@ -26,7 +26,7 @@ class StreamSink:
 
     def write(self, tally: Tally) -> tuple[BadRange, ...]:
         """Write the whole disk.  Unreadable data is an error, so no ranges are bad."""
-        nbytes, done = self._source.virtual_size, 0
+        nbytes, done = self._source.exact_nbytes, 0
         with self._encoder(self._target.main, nbytes, self._threads) as encoder:
             for chunk in self._source.chunks(0, nbytes):
                 encoder.write(chunk)

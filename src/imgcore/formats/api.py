@@ -298,6 +298,9 @@ class WriteRequest(NamedTuple, Generic[Options]):
     logical_sector_nbytes : int or None
         Logical sector size of the source in bytes, or None if the source does not state
         it.
+    exact_nbytes : int or None
+        Size of the disk in bytes without the zeros that fill up its last sector, if
+        the target may keep it; raw does.
     """
 
     virtual_size: int
@@ -307,6 +310,7 @@ class WriteRequest(NamedTuple, Generic[Options]):
     sparse_nbytes: int = 4096
     target_name: str = ""
     logical_sector_nbytes: int | None = None
+    exact_nbytes: int | None = None
 
 
 class Writer(Protocol):

@@ -36,8 +36,8 @@ class RawWriter(FlatWriter):
 
     def __init__(self, options: WriteOptions) -> None:
         super().__init__(
-            flat_geometry(options.virtual_size, options.sparse_nbytes),
-            options.virtual_size,
+            flat_geometry(options.exact_nbytes, options.sparse_nbytes),
+            options.exact_nbytes,
             options.preallocation,
         )
         self._in_place = False
