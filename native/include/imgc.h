@@ -391,6 +391,11 @@ struct imgc_geometry {
 	 */
 	uint32_t stored_prefix_nbytes; /* up to IMGC_MAX_STORED_PREFIX_NBYTES */
 	uint32_t stored_prefix_byte;   /* 0..255 */
+	/*
+	 * APPEND, with sparse_nbytes 0: the target has bytes of its own where it is free.
+	 * What of a STORED block is not written is zeroed, up to the block's full size.
+	 */
+	uint32_t clears_blocks;
 };
 
 enum imgc_job_kind {

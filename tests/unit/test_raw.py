@@ -281,7 +281,8 @@ class TestWriter:
         writer = DRIVER.writer(request(sparse_nbytes=sparse_nbytes))
         with Target(path, in_place=in_place) as target:
             assert writer.begin(target) is target.main
-            geometry = writer.geometry
+            assert target.main.reads_as_zeros == (not in_place)
+            geometry = writer.geometry.over_old_bytes if in_place else writer.geometry
             assert geometry.placing is Placing.IDENTITY
             assert (geometry.zero_policy, geometry.block_nbytes) == (policy, block_nbytes)
             assert (geometry.sparse_nbytes, geometry.guest_nbytes) == (sparse, MIB)
@@ -372,7 +373,7 @@ def test_copy_through_the_engine(tmp_path: Path, image: images.RawImage, in_plac
         data_file = writer.begin(target)
         job = Job(
             sources=[(reader.file.core, reader.file.nbytes, 0, 0)],
-            geometry=writer.geometry,
+            geometry=writer.geometry.over_old_bytes if in_place else writer.geometry,
             target=data_file.core,
             threads=2,
         )

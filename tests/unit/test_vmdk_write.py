@@ -430,16 +430,6 @@ def test_a_sparse_file_ends_at_2_tib(tmp_path: Path, subformat: str) -> None:
                 writer.place(0, placements, offset + GRAIN)
 
 
-@pytest.mark.parametrize("subformat", SUBFORMATS)
-def test_not_in_place(tmp_path: Path, subformat: str) -> None:
-    path, raw = tmp_path / "a.vmdk", tmp_path / "a.raw"
-    path.write_bytes(bytes(SECTOR))
-    raw.write_bytes(b"x" * SECTOR)
-    with pytest.raises(UnsupportedFeatureError, match="only raw can be written into"):
-        imgcore.convert(raw, path, options={"subformat": subformat}, in_place=True)
-    assert path.read_bytes() == bytes(SECTOR)
-
-
 @pytest.mark.parametrize("image", RAW_IMAGES, ids=lambda image: image.name)
 @pytest.mark.parametrize("subformat", SUBFORMATS)
 def test_measure(tmp_path: Path, raw_images: Any, image: RawImage, subformat: str) -> None:

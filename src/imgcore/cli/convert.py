@@ -58,6 +58,11 @@ EXIT_SALVAGED: Final = 3
     help="Skip runs of zeros of this length; 0 writes all zeros.  [default: 4k]",
 )
 @click.option("-n", "--in-place", is_flag=True, help="Write into an existing TARGET.")
+@click.option(
+    "--target-is-zero",
+    is_flag=True,
+    help="With -n: TARGET reads as zeros, so write none of a raw disk's zeros.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing TARGET.")
 @click.option("--no-sync", is_flag=True, help="Do not wait until TARGET is on stable storage.")
 @click.option(
@@ -92,6 +97,7 @@ def command(
     backing_format: str | None,
     sparse_size: int,
     in_place: bool,
+    target_is_zero: bool,
     force: bool,
     no_sync: bool,
     salvage: bool,
@@ -134,6 +140,7 @@ def command(
             force=force,
             sync=not no_sync,
             in_place=in_place,
+            target_is_zero=target_is_zero,
             salvage=salvage,
             reflink=not no_reflink,
             progress=report.callback,

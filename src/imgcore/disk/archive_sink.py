@@ -21,6 +21,7 @@ class ArchiveSink:
     """Writes the parts of a disk that hold data into the archive; a `Sink`."""
 
     overwrites: Final = False
+    logical_sector_nbytes: Final = None
 
     def __init__(self, target: Target, source: Source, virtual_size: int, threads: int) -> None:
         self._target = target

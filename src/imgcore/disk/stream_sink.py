@@ -17,6 +17,7 @@ class StreamSink:
     """Writes the bytes of a disk in order, through an encoder; a `Sink`."""
 
     overwrites: Final = False
+    logical_sector_nbytes: Final = None
 
     def __init__(self, target: Target, source: Source, codec: str, threads: int) -> None:
         self._target = target

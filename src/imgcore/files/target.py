@@ -148,6 +148,7 @@ class Target:
         if self._main is None:
             if self._folder is None:
                 self._main = TargetFile(self._open_in_place(), self.path)
+                self._main.reads_as_zeros = False
             else:
                 self._main = self._folder.create(self._name, self._old)
         return self._main

@@ -221,8 +221,8 @@ class SectorSized(Protocol):
     """
 
     @property
-    def logical_sector_nbytes(self) -> int:
-        """Logical sector size in bytes: 512 or 4096."""
+    def logical_sector_nbytes(self) -> int | None:
+        """Logical sector size in bytes, usually 512 or 4096; None if it is unknown."""
         ...
 
 
@@ -426,8 +426,6 @@ class Driver(NamedTuple):
         read.
     read_options : subclass of FormatOptions, or None
         The record of the options for reading; None if there are none.
-    writes_in_place : bool
-        Whether an image can be written into an existing file or a block device.
     has_tables : bool
         Whether images have tables, so that there is something to check.
     """
@@ -437,7 +435,6 @@ class Driver(NamedTuple):
     read: Callable[[ByteSource, ReferenceGate, Any], Reader]
     writing: str | None
     read_options: type[FormatOptions] | None = None
-    writes_in_place: bool = False
     has_tables: bool = True
 
     @property

@@ -85,6 +85,7 @@ def convert(
     force: bool = False,
     sync: bool = True,
     in_place: bool = False,
+    target_is_zero: bool = False,
     share: bool = False,
     salvage: bool = False,
     reflink: bool = True,
@@ -127,7 +128,13 @@ def convert(
     sync : bool
         Write the target to stable storage before it gets its name.
     in_place : bool
-        Write into an existing raw file or block device.
+        Write into an existing file or block device.  A raw disk is written over the
+        first bytes of the file.  An image of another format takes the place of all of
+        its content.  A block device that is too small is rejected before anything is
+        written.
+    target_is_zero : bool
+        The target, which is written in place, already reads as zeros: a raw disk's
+        zeros are not written.  Other formats do not rely on it.
     salvage : bool
         Replace guest data that the system cannot read, or that does not decompress,
         with zeros and list it in ``bad_ranges`` of the result, instead of failing.
@@ -185,6 +192,7 @@ def convert(
         sparse=sparse,
         threads=threads,
         in_place=in_place,
+        target_is_zero=target_is_zero,
         salvage=salvage,
         reflink=reflink,
         kernels=kernels,

@@ -29,6 +29,7 @@ class RawReader:
         self.subformat: str | None = None
         self.virtual_size = whole_sectors(file.nbytes, file.path)
         self.block_nbytes = SECTOR_NBYTES
+        self.logical_sector_nbytes = file.logical_sector_nbytes if file.is_block_device else None
         self.sources = (SourceFile(file),)
         self.backing: BackingReference | None = None
         self.identities: Mapping[str, str] = {}

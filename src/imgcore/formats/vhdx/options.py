@@ -165,9 +165,10 @@ def _logical_sector_nbytes(request: WriteRequest[Options], parent: Mapping[str, 
             f"vhdx option logical_sector_size is {stated}, but the parent has {of_parent}: they "
             "must be the same"
         )
-    return int(
-        stated or of_parent or request.logical_sector_nbytes or DEFAULT_LOGICAL_SECTOR_NBYTES
-    )
+    of_source = request.logical_sector_nbytes
+    if of_source not in layout.SECTOR_SIZES:
+        of_source = None
+    return int(stated or of_parent or of_source or DEFAULT_LOGICAL_SECTOR_NBYTES)
 
 
 def _guid(name: str, given: str | None, default: str | None = None) -> uuid.UUID:
