@@ -82,13 +82,11 @@ EXIT_SALVAGED: Final = 3
 @progress_options
 @quiet_option()
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
-@click.argument("source", required=False, metavar="SOURCE")
-@click.argument("target", required=False, metavar="TARGET")
+@click.argument("files", nargs=-1, metavar="SOURCE... TARGET")
 @click.pass_context
 def command(
     ctx: click.Context,
-    source: str | None,
-    target: str | None,
+    files: tuple[str, ...],
     target_format: str | None,
     options: tuple[str, ...],
     profile: str | None,
@@ -111,24 +109,26 @@ def command(
 ) -> int | None:
     """Convert the image SOURCE to TARGET.
 
+    The disks of several SOURCEs follow each other in TARGET.
+
     TARGET appears under its name only when it is complete.
 
     Exit code: 0 done, 1 failed, 2 wrong usage, 3 done with --salvage, but data was
     lost.
     """
+    sources, target = files[: max(1, len(files) - 1)], files[-1] if len(files) > 1 else None
     if wants_options_help(options):
         stated = get_profile(profile).format if profile is not None else target_format
         print_options_help(target_driver(stated, target))
         return None
-    require(ctx, source=source, target=target)
+    require(ctx, source=sources or None, target=target)
     from imgcore.verbs.convert import convert
 
-    assert source is not None
     assert target is not None
     label = one_line(os.path.basename(target))
     with reporter(progress_mode, wanted=wants_progress, quiet=quiet, label=label) as report:
         result = convert(
-            source,
+            sources[0] if len(sources) == 1 else sources,
             target,
             target_format=target_format,
             options=options,

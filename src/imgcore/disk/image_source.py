@@ -31,6 +31,7 @@ class ImageSource:
         self.exact_nbytes = image.files[0].nbytes if is_flat else image.virtual_size
         self.logical_sector_nbytes = image.logical_sector_nbytes
         self.files = image.every_file()
+        self.sources = image.sources
 
     def describe(self) -> list[dict[str, Any]]:
         """Describe the image, then its parent, and so on."""

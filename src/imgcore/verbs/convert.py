@@ -14,7 +14,7 @@ from imgcore.disk.open_options import OpenOptions
 from imgcore.disk.profile_fitting import fitting_size
 from imgcore.disk.sink import open_sink
 from imgcore.disk.sink_options import SinkOptions
-from imgcore.disk.source import open_source
+from imgcore.disk.source import open_sources
 from imgcore.engine.progress import Tally
 from imgcore.files.target import Target
 from imgcore.log import log
@@ -33,7 +33,7 @@ class ConvertResult(NamedTuple):
     Attributes
     ----------
     source, target : str
-        The names of the two files.
+        The names of the two files; several sources are separated by commas.
     source_format, target_format : str
         Their formats.
     virtual_size : int
@@ -68,7 +68,7 @@ class ConvertResult(NamedTuple):
 
 
 def convert(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     target: str | os.PathLike[str],
     *,
     format: str | None = None,
@@ -103,7 +103,12 @@ def convert(
 
     Parameters
     ----------
-    source, target : str or os.PathLike
+    source : str or os.PathLike, or a sequence of them
+        The image.  The disks of several images follow each other; ``format`` and the
+        other options for reading apply to each.
+    target : str or os.PathLike
+        The new image.
+
         Names such as ``disk.raw.zst`` and ``disk.raw.gz`` are compressed raw disks.
     target_format : str, optional
         The target's format; by default the suffix of ``target`` decides.
@@ -199,7 +204,7 @@ def convert(
         profile=profile,
     )
     with ExitStack() as stack:
-        disk = stack.enter_context(open_source(source, opening))
+        disk = stack.enter_context(open_sources(_paths(source), opening))
         disk.refuse_conversion(salvage=salvage, with_base=backing is not None)
         base = _open_base(os.fspath(target), writing, opening, stack)
         tally = Tally(fitting_size(writing.profile, disk), progress)
@@ -212,7 +217,7 @@ def convert(
         output.commit()
         tally.finish()
         return ConvertResult(
-            source=os.fspath(source),
+            source=disk.path,
             target=output.path,
             source_format=disk.format,
             target_format=writing.format,
@@ -226,6 +231,12 @@ def convert(
             seconds=time.monotonic() - started,
             bad_ranges=bad_ranges,
         )
+
+
+def _paths(
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+) -> Sequence[str | os.PathLike[str]]:
+    return [source] if isinstance(source, str | bytes | os.PathLike) else source
 
 
 def _open_base(
