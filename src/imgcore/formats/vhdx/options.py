@@ -15,7 +15,12 @@ from imgcore import limits
 from imgcore.errors import LimitExceededError, OptionError
 from imgcore.formats.options import FormatOptions, byte_size, choice, text
 from imgcore.formats.shared.alignment import align_up
-from imgcore.formats.shared.write_checks import check_block_size, parse_uuid, refuse_compression
+from imgcore.formats.shared.write_checks import (
+    check_block_size,
+    parse_uuid,
+    refuse_compression,
+    refuse_empty_disk,
+)
 from imgcore.formats.vhdx import layout
 from imgcore.formats.vhdx.header import Metadata
 from imgcore.formats.vhdx.parent import (
@@ -91,6 +96,7 @@ class WriteOptions(NamedTuple):
         options, backing = request.options, request.backing
         parent: Mapping[str, str] = {} if backing is None else backing.identities
         refuse_compression(request, "VHDX")
+        refuse_empty_disk(request.virtual_size, "VHDX")
         is_fixed = options.subformat == "fixed"
         if backing is not None:
             _check_backing(backing, is_fixed)

@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from imgcore.errors import OptionError, UnsupportedFeatureError
 from imgcore.formats.options import PREALLOCATION, FormatOptions, byte_size, choice, flag, text
-from imgcore.formats.shared.write_checks import check_block_size, check_virtual_size, refuse_idle
+from imgcore.formats.shared.write_checks import (
+    check_block_size,
+    check_virtual_size,
+    refuse_empty_disk,
+    refuse_idle,
+)
 from imgcore.formats.vmdk.descriptor import LOGICAL_SECTOR_SIZES, DiskDatabase
 from imgcore.formats.vmdk.layout import DEFAULT_GRAIN_NBYTES, RESERVED_CIDS
 from imgcore.limits import KIB, SECTOR_NBYTES, VMDK_MAX_GRAIN_NBYTES
@@ -81,6 +86,7 @@ class WriteOptions(NamedTuple):
                 "writing a VMDK with a backing file (-B) is not supported yet"
             )
         check_virtual_size(request.virtual_size)
+        refuse_empty_disk(request.virtual_size, "VMDK")
         subformat = _subformat(request)
         check_block_size("grain_size", options.grain_size, _MIN_GRAIN_NBYTES, VMDK_MAX_GRAIN_NBYTES)
         database = _database(request)

@@ -368,8 +368,6 @@ class SparseWriter:
         import numpy as np
 
         assert self._file is not None
-        if self._layout.n_entries == 0:
-            return
         numbers = np.arange(self._layout.n_entries, dtype=np.int64) * _GT_NSECTORS
         entries = (numbers + first_table // SECTOR_NBYTES).astype("<u4")
         self._file.pwrite(offset, entries.view(np.uint8))
