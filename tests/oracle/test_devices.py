@@ -13,7 +13,7 @@ import pytest
 import imgcore
 from tests.helpers import qemu
 from tests.helpers.images import noise
-from tests.helpers.mounts import loop_device
+from tests.helpers.mounts import loop_device, make_file_system, mounted
 from tests.helpers.vhd import FIXED, footer
 
 MIB = 1 << 20
@@ -328,3 +328,48 @@ class TestSectorSize:
         with (tmp_path / "device").open("rb") as written:
             assert written.read(40 * MIB + 512) == source.read_bytes()
             assert set(written.read(4 * MIB)) == {0xA5}
+
+
+class TestRefused:
+    """One line, before anything is written."""
+
+    @pytest.mark.parametrize("format", ["raw", "qcow2", "vhdx"])
+    def test_a_loop_device_over_the_source(self, tmp_path: Path, format: str) -> None:
+        with old_device(tmp_path / "device.raw", 8 * MIB) as device:
+            before = (tmp_path / "device.raw").read_bytes()
+            for source, target in ((tmp_path / "device.raw", device), (device, device)):
+                with pytest.raises(imgcore.TargetError, match="is read by this conversion"):
+                    imgcore.convert(
+                        source, target, format="raw", target_format=format, in_place=True
+                    )
+            for changes in ({"in_place": True}, {"force": True}):
+                with pytest.raises(imgcore.TargetError, match="is read by this conversion"):
+                    imgcore.convert(
+                        device,
+                        tmp_path / "device.raw",
+                        format="raw",
+                        target_format=format,
+                        **changes,  # type: ignore[arg-type]
+                    )
+            assert (tmp_path / "device.raw").read_bytes() == before
+
+    def test_a_read_only_device(
+        self, tmp_path: Path, disk: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        (tmp_path / "device").write_bytes(b"\xa5" * MIB)
+        with loop_device(tmp_path / "device", read_only=True) as device:
+            for format in ("raw", "qcow2"):
+                with pytest.raises(OSError, match="The block device is read-only"):
+                    imgcore.convert(disk, device, target_format=format, in_place=True)
+        assert (tmp_path / "device").read_bytes() == b"\xa5" * MIB
+        assert not caplog.records
+
+    @pytest.mark.parametrize("format", ["raw", "qcow2", "vhd"])
+    def test_a_mounted_device(
+        self, tmp_path: Path, disk: Path, caplog: pytest.LogCaptureFixture, format: str
+    ) -> None:
+        image = make_file_system("ext4", tmp_path / "image", DEVICE)
+        with loop_device(image) as device, mounted(device, tmp_path / "mnt"):
+            with pytest.raises(OSError, match="in use or mounted"):
+                imgcore.convert(disk, device, target_format=format, in_place=True)
+        assert not caplog.records

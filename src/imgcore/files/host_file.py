@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import os
 import stat
-import sys
 from typing import TYPE_CHECKING, Any, Final
 
 from imgcore.errors import (
@@ -34,7 +33,6 @@ _MAX_READ_NBYTES: Final = 0x7FFFF000
 
 # The unit of st_blocks, which does not depend on st_blksize (Linux stat(2)).
 _STAT_BLOCK_NBYTES: Final = 512
-_BLKSSZGET: Final = 0x1268  # Linux include/uapi/linux/fs.h
 _XFS_SUPER_MAGIC: Final = 0x58465342  # Linux include/uapi/linux/magic.h
 
 
@@ -71,8 +69,9 @@ class OpenFile:
         """Bytes of a block device's logical sector; None for other files."""
         if not stat.S_ISBLK(os.fstat(self.fd).st_mode):
             return None
-        answer = fcntl.ioctl(self.fd, _BLKSSZGET, bytes(4))
-        return int.from_bytes(answer, sys.byteorder)
+        from imgcore.files.block_devices import logical_sector_nbytes
+
+        return logical_sector_nbytes(self.fd)
 
     def close(self) -> None:
         """Close the descriptor; more than once is allowed."""
