@@ -27,8 +27,8 @@ MAX_CHAIN_DEPTH: Final = 64
 # IMGC_MAX_BASE_BLOCK_NBYTES.
 MAX_BASE_BLOCK_NBYTES: Final = 4 * MIB
 
-# Bytes that `check --repair` may change in its copy of an image.
-MAX_REPAIR_NBYTES: Final = 64 * MIB
+# Ranges that `check --repair` remembers before it joins those that touch.
+MAX_REPAIR_RANGES: Final = 1 << 20
 
 # Workers of a job: IMGC_MAX_THREADS.
 MAX_THREADS: Final = 256
@@ -41,6 +41,9 @@ QCOW2_MIN_CLUSTER_BITS: Final = 9
 QCOW2_MAX_CLUSTER_BITS: Final = 21
 QCOW2_MAX_L1_NBYTES: Final = 32 * MIB
 QCOW2_MAX_REFCOUNT_TABLE_NBYTES: Final = 8 * MIB
+# Refcount blocks that a repair adds: 64 TiB in clusters of 64 KiB need 2 GiB of them,
+# or 8 GiB if refcounts have 64 bits.
+QCOW2_MAX_NEW_REFCOUNTS_NBYTES: Final = 9 * GIB
 QCOW2_MAX_SNAPSHOTS: Final = 65536
 QCOW2_MAX_BACKING_NAME_NBYTES: Final = 1023
 QCOW2_MAX_SNAPSHOT_TABLE_NBYTES: Final = 64 * MIB

@@ -45,10 +45,16 @@ def size_value(ctx: click.Context, param: click.Parameter, value: str | None) ->
         raise click.BadParameter(str(error), ctx, param) from error
 
 
-def verb(name: str) -> Callable[[Function], click.Command]:
+def verb(
+    name: str, cls: type[click.Command] = click.Command
+) -> Callable[[Function], click.Command]:
     """Return a decorator that makes a function a verb of the command."""
     return click.command(
-        name, context_settings=CONTEXT_SETTINGS, options_metavar="[OPTIONS]", no_args_is_help=False
+        name,
+        cls,
+        context_settings=CONTEXT_SETTINGS,
+        options_metavar="[OPTIONS]",
+        no_args_is_help=False,
     )
 
 

@@ -230,7 +230,7 @@ class SectorSized(Protocol):
 
 
 class Repair(NamedTuple):
-    """One problem in an image's file, and the bytes that put it right.
+    """One kind of problem in an image's file, and the bytes that put it right.
 
     A format only states what to change.  `imgcore.disk.repair` applies the repairs, in
     order, to a copy of the file.  The copy replaces the image only if it reads the same
@@ -247,12 +247,19 @@ class Repair(NamedTuple):
     writes : tuple of (int, bytes)
         Host offsets and the bytes to write there.  They lie inside the file and never
         overlap guest data.
+    stream : callable, optional
+        Takes the copy, open for reading, and yields further writes, which may depend on
+        those before.  For repairs that would not fit in memory.
+    is_leak : bool
+        Whether it only frees space that nothing uses.
     """
 
     problem: str
     action: str
     file_nbytes: int | None = None
     writes: tuple[tuple[int, bytes], ...] = ()
+    stream: Callable[[ByteSource], Iterator[tuple[int, bytes]]] | None = None
+    is_leak: bool = False
 
 
 @runtime_checkable
@@ -262,14 +269,15 @@ class Repairable(Protocol):
     Optional: readers of other formats do not have this method.
     """
 
-    def repairs(self) -> list[Repair]:
+    def repairs(self, *, leaks_only: bool = False) -> list[Repair]:
         """Return the repairs that cannot lose data; empty if there are none.
 
-        Returns
-        -------
-        list of Repair
-            Together they write at most MAX_REPAIR_NBYTES.
+        With ``leaks_only`` they only free space that nothing uses.
         """
+        ...
+
+    def obstacles(self, *, leaks_only: bool = False) -> list[str]:
+        """Return why problems of the image are not among `repairs`, a line each."""
         ...
 
 
