@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import click
 
 from imgcore.cli.common import (
+    Verb,
+    cache_option,
     open_options,
     output_options,
     print_json,
@@ -27,7 +29,7 @@ EXIT_LEAKS: Final = 3
 EXIT_UNSUPPORTED: Final = 63
 
 
-class _CheckCommand(click.Command):
+class _CheckCommand(Verb):
     """Makes the value of ``-r`` optional, without taking FILE for it."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -53,6 +55,7 @@ def _with_values(args: list[str]) -> Iterator[str]:
 @verb("check", _CheckCommand)
 @open_options("format", "parent", "share", "allow")
 @quiet_option()
+@cache_option("-T", "--cache")
 @output_options
 @click.option(
     "-r",

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from imgcore.errors import OptionError
+from imgcore.limits import CHUNK_NBYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -65,14 +66,16 @@ class ConcatenatedSource:
                 rows["file"][rows["kind"] >= Kind.DATA] += np.uint32(first_file)
                 yield rows
 
-    def chunks(self, start: int, length: int) -> Iterator[memoryview]:
+    def chunks(
+        self, start: int, length: int, piece_nbytes: int = CHUNK_NBYTES
+    ) -> Iterator[memoryview]:
         """Yield the bytes of a range in order."""
         end = start + length
         for part, part_start in zip(self._parts, self._starts, strict=True):
             low = max(start - part_start, 0)
             high = min(end - part_start, part.virtual_size)
             if low < high:
-                yield from part.chunks(low, high - low)
+                yield from part.chunks(low, high - low, piece_nbytes)
 
     def supply(self, geometry: Geometry, base: Image | None) -> AbstractContextManager[Supply]:
         """Return the files of all images, and batches that refer to them."""

@@ -141,6 +141,7 @@ class ImageSink:
                 variants=dict(options.variants),
                 salvage=options.salvage,
                 reflink=self._may_reflink(),
+                rate_limit=options.limit,
             )
             stack.callback(job.close)
             _Transfer(job, writer, data_file, tally).run(supply.batches)

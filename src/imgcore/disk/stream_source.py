@@ -102,11 +102,13 @@ class StreamSource:
         if self.virtual_size:
             yield single(0, self.virtual_size, Kind.DATA)
 
-    def chunks(self, start: int, length: int) -> Iterator[memoryview]:
+    def chunks(
+        self, start: int, length: int, piece_nbytes: int = CHUNK_NBYTES
+    ) -> Iterator[memoryview]:
         """Yield the bytes of the whole disk in order."""
         assert start == 0, "a stream is read whole"
         assert length in (self.virtual_size, self.exact_nbytes), "a stream is read whole"
-        yield from self._reader.read_chunks(CHUNK_NBYTES)
+        yield from self._reader.read_chunks(piece_nbytes)
         if length > self.exact_nbytes:
             yield memoryview(bytes(length - self.exact_nbytes))
 

@@ -80,6 +80,9 @@ class BackingReference(NamedTuple):
         Only in a `WriteRequest`: absolute path of the parent, which has been opened.
     virtual_size : int or None
         Only in a `WriteRequest`: size of the parent's disk in bytes.
+    inherited : tuple
+        Only in a `WriteRequest`: what the child takes over, in a form that only the
+        format knows (`Inheritable`).
 
     Notes
     -----
@@ -94,6 +97,7 @@ class BackingReference(NamedTuple):
     modified: int | None = None
     path: str | None = None
     virtual_size: int | None = None
+    inherited: tuple[Any, ...] = ()
 
     def __repr__(self) -> str:
         fields = zip(self._fields, self, strict=True)
@@ -223,6 +227,18 @@ class SectorSized(Protocol):
     @property
     def logical_sector_nbytes(self) -> int | None:
         """Logical sector size in bytes, usually 512 or 4096; None if it is unknown."""
+        ...
+
+
+@runtime_checkable
+class Inheritable(Protocol):
+    """A reader whose format has facts about a disk that its children state as well.
+
+    Optional: the children of other formats take over no more than identities.
+    """
+
+    def inherited(self) -> tuple[Any, ...]:
+        """Return `BackingReference.inherited` for a new child."""
         ...
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from imgcore.engine.source_file import SourceFile
 from imgcore.formats.api import BackingReference
-from imgcore.formats.vhdx.header import read_image
+from imgcore.formats.vhdx.header import MetadataItem, inherited_items, read_image
 from imgcore.formats.vhdx.parent import (
     DATA_WRITE_GUID,
     LOGICAL_SECTOR_SIZE,
@@ -77,6 +77,10 @@ class VhdxReader:
         self._tables: ExtentTables | None = None
         for problem in self._image.problems:
             log.warning("%s: %s", file.path, problem.line)
+
+    def inherited(self) -> tuple[MetadataItem, ...]:
+        """Return the metadata items that a child takes over (`Inheritable`)."""
+        return inherited_items(self._image)
 
     def extents(self, start: int, length: int) -> Iterator[Extents]:
         """Yield extent batches; see `imgcore.formats.api.Reader`.
