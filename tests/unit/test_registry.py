@@ -363,7 +363,6 @@ def read_only_format(monkeypatch: pytest.MonkeyPatch) -> str:
         name="toy",
         read=lambda file, gate, values: ToyReader(file),
         writing=None,
-        writes_in_place=False,
     )
     entry = Entry("toy", "toy_driver", (".toy",))
     monkeypatch.setitem(sys.modules, "toy_driver", cast("Any", SimpleNamespace(DRIVER=driver)))
@@ -391,13 +390,6 @@ class TestReadOnlyFormat:
             else:
                 imgcore.measure(source, target_format=read_only_format)
         assert [path.name for path in tmp_path.iterdir()] == ["x.raw"]
-
-    def test_is_not_written_in_place(self, tmp_path: Path, read_only_format: str) -> None:
-        source, target = place(tmp_path, "x.raw"), place(tmp_path, "y.toy")
-        with pytest.raises(
-            UnsupportedFeatureError, match="only raw can be written into an existing"
-        ):
-            imgcore.convert(source, target, in_place=True)
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,6 @@ _OF_VERB: Final = {
         "--snapshot": _SNAPSHOT,
         "--bitmaps": _BITMAPS,
         "--skip-broken-bitmaps": _BITMAPS,
-        "--target-is-zero": "every block of the target is written: leave it out",
     },
     "measure": {"-l": _SNAPSHOT, "--snapshot": _SNAPSHOT},
     "info": {"--limits": _LIMITS},

@@ -35,6 +35,7 @@ class SinkOptions(NamedTuple):
     sparse_nbytes: int
     threads: int
     in_place: bool
+    target_is_zero: bool
     salvage: bool
     reflink: bool
     variants: Mapping[str, str]
@@ -54,6 +55,7 @@ class SinkOptions(NamedTuple):
         sparse: int | str,
         threads: int | None,
         in_place: bool,
+        target_is_zero: bool,
         salvage: bool,
         reflink: bool,
         kernels: Mapping[str, str] | None,
@@ -64,6 +66,10 @@ class SinkOptions(NamedTuple):
         """Return the record; OptionError if the keywords contradict each other."""
         platform = None if profile is None else _profile(profile)
         name = target_format(target, fitting_format(platform, format) or None, flag="-O")
+        if target_is_zero and not in_place:
+            raise OptionError("--target-is-zero is about an existing target: it needs -n")
+        if target_is_zero and backing is not None:
+            raise OptionError("--target-is-zero: with a parent (-B) the target's disk is not zeros")
         if salvage and backing is not None:
             raise OptionError("salvaged data cannot be compared with a parent (-B)")
         if platform is not None:
@@ -82,6 +88,7 @@ class SinkOptions(NamedTuple):
             sparse_nbytes=_sparse_nbytes(sparse),
             threads=thread_count(threads),
             in_place=in_place,
+            target_is_zero=target_is_zero,
             salvage=salvage,
             reflink=reflink,
             variants=chosen_variants(kernels),

@@ -228,8 +228,8 @@ class SectorSized(Protocol):
     """
 
     @property
-    def logical_sector_nbytes(self) -> int:
-        """Logical sector size in bytes: 512 or 4096."""
+    def logical_sector_nbytes(self) -> int | None:
+        """Logical sector size in bytes, usually 512 or 4096; None if it is unknown."""
         ...
 
 
@@ -352,6 +352,9 @@ class WriteRequest(NamedTuple, Generic[Options]):
     logical_sector_nbytes : int or None
         Logical sector size of the source in bytes, or None if the source does not state
         it.
+    exact_nbytes : int or None
+        Size of the disk in bytes without the zeros that fill up its last sector, if
+        the target may keep it; raw does.
     """
 
     virtual_size: int
@@ -361,6 +364,7 @@ class WriteRequest(NamedTuple, Generic[Options]):
     sparse_nbytes: int = 4096
     target_name: str = ""
     logical_sector_nbytes: int | None = None
+    exact_nbytes: int | None = None
 
 
 class Writer(Protocol):
@@ -476,8 +480,6 @@ class Driver(NamedTuple):
         read.
     read_options : subclass of FormatOptions, or None
         The record of the options for reading; None if there are none.
-    writes_in_place : bool
-        Whether an image can be written into an existing file or a block device.
     has_tables : bool
         Whether images have tables, so that there is something to check.
     """
@@ -487,7 +489,6 @@ class Driver(NamedTuple):
     read: Callable[[ByteSource, ReferenceGate, Any], Reader]
     writing: str | None
     read_options: type[FormatOptions] | None = None
-    writes_in_place: bool = False
     has_tables: bool = True
 
     @property

@@ -14,7 +14,7 @@ from imgcore.disk.open_options import Flags, OpenOptions
 from imgcore.disk.profile_fitting import fitting_size
 from imgcore.disk.sink import open_sink
 from imgcore.disk.sink_options import SinkOptions
-from imgcore.disk.source import open_source
+from imgcore.disk.source import open_sources
 from imgcore.disk.target_format import refuse_other_name
 from imgcore.engine.progress import Tally
 from imgcore.files.target import Target
@@ -36,7 +36,7 @@ class ConvertResult(NamedTuple):
     Attributes
     ----------
     source, target : str
-        The names of the two files.
+        The names of the two files; several sources are separated by commas.
     source_format, target_format : str
         Their formats.
     virtual_size : int
@@ -71,7 +71,7 @@ class ConvertResult(NamedTuple):
 
 
 def convert(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     target: str | os.PathLike[str],
     *,
     format: str | None = None,
@@ -88,6 +88,7 @@ def convert(
     force: bool = False,
     sync: bool = True,
     in_place: bool = False,
+    target_is_zero: bool = False,
     share: bool = False,
     salvage: bool = False,
     reflink: bool = True,
@@ -107,7 +108,12 @@ def convert(
 
     Parameters
     ----------
-    source, target : str or os.PathLike
+    source : str or os.PathLike, or a sequence of them
+        The image.  The disks of several images follow each other; ``format`` and the
+        other options for reading apply to each.
+    target : str or os.PathLike
+        The new image.
+
         Names such as ``disk.raw.zst`` and ``disk.raw.gz`` are compressed raw disks.
     target_format : str, optional
         The target's format; by default the suffix of ``target`` decides.
@@ -132,7 +138,13 @@ def convert(
     sync : bool
         Write the target to stable storage before it gets its name.
     in_place : bool
-        Write into an existing raw file or block device.
+        Write into an existing file or block device.  A raw disk is written over the
+        first bytes of the file.  An image of another format takes the place of all of
+        its content.  A block device that is too small is rejected before anything is
+        written.
+    target_is_zero : bool
+        The target, which is written in place, already reads as zeros: a raw disk's
+        zeros are not written.  Other formats do not rely on it.
     salvage : bool
         Replace guest data that the system cannot read, or that does not decompress,
         with zeros and list it in ``bad_ranges`` of the result, instead of failing.
@@ -197,6 +209,7 @@ def convert(
         sparse=sparse,
         threads=threads,
         in_place=in_place,
+        target_is_zero=target_is_zero,
         salvage=salvage,
         reflink=reflink,
         kernels=kernels,
@@ -205,7 +218,7 @@ def convert(
         control=control,
     )
     with ExitStack() as stack:
-        disk = stack.enter_context(open_source(source, opening))
+        disk = stack.enter_context(open_sources(_paths(source), opening))
         disk.refuse_conversion(salvage=salvage, with_base=backing is not None)
         base = _open_base(os.fspath(target), writing, opening, stack)
         output = stack.enter_context(Target(target, force=force, sync=sync, in_place=in_place))
@@ -219,7 +232,7 @@ def convert(
         output.commit()
         tally.finish()
         return ConvertResult(
-            source=os.fspath(source),
+            source=disk.path,
             target=output.path,
             source_format=disk.format,
             target_format=writing.format,
@@ -233,6 +246,12 @@ def convert(
             seconds=time.monotonic() - started,
             bad_ranges=bad_ranges,
         )
+
+
+def _paths(
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+) -> Sequence[str | os.PathLike[str]]:
+    return [source] if isinstance(source, str | bytes | os.PathLike) else source
 
 
 def _open_base(
