@@ -158,7 +158,7 @@ def open_sources(paths: Sequence[str | os.PathLike[str]], options: OpenOptions) 
             return
         from imgcore.disk.concatenated_source import ConcatenatedSource
 
-        if options.parent is not None:
+        if options.parents:
             raise OptionError("a parent is given, but there are several sources")
         for path in paths:
             if is_stream(path, options):
@@ -168,5 +168,6 @@ def open_sources(paths: Sequence[str | os.PathLike[str]], options: OpenOptions) 
                     f"(imgcore convert {name} {os.path.splitext(name)[0]})",
                     path=name,
                 )
-        parts = [stack.enter_context(open_image(path, options)) for path in paths]
+        named = [local_image(path, options) for path in paths]
+        parts = [stack.enter_context(open_image(*each)) for each in named]
         yield ConcatenatedSource([ImageSource(image) for image in parts])
