@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import operator
 import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from imgcore.disk.chain import open_chain
 from imgcore.disk.open_options import OpenOptions
+from imgcore.files.closable import Closable
 from imgcore.formats.api import SectorSized
 from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
     from imgcore.disk.layer import Layer
     from imgcore.disk.overlay import Depths
     from imgcore.engine.extents import Extents
@@ -21,8 +23,15 @@ if TYPE_CHECKING:
     from imgcore.files.byte_source import ByteSource
 
 
-class Image:
+_Item = TypeVar("_Item")
+
+
+class Image(Closable):
     """A virtual disk that is open for reading; `imgcore.open` returns it.
+
+    Several threads may use it at once, and any of them may close it: uses in progress
+    end normally, every later one raises ValueError.  An image that is dropped without
+    `close` is closed with a ResourceWarning.
 
     Attributes
     ----------
@@ -44,6 +53,8 @@ class Image:
         Every file that was opened by name, the image first.
     """
 
+    _what = "image"
+
     def __init__(self, chain: Sequence[Layer]) -> None:
         self.chain = list(chain)
         self.path = self.chain[0].file.path
@@ -56,14 +67,10 @@ class Image:
         self.sources: list[SourceFile] = []
         self._first_files: list[int] = []
         self.files = [layer.file for layer in self.chain]
-        # Reentrant: a signal handler may close the image in the middle of a read.
-        self._lock = threading.RLock()
-        # The opener, and each read in progress.
-        self._n_users = 1
-        self._is_closed = False
         for layer in self.layers:
             self._first_files.append(len(self.sources))
             self.sources.extend(layer.sources)
+        super().__init__()
 
     @property
     def paths(self) -> list[str]:
@@ -73,7 +80,9 @@ class Image:
     @property
     def logical_sector_nbytes(self) -> int | None:
         """Bytes of a logical sector, or None if the format does not state it."""
-        return self.reader.logical_sector_nbytes if isinstance(self.reader, SectorSized) else None
+        with self._in_use():
+            reader = self.reader
+            return reader.logical_sector_nbytes if isinstance(reader, SectorSized) else None
 
     def layer_extents(
         self, start: int = 0, length: int | None = None
@@ -86,13 +95,7 @@ class Image:
             The extents, and their depths (uint16): 0 for the image itself, 1 for its
             backing file, and so on.
         """
-        from imgcore.disk.overlay import chain_extents
-
-        length = self.virtual_size - start if length is None else length
-        if start < 0 or length < 0 or start + length > self.virtual_size:
-            raise ValueError(f"[{start}, {start + length}) is not inside the disk")
-        if length:
-            yield from chain_extents(self.layers, self._first_files, start, length)
+        return self._guarded(self._layer_extents(*self._range(start, length)))
 
     def extents(self, start: int = 0, length: int | None = None) -> Iterator[Extents]:
         """Yield the extents of a range: where its bytes are stored.
@@ -114,18 +117,55 @@ class Image:
 
         Raises
         ------
+        ValueError
+            The range is not inside the disk, or the image is closed; raised at the
+            call, and for an image that is closed later by the next step.
         CorruptImageError
             A table entry points outside its file.
         """
-        for rows, _ in self.layer_extents(start, length):
-            yield rows
+        return self._guarded(self._extents(*self._range(start, length)))
 
     def data_extents(self, start: int = 0, length: int | None = None) -> Iterator[Extents]:
         """Yield the extents of a range, with long holes of host files as ZERO."""
+        return self._guarded(self._data_extents(*self._range(start, length)))
+
+    def _range(self, start: int, length: int | None) -> tuple[int, int]:
+        """Return a range of the disk as two ints; ValueError if it is not inside."""
+        with self._in_use():
+            start = operator.index(start)
+            length = self.virtual_size - start if length is None else operator.index(length)
+            if start < 0 or length < 0 or start + length > self.virtual_size:
+                raise ValueError(
+                    f"{self.path}: [{start}, {start + length}) is not inside the disk "
+                    f"of {self.virtual_size} bytes"
+                )
+            return start, length
+
+    def _guarded(self, batches: Iterator[_Item]) -> Iterator[_Item]:
+        """Yield from an iterator that uses the files: only its steps keep them open."""
+        while True:
+            with self._in_use():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    # These are used where the image is already in use.
+
+    def _layer_extents(self, start: int, length: int) -> Iterator[tuple[Extents, Depths]]:
+        from imgcore.disk.overlay import chain_extents
+
+        if length:
+            yield from chain_extents(self.layers, self._first_files, start, length)
+
+    def _extents(self, start: int, length: int) -> Iterator[Extents]:
+        return (rows for rows, _ in self._layer_extents(start, length))
+
+    def _data_extents(self, start: int, length: int) -> Iterator[Extents]:
         from imgcore.disk.host_holes import HostHoles
 
         holes = HostHoles(self.sources)
-        for rows in self.extents(start, length):
+        for rows in self._extents(start, length):
             yield from holes.cut(rows)
 
     def read(self, offset: int, length: int) -> bytes:
@@ -134,15 +174,16 @@ class Image:
         Raises
         ------
         ValueError
-            The range does not lie inside the disk.
+            The range is not inside the disk, or the image is closed.
         CorruptImageError, OSError
             The bytes cannot be read.
         """
+        offset, length = self._range(offset, length)
         buffer = bytearray(length)
         self.readinto(offset, buffer)
         return bytes(buffer)
 
-    def readinto(self, offset: int, buffer: Any, *, threads: int | None = None) -> None:
+    def readinto(self, offset: int, buffer: WriteableBuffer, *, threads: int | None = None) -> None:
         """Fill a buffer with the bytes of the virtual disk that start at ``offset``.
 
         Parameters
@@ -154,37 +195,28 @@ class Image:
         threads : int, optional
             Number of worker threads; one per CPU by default, fewer for short reads.
 
+        Raises
+        ------
+        ValueError, CorruptImageError, OSError
+            As for `read`.
+
         Notes
         -----
-        Several threads may call this at once.  Reads of whole sectors avoid a copy.
+        Several threads may call this at once.
         """
-        with memoryview(buffer) as view, view.cast("B") as octets:
-            end = offset + len(octets)
-            if offset < 0 or end > self.virtual_size:
-                raise ValueError(f"[{offset}, {end}) is not inside the disk")
-            if not len(octets):
+        with self._in_use(), memoryview(buffer) as view, view.cast("B") as octets:
+            offset, length = self._range(offset, len(octets))
+            end = offset + length
+            if not length:
                 return
             first = offset - offset % SECTOR_NBYTES
             last = min(end + -end % SECTOR_NBYTES, self.virtual_size)
-            with self._reading():
-                if (first, last) == (offset, end):
-                    self._read_sectors(first, octets, threads)
-                    return
-                whole = bytearray(last - first)
-                self._read_sectors(first, memoryview(whole), threads)
+            if (first, last) == (offset, end):
+                self._read_sectors(first, octets, threads)
+                return
+            whole = bytearray(last - first)
+            self._read_sectors(first, memoryview(whole), threads)
             octets[:] = whole[offset - first : end - first]
-
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Keep the files open during a read."""
-        with self._lock:
-            if self._is_closed:
-                raise ValueError(f"{self.path}: the image is closed")
-            self._n_users += 1
-        try:
-            yield
-        finally:
-            self._release()
 
     def _read_sectors(self, start: int, view: memoryview, threads: int | None) -> None:
         from imgcore._core import File, Job
@@ -214,7 +246,7 @@ class Image:
                     variants=chosen_variants(None),
                 )
                 try:
-                    for rows in self.extents(start, len(view)):
+                    for rows in self._extents(start, len(view)):
                         first = int(rows["guest_offset"][0])
                         job.run(first, first + int(rows["length"].sum()), rows)
                 finally:
@@ -223,42 +255,36 @@ class Image:
             target.close()
 
     def info(self) -> dict[str, Any]:
-        """Describe the image, with the keys of ``qemu-img info --output=json``."""
+        """Describe the image, with the keys of ``qemu-img info --output=json``.
+
+        Raises
+        ------
+        ValueError
+            The image is closed.
+        """
         from imgcore.disk.describe import describe_layer
 
-        return describe_layer(self.chain[0])
+        with self._in_use():
+            return describe_layer(self.chain[0])
 
     def check_unchanged(self) -> None:
         """Raise ImgcoreError if a file of the chain has changed since it was opened."""
-        for file in self.every_file():
-            file.check_unchanged()
+        with self._in_use():
+            for file in self.every_file():
+                file.check_unchanged()
 
     def every_file(self) -> list[ByteSource]:
         """Return the files of all layers, each once."""
         files = [*self.files, *(source.file for source in self.sources)]
         return list(dict.fromkeys(files))
 
-    def close(self) -> None:
-        """Close every file; may be called more than once.
-
-        Reads in progress on other threads finish first; the last one closes the files.
-        """
-        with self._lock:
-            if self._is_closed:
-                return
-            self._is_closed = True
-            self._release()
-
-    def _release(self) -> None:
-        with self._lock:
-            self._n_users -= 1
-            if self._n_users:
-                return
-            for layer in self.chain:
-                layer.close()
+    def _free(self) -> None:
+        for layer in self.chain:
+            layer.close()
 
     def __enter__(self) -> Image:
-        return self
+        with self._in_use():
+            return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -334,4 +360,10 @@ def open_image(
     path: str | os.PathLike[str], options: OpenOptions, *, parents: bool = True
 ) -> Image:
     """Open an image; without ``parents``, only its headers can be used."""
-    return Image(open_chain(path, options, parents=parents))
+    chain = open_chain(path, options, parents=parents)
+    try:
+        return Image(chain)
+    except BaseException:
+        for layer in chain:
+            layer.close()
+        raise
