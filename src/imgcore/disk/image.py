@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar
 
+from imgcore.border import FilePath, file_name, integer
 from imgcore.disk.chain import open_chain
 from imgcore.disk.open_options import OpenOptions
 from imgcore.files.closable import Closable
@@ -85,7 +85,7 @@ class Image(Closable):
             return reader.logical_sector_nbytes if isinstance(reader, SectorSized) else None
 
     def layer_extents(
-        self, start: int = 0, length: int | None = None
+        self, start: SupportsIndex = 0, length: SupportsIndex | None = None
     ) -> Iterator[tuple[Extents, Depths]]:
         """Yield extents as `extents` does, and for each the layer that it comes from.
 
@@ -97,7 +97,9 @@ class Image(Closable):
         """
         return self._guarded(self._layer_extents(*self._range(start, length)))
 
-    def extents(self, start: int = 0, length: int | None = None) -> Iterator[Extents]:
+    def extents(
+        self, start: SupportsIndex = 0, length: SupportsIndex | None = None
+    ) -> Iterator[Extents]:
         """Yield the extents of a range: where its bytes are stored.
 
         Parameters
@@ -125,19 +127,21 @@ class Image(Closable):
         """
         return self._guarded(self._extents(*self._range(start, length)))
 
-    def data_extents(self, start: int = 0, length: int | None = None) -> Iterator[Extents]:
+    def data_extents(
+        self, start: SupportsIndex = 0, length: SupportsIndex | None = None
+    ) -> Iterator[Extents]:
         """Yield the extents of a range, with long holes of host files as ZERO."""
         return self._guarded(self._data_extents(*self._range(start, length)))
 
-    def _range(self, start: int, length: int | None) -> tuple[int, int]:
+    def _range(self, start: SupportsIndex, length: SupportsIndex | None) -> tuple[int, int]:
         """Return a range of the disk as two ints; ValueError if it is not inside."""
         with self._in_use():
-            start = operator.index(start)
-            length = self.virtual_size - start if length is None else operator.index(length)
+            start = integer(start, "start")
+            length = self.virtual_size - start if length is None else integer(length, "length")
             if start < 0 or length < 0 or start + length > self.virtual_size:
                 raise ValueError(
-                    f"{self.path}: [{start}, {start + length}) is not inside the disk "
-                    f"of {self.virtual_size} bytes"
+                    f"{self.path}: the range is not inside the disk of {self.virtual_size} bytes: "
+                    f"start {start}, length {length}"
                 )
             return start, length
 
@@ -168,7 +172,7 @@ class Image(Closable):
         for rows in self._extents(start, length):
             yield from holes.cut(rows)
 
-    def read(self, offset: int, length: int) -> bytes:
+    def read(self, offset: SupportsIndex, length: SupportsIndex) -> bytes:
         """Return ``length`` bytes of the virtual disk, starting at ``offset``.
 
         Raises
@@ -183,7 +187,13 @@ class Image(Closable):
         self.readinto(offset, buffer)
         return bytes(buffer)
 
-    def readinto(self, offset: int, buffer: WriteableBuffer, *, threads: int | None = None) -> None:
+    def readinto(
+        self,
+        offset: SupportsIndex,
+        buffer: WriteableBuffer,
+        *,
+        threads: SupportsIndex | None = None,
+    ) -> None:
         """Fill a buffer with the bytes of the virtual disk that start at ``offset``.
 
         Parameters
@@ -218,7 +228,7 @@ class Image(Closable):
             self._read_sectors(first, memoryview(whole), threads)
             octets[:] = whole[offset - first : end - first]
 
-    def _read_sectors(self, start: int, view: memoryview, threads: int | None) -> None:
+    def _read_sectors(self, start: int, view: memoryview, threads: SupportsIndex | None) -> None:
         from imgcore._core import File, Job
         from imgcore.engine.geometry import Geometry, Placing, ZeroPolicy
         from imgcore.engine.job import chosen_variants, thread_count, translated_errors
@@ -294,20 +304,20 @@ class Image(Closable):
 
 
 def open(
-    path: str | os.PathLike[str],
+    path: FilePath,
     *,
     format: str | None = None,
     backing_format: str | None = None,
-    parent: str | os.PathLike[str] | None = None,
+    parent: FilePath | None = None,
     read_options: Mapping[str, Any] | Sequence[str] | None = None,
-    allow: Sequence[str | os.PathLike[str]] = (),
+    allow: Sequence[FilePath] = (),
     share: bool = False,
 ) -> Image:
     """Open an image and its backing files for reading.
 
     Parameters
     ----------
-    path : str or os.PathLike
+    path : str, bytes or os.PathLike
         A regular file or a block device.
     format : str, optional
         ``raw``, ``qcow2``, ``vmdk``, ``vhd``, ``vhdx`` or ``vdi``; detected by its
@@ -317,13 +327,13 @@ def open(
     backing_format : str, optional
         Format of backing files whose format the image does not state; it is never
         guessed.
-    parent : str or os.PathLike, optional
+    parent : str, bytes or os.PathLike, optional
         The image's parent (backing file), instead of the file that the image names.
         Its identity is verified against the one that the image states.
     read_options : mapping or sequence of str, optional
         Options for reading the image, as a mapping or as strings ``"key=value,..."``.
         VHD has ``size``, which is ``chs`` or ``current``.
-    allow : sequence of str or os.PathLike
+    allow : sequence of str, bytes or os.PathLike
         Further folders in which files that an image names may lie.  The image's own
         folder is always allowed.
     share : bool
@@ -353,7 +363,7 @@ def open(
         allow=allow,
         share=share,
     )
-    return open_image(path, options)
+    return open_image(file_name(path), options)
 
 
 def open_image(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, NamedTuple
 
+from imgcore.border import FilePath, file_name
 from imgcore.files.reference_gate import folder_names
 
 if TYPE_CHECKING:
@@ -29,16 +29,16 @@ class OpenOptions(NamedTuple):
         *,
         format: str | None = None,
         backing_format: str | None = None,
-        parent: str | os.PathLike[str] | None = None,
+        parent: FilePath | None = None,
         read_options: OptionTexts | None = None,
-        allow: Iterable[str | os.PathLike[str]] = (),
+        allow: Iterable[FilePath] = (),
         share: bool = False,
     ) -> OpenOptions:
         """Return the record; OptionError if ``allow`` is a lone string."""
         return cls(
             format=format,
             backing_format=backing_format,
-            parent=None if parent is None else os.fspath(parent),
+            parent=None if parent is None else file_name(parent),
             read_options=read_options,
             allow=tuple(folder_names(allow)),
             share=share,

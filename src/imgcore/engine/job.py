@@ -6,10 +6,11 @@ import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, SupportsIndex
 
 from imgcore import _core
 from imgcore._core import Status
+from imgcore.border import integer
 from imgcore.errors import (
     ConversionCancelled,
     CorruptImageError,
@@ -21,10 +22,11 @@ from imgcore.errors import (
 from imgcore.limits import MAX_THREADS
 
 
-def thread_count(threads: int | None) -> int:
+def thread_count(threads: SupportsIndex | None) -> int:
     """Return the number of workers: as requested, or one for each available CPU."""
     if threads is None:
         return min(len(os.sched_getaffinity(0)), MAX_THREADS)
+    threads = integer(threads, "threads")
     if not 1 <= threads <= MAX_THREADS:
         raise OptionError(f"{threads} threads requested, 1 to {MAX_THREADS} allowed")
     return threads

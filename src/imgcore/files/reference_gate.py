@@ -9,6 +9,7 @@ import stat
 import struct
 from typing import TYPE_CHECKING, Final
 
+from imgcore.border import FilePath, file_name
 from imgcore.errors import (
     OptionError,
     UnsafeReferenceError,
@@ -21,14 +22,14 @@ if TYPE_CHECKING:
     from imgcore.files.byte_source import ByteSource
 
 
-def folder_names(allow: Iterable[str | os.PathLike[str]]) -> list[str]:
+def folder_names(allow: Iterable[FilePath]) -> list[str]:
     """Return the names of allowed folders.
 
     A lone str is rejected with OptionError: iterating over it would allow ``/``.
     """
     if isinstance(allow, str | bytes | os.PathLike):
         raise OptionError(f"allow is a sequence of folders, not {allow!r} alone")
-    return [os.fspath(folder) for folder in allow]
+    return [file_name(folder) for folder in allow]
 
 
 class ReferenceGate:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from imgcore.border import FilePath, file_name
 from imgcore.errors import OptionError, UnsupportedFeatureError
 
 if TYPE_CHECKING:
@@ -92,12 +92,12 @@ class CheckResult:
 
 
 def check(
-    path: str | os.PathLike[str],
+    path: FilePath,
     *,
     format: str | None = None,
-    parent: str | os.PathLike[str] | None = None,
+    parent: FilePath | None = None,
     repair: bool = False,
-    allow: Sequence[str | os.PathLike[str]] = (),
+    allow: Sequence[FilePath] = (),
     share: bool = False,
 ) -> CheckResult:
     """Verify the tables of an image, and optionally repair them.
@@ -107,9 +107,9 @@ def check(
 
     Parameters
     ----------
-    path : str or os.PathLike
+    path : str, bytes or os.PathLike
         The image.
-    parent : str or os.PathLike, optional
+    parent : str, bytes or os.PathLike, optional
         The image's parent.  The whole chain of parents is opened, and the identity of
         each is verified.
     repair : bool
@@ -139,11 +139,12 @@ def check(
 
     if repair and share:
         raise OptionError("an image that another process may write to cannot be repaired (-U)")
+    name = file_name(path)
     options = OpenOptions.from_keywords(format=format, parent=parent, allow=allow, share=share)
     if parent is not None:
-        for layer in open_chain(path, options):
+        for layer in open_chain(name, options):
             layer.close()
-    with open_layer(path, options) as layer:
+    with open_layer(name, options) as layer:
         format_name = layer.reader.format_name
         if not get_driver(format_name).has_tables:
             raise CheckNotSupportedError(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
 import numpy as np
 
 from imgcore._core import Job
+from imgcore.border import FilePath, file_name
 from imgcore.disk.image import Image, open_image
 from imgcore.disk.open_options import OpenOptions
 from imgcore.disk.overlay import padded
@@ -45,18 +45,18 @@ class CompareResult(NamedTuple):
 
 
 def compare(
-    a: str | os.PathLike[str],
-    b: str | os.PathLike[str],
+    a: FilePath,
+    b: FilePath,
     *,
     format_a: str | None = None,
     format_b: str | None = None,
-    parent_a: str | os.PathLike[str] | None = None,
-    parent_b: str | os.PathLike[str] | None = None,
+    parent_a: FilePath | None = None,
+    parent_b: FilePath | None = None,
     read_options_a: Mapping[str, Any] | Sequence[str] | None = None,
     read_options_b: Mapping[str, Any] | Sequence[str] | None = None,
     strict: bool = False,
-    threads: int | None = None,
-    allow: Sequence[str | os.PathLike[str]] = (),
+    threads: SupportsIndex | None = None,
+    allow: Sequence[FilePath] = (),
     backing_format: str | None = None,
     share: bool = False,
     progress: Callable[[Progress], None] | None = None,
@@ -69,7 +69,7 @@ def compare(
 
     Parameters
     ----------
-    a, b : str or os.PathLike
+    a, b : str, bytes or os.PathLike
         The images.
     strict : bool
         Also require the same size and the same allocation.
@@ -104,6 +104,7 @@ def compare(
         allow=allow,
         share=share,
     )
+    a, b = file_name(a), file_name(b)
     with open_image(a, options_a) as image_a, open_image(b, options_b) as image_b:
         comparison = _Comparison(image_a, image_b, thread_count(threads), progress)
         return comparison.run(strict)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
+from imgcore.border import FilePath, file_name
 from imgcore.disk.backing import backing_path
 from imgcore.disk.image import open_image
 from imgcore.disk.open_options import OpenOptions
@@ -68,27 +68,27 @@ class ConvertResult(NamedTuple):
 
 
 def convert(
-    source: str | os.PathLike[str],
-    target: str | os.PathLike[str],
+    source: FilePath,
+    target: FilePath,
     *,
     format: str | None = None,
     target_format: str | None = None,
     options: Mapping[str, Any] | Sequence[str] | None = None,
     compress: bool = False,
-    backing: str | os.PathLike[str] | None = None,
+    backing: FilePath | None = None,
     backing_format: str | None = None,
     source_backing_format: str | None = None,
-    parent: str | os.PathLike[str] | None = None,
+    parent: FilePath | None = None,
     read_options: Mapping[str, Any] | Sequence[str] | None = None,
-    sparse: int | str = 4096,
-    threads: int | None = None,
+    sparse: SupportsIndex | str = 4096,
+    threads: SupportsIndex | None = None,
     force: bool = False,
     sync: bool = True,
     in_place: bool = False,
     share: bool = False,
     salvage: bool = False,
     reflink: bool = True,
-    allow: Sequence[str | os.PathLike[str]] = (),
+    allow: Sequence[FilePath] = (),
     progress: Callable[[Progress], None] | None = None,
     kernels: Mapping[str, str] | None = None,
     profile: str | None = None,
@@ -102,7 +102,7 @@ def convert(
 
     Parameters
     ----------
-    source, target : str or os.PathLike
+    source, target : str, bytes or os.PathLike
         Names such as ``disk.raw.zst`` and ``disk.raw.gz`` are compressed raw disks.
     target_format : str, optional
         The target's format; by default the suffix of ``target`` decides.
@@ -111,7 +111,7 @@ def convert(
         ``["cluster_size=2M"]``.
     compress : bool
         Write compressed blocks.
-    backing : str or os.PathLike, optional
+    backing : str, bytes or os.PathLike, optional
         The backing file (QCOW2) or parent (VHD, VHDX, VDI) of the target.  Blocks that
         read the same there are left out of the target, so that the target's disk still
         reads as the source's.
@@ -167,6 +167,7 @@ def convert(
     does not grow with the size of the disk.
     """
     started = time.monotonic()
+    source, target = file_name(source), file_name(target)
     opening = OpenOptions.from_keywords(
         format=format,
         backing_format=source_backing_format,
@@ -176,7 +177,7 @@ def convert(
         share=share,
     )
     writing = SinkOptions.from_keywords(
-        os.fspath(target),
+        target,
         format=target_format,
         options=options,
         compress=compress,
@@ -193,7 +194,7 @@ def convert(
     with ExitStack() as stack:
         disk = stack.enter_context(open_source(source, opening))
         disk.refuse_conversion(salvage=salvage, with_base=backing is not None)
-        base = _open_base(os.fspath(target), writing, opening, stack)
+        base = _open_base(target, writing, opening, stack)
         tally = Tally(fitting_size(writing.profile, disk), progress)
         output = stack.enter_context(Target(target, force=force, sync=sync, in_place=in_place))
         files = [*disk.files, *(base.every_file() if base is not None else ())]
@@ -204,7 +205,7 @@ def convert(
         output.commit()
         tally.finish()
         return ConvertResult(
-            source=os.fspath(source),
+            source=source,
             target=output.path,
             source_format=disk.format,
             target_format=writing.format,
