@@ -27,6 +27,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
+#include <time.h>
 
 #include "engine/placer.h"
 #include "engine/source.h"
@@ -112,9 +113,16 @@ struct imgc_job {
 	unsigned n_writing, max_writers;
 	unsigned n_started, n_running;
 	bool in_batch;
+	bool in_caller; /* no thread was started: `wait` and `finish` do the work */
 	struct placer placer;
 	struct imgc_error error;
 };
+
+/*
+ * worker.c: works on the batch until it ends.  A worker without others beside it stops
+ * after the first window that ends later than `until`, if that is not NULL.
+ */
+void imgc_worker_work(struct worker *worker, const struct timespec *until);
 
 /* worker.c: the main function of a worker's thread; `argument` is its struct worker. */
 void *imgc_worker_main(void *argument);

@@ -3,6 +3,8 @@
  */
 #include "engine/engine.h"
 
+#include <time.h>
+
 #include "common/checked.h"
 #include "common/error.h"
 
@@ -203,13 +205,26 @@ static bool work_is_left(const struct imgc_job *job)
 	       job->cursor < atomic_load(&job->first_difference);
 }
 
+static bool is_past(const struct timespec *until)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec > until->tv_sec ||
+	       (now.tv_sec == until->tv_sec && now.tv_nsec >= until->tv_nsec);
+}
+
 /*
  * Writing comes first, so that slots become free.  Where the kernel lets one writer in
  * at a time, the other workers fill the ring instead of waiting for it.
+ *
+ * Only the calling thread, which has no workers beside it, may stop before the batch
+ * ends: at the first window after `until`, with false.
  */
-static void run(struct worker *worker)
+static bool run(struct worker *worker, const struct timespec *until)
 {
 	struct imgc_job *job = worker->job;
+	bool ended = true;
 
 	pthread_mutex_lock(&job->lock);
 	while (!imgc_stop_is_set(&job->stop)) {
@@ -221,23 +236,33 @@ static void run(struct worker *worker)
 			break;
 		else
 			pthread_cond_wait(&job->changed, &job->lock);
+		if (until && is_past(until)) {
+			ended = false;
+			break;
+		}
 	}
 	/* Wakes the workers that still wait for work: there is none left. */
 	pthread_cond_broadcast(&job->changed);
 	pthread_mutex_unlock(&job->lock);
+	return ended;
 }
 
-void *imgc_worker_main(void *argument)
+void imgc_worker_work(struct worker *worker, const struct timespec *until)
 {
-	struct worker *worker = argument;
 	struct imgc_job *job = worker->job;
 
-	run(worker);
+	if (!run(worker, until))
+		return;
 	/* Reads of windows that another worker wrote. */
 	count(worker, 0, 0);
 	pthread_mutex_lock(&job->lock);
 	if (--job->n_running == 0)
 		pthread_cond_broadcast(&job->ended);
 	pthread_mutex_unlock(&job->lock);
+}
+
+void *imgc_worker_main(void *argument)
+{
+	imgc_worker_work(argument, NULL);
 	return NULL;
 }
