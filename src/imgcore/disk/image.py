@@ -16,6 +16,7 @@ from imgcore.limits import SECTOR_NBYTES
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
+    from imgcore._core import File
     from imgcore.disk.layer import Layer
     from imgcore.disk.overlay import Depths
     from imgcore.engine.extents import Extents
@@ -182,10 +183,15 @@ class Image(Closable):
         CorruptImageError, OSError
             The bytes cannot be read.
         """
-        offset, length = self._range(offset, length)
-        buffer = bytearray(length)
-        self.readinto(offset, buffer)
-        return bytes(buffer)
+        from imgcore._core import File
+
+        with self._in_use():
+            offset, length = self._range(offset, length)
+            if not length:
+                return b""
+            content, target = File.new_bytes(length, offset % SECTOR_NBYTES)
+            self._fill(target, offset, length, None)
+            return content
 
     def readinto(
         self,
@@ -214,49 +220,42 @@ class Image(Closable):
         -----
         Several threads may call this at once.
         """
+        from imgcore._core import File
+
         with self._in_use(), memoryview(buffer) as view, view.cast("B") as octets:
             offset, length = self._range(offset, len(octets))
-            end = offset + length
-            if not length:
-                return
-            first = offset - offset % SECTOR_NBYTES
-            last = min(end + -end % SECTOR_NBYTES, self.virtual_size)
-            if (first, last) == (offset, end):
-                self._read_sectors(first, octets, threads)
-                return
-            whole = bytearray(last - first)
-            self._read_sectors(first, memoryview(whole), threads)
-            octets[:] = whole[offset - first : end - first]
+            if length:
+                target = File.part(octets, offset % SECTOR_NBYTES)
+                self._fill(target, offset, length, threads)
 
-    def _read_sectors(self, start: int, view: memoryview, threads: SupportsIndex | None) -> None:
-        from imgcore._core import File, Job
+    def _fill(self, target: File, offset: int, length: int, threads: SupportsIndex | None) -> None:
+        """Move whole sectors to a target, which keeps the bytes of the range."""
+        from imgcore._core import Job
         from imgcore.engine.geometry import Geometry, Placing, ZeroPolicy
-        from imgcore.engine.job import chosen_variants, thread_count, translated_errors
+        from imgcore.engine.job import chosen_variants, read_thread_count, translated_errors
         from imgcore.engine.source_file import native_sources
-        from imgcore.limits import MIB
 
-        if threads is None:
-            threads = min(thread_count(None), 1 + len(view) // MIB)
+        start = offset - offset % SECTOR_NBYTES
+        end = min(offset + length + -(offset + length) % SECTOR_NBYTES, self.virtual_size)
         geometry = Geometry(
             block_nbytes=SECTOR_NBYTES,
-            guest_nbytes=start + len(view),
+            guest_nbytes=end,
             placing=Placing.IDENTITY,
             zero_policy=ZeroPolicy.EXPLICIT,
             guest_base=start,
             sparse_nbytes=0,
         )
-        target = File.from_memory(view, writable=True)
         try:
             with translated_errors(self.paths):
                 job = Job(
                     sources=native_sources(self.sources),
                     geometry=geometry,
                     target=target,
-                    threads=thread_count(threads),
+                    threads=read_thread_count(threads, length),
                     variants=chosen_variants(None),
                 )
                 try:
-                    for rows in self._extents(start, len(view)):
+                    for rows in self._extents(start, end - start):
                         first = int(rows["guest_offset"][0])
                         job.run(first, first + int(rows["length"].sum()), rows)
                 finally:
