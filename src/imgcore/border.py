@@ -36,5 +36,7 @@ def byte_count(value: SupportsIndex, what: str) -> int:
     """
     number = integer(value, what)
     if not 0 <= number <= MAX_SIZE:
-        raise OptionError(f"{what} is {number}: allowed are 0 to 2^63 - 1")
+        raise OptionError(
+            f"{what} is {number}: a number of bytes is not negative, and at most 2^63 - 1"
+        )
     return number

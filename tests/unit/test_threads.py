@@ -177,7 +177,8 @@ SCRIPT = """
             for name in (*names, "z.qcow2"):
                 stream = name.endswith((".gz", ".zst"))
                 if stream:
-                    imgcore.convert(prefix + name, prefix + "back.raw", threads=threads, force=True, sync=False)
+                    back = prefix + "back.raw"
+                    imgcore.convert(prefix + name, back, threads=threads, force=True, sync=False)
                     name = "back.raw"
                 assert imgcore.compare("disk.raw", prefix + name, threads=threads).identical
                 with imgcore.open(prefix + name) as image:

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 from imgcore.disk.describe import allocated_nbytes
 from imgcore.errors import OptionError, UnsupportedFeatureError, WrongFormatError
 from imgcore.formats.magic import HEAD_NBYTES, matching_formats
-from imgcore.formats.registry import PLAIN_FORMAT
+from imgcore.formats.registry import PLAIN_FORMAT, is_named_stream
 from imgcore.limits import CHUNK_NBYTES
-from imgcore.streams.names import stream_suffix
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 def is_stream(path: str | os.PathLike[str], options: OpenOptions) -> bool:
     """Tell whether name and stated format are those of a compressed raw disk."""
-    return options.format in (None, PLAIN_FORMAT) and stream_suffix(os.fspath(path)) is not None
+    return is_named_stream(os.fspath(path), options.format)
 
 
 class StreamSource:

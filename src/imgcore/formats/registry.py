@@ -12,6 +12,9 @@ A file's format is found by these rules:
 
 A magic never means raw, and a file that is named like a raw disk but has a magic is
 rejected: a guest can write any header into its own first sector.
+
+A stated format is that of the disk.  The suffixes .zst and .gz after a raw disk's state
+that the file is a stream of it, whether or not raw is stated as well.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import os
 import stat
 from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
-from imgcore.errors import OptionError, UnsupportedFeatureError, WrongFormatError
+from imgcore.errors import ImgcoreError, OptionError, UnsupportedFeatureError, WrongFormatError
 from imgcore.formats.magic import HEAD_NBYTES, TAIL_NBYTES, matching_formats
 from imgcore.streams.names import CODEC_OF_SUFFIX, RAW_SUFFIXES, stream_suffix
 
@@ -192,16 +195,12 @@ def open_reader(
         The format is recognised, but not supported.
     """
     if format is None:
-        name = _find_format(file)
+        name = PLAIN_FORMAT if is_named_stream(file.path, None) else _find_format(file)
     else:
         name = canonical_name(format)
         _refuse_other_format(file, name)
-    if name in CODEC_OF_SUFFIX.values():
-        raise UnsupportedFeatureError(
-            f"a {name} stream has no random access: only convert, info and measure read "
-            "it, so decompress it first",
-            path=file.path,
-        )
+    if name in CODEC_OF_SUFFIX.values() or is_named_stream(file.path, name):
+        raise _not_random(file)
     if name in NOT_READ:
         raise UnsupportedFeatureError(f"{NOT_READ[name]} are not read", path=file.path)
     driver = get_driver(name)
@@ -214,6 +213,30 @@ def open_reader(
     return driver.open(file, gate, parse_record(name, driver.read_options, options))
 
 
+def is_named_stream(path: str, format: str | None) -> bool:
+    """Tell whether name and stated format are those of a compressed raw disk."""
+    return format in (None, PLAIN_FORMAT) and stream_suffix(path) is not None
+
+
+def _not_random(file: ByteSource) -> ImgcoreError:
+    """Return the error for a file that is a stream by its name or its content."""
+    from imgcore.streams.codecs import CODECS
+
+    head = file.pread(0, min(HEAD_NBYTES, file.nbytes))
+    found = [name for name, codec in CODECS.items() if codec.matches(head)]
+    if not found:
+        return WrongFormatError(
+            f"is named like a compressed raw disk, but is neither a {' nor a '.join(CODECS)} "
+            "stream: rename it if it is an image",
+            path=file.path,
+        )
+    return UnsupportedFeatureError(
+        f"a {found[0]} stream has no random access: only convert, info and measure read "
+        "it, so decompress it first",
+        path=file.path,
+    )
+
+
 def _find_format(file: ByteSource) -> str:
     found = probe(file)
     named_raw = file.is_block_device or format_from_suffix(file.path) == PLAIN_FORMAT
@@ -223,8 +246,7 @@ def _find_format(file: ByteSource) -> str:
         raise WrongFormatError(
             "no known format (no magic found): use -f raw if it is a raw disk", path=file.path
         )
-    is_stream = found in CODEC_OF_SUFFIX.values() and stream_suffix(file.path) is not None
-    if named_raw and not is_stream:
+    if named_raw:
         what = "is a block device" if file.is_block_device else "is named like a raw disk"
         stated = f"-f {found} or -f raw" if found in format_names() else "-f raw"
         raise WrongFormatError(

@@ -135,12 +135,19 @@ def check(
     from imgcore.disk.chain import open_chain
     from imgcore.disk.layer import open_layer
     from imgcore.disk.open_options import OpenOptions
+    from imgcore.disk.stream_source import is_stream
+    from imgcore.files.host_file import HostFile
     from imgcore.formats.registry import get_driver
 
     if repair and share:
         raise OptionError("an image that another process may write to cannot be repaired (-U)")
     name = file_name(path)
     options = OpenOptions.from_keywords(format=format, parent=parent, allow=allow, share=share)
+    if is_stream(name, options):
+        with HostFile.open(name, share=share) as file:
+            raise CheckNotSupportedError(
+                "a raw disk in a stream has no tables to check", path=file.path
+            )
     if parent is not None:
         for layer in open_chain(name, options):
             layer.close()

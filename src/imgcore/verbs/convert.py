@@ -103,7 +103,8 @@ def convert(
     Parameters
     ----------
     source, target : str, bytes or os.PathLike
-        Names such as ``disk.raw.zst`` and ``disk.raw.gz`` are compressed raw disks.
+        Names such as ``disk.raw.zst`` and ``disk.raw.gz`` are compressed raw disks,
+        whether or not ``format`` states raw.
     target_format : str, optional
         The target's format; by default the suffix of ``target`` decides.
     options : mapping or sequence of str, optional

@@ -145,9 +145,10 @@ def _facts(path: str, profile: Profile, options: OpenOptions) -> Iterator[Facts]
 
 
 def _format_of(file: HostFile, options: OpenOptions) -> str:
+    from imgcore.disk.stream_source import is_stream
     from imgcore.formats.registry import PLAIN_FORMAT, canonical_name, probe
 
-    if options.format is not None:
+    if options.format is not None and not is_stream(file.path, options):
         return canonical_name(options.format)
     return probe(file) or PLAIN_FORMAT
 
