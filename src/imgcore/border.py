@@ -9,8 +9,9 @@ from typing import SupportsIndex, TypeAlias
 from imgcore.errors import OptionError
 from imgcore.sizes import MAX_SIZE
 
-# As os.fsdecode takes it: names that are not UTF-8 are bytes, or str with surrogates.
 FilePath: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+"""A file's name.  One that is not UTF-8 is given as bytes, or as `os.fsdecode` returns
+it; results always hold the latter."""
 
 
 def file_name(path: FilePath) -> str:

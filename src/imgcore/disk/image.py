@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar, cast
 
 from imgcore.border import FilePath, file_name, integer
 from imgcore.disk.chain import open_chain
@@ -14,6 +14,7 @@ from imgcore.formats.api import SectorSized
 from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
+    import numpy as np
     from _typeshed import WriteableBuffer
 
     from imgcore._core import File
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
     from imgcore.engine.source_file import SourceFile
     from imgcore.files.byte_source import ByteSource
+    from imgcore.files.host_file import HostFile
+    from imgcore.formats.api import Reader
 
 
 _Item = TypeVar("_Item")
@@ -44,30 +47,28 @@ class Image(Closable):
         Bytes of the virtual disk.
     block_size : int
         Bytes of its allocation unit (cluster, grain).
-    chain : list of Layer
-        The image, then its backing file, and so on.
-    layers : list of Reader
-        The reader of each.
     sources : list of SourceFile
-        Every file that extents refer to by index.
-    files : list of HostFile
-        Every file that was opened by name, the image first.
+        Every file that extents refer to by index, those of backing files included.
+    paths : list of str
+        Their names.
     """
 
     _what = "image"
 
     def __init__(self, chain: Sequence[Layer]) -> None:
-        self.chain = list(chain)
-        self.path = self.chain[0].file.path
-        self.layers = [layer.reader for layer in self.chain]
-        self.reader = self.layers[0]
-        self.format = self.reader.format_name
-        self.subformat = self.reader.subformat
-        self.virtual_size = self.reader.virtual_size
-        self.block_size = self.reader.block_nbytes
+        # The verbs use what is inside: each layer, its reader, and the files that were
+        # opened by name, the image first.
+        self.chain: list[Layer] = list(chain)
+        self.path: str = self.chain[0].file.path
+        self.layers: list[Reader] = [layer.reader for layer in self.chain]
+        self.reader: Reader = self.layers[0]
+        self.format: str = self.reader.format_name
+        self.subformat: str | None = self.reader.subformat
+        self.virtual_size: int = self.reader.virtual_size
+        self.block_size: int = self.reader.block_nbytes
         self.sources: list[SourceFile] = []
         self._first_files: list[int] = []
-        self.files = [layer.file for layer in self.chain]
+        self.files: list[HostFile] = [layer.file for layer in self.chain]
         for layer in self.layers:
             self._first_files.append(len(self.sources))
             self.sources.extend(layer.sources)
@@ -196,7 +197,7 @@ class Image(Closable):
     def readinto(
         self,
         offset: SupportsIndex,
-        buffer: WriteableBuffer,
+        buffer: WriteableBuffer | np.ndarray[Any, Any],
         *,
         threads: SupportsIndex | None = None,
     ) -> None:
@@ -222,7 +223,11 @@ class Image(Closable):
         """
         from imgcore._core import File
 
-        with self._in_use(), memoryview(buffer) as view, view.cast("B") as octets:
+        with (
+            self._in_use(),
+            memoryview(cast("WriteableBuffer", buffer)) as view,
+            view.cast("B") as octets,
+        ):
             offset, length = self._range(offset, len(octets))
             if length:
                 target = File.part(octets, offset % SECTOR_NBYTES)

@@ -45,7 +45,7 @@ class ImageSink:
         options: SinkOptions,
     ) -> None:
         """Make the writer, which rejects disks that the format cannot represent."""
-        self.overwrites = False
+        self.overwrites: bool = False
         self._target, self._source, self._base = target, source, base
         self._request, self._options = request, options
         driver = get_driver(options.format)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from imgcore.engine.batches import Supply
     from imgcore.engine.extents import Extents
     from imgcore.engine.geometry import Geometry
+    from imgcore.files.byte_source import ByteSource
 
 
 class ImageSource:
@@ -25,11 +26,11 @@ class ImageSource:
 
     def __init__(self, image: Image) -> None:
         self._image = image
-        self.path = image.path
-        self.format = image.format
-        self.virtual_size = image.virtual_size
-        self.logical_sector_nbytes = image.logical_sector_nbytes
-        self.files = image.every_file()
+        self.path: str = image.path
+        self.format: str = image.format
+        self.virtual_size: int = image.virtual_size
+        self.logical_sector_nbytes: int | None = image.logical_sector_nbytes
+        self.files: list[ByteSource] = image.every_file()
 
     def describe(self) -> list[dict[str, Any]]:
         """Describe the image, then its parent, and so on."""

@@ -12,7 +12,7 @@ from imgcore.formats.registry import PLAIN_FORMAT, is_named_stream
 from imgcore.limits import CHUNK_NBYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from contextlib import AbstractContextManager
     from typing import Any, Self
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from imgcore.engine.batches import Supply
     from imgcore.engine.extents import Extents
     from imgcore.engine.geometry import Geometry
+    from imgcore.files.byte_source import ByteSource
     from imgcore.streams.reader import StreamReader
 
 
@@ -39,9 +40,9 @@ class StreamSource:
         self._reader = reader
         # Whether the caller has stated that the content is raw.
         self._is_stated = is_stated
-        self.path = reader.path
-        self.virtual_size = reader.virtual_size
-        self.files = (reader.file,)
+        self.path: str = reader.path
+        self.virtual_size: int = reader.virtual_size
+        self.files: Sequence[ByteSource] = (reader.file,)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], options: OpenOptions) -> Self:

@@ -14,6 +14,7 @@ from imgcore.errors import (
 )
 from imgcore.files.closable import Closable
 from imgcore.files.identity import (
+    Identity,
     describe_file_type,
     file_identity,
 )
@@ -52,7 +53,7 @@ class OpenFile(Closable):
     """A descriptor, which this object owns, and the same file for the native engine."""
 
     def __init__(self, fd: int, path: str) -> None:
-        self.fd = fd
+        self.fd: int = fd
         self.path = path
         self._core: File | None = None
         super().__init__()
@@ -98,9 +99,9 @@ class HostFile(OpenFile):
             self._absolute_path = os.path.abspath(path)
             self._status = os.fstat(fd)
             _refuse_type(self._status.st_mode, path, device=device)
-            self.is_block_device = stat.S_ISBLK(self._status.st_mode)
-            self.identity = file_identity(self._status)
-            self.nbytes = self._find_nbytes()
+            self.is_block_device: bool = stat.S_ISBLK(self._status.st_mode)
+            self.identity: Identity = file_identity(self._status)
+            self.nbytes: int = self._find_nbytes()
             if self.is_block_device and self.nbytes == 0:
                 raise ImgcoreError("the block device has no medium (its size is 0)", path=path)
             # On a non-blocking file, io_uring fails reads of data that is not cached.

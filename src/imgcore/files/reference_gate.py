@@ -54,8 +54,8 @@ class ReferenceGate:
 
     def __init__(self, folder: str, allowed: Sequence[str] = (), *, share: bool = False) -> None:
         self.share = share
-        self.folder = os.path.abspath(folder or ".")
-        self.allowed = tuple(os.path.abspath(name) for name in allowed)
+        self.folder: str = os.path.abspath(folder or ".")
+        self.allowed: tuple[str, ...] = tuple(os.path.abspath(name) for name in allowed)
         for name in self.allowed:
             if not os.path.isdir(name):
                 raise OptionError(f"{name}: the allowed folder does not exist or is not a folder")

@@ -46,8 +46,8 @@ class StreamReader:
         """Take over an open file; an error closes it."""
         self.file = file
         try:
-            self.codec = self._find_codec()
-            self.virtual_size = self._find_virtual_size()
+            self.codec: str = self._find_codec()
+            self.virtual_size: int = self._find_virtual_size()
             if self.virtual_size % SECTOR_NBYTES:
                 raise CorruptImageError(
                     f"a raw disk has a multiple of {SECTOR_NBYTES} bytes, "

@@ -99,7 +99,7 @@ class FrameWalk:
         self._offset = 0
         self._window = b""
         self._window_offset = 0
-        self.n_frames = 0
+        self.n_frames: int = 0
 
     def content_nbytes(self) -> int | None:
         """Walk all frames and return the sum of their sizes, None if one is missing."""

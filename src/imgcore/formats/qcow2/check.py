@@ -123,7 +123,7 @@ class Qcow2Checker:
         self._size = header.cluster_size
         self._n_clusters = -(-file.nbytes >> self._bits)
         self._bitmap_tables: list[tuple[int, int]] = []
-        self.report = CheckReport(total_clusters=-(-header.virtual_size >> self._bits))
+        self.report: CheckReport = CheckReport(total_clusters=-(-header.virtual_size >> self._bits))
 
     def run(self) -> CheckReport:
         """Check everything and return the report."""

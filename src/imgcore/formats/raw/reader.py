@@ -34,9 +34,9 @@ class RawReader:
             )
         self.file = file
         self.subformat: str | None = None
-        self.virtual_size = file.nbytes
-        self.block_nbytes = SECTOR_NBYTES
-        self.sources = (SourceFile(file),)
+        self.virtual_size: int = file.nbytes
+        self.block_nbytes: int = SECTOR_NBYTES
+        self.sources: tuple[SourceFile] = (SourceFile(file),)
         self.backing: BackingReference | None = None
         self.identities: Mapping[str, str] = {}
         self._flat = FlatExtents(file, hides_parent=False)

@@ -10,6 +10,7 @@ from imgcore.formats.raw.options import Options, WriteOptions
 from imgcore.formats.shared.flat_writer import FlatWriter, flat_geometry
 
 if TYPE_CHECKING:
+    from imgcore.engine.geometry import Geometry
     from imgcore.files.target import Target
     from imgcore.files.target_file import TargetFile
     from imgcore.formats.api import WriteRequest
@@ -50,7 +51,9 @@ class RawWriter(FlatWriter):
         target.require_capacity(self._file_nbytes)
         if self.geometry.zero_policy is ZeroPolicy.SKIP:
             # Ranges that are not written would keep their old bytes.
-            self.geometry = self.geometry._replace(zero_policy=ZeroPolicy.EXPLICIT, sparse_nbytes=0)
+            self.geometry: Geometry = self.geometry._replace(
+                zero_policy=ZeroPolicy.EXPLICIT, sparse_nbytes=0
+            )
         return target.main
 
     def finish(self, next_offset: int) -> None:
