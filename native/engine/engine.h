@@ -19,6 +19,7 @@
  *     salvage.c  the list of ranges that could not be read
  *     placer.c   host offsets of an appending target
  *     extents.c  the check of rows, and the search among them
+ *     rate.c     how many guest bytes a second jobs may handle
  *     stop.c     the flags that tell a job to stop
  */
 #ifndef IMGC_ENGINE_ENGINE_H
@@ -80,6 +81,7 @@ struct worker {
 	struct imgc_compressor *compressor;
 	struct view other; /* the other side of a comparison, or the base */
 	struct counters *counters;
+	struct slot *waiting; /* IMGC_WINDOW_WAITS; NULL: none */
 };
 
 struct imgc_job {
@@ -126,6 +128,9 @@ void imgc_worker_work(struct worker *worker, const struct timespec *until);
 
 /* worker.c: the main function of a worker's thread; `argument` is its struct worker. */
 void *imgc_worker_main(void *argument);
+
+/* The calling thread must come back to the window: the rate does not allow it yet. */
+#define IMGC_WINDOW_WAITS 1
 
 /* window.c: reads one window and tests, compresses or compares it.  Writes nothing. */
 int imgc_window_process(struct worker *worker, struct slot *slot, struct imgc_error *err);

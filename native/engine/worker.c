@@ -162,11 +162,33 @@ static void write_next_slot(struct worker *worker)
 }
 
 /* Called with the lock held, and returns with it held. */
+static void fill_slot(struct worker *worker, struct slot *slot)
+{
+	struct imgc_job *job = worker->job;
+	struct imgc_error err;
+
+	pthread_mutex_unlock(&job->lock);
+	slot->status = imgc_window_process(worker, slot, &slot->error);
+	pthread_mutex_lock(&job->lock);
+	worker->waiting = slot->status == IMGC_WINDOW_WAITS ? slot : NULL;
+	if (worker->waiting)
+		return;
+	slot->state = SLOT_READY;
+	if (slot->status)
+		job->cursor = job->batch.guest_end; /* later windows need not be read */
+	if (place_ready(job, &err)) {
+		pthread_mutex_unlock(&job->lock);
+		fail_job(job, &err);
+		pthread_mutex_lock(&job->lock);
+	}
+	pthread_cond_broadcast(&job->changed);
+}
+
+/* Called with the lock held, and returns with it held. */
 static void fill_next_slot(struct worker *worker)
 {
 	struct imgc_job *job = worker->job;
 	struct slot *slot = slot_of(job, job->claimed);
-	struct imgc_error err;
 	uint64_t start = 0, end = 0;
 	enum claim claim = claim_next(job, &start, &end);
 
@@ -185,18 +207,7 @@ static void fill_next_slot(struct worker *worker)
 	slot->end = end;
 	job->claimed++;
 	job->n_busy++;
-	pthread_mutex_unlock(&job->lock);
-	slot->status = imgc_window_process(worker, slot, &slot->error);
-	pthread_mutex_lock(&job->lock);
-	slot->state = SLOT_READY;
-	if (slot->status)
-		job->cursor = job->batch.guest_end; /* later windows need not be read */
-	if (place_ready(job, &err)) {
-		pthread_mutex_unlock(&job->lock);
-		fail_job(job, &err);
-		pthread_mutex_lock(&job->lock);
-	}
-	pthread_cond_broadcast(&job->changed);
+	fill_slot(worker, slot);
 }
 
 static bool work_is_left(const struct imgc_job *job)
@@ -230,6 +241,8 @@ static bool run(struct worker *worker, const struct timespec *until)
 	while (!imgc_stop_is_set(&job->stop)) {
 		if (job->written < job->placed && job->n_writing < job->max_writers)
 			write_next_slot(worker);
+		else if (worker->waiting)
+			fill_slot(worker, worker->waiting);
 		else if (work_is_left(job) && slot_of(job, job->claimed)->state == SLOT_FREE)
 			fill_next_slot(worker);
 		else if (!work_is_left(job) && job->n_busy == 0)

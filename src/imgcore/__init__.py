@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from imgcore.border import FilePath
     from imgcore.disk.image import Image, open
     from imgcore.engine.bad_ranges import BadRange
+    from imgcore.engine.control import Control
     from imgcore.engine.extents import EXTENT_DTYPE, Extents, Kind
     from imgcore.engine.progress import Progress
     from imgcore.engine.source_file import SourceFile
@@ -47,6 +48,7 @@ __all__ = [
     "ByteSource",
     "CheckResult",
     "CompareResult",
+    "Control",
     "ConversionCancelled",
     "ConvertResult",
     "CorruptImageError",
@@ -88,6 +90,7 @@ _HOMES = {
     "ByteSource": "files.byte_source",
     "CheckResult": "verbs.check",
     "CompareResult": "verbs.compare",
+    "Control": "engine.control",
     "ConvertResult": "verbs.convert",
     "CreateResult": "verbs.create",
     "Extents": "engine.extents",

@@ -46,6 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     raw = folder / "disk.raw"
     raw.write_bytes(noise(NBYTES))
     imgcore.convert(raw, folder / "disk.qcow2")
+    (folder / "small.raw").write_bytes(noise(4096))
     return folder
 
 
@@ -68,9 +69,9 @@ def rows(batches: Iterator[Any]) -> list[Any]:
     return [batch.tolist() for batch in batches]
 
 
-def convert(folder: Path, **keywords: Any) -> bytes:
+def convert(folder: Path, source: str = "disk.raw", **keywords: Any) -> bytes:
     target = folder / "out.qcow2"
-    imgcore.convert(folder / "disk.raw", target, force=True, sync=False, **keywords)
+    imgcore.convert(folder / source, target, force=True, sync=False, **keywords)
     return target.read_bytes()
 
 
@@ -107,6 +108,7 @@ NUMBERS: dict[tuple[str, str], tuple[int, Call]] = {
     ("convert", "sparse"): (1024, lambda _, folder, n: convert(folder, sparse=n)),
     ("convert", "threads"): (1, lambda _, folder, n: convert(folder, threads=n)),
     ("compare", "threads"): (1, lambda _, folder, n: compare(folder, n)),
+    ("convert", "rate"): (60_000, lambda _, folder, n: convert(folder, "small.raw", rate=n)),
     ("create", "virtual_size"): (1024, lambda _, folder, n: create(folder, n)),
     ("measure", "size"): (1024, lambda _, folder, n: imgcore.measure(size=n)),
 }
@@ -173,7 +175,7 @@ def test_numbers_out_of_range(
 def test_what_is_no_integer(
     names: tuple[str, str], number: Any, image: imgcore.Image, folder: Path
 ) -> None:
-    if names == ("convert", "sparse") and number == "512":
+    if names in (("convert", "sparse"), ("convert", "rate")) and number == "512":
         return  # a size in words is allowed there
     with pytest.raises(TypeError, match="an integer is needed, not"):
         NUMBERS[names][1](image, folder, number)

@@ -136,7 +136,7 @@ def test_one_worker_is_the_calling_thread(tmp_path: Path, monkeypatch: pytest.Mo
         seen.add(n_tasks())
         ticks.append(progress.done)
 
-    imgcore.convert(raw, target, compress=True, options=SLOW, threads=1, progress=look)
+    imgcore.convert(raw, target, compress=True, rate="32M", threads=1, progress=look)
     assert imgcore.compare(raw, target, threads=1, progress=look).identical
     assert seen == {before}
     # The work is cut into pieces, so that signals and the callback get their turns.
@@ -157,6 +157,35 @@ def test_a_job_of_one_worker_can_be_cancelled(tmp_path: Path) -> None:
     with pytest.raises(StopError):
         imgcore.convert(raw, target, compress=True, options=SLOW, threads=1, progress=stop)
     assert not target.exists()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_job_that_waits_for_its_rate_can_be_cancelled(threads: int, tmp_path: Path) -> None:
+    """The calling thread comes back from a window that must wait for days."""
+    raw, target = tmp_path / "disk.raw", tmp_path / "disk.qcow2"
+    raw.write_bytes(images.text(MIB))
+    ticks = []
+
+    class StopError(Exception):
+        pass
+
+    def stop(progress: imgcore.Progress) -> None:
+        ticks.append(progress.done)
+        if len(ticks) == 3:
+            raise StopError
+
+    with pytest.raises(StopError):
+        imgcore.convert(raw, target, rate=1, threads=threads, progress=stop)
+    assert ticks == [0, 0, 0]
+    assert not target.exists()
+    # A rate that is raised meanwhile lets it go on.
+    control = imgcore.Control(rate=1)
+
+    def hurry(_: imgcore.Progress) -> None:
+        control.rate = None
+
+    imgcore.convert(raw, target, control=control, threads=threads, progress=hurry)
+    assert imgcore.compare(raw, target).identical
 
 
 # -- no threads ------------------------------------------------------------------------

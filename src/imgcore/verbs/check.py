@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from imgcore.border import FilePath, file_name
 from imgcore.errors import OptionError, UnsupportedFeatureError
@@ -40,6 +40,9 @@ class CheckResult:
         The repairs that were made, one line each.
     corruptions_fixed, leaks_fixed : int
         Numbers of corruptions and leaks that were repaired.
+    not_repaired : list of str
+        Why the remaining problems were not repaired, one line each; empty without
+        ``repair``.
     """
 
     filename: str
@@ -55,6 +58,7 @@ class CheckResult:
     repairs: list[str] = field(default_factory=list)
     corruptions_fixed: int = 0
     leaks_fixed: int = 0
+    not_repaired: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -88,6 +92,8 @@ class CheckResult:
             result["problems"] = self.problems
         if self.repairs:
             result["repairs"] = self.repairs
+        if self.not_repaired:
+            result["not-repaired"] = self.not_repaired
         return result
 
 
@@ -96,7 +102,7 @@ def check(
     *,
     format: str | None = None,
     parent: FilePath | None = None,
-    repair: bool = False,
+    repair: bool | Literal["leaks", "all"] = False,
     allow: Sequence[FilePath] = (),
     share: bool = False,
 ) -> CheckResult:
@@ -112,10 +118,11 @@ def check(
     parent : str, bytes or os.PathLike, optional
         The image's parent.  The whole chain of parents is opened, and the identity of
         each is verified.
-    repair : bool
-        Repair everything that can be repaired safely.  A repaired copy replaces the
-        image once it is complete and verified to hold the same disk.  If anything
-        fails, the image remains unchanged.
+    repair : bool or {"leaks", "all"}
+        ``"all"`` or True repairs everything that can be repaired safely, ``"leaks"``
+        only frees space that nothing uses.  A repaired copy replaces the image once it
+        is complete and verified to hold the same disk.  If anything fails, the image
+        remains unchanged.
 
     Returns
     -------
@@ -124,6 +131,8 @@ def check(
 
     Raises
     ------
+    OptionError
+        ``repair`` has another value, or is combined with ``share``.
     UnsupportedFeatureError
         The format has no tables to check (raw); or ``repair`` is given, but images of
         this format or in this place cannot be repaired.
@@ -139,6 +148,8 @@ def check(
     from imgcore.files.host_file import HostFile
     from imgcore.formats.registry import get_driver
 
+    if repair not in (False, True, "leaks", "all"):
+        raise OptionError(f"repair is {repair!r}, allowed are 'leaks', 'all', True and False")
     if repair and share:
         raise OptionError("an image that another process may write to cannot be repaired (-U)")
     name = file_name(path)
@@ -162,12 +173,14 @@ def check(
             return _result(layer, report)
         from imgcore.disk.repair import repair as repair_image
 
-        after, repairs = repair_image(layer, report)
+        outcome = repair_image(layer, report, leaks_only=repair == "leaks")
+        after = outcome.report
         return replace(
             _result(layer, after),
-            repairs=[f"{item.problem}: {item.action}" for item in repairs],
+            repairs=[f"{item.problem}: {item.action}" for item in outcome.repairs],
             corruptions_fixed=report.corruptions - after.corruptions,
             leaks_fixed=report.leaks - after.leaks,
+            not_repaired=outcome.obstacles,
         )
 
 

@@ -92,13 +92,14 @@ def create(
     OSError
         The operating system reported an error; ``filename`` is set.
     """
-    from imgcore.disk.target_format import refuse_stream, target_format
+    from imgcore.disk.target_format import refuse_other_name, refuse_stream, target_format
     from imgcore.files.target import Target
     from imgcore.formats.registry import get_driver
 
     name = file_name(path)
     refuse_stream(name)
     driver = get_driver(target_format(name, format, flag="-f"))
+    refuse_other_name(name, driver.name, flag="-f")
     reference, backing_size, identity = _open_backing(name, backing, backing_format, allow)
     nbytes = backing_size if virtual_size is None else byte_count(virtual_size, "virtual_size")
     if nbytes is None:
