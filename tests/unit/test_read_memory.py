@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -56,6 +58,40 @@ def test_reads_take_their_size_once(name: str, offset: int, length: int, folder:
         buffer = bytearray(length)
         assert peak_of(lambda: image.readinto(offset, buffer)) < MIB
         assert buffer == expected
+
+
+SCRIPT = """
+import sys
+import imgcore
+
+def peak():  # the rusage of a child starts with that of its parent
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if "VmHWM" in line)
+
+path, offset, length = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+with imgcore.open(path) as image:
+    image.read(0, 8 << 20)
+    before = peak()
+    for threads in (1, 4):
+        content = bytearray(1)
+        image.readinto(0, content, threads=threads)
+    content = image.read(offset, length)
+    print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("offset", [0, 1, 511])
+@pytest.mark.parametrize("huge_nbytes", [256 * MIB, 1 << 42])
+def test_the_peak_of_a_process(offset: int, huge_nbytes: int, tmp_path: Path) -> None:
+    path, length = tmp_path / "huge.qcow2", 200 * MIB
+    imgcore.create(path, huge_nbytes)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, path, str(offset), str(length)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert length - 16 * MIB < int(done.stdout) < length + 32 * MIB
 
 
 @pytest.mark.parametrize("name", IMAGES)
