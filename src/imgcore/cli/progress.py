@@ -173,7 +173,7 @@ class Reporter:
 class JsonReporter(Reporter):
     """Prints one JSON object per line."""
 
-    interval_seconds = _JSON_INTERVAL_SECONDS
+    interval_seconds: float = _JSON_INTERVAL_SECONDS
 
     def show(self, counters: Counters) -> None:
         left = self._rate.seconds_left(counters.total)
@@ -194,7 +194,7 @@ class JsonReporter(Reporter):
 class PlainReporter(Reporter):
     """Prints a line every few seconds, for logs."""
 
-    interval_seconds = _PLAIN_INTERVAL_SECONDS
+    interval_seconds: float = _PLAIN_INTERVAL_SECONDS
 
     def is_due(self, elapsed: float) -> bool:
         return elapsed >= self.interval_seconds
@@ -221,7 +221,7 @@ class QemuReporter(Reporter):
     Source: QEMU, util/qemu-progress.c.
     """
 
-    interval_seconds = 0.0
+    interval_seconds: float = 0.0
 
     def __init__(self) -> None:
         super().__init__()
@@ -263,7 +263,7 @@ class QemuReporter(Reporter):
 class BothReporter(Reporter):
     """Prints plain lines on stderr, and on stdout what callers of qemu-img read."""
 
-    interval_seconds = 0.0
+    interval_seconds: float = 0.0
 
     def __init__(self, *reporters: Reporter) -> None:
         super().__init__()
@@ -290,7 +290,7 @@ class BothReporter(Reporter):
 class BarReporter(Reporter):
     """Draws a bar with rate and time left, on the calling thread."""
 
-    interval_seconds = _BAR_INTERVAL_SECONDS
+    interval_seconds: float = _BAR_INTERVAL_SECONDS
 
     def __init__(self, label: str, *, delay: float = 0.0) -> None:
         super().__init__()

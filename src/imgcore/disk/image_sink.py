@@ -46,7 +46,7 @@ class ImageSink:
         options: SinkOptions,
     ) -> None:
         """Make the writer, which rejects disks that the format cannot represent."""
-        self.overwrites = False
+        self.overwrites: bool = False
         # Whether the image takes the place of the old content, which a raw disk keeps
         # where it does not reach.
         self._replaces = target.in_place and options.format != PLAIN_FORMAT

@@ -11,7 +11,7 @@ from imgcore.limits import CHUNK_NBYTES
 from imgcore.log import log
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from contextlib import AbstractContextManager
     from typing import Any
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from imgcore.engine.batches import Supply
     from imgcore.engine.extents import Extents
     from imgcore.engine.geometry import Geometry
+    from imgcore.engine.source_file import SourceFile
+    from imgcore.files.byte_source import ByteSource
 
 
 class ImageSource:
@@ -26,14 +28,14 @@ class ImageSource:
 
     def __init__(self, image: Image) -> None:
         self._image = image
-        self.path = image.path
-        self.format = image.format
-        self.virtual_size = image.virtual_size
+        self.path: str = image.path
+        self.format: str = image.format
+        self.virtual_size: int = image.virtual_size
         is_flat = image.reader.is_flat
-        self.exact_nbytes = image.files[0].nbytes if is_flat else image.virtual_size
-        self.logical_sector_nbytes = image.logical_sector_nbytes
-        self.files = image.every_file()
-        self.sources = image.sources
+        self.exact_nbytes: int = image.files[0].nbytes if is_flat else image.virtual_size
+        self.logical_sector_nbytes: int | None = image.logical_sector_nbytes
+        self.files: list[ByteSource] = image.every_file()
+        self.sources: Sequence[SourceFile] = image.sources
 
     def describe(self) -> list[dict[str, Any]]:
         """Describe the image, then its parent, and so on."""

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from imgcore.border import FilePath, file_name
 from imgcore.files.reference_gate import folder_names
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
     from typing import TypeAlias
 
     from imgcore.formats.option_texts import OptionTexts
 
-    Parents: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
+    Parents: TypeAlias = FilePath | Sequence[FilePath] | None
 
 
 class Flags(NamedTuple):
@@ -54,7 +55,7 @@ class OpenOptions(NamedTuple):
         backing_format: str | None = None,
         parent: Parents = None,
         read_options: OptionTexts | None = None,
-        allow: Iterable[str | os.PathLike[str]] = (),
+        allow: Iterable[FilePath] = (),
         share: bool = False,
         flags: Flags = FLAGS,
     ) -> OpenOptions:
@@ -73,6 +74,6 @@ class OpenOptions(NamedTuple):
 def _names(parent: Parents) -> tuple[str, ...]:
     if parent is None:
         return ()
-    if isinstance(parent, str | os.PathLike):
-        return (os.fspath(parent),)
-    return tuple(os.fspath(name) for name in parent)
+    if isinstance(parent, Sequence) and not isinstance(parent, str | bytes):
+        return tuple(file_name(name) for name in parent)
+    return (file_name(parent),)

@@ -12,7 +12,9 @@ from imgcore.errors import (
     CorruptImageError,
     ImgcoreError,
 )
+from imgcore.files.closable import Closable
 from imgcore.files.identity import (
+    Identity,
     describe_file_type,
     file_identity,
 )
@@ -47,22 +49,24 @@ def is_on_xfs(fd: int) -> bool:
     return ctypes.c_long.from_buffer(buffer).value == _XFS_SUPER_MAGIC
 
 
-class OpenFile:
+class OpenFile(Closable):
     """A descriptor, which this object owns, and the same file for the native engine."""
 
     def __init__(self, fd: int, path: str) -> None:
-        self.fd = fd
+        self.fd: int = fd
         self.path = path
         self._core: File | None = None
+        super().__init__()
 
     @property
     def core(self) -> File:
         """The file for the native engine."""
-        if self._core is None:
-            from imgcore._core import File
+        with self._in_use():
+            if self._core is None:
+                from imgcore._core import File
 
-            self._core = File.from_fd(self.fd)
-        return self._core
+                self._core = File.from_fd(self.fd)
+            return self._core
 
     @property
     def logical_sector_nbytes(self) -> int | None:
@@ -73,14 +77,15 @@ class OpenFile:
 
         return logical_sector_nbytes(self.fd)
 
-    def close(self) -> None:
-        """Close the descriptor; more than once is allowed."""
+    def _free(self) -> None:
         core, self._core = self._core, None
         if core is not None:
             core.close()
         fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
+        os.close(fd)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.path!r}>"
 
 
 class HostFile(OpenFile):
@@ -99,13 +104,13 @@ class HostFile(OpenFile):
         super().__init__(fd, path)
         self.share = share
         self._knows_holes = False
-        self._absolute_path = os.path.abspath(path)
         try:
+            self._absolute_path = os.path.abspath(path)
             self._status = os.fstat(fd)
             _refuse_type(self._status.st_mode, path, device=device)
-            self.is_block_device = stat.S_ISBLK(self._status.st_mode)
-            self.identity = file_identity(self._status)
-            self.nbytes = self._find_nbytes()
+            self.is_block_device: bool = stat.S_ISBLK(self._status.st_mode)
+            self.identity: Identity = file_identity(self._status)
+            self.nbytes: int = self._find_nbytes()
             if self.is_block_device and self.nbytes == 0:
                 raise ImgcoreError("the block device has no medium (its size is 0)", path=path)
             # On a non-blocking file, io_uring fails reads of data that is not cached.
@@ -170,16 +175,21 @@ class HostFile(OpenFile):
     @property
     def allocated_nbytes(self) -> int:
         """Bytes that the host has allocated for the file; 0 for a block device."""
-        return os.fstat(self.fd).st_blocks * _STAT_BLOCK_NBYTES
+        return self._status_now().st_blocks * _STAT_BLOCK_NBYTES
 
     @property
     def n_links(self) -> int:
         """Names (hard links) that the file has now."""
-        return os.fstat(self.fd).st_nlink
+        return self._status_now().st_nlink
+
+    def _status_now(self) -> os.stat_result:
+        with self._in_use():
+            return os.fstat(self.fd)
 
     def attribute(self, name: str) -> bytes:
         """Return an extended attribute; OSError if the file does not have it."""
-        return os.getxattr(self.fd, name)
+        with self._in_use():
+            return os.getxattr(self.fd, name)
 
     def pread(self, offset: int, length: int) -> bytes:
         """Return exactly ``length`` bytes; see `ByteSource.pread`."""
@@ -225,20 +235,22 @@ class HostFile(OpenFile):
     def _read_some(self, offset: int, length: int) -> bytes:
         try:
             nbytes = min(length, _MAX_READ_NBYTES)
-            return retrying(lambda: os.pread(self.fd, nbytes, offset), READ_ERRORS)
+            with self._in_use():
+                return retrying(lambda: os.pread(self.fd, nbytes, offset), READ_ERRORS)
         except OSError as error:
             text = f"{os.strerror(error.errno or 0)} (reading {length} bytes at 0x{offset:x})"
             raise OSError(error.errno, text, self.path) from error
 
     def next_data(self, position: int) -> tuple[int, int]:
         """Return (start, end) of the next data; see `ByteSource.next_data`."""
-        if not self._knows_holes:
-            self._sync_holes()
-            self._knows_holes = True
-        start, end = self.core.next_data(position)
-        if start < end or self.is_block_device or os.fstat(self.fd).st_size >= self.nbytes:
-            return start, end
-        return position, self.nbytes
+        with self._in_use():
+            if not self._knows_holes:
+                self._sync_holes()
+                self._knows_holes = True
+            start, end = self.core.next_data(position)
+            if start < end or self.is_block_device or os.fstat(self.fd).st_size >= self.nbytes:
+                return start, end
+            return position, self.nbytes
 
     def _sync_holes(self) -> None:
         """Write back the file's data if its holes cannot be trusted before that.
@@ -254,9 +266,10 @@ class HostFile(OpenFile):
         """Raise ImgcoreError after a change; see `ByteSource.check_unchanged`."""
         if self.share:
             return
-        now = os.fstat(self.fd)
+        now = self._status_now()
         if self.is_block_device:
-            changed = None if self._find_nbytes() == self.nbytes else "size"
+            with self._in_use():
+                changed = None if self._find_nbytes() == self.nbytes else "size"
         elif now.st_size != self.nbytes:
             changed = "size"
         elif now.st_mtime_ns != self._status.st_mtime_ns:

@@ -9,6 +9,7 @@ import stat
 import struct
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from imgcore.border import FilePath, file_name
 from imgcore.errors import (
     ImgcoreError,
     OptionError,
@@ -22,14 +23,14 @@ if TYPE_CHECKING:
     from imgcore.files.byte_source import ByteSource
 
 
-def folder_names(allow: Iterable[str | os.PathLike[str]]) -> list[str]:
+def folder_names(allow: Iterable[FilePath]) -> list[str]:
     """Return the names of allowed folders.
 
     A lone str is rejected with OptionError: iterating over it would allow ``/``.
     """
     if isinstance(allow, str | bytes | os.PathLike):
         raise OptionError(f"allow is a sequence of folders, not {allow!r} alone")
-    return [os.fspath(folder) for folder in allow]
+    return [file_name(folder) for folder in allow]
 
 
 class ReferenceGate:
@@ -67,10 +68,10 @@ class ReferenceGate:
         unstated: str = "",
     ) -> None:
         self.share = share
-        self.folder = os.path.abspath(folder or ".")
-        self.image = image or self.folder
-        self.unstated = unstated
-        self.allowed = tuple(os.path.abspath(name) for name in allowed)
+        self.folder: str = os.path.abspath(folder or ".")
+        self.image: str = image or self.folder
+        self.unstated: str = unstated
+        self.allowed: tuple[str, ...] = tuple(os.path.abspath(name) for name in allowed)
         for name in self.allowed:
             if not os.path.isdir(name):
                 raise OptionError(f"{name}: the allowed folder does not exist or is not a folder")

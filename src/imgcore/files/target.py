@@ -69,7 +69,7 @@ class Target:
         sync: bool = True,
         in_place: bool = False,
     ) -> None:
-        self.path = os.fspath(path)
+        self.path: str = os.fspath(path)
         self.force = force
         self.sync = sync
         folder, self._name = os.path.split(self.path)
@@ -79,7 +79,7 @@ class Target:
         self._old: os.stat_result | None = None
         self.identity: Identity | None = None
         self._protected: dict[Identity | None, str] = {}
-        self.is_block_device = False
+        self.is_block_device: bool = False
         if self._name in ("", ".", "..") or self.path == "-":
             raise TargetError("is not the name of a file", path=self.path)
         if not in_place:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from imgcore.border import FilePath, file_name
 from imgcore.errors import OptionError, UnsupportedFeatureError
 
 if TYPE_CHECKING:
@@ -99,12 +99,12 @@ class CheckResult:
 
 
 def check(
-    path: str | os.PathLike[str],
+    path: FilePath,
     *,
     format: str | None = None,
     parent: Parents = None,
     repair: bool | Literal["leaks", "all"] = False,
-    allow: Sequence[str | os.PathLike[str]] = (),
+    allow: Sequence[FilePath] = (),
     share: bool = False,
     backing_format: str | None = None,
 ) -> CheckResult:
@@ -115,9 +115,9 @@ def check(
 
     Parameters
     ----------
-    path : str or os.PathLike
+    path : str, bytes or os.PathLike
         The image.
-    parent : str, os.PathLike or sequence of them, optional
+    parent : str, bytes or os.PathLike, or a sequence of them, optional
         The image's parent, and further ones in order.  The whole chain of parents is
         opened, and the identity of each is verified.
     repair : bool or {"leaks", "all"}
@@ -146,19 +146,27 @@ def check(
     from imgcore.disk.chain import open_chain
     from imgcore.disk.layer import open_layer
     from imgcore.disk.open_options import OpenOptions
+    from imgcore.disk.stream_source import is_stream
+    from imgcore.files.host_file import HostFile
     from imgcore.formats.registry import get_driver
 
     if repair not in (False, True, "leaks", "all"):
         raise OptionError(f"repair is {repair!r}, allowed are 'leaks', 'all', True and False")
     if repair and share:
         raise OptionError("an image that another process may write to cannot be repaired (-U)")
+    name = file_name(path)
     options = OpenOptions.from_keywords(
         format=format, backing_format=backing_format, parent=parent, allow=allow, share=share
     )
+    if is_stream(name, options):
+        with HostFile.open(name, share=share) as file:
+            raise CheckNotSupportedError(
+                "a raw disk in a stream has no tables to check", path=file.path
+            )
     if options.parents:
-        for layer in open_chain(path, options):
+        for layer in open_chain(name, options):
             layer.close()
-    with open_layer(path, options) as layer:
+    with open_layer(name, options) as layer:
         layer.warn()
         format_name = layer.reader.format_name
         if not get_driver(format_name).has_tables:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
+from imgcore.border import FilePath, file_name
 from imgcore.disk.backing import backing_path
 from imgcore.disk.image import open_image
 from imgcore.disk.open_options import Flags, OpenOptions
@@ -71,20 +71,20 @@ class ConvertResult(NamedTuple):
 
 
 def convert(
-    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    target: str | os.PathLike[str],
+    source: FilePath | Sequence[FilePath],
+    target: FilePath,
     *,
     format: str | None = None,
     target_format: str | None = None,
     options: Mapping[str, Any] | Sequence[str] | None = None,
     compress: bool = False,
-    backing: str | os.PathLike[str] | None = None,
+    backing: FilePath | None = None,
     backing_format: str | None = None,
     source_backing_format: str | None = None,
     parent: Parents = None,
     read_options: Mapping[str, Any] | Sequence[str] | None = None,
-    sparse: int | str = 4096,
-    threads: int | None = None,
+    sparse: SupportsIndex | str = 4096,
+    threads: SupportsIndex | None = None,
     force: bool = False,
     sync: bool = True,
     in_place: bool = False,
@@ -92,11 +92,11 @@ def convert(
     share: bool = False,
     salvage: bool = False,
     reflink: bool = True,
-    allow: Sequence[str | os.PathLike[str]] = (),
+    allow: Sequence[FilePath] = (),
     progress: Callable[[Progress], None] | None = None,
     kernels: Mapping[str, str] | None = None,
     profile: str | None = None,
-    rate: int | str | None = None,
+    rate: SupportsIndex | str | None = None,
     control: Control | None = None,
 ) -> ConvertResult:
     """Convert a virtual disk image, including its backing files, to another format.
@@ -108,13 +108,14 @@ def convert(
 
     Parameters
     ----------
-    source : str or os.PathLike, or a sequence of them
+    source : str, bytes or os.PathLike, or a sequence of them
         The image.  The disks of several images follow each other; ``format`` and the
         other options for reading apply to each.
-    target : str or os.PathLike
+    target : str, bytes or os.PathLike
         The new image.
 
-        Names such as ``disk.raw.zst`` and ``disk.raw.gz`` are compressed raw disks.
+        Names such as ``disk.raw.zst`` and ``disk.raw.gz`` are compressed raw disks,
+        whether or not ``format`` states raw.
     target_format : str, optional
         The target's format; by default the suffix of ``target`` decides.
     options : mapping or sequence of str, optional
@@ -122,7 +123,7 @@ def convert(
         ``["cluster_size=2M"]``.
     compress : bool
         Write compressed blocks.
-    backing : str or os.PathLike, optional
+    backing : str, bytes or os.PathLike, optional
         The backing file (QCOW2) or parent (VHD, VHDX, VDI) of the target.  Blocks that
         read the same there are left out of the target, so that the target's disk still
         reads as the source's.
@@ -190,6 +191,7 @@ def convert(
     does not grow with the size of the disk.
     """
     started = time.monotonic()
+    target = file_name(target)
     opening = OpenOptions.from_keywords(
         format=format,
         backing_format=source_backing_format,
@@ -200,7 +202,7 @@ def convert(
         flags=Flags(backing_format="--source-backing-format"),
     )
     writing = SinkOptions.from_keywords(
-        os.fspath(target),
+        target,
         format=target_format,
         options=options,
         compress=compress,
@@ -218,9 +220,9 @@ def convert(
         control=control,
     )
     with ExitStack() as stack:
-        disk = stack.enter_context(open_sources(_paths(source), opening))
+        disk = stack.enter_context(open_sources(_names(source), opening))
         disk.refuse_conversion(salvage=salvage, with_base=backing is not None)
-        base = _open_base(os.fspath(target), writing, opening, stack)
+        base = _open_base(target, writing, opening, stack)
         output = stack.enter_context(Target(target, force=force, sync=sync, in_place=in_place))
         files = [*disk.files, *(base.every_file() if base is not None else ())]
         output.protect(files)
@@ -248,10 +250,10 @@ def convert(
         )
 
 
-def _paths(
-    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-) -> Sequence[str | os.PathLike[str]]:
-    return [source] if isinstance(source, str | bytes | os.PathLike) else source
+def _names(source: FilePath | Sequence[FilePath]) -> list[str]:
+    if isinstance(source, Sequence) and not isinstance(source, str | bytes):
+        return [file_name(path) for path in source]
+    return [file_name(source)]
 
 
 def _open_base(

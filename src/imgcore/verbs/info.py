@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from imgcore.border import FilePath, file_name
 from imgcore.disk.open_options import OpenOptions
 from imgcore.disk.source import open_source
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 @overload
 def info(
-    path: str | os.PathLike[str],
+    path: FilePath,
     *,
     format: str | None = ...,
     chain: Literal[False] = ...,
-    allow: Sequence[str | os.PathLike[str]] = ...,
+    allow: Sequence[FilePath] = ...,
     share: bool = ...,
     backing_format: str | None = ...,
     parent: Parents = ...,
@@ -32,11 +32,11 @@ def info(
 
 @overload
 def info(
-    path: str | os.PathLike[str],
+    path: FilePath,
     *,
     format: str | None = ...,
     chain: Literal[True],
-    allow: Sequence[str | os.PathLike[str]] = ...,
+    allow: Sequence[FilePath] = ...,
     share: bool = ...,
     backing_format: str | None = ...,
     parent: Parents = ...,
@@ -45,11 +45,11 @@ def info(
 
 
 def info(
-    path: str | os.PathLike[str],
+    path: FilePath,
     *,
     format: str | None = None,
     chain: bool = False,
-    allow: Sequence[str | os.PathLike[str]] = (),
+    allow: Sequence[FilePath] = (),
     share: bool = False,
     backing_format: str | None = None,
     parent: Parents = None,
@@ -61,7 +61,7 @@ def info(
 
     Parameters
     ----------
-    path : str or os.PathLike
+    path : str, bytes or os.PathLike
         The image.
     chain : bool
         Describe the backing files as well; otherwise they are not opened.
@@ -95,6 +95,6 @@ def info(
         allow=allow,
         share=share,
     )
-    with open_source(path, options, parents=chain) as source:
+    with open_source(file_name(path), options, parents=chain) as source:
         described = source.describe()
     return described if chain else described[0]

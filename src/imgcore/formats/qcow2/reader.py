@@ -54,8 +54,8 @@ class Qcow2Reader:
         self._file = file
         self._header = read_header(file)
         self.subformat: str | None = None
-        self.virtual_size = whole_sectors(self._header.virtual_size, file.path)
-        self.block_nbytes = self._header.cluster_size
+        self.virtual_size: int = whole_sectors(self._header.virtual_size, file.path)
+        self.block_nbytes: int = self._header.cluster_size
         self.backing: BackingReference | None = self._header.backing
         self.identities: Mapping[str, str] = {}
         self.sources: Sequence[SourceFile] = (

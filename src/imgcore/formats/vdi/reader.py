@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from imgcore.engine.source_file import SourceFile
-from imgcore.formats.vdi.header import read_header
+from imgcore.formats.vdi.header import VdiHeader, read_header
 
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
@@ -44,10 +44,10 @@ class VdiReader:
     def __init__(self, file: ByteSource, gate: ReferenceGate) -> None:
         self._file = file
         self._gate = gate
-        self.header = read_header(file)
+        self.header: VdiHeader = read_header(file)
         self.subformat: str | None = self.header.subformat
-        self.virtual_size = self.header.virtual_size
-        self.block_nbytes = self.header.block_nbytes
+        self.virtual_size: int = self.header.virtual_size
+        self.block_nbytes: int = self.header.block_nbytes
         self.sources: Sequence[SourceFile] = (SourceFile(file),)
         self.identities: Mapping[str, str] = self.header.identities
         self._backing: BackingReference | None = None

@@ -186,7 +186,7 @@ class SparseTables:
     ) -> None:
         self.extent = extent
         self.guest_base = guest_base
-        self.guest_end = guest_base + guest_nbytes
+        self.guest_end: int = guest_base + guest_nbytes
         self._file_index = file_index
         self._short_nbytes = short_nbytes
         self._short_grain_start = (
