@@ -465,6 +465,9 @@ MORE = {
 # Messages whose advice another test executes.
 _REPAIRED = "-r all repairs this, -r leaks does not"
 ELSEWHERE = {
+    ("disk/source.py", ("a compressed raw disk cannot be one of several sources: decompress it "
+     "first (imgcore convert {} {})")):
+    "oracle/test_concatenation.py::test_the_advice_for_streams_works",
     ("cli/progress.py", ("--progress=qemu and a result as JSON both print on stdout: use "
      "--progress=json, which prints on stderr")):
     "unit/test_qemu_flags.py::test_progress_leaves_stdout_to_json",
@@ -571,13 +574,17 @@ ELSEWHERE = {
 NAMED = {
     ("disk/backing.py", "a format of the backing file is given (-F), but no backing file"):
     ("convert", "create"),
-    ("disk/image_sink.py", "an existing file (-n)"): ("convert",),
     ("disk/image_sink.py", ("blocks of {} bytes are too large to be compared with a parent (-B): "
      "at most {} are allowed")): ("convert",),
+    ("disk/concatenated_source.py", "several sources cannot be combined with -B"): ("convert",),
     ("disk/profile_fitting.py", "the profile {} does not allow a parent (-B)"): ("convert",),
     ("disk/profile_fitting.py", "the profile {} does not allow -n or -c"): ("convert",),
     ("disk/sink.py", "a compressed raw stream cannot be written in place (-n)"): ("convert",),
     ("disk/sink.py", "a compressed raw stream does not allow -c, -B or -o"): ("convert",),
+    ("disk/sink_options.py", "--target-is-zero is about an existing target: it needs -n"):
+    ("convert",),
+    ("disk/sink_options.py", "--target-is-zero: with a parent (-B) the target's disk is not zeros"):
+    ("convert",),
     ("disk/sink_options.py", "-S {}: it must be a multiple of {}, at most {}"): ("convert",),
     ("disk/sink_options.py", "salvaged data cannot be compared with a parent (-B)"): ("convert",),
     ("disk/stream_source.py", "a compressed raw source cannot be combined with -B"): ("convert",),
@@ -624,10 +631,6 @@ OTHERS = frozenset(
         "data at {}: a sparse VMDK file holds at most {} bytes (use a flat subformat)",
         "{} bytes need {} grain directory entries, allowed up to {}: use a larger grain_size",
         "copy it to a file that is neither",
-        (
-            "its disk has {} bytes, not a multiple of {}: no other format can represent that "
-            "(qemu-img resize changes the size)"
-        ),
         "decrypt the machine in VMware first",
         "the disk is encrypted (ddb.iofilters): decrypt it in vSphere first",
     }

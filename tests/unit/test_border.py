@@ -350,7 +350,7 @@ def test_a_lone_folder_is_not_a_sequence(lone: Any, folder: Path) -> None:
         imgcore.open(folder / "disk.qcow2", allow=lone)
 
 
-@pytest.mark.parametrize("path", [5, None, 1.5, [b"x"], bytearray(b"x")])
+@pytest.mark.parametrize("path", [5, None, 1.5, {b"x"}, bytearray(b"x")])
 def test_what_is_no_path(path: Any, folder: Path) -> None:
     good = folder / "disk.raw"
     calls: list[Callable[[], Any]] = [

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from imgcore._core import File
     from imgcore.disk.layer import Layer
-    from imgcore.disk.open_options import Parents
     from imgcore.disk.overlay import Depths
     from imgcore.engine.extents import Extents
     from imgcore.engine.source_file import SourceFile
@@ -313,7 +312,7 @@ def open(
     *,
     format: str | None = None,
     backing_format: str | None = None,
-    parent: Parents = None,
+    parent: FilePath | Sequence[FilePath] | None = None,
     read_options: Mapping[str, Any] | Sequence[str] | None = None,
     allow: Sequence[FilePath] = (),
     share: bool = False,

@@ -10,11 +10,8 @@ from imgcore.files.reference_gate import folder_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from typing import TypeAlias
 
     from imgcore.formats.option_texts import OptionTexts
-
-    Parents: TypeAlias = FilePath | Sequence[FilePath] | None
 
 
 class Flags(NamedTuple):
@@ -53,7 +50,7 @@ class OpenOptions(NamedTuple):
         *,
         format: str | None = None,
         backing_format: str | None = None,
-        parent: Parents = None,
+        parent: FilePath | Sequence[FilePath] | None = None,
         read_options: OptionTexts | None = None,
         allow: Iterable[FilePath] = (),
         share: bool = False,
@@ -71,7 +68,7 @@ class OpenOptions(NamedTuple):
         )
 
 
-def _names(parent: Parents) -> tuple[str, ...]:
+def _names(parent: FilePath | Sequence[FilePath] | None) -> tuple[str, ...]:
     if parent is None:
         return ()
     if isinstance(parent, Sequence) and not isinstance(parent, str | bytes):

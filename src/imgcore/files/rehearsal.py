@@ -22,9 +22,9 @@ class Rehearsal(Target):
     """
 
     def __init__(self, target: Target) -> None:
-        self.path = target.path
+        self.path: str = target.path
         self.in_place = True
-        self.is_block_device = target.is_block_device
+        self.is_block_device: bool = target.is_block_device
         self._folder: TargetFolder | None = None
         self._file = CountingFile(target.path)
 

@@ -41,10 +41,10 @@ class TargetFile(OpenFile):
 
     def __init__(self, fd: int, path: str) -> None:
         super().__init__(fd, path)
-        self.is_block_device = stat.S_ISBLK(os.fstat(fd).st_mode)
+        self.is_block_device: bool = stat.S_ISBLK(os.fstat(fd).st_mode)
         # Where the old bytes of a cleared block device begin; None if they are kept.
         self._end: int | None = None
-        self.reads_as_zeros = True
+        self.reads_as_zeros: bool = True
 
     @property
     def nbytes(self) -> int:

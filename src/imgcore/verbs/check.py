@@ -11,7 +11,6 @@ from imgcore.errors import OptionError, UnsupportedFeatureError
 
 if TYPE_CHECKING:
     from imgcore.disk.layer import Layer
-    from imgcore.disk.open_options import Parents
     from imgcore.formats.shared.check_report import CheckReport
 
 
@@ -102,7 +101,7 @@ def check(
     path: FilePath,
     *,
     format: str | None = None,
-    parent: Parents = None,
+    parent: FilePath | Sequence[FilePath] | None = None,
     repair: bool | Literal["leaks", "all"] = False,
     allow: Sequence[FilePath] = (),
     share: bool = False,
@@ -146,6 +145,7 @@ def check(
     from imgcore.disk.chain import open_chain
     from imgcore.disk.layer import open_layer
     from imgcore.disk.open_options import OpenOptions
+    from imgcore.disk.image_names import local_image
     from imgcore.disk.stream_source import is_stream
     from imgcore.files.host_file import HostFile
     from imgcore.formats.registry import get_driver
@@ -154,10 +154,10 @@ def check(
         raise OptionError(f"repair is {repair!r}, allowed are 'leaks', 'all', True and False")
     if repair and share:
         raise OptionError("an image that another process may write to cannot be repaired (-U)")
-    name = file_name(path)
     options = OpenOptions.from_keywords(
         format=format, backing_format=backing_format, parent=parent, allow=allow, share=share
     )
+    name, options = local_image(file_name(path), options)
     if is_stream(name, options):
         with HostFile.open(name, share=share) as file:
             raise CheckNotSupportedError(

@@ -19,7 +19,6 @@ from imgcore.engine.progress import Progress
 from imgcore.engine.source_file import native_sources
 
 if TYPE_CHECKING:
-    from imgcore.disk.open_options import Parents
     from imgcore.engine.extents import Extents
 
 
@@ -51,8 +50,8 @@ def compare(
     *,
     format_a: str | None = None,
     format_b: str | None = None,
-    parent_a: Parents = None,
-    parent_b: Parents = None,
+    parent_a: FilePath | Sequence[FilePath] | None = None,
+    parent_b: FilePath | Sequence[FilePath] | None = None,
     read_options_a: Mapping[str, Any] | Sequence[str] | None = None,
     read_options_b: Mapping[str, Any] | Sequence[str] | None = None,
     strict: bool = False,

@@ -22,7 +22,6 @@ from imgcore.log import log
 
 if TYPE_CHECKING:
     from imgcore.disk.image import Image
-    from imgcore.disk.open_options import Parents
     from imgcore.disk.sink import Sink
     from imgcore.engine.bad_ranges import BadRange
     from imgcore.engine.control import Control
@@ -81,7 +80,7 @@ def convert(
     backing: FilePath | None = None,
     backing_format: str | None = None,
     source_backing_format: str | None = None,
-    parent: Parents = None,
+    parent: FilePath | Sequence[FilePath] | None = None,
     read_options: Mapping[str, Any] | Sequence[str] | None = None,
     sparse: SupportsIndex | str = 4096,
     threads: SupportsIndex | None = None,

@@ -6,14 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
 
 from imgcore.border import FilePath, file_name
 from imgcore.disk.open_options import OpenOptions
 from imgcore.disk.source import open_source
-
-if TYPE_CHECKING:
-    from imgcore.disk.open_options import Parents
 
 
 @overload
@@ -25,7 +22,7 @@ def info(
     allow: Sequence[FilePath] = ...,
     share: bool = ...,
     backing_format: str | None = ...,
-    parent: Parents = ...,
+    parent: FilePath | Sequence[FilePath] | None = ...,
     read_options: Mapping[str, Any] | Sequence[str] | None = ...,
 ) -> dict[str, Any]: ...
 
@@ -39,7 +36,7 @@ def info(
     allow: Sequence[FilePath] = ...,
     share: bool = ...,
     backing_format: str | None = ...,
-    parent: Parents = ...,
+    parent: FilePath | Sequence[FilePath] | None = ...,
     read_options: Mapping[str, Any] | Sequence[str] | None = ...,
 ) -> list[dict[str, Any]]: ...
 
@@ -52,7 +49,7 @@ def info(
     allow: Sequence[FilePath] = (),
     share: bool = False,
     backing_format: str | None = None,
-    parent: Parents = None,
+    parent: FilePath | Sequence[FilePath] | None = None,
     read_options: Mapping[str, Any] | Sequence[str] | None = None,
 ) -> dict[str, Any] | list[dict[str, Any]]:
     """Describe an image by its headers; guest data is not read.

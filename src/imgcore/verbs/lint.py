@@ -16,7 +16,7 @@ from imgcore.platforms.rules import Facts, find_broken
 from imgcore.streams.names import CODEC_OF_SUFFIX
 
 if TYPE_CHECKING:
-    from imgcore.disk.open_options import OpenOptions, Parents
+    from imgcore.disk.open_options import OpenOptions
     from imgcore.files.host_file import HostFile
     from imgcore.platforms.profiles import Profile
     from imgcore.streams.tar import Member
@@ -62,7 +62,7 @@ def lint(
     profile: str,
     format: str | None = None,
     read_options: Mapping[str, Any] | Sequence[str] | None = None,
-    parent: Parents = None,
+    parent: FilePath | Sequence[FilePath] | None = None,
     allow: Sequence[FilePath] = (),
     share: bool = False,
     backing_format: str | None = None,

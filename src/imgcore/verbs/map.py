@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from imgcore.disk.image import Image
-    from imgcore.disk.open_options import OpenOptions, Parents
+    from imgcore.disk.open_options import OpenOptions
     from imgcore.engine.extents import Extents
 
 # Image.layer_extents takes whole sectors; map clips its extents to other ranges.
@@ -68,7 +68,7 @@ def map(
     start: SupportsIndex = 0,
     length: SupportsIndex | None = None,
     backing_format: str | None = None,
-    parent: Parents = None,
+    parent: FilePath | Sequence[FilePath] | None = None,
     read_options: Mapping[str, Any] | Sequence[str] | None = None,
     allow: Sequence[FilePath] = (),
     share: bool = False,

@@ -10,7 +10,6 @@ from imgcore.errors import OptionError
 from imgcore.formats.registry import PLAIN_FORMAT
 
 if TYPE_CHECKING:
-    from imgcore.disk.open_options import Parents
     from imgcore.engine.extents import Extents
     from imgcore.formats.api import Measurement
 
@@ -24,7 +23,7 @@ def measure(
     options: Mapping[str, Any] | Sequence[str] | None = None,
     compress: bool = False,
     backing_format: str | None = None,
-    parent: Parents = None,
+    parent: FilePath | Sequence[FilePath] | None = None,
     read_options: Mapping[str, Any] | Sequence[str] | None = None,
     allow: Sequence[FilePath] = (),
     share: bool = False,
