@@ -26,6 +26,7 @@ from imgcore.files import target as target_module
 from imgcore.files import target_folder, temporary_names
 from imgcore.files.host_file import HostFile
 from imgcore.files.identity import same_file
+from imgcore.files.locks import Lock
 from imgcore.files.target import Target
 
 NEW = b"new" * 1000
@@ -356,13 +357,22 @@ class TestNoPlace:
         taken.write_bytes(b"theirs")
         answers = iter([bytes(6), bytes(6), b"123456"])
         monkeypatch.setattr(os, "urandom", lambda n: next(answers))
-        write(tmp_path / "disk.raw")
+        with locked(taken):
+            write(tmp_path / "disk.raw")
         assert taken.read_bytes() == b"theirs"
 
     def test_name_too_long(self, tmp_path: Path) -> None:
         with pytest.raises(OSError) as caught:
             Target(tmp_path / ("n" * 256))
         assert caught.value.errno == errno.ENAMETOOLONG
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Lock a file as a job does that is writing it."""
+    with path.open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @contextlib.contextmanager
@@ -527,42 +537,38 @@ class TestStale:
         write(tmp_path / "disk.raw")
         assert names(tmp_path) == sorted([left, "disk.raw"])
 
-    def test_still_locked_stays(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The process number is meaningless if the process runs on another host."""
+    def test_still_locked_stays(self, tmp_path: Path) -> None:
         with Target(tmp_path / "disk.raw") as running:
-            monkeypatch.setattr(temporary_names, "_is_alive", lambda pid: False)
             write(tmp_path / "disk.raw")
             assert len(names(tmp_path)) == 2
             running.main.pwrite(0, b"x")
         assert names(tmp_path) == ["disk.raw"]
 
-    def test_of_somebody_elses_process_stays(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def refuse(pid: int, number: int) -> None:
-            raise PermissionError
-
-        left = tmp_path / ".disk.raw.imgcore-4999999-0123456789ab"
+    @pytest.mark.parametrize("pid", [1, 4999999, os.getpid(), os.getppid()])
+    def test_the_lock_counts_whatever_the_process_id(self, tmp_path: Path, pid: int) -> None:
+        """A container's next job may have the ID of the one before."""
+        left = tmp_path / f".disk.raw.imgcore-{pid}-0123456789ab"
         left.touch()
-        monkeypatch.setattr(os, "kill", refuse)
-        write(tmp_path / "disk.raw")
+        with locked(left):
+            write(tmp_path / "disk.raw")
         assert left.exists()
+        write(tmp_path / "disk.raw", force=True)
+        assert names(tmp_path) == ["disk.raw"]
 
     def test_file_system_without_locks(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
+        """Nothing tells what is abandoned: it stays, and is named."""
+
         def refuse(fd: int, how: int) -> None:
             raise OSError(errno.ENOLCK, "No locks available")
 
+        left = tmp_path / ".disk.raw.imgcore-4999999-0123456789ab"
+        left.touch()
         monkeypatch.setattr(fcntl, "flock", refuse)
         write(tmp_path / "disk.raw")
-        assert names(tmp_path) == ["disk.raw"]
-
-    def test_of_a_living_process_stays(self, tmp_path: Path) -> None:
-        left = tmp_path / f".disk.raw.imgcore-{os.getppid()}-0123456789ab"
-        left.touch()
-        write(tmp_path / "disk.raw")
-        assert left.exists()
+        assert names(tmp_path) == sorted([left.name, "disk.raw"])
+        assert f"{left}: left by a job that was killed" in caplog.text
 
     @pytest.mark.parametrize("kind", ["folder", "link", "fifo"])
     def test_something_else_of_such_a_name_stays(self, tmp_path: Path, kind: str) -> None:
@@ -579,7 +585,7 @@ class TestStale:
     def test_taken_for_stale_before_it_was_locked(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        answers = iter([False, True])
+        answers = iter([Lock.HELD_BY_OTHER, Lock.TAKEN])
         monkeypatch.setattr(target_folder, "lock", lambda fd: next(answers))
         write(tmp_path / "disk.raw")
         assert names(tmp_path) == ["disk.raw"]
@@ -728,10 +734,24 @@ class TestCompanion:
         Target(tmp_path / "disk.vmdk").abort()
         assert names(tmp_path) == sorted(path.name for path in left)
 
-    def test_what_a_living_process_set_aside_stays(self, tmp_path: Path) -> None:
-        left = self.set_aside(tmp_path, f"{os.getpid()}-0123456789ab")
-        Target(tmp_path / "disk.vmdk").abort()
-        assert names(tmp_path) == sorted(path.name for path in left)
+    @pytest.mark.parametrize("pid", [1, 999999999, os.getpid()])
+    def test_what_a_living_job_set_aside_stays(self, tmp_path: Path, pid: int) -> None:
+        """It has its main temporary locked, also on another host of an NFS folder."""
+        left = self.set_aside(tmp_path, f"{pid}-0123456789ab")
+        temporary = left[0].with_name(left[0].name.removesuffix("-old"))
+        temporary.touch()
+        with locked(temporary):
+            Target(tmp_path / "disk.vmdk").abort()
+        assert names(tmp_path) == sorted(path.name for path in [*left, temporary])
+        Target(tmp_path / "disk.vmdk", force=True).abort()
+        assert names(tmp_path) == sorted(["disk-flat.vmdk", "disk.vmdk", temporary.name])
+
+    def test_a_companion_as_target_undoes_the_whole_replacement(self, tmp_path: Path) -> None:
+        self.set_aside(tmp_path)
+        (tmp_path / "disk-flat.vmdk").write_bytes(b"2")
+        Target(tmp_path / "disk-flat.vmdk", force=True).abort()
+        assert names(tmp_path) == ["disk-flat.vmdk", "disk.vmdk"]
+        assert (tmp_path / "disk-flat.vmdk").read_bytes() == b"1"
 
     def test_main_appears_meanwhile(self, tmp_path: Path) -> None:
         with pytest.raises(TargetError), Target(tmp_path / "disk.vmdk") as target:

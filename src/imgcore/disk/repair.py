@@ -19,7 +19,8 @@ from imgcore.errors import (
     TargetError,
     UnsupportedFeatureError,
 )
-from imgcore.files.copying import copy_attributes, copy_content
+from imgcore.files.attributes import copy_attributes
+from imgcore.files.copying import copy_content
 from imgcore.files.identity import same_file
 from imgcore.files.target import Target
 from imgcore.formats.api import Repairable
@@ -27,7 +28,7 @@ from imgcore.formats.registry import get_driver
 from imgcore.limits import MAX_REPAIR_NBYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from imgcore.disk.layer import Layer
     from imgcore.files.host_file import HostFile
@@ -36,7 +37,11 @@ if TYPE_CHECKING:
     from imgcore.formats.shared.check_report import CheckReport
 
 
-def repair(layer: Layer, before: CheckReport) -> tuple[CheckReport, list[Repair]]:
+def repair(
+    layer: Layer,
+    before: CheckReport,
+    commit: Callable[[Target, CheckReport, list[Repair]], None],
+) -> None:
     """Repair everything that can be repaired safely, and check the result.
 
     Parameters
@@ -45,12 +50,9 @@ def repair(layer: Layer, before: CheckReport) -> tuple[CheckReport, list[Repair]
         The open image; it still shows the state before the repair afterwards.
     before : CheckReport
         The problems of the image.
-
-    Returns
-    -------
-    tuple of CheckReport and list of Repair
-        The remaining problems, and the repairs; if there are no repairs, nothing was
-        written.
+    commit : callable
+        Commits the repaired copy, with the remaining problems and the repairs; it is
+        not called if there are no repairs.
 
     Raises
     ------
@@ -66,7 +68,7 @@ def repair(layer: Layer, before: CheckReport) -> tuple[CheckReport, list[Repair]
         )
     repairs = reader.repairs()
     if not repairs:
-        return before, []
+        return
     _refuse_place(file)
     _refuse_damage(file, reader, repairs)
     # A symbolic link to the image stays one.
@@ -80,9 +82,9 @@ def repair(layer: Layer, before: CheckReport) -> tuple[CheckReport, list[Repair]
         if after.corruptions > before.corruptions or after.leaks > before.leaks:
             raise ImgcoreError("internal: the repairs do not help; nothing changed", path=file.path)
         copy_attributes(file, target.main)
+        target.prepare()
         file.check_unchanged()
-        target.commit()
-    return after, repairs
+        commit(target, after, repairs)
 
 
 def _refuse_place(file: HostFile) -> None:

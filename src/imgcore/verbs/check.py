@@ -11,6 +11,9 @@ from imgcore.errors import OptionError, UnsupportedFeatureError
 
 if TYPE_CHECKING:
     from imgcore.disk.layer import Layer
+    from imgcore.files.commitment import Commitment
+    from imgcore.files.target import Target
+    from imgcore.formats.api import Repair
     from imgcore.formats.shared.check_report import CheckReport
 
 
@@ -135,6 +138,7 @@ def check(
     from imgcore.disk.chain import open_chain
     from imgcore.disk.layer import open_layer
     from imgcore.disk.open_options import OpenOptions
+    from imgcore.files.commitment import until_committed
     from imgcore.formats.registry import get_driver
 
     if repair and share:
@@ -143,24 +147,32 @@ def check(
     if parent is not None:
         for layer in open_chain(path, options):
             layer.close()
-    with open_layer(path, options) as layer:
-        format_name = layer.reader.format_name
-        if not get_driver(format_name).has_tables:
-            raise CheckNotSupportedError(
-                f"a {format_name} image has no tables to check", path=layer.file.path
-            )
-        report = layer.reader.check()
-        if not repair:
-            return _result(layer, report)
-        from imgcore.disk.repair import repair as repair_image
 
-        after, repairs = repair_image(layer, report)
-        return replace(
-            _result(layer, after),
-            repairs=[f"{item.problem}: {item.action}" for item in repairs],
-            corruptions_fixed=report.corruptions - after.corruptions,
-            leaks_fixed=report.leaks - after.leaks,
-        )
+    def job(commitment: Commitment[CheckResult]) -> None:
+        with open_layer(path, options) as layer:
+            format_name = layer.reader.format_name
+            if not get_driver(format_name).has_tables:
+                raise CheckNotSupportedError(
+                    f"a {format_name} image has no tables to check", path=layer.file.path
+                )
+            report = layer.reader.check()
+            commitment.result = _result(layer, report)
+            if not repair:
+                return
+            from imgcore.disk.repair import repair as repair_image
+
+            def commit(target: Target, after: CheckReport, repairs: list[Repair]) -> None:
+                result = replace(
+                    _result(layer, after),
+                    repairs=[f"{item.problem}: {item.action}" for item in repairs],
+                    corruptions_fixed=report.corruptions - after.corruptions,
+                    leaks_fixed=report.leaks - after.leaks,
+                )
+                commitment.commit(target, result)
+
+            repair_image(layer, report, commit)
+
+    return until_committed(job)
 
 
 def _result(layer: Layer, report: CheckReport) -> CheckResult:
