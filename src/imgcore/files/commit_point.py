@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from imgcore.log import log
-
 # How often a step after the commit point is tried if exceptions interrupt it.
 _ATTEMPTS: Final = (1, 2, 3)
 
@@ -23,7 +21,10 @@ class CommitCounter:
 
 def report_late(path: str, error: BaseException) -> None:
     """Log an exception that came after the commit point."""
-    log.warning("%s: complete already when %r came", path, error)
+    # Loaded late: the command needs the counter before anything else.
+    from imgcore.log import log
+
+    log.warning("%s: complete already when %s came", path, repr(error))
 
 
 def uninterrupted(path: str, step: Callable[[], None]) -> OSError | None:

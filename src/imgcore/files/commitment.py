@@ -40,5 +40,7 @@ def until_committed(job: Callable[[Commitment[Result]], None]) -> Result:
         if target is None or not target.is_committed or error is target.late_error:
             raise
         report_late(target.path, error)
-        target.abort()
+        target.conclude()
+        if target.late_error is not None:
+            raise target.late_error from None
     return commitment.result

@@ -278,34 +278,38 @@ class Target:
             self._folder.remove_temporaries()
         self.is_committed = True
         CommitCounter.count += 1
-        self._conclude()
+        self.conclude()
         if self.late_error is not None:
             raise self.late_error
 
-    def _conclude(self) -> None:
-        """Do what follows the commit point."""
+    def conclude(self) -> None:
+        """Do what follows the commit point, or what is left to do of it."""
         if self._folder is not None:
             # Old files are removed only when the new names are durable.
-            self.late_error = uninterrupted(self.path, self._folder.sync)
+            error = uninterrupted(self.path, self._folder.sync)
+            self.late_error = self.late_error or error
             uninterrupted(self.path, self._folder.remove_backups)
-        uninterrupted(self.path, self.abort)
+        uninterrupted(self.path, self._close)
 
     def abort(self) -> None:
         """Remove the files written; a target in place stays as it is now.
 
-        After `commit`, or when called again, it only closes what is open.
+        After `commit`, or when called again, it removes nothing.
         """
-        if self._folder is not None and not self.is_committed:
-            self._folder.remove_temporaries()
-        self._close_files()
+        if self.is_committed:
+            self.conclude()
+            return
         if self._folder is not None:
-            self._folder.close()
+            self._folder.remove_temporaries()
+        self._close()
 
-    def _close_files(self) -> None:
+    def _close(self) -> None:
         for file in (*self._companions, self._main):
             if file is not None:
                 with contextlib.suppress(OSError):
                     file.close()
+        if self._folder is not None:
+            self._folder.close()
 
     def __enter__(self) -> Self:
         try:

@@ -233,7 +233,7 @@ class TargetFolder:
 
     def sync(self) -> None:
         """Make the final names durable; warn if the folder cannot be synced."""
-        if not self._sync:
+        if not self._sync or self._fd < 0:
             return
         try:
             os.fsync(self._fd)
@@ -255,6 +255,7 @@ class TargetFolder:
         """Remove the old files that were set aside."""
         for backup, _ in self._backups:
             self.remove(backup)
+        self._backups.clear()
 
     def remove_temporaries(self) -> None:
         """Remove the temporaries that do not have their final names yet."""
