@@ -18,7 +18,7 @@ import threading
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 _FIRST_NUMBER: Final = 3
 
@@ -44,15 +44,28 @@ def open_file(
     name : str
         The name in messages; by default ``path``.
     """
-    is_written = flags & os.O_ACCMODE != os.O_RDONLY
-    with named_errors(name or path), _standard_numbers_taken() if is_written else _NOTHING:
-        return above_standard(os.open(path, flags | os.O_CLOEXEC, mode, dir_fd=folder_fd))
+    with named_errors(name or path):
+        return above_standard(lambda: os.open(path, flags | os.O_CLOEXEC, mode, dir_fd=folder_fd))
 
 
-def above_standard(fd: int) -> int:
-    """Return a descriptor of the same file whose number is at least 3."""
+def above_standard(open_it: Callable[[], int]) -> int:
+    """Open something whose number is at least 3; ``open_it`` returns its descriptor.
+
+    The numbers 0 to 2 are occupied meanwhile, as far as they are free: not even for a
+    moment may another thread print into a file.
+    """
+    taken: list[int] = []
+    try:
+        for number in range(_FIRST_NUMBER):
+            if not _is_open(number):
+                taken.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+        fd = open_it()
+    finally:
+        for number in taken:
+            os.close(number)
     if fd >= _FIRST_NUMBER:
         return fd
+    # Another thread has closed one in the meantime.
     try:
         return duplicate(fd)
     finally:
@@ -62,27 +75,6 @@ def above_standard(fd: int) -> int:
 def duplicate(fd: int) -> int:
     """Return another descriptor of an open file."""
     return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_NUMBER)
-
-
-_NOTHING: Final = contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def _standard_numbers_taken() -> Iterator[None]:
-    """Occupy the numbers 0 to 2 meanwhile, as far as they are free.
-
-    `above_standard` alone would leave a moment in which another thread can print into
-    a file that is opened for writing.
-    """
-    taken: list[int] = []
-    try:
-        for number in range(_FIRST_NUMBER):
-            if not _is_open(number):
-                taken.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
-        yield
-    finally:
-        for number in taken:
-            os.close(number)
 
 
 def _is_open(number: int) -> bool:

@@ -162,7 +162,7 @@ class HostFile(OpenFile):
     def in_memory(cls, content: bytes | bytearray, name: str) -> Self:
         """Return an anonymous file with ``content``; ``name`` appears in messages."""
         with named_errors(name):
-            fd = above_standard(os.memfd_create("imgcore", os.MFD_CLOEXEC))
+            fd = above_standard(lambda: os.memfd_create("imgcore", os.MFD_CLOEXEC))
             try:
                 with open(fd, "wb", closefd=False) as writer:
                     writer.write(content)

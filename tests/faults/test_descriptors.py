@@ -1,0 +1,149 @@
+"""A program that was started without stdin, stdout or stderr, as daemons are."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import imgcore
+from tests.faults.harness import DISK
+from tests.helpers import qemu
+
+CLOSED = [numbers for n in range(1, 4) for numbers in itertools.combinations((0, 1, 2), n)]
+
+VERBS = {
+    "convert": "convert --progress=json d.raw new.qcow2",
+    "convert-pair": "convert --progress=json -o subformat=vmfs d.raw new.vmdk",
+    "convert-stream": "convert --progress=json d.raw new.raw.zst",
+    "convert-from-stream": "convert --progress=json d.raw.zst new.vdi",
+    "convert-archive": "convert --progress=json --profile gce d.raw new.tar.gz",
+    "convert-in-place": "convert --progress=json -n -O raw d.raw there.raw",
+    "create": "create new.vhdx 1M",
+    "compare": "compare --progress=json -f raw d.raw there.qcow2",
+    "info": "info there.qcow2",
+    "map": "map there.qcow2",
+    "check": "check there.qcow2",
+    "check-repair": "check -r there.qcow2",
+    "measure": "measure -O qcow2 d.raw",
+    "lint": "lint --profile openstack there.qcow2",
+}
+
+
+def fill(folder: Path) -> None:
+    DISK.write(folder / "d.raw")
+    imgcore.convert(folder / "d.raw", folder / "there.qcow2")
+    imgcore.convert(folder / "d.raw", folder / "d.raw.zst")
+    (folder / "there.raw").write_bytes(bytes(3 << 20))
+
+
+def without(closed: tuple[int, ...], *command: str, cwd: Path) -> int:
+    """Run a program that lacks some of its standard descriptors."""
+
+    def close() -> None:
+        for number in closed:
+            os.close(number)
+
+    return subprocess.run(command, cwd=cwd, preexec_fn=close, check=False).returncode
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_command(verb: str, tmp_path: Path) -> None:
+    """What is printed does not get into a file, whatever is closed."""
+    fill(tmp_path)
+    words = (sys.executable, "-m", "imgcore", *VERBS[verb].split())
+    before = {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()}
+    for closed in CLOSED:
+        assert without(closed, *words, cwd=tmp_path) == 0, closed
+        for path in sorted(tmp_path.iterdir()):
+            if path.name in before and (path.suffix, verb) != (".raw", "convert-in-place"):
+                assert path.read_bytes() == before[path.name], (closed, path)
+            elif path.suffix != ".gz":
+                assert same_disk(path), (closed, path)
+        for path in tmp_path.glob("new*"):
+            path.unlink()
+
+
+def same_disk(path: Path) -> bool:
+    if path.name.endswith("-flat.vmdk"):
+        return path.read_bytes() == (path.parent / "d.raw").read_bytes()
+    if path.suffix == ".zst":
+        plain = path.with_name("plain.raw")
+        imgcore.convert(path, plain, force=True)
+        return same_disk(plain)
+    if path.name == "new.vhdx":
+        return bool(qemu.info(path, "vhdx")["virtual-size"] == 1 << 20)
+    return imgcore.compare(path.parent / "d.raw", path, format_a="raw").identical
+
+
+LIBRARY = """
+import os, sys
+import imgcore
+import imgcore.verbs.convert, imgcore.disk.image_sink, imgcore.streams.reader
+
+report = os.dup(2)
+closed = [int(number) for number in sys.argv[1]]
+for number in closed:
+    os.close(number)
+
+found = set()
+
+def look(frame, event, argument):
+    # After each call of a C function: no number of these may be a file's.
+    if event in ("c_return", "return"):
+        for number in closed:
+            try:
+                name = os.readlink(f"/proc/self/fd/{number}")
+            except OSError:
+                continue
+            if name != "/dev/null" and ".py" not in name and ".so" not in name:
+                found.add((number, name))
+
+def progress(_):
+    look(None, "return", None)
+
+sys.setprofile(look)
+for kernels in ({}, {"io": "uring"}):
+    for target in ("d.qcow2", "d.vdi", "d.raw.gz", "d.raw"):
+        options = dict(force=True, progress=progress, kernels=kernels)
+        imgcore.convert("../d.raw", target, **options)
+    imgcore.convert("../d.raw", "d.vmdk", options={"subformat": "vmfs"}, force=True)
+    imgcore.convert("d.vmdk", "d.qcow2", **options)
+    imgcore.convert("../d.raw", "d.raw", in_place=True, progress=progress)
+    imgcore.convert("d.raw.gz", "d.vhdx", **options)
+    imgcore.create("c.vhd", 1 << 20, force=True)
+    imgcore.create("o.qcow2", backing="d.qcow2", backing_format="qcow2", force=True)
+    for image in ("d.vmdk", "o.qcow2", "d.vhdx"):
+        imgcore.info(image)
+        imgcore.check(image)
+        imgcore.map(image)
+        imgcore.lint(image, profile="openstack")
+        imgcore.measure(image, target_format="vdi")
+        with imgcore.open(image) as opened:
+            opened.read(0, 1 << 20)
+    imgcore.check("o.qcow2", repair=True)
+    imgcore.compare("d.qcow2", "d.vmdk", progress=progress)
+sys.setprofile(None)
+os.write(report, repr(sorted(found)).encode())
+"""
+
+
+@pytest.mark.parametrize(
+    "closed", ["012", *(pytest.param(number, marks=pytest.mark.slow) for number in "012")]
+)
+def test_the_library(closed: str, tmp_path: Path) -> None:
+    """None of our files has a number below 3, at any moment."""
+    DISK.write(tmp_path / "d.raw")
+    (tmp_path / "here").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LIBRARY, closed],
+        cwd=tmp_path / "here",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "[]")
