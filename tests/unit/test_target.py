@@ -15,12 +15,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from tests.helpers.mounts import loop_device
 from tests.helpers.qemu import held_open
 
+import imgcore
 from imgcore.errors import TargetError
 from imgcore.files import target as target_module
 from imgcore.files import target_folder, temporary_names
@@ -278,6 +279,182 @@ class TestLinks:
             os.link(source, target)
         with HostFile.open(source) as file, Target(target, force=True) as place:
             assert same_file(file.identity, place.identity)
+
+
+def links_to_special(folder: Path) -> dict[str, str]:
+    """Return names of links that must never be replaced, and what they lead to."""
+    os.mkfifo(folder / "fifo")
+    (folder / "folder").mkdir()
+    (folder / "to-null").symlink_to("/dev/null")
+    return {
+        "character-device": "/dev/null",
+        "terminal": "/dev/tty",
+        "pipe": str(folder / "fifo"),
+        "folder": str(folder / "folder"),
+        "two-links": str(folder / "to-null"),
+        "stdout": "/dev/stdout",
+        "stderr": "/dev/stderr",
+        "number": "/dev/fd/1",
+        "proc": "/proc/self/fd/0",
+        "proc-file": "/proc/version",
+        "sysfs": "/sys/kernel/notes",
+        "absent-device": "/dev/disk/by-id/none",
+        "absent-process": "/proc/4999999/fd/1",
+    }
+
+
+KINDS = [
+    *("character-device", "terminal", "pipe", "folder", "two-links", "stdout", "stderr"),
+    *("number", "proc", "proc-file", "sysfs", "absent-device", "absent-process"),
+]
+
+
+class TestSpecial:
+    """What is no ordinary file is never replaced, and --force is not advised."""
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("options", [{}, {"force": True}, {"in_place": True}], ids=str)
+    @pytest.mark.parametrize("has_stdout_in_file", [True, False])
+    def test_link(
+        self, tmp_path: Path, kind: str, options: dict[str, bool], has_stdout_in_file: bool
+    ) -> None:
+        link = tmp_path / "disk.vmdk"
+        link.symlink_to(links_to_special(tmp_path)[kind])
+        with (tmp_path / "out").open("w+b") as out, standard_output(has_stdout_in_file, out):
+            with pytest.raises(TargetError) as caught, Target(link, **options):
+                pass
+        assert "--force" not in str(caught.value)
+        assert str(caught.value).startswith(f"{link}: is ")
+        assert link.is_symlink()
+        assert not [name for name in names(tmp_path) if name.startswith(".")]
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("force", [True, False])
+    def test_companion(self, tmp_path: Path, kind: str, force: bool) -> None:
+        link = tmp_path / "disk-flat.vmdk"
+        link.symlink_to(links_to_special(tmp_path)[kind])
+        with Target(tmp_path / "disk.vmdk", force=force) as target:
+            with pytest.raises(TargetError) as caught:
+                target.companion("disk-flat.vmdk")
+        assert "--force" not in str(caught.value)
+        assert link.is_symlink()
+
+    @pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "/dev/null"])
+    @pytest.mark.parametrize("force", [True, False])
+    def test_the_thing_itself(self, tmp_path: Path, name: str, force: bool) -> None:
+        before = os.lstat(name)
+        with (tmp_path / "out").open("w+b") as out, standard_output(True, out):
+            with pytest.raises(TargetError) as caught, Target(name, force=force):
+                pass
+        assert "--force" not in str(caught.value)
+        assert os.lstat(name).st_mode == before.st_mode
+
+    def test_a_file_of_the_kernel(self) -> None:
+        for options in ({}, {"force": True}, {"in_place": True}):
+            with pytest.raises(TargetError, match="is no ordinary file, and is never replaced"):
+                Target("/proc/sys/kernel/core_pattern", **options)
+
+    def test_advice_for_a_dangling_link(self, tmp_path: Path) -> None:
+        (tmp_path / "link").symlink_to("none")
+        words = "is a symbolic link to none, which is missing, not written through; --force"
+        with pytest.raises(TargetError, match=words):
+            Target(tmp_path / "link")
+        write(tmp_path / "link", force=True)
+        assert names(tmp_path) == ["link"]
+
+
+@contextlib.contextmanager
+def standard_output(in_file: bool, file: IO[bytes]) -> Iterator[None]:
+    """Have stdin, stdout and stderr lead to a regular file meanwhile."""
+    saved = [os.dup(number) for number in range(3)]
+    try:
+        for number in range(3) if in_file else ():
+            os.dup2(file.fileno(), number)
+        yield
+    finally:
+        for number, fd in enumerate(saved):
+            os.dup2(fd, number)
+            os.close(fd)
+
+
+class TestReplaceable:
+    """What the rename would refuse at the end is refused before anything is written."""
+
+    @pytest.mark.parametrize(
+        ("flags", "name", "advice"),
+        [("+i", "disk.raw", "-i -a"), ("+a", "disk.raw", "-i -a"), ("+a", "", "-a")],
+    )
+    def test_flags(self, tmp_path: Path, flags: str, name: str, advice: str) -> None:
+        folder = tmp_path / "here"
+        folder.mkdir()
+        (folder / "disk.raw").write_bytes(b"old")
+        path = folder / name
+        if subprocess.run(["chattr", flags, path], capture_output=True, check=False).returncode:
+            pytest.skip("no such flags here, or not root")
+        try:
+            with pytest.raises(TargetError) as caught, Target(folder / "disk.raw", force=True):
+                pass
+            assert names(folder) == ["disk.raw"]
+            command = f"chattr {advice} {path}".rstrip("/")
+            assert f"{command} permits it" in str(caught.value)
+            subprocess.run(command.split(), check=True)
+            write(folder / "disk.raw", force=True)
+        finally:
+            subprocess.run(["chattr", "-i", "-a", folder, folder / "disk.raw"], check=True)
+
+    @pytest.mark.parametrize("mode", [0o555, 0o1777])
+    def test_advice_to_write_in_place(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int
+    ) -> None:
+        """The file may be written by another user, whom the folder does not permit it."""
+        folder = tmp_path / "here"
+        folder.mkdir()
+        target = folder / "disk.img"
+        target.write_bytes(bytes(1 << 20))
+        target.chmod(0o666)
+        folder.chmod(mode)
+        (folder / "d.raw").write_bytes(b"new" + bytes((1 << 20) - 3))
+        (folder / "d.raw").chmod(0o644)
+        monkeypatch.chdir(folder)
+
+        def convert(**options: bool) -> None:
+            imgcore.convert("d.raw", "disk.img", format="raw", target_format="raw", **options)
+
+        words = r"folder.*; -n \(in_place=True\) writes into the existing file$"
+        with another_user():
+            with pytest.raises((PermissionError, TargetError), match=words):
+                convert(force=True)
+            convert(in_place=True)
+        assert target.read_bytes()[:3] == b"new"
+        target.write_bytes(bytes(512))
+        with another_user():
+            with pytest.raises((PermissionError, TargetError), match="folder") as caught:
+                convert(force=True)
+            assert "-n" not in str(caught.value), "the file is too small"
+            with pytest.raises((PermissionError, TargetError), match="folder") as caught:
+                imgcore.convert("d.raw", "disk.img", format="raw", target_format="vdi", force=True)
+            assert "-n" not in str(caught.value), "a vdi cannot be written in place"
+            if mode == 0o555:
+                with pytest.raises(PermissionError, match=r"folder \. takes no new files"):
+                    imgcore.create("new.qcow2", 1 << 20)
+        assert names(folder) == ["d.raw", "disk.img"]
+
+
+@contextlib.contextmanager
+def another_user() -> Iterator[None]:
+    """Have the rights of nobody meanwhile."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    groups = os.getgroups()
+    os.setgroups([])
+    os.setegid(65534)
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+        os.setgroups(groups)
 
 
 class TestNoPlace:

@@ -130,7 +130,9 @@ class Reporter:
 
     def state(self) -> str:
         """Return one line that tells how far the job is, for SIGUSR1."""
-        return "nothing done yet" if self._counters is None else self.state_of(self._counters)
+        if self._counters is None:
+            return "imgcore: nothing done yet"
+        return f"imgcore: {self.state_of(self._counters)}"
 
     def state_of(self, counters: Counters) -> str:
         text = f"{percent(counters):.1f}% of {format_size(counters.total)}"
@@ -168,6 +170,9 @@ class JsonReporter(Reporter):
 
     def show(self, counters: Counters) -> None:
         say(self.state_of(counters))
+
+    def state(self) -> str:
+        return super().state() if self._counters is None else self.state_of(self._counters)
 
     def state_of(self, counters: Counters) -> str:
         left = self._rate.seconds_left(counters.total)
@@ -218,6 +223,10 @@ class BarReporter(Reporter):
 
     def is_due(self, elapsed: float) -> bool:
         return elapsed >= self._delay
+
+    def state(self) -> str:
+        # The bar has the terminal's line.
+        return super().state() if self._bar is None else f"\n{super().state()}"
 
     def show(self, counters: Counters) -> None:
         if self._bar is None:

@@ -59,7 +59,7 @@ _started: Final = time.monotonic()
 
 
 def _running() -> str:
-    return f"running for {time.monotonic() - _started:.1f} s"
+    return f"imgcore: running for {time.monotonic() - _started:.1f} s"
 
 
 class State:

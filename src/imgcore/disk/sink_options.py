@@ -11,6 +11,7 @@ from imgcore.disk.profile_fitting import fitting_format, fitting_options, refuse
 from imgcore.disk.target_format import target_format
 from imgcore.engine.job import chosen_variants, thread_count
 from imgcore.errors import OptionError
+from imgcore.formats.registry import get_driver
 from imgcore.limits import MIB, SECTOR_NBYTES
 from imgcore.sizes import parse_size
 
@@ -82,6 +83,13 @@ class SinkOptions(NamedTuple):
             variants=chosen_variants(kernels),
             profile=platform,
         )
+
+    @property
+    def could_be_in_place(self) -> bool:
+        """Whether these options allow that the disk is written over an existing one."""
+        driver = get_driver(self.format)
+        is_plain = driver.writes_in_place and not driver.has_tables
+        return is_plain and self.profile is None and self.backing is None and not self.compress
 
 
 def _profile(name: str) -> Profile:

@@ -22,29 +22,33 @@ def refuse_append_only(folder_fd: int, folder: str, path: str) -> None:
     if _flags(folder_fd) & _APPEND_ONLY:
         raise TargetError(
             f"its folder {folder} is append-only, where no file can be renamed; "
-            f"chattr -a permits it",
+            f"chattr -a {folder} permits it",
             path=path,
         )
 
 
-def refuse_unreplaceable(old_fd: int, old: os.stat_result, folder_fd: int, path: str) -> None:
+def refuse_unreplaceable(
+    old_fd: int, old: os.stat_result, folder_fd: int, path: str, advice: str
+) -> None:
     """Refuse to replace an old file that is in use, or that a rename cannot replace.
 
-    ``old_fd`` is -1 if the file cannot be opened.
+    ``old_fd`` is -1 if the file cannot be opened.  ``advice`` ends the error if only
+    the owner may replace it.
     """
     if old_fd >= 0:
         # A virtual machine would keep writing to the old file.
         refuse_image_in_use(old_fd, path)
         if _flags(old_fd) & (_IMMUTABLE | _APPEND_ONLY):
             raise TargetError(
-                "is immutable or append-only and cannot be replaced; chattr -i -a permits it",
+                "is immutable or append-only and cannot be replaced; "
+                f"chattr -i -a {path} permits it",
                 path=path,
             )
     folder = os.fstat(folder_fd)
     if folder.st_mode & stat.S_ISVTX and os.geteuid() not in (0, old.st_uid, folder.st_uid):
         raise TargetError(
             f"belongs to user {old.st_uid}, and only its owner may replace it in this folder "
-            "(sticky, as /tmp)",
+            f"(sticky, as /tmp){advice}",
             path=path,
         )
 

@@ -46,6 +46,9 @@ class Target:
     in_place : bool
         Write directly into an existing regular file or block device; a block device can
         only be written in place.  A failure leaves such a target incomplete.
+    in_place_nbytes : int, optional
+        The size of a file that could be written in place.  Where the folder takes no
+        new files, the error then advises that.
 
     Attributes
     ----------
@@ -74,6 +77,7 @@ class Target:
         force: bool = False,
         sync: bool = True,
         in_place: bool = False,
+        in_place_nbytes: int | None = None,
     ) -> None:
         self.path = os.fspath(path)
         self.force = force
@@ -81,6 +85,7 @@ class Target:
         folder, self._name = os.path.split(self.path)
         self._main: TargetFile | None = None
         self._companions: list[TargetFile] = []
+        self._in_place_nbytes = in_place_nbytes
         self.is_committed = False
         self.late_error: OSError | None = None
         self._is_prepared = False
@@ -153,8 +158,19 @@ class Target:
             if self._folder is None:
                 self._main = self._open_in_place()
             else:
-                self._main = self._folder.create(self._name, self._old)
+                advice = ""
+                if self._would_fit_in_place():
+                    advice = "; -n (in_place=True) writes into the existing file"
+                self._main = self._folder.create(self._name, self._old, advice)
         return self._main
+
+    def _would_fit_in_place(self) -> bool:
+        return (
+            self._in_place_nbytes is not None
+            and self._old is not None
+            and self._old.st_size >= self._in_place_nbytes
+            and os.access(self.path, os.R_OK | os.W_OK, effective_ids=True)
+        )
 
     def companion(self, name: str) -> TargetFile:
         """Create a second file beside the target, renamed just before it.

@@ -82,23 +82,24 @@ class TargetFolder:
         n_blocks = status.f_bfree if os.geteuid() == 0 else status.f_bavail
         return n_blocks * status.f_frsize if status.f_blocks else None
 
-    def create(self, name: str, old: os.stat_result | None) -> TargetFile:
+    def create(self, name: str, old: os.stat_result | None, advice: str = "") -> TargetFile:
         """Create a temporary, under a unique name, for a final name.
 
         It gets the attributes of the file ``old`` that it will replace, as far as the
-        system permits that.
+        system permits that.  If the folder takes no new files, the error ends with
+        ``advice``.
         """
         path = self.path_of(name)
         refuse_append_only(self._fd, self._folder, path)
         if old is None:
             remove_stale(self._fd, self._folder, name)
-            return self._create_locked(name, 0o666)
+            return self._create_locked(name, 0o666, advice)
         old_fd = self._open_old(name)
         try:
             with named_errors(path):
-                refuse_unreplaceable(old_fd, old, self._fd, path)
+                refuse_unreplaceable(old_fd, old, self._fd, path, advice)
             remove_stale(self._fd, self._folder, name)
-            file = self._create_locked(name, old.st_mode & 0o777)
+            file = self._create_locked(name, old.st_mode & 0o777, advice)
             with named_errors(path):
                 keep_attributes(old_fd, old, file)
             return file
@@ -114,7 +115,7 @@ class TargetFolder:
         except OSError:
             return -1
 
-    def _create_locked(self, name: str, mode: int) -> TargetFile:
+    def _create_locked(self, name: str, mode: int, advice: str) -> TargetFile:
         path = self.path_of(name)
         while True:
             temporary = temporary_name(name, new_token())
@@ -122,7 +123,7 @@ class TargetFolder:
             self._temporaries[temporary] = name
             with forks_held_back():
                 try:
-                    file = TargetFile(self._create_new(temporary, path, mode), path)
+                    file = TargetFile(self._create_new(temporary, path, mode, advice), path)
                 except FileExistsError:
                     del self._temporaries[temporary]
                     continue
@@ -137,7 +138,7 @@ class TargetFolder:
             self.remove(temporary)
             file.close()
 
-    def _create_new(self, temporary: str, path: str, mode: int) -> int:
+    def _create_new(self, temporary: str, path: str, mode: int, advice: str) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
         try:
             return open_file(temporary, flags, mode, folder_fd=self._fd, name=path)
@@ -145,7 +146,7 @@ class TargetFolder:
             if error.errno not in _NO_CREATE_ERRORS:
                 raise
             text = f"{error.strerror}: its folder {self._folder} takes no new files"
-            raise OSError(error.errno, text, path) from error
+            raise OSError(error.errno, text + advice, path) from error
 
     def give_names(self) -> None:
         """Rename all files; the last rename gives the main file its name.

@@ -200,7 +200,14 @@ def convert(
             disk.refuse_conversion(salvage=salvage, with_base=backing is not None)
             base = _open_base(os.fspath(target), writing, opening, stack)
             tally = Tally(fitting_size(writing.profile, disk), progress)
-            output = stack.enter_context(Target(target, force=force, sync=sync, in_place=in_place))
+            output = Target(
+                target,
+                force=force,
+                sync=sync,
+                in_place=in_place,
+                in_place_nbytes=tally.total_nbytes if writing.could_be_in_place else None,
+            )
+            stack.enter_context(output)
             files = [*disk.files, *(base.every_file() if base is not None else ())]
             output.protect(files)
             sink = open_sink(output, writing, disk, base, tally.total_nbytes)
