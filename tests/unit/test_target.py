@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
-from tests.helpers.mounts import loop_device
+from tests.helpers.mounts import loop_device, make_file_system
+from tests.helpers.mounts import mounted as mounted_image
 from tests.helpers.qemu import held_open
 
 import imgcore
@@ -156,6 +157,130 @@ class TestMode:
         for name in ("disk.vmdk", "disk-flat.vmdk"):
             status = os.stat(tmp_path / name)
             assert (status.st_uid, status.st_gid, status.st_size) == (12345, 23456, 0)
+
+
+class TestAttributes:
+    """What a replaced file had, its successor has, as far as the system permits."""
+
+    NAMES = ("disk.vmdk", "disk-flat.vmdk")
+
+    def replace(self, folder: Path) -> None:
+        with Target(folder / "disk.vmdk", force=True) as target:
+            target.companion("disk-flat.vmdk")
+            target.commit()
+
+    def old_files(self, folder: Path) -> list[Path]:
+        paths = [folder / name for name in self.NAMES]
+        for path in paths:
+            path.write_bytes(b"old")
+            path.chmod(0o660)
+            try:
+                os.setxattr(path, "user.backup", b"17")
+            except OSError:
+                pytest.skip("no extended attributes here")
+        return paths
+
+    def test_extended_attributes_stay(self, tmp_path: Path) -> None:
+        paths = self.old_files(tmp_path)
+        self.replace(tmp_path)
+        for path in paths:
+            assert path.stat().st_size == 0
+            assert os.getxattr(path, "user.backup") == b"17"
+            assert stat.S_IMODE(path.stat().st_mode) == 0o660
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+    def test_labels_stay(self, tmp_path: Path) -> None:
+        """SELinux's label, and trusted attributes; not those of the old content."""
+        paths = self.old_files(tmp_path)
+        kept = {"security.selinux": b"system_u:object_r:virt_image_t:s0\0", "trusted.x": b"1"}
+        present = {}
+        for name, value in (kept | {"security.capability": CAPABILITY}).items():
+            with contextlib.suppress(OSError):
+                for path in paths:
+                    os.setxattr(path, name, value)
+                present[name] = value
+        if not present.keys() & kept.keys():
+            pytest.skip("no labels here")
+        self.replace(tmp_path)
+        for path in paths:
+            found = {name: os.getxattr(path, name) for name in os.listxattr(path)}
+            wanted = {name: value for name, value in present.items() if name in kept}
+            assert found == wanted | {"user.backup": b"17"}
+
+    @pytest.mark.parametrize("has_acl", [True, False])
+    def test_the_acl_stays(self, tmp_path: Path, has_acl: bool) -> None:
+        """A folder's default ACL does not apply to what takes another's place."""
+        paths = self.old_files(tmp_path)
+        if has_acl:
+            for path in paths:
+                set_acl(path, "system.posix_acl_access", 4321, 6)
+        set_acl(tmp_path, "system.posix_acl_default", 1234, 7)
+        before = [(sorted(os.listxattr(path)), path.stat().st_mode) for path in paths]
+        self.replace(tmp_path)
+        after = [(sorted(os.listxattr(path)), path.stat().st_mode) for path in paths]
+        assert after == before
+        for path in paths if has_acl else ():
+            assert struct.pack("<I", 4321) in os.getxattr(path, "system.posix_acl_access")
+
+    def test_the_project_stays(self, tmp_path: Path) -> None:
+        image = make_file_system("xfs", tmp_path / "image", 320 << 20)
+        with mounted_image(image, tmp_path / "mounted", "-o", "loop") as folder:
+            path = folder / "disk.raw"
+            path.write_bytes(b"old")
+            with path.open("r+b") as file:
+                record = bytearray(fcntl.ioctl(file, FSGETXATTR, bytes(28)))
+                record[12:16] = struct.pack("@I", 42)
+                fcntl.ioctl(file, FSSETXATTR, bytes(record))
+            write(path, force=True)
+            with path.open("rb") as file:
+                record = bytearray(fcntl.ioctl(file, FSGETXATTR, bytes(28)))
+            assert record[12:16] == struct.pack("@I", 42)
+
+    @pytest.mark.parametrize("call", ["fchmod", "fchown", "setxattr"])
+    @pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP, errno.EINVAL])
+    def test_a_refusal_is_a_warning(
+        self,
+        tmp_path: Path,
+        call: str,
+        code: int,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        """As on CIFS, NTFS and exFAT; it has the file's name."""
+        paths = self.old_files(tmp_path)
+        for path in paths:
+            if os.geteuid() == 0:
+                os.chown(path, 12345, 23456)
+
+        def refuse(*_: object, **__: object) -> None:
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(os, call, refuse)
+        self.replace(tmp_path)
+        assert all(path.stat().st_size == 0 for path in paths)
+        if call == "fchown" and os.geteuid() != 0:
+            return
+        what = {"fchmod": "mode 0660", "fchown": "owner 12345", "setxattr": "user.backup"}[call]
+        for path in paths:
+            lines = [line for line in caplog.messages if line.startswith(f"{path}: its ")]
+            assert any(f"{what} could not be kept: {os.strerror(code)}" in line for line in lines)
+        # What the old group was permitted, another group is not.
+        if call == "fchown":
+            assert stat.S_IMODE(paths[0].stat().st_mode) == 0o600
+
+
+FSGETXATTR, FSSETXATTR = 0x801C581F, 0x401C5820
+CAPABILITY = struct.pack("<5I", 0x02000000, 1 << 10, 0, 0, 0)
+
+
+def set_acl(path: Path, name: str, user: int, permissions: int) -> None:
+    """Give one user permissions; Linux include/uapi/linux/posix_acl_xattr.h."""
+    entries = [(1, 6, -1), (2, permissions, user), (4, 4, -1), (0x10, 7, -1), (0x20, 0, -1)]
+    packed = b"".join(struct.pack("<HHi", *entry) for entry in entries)
+    try:
+        os.setxattr(path, name, struct.pack("<I", 2) + packed)
+    except OSError:
+        pytest.skip("no ACLs here")
 
 
 class TestExisting:
@@ -406,7 +531,7 @@ class TestReplaceable:
     def test_advice_to_write_in_place(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int
     ) -> None:
-        """The file may be written by another user, whom the folder does not permit it."""
+        """Another user may write into the file, but not into its folder."""
         folder = tmp_path / "here"
         folder.mkdir()
         target = folder / "disk.img"
@@ -420,7 +545,7 @@ class TestReplaceable:
         def convert(**options: bool) -> None:
             imgcore.convert("d.raw", "disk.img", format="raw", target_format="raw", **options)
 
-        words = r"folder.*; -n \(in_place=True\) writes into the existing file$"
+        words = r"folder.*; -n \(in_place=True\) writes into the existing file"
         with another_user():
             with pytest.raises((PermissionError, TargetError), match=words):
                 convert(force=True)

@@ -320,12 +320,11 @@ class Target:
         self._close()
 
     def _close(self) -> None:
-        for file in (*self._companions, self._main):
-            if file is not None:
-                with contextlib.suppress(OSError):
-                    file.close()
         if self._folder is not None:
             self._folder.close()
+        elif self._main is not None:
+            with contextlib.suppress(OSError):
+                self._main.close()
 
     def __enter__(self) -> Self:
         try:

@@ -264,7 +264,10 @@ class TargetFolder:
             self.remove(temporary)
 
     def close(self) -> None:
-        """Close the folder; more than once is allowed."""
+        """Close the folder and its files; more than once is allowed."""
+        for file in self._files:
+            with contextlib.suppress(OSError):
+                file.close()
         fd, self._fd = self._fd, -1
         if fd >= 0:
             close(fd)
