@@ -9,6 +9,8 @@
 #include "common/endian.h"
 #include "common/error.h"
 
+#define RATE_POLL_MS 20 /* so that a cancelled job ends soon */
+
 static bool is_zero(const struct imgc_job *job, const struct view *view, uint64_t start,
 		    uint64_t end)
 {
@@ -227,6 +229,44 @@ static void compare_window(struct worker *worker, struct slot *slot)
 	}
 }
 
+/* --------------------------------------------------------------- rate limit */
+
+static uint64_t data_nbytes(struct rows rows, uint64_t start, uint64_t end)
+{
+	uint64_t nbytes = 0;
+
+	for (size_t i = imgc_rows_find(rows, start); i < rows.n; i++) {
+		const struct imgc_extent *row = &rows.rows[i];
+
+		if (row->guest_offset >= end)
+			break;
+		if (row->kind >= IMGC_DATA)
+			nbytes += imgc_min_u64(row->guest_offset + row->length, end) -
+				  imgc_max_u64(row->guest_offset, start);
+	}
+	return nbytes;
+}
+
+/* Waits until the job's rate allows the window. */
+static int await_rate(const struct imgc_job *job, const struct slot *slot, struct imgc_error *err)
+{
+	uint64_t nbytes = slot->end - slot->start;
+
+	if (!job->options.rate_limit)
+		return IMGC_OK;
+	if (job->geometry.zero_policy != IMGC_ZERO_STORE)
+		nbytes = imgc_min_u64(nbytes,
+				      data_nbytes(job->rows, slot->start, slot->end) +
+					      data_nbytes(job->base, slot->start, slot->end));
+	while (!imgc_rate_limit_take(job->options.rate_limit, nbytes, RATE_POLL_MS)) {
+		int status = imgc_check_stopped(&job->stop, err);
+
+		if (status)
+			return status;
+	}
+	return IMGC_OK;
+}
+
 /* ------------------------------------------------------------------ process */
 
 int imgc_window_process(struct worker *worker, struct slot *slot, struct imgc_error *err)
@@ -235,9 +275,11 @@ int imgc_window_process(struct worker *worker, struct slot *slot, struct imgc_er
 
 	slot->n_pieces = slot->n_runs = 0;
 	slot->packed_nbytes = slot->data_nbytes = 0;
-	int status = imgc_reader_fill(&worker->reader, job->rows, slot->start, slot->end,
-				      &slot->view, err);
+	int status = await_rate(job, slot, err);
 
+	if (status == IMGC_OK)
+		status = imgc_reader_fill(&worker->reader, job->rows, slot->start, slot->end,
+					  &slot->view, err);
 	if (status == IMGC_OK && job->base.n)
 		status = imgc_reader_fill(&worker->reader, job->base, slot->start, slot->end,
 					  &worker->other, err);

@@ -392,6 +392,26 @@ struct imgc_geometry {
 	uint32_t stored_prefix_byte;   /* 0..255 */
 };
 
+/*
+ * How many guest bytes a second the jobs that share this limit may handle together.  Any
+ * thread may call these functions at any time.
+ */
+struct imgc_rate_limit;
+
+int imgc_rate_limit_create(struct imgc_rate_limit **out);
+
+/* No job may use it any more.  NULL is allowed. */
+void imgc_rate_limit_destroy(struct imgc_rate_limit *limit);
+
+/* Takes effect at once, also for those who wait.  0, as at first: no limit. */
+void imgc_rate_limit_set(struct imgc_rate_limit *limit, uint64_t bytes_per_second);
+
+/*
+ * Waits until nbytes may be handled, but not longer than the timeout.  Returns 1 if they
+ * may, else 0.  No second admits more than the rate and one request.
+ */
+int imgc_rate_limit_take(struct imgc_rate_limit *limit, uint64_t nbytes, unsigned timeout_ms);
+
 enum imgc_job_kind {
 	IMGC_JOB_CONVERT = 0, /* read, zero-test, compress, write */
 	IMGC_JOB_COMPARE = 1, /* read two, find the first difference */
@@ -427,6 +447,12 @@ struct imgc_job_options {
 	 * target reads the same either way.
 	 */
 	uint32_t reflink;
+	/*
+	 * A window waits here before it is read.  What counts is data: holes and zeros
+	 * that the extents state are free, unless the target stores them.  Not owned;
+	 * NULL: no limit.
+	 */
+	struct imgc_rate_limit *rate_limit;
 };
 
 /* A guest range that could not be read. */

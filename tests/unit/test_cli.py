@@ -277,7 +277,8 @@ def test_convert_passes_every_flag_on(run: RunMain, fake: Fake) -> None:
     received = fake("convert", result=Outcome())
     line = "convert -f raw -O qcow2 -F raw -B base.raw -o a=1,b=2 -o c=3 -c -S 64k -m 3 -n -W -q -U"
     line += " --force --no-sync --allow /x --allow /y --source-backing-format qcow2"
-    line += " --parent p --read-options size=chs --profile azure --salvage --no-reflink src dst"
+    line += " --parent p --read-options size=chs --profile azure --salvage --no-reflink -r 50M"
+    line += " -t none -T none -C src dst"
     assert run(*line.split()) == Run(0, "", "")
     assert received.pop("args") == ("src", "dst")
     assert received == {
@@ -301,6 +302,7 @@ def test_convert_passes_every_flag_on(run: RunMain, fake: Fake) -> None:
         "reflink": False,
         "allow": ("/x", "/y"),
         "progress": received["progress"],
+        "rate": 50 << 20,
     }
 
 
@@ -313,6 +315,7 @@ def test_convert_defaults(run: RunMain, fake: Fake) -> None:
     assert received["reflink"] is True
     assert received["threads"] is None
     assert received["options"] == ()
+    assert received["rate"] is None
 
 
 def test_convert_lists_what_was_lost(run: RunMain, fake: Fake) -> None:
@@ -511,7 +514,9 @@ def test_info_loads_neither_numpy_nor_rich(tmp_path: Any) -> None:
 def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     for wanted in (False, True):
-        chosen = progress.reporter("auto", wanted=wanted, quiet=False, label="convert")
+        chosen = progress.reporter(
+            "auto", wanted=wanted, quiet=False, label="convert", as_json=False
+        )
         assert isinstance(chosen, progress.BarReporter)
         assert chosen.is_due(0.0) is wanted
 

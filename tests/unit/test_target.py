@@ -846,7 +846,9 @@ class TestStale:
             running.main.pwrite(0, b"x")
         assert names(tmp_path) == ["disk.raw"]
 
-    @pytest.mark.parametrize("pid", [1, 4999999, os.getpid(), os.getppid()])
+    @pytest.mark.parametrize(
+        "pid", [1, 4999999, os.getpid(), os.getppid()], ids=["init", "none", "own", "parent"]
+    )
     def test_the_lock_counts_whatever_the_process_id(self, tmp_path: Path, pid: int) -> None:
         """A container's next job may have the ID of the one before."""
         left = tmp_path / f".disk.raw.imgcore-{pid}-0123456789ab"
@@ -1036,7 +1038,7 @@ class TestCompanion:
         Target(tmp_path / "disk.vmdk").abort()
         assert names(tmp_path) == sorted(path.name for path in left)
 
-    @pytest.mark.parametrize("pid", [1, 999999999, os.getpid()])
+    @pytest.mark.parametrize("pid", [1, 999999999, os.getpid()], ids=["init", "none", "own"])
     def test_what_a_living_job_set_aside_stays(self, tmp_path: Path, pid: int) -> None:
         """It has its main temporary locked, also on another host of an NFS folder."""
         left = self.set_aside(tmp_path, f"{pid}-0123456789ab")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from imgcore.cli.common import (
+    cache_option,
     open_options,
     options_option,
     print_options_help,
@@ -33,21 +34,27 @@ EXIT_SALVAGED: Final = 3
 
 
 @verb("convert")
-@open_options(of="SOURCE", flags={"backing_format": ("--source-backing-format",)})
+@open_options(
+    of="SOURCE",
+    flags={
+        "format": ("-f", "--source-format", "--format"),
+        "backing_format": ("--source-backing-format",),
+    },
+)
 @click.option(
     "-O",
     "--target-format",
     metavar="FMT",
     help="Format of TARGET; taken from its suffix by default.",
 )
-@options_option()
+@options_option("--target-format-options")
 @click.option(
     "--profile",
     metavar="NAME",
     help=f"Write an image for a platform: {', '.join(profile_names())}.",
 )
 @click.option("-c", "--compress", is_flag=True, help="Compress TARGET.")
-@click.option("-B", "--backing", metavar="FILE", help="Backing file of TARGET.")
+@click.option("-B", "-b", "--backing", metavar="FILE", help="Backing file of TARGET.")
 @click.option("-F", "--backing-format", metavar="FMT", help="Format of the backing file of TARGET.")
 @click.option(
     "-S",
@@ -57,7 +64,14 @@ EXIT_SALVAGED: Final = 3
     default="4k",
     help="Skip runs of zeros of this length; 0 writes all zeros.  [default: 4k]",
 )
-@click.option("-n", "--in-place", is_flag=True, help="Write into an existing TARGET.")
+@click.option(
+    "-n",
+    "--no-create",
+    "--in-place",
+    "in_place",
+    is_flag=True,
+    help="Write into an existing TARGET.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing TARGET.")
 @click.option("--no-sync", is_flag=True, help="Do not wait until TARGET is on stable storage.")
 @click.option(
@@ -70,9 +84,35 @@ EXIT_SALVAGED: Final = 3
     is_flag=True,
     help="Copy every block, even if the file system could reflink it (XFS, Btrfs).",
 )
-@threads_option()
 @click.option(
-    "-W", is_flag=True, expose_value=False, help="Ignored: blocks are always written in parallel."
+    "-r",
+    "--rate-limit",
+    "rate",
+    callback=size_value,
+    metavar="RATE",
+    help="Move at most so many bytes of the disk a second; 0 is no limit.",
+)
+@cache_option(
+    "-t",
+    "--target-cache",
+    keep=True,
+    help="Cache mode of qemu-img: unsafe is --no-sync, the others wait as without -t.",
+)
+@cache_option("-T", "--source-cache")
+@threads_option("--parallel")
+@click.option(
+    "-W",
+    "--oob-writes",
+    is_flag=True,
+    expose_value=False,
+    help="Ignored: blocks are always written in parallel.",
+)
+@click.option(
+    "-C",
+    "--copy-range-offloading",
+    is_flag=True,
+    expose_value=False,
+    help="Ignored: blocks are reflinked wherever they can be.",
 )
 @progress_options
 @quiet_option()
@@ -96,6 +136,8 @@ def command(
     no_sync: bool,
     salvage: bool,
     no_reflink: bool,
+    rate: int | None,
+    target_cache: str | None,
     threads: int | None,
     opening: dict[str, Any],
     progress_mode: str,
@@ -120,7 +162,9 @@ def command(
     assert source is not None
     assert target is not None
     label = one_line(os.path.basename(target))
-    with reporter(progress_mode, wanted=wants_progress, quiet=quiet, label=label) as report:
+    with reporter(
+        progress_mode, wanted=wants_progress, quiet=quiet, label=label, as_json=as_json
+    ) as report:
         result = convert(
             source,
             target,
@@ -132,12 +176,13 @@ def command(
             sparse=sparse_size,
             threads=threads,
             force=force,
-            sync=not no_sync,
+            sync=not no_sync and target_cache != "unsafe",
             in_place=in_place,
             salvage=salvage,
             reflink=not no_reflink,
             progress=report.callback,
             profile=profile,
+            rate=rate or None,
             **opening,
         )
     if as_json:

@@ -35,7 +35,7 @@ from imgcore.text import one_line
     metavar="FILE",
     help="Backing file; a relative name starts at the folder of FILE.",
 )
-@click.option("-F", "--backing-format", metavar="FMT", help="Format of the backing file.")
+@click.option("-F", "-B", "--backing-format", metavar="FMT", help="Format of the backing file.")
 @quiet_option()
 @click.option("--force", is_flag=True, help="Replace an existing FILE.")
 @click.option("--no-sync", is_flag=True, help="Do not wait until FILE is on stable storage.")

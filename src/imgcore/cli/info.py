@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from imgcore.cli.common import (
+    cache_option,
     open_options,
     output_options,
     print_json,
@@ -21,6 +22,7 @@ from imgcore.text import one_line
 @verb("info")
 @open_options(flags={"read_options": ("-o", "--read-options")})
 @click.option("--backing-chain", is_flag=True, help="Describe the backing files as well.")
+@cache_option("-t", "--cache")
 @output_options
 @click.argument("file")
 def command(

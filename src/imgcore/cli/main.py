@@ -19,7 +19,8 @@ from typing import Final, NoReturn
 
 import click
 
-from imgcore.cli.common import CONTEXT_SETTINGS, say
+from imgcore.cli.common import CONTEXT_SETTINGS, discard_stdout, raise_for_flag, say
+from imgcore.cli.qemu_flags import command_refusal
 from imgcore.cli.signals import EndingSignals, Terminated, signal_name
 from imgcore.cli.signals import handled_signals as _signals
 from imgcore.errors import ImgcoreError, OptionError
@@ -51,6 +52,21 @@ _DEBUG_VARIABLE: Final = "IMGCORE_DEBUG"
 
 class _LazyGroup(click.Group):
     """A group that imports the module of a verb when the verb is called."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            raise_for_flag("", error)
+            raise
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        reason = command_refusal(args[0])
+        if reason is not None:
+            raise OptionError(reason)
+        return super().resolve_command(ctx, args)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _VERBS:
@@ -177,7 +193,7 @@ def _run(arguments: list[str], signals: EndingSignals) -> int:
     except click.UsageError as error:
         return _fail_usage(error, _code(_USAGE_CODES, ctx, EXIT_USAGE))
     except BrokenPipeError:
-        _discard_stdout()
+        discard_stdout()
         return _EXIT_SIGNAL + signal.SIGPIPE
     except OptionError as error:
         return _fail(str(error), _code(_USAGE_CODES, ctx, EXIT_USAGE))
@@ -215,16 +231,6 @@ def _fail_usage(error: click.UsageError, code: int) -> int:
     path = error.ctx.command_path if error.ctx is not None else "imgcore"
     message = error.format_message().rstrip(".")
     return _fail(f"{message[:1].lower()}{message[1:]}; try '{path} --help'", code)
-
-
-def _discard_stdout() -> None:
-    """Redirect stdout, so that the flush at exit does not fail again."""
-    try:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
-        os.close(null)
-    except (OSError, ValueError):
-        pass  # stdout has no descriptor: nothing to flush
 
 
 def _ended_by(number: int) -> int:

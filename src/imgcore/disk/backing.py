@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from imgcore.errors import OptionError
-from imgcore.formats.api import BackingReference
+from imgcore.formats.api import BackingReference, Inheritable
 from imgcore.formats.registry import canonical_name
 
 if TYPE_CHECKING:
@@ -37,9 +37,11 @@ def backing_path(target: str, reference: BackingReference) -> str:
 
 def opened_reference(reference: BackingReference, parent: Layer) -> BackingReference:
     """Return the reference with the facts that a child stores about its parent."""
+    reader = parent.reader
     return reference._replace(
-        identities=dict(parent.reader.identities),
+        identities=dict(reader.identities),
         modified=parent.file.modified,
         path=os.path.abspath(parent.file.path),
-        virtual_size=parent.reader.virtual_size,
+        virtual_size=reader.virtual_size,
+        inherited=reader.inherited() if isinstance(reader, Inheritable) else (),
     )

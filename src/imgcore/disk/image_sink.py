@@ -102,6 +102,7 @@ class ImageSink:
                 variants=dict(options.variants),
                 salvage=options.salvage,
                 reflink=self._may_reflink(),
+                rate_limit=options.limit,
             )
             stack.callback(job.close)
             _run(job, self._writer, supply.batches, tally)

@@ -48,11 +48,13 @@ class ImageSource:
         """Yield the extents of the disk, with long holes of host files as ZERO."""
         return self._image.data_extents()
 
-    def chunks(self, start: int, length: int) -> Iterator[memoryview]:
+    def chunks(
+        self, start: int, length: int, piece_nbytes: int = CHUNK_NBYTES
+    ) -> Iterator[memoryview]:
         """Yield the bytes of a range in order."""
-        buffer = memoryview(bytearray(min(CHUNK_NBYTES, length)))
+        buffer = memoryview(bytearray(min(piece_nbytes, length)))
         end = start + length
-        for offset in range(start, end, CHUNK_NBYTES):
+        for offset in range(start, end, piece_nbytes):
             piece = buffer[: min(len(buffer), end - offset)]
             self._image.readinto(offset, piece)
             yield piece

@@ -60,12 +60,13 @@ def open_sink(
         from imgcore.disk.archive_sink import ArchiveSink
 
         _refuse_in_stream(target, options)
-        return ArchiveSink(target, source, virtual_size, options.threads)
+        return ArchiveSink(target, source, virtual_size, options.threads, options.limit)
     if suffix is not None:
         from imgcore.disk.stream_sink import StreamSink
 
         _refuse_in_stream(target, options)
-        return StreamSink(target, source, CODEC_OF_SUFFIX[suffix], options.threads)
+        codec = CODEC_OF_SUFFIX[suffix]
+        return StreamSink(target, source, codec, options.threads, options.limit)
     from imgcore.disk.image_sink import ImageSink
 
     backing = options.backing

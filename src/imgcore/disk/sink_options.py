@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from imgcore.disk.backing import backing_reference
 from imgcore.disk.profile_fitting import fitting_format, fitting_options, refuse_against_profile
 from imgcore.disk.target_format import target_format
+from imgcore.engine.control import Control
 from imgcore.engine.job import chosen_variants, thread_count
 from imgcore.errors import OptionError
 from imgcore.formats.registry import get_driver
@@ -16,6 +17,7 @@ from imgcore.limits import MIB, SECTOR_NBYTES
 from imgcore.sizes import parse_size
 
 if TYPE_CHECKING:
+    from imgcore._core import RateLimit
     from imgcore.formats.api import BackingReference
     from imgcore.formats.option_texts import OptionTexts
     from imgcore.formats.options import FormatOptions
@@ -38,6 +40,7 @@ class SinkOptions(NamedTuple):
     reflink: bool
     variants: Mapping[str, str]
     profile: Profile | None
+    limit: RateLimit | None
 
     @classmethod
     def from_keywords(
@@ -56,6 +59,8 @@ class SinkOptions(NamedTuple):
         reflink: bool,
         kernels: Mapping[str, str] | None,
         profile: str | None,
+        rate: int | str | None,
+        control: Control | None,
     ) -> SinkOptions:
         """Return the record; OptionError if the keywords contradict each other."""
         platform = None if profile is None else _profile(profile)
@@ -82,6 +87,7 @@ class SinkOptions(NamedTuple):
             reflink=reflink,
             variants=chosen_variants(kernels),
             profile=platform,
+            limit=_rate_limit(rate, control),
         )
 
     @property
@@ -96,6 +102,14 @@ def _profile(name: str) -> Profile:
     from imgcore.platforms.profiles import get_profile
 
     return get_profile(name)
+
+
+def _rate_limit(rate: int | str | None, control: Control | None) -> RateLimit | None:
+    if rate is None:
+        return None if control is None else control.limit
+    if control is not None:
+        raise OptionError("rate and control are both given: set the rate of the control")
+    return Control(rate=rate).limit
 
 
 def _sparse_nbytes(sparse: int | str) -> int:

@@ -11,6 +11,7 @@ from imgcore.disk.image import open_image
 from imgcore.disk.image_source import ImageSource
 from imgcore.disk.stream_source import StreamSource, is_stream
 from imgcore.errors import OptionError
+from imgcore.limits import CHUNK_NBYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -73,9 +74,12 @@ class Source(Protocol):
         """Yield ascending extents; the disk is zeros outside of stored ones."""
         ...
 
-    def chunks(self, start: int, length: int) -> Iterator[memoryview]:
+    def chunks(
+        self, start: int, length: int, piece_nbytes: int = CHUNK_NBYTES
+    ) -> Iterator[memoryview]:
         """Yield the bytes of a range in order; each piece is valid until the next.
 
+        A piece has at most ``piece_nbytes``.
         The range is the whole disk, or part of a data extent of `data_extents`.  A
         stream can only be read as a whole, and so is one extent.
         """

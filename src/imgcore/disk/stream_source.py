@@ -100,10 +100,12 @@ class StreamSource:
         if self.virtual_size:
             yield single(0, self.virtual_size, Kind.DATA)
 
-    def chunks(self, start: int, length: int) -> Iterator[memoryview]:
+    def chunks(
+        self, start: int, length: int, piece_nbytes: int = CHUNK_NBYTES
+    ) -> Iterator[memoryview]:
         """Yield the bytes of the whole disk in order."""
         assert (start, length) == (0, self.virtual_size), "a stream is read whole"
-        return self._reader.read_chunks(CHUNK_NBYTES)
+        return self._reader.read_chunks(piece_nbytes)
 
     def supply(self, geometry: Geometry, base: Image | None) -> AbstractContextManager[Supply]:
         """Return two buffers, which the stream fills in turn, and batches in them."""

@@ -80,6 +80,9 @@ class BackingReference(NamedTuple):
         Only in a `WriteRequest`: absolute path of the parent, which has been opened.
     virtual_size : int or None
         Only in a `WriteRequest`: size of the parent's disk in bytes.
+    inherited : tuple
+        Only in a `WriteRequest`: what the child takes over, in a form that only the
+        format knows (`Inheritable`).
 
     Notes
     -----
@@ -94,6 +97,7 @@ class BackingReference(NamedTuple):
     modified: int | None = None
     path: str | None = None
     virtual_size: int | None = None
+    inherited: tuple[Any, ...] = ()
 
     def __repr__(self) -> str:
         fields = zip(self._fields, self, strict=True)
@@ -226,11 +230,23 @@ class SectorSized(Protocol):
         ...
 
 
+@runtime_checkable
+class Inheritable(Protocol):
+    """A reader whose format has facts about a disk that its children state as well.
+
+    Optional: the children of other formats take over no more than identities.
+    """
+
+    def inherited(self) -> tuple[Any, ...]:
+        """Return `BackingReference.inherited` for a new child."""
+        ...
+
+
 # -- checking and repairing ------------------------------------------------------------
 
 
 class Repair(NamedTuple):
-    """One problem in an image's file, and the bytes that put it right.
+    """One kind of problem in an image's file, and the bytes that put it right.
 
     A format only states what to change.  `imgcore.disk.repair` applies the repairs, in
     order, to a copy of the file.  The copy replaces the image only if it reads the same
@@ -247,12 +263,19 @@ class Repair(NamedTuple):
     writes : tuple of (int, bytes)
         Host offsets and the bytes to write there.  They lie inside the file and never
         overlap guest data.
+    stream : callable, optional
+        Takes the copy, open for reading, and yields further writes, which may depend on
+        those before.  For repairs that would not fit in memory.
+    is_leak : bool
+        Whether it only frees space that nothing uses.
     """
 
     problem: str
     action: str
     file_nbytes: int | None = None
     writes: tuple[tuple[int, bytes], ...] = ()
+    stream: Callable[[ByteSource], Iterator[tuple[int, bytes]]] | None = None
+    is_leak: bool = False
 
 
 @runtime_checkable
@@ -262,14 +285,15 @@ class Repairable(Protocol):
     Optional: readers of other formats do not have this method.
     """
 
-    def repairs(self) -> list[Repair]:
+    def repairs(self, *, leaks_only: bool = False) -> list[Repair]:
         """Return the repairs that cannot lose data; empty if there are none.
 
-        Returns
-        -------
-        list of Repair
-            Together they write at most MAX_REPAIR_NBYTES.
+        With ``leaks_only`` they only free space that nothing uses.
         """
+        ...
+
+    def obstacles(self, *, leaks_only: bool = False) -> list[str]:
+        """Return why problems of the image are not among `repairs`, a line each."""
         ...
 
 

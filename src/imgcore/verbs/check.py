@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from imgcore.errors import OptionError, UnsupportedFeatureError
 
 if TYPE_CHECKING:
     from imgcore.disk.layer import Layer
+    from imgcore.disk.repair import Outcome
     from imgcore.files.commitment import Commitment
     from imgcore.files.target import Target
-    from imgcore.formats.api import Repair
     from imgcore.formats.shared.check_report import CheckReport
 
 
@@ -43,6 +43,9 @@ class CheckResult:
         The repairs that were made, one line each.
     corruptions_fixed, leaks_fixed : int
         Numbers of corruptions and leaks that were repaired.
+    not_repaired : list of str
+        Why the remaining problems were not repaired, one line each; empty without
+        ``repair``.
     """
 
     filename: str
@@ -58,6 +61,7 @@ class CheckResult:
     repairs: list[str] = field(default_factory=list)
     corruptions_fixed: int = 0
     leaks_fixed: int = 0
+    not_repaired: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -91,6 +95,8 @@ class CheckResult:
             result["problems"] = self.problems
         if self.repairs:
             result["repairs"] = self.repairs
+        if self.not_repaired:
+            result["not-repaired"] = self.not_repaired
         return result
 
 
@@ -99,7 +105,7 @@ def check(
     *,
     format: str | None = None,
     parent: str | os.PathLike[str] | None = None,
-    repair: bool = False,
+    repair: bool | Literal["leaks", "all"] = False,
     allow: Sequence[str | os.PathLike[str]] = (),
     share: bool = False,
 ) -> CheckResult:
@@ -115,10 +121,11 @@ def check(
     parent : str or os.PathLike, optional
         The image's parent.  The whole chain of parents is opened, and the identity of
         each is verified.
-    repair : bool
-        Repair everything that can be repaired safely.  A repaired copy replaces the
-        image once it is complete and verified to hold the same disk.  If anything
-        fails, the image remains unchanged.
+    repair : bool or {"leaks", "all"}
+        ``"all"`` or True repairs everything that can be repaired safely, ``"leaks"``
+        only frees space that nothing uses.  A repaired copy replaces the image once it
+        is complete and verified to hold the same disk.  If anything fails, the image
+        remains unchanged.
 
     Returns
     -------
@@ -127,6 +134,8 @@ def check(
 
     Raises
     ------
+    OptionError
+        ``repair`` has another value, or is combined with ``share``.
     UnsupportedFeatureError
         The format has no tables to check (raw); or ``repair`` is given, but images of
         this format or in this place cannot be repaired.
@@ -141,6 +150,8 @@ def check(
     from imgcore.files.commitment import until_committed
     from imgcore.formats.registry import get_driver
 
+    if repair not in (False, True, "leaks", "all"):
+        raise OptionError(f"repair is {repair!r}, allowed are 'leaks', 'all', True and False")
     if repair and share:
         raise OptionError("an image that another process may write to cannot be repaired (-U)")
     options = OpenOptions.from_keywords(format=format, parent=parent, allow=allow, share=share)
@@ -161,16 +172,21 @@ def check(
                 return
             from imgcore.disk.repair import repair as repair_image
 
-            def commit(target: Target, after: CheckReport, repairs: list[Repair]) -> None:
-                result = replace(
+            def result_of(outcome: Outcome) -> CheckResult:
+                after = outcome.report
+                return replace(
                     _result(layer, after),
-                    repairs=[f"{item.problem}: {item.action}" for item in repairs],
+                    repairs=[f"{item.problem}: {item.action}" for item in outcome.repairs],
                     corruptions_fixed=report.corruptions - after.corruptions,
                     leaks_fixed=report.leaks - after.leaks,
+                    not_repaired=outcome.obstacles,
                 )
-                commitment.commit(target, result)
 
-            repair_image(layer, report, commit)
+            def commit(target: Target, outcome: Outcome) -> None:
+                commitment.commit(target, result_of(outcome))
+
+            outcome = repair_image(layer, report, commit, leaks_only=repair == "leaks")
+            commitment.result = result_of(outcome)
 
     return until_committed(job)
 

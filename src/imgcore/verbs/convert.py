@@ -15,6 +15,7 @@ from imgcore.disk.profile_fitting import fitting_size
 from imgcore.disk.sink import open_sink
 from imgcore.disk.sink_options import SinkOptions
 from imgcore.disk.source import open_source
+from imgcore.disk.target_format import refuse_other_name
 from imgcore.engine.progress import Tally
 from imgcore.files.commitment import until_committed
 from imgcore.files.target import Target
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from imgcore.disk.image import Image
     from imgcore.disk.sink import Sink
     from imgcore.engine.bad_ranges import BadRange
+    from imgcore.engine.control import Control
     from imgcore.engine.progress import Progress
     from imgcore.files.byte_source import ByteSource
     from imgcore.files.commitment import Commitment
@@ -94,6 +96,8 @@ def convert(
     progress: Callable[[Progress], None] | None = None,
     kernels: Mapping[str, str] | None = None,
     profile: str | None = None,
+    rate: int | str | None = None,
+    control: Control | None = None,
 ) -> ConvertResult:
     """Convert a virtual disk image, including its backing files, to another format.
 
@@ -151,6 +155,12 @@ def convert(
         The platform that the target is for, for example ``"azure"``.  It sets format
         and options, and rounds the virtual size up to one that the platform accepts.
         Other arguments must not contradict it.
+    rate : int or str, optional
+        The most bytes of the disk to handle in a second, for example ``"100M"``.  Data
+        counts, as it is read; holes and zeros that the source's tables state do not,
+        unless they are written (``sparse=0``).  The bytes written do not depend on it.
+    control : Control, optional
+        Changes the rate while the conversion runs; in place of ``rate``.
 
     Returns
     -------
@@ -192,6 +202,8 @@ def convert(
         reflink=reflink,
         kernels=kernels,
         profile=profile,
+        rate=rate,
+        control=control,
     )
 
     def job(commitment: Commitment[ConvertResult]) -> None:
@@ -199,17 +211,18 @@ def convert(
             disk = stack.enter_context(open_source(source, opening))
             disk.refuse_conversion(salvage=salvage, with_base=backing is not None)
             base = _open_base(os.fspath(target), writing, opening, stack)
-            tally = Tally(fitting_size(writing.profile, disk), progress)
             output = Target(
                 target,
                 force=force,
                 sync=sync,
                 in_place=in_place,
-                in_place_nbytes=tally.total_nbytes if writing.could_be_in_place else None,
+                in_place_nbytes=disk.virtual_size if writing.could_be_in_place else None,
             )
             stack.enter_context(output)
             files = [*disk.files, *(base.every_file() if base is not None else ())]
             output.protect(files)
+            refuse_other_name(output.path, writing.format, flag="-O", profile=writing.profile)
+            tally = Tally(fitting_size(writing.profile, disk), progress)
             sink = open_sink(output, writing, disk, base, tally.total_nbytes)
             bad_ranges = _write(sink, tally, files, output)
             result = ConvertResult(

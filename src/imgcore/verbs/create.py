@@ -92,7 +92,7 @@ def create(
     OSError
         The operating system reported an error; ``filename`` is set.
     """
-    from imgcore.disk.target_format import refuse_stream, target_format
+    from imgcore.disk.target_format import refuse_other_name, refuse_stream, target_format
     from imgcore.files.commitment import until_committed
     from imgcore.files.target import Target
     from imgcore.formats.registry import get_driver
@@ -100,6 +100,7 @@ def create(
     name = os.fspath(path)
     refuse_stream(name)
     driver = get_driver(target_format(name, format, flag="-f"))
+    refuse_other_name(name, driver.name, flag="-f")
     reference, backing_size, identity = _open_backing(name, backing, backing_format, allow)
     if virtual_size is None:
         virtual_size = backing_size

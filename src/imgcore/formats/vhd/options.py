@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
 from imgcore.errors import LimitExceededError, OptionError
 from imgcore.formats.options import (
     PREALLOCATION,
+    Foreign,
     FormatOptions,
     byte_size,
     choice,
@@ -44,6 +45,14 @@ _MAX_63_NSECTORS: Final = 65535 * 16 * 63
 @dataclass(frozen=True)
 class Options(FormatOptions):
     """The ``-o`` options."""
+
+    foreign: ClassVar = {
+        **FormatOptions.foreign,
+        "force_size": Foreign(
+            {True: {"size": "current"}, False: {"size": "chs"}},
+            help="In qemu-img's words: on is size=current, off is size=chs",
+        ),
+    }
 
     subformat: str = choice(
         "dynamic",
