@@ -27,7 +27,7 @@ from tests.faults.harness import DISK, OLD_DISK
 class Job(NamedTuple):
     """A call of the library, and the same as a command; both write to ``folder``."""
 
-    call: Callable[[Path], object]
+    call: Callable[..., object]
     command: tuple[str, ...]
     target: str
     # What is there before; else the files of an older image are written.
@@ -47,10 +47,14 @@ def write_leaky(folder: Path) -> None:
     path.write_bytes(data)
 
 
-def convert(target: str, **more: Any) -> Callable[[Path], object]:
-    return lambda folder: imgcore.convert(
-        folder.parent / "new.raw", folder / target, format="raw", force=True, threads=1, **more
-    )
+def convert(target: str, **more: Any) -> Callable[..., object]:
+    def call(folder: Path, **options: Any) -> object:
+        usual = {"format": "raw", "force": True, "threads": 1}
+        return imgcore.convert(
+            folder.parent / "new.raw", folder / target, **(usual | more | options)
+        )
+
+    return call
 
 
 def words(target: str, *more: str) -> tuple[str, ...]:
@@ -185,6 +189,32 @@ def test_an_interrupt_at_every_point(place: Place, error: type[BaseException]) -
             break
     assert seen == {"old", "new"}
     assert nth > 20
+
+
+@every_job
+def test_the_last_progress_call_may_cancel(place: Place) -> None:
+    """It comes before the commit point, and no other call follows it."""
+    if "convert" not in place.job.command:
+        pytest.skip("reports no progress")
+    target = place.folder / place.job.target
+    seen: list[tuple[bool, bytes]] = []
+
+    def look(progress: imgcore.Progress) -> None:
+        seen.append((progress.done == progress.total, target.read_bytes()))
+
+    def cancel(progress: imgcore.Progress) -> None:
+        if progress.done == progress.total:
+            raise Stop
+
+    place.prepare()
+    place.job.call(place.folder, progress=look)
+    assert place.state() == "new"
+    assert seen[-1][0]
+    assert {content for _, content in seen} == {place.old[place.job.target]}
+    place.prepare()
+    with pytest.raises(Stop):
+        place.job.call(place.folder, progress=cancel)
+    assert place.state() == "old"
 
 
 def run_in_child(place: Place, nth: int, number: int, report: Path) -> int:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -148,3 +151,80 @@ def test_the_library(closed: tuple[int, ...], tmp_path: Path) -> None:
     folder.mkdir()
     DISK.write(tmp_path / "d.raw")
     assert run_without(closed, LIBRARY, cwd=folder) == (0, "")
+
+
+def test_a_full_stdout_is_named(tmp_path: Path) -> None:
+    """A target that has its name is complete all the same, and the line says so."""
+    fill(tmp_path)
+    for words, more in (("info there.qcow2", ""), ("convert --json d.raw new.vdi", "; the ta")):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                [sys.executable, "-m", "imgcore", *words.split()],
+                cwd=tmp_path,
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                check=False,
+            )
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"imgcore: stdout: No space left on device{more}")
+        assert done.stderr.count("\n") == 1
+    assert same_disk(tmp_path / "new.vdi")
+
+
+N_EXTENTS = 300
+
+
+@pytest.mark.parametrize("verb", ["info", "map", "check", "convert", "measure -O raw", "lint"])
+def test_many_extents(verb: str, tmp_path: Path) -> None:
+    """The soft limit is raised; an error about the hard one says what to do."""
+    if shutil.which("prlimit") is None:
+        pytest.skip("prlimit is not installed (Debian: util-linux)")
+    lines = ["# Disk DescriptorFile", "version=1", "CID=1a2b3c4d", "parentCID=ffffffff"]
+    lines.append('createType="twoGbMaxExtentFlat"')
+    for number in range(N_EXTENTS):
+        (tmp_path / f"d-f{number:03}.vmdk").write_bytes(bytes([number % 255 + 1]) * 4096)
+        lines.append(f'RW 8 FLAT "d-f{number:03}.vmdk" 0')
+    (tmp_path / "d.vmdk").write_text("\n".join(lines) + "\n")
+    words = [*verb.split(), "d.vmdk", *(["new.qcow2", "--force"] if verb == "convert" else [])]
+    words += ["--profile", "esxi"] if verb == "lint" else []
+
+    def run(limit: str) -> subprocess.CompletedProcess[str]:
+        command = ["prlimit", f"--nofile={limit}", sys.executable, "-m", "imgcore", *words]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    expected = 1 if verb == "lint" else 0
+    assert run("64:4096").returncode == expected
+    for limit in (64, N_EXTENTS, N_EXTENTS + 3):
+        done = run(f"{limit}:{limit}")
+        assert done.returncode == (2 if verb == "lint" else 1), done.stderr
+        assert done.stderr.count("\n") == 1
+        said = f"Too many open files: the limit of this process is {limit}; root may raise it: "
+        assert said in done.stderr
+        assert "vmdk: " in done.stderr
+    (advice,) = re.findall(r"root may raise it: (prlimit --nofile=)N COMMAND", done.stderr)
+    assert advice == "prlimit --nofile="
+    if os.geteuid() == 0:
+        assert run("4096").returncode == expected
+
+
+def test_the_library_leaves_the_limit(tmp_path: Path) -> None:
+    """It names the call that raises the soft limit."""
+    script = """if True:
+        import resource, sys
+        import imgcore
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (40, hard))
+        try:
+            images = [imgcore.open("there.qcow2") for _ in range(60)]
+        except OSError as error:
+            assert error.filename == "there.qcow2", error
+            assert "resource.setrlimit(resource.RLIMIT_NOFILE, ...) raises it" in str(error)
+        else:
+            sys.exit("no error")
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (40, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        images = [imgcore.open("there.qcow2") for _ in range(60)]
+    """
+    fill(tmp_path)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], cwd=tmp_path, check=True)
