@@ -43,8 +43,8 @@ enum fault_class {
 	CLASS_CREATE = 1 << 6,
 	CLASS_CLOSE = 1 << 7, /* of a file opened for writing */
 	CLASS_UNLINK = 1 << 8,
-	CLASS_COPY = 1 << 9,	 /* copy_file_range */
-	CLASS_REFLINK = 1 << 10, /* FICLONERANGE */
+	CLASS_COPY = 1 << 9,	   /* copy_file_range */
+	CLASS_REFLINK = 1 << 10,   /* FICLONERANGE */
 	CLASS_ATTRIBUTE = 1 << 11, /* mode, owner, times, extended attributes, project */
 	CLASS_STATUS = 1 << 12,	   /* fstat, lseek */
 	CLASS_OPEN = 1 << 13,	   /* of an existing file */
@@ -464,9 +464,8 @@ int futimens(int fd, const struct timespec times[2])
 int fsetxattr(int fd, const char *name, const void *value, size_t nbytes, int flags)
 {
 	REAL(fsetxattr);
-	return fd_is_watched(fd) && fails(CLASS_ATTRIBUTE)
-		       ? -1
-		       : real(fd, name, value, nbytes, flags);
+	return fd_is_watched(fd) && fails(CLASS_ATTRIBUTE) ? -1
+							   : real(fd, name, value, nbytes, flags);
 }
 
 /* ---------------------------------------------------------------- status */

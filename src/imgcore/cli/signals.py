@@ -77,7 +77,9 @@ def _report_state(_number: int, _frame: FrameType | None) -> None:
     # RuntimeError: the signal interrupted the printing of another line.
     if sys.stderr is not None:
         with suppress(OSError, ValueError, RuntimeError):
-            print(State.tell(), file=sys.stderr, flush=True)
+            # In one piece: the next signal may come in between.
+            sys.stderr.write(f"{State.tell()}\n")
+            sys.stderr.flush()
 
 
 class EndingSignals:
