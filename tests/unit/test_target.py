@@ -476,7 +476,7 @@ class TestSpecial:
 
     def test_a_file_of_the_kernel(self) -> None:
         for options in ({}, {"force": True}, {"in_place": True}):
-            with pytest.raises(TargetError, match="is no ordinary file, and is never replaced"):
+            with pytest.raises(TargetError, match="is no ordinary file, and is never a target"):
                 Target("/proc/sys/kernel/core_pattern", **options)
 
     def test_advice_for_a_dangling_link(self, tmp_path: Path) -> None:
@@ -858,6 +858,16 @@ class TestStale:
         assert left.exists()
         write(tmp_path / "disk.raw", force=True)
         assert names(tmp_path) == ["disk.raw"]
+
+    def test_of_a_job_that_replaced_a_read_only_file(self, tmp_path: Path) -> None:
+        (tmp_path / "here").mkdir(mode=0o777)
+        (tmp_path / "here").chmod(0o777)
+        left = tmp_path / "here/.disk.raw.imgcore-1-0123456789ab"
+        left.touch()
+        left.chmod(0o444)
+        with contextlib.chdir(tmp_path / "here"), another_user():
+            write("disk.raw")
+        assert names(tmp_path / "here") == ["disk.raw"]
 
     def test_file_system_without_locks(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

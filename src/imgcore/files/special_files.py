@@ -61,7 +61,7 @@ def refuse_special(path: str, link: os.stat_result, end: os.stat_result | None) 
     for hop in _hops(path):
         if _is_of_kernel(hop) or (end is None and _is_below_devices(hop)):
             what = "is" if hop == path else f"is a symbolic link to {hop},"
-            raise TargetError(f"{what} no ordinary file, and is never replaced", path=path)
+            raise TargetError(f"{what} no ordinary file, and is never a target", path=path)
 
 
 def _hops(path: str) -> Iterator[str]:

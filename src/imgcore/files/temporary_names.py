@@ -67,9 +67,12 @@ def remove_stale(folder_fd: int, folder: str, name: str) -> None:
 
 def _is_abandoned(folder_fd: int, folder: str, entry: str) -> bool:
     """Tell whether a temporary's job has ended; OSError if it cannot be opened."""
-    # NFS locks a file only if it is open for writing.
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK
-    fd = open_file(entry, flags, folder_fd=folder_fd)
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        # NFS locks a file only if it is open for writing.
+        fd = open_file(entry, flags | os.O_RDWR, folder_fd=folder_fd)
+    except PermissionError:
+        fd = open_file(entry, flags | os.O_RDONLY, folder_fd=folder_fd)
     try:
         outcome = lock(fd)
     finally:
