@@ -8,6 +8,7 @@
 #include "common/checked.h"
 #include "common/endian.h"
 #include "common/error.h"
+#include "io/io.h"
 
 #define RATE_POLL_MS 20 /* so that a cancelled job ends soon */
 
@@ -300,7 +301,29 @@ int imgc_window_process(struct worker *worker, struct slot *slot, struct imgc_er
 
 /* -------------------------------------------------------------------- place */
 
-static int place_stored(struct imgc_job *job, const struct slot *slot, struct piece *piece)
+static int fail_to_place(const struct imgc_job *job, int status, struct imgc_error *err)
+{
+	return imgc_fail(err, status, 0, job->placer.next, IMGC_TARGET, "place");
+}
+
+/*
+ * Zeros what `piece`, the first one of its block, leaves of the block: all of it if the
+ * block has more pieces, since those that are zeros are not written.
+ */
+static int clear_block(struct imgc_job *job, const struct piece *piece, uint64_t length,
+		       struct imgc_error *err)
+{
+	uint64_t done = piece->nbytes == length ? length : 0;
+	int status = IMGC_OK;
+
+	if (job->geometry.clears_blocks)
+		status = imgc_file_zero(job->options.target, job->placer.open_offset + done,
+					job->geometry.block_nbytes - done, err);
+	return imgc_fail_in(err, status, IMGC_TARGET);
+}
+
+static int place_stored(struct imgc_job *job, const struct slot *slot, struct piece *piece,
+			struct imgc_error *err)
 {
 	uint64_t block_nbytes = job->geometry.block_nbytes;
 	uint64_t block_start = piece->block * block_nbytes;
@@ -308,10 +331,15 @@ static int place_stored(struct imgc_job *job, const struct slot *slot, struct pi
 	struct placer *placer = &job->placer;
 
 	if (!placer->block_is_open || placer->open_block != piece->block) {
-		if (imgc_placer_stored(placer, piece->block, length, &placer->open_offset))
-			return IMGC_LIMIT;
+		int status = imgc_placer_stored(placer, piece->block, length, &placer->open_offset);
+
+		if (status)
+			return fail_to_place(job, status, err);
 		placer->open_block = piece->block;
 		placer->block_is_open = piece->opens_block = true;
+		status = clear_block(job, piece, length, err);
+		if (status)
+			return status;
 	}
 	piece->host_offset = placer->open_offset + (slot->start + piece->start - block_start);
 	job->batch.placements[piece->block - job->batch.guest_start / block_nbytes] =
@@ -327,17 +355,19 @@ int imgc_window_place(struct imgc_job *job, struct slot *slot, struct imgc_error
 		int status = IMGC_OK;
 
 		if (piece->state == IMGC_BLOCK_STORED) {
-			status = place_stored(job, slot, piece);
+			status = place_stored(job, slot, piece, err);
 		} else if (piece->state == IMGC_BLOCK_COMPRESSED) {
 			status = imgc_placer_compressed(&job->placer, piece->block,
 							piece->packed_nbytes, &piece->host_offset);
+			if (status)
+				return fail_to_place(job, status, err);
 			job->batch.placements[piece->block - first_block] = (struct imgc_placement){
 				piece->host_offset, piece->packed_nbytes, IMGC_BLOCK_COMPRESSED};
 		} else if (piece->state == IMGC_BLOCK_ZERO) {
 			job->batch.placements[piece->block - first_block].state = IMGC_BLOCK_ZERO;
 		}
 		if (status)
-			return imgc_fail(err, status, 0, job->placer.next, IMGC_TARGET, "place");
+			return status;
 	}
 	return IMGC_OK;
 }

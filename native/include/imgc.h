@@ -333,8 +333,9 @@ struct imgc_source_file {
 };
 
 /*
- * Verifies rows from outside: they start at sectors, ascend without gaps over exactly
- * [guest_start, guest_end), and have non-zero lengths, known kinds and known files.
+ * Verifies rows from outside: they ascend without gaps over exactly [guest_start,
+ * guest_end), and have non-zero lengths, known kinds and known files.  Rows with data
+ * start at sectors; the zeros that fill up an incomplete last sector do not.
  * Host ranges lie inside their file, compressed rows inside one block, and no sum
  * wraps.  Otherwise IMGC_OUT_OF_RANGE; err->offset is the row.
  */
@@ -390,6 +391,11 @@ struct imgc_geometry {
 	 */
 	uint32_t stored_prefix_nbytes; /* up to IMGC_MAX_STORED_PREFIX_NBYTES */
 	uint32_t stored_prefix_byte;   /* 0..255 */
+	/*
+	 * APPEND, with sparse_nbytes 0: the target has bytes of its own where it is free.
+	 * What of a STORED block is not written is zeroed, up to the block's full size.
+	 */
+	uint32_t clears_blocks;
 };
 
 /*

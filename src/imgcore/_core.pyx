@@ -522,6 +522,7 @@ cdef int fill_geometry(n.imgc_geometry *out, geometry) except -1:
     out.group_gap_nbytes = geometry.group_gap_nbytes
     out.stored_prefix_nbytes = geometry.stored_prefix_nbytes
     out.stored_prefix_byte = geometry.stored_prefix_byte
+    out.clears_blocks = geometry.clears_blocks
     return 0
 
 

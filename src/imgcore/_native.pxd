@@ -151,6 +151,7 @@ cdef extern from "imgc.h" nogil:
         uint64_t guest_nbytes
         uint32_t stored_prefix_nbytes
         uint32_t stored_prefix_byte
+        uint32_t clears_blocks
 
     struct imgc_rate_limit:
         pass

@@ -245,7 +245,10 @@ def test_a_forked_child_lives_on(
 def wait_until_renamed(folder: Path, before: dict[str, bytes], ending: str) -> None:
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        now = files(folder)
+        try:
+            now = files(folder)
+        except FileNotFoundError:
+            continue  # renamed or removed while they are read
         is_clean = not [name for name in now if name.startswith(".")]
         if is_clean and (now == before) == (ending == "fail"):
             return

@@ -277,8 +277,8 @@ def test_convert_passes_every_flag_on(run: RunMain, fake: Fake) -> None:
     received = fake("convert", result=Outcome())
     line = "convert -f raw -O qcow2 -F raw -B base.raw -o a=1,b=2 -o c=3 -c -S 64k -m 3 -n -W -q -U"
     line += " --force --no-sync --allow /x --allow /y --source-backing-format qcow2"
-    line += " --parent p --read-options size=chs --profile azure --salvage --no-reflink -r 50M"
-    line += " -t none -T none -C src dst"
+    line += " --target-is-zero --parent p --read-options size=chs --profile azure --salvage"
+    line += " --no-reflink -r 50M -t none -T none -C src dst"
     assert run(*line.split()) == Run(0, "", "")
     assert received.pop("args") == ("src", "dst")
     assert received == {
@@ -287,7 +287,7 @@ def test_convert_passes_every_flag_on(run: RunMain, fake: Fake) -> None:
         "backing": "base.raw",
         "backing_format": "raw",
         "source_backing_format": "qcow2",
-        "parent": "p",
+        "parent": ("p",),
         "read_options": ("size=chs",),
         "options": ("a=1,b=2", "c=3"),
         "profile": "azure",
@@ -295,6 +295,7 @@ def test_convert_passes_every_flag_on(run: RunMain, fake: Fake) -> None:
         "sparse": 65536,
         "threads": 3,
         "in_place": True,
+        "target_is_zero": True,
         "force": True,
         "sync": False,
         "share": True,

@@ -24,10 +24,10 @@ from tests.helpers.reading import poke
 import imgcore
 from imgcore import _core
 from imgcore.cli import main as cli
+from imgcore.disk.data_ranges import count_blocks
 from imgcore.engine.extents import EXTENT_DTYPE, Kind
 from imgcore.verbs import compare
 from imgcore.verbs.map import MapEntry
-from imgcore.verbs.measure import count_blocks
 
 MIB = 1 << 20
 

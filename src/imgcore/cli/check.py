@@ -16,6 +16,7 @@ from imgcore.cli.common import (
     quiet_option,
     say,
     verb,
+    with_qemu_names,
 )
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def _with_values(args: list[str]) -> Iterator[str]:
 
 
 @verb("check", _CheckCommand)
-@open_options("format", "parent", "share", "allow")
+@open_options("format", "backing_format", "parent", "share", "allow")
 @quiet_option()
 @cache_option("-T", "--cache")
 @output_options
@@ -88,7 +89,7 @@ def command(
         say(f"imgcore: {error}")
         return EXIT_UNSUPPORTED
     if as_json:
-        print_json(result.as_dict())
+        print_json(with_qemu_names(result.as_dict()))
     else:
         for line in result.problems:
             say(line)

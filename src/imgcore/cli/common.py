@@ -149,7 +149,9 @@ _OPEN_FLAGS: Final = {
         ("--parent",),
         {
             "metavar": "FILE",
-            "help": "Parent of {}, instead of the file that it names; its identity is verified.",
+            "multiple": True,
+            "help": "Parent of {}, instead of the file that it names; its identity is verified. "
+            "May be repeated: the parent's parent follows.",
         },
     ),
     "read_options": _Flag(
@@ -281,14 +283,17 @@ def require(ctx: click.Context, **arguments: object) -> None:
             raise click.UsageError(f"missing argument '{name.upper()}'", ctx)
 
 
-def target_driver(format: str | None, path: str | None) -> Driver:
-    """Return the driver for ``format``, or for the suffix of ``path`` if it is None."""
+def target_driver(format: str | None, path: str | None, *, flag: str = "-O") -> Driver:
+    """Return the driver for ``format``, or for the suffix of ``path`` if it is None.
+
+    ``flag`` is the option for the format, for the message.
+    """
     from imgcore.errors import OptionError
     from imgcore.formats.registry import format_from_suffix, get_driver
 
     found = format or (format_from_suffix(path) if path is not None else None)
     if found is None:
-        raise OptionError("the target's format cannot be told from its name: state it")
+        raise OptionError(f"the target's format cannot be told from its name: state it with {flag}")
     return get_driver(found)
 
 
@@ -308,6 +313,20 @@ def plain_value(value: object) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return str(value)
+
+
+def with_qemu_names(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what ``info`` or ``check`` says, with QEMU's names for the formats."""
+    from imgcore.formats.registry import qemu_name
+
+    result = dict(description)
+    for key in ("format", "backing-filename-format"):
+        if key in result:
+            result[key] = qemu_name(result[key])
+    if "format-specific" in result:
+        specific = result["format-specific"]
+        result["format-specific"] = specific | {"type": qemu_name(specific["type"])}
+    return result
 
 
 def print_json(value: object) -> None:

@@ -72,6 +72,11 @@ EXIT_SALVAGED: Final = 3
     is_flag=True,
     help="Write into an existing TARGET.",
 )
+@click.option(
+    "--target-is-zero",
+    is_flag=True,
+    help="With -n: TARGET reads as zeros, so write none of a raw disk's zeros.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing TARGET.")
 @click.option("--no-sync", is_flag=True, help="Do not wait until TARGET is on stable storage.")
 @click.option(
@@ -117,13 +122,11 @@ EXIT_SALVAGED: Final = 3
 @progress_options
 @quiet_option()
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
-@click.argument("source", required=False, metavar="SOURCE")
-@click.argument("target", required=False, metavar="TARGET")
+@click.argument("files", nargs=-1, metavar="SOURCE... TARGET")
 @click.pass_context
 def command(
     ctx: click.Context,
-    source: str | None,
-    target: str | None,
+    files: tuple[str, ...],
     target_format: str | None,
     options: tuple[str, ...],
     profile: str | None,
@@ -132,6 +135,7 @@ def command(
     backing_format: str | None,
     sparse_size: int,
     in_place: bool,
+    target_is_zero: bool,
     force: bool,
     no_sync: bool,
     salvage: bool,
@@ -147,26 +151,28 @@ def command(
 ) -> int | None:
     """Convert the image SOURCE to TARGET.
 
+    The disks of several SOURCEs follow each other in TARGET.
+
     TARGET appears under its name only when it is complete.
 
     Exit code: 0 done, 1 failed, 2 wrong usage, 3 done with --salvage, but data was
     lost.
     """
+    sources, target = files[: max(1, len(files) - 1)], files[-1] if len(files) > 1 else None
     if wants_options_help(options):
         stated = get_profile(profile).format if profile is not None else target_format
         print_options_help(target_driver(stated, target))
         return None
-    require(ctx, source=source, target=target)
+    require(ctx, source=sources or None, target=target)
     from imgcore.verbs.convert import convert
 
-    assert source is not None
     assert target is not None
     label = one_line(os.path.basename(target))
     with reporter(
         progress_mode, wanted=wants_progress, quiet=quiet, label=label, as_json=as_json
     ) as report:
         result = convert(
-            source,
+            sources[0] if len(sources) == 1 else sources,
             target,
             target_format=target_format,
             options=options,
@@ -178,6 +184,7 @@ def command(
             force=force,
             sync=not no_sync and target_cache != "unsafe",
             in_place=in_place,
+            target_is_zero=target_is_zero,
             salvage=salvage,
             reflink=not no_reflink,
             progress=report.callback,

@@ -63,7 +63,7 @@ def command(
     The disk is empty, or reads as its backing file, whose size is the default for SIZE.
     """
     if wants_options_help(options):
-        print_options_help(target_driver(format, file))
+        print_options_help(target_driver(format, file, flag="-f"))
         return
     require(ctx, file=file)
     from imgcore.verbs.create import create

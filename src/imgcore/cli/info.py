@@ -15,6 +15,7 @@ from imgcore.cli.common import (
     print_tree,
     size_text,
     verb,
+    with_qemu_names,
 )
 from imgcore.text import one_line
 
@@ -36,7 +37,8 @@ def command(
 
     images = info(file, chain=True, **opening) if backing_chain else [info(file, **opening)]
     if as_json:
-        print_json(images if backing_chain else images[0])
+        named = [with_qemu_names(image) for image in images]
+        print_json(named if backing_chain else named[0])
         return
     for index, image in enumerate(images):
         if index:

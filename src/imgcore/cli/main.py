@@ -238,8 +238,17 @@ def _ended_by(number: int) -> int:
 
 
 class _WarningLines(logging.Handler):
+    """Prints each warning once: verbs that open an image twice would repeat it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._printed: set[str] = set()
+
     def emit(self, record: logging.LogRecord) -> None:
-        say(f"imgcore: {record.levelname.lower()}: {record.getMessage()}")
+        line = f"imgcore: {record.levelname.lower()}: {record.getMessage()}"
+        if line not in self._printed:
+            self._printed.add(line)
+            say(line)
 
 
 @contextmanager

@@ -9,16 +9,25 @@ from __future__ import annotations
 
 from typing import Final
 
-_IMAGE_OPTS: Final = "a disk is named by its file: give the file's name, and its format with -f"
+_IMAGE_OPTS: Final = (
+    "a disk is named by its file: give the file's name, and its format with -f "
+    '(or as json:{"driver":...})'
+)
 _TARGET_IMAGE_OPTS: Final = (
     "a target is named by its file: give the file's name, and its format with -O"
 )
 _OBJECT: Final = (
     "objects of QEMU (keys, throttle groups) do not exist here: -r limits the rate, and "
-    "encrypted images are not read"
+    "encrypted images are not read: qemu-img convert decrypts them"
 )
-_SNAPSHOT: Final = "snapshots inside images are listed by info, but not read"
-_BITMAPS: Final = "bitmaps are not copied: without this flag the disk is converted"
+_SNAPSHOT: Final = (
+    "snapshots inside images are listed by info, but not read: qemu-img convert -l NAME makes "
+    "an image of one"
+)
+_BITMAPS: Final = (
+    "bitmaps are not copied: without this flag the disk is converted; "
+    "qemu-img convert --bitmaps copies both"
+)
 _LIMITS: Final = "limits of block drivers do not exist here: leave it out"
 
 # For every verb.
@@ -36,7 +45,6 @@ _OF_VERB: Final = {
         "--snapshot": _SNAPSHOT,
         "--bitmaps": _BITMAPS,
         "--skip-broken-bitmaps": _BITMAPS,
-        "--target-is-zero": "every block of the target is written: leave it out",
     },
     "measure": {"-l": _SNAPSHOT, "--snapshot": _SNAPSHOT},
     "info": {"--limits": _LIMITS},

@@ -23,6 +23,7 @@ class ArchiveSink:
     """Writes the parts of a disk that hold data into the archive; a `Sink`."""
 
     overwrites: Final = False
+    logical_sector_nbytes: Final = None
 
     def __init__(
         self,

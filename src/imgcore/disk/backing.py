@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from imgcore.errors import OptionError
+from imgcore.files.reference_gate import PROTOCOL
 from imgcore.formats.api import BackingReference, Inheritable
 from imgcore.formats.registry import canonical_name
 
@@ -32,7 +33,10 @@ def backing_reference(
 
 def backing_path(target: str, reference: BackingReference) -> str:
     """Return the parent's path; a relative name starts at the folder of the target."""
-    return os.path.join(os.path.dirname(target), reference.name)
+    path = os.path.join(os.path.dirname(target), reference.name)
+    # A URL or a description starts nowhere.
+    is_file = not PROTOCOL.match(reference.name) or os.path.lexists(path)
+    return path if is_file else reference.name
 
 
 def opened_reference(reference: BackingReference, parent: Layer) -> BackingReference:

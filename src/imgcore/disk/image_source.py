@@ -6,8 +6,9 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from imgcore.disk.describe import describe_layer
-from imgcore.errors import UnsupportedFeatureError
-from imgcore.limits import CHUNK_NBYTES, SECTOR_NBYTES
+from imgcore.formats.api import Laden
+from imgcore.limits import CHUNK_NBYTES
+from imgcore.log import log
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,21 +29,21 @@ class ImageSource:
         self.path = image.path
         self.format = image.format
         self.virtual_size = image.virtual_size
+        is_flat = image.reader.is_flat
+        self.exact_nbytes = image.files[0].nbytes if is_flat else image.virtual_size
         self.logical_sector_nbytes = image.logical_sector_nbytes
         self.files = image.every_file()
+        self.sources = image.sources
 
     def describe(self) -> list[dict[str, Any]]:
         """Describe the image, then its parent, and so on."""
         return [describe_layer(layer) for layer in self._image.chain]
 
     def refuse_conversion(self, *, salvage: bool, with_base: bool) -> None:
-        """Raise UnsupportedFeatureError if the disk ends inside a sector."""
-        if self.virtual_size % SECTOR_NBYTES:
-            raise UnsupportedFeatureError(
-                f"its disk has {self.virtual_size} bytes, not a multiple of {SECTOR_NBYTES}: "
-                "no other format can represent that (qemu-img resize changes the size)",
-                path=self.path,
-            )
+        """Warn about what of the image the target will not have."""
+        reader = self._image.reader
+        for text in reader.left_out() if isinstance(reader, Laden) else ():
+            log.warning("%s: %s", self.path, text)
 
     def data_extents(self) -> Iterator[Extents]:
         """Yield the extents of the disk, with long holes of host files as ZERO."""

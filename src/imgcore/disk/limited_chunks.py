@@ -31,7 +31,7 @@ def limited_chunks(
     tick : callable
         Called several times a second while the rate makes this wait.
     """
-    nbytes = source.virtual_size
+    nbytes = source.exact_nbytes
     pieces = source.chunks(0, nbytes, piece_nbytes(limit))
     if limit is None:
         yield from pieces

@@ -12,7 +12,7 @@ from imgcore.disk.target_format import target_format
 from imgcore.engine.control import Control
 from imgcore.engine.job import chosen_variants, thread_count
 from imgcore.errors import OptionError
-from imgcore.formats.registry import get_driver
+from imgcore.formats.registry import PLAIN_FORMAT
 from imgcore.limits import MIB, SECTOR_NBYTES
 from imgcore.sizes import parse_size
 
@@ -36,6 +36,7 @@ class SinkOptions(NamedTuple):
     sparse_nbytes: int
     threads: int
     in_place: bool
+    target_is_zero: bool
     salvage: bool
     reflink: bool
     variants: Mapping[str, str]
@@ -55,6 +56,7 @@ class SinkOptions(NamedTuple):
         sparse: int | str,
         threads: int | None,
         in_place: bool,
+        target_is_zero: bool,
         salvage: bool,
         reflink: bool,
         kernels: Mapping[str, str] | None,
@@ -65,6 +67,10 @@ class SinkOptions(NamedTuple):
         """Return the record; OptionError if the keywords contradict each other."""
         platform = None if profile is None else _profile(profile)
         name = target_format(target, fitting_format(platform, format) or None, flag="-O")
+        if target_is_zero and not in_place:
+            raise OptionError("--target-is-zero is about an existing target: it needs -n")
+        if target_is_zero and backing is not None:
+            raise OptionError("--target-is-zero: with a parent (-B) the target's disk is not zeros")
         if salvage and backing is not None:
             raise OptionError("salvaged data cannot be compared with a parent (-B)")
         if platform is not None:
@@ -83,6 +89,7 @@ class SinkOptions(NamedTuple):
             sparse_nbytes=_sparse_nbytes(sparse),
             threads=thread_count(threads),
             in_place=in_place,
+            target_is_zero=target_is_zero,
             salvage=salvage,
             reflink=reflink,
             variants=chosen_variants(kernels),
@@ -93,9 +100,8 @@ class SinkOptions(NamedTuple):
     @property
     def could_be_in_place(self) -> bool:
         """Whether these options allow that the disk is written over an existing one."""
-        driver = get_driver(self.format)
-        is_plain = driver.writes_in_place and not driver.has_tables
-        return is_plain and self.profile is None and self.backing is None and not self.compress
+        is_plain = self.format == PLAIN_FORMAT and self.backing is None and not self.compress
+        return is_plain and self.profile is None
 
 
 def _profile(name: str) -> Profile:

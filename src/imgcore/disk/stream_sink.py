@@ -19,6 +19,7 @@ class StreamSink:
     """Writes the bytes of a disk in order, through an encoder; a `Sink`."""
 
     overwrites: Final = False
+    logical_sector_nbytes: Final = None
 
     def __init__(
         self, target: Target, source: Source, codec: str, threads: int, limit: RateLimit | None
@@ -31,7 +32,7 @@ class StreamSink:
 
     def write(self, tally: Tally) -> tuple[BadRange, ...]:
         """Write the whole disk.  Unreadable data is an error, so no ranges are bad."""
-        nbytes, done = self._source.virtual_size, 0
+        nbytes, done = self._source.exact_nbytes, 0
         with self._encoder(self._target.main, nbytes, self._threads) as encoder:
 
             def count() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from imgcore.disk.image_names import refuse_foreign_target
 from imgcore.errors import OptionError
 from imgcore.formats.registry import (
     PLAIN_FORMAT,
@@ -32,7 +33,10 @@ def target_format(path: str, stated: str | None, *, flag: str) -> str:
     ------
     OptionError
         There is neither, or a compressed stream of a format other than raw is wanted.
+    UnsupportedFeatureError
+        The name is a URL.
     """
+    refuse_foreign_target(path)
     name = format_from_suffix(path) if stated is None else canonical_name(stated)
     if name is None:
         named = stated_format(path)

@@ -81,6 +81,16 @@ class OpenFile:
         with named_errors(self.path):
             return os.fstat(self.fd)
 
+    @property
+    def logical_sector_nbytes(self) -> int | None:
+        """Bytes of a block device's logical sector; None for other files."""
+        if not stat.S_ISBLK(self.status().st_mode):
+            return None
+        from imgcore.files.block_devices import logical_sector_nbytes
+
+        with named_errors(self.path):
+            return logical_sector_nbytes(self.fd)
+
     def close(self) -> None:
         """Close the descriptor; more than once is allowed."""
         core, self._core = self._core, None

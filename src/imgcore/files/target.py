@@ -13,8 +13,9 @@ import stat
 from typing import TYPE_CHECKING
 
 from imgcore.errors import TargetError
+from imgcore.files.block_devices import below, refuse_read_only
 from imgcore.files.commit_point import CommitCounter, report_late, uninterrupted
-from imgcore.files.descriptors import forks_held_back, open_file
+from imgcore.files.descriptors import forks_held_back, named_errors, open_file
 from imgcore.files.identity import Identity, file_identity
 from imgcore.files.locks import refuse_image_in_use
 from imgcore.files.special_files import refuse_special
@@ -141,9 +142,16 @@ class Target:
         Raises
         ------
         TargetError
-            The target is one of them, under any name; `companion` raises it as well.
+            The target is one of them, under any name, or one is a part of the other: a
+            loop device and its file, a disk and its partition.  `companion` raises it
+            as well.
         """
         self._protected = {source.identity: source.path for source in sources}
+        for identity in (self.identity, *(below(self.identity) if self.identity else ())):
+            self._refuse_protected(identity, self.path)
+        for source, path in list(self._protected.items()):
+            if source is not None:
+                self._protected |= dict.fromkeys(below(source), path)
         self._refuse_protected(self.identity, self.path)
 
     def _refuse_protected(self, identity: Identity | None, path: str) -> None:
@@ -157,6 +165,7 @@ class Target:
         if self._main is None:
             if self._folder is None:
                 self._main = self._open_in_place()
+                self._main.reads_as_zeros = False
             else:
                 advice = ""
                 if self._would_fit_in_place():
@@ -225,6 +234,9 @@ class Target:
         try:
             if file_identity(file.status()) != self.identity:
                 raise TargetError("was replaced while it was opened", path=self.path)
+            if self.is_block_device:
+                with named_errors(self.path):
+                    refuse_read_only(file.fd, self.path)
             refuse_image_in_use(file.fd, self.path)
         except BaseException:
             file.close()

@@ -80,6 +80,8 @@ class BackingReference(NamedTuple):
         Only in a `WriteRequest`: absolute path of the parent, which has been opened.
     virtual_size : int or None
         Only in a `WriteRequest`: size of the parent's disk in bytes.
+    without_backing : bool
+        The parent's own parent is left out.
     inherited : tuple
         Only in a `WriteRequest`: what the child takes over, in a form that only the
         format knows (`Inheritable`).
@@ -97,6 +99,7 @@ class BackingReference(NamedTuple):
     modified: int | None = None
     path: str | None = None
     virtual_size: int | None = None
+    without_backing: bool = False
     inherited: tuple[Any, ...] = ()
 
     def __repr__(self) -> str:
@@ -225,8 +228,35 @@ class SectorSized(Protocol):
     """
 
     @property
-    def logical_sector_nbytes(self) -> int:
-        """Logical sector size in bytes: 512 or 4096."""
+    def logical_sector_nbytes(self) -> int | None:
+        """Logical sector size in bytes, usually 512 or 4096; None if it is unknown."""
+        ...
+
+
+@runtime_checkable
+class Laden(Protocol):
+    """A reader of images that hold more than one state of the disk.
+
+    Optional: readers of other formats do not have this method.
+    """
+
+    def left_out(self) -> list[str]:
+        """Return what a conversion leaves out and what that means; may be empty."""
+        ...
+
+
+@runtime_checkable
+class Divided(Protocol):
+    """A reader of images whose disk may be in several files.
+
+    Optional: readers of other formats do not have this method.
+    """
+
+    def require_extents(self) -> None:
+        """Raise the gate's error if it did not open all files of the disk.
+
+        Without them, the image can be described, but not read.
+        """
         ...
 
 
@@ -322,6 +352,9 @@ class WriteRequest(NamedTuple, Generic[Options]):
     logical_sector_nbytes : int or None
         Logical sector size of the source in bytes, or None if the source does not state
         it.
+    exact_nbytes : int or None
+        Size of the disk in bytes without the zeros that fill up its last sector, if
+        the target may keep it; raw does.
     """
 
     virtual_size: int
@@ -331,6 +364,7 @@ class WriteRequest(NamedTuple, Generic[Options]):
     sparse_nbytes: int = 4096
     target_name: str = ""
     logical_sector_nbytes: int | None = None
+    exact_nbytes: int | None = None
 
 
 class Writer(Protocol):
@@ -446,8 +480,6 @@ class Driver(NamedTuple):
         read.
     read_options : subclass of FormatOptions, or None
         The record of the options for reading; None if there are none.
-    writes_in_place : bool
-        Whether an image can be written into an existing file or a block device.
     has_tables : bool
         Whether images have tables, so that there is something to check.
     """
@@ -457,7 +489,6 @@ class Driver(NamedTuple):
     read: Callable[[ByteSource, ReferenceGate, Any], Reader]
     writing: str | None
     read_options: type[FormatOptions] | None = None
-    writes_in_place: bool = False
     has_tables: bool = True
 
     @property

@@ -203,9 +203,7 @@ _TAR: Final = "pack it with tar --format=oldgnu -Sczf IMAGE.tar.gz disk.raw"
 _FLATTEN: Final = "imgcore convert merges the whole chain into one image"
 _NAME: Final = Rule("name", _is_named_as_it_is, _usual_name)
 _READABLE: Final = Rule("readable", _is_readable, CHECK_REMEDY)
-_PARENTS: Final = Rule(
-    "parents", _parents_open, "state it with --parent, or allow its folder with --allow"
-)
+_PARENTS: Final = Rule("parents", _parents_open, "without its parents the disk is incomplete")
 _UNIT: Final = Rule("size-unit", _fits_unit)
 _OTHER_SIZE: Final = "a disk of another size is needed"
 _RANGE: Final = Rule("size-range", _fits_range, _OTHER_SIZE)

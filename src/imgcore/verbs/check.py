@@ -11,6 +11,7 @@ from imgcore.errors import OptionError, UnsupportedFeatureError
 
 if TYPE_CHECKING:
     from imgcore.disk.layer import Layer
+    from imgcore.disk.open_options import Parents
     from imgcore.disk.repair import Outcome
     from imgcore.files.commitment import Commitment
     from imgcore.files.target import Target
@@ -104,23 +105,24 @@ def check(
     path: str | os.PathLike[str],
     *,
     format: str | None = None,
-    parent: str | os.PathLike[str] | None = None,
+    parent: Parents = None,
     repair: bool | Literal["leaks", "all"] = False,
     allow: Sequence[str | os.PathLike[str]] = (),
     share: bool = False,
+    backing_format: str | None = None,
 ) -> CheckResult:
     """Verify the tables of an image, and optionally repair them.
 
-    Backing files are not opened unless ``parent`` is given.  For ``format``, ``allow``
-    and ``share`` see `imgcore.open`.
+    Backing files are not opened unless ``parent`` is given.  For ``format``, ``allow``,
+    ``share`` and ``backing_format`` see `imgcore.open`.
 
     Parameters
     ----------
     path : str or os.PathLike
         The image.
-    parent : str or os.PathLike, optional
-        The image's parent.  The whole chain of parents is opened, and the identity of
-        each is verified.
+    parent : str, os.PathLike or sequence of them, optional
+        The image's parent, and further ones in order.  The whole chain of parents is
+        opened, and the identity of each is verified.
     repair : bool or {"leaks", "all"}
         ``"all"`` or True repairs everything that can be repaired safely, ``"leaks"``
         only frees space that nothing uses.  A repaired copy replaces the image once it
@@ -154,13 +156,16 @@ def check(
         raise OptionError(f"repair is {repair!r}, allowed are 'leaks', 'all', True and False")
     if repair and share:
         raise OptionError("an image that another process may write to cannot be repaired (-U)")
-    options = OpenOptions.from_keywords(format=format, parent=parent, allow=allow, share=share)
-    if parent is not None:
+    options = OpenOptions.from_keywords(
+        format=format, backing_format=backing_format, parent=parent, allow=allow, share=share
+    )
+    if options.parents:
         for layer in open_chain(path, options):
             layer.close()
 
     def job(commitment: Commitment[CheckResult]) -> None:
         with open_layer(path, options) as layer:
+            layer.warn()
             format_name = layer.reader.format_name
             if not get_driver(format_name).has_tables:
                 raise CheckNotSupportedError(

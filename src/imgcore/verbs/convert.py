@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from imgcore.disk.backing import backing_path
 from imgcore.disk.image import open_image
-from imgcore.disk.open_options import OpenOptions
+from imgcore.disk.open_options import Flags, OpenOptions
 from imgcore.disk.profile_fitting import fitting_size
 from imgcore.disk.sink import open_sink
 from imgcore.disk.sink_options import SinkOptions
-from imgcore.disk.source import open_source
+from imgcore.disk.source import open_sources
 from imgcore.disk.target_format import refuse_other_name
 from imgcore.engine.progress import Tally
 from imgcore.files.commitment import until_committed
@@ -23,6 +23,7 @@ from imgcore.log import log
 
 if TYPE_CHECKING:
     from imgcore.disk.image import Image
+    from imgcore.disk.open_options import Parents
     from imgcore.disk.sink import Sink
     from imgcore.engine.bad_ranges import BadRange
     from imgcore.engine.control import Control
@@ -37,7 +38,7 @@ class ConvertResult(NamedTuple):
     Attributes
     ----------
     source, target : str
-        The names of the two files.
+        The names of the two files; several sources are separated by commas.
     source_format, target_format : str
         Their formats.
     virtual_size : int
@@ -72,7 +73,7 @@ class ConvertResult(NamedTuple):
 
 
 def convert(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     target: str | os.PathLike[str],
     *,
     format: str | None = None,
@@ -82,13 +83,14 @@ def convert(
     backing: str | os.PathLike[str] | None = None,
     backing_format: str | None = None,
     source_backing_format: str | None = None,
-    parent: str | os.PathLike[str] | None = None,
+    parent: Parents = None,
     read_options: Mapping[str, Any] | Sequence[str] | None = None,
     sparse: int | str = 4096,
     threads: int | None = None,
     force: bool = False,
     sync: bool = True,
     in_place: bool = False,
+    target_is_zero: bool = False,
     share: bool = False,
     salvage: bool = False,
     reflink: bool = True,
@@ -108,7 +110,12 @@ def convert(
 
     Parameters
     ----------
-    source, target : str or os.PathLike
+    source : str or os.PathLike, or a sequence of them
+        The image.  The disks of several images follow each other; ``format`` and the
+        other options for reading apply to each.
+    target : str or os.PathLike
+        The new image.
+
         Names such as ``disk.raw.zst`` and ``disk.raw.gz`` are compressed raw disks.
     target_format : str, optional
         The target's format; by default the suffix of ``target`` decides.
@@ -133,7 +140,13 @@ def convert(
     sync : bool
         Write the target to stable storage before it gets its name.
     in_place : bool
-        Write into an existing raw file or block device.
+        Write into an existing file or block device.  A raw disk is written over the
+        first bytes of the file.  An image of another format takes the place of all of
+        its content.  A block device that is too small is rejected before anything is
+        written.
+    target_is_zero : bool
+        The target, which is written in place, already reads as zeros: a raw disk's
+        zeros are not written.  Other formats do not rely on it.
     salvage : bool
         Replace guest data that the system cannot read, or that does not decompress,
         with zeros and list it in ``bad_ranges`` of the result, instead of failing.
@@ -187,6 +200,7 @@ def convert(
         read_options=read_options,
         allow=allow,
         share=share,
+        flags=Flags(backing_format="--source-backing-format"),
     )
     writing = SinkOptions.from_keywords(
         os.fspath(target),
@@ -198,6 +212,7 @@ def convert(
         sparse=sparse,
         threads=threads,
         in_place=in_place,
+        target_is_zero=target_is_zero,
         salvage=salvage,
         reflink=reflink,
         kernels=kernels,
@@ -208,7 +223,7 @@ def convert(
 
     def job(commitment: Commitment[ConvertResult]) -> None:
         with ExitStack() as stack:
-            disk = stack.enter_context(open_source(source, opening))
+            disk = stack.enter_context(open_sources(_paths(source), opening))
             disk.refuse_conversion(salvage=salvage, with_base=backing is not None)
             base = _open_base(os.fspath(target), writing, opening, stack)
             output = Target(
@@ -226,7 +241,7 @@ def convert(
             sink = open_sink(output, writing, disk, base, tally.total_nbytes)
             bad_ranges = _write(sink, tally, files, output)
             result = ConvertResult(
-                source=os.fspath(source),
+                source=disk.path,
                 target=output.path,
                 source_format=disk.format,
                 target_format=writing.format,
@@ -245,13 +260,24 @@ def convert(
     return until_committed(job)
 
 
+def _paths(
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+) -> Sequence[str | os.PathLike[str]]:
+    return [source] if isinstance(source, str | bytes | os.PathLike) else source
+
+
 def _open_base(
     target: str, writing: SinkOptions, opening: OpenOptions, stack: ExitStack
 ) -> Image | None:
     """Open the target's parent, which ``stack`` closes."""
     if writing.backing is None:
         return None
-    options = OpenOptions(format=writing.backing.format, allow=opening.allow, share=opening.share)
+    options = OpenOptions(
+        format=writing.backing.format,
+        allow=opening.allow,
+        share=opening.share,
+        flags=Flags(format="-F", backing_format="", parent=""),
+    )
     return stack.enter_context(open_image(backing_path(target, writing.backing), options))
 
 

@@ -136,12 +136,14 @@ def _open_backing(
     """Return the reference to store, the backing file's disk size and its identity."""
     from imgcore.disk.backing import backing_path, backing_reference, opened_reference
     from imgcore.disk.layer import open_layer
-    from imgcore.disk.open_options import OpenOptions
+    from imgcore.disk.open_options import Flags, OpenOptions
 
     reference = backing_reference(name, backing, backing_format)
     if reference is None:
         return None, None, None
-    options = OpenOptions.from_keywords(format=reference.format, allow=allow, share=True)
+    options = OpenOptions.from_keywords(
+        format=reference.format, allow=allow, share=True, flags=Flags(format="-F")
+    )
     with open_layer(backing_path(name, reference), options) as layer:
         reference = opened_reference(reference, layer)
         return reference, layer.reader.virtual_size, layer.file.identity

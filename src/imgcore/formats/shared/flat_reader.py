@@ -35,7 +35,8 @@ class HostData:
         """Return [start, end) of the next data at or after a host offset.
 
         Both are 2^63 if no data follows.  Data is widened to whole sectors, because a
-        file system's blocks may be smaller.  Holes read as zeros, so this is safe.
+        file system's blocks may be smaller.  Holes read as zeros, so this is safe.  The
+        file's last sector may be incomplete.
         """
         start, end = self._found
         if not start <= position < end:
@@ -43,7 +44,7 @@ class HostData:
             if start >= end:
                 return _NO_DATA, _NO_DATA
             start -= start % SECTOR_NBYTES
-            end += -end % SECTOR_NBYTES
+            end = min(end + -end % SECTOR_NBYTES, self._file.nbytes)
             self._found = start, end
         return max(start, position), end
 
@@ -65,7 +66,8 @@ def flat_rows(
     data : HostData
         Finds the file's data.
     start, stop : int
-        Guest offsets in bytes, ``start < stop``.
+        Guest offsets in bytes, ``start < stop``.  What the file's last sector lacks is
+        a hole.
     shift : int
         Host offset minus guest offset, in bytes.
     file_index : int
@@ -90,7 +92,9 @@ def flat_rows(
             host_offset = data_start + shift
             rows.append((data_start, nbytes, host_offset, nbytes, file_index, Kind.DATA, 0))
         position = data_end
-        if len(rows) >= max_rows - 1 or position >= stop:
+        # The rest of an incomplete last sector belongs to its batch.
+        is_full = len(rows) >= max_rows - 1 and position % SECTOR_NBYTES == 0
+        if is_full or position >= stop:
             yield np.array(rows, dtype=EXTENT_DTYPE)
             rows.clear()
 

@@ -50,7 +50,7 @@ def check(file: ByteSource, header: VdiHeader) -> CheckReport:
         )
     for first in range(0, end, _WINDOW_BLOCKS):
         _verify_window(file, header, report, first, min(first + _WINDOW_BLOCKS, end))
-    if end < n_file_blocks:
+    if end < n_file_blocks and not file.is_block_device:
         _leak(header, report, end, n_file_blocks)
     report.image_end_offset = header.data_offset + end * header.block_nbytes
     return report

@@ -318,6 +318,9 @@ class _BlockCheck:
             )
             data_start = max(data_start, -(-end // SECTOR_NBYTES))
         end_nsectors = int(ends[-1]) if len(ends) else data_start
+        if self._file.is_block_device:
+            # The rest of the device is free, not leaked.
+            self._end_nsectors = end_nsectors
         np.maximum(ends, data_start, out=ends)
         free_from = np.concatenate(([data_start], ends))
         counts = np.concatenate((starts, [self._end_nsectors]))

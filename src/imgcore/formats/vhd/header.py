@@ -177,11 +177,30 @@ def read_header(file: ByteSource, size: str | None = None) -> VhdHeader:
 
 
 def find_footers(file: ByteSource) -> tuple[FooterPlace | None, FooterPlace | None]:
-    """Return the footers at the end and the start of the file, sound or not."""
+    """Return the footers at the end and the start of the file, sound or not.
+
+    A block device may be longer than its image, and end in an older image's footer: the
+    copy at the start then stands for both.
+    """
+    copy = _footer_at(file, 0, layout.FOOTER_NBYTES)
     end = None
     for nbytes in (layout.FOOTER_NBYTES, layout.OLD_FOOTER_NBYTES):
         end = end or _footer_at(file, file.nbytes - nbytes, nbytes)
-    return end, _footer_at(file, 0, layout.FOOTER_NBYTES)
+    if file.is_block_device and copy is not None and _is_dynamic(copy):
+        if end is not None and end.problem is None and not _is_dynamic(end):
+            raise CorruptImageError(
+                "the block device has a fixed disk's footer at its end and a dynamic disk's at "
+                "its start: one of them is old or is the guest's data; overwrite the wrong one "
+                f"(512 bytes at {end.offset:#x} or at 0)",
+                path=file.path,
+            )
+        end = copy._replace(offset=file.nbytes)
+    return end, copy
+
+
+def _is_dynamic(place: FooterPlace) -> bool:
+    """Tell whether this is the sound footer of a dynamic or differencing disk."""
+    return place.problem is None and place.footer.disk_type != DiskType.FIXED
 
 
 def _footer_at(file: ByteSource, offset: int, nbytes: int) -> FooterPlace | None:
@@ -237,7 +256,7 @@ def _choose_footer(
     """
     if end is not None and end.problem is None:
         return end
-    if copy is not None and copy.problem is None and copy.footer.disk_type != DiskType.FIXED:
+    if copy is not None and _is_dynamic(copy):
         return copy
     if end is not None and end.problem is not None:
         raise end.problem

@@ -22,6 +22,7 @@ from imgcore.formats.shared.write_checks import (
     check_virtual_size,
     parse_uuid,
     refuse_compression,
+    refuse_empty_disk,
     refuse_idle,
 )
 from imgcore.formats.vhd import layout
@@ -100,6 +101,8 @@ class WriteOptions(NamedTuple):
         refuse_compression(request, "VHD")
         check_virtual_size(request.virtual_size)
         disk_type = _disk_type(request)
+        if disk_type is DiskType.FIXED:
+            refuse_empty_disk(request.virtual_size, "fixed VHD")
         _refuse_idle_options(options)
         virtual_size = request.virtual_size
         if options.size == "chs":

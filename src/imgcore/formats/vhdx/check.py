@@ -267,6 +267,8 @@ class VhdxChecker:
             needed += (self._metadata.n_blocks - n_placed) * self._block_units
         self.needed_nbytes = needed << _UNIT_BITS
         unused = self._n_units - needed
+        if self._image.file.is_block_device:
+            return
         # Alignment may leave less than a block unused.
         if unused >= self._block_units and (n_placed or unused > _SPARE_UNITS):
             self.report.leak(

@@ -22,7 +22,12 @@ from imgcore.formats.options import (
     text,
 )
 from imgcore.formats.shared.alignment import align_up
-from imgcore.formats.shared.write_checks import check_block_size, parse_uuid, refuse_compression
+from imgcore.formats.shared.write_checks import (
+    check_block_size,
+    parse_uuid,
+    refuse_compression,
+    refuse_empty_disk,
+)
 from imgcore.formats.vhdx import layout
 from imgcore.formats.vhdx.header import Metadata, MetadataItem
 from imgcore.formats.vhdx.parent import (
@@ -107,6 +112,7 @@ class WriteOptions(NamedTuple):
         options, backing = request.options, request.backing
         parent: Mapping[str, str] = {} if backing is None else backing.identities
         refuse_compression(request, "VHDX")
+        refuse_empty_disk(request.virtual_size, "VHDX")
         is_fixed = options.subformat == "fixed"
         if backing is not None:
             _check_backing(backing, is_fixed)
@@ -195,9 +201,10 @@ def _logical_sector_nbytes(request: WriteRequest[Options], parent: Mapping[str, 
             f"vhdx option logical_sector_size is {stated}, but the parent has {of_parent}: they "
             "must be the same"
         )
-    return int(
-        stated or of_parent or request.logical_sector_nbytes or DEFAULT_LOGICAL_SECTOR_NBYTES
-    )
+    of_source = request.logical_sector_nbytes
+    if of_source not in layout.SECTOR_SIZES:
+        of_source = None
+    return int(stated or of_parent or of_source or DEFAULT_LOGICAL_SECTOR_NBYTES)
 
 
 def _guid(name: str, given: str | None, default: str | None = None) -> uuid.UUID:
