@@ -134,7 +134,7 @@ class ReferenceGate:
                 fd, device = self._open_elsewhere(reference, path)
             return HostFile(fd, path, share=sharing, device=device)
         except OSError as error:
-            text = f"{os.strerror(error.errno or 0)} ({reference.told(error.errno)})"
+            text = f"{error.strerror} ({reference.told(error.errno)})"
             raise OSError(error.errno, text, path) from error
         except UnsafeReferenceError:
             raise
@@ -243,6 +243,7 @@ PROTOCOL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 _REMEDIES: Final = {
     errno.EACCES: "make it and its folders readable",
     errno.EPERM: "make it and its folders readable",
+    errno.EMFILE: "",
 }
 
 

@@ -123,13 +123,14 @@ class TargetFolder:
             self._temporaries[temporary] = name
             with forks_held_back():
                 try:
-                    file = TargetFile(self._create_new(temporary, path, mode, advice), path)
+                    fd = self._create_new(temporary, path, mode, advice)
                 except FileExistsError:
                     del self._temporaries[temporary]
                     continue
                 except OSError:
                     del self._temporaries[temporary]
                     raise
+                file = TargetFile(fd, path)
                 self._files.append(file)
             # Otherwise another process took it for an abandoned one before.
             if lock(file.fd) is not Lock.HELD_BY_OTHER and file.status().st_nlink:
