@@ -468,6 +468,14 @@ ELSEWHERE = {
     ("disk/source.py", ("a compressed raw disk cannot be one of several sources: decompress it "
      "first (imgcore convert {} {})")):
     "oracle/test_concatenation.py::test_the_advice_for_streams_works",
+    ("files/target.py", "; -n (in_place=True) writes into the existing file"):
+    "unit/test_target.py::TestReplaceable",
+    ("files/replacing.py", ("its folder {} is append-only, where no file can be renamed; chattr -a "
+     "{} permits it")): "unit/test_target.py::TestReplaceable",
+    ("files/replacing.py", ("is immutable or append-only and cannot be replaced; chattr -i -a {} "
+     "permits it")): "unit/test_target.py::TestReplaceable",
+    ("files/descriptors.py", "root may raise it: prlimit --nofile=N COMMAND"):
+    "faults/test_descriptors.py::test_many_extents",
     ("cli/progress.py", ("--progress=qemu and a result as JSON both print on stdout: use "
      "--progress=json, which prints on stderr")):
     "unit/test_qemu_flags.py::test_progress_leaves_stdout_to_json",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from imgcore.engine.batches import Supply
     from imgcore.engine.extents import Extents
     from imgcore.engine.geometry import Geometry
+    from imgcore.files.byte_source import ByteSource
 
 
 class ConcatenatedSource:

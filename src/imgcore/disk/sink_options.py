@@ -12,6 +12,7 @@ from imgcore.disk.target_format import target_format
 from imgcore.engine.control import Control
 from imgcore.engine.job import chosen_variants, thread_count
 from imgcore.errors import OptionError
+from imgcore.formats.registry import PLAIN_FORMAT
 from imgcore.limits import MIB, SECTOR_NBYTES
 from imgcore.sizes import parse_size
 
@@ -96,6 +97,12 @@ class SinkOptions(NamedTuple):
             profile=platform,
             limit=_rate_limit(rate, control),
         )
+
+    @property
+    def could_be_in_place(self) -> bool:
+        """Whether these options allow that the disk is written over an existing one."""
+        is_plain = self.format == PLAIN_FORMAT and self.backing is None and not self.compress
+        return is_plain and self.profile is None
 
 
 def _profile(name: str) -> Profile:

@@ -78,10 +78,9 @@ def translated_errors(paths: Sequence[str], target: str | None = None) -> Iterat
     try:
         yield
     except _core.CoreError as error:
-        path: str | None = None
-        if error.source == _core.TARGET:
-            path = target
-        elif error.source < len(paths):
+        # An error that is not about one file, for example of a thread: name the result.
+        path = target or next(iter(paths), None)
+        if error.source < len(paths):
             path = paths[error.source]
         raise _translate(error, path) from error
 

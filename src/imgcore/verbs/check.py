@@ -11,6 +11,9 @@ from imgcore.errors import OptionError, UnsupportedFeatureError
 
 if TYPE_CHECKING:
     from imgcore.disk.layer import Layer
+    from imgcore.disk.repair import Outcome
+    from imgcore.files.commitment import Commitment
+    from imgcore.files.target import Target
     from imgcore.formats.shared.check_report import CheckReport
 
 
@@ -143,10 +146,11 @@ def check(
         The operating system reported an error; ``filename`` is set.
     """
     from imgcore.disk.chain import open_chain
+    from imgcore.disk.image_names import local_image
     from imgcore.disk.layer import open_layer
     from imgcore.disk.open_options import OpenOptions
-    from imgcore.disk.image_names import local_image
     from imgcore.disk.stream_source import is_stream
+    from imgcore.files.commitment import until_committed
     from imgcore.files.host_file import HostFile
     from imgcore.formats.registry import get_driver
 
@@ -166,27 +170,38 @@ def check(
     if options.parents:
         for layer in open_chain(name, options):
             layer.close()
-    with open_layer(name, options) as layer:
-        layer.warn()
-        format_name = layer.reader.format_name
-        if not get_driver(format_name).has_tables:
-            raise CheckNotSupportedError(
-                f"a {format_name} image has no tables to check", path=layer.file.path
-            )
-        report = layer.reader.check()
-        if not repair:
-            return _result(layer, report)
-        from imgcore.disk.repair import repair as repair_image
 
-        outcome = repair_image(layer, report, leaks_only=repair == "leaks")
-        after = outcome.report
-        return replace(
-            _result(layer, after),
-            repairs=[f"{item.problem}: {item.action}" for item in outcome.repairs],
-            corruptions_fixed=report.corruptions - after.corruptions,
-            leaks_fixed=report.leaks - after.leaks,
-            not_repaired=outcome.obstacles,
-        )
+    def job(commitment: Commitment[CheckResult]) -> None:
+        with open_layer(name, options) as layer:
+            layer.warn()
+            format_name = layer.reader.format_name
+            if not get_driver(format_name).has_tables:
+                raise CheckNotSupportedError(
+                    f"a {format_name} image has no tables to check", path=layer.file.path
+                )
+            report = layer.reader.check()
+            commitment.result = _result(layer, report)
+            if not repair:
+                return
+            from imgcore.disk.repair import repair as repair_image
+
+            def result_of(outcome: Outcome) -> CheckResult:
+                after = outcome.report
+                return replace(
+                    _result(layer, after),
+                    repairs=[f"{item.problem}: {item.action}" for item in outcome.repairs],
+                    corruptions_fixed=report.corruptions - after.corruptions,
+                    leaks_fixed=report.leaks - after.leaks,
+                    not_repaired=outcome.obstacles,
+                )
+
+            def commit(target: Target, outcome: Outcome) -> None:
+                commitment.commit(target, result_of(outcome))
+
+            outcome = repair_image(layer, report, commit, leaks_only=repair == "leaks")
+            commitment.result = result_of(outcome)
+
+    return until_committed(job)
 
 
 def _result(layer: Layer, report: CheckReport) -> CheckResult:

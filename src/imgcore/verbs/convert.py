@@ -17,6 +17,7 @@ from imgcore.disk.sink_options import SinkOptions
 from imgcore.disk.source import open_sources
 from imgcore.disk.target_format import refuse_other_name
 from imgcore.engine.progress import Tally
+from imgcore.files.commitment import until_committed
 from imgcore.files.target import Target
 from imgcore.log import log
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from imgcore.engine.control import Control
     from imgcore.engine.progress import Progress
     from imgcore.files.byte_source import ByteSource
+    from imgcore.files.commitment import Commitment
 
 
 class ConvertResult(NamedTuple):
@@ -157,7 +159,8 @@ def convert(
         full), those with all zeros written (``sparse=0``), and those written in place.
     progress : callable, optional
         Called with a `Progress` on the calling thread, at most every 50 ms and once at
-        the end.  If it raises, the conversion is cancelled and the exception is raised.
+        the end, before the target gets its name.  If it raises, the conversion is
+        cancelled and the exception is raised.
     kernels : mapping, optional
         The variant to use for an operation, for example ``{"zero": "avx2"}``.  A
         variant that is not available is an `OptionError`.
@@ -218,35 +221,44 @@ def convert(
         rate=rate,
         control=control,
     )
-    with ExitStack() as stack:
-        disk = stack.enter_context(open_sources(_names(source), opening))
-        disk.refuse_conversion(salvage=salvage, with_base=backing is not None)
-        base = _open_base(target, writing, opening, stack)
-        output = stack.enter_context(Target(target, force=force, sync=sync, in_place=in_place))
-        files = [*disk.files, *(base.every_file() if base is not None else ())]
-        output.protect(files)
-        refuse_other_name(output.path, writing.format, flag="-O", profile=writing.profile)
-        tally = Tally(fitting_size(writing.profile, disk), progress)
-        sink = open_sink(output, writing, disk, base, tally.total_nbytes)
-        bad_ranges = _write(sink, tally, files, output.path)
-        file_size = output.main.file_size
-        output.commit()
-        tally.finish()
-        return ConvertResult(
-            source=disk.path,
-            target=output.path,
-            source_format=disk.format,
-            target_format=writing.format,
-            virtual_size=tally.total_nbytes,
-            bytes_data=tally.data_nbytes,
-            bytes_zero=tally.total_nbytes - tally.data_nbytes,
-            bytes_read=tally.read_nbytes,
-            bytes_written=tally.written_nbytes,
-            bytes_shared=tally.reflinked_nbytes,
-            file_size=file_size,
-            seconds=time.monotonic() - started,
-            bad_ranges=bad_ranges,
-        )
+
+    def job(commitment: Commitment[ConvertResult]) -> None:
+        with ExitStack() as stack:
+            disk = stack.enter_context(open_sources(_names(source), opening))
+            disk.refuse_conversion(salvage=salvage, with_base=backing is not None)
+            base = _open_base(target, writing, opening, stack)
+            output = Target(
+                target,
+                force=force,
+                sync=sync,
+                in_place=in_place,
+                in_place_nbytes=disk.virtual_size if writing.could_be_in_place else None,
+            )
+            stack.enter_context(output)
+            files = [*disk.files, *(base.every_file() if base is not None else ())]
+            output.protect(files)
+            refuse_other_name(output.path, writing.format, flag="-O", profile=writing.profile)
+            tally = Tally(fitting_size(writing.profile, disk), progress)
+            sink = open_sink(output, writing, disk, base, tally.total_nbytes)
+            bad_ranges = _write(sink, tally, files, output)
+            result = ConvertResult(
+                source=disk.path,
+                target=output.path,
+                source_format=disk.format,
+                target_format=writing.format,
+                virtual_size=tally.total_nbytes,
+                bytes_data=tally.data_nbytes,
+                bytes_zero=tally.total_nbytes - tally.data_nbytes,
+                bytes_read=tally.read_nbytes,
+                bytes_written=tally.written_nbytes,
+                bytes_shared=tally.reflinked_nbytes,
+                file_size=output.main.file_size,
+                seconds=time.monotonic() - started,
+                bad_ranges=bad_ranges,
+            )
+            commitment.commit(output, result)
+
+    return until_committed(job)
 
 
 def _names(source: FilePath | Sequence[FilePath]) -> list[str]:
@@ -271,15 +283,18 @@ def _open_base(
 
 
 def _write(
-    sink: Sink, tally: Tally, files: Sequence[ByteSource], target: str
+    sink: Sink, tally: Tally, files: Sequence[ByteSource], output: Target
 ) -> tuple[BadRange, ...]:
     """Write the target's content; raise if a source file changes meanwhile."""
     try:
         bad_ranges = sink.write(tally)
+        output.prepare()
         for file in files:
             file.check_unchanged()
+        # The last call for progress: it may still cancel the job.
+        tally.finish()
     except BaseException:
         if sink.overwrites:
-            log.warning("%s: it was written in place and is now incomplete", target)
+            log.warning("%s: it was written in place and is now incomplete", output.path)
         raise
     return bad_ranges

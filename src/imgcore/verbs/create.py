@@ -12,6 +12,7 @@ from imgcore.errors import OptionError, TargetError
 from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
+    from imgcore.files.commitment import Commitment
     from imgcore.files.target import Target
     from imgcore.formats.api import BackingReference, Driver, WriteRequest
     from imgcore.formats.options import FormatOptions
@@ -93,6 +94,7 @@ def create(
         The operating system reported an error; ``filename`` is set.
     """
     from imgcore.disk.target_format import refuse_other_name, refuse_stream, target_format
+    from imgcore.files.commitment import until_committed
     from imgcore.files.target import Target
     from imgcore.formats.registry import get_driver
 
@@ -105,20 +107,24 @@ def create(
     if nbytes is None:
         raise OptionError("a size is needed unless there is a backing file", path=name)
     request = _request(name, driver, nbytes, options, reference)
-    with Target(name, force=force, sync=sync) as target:
-        if identity is not None and target.identity == identity:
-            raise TargetError("is its own backing file", path=name)
-        _write_empty(driver, request, target)
-        target.commit()
-    return CreateResult(
-        path=name,
-        format=driver.name,
-        virtual_size=nbytes,
-        file_size=os.stat(name).st_size,
-        options=asdict(request.options),
-        backing=reference.name if reference else None,
-        backing_format=reference.format if reference else None,
-    )
+
+    def job(commitment: Commitment[CreateResult]) -> None:
+        with Target(name, force=force, sync=sync) as target:
+            if identity is not None and target.identity == identity:
+                raise TargetError("is its own backing file", path=name)
+            _write_empty(driver, request, target)
+            result = CreateResult(
+                path=name,
+                format=driver.name,
+                virtual_size=request.virtual_size,
+                file_size=target.main.file_size,
+                options=asdict(request.options),
+                backing=reference.name if reference else None,
+                backing_format=reference.format if reference else None,
+            )
+            commitment.commit(target, result)
+
+    return until_committed(job)
 
 
 def _open_backing(
