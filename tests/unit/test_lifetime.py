@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
+import pickle
 import shutil
 import threading
 import time
@@ -281,6 +283,18 @@ def test_a_file_that_is_closed_in_the_middle_of_a_read(
 def drop(held: list[Any]) -> None:
     held.clear()
     gc.collect()
+
+
+@pytest.mark.parametrize("take", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_an_owner_of_descriptors_has_no_copy(
+    take: Callable[[Any], Any], folders: tuple[Path, Path]
+) -> None:
+    """A copy that is dropped would close the files of the original."""
+    with imgcore.open(folders[0] / "child.qcow2") as image:
+        for owner in (image, *image.files):
+            with pytest.raises(TypeError, match="cannot be copied or pickled"):
+                take(owner)
+        assert image.read(0, 512)
 
 
 # -- dropped without close -------------------------------------------------------------

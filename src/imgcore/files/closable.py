@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,6 +71,10 @@ class Closable:
             is_last = self._n_uses == 0
         if is_last:
             self._free()
+
+    def __reduce__(self) -> NoReturn:
+        """Reject copies: two objects would own the same descriptors."""
+        raise TypeError(f"{self!r} cannot be copied or pickled")
 
     def __del__(self) -> None:
         if self._is_closed:
