@@ -223,6 +223,7 @@ path: imgcore.FilePath = BytesPath()
 """
 
 
+@pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="mypy is not installed")
 def test_type_checkers_take_what_the_functions_take(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
