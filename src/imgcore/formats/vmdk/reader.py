@@ -18,9 +18,7 @@ from imgcore.errors import (
 )
 from imgcore.formats.api import BackingReference
 from imgcore.formats.magic import is_vmdk_descriptor
-from imgcore.formats.shared.alignment import align_up
 from imgcore.formats.shared.flat_reader import FlatExtents
-from imgcore.formats.shared.last_sector import whole_sectors
 from imgcore.formats.shared.windows_paths import names_beside, names_from_windows_path
 from imgcore.formats.vmdk.descriptor import Descriptor, ExtentLine, parse_descriptor
 from imgcore.formats.vmdk.extent import DiskExtent
@@ -333,14 +331,12 @@ class VmdkReader:
 
     def _add_flat(self, file: ByteSource, line: ExtentLine) -> None:
         end = line.offset_nbytes + line.nbytes
-        if end > align_up(file.nbytes, SECTOR_NBYTES):
+        if end > file.nbytes:
             raise CorruptImageError(
                 f"the extent ends at {end:#x}, past the end of the file ({file.nbytes:#x})",
                 path=file.path,
                 offset=file.nbytes,
             )
-        if end > file.nbytes:
-            whole_sectors(file.nbytes, file.path)
         self._sources.append(SourceFile(file, self.virtual_size))
         self._add(
             DiskExtent(
