@@ -78,7 +78,7 @@ def repair(layer: Layer, before: CheckReport) -> tuple[CheckReport, list[Repair]
             _apply(target.main, item)
         after = _verify(layer, target.main)
         if after.corruptions > before.corruptions or after.leaks > before.leaks:
-            raise ImgcoreError("internal: the repairs do not help; nothing changed", path=file.path)
+            raise ImgcoreError("the repairs do not help, so nothing was changed", path=file.path)
         copy_attributes(file, target.main)
         file.check_unchanged()
         target.commit()
@@ -114,7 +114,7 @@ def _refuse_damage(file: HostFile, reader: Reader, repairs: Sequence[Repair]) ->
         for low, high in ranges:
             if ((start < high) & (end > low)).any():
                 raise ImgcoreError(
-                    f"internal: a repair at 0x{low:x} would touch guest data; nothing changed",
+                    f"a repair at 0x{low:x} would change guest data, so nothing was changed",
                     path=file.path,
                 )
 
@@ -149,7 +149,7 @@ def _verify(layer: Layer, copy: TargetFile) -> CheckReport:
         try:
             if not _reads_the_same(reader, repaired):
                 raise ImgcoreError(
-                    "internal: the repaired copy would read differently; nothing changed",
+                    "the repaired copy would read differently, so nothing was changed",
                     path=file.path,
                 )
             return repaired.check()

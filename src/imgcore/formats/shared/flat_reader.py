@@ -34,16 +34,13 @@ class HostData:
     def next(self, position: int) -> tuple[int, int]:
         """Return [start, end) of the next data at or after a host offset.
 
-        Both are 2^63 if no data follows.  Data is widened to whole sectors, because a
-        file system's blocks may be smaller.  Holes read as zeros, so this is safe.
+        Both are 2^63 if no data follows.
         """
         start, end = self._found
         if not start <= position < end:
             start, end = self._file.next_data(position)
             if start >= end:
                 return _NO_DATA, _NO_DATA
-            start -= start % SECTOR_NBYTES
-            end += -end % SECTOR_NBYTES
             self._found = start, end
         return max(start, position), end
 
@@ -82,7 +79,9 @@ def flat_rows(
     rows: list[tuple[int, int, int, int, int, int, int]] = []
     position = start
     while position < stop:
-        data_start, data_end = (min(place - shift, stop) for place in data.next(position + shift))
+        data_start, data_end = _whole_sectors(*data.next(position + shift), shift)
+        data_start, data_end = max(data_start, position), min(data_end, stop)
+        data_start = min(data_start, stop)
         if position < data_start:
             rows.append((position, data_start - position, 0, 0, 0, hole, 0))
         if data_start < data_end:
@@ -93,6 +92,16 @@ def flat_rows(
         if len(rows) >= max_rows - 1 or position >= stop:
             yield np.array(rows, dtype=EXTENT_DTYPE)
             rows.clear()
+
+
+def _whole_sectors(start: int, end: int, shift: int) -> tuple[int, int]:
+    """Return the guest range of a range of the file, widened to whole sectors.
+
+    The guest's sectors need not be sectors of the file, and a file system's blocks may
+    be smaller than either.  What is added are holes, which read as zeros.
+    """
+    start, end = start - shift, end - shift
+    return start - start % SECTOR_NBYTES, end + -end % SECTOR_NBYTES
 
 
 class FlatExtents:
