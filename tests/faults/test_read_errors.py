@@ -192,7 +192,7 @@ def test_nothing_is_salvaged_where_nothing_is_lost(source: Callable[[Variant], S
     assert here.out.read_bytes() == here.content
 
 
-def test_tables_are_not_salvaged(source: Callable[[Variant], Source]) -> None:
+def test_a_header_is_not_salvaged(source: Callable[[Variant], Source]) -> None:
     here = source(qemu.QCOW2)
     answer = here.read(bad=here.bad(0, 512), more={"salvage": True})
     assert (answer["outcome"], answer["errno"]) == ("error", errno.EIO)

@@ -36,7 +36,11 @@ def _fake_format(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the formats by one whose files describe reader and parent as JSON."""
 
     def open_fake(
-        file: HostFile, gate: ReferenceGate, format: str | None = None, options: object = None
+        file: HostFile,
+        gate: ReferenceGate,
+        format: str | None = None,
+        options: object = None,
+        damage: object = None,
     ) -> Any:
         content = json.loads(file.pread(0, file.nbytes))
         backing = content.get("backing")

@@ -204,7 +204,7 @@ def test_batches_over_a_base_are_bounded_on_both_sides(
             SimpleNamespace(
                 virtual_size=layer.virtual_size,
                 sources=[SimpleNamespace(file=SimpleNamespace(path=""))],
-                data_extents=lambda start=0, length=None, layer=layer: layer.extents(
+                data_extents=lambda start=0, length=None, salvage=None, layer=layer: layer.extents(
                     start, layer.virtual_size if length is None else length
                 ),
             )

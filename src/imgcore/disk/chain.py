@@ -160,7 +160,8 @@ class _Chain:
                 raise CorruptImageError(
                     f"the chain of backing files leads back to {file.path}", path=self._path
                 )
-            layer = Layer(file, gate, open_reader(file, gate, format))
+            reader = open_reader(file, gate, format, damage=self._options.damage)
+            layer = Layer(file, gate, reader, self._options.salvage)
             stack.callback(layer.close)
             _refuse_wrong_parent(self._path, reference, layer)
             stack.pop_all()

@@ -16,6 +16,7 @@ from imgcore.limits import SECTOR_NBYTES
 if TYPE_CHECKING:
     from imgcore.disk.layer import Layer
     from imgcore.disk.overlay import Depths
+    from imgcore.disk.salvage import Salvage
     from imgcore.engine.extents import Extents
     from imgcore.engine.source_file import SourceFile
     from imgcore.files.byte_source import ByteSource
@@ -54,7 +55,8 @@ class Image:
         self.virtual_size = self.reader.virtual_size
         self.block_size = self.reader.block_nbytes
         self.sources: list[SourceFile] = []
-        self._first_files: list[int] = []
+        # The index of each layer's first file in ``sources``.
+        self.first_files: list[int] = []
         self.files = [layer.file for layer in self.chain]
         # Reentrant: a signal handler may close the image in the middle of a read.
         self._lock = threading.RLock()
@@ -62,7 +64,7 @@ class Image:
         self._n_users = 1
         self._is_closed = False
         for layer in self.layers:
-            self._first_files.append(len(self.sources))
+            self.first_files.append(len(self.sources))
             self.sources.extend(layer.sources)
 
     @property
@@ -92,7 +94,7 @@ class Image:
         if start < 0 or length < 0 or start + length > self.virtual_size:
             raise ValueError(f"[{start}, {start + length}) is not inside the disk")
         if length:
-            yield from chain_extents(self.layers, self._first_files, start, length)
+            yield from chain_extents(self.layers, self.first_files, start, length)
 
     def extents(self, start: int = 0, length: int | None = None) -> Iterator[Extents]:
         """Yield the extents of a range: where its bytes are stored.
@@ -120,13 +122,20 @@ class Image:
         for rows, _ in self.layer_extents(start, length):
             yield rows
 
-    def data_extents(self, start: int = 0, length: int | None = None) -> Iterator[Extents]:
-        """Yield the extents of a range, with long holes of host files as ZERO."""
+    def data_extents(
+        self, start: int = 0, length: int | None = None, *, salvage: Salvage | None = None
+    ) -> Iterator[Extents]:
+        """Yield the extents of a range, with long holes of host files as ZERO.
+
+        With ``salvage``, what is lost is ZERO, too, and listed there.
+        """
         from imgcore.disk.host_holes import HostHoles
 
         holes = HostHoles(self.sources)
-        for rows in self.extents(start, length):
-            yield from holes.cut(rows)
+        for rows, depths in self.layer_extents(start, length):
+            known = [rows] if salvage is None else salvage.take(rows, depths)
+            for part in known:
+                yield from holes.cut(part)
 
     def read(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes of the virtual disk, starting at ``offset``.

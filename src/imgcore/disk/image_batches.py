@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from imgcore.disk.image import Image
+    from imgcore.disk.salvage import Salvage
     from imgcore.engine.extents import Extents
     from imgcore.engine.geometry import Geometry
 
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 _MAX_BATCH_BLOCKS: Final = 1 << 17
 
 
-def image_batches(image: Image, base: Image | None, geometry: Geometry) -> Iterator[Batch]:
+def image_batches(
+    image: Image, base: Image | None, geometry: Geometry, salvage: Salvage | None = None
+) -> Iterator[Batch]:
     """Yield the disk in batches; long empty parts are skipped if none is written.
 
     Parameters
@@ -32,9 +35,11 @@ def image_batches(image: Image, base: Image | None, geometry: Geometry) -> Itera
         The target's parent.  Its files are numbered after those of ``image``.
     geometry : Geometry
         The target's.  Its disk may be larger than the image's and then ends in zeros.
+    salvage : Salvage, optional
+        Receives what is lost of the image.
     """
     disk_end = geometry.guest_nbytes
-    rows = padded(image.data_extents(), image.virtual_size, disk_end)
+    rows = padded(image.data_extents(salvage=salvage), image.virtual_size, disk_end)
     if base is None:
         return _cut(rows, geometry, skip_empty=geometry.zero_policy is ZeroPolicy.SKIP)
     base_end = min(base.virtual_size, disk_end)

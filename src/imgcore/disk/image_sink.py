@@ -105,7 +105,8 @@ class ImageSink:
             )
             stack.callback(job.close)
             _run(job, self._writer, supply.batches, tally)
-            return int(job.next_offset), named_bad_ranges(job.bad_ranges, supply.paths)
+            unread = named_bad_ranges(job.bad_ranges, supply.paths)
+            return int(job.next_offset), tuple(sorted((*supply.lost, *unread)))
 
     def _may_reflink(self) -> bool:
         """Tell whether blocks may be reflinked instead of copied."""

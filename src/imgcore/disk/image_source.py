@@ -35,7 +35,7 @@ class ImageSource:
         """Describe the image, then its parent, and so on."""
         return [describe_layer(layer) for layer in self._image.chain]
 
-    def refuse_conversion(self, *, salvage: bool, with_base: bool) -> None:
+    def refuse_conversion(self, *, with_base: bool) -> None:
         """Raise UnsupportedFeatureError if the disk ends inside a sector."""
         if self.virtual_size % SECTOR_NBYTES:
             raise UnsupportedFeatureError(
@@ -60,14 +60,19 @@ class ImageSource:
     def supply(self, geometry: Geometry, base: Image | None) -> AbstractContextManager[Supply]:
         """Return the files of image and base, and batches that refer to them."""
         from imgcore.disk.image_batches import image_batches
+        from imgcore.disk.salvage import Salvage
         from imgcore.engine.batches import Supply
         from imgcore.engine.source_file import native_sources
 
         sources = [*self._image.sources, *(base.sources if base is not None else ())]
+        chain, salvage = self._image.chain, None
+        if chain[0].salvages:
+            salvage = Salvage(chain, self._image.first_files)
         return nullcontext(
             Supply(
                 paths=[source.file.path for source in sources],
                 native_sources=native_sources(sources),
-                batches=image_batches(self._image, base, geometry),
+                batches=image_batches(self._image, base, geometry, salvage),
+                lost=[] if salvage is None else salvage.ranges,
             )
         )

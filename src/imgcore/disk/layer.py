@@ -26,11 +26,14 @@ class Layer(NamedTuple):
     gate : ReferenceGate
         Opens the files that the image names.
     reader : Reader
+    salvages : bool
+        Whether the reader goes on after damage; see `imgcore.formats.shared.damage`.
     """
 
     file: HostFile
     gate: ReferenceGate
     reader: Reader
+    salvages: bool = False
 
     def close(self) -> None:
         """Close the reader and all its files; may be called more than once."""
@@ -49,7 +52,8 @@ def open_layer(path: str | os.PathLike[str], options: OpenOptions) -> Layer:
     file = HostFile.open(path, share=options.share)
     try:
         gate = gate_of(file, options)
-        return Layer(file, gate, open_reader(file, gate, options.format, options.read_options))
+        reader = open_reader(file, gate, options.format, options.read_options, options.damage)
+        return Layer(file, gate, reader, options.salvage)
     except BaseException:
         file.close()
         raise

@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING, NamedTuple
 
 from imgcore.files.reference_gate import folder_names
+from imgcore.formats.shared.damage import SALVAGING, STRICT, Damage
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class OpenOptions(NamedTuple):
-    """The keywords of `imgcore.open`, which documents them."""
+    """The keywords of `imgcore.open`, which documents them, and ``salvage``."""
 
     format: str | None = None
     backing_format: str | None = None
@@ -22,6 +23,12 @@ class OpenOptions(NamedTuple):
     read_options: OptionTexts | None = None
     allow: tuple[str, ...] = ()
     share: bool = False
+    salvage: bool = False
+
+    @property
+    def damage(self) -> Damage:
+        """What the readers of the image and its parents do about damage."""
+        return SALVAGING if self.salvage else STRICT
 
     @classmethod
     def from_keywords(
@@ -33,6 +40,7 @@ class OpenOptions(NamedTuple):
         read_options: OptionTexts | None = None,
         allow: Iterable[str | os.PathLike[str]] = (),
         share: bool = False,
+        salvage: bool = False,
     ) -> OpenOptions:
         """Return the record; OptionError if ``allow`` is a lone string."""
         return cls(
@@ -42,4 +50,5 @@ class OpenOptions(NamedTuple):
             read_options=read_options,
             allow=tuple(folder_names(allow)),
             share=share,
+            salvage=salvage,
         )

@@ -57,13 +57,11 @@ class Source(Protocol):
         """Return the description of each image of the chain, as ``info`` does."""
         ...
 
-    def refuse_conversion(self, *, salvage: bool, with_base: bool) -> None:
+    def refuse_conversion(self, *, with_base: bool) -> None:
         """Raise if the disk cannot be converted, or not in this way.
 
         Parameters
         ----------
-        salvage : bool
-            Unreadable data will be replaced with zeros.
         with_base : bool
             The disk will be compared with the target's parent.
         """

@@ -10,7 +10,7 @@ from imgcore.errors import OptionError, UnsupportedFeatureError, WrongFormatErro
 from imgcore.formats.magic import HEAD_NBYTES, matching_formats
 from imgcore.formats.registry import PLAIN_FORMAT
 from imgcore.limits import CHUNK_NBYTES
-from imgcore.streams.names import stream_suffix
+from imgcore.streams.names import CODEC_OF_SUFFIX, stream_suffix
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,6 +49,13 @@ class StreamSource:
         """Open a stream; decompress all of it if it does not state its size."""
         from imgcore.streams.reader import StreamReader
 
+        if options.salvage:
+            codec = CODEC_OF_SUFFIX[stream_suffix(os.fspath(path)) or ""]
+            raise OptionError(
+                "data of a compressed stream cannot be salvaged "
+                f"({codec} -dc FILE > disk.raw writes what comes before the damage)",
+                path=os.fspath(path),
+            )
         if options.read_options:
             raise OptionError(f"{cls.format} has no options for reading", path=os.fspath(path))
         if options.parent is not None:
@@ -74,13 +81,11 @@ class StreamSource:
             }
         ]
 
-    def refuse_conversion(self, *, salvage: bool, with_base: bool) -> None:
+    def refuse_conversion(self, *, with_base: bool) -> None:
         """Raise for options that need random access, or if the stream holds an image.
 
         Only the first bytes of the disk are read.
         """
-        if salvage:
-            raise OptionError("data of a compressed stream cannot be salvaged", path=self.path)
         found = [] if self._is_stated else matching_formats(self._reader.head(HEAD_NBYTES), b"")
         if found:
             raise WrongFormatError(

@@ -23,6 +23,9 @@ from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 from imgcore.errors import OptionError, UnsupportedFeatureError, WrongFormatError
 from imgcore.formats.magic import HEAD_NBYTES, TAIL_NBYTES, matching_formats
+from imgcore.formats.shared.damage import STRICT, Damage
+from imgcore.formats.shared.trailing_zeros import end_of_data
+from imgcore.limits import MAX_PADDING_NBYTES
 from imgcore.streams.names import CODEC_OF_SUFFIX, RAW_SUFFIXES, stream_suffix
 
 if TYPE_CHECKING:
@@ -168,6 +171,7 @@ def open_reader(
     gate: ReferenceGate,
     format: str | None = None,
     options: OptionTexts | None = None,
+    damage: Damage = STRICT,
 ) -> Reader:
     """Open an image in the stated format, or in the one that its file has.
 
@@ -181,6 +185,8 @@ def open_reader(
         Name or alias of the format; the module's docstring has the rules without it.
     options : iterable of str, or mapping, optional
         Options for reading, as for `parse_options`.
+    damage : Damage
+        If it salvages, a stated format need not have its magic.
 
     Raises
     ------
@@ -195,7 +201,8 @@ def open_reader(
         name = _find_format(file)
     else:
         name = canonical_name(format)
-        _refuse_other_format(file, name)
+        if not damage.salvages:
+            _refuse_other_format(file, name)
     if name in CODEC_OF_SUFFIX.values():
         raise UnsupportedFeatureError(
             f"a {name} stream has no random access: only convert, info and measure read "
@@ -206,17 +213,32 @@ def open_reader(
         raise UnsupportedFeatureError(f"{NOT_READ[name]} are not read", path=file.path)
     driver = get_driver(name)
     if not options:
-        return driver.open(file, gate)
+        return driver.open(file, gate, damage=damage)
     if driver.read_options is None:
         raise OptionError(f"{name} has no options for reading", path=file.path)
     from imgcore.formats.option_texts import parse_record
 
-    return driver.open(file, gate, parse_record(name, driver.read_options, options))
+    return driver.open(file, gate, parse_record(name, driver.read_options, options), damage)
+
+
+def _is_padded(file: ByteSource, name: str | None) -> bool:
+    """Tell whether a format's magic is at the end of a file, before zeros."""
+    if name is None or name == PLAIN_FORMAT:
+        return False
+    end = end_of_data(file, MAX_PADDING_NBYTES)
+    if end is None:
+        return False
+    tail_nbytes = min(TAIL_NBYTES, end)
+    return name in matching_formats(b"", file.pread(end - tail_nbytes, tail_nbytes))
 
 
 def _find_format(file: ByteSource) -> str:
     found = probe(file)
-    named_raw = file.is_block_device or format_from_suffix(file.path) == PLAIN_FORMAT
+    suffix_format = format_from_suffix(file.path)
+    named_raw = file.is_block_device or suffix_format == PLAIN_FORMAT
+    if found is None and _is_padded(file, suffix_format):
+        assert suffix_format is not None
+        return suffix_format
     if found is None:
         if named_raw:
             return PLAIN_FORMAT
@@ -238,6 +260,6 @@ def _refuse_other_format(file: ByteSource, name: str) -> None:
     if name == PLAIN_FORMAT:
         return
     found = _matches(file)
-    if name not in found:
+    if name not in found and not (not found and _is_padded(file, name)):
         what = f"its magic is that of {' and '.join(found)}" if found else "no known magic found"
         raise WrongFormatError(f"not a {name} image: {what}", path=file.path)

@@ -129,9 +129,10 @@ def convert(
     in_place : bool
         Write into an existing raw file or block device.
     salvage : bool
-        Replace guest data that the system cannot read, or that does not decompress,
-        with zeros and list it in ``bad_ranges`` of the result, instead of failing.
-        Headers and tables must still be valid.
+        Replace guest data that is lost with zeros and list it in ``bad_ranges`` of the
+        result, instead of failing: data that the system cannot read, that does not
+        decompress, or whose place is unknown since the file is truncated or a table is
+        damaged.  The header must still be valid.
     reflink : bool
         Reflink blocks of the source instead of copying them if the file system can do
         it (XFS, Btrfs) and both formats place blocks on its boundaries.  The target
@@ -174,6 +175,7 @@ def convert(
         read_options=read_options,
         allow=allow,
         share=share,
+        salvage=salvage,
     )
     writing = SinkOptions.from_keywords(
         os.fspath(target),
@@ -192,7 +194,7 @@ def convert(
     )
     with ExitStack() as stack:
         disk = stack.enter_context(open_source(source, opening))
-        disk.refuse_conversion(salvage=salvage, with_base=backing is not None)
+        disk.refuse_conversion(with_base=backing is not None)
         base = _open_base(os.fspath(target), writing, opening, stack)
         tally = Tally(fitting_size(writing.profile, disk), progress)
         output = stack.enter_context(Target(target, force=force, sync=sync, in_place=in_place))

@@ -114,6 +114,9 @@ class FlatExtents:
         As for `flat_rows`.
     hides_parent : bool
         Whether holes of the file read as zeros even if there is a parent.
+    lost_from : int, optional
+        Guest offset, a multiple of 512, from which on the file is too short: the rest
+        is LOST.
 
     Notes
     -----
@@ -122,23 +125,45 @@ class FlatExtents:
     """
 
     def __init__(
-        self, file: ByteSource, *, shift: int = 0, file_index: int = 0, hides_parent: bool = True
+        self,
+        file: ByteSource,
+        *,
+        shift: int = 0,
+        file_index: int = 0,
+        hides_parent: bool = True,
+        lost_from: int | None = None,
     ) -> None:
         self._file = file
         self._shift = shift
         self._file_index = file_index
         self._hides_parent = hides_parent
+        self._lost_from = lost_from
 
     def extents(self, start: int, length: int) -> Iterator[Extents]:
         """Yield extent batches; see `imgcore.formats.api.Reader.extents`."""
         from imgcore.engine.extents import Kind
 
-        return flat_rows(
-            HostData(self._file),
-            start,
-            start + length,
-            shift=self._shift,
-            file_index=self._file_index,
-            hole=Kind.ZERO if self._hides_parent else Kind.HOLE,
-            max_rows=_BATCH_ROWS,
-        )
+        stop = held_to = start + length
+        if self._lost_from is not None:
+            held_to = min(stop, max(start, self._lost_from))
+        if start < held_to:
+            yield from flat_rows(
+                HostData(self._file),
+                start,
+                held_to,
+                shift=self._shift,
+                file_index=self._file_index,
+                hole=Kind.ZERO if self._hides_parent else Kind.HOLE,
+                max_rows=_BATCH_ROWS,
+            )
+        if held_to < stop:
+            yield lost_file(held_to, stop - held_to)
+
+
+def lost_file(start: int, length: int) -> Extents:
+    """Return one LOST row for a guest range whose file is missing or too short."""
+    from imgcore.engine.extents import FLAG_NO_FILE, Kind, single
+
+    row = single(start, length, Kind.LOST)
+    row["flags"] = FLAG_NO_FILE
+    return row
