@@ -4,9 +4,10 @@
 #   tools/build_deps.sh [PREFIX]        (default /opt/imgcore-deps)
 #
 # The sources are the Debian archive's, pinned by SHA-256.  They are taken from
-# $IMGCORE_DEPS_CACHE, else by apt-get from the machine's mirror, else (without apt) by
-# curl from the URL $IMGCORE_DEBIAN_MIRROR.  If PREFIX already has the same versions,
-# the script does nothing.
+# $IMGCORE_DEPS_CACHE, else by apt-get from the machine's mirror, else by curl from the
+# URL $IMGCORE_DEBIAN_MIRROR (such as https://deb.debian.org/debian).  If PREFIX already
+# has the same versions, the script does nothing; it is replaced only once every source
+# is there.
 set -euo pipefail
 prefix=${1:-/opt/imgcore-deps}
 cache=${IMGCORE_DEPS_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/imgcore-deps}
@@ -50,14 +51,30 @@ apt_source() {
   (cd "$cache" && apt-get "${options[@]}" source --download-only --tar-only "$package") >>"$apt/log" 2>&1
 }
 
+# Tries again after a failed or shortened transfer.  The cache gets pinned files only.
+curl_source() {
+  local package=$1 file=$2 digest=$3 part=$work/$2 attempt
+  [[ -n $mirror ]] || return 1
+  local url=${mirror%/}/pool/main/${package:0:4}/$package/$file
+  for attempt in 1 2 3; do
+    (( attempt == 1 )) || sleep "$attempt"
+    curl --fail --silent --show-error --location --connect-timeout 30 --max-time 300 \
+      --output "$part" "$url" || continue
+    if is_pinned "$part" "$digest"; then
+      cp "$part" "$cache/$file.part" && mv "$cache/$file.part" "$cache/$file"
+      return
+    fi
+    echo "build_deps: $url is not the pinned file" >&2
+  done
+  return 1
+}
+
 fetch() {
   local package=$1 file=$2 digest=$3
   is_pinned "$cache/$file" "$digest" && return
   apt_source "$package" && is_pinned "$cache/$file" "$digest" && return
-  [[ -n $mirror ]] &&
-    curl --fail --silent --location --max-time 300 --output "$cache/$file" \
-      "$mirror/pool/main/${package:0:4}/$package/$file" && is_pinned "$cache/$file" "$digest" && return
-  echo "build_deps: $file is not available, or is not the pinned one; put it into $cache, or set IMGCORE_DEBIAN_MIRROR" >&2
+  curl_source "$package" "$file" "$digest" && return
+  echo "build_deps: $file with SHA-256 $digest is not available: put it into $cache, or set IMGCORE_DEBIAN_MIRROR" >&2
   exit 1
 }
 
@@ -105,11 +122,14 @@ build_liburing() {
   write_pc liburing 2.9 uring
 }
 
+for source in "${sources[@]}"; do
+  read -r package file digest <<<"$source"
+  fetch "$package" "$file" "$digest"
+done
 rm -rf "$prefix"
 mkdir -p "$prefix/lib/pkgconfig" "$prefix/include"
 for source in "${sources[@]}"; do
   read -r package file digest <<<"$source"
-  fetch "$package" "$file" "$digest"
   mkdir "$work/$package"
   tar -xf "$cache/$file" -C "$work/$package" --strip-components=1
   set +e # in a condition, `set -e` has no effect inside the function

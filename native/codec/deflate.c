@@ -4,13 +4,13 @@
  * ISA-L is fast and supports every window.  libdeflate compresses better; its window is
  * always 32 KiB.
  */
-#include <isa-l/igzip_lib.h>
 #include <libdeflate.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "codec/codec.h"
+#include "codec/isal_stream.h"
 #include "codec/zlib_frame.h"
 
 /* A stored block holds up to 65535 bytes and adds 5.  ISA-L may start one early. */
@@ -27,26 +27,9 @@
 #define SAMPLE_PERCENT 45
 #define SAMPLED_ISAL_LEVEL 3
 
-/*
- * ISA-L for x86-64 (up to 2.31.1) has a fault at levels 1 and 2: it enters the third
- * byte of a block under a hash of bits 16 to 47 of the stream's own address, not under
- * a hash of the bytes there.  Whether it finds a match then depends on where the stream
- * is in memory: one block of 64 KiB in ten thousand comes out differently from run to
- * run, and from thread to thread.
- *
- * The fault has no effect as long as that hash differs from the hashes of the block's
- * first three places.  So each block takes, of several streams, one for which it
- * differs.
- */
-#define N_STREAMS 8
-#define STREAM_SPACING_NBYTES ((sizeof(struct isal_zstream) + 0xffff) & ~(size_t)0xffff)
-/* Every hash table has 256 entries or more: hashes that differ here differ in each. */
-#define HASH_MASK 0xffu
-
 struct imgc_deflate {
 	struct libdeflate_compressor *libdeflate; /* NULL: ISA-L alone */
-	uint8_t *streams;			  /* N_STREAMS of ISA-L; NULL: libdeflate alone */
-	struct isal_zstream *stream;		  /* the stream of the last block */
+	struct isal_zstream *stream;		  /* NULL: libdeflate alone */
 	uint8_t *level_buffer;
 	uint32_t level_buffer_nbytes;
 	uint32_t level;
@@ -81,8 +64,8 @@ static int create_isal(int32_t level, uint32_t window_bits, struct imgc_deflate 
 	d->level = (uint32_t)level;
 	d->window_bits = (uint16_t)window_bits;
 	d->level_buffer_nbytes = isal_level_nbytes(d->level);
-	d->streams = calloc(N_STREAMS, STREAM_SPACING_NBYTES);
-	if (!d->streams)
+	d->stream = imgc_isal_stream_create(d->level);
+	if (!d->stream)
 		return IMGC_NO_MEMORY;
 	if (d->level_buffer_nbytes != 0) {
 		d->level_buffer = calloc(1, d->level_buffer_nbytes);
@@ -138,7 +121,7 @@ void imgc_deflate_destroy(struct imgc_deflate *d)
 		return;
 	if (d->libdeflate)
 		libdeflate_free_compressor(d->libdeflate);
-	free(d->streams);
+	imgc_isal_stream_destroy(d->stream, d->level);
 	free(d->level_buffer);
 	free(d);
 }
@@ -152,83 +135,15 @@ size_t imgc_deflate_bound(const struct imgc_deflate *d, size_t nbytes)
 	if (d->libdeflate)
 		libdeflate = d->is_zlib ? libdeflate_zlib_compress_bound(d->libdeflate, nbytes)
 					: libdeflate_deflate_compress_bound(d->libdeflate, nbytes);
-	return d->streams && isal > libdeflate ? isal : libdeflate;
-}
-
-/* ISA-L's hash of four bytes (the crc32 instruction), before it is cut to a table. */
-static uint32_t isal_hash(uint32_t word)
-{
-	const uint32_t crc32c_polynomial = 0x82f63b78;
-
-	for (int bit = 0; bit < 32; bit++)
-		word = word >> 1 ^ (word & 1 ? crc32c_polynomial : 0);
-	return word;
-}
-
-/*
- * The run of 0x00 or 0xff at the start of a block.  ISA-L encodes it apart, and looks
- * for matches from its end on.
- */
-static size_t repeated_nbytes(const uint8_t *in, size_t in_nbytes)
-{
-	size_t n = 0;
-
-	if (in_nbytes > 0 && (in[0] == 0x00 || in[0] == 0xff))
-		while (n < in_nbytes && in[n] == in[0])
-			n++;
-	return n;
-}
-
-static struct isal_zstream *stream_at(const struct imgc_deflate *d, size_t i)
-{
-	return (struct isal_zstream *)(d->streams + i * STREAM_SPACING_NBYTES);
-}
-
-static bool stream_is_neutral(const struct isal_zstream *stream, const uint32_t *hashes, size_t n)
-{
-	uint32_t own = isal_hash((uint32_t)((uintptr_t)stream >> 16));
-
-	for (size_t i = 0; i < n; i++)
-		if (((own ^ hashes[i]) & HASH_MASK) == 0)
-			return false;
-	return true;
-}
-
-static struct isal_zstream *choose_stream(const struct imgc_deflate *d, const uint8_t *in,
-					  size_t in_nbytes)
-{
-	const size_t starts[] = {0, repeated_nbytes(in, in_nbytes)};
-	struct isal_zstream *stream = NULL;
-	uint32_t hashes[6];
-	size_t n = 0;
-
-	for (size_t i = 0; i < 2; i++) {
-		for (size_t at = starts[i]; at < starts[i] + 3; at++) {
-			uint32_t word;
-
-			if (at + sizeof(word) > in_nbytes)
-				break;
-			memcpy(&word, in + at, sizeof(word));
-			hashes[n++] = isal_hash(word);
-		}
-	}
-	for (size_t i = 0; i < N_STREAMS; i++) {
-		stream = stream_at(d, i);
-		if (stream_is_neutral(stream, hashes, n))
-			break;
-	}
-	return stream;
+	return d->stream && isal > libdeflate ? isal : libdeflate;
 }
 
 /* Writes a raw stream.  Returns ISA-L's own status; d->stream has the sizes. */
 static int deflate_once(struct imgc_deflate *d, uint32_t level, const void *in, size_t in_nbytes,
 			void *out, size_t out_capacity)
 {
-	bool depends_on_place = level == 1 || level == 2;
-	struct isal_zstream *s =
-		depends_on_place ? choose_stream(d, in, in_nbytes) : stream_at(d, 0);
+	struct isal_zstream *s = d->stream;
 
-	d->stream = s;
 	isal_deflate_stateless_init(s);
 	s->level = level;
 	s->level_buf = level == 0 ? NULL : d->level_buffer;
@@ -286,7 +201,7 @@ static bool shrinks_well(struct imgc_deflate *d, const void *in, size_t in_nbyte
 int imgc_deflate_run(struct imgc_deflate *d, const void *in, size_t in_nbytes, void *out,
 		     size_t out_capacity, size_t *out_nbytes)
 {
-	if (!d->libdeflate || (d->streams && !shrinks_well(d, in, in_nbytes, out, out_capacity)))
+	if (!d->libdeflate || (d->stream && !shrinks_well(d, in, in_nbytes, out, out_capacity)))
 		return run_isal(d, in, in_nbytes, out, out_capacity, out_nbytes);
 	if (d->is_zlib)
 		*out_nbytes =

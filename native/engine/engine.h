@@ -19,6 +19,7 @@
  *     salvage.c  the list of ranges that could not be read
  *     placer.c   host offsets of an appending target
  *     extents.c  the check of rows, and the search among them
+ *     rate.c     how many guest bytes a second jobs may handle
  *     stop.c     the flags that tell a job to stop
  */
 #ifndef IMGC_ENGINE_ENGINE_H

@@ -53,9 +53,10 @@ int imgc_extents_check(const struct imgc_extent *extents, size_t n,
 	for (size_t i = 0; i < n; i++) {
 		const struct imgc_extent *row = &extents[i];
 
-		if (row->guest_offset != expected || expected % SECTOR_NBYTES != 0 ||
-		    row->length == 0 || expected > guest_end ||
-		    row->length > guest_end - expected || !row_is_valid(row, files, n_files))
+		if (row->guest_offset != expected ||
+		    (row->kind > IMGC_ZERO && expected % SECTOR_NBYTES != 0) || row->length == 0 ||
+		    expected > guest_end || row->length > guest_end - expected ||
+		    !row_is_valid(row, files, n_files))
 			return imgc_fail_at(err, IMGC_OUT_OF_RANGE, i, "extent_check");
 		expected += row->length;
 	}

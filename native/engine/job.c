@@ -43,7 +43,7 @@ static bool geometry_is_valid(const struct imgc_geometry *g)
 	       (!g->store_incompressible || g->compressed_alignment == 1) &&
 	       g->group_nblocks <= INT64_MAX / g->block_nbytes &&
 	       g->stored_prefix_nbytes <= IMGC_MAX_STORED_PREFIX_NBYTES &&
-	       g->stored_prefix_byte <= UINT8_MAX &&
+	       g->stored_prefix_byte <= UINT8_MAX && (!g->clears_blocks || g->sparse_nbytes == 0) &&
 	       (g->stored_prefix_nbytes == 0 || (g->placing == IMGC_PLACE_APPEND && !compresses));
 }
 
@@ -75,7 +75,9 @@ static int check_options(const struct imgc_job_options *o, struct imgc_error *er
 
 /*
  * A window holds any block that is compressed, or compared with the base, as a whole.
- * Otherwise it is small enough for the CPU's cache.
+ * So that a block need not be zeroed before it is written in parts, it also holds one
+ * that replaces old bytes, if it is not too large.  Otherwise it is small enough for the
+ * CPU's cache.
  */
 static uint64_t choose_window(const struct imgc_job_options *o)
 {
@@ -86,7 +88,10 @@ static uint64_t choose_window(const struct imgc_job_options *o)
 		least = imgc_max_u64(least, o->sources[i].block_nbytes);
 	if (o->kind == IMGC_JOB_CONVERT) {
 		least = imgc_max_u64(least, o->geometry.sparse_nbytes);
-		if (o->geometry.codec.codec != IMGC_CODEC_NONE || o->has_base)
+		bool clears = o->geometry.clears_blocks &&
+			      o->geometry.block_nbytes <= IMGC_MAX_BASE_BLOCK_NBYTES;
+
+		if (o->geometry.codec.codec != IMGC_CODEC_NONE || o->has_base || clears)
 			least = imgc_max_u64(least, o->geometry.block_nbytes);
 	}
 	while (window < least)

@@ -8,6 +8,9 @@
 #include "common/checked.h"
 #include "common/endian.h"
 #include "common/error.h"
+#include "io/io.h"
+
+#define RATE_POLL_MS 20 /* so that a cancelled job ends soon */
 
 static bool is_zero(const struct imgc_job *job, const struct view *view, uint64_t start,
 		    uint64_t end)
@@ -227,6 +230,44 @@ static void compare_window(struct worker *worker, struct slot *slot)
 	}
 }
 
+/* --------------------------------------------------------------- rate limit */
+
+static uint64_t data_nbytes(struct rows rows, uint64_t start, uint64_t end)
+{
+	uint64_t nbytes = 0;
+
+	for (size_t i = imgc_rows_find(rows, start); i < rows.n; i++) {
+		const struct imgc_extent *row = &rows.rows[i];
+
+		if (row->guest_offset >= end)
+			break;
+		if (row->kind >= IMGC_DATA)
+			nbytes += imgc_min_u64(row->guest_offset + row->length, end) -
+				  imgc_max_u64(row->guest_offset, start);
+	}
+	return nbytes;
+}
+
+/* Waits until the job's rate allows the window. */
+static int await_rate(const struct imgc_job *job, const struct slot *slot, struct imgc_error *err)
+{
+	uint64_t nbytes = slot->end - slot->start;
+
+	if (!job->options.rate_limit)
+		return IMGC_OK;
+	if (job->geometry.zero_policy != IMGC_ZERO_STORE)
+		nbytes = imgc_min_u64(nbytes,
+				      data_nbytes(job->rows, slot->start, slot->end) +
+					      data_nbytes(job->base, slot->start, slot->end));
+	while (!imgc_rate_limit_take(job->options.rate_limit, nbytes, RATE_POLL_MS)) {
+		int status = imgc_check_stopped(&job->stop, err);
+
+		if (status)
+			return status;
+	}
+	return IMGC_OK;
+}
+
 /* ------------------------------------------------------------------ process */
 
 int imgc_window_process(struct worker *worker, struct slot *slot, struct imgc_error *err)
@@ -235,9 +276,11 @@ int imgc_window_process(struct worker *worker, struct slot *slot, struct imgc_er
 
 	slot->n_pieces = slot->n_runs = 0;
 	slot->packed_nbytes = slot->data_nbytes = 0;
-	int status = imgc_reader_fill(&worker->reader, job->rows, slot->start, slot->end,
-				      &slot->view, err);
+	int status = await_rate(job, slot, err);
 
+	if (status == IMGC_OK)
+		status = imgc_reader_fill(&worker->reader, job->rows, slot->start, slot->end,
+					  &slot->view, err);
 	if (status == IMGC_OK && job->base.n)
 		status = imgc_reader_fill(&worker->reader, job->base, slot->start, slot->end,
 					  &worker->other, err);
@@ -258,7 +301,29 @@ int imgc_window_process(struct worker *worker, struct slot *slot, struct imgc_er
 
 /* -------------------------------------------------------------------- place */
 
-static int place_stored(struct imgc_job *job, const struct slot *slot, struct piece *piece)
+static int fail_to_place(const struct imgc_job *job, int status, struct imgc_error *err)
+{
+	return imgc_fail(err, status, 0, job->placer.next, IMGC_TARGET, "place");
+}
+
+/*
+ * Zeros what `piece`, the first one of its block, leaves of the block: all of it if the
+ * block has more pieces, since those that are zeros are not written.
+ */
+static int clear_block(struct imgc_job *job, const struct piece *piece, uint64_t length,
+		       struct imgc_error *err)
+{
+	uint64_t done = piece->nbytes == length ? length : 0;
+	int status = IMGC_OK;
+
+	if (job->geometry.clears_blocks)
+		status = imgc_file_zero(job->options.target, job->placer.open_offset + done,
+					job->geometry.block_nbytes - done, err);
+	return imgc_fail_in(err, status, IMGC_TARGET);
+}
+
+static int place_stored(struct imgc_job *job, const struct slot *slot, struct piece *piece,
+			struct imgc_error *err)
 {
 	uint64_t block_nbytes = job->geometry.block_nbytes;
 	uint64_t block_start = piece->block * block_nbytes;
@@ -266,10 +331,15 @@ static int place_stored(struct imgc_job *job, const struct slot *slot, struct pi
 	struct placer *placer = &job->placer;
 
 	if (!placer->block_is_open || placer->open_block != piece->block) {
-		if (imgc_placer_stored(placer, piece->block, length, &placer->open_offset))
-			return IMGC_LIMIT;
+		int status = imgc_placer_stored(placer, piece->block, length, &placer->open_offset);
+
+		if (status)
+			return fail_to_place(job, status, err);
 		placer->open_block = piece->block;
 		placer->block_is_open = piece->opens_block = true;
+		status = clear_block(job, piece, length, err);
+		if (status)
+			return status;
 	}
 	piece->host_offset = placer->open_offset + (slot->start + piece->start - block_start);
 	job->batch.placements[piece->block - job->batch.guest_start / block_nbytes] =
@@ -285,17 +355,19 @@ int imgc_window_place(struct imgc_job *job, struct slot *slot, struct imgc_error
 		int status = IMGC_OK;
 
 		if (piece->state == IMGC_BLOCK_STORED) {
-			status = place_stored(job, slot, piece);
+			status = place_stored(job, slot, piece, err);
 		} else if (piece->state == IMGC_BLOCK_COMPRESSED) {
 			status = imgc_placer_compressed(&job->placer, piece->block,
 							piece->packed_nbytes, &piece->host_offset);
+			if (status)
+				return fail_to_place(job, status, err);
 			job->batch.placements[piece->block - first_block] = (struct imgc_placement){
 				piece->host_offset, piece->packed_nbytes, IMGC_BLOCK_COMPRESSED};
 		} else if (piece->state == IMGC_BLOCK_ZERO) {
 			job->batch.placements[piece->block - first_block].state = IMGC_BLOCK_ZERO;
 		}
 		if (status)
-			return imgc_fail(err, status, 0, job->placer.next, IMGC_TARGET, "place");
+			return status;
 	}
 	return IMGC_OK;
 }

@@ -343,8 +343,9 @@ struct imgc_source_file {
 };
 
 /*
- * Verifies rows from outside: they start at sectors, ascend without gaps over exactly
- * [guest_start, guest_end), and have non-zero lengths, known kinds and known files.
+ * Verifies rows from outside: they ascend without gaps over exactly [guest_start,
+ * guest_end), and have non-zero lengths, known kinds and known files.  Rows with data
+ * start at sectors; the zeros that fill up an incomplete last sector do not.
  * Host ranges lie inside their file, compressed rows inside one block, and no sum
  * wraps.  Otherwise IMGC_OUT_OF_RANGE; err->offset is the row.
  */
@@ -400,7 +401,32 @@ struct imgc_geometry {
 	 */
 	uint32_t stored_prefix_nbytes; /* up to IMGC_MAX_STORED_PREFIX_NBYTES */
 	uint32_t stored_prefix_byte;   /* 0..255 */
+	/*
+	 * APPEND, with sparse_nbytes 0: the target has bytes of its own where it is free.
+	 * What of a STORED block is not written is zeroed, up to the block's full size.
+	 */
+	uint32_t clears_blocks;
 };
+
+/*
+ * How many guest bytes a second the jobs that share this limit may handle together.  Any
+ * thread may call these functions at any time.
+ */
+struct imgc_rate_limit;
+
+int imgc_rate_limit_create(struct imgc_rate_limit **out);
+
+/* No job may use it any more.  NULL is allowed. */
+void imgc_rate_limit_destroy(struct imgc_rate_limit *limit);
+
+/* Takes effect at once, also for those who wait.  0, as at first: no limit. */
+void imgc_rate_limit_set(struct imgc_rate_limit *limit, uint64_t bytes_per_second);
+
+/*
+ * Waits until nbytes may be handled, but not longer than the timeout.  Returns 1 if they
+ * may, else 0.  No second admits more than the rate and one request.
+ */
+int imgc_rate_limit_take(struct imgc_rate_limit *limit, uint64_t nbytes, unsigned timeout_ms);
 
 enum imgc_job_kind {
 	IMGC_JOB_CONVERT = 0, /* read, zero-test, compress, write */
@@ -437,6 +463,12 @@ struct imgc_job_options {
 	 * target reads the same either way.
 	 */
 	uint32_t reflink;
+	/*
+	 * A window waits here before it is read.  What counts is data: holes and zeros
+	 * that the extents state are free, unless the target stores them.  Not owned;
+	 * NULL: no limit.
+	 */
+	struct imgc_rate_limit *rate_limit;
 };
 
 /* A guest range that could not be read. */

@@ -20,6 +20,7 @@
 enum zero_method {
 	ZERO_BY_PUNCH,	/* regular files: frees the blocks */
 	ZERO_BY_RANGE,	/* regular files: keeps them, marked unwritten */
+	ZERO_BY_UNMAP,	/* block devices that read as zeros what they free */
 	ZERO_BY_DEVICE, /* block devices */
 	ZERO_BY_WRITE,
 };
@@ -28,7 +29,8 @@ struct fd_file {
 	struct imgc_file base;
 	int fd;
 	bool is_block_device;
-	uint64_t device_nbytes; /* of a block device */
+	uint64_t device_nbytes; /* of a block device, */
+	uint64_t sector_nbytes; /* and of its logical sectors */
 	_Atomic int zero_method;
 };
 
@@ -36,9 +38,6 @@ static const uint8_t zero_page[4096];
 
 /* The most pages of zeros that one write covers. */
 #define ZERO_MAX_PAGES 64
-
-/* BLKZEROOUT takes whole units of 512 bytes only. */
-#define DEVICE_UNIT 512
 
 static int file_nbytes(const struct fd_file *file, uint64_t *nbytes, struct imgc_error *err)
 {
@@ -143,28 +142,49 @@ static int zero_by_fallocate(struct fd_file *file, int mode, uint64_t offset, ui
 	return extend_to(file, offset + length, err);
 }
 
-static int zero_by_device(struct fd_file *file, uint64_t offset, uint64_t length, bool *refused,
-			  struct imgc_error *err)
+/* Zeros whole sectors; gives 0 or an errno. */
+static int zero_sectors(struct fd_file *file, int method, uint64_t offset, uint64_t length)
 {
-	uint64_t end = offset + length;
-	uint64_t start = (offset + DEVICE_UNIT - 1) & ~(uint64_t)(DEVICE_UNIT - 1);
-	uint64_t stop = imgc_align_down(end, DEVICE_UNIT);
-	uint64_t range[2] = {start, stop - start};
+	uint64_t range[2] = {offset, length};
 
-	*refused = false;
+	if (method == ZERO_BY_UNMAP)
+		return retry_fallocate(file->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset,
+				       length);
+	while (ioctl(file->fd, BLKZEROOUT, range)) {
+		if (errno != EINTR)
+			return errno;
+	}
+	return 0;
+}
+
+/* The kernel zeros whole logical sectors only; the rest is written. */
+static int zero_by_device(struct fd_file *file, int method, uint64_t offset, uint64_t length,
+			  bool *refused, struct imgc_error *err)
+{
+	uint64_t end = offset + length, unit = file->sector_nbytes;
+	uint64_t start = imgc_align_down(offset + unit - 1, unit);
+	uint64_t stop = imgc_align_down(end, unit);
+
 	if (stop <= start)
 		return write_zeros(file, offset, length, err);
-	while (ioctl(file->fd, BLKZEROOUT, range)) {
-		if (errno == EINTR)
-			continue;
-		*refused = is_refusal(errno);
-		if (*refused)
-			return IMGC_OK;
-		return imgc_fail_system(err, errno, offset, "BLKZEROOUT");
-	}
+	int os_errno = zero_sectors(file, method, start, stop - start);
+
+	*refused = os_errno != 0 && is_refusal(os_errno);
+	if (*refused)
+		return IMGC_OK;
+	if (os_errno)
+		return imgc_fail_system(err, os_errno, offset, "zero");
 	int status = write_zeros(file, offset, start - offset, err);
 
 	return status ? status : write_zeros(file, stop, end - stop, err);
+}
+
+/* The method to try after one that the file refuses. */
+static int next_method(int method)
+{
+	if (method == ZERO_BY_PUNCH)
+		return ZERO_BY_RANGE;
+	return method == ZERO_BY_UNMAP ? ZERO_BY_DEVICE : ZERO_BY_WRITE;
 }
 
 static int zero_by(struct fd_file *file, int method, uint64_t offset, uint64_t length,
@@ -176,8 +196,9 @@ static int zero_by(struct fd_file *file, int method, uint64_t offset, uint64_t l
 		return zero_by_fallocate(file, FALLOC_FL_PUNCH_HOLE, offset, length, refused, err);
 	case ZERO_BY_RANGE:
 		return zero_by_fallocate(file, FALLOC_FL_ZERO_RANGE, offset, length, refused, err);
+	case ZERO_BY_UNMAP:
 	case ZERO_BY_DEVICE:
-		return zero_by_device(file, offset, length, refused, err);
+		return zero_by_device(file, method, offset, length, refused, err);
 	default:
 		return write_zeros(file, offset, length, err);
 	}
@@ -200,7 +221,7 @@ static int file_zero(struct imgc_file *base, uint64_t offset, uint64_t length,
 
 		if (!refused)
 			return status;
-		method = method == ZERO_BY_PUNCH ? ZERO_BY_RANGE : ZERO_BY_WRITE;
+		method = next_method(method);
 		atomic_store_explicit(&file->zero_method, method, memory_order_relaxed);
 	}
 }
@@ -296,6 +317,7 @@ int imgc_file_open_fd(int fd, struct imgc_file **out, struct imgc_error *err)
 {
 	struct stat st;
 	uint64_t device_nbytes = 0;
+	int sector_nbytes = 0;
 
 	if (fstat(fd, &st))
 		return imgc_fail_system(err, errno, 0, "fstat");
@@ -303,6 +325,8 @@ int imgc_file_open_fd(int fd, struct imgc_file **out, struct imgc_error *err)
 		return imgc_fail_call(err, IMGC_UNSUPPORTED, "fstat");
 	if (S_ISBLK(st.st_mode) && ioctl(fd, BLKGETSIZE64, &device_nbytes))
 		return imgc_fail_system(err, errno, 0, "BLKGETSIZE64");
+	if (S_ISBLK(st.st_mode) && ioctl(fd, BLKSSZGET, &sector_nbytes))
+		return imgc_fail_system(err, errno, 0, "BLKSSZGET");
 	struct fd_file *file = calloc(1, sizeof(*file));
 
 	if (!file)
@@ -313,7 +337,8 @@ int imgc_file_open_fd(int fd, struct imgc_file **out, struct imgc_error *err)
 	file->fd = fd;
 	file->is_block_device = S_ISBLK(st.st_mode);
 	file->device_nbytes = device_nbytes;
-	atomic_init(&file->zero_method, file->is_block_device ? ZERO_BY_DEVICE : ZERO_BY_PUNCH);
+	file->sector_nbytes = sector_nbytes > 0 ? (uint64_t)sector_nbytes : 512;
+	atomic_init(&file->zero_method, file->is_block_device ? ZERO_BY_UNMAP : ZERO_BY_PUNCH);
 	*out = &file->base;
 	return IMGC_OK;
 }

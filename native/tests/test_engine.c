@@ -19,6 +19,17 @@ static void check_refused(struct imgc_extent second, size_t n, uint64_t start, u
 	CHECK(strcmp(err.op, "extent_check") == 0);
 }
 
+/* Zeros fill up an incomplete last sector; data starts at sectors. */
+static void test_extents_last_sector(void)
+{
+	struct imgc_extent rows[2] = {data_row(0, 4000, 0), empty_row(4000, 96, IMGC_ZERO)};
+	struct imgc_source_file file = {.nbytes = 4000};
+
+	CHECK_EQ(imgc_extents_check(rows, 2, &file, 1, 0, 4096, NULL), IMGC_OK);
+	rows[1] = data_row(4000, 96, 0);
+	CHECK_EQ(imgc_extents_check(rows, 2, &file, 1, 0, 4096, NULL), IMGC_OUT_OF_RANGE);
+}
+
 static void test_extents_check(void)
 {
 	struct imgc_extent good = empty_row(4096, 4096, IMGC_HOLE), row;
@@ -484,6 +495,7 @@ int main(void)
 	struct imgc_codec_params zstd = {.codec = IMGC_CODEC_ZSTD, .level = 1};
 
 	test_extents_check();
+	test_extents_last_sector();
 	test_identity(1);
 	test_identity(4);
 	test_append(none, 64 * KIB, 256 * KIB, 0);

@@ -25,6 +25,7 @@ from imgcore.errors import (
 if TYPE_CHECKING:
     from imgcore.disk.image import Image, open
     from imgcore.engine.bad_ranges import BadRange
+    from imgcore.engine.control import Control
     from imgcore.engine.progress import Progress
     from imgcore.verbs.check import CheckResult, check
     from imgcore.verbs.compare import CompareResult, compare
@@ -39,6 +40,7 @@ __all__ = [
     "BadRange",
     "CheckResult",
     "CompareResult",
+    "Control",
     "ConversionCancelled",
     "ConvertResult",
     "CorruptImageError",
@@ -72,6 +74,7 @@ _HOMES = {
     "BadRange": "engine.bad_ranges",
     "CheckResult": "verbs.check",
     "CompareResult": "verbs.compare",
+    "Control": "engine.control",
     "ConvertResult": "verbs.convert",
     "CreateResult": "verbs.create",
     "Image": "disk.image",

@@ -73,6 +73,8 @@ class _Geometry(Protocol):
     def stored_prefix_nbytes(self) -> int: ...
     @property
     def stored_prefix_byte(self) -> int: ...
+    @property
+    def clears_blocks(self) -> bool: ...
 
 class CoreError(Exception):
     """A native call failed: the attributes are those of ``struct imgc_error``."""
@@ -147,6 +149,15 @@ class File:
     def close(self) -> None: ...
 
 @final
+class RateLimit:
+    """How many guest bytes a second jobs may handle; any thread may use it."""
+
+    def set(self, bytes_per_second: int) -> None:
+        """Change the rate at once; 0 is no limit."""
+    def take(self, nbytes: int, timeout_ms: int = ...) -> bool:
+        """Wait until ``nbytes`` may be handled; return False after the timeout."""
+
+@final
 class Job:
     """One conversion or comparison, run batch by batch."""
 
@@ -163,12 +174,14 @@ class Job:
         variants: dict[str, str] | None = ...,
         salvage: bool = ...,
         reflink: bool = ...,
+        rate_limit: RateLimit | None = ...,
     ) -> None:
         """Create a job: a comparison if ``geometry`` is None, else a conversion.
 
         ``sources`` holds (file, nbytes, guest_base, block_nbytes).  ``has_base``: each
         batch has the extents of the target's parent as ``base_extents``.  ``reflink``:
-        data at a suitable place of a source is reflinked, not written.
+        data at a suitable place of a source is reflinked, not written.  ``rate_limit``:
+        windows wait for it before they are read.
         """
     def start(
         self,

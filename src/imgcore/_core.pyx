@@ -292,6 +292,32 @@ cdef class File:
         n.imgc_file_close(self.handle)
 
 
+cdef class RateLimit:
+    """How many guest bytes a second jobs may handle: ``struct imgc_rate_limit``."""
+
+    cdef n.imgc_rate_limit *handle
+
+    def __cinit__(self):
+        self.handle = NULL
+        if n.imgc_rate_limit_create(&self.handle) != n.IMGC_OK:
+            raise MemoryError()
+
+    def set(self, uint64_t bytes_per_second):
+        """Change the rate at once; 0 is no limit."""
+        with nogil:
+            n.imgc_rate_limit_set(self.handle, bytes_per_second)
+
+    def take(self, uint64_t nbytes, unsigned timeout_ms=POLL_MS):
+        """Wait until ``nbytes`` may be handled; return False after the timeout."""
+        cdef int taken
+        with nogil:
+            taken = n.imgc_rate_limit_take(self.handle, nbytes, timeout_ms)
+        return bool(taken)
+
+    def __dealloc__(self):
+        n.imgc_rate_limit_destroy(self.handle)
+
+
 @cython.no_gc_clear  # the workers use the files until they are joined
 cdef class Job:
     """One conversion or comparison, run batch by batch."""
@@ -299,6 +325,7 @@ cdef class Job:
     cdef n.imgc_job *handle
     cdef n.imgc_batch batch
     cdef list files
+    cdef RateLimit rate_limit
     cdef tuple held
     cdef bint running
 
@@ -308,7 +335,7 @@ cdef class Job:
 
     def __init__(self, *, sources, geometry=None, File target=None, uint64_t next_offset=0,
                  bint has_base=False, uint32_t threads=1, uint64_t window_nbytes=0, variants=None,
-                 bint salvage=False, bint reflink=False):
+                 bint salvage=False, bint reflink=False, RateLimit rate_limit=None):
         cdef n.imgc_job_options options
         cdef n.imgc_error err
         cdef File file
@@ -328,6 +355,9 @@ cdef class Job:
         options.has_base = has_base
         options.salvage = salvage
         options.reflink = reflink
+        if rate_limit is not None:
+            options.rate_limit = rate_limit.handle
+        self.rate_limit = rate_limit
         if geometry is not None:
             fill_geometry(&options.geometry, geometry)
             if target is None:
@@ -493,6 +523,7 @@ cdef int fill_geometry(n.imgc_geometry *out, geometry) except -1:
     out.group_gap_nbytes = geometry.group_gap_nbytes
     out.stored_prefix_nbytes = geometry.stored_prefix_nbytes
     out.stored_prefix_byte = geometry.stored_prefix_byte
+    out.clears_blocks = geometry.clears_blocks
     return 0
 
 

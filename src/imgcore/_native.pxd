@@ -152,6 +152,15 @@ cdef extern from "imgc.h" nogil:
         uint64_t guest_nbytes
         uint32_t stored_prefix_nbytes
         uint32_t stored_prefix_byte
+        uint32_t clears_blocks
+
+    struct imgc_rate_limit:
+        pass
+
+    int imgc_rate_limit_create(imgc_rate_limit **out)
+    void imgc_rate_limit_destroy(imgc_rate_limit *limit)
+    void imgc_rate_limit_set(imgc_rate_limit *limit, uint64_t bytes_per_second)
+    int imgc_rate_limit_take(imgc_rate_limit *limit, uint64_t nbytes, unsigned timeout_ms)
 
     struct imgc_job_options:
         uint32_t kind
@@ -168,6 +177,7 @@ cdef extern from "imgc.h" nogil:
         uint32_t has_base
         uint32_t salvage
         uint32_t reflink
+        imgc_rate_limit *rate_limit
 
     struct imgc_bad_range:
         uint64_t guest_offset

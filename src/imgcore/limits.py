@@ -35,8 +35,8 @@ SALVAGE_MAX_ROWS: Final = 1 << 23
 # copied onto larger volumes.
 MAX_PADDING_NBYTES: Final = 64 * MIB
 
-# Bytes that `check --repair` may change in its copy of an image.
-MAX_REPAIR_NBYTES: Final = 64 * MIB
+# Ranges that `check --repair` remembers before it joins those that touch.
+MAX_REPAIR_RANGES: Final = 1 << 20
 
 # Workers of a job: IMGC_MAX_THREADS.
 MAX_THREADS: Final = 256
@@ -49,6 +49,9 @@ QCOW2_MIN_CLUSTER_BITS: Final = 9
 QCOW2_MAX_CLUSTER_BITS: Final = 21
 QCOW2_MAX_L1_NBYTES: Final = 32 * MIB
 QCOW2_MAX_REFCOUNT_TABLE_NBYTES: Final = 8 * MIB
+# Refcount blocks that a repair adds: 64 TiB in clusters of 64 KiB need 2 GiB of them,
+# or 8 GiB if refcounts have 64 bits.
+QCOW2_MAX_NEW_REFCOUNTS_NBYTES: Final = 9 * GIB
 QCOW2_MAX_SNAPSHOTS: Final = 65536
 QCOW2_MAX_BACKING_NAME_NBYTES: Final = 1023
 QCOW2_MAX_SNAPSHOT_TABLE_NBYTES: Final = 64 * MIB
@@ -104,6 +107,8 @@ VHDX_MAX_LOG_NBYTES: Final = 64 * MIB
 # Each write of a log becomes a Python object; 64 MiB have up to 2^14 sectors of data.
 VHDX_MAX_LOG_DESCRIPTORS: Final = 1 << 17
 VHDX_MAX_LOCATOR_ENTRIES: Final = 256
+# Metadata that a child takes over from its parent; an item has up to 1 MiB.
+VHDX_MAX_INHERITED_NBYTES: Final = 16 * MIB
 # The length of a parent locator's text has 16 bits; Windows paths have up to 32767
 # characters.
 VHDX_MAX_PATH_NBYTES: Final = 2 * 32767

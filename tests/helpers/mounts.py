@@ -20,13 +20,14 @@ _MAKERS = {
 
 
 @contextmanager
-def loop_device(path: Path) -> Iterator[str]:
+def loop_device(path: Path, *, sector_nbytes: int = 512, read_only: bool = False) -> Iterator[str]:
     """Give the name of a loop device over a file, or skip with the reason."""
     if os.geteuid() != 0 or shutil.which("losetup") is None:
         pytest.skip("needs root and losetup")
-    done = subprocess.run(
-        ["losetup", "--find", "--show", path], capture_output=True, text=True, check=False
-    )
+    command = ["losetup", "--sector-size", str(sector_nbytes), "--find", "--show", str(path)]
+    if read_only:
+        command.append("--read-only")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         pytest.skip(f"no loop device: {done.stderr.strip()}")
     try:

@@ -49,6 +49,55 @@ def qemu_io(path: Path, *commands: str, check: bool = True) -> None:
     subprocess.run([program, *arguments, path], check=check, capture_output=True)
 
 
+@dataclass(frozen=True)
+class Structure:
+    """The header's facts and refcounts of an image, read without imgcore.
+
+    ``refcounts`` has the clusters that have one; ``own`` are the clusters of the
+    refcount table and blocks.
+    """
+
+    version: int
+    cluster_size: int
+    l1_offset: int
+    l1_entries: int
+    table_offset: int
+    blocks: list[int]
+    refcount_bits: int
+    refcounts: dict[int, int]
+    own: set[int]
+
+
+def read_structure(path: Path) -> Structure:
+    """Read an image's refcounts; the refcount table must be sound."""
+    raw = path.read_bytes()
+
+    def number(offset: int, nbytes: int) -> int:
+        return int.from_bytes(raw[offset : offset + nbytes], "big")
+
+    version, size = number(4, 4), 1 << number(20, 4)
+    bits = 1 << number(96, 4) if version == 3 else 16
+    table, n_clusters = number(48, 8), number(56, 4)
+    blocks = [number(table + 8 * index, 8) for index in range(n_clusters * size // 8)]
+    own = {table // size + index for index in range(n_clusters)}
+    own |= {block // size for block in blocks if block}
+    per_block = size * 8 // bits
+    counts = {}
+    for index, block in enumerate(blocks):
+        if not block:
+            continue
+        first = index * per_block
+        for cluster in range(first, min(first + per_block, -(-len(raw) // size))):
+            at = (cluster - first) * bits
+            if bits >= 8:
+                count = number(block + at // 8, bits // 8)
+            else:
+                count = raw[block + at // 8] >> at % 8 & ((1 << bits) - 1)
+            if count:
+                counts[cluster] = count
+    return Structure(version, size, number(40, 8), number(36, 4), table, blocks, bits, counts, own)
+
+
 def merged(rows: list[Any]) -> list[tuple[int, int, str, int | None]]:
     """Return rows as (start, length, kind, offset of plain data), neighbours joined."""
     names = {Kind.HOLE: "hole", Kind.ZERO: "zero", Kind.DATA: "data"}

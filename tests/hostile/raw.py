@@ -60,10 +60,8 @@ def cases() -> Iterator[Case]:
 
 def _files() -> Iterator[Case]:
     for name, file, error, word in (
-        ("odd-size", _put("disk.raw", bytes(1000)), "CorruptImageError", "multiple of 512"),
         ("no-suffix", _put("disk", pattern(SIZE)), "WrongFormatError", "use -f raw"),
-        ("is-qcow2", _put("disk.raw", qcow2.build()), "WrongFormatError", "magic of qcow2"),
-        ("is-vhdx", _put("disk.img", b"vhdxfile" + bytes(504)), "WrongFormatError", "vhdx"),
+        ("is-vhdx", _put("disk.img", b"vhdxfile" + bytes(504)), "CorruptImageError", ""),
         ("is-luks", _put("disk", b"LUKS\xba\xbe" + bytes(506)), "UnsupportedFeatureError", "luks"),
         (
             "is-dmg",
@@ -96,6 +94,19 @@ def _files() -> Iterator[Case]:
     ):
         yield Case(f"raw-{name}", file, error, word)
 
+    # info answers, because only headers are read.
+    make = _put("disk.raw", qcow2.build())
+    yield Case("raw-is-qcow2", make, "WrongFormatError", "magic of qcow2", Stage.CHAIN)
+    for name in ("disk.img", "disk", "disk.example.com"):
+        make = _put(name, qcow2.build({}, data=b"", extensions=_RAW, backing=b"base.raw"))
+        yield Case(
+            f"raw-{name}-names-a-file", make, "UnsafeReferenceError", "-f qcow2", Stage.CHAIN
+        )
+
+
+# The extension that states the backing file's format.
+_RAW = qcow2.extension(0xE2792ACA, 3, b"raw\0\0\0\0\0")
+
 
 def _streams() -> Iterator[Case]:
     text = pattern(SIZE)
@@ -108,7 +119,6 @@ def _streams() -> Iterator[Case]:
         ("gz-cut", ".gz", packed[:-20], "CorruptImageError", ""),
         ("gz-checksum", ".gz", packed[:-8] + bytes(8), "CorruptImageError", ""),
         ("gz-garbage", ".gz", packed[:10] + b"\xff" * 500, "CorruptImageError", ""),
-        ("gz-odd", ".gz", gzip.compress(bytes(1000)), "CorruptImageError", "multiple of 512"),
         ("gz-holds-qcow2", ".gz", gzip.compress(qcow2.build()), "WrongFormatError", "qcow2"),
         ("zst-cut", ".zst", frame[:-10], "CorruptImageError", ""),
         ("zst-garbage", ".zst", frame[:8] + b"\xff" * 100, "CorruptImageError", ""),

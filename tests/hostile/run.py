@@ -126,7 +126,7 @@ def run_case(case: Case, folder: Path, report: IO[str]) -> None:
     own.mkdir()
     image = case.make(own)
     before = snapshot(own)
-    output = folder / "out" / f"{case.name}.raw"
+    output = folder / "out" / f"{case.name}.{case.target}"
     for verb, do in verbs(image, output, case).items():
         report.write(json.dumps({"case": case.name, "verb": verb}) + "\n")
         report.flush()

@@ -180,7 +180,7 @@ def _descriptors() -> Iterator[Case]:
         ("json", 'RW 8 FLAT "json:{}" 0', _UNSAFE, "json"),
         ("url", 'RW 8 FLAT "http://127.0.0.1/x" 0', _UNSAFE, "URL"),
         ("nbd", 'RW 8 FLAT "nbd:127.0.0.1:1" 0', _UNSAFE, "URL"),
-        ("drive", 'RW 8 FLAT "C:flat.bin" 0', _UNSAFE, "drive"),
+        ("drive", 'RW 8 FLAT "C:gone.bin" 0', _UNSAFE, "drive"),
         ("no-name", 'RW 8 FLAT "" 0', "CorruptImageError", "has no file name"),
         ("itself", 'RW 1 FLAT "disk.vmdk" 0', "CorruptImageError", "itself"),
         ("missing", 'RW 8 FLAT "gone.bin" 0', "FileNotFoundError", "No such file"),

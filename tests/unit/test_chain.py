@@ -26,6 +26,7 @@ from imgcore.errors import (
 from imgcore.files.host_file import HostFile
 from imgcore.files.reference_gate import ReferenceGate
 from imgcore.formats.api import BackingReference
+from imgcore.formats.registry import Found
 from imgcore.limits import MAX_CHAIN_DEPTH
 
 UUID = "{00000000-0000-0000-0000-0000000000aa}"
@@ -38,9 +39,11 @@ def _fake_format(monkeypatch: pytest.MonkeyPatch) -> None:
     def open_fake(
         file: HostFile,
         gate: ReferenceGate,
-        format: str | None = None,
+        name: str | None = None,
         options: object = None,
         damage: object = None,
+        *,
+        flag: str = "-f",
     ) -> Any:
         content = json.loads(file.pread(0, file.nbytes))
         backing = content.get("backing")
@@ -49,8 +52,9 @@ def _fake_format(monkeypatch: pytest.MonkeyPatch) -> None:
             backing=reference, identities=content.get("identities", {}), close=lambda: None
         )
 
-    for module in (layers_module, chain):
-        monkeypatch.setattr(module, "open_reader", open_fake)
+    monkeypatch.setattr(layers_module, "find_format", lambda *_, **__: Found("raw"))
+    monkeypatch.setattr(layers_module, "open_found", open_fake)
+    monkeypatch.setattr(chain, "open_reader", open_fake)
 
 
 def put(path: Path, backing: Mapping[str, Any] | None = None, **identities: str) -> Path:
@@ -134,7 +138,7 @@ def test_no_name_exists(tmp_path: Path) -> None:
     put(tmp_path / "a", {"name": "b", "format": "raw"})
     with pytest.raises(FileNotFoundError) as info:
         paths(child)
-    assert info.value.strerror.endswith(f"(the parent of {tmp_path / 'a'})")
+    assert f"(the parent of {tmp_path / 'a'}; state it with --parent, given" in info.value.strerror
 
 
 def test_a_name_outside_does_not_hide_one_inside(tmp_path: Path) -> None:

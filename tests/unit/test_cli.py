@@ -281,7 +281,8 @@ def test_convert_passes_every_flag_on(run: RunMain, fake: Fake) -> None:
     received = fake("convert", result=Outcome())
     line = "convert -f raw -O qcow2 -F raw -B base.raw -o a=1,b=2 -o c=3 -c -S 64k -m 3 -n -W -q -U"
     line += " --force --no-sync --allow /x --allow /y --source-backing-format qcow2"
-    line += " --parent p --read-options size=chs --profile azure --salvage --no-reflink src dst"
+    line += " --target-is-zero --parent p --read-options size=chs --profile azure --salvage"
+    line += " --no-reflink -r 50M -t none -T none -C src dst"
     assert run(*line.split()) == Run(0, "", "")
     assert received.pop("args") == ("src", "dst")
     assert received == {
@@ -290,7 +291,7 @@ def test_convert_passes_every_flag_on(run: RunMain, fake: Fake) -> None:
         "backing": "base.raw",
         "backing_format": "raw",
         "source_backing_format": "qcow2",
-        "parent": "p",
+        "parent": ("p",),
         "read_options": ("size=chs",),
         "options": ("a=1,b=2", "c=3"),
         "profile": "azure",
@@ -298,6 +299,7 @@ def test_convert_passes_every_flag_on(run: RunMain, fake: Fake) -> None:
         "sparse": 65536,
         "threads": 3,
         "in_place": True,
+        "target_is_zero": True,
         "force": True,
         "sync": False,
         "share": True,
@@ -305,6 +307,7 @@ def test_convert_passes_every_flag_on(run: RunMain, fake: Fake) -> None:
         "reflink": False,
         "allow": ("/x", "/y"),
         "progress": None,
+        "rate": 50 << 20,
     }
 
 
@@ -318,6 +321,7 @@ def test_convert_defaults(run: RunMain, fake: Fake) -> None:
     assert received["threads"] is None
     assert received["progress"] is None
     assert received["options"] == ()
+    assert received["rate"] is None
 
 
 def test_convert_lists_what_was_lost(run: RunMain, fake: Fake) -> None:
@@ -512,7 +516,9 @@ def test_info_loads_neither_numpy_nor_rich(tmp_path: Any) -> None:
 def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     for wanted in (False, True):
-        chosen = progress.reporter("auto", wanted=wanted, quiet=False, label="convert")
+        chosen = progress.reporter(
+            "auto", wanted=wanted, quiet=False, label="convert", as_json=False
+        )
         assert isinstance(chosen, progress.BarReporter)
         assert chosen.is_due(0.0) is wanted
 

@@ -295,6 +295,42 @@ def test_the_next_offset_only_grows() -> None:
         job.next_offset = 4096
 
 
+@pytest.mark.parametrize("block_nbytes", [4096, 65536, 2 * MIB, 4 * MIB, 32 * MIB])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_blocks_over_old_bytes(block_nbytes: int, threads: int) -> None:
+    """What of a block is not data is zeroed, also past the end of the disk."""
+    nbytes = 70 * MIB + 1536
+    data = np.zeros(nbytes, np.uint8)
+    for start, end in ((5000, 9000), (10 * MIB, 11 * MIB), (39 * MIB, 39 * MIB + 512), (-9, None)):
+        data[start:end] = 0x77
+    target = np.full(nbytes + 2 * block_nbytes, 0xEE, np.uint8)
+    geometry = Geometry(block_nbytes=block_nbytes, guest_nbytes=nbytes).over_old_bytes
+    holes = [(0, 4096), (4096, 10 * MIB), (10 * MIB, 40 * MIB), (40 * MIB, nbytes)]
+    kinds = (Kind.HOLE, Kind.DATA, Kind.DATA, Kind.DATA)
+    rows = np.concatenate(
+        [
+            single(start, end - start, kind, host_offset=start if kind is Kind.DATA else 0)
+            for (start, end), kind in zip(holes, kinds, strict=True)
+        ]
+    )
+    job = _core.Job(
+        sources=[(_core.File.from_memory(data), nbytes, 0, 0)],
+        geometry=geometry,
+        target=_core.File.from_memory(target, writable=True),
+        next_offset=0,
+        threads=threads,
+    )
+    placements = np.zeros(-(-nbytes // block_nbytes), PLACEMENT_DTYPE)
+    job.run(0, nbytes, rows, None, placements)
+    whole = np.zeros(len(placements) * block_nbytes, np.uint8)
+    whole[:nbytes] = data
+    for number, placement in enumerate(placements.tolist()):
+        block = whole[number * block_nbytes : (number + 1) * block_nbytes]
+        assert bool(placement[1]) == block.any()
+        if placement[1]:
+            assert (target[placement[0] : placement[0] + block_nbytes] == block).all()
+
+
 def test_stored_blocks_have_their_prefix_before_them() -> None:
     data = np.arange(2 * MIB, dtype=np.uint32).view(np.uint8)
     target = np.zeros(len(data) + 4 * 4096, np.uint8)

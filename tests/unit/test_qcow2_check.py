@@ -14,7 +14,7 @@ from tests.helpers.qcow2 import create, open_qcow2, qemu_io
 from tests.helpers.reading import poke
 
 from imgcore.files.host_file import HostFile
-from imgcore.formats.qcow2 import check
+from imgcore.formats.qcow2 import references
 from imgcore.formats.shared.check_report import CheckReport
 
 MIB = 1 << 20
@@ -69,7 +69,7 @@ def test_the_snapshot_table_is_read_once(tmp_path: Path, monkeypatch: pytest.Mon
         qemu.run("snapshot", "-c", f"s{number}", path)
     reader = open_qcow2(path)
     start = reader._header.snapshots_offset
-    table_end = start + check.read_snapshots(reader._file, reader._header)[-1].table_nbytes
+    table_end = start + references.read_snapshots(reader._file, reader._header)[-1].table_nbytes
     offsets: list[int] = []
     pread = HostFile.pread
 
@@ -127,7 +127,7 @@ def test_snapshots_that_share_a_table(tmp_path: Path) -> None:
     raw = path.read_bytes()
     first = int.from_bytes(raw[64:72], "big")
     reader = open_qcow2(path)
-    second = first + check.read_snapshots(reader._file, reader._header)[0].table_nbytes
+    second = first + references.read_snapshots(reader._file, reader._header)[0].table_nbytes
     reader.close()
     poke(path, (second, raw[first : first + 8]))
     report = _check(path)
@@ -148,7 +148,7 @@ def test_windows_do_not_change_the_outcome(
     whole = _check(path)
     assert whole.corruptions > 0
     assert whole.leaks > 0
-    monkeypatch.setattr(check, "WINDOW_CLUSTERS", window * 8)
+    monkeypatch.setattr(references, "WINDOW_CLUSTERS", window * 8)
     pieces = _check(path)
     assert sorted(pieces.problems) == sorted(whole.problems)
     assert (pieces.corruptions, pieces.leaks) == (whole.corruptions, whole.leaks)

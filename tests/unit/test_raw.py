@@ -1,4 +1,4 @@
-"""Raw images: holes are found, zeros left out, odd sizes rejected."""
+"""Raw images: holes are found, zeros left out, odd sizes filled up."""
 
 from __future__ import annotations
 
@@ -20,12 +20,10 @@ from imgcore._core import Job
 from imgcore.engine.extents import EXTENT_DTYPE, PLACEMENT_DTYPE, Kind
 from imgcore.engine.geometry import Placing, ZeroPolicy
 from imgcore.errors import (
-    CorruptImageError,
     OptionError,
     TargetError,
 )
 from imgcore.files import host_file
-from imgcore.files.host_file import HostFile
 from imgcore.files.target import Target
 from imgcore.formats.api import BackingReference, WriteRequest
 from imgcore.formats.raw.driver import DRIVER
@@ -207,11 +205,16 @@ def test_holes_are_not_trusted_before_a_sync(
 
 
 @pytest.mark.parametrize("nbytes", [1, 511, 513, MIB + 100])
-def test_odd_size_is_refused(tmp_path: Path, nbytes: int) -> None:
-    with HostFile.open(make(tmp_path / "a.raw", nbytes)) as file:
-        with pytest.raises(CorruptImageError, match=rf"{nbytes}: pad .*truncate -s \d+") as caught:
-            RawReader(file)
-        assert "multiple of 512" in str(caught.value)
+def test_odd_size(tmp_path: Path, nbytes: int) -> None:
+    path = make(tmp_path / "a.raw", nbytes, (nbytes - 1, 1))
+    reader = open_raw(path)
+    assert reader.virtual_size == -(-nbytes // 512) * 512
+    start = nbytes // 512 * 512
+    assert rows(reader, start, 512) == [
+        (start, nbytes - start, Kind.DATA),
+        (nbytes, reader.virtual_size - nbytes, Kind.HOLE),
+    ]
+    reader.close()
 
 
 def test_reader_facts(tmp_path: Path) -> None:
@@ -278,7 +281,8 @@ class TestWriter:
         writer = DRIVER.writer(request(sparse_nbytes=sparse_nbytes))
         with Target(path, in_place=in_place) as target:
             assert writer.begin(target) is target.main
-            geometry = writer.geometry
+            assert target.main.reads_as_zeros == (not in_place)
+            geometry = writer.geometry.over_old_bytes if in_place else writer.geometry
             assert geometry.placing is Placing.IDENTITY
             assert (geometry.zero_policy, geometry.block_nbytes) == (policy, block_nbytes)
             assert (geometry.sparse_nbytes, geometry.guest_nbytes) == (sparse, MIB)
@@ -369,7 +373,7 @@ def test_copy_through_the_engine(tmp_path: Path, image: images.RawImage, in_plac
         data_file = writer.begin(target)
         job = Job(
             sources=[(reader.file.core, reader.file.nbytes, 0, 0)],
-            geometry=writer.geometry,
+            geometry=writer.geometry.over_old_bytes if in_place else writer.geometry,
             target=data_file.core,
             threads=2,
         )

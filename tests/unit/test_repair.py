@@ -11,6 +11,7 @@ import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from tests.helpers import qemu
@@ -106,14 +107,15 @@ def test_nothing_is_freed_beside_a_corruption(leaky: Path) -> None:
     assert leaky.read_bytes() == before
 
 
-def test_a_refcount_that_is_too_high_stays(image: Path) -> None:
+def test_a_refcount_that_is_too_high_is_lowered(image: Path) -> None:
     poke(image, (REFCOUNTS + 2 * 9, struct.pack(">H", 1)), (L2, struct.pack(">Q", 0x50000)))
     poke(image, (REFCOUNTS + 2 * 5, struct.pack(">H", 2)))
     with image.open("r+b") as file:
         file.truncate(10 * 65536)
     assert imgcore.check(image).leaks == 2
     result = imgcore.check(image, repair=True)
-    assert (result.corruptions, result.leaks, result.leaks_fixed) == (0, 1, 1)
+    assert (result.corruptions, result.leaks, result.leaks_fixed) == (0, 0, 2)
+    qemu.assert_check_clean(image)
 
 
 def test_an_unknown_extension_may_own_clusters(leaky: Path) -> None:
@@ -125,16 +127,20 @@ def test_an_unknown_extension_may_own_clusters(leaky: Path) -> None:
         imgcore.check(leaky, repair=True)
 
 
-@pytest.mark.parametrize(
-    ("place", "bits", "words"),
-    [(80, 0x20, "compatible features 0x20"), (88, 4, "autoclear features 0x4")],
-)
-def test_an_unknown_feature_may_own_clusters(
-    leaky: Path, place: int, bits: int, words: str
-) -> None:
-    poke(leaky, (place, struct.pack(">Q", bits)))
-    with pytest.raises(imgcore.UnsupportedFeatureError, match=words):
+def test_an_unknown_feature_may_own_clusters(leaky: Path) -> None:
+    poke(leaky, (80, struct.pack(">Q", 0x20)))
+    with pytest.raises(imgcore.UnsupportedFeatureError, match="compatible features 0x20"):
         imgcore.check(leaky, repair=True)
+
+
+def test_unknown_autoclear_features_are_cleared(leaky: Path) -> None:
+    """As the specification requires of every program that writes to the image."""
+    poke(leaky, (88, struct.pack(">Q", 4)))
+    result = imgcore.check(leaky, repair=True)
+    assert result.ok
+    assert "unknown autoclear features 0x4: cleared" in result.repairs
+    assert leaky.read_bytes()[88:96] == bytes(8)
+    qemu.assert_check_clean(leaky)
 
 
 def test_blocks_are_shared_with_the_copy(leaky: Path, tmp_path: Path) -> None:
@@ -287,23 +293,14 @@ class TestRefused:
         self, leaky: Path, monkeypatch: pytest.MonkeyPatch, bad: Repair, words: str
     ) -> None:
         """The repairs that a format proposes are not trusted either."""
-        monkeypatch.setattr(Qcow2Reader, "repairs", lambda _: [bad])
+        monkeypatch.setattr(Qcow2Reader, "repairs", lambda *_, **__: [bad])
         with pytest.raises(imgcore.ImgcoreError, match=words):
             imgcore.check(leaky, repair=True)
 
     def test_a_repair_outside_the_file(self, leaky: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         bad = Repair("p", "a", writes=((leaky.stat().st_size, b"x"),))
-        monkeypatch.setattr(Qcow2Reader, "repairs", lambda _: [bad])
+        monkeypatch.setattr(Qcow2Reader, "repairs", lambda *_, **__: [bad])
         with pytest.raises(ValueError, match="outside the file"):
-            imgcore.check(leaky, repair=True)
-
-    def test_too_much_to_write(self, leaky: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("imgcore.formats.qcow2.repair.MAX_REPAIR_NBYTES", 1024)
-        with pytest.raises(imgcore.LimitExceededError, match="refcount blocks"):
-            imgcore.check(leaky, repair=True)
-        monkeypatch.undo()
-        monkeypatch.setattr(check_repair, "MAX_REPAIR_NBYTES", 1024)
-        with pytest.raises(imgcore.LimitExceededError, match="65536 bytes"):
             imgcore.check(leaky, repair=True)
 
     def test_an_image_that_changes_meanwhile(
@@ -346,3 +343,188 @@ def test_an_image_of_an_empty_disk(tmp_path: Path) -> None:
     poke(path, (REFCOUNTS + 2 * n_clusters, struct.pack(">H", 1)))
     result = imgcore.check(path, repair=True)
     assert (result.leaks_fixed, result.leaks, result.corruptions) == (1, 0, 0)
+
+
+# What follows -r: leaks, all, a file, another flag.
+SYNTAX = {
+    "bare": (["-r", "FILE"], "all"),
+    "long": (["--repair", "FILE"], "all"),
+    "last": (["FILE", "-r"], "all"),
+    "all": (["-r", "all", "FILE"], "all"),
+    "leaks": (["-r", "leaks", "FILE"], "leaks"),
+    "long leaks": (["--repair", "leaks", "FILE"], "leaks"),
+    "equals": (["--repair=leaks", "FILE"], "leaks"),
+    "joined": (["-rleaks", "FILE"], "leaks"),
+    "after the file": (["FILE", "-r", "leaks"], "leaks"),
+    "with -q": (["-qr", "FILE"], "all"),
+    "before -q": (["-rq", "FILE"], "all"),
+    "with -q and a value": (["-qr", "leaks", "FILE"], "leaks"),
+    "dashes": (["-r", "--", "FILE"], "all"),
+    "none": (["FILE"], None),
+}
+
+
+@pytest.mark.parametrize("case", SYNTAX)
+def test_the_syntax(leaky: Path, case: str) -> None:
+    arguments, mode = SYNTAX[case]
+    # A refcount that is too low, beside the leak.
+    poke(leaky, (REFCOUNTS + 2 * 3, bytes(2)))
+    words = [str(leaky) if word == "FILE" else word for word in arguments]
+    done = run("check", "--json", *words)
+    report = json.loads(done.stdout)
+    assert ("leaks-fixed" in report) == (mode is not None)
+    assert ("corruptions-fixed" in report) == (mode == "all")
+    assert done.returncode == (0 if mode == "all" else 2)
+    assert ("not-repaired" in report) == (mode == "leaks")
+
+
+def test_a_file_named_all(leaky: Path) -> None:
+    shutil.copyfile(leaky, leaky.with_name("all"))
+    assert run("check", "-r", "--", "all", cwd=leaky.parent).returncode == 0
+    assert_one_line_error(run("check", "-r", "some", leaky, cwd=leaky.parent), "extra argument")
+    assert_one_line_error(run("check", "--repair=some", leaky), "not one of 'leaks', 'all'")
+
+
+def test_values_of_the_keyword(leaky: Path) -> None:
+    with pytest.raises(imgcore.OptionError, match="repair is 'some', allowed are 'leaks', 'all'"):
+        imgcore.check(leaky, repair="some")  # type: ignore[arg-type]
+    assert imgcore.check(leaky, repair=False).leaks == 1
+    assert imgcore.check(leaky, repair="leaks").leaks_fixed == 1
+
+
+def test_an_image_in_use(leaky: Path) -> None:
+    with qemu.held_open("-f", "qcow2", leaky):
+        assert_one_line_error(run("check", "-r", "all", leaky), "in use by another process")
+
+
+# Changes to the image above, and why it is not repaired.
+CONFLICTS: dict[str, tuple[tuple[tuple[int, bytes], ...], str]] = {
+    "two guest clusters": (
+        ((L2, struct.pack(">Q", COPIED | 0x70000)),),
+        "cluster 7 is used twice, though a copied flag says that it is used once",
+    ),
+    "data in L1": (((L2, struct.pack(">Q", COPIED | 0x30000)),), "cluster 3 holds both"),
+    "data in L2": (((L2, struct.pack(">Q", COPIED | 0x40000)),), "cluster 4 holds both"),
+    "data in the header": (((0x30000, struct.pack(">Q", COPIED)),), "has flags but no L2 table"),
+    "L2 in L1": (((0x30000, struct.pack(">Q", COPIED | 0x30000)),), "cluster 3 holds"),
+    "outside": (((L2, struct.pack(">Q", COPIED | 1 << 40)),), "points past the end of the file"),
+    "unaligned": (((L2, struct.pack(">Q", COPIED | 0x50200)),), "is not cluster aligned"),
+    "reserved": (((L2, struct.pack(">Q", COPIED | 0x50002)),), "has reserved bits set"),
+}
+
+
+@pytest.mark.parametrize("mode", ["leaks", "all"])
+@pytest.mark.parametrize("case", CONFLICTS)
+def test_damaged_tables_are_not_repaired(
+    image: Path, case: str, mode: Literal["leaks", "all"]
+) -> None:
+    changes, words = CONFLICTS[case]
+    poke(image, *changes, (REFCOUNTS + 2 * 6, bytes(2)), (72, struct.pack(">Q", 3)))
+    before = image.read_bytes()
+    result = imgcore.check(image, repair=mode)
+    assert result.corruptions > 0
+    assert result.repairs == []
+    assert result.not_repaired[0] == (
+        "refcounts are counted from the tables, which are damaged: nothing is changed"
+    )
+    assert any(words in line for line in result.not_repaired)
+    assert image.read_bytes() == before
+    done = run("check", "-r", mode, image)
+    assert done.returncode == 2
+    assert f"Not repaired: {result.not_repaired[1]}" in done.stderr.splitlines()
+
+
+def test_a_copied_flag_of_a_compressed_cluster(tmp_path: Path) -> None:
+    path = create(tmp_path / "a.qcow2", MIB)
+    qemu_io(path, "write -c -P 7 0 64k")
+    l2 = int.from_bytes(path.read_bytes()[0x30000:0x30008], "big") & ~COPIED
+    entry = int.from_bytes(path.read_bytes()[l2 : l2 + 8], "big")
+    poke(path, (l2, struct.pack(">Q", entry | COPIED)))
+    content = digest(path)
+    result = imgcore.check(path, repair="leaks")
+    assert result.not_repaired == [
+        "1 compressed clusters have a copied flag: -r all repairs this, -r leaks does not"
+    ]
+    assert imgcore.check(path, repair="all").corruptions_fixed == 1
+    assert digest(path) == content
+    qemu.assert_check_clean(path)
+
+
+def test_refcounts_that_are_too_narrow(tmp_path: Path) -> None:
+    path = create(tmp_path / "a.qcow2", MIB, "refcount_bits=1", "cluster_size=512")
+    qemu_io(path, "write 0 1k")
+    raw = path.read_bytes()
+    l1 = int.from_bytes(raw[40:48], "big")
+    l2 = int.from_bytes(raw[l1 : l1 + 8], "big") & ~COPIED
+    place = int.from_bytes(raw[l2 : l2 + 8], "big") & ~COPIED
+    poke(path, (l2, struct.pack(">QQ", place, place)))
+    result = imgcore.check(path, repair=True)
+    assert result.repairs == []
+    assert "has 2 references, refcounts of 1 bits allow 1" in result.not_repaired[1]
+
+
+def test_the_refcount_table_moves_if_it_is_too_small(tmp_path: Path) -> None:
+    """64 tables of 512 bytes cover 32 KiB * 64; the file grows past that."""
+    path = create(tmp_path / "a.qcow2", 8 * MIB, "cluster_size=512", "refcount_bits=64")
+    qemu_io(path, "write -P 3 0 3M")
+    raw = path.read_bytes()
+    content = digest(path)
+    n_clusters = int.from_bytes(raw[56:60], "big")
+    assert n_clusters > 1
+    poke(path, (56, struct.pack(">I", 1)))
+    result = imgcore.check(path, repair=True)
+    assert result.ok
+    assert digest(path) == content
+    qemu.assert_check_clean(path)
+
+
+def test_a_sparse_file_of_many_tebibytes(tmp_path: Path) -> None:
+    """One cluster far away needs one block, not one for each 2 GiB before it."""
+    path = create(tmp_path / "a.qcow2", MIB)
+    qemu_io(path, "write -P 7 0 192k")
+    far = (15 << 40) + 0x10000
+    with path.open("r+b") as file:
+        file.truncate(far + 0x10000)
+    poke(path, (L2, struct.pack(">Q", COPIED | far)))
+    result = imgcore.check(path, repair=True)
+    assert result.ok
+    assert path.stat().st_size < far + 20 * 0x10000
+    assert path.stat().st_blocks * 512 < 4 * MIB
+    qemu.assert_check_clean(path)
+
+
+def test_new_refcounts_are_limited(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poke(image, (0x10000, bytes(8)))
+    monkeypatch.setattr("imgcore.limits.QCOW2_MAX_NEW_REFCOUNTS_NBYTES", 0xFFFF)
+    result = imgcore.check(image, repair=True)
+    assert result.repairs == []
+    assert "1 new clusters for refcounts take 65536 bytes" in result.not_repaired[1]
+    monkeypatch.setattr("imgcore.limits.QCOW2_MAX_NEW_REFCOUNTS_NBYTES", 0x10000)
+    assert imgcore.check(image, repair=True).ok
+
+
+def test_ranges_are_joined(leaky: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Repairs are compared with guest data, however many ranges they write."""
+    monkeypatch.setattr(check_repair, "MAX_REPAIR_RANGES", 2)
+    writes = tuple((REFCOUNTS + 2 * n, b"\0\1") for n in (8, 3, 4, 0, 2, 1))
+    bad = Repair("p", "a", writes=(*writes, (0x5FFFF, b"x")))
+    monkeypatch.setattr(Qcow2Reader, "repairs", lambda *_, **__: [bad])
+    with pytest.raises(imgcore.ImgcoreError, match="0x5ffff would change guest data"):
+        imgcore.check(leaky, repair=True)
+
+
+def test_a_vmdk_with_problems(leaky: Path) -> None:
+    """Its problems are listed, and one line says that they stay."""
+    path = leaky.with_name("a.vmdk")
+    imgcore.convert(leaky, path)
+    raw = path.read_bytes()
+    directory = int.from_bytes(raw[56:64], "little") * 512
+    table = int.from_bytes(raw[directory : directory + 4], "little") * 512
+    poke(path, (table, struct.pack("<I", 1 << 30)))
+    before = path.read_bytes()
+    assert imgcore.check(path).corruptions > 0
+    for mode in ("leaks", "all"):
+        done = run("check", "-r", mode, path)
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[-1] == "Not repaired: vmdk images cannot be repaired"
+    assert path.read_bytes() == before

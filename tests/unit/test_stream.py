@@ -165,7 +165,11 @@ class TestBroken:
 
     @pytest.mark.parametrize("encode", [zstd, gzip.compress], ids=["zstd", "gzip"])
     def test_odd_size(self, tmp_path: Path, encode: Callable[[bytes], bytes]) -> None:
-        self.refuse(tmp_path / "a.raw.zst", encode(b"x" * 1000), "multiple of 512.* 1000")
+        path = tmp_path / "a.raw.zst"
+        path.write_bytes(encode(b"x" * 1000))
+        with StreamReader.open(path) as reader:
+            assert reader.virtual_size == 1000
+            assert b"".join(map(bytes, reader.read_chunks(512))) == b"x" * 1000
 
     def test_claims_more_than_it_can_hold(self, tmp_path: Path) -> None:
         data = bytearray(zstd(DATA, checksum=False))

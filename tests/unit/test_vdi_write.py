@@ -14,7 +14,7 @@ from tests.helpers.vdi import FREE, ZERO
 
 import imgcore
 from imgcore import limits
-from imgcore.errors import LimitExceededError, OptionError, UnsupportedFeatureError
+from imgcore.errors import LimitExceededError, OptionError
 
 MIB = 1 << 20
 GIVEN = UUID("6f9619ff-8b86-d011-b42d-00c04fc964ff")
@@ -163,9 +163,6 @@ def test_other_refusals(raw: Path, tmp_path: Path) -> None:
     target = tmp_path / "a.vdi"
     with pytest.raises(OptionError, match="cannot be compressed"):
         imgcore.convert(raw, target, format="raw", compress=True)
-    target.write_bytes(bytes(10 * MIB))
-    with pytest.raises(UnsupportedFeatureError, match="only raw can be written into"):
-        imgcore.convert(raw, target, format="raw", target_format="vdi", in_place=True)
 
 
 def test_map_at_its_limit() -> None:

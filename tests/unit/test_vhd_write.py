@@ -12,7 +12,7 @@ from tests.helpers import vhd
 from tests.helpers.images import GIB, KIB, MIB, noise, text
 
 import imgcore
-from imgcore import LimitExceededError, OptionError, UnsupportedFeatureError
+from imgcore import LimitExceededError, OptionError
 from imgcore.engine.extents import PLACEMENT_DTYPE, BlockState
 from imgcore.files.target import Target
 from imgcore.formats.api import WriteRequest
@@ -132,6 +132,8 @@ def test_uuid_is_random_and_not_zero(tmp_path: Path) -> None:
 @pytest.mark.parametrize("subformat", ["dynamic", "fixed"])
 @pytest.mark.parametrize("nbytes", [0, SECTOR, 10 * MIB, 10 * MIB + SECTOR, 3 * GIB])
 def test_size_is_exact(tmp_path: Path, subformat: str, nbytes: int) -> None:
+    if not nbytes and subformat == "fixed":
+        pytest.skip("no program reads a fixed VHD of 0 bytes")
     path = create(tmp_path, nbytes, f"subformat={subformat}")
     info = imgcore.info(path)
     assert info["virtual-size"] == nbytes
@@ -241,12 +243,6 @@ def test_timestamp_at_its_end(tmp_path: Path) -> None:
 def test_no_compression(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="cannot be compressed"):
         convert(tmp_path, noise(SECTOR), compress=True)
-
-
-def test_not_in_place(tmp_path: Path) -> None:
-    (tmp_path / "out.vhd").write_bytes(bytes(MIB))
-    with pytest.raises(UnsupportedFeatureError, match="only raw can be written into"):
-        convert(tmp_path, noise(SECTOR), in_place=True)
 
 
 def test_largest_dynamic_disk(tmp_path: Path) -> None:

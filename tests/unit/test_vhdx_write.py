@@ -197,7 +197,7 @@ class TestOptions:
             ({"physical_sector_size": "0"}, "512, 4096"),
             ({"subformat": "sparse"}, "dynamic, fixed"),
             ({"virtual_disk_id": "x"}, "virtual_disk_id is 'x': 32 hexadecimal digits"),
-            ({"log_size": MIB}, "unknown option"),
+            ({"log_size": MIB}, "the log has 1 MiB"),
         ],
     )
     def test_bad_ones(

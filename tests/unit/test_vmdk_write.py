@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tests.helpers import qemu
 from tests.helpers.images import DENSE, FAR, RAW_IMAGES, SPARSE, RawImage, noise, text
-from tests.helpers.vmdk import GRAIN, SECTOR, marker, open_vmdk, read_guest
+from tests.helpers.vmdk import GRAIN, SECTOR, hosted, marker, open_vmdk, read_guest
 
 import imgcore
 from imgcore import limits
@@ -430,16 +430,6 @@ def test_a_sparse_file_ends_at_2_tib(tmp_path: Path, subformat: str) -> None:
                 writer.place(0, placements, offset + GRAIN)
 
 
-@pytest.mark.parametrize("subformat", SUBFORMATS)
-def test_not_in_place(tmp_path: Path, subformat: str) -> None:
-    path, raw = tmp_path / "a.vmdk", tmp_path / "a.raw"
-    path.write_bytes(bytes(SECTOR))
-    raw.write_bytes(b"x" * SECTOR)
-    with pytest.raises(UnsupportedFeatureError, match="only raw can be written into"):
-        imgcore.convert(raw, path, options={"subformat": subformat}, in_place=True)
-    assert path.read_bytes() == bytes(SECTOR)
-
-
 @pytest.mark.parametrize("image", RAW_IMAGES, ids=lambda image: image.name)
 @pytest.mark.parametrize("subformat", SUBFORMATS)
 def test_measure(tmp_path: Path, raw_images: Any, image: RawImage, subformat: str) -> None:
@@ -486,9 +476,7 @@ def test_unwritten_tables_cost_nothing(tmp_path: Path) -> None:
 
 
 def test_a_hosted_disk_without_sectors(tmp_path: Path) -> None:
-    path = tmp_path / "a.vmdk"
-    imgcore.create(path, 0, options={"subformat": "monolithicSparse"}, sync=False)
-    with imgcore.open(path) as image:
+    with imgcore.open(hosted(tmp_path / "a.vmdk", 0, {})) as image:
         assert image.virtual_size == 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -45,10 +46,84 @@ def size_value(ctx: click.Context, param: click.Parameter, value: str | None) ->
         raise click.BadParameter(str(error), ctx, param) from error
 
 
-def verb(name: str) -> Callable[[Function], click.Command]:
+def discard_stdout() -> None:
+    """Redirect stdout, so that the flush at exit does not fail again."""
+    try:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+    except (OSError, ValueError):
+        pass  # stdout has no descriptor: nothing to flush
+
+
+class Verb(click.Command):
+    """A verb whose errors explain the flags of qemu-img that it does not have."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, self._rewritten(args))
+        except click.NoSuchOption as error:
+            raise_for_flag(self.name or "", error)
+            raise
+
+    def _rewritten(self, args: list[str]) -> list[str]:
+        """Replace ``--progress`` without a mode, as qemu-img has it, by ``-p``."""
+        modes = next((found for p in self.params if (found := _choices(p, "--progress"))), ())
+        rewritten = list(args)
+        for index, arg in enumerate(args):
+            if arg == "--" or not modes:
+                break
+            if arg == "--progress" and not (args[index + 1 :] and args[index + 1] in modes):
+                rewritten[index] = "-p"
+        return rewritten
+
+
+def _choices(param: click.Parameter, flag: str) -> Sequence[str]:
+    if flag in param.opts and isinstance(param.type, click.Choice):
+        return param.type.choices
+    return ()
+
+
+def raise_for_flag(verb_name: str, error: click.NoSuchOption) -> None:
+    """Raise OptionError with the reason if the unknown option is one of qemu-img's."""
+    from imgcore.cli.qemu_flags import flag_refusal
+    from imgcore.errors import OptionError
+
+    reason = flag_refusal(verb_name, error.option_name)
+    if reason is not None:
+        raise OptionError(f"{error.option_name}: {reason}") from error
+
+
+def verb(name: str, cls: type[Verb] = Verb) -> Callable[[Function], click.Command]:
     """Return a decorator that makes a function a verb of the command."""
     return click.command(
-        name, context_settings=CONTEXT_SETTINGS, options_metavar="[OPTIONS]", no_args_is_help=False
+        name,
+        cls,
+        context_settings=CONTEXT_SETTINGS,
+        options_metavar="[OPTIONS]",
+        no_args_is_help=False,
+    )
+
+
+# The names that QEMU gives to ways of caching; "off" is an old one of "none".
+CACHE_MODES: Final = ("none", "writeback", "writethrough", "directsync", "unsafe")
+
+
+def cache_option(*flags: str, help: str = "", keep: bool = False) -> Decorator:
+    """Add qemu-img's flag for a cache mode; its value is dropped unless ``keep``."""
+
+    def check(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+        if value not in (None, "off", *CACHE_MODES):
+            allowed = ", ".join(CACHE_MODES)
+            raise click.BadParameter(f"{value!r} is no cache mode: {allowed}", ctx, param)
+        return value
+
+    return click.option(
+        *flags,
+        metavar="MODE",
+        callback=check,
+        expose_value=keep,
+        help=help or "Cache mode of qemu-img; images are always read through the page cache.",
     )
 
 
@@ -74,7 +149,9 @@ _OPEN_FLAGS: Final = {
         ("--parent",),
         {
             "metavar": "FILE",
-            "help": "Parent of {}, instead of the file that it names; its identity is verified.",
+            "multiple": True,
+            "help": "Parent of {}, instead of the file that it names; its identity is verified. "
+            "May be repeated: the parent's parent follows.",
         },
     ),
     "read_options": _Flag(
@@ -158,10 +235,11 @@ def output_options(function: Function) -> Function:
     )(decorated)
 
 
-def options_option() -> Decorator:
+def options_option(*flags: str) -> Decorator:
     return click.option(
         "-o",
         "--options",
+        *flags,
         "options",
         metavar="KEY=VALUE[,...]",
         multiple=True,
@@ -178,10 +256,12 @@ def quiet_option() -> Decorator:
     return click.option("-q", "--quiet", is_flag=True, callback=silence, help="Print errors only.")
 
 
-def threads_option() -> Decorator:
+def threads_option(*flags: str) -> Decorator:
     return click.option(
         "-m",
         "--threads",
+        *flags,
+        "threads",
         type=click.IntRange(1, MAX_THREADS),
         metavar="N",
         help="Number of threads; one per processor by default. The result does not depend on it.",
@@ -203,14 +283,17 @@ def require(ctx: click.Context, **arguments: object) -> None:
             raise click.UsageError(f"missing argument '{name.upper()}'", ctx)
 
 
-def target_driver(format: str | None, path: str | None) -> Driver:
-    """Return the driver for ``format``, or for the suffix of ``path`` if it is None."""
+def target_driver(format: str | None, path: str | None, *, flag: str = "-O") -> Driver:
+    """Return the driver for ``format``, or for the suffix of ``path`` if it is None.
+
+    ``flag`` is the option for the format, for the message.
+    """
     from imgcore.errors import OptionError
     from imgcore.formats.registry import format_from_suffix, get_driver
 
     found = format or (format_from_suffix(path) if path is not None else None)
     if found is None:
-        raise OptionError("the target's format cannot be told from its name: state it")
+        raise OptionError(f"the target's format cannot be told from its name: state it with {flag}")
     return get_driver(found)
 
 
@@ -230,6 +313,20 @@ def plain_value(value: object) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return str(value)
+
+
+def with_qemu_names(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what ``info`` or ``check`` says, with QEMU's names for the formats."""
+    from imgcore.formats.registry import qemu_name
+
+    result = dict(description)
+    for key in ("format", "backing-filename-format"):
+        if key in result:
+            result[key] = qemu_name(result[key])
+    if "format-specific" in result:
+        specific = result["format-specific"]
+        result["format-specific"] = specific | {"type": qemu_name(specific["type"])}
+    return result
 
 
 def print_json(value: object) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from imgcore.cli.common import (
+    cache_option,
     open_options,
     output_options,
     print_json,
@@ -29,7 +30,7 @@ EXIT_DIFFERENT: Final = 1
     "read_options",
     of="A",
     flags={
-        "format": ("-f", "--format-a"),
+        "format": ("-f", "--a-format", "--format-a"),
         "parent": ("--parent", "--parent-a"),
         "read_options": ("--read-options", "--read-options-a"),
     },
@@ -40,13 +41,14 @@ EXIT_DIFFERENT: Final = 1
     "read_options",
     of="B",
     flags={
-        "format": ("-F", "--format-b"),
+        "format": ("-F", "--b-format", "--format-b"),
         "parent": ("--parent-b",),
         "read_options": ("--read-options-b",),
     },
 )
 @open_options("backing_format", "share", "allow", of="A and B")
 @click.option("-s", "--strict", is_flag=True, help="Require equal sizes and equal allocation, too.")
+@cache_option("-T", "--cache")
 @threads_option()
 @progress_options
 @quiet_option()
@@ -72,7 +74,9 @@ def command(
     """
     from imgcore.verbs.compare import compare
 
-    with reporter(progress_mode, wanted=wants_progress, quiet=quiet, label="compare") as report:
+    with reporter(
+        progress_mode, wanted=wants_progress, quiet=quiet, label="compare", as_json=as_json
+    ) as report:
         result = compare(
             a,
             b,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from imgcore.cli.common import (
+    cache_option,
     open_options,
     options_option,
     print_options_help,
@@ -33,21 +34,27 @@ EXIT_SALVAGED: Final = 3
 
 
 @verb("convert")
-@open_options(of="SOURCE", flags={"backing_format": ("--source-backing-format",)})
+@open_options(
+    of="SOURCE",
+    flags={
+        "format": ("-f", "--source-format", "--format"),
+        "backing_format": ("--source-backing-format",),
+    },
+)
 @click.option(
     "-O",
     "--target-format",
     metavar="FMT",
     help="Format of TARGET; taken from its suffix by default.",
 )
-@options_option()
+@options_option("--target-format-options")
 @click.option(
     "--profile",
     metavar="NAME",
     help=f"Write an image for a platform: {', '.join(profile_names())}.",
 )
 @click.option("-c", "--compress", is_flag=True, help="Compress TARGET.")
-@click.option("-B", "--backing", metavar="FILE", help="Backing file of TARGET.")
+@click.option("-B", "-b", "--backing", metavar="FILE", help="Backing file of TARGET.")
 @click.option("-F", "--backing-format", metavar="FMT", help="Format of the backing file of TARGET.")
 @click.option(
     "-S",
@@ -57,7 +64,19 @@ EXIT_SALVAGED: Final = 3
     default="4k",
     help="Skip runs of zeros of this length; 0 writes all zeros.  [default: 4k]",
 )
-@click.option("-n", "--in-place", is_flag=True, help="Write into an existing TARGET.")
+@click.option(
+    "-n",
+    "--no-create",
+    "--in-place",
+    "in_place",
+    is_flag=True,
+    help="Write into an existing TARGET.",
+)
+@click.option(
+    "--target-is-zero",
+    is_flag=True,
+    help="With -n: TARGET reads as zeros, so write none of a raw disk's zeros.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing TARGET.")
 @click.option("--no-sync", is_flag=True, help="Do not wait until TARGET is on stable storage.")
 @click.option(
@@ -71,20 +90,44 @@ EXIT_SALVAGED: Final = 3
     is_flag=True,
     help="Copy every block, even if the file system could reflink it (XFS, Btrfs).",
 )
-@threads_option()
 @click.option(
-    "-W", is_flag=True, expose_value=False, help="Ignored: blocks are always written in parallel."
+    "-r",
+    "--rate-limit",
+    "rate",
+    callback=size_value,
+    metavar="RATE",
+    help="Move at most so many bytes of the disk a second; 0 is no limit.",
+)
+@cache_option(
+    "-t",
+    "--target-cache",
+    keep=True,
+    help="Cache mode of qemu-img: unsafe is --no-sync, the others wait as without -t.",
+)
+@cache_option("-T", "--source-cache")
+@threads_option("--parallel")
+@click.option(
+    "-W",
+    "--oob-writes",
+    is_flag=True,
+    expose_value=False,
+    help="Ignored: blocks are always written in parallel.",
+)
+@click.option(
+    "-C",
+    "--copy-range-offloading",
+    is_flag=True,
+    expose_value=False,
+    help="Ignored: blocks are reflinked wherever they can be.",
 )
 @progress_options
 @quiet_option()
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
-@click.argument("source", required=False, metavar="SOURCE")
-@click.argument("target", required=False, metavar="TARGET")
+@click.argument("files", nargs=-1, metavar="SOURCE... TARGET")
 @click.pass_context
 def command(
     ctx: click.Context,
-    source: str | None,
-    target: str | None,
+    files: tuple[str, ...],
     target_format: str | None,
     options: tuple[str, ...],
     profile: str | None,
@@ -93,10 +136,13 @@ def command(
     backing_format: str | None,
     sparse_size: int,
     in_place: bool,
+    target_is_zero: bool,
     force: bool,
     no_sync: bool,
     salvage: bool,
     no_reflink: bool,
+    rate: int | None,
+    target_cache: str | None,
     threads: int | None,
     opening: dict[str, Any],
     progress_mode: str,
@@ -106,24 +152,28 @@ def command(
 ) -> int | None:
     """Convert the image SOURCE to TARGET.
 
+    The disks of several SOURCEs follow each other in TARGET.
+
     TARGET appears under its name only when it is complete.
 
     Exit code: 0 done, 1 failed, 2 wrong usage, 3 done with --salvage, but data was
     lost.
     """
+    sources, target = files[: max(1, len(files) - 1)], files[-1] if len(files) > 1 else None
     if wants_options_help(options):
         stated = get_profile(profile).format if profile is not None else target_format
         print_options_help(target_driver(stated, target))
         return None
-    require(ctx, source=source, target=target)
+    require(ctx, source=sources or None, target=target)
     from imgcore.verbs.convert import convert
 
-    assert source is not None
     assert target is not None
     label = one_line(os.path.basename(target))
-    with reporter(progress_mode, wanted=wants_progress, quiet=quiet, label=label) as report:
+    with reporter(
+        progress_mode, wanted=wants_progress, quiet=quiet, label=label, as_json=as_json
+    ) as report:
         result = convert(
-            source,
+            sources[0] if len(sources) == 1 else sources,
             target,
             target_format=target_format,
             options=options,
@@ -133,12 +183,14 @@ def command(
             sparse=sparse_size,
             threads=threads,
             force=force,
-            sync=not no_sync,
+            sync=not no_sync and target_cache != "unsafe",
             in_place=in_place,
+            target_is_zero=target_is_zero,
             salvage=salvage,
             reflink=not no_reflink,
             progress=report.callback,
             profile=profile,
+            rate=rate or None,
             **opening,
         )
     if as_json:

@@ -35,7 +35,7 @@ from imgcore.text import one_line
     metavar="FILE",
     help="Backing file; a relative name starts at the folder of FILE.",
 )
-@click.option("-F", "--backing-format", metavar="FMT", help="Format of the backing file.")
+@click.option("-F", "-B", "--backing-format", metavar="FMT", help="Format of the backing file.")
 @quiet_option()
 @click.option("--force", is_flag=True, help="Replace an existing FILE.")
 @click.option("--no-sync", is_flag=True, help="Do not wait until FILE is on stable storage.")
@@ -63,7 +63,7 @@ def command(
     The disk is empty, or reads as its backing file, whose size is the default for SIZE.
     """
     if wants_options_help(options):
-        print_options_help(target_driver(format, file))
+        print_options_help(target_driver(format, file, flag="-f"))
         return
     require(ctx, file=file)
     from imgcore.verbs.create import create

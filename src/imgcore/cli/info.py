@@ -8,12 +8,14 @@ from typing import Any
 import click
 
 from imgcore.cli.common import (
+    cache_option,
     open_options,
     output_options,
     print_json,
     print_tree,
     size_text,
     verb,
+    with_qemu_names,
 )
 from imgcore.text import one_line
 
@@ -21,6 +23,7 @@ from imgcore.text import one_line
 @verb("info")
 @open_options(flags={"read_options": ("-o", "--read-options")})
 @click.option("--backing-chain", is_flag=True, help="Describe the backing files as well.")
+@cache_option("-t", "--cache")
 @output_options
 @click.argument("file")
 def command(
@@ -34,7 +37,8 @@ def command(
 
     images = info(file, chain=True, **opening) if backing_chain else [info(file, **opening)]
     if as_json:
-        print_json(images if backing_chain else images[0])
+        named = [with_qemu_names(image) for image in images]
+        print_json(named if backing_chain else named[0])
         return
     for index, image in enumerate(images):
         if index:

@@ -26,7 +26,7 @@ EXIT_BROKEN = 1
     required=True,
     help=f"Platform: {', '.join(profile_names())}.",
 )
-@open_options("format", "parent", "read_options", "share", "allow")
+@open_options("format", "backing_format", "parent", "read_options", "share", "allow")
 @quiet_option()
 @output_options
 @click.argument("image")

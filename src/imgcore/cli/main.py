@@ -21,7 +21,8 @@ from typing import Any, Final, NoReturn
 
 import click
 
-from imgcore.cli.common import CONTEXT_SETTINGS, say
+from imgcore.cli.common import CONTEXT_SETTINGS, discard_stdout, raise_for_flag, say
+from imgcore.cli.qemu_flags import command_refusal
 from imgcore.errors import ImgcoreError, OptionError
 
 _VERBS: Final = {
@@ -63,6 +64,21 @@ class Terminated(BaseException):
 
 class _LazyGroup(click.Group):
     """A group that imports the module of a verb when the verb is called."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            raise_for_flag("", error)
+            raise
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        reason = command_refusal(args[0])
+        if reason is not None:
+            raise OptionError(reason)
+        return super().resolve_command(ctx, args)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _VERBS:
@@ -160,7 +176,7 @@ def _run(arguments: list[str]) -> int:
     except click.UsageError as error:
         return _fail_usage(error, _code(_USAGE_CODES, ctx, EXIT_USAGE))
     except BrokenPipeError:
-        _discard_stdout()
+        discard_stdout()
         return _EXIT_SIGNAL + signal.SIGPIPE
     except OptionError as error:
         return _fail(str(error), _code(_USAGE_CODES, ctx, EXIT_USAGE))
@@ -199,23 +215,22 @@ def _fail_usage(error: click.UsageError, code: int) -> int:
     return _fail(f"{message[:1].lower()}{message[1:]}; try '{path} --help'", code)
 
 
-def _discard_stdout() -> None:
-    """Redirect stdout, so that the flush at exit does not fail again."""
-    try:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
-        os.close(null)
-    except (OSError, ValueError):
-        pass  # stdout has no descriptor: nothing to flush
-
-
 def _ended_by(number: int) -> int:
     return _fail(f"ended by {signal.Signals(number).name}", _EXIT_SIGNAL + number)
 
 
 class _WarningLines(logging.Handler):
+    """Prints each warning once: verbs that open an image twice would repeat it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._printed: set[str] = set()
+
     def emit(self, record: logging.LogRecord) -> None:
-        say(f"imgcore: {record.levelname.lower()}: {record.getMessage()}")
+        line = f"imgcore: {record.levelname.lower()}: {record.getMessage()}"
+        if line not in self._printed:
+            self._printed.add(line)
+            say(line)
 
 
 @contextmanager

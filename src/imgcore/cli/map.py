@@ -23,9 +23,16 @@ if TYPE_CHECKING:
 @verb("map")
 @open_options(flags={"read_options": ("-o", "--read-options")})
 @click.option(
-    "--start-offset", callback=size_value, default="0", metavar="OFFSET", help="First byte to map."
+    "-s",
+    "--start-offset",
+    callback=size_value,
+    default="0",
+    metavar="OFFSET",
+    help="First byte to map.",
 )
-@click.option("--max-length", callback=size_value, metavar="LENGTH", help="Number of bytes to map.")
+@click.option(
+    "-l", "--max-length", callback=size_value, metavar="LENGTH", help="Number of bytes to map."
+)
 @output_options
 @click.argument("file")
 def command(

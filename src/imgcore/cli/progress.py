@@ -1,4 +1,7 @@
-"""Progress of a long verb on stderr: a bar, plain lines or JSON lines."""
+"""Progress of a long verb: a bar, plain lines or JSON lines, or as qemu-img prints it.
+
+All but the last go to stderr.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +15,23 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import click
 
-from imgcore.cli.common import say
+from imgcore.cli.common import discard_stdout, say
+from imgcore.errors import OptionError
 from imgcore.sizes import format_size
 
 if TYPE_CHECKING:
     import rich.progress
 
-MODES: Final = ("auto", "bar", "plain", "json", "none")
+MODES: Final = ("auto", "bar", "plain", "json", "qemu", "none")
 
 # A job that ends sooner does not need a bar, nor the time to import one.
 _BAR_DELAY_SECONDS: Final = 0.5
 _BAR_INTERVAL_SECONDS: Final = 0.1
 _PLAIN_INTERVAL_SECONDS: Final = 5.0
 _JSON_INTERVAL_SECONDS: Final = 0.25
+
+# As qemu-img convert: a state is printed if it is more than this above the last one.
+_QEMU_STEP_PERCENT: Final = 1.0
 
 # Only the last seconds count: a job may start fast while the page cache fills.
 _RATE_WINDOW_SECONDS: Final = 10.0
@@ -46,26 +53,42 @@ def progress_options(function: Any) -> Any:
         "progress_mode",
         type=click.Choice(MODES),
         default="auto",
-        help="How to report progress on stderr; auto: a bar on a terminal, else plain lines if -p.",
+        help="How to report progress: on stderr, or on stdout as qemu-img (qemu); auto: a bar on "
+        "a terminal, else with -p plain and qemu.",
     )(function)
     return click.option(
-        "-p", "wants_progress", is_flag=True, help="Show progress even if stderr is not a terminal."
+        "-p",
+        "wants_progress",
+        is_flag=True,
+        help="Show progress even if stderr is not a terminal; the same as --progress.",
     )(decorated)
 
 
-def reporter(mode: str, *, wanted: bool, quiet: bool, label: str) -> Reporter:
-    """Return the reporter for ``--progress=mode``, ``-p`` and ``-q``."""
+def reporter(mode: str, *, wanted: bool, quiet: bool, label: str, as_json: bool) -> Reporter:
+    """Return the reporter for ``--progress=mode``, ``-p`` and ``-q``.
+
+    ``as_json``: a JSON document will be printed on stdout.
+    """
+    if mode == "qemu" and as_json:
+        raise OptionError(
+            "--progress=qemu and a result as JSON both print on stdout: use --progress=json, "
+            "which prints on stderr"
+        )
     if quiet or mode == "none":
         return Reporter()
     if mode == "auto":
         if sys.stderr.isatty():
             return BarReporter(label, delay=0.0 if wanted else _BAR_DELAY_SECONDS)
-        mode = "plain" if wanted else "none"
+        if not wanted:
+            return Reporter()
+        if not as_json:
+            return BothReporter(PlainReporter(), QemuReporter())
+        mode = "plain"
     if mode == "bar":
         return BarReporter(label)
     if mode == "plain":
         return PlainReporter()
-    return JsonReporter() if mode == "json" else Reporter()
+    return JsonReporter() if mode == "json" else QemuReporter()
 
 
 class Rate:
@@ -190,6 +213,78 @@ class PlainReporter(Reporter):
             text = f"{percent(self._counters):.1f}% of {format_size(self._counters.total)}"
             rate = rate_text(self._counters.done / max(seconds, 1e-3))
             say(f"{text} in {seconds:.1f} s, {rate}")
+
+
+class QemuReporter(Reporter):
+    """Prints percentages on stdout, in the form of qemu-img.
+
+    Source: QEMU, util/qemu-progress.c.
+    """
+
+    interval_seconds = 0.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._printed = 0.0
+        self._is_open = True
+
+    def __enter__(self) -> Reporter:
+        self._print(0.0)
+        return self
+
+    def show(self, counters: Counters) -> None:
+        now = percent(counters)
+        if now > self._printed + _QEMU_STEP_PERCENT:
+            self._print(now)
+
+    def finish(self) -> None:
+        if self._printed < 100.0:
+            self._print(100.0)
+
+    def close(self) -> None:
+        self._write("\n")
+
+    def _print(self, now: float) -> None:
+        self._printed = now
+        self._write(f"    ({now:.2f}/100%)\r")
+
+    def _write(self, text: str) -> None:
+        """Print; a closed or full stdout is not an error."""
+        if not self._is_open:
+            return
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except OSError:
+            self._is_open = False
+            discard_stdout()
+
+
+class BothReporter(Reporter):
+    """Prints plain lines on stderr, and on stdout what callers of qemu-img read."""
+
+    interval_seconds = 0.0
+
+    def __init__(self, *reporters: Reporter) -> None:
+        super().__init__()
+        self._reporters = reporters
+
+    def update(self, counters: Counters) -> None:
+        for one in self._reporters:
+            one.update(counters)
+
+    def finish(self) -> None:
+        for one in self._reporters:
+            one.finish()
+
+    def close(self) -> None:
+        for one in self._reporters:
+            one.close()
+
+    def __enter__(self) -> Reporter:
+        for one in self._reporters:
+            one.__enter__()
+        return self
 
 
 class BarReporter(Reporter):

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from imgcore.disk.data_ranges import data_parts
+from imgcore.disk.limited_chunks import await_rate, piece_nbytes
 from imgcore.limits import MAX_TAR_SEGMENTS
 from imgcore.platforms.profiles import GCE_MEMBER_NAME
 from imgcore.streams.gzip import GzipEncoder
 from imgcore.streams.tar import archive_end, sparse_header
 
 if TYPE_CHECKING:
+    from imgcore._core import RateLimit
     from imgcore.disk.source import Source
     from imgcore.engine.bad_ranges import BadRange
     from imgcore.engine.progress import Tally
@@ -21,29 +23,44 @@ class ArchiveSink:
     """Writes the parts of a disk that hold data into the archive; a `Sink`."""
 
     overwrites: Final = False
+    logical_sector_nbytes: Final = None
 
-    def __init__(self, target: Target, source: Source, virtual_size: int, threads: int) -> None:
+    def __init__(
+        self,
+        target: Target,
+        source: Source,
+        virtual_size: int,
+        threads: int,
+        limit: RateLimit | None,
+    ) -> None:
         self._target = target
         self._source = source
         self._virtual_size = virtual_size
         self._threads = threads
+        self._limit = limit
 
     def write(self, tally: Tally) -> tuple[BadRange, ...]:
         """Write the whole disk.  Unreadable data is an error, so no ranges are bad."""
         source, nbytes = self._source, self._virtual_size
         parts = data_parts(source.data_extents(), source.virtual_size, MAX_TAR_SEGMENTS)
         header = sparse_header(GCE_MEMBER_NAME, nbytes, parts)
-        n_read = 0
+        done = n_read = 0
         with GzipEncoder(self._target.main, self._threads) as encoder:
+
+            def count() -> None:
+                tally.count(done, data=n_read, read=n_read, written=encoder.written_nbytes)
+
             encoder.write(header)
             for offset, length in parts:
                 done = offset
-                for piece in source.chunks(offset, length):
+                for piece in source.chunks(offset, length, piece_nbytes(self._limit)):
+                    await_rate(self._limit, len(piece), count)
                     encoder.write(piece)
                     done += len(piece)
                     n_read += len(piece)
-                    tally.count(done, data=n_read, read=n_read, written=encoder.written_nbytes)
+                    count()
             encoder.write(archive_end(len(header) + n_read))
             encoder.finish()
-            tally.count(nbytes, data=n_read, read=n_read, written=encoder.written_nbytes)
+            done = nbytes
+            count()
         return ()

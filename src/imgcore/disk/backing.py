@@ -6,7 +6,8 @@ import os
 from typing import TYPE_CHECKING
 
 from imgcore.errors import OptionError
-from imgcore.formats.api import BackingReference
+from imgcore.files.reference_gate import PROTOCOL
+from imgcore.formats.api import BackingReference, Inheritable
 from imgcore.formats.registry import canonical_name
 
 if TYPE_CHECKING:
@@ -32,14 +33,19 @@ def backing_reference(
 
 def backing_path(target: str, reference: BackingReference) -> str:
     """Return the parent's path; a relative name starts at the folder of the target."""
-    return os.path.join(os.path.dirname(target), reference.name)
+    path = os.path.join(os.path.dirname(target), reference.name)
+    # A URL or a description starts nowhere.
+    is_file = not PROTOCOL.match(reference.name) or os.path.lexists(path)
+    return path if is_file else reference.name
 
 
 def opened_reference(reference: BackingReference, parent: Layer) -> BackingReference:
     """Return the reference with the facts that a child stores about its parent."""
+    reader = parent.reader
     return reference._replace(
-        identities=dict(parent.reader.identities),
+        identities=dict(reader.identities),
         modified=parent.file.modified,
         path=os.path.abspath(parent.file.path),
-        virtual_size=parent.reader.virtual_size,
+        virtual_size=reader.virtual_size,
+        inherited=reader.inherited() if isinstance(reader, Inheritable) else (),
     )

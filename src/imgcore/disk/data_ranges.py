@@ -1,8 +1,8 @@
-"""The parts of a disk that hold data, as a list of bounded length."""
+"""The parts of a disk that hold data: a list of bounded length, or their number."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from imgcore.engine.extents import Kind
 from imgcore.limits import KIB
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from numpy.typing import NDArray
 
@@ -58,3 +58,37 @@ def _joined(ranges: NDArray[np.int64]) -> NDArray[np.int64]:
     is_first = np.concatenate(([True], ranges[1:, 0] > ranges[:-1, 1]))
     is_last = np.concatenate((is_first[1:], [True]))
     return np.stack((ranges[is_first, 0], ranges[is_last, 1]), axis=1)
+
+
+def count_blocks(batches: Iterable[Extents], block_nbytes: int) -> int:
+    """Count the blocks of ``block_nbytes`` bytes that hold data.
+
+    Parameters
+    ----------
+    batches : iterable of ndarray, dtype EXTENT_DTYPE
+        Ascending over all batches together.
+    block_nbytes : int
+        A power of two.
+
+    Returns
+    -------
+    int
+    """
+    total = 0
+    last_counted = -1
+    shift = np.uint64(block_nbytes.bit_length() - 1)
+    for first, last in _data_ranges(batches):
+        first_block = (first >> shift).astype(np.int64)
+        last_block = ((last - np.uint64(1)) >> shift).astype(np.int64)
+        before = np.concatenate(([last_counted], last_block[:-1]))
+        # Rows ascend, so a row shares at most its first block with those before it.
+        total += int((last_block - first_block + 1).sum()) - int((first_block == before).sum())
+        last_counted = int(last_block[-1])
+    return total
+
+
+def _data_ranges(batches: Iterable[Extents]) -> Iterator[tuple[Any, Any]]:
+    for batch in batches:
+        rows = batch[batch["kind"] >= Kind.DATA]
+        if len(rows):
+            yield rows["guest_offset"], rows["guest_offset"] + rows["length"]

@@ -57,6 +57,10 @@ def _shown(value: Any) -> Any:
 
 
 def _full_name(path: str, name: str) -> str:
+    """Return the path that a name leads to; a URL or description stays as it is."""
+    # QEMU block.c, path_has_protocol.
+    if ":" in name.partition("/")[0]:
+        return name
     return os.path.join(os.path.dirname(path), name)
 
 

@@ -15,6 +15,7 @@ from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
     from imgcore.disk.layer import Layer
+    from imgcore.disk.open_options import Parents
     from imgcore.disk.overlay import Depths
     from imgcore.disk.salvage import Salvage
     from imgcore.engine.extents import Extents
@@ -281,7 +282,7 @@ def open(
     *,
     format: str | None = None,
     backing_format: str | None = None,
-    parent: str | os.PathLike[str] | None = None,
+    parent: Parents = None,
     read_options: Mapping[str, Any] | Sequence[str] | None = None,
     allow: Sequence[str | os.PathLike[str]] = (),
     share: bool = False,
@@ -296,13 +297,16 @@ def open(
         ``raw``, ``qcow2``, ``vmdk``, ``vhd``, ``vhdx`` or ``vdi``; detected by its
         magic if None.  Raw is never guessed from content: a file is raw only if it has
         a suffix of raw disks (.raw, .img, .dd, .bin), if it is a block device, or if
-        ``"raw"`` is stated here.
+        ``"raw"`` is stated here.  If the name states no format (.img, or no suffix of
+        disks), the content decides; files that such an image names are opened only if
+        its format is stated here.
     backing_format : str, optional
         Format of backing files whose format the image does not state; it is never
         guessed.
-    parent : str or os.PathLike, optional
+    parent : str, os.PathLike or sequence of them, optional
         The image's parent (backing file), instead of the file that the image names.
-        Its identity is verified against the one that the image states.
+        Its identity is verified against the one that the image states.  A sequence has
+        one name for each level: the parent, the parent's parent, and so on.
     read_options : mapping or sequence of str, optional
         Options for reading the image, as a mapping or as strings ``"key=value,..."``.
         VHD has ``size``, which is ``chs`` or ``current``.
@@ -324,7 +328,8 @@ def open(
     WrongFormatError, CorruptImageError, UnsupportedFeatureError, LimitExceededError
         The image cannot be read, or its parent is not the one it was created from.
     OptionError
-        ``parent`` is given for an image that has none, or a read option is unknown.
+        ``parent`` is given for an image that has none, or has more names than there are
+        parents; or a read option is unknown.
     UnsafeReferenceError
         The image names a file outside the allowed folders.
     """

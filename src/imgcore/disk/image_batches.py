@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from imgcore.disk.overlay import padded
+from imgcore.disk.overlay import padded, resized
 from imgcore.engine.batches import Batch, cut_batches, pair_up
 from imgcore.engine.extents import Kind
 from imgcore.engine.geometry import ZeroPolicy
@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 _MAX_BATCH_BLOCKS: Final = 1 << 17
 
 
+def disk_batches(extents: Iterator[Extents], nbytes: int, geometry: Geometry) -> Iterator[Batch]:
+    """Yield a disk of ``nbytes`` bytes in batches; see `image_batches`."""
+    rows = resized(extents, nbytes, geometry.guest_nbytes)
+    return _cut(rows, geometry, skip_empty=geometry.zero_policy is ZeroPolicy.SKIP)
+
+
 def image_batches(
     image: Image, base: Image | None, geometry: Geometry, salvage: Salvage | None = None
 ) -> Iterator[Batch]:
@@ -35,13 +41,14 @@ def image_batches(
         The target's parent.  Its files are numbered after those of ``image``.
     geometry : Geometry
         The target's.  Its disk may be larger than the image's and then ends in zeros.
+        It may also be smaller, by less than a sector.
     salvage : Salvage, optional
         Receives what is lost of the image.
     """
     disk_end = geometry.guest_nbytes
-    rows = padded(image.data_extents(salvage=salvage), image.virtual_size, disk_end)
     if base is None:
-        return _cut(rows, geometry, skip_empty=geometry.zero_policy is ZeroPolicy.SKIP)
+        return disk_batches(image.data_extents(salvage=salvage), image.virtual_size, geometry)
+    rows = resized(image.data_extents(), image.virtual_size, disk_end)
     base_end = min(base.virtual_size, disk_end)
     base_rows = padded(base.data_extents(0, base_end), base_end, disk_end)
     return _over_base(_cut(rows, geometry), _cut(base_rows, geometry), len(image.sources))

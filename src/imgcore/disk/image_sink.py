@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from imgcore._core import Job
+from imgcore.disk.data_ranges import count_blocks
 from imgcore.engine.bad_ranges import named_bad_ranges
 from imgcore.engine.extents import PLACEMENT_DTYPE
 from imgcore.engine.geometry import CodecId, Placing, ZeroPolicy
 from imgcore.engine.job import translated_errors
-from imgcore.errors import OptionError, UnsupportedFeatureError
+from imgcore.errors import OptionError, TargetError
+from imgcore.files.rehearsal import Rehearsal
 from imgcore.formats.api import SectorSized
-from imgcore.formats.registry import format_names, get_driver
-from imgcore.limits import MAX_BASE_BLOCK_NBYTES, SECTOR_NBYTES
-from imgcore.log import log
+from imgcore.formats.registry import PLAIN_FORMAT, get_driver
+from imgcore.limits import MAX_BASE_BLOCK_NBYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,49 +47,87 @@ class ImageSink:
     ) -> None:
         """Make the writer, which rejects disks that the format cannot represent."""
         self.overwrites = False
+        # Whether the image takes the place of the old content, which a raw disk keeps
+        # where it does not reach.
+        self._replaces = target.in_place and options.format != PLAIN_FORMAT
         self._target, self._source, self._base = target, source, base
         self._request, self._options = request, options
-        driver = get_driver(options.format)
-        if target.in_place and not driver.writes_in_place:
-            raise _not_in_place(target, options.format)
-        self._writer = driver.writer(request)
+        self._driver = get_driver(options.format)
+        self._writer = self._driver.writer(request)
         if base is not None:
             _refuse_large_blocks(target, self._writer)
-        self._warn_of_sectors()
+
+    @property
+    def logical_sector_nbytes(self) -> int | None:
+        """What the format states, or the block device that a raw disk is written to."""
+        if isinstance(self._writer, SectorSized):
+            return self._writer.logical_sector_nbytes
+        return None if self._replaces else self._target.main.logical_sector_nbytes
 
     def write(self, tally: Tally) -> tuple[BadRange, ...]:
         """Write the blocks of the disk, then the remaining tables."""
-        writer, nbytes = self._writer, self._request.virtual_size
+        writer, target = self._writer, self._target
         geometry = writer.geometry
+        if self._replaces and target.is_block_device:
+            self._require_capacity(tally)
         if geometry.zero_policy is ZeroPolicy.STORE and geometry.codec.codec is CodecId.NONE:
             # Every byte of the disk will be written.
-            self._target.require_space(nbytes)
-        data_file = writer.begin(self._target)
+            target.require_space(self._request.virtual_size)
+        data_file = writer.begin(target)
+        self.overwrites = target.in_place
+        if self._options.target_is_zero:
+            data_file.reads_as_zeros = True
+        if self._replaces:
+            data_file.clear(writer.first_offset)
+        return self._write_parts(writer, data_file, tally)
+
+    def _write_parts(
+        self, writer: Writer, data_file: TargetFile, tally: Tally
+    ) -> tuple[BadRange, ...]:
+        """Write the disk and then the remaining tables; return the bad ranges."""
         next_offset = writer.first_offset
         bad_ranges: tuple[BadRange, ...] = ()
-        if nbytes:
-            self.overwrites = self._target.in_place
-            next_offset, bad_ranges = self._move(data_file, tally)
+        if self._request.virtual_size:
+            next_offset, bad_ranges = self._move(writer, data_file, tally)
         writer.finish(next_offset)
         return bad_ranges
 
-    def _warn_of_sectors(self) -> None:
-        """Warn if the target's logical sector size differs from the source's."""
-        writer, stated = self._writer, self._source.logical_sector_nbytes
-        kept = writer.logical_sector_nbytes if isinstance(writer, SectorSized) else SECTOR_NBYTES
-        if stated is not None and stated != kept:
-            log.warning(
-                "%s: its logical sectors have %d bytes, those of %s have %d: "
-                "the guest may fail to boot",
-                self._target.path,
-                kept,
-                self._source.path,
-                stated,
-            )
+    def _require_capacity(self, tally: Tally) -> None:
+        """Raise TargetError if the block device is too small for the image."""
+        capacity, needed_nbytes = self._target.main.nbytes, 0
+        for needed_nbytes in self._needed_nbytes(tally):
+            if needed_nbytes <= capacity:
+                return
+        raise TargetError(
+            f"holds {capacity} bytes, fewer than the {needed_nbytes} of the "
+            f"{self._options.format} image",
+            path=self._target.path,
+        )
 
-    def _move(self, data_file: TargetFile, tally: Tally) -> tuple[int, tuple[BadRange, ...]]:
+    def _needed_nbytes(self, tally: Tally) -> Iterator[int]:
+        """Yield bounds of the image's size, each closer and slower; the last is exact.
+
+        They come from the size of the disk, from the source's tables, and from all of
+        its data.
+        """
+        geometry = self._writer.geometry
+        yield self._driver.measure(self._request, 0).fully_allocated
+        if geometry.placing is Placing.IDENTITY:
+            return
+        if geometry.zero_policy is not ZeroPolicy.STORE:
+            n_blocks = count_blocks(self._source.data_extents(), geometry.block_nbytes)
+            yield self._driver.measure(self._request, n_blocks * geometry.block_nbytes).required
+        rehearsal, writer = Rehearsal(self._target), self._driver.writer(self._request)
+        self._write_parts(writer, writer.begin(rehearsal), tally.before_start())
+        yield rehearsal.main.nbytes
+
+    def _move(
+        self, writer: Writer, data_file: TargetFile, tally: Tally
+    ) -> tuple[int, tuple[BadRange, ...]]:
         """Move the whole disk; return the target's first free offset and bad ranges."""
-        options, geometry = self._options, self._writer.geometry
+        options, geometry = self._options, writer.geometry
+        if not data_file.reads_as_zeros:
+            geometry = geometry.over_old_bytes
         with ExitStack() as stack:
             supply = stack.enter_context(self._source.supply(geometry, self._base))
             stack.enter_context(translated_errors(supply.paths, self._target.path))
@@ -96,17 +135,18 @@ class ImageSink:
                 sources=supply.native_sources,
                 geometry=geometry,
                 target=data_file.core,
-                next_offset=self._writer.first_offset,
+                next_offset=writer.first_offset,
                 has_base=self._base is not None,
                 threads=options.threads,
                 variants=dict(options.variants),
                 salvage=options.salvage,
                 reflink=self._may_reflink(),
+                rate_limit=options.limit,
             )
             stack.callback(job.close)
-            _run(job, self._writer, supply.batches, tally)
+            _Transfer(job, writer, data_file, tally).run(supply.batches)
             unread = named_bad_ranges(job.bad_ranges, supply.paths)
-            return int(job.next_offset), tuple(sorted((*supply.lost, *unread)))
+            return int(job.next_offset), tuple(sorted((*self._source.lost(), *unread)))
 
     def _may_reflink(self) -> bool:
         """Tell whether blocks may be reflinked instead of copied."""
@@ -116,14 +156,6 @@ class ImageSink:
             or self._writer.geometry.zero_policy is ZeroPolicy.STORE
         )
         return self._options.reflink and not own_blocks and not self._options.salvage
-
-
-def _not_in_place(target: Target, format: str) -> UnsupportedFeatureError:
-    names = [name for name in format_names() if get_driver(name).writes_in_place]
-    what = "a block device" if target.is_block_device else "an existing file (-n)"
-    return UnsupportedFeatureError(
-        f"only {' and '.join(names)} can be written into {what}, not {format}", path=target.path
-    )
 
 
 def _refuse_large_blocks(target: Target, writer: Writer) -> None:
@@ -136,46 +168,51 @@ def _refuse_large_blocks(target: Target, writer: Writer) -> None:
         )
 
 
-def _run(job: Job, writer: Writer, batches: Iterator[Batch], tally: Tally) -> None:
-    """Prepare each batch while the engine works on the one before it."""
-    pending: tuple[Batch, int, Placements | None] | None = None
-    given_nbytes = 0
-    for batch in batches:
+class _Transfer(NamedTuple):
+    """A job that moves the disk, and what hears of its progress."""
+
+    job: Job
+    writer: Writer
+    file: TargetFile
+    tally: Tally
+
+    def run(self, batches: Iterator[Batch]) -> None:
+        """Prepare each batch while the engine works on the one before it."""
+        pending: tuple[Batch, int, Placements | None] | None = None
+        given_nbytes = 0
+        geometry = self.writer.geometry
+        for batch in batches:
+            if pending is not None:
+                self._finish(*pending)
+            skipped_nbytes = batch.start - given_nbytes
+            given_nbytes += batch.end - batch.start
+            placements = None
+            if geometry.placing is Placing.APPEND:
+                n_blocks = -(-(batch.end - batch.start) // geometry.block_nbytes)
+                placements = np.zeros(n_blocks, PLACEMENT_DTYPE)
+            self.job.start(batch.start, batch.end, batch.rows, batch.base, placements)
+            pending = (batch, skipped_nbytes, placements)
         if pending is not None:
-            _finish_batch(job, writer, tally, *pending)
-        skipped_nbytes = batch.start - given_nbytes
-        given_nbytes += batch.end - batch.start
-        placements = None
-        if writer.geometry.placing is Placing.APPEND:
-            n_blocks = -(-(batch.end - batch.start) // writer.geometry.block_nbytes)
-            placements = np.zeros(n_blocks, PLACEMENT_DTYPE)
-        job.start(batch.start, batch.end, batch.rows, batch.base, placements)
-        pending = (batch, skipped_nbytes, placements)
-    if pending is not None:
-        _finish_batch(job, writer, tally, *pending)
+            self._finish(*pending)
+        if geometry.placing is Placing.IDENTITY:
+            self.file.note_end(geometry.host_base + geometry.guest_nbytes)
 
+    def _finish(self, batch: Batch, skipped_nbytes: int, placements: Placements | None) -> None:
+        """Wait for a batch, and tell the writer where its blocks are.
 
-def _finish_batch(
-    job: Job,
-    writer: Writer,
-    tally: Tally,
-    batch: Batch,
-    skipped_nbytes: int,
-    placements: Placements | None,
-) -> None:
-    """Wait for a batch, and tell the writer where its blocks are.
+        ``skipped_nbytes`` is the sum of the gaps between the batches so far.
+        """
+        job = self.job
 
-    ``skipped_nbytes`` is the sum of the gaps between the batches so far.
-    """
+        def tick() -> None:
+            done, data, _, read, written, reflinked = job.progress()
+            self.tally.count(
+                skipped_nbytes + done, data=data, read=read, written=written, reflinked=reflinked
+            )
 
-    def tick() -> None:
-        done, data, _, read, written, reflinked = job.progress()
-        tally.count(
-            skipped_nbytes + done, data=data, read=read, written=written, reflinked=reflinked
-        )
-
-    job.wait(tick)
-    tick()
-    if placements is not None:
-        first_block = batch.start // writer.geometry.block_nbytes
-        job.next_offset = writer.place(first_block, placements, job.next_offset)
+        job.wait(tick)
+        tick()
+        if placements is not None:
+            first_block = batch.start // self.writer.geometry.block_nbytes
+            self.file.note_end(job.next_offset)
+            job.next_offset = self.writer.place(first_block, placements, job.next_offset)

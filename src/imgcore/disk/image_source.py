@@ -6,15 +6,18 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from imgcore.disk.describe import describe_layer
-from imgcore.errors import UnsupportedFeatureError
-from imgcore.limits import CHUNK_NBYTES, SECTOR_NBYTES
+from imgcore.formats.api import Laden
+from imgcore.limits import CHUNK_NBYTES
+from imgcore.log import log
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from contextlib import AbstractContextManager
     from typing import Any
 
     from imgcore.disk.image import Image
+    from imgcore.disk.salvage import Salvage
+    from imgcore.engine.bad_ranges import BadRange
     from imgcore.engine.batches import Supply
     from imgcore.engine.extents import Extents
     from imgcore.engine.geometry import Geometry
@@ -25,34 +28,53 @@ class ImageSource:
 
     def __init__(self, image: Image) -> None:
         self._image = image
+        self._salvage: Salvage | None = None
         self.path = image.path
         self.format = image.format
         self.virtual_size = image.virtual_size
+        is_flat = image.reader.is_flat
+        self.exact_nbytes = image.files[0].nbytes if is_flat else image.virtual_size
         self.logical_sector_nbytes = image.logical_sector_nbytes
         self.files = image.every_file()
+        self.sources = image.sources
 
     def describe(self) -> list[dict[str, Any]]:
         """Describe the image, then its parent, and so on."""
         return [describe_layer(layer) for layer in self._image.chain]
 
     def refuse_conversion(self, *, with_base: bool) -> None:
-        """Raise UnsupportedFeatureError if the disk ends inside a sector."""
-        if self.virtual_size % SECTOR_NBYTES:
-            raise UnsupportedFeatureError(
-                f"its disk has {self.virtual_size} bytes, not a multiple of {SECTOR_NBYTES}: "
-                "no other format can represent that (qemu-img resize changes the size)",
-                path=self.path,
-            )
+        """Warn about what of the image the target will not have."""
+        reader = self._image.reader
+        for text in reader.left_out() if isinstance(reader, Laden) else ():
+            log.warning("%s: %s", self.path, text)
 
     def data_extents(self) -> Iterator[Extents]:
         """Yield the extents of the disk, with long holes of host files as ZERO."""
-        return self._image.data_extents()
+        return self._image.data_extents(salvage=self._new_salvage())
 
-    def chunks(self, start: int, length: int) -> Iterator[memoryview]:
+    def lost(self) -> Sequence[BadRange]:
+        """Return what was lost in the last pass over the extents."""
+        return () if self._salvage is None else self._salvage.ranges
+
+    def _new_salvage(self) -> Salvage | None:
+        """Return what takes LOST extents in a new pass; None if nothing is salvaged."""
+        chain = self._image.chain
+        if not chain[0].salvages:
+            return None
+        if self._salvage is None:
+            from imgcore.disk import salvage
+
+            self._salvage = salvage.Salvage(chain, self._image.first_files)
+        self._salvage.restart()
+        return self._salvage
+
+    def chunks(
+        self, start: int, length: int, piece_nbytes: int = CHUNK_NBYTES
+    ) -> Iterator[memoryview]:
         """Yield the bytes of a range in order."""
-        buffer = memoryview(bytearray(min(CHUNK_NBYTES, length)))
+        buffer = memoryview(bytearray(min(piece_nbytes, length)))
         end = start + length
-        for offset in range(start, end, CHUNK_NBYTES):
+        for offset in range(start, end, piece_nbytes):
             piece = buffer[: min(len(buffer), end - offset)]
             self._image.readinto(offset, piece)
             yield piece
@@ -60,19 +82,14 @@ class ImageSource:
     def supply(self, geometry: Geometry, base: Image | None) -> AbstractContextManager[Supply]:
         """Return the files of image and base, and batches that refer to them."""
         from imgcore.disk.image_batches import image_batches
-        from imgcore.disk.salvage import Salvage
         from imgcore.engine.batches import Supply
         from imgcore.engine.source_file import native_sources
 
         sources = [*self._image.sources, *(base.sources if base is not None else ())]
-        chain, salvage = self._image.chain, None
-        if chain[0].salvages:
-            salvage = Salvage(chain, self._image.first_files)
         return nullcontext(
             Supply(
                 paths=[source.file.path for source in sources],
                 native_sources=native_sources(sources),
-                batches=image_batches(self._image, base, geometry, salvage),
-                lost=[] if salvage is None else salvage.ranges,
+                batches=image_batches(self._image, base, geometry, self._new_salvage()),
             )
         )

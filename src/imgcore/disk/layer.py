@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
+from imgcore.disk.image_names import local_image
+from imgcore.errors import UnsupportedFeatureError
 from imgcore.files.host_file import HostFile
 from imgcore.files.reference_gate import ReferenceGate
-from imgcore.formats.registry import open_reader
+from imgcore.formats.registry import Found, find_format, open_found
+from imgcore.log import log
 
 if TYPE_CHECKING:
     from typing import Self
@@ -26,6 +29,8 @@ class Layer(NamedTuple):
     gate : ReferenceGate
         Opens the files that the image names.
     reader : Reader
+    notice : str
+        If only the content states the image's format, the words of a warning.
     salvages : bool
         Whether the reader goes on after damage; see `imgcore.formats.shared.damage`.
     """
@@ -33,7 +38,13 @@ class Layer(NamedTuple):
     file: HostFile
     gate: ReferenceGate
     reader: Reader
+    notice: str = ""
     salvages: bool = False
+
+    def warn(self) -> None:
+        """Log the notice, if there is one: after opening, which may fail for it."""
+        if self.notice:
+            log.warning("%s: %s", self.file.path, self.notice)
 
     def close(self) -> None:
         """Close the reader and all its files; may be called more than once."""
@@ -47,18 +58,49 @@ class Layer(NamedTuple):
         self.close()
 
 
-def open_layer(path: str | os.PathLike[str], options: OpenOptions) -> Layer:
-    """Open an image, without its parent, by the name that the caller gives."""
+def open_layer(
+    path: str | os.PathLike[str], options: OpenOptions, *, describing: bool = False
+) -> Layer:
+    """Open an image, without its parent, by the name that the caller gives.
+
+    With ``describing``, its format may contradict its name; see `find_format`.
+    """
+    path, options = local_image(path, options)
     file = HostFile.open(path, share=options.share)
     try:
-        gate = gate_of(file, options)
-        reader = open_reader(file, gate, options.format, options.read_options, options.damage)
-        return Layer(file, gate, reader, options.salvage)
+        flag, damage = options.flags.format, options.damage
+        found = find_format(file, options.format, flag=flag, describing=describing, damage=damage)
+        gate = found_gate(file, found, options)
+        reader = open_found(file, gate, found.name, options.read_options, damage=damage, flag=flag)
+        if options.without_backing:
+            refuse_backing(file, reader)
+        return Layer(file, gate, reader, found.notice, options.salvage)
     except BaseException:
         file.close()
         raise
 
 
+def refuse_backing(file: HostFile, reader: Reader) -> None:
+    """Raise if an image has a backing file, although its description leaves it out."""
+    if reader.backing is not None:
+        raise UnsupportedFeatureError(
+            'its description leaves out its backing file ("backing": null), which is not supported',
+            path=file.path,
+        )
+
+
+def found_gate(file: HostFile, found: Found, options: OpenOptions) -> ReferenceGate:
+    """Return the gate for an image that the caller names.
+
+    It opens nothing if only the image's content states its format.
+    """
+    unstated = f"{options.flags.format} {found.name}" if found.notice else ""
+    folder = os.path.dirname(file.path)
+    return ReferenceGate(
+        folder, options.allow, share=options.share, image=file.path, unstated=unstated
+    )
+
+
 def gate_of(file: HostFile, options: OpenOptions) -> ReferenceGate:
-    """Return the gate for an image that was opened by the caller's name."""
-    return ReferenceGate(os.path.dirname(file.path), options.allow, share=options.share)
+    """Return the gate for an image that the caller names and whose format is stated."""
+    return found_gate(file, Found(""), options)

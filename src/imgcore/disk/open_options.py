@@ -3,26 +3,50 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from imgcore.files.reference_gate import folder_names
 from imgcore.formats.shared.damage import SALVAGING, STRICT, Damage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
+    from typing import TypeAlias
 
     from imgcore.formats.option_texts import OptionTexts
 
+    Parents: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
+
+
+class Flags(NamedTuple):
+    """The command's options for opening one image, for the advice in messages.
+
+    An empty text means that the image that is opened has no such option.
+    """
+
+    format: str = "-f"
+    backing_format: str = "--backing-format"
+    parent: str = "--parent"
+
+
+FLAGS: Final = Flags()
+
 
 class OpenOptions(NamedTuple):
-    """The keywords of `imgcore.open`, which documents them, and ``salvage``."""
+    """The keywords of `imgcore.open`, which documents them, and three facts.
+
+    ``flags`` are the command's options for these keywords.  ``without_backing`` is set
+    if the image's name says that its backing file is left out.  ``salvage`` is that of
+    `imgcore.convert`.
+    """
 
     format: str | None = None
     backing_format: str | None = None
-    parent: str | None = None
+    parents: tuple[str, ...] = ()
     read_options: OptionTexts | None = None
     allow: tuple[str, ...] = ()
     share: bool = False
+    flags: Flags = FLAGS
+    without_backing: bool = False
     salvage: bool = False
 
     @property
@@ -36,19 +60,29 @@ class OpenOptions(NamedTuple):
         *,
         format: str | None = None,
         backing_format: str | None = None,
-        parent: str | os.PathLike[str] | None = None,
+        parent: Parents = None,
         read_options: OptionTexts | None = None,
         allow: Iterable[str | os.PathLike[str]] = (),
         share: bool = False,
+        flags: Flags = FLAGS,
         salvage: bool = False,
     ) -> OpenOptions:
         """Return the record; OptionError if ``allow`` is a lone string."""
         return cls(
             format=format,
             backing_format=backing_format,
-            parent=None if parent is None else os.fspath(parent),
+            parents=_names(parent),
             read_options=read_options,
             allow=tuple(folder_names(allow)),
             share=share,
+            flags=flags,
             salvage=salvage,
         )
+
+
+def _names(parent: Parents) -> tuple[str, ...]:
+    if parent is None:
+        return ()
+    if isinstance(parent, str | os.PathLike):
+        return (os.fspath(parent),)
+    return tuple(os.fspath(name) for name in parent)

@@ -35,7 +35,11 @@ def merge(
     tuple of ndarray
         At most n + m rows and their depths, over the same range.
     """
-    starts = np.union1d(upper["guest_offset"], lower["guest_offset"])
+    # Only holes are cut where a row of the lower layer starts: data starts at sectors,
+    # even if the lower disk ends inside one.
+    above = np.searchsorted(upper["guest_offset"], lower["guest_offset"], side="right") - 1
+    is_seen = upper["kind"][above] == Kind.HOLE
+    starts = np.union1d(upper["guest_offset"], lower["guest_offset"][is_seen])
     rows, below = split(upper, starts), split(lower, starts)
     is_hole = rows["kind"] == Kind.HOLE
     i = np.searchsorted(upper["guest_offset"], starts, side="right") - 1
@@ -104,3 +108,11 @@ def padded(batches: Iterator[Extents], nbytes: int, end: int) -> Iterator[Extent
     yield from batches
     if nbytes < end:
         yield np.array([(nbytes, end - nbytes, 0, 0, 0, Kind.ZERO, 0)], dtype=EXTENT_DTYPE)
+
+
+def resized(batches: Iterator[Extents], nbytes: int, end: int) -> Iterator[Extents]:
+    """Yield the batches of a disk of ``nbytes`` bytes, cut off or padded at ``end``."""
+    for rows in padded(batches, nbytes, end):
+        start = int(rows["guest_offset"][0])
+        if start < end:
+            yield clip(rows, start, min(start + int(rows["length"].sum()), end))

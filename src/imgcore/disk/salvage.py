@@ -61,6 +61,10 @@ class Salvage:
             self._contested += _contested(layer.reader, layer.file.path, first)
             _warn_of_leaks(layer.reader, layer.file.path)
 
+    def restart(self) -> None:
+        """Forget what was lost: the extents will be passed from the start."""
+        self.ranges.clear()
+
     def take(self, rows: Extents, depths: Depths) -> Iterator[Extents]:
         """Yield a batch with its LOST rows as ZERO; see `Image.layer_extents`.
 

@@ -9,7 +9,9 @@ from imgcore.disk.backing import opened_reference
 from imgcore.errors import OptionError
 from imgcore.formats.api import WriteRequest
 from imgcore.formats.option_texts import parse_options
-from imgcore.formats.registry import get_driver
+from imgcore.formats.registry import PLAIN_FORMAT, get_driver
+from imgcore.limits import SECTOR_NBYTES
+from imgcore.log import log
 from imgcore.streams.names import CODEC_OF_SUFFIX, stream_suffix
 
 if TYPE_CHECKING:
@@ -29,6 +31,11 @@ class Sink(Protocol):
         """Whether a failure would leave an existing file half overwritten."""
         ...
 
+    @property
+    def logical_sector_nbytes(self) -> int | None:
+        """Bytes of the target's logical sectors; None if nothing states them."""
+        ...
+
     def write(self, tally: Tally) -> tuple[BadRange, ...]:
         """Write the whole disk, and return the ranges that could not be read."""
         ...
@@ -38,6 +45,8 @@ def open_sink(
     target: Target, options: SinkOptions, source: Source, base: Image | None, virtual_size: int
 ) -> Sink:
     """Return the sink for a target; nothing is written yet.
+
+    A warning says if the target's logical sectors are not the source's.
 
     Parameters
     ----------
@@ -55,17 +64,38 @@ def open_sink(
     OptionError, UnsupportedFeatureError
         The target cannot be written, or not with these options.
     """
+    sink = _make_sink(target, options, source, base, virtual_size)
+    ours, theirs = sink.logical_sector_nbytes or SECTOR_NBYTES, source.logical_sector_nbytes
+    if theirs is None:
+        # Then they usually have 512 bytes.  An option for the target may know better.
+        theirs = SECTOR_NBYTES if options.format == PLAIN_FORMAT else ours
+    if ours != theirs:
+        log.warning(
+            "%s: its logical sectors have %d bytes, those of %s have %d: "
+            "the guest may fail to boot",
+            target.path,
+            ours,
+            source.path,
+            theirs,
+        )
+    return sink
+
+
+def _make_sink(
+    target: Target, options: SinkOptions, source: Source, base: Image | None, virtual_size: int
+) -> Sink:
     suffix = stream_suffix(target.path)
     if options.profile is not None and options.profile.is_archived:
         from imgcore.disk.archive_sink import ArchiveSink
 
         _refuse_in_stream(target, options)
-        return ArchiveSink(target, source, virtual_size, options.threads)
+        return ArchiveSink(target, source, virtual_size, options.threads, options.limit)
     if suffix is not None:
         from imgcore.disk.stream_sink import StreamSink
 
         _refuse_in_stream(target, options)
-        return StreamSink(target, source, CODEC_OF_SUFFIX[suffix], options.threads)
+        codec = CODEC_OF_SUFFIX[suffix]
+        return StreamSink(target, source, codec, options.threads, options.limit)
     from imgcore.disk.image_sink import ImageSink
 
     backing = options.backing
@@ -79,6 +109,7 @@ def open_sink(
         sparse_nbytes=options.sparse_nbytes,
         target_name=os.path.basename(target.path),
         logical_sector_nbytes=source.logical_sector_nbytes,
+        exact_nbytes=source.exact_nbytes if virtual_size == source.virtual_size else None,
     )
     return ImageSink(target, source, base, request, options)
 

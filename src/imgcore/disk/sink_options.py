@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from imgcore.disk.backing import backing_reference
 from imgcore.disk.profile_fitting import fitting_format, fitting_options, refuse_against_profile
 from imgcore.disk.target_format import target_format
+from imgcore.engine.control import Control
 from imgcore.engine.job import chosen_variants, thread_count
 from imgcore.errors import OptionError
 from imgcore.limits import MIB, SECTOR_NBYTES
 from imgcore.sizes import parse_size
 
 if TYPE_CHECKING:
+    from imgcore._core import RateLimit
     from imgcore.formats.api import BackingReference
     from imgcore.formats.option_texts import OptionTexts
     from imgcore.formats.options import FormatOptions
@@ -33,10 +35,12 @@ class SinkOptions(NamedTuple):
     sparse_nbytes: int
     threads: int
     in_place: bool
+    target_is_zero: bool
     salvage: bool
     reflink: bool
     variants: Mapping[str, str]
     profile: Profile | None
+    limit: RateLimit | None
 
     @classmethod
     def from_keywords(
@@ -51,14 +55,21 @@ class SinkOptions(NamedTuple):
         sparse: int | str,
         threads: int | None,
         in_place: bool,
+        target_is_zero: bool,
         salvage: bool,
         reflink: bool,
         kernels: Mapping[str, str] | None,
         profile: str | None,
+        rate: int | str | None,
+        control: Control | None,
     ) -> SinkOptions:
         """Return the record; OptionError if the keywords contradict each other."""
         platform = None if profile is None else _profile(profile)
         name = target_format(target, fitting_format(platform, format) or None, flag="-O")
+        if target_is_zero and not in_place:
+            raise OptionError("--target-is-zero is about an existing target: it needs -n")
+        if target_is_zero and backing is not None:
+            raise OptionError("--target-is-zero: with a parent (-B) the target's disk is not zeros")
         if salvage and backing is not None:
             raise OptionError("salvaged data cannot be compared with a parent (-B)")
         if platform is not None:
@@ -77,10 +88,12 @@ class SinkOptions(NamedTuple):
             sparse_nbytes=_sparse_nbytes(sparse),
             threads=thread_count(threads),
             in_place=in_place,
+            target_is_zero=target_is_zero,
             salvage=salvage,
             reflink=reflink,
             variants=chosen_variants(kernels),
             profile=platform,
+            limit=_rate_limit(rate, control),
         )
 
 
@@ -88,6 +101,14 @@ def _profile(name: str) -> Profile:
     from imgcore.platforms.profiles import get_profile
 
     return get_profile(name)
+
+
+def _rate_limit(rate: int | str | None, control: Control | None) -> RateLimit | None:
+    if rate is None:
+        return None if control is None else control.limit
+    if control is not None:
+        raise OptionError("rate and control are both given: set the rate of the control")
+    return Control(rate=rate).limit
 
 
 def _sparse_nbytes(sparse: int | str) -> int:

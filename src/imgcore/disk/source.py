@@ -1,16 +1,18 @@
-"""Sources that a disk is read from: an image, or a compressed raw stream."""
+"""Sources that a disk is read from: images, or a compressed raw stream."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from imgcore.disk.image import open_image
+from imgcore.disk.image_names import local_image
 from imgcore.disk.image_source import ImageSource
 from imgcore.disk.stream_source import StreamSource, is_stream
 from imgcore.errors import OptionError
+from imgcore.limits import CHUNK_NBYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
     from imgcore.disk.image import Image
     from imgcore.disk.open_options import OpenOptions
+    from imgcore.engine.bad_ranges import BadRange
     from imgcore.engine.batches import Supply
     from imgcore.engine.extents import Extents
     from imgcore.engine.geometry import Geometry
@@ -40,7 +43,15 @@ class Source(Protocol):
 
     @property
     def virtual_size(self) -> int:
-        """Bytes of the disk."""
+        """Bytes of the disk, in whole sectors."""
+        ...
+
+    @property
+    def exact_nbytes(self) -> int:
+        """Bytes of the disk without the zeros that fill up its last sector.
+
+        It differs from ``virtual_size`` for raw disks only.
+        """
         ...
 
     @property
@@ -71,9 +82,16 @@ class Source(Protocol):
         """Yield ascending extents; the disk is zeros outside of stored ones."""
         ...
 
-    def chunks(self, start: int, length: int) -> Iterator[memoryview]:
+    def lost(self) -> Sequence[BadRange]:
+        """Return what was lost in the last pass over the extents, when salvaging."""
+        ...
+
+    def chunks(
+        self, start: int, length: int, piece_nbytes: int = CHUNK_NBYTES
+    ) -> Iterator[memoryview]:
         """Yield the bytes of a range in order; each piece is valid until the next.
 
+        A piece has at most ``piece_nbytes``.
         The range is the whole disk, or part of a data extent of `data_extents`.  A
         stream can only be read as a whole, and so is one extent.
         """
@@ -113,11 +131,46 @@ def open_source(
     ImgcoreError, OSError
         As `imgcore.open`.
     """
+    path, options = local_image(path, options)
     if is_stream(path, options):
         with StreamSource.open(path, options) as stream:
             yield stream
         return
-    if options.parent is not None and not parents:
+    if options.parents and not parents:
         raise OptionError("a parent is given, but only the image itself is described")
     with open_image(path, options, parents=parents) as image:
         yield ImageSource(image)
+
+
+@contextmanager
+def open_sources(paths: Sequence[str | os.PathLike[str]], options: OpenOptions) -> Iterator[Source]:
+    """Open one source, or several images whose disks follow each other.
+
+    Raises
+    ------
+    OptionError
+        There is none.  Or there are several, and one is a stream or a parent is given.
+    ImgcoreError, OSError
+        As `open_source`.
+    """
+    if not paths:
+        raise OptionError("a conversion needs a source")
+    with ExitStack() as stack:
+        if len(paths) == 1:
+            yield stack.enter_context(open_source(paths[0], options))
+            return
+        from imgcore.disk.concatenated_source import ConcatenatedSource
+
+        if options.parents:
+            raise OptionError("a parent is given, but there are several sources")
+        for path in paths:
+            if is_stream(path, options):
+                name = os.fspath(path)
+                raise OptionError(
+                    "a compressed raw disk cannot be one of several sources: decompress it first "
+                    f"(imgcore convert {name} {os.path.splitext(name)[0]})",
+                    path=name,
+                )
+        named = [local_image(path, options) for path in paths]
+        parts = [stack.enter_context(open_image(*each)) for each in named]
+        yield ConcatenatedSource([ImageSource(image) for image in parts])

@@ -9,16 +9,18 @@ from imgcore.disk.describe import allocated_nbytes
 from imgcore.errors import OptionError, UnsupportedFeatureError, WrongFormatError
 from imgcore.formats.magic import HEAD_NBYTES, matching_formats
 from imgcore.formats.registry import PLAIN_FORMAT
+from imgcore.formats.shared.last_sector import whole_sectors
 from imgcore.limits import CHUNK_NBYTES
 from imgcore.streams.names import CODEC_OF_SUFFIX, stream_suffix
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from contextlib import AbstractContextManager
     from typing import Any, Self
 
     from imgcore.disk.image import Image
     from imgcore.disk.open_options import OpenOptions
+    from imgcore.engine.bad_ranges import BadRange
     from imgcore.engine.batches import Supply
     from imgcore.engine.extents import Extents
     from imgcore.engine.geometry import Geometry
@@ -41,7 +43,8 @@ class StreamSource:
         # Whether the caller has stated that the content is raw.
         self._is_stated = is_stated
         self.path = reader.path
-        self.virtual_size = reader.virtual_size
+        self.exact_nbytes = reader.virtual_size
+        self.virtual_size = whole_sectors(reader.virtual_size, reader.path)
         self.files = (reader.file,)
 
     @classmethod
@@ -58,7 +61,7 @@ class StreamSource:
             )
         if options.read_options:
             raise OptionError(f"{cls.format} has no options for reading", path=os.fspath(path))
-        if options.parent is not None:
+        if options.parents:
             raise OptionError(
                 f"a parent is given, but {cls.format} disks have none", path=os.fspath(path)
             )
@@ -105,10 +108,19 @@ class StreamSource:
         if self.virtual_size:
             yield single(0, self.virtual_size, Kind.DATA)
 
-    def chunks(self, start: int, length: int) -> Iterator[memoryview]:
+    def lost(self) -> Sequence[BadRange]:
+        """Return nothing: streams are not salvaged."""
+        return ()
+
+    def chunks(
+        self, start: int, length: int, piece_nbytes: int = CHUNK_NBYTES
+    ) -> Iterator[memoryview]:
         """Yield the bytes of the whole disk in order."""
-        assert (start, length) == (0, self.virtual_size), "a stream is read whole"
-        return self._reader.read_chunks(CHUNK_NBYTES)
+        assert start == 0, "a stream is read whole"
+        assert length in (self.virtual_size, self.exact_nbytes), "a stream is read whole"
+        yield from self._reader.read_chunks(piece_nbytes)
+        if length > self.exact_nbytes:
+            yield memoryview(bytes(length - self.exact_nbytes))
 
     def supply(self, geometry: Geometry, base: Image | None) -> AbstractContextManager[Supply]:
         """Return two buffers, which the stream fills in turn, and batches in them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -12,7 +12,6 @@ from imgcore.limits import MAX_BATCH_ROWS
 
 if TYPE_CHECKING:
     from imgcore._core import File
-    from imgcore.engine.bad_ranges import BadRange
     from imgcore.engine.extents import Extents
 
 
@@ -33,13 +32,12 @@ class Supply(NamedTuple):
 
     ``native_sources`` are the files that extents refer to by index (file, size, guest
     base, block size); ``paths`` are their names.  A batch stays valid until the second
-    batch after it is taken.  ``lost`` receives the ranges that no table gives a place.
+    batch after it is taken.
     """
 
     paths: list[str]
     native_sources: list[tuple[File, int, int, int]]
     batches: Iterator[Batch]
-    lost: Sequence[BadRange] = ()
 
 
 def cut_batches(

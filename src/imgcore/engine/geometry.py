@@ -77,6 +77,9 @@ class Geometry(NamedTuple):
     ``stored_prefix_nbytes`` (up to 1 MiB) of the value ``stored_prefix_byte`` directly
     precede the data of each STORED block.  Alignment and placement refer to the data,
     not to the prefix.  A geometry with such a prefix has no codec.
+
+    ``clears_blocks`` is for a target that has old bytes where blocks will be: what of a
+    STORED block is not written is zeroed.  ``sparse_nbytes`` is 0 then.
     """
 
     block_nbytes: int
@@ -95,6 +98,16 @@ class Geometry(NamedTuple):
     group_gap_nbytes: int = 0
     stored_prefix_nbytes: int = 0
     stored_prefix_byte: int = 0xFF
+    clears_blocks: bool = False
+
+    @property
+    def over_old_bytes(self) -> Geometry:
+        """The same for a target that keeps old bytes where nothing is written."""
+        if self.placing is Placing.APPEND:
+            return self._replace(sparse_nbytes=0, clears_blocks=True)
+        if self.zero_policy is ZeroPolicy.SKIP:
+            return self._replace(sparse_nbytes=0, zero_policy=ZeroPolicy.EXPLICIT)
+        return self
 
     @property
     def unit_nbytes(self) -> int:

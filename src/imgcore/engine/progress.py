@@ -61,6 +61,16 @@ class Tally:
             self._next_time = now + _REPORT_SECONDS
             self._report(Progress(done, self.total_nbytes, data, done - data, written))
 
+    def before_start(self) -> Tally:
+        """Return a tally of work that precedes the first byte: it reports 0 bytes."""
+        report, total_nbytes = self._report, self.total_nbytes
+
+        def report_nothing(_: Progress) -> None:
+            assert report is not None
+            report(Progress(0, total_nbytes, 0, 0, 0))
+
+        return Tally(total_nbytes, None if report is None else report_nothing)
+
     def finish(self) -> None:
         """Report that the whole disk is done."""
         self.count(

@@ -46,6 +46,11 @@ class ByteSource(Protocol):
         ...
 
     @property
+    def logical_sector_nbytes(self) -> int | None:
+        """Bytes of a block device's logical sector; None for other files."""
+        ...
+
+    @property
     def modified(self) -> int:
         """Unix seconds of the last change before the file was opened."""
         ...

@@ -64,6 +64,15 @@ class OpenFile:
             self._core = File.from_fd(self.fd)
         return self._core
 
+    @property
+    def logical_sector_nbytes(self) -> int | None:
+        """Bytes of a block device's logical sector; None for other files."""
+        if not stat.S_ISBLK(os.fstat(self.fd).st_mode):
+            return None
+        from imgcore.files.block_devices import logical_sector_nbytes
+
+        return logical_sector_nbytes(self.fd)
+
     def close(self) -> None:
         """Close the descriptor; more than once is allowed."""
         core, self._core = self._core, None

@@ -7,9 +7,10 @@ import os
 import re
 import stat
 import struct
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from imgcore.errors import (
+    ImgcoreError,
     OptionError,
     UnsafeReferenceError,
 )
@@ -43,6 +44,11 @@ class ReferenceGate:
         these.
     share : bool
         The default of `open`; as in `HostFile.open`.
+    image : str, optional
+        The image, for messages.
+    unstated : str
+        If not empty, nothing is opened, because the user has not stated the image's
+        format; the option that states it, for messages.
 
     Notes
     -----
@@ -51,9 +57,19 @@ class ReferenceGate:
     links are rejected.
     """
 
-    def __init__(self, folder: str, allowed: Sequence[str] = (), *, share: bool = False) -> None:
+    def __init__(
+        self,
+        folder: str,
+        allowed: Sequence[str] = (),
+        *,
+        share: bool = False,
+        image: str | None = None,
+        unstated: str = "",
+    ) -> None:
         self.share = share
         self.folder = os.path.abspath(folder or ".")
+        self.image = image or self.folder
+        self.unstated = unstated
         self.allowed = tuple(os.path.abspath(name) for name in allowed)
         for name in self.allowed:
             if not os.path.isdir(name):
@@ -65,11 +81,14 @@ class ReferenceGate:
 
         It permits the file's folder and all folders of this gate.
         """
-        gate = ReferenceGate(os.path.dirname(file.path), self.allowed, share=self.share)
+        folder = os.path.dirname(file.path)
+        gate = ReferenceGate(folder, self.allowed, share=self.share, image=file.path)
         gate._inherited = (self.folder, *self._inherited)
         return gate
 
-    def open(self, name: str, *, share: bool | None = None) -> HostFile:
+    def open(
+        self, name: str, *, share: bool | None = None, role: str = "file", remedy: str = ""
+    ) -> HostFile:
         """Open a file by the name that an image gives for it.
 
         Parameters
@@ -79,6 +98,10 @@ class ReferenceGate:
             UTF-8 as ``os.fsdecode`` returns them.
         share : bool, optional
             As in `HostFile.open`; by default as the gate was created.
+        role : str
+            What the file is to the image, such as ``parent``; for messages.
+        remedy : str
+            What to do if there is no such file; for messages.
 
         Raises
         ------
@@ -87,53 +110,46 @@ class ReferenceGate:
         OSError
             The file does not exist, or the system cannot open it.
         """
-        self._refuse_syntax(name)
-        path = os.path.normpath(os.path.join(self.folder, name))
-        try:
-            fd, device = self._open_beneath(path)
-        except _OutsideError:
-            fd, device = self._open_elsewhere(name, path)
-        sharing = self.share if share is None else share
-        return HostFile(fd, path, share=sharing, device=device)
-
-    def _open_elsewhere(self, name: str, path: str) -> tuple[int, bool]:
-        """Open the file that a link leads to, if its folder is permitted."""
-        try:
-            return self._open_beneath(os.path.realpath(path))
-        except _OutsideError:
-            raise self._outside(name, path) from None
-        except OSError as error:
-            # realpath fails if the link was replaced meanwhile.
-            raise OSError(error.errno, os.strerror(error.errno or 0), path) from error
-
-    def _refuse_syntax(self, name: str) -> None:
-        problem = None
-        if not name:
-            problem = "is empty"
-        elif "\0" in name:
-            problem = "holds a NUL"
-        elif name[:5].lower() == "json:":
-            problem = "is a json: description"
-        elif re.match(r"[A-Za-z]:", name):
-            problem = "starts with a drive letter"
-        elif re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", name):
-            problem = "is a URL or names a protocol"
-        else:
-            try:
-                os.fsencode(name)
-            except UnicodeEncodeError:
-                problem = "is not encodable"
-        if problem is not None:
+        if self.unstated:
             raise UnsafeReferenceError(
-                f"the image in {self.folder} refers to {name[:200]!r}, which {problem}; "
-                "only file names are followed"
+                f"names {name[:200]!r} as its {role}, which is not opened, because only the "
+                f"content says what the image is: state its format ({self.unstated})",
+                path=self.image,
             )
+        reference = _Reference(self.image, name, role, remedy)
+        reference.refuse_syntax()
+        path = os.path.normpath(os.path.join(self.folder, name))
+        sharing = self.share if share is None else share
+        try:
+            try:
+                fd, device = self._open_beneath(path)
+            except _OutsideError:
+                fd, device = self._open_elsewhere(reference, path)
+            return HostFile(fd, path, share=sharing, device=device)
+        except OSError as error:
+            text = f"{os.strerror(error.errno or 0)} ({reference.told(error.errno)})"
+            raise OSError(error.errno, text, path) from error
+        except UnsafeReferenceError:
+            raise
+        except ImgcoreError as error:
+            text = f"{error.reason} ({reference.told()})"
+            raise type(error)(text, path=error.path, offset=error.offset) from error
 
-    def _outside(self, name: str, path: str) -> UnsafeReferenceError:
-        return UnsafeReferenceError(
-            f"the image in {self.folder} refers to {name[:200]!r}, which leads out of that folder; "
-            f"--allow {os.path.dirname(path)} permits it (allow=[...] in Python)"
-        )
+    def is_foreign(self, name: str) -> bool:
+        """Tell whether a name is a path of another host: it leads to no file here."""
+        if _DRIVE.match(name):
+            return True
+        path = os.path.normpath(os.path.join(self.folder, name))
+        return "\0" not in name and not PROTOCOL.match(name) and not os.path.lexists(path)
+
+    def _open_elsewhere(self, reference: _Reference, path: str) -> tuple[int, bool]:
+        """Open the file that a link leads to, if its folder is permitted."""
+        # realpath fails if the link was replaced meanwhile.
+        actual = os.path.realpath(path)
+        try:
+            return self._open_beneath(actual)
+        except _OutsideError:
+            raise reference.outside(actual) from None
 
     def _open_beneath(self, path: str) -> tuple[int, bool]:
         """Open an absolute, normal path below the first permitted folder."""
@@ -158,6 +174,68 @@ class ReferenceGate:
 
 class _OutsideError(Exception):
     """The path leads out of the folder."""
+
+
+class _Reference(NamedTuple):
+    """A file that an image names, for messages."""
+
+    image: str
+    name: str
+    role: str
+    remedy: str
+
+    def told(self, code: int | None = None) -> str:
+        """Return which image names the file, and what to do."""
+        remedy = _REMEDIES.get(code or 0, self.remedy)
+        return f"the {self.role} of {self.image}" + (f"; {remedy}" if remedy else "")
+
+    def refuse_syntax(self) -> None:
+        """Raise UnsafeReferenceError if the name is not that of a file."""
+        name, problem = self.name, None
+        if not name:
+            problem = "is empty"
+        elif "\0" in name:
+            problem = "holds a NUL"
+        elif name[:5].lower() == "json:":
+            problem = "is a json: description"
+        elif _DRIVE.match(name):
+            problem = "starts with a drive letter"
+        elif PROTOCOL.match(name):
+            problem = "is a URL or names a protocol"
+        else:
+            try:
+                os.fsencode(name)
+            except UnicodeEncodeError:
+                problem = "is not encodable"
+        if problem is not None:
+            text = self._refused(problem, "only file names are followed")
+            raise UnsafeReferenceError(text, path=self.image)
+
+    def outside(self, path: str) -> UnsafeReferenceError:
+        """Return the error for a path that leads out of the permitted folders."""
+        if not os.path.lexists(path):
+            text = self._refused("leads out of its folder", "there is no such file here")
+            return UnsafeReferenceError(text, path=self.image)
+        return UnsafeReferenceError(
+            f"names {self.name[:200]!r} as its {self.role}, which leads out of its folder; "
+            f"--allow {os.path.dirname(path)} permits it (allow=[...] in Python)",
+            path=self.image,
+        )
+
+    def _refused(self, problem: str, why: str) -> str:
+        remedy = f"; {self.remedy}" if self.remedy else ""
+        return f"names {self.name[:200]!r} as its {self.role}, which {problem}: {why}{remedy}"
+
+
+_DRIVE: Final = re.compile(r"[A-Za-z]:")
+# A URL (nbd://host) or a protocol of QEMU (rbd:pool/disk).
+PROTOCOL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
+
+# What to do about errors that neither another name nor a copy avoids.
+_REMEDIES: Final = {
+    errno.EACCES: "make it and its folders readable",
+    errno.EPERM: "make it and its folders readable",
+}
 
 
 def _below(path: str, folder: str) -> str | None:

@@ -13,6 +13,7 @@ import stat
 from typing import TYPE_CHECKING
 
 from imgcore.errors import TargetError
+from imgcore.files.block_devices import below, refuse_read_only
 from imgcore.files.identity import Identity, describe_file_type, file_identity
 from imgcore.files.locks import refuse_image_in_use
 from imgcore.files.target_file import TargetFile
@@ -132,9 +133,16 @@ class Target:
         Raises
         ------
         TargetError
-            The target is one of them, under any name; `companion` raises it as well.
+            The target is one of them, under any name, or one is a part of the other: a
+            loop device and its file, a disk and its partition.  `companion` raises it
+            as well.
         """
         self._protected = {source.identity: source.path for source in sources}
+        for identity in (self.identity, *(below(self.identity) if self.identity else ())):
+            self._refuse_protected(identity, self.path)
+        for source, path in list(self._protected.items()):
+            if source is not None:
+                self._protected |= dict.fromkeys(below(source), path)
         self._refuse_protected(self.identity, self.path)
 
     def _refuse_protected(self, identity: Identity | None, path: str) -> None:
@@ -148,6 +156,7 @@ class Target:
         if self._main is None:
             if self._folder is None:
                 self._main = TargetFile(self._open_in_place(), self.path)
+                self._main.reads_as_zeros = False
             else:
                 self._main = self._folder.create(self._name, self._old)
         return self._main
@@ -207,6 +216,8 @@ class Target:
         try:
             if file_identity(os.fstat(fd)) != self.identity:
                 raise TargetError("was replaced while it was opened", path=self.path)
+            if self.is_block_device:
+                refuse_read_only(fd, self.path)
             refuse_image_in_use(fd, self.path)
         except BaseException:
             os.close(fd)

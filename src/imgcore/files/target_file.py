@@ -22,6 +22,10 @@ _FILL_NBYTES: Final = 1 << 20
 class TargetFile(OpenFile):
     """One file that is being written.
 
+    A block device has old bytes and keeps its size.  After `clear` it takes the part of
+    a new file nevertheless: what lies between two writes, or before `truncate`'s size,
+    reads as zeros.
+
     Attributes
     ----------
     path : str
@@ -29,7 +33,18 @@ class TargetFile(OpenFile):
     fd : int
         Open for reading and writing; this object owns it, and only `imgcore.files`
         uses it.
+    is_block_device : bool
+        Whether the image's end may lie before the file's end.
+    reads_as_zeros : bool
+        Whether everything that is not written reads as zeros.
     """
+
+    def __init__(self, fd: int, path: str) -> None:
+        super().__init__(fd, path)
+        self.is_block_device = stat.S_ISBLK(os.fstat(fd).st_mode)
+        # Where the old bytes of a cleared block device begin; None if they are kept.
+        self._end: int | None = None
+        self.reads_as_zeros = True
 
     @property
     def nbytes(self) -> int:
@@ -51,18 +66,56 @@ class TargetFile(OpenFile):
     def pwrite(self, offset: int, data: Any) -> None:
         """Write a whole buffer at ``offset``; raises OSError with the file's name."""
         with memoryview(data) as view, view.cast("B") as octets, named_errors(self.path):
+            self._fill(offset)
+            self.note_end(offset + len(octets))
             done = 0
             while done < len(octets):
                 rest, at = octets[done:], offset + done
                 done += retrying(partial(os.pwrite, self.fd, rest, at), WRITE_ERRORS)
 
+    def write_last(self, data: bytes) -> None:
+        """Write the file's last bytes.
+
+        Those of a block device may be far from the image, which readers find by them.
+        """
+        end, self._end = self._end, None
+        self.pwrite(self.nbytes - len(data), data)
+        self._end = end
+
     def truncate(self, nbytes: int) -> None:
         """Set the file's size; a block device keeps its own, which must suffice."""
         with named_errors(self.path):
-            if not stat.S_ISBLK(os.fstat(self.fd).st_mode):
+            if not self.is_block_device:
                 os.ftruncate(self.fd, nbytes)
             elif self.nbytes < nbytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            else:
+                self._fill(nbytes)
+
+    def clear(self, nbytes: int) -> None:
+        """Forget the old content; the first ``nbytes`` bytes then read as zeros."""
+        self._end = 0 if self.is_block_device else None
+        self.reads_as_zeros = not self.is_block_device
+        self.truncate(0)
+        self.truncate(nbytes)
+
+    def note_end(self, end: int) -> None:
+        """Note that the engine has written everything before ``end``."""
+        if self._end is not None:
+            self._end = max(self._end, end)
+
+    def _fill(self, end: int) -> None:
+        """Make the old bytes before ``end`` read as zeros."""
+        if self._end is None or self._end >= end:
+            return
+        from imgcore._core import CoreError
+
+        try:
+            self.core.zero(self._end, end - self._end)
+        except CoreError as error:
+            # Past the end of the device there is no error number.
+            raise OSError(error.os_errno or errno.ENOSPC, "") from error
+        self._end = end
 
     def preallocate(self, mode: str, nbytes: int) -> None:
         """Reserve the file's first ``nbytes`` bytes, which then read as zeros.

@@ -81,6 +81,11 @@ class BackingReference(NamedTuple):
         Only in a `WriteRequest`: absolute path of the parent, which has been opened.
     virtual_size : int or None
         Only in a `WriteRequest`: size of the parent's disk in bytes.
+    without_backing : bool
+        The parent's own parent is left out.
+    inherited : tuple
+        Only in a `WriteRequest`: what the child takes over, in a form that only the
+        format knows (`Inheritable`).
 
     Notes
     -----
@@ -95,6 +100,8 @@ class BackingReference(NamedTuple):
     modified: int | None = None
     path: str | None = None
     virtual_size: int | None = None
+    without_backing: bool = False
+    inherited: tuple[Any, ...] = ()
 
     def __repr__(self) -> str:
         fields = zip(self._fields, self, strict=True)
@@ -222,8 +229,47 @@ class SectorSized(Protocol):
     """
 
     @property
-    def logical_sector_nbytes(self) -> int:
-        """Logical sector size in bytes: 512 or 4096."""
+    def logical_sector_nbytes(self) -> int | None:
+        """Logical sector size in bytes, usually 512 or 4096; None if it is unknown."""
+        ...
+
+
+@runtime_checkable
+class Laden(Protocol):
+    """A reader of images that hold more than one state of the disk.
+
+    Optional: readers of other formats do not have this method.
+    """
+
+    def left_out(self) -> list[str]:
+        """Return what a conversion leaves out and what that means; may be empty."""
+        ...
+
+
+@runtime_checkable
+class Divided(Protocol):
+    """A reader of images whose disk may be in several files.
+
+    Optional: readers of other formats do not have this method.
+    """
+
+    def require_extents(self) -> None:
+        """Raise the gate's error if it did not open all files of the disk.
+
+        Without them, the image can be described, but not read.
+        """
+        ...
+
+
+@runtime_checkable
+class Inheritable(Protocol):
+    """A reader whose format has facts about a disk that its children state as well.
+
+    Optional: the children of other formats take over no more than identities.
+    """
+
+    def inherited(self) -> tuple[Any, ...]:
+        """Return `BackingReference.inherited` for a new child."""
         ...
 
 
@@ -231,7 +277,7 @@ class SectorSized(Protocol):
 
 
 class Repair(NamedTuple):
-    """One problem in an image's file, and the bytes that put it right.
+    """One kind of problem in an image's file, and the bytes that put it right.
 
     A format only states what to change.  `imgcore.disk.repair` applies the repairs, in
     order, to a copy of the file.  The copy replaces the image only if it reads the same
@@ -248,12 +294,19 @@ class Repair(NamedTuple):
     writes : tuple of (int, bytes)
         Host offsets and the bytes to write there.  They lie inside the file and never
         overlap guest data.
+    stream : callable, optional
+        Takes the copy, open for reading, and yields further writes, which may depend on
+        those before.  For repairs that would not fit in memory.
+    is_leak : bool
+        Whether it only frees space that nothing uses.
     """
 
     problem: str
     action: str
     file_nbytes: int | None = None
     writes: tuple[tuple[int, bytes], ...] = ()
+    stream: Callable[[ByteSource], Iterator[tuple[int, bytes]]] | None = None
+    is_leak: bool = False
 
 
 @runtime_checkable
@@ -263,14 +316,15 @@ class Repairable(Protocol):
     Optional: readers of other formats do not have this method.
     """
 
-    def repairs(self) -> list[Repair]:
+    def repairs(self, *, leaks_only: bool = False) -> list[Repair]:
         """Return the repairs that cannot lose data; empty if there are none.
 
-        Returns
-        -------
-        list of Repair
-            Together they write at most MAX_REPAIR_NBYTES.
+        With ``leaks_only`` they only free space that nothing uses.
         """
+        ...
+
+    def obstacles(self, *, leaks_only: bool = False) -> list[str]:
+        """Return why problems of the image are not among `repairs`, a line each."""
         ...
 
 
@@ -299,6 +353,9 @@ class WriteRequest(NamedTuple, Generic[Options]):
     logical_sector_nbytes : int or None
         Logical sector size of the source in bytes, or None if the source does not state
         it.
+    exact_nbytes : int or None
+        Size of the disk in bytes without the zeros that fill up its last sector, if
+        the target may keep it; raw does.
     """
 
     virtual_size: int
@@ -308,6 +365,7 @@ class WriteRequest(NamedTuple, Generic[Options]):
     sparse_nbytes: int = 4096
     target_name: str = ""
     logical_sector_nbytes: int | None = None
+    exact_nbytes: int | None = None
 
 
 class Writer(Protocol):
@@ -424,8 +482,6 @@ class Driver(NamedTuple):
         read.
     read_options : subclass of FormatOptions, or None
         The record of the options for reading; None if there are none.
-    writes_in_place : bool
-        Whether an image can be written into an existing file or a block device.
     has_tables : bool
         Whether images have tables, so that there is something to check.
     """
@@ -435,7 +491,6 @@ class Driver(NamedTuple):
     read: Callable[[ByteSource, ReferenceGate, Any, Damage], Reader]
     writing: str | None
     read_options: type[FormatOptions] | None = None
-    writes_in_place: bool = False
     has_tables: bool = True
 
     @property

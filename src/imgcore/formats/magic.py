@@ -53,10 +53,29 @@ MAGICS: Final = (
     Magic("luks", 0, b"LUKS\xba\xbe"),
     Magic("dmg", -512, b"koly"),
     Magic("cloop", 0, b"#!/bin/sh\n#V2.0 Format\n"),
-    # Compressed streams: RFC 1952, RFC 8878, the .xz file format.
+    # Other containers of disks and files: Android's libsparse (sparse_format.h), libewf
+    # (EWF-E01), Proxmox's VMA, partclone's image format 2, [MS-WIM].
+    Magic("android-sparse", 0, b"\x3a\xff\x26\xed"),
+    Magic("ewf", 0, b"EVF\x09\r\n\xff\x00"),
+    Magic("vma", 0, b"VMA\x00"),
+    Magic("partclone", 0, b"partclone-image"),
+    Magic("wim", 0, b"MSWIM\x00\x00\x00"),
+    # Archives and compressed streams: APPNOTE.TXT 4.3.7, 7zFormat.txt, RFC 1952, RFC
+    # 8878, the .xz file format, LZ4's frame format.
+    Magic("zip", 0, b"PK\x03\x04"),
+    Magic("7z", 0, b"7z\xbc\xaf\x27\x1c"),
     Magic("gzip", 0, b"\x1f\x8b\x08"),
     Magic("zstd", 0, b"\x28\xb5\x2f\xfd"),
     Magic("xz", 0, b"\xfd7zXZ\x00"),
+    Magic("lz4", 0, b"\x04\x22\x4d\x18"),
+)
+
+# Content of raw disks that a message may name.  It is no magic: the disk is raw.
+_RAW_CONTENT: Final = (
+    # ECMA-119, 8.1.2: the descriptor of the volume in sector 16 of 2048 bytes.
+    (0x8001, b"CD001", "an ISO 9660 file system (a CD or DVD)"),
+    # libbde, "BitLocker Drive Encryption (BDE) format".
+    (3, b"-FVE-FS-", "a BitLocker volume, which stays encrypted"),
 )
 
 # A VMDK descriptor may begin with comments and blank lines.  Then come version=1, 2 or
@@ -69,8 +88,30 @@ _VMDK_FIRST_LINE: Final = re.compile(
 )
 
 
+# The text that stands for a disk or machine which VMware Workstation has encrypted.
+_VMWARE_ENCRYPTED: Final = re.compile(
+    rb"(?:[ \t]*(?:#[^\n]{0,4096}|\.encoding[^\n]{0,200})?\r?\n){0,64}"
+    rb"[ \t]*encryption\.keySafe[ \t]*="
+)
+_BZIP2: Final = re.compile(rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)")
+# POSIX.1-1988 and GNU tar, "Basic Tar Format".
+_TAR_MAGIC: Final = slice(257, 262)
+_TAR_CHECKSUM: Final = slice(148, 156)
+_TAR_HEADER_NBYTES: Final = 512
+
+
 def _is_qcow2(head: bytes) -> bool:
     return head[:4] == b"QFI\xfb" and head[4:8] != b"\x00\x00\x00\x01"
+
+
+def _is_tar(head: bytes) -> bool:
+    """Tell whether a file starts with a tar header whose checksum is right."""
+    header = head[:_TAR_HEADER_NBYTES]
+    stated = header[_TAR_CHECKSUM].strip(b" \0")
+    if header[_TAR_MAGIC] != b"ustar" or not re.fullmatch(rb"[0-7]{1,8}", stated):
+        return False
+    others = sum(header) - sum(header[_TAR_CHECKSUM])
+    return others + 8 * ord(" ") == int(stated, 8)
 
 
 def is_vmdk_descriptor(head: bytes) -> bool:
@@ -81,6 +122,9 @@ def is_vmdk_descriptor(head: bytes) -> bool:
 _TESTS: Final[tuple[tuple[str, Callable[[bytes], bool]], ...]] = (
     ("qcow2", _is_qcow2),
     ("vmdk", is_vmdk_descriptor),
+    ("vmware-encrypted", lambda head: bool(_VMWARE_ENCRYPTED.match(head))),
+    ("bzip2", lambda head: bool(_BZIP2.match(head))),
+    ("tar", _is_tar),
 )
 
 
@@ -100,3 +144,11 @@ def matching_formats(head: bytes, tail: bytes) -> list[str]:
         if start >= 0 and text.startswith(magic.value, start):
             names.append(magic.format_name)
     return list(dict.fromkeys(names))
+
+
+def raw_content(head: bytes) -> str | None:
+    """Return words for content that only a raw disk has, such as a file system."""
+    for offset, value, words in _RAW_CONTENT:
+        if head.startswith(value, offset):
+            return words
+    return None

@@ -58,6 +58,10 @@ def _given(name: str, record: type[FormatOptions], texts: OptionTexts) -> dict[s
     known = {option.name: option for option in fields(record)}
     values: dict[str, Any] = {}
     for key, value in pairs:
+        if key not in known and key in record.foreign:
+            given = True if value is None else value
+            values |= record.foreign[key].options(f"option {key} of {name}", given)
+            continue
         if key not in known:
             names = ", ".join(known) or "none"
             raise OptionError(f"unknown option {key!r} for {name}; known options: {names}")
@@ -95,4 +99,7 @@ def options_help(driver: Driver) -> list[tuple[str, str, str, str]]:
             default = "on" if default else "off"
         text = "" if default is None else str(default)
         rows.append((option.name, option.metadata["values"], text, option.metadata["help"]))
+    for key, foreign in driver.options.foreign.items():
+        if foreign.help:
+            rows.append((key, FLAG_VALUES, "", foreign.help))
     return rows

@@ -13,10 +13,11 @@ A field's type, default, allowed values and help text are stated here only.  Use
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final, TypeVar, cast
+from types import MappingProxyType
+from typing import Any, ClassVar, Final, NamedTuple, TypeVar, cast
 
 from imgcore.errors import OptionError
 from imgcore.sizes import parse_size
@@ -38,9 +39,48 @@ FLAG_VALUES: Final = "on|off"
 PREALLOCATION: Final = ("off", "falloc", "full")
 
 
+class Foreign(NamedTuple):
+    """A key of qemu-img's ``-o`` that is not an option here.
+
+    Attributes
+    ----------
+    meanings : mapping of bool to mapping
+        For a key that is on or off: the options that a value stands for; none if it
+        changes nothing here.  A value that is missing is rejected.
+    reason : str
+        Why it is rejected, and what to do.
+    help : str
+        For ``-o help``, if the key has a meaning.
+    """
+
+    meanings: Mapping[bool, Mapping[str, Any]] = MappingProxyType({})
+    reason: str = ""
+    help: str = ""
+
+    def options(self, where: str, value: Any) -> Mapping[str, Any]:
+        """Return the options that a value stands for; OptionError if it is rejected."""
+        found = self.meanings.get(_read_flag(where, value)) if self.meanings else None
+        if found is None:
+            raise OptionError(f"{where}: {self.reason}")
+        return found
+
+
+# Keys that change nothing here.
+NO_EFFECT: Final = Foreign({True: {}, False: {}})
+# Keys that every format of qemu-img has, or its files.
+_COMMON: Final = {
+    "size": Foreign(reason="the source or an argument of create states the size: leave it out"),
+    "nocow": NO_EFFECT,
+    "backing_file": Foreign(reason="state the backing file with -b FILE -F FMT"),
+    "backing_fmt": Foreign(reason="state the format of the backing file with -F FMT"),
+}
+
+
 @dataclass(frozen=True)
 class FormatOptions:
     """Base of all records of options; itself the record of a format without options."""
+
+    foreign: ClassVar[Mapping[str, Foreign]] = _COMMON
 
 
 def byte_size(default: _Number, help: str) -> _Number:

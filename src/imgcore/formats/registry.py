@@ -10,8 +10,14 @@ A file's format is found by these rules:
 2. Otherwise the file must have the magic of exactly one format.
 3. A file without a magic is raw only if its suffix says so or it is a block device.
 
-A magic never means raw, and a file that is named like a raw disk but has a magic is
-rejected: a guest can write any header into its own first sector.
+A magic never means raw.  A guest can write any header into its own first sector, so a
+magic is believed only as far as the file's name allows:
+
+- A suffix of images (``.qcow2``) states that the file is one.
+- A block device or a suffix of raw disks alone (``.raw``) states the opposite: a magic
+  is rejected.
+- Other names, ``.img`` among them, state nothing.  The content decides, but no file
+  that the image names is opened until the user has stated the format.
 """
 
 from __future__ import annotations
@@ -22,7 +28,7 @@ import stat
 from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 from imgcore.errors import OptionError, UnsupportedFeatureError, WrongFormatError
-from imgcore.formats.magic import HEAD_NBYTES, TAIL_NBYTES, matching_formats
+from imgcore.formats.magic import HEAD_NBYTES, TAIL_NBYTES, matching_formats, raw_content
 from imgcore.formats.shared.damage import STRICT, Damage
 from imgcore.formats.shared.trailing_zeros import end_of_data
 from imgcore.limits import MAX_PADDING_NBYTES
@@ -47,20 +53,24 @@ class Entry(NamedTuple):
     suffixes : tuple of str
         Suffixes of file names, in lower case with their dot.
     aliases : tuple of str
-        Other names that users may write.
+        Other names that users may write; QEMU's comes first.
+    other_suffixes : tuple of str
+        Suffixes of images that are found, but are not given to new ones.
     """
 
     name: str
     module: str
     suffixes: tuple[str, ...]
     aliases: tuple[str, ...] = ()
+    other_suffixes: tuple[str, ...] = ()
 
 
 DRIVERS: Final = (
-    Entry("qcow2", "imgcore.formats.qcow2.driver", (".qcow2",)),
+    Entry("qcow2", "imgcore.formats.qcow2.driver", (".qcow2",), (), (".qcow",)),
     Entry("vmdk", "imgcore.formats.vmdk.driver", (".vmdk",)),
-    Entry("vhd", "imgcore.formats.vhd.driver", (".vhd", ".vpc"), ("vpc",)),
-    Entry("vhdx", "imgcore.formats.vhdx.driver", (".vhdx",)),
+    # Hyper-V names its checkpoints .avhd and .avhdx.
+    Entry("vhd", "imgcore.formats.vhd.driver", (".vhd", ".vpc"), ("vpc",), (".avhd",)),
+    Entry("vhdx", "imgcore.formats.vhdx.driver", (".vhdx",), (), (".avhdx",)),
     Entry("vdi", "imgcore.formats.vdi.driver", (".vdi",)),
     Entry("raw", "imgcore.formats.raw.driver", RAW_SUFFIXES),
 )
@@ -68,17 +78,56 @@ DRIVERS: Final = (
 # The format of plain guest bytes: it has neither header nor magic.
 PLAIN_FORMAT: Final = "raw"
 
-# Formats that are recognised but not supported, with the words for their images.
+# A suffix of raw disks that images in other formats often have, too.
+_UNCERTAIN_SUFFIX: Final = ".img"
+
+
+class NotRead(NamedTuple):
+    """A format that is recognised but not supported: what its files are, what to do."""
+
+    words: str
+    remedy: str
+
+
+_QEMU_READS: Final = "qemu-img convert reads them"
+_UNPACK: Final = "extract the disk first"
+_DECOMPRESS: Final = "decompress it first"
+
 NOT_READ: Final = {
-    "qcow": "QCOW version 1 images",
-    "parallels": "Parallels disks",
-    "bochs": "Bochs disks",
-    "qed": "QED images",
-    "luks": "LUKS containers",
-    "dmg": "Apple DMG images",
-    "cloop": "cloop images",
-    "xz": "xz streams",
+    "qcow": NotRead("QCOW version 1 images", _QEMU_READS),
+    "parallels": NotRead("Parallels disks", _QEMU_READS),
+    "bochs": NotRead("Bochs disks", _QEMU_READS),
+    "qed": NotRead("QED images", _QEMU_READS),
+    "luks": NotRead("LUKS containers", "open it with cryptsetup first"),
+    "dmg": NotRead("Apple DMG images", _QEMU_READS),
+    "cloop": NotRead("cloop images", _QEMU_READS),
+    "vmware-encrypted": NotRead("encrypted VMware disks", "decrypt the machine in VMware first"),
+    "android-sparse": NotRead("Android sparse images", "simg2img makes a raw disk of one"),
+    "ewf": NotRead("EWF (EnCase) images", "ewfexport makes a raw disk of one"),
+    "vma": NotRead("Proxmox VMA archives", "vma extract unpacks their disks"),
+    "partclone": NotRead("partclone images", "partclone.restore makes a raw disk of one"),
+    "wim": NotRead("WIM archives", "they hold files, not a disk"),
+    "zip": NotRead("zip archives", _UNPACK),
+    "7z": NotRead("7z archives", _UNPACK),
+    "tar": NotRead("tar archives (an OVA is one)", f"{_UNPACK} (tar -xf)"),
+    "xz": NotRead("xz streams", f"{_DECOMPRESS} (xz -d)"),
+    "bzip2": NotRead("bzip2 streams", f"{_DECOMPRESS} (bzip2 -d)"),
+    "lz4": NotRead("lz4 streams", f"{_DECOMPRESS} (lz4 -d)"),
 }
+
+
+class Found(NamedTuple):
+    """A file's format.
+
+    Attributes
+    ----------
+    name : str
+    notice : str
+        If only the content states the format, the words of a warning; otherwise empty.
+    """
+
+    name: str
+    notice: str = ""
 
 
 _ENTRIES: Final = {name: entry for entry in DRIVERS for name in (entry.name, *entry.aliases)}
@@ -102,7 +151,7 @@ def canonical_name(name: str) -> str:
         known = ", ".join(format_names())
         if name in NOT_READ:
             raise OptionError(
-                f"{NOT_READ[name]} are neither read nor written; known formats: {known}"
+                f"{NOT_READ[name].words} are neither read nor written; known formats: {known}"
             )
         raise OptionError(f"unknown format {name!r}; known formats: {known}")
     return entry.name
@@ -139,17 +188,23 @@ def format_from_suffix(path: str | os.PathLike[str]) -> str | None:
     return PLAIN_FORMAT if is_block_device else None
 
 
+def qemu_name(name: str) -> str:
+    """Return QEMU's name for a format; a name that is unknown here stays as it is."""
+    entry = _ENTRIES.get(name)
+    return entry.aliases[0] if entry is not None and entry.aliases else name
+
+
 def _matches(file: ByteSource) -> list[str]:
     head = file.pread(0, min(HEAD_NBYTES, file.nbytes))
     tail_nbytes = min(TAIL_NBYTES, file.nbytes)
     return matching_formats(head, file.pread(file.nbytes - tail_nbytes, tail_nbytes))
 
 
-def probe(file: ByteSource) -> str | None:
+def probe(file: ByteSource, *, flag: str = "-f") -> str | None:
     """Return the format whose magic the file has, or None; never raw.
 
     It may also be a compression (``gzip``) or a format that is not supported
-    (`NOT_READ`).
+    (`NOT_READ`).  ``flag`` is the command's option for the format, for messages.
 
     Raises
     ------
@@ -158,12 +213,104 @@ def probe(file: ByteSource) -> str | None:
     """
     names = _matches(file)
     if len(names) > 1:
+        read = [name for name in names if name in format_names()]
+        stated = ", ".join(f"{flag} {name}" for name in (*read, PLAIN_FORMAT))
         raise WrongFormatError(
             f"has the magic of more than one format ({', '.join(names)}): "
-            "state the right one with -f",
+            f"state the right one with {stated}",
             path=file.path,
         )
     return names[0] if names else None
+
+
+def find_format(
+    file: ByteSource,
+    stated: str | None = None,
+    *,
+    flag: str = "-f",
+    describing: bool = False,
+    damage: Damage = STRICT,
+) -> Found:
+    """Return a file's format by the rules of this module.
+
+    Parameters
+    ----------
+    file : ByteSource
+    stated : str, optional
+        Name or alias of the format that the user states.
+    flag : str
+        The command's option for it, for messages.
+    describing : bool
+        The file is only described.  Then a magic is believed against a name that
+        states a raw disk.
+    damage : Damage
+        When salvaging, a stated format need not have its magic.
+
+    Raises
+    ------
+    OptionError
+        There is no such format.
+    WrongFormatError
+        The file is not of the stated format, or its format is unknown or ambiguous.
+    """
+    if stated is not None:
+        name = canonical_name(stated)
+        if not damage.salvages:
+            _refuse_other_format(file, name, flag)
+        return Found(name)
+    found = probe(file, flag=flag)
+    named = PLAIN_FORMAT if file.is_block_device else _stated_by_name(file.path)
+    if found is None:
+        if named == PLAIN_FORMAT or _suffix(file.path) == _UNCERTAIN_SUFFIX:
+            return Found(PLAIN_FORMAT)
+        if named is not None and _is_padded(file, named):
+            return Found(named)
+        raise WrongFormatError(_no_magic(file, flag), path=file.path)
+    is_stream = found in CODEC_OF_SUFFIX.values() and stream_suffix(file.path) is not None
+    is_read = found in format_names()
+    if named == PLAIN_FORMAT and not is_stream:
+        what = "is a block device" if file.is_block_device else "is named like a raw disk"
+        advice = f"{flag} {found} or {flag} raw" if is_read else f"{flag} raw"
+        problem = f"{what}, but has the magic of {found}: use {advice}"
+        if describing and is_read:
+            return Found(found, f"{problem} to read it")
+        raise WrongFormatError(problem, path=file.path)
+    if named is not None or not is_read:
+        return Found(found)
+    return Found(
+        found,
+        f"the name does not state the format; the content is that of {found} "
+        f"({flag} {found} states it)",
+    )
+
+
+def _suffix(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
+
+
+def _stated_by_name(path: str) -> str | None:
+    """Return the format that a name states, or None if it states nothing."""
+    if stream_suffix(path) is not None:
+        return PLAIN_FORMAT
+    suffix = _suffix(path)
+    for entry in DRIVERS:
+        if suffix in (*entry.suffixes, *entry.other_suffixes) and suffix != _UNCERTAIN_SUFFIX:
+            return entry.name
+    return None
+
+
+def _no_magic(file: ByteSource, flag: str) -> str:
+    if not file.nbytes:
+        return "no known format: the file is empty"
+    content = raw_content(file.pread(0, min(HEAD_NBYTES, file.nbytes)))
+    if content is not None:
+        return f"has {content}: use {flag} raw if it is a raw disk"
+    if _suffix(file.path) == ".vhds":
+        return (
+            "a VHD set holds no disk, it names those of its checkpoints: "
+            "open the .avhdx file that belongs to it"
+        )
+    return f"no known format (no magic found): use {flag} raw if it is a raw disk"
 
 
 def open_reader(
@@ -172,6 +319,8 @@ def open_reader(
     format: str | None = None,
     options: OptionTexts | None = None,
     damage: Damage = STRICT,
+    *,
+    flag: str = "-f",
 ) -> Reader:
     """Open an image in the stated format, or in the one that its file has.
 
@@ -182,11 +331,13 @@ def open_reader(
     gate : ReferenceGate
         Opens the files that the image names.
     format : str, optional
-        Name or alias of the format; the module's docstring has the rules without it.
+        Name or alias of the format; `find_format` has the rules without it.
     options : iterable of str, or mapping, optional
         Options for reading, as for `parse_options`.
     damage : Damage
-        If it salvages, a stated format need not have its magic.
+        What the reader does about damage.
+    flag : str
+        The command's option for the format, for messages.
 
     Raises
     ------
@@ -197,20 +348,22 @@ def open_reader(
     UnsupportedFeatureError
         The format is recognised, but not supported.
     """
-    if format is None:
-        name = _find_format(file)
-    else:
-        name = canonical_name(format)
-        if not damage.salvages:
-            _refuse_other_format(file, name)
-    if name in CODEC_OF_SUFFIX.values():
-        raise UnsupportedFeatureError(
-            f"a {name} stream has no random access: only convert, info and measure read "
-            "it, so decompress it first",
-            path=file.path,
-        )
-    if name in NOT_READ:
-        raise UnsupportedFeatureError(f"{NOT_READ[name]} are not read", path=file.path)
+    name = find_format(file, format, flag=flag, damage=damage).name
+    return open_found(file, gate, name, options, damage=damage, flag=flag)
+
+
+def open_found(
+    file: ByteSource,
+    gate: ReferenceGate,
+    name: str,
+    options: OptionTexts | None = None,
+    *,
+    damage: Damage = STRICT,
+    flag: str = "-f",
+) -> Reader:
+    """Open an image in the format that `find_format` has found; see `open_reader`."""
+    if name not in format_names():
+        raise UnsupportedFeatureError(_not_read(name, file.path, flag), path=file.path)
     driver = get_driver(name)
     if not options:
         return driver.open(file, gate, damage=damage)
@@ -221,10 +374,8 @@ def open_reader(
     return driver.open(file, gate, parse_record(name, driver.read_options, options), damage)
 
 
-def _is_padded(file: ByteSource, name: str | None) -> bool:
+def _is_padded(file: ByteSource, name: str) -> bool:
     """Tell whether a format's magic is at the end of a file, before zeros."""
-    if name is None or name == PLAIN_FORMAT:
-        return False
     end = end_of_data(file, MAX_PADDING_NBYTES)
     if end is None:
         return False
@@ -232,34 +383,38 @@ def _is_padded(file: ByteSource, name: str | None) -> bool:
     return name in matching_formats(b"", file.pread(end - tail_nbytes, tail_nbytes))
 
 
-def _find_format(file: ByteSource) -> str:
-    found = probe(file)
-    suffix_format = format_from_suffix(file.path)
-    named_raw = file.is_block_device or suffix_format == PLAIN_FORMAT
-    if found is None and _is_padded(file, suffix_format):
-        assert suffix_format is not None
-        return suffix_format
-    if found is None:
-        if named_raw:
-            return PLAIN_FORMAT
-        raise WrongFormatError(
-            "no known format (no magic found): use -f raw if it is a raw disk", path=file.path
-        )
-    is_stream = found in CODEC_OF_SUFFIX.values() and stream_suffix(file.path) is not None
-    if named_raw and not is_stream:
-        what = "is a block device" if file.is_block_device else "is named like a raw disk"
-        stated = f"-f {found} or -f raw" if found in format_names() else "-f raw"
-        raise WrongFormatError(
-            f"{what}, but has the magic of {found}: use {stated}", path=file.path
-        )
-    return found
+def _not_read(name: str, path: str, flag: str) -> str:
+    """Return that a format is not read, and what to do.
+
+    The format of a parent cannot be stated, so ``flag`` is empty.
+    """
+    if name in NOT_READ:
+        words, remedy = NOT_READ[name]
+        text = f"{words} are not read: {remedy}"
+        return f"{text}, or copy it as it is with {flag} raw" if name == "luks" and flag else text
+    return _no_random_access(name, path)
 
 
-def _refuse_other_format(file: ByteSource, name: str) -> None:
+def _no_random_access(codec: str, path: str) -> str:
+    if stream_suffix(path) is not None:
+        return (
+            f"a {codec} stream has no random access: only convert, info and measure read "
+            "it, so decompress it first"
+        )
+    suffix = next(suffix for suffix, name in CODEC_OF_SUFFIX.items() if name == codec)
+    return (
+        f"a {codec} stream: only raw disks are read compressed, by names such as "
+        f"disk.raw{suffix}; {_DECOMPRESS} ({codec} -d)"
+    )
+
+
+def _refuse_other_format(file: ByteSource, name: str, flag: str) -> None:
     # A raw disk may hold anything, another format's magic included.
     if name == PLAIN_FORMAT:
         return
     found = _matches(file)
     if name not in found and not (not found and _is_padded(file, name)):
         what = f"its magic is that of {' and '.join(found)}" if found else "no known magic found"
+        if len(found) == 1 and found[0] not in format_names():
+            what += f": {_not_read(found[0], file.path, flag)}"
         raise WrongFormatError(f"not a {name} image: {what}", path=file.path)

@@ -12,11 +12,17 @@ from typing import TYPE_CHECKING, Final
 from imgcore.errors import ImgcoreError
 from imgcore.formats.qcow2 import lint as qcow2
 from imgcore.formats.shared.lint import CHECK_REMEDY, Finding, ImageFacts, Rule
+from imgcore.formats.suffixes import stated_format, suffix_of
 from imgcore.formats.vdi import lint as vdi
 from imgcore.formats.vhd import lint as vhd
 from imgcore.formats.vmdk import lint as vmdk
 from imgcore.limits import GIB, MIB
-from imgcore.platforms.profiles import GCE_MEMBER_NAME, XENSERVER_MAX_VHD_NBYTES, Profile
+from imgcore.platforms.profiles import (
+    GCE_MEMBER_NAME,
+    GCE_SUFFIXES,
+    XENSERVER_MAX_VHD_NBYTES,
+    Profile,
+)
 
 if TYPE_CHECKING:
     from imgcore.streams.tar import Member
@@ -56,7 +62,7 @@ Check = Callable[[Facts], str | None]
 
 def find_broken(facts: Facts) -> list[Finding]:
     """Return a finding for each rule of the profile that the image breaks."""
-    found = (rule.apply(facts) for rule in RULES[facts.profile.name])
+    found = (rule.apply(facts) for rule in (*RULES[facts.profile.name], _NAME))
     return [finding for finding in found if finding is not None]
 
 
@@ -139,6 +145,23 @@ def _parents_open(facts: Facts) -> str | None:
     return None
 
 
+def _is_named_as_it_is(facts: Facts) -> str | None:
+    path = facts.file.path
+    if facts.archive is not None and facts.profile.is_archived:
+        is_right = path.lower().endswith(GCE_SUFFIXES)
+        return None if is_right else f"the name does not end in {' or '.join(GCE_SUFFIXES)}"
+    named = stated_format(path)
+    if named in (None, facts.format):
+        return None
+    return f"is {facts.format}, but the name states {named}"
+
+
+def _usual_name(facts: Facts) -> str:
+    is_archive = facts.archive is not None and facts.profile.is_archived
+    suffix = GCE_SUFFIXES[0] if is_archive else suffix_of(facts.format)
+    return f"rename it: end the name in {suffix}"
+
+
 # -- the file --------------------------------------------------------------------------
 
 
@@ -178,10 +201,9 @@ def _archive_is_sparse(facts: Facts) -> str | None:
 
 _TAR: Final = "pack it with tar --format=oldgnu -Sczf IMAGE.tar.gz disk.raw"
 _FLATTEN: Final = "imgcore convert merges the whole chain into one image"
+_NAME: Final = Rule("name", _is_named_as_it_is, _usual_name)
 _READABLE: Final = Rule("readable", _is_readable, CHECK_REMEDY)
-_PARENTS: Final = Rule(
-    "parents", _parents_open, "state it with --parent, or allow its folder with --allow"
-)
+_PARENTS: Final = Rule("parents", _parents_open, "without its parents the disk is incomplete")
 _UNIT: Final = Rule("size-unit", _fits_unit)
 _OTHER_SIZE: Final = "a disk of another size is needed"
 _RANGE: Final = Rule("size-range", _fits_range, _OTHER_SIZE)

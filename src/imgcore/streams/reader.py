@@ -36,7 +36,7 @@ class StreamReader:
     file : HostFile
         The compressed file; `close` closes it.
     virtual_size : int
-        Bytes of the disk.
+        Bytes of the disk; its last sector may be incomplete.
     codec : str
         ``"zstd"`` or ``"gzip"``.
     """
@@ -47,12 +47,6 @@ class StreamReader:
         try:
             self.codec = self._find_codec()
             self.virtual_size = self._find_virtual_size()
-            if self.virtual_size % SECTOR_NBYTES:
-                raise CorruptImageError(
-                    f"a raw disk has a multiple of {SECTOR_NBYTES} bytes, "
-                    f"this stream holds {self.virtual_size}",
-                    path=file.path,
-                )
         except BaseException:
             file.close()
             raise
@@ -69,8 +63,7 @@ class StreamReader:
         WrongFormatError
             It is neither a zstd nor a gzip stream.
         CorruptImageError
-            The stream ends too early, contains something else, or does not hold a
-            whole number of sectors.
+            The stream ends too early, or contains something else.
         LimitExceededError
             Its window exceeds `MAX_WINDOW_NBYTES`.
         OSError

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from imgcore.errors import OptionError, UnsupportedFeatureError
 
 if TYPE_CHECKING:
     from imgcore.disk.layer import Layer
+    from imgcore.disk.open_options import Parents
     from imgcore.formats.shared.check_report import CheckReport
 
 
@@ -40,6 +41,9 @@ class CheckResult:
         The repairs that were made, one line each.
     corruptions_fixed, leaks_fixed : int
         Numbers of corruptions and leaks that were repaired.
+    not_repaired : list of str
+        Why the remaining problems were not repaired, one line each; empty without
+        ``repair``.
     """
 
     filename: str
@@ -55,6 +59,7 @@ class CheckResult:
     repairs: list[str] = field(default_factory=list)
     corruptions_fixed: int = 0
     leaks_fixed: int = 0
+    not_repaired: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -88,6 +93,8 @@ class CheckResult:
             result["problems"] = self.problems
         if self.repairs:
             result["repairs"] = self.repairs
+        if self.not_repaired:
+            result["not-repaired"] = self.not_repaired
         return result
 
 
@@ -95,27 +102,29 @@ def check(
     path: str | os.PathLike[str],
     *,
     format: str | None = None,
-    parent: str | os.PathLike[str] | None = None,
-    repair: bool = False,
+    parent: Parents = None,
+    repair: bool | Literal["leaks", "all"] = False,
     allow: Sequence[str | os.PathLike[str]] = (),
     share: bool = False,
+    backing_format: str | None = None,
 ) -> CheckResult:
     """Verify the tables of an image, and optionally repair them.
 
-    Backing files are not opened unless ``parent`` is given.  For ``format``, ``allow``
-    and ``share`` see `imgcore.open`.
+    Backing files are not opened unless ``parent`` is given.  For ``format``, ``allow``,
+    ``share`` and ``backing_format`` see `imgcore.open`.
 
     Parameters
     ----------
     path : str or os.PathLike
         The image.
-    parent : str or os.PathLike, optional
-        The image's parent.  The whole chain of parents is opened, and the identity of
-        each is verified.
-    repair : bool
-        Repair everything that can be repaired safely.  A repaired copy replaces the
-        image once it is complete and verified to hold the same disk.  If anything
-        fails, the image remains unchanged.
+    parent : str, os.PathLike or sequence of them, optional
+        The image's parent, and further ones in order.  The whole chain of parents is
+        opened, and the identity of each is verified.
+    repair : bool or {"leaks", "all"}
+        ``"all"`` or True repairs everything that can be repaired safely, ``"leaks"``
+        only frees space that nothing uses.  A repaired copy replaces the image once it
+        is complete and verified to hold the same disk.  If anything fails, the image
+        remains unchanged.
 
     Returns
     -------
@@ -124,6 +133,8 @@ def check(
 
     Raises
     ------
+    OptionError
+        ``repair`` has another value, or is combined with ``share``.
     UnsupportedFeatureError
         The format has no tables to check (raw); or ``repair`` is given, but images of
         this format or in this place cannot be repaired.
@@ -137,13 +148,18 @@ def check(
     from imgcore.disk.open_options import OpenOptions
     from imgcore.formats.registry import get_driver
 
+    if repair not in (False, True, "leaks", "all"):
+        raise OptionError(f"repair is {repair!r}, allowed are 'leaks', 'all', True and False")
     if repair and share:
         raise OptionError("an image that another process may write to cannot be repaired (-U)")
-    options = OpenOptions.from_keywords(format=format, parent=parent, allow=allow, share=share)
-    if parent is not None:
+    options = OpenOptions.from_keywords(
+        format=format, backing_format=backing_format, parent=parent, allow=allow, share=share
+    )
+    if options.parents:
         for layer in open_chain(path, options):
             layer.close()
     with open_layer(path, options) as layer:
+        layer.warn()
         format_name = layer.reader.format_name
         if not get_driver(format_name).has_tables:
             raise CheckNotSupportedError(
@@ -154,12 +170,14 @@ def check(
             return _result(layer, report)
         from imgcore.disk.repair import repair as repair_image
 
-        after, repairs = repair_image(layer, report)
+        outcome = repair_image(layer, report, leaks_only=repair == "leaks")
+        after = outcome.report
         return replace(
             _result(layer, after),
-            repairs=[f"{item.problem}: {item.action}" for item in repairs],
+            repairs=[f"{item.problem}: {item.action}" for item in outcome.repairs],
             corruptions_fixed=report.corruptions - after.corruptions,
             leaks_fixed=report.leaks - after.leaks,
+            not_repaired=outcome.obstacles,
         )
 
 

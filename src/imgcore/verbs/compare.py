@@ -10,7 +10,7 @@ import numpy as np
 
 from imgcore._core import Job
 from imgcore.disk.image import Image, open_image
-from imgcore.disk.open_options import OpenOptions
+from imgcore.disk.open_options import Flags, OpenOptions
 from imgcore.disk.overlay import padded
 from imgcore.engine.batches import pair_up
 from imgcore.engine.extents import Kind
@@ -19,6 +19,7 @@ from imgcore.engine.progress import Progress
 from imgcore.engine.source_file import native_sources
 
 if TYPE_CHECKING:
+    from imgcore.disk.open_options import Parents
     from imgcore.engine.extents import Extents
 
 
@@ -50,8 +51,8 @@ def compare(
     *,
     format_a: str | None = None,
     format_b: str | None = None,
-    parent_a: str | os.PathLike[str] | None = None,
-    parent_b: str | os.PathLike[str] | None = None,
+    parent_a: Parents = None,
+    parent_b: Parents = None,
     read_options_a: Mapping[str, Any] | Sequence[str] | None = None,
     read_options_b: Mapping[str, Any] | Sequence[str] | None = None,
     strict: bool = False,
@@ -103,6 +104,7 @@ def compare(
         read_options=read_options_b,
         allow=allow,
         share=share,
+        flags=Flags(format="-F", parent="--parent-b"),
     )
     with open_image(a, options_a) as image_a, open_image(b, options_b) as image_b:
         comparison = _Comparison(image_a, image_b, thread_count(threads), progress)

@@ -10,19 +10,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from imgcore.disk.backing import backing_path
 from imgcore.disk.image import open_image
-from imgcore.disk.open_options import OpenOptions
+from imgcore.disk.open_options import Flags, OpenOptions
 from imgcore.disk.profile_fitting import fitting_size
 from imgcore.disk.sink import open_sink
 from imgcore.disk.sink_options import SinkOptions
-from imgcore.disk.source import open_source
+from imgcore.disk.source import open_sources
+from imgcore.disk.target_format import refuse_other_name
 from imgcore.engine.progress import Tally
 from imgcore.files.target import Target
 from imgcore.log import log
 
 if TYPE_CHECKING:
     from imgcore.disk.image import Image
+    from imgcore.disk.open_options import Parents
     from imgcore.disk.sink import Sink
     from imgcore.engine.bad_ranges import BadRange
+    from imgcore.engine.control import Control
     from imgcore.engine.progress import Progress
     from imgcore.files.byte_source import ByteSource
 
@@ -33,7 +36,7 @@ class ConvertResult(NamedTuple):
     Attributes
     ----------
     source, target : str
-        The names of the two files.
+        The names of the two files; several sources are separated by commas.
     source_format, target_format : str
         Their formats.
     virtual_size : int
@@ -68,7 +71,7 @@ class ConvertResult(NamedTuple):
 
 
 def convert(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     target: str | os.PathLike[str],
     *,
     format: str | None = None,
@@ -78,13 +81,14 @@ def convert(
     backing: str | os.PathLike[str] | None = None,
     backing_format: str | None = None,
     source_backing_format: str | None = None,
-    parent: str | os.PathLike[str] | None = None,
+    parent: Parents = None,
     read_options: Mapping[str, Any] | Sequence[str] | None = None,
     sparse: int | str = 4096,
     threads: int | None = None,
     force: bool = False,
     sync: bool = True,
     in_place: bool = False,
+    target_is_zero: bool = False,
     share: bool = False,
     salvage: bool = False,
     reflink: bool = True,
@@ -92,6 +96,8 @@ def convert(
     progress: Callable[[Progress], None] | None = None,
     kernels: Mapping[str, str] | None = None,
     profile: str | None = None,
+    rate: int | str | None = None,
+    control: Control | None = None,
 ) -> ConvertResult:
     """Convert a virtual disk image, including its backing files, to another format.
 
@@ -102,7 +108,12 @@ def convert(
 
     Parameters
     ----------
-    source, target : str or os.PathLike
+    source : str or os.PathLike, or a sequence of them
+        The image.  The disks of several images follow each other; ``format`` and the
+        other options for reading apply to each.
+    target : str or os.PathLike
+        The new image.
+
         Names such as ``disk.raw.zst`` and ``disk.raw.gz`` are compressed raw disks.
     target_format : str, optional
         The target's format; by default the suffix of ``target`` decides.
@@ -127,7 +138,13 @@ def convert(
     sync : bool
         Write the target to stable storage before it gets its name.
     in_place : bool
-        Write into an existing raw file or block device.
+        Write into an existing file or block device.  A raw disk is written over the
+        first bytes of the file.  An image of another format takes the place of all of
+        its content.  A block device that is too small is rejected before anything is
+        written.
+    target_is_zero : bool
+        The target, which is written in place, already reads as zeros: a raw disk's
+        zeros are not written.  Other formats do not rely on it.
     salvage : bool
         Replace guest data that is lost with zeros and list it in ``bad_ranges`` of the
         result, instead of failing: data that the system cannot read, that does not
@@ -149,6 +166,12 @@ def convert(
         The platform that the target is for, for example ``"azure"``.  It sets format
         and options, and rounds the virtual size up to one that the platform accepts.
         Other arguments must not contradict it.
+    rate : int or str, optional
+        The most bytes of the disk to handle in a second, for example ``"100M"``.  Data
+        counts, as it is read; holes and zeros that the source's tables state do not,
+        unless they are written (``sparse=0``).  The bytes written do not depend on it.
+    control : Control, optional
+        Changes the rate while the conversion runs; in place of ``rate``.
 
     Returns
     -------
@@ -175,6 +198,7 @@ def convert(
         read_options=read_options,
         allow=allow,
         share=share,
+        flags=Flags(backing_format="--source-backing-format"),
         salvage=salvage,
     )
     writing = SinkOptions.from_keywords(
@@ -187,26 +211,30 @@ def convert(
         sparse=sparse,
         threads=threads,
         in_place=in_place,
+        target_is_zero=target_is_zero,
         salvage=salvage,
         reflink=reflink,
         kernels=kernels,
         profile=profile,
+        rate=rate,
+        control=control,
     )
     with ExitStack() as stack:
-        disk = stack.enter_context(open_source(source, opening))
+        disk = stack.enter_context(open_sources(_paths(source), opening))
         disk.refuse_conversion(with_base=backing is not None)
         base = _open_base(os.fspath(target), writing, opening, stack)
-        tally = Tally(fitting_size(writing.profile, disk), progress)
         output = stack.enter_context(Target(target, force=force, sync=sync, in_place=in_place))
         files = [*disk.files, *(base.every_file() if base is not None else ())]
         output.protect(files)
+        refuse_other_name(output.path, writing.format, flag="-O", profile=writing.profile)
+        tally = Tally(fitting_size(writing.profile, disk), progress)
         sink = open_sink(output, writing, disk, base, tally.total_nbytes)
         bad_ranges = _write(sink, tally, files, output.path)
         file_size = output.main.file_size
         output.commit()
         tally.finish()
         return ConvertResult(
-            source=os.fspath(source),
+            source=disk.path,
             target=output.path,
             source_format=disk.format,
             target_format=writing.format,
@@ -222,13 +250,24 @@ def convert(
         )
 
 
+def _paths(
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+) -> Sequence[str | os.PathLike[str]]:
+    return [source] if isinstance(source, str | bytes | os.PathLike) else source
+
+
 def _open_base(
     target: str, writing: SinkOptions, opening: OpenOptions, stack: ExitStack
 ) -> Image | None:
     """Open the target's parent, which ``stack`` closes."""
     if writing.backing is None:
         return None
-    options = OpenOptions(format=writing.backing.format, allow=opening.allow, share=opening.share)
+    options = OpenOptions(
+        format=writing.backing.format,
+        allow=opening.allow,
+        share=opening.share,
+        flags=Flags(format="-F", backing_format="", parent=""),
+    )
     return stack.enter_context(open_image(backing_path(target, writing.backing), options))
 
 

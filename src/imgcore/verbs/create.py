@@ -91,13 +91,14 @@ def create(
     OSError
         The operating system reported an error; ``filename`` is set.
     """
-    from imgcore.disk.target_format import refuse_stream, target_format
+    from imgcore.disk.target_format import refuse_other_name, refuse_stream, target_format
     from imgcore.files.target import Target
     from imgcore.formats.registry import get_driver
 
     name = os.fspath(path)
     refuse_stream(name)
     driver = get_driver(target_format(name, format, flag="-f"))
+    refuse_other_name(name, driver.name, flag="-f")
     reference, backing_size, identity = _open_backing(name, backing, backing_format, allow)
     if virtual_size is None:
         virtual_size = backing_size
@@ -129,12 +130,14 @@ def _open_backing(
     """Return the reference to store, the backing file's disk size and its identity."""
     from imgcore.disk.backing import backing_path, backing_reference, opened_reference
     from imgcore.disk.layer import open_layer
-    from imgcore.disk.open_options import OpenOptions
+    from imgcore.disk.open_options import Flags, OpenOptions
 
     reference = backing_reference(name, backing, backing_format)
     if reference is None:
         return None, None, None
-    options = OpenOptions.from_keywords(format=reference.format, allow=allow, share=True)
+    options = OpenOptions.from_keywords(
+        format=reference.format, allow=allow, share=True, flags=Flags(format="-F")
+    )
     with open_layer(backing_path(name, reference), options) as layer:
         reference = opened_reference(reference, layer)
         return reference, layer.reader.virtual_size, layer.file.identity

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from imgcore.disk.open_options import OpenOptions
 from imgcore.disk.source import open_source
+
+if TYPE_CHECKING:
+    from imgcore.disk.open_options import Parents
 
 
 @overload
@@ -22,7 +25,7 @@ def info(
     allow: Sequence[str | os.PathLike[str]] = ...,
     share: bool = ...,
     backing_format: str | None = ...,
-    parent: str | os.PathLike[str] | None = ...,
+    parent: Parents = ...,
     read_options: Mapping[str, Any] | Sequence[str] | None = ...,
 ) -> dict[str, Any]: ...
 
@@ -36,7 +39,7 @@ def info(
     allow: Sequence[str | os.PathLike[str]] = ...,
     share: bool = ...,
     backing_format: str | None = ...,
-    parent: str | os.PathLike[str] | None = ...,
+    parent: Parents = ...,
     read_options: Mapping[str, Any] | Sequence[str] | None = ...,
 ) -> list[dict[str, Any]]: ...
 
@@ -49,7 +52,7 @@ def info(
     allow: Sequence[str | os.PathLike[str]] = (),
     share: bool = False,
     backing_format: str | None = None,
-    parent: str | os.PathLike[str] | None = None,
+    parent: Parents = None,
     read_options: Mapping[str, Any] | Sequence[str] | None = None,
 ) -> dict[str, Any] | list[dict[str, Any]]:
     """Describe an image by its headers; guest data is not read.

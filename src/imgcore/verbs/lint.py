@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from imgcore.errors import ImgcoreError, WrongFormatError
 from imgcore.formats.shared.lint import Finding
+from imgcore.log import log
 from imgcore.platforms.rules import Facts, find_broken
 from imgcore.streams.names import CODEC_OF_SUFFIX
 
 if TYPE_CHECKING:
-    from imgcore.disk.open_options import OpenOptions
+    from imgcore.disk.open_options import OpenOptions, Parents
     from imgcore.files.host_file import HostFile
     from imgcore.platforms.profiles import Profile
     from imgcore.streams.tar import Member
@@ -61,9 +62,10 @@ def lint(
     profile: str,
     format: str | None = None,
     read_options: Mapping[str, Any] | Sequence[str] | None = None,
-    parent: str | os.PathLike[str] | None = None,
+    parent: Parents = None,
     allow: Sequence[str | os.PathLike[str]] = (),
     share: bool = False,
+    backing_format: str | None = None,
 ) -> LintReport:
     """Check an image, from any program, against the rules of a platform.
 
@@ -100,7 +102,12 @@ def lint(
     from imgcore.platforms.profiles import get_profile
 
     options = OpenOptions.from_keywords(
-        format=format, parent=parent, read_options=read_options, allow=allow, share=share
+        format=format,
+        backing_format=backing_format,
+        parent=parent,
+        read_options=read_options,
+        allow=allow,
+        share=share,
     )
     chosen = get_profile(profile)
     with _facts(path, chosen, options) as facts:
@@ -116,39 +123,41 @@ def lint(
 @contextmanager
 def _facts(path: str | os.PathLike[str], profile: Profile, options: OpenOptions) -> Iterator[Facts]:
     """Open the image, if it can be opened, and collect the facts about it."""
-    from imgcore.disk.layer import gate_of
+    from imgcore.disk.image_names import local_image
+    from imgcore.disk.layer import found_gate
     from imgcore.files.host_file import HostFile
-    from imgcore.formats.registry import open_reader
+    from imgcore.formats.api import Divided
+    from imgcore.formats.registry import find_format, open_found
 
+    name, options = local_image(path, options)
     with ExitStack() as stack:
-        file = stack.enter_context(HostFile.open(path, share=options.share))
+        file = stack.enter_context(HostFile.open(name, share=options.share))
+        found = find_format(file, options.format)
         facts = Facts(
             file=file,
             profile=profile,
-            format=_format_of(file, options),
+            format=found.name,
             reader=None,
             error=None,
             archive=_archive(file),
             open_chain=lambda: None,
         )
-        if facts.format not in _STREAMS:
-            gate = gate_of(file, options)
+        if found.name not in _STREAMS:
+            gate = found_gate(file, found, options)
             try:
-                facts.reader = open_reader(file, gate, options.format, options.read_options)
-                stack.callback(facts.reader.close)
+                reader = open_found(file, gate, found.name, options.read_options)
             except WrongFormatError:
                 raise
             except ImgcoreError as error:
                 facts.error = error
+            else:
+                stack.callback(reader.close)
+                if isinstance(reader, Divided):
+                    reader.require_extents()
+                facts.reader = reader
+        if found.notice:
+            log.warning("%s: %s", file.path, found.notice)
         yield facts
-
-
-def _format_of(file: HostFile, options: OpenOptions) -> str:
-    from imgcore.formats.registry import PLAIN_FORMAT, canonical_name, probe
-
-    if options.format is not None:
-        return canonical_name(options.format)
-    return probe(file) or PLAIN_FORMAT
 
 
 def _archive(file: HostFile) -> Member | None:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from imgcore.disk.image import Image
+    from imgcore.disk.open_options import Parents
     from imgcore.engine.extents import Extents
 
 # Image.layer_extents takes whole sectors; map clips its extents to other ranges.
@@ -61,7 +62,7 @@ def map(
     start: int = 0,
     length: int | None = None,
     backing_format: str | None = None,
-    parent: str | os.PathLike[str] | None = None,
+    parent: Parents = None,
     read_options: Mapping[str, Any] | Sequence[str] | None = None,
     allow: Sequence[str | os.PathLike[str]] = (),
     share: bool = False,

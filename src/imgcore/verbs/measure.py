@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from imgcore.errors import OptionError
 from imgcore.formats.registry import PLAIN_FORMAT
 
 if TYPE_CHECKING:
+    from imgcore.disk.open_options import Parents
     from imgcore.engine.extents import Extents
     from imgcore.formats.api import Measurement
 
@@ -23,7 +24,7 @@ def measure(
     options: Mapping[str, Any] | Sequence[str] | None = None,
     compress: bool = False,
     backing_format: str | None = None,
-    parent: str | os.PathLike[str] | None = None,
+    parent: Parents = None,
     read_options: Mapping[str, Any] | Sequence[str] | None = None,
     allow: Sequence[str | os.PathLike[str]] = (),
     share: bool = False,
@@ -91,6 +92,7 @@ def _measure_data(
     options: Mapping[str, Any] | Sequence[str] | None,
     compress: bool,
 ) -> Measurement:
+    from imgcore.disk.data_ranges import count_blocks
     from imgcore.formats.api import WriteRequest
     from imgcore.formats.option_texts import parse_options
     from imgcore.formats.registry import get_driver
@@ -104,41 +106,3 @@ def _measure_data(
     block_nbytes = driver.writer(request).geometry.block_nbytes
     data_nbytes = count_blocks(batches, block_nbytes) * block_nbytes
     return driver.measure(request, data_nbytes)
-
-
-def count_blocks(batches: Iterable[Extents], block_nbytes: int) -> int:
-    """Count the blocks of ``block_nbytes`` bytes that hold data.
-
-    Parameters
-    ----------
-    batches : iterable of ndarray, dtype EXTENT_DTYPE
-        Ascending over all batches together.
-    block_nbytes : int
-        A power of two.
-
-    Returns
-    -------
-    int
-    """
-    import numpy as np
-
-    total = 0
-    last_counted = -1
-    shift = np.uint64(block_nbytes.bit_length() - 1)
-    for first, last in _data_ranges(batches):
-        first_block = (first >> shift).astype(np.int64)
-        last_block = ((last - np.uint64(1)) >> shift).astype(np.int64)
-        before = np.concatenate(([last_counted], last_block[:-1]))
-        # Rows ascend, so a row shares at most its first block with those before it.
-        total += int((last_block - first_block + 1).sum()) - int((first_block == before).sum())
-        last_counted = int(last_block[-1])
-    return total
-
-
-def _data_ranges(batches: Iterable[Extents]) -> Iterator[tuple[Any, Any]]:
-    from imgcore.engine.extents import Kind
-
-    for batch in batches:
-        rows = batch[batch["kind"] >= Kind.DATA]
-        if len(rows):
-            yield rows["guest_offset"], rows["guest_offset"] + rows["length"]

@@ -165,7 +165,11 @@ def _read_fixed(file: ByteSource) -> Qcow2Header:
         name = layout.CRYPT_NAMES.get(crypt)
         if name is None:
             raise _corrupt(file, f"encryption method {crypt}, allowed 0, 1 and 2", 32)
-        raise UnsupportedFeatureError(f"{name} is not supported", path=file.path, offset=32)
+        raise UnsupportedFeatureError(
+            f"{name} is not supported: qemu-img convert decrypts it, given the secret",
+            path=file.path,
+            offset=32,
+        )
     return header
 
 
@@ -240,8 +244,13 @@ def _check_features(file: ByteSource, header: Qcow2Header) -> None:
     refused = header.incompatible & ~layout.INCOMPATIBLE_READABLE
     if refused:
         names = ", ".join(_feature_name(header, bit) for bit in range(64) if refused >> bit & 1)
+        # QEMU would follow any name, so not everybody should let it read a data file.
+        remedy = {
+            layout.INCOMPATIBLE_EXTENDED_L2: ": qemu-img convert reads it",
+            layout.INCOMPATIBLE_DATA_FILE: ": qemu-img convert reads it, if the image is trusted",
+        }.get(refused, "")
         raise UnsupportedFeatureError(
-            f"incompatible feature not supported: {names}", path=file.path, offset=72
+            f"incompatible feature not supported: {names}{remedy}", path=file.path, offset=72
         )
     flagged = bool(header.incompatible & layout.INCOMPATIBLE_COMPRESSION)
     if flagged != (header.compression_type != layout.COMPRESSION_ZLIB):

@@ -13,6 +13,9 @@ from typing import Final
 MAGIC: Final = b"QFI\xfb"
 HEADER_V2: Final = struct.Struct(">4sIQIIQIIQQIIQ")
 HEADER_V2_NBYTES: Final = 72
+REFCOUNT_TABLE_FIELD_OFFSET: Final = 48
+INCOMPATIBLE_FIELD_OFFSET: Final = 72
+AUTOCLEAR_FIELD_OFFSET: Final = 88
 # incompatible, compatible, autoclear features, refcount order, header length.
 HEADER_V3_TAIL: Final = struct.Struct(">QQQII")
 HEADER_V3_MIN_NBYTES: Final = 104
@@ -38,6 +41,7 @@ INCOMPATIBLE_EXTENDED_L2: Final = 1 << 4
 INCOMPATIBLE_READABLE: Final = INCOMPATIBLE_DIRTY | INCOMPATIBLE_CORRUPT | INCOMPATIBLE_COMPRESSION
 COMPATIBLE_LAZY_REFCOUNTS: Final = 1 << 0
 AUTOCLEAR_BITMAPS: Final = 1 << 0
+AUTOCLEAR_RAW_DATA: Final = 1 << 1
 
 # "Header extensions": type and length before the data, padded to a multiple of 8.
 EXTENSION: Final = struct.Struct(">II")

@@ -7,12 +7,20 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
 from imgcore import limits
 from imgcore.engine.geometry import Codec, CodecId
 from imgcore.errors import LimitExceededError, OptionError
-from imgcore.formats.options import FormatOptions, byte_size, choice, flag, number, text
+from imgcore.formats.options import (
+    Foreign,
+    FormatOptions,
+    byte_size,
+    choice,
+    flag,
+    number,
+    text,
+)
 from imgcore.formats.qcow2 import layout
 from imgcore.formats.shared.write_checks import check_block_size, check_virtual_size
 
@@ -32,9 +40,34 @@ _ZSTD_MIN_NBYTES: Final = 9
 _ZSTD_BLOCK_BITS: Final = 17
 
 
+_DATA_FILE: Final = "external data files are not written: leave it out"
+_ENCRYPTION: Final = "encrypted images are not written: leave it out"
+_ENCRYPTION_KEYS: Final = (
+    "cipher-alg",
+    "cipher-mode",
+    "detached-header",
+    "format",
+    "hash-alg",
+    "iter-time",
+    "ivgen-alg",
+    "ivgen-hash-alg",
+    "key-secret",
+)
+
+
 @dataclass(frozen=True)
 class Options(FormatOptions):
     """The ``-o`` options."""
+
+    foreign: ClassVar = {
+        **FormatOptions.foreign,
+        "data_file": Foreign(reason=_DATA_FILE),
+        "data_file_raw": Foreign({False: {}}, _DATA_FILE),
+        "keep_data_file": Foreign({False: {}}, _DATA_FILE),
+        "extended_l2": Foreign({False: {}}, "subclusters are not written: leave it out"),
+        "encryption": Foreign({False: {}}, _ENCRYPTION),
+        **{f"encrypt.{key}": Foreign(reason=_ENCRYPTION) for key in _ENCRYPTION_KEYS},
+    }
 
     cluster_size: int = byte_size(64 * limits.KIB, "Cluster size, 512 to 2M")
     compat: str = choice(

@@ -14,6 +14,7 @@ from imgcore.formats.api import BackingReference
 from imgcore.formats.qcow2 import layout
 from imgcore.formats.qcow2.header import Snapshot, read_bitmaps, read_header, read_snapshots
 from imgcore.formats.shared.damage import STRICT, Damage
+from imgcore.formats.shared.last_sector import filled_up, whole_sectors
 
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
@@ -57,7 +58,7 @@ class Qcow2Reader:
         self._damage = damage
         self._header = read_header(file, damage)
         self.subformat: str | None = None
-        self.virtual_size = self._header.virtual_size
+        self.virtual_size = whole_sectors(self._header.virtual_size, file.path)
         self.block_nbytes = self._header.cluster_size
         self.backing: BackingReference | None = self._header.backing
         self.identities: Mapping[str, str] = {}
@@ -94,7 +95,9 @@ class Qcow2Reader:
             from imgcore.formats.qcow2.tables import ExtentTables
 
             self._tables = ExtentTables(self._file, self._header, self._damage)
-        return self._tables.extents(start, length)
+        n_filled = max(0, start + length - self._header.virtual_size)
+        batches = self._tables.extents(start, length - n_filled)
+        return filled_up(batches, start + length) if n_filled else batches
 
     def info(self) -> dict[str, Any]:
         """Return what ``qemu-img info`` reports about the format, under its keys."""
@@ -137,23 +140,45 @@ class Qcow2Reader:
             ]
         return data
 
+    def left_out(self) -> list[str]:
+        """Name snapshots and bitmaps: a conversion carries over the disk of today."""
+        header = self._header
+        found = []
+        if header.n_snapshots:
+            found.append(
+                f"internal snapshots ({header.n_snapshots}) are left out; "
+                "qemu-img convert -l NAME makes an image of one"
+            )
+        if header.bitmaps is not None and header.bitmaps[0]:
+            found.append(
+                f"persistent bitmaps ({header.bitmaps[0]}) are left out: the next incremental "
+                "backup of the target must be a full one; qemu-img convert --bitmaps keeps them"
+            )
+        return found
+
     def check(self) -> CheckReport:
         """Compare all refcounts with the references that exist.
 
         Notes
         -----
         Complexity: O(L2 entries) for each 2^23 clusters of the file.  Memory: about
-        128 MiB.
+        250 MiB.
         """
         from imgcore.formats.qcow2.check import Qcow2Checker
 
         return Qcow2Checker(self._file, self._header).run()
 
-    def repairs(self) -> list[Repair]:
-        """Return how to free unreferenced clusters; empty if the image is corrupt."""
-        from imgcore.formats.qcow2.repair import find_repairs
+    def repairs(self, *, leaks_only: bool = False) -> list[Repair]:
+        """Return how to correct refcounts and copied flags; see `Repairable`."""
+        from imgcore.formats.qcow2.repair import RefcountRepair
 
-        return find_repairs(self._file, self._header)
+        return RefcountRepair(self._file, self._header, leaks_only=leaks_only).repairs()
+
+    def obstacles(self, *, leaks_only: bool = False) -> list[str]:
+        """Return why problems are not repaired; see `Repairable`."""
+        from imgcore.formats.qcow2.repair import RefcountRepair
+
+        return RefcountRepair(self._file, self._header, leaks_only=leaks_only).obstacles()
 
     def close(self) -> None:
         """Close the file; further calls do nothing."""

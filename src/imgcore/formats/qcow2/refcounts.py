@@ -1,4 +1,4 @@
-"""Count the references of a QCOW2 image that is being written, in bounded memory.
+"""Refcount blocks of QCOW2: their encoding, and the refcounts of a new image.
 
 Source: QEMU docs/interop/qcow2.rst, "Host cluster management".
 """
@@ -22,15 +22,16 @@ if TYPE_CHECKING:
 _MIN_WINDOW: Final = 1 << 12
 # The range of a cell in the window; WriteOptions keeps refcounts below it.
 _MAX_COUNT: Final = (1 << 16) - 1
+_MAX_DECODED: Final = (1 << 32) - 1
 
 
-def encode_refcounts(counts: NDArray[np.uint16], refcount_order: int) -> NDArray[np.uint8]:
+def encode_refcounts(counts: NDArray[np.unsignedinteger], refcount_order: int) -> NDArray[np.uint8]:
     """Encode refcounts as in a refcount block.
 
     Parameters
     ----------
-    counts : ndarray, shape (n,), dtype uint16
-        n is a multiple of the entries in a block; all counts fit the width.
+    counts : ndarray of unsigned integers, shape (n,)
+        They fill whole bytes, and each fits the width.
     refcount_order : int
         log2 of the width in bits.
 
@@ -47,6 +48,19 @@ def encode_refcounts(counts: NDArray[np.uint16], refcount_order: int) -> NDArray
     for position in range(8 // width):
         packed |= cells[:, position] << np.uint8(position * width)
     return packed
+
+
+def decode_refcounts(raw: bytes, refcount_order: int) -> NDArray[np.uint32]:
+    """Decode refcounts, capped at 2^32-1; the inverse of `encode_refcounts`."""
+    if refcount_order == 6:
+        wide: NDArray[np.uint64] = np.frombuffer(raw, ">u8").astype(np.uint64)
+        return np.minimum(wide, np.uint64(_MAX_DECODED)).astype(np.uint32)
+    if refcount_order >= 3:
+        return np.frombuffer(raw, f">u{1 << (refcount_order - 3)}").astype(np.uint32)
+    width = 1 << refcount_order
+    shifts = np.arange(0, 8, width, dtype=np.uint8)
+    split = np.frombuffer(raw, np.uint8)[:, np.newaxis] >> shifts & np.uint8((1 << width) - 1)
+    return split.astype(np.uint32).reshape(-1)
 
 
 def check_table_size(options: WriteOptions, nbytes: int) -> None:

@@ -12,6 +12,5 @@ DRIVER: Final = Driver(
     options_module="imgcore.formats.raw.options",
     read=lambda file, gate, options, damage: RawReader(file),
     writing="imgcore.formats.raw.writer",
-    writes_in_place=True,
     has_tables=False,
 )

@@ -26,9 +26,13 @@ class Options(FormatOptions):
 
 
 class WriteOptions(NamedTuple):
-    """A verified request; sizes in bytes."""
+    """A verified request; sizes in bytes.
+
+    The file has ``exact_nbytes``, which may end inside the disk's last sector.
+    """
 
     virtual_size: int
+    exact_nbytes: int
     sparse_nbytes: int
     preallocation: str
 
@@ -44,4 +48,10 @@ class WriteOptions(NamedTuple):
             raise OptionError(
                 f"-S is {request.sparse_nbytes}: a multiple of {SECTOR_NBYTES} bytes is needed"
             )
-        return cls(request.virtual_size, request.sparse_nbytes, request.options.preallocation)
+        nbytes, exact_nbytes = request.virtual_size, request.exact_nbytes
+        return cls(
+            virtual_size=nbytes,
+            exact_nbytes=nbytes if exact_nbytes is None else exact_nbytes,
+            sparse_nbytes=request.sparse_nbytes,
+            preallocation=request.options.preallocation,
+        )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from imgcore.engine.source_file import SourceFile
-from imgcore.errors import CorruptImageError
 from imgcore.formats.shared.flat_reader import FlatExtents
+from imgcore.formats.shared.last_sector import whole_sectors
 from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
@@ -25,17 +25,11 @@ class RawReader:
     is_flat: ClassVar[bool] = True
 
     def __init__(self, file: ByteSource) -> None:
-        if file.nbytes % SECTOR_NBYTES:
-            wanted = -(-file.nbytes // SECTOR_NBYTES) * SECTOR_NBYTES
-            raise CorruptImageError(
-                f"a raw disk has a multiple of {SECTOR_NBYTES} bytes, this file has {file.nbytes}: "
-                f"pad a copy of it (truncate -s {wanted})",
-                path=file.path,
-            )
         self.file = file
         self.subformat: str | None = None
-        self.virtual_size = file.nbytes
+        self.virtual_size = whole_sectors(file.nbytes, file.path)
         self.block_nbytes = SECTOR_NBYTES
+        self.logical_sector_nbytes = file.logical_sector_nbytes if file.is_block_device else None
         self.sources = (SourceFile(file),)
         self.backing: BackingReference | None = None
         self.identities: Mapping[str, str] = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from imgcore.engine.geometry import ZeroPolicy
 from imgcore.formats.api import Measurement
 from imgcore.formats.raw.options import Options, WriteOptions
 from imgcore.formats.shared.flat_writer import FlatWriter, flat_geometry
@@ -27,31 +26,29 @@ def measure(request: WriteRequest[Options], data_nbytes: int) -> Measurement:
 
 
 class RawWriter(FlatWriter):
-    """Writes a raw file or block device.
-
-    ``geometry`` is final after `begin`: it depends on whether the target is a new file.
-    """
+    """Writes a raw file or block device."""
 
     format_name: ClassVar[str] = "raw"
 
     def __init__(self, options: WriteOptions) -> None:
         super().__init__(
-            flat_geometry(options.virtual_size, options.sparse_nbytes),
-            options.virtual_size,
+            flat_geometry(options.exact_nbytes, options.sparse_nbytes),
+            options.exact_nbytes,
             options.preallocation,
         )
         self._in_place = False
+        self._virtual_size = options.virtual_size
 
     def begin(self, target: Target) -> TargetFile:
-        """Return the file; a new one gets its size, so that it reads as zeros."""
+        """Return the file; an existing one must be large enough."""
         self._in_place = target.in_place
-        if not target.in_place:
-            return super().begin(target)
-        target.require_capacity(self._file_nbytes)
-        if self.geometry.zero_policy is ZeroPolicy.SKIP:
-            # Ranges that are not written would keep their old bytes.
-            self.geometry = self.geometry._replace(zero_policy=ZeroPolicy.EXPLICIT, sparse_nbytes=0)
-        return target.main
+        if target.is_block_device:
+            # The sectors of a device are whole.
+            self._file_nbytes = self._virtual_size
+            self.geometry = self.geometry._replace(guest_nbytes=self._virtual_size)
+        if target.in_place:
+            target.require_capacity(self._file_nbytes)
+        return super().begin(target)
 
     def finish(self, next_offset: int) -> None:
         """Set the file's final size."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from imgcore.formats.shared.alignment import align_up
 from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
@@ -44,6 +45,30 @@ class HostData:
             self._found = start, end
         return max(start, position), end
 
+    def next_sectors(self, position: int, stop: int, shift: int) -> tuple[int, int]:
+        """Return the next data of a guest range as [start, end) of the guest.
+
+        Parameters
+        ----------
+        position, stop : int
+            Guest offsets in bytes.  Both results are ``stop`` if no data follows.
+        shift : int
+            Host offset minus guest offset, in bytes.
+
+        Notes
+        -----
+        Data is widened to whole sectors of the guest, which need not be sectors of the
+        file; a file system's blocks may be smaller.  Holes read as zeros, so this is
+        safe.  The file's last sector may be incomplete.
+        """
+        start, end = self.next(position + shift)
+        if start >= end or start - shift >= stop:
+            return stop, stop
+        start, end = start - shift, end - shift
+        start -= start % SECTOR_NBYTES
+        end = min(end + -end % SECTOR_NBYTES, self._file.nbytes - shift, stop)
+        return max(start, position), end
+
 
 def flat_rows(
     data: HostData,
@@ -62,7 +87,8 @@ def flat_rows(
     data : HostData
         Finds the file's data.
     start, stop : int
-        Guest offsets in bytes, ``start < stop``.
+        Guest offsets in bytes, ``start < stop``.  What the file's last sector lacks is
+        a hole.
     shift : int
         Host offset minus guest offset, in bytes.
     file_index : int
@@ -79,9 +105,7 @@ def flat_rows(
     rows: list[tuple[int, int, int, int, int, int, int]] = []
     position = start
     while position < stop:
-        data_start, data_end = _whole_sectors(*data.next(position + shift), shift)
-        data_start, data_end = max(data_start, position), min(data_end, stop)
-        data_start = min(data_start, stop)
+        data_start, data_end = data.next_sectors(position, stop, shift)
         if position < data_start:
             rows.append((position, data_start - position, 0, 0, 0, hole, 0))
         if data_start < data_end:
@@ -89,19 +113,11 @@ def flat_rows(
             host_offset = data_start + shift
             rows.append((data_start, nbytes, host_offset, nbytes, file_index, Kind.DATA, 0))
         position = data_end
-        if len(rows) >= max_rows - 1 or position >= stop:
+        # The rest of an incomplete last sector belongs to its batch.
+        is_full = len(rows) >= max_rows - 1 and position % SECTOR_NBYTES == 0
+        if is_full or position >= stop:
             yield np.array(rows, dtype=EXTENT_DTYPE)
             rows.clear()
-
-
-def _whole_sectors(start: int, end: int, shift: int) -> tuple[int, int]:
-    """Return the guest range of a range of the file, widened to whole sectors.
-
-    The guest's sectors need not be sectors of the file, and a file system's blocks may
-    be smaller than either.  What is added are holes, which read as zeros.
-    """
-    start, end = start - shift, end - shift
-    return start - start % SECTOR_NBYTES, end + -end % SECTOR_NBYTES
 
 
 class FlatExtents:
@@ -115,8 +131,8 @@ class FlatExtents:
     hides_parent : bool
         Whether holes of the file read as zeros even if there is a parent.
     lost_from : int, optional
-        Guest offset, a multiple of 512, from which on the file is too short: the rest
-        is LOST.
+        Guest offset from which on the file is too short, as `first_lost` returns it:
+        the rest is LOST.
 
     Notes
     -----
@@ -158,6 +174,21 @@ class FlatExtents:
             )
         if held_to < stop:
             yield lost_file(held_to, stop - held_to)
+
+
+def first_lost(guest_base: int, nbytes: int, held_nbytes: int) -> int | None:
+    """Return where a flat extent is lost that is longer than its file, or None.
+
+    Parameters
+    ----------
+    guest_base, nbytes : int
+        Where the extent is on the disk, in bytes.
+    held_nbytes : int
+        How much of it is in the file.  Of a last sector, a part is enough.
+    """
+    if nbytes <= align_up(held_nbytes, SECTOR_NBYTES):
+        return None
+    return guest_base + held_nbytes - held_nbytes % SECTOR_NBYTES
 
 
 def lost_file(start: int, length: int) -> Extents:

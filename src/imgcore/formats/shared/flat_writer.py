@@ -64,11 +64,13 @@ class FlatWriter:
         self._file: TargetFile | None = None
 
     def begin(self, target: Target) -> TargetFile:
-        """Give the file its size, so that it reads as zeros, and return it."""
+        """Give a new file its size, so that it reads as zeros, and return it."""
         return self._reserve(target, target.main)
 
     def _reserve(self, target: Target, file: TargetFile) -> TargetFile:
         self._file = file
+        if target.in_place:
+            return file
         if self.needs_own_blocks:
             target.require_space(self._file_nbytes)
         file.truncate(self._file_nbytes)

@@ -41,3 +41,12 @@ def names_from_windows_path(text: str) -> tuple[str, ...]:
     if last and last not in names:
         names.append(last)
     return tuple(names)
+
+
+def names_beside(text: str) -> tuple[str, ...]:
+    r"""Return the names, as `names_from_windows_path`, for a path of another host.
+
+    Empty for a relative path of this host: it leads to a file here, or to none.
+    """
+    is_foreign = "\\" in text or _ABSOLUTE.match(text) is not None
+    return names_from_windows_path(text) if is_foreign else ()

@@ -44,6 +44,18 @@ def check_virtual_size(virtual_size: int, at_most: int | None = None) -> None:
         raise OptionError(f"virtual size {virtual_size} is too large: at most {at_most} bytes")
 
 
+def refuse_empty_disk(virtual_size: int, name: str) -> None:
+    """Raise OptionError for a disk of 0 bytes, which readers of a format reject.
+
+    ``name`` is the format's name in the message.
+    """
+    if virtual_size == 0:
+        raise OptionError(
+            f"no program reads a {name} of 0 bytes: at least {SECTOR_NBYTES} are needed, or "
+            "another format (qcow2 and raw may be empty)"
+        )
+
+
 def check_block_size(name: str, nbytes: int, low: int, high: int, note: str = "") -> None:
     """Raise OptionError unless option ``name`` is a power of two in [low, high]."""
     if nbytes & (nbytes - 1) or not low <= nbytes <= high:

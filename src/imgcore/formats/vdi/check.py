@@ -50,7 +50,7 @@ def check(file: ByteSource, header: VdiHeader) -> CheckReport:
         )
     for first in range(0, end, _WINDOW_BLOCKS):
         _verify_window(file, header, report, first, min(first + _WINDOW_BLOCKS, end))
-    if end < n_file_blocks:
+    if end < n_file_blocks and not file.is_block_device:
         _leak(header, report, end, n_file_blocks)
     report.image_end_offset = header.data_offset + end * header.block_nbytes
     return report
@@ -75,6 +75,7 @@ def find_repairs(file: ByteSource, header: VdiHeader) -> list[Repair]:
                 f"{unused} blocks after the last one are leaked",
                 "end the file after the last one",
                 file_nbytes=report.image_end_offset,
+                is_leak=True,
             )
         )
     n_in_use = (report.image_end_offset - header.data_offset) // header.block_nbytes
@@ -87,6 +88,35 @@ def find_repairs(file: ByteSource, header: VdiHeader) -> list[Repair]:
             )
         )
     return repairs
+
+
+def find_obstacles(file: ByteSource, header: VdiHeader, *, leaks_only: bool) -> list[str]:
+    """Return why problems are not among the repairs, a line for each kind."""
+    report = check(file, header)
+    n_in_use = (report.image_end_offset - header.data_offset) // header.block_nbytes
+    has_wrong_count = report.allocated_clusters != header.n_allocated
+    if report.corruptions > has_wrong_count:
+        return [
+            (
+                "blocks overlap or end past the end of the file: their data is lost already, and a "
+                "repair could overwrite more"
+            )
+        ]
+    obstacles = []
+    if has_wrong_count and report.allocated_clusters != n_in_use:
+        obstacles.append(
+            "the count of blocks: VirtualBox derives from it where the next block goes, and would "
+            "overwrite one in use, because there are leaked blocks between them; imgcore convert "
+            "writes an image without these"
+        )
+    elif has_wrong_count and leaks_only:
+        obstacles.append("the count of blocks: -r all repairs this, -r leaks does not")
+    if report.leaks:
+        obstacles.append(
+            "leaked blocks between others cannot be cut off; imgcore convert writes an image "
+            "without them"
+        )
+    return obstacles
 
 
 def _verify_entries(

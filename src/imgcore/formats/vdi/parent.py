@@ -55,8 +55,7 @@ def find_parent(header: VdiHeader, gate: ReferenceGate, path: str) -> BackingRef
     for n_files, name in enumerate(_candidates(gate)):
         if n_files == VDI_MAX_SEARCHED_FILES:
             log.warning(
-                "%s: only %d *%s files are searched for its parent with UUID %s: "
-                "state it (--parent) if it is not found",
+                "%s: only %d *%s files are searched for its parent with UUID %s",
                 path,
                 VDI_MAX_SEARCHED_FILES,
                 _SUFFIX,
@@ -72,6 +71,8 @@ def find_parent(header: VdiHeader, gate: ReferenceGate, path: str) -> BackingRef
 
 def _candidates(gate: ReferenceGate) -> Iterator[str]:
     """Yield names as the gate takes them, in the same order on every host."""
+    if gate.unstated:
+        return
     for folder in (gate.folder, *gate.allowed):
         try:
             names = sorted(os.listdir(folder))

@@ -111,11 +111,18 @@ class VdiReader:
 
         return check(self._file, self.header)
 
-    def repairs(self) -> list[Repair]:
+    def repairs(self, *, leaks_only: bool = False) -> list[Repair]:
         """Return the possible repairs; see `imgcore.formats.api.Repairable`."""
         from imgcore.formats.vdi.check import find_repairs
 
-        return find_repairs(self._file, self.header)
+        repairs = find_repairs(self._file, self.header)
+        return [item for item in repairs if item.is_leak or not leaks_only]
+
+    def obstacles(self, *, leaks_only: bool = False) -> list[str]:
+        """Return why problems are not repaired; see `Repairable`."""
+        from imgcore.formats.vdi.check import find_obstacles
+
+        return find_obstacles(self._file, self.header, leaks_only=leaks_only)
 
     def close(self) -> None:
         """Close the file; more than once is allowed."""

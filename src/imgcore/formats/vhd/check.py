@@ -87,9 +87,40 @@ def find_repairs(file: ByteSource, header: VhdHeader) -> list[Repair]:
                 "end the file after the last one",
                 file_nbytes=blocks_end + layout.FOOTER_NBYTES,
                 writes=((blocks_end, raw),),
+                is_leak=True,
             )
         )
     return repairs
+
+
+def find_obstacles(file: ByteSource, header: VhdHeader, *, leaks_only: bool) -> list[str]:
+    """Return why problems are not among the repairs, a line for each kind."""
+    if header.dynamic is None:
+        return ["a fixed disk has one footer only, and no copy to restore it from"]
+    headers, blocks = CheckReport(), CheckReport()
+    _BlockCheck(blocks, file, header).run()
+    if blocks.corruptions:
+        return [
+            (
+                "blocks overlap or end outside the file, or the batmap is wrong: a repair could "
+                "overwrite guest data"
+            )
+        ]
+    obstacles = []
+    _check_header(headers, file, header)
+    if headers.corruptions:
+        obstacles.append("the dynamic disk header and names of parents have no copy")
+    if not header.footer.features & layout.FEATURE_RESERVED:
+        obstacles.append("the footer's reserved feature bit: the copy does not have it either")
+    repairs = find_repairs(file, header)
+    if leaks_only and any(not item.is_leak for item in repairs):
+        obstacles.append("the footer or its copy: -r all repairs this, -r leaks does not")
+    if blocks.leaks and not any(item.is_leak for item in repairs):
+        obstacles.append(
+            "leaked blocks between others cannot be cut off; imgcore convert writes an image "
+            "without them"
+        )
+    return obstacles
 
 
 def _footer_repair(end: FooterPlace | None, raw: bytes, blocks_end: int) -> Repair:
@@ -287,6 +318,9 @@ class _BlockCheck:
             )
             data_start = max(data_start, -(-end // SECTOR_NBYTES))
         end_nsectors = int(ends[-1]) if len(ends) else data_start
+        if self._file.is_block_device:
+            # The rest of the device is free, not leaked.
+            self._end_nsectors = end_nsectors
         np.maximum(ends, data_start, out=ends)
         free_from = np.concatenate(([data_start], ends))
         counts = np.concatenate((starts, [self._end_nsectors]))

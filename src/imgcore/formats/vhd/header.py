@@ -50,11 +50,6 @@ class FooterPlace(NamedTuple):
     footer: Footer
     problem: ImgcoreError | None
 
-    @property
-    def is_dynamic(self) -> bool:
-        """Whether the disk has a dynamic disk header, and so a copy of the footer."""
-        return self.footer.disk_type != DiskType.FIXED
-
 
 class VirtualSize(NamedTuple):
     """Size of the disk in bytes, and the field that states it: ``chs`` or ``current``.
@@ -187,13 +182,26 @@ def read_header(file: ByteSource, size: str | None = None, damage: Damage = STRI
 
 
 def find_footers(file: ByteSource) -> tuple[FooterPlace | None, FooterPlace | None]:
-    """Return the footers at the end and the start of the file, sound or not."""
+    """Return the footers at the end and the start of the file, sound or not.
+
+    A block device may be longer than its image, and end in an older image's footer: the
+    copy at the start then stands for both.
+    """
+    copy = _footer_at(file, 0, layout.FOOTER_NBYTES)
     end = None
     for nbytes in (layout.FOOTER_NBYTES, layout.OLD_FOOTER_NBYTES):
         end = end or _footer_at(file, file.nbytes - nbytes, nbytes)
-    copy = _footer_at(file, 0, layout.FOOTER_NBYTES)
-    if end is None and (copy is None or copy.problem is not None or not copy.is_dynamic):
+    if end is None and (copy is None or not _is_dynamic(copy)):
         end = _footer_before_zeros(file)
+    if file.is_block_device and copy is not None and _is_dynamic(copy):
+        if end is not None and end.problem is None and not _is_dynamic(end):
+            raise CorruptImageError(
+                "the block device has a fixed disk's footer at its end and a dynamic disk's at "
+                "its start: one of them is old or is the guest's data; overwrite the wrong one "
+                f"(512 bytes at {end.offset:#x} or at 0)",
+                path=file.path,
+            )
+        end = copy._replace(offset=file.nbytes)
     return end, copy
 
 
@@ -209,6 +217,11 @@ def _footer_before_zeros(file: ByteSource) -> FooterPlace | None:
             "%s: %d bytes of zeros after its footer are ignored", file.path, file.nbytes - data_end
         )
     return found
+
+
+def _is_dynamic(place: FooterPlace) -> bool:
+    """Tell whether this is the sound footer of a dynamic or differencing disk."""
+    return place.problem is None and place.footer.disk_type != DiskType.FIXED
 
 
 def _footer_at(file: ByteSource, offset: int, nbytes: int) -> FooterPlace | None:
@@ -269,14 +282,15 @@ def _choose_footer(
     """
     if end is not None and end.problem is None:
         return end
-    if copy is not None and copy.problem is None and copy.is_dynamic:
+    if copy is not None and _is_dynamic(copy):
         return copy
     for place in (end, copy):
         # Salvage one whose checksum is all that is wrong.
         if place is None or place.problem is None:
             continue
         is_usable = _field_problem(file, place.offset, place.footer) is None
-        if damage.salvages and is_usable and (place is end or place.is_dynamic):
+        has_copy = place.footer.disk_type != DiskType.FIXED
+        if damage.salvages and is_usable and (place is end or has_copy):
             damage.report(place.problem)
             return place
     if end is not None and end.problem is not None:

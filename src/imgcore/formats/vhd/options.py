@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
 from imgcore.errors import LimitExceededError, OptionError
 from imgcore.formats.options import (
     PREALLOCATION,
+    Foreign,
     FormatOptions,
     byte_size,
     choice,
@@ -21,6 +22,7 @@ from imgcore.formats.shared.write_checks import (
     check_virtual_size,
     parse_uuid,
     refuse_compression,
+    refuse_empty_disk,
     refuse_idle,
 )
 from imgcore.formats.vhd import layout
@@ -44,6 +46,14 @@ _MAX_63_NSECTORS: Final = 65535 * 16 * 63
 @dataclass(frozen=True)
 class Options(FormatOptions):
     """The ``-o`` options."""
+
+    foreign: ClassVar = {
+        **FormatOptions.foreign,
+        "force_size": Foreign(
+            {True: {"size": "current"}, False: {"size": "chs"}},
+            help="In qemu-img's words: on is size=current, off is size=chs",
+        ),
+    }
 
     subformat: str = choice(
         "dynamic",
@@ -91,6 +101,8 @@ class WriteOptions(NamedTuple):
         refuse_compression(request, "VHD")
         check_virtual_size(request.virtual_size)
         disk_type = _disk_type(request)
+        if disk_type is DiskType.FIXED:
+            refuse_empty_disk(request.virtual_size, "fixed VHD")
         _refuse_idle_options(options)
         virtual_size = request.virtual_size
         if options.size == "chs":

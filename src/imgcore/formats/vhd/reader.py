@@ -14,7 +14,7 @@ from imgcore.engine.source_file import SourceFile
 from imgcore.formats.api import BackingReference
 from imgcore.formats.options import FormatOptions, choice
 from imgcore.formats.shared.damage import STRICT, Damage
-from imgcore.formats.shared.flat_reader import FlatExtents
+from imgcore.formats.shared.flat_reader import FlatExtents, first_lost
 from imgcore.formats.vhd import layout
 from imgcore.formats.vhd.header import parent_texts, read_header, uuid_text
 from imgcore.formats.vhd.layout import DiskType
@@ -86,7 +86,8 @@ class VhdReader:
         if dynamic is None:
             end = self.header.end
             assert end is not None
-            self._tables = FlatExtents(file, lost_from=end.offset - end.offset % SECTOR_NBYTES)
+            lost_from = first_lost(0, self.virtual_size, end.offset)
+            self._tables = FlatExtents(file, lost_from=lost_from)
 
     @property
     def identities(self) -> Mapping[str, str]:
@@ -154,11 +155,18 @@ class VhdReader:
 
         return check_image(self._file, self.header)
 
-    def repairs(self) -> list[Repair]:
+    def repairs(self, *, leaks_only: bool = False) -> list[Repair]:
         """Return the possible repairs; see `imgcore.formats.api.Repairable`."""
         from imgcore.formats.vhd.check import find_repairs
 
-        return find_repairs(self._file, self.header)
+        repairs = find_repairs(self._file, self.header)
+        return [item for item in repairs if item.is_leak or not leaks_only]
+
+    def obstacles(self, *, leaks_only: bool = False) -> list[str]:
+        """Return why problems are not repaired; see `Repairable`."""
+        from imgcore.formats.vhd.check import find_obstacles
+
+        return find_obstacles(self._file, self.header, leaks_only=leaks_only)
 
     def close(self) -> None:
         """Close the file; more than once is allowed."""

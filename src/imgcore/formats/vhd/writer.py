@@ -113,7 +113,7 @@ class FixedWriter(FlatWriter):
 
     def finish(self, next_offset: int) -> None:
         """Write the footer."""
-        self._finished_file().pwrite(self._options.virtual_size, make_footer(self._options))
+        self._finished_file().write_last(make_footer(self._options))
 
 
 class BlockLayout:
@@ -212,7 +212,7 @@ class BlockWriter:
         for locator, data in parts.locators:
             file.pwrite(locator.data_offset, data)
         file.pwrite(_HEADER_OFFSET, self._make_header())
-        file.pwrite(self._blocks_end, footer)
+        file.write_last(footer)
         file.pwrite(0, footer)
 
     def _make_batmap(self) -> bytes:

@@ -87,9 +87,33 @@ def find_repairs(image: VhdxImage) -> list[Repair]:
                 f"{report.leaks} MiB after the last block are leaked",
                 "end the file after the last block",
                 file_nbytes=checker.needed_nbytes,
+                is_leak=True,
             )
         )
     return repairs
+
+
+def find_obstacles(image: VhdxImage, *, leaks_only: bool) -> list[str]:
+    """Return why problems are not among the repairs, a line for each kind."""
+    report = VhdxChecker(image).run()
+    obstacles = []
+    if image.replayed is not None:
+        obstacles.append(
+            "the log must be replayed first, by the program that wrote it; imgcore convert writes "
+            "an image with an empty log"
+        )
+    if report.corruptions > len(image.problems):
+        obstacles.append(
+            "blocks overlap, lie outside the file or have invalid entries: a repair could "
+            "overwrite guest data"
+        )
+    if obstacles:
+        return obstacles
+    if any(problem.sound is None for problem in image.problems):
+        obstacles.append("copies that differ, though each is valid: which is right is not known")
+    elif leaks_only and image.problems:
+        obstacles.append("damaged copies of headers: -r all repairs this, -r leaks does not")
+    return obstacles
 
 
 class VhdxChecker:
@@ -257,6 +281,8 @@ class VhdxChecker:
             needed += (self._metadata.n_blocks - n_placed) * self._block_units
         self.needed_nbytes = needed << _UNIT_BITS
         unused = self._n_units - needed
+        if self._image.file.is_block_device:
+            return
         # Alignment may leave less than a block unused.
         if unused >= self._block_units and (n_placed or unused > _SPARE_UNITS):
             self.report.leak(

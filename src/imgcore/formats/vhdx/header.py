@@ -61,8 +61,29 @@ class Region(NamedTuple):
         return self.offset + self.nbytes
 
 
+class MetadataItem(NamedTuple):
+    """A metadata item (2.6.1.2) and its bytes."""
+
+    guid: uuid.UUID
+    flags: int
+    data: bytes
+
+
+class StoredItem(NamedTuple):
+    """The place of a metadata item in the file (2.6.1.2); no bytes have no place."""
+
+    guid: uuid.UUID
+    flags: int
+    offset: int
+    nbytes: int
+
+
 class Metadata(NamedTuple):
-    """The known metadata items (2.6.2), verified; sizes in bytes."""
+    """The known metadata items (2.6.2), verified; sizes in bytes.
+
+    ``inherited`` are the other items that belong to the disk, not to the file: a new
+    child has them, too.
+    """
 
     block_nbytes: int
     leave_block_allocated: bool
@@ -72,6 +93,7 @@ class Metadata(NamedTuple):
     logical_sector_nbytes: int
     physical_sector_nbytes: int
     locator: dict[str, str] | None
+    inherited: tuple[StoredItem, ...] = ()
 
     @property
     def chunk_ratio(self) -> int:
@@ -444,7 +466,7 @@ def _check_bat(file: ImageFile, bat: Region, metadata: Metadata, damage: Damage)
 
 
 def _read_metadata(file: ImageFile, region: Region) -> Metadata:
-    items = _read_items(file, region)
+    items, inherited = _read_items(file, region)
 
     def number(guid: uuid.UUID, name: str) -> int:
         return int(_unpack_item(file.path, items, guid, name, layout.SECTOR_SIZE)[0])
@@ -475,13 +497,14 @@ def _read_metadata(file: ImageFile, region: Region) -> Metadata:
         logical_sector_nbytes=number(layout.LOGICAL_SECTOR_SIZE_ITEM, "logical sector size"),
         physical_sector_nbytes=number(layout.PHYSICAL_SECTOR_SIZE_ITEM, "physical sector size"),
         locator=None if locator is None else read_locator(locator, file.path),
+        inherited=tuple(inherited),
     )
     _check_metadata(metadata, file.path)
     return metadata
 
 
-def _read_items(file: ImageFile, region: Region) -> dict[uuid.UUID, bytes]:
-    """Return the bytes of each known item of the system metadata."""
+def _read_items(file: ImageFile, region: Region) -> tuple[dict[uuid.UUID, bytes], list[StoredItem]]:
+    """Return the known items of the system metadata, and the others of the disk."""
     table = file.pread(region.offset, layout.METADATA_TABLE_NBYTES)
     signature, _, n_entries, _ = layout.METADATA_HEADER.unpack_from(table)
     if signature != layout.METADATA_SIGNATURE:
@@ -499,6 +522,7 @@ def _read_items(file: ImageFile, region: Region) -> dict[uuid.UUID, bytes]:
     raw = table[start : start + n_entries * layout.METADATA_ENTRY.size]
     seen: set[tuple[uuid.UUID, bool]] = set()
     items: dict[uuid.UUID, bytes] = {}
+    inherited: list[StoredItem] = []
     for packed, offset, nbytes, flags, _ in layout.METADATA_ENTRY.iter_unpack(raw):
         guid, is_user = uuid.UUID(bytes_le=packed), bool(flags & layout.ITEM_IS_USER)
         if (guid, is_user) in seen:
@@ -512,7 +536,32 @@ def _read_items(file: ImageFile, region: Region) -> dict[uuid.UUID, bytes]:
         _check_item(file.path, region, guid, offset, nbytes)
         if is_known:
             items[guid] = file.pread(region.offset + offset, nbytes)
-    return items
+        elif flags & layout.ITEM_IS_VIRTUAL_DISK:
+            flags &= layout.ITEM_IS_USER | layout.ITEM_IS_VIRTUAL_DISK
+            inherited.append(StoredItem(guid, flags, region.offset + offset, nbytes))
+    return items, inherited
+
+
+def inherited_items(image: VhdxImage) -> tuple[MetadataItem, ...]:
+    """Return the items that a new child has as well (2.6.1.2, IsVirtualDisk).
+
+    Raises
+    ------
+    LimitExceededError
+        They have more bytes in all than are copied.
+    """
+    stored = image.metadata.inherited
+    nbytes = sum(item.nbytes for item in stored)
+    if nbytes > limits.VHDX_MAX_INHERITED_NBYTES:
+        raise LimitExceededError(
+            f"its metadata for children has {nbytes} bytes, at most "
+            f"{limits.VHDX_MAX_INHERITED_NBYTES} are copied: convert without -B",
+            path=image.file.path,
+        )
+    return tuple(
+        MetadataItem(item.guid, item.flags, image.view.pread(item.offset, item.nbytes))
+        for item in stored
+    )
 
 
 _KNOWN_ITEMS: Final = frozenset(

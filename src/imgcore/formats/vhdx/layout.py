@@ -100,6 +100,7 @@ ITEM_IS_USER: Final = 1
 ITEM_IS_VIRTUAL_DISK: Final = 2
 ITEM_IS_REQUIRED: Final = 4
 MAX_ITEM_NBYTES: Final = MIB
+MAX_USER_ITEMS: Final = 1024
 
 # 2.6.2 Known Metadata Items.
 FILE_PARAMETERS_ITEM: Final = uuid.UUID("caa16737-fa36-4d43-b3b6-33f0aa44e76b")

@@ -9,15 +9,27 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
 from imgcore import limits
 from imgcore.errors import LimitExceededError, OptionError
-from imgcore.formats.options import FormatOptions, byte_size, choice, text
+from imgcore.formats.options import (
+    NO_EFFECT,
+    Foreign,
+    FormatOptions,
+    byte_size,
+    choice,
+    text,
+)
 from imgcore.formats.shared.alignment import align_up
-from imgcore.formats.shared.write_checks import check_block_size, parse_uuid, refuse_compression
+from imgcore.formats.shared.write_checks import (
+    check_block_size,
+    parse_uuid,
+    refuse_compression,
+    refuse_empty_disk,
+)
 from imgcore.formats.vhdx import layout
-from imgcore.formats.vhdx.header import Metadata
+from imgcore.formats.vhdx.header import Metadata, MetadataItem
 from imgcore.formats.vhdx.parent import (
     DATA_WRITE_GUID,
     LOGICAL_SECTOR_SIZE,
@@ -26,7 +38,7 @@ from imgcore.formats.vhdx.parent import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from imgcore.formats.api import BackingReference, WriteRequest
 
@@ -41,13 +53,21 @@ _SECTOR_SIZES: Final = tuple(str(nbytes) for nbytes in layout.SECTOR_SIZES)
 LOG_OFFSET: Final = layout.HEADER_SECTION_NBYTES
 LOG_NBYTES: Final = limits.MIB
 METADATA_OFFSET: Final = LOG_OFFSET + LOG_NBYTES
-METADATA_NBYTES: Final = limits.MIB
-BAT_OFFSET: Final = METADATA_OFFSET + METADATA_NBYTES
+# Those of 2.6.2.
+_N_OWN_ITEMS: Final = 6
+# The metadata table, and more than the largest locator and the other items of a child.
+_OWN_METADATA_NBYTES: Final = layout.METADATA_TABLE_NBYTES + 2 * limits.VHDX_MAX_PATH_NBYTES
 
 
 @dataclass(frozen=True)
 class Options(FormatOptions):
     """The ``-o`` options."""
+
+    foreign: ClassVar = {
+        **FormatOptions.foreign,
+        "block_state_zero": NO_EFFECT,
+        "log_size": Foreign(reason="the log has 1 MiB: leave it out"),
+    }
 
     subformat: str = choice(
         "dynamic", ("dynamic", "fixed"), "Allocate blocks when they are needed, or all of them"
@@ -84,6 +104,7 @@ class WriteOptions(NamedTuple):
     data_write_guid: uuid.UUID
     backing: BackingReference | None
     sparse_nbytes: int
+    inherited: tuple[MetadataItem, ...] = ()
 
     @classmethod
     def of(cls, request: WriteRequest[Options]) -> WriteOptions:
@@ -91,6 +112,7 @@ class WriteOptions(NamedTuple):
         options, backing = request.options, request.backing
         parent: Mapping[str, str] = {} if backing is None else backing.identities
         refuse_compression(request, "VHDX")
+        refuse_empty_disk(request.virtual_size, "VHDX")
         is_fixed = options.subformat == "fixed"
         if backing is not None:
             _check_backing(backing, is_fixed)
@@ -111,18 +133,32 @@ class WriteOptions(NamedTuple):
             locator=None,
         )
         _check_size(metadata)
+        inherited: tuple[MetadataItem, ...] = () if backing is None else backing.inherited
+        _check_inherited(inherited)
         return cls(
             metadata=metadata,
             file_write_guid=_guid("file_write_guid", options.file_write_guid),
             data_write_guid=_guid("data_write_guid", options.data_write_guid),
             backing=backing,
             sparse_nbytes=request.sparse_nbytes,
+            inherited=inherited,
         )
 
     @property
     def is_fixed(self) -> bool:
         """Whether every block is allocated from the start."""
         return self.metadata.leave_block_allocated
+
+    @property
+    def metadata_nbytes(self) -> int:
+        """Bytes of the metadata region."""
+        inherited = sum(len(item.data) for item in self.inherited)
+        return align_up(_OWN_METADATA_NBYTES + inherited, layout.ALIGNMENT)
+
+    @property
+    def bat_offset(self) -> int:
+        """Host offset of the BAT region."""
+        return METADATA_OFFSET + self.metadata_nbytes
 
     @property
     def bat_nbytes(self) -> int:
@@ -133,7 +169,7 @@ class WriteOptions(NamedTuple):
     @property
     def data_offset(self) -> int:
         """Smallest host offset of a block."""
-        return BAT_OFFSET + self.bat_nbytes
+        return self.bat_offset + self.bat_nbytes
 
     @property
     def fully_allocated_nbytes(self) -> int:
@@ -165,14 +201,33 @@ def _logical_sector_nbytes(request: WriteRequest[Options], parent: Mapping[str, 
             f"vhdx option logical_sector_size is {stated}, but the parent has {of_parent}: they "
             "must be the same"
         )
-    return int(
-        stated or of_parent or request.logical_sector_nbytes or DEFAULT_LOGICAL_SECTOR_NBYTES
-    )
+    of_source = request.logical_sector_nbytes
+    if of_source not in layout.SECTOR_SIZES:
+        of_source = None
+    return int(stated or of_parent or of_source or DEFAULT_LOGICAL_SECTOR_NBYTES)
 
 
 def _guid(name: str, given: str | None, default: str | None = None) -> uuid.UUID:
     text = default if given is None else given
     return uuid.uuid4() if text is None else parse_uuid(name, text, allow_null=True)
+
+
+def _check_inherited(items: Sequence[MetadataItem]) -> None:
+    """Check that the metadata table (2.6.1) has room for the parent's items."""
+    room = layout.MAX_TABLE_ENTRIES - _N_OWN_ITEMS
+    for what, found, allowed in (
+        ("metadata items", len(items), room),
+        (
+            "user metadata items",
+            sum(item.flags & layout.ITEM_IS_USER for item in items),
+            layout.MAX_USER_ITEMS,
+        ),
+    ):
+        if found > allowed:
+            raise LimitExceededError(
+                f"the parent has {found} {what}, at most {allowed} fit into its child: "
+                "convert without -B"
+            )
 
 
 def _check_size(metadata: Metadata) -> None:

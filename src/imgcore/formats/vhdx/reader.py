@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from imgcore.engine.source_file import SourceFile
 from imgcore.formats.api import BackingReference
 from imgcore.formats.shared.damage import STRICT, Damage
-from imgcore.formats.vhdx.header import read_image
+from imgcore.formats.vhdx.header import MetadataItem, inherited_items, read_image
 from imgcore.formats.vhdx.parent import (
     DATA_WRITE_GUID,
     LOGICAL_SECTOR_SIZE,
@@ -82,6 +82,10 @@ class VhdxReader:
         for problem in self._image.problems:
             log.warning("%s: %s", file.path, problem.line)
 
+    def inherited(self) -> tuple[MetadataItem, ...]:
+        """Return the metadata items that a child takes over (`Inheritable`)."""
+        return inherited_items(self._image)
+
     def extents(self, start: int, length: int) -> Iterator[Extents]:
         """Yield extent batches; see `imgcore.formats.api.Reader`.
 
@@ -130,11 +134,18 @@ class VhdxReader:
 
         return VhdxChecker(self._image).run()
 
-    def repairs(self) -> list[Repair]:
+    def repairs(self, *, leaks_only: bool = False) -> list[Repair]:
         """Return the possible repairs; see `imgcore.formats.api.Repairable`."""
         from imgcore.formats.vhdx.check import find_repairs
 
-        return find_repairs(self._image)
+        repairs = find_repairs(self._image)
+        return [item for item in repairs if item.is_leak or not leaks_only]
+
+    def obstacles(self, *, leaks_only: bool = False) -> list[str]:
+        """Return why problems are not repaired; see `Repairable`."""
+        from imgcore.formats.vhdx.check import find_obstacles
+
+        return find_obstacles(self._image, leaks_only=leaks_only)
 
     def close(self) -> None:
         """Close the file; more than once is allowed."""

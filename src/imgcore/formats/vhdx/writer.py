@@ -9,6 +9,7 @@ Source: [MS-VHDX].
 
 from __future__ import annotations
 
+import uuid
 from typing import TYPE_CHECKING, ClassVar, Final
 
 import numpy as np
@@ -23,10 +24,8 @@ from imgcore.formats.shared.write_checks import zero_policy
 from imgcore.formats.vhdx import layout
 from imgcore.formats.vhdx.header import with_checksum
 from imgcore.formats.vhdx.options import (
-    BAT_OFFSET,
     LOG_NBYTES,
     LOG_OFFSET,
-    METADATA_NBYTES,
     METADATA_OFFSET,
     Options,
     WriteOptions,
@@ -76,7 +75,8 @@ class _Structures:
         # The entry of a sector bitmap block separates the payload blocks of two chunks.
         table = np.zeros(int(indices[-1]) + 1 - base, dtype=np.uint64)
         table[indices - base] = entries
-        write_with_holes(file, BAT_OFFSET + base * layout.BAT_ENTRY_NBYTES, table)
+        offset = self._options.bat_offset + base * layout.BAT_ENTRY_NBYTES
+        write_with_holes(file, offset, table)
 
     def write_headers(self, file: TargetFile, target_path: str) -> None:
         """Write metadata, region tables, headers and the file identifier."""
@@ -197,8 +197,8 @@ def _header(options: WriteOptions, sequence: int) -> bytes:
 def _region_table(options: WriteOptions) -> bytes:
     """Return the region table (2.2.3)."""
     regions = (
-        (layout.METADATA_REGION, METADATA_OFFSET, METADATA_NBYTES),
-        (layout.BAT_REGION, BAT_OFFSET, options.bat_nbytes),
+        (layout.METADATA_REGION, METADATA_OFFSET, options.metadata_nbytes),
+        (layout.BAT_REGION, options.bat_offset, options.bat_nbytes),
     )
     raw = layout.REGION_TABLE_HEADER.pack(layout.REGION_TABLE_SIGNATURE, 0, len(regions), 0)
     for guid, offset, nbytes in regions:
@@ -213,7 +213,7 @@ def _metadata_region(options: WriteOptions, target_path: str) -> bytes:
     flags |= layout.HAS_PARENT if metadata.has_parent else 0
     of_file = layout.ITEM_IS_REQUIRED
     of_disk = layout.ITEM_IS_REQUIRED | layout.ITEM_IS_VIRTUAL_DISK
-    items = [
+    items: list[tuple[uuid.UUID, int, bytes]] = [
         (
             layout.FILE_PARAMETERS_ITEM,
             of_file,
@@ -239,10 +239,11 @@ def _metadata_region(options: WriteOptions, target_path: str) -> bytes:
     if options.backing is not None:
         locator = parent_locator(options.backing, target_path)
         items.append((layout.PARENT_LOCATOR_ITEM, of_file, locator))
+    items += options.inherited
     table = layout.METADATA_HEADER.pack(layout.METADATA_SIGNATURE, 0, len(items), bytes(20))
     data = b""
     for guid, item_flags, item in items:
-        offset = layout.METADATA_TABLE_NBYTES + len(data)
+        offset = layout.METADATA_TABLE_NBYTES + len(data) if item else 0
         table += layout.METADATA_ENTRY.pack(guid.bytes_le, offset, len(item), item_flags, 0)
         data += item
     return table.ljust(layout.METADATA_TABLE_NBYTES, b"\0") + data

@@ -97,7 +97,7 @@ class _ExtentCheck:
         for start in self._window_starts(window_nsectors):
             regions = self._regions(start, start + window_nsectors, count=start == 0)
             self._check_regions(regions)
-        if not extent.is_compressed:
+        if not extent.is_compressed and not extent.file.is_block_device:
             self._count_leak(self._end_nsectors, self._file_nsectors)
         self._report.image_end_offset = max(
             self._report.image_end_offset, self._end_nsectors * SECTOR_NBYTES

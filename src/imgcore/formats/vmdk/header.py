@@ -6,7 +6,7 @@ This module does not import NumPy, so that ``info`` starts fast.
 from __future__ import annotations
 
 import zlib
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from imgcore.errors import (
     CorruptImageError,
@@ -34,6 +34,9 @@ from imgcore.log import log
 
 if TYPE_CHECKING:
     from imgcore.files.byte_source import ByteSource
+
+# About kinds of ESX(i).
+QEMU_READS: Final = "qemu-img convert reads it"
 
 
 class SparseExtent(NamedTuple):
@@ -150,7 +153,11 @@ def refuse_foreign_extent(file: ByteSource, head: bytes) -> None:
         (layout.SESPARSE_MAGIC, "seSparse"),
     ):
         if head.startswith(magic):
-            raise UnsupportedFeatureError(f"VMDK extent of type {name}", path=file.path)
+            raise UnsupportedFeatureError(
+                f"VMDK extent of type {name}, which is not supported: open the disk's "
+                f"descriptor file with another program ({QEMU_READS})",
+                path=file.path,
+            )
 
 
 def read_embedded_descriptor(extent: SparseExtent) -> bytes | None:

@@ -9,8 +9,13 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from imgcore.errors import OptionError, UnsupportedFeatureError
 from imgcore.formats.options import PREALLOCATION, FormatOptions, byte_size, choice, flag, text
-from imgcore.formats.shared.write_checks import check_block_size, check_virtual_size, refuse_idle
-from imgcore.formats.vmdk.descriptor import DiskDatabase
+from imgcore.formats.shared.write_checks import (
+    check_block_size,
+    check_virtual_size,
+    refuse_empty_disk,
+    refuse_idle,
+)
+from imgcore.formats.vmdk.descriptor import LOGICAL_SECTOR_SIZES, DiskDatabase
 from imgcore.formats.vmdk.layout import DEFAULT_GRAIN_NBYTES, RESERVED_CIDS
 from imgcore.limits import KIB, SECTOR_NBYTES, VMDK_MAX_GRAIN_NBYTES
 
@@ -44,7 +49,9 @@ class Options(FormatOptions):
     toolsversion: str = text("2147483647", "Version of the guest tools")
     compat6: bool = flag("Virtual hardware version 6")
     logical_sector_size: str | None = choice(
-        None, ("512", "4096"), "Sector size that the guest sees (default: the source's, else 512)"
+        None,
+        LOGICAL_SECTOR_SIZES,
+        "Sector size that the guest sees (default: the source's, else 512)",
     )
     zeroed_grain: bool = flag("Mark explicit zeros in tables (monolithicSparse)")
     grain_size: int = byte_size(DEFAULT_GRAIN_NBYTES, "Grain size, 8k to 1M (sparse kinds)")
@@ -79,6 +86,7 @@ class WriteOptions(NamedTuple):
                 "writing a VMDK with a backing file (-B) is not supported yet"
             )
         check_virtual_size(request.virtual_size)
+        refuse_empty_disk(request.virtual_size, "VMDK")
         subformat = _subformat(request)
         check_block_size("grain_size", options.grain_size, _MIN_GRAIN_NBYTES, VMDK_MAX_GRAIN_NBYTES)
         database = _database(request)
@@ -148,9 +156,10 @@ def _database(request: WriteRequest[Options]) -> DiskDatabase:
 
 def _logical_sector_nbytes(request: WriteRequest[Options]) -> int:
     """Return the option's value, else the source's."""
-    nbytes = int(
-        request.options.logical_sector_size or request.logical_sector_nbytes or SECTOR_NBYTES
-    )
+    of_source = str(request.logical_sector_nbytes)
+    if of_source not in LOGICAL_SECTOR_SIZES:
+        of_source = str(SECTOR_NBYTES)
+    nbytes = int(request.options.logical_sector_size or of_source)
     if request.virtual_size % nbytes:
         raise OptionError(
             f"virtual size {request.virtual_size} is not a multiple of the logical sector size "

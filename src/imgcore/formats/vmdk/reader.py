@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
@@ -13,14 +14,17 @@ from imgcore.errors import (
     FormatError,
     ImgcoreError,
     LimitExceededError,
+    UnsafeReferenceError,
     UnsupportedFeatureError,
     WrongFormatError,
 )
 from imgcore.formats.api import BackingReference
 from imgcore.formats.magic import is_vmdk_descriptor
+from imgcore.formats.shared.alignment import align_up
 from imgcore.formats.shared.damage import STRICT, Damage
-from imgcore.formats.shared.flat_reader import FlatExtents, lost_file
-from imgcore.formats.shared.windows_paths import names_from_windows_path
+from imgcore.formats.shared.flat_reader import FlatExtents, first_lost, lost_file
+from imgcore.formats.shared.last_sector import whole_sectors
+from imgcore.formats.shared.windows_paths import names_beside, names_from_windows_path
 from imgcore.formats.vmdk.descriptor import (
     Descriptor,
     ExtentLine,
@@ -29,6 +33,7 @@ from imgcore.formats.vmdk.descriptor import (
 )
 from imgcore.formats.vmdk.extent import DiskExtent
 from imgcore.formats.vmdk.header import (
+    QEMU_READS,
     SparseExtent,
     open_sparse,
     read_embedded_descriptor,
@@ -42,6 +47,7 @@ from imgcore.log import log
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
     from imgcore.files.byte_source import ByteSource
+    from imgcore.files.host_file import HostFile
     from imgcore.files.reference_gate import ReferenceGate
     from imgcore.formats.shared.check_report import CheckReport
     from imgcore.formats.vmdk.stream_layout import StreamLayout
@@ -62,6 +68,9 @@ _READABLE_TYPES: Final = _MONOLITHIC_TYPES | {
     "vmfseagerzeroedthick",
     "custom",
 }
+_TYPES_OF_QEMU: Final = frozenset({"vmfssparse", "sesparse"})
+# The filter of vSphere that encrypts a disk.
+_VM_CRYPT: Final = "vmwarevmcrypt"
 _FLAT_KINDS: Final = frozenset({"FLAT", "VMFS"})
 
 
@@ -80,6 +89,7 @@ class VmdkReader:
         # Keyed by the guest offset of an extent, made when first needed.
         self._tables: dict[int, SparseTables | FlatExtents] = {}
         self.virtual_size = 0
+        self._unopened: UnsafeReferenceError | None = None
         with self._opened:
             head = file.pread(0, min(file.nbytes, _PROBE_NBYTES))
             refuse_foreign_extent(file, head)
@@ -145,6 +155,7 @@ class VmdkReader:
         See `imgcore.formats.api.Reader.extents`.  Memory: one piece of the grain
         directory, one window of grain tables and one batch.
         """
+        self.require_extents()
         stop = start + length
         for item in self._extents:
             low = max(start, item.guest_base)
@@ -166,11 +177,12 @@ class VmdkReader:
             if item.sparse is None:
                 shift = item.file_offset - item.guest_base
                 held_nbytes = max(item.file.nbytes - item.file_offset, 0)
+                lost_from = first_lost(item.guest_base, item.nbytes, held_nbytes)
                 found = FlatExtents(
                     item.file,
                     shift=shift,
                     file_index=item.file_index,
-                    lost_from=item.guest_base + held_nbytes - held_nbytes % SECTOR_NBYTES,
+                    lost_from=lost_from,
                 )
             else:
                 if not self._damage.salvages:
@@ -205,17 +217,32 @@ class VmdkReader:
     def _extent_info(self, item: DiskExtent) -> dict[str, Any]:
         result: dict[str, Any] = {"virtual-size": item.nbytes, "format": item.kind}
         if item.file is not None:
-            result["filename"] = item.file.path
+            result["filename"] = self._name_of(item.file.path)
         if item.sparse is not None:
             result["cluster-size"] = item.sparse.grain_nbytes
             if item.sparse.is_compressed:
                 result["compressed"] = True
         return result
 
+    def _name_of(self, path: str) -> str:
+        """Return the path of a file beside the image as the image's own is given."""
+        folder = os.path.dirname(self._path)
+        prefix = os.path.join(os.path.abspath(folder or "."), "")
+        return os.path.join(folder, path.removeprefix(prefix)) if path.startswith(prefix) else path
+
+    def require_extents(self) -> None:
+        """Raise UnsafeReferenceError if the gate did not open the extents.
+
+        The disk can then be described, but not read.
+        """
+        if self._unopened is not None:
+            raise self._unopened
+
     def check(self) -> CheckReport:
         """Verify grain directories, grain tables and markers of all sparse extents."""
         from imgcore.formats.vmdk.check import check_extents
 
+        self.require_extents()
         return check_extents(self._path, self._extents)
 
     def close(self) -> None:
@@ -236,7 +263,8 @@ class VmdkReader:
             )
         line = descriptor.extents[0]
         self._refuse_access(line)
-        self._add_sparse(sparse, line, "SPARSE")
+        # qemu-img info shows no type for the extent of such a disk.
+        self._add_sparse(sparse, line, "")
         return descriptor
 
     def _embedded_descriptor(self, sparse: SparseExtent) -> Descriptor:
@@ -283,8 +311,13 @@ class VmdkReader:
                 continue
             try:
                 if line.name not in opened:
-                    opened[line.name] = self._open_extent(file, gate, line.name)
+                    opened[line.name] = self._open_extent(file, gate, line.name, opened)
                 self._add_described(opened[line.name], line)
+            except UnsafeReferenceError as error:
+                if not gate.unstated:
+                    raise
+                self._unopened = error
+                self._add(DiskExtent(line.kind, self.virtual_size, line.nbytes))
             except (FormatError, LimitExceededError, OSError) as error:
                 self._lose(line, error)
         if not self._sources and any(item.is_lost for item in self._extents):
@@ -316,10 +349,12 @@ class VmdkReader:
         lost = DiskExtent(line.kind, self.virtual_size, line.nbytes, is_lost=True)
         self._add(lost)
 
-    def _open_extent(self, file: ByteSource, gate: ReferenceGate, name: str) -> ByteSource:
+    def _open_extent(
+        self, file: ByteSource, gate: ReferenceGate, name: str, opened: Mapping[str, ByteSource]
+    ) -> ByteSource:
         if not name:
             raise CorruptImageError("an extent in the descriptor has no file name", path=file.path)
-        extent_file = self._opened.enter_context(gate.open(name, share=file.share))
+        extent_file = self._opened.enter_context(_open_moved(file, gate, name, opened))
         if extent_file.is_block_device:
             raise UnsupportedFeatureError(f"extent {name!r} is a block device", path=file.path)
         if extent_file.identity == file.identity:
@@ -329,7 +364,16 @@ class VmdkReader:
     def _refuse_type(self, descriptor: Descriptor) -> None:
         stated = descriptor.create_type
         if stated and stated.lower() not in _READABLE_TYPES:
-            raise UnsupportedFeatureError(f"VMDK of type {stated[:60]!r}", path=self._path)
+            raise UnsupportedFeatureError(
+                f"VMDK of type {stated[:60]!r}, which is not supported"
+                + (f": {QEMU_READS}" if stated.lower() in _TYPES_OF_QEMU else ""),
+                path=self._path,
+            )
+        if _VM_CRYPT in descriptor.values.get("ddb.iofilters", "").lower():
+            raise UnsupportedFeatureError(
+                "the disk is encrypted (ddb.iofilters): decrypt it in vSphere first",
+                path=self._path,
+            )
 
     def _refuse_access(self, line: ExtentLine) -> None:
         if line.access == "NOACCESS":
@@ -340,7 +384,8 @@ class VmdkReader:
     def _refuse_kind(self, line: ExtentLine) -> None:
         if line.kind not in _FLAT_KINDS | {"SPARSE", "ZERO"}:
             raise UnsupportedFeatureError(
-                f"VMDK extent {line.name!r} of type {line.kind[:40]}", path=self._path
+                f"VMDK extent {line.name!r} of type {line.kind[:40]}, which is not supported",
+                path=self._path,
             )
 
     def _add(self, item: DiskExtent) -> None:
@@ -349,7 +394,7 @@ class VmdkReader:
 
     def _add_flat(self, file: ByteSource, line: ExtentLine) -> None:
         end = line.offset_nbytes + line.nbytes
-        if end > file.nbytes:
+        if end > align_up(file.nbytes, SECTOR_NBYTES):
             self._damage.report(
                 CorruptImageError(
                     f"the extent ends at {end:#x}, past the end of the file ({file.nbytes:#x})",
@@ -357,6 +402,8 @@ class VmdkReader:
                     offset=file.nbytes,
                 )
             )
+        elif end > file.nbytes:
+            whole_sectors(file.nbytes, file.path)
         self._sources.append(SourceFile(file, self.virtual_size))
         self._add(
             DiskExtent(
@@ -447,6 +494,40 @@ class VmdkReader:
                 path=self._path,
             )
         return None
+
+
+def _open_moved(
+    file: ByteSource, gate: ReferenceGate, name: str, others: Mapping[str, ByteSource]
+) -> HostFile:
+    """Open an extent, or the file of its name beside the image.
+
+    A path of another host does not lead to a file here.  A file that is another extent
+    already is not used.
+    """
+
+    def opened(name: str) -> HostFile:
+        return gate.open(name, share=file.share, role="extent", remedy="copy it there")
+
+    try:
+        return opened(name)
+    except (FileNotFoundError, NotADirectoryError, UnsafeReferenceError) as error:
+        if gate.unstated or not gate.is_foreign(name):
+            raise
+        for other in names_beside(name):
+            if other == name:
+                continue
+            try:
+                found = opened(other)
+            except (FileNotFoundError, NotADirectoryError, UnsafeReferenceError):
+                continue
+            if any(found.identity == used.identity for used in others.values()):
+                found.close()
+                raise error
+            log.warning(
+                "%s: the extent %s is not on this host, %s is used", file.path, name, found.path
+            )
+            return found
+        raise error
 
 
 def _content_id(cid: int) -> dict[str, str]:

@@ -155,8 +155,9 @@ def _marker(n_sectors: int, kind: layout.Marker) -> bytes:
 class StreamWriter:
     """Writes streamOptimized: compressed grains in guest order, with tables between.
 
-    The header refers to the footer, which is the last sector but one.  Memory: the
-    grain directory and one grain table.
+    The header refers to the footer, which is the last sector but one, or on a block
+    device, whose end may be far away, to the directory.  Memory: the grain directory
+    and one grain table.
     """
 
     format_name: ClassVar[str] = "vmdk"
@@ -267,7 +268,8 @@ class StreamWriter:
         self._file.truncate(end + len(tail))
         descriptor = _embedded_descriptor(self._options, "RDONLY")
         self._file.pwrite(layout.DESCRIPTOR_SECTOR * SECTOR_NBYTES, descriptor)
-        self._file.pwrite(0, self._header(layout.GD_AT_END))
+        at_end = not self._file.is_block_device
+        self._file.pwrite(0, self._header(layout.GD_AT_END if at_end else gd_offset))
 
     def _header(self, gd_offset: int) -> bytes:
         return _header(
@@ -366,8 +368,6 @@ class SparseWriter:
         import numpy as np
 
         assert self._file is not None
-        if self._layout.n_entries == 0:
-            return
         numbers = np.arange(self._layout.n_entries, dtype=np.int64) * _GT_NSECTORS
         entries = (numbers + first_table // SECTOR_NBYTES).astype("<u4")
         self._file.pwrite(offset, entries.view(np.uint8))

@@ -1,0 +1,107 @@
+"""The source for several images, whose disks follow each other."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+from imgcore.errors import OptionError
+from imgcore.limits import CHUNK_NBYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from contextlib import AbstractContextManager
+    from typing import Any
+
+    from imgcore.disk.image import Image
+    from imgcore.disk.image_source import ImageSource
+    from imgcore.engine.bad_ranges import BadRange
+    from imgcore.engine.batches import Supply
+    from imgcore.engine.extents import Extents
+    from imgcore.engine.geometry import Geometry
+
+
+class ConcatenatedSource:
+    """Reads open images, which the caller closes, as one disk; a `Source`."""
+
+    def __init__(self, parts: Sequence[ImageSource]) -> None:
+        self._parts = parts
+        # Where each part starts: its first byte of the disk, its first file.
+        self._starts: list[int] = []
+        self._first_files: list[int] = []
+        self.virtual_size = n_files = 0
+        for part in parts:
+            self._starts.append(self.virtual_size)
+            self._first_files.append(n_files)
+            self.virtual_size += part.virtual_size
+            n_files += len(part.sources)
+        self.exact_nbytes = self._starts[-1] + parts[-1].exact_nbytes
+        self.path = ", ".join(part.path for part in parts)
+        self.format = ", ".join(dict.fromkeys(part.format for part in parts))
+        stated = [part.logical_sector_nbytes for part in parts]
+        self.logical_sector_nbytes = max((n for n in stated if n is not None), default=None)
+        files = (file for part in parts for file in part.files)
+        self.files = list({file.identity: file for file in files}.values())
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Describe the images of all chains."""
+        return [image for part in self._parts for image in part.describe()]
+
+    def refuse_conversion(self, *, with_base: bool) -> None:
+        """Raise OptionError for a comparison with a parent, as qemu-img does."""
+        if with_base:
+            raise OptionError("several sources cannot be combined with -B", path=self.path)
+
+    def data_extents(self) -> Iterator[Extents]:
+        """Yield the extents of the disk; files are numbered over all parts."""
+        import numpy as np
+
+        from imgcore.engine.extents import Kind
+
+        for part, start, first_file in zip(
+            self._parts, self._starts, self._first_files, strict=True
+        ):
+            for batch in part.data_extents():
+                rows = batch.copy()
+                rows["guest_offset"] += np.uint64(start)
+                rows["file"][rows["kind"] >= Kind.DATA] += np.uint32(first_file)
+                yield rows
+
+    def lost(self) -> Sequence[BadRange]:
+        """Return what all parts have lost."""
+        return [
+            row._replace(guest_offset=start + row.guest_offset)
+            for part, start in zip(self._parts, self._starts, strict=True)
+            for row in part.lost()
+        ]
+
+    def chunks(
+        self, start: int, length: int, piece_nbytes: int = CHUNK_NBYTES
+    ) -> Iterator[memoryview]:
+        """Yield the bytes of a range in order."""
+        end = start + length
+        for part, part_start in zip(self._parts, self._starts, strict=True):
+            low = max(start - part_start, 0)
+            high = min(end - part_start, part.virtual_size)
+            if low < high:
+                yield from part.chunks(low, high - low, piece_nbytes)
+
+    def supply(self, geometry: Geometry, base: Image | None) -> AbstractContextManager[Supply]:
+        """Return the files of all images, and batches that refer to them."""
+        from imgcore.disk.image_batches import disk_batches
+        from imgcore.engine.batches import Supply
+        from imgcore.engine.source_file import native_sources
+
+        assert base is None, "see refuse_conversion"
+        sources = [
+            source._replace(guest_base=source.guest_base + start)
+            for part, start in zip(self._parts, self._starts, strict=True)
+            for source in part.sources
+        ]
+        return nullcontext(
+            Supply(
+                paths=[source.file.path for source in sources],
+                native_sources=native_sources(sources),
+                batches=disk_batches(self.data_extents(), self.virtual_size, geometry),
+            )
+        )

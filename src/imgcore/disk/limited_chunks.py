@@ -1,0 +1,63 @@
+"""The bytes of a disk in order, no faster than a rate."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from imgcore.disk.data_ranges import data_parts
+from imgcore.limits import CHUNK_NBYTES, KIB
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from imgcore._core import RateLimit
+    from imgcore.disk.source import Source
+
+# Small enough that a second at a low rate is not exceeded by much.
+_LIMITED_PIECE_NBYTES: Final = 512 * KIB
+_MAX_PARTS: Final = 1 << 16
+
+
+def limited_chunks(
+    source: Source, limit: RateLimit | None, tick: Callable[[], None]
+) -> Iterator[memoryview]:
+    """Yield the bytes of a whole disk in order; what counts for the rate is its data.
+
+    Parameters
+    ----------
+    source : Source
+    limit : RateLimit, optional
+        None: the disk is read as fast as possible.
+    tick : callable
+        Called several times a second while the rate makes this wait.
+    """
+    nbytes = source.exact_nbytes
+    pieces = source.chunks(0, nbytes, piece_nbytes(limit))
+    if limit is None:
+        yield from pieces
+        return
+    parts = data_parts(source.data_extents(), nbytes, _MAX_PARTS)
+    start = at = 0
+    for piece in pieces:
+        end = start + len(piece)
+        n_data = 0
+        while at < len(parts) and parts[at][0] < end:
+            part_start, part_nbytes = parts[at]
+            n_data += min(part_start + part_nbytes, end) - max(part_start, start)
+            if part_start + part_nbytes > end:
+                break
+            at += 1
+        await_rate(limit, n_data, tick)
+        yield piece
+        start = end
+
+
+def piece_nbytes(limit: RateLimit | None) -> int:
+    """Return how many bytes to read at once."""
+    return CHUNK_NBYTES if limit is None else _LIMITED_PIECE_NBYTES
+
+
+def await_rate(limit: RateLimit | None, nbytes: int, tick: Callable[[], None]) -> None:
+    """Wait until the rate allows so many bytes."""
+    while limit is not None and not limit.take(nbytes):
+        tick()

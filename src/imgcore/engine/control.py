@@ -1,0 +1,56 @@
+"""Settings of a job that other threads may change while it runs."""
+
+from __future__ import annotations
+
+import operator
+import threading
+from typing import Final
+
+from imgcore._core import RateLimit
+from imgcore.errors import OptionError
+from imgcore.sizes import MAX_SIZE, parse_size
+
+
+class Control:
+    """Controls a conversion while it runs; any thread may use it.
+
+    Conversions that get the same control share its rate.
+
+    Parameters
+    ----------
+    rate : int or str, optional
+        The attribute ``rate``.
+
+    Attributes
+    ----------
+    rate : int or None
+        Bytes of the disk that may be handled in a second; None is no limit.  It may be
+        set to a text as well (``"50M"``).  A change takes effect at once.
+    """
+
+    def __init__(self, *, rate: int | str | None = None) -> None:
+        self.limit: Final = RateLimit()
+        self._lock: Final = threading.Lock()
+        self._rate: int | None = None
+        self.rate = rate
+
+    @property
+    def rate(self) -> int | None:
+        """Bytes of the disk a second; None is no limit."""
+        return self._rate
+
+    @rate.setter
+    def rate(self, rate: int | str | None) -> None:
+        nbytes = None if rate is None else _rate_nbytes(rate)
+        with self._lock:
+            self.limit.set(nbytes or 0)
+            self._rate = nbytes
+
+
+def _rate_nbytes(rate: int | str) -> int:
+    nbytes = parse_size(rate) if isinstance(rate, str) else operator.index(rate)
+    if not 0 < nbytes <= MAX_SIZE:
+        raise OptionError(
+            f"a rate of {rate} bytes a second, 1 to {MAX_SIZE} are allowed; None is no limit"
+        )
+    return nbytes

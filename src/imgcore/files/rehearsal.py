@@ -1,0 +1,71 @@
+"""A target that only counts: tells how large an image becomes without writing it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from imgcore._core import File
+from imgcore.files.target import Target
+from imgcore.files.target_file import TargetFile
+
+if TYPE_CHECKING:
+    from imgcore.files.target_folder import TargetFolder
+
+
+class Rehearsal(Target):
+    """Takes the place of a target in place; nothing is written.
+
+    Parameters
+    ----------
+    target : Target
+        Written in place; only its name is used.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self.path = target.path
+        self.in_place = True
+        self.is_block_device = target.is_block_device
+        self._folder: TargetFolder | None = None
+        self._file = CountingFile(target.path)
+
+    @property
+    def main(self) -> CountingFile:
+        """The file; ``nbytes`` is the size of the image so far."""
+        return self._file
+
+
+class CountingFile(TargetFile):
+    """A file that keeps nothing but its size."""
+
+    def __init__(self, path: str) -> None:
+        self.fd = -1
+        self.path = path
+        self._core = File.null()
+        # The size that a block device needs; its last bytes have no place of their own.
+        self.is_block_device = True
+        self.reads_as_zeros = True
+        self._nbytes = 0
+
+    @property
+    def nbytes(self) -> int:
+        """The size so far."""
+        return self._nbytes
+
+    def pwrite(self, offset: int, data: Any) -> None:
+        """Count a buffer."""
+        self.note_end(offset + memoryview(data).nbytes)
+
+    def write_last(self, data: bytes) -> None:
+        """Count nothing: `truncate` has."""
+
+    def truncate(self, nbytes: int) -> None:
+        """Count the size."""
+        self.note_end(nbytes)
+
+    def clear(self, nbytes: int) -> None:
+        """Count from the start again."""
+        self._nbytes = nbytes
+
+    def note_end(self, end: int) -> None:
+        """Count what the engine would have written."""
+        self._nbytes = max(self._nbytes, end)
