@@ -14,6 +14,7 @@
 #   make faults        full disks, read errors, kills, power cuts in every format; some
 #                      need root
 #   make fuzz          every fuzz target for FUZZ_SECONDS (60) each; see docs/fuzzing.md
+#   make types         the types of the public names are complete for pyright
 #   make docs          the site in build/site; warnings and broken links are errors
 #   make lint native-test clean
 
@@ -33,7 +34,7 @@ FUZZ_FLAGS = -max_total_time=$(FUZZ_SECONDS) -timeout=30 -rss_limit_mb=2048 -max
 	-print_final_stats=1 -artifact_prefix=build/fuzz/readers-
 
 .NOTPARALLEL:
-.PHONY: all setup build demo quick test lint native-test native-sanitize sanitize python-test \
+.PHONY: all setup build demo quick test lint types native-test native-sanitize sanitize python-test \
 	coverage valgrind test-arm64 wheel peers-test crosscheck faults bench docs fuzz \
 	fuzz-merge clean
 
@@ -66,6 +67,11 @@ lint: build
 	$(PY) -m mypy.stubtest imgcore._core --allowlist tests/stubtest-allowlist.txt
 	find native tests -name '*.[ch]' -not -path 'native/build/*' -print0 | \
 		xargs -0 -n 8 -P 8 $(VENV)/bin/clang-format --dry-run --Werror
+
+# How complete the types are for users; basedpyright brings its Node.js (300 MB).
+types: build
+	@$(PIP) install 'basedpyright==1.40.2'
+	@$(PY) -m pytest -q -p no:xdist tests/unit/test_public_types.py
 
 native-test: setup
 	@$(MAKE) --no-print-directory $(JOBS) -C native test

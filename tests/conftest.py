@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,14 @@ def raw_images(tmp_path_factory: pytest.TempPathFactory) -> Callable[[images.Raw
         return path
 
     return get
+
+
+@pytest.fixture(autouse=True)
+def close_readers() -> Iterator[None]:
+    """Close the readers that a helper of the test has opened."""
+    yield
+    if (reading := sys.modules.get("tests.helpers.reading")) is not None:
+        reading.close_opened()
 
 
 def pytest_configure() -> None:

@@ -1,4 +1,4 @@
-"""Every test that docs/reliability.md and SECURITY.md name exists."""
+"""Every test that the documents with promises name exists."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def names(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("document", ["docs/reliability.md", "SECURITY.md"])
+@pytest.mark.parametrize("document", ["docs/reliability.md", "docs/embedding.md", "SECURITY.md"])
 def test_named_tests_exist(document: str) -> None:
     found = links(document)
     assert found
@@ -38,9 +38,12 @@ def test_named_tests_exist(document: str) -> None:
     assert not missing
 
 
-def test_every_promise_names_a_test() -> None:
-    text = (ROOT / "docs/reliability.md").read_text()
+@pytest.mark.parametrize(
+    ("document", "n"), [("docs/reliability.md", 25), ("docs/embedding.md", 15)]
+)
+def test_every_promise_names_a_test(document: str, n: int) -> None:
+    text = (ROOT / document).read_text()
     pattern = r"^\d+\. \*\*.*?(?=^\d+\. \*\*|^#|^\||\Z)"
     promises = re.findall(pattern, text, re.MULTILINE | re.DOTALL)
-    assert len(promises) >= 25
+    assert len(promises) >= n
     assert [promise[:60] for promise in promises if not _LINK.search(promise)] == []

@@ -28,6 +28,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
+#include <time.h>
 
 #include "engine/placer.h"
 #include "engine/source.h"
@@ -80,6 +81,7 @@ struct worker {
 	struct imgc_compressor *compressor;
 	struct view other; /* the other side of a comparison, or the base */
 	struct counters *counters;
+	struct slot *waiting; /* IMGC_WINDOW_WAITS; NULL: none */
 };
 
 struct imgc_job {
@@ -113,12 +115,22 @@ struct imgc_job {
 	unsigned n_writing, max_writers;
 	unsigned n_started, n_running;
 	bool in_batch;
+	bool in_caller; /* no thread was started: `wait` and `finish` do the work */
 	struct placer placer;
 	struct imgc_error error;
 };
 
+/*
+ * worker.c: works on the batch until it ends.  A worker without others beside it stops
+ * after the first window that ends later than `until`, if that is not NULL.
+ */
+void imgc_worker_work(struct worker *worker, const struct timespec *until);
+
 /* worker.c: the main function of a worker's thread; `argument` is its struct worker. */
 void *imgc_worker_main(void *argument);
+
+/* The calling thread must come back to the window: the rate does not allow it yet. */
+#define IMGC_WINDOW_WAITS 1
 
 /* window.c: reads one window and tests, compresses or compares it.  Writes nothing. */
 int imgc_window_process(struct worker *worker, struct slot *slot, struct imgc_error *err);

@@ -3,7 +3,6 @@
  */
 #include "engine/engine.h"
 
-#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -394,6 +393,26 @@ static int create_other_views(struct imgc_job *job)
 	return IMGC_OK;
 }
 
+/*
+ * The calling thread works alone where one worker is enough, or where no thread can be
+ * made.  With fewer threads than asked for, the batch only takes longer.
+ */
+static void start_threads(struct imgc_job *job)
+{
+	unsigned n_wanted = job->options.n_threads > 1 ? job->options.n_threads : 0;
+
+	pthread_mutex_lock(&job->lock);
+	for (job->n_started = 0; job->n_started < n_wanted; job->n_started++) {
+		struct worker *worker = &job->workers[job->n_started];
+
+		if (pthread_create(&worker->thread, NULL, imgc_worker_main, worker))
+			break;
+	}
+	job->in_caller = job->n_started == 0;
+	job->n_running = job->in_caller ? 1 : job->n_started;
+	pthread_mutex_unlock(&job->lock);
+}
+
 int imgc_job_start(struct imgc_job *job, const struct imgc_batch *batch, struct imgc_error *err)
 {
 	if (job->in_batch)
@@ -411,21 +430,7 @@ int imgc_job_start(struct imgc_job *job, const struct imgc_batch *batch, struct 
 	job->base = (struct rows){batch->base_extents, batch->n_base_extents};
 	job->claim_row = job->claim_base = 0;
 	job->cursor = batch->guest_start;
-	job->n_started = 0;
-
-	pthread_mutex_lock(&job->lock);
-	for (unsigned i = 0; i < job->options.n_threads; i++) {
-		struct worker *worker = &job->workers[i];
-
-		/* With fewer threads than asked for, the batch only takes longer. */
-		if (pthread_create(&worker->thread, NULL, imgc_worker_main, worker))
-			break;
-		job->n_started++;
-		job->n_running++;
-	}
-	pthread_mutex_unlock(&job->lock);
-	if (job->n_started == 0)
-		return imgc_fail_system(err, EAGAIN, 0, "pthread_create");
+	start_threads(job);
 	job->in_batch = true;
 	return IMGC_OK;
 }
@@ -443,6 +448,8 @@ int imgc_job_wait(struct imgc_job *job, int timeout_ms)
 	}
 	int outcome = 0;
 
+	if (job->in_caller && job->n_running > 0)
+		imgc_worker_work(&job->workers[0], &until);
 	pthread_mutex_lock(&job->lock);
 	while (job->n_running > 0 && outcome == 0)
 		outcome = pthread_cond_timedwait(&job->ended, &job->lock, &until);
@@ -464,6 +471,8 @@ int imgc_job_finish(struct imgc_job *job, struct imgc_error *err)
 {
 	if (!job->in_batch)
 		return invalid(err, "finish");
+	if (job->in_caller && job->n_running > 0)
+		imgc_worker_work(&job->workers[0], NULL);
 	for (unsigned i = 0; i < job->n_started; i++)
 		pthread_join(job->workers[i].thread, NULL);
 	job->in_batch = false;

@@ -248,7 +248,10 @@ static uint64_t data_nbytes(struct rows rows, uint64_t start, uint64_t end)
 	return nbytes;
 }
 
-/* Waits until the job's rate allows the window. */
+/*
+ * Waits until the job's rate allows the window.  The calling thread waits only for a
+ * moment, and comes back to it: it also looks for signals.
+ */
 static int await_rate(const struct imgc_job *job, const struct slot *slot, struct imgc_error *err)
 {
 	uint64_t nbytes = slot->end - slot->start;
@@ -264,6 +267,8 @@ static int await_rate(const struct imgc_job *job, const struct slot *slot, struc
 
 		if (status)
 			return status;
+		if (job->in_caller)
+			return IMGC_WINDOW_WAITS;
 	}
 	return IMGC_OK;
 }

@@ -3,6 +3,8 @@
  */
 #include "engine/engine.h"
 
+#include <time.h>
+
 #include "common/checked.h"
 #include "common/error.h"
 
@@ -160,11 +162,33 @@ static void write_next_slot(struct worker *worker)
 }
 
 /* Called with the lock held, and returns with it held. */
+static void fill_slot(struct worker *worker, struct slot *slot)
+{
+	struct imgc_job *job = worker->job;
+	struct imgc_error err;
+
+	pthread_mutex_unlock(&job->lock);
+	slot->status = imgc_window_process(worker, slot, &slot->error);
+	pthread_mutex_lock(&job->lock);
+	worker->waiting = slot->status == IMGC_WINDOW_WAITS ? slot : NULL;
+	if (worker->waiting)
+		return;
+	slot->state = SLOT_READY;
+	if (slot->status)
+		job->cursor = job->batch.guest_end; /* later windows need not be read */
+	if (place_ready(job, &err)) {
+		pthread_mutex_unlock(&job->lock);
+		fail_job(job, &err);
+		pthread_mutex_lock(&job->lock);
+	}
+	pthread_cond_broadcast(&job->changed);
+}
+
+/* Called with the lock held, and returns with it held. */
 static void fill_next_slot(struct worker *worker)
 {
 	struct imgc_job *job = worker->job;
 	struct slot *slot = slot_of(job, job->claimed);
-	struct imgc_error err;
 	uint64_t start = 0, end = 0;
 	enum claim claim = claim_next(job, &start, &end);
 
@@ -183,18 +207,7 @@ static void fill_next_slot(struct worker *worker)
 	slot->end = end;
 	job->claimed++;
 	job->n_busy++;
-	pthread_mutex_unlock(&job->lock);
-	slot->status = imgc_window_process(worker, slot, &slot->error);
-	pthread_mutex_lock(&job->lock);
-	slot->state = SLOT_READY;
-	if (slot->status)
-		job->cursor = job->batch.guest_end; /* later windows need not be read */
-	if (place_ready(job, &err)) {
-		pthread_mutex_unlock(&job->lock);
-		fail_job(job, &err);
-		pthread_mutex_lock(&job->lock);
-	}
-	pthread_cond_broadcast(&job->changed);
+	fill_slot(worker, slot);
 }
 
 static bool work_is_left(const struct imgc_job *job)
@@ -203,41 +216,66 @@ static bool work_is_left(const struct imgc_job *job)
 	       job->cursor < atomic_load(&job->first_difference);
 }
 
+static bool is_past(const struct timespec *until)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec > until->tv_sec ||
+	       (now.tv_sec == until->tv_sec && now.tv_nsec >= until->tv_nsec);
+}
+
 /*
  * Writing comes first, so that slots become free.  Where the kernel lets one writer in
  * at a time, the other workers fill the ring instead of waiting for it.
+ *
+ * Only the calling thread, which has no workers beside it, may stop before the batch
+ * ends: at the first window after `until`, with false.
  */
-static void run(struct worker *worker)
+static bool run(struct worker *worker, const struct timespec *until)
 {
 	struct imgc_job *job = worker->job;
+	bool ended = true;
 
 	pthread_mutex_lock(&job->lock);
 	while (!imgc_stop_is_set(&job->stop)) {
 		if (job->written < job->placed && job->n_writing < job->max_writers)
 			write_next_slot(worker);
+		else if (worker->waiting)
+			fill_slot(worker, worker->waiting);
 		else if (work_is_left(job) && slot_of(job, job->claimed)->state == SLOT_FREE)
 			fill_next_slot(worker);
 		else if (!work_is_left(job) && job->n_busy == 0)
 			break;
 		else
 			pthread_cond_wait(&job->changed, &job->lock);
+		if (until && is_past(until)) {
+			ended = false;
+			break;
+		}
 	}
 	/* Wakes the workers that still wait for work: there is none left. */
 	pthread_cond_broadcast(&job->changed);
 	pthread_mutex_unlock(&job->lock);
+	return ended;
 }
 
-void *imgc_worker_main(void *argument)
+void imgc_worker_work(struct worker *worker, const struct timespec *until)
 {
-	struct worker *worker = argument;
 	struct imgc_job *job = worker->job;
 
-	run(worker);
+	if (!run(worker, until))
+		return;
 	/* Reads of windows that another worker wrote. */
 	count(worker, 0, 0);
 	pthread_mutex_lock(&job->lock);
 	if (--job->n_running == 0)
 		pthread_cond_broadcast(&job->ended);
 	pthread_mutex_unlock(&job->lock);
+}
+
+void *imgc_worker_main(void *argument)
+{
+	imgc_worker_work(argument, NULL);
 	return NULL;
 }

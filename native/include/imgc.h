@@ -314,6 +314,9 @@ int imgc_file_open_fd(int fd, struct imgc_file **out, struct imgc_error *err);
 /* A buffer of the caller, of fixed size: a write past its end is IMGC_OUT_OF_RANGE. */
 int imgc_file_open_memory(void *data, uint64_t nbytes, struct imgc_file **out);
 
+/* A target of which only [start, start + nbytes) is kept, in a buffer. */
+int imgc_file_open_part(void *data, uint64_t nbytes, uint64_t start, struct imgc_file **out);
+
 /* Forgets every write, and reads as zeros.  For benchmarks. */
 int imgc_file_open_null(struct imgc_file **out);
 
@@ -514,7 +517,11 @@ struct imgc_job;
 int imgc_job_create(const struct imgc_job_options *options, struct imgc_job **out,
 		    struct imgc_error *err);
 
-/* Checks the batch (imgc_extents_check) and starts its workers.  One at a time. */
+/*
+ * Checks the batch (imgc_extents_check) and starts its workers.  One at a time.  If one
+ * worker is enough, or no thread can be made, the calling thread does the work in
+ * imgc_job_wait and imgc_job_finish.
+ */
 int imgc_job_start(struct imgc_job *job, const struct imgc_batch *batch, struct imgc_error *err);
 
 /* Waits up to timeout_ms for the running batch.  Returns 1 if it has ended, else 0. */

@@ -13,8 +13,10 @@ bool imgc_uring_runnable(void)
 #else
 
 #include <errno.h>
+#include <fcntl.h>
 #include <liburing.h>
 #include <stdlib.h>
+#include <unistd.h>
 
 #include "common/checked.h"
 #include "common/error.h"
@@ -38,11 +40,31 @@ struct imgc_io_context {
 	struct ring_slot slots[RING_DEPTH];
 };
 
+/* Starts a ring whose number is above those of stdin, stdout and stderr, which others may
+ * replace at any time.  Returns 0 or a negative errno. */
+static int start_ring(unsigned depth, struct io_uring *ring)
+{
+	int rc = io_uring_queue_init(depth, ring, 0);
+
+	if (rc || ring->ring_fd > STDERR_FILENO)
+		return rc;
+	int fd = fcntl(ring->ring_fd, F_DUPFD_CLOEXEC, STDERR_FILENO + 1);
+
+	if (fd < 0) {
+		rc = -errno;
+		io_uring_queue_exit(ring);
+		return rc;
+	}
+	close(ring->ring_fd);
+	ring->ring_fd = ring->enter_ring_fd = fd;
+	return 0;
+}
+
 bool imgc_uring_runnable(void)
 {
 	struct io_uring ring;
 
-	if (io_uring_queue_init(2, &ring, 0))
+	if (start_ring(2, &ring))
 		return false;
 	io_uring_queue_exit(&ring);
 	return true;
@@ -61,7 +83,7 @@ int imgc_uring_context_create(struct imgc_io_context **out)
 
 	if (!ctx)
 		return IMGC_NO_MEMORY;
-	int rc = io_uring_queue_init(RING_DEPTH, &ctx->ring, 0);
+	int rc = start_ring(RING_DEPTH, &ctx->ring);
 
 	if (rc) {
 		free(ctx);

@@ -1,6 +1,8 @@
 /*
  * test_engine.c - the engine: extent check, conversions and comparisons in memory
  */
+#include <dirent.h>
+
 #include "tests/engine_util.h"
 
 static const struct imgc_extent NO_ROW;
@@ -487,6 +489,70 @@ static void test_cancel(void)
 	disk_destroy(&target);
 }
 
+static unsigned n_tasks(void)
+{
+	DIR *folder = opendir("/proc/self/task");
+	unsigned n = 0;
+
+	CHECK(folder != NULL);
+	for (struct dirent *entry = readdir(folder); entry; entry = readdir(folder))
+		n += entry->d_name[0] != '.';
+	closedir(folder);
+	return n;
+}
+
+/* One worker needs no thread; the caller's waits are short, and each goes on. */
+static void test_the_calling_thread(void)
+{
+	struct disk source = disk_create(4 * MIB), target = disk_create(4 * MIB);
+	struct imgc_source_file file;
+	struct imgc_job_options o = convert_options(&source, &target, &file, 1);
+	struct imgc_extent row = data_row(0, source.nbytes, 0);
+	struct imgc_batch batch = {0, source.nbytes, &row, 1, NULL, 0, NULL, 0};
+	struct imgc_progress before, after;
+	struct imgc_error err = {0};
+	struct imgc_job *job;
+	unsigned n_before = n_tasks(), n_waits = 0;
+
+	fill_text(source.bytes, source.nbytes, 8);
+	o.geometry.placing = IMGC_PLACE_IDENTITY;
+	for (int by_finish = 0; by_finish <= 1; by_finish++) {
+		memset(target.bytes, 0, target.nbytes);
+		CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_OK);
+		CHECK_EQ(imgc_job_start(job, &batch, &err), IMGC_OK);
+		CHECK_EQ(n_tasks(), n_before);
+		imgc_job_progress(job, &before);
+		CHECK_EQ(before.bytes_done, 0);
+		while (!by_finish && !imgc_job_wait(job, 0)) {
+			imgc_job_progress(job, &after);
+			CHECK(after.bytes_done >= before.bytes_done);
+			before = after;
+			n_waits++;
+		}
+		CHECK_EQ(imgc_job_finish(job, &err), IMGC_OK);
+		imgc_job_progress(job, &after);
+		CHECK_EQ(after.bytes_done, source.nbytes);
+		CHECK(memcmp(source.bytes, target.bytes, source.nbytes) == 0);
+		imgc_job_destroy(job);
+	}
+	CHECK(n_waits >= source.nbytes / o.window_nbytes - 1);
+
+	/* Cancelled in the middle, and destroyed before it began. */
+	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_OK);
+	CHECK_EQ(imgc_job_start(job, &batch, &err), IMGC_OK);
+	CHECK_EQ(imgc_job_wait(job, 0), 0);
+	imgc_job_cancel(job);
+	CHECK_EQ(imgc_job_finish(job, &err), IMGC_CANCELLED);
+	imgc_job_progress(job, &after);
+	CHECK(after.bytes_done < source.nbytes);
+	imgc_job_destroy(job);
+	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_OK);
+	CHECK_EQ(imgc_job_start(job, &batch, &err), IMGC_OK);
+	imgc_job_destroy(job);
+	disk_destroy(&source);
+	disk_destroy(&target);
+}
+
 int main(void)
 {
 	struct imgc_codec_params none = {0};
@@ -516,5 +582,6 @@ int main(void)
 	test_errors();
 	test_a_short_block_is_corrupt();
 	test_cancel();
+	test_the_calling_thread();
 	return 0;
 }

@@ -23,10 +23,16 @@ from imgcore.errors import (
 )
 
 if TYPE_CHECKING:
+    from imgcore.border import FilePath
     from imgcore.disk.image import Image, open
     from imgcore.engine.bad_ranges import BadRange
     from imgcore.engine.control import Control
+    from imgcore.engine.extents import EXTENT_DTYPE, Extents, Kind
     from imgcore.engine.progress import Progress
+    from imgcore.engine.source_file import SourceFile
+    from imgcore.files.byte_source import ByteSource
+    from imgcore.formats.api import Measurement
+    from imgcore.formats.shared.lint import Finding
     from imgcore.verbs.check import CheckResult, check
     from imgcore.verbs.compare import CompareResult, compare
     from imgcore.verbs.convert import ConvertResult, convert
@@ -37,7 +43,9 @@ if TYPE_CHECKING:
     from imgcore.verbs.measure import measure
 
 __all__ = [
+    "EXTENT_DTYPE",
     "BadRange",
+    "ByteSource",
     "CheckResult",
     "CompareResult",
     "Control",
@@ -45,14 +53,20 @@ __all__ = [
     "ConvertResult",
     "CorruptImageError",
     "CreateResult",
+    "Extents",
+    "FilePath",
+    "Finding",
     "FormatError",
     "Image",
     "ImgcoreError",
+    "Kind",
     "LimitExceededError",
     "LintReport",
     "MapEntry",
+    "Measurement",
     "OptionError",
     "Progress",
+    "SourceFile",
     "TargetError",
     "UnsafeReferenceError",
     "UnsupportedFeatureError",
@@ -71,16 +85,24 @@ __all__ = [
 
 # The verbs are imported on first use: NumPy alone takes longer than `imgcore info`.
 _HOMES = {
+    "EXTENT_DTYPE": "engine.extents",
     "BadRange": "engine.bad_ranges",
+    "ByteSource": "files.byte_source",
     "CheckResult": "verbs.check",
     "CompareResult": "verbs.compare",
     "Control": "engine.control",
     "ConvertResult": "verbs.convert",
     "CreateResult": "verbs.create",
+    "Extents": "engine.extents",
+    "FilePath": "border",
+    "Finding": "formats.shared.lint",
     "Image": "disk.image",
+    "Kind": "engine.extents",
     "LintReport": "verbs.lint",
     "MapEntry": "verbs.map",
+    "Measurement": "formats.api",
     "Progress": "engine.progress",
+    "SourceFile": "engine.source_file",
     "check": "verbs.check",
     "compare": "verbs.compare",
     "convert": "verbs.convert",

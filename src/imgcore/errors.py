@@ -32,7 +32,7 @@ class ImgcoreError(Exception):
     """
 
     def __init__(self, message: str, *, path: str | None = None, offset: int | None = None) -> None:
-        self.reason = one_line(message)
+        self.reason: str = one_line(message)
         super().__init__(self.reason if path is None else f"{one_line(path)}: {self.reason}")
         self.path = path
         self.offset = offset

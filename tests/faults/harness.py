@@ -37,6 +37,9 @@ class Calls(IntFlag):
     UNLINK = 256
     COPY = 512
     REFLINK = 1024
+    ATTRIBUTE = 2048
+    STATUS = 4096
+    OPEN = 8192
 
 
 CHANGES = (

@@ -29,6 +29,7 @@
 #include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
+#include <sys/xattr.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -42,8 +43,11 @@ enum fault_class {
 	CLASS_CREATE = 1 << 6,
 	CLASS_CLOSE = 1 << 7, /* of a file opened for writing */
 	CLASS_UNLINK = 1 << 8,
-	CLASS_COPY = 1 << 9,	 /* copy_file_range */
-	CLASS_REFLINK = 1 << 10, /* FICLONERANGE */
+	CLASS_COPY = 1 << 9,	   /* copy_file_range */
+	CLASS_REFLINK = 1 << 10,   /* FICLONERANGE */
+	CLASS_ATTRIBUTE = 1 << 11, /* mode, owner, times, extended attributes, project */
+	CLASS_STATUS = 1 << 12,	   /* fstat, lseek */
+	CLASS_OPEN = 1 << 13,	   /* of an existing file */
 };
 
 enum fault_mode { FAIL_ONCE, FAIL_ON, KILL_BEFORE, KILL_HALFWAY };
@@ -424,6 +428,8 @@ int ioctl(int fd, unsigned long request, ...)
 	va_end(arguments);
 	REAL(ioctl);
 
+	if (request == FS_IOC_FSSETXATTR && fd_is_watched(fd) && fails(CLASS_ATTRIBUTE))
+		return -1;
 	if (request != FICLONERANGE || !fd_is_watched(fd))
 		return real(fd, request, argument);
 	if (fails(CLASS_REFLINK))
@@ -434,6 +440,63 @@ int ioctl(int fd, unsigned long request, ...)
 	}
 	return real(fd, request, argument);
 }
+
+/* ---------------------------------------------------------------- attributes */
+
+int fchmod(int fd, mode_t mode)
+{
+	REAL(fchmod);
+	return fd_is_watched(fd) && fails(CLASS_ATTRIBUTE) ? -1 : real(fd, mode);
+}
+
+int fchown(int fd, uid_t user, gid_t group)
+{
+	REAL(fchown);
+	return fd_is_watched(fd) && fails(CLASS_ATTRIBUTE) ? -1 : real(fd, user, group);
+}
+
+int futimens(int fd, const struct timespec times[2])
+{
+	REAL(futimens);
+	return fd_is_watched(fd) && fails(CLASS_ATTRIBUTE) ? -1 : real(fd, times);
+}
+
+int fsetxattr(int fd, const char *name, const void *value, size_t nbytes, int flags)
+{
+	REAL(fsetxattr);
+	return fd_is_watched(fd) && fails(CLASS_ATTRIBUTE) ? -1
+							   : real(fd, name, value, nbytes, flags);
+}
+
+/* ---------------------------------------------------------------- status */
+
+int fstat(int fd, struct stat *st)
+{
+	REAL(fstat);
+	if (atomic_load(&armed_mask) & CLASS_STATUS && fd_is_watched(fd) && fails(CLASS_STATUS))
+		return -1;
+	return real(fd, st);
+}
+
+int fstat64(int fd, struct stat64 *st)
+{
+	return fstat(fd, (struct stat *)st);
+}
+
+off_t lseek(int fd, off_t offset, int whence)
+{
+	REAL(lseek);
+	if (atomic_load(&armed_mask) & CLASS_STATUS && fd_is_watched(fd) && fails(CLASS_STATUS))
+		return -1;
+	return real(fd, offset, whence);
+}
+
+off64_t lseek64(int fd, off64_t offset, int whence)
+{
+	return lseek(fd, offset, whence);
+}
+
+/* ---------------------------------------------------------------- syncing */
 
 static int sync_by(int (*real)(int), int fd)
 {
@@ -554,6 +617,9 @@ static int open_by(int dir_fd, const char *name, int flags, mode_t mode)
 
 	if (!real)
 		real = (int (*)(int, const char *, int, ...))dlsym(RTLD_NEXT, "openat");
+	if (!is_new && atomic_load(&armed_mask) & CLASS_OPEN && at_is_watched(dir_fd, name) &&
+	    fails(CLASS_OPEN))
+		return -1;
 	if (!is_new)
 		return real(dir_fd, name, flags, mode);
 	if (fails(CLASS_CREATE))

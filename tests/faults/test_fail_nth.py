@@ -6,8 +6,11 @@ unchanged.  If a call can be repeated or is not needed, the new image is complet
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +29,9 @@ FAULTS = [
     (Calls.TRUNCATE, errno.EFBIG, Mode.FAIL_ONCE),
     (Calls.CREATE, errno.EACCES, Mode.FAIL_ONCE),
     (Calls.CLOSE, errno.EIO, Mode.FAIL_ONCE),
+    (Calls.STATUS, errno.EIO, Mode.FAIL_ONCE),
+    (Calls.OPEN, errno.EIO, Mode.FAIL_ONCE),
+    (Calls.OPEN, errno.EMFILE, Mode.FAIL_ONCE),
 ]
 
 
@@ -62,3 +68,34 @@ def test_every_call(
     states = visit(place(variant), *fault)
     if fault[0] in (Calls.WRITE, Calls.SYNC, Calls.RENAME, Calls.CREATE):
         assert states
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSPC])
+@pytest.mark.parametrize("mode", [Mode.FAIL_ONCE, Mode.FAIL_ON], ids=["once", "always"])
+@pytest.mark.parametrize("variant", params())
+def test_attributes_are_a_courtesy(
+    variant: Variant, mode: Mode, code: int, place: Callable[[Variant], Place]
+) -> None:
+    """A system that refuses mode, owner or extended attributes fails no job."""
+    here = place(variant)
+    hits = 0
+    for nth in range(1, 20):
+        here.reset()
+        for path in here.agent.folder.iterdir():
+            set_attributes(path)
+        answer = here.convert(arm=(Calls.ATTRIBUTE, nth, code, mode))
+        assert answer["outcome"] == "ok", answer
+        assert here.files() == here.new
+        hits += answer["hits"]
+        if not answer["hits"]:
+            break
+    assert hits
+
+
+def set_attributes(path: Path) -> None:
+    """Give a file attributes that new ones do not have."""
+    path.chmod(0o640)
+    with contextlib.suppress(OSError):
+        os.setxattr(path, "user.backup", b"17")
+    with contextlib.suppress(OSError):
+        os.chown(path, 12345, 23456)

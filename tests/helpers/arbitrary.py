@@ -39,7 +39,7 @@ def salvage(path: Path, image_format: str | None) -> None:
                 return
             lost = Salvage(image.chain, image.first_files)
             end = 0
-            for rows in itertools.islice(image.data_extents(salvage=lost), 8):
+            for rows in itertools.islice(image.salvaged_extents(lost), 8):
                 assert int(rows["guest_offset"][0]) == end
                 end += int(rows["length"].sum())
                 assert (rows["kind"] < Kind.LOST).all()

@@ -12,14 +12,23 @@ from imgcore.formats.api import Reader
 _Reader = TypeVar("_Reader", bound=Reader)
 
 
+# What the running test has opened; tests/conftest.py closes it.
+_opened: list[HostFile | Reader] = []
+
+
 def open_file(path: Path, read: Callable[[HostFile], _Reader]) -> _Reader:
-    """Return the reader of a file; an error closes the file."""
+    """Return the reader of a file, which is closed when the test ends."""
     file = HostFile.open(path)
-    try:
-        return read(file)
-    except BaseException:
-        file.close()
-        raise
+    _opened.append(file)
+    reader = read(file)
+    _opened.append(reader)
+    return reader
+
+
+def close_opened() -> None:
+    """Close all readers that `open_file` has returned, and their files."""
+    while _opened:
+        _opened.pop().close()
 
 
 def poke(path: Path, *changes: tuple[int, bytes]) -> Path:

@@ -465,6 +465,17 @@ MORE = {
 # Messages whose advice another test executes.
 _REPAIRED = "-r all repairs this, -r leaks does not"
 ELSEWHERE = {
+    ("disk/source.py", ("a compressed raw disk cannot be one of several sources: decompress it "
+     "first (imgcore convert {} {})")):
+    "oracle/test_concatenation.py::test_the_advice_for_streams_works",
+    ("files/target.py", "; -n (in_place=True) writes into the existing file"):
+    "unit/test_target.py::TestReplaceable",
+    ("files/replacing.py", ("its folder {} is append-only, where no file can be renamed; chattr -a "
+     "{} permits it")): "unit/test_target.py::TestReplaceable",
+    ("files/replacing.py", ("is immutable or append-only and cannot be replaced; chattr -i -a {} "
+     "permits it")): "unit/test_target.py::TestReplaceable",
+    ("files/descriptors.py", "root may raise it: prlimit --nofile=N COMMAND"):
+    "faults/test_descriptors.py::test_many_extents",
     ("cli/progress.py", ("--progress=qemu and a result as JSON both print on stdout: use "
      "--progress=json, which prints on stderr")):
     "unit/test_qemu_flags.py::test_progress_leaves_stdout_to_json",
@@ -562,7 +573,7 @@ ELSEWHERE = {
     "unit/test_salvage.py::test_what_is_left_of_a_fixed_vhd",
     ("streams/zstd.py",
      "the zstd stream is followed by {} other bytes (truncate -s {} of a copy removes them)"):
-    "unit/test_stream.py::TestBroken::test_the_advice_for_what_follows_zstd",
+    "unit/test_stream.py::test_the_advice_for_what_follows_zstd",
     ("formats/vhd/lint.py", "imgcore check --repair, or convert"):
     "unit/test_advice.py::test_remedies_of_lint",
     ("formats/vmdk/lint.py", "truncate -s {} fixes it"):
@@ -577,13 +588,17 @@ ELSEWHERE = {
 NAMED = {
     ("disk/backing.py", "a format of the backing file is given (-F), but no backing file"):
     ("convert", "create"),
-    ("disk/image_sink.py", "an existing file (-n)"): ("convert",),
     ("disk/image_sink.py", ("blocks of {} bytes are too large to be compared with a parent (-B): "
      "at most {} are allowed")): ("convert",),
+    ("disk/concatenated_source.py", "several sources cannot be combined with -B"): ("convert",),
     ("disk/profile_fitting.py", "the profile {} does not allow a parent (-B)"): ("convert",),
     ("disk/profile_fitting.py", "the profile {} does not allow -n or -c"): ("convert",),
     ("disk/sink.py", "a compressed raw stream cannot be written in place (-n)"): ("convert",),
     ("disk/sink.py", "a compressed raw stream does not allow -c, -B or -o"): ("convert",),
+    ("disk/sink_options.py", "--target-is-zero is about an existing target: it needs -n"):
+    ("convert",),
+    ("disk/sink_options.py", "--target-is-zero: with a parent (-B) the target's disk is not zeros"):
+    ("convert",),
     ("disk/sink_options.py", "-S {}: it must be a multiple of {}, at most {}"): ("convert",),
     ("disk/sink_options.py", "salvaged data cannot be compared with a parent (-B)"): ("convert",),
     ("disk/stream_source.py", "a compressed raw source cannot be combined with -B"): ("convert",),
@@ -630,10 +645,6 @@ OTHERS = frozenset(
         "data at {}: a sparse VMDK file holds at most {} bytes (use a flat subformat)",
         "{} bytes need {} grain directory entries, allowed up to {}: use a larger grain_size",
         "copy it to a file that is neither",
-        (
-            "its disk has {} bytes, not a multiple of {}: no other format can represent that "
-            "(qemu-img resize changes the size)"
-        ),
         "decrypt the machine in VMware first",
         "the disk is encrypted (ddb.iofilters): decrypt it in vSphere first",
     }

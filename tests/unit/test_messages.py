@@ -43,7 +43,11 @@ def is_harmless(text: str) -> bool:
 
 
 def test_no_module_prints() -> None:
-    """Only the command prints; the library logs and raises."""
+    """Only the command prints; the library logs and raises.
+
+    Dropped owners of descriptors cause a ResourceWarning, as Python's own files do.
+    """
+    may_warn = PACKAGE / "files" / "closable.py"
     for path in modules():
         if path.parent.name == "cli":
             continue
@@ -53,7 +57,8 @@ def test_no_module_prints() -> None:
                 assert node.func.id not in ("print", "breakpoint"), where
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 name, where = f"{node.value.id}.{node.attr}", f"{path}:{node.lineno}"
-                assert name not in ("sys.stdout", "sys.stderr", "warnings.warn"), where
+                assert name not in ("sys.stdout", "sys.stderr"), where
+                assert name != "warnings.warn" or path == may_warn, where
 
 
 def test_no_message_is_called_internal() -> None:

@@ -15,17 +15,20 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
-from tests.helpers.mounts import loop_device
+from tests.helpers.mounts import loop_device, make_file_system
+from tests.helpers.mounts import mounted as mounted_image
 from tests.helpers.qemu import held_open
 
+import imgcore
 from imgcore.errors import TargetError
 from imgcore.files import target as target_module
 from imgcore.files import target_folder, temporary_names
 from imgcore.files.host_file import HostFile
 from imgcore.files.identity import same_file
+from imgcore.files.locks import Lock
 from imgcore.files.target import Target
 
 NEW = b"new" * 1000
@@ -156,6 +159,130 @@ class TestMode:
             assert (status.st_uid, status.st_gid, status.st_size) == (12345, 23456, 0)
 
 
+class TestAttributes:
+    """What a replaced file had, its successor has, as far as the system permits."""
+
+    NAMES = ("disk.vmdk", "disk-flat.vmdk")
+
+    def replace(self, folder: Path) -> None:
+        with Target(folder / "disk.vmdk", force=True) as target:
+            target.companion("disk-flat.vmdk")
+            target.commit()
+
+    def old_files(self, folder: Path) -> list[Path]:
+        paths = [folder / name for name in self.NAMES]
+        for path in paths:
+            path.write_bytes(b"old")
+            path.chmod(0o660)
+            try:
+                os.setxattr(path, "user.backup", b"17")
+            except OSError:
+                pytest.skip("no extended attributes here")
+        return paths
+
+    def test_extended_attributes_stay(self, tmp_path: Path) -> None:
+        paths = self.old_files(tmp_path)
+        self.replace(tmp_path)
+        for path in paths:
+            assert path.stat().st_size == 0
+            assert os.getxattr(path, "user.backup") == b"17"
+            assert stat.S_IMODE(path.stat().st_mode) == 0o660
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+    def test_labels_stay(self, tmp_path: Path) -> None:
+        """SELinux's label, and trusted attributes; not those of the old content."""
+        paths = self.old_files(tmp_path)
+        kept = {"security.selinux": b"system_u:object_r:virt_image_t:s0\0", "trusted.x": b"1"}
+        present = {}
+        for name, value in (kept | {"security.capability": CAPABILITY}).items():
+            with contextlib.suppress(OSError):
+                for path in paths:
+                    os.setxattr(path, name, value)
+                present[name] = value
+        if not present.keys() & kept.keys():
+            pytest.skip("no labels here")
+        self.replace(tmp_path)
+        for path in paths:
+            found = {name: os.getxattr(path, name) for name in os.listxattr(path)}
+            wanted = {name: value for name, value in present.items() if name in kept}
+            assert found == wanted | {"user.backup": b"17"}
+
+    @pytest.mark.parametrize("has_acl", [True, False])
+    def test_the_acl_stays(self, tmp_path: Path, has_acl: bool) -> None:
+        """A folder's default ACL does not apply to what takes another's place."""
+        paths = self.old_files(tmp_path)
+        if has_acl:
+            for path in paths:
+                set_acl(path, "system.posix_acl_access", 4321, 6)
+        set_acl(tmp_path, "system.posix_acl_default", 1234, 7)
+        before = [(sorted(os.listxattr(path)), path.stat().st_mode) for path in paths]
+        self.replace(tmp_path)
+        after = [(sorted(os.listxattr(path)), path.stat().st_mode) for path in paths]
+        assert after == before
+        for path in paths if has_acl else ():
+            assert struct.pack("<I", 4321) in os.getxattr(path, "system.posix_acl_access")
+
+    def test_the_project_stays(self, tmp_path: Path) -> None:
+        image = make_file_system("xfs", tmp_path / "image", 320 << 20)
+        with mounted_image(image, tmp_path / "mounted", "-o", "loop") as folder:
+            path = folder / "disk.raw"
+            path.write_bytes(b"old")
+            with path.open("r+b") as file:
+                record = bytearray(fcntl.ioctl(file, FSGETXATTR, bytes(28)))
+                record[12:16] = struct.pack("@I", 42)
+                fcntl.ioctl(file, FSSETXATTR, bytes(record))
+            write(path, force=True)
+            with path.open("rb") as file:
+                record = bytearray(fcntl.ioctl(file, FSGETXATTR, bytes(28)))
+            assert record[12:16] == struct.pack("@I", 42)
+
+    @pytest.mark.parametrize("call", ["fchmod", "fchown", "setxattr"])
+    @pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP, errno.EINVAL])
+    def test_a_refusal_is_a_warning(
+        self,
+        tmp_path: Path,
+        call: str,
+        code: int,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        """As on CIFS, NTFS and exFAT; it has the file's name."""
+        paths = self.old_files(tmp_path)
+        for path in paths:
+            if os.geteuid() == 0:
+                os.chown(path, 12345, 23456)
+
+        def refuse(*_: object, **__: object) -> None:
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(os, call, refuse)
+        self.replace(tmp_path)
+        assert all(path.stat().st_size == 0 for path in paths)
+        if call == "fchown" and os.geteuid() != 0:
+            return
+        what = {"fchmod": "mode 0660", "fchown": "owner 12345", "setxattr": "user.backup"}[call]
+        for path in paths:
+            lines = [line for line in caplog.messages if line.startswith(f"{path}: its ")]
+            assert any(f"{what} could not be kept: {os.strerror(code)}" in line for line in lines)
+        # What the old group was permitted, another group is not.
+        if call == "fchown":
+            assert stat.S_IMODE(paths[0].stat().st_mode) == 0o600
+
+
+FSGETXATTR, FSSETXATTR = 0x801C581F, 0x401C5820
+CAPABILITY = struct.pack("<5I", 0x02000000, 1 << 10, 0, 0, 0)
+
+
+def set_acl(path: Path, name: str, user: int, permissions: int) -> None:
+    """Give one user permissions; Linux include/uapi/linux/posix_acl_xattr.h."""
+    entries = [(1, 6, -1), (2, permissions, user), (4, 4, -1), (0x10, 7, -1), (0x20, 0, -1)]
+    packed = b"".join(struct.pack("<HHi", *entry) for entry in entries)
+    try:
+        os.setxattr(path, name, struct.pack("<I", 2) + packed)
+    except OSError:
+        pytest.skip("no ACLs here")
+
+
 class TestExisting:
     def test_refused(self, tmp_path: Path) -> None:
         path = tmp_path / "disk.raw"
@@ -279,6 +406,182 @@ class TestLinks:
             assert same_file(file.identity, place.identity)
 
 
+def links_to_special(folder: Path) -> dict[str, str]:
+    """Return names of links that must never be replaced, and what they lead to."""
+    os.mkfifo(folder / "fifo")
+    (folder / "folder").mkdir()
+    (folder / "to-null").symlink_to("/dev/null")
+    return {
+        "character-device": "/dev/null",
+        "terminal": "/dev/tty",
+        "pipe": str(folder / "fifo"),
+        "folder": str(folder / "folder"),
+        "two-links": str(folder / "to-null"),
+        "stdout": "/dev/stdout",
+        "stderr": "/dev/stderr",
+        "number": "/dev/fd/1",
+        "proc": "/proc/self/fd/0",
+        "proc-file": "/proc/version",
+        "sysfs": "/sys/kernel/notes",
+        "absent-device": "/dev/disk/by-id/none",
+        "absent-process": "/proc/4999999/fd/1",
+    }
+
+
+KINDS = [
+    *("character-device", "terminal", "pipe", "folder", "two-links", "stdout", "stderr"),
+    *("number", "proc", "proc-file", "sysfs", "absent-device", "absent-process"),
+]
+
+
+class TestSpecial:
+    """What is no ordinary file is never replaced, and --force is not advised."""
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("options", [{}, {"force": True}, {"in_place": True}], ids=str)
+    @pytest.mark.parametrize("has_stdout_in_file", [True, False])
+    def test_link(
+        self, tmp_path: Path, kind: str, options: dict[str, bool], has_stdout_in_file: bool
+    ) -> None:
+        link = tmp_path / "disk.vmdk"
+        link.symlink_to(links_to_special(tmp_path)[kind])
+        with (tmp_path / "out").open("w+b") as out, standard_output(has_stdout_in_file, out):
+            with pytest.raises(TargetError) as caught, Target(link, **options):
+                pass
+        assert "--force" not in str(caught.value)
+        assert str(caught.value).startswith(f"{link}: is ")
+        assert link.is_symlink()
+        assert not [name for name in names(tmp_path) if name.startswith(".")]
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("force", [True, False])
+    def test_companion(self, tmp_path: Path, kind: str, force: bool) -> None:
+        link = tmp_path / "disk-flat.vmdk"
+        link.symlink_to(links_to_special(tmp_path)[kind])
+        with Target(tmp_path / "disk.vmdk", force=force) as target:
+            with pytest.raises(TargetError) as caught:
+                target.companion("disk-flat.vmdk")
+        assert "--force" not in str(caught.value)
+        assert link.is_symlink()
+
+    @pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "/dev/null"])
+    @pytest.mark.parametrize("force", [True, False])
+    def test_the_thing_itself(self, tmp_path: Path, name: str, force: bool) -> None:
+        before = os.lstat(name)
+        with (tmp_path / "out").open("w+b") as out, standard_output(True, out):
+            with pytest.raises(TargetError) as caught, Target(name, force=force):
+                pass
+        assert "--force" not in str(caught.value)
+        assert os.lstat(name).st_mode == before.st_mode
+
+    def test_a_file_of_the_kernel(self) -> None:
+        for options in ({}, {"force": True}, {"in_place": True}):
+            with pytest.raises(TargetError, match="is no ordinary file, and is never a target"):
+                Target("/proc/sys/kernel/core_pattern", **options)
+
+    def test_advice_for_a_dangling_link(self, tmp_path: Path) -> None:
+        (tmp_path / "link").symlink_to("none")
+        words = "is a symbolic link to none, which is missing, not written through; --force"
+        with pytest.raises(TargetError, match=words):
+            Target(tmp_path / "link")
+        write(tmp_path / "link", force=True)
+        assert names(tmp_path) == ["link"]
+
+
+@contextlib.contextmanager
+def standard_output(in_file: bool, file: IO[bytes]) -> Iterator[None]:
+    """Have stdin, stdout and stderr lead to a regular file meanwhile."""
+    saved = [os.dup(number) for number in range(3)]
+    try:
+        for number in range(3) if in_file else ():
+            os.dup2(file.fileno(), number)
+        yield
+    finally:
+        for number, fd in enumerate(saved):
+            os.dup2(fd, number)
+            os.close(fd)
+
+
+class TestReplaceable:
+    """What the rename would refuse at the end is refused before anything is written."""
+
+    @pytest.mark.parametrize(
+        ("flags", "name", "advice"),
+        [("+i", "disk.raw", "-i -a"), ("+a", "disk.raw", "-i -a"), ("+a", "", "-a")],
+    )
+    def test_flags(self, tmp_path: Path, flags: str, name: str, advice: str) -> None:
+        folder = tmp_path / "here"
+        folder.mkdir()
+        (folder / "disk.raw").write_bytes(b"old")
+        path = folder / name
+        if subprocess.run(["chattr", flags, path], capture_output=True, check=False).returncode:
+            pytest.skip("no such flags here, or not root")
+        try:
+            with pytest.raises(TargetError) as caught, Target(folder / "disk.raw", force=True):
+                pass
+            assert names(folder) == ["disk.raw"]
+            command = f"chattr {advice} {path}".rstrip("/")
+            assert f"{command} permits it" in str(caught.value)
+            subprocess.run(command.split(), check=True)
+            write(folder / "disk.raw", force=True)
+        finally:
+            subprocess.run(["chattr", "-i", "-a", folder, folder / "disk.raw"], check=True)
+
+    @pytest.mark.parametrize("mode", [0o555, 0o1777])
+    def test_advice_to_write_in_place(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int
+    ) -> None:
+        """Another user may write into the file, but not into its folder."""
+        folder = tmp_path / "here"
+        folder.mkdir()
+        target = folder / "disk.img"
+        target.write_bytes(bytes(1 << 20))
+        target.chmod(0o666)
+        folder.chmod(mode)
+        (folder / "d.raw").write_bytes(b"new" + bytes((1 << 20) - 3))
+        (folder / "d.raw").chmod(0o644)
+        monkeypatch.chdir(folder)
+
+        def convert(**options: bool) -> None:
+            imgcore.convert("d.raw", "disk.img", format="raw", target_format="raw", **options)
+
+        words = r"folder.*; -n \(in_place=True\) writes into the existing file"
+        with another_user():
+            with pytest.raises((PermissionError, TargetError), match=words):
+                convert(force=True)
+            convert(in_place=True)
+        assert target.read_bytes()[:3] == b"new"
+        target.write_bytes(bytes(512))
+        with another_user():
+            with pytest.raises((PermissionError, TargetError), match="folder") as caught:
+                convert(force=True)
+            assert "-n" not in str(caught.value), "the file is too small"
+            with pytest.raises((PermissionError, TargetError), match="folder") as caught:
+                imgcore.convert("d.raw", "disk.img", format="raw", target_format="vdi", force=True)
+            assert "-n" not in str(caught.value), "a vdi cannot be written in place"
+            if mode == 0o555:
+                with pytest.raises(PermissionError, match=r"folder \. takes no new files"):
+                    imgcore.create("new.qcow2", 1 << 20)
+        assert names(folder) == ["d.raw", "disk.img"]
+
+
+@contextlib.contextmanager
+def another_user() -> Iterator[None]:
+    """Have the rights of nobody meanwhile."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    groups = os.getgroups()
+    os.setgroups([])
+    os.setegid(65534)
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+        os.setgroups(groups)
+
+
 class TestNoPlace:
     @pytest.mark.parametrize(
         ("make", "words"),
@@ -356,13 +659,22 @@ class TestNoPlace:
         taken.write_bytes(b"theirs")
         answers = iter([bytes(6), bytes(6), b"123456"])
         monkeypatch.setattr(os, "urandom", lambda n: next(answers))
-        write(tmp_path / "disk.raw")
+        with locked(taken):
+            write(tmp_path / "disk.raw")
         assert taken.read_bytes() == b"theirs"
 
     def test_name_too_long(self, tmp_path: Path) -> None:
         with pytest.raises(OSError) as caught:
             Target(tmp_path / ("n" * 256))
         assert caught.value.errno == errno.ENAMETOOLONG
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Lock a file as a job does that is writing it."""
+    with path.open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @contextlib.contextmanager
@@ -527,42 +839,50 @@ class TestStale:
         write(tmp_path / "disk.raw")
         assert names(tmp_path) == sorted([left, "disk.raw"])
 
-    def test_still_locked_stays(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The process number is meaningless if the process runs on another host."""
+    def test_still_locked_stays(self, tmp_path: Path) -> None:
         with Target(tmp_path / "disk.raw") as running:
-            monkeypatch.setattr(temporary_names, "_is_alive", lambda pid: False)
             write(tmp_path / "disk.raw")
             assert len(names(tmp_path)) == 2
             running.main.pwrite(0, b"x")
         assert names(tmp_path) == ["disk.raw"]
 
-    def test_of_somebody_elses_process_stays(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def refuse(pid: int, number: int) -> None:
-            raise PermissionError
-
-        left = tmp_path / ".disk.raw.imgcore-4999999-0123456789ab"
+    @pytest.mark.parametrize(
+        "pid", [1, 4999999, os.getpid(), os.getppid()], ids=["init", "none", "own", "parent"]
+    )
+    def test_the_lock_counts_whatever_the_process_id(self, tmp_path: Path, pid: int) -> None:
+        """A container's next job may have the ID of the one before."""
+        left = tmp_path / f".disk.raw.imgcore-{pid}-0123456789ab"
         left.touch()
-        monkeypatch.setattr(os, "kill", refuse)
-        write(tmp_path / "disk.raw")
+        with locked(left):
+            write(tmp_path / "disk.raw")
         assert left.exists()
+        write(tmp_path / "disk.raw", force=True)
+        assert names(tmp_path) == ["disk.raw"]
+
+    def test_of_a_job_that_replaced_a_read_only_file(self, tmp_path: Path) -> None:
+        (tmp_path / "here").mkdir(mode=0o777)
+        (tmp_path / "here").chmod(0o777)
+        left = tmp_path / "here/.disk.raw.imgcore-1-0123456789ab"
+        left.touch()
+        left.chmod(0o444)
+        with contextlib.chdir(tmp_path / "here"), another_user():
+            write("disk.raw")
+        assert names(tmp_path / "here") == ["disk.raw"]
 
     def test_file_system_without_locks(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
+        """Nothing tells what is abandoned: it stays, and is named."""
+
         def refuse(fd: int, how: int) -> None:
             raise OSError(errno.ENOLCK, "No locks available")
 
+        left = tmp_path / ".disk.raw.imgcore-4999999-0123456789ab"
+        left.touch()
         monkeypatch.setattr(fcntl, "flock", refuse)
         write(tmp_path / "disk.raw")
-        assert names(tmp_path) == ["disk.raw"]
-
-    def test_of_a_living_process_stays(self, tmp_path: Path) -> None:
-        left = tmp_path / f".disk.raw.imgcore-{os.getppid()}-0123456789ab"
-        left.touch()
-        write(tmp_path / "disk.raw")
-        assert left.exists()
+        assert names(tmp_path) == sorted([left.name, "disk.raw"])
+        assert f"{left}: left by a job that was killed" in caplog.text
 
     @pytest.mark.parametrize("kind", ["folder", "link", "fifo"])
     def test_something_else_of_such_a_name_stays(self, tmp_path: Path, kind: str) -> None:
@@ -579,7 +899,7 @@ class TestStale:
     def test_taken_for_stale_before_it_was_locked(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        answers = iter([False, True])
+        answers = iter([Lock.HELD_BY_OTHER, Lock.TAKEN])
         monkeypatch.setattr(target_folder, "lock", lambda fd: next(answers))
         write(tmp_path / "disk.raw")
         assert names(tmp_path) == ["disk.raw"]
@@ -728,10 +1048,24 @@ class TestCompanion:
         Target(tmp_path / "disk.vmdk").abort()
         assert names(tmp_path) == sorted(path.name for path in left)
 
-    def test_what_a_living_process_set_aside_stays(self, tmp_path: Path) -> None:
-        left = self.set_aside(tmp_path, f"{os.getpid()}-0123456789ab")
-        Target(tmp_path / "disk.vmdk").abort()
-        assert names(tmp_path) == sorted(path.name for path in left)
+    @pytest.mark.parametrize("pid", [1, 999999999, os.getpid()], ids=["init", "none", "own"])
+    def test_what_a_living_job_set_aside_stays(self, tmp_path: Path, pid: int) -> None:
+        """It has its main temporary locked, also on another host of an NFS folder."""
+        left = self.set_aside(tmp_path, f"{pid}-0123456789ab")
+        temporary = left[0].with_name(left[0].name.removesuffix("-old"))
+        temporary.touch()
+        with locked(temporary):
+            Target(tmp_path / "disk.vmdk").abort()
+        assert names(tmp_path) == sorted(path.name for path in [*left, temporary])
+        Target(tmp_path / "disk.vmdk", force=True).abort()
+        assert names(tmp_path) == sorted(["disk-flat.vmdk", "disk.vmdk", temporary.name])
+
+    def test_a_companion_as_target_undoes_the_whole_replacement(self, tmp_path: Path) -> None:
+        self.set_aside(tmp_path)
+        (tmp_path / "disk-flat.vmdk").write_bytes(b"2")
+        Target(tmp_path / "disk-flat.vmdk", force=True).abort()
+        assert names(tmp_path) == ["disk-flat.vmdk", "disk.vmdk"]
+        assert (tmp_path / "disk-flat.vmdk").read_bytes() == b"1"
 
     def test_main_appears_meanwhile(self, tmp_path: Path) -> None:
         with pytest.raises(TargetError), Target(tmp_path / "disk.vmdk") as target:

@@ -405,12 +405,14 @@ def test_check_of_an_absurd_entry_is_quick(tmp_path: Path) -> None:
 class TestRepair:
     def test_a_wrong_count(self, tmp_path: Path) -> None:
         path = make(tmp_path / "a.vdi", [1, FREE, 0, ZERO], n_allocated=7)
-        content = imgcore.open(path).read(0, 4 * BLOCK)
+        with imgcore.open(path) as image:
+            content = image.read(0, 4 * BLOCK)
         result = imgcore.check(path, repair=True)
         assert result.ok
         assert (result.corruptions_fixed, len(result.repairs)) == (1, 1)
         assert imgcore.info(path)["format-specific"]["data"]["allocated-blocks"] == 2
-        assert imgcore.open(path).read(0, 4 * BLOCK) == content
+        with imgcore.open(path) as image:
+            assert image.read(0, 4 * BLOCK) == content
 
     def test_leaked_blocks_at_the_end(self, tmp_path: Path) -> None:
         path = make(tmp_path / "a.vdi", [0, FREE, 1], n_allocated=4)

@@ -1,8 +1,8 @@
 """The ``imgcore`` command: the group of verbs, errors, exit codes and signals.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 ended by SIGINT, 143 by SIGTERM, 129 by
-SIGHUP, 141 if the reader of the output has closed it.  ``compare``, ``check``, ``lint``
-and ``convert --salvage`` have more: see their help.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 128 + n ended by signal n (130 SIGINT, 143
+SIGTERM), 141 if the reader of the output has closed it.  ``compare``, ``check``,
+``lint`` and ``convert --salvage`` have more: see their help.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ import logging
 import os
 import signal
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
-from types import FrameType
-from typing import Any, Final, NoReturn
+from typing import Final, NoReturn
 
 import click
 
 from imgcore.cli.common import CONTEXT_SETTINGS, discard_stdout, raise_for_flag, say
 from imgcore.cli.qemu_flags import command_refusal
+from imgcore.cli.signals import EndingSignals, Terminated, signal_name
+from imgcore.cli.signals import handled_signals as _signals
 from imgcore.errors import ImgcoreError, OptionError
+from imgcore.files.descriptors import named_errors
 
 _VERBS: Final = {
     "convert": "Convert an image to another format.",
@@ -45,21 +46,8 @@ _USAGE_CODES: Final = {"check": 1}
 # Plus the number of the signal, as shells report it.
 _EXIT_SIGNAL: Final = 128
 
-_REPEAT_SECONDS: Final = 0.01
-
 # If set, unexpected exceptions are not caught, so that their traceback is printed.
 _DEBUG_VARIABLE: Final = "IMGCORE_DEBUG"
-
-
-class Terminated(BaseException):
-    """A signal asked the process to end.
-
-    Like KeyboardInterrupt, it is not caught by ``except Exception``.
-    """
-
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(signal_number)
-        self.signal_number = signal_number
 
 
 class _LazyGroup(click.Group):
@@ -120,33 +108,58 @@ def group() -> None:
 
     The formats are raw, QCOW2, VMDK, VHD, VHDX and VDI.
 
-    Exit code: 0 done, 1 failed, 2 wrong usage, 130 or 143 ended by a signal.
+    SIGUSR1 prints one line on stderr that tells how far a verb is.
+
+    Exit code: 0 done, 1 failed, 2 wrong usage, 128 + n ended by signal n, for example
+    130 by SIGINT and 143 by SIGTERM.  A signal that comes when the target has its name
+    already does not change the exit code.
     """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    # NumPy's BLAS starts a thread per core on import, and imgcore uses none of them.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    _prepare_streams()
-    with _signals(), _warnings():
-        try:
-            return _run(arguments)
-        except KeyboardInterrupt:
-            return _ended_by(signal.SIGINT)
-        except Terminated as error:
-            return _ended_by(error.signal_number)
+    with _signals() as signals:
+        return _ended(sys.argv[1:] if argv is None else argv, signals)
 
 
 def run() -> NoReturn:
     """Run the command and end the process."""
-    code = main()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
-            stream.flush()
-    # Everything is closed and written.  Finalizing Python and NumPy would take 15 ms.
-    os._exit(code)
+    with _signals() as signals:
+        code = _ended(sys.argv[1:], signals)
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        # The handlers stay: a signal that comes now does not change the exit code.
+        # Everything is closed and written, and finalizing would take 15 ms.
+        os._exit(code)
+
+
+def _ended(argv: Sequence[str], signals: EndingSignals) -> int:
+    """Run the command and return its exit code, also if a signal ends it."""
+    # NumPy's BLAS starts a thread per core on import, and imgcore uses none of them.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    try:
+        _prepare_streams()
+        with _warnings():
+            code = _run(list(argv), signals)
+        signals.ignore()
+        return code
+    except KeyboardInterrupt:
+        return _ended_by(signal.SIGINT)
+    except Terminated as error:
+        return _ended_by(error.signal_number)
+
+
+class _NamedStdout(io.TextIOWrapper):
+    """The process's stdout, whose errors say that it is stdout."""
+
+    def write(self, text: str) -> int:
+        with named_errors("stdout"):
+            return super().write(text)
+
+    def flush(self) -> None:
+        with named_errors("stdout"):
+            super().flush()
 
 
 def _prepare_streams() -> None:
@@ -155,11 +168,15 @@ def _prepare_streams() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (stays open)
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+    if type(sys.stdout) is io.TextIOWrapper:
+        old = sys.stdout
+        encoding, buffers_lines = old.encoding, old.line_buffering
+        sys.stdout = _NamedStdout(
+            old.detach(), encoding, "backslashreplace", line_buffering=buffers_lines
+        )
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: list[str], signals: EndingSignals) -> int:
     """Run the verb; turn an exception into one line and an exit code.
 
     Exceptions that signals raise pass through.
@@ -183,7 +200,8 @@ def _run(arguments: list[str]) -> int:
     except Exception as error:
         if os.environ.get(_DEBUG_VARIABLE):
             raise
-        return _fail(_error_text(error), _code(_FAILURE_CODES, ctx, EXIT_FAILURE))
+        text = _error_text(error) + ("; the target is complete" if signals.is_late else "")
+        return _fail(text, _code(_FAILURE_CODES, ctx, EXIT_FAILURE))
     return result if isinstance(result, int) else 0
 
 
@@ -216,7 +234,7 @@ def _fail_usage(error: click.UsageError, code: int) -> int:
 
 
 def _ended_by(number: int) -> int:
-    return _fail(f"ended by {signal.Signals(number).name}", _EXIT_SIGNAL + number)
+    return _fail(f"ended by {signal_name(number)}", _EXIT_SIGNAL + number)
 
 
 class _WarningLines(logging.Handler):
@@ -247,44 +265,3 @@ def _warnings() -> Iterator[None]:
         logger.removeHandler(handler)
         logger.setLevel(level)
         logger.propagate = propagate
-
-
-@contextmanager
-def _signals() -> Iterator[None]:
-    """Turn the first of SIGINT, SIGTERM and SIGHUP into an exception.
-
-    Later ones are ignored, so that they cannot interrupt the clean-up.  A signal that
-    the caller ignores (nohup, background jobs) stays ignored.
-    """
-    previous: dict[int, Any] = {}
-    has_come = False
-
-    def handle(number: int, _frame: FrameType | None) -> None:
-        nonlocal has_come
-        if has_come:
-            return
-        has_come = True
-        raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
-
-    def repeat(lost: sys.UnraisableHookArgs) -> None:
-        # Python drops exceptions that are raised in a finalizer: send the signal again.
-        nonlocal has_come
-        if not isinstance(lost.exc_value, KeyboardInterrupt | Terminated):
-            previous_hook(lost)
-            return
-        has_come = False
-        number = getattr(lost.exc_value, "signal_number", signal.SIGINT)
-        threading.Timer(_REPEAT_SECONDS, os.kill, (os.getpid(), number)).start()
-
-    previous_hook, sys.unraisablehook = sys.unraisablehook, repeat
-    if threading.current_thread() is threading.main_thread():
-        for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(ending) is not signal.SIG_IGN:
-                previous[ending] = signal.getsignal(ending)
-                signal.signal(ending, handle)
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        sys.unraisablehook = previous_hook

@@ -47,7 +47,7 @@ def command(
     Backing files are included.  The table lists only stored data; JSON output also
     lists holes and zeros.
     """
-    from imgcore.verbs.map import map
+    from imgcore.verbs.map import StartPastEndError, map
 
     entries = map(
         file,
@@ -55,8 +55,11 @@ def command(
         length=max_length,
         **opening,
     )
-    lines = _json_lines(entries) if as_json else _table_lines(entries)
-    sys.stdout.writelines(lines)
+    lines = _json_lines if as_json else _table_lines
+    try:
+        sys.stdout.writelines(lines(entries))
+    except StartPastEndError:  # qemu-img lists nothing
+        sys.stdout.writelines(lines(()))
 
 
 def _json_lines(entries: Iterable[MapEntry]) -> Iterator[str]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import click
 
 from imgcore.cli.common import discard_stdout, say
+from imgcore.cli.signals import State
 from imgcore.errors import OptionError
 from imgcore.sizes import format_size
 
@@ -132,8 +133,8 @@ class Reporter:
 
     @property
     def callback(self) -> Any:
-        """The callback for ``progress=``; None if nothing is reported."""
-        return self.update if self.interval_seconds != float("inf") else None
+        """The callback for ``progress=``: SIGUSR1 asks for the state in every mode."""
+        return self.update
 
     def update(self, counters: Counters) -> None:
         now = time.monotonic()
@@ -150,6 +151,19 @@ class Reporter:
     def show(self, counters: Counters) -> None:
         """Print the state on stderr."""
 
+    def state(self) -> str:
+        """Return one line that tells how far the job is, for SIGUSR1."""
+        if self._counters is None:
+            return "imgcore: nothing done yet"
+        return f"imgcore: {self.state_of(self._counters)}"
+
+    def state_of(self, counters: Counters) -> str:
+        text = f"{percent(counters):.1f}% of {format_size(counters.total)}"
+        if counters.done < counters.total:
+            left = self._rate.seconds_left(counters.total)
+            text += f", {rate_text(self._rate.per_second)}, {time_text(left)} left"
+        return text
+
     def finish(self) -> None:
         """Show the final state of a job that succeeded."""
 
@@ -157,6 +171,7 @@ class Reporter:
         """Restore the terminal, also after a failure."""
 
     def __enter__(self) -> Reporter:
+        State.told_by(self.state)
         return self
 
     def __exit__(
@@ -165,6 +180,7 @@ class Reporter:
         _error: BaseException | None,
         _traceback: TracebackType | None,
     ) -> None:
+        State.told_by(None)
         if error_type is None:
             self.finish()
         self.close()
@@ -173,9 +189,15 @@ class Reporter:
 class JsonReporter(Reporter):
     """Prints one JSON object per line."""
 
-    interval_seconds = _JSON_INTERVAL_SECONDS
+    interval_seconds: float = _JSON_INTERVAL_SECONDS
 
     def show(self, counters: Counters) -> None:
+        say(self.state_of(counters))
+
+    def state(self) -> str:
+        return super().state() if self._counters is None else self.state_of(self._counters)
+
+    def state_of(self, counters: Counters) -> str:
         left = self._rate.seconds_left(counters.total)
         line = {
             "done": counters.done,
@@ -184,7 +206,7 @@ class JsonReporter(Reporter):
             "rate": round(self._rate.per_second),
             "eta": None if left is None else round(left, 1),
         }
-        say(json.dumps(line))
+        return json.dumps(line)
 
     def finish(self) -> None:
         if self._counters is not None and self._counters != self._shown:
@@ -194,18 +216,13 @@ class JsonReporter(Reporter):
 class PlainReporter(Reporter):
     """Prints a line every few seconds, for logs."""
 
-    interval_seconds = _PLAIN_INTERVAL_SECONDS
+    interval_seconds: float = _PLAIN_INTERVAL_SECONDS
 
     def is_due(self, elapsed: float) -> bool:
         return elapsed >= self.interval_seconds
 
     def show(self, counters: Counters) -> None:
-        text = f"{percent(counters):.1f}% of {format_size(counters.total)}"
-        rate = self._rate.per_second
-        left = self._rate.seconds_left(counters.total)
-        if counters.done < counters.total:
-            text += f", {rate_text(rate)}, {time_text(left)} left"
-        say(text)
+        say(self.state_of(counters))
 
     def finish(self) -> None:
         if self._counters is not None:
@@ -221,7 +238,7 @@ class QemuReporter(Reporter):
     Source: QEMU, util/qemu-progress.c.
     """
 
-    interval_seconds = 0.0
+    interval_seconds: float = 0.0
 
     def __init__(self) -> None:
         super().__init__()
@@ -230,7 +247,7 @@ class QemuReporter(Reporter):
 
     def __enter__(self) -> Reporter:
         self._print(0.0)
-        return self
+        return super().__enter__()
 
     def show(self, counters: Counters) -> None:
         now = percent(counters)
@@ -263,7 +280,7 @@ class QemuReporter(Reporter):
 class BothReporter(Reporter):
     """Prints plain lines on stderr, and on stdout what callers of qemu-img read."""
 
-    interval_seconds = 0.0
+    interval_seconds: float = 0.0
 
     def __init__(self, *reporters: Reporter) -> None:
         super().__init__()
@@ -290,7 +307,7 @@ class BothReporter(Reporter):
 class BarReporter(Reporter):
     """Draws a bar with rate and time left, on the calling thread."""
 
-    interval_seconds = _BAR_INTERVAL_SECONDS
+    interval_seconds: float = _BAR_INTERVAL_SECONDS
 
     def __init__(self, label: str, *, delay: float = 0.0) -> None:
         super().__init__()
@@ -301,6 +318,10 @@ class BarReporter(Reporter):
 
     def is_due(self, elapsed: float) -> bool:
         return elapsed >= self._delay
+
+    def state(self) -> str:
+        # The bar has the terminal's line.
+        return super().state() if self._bar is None else f"\n{super().state()}"
 
     def show(self, counters: Counters) -> None:
         if self._bar is None:

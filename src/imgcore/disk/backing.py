@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from imgcore.border import FilePath, file_name
 from imgcore.errors import OptionError
 from imgcore.files.reference_gate import PROTOCOL
 from imgcore.formats.api import BackingReference, Inheritable
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def backing_reference(
-    target: str, backing: str | os.PathLike[str] | None, backing_format: str | None
+    target: str, backing: FilePath | None, backing_format: str | None
 ) -> BackingReference | None:
     """Return the reference to store; OptionError if only one of the two is given."""
     if backing is None:
@@ -28,7 +29,7 @@ def backing_reference(
         raise OptionError(
             "the backing file's format is never guessed: state it with -F", path=target
         )
-    return BackingReference(os.fspath(backing), canonical_name(backing_format))
+    return BackingReference(file_name(backing), canonical_name(backing_format))
 
 
 def backing_path(target: str, reference: BackingReference) -> str:

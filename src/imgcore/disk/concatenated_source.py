@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from imgcore.engine.batches import Supply
     from imgcore.engine.extents import Extents
     from imgcore.engine.geometry import Geometry
+    from imgcore.files.byte_source import ByteSource
 
 
 class ConcatenatedSource:
@@ -29,19 +30,22 @@ class ConcatenatedSource:
         # Where each part starts: its first byte of the disk, its first file.
         self._starts: list[int] = []
         self._first_files: list[int] = []
-        self.virtual_size = n_files = 0
+        self.virtual_size: int = 0
+        n_files = 0
         for part in parts:
             self._starts.append(self.virtual_size)
             self._first_files.append(n_files)
             self.virtual_size += part.virtual_size
             n_files += len(part.sources)
-        self.exact_nbytes = self._starts[-1] + parts[-1].exact_nbytes
-        self.path = ", ".join(part.path for part in parts)
-        self.format = ", ".join(dict.fromkeys(part.format for part in parts))
+        self.exact_nbytes: int = self._starts[-1] + parts[-1].exact_nbytes
+        self.path: str = ", ".join(part.path for part in parts)
+        self.format: str = ", ".join(dict.fromkeys(part.format for part in parts))
         stated = [part.logical_sector_nbytes for part in parts]
-        self.logical_sector_nbytes = max((n for n in stated if n is not None), default=None)
+        self.logical_sector_nbytes: int | None = max(
+            (n for n in stated if n is not None), default=None
+        )
         files = (file for part in parts for file in part.files)
-        self.files = list({file.identity: file for file in files}.values())
+        self.files: list[ByteSource] = list({file.identity: file for file in files}.values())
 
     def describe(self) -> list[dict[str, Any]]:
         """Describe the images of all chains."""

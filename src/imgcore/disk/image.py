@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar, cast
 
+from imgcore.border import FilePath, file_name, integer
 from imgcore.disk.chain import open_chain
 from imgcore.disk.open_options import OpenOptions
+from imgcore.files.closable import Closable
 from imgcore.formats.api import SectorSized
 from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
+    import numpy as np
+    from _typeshed import WriteableBuffer
+
+    from imgcore._core import File
     from imgcore.disk.layer import Layer
-    from imgcore.disk.open_options import Parents
     from imgcore.disk.overlay import Depths
     from imgcore.disk.salvage import Salvage
     from imgcore.engine.extents import Extents
     from imgcore.engine.source_file import SourceFile
     from imgcore.files.byte_source import ByteSource
+    from imgcore.files.host_file import HostFile
+    from imgcore.formats.api import Reader
 
 
-class Image:
+_Item = TypeVar("_Item")
+
+
+class Image(Closable):
     """A virtual disk that is open for reading; `imgcore.open` returns it.
+
+    Several threads may use it at once, and any of them may close it: uses in progress
+    end normally, every later one raises ValueError.  An image that is dropped without
+    `close` is closed with a ResourceWarning.
 
     Attributes
     ----------
@@ -36,37 +48,33 @@ class Image:
         Bytes of the virtual disk.
     block_size : int
         Bytes of its allocation unit (cluster, grain).
-    chain : list of Layer
-        The image, then its backing file, and so on.
-    layers : list of Reader
-        The reader of each.
     sources : list of SourceFile
-        Every file that extents refer to by index.
-    files : list of HostFile
-        Every file that was opened by name, the image first.
+        Every file that extents refer to by index, those of backing files included.
+    paths : list of str
+        Their names.
     """
 
+    _what = "image"
+
     def __init__(self, chain: Sequence[Layer]) -> None:
-        self.chain = list(chain)
-        self.path = self.chain[0].file.path
-        self.layers = [layer.reader for layer in self.chain]
-        self.reader = self.layers[0]
-        self.format = self.reader.format_name
-        self.subformat = self.reader.subformat
-        self.virtual_size = self.reader.virtual_size
-        self.block_size = self.reader.block_nbytes
+        # The verbs use what is inside: each layer, its reader, and the files that were
+        # opened by name, the image first.
+        self.chain: list[Layer] = list(chain)
+        self.path: str = self.chain[0].file.path
+        self.layers: list[Reader] = [layer.reader for layer in self.chain]
+        self.reader: Reader = self.layers[0]
+        self.format: str = self.reader.format_name
+        self.subformat: str | None = self.reader.subformat
+        self.virtual_size: int = self.reader.virtual_size
+        self.block_size: int = self.reader.block_nbytes
         self.sources: list[SourceFile] = []
         # The index of each layer's first file in ``sources``.
         self.first_files: list[int] = []
-        self.files = [layer.file for layer in self.chain]
-        # Reentrant: a signal handler may close the image in the middle of a read.
-        self._lock = threading.RLock()
-        # The opener, and each read in progress.
-        self._n_users = 1
-        self._is_closed = False
+        self.files: list[HostFile] = [layer.file for layer in self.chain]
         for layer in self.layers:
             self.first_files.append(len(self.sources))
             self.sources.extend(layer.sources)
+        super().__init__()
 
     @property
     def paths(self) -> list[str]:
@@ -76,10 +84,12 @@ class Image:
     @property
     def logical_sector_nbytes(self) -> int | None:
         """Bytes of a logical sector, or None if the format does not state it."""
-        return self.reader.logical_sector_nbytes if isinstance(self.reader, SectorSized) else None
+        with self._in_use():
+            reader = self.reader
+            return reader.logical_sector_nbytes if isinstance(reader, SectorSized) else None
 
     def layer_extents(
-        self, start: int = 0, length: int | None = None
+        self, start: SupportsIndex = 0, length: SupportsIndex | None = None
     ) -> Iterator[tuple[Extents, Depths]]:
         """Yield extents as `extents` does, and for each the layer that it comes from.
 
@@ -89,15 +99,11 @@ class Image:
             The extents, and their depths (uint16): 0 for the image itself, 1 for its
             backing file, and so on.
         """
-        from imgcore.disk.overlay import chain_extents
+        return self._guarded(self._layer_extents(*self._range(start, length)))
 
-        length = self.virtual_size - start if length is None else length
-        if start < 0 or length < 0 or start + length > self.virtual_size:
-            raise ValueError(f"[{start}, {start + length}) is not inside the disk")
-        if length:
-            yield from chain_extents(self.layers, self.first_files, start, length)
-
-    def extents(self, start: int = 0, length: int | None = None) -> Iterator[Extents]:
+    def extents(
+        self, start: SupportsIndex = 0, length: SupportsIndex | None = None
+    ) -> Iterator[Extents]:
         """Yield the extents of a range: where its bytes are stored.
 
         Parameters
@@ -117,42 +123,98 @@ class Image:
 
         Raises
         ------
+        ValueError
+            The range is not inside the disk, or the image is closed; raised at the
+            call, and for an image that is closed later by the next step.
         CorruptImageError
             A table entry points outside its file.
         """
-        for rows, _ in self.layer_extents(start, length):
-            yield rows
+        return self._guarded(self._extents(*self._range(start, length)))
 
     def data_extents(
-        self, start: int = 0, length: int | None = None, *, salvage: Salvage | None = None
+        self, start: SupportsIndex = 0, length: SupportsIndex | None = None
     ) -> Iterator[Extents]:
-        """Yield the extents of a range, with long holes of host files as ZERO.
+        """Yield the extents of a range, with long holes of host files as ZERO."""
+        return self._guarded(self._data_extents(*self._range(start, length)))
 
-        With ``salvage``, what is lost is ZERO, too, and listed there.
-        """
+    def salvaged_extents(self, salvage: Salvage) -> Iterator[Extents]:
+        """Yield the data extents of the disk; what is lost is ZERO, and listed."""
+        return self._guarded(self._salvaged_extents(salvage))
+
+    def _range(self, start: SupportsIndex, length: SupportsIndex | None) -> tuple[int, int]:
+        """Return a range of the disk as two ints; ValueError if it is not inside."""
+        with self._in_use():
+            start = integer(start, "start")
+            length = self.virtual_size - start if length is None else integer(length, "length")
+            if start < 0 or length < 0 or start + length > self.virtual_size:
+                raise ValueError(
+                    f"{self.path}: the range is not inside the disk of {self.virtual_size} bytes: "
+                    f"start {start}, length {length}"
+                )
+            return start, length
+
+    def _guarded(self, batches: Iterator[_Item]) -> Iterator[_Item]:
+        """Yield from an iterator that uses the files: only its steps keep them open."""
+        while True:
+            with self._in_use():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    # These are used where the image is already in use.
+
+    def _layer_extents(self, start: int, length: int) -> Iterator[tuple[Extents, Depths]]:
+        from imgcore.disk.overlay import chain_extents
+
+        if length:
+            yield from chain_extents(self.layers, self.first_files, start, length)
+
+    def _extents(self, start: int, length: int) -> Iterator[Extents]:
+        return (rows for rows, _ in self._layer_extents(start, length))
+
+    def _data_extents(self, start: int, length: int) -> Iterator[Extents]:
         from imgcore.disk.host_holes import HostHoles
 
         holes = HostHoles(self.sources)
-        for rows, depths in self.layer_extents(start, length):
-            known = [rows] if salvage is None else salvage.take(rows, depths)
-            for part in known:
+        for rows in self._extents(start, length):
+            yield from holes.cut(rows)
+
+    def _salvaged_extents(self, salvage: Salvage) -> Iterator[Extents]:
+        from imgcore.disk.host_holes import HostHoles
+
+        holes = HostHoles(self.sources)
+        for rows, depths in self._layer_extents(0, self.virtual_size):
+            for part in salvage.take(rows, depths):
                 yield from holes.cut(part)
 
-    def read(self, offset: int, length: int) -> bytes:
+    def read(self, offset: SupportsIndex, length: SupportsIndex) -> bytes:
         """Return ``length`` bytes of the virtual disk, starting at ``offset``.
 
         Raises
         ------
         ValueError
-            The range does not lie inside the disk.
+            The range is not inside the disk, or the image is closed.
         CorruptImageError, OSError
             The bytes cannot be read.
         """
-        buffer = bytearray(length)
-        self.readinto(offset, buffer)
-        return bytes(buffer)
+        from imgcore._core import File
 
-    def readinto(self, offset: int, buffer: Any, *, threads: int | None = None) -> None:
+        with self._in_use():
+            offset, length = self._range(offset, length)
+            if not length:
+                return b""
+            content, target = File.new_bytes(length, offset % SECTOR_NBYTES)
+            self._fill(target, offset, length, None)
+            return content
+
+    def readinto(
+        self,
+        offset: SupportsIndex,
+        buffer: WriteableBuffer | np.ndarray[Any, Any],
+        *,
+        threads: SupportsIndex | None = None,
+    ) -> None:
         """Fill a buffer with the bytes of the virtual disk that start at ``offset``.
 
         Parameters
@@ -164,67 +226,55 @@ class Image:
         threads : int, optional
             Number of worker threads; one per CPU by default, fewer for short reads.
 
+        Raises
+        ------
+        ValueError, CorruptImageError, OSError
+            As for `read`.
+
         Notes
         -----
-        Several threads may call this at once.  Reads of whole sectors avoid a copy.
+        Several threads may call this at once.
         """
-        with memoryview(buffer) as view, view.cast("B") as octets:
-            end = offset + len(octets)
-            if offset < 0 or end > self.virtual_size:
-                raise ValueError(f"[{offset}, {end}) is not inside the disk")
-            if not len(octets):
-                return
-            first = offset - offset % SECTOR_NBYTES
-            last = min(end + -end % SECTOR_NBYTES, self.virtual_size)
-            with self._reading():
-                if (first, last) == (offset, end):
-                    self._read_sectors(first, octets, threads)
-                    return
-                whole = bytearray(last - first)
-                self._read_sectors(first, memoryview(whole), threads)
-            octets[:] = whole[offset - first : end - first]
+        from imgcore._core import File
 
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Keep the files open during a read."""
-        with self._lock:
-            if self._is_closed:
-                raise ValueError(f"{self.path}: the image is closed")
-            self._n_users += 1
-        try:
-            yield
-        finally:
-            self._release()
+        with (
+            self._in_use(),
+            memoryview(cast("WriteableBuffer", buffer)) as view,
+            view.cast("B") as octets,
+        ):
+            offset, length = self._range(offset, len(octets))
+            if length:
+                target = File.part(octets, offset % SECTOR_NBYTES)
+                self._fill(target, offset, length, threads)
 
-    def _read_sectors(self, start: int, view: memoryview, threads: int | None) -> None:
-        from imgcore._core import File, Job
+    def _fill(self, target: File, offset: int, length: int, threads: SupportsIndex | None) -> None:
+        """Move whole sectors to a target, which keeps the bytes of the range."""
+        from imgcore._core import Job
         from imgcore.engine.geometry import Geometry, Placing, ZeroPolicy
-        from imgcore.engine.job import chosen_variants, thread_count, translated_errors
+        from imgcore.engine.job import chosen_variants, read_thread_count, translated_errors
         from imgcore.engine.source_file import native_sources
-        from imgcore.limits import MIB
 
-        if threads is None:
-            threads = min(thread_count(None), 1 + len(view) // MIB)
+        start = offset - offset % SECTOR_NBYTES
+        end = min(offset + length + -(offset + length) % SECTOR_NBYTES, self.virtual_size)
         geometry = Geometry(
             block_nbytes=SECTOR_NBYTES,
-            guest_nbytes=start + len(view),
+            guest_nbytes=end,
             placing=Placing.IDENTITY,
             zero_policy=ZeroPolicy.EXPLICIT,
             guest_base=start,
             sparse_nbytes=0,
         )
-        target = File.from_memory(view, writable=True)
         try:
             with translated_errors(self.paths):
                 job = Job(
                     sources=native_sources(self.sources),
                     geometry=geometry,
                     target=target,
-                    threads=thread_count(threads),
+                    threads=read_thread_count(threads, length),
                     variants=chosen_variants(None),
                 )
                 try:
-                    for rows in self.extents(start, len(view)):
+                    for rows in self._extents(start, end - start):
                         first = int(rows["guest_offset"][0])
                         job.run(first, first + int(rows["length"].sum()), rows)
                 finally:
@@ -233,42 +283,36 @@ class Image:
             target.close()
 
     def info(self) -> dict[str, Any]:
-        """Describe the image, with the keys of ``qemu-img info --output=json``."""
+        """Describe the image, with the keys of ``qemu-img info --output=json``.
+
+        Raises
+        ------
+        ValueError
+            The image is closed.
+        """
         from imgcore.disk.describe import describe_layer
 
-        return describe_layer(self.chain[0])
+        with self._in_use():
+            return describe_layer(self.chain[0])
 
     def check_unchanged(self) -> None:
         """Raise ImgcoreError if a file of the chain has changed since it was opened."""
-        for file in self.every_file():
-            file.check_unchanged()
+        with self._in_use():
+            for file in self.every_file():
+                file.check_unchanged()
 
     def every_file(self) -> list[ByteSource]:
         """Return the files of all layers, each once."""
         files = [*self.files, *(source.file for source in self.sources)]
         return list(dict.fromkeys(files))
 
-    def close(self) -> None:
-        """Close every file; may be called more than once.
-
-        Reads in progress on other threads finish first; the last one closes the files.
-        """
-        with self._lock:
-            if self._is_closed:
-                return
-            self._is_closed = True
-            self._release()
-
-    def _release(self) -> None:
-        with self._lock:
-            self._n_users -= 1
-            if self._n_users:
-                return
-            for layer in self.chain:
-                layer.close()
+    def _free(self) -> None:
+        for layer in self.chain:
+            layer.close()
 
     def __enter__(self) -> Image:
-        return self
+        with self._in_use():
+            return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -278,20 +322,20 @@ class Image:
 
 
 def open(
-    path: str | os.PathLike[str],
+    path: FilePath,
     *,
     format: str | None = None,
     backing_format: str | None = None,
-    parent: Parents = None,
+    parent: FilePath | Sequence[FilePath] | None = None,
     read_options: Mapping[str, Any] | Sequence[str] | None = None,
-    allow: Sequence[str | os.PathLike[str]] = (),
+    allow: Sequence[FilePath] = (),
     share: bool = False,
 ) -> Image:
     """Open an image and its backing files for reading.
 
     Parameters
     ----------
-    path : str or os.PathLike
+    path : str, bytes or os.PathLike
         A regular file or a block device.
     format : str, optional
         ``raw``, ``qcow2``, ``vmdk``, ``vhd``, ``vhdx`` or ``vdi``; detected by its
@@ -303,14 +347,14 @@ def open(
     backing_format : str, optional
         Format of backing files whose format the image does not state; it is never
         guessed.
-    parent : str, os.PathLike or sequence of them, optional
+    parent : str, bytes or os.PathLike, or a sequence of them, optional
         The image's parent (backing file), instead of the file that the image names.
         Its identity is verified against the one that the image states.  A sequence has
         one name for each level: the parent, the parent's parent, and so on.
     read_options : mapping or sequence of str, optional
         Options for reading the image, as a mapping or as strings ``"key=value,..."``.
         VHD has ``size``, which is ``chs`` or ``current``.
-    allow : sequence of str or os.PathLike
+    allow : sequence of str, bytes or os.PathLike
         Further folders in which files that an image names may lie.  The image's own
         folder is always allowed.
     share : bool
@@ -341,11 +385,17 @@ def open(
         allow=allow,
         share=share,
     )
-    return open_image(path, options)
+    return open_image(file_name(path), options)
 
 
 def open_image(
     path: str | os.PathLike[str], options: OpenOptions, *, parents: bool = True
 ) -> Image:
     """Open an image; without ``parents``, only its headers can be used."""
-    return Image(open_chain(path, options, parents=parents))
+    chain = open_chain(path, options, parents=parents)
+    try:
+        return Image(chain)
+    except BaseException:
+        for layer in chain:
+            layer.close()
+        raise

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from imgcore.disk.image import Image
-    from imgcore.disk.salvage import Salvage
     from imgcore.engine.extents import Extents
     from imgcore.engine.geometry import Geometry
 
@@ -30,25 +29,25 @@ def disk_batches(extents: Iterator[Extents], nbytes: int, geometry: Geometry) ->
 
 
 def image_batches(
-    image: Image, base: Image | None, geometry: Geometry, salvage: Salvage | None = None
+    image: Image, extents: Iterator[Extents], base: Image | None, geometry: Geometry
 ) -> Iterator[Batch]:
     """Yield the disk in batches; long empty parts are skipped if none is written.
 
     Parameters
     ----------
     image : Image
+    extents : iterator of ndarray
+        Its data extents.
     base : Image, optional
         The target's parent.  Its files are numbered after those of ``image``.
     geometry : Geometry
         The target's.  Its disk may be larger than the image's and then ends in zeros.
         It may also be smaller, by less than a sector.
-    salvage : Salvage, optional
-        Receives what is lost of the image.
     """
     disk_end = geometry.guest_nbytes
     if base is None:
-        return disk_batches(image.data_extents(salvage=salvage), image.virtual_size, geometry)
-    rows = resized(image.data_extents(), image.virtual_size, disk_end)
+        return disk_batches(extents, image.virtual_size, geometry)
+    rows = resized(extents, image.virtual_size, disk_end)
     base_end = min(base.virtual_size, disk_end)
     base_rows = padded(base.data_extents(0, base_end), base_end, disk_end)
     return _over_base(_cut(rows, geometry), _cut(base_rows, geometry), len(image.sources))

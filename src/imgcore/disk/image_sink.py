@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -46,7 +46,7 @@ class ImageSink:
         options: SinkOptions,
     ) -> None:
         """Make the writer, which rejects disks that the format cannot represent."""
-        self.overwrites = False
+        self.overwrites: bool = False
         # Whether the image takes the place of the old content, which a raw disk keeps
         # where it does not reach.
         self._replaces = target.in_place and options.format != PLAIN_FORMAT
@@ -118,8 +118,10 @@ class ImageSink:
             n_blocks = count_blocks(self._source.data_extents(), geometry.block_nbytes)
             yield self._driver.measure(self._request, n_blocks * geometry.block_nbytes).required
         rehearsal, writer = Rehearsal(self._target), self._driver.writer(self._request)
-        self._write_parts(writer, writer.begin(rehearsal), tally.before_start())
-        yield rehearsal.main.nbytes
+        with closing(rehearsal.main) as counted:
+            self._write_parts(writer, writer.begin(rehearsal), tally.before_start())
+            nbytes = counted.nbytes
+        yield nbytes
 
     def _move(
         self, writer: Writer, data_file: TargetFile, tally: Tally

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from imgcore.engine.batches import Supply
     from imgcore.engine.extents import Extents
     from imgcore.engine.geometry import Geometry
+    from imgcore.engine.source_file import SourceFile
+    from imgcore.files.byte_source import ByteSource
 
 
 class ImageSource:
@@ -29,14 +31,14 @@ class ImageSource:
     def __init__(self, image: Image) -> None:
         self._image = image
         self._salvage: Salvage | None = None
-        self.path = image.path
-        self.format = image.format
-        self.virtual_size = image.virtual_size
+        self.path: str = image.path
+        self.format: str = image.format
+        self.virtual_size: int = image.virtual_size
         is_flat = image.reader.is_flat
-        self.exact_nbytes = image.files[0].nbytes if is_flat else image.virtual_size
-        self.logical_sector_nbytes = image.logical_sector_nbytes
-        self.files = image.every_file()
-        self.sources = image.sources
+        self.exact_nbytes: int = image.files[0].nbytes if is_flat else image.virtual_size
+        self.logical_sector_nbytes: int | None = image.logical_sector_nbytes
+        self.files: list[ByteSource] = image.every_file()
+        self.sources: Sequence[SourceFile] = image.sources
 
     def describe(self) -> list[dict[str, Any]]:
         """Describe the image, then its parent, and so on."""
@@ -50,7 +52,9 @@ class ImageSource:
 
     def data_extents(self) -> Iterator[Extents]:
         """Yield the extents of the disk, with long holes of host files as ZERO."""
-        return self._image.data_extents(salvage=self._new_salvage())
+        salvage = self._new_salvage()
+        image = self._image
+        return image.data_extents() if salvage is None else image.salvaged_extents(salvage)
 
     def lost(self) -> Sequence[BadRange]:
         """Return what was lost in the last pass over the extents."""
@@ -90,6 +94,6 @@ class ImageSource:
             Supply(
                 paths=[source.file.path for source in sources],
                 native_sources=native_sources(sources),
-                batches=image_batches(self._image, base, geometry, self._new_salvage()),
+                batches=image_batches(self._image, self.data_extents(), base, geometry),
             )
         )

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from imgcore.border import FilePath, file_name
 from imgcore.files.reference_gate import folder_names
 from imgcore.formats.shared.damage import SALVAGING, STRICT, Damage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-    from typing import TypeAlias
+    from collections.abc import Iterable
 
     from imgcore.formats.option_texts import OptionTexts
-
-    Parents: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
 
 
 class Flags(NamedTuple):
@@ -60,9 +58,9 @@ class OpenOptions(NamedTuple):
         *,
         format: str | None = None,
         backing_format: str | None = None,
-        parent: Parents = None,
+        parent: FilePath | Sequence[FilePath] | None = None,
         read_options: OptionTexts | None = None,
-        allow: Iterable[str | os.PathLike[str]] = (),
+        allow: Iterable[FilePath] = (),
         share: bool = False,
         flags: Flags = FLAGS,
         salvage: bool = False,
@@ -80,9 +78,9 @@ class OpenOptions(NamedTuple):
         )
 
 
-def _names(parent: Parents) -> tuple[str, ...]:
+def _names(parent: FilePath | Sequence[FilePath] | None) -> tuple[str, ...]:
     if parent is None:
         return ()
-    if isinstance(parent, str | os.PathLike):
-        return (os.fspath(parent),)
-    return tuple(os.fspath(name) for name in parent)
+    if isinstance(parent, Sequence) and not isinstance(parent, str | bytes):
+        return tuple(file_name(name) for name in parent)
+    return (file_name(parent),)

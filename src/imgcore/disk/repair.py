@@ -19,7 +19,8 @@ from imgcore.errors import (
     TargetError,
     UnsupportedFeatureError,
 )
-from imgcore.files.copying import copy_attributes, copy_content
+from imgcore.files.attributes import copy_attributes
+from imgcore.files.copying import copy_content
 from imgcore.files.identity import same_file
 from imgcore.files.target import Target
 from imgcore.formats.api import Repairable
@@ -27,7 +28,7 @@ from imgcore.formats.registry import get_driver
 from imgcore.limits import MAX_REPAIR_RANGES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
@@ -57,7 +58,13 @@ class Outcome(NamedTuple):
     obstacles: list[str]
 
 
-def repair(layer: Layer, before: CheckReport, *, leaks_only: bool = False) -> Outcome:
+def repair(
+    layer: Layer,
+    before: CheckReport,
+    commit: Callable[[Target, Outcome], None],
+    *,
+    leaks_only: bool = False,
+) -> Outcome:
     """Repair everything that can be repaired safely, and check the result.
 
     Parameters
@@ -66,6 +73,8 @@ def repair(layer: Layer, before: CheckReport, *, leaks_only: bool = False) -> Ou
         The open image; it still shows the state before the repair afterwards.
     before : CheckReport
         The problems of the image.
+    commit : callable
+        Commits the repaired copy; it is not called if there are no repairs.
     leaks_only : bool
         Only free space that nothing uses.
 
@@ -100,9 +109,11 @@ def repair(layer: Layer, before: CheckReport, *, leaks_only: bool = False) -> Ou
         if after.corruptions > before.corruptions or after.leaks > before.leaks:
             raise ImgcoreError("the repairs do not help, so nothing was changed", path=file.path)
         copy_attributes(file, target.main)
+        target.prepare()
         file.check_unchanged()
-        target.commit()
-    return Outcome(after, repairs, obstacles)
+        outcome = Outcome(after, repairs, obstacles)
+        commit(target, outcome)
+    return outcome
 
 
 def _obstacles(reader: Repairable, report: CheckReport, leaks_only: bool) -> list[str]:

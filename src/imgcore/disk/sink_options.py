@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, SupportsIndex
 
+from imgcore.border import integer
 from imgcore.disk.backing import backing_reference
 from imgcore.disk.profile_fitting import fitting_format, fitting_options, refuse_against_profile
 from imgcore.disk.target_format import target_format
 from imgcore.engine.control import Control
 from imgcore.engine.job import chosen_variants, thread_count
 from imgcore.errors import OptionError
+from imgcore.formats.registry import PLAIN_FORMAT
 from imgcore.limits import MIB, SECTOR_NBYTES
 from imgcore.sizes import parse_size
 
 if TYPE_CHECKING:
     from imgcore._core import RateLimit
+    from imgcore.border import FilePath
     from imgcore.formats.api import BackingReference
     from imgcore.formats.option_texts import OptionTexts
     from imgcore.formats.options import FormatOptions
@@ -50,17 +52,17 @@ class SinkOptions(NamedTuple):
         format: str | None,
         options: OptionTexts | None,
         compress: bool,
-        backing: str | os.PathLike[str] | None,
+        backing: FilePath | None,
         backing_format: str | None,
-        sparse: int | str,
-        threads: int | None,
+        sparse: SupportsIndex | str,
+        threads: SupportsIndex | None,
         in_place: bool,
         target_is_zero: bool,
         salvage: bool,
         reflink: bool,
         kernels: Mapping[str, str] | None,
         profile: str | None,
-        rate: int | str | None,
+        rate: SupportsIndex | str | None,
         control: Control | None,
     ) -> SinkOptions:
         """Return the record; OptionError if the keywords contradict each other."""
@@ -96,6 +98,12 @@ class SinkOptions(NamedTuple):
             limit=_rate_limit(rate, control),
         )
 
+    @property
+    def could_be_in_place(self) -> bool:
+        """Whether these options allow that the disk is written over an existing one."""
+        is_plain = self.format == PLAIN_FORMAT and self.backing is None and not self.compress
+        return is_plain and self.profile is None
+
 
 def _profile(name: str) -> Profile:
     from imgcore.platforms.profiles import get_profile
@@ -103,7 +111,7 @@ def _profile(name: str) -> Profile:
     return get_profile(name)
 
 
-def _rate_limit(rate: int | str | None, control: Control | None) -> RateLimit | None:
+def _rate_limit(rate: SupportsIndex | str | None, control: Control | None) -> RateLimit | None:
     if rate is None:
         return None if control is None else control.limit
     if control is not None:
@@ -111,8 +119,8 @@ def _rate_limit(rate: int | str | None, control: Control | None) -> RateLimit | 
     return Control(rate=rate).limit
 
 
-def _sparse_nbytes(sparse: int | str) -> int:
-    nbytes = parse_size(sparse) if isinstance(sparse, str) else sparse
+def _sparse_nbytes(sparse: SupportsIndex | str) -> int:
+    nbytes = parse_size(sparse) if isinstance(sparse, str) else integer(sparse, "sparse")
     if nbytes < 0 or nbytes % SECTOR_NBYTES or nbytes > _MAX_SPARSE_NBYTES:
         raise OptionError(
             f"-S {nbytes}: it must be a multiple of {SECTOR_NBYTES}, at most {_MAX_SPARSE_NBYTES}"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from imgcore.disk.describe import allocated_nbytes
 from imgcore.errors import OptionError, UnsupportedFeatureError, WrongFormatError
 from imgcore.formats.magic import HEAD_NBYTES, matching_formats
-from imgcore.formats.registry import PLAIN_FORMAT
+from imgcore.formats.registry import PLAIN_FORMAT, is_named_stream
 from imgcore.formats.shared.last_sector import whole_sectors
 from imgcore.limits import CHUNK_NBYTES
 from imgcore.streams.names import CODEC_OF_SUFFIX, stream_suffix
@@ -24,12 +24,13 @@ if TYPE_CHECKING:
     from imgcore.engine.batches import Supply
     from imgcore.engine.extents import Extents
     from imgcore.engine.geometry import Geometry
+    from imgcore.files.byte_source import ByteSource
     from imgcore.streams.reader import StreamReader
 
 
 def is_stream(path: str | os.PathLike[str], options: OpenOptions) -> bool:
     """Tell whether name and stated format are those of a compressed raw disk."""
-    return options.format in (None, PLAIN_FORMAT) and stream_suffix(os.fspath(path)) is not None
+    return is_named_stream(os.fspath(path), options.format)
 
 
 class StreamSource:
@@ -42,10 +43,10 @@ class StreamSource:
         self._reader = reader
         # Whether the caller has stated that the content is raw.
         self._is_stated = is_stated
-        self.path = reader.path
-        self.exact_nbytes = reader.virtual_size
-        self.virtual_size = whole_sectors(reader.virtual_size, reader.path)
-        self.files = (reader.file,)
+        self.path: str = reader.path
+        self.exact_nbytes: int = reader.virtual_size
+        self.virtual_size: int = whole_sectors(reader.virtual_size, reader.path)
+        self.files: Sequence[ByteSource] = (reader.file,)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], options: OpenOptions) -> Self:
@@ -53,7 +54,9 @@ class StreamSource:
         from imgcore.streams.reader import StreamReader
 
         if options.salvage:
-            codec = CODEC_OF_SUFFIX[stream_suffix(os.fspath(path)) or ""]
+            suffix = stream_suffix(os.fspath(path))
+            assert suffix is not None, "see is_stream"
+            codec = CODEC_OF_SUFFIX[suffix]
             raise OptionError(
                 "data of a compressed stream cannot be salvaged "
                 f"({codec} -dc FILE > disk.raw writes what comes before the damage)",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 import threading
-from typing import Final
+from typing import Final, SupportsIndex
 
 from imgcore._core import RateLimit
+from imgcore.border import integer
 from imgcore.errors import OptionError
 from imgcore.sizes import MAX_SIZE, parse_size
 
@@ -28,7 +28,7 @@ class Control:
         set to a text as well (``"50M"``).  A change takes effect at once.
     """
 
-    def __init__(self, *, rate: int | str | None = None) -> None:
+    def __init__(self, *, rate: SupportsIndex | str | None = None) -> None:
         self.limit: Final = RateLimit()
         self._lock: Final = threading.Lock()
         self._rate: int | None = None
@@ -40,17 +40,17 @@ class Control:
         return self._rate
 
     @rate.setter
-    def rate(self, rate: int | str | None) -> None:
+    def rate(self, rate: SupportsIndex | str | None) -> None:
         nbytes = None if rate is None else _rate_nbytes(rate)
         with self._lock:
             self.limit.set(nbytes or 0)
             self._rate = nbytes
 
 
-def _rate_nbytes(rate: int | str) -> int:
-    nbytes = parse_size(rate) if isinstance(rate, str) else operator.index(rate)
+def _rate_nbytes(rate: SupportsIndex | str) -> int:
+    nbytes = parse_size(rate) if isinstance(rate, str) else integer(rate, "rate")
     if not 0 < nbytes <= MAX_SIZE:
         raise OptionError(
-            f"a rate of {rate} bytes a second, 1 to {MAX_SIZE} are allowed; None is no limit"
+            f"a rate of {nbytes} bytes a second, 1 to {MAX_SIZE} are allowed; None is no limit"
         )
     return nbytes

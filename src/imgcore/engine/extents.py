@@ -8,19 +8,35 @@ target block was written.  Both are NumPy structured arrays with the layout of
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    Extents = NDArray[np.void]
     Placements = NDArray[np.void]
+
+Extents: TypeAlias = np.ndarray[Any, np.dtype[np.void]]
+"""A batch of extents: an array of shape (n,) with the fields of `EXTENT_DTYPE`."""
 
 
 class Kind(IntEnum):
-    """How an extent is stored (``enum imgc_extent_kind``)."""
+    """How an extent is stored (``enum imgc_extent_kind``).
+
+    Attributes
+    ----------
+    HOLE
+        Not stored in the image: the range reads as the backing file, without one as
+        zeros.  Of a chain, only what no layer stores is a HOLE.
+    ZERO
+        Zeros, stored nowhere; they hide a backing file.
+    DATA
+        Stored as it is, at ``host_offset``.
+    DEFLATE, ZLIB, ZSTD
+        Part of one compressed block, which starts at ``host_offset`` and has
+        ``host_length`` bytes there.
+    """
 
     HOLE = 0
     ZERO = 1
@@ -60,6 +76,9 @@ EXTENT_DTYPE: Final = np.dtype(
         ("flags", "<u2"),
     ]
 )
+"""The fields of an extent, in bytes: a range of the disk (``guest_offset``, ``length``)
+and its place (``host_offset``, ``host_length``) in the file of index ``file``; its
+`Kind` in ``kind``; and ``flags``, which are for the engine."""
 
 PLACEMENT_DTYPE: Final = np.dtype([("host_offset", "<u8"), ("length", "<u4"), ("state", "<u4")])
 

@@ -6,10 +6,12 @@ import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, SupportsIndex
 
 from imgcore import _core
 from imgcore._core import Status
+from imgcore.border import integer
+from imgcore.engine.cpus import available_cpus
 from imgcore.errors import (
     ConversionCancelled,
     CorruptImageError,
@@ -18,16 +20,26 @@ from imgcore.errors import (
     OptionError,
     UnsupportedFeatureError,
 )
-from imgcore.limits import MAX_THREADS
+from imgcore.limits import MAX_THREADS, MIB
 
 
-def thread_count(threads: int | None) -> int:
-    """Return the number of workers: as requested, or one for each available CPU."""
+def thread_count(threads: SupportsIndex | None) -> int:
+    """Return the number of workers: as requested, or one for each CPU we may use."""
     if threads is None:
-        return min(len(os.sched_getaffinity(0)), MAX_THREADS)
+        return min(available_cpus(), MAX_THREADS)
+    threads = integer(threads, "threads")
     if not 1 <= threads <= MAX_THREADS:
         raise OptionError(f"{threads} threads requested, 1 to {MAX_THREADS} allowed")
     return threads
+
+
+def read_thread_count(threads: SupportsIndex | None, length: int) -> int:
+    """Return the number of workers for a read of ``length`` bytes."""
+    if threads is not None:
+        return thread_count(threads)
+    useful = 1 + length // MIB
+    # Finding out how many CPUs are available takes system calls.
+    return 1 if useful == 1 else min(thread_count(None), useful)
 
 
 def chosen_variants(kernels: Mapping[str, str] | None) -> dict[str, str]:
@@ -66,10 +78,9 @@ def translated_errors(paths: Sequence[str], target: str | None = None) -> Iterat
     try:
         yield
     except _core.CoreError as error:
-        path: str | None = None
-        if error.source == _core.TARGET:
-            path = target
-        elif error.source < len(paths):
+        # An error that is not about one file, for example of a thread: name the result.
+        path = target or next(iter(paths), None)
+        if error.source < len(paths):
             path = paths[error.source]
         raise _translate(error, path) from error
 

@@ -46,7 +46,10 @@ class Tally:
 
     def __init__(self, total_nbytes: int, report: Callable[[Progress], None] | None) -> None:
         self.total_nbytes = total_nbytes
-        self.data_nbytes = self.read_nbytes = self.written_nbytes = self.reflinked_nbytes = 0
+        self.data_nbytes: int = 0
+        self.read_nbytes: int = 0
+        self.written_nbytes: int = 0
+        self.reflinked_nbytes: int = 0
         self._report = report
         self._next_time = -float("inf")
 

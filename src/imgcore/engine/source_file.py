@@ -11,10 +11,14 @@ if TYPE_CHECKING:
 
 
 class SourceFile(NamedTuple):
-    """A host file that extents refer to by their index in ``Reader.sources``.
+    """A host file that extents refer to by their index in ``sources``.
 
-    ``guest_base`` and ``block_nbytes`` (bytes) locate compressed blocks, which start at
-    ``guest_base + k * block_nbytes``; ``block_nbytes`` is 0 for a file without them.
+    Attributes
+    ----------
+    file : ByteSource
+    guest_base, block_nbytes : int
+        Bytes.  Compressed blocks start at ``guest_base + k * block_nbytes`` of the
+        disk; ``block_nbytes`` is 0 for a file without them.
     """
 
     file: ByteSource

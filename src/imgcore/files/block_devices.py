@@ -9,6 +9,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Final
 
+from imgcore.files.descriptors import open_file
 from imgcore.files.identity import BLOCK_DEVICE, Identity, file_identity
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def below(identity: Identity) -> set[Identity]:
 
 def _parts(folder: str) -> Iterator[Identity]:
     with contextlib.suppress(OSError):
-        with open(f"{folder}/loop/backing_file", "rb") as file:
+        with open(f"{folder}/loop/backing_file", "rb", opener=open_file) as file:
             name = file.read().removesuffix(b"\n")
         yield file_identity(os.stat(name))
     if os.path.exists(f"{folder}/partition"):
@@ -71,6 +72,6 @@ def _parts(folder: str) -> Iterator[Identity]:
 
 
 def _device(path: str) -> Iterator[Identity]:
-    with contextlib.suppress(OSError, ValueError), open(path) as file:
+    with contextlib.suppress(OSError, ValueError), open(path, opener=open_file) as file:
         major, minor = file.read().split(":")
         yield BLOCK_DEVICE, os.makedev(int(major), int(minor))

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import shutil
 from typing import TYPE_CHECKING, Final
 
 from imgcore.limits import MIB
@@ -70,25 +69,3 @@ def _copy_range(file: HostFile, copy: TargetFile, start: int, end: int) -> None:
             copy.pwrite(start, data)
             done = len(data)
         start += done
-
-
-def copy_attributes(file: HostFile, copy: TargetFile) -> None:
-    """Give a copy the file's owner, mode, times and extended attributes.
-
-    The time of modification matters because an image's children may have recorded it.
-
-    Raises
-    ------
-    OSError
-        The owner cannot be set.  Failures to copy the other attributes are ignored.
-    """
-    status, own = os.fstat(file.fd), os.fstat(copy.fd)
-    if (status.st_uid, status.st_gid) != (own.st_uid, own.st_gid):
-        try:
-            os.fchown(copy.fd, status.st_uid, status.st_gid)
-        except OSError as error:
-            raise OSError(
-                error.errno, "The copy cannot be given the owner of the original", file.path
-            ) from error
-    with contextlib.suppress(OSError):
-        shutil.copystat(f"/proc/self/fd/{file.fd}", f"/proc/self/fd/{copy.fd}")

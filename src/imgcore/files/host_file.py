@@ -12,14 +12,19 @@ from imgcore.errors import (
     CorruptImageError,
     ImgcoreError,
 )
+from imgcore.files.closable import Closable
+from imgcore.files.descriptors import above_standard, close, named_errors, open_file
 from imgcore.files.identity import (
+    Identity,
     describe_file_type,
     file_identity,
+    file_system_magic,
 )
 from imgcore.files.locks import refuse_image_being_written
 from imgcore.files.retry import READ_ERRORS, retrying
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Self
 
     from imgcore._core import File
@@ -38,49 +43,68 @@ _XFS_SUPER_MAGIC: Final = 0x58465342  # Linux include/uapi/linux/magic.h
 
 def is_on_xfs(fd: int) -> bool:
     """Tell whether an open file is on XFS."""
-    import ctypes
-
-    # struct statfs is 120 bytes on 64-bit Linux and starts with f_type, a long.
-    buffer = ctypes.create_string_buffer(256)
-    if ctypes.CDLL(None).fstatfs(fd, buffer) != 0:
-        return False
-    return ctypes.c_long.from_buffer(buffer).value == _XFS_SUPER_MAGIC
+    return file_system_magic(fd) == _XFS_SUPER_MAGIC
 
 
-class OpenFile:
+@contextlib.contextmanager
+def _system_errors() -> Iterator[None]:
+    """Turn the native core's errors about system calls into OSError."""
+    from imgcore._core import CoreError, Status
+
+    try:
+        yield
+    except CoreError as error:
+        if error.status is not Status.IO:
+            raise
+        text = f"{os.strerror(error.os_errno)} ({error.op} at 0x{error.offset:x})"
+        raise OSError(error.os_errno, text) from error
+
+
+class OpenFile(Closable):
     """A descriptor, which this object owns, and the same file for the native engine."""
 
     def __init__(self, fd: int, path: str) -> None:
-        self.fd = fd
+        self.fd: int = fd
         self.path = path
         self._core: File | None = None
+        super().__init__()
 
     @property
     def core(self) -> File:
         """The file for the native engine."""
-        if self._core is None:
-            from imgcore._core import File
+        with self._in_use():
+            if self._core is None:
+                from imgcore._core import File
 
-            self._core = File.from_fd(self.fd)
-        return self._core
+                with named_errors(self.path), _system_errors():
+                    self._core = File.from_fd(self.fd)
+            return self._core
+
+    def status(self) -> os.stat_result:
+        """Return the status of the file now."""
+        with self._in_use(), named_errors(self.path):
+            return os.fstat(self.fd)
 
     @property
     def logical_sector_nbytes(self) -> int | None:
         """Bytes of a block device's logical sector; None for other files."""
-        if not stat.S_ISBLK(os.fstat(self.fd).st_mode):
+        if not stat.S_ISBLK(self.status().st_mode):
             return None
         from imgcore.files.block_devices import logical_sector_nbytes
 
-        return logical_sector_nbytes(self.fd)
+        with named_errors(self.path):
+            return logical_sector_nbytes(self.fd)
 
-    def close(self) -> None:
-        """Close the descriptor; more than once is allowed."""
+    def _free(self) -> None:
         core, self._core = self._core, None
         if core is not None:
             core.close()
         fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
+        with named_errors(self.path):
+            close(fd)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.path!r}>"
 
 
 class HostFile(OpenFile):
@@ -99,22 +123,27 @@ class HostFile(OpenFile):
         super().__init__(fd, path)
         self.share = share
         self._knows_holes = False
-        self._absolute_path = os.path.abspath(path)
         try:
-            self._status = os.fstat(fd)
-            _refuse_type(self._status.st_mode, path, device=device)
-            self.is_block_device = stat.S_ISBLK(self._status.st_mode)
-            self.identity = file_identity(self._status)
-            self.nbytes = self._find_nbytes()
-            if self.is_block_device and self.nbytes == 0:
-                raise ImgcoreError("the block device has no medium (its size is 0)", path=path)
-            # On a non-blocking file, io_uring fails reads of data that is not cached.
-            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
-            if not share:
-                refuse_image_being_written(fd, path)
+            with named_errors(path):
+                self._examine(device=device)
         except BaseException:
             self.close()
             raise
+
+    def _examine(self, *, device: bool) -> None:
+        fd, path = self.fd, self.path
+        self._absolute_path = os.path.abspath(path)
+        self._status = os.fstat(fd)
+        _refuse_type(self._status.st_mode, path, device=device)
+        self.is_block_device: bool = stat.S_ISBLK(self._status.st_mode)
+        self.identity: Identity = file_identity(self._status)
+        self.nbytes: int = self._find_nbytes()
+        if self.is_block_device and self.nbytes == 0:
+            raise ImgcoreError("the block device has no medium (its size is 0)", path=path)
+        # On a non-blocking file, io_uring fails reads of data that is not cached.
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
+        if not self.share:
+            refuse_image_being_written(fd, path)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, share: bool = False) -> Self:
@@ -142,24 +171,25 @@ class HostFile(OpenFile):
         name = os.fspath(path)
         # Checked before opening, which could wake a pipe's writer or rewind a tape.
         _refuse_type(os.stat(name).st_mode, name)
-        return cls(os.open(name, OPEN_FLAGS), name, share=share)
+        return cls(open_file(name, OPEN_FLAGS), name, share=share)
 
     @classmethod
     def in_memory(cls, content: bytes | bytearray, name: str) -> Self:
         """Return an anonymous file with ``content``; ``name`` appears in messages."""
-        fd = os.memfd_create("imgcore", os.MFD_CLOEXEC)
-        try:
-            with open(fd, "wb", closefd=False) as writer:
-                writer.write(content)
-        except OSError as error:
-            os.close(fd)
-            error.filename = name
-            raise
+        with named_errors(name):
+            fd = above_standard(lambda: os.memfd_create("imgcore", os.MFD_CLOEXEC))
+            try:
+                with open(fd, "wb", closefd=False) as writer:
+                    writer.write(content)
+            except BaseException:
+                close(fd)
+                raise
         return cls(fd, name, share=True)
 
     def _find_nbytes(self) -> int:
         if self.is_block_device:
-            return os.lseek(self.fd, 0, os.SEEK_END)
+            with named_errors(self.path):
+                return os.lseek(self.fd, 0, os.SEEK_END)
         return self._status.st_size
 
     @property
@@ -170,16 +200,17 @@ class HostFile(OpenFile):
     @property
     def allocated_nbytes(self) -> int:
         """Bytes that the host has allocated for the file; 0 for a block device."""
-        return os.fstat(self.fd).st_blocks * _STAT_BLOCK_NBYTES
+        return self.status().st_blocks * _STAT_BLOCK_NBYTES
 
     @property
     def n_links(self) -> int:
         """Names (hard links) that the file has now."""
-        return os.fstat(self.fd).st_nlink
+        return self.status().st_nlink
 
     def attribute(self, name: str) -> bytes:
         """Return an extended attribute; OSError if the file does not have it."""
-        return os.getxattr(self.fd, name)
+        with self._in_use(), named_errors(self.path):
+            return os.getxattr(self.fd, name)
 
     def pread(self, offset: int, length: int) -> bytes:
         """Return exactly ``length`` bytes; see `ByteSource.pread`."""
@@ -225,20 +256,23 @@ class HostFile(OpenFile):
     def _read_some(self, offset: int, length: int) -> bytes:
         try:
             nbytes = min(length, _MAX_READ_NBYTES)
-            return retrying(lambda: os.pread(self.fd, nbytes, offset), READ_ERRORS)
+            with self._in_use():
+                return retrying(lambda: os.pread(self.fd, nbytes, offset), READ_ERRORS)
         except OSError as error:
             text = f"{os.strerror(error.errno or 0)} (reading {length} bytes at 0x{offset:x})"
             raise OSError(error.errno, text, self.path) from error
 
     def next_data(self, position: int) -> tuple[int, int]:
         """Return (start, end) of the next data; see `ByteSource.next_data`."""
-        if not self._knows_holes:
-            self._sync_holes()
-            self._knows_holes = True
-        start, end = self.core.next_data(position)
-        if start < end or self.is_block_device or os.fstat(self.fd).st_size >= self.nbytes:
-            return start, end
-        return position, self.nbytes
+        with self._in_use():
+            if not self._knows_holes:
+                self._sync_holes()
+                self._knows_holes = True
+            with named_errors(self.path), _system_errors():
+                start, end = self.core.next_data(position)
+            if start < end or self.is_block_device or self.status().st_size >= self.nbytes:
+                return start, end
+            return position, self.nbytes
 
     def _sync_holes(self) -> None:
         """Write back the file's data if its holes cannot be trusted before that.
@@ -246,7 +280,7 @@ class HostFile(OpenFile):
         XFS can report a hole where a reflinked file has data that is not written back.
         """
         with contextlib.suppress(OSError):
-            has_holes = self.allocated_nbytes < os.fstat(self.fd).st_size
+            has_holes = self.allocated_nbytes < self.status().st_size
             if not self.is_block_device and has_holes and is_on_xfs(self.fd):
                 os.fdatasync(self.fd)
 
@@ -254,9 +288,10 @@ class HostFile(OpenFile):
         """Raise ImgcoreError after a change; see `ByteSource.check_unchanged`."""
         if self.share:
             return
-        now = os.fstat(self.fd)
+        now = self.status()
         if self.is_block_device:
-            changed = None if self._find_nbytes() == self.nbytes else "size"
+            with self._in_use():
+                changed = None if self._find_nbytes() == self.nbytes else "size"
         elif now.st_size != self.nbytes:
             changed = "size"
         elif now.st_mtime_ns != self._status.st_mtime_ns:

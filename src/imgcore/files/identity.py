@@ -20,6 +20,17 @@ def file_identity(status: os.stat_result) -> Identity:
     return (status.st_dev, status.st_ino)
 
 
+def file_system_magic(fd: int) -> int | None:
+    """Return the type of an open file's file system, as in Linux' linux/magic.h."""
+    import ctypes
+
+    # struct statfs is 120 bytes on 64-bit Linux and starts with f_type, a long.
+    buffer = ctypes.create_string_buffer(256)
+    if ctypes.CDLL(None).fstatfs(fd, buffer) != 0:
+        return None
+    return ctypes.c_long.from_buffer(buffer).value
+
+
 def same_file(a: Identity | None, b: Identity | None) -> bool:
     """Tell whether two identities are of one file; a missing file has None."""
     return a is not None and a == b

@@ -8,6 +8,7 @@ import fcntl
 import os
 import struct
 import time
+from enum import Enum
 from typing import TYPE_CHECKING, Final
 
 from imgcore.errors import ImgcoreError, TargetError
@@ -56,16 +57,29 @@ def _is_locked_by_other(fd: int, byte: int) -> bool:
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
 
-def lock(fd: int) -> bool:
-    """Lock a file or folder; False if another open file holds the lock."""
+class Lock(Enum):
+    """The result of an attempt to lock a file."""
+
+    TAKEN = "taken"
+    HELD_BY_OTHER = "held by another open file"
+    NOT_SUPPORTED = "not supported by the file system"
+
+
+def lock(fd: int) -> Lock:
+    """Lock a file or folder without waiting.
+
+    The lock belongs to the open file (flock), not to the process.  So it also excludes
+    other threads, closing another descriptor of the file does not end it, and it ends
+    with the process, whatever process ID that had.  `imgcore.files.descriptors` keeps
+    forked children from holding it longer.
+    """
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return False
+        return Lock.HELD_BY_OTHER
     except OSError:
-        # A file system without locks: `remove_stale` then removes nothing.
-        return True
-    return True
+        return Lock.NOT_SUPPORTED
+    return Lock.TAKEN
 
 
 @contextlib.contextmanager
@@ -75,7 +89,7 @@ def folder_lock(folder_fd: int, path: str) -> Iterator[None]:
     It waits up to 5 s for another process's lock on the folder.
     """
     deadline = time.monotonic() + _FOLDER_LOCK_SECONDS
-    while not lock(folder_fd):
+    while lock(folder_fd) is Lock.HELD_BY_OTHER:
         if time.monotonic() > deadline:
             raise OSError(errno.EAGAIN, "The folder stays locked by another process", path)
         time.sleep(0.02)

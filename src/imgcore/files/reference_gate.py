@@ -9,10 +9,18 @@ import stat
 import struct
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from imgcore.border import FilePath, file_name
 from imgcore.errors import (
     ImgcoreError,
     OptionError,
     UnsafeReferenceError,
+)
+from imgcore.files.descriptors import (
+    above_standard,
+    close,
+    duplicate,
+    named_errors,
+    open_file,
 )
 from imgcore.files.host_file import OPEN_FLAGS, HostFile
 
@@ -22,14 +30,14 @@ if TYPE_CHECKING:
     from imgcore.files.byte_source import ByteSource
 
 
-def folder_names(allow: Iterable[str | os.PathLike[str]]) -> list[str]:
+def folder_names(allow: Iterable[FilePath]) -> list[str]:
     """Return the names of allowed folders.
 
     A lone str is rejected with OptionError: iterating over it would allow ``/``.
     """
     if isinstance(allow, str | bytes | os.PathLike):
         raise OptionError(f"allow is a sequence of folders, not {allow!r} alone")
-    return [os.fspath(folder) for folder in allow]
+    return [file_name(folder) for folder in allow]
 
 
 class ReferenceGate:
@@ -67,10 +75,10 @@ class ReferenceGate:
         unstated: str = "",
     ) -> None:
         self.share = share
-        self.folder = os.path.abspath(folder or ".")
-        self.image = image or self.folder
-        self.unstated = unstated
-        self.allowed = tuple(os.path.abspath(name) for name in allowed)
+        self.folder: str = os.path.abspath(folder or ".")
+        self.image: str = image or self.folder
+        self.unstated: str = unstated
+        self.allowed: tuple[str, ...] = tuple(os.path.abspath(name) for name in allowed)
         for name in self.allowed:
             if not os.path.isdir(name):
                 raise OptionError(f"{name}: the allowed folder does not exist or is not a folder")
@@ -127,7 +135,7 @@ class ReferenceGate:
                 fd, device = self._open_elsewhere(reference, path)
             return HostFile(fd, path, share=sharing, device=device)
         except OSError as error:
-            text = f"{os.strerror(error.errno or 0)} ({reference.told(error.errno)})"
+            text = f"{error.strerror} ({reference.told(error.errno)})"
             raise OSError(error.errno, text, path) from error
         except UnsafeReferenceError:
             raise
@@ -157,11 +165,12 @@ class ReferenceGate:
             rest = _below(path, folder)
             if rest is None:
                 continue
-            fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            fd = open_file(folder, os.O_PATH | os.O_DIRECTORY)
             try:
-                return open_beneath(fd, rest, path), device
+                with named_errors(path):
+                    return open_beneath(fd, rest, path), device
             finally:
-                os.close(fd)
+                close(fd)
         raise _OutsideError
 
     def _folders(self) -> list[tuple[str, bool]]:
@@ -235,6 +244,7 @@ PROTOCOL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 _REMEDIES: Final = {
     errno.EACCES: "make it and its folders readable",
     errno.EPERM: "make it and its folders readable",
+    errno.EMFILE: "",
 }
 
 
@@ -271,7 +281,8 @@ def _openat2_beneath(folder_fd: int, rest: str, path: str) -> int | None:
     syscall = ctypes.CDLL(None, use_errno=True).syscall
     syscall.restype = ctypes.c_long
     how = struct.pack("@QQQ", OPEN_FLAGS, 0, _RESOLVE_BENEATH | _RESOLVE_NO_MAGICLINKS)
-    for _ in range(32):
+
+    def call() -> int:
         fd = syscall(
             ctypes.c_long(number),
             ctypes.c_long(folder_fd),
@@ -279,9 +290,16 @@ def _openat2_beneath(folder_fd: int, rest: str, path: str) -> int | None:
             ctypes.c_char_p(how),
             ctypes.c_long(len(how)),
         )
-        if fd >= 0:
-            return int(fd)
-        code = ctypes.get_errno()
+        if fd < 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code), path)
+        return int(fd)
+
+    for _ in range(32):
+        try:
+            return above_standard(call)
+        except OSError as error:
+            code = error.errno or 0
         # EAGAIN: a component was renamed meanwhile, so the kernel cannot be sure.
         if code not in (errno.EAGAIN, errno.EINTR):
             break
@@ -295,27 +313,27 @@ def _openat2_beneath(folder_fd: int, rest: str, path: str) -> int | None:
 def _walk_beneath(folder_fd: int, rest: str, path: str) -> int:
     """Open component by component, without following links."""
     *folders, last = rest.split("/")
-    fd = os.dup(folder_fd)
+    fd = duplicate(folder_fd)
     try:
         for component in folders:
-            next_fd = _step(fd, component, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, path)
-            os.close(fd)
+            next_fd = _step(fd, component, os.O_PATH | os.O_DIRECTORY, path)
+            close(fd)
             fd = next_fd
         return _step(fd, last, OPEN_FLAGS, path)
     finally:
-        os.close(fd)
+        close(fd)
 
 
 def _step(folder_fd: int, component: str, flags: int, path: str) -> int:
     if component in ("", ".", ".."):
         raise _OutsideError
     try:
-        return os.open(component, flags | os.O_NOFOLLOW, dir_fd=folder_fd)
+        return open_file(component, flags | os.O_NOFOLLOW, folder_fd=folder_fd, name=path)
     except OSError as error:
         # ELOOP: the last component is a link.  ENOTDIR: a folder may be a link.
         if error.errno == errno.ELOOP or _is_link(component, folder_fd):
             raise _OutsideError from None
-        raise OSError(error.errno, os.strerror(error.errno or 0), path) from error
+        raise
 
 
 def _is_link(component: str, folder_fd: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from imgcore._core import File
+from imgcore.files.host_file import OpenFile
 from imgcore.files.target import Target
 from imgcore.files.target_file import TargetFile
 
@@ -22,9 +23,9 @@ class Rehearsal(Target):
     """
 
     def __init__(self, target: Target) -> None:
-        self.path = target.path
+        self.path: str = target.path
         self.in_place = True
-        self.is_block_device = target.is_block_device
+        self.is_block_device: bool = target.is_block_device
         self._folder: TargetFolder | None = None
         self._file = CountingFile(target.path)
 
@@ -38,13 +39,15 @@ class CountingFile(TargetFile):
     """A file that keeps nothing but its size."""
 
     def __init__(self, path: str) -> None:
-        self.fd = -1
-        self.path = path
+        OpenFile.__init__(self, -1, path)
         self._core = File.null()
         # The size that a block device needs; its last bytes have no place of their own.
         self.is_block_device = True
         self.reads_as_zeros = True
         self._nbytes = 0
+
+    def _free(self) -> None:
+        """Do nothing: there is no descriptor."""
 
     @property
     def nbytes(self) -> int:

@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING
 
 from imgcore.errors import TargetError
 from imgcore.files.block_devices import below, refuse_read_only
-from imgcore.files.identity import Identity, describe_file_type, file_identity
+from imgcore.files.commit_point import CommitCounter, report_late, uninterrupted
+from imgcore.files.descriptors import forks_held_back, named_errors, open_file
+from imgcore.files.identity import Identity, file_identity
 from imgcore.files.locks import refuse_image_in_use
+from imgcore.files.special_files import refuse_special
 from imgcore.files.target_file import TargetFile
 from imgcore.files.target_folder import TargetFolder
 from imgcore.files.temporary_names import restore_interrupted
@@ -44,11 +47,18 @@ class Target:
     in_place : bool
         Write directly into an existing regular file or block device; a block device can
         only be written in place.  A failure leaves such a target incomplete.
+    in_place_nbytes : int, optional
+        The size of a file that could be written in place.  Where the folder takes no
+        new files, the error then advises that.
 
     Attributes
     ----------
     path : str
     in_place, is_block_device : bool
+    is_committed : bool
+        Whether `commit` has passed the commit point.
+    late_error : OSError or None
+        The system's error after the commit point: the folder cannot be synced.
     identity : tuple of two ints, or None
         The identity of the file that has the final name now, links followed; see
         `imgcore.files.identity.same_file`.
@@ -68,18 +78,22 @@ class Target:
         force: bool = False,
         sync: bool = True,
         in_place: bool = False,
+        in_place_nbytes: int | None = None,
     ) -> None:
-        self.path = os.fspath(path)
+        self.path: str = os.fspath(path)
         self.force = force
         self.sync = sync
         folder, self._name = os.path.split(self.path)
         self._main: TargetFile | None = None
         self._companions: list[TargetFile] = []
-        self._committed = False
+        self._in_place_nbytes = in_place_nbytes
+        self.is_committed = False
+        self.late_error: OSError | None = None
+        self._is_prepared = False
         self._old: os.stat_result | None = None
         self.identity: Identity | None = None
         self._protected: dict[Identity | None, str] = {}
-        self.is_block_device = False
+        self.is_block_device: bool = False
         if self._name in ("", ".", "..") or self.path == "-":
             raise TargetError("is not the name of a file", path=self.path)
         if not in_place:
@@ -97,33 +111,28 @@ class Target:
             if in_place:
                 raise
             return
-        try:
-            status = os.stat(self.path)
-        except OSError:
-            status = link  # a dangling link, or a loop of links
-        mode = status.st_mode
-        self.is_block_device = stat.S_ISBLK(mode)
-        if self.is_block_device:
+        end = _status_of_end(self.path)
+        self.is_block_device = end is not None and stat.S_ISBLK(end.st_mode)
+        if end is not None and self.is_block_device:
             if not in_place:
                 raise TargetError(
                     "is a block device: what is on it is overwritten only on request "
                     "(convert -n; in_place=True in Python)",
                     path=self.path,
                 )
-            self.identity = file_identity(status)
+            self.identity = file_identity(end)
             return
+        refuse_special(self.path, link, end)
         if stat.S_ISLNK(link.st_mode):
             if in_place or not self.force:
+                where = "" if end is not None else f" to {os.readlink(self.path)}, which is missing"
                 hint = "" if in_place else "; --force replaces the link itself"
-                raise TargetError(f"is a symbolic link, not written through{hint}", path=self.path)
-        elif not stat.S_ISREG(mode):
-            raise TargetError(
-                f"is {describe_file_type(mode)}, not a regular file or a block device",
-                path=self.path,
-            )
+                raise TargetError(
+                    f"is a symbolic link{where}, not written through{hint}", path=self.path
+                )
         elif not in_place and not self.force:
             raise TargetError("exists already; --force replaces it", path=self.path)
-        self.identity = file_identity(status)
+        self.identity = file_identity(end or link)
         if stat.S_ISREG(link.st_mode):
             self._old = link
 
@@ -155,11 +164,22 @@ class Target:
         """The file that gets the final name; created on first use."""
         if self._main is None:
             if self._folder is None:
-                self._main = TargetFile(self._open_in_place(), self.path)
+                self._main = self._open_in_place()
                 self._main.reads_as_zeros = False
             else:
-                self._main = self._folder.create(self._name, self._old)
+                advice = ""
+                if self._would_fit_in_place():
+                    advice = "; -n (in_place=True) writes into the existing file"
+                self._main = self._folder.create(self._name, self._old, advice)
         return self._main
+
+    def _would_fit_in_place(self) -> bool:
+        return (
+            self._in_place_nbytes is not None
+            and self._old is not None
+            and self._old.st_size >= self._in_place_nbytes
+            and os.access(self.path, os.R_OK | os.W_OK, effective_ids=True)
+        )
 
     def companion(self, name: str) -> TargetFile:
         """Create a second file beside the target, renamed just before it.
@@ -194,35 +214,34 @@ class Target:
         except FileNotFoundError:
             return None
         self._refuse_protected(file_identity(status), path)
+        refuse_special(path, status, _status_of_end(path))
         if not self.force:
             raise TargetError("exists already; --force replaces it", path=path)
-        if stat.S_ISLNK(status.st_mode):
-            return None
-        if not stat.S_ISREG(status.st_mode):
-            kind = describe_file_type(status.st_mode)
-            raise TargetError(f"is {kind}, not a regular file", path=path)
-        return status
+        return status if stat.S_ISREG(status.st_mode) else None
 
-    def _open_in_place(self) -> int:
+    def _open_in_place(self) -> TargetFile:
         # O_EXCL: the kernel refuses to open a block device that is mounted.
         exclusive = os.O_EXCL if self.is_block_device else os.O_NOFOLLOW
         try:
-            fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOCTTY | exclusive)
+            with forks_held_back():
+                fd = open_file(self.path, os.O_RDWR | os.O_NOCTTY | exclusive)
+                file = TargetFile(fd, self.path)
         except OSError as error:
             if error.errno != errno.EBUSY:
                 raise
             text = "The block device is in use or mounted"
             raise OSError(errno.EBUSY, text, self.path) from error
         try:
-            if file_identity(os.fstat(fd)) != self.identity:
+            if file_identity(file.status()) != self.identity:
                 raise TargetError("was replaced while it was opened", path=self.path)
             if self.is_block_device:
-                refuse_read_only(fd, self.path)
-            refuse_image_in_use(fd, self.path)
+                with named_errors(self.path):
+                    refuse_read_only(file.fd, self.path)
+            refuse_image_in_use(file.fd, self.path)
         except BaseException:
-            os.close(fd)
+            file.close()
             raise
-        return fd
+        return file
 
     def require_capacity(self, nbytes: int) -> None:
         """Raise TargetError if a target in place is smaller than ``nbytes``."""
@@ -242,8 +261,25 @@ class Target:
             text = f"{os.strerror(errno.ENOSPC)}: {format_size(nbytes)} needed, "
             raise OSError(errno.ENOSPC, text + f"{format_size(free)} free", self.path)
 
+    def prepare(self) -> None:
+        """Finish the files, durably unless ``sync=False``; only names are missing then.
+
+        Raises
+        ------
+        OSError
+            Data could not be written.
+        """
+        for file in (*self._companions, self.main):
+            if self.sync:
+                file.sync()
+            file.check_written()
+        self._is_prepared = True
+
     def commit(self) -> None:
         """Give the files their final names, durably unless ``sync=False``.
+
+        Once the main file has its name the target is committed.  Exceptions that a
+        signal raises afterwards are logged.
 
         Raises
         ------
@@ -253,43 +289,54 @@ class Target:
         TargetError
             A file has appeared under the name meanwhile, and ``force`` is False.
         """
-        if self._committed:
+        if self.is_committed:
             raise RuntimeError(f"{self.path}: committed twice")
-        for file in (*self._companions, self.main):
-            if self.sync:
-                file.sync()
-            file.check_written()
-        if self._folder is None:
-            self._committed = True
-            self._close_files()
-            return
-        backups = self._folder.give_names()
-        self._committed = True
-        self._close_files()
+        if not self._is_prepared:
+            self.prepare()
         try:
+            if self._folder is not None:
+                self._folder.give_names()
+        except BaseException as error:
+            # The rename may be done although it was interrupted, or although a server
+            # answered a repeated request with an error.
+            if self._folder is None or not self._folder.has_names:
+                raise
+            self.is_committed = True
+            report_late(self.path, error)
+            self._folder.remove_temporaries()
+        self.is_committed = True
+        CommitCounter.count += 1
+        self.conclude()
+        if self.late_error is not None:
+            raise self.late_error
+
+    def conclude(self) -> None:
+        """Do what follows the commit point, or what is left to do of it."""
+        if self._folder is not None:
             # Old files are removed only when the new names are durable.
-            self._folder.sync()
-        finally:
-            for backup in backups:
-                self._folder.remove(backup)
-            self._folder.close()
+            error = uninterrupted(self.path, self._folder.sync)
+            self.late_error = self.late_error or error
+            uninterrupted(self.path, self._folder.remove_backups)
+        uninterrupted(self.path, self._close)
 
     def abort(self) -> None:
         """Remove the files written; a target in place stays as it is now.
 
-        After `commit`, or when called again, it does nothing.
+        After `commit`, or when called again, it removes nothing.
         """
-        if self._folder is not None and not self._committed:
+        if self.is_committed:
+            self.conclude()
+            return
+        if self._folder is not None:
             self._folder.remove_temporaries()
-        self._close_files()
+        self._close()
+
+    def _close(self) -> None:
         if self._folder is not None:
             self._folder.close()
-
-    def _close_files(self) -> None:
-        for file in (*self._companions, self._main):
-            if file is not None:
-                with contextlib.suppress(OSError):
-                    file.close()
+        elif self._main is not None:
+            with contextlib.suppress(OSError):
+                self._main.close()
 
     def __enter__(self) -> Self:
         try:
@@ -301,3 +348,11 @@ class Target:
 
     def __exit__(self, *_: object) -> None:
         self.abort()
+
+
+def _status_of_end(path: str) -> os.stat_result | None:
+    """Return the status of what a name leads to, None if that does not exist."""
+    try:
+        return os.stat(path)
+    except OSError:
+        return None  # a dangling link, or a loop of links

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import stat
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
+from imgcore.files.descriptors import (
+    close,
+    duplicate,
+    forks_held_back,
+    give_up_in_children,
+    named_errors,
+)
 from imgcore.files.host_file import HostFile, OpenFile
 from imgcore.files.retry import WRITE_ERRORS, retrying
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 
 _FILL_NBYTES: Final = 1 << 20
 
@@ -41,27 +43,36 @@ class TargetFile(OpenFile):
 
     def __init__(self, fd: int, path: str) -> None:
         super().__init__(fd, path)
-        self.is_block_device = stat.S_ISBLK(os.fstat(fd).st_mode)
+        give_up_in_children(fd)
+        try:
+            self.is_block_device: bool = stat.S_ISBLK(self.status().st_mode)
+        except BaseException:
+            self.close()
+            raise
         # Where the old bytes of a cleared block device begin; None if they are kept.
         self._end: int | None = None
-        self.reads_as_zeros = True
+        self.reads_as_zeros: bool = True
 
     @property
     def nbytes(self) -> int:
         """The size now; for a block device, its capacity."""
-        return os.lseek(self.fd, 0, os.SEEK_END)
+        with named_errors(self.path):
+            return os.lseek(self.fd, 0, os.SEEK_END)
 
     @property
     def file_size(self) -> int:
         """The size that the file system states; 0 for a block device."""
-        return os.fstat(self.fd).st_size
+        return self.status().st_size
 
     def reopened(self, path: str) -> HostFile:
         """Return the file open for reading, with another name in messages.
 
         The caller closes it.
         """
-        return HostFile(os.dup(self.fd), path, device=False)
+        with forks_held_back(), named_errors(path):
+            fd = duplicate(self.fd)
+            give_up_in_children(fd)
+        return HostFile(fd, path, device=False)
 
     def pwrite(self, offset: int, data: Any) -> None:
         """Write a whole buffer at ``offset``; raises OSError with the file's name."""
@@ -156,13 +167,4 @@ class TargetFile(OpenFile):
         Network file systems report late errors on close.
         """
         with named_errors(self.path):
-            os.close(os.dup(self.fd))
-
-
-@contextlib.contextmanager
-def named_errors(path: str) -> Iterator[None]:
-    """Put the target's name into OSErrors."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, os.strerror(error.errno or errno.EIO), path) from error
+            close(duplicate(self.fd))

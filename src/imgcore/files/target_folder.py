@@ -8,15 +8,33 @@ import os
 from typing import Final
 
 from imgcore.errors import TargetError
+from imgcore.files.attributes import keep_attributes
+from imgcore.files.descriptors import (
+    close,
+    forks_held_back,
+    give_up_in_children,
+    named_errors,
+    open_file,
+)
 from imgcore.files.identity import file_identity
-from imgcore.files.locks import folder_lock, lock, refuse_image_in_use
+from imgcore.files.locks import Lock, folder_lock, lock
 from imgcore.files.renaming import rename_without_replacing
-from imgcore.files.target_file import TargetFile, named_errors
-from imgcore.files.temporary_names import backup_name, new_token, remove_stale, temporary_name
+from imgcore.files.replacing import refuse_append_only, refuse_unreplaceable
+from imgcore.files.target_file import TargetFile
+from imgcore.files.temporary_names import (
+    backup_name,
+    new_token,
+    remove_stale,
+    temporary_name,
+    token_of,
+)
 from imgcore.log import log
 
 # The folder cannot be synced at all, as on some network and FUSE file systems.
 _NO_SYNC_ERRORS: Final = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES)
+
+# The folder takes no new files.
+_NO_CREATE_ERRORS: Final = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class TargetFolder:
@@ -39,7 +57,12 @@ class TargetFolder:
         # Temporary and final name of each file, in the order of creation.
         self._temporaries: dict[str, str] = {}
         self._files: list[TargetFile] = []
-        self._fd = _open_folder(os.path.dirname(path) or ".")
+        # Backup and final name of each old file that was set aside.
+        self._backups: list[tuple[str, str]] = []
+        self._folder = os.path.dirname(path) or "."
+        with forks_held_back():
+            self._fd = _open_folder(self._folder)
+            give_up_in_children(self._fd)
 
     def path_of(self, name: str) -> str:
         """Return the path of a name in the folder, for messages."""
@@ -47,7 +70,8 @@ class TargetFolder:
 
     def status(self, name: str) -> os.stat_result:
         """Return the status of a name, without following links."""
-        return os.stat(name, dir_fd=self._fd, follow_symlinks=False)
+        with named_errors(self.path_of(name)):
+            return os.stat(name, dir_fd=self._fd, follow_symlinks=False)
 
     def free_nbytes(self) -> int | None:
         """Return the bytes that this process may still write; None if not known."""
@@ -58,110 +82,138 @@ class TargetFolder:
         n_blocks = status.f_bfree if os.geteuid() == 0 else status.f_bavail
         return n_blocks * status.f_frsize if status.f_blocks else None
 
-    def create(self, name: str, old: os.stat_result | None) -> TargetFile:
+    def create(self, name: str, old: os.stat_result | None, advice: str = "") -> TargetFile:
         """Create a temporary, under a unique name, for a final name.
 
-        It gets the mode of the file ``old`` that it will replace, and its owner if the
-        system permits that.
+        It gets the attributes of the file ``old`` that it will replace, as far as the
+        system permits that.  If the folder takes no new files, the error ends with
+        ``advice``.
         """
         path = self.path_of(name)
-        if old is not None:
-            self._refuse_in_use(name, path)
-        remove_stale(self._fd, name)
-        mode = 0o666 if old is None else old.st_mode & 0o777
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        refuse_append_only(self._fd, self._folder, path)
+        if old is None:
+            remove_stale(self._fd, self._folder, name)
+            return self._create_locked(name, 0o666, advice)
+        old_fd = self._open_old(name)
+        try:
+            with named_errors(path):
+                refuse_unreplaceable(old_fd, old, self._fd, path, advice)
+            remove_stale(self._fd, self._folder, name)
+            file = self._create_locked(name, old.st_mode & 0o777, advice)
+            with named_errors(path):
+                keep_attributes(old_fd, old, file)
+            return file
+        finally:
+            if old_fd >= 0:
+                close(old_fd)
+
+    def _open_old(self, name: str) -> int:
+        """Open a file that will be replaced; -1 if it is gone or cannot be read."""
+        try:
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+            return open_file(name, flags, folder_fd=self._fd)
+        except OSError:
+            return -1
+
+    def _create_locked(self, name: str, mode: int, advice: str) -> TargetFile:
+        path = self.path_of(name)
         while True:
             temporary = temporary_name(name, new_token())
             # Recorded first, so that an interruption at any point leaves no file.
             self._temporaries[temporary] = name
-            try:
-                fd = os.open(temporary, flags, mode, dir_fd=self._fd)
-            except OSError as error:
-                del self._temporaries[temporary]
-                if error.errno == errno.EEXIST:
+            with forks_held_back():
+                try:
+                    fd = self._create_new(temporary, path, mode, advice)
+                except FileExistsError:
+                    del self._temporaries[temporary]
                     continue
-                raise OSError(error.errno, os.strerror(error.errno or 0), path) from error
-            file = TargetFile(fd, path)
-            try:
-                if old is not None:
-                    with contextlib.suppress(OSError):
-                        os.fchown(fd, old.st_uid, old.st_gid)
-                    os.fchmod(fd, mode)
-                if lock(fd) and os.fstat(fd).st_nlink:
-                    self._files.append(file)
-                    return file
-            except BaseException:
-                file.close()
-                raise
-            # Another process took it for a stale one before it was locked.
+                except OSError:
+                    del self._temporaries[temporary]
+                    raise
+                file = TargetFile(fd, path)
+                self._files.append(file)
+            # Otherwise another process took it for an abandoned one before.
+            if lock(file.fd) is not Lock.HELD_BY_OTHER and file.status().st_nlink:
+                return file
+            self._files.remove(file)
             self.remove(temporary)
             file.close()
 
-    def _refuse_in_use(self, name: str, path: str) -> None:
-        """Refuse to replace an image to which a virtual machine would keep writing."""
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    def _create_new(self, temporary: str, path: str, mode: int, advice: str) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
         try:
-            fd = os.open(name, flags, dir_fd=self._fd)
-        except OSError:
-            return  # gone meanwhile, or not readable for us
-        try:
-            refuse_image_in_use(fd, path)
-        finally:
-            os.close(fd)
+            return open_file(temporary, flags, mode, folder_fd=self._fd, name=path)
+        except OSError as error:
+            if error.errno not in _NO_CREATE_ERRORS:
+                raise
+            text = f"{error.strerror}: its folder {self._folder} takes no new files"
+            raise OSError(error.errno, text + advice, path) from error
 
-    def give_names(self) -> list[str]:
-        """Rename all files, and return the names of backups of old ones."""
+    def give_names(self) -> None:
+        """Rename all files; the last rename gives the main file its name.
+
+        After an exception, `has_names` tells whether that was done nevertheless.
+        """
         pairs = list(self._temporaries.items())
         pairs.sort(key=lambda pair: pair[1] == os.path.basename(self._path))
         if len(pairs) == 1:
             self._rename(*pairs[0])
-            return []
-        with folder_lock(self._fd, self._path):
-            return self._swap_in(pairs)
+        else:
+            with folder_lock(self._fd, self._path):
+                self._swap_in(pairs)
+
+    @property
+    def has_names(self) -> bool:
+        """Whether the main file has its name, which it gets last."""
+        return self._is_new(os.path.basename(self._path))
 
     def _rename(self, temporary: str, name: str) -> None:
         path = self.path_of(name)
         try:
-            if self._force:
-                os.rename(temporary, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
-            else:
-                rename_without_replacing(self._fd, temporary, name)
+            with named_errors(path):
+                if self._force:
+                    os.rename(temporary, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+                else:
+                    rename_without_replacing(self._fd, temporary, name)
         except FileExistsError:
             raise TargetError("has appeared meanwhile; --force replaces it", path=path) from None
-        except OSError as error:
-            raise OSError(error.errno, os.strerror(error.errno or 0), path) from error
 
-    def _swap_in(self, pairs: list[tuple[str, str]]) -> list[str]:
+    def _swap_in(self, pairs: list[tuple[str, str]]) -> None:
         """Rename several files, the main one last; an error restores the old ones.
 
         The old main file is renamed to a backup first, so that it never exists beside a
         new companion.  Each step is durable before the next, so that
         `restore_interrupted` can undo what a crash leaves.
         """
-        fd = self._fd
-        token = new_token()
-        backups: list[tuple[str, str]] = []
+        # The lock on the main temporary shows that the job of these backups is alive.
+        token = token_of(pairs[-1][0])
         try:
             if self._force:
                 for _, name in reversed(pairs):
-                    # Recorded first: an interruption may come at any point.
-                    backups.append((backup_name(name, token), name))
-                    with contextlib.suppress(FileNotFoundError):
-                        os.rename(name, backups[-1][0], src_dir_fd=fd, dst_dir_fd=fd)
-                        self._sync_names()
+                    self._set_aside(name, backup_name(name, token))
             for temporary, name in pairs:
                 if temporary != pairs[0][0]:
                     self._sync_names()
                 self._rename(temporary, name)
         except BaseException:
-            for _, name in reversed(pairs):
-                if self._is_new(name):
-                    self.remove(name)
-            for backup, name in reversed(backups):
-                with contextlib.suppress(OSError):
-                    os.rename(backup, name, src_dir_fd=fd, dst_dir_fd=fd)
+            self._swap_back(pairs)
             raise
-        return [backup for backup, _ in backups]
+
+    def _set_aside(self, name: str, backup: str) -> None:
+        # Recorded first: an interruption may come at any point.
+        self._backups.append((backup, name))
+        with contextlib.suppress(FileNotFoundError), named_errors(self.path_of(name)):
+            os.rename(name, backup, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+            self._sync_names()
+
+    def _swap_back(self, pairs: list[tuple[str, str]]) -> None:
+        for _, name in reversed(pairs):
+            if self._is_new(name):
+                self.remove(name)
+        for backup, name in reversed(self._backups):
+            with contextlib.suppress(OSError):
+                os.rename(backup, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+        self._backups.clear()
 
     def _is_new(self, name: str) -> bool:
         """Tell whether a name already refers to one of our new files."""
@@ -169,7 +221,7 @@ class TargetFolder:
             identity = file_identity(self.status(name))
         except OSError:
             return False
-        return identity in [file_identity(os.fstat(file.fd)) for file in self._files]
+        return identity in [file_identity(file.status()) for file in self._files]
 
     def _sync_names(self) -> None:
         """Make the names so far durable, if the folder can be synced."""
@@ -183,16 +235,17 @@ class TargetFolder:
 
     def sync(self) -> None:
         """Make the final names durable; warn if the folder cannot be synced."""
-        if not self._sync:
+        if not self._sync or self._fd < 0:
             return
         try:
             os.fsync(self._fd)
         except OSError as error:
+            if error.errno is None:
+                raise  # what a signal handler raises
             if error.errno not in _NO_SYNC_ERRORS:
-                text = f"{os.strerror(error.errno or 0)} (syncing the folder; the file is complete)"
+                text = f"{os.strerror(error.errno)} (syncing the folder; the file is complete)"
                 raise OSError(error.errno, text, self._path) from error
-            folder = os.path.dirname(self._path) or "."
-            log.warning("%s: the folder cannot be synced: %s", folder, error.strerror)
+            log.warning("%s: the folder cannot be synced: %s", self._folder, error.strerror)
 
     def remove(self, name: str) -> None:
         """Remove a file; ignore a failure."""
@@ -200,21 +253,29 @@ class TargetFolder:
             os.unlink(name, dir_fd=self._fd)
         self._temporaries.pop(name, None)
 
+    def remove_backups(self) -> None:
+        """Remove the old files that were set aside."""
+        for backup, _ in self._backups:
+            self.remove(backup)
+        self._backups.clear()
+
     def remove_temporaries(self) -> None:
         """Remove the temporaries that do not have their final names yet."""
         for temporary in list(self._temporaries):
             self.remove(temporary)
 
     def close(self) -> None:
-        """Close the folder; more than once is allowed."""
+        """Close the folder and its files; more than once is allowed."""
+        for file in self._files:
+            with contextlib.suppress(OSError):
+                file.close()
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            os.close(fd)
+            close(fd)
 
 
 def _open_folder(folder: str) -> int:
-    flags = os.O_DIRECTORY | os.O_CLOEXEC
     try:
-        return os.open(folder, os.O_RDONLY | flags)
+        return open_file(folder, os.O_RDONLY | os.O_DIRECTORY)
     except PermissionError:
-        return os.open(folder, os.O_PATH | flags)
+        return open_file(folder, os.O_PATH | os.O_DIRECTORY)

@@ -2,17 +2,20 @@
 
 A name consists of a dot, the final name, the process and a random number.  The files
 are in the target's folder.
+
+The lock on a temporary alone tells whether a job still writes it.  The process ID says
+nothing: it may belong to another container or host, or have been used again since.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 from typing import Final
 
-from imgcore.files.locks import folder_lock
+from imgcore.files.descriptors import close, open_file
+from imgcore.files.locks import Lock, folder_lock, lock
 from imgcore.log import log
 
 _NAME_MAX: Final = 255  # bytes in a file name, Linux include/uapi/linux/limits.h
@@ -38,42 +41,56 @@ def backup_name(name: str, token: str) -> str:
     return f"{_temporary_prefix(name)}{token}{_BACKUP_SUFFIX}"
 
 
+def token_of(temporary: str) -> str:
+    """Return the token in the name of a temporary."""
+    return temporary.rpartition(".imgcore-")[2]
+
+
 def _temporary_prefix(name: str) -> str:
     """Return the start of a temporary's name, shortened so that the rest fits."""
     short = os.fsdecode(os.fsencode(name)[:_ROOM])
     return f".{short}.imgcore-"
 
 
-def remove_stale(folder_fd: int, name: str) -> None:
-    """Remove temporaries for this name whose process ended without removing them.
-
-    The process number alone is not enough, because other hosts and containers may use
-    the folder.  Temporaries that are being written are locked as well.
-    """
-    pattern = re.compile(re.escape(_temporary_prefix(name)) + r"(\d+)-[0-9a-f]{12}")
+def remove_stale(folder_fd: int, folder: str, name: str) -> None:
+    """Remove temporaries for this name that no job writes any more."""
+    pattern = re.compile(re.escape(_temporary_prefix(name)) + r"\d+-[0-9a-f]{12}")
     try:
         names = [entry for entry in os.listdir(folder_fd) if entry.startswith(".")]
     except OSError:
         return
-    for entry in names:
-        match = pattern.fullmatch(entry)
-        if match is None or _is_alive(int(match[1])):
-            continue
+    for entry in filter(pattern.fullmatch, names):
         with contextlib.suppress(OSError):
-            flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            fd = os.open(entry, flags, dir_fd=folder_fd)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_abandoned(folder_fd, folder, entry):
                 os.unlink(entry, dir_fd=folder_fd)
-            finally:
-                os.close(fd)
+
+
+def _is_abandoned(folder_fd: int, folder: str, entry: str) -> bool:
+    """Tell whether a temporary's job has ended; OSError if it cannot be opened."""
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        # NFS locks a file only if it is open for writing.
+        fd = open_file(entry, flags | os.O_RDWR, folder_fd=folder_fd)
+    except PermissionError:
+        fd = open_file(entry, flags | os.O_RDONLY, folder_fd=folder_fd)
+    try:
+        outcome = lock(fd)
+    finally:
+        close(fd)
+    if outcome is Lock.NOT_SUPPORTED:
+        log.warning(
+            "%s: left by a job that was killed, or still being written: this file system "
+            "has no locks to tell; remove it if no job is running",
+            os.path.join(folder, entry),
+        )
+    return outcome is Lock.TAKEN
 
 
 def restore_interrupted(folder: str, name: str) -> None:
     """Restore the backups of a process that was killed while it replaced files.
 
-    If the main file is missing, the backups get their names back, the main file last.
-    If it exists, the replacement was complete, and the backups are removed.
+    If one of the files is missing, all backups get their names back, the main file
+    last.  Otherwise the replacement was complete, and the backups are removed.
     """
     try:
         entries = [entry for entry in os.listdir(folder) if entry.endswith(_BACKUP_SUFFIX)]
@@ -82,35 +99,48 @@ def restore_interrupted(folder: str, name: str) -> None:
     matches = [match for entry in entries if (match := _BACKUP.fullmatch(entry))]
     own = [match[2] for match in matches if match[0] == backup_name(name, match[2])]
     for token in own:
-        if _is_alive(int(token.partition("-")[0])):
-            continue
         with contextlib.suppress(OSError):
-            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fd = open_file(folder, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 with folder_lock(fd, os.path.join(folder, name)):
                     _restore(fd, folder, name, token)
             finally:
-                os.close(fd)
+                close(fd)
 
 
 def _restore(folder_fd: int, folder: str, name: str, token: str) -> None:
     """Undo or complete one replacement; the folder is locked."""
     matches = [_BACKUP.fullmatch(entry) for entry in os.listdir(folder_fd)]
     backups = [match for match in matches if match and match[2] == token]
-    main = backup_name(name, token)
     if not all(_is_trusted(folder_fd, match[0]) for match in backups):
         return
-    if _exists(folder_fd, name):
-        for match in backups:
-            os.unlink(match[0], dir_fd=folder_fd)
+    # A job has its temporaries open until the replacement is complete.  This is for
+    # NFS, where the lock on a folder excludes processes of the same host only.
+    for match in backups:
+        with contextlib.suppress(FileNotFoundError):
+            if not _is_abandoned(folder_fd, folder, match[0].removesuffix(_BACKUP_SUFFIX)):
+                return
+    finals = {match[0]: _final_name(match, name) for match in backups}
+    missing = [final is not None and not _exists(folder_fd, final) for final in finals.values()]
+    if not any(missing):
+        for backup in finals:
+            os.unlink(backup, dir_fd=folder_fd)
         return
-    if any(len(os.fsencode(match[1])) >= _ROOM for match in backups):
-        return  # the full name of a shortened one is not known
-    for match in sorted(backups, key=lambda match: match[0] == main):
-        os.rename(match[0], match[1], src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
+    if None in finals.values():
+        return
+    # Names that are missing come last, so that no old file is beside a new one.
+    for _, (backup, final) in sorted(zip(missing, finals.items(), strict=True)):
+        os.rename(backup, final or "", src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
         with contextlib.suppress(OSError):
             os.fsync(folder_fd)
     log.warning("%s: an interrupted replacement has been undone", os.path.join(folder, name))
+
+
+def _final_name(match: re.Match[str], name: str) -> str | None:
+    """Return the final name of a backup, None if it is too long to be known."""
+    if match[0] == backup_name(name, match[2]):
+        return name
+    return match[1] if len(os.fsencode(match[1])) < _ROOM else None
 
 
 def _is_trusted(folder_fd: int, entry: str) -> bool:
@@ -124,14 +154,4 @@ def _exists(folder_fd: int, name: str) -> bool:
         os.stat(name, dir_fd=folder_fd, follow_symlinks=False)
     except FileNotFoundError:
         return False
-    return True
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:
-        return True
     return True

@@ -448,7 +448,15 @@ class Writer(Protocol):
 
 
 class Measurement(NamedTuple):
-    """Bytes that a target needs: for the given data, and for a full disk."""
+    """The result of `imgcore.measure`, in bytes.
+
+    Attributes
+    ----------
+    required : int
+        Size of the target for the data that the source has.
+    fully_allocated : int
+        Its size when the guest has filled the disk.
+    """
 
     required: int
     fully_allocated: int

@@ -19,6 +19,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar, Final, NamedTuple, TypeVar, cast
 
+from imgcore.border import byte_count, integer
 from imgcore.errors import OptionError
 from imgcore.sizes import parse_size
 
@@ -117,19 +118,17 @@ def _option(default: Any, help: str, values: str, read: Callable[[str, Any], Any
 
 
 def _read_size(where: str, value: Any) -> int:
-    if isinstance(value, int):
-        if value < 0:
-            raise OptionError(f"{where} is {value}: a size is not negative")
-        return value
+    if not isinstance(value, str):
+        return byte_count(value, where)
     try:
-        return parse_size(str(value))
+        return parse_size(value)
     except OptionError as error:
         raise OptionError(f"{where}: {error}") from None
 
 
 def _read_number(where: str, value: Any) -> int:
     try:
-        return value if isinstance(value, int) else int(str(value), 0)
+        return int(value, 0) if isinstance(value, str) else integer(value, where)
     except ValueError:
         raise OptionError(f"{where} is {value!r}: a whole number is needed") from None
 

@@ -18,6 +18,9 @@ magic is believed only as far as the file's name allows:
   is rejected.
 - Other names, ``.img`` among them, state nothing.  The content decides, but no file
   that the image names is opened until the user has stated the format.
+
+A stated format is that of the disk.  The suffixes .zst and .gz after a raw disk's state
+that the file is a stream of it, whether or not raw is stated as well.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ import os
 import stat
 from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
-from imgcore.errors import OptionError, UnsupportedFeatureError, WrongFormatError
+from imgcore.errors import ImgcoreError, OptionError, UnsupportedFeatureError, WrongFormatError
 from imgcore.formats.magic import HEAD_NBYTES, TAIL_NBYTES, matching_formats, raw_content
 from imgcore.formats.shared.damage import STRICT, Damage
 from imgcore.formats.shared.trailing_zeros import end_of_data
@@ -253,8 +256,10 @@ def find_format(
     WrongFormatError
         The file is not of the stated format, or its format is unknown or ambiguous.
     """
-    if stated is not None:
-        name = canonical_name(stated)
+    name = None if stated is None else canonical_name(stated)
+    if is_named_stream(file.path, name):
+        return Found(_codec_of(file, flag) or PLAIN_FORMAT)
+    if name is not None:
         if not damage.salvages:
             _refuse_other_format(file, name, flag)
         return Found(name)
@@ -266,9 +271,8 @@ def find_format(
         if named is not None and _is_padded(file, named):
             return Found(named)
         raise WrongFormatError(_no_magic(file, flag), path=file.path)
-    is_stream = found in CODEC_OF_SUFFIX.values() and stream_suffix(file.path) is not None
     is_read = found in format_names()
-    if named == PLAIN_FORMAT and not is_stream:
+    if named == PLAIN_FORMAT:
         what = "is a block device" if file.is_block_device else "is named like a raw disk"
         advice = f"{flag} {found} or {flag} raw" if is_read else f"{flag} raw"
         problem = f"{what}, but has the magic of {found}: use {advice}"
@@ -282,6 +286,11 @@ def find_format(
         f"the name does not state the format; the content is that of {found} "
         f"({flag} {found} states it)",
     )
+
+
+def _codec_of(file: ByteSource, flag: str) -> str | None:
+    name = probe(file, flag=flag)
+    return name if name in CODEC_OF_SUFFIX.values() else None
 
 
 def _suffix(path: str) -> str:
@@ -362,6 +371,8 @@ def open_found(
     flag: str = "-f",
 ) -> Reader:
     """Open an image in the format that `find_format` has found; see `open_reader`."""
+    if stream_suffix(file.path) is not None and name in (PLAIN_FORMAT, *CODEC_OF_SUFFIX.values()):
+        raise _not_random(name, file.path)
     if name not in format_names():
         raise UnsupportedFeatureError(_not_read(name, file.path, flag), path=file.path)
     driver = get_driver(name)
@@ -392,15 +403,31 @@ def _not_read(name: str, path: str, flag: str) -> str:
         words, remedy = NOT_READ[name]
         text = f"{words} are not read: {remedy}"
         return f"{text}, or copy it as it is with {flag} raw" if name == "luks" and flag else text
-    return _no_random_access(name, path)
+    return _no_random_access(name)
 
 
-def _no_random_access(codec: str, path: str) -> str:
-    if stream_suffix(path) is not None:
-        return (
-            f"a {codec} stream has no random access: only convert, info and measure read "
-            "it, so decompress it first"
+def is_named_stream(path: str, format: str | None) -> bool:
+    """Tell whether name and stated format are those of a compressed raw disk."""
+    return format in (None, PLAIN_FORMAT) and stream_suffix(path) is not None
+
+
+def _not_random(name: str, path: str) -> ImgcoreError:
+    """Return the error for a file that is named like a compressed raw disk."""
+    codecs = tuple(CODEC_OF_SUFFIX.values())
+    if name not in codecs:
+        return WrongFormatError(
+            f"is named like a compressed raw disk, but is neither a {' nor a '.join(codecs)} "
+            "stream: rename it if it is an image",
+            path=path,
         )
+    return UnsupportedFeatureError(
+        f"a {name} stream has no random access: only convert, info and measure read it, "
+        "so decompress it first",
+        path=path,
+    )
+
+
+def _no_random_access(codec: str) -> str:
     suffix = next(suffix for suffix, name in CODEC_OF_SUFFIX.items() if name == codec)
     return (
         f"a {codec} stream: only raw disks are read compressed, by names such as "

@@ -39,7 +39,7 @@ class OrderedOutput:
 
     def __init__(self, file: TargetFile) -> None:
         self._file = file
-        self.nbytes = 0
+        self.nbytes: int = 0
 
     @property
     def path(self) -> str:

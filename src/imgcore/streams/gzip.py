@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
 
 from imgcore.errors import CorruptImageError
 from imgcore.limits import KIB, MIB
 from imgcore.streams.decoder import OrderedInput
 from imgcore.streams.encoder import OrderedOutput
+from imgcore.streams.helpers import Helpers
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
     from typing import Self
 
     from imgcore.files.byte_source import ByteSource
@@ -48,7 +49,8 @@ class GzipEncoder:
     target_file : TargetFile
         Written from offset 0; the caller closes it.
     threads : int
-        At least 1.  The number does not change the result.
+        At least 1; fewer are used if the system makes fewer.  The number does not
+        change the result.
 
     Notes
     -----
@@ -57,7 +59,7 @@ class GzipEncoder:
 
     def __init__(self, target_file: TargetFile, threads: int = 1) -> None:
         self._output = OrderedOutput(target_file)
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="imgcore-gzip")
+        self._helpers = Helpers(threads, "imgcore-gzip")
         self._max_waiting = 2 * threads
         self._waiting: deque[Future[bytes]] = deque()
         self._piece = bytearray()
@@ -95,7 +97,7 @@ class GzipEncoder:
         self._piece.clear()
         if len(self._waiting) >= self._max_waiting:
             self._output.write(self._waiting.popleft().result())
-        self._waiting.append(self._threads.submit(_deflate, piece, self._dictionary, is_last))
+        self._waiting.append(self._helpers.submit(_deflate, piece, self._dictionary, is_last))
         self._dictionary = piece[-_WINDOW_NBYTES:]
         self._crc = zlib.crc32(piece, self._crc)
         self._nbytes += len(piece)
@@ -104,7 +106,7 @@ class GzipEncoder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._threads.shutdown(cancel_futures=True)
+        self._helpers.close()
 
 
 _MAGIC: Final = b"\x1f\x8b"  # RFC 1952 section 2.3.1

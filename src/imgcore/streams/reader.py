@@ -15,6 +15,7 @@ from imgcore.errors import CorruptImageError, WrongFormatError
 from imgcore.files.host_file import HostFile
 from imgcore.limits import MIB, SECTOR_NBYTES
 from imgcore.streams.codecs import CODECS
+from imgcore.streams.helpers import started
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -45,8 +46,8 @@ class StreamReader:
         """Take over an open file; an error closes it."""
         self.file = file
         try:
-            self.codec = self._find_codec()
-            self.virtual_size = self._find_virtual_size()
+            self.codec: str = self._find_codec()
+            self.virtual_size: int = self._find_virtual_size()
         except BaseException:
             file.close()
             raise
@@ -129,7 +130,7 @@ class StreamReader:
             raise ValueError(f"chunk_nbytes is {chunk_nbytes}: it must be positive")
         feeder = _Feeder(self._decoder(), min(chunk_nbytes, max(self.virtual_size, SECTOR_NBYTES)))
         total = 0
-        feeder.start()
+        feeder.begin()
         try:
             while (view := feeder.take()) is not None:
                 total += len(view)
@@ -168,24 +169,40 @@ class _Feeder(threading.Thread):
         self._filled = queue.SimpleQueue()
         self._stopped = threading.Event()
         self._taken: memoryview | None = None
+        self._is_alone = False
         for _ in range(_N_BUFFERS):
             self._free.put(memoryview(bytearray(chunk_nbytes)))
 
+    def begin(self) -> None:
+        """Start the thread, or work in `take` if the system makes none."""
+        self._is_alone = not started(self)
+
     def run(self) -> None:
         """Fill buffers until the stream ends or fails, or `stop` is called."""
+        while self._fill_next():
+            pass
+
+    def _fill_next(self) -> bool:
+        """Fill one buffer; False at the end."""
+        view = self._free.get()
+        if view is None or self._stopped.is_set():
+            return False
         try:
-            while (view := self._free.get()) is not None and not self._stopped.is_set():
-                n = self._decoder.fill(view)
-                if n:
-                    self._filled.put((view, n))
-                if n < len(view):
-                    break
-            self._filled.put(None)
+            n = self._decoder.fill(view)
         except BaseException as error:
             self._filled.put(error)
+            return False
+        if n:
+            self._filled.put((view, n))
+        if n < len(view):
+            self._filled.put(None)
+            return False
+        return True
 
     def take(self) -> memoryview | None:
         """Return the next chunk, None at the end; raises the thread's exception."""
+        if self._is_alone and self._filled.empty():
+            self._fill_next()
         item = self._filled.get()
         if isinstance(item, BaseException):
             raise item
@@ -202,4 +219,5 @@ class _Feeder(threading.Thread):
         """End the thread and wait until it has finished its current chunk."""
         self._stopped.set()
         self._free.put(None)
-        self.join()
+        if not self._is_alone:
+            self.join()

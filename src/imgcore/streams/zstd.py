@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import IO, TYPE_CHECKING, Any, Final, cast
 
 from imgcore.errors import (
@@ -11,6 +12,7 @@ from imgcore.errors import (
     OptionError,
 )
 from imgcore.limits import MIB
+from imgcore.log import log
 from imgcore.streams.decoder import READ_NBYTES, OrderedInput
 from imgcore.streams.encoder import OrderedOutput
 
@@ -97,7 +99,7 @@ class FrameWalk:
         self._offset = 0
         self._window = b""
         self._window_offset = 0
-        self.n_frames = 0
+        self.n_frames: int = 0
 
     def content_nbytes(self) -> int | None:
         """Walk all frames and return the sum of their sizes, None if one is missing."""
@@ -180,7 +182,9 @@ class ZstdEncoder:
     nbytes : int
         Bytes to expect in all.
     threads : int
-        Compression threads, at least 1.  The number does not change the result.
+        Compression threads, at least 1; fewer are used if the system makes fewer.  The
+        number does not change the result, but without any thread the library writes
+        other blocks.
     level : int
         zstd level, 1 to 19.
     """
@@ -192,14 +196,16 @@ class ZstdEncoder:
 
         if not 1 <= level <= 19:
             raise OptionError(f"the zstd level is {level}: allowed are 1 to 19")
-        compressor = zstandard.ZstdCompressor(
-            level=level, threads=max(threads, 1), write_content_size=True, write_checksum=True
+        self._open = partial(
+            zstandard.ZstdCompressor, level=level, write_content_size=True, write_checksum=True
         )
-        self._stream = compressor.compressobj(size=nbytes)
         self._error = zstandard.ZstdError
         self._output = OrderedOutput(target_file)
         self._nbytes = nbytes
         self._taken_nbytes = 0
+        self._threads = max(threads, 1)
+        self._stream = self._open(threads=self._threads).compressobj(size=nbytes)
+        self._has_begun = False
 
     @property
     def written_nbytes(self) -> int:
@@ -212,7 +218,7 @@ class ZstdEncoder:
             if view.nbytes > self._nbytes - self._taken_nbytes:
                 raise ValueError(f"{self._output.path}: more than {self._nbytes} bytes given")
             self._taken_nbytes += view.nbytes
-            self._output.write(self._call(self._stream.compress, view))
+            self._output.write(self._call("compress", view))
 
     def finish(self) -> None:
         """End the frame; the file is then complete but not synced."""
@@ -220,14 +226,31 @@ class ZstdEncoder:
             raise ValueError(
                 f"{self._output.path}: {self._taken_nbytes} of {self._nbytes} bytes given"
             )
-        self._output.write(self._call(self._stream.flush))
+        self._output.write(self._call("flush"))
 
-    def _call(self, function: Any, *arguments: Any) -> bytes:
-        try:
-            data: bytes = function(*arguments)
-        except self._error as error:
-            raise ImgcoreError(f"cannot compress: {error}", path=self._output.path) from error
-        return data
+    def _call(self, name: str, *arguments: Any) -> bytes:
+        while True:
+            try:
+                data: bytes = getattr(self._stream, name)(*arguments)
+            except self._error as error:
+                if self._has_begun or not self._threads:
+                    path = self._output.path
+                    raise ImgcoreError(f"cannot compress: {error}", path=path) from error
+                self._take_fewer_threads()
+            else:
+                self._has_begun = True
+                return data
+
+    def _take_fewer_threads(self) -> None:
+        """Begin again: the library makes its threads at the first call, all or none."""
+        self._threads //= 2
+        self._stream = self._open(threads=self._threads).compressobj(size=self._nbytes)
+        if not self._threads:
+            log.warning(
+                "%s: no thread can be made: the stream differs from one made with threads, "
+                "its content does not",
+                self._output.path,
+            )
 
     def __enter__(self) -> Self:
         return self

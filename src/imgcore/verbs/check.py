@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from imgcore.border import FilePath, file_name
 from imgcore.errors import OptionError, UnsupportedFeatureError
 
 if TYPE_CHECKING:
     from imgcore.disk.layer import Layer
-    from imgcore.disk.open_options import Parents
+    from imgcore.disk.repair import Outcome
+    from imgcore.files.commitment import Commitment
+    from imgcore.files.target import Target
     from imgcore.formats.shared.check_report import CheckReport
 
 
@@ -99,12 +101,12 @@ class CheckResult:
 
 
 def check(
-    path: str | os.PathLike[str],
+    path: FilePath,
     *,
     format: str | None = None,
-    parent: Parents = None,
+    parent: FilePath | Sequence[FilePath] | None = None,
     repair: bool | Literal["leaks", "all"] = False,
-    allow: Sequence[str | os.PathLike[str]] = (),
+    allow: Sequence[FilePath] = (),
     share: bool = False,
     backing_format: str | None = None,
 ) -> CheckResult:
@@ -115,9 +117,9 @@ def check(
 
     Parameters
     ----------
-    path : str or os.PathLike
+    path : str, bytes or os.PathLike
         The image.
-    parent : str, os.PathLike or sequence of them, optional
+    parent : str, bytes or os.PathLike, or a sequence of them, optional
         The image's parent, and further ones in order.  The whole chain of parents is
         opened, and the identity of each is verified.
     repair : bool or {"leaks", "all"}
@@ -144,8 +146,12 @@ def check(
         The operating system reported an error; ``filename`` is set.
     """
     from imgcore.disk.chain import open_chain
+    from imgcore.disk.image_names import local_image
     from imgcore.disk.layer import open_layer
     from imgcore.disk.open_options import OpenOptions
+    from imgcore.disk.stream_source import is_stream
+    from imgcore.files.commitment import until_committed
+    from imgcore.files.host_file import HostFile
     from imgcore.formats.registry import get_driver
 
     if repair not in (False, True, "leaks", "all"):
@@ -155,30 +161,47 @@ def check(
     options = OpenOptions.from_keywords(
         format=format, backing_format=backing_format, parent=parent, allow=allow, share=share
     )
-    if options.parents:
-        for layer in open_chain(path, options):
-            layer.close()
-    with open_layer(path, options) as layer:
-        layer.warn()
-        format_name = layer.reader.format_name
-        if not get_driver(format_name).has_tables:
+    name, options = local_image(file_name(path), options)
+    if is_stream(name, options):
+        with HostFile.open(name, share=share) as file:
             raise CheckNotSupportedError(
-                f"a {format_name} image has no tables to check", path=layer.file.path
+                "a raw disk in a stream has no tables to check", path=file.path
             )
-        report = layer.reader.check()
-        if not repair:
-            return _result(layer, report)
-        from imgcore.disk.repair import repair as repair_image
+    if options.parents:
+        for layer in open_chain(name, options):
+            layer.close()
 
-        outcome = repair_image(layer, report, leaks_only=repair == "leaks")
-        after = outcome.report
-        return replace(
-            _result(layer, after),
-            repairs=[f"{item.problem}: {item.action}" for item in outcome.repairs],
-            corruptions_fixed=report.corruptions - after.corruptions,
-            leaks_fixed=report.leaks - after.leaks,
-            not_repaired=outcome.obstacles,
-        )
+    def job(commitment: Commitment[CheckResult]) -> None:
+        with open_layer(name, options) as layer:
+            layer.warn()
+            format_name = layer.reader.format_name
+            if not get_driver(format_name).has_tables:
+                raise CheckNotSupportedError(
+                    f"a {format_name} image has no tables to check", path=layer.file.path
+                )
+            report = layer.reader.check()
+            commitment.result = _result(layer, report)
+            if not repair:
+                return
+            from imgcore.disk.repair import repair as repair_image
+
+            def result_of(outcome: Outcome) -> CheckResult:
+                after = outcome.report
+                return replace(
+                    _result(layer, after),
+                    repairs=[f"{item.problem}: {item.action}" for item in outcome.repairs],
+                    corruptions_fixed=report.corruptions - after.corruptions,
+                    leaks_fixed=report.leaks - after.leaks,
+                    not_repaired=outcome.obstacles,
+                )
+
+            def commit(target: Target, outcome: Outcome) -> None:
+                commitment.commit(target, result_of(outcome))
+
+            outcome = repair_image(layer, report, commit, leaks_only=repair == "leaks")
+            commitment.result = result_of(outcome)
+
+    return until_committed(job)
 
 
 def _result(layer: Layer, report: CheckReport) -> CheckResult:

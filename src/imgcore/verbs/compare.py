@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
 import numpy as np
 
 from imgcore._core import Job
+from imgcore.border import FilePath, file_name
 from imgcore.disk.image import Image, open_image
 from imgcore.disk.open_options import Flags, OpenOptions
 from imgcore.disk.overlay import padded
@@ -19,7 +19,6 @@ from imgcore.engine.progress import Progress
 from imgcore.engine.source_file import native_sources
 
 if TYPE_CHECKING:
-    from imgcore.disk.open_options import Parents
     from imgcore.engine.extents import Extents
 
 
@@ -46,18 +45,18 @@ class CompareResult(NamedTuple):
 
 
 def compare(
-    a: str | os.PathLike[str],
-    b: str | os.PathLike[str],
+    a: FilePath,
+    b: FilePath,
     *,
     format_a: str | None = None,
     format_b: str | None = None,
-    parent_a: Parents = None,
-    parent_b: Parents = None,
+    parent_a: FilePath | Sequence[FilePath] | None = None,
+    parent_b: FilePath | Sequence[FilePath] | None = None,
     read_options_a: Mapping[str, Any] | Sequence[str] | None = None,
     read_options_b: Mapping[str, Any] | Sequence[str] | None = None,
     strict: bool = False,
-    threads: int | None = None,
-    allow: Sequence[str | os.PathLike[str]] = (),
+    threads: SupportsIndex | None = None,
+    allow: Sequence[FilePath] = (),
     backing_format: str | None = None,
     share: bool = False,
     progress: Callable[[Progress], None] | None = None,
@@ -70,7 +69,7 @@ def compare(
 
     Parameters
     ----------
-    a, b : str or os.PathLike
+    a, b : str, bytes or os.PathLike
         The images.
     strict : bool
         Also require the same size and the same allocation.
@@ -106,6 +105,7 @@ def compare(
         share=share,
         flags=Flags(format="-F", parent="--parent-b"),
     )
+    a, b = file_name(a), file_name(b)
     with open_image(a, options_a) as image_a, open_image(b, options_b) as image_b:
         comparison = _Comparison(image_a, image_b, thread_count(threads), progress)
         return comparison.run(strict)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
+from imgcore.border import FilePath, file_name
 from imgcore.disk.backing import backing_path
 from imgcore.disk.image import open_image
 from imgcore.disk.open_options import Flags, OpenOptions
@@ -17,17 +17,18 @@ from imgcore.disk.sink_options import SinkOptions
 from imgcore.disk.source import open_sources
 from imgcore.disk.target_format import refuse_other_name
 from imgcore.engine.progress import Tally
+from imgcore.files.commitment import until_committed
 from imgcore.files.target import Target
 from imgcore.log import log
 
 if TYPE_CHECKING:
     from imgcore.disk.image import Image
-    from imgcore.disk.open_options import Parents
     from imgcore.disk.sink import Sink
     from imgcore.engine.bad_ranges import BadRange
     from imgcore.engine.control import Control
     from imgcore.engine.progress import Progress
     from imgcore.files.byte_source import ByteSource
+    from imgcore.files.commitment import Commitment
 
 
 class ConvertResult(NamedTuple):
@@ -71,20 +72,20 @@ class ConvertResult(NamedTuple):
 
 
 def convert(
-    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    target: str | os.PathLike[str],
+    source: FilePath | Sequence[FilePath],
+    target: FilePath,
     *,
     format: str | None = None,
     target_format: str | None = None,
     options: Mapping[str, Any] | Sequence[str] | None = None,
     compress: bool = False,
-    backing: str | os.PathLike[str] | None = None,
+    backing: FilePath | None = None,
     backing_format: str | None = None,
     source_backing_format: str | None = None,
-    parent: Parents = None,
+    parent: FilePath | Sequence[FilePath] | None = None,
     read_options: Mapping[str, Any] | Sequence[str] | None = None,
-    sparse: int | str = 4096,
-    threads: int | None = None,
+    sparse: SupportsIndex | str = 4096,
+    threads: SupportsIndex | None = None,
     force: bool = False,
     sync: bool = True,
     in_place: bool = False,
@@ -92,11 +93,11 @@ def convert(
     share: bool = False,
     salvage: bool = False,
     reflink: bool = True,
-    allow: Sequence[str | os.PathLike[str]] = (),
+    allow: Sequence[FilePath] = (),
     progress: Callable[[Progress], None] | None = None,
     kernels: Mapping[str, str] | None = None,
     profile: str | None = None,
-    rate: int | str | None = None,
+    rate: SupportsIndex | str | None = None,
     control: Control | None = None,
 ) -> ConvertResult:
     """Convert a virtual disk image, including its backing files, to another format.
@@ -108,13 +109,14 @@ def convert(
 
     Parameters
     ----------
-    source : str or os.PathLike, or a sequence of them
+    source : str, bytes or os.PathLike, or a sequence of them
         The image.  The disks of several images follow each other; ``format`` and the
         other options for reading apply to each.
-    target : str or os.PathLike
+    target : str, bytes or os.PathLike
         The new image.
 
-        Names such as ``disk.raw.zst`` and ``disk.raw.gz`` are compressed raw disks.
+        Names such as ``disk.raw.zst`` and ``disk.raw.gz`` are compressed raw disks,
+        whether or not ``format`` states raw.
     target_format : str, optional
         The target's format; by default the suffix of ``target`` decides.
     options : mapping or sequence of str, optional
@@ -122,7 +124,7 @@ def convert(
         ``["cluster_size=2M"]``.
     compress : bool
         Write compressed blocks.
-    backing : str or os.PathLike, optional
+    backing : str, bytes or os.PathLike, optional
         The backing file (QCOW2) or parent (VHD, VHDX, VDI) of the target.  Blocks that
         read the same there are left out of the target, so that the target's disk still
         reads as the source's.
@@ -158,7 +160,8 @@ def convert(
         full), those with all zeros written (``sparse=0``), and those written in place.
     progress : callable, optional
         Called with a `Progress` on the calling thread, at most every 50 ms and once at
-        the end.  If it raises, the conversion is cancelled and the exception is raised.
+        the end, before the target gets its name.  If it raises, the conversion is
+        cancelled and the exception is raised.
     kernels : mapping, optional
         The variant to use for an operation, for example ``{"zero": "avx2"}``.  A
         variant that is not available is an `OptionError`.
@@ -191,6 +194,7 @@ def convert(
     does not grow with the size of the disk.
     """
     started = time.monotonic()
+    target = file_name(target)
     opening = OpenOptions.from_keywords(
         format=format,
         backing_format=source_backing_format,
@@ -202,7 +206,7 @@ def convert(
         salvage=salvage,
     )
     writing = SinkOptions.from_keywords(
-        os.fspath(target),
+        target,
         format=target_format,
         options=options,
         compress=compress,
@@ -219,41 +223,50 @@ def convert(
         rate=rate,
         control=control,
     )
-    with ExitStack() as stack:
-        disk = stack.enter_context(open_sources(_paths(source), opening))
-        disk.refuse_conversion(with_base=backing is not None)
-        base = _open_base(os.fspath(target), writing, opening, stack)
-        output = stack.enter_context(Target(target, force=force, sync=sync, in_place=in_place))
-        files = [*disk.files, *(base.every_file() if base is not None else ())]
-        output.protect(files)
-        refuse_other_name(output.path, writing.format, flag="-O", profile=writing.profile)
-        tally = Tally(fitting_size(writing.profile, disk), progress)
-        sink = open_sink(output, writing, disk, base, tally.total_nbytes)
-        bad_ranges = _write(sink, tally, files, output.path)
-        file_size = output.main.file_size
-        output.commit()
-        tally.finish()
-        return ConvertResult(
-            source=disk.path,
-            target=output.path,
-            source_format=disk.format,
-            target_format=writing.format,
-            virtual_size=tally.total_nbytes,
-            bytes_data=tally.data_nbytes,
-            bytes_zero=tally.total_nbytes - tally.data_nbytes,
-            bytes_read=tally.read_nbytes,
-            bytes_written=tally.written_nbytes,
-            bytes_shared=tally.reflinked_nbytes,
-            file_size=file_size,
-            seconds=time.monotonic() - started,
-            bad_ranges=bad_ranges,
-        )
+
+    def job(commitment: Commitment[ConvertResult]) -> None:
+        with ExitStack() as stack:
+            disk = stack.enter_context(open_sources(_names(source), opening))
+            disk.refuse_conversion(with_base=backing is not None)
+            base = _open_base(target, writing, opening, stack)
+            output = Target(
+                target,
+                force=force,
+                sync=sync,
+                in_place=in_place,
+                in_place_nbytes=disk.virtual_size if writing.could_be_in_place else None,
+            )
+            stack.enter_context(output)
+            files = [*disk.files, *(base.every_file() if base is not None else ())]
+            output.protect(files)
+            refuse_other_name(output.path, writing.format, flag="-O", profile=writing.profile)
+            tally = Tally(fitting_size(writing.profile, disk), progress)
+            sink = open_sink(output, writing, disk, base, tally.total_nbytes)
+            bad_ranges = _write(sink, tally, files, output)
+            result = ConvertResult(
+                source=disk.path,
+                target=output.path,
+                source_format=disk.format,
+                target_format=writing.format,
+                virtual_size=tally.total_nbytes,
+                bytes_data=tally.data_nbytes,
+                bytes_zero=tally.total_nbytes - tally.data_nbytes,
+                bytes_read=tally.read_nbytes,
+                bytes_written=tally.written_nbytes,
+                bytes_shared=tally.reflinked_nbytes,
+                file_size=output.main.file_size,
+                seconds=time.monotonic() - started,
+                bad_ranges=bad_ranges,
+            )
+            commitment.commit(output, result)
+
+    return until_committed(job)
 
 
-def _paths(
-    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-) -> Sequence[str | os.PathLike[str]]:
-    return [source] if isinstance(source, str | bytes | os.PathLike) else source
+def _names(source: FilePath | Sequence[FilePath]) -> list[str]:
+    if isinstance(source, Sequence) and not isinstance(source, str | bytes):
+        return [file_name(path) for path in source]
+    return [file_name(source)]
 
 
 def _open_base(
@@ -272,15 +285,18 @@ def _open_base(
 
 
 def _write(
-    sink: Sink, tally: Tally, files: Sequence[ByteSource], target: str
+    sink: Sink, tally: Tally, files: Sequence[ByteSource], output: Target
 ) -> tuple[BadRange, ...]:
     """Write the target's content; raise if a source file changes meanwhile."""
     try:
         bad_ranges = sink.write(tally)
+        output.prepare()
         for file in files:
             file.check_unchanged()
+        # The last call for progress: it may still cancel the job.
+        tally.finish()
     except BaseException:
         if sink.overwrites:
-            log.warning("%s: it was written in place and is now incomplete", target)
+            log.warning("%s: it was written in place and is now incomplete", output.path)
         raise
     return bad_ranges

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
+from imgcore.border import FilePath, byte_count, file_name
 from imgcore.errors import OptionError, TargetError
 from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
+    from imgcore.files.commitment import Commitment
     from imgcore.files.target import Target
     from imgcore.formats.api import BackingReference, Driver, WriteRequest
     from imgcore.formats.options import FormatOptions
@@ -42,22 +44,22 @@ class CreateResult:
 
 
 def create(
-    path: str | os.PathLike[str],
-    virtual_size: int | None = None,
+    path: FilePath,
+    virtual_size: SupportsIndex | None = None,
     *,
     format: str | None = None,
     options: Mapping[str, Any] | Sequence[str] | None = None,
-    backing: str | os.PathLike[str] | None = None,
+    backing: FilePath | None = None,
     backing_format: str | None = None,
     force: bool = False,
     sync: bool = True,
-    allow: Sequence[str | os.PathLike[str]] = (),
+    allow: Sequence[FilePath] = (),
 ) -> CreateResult:
     """Create an image that is empty or reads as its backing file.
 
     Parameters
     ----------
-    path : str or os.PathLike
+    path : str, bytes or os.PathLike
         The new image.  It appears under this name only when it is complete.
     virtual_size : int, optional
         Bytes of the disk, a multiple of 512; by default the size of the backing
@@ -66,7 +68,7 @@ def create(
         The image's format; by default the suffix of ``path`` decides.
     options : mapping or sequence of str, optional
         Options of the format, as a mapping or as strings ``"key=value,..."``.
-    backing : str or os.PathLike, optional
+    backing : str, bytes or os.PathLike, optional
         The backing file.  A relative name starts at the folder of ``path``, and is
         stored as given.
     backing_format : str, optional
@@ -75,7 +77,7 @@ def create(
         Replace an existing file.
     sync : bool
         Return only when the image is on stable storage.
-    allow : sequence of str or os.PathLike
+    allow : sequence of str, bytes or os.PathLike
         See `imgcore.open`; for files that the backing file names.
 
     Returns
@@ -92,40 +94,44 @@ def create(
         The operating system reported an error; ``filename`` is set.
     """
     from imgcore.disk.target_format import refuse_other_name, refuse_stream, target_format
+    from imgcore.files.commitment import until_committed
     from imgcore.files.target import Target
     from imgcore.formats.registry import get_driver
 
-    name = os.fspath(path)
+    name = file_name(path)
     refuse_stream(name)
     driver = get_driver(target_format(name, format, flag="-f"))
     refuse_other_name(name, driver.name, flag="-f")
     reference, backing_size, identity = _open_backing(name, backing, backing_format, allow)
-    if virtual_size is None:
-        virtual_size = backing_size
-    if virtual_size is None:
+    nbytes = backing_size if virtual_size is None else byte_count(virtual_size, "virtual_size")
+    if nbytes is None:
         raise OptionError("a size is needed unless there is a backing file", path=name)
-    request = _request(name, driver, virtual_size, options, reference)
-    with Target(name, force=force, sync=sync) as target:
-        if identity is not None and target.identity == identity:
-            raise TargetError("is its own backing file", path=name)
-        _write_empty(driver, request, target)
-        target.commit()
-    return CreateResult(
-        path=name,
-        format=driver.name,
-        virtual_size=virtual_size,
-        file_size=os.stat(name).st_size,
-        options=asdict(request.options),
-        backing=reference.name if reference else None,
-        backing_format=reference.format if reference else None,
-    )
+    request = _request(name, driver, nbytes, options, reference)
+
+    def job(commitment: Commitment[CreateResult]) -> None:
+        with Target(name, force=force, sync=sync) as target:
+            if identity is not None and target.identity == identity:
+                raise TargetError("is its own backing file", path=name)
+            _write_empty(driver, request, target)
+            result = CreateResult(
+                path=name,
+                format=driver.name,
+                virtual_size=request.virtual_size,
+                file_size=target.main.file_size,
+                options=asdict(request.options),
+                backing=reference.name if reference else None,
+                backing_format=reference.format if reference else None,
+            )
+            commitment.commit(target, result)
+
+    return until_committed(job)
 
 
 def _open_backing(
     name: str,
-    backing: str | os.PathLike[str] | None,
+    backing: FilePath | None,
     backing_format: str | None,
-    allow: Sequence[str | os.PathLike[str]],
+    allow: Sequence[FilePath],
 ) -> tuple[BackingReference | None, int | None, object]:
     """Return the reference to store, the backing file's disk size and its identity."""
     from imgcore.disk.backing import backing_path, backing_reference, opened_reference

@@ -5,54 +5,51 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
 
+from imgcore.border import FilePath, file_name
 from imgcore.disk.open_options import OpenOptions
 from imgcore.disk.source import open_source
-
-if TYPE_CHECKING:
-    from imgcore.disk.open_options import Parents
 
 
 @overload
 def info(
-    path: str | os.PathLike[str],
+    path: FilePath,
     *,
     format: str | None = ...,
     chain: Literal[False] = ...,
-    allow: Sequence[str | os.PathLike[str]] = ...,
+    allow: Sequence[FilePath] = ...,
     share: bool = ...,
     backing_format: str | None = ...,
-    parent: Parents = ...,
+    parent: FilePath | Sequence[FilePath] | None = ...,
     read_options: Mapping[str, Any] | Sequence[str] | None = ...,
 ) -> dict[str, Any]: ...
 
 
 @overload
 def info(
-    path: str | os.PathLike[str],
+    path: FilePath,
     *,
     format: str | None = ...,
     chain: Literal[True],
-    allow: Sequence[str | os.PathLike[str]] = ...,
+    allow: Sequence[FilePath] = ...,
     share: bool = ...,
     backing_format: str | None = ...,
-    parent: Parents = ...,
+    parent: FilePath | Sequence[FilePath] | None = ...,
     read_options: Mapping[str, Any] | Sequence[str] | None = ...,
 ) -> list[dict[str, Any]]: ...
 
 
 def info(
-    path: str | os.PathLike[str],
+    path: FilePath,
     *,
     format: str | None = None,
     chain: bool = False,
-    allow: Sequence[str | os.PathLike[str]] = (),
+    allow: Sequence[FilePath] = (),
     share: bool = False,
     backing_format: str | None = None,
-    parent: Parents = None,
+    parent: FilePath | Sequence[FilePath] | None = None,
     read_options: Mapping[str, Any] | Sequence[str] | None = None,
 ) -> dict[str, Any] | list[dict[str, Any]]:
     """Describe an image by its headers; guest data is not read.
@@ -61,7 +58,7 @@ def info(
 
     Parameters
     ----------
-    path : str or os.PathLike
+    path : str, bytes or os.PathLike
         The image.
     chain : bool
         Describe the backing files as well; otherwise they are not opened.
@@ -95,6 +92,6 @@ def info(
         allow=allow,
         share=share,
     )
-    with open_source(path, options, parents=chain) as source:
+    with open_source(file_name(path), options, parents=chain) as source:
         described = source.describe()
     return described if chain else described[0]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+from imgcore.border import FilePath, file_name
 from imgcore.errors import ImgcoreError, WrongFormatError
 from imgcore.formats.shared.lint import Finding
 from imgcore.log import log
@@ -16,7 +16,7 @@ from imgcore.platforms.rules import Facts, find_broken
 from imgcore.streams.names import CODEC_OF_SUFFIX
 
 if TYPE_CHECKING:
-    from imgcore.disk.open_options import OpenOptions, Parents
+    from imgcore.disk.open_options import OpenOptions
     from imgcore.files.host_file import HostFile
     from imgcore.platforms.profiles import Profile
     from imgcore.streams.tar import Member
@@ -57,13 +57,13 @@ class LintReport:
 
 
 def lint(
-    path: str | os.PathLike[str],
+    path: FilePath,
     *,
     profile: str,
     format: str | None = None,
     read_options: Mapping[str, Any] | Sequence[str] | None = None,
-    parent: Parents = None,
-    allow: Sequence[str | os.PathLike[str]] = (),
+    parent: FilePath | Sequence[FilePath] | None = None,
+    allow: Sequence[FilePath] = (),
     share: bool = False,
     backing_format: str | None = None,
 ) -> LintReport:
@@ -73,7 +73,7 @@ def lint(
 
     Parameters
     ----------
-    path : str or os.PathLike
+    path : str, bytes or os.PathLike
         The image, or for Compute Engine the archive.
     profile : str
         The platform, as for `imgcore.convert`.
@@ -110,8 +110,9 @@ def lint(
         share=share,
     )
     chosen = get_profile(profile)
-    with _facts(path, chosen, options) as facts:
-        facts.open_chain = lambda: open_image(path, options)
+    name = file_name(path)
+    with _facts(name, chosen, options) as facts:
+        facts.open_chain = lambda: open_image(name, options)
         return LintReport(
             filename=facts.file.path,
             format=facts.format,
@@ -121,7 +122,7 @@ def lint(
 
 
 @contextmanager
-def _facts(path: str | os.PathLike[str], profile: Profile, options: OpenOptions) -> Iterator[Facts]:
+def _facts(path: str, profile: Profile, options: OpenOptions) -> Iterator[Facts]:
     """Open the image, if it can be opened, and collect the facts about it."""
     from imgcore.disk.image_names import local_image
     from imgcore.disk.layer import found_gate

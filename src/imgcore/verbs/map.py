@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, SupportsIndex
+
+from imgcore.border import FilePath, byte_count, file_name
+from imgcore.errors import OptionError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from imgcore.disk.image import Image
-    from imgcore.disk.open_options import Parents
+    from imgcore.disk.open_options import OpenOptions
     from imgcore.engine.extents import Extents
 
 # Image.layer_extents takes whole sectors; map clips its extents to other ranges.
 _SECTOR_NBYTES: Final = 512
+
+
+class StartPastEndError(OptionError):
+    """The range to map starts past the end of the disk."""
 
 
 class MapEntry(NamedTuple):
@@ -56,15 +62,15 @@ class MapEntry(NamedTuple):
 
 
 def map(
-    path: str | os.PathLike[str],
+    path: FilePath,
     *,
     format: str | None = None,
-    start: int = 0,
-    length: int | None = None,
+    start: SupportsIndex = 0,
+    length: SupportsIndex | None = None,
     backing_format: str | None = None,
-    parent: Parents = None,
+    parent: FilePath | Sequence[FilePath] | None = None,
     read_options: Mapping[str, Any] | Sequence[str] | None = None,
-    allow: Sequence[str | os.PathLike[str]] = (),
+    allow: Sequence[FilePath] = (),
     share: bool = False,
 ) -> Iterator[MapEntry]:
     """Yield where each part of the virtual disk is stored, including backing files.
@@ -73,10 +79,10 @@ def map(
 
     Parameters
     ----------
-    path : str or os.PathLike
+    path : str, bytes or os.PathLike
         The image.
     start : int
-        Byte offset of the range to map.
+        Byte offset of the range to map, at most the size of the disk.
     length : int, optional
         Bytes of the range, which is cut at the end of the disk; up to there by default.
 
@@ -87,6 +93,8 @@ def map(
 
     Raises
     ------
+    ValueError
+        ``start`` or ``length`` is negative or too large.
     ImgcoreError, OSError
         As `imgcore.open`, but when the first entry is requested: the image is open from
         then until the last one.
@@ -95,7 +103,6 @@ def map(
     -----
     Extents are held in memory one batch at a time, even for a fragmented image.
     """
-    from imgcore.disk.image import open_image
     from imgcore.disk.open_options import OpenOptions
 
     options = OpenOptions.from_keywords(
@@ -106,13 +113,28 @@ def map(
         allow=allow,
         share=share,
     )
+    first = byte_count(start, "start")
+    nbytes = None if length is None else byte_count(length, "length")
+    return _map_file(file_name(path), options, first, nbytes)
+
+
+def _map_file(
+    path: str, options: OpenOptions, start: int, length: int | None
+) -> Iterator[MapEntry]:
+    from imgcore.disk.image import open_image
+
     with open_image(path, options) as image:
-        end = image.virtual_size if length is None else min(start + length, image.virtual_size)
-        yield from map_image(image, max(start, 0), end)
+        if start > image.virtual_size:
+            raise StartPastEndError(
+                f"start is {start}, past the end of the disk ({image.virtual_size} bytes)",
+                path=path,
+            )
+        yield from map_image(image, start, length)
 
 
-def map_image(image: Image, start: int, end: int) -> Iterator[MapEntry]:
-    """Yield the entries of ``[start, end)`` of an open image."""
+def map_image(image: Image, start: int, length: int | None) -> Iterator[MapEntry]:
+    """Yield the entries of a range of an open image, which is cut at the disk's end."""
+    end = image.virtual_size if length is None else min(start + length, image.virtual_size)
     if start >= end:
         return
     from imgcore.engine.extents import clip

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
+from imgcore.border import FilePath, byte_count, file_name
 from imgcore.errors import OptionError
 from imgcore.formats.registry import PLAIN_FORMAT
 
 if TYPE_CHECKING:
-    from imgcore.disk.open_options import Parents
     from imgcore.engine.extents import Extents
     from imgcore.formats.api import Measurement
 
 
 def measure(
-    source: str | os.PathLike[str] | None = None,
+    source: FilePath | None = None,
     *,
-    size: int | None = None,
+    size: SupportsIndex | None = None,
     format: str | None = None,
     target_format: str = PLAIN_FORMAT,
     options: Mapping[str, Any] | Sequence[str] | None = None,
     compress: bool = False,
     backing_format: str | None = None,
-    parent: Parents = None,
+    parent: FilePath | Sequence[FilePath] | None = None,
     read_options: Mapping[str, Any] | Sequence[str] | None = None,
-    allow: Sequence[str | os.PathLike[str]] = (),
+    allow: Sequence[FilePath] = (),
     share: bool = False,
 ) -> Measurement:
     """Compute how large a target file would be.
@@ -35,7 +34,7 @@ def measure(
 
     Parameters
     ----------
-    source : str or os.PathLike, optional
+    source : str, bytes or os.PathLike, optional
         The image to convert.
     size : int, optional
         Bytes of an empty disk, instead of ``source``.
@@ -67,7 +66,8 @@ def measure(
     if (source is None) == (size is None):
         raise OptionError("measure needs either a source or a size, and not both")
     if size is not None:
-        return _measure_data(size, (), target_format, options, compress)
+        nbytes = byte_count(size, "size")
+        return _measure_data(nbytes, (), target_format, options, compress)
     assert source is not None
     from imgcore.disk.open_options import OpenOptions
     from imgcore.disk.source import open_source
@@ -80,7 +80,7 @@ def measure(
         allow=allow,
         share=share,
     )
-    with open_source(source, opening) as disk:
+    with open_source(file_name(source), opening) as disk:
         extents = disk.data_extents()
         return _measure_data(disk.virtual_size, extents, target_format, options, compress)
 

@@ -25,6 +25,8 @@ from imgcore.formats.qcow2 import layout
 from imgcore.formats.shared.write_checks import check_block_size, check_virtual_size
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from imgcore.formats.api import BackingReference, WriteRequest
 
 _WINDOW_BITS: Final = {"4k": 12, "32k": 15}
@@ -59,7 +61,7 @@ _ENCRYPTION_KEYS: Final = (
 class Options(FormatOptions):
     """The ``-o`` options."""
 
-    foreign: ClassVar = {
+    foreign: ClassVar[Mapping[str, Foreign]] = {
         **FormatOptions.foreign,
         "data_file": Foreign(reason=_DATA_FILE),
         "data_file_raw": Foreign({False: {}}, _DATA_FILE),

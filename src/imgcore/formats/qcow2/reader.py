@@ -58,8 +58,8 @@ class Qcow2Reader:
         self._damage = damage
         self._header = read_header(file, damage)
         self.subformat: str | None = None
-        self.virtual_size = whole_sectors(self._header.virtual_size, file.path)
-        self.block_nbytes = self._header.cluster_size
+        self.virtual_size: int = whole_sectors(self._header.virtual_size, file.path)
+        self.block_nbytes: int = self._header.cluster_size
         self.backing: BackingReference | None = self._header.backing
         self.identities: Mapping[str, str] = {}
         self.sources: Sequence[SourceFile] = (

@@ -76,13 +76,13 @@ class Window:
 
     def __init__(self, base: int, n: int, cluster_bits: int, stored: NDArray[np.uint32]) -> None:
         self.base = base
-        self.end = base + n
-        self.is_first = base == 0
+        self.end: int = base + n
+        self.is_first: bool = base == 0
         self._bits = cluster_bits
         self.stored = stored
-        self.counts = np.zeros(n, dtype=np.uint32)
-        self.active = np.zeros(n, dtype=np.uint32)
-        self.uses = np.zeros(n, dtype=np.uint8)
+        self.counts: NDArray[np.uint32] = np.zeros(n, dtype=np.uint32)
+        self.active: NDArray[np.uint32] = np.zeros(n, dtype=np.uint32)
+        self.uses: NDArray[np.uint8] = np.zeros(n, dtype=np.uint8)
 
     def inside(self, clusters: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Tell which of these clusters are in the window."""
@@ -224,8 +224,8 @@ class References:
         self.report = report
         self._bits = header.cluster_bits
         self._size = header.cluster_size
-        self.n_clusters = -(-file.nbytes >> self._bits)
-        self.reach = 0
+        self.n_clusters: int = -(-file.nbytes >> self._bits)
+        self.reach: int = 0
         self._regions: list[tuple[int, int]] = []
         self.tables: list[L1Table] = []
         self._bitmap_tables: list[tuple[int, int]] = []

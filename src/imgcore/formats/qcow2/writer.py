@@ -157,9 +157,9 @@ class Qcow2Writer:
         self._refcounts = RefcountBuilder(options)
         self._l1 = np.zeros(options.l1_entries, dtype=np.uint64)
         self._file: TargetFile | None = None
-        self.first_offset = (1 + options.l1_clusters) * options.cluster_size
+        self.first_offset: int = (1 + options.l1_clusters) * options.cluster_size
         self._refcounts.add_range(0, 1 + options.l1_clusters)
-        self.geometry = Geometry(
+        self.geometry: Geometry = Geometry(
             block_nbytes=options.cluster_size,
             guest_nbytes=options.virtual_size,
             placing=Placing.APPEND,

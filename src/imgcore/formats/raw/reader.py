@@ -27,10 +27,12 @@ class RawReader:
     def __init__(self, file: ByteSource) -> None:
         self.file = file
         self.subformat: str | None = None
-        self.virtual_size = whole_sectors(file.nbytes, file.path)
-        self.block_nbytes = SECTOR_NBYTES
-        self.logical_sector_nbytes = file.logical_sector_nbytes if file.is_block_device else None
-        self.sources = (SourceFile(file),)
+        self.virtual_size: int = whole_sectors(file.nbytes, file.path)
+        self.block_nbytes: int = SECTOR_NBYTES
+        self.logical_sector_nbytes: int | None = (
+            file.logical_sector_nbytes if file.is_block_device else None
+        )
+        self.sources: tuple[SourceFile] = (SourceFile(file),)
         self.backing: BackingReference | None = None
         self.identities: Mapping[str, str] = {}
         self._flat = FlatExtents(file, hides_parent=False)

@@ -9,6 +9,7 @@ from imgcore.formats.raw.options import Options, WriteOptions
 from imgcore.formats.shared.flat_writer import FlatWriter, flat_geometry
 
 if TYPE_CHECKING:
+    from imgcore.engine.geometry import Geometry
     from imgcore.files.target import Target
     from imgcore.files.target_file import TargetFile
     from imgcore.formats.api import WriteRequest
@@ -45,7 +46,7 @@ class RawWriter(FlatWriter):
         if target.is_block_device:
             # The sectors of a device are whole.
             self._file_nbytes = self._virtual_size
-            self.geometry = self.geometry._replace(guest_nbytes=self._virtual_size)
+            self.geometry: Geometry = self.geometry._replace(guest_nbytes=self._virtual_size)
         if target.in_place:
             target.require_capacity(self._file_nbytes)
         return super().begin(target)

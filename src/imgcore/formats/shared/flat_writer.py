@@ -57,8 +57,8 @@ class FlatWriter:
 
     def __init__(self, geometry: Geometry, file_nbytes: int, preallocation: str = "off") -> None:
         self.geometry = geometry
-        self.first_offset = geometry.host_base
-        self.needs_own_blocks = preallocation in ("falloc", "full")
+        self.first_offset: int = geometry.host_base
+        self.needs_own_blocks: bool = preallocation in ("falloc", "full")
         self._file_nbytes = file_nbytes
         self._preallocation = preallocation
         self._file: TargetFile | None = None

@@ -19,7 +19,17 @@ CHECK_REMEDY: Final = "imgcore check may tell more"
 
 @dataclass(frozen=True)
 class Finding:
-    """A broken rule: its name, what is wrong and what to do, one line each."""
+    """A broken rule, in the findings of `imgcore.LintReport`; one line each.
+
+    Attributes
+    ----------
+    rule : str
+        Name of the rule.
+    message : str
+        What is wrong.
+    remedy : str
+        What to do.
+    """
 
     rule: str
     message: str

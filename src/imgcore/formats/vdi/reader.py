@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from imgcore.engine.source_file import SourceFile
 from imgcore.formats.shared.damage import STRICT, Damage
-from imgcore.formats.vdi.header import read_header
+from imgcore.formats.vdi.header import VdiHeader, read_header
 
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
@@ -48,10 +48,10 @@ class VdiReader:
         self._file = file
         self._gate = gate
         self._damage = damage
-        self.header = read_header(file, damage)
+        self.header: VdiHeader = read_header(file, damage)
         self.subformat: str | None = self.header.subformat
-        self.virtual_size = self.header.virtual_size
-        self.block_nbytes = self.header.block_nbytes
+        self.virtual_size: int = self.header.virtual_size
+        self.block_nbytes: int = self.header.block_nbytes
         self.sources: Sequence[SourceFile] = (SourceFile(file),)
         self.identities: Mapping[str, str] = self.header.identities
         self._backing: BackingReference | None = None

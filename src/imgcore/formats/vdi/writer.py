@@ -57,8 +57,8 @@ class DynamicWriter:
         self._n_allocated = 0
         # Entries of the map before this one have been written.
         self._n_written = 0
-        self.first_offset = options.data_offset
-        self.geometry = Geometry(
+        self.first_offset: int = options.data_offset
+        self.geometry: Geometry = Geometry(
             block_nbytes=options.block_nbytes,
             guest_nbytes=options.virtual_size,
             zero_policy=zero_policy(

@@ -37,6 +37,8 @@ from imgcore.limits import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from imgcore.formats.api import WriteRequest
 
 # "CHS Calculation": below this many sectors, 63 sectors per track suffice.
@@ -47,7 +49,7 @@ _MAX_63_NSECTORS: Final = 65535 * 16 * 63
 class Options(FormatOptions):
     """The ``-o`` options."""
 
-    foreign: ClassVar = {
+    foreign: ClassVar[Mapping[str, Foreign]] = {
         **FormatOptions.foreign,
         "force_size": Foreign(
             {True: {"size": "current"}, False: {"size": "chs"}},

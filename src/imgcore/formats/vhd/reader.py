@@ -16,7 +16,7 @@ from imgcore.formats.options import FormatOptions, choice
 from imgcore.formats.shared.damage import STRICT, Damage
 from imgcore.formats.shared.flat_reader import FlatExtents, first_lost
 from imgcore.formats.vhd import layout
-from imgcore.formats.vhd.header import parent_texts, read_header, uuid_text
+from imgcore.formats.vhd.header import VhdHeader, parent_texts, read_header, uuid_text
 from imgcore.formats.vhd.layout import DiskType
 from imgcore.formats.vhd.parent import find_parent
 from imgcore.limits import SECTOR_NBYTES
@@ -75,13 +75,13 @@ class VhdReader:
     def __init__(self, file: ByteSource, size: str | None = None, damage: Damage = STRICT) -> None:
         self._file = file
         self._damage = damage
-        self.header = read_header(file, size, damage)
+        self.header: VhdHeader = read_header(file, size, damage)
         self.backing: BackingReference | None = find_parent(file, self.header)
         self.subformat: str | None = _SUBFORMATS[self.header.disk_type]
-        self.virtual_size = self.header.size.nbytes
+        self.virtual_size: int = self.header.size.nbytes
         dynamic = self.header.dynamic
-        self.block_nbytes = SECTOR_NBYTES if dynamic is None else dynamic.block_nbytes
-        self.sources = (SourceFile(file),)
+        self.block_nbytes: int = SECTOR_NBYTES if dynamic is None else dynamic.block_nbytes
+        self.sources: tuple[SourceFile] = (SourceFile(file),)
         self._tables: ExtentTables | FlatExtents | None = None
         if dynamic is None:
             end = self.header.end

@@ -120,12 +120,12 @@ class BlockLayout:
     """Offsets of the parts before the blocks; ``locators`` pairs entries with data."""
 
     def __init__(self, options: WriteOptions) -> None:
-        self.n_blocks = -(-options.virtual_size // options.block_nbytes)
-        self.table_nbytes = align_up(self.n_blocks * layout.ENTRY_NBYTES, SECTOR_NBYTES)
+        self.n_blocks: int = -(-options.virtual_size // options.block_nbytes)
+        self.table_nbytes: int = align_up(self.n_blocks * layout.ENTRY_NBYTES, SECTOR_NBYTES)
         end = _TABLE_OFFSET + self.table_nbytes
         # XenServer expects the batmap exactly here.
-        self.batmap_offset = end
-        self.batmap_nbytes = 0
+        self.batmap_offset: int = end
+        self.batmap_nbytes: int = 0
         if options.batmap:
             self.batmap_nbytes = max(SECTOR_NBYTES, align_up(-(-self.n_blocks // 8), SECTOR_NBYTES))
             end += SECTOR_NBYTES + self.batmap_nbytes
@@ -135,7 +135,7 @@ class BlockLayout:
                 space = align_up(len(data), SECTOR_NBYTES)
                 self.locators.append((Locator(platform, space, len(data), 0, end), data))
                 end += space
-        self.first_offset = end
+        self.first_offset: int = end
 
 
 class BlockWriter:
@@ -151,8 +151,9 @@ class BlockWriter:
         self._options = options
         self._layout = BlockLayout(options)
         self._file: TargetFile | None = None
-        self._blocks_end = self.first_offset = self._layout.first_offset
-        self.geometry = Geometry(
+        self.first_offset: int = self._layout.first_offset
+        self._blocks_end = self.first_offset
+        self.geometry: Geometry = Geometry(
             block_nbytes=options.block_nbytes,
             guest_nbytes=options.guest_nbytes,
             placing=Placing.APPEND,

@@ -131,8 +131,8 @@ class VhdxChecker:
         self._metadata = image.metadata
         self._n_units = -(-image.view.nbytes >> _UNIT_BITS)
         self._block_units = image.metadata.block_nbytes >> _UNIT_BITS
-        self.report = CheckReport(total_clusters=image.metadata.n_blocks)
-        self.needed_nbytes = 0
+        self.report: CheckReport = CheckReport(total_clusters=image.metadata.n_blocks)
+        self.needed_nbytes: int = 0
 
     def run(self) -> CheckReport:
         """Check everything."""

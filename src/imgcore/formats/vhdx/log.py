@@ -73,13 +73,13 @@ class ReplayedFile:
         self, file: ByteSource, nbytes: int, n_entries: int, writes: list[Patch], sectors: bytearray
     ) -> None:
         self._file = file
-        self.path = file.path
+        self.path: str = file.path
         self.nbytes = nbytes
         self.n_entries = n_entries
         grown = [Patch(file.nbytes, nbytes, ZEROS)] if nbytes > file.nbytes else []
-        self.patches = _flatten([*grown, *writes])
+        self.patches: list[Patch] = _flatten([*grown, *writes])
         self._starts = [patch.start for patch in self.patches]
-        self.store = HostFile.in_memory(sectors, f"{file.path} (log)")
+        self.store: HostFile = HostFile.in_memory(sectors, f"{file.path} (log)")
 
     def pread(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes; see `ByteSource.pread`."""

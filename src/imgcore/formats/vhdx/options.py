@@ -63,7 +63,7 @@ _OWN_METADATA_NBYTES: Final = layout.METADATA_TABLE_NBYTES + 2 * limits.VHDX_MAX
 class Options(FormatOptions):
     """The ``-o`` options."""
 
-    foreign: ClassVar = {
+    foreign: ClassVar[Mapping[str, Foreign]] = {
         **FormatOptions.foreign,
         "block_state_zero": NO_EFFECT,
         "log_size": Foreign(reason="the log has 1 MiB: leave it out"),

@@ -65,9 +65,9 @@ class VhdxReader:
             self.subformat = "differencing"
         elif metadata.leave_block_allocated:
             self.subformat = "fixed"
-        self.virtual_size = metadata.virtual_size
-        self.block_nbytes = metadata.block_nbytes
-        self.logical_sector_nbytes = metadata.logical_sector_nbytes
+        self.virtual_size: int = metadata.virtual_size
+        self.block_nbytes: int = metadata.block_nbytes
+        self.logical_sector_nbytes: int = metadata.logical_sector_nbytes
         self.backing: BackingReference | None = self._image.backing
         self.identities: Mapping[str, str] = {
             DATA_WRITE_GUID: str(self._image.header.data_write_guid),

@@ -100,9 +100,9 @@ class DynamicWriter:
         self._structures = _Structures(options)
         self._file: TargetFile | None = None
         self._target_path = ""
-        self.first_offset = options.data_offset
-        self.logical_sector_nbytes = options.metadata.logical_sector_nbytes
-        self.geometry = Geometry(
+        self.first_offset: int = options.data_offset
+        self.logical_sector_nbytes: int = options.metadata.logical_sector_nbytes
+        self.geometry: Geometry = Geometry(
             block_nbytes=options.metadata.block_nbytes,
             guest_nbytes=options.metadata.virtual_size,
             placing=Placing.APPEND,
@@ -153,7 +153,7 @@ class FixedWriter(FlatWriter):
         )
         self._metadata = metadata
         self._structures = _Structures(options)
-        self.logical_sector_nbytes = metadata.logical_sector_nbytes
+        self.logical_sector_nbytes: int = metadata.logical_sector_nbytes
 
     def finish(self, next_offset: int) -> None:
         """Write everything except the data; see `imgcore.formats.api.Writer`."""

@@ -88,20 +88,20 @@ class VmdkReader:
         self._extents: list[DiskExtent] = []
         # Keyed by the guest offset of an extent, made when first needed.
         self._tables: dict[int, SparseTables | FlatExtents] = {}
-        self.virtual_size = 0
+        self.virtual_size: int = 0
         self._unopened: UnsafeReferenceError | None = None
         with self._opened:
             head = file.pread(0, min(file.nbytes, _PROBE_NBYTES))
             refuse_foreign_extent(file, head)
             if head.startswith(SPARSE_MAGIC):
-                self.descriptor = self._open_monolithic(file)
+                self.descriptor: Descriptor = self._open_monolithic(file)
             elif is_vmdk_descriptor(head):
                 self.descriptor = self._open_described(file, gate)
             else:
                 raise WrongFormatError(
                     "neither a VMDK sparse extent nor a VMDK descriptor", path=file.path
                 )
-            self.backing = self._find_backing()
+            self.backing: BackingReference | None = self._find_backing()
             # Everything was opened, so the files stay open until close().
             self._opened = self._opened.pop_all()
 

@@ -168,9 +168,9 @@ class StreamWriter:
     def __init__(self, options: WriteOptions) -> None:
         self._options = options
         self._n_entries = _n_directory_entries(options)
-        self.logical_sector_nbytes = options.database.logical_sector_nbytes
-        self.first_offset = _STREAM_FIRST_OFFSET
-        self.geometry = self._make_geometry()
+        self.logical_sector_nbytes: int = options.database.logical_sector_nbytes
+        self.first_offset: int = _STREAM_FIRST_OFFSET
+        self.geometry: Geometry = self._make_geometry()
         self._file: TargetFile | None = None
         self._group = -1
         self._gap_offset = 0
@@ -285,14 +285,16 @@ class HostedLayout:
     """
 
     def __init__(self, options: WriteOptions) -> None:
-        self.n_entries = _n_directory_entries(options)
+        self.n_entries: int = _n_directory_entries(options)
         directory_nbytes = _directory_nbytes(self.n_entries)
         tables_nbytes = self.n_entries * layout.GT_NBYTES
-        self.rgd_offset = (layout.DESCRIPTOR_SECTOR + layout.DESCRIPTOR_NSECTORS) * SECTOR_NBYTES
-        self.rgt_offset = self.rgd_offset + directory_nbytes
-        self.gd_offset = self.rgt_offset + tables_nbytes
-        self.gt_offset = self.gd_offset + directory_nbytes
-        self.overhead = align_up(self.gt_offset + tables_nbytes, options.grain_nbytes)
+        self.rgd_offset: int = (
+            layout.DESCRIPTOR_SECTOR + layout.DESCRIPTOR_NSECTORS
+        ) * SECTOR_NBYTES
+        self.rgt_offset: int = self.rgd_offset + directory_nbytes
+        self.gd_offset: int = self.rgt_offset + tables_nbytes
+        self.gt_offset: int = self.gd_offset + directory_nbytes
+        self.overhead: int = align_up(self.gt_offset + tables_nbytes, options.grain_nbytes)
 
 
 class SparseWriter:
@@ -304,9 +306,9 @@ class SparseWriter:
     def __init__(self, options: WriteOptions) -> None:
         self._options = options
         self._layout = HostedLayout(options)
-        self.logical_sector_nbytes = options.database.logical_sector_nbytes
-        self.first_offset = self._layout.overhead
-        self.geometry = Geometry(
+        self.logical_sector_nbytes: int = options.database.logical_sector_nbytes
+        self.first_offset: int = self._layout.overhead
+        self.geometry: Geometry = Geometry(
             block_nbytes=options.grain_nbytes,
             guest_nbytes=options.virtual_size,
             zero_policy=zero_policy(options.sparse_nbytes, has_parent=False),

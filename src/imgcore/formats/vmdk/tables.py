@@ -216,7 +216,7 @@ class SparseTables:
         n_grains = -(-guest_nbytes // extent.grain_nbytes)
         self._last_sector = last_plausible_sector(extent.file, n_grains * extent.grain_nbytes)
         self.guest_base = guest_base
-        self.guest_end = guest_base + guest_nbytes
+        self.guest_end: int = guest_base + guest_nbytes
         self._file_index = file_index
         self._short_nbytes = short_nbytes
         self._short_grain_start = (

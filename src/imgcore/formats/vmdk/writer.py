@@ -74,7 +74,7 @@ class DescribedWriter(FlatWriter):
         )
         self._options = options
         self._descriptor: TargetFile | None = None
-        self.logical_sector_nbytes = options.database.logical_sector_nbytes
+        self.logical_sector_nbytes: int = options.database.logical_sector_nbytes
 
     @property
     def companion_name(self) -> str:

@@ -1,0 +1,43 @@
+"""The arguments of public functions, in the form that the modules inside take them."""
+
+from __future__ import annotations
+
+import operator
+import os
+from typing import SupportsIndex, TypeAlias
+
+from imgcore.errors import OptionError
+from imgcore.sizes import MAX_SIZE
+
+FilePath: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+"""A file's name.  One that is not UTF-8 is given as bytes, or as `os.fsdecode` returns
+it; results always hold the latter."""
+
+
+def file_name(path: FilePath) -> str:
+    """Return a file's name as str; TypeError for anything that is not a name."""
+    return os.fsdecode(path)
+
+
+def integer(value: SupportsIndex, what: str) -> int:
+    """Return a number as int, also that of an object such as numpy.uint64.
+
+    ``what`` names the argument in the TypeError for anything else, such as 1.0.
+    """
+    try:
+        return int(operator.index(value))
+    except TypeError:
+        raise TypeError(f"{what}: an integer is needed, not {value!r}") from None
+
+
+def byte_count(value: SupportsIndex, what: str) -> int:
+    """Return an offset or a size in bytes.
+
+    OptionError if it is negative or larger than any file.
+    """
+    number = integer(value, what)
+    if not 0 <= number <= MAX_SIZE:
+        raise OptionError(
+            f"{what} is {number}: a number of bytes is not negative, and at most 2^63 - 1"
+        )
+    return number

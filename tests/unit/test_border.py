@@ -1,0 +1,371 @@
+"""Numbers and paths that callers give to public functions."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.helpers.images import MIB, noise
+
+import imgcore
+from imgcore.formats.registry import DRIVERS, get_driver
+
+NBYTES = 1 * MIB
+
+
+class Index:
+    """An int by its ``__index__`` only."""
+
+    def __init__(self, value: int) -> None:
+        self._value = value
+
+    def __index__(self) -> int:
+        return self._value
+
+
+class BytesPath:
+    """A path-like object for bytes, which pathlib does not have."""
+
+    def __init__(self, name: bytes) -> None:
+        self._name = name
+
+    def __fspath__(self) -> bytes:
+        return self._name
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("border")
+    raw = folder / "disk.raw"
+    raw.write_bytes(noise(NBYTES))
+    imgcore.convert(raw, folder / "disk.qcow2")
+    (folder / "small.raw").write_bytes(noise(4096))
+    return folder
+
+
+@pytest.fixture
+def image(folder: Path) -> Iterator[imgcore.Image]:
+    with imgcore.open(folder / "disk.qcow2") as image:
+        yield image
+
+
+# -- numbers ---------------------------------------------------------------------------
+
+
+def readinto(image: imgcore.Image, offset: Any, threads: Any = 1) -> bytes:
+    buffer = bytearray(512)
+    image.readinto(offset, buffer, threads=threads)
+    return bytes(buffer)
+
+
+def rows(batches: Iterator[Any]) -> list[Any]:
+    return [batch.tolist() for batch in batches]
+
+
+def convert(folder: Path, source: str = "disk.raw", **keywords: Any) -> bytes:
+    target = folder / "out.qcow2"
+    imgcore.convert(folder / source, target, force=True, sync=False, **keywords)
+    return target.read_bytes()
+
+
+def create(folder: Path, virtual_size: Any) -> Any:
+    return imgcore.create(folder / "new.qcow2", virtual_size, force=True, sync=False)
+
+
+def compare(folder: Path, threads: Any) -> Any:
+    return imgcore.compare(folder / "disk.raw", folder / "disk.qcow2", threads=threads)
+
+
+Call = Callable[[imgcore.Image, Path, Any], Any]
+
+# Every number that a public function takes, and a value that it allows.
+NUMBERS: dict[tuple[str, str], tuple[int, Call]] = {
+    ("Image.read", "offset"): (512, lambda image, _, n: image.read(n, 100)),
+    ("Image.read", "length"): (512, lambda image, _, n: image.read(512, n)),
+    ("Image.readinto", "offset"): (512, lambda image, _, n: readinto(image, n)),
+    ("Image.readinto", "threads"): (1, lambda image, _, n: readinto(image, 0, threads=n)),
+    ("Image.extents", "start"): (512, lambda image, _, n: rows(image.extents(n, 512))),
+    ("Image.extents", "length"): (512, lambda image, _, n: rows(image.extents(512, n))),
+    ("Image.data_extents", "start"): (512, lambda image, _, n: rows(image.data_extents(n))),
+    ("Image.data_extents", "length"): (512, lambda image, _, n: rows(image.data_extents(0, n))),
+    ("Image.layer_extents", "start"): (
+        512,
+        lambda image, _, n: [rows.tolist() for rows, _ in image.layer_extents(n)],
+    ),
+    ("Image.layer_extents", "length"): (
+        512,
+        lambda image, _, n: [rows.tolist() for rows, _ in image.layer_extents(512, n)],
+    ),
+    ("map", "start"): (512, lambda _, folder, n: list(imgcore.map(folder / "disk.qcow2", start=n))),
+    ("map", "length"): (512, lambda _, folder, n: list(imgcore.map(folder / "disk.raw", length=n))),
+    ("convert", "sparse"): (1024, lambda _, folder, n: convert(folder, sparse=n)),
+    ("convert", "threads"): (1, lambda _, folder, n: convert(folder, threads=n)),
+    ("compare", "threads"): (1, lambda _, folder, n: compare(folder, n)),
+    ("convert", "rate"): (60_000, lambda _, folder, n: convert(folder, "small.raw", rate=n)),
+    ("create", "virtual_size"): (1024, lambda _, folder, n: create(folder, n)),
+    ("measure", "size"): (1024, lambda _, folder, n: imgcore.measure(size=n)),
+}
+IDS = [" ".join(names) for names in NUMBERS]
+
+
+def test_every_number_is_tried() -> None:
+    """A number is annotated so that type checkers allow NumPy's integers."""
+    functions = {name: getattr(imgcore, name) for name in imgcore.__all__}
+    functions |= {
+        f"Image.{name}": value
+        for name, value in vars(imgcore.Image).items()
+        if not name.startswith("_")
+    }
+    found = set()
+    for name, function in functions.items():
+        if inspect.isfunction(function):
+            for parameter in inspect.signature(function).parameters.values():
+                words = str(parameter.annotation).replace(" ", "").split("|")
+                assert "int" not in words, (name, parameter)
+                if "SupportsIndex" in words:
+                    found.add((name, parameter.name))
+    assert found == set(NUMBERS)
+
+
+@pytest.mark.parametrize("kind", [np.uint64, np.int64, np.uint16, Index])
+@pytest.mark.parametrize("names", NUMBERS, ids=IDS)
+def test_integers_of_all_kinds(
+    names: tuple[str, str], kind: Callable[[int], Any], image: imgcore.Image, folder: Path
+) -> None:
+    number, call = NUMBERS[names]
+    assert call(image, folder, kind(number)) == call(image, folder, number)
+
+
+def test_the_numbers_of_extents_are_taken_back(image: imgcore.Image, folder: Path) -> None:
+    data = (folder / "disk.raw").read_bytes()
+    for batch in image.extents():
+        for row in batch:
+            start, length = row["guest_offset"], row["length"]
+            end = int(start) + int(length)
+            assert image.read(start, length) == data[int(start) : end]
+            assert int(next(image.extents(start, length))["guest_offset"][0]) == int(start)
+            entry = next(imgcore.map(folder / "disk.qcow2", start=start, length=length))
+            assert entry.start == int(start)
+
+
+def test_a_bool_is_an_integer(image: imgcore.Image, folder: Path) -> None:
+    assert image.read(False, True) == image.read(0, 1)
+    assert compare(folder, True).identical
+
+
+@pytest.mark.parametrize("number", [-1, -(2**70), np.int64(-512), 2**63, np.uint64(2**63), 2**200])
+@pytest.mark.parametrize("names", NUMBERS, ids=IDS)
+def test_numbers_out_of_range(
+    names: tuple[str, str], number: Any, image: imgcore.Image, folder: Path
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        NUMBERS[names][1](image, folder, number)
+    assert str(int(number)) in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [1.0, np.float64(512), 512.5, "512", b"512", [512], 1 + 0j])
+@pytest.mark.parametrize("names", NUMBERS, ids=IDS)
+def test_what_is_no_integer(
+    names: tuple[str, str], number: Any, image: imgcore.Image, folder: Path
+) -> None:
+    if names in (("convert", "sparse"), ("convert", "rate")) and number == "512":
+        return  # a size in words is allowed there
+    with pytest.raises(TypeError, match="an integer is needed, not"):
+        NUMBERS[names][1](image, folder, number)
+
+
+@pytest.mark.parametrize("start", [NBYTES + 1, 2**62])
+def test_starts_past_the_end(start: int, image: imgcore.Image, folder: Path) -> None:
+    with pytest.raises(ValueError, match="past the end of the disk"):
+        next(imgcore.map(folder / "disk.qcow2", start=start))
+    for call in (image.extents, image.data_extents, image.layer_extents):
+        with pytest.raises(ValueError, match="is not inside the disk"):
+            call(start)  # type: ignore[operator]
+    with pytest.raises(ValueError, match="is not inside the disk"):
+        image.read(start, 0)
+    assert list(imgcore.map(folder / "disk.qcow2", start=NBYTES)) == []
+    assert list(image.extents(NBYTES)) == []
+    assert image.read(NBYTES, 0) == b""
+
+
+def test_a_length_is_refused_before_memory_is_taken(image: imgcore.Image) -> None:
+    with pytest.raises(ValueError, match="is not inside the disk"):
+        image.read(0, 2**62)
+
+
+OPTIONS = [
+    (entry.name, option)
+    for entry in DRIVERS
+    for option in fields(get_driver(entry.name).options)
+    if option.metadata["values"] in ("size", "int")
+]
+
+
+@pytest.mark.parametrize(("name", "option"), OPTIONS, ids=[f"{n} {o.name}" for n, o in OPTIONS])
+def test_numbers_of_options(name: str, option: Any, tmp_path: Path) -> None:
+    path = tmp_path / f"disk.{name}"
+
+    def attempt(value: Any) -> Any:
+        return imgcore.create(
+            path, NBYTES, format=name, options={option.name: value}, force=True, sync=False
+        )
+
+    for value in (-1, np.int64(-1), 2**63, 2**70):
+        with pytest.raises(ValueError):
+            attempt(value)
+    for value in (1.0, np.float64(1)):
+        with pytest.raises(TypeError):
+            attempt(value)
+    good = option.default if option.default is not None else 1
+    for kind in (np.uint64, Index):
+        try:
+            expected = attempt(int(good))
+        except imgcore.ImgcoreError as error:
+            with pytest.raises(type(error)):
+                attempt(kind(good))
+        else:
+            assert attempt(kind(good)).options == expected.options
+
+
+# -- paths -----------------------------------------------------------------------------
+
+KINDS: dict[str, Callable[[bytes], Any]] = {
+    "str": os.fsdecode,
+    "bytes": bytes,
+    "PathLike": lambda name: Path(os.fsdecode(name)),
+    "PathLike of bytes": BytesPath,
+}
+ODD = b"gr\xfc\xff\xdf"  # not UTF-8
+
+
+@pytest.fixture(params=KINDS)
+def named(request: pytest.FixtureRequest) -> Callable[[bytes], Any]:
+    return KINDS[request.param]
+
+
+@pytest.fixture
+def odd(folder: Path, tmp_path: Path) -> bytes:
+    """Return a folder whose name and files are not UTF-8."""
+    path = os.path.join(os.fsencode(tmp_path), ODD)
+    os.mkdir(path)
+    shutil.copy(folder / "disk.raw", os.path.join(path, ODD + b".raw"))
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["raw", "qcow2", "vmdk", "vhd", "vhdx", "vdi"])
+def test_names_that_are_not_utf_8(suffix: str, odd: bytes, named: Callable[[bytes], Any]) -> None:
+    source = os.path.join(odd, ODD + b".raw")
+    target = os.path.join(odd, b"new" + ODD + b"." + suffix.encode())
+    done = imgcore.convert(named(source), named(target))
+    assert (done.source, done.target) == (os.fsdecode(source), os.fsdecode(target))
+    assert os.path.exists(target)
+    assert imgcore.compare(named(source), named(target)).identical
+    assert imgcore.info(named(target))["filename"] == os.fsdecode(target)
+    assert {entry.filename for entry in imgcore.map(named(target))} == {os.fsdecode(target)}
+    assert imgcore.measure(named(target)).required == NBYTES
+    assert imgcore.lint(named(target), profile="openstack").filename == os.fsdecode(target)
+    with imgcore.open(named(target)) as image:
+        assert image.path == os.fsdecode(target)
+        assert image.read(0, 512) == noise(NBYTES)[:512]
+    if suffix != "raw":
+        assert imgcore.check(named(target)).ok
+        assert suffix == "vmdk" or imgcore.check(named(target), repair=True).ok
+    created = imgcore.create(named(target), NBYTES, force=True)
+    assert created.path == os.fsdecode(target)
+    packed = os.path.join(odd, ODD + b".raw.gz")
+    assert imgcore.convert(named(source), named(packed)).target == os.fsdecode(packed)
+    assert imgcore.info(named(packed))["filename"] == os.fsdecode(packed)
+    assert imgcore.measure(named(packed)).required == NBYTES
+
+
+# A VHD and a VHDX store their parent's name as Unicode.
+@pytest.mark.parametrize(
+    ("suffix", "name"), [("qcow2", ODD), ("vhd", b"base"), ("vhdx", b"base"), ("vdi", ODD)]
+)
+def test_parents_by_names_that_are_not_utf_8(
+    suffix: str, name: bytes, odd: bytes, named: Callable[[bytes], Any]
+) -> None:
+    raw = os.path.join(odd, ODD + b".raw")
+    format = suffix
+    base = name + b"." + suffix.encode()
+    whole = os.path.join(odd, base)
+    child = os.path.join(odd, b"child" + ODD + b"." + suffix.encode())
+    imgcore.convert(raw, whole)
+    done = imgcore.create(named(child), backing=named(base), backing_format=format)
+    assert done.backing == os.fsdecode(base)
+    assert imgcore.compare(named(child), named(raw)).identical
+    imgcore.convert(
+        named(raw), named(child), backing=named(base), backing_format=format, force=True
+    )
+    assert imgcore.compare(named(child), named(raw)).identical
+    # The parent moves to a folder that is not the image's.
+    other = os.path.join(os.path.dirname(odd), b"other" + ODD)
+    os.mkdir(other)
+    moved = os.path.join(other, base)
+    os.rename(whole, moved)
+    parent, allow = named(moved), [named(other), named(odd)]
+    with imgcore.open(named(child), parent=parent, allow=allow) as image:
+        assert image.read(0, NBYTES) == noise(NBYTES)
+    assert imgcore.compare(
+        named(child), named(child), parent_a=parent, parent_b=parent, allow=allow
+    ).identical
+    assert len(imgcore.info(named(child), chain=True, parent=parent, allow=allow)) == 2
+    assert list(imgcore.map(named(child), parent=parent, allow=allow))
+    assert imgcore.measure(named(child), parent=parent, allow=allow).required == NBYTES
+    assert imgcore.check(named(child), parent=parent, allow=allow).ok
+    imgcore.lint(named(child), profile="openstack", parent=parent, allow=allow)
+    out = os.path.join(odd, b"out.raw")
+    imgcore.convert(named(child), named(out), parent=parent, allow=allow)
+    assert imgcore.compare(named(raw), named(out)).identical
+
+
+def test_an_extent_in_an_allowed_folder(
+    tmp_path: Path, folder: Path, named: Callable[[bytes], Any]
+) -> None:
+    """``allow`` is needed here: the gate opens the file in another folder."""
+    far = os.path.join(os.fsencode(tmp_path), ODD)
+    os.mkdir(far)
+    near = tmp_path / "near"
+    near.mkdir()
+    child = near / "child.qcow2"
+    shutil.copy(folder / "disk.qcow2", os.path.join(far, b"base.qcow2"))
+    base = os.path.join(far, b"base.qcow2")
+    imgcore.create(child, backing=named(base), backing_format="qcow2")
+    with pytest.raises(imgcore.UnsafeReferenceError):
+        imgcore.open(child)
+    with imgcore.open(child, allow=[named(far)]) as image:
+        assert image.read(0, 512) == noise(NBYTES)[:512]
+
+
+@pytest.mark.parametrize("lone", ["/", b"/", Path("/"), BytesPath(b"/")])
+def test_a_lone_folder_is_not_a_sequence(lone: Any, folder: Path) -> None:
+    with pytest.raises(imgcore.OptionError, match="a sequence of folders"):
+        imgcore.open(folder / "disk.qcow2", allow=lone)
+
+
+@pytest.mark.parametrize("path", [5, None, 1.5, {b"x"}, bytearray(b"x")])
+def test_what_is_no_path(path: Any, folder: Path) -> None:
+    good = folder / "disk.raw"
+    calls: list[Callable[[], Any]] = [
+        lambda: imgcore.open(path),
+        lambda: imgcore.info(path),
+        lambda: imgcore.map(path),
+        lambda: imgcore.check(path),
+        lambda: imgcore.lint(path, profile="aws"),
+        lambda: imgcore.compare(path, good),
+        lambda: imgcore.compare(good, path),
+        lambda: imgcore.convert(path, folder / "x.raw"),
+        lambda: imgcore.convert(good, path),
+        lambda: imgcore.create(path, 512),
+        lambda: imgcore.open(good, allow=[path]),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match="expected str, bytes or os.PathLike object"):
+            call()

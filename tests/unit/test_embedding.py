@@ -1,0 +1,291 @@
+"""The library as a part of another program: docs/embedding.md has the promises."""
+
+from __future__ import annotations
+
+import fcntl
+import inspect
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.helpers.images import MIB, noise
+
+import imgcore
+
+# Parameters of functions and fields of results, which later versions only add to.
+_TEXT = """
+check: path format parent repair allow share
+compare: a b format_a format_b parent_a parent_b read_options_a read_options_b strict
+    threads allow backing_format share progress
+convert: source target format target_format options compress backing backing_format
+    source_backing_format parent read_options sparse threads force sync in_place share
+    salvage reflink allow progress kernels profile rate control
+create: path virtual_size format options backing backing_format force sync allow
+info: path format chain allow share backing_format parent read_options
+lint: path profile format read_options parent allow share
+map: path format start length backing_format parent read_options allow share
+measure: source size format target_format options compress backing_format parent
+    read_options allow share
+open: path format backing_format parent read_options allow share
+Image.read: offset length
+Image.readinto: offset buffer threads
+Image.extents: start length
+Image.info:
+Image.close:
+BadRange: guest_offset length path reason
+CheckResult: filename format corruptions leaks total_clusters allocated_clusters
+    fragmented_clusters compressed_clusters image_end_offset problems repairs
+    corruptions_fixed leaks_fixed not_repaired
+CompareResult: identical first_difference reason size_a size_b
+ConvertResult: source target source_format target_format virtual_size bytes_data
+    bytes_zero bytes_read bytes_written bytes_shared file_size seconds bad_ranges
+CreateResult: path format virtual_size file_size options backing backing_format
+Finding: rule message remedy
+LintReport: filename format profile findings
+MapEntry: start length depth present zero data compressed offset filename
+Measurement: required fully_allocated
+Progress: done total data zero written
+SourceFile: file guest_base block_nbytes
+"""
+PROMISED = {
+    line.partition(":")[0]: line.partition(":")[2].split()
+    for line in _TEXT.strip().replace("\n    ", " ").splitlines()
+}
+
+
+def test_the_table_is_read() -> None:
+    assert len(PROMISED) == 25
+    assert PROMISED["convert"][:2] == ["source", "target"]
+    assert PROMISED["convert"][-1] == "control"
+    assert PROMISED["Progress"] == ["done", "total", "data", "zero", "written"]
+
+
+def names_of(value: Any) -> list[str]:
+    """Return the parameters of a function or the fields of a result."""
+    if inspect.isclass(value):
+        return list(getattr(value, "_fields", None) or value.__dataclass_fields__)
+    return [name for name in inspect.signature(value).parameters if name != "self"]
+
+
+@pytest.mark.parametrize("name", PROMISED)
+def test_names_are_only_added(name: str) -> None:
+    owner, _, member = name.rpartition(".")
+    value = getattr(getattr(imgcore, owner) if owner else imgcore, member)
+    promised, found = PROMISED[name], names_of(value)
+    assert [one for one in found if one in promised] == promised
+    # What was added can be left out, so that callers need not change.
+    if inspect.isfunction(value):
+        for one, parameter in inspect.signature(value).parameters.items():
+            is_new = one not in (*promised, "self")
+            assert not is_new or parameter.default is not inspect.Parameter.empty, one
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "disk.raw").write_bytes(noise(4 * MIB))
+    imgcore.convert(tmp_path / "disk.raw", tmp_path / "base.qcow2")
+    imgcore.create(tmp_path / "disk.qcow2", backing="base.qcow2", backing_format="qcow2")
+    return tmp_path
+
+
+def use(folder: Path) -> None:
+    """Use every verb on an image with a parent."""
+    raw, image = folder / "disk.raw", folder / "disk.qcow2"
+    target = folder / f"out-{os.getpid()}-{threading.get_ident()}.vmdk"
+    imgcore.info(image, chain=True)
+    imgcore.check(image)
+    assert list(imgcore.map(image))
+    imgcore.measure(image)
+    imgcore.lint(image, profile="openstack")
+    imgcore.convert(image, target, force=True, sync=False, threads=3)
+    assert imgcore.compare(raw, target, threads=3).identical
+    packed = target.with_suffix(".raw.gz")
+    imgcore.convert(image, packed, force=True, sync=False, threads=2)
+    imgcore.convert(packed, target.with_suffix(".raw"), force=True, sync=False)
+    with imgcore.open(image) as opened:
+        assert opened.read(1, 4 * MIB - 1) == noise(4 * MIB)[1:]
+
+
+def test_a_child_after_fork_may_use_what_is_open(folder: Path) -> None:
+    """The script forks; the test's own process has other threads."""
+    script = """
+import os, sys, threading
+sys.path.insert(0, os.getcwd())
+from tests.unit.test_embedding import Path, imgcore, noise, use
+
+folder = Path(sys.argv[1])
+with imgcore.open(folder / "disk.qcow2") as image:
+    batches = image.extents()
+    next(batches)
+    use(folder)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            assert image.read(0, len(noise(1 << 22))) == noise(1 << 22)
+            assert image.info()["format"] == "qcow2"
+            assert not list(batches)
+            use(folder)
+            image.close()
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    # The child's close() closed its own descriptors only.
+    assert image.read(0, 1 << 22) == noise(1 << 22)
+    use(folder)
+print("done")
+"""
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script, folder],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
+def test_the_verbs_on_many_threads(folder: Path) -> None:
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            use(folder)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+def handlers() -> dict[int, Any]:
+    fixed = (signal.SIGKILL, signal.SIGSTOP)
+    return {n: signal.getsignal(n) for n in signal.valid_signals() if n not in fixed}
+
+
+def masks() -> list[str]:
+    status = Path("/proc/self/status").read_text()
+    return [line for line in status.splitlines() if line.startswith("Sig")]
+
+
+def test_no_signal_is_touched(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, before_masks = handlers(), masks()
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the library changes a signal")
+
+    for name in ("signal", "setitimer", "set_wakeup_fd", "pthread_sigmask", "siginterrupt"):
+        monkeypatch.setattr(signal, name, refuse)
+    seen: list[Any] = []
+    imgcore.convert(
+        folder / "disk.raw",
+        folder / "x.qcow2",
+        progress=lambda _: seen.append((handlers(), masks())),
+    )
+    use(folder)
+    monkeypatch.undo()
+    assert (handlers(), masks()) == (before, before_masks)
+    assert all(found == (before, before_masks) for found in seen)
+
+
+def test_a_handler_runs_during_a_job_on_the_main_thread(folder: Path) -> None:
+    class StopError(Exception):
+        pass
+
+    def stop(*_: object) -> None:
+        raise StopError
+
+    previous = signal.signal(signal.SIGUSR1, stop)
+    try:
+        with pytest.raises(StopError):
+            imgcore.convert(
+                folder / "disk.raw",
+                folder / "new.qcow2",
+                progress=lambda _: os.kill(os.getpid(), signal.SIGUSR1),
+            )
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+    assert not (folder / "new.qcow2").exists()
+
+
+def open_files() -> Iterator[tuple[int, str]]:
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            yield int(name), os.readlink(f"/proc/self/fd/{name}")
+        except OSError:
+            continue
+
+
+def test_descriptors_are_closed_on_exec(folder: Path) -> None:
+    before = set(open_files())
+    seen: set[str] = set()
+
+    def look(*_: object) -> None:
+        for fd, target in set(open_files()) - before:
+            if str(folder) in target or "memfd" in target:
+                seen.add(os.path.basename(target))
+                assert fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC, target
+
+    with imgcore.open(folder / "disk.qcow2") as image:
+        look()
+        next(image.extents())
+        look()
+    flat = {"subformat": "monolithicFlat"}
+    imgcore.convert(folder / "disk.qcow2", folder / "f.vmdk", options=flat, progress=look)
+    imgcore.compare(folder / "f.vmdk", folder / "disk.qcow2", progress=look)
+    imgcore.convert(folder / "f.vmdk", folder / "f.raw.zst", progress=look)
+    assert {"disk.qcow2", "base.qcow2", "f.vmdk", "f-flat.vmdk"} <= seen
+    assert set(open_files()) == before
+
+
+def test_importing_and_logging_configure_nothing() -> None:
+    script = """
+import logging, signal, sys, threading, warnings
+before = (list(warnings.filters), dict(vars(logging.root)), sys.excepthook, sys.unraisablehook)
+import imgcore
+for name in imgcore.__all__:
+    getattr(imgcore, name)
+assert before[0] == [f for f in warnings.filters if "numpy" not in str(f)]
+assert before[1] == dict(vars(logging.root))
+assert before[2:] == (sys.excepthook, sys.unraisablehook)
+assert logging.getLogger("imgcore").handlers == []
+assert logging.getLogger("imgcore").level == logging.NOTSET
+assert logging.getLogger("imgcore").propagate
+assert threading.active_count() == 1
+print("done")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
+def test_warnings_are_records_of_the_logger(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="imgcore"):
+        imgcore.create(folder / "parent.vhd", MIB)
+        imgcore.create(folder / "child.vhd", backing="parent.vhd", backing_format="vhd")
+        os.utime(folder / "parent.vhd", (10**9, 10**9))
+        imgcore.open(folder / "child.vhd").close()
+    assert [record.name for record in caplog.records] == ["imgcore"]
+    assert "modification time" in caplog.text
+
+
+def test_no_thread_outlives_a_call(folder: Path) -> None:
+    before = (threading.active_count(), len(os.listdir("/proc/self/task")))
+    use(folder)
+    with imgcore.open(folder / "disk.qcow2") as image:
+        image.read(0, 4 * MIB)
+        assert (threading.active_count(), len(os.listdir("/proc/self/task"))) == before
+    assert (threading.active_count(), len(os.listdir("/proc/self/task"))) == before
