@@ -547,9 +547,6 @@ ELSEWHERE = {
      ("persistent bitmaps ({}) are left out: the next incremental backup of the target must be a "
      "full one; qemu-img convert --bitmaps keeps them")):
     "unit/test_advice.py::test_what_a_conversion_leaves_out",
-    ("formats/raw/reader.py",
-     "a raw disk has a multiple of {} bytes, this file has {}: pad a copy of it (truncate -s {})"):
-    "unit/test_advice.py::test_an_odd_raw_disk",
     (_REGISTRY, "the name does not state the format; the content is that of {} ({} {} states it)"):
     "unit/test_by_content.py::test_the_content_decides",
     (_REGISTRY, "{} to read it"): "unit/test_by_content.py::test_info_answers_against_the_name",

@@ -258,7 +258,7 @@ def find_format(
     """
     name = None if stated is None else canonical_name(stated)
     if is_named_stream(file.path, name):
-        return Found(_codec_of(file, flag) or PLAIN_FORMAT)
+        return Found(_codec_of(file) or PLAIN_FORMAT)
     if name is not None:
         if not damage.salvages:
             _refuse_other_format(file, name, flag)
@@ -288,9 +288,12 @@ def find_format(
     )
 
 
-def _codec_of(file: ByteSource, flag: str) -> str | None:
-    name = probe(file, flag=flag)
-    return name if name in CODEC_OF_SUFFIX.values() else None
+def _codec_of(file: ByteSource) -> str | None:
+    """Return the codec of a stream, as those that read it decide."""
+    from imgcore.streams.codecs import CODECS
+
+    head = file.pread(0, min(HEAD_NBYTES, file.nbytes))
+    return next((name for name, codec in CODECS.items() if codec.matches(head)), None)
 
 
 def _suffix(path: str) -> str:
