@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from imgcore.formats.shared.alignment import align_up
 from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
@@ -184,9 +183,9 @@ def first_lost(guest_base: int, nbytes: int, held_nbytes: int) -> int | None:
     guest_base, nbytes : int
         Where the extent is on the disk, in bytes.
     held_nbytes : int
-        How much of it is in the file.  Of a last sector, a part is enough.
+        How much of it is in the file.  A sector that is not whole is lost.
     """
-    if nbytes <= align_up(held_nbytes, SECTOR_NBYTES):
+    if nbytes <= held_nbytes:
         return None
     return guest_base + held_nbytes - held_nbytes % SECTOR_NBYTES
 
