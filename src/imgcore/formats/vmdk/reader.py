@@ -20,10 +20,8 @@ from imgcore.errors import (
 )
 from imgcore.formats.api import BackingReference
 from imgcore.formats.magic import is_vmdk_descriptor
-from imgcore.formats.shared.alignment import align_up
 from imgcore.formats.shared.damage import STRICT, Damage
 from imgcore.formats.shared.flat_reader import FlatExtents, first_lost, lost_file
-from imgcore.formats.shared.last_sector import whole_sectors
 from imgcore.formats.shared.windows_paths import names_beside, names_from_windows_path
 from imgcore.formats.vmdk.descriptor import (
     Descriptor,
@@ -394,7 +392,7 @@ class VmdkReader:
 
     def _add_flat(self, file: ByteSource, line: ExtentLine) -> None:
         end = line.offset_nbytes + line.nbytes
-        if end > align_up(file.nbytes, SECTOR_NBYTES):
+        if end > file.nbytes:
             self._damage.report(
                 CorruptImageError(
                     f"the extent ends at {end:#x}, past the end of the file ({file.nbytes:#x})",
@@ -402,8 +400,6 @@ class VmdkReader:
                     offset=file.nbytes,
                 )
             )
-        elif end > file.nbytes:
-            whole_sectors(file.nbytes, file.path)
         self._sources.append(SourceFile(file, self.virtual_size))
         self._add(
             DiskExtent(
