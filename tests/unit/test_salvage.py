@@ -201,6 +201,51 @@ def test_nothing_is_left(tmp_path: Path) -> None:
     assert not (tmp_path / "out.raw").exists()
 
 
+@pytest.mark.parametrize("suffix", ["qcow2", "vhd", "vhdx", "vdi"])
+def test_chains_that_are_cut(suffix: str, disk: bytes, tmp_path: Path) -> None:
+    """What a child has is saved, whatever its parent has lost, and vice versa."""
+    own = bytearray(disk)
+    own[3 * MIB : 5 * MIB] = images.noise(2 * MIB, 44)
+    own[8 * MIB : 9 * MIB] = bytes(MIB)
+    for name, content in (("base", disk), ("child", bytes(own))):
+        (tmp_path / f"{name}.raw").write_bytes(content)
+        backing = {"backing": f"base.{suffix}", "backing_format": suffix}
+        imgcore.convert(
+            tmp_path / f"{name}.raw",
+            tmp_path / f"{name}.{suffix}",
+            **(backing if name == "child" else {}),
+        )
+    base, child = (tmp_path / f"{name}.{suffix}" for name in ("base", "child"))
+    whole = base.read_bytes(), child.read_bytes()
+    for n_base, n_child in ((1, 0.75), (0.6, 1), (0.6, 0.75)):
+        base.write_bytes(whole[0][: int(len(whole[0]) * n_base)])
+        child.write_bytes(whole[1][: int(len(whole[1]) * n_child)])
+        try:
+            got, lost = salvaged(child)
+        except imgcore.CorruptImageError as error:
+            # The tables of imgcore's QCOW2 are at its end.
+            assert suffix == "qcow2"
+            assert n_child < 1
+            assert "nothing can be salvaged" in str(error)
+            continue
+        assert_salvaged(got, lost, bytes(own))
+        assert lost or (suffix == "vhdx" and n_child == 1)
+
+
+def test_several_sources_and_in_place(tmp_path: Path) -> None:
+    path = vdi.make(tmp_path / "a.vdi", [0, 1, 2, 3])
+    disk = b"".join(vdi.fill(n) for n in range(4))
+    poke(path, (vdi.MAP_OFFSET + 4, struct.pack("<I", 77)))
+    (tmp_path / "d.raw").write_bytes(disk)
+    # What was there before does not stay in a lost range.
+    out = tmp_path / "out.raw"
+    out.write_bytes(b"\xff" * 12 * MIB)
+    sources = [tmp_path / "d.raw", path, tmp_path / "d.raw"]
+    result = imgcore.convert(sources, out, salvage=True, in_place=True)
+    assert [(row.guest_offset, row.length) for row in result.bad_ranges] == [(5 * MIB, MIB)]
+    assert_salvaged(out.read_bytes(), result.bad_ranges, disk * 3)
+
+
 # ----------------------------------------------------------------- overwritten images
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
-from imgcore.engine.bad_ranges import MAX_BAD_RANGES, BadRange
+from imgcore._core import MAX_BAD_RANGES
+from imgcore.engine.bad_ranges import BadRange
 from imgcore.engine.extents import FLAG_NO_FILE, Kind, lose_ranges
 from imgcore.errors import CorruptImageError, ImgcoreError, LimitExceededError
 from imgcore.limits import MAX_BATCH_ROWS, SALVAGE_MAX_ROWS
@@ -139,7 +140,7 @@ class _Ranges(NamedTuple):
 def _contested(reader: Reader, path: str, first_file: int) -> Iterator[_Ranges]:
     """Yield the ranges of an image's files to which more than one extent refers.
 
-    Raises CorruptImageError if nothing of the image is known.
+    Raises CorruptImageError if nothing of the first image of a chain is known.
     """
     claims: dict[int, list[Offsets]] = {}
     n_rows, nothing_known = 0, reader.virtual_size > 0
@@ -160,7 +161,8 @@ def _contested(reader: Reader, path: str, first_file: int) -> Iterator[_Ranges]:
                 (of_file["host_offset"], of_file["host_offset"] + of_file["host_length"])
             )
             claims.setdefault(file, []).append(pairs)
-    if nothing_known:
+    if nothing_known and first_file == 0:
+        # Of a lost parent, a child may still hide much.
         raise CorruptImageError(
             "nothing can be salvaged: no part of the disk has a known place", path=path
         )

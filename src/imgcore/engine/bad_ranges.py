@@ -6,9 +6,6 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
-# The most ranges that a conversion lists: IMGC_MAX_BAD_RANGES.
-MAX_BAD_RANGES: Final = 65536
-
 _BROKEN: Final = "does not decompress"
 
 
