@@ -139,10 +139,8 @@ HEADERS = [
     ("l1-misaligned", {"l1_offset": L1 + 8}, "CorruptImageError", "multiples"),
     ("l1-past-end", {"l1_offset": 1 << 40}, "CorruptImageError", "past the end"),
     ("l1-wraps", {"l1_offset": (1 << 64) - CLUSTER}, "CorruptImageError", "past the end"),
-    ("reftable-0", {"reftable_offset": 0}, "CorruptImageError", "refcount table"),
     ("reftable-misaligned", {"reftable_offset": 513}, "CorruptImageError", "refcount table"),
     ("reftable-past-end", {"reftable_offset": 1 << 50}, "CorruptImageError", "refcount table"),
-    ("reftable-empty", {"reftable_clusters": 0}, "CorruptImageError", "refcount table"),
     ("reftable-cap", {"reftable_clusters": 128}, "CorruptImageError", "past the end"),
     ("reftable-cap-plus-1", {"reftable_clusters": 129}, "LimitExceededError", "refcount table"),
     ("reftable-max", {"reftable_clusters": 0xFFFFFFFF}, "LimitExceededError", "refcount table"),
@@ -290,6 +288,9 @@ def _readable() -> Iterator[Case]:
     for name, bits in (("dirty", 1), ("corrupt", 2)):
         image = build(incompatible=bits)
         yield Case(f"qcow2-marked-{name}", put(image), None, stage=Stage.NONE, content=CONTENT)
+    for name, field in (("0", "reftable_offset"), ("empty", "reftable_clusters")):
+        image = build(**{field: 0})
+        yield Case(f"qcow2-reftable-{name}", put(image), None, stage=Stage.CHECK, content=CONTENT)
     image = build(size=SIZE, autoclear=1 << 63, compatible=1 << 63)
     yield Case("qcow2-unknown-harmless-bits", put(image), None, stage=Stage.NONE, content=CONTENT)
     # 1 PiB in clusters of 2 MiB: an L1 table of 2048 entries, all unused.

@@ -208,6 +208,27 @@ def test_refcounts_are_rebuilt(tmp_path: Path, name: str, damage: str) -> None:
     assert_repaired(path, tmp_path)
 
 
+@pytest.mark.parametrize("field", [(48, bytes(8)), (56, bytes(4))], ids=["offset", "clusters"])
+@pytest.mark.parametrize("name", IMAGES)
+def test_a_header_without_a_table(tmp_path: Path, name: str, field: tuple[int, bytes]) -> None:
+    path = make(tmp_path / "a.qcow2", name)
+    sound, theirs = tmp_path / "sound.qcow2", tmp_path / "theirs.qcow2"
+    shutil.copyfile(path, sound)
+    poke(path, field)
+    shutil.copyfile(path, theirs)
+    assert "check -r all rebuilds it" in run("info", path).stderr
+    assert run("check", path).returncode == 2
+    # The advice.
+    done = run("check", "-r", "all", path)
+    assert done.returncode == 0, done.stderr
+    qemu.assert_check_clean(path)
+    qemu.assert_same(sound, path, source_format="qcow2", target_format="qcow2")
+    code, _ = qemu_check(theirs, "-r", "all")
+    if code == 0:
+        repaired, expected = read_structure(path), read_structure(theirs)
+        assert guest_refcounts(repaired, expected) == guest_refcounts(expected, repaired)
+
+
 @pytest.mark.parametrize("name", ["plain", "snapshot", "2 bits", "64 bits", "1 bit"])
 def test_windows_do_not_change_the_repair(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,43 @@ def test_info_answers_against_the_name(
         if verb != "info":
             with pytest.raises(WrongFormatError, match=f"magic of {image_format}: use"):
                 use(verb, image, raw)
+
+
+@pytest.mark.parametrize("name", ["disk", "disk.bak", "web01.example.com"])
+def test_info_of_a_raw_disk_whose_name_states_nothing(name: str, tmp_path: Path) -> None:
+    disk = openings.renamed(openings.disk(tmp_path / "a.raw"), name)
+    done = imgcore_command("info", "--json", disk)
+    assert done.returncode == 0, done.stderr
+    ours = json.loads(done.stdout)
+    theirs = qemu.info(disk, "raw")
+    assert (ours["format"], ours["virtual-size"]) == ("raw", theirs["virtual-size"])
+    assert "use -f raw if it is a raw disk" in done.stderr
+    other = openings.disk(tmp_path / "other.raw")
+    for verb in VERBS:
+        if verb not in ("info", "lint"):
+            with pytest.raises(WrongFormatError, match="no known format"):
+                use(verb, disk, other)
+
+
+@pytest.mark.parametrize("as_device", [False, True], ids=["file", "device"])
+@pytest.mark.parametrize("magic", [b"LUKS\xba\xbe", b"QED\0", b"\x1f\x8b\x08\0"])
+def test_info_of_a_raw_disk_with_the_magic_of_what_is_not_read(
+    magic: bytes, as_device: bool, tmp_path: Path
+) -> None:
+    disk = openings.disk(tmp_path / "disk.raw")
+    with disk.open("r+b") as file:
+        file.write(magic)
+        file.truncate(1 << 20)
+    with loop_device(disk) if as_device else nullcontext(disk) as name:
+        done = imgcore_command("info", "--json", name)
+        assert done.returncode == 0, done.stderr
+        ours = json.loads(done.stdout)
+        assert (ours["format"], ours["virtual-size"]) == ("raw", 1 << 20)
+        assert "use -f raw to read it" in done.stderr
+        with pytest.raises(WrongFormatError, match="use -f raw"):
+            imgcore.open(name)
+        # The advice.
+        imgcore.open(name, format="raw").close()
 
 
 def test_info_of_a_block_device(tmp_path: Path) -> None:

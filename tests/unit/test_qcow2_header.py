@@ -77,8 +77,6 @@ BAD: list[tuple[str, list[tuple[int, bytes]], type[ImgcoreError], str]] = [
     ("l1-in-header", [(40, u64(0))], CorruptImageError, "L1 table at 0x0"),
     ("l1-wraps", [(40, u64((1 << 64) - 65536))], CorruptImageError, "past the end of the file"),
     ("refcounts-misaligned", [(48, u64(0x10008))], CorruptImageError, "refcount table at 0x10008"),
-    ("refcounts-absent", [(48, u64(0))], CorruptImageError, "no refcount table"),
-    ("refcounts-empty", [(56, u32(0))], CorruptImageError, "no refcount table"),
     ("refcounts-far", [(48, u64(FAR))], CorruptImageError, "refcount table ends"),
     ("refcounts-cap", [(56, u32(128))], CorruptImageError, "refcount table ends"),
     ("refcounts-limit", [(56, u32(129))], LimitExceededError, "refcount table takes 8454144"),
@@ -218,6 +216,23 @@ def test_marks_are_warnings(
     report = reader.check()
     assert report.corruptions == 0
     assert line in report.problems[0]
+    reader.close()
+
+
+@pytest.mark.parametrize("change", [(48, u64(0)), (56, u32(0))], ids=["absent", "empty"])
+def test_reading_needs_no_refcount_table(
+    tmp_path: Path, image: bytes, caplog: pytest.LogCaptureFixture, change: tuple[int, bytes]
+) -> None:
+    path = tmp_path / "a.qcow2"
+    path.write_bytes(image)
+    poke(path, change)
+    with caplog.at_level(logging.WARNING, "imgcore"):
+        reader = open_qcow2(path)
+    assert "has no refcount table" in caplog.text
+    assert extent_rows(reader)[0][5] == 2
+    report = reader.check()
+    assert report.corruptions > 0
+    assert report.problems[0] == "ERROR the header names no refcount table"
     reader.close()
 
 

@@ -244,8 +244,9 @@ def find_format(
     flag : str
         The command's option for it, for messages.
     describing : bool
-        The file is only described.  Then a magic is believed against a name that
-        states a raw disk.
+        The file is only described.  Then the magic of a format that is read is believed
+        against a name that states a raw disk, and a file without a magic is raw if its
+        name states nothing.
     damage : Damage
         When salvaging, a stated format need not have its magic.
 
@@ -270,14 +271,16 @@ def find_format(
             return Found(PLAIN_FORMAT)
         if named is not None and _is_padded(file, named):
             return Found(named)
+        if describing and named is None and file.nbytes and not _is_vhd_set(file):
+            return Found(PLAIN_FORMAT, _no_magic(file, flag))
         raise WrongFormatError(_no_magic(file, flag), path=file.path)
     is_read = found in format_names()
     if named == PLAIN_FORMAT:
         what = "is a block device" if file.is_block_device else "is named like a raw disk"
         advice = f"{flag} {found} or {flag} raw" if is_read else f"{flag} raw"
         problem = f"{what}, but has the magic of {found}: use {advice}"
-        if describing and is_read:
-            return Found(found, f"{problem} to read it")
+        if describing:
+            return Found(found if is_read else PLAIN_FORMAT, f"{problem} to read it")
         raise WrongFormatError(problem, path=file.path)
     if named is not None or not is_read:
         return Found(found)
@@ -311,13 +314,17 @@ def _stated_by_name(path: str) -> str | None:
     return None
 
 
+def _is_vhd_set(file: ByteSource) -> bool:
+    return _suffix(file.path) == ".vhds"
+
+
 def _no_magic(file: ByteSource, flag: str) -> str:
     if not file.nbytes:
         return "no known format: the file is empty"
     content = raw_content(file.pread(0, min(HEAD_NBYTES, file.nbytes)))
     if content is not None:
         return f"has {content}: use {flag} raw if it is a raw disk"
-    if _suffix(file.path) == ".vhds":
+    if _is_vhd_set(file):
         return (
             "a VHD set holds no disk, it names those of its checkpoints: "
             "open the .avhdx file that belongs to it"

@@ -66,6 +66,11 @@ class Qcow2Header:
         return 1 << self.refcount_order
 
     @property
+    def has_refcount_table(self) -> bool:
+        """Whether the header names a refcount table; reading needs none."""
+        return bool(self.refcount_table_offset and self.refcount_table_clusters)
+
+    @property
     def refcount_table_entries(self) -> int:
         """The number of entries in the refcount table."""
         return self.refcount_table_clusters * self.cluster_size // layout.ENTRY_NBYTES
@@ -342,9 +347,8 @@ def _check_other_tables(file: ByteSource, header: Qcow2Header) -> None:
             path=file.path,
             offset=56,
         )
-    if not table_nbytes or not header.refcount_table_offset:
-        raise _corrupt(file, "no refcount table", 48)
-    _check_range(file, header, "refcount table", header.refcount_table_offset, table_nbytes)
+    if header.has_refcount_table:
+        _check_range(file, header, "refcount table", header.refcount_table_offset, table_nbytes)
     if header.n_snapshots > limits.QCOW2_MAX_SNAPSHOTS:
         raise LimitExceededError(
             f"{header.n_snapshots} snapshots, allowed up to {limits.QCOW2_MAX_SNAPSHOTS}",

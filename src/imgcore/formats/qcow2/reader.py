@@ -70,13 +70,17 @@ class Qcow2Reader:
 
     def _warn(self) -> None:
         header = self._header
-        if not header.is_dirty and not header.is_corrupt:
+        if header.has_refcount_table and not header.is_dirty and not header.is_corrupt:
             return
         from imgcore.log import log
 
         if header.is_dirty:
             log.warning(
                 "%s: the image was not closed cleanly, its refcounts may be stale", self._file.path
+            )
+        if not header.has_refcount_table:
+            log.warning(
+                "%s: the image has no refcount table; check -r all rebuilds it", self._file.path
             )
         if header.is_corrupt:
             log.warning(

@@ -167,6 +167,9 @@ class _Survey(Window):
 
 def read_structure(file: ByteSource, header: Qcow2Header, report: CheckReport) -> RefcountStructure:
     """Read the refcount table; damaged entries are reported, and become 0."""
+    if not header.has_refcount_table:
+        report.corruption("the header names no refcount table")
+        return RefcountStructure(0, 0, np.zeros(0, dtype=np.int64))
     nbytes = header.refcount_table_clusters * header.cluster_size
     raw = file.pread(header.refcount_table_offset, nbytes)
     entries = np.frombuffer(raw, dtype=">u8").astype(np.uint64)
