@@ -202,7 +202,7 @@ def format_from_suffix(path: str | os.PathLike[str]) -> str | None:
 
 
 def stated_format(path: str | os.PathLike[str]) -> str | None:
-    """Return the format that the suffix of a name states; there may be no driver for it.
+    """Return the format that the suffix of a name states; it may have no driver.
 
     ``.img``, an unknown suffix and none at all state no format, and neither does the
     name of a block device.
