@@ -178,6 +178,11 @@ enum imgc_extent_kind {
 	IMGC_ZLIB = 4,
 	IMGC_ZSTD = 5,
 	IMGC_N_KINDS,
+	/*
+	 * Not known where, from imgc_table_decode with `salvage` only: the engine
+	 * rejects such a row.  The parent's data does not show through.
+	 */
+	IMGC_LOST = IMGC_N_KINDS,
 };
 
 /* A VMDK grain marker (12 bytes: LBA, data size) precedes the compressed block. */
@@ -265,6 +270,7 @@ struct imgc_table_span {
 	uint64_t guest_end;    /* the disk's end, where the last extent is cut */
 	uint64_t file_nbytes;  /* DATA must lie inside; compressed bounds are cut there */
 	uint32_t file;
+	uint32_t salvage; /* an impossible entry becomes a LOST row, not an error */
 };
 
 /*
@@ -273,7 +279,11 @@ struct imgc_table_span {
  * for `capacity` rows; n_entries rows always suffice.  *n_out receives the number of
  * rows.  Entries at or past span.guest_end are ignored.
  *
- * Failures: IMGC_CORRUPT for a reserved bit, IMGC_OUT_OF_RANGE for a place past the end
+ * With span.salvage, the part of a block that the file does not have is LOST: whole
+ * sectors of a DATA block that starts inside the file stay DATA.  Holes and zeros with
+ * a reserved bit are LOST too, and 2 * n_entries rows suffice.
+ *
+ * Failures without it: IMGC_CORRUPT for a reserved bit, IMGC_OUT_OF_RANGE for a place past the end
  * of the file, IMGC_LIMIT if `capacity` is too small.  err->offset is then the index of
  * the entry, and the rows of `out` are undefined.
  */

@@ -7,6 +7,7 @@
 #include "common/error.h"
 
 #define OP "table_decode"
+#define SECTOR_NBYTES 512u
 
 /* Receives the rows.  The last row is held back as long as the next one may join it. */
 struct row_sink {
@@ -61,7 +62,11 @@ static bool compressed_place(const struct imgc_table_format *f, uint64_t entry,
 
 static inline bool joins(const struct imgc_extent *last, const struct imgc_extent *row)
 {
-	if (last->kind != row->kind || row->kind > IMGC_DATA)
+	if (last->kind != row->kind)
+		return false;
+	if (row->kind == IMGC_LOST)
+		return true;
+	if (row->kind > IMGC_DATA)
 		return false;
 	return row->kind != IMGC_DATA || last->host_offset + last->host_length == row->host_offset;
 }
@@ -92,7 +97,7 @@ static inline int decode_entry(const struct imgc_table_format *f,
 	switch (row->kind) {
 	case IMGC_HOLE:
 	case IMGC_ZERO:
-		return IMGC_OK;
+		return span->salvage && entry & f->reserved_mask ? IMGC_CORRUPT : IMGC_OK;
 	case IMGC_DATA:
 		if (entry & f->reserved_mask)
 			return IMGC_CORRUPT;
@@ -109,6 +114,34 @@ static inline int decode_entry(const struct imgc_table_format *f,
 		row->file = span->file;
 		return IMGC_OK;
 	}
+}
+
+/*
+ * Cuts the row of an impossible entry to the whole sectors that the file has, often
+ * none, and returns the row of what is lost.
+ */
+static struct imgc_extent cut_lost(const struct imgc_table_format *f,
+				   const struct imgc_table_span *span, uint64_t entry, int status,
+				   struct imgc_extent *row)
+{
+	uint64_t place, inside = 0;
+
+	if (row->kind == IMGC_DATA && status == IMGC_OUT_OF_RANGE &&
+	    entry_place(f, entry, &place) && place < span->file_nbytes) {
+		inside = (span->file_nbytes - place) / SECTOR_NBYTES * SECTOR_NBYTES;
+		row->host_offset = place;
+		row->host_length = inside;
+		row->file = span->file;
+	}
+	struct imgc_extent lost = {
+		.guest_offset = row->guest_offset + inside,
+		.length = row->length - inside,
+		.file = span->file,
+		.kind = IMGC_LOST,
+	};
+
+	row->length = inside;
+	return lost;
 }
 
 /*
@@ -143,16 +176,22 @@ static inline __attribute__((always_inline)) int decode_all(const struct imgc_ta
 			continue;
 		}
 		row.kind = (uint16_t)entry_kind(&f, entry);
+		struct imgc_extent lost = {.length = 0};
 		int status = decode_entry(&f, span, entry, &row);
 
-		if (!status && !put_row(&sink, &row))
+		if (status && span->salvage) {
+			lost = cut_lost(&f, span, entry, status, &row);
+			status = IMGC_OK;
+		}
+		if (!status && ((row.length && !put_row(&sink, &row)) ||
+				(lost.length && !put_row(&sink, &lost))))
 			status = IMGC_LIMIT;
 		if (status) {
 			*failed = i;
 			return status;
 		}
 		previous = entry;
-		repeats = row.kind <= IMGC_ZERO;
+		repeats = row.kind <= IMGC_ZERO && lost.length == 0;
 	}
 	if (sink.is_open)
 		sink.rows[sink.n++] = sink.open;

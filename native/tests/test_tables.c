@@ -109,7 +109,7 @@ static const char *const format_names[] = {"vmdk", "qcow2", "vhd", "vhdx", "vdi"
 #define MAX_ENTRIES 64
 
 static uint8_t wire[MAX_ENTRIES * 8];
-static struct imgc_extent rows[MAX_ENTRIES];
+static struct imgc_extent rows[2 * MAX_ENTRIES];
 static struct imgc_error error;
 
 static void put_entries(const struct imgc_table_format *f, const uint64_t *values, size_t n)
@@ -464,8 +464,58 @@ static void test_round_trip(const struct imgc_table_format *f, uint64_t seed)
 	CHECK_EQ(rows[n - 1].guest_offset + rows[n - 1].length, span.guest_end);
 }
 
+/* decode() with salvage: it cannot fail. */
+static size_t salvage(const struct imgc_table_format *f, const uint64_t *values, size_t n,
+		      uint64_t guest_nbytes, uint64_t file_nbytes)
+{
+	struct imgc_table_span span = {
+		.guest_end = guest_nbytes, .file_nbytes = file_nbytes, .file = 3, .salvage = 1};
+	size_t n_out = 0;
+
+	put_entries(f, values, n);
+	CHECK_EQ(imgc_table_decode(f, wire, n, &span, rows, 2 * n, &n_out, &error), IMGC_OK);
+	return n_out;
+}
+
+static void test_salvage(void)
+{
+	const uint64_t cluster = 64 * KIB, end = 3 * cluster + 1700;
+	const uint64_t clusters[] = {
+		2 * cluster,			      /* whole */
+		3 * cluster,			      /* three sectors and a part */
+		4 * cluster,			      /* past the end */
+		4 * cluster + 512,		      /* not aligned */
+		8 | 1,				      /* zeros with a reserved bit */
+		0,				      /* a hole */
+		QCOW2_COMPRESSED | (end - 1),	      /* its first byte is there */
+		QCOW2_COMPRESSED | end,		      /* it is not */
+		2 * cluster | UINT64_C(1) << 56 | 16, /* reserved bits */
+	};
+	const uint64_t grains[] = {128, UINT32_MAX, UINT32_MAX, 256, 0, 1};
+	const uint64_t grain = 64 * KIB;
+
+	CHECK_EQ(salvage(&qcow2, clusters, 9, 9 * cluster, end), 5);
+	check_row(0, 0, cluster + 1536, 2 * cluster, cluster + 1536, IMGC_DATA);
+	check_row(1, cluster + 1536, 4 * cluster - 1536, 0, 0, IMGC_LOST);
+	check_row(2, 5 * cluster, cluster, 0, 0, IMGC_HOLE);
+	check_row(3, 6 * cluster, cluster, end - 1, 1, IMGC_DEFLATE);
+	check_row(4, 7 * cluster, 2 * cluster, 0, 0, IMGC_LOST);
+	(void)salvage(&vmdk, grains, 6, 6 * grain, 2 * grain);
+	check_row(0, 0, grain, grain, grain, IMGC_DATA);
+	check_row(1, grain, 3 * grain, 0, 0, IMGC_LOST);
+	check_row(2, 4 * grain, grain, 0, 0, IMGC_HOLE);
+	check_row(3, 5 * grain, grain, 0, 0, IMGC_ZERO);
+	/* The most rows that a batch of entries can have. */
+	const uint64_t cut[] = {129, 129, 129, 129};
+
+	CHECK_EQ(salvage(&vmdk, cut, 4, 4 * grain, 2 * grain), 8);
+	check_row(6, 3 * grain, grain - 512, 129 * 512, grain - 512, IMGC_DATA);
+	check_row(7, 4 * grain - 512, 512, 0, 0, IMGC_LOST);
+}
+
 int main(void)
 {
+	test_salvage();
 	test_vmdk();
 	test_vmdk_stream();
 	test_qcow2();

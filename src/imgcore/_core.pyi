@@ -127,6 +127,7 @@ class TableFormat:
         guest_end: int,
         file_nbytes: int,
         file: int,
+        salvage: bool = ...,
     ) -> int:
         """Decode table entries into ``out`` and return the number of rows."""
     def encode(self, placements: NDArray[np.void], entries: object) -> None:

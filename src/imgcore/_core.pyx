@@ -174,7 +174,7 @@ cdef class TableFormat:
         self.format.compressed_bits = compressed_bits
 
     def decode(self, const uint8_t[::1] entries, extent_row[::1] out, *, uint64_t guest_offset,
-               uint64_t guest_end, uint64_t file_nbytes, uint32_t file):
+               uint64_t guest_end, uint64_t file_nbytes, uint32_t file, bint salvage=False):
         """Decode table entries into ``out`` and return the number of rows."""
         cdef n.imgc_table_span span
         cdef n.imgc_error err
@@ -188,6 +188,7 @@ cdef class TableFormat:
         span.guest_end = guest_end
         span.file_nbytes = file_nbytes
         span.file = file
+        span.salvage = salvage
         with nogil:
             status = n.imgc_table_decode(&self.format, &entries[0], n_entries, &span,
                                          <n.imgc_extent *>&out[0], capacity, &n_out, &err)

@@ -110,6 +110,7 @@ cdef extern from "imgc.h" nogil:
         uint64_t guest_end
         uint64_t file_nbytes
         uint32_t file
+        uint32_t salvage
 
     int imgc_table_decode(const imgc_table_format *format, const void *entries, size_t n_entries,
                           const imgc_table_span *span, imgc_extent *out, size_t capacity,

@@ -27,6 +27,14 @@ MAX_CHAIN_DEPTH: Final = 64
 # IMGC_MAX_BASE_BLOCK_NBYTES.
 MAX_BASE_BLOCK_NBYTES: Final = 4 * MIB
 
+# Extents of plain data of one image among which `convert --salvage` finds overlaps, in
+# about 300 MiB.
+SALVAGE_MAX_ROWS: Final = 1 << 23
+
+# Zeros after an image whose end has its magic, besides holes of the file: images are
+# copied onto larger volumes.
+MAX_PADDING_NBYTES: Final = 64 * MIB
+
 # Ranges that `check --repair` remembers before it joins those that touch.
 MAX_REPAIR_RANGES: Final = 1 << 20
 

@@ -192,10 +192,39 @@ def test_nothing_is_salvaged_where_nothing_is_lost(source: Callable[[Variant], S
     assert here.out.read_bytes() == here.content
 
 
-def test_tables_are_not_salvaged(source: Callable[[Variant], Source]) -> None:
+def test_a_header_is_not_salvaged(source: Callable[[Variant], Source]) -> None:
     here = source(qemu.QCOW2)
     answer = here.read(bad=here.bad(0, 512), more={"salvage": True})
     assert (answer["outcome"], answer["errno"]) == ("error", errno.EIO)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [qemu.QCOW2, qemu.VMDK_SPARSE, qemu.VMDK_STREAM, qemu.VHD_DYNAMIC, qemu.VHDX_DYNAMIC, qemu.VDI],
+    ids=lambda v: v.name,
+)
+def test_salvage_of_tables(variant: Variant, source: Callable[[Variant], Source]) -> None:
+    """What an unreadable part of a table would tell is lost, and the rest is saved."""
+    here = source(variant)
+    whole = (here.image.parent / here.data).read_bytes()
+    n_salvaged = n_lost = 0
+    for start in [*range(4096, 64 * 1024, 4096), *range(64 * 1024, len(whole), 256 * 1024)]:
+        bad = here.bad(start, start + 4096)
+        answer = here.read(bad=bad, more={"salvage": True})
+        if answer["outcome"] == "error":
+            # The header, the metadata, or all that there is of the tables.
+            assert answer["errno"] == errno.EIO or "salvaged" in answer["text"], answer
+            assert not here.out.exists()
+            continue
+        n_salvaged += 1
+        expected = bytearray(here.content)
+        for offset, length, *_ in answer["result"]["bad_ranges"]:
+            expected[offset : offset + length] = bytes(length)
+            n_lost += length
+        assert here.out.read_bytes() == expected, start
+        here.out.unlink()
+    assert n_salvaged > 2
+    assert n_lost
 
 
 def test_salvage_by_the_command(shim: Path, tmp_path: Path) -> None:

@@ -565,6 +565,12 @@ ELSEWHERE = {
             "({} -d)"),
         )
     },
+    ("formats/vhd/header.py",
+     "no VHD footer at the end or the start (-f raw reads what is left of a fixed disk)"):
+    "unit/test_salvage.py::test_what_is_left_of_a_fixed_vhd",
+    ("streams/zstd.py",
+     "the zstd stream is followed by {} other bytes (truncate -s {} of a copy removes them)"):
+    "unit/test_stream.py::test_the_advice_for_what_follows_zstd",
     ("formats/vhd/lint.py", "imgcore check --repair, or convert"):
     "unit/test_advice.py::test_remedies_of_lint",
     ("formats/vmdk/lint.py", "truncate -s {} fixes it"):

@@ -41,6 +41,7 @@ def _fake_format(monkeypatch: pytest.MonkeyPatch) -> None:
         gate: ReferenceGate,
         name: str | None = None,
         options: object = None,
+        damage: object = None,
         *,
         flag: str = "-f",
     ) -> Any:

@@ -178,7 +178,11 @@ ERRORS = {
     "os": (FileNotFoundError(errno.ENOENT, "No such file", "a.raw"), 1, "a.raw: No such file"),
     "os-nameless": (OSError(errno.ENOSPC, "No space left"), 1, "imgcore: No space left"),
     "memory": (MemoryError(), 1, "out of memory"),
-    "bug": (ZeroDivisionError("division by zero"), 1, "internal error: ZeroDivisionError"),
+    "bug": (
+        ZeroDivisionError("division by zero"),
+        1,
+        "a defect of imgcore, please report it: ZeroDivisionError",
+    ),
     "control-characters": (OSError(errno.EIO, "bad", "a\n\x1b[31mb"), 1, "a\\n\\x1b[31mb: bad"),
     "not-encodable": (OSError(errno.EIO, "bad", "a\udc80"), 1, "a\\udc80: bad"),
 }

@@ -144,7 +144,7 @@ def test_read_only_extents_are_accepted() -> None:
         (
             (Status.INVALID_ARGUMENT, 0, 3, _core.NO_SOURCE, "batch"),
             ImgcoreError,
-            "internal: batch refused row 3",
+            "a defect of imgcore, please report it: batch rejected row 3",
         ),
     ],
 )

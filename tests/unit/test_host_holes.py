@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from tests.helpers import qemu, vmdk
+from tests.helpers import qemu, vdi, vmdk
 from tests.helpers.images import noise
 from tests.helpers.qcow2 import create, qemu_io
+from tests.helpers.reading import poke
 
 import imgcore
 from imgcore.disk import host_holes
@@ -108,3 +109,28 @@ def test_a_disk_without_files(tmp_path: Path) -> None:
     result = imgcore.convert(path, tmp_path / "b.raw")
     assert (result.virtual_size, result.bytes_read) == (128 * KIB, 0)
     assert (tmp_path / "b.raw").read_bytes() == bytes(128 * KIB)
+
+
+@pytest.mark.parametrize("image_type", [1, 2])
+@pytest.mark.parametrize("shift", [1, 100, 511, 513, 4095])
+def test_blocks_at_odd_offsets(tmp_path: Path, image_type: int, shift: int) -> None:
+    """Rows are cut at the guest's sectors, which are not sectors of the file."""
+    path = vdi.make(tmp_path / "a.vdi", [1, vdi.FREE, 0, 2], image_type=image_type)
+    poke(path, (vdi.OFF_DATA, (vdi.DATA_OFFSET + shift).to_bytes(4, "little")))
+    disk = bytearray(4 * MIB)
+    with path.open("r+b") as file:
+        file.truncate(vdi.DATA_OFFSET)
+        for guest, host in ((0, MIB), (2 * MIB, 0), (3 * MIB, 2 * MIB)):
+            for offset, nbytes in ((0, 3), (300 * KIB + 200, 70 * KIB), (MIB - 5, 5)):
+                piece = noise(nbytes, guest + offset)
+                disk[guest + offset : guest + offset + nbytes] = piece
+                file.seek(vdi.DATA_OFFSET + shift + host + offset)
+                file.write(piece)
+    for name in ("b.raw", "b.qcow2", "b.vhd"):
+        imgcore.convert(path, tmp_path / name)
+        with imgcore.open(tmp_path / name) as image:
+            assert image.read(0, 4 * MIB) == disk
+    assert imgcore.compare(path, tmp_path / "b.qcow2").identical
+    with imgcore.open(path) as image:
+        assert all((rows["guest_offset"] % 512 == 0).all() for rows in image.data_extents())
+    assert sum(entry.length for entry in imgcore.map(path)) == 4 * MIB

@@ -61,6 +61,18 @@ def test_no_module_prints() -> None:
                 assert name != "warnings.warn" or path == may_warn, where
 
 
+def test_no_message_is_called_internal() -> None:
+    """A line is about the user's files, or asks for a report of a defect."""
+    for path in modules():
+        tree = ast.parse(path.read_text())
+        texts = [node for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+        bare = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in texts:
+            if isinstance(node.value, str) and id(node) not in bare:
+                text = node.value.lower().replace("internal snapshots", "")
+                assert "internal" not in text, f"{path}:{node.lineno}"
+
+
 def test_there_is_one_logger() -> None:
     for path in modules():
         if path.name == "log.py":

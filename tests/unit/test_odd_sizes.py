@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,16 +45,6 @@ def gzipped(path: Path, data: bytes) -> Path:
     return plain(path.with_suffix(".raw.gz"), gzip.compress(data))
 
 
-def flat_vmdk(path: Path, data: bytes) -> Path:
-    image = path.with_suffix(".vmdk")
-    padded = plain(path.with_name("padded.raw"), data.ljust(whole(len(data)), b"\0"))
-    imgcore.convert(padded, image, options={"subformat": "monolithicFlat"})
-    extent = image.with_name(f"{image.stem}-flat.vmdk")
-    with extent.open("r+b") as file:
-        file.truncate(len(data))
-    return image
-
-
 def odd_qcow2(path: Path, data: bytes) -> Path:
     """Return an image of an odd size, with noise after it in its last cluster."""
     image = path.with_suffix(".qcow2")
@@ -75,7 +66,6 @@ MAKERS: dict[str, Callable[[Path, bytes], Path]] = {
     "raw": plain,
     "zst": zstd,
     "gz": gzipped,
-    "vmdk-extent": flat_vmdk,
     "qcow2": odd_qcow2,
     "backing": overlay,
 }
@@ -225,9 +215,13 @@ def test_a_word_is_said(
     assert "1000 bytes, is not a multiple of 512: zeros fill up the last sector" in texts[0]
 
 
-def test_an_extent_that_lacks_more_than_a_part_of_a_sector(tmp_path: Path) -> None:
-    image = flat_vmdk(tmp_path / "a.raw", content(1000))
-    with (tmp_path / "a-flat.vmdk").open("r+b") as file:
-        file.truncate(512)
+@pytest.mark.parametrize("n_missing", [1, 24, 511, 512, 700])
+def test_a_flat_extent_that_lacks_bytes_is_cut(tmp_path: Path, n_missing: int) -> None:
+    """Its descriptor states the sectors, so nothing may be filled up."""
+    image = tmp_path / "a.vmdk"
+    imgcore.convert(
+        plain(tmp_path / "a.raw", content(2048)), image, options=["subformat=monolithicFlat"]
+    )
+    os.truncate(tmp_path / "a-flat.vmdk", 2048 - n_missing)
     with pytest.raises(imgcore.CorruptImageError, match="past the end of the file"):
         imgcore.open(image)

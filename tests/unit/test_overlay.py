@@ -214,7 +214,7 @@ def test_batches_over_a_base_are_bounded_on_both_sides(
     at = 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("imgcore.engine.batches.MAX_BATCH_ROWS", max_rows)
-        batches = list(image_batches(images[0], images[1], geometry))
+        batches = list(image_batches(images[0], images[0].data_extents(), images[1], geometry))
     for start, stop, rows, base in batches:
         assert base is not None
         assert start == at

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tracemalloc
@@ -80,6 +81,9 @@ with imgcore.open(path) as image:
 """
 
 
+@pytest.mark.skipif(
+    "asan" in os.environ.get("LD_PRELOAD", ""), reason="a sanitizer takes memory of its own"
+)
 @pytest.mark.parametrize("offset", [0, 1, 511])
 @pytest.mark.parametrize("huge_nbytes", [256 * MIB, 1 << 42])
 def test_the_peak_of_a_process(offset: int, huge_nbytes: int, tmp_path: Path) -> None:

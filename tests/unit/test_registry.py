@@ -297,12 +297,12 @@ def test_image_in_a_stream(tmp_path: Path, name: str | None) -> None:
     path.write_bytes(gzip.compress((HEADS[name] if name else b"").ljust(66 * 1024, b"\0")))
     with open_source(path, OpenOptions()) as source:
         if name is None:
-            source.refuse_conversion(salvage=False, with_base=False)
+            source.refuse_conversion(with_base=False)
         else:
             with pytest.raises(WrongFormatError, match=f"magic of {name}: decompress"):
-                source.refuse_conversion(salvage=False, with_base=False)
+                source.refuse_conversion(with_base=False)
     with open_source(path, OpenOptions(format="raw")) as source:
-        source.refuse_conversion(salvage=False, with_base=False)
+        source.refuse_conversion(with_base=False)
 
 
 class TestNames:
@@ -361,7 +361,7 @@ def read_only_format(monkeypatch: pytest.MonkeyPatch) -> str:
     """Register a format that is only read, as any format is registered."""
     driver = get_driver("raw")._replace(
         name="toy",
-        read=lambda file, gate, values: ToyReader(file),
+        read=lambda file, gate, values, damage: ToyReader(file),
         writing=None,
     )
     entry = Entry("toy", "toy_driver", (".toy",))

@@ -282,9 +282,9 @@ class TestRefused:
             imgcore.check(leaky, repair=True)
 
     BAD_REPAIRS = (
-        ("data", Repair("p", "a", writes=((0x5FFFF, b"x"),)), "would touch guest data"),
-        ("cut", Repair("p", "a", file_nbytes=0x70001), "would touch guest data"),
-        ("grown and cut", Repair("p", "a", file_nbytes=0x60000), "would touch guest data"),
+        ("data", Repair("p", "a", writes=((0x5FFFF, b"x"),)), "would change guest data"),
+        ("cut", Repair("p", "a", file_nbytes=0x70001), "would change guest data"),
+        ("grown and cut", Repair("p", "a", file_nbytes=0x60000), "would change guest data"),
         ("worse", Repair("p", "a", writes=((REFCOUNTS, b"\0\0"),)), "do not help"),
         ("other content", Repair("p", "a", writes=((L2, bytes(8)),)), "read differently"),
         ("other size", Repair("p", "a", writes=((24, struct.pack(">Q", 512)),)), "differently"),
@@ -513,7 +513,7 @@ def test_ranges_are_joined(leaky: Path, monkeypatch: pytest.MonkeyPatch) -> None
     writes = tuple((REFCOUNTS + 2 * n, b"\0\1") for n in (8, 3, 4, 0, 2, 1))
     bad = Repair("p", "a", writes=(*writes, (0x5FFFF, b"x")))
     monkeypatch.setattr(Qcow2Reader, "repairs", lambda *_, **__: [bad])
-    with pytest.raises(imgcore.ImgcoreError, match="0x5ffff would touch guest data"):
+    with pytest.raises(imgcore.ImgcoreError, match="0x5ffff would change guest data"):
         imgcore.check(leaky, repair=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import os
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -101,6 +102,19 @@ def test_empty(tmp_path: Path, encode: Callable[[bytes], bytes]) -> None:
         assert list(source.read_chunks(4096)) == []
 
 
+@pytest.mark.parametrize("tail", [bytes(5000), b"x"])
+def test_the_advice_for_what_follows_zstd(tmp_path: Path, tail: bytes) -> None:
+    packed = zstd(DATA)
+    path = tmp_path / "a.raw.zst"
+    path.write_bytes(packed + tail)
+    with pytest.raises(CorruptImageError) as error:
+        StreamReader.open(path)
+    assert f"is followed by {len(tail)} other bytes" in str(error.value)
+    advice = str(error.value).split("(")[1].split(" of a copy")[0]
+    subprocess.run([*advice.split(), str(path)], check=True)
+    assert path.read_bytes() == packed
+
+
 class TestBroken:
     def refuse(
         self,
@@ -129,7 +143,9 @@ class TestBroken:
     @pytest.mark.parametrize("encoding", ["zstd", "zstd-unknown-size", "gzip"])
     @pytest.mark.parametrize("tail", [b"x", b"garbage " * 1000, b"\0\0\0x"])
     def test_garbage_behind(self, tmp_path: Path, encoding: str, tail: bytes) -> None:
-        self.refuse(tmp_path / "a.raw.gz", ENCODINGS[encoding]() + tail, "garbage|too early")
+        self.refuse(
+            tmp_path / "a.raw.gz", ENCODINGS[encoding]() + tail, "garbage|too early|followed by"
+        )
 
     def test_garbage_after_padding(self, tmp_path: Path) -> None:
         data = gzip.compress(DATA) + bytes(10) + gzip.compress(DATA)

@@ -163,6 +163,18 @@ def test_a_stream_by_its_name_only(
             open_(renamed.rename(path), "qcow2")
 
 
+def test_a_stream_that_starts_with_a_skippable_frame(folder: Path, tmp_path: Path) -> None:
+    """What convert reads as a stream is one for the other verbs."""
+    path = tmp_path / "disk.raw.zst"
+    skippable = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"  # RFC 8878 section 3.1.2
+    path.write_bytes(skippable + (folder / "disk.raw.zst").read_bytes())
+    imgcore.convert(path, tmp_path / "out.raw")
+    assert (tmp_path / "out.raw").read_bytes() == (folder / "plain.raw").read_bytes()
+    for format in (None, "raw"):
+        with pytest.raises(imgcore.UnsupportedFeatureError, match="a zstd stream has no random"):
+            imgcore.open(path, format=format)
+
+
 def test_a_gzip_of_an_image_is_no_raw_disk(folder: Path, tmp_path: Path) -> None:
     """The suffix says what the stream holds; its content is not asked."""
     imgcore.convert(folder / "plain.raw", tmp_path / "a.qcow2")

@@ -492,3 +492,30 @@ class TestReadOptions:
                 use(path, read_options=["size=chs"])
         with pytest.raises(imgcore.OptionError, match="raw has no options for reading"):
             imgcore.convert(path, tmp_path / "b.vhd", read_options=["size=chs"])
+
+
+@pytest.mark.parametrize("padding", ["hole", "zeros", "sector"])
+def test_a_fixed_disk_before_zeros(
+    padding: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The file was copied onto a larger volume, or padded to whole blocks."""
+    content = noise(1 << 20)
+    path = vhd.fixed(tmp_path / "a.vhd", content)
+    end = path.stat().st_size
+    with path.open("ab") as file:
+        file.write(bytes({"hole": 0, "zeros": 3 << 20, "sector": 512}[padding]))
+        if padding == "hole":
+            # Holes are not read, however long they are.
+            file.truncate(1 << 40)
+    for stated in (None, "vhd"):
+        imgcore.convert(path, tmp_path / "a.raw", format=stated, force=True)
+        assert (tmp_path / "a.raw").read_bytes() == content
+    assert f"{path.stat().st_size - end} bytes of zeros after its footer" in caplog.text
+    assert imgcore.check(path).ok
+    # Neither a disk named raw, nor one with other bytes after the footer.
+    raw = path.rename(tmp_path / "b.raw")
+    assert imgcore.info(raw)["format"] == "raw"
+    with raw.open("rb") as file:
+        (tmp_path / "d.vhd").write_bytes(file.read(end) + b"x" * 513)
+    with pytest.raises(imgcore.WrongFormatError, match="no magic found"):
+        imgcore.convert(tmp_path / "d.vhd", tmp_path / "d.raw")

@@ -28,6 +28,8 @@ from tests.helpers.vhdx import (
 
 import imgcore
 from imgcore import CorruptImageError, LimitExceededError
+from imgcore.disk.image import open_image
+from imgcore.disk.open_options import OpenOptions
 from imgcore.formats.vhdx.reader import VhdxReader
 from imgcore.limits import VHDX_MAX_LOG_NBYTES
 
@@ -186,13 +188,13 @@ class TestReplay:
         poke(path, (BAT_OFFSET, table.tobytes()), (64 * MIB + SECTOR, b"x" * SECTOR))
         with open(path, "r+b") as file:
             file.truncate(128 * MIB)
+        with imgcore.open(path) as image, pytest.raises(CorruptImageError, match="overlap"):
+            image.read(9 * 64 * MIB, 3 * SECTOR)
+        # Such blocks are read only when salvaging.
         tracemalloc.start()
-        with imgcore.open(path) as image:
+        with open_image(path, OpenOptions(salvage=True)) as image:
             batches = image.extents()
             n_rows = sum(len(next(batches)) for _ in range(4))
-            assert image.read(9 * 64 * MIB, 3 * SECTOR) == bytes(SECTOR) + b"x" * SECTOR + bytes(
-                SECTOR
-            )
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert n_rows > 100_000

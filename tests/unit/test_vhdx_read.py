@@ -8,7 +8,7 @@ import struct
 from pathlib import Path
 
 import pytest
-from tests.helpers import images, vhdx
+from tests.helpers import images, qemu, vhdx
 from tests.helpers.reading import extent_rows, open_file, poke
 from tests.helpers.vhdx import FULL, MIB, PARTIAL, UNDEFINED, UNMAPPED, ZERO, Vhdx, pattern
 
@@ -324,9 +324,65 @@ BAD_ENTRIES = {
     "inside-the-headers": (6, "inside the headers"),
     "reserved-bits": (4 * MIB | 0x80 | 6, "reserved bits"),
     "reserved-state-4": (4 * MIB | 4, "reserved state 4"),
-    "reserved-state-5": (4 * MIB | 5, "reserved state 5"),
     "partial-without-parent": (4 * MIB | 7, "no parent"),
 }
+
+
+def test_unmapped_blocks_of_the_first_specification(tmp_path: Path) -> None:
+    """State 5, which version 0.95 of the specification had, reads as zeros."""
+    path = Vhdx(2 * MIB, blocks={1: (FULL, pattern(1, MIB))}).write(tmp_path / "a.vhdx")
+    for entry in (5, 6 * MIB | 5):
+        poke(path, (vhdx.BAT_OFFSET, struct.pack("<Q", entry)))
+        imgcore.convert(path, tmp_path / "a.raw", force=True)
+        assert (tmp_path / "a.raw").read_bytes() == bytes(MIB) + pattern(1, MIB)
+        qemu.assert_same(tmp_path / "a.raw", path, source_format="raw", target_format="vhdx")
+        assert not imgcore.check(path).corruptions
+
+
+# Where the first of two blocks of 1 MiB is: on every other part of the file.
+STRUCTURES = {
+    "headers": (0, "the headers"),
+    "log": (vhdx.LOG_OFFSET, "the log"),
+    "bat": (vhdx.BAT_OFFSET, "the BAT region"),
+    "metadata": (vhdx.METADATA_OFFSET, "the metadata region"),
+    "other-region": (8 * MIB, "the region a0000000"),
+    "block": (4 * MIB, "two blocks overlap at 0x400000"),
+}
+
+
+@pytest.mark.parametrize("block_nbytes", [MIB, 2 * MIB])
+@pytest.mark.parametrize(("place", "words"), STRUCTURES.values(), ids=STRUCTURES)
+def test_blocks_on_other_structures(
+    tmp_path: Path, place: int, words: str, block_nbytes: int
+) -> None:
+    disk = Vhdx(2 * block_nbytes, block_nbytes, blocks={1: (FULL, pattern(1, block_nbytes))})
+    disk.extra_regions = [(vhdx.guid(9), 8 * MIB, MIB, 0)]
+    path = disk.write(tmp_path / "a.vhdx")
+    with open(path, "r+b") as file:
+        file.truncate(12 * MIB)
+    # Blocks that start inside the structure, and before it.
+    for start in range(place, max(place - block_nbytes, -1), -MIB):
+        poke(path, (vhdx.BAT_OFFSET, struct.pack("<Q", start | 6)))
+        with pytest.raises(imgcore.CorruptImageError, match="overlap|inside") as error:
+            imgcore.convert(path, tmp_path / "a.raw")
+        assert start != place or block_nbytes > MIB or words in str(error.value)
+        assert not (tmp_path / "a.raw").exists()
+        assert imgcore.check(path).corruptions
+
+
+def test_a_block_on_a_sector_bitmap(tmp_path: Path) -> None:
+    base = Vhdx(2 * MIB, blocks={0: (FULL, pattern(1, MIB))}).write(tmp_path / "base.vhdx")
+    child = Vhdx(
+        2 * MIB,
+        blocks={0: (PARTIAL, pattern(2, MIB))},
+        own_sectors={0: {1, 2}},
+        locator=vhdx.child_locator("base.vhdx"),
+    ).write(tmp_path / "child.vhdx")
+    imgcore.convert(child, tmp_path / "a.raw")
+    poke(child, (vhdx.BAT_OFFSET + 8, struct.pack("<Q", 4 * MIB | 6)))
+    assert base.exists()
+    with pytest.raises(imgcore.CorruptImageError, match="two blocks overlap at 0x400000"):
+        imgcore.convert(child, tmp_path / "b.raw")
 
 
 @pytest.mark.parametrize(("entry", "words"), BAD_ENTRIES.values(), ids=BAD_ENTRIES)

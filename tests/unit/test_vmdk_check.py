@@ -170,7 +170,18 @@ def test_compressed_grains_without_markers(tmp_path: Path) -> None:
     assert (report.corruptions, report.compressed_clusters) == (0, 3)
 
 
-@pytest.mark.parametrize(("held", "word"), [(8, "is at sector"), (1024, "ends past the end")])
+def test_a_file_that_ends_within_its_last_sector(tmp_path: Path) -> None:
+    path = vmdk.stream(tmp_path / "a.vmdk", N_SECTORS, {0: b"A" * GRAIN}, layout="front")
+    (nbytes,) = struct.unpack_from("<I", path.read_bytes(), 128 * SECTOR + 8)
+    assert nbytes + 12 < SECTOR
+    os.truncate(path, 128 * SECTOR + 12 + nbytes)
+    assert imgcore.check(path).ok
+
+
+@pytest.mark.parametrize(
+    ("held", "word"),
+    [(8, "is at sector"), (13, "ends past the end"), (500, "ends past the end"), (1024, "ends")],
+)
 def test_a_stream_that_is_cut_in_its_last_grain(tmp_path: Path, held: int, word: str) -> None:
     path = vmdk.stream(tmp_path / "a.vmdk", N_SECTORS, {0: noise(GRAIN)}, layout="front")
     os.truncate(path, 128 * SECTOR + held)

@@ -82,7 +82,8 @@ EXIT_SALVAGED: Final = 3
 @click.option(
     "--salvage",
     is_flag=True,
-    help="Replace unreadable data of SOURCE with zeros and list it; exit code 3 if there is any.",
+    help="Save what is left of a damaged SOURCE: lost data is listed and becomes zeros; "
+    "exit code 3 if there is any.",
 )
 @click.option(
     "--no-reflink",

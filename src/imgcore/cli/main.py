@@ -219,7 +219,7 @@ def _error_text(error: Exception) -> str:
         return text if error.filename is None else f"{os.fsdecode(error.filename)}: {text}"
     if isinstance(error, MemoryError):
         return "out of memory"
-    return f"internal error: {type(error).__name__}: {error}"
+    return f"a defect of imgcore, please report it: {type(error).__name__}: {error}"
 
 
 def _fail(message: str, code: int = EXIT_FAILURE) -> int:

@@ -240,7 +240,8 @@ class _Chain:
                 raise CorruptImageError(
                     f"the chain of backing files leads back to {file.path}", path=self._path
                 )
-            layer = Layer(file, gate, open_reader(file, gate, format, flag=""))
+            reader = open_reader(file, gate, format, damage=self._options.damage, flag="")
+            layer = Layer(file, gate, reader, salvages=self._options.salvage)
             stack.callback(layer.close)
             if reference.without_backing:
                 refuse_backing(file, layer.reader)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from imgcore.disk.image import Image
     from imgcore.disk.image_source import ImageSource
+    from imgcore.engine.bad_ranges import BadRange
     from imgcore.engine.batches import Supply
     from imgcore.engine.extents import Extents
     from imgcore.engine.geometry import Geometry
@@ -50,7 +51,7 @@ class ConcatenatedSource:
         """Describe the images of all chains."""
         return [image for part in self._parts for image in part.describe()]
 
-    def refuse_conversion(self, *, salvage: bool, with_base: bool) -> None:
+    def refuse_conversion(self, *, with_base: bool) -> None:
         """Raise OptionError for a comparison with a parent, as qemu-img does."""
         if with_base:
             raise OptionError("several sources cannot be combined with -B", path=self.path)
@@ -69,6 +70,14 @@ class ConcatenatedSource:
                 rows["guest_offset"] += np.uint64(start)
                 rows["file"][rows["kind"] >= Kind.DATA] += np.uint32(first_file)
                 yield rows
+
+    def lost(self) -> Sequence[BadRange]:
+        """Return what all parts have lost."""
+        return [
+            row._replace(guest_offset=start + row.guest_offset)
+            for part, start in zip(self._parts, self._starts, strict=True)
+            for row in part.lost()
+        ]
 
     def chunks(
         self, start: int, length: int, piece_nbytes: int = CHUNK_NBYTES

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from imgcore._core import File
     from imgcore.disk.layer import Layer
     from imgcore.disk.overlay import Depths
+    from imgcore.disk.salvage import Salvage
     from imgcore.engine.extents import Extents
     from imgcore.engine.source_file import SourceFile
     from imgcore.files.byte_source import ByteSource
@@ -67,10 +68,11 @@ class Image(Closable):
         self.virtual_size: int = self.reader.virtual_size
         self.block_size: int = self.reader.block_nbytes
         self.sources: list[SourceFile] = []
-        self._first_files: list[int] = []
+        # The index of each layer's first file in ``sources``.
+        self.first_files: list[int] = []
         self.files: list[HostFile] = [layer.file for layer in self.chain]
         for layer in self.layers:
-            self._first_files.append(len(self.sources))
+            self.first_files.append(len(self.sources))
             self.sources.extend(layer.sources)
         super().__init__()
 
@@ -135,6 +137,10 @@ class Image(Closable):
         """Yield the extents of a range, with long holes of host files as ZERO."""
         return self._guarded(self._data_extents(*self._range(start, length)))
 
+    def salvaged_extents(self, salvage: Salvage) -> Iterator[Extents]:
+        """Yield the data extents of the disk; what is lost is ZERO, and listed."""
+        return self._guarded(self._salvaged_extents(salvage))
+
     def _range(
         self, start: SupportsIndex, length: SupportsIndex | None, what: str = "start"
     ) -> tuple[int, int]:
@@ -168,7 +174,7 @@ class Image(Closable):
         from imgcore.disk.overlay import chain_extents
 
         if length:
-            yield from chain_extents(self.layers, self._first_files, start, length)
+            yield from chain_extents(self.layers, self.first_files, start, length)
 
     def _extents(self, start: int, length: int) -> Iterator[Extents]:
         return (rows for rows, _ in self._layer_extents(start, length))
@@ -179,6 +185,14 @@ class Image(Closable):
         holes = HostHoles(self.sources)
         for rows in self._extents(start, length):
             yield from holes.cut(rows)
+
+    def _salvaged_extents(self, salvage: Salvage) -> Iterator[Extents]:
+        from imgcore.disk.host_holes import HostHoles
+
+        holes = HostHoles(self.sources)
+        for rows, depths in self._layer_extents(0, self.virtual_size):
+            for part in salvage.take(rows, depths):
+                yield from holes.cut(part)
 
     def read(self, offset: SupportsIndex, length: SupportsIndex) -> bytes:
         """Return ``length`` bytes of the virtual disk, starting at ``offset``.

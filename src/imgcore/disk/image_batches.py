@@ -28,12 +28,16 @@ def disk_batches(extents: Iterator[Extents], nbytes: int, geometry: Geometry) ->
     return _cut(rows, geometry, skip_empty=geometry.zero_policy is ZeroPolicy.SKIP)
 
 
-def image_batches(image: Image, base: Image | None, geometry: Geometry) -> Iterator[Batch]:
+def image_batches(
+    image: Image, extents: Iterator[Extents], base: Image | None, geometry: Geometry
+) -> Iterator[Batch]:
     """Yield the disk in batches; long empty parts are skipped if none is written.
 
     Parameters
     ----------
     image : Image
+    extents : iterator of ndarray
+        Its data extents.
     base : Image, optional
         The target's parent.  Its files are numbered after those of ``image``.
     geometry : Geometry
@@ -42,8 +46,8 @@ def image_batches(image: Image, base: Image | None, geometry: Geometry) -> Itera
     """
     disk_end = geometry.guest_nbytes
     if base is None:
-        return disk_batches(image.data_extents(), image.virtual_size, geometry)
-    rows = resized(image.data_extents(), image.virtual_size, disk_end)
+        return disk_batches(extents, image.virtual_size, geometry)
+    rows = resized(extents, image.virtual_size, disk_end)
     base_end = min(base.virtual_size, disk_end)
     base_rows = padded(base.data_extents(0, base_end), base_end, disk_end)
     return _over_base(_cut(rows, geometry), _cut(base_rows, geometry), len(image.sources))

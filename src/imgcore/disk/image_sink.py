@@ -147,7 +147,8 @@ class ImageSink:
             )
             stack.callback(job.close)
             _Transfer(job, writer, data_file, tally).run(supply.batches)
-            return int(job.next_offset), named_bad_ranges(job.bad_ranges, supply.paths)
+            unread = named_bad_ranges(job.bad_ranges, supply.paths)
+            return int(job.next_offset), tuple(sorted((*self._source.lost(), *unread)))
 
     def _may_reflink(self) -> bool:
         """Tell whether blocks may be reflinked instead of copied."""

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from imgcore.disk.image import Image
+    from imgcore.disk.salvage import Salvage
+    from imgcore.engine.bad_ranges import BadRange
     from imgcore.engine.batches import Supply
     from imgcore.engine.extents import Extents
     from imgcore.engine.geometry import Geometry
@@ -28,6 +30,7 @@ class ImageSource:
 
     def __init__(self, image: Image) -> None:
         self._image = image
+        self._salvage: Salvage | None = None
         self.path: str = image.path
         self.format: str = image.format
         self.virtual_size: int = image.virtual_size
@@ -41,7 +44,7 @@ class ImageSource:
         """Describe the image, then its parent, and so on."""
         return [describe_layer(layer) for layer in self._image.chain]
 
-    def refuse_conversion(self, *, salvage: bool, with_base: bool) -> None:
+    def refuse_conversion(self, *, with_base: bool) -> None:
         """Warn about what of the image the target will not have."""
         reader = self._image.reader
         for text in reader.left_out() if isinstance(reader, LeavesOut) else ():
@@ -49,7 +52,25 @@ class ImageSource:
 
     def data_extents(self) -> Iterator[Extents]:
         """Yield the extents of the disk, with long holes of host files as ZERO."""
-        return self._image.data_extents()
+        salvage = self._new_salvage()
+        image = self._image
+        return image.data_extents() if salvage is None else image.salvaged_extents(salvage)
+
+    def lost(self) -> Sequence[BadRange]:
+        """Return what was lost in the last pass over the extents."""
+        return () if self._salvage is None else self._salvage.ranges
+
+    def _new_salvage(self) -> Salvage | None:
+        """Return what takes LOST extents in a new pass; None if nothing is salvaged."""
+        chain = self._image.chain
+        if not chain[0].salvages:
+            return None
+        if self._salvage is None:
+            from imgcore.disk import salvage
+
+            self._salvage = salvage.Salvage(chain, self._image.first_files)
+        self._salvage.restart()
+        return self._salvage
 
     def chunks(
         self, start: int, length: int, piece_nbytes: int = CHUNK_NBYTES
@@ -73,6 +94,6 @@ class ImageSource:
             Supply(
                 paths=[source.file.path for source in sources],
                 native_sources=native_sources(sources),
-                batches=image_batches(self._image, base, geometry),
+                batches=image_batches(self._image, self.data_extents(), base, geometry),
             )
         )

@@ -31,12 +31,15 @@ class Layer(NamedTuple):
     reader : Reader
     notice : str
         If only the content states the image's format, the words of a warning.
+    salvages : bool
+        Whether the reader goes on after damage; see `imgcore.formats.shared.damage`.
     """
 
     file: HostFile
     gate: ReferenceGate
     reader: Reader
     notice: str = ""
+    salvages: bool = False
 
     def warn(self) -> None:
         """Log the notice, if there is one: after opening, which may fail for it."""
@@ -65,13 +68,13 @@ def open_layer(
     path, options = local_image(path, options)
     file = HostFile.open(path, share=options.share)
     try:
-        flag = options.flags.format
-        found = find_format(file, options.format, flag=flag, describing=describing)
+        flag, damage = options.flags.format, options.damage
+        found = find_format(file, options.format, flag=flag, describing=describing, damage=damage)
         gate = found_gate(file, found, options)
-        reader = open_found(file, gate, found.name, options.read_options, flag=flag)
+        reader = open_found(file, gate, found.name, options.read_options, damage=damage, flag=flag)
         if options.without_backing:
             refuse_backing(file, reader)
-        return Layer(file, gate, reader, found.notice)
+        return Layer(file, gate, reader, found.notice, options.salvage)
     except BaseException:
         file.close()
         raise

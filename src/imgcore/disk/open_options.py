@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from imgcore.border import FilePath, file_name
 from imgcore.files.reference_gate import folder_names
+from imgcore.formats.shared.damage import SALVAGING, STRICT, Damage
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -29,10 +30,11 @@ FLAGS: Final = Flags()
 
 
 class OpenOptions(NamedTuple):
-    """The keywords of `imgcore.open`, which documents them, and two facts.
+    """The keywords of `imgcore.open`, which documents them, and three facts.
 
     ``flags`` are the command's options for these keywords.  ``without_backing`` is set
-    if the image's name says that its backing file is left out.
+    if the image's name says that its backing file is left out.  ``salvage`` is that of
+    `imgcore.convert`.
     """
 
     format: str | None = None
@@ -43,6 +45,12 @@ class OpenOptions(NamedTuple):
     share: bool = False
     flags: Flags = FLAGS
     without_backing: bool = False
+    salvage: bool = False
+
+    @property
+    def damage(self) -> Damage:
+        """What the readers of the image and its parents do about damage."""
+        return SALVAGING if self.salvage else STRICT
 
     @classmethod
     def from_keywords(
@@ -55,6 +63,7 @@ class OpenOptions(NamedTuple):
         allow: Iterable[FilePath] = (),
         share: bool = False,
         flags: Flags = FLAGS,
+        salvage: bool = False,
     ) -> OpenOptions:
         """Return the record; OptionError if ``allow`` is a lone string."""
         return cls(
@@ -65,6 +74,7 @@ class OpenOptions(NamedTuple):
             allow=tuple(folder_names(allow)),
             share=share,
             flags=flags,
+            salvage=salvage,
         )
 
 

@@ -107,7 +107,7 @@ def repair(
         _refuse_damage(file, reader, written)
         after, obstacles = _verify(layer, target.main, leaks_only)
         if after.corruptions > before.corruptions or after.leaks > before.leaks:
-            raise ImgcoreError("internal: the repairs do not help; nothing changed", path=file.path)
+            raise ImgcoreError("the repairs do not help, so nothing was changed", path=file.path)
         copy_attributes(file, target.main)
         target.prepare()
         file.check_unchanged()
@@ -173,7 +173,7 @@ def _refuse_damage(file: HostFile, reader: Reader, written: _Ranges) -> None:
         offset = written.overlap(starts, ends)
         if offset is not None:
             raise ImgcoreError(
-                f"internal: a repair at 0x{offset:x} would touch guest data; nothing changed",
+                f"a repair at 0x{offset:x} would change guest data, so nothing was changed",
                 path=file.path,
             )
 
@@ -216,7 +216,7 @@ def _verify(layer: Layer, copy: TargetFile, leaks_only: bool) -> tuple[CheckRepo
         try:
             if not _reads_the_same(reader, repaired, file.nbytes):
                 raise ImgcoreError(
-                    "internal: the repaired copy would read differently; nothing changed",
+                    "the repaired copy would read differently, so nothing was changed",
                     path=file.path,
                 )
             report = repaired.check()

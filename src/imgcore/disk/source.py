@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from imgcore.disk.image import Image
     from imgcore.disk.open_options import OpenOptions
+    from imgcore.engine.bad_ranges import BadRange
     from imgcore.engine.batches import Supply
     from imgcore.engine.extents import Extents
     from imgcore.engine.geometry import Geometry
@@ -67,13 +68,11 @@ class Source(Protocol):
         """Return the description of each image of the chain, as ``info`` does."""
         ...
 
-    def refuse_conversion(self, *, salvage: bool, with_base: bool) -> None:
+    def refuse_conversion(self, *, with_base: bool) -> None:
         """Raise if the disk cannot be converted, or not in this way.
 
         Parameters
         ----------
-        salvage : bool
-            Unreadable data will be replaced with zeros.
         with_base : bool
             The disk will be compared with the target's parent.
         """
@@ -81,6 +80,10 @@ class Source(Protocol):
 
     def data_extents(self) -> Iterator[Extents]:
         """Yield ascending extents; the disk is zeros outside of stored ones."""
+        ...
+
+    def lost(self) -> Sequence[BadRange]:
+        """Return what was lost in the last pass over the extents, when salvaging."""
         ...
 
     def chunks(

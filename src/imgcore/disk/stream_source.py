@@ -11,6 +11,7 @@ from imgcore.formats.magic import HEAD_NBYTES, matching_formats
 from imgcore.formats.registry import PLAIN_FORMAT, is_named_stream
 from imgcore.formats.shared.last_sector import whole_sectors
 from imgcore.limits import CHUNK_NBYTES
+from imgcore.streams.names import CODEC_OF_SUFFIX, stream_suffix
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from imgcore.disk.image import Image
     from imgcore.disk.open_options import OpenOptions
+    from imgcore.engine.bad_ranges import BadRange
     from imgcore.engine.batches import Supply
     from imgcore.engine.extents import Extents
     from imgcore.engine.geometry import Geometry
@@ -51,6 +53,15 @@ class StreamSource:
         """Open a stream; decompress all of it if it does not state its size."""
         from imgcore.streams.reader import StreamReader
 
+        if options.salvage:
+            suffix = stream_suffix(os.fspath(path))
+            assert suffix is not None, "see is_stream"
+            codec = CODEC_OF_SUFFIX[suffix]
+            raise OptionError(
+                "data of a compressed stream cannot be salvaged "
+                f"({codec} -dc FILE > disk.raw writes what comes before the damage)",
+                path=os.fspath(path),
+            )
         if options.read_options:
             raise OptionError(f"{cls.format} has no options for reading", path=os.fspath(path))
         if options.parents:
@@ -76,13 +87,11 @@ class StreamSource:
             }
         ]
 
-    def refuse_conversion(self, *, salvage: bool, with_base: bool) -> None:
+    def refuse_conversion(self, *, with_base: bool) -> None:
         """Raise for options that need random access, or if the stream holds an image.
 
         Only the first bytes of the disk are read.
         """
-        if salvage:
-            raise OptionError("data of a compressed stream cannot be salvaged", path=self.path)
         found = [] if self._is_stated else matching_formats(self._reader.head(HEAD_NBYTES), b"")
         if found:
             raise WrongFormatError(
@@ -101,6 +110,10 @@ class StreamSource:
 
         if self.virtual_size:
             yield single(0, self.virtual_size, Kind.DATA)
+
+    def lost(self) -> Sequence[BadRange]:
+        """Return nothing: streams are not salvaged."""
+        return ()
 
     def chunks(
         self, start: int, length: int, piece_nbytes: int = CHUNK_NBYTES

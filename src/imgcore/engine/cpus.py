@@ -12,6 +12,8 @@ import os
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Final
 
+from imgcore.files.descriptors import close, open_file
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -66,7 +68,10 @@ def _quota(folder: str, version: int) -> int | None:
 def _text(path: str) -> str:
     """Return the content of a file of the kernel, empty if it cannot be read."""
     try:
-        with open(path, "rb") as file:
-            return file.read(_MAX_NBYTES).decode("utf-8", "surrogateescape")
+        fd = open_file(path, os.O_RDONLY)
+        try:
+            return os.read(fd, _MAX_NBYTES).decode("utf-8", "surrogateescape")
+        finally:
+            close(fd)
     except OSError:
         return ""

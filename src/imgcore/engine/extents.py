@@ -44,6 +44,8 @@ class Kind(IntEnum):
     DEFLATE = 3
     ZLIB = 4
     ZSTD = 5
+    # Only when salvaging: not known where.  `imgcore.disk.salvage` makes it ZERO.
+    LOST = 6
 
 
 class BlockState(IntEnum):
@@ -57,6 +59,11 @@ class BlockState(IntEnum):
 
 # A VMDK grain marker precedes the stored block (IMGC_EXTENT_GRAIN_MARKER).
 FLAG_GRAIN_MARKER: Final = 1
+
+# ``flags`` of a LOST extent: its table is damaged (0), or its file is missing or short.
+FLAG_NO_FILE: Final = 1
+
+_SECTOR: Final = np.uint64(512)
 
 EXTENT_DTYPE: Final = np.dtype(
     [
@@ -152,6 +159,65 @@ def clip(rows: Extents, start: int, end: int) -> Extents:
     _shorten(part[:1], n_before, n_before)
     _shorten(part[-1:], 0, n_after)
     return part
+
+
+def lose(rows: Extents, which: NDArray[np.bool_]) -> None:
+    """Make rows LOST, in place."""
+    for name in ("host_offset", "host_length", "flags"):
+        rows[name][which] = 0
+    rows["kind"][which] = Kind.LOST
+
+
+def lose_ranges(
+    rows: Extents,
+    starts: NDArray[np.uint64],
+    ends: NDArray[np.uint64],
+    *,
+    file: int | None = None,
+) -> Extents:
+    """Return a gap-free batch in which given ranges are LOST.
+
+    Parameters
+    ----------
+    rows : ndarray, shape (n,), dtype EXTENT_DTYPE
+        Ascending and gap-free.
+    starts, ends : ndarray, shape (m,), dtype uint64
+        Ranges in bytes, ascending and disjoint: guest offsets, multiples of 512; or
+        host offsets, if ``file`` is given.
+    file : int, optional
+        The file of host ranges: DATA in them is lost, in whole sectors of the guest.
+
+    Returns
+    -------
+    ndarray, shape (k,), dtype EXTENT_DTYPE
+        ``rows`` itself, if no range touches it.
+    """
+    low = rows["guest_offset" if file is None else "host_offset"]
+    high = low + rows["length"]
+    first = np.searchsorted(ends, low, side="right")
+    last = np.searchsorted(starts, high, side="left")
+    n_ranges = np.maximum(last - first, 0)
+    if file is not None:
+        n_ranges[(rows["kind"] != Kind.DATA) | (rows["file"] != file)] = 0
+    if not n_ranges.any():
+        return rows
+    row = np.repeat(np.arange(len(rows)), n_ranges)
+    before = np.cumsum(n_ranges) - n_ranges
+    index = np.arange(len(row)) - np.repeat(before - first, n_ranges)
+    guest, length = rows["guest_offset"][row], rows["length"][row]
+    # From the start of each row, to whole sectors of the guest.
+    start = np.maximum(starts[index], low[row]) - low[row]
+    start -= start % _SECTOR
+    end = np.minimum(ends[index], high[row]) - low[row]
+    end = np.minimum(end + (_SECTOR - end % _SECTOR) % _SECTOR, length)
+    edges = np.concatenate((rows["guest_offset"], guest + start, guest + end))
+    disk_end = rows["guest_offset"][-1] + rows["length"][-1]
+    parts = split(rows, np.unique(edges[edges < disk_end]))
+    lost_from, lost_to = guest + start, guest + end
+    inside = np.searchsorted(lost_from, parts["guest_offset"], side="right") - 1
+    which = (inside >= 0) & (parts["guest_offset"] < lost_to[np.maximum(inside, 0)])
+    lose(parts, which)
+    return parts
 
 
 def _rows_between(rows: Extents, start: int, end: int) -> tuple[int, int]:

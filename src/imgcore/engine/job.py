@@ -111,4 +111,6 @@ def _translate(error: _core.CoreError, path: str | None) -> Exception:
             return LimitExceededError(f"{what} ({error.op})", **where)
         case Status.UNSUPPORTED:
             return UnsupportedFeatureError(f"{error.op} is not available here", **where)
-    return ImgcoreError(f"internal: {error.op} refused row {error.offset}", path=path)
+    # No image leads here: the reader or the writer has broken the engine's contract.
+    what = f"a defect of imgcore, please report it: {error.op} rejected row {error.offset}"
+    return ImgcoreError(what, path=path)

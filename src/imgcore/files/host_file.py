@@ -88,11 +88,11 @@ class OpenFile(Closable):
     @property
     def logical_sector_nbytes(self) -> int | None:
         """Bytes of a block device's logical sector; None for other files."""
-        if not stat.S_ISBLK(self.status().st_mode):
-            return None
-        from imgcore.files.block_devices import logical_sector_nbytes
+        with self._in_use(), named_errors(self.path):
+            if not stat.S_ISBLK(os.fstat(self.fd).st_mode):
+                return None
+            from imgcore.files.block_devices import logical_sector_nbytes
 
-        with named_errors(self.path):
             return logical_sector_nbytes(self.fd)
 
     def _free(self) -> None:

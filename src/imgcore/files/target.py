@@ -87,7 +87,7 @@ class Target:
         self._main: TargetFile | None = None
         self._companions: list[TargetFile] = []
         self._in_place_nbytes = in_place_nbytes
-        self.is_committed = False
+        self.is_committed: bool = False
         self.late_error: OSError | None = None
         self._is_prepared = False
         self._old: os.stat_result | None = None

@@ -35,6 +35,7 @@ from typing import (
 
 from imgcore.engine.source_file import SourceFile
 from imgcore.errors import OptionError
+from imgcore.formats.shared.damage import STRICT, Damage
 from imgcore.text import without_secrets
 
 if TYPE_CHECKING:
@@ -478,7 +479,8 @@ class Driver(NamedTuple):
         Module that holds ``Options``, the record of the options for writing (``-o``).
         Reading an image does not import it.
     read : callable
-        Returns a `Reader` for a file, a gate and a record of ``read_options``.  Files
+        Returns a `Reader` for a file, a gate, a record of ``read_options``, and the
+        `Damage` that decides what happens if the image is damaged.  Files
         that the image names are opened through the gate; the parent is not opened.
         Raises WrongFormatError only if the magic is absent.  The caller closes the
         file.
@@ -494,7 +496,7 @@ class Driver(NamedTuple):
 
     name: str
     options_module: str
-    read: Callable[[ByteSource, ReferenceGate, Any], Reader]
+    read: Callable[[ByteSource, ReferenceGate, Any, Damage], Reader]
     writing: str | None
     read_options: type[FormatOptions] | None = None
     has_tables: bool = True
@@ -505,12 +507,16 @@ class Driver(NamedTuple):
         return cast("type[FormatOptions]", importlib.import_module(self.options_module).Options)
 
     def open(
-        self, file: ByteSource, gate: ReferenceGate, options: FormatOptions | None = None
+        self,
+        file: ByteSource,
+        gate: ReferenceGate,
+        options: FormatOptions | None = None,
+        damage: Damage = STRICT,
     ) -> Reader:
         """Open an image; ``options`` defaults to those of ``read_options``."""
         if options is None and self.read_options is not None:
             options = self.read_options()
-        return self.read(file, gate, options)
+        return self.read(file, gate, options, damage)
 
     def writer(self, request: WriteRequest[Any]) -> Writer:
         """Verify a request and return its writer; touches no file.

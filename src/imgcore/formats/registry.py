@@ -32,6 +32,9 @@ from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 from imgcore.errors import ImgcoreError, OptionError, UnsupportedFeatureError, WrongFormatError
 from imgcore.formats.magic import HEAD_NBYTES, TAIL_NBYTES, matching_formats, raw_content
+from imgcore.formats.shared.damage import STRICT, Damage
+from imgcore.formats.shared.trailing_zeros import end_of_data
+from imgcore.limits import MAX_PADDING_NBYTES
 from imgcore.streams.names import CODEC_OF_SUFFIX, RAW_SUFFIXES, stream_suffix
 
 if TYPE_CHECKING:
@@ -273,7 +276,12 @@ def probe(file: ByteSource, *, flag: str = "-f") -> str | None:
 
 
 def find_format(
-    file: ByteSource, stated: str | None = None, *, flag: str = "-f", describing: bool = False
+    file: ByteSource,
+    stated: str | None = None,
+    *,
+    flag: str = "-f",
+    describing: bool = False,
+    damage: Damage = STRICT,
 ) -> Found:
     """Return a file's format by the rules of this module.
 
@@ -287,6 +295,8 @@ def find_format(
     describing : bool
         The file is only described.  Then a magic is believed against a name that
         states a raw disk.
+    damage : Damage
+        When salvaging, a stated format need not have its magic.
 
     Raises
     ------
@@ -297,15 +307,18 @@ def find_format(
     """
     name = None if stated is None else canonical_name(stated)
     if is_named_stream(file.path, name):
-        return Found(_codec_of(file, flag) or PLAIN_FORMAT)
+        return Found(_codec_of(file) or PLAIN_FORMAT)
     if name is not None:
-        _refuse_other_format(file, name, flag)
+        if not damage.salvages:
+            _refuse_other_format(file, name, flag)
         return Found(name)
     found = probe(file, flag=flag)
     named = PLAIN_FORMAT if file.is_block_device else stated_format(file.path)
     if found is None:
         if named == PLAIN_FORMAT or _suffix(file.path) == _UNCERTAIN_SUFFIX:
             return Found(PLAIN_FORMAT)
+        if named is not None and _is_padded(file, named):
+            return Found(named)
         raise WrongFormatError(_no_magic(file, flag), path=file.path)
     is_read = found in format_names()
     if named == PLAIN_FORMAT:
@@ -324,9 +337,12 @@ def find_format(
     )
 
 
-def _codec_of(file: ByteSource, flag: str) -> str | None:
-    name = probe(file, flag=flag)
-    return name if name in CODEC_OF_SUFFIX.values() else None
+def _codec_of(file: ByteSource) -> str | None:
+    """Return the codec of a stream, as those that read it decide."""
+    from imgcore.streams.codecs import CODECS
+
+    head = file.pread(0, min(HEAD_NBYTES, file.nbytes))
+    return next((name for name, codec in CODECS.items() if codec.matches(head)), None)
 
 
 def _no_magic(file: ByteSource, flag: str) -> str:
@@ -348,6 +364,7 @@ def open_reader(
     gate: ReferenceGate,
     format: str | None = None,
     options: OptionTexts | None = None,
+    damage: Damage = STRICT,
     *,
     flag: str = "-f",
 ) -> Reader:
@@ -363,6 +380,8 @@ def open_reader(
         Name or alias of the format; `find_format` has the rules without it.
     options : iterable of str, or mapping, optional
         Options for reading, as for `parse_options`.
+    damage : Damage
+        What the reader does about damage.
     flag : str
         The command's option for the format, for messages.
 
@@ -375,7 +394,8 @@ def open_reader(
     UnsupportedFeatureError
         The format is recognised, but not supported.
     """
-    return open_found(file, gate, find_format(file, format, flag=flag).name, options, flag=flag)
+    name = find_format(file, format, flag=flag, damage=damage).name
+    return open_found(file, gate, name, options, damage=damage, flag=flag)
 
 
 def open_found(
@@ -384,6 +404,7 @@ def open_found(
     name: str,
     options: OptionTexts | None = None,
     *,
+    damage: Damage = STRICT,
     flag: str = "-f",
 ) -> Reader:
     """Open an image in the format that `find_format` has found; see `open_reader`."""
@@ -393,12 +414,21 @@ def open_found(
         raise UnsupportedFeatureError(_not_read(name, file.path, flag), path=file.path)
     driver = get_driver(name)
     if not options:
-        return driver.open(file, gate)
+        return driver.open(file, gate, damage=damage)
     if driver.read_options is None:
         raise OptionError(f"{name} has no options for reading", path=file.path)
     from imgcore.formats.option_texts import parse_record
 
-    return driver.open(file, gate, parse_record(name, driver.read_options, options))
+    return driver.open(file, gate, parse_record(name, driver.read_options, options), damage)
+
+
+def _is_padded(file: ByteSource, name: str) -> bool:
+    """Tell whether a format's magic is at the end of a file, before zeros."""
+    end = end_of_data(file, MAX_PADDING_NBYTES)
+    if end is None:
+        return False
+    tail_nbytes = min(TAIL_NBYTES, end)
+    return name in matching_formats(b"", file.pread(end - tail_nbytes, tail_nbytes))
 
 
 def _not_read(name: str, path: str, flag: str) -> str:
@@ -447,7 +477,7 @@ def _refuse_other_format(file: ByteSource, name: str, flag: str) -> None:
     if name == PLAIN_FORMAT:
         return
     found = _matches(file)
-    if name not in found:
+    if name not in found and not (not found and _is_padded(file, name)):
         what = f"its magic is that of {' and '.join(found)}" if found else "no known magic found"
         if len(found) == 1 and found[0] not in format_names():
             what += f": {_not_read(found[0], file.path, flag)}"

@@ -106,12 +106,16 @@ class FrameWalk:
         total: int | None = 0
         while self._offset < self._file.nbytes:
             start = self._offset
-            magic = int.from_bytes(self._take(4), "little")
+            rest_nbytes = self._file.nbytes - start
+            magic = int.from_bytes(self._take(min(4, rest_nbytes)), "little")
             if _is_skippable(magic):
                 self._skip(int.from_bytes(self._take(4), "little"))
                 continue
             if magic != _FRAME_MAGIC:
-                raise self._corrupt(f"there is garbage at 0x{start:x}, after the zstd stream")
+                raise self._corrupt(
+                    f"the zstd stream is followed by {rest_nbytes} other bytes "
+                    f"(truncate -s {start} of a copy removes them)"
+                )
             claimed = self._walk_frame(start)
             total = None if total is None or claimed is None else total + claimed
             self.n_frames += 1

@@ -148,9 +148,10 @@ def convert(
         The target, which is written in place, already reads as zeros: a raw disk's
         zeros are not written.  Other formats do not rely on it.
     salvage : bool
-        Replace guest data that the system cannot read, or that does not decompress,
-        with zeros and list it in ``bad_ranges`` of the result, instead of failing.
-        Headers and tables must still be valid.
+        Replace guest data that is lost with zeros and list it in ``bad_ranges`` of the
+        result, instead of failing: data that the system cannot read, that does not
+        decompress, or whose place is unknown since the file is truncated or a table is
+        damaged.  The header must still be valid.
     reflink : bool
         Reflink blocks of the source instead of copying them if the file system can do
         it (XFS, Btrfs) and both formats place blocks on its boundaries.  The target
@@ -202,6 +203,7 @@ def convert(
         allow=allow,
         share=share,
         flags=Flags(backing_format="--source-backing-format"),
+        salvage=salvage,
     )
     writing = SinkOptions.from_keywords(
         target,
@@ -225,7 +227,7 @@ def convert(
     def job(commitment: Commitment[ConvertResult]) -> None:
         with ExitStack() as stack:
             disk = stack.enter_context(open_sources(_names(source), opening))
-            disk.refuse_conversion(salvage=salvage, with_base=backing is not None)
+            disk.refuse_conversion(with_base=backing is not None)
             base = _open_base(target, writing, opening, stack)
             output = Target(
                 target,

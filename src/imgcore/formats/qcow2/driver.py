@@ -10,6 +10,6 @@ from imgcore.formats.qcow2.reader import Qcow2Reader
 DRIVER: Final = Driver(
     name="qcow2",
     options_module="imgcore.formats.qcow2.options",
-    read=lambda file, gate, options: Qcow2Reader(file),
+    read=lambda file, gate, options, damage: Qcow2Reader(file, damage),
     writing="imgcore.formats.qcow2.writer",
 )

@@ -19,6 +19,7 @@ from imgcore.errors import (
 )
 from imgcore.formats.api import BackingReference
 from imgcore.formats.qcow2 import layout
+from imgcore.formats.shared.damage import STRICT, Damage
 
 if TYPE_CHECKING:
     from imgcore.files.byte_source import ByteSource
@@ -108,8 +109,10 @@ class Bitmap(NamedTuple):
     name: str
 
 
-def read_header(file: ByteSource) -> Qcow2Header:
+def read_header(file: ByteSource, damage: Damage = STRICT) -> Qcow2Header:
     """Read and check the header and its extensions.
+
+    When salvaging, only what the L1 table and the backing file need must be sound.
 
     Raises
     ------
@@ -125,10 +128,10 @@ def read_header(file: ByteSource) -> Qcow2Header:
             path=file.path,
         )
     header = _read_fixed(file)
-    _check_geometry(file, header)
-    _read_extensions(file, header)
+    _check_geometry(file, header, damage)
+    _read_extensions(file, header, damage)
     _check_features(file, header)
-    _check_tables(file, header)
+    _check_tables(file, header, damage)
     _read_backing(file, header)
     return header
 
@@ -201,7 +204,7 @@ def _read_v3(file: ByteSource, header: Qcow2Header) -> None:
         )
 
 
-def _check_geometry(file: ByteSource, header: Qcow2Header) -> None:
+def _check_geometry(file: ByteSource, header: Qcow2Header, damage: Damage) -> None:
     low, high = limits.QCOW2_MIN_CLUSTER_BITS, limits.QCOW2_MAX_CLUSTER_BITS
     if not low <= header.cluster_bits <= high:
         raise _corrupt(file, f"cluster bits are {header.cluster_bits}, allowed {low} to {high}", 20)
@@ -227,10 +230,12 @@ def _check_geometry(file: ByteSource, header: Qcow2Header) -> None:
             offset=36,
         )
     if header.l1_entries < needed:
-        raise _corrupt(
-            file,
-            f"L1 table has {header.l1_entries} entries, the virtual size needs {needed}",
-            36,
+        damage.report(
+            _corrupt(
+                file,
+                f"L1 table has {header.l1_entries} entries, the virtual size needs {needed}",
+                36,
+            )
         )
 
 
@@ -276,7 +281,7 @@ def _feature_name(header: Qcow2Header, wanted_bit: int) -> str:
     return f"unknown (bit {wanted_bit})"
 
 
-def _read_extensions(file: ByteSource, header: Qcow2Header) -> None:
+def _read_extensions(file: ByteSource, header: Qcow2Header, damage: Damage) -> None:
     offset = header.header_nbytes
     end = min(header.backing_offset or header.cluster_size, header.cluster_size, file.nbytes)
     while offset + layout.EXTENSION.size <= end:
@@ -285,15 +290,18 @@ def _read_extensions(file: ByteSource, header: Qcow2Header) -> None:
         if kind == layout.EXTENSION_END:
             break
         if nbytes > end - offset:
-            raise _corrupt(
+            error = _corrupt(
                 file,
                 f"header extension {kind:#010x} at {offset - 8:#x} has {nbytes} bytes, "
                 f"allowed up to {end - offset}",
                 offset - 8,
             )
+            damage.report(error)
+            break
         header.extensions.setdefault(kind, file.pread(offset, nbytes))
         offset += -(-nbytes // 8) * 8
-    _read_bitmaps_extension(file, header)
+    if not damage.salvages:
+        _read_bitmaps_extension(file, header)
 
 
 def _read_bitmaps_extension(file: ByteSource, header: Qcow2Header) -> None:
@@ -313,11 +321,19 @@ def _read_bitmaps_extension(file: ByteSource, header: Qcow2Header) -> None:
     header.bitmaps = (n_bitmaps, offset, nbytes)
 
 
-def _check_tables(file: ByteSource, header: Qcow2Header) -> None:
+def _check_tables(file: ByteSource, header: Qcow2Header, damage: Damage) -> None:
     if header.l1_entries:
-        _check_range(
-            file, header, "L1 table", header.l1_offset, header.l1_entries * layout.ENTRY_NBYTES
-        )
+        _check_place(file, header, "L1 table", header.l1_offset)
+        try:
+            _check_end(file, "L1 table", header.l1_offset, header.l1_entries * layout.ENTRY_NBYTES)
+        except CorruptImageError as error:
+            damage.report(error)
+    if not damage.salvages:
+        _check_other_tables(file, header)
+
+
+def _check_other_tables(file: ByteSource, header: Qcow2Header) -> None:
+    """Check the tables that reading the active layer does not need."""
     table_nbytes = header.refcount_table_clusters * header.cluster_size
     if table_nbytes > limits.QCOW2_MAX_REFCOUNT_TABLE_NBYTES:
         raise LimitExceededError(
@@ -351,6 +367,11 @@ def _check_range(
     file: ByteSource, header: Qcow2Header, what: str, offset: int, nbytes: int
 ) -> None:
     """Reject a table that is misaligned, in the header's cluster, or past the end."""
+    _check_place(file, header, what, offset)
+    _check_end(file, what, offset, nbytes)
+
+
+def _check_place(file: ByteSource, header: Qcow2Header, what: str, offset: int) -> None:
     if offset % header.cluster_size or not offset:
         raise _corrupt(
             file,
@@ -358,7 +379,6 @@ def _check_range(
             f"{header.cluster_size:#x}",
             offset,
         )
-    _check_end(file, what, offset, nbytes)
 
 
 def _check_end(file: ByteSource, what: str, offset: int, nbytes: int) -> None:

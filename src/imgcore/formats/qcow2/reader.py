@@ -13,6 +13,7 @@ from imgcore.engine.source_file import SourceFile
 from imgcore.formats.api import BackingReference
 from imgcore.formats.qcow2 import layout
 from imgcore.formats.qcow2.header import Snapshot, read_bitmaps, read_header, read_snapshots
+from imgcore.formats.shared.damage import STRICT, Damage
 from imgcore.formats.shared.last_sector import filled_up, whole_sectors
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ class Qcow2Reader:
     ----------
     file : ByteSource
         Closed with the reader.  If the constructor raises, the caller closes it.
+    damage : Damage
+        When salvaging, refcounts, snapshots and bitmaps are not looked at.
 
     Raises
     ------
@@ -50,9 +53,10 @@ class Qcow2Reader:
     format_name: ClassVar[str] = "qcow2"
     is_flat: ClassVar[bool] = False
 
-    def __init__(self, file: ByteSource) -> None:
+    def __init__(self, file: ByteSource, damage: Damage = STRICT) -> None:
         self._file = file
-        self._header = read_header(file)
+        self._damage = damage
+        self._header = read_header(file, damage)
         self.subformat: str | None = None
         self.virtual_size: int = whole_sectors(self._header.virtual_size, file.path)
         self.block_nbytes: int = self._header.cluster_size
@@ -90,7 +94,7 @@ class Qcow2Reader:
         if self._tables is None:
             from imgcore.formats.qcow2.tables import ExtentTables
 
-            self._tables = ExtentTables(self._file, self._header)
+            self._tables = ExtentTables(self._file, self._header, self._damage)
         n_filled = max(0, start + length - self._header.virtual_size)
         batches = self._tables.extents(start, length - n_filled)
         return filled_up(batches, start + length) if n_filled else batches

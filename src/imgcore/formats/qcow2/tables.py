@@ -12,9 +12,10 @@ import numpy as np
 
 from imgcore import limits
 from imgcore._core import TableFormat
-from imgcore.engine.extents import Kind, clip, single
+from imgcore.engine.extents import Kind, clip, lose_ranges, single
 from imgcore.errors import CorruptImageError
 from imgcore.formats.qcow2 import layout
+from imgcore.formats.shared.damage import STRICT, Damage
 from imgcore.formats.shared.tables import decode_entries
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 # The L1 table is read in pieces of 1 MiB.
 L1_PIECE_ENTRIES: Final = 1 << 17
+
+# With all bits set, L1 entries have reserved bits, and L2 entries point far outside.
+IMPOSSIBLE_ENTRY: Final = b"\xff" * layout.ENTRY_NBYTES
 
 # A short run of absent L2 tables costs less as zero entries than as a separate batch.
 _FOLDED_GAP_ENTRIES: Final = 8192
@@ -70,7 +74,7 @@ def table_format(cluster_bits: int, *, version: int = 3, kind: Kind = Kind.DEFLA
 
 
 def iter_l1(
-    file: ByteSource, l1_offset: int, first: int, last: int
+    file: ByteSource, l1_offset: int, first: int, last: int, damage: Damage = STRICT
 ) -> Iterator[tuple[int, NDArray[np.uint64]]]:
     """Yield entries ``[first, last)`` of an L1 table in pieces.
 
@@ -79,7 +83,12 @@ def iter_l1(
     """
     for start in range(first, last, L1_PIECE_ENTRIES):
         count = min(L1_PIECE_ENTRIES, last - start)
-        raw = file.pread(l1_offset + start * layout.ENTRY_NBYTES, count * layout.ENTRY_NBYTES)
+        raw = damage.read_table(
+            file,
+            l1_offset + start * layout.ENTRY_NBYTES,
+            count * layout.ENTRY_NBYTES,
+            IMPOSSIBLE_ENTRY,
+        )
         yield start, np.frombuffer(raw, dtype=">u8").astype(np.uint64)
 
 
@@ -89,6 +98,7 @@ def read_entries(
     offsets: NDArray[np.uint64],
     first: int,
     last: int,
+    damage: Damage = STRICT,
 ) -> NDArray[np.uint8]:
     """Read the raw entries ``[first, last)`` of consecutive L2 tables.
 
@@ -125,16 +135,21 @@ def read_entries(
     to = (low[starts] - first) * entry_nbytes
     until = (high[ends] - first) * entry_nbytes
     for offset, a, b in zip(begin[starts].tolist(), to.tolist(), until.tolist(), strict=True):
-        file.pread_into(offset, view[a:b])
+        if damage.salvages:
+            view[a:b] = damage.read_table(file, offset, b - a, IMPOSSIBLE_ENTRY)
+        else:
+            file.pread_into(offset, view[a:b])
     return buffer
 
 
 class ExtentTables:
     """Turns tables into extents; keeps no tables in memory between calls."""
 
-    def __init__(self, file: ByteSource, header: Qcow2Header) -> None:
+    def __init__(self, file: ByteSource, header: Qcow2Header, damage: Damage = STRICT) -> None:
         self._file = file
+        self._damage = damage
         self._header = header
+        self._lost: tuple[NDArray[np.uint64], NDArray[np.uint64]] | None = None
         zstd = header.compression_type == layout.COMPRESSION_ZSTD
         self._format = table_format(
             header.cluster_bits,
@@ -144,6 +159,31 @@ class ExtentTables:
 
     def extents(self, start: int, length: int) -> Iterator[Extents]:
         """Yield extent batches; see `imgcore.formats.api.Reader.extents`."""
+        if not self._damage.salvages:
+            return self._extents(start, length)
+        if self._lost is None:
+            self._lost = self._lost_tables()
+        starts, ends = self._lost
+        return (lose_ranges(rows, starts, ends) for rows in self._extents(start, length))
+
+    def _lost_tables(self) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+        """Return the guest ranges whose L1 entries are impossible, as starts and ends.
+
+        `_extents` takes them for holes.
+        """
+        header = self._header
+        reach = header.l2_entries << header.cluster_bits
+        n_entries = -(-header.virtual_size // reach)
+        is_lost = np.ones(n_entries, dtype=np.bool_)
+        last = min(n_entries, header.l1_entries)
+        for base, l1 in iter_l1(self._file, header.l1_offset, 0, last, self._damage):
+            is_lost[base : base + len(l1)] = self._is_impossible(l1)
+        edges = np.flatnonzero(np.diff(np.concatenate(([False], is_lost, [False]))))
+        places = np.minimum(edges.astype(np.uint64) * np.uint64(reach), header.virtual_size)
+        places = places.astype(np.uint64)
+        return places[::2], places[1::2]
+
+    def _extents(self, start: int, length: int) -> Iterator[Extents]:
         stop = start + length
         done = start
         for first, last, offsets, first_table in self._groups(start, stop):
@@ -154,7 +194,12 @@ class ExtentTables:
                 if piece_start > done:
                     yield single(done, piece_start - done, Kind.HOLE)
                 entries = read_entries(
-                    self._file, self._header, offsets, piece - base, piece_end - base
+                    self._file,
+                    self._header,
+                    offsets,
+                    piece - base,
+                    piece_end - base,
+                    self._damage,
                 )
                 done = min(stop, piece_end << self._header.cluster_bits)
                 yield self._decode(entries, piece, piece_start, done)
@@ -174,7 +219,8 @@ class ExtentTables:
             self._file,
             self._header.l1_offset,
             first_entry // per_table,
-            -(-last_entry // per_table),
+            min(-(-last_entry // per_table), self._header.l1_entries),
+            self._damage,
         )
         for base, l1 in pieces:
             offsets = self._l2_offsets(l1, base)
@@ -196,14 +242,22 @@ class ExtentTables:
 
     def _l2_offsets(self, l1: NDArray[np.uint64], base: int) -> NDArray[np.uint64]:
         offsets = l1 & np.uint64(layout.OFFSET_MASK)
-        in_cluster = np.uint64((self._header.cluster_size - 1) | layout.L1_RESERVED)
-        bad = (l1 & in_cluster) != 0
-        room = self._file.nbytes - self._header.cluster_size
-        bad |= (offsets != 0) & (offsets > np.uint64(max(room, 0)))
-        if bad.any():
+        bad = self._is_impossible(l1)
+        if bad.any() and not self._damage.salvages:
             index = int(np.flatnonzero(bad)[0])
             self._refuse_l1_entry(base + index, int(l1[index]))
+        offsets[bad] = 0
         return offsets
+
+    def _is_impossible(self, l1: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Tell which L1 entries cannot be right; a table may be cut when salvaging."""
+        offsets = l1 & np.uint64(layout.OFFSET_MASK)
+        in_cluster = np.uint64((self._header.cluster_size - 1) | layout.L1_RESERVED)
+        needed = 1 if self._damage.salvages else self._header.cluster_size
+        room = max(self._file.nbytes - needed, 0)
+        bad: NDArray[np.bool_] = (l1 & in_cluster) != 0
+        bad |= (offsets != 0) & (offsets > np.uint64(room))
+        return bad
 
     def _refuse_l1_entry(self, index: int, entry: int) -> None:
         offset = entry & layout.OFFSET_MASK
@@ -227,6 +281,7 @@ class ExtentTables:
             guest_offset=first_entry << self._header.cluster_bits,
             guest_end=stop,
             file_nbytes=self._file.nbytes,
+            damage=self._damage,
         )
         return clip(rows, start, stop)
 

@@ -10,7 +10,7 @@ from imgcore.formats.raw.reader import RawReader
 DRIVER: Final = Driver(
     name="raw",
     options_module="imgcore.formats.raw.options",
-    read=lambda file, gate, options: RawReader(file),
+    read=lambda file, gate, options, damage: RawReader(file),
     writing="imgcore.formats.raw.writer",
     has_tables=False,
 )

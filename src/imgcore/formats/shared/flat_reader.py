@@ -34,18 +34,38 @@ class HostData:
     def next(self, position: int) -> tuple[int, int]:
         """Return [start, end) of the next data at or after a host offset.
 
-        Both are 2^63 if no data follows.  Data is widened to whole sectors, because a
-        file system's blocks may be smaller.  Holes read as zeros, so this is safe.  The
-        file's last sector may be incomplete.
+        Both are 2^63 if no data follows.
         """
         start, end = self._found
         if not start <= position < end:
             start, end = self._file.next_data(position)
             if start >= end:
                 return _NO_DATA, _NO_DATA
-            start -= start % SECTOR_NBYTES
-            end = min(end + -end % SECTOR_NBYTES, self._file.nbytes)
             self._found = start, end
+        return max(start, position), end
+
+    def next_sectors(self, position: int, stop: int, shift: int) -> tuple[int, int]:
+        """Return the next data of a guest range as [start, end) of the guest.
+
+        Parameters
+        ----------
+        position, stop : int
+            Guest offsets in bytes.  Both results are ``stop`` if no data follows.
+        shift : int
+            Host offset minus guest offset, in bytes.
+
+        Notes
+        -----
+        Data is widened to whole sectors of the guest, which need not be sectors of the
+        file; a file system's blocks may be smaller.  Holes read as zeros, so this is
+        safe.  The file's last sector may be incomplete.
+        """
+        start, end = self.next(position + shift)
+        if start >= end or start - shift >= stop:
+            return stop, stop
+        start, end = start - shift, end - shift
+        start -= start % SECTOR_NBYTES
+        end = min(end + -end % SECTOR_NBYTES, self._file.nbytes - shift, stop)
         return max(start, position), end
 
 
@@ -84,7 +104,7 @@ def flat_rows(
     rows: list[tuple[int, int, int, int, int, int, int]] = []
     position = start
     while position < stop:
-        data_start, data_end = (min(place - shift, stop) for place in data.next(position + shift))
+        data_start, data_end = data.next_sectors(position, stop, shift)
         if position < data_start:
             rows.append((position, data_start - position, 0, 0, 0, hole, 0))
         if data_start < data_end:
@@ -109,6 +129,9 @@ class FlatExtents:
         As for `flat_rows`.
     hides_parent : bool
         Whether holes of the file read as zeros even if there is a parent.
+    lost_from : int, optional
+        Guest offset from which on the file is too short, as `first_lost` returns it:
+        the rest is LOST.
 
     Notes
     -----
@@ -117,23 +140,60 @@ class FlatExtents:
     """
 
     def __init__(
-        self, file: ByteSource, *, shift: int = 0, file_index: int = 0, hides_parent: bool = True
+        self,
+        file: ByteSource,
+        *,
+        shift: int = 0,
+        file_index: int = 0,
+        hides_parent: bool = True,
+        lost_from: int | None = None,
     ) -> None:
         self._file = file
         self._shift = shift
         self._file_index = file_index
         self._hides_parent = hides_parent
+        self._lost_from = lost_from
 
     def extents(self, start: int, length: int) -> Iterator[Extents]:
         """Yield extent batches; see `imgcore.formats.api.Reader.extents`."""
         from imgcore.engine.extents import Kind
 
-        return flat_rows(
-            HostData(self._file),
-            start,
-            start + length,
-            shift=self._shift,
-            file_index=self._file_index,
-            hole=Kind.ZERO if self._hides_parent else Kind.HOLE,
-            max_rows=_BATCH_ROWS,
-        )
+        stop = held_to = start + length
+        if self._lost_from is not None:
+            held_to = min(stop, max(start, self._lost_from))
+        if start < held_to:
+            yield from flat_rows(
+                HostData(self._file),
+                start,
+                held_to,
+                shift=self._shift,
+                file_index=self._file_index,
+                hole=Kind.ZERO if self._hides_parent else Kind.HOLE,
+                max_rows=_BATCH_ROWS,
+            )
+        if held_to < stop:
+            yield lost_file(held_to, stop - held_to)
+
+
+def first_lost(guest_base: int, nbytes: int, held_nbytes: int) -> int | None:
+    """Return where a flat extent is lost that is longer than its file, or None.
+
+    Parameters
+    ----------
+    guest_base, nbytes : int
+        Where the extent is on the disk, in bytes.
+    held_nbytes : int
+        How much of it is in the file.  A sector that is not whole is lost.
+    """
+    if nbytes <= held_nbytes:
+        return None
+    return guest_base + held_nbytes - held_nbytes % SECTOR_NBYTES
+
+
+def lost_file(start: int, length: int) -> Extents:
+    """Return one LOST row for a guest range whose file is missing or too short."""
+    from imgcore.engine.extents import FLAG_NO_FILE, Kind, single
+
+    row = single(start, length, Kind.LOST)
+    row["flags"] = FLAG_NO_FILE
+    return row

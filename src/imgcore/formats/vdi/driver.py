@@ -10,6 +10,6 @@ from imgcore.formats.vdi.reader import VdiReader
 DRIVER: Final = Driver(
     name="vdi",
     options_module="imgcore.formats.vdi.options",
-    read=lambda file, gate, options: VdiReader(file, gate),
+    read=lambda file, gate, options, damage: VdiReader(file, gate, damage),
     writing="imgcore.formats.vdi.writer",
 )

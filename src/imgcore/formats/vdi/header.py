@@ -16,6 +16,7 @@ from imgcore.errors import (
     UnsupportedFeatureError,
     WrongFormatError,
 )
+from imgcore.formats.shared.damage import STRICT, Damage
 from imgcore.formats.vdi import layout
 from imgcore.formats.vdi.layout import HeaderFields, ImageType
 from imgcore.limits import (
@@ -68,7 +69,7 @@ class VdiHeader(NamedTuple):
         return _identities(self.parent_uuid, self.parent_modification_uuid)
 
 
-def read_header(file: ByteSource) -> VdiHeader:
+def read_header(file: ByteSource, damage: Damage = STRICT) -> VdiHeader:
     """Read and verify the header of an image.
 
     Parameters
@@ -98,7 +99,7 @@ def read_header(file: ByteSource) -> VdiHeader:
     fields = HeaderFields._make(layout.HEADER.unpack_from(raw, layout.PRE_HEADER.size))
     _verify_kind(file.path, fields, raw)
     _verify_sizes(file.path, fields)
-    _verify_places(file, fields)
+    _verify_places(file, fields, damage)
     return VdiHeader(
         image_type=ImageType(fields.image_type),
         comment=fields.comment.split(b"\0")[0].decode("utf-8", "replace"),
@@ -242,7 +243,7 @@ def _verify_sizes(path: str, fields: HeaderFields) -> None:
         )
 
 
-def _verify_places(file: ByteSource, fields: HeaderFields) -> None:
+def _verify_places(file: ByteSource, fields: HeaderFields, damage: Damage) -> None:
     map_end = fields.map_offset + fields.n_blocks * layout.ENTRY_NBYTES
     header_end = layout.PRE_HEADER.size + layout.HEADER_V1_NBYTES
     if fields.map_offset < header_end:
@@ -258,9 +259,11 @@ def _verify_places(file: ByteSource, fields: HeaderFields) -> None:
             path=file.path,
         )
     if map_end > file.nbytes:
-        raise CorruptImageError(
-            f"the block map ends at {map_end:#x}, past the end of the file ({file.nbytes:#x})",
-            path=file.path,
+        damage.report(
+            CorruptImageError(
+                f"the block map ends at {map_end:#x}, past the end of the file ({file.nbytes:#x})",
+                path=file.path,
+            )
         )
 
 

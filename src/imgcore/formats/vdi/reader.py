@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from imgcore.engine.source_file import SourceFile
+from imgcore.formats.shared.damage import STRICT, Damage
 from imgcore.formats.vdi.header import VdiHeader, read_header
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ class VdiReader:
         Closed with the reader; the caller closes it if this raises.
     gate : ReferenceGate
         Opens the files among which the parent is searched.
+    damage : Damage
+        Decides about a damaged block map.
 
     Raises
     ------
@@ -41,10 +44,11 @@ class VdiReader:
     format_name: ClassVar[str] = "vdi"
     is_flat: ClassVar[bool] = False
 
-    def __init__(self, file: ByteSource, gate: ReferenceGate) -> None:
+    def __init__(self, file: ByteSource, gate: ReferenceGate, damage: Damage = STRICT) -> None:
         self._file = file
         self._gate = gate
-        self.header: VdiHeader = read_header(file)
+        self._damage = damage
+        self.header: VdiHeader = read_header(file, damage)
         self.subformat: str | None = self.header.subformat
         self.virtual_size: int = self.header.virtual_size
         self.block_nbytes: int = self.header.block_nbytes
@@ -73,7 +77,7 @@ class VdiReader:
         if self._tables is None:
             from imgcore.formats.vdi.tables import ExtentTables
 
-            self._tables = ExtentTables(self._file, self.header)
+            self._tables = ExtentTables(self._file, self.header, self._damage)
         return self._tables.extents(start, length)
 
     def info(self) -> dict[str, Any]:

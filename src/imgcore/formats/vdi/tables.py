@@ -6,13 +6,14 @@ Source: VirtualBox src/VBox/Storage/VDICore.h, VDIIMAGEBLOCKPOINTER.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from imgcore._core import TableFormat
-from imgcore.engine.extents import EXTENT_DTYPE, Kind, clip
+from imgcore.engine.extents import EXTENT_DTYPE, Kind, clip, single
 from imgcore.errors import CorruptImageError
+from imgcore.formats.shared.damage import STRICT, Damage
 from imgcore.formats.shared.flat_reader import HostData, flat_rows
 from imgcore.formats.shared.tables import decode_entries
 from imgcore.formats.vdi import layout
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
     from imgcore.files.byte_source import ByteSource
     from imgcore.formats.vdi.header import VdiHeader
+
+
+# The largest block number: no file is so long.
+_IMPOSSIBLE_ENTRY: Final = (layout.BLOCK_ZERO - 1).to_bytes(layout.ENTRY_NBYTES, "little")
 
 
 def table_format(block_nbytes: int, data_offset: int) -> TableFormat:
@@ -47,20 +52,22 @@ def table_format(block_nbytes: int, data_offset: int) -> TableFormat:
 
 
 def read_map(
-    file: ByteSource, header: VdiHeader, first: int, last: int
+    file: ByteSource, header: VdiHeader, first: int, last: int, damage: Damage = STRICT
 ) -> Iterator[tuple[int, NDArray[np.uint32]]]:
     """Yield (first index, entries) for pieces of entries [first, last) of the map."""
     for start in range(first, last, MAX_BATCH_ROWS):
         count = min(MAX_BATCH_ROWS, last - start)
-        raw = file.pread(header.map_offset + start * layout.ENTRY_NBYTES, count * 4)
+        offset, nbytes = start * layout.ENTRY_NBYTES, count * layout.ENTRY_NBYTES
+        raw = damage.read_table(file, header.map_offset + offset, nbytes, _IMPOSSIBLE_ENTRY)
         yield start, np.frombuffer(raw, dtype="<u4")
 
 
 class ExtentTables:
     """Turns the block map into extents; keeps none of it in memory between calls."""
 
-    def __init__(self, file: ByteSource, header: VdiHeader) -> None:
+    def __init__(self, file: ByteSource, header: VdiHeader, damage: Damage = STRICT) -> None:
         self._file = file
+        self._damage = damage
         self._header = header
         self._format = table_format(header.block_nbytes, header.data_offset)
         # Only the file system knows which blocks of a fixed image were ever written.
@@ -68,10 +75,22 @@ class ExtentTables:
 
     def extents(self, start: int, length: int) -> Iterator[Extents]:
         """Yield extent batches; see `imgcore.formats.api.Reader.extents`."""
-        stop = start + length
+        block_nbytes = self._header.block_nbytes
+        stop = held_to = start + length
+        if self._damage.salvages:
+            # The map may be cut off, and claim any size.
+            map_nbytes = max(self._file.nbytes - self._header.map_offset, 0)
+            n_held = map_nbytes // layout.ENTRY_NBYTES
+            held_to = max(start, min(stop, n_held * block_nbytes))
+        if start < held_to:
+            yield from self._extents(start, held_to)
+        if held_to < stop:
+            yield single(held_to, stop - held_to, Kind.LOST)
+
+    def _extents(self, start: int, stop: int) -> Iterator[Extents]:
         block_nbytes = self._header.block_nbytes
         first, last = start // block_nbytes, -(-stop // block_nbytes)
-        for index, entries in read_map(self._file, self._header, first, last):
+        for index, entries in read_map(self._file, self._header, first, last, self._damage):
             guest_end = min(stop, (index + len(entries)) * block_nbytes)
             rows = self._decode(entries, index, guest_end)
             rows = clip(rows, max(start, index * block_nbytes), guest_end)
@@ -88,6 +107,7 @@ class ExtentTables:
             guest_offset=first_block * self._header.block_nbytes,
             guest_end=guest_end,
             file_nbytes=self._file.nbytes,
+            damage=self._damage,
         )
 
     def _outside(self, block: int, entry: int) -> CorruptImageError:

@@ -10,7 +10,7 @@ from imgcore.formats.vhd.reader import ReadOptions, VhdReader
 DRIVER: Final = Driver(
     name="vhd",
     options_module="imgcore.formats.vhd.options",
-    read=lambda file, gate, options: VhdReader(file, options.size),
+    read=lambda file, gate, options, damage: VhdReader(file, options.size, damage),
     writing="imgcore.formats.vhd.writer",
     read_options=ReadOptions,
 )

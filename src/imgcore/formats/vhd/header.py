@@ -17,9 +17,12 @@ from imgcore.errors import (
     UnsupportedFeatureError,
     WrongFormatError,
 )
+from imgcore.formats.shared.damage import STRICT, Damage
+from imgcore.formats.shared.trailing_zeros import end_of_data
 from imgcore.formats.vhd import layout
 from imgcore.formats.vhd.layout import DiskType, DynamicHeader, Footer, Locator
 from imgcore.limits import (
+    MAX_PADDING_NBYTES,
     SECTOR_NBYTES,
     VHD_MAX_BLOCK_NBYTES,
     VHD_MAX_BLOCKS_VERIFIED_AT_OPEN,
@@ -139,7 +142,7 @@ def uuid_text(raw: bytes) -> str:
     return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
 
 
-def read_header(file: ByteSource, size: str | None = None) -> VhdHeader:
+def read_header(file: ByteSource, size: str | None = None, damage: Damage = STRICT) -> VhdHeader:
     """Read and verify everything before the BAT.
 
     Parameters
@@ -148,6 +151,8 @@ def read_header(file: ByteSource, size: str | None = None) -> VhdHeader:
         The caller closes it.
     size : str, optional
         ``chs`` or ``current``: the size to use, regardless of the creator.
+    damage : Damage
+        When salvaging, checksums need not fit, and the file may be too short.
 
     Raises
     ------
@@ -161,16 +166,16 @@ def read_header(file: ByteSource, size: str | None = None) -> VhdHeader:
         A claimed size is over its limit.
     """
     end, copy = find_footers(file)
-    place = _choose_footer(file, end, copy)
+    place = _choose_footer(file, end, copy, damage)
     footer = place.footer
     if footer.disk_type == DiskType.FIXED:
-        virtual_size = _fixed_size(file, place, size)
+        virtual_size = _fixed_size(file, place, size, damage)
         return VhdHeader(footer, end, None, virtual_size, None, ())
-    dynamic, locators = _read_dynamic_header(file, footer.data_offset)
+    dynamic, locators = _read_dynamic_header(file, footer.data_offset, damage)
     virtual_size = _stated_size(file, footer, size)
-    _verify_table(file, dynamic, virtual_size)
+    _verify_table(file, dynamic, virtual_size, damage)
     header = VhdHeader(footer, end, copy, virtual_size, dynamic, locators)
-    if end is None:
+    if end is None and not damage.salvages:
         _refuse_truncated(file, header)
     _warn_of_footers(file, end, copy)
     return header
@@ -186,6 +191,8 @@ def find_footers(file: ByteSource) -> tuple[FooterPlace | None, FooterPlace | No
     end = None
     for nbytes in (layout.FOOTER_NBYTES, layout.OLD_FOOTER_NBYTES):
         end = end or _footer_at(file, file.nbytes - nbytes, nbytes)
+    if end is None and (copy is None or not _is_dynamic(copy)):
+        end = _footer_before_zeros(file)
     if file.is_block_device and copy is not None and _is_dynamic(copy):
         if end is not None and end.problem is None and not _is_dynamic(end):
             raise CorruptImageError(
@@ -196,6 +203,20 @@ def find_footers(file: ByteSource) -> tuple[FooterPlace | None, FooterPlace | No
             )
         end = copy._replace(offset=file.nbytes)
     return end, copy
+
+
+def _footer_before_zeros(file: ByteSource) -> FooterPlace | None:
+    """Return a footer with zeros after it: the file was copied onto a larger volume."""
+    data_end = end_of_data(file, MAX_PADDING_NBYTES)
+    if data_end is None:
+        return None
+    # The last fields of a footer are zeros, but not its first sector.
+    found = _footer_at(file, data_end - layout.FOOTER_NBYTES, layout.FOOTER_NBYTES)
+    if found is not None:
+        log.warning(
+            "%s: %d bytes of zeros after its footer are ignored", file.path, file.nbytes - data_end
+        )
+    return found
 
 
 def _is_dynamic(place: FooterPlace) -> bool:
@@ -216,14 +237,19 @@ def _footer_at(file: ByteSource, offset: int, nbytes: int) -> FooterPlace | None
 def _footer_problem(
     file: ByteSource, offset: int, raw: bytes, footer: Footer
 ) -> ImgcoreError | None:
-    where = f"the footer at {offset:#x}"
     found = checksum(raw, layout.FOOTER_CHECKSUM_OFFSET)
     if footer.checksum != found:
         return CorruptImageError(
-            f"{where} states the checksum {footer.checksum:#010x}, its bytes have {found:#010x}",
+            f"the footer at {offset:#x} states the checksum {footer.checksum:#010x}, its bytes "
+            f"have {found:#010x}",
             path=file.path,
             offset=offset,
         )
+    return _field_problem(file, offset, footer)
+
+
+def _field_problem(file: ByteSource, offset: int, footer: Footer) -> ImgcoreError | None:
+    where = f"the footer at {offset:#x}"
     if footer.version >> 16 != layout.VERSION >> 16:
         return UnsupportedFeatureError(
             f"{where} has version {footer.version:#010x}, supported is {layout.VERSION:#010x}",
@@ -247,7 +273,7 @@ def _footer_problem(
 
 
 def _choose_footer(
-    file: ByteSource, end: FooterPlace | None, copy: FooterPlace | None
+    file: ByteSource, end: FooterPlace | None, copy: FooterPlace | None, damage: Damage
 ) -> FooterPlace:
     """Return the footer to use: the one at the end, or its copy if that is damaged.
 
@@ -258,6 +284,15 @@ def _choose_footer(
         return end
     if copy is not None and _is_dynamic(copy):
         return copy
+    for place in (end, copy):
+        # Salvage one whose checksum is all that is wrong.
+        if place is None or place.problem is None:
+            continue
+        is_usable = _field_problem(file, place.offset, place.footer) is None
+        has_copy = place.footer.disk_type != DiskType.FIXED
+        if damage.salvages and is_usable and (place is end or has_copy):
+            damage.report(place.problem)
+            return place
     if end is not None and end.problem is not None:
         raise end.problem
     if copy is not None and copy.problem is not None:
@@ -269,7 +304,10 @@ def _choose_footer(
             path=file.path,
             offset=0,
         )
-    raise WrongFormatError("no VHD footer at the end or the start", path=file.path)
+    raise WrongFormatError(
+        "no VHD footer at the end or the start (-f raw reads what is left of a fixed disk)",
+        path=file.path,
+    )
 
 
 def _warn_of_footers(file: ByteSource, end: FooterPlace | None, copy: FooterPlace | None) -> None:
@@ -335,7 +373,9 @@ def _stated_size(file: ByteSource, footer: Footer, size: str | None) -> VirtualS
     return VirtualSize(nbytes, *choice)
 
 
-def _fixed_size(file: ByteSource, place: FooterPlace, size: str | None) -> VirtualSize:
+def _fixed_size(
+    file: ByteSource, place: FooterPlace, size: str | None, damage: Damage
+) -> VirtualSize:
     """Return a fixed disk's size: the stated one, or the one that fits the file."""
     footer, held_nbytes = place.footer, place.offset
     stated = _stated_size(file, footer, size)
@@ -345,17 +385,19 @@ def _fixed_size(file: ByteSource, place: FooterPlace, size: str | None) -> Virtu
         if nbytes == held_nbytes and nbytes % SECTOR_NBYTES == 0:
             return VirtualSize(nbytes, field, "file")
     if stated.nbytes > held_nbytes:
-        raise CorruptImageError(
-            f"a fixed disk of {stated.nbytes} bytes, but only {held_nbytes} before its footer: "
-            "the file is truncated",
-            path=file.path,
-            offset=held_nbytes,
+        damage.report(
+            CorruptImageError(
+                f"a fixed disk of {stated.nbytes} bytes, but only {held_nbytes} before its "
+                "footer: the file is truncated",
+                path=file.path,
+                offset=held_nbytes,
+            )
         )
     return stated
 
 
 def _read_dynamic_header(
-    file: ByteSource, offset: int
+    file: ByteSource, offset: int, damage: Damage
 ) -> tuple[DynamicHeader, tuple[Locator, ...]]:
     raw = file.pread(offset, layout.HEADER_NBYTES)
     header = DynamicHeader._make(layout.HEADER.unpack_from(raw))
@@ -368,11 +410,13 @@ def _read_dynamic_header(
         )
     found = checksum(raw, layout.HEADER_CHECKSUM_OFFSET)
     if header.checksum != found:
-        raise CorruptImageError(
-            f"the dynamic disk header states the checksum {header.checksum:#010x}, its bytes have "
-            f"{found:#010x}",
-            path=file.path,
-            offset=offset,
+        damage.report(
+            CorruptImageError(
+                f"the dynamic disk header states the checksum {header.checksum:#010x}, its bytes "
+                f"have {found:#010x}",
+                path=file.path,
+                offset=offset,
+            )
         )
     if header.version >> 16 != layout.VERSION >> 16:
         raise UnsupportedFeatureError(
@@ -389,7 +433,9 @@ def _read_dynamic_header(
     return header, tuple(entry for entry in entries if entry.platform != layout.NO_PLATFORM)
 
 
-def _verify_table(file: ByteSource, header: DynamicHeader, size: VirtualSize) -> None:
+def _verify_table(
+    file: ByteSource, header: DynamicHeader, size: VirtualSize, damage: Damage
+) -> None:
     block_nbytes = header.block_nbytes
     if not SECTOR_NBYTES <= block_nbytes <= VHD_MAX_BLOCK_NBYTES or block_nbytes & (
         block_nbytes - 1
@@ -406,17 +452,21 @@ def _verify_table(file: ByteSource, header: DynamicHeader, size: VirtualSize) ->
         )
     n_blocks = -(-size.nbytes // block_nbytes)
     if header.max_table_entries < n_blocks:
-        raise CorruptImageError(
-            f"a BAT of {header.max_table_entries} entries, but a disk of {size.nbytes} bytes needs "
-            f"{n_blocks}",
-            path=file.path,
+        damage.report(
+            CorruptImageError(
+                f"a BAT of {header.max_table_entries} entries, but a disk of {size.nbytes} bytes "
+                f"needs {n_blocks}",
+                path=file.path,
+            )
         )
     table_end = header.table_offset + header.max_table_entries * layout.ENTRY_NBYTES
     if table_end > file.nbytes:
-        raise CorruptImageError(
-            f"the BAT ends at {table_end:#x}, past the end of the file ({file.nbytes:#x})",
-            path=file.path,
-            offset=header.table_offset,
+        damage.report(
+            CorruptImageError(
+                f"the BAT ends at {table_end:#x}, past the end of the file ({file.nbytes:#x})",
+                path=file.path,
+                offset=header.table_offset,
+            )
         )
 
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from imgcore.engine.source_file import SourceFile
 from imgcore.formats.api import BackingReference
 from imgcore.formats.options import FormatOptions, choice
-from imgcore.formats.shared.flat_reader import FlatExtents
+from imgcore.formats.shared.damage import STRICT, Damage
+from imgcore.formats.shared.flat_reader import FlatExtents, first_lost
 from imgcore.formats.vhd import layout
 from imgcore.formats.vhd.header import VhdHeader, parent_texts, read_header, uuid_text
 from imgcore.formats.vhd.layout import DiskType
@@ -52,6 +53,8 @@ class VhdReader:
         Closed with the reader; the caller closes it if this raises.
     size : str, optional
         ``chs`` or ``current``: the size to use; by default, the one the creator uses.
+    damage : Damage
+        Decides about damaged headers, tables and bitmaps.
 
     Raises
     ------
@@ -69,9 +72,10 @@ class VhdReader:
     format_name: ClassVar[str] = "vhd"
     is_flat: ClassVar[bool] = False
 
-    def __init__(self, file: ByteSource, size: str | None = None) -> None:
+    def __init__(self, file: ByteSource, size: str | None = None, damage: Damage = STRICT) -> None:
         self._file = file
-        self.header: VhdHeader = read_header(file, size)
+        self._damage = damage
+        self.header: VhdHeader = read_header(file, size, damage)
         self.backing: BackingReference | None = find_parent(file, self.header)
         self.subformat: str | None = _SUBFORMATS[self.header.disk_type]
         self.virtual_size: int = self.header.size.nbytes
@@ -80,7 +84,10 @@ class VhdReader:
         self.sources: tuple[SourceFile] = (SourceFile(file),)
         self._tables: ExtentTables | FlatExtents | None = None
         if dynamic is None:
-            self._tables = FlatExtents(file)
+            end = self.header.end
+            assert end is not None
+            lost_from = first_lost(0, self.virtual_size, end.offset)
+            self._tables = FlatExtents(file, lost_from=lost_from)
 
     @property
     def identities(self) -> Mapping[str, str]:
@@ -98,7 +105,7 @@ class VhdReader:
         if self._tables is None:
             from imgcore.formats.vhd.tables import ExtentTables
 
-            self._tables = ExtentTables(self._file, self.header)
+            self._tables = ExtentTables(self._file, self.header, self._damage)
         return self._tables.extents(start, length)
 
     def info(self) -> dict[str, Any]:

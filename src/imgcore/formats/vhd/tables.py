@@ -12,12 +12,17 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from imgcore._core import TableFormat
-from imgcore.engine.extents import Kind, clip
+from imgcore.engine.extents import Kind, clip, lose, single
 from imgcore.errors import CorruptImageError
-from imgcore.formats.shared.sector_bitmap import expand
-from imgcore.formats.shared.tables import decode_entries
+from imgcore.formats.shared.damage import STRICT, Damage
+from imgcore.formats.shared.sector_bitmap import expand, look_overwritten
+from imgcore.formats.shared.tables import (
+    decode_entries,
+    in_damaged_sectors,
+    last_plausible_sector,
+)
 from imgcore.formats.vhd import layout
-from imgcore.limits import MAX_BATCH_ROWS, MIB, SECTOR_NBYTES
+from imgcore.limits import MAX_BATCH_ROWS, MIB, SECTOR_NBYTES, VHD_MAX_CHECKED_BLOCKS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,6 +32,12 @@ if TYPE_CHECKING:
     from imgcore.formats.vhd.header import VhdHeader
 
     Bitmaps = NDArray[np.uint8]
+
+# The largest sector number: no VHD is so long.
+_IMPOSSIBLE: Final = layout.ENTRY_ABSENT - 1
+_IMPOSSIBLE_ENTRY: Final = layout.ENTRY.pack(_IMPOSSIBLE)
+
+_ENTRIES_PER_SECTOR: Final = SECTOR_NBYTES // layout.ENTRY_NBYTES
 
 # BAT entries that are decoded at once: 64 KiB, for 32 GiB of disk in blocks of 2 MiB.
 _PIECE_ENTRIES: Final = 1 << 14
@@ -49,12 +60,13 @@ def table_format(block_nbytes: int, bitmap_nbytes: int) -> TableFormat:
     )
 
 
-def read_bat(file: ByteSource, table_offset: int, first: int, last: int) -> NDArray[np.uint8]:
+def read_bat(
+    file: ByteSource, table_offset: int, first: int, last: int, damage: Damage = STRICT
+) -> NDArray[np.uint8]:
     """Return the bytes of BAT entries [first, last), shape ((last - first) * 4,)."""
     nbytes = (last - first) * layout.ENTRY_NBYTES
-    return np.frombuffer(
-        file.pread(table_offset + first * layout.ENTRY_NBYTES, nbytes), dtype=np.uint8
-    )
+    offset = table_offset + first * layout.ENTRY_NBYTES
+    return np.frombuffer(damage.read_table(file, offset, nbytes, _IMPOSSIBLE_ENTRY), dtype=np.uint8)
 
 
 class ExtentTables:
@@ -64,9 +76,12 @@ class ExtentTables:
     differencing disk, where the parent has its content, and ZERO in a dynamic disk.
     """
 
-    def __init__(self, file: ByteSource, header: VhdHeader) -> None:
+    def __init__(self, file: ByteSource, header: VhdHeader, damage: Damage = STRICT) -> None:
         assert header.dynamic is not None
         self._file = file
+        self._damage = damage
+        self._n_entries = min(header.dynamic.max_table_entries, header.n_blocks)
+        self._contested: NDArray[np.uint32] | None = None
         self._table_offset = header.dynamic.table_offset
         self._block_nbytes = header.dynamic.block_nbytes
         self._bitmap_nbytes = header.bitmap_nbytes
@@ -74,12 +89,28 @@ class ExtentTables:
         if header.end is not None and header.end.problem is None:
             self._structures.append((header.end.offset, file.nbytes, "the footer"))
         self._format = table_format(self._block_nbytes, self._bitmap_nbytes)
+        blocks_nbytes = header.n_blocks * (self._block_nbytes + self._bitmap_nbytes)
+        self._last_sector = last_plausible_sector(file, blocks_nbytes)
         is_differencing = header.disk_type == layout.DiskType.DIFFERENCING
         self._absent = Kind.HOLE if is_differencing else Kind.ZERO
 
     def extents(self, start: int, length: int) -> Iterator[Extents]:
         """Yield extent batches; see `imgcore.formats.api.Reader.extents`."""
-        stop = start + length
+        is_small = self._n_entries <= VHD_MAX_CHECKED_BLOCKS
+        if self._damage.salvages and self._contested is None and is_small:
+            self._contested = self._find_contested()
+        stop = held_to = start + length
+        if self._damage.salvages:
+            # The BAT may be cut off, and claim any size.
+            n_held = max(self._file.nbytes - self._table_offset, 0) // layout.ENTRY_NBYTES
+            n_held = min(n_held, self._n_entries)
+            held_to = max(start, min(stop, n_held * self._block_nbytes))
+        if start < held_to:
+            yield from self._extents(start, held_to)
+        if held_to < stop:
+            yield single(held_to, stop - held_to, Kind.LOST)
+
+    def _extents(self, start: int, stop: int) -> Iterator[Extents]:
         first_block = start // self._block_nbytes
         last_block = -(-stop // self._block_nbytes)
         for first in range(first_block, last_block, _PIECE_ENTRIES):
@@ -94,7 +125,7 @@ class ExtentTables:
 
     def _decode(self, first: int, last: int, stop: int) -> Extents:
         """Return BAT entries [first, last) as extents, one DATA row for each block."""
-        entries = read_bat(self._file, self._table_offset, first, last)
+        entries = self._read_bat(first, last)
         rows = decode_entries(
             self._format,
             entries.view(">u4"),
@@ -102,15 +133,48 @@ class ExtentTables:
             guest_offset=first * self._block_nbytes,
             guest_end=stop,
             file_nbytes=self._file.nbytes,
+            damage=self._damage,
         )
         self._refuse_joined(rows)
         self._refuse_structures(rows)
         return rows
 
+    def _read_bat(self, first: int, last: int) -> NDArray[np.uint8]:
+        if not self._damage.salvages:
+            return read_bat(self._file, self._table_offset, first, last)
+        # Whole sectors of the table, so that every call trusts the same entries.
+        low = first - first % _ENTRIES_PER_SECTOR
+        high = max(last, min(last + -last % _ENTRIES_PER_SECTOR, self._n_entries))
+        entries = read_bat(self._file, self._table_offset, low, high, self._damage).copy()
+        sectors = entries.view(">u4")
+        is_used = sectors != layout.ENTRY_ABSENT
+        nonsense = is_used & (sectors > self._last_sector)
+        sectors[is_used & in_damaged_sectors(nonsense, is_used)] = _IMPOSSIBLE
+        if self._contested is not None:
+            sectors[np.isin(sectors, self._contested)] = _IMPOSSIBLE
+        return entries[(first - low) * layout.ENTRY_NBYTES : (last - low) * layout.ENTRY_NBYTES]
+
+    def _find_contested(self) -> NDArray[np.uint32]:
+        """Return the sectors of blocks that overlap others, of which none is trusted.
+
+        The bitmap before a block must not be another block's data either.
+        """
+        parts = []
+        for first in range(0, self._n_entries, _PIECE_ENTRIES):
+            last = min(first + _PIECE_ENTRIES, self._n_entries)
+            sectors = self._read_bat(first, last).view(">u4").astype(np.uint32)
+            parts.append(sectors[sectors < self._file.nbytes // SECTOR_NBYTES])
+        places = np.sort(np.concatenate(parts))
+        block = (self._block_nbytes + self._bitmap_nbytes) // SECTOR_NBYTES
+        overlaps = np.flatnonzero(np.diff(places) < block)
+        return np.unique(np.concatenate((places[overlaps], places[overlaps + 1])))
+
     def _refuse_joined(self, rows: Extents) -> None:
         """Raise if a row is longer than a block: two blocks then overlap."""
         joined = (rows["kind"] == Kind.DATA) & (rows["length"] > np.uint64(self._block_nbytes))
-        if joined.any():
+        if self._damage.salvages:
+            lose(rows, joined)
+        elif joined.any():
             row = rows[int(np.argmax(joined))]
             block = int(row["guest_offset"]) // self._block_nbytes
             raise CorruptImageError(
@@ -126,7 +190,9 @@ class ExtentTables:
         is_block = rows["kind"] == Kind.DATA
         for low, high, what in self._structures:
             bad = is_block & (start < high) & (end > low)
-            if bad.any():
+            if self._damage.salvages:
+                lose(rows, bad)
+            elif bad.any():
                 row = int(np.argmax(bad))
                 raise CorruptImageError(
                     f"block {int(rows['guest_offset'][row]) // self._block_nbytes} at "
@@ -151,8 +217,8 @@ class ExtentTables:
         is_block = rows["kind"] == Kind.DATA
         n_before = np.cumsum(is_block) - is_block
         for part in np.split(rows, np.flatnonzero(np.diff(n_before // step)) + 1):
+            bitmaps = self._read_bitmaps(part)
             is_block = part["kind"] == Kind.DATA
-            bitmaps = self._read_bitmaps(part[is_block])
             if (bitmaps == 0xFF).all():
                 yield part
             else:
@@ -179,10 +245,32 @@ class ExtentTables:
             together = np.concatenate((part[~is_part_block], blocks))
             yield together[np.argsort(together["guest_offset"], kind="stable")]
 
-    def _read_bitmaps(self, blocks: Extents) -> Bitmaps:
-        """Read the sector bitmap before each block, shape (n, bitmap_nbytes)."""
+    def _read_bitmaps(self, rows: Extents) -> Bitmaps:
+        """Read the sector bitmap before each block, shape (n, bitmap_nbytes).
+
+        When salvaging, a block of a differencing disk whose bitmap is damaged is LOST,
+        in place.
+        """
+        blocks = np.flatnonzero(rows["kind"] == Kind.DATA)
         bitmaps = np.empty((len(blocks), self._bitmap_nbytes), dtype=np.uint8)
-        places = blocks["host_offset"].astype(np.int64) - self._bitmap_nbytes
-        for place, bitmap in zip(places.tolist(), bitmaps, strict=True):
-            self._file.pread_into(place, bitmap)
-        return bitmaps
+        places = rows["host_offset"][blocks].astype(np.int64) - self._bitmap_nbytes
+        unread = []
+        for index, (place, bitmap) in enumerate(zip(places.tolist(), bitmaps, strict=True)):
+            try:
+                self._file.pread_into(place, bitmap)
+            except OSError:
+                if not self._damage.salvages:
+                    raise
+                unread.append(index)
+        if not self._damage.salvages or not len(blocks):
+            return bitmaps
+        is_bad = look_overwritten(bitmaps)
+        is_bad[unread] = True
+        if self._absent is Kind.ZERO:
+            # Without a parent, the sectors that are absent are zeros in the block, too.
+            bitmaps[is_bad] = 0xFF
+            return bitmaps
+        is_lost = np.zeros(len(rows), dtype=np.bool_)
+        is_lost[blocks[is_bad]] = True
+        lose(rows, is_lost)
+        return bitmaps[~is_bad]

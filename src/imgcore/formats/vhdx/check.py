@@ -19,7 +19,13 @@ from imgcore.formats.api import Repair
 from imgcore.formats.shared.check_report import CheckReport
 from imgcore.formats.vhdx import layout
 from imgcore.formats.vhdx.parent import NIL
-from imgcore.formats.vhdx.tables import bitmap_index, entry_problem, read_payload, read_raw
+from imgcore.formats.vhdx.tables import (
+    RESERVED_STATE,
+    bitmap_index,
+    entry_problem,
+    read_payload,
+    read_raw,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -35,7 +41,14 @@ _STATE: Final = np.uint64(layout.BAT_STATE_MASK)
 # Units that QEMU leaves free between the tables of a new image and its first block.
 _SPARE_UNITS: Final = 4
 # States in which the place in the entry, if any, belongs to the block (2.5.1, 2.5.1.1).
-_PLACED_STATES: Final = (layout.BLOCK_UNDEFINED, layout.BLOCK_UNMAPPED, 4, 5, 6, 7)
+_PLACED_STATES: Final = (
+    layout.BLOCK_UNDEFINED,
+    layout.BLOCK_UNMAPPED,
+    RESERVED_STATE,
+    layout.BLOCK_UNMAPPED_V095,
+    layout.BLOCK_FULLY_PRESENT,
+    layout.BLOCK_PARTIALLY_PRESENT,
+)
 # States in which the place has no meaning; QEMU wrote one until 2.3, so it stays
 # reserved.
 _KEEPING_STATES: Final = (layout.BLOCK_ZERO,)
@@ -158,16 +171,17 @@ class VhdxChecker:
 
     def _check_entries(self, entries: Entries, first: int) -> None:
         """Report each entry that is invalid, and count blocks."""
-        present = (entries & np.uint64(4)) != 0
+        state = entries & _STATE
+        present = state >= np.uint64(layout.BLOCK_FULLY_PRESENT)
         ends = self._ends(entries, first)
         bad = present & (
             (entries < np.uint64(layout.HEADER_SECTION_NBYTES))
             | ((entries & np.uint64(layout.BAT_RESERVED_MASK)) != 0)
-            | ((entries & np.uint64(2)) == 0)
             | (ends > np.uint64(self._image.view.nbytes))
         )
+        bad |= state == np.uint64(RESERVED_STATE)
         if not self._metadata.has_parent:
-            bad |= (entries & _STATE) == layout.BLOCK_PARTIALLY_PRESENT
+            bad |= state == layout.BLOCK_PARTIALLY_PRESENT
         self.report.corruptions_among(
             int(bad.sum()),
             (

@@ -10,6 +10,6 @@ from imgcore.formats.vhdx.reader import VhdxReader
 DRIVER: Final = Driver(
     name="vhdx",
     options_module="imgcore.formats.vhdx.options",
-    read=lambda file, gate, options: VhdxReader(file),
+    read=lambda file, gate, options, damage: VhdxReader(file, damage),
     writing="imgcore.formats.vhdx.writer",
 )

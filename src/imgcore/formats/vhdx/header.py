@@ -17,10 +17,12 @@ from imgcore import limits
 from imgcore._core import crc32c
 from imgcore.errors import (
     CorruptImageError,
+    ImgcoreError,
     LimitExceededError,
     UnsupportedFeatureError,
 )
 from imgcore.formats.api import BackingReference
+from imgcore.formats.shared.damage import STRICT, Damage
 from imgcore.formats.vhdx import layout
 from imgcore.formats.vhdx.log import ReplayedFile, replay
 from imgcore.formats.vhdx.parent import NIL, backing_reference, read_locator
@@ -148,8 +150,11 @@ class VhdxImage(NamedTuple):
         return next(region for region in self.regions if region.guid == layout.BAT_REGION)
 
 
-def read_image(file: ByteSource) -> VhdxImage:
+def read_image(file: ByteSource, damage: Damage = STRICT) -> VhdxImage:
     """Read and verify everything except the BAT.
+
+    When salvaging, headers and checksums may be wrong, the log need not be valid, and
+    the file may be too short, as long as there are a region table and the metadata.
 
     Raises
     ------
@@ -158,16 +163,15 @@ def read_image(file: ByteSource) -> VhdxImage:
     """
     head = file.pread(0, min(file.nbytes, layout.CREATOR_OFFSET + layout.CREATOR_NBYTES))
     problems: list[Problem] = []
-    header = _current_header(file, problems)
-    _check_header(header, file)
-    replayed = None
-    if header.log_guid != NIL:
-        replayed = replay(file, header.log_guid, header.log_offset, header.log_nbytes)
+    header = _current_header(file, problems, damage)
+    _check_header(header, file, damage)
+    replayed = _replayed(file, header, damage)
     try:
         view: ImageFile = file if replayed is None else replayed
-        regions = _read_regions(view, header, problems)
+        regions = _read_regions(view, header, problems, damage)
+        _check_ends(view, regions, damage)
         metadata = _read_metadata(view, _region(view, regions, layout.METADATA_REGION, "metadata"))
-        _check_bat(view, _region(view, regions, layout.BAT_REGION, "BAT"), metadata)
+        _check_bat(view, _region(view, regions, layout.BAT_REGION, "BAT"), metadata, damage)
         backing = None
         if metadata.locator is not None:
             backing = backing_reference(metadata.locator, metadata.logical_sector_nbytes, file.path)
@@ -177,6 +181,26 @@ def read_image(file: ByteSource) -> VhdxImage:
         raise
     creator = head[layout.CREATOR_OFFSET :].decode("utf-16-le", "replace").partition("\0")[0]
     return VhdxImage(file, creator, header, replayed, regions, metadata, backing, problems)
+
+
+def _replayed(file: ByteSource, header: FileHeader, damage: Damage) -> ReplayedFile | None:
+    """Return the file with its log replayed, None without a log."""
+    if header.log_guid == NIL:
+        return None
+    place = header.log_guid, header.log_offset, header.log_nbytes
+    if not damage.salvages:
+        return replay(file, *place)
+    try:
+        return replay(file, *place, damage)
+    except (ImgcoreError, OSError) as error:
+        reason = error.reason if isinstance(error, ImgcoreError) else error.strerror
+        damage.report(
+            CorruptImageError(
+                f"its log is not replayed ({reason}): blocks written last may be old or missing",
+                path=file.path,
+            )
+        )
+        return None
 
 
 def with_checksum(raw: bytes | bytearray) -> bytes:
@@ -197,12 +221,12 @@ def _checksum(raw: bytes | bytearray) -> int:
 
 
 def _read_copy(
-    file: ImageFile, what: str, offset: int, nbytes: int, signature: bytes
+    file: ImageFile, what: str, offset: int, nbytes: int, signature: bytes, damage: Damage
 ) -> bytes | str:
     """Return a checksummed structure, or a line that tells why it is invalid."""
     if offset + nbytes > file.nbytes:
         return f"{what} at {offset:#x} lies past the end of the file ({file.nbytes:#x})"
-    raw = file.pread(offset, nbytes)
+    raw = bytes(damage.read_table(file, offset, nbytes, b"\0"))
     if not raw.startswith(signature):
         return f"{what} at {offset:#x} starts with {raw[:4]!r}, not {signature!r}"
     (stored,) = layout.CHECKSUM.unpack_from(raw, layout.CHECKSUM_OFFSET)
@@ -219,16 +243,23 @@ def _read_copies(
     nbytes: int,
     signature: bytes,
     problems: list[Problem],
+    damage: Damage,
 ) -> list[bytes]:
-    """Return the valid copies of a structure; the other one becomes a problem."""
+    """Return the valid copies of a structure; the other one becomes a problem.
+
+    When salvaging, copies with a wrong checksum are returned if there are no others.
+    """
     copies = [
-        _read_copy(file, f"{what} {number}", offset, nbytes, signature)
+        _read_copy(file, f"{what} {number}", offset, nbytes, signature, damage)
         for number, offset in enumerate(offsets, 1)
     ]
     bad = [copy for copy in copies if isinstance(copy, str)]
     good = [copy for copy in copies if not isinstance(copy, str)]
     if not good:
-        raise CorruptImageError("; ".join(bad), path=file.path, offset=offsets[0])
+        damage.report(CorruptImageError("; ".join(bad), path=file.path, offset=offsets[0]))
+        held = [offset for offset in offsets if offset + nbytes <= file.nbytes]
+        raws = [bytes(damage.read_table(file, offset, nbytes, b"\0")) for offset in held]
+        return [raw for raw in raws if raw.startswith(signature)]
     for copy, offset in zip(copies, offsets, strict=True):
         if isinstance(copy, str):
             problems.append(Problem(copy, offset, good[0]))
@@ -238,8 +269,11 @@ def _read_copies(
 # ---------------------------------------------------------------------- headers (2.2.2)
 
 
-def _current_header(file: ByteSource, problems: list[Problem]) -> FileHeader:
-    """Return the valid header with the highest sequence number."""
+def _current_header(file: ByteSource, problems: list[Problem], damage: Damage) -> FileHeader:
+    """Return the valid header with the highest sequence number.
+
+    Without any, salvaging goes on as if there was no log.
+    """
     damaged: list[Problem] = []
     copies = _read_copies(
         file,
@@ -248,17 +282,22 @@ def _current_header(file: ByteSource, problems: list[Problem]) -> FileHeader:
         layout.HEADER_NBYTES,
         layout.HEADER_SIGNATURE,
         damaged,
+        damage,
     )
+    if not copies:
+        return FileHeader(0, NIL, NIL, NIL, 0, layout.VERSION, 0, 0)
     headers = [_unpack_header(raw) for raw in copies]
     # A repaired header needs another sequence number: with equal ones, neither is
     # current.
     sequence = headers[0].sequence - 1 if headers[0].sequence else 1
     problems += [item._replace(sound=_with_sequence(copies[0], sequence)) for item in damaged]
     if len({header.sequence for header in headers}) < len(set(headers)):
-        raise CorruptImageError(
-            f"both headers have the sequence number {headers[0].sequence}, but differ",
-            path=file.path,
-            offset=layout.HEADER_OFFSETS[0],
+        damage.report(
+            CorruptImageError(
+                f"both headers have the sequence number {headers[0].sequence}, but differ",
+                path=file.path,
+                offset=layout.HEADER_OFFSETS[0],
+            )
         )
     return max(headers, key=lambda header: header.sequence)
 
@@ -284,7 +323,7 @@ def _unpack_header(raw: bytes) -> FileHeader:
     )
 
 
-def _check_header(header: FileHeader, file: ByteSource) -> None:
+def _check_header(header: FileHeader, file: ByteSource, damage: Damage) -> None:
     if header.version != layout.VERSION:
         raise UnsupportedFeatureError(
             f"is VHDX version {header.version}, supported is {layout.VERSION}", path=file.path
@@ -294,6 +333,9 @@ def _check_header(header: FileHeader, file: ByteSource) -> None:
             f"its log has version {header.log_version}, supported is {layout.LOG_VERSION}",
             path=file.path,
         )
+    if damage.salvages:
+        # What is wrong with the log is found when it is replayed.
+        return
     if header.log_nbytes % layout.ALIGNMENT or header.log_offset % layout.ALIGNMENT:
         raise CorruptImageError(
             f"the log of {header.log_nbytes:#x} bytes at {header.log_offset:#x} is not aligned "
@@ -314,7 +356,9 @@ def _check_header(header: FileHeader, file: ByteSource) -> None:
 # ---------------------------------------------------------------------- regions (2.2.3)
 
 
-def _read_regions(file: ImageFile, header: FileHeader, problems: list[Problem]) -> list[Region]:
+def _read_regions(
+    file: ImageFile, header: FileHeader, problems: list[Problem], damage: Damage
+) -> list[Region]:
     tables = _read_copies(
         file,
         "region table",
@@ -322,7 +366,14 @@ def _read_regions(file: ImageFile, header: FileHeader, problems: list[Problem]) 
         layout.REGION_TABLE_NBYTES,
         layout.REGION_TABLE_SIGNATURE,
         problems,
+        damage,
     )
+    if not tables:
+        raise CorruptImageError(
+            "has no region table, so the places of its metadata and its BAT are unknown",
+            path=file.path,
+            offset=layout.REGION_TABLE_OFFSETS[0],
+        )
     if len(set(tables)) > 1:
         line = "the two region tables differ: the first one is used"
         problems.append(Problem(line, layout.REGION_TABLE_OFFSETS[1], None))
@@ -340,7 +391,10 @@ def _read_regions(file: ImageFile, header: FileHeader, problems: list[Problem]) 
         Region(uuid.UUID(bytes_le=guid), offset, nbytes, bool(flags & layout.REGION_REQUIRED))
         for guid, offset, nbytes, flags in layout.REGION_ENTRY.iter_unpack(raw)
     ]
-    _check_regions(file, header, regions)
+    try:
+        _check_regions(file, header, regions)
+    except CorruptImageError as error:
+        damage.report(error)
     return regions
 
 
@@ -373,28 +427,38 @@ def _check_regions(file: ImageFile, header: FileHeader, regions: list[Region]) -
             )
 
 
-def _region(file: ImageFile, regions: list[Region], guid: uuid.UUID, name: str) -> Region:
+def _check_ends(file: ImageFile, regions: list[Region], damage: Damage) -> None:
+    """Report known regions that the file does not have completely."""
+    names = {layout.BAT_REGION: "BAT", layout.METADATA_REGION: "metadata"}
     for region in regions:
-        if region.guid == guid:
-            if region.end > file.nbytes:
-                raise CorruptImageError(
-                    f"the {name} region ends at {region.end:#x}, past the end of the file "
-                    f"({file.nbytes:#x})",
+        if region.guid in names and region.end > file.nbytes:
+            damage.report(
+                CorruptImageError(
+                    f"the {names[region.guid]} region ends at {region.end:#x}, past the end of "
+                    f"the file ({file.nbytes:#x})",
                     path=file.path,
                     offset=region.offset,
                 )
+            )
+
+
+def _region(file: ImageFile, regions: list[Region], guid: uuid.UUID, name: str) -> Region:
+    for region in regions:
+        if region.guid == guid:
             return region
     raise CorruptImageError(f"has no {name} region", path=file.path)
 
 
-def _check_bat(file: ImageFile, bat: Region, metadata: Metadata) -> None:
+def _check_bat(file: ImageFile, bat: Region, metadata: Metadata, damage: Damage) -> None:
     needed = metadata.n_bat_entries * layout.BAT_ENTRY_NBYTES
     if bat.nbytes < needed:
-        raise CorruptImageError(
-            f"the BAT region has {bat.nbytes} bytes, but a disk of {metadata.virtual_size} bytes "
-            f"with blocks of {metadata.block_nbytes} needs {needed}",
-            path=file.path,
-            offset=bat.offset,
+        damage.report(
+            CorruptImageError(
+                f"the BAT region has {bat.nbytes} bytes, but a disk of {metadata.virtual_size} "
+                f"bytes with blocks of {metadata.block_nbytes} needs {needed}",
+                path=file.path,
+                offset=bat.offset,
+            )
         )
 
 

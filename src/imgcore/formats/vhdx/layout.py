@@ -76,11 +76,13 @@ BAT_ENTRY_NBYTES: Final = 8
 BAT_STATE_MASK: Final = 0x7
 BAT_RESERVED_MASK: Final = 0xFFFF8
 BAT_OFFSET_MASK: Final = 0xFFFF_FFFF_FFF0_0000
-# 2.5.1.1 Payload BAT Entry States; 4 and 5 are reserved.
+# 2.5.1.1 Payload BAT Entry States; 4 is reserved.
 BLOCK_NOT_PRESENT: Final = 0
 BLOCK_UNDEFINED: Final = 1
 BLOCK_ZERO: Final = 2
 BLOCK_UNMAPPED: Final = 3
+# In version 0.95 of the specification; reserved since (QEMU block/vhdx.h).
+BLOCK_UNMAPPED_V095: Final = 5
 BLOCK_FULLY_PRESENT: Final = 6
 BLOCK_PARTIALLY_PRESENT: Final = 7
 # 2.5.1.2 Sector Bitmap BAT Entry States.

@@ -18,6 +18,7 @@ from imgcore import limits
 from imgcore._core import crc32c
 from imgcore.errors import CorruptImageError, LimitExceededError
 from imgcore.files.host_file import HostFile
+from imgcore.formats.shared.damage import STRICT, Damage
 from imgcore.formats.vhdx import layout
 
 if TYPE_CHECKING:
@@ -114,7 +115,13 @@ class ReplayedFile:
             octets[:] = self.pread(offset, len(octets))
 
 
-def replay(file: ByteSource, guid: uuid.UUID, log_offset: int, log_nbytes: int) -> ReplayedFile:
+def replay(
+    file: ByteSource,
+    guid: uuid.UUID,
+    log_offset: int,
+    log_nbytes: int,
+    damage: Damage = STRICT,
+) -> ReplayedFile:
     """Return a file with its log replayed; the file itself does not change.
 
     Parameters
@@ -125,6 +132,8 @@ def replay(file: ByteSource, guid: uuid.UUID, log_offset: int, log_nbytes: int) 
         The header's LogGuid, not nil.
     log_offset, log_nbytes : int
         Host offset and size of the log in bytes, multiples of 1 MiB.
+    damage : Damage
+        When salvaging, the file may be shorter than the log states.
 
     Raises
     ------
@@ -149,13 +158,19 @@ def replay(file: ByteSource, guid: uuid.UUID, log_offset: int, log_nbytes: int) 
     sequence = log.active_sequence()
     head = sequence[-1]
     if file.nbytes < head.flushed_file_offset:
-        raise CorruptImageError(
-            f"the file has {file.nbytes:#x} bytes, but its log states that "
-            f"{head.flushed_file_offset:#x} were written: the file is truncated",
-            path=file.path,
+        damage.report(
+            CorruptImageError(
+                f"the file has {file.nbytes:#x} bytes, but its log states that "
+                f"{head.flushed_file_offset:#x} were written: the file is truncated",
+                path=file.path,
+            )
         )
     sectors = bytearray()
     writes = [write for entry in sequence for write in log.writes(entry, sectors)]
+    if file.nbytes < head.flushed_file_offset:
+        # What the file has lost must not become zeros.
+        kept = [write for write in writes if write.end <= file.nbytes]
+        return ReplayedFile(file, file.nbytes, len(sequence), kept, sectors)
     nbytes = max([file.nbytes, head.last_file_offset, *(write.end for write in writes)])
     if nbytes > limits.VHDX_MAX_FILE_NBYTES:
         raise LimitExceededError(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from imgcore.engine.source_file import SourceFile
 from imgcore.formats.api import BackingReference
+from imgcore.formats.shared.damage import STRICT, Damage
 from imgcore.formats.vhdx.header import MetadataItem, inherited_items, read_image
 from imgcore.formats.vhdx.parent import (
     DATA_WRITE_GUID,
@@ -36,6 +37,8 @@ class VhdxReader:
     ----------
     file : ByteSource
         Closed with the reader; the caller closes it if this raises.
+    damage : Damage
+        Decides about damaged headers, logs and tables.
 
     Raises
     ------
@@ -52,9 +55,10 @@ class VhdxReader:
     format_name: ClassVar[str] = "vhdx"
     is_flat: ClassVar[bool] = False
 
-    def __init__(self, file: ByteSource) -> None:
+    def __init__(self, file: ByteSource, damage: Damage = STRICT) -> None:
         self._file = file
-        self._image = read_image(file)
+        self._damage = damage
+        self._image = read_image(file, damage)
         metadata = self._image.metadata
         self.subformat: str | None = "dynamic"
         if metadata.has_parent:
@@ -93,7 +97,7 @@ class VhdxReader:
         if self._tables is None:
             from imgcore.formats.vhdx.tables import ExtentTables
 
-            self._tables = ExtentTables(self._image)
+            self._tables = ExtentTables(self._image, self._damage)
         return self._tables.extents(start, length)
 
     def info(self) -> dict[str, Any]:

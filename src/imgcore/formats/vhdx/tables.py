@@ -12,9 +12,10 @@ import numpy as np
 
 from imgcore import limits
 from imgcore._core import TableFormat
-from imgcore.engine.extents import Kind, clip, single, split
+from imgcore.engine.extents import Kind, clip, lose, single, split
 from imgcore.errors import CorruptImageError
-from imgcore.formats.shared.sector_bitmap import expand
+from imgcore.formats.shared.damage import STRICT, Damage
+from imgcore.formats.shared.sector_bitmap import expand, look_overwritten
 from imgcore.formats.shared.tables import decode_entries
 from imgcore.formats.vhdx import layout
 from imgcore.formats.vhdx.log import ZEROS
@@ -30,10 +31,11 @@ if TYPE_CHECKING:
 
 # Bytes of bitmaps that become rows at once: at most a row for each of their 2^19 bits.
 _MAX_BITMAPS_NBYTES: Final = 64 * limits.KIB
-# States with the first bit have a place in the file; without the second, they are
-# reserved.
-_HAS_PLACE: Final = 4
-_IS_VALID_WITH_PLACE: Final = 2
+# States in which a block has data in the file.
+_PLACED: Final = 6
+RESERVED_STATE: Final = 4
+# Places of blocks that are searched for overlaps at once: 32 MiB and a copy.
+_WINDOW_UNITS: Final = 1 << 22
 
 _STATE: Final = layout.BAT_STATE_MASK
 _RULES: Final = (
@@ -42,7 +44,11 @@ _RULES: Final = (
     (_STATE, layout.BLOCK_UNDEFINED, int(Kind.ZERO)),
     (_STATE, layout.BLOCK_ZERO, int(Kind.ZERO)),
     (_STATE, layout.BLOCK_UNMAPPED, int(Kind.ZERO)),
+    (_STATE, layout.BLOCK_UNMAPPED_V095, int(Kind.ZERO)),
 )
+# Fully present, with all reserved bits set.
+_IMPOSSIBLE: Final = (1 << 64) - 2
+_IMPOSSIBLE_ENTRY: Final = _IMPOSSIBLE.to_bytes(layout.BAT_ENTRY_NBYTES, "little")
 
 
 def table_format(block_nbytes: int) -> TableFormat:
@@ -72,14 +78,19 @@ def bitmap_index(block: int, chunk_ratio: int) -> int:
     return (block // chunk_ratio + 1) * (chunk_ratio + 1) - 1
 
 
-def read_raw(image: VhdxImage, first: int, last: int) -> Entries:
+def read_raw(image: VhdxImage, first: int, last: int, damage: Damage = STRICT) -> Entries:
     """Read entries [first, last) of the BAT, those of sector bitmaps included."""
     nbytes = layout.BAT_ENTRY_NBYTES
-    raw = image.view.pread(image.bat.offset + first * nbytes, (last - first) * nbytes)
+    # Only when salvaging, the BAT may have fewer entries than the disk needs.
+    held = max(first, min(last, image.bat.nbytes // nbytes))
+    offset = image.bat.offset + first * nbytes
+    raw = damage.read_table(image.view, offset, (held - first) * nbytes, _IMPOSSIBLE_ENTRY)
+    if held < last:
+        raw += _IMPOSSIBLE_ENTRY * (last - held)
     return np.frombuffer(raw, dtype="<u8").astype(np.uint64, copy=False)
 
 
-def read_payload(image: VhdxImage, first: int, last: int) -> Entries:
+def read_payload(image: VhdxImage, first: int, last: int, damage: Damage = STRICT) -> Entries:
     """Read the entries of payload blocks [first, last).
 
     Returns
@@ -88,7 +99,7 @@ def read_payload(image: VhdxImage, first: int, last: int) -> Entries:
     """
     ratio = image.metadata.chunk_ratio
     base, end = first + first // ratio, last - 1 + (last - 1) // ratio + 1
-    raw = read_raw(image, base, end)
+    raw = read_raw(image, base, end, damage)
     if len(raw) == last - first or not raw.any():
         return raw[: last - first]
     return raw[payload_indices(first, last, ratio) - base]
@@ -97,19 +108,24 @@ def read_payload(image: VhdxImage, first: int, last: int) -> Entries:
 class ExtentTables:
     """Turns tables into extents; keeps none of them in memory between calls."""
 
-    def __init__(self, image: VhdxImage) -> None:
+    def __init__(self, image: VhdxImage, damage: Damage = STRICT) -> None:
         self._image = image
+        self._damage = damage
+        self._are_places_checked = damage.salvages
         self._block_nbytes = image.metadata.block_nbytes
         self._format = table_format(self._block_nbytes)
         self._patches = None if image.replayed is None else _Patches(image.replayed)
 
     def extents(self, start: int, length: int) -> Iterator[Extents]:
         """Yield extent batches; see `imgcore.formats.api.Reader.extents`."""
+        if not self._are_places_checked:
+            refuse_overlaps(self._image)
+            self._are_places_checked = True
         stop = start + length
         first_block, last_block = start // self._block_nbytes, -(-stop // self._block_nbytes)
         for first in range(first_block, last_block, limits.MAX_BATCH_ROWS):
             last = min(first + limits.MAX_BATCH_ROWS, last_block)
-            entries = read_payload(self._image, first, last)
+            entries = read_payload(self._image, first, last, self._damage)
             low = max(start, first * self._block_nbytes)
             high = min(stop, last * self._block_nbytes)
             if not entries.any():
@@ -129,7 +145,7 @@ class ExtentTables:
 
     def _rows(self, entries: Entries, first: int) -> Iterator[Extents]:
         """Yield rows of whole blocks; only the disk's last block may be shorter."""
-        self._check(entries, first)
+        entries = self._checked(entries, first)
         rows = self._decode(entries, first)
         partial = np.flatnonzero((entries & np.uint64(_STATE)) == layout.BLOCK_PARTIALLY_PRESENT)
         if not partial.size:
@@ -139,19 +155,27 @@ class ExtentTables:
 
     # --------------------------------------------------------------------- entries
 
-    def _check(self, entries: Entries, first: int) -> None:
-        """Raise for what the kernel does not find: bad states, places in headers."""
+    def _checked(self, entries: Entries, first: int) -> Entries:
+        """Find what the kernel does not: bad states, places in other structures.
+
+        Such an entry is an error, or becomes an impossible one when salvaging.
+        """
         state = entries & np.uint64(_STATE)
-        has_place = (state & np.uint64(_HAS_PLACE)) != 0
-        bad = has_place & (
-            ((state & np.uint64(_IS_VALID_WITH_PLACE)) == 0)
-            | (entries < np.uint64(layout.HEADER_SECTION_NBYTES))
-        )
+        bad = state == RESERVED_STATE
         if not self._image.metadata.has_parent:
             bad |= state == layout.BLOCK_PARTIALLY_PRESENT
-        if bad.any():
+        has_place = state >= np.uint64(_PLACED)
+        places = entries & np.uint64(layout.BAT_OFFSET_MASK)
+        for low, high, _ in structures(self._image):
+            # A place that is less than a block before the structure, or inside it.
+            reach = np.uint64(max(low - self._block_nbytes, -1) + 1)
+            bad |= has_place & (places >= reach) & (places < np.uint64(high))
+        if not bad.any():
+            return entries
+        if not self._damage.salvages:
             index = int(np.flatnonzero(bad)[0])
             raise self._entry_error(int(entries[index]), first + index)
+        return np.where(bad, np.uint64(_IMPOSSIBLE), entries)
 
     def _decode(self, entries: Entries, first: int) -> Extents:
         return decode_entries(
@@ -161,6 +185,7 @@ class ExtentTables:
             guest_offset=first * self._block_nbytes,
             guest_end=self._image.metadata.virtual_size,
             file_nbytes=self._image.view.nbytes,
+            damage=self._damage,
         )
 
     def _entry_error(self, entry: int, block: int) -> CorruptImageError:
@@ -181,6 +206,7 @@ class ExtentTables:
         cuts = edges[edges < end].astype(np.uint64)
         rows = split(rows, np.union1d(rows["guest_offset"], cuts))
         is_partial = np.isin(rows["guest_offset"] // np.uint64(nbytes), partial.astype(np.uint64))
+        is_partial &= rows["kind"] == Kind.DATA
         # A group has up to this many partially present blocks, and the rows up to the
         # next one.
         group = max(1, _MAX_BITMAPS_NBYTES // self._bitmap_nbytes)
@@ -196,22 +222,36 @@ class ExtentTables:
 
     def _expanded(self, blocks: Extents) -> Extents:
         bitmaps = np.empty((len(blocks), self._bitmap_nbytes), dtype=np.uint8)
-        for bitmap, guest_offset in zip(bitmaps, blocks["guest_offset"].tolist(), strict=True):
-            block = guest_offset // self._block_nbytes
-            self._image.view.pread_into(self._bitmap_offset(block), bitmap)
-        return expand(
-            bitmaps,
+        is_lost = np.zeros(len(blocks), dtype=np.bool_)
+        numbers = (blocks["guest_offset"] // np.uint64(self._block_nbytes)).tolist()
+        for index, (bitmap, block) in enumerate(zip(bitmaps, numbers, strict=True)):
+            try:
+                self._image.view.pread_into(self._bitmap_offset(block), bitmap)
+            except (CorruptImageError, OSError):
+                if not self._damage.salvages:
+                    raise
+                is_lost[index] = True
+                bitmap[:] = 0
+        if self._damage.salvages:
+            is_lost |= look_overwritten(bitmaps)
+        rows = expand(
+            bitmaps[~is_lost],
             lsb_first=True,
-            blocks=blocks,
+            blocks=blocks[~is_lost],
             absent=Kind.HOLE,
             sector_nbytes=self._image.metadata.logical_sector_nbytes,
         )
+        if not is_lost.any():
+            return rows
+        lose(blocks, is_lost)
+        rows = np.concatenate((rows, blocks[is_lost]))
+        return rows[np.argsort(rows["guest_offset"], kind="stable")]
 
     def _bitmap_offset(self, block: int) -> int:
         """Return the host offset of the sector bitmap of a payload block."""
         ratio = self._image.metadata.chunk_ratio
         index = bitmap_index(block, ratio)
-        entry = int(read_raw(self._image, index, index + 1)[0])
+        entry = int(read_raw(self._image, index, index + 1, self._damage)[0])
         offset = entry & layout.BAT_OFFSET_MASK
         if entry & _STATE != layout.BITMAP_PRESENT or offset < layout.HEADER_SECTION_NBYTES:
             raise CorruptImageError(
@@ -223,18 +263,99 @@ class ExtentTables:
         return offset + block % ratio * self._bitmap_nbytes
 
 
+def structures(image: VhdxImage) -> list[tuple[int, int, str]]:
+    """Return (start, end, name) of what payload blocks must not overlap (2.1)."""
+    header = image.header
+    names = {layout.BAT_REGION: "the BAT region", layout.METADATA_REGION: "the metadata region"}
+    found = [(0, layout.HEADER_SECTION_NBYTES, "the headers")]
+    if header.log_nbytes and header.log_offset >= layout.HEADER_SECTION_NBYTES:
+        found.append((header.log_offset, header.log_offset + header.log_nbytes, "the log"))
+    for region in image.regions:
+        name = names.get(region.guid, f"the region {region.guid}")
+        found.append((region.offset, region.end, name))
+    return found
+
+
+def refuse_overlaps(image: VhdxImage) -> None:
+    """Raise CorruptImageError if two blocks, of data or bitmaps, overlap.
+
+    Impossible entries do not count: they are an error when they are read.
+
+    Notes
+    -----
+    Complexity: a pass over the BAT, and O(n log n) for n present blocks.  Memory: at
+    most 150 MiB; a large file takes several passes.
+    """
+    per_window = _WINDOW_UNITS * layout.ALIGNMENT
+    bitmaps = _bitmap_places(image)
+    for base in range(0, image.view.nbytes, per_window):
+        places, nbytes = _places_in(image, base, base + per_window, bitmaps)
+        order = np.argsort(places, kind="stable")
+        places, ends = places[order], (places + nbytes)[order]
+        overlaps = np.flatnonzero(places[1:] < ends[:-1])
+        if overlaps.size:
+            place = int(places[overlaps[0] + 1])
+            raise CorruptImageError(
+                f"two blocks overlap at {place:#x} of the file", path=image.file.path, offset=place
+            )
+
+
+def _places_in(image: VhdxImage, base: int, end: int, bitmaps: Entries) -> tuple[Entries, Entries]:
+    """Return places and sizes of the blocks that are partly in a window."""
+    n_blocks, block_nbytes = image.metadata.n_blocks, image.metadata.block_nbytes
+    wrong = np.uint64(layout.BAT_RESERVED_MASK)
+    low, high = np.uint64(max(base - block_nbytes, 0)), np.uint64(end)
+    found = [bitmaps[(bitmaps >= low) & (bitmaps < high)]]
+    n_found = 0
+    for first in range(0, n_blocks, limits.MAX_BATCH_ROWS):
+        entries = read_payload(image, first, min(first + limits.MAX_BATCH_ROWS, n_blocks))
+        state = entries & np.uint64(_STATE)
+        has_place = (state >= np.uint64(_PLACED)) & ((entries & wrong) == 0)
+        if not image.metadata.has_parent:
+            has_place &= state == np.uint64(layout.BLOCK_FULLY_PRESENT)
+        places = entries[has_place] & np.uint64(layout.BAT_OFFSET_MASK)
+        found.append(places[(places >= low) & (places < high)])
+        n_found += len(found[-1])
+        if n_found * block_nbytes > end - base + 2 * block_nbytes:
+            # More than the window has room for: some of them overlap.
+            break
+    places = np.concatenate(found)
+    sizes = np.full(len(places), block_nbytes, dtype=np.uint64)
+    sizes[: len(found[0])] = layout.BITMAP_BLOCK_NBYTES
+    return places, sizes
+
+
+def _bitmap_places(image: VhdxImage) -> Entries:
+    """Return the places of all sector bitmap blocks."""
+    if not image.metadata.has_parent:
+        return np.empty(0, dtype=np.uint64)
+    ratio = image.metadata.chunk_ratio
+    chunks = range(0, image.metadata.n_blocks, ratio)
+    entries = [
+        int(read_raw(image, at, at + 1)[0]) for at in (bitmap_index(b, ratio) for b in chunks)
+    ]
+    places = [
+        entry & layout.BAT_OFFSET_MASK
+        for entry in entries
+        if entry & _STATE == layout.BITMAP_PRESENT
+    ]
+    return np.array(places, dtype=np.uint64)
+
+
 def entry_problem(image: VhdxImage, entry: int, block: int) -> str:
     """Return what is wrong with the invalid entry of a payload block."""
     state, offset = entry & _STATE, entry & layout.BAT_OFFSET_MASK
-    if state & _HAS_PLACE and not state & _IS_VALID_WITH_PLACE:
+    if state == RESERVED_STATE:
         return f"has the reserved state {state}"
     if state == layout.BLOCK_PARTIALLY_PRESENT and not image.metadata.has_parent:
         return "is partially present, but the disk has no parent"
     if entry & layout.BAT_RESERVED_MASK:
         return "has reserved bits set"
-    if offset < layout.HEADER_SECTION_NBYTES:
-        return "lies inside the headers"
     block_nbytes = image.metadata.block_nbytes
+    for low, high, name in structures(image):
+        if offset < high and offset + block_nbytes > low:
+            inside = "lies inside" if low <= offset else "overlaps"
+            return f"at {offset:#x} {inside} {name}"
     nbytes = min(block_nbytes, image.metadata.virtual_size - block * block_nbytes)
     return f"ends at {offset + nbytes:#x}, past the end of the file ({image.view.nbytes:#x})"
 

@@ -268,12 +268,14 @@ class _ExtentCheck:
         self._report.allocated_clusters += len(grains)
         if self._extent.is_compressed:
             self._report.compressed_clusters += len(grains)
-            needed = np.ones(len(grains), dtype=np.int64)
+            # A grain that starts inside the file is reported by its marker.
+            least_nbytes = GRAIN_MARKER.size if self._extent.has_markers else 1
+            is_outside = sectors * SECTOR_NBYTES + least_nbytes > self._extent.file.nbytes
         else:
-            needed = self._plain_lengths(grains)
+            is_outside = sectors > self._file_nsectors - self._plain_lengths(grains)
             apart = (np.diff(sectors) != self._grain_nsectors) | (np.diff(grains) != 1)
             self._report.fragmented_clusters += int(np.count_nonzero(apart))
-        bad = np.flatnonzero(sectors > self._file_nsectors - needed)
+        bad = np.flatnonzero(is_outside)
         self._corruptions(
             len(bad),
             (

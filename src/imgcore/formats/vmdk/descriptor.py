@@ -134,6 +134,12 @@ def parse_descriptor(data: bytes, path: str) -> Descriptor:
     )
 
 
+def descriptor_without_parent(nbytes: int) -> Descriptor:
+    """Return the descriptor of a disk of which only the sparse extent is known."""
+    line = ExtentLine("RW", nbytes, "SPARSE", "", 0)
+    return Descriptor({}, (line,), 0, NO_PARENT_CID, SECTOR_NBYTES)
+
+
 def _lines(text: bytes, path: str) -> Iterator[tuple[int, str]]:
     """Yield number and text of each line that is not empty and not a comment."""
     encoding = _encoding(text)

@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from imgcore.files.byte_source import ByteSource
     from imgcore.files.reference_gate import ReferenceGate
     from imgcore.formats.options import FormatOptions
+    from imgcore.formats.shared.damage import Damage
 
 
-def _read(file: ByteSource, gate: ReferenceGate, options: FormatOptions) -> Reader:
+def _read(file: ByteSource, gate: ReferenceGate, options: FormatOptions, damage: Damage) -> Reader:
     """Open a disk from its descriptor file or its only extent."""
     from imgcore.formats.vmdk.reader import VmdkReader
 
-    return VmdkReader(file, gate)
+    return VmdkReader(file, gate, damage)
 
 
 DRIVER: Final = Driver(

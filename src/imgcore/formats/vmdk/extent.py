@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 class DiskExtent(NamedTuple):
     """One piece of the disk, in bytes.
 
-    ``sparse`` is None for a flat extent, and ``file`` too for an extent of zeros.
+    ``sparse`` is None for a flat extent, and ``file`` too for an extent of zeros, or
+    for one that is lost when salvaging.
     """
 
     kind: str
@@ -23,3 +24,4 @@ class DiskExtent(NamedTuple):
     sparse: SparseExtent | None = None
     file_index: int = 0
     short_nbytes: int = 0
+    is_lost: bool = False

@@ -14,8 +14,11 @@ from imgcore.errors import (
     UnsupportedFeatureError,
     WrongFormatError,
 )
+from imgcore.formats.shared.damage import STRICT, Damage
+from imgcore.formats.shared.trailing_zeros import end_of_data
 from imgcore.formats.vmdk import layout
 from imgcore.formats.vmdk.layout import Flags, SparseHeader
+from imgcore.formats.vmdk.stream_walk import end_of_stream
 from imgcore.limits import (
     MAX_VIRTUAL_NBYTES,
     SECTOR_NBYTES,
@@ -34,14 +37,15 @@ if TYPE_CHECKING:
 
 # About kinds of ESX(i).
 QEMU_READS: Final = "qemu-img convert reads it"
-_TAIL_PIECE_NBYTES = 65536
 
 
 class SparseExtent(NamedTuple):
     """One verified sparse extent; offsets and lengths in bytes.
 
     ``capacity`` is the header's, from which ``n_directory_entries`` follows.
-    ``gd_offset`` is the directory to read, ``rgd_offset`` the other one or 0.
+    ``gd_offset`` is the directory to read, ``rgd_offset`` the other one or 0.  When
+    salvaging, ``gd_offset`` may be 0, too, and the directories may be cut off.
+    ``header`` is the one at the start of the file.
     """
 
     file: ByteSource
@@ -57,6 +61,7 @@ class SparseExtent(NamedTuple):
     descriptor_nbytes: int
     unclean_shutdown: bool
     n_directory_entries: int
+    header: SparseHeader
 
     @property
     def is_compressed(self) -> bool:
@@ -90,13 +95,15 @@ class SparseExtent(NamedTuple):
         return prefix + layout.MAX_COMPRESSED_GRAINS * self.grain_nbytes
 
 
-def open_sparse(file: ByteSource) -> SparseExtent:
+def open_sparse(file: ByteSource, damage: Damage = STRICT) -> SparseExtent:
     """Verify a sparse extent's header and find its grain directory.
 
     Parameters
     ----------
     file : ByteSource
         The caller closes it.
+    damage : Damage
+        When salvaging, footer and directories may be missing.
 
     Raises
     ------
@@ -114,8 +121,18 @@ def open_sparse(file: ByteSource) -> SparseExtent:
     Source: Virtual Disk Format 5.0, "Hosted Sparse Extent Header", "Footer".
     """
     header = _read_header(file, 0)
-    if header.gd_offset == layout.GD_AT_END:
-        footer = _read_footer(file)
+    gd_offset, rgd_offset = header.gd_offset, header.rgd_offset
+    if gd_offset == layout.GD_AT_END:
+        gd_offset, rgd_offset = _directories_of_footer(file, header, damage)
+    return _verified(file, header, gd_offset, rgd_offset, damage)
+
+
+def _directories_of_footer(
+    file: ByteSource, header: SparseHeader, damage: Damage
+) -> tuple[int, int]:
+    """Return where the footer puts the two directories, (0, 0) if it is lost."""
+    try:
+        footer = _read_footer(file, header)
         for field in ("capacity", "grain_size", "n_gtes_per_gt", "flags"):
             if getattr(footer, field) != getattr(header, field):
                 raise CorruptImageError(
@@ -123,8 +140,10 @@ def open_sparse(file: ByteSource) -> SparseExtent:
                     f"the header {getattr(header, field)}",
                     path=file.path,
                 )
-        header = header._replace(gd_offset=footer.gd_offset, rgd_offset=footer.rgd_offset)
-    return _verified(file, header)
+    except CorruptImageError as error:
+        damage.report(error)
+        return 0, 0
+    return footer.gd_offset, footer.rgd_offset
 
 
 def refuse_foreign_extent(file: ByteSource, head: bytes) -> None:
@@ -175,29 +194,46 @@ def _read_header(file: ByteSource, offset: int) -> SparseHeader:
     return header
 
 
-def _read_footer(file: ByteSource) -> SparseHeader:
-    """Find and read the footer.
+def _read_footer(file: ByteSource, header: SparseHeader) -> SparseHeader:
+    """Find and read the footer; warn if more than padding follows the stream.
 
-    The file ends with a footer marker, the footer and an end-of-stream marker.  Some
+    The stream ends with a footer marker, the footer and an end-of-stream marker.  Some
     producers then pad the file with zero sectors.  The end-of-stream marker is a zero
-    sector too, so the footer is the last sector that is not zero.
+    sector too, so the footer is the last sector that is not zero.  If it is not, all
+    markers are followed: the file may have been copied onto a larger volume.
     """
-    end = _end_of_data(file)
-    start = end - layout.HEADER_NBYTES
-    marker_start = start - SECTOR_NBYTES
+    footer_end = end_of_data(file, VMDK_MAX_TRAILING_ZERO_NBYTES)
+    footer = None if footer_end is None else _footer_at(file, footer_end)
+    if footer is None:
+        footer_end = end_of_stream(file, header)
+        footer = None if footer_end is None else _footer_at(file, footer_end)
+        if footer_end is None or footer is None:
+            raise _truncated(file)
+        log.warning(
+            "%s: %d bytes after the end of the stream are ignored",
+            file.path,
+            file.nbytes - footer_end - SECTOR_NBYTES,
+        )
+    if footer.gd_offset == layout.GD_AT_END:
+        raise CorruptImageError(
+            "the footer does not say where the grain directory is",
+            path=file.path,
+            offset=footer_end,
+        )
+    return footer
+
+
+def _footer_at(file: ByteSource, end: int) -> SparseHeader | None:
+    """Return the footer that ends at a place and follows its marker, or None."""
+    marker_start = end - layout.HEADER_NBYTES - SECTOR_NBYTES
     whole_nbytes = file.nbytes // SECTOR_NBYTES * SECTOR_NBYTES
     if marker_start < SECTOR_NBYTES or whole_nbytes - end < SECTOR_NBYTES:
-        raise _truncated(file)
+        return None
     raw = file.pread(marker_start, SECTOR_NBYTES + layout.HEADER_NBYTES)
     _, size, kind = layout.MARKER.unpack_from(raw)
-    header = SparseHeader._make(layout.SPARSE_HEADER.unpack_from(raw, SECTOR_NBYTES))
-    if header.magic != layout.SPARSE_MAGIC or size != 0 or kind != layout.Marker.FOOTER:
-        raise _truncated(file)
-    if header.gd_offset == layout.GD_AT_END:
-        raise CorruptImageError(
-            "the footer does not say where the grain directory is", path=file.path, offset=start
-        )
-    return header
+    footer = SparseHeader._make(layout.SPARSE_HEADER.unpack_from(raw, SECTOR_NBYTES))
+    is_footer = footer.magic == layout.SPARSE_MAGIC and size == 0
+    return footer if is_footer and kind == layout.Marker.FOOTER else None
 
 
 def stream_end(file: ByteSource) -> int | None:
@@ -210,9 +246,15 @@ def stream_end(file: ByteSource) -> int | None:
     CorruptImageError
         The footer is missing.
     """
-    if _read_header(file, 0).gd_offset != layout.GD_AT_END:
+    header = _read_header(file, 0)
+    if header.gd_offset != layout.GD_AT_END:
         return None
-    return _end_of_data(file) + SECTOR_NBYTES
+    footer_end = end_of_data(file, VMDK_MAX_TRAILING_ZERO_NBYTES)
+    if footer_end is None or _footer_at(file, footer_end) is None:
+        footer_end = end_of_stream(file, header)
+    if footer_end is None:
+        raise _truncated(file)
+    return footer_end + SECTOR_NBYTES
 
 
 def _truncated(file: ByteSource) -> CorruptImageError:
@@ -224,20 +266,9 @@ def _truncated(file: ByteSource) -> CorruptImageError:
     )
 
 
-def _end_of_data(file: ByteSource) -> int:
-    """Return the end of the last whole sector that is not all zeros."""
-    position = file.nbytes // SECTOR_NBYTES * SECTOR_NBYTES
-    limit = max(0, position - VMDK_MAX_TRAILING_ZERO_NBYTES)
-    while position > limit:
-        start = max(limit, position - _TAIL_PIECE_NBYTES)
-        piece = file.pread(start, position - start).rstrip(b"\0")
-        if piece:
-            return start + -(-len(piece) // SECTOR_NBYTES) * SECTOR_NBYTES
-        position = start
-    raise _truncated(file)
-
-
-def _verified(file: ByteSource, header: SparseHeader) -> SparseExtent:
+def _verified(
+    file: ByteSource, header: SparseHeader, gd_offset: int, rgd_offset: int, damage: Damage
+) -> SparseExtent:
     path = file.path
     _verify_version(path, header)
     grain_nbytes = header.grain_size * SECTOR_NBYTES
@@ -251,10 +282,9 @@ def _verified(file: ByteSource, header: SparseHeader) -> SparseExtent:
             path=path,
         )
     n_gtes = header.n_gtes_per_gt
-    if not 1 <= n_gtes <= VMDK_MAX_GTES_PER_GT or n_gtes & (n_gtes - 1):
+    if not 1 <= n_gtes <= VMDK_MAX_GTES_PER_GT:
         raise LimitExceededError(
-            f"grain table of {n_gtes} entries, allowed are powers of two up to "
-            f"{VMDK_MAX_GTES_PER_GT}",
+            f"grain table of {n_gtes} entries, allowed are 1 to {VMDK_MAX_GTES_PER_GT}",
             path=path,
         )
     n_entries = -(-header.capacity // (header.grain_size * n_gtes))
@@ -267,7 +297,14 @@ def _verified(file: ByteSource, header: SparseHeader) -> SparseExtent:
             f"allowed up to {VMDK_MAX_DIRECTORY_ENTRIES}",
             path=path,
         )
-    gd_offset, rgd_offset = _directories(file, header, n_entries)
+    has_redundant = bool(header.flags & Flags.REDUNDANT_GD)
+    gd_offset, rgd_offset = _directories(
+        file,
+        gd_offset * SECTOR_NBYTES,
+        rgd_offset * SECTOR_NBYTES if has_redundant else 0,
+        n_entries,
+        damage,
+    )
     if header.unclean_shutdown:
         log.warning("%s: the extent was not closed cleanly; reading it anyway", path)
     return SparseExtent(
@@ -284,6 +321,7 @@ def _verified(file: ByteSource, header: SparseHeader) -> SparseExtent:
         descriptor_nbytes=header.descriptor_size * SECTOR_NBYTES,
         unclean_shutdown=bool(header.unclean_shutdown),
         n_directory_entries=n_entries,
+        header=header,
     )
 
 
@@ -314,21 +352,21 @@ def _verify_version(path: str, header: SparseHeader) -> None:
         )
 
 
-def _directories(file: ByteSource, header: SparseHeader, n_entries: int) -> tuple[int, int]:
+def _directories(
+    file: ByteSource, gd_offset: int, rgd_offset: int, n_entries: int, damage: Damage
+) -> tuple[int, int]:
     """Return the offsets of the directory to read and of the other one (0: absent).
 
     The primary directory is read, as by VMware, QEMU and VirtualBox.  Nearly every
     hosted extent has a redundant one too, which is read only if the primary does not
-    fit in the file.
+    fit in the file.  When salvaging, both are compared.
     """
     gd_nbytes = n_entries * layout.ENTRY_NBYTES
-    gd_offset = header.gd_offset * SECTOR_NBYTES
-    rgd_offset = header.rgd_offset * SECTOR_NBYTES if header.flags & Flags.REDUNDANT_GD else 0
     if n_entries == 0:
         return 0, 0
     redundant_fits = rgd_offset > 0 and _fits(file, rgd_offset, gd_nbytes)
     if gd_offset > 0 and _fits(file, gd_offset, gd_nbytes):
-        return gd_offset, rgd_offset if redundant_fits else 0
+        return gd_offset, rgd_offset if redundant_fits or damage.salvages else 0
     if redundant_fits:
         log.warning(
             "%s: the grain directory cannot be at %#x; reading the redundant one at %#x",
@@ -338,8 +376,12 @@ def _directories(file: ByteSource, header: SparseHeader, n_entries: int) -> tupl
         )
         return rgd_offset, 0
     if gd_offset == 0:
-        raise CorruptImageError("the header has no grain directory", path=file.path, offset=56)
-    raise _outside(file, "grain directory", gd_offset, gd_nbytes)
+        damage.report(
+            CorruptImageError("the header has no grain directory", path=file.path, offset=56)
+        )
+    else:
+        damage.report(_outside(file, "grain directory", gd_offset, gd_nbytes))
+    return gd_offset, rgd_offset
 
 
 def _fits(file: ByteSource, offset: int, nbytes: int) -> bool:
@@ -354,8 +396,10 @@ def _outside(file: ByteSource, what: str, offset: int, nbytes: int) -> CorruptIm
     )
 
 
-def short_last_grain(extent: SparseExtent, guest_nbytes: int) -> int:
+def short_last_grain(extent: SparseExtent, guest_nbytes: int, place: int | None = None) -> int:
     """Return the inflated size of a truncated last grain, 0 if it is stored whole.
+
+    The tables tell where it is, unless its ``place`` is given.
 
     If the disk ends within its last grain, VirtualBox compresses the whole grain, QEMU
     and VMware only the part up to the end of the disk.  Damage is reported later, when
@@ -366,9 +410,8 @@ def short_last_grain(extent: SparseExtent, guest_nbytes: int) -> int:
     if not extent.is_compressed or tail_nbytes == 0:
         return 0
     grain_index = guest_nbytes // grain_nbytes
-    table_index, entry_index = divmod(grain_index, extent.n_gtes_per_gt)
-    table = _sector_at(extent.file, extent.gd_offset + table_index * layout.ENTRY_NBYTES)
-    place = _sector_at(extent.file, table + entry_index * layout.ENTRY_NBYTES) if table else 0
+    if place is None:
+        place = _place_of(extent, grain_index)
     if not place or place >= extent.file.nbytes:
         return 0
     raw = extent.file.pread(place, min(extent.compressed_bound, extent.file.nbytes - place))
@@ -384,6 +427,15 @@ def short_last_grain(extent: SparseExtent, guest_nbytes: int) -> int:
     except zlib.error:
         return 0
     return inflated_nbytes if tail_nbytes <= inflated_nbytes < grain_nbytes else 0
+
+
+def _place_of(extent: SparseExtent, grain_index: int) -> int:
+    """Return where a grain is, 0 if the tables do not tell."""
+    table_index, entry_index = divmod(grain_index, extent.n_gtes_per_gt)
+    if not extent.gd_offset:
+        return 0
+    table = _sector_at(extent.file, extent.gd_offset + table_index * layout.ENTRY_NBYTES)
+    return _sector_at(extent.file, table + entry_index * layout.ENTRY_NBYTES) if table else 0
 
 
 def _sector_at(file: ByteSource, offset: int) -> int:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from imgcore.engine.source_file import SourceFile
 from imgcore.errors import (
     CorruptImageError,
+    FormatError,
+    ImgcoreError,
     LimitExceededError,
     UnsafeReferenceError,
     UnsupportedFeatureError,
@@ -18,11 +20,15 @@ from imgcore.errors import (
 )
 from imgcore.formats.api import BackingReference
 from imgcore.formats.magic import is_vmdk_descriptor
-from imgcore.formats.shared.alignment import align_up
-from imgcore.formats.shared.flat_reader import FlatExtents
-from imgcore.formats.shared.last_sector import whole_sectors
+from imgcore.formats.shared.damage import STRICT, Damage
+from imgcore.formats.shared.flat_reader import FlatExtents, first_lost, lost_file
 from imgcore.formats.shared.windows_paths import names_beside, names_from_windows_path
-from imgcore.formats.vmdk.descriptor import Descriptor, ExtentLine, parse_descriptor
+from imgcore.formats.vmdk.descriptor import (
+    Descriptor,
+    ExtentLine,
+    descriptor_without_parent,
+    parse_descriptor,
+)
 from imgcore.formats.vmdk.extent import DiskExtent
 from imgcore.formats.vmdk.header import (
     QEMU_READS,
@@ -72,8 +78,9 @@ class VmdkReader:
     format_name: ClassVar[str] = "vmdk"
     is_flat: ClassVar[bool] = False
 
-    def __init__(self, file: ByteSource, gate: ReferenceGate) -> None:
+    def __init__(self, file: ByteSource, gate: ReferenceGate, damage: Damage = STRICT) -> None:
         self._path = file.path
+        self._damage = damage
         self._opened = ExitStack()
         self._sources: list[SourceFile] = []
         self._extents: list[DiskExtent] = []
@@ -156,18 +163,35 @@ class VmdkReader:
 
     def _extents_of(self, item: DiskExtent, start: int, length: int) -> Iterator[Extents]:
         from imgcore.engine.extents import Kind, single
+        from imgcore.formats.vmdk.table_size import refuse_contradicting_tables
         from imgcore.formats.vmdk.tables import SparseTables
 
+        if item.is_lost:
+            return iter([lost_file(start, length)])
         if item.file is None:
             return iter([single(start, length, Kind.ZERO)])
         found = self._tables.get(item.guest_base)
         if found is None:
             if item.sparse is None:
                 shift = item.file_offset - item.guest_base
-                found = FlatExtents(item.file, shift=shift, file_index=item.file_index)
+                held_nbytes = max(item.file.nbytes - item.file_offset, 0)
+                lost_from = first_lost(item.guest_base, item.nbytes, held_nbytes)
+                found = FlatExtents(
+                    item.file,
+                    shift=shift,
+                    file_index=item.file_index,
+                    lost_from=lost_from,
+                )
             else:
+                if not self._damage.salvages:
+                    refuse_contradicting_tables(item.sparse)
                 found = SparseTables(
-                    item.sparse, item.guest_base, item.nbytes, item.file_index, item.short_nbytes
+                    item.sparse,
+                    item.guest_base,
+                    item.nbytes,
+                    item.file_index,
+                    item.short_nbytes,
+                    self._damage,
                 )
             self._tables[item.guest_base] = found
         return found.extents(start, length)
@@ -225,20 +249,8 @@ class VmdkReader:
 
     def _open_monolithic(self, file: ByteSource) -> Descriptor:
         """Open a sparse extent by its embedded descriptor, ignoring the name in it."""
-        sparse = open_sparse(file)
-        raw = read_embedded_descriptor(sparse)
-        if raw is None or not raw.strip(b"\0 \t\r\n"):
-            raise UnsupportedFeatureError(
-                "one extent of a disk, without a descriptor: open the disk's descriptor file",
-                path=file.path,
-            )
-        descriptor = parse_descriptor(raw, file.path)
-        self._refuse_type(descriptor)
-        if len(descriptor.extents) != 1:
-            raise UnsupportedFeatureError(
-                f"a sparse extent whose descriptor lists {len(descriptor.extents)} extents",
-                path=file.path,
-            )
+        sparse = open_sparse(file, self._damage)
+        descriptor = self._embedded_descriptor(sparse)
         stated = descriptor.create_type.lower()
         if sparse.is_compressed != (stated == "streamoptimized") and stated in _MONOLITHIC_TYPES:
             log.warning(
@@ -251,6 +263,29 @@ class VmdkReader:
         self._refuse_access(line)
         # qemu-img info shows no type for the extent of such a disk.
         self._add_sparse(sparse, line, "")
+        return descriptor
+
+    def _embedded_descriptor(self, sparse: SparseExtent) -> Descriptor:
+        raw, path = read_embedded_descriptor(sparse), sparse.file.path
+        if raw is None or not raw.strip(b"\0 \t\r\n"):
+            raise UnsupportedFeatureError(
+                "one extent of a disk, without a descriptor: open the disk's descriptor file",
+                path=path,
+            )
+        try:
+            descriptor = parse_descriptor(raw, path)
+        except ImgcoreError as error:
+            if b"parentFileNameHint" in raw:
+                raise
+            # The header is enough for a disk without a parent.
+            self._damage.report(error)
+            return descriptor_without_parent(sparse.capacity)
+        self._refuse_type(descriptor)
+        if len(descriptor.extents) != 1:
+            raise UnsupportedFeatureError(
+                f"a sparse extent whose descriptor lists {len(descriptor.extents)} extents",
+                path=path,
+            )
         return descriptor
 
     def _open_described(self, file: ByteSource, gate: ReferenceGate) -> Descriptor:
@@ -268,25 +303,49 @@ class VmdkReader:
             self._refuse_access(line)
             self._refuse_kind(line)
         opened: dict[str, ByteSource] = {}
-        for line in descriptor.extents:
+        for line in self._used_lines(descriptor):
             if line.kind == "ZERO":
                 self._add(DiskExtent("ZERO", self.virtual_size, line.nbytes))
                 continue
-            if line.name not in opened:
-                try:
+            try:
+                if line.name not in opened:
                     opened[line.name] = self._open_extent(file, gate, line.name, opened)
-                except UnsafeReferenceError as error:
-                    if not gate.unstated:
-                        raise
-                    self._unopened = error
-                    self._add(DiskExtent(line.kind, self.virtual_size, line.nbytes))
-                    continue
-            extent_file = opened[line.name]
-            if line.kind in _FLAT_KINDS:
-                self._add_flat(extent_file, line)
-            else:
-                self._add_sparse(open_sparse(extent_file), line, line.kind)
+                self._add_described(opened[line.name], line)
+            except UnsafeReferenceError as error:
+                if not gate.unstated:
+                    raise
+                self._unopened = error
+                self._add(DiskExtent(line.kind, self.virtual_size, line.nbytes))
+            except (FormatError, LimitExceededError, OSError) as error:
+                self._lose(line, error)
+        if not self._sources and any(item.is_lost for item in self._extents):
+            raise CorruptImageError("none of its extents can be read", path=file.path)
         return descriptor
+
+    def _used_lines(self, descriptor: Descriptor) -> list[ExtentLine]:
+        """Return the extents that have sectors; QEMU ignores the others as well."""
+        used = [line for line in descriptor.extents if line.nbytes]
+        n_empty = len(descriptor.extents) - len(used)
+        if n_empty and used:
+            log.warning("%s: %d extents of 0 sectors are ignored", self._path, n_empty)
+        return used or list(descriptor.extents)
+
+    def _add_described(self, file: ByteSource, line: ExtentLine) -> None:
+        if line.kind in _FLAT_KINDS:
+            self._add_flat(file, line)
+        else:
+            self._add_sparse(open_sparse(file, self._damage), line, line.kind)
+
+    def _lose(self, line: ExtentLine, error: Exception) -> None:
+        """Salvage the other extents of a disk; raise the error if not salvaging."""
+        if not self._damage.salvages:
+            raise error
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        self._damage.report(
+            CorruptImageError(f"its extent {line.name!r} is lost ({reason})", path=self._path)
+        )
+        lost = DiskExtent(line.kind, self.virtual_size, line.nbytes, is_lost=True)
+        self._add(lost)
 
     def _open_extent(
         self, file: ByteSource, gate: ReferenceGate, name: str, opened: Mapping[str, ByteSource]
@@ -333,14 +392,14 @@ class VmdkReader:
 
     def _add_flat(self, file: ByteSource, line: ExtentLine) -> None:
         end = line.offset_nbytes + line.nbytes
-        if end > align_up(file.nbytes, SECTOR_NBYTES):
-            raise CorruptImageError(
-                f"the extent ends at {end:#x}, past the end of the file ({file.nbytes:#x})",
-                path=file.path,
-                offset=file.nbytes,
-            )
         if end > file.nbytes:
-            whole_sectors(file.nbytes, file.path)
+            self._damage.report(
+                CorruptImageError(
+                    f"the extent ends at {end:#x}, past the end of the file ({file.nbytes:#x})",
+                    path=file.path,
+                    offset=file.nbytes,
+                )
+            )
         self._sources.append(SourceFile(file, self.virtual_size))
         self._add(
             DiskExtent(
@@ -356,24 +415,27 @@ class VmdkReader:
     def _add_sparse(self, sparse: SparseExtent, line: ExtentLine, kind: str) -> None:
         # VirtualBox rounds the header's capacity up to whole grains; the line is exact.
         if not 0 <= sparse.capacity - line.nbytes < sparse.grain_nbytes:
-            raise CorruptImageError(
-                f"the descriptor says {line.nbytes // SECTOR_NBYTES} sectors, the header "
-                f"{sparse.capacity // SECTOR_NBYTES}",
-                path=sparse.file.path,
-                offset=12,
+            self._damage.report(
+                CorruptImageError(
+                    f"the descriptor says {line.nbytes // SECTOR_NBYTES} sectors, the header "
+                    f"{sparse.capacity // SECTOR_NBYTES}",
+                    path=sparse.file.path,
+                    offset=12,
+                )
             )
         base = self.virtual_size
+        nbytes = min(line.nbytes, sparse.capacity)
         self._sources.append(SourceFile(sparse.file, base, sparse.grain_nbytes))
         index = len(self._sources) - 1
-        short_nbytes = short_last_grain(sparse, line.nbytes)
+        short_nbytes = self._short_last_grain(sparse, nbytes)
         if short_nbytes:
-            last_grain = line.nbytes // sparse.grain_nbytes * sparse.grain_nbytes
+            last_grain = nbytes // sparse.grain_nbytes * sparse.grain_nbytes
             self._sources.append(SourceFile(sparse.file, base + last_grain, short_nbytes))
         self._add(
             DiskExtent(
                 kind,
                 base,
-                line.nbytes,
+                nbytes,
                 sparse.file,
                 0,
                 sparse,
@@ -381,6 +443,28 @@ class VmdkReader:
                 short_nbytes,
             )
         )
+        if nbytes < line.nbytes:
+            rest = line.nbytes - nbytes
+            self._add(DiskExtent(kind, self.virtual_size, rest, is_lost=True))
+
+    def _short_last_grain(self, sparse: SparseExtent, nbytes: int) -> int:
+        if not self._damage.salvages:
+            return short_last_grain(sparse, nbytes)
+        if not sparse.is_compressed or nbytes % sparse.grain_nbytes == 0:
+            return 0
+        try:
+            found = short_last_grain(sparse, nbytes)
+            if not found and sparse.has_markers:
+                # The tables may be lost.
+                from imgcore.formats.vmdk.stream_grains import StreamGrains
+
+                grains = StreamGrains(sparse, 0, nbytes)
+                place = grains.place_of(nbytes // sparse.grain_nbytes)
+                found = 0 if place is None else short_last_grain(sparse, nbytes, place)
+        except OSError:
+            # The engine finds the grain unreadable, too.
+            return 0
+        return found
 
     def _find_backing(self) -> BackingReference | None:
         """Return the parent; a delta is never taken for a whole disk.
@@ -395,6 +479,10 @@ class VmdkReader:
             identities = _content_id(self.descriptor.parent_cid)
             names = names_from_windows_path(hint)
             return BackingReference(hint, "vmdk", identities, other_names=names)
+        if self.descriptor.parent_cid == 0:
+            # No disk has this content ID: some producers write it instead of ffffffff.
+            log.warning("%s: it states no parent, but the parent's content ID 0", self._path)
+            return None
         if self.descriptor.parent_cid != NO_PARENT_CID:
             raise CorruptImageError(
                 "the disk is a delta of the disk with content ID "

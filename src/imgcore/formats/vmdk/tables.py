@@ -11,9 +11,14 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from imgcore._core import TableFormat
-from imgcore.engine.extents import FLAG_GRAIN_MARKER, Kind, clip, single
+from imgcore.engine.extents import FLAG_GRAIN_MARKER, Kind, clip, lose, lose_ranges, single
 from imgcore.errors import CorruptImageError
-from imgcore.formats.shared.tables import decode_entries
+from imgcore.formats.shared.damage import STRICT, Damage
+from imgcore.formats.shared.tables import (
+    decode_entries,
+    in_damaged_sectors,
+    last_plausible_sector,
+)
 from imgcore.formats.vmdk.layout import (
     ENTRY_ABSENT,
     ENTRY_NBYTES,
@@ -21,6 +26,7 @@ from imgcore.formats.vmdk.layout import (
     GRAIN_MARKER,
     MAX_COMPRESSED_GRAINS,
 )
+from imgcore.formats.vmdk.stream_grains import StreamGrains
 from imgcore.limits import MAX_BATCH_ROWS, SECTOR_NBYTES
 
 if TYPE_CHECKING:
@@ -31,11 +37,15 @@ if TYPE_CHECKING:
 
     Entries = NDArray[np.uint32]
     Mask = NDArray[np.bool_]
+    Offsets = NDArray[np.uint64]
 
 _ENTRY_DTYPE: Final = np.dtype("<u4")
 # One read of the directory: 256 KiB, or 2 TiB of disk with grains of 64 KiB.
 DIRECTORY_PIECE_ENTRIES: Final = 1 << 16
 _ENTRY_MASK: Final = 0xFFFFFFFF
+# The last sector of 2 TiB, after which no grain has room.
+_IMPOSSIBLE: Final = 0xFFFFFFFF
+_IMPOSSIBLE_ENTRY: Final = _IMPOSSIBLE.to_bytes(ENTRY_NBYTES, "little")
 # Reading a shorter run of tables is faster than searching it for holes.
 _PROBED_NTABLES: Final = 1024
 
@@ -59,10 +69,11 @@ def table_format(extent: SparseExtent) -> TableFormat:
 
 
 def read_directory(
-    extent: SparseExtent, gd_offset: int, first: int, n_entries: int
+    extent: SparseExtent, gd_offset: int, first: int, n_entries: int, damage: Damage = STRICT
 ) -> NDArray[np.uint32]:
     """Return entries of a grain directory as sector numbers, shape (n_entries,)."""
-    raw = extent.file.pread(gd_offset + first * ENTRY_NBYTES, n_entries * ENTRY_NBYTES)
+    offset, nbytes = gd_offset + first * ENTRY_NBYTES, n_entries * ENTRY_NBYTES
+    raw = damage.read_table(extent.file, offset, nbytes, _IMPOSSIBLE_ENTRY)
     return np.frombuffer(raw, dtype=_ENTRY_DTYPE)
 
 
@@ -72,7 +83,9 @@ def absent_or_zeroed(extent: SparseExtent, directory: Entries) -> tuple[Mask, Ma
     return (directory == ENTRY_ABSENT) | zeroed, zeroed
 
 
-def read_tables(extent: SparseExtent, directory: Entries, first: int) -> NDArray[np.uint32]:
+def read_tables(
+    extent: SparseExtent, directory: Entries, first: int, damage: Damage = STRICT
+) -> NDArray[np.uint32]:
     """Read consecutive grain tables; tables adjacent in the file are read at once.
 
     Parameters
@@ -83,6 +96,8 @@ def read_tables(extent: SparseExtent, directory: Entries, first: int) -> NDArray
         Directory entries; an entry without a table gives grain entries of its value.
     first : int
         Index of ``directory[0]``, for messages.
+    damage : Damage
+        When salvaging, entries that are not in the file are impossible ones.
 
     Returns
     -------
@@ -99,6 +114,13 @@ def read_tables(extent: SparseExtent, directory: Entries, first: int) -> NDArray
     tables[zeroed] = ENTRY_ZEROED
     offsets = directory.astype(np.int64) * SECTOR_NBYTES
     outside = ~absent & (offsets > extent.file.nbytes - extent.gt_nbytes)
+    if damage.salvages:
+        for index in np.flatnonzero(~absent).tolist():
+            raw = damage.read_table(
+                extent.file, int(offsets[index]), extent.gt_nbytes, _IMPOSSIBLE_ENTRY
+            )
+            tables[index] = np.frombuffer(raw, dtype=_ENTRY_DTYPE)
+        return tables.reshape(-1)
     if outside.any():
         index = int(np.argmax(outside))
         raise CorruptImageError(
@@ -174,6 +196,9 @@ class SparseTables:
     short_nbytes : int
         Inflated size of a truncated last grain, else 0.  The source after
         ``file_index`` has blocks of that size.
+    damage : Damage
+        When salvaging, the redundant tables replace what is damaged, and the markers of
+        a stream replace its tables.
     """
 
     def __init__(
@@ -183,8 +208,13 @@ class SparseTables:
         guest_nbytes: int,
         file_index: int,
         short_nbytes: int = 0,
+        damage: Damage = STRICT,
     ) -> None:
         self.extent = extent
+        self._damage = damage
+        self._stream: StreamGrains | None = None
+        n_grains = -(-guest_nbytes // extent.grain_nbytes)
+        self._last_sector = last_plausible_sector(extent.file, n_grains * extent.grain_nbytes)
         self.guest_base = guest_base
         self.guest_end: int = guest_base + guest_nbytes
         self._file_index = file_index
@@ -198,17 +228,85 @@ class SparseTables:
 
     def extents(self, start: int, length: int) -> Iterator[Extents]:
         """Yield batches for ``length`` bytes from guest offset ``start``."""
+        if not self._damage.salvages:
+            yield from self._extents(start, length)
+            return
+        if self.extent.gd_offset or self.extent.rgd_offset:
+            batches = self._extents(start, length)
+        else:
+            batches = iter([single(start, length, Kind.LOST)])
+        for rows in batches:
+            if self.extent.is_compressed and self.extent.has_markers:
+                yield from self._with_stream(rows)
+            else:
+                yield rows
+
+    def _with_stream(self, rows: Extents) -> Iterator[Extents]:
+        """Yield rows, with what a walk of the stream finds in place of LOST ones.
+
+        Also in place of holes: a table may have been overwritten with zeros.
+        """
+        if self._stream is None:
+            self._stream = StreamGrains(self.extent, self.guest_base, self.guest_end)
+        done = 0
+        is_open = (rows["kind"] == Kind.LOST) | (rows["kind"] == Kind.HOLE)
+        for index in np.flatnonzero(is_open).tolist():
+            if done < index:
+                yield rows[done:index]
+            start = int(rows["guest_offset"][index])
+            stop = start + int(rows["length"][index])
+            for found in self._stream.extents(start, stop, self._file_index):
+                if rows["kind"][index] == Kind.HOLE:
+                    found["kind"][found["kind"] == Kind.LOST] = Kind.HOLE
+                self._mark_short_grain(found)
+                yield found
+            done = index + 1
+        if done < len(rows):
+            yield rows[done:]
+
+    def _extents(self, start: int, length: int) -> Iterator[Extents]:
         stop = start + length
         reach_nbytes = self.extent.gt_reach_nbytes
         first = (start - self.guest_base) // reach_nbytes
         end = -(-(stop - self.guest_base) // reach_nbytes)
         for piece in range(first, end, DIRECTORY_PIECE_ENTRIES):
             n_entries = min(DIRECTORY_PIECE_ENTRIES, end - piece)
-            directory = read_directory(self.extent, self.extent.gd_offset, piece, n_entries)
-            directory = drop_unwritten_tables(self.extent, directory)
-            yield from self._piece(directory, piece, start, stop)
+            directory, redundant = self._read_directories(piece, n_entries)
+            if not self._damage.salvages:
+                yield from self._piece(directory, redundant, piece, start, stop)
+                continue
+            starts, ends = self._take_lost(directory, piece)
+            for rows in self._piece(directory, redundant, piece, start, stop):
+                yield lose_ranges(rows, starts, ends)
 
-    def _piece(self, directory: Entries, first: int, start: int, stop: int) -> Iterator[Extents]:
+    def _read_directories(self, first: int, n_entries: int) -> tuple[Entries, Entries | None]:
+        """Return part of the directory; when salvaging, of the redundant one too."""
+        extent, damage = self.extent, self._damage
+        if not damage.salvages or not extent.rgd_offset:
+            directory = read_directory(extent, extent.gd_offset, first, n_entries, damage)
+            kept = drop_unwritten_tables(extent, directory)
+            return (kept.copy() if damage.salvages else kept), None
+        redundant = read_directory(extent, extent.rgd_offset, first, n_entries, damage)
+        if not extent.gd_offset:
+            return redundant.copy(), None
+        directory = read_directory(extent, extent.gd_offset, first, n_entries, damage)
+        last_sector = (extent.file.nbytes - 1) // SECTOR_NBYTES
+        is_bad = (directory == ENTRY_ABSENT) | (directory > last_sector)
+        is_better = (redundant != ENTRY_ABSENT) & (redundant <= last_sector)
+        return np.where(is_bad & is_better, redundant, directory), redundant
+
+    def _take_lost(self, directory: Entries, first: int) -> tuple[Offsets, Offsets]:
+        """Return the guest ranges of tables outside the file; make them absent."""
+        is_lost = directory > (self.extent.file.nbytes - 1) // SECTOR_NBYTES
+        directory[is_lost] = ENTRY_ABSENT
+        edges = np.flatnonzero(np.diff(np.concatenate(([False], is_lost, [False]))))
+        places = self.guest_base + (first + edges) * self.extent.gt_reach_nbytes
+        bounds: Offsets = np.minimum(places, self.guest_end).astype(np.uint64)
+        return bounds[::2], bounds[1::2]
+
+    def _piece(
+        self, directory: Entries, redundant: Entries | None, first: int, start: int, stop: int
+    ) -> Iterator[Extents]:
         """Split a directory piece into holes and windows of tables."""
         # A zeroed entry is not a hole, so it goes through a window.
         used = np.flatnonzero(directory != ENTRY_ABSENT)
@@ -220,12 +318,15 @@ class SparseTables:
             last = int(np.searchsorted(used, window_end))
             # A window does not end with absent tables.
             window_end = int(used[last - 1]) + 1 if last > at else window
-            yield self._batch(directory, first, position, window, window_end, start, stop)
+            yield self._batch(
+                directory, redundant, first, position, window, window_end, start, stop
+            )
             position = window_end
 
     def _batch(
         self,
         directory: Entries,
+        redundant: Entries | None,
         first: int,
         position: int,
         window: int,
@@ -244,10 +345,31 @@ class SparseTables:
         )
         if window_start == window_stop:
             return hole[0]
-        entries = read_tables(self.extent, directory[window:window_end], first + window)
+        part = slice(window, window_end)
+        entries = read_tables(self.extent, directory[part], first + window, self._damage)
+        if self._damage.salvages:
+            entries = self._trusted(entries, None if redundant is None else redundant[part])
         table_start = self.guest_base + (first + window) * self.extent.gt_reach_nbytes
         rows = self._decode(entries, table_start, window_start, window_stop)
         return np.concatenate([*hole, rows]) if hole else rows
+
+    def _trusted(self, entries: Entries, redundant: Entries | None) -> Entries:
+        """Return grain tables in which damage is repaired or made impossible.
+
+        Where the redundant tables differ, those count whose sector is not overwritten.
+        An entry that only one of them has is right: neither VMware nor QEMU removes
+        entries.
+        """
+        last, used = self._last_sector, entries != ENTRY_ABSENT
+        damaged = in_damaged_sectors(used & (entries > last), used)
+        if redundant is None:
+            return np.where(damaged & used, np.uint32(_IMPOSSIBLE), entries)
+        others = read_tables(self.extent, redundant, 0, self._damage)
+        others_used = others != ENTRY_ABSENT
+        others_damaged = in_damaged_sectors(others_used & (others > last), others_used)
+        is_better = others_used & (others <= last) & (~used | (entries > last))
+        chosen = np.where((damaged | is_better) & ~others_damaged, others, entries)
+        return np.where(damaged & others_damaged & used, np.uint32(_IMPOSSIBLE), chosen)
 
     def _clip(self, table_index: int, start: int, stop: int) -> int:
         return min(max(self.guest_base + table_index * self.extent.gt_reach_nbytes, start), stop)
@@ -267,6 +389,7 @@ class SparseTables:
             guest_end=stop,
             file_nbytes=self.extent.file.nbytes,
             file=self._file_index,
+            damage=self._damage,
         )
         rows = clip(rows, start, stop)
         if self.extent.is_compressed:
@@ -290,6 +413,9 @@ class SparseTables:
         if not self.extent.has_markers:
             return
         cut = (rows["kind"] == Kind.ZLIB) & (rows["host_length"] <= GRAIN_MARKER.size)
+        if self._damage.salvages:
+            lose(rows, cut)
+            return
         for row in rows[cut]:
             place = int(row["host_offset"])
             raise CorruptImageError(
