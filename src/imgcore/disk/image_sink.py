@@ -14,7 +14,6 @@ from imgcore.engine.extents import PLACEMENT_DTYPE
 from imgcore.engine.geometry import CodecId, Placing, ZeroPolicy
 from imgcore.engine.job import translated_errors
 from imgcore.errors import OptionError, TargetError
-from imgcore.files.rehearsal import Rehearsal
 from imgcore.formats.api import SectorSized
 from imgcore.formats.registry import PLAIN_FORMAT, get_driver
 from imgcore.limits import MAX_BASE_BLOCK_NBYTES
@@ -117,6 +116,8 @@ class ImageSink:
         if geometry.zero_policy is not ZeroPolicy.STORE:
             n_blocks = count_blocks(self._source.data_extents(), geometry.block_nbytes)
             yield self._driver.measure(self._request, n_blocks * geometry.block_nbytes).required
+        from imgcore.files.rehearsal import Rehearsal
+
         rehearsal, writer = Rehearsal(self._target), self._driver.writer(self._request)
         with closing(rehearsal.main) as counted:
             self._write_parts(writer, writer.begin(rehearsal), tally.before_start())

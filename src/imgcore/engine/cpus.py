@@ -9,7 +9,6 @@ Documentation/scheduler/sched-bwc.rst.
 from __future__ import annotations
 
 import os
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Final
 
 from imgcore.files.descriptors import close, open_file
@@ -46,7 +45,7 @@ def _folders() -> Iterator[tuple[str, int]]:
         else:
             continue
         # In a namespace, a group outside of it has a path with "..".
-        parts = [part for part in PurePosixPath(path).parts if part not in ("/", "..")]
+        parts = [part for part in path.split("/") if part not in ("", ".", "..")]
         for root in roots:
             for depth in range(min(len(parts), _MAX_DEPTH), -1, -1):
                 yield "/".join((root, *parts[:depth])), version
