@@ -181,6 +181,25 @@ def test_what_is_no_integer(
         NUMBERS[names][1](image, folder, number)
 
 
+@pytest.mark.parametrize("names", NUMBERS, ids=IDS)
+def test_none_is_a_default_only(names: tuple[str, str], image: imgcore.Image, folder: Path) -> None:
+    """None is taken where the signature says so; a read states its length."""
+    function = imgcore.Image if names[0].startswith("Image.") else imgcore
+    parameters = inspect.signature(getattr(function, names[0].split(".")[-1])).parameters
+    if parameters[names[1]].default is not None:
+        with pytest.raises(TypeError, match=f"{names[1]}: an integer is needed, not None"):
+            NUMBERS[names][1](image, folder, None)
+
+
+def test_messages_name_the_argument(image: imgcore.Image) -> None:
+    with pytest.raises(TypeError, match="^offset: an integer"):
+        image.read("0", 1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"disk of {NBYTES} bytes: offset -1, length 1$"):
+        image.read(-1, 1)
+    with pytest.raises(ValueError, match=f"disk of {NBYTES} bytes: start {2**63}$"):
+        image.extents(2**63)
+
+
 @pytest.mark.parametrize("start", [NBYTES + 1, 2**62])
 def test_starts_past_the_end(start: int, image: imgcore.Image, folder: Path) -> None:
     with pytest.raises(ValueError, match="past the end of the disk"):
@@ -348,6 +367,22 @@ def test_an_extent_in_an_allowed_folder(
 def test_a_lone_folder_is_not_a_sequence(lone: Any, folder: Path) -> None:
     with pytest.raises(imgcore.OptionError, match="a sequence of folders"):
         imgcore.open(folder / "disk.qcow2", allow=lone)
+
+
+@pytest.mark.parametrize("empty", ["", b"", BytesPath(b"")])
+def test_an_allowed_folder_has_a_name(
+    empty: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An unset variable (``--allow "$DIR"``) does not allow the working folder."""
+    (folder / "below").mkdir(exist_ok=True)
+    child = folder / "below" / "child.qcow2"
+    imgcore.create(
+        child, backing="../disk.qcow2", backing_format="qcow2", allow=[folder], force=True
+    )
+    monkeypatch.chdir(folder)
+    with pytest.raises(imgcore.OptionError, match=r"is empty; \. is the working folder"):
+        imgcore.open(child, allow=[empty])
+    imgcore.open(child, allow=["."]).close()
 
 
 @pytest.mark.parametrize("path", [5, None, 1.5, {b"x"}, bytearray(b"x")])

@@ -12,13 +12,20 @@ from tests.helpers.command import assert_one_line_error
 from tests.helpers.command import imgcore as command
 
 import imgcore
-from imgcore.formats.registry import DRIVERS, format_names
-from imgcore.formats.suffixes import stated_format, suffix_of
+from imgcore.formats.registry import DRIVERS, format_names, stated_format, suffix_of
 from imgcore.platforms.profiles import PROFILES, profile_names
 
 MIB = 1 << 20
-SUFFIXES = [suffix for entry in DRIVERS for suffix in entry.suffixes if suffix != ".img"]
-FOREIGN = [".ova", ".gz", ".zst", ".xz", ".tar", ".tar.gz", ".tgz", ".zip", ".qed", ".dmg"]
+SUFFIXES = [
+    suffix
+    for entry in DRIVERS
+    for suffix in (*entry.suffixes, *entry.other_suffixes)
+    if suffix != ".img"
+]
+FOREIGN = [
+    *(".ova", ".gz", ".zst", ".xz", ".tar", ".tar.gz", ".tgz", ".zip", ".qed", ".dmg"),
+    *(".bz2", ".lz4", ".7z", ".wim", ".vma", ".hdd", ".E01"),
+]
 PAIRS = [
     (format, suffix)
     for format in format_names()
@@ -75,7 +82,7 @@ def test_a_name_of_something_else_states_no_format_to_write(suffix: str, disk: P
 
 
 @pytest.mark.parametrize(
-    "name", ["x.img", "x", "x.vmdk.partial", "out.qcow2.new", "x.bak", "x.qcow", ".vhd", "x.vhd "]
+    "name", ["x.img", "x", "x.vmdk.partial", "out.qcow2.new", "x.bak", "x.vhds", ".vhd", "x.vhd "]
 )
 @pytest.mark.parametrize("format", format_names())
 def test_names_that_state_nothing(name: str, format: str, disk: Path) -> None:

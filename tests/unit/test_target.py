@@ -479,6 +479,34 @@ class TestSpecial:
             with pytest.raises(TargetError, match="is no ordinary file, and is never a target"):
                 Target("/proc/sys/kernel/core_pattern", **options)
 
+    @pytest.mark.parametrize("force", [True, False])
+    @pytest.mark.parametrize("n_links", [1, 2, 3])
+    def test_a_loop_of_links(self, tmp_path: Path, n_links: int, force: bool) -> None:
+        for index in range(n_links):
+            (tmp_path / f"link{index}").symlink_to(f"link{(index + 1) % n_links}")
+        with pytest.raises(TargetError, match="is a symbolic link that leads to itself$"):
+            Target(tmp_path / "link0", force=force)
+        assert (tmp_path / "link0").is_symlink()
+
+    @pytest.mark.parametrize("name", ["/dev/imgcore-none", "/dev/mapper/../imgcore-none"])
+    @pytest.mark.parametrize("options", [{}, {"force": True}], ids=str)
+    def test_a_device_that_is_absent(self, name: str, options: dict[str, bool]) -> None:
+        """A misspelt name of a device fills no memory with a file of this name."""
+        words = "there is no such device, and no file is created here$"
+        with pytest.raises(TargetError, match=words), Target(name, **options):
+            pass
+        assert not os.path.lexists("/dev/imgcore-none")
+
+    def test_shared_memory_takes_files(self) -> None:
+        path = Path("/dev/shm") / f"imgcore-{os.getpid()}"
+        if not path.parent.is_dir():
+            pytest.skip("there is no /dev/shm")
+        try:
+            write(path)
+            assert path.read_bytes() == NEW
+        finally:
+            path.unlink(missing_ok=True)
+
     def test_advice_for_a_dangling_link(self, tmp_path: Path) -> None:
         (tmp_path / "link").symlink_to("none")
         words = "is a symbolic link to none, which is missing, not written through; --force"

@@ -143,6 +143,28 @@ def test_one_worker_is_the_calling_thread(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(set(ticks)) > 2
 
 
+@pytest.mark.parametrize(
+    ("name", "profile", "n_more"),
+    [("disk.raw.gz", None, 0), ("disk.tar.gz", "gce", 0), ("disk.raw.zst", None, 1)],
+)
+def test_one_worker_makes_a_stream(
+    name: str, profile: str | None, n_more: int, tmp_path: Path
+) -> None:
+    """The library for zstd needs a thread: its blocks would be others without."""
+    raw = tmp_path / "disk.raw"
+    raw.write_bytes(images.text(16 * MIB))
+    before, seen = n_tasks(), set[int]()
+
+    def look(_: imgcore.Progress) -> None:
+        seen.add(n_tasks())
+
+    target = tmp_path / name
+    imgcore.convert(raw, target, profile=profile, threads=1, progress=look)
+    assert seen and max(seen) <= before + n_more
+    imgcore.convert(raw, tmp_path / f"2{name}", profile=profile, threads=2)
+    assert target.read_bytes() == (tmp_path / f"2{name}").read_bytes()
+
+
 def test_a_job_of_one_worker_can_be_cancelled(tmp_path: Path) -> None:
     raw, target = tmp_path / "disk.raw", tmp_path / "disk.qcow2"
     raw.write_bytes(images.text(16 * MIB))

@@ -141,17 +141,23 @@ class Image(Closable):
         """Yield the data extents of the disk; what is lost is ZERO, and listed."""
         return self._guarded(self._salvaged_extents(salvage))
 
-    def _range(self, start: SupportsIndex, length: SupportsIndex | None) -> tuple[int, int]:
-        """Return a range of the disk as two ints; ValueError if it is not inside."""
+    def _range(
+        self, start: SupportsIndex, length: SupportsIndex | None, what: str = "start"
+    ) -> tuple[int, int]:
+        """Return a range of the disk as two ints; ValueError if it is not inside.
+
+        ``what`` names the argument ``start`` in messages.
+        """
         with self._in_use():
-            start = integer(start, "start")
-            length = self.virtual_size - start if length is None else integer(length, "length")
-            if start < 0 or length < 0 or start + length > self.virtual_size:
+            first = integer(start, what)
+            nbytes = self.virtual_size - first if length is None else integer(length, "length")
+            if first < 0 or nbytes < 0 or first + nbytes > self.virtual_size:
+                stated = "" if length is None else f", length {nbytes}"
                 raise ValueError(
                     f"{self.path}: the range is not inside the disk of {self.virtual_size} bytes: "
-                    f"start {start}, length {length}"
+                    f"{what} {first}{stated}"
                 )
-            return start, length
+            return first, nbytes
 
     def _guarded(self, batches: Iterator[_Item]) -> Iterator[_Item]:
         """Yield from an iterator that uses the files: only its steps keep them open."""
@@ -201,7 +207,7 @@ class Image(Closable):
         from imgcore._core import File
 
         with self._in_use():
-            offset, length = self._range(offset, length)
+            offset, length = self._range(offset, integer(length, "length"), "offset")
             if not length:
                 return b""
             content, target = File.new_bytes(length, offset % SECTOR_NBYTES)
@@ -242,7 +248,7 @@ class Image(Closable):
             memoryview(cast("WriteableBuffer", buffer)) as view,
             view.cast("B") as octets,
         ):
-            offset, length = self._range(offset, len(octets))
+            offset, length = self._range(offset, len(octets), "offset")
             if length:
                 target = File.part(octets, offset % SECTOR_NBYTES)
                 self._fill(target, offset, length, threads)

@@ -185,6 +185,11 @@ def refuse_foreign_target(path: str) -> None:
 
     A colon alone is part of a file's name.
     """
+    if path == "-":
+        raise UnsupportedFeatureError(
+            "stdout is not written to: give the name of a file (./- is one of this name)",
+            path=path,
+        )
     folder = os.path.dirname(path)
     if is_description(path) or (PROTOCOL.match(path) and folder and not os.path.isdir(folder)):
         raise UnsupportedFeatureError(

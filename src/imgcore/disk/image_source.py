@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from imgcore.disk.describe import describe_layer
-from imgcore.formats.api import Laden
+from imgcore.formats.api import LeavesOut
 from imgcore.limits import CHUNK_NBYTES
 from imgcore.log import log
 
@@ -47,7 +47,7 @@ class ImageSource:
     def refuse_conversion(self, *, with_base: bool) -> None:
         """Warn about what of the image the target will not have."""
         reader = self._image.reader
-        for text in reader.left_out() if isinstance(reader, Laden) else ():
+        for text in reader.left_out() if isinstance(reader, LeavesOut) else ():
             log.warning("%s: %s", self.path, text)
 
     def data_extents(self) -> Iterator[Extents]:

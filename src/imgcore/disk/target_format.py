@@ -11,8 +11,9 @@ from imgcore.formats.registry import (
     canonical_name,
     format_from_suffix,
     format_names,
+    stated_format,
+    suffix_of,
 )
-from imgcore.formats.suffixes import stated_format, suffix_of
 from imgcore.streams.names import CODEC_OF_SUFFIX, stream_suffix
 
 if TYPE_CHECKING:

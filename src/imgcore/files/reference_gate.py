@@ -33,11 +33,15 @@ if TYPE_CHECKING:
 def folder_names(allow: Iterable[FilePath]) -> list[str]:
     """Return the names of allowed folders.
 
-    A lone str is rejected with OptionError: iterating over it would allow ``/``.
+    OptionError for a lone str, since iterating over it would allow ``/``, and for an
+    empty name, which would allow the working folder.
     """
     if isinstance(allow, str | bytes | os.PathLike):
         raise OptionError(f"allow is a sequence of folders, not {allow!r} alone")
-    return [file_name(folder) for folder in allow]
+    names = [file_name(folder) for folder in allow]
+    if "" in names:
+        raise OptionError("the name of an allowed folder is empty; . is the working folder")
+    return names
 
 
 class ReferenceGate:

@@ -58,15 +58,27 @@ def refuse_special(path: str, link: os.stat_result, end: os.stat_result | None) 
         raise TargetError(
             f"is a symbolic link to {kind}, not to a regular file or a block device", path=path
         )
-    for hop in _hops(path):
+    hops = list(_hops(path))
+    if len(hops) > _MAX_LINKS:
+        raise TargetError("is a symbolic link that leads to itself", path=path)
+    for hop in hops:
         if _is_of_kernel(hop) or (end is None and _is_below_devices(hop)):
             what = "is" if hop == path else f"is a symbolic link to {hop},"
             raise TargetError(f"{what} no ordinary file, and is never a target", path=path)
 
 
+def refuse_absent_device(path: str) -> None:
+    """Raise TargetError if a new file would take the place of a device node.
+
+    A misspelt name of a device would otherwise fill the memory behind /dev.
+    """
+    if _is_below_devices(path):
+        raise TargetError("there is no such device, and no file is created here", path=path)
+
+
 def _hops(path: str) -> Iterator[str]:
-    """Yield a name, and each name that a link leads to."""
-    for _ in range(_MAX_LINKS):
+    """Yield a name, and each name that a link leads to, more than 40 for a loop."""
+    for _ in range(_MAX_LINKS + 1):
         yield path
         try:
             path = os.path.join(os.path.dirname(path), os.readlink(path))

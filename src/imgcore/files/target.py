@@ -18,7 +18,7 @@ from imgcore.files.commit_point import CommitCounter, report_late, uninterrupted
 from imgcore.files.descriptors import forks_held_back, named_errors, open_file
 from imgcore.files.identity import Identity, file_identity
 from imgcore.files.locks import refuse_image_in_use
-from imgcore.files.special_files import refuse_special
+from imgcore.files.special_files import refuse_absent_device, refuse_special
 from imgcore.files.target_file import TargetFile
 from imgcore.files.target_folder import TargetFolder
 from imgcore.files.temporary_names import restore_interrupted
@@ -110,6 +110,7 @@ class Target:
         except FileNotFoundError:
             if in_place:
                 raise
+            refuse_absent_device(self.path)
             return
         end = _status_of_end(self.path)
         self.is_block_device = end is not None and stat.S_ISBLK(end.st_mode)

@@ -235,7 +235,7 @@ class SectorSized(Protocol):
 
 
 @runtime_checkable
-class Laden(Protocol):
+class LeavesOut(Protocol):
     """A reader of images that hold more than one state of the disk.
 
     Optional: readers of other formats do not have this method.

@@ -84,6 +84,25 @@ PLAIN_FORMAT: Final = "raw"
 # A suffix of raw disks that images in other formats often have, too.
 _UNCERTAIN_SUFFIX: Final = ".img"
 
+# Suffixes of files that no driver reads.
+_FOREIGN_SUFFIXES: Final = {
+    **CODEC_OF_SUFFIX,
+    ".tgz": "gzip",
+    ".xz": "xz",
+    ".bz2": "bzip2",
+    ".lz4": "lz4",
+    ".7z": "7z",
+    ".tar": "tar",
+    ".ova": "ova",
+    ".zip": "zip",
+    ".wim": "wim",
+    ".vma": "vma",
+    ".qed": "qed",
+    ".dmg": "dmg",
+    ".hdd": "parallels",
+    ".e01": "ewf",
+}
+
 
 class NotRead(NamedTuple):
     """A format that is recognised but not supported: what its files are, what to do."""
@@ -173,22 +192,56 @@ def get_driver(name: str) -> Driver:
 
 
 def format_from_suffix(path: str | os.PathLike[str]) -> str | None:
-    """Return the format that a file's suffix stands for, or None.
+    """Return the format of a new file with this name, or None.
 
     A block device and a compressed raw disk (``disk.raw.zst``) are raw.
     """
     name = os.fspath(path)
     if stream_suffix(name) is not None:
         return PLAIN_FORMAT
-    suffix = os.path.splitext(name)[1].lower()
-    for entry in DRIVERS:
-        if suffix in entry.suffixes:
-            return entry.name
-    try:
-        is_block_device = stat.S_ISBLK(os.stat(name).st_mode)
-    except OSError:
+    suffix = _suffix(name)
+    found = next((entry.name for entry in DRIVERS if suffix in entry.suffixes), None)
+    return PLAIN_FORMAT if found is None and _is_block_device(name) else found
+
+
+def stated_format(path: str | os.PathLike[str]) -> str | None:
+    """Return the format that the suffix of a name states; it may have no driver.
+
+    ``.img``, an unknown suffix and none at all state no format, and neither does the
+    name of a block device.
+    """
+    suffix = _suffix(os.fspath(path))
+    if suffix == _UNCERTAIN_SUFFIX:
         return None
-    return PLAIN_FORMAT if is_block_device else None
+    found = _FOREIGN_SUFFIXES.get(suffix)
+    for entry in DRIVERS:
+        if suffix in (*entry.suffixes, *entry.other_suffixes):
+            found = entry.name
+    return None if found is None or _is_block_device(path) else found
+
+
+def suffix_of(format: str) -> str:
+    """Return the usual suffix of a format."""
+    for entry in DRIVERS:
+        if entry.name == format:
+            return entry.suffixes[0]
+    foreign = (suffix for suffix, name in _FOREIGN_SUFFIXES.items() if name == format)
+    return next(foreign, f".{format}")
+
+
+def _suffix(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
+
+
+def _is_vhd_set(file: ByteSource) -> bool:
+    return _suffix(file.path) == ".vhds"
+
+
+def _is_block_device(path: str | os.PathLike[str]) -> bool:
+    try:
+        return stat.S_ISBLK(os.stat(path).st_mode)
+    except OSError:
+        return False
 
 
 def qemu_name(name: str) -> str:
@@ -265,7 +318,7 @@ def find_format(
             _refuse_other_format(file, name, flag)
         return Found(name)
     found = probe(file, flag=flag)
-    named = PLAIN_FORMAT if file.is_block_device else _stated_by_name(file.path)
+    named = PLAIN_FORMAT if file.is_block_device else stated_format(file.path)
     if found is None:
         if named == PLAIN_FORMAT or _suffix(file.path) == _UNCERTAIN_SUFFIX:
             return Found(PLAIN_FORMAT)
@@ -282,7 +335,7 @@ def find_format(
         if describing:
             return Found(found if is_read else PLAIN_FORMAT, f"{problem} to read it")
         raise WrongFormatError(problem, path=file.path)
-    if named is not None or not is_read:
+    if named in format_names() or not is_read:
         return Found(found)
     return Found(
         found,
@@ -297,25 +350,6 @@ def _codec_of(file: ByteSource) -> str | None:
 
     head = file.pread(0, min(HEAD_NBYTES, file.nbytes))
     return next((name for name, codec in CODECS.items() if codec.matches(head)), None)
-
-
-def _suffix(path: str) -> str:
-    return os.path.splitext(path)[1].lower()
-
-
-def _stated_by_name(path: str) -> str | None:
-    """Return the format that a name states, or None if it states nothing."""
-    if stream_suffix(path) is not None:
-        return PLAIN_FORMAT
-    suffix = _suffix(path)
-    for entry in DRIVERS:
-        if suffix in (*entry.suffixes, *entry.other_suffixes) and suffix != _UNCERTAIN_SUFFIX:
-            return entry.name
-    return None
-
-
-def _is_vhd_set(file: ByteSource) -> bool:
-    return _suffix(file.path) == ".vhds"
 
 
 def _no_magic(file: ByteSource, flag: str) -> str:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Final
 
 from imgcore.errors import ImgcoreError
 from imgcore.formats.qcow2 import lint as qcow2
+from imgcore.formats.registry import stated_format, suffix_of
 from imgcore.formats.shared.lint import CHECK_REMEDY, Finding, ImageFacts, Rule
-from imgcore.formats.suffixes import stated_format, suffix_of
 from imgcore.formats.vdi import lint as vdi
 from imgcore.formats.vhd import lint as vhd
 from imgcore.formats.vmdk import lint as vmdk

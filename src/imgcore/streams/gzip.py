@@ -59,7 +59,8 @@ class GzipEncoder:
 
     def __init__(self, target_file: TargetFile, threads: int = 1) -> None:
         self._output = OrderedOutput(target_file)
-        self._helpers = Helpers(threads, "imgcore-gzip")
+        # One alone would only take the place of the calling thread.
+        self._helpers = Helpers(threads if threads > 1 else 0, "imgcore-gzip")
         self._max_waiting = 2 * threads
         self._waiting: deque[Future[bytes]] = deque()
         self._piece = bytearray()
