@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from imgcore import limits
 from imgcore.errors import (
@@ -420,10 +420,30 @@ def _read_backing(file: ByteSource, header: Qcow2Header) -> None:
     header.backing = BackingReference(name, stated)
 
 
+class _Pieces:
+    """Reads many small parts of a file, ascending, with few system calls."""
+
+    _PIECE_NBYTES: Final = 65536
+
+    def __init__(self, file: ByteSource) -> None:
+        self._file = file
+        self._start = 0
+        self._piece = b""
+
+    def pread(self, offset: int, length: int) -> bytes:
+        start = offset - self._start
+        if start < 0 or start + length > len(self._piece):
+            rest = self._file.nbytes - offset
+            self._piece = self._file.pread(offset, min(rest, max(length, self._PIECE_NBYTES)))
+            self._start, start = offset, 0
+        return self._piece[start : start + length]
+
+
 def read_snapshots(file: ByteSource, header: Qcow2Header) -> list[Snapshot]:
     """Read the snapshot table, at most QCOW2_MAX_SNAPSHOT_TABLE_NBYTES bytes."""
     snapshots = []
     position = 0
+    table = _Pieces(file)
     for index in range(header.n_snapshots):
         offset = header.snapshots_offset + position
         _check_end(file, f"snapshot {index}", offset, layout.SNAPSHOT.size)
@@ -437,7 +457,7 @@ def read_snapshots(file: ByteSource, header: Qcow2Header) -> list[Snapshot]:
             clock,
             vm_nbytes,
             extra_nbytes,
-        ) = layout.SNAPSHOT.unpack(file.pread(offset, layout.SNAPSHOT.size))
+        ) = layout.SNAPSHOT.unpack(table.pread(offset, layout.SNAPSHOT.size))
         if extra_nbytes > limits.QCOW2_MAX_SNAPSHOT_EXTRA_NBYTES:
             raise LimitExceededError(
                 f"snapshot {index} has {extra_nbytes} bytes of extra data, allowed up to "
@@ -447,7 +467,7 @@ def read_snapshots(file: ByteSource, header: Qcow2Header) -> list[Snapshot]:
             )
         variable_nbytes = extra_nbytes + id_nbytes + name_nbytes
         _check_end(file, f"snapshot {index}", offset + layout.SNAPSHOT.size, variable_nbytes)
-        variable = file.pread(offset + layout.SNAPSHOT.size, variable_nbytes)
+        variable = table.pread(offset + layout.SNAPSHOT.size, variable_nbytes)
         position += -(-(layout.SNAPSHOT.size + variable_nbytes) // 8) * 8
         if position > limits.QCOW2_MAX_SNAPSHOT_TABLE_NBYTES:
             raise LimitExceededError(
