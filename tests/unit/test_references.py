@@ -195,6 +195,8 @@ FOREIGN: dict[str, Callable[[str], str]] = {
     "drive-slashes": lambda name: f"D:/vms/{name}",
     "drive-mixed": lambda name: rf"C:\vms/web\{name}",
     "drive-relative": lambda name: f"C:{name}",
+    "datastore": lambda name: f"[datastore1] web01/{name}",
+    "datastore-root": lambda name: f"[datastore1] {name}",
     "server": lambda name: rf"\\server\share\{name}",
     "volume": lambda name: rf"\\?\Volume{{26a21bda-a627-11d7-9931-806e6f6e6963}}\{name}",
     "relative": lambda name: rf"..\base\{name}",

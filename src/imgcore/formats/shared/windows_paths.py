@@ -1,12 +1,14 @@
-"""Turns the Windows paths of parents in VHD, VHDX and VMDK into file names."""
+"""Turns paths of Windows and other hosts in VHD, VHDX and VMDK into file names."""
 
 from __future__ import annotations
 
 import re
 
-# C:, \\server\share, \\?\Volume{...}, \folder: paths that only the machine of origin
+# C: and VMware's [datastore], which may stand before a file's name.
+_VOLUME = r"[A-Za-z]:|\[[^\]]+\] "
+# Also \\server\share, \\?\Volume{...}, \folder: paths that only the machine of origin
 # has.
-_ABSOLUTE = re.compile(r"[A-Za-z]:|[\\/]")
+_ABSOLUTE = re.compile(rf"{_VOLUME}|[\\/]")
 
 
 def names_from_windows_path(text: str) -> tuple[str, ...]:
@@ -36,7 +38,7 @@ def names_from_windows_path(text: str) -> tuple[str, ...]:
     components = [part for part in re.split(r"[\\/]+", text) if part not in ("", ".")]
     if not components or components[-1] == "..":
         return ()
-    last = re.sub(r"^[A-Za-z]:", "", components[-1])
+    last = re.sub(rf"^({_VOLUME})", "", components[-1])
     names = [] if _ABSOLUTE.match(text) else ["/".join(components)]
     if last and last not in names:
         names.append(last)
