@@ -43,7 +43,7 @@ def close_readers() -> Iterator[None]:
 def pytest_configure() -> None:
     """Reset signal handlers: a runner in the background may ignore the signals."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)
 
 

@@ -85,6 +85,9 @@ def stopped_job(
             yield job, int(line)
         finally:
             job.kill()
+            if within:
+                # What runs in the container is killed too, but a little later.
+                job.stdout.read()
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -60,7 +60,7 @@ def test_a_file_without_a_magic(tmp_path: Path, caplog: pytest.LogCaptureFixture
     """.img is raw, as it was; without a suffix, nothing says so."""
     assert imgcore.info(openings.disk(tmp_path / "disk.img"))["format"] == "raw"
     with pytest.raises(WrongFormatError, match="use -f raw"):
-        imgcore.info(openings.disk(tmp_path / "disk"))
+        imgcore.open(openings.disk(tmp_path / "disk"))
     assert not caplog.messages
 
 
