@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
+from collections.abc import Sequence
 from typing import SupportsIndex, TypeAlias
 
 from imgcore.errors import OptionError
@@ -17,6 +18,13 @@ it; results always hold the latter."""
 def file_name(path: FilePath) -> str:
     """Return a file's name as str; TypeError for anything that is not a name."""
     return os.fsdecode(path)
+
+
+def file_names(paths: FilePath | Sequence[FilePath]) -> tuple[str, ...]:
+    """Return the names of one file or of several as str; see `file_name`."""
+    if isinstance(paths, Sequence) and not isinstance(paths, str | bytes):
+        return tuple(file_name(path) for path in paths)
+    return (file_name(paths),)
 
 
 def integer(value: SupportsIndex, what: str) -> int:

@@ -36,10 +36,8 @@ def data_parts(
     """
     granule = _MIN_GRANULE_NBYTES
     ranges: NDArray[np.int64] = np.empty((0, 2), dtype=np.int64)
-    for rows in batches:
-        data = rows[rows["kind"] >= Kind.DATA]
-        starts = data["guest_offset"].astype(np.int64)
-        ends = starts + data["length"].astype(np.int64)
+    for first, last in _data_ranges(batches):
+        starts, ends = first.astype(np.int64), last.astype(np.int64)
         new = np.stack((starts // granule, -(-ends // granule)), axis=1)
         ranges = _joined(np.concatenate((ranges, new)))
         while len(ranges) > max_parts:
@@ -88,6 +86,7 @@ def count_blocks(batches: Iterable[Extents], block_nbytes: int) -> int:
 
 
 def _data_ranges(batches: Iterable[Extents]) -> Iterator[tuple[Any, Any]]:
+    """Yield the starts and the ends of the data of each batch that has some."""
     for batch in batches:
         rows = batch[batch["kind"] >= Kind.DATA]
         if len(rows):

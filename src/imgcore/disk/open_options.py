@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from imgcore.border import FilePath, file_name
+from imgcore.border import FilePath, file_names
 from imgcore.files.reference_gate import folder_names
 from imgcore.formats.shared.damage import SALVAGING, STRICT, Damage
 
@@ -69,18 +69,10 @@ class OpenOptions(NamedTuple):
         return cls(
             format=format,
             backing_format=backing_format,
-            parents=_names(parent),
+            parents=() if parent is None else file_names(parent),
             read_options=read_options,
             allow=tuple(folder_names(allow)),
             share=share,
             flags=flags,
             salvage=salvage,
         )
-
-
-def _names(parent: FilePath | Sequence[FilePath] | None) -> tuple[str, ...]:
-    if parent is None:
-        return ()
-    if isinstance(parent, Sequence) and not isinstance(parent, str | bytes):
-        return tuple(file_name(name) for name in parent)
-    return (file_name(parent),)

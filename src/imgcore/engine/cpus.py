@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Final
 
-from imgcore.files.descriptors import close, open_file
+from imgcore.files.descriptors import open_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,10 +67,7 @@ def _quota(folder: str, version: int) -> int | None:
 def _text(path: str) -> str:
     """Return the content of a file of the kernel, empty if it cannot be read."""
     try:
-        fd = open_file(path, os.O_RDONLY)
-        try:
-            return os.read(fd, _MAX_NBYTES).decode("utf-8", "surrogateescape")
-        finally:
-            close(fd)
+        with open(path, "rb", opener=open_file) as file:
+            return file.read(_MAX_NBYTES).decode("utf-8", "surrogateescape")
     except OSError:
         return ""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
-from imgcore.border import FilePath, file_name
+from imgcore.border import FilePath, file_name, file_names
 from imgcore.disk.backing import backing_path
 from imgcore.disk.image import open_image
 from imgcore.disk.open_options import Flags, OpenOptions
@@ -226,7 +226,7 @@ def convert(
 
     def job(commitment: Commitment[ConvertResult]) -> None:
         with ExitStack() as stack:
-            disk = stack.enter_context(open_sources(_names(source), opening))
+            disk = stack.enter_context(open_sources(file_names(source), opening))
             disk.refuse_conversion(with_base=backing is not None)
             base = _open_base(target, writing, opening, stack)
             output = Target(
@@ -261,12 +261,6 @@ def convert(
             commitment.commit(output, result)
 
     return until_committed(job)
-
-
-def _names(source: FilePath | Sequence[FilePath]) -> list[str]:
-    if isinstance(source, Sequence) and not isinstance(source, str | bytes):
-        return [file_name(path) for path in source]
-    return [file_name(source)]
 
 
 def _open_base(

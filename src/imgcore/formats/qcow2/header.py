@@ -71,11 +71,6 @@ class Qcow2Header:
         return bool(self.refcount_table_offset and self.refcount_table_clusters)
 
     @property
-    def refcount_table_entries(self) -> int:
-        """The number of entries in the refcount table."""
-        return self.refcount_table_clusters * self.cluster_size // layout.ENTRY_NBYTES
-
-    @property
     def is_dirty(self) -> bool:
         """Whether refcounts may be stale."""
         return bool(self.incompatible & layout.INCOMPATIBLE_DIRTY)

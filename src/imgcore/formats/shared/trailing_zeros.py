@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from imgcore.formats.shared.alignment import align_up
 from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def end_of_data(file: ByteSource, max_zeros_nbytes: int) -> int | None:
         start = max(limit, position - _PIECE_NBYTES)
         piece = file.pread(start, position - start).rstrip(b"\0")
         if piece:
-            return start + -(-len(piece) // SECTOR_NBYTES) * SECTOR_NBYTES
+            return start + align_up(len(piece), SECTOR_NBYTES)
         position = start
     return None
 
@@ -53,7 +54,7 @@ def _end_before_hole(file: ByteSource) -> int:
             high = middle
         else:
             low = middle
-    return min(high + -high % SECTOR_NBYTES, file.nbytes)
+    return min(align_up(high, SECTOR_NBYTES), file.nbytes)
 
 
 def _is_hole_from(file: ByteSource, position: int) -> bool:

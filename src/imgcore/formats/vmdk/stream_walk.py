@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from imgcore.formats.shared.alignment import align_up
 from imgcore.formats.shared.damage import SALVAGING
 from imgcore.formats.vmdk.layout import GRAIN_MARKER, MARKER, MAX_COMPRESSED_GRAINS, Marker
 from imgcore.limits import MIB, SECTOR_NBYTES
@@ -119,7 +120,7 @@ def _parse(raw: bytes, header: SparseHeader, position: int) -> Item | None:
         if not _is_grain(raw, header, lba, nbytes):
             return None
         end = position + GRAIN_MARKER.size + nbytes
-        return Item(position, lba, None, False, end + -end % SECTOR_NBYTES)
+        return Item(position, lba, None, False, align_up(end, SECTOR_NBYTES))
     if len(raw) < MARKER.size:
         return None
     n_sectors, _, kind = MARKER.unpack_from(raw)
