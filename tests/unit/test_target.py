@@ -28,7 +28,7 @@ from imgcore.files import target as target_module
 from imgcore.files import target_folder, temporary_names
 from imgcore.files.host_file import HostFile
 from imgcore.files.identity import same_file
-from imgcore.files.locks import Lock
+from imgcore.files.locks import Lock, lock
 from imgcore.files.target import Target
 
 NEW = b"new" * 1000
@@ -930,6 +930,24 @@ class TestStale:
         answers = iter([Lock.HELD_BY_OTHER, Lock.TAKEN])
         monkeypatch.setattr(target_folder, "lock", lambda fd: next(answers))
         write(tmp_path / "disk.raw")
+        assert names(tmp_path) == ["disk.raw"]
+
+    def test_removed_under_its_lock(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Otherwise a job that has just created it could lock it and then lose it."""
+        left = tmp_path / ".disk.raw.imgcore-4999999-0123456789ab"
+        left.touch()
+        outcomes = []
+        unlink = os.unlink
+
+        def try_to_lock(name: str, **keywords: Any) -> None:
+            if name == left.name:
+                with left.open("rb") as file:
+                    outcomes.append(lock(file.fileno()))
+            unlink(name, **keywords)
+
+        monkeypatch.setattr(os, "unlink", try_to_lock)
+        write(tmp_path / "disk.raw")
+        assert outcomes == [Lock.HELD_BY_OTHER]
         assert names(tmp_path) == ["disk.raw"]
 
 

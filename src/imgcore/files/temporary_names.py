@@ -12,11 +12,14 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from imgcore.files.descriptors import close, open_file
 from imgcore.files.locks import Lock, folder_lock, lock
 from imgcore.log import log
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _NAME_MAX: Final = 255  # bytes in a file name, Linux include/uapi/linux/limits.h
 _BACKUP_SUFFIX: Final = "-old"
@@ -60,13 +63,19 @@ def remove_stale(folder_fd: int, folder: str, name: str) -> None:
     except OSError:
         return
     for entry in filter(pattern.fullmatch, names):
-        with contextlib.suppress(OSError):
-            if _is_abandoned(folder_fd, folder, entry):
+        # Unlinked under the lock: a job that has just created the file, and locks it
+        # next, then finds the lock taken or the file without a name.
+        with contextlib.suppress(OSError), _abandoned(folder_fd, folder, entry) as abandoned:
+            if abandoned:
                 os.unlink(entry, dir_fd=folder_fd)
 
 
-def _is_abandoned(folder_fd: int, folder: str, entry: str) -> bool:
-    """Tell whether a temporary's job has ended; OSError if it cannot be opened."""
+@contextlib.contextmanager
+def _abandoned(folder_fd: int, folder: str, entry: str) -> Iterator[bool]:
+    """Tell whether a temporary's job has ended, and keep it locked if so.
+
+    OSError if it cannot be opened.
+    """
     flags = os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         # NFS locks a file only if it is open for writing.
@@ -75,15 +84,15 @@ def _is_abandoned(folder_fd: int, folder: str, entry: str) -> bool:
         fd = open_file(entry, flags | os.O_RDONLY, folder_fd=folder_fd)
     try:
         outcome = lock(fd)
+        if outcome is Lock.NOT_SUPPORTED:
+            log.warning(
+                "%s: left by a job that was killed, or still being written: this file "
+                "system has no locks to tell; remove it if no job is running",
+                os.path.join(folder, entry),
+            )
+        yield outcome is Lock.TAKEN
     finally:
         close(fd)
-    if outcome is Lock.NOT_SUPPORTED:
-        log.warning(
-            "%s: left by a job that was killed, or still being written: this file system "
-            "has no locks to tell; remove it if no job is running",
-            os.path.join(folder, entry),
-        )
-    return outcome is Lock.TAKEN
 
 
 def restore_interrupted(folder: str, name: str) -> None:
@@ -117,8 +126,12 @@ def _restore(folder_fd: int, folder: str, name: str, token: str) -> None:
     # A job has its temporaries open until the replacement is complete.  This is for
     # NFS, where the lock on a folder excludes processes of the same host only.
     for match in backups:
-        with contextlib.suppress(FileNotFoundError):
-            if not _is_abandoned(folder_fd, folder, match[0].removesuffix(_BACKUP_SUFFIX)):
+        temporary = match[0].removesuffix(_BACKUP_SUFFIX)
+        with (
+            contextlib.suppress(FileNotFoundError),
+            _abandoned(folder_fd, folder, temporary) as abandoned,
+        ):
+            if not abandoned:
                 return
     finals = {match[0]: _final_name(match, name) for match in backups}
     missing = [final is not None and not _exists(folder_fd, final) for final in finals.values()]
