@@ -34,12 +34,12 @@ from typing import (
 )
 
 from imgcore.engine.source_file import SourceFile
-from imgcore.errors import OptionError
+from imgcore.errors import OptionError, UnsupportedFeatureError
 from imgcore.formats.shared.damage import STRICT, Damage
 from imgcore.text import without_secrets
 
 if TYPE_CHECKING:
-    from imgcore.engine.extents import Extents, Placements
+    from imgcore.engine.extents import Extents, Kind, Placements
     from imgcore.engine.geometry import Geometry
     from imgcore.files.byte_source import ByteSource
     from imgcore.files.reference_gate import ReferenceGate
@@ -462,6 +462,104 @@ class Measurement(NamedTuple):
     fully_allocated: int
 
 
+# -- rewriting without copying ---------------------------------------------------------
+
+
+class BlockRule(NamedTuple):
+    """Where a format may have its blocks in a file that another format laid out.
+
+    Attributes
+    ----------
+    block_nbytes : int
+        Size of a block.
+    alignment, phase : int
+        A block's host offset is ``phase`` modulo ``alignment``.
+    first_offset : int
+        Blocks start here or later: the format's headers need what is before.
+    end_offset : int
+        Blocks end here or earlier.
+    takes_compressed : frozenset of Kind
+        Kinds of compressed blocks, of one guest block each, that the format can refer
+        to where they are.
+    """
+
+    block_nbytes: int
+    alignment: int
+    phase: int = 0
+    first_offset: int = 0
+    end_offset: int = 1 << 62
+    takes_compressed: frozenset[Kind] = frozenset()
+
+
+class Survey(NamedTuple):
+    """Where the file that will be rewritten has the data of its disk.
+
+    Attributes
+    ----------
+    file_nbytes : int
+        Size of the file in bytes.
+    is_flat : bool
+        Whether guest byte i is host byte i, also where the file has holes.
+    rows : ndarray, shape (n,), dtype EXTENT_DTYPE
+        DATA and compressed extents of the whole disk, ascending; DATA that continues in
+        guest and file is one row.
+    """
+
+    file_nbytes: int
+    is_flat: bool
+    rows: Extents
+
+
+class Rewriter(Protocol):
+    """Writes a format's tables and headers around blocks that stay in their file.
+
+    The calls, in this order: `begin`; `place` for all batches; `finish`.  The file that
+    they write to keeps back what lies before ``append_offset``: the old image stays
+    valid until all of it is exchanged in one step (`imgcore.files.staged_file`).
+
+    Notes
+    -----
+    Errors: as for `Writer`.
+    """
+
+    format_name: ClassVar[str]
+    """The format's name in the registry."""
+
+    @property
+    def rule(self) -> BlockRule | None:
+        """Where blocks may be; None if the disk is the file, byte for byte."""
+        ...
+
+    @property
+    def overwrites(self) -> Sequence[tuple[int, int]]:
+        """The ranges (host offset, length) before the old end that it may write."""
+        ...
+
+    def begin(self, file: TargetFile, append_offset: int) -> int:
+        """Take the file, and reserve space for tables of known size.
+
+        Parameters
+        ----------
+        file : TargetFile
+        append_offset : int
+            The old size of the file, or larger: from here on it is free.
+
+        Returns
+        -------
+        int
+            The first free host offset after what is reserved, at which a block may be.
+        """
+        ...
+
+    def place(self, first_block: int, placements: Placements, next_offset: int) -> int:
+        """Record where blocks are; as `Writer.place`, but in any order of offsets."""
+        ...
+
+    def finish(self, next_offset: int) -> None:
+        """Write the remaining tables and headers, and set the file's final size."""
+        ...
+
+
 # -- the format ------------------------------------------------------------------------
 
 
@@ -492,6 +590,9 @@ class Driver(NamedTuple):
         The record of the options for reading; None if there are none.
     has_tables : bool
         Whether images have tables, so that there is something to check.
+    rewriting : str or None
+        Module that holds ``rewriter_for(request, survey)``; see `rewriter`.  None if
+        other images cannot become images of this format without copying.
     """
 
     name: str
@@ -500,6 +601,7 @@ class Driver(NamedTuple):
     writing: str | None
     read_options: type[FormatOptions] | None = None
     has_tables: bool = True
+    rewriting: str | None = None
 
     @property
     def options(self) -> type[FormatOptions]:
@@ -545,6 +647,23 @@ class Driver(NamedTuple):
             As for `writer`.
         """
         return cast("Measurement", self._writing_module().measure(request, data_nbytes))
+
+    def rewriter(self, request: WriteRequest[Any], survey: Survey) -> Rewriter:
+        """Return what makes an image of this format around another one's blocks.
+
+        Raises
+        ------
+        OptionError, LimitExceededError
+            As for `writer`.
+        UnsupportedFeatureError
+            The format cannot refer to the blocks where they are.
+        """
+        if self.rewriting is None:
+            raise UnsupportedFeatureError(
+                f"no image becomes {self.name} without copying: use imgcore convert"
+            )
+        module = importlib.import_module(self.rewriting)
+        return cast("Rewriter", module.rewriter_for(request, survey))
 
     def _writing_module(self) -> Any:
         if self.writing is None:
