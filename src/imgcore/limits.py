@@ -35,6 +35,9 @@ SALVAGE_MAX_ROWS: Final = 1 << 23
 # copied onto larger volumes.
 MAX_PADDING_NBYTES: Final = 64 * MIB
 
+# What follows a disk in its file, and rewriting cuts off: the journal holds a copy.
+MAX_CUT_NBYTES: Final = 64 * MIB
+
 # Ranges that `check --repair` remembers before it joins those that touch.
 MAX_REPAIR_RANGES: Final = 1 << 20
 
