@@ -16,7 +16,7 @@ import numpy as np
 
 from imgcore import limits
 from imgcore.engine.extents import Kind
-from imgcore.errors import OptionError, UnsupportedFeatureError
+from imgcore.errors import OptionError
 from imgcore.formats.api import BlockRule
 from imgcore.formats.qcow2 import layout
 from imgcore.formats.qcow2.new_tables import NewTables, in_chunks, referenced_clusters
@@ -25,7 +25,6 @@ from imgcore.formats.qcow2.rebuild import MAX_BLOCKS, place_structure
 from imgcore.formats.qcow2.refcounts import RefcountMap, check_table_size
 from imgcore.formats.qcow2.references import RefcountStructure
 from imgcore.formats.shared.alignment import align_up
-from imgcore.formats.shared.write_checks import refuse_compression
 from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
@@ -43,11 +42,6 @@ _PIECE_ENTRIES: Final = 1 << 20
 
 def rewriter_for(request: WriteRequest[Options], survey: Survey) -> Qcow2Rewriter:
     """Return the rewriter; see `imgcore.formats.api.Driver.rewriter`."""
-    refuse_compression(request, "an image that is rewritten without copying")
-    if request.backing is not None:
-        raise UnsupportedFeatureError(
-            "an image that is rewritten without copying gets no backing file: use imgcore convert"
-        )
     options = WriteOptions.of(request)
     if options.preallocation != "off":
         raise OptionError(
