@@ -56,6 +56,9 @@ QCOW2_MAX_REFCOUNT_TABLE_NBYTES: Final = 8 * MIB
 # Refcount blocks that a repair adds: 64 TiB in clusters of 64 KiB need 2 GiB of them,
 # or 8 GiB if refcounts have 64 bits.
 QCOW2_MAX_NEW_REFCOUNTS_NBYTES: Final = 9 * GIB
+# A bit for each host cluster of an image that is rewritten: a file of 256 TiB in
+# clusters of 64 KiB.
+QCOW2_MAX_REFCOUNT_PLANE_NBYTES: Final = 512 * MIB
 QCOW2_MAX_SNAPSHOTS: Final = 65536
 QCOW2_MAX_BACKING_NAME_NBYTES: Final = 1023
 QCOW2_MAX_SNAPSHOT_TABLE_NBYTES: Final = 64 * MIB
