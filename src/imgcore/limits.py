@@ -31,6 +31,10 @@ MAX_BASE_BLOCK_NBYTES: Final = 4 * MIB
 # about 300 MiB.
 SALVAGE_MAX_ROWS: Final = 1 << 23
 
+# Extents of an image that is rewritten without copying: they are held in memory, in
+# about 100 bytes each.
+MAX_SURVEY_ROWS: Final = 1 << 22
+
 # Zeros after an image whose end has its magic, besides holes of the file: images are
 # copied onto larger volumes.
 MAX_PADDING_NBYTES: Final = 64 * MIB
