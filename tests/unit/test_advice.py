@@ -645,6 +645,10 @@ OTHERS = frozenset(
             "the refcount table needs {} bytes, allowed up to {}: use larger clusters or fewer "
             "refcount_bits"
         ),
+        (
+            "{} clusters of {} bytes are too many to count, allowed up to {}: use a larger "
+            "cluster_size"
+        ),
         "data at {}: a sparse VMDK file holds at most {} bytes (use a flat subformat)",
         "{} bytes need {} grain directory entries, allowed up to {}: use a larger grain_size",
         "copy it to a file that is neither",
