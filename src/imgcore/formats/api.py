@@ -560,6 +560,27 @@ class Rewriter(Protocol):
         ...
 
 
+@runtime_checkable
+class WithCompanions(Protocol):
+    """A rewriter whose image is in more files than the one that is rewritten.
+
+    Optional: rewriters of images in one file do not have these properties.
+    """
+
+    @property
+    def data_name(self) -> str:
+        """The new name of the file that is rewritten, without its folder."""
+        ...
+
+    @property
+    def companions(self) -> Mapping[str, bytes]:
+        """The other files: names in the same folder, and contents.
+
+        One of them has the name that the request states for the target.
+        """
+        ...
+
+
 # -- the format ------------------------------------------------------------------------
 
 
