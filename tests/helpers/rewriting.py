@@ -20,7 +20,7 @@ from imgcore.engine.extents import (
     join_neighbours,
 )
 from imgcore.files.target_file import TargetFile
-from imgcore.formats.api import BlockRule, Rewriter, Survey, WithCompanions, WriteRequest
+from imgcore.formats.api import BlockRule, Described, Rewriter, Survey, WriteRequest
 from imgcore.formats.option_texts import parse_options
 from imgcore.formats.registry import get_driver
 from imgcore.formats.shared.alignment import align_up
@@ -123,10 +123,9 @@ def rewrite(
         result = _rewrite(image, data_path, found, rewriter, order)
     if data_path != path:
         path.unlink()
-    if isinstance(rewriter, WithCompanions):
+    if isinstance(rewriter, Described):
         data_path.rename(path.parent / rewriter.data_name)
-        for name, octets in rewriter.companions.items():
-            (path.parent / name).write_bytes(octets)
+        (path.parent / request.target_name).write_bytes(rewriter.description)
     return result
 
 

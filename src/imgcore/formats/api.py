@@ -273,6 +273,34 @@ class Inheritable(Protocol):
         ...
 
 
+@runtime_checkable
+class MaybeFlat(Protocol):
+    """A reader of images some of which have the disk in one file, byte for byte.
+
+    Optional: readers of other formats do not have this property.
+    """
+
+    @property
+    def starts_with_disk(self) -> bool:
+        """Whether guest byte i is byte i of the only file with guest data.
+
+        The file may have other bytes after the disk.
+        """
+        ...
+
+
+@runtime_checkable
+class RefusesRewriting(Protocol):
+    """A reader of images that may be in a state in which they are read only.
+
+    Optional: readers of other formats do not have this method.
+    """
+
+    def refuse_rewriting(self) -> None:
+        """Raise UnsupportedFeatureError if the image's tables may be wrong."""
+        ...
+
+
 # -- checking and repairing ------------------------------------------------------------
 
 
@@ -561,23 +589,20 @@ class Rewriter(Protocol):
 
 
 @runtime_checkable
-class WithCompanions(Protocol):
-    """A rewriter whose image is in more files than the one that is rewritten.
+class Described(Protocol):
+    """A rewriter of images of two files: one has the disk, a small one describes it.
 
-    Optional: rewriters of images in one file do not have these properties.
+    Optional.  The small file has the image's name (``WriteRequest.target_name``).
     """
 
     @property
     def data_name(self) -> str:
-        """The new name of the file that is rewritten, without its folder."""
+        """Name of the file that has the disk, without its folder."""
         ...
 
     @property
-    def companions(self) -> Mapping[str, bytes]:
-        """The other files: names in the same folder, and contents.
-
-        One of them has the name that the request states for the target.
-        """
+    def description(self) -> bytes:
+        """Content of the small file."""
         ...
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from imgcore.errors import OptionError, UnsupportedFeatureError
-from imgcore.limits import MAX_CUT_NBYTES
+from imgcore.limits import MAX_DROPPED_NBYTES
 
 if TYPE_CHECKING:
     from imgcore.engine.extents import Placements
@@ -53,10 +53,10 @@ class FlatRewriter:
                 "writes them in order"
             )
         n_behind = max(survey.file_nbytes - guest_nbytes, 0)
-        if n_behind > MAX_CUT_NBYTES:
+        if n_behind > MAX_DROPPED_NBYTES:
             raise UnsupportedFeatureError(
-                f"{n_behind} bytes follow the disk in its file, at most {MAX_CUT_NBYTES} can be "
-                "cut off: imgcore convert writes a file without them"
+                f"{n_behind} bytes follow the disk in its file, at most {MAX_DROPPED_NBYTES} can "
+                "be cut off: imgcore convert writes a file without them"
             )
         self.overwrites: tuple[tuple[int, int], ...] = (
             ((guest_nbytes, n_behind),) if n_behind else ()

@@ -76,7 +76,7 @@ def staying_blocks(survey: Survey, rule: BlockRule, virtual_size: int) -> Runs:
     nbytes = rule.block_nbytes
     runs = _flat_runs(survey.rows, nbytes) if survey.is_flat else None
     if runs is None:
-        runs = _whole_blocks(survey.rows, nbytes, virtual_size)
+        runs = whole_blocks(survey.rows, nbytes, virtual_size)
         runs = runs.where((runs.host_offset - rule.phase) % rule.alignment == 0)
     elif rule.phase or nbytes % rule.alignment:
         runs = runs.where(np.zeros(len(runs.n_blocks), dtype=bool))
@@ -102,8 +102,8 @@ def _flat_runs(rows: Extents, nbytes: int) -> Runs:
     return Runs(first, end - first, first * nbytes)
 
 
-def _whole_blocks(rows: Extents, nbytes: int, virtual_size: int) -> Runs:
-    """Return the blocks that are inside one row of plain data."""
+def whole_blocks(rows: Extents, nbytes: int, virtual_size: int) -> Runs:
+    """Return the blocks that are inside one row of plain data, wherever that is."""
     # Other files than the image's own have what a log puts over it, for example.
     is_here = (rows["kind"] == Kind.DATA) & (rows["file"] == 0)
     guest, length, host = _columns(rows[is_here])

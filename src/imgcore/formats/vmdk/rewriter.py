@@ -25,7 +25,7 @@ from imgcore.formats.vmdk.sparse_structures import FRONT_NBYTES, HostedLayout, H
 from imgcore.limits import SECTOR_NBYTES, VMDK_MAX_SPARSE_FILE_NBYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from imgcore.engine.extents import Placements
     from imgcore.files.target_file import TargetFile
@@ -111,13 +111,13 @@ class DescribedRewriter(FlatRewriter):
 
     @property
     def data_name(self) -> str:
-        """The new name of the file; see `imgcore.formats.api.WithCompanions`."""
+        """The new name of the file; see `imgcore.formats.api.Described`."""
         return data_file_name(self._options.name)
 
     @property
-    def companions(self) -> Mapping[str, bytes]:
-        """The descriptor file; see `imgcore.formats.api.WithCompanions`."""
-        return {self._options.name: flat_descriptor(self._options)}
+    def description(self) -> bytes:
+        """The descriptor file; see `imgcore.formats.api.Described`."""
+        return flat_descriptor(self._options)
 
     def finish(self, next_offset: int) -> None:
         """Set the file's final size."""
