@@ -42,7 +42,7 @@ def assert_keeps_the_log(path: Path, target: Becomes, beside: Path) -> None:
     replayed(path, raw)
     before = images.sha256(path)
     result = imgcore.rewrite(path, target.format, options=list(target.options))
-    pairs.assert_reads_as(raw, Path(result.path), target.format)
+    pairs.assert_reads_as(raw, Path(result.path), target.format, leaks=True)
     assert Path(imgcore.undo_rewrite(result.path)) == path
     assert images.sha256(path) == before
     assert imgcore.info(path)["dirty-flag"] is True

@@ -34,6 +34,8 @@ USUAL = (
     "vhdx-imgcore-to-vdi",
     "vdi-imgcore-to-vhdx-1M",
 )
+# What may move: the front of a raw disk, or a block of which a part is elsewhere.
+MOVED_NBYTES = dict.fromkeys(("vmdk-inflated", "qcow2-2M", "vhdx-32M"), DISK.virtual_size)
 ALL = [pytest.param(pair, id=pair.name) for pair in PAIRS]
 A_FEW = [pytest.param(pair, id=pair.name) for pair in PAIRS if pair.name in USUAL]
 
@@ -95,14 +97,15 @@ class Case:
         self.path = Path(imgcore.undo_rewrite(self.path))
         assert pairs.digests(self.folder) == self.before
 
-    def assert_sound(self) -> None:
-        pairs.assert_reads_as(self.raw, self.path, self.target.format)
+    def assert_sound(self, *, leaks: bool = True) -> None:
+        """Ask all judges; the old image's tables leak until the end of the journal."""
+        pairs.assert_reads_as(self.raw, self.path, self.target.format, leaks=leaks)
 
 
 def go_all_the_way(case: Case) -> None:
     result = case.rewrite()
     assert result.virtual_size == case.raw.stat().st_size
-    assert result.bytes_moved <= 8 * MIB or case.target.inflate
+    assert result.bytes_moved <= MOVED_NBYTES.get(case.target.name, MIB)
     case.assert_sound()
     case.undo()
     case.rewrite()
@@ -115,7 +118,7 @@ def go_all_the_way(case: Case) -> None:
     case.assert_sound()
     imgcore.finish_rewrite(case.path)
     assert not [path for path in case.folder.iterdir() if "journal" in path.name]
-    case.assert_sound()
+    case.assert_sound(leaks=False)
 
 
 @pytest.mark.parametrize("pair", A_FEW)

@@ -123,7 +123,7 @@ def assert_only_new(raw: Path, path: Path, target: Becomes) -> None:
         said = qemu.checked([program, "info", str(path)]).stdout
         assert f"file format: {pairs.qemu_name(target.format)}\n" in said
     assert imgcore.info(path)["format"] == target.format
-    pairs.assert_reads_as(raw, path, target.format)
+    pairs.assert_reads_as(raw, path, target.format, leaks=True)
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.name)

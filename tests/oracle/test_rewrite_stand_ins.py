@@ -72,12 +72,14 @@ _VMDK_PIECES_1M: Final = StandIn("vmdk", MIB, True, 64 * KIB)
 _VDI: Final = StandIn("vdi", MIB, True, MIB)
 
 JOBS: Final = (
-    *(Job(_VHDX_32M, to) for to in (TO_QCOW2, TO_QCOW2_1M, TO_VMDK, TO_VDI)),
-    *(Job(_VHDX_1M, to) for to in (TO_QCOW2, TO_QCOW2_1M, TO_VMDK, TO_VDI)),
+    *(Job(_VHDX_32M, to) for to in (TO_QCOW2, TO_QCOW2_1M, TO_VMDK)),
+    *(Job(_VHDX_1M, to) for to in (TO_QCOW2, TO_QCOW2_1M, TO_VMDK)),
+    # The map of a VDI takes 5 MiB in front.
+    *(Job(source, TO_VDI, 5 * MIB) for source in (_VHDX_32M, _VHDX_1M, _QCOW2_1M)),
     Job(_QCOW2_PIECES_64K, TO_VMDK),
     Job(_QCOW2_PIECES_1M, TO_VMDK),
     Job(StandIn("qcow2", 64 * KIB, False, 64 * KIB), TO_VMDK),
-    *(Job(_QCOW2_1M, to, 8 * MIB) for to in (TO_VHDX, TO_VMDK, TO_VDI)),
+    *(Job(_QCOW2_1M, to) for to in (TO_VHDX, TO_VMDK)),
     Job(_QCOW2_2M, TO_VHDX_2M),
     Job(_VMDK_PIECES_64K, TO_QCOW2),
     Job(_VMDK_PIECES_1M, TO_QCOW2),
@@ -207,7 +209,7 @@ def stays_in_place(job: Job, folder: Path) -> None:
     assert counted.data_read <= result["bytes_moved"] + (overwritten if start == 0 else 0)
     assert result["peak"] <= MEMORY_NBYTES
     assert target.stat().st_size <= old_nbytes + allowed
-    assert imgcore.check(target, format=job.target.format).ok
+    assert imgcore.check(target, format=job.target.format).corruptions == 0
     qemu.checked([qemu_imgs()[0], "check", "-f", qemu_name(job.target.format), str(target)])
     assert Path(imgcore.undo_rewrite(target)) == path
     assert path.stat().st_size == old_nbytes
@@ -226,7 +228,7 @@ def test_data_of_a_raw_disk_stays(job: Job, here: Path) -> None:
     stays_in_place(job, here)
 
 
-@pytest.mark.parametrize("job", _params((JOBS[3], JOBS[-2])))
+@pytest.mark.parametrize("job", _params((Job(_VHDX_32M, TO_VDI, 5 * MIB), Job(_VDI, TO_VHDX))))
 def test_a_few_stay(job: Job, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     stays_in_place(job, tmp_path / "images")
