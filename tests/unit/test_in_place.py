@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -255,3 +256,16 @@ def test_a_conversion_that_can_be_undone_is_kept(disk: Path) -> None:
     new = rewrite(disk)
     finish(new)
     rewrite(new, name="disk.third")
+
+
+@pytest.mark.parametrize("flag", ["i", "a"])
+def test_immutable(disk: Path, flag: str) -> None:
+    if subprocess.run(["chattr", f"+{flag}", disk], check=False).returncode:
+        pytest.skip("needs root, and a file system with flags")
+    try:
+        with pytest.raises(TargetError, match="immutable or append-only") as caught:
+            InPlace(disk)
+    finally:
+        subprocess.run(["chattr", "-i", "-a", disk], check=True)
+    assert f"chattr -i -a {disk} permits" in str(caught.value)
+    InPlace(disk).close()

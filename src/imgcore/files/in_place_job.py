@@ -314,7 +314,7 @@ def _begin_of(journal: Journal) -> Begin:
     except (KeyError, TypeError, ValueError):
         is_sound = False
     if not is_sound:
-        raise journal.damaged("its first record contradicts itself")
+        raise journal.damaged("the record at its start contradicts itself")
     return begin
 
 

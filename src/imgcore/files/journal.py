@@ -137,7 +137,7 @@ class Journal:
         except (KeyError, TypeError, ValueError, RecursionError):
             self.records.clear()
         if not self.records:
-            raise self.damaged("its first record is not whole")
+            raise self.damaged("the record at its start is not whole")
 
     def damaged(self, why: str) -> ImgcoreError:
         """Return the error of a journal that cannot be followed."""
