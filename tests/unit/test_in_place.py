@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import os
-import random
 import subprocess
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from tests.helpers.tiny import FRONT, OLD, SIZE, new_content, rewrite
 
 from imgcore.errors import ImgcoreError, LimitExceededError, TargetError
 from imgcore.files.in_place import InPlace, finish, recover, undo
 from imgcore.limits import MAX_OVERWRITTEN_NBYTES
 
-SIZE = 1 << 20
-FRONT = 1 << 16
-OLD = random.Random(1).randbytes(SIZE)
 MTIME_NS = 10**18 + 7
 
 
@@ -26,38 +22,6 @@ def disk(tmp_path: Path) -> Path:
     path.write_bytes(OLD)
     os.utime(path, ns=(MTIME_NS, MTIME_NS))
     return path
-
-
-def rewrite(
-    path: Path,
-    *,
-    name: str | None = "disk.new",
-    created: Mapping[str, bytes] | None = None,
-    removed: Sequence[str] = (),
-    commit: bool = True,
-) -> Path:
-    """Move the front to the end, and write a header and a table."""
-    old = path.read_bytes()
-    with InPlace(path) as job:
-        file = job.start({"to": "new"}, [(0, FRONT)], name=name, created=created, removed=removed)
-        file.pwrite(len(old), old[:FRONT])
-        file.pwrite(len(old) + FRONT, b"table" * 1000)
-        file.pwrite(0, b"header")
-        file.clear_rest(FRONT)
-        file.truncate(len(old) + 2 * FRONT)
-        assert path.read_bytes()[: len(old)] == old
-        if commit:
-            job.commit()
-    return Path(job.path)
-
-
-def new_content() -> bytes:
-    return (
-        b"header".ljust(FRONT, b"\0")
-        + OLD[FRONT:]
-        + OLD[:FRONT]
-        + (b"table" * 1000).ljust(FRONT, b"\0")
-    )
 
 
 def files_beside(path: Path) -> list[str]:

@@ -74,7 +74,7 @@ class Folder:
             with named_errors(self.path_of(name)):
                 done = 0
                 while done < len(content):
-                    done += os.write(fd, memoryview(content)[done:])
+                    done += os.pwrite(fd, memoryview(content)[done:], done)
                 os.fchmod(fd, mode & 0o777)
                 os.fsync(fd)
         finally:
