@@ -59,7 +59,9 @@ def compare(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def tiny(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {"path": str(rewrite(Path(arguments["path"])))}
+    created = {name: text.encode() for name, text in arguments.get("created", {}).items()}
+    more = {key: arguments[key] for key in ("name", "removed") if key in arguments}
+    return {"path": str(rewrite(Path(arguments["path"]), created=created, **more))}
 
 
 def recover(arguments: dict[str, Any]) -> dict[str, Any]:

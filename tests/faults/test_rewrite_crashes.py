@@ -34,16 +34,28 @@ def agent(shim: Path) -> Iterator[Agent]:
         yield agent
 
 
-def tiny(agent: Agent) -> tuple[str, Callable[..., Mapping[str, Any]]]:
+def tiny(agent: Agent, **more: Any) -> tuple[str, Callable[..., Mapping[str, Any]]]:
     """Write the tiny format's old image, and return its name and the conversion."""
     path = agent.folder / "disk.old"
     path.write_bytes(OLD)
-    return path.name, lambda **job: agent.do("tiny", {"path": path}, **job)
+    for name in more.get("removed", ()):
+        (agent.folder / name).write_bytes(f"old {name}".encode())
+    return path.name, lambda **job: agent.do("tiny", {"path": path, **more}, **job)
+
+
+# New names, side files, and a side file that takes the place of another.
+NAMES: dict[str, dict[str, Any]] = {
+    "renamed": {},
+    "same-name": {"name": None},
+    "side-files": {"created": {"a.txt": "new a", "c.txt": "new c"}, "removed": ["a.txt", "b.txt"]},
+    "in-place-of-side-file": {"name": "a.txt", "removed": ["a.txt"]},
+}
 
 
 @pytest.mark.parametrize("n_cuts", [N_FEW_CUTS, pytest.param(N_CUTS, marks=pytest.mark.slow)])
-def test_power_cuts(n_cuts: int, agent: Agent, tmp_path: Path) -> None:
-    cuts = PowerCuts(agent, *tiny(agent), tmp_path / "log")
+@pytest.mark.parametrize("names", NAMES)
+def test_power_cuts(names: str, n_cuts: int, agent: Agent, tmp_path: Path) -> None:
+    cuts = PowerCuts(agent, *tiny(agent, **NAMES[names]), tmp_path / "log")
     rng = random.Random(images.SEED)
     for _ in range(n_cuts):
         cuts.run(rng)
