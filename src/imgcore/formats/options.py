@@ -1,8 +1,7 @@
-"""Declares the options of a format: a frozen dataclass with a field for each option.
+"""Declares the options of a format: a record with a field for each option.
 
 ::
 
-    @dataclass(frozen=True)
     class Options(FormatOptions):
         subformat: str = choice("dynamic", ("dynamic", "fixed"), "Kind of VHD")
         block_size: int | None = byte_size(None, "Block size, 512k to 2M")
@@ -14,10 +13,9 @@ A field's type, default, allowed values and help text are stated here only.  Use
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
-from typing import Any, ClassVar, Final, NamedTuple, TypeVar, cast
+from typing import Any, ClassVar, Final, NamedTuple, TypeVar, cast, dataclass_transform
 
 from imgcore.border import byte_count, integer
 from imgcore.errors import OptionError
@@ -77,41 +75,95 @@ _COMMON: Final = {
 }
 
 
-@dataclass(frozen=True)
+class Option(NamedTuple):
+    """One option: its default, and what users see of it.
+
+    ``values`` are the allowed values in words.  ``read`` takes the name of the option
+    for messages and a value as given, and returns it in the option's type.
+    """
+
+    default: Any
+    help: str
+    values: str
+    read: Callable[[str, Any], Any]
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
 class FormatOptions:
-    """Base of all records of options; itself the record of a format without options."""
+    """Base of all records of options; itself the record of a format without options.
+
+    Records are immutable, and equal if their options are.  They are no dataclasses,
+    since making one takes longer than opening an image.
+
+    Attributes
+    ----------
+    foreign : mapping of str to Foreign
+        Keys of qemu-img that are no options here.
+    declared : mapping of str to Option
+        The options by name, in the order of their fields.
+    """
 
     foreign: ClassVar[Mapping[str, Foreign]] = _COMMON
+    declared: ClassVar[Mapping[str, Option]] = MappingProxyType({})
+
+    def __init_subclass__(cls) -> None:
+        own = {name: value for name, value in vars(cls).items() if isinstance(value, Option)}
+        cls.declared = MappingProxyType({**cls.declared, **own})
+        for name, option in own.items():
+            setattr(cls, name, option.default)
+
+    def __init__(self, **values: Any) -> None:
+        unknown = values.keys() - self.declared.keys()
+        if unknown:
+            raise TypeError(f"{type(self).__qualname__} has no option {min(unknown)!r}")
+        vars(self).update(values)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the value of every option by its name."""
+        return {name: getattr(self, name) for name in self.declared}
+
+    def __setattr__(self, name: str, _value: object) -> None:
+        raise AttributeError(f"options cannot be changed: {name}")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"options cannot be changed: {name}")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, FormatOptions) or type(self) is not type(other):
+            return NotImplemented
+        return self.as_dict() == other.as_dict()
+
+    def __hash__(self) -> int:
+        return hash((type(self), *self.as_dict().items()))
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{name}={value!r}" for name, value in self.as_dict().items())
+        return f"{type(self).__qualname__}({values})"
 
 
 def byte_size(default: _Number, help: str) -> _Number:
     """Declare an option that is a size in bytes; users may write a suffix (``64k``)."""
-    return cast("_Number", _option(default, help, "size", _read_size))
+    return cast("_Number", Option(default, help, "size", _read_size))
 
 
 def number(default: _Number, help: str) -> _Number:
     """Declare an option that is a whole number."""
-    return cast("_Number", _option(default, help, "int", _read_number))
+    return cast("_Number", Option(default, help, "int", _read_number))
 
 
 def flag(help: str) -> bool:
     """Declare an option that is on or off; it is off by default."""
-    return cast("bool", _option(False, help, FLAG_VALUES, _read_flag))
+    return cast("bool", Option(False, help, FLAG_VALUES, _read_flag))
 
 
 def choice(default: _Text, choices: Sequence[str], help: str) -> _Text:
     """Declare an option that is one of a few words."""
-    return cast("_Text", _option(default, help, "|".join(choices), partial(_read_choice, choices)))
+    return cast("_Text", Option(default, help, "|".join(choices), partial(_read_choice, choices)))
 
 
 def text(default: _Text, help: str) -> _Text:
     """Declare an option that is any text."""
-    return cast("_Text", _option(default, help, "text", _read_text))
-
-
-def _option(default: Any, help: str, values: str, read: Callable[[str, Any], Any]) -> Any:
-    """Return a field with its help, its allowed values and their parser as metadata."""
-    return field(default=default, metadata={"help": help, "values": values, "read": read})
+    return cast("_Text", Option(default, help, "text", _read_text))
 
 
 # The parsers of values: ``where`` names the option in messages, ``value`` is as given.

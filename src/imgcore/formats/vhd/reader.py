@@ -7,7 +7,6 @@ Sources: Microsoft, "Virtual Hard Disk Image Format Specification" 1.0; libvhdi,
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from imgcore.engine.source_file import SourceFile
@@ -35,7 +34,6 @@ _SUBFORMATS: Final = {
 }
 
 
-@dataclass(frozen=True)
 class ReadOptions(FormatOptions):
     """The options for reading."""
 
