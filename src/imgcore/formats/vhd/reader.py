@@ -23,6 +23,7 @@ from imgcore.limits import SECTOR_NBYTES
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
     from imgcore.files.byte_source import ByteSource
+    from imgcore.files.reference_gate import ReferenceGate
     from imgcore.formats.api import Repair
     from imgcore.formats.shared.check_report import CheckReport
     from imgcore.formats.vhd.tables import ExtentTables
@@ -40,6 +41,13 @@ class ReadOptions(FormatOptions):
     size: str | None = choice(
         None, ("chs", "current"), "The size to use, regardless of the creator"
     )
+
+
+def reader_for(
+    file: ByteSource, _gate: ReferenceGate, options: ReadOptions, damage: Damage
+) -> VhdReader:
+    """Return the reader of an image; see `imgcore.formats.api.Driver`."""
+    return VhdReader(file, options.size, damage)
 
 
 class VhdReader:
