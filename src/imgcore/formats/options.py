@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import Any, ClassVar, Final, NamedTuple, TypeVar, cast, dataclass_transform
+from typing import Any, ClassVar, Final, NamedTuple, Self, TypeVar, cast, dataclass_transform
 
 from imgcore.border import byte_count, integer
 from imgcore.errors import OptionError
@@ -23,6 +23,7 @@ from imgcore.sizes import parse_size
 
 _Number = TypeVar("_Number", bound="int | None")
 _Text = TypeVar("_Text", bound="str | None")
+_Options = TypeVar("_Options", bound="FormatOptions")
 
 _FLAG_TEXTS: Final = {
     "on": True,
@@ -36,6 +37,11 @@ FLAG_VALUES: Final = "on|off"
 
 # Space is not reserved, reserved by the file system, or filled with zeros.
 PREALLOCATION: Final = ("off", "falloc", "full")
+
+
+# A block size that is left open.  Conversion without copying chooses it; elsewhere it
+# is the default.
+AUTO: Final[Any] = "auto"
 
 
 class Foreign(NamedTuple):
@@ -79,13 +85,15 @@ class Option(NamedTuple):
     """One option: its default, and what users see of it.
 
     ``values`` are the allowed values in words.  ``read`` takes the name of the option
-    for messages and a value as given, and returns it in the option's type.
+    for messages and a value as given, and returns it in the option's type.  ``sizes``
+    are those that AUTO may become.
     """
 
     default: Any
     help: str
     values: str
     read: Callable[[str, Any], Any]
+    sizes: tuple[int, ...] = ()
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -122,6 +130,10 @@ class FormatOptions:
         """Return the value of every option by its name."""
         return {name: getattr(self, name) for name in self.declared}
 
+    def replace(self, **values: Any) -> Self:
+        """Return a record with other values for some options."""
+        return type(self)(**self.as_dict() | values)
+
     def __setattr__(self, name: str, _value: object) -> None:
         raise AttributeError(f"options cannot be changed: {name}")
 
@@ -146,6 +158,17 @@ def byte_size(default: _Number, help: str) -> _Number:
     return cast("_Number", Option(default, help, "size", _read_size))
 
 
+def size_or_auto(default: _Number, help: str, *, auto: tuple[int, int]) -> _Number:
+    """Declare the option that is the block size in bytes, or AUTO.
+
+    ``auto`` holds the smallest and the largest size, powers of two, that AUTO may
+    become.
+    """
+    low, high = auto
+    sizes = tuple(1 << bits for bits in range(low.bit_length() - 1, high.bit_length()))
+    return cast("_Number", Option(default, help, f"size|{AUTO}", _read_block_size, sizes))
+
+
 def number(default: _Number, help: str) -> _Number:
     """Declare an option that is a whole number."""
     return cast("_Number", Option(default, help, "int", _read_number))
@@ -166,6 +189,40 @@ def text(default: _Text, help: str) -> _Text:
     return cast("_Text", Option(default, help, "text", _read_text))
 
 
+# The block size among a format's options.
+
+
+def block_sizes(options: FormatOptions) -> tuple[int, ...]:
+    """Return the block sizes that AUTO may become, ascending; none without a choice."""
+    key = _block_size_key(options)
+    return () if key is None else options.declared[key].sizes
+
+
+def is_auto(options: FormatOptions) -> bool:
+    """Tell whether the block size is left open."""
+    key = _block_size_key(options)
+    return key is not None and getattr(options, key) == AUTO
+
+
+def with_block_size(options: _Options, nbytes: int) -> _Options:
+    """Return the options with another block size."""
+    key = _block_size_key(options)
+    assert key is not None, "the format has no option for the block size"
+    return options.replace(**{key: nbytes})
+
+
+def without_auto(options: _Options) -> _Options:
+    """Return the options with the default for a block size that is left open."""
+    key = _block_size_key(options)
+    if key is None or getattr(options, key) != AUTO:
+        return options
+    return options.replace(**{key: options.declared[key].default})
+
+
+def _block_size_key(options: FormatOptions) -> str | None:
+    return next((key for key, option in options.declared.items() if option.sizes), None)
+
+
 # The parsers of values: ``where`` names the option in messages, ``value`` is as given.
 
 
@@ -176,6 +233,10 @@ def _read_size(where: str, value: Any) -> int:
         return parse_size(value)
     except OptionError as error:
         raise OptionError(f"{where}: {error}") from None
+
+
+def _read_block_size(where: str, value: Any) -> Any:
+    return AUTO if value == AUTO else _read_size(where, value)
 
 
 def _read_number(where: str, value: Any) -> int:

@@ -11,4 +11,5 @@ DRIVER: Final = Driver(
     options_module="imgcore.formats.qcow2.options",
     reading="imgcore.formats.qcow2.reader",
     writing="imgcore.formats.qcow2.writer",
+    rewriting="imgcore.formats.qcow2.rewriter",
 )

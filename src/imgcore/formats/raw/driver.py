@@ -11,5 +11,6 @@ DRIVER: Final = Driver(
     options_module="imgcore.formats.raw.options",
     reading="imgcore.formats.raw.reader",
     writing="imgcore.formats.raw.writer",
+    rewriting="imgcore.formats.raw.rewriter",
     has_tables=False,
 )

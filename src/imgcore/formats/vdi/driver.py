@@ -11,4 +11,5 @@ DRIVER: Final = Driver(
     options_module="imgcore.formats.vdi.options",
     reading="imgcore.formats.vdi.reader",
     writing="imgcore.formats.vdi.writer",
+    rewriting="imgcore.formats.vdi.rewriter",
 )

@@ -12,5 +12,6 @@ DRIVER: Final = Driver(
     options_module="imgcore.formats.vhd.options",
     reading="imgcore.formats.vhd.reader",
     writing="imgcore.formats.vhd.writer",
+    rewriting="imgcore.formats.vhd.rewriter",
     read_options=ReadOptions,
 )

@@ -11,4 +11,5 @@ DRIVER: Final = Driver(
     options_module="imgcore.formats.vhdx.options",
     reading="imgcore.formats.vhdx.reader",
     writing="imgcore.formats.vhdx.writer",
+    rewriting="imgcore.formats.vhdx.rewriter",
 )

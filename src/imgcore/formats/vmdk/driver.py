@@ -17,4 +17,5 @@ DRIVER: Final = Driver(
     options_module="imgcore.formats.vmdk.options",
     reading="imgcore.formats.vmdk.reader",
     writing="imgcore.formats.vmdk.writer",
+    rewriting="imgcore.formats.vmdk.rewriter",
 )

@@ -1,0 +1,57 @@
+"""Chooses the new image's block size by how much of the old one could stay."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from imgcore.errors import ImgcoreError
+from imgcore.formats.options import block_sizes, is_auto, with_block_size
+from imgcore.rewriting.director import Director
+from imgcore.rewriting.survey import survey_image
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from imgcore.disk.image import Image
+    from imgcore.formats.api import Driver, Survey, WriteRequest
+
+
+def fitting_director(
+    image: Image, driver: Driver, request: WriteRequest[Any], *, inflate: bool = False
+) -> Director:
+    """Return the director for a request; see `Director`.
+
+    If the request leaves the block size open (``auto``), it is the one at which least
+    of the disk moves: of several, the largest.
+    """
+    if not is_auto(request.options):
+        return Director(image, driver, request, inflate=inflate)
+    survey = survey_image(image)
+    best: Director | None = None
+    for director in candidates(image, driver, request, survey, inflate=inflate):
+        if best is None or director.moved_nbytes < best.moved_nbytes:
+            best = director
+    if best is None:
+        return Director(image, driver, request, inflate=inflate, survey=survey)
+    return best
+
+
+def candidates(
+    image: Image,
+    driver: Driver,
+    request: WriteRequest[Any],
+    survey: Survey,
+    *,
+    inflate: bool = False,
+) -> Iterator[Director]:
+    """Yield a director for each block size that the format can have, largest first.
+
+    There is none for sizes that the disk is too large for, for example, nor for a
+    format that has no choice.
+    """
+    for nbytes in sorted(block_sizes(request.options), reverse=True):
+        sized = request._replace(options=with_block_size(request.options, nbytes))
+        try:
+            yield Director(image, driver, sized, inflate=inflate, survey=survey)
+        except ImgcoreError:
+            continue
