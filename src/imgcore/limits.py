@@ -31,9 +31,17 @@ MAX_BASE_BLOCK_NBYTES: Final = 4 * MIB
 # about 300 MiB.
 SALVAGE_MAX_ROWS: Final = 1 << 23
 
+# Extents of an image that is rewritten without copying: they are held in memory, in
+# about 100 bytes each.
+MAX_SURVEY_ROWS: Final = 1 << 22
+
 # Zeros after an image whose end has its magic, besides holes of the file: images are
 # copied onto larger volumes.
 MAX_PADDING_NBYTES: Final = 64 * MIB
+
+# Old bytes between and after the blocks of a file that rewriting cuts off or makes
+# zeros: the journal holds a copy.
+MAX_DROPPED_NBYTES: Final = 64 * MIB
 
 # Ranges that `check --repair` remembers before it joins those that touch.
 MAX_REPAIR_RANGES: Final = 1 << 20
@@ -52,6 +60,9 @@ QCOW2_MAX_REFCOUNT_TABLE_NBYTES: Final = 8 * MIB
 # Refcount blocks that a repair adds: 64 TiB in clusters of 64 KiB need 2 GiB of them,
 # or 8 GiB if refcounts have 64 bits.
 QCOW2_MAX_NEW_REFCOUNTS_NBYTES: Final = 9 * GIB
+# A bit for each host cluster of an image that is rewritten: a file of 256 TiB in
+# clusters of 64 KiB.
+QCOW2_MAX_REFCOUNT_PLANE_NBYTES: Final = 512 * MIB
 QCOW2_MAX_SNAPSHOTS: Final = 65536
 QCOW2_MAX_BACKING_NAME_NBYTES: Final = 1023
 QCOW2_MAX_SNAPSHOT_TABLE_NBYTES: Final = 64 * MIB
@@ -95,6 +106,8 @@ VDI_MAX_WRITTEN_BLOCK_NBYTES: Final = 128 * MIB
 VDI_MAX_DATA_OFFSET: Final = 4 * GIB - 1
 # A map of 256 MiB: a disk of 64 TiB in the usual blocks.
 VDI_MAX_CHECKED_BLOCKS: Final = 1 << 26
+# A map of 64 MiB, which rewriting stages, and its old bytes: a disk of 16 TiB.
+VDI_MAX_REWRITTEN_BLOCKS: Final = 1 << 24
 # Files whose headers are read in the search for a differencing image's parent.
 VDI_MAX_SEARCHED_FILES: Final = 1024
 
@@ -120,3 +133,12 @@ VHDX_MAX_FILE_NBYTES: Final = 128 * TIB
 
 # Parts of a sparse file in a tar archive: each takes 24 bytes of the header.
 MAX_TAR_SEGMENTS: Final = 1 << 16
+
+# `rewrite` keeps what it overwrites in memory and, before and after, in its journal.  A
+# VDI has its map in front of its blocks: 4 MiB for each TiB of the disk.
+MAX_OVERWRITTEN_NBYTES: Final = 128 * MIB
+# The files beside an image that its new format adds, or no longer needs.
+MAX_SIDE_FILES_NBYTES: Final = 4 * MIB
+# What a record of the journal says about its bytes: ranges, names, options.
+MAX_JOURNAL_HEAD_NBYTES: Final = 16 * MIB
+MAX_JOURNAL_BLOB_NBYTES: Final = MAX_OVERWRITTEN_NBYTES + MAX_SIDE_FILES_NBYTES

@@ -573,6 +573,10 @@ ELSEWHERE = {
     ("streams/zstd.py",
      "the zstd stream is followed by {} other bytes (truncate -s {} of a copy removes them)"):
     "unit/test_stream.py::test_the_advice_for_what_follows_zstd",
+    ("files/in_place.py",
+     ("its last conversion can still be undone ({}): imgcore rewrite --finish keeps the image as "
+      "it is, --undo restores the one before")):
+    "unit/test_in_place.py::test_a_conversion_that_can_be_undone_is_kept",
     ("formats/vhd/lint.py", "imgcore check --repair, or convert"):
     "unit/test_advice.py::test_remedies_of_lint",
     ("formats/vmdk/lint.py", "truncate -s {} fixes it"):
@@ -642,6 +646,14 @@ OTHERS = frozenset(
         (
             "the refcount table needs {} bytes, allowed up to {}: use larger clusters or fewer "
             "refcount_bits"
+        ),
+        (
+            "{} clusters of {} bytes are too many to count, allowed up to {}: use a larger "
+            "cluster_size"
+        ),
+        (
+            "the tables after the file's old end would reach to {}, and a sparse VMDK file holds "
+            "at most {} bytes: qcow2, for example, has room"
         ),
         "data at {}: a sparse VMDK file holds at most {} bytes (use a flat subformat)",
         "{} bytes need {} grain directory entries, allowed up to {}: use a larger grain_size",

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from imgcore._core import File
 from imgcore.files.host_file import OpenFile
+from imgcore.files.ranges import add_range, joined
 from imgcore.files.target import Target
 from imgcore.files.target_file import TargetFile
 
 if TYPE_CHECKING:
+    from imgcore.files.ranges import Range
     from imgcore.files.target_folder import TargetFolder
 
 
@@ -72,3 +74,48 @@ class CountingFile(TargetFile):
     def note_end(self, end: int) -> None:
         """Count what the engine would have written."""
         self._nbytes = max(self._nbytes, end)
+
+
+class CountingStagedFile(CountingFile):
+    """Takes the place of a `StagedFile`: counts what it would write and keep back.
+
+    Parameters
+    ----------
+    path : str
+    append_offset : int
+        Size of the old content.
+
+    Attributes
+    ----------
+    appended_nbytes : int
+        Bytes that would be written at once.
+    """
+
+    def __init__(self, path: str, append_offset: int) -> None:
+        super().__init__(path)
+        self.is_block_device = False
+        self._append_offset = append_offset
+        self._nbytes = append_offset
+        self._kept: list[Range] = []
+        self.appended_nbytes: int = 0
+
+    @property
+    def staged_nbytes(self) -> int:
+        """Bytes that would be overwritten."""
+        return sum(length for _, length in joined(self._kept))
+
+    def pwrite(self, offset: int, data: Any) -> None:
+        """Count a buffer."""
+        end = offset + memoryview(data).nbytes
+        middle = min(max(offset, self._append_offset), end)
+        add_range(self._kept, offset, middle - offset)
+        self.appended_nbytes += end - middle
+        self.note_end(end)
+
+    def truncate(self, nbytes: int) -> None:
+        """Set the size."""
+        self._nbytes = nbytes
+
+    def clear_rest(self, end: int) -> None:
+        """Count zeros for what nobody has written before ``end``."""
+        self._kept.append((0, min(end, self._append_offset)))

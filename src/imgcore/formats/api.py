@@ -273,6 +273,34 @@ class Inheritable(Protocol):
         ...
 
 
+@runtime_checkable
+class MaybeFlat(Protocol):
+    """A reader of images some of which have the disk in one file, byte for byte.
+
+    Optional: readers of other formats do not have this property.
+    """
+
+    @property
+    def starts_with_disk(self) -> bool:
+        """Whether guest byte i is byte i of the only file with guest data.
+
+        The file may have other bytes after the disk.
+        """
+        ...
+
+
+@runtime_checkable
+class RefusesRewriting(Protocol):
+    """A reader of images that may be in a state in which they are read only.
+
+    Optional: readers of other formats do not have this method.
+    """
+
+    def refuse_rewriting(self) -> None:
+        """Raise UnsupportedFeatureError if the image's tables may be wrong."""
+        ...
+
+
 # -- checking and repairing ------------------------------------------------------------
 
 
@@ -557,6 +585,24 @@ class Rewriter(Protocol):
 
     def finish(self, next_offset: int) -> None:
         """Write the remaining tables and headers, and set the file's final size."""
+        ...
+
+
+@runtime_checkable
+class Described(Protocol):
+    """A rewriter of images of two files: one has the disk, a small one describes it.
+
+    Optional.  The small file has the image's name (``WriteRequest.target_name``).
+    """
+
+    @property
+    def data_name(self) -> str:
+        """Name of the file that has the disk, without its folder."""
+        ...
+
+    @property
+    def description(self) -> bytes:
+        """Content of the small file."""
         ...
 
 

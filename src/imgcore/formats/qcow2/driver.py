@@ -12,4 +12,5 @@ DRIVER: Final = Driver(
     options_module="imgcore.formats.qcow2.options",
     read=lambda file, gate, options, damage: Qcow2Reader(file, damage),
     writing="imgcore.formats.qcow2.writer",
+    rewriting="imgcore.formats.qcow2.rewriter",
 )

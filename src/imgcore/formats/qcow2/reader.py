@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from imgcore.engine.source_file import SourceFile
+from imgcore.errors import UnsupportedFeatureError
 from imgcore.formats.api import BackingReference
 from imgcore.formats.qcow2 import layout
 from imgcore.formats.qcow2.header import Snapshot, read_bitmaps, read_header, read_snapshots
@@ -159,6 +160,15 @@ class Qcow2Reader:
                 "backup of the target must be a full one; qemu-img convert --bitmaps keeps them"
             )
         return found
+
+    def refuse_rewriting(self) -> None:
+        """Raise if the image is marked as corrupt; see `RefusesRewriting`."""
+        if self._header.is_corrupt:
+            raise UnsupportedFeatureError(
+                "the image is marked as corrupt: imgcore check tells why, and imgcore convert "
+                "makes a new image of what it reads",
+                path=self._file.path,
+            )
 
     def check(self) -> CheckReport:
         """Compare all refcounts with the references that exist.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import numpy as np
 
@@ -41,6 +41,25 @@ MAX_BLOCKS: Final = limits.QCOW2_MAX_REFCOUNT_TABLE_NBYTES // layout.ENTRY_NBYTE
 _TABLE_PLACE: Final = struct.Struct(">QI")
 
 
+class ClusterSizes(Protocol):
+    """What the header of an image, or a request for one, states about its clusters."""
+
+    @property
+    def cluster_bits(self) -> int:
+        """log2 of the cluster size."""
+        ...
+
+    @property
+    def cluster_size(self) -> int:
+        """The size of a cluster in bytes."""
+        ...
+
+    @property
+    def refcount_order(self) -> int:
+        """log2 of the width of a refcount in bits."""
+        ...
+
+
 class Placement(NamedTuple):
     """A refcount structure, of which the clusters from ``first_new`` on are new."""
 
@@ -50,7 +69,7 @@ class Placement(NamedTuple):
 
 
 def place_structure(
-    header: Qcow2Header,
+    sizes: ClusterSizes,
     kept: RefcountStructure,
     needed: NDArray[np.bool_],
     first_free: int,
@@ -59,7 +78,7 @@ def place_structure(
 
     Parameters
     ----------
-    header : Qcow2Header
+    sizes : Qcow2Header or WriteOptions
     kept : RefcountStructure
         What can stay; ``table_nbytes`` is 0 if the table cannot.
     needed : ndarray of bool, shape (MAX_BLOCKS,)
@@ -72,8 +91,8 @@ def place_structure(
     LimitExceededError
         The new blocks, or the table, would be too large.
     """
-    bits, size = header.cluster_bits, header.cluster_size
-    per_block = size * 8 >> header.refcount_order
+    bits, size = sizes.cluster_bits, sizes.cluster_size
+    per_block = size * 8 >> sizes.refcount_order
     blocks = np.zeros(MAX_BLOCKS, dtype=np.int64)
     blocks[: len(kept.blocks)] = kept.blocks
     present = blocks != 0

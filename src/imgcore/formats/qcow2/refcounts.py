@@ -1,5 +1,8 @@
 """Refcount blocks of QCOW2: their encoding, and the refcounts of a new image.
 
+An image that the engine writes cluster by cluster has a `RefcountBuilder`, which writes
+final blocks early.  One around clusters that stay in their file has a `RefcountMap`.
+
 Source: QEMU docs/interop/qcow2.rst, "Host cluster management".
 """
 
@@ -160,3 +163,93 @@ class RefcountBuilder:
         entries = np.zeros(n_clusters * self._options.l2_entries, dtype=">u8")
         entries[: len(self.block_offsets)] = self.block_offsets
         return entries.view(np.uint8)
+
+
+class RefcountMap:
+    """Counts references to host clusters, which come in any order.
+
+    Bit i of each refcount is in plane i.  A plane is made when it is needed, so that
+    refcounts of 0 and 1 take one bit; of that, the system reserves only what is set.
+
+    Parameters
+    ----------
+    options : WriteOptions
+    n_clusters : int
+        Clusters of the file so far; the map grows with it.
+    """
+
+    def __init__(self, options: WriteOptions, n_clusters: int) -> None:
+        self._options = options
+        self._block_nbytes = options.refcounts_per_block // 8
+        self._n_blocks = 0
+        self._planes: list[NDArray[np.uint8]] = []
+        self._make_room(n_clusters)
+
+    def _make_room(self, n_clusters: int) -> None:
+        n_blocks = -(-n_clusters // self._options.refcounts_per_block)
+        if n_blocks <= self._n_blocks and self._planes:
+            return
+        # Growing copies the planes, so they grow by an eighth at least.
+        n_blocks = max(n_blocks, self._n_blocks + self._n_blocks // 8, 1)
+        kept, self._n_blocks = self._planes or [np.zeros(0, np.uint8)], n_blocks
+        self._planes = [self._new_plane() for _ in kept]
+        for plane, old in zip(self._planes, kept, strict=True):
+            plane[: old.size] = old
+
+    def _new_plane(self) -> NDArray[np.uint8]:
+        nbytes = self._n_blocks * self._block_nbytes
+        if nbytes > limits.QCOW2_MAX_REFCOUNT_PLANE_NBYTES:
+            raise LimitExceededError(
+                f"{8 * nbytes} clusters of {self._options.cluster_size} bytes are too many to "
+                f"count, allowed up to {8 * limits.QCOW2_MAX_REFCOUNT_PLANE_NBYTES}: use a larger "
+                "cluster_size",
+                path=self._options.target_name or None,
+            )
+        return np.zeros(nbytes, dtype=np.uint8)
+
+    def add_range(self, first: int, n_clusters: int) -> None:
+        """Count a reference to each of ``n_clusters`` clusters from ``first``."""
+        self.add(np.arange(first, first + n_clusters, dtype=np.int64))
+
+    def add(self, clusters: NDArray[np.int64]) -> None:
+        """Count a reference to each of these clusters, which may repeat."""
+        if not clusters.size:
+            return
+        numbers, times = np.unique(clusters, return_counts=True)
+        self._make_room(int(numbers[-1]) + 1)
+        for power in range(int(times.max()).bit_length()):
+            self._add_power(numbers[(times >> power & 1) != 0], power)
+
+    def _add_power(self, numbers: NDArray[np.int64], power: int) -> None:
+        """Add 2^power to the refcounts of different, ascending clusters."""
+        while numbers.size:
+            if power == min(1 << self._options.refcount_order, _MAX_COUNT.bit_length()):
+                raise LimitExceededError(
+                    f"host cluster {int(numbers[0])} has more references than {power} bits can "
+                    "count",
+                    path=self._options.target_name or None,
+                )
+            if power == len(self._planes):
+                self._planes.append(self._new_plane())
+            plane = self._planes[power]
+            at, bits = numbers >> 3, np.left_shift(1, numbers & 7).astype(np.uint8)
+            was_set = plane[at] & bits != 0
+            firsts = np.flatnonzero(np.concatenate(([True], at[1:] != at[:-1])))
+            plane[at[firsts]] ^= np.bitwise_xor.reduceat(bits, firsts)
+            # What was set carries to the next plane.
+            numbers, power = numbers[was_set], power + 1
+
+    def used_blocks(self) -> NDArray[np.bool_]:
+        """Tell which refcount blocks hold a refcount other than 0."""
+        used = np.zeros(self._n_blocks, dtype=np.bool_)
+        for plane in self._planes:
+            used |= plane.reshape(-1, self._block_nbytes).any(axis=1)
+        return used
+
+    def encoded(self, blocks: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Return the refcount blocks of these numbers, one after the other."""
+        counts = np.zeros(len(blocks) * self._options.refcounts_per_block, dtype=np.uint16)
+        for power, plane in enumerate(self._planes):
+            rows = plane.reshape(-1, self._block_nbytes)[blocks]
+            counts |= np.unpackbits(rows, bitorder="little").astype(np.uint16) << np.uint16(power)
+        return encode_refcounts(counts, self._options.refcount_order)

@@ -15,12 +15,10 @@ from typing import TYPE_CHECKING, ClassVar, Final
 import numpy as np
 
 from imgcore import limits
-from imgcore._core import CoreError
-from imgcore.engine.extents import BlockState
 from imgcore.engine.geometry import CodecId, Geometry, Placing
-from imgcore.errors import LimitExceededError
 from imgcore.formats.api import Measurement
 from imgcore.formats.qcow2 import layout
+from imgcore.formats.qcow2.new_tables import NewTables, in_chunks, referenced_clusters
 from imgcore.formats.qcow2.options import (
     Options,
     WriteOptions,
@@ -32,22 +30,16 @@ from imgcore.formats.qcow2.refcounts import (
     check_table_size,
     encode_refcounts,
 )
-from imgcore.formats.qcow2.tables import table_format
 from imgcore.formats.shared.alignment import align_up
 from imgcore.formats.shared.flat_writer import FlatWriter
-from imgcore.formats.shared.sparse_tables import write_with_holes
 from imgcore.formats.shared.write_checks import zero_policy
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from imgcore.engine.extents import Placements
     from imgcore.files.target import Target
     from imgcore.files.target_file import TargetFile
     from imgcore.formats.api import WriteRequest
 
-# Placements that are encoded at once: 1 MiB of entries.
-_CHUNK_ENTRIES: Final = 1 << 17
 _PIECE_NBYTES: Final = 4 << 20
 
 
@@ -94,57 +86,6 @@ def measure(request: WriteRequest[Options], data_nbytes: int) -> Measurement:
     return Measurement(fully_allocated - whole + min(data_nbytes, whole), fully_allocated)
 
 
-class _L2Tables:
-    """L2 tables still to be written: complete ones, and the one being filled."""
-
-    def __init__(self, options: WriteOptions) -> None:
-        self._per_table = options.l2_entries
-        self._format = table_format(options.cluster_bits, version=options.version)
-        self._chunks: list[tuple[NDArray[np.int64], NDArray[np.uint64]]] = []
-        self._tail_index = -1
-        self._tail = np.zeros(0, dtype=np.uint64)
-        self.nbytes = 0
-
-    def add(self, first_block: int, placements: Placements) -> None:
-        """Encode placements; raise CoreError if one does not fit in an entry."""
-        per_table = self._per_table
-        first = first_block // per_table
-        last = (first_block + len(placements) - 1) // per_table
-        lead = first_block - first * per_table
-        tables = np.zeros((last - first + 1) * per_table, dtype=np.uint64)
-        self._format.encode(placements, tables[lead : lead + len(placements)].view(np.uint8))
-        if self._tail_index == first:
-            tables[:lead] = self._tail[:lead]
-        else:
-            self.close_tail()
-        rows = tables.reshape(-1, per_table)
-        complete = last - first + 1
-        if first_block + len(placements) < (last + 1) * per_table:
-            complete -= 1
-            self._tail_index, self._tail = last, rows[-1].copy()
-        else:
-            self._tail_index = -1
-        self._keep(first, rows[:complete])
-
-    def close_tail(self) -> None:
-        """Treat the table being filled as complete."""
-        if self._tail_index >= 0:
-            self._keep(self._tail_index, self._tail.reshape(1, -1))
-            self._tail_index = -1
-
-    def _keep(self, first: int, tables: NDArray[np.uint64]) -> None:
-        used = np.flatnonzero(tables.any(axis=1))
-        if used.size:
-            kept = tables if used.size == len(tables) else tables[used]
-            self._chunks.append((used.astype(np.int64) + first, kept))
-            self.nbytes += kept.nbytes
-
-    def take(self) -> list[tuple[NDArray[np.int64], NDArray[np.uint64]]]:
-        """Take out the complete tables as (indices in L1, rows to write)."""
-        chunks, self._chunks, self.nbytes = self._chunks, [], 0
-        return chunks
-
-
 class Qcow2Writer:
     """Writes images that grow with their data, plain or compressed."""
 
@@ -153,9 +94,8 @@ class Qcow2Writer:
 
     def __init__(self, options: WriteOptions) -> None:
         self._options = options
-        self._tables = _L2Tables(options)
+        self._tables = NewTables(options)
         self._refcounts = RefcountBuilder(options)
-        self._l1 = np.zeros(options.l1_entries, dtype=np.uint64)
         self._file: TargetFile | None = None
         self.first_offset: int = (1 + options.l1_clusters) * options.cluster_size
         self._refcounts.add_range(0, 1 + options.l1_clusters)
@@ -184,28 +124,23 @@ class Qcow2Writer:
 
     def place(self, first_block: int, placements: Placements, next_offset: int) -> int:
         """Record placements; see `imgcore.formats.api.Writer`."""
-        for start in range(0, len(placements), _CHUNK_ENTRIES):
-            rows = placements[start : start + _CHUNK_ENTRIES]
-            if not rows["state"].any():
-                continue
-            self._count(rows)
-            try:
-                self._tables.add(first_block + start, rows)
-            except CoreError as error:
-                raise self._entry_error(rows[error.offset]) from None
+        for first, rows in in_chunks(first_block, placements):
+            self._tables.add(first, rows)
+            self._refcounts.add(referenced_clusters(rows, self._options.cluster_bits))
         frontier = next_offset >> self._options.cluster_bits
         pending = self._tables.nbytes + self._refcounts.pending_nbytes(frontier)
         if pending <= limits.MAX_PENDING_TABLE_NBYTES:
             return next_offset
-        offset = self._write_tables(self._aligned(next_offset))
+        offset = self._aligned(next_offset)
+        offset = self._counted(offset, self._tables.write_complete(self._target_file(), offset))
         n_blocks = self._refcounts.n_complete(offset >> self._options.cluster_bits)
         return self._write_refcount_blocks(n_blocks, offset)
 
     def finish(self, next_offset: int) -> None:
         """Write the remaining tables; see `imgcore.formats.api.Writer`."""
         options, file = self._options, self._target_file()
-        self._tables.close_tail()
-        offset = self._write_tables(self._aligned(max(next_offset, self.first_offset)))
+        offset = self._aligned(max(next_offset, self.first_offset))
+        offset = self._counted(offset, self._tables.write_rest(file, offset))
         n_used = offset >> options.cluster_bits
         n_blocks, n_table = self._refcounts.n_missing(n_used)
         # All references must be counted before the first of these blocks is encoded.
@@ -214,7 +149,7 @@ class Qcow2Writer:
         file.pwrite(offset, encoded)
         table_offset = offset + n_blocks * options.cluster_size
         file.pwrite(table_offset, self._refcounts.table(n_table))
-        write_with_holes(file, options.cluster_size, self._l1.astype(">u8"))
+        self._tables.write_l1(file, options.cluster_size)
         file.truncate(table_offset + n_table * options.cluster_size)
         file.pwrite(0, build_header(options, options.cluster_size, table_offset, n_table))
 
@@ -225,42 +160,11 @@ class Qcow2Writer:
     def _aligned(self, offset: int) -> int:
         return align_up(offset, self._options.cluster_size)
 
-    def _count(self, rows: Placements) -> None:
+    def _counted(self, start: int, end: int) -> int:
+        """Count the clusters of new L2 tables, and return their end."""
         bits = self._options.cluster_bits
-        state = rows["state"]
-        # Offsets in an image have at most 61 bits, so signed integers can hold them.
-        offsets = rows["host_offset"].astype(np.int64)
-        stored = state == BlockState.STORED
-        self._refcounts.add(offsets[stored] >> bits)
-        packed = state == BlockState.COMPRESSED
-        if packed.any():
-            begin = offsets[packed]
-            first = begin >> bits
-            last = (begin + rows["length"][packed].astype(np.int64) - 1) >> bits
-            self._refcounts.add(np.concatenate((first, last[last != first])))
-
-    def _entry_error(self, row: np.void) -> LimitExceededError:
-        return LimitExceededError(
-            f"host offset {int(row['host_offset']):#x} with {int(row['length'])} bytes does not "
-            "fit in an L2 entry",
-            path=self._options.target_name or None,
-        )
-
-    def _write_tables(self, offset: int) -> int:
-        """Write the complete L2 tables at ``offset`` and enter them into L1.
-
-        Return the offset after them.
-        """
-        file, size = self._target_file(), self._options.cluster_size
-        start = offset
-        for indices, rows in self._tables.take():
-            file.pwrite(offset, rows.view(np.uint8).reshape(-1))
-            places = np.arange(len(rows), dtype=np.uint64) * np.uint64(size) + np.uint64(offset)
-            self._l1[indices] = places | np.uint64(layout.COPIED)
-            offset += rows.nbytes
-        bits = self._options.cluster_bits
-        self._refcounts.add_range(start >> bits, (offset - start) >> bits)
-        return offset
+        self._refcounts.add_range(start >> bits, (end - start) >> bits)
+        return end
 
     def _write_refcount_blocks(self, n_blocks: int, offset: int) -> int:
         if not n_blocks:

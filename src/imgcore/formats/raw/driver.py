@@ -12,5 +12,6 @@ DRIVER: Final = Driver(
     options_module="imgcore.formats.raw.options",
     read=lambda file, gate, options, damage: RawReader(file),
     writing="imgcore.formats.raw.writer",
+    rewriting="imgcore.formats.raw.rewriter",
     has_tables=False,
 )

@@ -12,4 +12,5 @@ DRIVER: Final = Driver(
     options_module="imgcore.formats.vdi.options",
     read=lambda file, gate, options, damage: VdiReader(file, gate, damage),
     writing="imgcore.formats.vdi.writer",
+    rewriting="imgcore.formats.vdi.rewriter",
 )

@@ -12,5 +12,6 @@ DRIVER: Final = Driver(
     options_module="imgcore.formats.vhd.options",
     read=lambda file, gate, options, damage: VhdReader(file, options.size, damage),
     writing="imgcore.formats.vhd.writer",
+    rewriting="imgcore.formats.vhd.rewriter",
     read_options=ReadOptions,
 )

@@ -94,6 +94,11 @@ class VhdReader:
         """The UUID by which a differencing disk identifies its parent."""
         return {"UUID": uuid_text(self.header.footer.uuid)}
 
+    @property
+    def starts_with_disk(self) -> bool:
+        """Whether this is a fixed disk; see `imgcore.formats.api.MaybeFlat`."""
+        return self.header.disk_type is DiskType.FIXED
+
     def extents(self, start: int, length: int) -> Iterator[Extents]:
         """Yield extent batches; see `imgcore.formats.api.Reader`.
 

@@ -12,4 +12,5 @@ DRIVER: Final = Driver(
     options_module="imgcore.formats.vhdx.options",
     read=lambda file, gate, options, damage: VhdxReader(file, damage),
     writing="imgcore.formats.vhdx.writer",
+    rewriting="imgcore.formats.vhdx.rewriter",
 )

@@ -49,10 +49,7 @@ DEFAULT_LOGICAL_SECTOR_NBYTES: Final = 512
 DEFAULT_PHYSICAL_SECTOR_NBYTES: Final = 4096
 _SECTOR_SIZES: Final = tuple(str(nbytes) for nbytes in layout.SECTOR_SIZES)
 
-# Layout of a new file: header section, log, metadata, BAT, then blocks.
-LOG_OFFSET: Final = layout.HEADER_SECTION_NBYTES
 LOG_NBYTES: Final = limits.MIB
-METADATA_OFFSET: Final = LOG_OFFSET + LOG_NBYTES
 # Those of 2.6.2.
 _N_OWN_ITEMS: Final = 6
 # The metadata table, and more than the largest locator and the other items of a child.
@@ -97,7 +94,10 @@ class Options(FormatOptions):
 
 
 class WriteOptions(NamedTuple):
-    """A verified request; sizes in bytes."""
+    """A verified request; offsets and sizes in bytes.
+
+    Log, metadata and BAT follow each other, from ``log_offset`` on.
+    """
 
     metadata: Metadata
     file_write_guid: uuid.UUID
@@ -105,6 +105,7 @@ class WriteOptions(NamedTuple):
     backing: BackingReference | None
     sparse_nbytes: int
     inherited: tuple[MetadataItem, ...] = ()
+    log_offset: int = layout.HEADER_SECTION_NBYTES
 
     @classmethod
     def of(cls, request: WriteRequest[Options]) -> WriteOptions:
@@ -150,6 +151,11 @@ class WriteOptions(NamedTuple):
         return self.metadata.leave_block_allocated
 
     @property
+    def metadata_offset(self) -> int:
+        """Host offset of the metadata region."""
+        return self.log_offset + LOG_NBYTES
+
+    @property
     def metadata_nbytes(self) -> int:
         """Bytes of the metadata region."""
         inherited = sum(len(item.data) for item in self.inherited)
@@ -158,7 +164,7 @@ class WriteOptions(NamedTuple):
     @property
     def bat_offset(self) -> int:
         """Host offset of the BAT region."""
-        return METADATA_OFFSET + self.metadata_nbytes
+        return self.metadata_offset + self.metadata_nbytes
 
     @property
     def bat_nbytes(self) -> int:
@@ -168,7 +174,7 @@ class WriteOptions(NamedTuple):
 
     @property
     def data_offset(self) -> int:
-        """Smallest host offset of a block."""
+        """Host offset where the BAT ends: blocks are appended from here on."""
         return self.bat_offset + self.bat_nbytes
 
     @property

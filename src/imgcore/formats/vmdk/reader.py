@@ -132,6 +132,13 @@ class VmdkReader:
             return "streamOptimized" if first.is_compressed else "monolithicSparse"
         return stated or None
 
+    @property
+    def starts_with_disk(self) -> bool:
+        """Whether one flat extent has the whole disk; see `MaybeFlat`."""
+        first = self._extents[0]
+        is_flat = first.sparse is None and first.file is not None
+        return len(self._extents) == 1 and is_flat and first.file_offset == 0
+
     @cached_property
     def stream_layout(self) -> StreamLayout:
         """The layout of a streamOptimized disk; first use reads all grain tables."""
