@@ -15,10 +15,10 @@ from imgcore.errors import LimitExceededError, OptionError
 from imgcore.formats.options import (
     Foreign,
     FormatOptions,
-    byte_size,
     choice,
     flag,
     number,
+    size_or_auto,
     text,
 )
 from imgcore.formats.qcow2 import layout
@@ -71,7 +71,9 @@ class Options(FormatOptions):
         **{f"encrypt.{key}": Foreign(reason=_ENCRYPTION) for key in _ENCRYPTION_KEYS},
     }
 
-    cluster_size: int = byte_size(64 * limits.KIB, "Cluster size, 512 to 2M")
+    cluster_size: int = size_or_auto(
+        64 * limits.KIB, "Cluster size, 512 to 2M", auto=(4 * limits.KIB, 2 * limits.MIB)
+    )
     compat: str = choice(
         "1.1", tuple(_COMPAT_VERSION), "Compatibility level: 0.10 (version 2) or 1.1 (version 3)"
     )

@@ -17,8 +17,8 @@ from imgcore.formats.options import (
     NO_EFFECT,
     Foreign,
     FormatOptions,
-    byte_size,
     choice,
+    size_or_auto,
     text,
 )
 from imgcore.formats.shared.alignment import align_up
@@ -69,8 +69,10 @@ class Options(FormatOptions):
     subformat: str = choice(
         "dynamic", ("dynamic", "fixed"), "Allocate blocks when they are needed, or all of them"
     )
-    block_size: int | None = byte_size(
-        None, "Block size, 1M to 256M (default: 32M, or 2M with a parent)"
+    block_size: int | None = size_or_auto(
+        None,
+        "Block size, 1M to 256M (default: 32M, or 2M with a parent)",
+        auto=(limits.VHDX_MIN_BLOCK_NBYTES, limits.VHDX_MAX_BLOCK_NBYTES),
     )
     logical_sector_size: str | None = choice(
         None,

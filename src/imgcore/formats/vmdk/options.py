@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from imgcore.errors import OptionError, UnsupportedFeatureError
-from imgcore.formats.options import PREALLOCATION, FormatOptions, byte_size, choice, flag, text
+from imgcore.formats.options import (
+    PREALLOCATION,
+    FormatOptions,
+    choice,
+    flag,
+    size_or_auto,
+    text,
+)
 from imgcore.formats.shared.write_checks import (
     check_block_size,
     check_virtual_size,
@@ -54,7 +61,11 @@ class Options(FormatOptions):
         "Sector size that the guest sees (default: the source's, else 512)",
     )
     zeroed_grain: bool = flag("Mark explicit zeros in tables (monolithicSparse)")
-    grain_size: int = byte_size(DEFAULT_GRAIN_NBYTES, "Grain size, 8k to 1M (sparse kinds)")
+    grain_size: int = size_or_auto(
+        DEFAULT_GRAIN_NBYTES,
+        "Grain size, 8k to 1M (sparse kinds)",
+        auto=(_MIN_GRAIN_NBYTES, VMDK_MAX_GRAIN_NBYTES),
+    )
     level: str | None = choice(
         None,
         ("fastest", "fast", "default", "best"),
