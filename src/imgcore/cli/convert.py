@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import TYPE_CHECKING, Any, Final
 
@@ -61,7 +60,7 @@ EXIT_SALVAGED: Final = 3
     "--sparse-size",
     callback=size_value,
     metavar="SIZE",
-    default="4k",
+    default="4096",
     help="Skip runs of zeros of this length; 0 writes all zeros.  [default: 4k]",
 )
 @click.option(
@@ -201,6 +200,8 @@ def command(
             **opening,
         )
     if as_json:
+        import json
+
         ranges = [row._asdict() for row in result.bad_ranges]
         click.echo(json.dumps(result._asdict() | {"bad_ranges": ranges}))
     for row in result.bad_ranges:

@@ -6,7 +6,6 @@ This module does not import NumPy.  Source: QEMU docs/interop/qcow2.rst.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
 from imgcore import limits
@@ -57,7 +56,6 @@ _ENCRYPTION_KEYS: Final = (
 )
 
 
-@dataclass(frozen=True)
 class Options(FormatOptions):
     """The ``-o`` options."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from imgcore.errors import OptionError, UnsupportedFeatureError
@@ -39,7 +38,6 @@ _HW_VERSION: Final = "4"
 _COMPAT6_HW_VERSION: Final = "6"
 
 
-@dataclass(frozen=True)
 class Options(FormatOptions):
     """The ``-o`` options."""
 
