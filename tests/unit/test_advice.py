@@ -607,6 +607,8 @@ NAMED = {
     ("convert",),
     ("disk/sink_options.py", "-S {}: it must be a multiple of {}, at most {}"): ("convert",),
     ("disk/sink_options.py", "salvaged data cannot be compared with a parent (-B)"): ("convert",),
+    ("disk/sink_options.py", "blocks that are salvaged cannot be trusted (--trust-blocks)"):
+    ("convert",),
     ("disk/stream_source.py", "a compressed raw source cannot be combined with -B"): ("convert",),
     ("formats/raw/options.py", "raw cannot have a backing file (-B)"): ("convert",),
     ("formats/raw/options.py", "-S is {}: a multiple of {} bytes is needed"): ("convert",),
