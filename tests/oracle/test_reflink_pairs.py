@@ -13,7 +13,7 @@ from tests.helpers import rewrite_pairs as pairs
 from tests.helpers.images import MIB
 from tests.helpers.mounts import make_file_system, mounted
 from tests.helpers.rewrite_pairs import DISK, ODD_DISK, Pair
-from tests.oracle.test_rewrite_pairs import A_FEW, ALL
+from tests.oracle.test_rewrite_pairs import A_FEW, ALL, MOVED_NBYTES
 
 
 @pytest.fixture(scope="module", params=["xfs", "btrfs"])
@@ -58,6 +58,10 @@ def goes_by_reflink(pair: Pair, here: Path, beside: Path) -> None:
     target = here / f"target{pair.target.suffix}"
     result = convert(pair, source, target)
     assert result.virtual_size == raw.stat().st_size
+    moved_nbytes = MOVED_NBYTES.get(pair.target.name, 2 * MIB)
+    assert result.bytes_shared > 0
+    assert result.bytes_read <= moved_nbytes
+    assert result.bytes_written <= moved_nbytes
     assert pairs.digests(folder) == before
     pairs.assert_reads_as(raw, target, pair.target.format, leaks=True)
     # A guest of the target does not change the source.
