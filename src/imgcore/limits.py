@@ -133,3 +133,12 @@ VHDX_MAX_FILE_NBYTES: Final = 128 * TIB
 
 # Parts of a sparse file in a tar archive: each takes 24 bytes of the header.
 MAX_TAR_SEGMENTS: Final = 1 << 16
+
+# `rewrite` keeps what it overwrites in memory and, before and after, in its journal.  A
+# VDI has its map in front of its blocks: 4 MiB for each TiB of the disk.
+MAX_OVERWRITTEN_NBYTES: Final = 128 * MIB
+# The files beside an image that its new format adds, or no longer needs.
+MAX_SIDE_FILES_NBYTES: Final = 4 * MIB
+# What a record of the journal says about its bytes: ranges, names, options.
+MAX_JOURNAL_HEAD_NBYTES: Final = 16 * MIB
+MAX_JOURNAL_BLOB_NBYTES: Final = MAX_OVERWRITTEN_NBYTES + MAX_SIDE_FILES_NBYTES

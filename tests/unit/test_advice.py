@@ -573,6 +573,10 @@ ELSEWHERE = {
     ("streams/zstd.py",
      "the zstd stream is followed by {} other bytes (truncate -s {} of a copy removes them)"):
     "unit/test_stream.py::test_the_advice_for_what_follows_zstd",
+    ("files/in_place.py",
+     ("its last conversion can still be undone ({}): imgcore rewrite --finish keeps the image as "
+      "it is, --undo restores the one before")):
+    "unit/test_in_place.py::test_a_conversion_that_can_be_undone_is_kept",
     ("formats/vhd/lint.py", "imgcore check --repair, or convert"):
     "unit/test_advice.py::test_remedies_of_lint",
     ("formats/vmdk/lint.py", "truncate -s {} fixes it"):

@@ -6,12 +6,14 @@ import contextlib
 import errno
 import fcntl
 import os
+import signal
 import struct
 import time
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
 from imgcore.errors import ImgcoreError, TargetError
+from imgcore.files.identity import file_system_magic
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,8 +24,16 @@ _QEMU_WRITES: Final = 101
 _QEMU_DENIES_READING: Final = 200
 _QEMU_DENIES_WRITING: Final = 201
 
-# Linux include/uapi/asm-generic/fcntl.h; Python's fcntl lacks it on some libcs.
+# Offset and number of the bytes that a writer needs for itself.
+_QEMU_BYTES: Final = ((100, 4), (200, 5))
+
+# Linux include/uapi/asm-generic/fcntl.h; Python's fcntl lacks them on some libcs.
 _F_OFD_GETLK: Final[int] = getattr(fcntl, "F_OFD_GETLK", 36)
+_F_OFD_SETLK: Final[int] = getattr(fcntl, "F_OFD_SETLK", 37)
+
+# Linux include/uapi/linux/magic.h: NFS, CIFS, SMB 2.  Their servers decide about
+# leases, so a refusal does not tell whether another program has the file open.
+_NETWORK_MAGICS: Final = frozenset({0x6969, 0xFF534D42, 0xFE534D42})
 
 
 # struct flock with 64-bit offsets: l_type, l_whence, l_start, l_len, l_pid.
@@ -45,6 +55,59 @@ def refuse_image_in_use(fd: int, path: str) -> None:
     """Raise TargetError if QEMU uses the image, which a job would replace or change."""
     if _is_locked_by_other(fd, _QEMU_WRITES) or _is_locked_by_other(fd, _QEMU_DENIES_WRITING):
         raise TargetError("in use by another process (QEMU's image lock)", path=path)
+
+
+def lock_image(fd: int, path: str) -> None:
+    """Lock an image as QEMU does for a writer that suffers no other user.
+
+    The locks belong to the open file, and end with it.  TargetError if QEMU, or another
+    job, uses the image.
+    """
+    for start, nbytes in _QEMU_BYTES:
+        request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, nbytes, 0)
+        try:
+            fcntl.fcntl(fd, _F_OFD_SETLK, request)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise TargetError(
+                    "in use by another process (QEMU's image lock)", path=path
+                ) from None
+            return  # a file system without locks: nobody else has one either
+
+
+def lease(fd: int, path: str) -> bool:
+    """Keep other programs from opening a file until `end_lease`; they wait.
+
+    Returns
+    -------
+    bool
+        False if the system gives no leases on this file.
+
+    Raises
+    ------
+    TargetError
+        Another open file, or a mapping, refers to the file: a program that reads it, a
+        loop device.
+    """
+    with contextlib.suppress(OSError):
+        # Whoever waits makes the kernel send a signal, whose default would end the
+        # process.  This one is ignored by default, and nobody owns the file.
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    except OSError as error:
+        if error.errno != errno.EAGAIN or file_system_magic(fd) in _NETWORK_MAGICS:
+            return False
+        raise TargetError("another program has it open", path=path) from None
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(fd, fcntl.F_SETOWN, 0)
+    return True
+
+
+def end_lease(fd: int) -> None:
+    """Let other programs open the file again."""
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
 
 
 def _is_locked_by_other(fd: int, byte: int) -> bool:

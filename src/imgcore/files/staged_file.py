@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -13,6 +14,7 @@ from imgcore.limits import MIB, SECTOR_NBYTES
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+_PAGE_NBYTES: Final = 4096
 _ZEROS_NBYTES: Final = MIB
 
 
@@ -58,7 +60,19 @@ def _write_zeros(file: TargetFile, ranges: Iterable[Range]) -> None:
     zeros = memoryview(bytes(_ZEROS_NBYTES))
     for offset, length in ranges:
         for start in range(offset, offset + length, _ZEROS_NBYTES):
-            file.pwrite(start, zeros[: offset + length - start])
+            write_different(file, start, zeros[: offset + length - start])
+
+
+def write_different(file: TargetFile, offset: int, data: bytes | memoryview) -> None:
+    """Write the pages in which a file differs; a hole that reads the same stays one."""
+    view = memoryview(data)
+    while view:
+        nbytes = min(_PAGE_NBYTES - offset % _PAGE_NBYTES, len(view))
+        with named_errors(file.path):
+            present = os.pread(file.fd, nbytes, offset)
+        if present != view[:nbytes]:
+            file.pwrite(offset, view[:nbytes])
+        offset, view = offset + nbytes, view[nbytes:]
 
 
 class StagedFile(TargetFile):

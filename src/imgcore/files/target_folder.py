@@ -31,7 +31,7 @@ from imgcore.files.temporary_names import (
 from imgcore.log import log
 
 # The folder cannot be synced at all, as on some network and FUSE file systems.
-_NO_SYNC_ERRORS: Final = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES)
+NO_SYNC_ERRORS: Final = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES)
 
 # The folder takes no new files.
 _NO_CREATE_ERRORS: Final = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -230,7 +230,7 @@ class TargetFolder:
                 try:
                     os.fsync(self._fd)
                 except OSError as error:
-                    if error.errno not in _NO_SYNC_ERRORS:
+                    if error.errno not in NO_SYNC_ERRORS:
                         raise
 
     def sync(self) -> None:
@@ -242,7 +242,7 @@ class TargetFolder:
         except OSError as error:
             if error.errno is None:
                 raise  # what a signal handler raises
-            if error.errno not in _NO_SYNC_ERRORS:
+            if error.errno not in NO_SYNC_ERRORS:
                 text = f"{os.strerror(error.errno)} (syncing the folder; the file is complete)"
                 raise OSError(error.errno, text, self._path) from error
             log.warning("%s: the folder cannot be synced: %s", self._folder, error.strerror)

@@ -1,0 +1,42 @@
+"""Space of a file: reserved before it is needed, and given back."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Final
+
+# Linux include/uapi/linux/falloc.h.
+_KEEP_SIZE: Final = 1
+_PUNCH_HOLE: Final = 2
+
+_NOT_SUPPORTED: Final = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV)
+
+
+def reserve(fd: int, offset: int, length: int) -> None:
+    """Reserve space for a range, whose content and whose file's size stay.
+
+    It does nothing if the file system cannot reserve.
+    """
+    _fallocate(fd, _KEEP_SIZE, offset, length)
+
+
+def punch(fd: int, offset: int, length: int) -> bool:
+    """Give back the space of a range; False if the file system has no holes."""
+    return _fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, offset, length)
+
+
+def _fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if length <= 0 or not hasattr(libc, "fallocate64"):
+        return False
+    libc.fallocate64.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    while libc.fallocate64(fd, mode, offset, length):
+        code = ctypes.get_errno()
+        if code in _NOT_SUPPORTED:
+            return False
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
+    return True

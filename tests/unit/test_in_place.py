@@ -1,0 +1,257 @@
+"""A conversion inside a file: the old image, or the new one, and the way between."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from imgcore.errors import ImgcoreError, LimitExceededError, TargetError
+from imgcore.files.in_place import InPlace, finish, recover, undo
+from imgcore.limits import MAX_OVERWRITTEN_NBYTES
+
+SIZE = 1 << 20
+FRONT = 1 << 16
+OLD = random.Random(1).randbytes(SIZE)
+MTIME_NS = 10**18 + 7
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.old"
+    path.write_bytes(OLD)
+    os.utime(path, ns=(MTIME_NS, MTIME_NS))
+    return path
+
+
+def rewrite(
+    path: Path,
+    *,
+    name: str | None = "disk.new",
+    created: Mapping[str, bytes] | None = None,
+    removed: Sequence[str] = (),
+    commit: bool = True,
+) -> Path:
+    """Move the front to the end, and write a header and a table."""
+    old = path.read_bytes()
+    with InPlace(path) as job:
+        file = job.start({"to": "new"}, [(0, FRONT)], name=name, created=created, removed=removed)
+        file.pwrite(len(old), old[:FRONT])
+        file.pwrite(len(old) + FRONT, b"table" * 1000)
+        file.pwrite(0, b"header")
+        file.clear_rest(FRONT)
+        file.truncate(len(old) + 2 * FRONT)
+        assert path.read_bytes()[: len(old)] == old
+        if commit:
+            job.commit()
+    return Path(job.path)
+
+
+def new_content() -> bytes:
+    return (
+        b"header".ljust(FRONT, b"\0")
+        + OLD[FRONT:]
+        + OLD[:FRONT]
+        + (b"table" * 1000).ljust(FRONT, b"\0")
+    )
+
+
+def files_beside(path: Path) -> list[str]:
+    return sorted(os.listdir(path.parent))
+
+
+def assert_old(path: Path) -> None:
+    assert path.read_bytes() == OLD
+    assert path.stat().st_mtime_ns == MTIME_NS
+    assert files_beside(path) == [path.name]
+
+
+class TestCommit:
+    def test_there_and_back(self, disk: Path) -> None:
+        new = rewrite(disk)
+        assert new.name == "disk.new"
+        assert new.read_bytes() == new_content()
+        assert files_beside(new) == ["disk.new", "disk.new.imgcore-journal"]
+        assert (disk.parent / "disk.new.imgcore-journal").stat().st_mode & 0o777 == 0o600
+        assert undo(new) == str(disk)
+        assert_old(disk)
+
+    def test_without_commit_nothing_has_changed(self, disk: Path) -> None:
+        assert rewrite(disk, commit=False) == disk
+        assert_old(disk)
+
+    def test_an_exception_restores(self, disk: Path) -> None:
+        with pytest.raises(ZeroDivisionError), InPlace(disk) as job:
+            job.start({}, [(0, FRONT)]).pwrite(SIZE, b"x" * 1000)
+            raise ZeroDivisionError
+        assert_old(disk)
+
+    def test_the_name_may_stay(self, disk: Path) -> None:
+        assert rewrite(disk, name=None) == disk
+        assert disk.read_bytes() == new_content()
+        assert undo(disk) == str(disk)
+        assert_old(disk)
+
+    def test_side_files(self, disk: Path) -> None:
+        (disk.parent / "a.txt").write_bytes(b"old side")
+        (disk.parent / "a.txt").chmod(0o640)
+        new = rewrite(disk, name="b.txt", created={"a.txt": b"new side"}, removed=["a.txt"])
+        assert (new.parent / "a.txt").read_bytes() == b"new side"
+        assert undo(new.parent / "a.txt") == str(disk)
+        assert (disk.parent / "a.txt").read_bytes() == b"old side"
+        assert (disk.parent / "a.txt").stat().st_mode & 0o777 == 0o640
+        (disk.parent / "a.txt").unlink()
+        assert_old(disk)
+
+    def test_recovering_what_is_complete(self, disk: Path) -> None:
+        """The same command again, by the old or the new name, finds it done."""
+        new = rewrite(disk, created={"side": b"x"})
+        for path in (disk, new, new.parent / "side"):
+            assert recover(path) == ("new", str(new), {"to": "new"})
+        other = disk.with_name("other")
+        other.write_bytes(b"x")
+        assert recover(other) is None
+        disk.write_bytes(OLD)
+        assert recover(disk) is None
+
+
+class TestUndo:
+    @pytest.mark.parametrize("offset", [3, SIZE // 2, SIZE + FRONT + 7])
+    def test_refused_after_a_write(self, disk: Path, offset: int) -> None:
+        new = rewrite(disk)
+        status = new.stat()
+        with new.open("r+b") as file:
+            file.seek(offset)
+            file.write(b"guest")
+        with pytest.raises(ImgcoreError, match="written to since .* time of modification"):
+            undo(new)
+        if offset != SIZE // 2:
+            os.utime(new, ns=(status.st_atime_ns, status.st_mtime_ns))
+            with pytest.raises(ImgcoreError, match="written to since .* tables"):
+                undo(new)
+        os.truncate(new, SIZE)
+        with pytest.raises(ImgcoreError, match="written to since .* size"):
+            undo(new)
+
+    def test_without_a_journal(self, disk: Path) -> None:
+        for call in (undo, finish):
+            with pytest.raises(ImgcoreError, match="has no journal"):
+                call(disk)
+        assert_old(disk)
+
+
+class TestFinish:
+    def test_blocks_are_given_back(self, disk: Path) -> None:
+        new = rewrite(disk)
+        keep = [(SIZE // 2 + 100, 4000), (FRONT, 5), (SIZE, 2 * FRONT)]
+        assert finish(new, keep) == str(new)
+        assert files_beside(new) == ["disk.new"]
+        wanted = bytearray(new_content())
+        wanted[FRONT + 4096 : SIZE // 2] = bytes(SIZE // 2 - FRONT - 4096)
+        wanted[SIZE // 2 + 8192 : SIZE] = bytes(SIZE // 2 - 8192)
+        assert new.read_bytes() == wanted
+
+    def test_all_stays_if_it_was_written_to(
+        self, disk: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        new = rewrite(disk)
+        os.utime(new)
+        finish(new, [])
+        assert new.read_bytes() == new_content()
+        assert files_beside(new) == ["disk.new"]
+        assert "keep their space" in caplog.text
+
+    def test_nothing_is_known_to_be_free(self, disk: Path) -> None:
+        new = rewrite(disk)
+        finish(new)
+        assert new.read_bytes() == new_content()
+
+
+class TestRefused:
+    def test_links(self, disk: Path) -> None:
+        link = disk.with_name("link")
+        link.symlink_to(disk)
+        with pytest.raises(TargetError, match="is a symbolic link"):
+            InPlace(link)
+        link.unlink()
+        link.hardlink_to(disk)
+        with pytest.raises(TargetError, match="has 2 names"):
+            InPlace(disk)
+
+    def test_other_kinds(self, disk: Path) -> None:
+        os.mkfifo(disk.with_name("fifo"))
+        with pytest.raises(TargetError, match="is a pipe"):
+            InPlace(disk.with_name("fifo"))
+        with pytest.raises(TargetError, match="is a folder"):
+            InPlace(disk.parent)
+        with pytest.raises(FileNotFoundError, match="missing"):
+            InPlace(disk.with_name("missing"))
+
+    def test_read_only(self, disk: Path) -> None:
+        disk.chmod(0o444)
+        with pytest.raises(TargetError, match="read-only"):
+            InPlace(disk)
+
+    @pytest.mark.parametrize("mode", ["rb", "r+b"])
+    def test_open_elsewhere(self, disk: Path, mode: str) -> None:
+        with disk.open(mode), pytest.raises(TargetError, match="another program has it open"):
+            InPlace(disk)
+        with InPlace(disk) as job:
+            job.start({}, [(0, FRONT)]).pwrite(SIZE, b"x")
+            with disk.open(mode), pytest.raises(TargetError, match="another program"):
+                job.commit()
+        assert_old(disk)
+
+    def test_two_jobs(self, disk: Path) -> None:
+        with InPlace(disk) as job:
+            job.start({}, [(0, FRONT)])
+            for call in (InPlace, recover, undo, finish):
+                with pytest.raises(TargetError, match="in use by another process"):
+                    call(disk)
+        assert_old(disk)
+
+    def test_names_that_are_taken(self, disk: Path) -> None:
+        for name in ("disk.new", "side", "disk.new.imgcore-journal"):
+            disk.with_name(name).write_bytes(b"precious")
+            with pytest.raises(TargetError, match=f"{name}: exists already"):
+                rewrite(disk, created={"side": b"x"})
+            assert disk.with_name(name).read_bytes() == b"precious"
+            disk.with_name(name).unlink()
+        assert_old(disk)
+
+    def test_too_much_is_overwritten(self, tmp_path: Path) -> None:
+        path = tmp_path / "large"
+        with path.open("wb") as file:
+            file.truncate(2 * MAX_OVERWRITTEN_NBYTES)
+        with InPlace(path) as job, pytest.raises(LimitExceededError, match="at most 134217728"):
+            job.start({}, [(0, MAX_OVERWRITTEN_NBYTES + 1)])
+        assert files_beside(path) == ["large"]
+
+    def test_changed_meanwhile(self, disk: Path) -> None:
+        with InPlace(disk) as job:
+            with disk.open("r+b") as file:
+                file.write(b"x")
+            with pytest.raises(ImgcoreError, match="changed while it was read"):
+                job.start({}, [(0, FRONT)])
+        assert files_beside(disk) == ["disk.old"]
+        with InPlace(disk) as job:
+            job.start({}, [(0, FRONT)])
+            with disk.open("r+b") as file:
+                file.write(b"guest")
+            with pytest.raises(ImgcoreError, match="changed while it was converted"):
+                job.commit()
+        assert disk.read_bytes()[:5] == b"guest"
+        assert files_beside(disk) == ["disk.old"]
+
+
+def test_a_conversion_that_can_be_undone_is_kept(disk: Path) -> None:
+    new = rewrite(disk)
+    with pytest.raises(TargetError, match=r"disk\.new\.imgcore-journal.*--finish.*--undo"):
+        rewrite(new, name="disk.third")
+    assert undo(new) == str(disk)
+    new = rewrite(disk)
+    finish(new)
+    rewrite(new, name="disk.third")
