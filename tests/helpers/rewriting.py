@@ -20,7 +20,7 @@ from imgcore.engine.extents import (
     join_neighbours,
 )
 from imgcore.files.target_file import TargetFile
-from imgcore.formats.api import BlockRule, Rewriter, Survey, WriteRequest
+from imgcore.formats.api import BlockRule, Described, Rewriter, Survey, WriteRequest
 from imgcore.formats.option_texts import parse_options
 from imgcore.formats.registry import get_driver
 from imgcore.formats.shared.alignment import align_up
@@ -123,11 +123,9 @@ def rewrite(
         result = _rewrite(image, data_path, found, rewriter, order)
     if data_path != path:
         path.unlink()
-    created = getattr(rewriter, "companions", None)
-    if created is not None:
-        data_path.rename(path.parent / rewriter.data_name)  # type: ignore[attr-defined]
-        for name, octets in created.items():
-            (path.parent / name).write_bytes(octets)
+    if isinstance(rewriter, Described):
+        data_path.rename(path.parent / rewriter.data_name)
+        (path.parent / request.target_name).write_bytes(rewriter.description)
     return result
 
 

@@ -649,6 +649,10 @@ OTHERS = frozenset(
             "{} clusters of {} bytes are too many to count, allowed up to {}: use a larger "
             "cluster_size"
         ),
+        (
+            "the tables after the file's old end would reach to {}, and a sparse VMDK file holds "
+            "at most {} bytes: qcow2, for example, has room"
+        ),
         "data at {}: a sparse VMDK file holds at most {} bytes (use a flat subformat)",
         "{} bytes need {} grain directory entries, allowed up to {}: use a larger grain_size",
         "copy it to a file that is neither",

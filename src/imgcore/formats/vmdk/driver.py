@@ -31,4 +31,5 @@ DRIVER: Final = Driver(
     options_module="imgcore.formats.vmdk.options",
     read=_read,
     writing="imgcore.formats.vmdk.writer",
+    rewriting="imgcore.formats.vmdk.rewriter",
 )
