@@ -22,7 +22,7 @@ from imgcore.formats.api import BlockRule, Survey, WriteRequest
 from imgcore.formats.option_texts import parse_options
 from imgcore.formats.registry import get_driver
 from imgcore.rewriting import layout as layout_module
-from imgcore.rewriting.director import Cost, Director
+from imgcore.rewriting.director import Director, RewriteCost
 from imgcore.rewriting.layout import Layout, Runs, lay_out, placements
 from imgcore.rewriting.survey import survey_image
 
@@ -266,7 +266,7 @@ def open_target(path: Path) -> TargetFile:
     return TargetFile(os.open(path, os.O_RDWR), str(path))
 
 
-def rewritten(path: Path, source: str, target: str, *options: str, **more: Any) -> Cost:
+def rewritten(path: Path, source: str, target: str, *options: str, **more: Any) -> RewriteCost:
     """Rewrite a file in place, without a journal."""
     with imgcore.open(path, format=source, share=True) as image:
         director = director_for(image, target, *options, **more)

@@ -82,6 +82,9 @@ class FormatOptions:
     """Base of all records of options; itself the record of a format without options."""
 
     foreign: ClassVar[Mapping[str, Foreign]] = _COMMON
+    # The option for the size of a block, and sizes worth considering; none by default.
+    block_option: ClassVar[str] = ""
+    block_sizes: ClassVar[tuple[int, ...]] = ()
 
 
 def byte_size(default: _Number, help: str) -> _Number:

@@ -150,7 +150,9 @@ def lay_out(
         runs = _staying(rows, rule, disk_nbytes, survey.file_nbytes)
         moved.append(_gaps(*_touched(rows, size), runs))
         stay.append(runs)
-    kept, lost = _without_overlaps(Runs.joined(stay), size)
+    runs = Runs.joined(stay)
+    stay.clear()
+    kept, lost = _without_overlaps(runs, size)
     for start, length in overwrites:
         moved.append((lost.first, lost.first + lost.n_blocks))
         kept, lost = _outside(kept, start, start + length, size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 from uuid import UUID, uuid4, uuid5
 
 from imgcore.errors import LimitExceededError, OptionError
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Options(FormatOptions):
     """The ``-o`` options."""
+
+    block_option: ClassVar[str] = "block_size"
+    block_sizes: ClassVar[tuple[int, ...]] = (layout.DEFAULT_BLOCK_NBYTES,)
 
     subformat: str | None = choice(None, ("dynamic", "fixed"), "Kind of VDI (default: dynamic)")
     static: bool = flag("The same as subformat=fixed")

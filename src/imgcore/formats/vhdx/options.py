@@ -66,6 +66,13 @@ class Options(FormatOptions):
         "log_size": Foreign(reason="the log has 1 MiB: leave it out"),
     }
 
+    block_option: ClassVar[str] = "block_size"
+    block_sizes: ClassVar[tuple[int, ...]] = (
+        limits.MIB,
+        2 * limits.MIB,
+        32 * limits.MIB,
+    )
+
     subformat: str = choice(
         "dynamic", ("dynamic", "fixed"), "Allocate blocks when they are needed, or all of them"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
 from imgcore.errors import OptionError, UnsupportedFeatureError
 from imgcore.formats.options import PREALLOCATION, FormatOptions, byte_size, choice, flag, text
@@ -17,7 +17,7 @@ from imgcore.formats.shared.write_checks import (
 )
 from imgcore.formats.vmdk.descriptor import LOGICAL_SECTOR_SIZES, DiskDatabase
 from imgcore.formats.vmdk.layout import DEFAULT_GRAIN_NBYTES, RESERVED_CIDS
-from imgcore.limits import KIB, SECTOR_NBYTES, VMDK_MAX_GRAIN_NBYTES
+from imgcore.limits import KIB, MIB, SECTOR_NBYTES, VMDK_MAX_GRAIN_NBYTES
 
 if TYPE_CHECKING:
     from imgcore.formats.api import WriteRequest
@@ -35,6 +35,9 @@ _COMPAT6_HW_VERSION: Final = "6"
 @dataclass(frozen=True)
 class Options(FormatOptions):
     """The ``-o`` options."""
+
+    block_option: ClassVar[str] = "grain_size"
+    block_sizes: ClassVar[tuple[int, ...]] = (64 * KIB, MIB)
 
     subformat: str | None = choice(
         None,
