@@ -14,7 +14,7 @@ A field's type, default, allowed values and help text are stated here only.  Use
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field, fields, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar, Final, NamedTuple, TypeVar, cast
@@ -25,6 +25,7 @@ from imgcore.sizes import parse_size
 
 _Number = TypeVar("_Number", bound="int | None")
 _Text = TypeVar("_Text", bound="str | None")
+_Options = TypeVar("_Options", bound="FormatOptions")
 
 _FLAG_TEXTS: Final = {
     "on": True,
@@ -38,6 +39,11 @@ FLAG_VALUES: Final = "on|off"
 
 # Space is not reserved, reserved by the file system, or filled with zeros.
 PREALLOCATION: Final = ("off", "falloc", "full")
+
+
+# A block size that is left open.  Conversion without copying chooses it; elsewhere it
+# is the default.
+AUTO: Final[Any] = "auto"
 
 
 class Foreign(NamedTuple):
@@ -82,14 +88,23 @@ class FormatOptions:
     """Base of all records of options; itself the record of a format without options."""
 
     foreign: ClassVar[Mapping[str, Foreign]] = _COMMON
-    # The option for the size of a block, and sizes worth considering; none by default.
-    block_option: ClassVar[str] = ""
-    block_sizes: ClassVar[tuple[int, ...]] = ()
 
 
 def byte_size(default: _Number, help: str) -> _Number:
     """Declare an option that is a size in bytes; users may write a suffix (``64k``)."""
     return cast("_Number", _option(default, help, "size", _read_size))
+
+
+def size_or_auto(default: _Number, help: str, *, auto: tuple[int, int]) -> _Number:
+    """Declare the option that is the block size in bytes, or AUTO.
+
+    ``auto`` holds the smallest and the largest size, powers of two, that AUTO may
+    become.
+    """
+    low, high = auto
+    sizes = tuple(1 << bits for bits in range(low.bit_length() - 1, high.bit_length()))
+    option = _option(default, help, f"size|{AUTO}", _read_block_size, sizes=sizes)
+    return cast("_Number", option)
 
 
 def number(default: _Number, help: str) -> _Number:
@@ -112,9 +127,46 @@ def text(default: _Text, help: str) -> _Text:
     return cast("_Text", _option(default, help, "text", _read_text))
 
 
-def _option(default: Any, help: str, values: str, read: Callable[[str, Any], Any]) -> Any:
+def _option(
+    default: Any, help: str, values: str, read: Callable[[str, Any], Any], **more: Any
+) -> Any:
     """Return a field with its help, its allowed values and their parser as metadata."""
-    return field(default=default, metadata={"help": help, "values": values, "read": read})
+    metadata = {"help": help, "values": values, "read": read, **more}
+    return field(default=default, metadata=metadata)
+
+
+# The block size among a format's options.
+
+
+def block_sizes(options: FormatOptions) -> tuple[int, ...]:
+    """Return the block sizes that AUTO may become, ascending; none without a choice."""
+    option = _block_size_option(options)
+    return () if option is None else option.metadata["sizes"]
+
+
+def is_auto(options: FormatOptions) -> bool:
+    """Tell whether the block size is left open."""
+    option = _block_size_option(options)
+    return option is not None and getattr(options, option.name) == AUTO
+
+
+def with_block_size(options: _Options, nbytes: int) -> _Options:
+    """Return the options with another block size."""
+    option = _block_size_option(options)
+    assert option is not None, "the format has no option for the block size"
+    return replace(options, **{option.name: nbytes})
+
+
+def without_auto(options: _Options) -> _Options:
+    """Return the options with the default for a block size that is left open."""
+    option = _block_size_option(options)
+    if option is None or getattr(options, option.name) != AUTO:
+        return options
+    return replace(options, **{option.name: option.default})
+
+
+def _block_size_option(options: FormatOptions) -> Field[Any] | None:
+    return next((option for option in fields(options) if "sizes" in option.metadata), None)
 
 
 # The parsers of values: ``where`` names the option in messages, ``value`` is as given.
@@ -127,6 +179,10 @@ def _read_size(where: str, value: Any) -> int:
         return parse_size(value)
     except OptionError as error:
         raise OptionError(f"{where}: {error}") from None
+
+
+def _read_block_size(where: str, value: Any) -> Any:
+    return AUTO if value == AUTO else _read_size(where, value)
 
 
 def _read_number(where: str, value: Any) -> int:

@@ -15,6 +15,7 @@ import numpy as np
 from imgcore.engine.extents import Kind
 from imgcore.errors import UnsupportedFeatureError
 from imgcore.files.rehearsal import CountingStagedFile
+from imgcore.formats.api import NeedsPlaces
 from imgcore.limits import MIB
 from imgcore.rewriting.layout import PROBED_NBYTES, Layout, Runs, lay_out, placements
 from imgcore.rewriting.survey import survey_image
@@ -103,6 +104,7 @@ class Director:
         self.rewriter: Rewriter = driver.rewriter(request, self.survey)
         if not inflate:
             self._refuse_compressed()
+        self._tell_places(self.rewriter)
 
     @property
     def _rule(self) -> BlockRule | None:
@@ -159,6 +161,13 @@ class Director:
             return self.rehearse().bytes_tables
         return self._driver.measure(self.request, 0).required
 
+    def _tell_places(self, rewriter: Rewriter) -> None:
+        """Tell a rewriter that must know it where blocks stay."""
+        if isinstance(rewriter, NeedsPlaces):
+            layout = self._layout
+            starts, ends = layout.stay.host, layout.stay.host_end(layout.block_nbytes)
+            rewriter.know_places(starts, ends, is_moving=bool(len(layout.moved_first)))
+
     def refuse_large_move(self) -> None:
         """Raise UnsupportedFeatureError if most of the data would be copied."""
         moved, stayed = self.moved_nbytes, self.stayed_nbytes
@@ -208,6 +217,7 @@ class Director:
         from imgcore.engine.progress import Tally
 
         rewriter, layout = self._driver.rewriter(self.request, self.survey), self._layout
+        self._tell_places(rewriter)
         tally = Tally(self._image.virtual_size, None)
         with closing(CountingStagedFile(self._image.path, self.survey.file_nbytes)) as file:
             offset = rewriter.begin(file, self.append_offset)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,10 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from imgcore.disk.image import Image
 from imgcore.disk.layer import open_layer
 from imgcore.disk.sink import warn_about_sectors
-from imgcore.errors import ImgcoreError
 from imgcore.formats.api import SectorSized, WriteRequest
 from imgcore.formats.option_texts import parse_options
 from imgcore.formats.registry import PLAIN_FORMAT, get_driver
+from imgcore.rewriting.block_size import candidates, fitting_director
 from imgcore.rewriting.director import Director, RewriteCost
 from imgcore.rewriting.refusals import refuse_image, refuse_parent, refuse_same_kind
 
@@ -76,7 +75,7 @@ class Wish(NamedTuple):
             target_name=name,
             logical_sector_nbytes=image.logical_sector_nbytes,
         )
-        director = Director(image, self.driver, request, inflate=self.inflate)
+        director = fitting_director(image, self.driver, request, inflate=self.inflate)
         refuse_same_kind(image, director.rewriter)
         return director
 
@@ -87,19 +86,9 @@ class Wish(NamedTuple):
         """
         first = self.director(image, name)
         costs = [first.rehearse()]
-        for size in self.options.block_sizes:
-            if size == costs[0].block_size or costs[0].block_size is None:
-                continue
-            changed = {self.options.block_option: size}
-            request = first.request._replace(options=dataclasses.replace(self.options, **changed))
-            try:
-                other = Director(
-                    image, self.driver, request, inflate=self.inflate, survey=first.survey
-                )
-                costs.append(other.rehearse())
-            except ImgcoreError:
-                continue
-        return costs
+        others = candidates(image, self.driver, first.request, first.survey, inflate=self.inflate)
+        costs += (other.rehearse() for other in others)
+        return [cost for at, cost in enumerate(costs) if cost not in costs[:at]]
 
 
 @contextmanager

@@ -15,10 +15,10 @@ from imgcore.errors import LimitExceededError, OptionError
 from imgcore.formats.options import (
     Foreign,
     FormatOptions,
-    byte_size,
     choice,
     flag,
     number,
+    size_or_auto,
     text,
 )
 from imgcore.formats.qcow2 import layout
@@ -71,15 +71,9 @@ class Options(FormatOptions):
         **{f"encrypt.{key}": Foreign(reason=_ENCRYPTION) for key in _ENCRYPTION_KEYS},
     }
 
-    block_option: ClassVar[str] = "cluster_size"
-    block_sizes: ClassVar[tuple[int, ...]] = (
-        4 * limits.KIB,
-        64 * limits.KIB,
-        limits.MIB,
-        2 * limits.MIB,
+    cluster_size: int = size_or_auto(
+        64 * limits.KIB, "Cluster size, 512 to 2M", auto=(4 * limits.KIB, 2 * limits.MIB)
     )
-
-    cluster_size: int = byte_size(64 * limits.KIB, "Cluster size, 512 to 2M")
     compat: str = choice(
         "1.1", tuple(_COMPAT_VERSION), "Compatibility level: 0.10 (version 2) or 1.1 (version 3)"
     )

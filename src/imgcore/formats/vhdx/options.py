@@ -17,8 +17,8 @@ from imgcore.formats.options import (
     NO_EFFECT,
     Foreign,
     FormatOptions,
-    byte_size,
     choice,
+    size_or_auto,
     text,
 )
 from imgcore.formats.shared.alignment import align_up
@@ -66,18 +66,13 @@ class Options(FormatOptions):
         "log_size": Foreign(reason="the log has 1 MiB: leave it out"),
     }
 
-    block_option: ClassVar[str] = "block_size"
-    block_sizes: ClassVar[tuple[int, ...]] = (
-        limits.MIB,
-        2 * limits.MIB,
-        32 * limits.MIB,
-    )
-
     subformat: str = choice(
         "dynamic", ("dynamic", "fixed"), "Allocate blocks when they are needed, or all of them"
     )
-    block_size: int | None = byte_size(
-        None, "Block size, 1M to 256M (default: 32M, or 2M with a parent)"
+    block_size: int | None = size_or_auto(
+        None,
+        "Block size, 1M to 256M (default: 32M, or 2M with a parent)",
+        auto=(limits.VHDX_MIN_BLOCK_NBYTES, limits.VHDX_MAX_BLOCK_NBYTES),
     )
     logical_sector_size: str | None = choice(
         None,

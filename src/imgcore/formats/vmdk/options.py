@@ -5,10 +5,17 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from imgcore.errors import OptionError, UnsupportedFeatureError
-from imgcore.formats.options import PREALLOCATION, FormatOptions, byte_size, choice, flag, text
+from imgcore.formats.options import (
+    PREALLOCATION,
+    FormatOptions,
+    choice,
+    flag,
+    size_or_auto,
+    text,
+)
 from imgcore.formats.shared.write_checks import (
     check_block_size,
     check_virtual_size,
@@ -17,7 +24,7 @@ from imgcore.formats.shared.write_checks import (
 )
 from imgcore.formats.vmdk.descriptor import LOGICAL_SECTOR_SIZES, DiskDatabase
 from imgcore.formats.vmdk.layout import DEFAULT_GRAIN_NBYTES, RESERVED_CIDS
-from imgcore.limits import KIB, MIB, SECTOR_NBYTES, VMDK_MAX_GRAIN_NBYTES
+from imgcore.limits import KIB, SECTOR_NBYTES, VMDK_MAX_GRAIN_NBYTES
 
 if TYPE_CHECKING:
     from imgcore.formats.api import WriteRequest
@@ -35,9 +42,6 @@ _COMPAT6_HW_VERSION: Final = "6"
 @dataclass(frozen=True)
 class Options(FormatOptions):
     """The ``-o`` options."""
-
-    block_option: ClassVar[str] = "grain_size"
-    block_sizes: ClassVar[tuple[int, ...]] = (64 * KIB, MIB)
 
     subformat: str | None = choice(
         None,
@@ -57,7 +61,11 @@ class Options(FormatOptions):
         "Sector size that the guest sees (default: the source's, else 512)",
     )
     zeroed_grain: bool = flag("Mark explicit zeros in tables (monolithicSparse)")
-    grain_size: int = byte_size(DEFAULT_GRAIN_NBYTES, "Grain size, 8k to 1M (sparse kinds)")
+    grain_size: int = size_or_auto(
+        DEFAULT_GRAIN_NBYTES,
+        "Grain size, 8k to 1M (sparse kinds)",
+        auto=(_MIN_GRAIN_NBYTES, VMDK_MAX_GRAIN_NBYTES),
+    )
     level: str = choice(
         "default",
         ("fastest", "fast", "default", "best"),
