@@ -573,6 +573,9 @@ ELSEWHERE = {
     ("streams/zstd.py",
      "the zstd stream is followed by {} other bytes (truncate -s {} of a copy removes them)"):
     "unit/test_stream.py::test_the_advice_for_what_follows_zstd",
+    ("files/in_place_job.py",
+     "is immutable or append-only; chattr -i -a {} permits rewriting it"):
+    "unit/test_in_place.py::test_immutable",
     ("files/in_place.py",
      ("its last conversion can still be undone ({}): imgcore rewrite --finish keeps the image as "
       "it is, --undo restores the one before")):
