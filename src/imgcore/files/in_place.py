@@ -96,6 +96,20 @@ def _require_fit(job: Job) -> None:
         )
 
 
+def described(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """Return what the caller of `InPlace.start` had put in for an image's conversion.
+
+    Raises
+    ------
+    ImgcoreError
+        There is no journal.
+    TargetError, OSError
+        As for `recover`.
+    """
+    with _require_job(path) as job:
+        return job.begin.job
+
+
 def undo(path: str | os.PathLike[str]) -> str:
     """Restore the old image, byte for byte, and return its path.
 

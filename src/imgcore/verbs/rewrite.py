@@ -191,7 +191,10 @@ def undo_rewrite(image: FilePath) -> str:
     TargetError, OSError
         The image is in use, or cannot be written.
     """
-    return in_place.undo(file_name(image))
+    path = file_name(image)
+    names = in_place.described(path)
+    restored = in_place.undo(path)
+    return _beside(restored, names["old_name"])
 
 
 def finish_rewrite(image: FilePath) -> str:
@@ -226,7 +229,12 @@ def finish_rewrite(image: FilePath) -> str:
             "its conversion had been interrupted before it was complete: the old image is restored",
             path=found.path,
         )
-    return in_place.finish(found.path, _used_ranges(found))
+    return _beside(in_place.finish(found.path, _used_ranges(found)), found.job["name"])
+
+
+def _beside(path: str, name: str) -> str:
+    """Return the path of an image whose disk is in a file beside it, or in itself."""
+    return os.path.join(os.path.dirname(path), name)
 
 
 def _used_ranges(found: in_place.Recovered) -> list[tuple[int, int]] | None:
@@ -234,9 +242,7 @@ def _used_ranges(found: in_place.Recovered) -> list[tuple[int, int]] | None:
     from imgcore.rewriting.survey import survey_image
 
     opening = OpenOptions(format=found.job["target_format"], flags=_FLAGS)
-    # The image's name may be that of a small file that describes it.
-    path = os.path.join(os.path.dirname(found.path), found.job["name"])
-    with open_alone(path, opening) as image:
+    with open_alone(_beside(found.path, found.job["name"]), opening) as image:
         try:
             rows = survey_image(image).rows
         except LimitExceededError as error:
@@ -259,7 +265,7 @@ class _Job(NamedTuple):
         return new_name(self.path, format, name=self.name, keep_name=self.keep_name)
 
     def _new_path(self) -> str:
-        return os.path.join(os.path.dirname(self.path), self._new_name())
+        return _beside(self.path, self._new_name())
 
     def rehearsed(self) -> RewriteResult:
         """Return the result without changing anything."""
@@ -275,7 +281,7 @@ class _Job(NamedTuple):
         if found.job["target_format"] != self.wish.driver.name:
             return None
         return RewriteResult(
-            path=os.path.join(os.path.dirname(found.path), found.job["name"]),
+            path=_beside(found.path, found.job["name"]),
             source_format=found.job["source_format"],
             target_format=found.job["target_format"],
             virtual_size=found.job["virtual_size"],
@@ -354,6 +360,7 @@ class _Job(NamedTuple):
             "target_format": self.wish.driver.name,
             "virtual_size": image.virtual_size,
             "name": self._new_name(),
+            "old_name": os.path.basename(self.path),
         }
 
     def _result(self, image: Image, cost: RewriteCost) -> RewriteResult:
