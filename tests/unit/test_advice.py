@@ -578,6 +578,9 @@ ELSEWHERE = {
     ("streams/zstd.py",
      "the zstd stream is followed by {} other bytes (truncate -s {} of a copy removes them)"):
     "unit/test_stream.py::test_the_advice_for_what_follows_zstd",
+    ("files/in_place_job.py",
+     "is immutable or append-only; chattr -i -a {} permits rewriting it"):
+    "unit/test_in_place.py::test_immutable",
     ("files/in_place.py",
      ("its last conversion can still be undone ({}): imgcore rewrite --finish keeps the image as "
       "it is, --undo restores the one before")):
@@ -609,6 +612,8 @@ NAMED = {
     ("convert",),
     ("disk/sink_options.py", "-S {}: it must be a multiple of {}, at most {}"): ("convert",),
     ("disk/sink_options.py", "salvaged data cannot be compared with a parent (-B)"): ("convert",),
+    ("disk/sink_options.py", "blocks that are salvaged cannot be trusted (--trust-blocks)"):
+    ("convert",),
     ("disk/stream_source.py", "a compressed raw source cannot be combined with -B"): ("convert",),
     ("formats/raw/options.py", "raw cannot have a backing file (-B)"): ("convert",),
     ("formats/raw/options.py", "-S is {}: a multiple of {} bytes is needed"): ("convert",),

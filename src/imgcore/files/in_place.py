@@ -149,7 +149,7 @@ def finish(path: str | os.PathLike[str], keep: Iterable[Range] | None = None) ->
             else:
                 log.warning(
                     "%s: was written to since it was converted (its %s changed): "
-                    "blocks that it does not use keep their space",
+                    "unreferenced blocks keep their space",
                     job.path,
                     changed,
                 )
