@@ -314,6 +314,11 @@ def write_as_guest(raw: Path, path: Path, image_format: str, n_writes: int = 150
     qemu_io(path, image_format, commands)
 
 
+def copy_sparse(source: str, target: str) -> None:
+    """Copy a file with its holes."""
+    qemu.checked(["cp", "--sparse=always", source, target])
+
+
 def digests(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of every file in a folder."""
     return {path.name: images.sha256(path) for path in sorted(folder.iterdir())}
