@@ -90,6 +90,11 @@ EXIT_SALVAGED: Final = 3
     help="Copy every block, even if the file system could reflink it (XFS, Btrfs).",
 )
 @click.option(
+    "--trust-blocks",
+    is_flag=True,
+    help="Do not decompress the compressed blocks that TARGET takes over from SOURCE.",
+)
+@click.option(
     "-r",
     "--rate-limit",
     "rate",
@@ -140,6 +145,7 @@ def command(
     no_sync: bool,
     salvage: bool,
     no_reflink: bool,
+    trust_blocks: bool,
     rate: int | None,
     target_cache: str | None,
     threads: int | None,
@@ -187,6 +193,7 @@ def command(
             target_is_zero=target_is_zero,
             salvage=salvage,
             reflink=not no_reflink,
+            trust_blocks=trust_blocks,
             progress=report.callback,
             profile=profile,
             rate=rate or None,
