@@ -71,6 +71,7 @@ def goes_by_reflink(pair: Pair, here: Path, beside: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.rewriting
 @pytest.mark.parametrize("pair", [p for p in ALL if not p.values[0].target.inflate])
 def test_every_pair(pair: Pair, here: Path, tmp_path: Path) -> None:
     goes_by_reflink(pair, here, tmp_path)

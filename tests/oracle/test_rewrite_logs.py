@@ -63,6 +63,7 @@ def test_a_log_by_hand(writes: tuple[vhdx.Write, ...], target: Becomes, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.rewriting
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.name)
 def test_a_log_of_hyper_v(target: Becomes, samples: Path, tmp_path: Path) -> None:  # noqa: F811
     folder = tmp_path / "images"

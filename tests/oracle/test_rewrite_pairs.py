@@ -149,12 +149,14 @@ def test_usual_pairs(pair: Pair, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.rewriting
 @pytest.mark.parametrize("pair", ALL)
 def test_every_pair_on_ext4(pair: Pair, on_ext4: Path, tmp_path: Path) -> None:
     go_all_the_way(Case(pair, DISK, on_ext4, tmp_path))
 
 
 @pytest.mark.slow
+@pytest.mark.rewriting
 @pytest.mark.parametrize("pair", ALL)
 def test_every_pair_with_odd_sectors_on_tmpfs(pair: Pair, on_tmpfs: Path, tmp_path: Path) -> None:
     go_all_the_way(Case(pair, ODD_DISK, on_tmpfs, tmp_path))

@@ -134,7 +134,7 @@ def each(*kinds: str) -> list[Any]:
             kind,
             target,
             id=f"{kind}-{target.name}",
-            marks=() if (kind, target) in usual else pytest.mark.slow,
+            marks=() if (kind, target) in usual else (pytest.mark.slow, pytest.mark.rewriting),
         )
         for kind in kinds
         for target in TARGETS

@@ -219,12 +219,14 @@ def stays_in_place(job: Job, folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.rewriting
 @pytest.mark.parametrize("job", _params(JOBS))
 def test_data_stays(job: Job, here: Path) -> None:
     stays_in_place(job, here)
 
 
 @pytest.mark.slow
+@pytest.mark.rewriting
 @pytest.mark.parametrize("job", _params(RAW_JOBS))
 def test_data_of_a_raw_disk_stays(job: Job, here: Path) -> None:
     stays_in_place(job, here)
