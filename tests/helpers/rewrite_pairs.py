@@ -241,6 +241,24 @@ PAIRS: Final = (
     *_pairs(_VDIS_ALIGNED, TO_QCOW2, _qcow2("1M"), TO_VHDX),
 )
 
+# One for each way of placing blocks and of writing tables.
+USUAL: Final = (
+    "raw-plain-to-fixed-vhd",
+    "raw-plain-to-qcow2-64k",
+    "raw-plain-to-vdi",
+    "fixed-qemu-to-vhdx-1M",
+    "flat-qemu-to-qcow2-64k",
+    "qcow2-64k-aged-to-vmdk",
+    "qcow2-1m-aged-to-vhdx-1M",
+    "vmdk-aged-to-qcow2-64k",
+    "vhd-qemu-to-vmdk",
+    "vhdx-aged-to-qcow2-64k",
+    "vhdx-imgcore-to-vdi",
+    "vdi-imgcore-to-vhdx-1M",
+)
+# What may move, where it is more than the front of a raw disk and the last block.
+MOVED_NBYTES: Final = dict.fromkeys(("vmdk-inflated", "qcow2-2M", "vhdx-32M"), DISK.virtual_size)
+
 
 # -- judges ----------------------------------------------------------------------------
 

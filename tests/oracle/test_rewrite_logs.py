@@ -13,8 +13,8 @@ import imgcore
 from tests.helpers import images, qemu, vhdx
 from tests.helpers import rewrite_pairs as pairs
 from tests.helpers.rewrite_pairs import Becomes
+from tests.helpers.samples import unpacked_samples
 from tests.helpers.vhdx import BAT_OFFSET, FULL, MIB, Vhdx, pattern
-from tests.oracle.test_samples import samples  # noqa: F401  a fixture
 
 TARGETS: Final = (pairs.TO_QCOW2, pairs.TO_VMDK, pairs.TO_VDI)
 GUID: Final = vhdx.guid(0x106)
@@ -65,9 +65,10 @@ def test_a_log_by_hand(writes: tuple[vhdx.Write, ...], target: Becomes, tmp_path
 @pytest.mark.slow
 @pytest.mark.rewriting
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.name)
-def test_a_log_of_hyper_v(target: Becomes, samples: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_log_of_hyper_v(target: Becomes, tmp_path: Path) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
     path = folder / "dirty.vhdx"
-    shutil.copyfile(samples / "qemu-iotests" / "iotest-dirtylog-10G-4M.vhdx", path)
+    sample = unpacked_samples() / "qemu-iotests" / "iotest-dirtylog-10G-4M.vhdx"
+    shutil.copyfile(sample, path)
     assert_keeps_the_log(path, target, tmp_path)

@@ -18,25 +18,8 @@ import imgcore
 from tests.helpers import rewrite_pairs as pairs
 from tests.helpers.images import MIB, RawImage
 from tests.helpers.mounts import make_file_system, mounted
-from tests.helpers.rewrite_pairs import DISK, ODD_DISK, PAIRS, Pair
+from tests.helpers.rewrite_pairs import DISK, MOVED_NBYTES, ODD_DISK, PAIRS, USUAL, Pair
 
-# One for each way of placing blocks and of writing tables.
-USUAL = (
-    "raw-plain-to-fixed-vhd",
-    "raw-plain-to-qcow2-64k",
-    "raw-plain-to-vdi",
-    "fixed-qemu-to-vhdx-1M",
-    "flat-qemu-to-qcow2-64k",
-    "qcow2-64k-aged-to-vmdk",
-    "qcow2-1m-aged-to-vhdx-1M",
-    "vmdk-aged-to-qcow2-64k",
-    "vhd-qemu-to-vmdk",
-    "vhdx-aged-to-qcow2-64k",
-    "vhdx-imgcore-to-vdi",
-    "vdi-imgcore-to-vhdx-1M",
-)
-# What may move: the front of a raw disk, and the last block, which ends after it.
-MOVED_NBYTES = dict.fromkeys(("vmdk-inflated", "qcow2-2M", "vhdx-32M"), DISK.virtual_size)
 ALL = [pytest.param(pair, id=pair.name) for pair in PAIRS]
 A_FEW = [pytest.param(pair, id=pair.name) for pair in PAIRS if pair.name in USUAL]
 
