@@ -122,7 +122,7 @@ class Image:
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 @pytest.mark.parametrize("mode", [Mode.FAIL_ONCE, Mode.FAIL_ON], ids=["once", "on"])
 def test_every_call_fails(mode: Mode, code: int, agent: Agent) -> None:
-    """An error tells it; the old image is there, at once or when the disk works again."""
+    """The old image is there, at once or when the disk works again."""
     image = Image(agent)
     seen = set()
     for nth in range(1, 500):
@@ -187,7 +187,7 @@ def test_an_undo_is_killed_at_every_change(mode: Mode, agent: Agent) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ext4-journal", "xfs"])
 def test_shut_down_at_every_change(kind: str, shim: Path, tmp_path: Path) -> None:
-    """The file system stops after every call, as in a power cut, and is mounted again."""
+    """The file system stops after every call, and is mounted again."""
     if shutil.which("xfs_io") is None:
         pytest.skip("xfs_io is not installed (Debian: xfsprogs)")
     states = []
