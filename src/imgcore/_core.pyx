@@ -8,7 +8,7 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyOb
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
 
 from imgcore cimport _native as n
@@ -132,6 +132,26 @@ def crc32c(const uint8_t[::1] data, uint32_t crc=0, variant=None):
     with nogil:
         crc = n.imgc_crc32c(chosen, crc, &data[0], nbytes)
     return crc
+
+
+def extent_table(rows):
+    """Return extents, given as tuples of at least one row, as a table for `Job.start`."""
+    cdef size_t count = len(rows)
+    cdef extent_row *table = <extent_row *>malloc(count * sizeof(extent_row))
+    if table == NULL:
+        raise MemoryError()
+    cdef cython.view.array result = <extent_row[:count]>table
+    result.callback_free_data = free
+    for index, (guest_offset, length, host_offset, host_length, file, kind, flags) in enumerate(
+            rows):
+        table[index].guest_offset = guest_offset
+        table[index].length = length
+        table[index].host_offset = host_offset
+        table[index].host_length = host_length
+        table[index].file = file
+        table[index].kind = kind
+        table[index].flags = flags
+    return result
 
 
 cdef class TableFormat:
@@ -365,7 +385,8 @@ cdef class Job:
 
     def __init__(self, *, sources, geometry=None, File target=None, uint64_t next_offset=0,
                  bint has_base=False, uint32_t threads=1, uint64_t window_nbytes=0, variants=None,
-                 bint salvage=False, bint reflink=False, RateLimit rate_limit=None):
+                 bint salvage=False, bint reflink=False, bint trust_blocks=False,
+                 RateLimit rate_limit=None):
         cdef n.imgc_job_options options
         cdef n.imgc_error err
         cdef File file
@@ -385,6 +406,7 @@ cdef class Job:
         options.has_base = has_base
         options.salvage = salvage
         options.reflink = reflink
+        options.trust_blocks = trust_blocks
         if rate_limit is not None:
             options.rate_limit = rate_limit.handle
         self.rate_limit = rate_limit
@@ -485,12 +507,13 @@ cdef class Job:
         """Return counts of bytes.
 
         Guest bytes done, and of these data and zeros; host bytes read, written and
-        reflinked.
+        reflinked; guest bytes of reused blocks, and of these not decompressed.
         """
         cdef n.imgc_progress progress
         n.imgc_job_progress(self.require(), &progress)
         return (progress.bytes_done, progress.bytes_data, progress.bytes_zero,
-                progress.bytes_read, progress.bytes_written, progress.bytes_reflinked)
+                progress.bytes_read, progress.bytes_written, progress.bytes_reflinked,
+                progress.bytes_reused, progress.bytes_trusted)
 
     @property
     def next_offset(self):
@@ -554,6 +577,7 @@ cdef int fill_geometry(n.imgc_geometry *out, geometry) except -1:
     out.stored_prefix_nbytes = geometry.stored_prefix_nbytes
     out.stored_prefix_byte = geometry.stored_prefix_byte
     out.clears_blocks = geometry.clears_blocks
+    out.reuse_blocks = geometry.reuse_blocks
     return 0
 
 

@@ -40,6 +40,7 @@ class SinkOptions(NamedTuple):
     target_is_zero: bool
     salvage: bool
     reflink: bool
+    trust_blocks: bool
     variants: Mapping[str, str]
     profile: Profile | None
     limit: RateLimit | None
@@ -60,6 +61,7 @@ class SinkOptions(NamedTuple):
         target_is_zero: bool,
         salvage: bool,
         reflink: bool,
+        trust_blocks: bool,
         kernels: Mapping[str, str] | None,
         profile: str | None,
         rate: SupportsIndex | str | None,
@@ -74,6 +76,8 @@ class SinkOptions(NamedTuple):
             raise OptionError("--target-is-zero: with a parent (-B) the target's disk is not zeros")
         if salvage and backing is not None:
             raise OptionError("salvaged data cannot be compared with a parent (-B)")
+        if salvage and trust_blocks:
+            raise OptionError("blocks that are salvaged cannot be trusted (--trust-blocks)")
         if platform is not None:
             refuse_against_profile(
                 platform,
@@ -93,6 +97,7 @@ class SinkOptions(NamedTuple):
             target_is_zero=target_is_zero,
             salvage=salvage,
             reflink=reflink,
+            trust_blocks=trust_blocks,
             variants=chosen_variants(kernels),
             profile=platform,
             limit=_rate_limit(rate, control),

@@ -642,7 +642,7 @@ class Described(Protocol):
 class Driver(NamedTuple):
     """Everything that general code knows about a format.
 
-    ``formats/x/driver.py`` holds it as ``DRIVER``.  A driver imports the reader, but
+    ``formats/x/driver.py`` holds it as ``DRIVER``.  A driver imports the reader,
     the options and the writer only when they are needed.
 
     Attributes
@@ -652,12 +652,12 @@ class Driver(NamedTuple):
     options_module : str
         Module that holds ``Options``, the record of the options for writing (``-o``).
         Reading an image does not import it.
-    read : callable
-        Returns a `Reader` for a file, a gate, a record of ``read_options``, and the
-        `Damage` that decides what happens if the image is damaged.  Files
-        that the image names are opened through the gate; the parent is not opened.
-        Raises WrongFormatError only if the magic is absent.  The caller closes the
-        file.
+    reading : str
+        Module that holds ``reader_for(file, gate, options, damage)``: it returns a
+        `Reader` for a file, a gate, a record of ``read_options``, and the `Damage` that
+        decides what happens if the image is damaged.  Files that the image names are
+        opened through the gate; the parent is not opened.  Raises WrongFormatError only
+        if the magic is absent.  The caller closes the file.
     writing : str or None
         Module that holds ``writer_for(request)`` and ``measure(request, data_nbytes)``;
         see `writer` and `measure`.  It may import NumPy.  None if the format is only
@@ -673,7 +673,7 @@ class Driver(NamedTuple):
 
     name: str
     options_module: str
-    read: Callable[[ByteSource, ReferenceGate, Any, Damage], Reader]
+    reading: str
     writing: str | None
     read_options: type[FormatOptions] | None = None
     has_tables: bool = True
@@ -694,7 +694,8 @@ class Driver(NamedTuple):
         """Open an image; ``options`` defaults to those of ``read_options``."""
         if options is None and self.read_options is not None:
             options = self.read_options()
-        return self.read(file, gate, options, damage)
+        module = importlib.import_module(self.reading)
+        return cast("Reader", module.reader_for(file, gate, options, damage))
 
     def writer(self, request: WriteRequest[Any]) -> Writer:
         """Verify a request and return its writer; touches no file.

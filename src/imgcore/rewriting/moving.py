@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from imgcore.disk.image import Image
-    from imgcore.engine.batches import Batch
     from imgcore.engine.extents import Extents, Placements
     from imgcore.engine.progress import Tally
+    from imgcore.engine.supply import Batch
     from imgcore.files.target_file import TargetFile
     from imgcore.rewriting.layout import Layout, Offsets
 
@@ -89,7 +89,7 @@ def move_blocks(
 
 
 def _count(tally: Tally, job: Job, batch: Batch) -> None:
-    _, data, _, read, written, _ = job.progress()
+    _, data, _, read, written, *_ = job.progress()
     tally.count(batch.start, data=data, read=read, written=written)
 
 

@@ -8,7 +8,6 @@ Source: [MS-VHDX], by section.
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
 from imgcore import limits
@@ -56,7 +55,6 @@ _N_OWN_ITEMS: Final = 6
 _OWN_METADATA_NBYTES: Final = layout.METADATA_TABLE_NBYTES + 2 * limits.VHDX_MAX_PATH_NBYTES
 
 
-@dataclass(frozen=True)
 class Options(FormatOptions):
     """The ``-o`` options."""
 

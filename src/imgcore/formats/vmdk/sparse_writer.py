@@ -88,7 +88,7 @@ class StreamWriter:
         self._is_pending = False
 
     def _make_geometry(self) -> Geometry:
-        from imgcore.engine.compression_levels import deflate_codec
+        from imgcore.engine.compression_levels import DEFAULT_LEVEL, deflate_codec
 
         return Geometry(
             block_nbytes=self._options.grain_nbytes,
@@ -97,8 +97,9 @@ class StreamWriter:
             compressed_alignment=SECTOR_NBYTES,
             prefix=Prefix.GRAIN_MARKER,
             store_incompressible=False,
-            codec=deflate_codec(self._options.level, 15, CodecId.ZLIB),
+            codec=deflate_codec(self._options.level or DEFAULT_LEVEL, 15, CodecId.ZLIB),
             sparse_nbytes=self._options.sparse_nbytes,
+            reuse_blocks=self._options.level is None,
             group_nblocks=layout.GTES_PER_GT,
             group_gap_nbytes=_GT_GAP_NBYTES,
         )
