@@ -236,13 +236,10 @@ class Director:
             runs = Runs.joined((self._layout.stay, moved))
             for first_block, batch in placements(runs, size):
                 offset = rewriter.place(first_block, batch, offset)
-                end = (first_block + len(batch)) * size
-                tally.count(
-                    min(end, tally.total_nbytes),
-                    data=tally.data_nbytes,
-                    read=tally.read_nbytes,
-                    written=tally.written_nbytes,
-                )
+                # Blocks that moved, which take longer, were counted before.
+                end = min((first_block + len(batch)) * size, tally.total_nbytes)
+                done = max(end, tally.done_nbytes)
+                tally.count(done, data=done, read=tally.read_nbytes, written=tally.written_nbytes)
         rewriter.finish(offset)
 
     def _cost(self, file: StagedFile | CountingStagedFile, moved_nbytes: int) -> RewriteCost:
