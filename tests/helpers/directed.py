@@ -16,7 +16,7 @@ from imgcore.formats.api import WriteRequest
 from imgcore.formats.option_texts import parse_options
 from imgcore.formats.registry import get_driver
 from imgcore.rewriting.block_size import fitting_director
-from imgcore.rewriting.director import Cost, Director
+from imgcore.rewriting.director import Director, RewriteCost
 
 
 def director(image: imgcore.Image, target_format: str, options: Mapping[str, Any]) -> Director:
@@ -35,7 +35,7 @@ def rewrite(
     options: Mapping[str, Any] | None = None,
     *,
     data: Path | None = None,
-) -> Cost:
+) -> RewriteCost:
     """Rewrite the image's file, or that of its data.
 
     If that is refused, the file has not been changed.

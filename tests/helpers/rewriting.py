@@ -14,7 +14,7 @@ from imgcore.files.target_file import TargetFile
 from imgcore.formats.api import WriteRequest
 from imgcore.formats.option_texts import parse_options
 from imgcore.formats.registry import get_driver
-from imgcore.rewriting.director import Cost, Director
+from imgcore.rewriting.director import Director, RewriteCost
 
 
 def director_for(
@@ -31,7 +31,7 @@ def open_target(path: Path) -> TargetFile:
     return TargetFile(os.open(path, os.O_RDWR), str(path))
 
 
-def rewritten(path: Path, source: str, target: str, *options: str, **more: Any) -> Cost:
+def rewritten(path: Path, source: str, target: str, *options: str, **more: Any) -> RewriteCost:
     """Rewrite a file in place, without a journal; the rehearsal must foresee it."""
     with imgcore.open(path, format=source, share=True) as image:
         director = director_for(image, target, *options, **more)

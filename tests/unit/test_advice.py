@@ -464,7 +464,26 @@ MORE = {
 
 # Messages whose advice another test executes.
 _REPAIRED = "-r all repairs this, -r leaks does not"
+_REFUSALS = "unit/test_rewrite_cli.py::test_refusals"
 ELSEWHERE = {
+    ("cli/measure.py", "--rewrite measures FILE, not --size"):
+    "unit/test_rewrite_cli.py::test_measure_rewrite_needs_a_file",
+    ("cli/rewrite.py", "give either --undo or --finish"): _REFUSALS,
+    ("cli/rewrite.py", "state the new format with -O"): _REFUSALS,
+    ("cli/rewrite.py", "{} takes no other options: -O is for a new conversion"): _REFUSALS,
+    ("rewriting/children.py", ("more than {} files are beside it, any of which may be its child: "
+     "move it to another folder first")): "unit/test_rewrite_cli.py::test_too_many_files",
+    ("rewriting/director.py", ("only {} of {} could stay in place: another block size may fit "
+     "better (imgcore measure --rewrite), or imgcore convert writes a new image")): _REFUSALS,
+    ("rewriting/director.py", ("{} of its disk are compressed, and {} cannot refer to these "
+     "blocks: --inflate stores them decompressed, or imgcore convert writes a new image")):
+    _REFUSALS,
+    ("rewriting/naming.py", "--name and --keep-name are both given: give one of them"): _REFUSALS,
+    ("rewriting/naming.py", "--name {}: the image stays in its folder: give a name without one"):
+    _REFUSALS,
+    ("rewriting/refusals.py", "{}; --drop rewrites it without"): _REFUSALS,
+    ("verbs/rewrite.py", "one of the two files of a disk is {}: --name states another name"):
+    _REFUSALS,
     ("disk/source.py", ("a compressed raw disk cannot be one of several sources: decompress it "
      "first (imgcore convert {} {})")):
     "oracle/test_concatenation.py::test_the_advice_for_streams_works",
@@ -515,6 +534,9 @@ ELSEWHERE = {
     ("formats/vhdx/check.py", ("the log must be replayed first, by the program that wrote it; "
      "imgcore convert writes an image with an empty log")):
     "unit/test_advice.py::test_an_image_with_a_log",
+    ("formats/vdi/rewriter.py", ("the first block would be at {} of the file, in a VDI it is at "
+     "most at {}: imgcore convert writes one")):
+    "unit/test_vdi_rewrite.py::test_the_first_block_lies_below_4_gib",
     ("formats/vhd/rewriter.py", "-o subformat=fixed makes a fixed one"):
     "unit/test_flat_rewrite.py::test_refusals",
     ("formats/vhdx/rewriter.py", ("a VHDX with subformat=fixed has all its blocks, which another "
@@ -659,13 +681,10 @@ OTHERS = frozenset(
             "{} clusters of {} bytes are too many to count, allowed up to {}: use a larger "
             "cluster_size"
         ),
-        (
-            "the tables after the file's old end would reach to {}, and a sparse VMDK file holds "
-            "at most {} bytes: qcow2, for example, has room"
-        ),
         "data at {}: a sparse VMDK file holds at most {} bytes (use a flat subformat)",
         "{} bytes need {} grain directory entries, allowed up to {}: use a larger grain_size",
         "copy it to a file that is neither",
+        "no image becomes {} without copying: use imgcore convert",
         "decrypt the machine in VMware first",
         "the disk is encrypted (ddb.iofilters): decrypt it in vSphere first",
     }

@@ -56,6 +56,30 @@ def test_most_stays(
     assert imgcore.check(path, format=target).ok
 
 
+@pytest.mark.parametrize(
+    ("source", "options", "expected"),
+    [
+        ("vdi", {}, MIB),
+        ("vhd", {"subformat": "fixed"}, MIB),
+        ("qcow2", {"cluster_size": "2M"}, 2 * MIB),
+        ("vdi", {"block_size": "32M"}, 32 * MIB),
+        ("vdi", {"block_size": "64M"}, 32 * MIB),
+    ],
+)
+def test_the_format_decides(
+    tmp_path: Path, source: str, options: dict[str, str], expected: int
+) -> None:
+    """VHDX blocks are usually of 32 MiB, but not if then more would move."""
+    raw, path = tmp_path / "d.raw", tmp_path / "a"
+    with raw.open("wb") as file:
+        file.truncate(128 * MIB)
+    poke(raw, (0, pattern(1, 7 * MIB)), (19 * MIB, pattern(2, MIB)))
+    imgcore.convert(raw, path, target_format=source, options=options, sync=False)
+    cost = rewrite(path, source, "vhdx")
+    assert cost.block_size == expected
+    assert content(path, "vhdx") == raw.read_bytes()
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_elsewhere_it_is_the_default(tmp_path: Path, name: str) -> None:
     raw = tmp_path / "d.raw"

@@ -186,6 +186,20 @@ def test_sparse_refcounts_of_a_huge_file(tmp_path: Path) -> None:
     assert path.stat().st_blocks * 512 < 2 * MIB
 
 
+def test_a_file_that_nearly_fills_the_refcount_table(tmp_path: Path) -> None:
+    """Its 127 GiB have room for the new tables; 128 GiB have not."""
+    for file_nbytes, fits in ((127 * GIB, True), (128 * GIB, False)):
+        rewriter = rewriter_for("qcow2", MIB, "cluster_size=512", file_nbytes=file_nbytes)
+        path = tmp_path / "a.qcow2"
+        rows = stored(np.array([file_nbytes - 512]), 512)
+        if fits:
+            built(path, rewriter, file_nbytes, [(0, rows)])
+            assert imgcore.check(path).ok
+        else:
+            with pytest.raises(LimitExceededError, match="a refcount table for"):
+                built(path, rewriter, file_nbytes, [(0, rows)])
+
+
 @pytest.mark.parametrize(
     ("target", "option", "nbytes"),
     [

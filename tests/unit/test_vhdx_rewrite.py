@@ -87,7 +87,7 @@ def test_blocks_of_another_size_at_places_that_are_no_multiples(tmp_path: Path) 
         file.truncate(96 * MIB)
     poke(raw, (0, pattern(1, 33 * MIB)), (64 * MIB, pattern(2, 32 * MIB)))
     imgcore.convert(raw, path, target_format="vdi", sync=False)
-    cost = rewrite(path, "vdi", "vhdx")
+    cost = rewrite(path, "vdi", "vhdx", {"block_size": "32M"})
     assert (cost.block_size, cost.bytes_stayed, cost.bytes_moved) == (32 * MIB, 64 * MIB, 32 * MIB)
     assert content(path, "vhdx") == raw.read_bytes()
     assert imgcore.check(path, format="vhdx").ok

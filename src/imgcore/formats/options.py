@@ -198,10 +198,10 @@ def block_sizes(options: FormatOptions) -> tuple[int, ...]:
     return () if key is None else options.declared[key].sizes
 
 
-def is_auto(options: FormatOptions) -> bool:
-    """Tell whether the block size is left open."""
+def block_size(options: FormatOptions) -> int | str | None:
+    """Return the block size: AUTO if it is left open, None if the format decides."""
     key = _block_size_key(options)
-    return key is not None and getattr(options, key) == AUTO
+    return None if key is None else cast("int | str | None", getattr(options, key))
 
 
 def with_block_size(options: _Options, nbytes: int) -> _Options:
@@ -214,7 +214,7 @@ def with_block_size(options: _Options, nbytes: int) -> _Options:
 def without_auto(options: _Options) -> _Options:
     """Return the options with the default for a block size that is left open."""
     key = _block_size_key(options)
-    if key is None or getattr(options, key) != AUTO:
+    if key is None or block_size(options) != AUTO:
         return options
     return options.replace(**{key: options.declared[key].default})
 

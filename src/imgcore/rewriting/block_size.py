@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from imgcore.errors import ImgcoreError
-from imgcore.formats.options import block_sizes, is_auto, with_block_size
+from imgcore.formats.options import AUTO, block_size, block_sizes, with_block_size
 from imgcore.rewriting.director import Director
 from imgcore.rewriting.survey import survey_image
 
@@ -22,18 +22,21 @@ def fitting_director(
     """Return the director for a request; see `Director`.
 
     If the request leaves the block size open (``auto``), it is the one at which least
-    of the disk moves: of several, the largest.
+    of the disk moves: of several, the largest.  If the format decides, its usual size
+    is preferred to others at which as much moves.
     """
-    if not is_auto(request.options):
+    size = block_size(request.options)
+    sizes = block_sizes(request.options)
+    if not sizes or size not in (None, AUTO):
         return Director(image, driver, request, inflate=inflate)
     survey = survey_image(image)
-    best: Director | None = None
+    best = None
+    if size is None:
+        best = Director(image, driver, request, inflate=inflate, survey=survey)
     for director in candidates(image, driver, request, survey, inflate=inflate):
         if best is None or director.moved_nbytes < best.moved_nbytes:
             best = director
-    if best is None:
-        return Director(image, driver, request, inflate=inflate, survey=survey)
-    return best
+    return best or Director(image, driver, request, inflate=inflate, survey=survey)
 
 
 def candidates(

@@ -108,6 +108,7 @@ class DescribedRewriter(FlatRewriter):
             preallocation=options.preallocation,
         )
         self._options = options
+        self.logical_sector_nbytes: int = options.database.logical_sector_nbytes
 
     @property
     def data_name(self) -> str:
