@@ -16,7 +16,7 @@ import pytest
 
 import imgcore
 from imgcore.engine.extents import Kind
-from imgcore.rewriting.director import Cost
+from imgcore.rewriting.director import RewriteCost
 from tests.helpers import command, images, qcow2, qemu, vmdk
 from tests.helpers.images import KIB, MIB, RawImage
 from tests.helpers.qemu import Variant
@@ -346,7 +346,7 @@ def vmdk_rows(path: Path) -> list[tuple[int, int]]:
     ]
 
 
-def as_qcow2(path: Path, *options: str, **more: Any) -> Cost:
+def as_qcow2(path: Path, *options: str, **more: Any) -> RewriteCost:
     """Make a streamOptimized disk a QCOW2 in its own file, with a name that says so."""
     cost = rewritten(path, "vmdk", "qcow2", *options, **more)
     path.rename(path.with_suffix(".qcow2"))
@@ -409,3 +409,29 @@ def test_other_clusters_need_decompressed_data(raw_images: RawImages, tmp_path: 
     cost = as_qcow2(path, "cluster_size=128k")
     assert cost.bytes_stayed == 0
     assert_good(raw, path.with_suffix(".qcow2"), ZLIB)
+
+
+@each_trust
+@pytest.mark.parametrize("options", [(), ("cluster_size=auto",)], ids=["default", "auto"])
+def test_rewrite_and_undo(
+    options: tuple[str, ...], trust: bool, raw_images: RawImages, tmp_path: Path
+) -> None:
+    raw = raw_images(DISK)
+    path = make_source(raw, tmp_path, STREAM, "imgcore")
+    before = path.read_bytes()
+    result = imgcore.rewrite(path, "qcow2", options=options, trust_blocks=trust)
+    assert_good(raw, Path(result.path), ZLIB)
+    assert result.bytes_moved == 5 * 512
+    assert imgcore.undo_rewrite(result.path) == str(path)
+    assert path.read_bytes() == before
+    result = imgcore.rewrite(path, "qcow2", options=options, trust_blocks=trust, keep_undo=False)
+    # Unused space was given back, but none of the clusters.
+    assert_good(raw, Path(result.path), ZLIB)
+
+
+def test_measure_of_a_rewrite(raw_images: RawImages, tmp_path: Path) -> None:
+    path = make_source(raw_images(DISK), tmp_path, STREAM)
+    found = imgcore.measure_rewrite(path, "qcow2")
+    stayed = {cost.block_size: cost.bytes_stayed for cost in found.costs}
+    assert stayed.pop(BLOCK) == TEXT_NBYTES + NOISE_NBYTES
+    assert set(stayed.values()) == {0}

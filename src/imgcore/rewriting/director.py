@@ -225,7 +225,7 @@ class Director:
         return self._cost(file, tally.written_nbytes)
 
     def rehearse(self) -> RewriteCost:
-        """Return the cost; nothing is written, and no data is read.
+        """Return the cost; nothing is written, and no data is read any more.
 
         Blocks that move are counted as data, even if they turn out to be zeros.
         """
