@@ -17,7 +17,7 @@ from imgcore.limits import MAX_BATCH_ROWS, SECTOR_NBYTES
 from imgcore.rewriting.layout import Runs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from imgcore.disk.image import Image
     from imgcore.engine.extents import Extents, Placements
@@ -112,12 +112,22 @@ def moved_extents(rows: Extents, layout: Layout, disk_end: int) -> Iterator[Exte
     """Yield gap-free extents of the disk in which only what moves is data."""
     start = layout.moved_first * layout.block_nbytes
     end = start + layout.moved_count * layout.block_nbytes
-    position = 0
+    return gap_free((_inside(piece, start, end) for piece in in_pieces(rows)), disk_end)
+
+
+def in_pieces(rows: Extents) -> Iterator[Extents]:
+    """Yield rows in pieces that a batch has the room for, with gaps filled."""
     for at in range(0, len(rows), MAX_BATCH_ROWS // 4):
-        parts = _inside(rows[at : at + MAX_BATCH_ROWS // 4], start, end)
-        if len(parts):
-            yield _filled(parts, position)
-            position = int(parts["guest_offset"][-1] + parts["length"][-1])
+        yield rows[at : at + MAX_BATCH_ROWS // 4]
+
+
+def gap_free(pieces: Iterable[Extents], disk_end: int) -> Iterator[Extents]:
+    """Yield ascending rows with HOLEs between them, up to the disk's end."""
+    position = 0
+    for rows in pieces:
+        if len(rows):
+            yield _filled(rows, position)
+            position = int(rows["guest_offset"][-1] + rows["length"][-1])
     if position < disk_end:
         yield _filled(np.zeros(0, dtype=EXTENT_DTYPE), position, disk_end)
 

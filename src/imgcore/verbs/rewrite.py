@@ -126,7 +126,9 @@ def rewrite(
     inflate : bool
         Decompress blocks that the new format cannot refer to.
     trust_blocks : bool
-        Do not verify compressed blocks that stay compressed.
+        Do not verify compressed blocks that stay compressed: those of a streamOptimized
+        VMDK that becomes a QCOW2.  A damaged one is an error otherwise, before anything
+        is changed.
     keep_undo : bool
         Keep the journal, with which `imgcore.undo_rewrite` restores the old image.
         Without it, unused space of the file is given back.
