@@ -467,7 +467,7 @@ _REPAIRED = "-r all repairs this, -r leaks does not"
 _REFUSALS = "unit/test_rewrite_cli.py::test_refusals"
 ELSEWHERE = {
     ("cli/measure.py", "--rewrite measures FILE, not --size"):
-    "unit/test_rewrite_cli.py::test_measure_rewrite_needs_a_file",
+    "unit/test_rewrite_cli.py::test_measure_rewrite_has_its_own_options",
     ("cli/rewrite.py", "give either --undo or --finish"): _REFUSALS,
     ("cli/rewrite.py", "state the new format with -O"): _REFUSALS,
     ("cli/rewrite.py", "{} takes no other options: -O is for a new conversion"): _REFUSALS,
@@ -619,6 +619,7 @@ ELSEWHERE = {
 
 # Messages about options in use: the verbs that have them.
 NAMED = {
+    ("cli/measure.py", "--rewrite goes with -f, -O, -o, --allow and -U only"): ("measure",),
     ("disk/backing.py", "a format of the backing file is given (-F), but no backing file"):
     ("convert", "create"),
     ("disk/image_sink.py", ("blocks of {} bytes are too large to be compared with a parent (-B): "
