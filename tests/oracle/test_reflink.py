@@ -105,6 +105,23 @@ def test_every_pair_is_the_same_with_and_without(
     assert qemu.disk_nbytes(shared) <= qemu.disk_nbytes(copied) + 64 * KIB
 
 
+@each_source
+@each_target
+def test_every_pair_always(source: Variant, target: Variant, here: Path) -> None:
+    raw, path = make_source(here, source)
+    shared = here / f"shared{target.suffix}"
+    result = convert(path, shared, target, reflink="always")
+    # Of imgcore's images at most the disk's end is off the file system's blocks.
+    assert result.bytes_read <= 4 * KIB
+    assert result.bytes_shared >= SHARABLE_NBYTES
+    qemu.assert_same(raw, shared, source_format="raw", target_format=target.format)
+    assert imgcore.compare(
+        path, shared, format_a=source.format, format_b=target.format, threads=1
+    ).identical
+    if target is not qemu.RAW:
+        assert imgcore.check(str(shared), format=target.format).ok
+
+
 def free_nbytes(folder: Path) -> int:
     os.sync()
     status = os.statvfs(folder)

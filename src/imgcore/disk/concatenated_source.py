@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from imgcore.engine.batches import Supply
     from imgcore.engine.extents import Extents
     from imgcore.engine.geometry import Geometry
+    from imgcore.engine.source_file import SourceFile
     from imgcore.files.byte_source import ByteSource
 
 
@@ -44,6 +45,11 @@ class ConcatenatedSource:
         self.logical_sector_nbytes: int | None = max(
             (n for n in stated if n is not None), default=None
         )
+        self.sources: Sequence[SourceFile] = [
+            source._replace(guest_base=source.guest_base + start)
+            for part, start in zip(parts, self._starts, strict=True)
+            for source in part.sources
+        ]
         files = (file for part in parts for file in part.files)
         self.files: list[ByteSource] = list({file.identity: file for file in files}.values())
 
@@ -97,15 +103,10 @@ class ConcatenatedSource:
         from imgcore.engine.source_file import native_sources
 
         assert base is None, "see refuse_conversion"
-        sources = [
-            source._replace(guest_base=source.guest_base + start)
-            for part, start in zip(self._parts, self._starts, strict=True)
-            for source in part.sources
-        ]
         return nullcontext(
             Supply(
-                paths=[source.file.path for source in sources],
-                native_sources=native_sources(sources),
+                paths=[source.file.path for source in self.sources],
+                native_sources=native_sources(self.sources),
                 batches=disk_batches(self.data_extents(), self.virtual_size, geometry),
             )
         )

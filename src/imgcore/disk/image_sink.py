@@ -9,6 +9,7 @@ import numpy as np
 
 from imgcore._core import Job
 from imgcore.disk.data_ranges import count_blocks
+from imgcore.disk.reflinks import Reflink, reflinkable_units
 from imgcore.engine.bad_ranges import named_bad_ranges
 from imgcore.engine.extents import PLACEMENT_DTYPE
 from imgcore.engine.geometry import CodecId, Placing, ZeroPolicy
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from imgcore.engine.batches import Batch
     from imgcore.engine.extents import Placements
     from imgcore.engine.progress import Tally
+    from imgcore.engine.reflinks import ReflinkRule
     from imgcore.files.target import Target
     from imgcore.files.target_file import TargetFile
     from imgcore.formats.api import Writer, WriteRequest
@@ -51,10 +53,13 @@ class ImageSink:
         self._replaces = target.in_place and options.format != PLAIN_FORMAT
         self._target, self._source, self._base = target, source, base
         self._request, self._options = request, options
+        self._rule: ReflinkRule | None = None
         self._driver = get_driver(options.format)
         self._writer = self._driver.writer(request)
         if base is not None:
             _refuse_large_blocks(target, self._writer)
+        if options.reflink.is_required:
+            self._refuse_own_blocks()
 
     @property
     def logical_sector_nbytes(self) -> int | None:
@@ -72,6 +77,7 @@ class ImageSink:
         if geometry.zero_policy is ZeroPolicy.STORE and geometry.codec.codec is CodecId.NONE:
             # Every byte of the disk will be written.
             target.require_space(self._request.virtual_size)
+        self._rule = self._reflink_rule()
         data_file = writer.begin(target)
         self.overwrites = target.in_place
         if self._options.target_is_zero:
@@ -79,6 +85,30 @@ class ImageSink:
         if self._replaces:
             data_file.clear(writer.first_offset)
         return self._write_parts(writer, data_file, tally)
+
+    def _refuse_own_blocks(self) -> None:
+        """Raise OptionError if the target's blocks cannot be those of the source."""
+        refuse, path = self._options.reflink.refuse, self._target.path
+        if not self._source.sources:
+            refuse("a stream has no blocks that could be reflinked", self._source.path)
+        if self._writer.geometry.codec.codec is not CodecId.NONE:
+            refuse("compressed blocks cannot be reflinked", path)
+        if self._writer.needs_own_blocks:
+            refuse("preallocated space cannot be reflinked", path)
+
+    def _reflink_rule(self) -> ReflinkRule | None:
+        """Return which data is reflinked unread; None if all of it is read."""
+        reflink = self._options.reflink
+        if not reflink.is_required:
+            return None
+        from imgcore.engine.reflinks import ReflinkRule
+
+        source = self._source
+        units = reflinkable_units(reflink, source.sources, self._target.main)
+        rule = ReflinkRule.of(self._writer.geometry, units)
+        if reflink is Reflink.STRICT:
+            reflink.refuse_copies(rule.measure(source.data_extents()), source.path)
+        return rule
 
     def _write_parts(
         self, writer: Writer, data_file: TargetFile, tally: Tally
@@ -147,7 +177,11 @@ class ImageSink:
                 rate_limit=options.limit,
             )
             stack.callback(job.close)
-            _Transfer(job, writer, data_file, tally).run(supply.batches)
+            batches = supply.batches
+            if self._rule is not None:
+                mark = self._rule.mark
+                batches = (batch._replace(rows=mark(batch.rows)) for batch in batches)
+            _Transfer(job, writer, data_file, tally).run(batches)
             unread = named_bad_ranges(job.bad_ranges, supply.paths)
             return int(job.next_offset), tuple(sorted((*self._source.lost(), *unread)))
 
@@ -158,7 +192,8 @@ class ImageSink:
             or self._writer.needs_own_blocks
             or self._writer.geometry.zero_policy is ZeroPolicy.STORE
         )
-        return self._options.reflink and not own_blocks and not self._options.salvage
+        wanted = self._options.reflink is not Reflink.NEVER
+        return wanted and not own_blocks and not self._options.salvage
 
 
 def _refuse_large_blocks(target: Target, writer: Writer) -> None:

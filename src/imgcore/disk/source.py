@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from imgcore.engine.batches import Supply
     from imgcore.engine.extents import Extents
     from imgcore.engine.geometry import Geometry
+    from imgcore.engine.source_file import SourceFile
     from imgcore.files.byte_source import ByteSource
 
 
@@ -62,6 +63,11 @@ class Source(Protocol):
     @property
     def files(self) -> Sequence[ByteSource]:
         """Every file that is read, each once."""
+        ...
+
+    @property
+    def sources(self) -> Sequence[SourceFile]:
+        """The files that extents refer to by index; none of a stream."""
         ...
 
     def describe(self) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from imgcore.engine.batches import Supply
     from imgcore.engine.extents import Extents
     from imgcore.engine.geometry import Geometry
+    from imgcore.engine.source_file import SourceFile
     from imgcore.files.byte_source import ByteSource
     from imgcore.streams.reader import StreamReader
 
@@ -47,6 +48,7 @@ class StreamSource:
         self.exact_nbytes: int = reader.virtual_size
         self.virtual_size: int = whole_sectors(reader.virtual_size, reader.path)
         self.files: Sequence[ByteSource] = (reader.file,)
+        self.sources: Sequence[SourceFile] = ()
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], options: OpenOptions) -> Self:

@@ -92,7 +92,7 @@ def convert(
     target_is_zero: bool = False,
     share: bool = False,
     salvage: bool = False,
-    reflink: bool = True,
+    reflink: bool | str = True,
     allow: Sequence[FilePath] = (),
     progress: Callable[[Progress], None] | None = None,
     kernels: Mapping[str, str] | None = None,
@@ -152,12 +152,20 @@ def convert(
         result, instead of failing: data that the system cannot read, that does not
         decompress, or whose place is unknown since the file is truncated or a table is
         damaged.  The header must still be valid.
-    reflink : bool
+    reflink : bool or {"auto", "always", "strict", "never"}
         Reflink blocks of the source instead of copying them if the file system can do
         it (XFS, Btrfs) and both formats place blocks on its boundaries.  The target
         reads the same either way, and later writes to one file do not change the other.
         Targets that need their own blocks are always copied: preallocated ones (falloc,
         full), those with all zeros written (``sparse=0``), and those written in place.
+
+        With ``"auto"``, or True, data is read first, and zeros in it are left out.
+        ``"always"`` reads no data that can be reflinked: what the source has allocated
+        is allocated in the target, zeros included.  The rest is copied.  It is an error
+        if the file system has no reflinks, or if an option needs blocks of its own.
+        ``"strict"`` is also an error if data would have to be copied, but for an
+        incomplete block of the file system at the disk's end; nothing is written then.
+        ``"never"``, or False, copies everything.
     progress : callable, optional
         Called with a `Progress` on the calling thread, at most every 50 ms and once at
         the end, before the target gets its name.  If it raises, the conversion is
