@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from imgcore.verbs.info import info
     from imgcore.verbs.lint import LintReport, lint
     from imgcore.verbs.map import MapEntry, map
-    from imgcore.verbs.measure import measure
+    from imgcore.verbs.measure import ReflinkMeasurement, measure, measure_reflink
 
 __all__ = [
     "EXTENT_DTYPE",
@@ -66,6 +66,7 @@ __all__ = [
     "Measurement",
     "OptionError",
     "Progress",
+    "ReflinkMeasurement",
     "SourceFile",
     "TargetError",
     "UnsafeReferenceError",
@@ -80,6 +81,7 @@ __all__ = [
     "lint",
     "map",
     "measure",
+    "measure_reflink",
     "open",
 ]
 
@@ -102,6 +104,7 @@ _HOMES = {
     "MapEntry": "verbs.map",
     "Measurement": "formats.api",
     "Progress": "engine.progress",
+    "ReflinkMeasurement": "verbs.measure",
     "SourceFile": "engine.source_file",
     "check": "verbs.check",
     "compare": "verbs.compare",
@@ -111,6 +114,7 @@ _HOMES = {
     "lint": "verbs.lint",
     "map": "verbs.map",
     "measure": "verbs.measure",
+    "measure_reflink": "verbs.measure",
     "open": "disk.image",
 }
 

@@ -43,6 +43,11 @@ from imgcore.formats.registry import PLAIN_FORMAT
     callback=size_value,
     help="Measure an empty disk of this size instead of FILE.",
 )
+@click.option(
+    "--reflink",
+    is_flag=True,
+    help="Print what convert --reflink=always would reflink and what it would copy.",
+)
 @output_options
 @click.argument("file", required=False)
 @click.pass_context
@@ -53,6 +58,7 @@ def command(
     options: tuple[str, ...],
     compress: bool,
     size: int | None,
+    reflink: bool,
     opening: dict[str, Any],
     as_json: bool,
 ) -> None:
@@ -60,13 +66,22 @@ def command(
 
     The source is the image FILE, or an empty disk of --size.
     """
-    from imgcore.verbs.measure import measure
+    from imgcore.verbs.measure import measure, measure_reflink
 
     if wants_options_help(options):
         print_options_help(target_driver(target_format, None))
         return
     if (file is None) == (size is None):
         raise click.UsageError("give either FILE or --size", ctx)
+    if reflink:
+        if file is None or compress:
+            raise click.UsageError("--reflink is about FILE, and allows no -c", ctx)
+        shared = measure_reflink(file, target_format, options=options, **opening)
+        if as_json:
+            print_json(shared._asdict())
+        else:
+            click.echo(f"reflinked: {shared.reflinked}\ncopied: {shared.copied}")
+        return
     result = measure(
         file,
         size=size,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from imgcore.engine.batches import Supply
     from imgcore.engine.extents import Extents
     from imgcore.engine.geometry import Geometry
+    from imgcore.engine.reflinks import ReflinkRule
     from imgcore.engine.source_file import SourceFile
     from imgcore.files.byte_source import ByteSource
 
@@ -62,7 +63,7 @@ class ConcatenatedSource:
         if with_base:
             raise OptionError("several sources cannot be combined with -B", path=self.path)
 
-    def data_extents(self) -> Iterator[Extents]:
+    def data_extents(self, rule: ReflinkRule | None = None) -> Iterator[Extents]:
         """Yield the extents of the disk; files are numbered over all parts."""
         import numpy as np
 
@@ -75,7 +76,7 @@ class ConcatenatedSource:
                 rows = batch.copy()
                 rows["guest_offset"] += np.uint64(start)
                 rows["file"][rows["kind"] >= Kind.DATA] += np.uint32(first_file)
-                yield rows
+                yield rows if rule is None else rule.mark(rows)
 
     def lost(self) -> Sequence[BadRange]:
         """Return what all parts have lost."""
@@ -96,7 +97,9 @@ class ConcatenatedSource:
             if low < high:
                 yield from part.chunks(low, high - low, piece_nbytes)
 
-    def supply(self, geometry: Geometry, base: Image | None) -> AbstractContextManager[Supply]:
+    def supply(
+        self, geometry: Geometry, base: Image | None, rule: ReflinkRule | None = None
+    ) -> AbstractContextManager[Supply]:
         """Return the files of all images, and batches that refer to them."""
         from imgcore.disk.image_batches import disk_batches
         from imgcore.engine.batches import Supply
@@ -107,6 +110,6 @@ class ConcatenatedSource:
             Supply(
                 paths=[source.file.path for source in self.sources],
                 native_sources=native_sources(self.sources),
-                batches=disk_batches(self.data_extents(), self.virtual_size, geometry),
+                batches=disk_batches(self.data_extents(rule), self.virtual_size, geometry),
             )
         )

@@ -11,9 +11,11 @@ from imgcore.sizes import format_size
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from imgcore.disk.source import Source
     from imgcore.engine.reflinks import ReflinkCount
     from imgcore.engine.source_file import SourceFile
     from imgcore.files.target_file import TargetFile
+    from imgcore.formats.api import Writer
 
 
 class Reflink(Enum):
@@ -68,6 +70,18 @@ class Reflink(Enum):
                 "--reflink=always copies them",
                 path=path,
             )
+
+
+def refuse_own_blocks(reflink: Reflink, source: Source, writer: Writer) -> None:
+    """Raise OptionError if the target's blocks cannot be those of the source."""
+    from imgcore.engine.geometry import CodecId
+
+    if not source.sources:
+        reflink.refuse("a stream has no blocks that could be reflinked", source.path)
+    if writer.geometry.codec.codec is not CodecId.NONE:
+        reflink.refuse("compressed blocks cannot be reflinked")
+    if writer.needs_own_blocks:
+        reflink.refuse("preallocated space cannot be reflinked")
 
 
 def reflinkable_units(

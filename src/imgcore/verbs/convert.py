@@ -250,6 +250,10 @@ def convert(
             refuse_other_name(output.path, writing.format, flag="-O", profile=writing.profile)
             tally = Tally(fitting_size(writing.profile, disk), progress)
             sink = open_sink(output, writing, disk, base, tally.total_nbytes)
+            if writing.reflink.is_required:
+                from imgcore.rewriting.cloning import reflinking_sink
+
+                sink = reflinking_sink(sink)
             bad_ranges = _write(sink, tally, files, output)
             result = ConvertResult(
                 source=disk.path,
