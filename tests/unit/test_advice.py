@@ -465,6 +465,11 @@ MORE = {
 # Messages whose advice another test executes.
 _REPAIRED = "-r all repairs this, -r leaks does not"
 ELSEWHERE = {
+    ("disk/reflinks.py", ("--reflink=strict: {} of {} would have to be copied; --reflink=always "
+     "copies them")): "oracle/test_reflink_always.py::test_strict_refuses_copies_before_anything_is_written",
+    ("disk/reflinks.py", ("--reflink={}: its blocks cannot be reflinked to {} ({}); "
+     "--reflink=auto copies what cannot be reflinked")):
+    "oracle/test_reflink_always.py::test_ext4_is_refused_not_copied",
     ("disk/source.py", ("a compressed raw disk cannot be one of several sources: decompress it "
      "first (imgcore convert {} {})")):
     "oracle/test_concatenation.py::test_the_advice_for_streams_works",
@@ -589,6 +594,10 @@ ELSEWHERE = {
 
 # Messages about options in use: the verbs that have them.
 NAMED = {
+    ("cli/convert.py", "--no-reflink contradicts --reflink={}"): ("convert",),
+    ("cli/measure.py", "--reflink is about FILE, and allows no -c"): ("measure",),
+    ("disk/reflinks.py", "--reflink={}: {}"): ("convert",),
+    ("disk/sink_options.py", "-S 0"): ("convert",),
     ("disk/backing.py", "a format of the backing file is given (-F), but no backing file"):
     ("convert", "create"),
     ("disk/image_sink.py", ("blocks of {} bytes are too large to be compared with a parent (-B): "
