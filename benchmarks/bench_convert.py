@@ -129,6 +129,16 @@ GROUPS = (
     one(STREAM, RAW, 4.0),
     one(ZLIB, RAW, 2.0),
     one(ZSTD, RAW, 2.0),
+    # Compressed blocks are reused.
+    Group(
+        STREAM,
+        ZLIB,
+        (Line("streamOptimized to QCOW2 zlib, 32 KiB window", 20.0, ("window=32k",), 1.0),),
+    ),
+    # A block of QEMU's QCOW2 has the small window, and keeps its size.
+    one(ZLIB, STREAM, 15.0, 1.1),
+    one(ZSTD, ZSTD, 10.0, 1.02),
+    one(STREAM, STREAM, 10.0, 1.01),
     *(plain(a, b) for a, b in FIRST_PAIRS),
     Group(RAW, STREAM, (Line("compare raw with streamOptimized", 4.0),), "compare"),
     *(plain(a, b) for a in PLAIN for b in PLAIN if (a, b) not in FIRST_PAIRS),

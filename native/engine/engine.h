@@ -15,6 +15,7 @@
  *     window.c   one window: read, test for zeros, compress, compare, place
  *     write.c    one window to the target: written, or reflinked
  *     source.c   from extents to bytes in memory
+ *     reuse.c    compressed blocks that the target can have as they are
  *     retry.c    reads and writes that are repeated where that can help
  *     salvage.c  the list of ranges that could not be read
  *     placer.c   host offsets of an appending target
@@ -72,7 +73,7 @@ struct slot {
 /* Each worker has its own, in cache lines that no other worker writes. */
 struct counters {
 	_Alignas(64) _Atomic uint64_t done;
-	_Atomic uint64_t data, zero, read, written, reflinked;
+	_Atomic uint64_t data, zero, read, written, reflinked, reused, trusted;
 };
 
 struct worker {
@@ -80,7 +81,8 @@ struct worker {
 	pthread_t thread;
 	struct reader reader;
 	struct imgc_compressor *compressor;
-	struct view other; /* the other side of a comparison, or the base */
+	struct reuse reuse; /* without blocks if the job reuses none */
+	struct view other;  /* the other side of a comparison, or the base */
 	struct counters *counters;
 	struct slot *waiting; /* IMGC_WINDOW_WAITS; NULL: none */
 };
@@ -136,6 +138,9 @@ void *imgc_worker_main(void *argument);
 
 /* window.c: waits until the job's rate allows so many bytes, or is IMGC_WINDOW_WAITS. */
 int imgc_window_await_rate(const struct imgc_job *job, uint64_t nbytes, struct imgc_error *err);
+
+/* window.c: the most bytes of a compressed block, without its prefix. */
+uint64_t imgc_packed_room(const struct worker *worker);
 
 /* window.c: reads one window and tests, compresses or compares it.  Writes nothing. */
 int imgc_window_process(struct worker *worker, struct slot *slot, struct imgc_error *err);

@@ -43,6 +43,7 @@ static bool geometry_is_valid(const struct imgc_geometry *g)
 	       g->group_nblocks <= INT64_MAX / g->block_nbytes &&
 	       g->stored_prefix_nbytes <= IMGC_MAX_STORED_PREFIX_NBYTES &&
 	       g->stored_prefix_byte <= UINT8_MAX && (!g->clears_blocks || g->sparse_nbytes == 0) &&
+	       (!g->reuse_blocks || compresses) &&
 	       (g->stored_prefix_nbytes == 0 || (g->placing == IMGC_PLACE_APPEND && !compresses));
 }
 
@@ -66,6 +67,8 @@ static int check_options(const struct imgc_job_options *o, struct imgc_error *er
 		return invalid(err, "salvage");
 	if (o->reflink && (o->kind != IMGC_JOB_CONVERT || o->salvage))
 		return invalid(err, "reflink");
+	if (o->trust_blocks && (o->kind != IMGC_JOB_CONVERT || o->salvage || o->has_base))
+		return invalid(err, "trust_blocks");
 	for (size_t i = 0; i < o->n_sources; i++)
 		if (!o->sources[i].file || o->sources[i].block_nbytes > MAX_SOURCE_BLOCK_NBYTES)
 			return invalid(err, "sources");
@@ -177,6 +180,9 @@ static int worker_create(struct imgc_job *job, struct worker *worker, struct cou
 		status = imgc_compressor_create(&job->geometry.codec, &worker->compressor);
 	if (status || block == 0)
 		return status;
+	if (o->kind == IMGC_JOB_CONVERT && job->geometry.reuse_blocks &&
+	    imgc_reuse_create(&worker->reuse, o, job->window_nbytes, imgc_packed_room(worker)))
+		return IMGC_NO_MEMORY;
 	status = imgc_decompressor_create(o->inflate_variant, &reader->decompressor);
 	reader->compressed_capacity =
 		imgc_max_u64(COMPRESSED_BUFFER_NBYTES, max_compressed_nbytes(block));
@@ -192,6 +198,7 @@ static void worker_destroy(struct worker *worker)
 	imgc_io_context_destroy(worker->reader.io);
 	imgc_decompressor_destroy(worker->reader.decompressor);
 	imgc_compressor_destroy(worker->compressor);
+	imgc_reuse_destroy(&worker->reuse);
 	free(worker->reader.compressed);
 	free(worker->reader.block);
 	view_destroy(&worker->other);
@@ -524,6 +531,8 @@ void imgc_job_progress(const struct imgc_job *job, struct imgc_progress *out)
 		out->bytes_read += atomic_load_explicit(&c->read, memory_order_relaxed);
 		out->bytes_written += atomic_load_explicit(&c->written, memory_order_relaxed);
 		out->bytes_reflinked += atomic_load_explicit(&c->reflinked, memory_order_relaxed);
+		out->bytes_reused += atomic_load_explicit(&c->reused, memory_order_relaxed);
+		out->bytes_trusted += atomic_load_explicit(&c->trusted, memory_order_relaxed);
 	}
 }
 

@@ -68,6 +68,7 @@ struct fill {
 	struct reader *reader;
 	uint64_t start, end; /* the guest range that is wanted */
 	struct view *view;   /* receives its bytes */
+	struct reuse *reuse; /* receives compressed blocks; NULL: none are wanted */
 	/* Plain reads of one file that go to the kernel together. */
 	struct imgc_io_request requests[MAX_READ_REQUESTS];
 	size_t n_requests;
@@ -219,6 +220,27 @@ static bool skip_grain_marker(const uint8_t **in, uint64_t *nbytes, uint64_t blo
 	return true;
 }
 
+/* Whether the target has a block of the same size at the same place. */
+static bool may_reuse(const struct fill *fill, const struct imgc_extent *row, bool is_whole,
+		      uint64_t block)
+{
+	return fill->reuse && is_whole && fill->reuse->block_nbytes == block &&
+	       row->guest_offset % block == 0;
+}
+
+/*
+ * Takes a block without decompressing it.  Where a zlib stream ends only a grain marker
+ * tells; the other codecs find the end of theirs.
+ */
+static bool trust_row(const struct fill *fill, const struct imgc_extent *row, const uint8_t *in,
+		      uint64_t in_nbytes)
+{
+	return fill->reuse->trusts &&
+	       (row->kind != IMGC_ZLIB || row->flags & IMGC_EXTENT_GRAIN_MARKER) &&
+	       imgc_reuse_take(fill->reuse, row->guest_offset - fill->start, codec_of(row->kind),
+			       in, in_nbytes, NULL);
+}
+
 /*
  * Decompresses the block of one row into the view.  `in` holds the row's host_length
  * bytes.  A block that is wanted whole goes straight to its place.  Of any other block
@@ -233,17 +255,24 @@ static int decompress_row(struct fill *fill, const struct imgc_extent *row, cons
 	uint64_t within = (row->guest_offset - file->guest_base) % block;
 	uint64_t start = wanted_start(fill, row), end = wanted_end(fill, row);
 	bool is_whole = end - start == block;
+	bool reuses = may_reuse(fill, row, is_whole, block);
 	uint8_t *out = is_whole ? bytes_at(fill, start) : reader->block;
+	size_t used;
 
 	if (row->flags & IMGC_EXTENT_GRAIN_MARKER &&
 	    !skip_grain_marker(&in, &in_nbytes, row->guest_offset - within - file->guest_base))
 		return imgc_fail(err, IMGC_BAD_GRAIN_MARKER, 0, row->host_offset, row->file,
 				 "grain_marker");
+	if (reuses && trust_row(fill, row, in, in_nbytes))
+		return IMGC_OK;
 	int status = imgc_decompress(reader->decompressor, codec_of(row->kind), in, in_nbytes, out,
-				     block, NULL);
+				     block, &used);
 
 	if (status)
 		return imgc_fail(err, status, 0, row->host_offset, row->file, "decompress");
+	if (reuses)
+		imgc_reuse_take(fill->reuse, start - fill->start, codec_of(row->kind), in, used,
+				out);
 	if (!is_whole)
 		memcpy(bytes_at(fill, start), out + within + (start - row->guest_offset),
 		       end - start);
@@ -354,12 +383,13 @@ static int fill_compressed(struct fill *fill, const struct imgc_extent *rows, si
 
 /* Field by field: the requests need no zeros. */
 static void fill_init(struct fill *fill, struct reader *reader, uint64_t start, uint64_t end,
-		      struct view *view)
+		      struct view *view, struct reuse *reuse)
 {
 	fill->reader = reader;
 	fill->start = start;
 	fill->end = end;
 	fill->view = view;
+	fill->reuse = reuse;
 	fill->n_requests = 0;
 }
 
@@ -369,7 +399,7 @@ int imgc_reader_fetch(struct reader *reader, struct rows rows, uint64_t start, u
 	struct view view = {.data = data};
 	struct fill fill;
 
-	fill_init(&fill, reader, start, end, &view);
+	fill_init(&fill, reader, start, end, &view, NULL);
 	for (size_t i = imgc_rows_find(rows, start); i < rows.n && rows.rows[i].guest_offset < end;
 	     i++) {
 		if (!imgc_row_is_unread(&rows.rows[i]))
@@ -383,13 +413,15 @@ int imgc_reader_fetch(struct reader *reader, struct rows rows, uint64_t start, u
 }
 
 int imgc_reader_fill(struct reader *reader, struct rows rows, uint64_t start, uint64_t end,
-		     struct view *view, struct imgc_error *err)
+		     struct view *view, struct reuse *reuse, struct imgc_error *err)
 {
 	struct fill fill;
 	size_t first = imgc_rows_find(rows, start), compressed_until = first;
 
-	fill_init(&fill, reader, start, end, view);
+	fill_init(&fill, reader, start, end, view, reuse);
 	view->n_ranges = 0;
+	if (reuse)
+		imgc_reuse_reset(reuse);
 	for (size_t i = first; i < rows.n && rows.rows[i].guest_offset < end; i++) {
 		const struct imgc_extent *row = &rows.rows[i];
 		int status = IMGC_OK;

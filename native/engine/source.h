@@ -7,6 +7,7 @@
 #include <stdbool.h>
 
 #include "engine/extents.h"
+#include "engine/reuse.h"
 #include "engine/salvage.h"
 #include "engine/stop.h"
 #include "io/io.h"
@@ -39,10 +40,11 @@ struct reader {
 /*
  * Reads every DATA and compressed byte of guest range [start, end) into the view.
  * Bytes that are no data are left as they are; imgc_view_materialise() makes them
- * zeros.
+ * zeros.  `reuse`, if not NULL, receives the compressed blocks that the target can have
+ * as they are; the view has no bytes of those that are trusted.
  */
 int imgc_reader_fill(struct reader *reader, struct rows rows, uint64_t start, uint64_t end,
-		     struct view *view, struct imgc_error *err);
+		     struct view *view, struct reuse *reuse, struct imgc_error *err);
 
 /* Reads the unread rows of guest range [start, end) to `data`, and nothing else of it. */
 int imgc_reader_fetch(struct reader *reader, struct rows rows, uint64_t start, uint64_t end,

@@ -95,20 +95,48 @@ static bool find_runs(const struct imgc_job *job, struct slot *slot, uint64_t st
 
 /* --------------------------------------------------------- compressed blocks */
 
-static uint64_t packed_room(const struct imgc_job *job, const struct worker *worker)
+uint64_t imgc_packed_room(const struct worker *worker)
 {
-	uint64_t block = job->geometry.block_nbytes;
+	const struct imgc_geometry *g = &worker->job->geometry;
 
 	/* A block that does not get smaller is stored, if the format allows it. */
-	return job->geometry.store_incompressible
-		       ? block - 1
-		       : imgc_compressor_bound(worker->compressor, block);
+	return g->store_incompressible ? g->block_nbytes - 1
+				       : imgc_compressor_bound(worker->compressor, g->block_nbytes);
 }
 
 static void put_grain_marker(uint8_t *marker, uint64_t guest_offset, size_t nbytes)
 {
 	imgc_store_le64(marker, guest_offset / SECTOR_NBYTES);
 	imgc_store_le32(marker + 8, (uint32_t)nbytes);
+}
+
+static uint64_t prefix_nbytes(const struct imgc_geometry *g)
+{
+	return g->prefix == IMGC_PREFIX_GRAIN_MARKER ? GRAIN_MARKER_NBYTES : 0;
+}
+
+/* Where the next compressed block goes in the slot's packed bytes, after its prefix. */
+static uint8_t *packed_place(const struct imgc_job *job, const struct slot *slot)
+{
+	return slot->packed + slot->packed_nbytes + prefix_nbytes(&job->geometry);
+}
+
+/* Adds the piece, whose `nbytes` compressed bytes are at packed_place(). */
+static void finish_packing(const struct imgc_job *job, struct slot *slot, struct piece *piece,
+			   size_t nbytes)
+{
+	const struct imgc_geometry *g = &job->geometry;
+	uint64_t length = prefix_nbytes(g) + nbytes;
+	uint64_t padding = (0 - length) & (g->compressed_alignment - 1);
+	uint8_t *out = slot->packed + slot->packed_nbytes;
+
+	if (g->prefix == IMGC_PREFIX_GRAIN_MARKER)
+		put_grain_marker(out, slot->start + piece->start, nbytes);
+	memset(out + length, 0, padding);
+	piece->state = IMGC_BLOCK_COMPRESSED;
+	piece->packed_start = slot->packed_nbytes;
+	piece->packed_nbytes = (uint32_t)length;
+	slot->packed_nbytes += length + padding;
 }
 
 /*
@@ -119,34 +147,41 @@ static int pack(struct worker *worker, struct slot *slot, struct piece *piece, b
 		struct imgc_error *err)
 {
 	const struct imgc_job *job = worker->job;
-	const struct imgc_geometry *g = &job->geometry;
-	uint64_t prefix = g->prefix == IMGC_PREFIX_GRAIN_MARKER ? GRAIN_MARKER_NBYTES : 0;
-	uint8_t *out = slot->packed + slot->packed_nbytes;
+	uint64_t block = job->geometry.block_nbytes;
 	size_t nbytes = 0;
 
 	/* The whole block: the disk's last one may reach past its end. */
-	imgc_view_materialise(&slot->view, piece->start, piece->start + g->block_nbytes);
-	int status =
-		imgc_compress(worker->compressor, slot->view.data + piece->start, g->block_nbytes,
-			      out + prefix, packed_room(job, worker), &nbytes);
+	imgc_view_materialise(&slot->view, piece->start, piece->start + block);
+	int status = imgc_compress(worker->compressor, slot->view.data + piece->start, block,
+				   packed_place(job, slot), imgc_packed_room(worker), &nbytes);
 	if (status)
 		return imgc_fail(err, status, 0, slot->start + piece->start, IMGC_TARGET,
 				 "compress");
 	*fits = nbytes > 0;
-	if (nbytes == 0)
-		return IMGC_OK;
-	if (prefix)
-		put_grain_marker(out, slot->start + piece->start, nbytes);
-
-	uint64_t length = prefix + nbytes;
-	uint64_t padding = (0 - length) & (g->compressed_alignment - 1);
-
-	memset(out + length, 0, padding);
-	piece->state = IMGC_BLOCK_COMPRESSED;
-	piece->packed_start = slot->packed_nbytes;
-	piece->packed_nbytes = (uint32_t)length;
-	slot->packed_nbytes += length + padding;
+	if (*fits)
+		finish_packing(job, slot, piece, nbytes);
 	return IMGC_OK;
+}
+
+/* The piece as a source has compressed it; NULL if it must be compressed. */
+static const struct reused *find_reused(const struct worker *worker, const struct piece *piece,
+					const uint8_t **bytes)
+{
+	if (!worker->reuse.blocks)
+		return NULL;
+	return imgc_reuse_find(&worker->reuse, piece->start, bytes);
+}
+
+static void pack_reused(struct worker *worker, struct slot *slot, struct piece *piece,
+			const struct reused *block, const uint8_t *bytes)
+{
+	struct counters *c = worker->counters;
+
+	memcpy(packed_place(worker->job, slot), bytes, block->nbytes);
+	finish_packing(worker->job, slot, piece, block->nbytes);
+	atomic_fetch_add_explicit(&c->reused, piece->nbytes, memory_order_relaxed);
+	if (block->is_trusted)
+		atomic_fetch_add_explicit(&c->trusted, piece->nbytes, memory_order_relaxed);
 }
 
 /* ------------------------------------------------------------------- pieces */
@@ -185,21 +220,27 @@ static int process_piece(struct worker *worker, struct slot *slot, struct piece 
 	const struct imgc_job *job = worker->job;
 	const struct imgc_geometry *g = &job->geometry;
 	uint64_t start = piece->start, end = start + piece->nbytes;
-	bool fits = false;
+	const uint8_t *bytes = NULL;
+	const struct reused *reused = find_reused(worker, piece, &bytes);
+	bool fits = reused != NULL;
 
 	piece->state = IMGC_BLOCK_ABSENT;
 	if (job->base.n && equals_base(worker, slot, start, end))
 		return IMGC_OK;
 	if (g->codec.codec != IMGC_CODEC_NONE) {
-		bool zero = piece_is_zero(job, slot, start, end);
+		/* A trusted block has no bytes here to look at. */
+		bool zero = !(reused && reused->is_trusted) && piece_is_zero(job, slot, start, end);
+		int status = IMGC_OK;
 
 		if (zero && g->zero_policy != IMGC_ZERO_STORE) {
 			piece->state = zero_state(job);
 			return IMGC_OK;
 		}
 		slot->data_nbytes += zero ? 0 : piece->nbytes;
-		int status = pack(worker, slot, piece, &fits, err);
-
+		if (reused)
+			pack_reused(worker, slot, piece, reused, bytes);
+		else
+			status = pack(worker, slot, piece, &fits, err);
 		if (status || fits)
 			return status;
 	}
@@ -321,6 +362,7 @@ static uint64_t limited_nbytes(const struct imgc_job *job, const struct slot *sl
 int imgc_window_process(struct worker *worker, struct slot *slot, struct imgc_error *err)
 {
 	struct imgc_job *job = worker->job;
+	struct reuse *reuse = worker->reuse.blocks ? &worker->reuse : NULL;
 
 	slot->n_pieces = slot->n_runs = 0;
 	slot->packed_nbytes = slot->data_nbytes = 0;
@@ -332,10 +374,10 @@ int imgc_window_process(struct worker *worker, struct slot *slot, struct imgc_er
 
 	if (status == IMGC_OK)
 		status = imgc_reader_fill(&worker->reader, job->rows, slot->start, slot->end,
-					  &slot->view, err);
+					  &slot->view, reuse, err);
 	if (status == IMGC_OK && job->base.n)
 		status = imgc_reader_fill(&worker->reader, job->base, slot->start, slot->end,
-					  &worker->other, err);
+					  &worker->other, NULL, err);
 	if (status)
 		return status;
 	if (job->options.kind == IMGC_JOB_COMPARE) {

@@ -73,6 +73,7 @@ static void take_geometry(struct input *in, struct imgc_geometry *g, uint64_t gu
 
 	if (g->placing == IMGC_PLACE_IDENTITY)
 		g->host_base = how & 1 ? take_place(in) : 0;
+	g->reuse_blocks = how >> 3 & 1;
 	if (how & 2) {
 		g->group_nblocks = take_u8(in);
 		g->group_gap_nbytes = take_uint(in, 2);
@@ -158,6 +159,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t nbytes)
 	c.options.reflink = how >> 6 & 1;
 	c.options.window_nbytes = how & 32 ? 1u << 17 : 1u << (take_u8(&in) % 18);
 	c.options.next_offset = how & 8 ? take_place(&in) : 0;
+	c.options.trust_blocks = how >> 6 & 1;
+	c.options.salvage = how >> 7 & 1;
 	REQUIRE(imgc_variant_select(IMGC_OP_ZERO, NULL, &c.options.zero_variant) == 0);
 	REQUIRE(imgc_variant_select(IMGC_OP_INFLATE, NULL, &c.options.inflate_variant) == 0);
 	REQUIRE(imgc_variant_select(IMGC_OP_IO, NULL, &c.options.io_variant) == 0);

@@ -167,6 +167,19 @@ void imgc_decompressor_destroy(struct imgc_decompressor *d);
 int imgc_decompress(struct imgc_decompressor *d, uint32_t codec, const void *in, size_t in_nbytes,
 		    void *out, size_t out_nbytes, size_t *in_used);
 
+/*
+ * Makes a compressed block of codec `to` from one of codec `from` without compressing
+ * it again: of the same codec, or of the other one of DEFLATE and ZLIB.  `plain` is its
+ * content, or NULL if it has not been decompressed; the Adler-32 of a new ZLIB wrapper
+ * needs it.  Returns the size; 0 means that this cannot be done, or that the result does
+ * not fit out_capacity.
+ *
+ * The DEFLATE or zstd stream itself is not looked at, and in_nbytes is taken for its
+ * end, save that the two bytes of a ZLIB header are checked.
+ */
+size_t imgc_rewrap(uint32_t from, uint32_t to, const void *in, size_t in_nbytes, const void *plain,
+		   size_t plain_nbytes, void *out, size_t out_capacity);
+
 /* ----------------------------------------------------------- extents, tables */
 
 enum imgc_extent_kind {
@@ -414,6 +427,12 @@ struct imgc_geometry {
 	 * What of a STORED block is not written is zeroed, up to the block's full size.
 	 */
 	uint32_t clears_blocks;
+	/*
+	 * With a codec: a block that a source stores compressed, alone and whole, is taken
+	 * over instead of compressed again, if imgc_rewrap() can do it and the result is
+	 * no larger than compressing may make it.
+	 */
+	uint32_t reuse_blocks;
 };
 
 /*
@@ -473,6 +492,12 @@ struct imgc_job_options {
 	 */
 	uint32_t reflink;
 	/*
+	 * CONVERT without a base and salvage: blocks that are reused (reuse_blocks) are not
+	 * decompressed where that is not needed.  So a broken block stays broken, and one
+	 * of zeros stays stored.
+	 */
+	uint32_t trust_blocks;
+	/*
 	 * A window waits here before it is read.  What counts is data: holes and zeros
 	 * that the extents state are free, unless the target stores them, and so is
 	 * what is reflinked without being read.  Not owned; NULL: no limit.
@@ -514,6 +539,8 @@ struct imgc_progress {
 	uint64_t bytes_read;	  /* host bytes read */
 	uint64_t bytes_written;	  /* host bytes written */
 	uint64_t bytes_reflinked; /* host bytes reflinked from a source */
+	uint64_t bytes_reused;	  /* guest bytes whose compressed blocks were reused */
+	uint64_t bytes_trusted;	  /* of these, not decompressed */
 };
 
 #define IMGC_NO_DIFFERENCE UINT64_MAX

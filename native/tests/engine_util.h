@@ -115,4 +115,55 @@ static inline uint64_t convert(const struct imgc_job_options *options,
 	return next;
 }
 
+/* The rows that a reader would make of a target's placements; the caller frees them. */
+static inline struct imgc_extent *placed_rows(uint64_t guest_nbytes, const struct imgc_geometry *g,
+					      const struct imgc_placement *placements, size_t n)
+{
+	struct imgc_extent *rows = calloc(n, sizeof(*rows));
+	unsigned kind = g->codec.codec == IMGC_CODEC_ZSTD   ? IMGC_ZSTD
+			: g->codec.codec == IMGC_CODEC_ZLIB ? IMGC_ZLIB
+							    : IMGC_DEFLATE;
+
+	CHECK(rows);
+	for (size_t i = 0; i < n; i++) {
+		uint64_t start = i * g->block_nbytes;
+		uint64_t length = guest_nbytes - start;
+
+		if (length > g->block_nbytes)
+			length = g->block_nbytes;
+		if (placements[i].state == IMGC_BLOCK_STORED) {
+			CHECK_EQ(placements[i].length, length);
+			rows[i] = data_row(start, length, placements[i].host_offset);
+		} else if (placements[i].state == IMGC_BLOCK_COMPRESSED) {
+			rows[i] = data_row(start, length, placements[i].host_offset);
+			rows[i].host_length = placements[i].length;
+			rows[i].kind = (uint16_t)kind;
+			if (g->prefix == IMGC_PREFIX_GRAIN_MARKER)
+				rows[i].flags = IMGC_EXTENT_GRAIN_MARKER;
+		} else {
+			rows[i] = empty_row(start, length, IMGC_HOLE);
+		}
+	}
+	return rows;
+}
+
+/* Reads a target back by its placements. */
+static inline void check_readback(const struct disk *source, const struct disk *target,
+				  const struct imgc_geometry *g,
+				  const struct imgc_placement *placements, size_t n)
+{
+	struct imgc_extent *rows = placed_rows(source->nbytes, g, placements, n);
+	struct disk back = disk_create(source->nbytes);
+	struct imgc_source_file file;
+	struct imgc_job_options o = convert_options(target, &back, &file, 2);
+
+	file.block_nbytes = (uint32_t)g->block_nbytes;
+	o.geometry.guest_nbytes = source->nbytes;
+	o.geometry.placing = IMGC_PLACE_IDENTITY;
+	convert(&o, rows, n, NULL, 0);
+	CHECK(memcmp(source->bytes, back.bytes, source->nbytes) == 0);
+	free(rows);
+	disk_destroy(&back);
+}
+
 #endif /* IMGC_ENGINE_UTIL_H */

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from imgcore.files.byte_source import ByteSource
     from imgcore.formats.api import Measurement
     from imgcore.formats.shared.lint import Finding
+    from imgcore.rewriting.director import RewriteCost
     from imgcore.verbs.check import CheckResult, check
     from imgcore.verbs.compare import CompareResult, compare
     from imgcore.verbs.convert import ConvertResult, convert
@@ -40,7 +41,14 @@ if TYPE_CHECKING:
     from imgcore.verbs.info import info
     from imgcore.verbs.lint import LintReport, lint
     from imgcore.verbs.map import MapEntry, map
-    from imgcore.verbs.measure import ReflinkMeasurement, measure, measure_reflink
+    from imgcore.verbs.measure import (
+        ReflinkMeasurement,
+        RewriteMeasurement,
+        measure,
+        measure_reflink,
+        measure_rewrite,
+    )
+    from imgcore.verbs.rewrite import RewriteResult, finish_rewrite, rewrite, undo_rewrite
 
 __all__ = [
     "EXTENT_DTYPE",
@@ -67,6 +75,9 @@ __all__ = [
     "OptionError",
     "Progress",
     "ReflinkMeasurement",
+    "RewriteCost",
+    "RewriteMeasurement",
+    "RewriteResult",
     "SourceFile",
     "TargetError",
     "UnsafeReferenceError",
@@ -77,12 +88,16 @@ __all__ = [
     "compare",
     "convert",
     "create",
+    "finish_rewrite",
     "info",
     "lint",
     "map",
     "measure",
     "measure_reflink",
+    "measure_rewrite",
     "open",
+    "rewrite",
+    "undo_rewrite",
 ]
 
 # The verbs are imported on first use: NumPy alone takes longer than `imgcore info`.
@@ -105,17 +120,24 @@ _HOMES = {
     "Measurement": "formats.api",
     "Progress": "engine.progress",
     "ReflinkMeasurement": "verbs.measure",
+    "RewriteCost": "rewriting.director",
+    "RewriteMeasurement": "verbs.measure",
+    "RewriteResult": "verbs.rewrite",
     "SourceFile": "engine.source_file",
     "check": "verbs.check",
     "compare": "verbs.compare",
     "convert": "verbs.convert",
     "create": "verbs.create",
+    "finish_rewrite": "verbs.rewrite",
     "info": "verbs.info",
     "lint": "verbs.lint",
     "map": "verbs.map",
     "measure": "verbs.measure",
     "measure_reflink": "verbs.measure",
+    "measure_rewrite": "verbs.measure",
     "open": "disk.image",
+    "rewrite": "verbs.rewrite",
+    "undo_rewrite": "verbs.rewrite",
 }
 
 

@@ -75,6 +75,8 @@ class _Geometry(Protocol):
     def stored_prefix_byte(self) -> int: ...
     @property
     def clears_blocks(self) -> bool: ...
+    @property
+    def reuse_blocks(self) -> bool: ...
 
 class CoreError(Exception):
     """A native call failed: the attributes are those of ``struct imgc_error``."""
@@ -186,14 +188,16 @@ class Job:
         variants: dict[str, str] | None = ...,
         salvage: bool = ...,
         reflink: bool = ...,
+        trust_blocks: bool = ...,
         rate_limit: RateLimit | None = ...,
     ) -> None:
         """Create a job: a comparison if ``geometry`` is None, else a conversion.
 
         ``sources`` holds (file, nbytes, guest_base, block_nbytes).  ``has_base``: each
         batch has the extents of the target's parent as ``base_extents``.  ``reflink``:
-        data at a suitable place of a source is reflinked, not written.  ``rate_limit``:
-        windows wait for it before they are read.
+        data at a suitable place of a source is reflinked, not written.
+        ``trust_blocks``: reused blocks are not decompressed.  ``rate_limit``: windows
+        wait for it before they are read.
         """
     def start(
         self,
@@ -217,11 +221,11 @@ class Job:
         placements: NDArray[np.void] | None = ...,
     ) -> None: ...
     def cancel(self) -> None: ...
-    def progress(self) -> tuple[int, int, int, int, int, int]:
+    def progress(self) -> tuple[int, int, int, int, int, int, int, int]:
         """Return counts of bytes.
 
         Guest bytes done, and of these data and zeros; host bytes read, written and
-        reflinked.
+        reflinked; guest bytes of reused blocks, and of these not decompressed.
         """
     next_offset: int
     @property

@@ -365,7 +365,8 @@ cdef class Job:
 
     def __init__(self, *, sources, geometry=None, File target=None, uint64_t next_offset=0,
                  bint has_base=False, uint32_t threads=1, uint64_t window_nbytes=0, variants=None,
-                 bint salvage=False, bint reflink=False, RateLimit rate_limit=None):
+                 bint salvage=False, bint reflink=False, bint trust_blocks=False,
+                 RateLimit rate_limit=None):
         cdef n.imgc_job_options options
         cdef n.imgc_error err
         cdef File file
@@ -385,6 +386,7 @@ cdef class Job:
         options.has_base = has_base
         options.salvage = salvage
         options.reflink = reflink
+        options.trust_blocks = trust_blocks
         if rate_limit is not None:
             options.rate_limit = rate_limit.handle
         self.rate_limit = rate_limit
@@ -485,12 +487,13 @@ cdef class Job:
         """Return counts of bytes.
 
         Guest bytes done, and of these data and zeros; host bytes read, written and
-        reflinked.
+        reflinked; guest bytes of reused blocks, and of these not decompressed.
         """
         cdef n.imgc_progress progress
         n.imgc_job_progress(self.require(), &progress)
         return (progress.bytes_done, progress.bytes_data, progress.bytes_zero,
-                progress.bytes_read, progress.bytes_written, progress.bytes_reflinked)
+                progress.bytes_read, progress.bytes_written, progress.bytes_reflinked,
+                progress.bytes_reused, progress.bytes_trusted)
 
     @property
     def next_offset(self):
@@ -554,6 +557,7 @@ cdef int fill_geometry(n.imgc_geometry *out, geometry) except -1:
     out.stored_prefix_nbytes = geometry.stored_prefix_nbytes
     out.stored_prefix_byte = geometry.stored_prefix_byte
     out.clears_blocks = geometry.clears_blocks
+    out.reuse_blocks = geometry.reuse_blocks
     return 0
 
 

@@ -154,6 +154,7 @@ cdef extern from "imgc.h" nogil:
         uint32_t stored_prefix_nbytes
         uint32_t stored_prefix_byte
         uint32_t clears_blocks
+        uint32_t reuse_blocks
 
     struct imgc_rate_limit:
         pass
@@ -178,6 +179,7 @@ cdef extern from "imgc.h" nogil:
         uint32_t has_base
         uint32_t salvage
         uint32_t reflink
+        uint32_t trust_blocks
         imgc_rate_limit *rate_limit
 
     struct imgc_bad_range:
@@ -203,6 +205,8 @@ cdef extern from "imgc.h" nogil:
         uint64_t bytes_read
         uint64_t bytes_written
         uint64_t bytes_reflinked
+        uint64_t bytes_reused
+        uint64_t bytes_trusted
 
     struct imgc_job:
         pass

@@ -31,6 +31,9 @@ MAX_BASE_BLOCK_NBYTES: Final = 4 * MIB
 # about 300 MiB.
 SALVAGE_MAX_ROWS: Final = 1 << 23
 
+# Files whose headers are read in the search for children of an image.
+MAX_SEARCHED_FILES: Final = 1 << 14
+
 # Extents of an image that is rewritten without copying: they are held in memory, in
 # about 100 bytes each.
 MAX_SURVEY_ROWS: Final = 1 << 22

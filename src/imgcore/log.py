@@ -7,6 +7,9 @@ shortened, so that a message stays one line.
 from __future__ import annotations
 
 import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 from imgcore.text import one_line
@@ -25,3 +28,18 @@ def _cleaned(value: Any) -> Any:
 
 log: Final = logging.getLogger("imgcore")
 log.addFilter(_clean)
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Drop this thread's messages: about files that the user has not asked about."""
+    thread = threading.get_ident()
+
+    def is_of_other(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    log.addFilter(is_of_other)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_of_other)

@@ -8,7 +8,7 @@ from typing import Final
 from imgcore.errors import OptionError
 
 _UNITS: Final = "BKMGTPE"
-_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGTPE])(?:iB)?|B)?", re.ASCII | re.IGNORECASE)
+_SIZE: Final = r"(?ai)(\d+(?:\.\d+)?)\s*(?:([KMGTPE])(?:iB)?|B)?"
 
 # The kernel's offsets are signed 64-bit integers.
 MAX_SIZE: Final = (1 << 63) - 1
@@ -35,10 +35,12 @@ def parse_size(text: str) -> int:
         The text is not such a number, or the number exceeds 2**63 - 1.
     """
     stripped = text.strip()
-    if re.fullmatch(r"0[xX][0-9a-fA-F]{1,16}", stripped):
+    if stripped.isascii() and stripped.isdigit() and len(stripped) <= 64:
+        nbytes = int(stripped)
+    elif re.fullmatch(r"0[xX][0-9a-fA-F]{1,16}", stripped):
         nbytes = int(stripped, 16)
     else:
-        match = _SIZE.fullmatch(stripped) if len(stripped) <= 64 else None
+        match = re.fullmatch(_SIZE, stripped) if len(stripped) <= 64 else None
         if match is None:
             raise OptionError(
                 f"invalid size {text[:64]!r}: expected a number of bytes, "

@@ -17,8 +17,8 @@ HIDDEN: Final = "***"
 
 # The part of a URL's authority before the last @, and the values of secret fields in
 # queries and JSON.
-_USER_INFO: Final = re.compile(r"(?<=://)[^/?#\s]*@")
-_SECRET_VALUE: Final = re.compile(
+_USER_INFO: Final = r"(?<=://)[^/?#\s]*@"
+_SECRET_VALUE: Final = (
     r"(?i)((?:password|passwd|passphrase|secret|token|key|cookie|credential|signature|sig)"
     r"(?:=|[\"']\s*:\s*[\"']))[^&\"'\s,}]+"
 )
@@ -44,5 +44,7 @@ def one_line(text: str) -> str:
 def without_secrets(text: str) -> str:
     """Return a name with the credentials of URLs and options in it hidden."""
     if "@" in text:
-        text = _USER_INFO.sub(f"{HIDDEN}@", text)
-    return _SECRET_VALUE.sub(rf"\1{HIDDEN}", text)
+        text = re.sub(_USER_INFO, f"{HIDDEN}@", text)
+    if "=" in text or ":" in text:
+        text = re.sub(_SECRET_VALUE, rf"\1{HIDDEN}", text)
+    return text

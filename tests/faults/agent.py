@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import imgcore
@@ -24,7 +25,9 @@ import imgcore.disk.stream_batches
 import imgcore.disk.stream_sink
 import imgcore.streams.reader
 import imgcore.verbs.convert  # everything is loaded before anything can fail
+from imgcore.files import in_place
 from imgcore.verbs.check import check
+from tests.helpers.tiny import rewrite
 
 _SHIM = ctypes.CDLL(os.environ["FAULT_SHIM"])
 _SHIM.fault_watch.argtypes = [ctypes.c_char_p]
@@ -55,7 +58,29 @@ def compare(arguments: dict[str, Any]) -> dict[str, Any]:
     return {"identical": imgcore.compare(**arguments).identical}
 
 
-ACTIONS = {"convert": convert, "repair": repair, "compare": compare}
+def tiny(arguments: dict[str, Any]) -> dict[str, Any]:
+    created = {name: text.encode() for name, text in arguments.get("created", {}).items()}
+    more = {key: arguments[key] for key in ("name", "removed") if key in arguments}
+    return {"path": str(rewrite(Path(arguments["path"]), created=created, **more))}
+
+
+def recover(arguments: dict[str, Any]) -> dict[str, Any]:
+    recovered = in_place.recover(arguments["path"])
+    return {"state": recovered and recovered.state}
+
+
+def undo(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"path": in_place.undo(arguments["path"])}
+
+
+ACTIONS = {
+    "convert": convert,
+    "repair": repair,
+    "compare": compare,
+    "tiny": tiny,
+    "recover": recover,
+    "undo": undo,
+}
 
 
 def attempt(job: dict[str, Any], memory: int | None) -> dict[str, Any]:

@@ -132,3 +132,72 @@ def _apply_name(names: dict[str, int], row: Row) -> None:
         names.pop(row.name, None)
     elif row.name in names:
         names[row.new_name] = names.pop(row.name)
+
+
+# -- one state at random, sector by sector ---------------------------------------------
+
+_SECTOR = 512
+
+
+class Disk(NamedTuple):
+    """The durable state of a folder: names and contents by inode."""
+
+    names: dict[str, int]
+    contents: dict[int, bytes]
+
+
+def random_crash(before: Disk, rows: list[Row], rng: random.Random) -> Disk:
+    """Return what a disk may hold when the power fails after these rows.
+
+    Of each file, writes since its last sync are kept or lost sector by sector, in any
+    order, and its size is one that it has had since.  Names change in their order, but
+    any number of changes since the folder's last sync may be lost.
+    """
+    names = dict(before.names)
+    first_unsure = 1 + max(
+        (at for at, row in enumerate(rows) if row.event is Event.SYNC and row.is_folder), default=-1
+    )
+    n_kept = rng.choice((first_unsure, len(rows), rng.randint(first_unsure, len(rows))))
+    for row in rows[:n_kept]:
+        if row.event in (Event.CREATE, Event.RENAME, Event.UNLINK):
+            _apply_name(names, row)
+    contents = {
+        inode: _random_content(before.contents.get(inode, b""), rows, inode, rng)
+        for inode in names.values()
+    }
+    return Disk(names, contents)
+
+
+def _random_content(old: bytes, rows: list[Row], inode: int, rng: random.Random) -> bytes:
+    events = [row for row in rows if row.inode == inode and row.event is not Event.CREATE]
+    n_sure = 1 + max((at for at, row in enumerate(events) if row.event is Event.SYNC), default=-1)
+    content = bytearray(old)
+    for row in events[:n_sure]:
+        _apply(content, row)
+    unsure = events[n_sure:]
+    if not unsure:
+        return bytes(content)
+    sizes, latest = [len(content)], bytearray(content)
+    for row in unsure:
+        _apply(latest, row)
+        sizes.append(len(latest))
+    kept = rng.choice((0.0, 1.0, rng.random(), rng.random()))
+    for row in unsure:
+        if row.event is Event.WRITE:
+            _apply_sectors(content, row, kept, rng)
+        elif rng.random() < kept:
+            _apply(content, row)
+    size = sizes[0] if kept == 0 else sizes[-1] if kept == 1 else rng.choice(sizes)
+    del content[size:]
+    return bytes(content.ljust(size, b"\0"))
+
+
+def _apply_sectors(content: bytearray, row: Row, kept: float, rng: random.Random) -> None:
+    """Keep each sector of a write, or one run of all, with a probability."""
+    start, end = row.offset, row.offset + len(row.data)
+    whole = rng.random() < 0.5 and rng.random() < kept
+    for at in range(start - start % _SECTOR, end, _SECTOR):
+        if whole or rng.random() < kept:
+            first, last = max(at, start), min(at + _SECTOR, end)
+            piece = row.data[first - start : last - start]
+            _apply(content, row._replace(offset=first, data=piece))

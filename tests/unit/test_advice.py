@@ -464,12 +464,31 @@ MORE = {
 
 # Messages whose advice another test executes.
 _REPAIRED = "-r all repairs this, -r leaks does not"
+_REFUSALS = "unit/test_rewrite_cli.py::test_refusals"
 ELSEWHERE = {
     ("disk/reflinks.py", ("--reflink=strict: {} of {} would have to be copied; --reflink=always "
      "copies them")): "oracle/test_reflink_always.py::test_strict_refuses_copies_before_anything_is_written",
     ("disk/reflinks.py", ("--reflink={}: its blocks cannot be reflinked to {} ({}); "
      "--reflink=auto copies what cannot be reflinked")):
     "oracle/test_reflink_always.py::test_ext4_is_refused_not_copied",
+    ("cli/measure.py", "--rewrite measures FILE, not --size"):
+    "unit/test_rewrite_cli.py::test_measure_rewrite_needs_a_file",
+    ("cli/rewrite.py", "give either --undo or --finish"): _REFUSALS,
+    ("cli/rewrite.py", "state the new format with -O"): _REFUSALS,
+    ("cli/rewrite.py", "{} takes no other options: -O is for a new conversion"): _REFUSALS,
+    ("rewriting/children.py", ("more than {} files are beside it, any of which may be its child: "
+     "move it to another folder first")): "unit/test_rewrite_cli.py::test_too_many_files",
+    ("rewriting/director.py", ("only {} of {} could stay in place: another block size may fit "
+     "better (imgcore measure --rewrite), or imgcore convert writes a new image")): _REFUSALS,
+    ("rewriting/director.py", ("{} of its disk are compressed, and {} cannot refer to these "
+     "blocks: --inflate stores them decompressed, or imgcore convert writes a new image")):
+    _REFUSALS,
+    ("rewriting/naming.py", "--name and --keep-name are both given: give one of them"): _REFUSALS,
+    ("rewriting/naming.py", "--name {}: the image stays in its folder: give a name without one"):
+    _REFUSALS,
+    ("rewriting/refusals.py", "{}; --drop rewrites it without"): _REFUSALS,
+    ("verbs/rewrite.py", "one of the two files of a disk is {}: --name states another name"):
+    _REFUSALS,
     ("disk/source.py", ("a compressed raw disk cannot be one of several sources: decompress it "
      "first (imgcore convert {} {})")):
     "oracle/test_concatenation.py::test_the_advice_for_streams_works",
@@ -520,6 +539,14 @@ ELSEWHERE = {
     ("formats/vhdx/check.py", ("the log must be replayed first, by the program that wrote it; "
      "imgcore convert writes an image with an empty log")):
     "unit/test_advice.py::test_an_image_with_a_log",
+    ("formats/vdi/rewriter.py", ("the first block would be at {} of the file, in a VDI it is at "
+     "most at {}: imgcore convert writes one")):
+    "unit/test_vdi_rewrite.py::test_the_first_block_lies_below_4_gib",
+    ("formats/vhd/rewriter.py", "-o subformat=fixed makes a fixed one"):
+    "unit/test_flat_rewrite.py::test_refusals",
+    ("formats/vhdx/rewriter.py", ("a VHDX with subformat=fixed has all its blocks, which another "
+     "image need not have: leave subformat out, or use imgcore convert")):
+    "unit/test_vhdx_rewrite.py::test_options",
     ("formats/vmdk/reader.py", "copy it there"):
     "unit/test_references.py::test_who_asked_for_the_file",
     ("files/reference_gate.py", "make it and its folders readable"):
@@ -578,6 +605,9 @@ ELSEWHERE = {
     ("streams/zstd.py",
      "the zstd stream is followed by {} other bytes (truncate -s {} of a copy removes them)"):
     "unit/test_stream.py::test_the_advice_for_what_follows_zstd",
+    ("files/in_place_job.py",
+     "is immutable or append-only; chattr -i -a {} permits rewriting it"):
+    "unit/test_in_place.py::test_immutable",
     ("files/in_place.py",
      ("its last conversion can still be undone ({}): imgcore rewrite --finish keeps the image as "
       "it is, --undo restores the one before")):
@@ -595,7 +625,7 @@ ELSEWHERE = {
 # Messages about options in use: the verbs that have them.
 NAMED = {
     ("cli/convert.py", "--no-reflink contradicts --reflink={}"): ("convert",),
-    ("cli/measure.py", "--reflink is about FILE, and allows no -c"): ("measure",),
+    ("cli/measure.py", "--reflink measures FILE, without -c or --rewrite"): ("measure",),
     ("disk/reflinks.py", "--reflink={}: {}"): ("convert",),
     ("disk/sink_options.py", "-S 0"): ("convert",),
     ("disk/backing.py", "a format of the backing file is given (-F), but no backing file"):
@@ -613,6 +643,8 @@ NAMED = {
     ("convert",),
     ("disk/sink_options.py", "-S {}: it must be a multiple of {}, at most {}"): ("convert",),
     ("disk/sink_options.py", "salvaged data cannot be compared with a parent (-B)"): ("convert",),
+    ("disk/sink_options.py", "blocks that are salvaged cannot be trusted (--trust-blocks)"):
+    ("convert",),
     ("disk/stream_source.py", "a compressed raw source cannot be combined with -B"): ("convert",),
     ("formats/raw/options.py", "raw cannot have a backing file (-B)"): ("convert",),
     ("formats/raw/options.py", "-S is {}: a multiple of {} bytes is needed"): ("convert",),
@@ -661,6 +693,7 @@ OTHERS = frozenset(
         "data at {}: a sparse VMDK file holds at most {} bytes (use a flat subformat)",
         "{} bytes need {} grain directory entries, allowed up to {}: use a larger grain_size",
         "copy it to a file that is neither",
+        "no image becomes {} without copying: use imgcore convert",
         "decrypt the machine in VMware first",
         "the disk is encrypted (ddb.iofilters): decrypt it in vSphere first",
     }

@@ -6,7 +6,6 @@ import inspect
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 from tests.helpers.images import MIB, noise
 
 import imgcore
+from imgcore.formats.options import Option
 from imgcore.formats.registry import DRIVERS, get_driver
 
 NBYTES = 1 * MIB
@@ -220,20 +220,22 @@ def test_a_length_is_refused_before_memory_is_taken(image: imgcore.Image) -> Non
 
 
 OPTIONS = [
-    (entry.name, option)
+    (entry.name, key, option)
     for entry in DRIVERS
-    for option in fields(get_driver(entry.name).options)
-    if option.metadata["values"] in ("size", "int")
+    for key, option in get_driver(entry.name).options.declared.items()
+    if option.values in ("size", "int")
 ]
 
 
-@pytest.mark.parametrize(("name", "option"), OPTIONS, ids=[f"{n} {o.name}" for n, o in OPTIONS])
-def test_numbers_of_options(name: str, option: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "key", "option"), OPTIONS, ids=[f"{name} {key}" for name, key, _ in OPTIONS]
+)
+def test_numbers_of_options(name: str, key: str, option: Option, tmp_path: Path) -> None:
     path = tmp_path / f"disk.{name}"
 
     def attempt(value: Any) -> Any:
         return imgcore.create(
-            path, NBYTES, format=name, options={option.name: value}, force=True, sync=False
+            path, NBYTES, format=name, options={key: value}, force=True, sync=False
         )
 
     for value in (-1, np.int64(-1), 2**63, 2**70):

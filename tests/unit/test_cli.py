@@ -282,7 +282,7 @@ def test_convert_passes_every_flag_on(run: RunMain, fake: Fake) -> None:
     line = "convert -f raw -O qcow2 -F raw -B base.raw -o a=1,b=2 -o c=3 -c -S 64k -m 3 -n -W -q -U"
     line += " --force --no-sync --allow /x --allow /y --source-backing-format qcow2"
     line += " --target-is-zero --parent p --read-options size=chs --profile azure --salvage"
-    line += " --no-reflink -r 50M -t none -T none -C src dst"
+    line += " --no-reflink --trust-blocks -r 50M -t none -T none -C src dst"
     assert run(*line.split()) == Run(0, "", "")
     assert received.pop("args") == ("src", "dst")
     assert received == {
@@ -305,6 +305,7 @@ def test_convert_passes_every_flag_on(run: RunMain, fake: Fake) -> None:
         "share": True,
         "salvage": True,
         "reflink": False,
+        "trust_blocks": True,
         "allow": ("/x", "/y"),
         "progress": received["progress"],
         "rate": 50 << 20,
@@ -331,6 +332,7 @@ def test_convert_defaults(run: RunMain, fake: Fake) -> None:
     assert received["sync"] is True
     assert received["salvage"] is False
     assert received["reflink"] is True
+    assert received["trust_blocks"] is False
     assert received["threads"] is None
     assert received["options"] == ()
     assert received["rate"] is None

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-import random
-from collections.abc import Mapping, Sequence
+import subprocess
 from pathlib import Path
 
 import pytest
+from tests.helpers.tiny import FRONT, OLD, SIZE, new_content, rewrite
 
 from imgcore.errors import ImgcoreError, LimitExceededError, TargetError
 from imgcore.files.in_place import InPlace, finish, recover, undo
 from imgcore.limits import MAX_OVERWRITTEN_NBYTES
 
-SIZE = 1 << 20
-FRONT = 1 << 16
-OLD = random.Random(1).randbytes(SIZE)
 MTIME_NS = 10**18 + 7
 
 
@@ -25,38 +22,6 @@ def disk(tmp_path: Path) -> Path:
     path.write_bytes(OLD)
     os.utime(path, ns=(MTIME_NS, MTIME_NS))
     return path
-
-
-def rewrite(
-    path: Path,
-    *,
-    name: str | None = "disk.new",
-    created: Mapping[str, bytes] | None = None,
-    removed: Sequence[str] = (),
-    commit: bool = True,
-) -> Path:
-    """Move the front to the end, and write a header and a table."""
-    old = path.read_bytes()
-    with InPlace(path) as job:
-        file = job.start({"to": "new"}, [(0, FRONT)], name=name, created=created, removed=removed)
-        file.pwrite(len(old), old[:FRONT])
-        file.pwrite(len(old) + FRONT, b"table" * 1000)
-        file.pwrite(0, b"header")
-        file.clear_rest(FRONT)
-        file.truncate(len(old) + 2 * FRONT)
-        assert path.read_bytes()[: len(old)] == old
-        if commit:
-            job.commit()
-    return Path(job.path)
-
-
-def new_content() -> bytes:
-    return (
-        b"header".ljust(FRONT, b"\0")
-        + OLD[FRONT:]
-        + OLD[:FRONT]
-        + (b"table" * 1000).ljust(FRONT, b"\0")
-    )
 
 
 def files_beside(path: Path) -> list[str]:
@@ -255,3 +220,16 @@ def test_a_conversion_that_can_be_undone_is_kept(disk: Path) -> None:
     new = rewrite(disk)
     finish(new)
     rewrite(new, name="disk.third")
+
+
+@pytest.mark.parametrize("flag", ["i", "a"])
+def test_immutable(disk: Path, flag: str) -> None:
+    if subprocess.run(["chattr", f"+{flag}", disk], check=False).returncode:
+        pytest.skip("needs root, and a file system with flags")
+    try:
+        with pytest.raises(TargetError, match="immutable or append-only") as caught:
+            InPlace(disk)
+    finally:
+        subprocess.run(["chattr", "-i", "-a", disk], check=True)
+    assert f"chattr -i -a {disk} permits" in str(caught.value)
+    InPlace(disk).close()

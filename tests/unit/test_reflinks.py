@@ -183,7 +183,7 @@ def test_measure(tmp_path: Path) -> None:
 def test_measure_needs_an_image_and_plain_blocks(words: list[str]) -> None:
     done = imgcore_command("measure", "--reflink", "-O", "qcow2", *words)
     assert done.returncode == 2
-    assert "--reflink is about FILE, and allows no -c" in done.stderr
+    assert "--reflink measures FILE, without -c or --rewrite" in done.stderr
 
 
 def test_measure_refuses_what_convert_refuses(tmp_path: Path) -> None:

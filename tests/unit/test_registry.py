@@ -8,7 +8,6 @@ import re
 import sys
 import tarfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -126,6 +125,11 @@ class TestProbe:
             (b"#disk descriptorfile\n", "vmdk"),
             (b"# a comment\n\n# another\nversion=3\n", "vmdk"),
             (b"version = 2\n", "vmdk"),
+            (b" \t#\r\nversion=1\r\n", "vmdk"),
+            (b"\r\nversion=1\n", "vmdk"),
+            (b"\xef\xbb\xbf# Disk DescriptorFile\n", "vmdk"),
+            (b" encryption.keySafe =", "vmware-encrypted"),
+            (b"encryption.keySafe=", "vmware-encrypted"),
             (b"version=4\n", None),
             (b"# just a script\necho\n", None),
             (b"#" * 100_000, None),
@@ -359,12 +363,10 @@ class ToyReader(RawReader):
 @pytest.fixture
 def read_only_format(monkeypatch: pytest.MonkeyPatch) -> str:
     """Register a format that is only read, as any format is registered."""
-    driver = get_driver("raw")._replace(
-        name="toy",
-        read=lambda file, gate, values, damage: ToyReader(file),
-        writing=None,
-    )
+    driver = get_driver("raw")._replace(name="toy", reading="toy_reader", writing=None)
     entry = Entry("toy", "toy_driver", (".toy",))
+    reader_for = cast("Any", lambda file, gate, values, damage: ToyReader(file))
+    monkeypatch.setitem(sys.modules, "toy_reader", SimpleNamespace(reader_for=reader_for))
     monkeypatch.setitem(sys.modules, "toy_driver", cast("Any", SimpleNamespace(DRIVER=driver)))
     monkeypatch.setattr(registry, "DRIVERS", (*registry.DRIVERS, entry))
     monkeypatch.setitem(registry._ENTRIES, "toy", entry)
@@ -408,7 +410,6 @@ def test_preallocated_disks_need_their_own_blocks(name: str, subformat: str | No
     assert not growing.needs_own_blocks
 
 
-@dataclass(frozen=True)
 class Options(FormatOptions):
     cluster_size: int = byte_size(65536, "bytes of a cluster")
     level: int = number(3, "effort")
@@ -444,7 +445,7 @@ class TestOptions:
         ],
     )  # fmt: skip
     def test_parse(self, texts: Any, changes: dict[str, Any]) -> None:
-        assert asdict(parse_options(DRIVER, texts)) == DEFAULTS | changes
+        assert parse_options(DRIVER, texts).as_dict() == DEFAULTS | changes
 
     @pytest.mark.parametrize(
         ("texts", "words"),

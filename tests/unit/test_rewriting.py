@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from contextlib import closing
 from itertools import pairwise
@@ -11,18 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.helpers.rewriting import director_for, open_target, rewritten
 
 import imgcore
 from imgcore import LimitExceededError, UnsupportedFeatureError, limits
 from imgcore.engine.extents import EXTENT_DTYPE, BlockState, Kind
 from imgcore.engine.progress import Progress, Tally
 from imgcore.files.staged_file import StagedFile
-from imgcore.files.target_file import TargetFile
-from imgcore.formats.api import BlockRule, Survey, WriteRequest
-from imgcore.formats.option_texts import parse_options
-from imgcore.formats.registry import get_driver
+from imgcore.formats.api import BlockRule, Survey
 from imgcore.rewriting import layout as layout_module
-from imgcore.rewriting.director import Cost, Director
 from imgcore.rewriting.layout import Layout, Runs, lay_out, placements
 from imgcore.rewriting.survey import survey_image
 
@@ -254,31 +250,6 @@ def test_placements_in_batches(batch_blocks: int, monkeypatch: pytest.MonkeyPatc
 
 
 # -- with files ------------------------------------------------------------------------
-
-
-def director_for(image: imgcore.Image, target: str, *options: str, **more: Any) -> Director:
-    driver = get_driver(target)
-    request = WriteRequest(image.virtual_size, parse_options(driver, options))
-    return Director(image, driver, request, **more)
-
-
-def open_target(path: Path) -> TargetFile:
-    return TargetFile(os.open(path, os.O_RDWR), str(path))
-
-
-def rewritten(path: Path, source: str, target: str, *options: str, **more: Any) -> Cost:
-    """Rewrite a file in place, without a journal."""
-    with imgcore.open(path, format=source, share=True) as image:
-        director = director_for(image, target, *options, **more)
-        expected = director.rehearse()
-        with closing(open_target(path)) as file:
-            staged = StagedFile(file, director.survey.file_nbytes, director.overwrites)
-            with closing(staged):
-                cost = director.write(staged, Tally(image.virtual_size, None))
-                staged.apply()
-    assert (cost.bytes_stayed, cost.bytes_moved) == (expected.bytes_stayed, expected.bytes_moved)
-    assert (cost.bytes_written, cost.file_size) <= (expected.bytes_written, expected.file_size)
-    return cost
 
 
 @pytest.fixture

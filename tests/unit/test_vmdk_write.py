@@ -492,8 +492,8 @@ def test_tables_beyond_2_tib_are_refused(
         if with_grain:
             rows = np.array([(writer.first_offset, 600, state)], dtype=PLACEMENT_DTYPE)
             writer.place(0, rows, writer.first_offset + GRAIN)
-        monkeypatch.setattr(
-            "imgcore.formats.vmdk.sparse_writer.VMDK_MAX_SPARSE_FILE_NBYTES", writer.first_offset
-        )
+        for module in ("sparse_structures", "sparse_writer"):
+            limit = f"imgcore.formats.vmdk.{module}.VMDK_MAX_SPARSE_FILE_NBYTES"
+            monkeypatch.setattr(limit, writer.first_offset)
         with pytest.raises(LimitExceededError, match="flat subformat"):
             writer.finish(writer.first_offset + GRAIN)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -331,6 +330,8 @@ def with_qemu_names(description: Mapping[str, Any]) -> dict[str, Any]:
 
 def print_json(value: object) -> None:
     """Print one JSON document, indented as qemu-img does."""
+    import json
+
     click.echo(json.dumps(value, indent=4))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import TYPE_CHECKING, Any, Final
 
@@ -61,7 +60,7 @@ EXIT_SALVAGED: Final = 3
     "--sparse-size",
     callback=size_value,
     metavar="SIZE",
-    default="4k",
+    default="4096",
     help="Skip runs of zeros of this length; 0 writes all zeros.  [default: 4k]",
 )
 @click.option(
@@ -95,6 +94,11 @@ EXIT_SALVAGED: Final = 3
     "--no-reflink",
     is_flag=True,
     help="Copy every block, as --reflink=never does.",
+)
+@click.option(
+    "--trust-blocks",
+    is_flag=True,
+    help="Do not decompress the compressed blocks that TARGET takes over from SOURCE.",
 )
 @click.option(
     "-r",
@@ -148,6 +152,7 @@ def command(
     salvage: bool,
     reflink: str | None,
     no_reflink: bool,
+    trust_blocks: bool,
     rate: int | None,
     target_cache: str | None,
     threads: int | None,
@@ -197,12 +202,15 @@ def command(
             target_is_zero=target_is_zero,
             salvage=salvage,
             reflink=reflink or not no_reflink,
+            trust_blocks=trust_blocks,
             progress=report.callback,
             profile=profile,
             rate=rate or None,
             **opening,
         )
     if as_json:
+        import json
+
         ranges = [row._asdict() for row in result.bad_ranges]
         click.echo(json.dumps(result._asdict() | {"bad_ranges": ranges}))
     for row in result.bad_ranges:

@@ -35,6 +35,7 @@ _VERBS: Final = {
     "lint": "Check an image against the rules of a platform.",
     "measure": "Compute how large a target file would be.",
     "create": "Create an empty image.",
+    "rewrite": "Change an image's format in its own file, without copying.",
 }
 
 EXIT_FAILURE: Final = 1

@@ -48,6 +48,11 @@ from imgcore.formats.registry import PLAIN_FORMAT
     is_flag=True,
     help="Print what convert --reflink=always would reflink and what it would copy.",
 )
+@click.option(
+    "--rewrite",
+    is_flag=True,
+    help="Measure what imgcore rewrite would do to FILE: what stays, moves, and is written.",
+)
 @output_options
 @click.argument("file", required=False)
 @click.pass_context
@@ -59,6 +64,7 @@ def command(
     compress: bool,
     size: int | None,
     reflink: bool,
+    rewrite: bool,
     opening: dict[str, Any],
     as_json: bool,
 ) -> None:
@@ -66,22 +72,21 @@ def command(
 
     The source is the image FILE, or an empty disk of --size.
     """
-    from imgcore.verbs.measure import measure, measure_reflink
-
     if wants_options_help(options):
         print_options_help(target_driver(target_format, None))
         return
     if (file is None) == (size is None):
         raise click.UsageError("give either FILE or --size", ctx)
     if reflink:
-        if file is None or compress:
-            raise click.UsageError("--reflink is about FILE, and allows no -c", ctx)
-        shared = measure_reflink(file, target_format, options=options, **opening)
-        if as_json:
-            print_json(shared._asdict())
-        else:
-            click.echo(f"reflinked: {shared.reflinked}\ncopied: {shared.copied}")
+        if file is None or compress or rewrite:
+            raise click.UsageError("--reflink measures FILE, without -c or --rewrite", ctx)
+        _measure_reflink(file, target_format, options, opening, as_json=as_json)
         return
+    if rewrite:
+        _measure_rewrite(ctx, file, target_format, options, opening, as_json=as_json)
+        return
+    from imgcore.verbs.measure import measure
+
     result = measure(
         file,
         size=size,
@@ -95,3 +100,61 @@ def command(
     else:
         click.echo(f"required size: {result.required}")
         click.echo(f"fully allocated size: {result.fully_allocated}")
+
+
+def _measure_reflink(
+    file: str,
+    target_format: str,
+    options: tuple[str, ...],
+    opening: dict[str, Any],
+    *,
+    as_json: bool,
+) -> None:
+    """Print what ``imgcore convert --reflink=always`` would do."""
+    from imgcore.verbs.measure import measure_reflink
+
+    result = measure_reflink(file, target_format, options=options, **opening)
+    if as_json:
+        print_json(result._asdict())
+    else:
+        click.echo(f"reflinked: {result.reflinked}")
+        click.echo(f"copied: {result.copied}")
+
+
+def _measure_rewrite(
+    ctx: click.Context,
+    file: str | None,
+    target_format: str,
+    options: tuple[str, ...],
+    opening: dict[str, Any],
+    *,
+    as_json: bool,
+) -> None:
+    """Print what `imgcore rewrite` would do, with different sizes of blocks."""
+    from imgcore.verbs.measure import measure_rewrite
+
+    if file is None:
+        raise click.UsageError("--rewrite measures FILE, not --size", ctx)
+    own = {name: opening[name] for name in ("format", "allow", "share")}
+    result = measure_rewrite(file, target_format, options=options, **own)
+    if as_json:
+        rows = [
+            {name.replace("_", "-"): value for name, value in cost._asdict().items()}
+            for cost in result.costs
+        ]
+        print_json(
+            {
+                "source-format": result.source_format,
+                "target-format": result.target_format,
+                "virtual-size": result.virtual_size,
+                "costs": rows,
+            }
+        )
+        return
+    from imgcore.sizes import format_size
+
+    click.echo(f"{'blocks':>10}{'stay':>12}{'move':>12}{'tables':>12}{'written':>12}")
+    for cost in result.costs:
+        sizes = (cost.bytes_stayed, cost.bytes_moved, cost.bytes_tables, cost.bytes_written)
+        block = "none" if cost.block_size is None else format_size(cost.block_size)
+        click.echo(f"{block:>10}" + "".join(f"{format_size(size):>12}" for size in sizes))

@@ -5,7 +5,6 @@ All but the last go to stderr.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections import deque
@@ -206,6 +205,8 @@ class JsonReporter(Reporter):
             "rate": round(self._rate.per_second),
             "eta": None if left is None else round(left, 1),
         }
+        import json
+
         return json.dumps(line)
 
     def finish(self) -> None:

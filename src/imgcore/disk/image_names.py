@@ -8,7 +8,6 @@ Source: QEMU qapi/block-core.json, "BlockdevOptions"; docs/system/images.
 
 from __future__ import annotations
 
-import json
 import os
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -87,6 +86,8 @@ def parse_description(name: str) -> Described:
         It names anything but one local file, or has an option that would change what
         is read.
     """
+    import json
+
     try:
         options = json.loads(name[len(_JSON) :], object_pairs_hook=_without_duplicates)
         return _described(_nested(options))

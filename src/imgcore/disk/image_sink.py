@@ -170,6 +170,8 @@ class ImageSink:
                 variants=dict(options.variants),
                 salvage=options.salvage,
                 reflink=self._may_reflink(),
+                # A comparison with the base needs the content.
+                trust_blocks=options.trust_blocks and self._base is None,
                 rate_limit=options.limit,
             )
             stack.callback(job.close)
@@ -235,9 +237,15 @@ class _Transfer(NamedTuple):
         job = self.job
 
         def tick() -> None:
-            done, data, _, read, written, reflinked = job.progress()
+            done, data, _, read, written, reflinked, reused, trusted = job.progress()
             self.tally.count(
-                skipped_nbytes + done, data=data, read=read, written=written, reflinked=reflinked
+                skipped_nbytes + done,
+                data=data,
+                read=read,
+                written=written,
+                reflinked=reflinked,
+                reused=reused,
+                trusted=trusted,
             )
 
         job.wait(tick)

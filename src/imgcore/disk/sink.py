@@ -65,20 +65,43 @@ def open_sink(
         The target cannot be written, or not with these options.
     """
     sink = _make_sink(target, options, source, base, virtual_size)
-    ours, theirs = sink.logical_sector_nbytes or SECTOR_NBYTES, source.logical_sector_nbytes
+    warn_about_sectors(
+        target.path,
+        sink.logical_sector_nbytes,
+        source.path,
+        source.logical_sector_nbytes,
+        is_plain=options.format == PLAIN_FORMAT,
+    )
+    return sink
+
+
+def warn_about_sectors(
+    target: str, ours: int | None, source: str, theirs: int | None, *, is_plain: bool
+) -> None:
+    """Log a warning if the guest will see other sectors than before.
+
+    Parameters
+    ----------
+    target, source : str
+        Names of the images.
+    ours, theirs : int or None
+        Bytes of their logical sectors, as far as they are known.
+    is_plain : bool
+        The target states no size of sectors, nor do options.
+    """
+    ours = ours or SECTOR_NBYTES
     if theirs is None:
         # Then they usually have 512 bytes.  An option for the target may know better.
-        theirs = SECTOR_NBYTES if options.format == PLAIN_FORMAT else ours
+        theirs = SECTOR_NBYTES if is_plain else ours
     if ours != theirs:
         log.warning(
             "%s: its logical sectors have %d bytes, those of %s have %d: "
             "the guest may fail to boot",
-            target.path,
+            target,
             ours,
-            source.path,
+            source,
             theirs,
         )
-    return sink
 
 
 def _make_sink(

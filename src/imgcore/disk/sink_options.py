@@ -41,6 +41,7 @@ class SinkOptions(NamedTuple):
     target_is_zero: bool
     salvage: bool
     reflink: Reflink
+    trust_blocks: bool
     variants: Mapping[str, str]
     profile: Profile | None
     limit: RateLimit | None
@@ -61,6 +62,7 @@ class SinkOptions(NamedTuple):
         target_is_zero: bool,
         salvage: bool,
         reflink: bool | str,
+        trust_blocks: bool,
         kernels: Mapping[str, str] | None,
         profile: str | None,
         rate: SupportsIndex | str | None,
@@ -88,6 +90,8 @@ class SinkOptions(NamedTuple):
                     "--salvage": salvage,
                 },
             )
+        if salvage and trust_blocks:
+            raise OptionError("blocks that are salvaged cannot be trusted (--trust-blocks)")
         if platform is not None:
             refuse_against_profile(
                 platform,
@@ -107,6 +111,7 @@ class SinkOptions(NamedTuple):
             target_is_zero=target_is_zero,
             salvage=salvage,
             reflink=policy,
+            trust_blocks=trust_blocks,
             variants=chosen_variants(kernels),
             profile=platform,
             limit=_rate_limit(rate, control),

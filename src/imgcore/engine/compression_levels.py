@@ -8,6 +8,7 @@ from imgcore.engine.geometry import Codec, CodecId, DeflateEngine
 from imgcore.errors import OptionError
 
 LEVELS: Final = ("fastest", "fast", "default", "best")
+DEFAULT_LEVEL: Final = "default"
 
 _ISAL: Final = DeflateEngine.ISAL
 _LIBDEFLATE: Final = DeflateEngine.LIBDEFLATE

@@ -80,6 +80,9 @@ class Geometry(NamedTuple):
 
     ``clears_blocks`` is for a target that has old bytes where blocks will be: what of a
     STORED block is not written is zeroed.  ``sparse_nbytes`` is 0 then.
+
+    ``reuse_blocks`` is for a geometry with a codec: a block that a source stores
+    compressed, alone and whole, is taken over if only its wrapper must change.
     """
 
     block_nbytes: int
@@ -99,6 +102,7 @@ class Geometry(NamedTuple):
     stored_prefix_nbytes: int = 0
     stored_prefix_byte: int = 0xFF
     clears_blocks: bool = False
+    reuse_blocks: bool = False
 
     @property
     def over_old_bytes(self) -> Geometry:

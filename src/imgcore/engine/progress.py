@@ -42,6 +42,9 @@ class Tally:
         Bytes read from the source's files and written to the target's.
     reflinked_nbytes : int
         Bytes that were not written, since their blocks were reflinked.
+    reused_nbytes, trusted_nbytes : int
+        Bytes of the disk whose compressed blocks were taken over from the source, and
+        of these, bytes that were not decompressed.
     """
 
     def __init__(self, total_nbytes: int, report: Callable[[Progress], None] | None) -> None:
@@ -50,13 +53,26 @@ class Tally:
         self.read_nbytes: int = 0
         self.written_nbytes: int = 0
         self.reflinked_nbytes: int = 0
+        self.reused_nbytes: int = 0
+        self.trusted_nbytes: int = 0
         self._report = report
         self._next_time = -float("inf")
 
-    def count(self, done: int, *, data: int, read: int, written: int, reflinked: int = 0) -> None:
+    def count(
+        self,
+        done: int,
+        *,
+        data: int,
+        read: int,
+        written: int,
+        reflinked: int = 0,
+        reused: int = 0,
+        trusted: int = 0,
+    ) -> None:
         """Set the sums so far; ``done`` is the position on the disk."""
         self.data_nbytes, self.read_nbytes = data, read
         self.written_nbytes, self.reflinked_nbytes = written, reflinked
+        self.reused_nbytes, self.trusted_nbytes = reused, trusted
         if self._report is None:
             return
         now = time.monotonic()
@@ -82,4 +98,6 @@ class Tally:
             read=self.read_nbytes,
             written=self.written_nbytes,
             reflinked=self.reflinked_nbytes,
+            reused=self.reused_nbytes,
+            trusted=self.trusted_nbytes,
         )

@@ -62,19 +62,19 @@ class Folder:
         finally:
             close(fd)
 
-    def put(self, name: str, content: bytes, mode: int) -> None:
+    def put(self, name: str, content: bytes, mode: int, temporary: str) -> None:
         """Create a file, at once whole; the folder is not synced.
 
-        It may be there already, with this content.
+        It may be there already, with this content.  ``temporary`` is a name that nobody
+        else uses; what has it is removed.
         """
-        temporary = f"{name}-new"
         self.remove(temporary)
         fd = self.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         try:
             with named_errors(self.path_of(name)):
                 done = 0
                 while done < len(content):
-                    done += os.write(fd, memoryview(content)[done:])
+                    done += os.pwrite(fd, memoryview(content)[done:], done)
                 os.fchmod(fd, mode & 0o777)
                 os.fsync(fd)
         finally:

@@ -20,6 +20,11 @@ def file_identity(status: os.stat_result) -> Identity:
     return (status.st_dev, status.st_ino)
 
 
+def named_identity(path: str) -> Identity:
+    """Return the identity of the file that a name leads to, which is not opened."""
+    return file_identity(os.stat(path))
+
+
 def file_system_magic(fd: int) -> int | None:
     """Return the type of an open file's file system, as in Linux' linux/magic.h."""
     import ctypes

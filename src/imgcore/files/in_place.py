@@ -27,7 +27,7 @@ from imgcore.files.in_place_job import Job, SideFile, find_journal, open_alone, 
 from imgcore.files.journal import SUFFIX, Journal
 from imgcore.files.locks import end_lease, lease
 from imgcore.files.ranges import Range, joined
-from imgcore.files.space import punch, reserve
+from imgcore.files.space import punch, require_space, reserve
 from imgcore.files.staged_file import StagedFile
 from imgcore.limits import MAX_OVERWRITTEN_NBYTES, MAX_SIDE_FILES_NBYTES
 from imgcore.log import log
@@ -96,6 +96,20 @@ def _require_fit(job: Job) -> None:
         )
 
 
+def described(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """Return what the caller of `InPlace.start` had put in for an image's conversion.
+
+    Raises
+    ------
+    ImgcoreError
+        There is no journal.
+    TargetError, OSError
+        As for `recover`.
+    """
+    with _require_job(path) as job:
+        return job.begin.job
+
+
 def undo(path: str | os.PathLike[str]) -> str:
     """Restore the old image, byte for byte, and return its path.
 
@@ -149,7 +163,7 @@ def finish(path: str | os.PathLike[str], keep: Iterable[Range] | None = None) ->
             else:
                 log.warning(
                     "%s: was written to since it was converted (its %s changed): "
-                    "blocks that it does not use keep their space",
+                    "unreferenced blocks keep their space",
                     job.path,
                     changed,
                 )
@@ -212,6 +226,10 @@ class InPlace:
             self._folder.close()
             raise
         self.nbytes: int = self._status.st_size
+
+    def require_space(self, nbytes: int) -> None:
+        """Raise OSError(ENOSPC) if the file system has fewer than ``nbytes`` left."""
+        require_space(self._file.fd, nbytes, self.path)
 
     def start(
         self,

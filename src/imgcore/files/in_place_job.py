@@ -130,7 +130,7 @@ class Job:
             self._remove(side)
         self._rename(begin.new_name)
         for side in begin.created:
-            folder.put(*side)
+            folder.put(*side, self.journal.temporary)
         folder.sync()
         if self.journal.name != begin.new_name + SUFFIX:
             self.journal.rename(begin.new_name + SUFFIX)
@@ -202,7 +202,7 @@ class Job:
             self._remove(side)
         self._rename(begin.name)
         for side in begin.removed:
-            self.folder.put(*side)
+            self.folder.put(*side, self.journal.temporary)
         self.folder.sync()
         self.journal.remove()
 
@@ -235,6 +235,8 @@ class Job:
             self.name = name
 
     def _remove(self, side: SideFile) -> None:
+        if side.name == self.name:
+            return  # gone already: the image has its name
         content = self.folder.read(side.name, len(side.content))
         if content == side.content:
             self.folder.remove(side.name)
@@ -314,7 +316,7 @@ def _begin_of(journal: Journal) -> Begin:
     except (KeyError, TypeError, ValueError):
         is_sound = False
     if not is_sound:
-        raise journal.damaged("its first record contradicts itself")
+        raise journal.damaged("the record at its start contradicts itself")
     return begin
 
 

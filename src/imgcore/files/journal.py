@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from imgcore.files.folder import Folder
 
 SUFFIX: Final = ".imgcore-journal"
+_TEMPORARY: Final = "-new"
 _MAGIC: Final = b"imgcore journal "
 _LINE: Final = _MAGIC + b"1\n"
 _SALT_NBYTES: Final = 16
@@ -75,6 +76,11 @@ class Journal:
         """Its path, for messages."""
         return self._folder.path_of(self.name)
 
+    @property
+    def temporary(self) -> str:
+        """The name that files beside the image have before they are whole."""
+        return self.name + _TEMPORARY
+
     @classmethod
     def create(
         cls, folder: Folder, name: str, kind: str, head: Mapping[str, Any], blobs: Sequence[bytes]
@@ -84,7 +90,7 @@ class Journal:
         It gets its name when it is complete: a journal whose first record is not whole
         has been damaged.
         """
-        temporary = f"{name}-new"
+        temporary = name + _TEMPORARY
         folder.remove(temporary)
         fd = folder.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         journal = cls(folder, name, fd)
@@ -137,7 +143,7 @@ class Journal:
         except (KeyError, TypeError, ValueError, RecursionError):
             self.records.clear()
         if not self.records:
-            raise self.damaged("its first record is not whole")
+            raise self.damaged("the record at its start is not whole")
 
     def damaged(self, why: str) -> ImgcoreError:
         """Return the error of a journal that cannot be followed."""
@@ -231,6 +237,7 @@ class Journal:
 
     def remove(self) -> None:
         """Remove it durably."""
+        self._folder.remove(self.temporary)
         self._folder.remove(self.name)
         self._folder.sync()
 

@@ -6,11 +6,34 @@ import errno
 import os
 from typing import Final
 
+from imgcore.sizes import format_size
+
 # Linux include/uapi/linux/falloc.h.
 _KEEP_SIZE: Final = 1
 _PUNCH_HOLE: Final = 2
 
 _NOT_SUPPORTED: Final = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV)
+
+
+def free_nbytes(fd: int) -> int | None:
+    """Return the bytes that this process may still write to an open file's system.
+
+    None if that is not known.
+    """
+    try:
+        status = os.fstatvfs(fd)
+    except OSError:
+        return None
+    n_blocks = status.f_bfree if os.geteuid() == 0 else status.f_bavail
+    return n_blocks * status.f_frsize if status.f_blocks else None
+
+
+def require_space(fd: int, nbytes: int, path: str) -> None:
+    """Raise OSError(ENOSPC) if a file system has fewer than ``nbytes`` left."""
+    free = free_nbytes(fd)
+    if free is not None and free < nbytes:
+        text = f"{os.strerror(errno.ENOSPC)}: {format_size(nbytes)} needed, "
+        raise OSError(errno.ENOSPC, text + f"{format_size(free)} free", path)
 
 
 def reserve(fd: int, offset: int, length: int) -> None:

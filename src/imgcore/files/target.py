@@ -22,7 +22,6 @@ from imgcore.files.special_files import refuse_absent_device, refuse_special
 from imgcore.files.target_file import TargetFile
 from imgcore.files.target_folder import TargetFolder
 from imgcore.files.temporary_names import restore_interrupted
-from imgcore.sizes import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -257,10 +256,8 @@ class Target:
 
         A target in place already has its space.
         """
-        free = None if self._folder is None else self._folder.free_nbytes()
-        if free is not None and free < nbytes:
-            text = f"{os.strerror(errno.ENOSPC)}: {format_size(nbytes)} needed, "
-            raise OSError(errno.ENOSPC, text + f"{format_size(free)} free", self.path)
+        if self._folder is not None:
+            self._folder.require_space(nbytes, self.path)
 
     def prepare(self) -> None:
         """Finish the files, durably unless ``sync=False``; only names are missing then.

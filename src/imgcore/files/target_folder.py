@@ -20,6 +20,7 @@ from imgcore.files.identity import file_identity
 from imgcore.files.locks import Lock, folder_lock, lock
 from imgcore.files.renaming import rename_without_replacing
 from imgcore.files.replacing import refuse_append_only, refuse_unreplaceable
+from imgcore.files.space import require_space
 from imgcore.files.target_file import TargetFile
 from imgcore.files.temporary_names import (
     backup_name,
@@ -73,14 +74,9 @@ class TargetFolder:
         with named_errors(self.path_of(name)):
             return os.stat(name, dir_fd=self._fd, follow_symlinks=False)
 
-    def free_nbytes(self) -> int | None:
-        """Return the bytes that this process may still write; None if not known."""
-        try:
-            status = os.fstatvfs(self._fd)
-        except OSError:
-            return None
-        n_blocks = status.f_bfree if os.geteuid() == 0 else status.f_bavail
-        return n_blocks * status.f_frsize if status.f_blocks else None
+    def require_space(self, nbytes: int, path: str) -> None:
+        """Raise OSError(ENOSPC) if there are fewer than ``nbytes`` left for a file."""
+        require_space(self._fd, nbytes, path)
 
     def create(self, name: str, old: os.stat_result | None, advice: str = "") -> TargetFile:
         """Create a temporary, under a unique name, for a final name.

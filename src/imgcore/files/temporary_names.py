@@ -25,8 +25,9 @@ _NAME_MAX: Final = 255  # bytes in a file name, Linux include/uapi/linux/limits.
 _BACKUP_SUFFIX: Final = "-old"
 # Bytes of the final name that fit beside 7 digits of the process and 12 random ones.
 _ROOM: Final = _NAME_MAX - len(b"..imgcore-") - 7 - 1 - 12 - len(_BACKUP_SUFFIX)
+_TOKEN: Final = r"\d+-[0-9a-f]{12}"
 # Groups: final name, token.
-_BACKUP: Final = re.compile(r"\.(.+)\.imgcore-(\d+-[0-9a-f]{12})-old", re.DOTALL)
+_BACKUP: Final = rf"(?s)\.(.+)\.imgcore-({_TOKEN})-old"
 
 
 def new_token() -> str:
@@ -57,12 +58,14 @@ def _temporary_prefix(name: str) -> str:
 
 def remove_stale(folder_fd: int, folder: str, name: str) -> None:
     """Remove temporaries for this name that no job writes any more."""
-    pattern = re.compile(re.escape(_temporary_prefix(name)) + r"\d+-[0-9a-f]{12}")
+    prefix = _temporary_prefix(name)
     try:
-        names = [entry for entry in os.listdir(folder_fd) if entry.startswith(".")]
+        names = [entry for entry in os.listdir(folder_fd) if entry.startswith(prefix)]
     except OSError:
         return
-    for entry in filter(pattern.fullmatch, names):
+    for entry in names:
+        if not re.fullmatch(_TOKEN, entry.removeprefix(prefix)):
+            continue
         # Unlinked under the lock: a job that has just created the file, and locks it
         # next, then finds the lock taken or the file without a name.
         with contextlib.suppress(OSError), _abandoned(folder_fd, folder, entry) as abandoned:
@@ -105,7 +108,7 @@ def restore_interrupted(folder: str, name: str) -> None:
         entries = [entry for entry in os.listdir(folder) if entry.endswith(_BACKUP_SUFFIX)]
     except OSError:
         return
-    matches = [match for entry in entries if (match := _BACKUP.fullmatch(entry))]
+    matches = [match for entry in entries if (match := re.fullmatch(_BACKUP, entry))]
     own = [match[2] for match in matches if match[0] == backup_name(name, match[2])]
     for token in own:
         with contextlib.suppress(OSError):
@@ -119,7 +122,7 @@ def restore_interrupted(folder: str, name: str) -> None:
 
 def _restore(folder_fd: int, folder: str, name: str, token: str) -> None:
     """Undo or complete one replacement; the folder is locked."""
-    matches = [_BACKUP.fullmatch(entry) for entry in os.listdir(folder_fd)]
+    matches = [re.fullmatch(_BACKUP, entry) for entry in os.listdir(folder_fd)]
     backups = [match for match in matches if match and match[2] == token]
     if not all(_is_trusted(folder_fd, match[0]) for match in backups):
         return

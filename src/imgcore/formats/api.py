@@ -39,6 +39,9 @@ from imgcore.formats.shared.damage import STRICT, Damage
 from imgcore.text import without_secrets
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from imgcore.engine.extents import Extents, Kind, Placements
     from imgcore.engine.geometry import Geometry
     from imgcore.files.byte_source import ByteSource
@@ -589,6 +592,33 @@ class Rewriter(Protocol):
 
 
 @runtime_checkable
+class NeedsPlaces(Protocol):
+    """A rewriter that must know which blocks stay before it begins.
+
+    Optional: what it overwrites depends on them.
+    """
+
+    def know_places(
+        self, starts: NDArray[np.int64], ends: NDArray[np.int64], *, is_moving: bool
+    ) -> None:
+        """Take the ranges of the file that blocks stay in, once and before `begin`.
+
+        Parameters
+        ----------
+        starts, ends : ndarray, shape (n,), dtype int64
+            Host offsets, in any order and without overlaps.
+        is_moving : bool
+            Whether other blocks will be appended.
+
+        Raises
+        ------
+        UnsupportedFeatureError, LimitExceededError
+            The format cannot refer to them.
+        """
+        ...
+
+
+@runtime_checkable
 class Described(Protocol):
     """A rewriter of images of two files: one has the disk, a small one describes it.
 
@@ -612,7 +642,7 @@ class Described(Protocol):
 class Driver(NamedTuple):
     """Everything that general code knows about a format.
 
-    ``formats/x/driver.py`` holds it as ``DRIVER``.  A driver imports the reader, but
+    ``formats/x/driver.py`` holds it as ``DRIVER``.  A driver imports the reader,
     the options and the writer only when they are needed.
 
     Attributes
@@ -622,12 +652,12 @@ class Driver(NamedTuple):
     options_module : str
         Module that holds ``Options``, the record of the options for writing (``-o``).
         Reading an image does not import it.
-    read : callable
-        Returns a `Reader` for a file, a gate, a record of ``read_options``, and the
-        `Damage` that decides what happens if the image is damaged.  Files
-        that the image names are opened through the gate; the parent is not opened.
-        Raises WrongFormatError only if the magic is absent.  The caller closes the
-        file.
+    reading : str
+        Module that holds ``reader_for(file, gate, options, damage)``: it returns a
+        `Reader` for a file, a gate, a record of ``read_options``, and the `Damage` that
+        decides what happens if the image is damaged.  Files that the image names are
+        opened through the gate; the parent is not opened.  Raises WrongFormatError only
+        if the magic is absent.  The caller closes the file.
     writing : str or None
         Module that holds ``writer_for(request)`` and ``measure(request, data_nbytes)``;
         see `writer` and `measure`.  It may import NumPy.  None if the format is only
@@ -643,7 +673,7 @@ class Driver(NamedTuple):
 
     name: str
     options_module: str
-    read: Callable[[ByteSource, ReferenceGate, Any, Damage], Reader]
+    reading: str
     writing: str | None
     read_options: type[FormatOptions] | None = None
     has_tables: bool = True
@@ -664,7 +694,8 @@ class Driver(NamedTuple):
         """Open an image; ``options`` defaults to those of ``read_options``."""
         if options is None and self.read_options is not None:
             options = self.read_options()
-        return self.read(file, gate, options, damage)
+        module = importlib.import_module(self.reading)
+        return cast("Reader", module.reader_for(file, gate, options, damage))
 
     def writer(self, request: WriteRequest[Any]) -> Writer:
         """Verify a request and return its writer; touches no file.
@@ -676,7 +707,7 @@ class Driver(NamedTuple):
         LimitExceededError
             The disk is too large for the format.
         """
-        return cast("Writer", self._writing_module().writer_for(request))
+        return cast("Writer", self._writing_module().writer_for(_settled(request)))
 
     def measure(self, request: WriteRequest[Any], data_nbytes: int) -> Measurement:
         """Return the size of the target's files without writing them.
@@ -692,7 +723,8 @@ class Driver(NamedTuple):
         OptionError, LimitExceededError
             As for `writer`.
         """
-        return cast("Measurement", self._writing_module().measure(request, data_nbytes))
+        module = self._writing_module()
+        return cast("Measurement", module.measure(_settled(request), data_nbytes))
 
     def rewriter(self, request: WriteRequest[Any], survey: Survey) -> Rewriter:
         """Return what makes an image of this format around another one's blocks.
@@ -709,9 +741,16 @@ class Driver(NamedTuple):
                 f"no image becomes {self.name} without copying: use imgcore convert"
             )
         module = importlib.import_module(self.rewriting)
-        return cast("Rewriter", module.rewriter_for(request, survey))
+        return cast("Rewriter", module.rewriter_for(_settled(request), survey))
 
     def _writing_module(self) -> Any:
         if self.writing is None:
             raise OptionError(f"{self.name} images can be read, but not written")
         return importlib.import_module(self.writing)
+
+
+def _settled(request: WriteRequest[Any]) -> WriteRequest[Any]:
+    """Return a request in which no block size is left open."""
+    from imgcore.formats.options import without_auto
+
+    return request._replace(options=without_auto(request.options))

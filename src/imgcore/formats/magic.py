@@ -80,24 +80,27 @@ _RAW_CONTENT: Final = (
 
 # A VMDK descriptor may begin with comments and blank lines.  Then come version=1, 2 or
 # 3 (QEMU block/vmdk.c, vmdk_probe).
-_VMDK_TEXT: Final = re.compile(
+_VMDK_TEXT: Final = (
     rb"(?:[ \t]*(?:#[^\n\0]{0,4096})?\r?\n){0,256}version[ \t]*=[ \t]*[123][ \t]*\r?\n"
 )
-_VMDK_FIRST_LINE: Final = re.compile(
-    rb"(?:\xef\xbb\xbf)?#[ \t]*Disk[ \t]*DescriptorFile", re.IGNORECASE
-)
-
-
+_VMDK_FIRST_LINE: Final = rb"(?i:(?:\xef\xbb\xbf)?#[ \t]*Disk[ \t]*DescriptorFile)"
 # The text that stands for a disk or machine which VMware Workstation has encrypted.
-_VMWARE_ENCRYPTED: Final = re.compile(
+_VMWARE_ENCRYPTED: Final = (
     rb"(?:[ \t]*(?:#[^\n]{0,4096}|\.encoding[^\n]{0,200})?\r?\n){0,64}"
     rb"[ \t]*encryption\.keySafe[ \t]*="
 )
-_BZIP2: Final = re.compile(rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)")
+_BZIP2: Final = rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)"
+# What the patterns above can start with.
+_FIRST_BYTES: Final = b" \t\r\n#.BEev\xef"
 # POSIX.1-1988 and GNU tar, "Basic Tar Format".
 _TAR_MAGIC: Final = slice(257, 262)
 _TAR_CHECKSUM: Final = slice(148, 156)
 _TAR_HEADER_NBYTES: Final = 512
+
+
+def _matches(pattern: bytes, head: bytes) -> bool:
+    """Match a pattern; most files do not start like one, so it need not be compiled."""
+    return head[:1] in _FIRST_BYTES and re.match(pattern, head) is not None
 
 
 def _is_qcow2(head: bytes) -> bool:
@@ -116,14 +119,14 @@ def _is_tar(head: bytes) -> bool:
 
 def is_vmdk_descriptor(head: bytes) -> bool:
     """Tell whether a file starts as a VMDK descriptor does."""
-    return bool(_VMDK_FIRST_LINE.match(head) or _VMDK_TEXT.match(head))
+    return _matches(_VMDK_FIRST_LINE, head) or _matches(_VMDK_TEXT, head)
 
 
 _TESTS: Final[tuple[tuple[str, Callable[[bytes], bool]], ...]] = (
     ("qcow2", _is_qcow2),
     ("vmdk", is_vmdk_descriptor),
-    ("vmware-encrypted", lambda head: bool(_VMWARE_ENCRYPTED.match(head))),
-    ("bzip2", lambda head: bool(_BZIP2.match(head))),
+    ("vmware-encrypted", lambda head: _matches(_VMWARE_ENCRYPTED, head)),
+    ("bzip2", lambda head: _matches(_BZIP2, head)),
     ("tar", _is_tar),
 )
 

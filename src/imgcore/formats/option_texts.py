@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from imgcore.errors import OptionError
@@ -10,9 +9,9 @@ from imgcore.formats.options import FLAG_VALUES, FormatOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
-    from dataclasses import Field
 
     from imgcore.formats.api import Driver
+    from imgcore.formats.options import Option
 
     OptionTexts = Iterable[str] | Mapping[str, Any]
 
@@ -55,7 +54,7 @@ def _given(name: str, record: type[FormatOptions], texts: OptionTexts) -> dict[s
         pairs = list(cast("Mapping[str, Any]", texts).items())
     else:
         pairs = [pair for text in texts for pair in _split_options(text)]
-    known = {option.name: option for option in fields(record)}
+    known = record.declared
     values: dict[str, Any] = {}
     for key, value in pairs:
         if key not in known and key in record.foreign:
@@ -65,7 +64,7 @@ def _given(name: str, record: type[FormatOptions], texts: OptionTexts) -> dict[s
         if key not in known:
             names = ", ".join(known) or "none"
             raise OptionError(f"unknown option {key!r} for {name}; known options: {names}")
-        values[key] = _value(name, known[key], value)
+        values[key] = _value(f"option {key} of {name}", key, known[key], value)
     return values
 
 
@@ -80,25 +79,24 @@ def _split_options(text: str) -> list[tuple[str, str | None]]:
     return pairs
 
 
-def _value(name: str, option: Field[Any], value: Any) -> Any:
+def _value(where: str, key: str, option: Option, value: Any) -> Any:
     """Return an option's value in the option's type."""
-    where = f"option {option.name} of {name}"
     if value is None:
-        if option.metadata["values"] != FLAG_VALUES:
-            raise OptionError(f"{where} needs a value: {option.name}=...")
+        if option.values != FLAG_VALUES:
+            raise OptionError(f"{where} needs a value: {key}=...")
         return True
-    return option.metadata["read"](where, value)
+    return option.read(where, value)
 
 
 def options_help(driver: Driver) -> list[tuple[str, str, str, str]]:
     """Return (name, values, default, meaning) of each option of a format."""
     rows = []
-    for option in fields(driver.options):
+    for name, option in driver.options.declared.items():
         default = option.default
         if isinstance(default, bool):
             default = "on" if default else "off"
         text = "" if default is None else str(default)
-        rows.append((option.name, option.metadata["values"], text, option.metadata["help"]))
+        rows.append((name, option.values, text, option.help))
     for key, foreign in driver.options.foreign.items():
         if foreign.help:
             rows.append((key, FLAG_VALUES, "", foreign.help))

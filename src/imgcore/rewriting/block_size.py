@@ -1,77 +1,60 @@
-"""Finds how much of an image can stay in blocks of a size, and the best size."""
+"""Chooses the new image's block size by how much of the old one could stay."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from imgcore.formats.shared.staying_blocks import staying_blocks
+from imgcore.errors import ImgcoreError
+from imgcore.formats.options import AUTO, block_size, block_sizes, with_block_size
+from imgcore.rewriting.director import Director
+from imgcore.rewriting.survey import survey_image
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator
 
-    from numpy.typing import NDArray
-
-    from imgcore.engine.extents import Extents
-    from imgcore.formats.api import BlockRule, Survey
+    from imgcore.disk.image import Image
+    from imgcore.formats.api import Driver, Survey, WriteRequest
 
 
-class Amounts(NamedTuple):
-    """Bytes of an image's data: those that stay in their file, and the others."""
+def fitting_director(
+    image: Image, driver: Driver, request: WriteRequest[Any], *, inflate: bool = False
+) -> Director:
+    """Return the director for a request; see `Director`.
 
-    stay_nbytes: int
-    move_nbytes: int
-
-
-def amounts(survey: Survey, rule: BlockRule | None, virtual_size: int) -> Amounts:
-    """Return how much of an image can stay under a format's rule."""
-    data_nbytes = int(survey.rows["length"].sum())
-    if rule is None:
-        return Amounts(data_nbytes, 0)
-    runs = staying_blocks(survey, rule, virtual_size)
-    nbytes = rule.block_nbytes
-    starts, ends = runs.first_block * nbytes, (runs.first_block + runs.n_blocks) * nbytes
-    stay = _data_between(survey.rows, starts, ends) + _compressed(survey.rows, rule, virtual_size)
-    return Amounts(stay, data_nbytes - stay)
-
-
-def best_block_size(found: Mapping[int, Amounts], preferred: int | None = None) -> int:
-    """Return the block size at which most stays: of several, the largest.
-
-    Parameters
-    ----------
-    found : mapping of int to Amounts
-        The amounts for each block size that the format can have.
-    preferred : int, optional
-        This one, if no other keeps more.
+    If the request leaves the block size open (``auto``), it is the one at which least
+    of the disk moves: of several, the largest.  If the format decides, its usual size
+    is preferred to others at which as much moves.
     """
-    most = max(item.stay_nbytes for item in found.values())
-    if preferred is not None and preferred in found and found[preferred].stay_nbytes == most:
-        return preferred
-    return max(size for size, item in found.items() if item.stay_nbytes == most)
+    size = block_size(request.options)
+    sizes = block_sizes(request.options)
+    if not sizes or size not in (None, AUTO):
+        return Director(image, driver, request, inflate=inflate)
+    survey = survey_image(image)
+    best = None
+    if size is None:
+        best = Director(image, driver, request, inflate=inflate, survey=survey)
+    for director in candidates(image, driver, request, survey, inflate=inflate):
+        if best is None or director.moved_nbytes < best.moved_nbytes:
+            best = director
+    return best or Director(image, driver, request, inflate=inflate, survey=survey)
 
 
-def _data_between(rows: Extents, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> int:
-    """Return the bytes of rows in ascending ranges of the disk."""
-    if not len(rows):
-        return 0
-    guest, length = rows["guest_offset"].astype(np.int64), rows["length"].astype(np.int64)
-    before = np.cumsum(length) - length
+def candidates(
+    image: Image,
+    driver: Driver,
+    request: WriteRequest[Any],
+    survey: Survey,
+    *,
+    inflate: bool = False,
+) -> Iterator[Director]:
+    """Yield a director for each block size that the format can have, largest first.
 
-    def data_before(offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-        row = np.maximum(np.searchsorted(guest, offsets, side="right") - 1, 0)
-        inside: NDArray[np.int64] = np.clip(offsets - guest[row], 0, length[row])
-        return before[row] + inside
-
-    return int((data_before(ends) - data_before(starts)).sum())
-
-
-def _compressed(rows: Extents, rule: BlockRule, virtual_size: int) -> int:
-    """Return the bytes of the disk in compressed blocks that can stay."""
-    kinds = np.array(sorted(rule.takes_compressed), dtype=rows["kind"].dtype)
-    own = rows[np.isin(rows["kind"], kinds)]
-    guest, length = own["guest_offset"].astype(np.int64), own["length"].astype(np.int64)
-    is_block = guest % rule.block_nbytes == 0
-    is_block &= length == np.minimum(rule.block_nbytes, virtual_size - guest)
-    return int(length[is_block].sum())
+    There is none for sizes that the disk is too large for, for example, nor for a
+    format that has no choice.
+    """
+    for nbytes in sorted(block_sizes(request.options), reverse=True):
+        sized = request._replace(options=with_block_size(request.options, nbytes))
+        try:
+            yield Director(image, driver, sized, inflate=inflate, survey=survey)
+        except ImgcoreError:
+            continue

@@ -15,6 +15,7 @@ import numpy as np
 from imgcore.engine.extents import Kind
 from imgcore.errors import UnsupportedFeatureError
 from imgcore.files.rehearsal import CountingStagedFile
+from imgcore.formats.api import NeedsPlaces
 from imgcore.limits import MIB
 from imgcore.rewriting.layout import PROBED_NBYTES, Layout, Runs, lay_out, placements
 from imgcore.rewriting.survey import survey_image
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 _MAX_SMALL_MOVE_NBYTES: Final = 64 * MIB
 
 
-class Cost(NamedTuple):
+class RewriteCost(NamedTuple):
     """How much of a rewritten image stays, and what is written; in bytes.
 
     Attributes
@@ -76,6 +77,8 @@ class Director:
 
     Attributes
     ----------
+    request : WriteRequest
+        As given.
     survey : Survey
     rewriter : Rewriter
 
@@ -96,11 +99,13 @@ class Director:
         inflate: bool = False,
         survey: Survey | None = None,
     ) -> None:
-        self._image, self._driver, self._request = image, driver, request
+        self._image, self._driver = image, driver
+        self.request: WriteRequest[Any] = request
         self.survey: Survey = survey_image(image) if survey is None else survey
         self.rewriter: Rewriter = driver.rewriter(request, self.survey)
         if not inflate:
             self._refuse_compressed()
+        self._tell_places(self.rewriter)
 
     @property
     def _rule(self) -> BlockRule | None:
@@ -156,6 +161,20 @@ class Director:
         first, count = layout.moved_first, layout.moved_count
         return layout.nbytes_of(first, count, self._image.virtual_size)
 
+    @property
+    def tables_bound(self) -> int:
+        """The most bytes of tables that can be appended: those of a full disk."""
+        if self._rule is None:
+            return self.rehearse().bytes_tables
+        return self._driver.measure(self.request, 0).required
+
+    def _tell_places(self, rewriter: Rewriter) -> None:
+        """Tell a rewriter that must know it where blocks stay."""
+        if isinstance(rewriter, NeedsPlaces):
+            layout = self._layout
+            starts, ends = layout.stay.host, layout.stay.host_end(layout.block_nbytes)
+            rewriter.know_places(starts, ends, is_moving=bool(len(layout.moved_first)))
+
     def refuse_large_move(self) -> None:
         """Raise UnsupportedFeatureError if most of the data would be copied."""
         moved, stayed = self.moved_nbytes, self.stayed_nbytes
@@ -180,7 +199,7 @@ class Director:
                 path=self._image.path,
             )
 
-    def write(self, file: StagedFile, tally: Tally) -> Cost:
+    def write(self, file: StagedFile, tally: Tally) -> RewriteCost:
         """Write the new image around the blocks that stay; the rewriter is used up.
 
         What changes the old image is kept back by ``file``, whose old content is that
@@ -197,14 +216,15 @@ class Director:
         file.clear_rest(self.front_nbytes)
         return self._cost(file, tally.written_nbytes)
 
-    def rehearse(self) -> Cost:
+    def rehearse(self) -> RewriteCost:
         """Return the cost; nothing is written, and no data is read.
 
         Blocks that move are counted as data, even if they turn out to be zeros.
         """
         from imgcore.engine.progress import Tally
 
-        rewriter, layout = self._driver.rewriter(self._request, self.survey), self._layout
+        rewriter, layout = self._driver.rewriter(self.request, self.survey), self._layout
+        self._tell_places(rewriter)
         tally = Tally(self._image.virtual_size, None)
         with closing(CountingStagedFile(self._image.path, self.survey.file_nbytes)) as file:
             offset = rewriter.begin(file, self.append_offset)
@@ -232,9 +252,9 @@ class Director:
                 )
         rewriter.finish(offset)
 
-    def _cost(self, file: StagedFile | CountingStagedFile, moved_nbytes: int) -> Cost:
+    def _cost(self, file: StagedFile | CountingStagedFile, moved_nbytes: int) -> RewriteCost:
         tables, overwritten = file.appended_nbytes, file.staged_nbytes
-        return Cost(
+        return RewriteCost(
             block_size=None if self._rule is None else self._rule.block_nbytes,
             bytes_stayed=self.stayed_nbytes,
             bytes_moved=self.moved_nbytes,

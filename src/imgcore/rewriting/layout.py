@@ -52,8 +52,11 @@ class Runs(NamedTuple):
     @classmethod
     def joined(cls, parts: Iterable[Runs]) -> Runs:
         """Return the runs of several arrays, ascending."""
-        runs = cls._make(np.concatenate(column) for column in zip(*parts, strict=True))
-        if (np.diff(runs.first) < 0).any():
+        filled = [part for part in parts if len(part.first)]
+        if len(filled) < 2:
+            return filled[0] if filled else cls.none()
+        runs = cls._make(np.concatenate(column) for column in zip(*filled, strict=True))
+        if (runs.first[1:] < runs.first[:-1]).any():
             runs = runs.take(np.argsort(runs.first, kind="stable"))
         return runs
 
@@ -71,10 +74,17 @@ class Runs(NamedTuple):
         """Return some of the runs."""
         return Runs._make(column[which] for column in self)
 
+    def part(self, start: Offsets, end: Offsets, block_nbytes: int) -> Runs:
+        """Return blocks [start, end) of each run of plain blocks, if there are any."""
+        part = Runs.stored(self.first + start, end - start, self.host + start * block_nbytes)
+        return part.take(part.n_blocks > 0)
+
     def host_end(self, block_nbytes: int) -> Offsets:
         """Return where each run ends in the file."""
-        nbytes = np.where(self.packed > 0, self.packed, self.n_blocks * block_nbytes)
-        return self.host + nbytes.astype(np.int64)
+        end = self.host + self.n_blocks * block_nbytes
+        is_packed = self.packed > 0
+        end[is_packed] = self.host[is_packed] + self.packed[is_packed]
+        return end
 
 
 class Layout(NamedTuple):
@@ -133,18 +143,24 @@ def lay_out(
     have other bytes there; only of a flat disk it is known that they are zeros.
     """
     assert rule.block_nbytes % rule.alignment == 0
+    size = rule.block_nbytes
     stay: list[Runs] = []
-    touched: list[tuple[Offsets, Offsets]] = []
+    moved: list[tuple[Offsets, Offsets]] = []
     for rows in _pieces(survey, rule, disk_nbytes):
-        stay.append(_staying(rows, rule, disk_nbytes, survey.file_nbytes))
-        touched.append(_touched(rows, rule.block_nbytes))
+        runs = _staying(rows, rule, disk_nbytes, survey.file_nbytes)
+        moved.append(_gaps(*_touched(rows, size), runs))
+        stay.append(runs)
     runs = Runs.joined(stay)
-    runs = _without_overlaps(runs, rule.block_nbytes)
+    stay.clear()
+    kept, lost = _without_overlaps(runs, size)
     for start, length in overwrites:
-        runs = _outside(runs, start, start + length, rule.block_nbytes)
-    first, end = _merged(*(np.concatenate(column) for column in zip(*touched, strict=True)))
-    moved_first, moved_end = _gaps(first, end, runs)
-    return Layout(rule.block_nbytes, runs, moved_first, moved_end - moved_first)
+        moved.append((lost.first, lost.first + lost.n_blocks))
+        kept, lost = _outside(kept, start, start + length, size)
+    moved.append((lost.first, lost.first + lost.n_blocks))
+    first, end = (np.concatenate(column) for column in zip(*moved, strict=True))
+    order = np.argsort(first, kind="stable")
+    first, end = _merged(first[order], end[order])
+    return Layout(size, kept, first, end - first)
 
 
 def _pieces(survey: Survey, rule: BlockRule, disk_nbytes: int) -> Iterator[_Rows]:
@@ -212,34 +228,35 @@ def _merged(first: Offsets, end: Offsets) -> tuple[Offsets, Offsets]:
     return first[starts], end[np.append(starts[1:] - 1, len(end) - 1)]
 
 
-def _without_overlaps(runs: Runs, block_nbytes: int) -> Runs:
-    """Return runs of which no two have a byte of the file in common.
+def _without_overlaps(runs: Runs, block_nbytes: int) -> tuple[Runs, Runs]:
+    """Return runs of which no two have a byte of the file in common, and the others.
 
     Of blocks at the same place, the first on the disk stays.
     """
     order = np.argsort(runs.host, kind="stable")
-    ends = np.maximum.accumulate(runs.host_end(block_nbytes)[order])
+    ends = runs.host_end(block_nbytes)[order]
+    np.maximum.accumulate(ends, out=ends)
     overlaps = order[1:][runs.host[order[1:]] < ends[:-1]]
     if not len(overlaps):
-        return runs
+        return runs, Runs.none()
     keeps = np.ones(len(order), dtype=np.bool_)
     keeps[overlaps] = False
-    return runs.take(keeps)
+    return runs.take(keeps), runs.take(~keeps)
 
 
-def _outside(runs: Runs, start: int, end: int, block_nbytes: int) -> Runs:
-    """Return runs without the blocks that have a byte in a range of the file."""
+def _outside(runs: Runs, start: int, end: int, block_nbytes: int) -> tuple[Runs, Runs]:
+    """Return runs without blocks that have a byte in a range of the file, and these."""
     hit = (runs.host < end) & (runs.host_end(block_nbytes) > start)
     if not hit.any():
-        return runs
+        return runs, Runs.none()
+    whole = runs.take(hit & (runs.packed > 0))
     cut = runs.take(hit & (runs.packed == 0))
     n_before = np.maximum((start - cut.host) // block_nbytes, 0)
     n_until = np.minimum(-(-(end - cut.host) // block_nbytes), cut.n_blocks)
-    before = Runs.stored(cut.first, n_before, cut.host)
-    host = cut.host + n_until * block_nbytes
-    after = Runs.stored(cut.first + n_until, cut.n_blocks - n_until, host)
-    parts = (part.take(part.n_blocks > 0) for part in (before, after))
-    return Runs.joined((runs.take(~hit), *parts))
+    before = cut.part(np.zeros_like(n_before), n_before, block_nbytes)
+    lost = cut.part(n_before, n_until, block_nbytes)
+    after = cut.part(n_until, cut.n_blocks, block_nbytes)
+    return Runs.joined((runs.take(~hit), before, after)), Runs.joined((whole, lost))
 
 
 def _gaps(first: Offsets, end: Offsets, runs: Runs) -> tuple[Offsets, Offsets]:
@@ -247,8 +264,9 @@ def _gaps(first: Offsets, end: Offsets, runs: Runs) -> tuple[Offsets, Offsets]:
 
     Each of the others lies in one of the first.
     """
-    starts = np.sort(np.concatenate((first, runs.first + runs.n_blocks)))
-    ends = np.sort(np.concatenate((end, runs.first)))
+    # Two ascending parts each, which a stable sort merges.
+    starts = np.sort(np.concatenate((first, runs.first + runs.n_blocks)), kind="stable")
+    ends = np.sort(np.concatenate((end, runs.first)), kind="stable")
     which = starts < ends
     return starts[which], ends[which]
 

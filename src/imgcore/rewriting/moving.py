@@ -89,7 +89,7 @@ def move_blocks(
 
 
 def _count(tally: Tally, job: Job, batch: Batch) -> None:
-    _, data, _, read, written, _ = job.progress()
+    _, data, _, read, written, *_ = job.progress()
     tally.count(batch.start, data=data, read=read, written=written)
 
 

@@ -54,6 +54,11 @@ class ConvertResult(NamedTuple):
         Duration of the conversion.
     bad_ranges : tuple of BadRange
         Data that could not be read; always empty without ``salvage``.
+    bytes_reused : int
+        Bytes of the disk whose compressed blocks were taken over from the source
+        instead of compressed again.
+    bytes_trusted : int
+        Of these, bytes whose blocks were not decompressed (``trust_blocks``).
     """
 
     source: str
@@ -69,6 +74,8 @@ class ConvertResult(NamedTuple):
     file_size: int
     seconds: float
     bad_ranges: tuple[BadRange, ...] = ()
+    bytes_reused: int = 0
+    bytes_trusted: int = 0
 
 
 def convert(
@@ -93,6 +100,7 @@ def convert(
     share: bool = False,
     salvage: bool = False,
     reflink: bool | str = True,
+    trust_blocks: bool = False,
     allow: Sequence[FilePath] = (),
     progress: Callable[[Progress], None] | None = None,
     kernels: Mapping[str, str] | None = None,
@@ -166,6 +174,12 @@ def convert(
         ``"strict"`` is also an error if data would have to be copied, but for an
         incomplete block of the file system at the disk's end; nothing is written then.
         ``"never"``, or False, copies everything.
+    trust_blocks : bool
+        Do not decompress the compressed blocks that the target takes over from the
+        source as they are.  This is faster, but a block that is damaged in the source
+        becomes one in the target, without an error.  QCOW2 blocks that go to a
+        streamOptimized VMDK are decompressed all the same, since their end and checksum
+        are needed.  ``bytes_trusted`` of the result has the number of bytes.
     progress : callable, optional
         Called with a `Progress` on the calling thread, at most every 50 ms and once at
         the end, before the target gets its name.  If it raises, the conversion is
@@ -226,6 +240,7 @@ def convert(
         target_is_zero=target_is_zero,
         salvage=salvage,
         reflink=reflink,
+        trust_blocks=trust_blocks,
         kernels=kernels,
         profile=profile,
         rate=rate,
@@ -269,6 +284,8 @@ def convert(
                 file_size=output.main.file_size,
                 seconds=time.monotonic() - started,
                 bad_ranges=bad_ranges,
+                bytes_reused=tally.reused_nbytes,
+                bytes_trusted=tally.trusted_nbytes,
             )
             commitment.commit(output, result)
 

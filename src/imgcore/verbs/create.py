@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from imgcore.border import FilePath, byte_count, file_name
@@ -118,7 +118,7 @@ def create(
                 format=driver.name,
                 virtual_size=request.virtual_size,
                 file_size=target.main.file_size,
-                options=asdict(request.options),
+                options=request.options.as_dict(),
                 backing=reference.name if reference else None,
                 backing_format=reference.format if reference else None,
             )

@@ -12,6 +12,26 @@ from imgcore.formats.registry import PLAIN_FORMAT
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
     from imgcore.formats.api import Measurement
+    from imgcore.rewriting.director import RewriteCost
+
+
+class RewriteMeasurement(NamedTuple):
+    """The result of `imgcore.measure_rewrite`.
+
+    Attributes
+    ----------
+    source_format, target_format : str
+        The formats before and after.
+    virtual_size : int
+        Bytes of the disk.
+    costs : tuple of RewriteCost
+        With the options that were given, and then with other block sizes.
+    """
+
+    source_format: str
+    target_format: str
+    virtual_size: int
+    costs: tuple[RewriteCost, ...]
 
 
 class ReflinkMeasurement(NamedTuple):
@@ -98,6 +118,56 @@ def measure(
     with open_source(file_name(source), opening) as disk:
         extents = disk.data_extents()
         return _measure_data(disk.virtual_size, extents, target_format, options, compress)
+
+
+def measure_rewrite(
+    image: FilePath,
+    target_format: str,
+    *,
+    options: Mapping[str, Any] | Sequence[str] | None = None,
+    format: str | None = None,
+    allow: Sequence[FilePath] = (),
+    share: bool = False,
+    drop: bool = False,
+    inflate: bool = False,
+) -> RewriteMeasurement:
+    """Compute what of an image would stay, and how much `imgcore.rewrite` would write.
+
+    ``format``, ``allow`` and ``share`` are the keywords of `imgcore.open`, the others
+    those of `imgcore.rewrite`.
+
+    Parameters
+    ----------
+    image : str, bytes or os.PathLike
+        The image, of which only tables are read.
+    target_format : str
+        The new format.
+
+    Returns
+    -------
+    RewriteMeasurement
+        The first cost is that of the options; others follow if the format has blocks of
+        other sizes.
+
+    Raises
+    ------
+    UnsupportedFeatureError
+        The image cannot be rewritten.
+    ImgcoreError, OSError
+        As `imgcore.open`.
+    """
+    from imgcore.disk.open_options import Flags, OpenOptions
+    from imgcore.rewriting.naming import new_name
+    from imgcore.rewriting.wish import Wish, open_alone
+
+    path = file_name(image)
+    wish = Wish.from_keywords(target_format, options, drop=drop, inflate=inflate)
+    flags = Flags(backing_format="", parent="")
+    opening = OpenOptions.from_keywords(format=format, allow=allow, share=share, flags=flags)
+    name = new_name(path, wish.driver.name, name=None, keep_name=False)
+    with open_alone(path, opening) as subject:
+        costs = tuple(wish.costs(subject, name))
+        return RewriteMeasurement(subject.format, wish.driver.name, subject.virtual_size, costs)
 
 
 def _measure_data(

@@ -6,7 +6,6 @@ This module does not import NumPy.  Source: QEMU docs/interop/qcow2.rst.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
 from imgcore import limits
@@ -15,10 +14,10 @@ from imgcore.errors import LimitExceededError, OptionError
 from imgcore.formats.options import (
     Foreign,
     FormatOptions,
-    byte_size,
     choice,
     flag,
     number,
+    size_or_auto,
     text,
 )
 from imgcore.formats.qcow2 import layout
@@ -57,7 +56,6 @@ _ENCRYPTION_KEYS: Final = (
 )
 
 
-@dataclass(frozen=True)
 class Options(FormatOptions):
     """The ``-o`` options."""
 
@@ -71,7 +69,9 @@ class Options(FormatOptions):
         **{f"encrypt.{key}": Foreign(reason=_ENCRYPTION) for key in _ENCRYPTION_KEYS},
     }
 
-    cluster_size: int = byte_size(64 * limits.KIB, "Cluster size, 512 to 2M")
+    cluster_size: int = size_or_auto(
+        64 * limits.KIB, "Cluster size, 512 to 2M", auto=(4 * limits.KIB, 2 * limits.MIB)
+    )
     compat: str = choice(
         "1.1", tuple(_COMPAT_VERSION), "Compatibility level: 0.10 (version 2) or 1.1 (version 3)"
     )
@@ -83,11 +83,15 @@ class Options(FormatOptions):
     )
     lazy_refcounts: bool = flag("Allow later writers to postpone refcount updates")
     refcount_bits: int = number(16, "Width of a refcount: 1, 2, 4, 8, 16, 32 or 64")
-    level: str = text(
-        "default", "Compression: fastest, fast, default, best; also -7 to 19 for zstd"
+    level: str | None = text(
+        None,
+        "Compression: fastest, fast, default, best; also -7 to 19 for zstd (if not given: default, "
+        "and compressed blocks of the source are reused where possible)",
     )
     window: str = choice(
-        "4k", tuple(_WINDOW_BITS), "Window of zlib; some readers do not accept 32k"
+        "4k",
+        tuple(_WINDOW_BITS),
+        "Window of zlib; some readers do not accept 32k, and 4k reuses no blocks",
     )
 
 
@@ -102,6 +106,7 @@ class WriteOptions(NamedTuple):
     lazy_refcounts: bool
     preallocation: str
     codec: Codec
+    reuse_blocks: bool
     backing: BackingReference | None
     sparse_nbytes: int
     target_name: str
@@ -123,6 +128,7 @@ class WriteOptions(NamedTuple):
             lazy_refcounts=options.lazy_refcounts,
             preallocation=options.preallocation,
             codec=_codec(options) if request.compress else Codec(),
+            reuse_blocks=request.compress and _reuses_blocks(options),
             backing=request.backing,
             sparse_nbytes=request.sparse_nbytes,
             target_name=request.target_name,
@@ -169,11 +175,22 @@ class WriteOptions(NamedTuple):
 
 
 def _codec(options: Options) -> Codec:
-    from imgcore.engine.compression_levels import deflate_codec, zstd_codec
+    from imgcore.engine.compression_levels import DEFAULT_LEVEL, deflate_codec, zstd_codec
 
+    level = options.level or DEFAULT_LEVEL
     if options.compression_type == "zstd":
-        return zstd_codec(options.level)
-    return deflate_codec(options.level, _WINDOW_BITS[options.window], CodecId.DEFLATE)
+        return zstd_codec(level)
+    return deflate_codec(level, _WINDOW_BITS[options.window], CodecId.DEFLATE)
+
+
+def _reuses_blocks(options: Options) -> bool:
+    """Tell whether compressed blocks of a source may become clusters as they are.
+
+    A window of 4 KiB is a promise that only own blocks keep: to find out whether
+    another's do costs as much as compressing them.
+    """
+    any_window = options.compression_type == "zstd" or options.window == "32k"
+    return any_window and options.level is None
 
 
 def _check_tables(options: WriteOptions) -> None:

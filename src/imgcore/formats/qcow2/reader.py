@@ -20,11 +20,19 @@ from imgcore.formats.shared.last_sector import filled_up, whole_sectors
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
     from imgcore.files.byte_source import ByteSource
+    from imgcore.files.reference_gate import ReferenceGate
     from imgcore.formats.api import Repair
     from imgcore.formats.qcow2.tables import ExtentTables
     from imgcore.formats.shared.check_report import CheckReport
 
 _NANOSECONDS: Final = 1_000_000_000
+
+
+def reader_for(
+    file: ByteSource, _gate: ReferenceGate, _options: object, damage: Damage
+) -> Qcow2Reader:
+    """Return the reader of an image; see `imgcore.formats.api.Driver`."""
+    return Qcow2Reader(file, damage)
 
 
 class Qcow2Reader:

@@ -122,7 +122,8 @@ class Qcow2Rewriter:
         """Write the refcount table and blocks at the file's end, and set its size."""
         options, refcounts = self._options, self._refcounts
         needed = np.zeros(MAX_BLOCKS, dtype=np.bool_)
-        used = refcounts.used_blocks()
+        # New structures follow all clusters, and `place_structure` limits their number.
+        used = refcounts.used_blocks()[:MAX_BLOCKS]
         needed[: len(used)] = used
         none = RefcountStructure(0, 0, np.zeros(0, dtype=np.int64))
         structure, first, n_new = place_structure(options, none, needed, first_free)

@@ -114,6 +114,7 @@ class Qcow2Writer:
             store_incompressible=options.codec.codec is not CodecId.NONE,
             codec=options.codec,
             sparse_nbytes=options.sparse_nbytes,
+            reuse_blocks=options.reuse_blocks,
         )
 
     def begin(self, target: Target) -> TargetFile:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from imgcore.errors import OptionError
@@ -14,7 +13,6 @@ if TYPE_CHECKING:
     from imgcore.formats.api import WriteRequest
 
 
-@dataclass(frozen=True)
 class Options(FormatOptions):
     """The ``-o`` options."""
 

@@ -14,8 +14,17 @@ if TYPE_CHECKING:
 
     from imgcore.engine.extents import Extents
     from imgcore.files.byte_source import ByteSource
+    from imgcore.files.reference_gate import ReferenceGate
     from imgcore.formats.api import BackingReference
     from imgcore.formats.shared.check_report import CheckReport
+    from imgcore.formats.shared.damage import Damage
+
+
+def reader_for(
+    file: ByteSource, _gate: ReferenceGate, _options: object, _damage: Damage
+) -> RawReader:
+    """Return the reader of an image; see `imgcore.formats.api.Driver`."""
+    return RawReader(file)
 
 
 class RawReader:

@@ -9,6 +9,7 @@ import numpy as np
 from imgcore.errors import LimitExceededError
 from imgcore.formats.api import Repair
 from imgcore.formats.shared.check_report import CheckReport
+from imgcore.formats.shared.leaked_space import LeakedSpace
 from imgcore.formats.vdi import layout
 from imgcore.formats.vdi.tables import read_map
 from imgcore.limits import VDI_MAX_CHECKED_BLOCKS
@@ -50,9 +51,9 @@ def check(file: ByteSource, header: VdiHeader) -> CheckReport:
         )
     for first in range(0, end, _WINDOW_BLOCKS):
         _verify_window(file, header, report, first, min(first + _WINDOW_BLOCKS, end))
-    if end < n_file_blocks and not file.is_block_device:
-        _leak(header, report, end, n_file_blocks)
-    report.image_end_offset = header.data_offset + end * header.block_nbytes
+    report.image_end_offset = _offset(header, end)
+    if n_after := _n_leaked_after(file, header, report.image_end_offset):
+        _leak(header, report, end, n_after)
     return report
 
 
@@ -68,8 +69,8 @@ def find_repairs(file: ByteSource, header: VdiHeader) -> list[Repair]:
     if report.corruptions > has_wrong_count:
         return []
     repairs = []
-    unused = (file.nbytes - report.image_end_offset) // header.block_nbytes
-    if unused > 0:
+    unused = _n_leaked_after(file, header, report.image_end_offset)
+    if unused:
         repairs.append(
             Repair(
                 f"{unused} blocks after the last one are leaked",
@@ -167,7 +168,7 @@ def _verify_window(
         is_used[places] = True
     edges = np.flatnonzero(np.diff(is_used, prepend=True, append=True))
     for start, stop in edges.reshape(-1, 2).tolist():
-        _leak(header, report, low + start, low + stop)
+        _leak(header, report, low + start, stop - start)
 
 
 def _repeated(places: NDArray[np.int64], is_used: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -182,7 +183,17 @@ def _offset(header: VdiHeader, block: int) -> int:
     return header.data_offset + block * header.block_nbytes
 
 
-def _leak(header: VdiHeader, report: CheckReport, first: int, last: int) -> None:
-    """Report blocks [first, last) of the file as leaked, in one line."""
+def _leak(header: VdiHeader, report: CheckReport, first: int, count: int) -> None:
+    """Report blocks of the file as leaked, in one line."""
     offset = _offset(header, first)
-    report.leak(f"blocks at {offset:#x}, {last - first}: nothing refers to them", last - first)
+    report.leak(f"blocks at {offset:#x}, {count}: nothing refers to them", count)
+
+
+def _n_leaked_after(file: ByteSource, header: VdiHeader, end: int) -> int:
+    """Return the number of blocks that data after the last used one takes.
+
+    Between blocks, holes count as well: the next new block could overwrite one in use.
+    """
+    if file.is_block_device:
+        return 0
+    return LeakedSpace(file, header.block_nbytes).n_units(end, file.nbytes)

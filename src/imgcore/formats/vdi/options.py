@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 from uuid import UUID, uuid4, uuid5
 
 from imgcore.errors import LimitExceededError, OptionError
-from imgcore.formats.options import PREALLOCATION, FormatOptions, byte_size, choice, flag, text
+from imgcore.formats.options import (
+    PREALLOCATION,
+    FormatOptions,
+    choice,
+    flag,
+    size_or_auto,
+    text,
+)
 from imgcore.formats.shared.alignment import align_up
 from imgcore.formats.shared.write_checks import (
     check_block_size,
@@ -30,13 +36,17 @@ if TYPE_CHECKING:
     from imgcore.formats.api import BackingReference, WriteRequest
 
 
-@dataclass(frozen=True)
 class Options(FormatOptions):
     """The ``-o`` options."""
 
     subformat: str | None = choice(None, ("dynamic", "fixed"), "Kind of VDI (default: dynamic)")
     static: bool = flag("The same as subformat=fixed")
-    block_size: int = byte_size(layout.DEFAULT_BLOCK_NBYTES, "Block size, 128k to 128M")
+    # QEMU reads only the default, which also lets more stay than a larger one.
+    block_size: int = size_or_auto(
+        layout.DEFAULT_BLOCK_NBYTES,
+        "Block size, 128k to 128M",
+        auto=(VDI_MIN_WRITTEN_BLOCK_NBYTES, layout.DEFAULT_BLOCK_NBYTES),
+    )
     uuid: str | None = text(None, "UUID of the image (default: random)")
     modification_uuid: str | None = text(
         None, "UUID of its last change (default: derived from uuid if given, else random)"

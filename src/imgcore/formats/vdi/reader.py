@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from imgcore.formats.vdi.tables import ExtentTables
 
 
+def reader_for(
+    file: ByteSource, gate: ReferenceGate, _options: object, damage: Damage
+) -> VdiReader:
+    """Return the reader of an image; see `imgcore.formats.api.Driver`."""
+    return VdiReader(file, gate, damage)
+
+
 class VdiReader:
     """Reads one VDI.
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 import numpy as np
 
+from imgcore.engine.extents import Kind
 from imgcore.errors import LimitExceededError, UnsupportedFeatureError
 from imgcore.formats.api import BlockRule
 from imgcore.formats.shared.alignment import align_up
-from imgcore.formats.shared.staying_blocks import staying_blocks, whole_blocks
 from imgcore.formats.vdi import layout
 from imgcore.formats.vdi.options import Options, WriteOptions
 from imgcore.formats.vdi.tables import table_format
@@ -68,36 +68,62 @@ class VdiRewriter:
         self._is_flat = survey.is_flat
         self._old_nbytes = survey.file_nbytes
         self.rule: BlockRule = _rule(options, survey)
-        starts, ends = _staying_ranges(options, survey, self.rule)
-        is_moving = _is_moving(options, survey, self.rule)
-        self._has_slots = bool(len(starts)) or not is_moving
-        first = self.rule.first_offset
-        self._data_offset = int(starts[0]) if len(starts) else first
-        slots_end = int(ends[-1]) if len(ends) else first
-        n_after = max(self._old_nbytes - slots_end, 0) if self._has_slots else 0
-        # What follows the last block is cut off, or slots for the blocks that move come
-        # after it.
+        self._data_offset: int = self.rule.first_offset
+        self._has_slots = False
+        self._is_cut = False
+        self.overwrites: list[tuple[int, int]] = []
+        self._overwrite(0, self._data_offset)
+
+    def know_places(
+        self, starts: NDArray[np.int64], ends: NDArray[np.int64], *, is_moving: bool
+    ) -> None:
+        """Find the first slot and the unused ones; see `NeedsPlaces`."""
+        if self._is_flat:
+            first, end = self._data_offset, self._kept_blocks * self._options.block_nbytes
+            places = np.array([(first, end)] if first < end else [], dtype=np.int64)
+            starts, ends = places.reshape(-1, 2).T
+        starts, ends = np.sort(starts), np.sort(ends)
+        self._has_slots = bool(len(starts))
+        if self._has_slots:
+            self._data_offset = int(starts[0])
+        after = self._slot_after(self._old_nbytes)
+        _refuse_far(self._data_offset if self._has_slots or not is_moving else after)
+        slots_end = int(ends[-1]) if self._has_slots else self._data_offset
+        n_after = max(self._old_nbytes - slots_end, 0)
+        # Blocks that move come after the old file, or else it is cut off.
         self._is_cut = not is_moving and n_after <= MAX_DROPPED_NBYTES
-        if is_moving and n_after:
-            starts = np.append(starts, self._slot_after(self._old_nbytes))
-            ends = np.append(ends, starts[-1])
-        _refuse_gaps(starts, ends, options.block_nbytes)
-        dropped = [(int(a), int(b - a)) for a, b in zip(ends, starts[1:], strict=False) if a < b]
-        if self._is_cut and n_after:
-            dropped.append((slots_end, n_after))
-        self.overwrites: tuple[tuple[int, int], ...] = tuple(
-            (start, min(length, self._old_nbytes - start))
-            for start, length in [(0, first), *dropped]
-            if start < self._old_nbytes
-        )
-        _check_data_offset(self._data_offset)
+        if self._is_cut:
+            self._overwrite(slots_end, n_after)
+        if is_moving:
+            starts = np.append(starts, after)
+        ends = ends[: len(starts) - 1]
+        gaps = starts[1:] - ends
+        _refuse_gaps(int(gaps.sum()), self._options.block_nbytes)
+        for at in np.flatnonzero(gaps).tolist():
+            self._overwrite(int(ends[at]), int(gaps[at]))
+
+    @property
+    def _kept_blocks(self) -> int:
+        """Blocks of a flat disk that can be where they are, also as holes.
+
+        What follows the disk in its file must not become the end of its last block: the
+        guest would see it if the disk grew.
+        """
+        size, nbytes = self._options.virtual_size, self._options.block_nbytes
+        return size // nbytes if self._old_nbytes > size else self._options.n_blocks
+
+    def _overwrite(self, start: int, length: int) -> None:
+        """Declare a part of the old file as overwritten or cut off."""
+        length = min(length, self._old_nbytes - start)
+        if length > 0:
+            self.overwrites.append((start, length))
 
     def begin(self, file: TargetFile, append_offset: int) -> int:
         """Find the first slot after the old file; the map lies before all slots."""
         self._file = file
         if not self._has_slots:
             self._data_offset = self._slot_after(append_offset)
-            _check_data_offset(self._data_offset)
+            _refuse_far(self._data_offset)
         options = self._options
         self._map = np.full(options.n_blocks + _MAX_GAPS, layout.BLOCK_FREE, dtype="<u4")
         self._format = table_format(options.block_nbytes, self._data_offset)
@@ -117,7 +143,7 @@ class VdiRewriter:
     def finish(self, next_offset: int) -> None:
         """Write zeros into unused slots, the map and the header."""
         options, entries = self._options, self._map
-        if self._is_flat:
+        if self._is_flat and self._has_slots:
             self._keep_holes()
         n_slots, gaps = _unused_slots(entries)
         free = np.flatnonzero(entries == layout.BLOCK_FREE)[: len(gaps)]
@@ -134,7 +160,7 @@ class VdiRewriter:
     def _keep_holes(self) -> None:
         """Give blocks of a flat disk that are holes of its file their places there."""
         first = self._data_offset // self._options.block_nbytes
-        own = self._map[first : self._options.n_blocks]
+        own = self._map[first : self._kept_blocks]
         is_hole = own == layout.BLOCK_FREE
         own[is_hole] = np.flatnonzero(is_hole)
 
@@ -157,61 +183,38 @@ def _rule(options: WriteOptions, survey: Survey) -> BlockRule:
 
 
 def _phase(options: WriteOptions, survey: Survey) -> int:
-    """Return where most blocks start, modulo the block size.
+    """Return where most blocks start in the file, modulo the block size.
 
     QEMU rejects blocks that are not at multiples of 512 bytes.
     """
-    runs = whole_blocks(survey.rows, options.block_nbytes, options.virtual_size)
-    runs = runs.where(runs.host_offset % SECTOR_NBYTES == 0)
-    phases, which = np.unique(runs.host_offset % options.block_nbytes, return_inverse=True)
+    rows = survey.rows[(survey.rows["kind"] == Kind.DATA) & (survey.rows["file"] == 0)]
+    phase = (rows["host_offset"] - rows["guest_offset"]) % np.uint64(options.block_nbytes)
+    is_aligned = phase % SECTOR_NBYTES == 0
+    phases, which = np.unique(phase[is_aligned], return_inverse=True)
     if not len(phases):
         return 0
-    return int(phases[np.bincount(which, weights=runs.n_blocks).argmax()])
+    return int(phases[np.bincount(which, weights=rows["length"][is_aligned]).argmax()])
 
 
-def _staying_ranges(
-    options: WriteOptions, survey: Survey, rule: BlockRule
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return starts and ends of the ranges of the file that blocks have, ascending."""
-    nbytes = options.block_nbytes
-    if survey.is_flat:
-        # Holes of the file are blocks as well.
-        end = options.n_blocks * nbytes
-        held = [(rule.first_offset, end)] if rule.first_offset < end else []
-        ranges = np.array(held, dtype=np.int64).reshape(-1, 2)
-        return ranges[:, 0], ranges[:, 1]
-    runs = staying_blocks(survey, rule, options.virtual_size)
-    runs = runs.where(np.argsort(runs.host_offset))
-    return runs.host_offset, runs.ends(nbytes)
-
-
-def _is_moving(options: WriteOptions, survey: Survey, rule: BlockRule) -> bool:
-    """Tell whether there is data that does not stay."""
-    if survey.is_flat:
-        return bool((survey.rows["guest_offset"] < rule.first_offset).any())
-    runs = staying_blocks(survey, rule, options.virtual_size)
-    nbytes = options.block_nbytes
-    ends = np.minimum((runs.first_block + runs.n_blocks) * nbytes, options.virtual_size)
-    n_staying = int((ends - runs.first_block * nbytes).sum())
-    return n_staying < int(survey.rows["length"].sum())
-
-
-def _refuse_gaps(starts: NDArray[np.int64], ends: NDArray[np.int64], nbytes: int) -> None:
+def _refuse_gaps(gaps_nbytes: int, block_nbytes: int) -> None:
     """Raise UnsupportedFeatureError if too many slots have no data in them."""
-    n_gaps = int((starts[1:] - ends[:-1]).sum()) // nbytes
-    allowed = min(_MAX_GAPS, MAX_DROPPED_NBYTES // nbytes)
+    n_gaps, allowed = (
+        gaps_nbytes // block_nbytes,
+        min(_MAX_GAPS, MAX_DROPPED_NBYTES // block_nbytes),
+    )
     if n_gaps > allowed:
         raise UnsupportedFeatureError(
-            f"{n_gaps} blocks of the file are unused and lie between those of the disk, which a "
-            f"VDI allows for {allowed}: imgcore convert writes one without them"
+            f"{n_gaps} blocks of the file are unused and lie between those of the disk, a VDI can "
+            f"have {allowed}: imgcore convert writes one without them"
         )
 
 
-def _check_data_offset(offset: int) -> None:
-    if offset > VDI_MAX_DATA_OFFSET:
+def _refuse_far(data_offset: int) -> None:
+    """Raise LimitExceededError if the header cannot state where the first block is."""
+    if data_offset > VDI_MAX_DATA_OFFSET:
         raise LimitExceededError(
-            f"the first block would be at {offset:#x} of the file, at most "
-            f"{VDI_MAX_DATA_OFFSET:#x} is possible in a VDI: imgcore convert writes one"
+            f"the first block would be at {data_offset:#x} of the file, in a VDI it is at most at "
+            f"{VDI_MAX_DATA_OFFSET:#x}: imgcore convert writes one"
         )
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Final
 
 from imgcore.formats.api import Driver
-from imgcore.formats.vhd.reader import ReadOptions, VhdReader
+from imgcore.formats.vhd.reader import ReadOptions
 
 DRIVER: Final = Driver(
     name="vhd",
     options_module="imgcore.formats.vhd.options",
-    read=lambda file, gate, options, damage: VhdReader(file, options.size, damage),
+    reading="imgcore.formats.vhd.reader",
     writing="imgcore.formats.vhd.writer",
     rewriting="imgcore.formats.vhd.rewriter",
     read_options=ReadOptions,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
 from imgcore.errors import LimitExceededError, OptionError
@@ -45,7 +44,6 @@ if TYPE_CHECKING:
 _MAX_63_NSECTORS: Final = 65535 * 16 * 63
 
 
-@dataclass(frozen=True)
 class Options(FormatOptions):
     """The ``-o`` options."""
 

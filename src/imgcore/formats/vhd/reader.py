@@ -7,7 +7,6 @@ Sources: Microsoft, "Virtual Hard Disk Image Format Specification" 1.0; libvhdi,
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from imgcore.engine.source_file import SourceFile
@@ -24,6 +23,7 @@ from imgcore.limits import SECTOR_NBYTES
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
     from imgcore.files.byte_source import ByteSource
+    from imgcore.files.reference_gate import ReferenceGate
     from imgcore.formats.api import Repair
     from imgcore.formats.shared.check_report import CheckReport
     from imgcore.formats.vhd.tables import ExtentTables
@@ -35,13 +35,19 @@ _SUBFORMATS: Final = {
 }
 
 
-@dataclass(frozen=True)
 class ReadOptions(FormatOptions):
     """The options for reading."""
 
     size: str | None = choice(
         None, ("chs", "current"), "The size to use, regardless of the creator"
     )
+
+
+def reader_for(
+    file: ByteSource, _gate: ReferenceGate, options: ReadOptions, damage: Damage
+) -> VhdReader:
+    """Return the reader of an image; see `imgcore.formats.api.Driver`."""
+    return VhdReader(file, options.size, damage)
 
 
 class VhdReader:

@@ -8,7 +8,6 @@ Source: [MS-VHDX], by section.
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
 from imgcore import limits
@@ -17,8 +16,8 @@ from imgcore.formats.options import (
     NO_EFFECT,
     Foreign,
     FormatOptions,
-    byte_size,
     choice,
+    size_or_auto,
     text,
 )
 from imgcore.formats.shared.alignment import align_up
@@ -56,7 +55,6 @@ _N_OWN_ITEMS: Final = 6
 _OWN_METADATA_NBYTES: Final = layout.METADATA_TABLE_NBYTES + 2 * limits.VHDX_MAX_PATH_NBYTES
 
 
-@dataclass(frozen=True)
 class Options(FormatOptions):
     """The ``-o`` options."""
 
@@ -69,8 +67,10 @@ class Options(FormatOptions):
     subformat: str = choice(
         "dynamic", ("dynamic", "fixed"), "Allocate blocks when they are needed, or all of them"
     )
-    block_size: int | None = byte_size(
-        None, "Block size, 1M to 256M (default: 32M, or 2M with a parent)"
+    block_size: int | None = size_or_auto(
+        None,
+        "Block size, 1M to 256M (default: 32M, or 2M with a parent)",
+        auto=(limits.VHDX_MIN_BLOCK_NBYTES, limits.VHDX_MAX_BLOCK_NBYTES),
     )
     logical_sector_size: str | None = choice(
         None,

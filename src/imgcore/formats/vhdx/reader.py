@@ -25,9 +25,17 @@ from imgcore.log import log
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
     from imgcore.files.byte_source import ByteSource
+    from imgcore.files.reference_gate import ReferenceGate
     from imgcore.formats.api import Repair
     from imgcore.formats.shared.check_report import CheckReport
     from imgcore.formats.vhdx.tables import ExtentTables
+
+
+def reader_for(
+    file: ByteSource, _gate: ReferenceGate, _options: object, damage: Damage
+) -> VhdxReader:
+    """Return the reader of an image; see `imgcore.formats.api.Driver`."""
+    return VhdxReader(file, damage)
 
 
 class VhdxReader:

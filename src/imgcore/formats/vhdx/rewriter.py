@@ -42,6 +42,7 @@ class VhdxRewriter:
     def __init__(self, options: WriteOptions) -> None:
         self._options = options
         self._end = 0
+        self.logical_sector_nbytes: int = options.metadata.logical_sector_nbytes
         self.rule: BlockRule = BlockRule(
             block_nbytes=options.metadata.block_nbytes,
             alignment=layout.ALIGNMENT,

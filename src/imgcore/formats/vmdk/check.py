@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from imgcore.formats.shared.check_report import CheckReport
+from imgcore.formats.shared.leaked_space import LeakedSpace
 from imgcore.formats.vmdk.layout import (
     ENTRY_ABSENT,
     ENTRY_NBYTES,
@@ -83,6 +84,7 @@ class _ExtentCheck:
             guest_nbytes % extent.grain_nbytes // SECTOR_NBYTES or self._grain_nsectors
         )
         self._end_nsectors = 0
+        self._leaked = LeakedSpace(extent.file, extent.grain_nbytes)
 
     def run(self) -> None:
         extent = self._extent
@@ -352,8 +354,8 @@ class _ExtentCheck:
         self._end_nsectors = max(self._end_nsectors, int(ends[-1]))
 
     def _count_leak(self, start: int, stop: int) -> None:
-        """Count the whole grains between two sectors, after the tables."""
+        """Count the grains that are leaked between two sectors, after the tables."""
         start = max(start, self._extent.overhead // SECTOR_NBYTES)
-        n_grains = (stop - start) // self._grain_nsectors
-        if n_grains > 0:
+        n_grains = self._leaked.n_units(start * SECTOR_NBYTES, stop * SECTOR_NBYTES)
+        if n_grains:
             self._report.leak(f"{self._name}: {n_grains} grains from sector {start} on", n_grains)

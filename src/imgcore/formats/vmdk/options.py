@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from imgcore.errors import OptionError, UnsupportedFeatureError
-from imgcore.formats.options import PREALLOCATION, FormatOptions, byte_size, choice, flag, text
+from imgcore.formats.options import (
+    PREALLOCATION,
+    FormatOptions,
+    choice,
+    flag,
+    size_or_auto,
+    text,
+)
 from imgcore.formats.shared.write_checks import (
     check_block_size,
     check_virtual_size,
@@ -32,7 +38,6 @@ _HW_VERSION: Final = "4"
 _COMPAT6_HW_VERSION: Final = "6"
 
 
-@dataclass(frozen=True)
 class Options(FormatOptions):
     """The ``-o`` options."""
 
@@ -54,11 +59,16 @@ class Options(FormatOptions):
         "Sector size that the guest sees (default: the source's, else 512)",
     )
     zeroed_grain: bool = flag("Mark explicit zeros in tables (monolithicSparse)")
-    grain_size: int = byte_size(DEFAULT_GRAIN_NBYTES, "Grain size, 8k to 1M (sparse kinds)")
-    level: str = choice(
-        "default",
+    grain_size: int = size_or_auto(
+        DEFAULT_GRAIN_NBYTES,
+        "Grain size, 8k to 1M (sparse kinds)",
+        auto=(_MIN_GRAIN_NBYTES, VMDK_MAX_GRAIN_NBYTES),
+    )
+    level: str | None = choice(
+        None,
         ("fastest", "fast", "default", "best"),
-        "Compression level (streamOptimized)",
+        "Compression level (streamOptimized; if not given: default, and compressed blocks of the "
+        "source are reused where possible)",
     )
     cid: str | None = text(None, "Content ID, 8 hexadecimal digits (default: random)")
     preallocation: str = choice("off", PREALLOCATION, "Reserve space in advance (flat kinds)")
@@ -71,7 +81,7 @@ class WriteOptions(NamedTuple):
     virtual_size: int
     grain_nbytes: int
     zeroed_grain: bool
-    level: str
+    level: str | None
     preallocation: str
     sparse_nbytes: int
     name: str
@@ -128,7 +138,7 @@ def _refuse_idle_options(options: Options, subformat: str) -> None:
     refuse_idle(
         {
             "zeroed_grain": options.zeroed_grain and subformat != "monolithicSparse",
-            "level": options.level != Options.level and subformat != "streamOptimized",
+            "level": options.level not in (None, "default") and subformat != "streamOptimized",
             "grain_size": options.grain_size != Options.grain_size and is_flat,
             "preallocation": options.preallocation != "off" and not is_flat,
         },

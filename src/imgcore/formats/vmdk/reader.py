@@ -72,6 +72,16 @@ _VM_CRYPT: Final = "vmwarevmcrypt"
 _FLAT_KINDS: Final = frozenset({"FLAT", "VMFS"})
 
 
+def reader_for(
+    file: ByteSource, gate: ReferenceGate, _options: object, damage: Damage
+) -> VmdkReader:
+    """Return the reader of an image: its descriptor file, or its only extent.
+
+    See `imgcore.formats.api.Driver`.
+    """
+    return VmdkReader(file, gate, damage)
+
+
 class VmdkReader:
     """Reads a VMDK disk of one or several files."""
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, ClassVar, Final
 
-from imgcore.errors import OptionError
 from imgcore.formats.api import Measurement
 from imgcore.formats.shared.flat_writer import FlatWriter, flat_geometry
-from imgcore.formats.vmdk.descriptor import compose_descriptor
-from imgcore.formats.vmdk.options import FLAT_KINDS, Options, WriteOptions, is_plain_name
+from imgcore.formats.vmdk.flat_descriptor import (
+    data_file_name,
+    flat_descriptor,
+    refuse_odd_name,
+)
+from imgcore.formats.vmdk.options import Options, WriteOptions
 
 if TYPE_CHECKING:
     from imgcore.files.target import Target
@@ -76,36 +78,16 @@ class DescribedWriter(FlatWriter):
         self._descriptor: TargetFile | None = None
         self.logical_sector_nbytes: int = options.database.logical_sector_nbytes
 
-    @property
-    def companion_name(self) -> str:
-        """The name of the data file."""
-        stem, suffix = os.path.splitext(self._options.name)
-        return f"{stem if suffix.lower() == '.vmdk' else self._options.name}-flat.vmdk"
-
     def begin(self, target: Target) -> TargetFile:
         """Create the data file at its full size and return it."""
-        _refuse_odd_name(self._options.name, target.path)
+        refuse_odd_name(self._options.name, target.path)
         self._descriptor = target.main
-        return self._reserve(target, target.companion(self.companion_name))
+        return self._reserve(target, target.companion(data_file_name(self._options.name)))
 
     def finish(self, next_offset: int) -> None:
         """Write the descriptor."""
-        options = self._options
         self._finished_file()
-        kind = FLAT_KINDS[options.subformat]
-        line = f'RW {options.n_sectors} {kind} "{self.companion_name}"'
-        if kind == "FLAT":
-            line += " 0"
-        text = compose_descriptor(options.subformat, line, options.n_sectors, options.database)
+        text = flat_descriptor(self._options)
         assert self._descriptor is not None
         self._descriptor.pwrite(0, text)
         self._descriptor.truncate(len(text))
-
-
-def _refuse_odd_name(name: str, path: str) -> None:
-    if not is_plain_name(name):
-        raise OptionError(
-            "a name with quotes, colons, control characters or bytes that are not UTF-8 cannot "
-            "be written in a VMDK descriptor",
-            path=path,
-        )

@@ -1,0 +1,155 @@
+"""``imgcore rewrite``."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from imgcore.cli.common import (
+    open_options,
+    options_option,
+    output_options,
+    print_options_help,
+    quiet_option,
+    require,
+    target_driver,
+    verb,
+    wants_options_help,
+)
+from imgcore.cli.progress import progress_options, reporter
+from imgcore.text import one_line
+
+if TYPE_CHECKING:
+    from imgcore.verbs.rewrite import RewriteResult
+
+
+@verb("rewrite")
+@open_options("format", "allow", of="IMAGE")
+@click.option("-O", "--target-format", metavar="FMT", help="New format of IMAGE.")
+@options_option()
+@click.option(
+    "--name",
+    metavar="NAME",
+    help="New name in the same folder; by default the suffix changes with the format.",
+)
+@click.option("--keep-name", is_flag=True, help="Keep the name.")
+@click.option("--drop", is_flag=True, help="Rewrite IMAGE without its snapshots and bitmaps.")
+@click.option(
+    "--inflate", is_flag=True, help="Decompress blocks that the new format cannot refer to."
+)
+@click.option(
+    "--trust-blocks",
+    is_flag=True,
+    help="Do not verify compressed blocks that stay compressed.",
+)
+@click.option(
+    "--no-undo",
+    is_flag=True,
+    help="Remove the journal at the end, and give unused space back.",
+)
+@click.option("--dry-run", is_flag=True, help="Only say what would stay, move and be written.")
+@click.option("--undo", is_flag=True, help="Restore the image that IMAGE was before.")
+@click.option(
+    "--finish",
+    is_flag=True,
+    help="Keep IMAGE as it is: remove its journal, and give unused space back.",
+)
+@progress_options
+@quiet_option()
+@output_options
+@click.argument("image", required=False)
+@click.pass_context
+def command(
+    ctx: click.Context,
+    /,
+    image: str | None,
+    target_format: str | None,
+    options: tuple[str, ...],
+    undo: bool,
+    finish: bool,
+    no_undo: bool,
+    opening: dict[str, Any],
+    progress_mode: str,
+    wants_progress: bool,
+    quiet: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Make IMAGE an image of another format in its own file.
+
+    Data stays where it is in the file; only tables are new. A journal beside IMAGE
+    makes each moment recoverable: after a crash, run the same command again. --undo
+    goes back as long as nothing has written to IMAGE since; --finish removes the
+    journal.
+
+    Make sure that nothing else uses IMAGE, and keep a backup of what you cannot lose.
+    """
+    if wants_options_help(options):
+        print_options_help(target_driver(target_format, None))
+        return
+    require(ctx, image=image)
+    assert image is not None
+    if undo or finish:
+        _refuse_others(ctx, undo, finish, target_format)
+        _end(image, undo=undo, quiet=quiet, as_json=as_json)
+        return
+    if target_format is None:
+        raise click.UsageError("state the new format with -O", ctx)
+    from imgcore.verbs.rewrite import rewrite
+
+    label = one_line(os.path.basename(image))
+    with reporter(
+        progress_mode, wanted=wants_progress, quiet=quiet, label=label, as_json=as_json
+    ) as report:
+        result = rewrite(
+            image,
+            target_format,
+            options=options,
+            keep_undo=not no_undo,
+            progress=report.callback,
+            **settings,
+            **opening,
+        )
+    if as_json:
+        click.echo(json.dumps(result._asdict()))
+    elif settings["dry_run"] or not quiet:
+        _print(image, result, dry_run=settings["dry_run"])
+
+
+def _refuse_others(ctx: click.Context, undo: bool, finish: bool, target_format: str | None) -> None:
+    if undo and finish:
+        raise click.UsageError("give either --undo or --finish", ctx)
+    if target_format is not None:
+        flag = "--undo" if undo else "--finish"
+        raise click.UsageError(f"{flag} takes no other options: -O is for a new conversion", ctx)
+
+
+def _end(image: str, *, undo: bool, quiet: bool, as_json: bool) -> None:
+    """Undo or finish an earlier conversion."""
+    from imgcore.verbs.rewrite import finish_rewrite, undo_rewrite
+
+    path = undo_rewrite(image) if undo else finish_rewrite(image)
+    if as_json:
+        click.echo(json.dumps({"path": path}))
+    elif not quiet:
+        click.echo(f"{one_line(path)}: {'restored' if undo else 'journal removed'}")
+
+
+def _print(image: str, result: RewriteResult, *, dry_run: bool) -> None:
+    from imgcore.sizes import format_size
+
+    path = one_line(result.path)
+    if result.recovered:
+        click.echo(f"{path}: {result.target_format}, completed after an interruption")
+        return
+    numbers = (
+        f"{format_size(result.bytes_stayed)} stay, {format_size(result.bytes_moved)} move, "
+        f"{format_size(result.bytes_tables)} tables, {format_size(result.bytes_written)} written"
+    )
+    if dry_run:
+        click.echo(f"{one_line(image)} -> {path}: {numbers}")
+        return
+    click.echo(f"{path}: {result.target_format}, {numbers}")
