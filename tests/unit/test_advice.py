@@ -467,7 +467,8 @@ _REPAIRED = "-r all repairs this, -r leaks does not"
 _REFUSALS = "unit/test_rewrite_cli.py::test_refusals"
 ELSEWHERE = {
     ("disk/reflinks.py", ("--reflink=strict: {} of {} would have to be copied; --reflink=always "
-     "copies them")): "oracle/test_reflink_always.py::test_strict_refuses_copies_before_anything_is_written",
+     "copies them")):
+    "oracle/test_reflink_always.py::test_strict_refuses_copies_before_anything_is_written",
     ("disk/reflinks.py", ("--reflink={}: its blocks cannot be reflinked to {} ({}); "
      "--reflink=auto copies what cannot be reflinked")):
     "oracle/test_reflink_always.py::test_ext4_is_refused_not_copied",
