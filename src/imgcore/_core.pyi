@@ -2,10 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from typing import Final, Protocol, final
+from typing import Any, Final, Protocol, final
 
 import numpy as np
 from numpy.typing import NDArray
+
+def extent_table(rows: Sequence[tuple[int, ...]]) -> Any:
+    """Return extents, given as tuples of at least one row, as a table for `Job.start`.
+
+    It is a buffer in the place of an array.
+    """
 
 NO_SOURCE: Final[int]
 TARGET: Final[int]

@@ -8,7 +8,7 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyOb
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
 
 from imgcore cimport _native as n
@@ -132,6 +132,26 @@ def crc32c(const uint8_t[::1] data, uint32_t crc=0, variant=None):
     with nogil:
         crc = n.imgc_crc32c(chosen, crc, &data[0], nbytes)
     return crc
+
+
+def extent_table(rows):
+    """Return extents, given as tuples of at least one row, as a table for `Job.start`."""
+    cdef size_t count = len(rows)
+    cdef extent_row *table = <extent_row *>malloc(count * sizeof(extent_row))
+    if table == NULL:
+        raise MemoryError()
+    cdef cython.view.array result = <extent_row[:count]>table
+    result.callback_free_data = free
+    for index, (guest_offset, length, host_offset, host_length, file, kind, flags) in enumerate(
+            rows):
+        table[index].guest_offset = guest_offset
+        table[index].length = length
+        table[index].host_offset = host_offset
+        table[index].host_length = host_length
+        table[index].file = file
+        table[index].kind = kind
+        table[index].flags = flags
+    return result
 
 
 cdef class TableFormat:

@@ -17,7 +17,7 @@ import pytest
 from tests.faults.harness import DISK, params
 from tests.helpers import images, own, qemu
 from tests.helpers.command import imgcore
-from tests.helpers.mounts import make_file_system, mounted
+from tests.helpers.mounts import leave_free, make_file_system, mounted
 from tests.helpers.qemu import Variant
 
 KIB = images.KIB
@@ -33,18 +33,6 @@ def small(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
             yield stack.enter_context(mounted(image, folder, "-o", "loop"))
         else:
             yield stack.enter_context(mounted("tmpfs", folder, "-t", "tmpfs", "-o", "size=12m"))
-
-
-def leave_free(folder: Path, nbytes: int) -> None:
-    """Fill the file system with ballast until about ``nbytes`` are free."""
-    ballast = folder / "ballast"
-    ballast.unlink(missing_ok=True)
-    os.sync()
-    status = os.statvfs(folder)
-    size = status.f_bavail * status.f_frsize - nbytes
-    if size > 0:
-        with open(ballast, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
 
 
 @pytest.mark.parametrize("variant", params())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 # Program, options, and the program's Debian package.
 _MAKERS = {
     "ext4": ("mkfs.ext4", ("-q", "-F", "-m", "0", "-O", "^has_journal"), "e2fsprogs"),
+    "ext4-journal": ("mkfs.ext4", ("-q", "-F", "-m", "0"), "e2fsprogs"),
     "xfs": ("mkfs.xfs", ("-q", "-m", "reflink=1"), "xfsprogs"),
     "btrfs": ("mkfs.btrfs", ("-q", "-m", "single"), "btrfs-progs"),
 }
@@ -64,3 +66,23 @@ def make_file_system(kind: str, image: Path, nbytes: int) -> Path:
         file.truncate(nbytes)
     subprocess.run([program, *options, str(image)], check=True, stdout=subprocess.DEVNULL)
     return image
+
+
+def leave_free(folder: Path, nbytes: int) -> None:
+    """Fill the file system with ballast until about ``nbytes`` are free."""
+    ballast = folder / "ballast"
+    ballast.unlink(missing_ok=True)
+    os.sync()
+    status = os.statvfs(folder)
+    size = status.f_bavail * status.f_frsize - nbytes
+    if size > 0:
+        with open(ballast, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+
+
+def fill_up(folder: Path) -> None:
+    """Write until the file system takes nothing more."""
+    leave_free(folder, 0)
+    with contextlib.suppress(OSError), open(folder / "more", "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))

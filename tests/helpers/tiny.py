@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from imgcore.files.in_place import InPlace
+from imgcore.files.in_place_job import Job
+from imgcore.files.staged_file import Change, StagedFile
 
 SIZE = 1 << 20
 FRONT = 1 << 16
@@ -40,3 +43,25 @@ def new_content() -> bytes:
     """Return what `OLD` becomes."""
     table = (b"table" * 1000).ljust(FRONT, b"\0")
     return (b"header" * 200).ljust(FRONT, b"\0") + OLD[FRONT:] + OLD[:FRONT] + table
+
+
+# What is never reached if a conversion is killed after each record.
+_NEXT_STEP = {
+    "begin": (StagedFile, "pwrite"),
+    "appended": (InPlace, "commit"),
+    "armed": (Change, "apply"),
+    "done": (Job, "_rename"),
+}
+
+
+def killed_after(record: str, path: Path) -> None:
+    """Convert in a process that dies after it has written a record."""
+    child = os.fork()
+    if child == 0:
+        try:
+            where, name = _NEXT_STEP[record]
+            setattr(where, name, lambda *_args, **_more: os._exit(0))
+            rewrite(path)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0

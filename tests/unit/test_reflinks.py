@@ -12,8 +12,9 @@ from tests.helpers.command import imgcore as imgcore_command
 
 import imgcore
 from imgcore.disk.reflinks import Reflink
-from imgcore.engine.extents import EXTENT_DTYPE, FLAG_UNREAD, Extents, Kind
+from imgcore.engine.extents import EXTENT_DTYPE, Extents
 from imgcore.engine.geometry import Geometry, Placing
+from imgcore.engine.kinds import FLAG_UNREAD, Kind
 from imgcore.engine.reflinks import ReflinkCount, ReflinkRule
 from imgcore.limits import KIB, MIB
 

@@ -176,6 +176,18 @@ def test_only_zeros(tmp_path: Path) -> None:
         assert_sound(path, bytes(5 * MIB))
 
 
+def test_a_block_that_moves_and_is_zeros(tmp_path: Path) -> None:
+    """It is left out, and with it the old footer, which programs would find."""
+    raw, path = tmp_path / "d.raw", tmp_path / "a"
+    raw.write_bytes(bytes(MIB) + pattern(1, 2 * MIB) + bytes(MIB))
+    options = {"subformat": "fixed"}
+    imgcore.convert(raw, path, target_format="vhd", options=options, sparse=0, sync=False)
+    assert rewrite(path, "vhd", "vdi").bytes_moved == MIB
+    assert_sound(path, raw.read_bytes())
+    assert path.stat().st_size == 4 * MIB
+    assert b"conectix" not in path.read_bytes()
+
+
 def test_options(tmp_path: Path) -> None:
     path = stored_vhdx(tmp_path / "a", [0, 1])
     with pytest.raises(UnsupportedFeatureError, match="imgcore convert writes one"):

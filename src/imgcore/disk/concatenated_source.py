@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from imgcore.disk.image import Image
     from imgcore.disk.image_source import ImageSource
     from imgcore.engine.bad_ranges import BadRange
-    from imgcore.engine.batches import Supply
     from imgcore.engine.extents import Extents
     from imgcore.engine.geometry import Geometry
     from imgcore.engine.reflinks import ReflinkRule
     from imgcore.engine.source_file import SourceFile
+    from imgcore.engine.supply import Supply
     from imgcore.files.byte_source import ByteSource
 
 
@@ -102,8 +102,8 @@ class ConcatenatedSource:
     ) -> AbstractContextManager[Supply]:
         """Return the files of all images, and batches that refer to them."""
         from imgcore.disk.image_batches import disk_batches
-        from imgcore.engine.batches import Supply
         from imgcore.engine.source_file import native_sources
+        from imgcore.engine.supply import Supply
 
         assert base is None, "see refuse_conversion"
         return nullcontext(

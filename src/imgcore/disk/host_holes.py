@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from imgcore.engine.extents import FLAG_UNREAD, Kind
+from imgcore.engine.kinds import FLAG_UNREAD, Kind
 from imgcore.formats.shared.flat_reader import HostData, flat_rows
 from imgcore.limits import MAX_BATCH_ROWS, MIB
 

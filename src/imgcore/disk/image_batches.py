@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from imgcore.disk.overlay import padded, resized
-from imgcore.engine.batches import Batch, cut_batches, pair_up
+from imgcore.engine.batches import cut_batches, pair_up
 from imgcore.engine.extents import Kind
 from imgcore.engine.geometry import ZeroPolicy
+from imgcore.engine.supply import Batch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -6,13 +6,9 @@ from contextlib import ExitStack, closing
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from imgcore._core import Job
-from imgcore.disk.data_ranges import count_blocks
 from imgcore.disk.reflinks import Reflink, reflinkable_units, refuse_own_blocks
 from imgcore.engine.bad_ranges import named_bad_ranges
-from imgcore.engine.extents import PLACEMENT_DTYPE
 from imgcore.engine.geometry import CodecId, Placing, ZeroPolicy
 from imgcore.engine.job import translated_errors
 from imgcore.errors import OptionError, TargetError
@@ -27,10 +23,10 @@ if TYPE_CHECKING:
     from imgcore.disk.sink_options import SinkOptions
     from imgcore.disk.source import Source
     from imgcore.engine.bad_ranges import BadRange
-    from imgcore.engine.batches import Batch
     from imgcore.engine.extents import Placements
     from imgcore.engine.progress import Tally
     from imgcore.engine.reflinks import ReflinkRule
+    from imgcore.engine.supply import Batch
     from imgcore.files.target import Target
     from imgcore.files.target_file import TargetFile
     from imgcore.formats.api import Driver, Writer, WriteRequest
@@ -139,6 +135,8 @@ class ImageSink:
         if geometry.placing is Placing.IDENTITY:
             return
         if geometry.zero_policy is not ZeroPolicy.STORE:
+            from imgcore.disk.data_ranges import count_blocks
+
             n_blocks = count_blocks(self.source.data_extents(), geometry.block_nbytes)
             yield self.driver.measure(self.request, n_blocks * geometry.block_nbytes).required
         from imgcore.files.rehearsal import Rehearsal
@@ -200,6 +198,18 @@ def _refuse_large_blocks(target: Target, writer: Writer) -> None:
         )
 
 
+def _new_placements(batch: Batch, block_nbytes: int) -> Placements:
+    """Return placements of the blocks of a batch, all ABSENT.
+
+    NumPy is imported here: conversions from a flat disk to another do without it.
+    """
+    import numpy as np
+
+    from imgcore.engine.extents import PLACEMENT_DTYPE
+
+    return np.zeros(-(-(batch.end - batch.start) // block_nbytes), PLACEMENT_DTYPE)
+
+
 class _Transfer(NamedTuple):
     """A job that moves the disk, and what hears of its progress."""
 
@@ -220,8 +230,7 @@ class _Transfer(NamedTuple):
             given_nbytes += batch.end - batch.start
             placements = None
             if geometry.placing is Placing.APPEND:
-                n_blocks = -(-(batch.end - batch.start) // geometry.block_nbytes)
-                placements = np.zeros(n_blocks, PLACEMENT_DTYPE)
+                placements = _new_placements(batch, geometry.block_nbytes)
             self.job.start(batch.start, batch.end, batch.rows, batch.base, placements)
             pending = (batch, skipped_nbytes, placements)
         if pending is not None:

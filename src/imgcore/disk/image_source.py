@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from imgcore.disk.describe import describe_layer
+from imgcore.engine.geometry import Placing
 from imgcore.formats.api import LeavesOut
 from imgcore.limits import CHUNK_NBYTES
 from imgcore.log import log
@@ -18,11 +19,11 @@ if TYPE_CHECKING:
     from imgcore.disk.image import Image
     from imgcore.disk.salvage import Salvage
     from imgcore.engine.bad_ranges import BadRange
-    from imgcore.engine.batches import Supply
     from imgcore.engine.extents import Extents
     from imgcore.engine.geometry import Geometry
     from imgcore.engine.reflinks import ReflinkRule
     from imgcore.engine.source_file import SourceFile
+    from imgcore.engine.supply import Batch, Supply
     from imgcore.files.byte_source import ByteSource
 
 
@@ -90,15 +91,28 @@ class ImageSource:
         self, geometry: Geometry, base: Image | None, rule: ReflinkRule | None = None
     ) -> AbstractContextManager[Supply]:
         """Return the files of image and base, and batches that refer to them."""
-        from imgcore.disk.image_batches import image_batches
-        from imgcore.engine.batches import Supply
         from imgcore.engine.source_file import native_sources
+        from imgcore.engine.supply import Supply
 
         sources = [*self.image.sources, *(base.sources if base is not None else ())]
         return nullcontext(
             Supply(
                 paths=[source.file.path for source in sources],
                 native_sources=native_sources(sources),
-                batches=image_batches(self.image, self.data_extents(rule), base, geometry),
+                batches=self._batches(geometry, base, rule),
             )
         )
+
+    def _batches(
+        self, geometry: Geometry, base: Image | None, rule: ReflinkRule | None
+    ) -> Iterator[Batch]:
+        image = self.image
+        is_flat = image.reader.is_flat and not image.chain[0].salvages
+        is_all_read = base is None and rule is None
+        if is_flat and is_all_read and geometry.placing is Placing.IDENTITY:
+            from imgcore.disk.flat_batches import flat_batches
+
+            return flat_batches(image.sources[0].file, image.virtual_size, geometry)
+        from imgcore.disk.image_batches import image_batches
+
+        return image_batches(image, self.data_extents(rule), base, geometry)

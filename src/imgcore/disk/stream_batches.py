@@ -9,8 +9,8 @@ import numpy as np
 
 from imgcore._core import File
 from imgcore.disk.overlay import padded
-from imgcore.engine.batches import Batch, Supply
 from imgcore.engine.extents import Kind, single
+from imgcore.engine.supply import Batch, Supply
 from imgcore.errors import OptionError
 from imgcore.limits import CHUNK_NBYTES, MIB
 

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from imgcore.disk.image import Image
     from imgcore.disk.open_options import OpenOptions
     from imgcore.engine.bad_ranges import BadRange
-    from imgcore.engine.batches import Supply
     from imgcore.engine.extents import Extents
     from imgcore.engine.geometry import Geometry
     from imgcore.engine.reflinks import ReflinkRule
     from imgcore.engine.source_file import SourceFile
+    from imgcore.engine.supply import Supply
     from imgcore.files.byte_source import ByteSource
     from imgcore.streams.reader import StreamReader
 

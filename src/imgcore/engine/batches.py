@@ -3,41 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from imgcore.engine.extents import Kind, clip
+from imgcore.engine.supply import Batch
 from imgcore.limits import MAX_BATCH_ROWS
 
 if TYPE_CHECKING:
-    from imgcore._core import File
     from imgcore.engine.extents import Extents
-
-
-class Batch(NamedTuple):
-    """One piece of the disk: a guest range in bytes, and the extents that cover it.
-
-    ``base`` has the extents of the target's parent in the range, None without one.
-    """
-
-    start: int
-    end: int
-    rows: Extents
-    base: Extents | None = None
-
-
-class Supply(NamedTuple):
-    """A disk as the engine reads it: files, and batches of extents.
-
-    ``native_sources`` are the files that extents refer to by index (file, size, guest
-    base, block size); ``paths`` are their names.  A batch stays valid until the second
-    batch after it is taken.
-    """
-
-    paths: list[str]
-    native_sources: list[tuple[File, int, int, int]]
-    batches: Iterator[Batch]
 
 
 def cut_batches(

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from imgcore.engine.extents import FLAG_UNREAD, Kind
 from imgcore.engine.geometry import Placing
+from imgcore.engine.kinds import FLAG_UNREAD, Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -144,10 +144,12 @@ class Job:
             pieces = list(_cut(blob, head["pieces"]))
             change = Change(pieces, _ranges_of(head["cleared"]), int(head["size"]))
             tables = _ranges_of(head["tables"])
-            inside = [(offset, len(data)) for offset, data in pieces] + change.cleared
+            changed = [(offset, len(data)) for offset, data in pieces] + change.cleared
+            if change.file_size < self.begin.size:
+                changed.append((change.file_size, self.begin.size - change.file_size))
         except (KeyError, TypeError, ValueError):
             raise self.journal.damaged("a record contradicts itself") from None
-        if not all(is_inside(*one, self.begin.ranges) for one in inside):
+        if not all(is_inside(*one, self.begin.ranges) for one in changed):
             raise self.journal.damaged("a record contradicts the one before")
         return change, tables
 
@@ -160,8 +162,8 @@ class Job:
     def _has_tables(self) -> bool:
         """Tell whether the tables are in the file that the new image will refer to."""
         _, tables = self._armed
-        wanted: str = self.journal.records["armed"].head["tables_sha256"]
-        return self._digest(tables) == wanted
+        digest = self._digest(tables)
+        return digest is not None and digest == self.journal.records["armed"].head["tables_sha256"]
 
     def change_since(self) -> str | None:
         """Return what shows that the new image was changed; None if it was not."""
@@ -247,9 +249,13 @@ class Job:
         with named_errors(self.path):
             return os.pread(self.file.fd, length, offset)
 
-    def _digest(self, ranges: Iterable[Range]) -> str:
+    def _digest(self, ranges: Iterable[Range]) -> str | None:
+        """Return the SHA-256 of ranges; None if the file ends before them."""
         digest = hashlib.sha256()
+        nbytes = self.file.nbytes
         for offset, length in ranges:
+            if offset + length > nbytes:
+                return None
             for start in range(offset, offset + length, MIB):
                 digest.update(self._pread(start, min(MIB, offset + length - start)))
         return digest.hexdigest()
@@ -309,15 +315,18 @@ def _begin_of(journal: Journal) -> Begin:
         is_sound = (
             position == len(blob)
             and all(offset + length <= size for offset, length in ranges)
-            and all(
-                name == os.path.basename(name) and name not in ("", ".", "..") for name in names
-            )
+            and all(_is_entry(name) for name in names)
         )
     except (KeyError, TypeError, ValueError):
         is_sound = False
     if not is_sound:
         raise journal.damaged("the record at its start contradicts itself")
     return begin
+
+
+def _is_entry(name: str) -> bool:
+    """Tell whether a name can be that of a file in the image's folder."""
+    return name == os.path.basename(name) and name not in ("", ".", "..") and "\0" not in name
 
 
 def open_alone(folder: Folder, name: str) -> TargetFile:

@@ -93,16 +93,18 @@ class Journal:
         temporary = name + _TEMPORARY
         folder.remove(temporary)
         fd = folder.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-        journal = cls(folder, name, fd)
+        journal, present = cls(folder, name, fd), temporary
         try:
             journal._salt = os.urandom(_SALT_NBYTES)
             journal._end = journal._pwrite(0, _LINE + journal._salt)
             journal.append(kind, head, blobs)
             folder.rename(temporary, name)
+            present = name
             folder.sync()
         except BaseException:
-            folder.remove(temporary)
             journal.close()
+            with contextlib.suppress(OSError):
+                folder.remove(present)
             raise
         return journal
 

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from imgcore.disk.image import Image
-    from imgcore.engine.batches import Batch
     from imgcore.engine.extents import Extents, Placements
     from imgcore.engine.progress import Tally
+    from imgcore.engine.supply import Batch
     from imgcore.files.target_file import TargetFile
     from imgcore.rewriting.layout import Layout, Offsets
 

@@ -12,7 +12,8 @@ from imgcore.limits import SECTOR_NBYTES
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from imgcore.engine.extents import Extents, Kind
+    from imgcore.engine.extents import Extents
+    from imgcore.engine.kinds import ExtentRow, Kind
     from imgcore.files.byte_source import ByteSource
 
 # Each row takes two system calls to find, so a small batch makes the first one come
@@ -69,6 +70,23 @@ class HostData:
         return max(start, position), end
 
 
+def flat_ranges(
+    data: HostData, start: int, stop: int, shift: int
+) -> Iterator[tuple[int, int, bool]]:
+    """Yield (start, end, whether it has data) of the parts of a guest range.
+
+    The parameters are those of `flat_rows`.
+    """
+    position = start
+    while position < stop:
+        data_start, data_end = data.next_sectors(position, stop, shift)
+        if position < data_start:
+            yield position, data_start, False
+        if data_start < data_end:
+            yield data_start, data_end, True
+        position = data_end
+
+
 def flat_rows(
     data: HostData,
     start: int,
@@ -101,20 +119,16 @@ def flat_rows(
 
     from imgcore.engine.extents import EXTENT_DTYPE, Kind
 
-    rows: list[tuple[int, int, int, int, int, int, int]] = []
-    position = start
-    while position < stop:
-        data_start, data_end = data.next_sectors(position, stop, shift)
-        if position < data_start:
-            rows.append((position, data_start - position, 0, 0, 0, hole, 0))
-        if data_start < data_end:
-            nbytes = data_end - data_start
-            host_offset = data_start + shift
-            rows.append((data_start, nbytes, host_offset, nbytes, file_index, Kind.DATA, 0))
-        position = data_end
+    rows: list[ExtentRow] = []
+    for first, last, has_data in flat_ranges(data, start, stop, shift):
+        if has_data:
+            nbytes = last - first
+            rows.append((first, nbytes, first + shift, nbytes, file_index, Kind.DATA, 0))
+        else:
+            rows.append((first, last - first, 0, 0, 0, hole, 0))
         # The rest of an incomplete last sector belongs to its batch.
-        is_full = len(rows) >= max_rows - 1 and position % SECTOR_NBYTES == 0
-        if is_full or position >= stop:
+        is_full = len(rows) >= max_rows - 1 and last % SECTOR_NBYTES == 0
+        if is_full or last >= stop:
             yield np.array(rows, dtype=EXTENT_DTYPE)
             rows.clear()
 

@@ -90,12 +90,13 @@ class VdiRewriter:
         _refuse_far(self._data_offset if self._has_slots or not is_moving else after)
         slots_end = int(ends[-1]) if self._has_slots else self._data_offset
         n_after = max(self._old_nbytes - slots_end, 0)
-        # Blocks that move come after the old file, or else it is cut off.
-        self._is_cut = not is_moving and n_after <= MAX_DROPPED_NBYTES
-        if self._is_cut:
-            self._overwrite(slots_end, n_after)
+        # What follows the last block is cut off, or becomes slots before those of the
+        # blocks that move; even then it is cut off if all of these are zeros.
+        self._is_cut = is_moving or n_after <= MAX_DROPPED_NBYTES
         if is_moving:
             starts = np.append(starts, after)
+        elif self._is_cut:
+            self._overwrite(slots_end, n_after)
         ends = ends[: len(starts) - 1]
         gaps = starts[1:] - ends
         _refuse_gaps(int(gaps.sum()), self._options.block_nbytes)

@@ -1,0 +1,69 @@
+"""Cuts a disk that one file stores unchanged into batches for a flat target.
+
+NumPy is not imported: it takes longer than a small conversion, and the engine starts
+on a large one before it would be there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from imgcore._core import extent_table
+from imgcore.engine.kinds import ExtentRow, Kind
+from imgcore.engine.supply import Batch
+from imgcore.formats.shared.flat_reader import HostData, flat_ranges
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from imgcore.engine.geometry import Geometry
+    from imgcore.files.byte_source import ByteSource
+
+# Each row takes two system calls to find, so a small batch makes the first one come
+# soon.
+_BATCH_ROWS: Final = 1 << 14
+
+
+def flat_batches(file: ByteSource, nbytes: int, geometry: Geometry) -> Iterator[Batch]:
+    """Yield the batches of a disk; each ends with a block of the target.
+
+    Parameters
+    ----------
+    file : ByteSource
+        It has guest byte n at offset n.
+    nbytes : int
+        Bytes of the disk.
+    geometry : Geometry
+        The target's.  Its disk may be larger and then ends in zeros.  It may also be
+        smaller, by less than a sector.
+    """
+    unit = geometry.unit_nbytes
+    rows: list[ExtentRow] = []
+    start = 0
+    for first, last, kind in _ranges(file, nbytes, geometry.guest_nbytes):
+        cut = last - last % unit
+        if len(rows) >= _BATCH_ROWS and cut > start and cut >= first:
+            if first < cut:
+                rows.append(_row(first, cut, kind))
+            yield Batch(start, cut, extent_table(rows))
+            rows = []
+            start = first = cut
+        if first < last:
+            rows.append(_row(first, last, kind))
+    if rows:
+        yield Batch(start, geometry.guest_nbytes, extent_table(rows))
+
+
+def _ranges(file: ByteSource, nbytes: int, disk_end: int) -> Iterator[tuple[int, int, Kind]]:
+    held = min(nbytes, disk_end)
+    for first, last, has_data in flat_ranges(HostData(file), 0, held, 0):
+        yield first, last, Kind.DATA if has_data else Kind.HOLE
+    if held < disk_end:
+        yield held, disk_end, Kind.ZERO
+
+
+def _row(first: int, last: int, kind: Kind) -> ExtentRow:
+    nbytes = last - first
+    if kind is Kind.DATA:
+        return first, nbytes, first, nbytes, 0, kind, 0
+    return first, nbytes, 0, 0, 0, kind, 0

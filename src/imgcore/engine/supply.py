@@ -1,0 +1,37 @@
+"""What the engine is given of a disk: its files, and batches of extents."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from imgcore._core import File
+    from imgcore.engine.extents import Extents
+
+
+class Batch(NamedTuple):
+    """One piece of the disk: a guest range in bytes, and the extents that cover it.
+
+    ``rows`` may be a table made by `imgcore._core.extent_table`, for a flat source.
+    ``base`` has the extents of the target's parent in the range, None without one.
+    """
+
+    start: int
+    end: int
+    rows: Extents
+    base: Extents | None = None
+
+
+class Supply(NamedTuple):
+    """A disk as the engine reads it: files, and batches of extents.
+
+    ``native_sources`` are the files that extents refer to by index (file, size, guest
+    base, block size); ``paths`` are their names.  A batch stays valid until the second
+    batch after it is taken.
+    """
+
+    paths: list[str]
+    native_sources: list[tuple[File, int, int, int]]
+    batches: Iterator[Batch]
