@@ -43,7 +43,7 @@ static bool geometry_is_valid(const struct imgc_geometry *g)
 	       g->group_nblocks <= INT64_MAX / g->block_nbytes &&
 	       g->stored_prefix_nbytes <= IMGC_MAX_STORED_PREFIX_NBYTES &&
 	       g->stored_prefix_byte <= UINT8_MAX && (!g->clears_blocks || g->sparse_nbytes == 0) &&
-	       (!g->reuse_blocks || compresses) &&
+	       g->reuse <= IMGC_REUSE_ONLY && (!g->reuse || compresses) &&
 	       (g->stored_prefix_nbytes == 0 || (g->placing == IMGC_PLACE_APPEND && !compresses));
 }
 
@@ -180,7 +180,7 @@ static int worker_create(struct imgc_job *job, struct worker *worker, struct cou
 		status = imgc_compressor_create(&job->geometry.codec, &worker->compressor);
 	if (status || block == 0)
 		return status;
-	if (o->kind == IMGC_JOB_CONVERT && job->geometry.reuse_blocks &&
+	if (o->kind == IMGC_JOB_CONVERT && job->geometry.reuse &&
 	    imgc_reuse_create(&worker->reuse, o, job->window_nbytes, imgc_packed_room(worker)))
 		return IMGC_NO_MEMORY;
 	status = imgc_decompressor_create(o->inflate_variant, &reader->decompressor);

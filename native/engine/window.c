@@ -239,7 +239,7 @@ static int process_piece(struct worker *worker, struct slot *slot, struct piece 
 		slot->data_nbytes += zero ? 0 : piece->nbytes;
 		if (reused)
 			pack_reused(worker, slot, piece, reused, bytes);
-		else
+		else if (g->reuse != IMGC_REUSE_ONLY)
 			status = pack(worker, slot, piece, &fits, err);
 		if (status || fits)
 			return status;

@@ -73,7 +73,7 @@ static void take_geometry(struct input *in, struct imgc_geometry *g, uint64_t gu
 
 	if (g->placing == IMGC_PLACE_IDENTITY)
 		g->host_base = how & 1 ? take_place(in) : 0;
-	g->reuse_blocks = how >> 3 & 1;
+	g->reuse = how >> 3 & 3;
 	if (how & 2) {
 		g->group_nblocks = take_u8(in);
 		g->group_gap_nbytes = take_uint(in, 2);

@@ -390,6 +390,17 @@ enum imgc_zero_policy {
 	IMGC_ZERO_STORE = 2,	/* write them like data */
 };
 
+/*
+ * What becomes of a block that a source stores compressed, alone and whole: it can be
+ * taken over if imgc_rewrap() can do that, and the result is no larger than compressing
+ * may make it.
+ */
+enum imgc_reuse {
+	IMGC_REUSE_NONE = 0, /* it is compressed again */
+	IMGC_REUSE = 1,	     /* it is taken over, others are compressed */
+	IMGC_REUSE_ONLY = 2, /* it is taken over, others are STORED */
+};
+
 #define IMGC_MAX_STORED_PREFIX_NBYTES (1024u * 1024)
 
 /* How a writer wants its target laid out. */
@@ -427,12 +438,7 @@ struct imgc_geometry {
 	 * What of a STORED block is not written is zeroed, up to the block's full size.
 	 */
 	uint32_t clears_blocks;
-	/*
-	 * With a codec: a block that a source stores compressed, alone and whole, is taken
-	 * over instead of compressed again, if imgc_rewrap() can do it and the result is
-	 * no larger than compressing may make it.
-	 */
-	uint32_t reuse_blocks;
+	uint32_t reuse; /* enum imgc_reuse; with a codec */
 };
 
 /*
@@ -492,8 +498,8 @@ struct imgc_job_options {
 	 */
 	uint32_t reflink;
 	/*
-	 * CONVERT without a base and salvage: blocks that are reused (reuse_blocks) are not
-	 * decompressed where that is not needed.  So a broken block stays broken, and one
+	 * CONVERT without a base and salvage: blocks that are reused are not decompressed
+	 * where that is not needed.  So a broken block stays broken, and one
 	 * of zeros stays stored.
 	 */
 	uint32_t trust_blocks;

@@ -473,7 +473,7 @@ ELSEWHERE = {
      "--reflink=auto copies what cannot be reflinked")):
     "oracle/test_reflink_always.py::test_ext4_is_refused_not_copied",
     ("cli/measure.py", "--rewrite measures FILE, not --size"):
-    "unit/test_rewrite_cli.py::test_measure_rewrite_needs_a_file",
+    "unit/test_rewrite_cli.py::test_measure_rewrite_has_its_own_options",
     ("cli/rewrite.py", "give either --undo or --finish"): _REFUSALS,
     ("cli/rewrite.py", "state the new format with -O"): _REFUSALS,
     ("cli/rewrite.py", "{} takes no other options: -O is for a new conversion"): _REFUSALS,
@@ -629,6 +629,7 @@ NAMED = {
     ("cli/measure.py", "--reflink measures FILE, without -c or --rewrite"): ("measure",),
     ("disk/reflinks.py", "--reflink={}: {}"): ("convert",),
     ("disk/sink_options.py", "-S 0"): ("convert",),
+    ("cli/measure.py", "--rewrite goes with -f, -O, -o, --allow and -U only"): ("measure",),
     ("disk/backing.py", "a format of the backing file is given (-F), but no backing file"):
     ("convert", "create"),
     ("disk/image_sink.py", ("blocks of {} bytes are too large to be compared with a parent (-B): "

@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -190,10 +191,18 @@ def test_an_exception_restores_the_old_image(raw: Path) -> None:
     assert raw.read_bytes() == old
 
 
-def test_progress(raw: Path) -> None:
+def test_progress(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It never decreases, although blocks move before others are placed."""
+    monkeypatch.setattr("imgcore.engine.progress._REPORT_SECONDS", 0)
+    imgcore.convert(raw, raw.with_suffix(".qcow2"))
     seen: list[Progress] = []
-    imgcore.rewrite(raw, "qcow2", progress=seen.append)
+    # Nothing stays, so the last block moves before the first is placed.
+    imgcore.rewrite(raw.with_suffix(".qcow2"), "vhdx", progress=seen.append)
     assert (seen[-1].done, seen[-1].total) == (NBYTES, NBYTES)
+    assert len(seen) > 2
+    for a, b in pairwise(seen):
+        assert all(x <= y for x, y in zip(a, b, strict=True))
+    assert all(min(one) >= 0 for one in seen)
 
 
 # -- refusals --------------------------------------------------------------------------
@@ -550,6 +559,14 @@ def test_a_file_that_changes_is_noticed(raw: Path, monkeypatch: pytest.MonkeyPat
     assert raw.read_bytes().startswith(b"late")
 
 
-def test_measure_rewrite_needs_a_file(tmp_path: Path) -> None:
-    result = command("measure", "--rewrite", "-O", "qcow2", "-s", "1G")
-    assert (result.returncode, "--rewrite measures FILE" in result.stderr) == (2, True)
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (("-s", "1G"), "--rewrite measures FILE, not --size"),
+        (("-c", "disk.raw"), "--rewrite goes with -f, -O, -o, --allow and -U only"),
+        (("--parent", "a", "disk.raw"), "--rewrite goes with"),
+    ],
+)
+def test_measure_rewrite_has_its_own_options(raw: Path, words: Sequence[str], error: str) -> None:
+    result = command("measure", "--rewrite", "-O", "qcow2", *words, cwd=raw.parent)
+    assert (result.returncode, error in result.stderr) == (2, True)

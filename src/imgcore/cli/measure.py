@@ -83,7 +83,9 @@ def command(
         _measure_reflink(file, target_format, options, opening, as_json=as_json)
         return
     if rewrite:
-        _measure_rewrite(ctx, file, target_format, options, opening, as_json=as_json)
+        _measure_rewrite(
+            ctx, file, target_format, options, opening, compress=compress, as_json=as_json
+        )
         return
     from imgcore.verbs.measure import measure
 
@@ -128,6 +130,7 @@ def _measure_rewrite(
     options: tuple[str, ...],
     opening: dict[str, Any],
     *,
+    compress: bool,
     as_json: bool,
 ) -> None:
     """Print what `imgcore rewrite` would do, with different sizes of blocks."""
@@ -135,7 +138,9 @@ def _measure_rewrite(
 
     if file is None:
         raise click.UsageError("--rewrite measures FILE, not --size", ctx)
-    own = {name: opening[name] for name in ("format", "allow", "share")}
+    own = {name: opening.pop(name) for name in ("format", "allow", "share")}
+    if compress or any(opening.values()):
+        raise click.UsageError("--rewrite goes with -f, -O, -o, --allow and -U only", ctx)
     result = measure_rewrite(file, target_format, options=options, **own)
     if as_json:
         rows = [

@@ -139,7 +139,7 @@ def measure_rewrite(
     Parameters
     ----------
     image : str, bytes or os.PathLike
-        The image, of which only tables are read.
+        The image, of which only tables are read, and compressed blocks that could stay.
     target_format : str
         The new format.
 
@@ -161,7 +161,7 @@ def measure_rewrite(
     from imgcore.rewriting.wish import Wish, open_alone
 
     path = file_name(image)
-    wish = Wish.from_keywords(target_format, options, drop=drop, inflate=inflate)
+    wish = Wish.from_keywords(target_format, options, drop=drop, inflate=inflate, trust_blocks=True)
     flags = Flags(backing_format="", parent="")
     opening = OpenOptions.from_keywords(format=format, allow=allow, share=share, flags=flags)
     name = new_name(path, wish.driver.name, name=None, keep_name=False)
