@@ -44,6 +44,11 @@ from imgcore.formats.registry import PLAIN_FORMAT
     help="Measure an empty disk of this size instead of FILE.",
 )
 @click.option(
+    "--reflink",
+    is_flag=True,
+    help="Print what convert --reflink=always would reflink and what it would copy.",
+)
+@click.option(
     "--rewrite",
     is_flag=True,
     help="Measure what imgcore rewrite would do to FILE: what stays, moves, and is written.",
@@ -58,6 +63,7 @@ def command(
     options: tuple[str, ...],
     compress: bool,
     size: int | None,
+    reflink: bool,
     rewrite: bool,
     opening: dict[str, Any],
     as_json: bool,
@@ -71,6 +77,11 @@ def command(
         return
     if (file is None) == (size is None):
         raise click.UsageError("give either FILE or --size", ctx)
+    if reflink:
+        if file is None or compress or rewrite:
+            raise click.UsageError("--reflink measures FILE, without -c or --rewrite", ctx)
+        _measure_reflink(file, target_format, options, opening, as_json=as_json)
+        return
     if rewrite:
         _measure_rewrite(
             ctx, file, target_format, options, opening, compress=compress, as_json=as_json
@@ -91,6 +102,25 @@ def command(
     else:
         click.echo(f"required size: {result.required}")
         click.echo(f"fully allocated size: {result.fully_allocated}")
+
+
+def _measure_reflink(
+    file: str,
+    target_format: str,
+    options: tuple[str, ...],
+    opening: dict[str, Any],
+    *,
+    as_json: bool,
+) -> None:
+    """Print what ``imgcore convert --reflink=always`` would do."""
+    from imgcore.verbs.measure import measure_reflink
+
+    result = measure_reflink(file, target_format, options=options, **opening)
+    if as_json:
+        print_json(result._asdict())
+    else:
+        click.echo(f"reflinked: {result.reflinked}")
+        click.echo(f"copied: {result.copied}")
 
 
 def _measure_rewrite(

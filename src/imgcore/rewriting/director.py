@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from imgcore.engine.progress import Tally
     from imgcore.files.staged_file import StagedFile
     from imgcore.formats.api import BlockRule, Driver, Rewriter, Survey, WriteRequest
+    from imgcore.rewriting.layout import Offsets
 
 # So much may move, even if it is most of the data.
 _MAX_SMALL_MOVE_NBYTES: Final = 64 * MIB
@@ -153,6 +154,12 @@ class Director:
         """Bytes of the disk in blocks that stay."""
         stay = self._layout.stay
         return self._layout.nbytes_of(stay.first, stay.n_blocks, self._image.virtual_size)
+
+    @property
+    def stayed_ranges(self) -> tuple[Offsets, Offsets]:
+        """Start and end in the file of each run of blocks that stay, in guest order."""
+        stay = self._layout.stay
+        return stay.host, stay.host_end(self._layout.block_nbytes)
 
     @cached_property
     def moved_nbytes(self) -> int:
