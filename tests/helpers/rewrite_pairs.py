@@ -253,6 +253,7 @@ USUAL: Final = (
     "qcow2-64k-aged-to-vmdk",
     "qcow2-1m-aged-to-vhdx-1M",
     "vmdk-aged-to-qcow2-64k",
+    "stream-qemu-to-qcow2-64k",
     "vhd-qemu-to-vmdk",
     "vhdx-aged-to-qcow2-64k",
     "vhdx-imgcore-to-vdi",
