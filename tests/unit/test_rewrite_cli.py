@@ -205,6 +205,40 @@ def test_progress(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(min(one) >= 0 for one in seen)
 
 
+@pytest.mark.parametrize("target", ["vmdk", "vhdx", "vdi"])
+@pytest.mark.parametrize("where", ["another cluster", "the L2 table", "the header", "the end"])
+def test_clusters_upon_others(where: str, target: str, tmp_path: Path) -> None:
+    """A guest reads the same afterwards, and its writes change no other block."""
+    image = tmp_path / "disk.qcow2"
+    raw = tmp_path / "disk.raw"
+    raw.write_bytes(b"a" * (64 * KIB) + b"b" * (64 * KIB) + b"c" * (128 * KIB))
+    imgcore.convert(raw, image)
+    with image.open("r+b") as file:
+        file.seek(40)
+        l1 = int.from_bytes(file.read(8), "big")
+        file.seek(l1)
+        l2 = int.from_bytes(file.read(8), "big") & ~(1 << 63)
+        file.seek(l2)
+        first = int.from_bytes(file.read(8), "big")
+        place = {"another cluster": first, "the L2 table": l2, "the header": 0}.get(where)
+        if place is None:
+            file.seek(0, os.SEEK_END)
+            place = file.tell()
+            file.write(b"d" * (64 * KIB))
+        file.seek(l2 + 8)
+        file.write((place | 1 << 63).to_bytes(8, "big"))
+    expected = tmp_path / "expected.raw"
+    imgcore.convert(image, expected)
+    result = imgcore.rewrite(image, target, keep_undo=False)
+    assert imgcore.compare(expected, result.path).identical
+    if shutil.which("qemu-io") is not None:
+        write = ("qemu-io", "-f", target, "-c", "write -P 88 0 64k", result.path)
+        subprocess.run(write, check=True, capture_output=True)
+        with imgcore.open(result.path) as disk:
+            content = disk.read(0, disk.virtual_size)
+        assert content == b"X" * (64 * KIB) + expected.read_bytes()[64 * KIB :]
+
+
 # -- refusals --------------------------------------------------------------------------
 
 
