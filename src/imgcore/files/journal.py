@@ -229,7 +229,7 @@ class Journal:
     def rename(self, name: str) -> None:
         """Rename it in its folder; FileExistsError if the name is taken."""
         self._folder.rename(self.name, name)
-        self.name: str = name
+        self.name = name
 
     def sync(self) -> None:
         """Make its name and its records durable, which a crash may not have been."""
