@@ -420,6 +420,15 @@ static void start_threads(struct imgc_job *job)
 	pthread_mutex_unlock(&job->lock);
 }
 
+/* Whether data can be stored that was not read; see IMGC_EXTENT_UNREAD. */
+static bool may_leave_unread(const struct imgc_job *job)
+{
+	const struct imgc_job_options *o = &job->options;
+
+	return o->reflink && !o->has_base && job->geometry.codec.codec == IMGC_CODEC_NONE &&
+	       !job->geometry.clears_blocks;
+}
+
 int imgc_job_start(struct imgc_job *job, const struct imgc_batch *batch, struct imgc_error *err)
 {
 	if (job->in_batch)
@@ -435,6 +444,9 @@ int imgc_job_start(struct imgc_job *job, const struct imgc_batch *batch, struct 
 	job->batch = *batch;
 	job->rows = (struct rows){batch->extents, batch->n_extents};
 	job->base = (struct rows){batch->base_extents, batch->n_base_extents};
+	job->leaves_unread = may_leave_unread(job) && imgc_rows_have_unread(job->rows);
+	for (size_t i = 0; i < job->options.n_threads; i++)
+		job->workers[i].reader.leaves_unread = job->leaves_unread;
 	job->claim_row = job->claim_base = 0;
 	job->cursor = batch->guest_start;
 	start_threads(job);

@@ -200,6 +200,11 @@ enum imgc_extent_kind {
 
 /* A VMDK grain marker (12 bytes: LBA, data size) precedes the compressed block. */
 #define IMGC_EXTENT_GRAIN_MARKER 1u
+/*
+ * DATA in a job that reflinks without a codec, base or salvage: it is stored without being
+ * read or tested for zeros.  What of it cannot be reflinked is read and copied.
+ */
+#define IMGC_EXTENT_UNREAD 2u
 
 /*
  * One row of a reader's answer.  HOLE and ZERO have no host place: host_offset,
@@ -488,7 +493,8 @@ struct imgc_job_options {
 	 * CONVERT without salvage: data that is stored plain in a source, at an offset
 	 * that differs from its place in the target by whole blocks of the file system,
 	 * is reflinked instead of written, where the file system can do that.  The
-	 * target reads the same either way.
+	 * target reads the same either way.  Rows with IMGC_EXTENT_UNREAD are not even
+	 * read for that.
 	 */
 	uint32_t reflink;
 	/*
@@ -499,8 +505,8 @@ struct imgc_job_options {
 	uint32_t trust_blocks;
 	/*
 	 * A window waits here before it is read.  What counts is data: holes and zeros
-	 * that the extents state are free, unless the target stores them.  Not owned;
-	 * NULL: no limit.
+	 * that the extents state are free, unless the target stores them, and so is
+	 * what is reflinked without being read.  Not owned; NULL: no limit.
 	 */
 	struct imgc_rate_limit *rate_limit;
 };

@@ -47,10 +47,11 @@ def candidates(
     survey: Survey,
     **how: bool,
 ) -> Iterator[Director]:
-    """Yield a director for each block size that the format can have, largest first.
+    """Yield a director for each block size that may be worth it, largest first.
 
-    There is none for sizes that the disk is too large for, for example, nor for a
-    format that has no choice.
+    The last one is the first at which nothing moves: smaller blocks only need larger
+    tables.  There is none for sizes that the disk is too large for, for example, nor
+    for a format that has no choice.
     """
     for nbytes in sorted(block_sizes(request.options), reverse=True):
         sized = request._replace(options=with_block_size(request.options, nbytes))
@@ -61,3 +62,5 @@ def candidates(
         # Its compressed blocks are verified once.
         survey = director.survey
         yield director
+        if not director.moved_nbytes:
+            return

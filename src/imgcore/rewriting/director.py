@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from imgcore.engine.progress import Tally
     from imgcore.files.staged_file import StagedFile
     from imgcore.formats.api import BlockRule, Driver, Rewriter, Survey, WriteRequest
+    from imgcore.rewriting.layout import Offsets
 
 # So much may move, even if it is most of the data.
 _MAX_SMALL_MOVE_NBYTES: Final = 64 * MIB
@@ -154,6 +155,12 @@ class Director:
         stay = self._layout.stay
         return self._layout.nbytes_of(stay.first, stay.n_blocks, self._image.virtual_size)
 
+    @property
+    def stayed_ranges(self) -> tuple[Offsets, Offsets]:
+        """Start and end in the file of each run of blocks that stay, in guest order."""
+        stay = self._layout.stay
+        return stay.host, stay.host_end(self._layout.block_nbytes)
+
     @cached_property
     def moved_nbytes(self) -> int:
         """Bytes of the disk in blocks that move."""
@@ -251,13 +258,10 @@ class Director:
             runs = Runs.joined((self._layout.stay, moved))
             for first_block, batch in placements(runs, size):
                 offset = rewriter.place(first_block, batch, offset)
-                end = (first_block + len(batch)) * size
-                tally.count(
-                    min(end, tally.total_nbytes),
-                    data=tally.data_nbytes,
-                    read=tally.read_nbytes,
-                    written=tally.written_nbytes,
-                )
+                # Blocks that moved, which take longer, were counted before.
+                end = min((first_block + len(batch)) * size, tally.total_nbytes)
+                done = max(end, tally.done_nbytes)
+                tally.count(done, data=done, read=tally.read_nbytes, written=tally.written_nbytes)
         rewriter.finish(offset)
 
     def _cost(self, file: StagedFile | CountingStagedFile, moved_nbytes: int) -> RewriteCost:

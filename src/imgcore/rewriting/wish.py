@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from imgcore.disk.image import Image
 from imgcore.disk.layer import open_layer
 from imgcore.disk.sink import warn_about_sectors
+from imgcore.errors import UnsupportedFeatureError
 from imgcore.formats.api import SectorSized, WriteRequest
 from imgcore.formats.option_texts import parse_options
 from imgcore.formats.registry import PLAIN_FORMAT, get_driver
@@ -79,7 +80,11 @@ class Wish(NamedTuple):
             target_name=name,
             logical_sector_nbytes=image.logical_sector_nbytes,
         )
-        director = fitting_director(image, self.driver, request, **self._how)
+        try:
+            director = fitting_director(image, self.driver, request, **self._how)
+        except UnsupportedFeatureError as error:
+            # A rewriter does not know the image's name.
+            raise UnsupportedFeatureError(error.reason, path=image.path) from error
         refuse_same_kind(image, director.rewriter)
         return director
 
