@@ -65,8 +65,8 @@ class Journal:
     def __init__(self, folder: Folder, name: str, fd: int) -> None:
         """Take over an open descriptor."""
         self._folder = folder
-        self.name = name
-        self.fd = fd
+        self.name: str = name
+        self.fd: int = fd
         self.records: dict[str, Record] = {}
         self._salt = b""
         self._end = 0
@@ -229,7 +229,7 @@ class Journal:
     def rename(self, name: str) -> None:
         """Rename it in its folder; FileExistsError if the name is taken."""
         self._folder.rename(self.name, name)
-        self.name = name
+        self.name: str = name
 
     def sync(self) -> None:
         """Make its name and its records durable, which a crash may not have been."""
