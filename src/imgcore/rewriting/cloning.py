@@ -48,13 +48,18 @@ class Clone:
     source : HostFile
         The image's only file with data.
     director : Director
+    trust_blocks : bool
+        Compressed blocks that stay were not verified.
     """
 
-    def __init__(self, source: HostFile, director: Director) -> None:
+    def __init__(self, source: HostFile, director: Director, *, trust_blocks: bool) -> None:
         self._source, self._director = source, director
+        self._trust_blocks = trust_blocks
 
     @classmethod
-    def of(cls, source: Source, driver: Driver, request: WriteRequest[Any]) -> Clone | None:
+    def of(
+        cls, source: Source, driver: Driver, request: WriteRequest[Any], *, trust_blocks: bool
+    ) -> Clone | None:
         """Return the conversion; None if the target can only be made range by range."""
         from imgcore.files.host_file import HostFile
 
@@ -67,18 +72,24 @@ class Clone:
         try:
             if isinstance(image.reader, RefusesRewriting):
                 image.reader.refuse_rewriting()
-            director = Director(image, driver, request)
+            director = Director(image, driver, request, trust_blocks=trust_blocks)
         except (UnsupportedFeatureError, OptionError, LimitExceededError):
             return None
         if director.rewriter.rule is None or isinstance(director.rewriter, Described):
             return None
-        return cls(file, director)
+        return cls(file, director, trust_blocks=trust_blocks)
 
     def measure(self) -> ReflinkCount:
         """Return what is reflinked, and what moves and so is copied."""
         director = self._director
         n_calls = 1 + len(self._unused(np.zeros((0, 2), dtype=np.int64)))
-        return ReflinkCount(director.stayed_nbytes, director.moved_nbytes, 0, n_calls)
+        return ReflinkCount(self._reflinked_nbytes, director.moved_nbytes, 0, n_calls)
+
+    @property
+    def _reflinked_nbytes(self) -> int:
+        """Bytes of the file that both images have."""
+        reused_nbytes, packed_nbytes = self._director.reused
+        return self._director.stayed_nbytes - reused_nbytes + packed_nbytes
 
     def write(self, target: Target, tally: Tally) -> None:
         """Clone the file and rewrite the clone.
@@ -95,12 +106,15 @@ class Clone:
         for start, end in self._unused(np.array(written, dtype=np.int64).reshape(-1, 2)).tolist():
             if start < file.nbytes:
                 file.zero(start, min(end, file.nbytes) - start)
+        reused_nbytes, _ = director.reused
         tally.count(
             tally.total_nbytes,
             data=director.stayed_nbytes + director.moved_nbytes,
             read=tally.read_nbytes,
             written=tally.written_nbytes,
-            reflinked=director.stayed_nbytes,
+            reflinked=self._reflinked_nbytes,
+            reused=reused_nbytes,
+            trusted=reused_nbytes if self._trust_blocks else 0,
         )
 
     def _unused(self, written: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -120,7 +134,12 @@ class Clone:
 
 
 def cheapest_way(
-    source: Source, driver: Driver, request: WriteRequest[Any], rule: ReflinkRule
+    source: Source,
+    driver: Driver,
+    request: WriteRequest[Any],
+    rule: ReflinkRule,
+    *,
+    trust_blocks: bool,
 ) -> tuple[Clone | None, ReflinkCount]:
     """Return how to convert by reflinks, and what that reflinks and copies.
 
@@ -131,7 +150,9 @@ def cheapest_way(
     ReflinkCount
     """
     by_ranges = rule.measure(source.data_extents(rule))
-    clone = Clone.of(source, driver, request) if rule.units[:1].any() else None
+    clone = None
+    if rule.units[:1].any():
+        clone = Clone.of(source, driver, request, trust_blocks=trust_blocks)
     if clone is not None:
         at_once = clone.measure()
         if _cost(at_once) < _cost(by_ranges):
@@ -171,7 +192,13 @@ class ReflinkSink:
     def write(self, tally: Tally) -> tuple[BadRange, ...]:
         """Write the image, or raise before that if too much would be copied."""
         sink = self._sink
-        clone, count = cheapest_way(sink.source, sink.driver, sink.request, sink.reflink_rule)
+        clone, count = cheapest_way(
+            sink.source,
+            sink.driver,
+            sink.request,
+            sink.reflink_rule,
+            trust_blocks=sink.options.trust_blocks,
+        )
         sink.options.reflink.refuse_copies(count, sink.source.path)
         if clone is None:
             return sink.write(tally)

@@ -161,6 +161,12 @@ class Director:
         stay = self._layout.stay
         return stay.host, stay.host_end(self._layout.block_nbytes)
 
+    @property
+    def reused(self) -> tuple[int, int]:
+        """Bytes of the disk in compressed blocks that stay, and bytes of the file."""
+        packed = self._layout.stay.packed
+        return int((packed > 0).sum()) * self._layout.block_nbytes, int(packed.sum())
+
     @cached_property
     def moved_nbytes(self) -> int:
         """Bytes of the disk in blocks that move."""

@@ -264,5 +264,5 @@ def measure_reflink(
         refuse_own_blocks(Reflink.ALWAYS, disk, writer)
         units = [reflink_block_nbytes(each.file) for each in disk.sources]
         rule = ReflinkRule.of(writer.geometry, units)
-        _, count = cheapest_way(disk, driver, request, rule)
+        _, count = cheapest_way(disk, driver, request, rule, trust_blocks=True)
         return ReflinkMeasurement(count.reflinked, count.copied)
