@@ -220,7 +220,7 @@ def test_compressed_blocks_stay_compressed(trusts: bool, here: Path) -> None:
     raw = here / "disk.raw"
     source, target = stream_of(raw), here / "out.qcow2"
     result = imgcore.convert(source, target, reflink="always", trust_blocks=trusts)
-    assert result.bytes_shared == result.bytes_reused == 8 * MIB
+    assert 0 < result.bytes_shared < result.bytes_reused == 8 * MIB
     assert result.bytes_trusted == (8 * MIB if trusts else 0)
     assert (result.bytes_read == 0) is trusts
     assert result.file_size < source.stat().st_size + 4 * MIB

@@ -90,7 +90,13 @@ class Clone:
         """Return what is reflinked, and what moves and so is copied."""
         director = self._director
         n_calls = 1 + len(self._unused(np.zeros((0, 2), dtype=np.int64)))
-        return ReflinkCount(director.stayed_nbytes, director.moved_nbytes, 0, n_calls)
+        return ReflinkCount(self._reflinked_nbytes, director.moved_nbytes, 0, n_calls)
+
+    @property
+    def _reflinked_nbytes(self) -> int:
+        """Bytes of the file that both images have."""
+        reused_nbytes, packed_nbytes = self._director.reused
+        return self._director.stayed_nbytes - reused_nbytes + packed_nbytes
 
     def write(self, target: Target, tally: Tally, workers: Workers) -> None:
         """Clone the file and rewrite the clone.
@@ -107,13 +113,13 @@ class Clone:
         for start, end in self._unused(np.array(written, dtype=np.int64).reshape(-1, 2)).tolist():
             if start < file.nbytes:
                 file.zero(start, min(end, file.nbytes) - start)
-        reused_nbytes, packed_nbytes = director.reused_nbytes
+        reused_nbytes, packed_nbytes = director.reused
         tally.count(
             tally.total_nbytes,
             data=director.stayed_nbytes + director.moved_nbytes,
             read=tally.read_nbytes + (0 if self._trusts else packed_nbytes),
             written=tally.written_nbytes,
-            reflinked=director.stayed_nbytes,
+            reflinked=self._reflinked_nbytes,
             reused=reused_nbytes,
             trusted=reused_nbytes if self._trusts else 0,
         )

@@ -163,10 +163,10 @@ class Director:
         return stay.host, stay.host_end(self._layout.block_nbytes)
 
     @property
-    def reused_nbytes(self) -> tuple[int, int]:
-        """Bytes of the disk in compressed blocks that stay, and those in the file."""
+    def reused(self) -> tuple[int, int]:
+        """Bytes of the disk in compressed blocks that stay, and bytes of the file."""
         packed = self._layout.stay.packed
-        return int(np.count_nonzero(packed)) * self._layout.block_nbytes, int(packed.sum())
+        return int((packed > 0).sum()) * self._layout.block_nbytes, int(packed.sum())
 
     @cached_property
     def moved_nbytes(self) -> int:

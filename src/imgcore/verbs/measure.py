@@ -35,12 +35,12 @@ class RewriteMeasurement(NamedTuple):
 
 
 class ReflinkMeasurement(NamedTuple):
-    """The result of `imgcore.measure_reflink`, in bytes of the disk.
+    """The result of `imgcore.measure_reflink`, in bytes.
 
     Attributes
     ----------
     reflinked : int
-        Data whose blocks the target would have in common with the source.
+        Data of the source's file that the target would have in common with it.
     copied : int
         Data that would be read and written.
     """
