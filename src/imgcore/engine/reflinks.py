@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class ReflinkCount(NamedTuple):
-    """What a conversion would reflink and copy, in bytes of the disk.
+    """What a conversion would reflink and copy, in bytes.
 
     Attributes
     ----------
