@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -16,12 +17,11 @@ from imgcore.limits import MAX_BATCH_ROWS, SECTOR_NBYTES
 from imgcore.rewriting.layout import Runs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from imgcore.disk.image import Image
     from imgcore.engine.extents import Extents, Placements
     from imgcore.engine.progress import Tally
-    from imgcore.engine.supply import Batch
     from imgcore.files.target_file import TargetFile
     from imgcore.rewriting.layout import Layout, Offsets
 
@@ -70,13 +70,16 @@ def move_blocks(
             threads=thread_count(None),
             variants=chosen_variants(None),
         )
+        given_nbytes = 0
         try:
             for batch in batches:
+                tick = partial(_count, tally, job, batch.start - given_nbytes)
+                given_nbytes += batch.end - batch.start
                 n_blocks = -(-(batch.end - batch.start) // size)
                 placements = np.zeros(n_blocks, PLACEMENT_DTYPE)
                 job.start(batch.start, batch.end, batch.rows, None, placements)
-                job.wait(lambda batch=batch: _count(tally, job, batch))  # type: ignore[misc]
-                _count(tally, job, batch)
+                job.wait(tick)
+                tick()
                 runs.append(_runs_of(placements, batch.start // size, size))
                 # A last block that the disk's end cuts takes a whole place, too.
                 end = int(runs[-1].host_end(size).max(initial=offset))
@@ -88,9 +91,11 @@ def move_blocks(
     return Runs.joined(runs), end
 
 
-def _count(tally: Tally, job: Job, batch: Batch) -> None:
-    _, data, _, read, written, *_ = job.progress()
-    tally.count(batch.start, data=data, read=read, written=written)
+def _count(tally: Tally, job: Job, skipped_nbytes: int) -> None:
+    """Report how far a job is; ``skipped_nbytes`` is the sum of the gaps before."""
+    done, _, _, read, written, *_ = job.progress()
+    position = skipped_nbytes + done
+    tally.count(position, data=position, read=read, written=written)
 
 
 def _runs_of(placements: Placements, first_block: int, block_nbytes: int) -> Runs:
@@ -107,12 +112,22 @@ def moved_extents(rows: Extents, layout: Layout, disk_end: int) -> Iterator[Exte
     """Yield gap-free extents of the disk in which only what moves is data."""
     start = layout.moved_first * layout.block_nbytes
     end = start + layout.moved_count * layout.block_nbytes
-    position = 0
+    return gap_free((_inside(piece, start, end) for piece in in_pieces(rows)), disk_end)
+
+
+def in_pieces(rows: Extents) -> Iterator[Extents]:
+    """Yield rows in pieces that a batch has the room for, with gaps filled."""
     for at in range(0, len(rows), MAX_BATCH_ROWS // 4):
-        parts = _inside(rows[at : at + MAX_BATCH_ROWS // 4], start, end)
-        if len(parts):
-            yield _filled(parts, position)
-            position = int(parts["guest_offset"][-1] + parts["length"][-1])
+        yield rows[at : at + MAX_BATCH_ROWS // 4]
+
+
+def gap_free(pieces: Iterable[Extents], disk_end: int) -> Iterator[Extents]:
+    """Yield ascending rows with HOLEs between them, up to the disk's end."""
+    position = 0
+    for rows in pieces:
+        if len(rows):
+            yield _filled(rows, position)
+            position = int(rows["guest_offset"][-1] + rows["length"][-1])
     if position < disk_end:
         yield _filled(np.zeros(0, dtype=EXTENT_DTYPE), position, disk_end)
 
