@@ -522,7 +522,8 @@ def test_info_loads_neither_numpy_nor_rich(tmp_path: Any) -> None:
     image.write_bytes(bytes(1024))
     code = (
         "import sys; from imgcore.cli.main import main; code = main(['info', sys.argv[1]]);"
-        "heavy = {'numpy', 'rich', 'zstandard', 'logging', 'dataclasses', 'imgcore._core'} & set(sys.modules);"
+        "heavy = {'numpy', 'rich', 'zstandard', 'logging', 'dataclasses', 'imgcore._core'};"
+        "heavy &= set(sys.modules);"
         "sys.exit(code or (f'loaded: {heavy}' if heavy else 0))"
     )
     done = subprocess.run(
