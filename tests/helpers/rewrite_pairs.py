@@ -244,6 +244,8 @@ PAIRS: Final = (
 # One for each way of placing blocks and of writing tables.
 USUAL: Final = (
     "raw-plain-to-fixed-vhd",
+    "raw-plain-to-flat-vmdk",
+    "fixed-imgcore-to-vmdk",
     "raw-plain-to-qcow2-64k",
     "raw-plain-to-vdi",
     "fixed-qemu-to-vhdx-1M",
@@ -251,13 +253,16 @@ USUAL: Final = (
     "qcow2-64k-aged-to-vmdk",
     "qcow2-1m-aged-to-vhdx-1M",
     "vmdk-aged-to-qcow2-64k",
+    "stream-qemu-to-qcow2-64k",
     "vhd-qemu-to-vmdk",
     "vhdx-aged-to-qcow2-64k",
     "vhdx-imgcore-to-vdi",
     "vdi-imgcore-to-vhdx-1M",
 )
 # What may move, where it is more than the front of a raw disk and the last block.
-MOVED_NBYTES: Final = dict.fromkeys(("vmdk-inflated", "qcow2-2M", "vhdx-32M"), DISK.virtual_size)
+MOVED_NBYTES: Final = dict.fromkeys(
+    ("vmdk-inflated", "qcow2-2M", "vhdx-32M"), ODD_DISK.virtual_size
+)
 
 
 # -- judges ----------------------------------------------------------------------------

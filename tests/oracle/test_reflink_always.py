@@ -195,6 +195,50 @@ def test_the_clone_is_no_larger_than_what_it_needs(here: Path) -> None:
     assert qemu.disk_nbytes(target) <= 33 * MIB
 
 
+def test_places_that_do_not_fit_stay_in_a_clone(here: Path) -> None:
+    """QEMU puts a bitmap of 512 bytes before each block of a VHD."""
+    raw, source, target = many_blocks(here), here / "theirs.vhd", here / "out.vmdk"
+    qemu.convert(raw, source, qemu.VHD_DYNAMIC)
+    result = convert_always(source, target, qemu.VMDK_SPARSE)
+    assert result.bytes_shared >= 32 * MIB
+    assert result.bytes_written <= MIB
+    qemu.assert_same(raw, target, source_format="raw", target_format="vmdk")
+    assert convert_always(source, here / "out.raw", qemu.RAW).bytes_shared <= 8 * MIB
+
+
+def stream_of(raw: Path) -> Path:
+    """Write a streamOptimized VMDK of text."""
+    raw.write_bytes(images.text(8 * MIB))
+    source = raw.with_name("stream.vmdk")
+    options = ["subformat=streamOptimized"]
+    imgcore.convert(raw, source, options=options, sync=False)
+    return source
+
+
+@pytest.mark.parametrize("trusts", [False, True])
+def test_compressed_blocks_stay_compressed(trusts: bool, here: Path) -> None:
+    raw = here / "disk.raw"
+    source, target = stream_of(raw), here / "out.qcow2"
+    result = imgcore.convert(source, target, reflink="always", trust_blocks=trusts)
+    assert 0 < result.bytes_shared < result.bytes_reused == 8 * MIB
+    assert result.bytes_trusted == (8 * MIB if trusts else 0)
+    assert (result.bytes_read == 0) is trusts
+    assert result.file_size < source.stat().st_size + 4 * MIB
+    qemu.assert_same(raw, target, source_format="raw", target_format="qcow2")
+    qemu.assert_check_clean(target)
+    assert imgcore.check(target).ok
+
+
+def test_damaged_compressed_blocks_are_not_taken_over(here: Path) -> None:
+    source, target = stream_of(here / "disk.raw"), here / "out.qcow2"
+    with open(source, "r+b") as file:
+        file.seek(source.stat().st_size // 2)
+        file.write(images.noise(64))
+    with pytest.raises(imgcore.CorruptImageError):
+        imgcore.convert(source, target, reflink="always")
+    assert sorted(os.listdir(here)) == ["disk.raw", source.name]
+
+
 def test_zeros_are_data(here: Path) -> None:
     """What the source has allocated is allocated in the target."""
     raw = here / "disk.raw"
@@ -339,6 +383,19 @@ def test_a_source_that_changes(pair: Pair, here: Path) -> None:
     with pytest.raises(imgcore.ImgcoreError, match="changed while it was read"):
         convert(source, target, pair.target, reflink="always", progress=change)
     assert sorted(os.listdir(here)) == ["disk.raw", source.name]
+
+
+@each_way
+def test_progress_only_grows(pair: Pair, here: Path) -> None:
+    raw = many_blocks(here)
+    source, target = image_of(raw, pair.source), here / f"out{pair.target.suffix}"
+    seen: list[imgcore.Progress] = []
+    result = convert(source, target, pair.target, reflink="always", progress=seen.append)
+    assert seen[-1].done == seen[-1].total == 128 * MIB
+    assert seen[-1].data == result.bytes_data
+    for name in ("done", "data", "zero", "written"):
+        values = [getattr(one, name) for one in seen]
+        assert values == sorted(values), name
 
 
 @each_way

@@ -435,3 +435,32 @@ def test_measure_of_a_rewrite(raw_images: RawImages, tmp_path: Path) -> None:
     stayed = {cost.block_size: cost.bytes_stayed for cost in found.costs}
     assert stayed.pop(BLOCK) == TEXT_NBYTES + NOISE_NBYTES
     assert set(stayed.values()) == {0}
+
+
+@each_trust
+@each_producer
+def test_grains_become_clusters_by_reflinks(
+    producer: str, trust: bool, raw_images: RawImages, here: Path
+) -> None:
+    raw = raw_images(DISK)
+    given, ours = make_source(raw, here, STREAM, producer), here / "ours.qcow2"
+    before = images.sha256(given)
+    measured = imgcore.measure_reflink(given, "qcow2")
+    result = convert(given, ours, qemu.QCOW2, reflink="always", trust_blocks=trust)
+    assert result.bytes_shared == measured.reflinked
+    assert given.stat().st_size * 4 // 5 < result.bytes_shared < given.stat().st_size
+    assert result.bytes_reused == TEXT_NBYTES + NOISE_NBYTES
+    assert result.bytes_trusted == (result.bytes_reused if trust else 0)
+    assert result.bytes_written < 1 * MIB
+    assert_good(raw, ours, ZLIB)
+    write_as_a_guest(raw, ours)
+    assert images.sha256(given) == before
+
+
+def test_a_damaged_grain_is_not_reflinked(raw_images: RawImages, here: Path) -> None:
+    given, ours = make_source(raw_images(DISK), here, STREAM), here / "ours.qcow2"
+    place, nbytes = grain(given, 2 * BLOCK)
+    flip_byte(given, place + nbytes - 1)
+    with pytest.raises(imgcore.CorruptImageError, match=f"{place - 12:x}"):
+        convert(given, ours, qemu.QCOW2, reflink="always")
+    assert not ours.exists()

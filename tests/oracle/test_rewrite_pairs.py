@@ -71,6 +71,8 @@ class Case:
             options=list(self.target.options),
             inflate=self.target.inflate,
             format="raw" if self.path.suffix == ".raw" else None,
+            # Descriptor and extent take two names of this suffix.
+            name="new.vmdk" if self.path.suffix == self.target.suffix else None,
             **more,
         )
         assert result.target_format == self.target.format

@@ -6,7 +6,9 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -187,6 +189,25 @@ def test_an_exception_restores_the_old_image(raw: Path) -> None:
 
     with pytest.raises(Stop):
         imgcore.rewrite(raw, "qcow2", progress=stop)
+    assert names(raw.parent) == {"disk.raw"}
+    assert raw.read_bytes() == old
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+def test_signals_restore_the_old_image(number: signal.Signals, raw: Path) -> None:
+    """The command stops itself at its first report, in the middle of the work."""
+    code = (
+        "import os, sys\n"
+        "from imgcore.engine import progress\n"
+        "number = int(sys.argv.pop(1))\n"
+        "progress.Tally.count = lambda *_, **__: os.kill(os.getpid(), number)\n"
+        "from imgcore.cli.main import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    old = raw.read_bytes()
+    words = [str(int(number)), "rewrite", "-O", "qcow2", str(raw)]
+    stopped = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert stopped.returncode == 128 + number, stopped.stderr
     assert names(raw.parent) == {"disk.raw"}
     assert raw.read_bytes() == old
 

@@ -16,11 +16,14 @@ from imgcore.disk.image_sink import ImageSink
 from imgcore.disk.image_source import ImageSource
 from imgcore.engine.reflinks import ReflinkCount
 from imgcore.errors import LimitExceededError, OptionError, UnsupportedFeatureError
+from imgcore.files.host_file import HostFile
 from imgcore.files.reflinks import reflink_whole
 from imgcore.files.staged_file import StagedFile
-from imgcore.formats.api import Described, RefusesRewriting
+from imgcore.formats.api import Described
 from imgcore.limits import KIB
-from imgcore.rewriting.director import Director
+from imgcore.rewriting.block_size import fitting_director
+from imgcore.rewriting.moving import Workers
+from imgcore.rewriting.refusals import refuse_layout
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,9 +33,9 @@ if TYPE_CHECKING:
     from imgcore.engine.bad_ranges import BadRange
     from imgcore.engine.progress import Tally
     from imgcore.engine.reflinks import ReflinkRule
-    from imgcore.files.host_file import HostFile
     from imgcore.files.target import Target
     from imgcore.formats.api import Driver, WriteRequest
+    from imgcore.rewriting.director import Director
 
 # A call of the system takes as long as copying so many bytes.
 _CALL_NBYTES: Final = 64 * KIB
@@ -48,39 +51,54 @@ class Clone:
     source : HostFile
         The image's only file with data.
     director : Director
+    trust_blocks : bool
+        Whether compressed blocks that stay were not decompressed.
     """
 
-    def __init__(self, source: HostFile, director: Director) -> None:
+    def __init__(self, source: HostFile, director: Director, *, trust_blocks: bool) -> None:
         self._source, self._director = source, director
+        self._trusts = trust_blocks
 
     @classmethod
-    def of(cls, source: Source, driver: Driver, request: WriteRequest[Any]) -> Clone | None:
-        """Return the conversion; None if the target can only be made range by range."""
-        from imgcore.files.host_file import HostFile
+    def of(
+        cls, source: Source, driver: Driver, request: WriteRequest[Any], *, trust_blocks: bool
+    ) -> Clone | None:
+        """Return the conversion; None if the target can only be made range by range.
 
+        Raises
+        ------
+        CorruptImageError
+            A compressed block, which the target would take over, is damaged.  With
+            ``trust_blocks`` they are not decompressed.
+        """
         image = source.image if isinstance(source, ImageSource) else None
         if image is None or len(image.chain) > 1 or image.virtual_size != request.virtual_size:
             return None
-        file = image.sources[0].file if image.sources else None
-        if driver.rewriting is None or not isinstance(file, HostFile):
-            return None
         try:
-            if isinstance(image.reader, RefusesRewriting):
-                image.reader.refuse_rewriting()
-            director = Director(image, driver, request)
+            refuse_layout(image, driver)
+            director = fitting_director(image, driver, request, trust_blocks=trust_blocks)
         except (UnsupportedFeatureError, OptionError, LimitExceededError):
             return None
+        file = image.sources[0].file
         if director.rewriter.rule is None or isinstance(director.rewriter, Described):
             return None
-        return cls(file, director)
+        if not isinstance(file, HostFile):
+            return None
+        return cls(file, director, trust_blocks=trust_blocks)
 
     def measure(self) -> ReflinkCount:
         """Return what is reflinked, and what moves and so is copied."""
         director = self._director
         n_calls = 1 + len(self._unused(np.zeros((0, 2), dtype=np.int64)))
-        return ReflinkCount(director.stayed_nbytes, director.moved_nbytes, 0, n_calls)
+        return ReflinkCount(self._reflinked_nbytes, director.moved_nbytes, 0, n_calls)
 
-    def write(self, target: Target, tally: Tally) -> None:
+    @property
+    def _reflinked_nbytes(self) -> int:
+        """Bytes of the file that both images have."""
+        reused_nbytes, packed_nbytes = self._director.reused
+        return self._director.stayed_nbytes - reused_nbytes + packed_nbytes
+
+    def write(self, target: Target, tally: Tally, workers: Workers) -> None:
         """Clone the file and rewrite the clone.
 
         What the new image does not use of the old file is freed, so that the target
@@ -89,18 +107,21 @@ class Clone:
         director, file = self._director, target.main
         reflink_whole(self._source, file)
         with closing(StagedFile(file, director.append_offset, director.overwrites)) as staged:
-            director.write(staged, tally)
+            director.write(staged, tally, workers)
             staged.apply()
             written = [(offset, len(data)) for offset, data in staged.change.pieces]
         for start, end in self._unused(np.array(written, dtype=np.int64).reshape(-1, 2)).tolist():
             if start < file.nbytes:
                 file.zero(start, min(end, file.nbytes) - start)
+        reused_nbytes, packed_nbytes = director.reused
         tally.count(
             tally.total_nbytes,
             data=director.stayed_nbytes + director.moved_nbytes,
-            read=tally.read_nbytes,
+            read=tally.read_nbytes + (0 if self._trusts else packed_nbytes),
             written=tally.written_nbytes,
-            reflinked=director.stayed_nbytes,
+            reflinked=self._reflinked_nbytes,
+            reused=reused_nbytes,
+            trusted=reused_nbytes if self._trusts else 0,
         )
 
     def _unused(self, written: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -120,9 +141,16 @@ class Clone:
 
 
 def cheapest_way(
-    source: Source, driver: Driver, request: WriteRequest[Any], rule: ReflinkRule
+    source: Source,
+    driver: Driver,
+    request: WriteRequest[Any],
+    rule: ReflinkRule,
+    *,
+    trust_blocks: bool,
 ) -> tuple[Clone | None, ReflinkCount]:
     """Return how to convert by reflinks, and what that reflinks and copies.
+
+    ``trust_blocks`` is as for `Clone.of`.
 
     Returns
     -------
@@ -131,7 +159,9 @@ def cheapest_way(
     ReflinkCount
     """
     by_ranges = rule.measure(source.data_extents(rule))
-    clone = Clone.of(source, driver, request) if rule.units[:1].any() else None
+    clone = None
+    if rule.has_reflinks:
+        clone = Clone.of(source, driver, request, trust_blocks=trust_blocks)
     if clone is not None:
         at_once = clone.measure()
         if _cost(at_once) < _cost(by_ranges):
@@ -171,9 +201,17 @@ class ReflinkSink:
     def write(self, tally: Tally) -> tuple[BadRange, ...]:
         """Write the image, or raise before that if too much would be copied."""
         sink = self._sink
-        clone, count = cheapest_way(sink.source, sink.driver, sink.request, sink.reflink_rule)
+        clone, count = cheapest_way(
+            sink.source,
+            sink.driver,
+            sink.request,
+            sink.reflink_rule,
+            trust_blocks=sink.options.trust_blocks,
+        )
         sink.options.reflink.refuse_copies(count, sink.source.path)
         if clone is None:
             return sink.write(tally)
-        clone.write(sink.target, tally)
+        options = sink.options
+        workers = Workers(options.threads, options.variants, options.limit)
+        clone.write(sink.target, tally, workers)
         return ()

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from imgcore.files.staged_file import StagedFile
     from imgcore.formats.api import BlockRule, Driver, Rewriter, Survey, WriteRequest
     from imgcore.rewriting.layout import Offsets
+    from imgcore.rewriting.moving import Workers
 
 # So much may move, even if it is most of the data.
 _MAX_SMALL_MOVE_NBYTES: Final = 64 * MIB
@@ -161,6 +162,12 @@ class Director:
         stay = self._layout.stay
         return stay.host, stay.host_end(self._layout.block_nbytes)
 
+    @property
+    def reused(self) -> tuple[int, int]:
+        """Bytes of the disk in compressed blocks that stay, and bytes of the file."""
+        packed = self._layout.stay.packed
+        return int((packed > 0).sum()) * self._layout.block_nbytes, int(packed.sum())
+
     @cached_property
     def moved_nbytes(self) -> int:
         """Bytes of the disk in blocks that move."""
@@ -214,19 +221,20 @@ class Director:
                 path=self._image.path,
             )
 
-    def write(self, file: StagedFile, tally: Tally) -> RewriteCost:
+    def write(self, file: StagedFile, tally: Tally, workers: Workers | None = None) -> RewriteCost:
         """Write the new image around the blocks that stay; the rewriter is used up.
 
         What changes the old image is kept back by ``file``, whose old content is that
-        of the image's file.
+        of the image's file.  ``workers`` copy the blocks that move.
         """
-        from imgcore.rewriting.moving import move_blocks
+        from imgcore.rewriting.moving import Workers, move_blocks
 
+        workers = workers or Workers.default()
         layout, offset = self._layout, self.rewriter.begin(file, self.append_offset)
         moved = Runs.none()
         if len(layout.moved_first):
             image, rows = self._image, self.survey.rows
-            moved, offset = move_blocks(image, rows, layout, file, offset, tally)
+            moved, offset = move_blocks(image, rows, layout, file, offset, tally, workers)
         self._place(self.rewriter, moved, offset, tally)
         file.clear_rest(self.front_nbytes)
         return self._cost(file, tally.written_nbytes)
@@ -261,7 +269,12 @@ class Director:
                 # Blocks that moved, which take longer, were counted before.
                 end = min((first_block + len(batch)) * size, tally.total_nbytes)
                 done = max(end, tally.done_nbytes)
-                tally.count(done, data=done, read=tally.read_nbytes, written=tally.written_nbytes)
+                tally.count(
+                    done,
+                    data=min(done, self._layout.data_nbytes(self._image.virtual_size)),
+                    read=tally.read_nbytes,
+                    written=tally.written_nbytes,
+                )
         rewriter.finish(offset)
 
     def _cost(self, file: StagedFile | CountingStagedFile, moved_nbytes: int) -> RewriteCost:

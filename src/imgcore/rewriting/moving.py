@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
@@ -17,8 +17,9 @@ from imgcore.limits import MAX_BATCH_ROWS, SECTOR_NBYTES
 from imgcore.rewriting.layout import Runs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
+    from imgcore._core import RateLimit
     from imgcore.disk.image import Image
     from imgcore.engine.extents import Extents, Placements
     from imgcore.engine.progress import Tally
@@ -28,8 +29,27 @@ if TYPE_CHECKING:
 _BATCH_BLOCKS: Final = 1 << 16
 
 
+class Workers(NamedTuple):
+    """How the engine copies blocks: threads, variants of operations, and rate."""
+
+    threads: int
+    variants: Mapping[str, str]
+    limit: RateLimit | None = None
+
+    @classmethod
+    def default(cls) -> Workers:
+        """Return as many threads as are available, without a limit."""
+        return cls(thread_count(None), chosen_variants(None))
+
+
 def move_blocks(
-    image: Image, rows: Extents, layout: Layout, file: TargetFile, offset: int, tally: Tally
+    image: Image,
+    rows: Extents,
+    layout: Layout,
+    file: TargetFile,
+    offset: int,
+    tally: Tally,
+    workers: Workers,
 ) -> tuple[Runs, int]:
     """Copy the blocks that move, decompressed, to a file from ``offset`` on.
 
@@ -45,6 +65,7 @@ def move_blocks(
         The first host offset at which a block may be.
     tally : Tally
         Counts what is read and written.
+    workers : Workers
 
     Returns
     -------
@@ -67,13 +88,14 @@ def move_blocks(
             geometry=geometry,
             target=file.core,
             next_offset=offset,
-            threads=thread_count(None),
-            variants=chosen_variants(None),
+            threads=workers.threads,
+            variants=dict(workers.variants),
+            rate_limit=workers.limit,
         )
-        given_nbytes = 0
+        given_nbytes, most_nbytes = 0, layout.data_nbytes(disk_end)
         try:
             for batch in batches:
-                tick = partial(_count, tally, job, batch.start - given_nbytes)
+                tick = partial(_count, tally, job, batch.start - given_nbytes, most_nbytes)
                 given_nbytes += batch.end - batch.start
                 n_blocks = -(-(batch.end - batch.start) // size)
                 placements = np.zeros(n_blocks, PLACEMENT_DTYPE)
@@ -91,11 +113,15 @@ def move_blocks(
     return Runs.joined(runs), end
 
 
-def _count(tally: Tally, job: Job, skipped_nbytes: int) -> None:
-    """Report how far a job is; ``skipped_nbytes`` is the sum of the gaps before."""
+def _count(tally: Tally, job: Job, skipped_nbytes: int, most_nbytes: int) -> None:
+    """Report how far a job is.
+
+    ``skipped_nbytes`` is the sum of the gaps before, ``most_nbytes`` the disk's data:
+    what is done counts as data up to that.
+    """
     done, _, _, read, written, *_ = job.progress()
     position = skipped_nbytes + done
-    tally.count(position, data=position, read=read, written=written)
+    tally.count(position, data=min(position, most_nbytes), read=read, written=written)
 
 
 def _runs_of(placements: Placements, first_block: int, block_nbytes: int) -> Runs:
