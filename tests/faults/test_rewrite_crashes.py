@@ -12,6 +12,7 @@ import random
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ from tests.helpers.tiny import OLD, SIZE, new_content, rewrite
 
 N_CUTS = 400
 N_FEW_CUTS = 60
+N_MOMENTS = 30
 
 # Closing tells nothing that the sync before has not told.
 FAILING = CHANGES & ~Calls.CLOSE
@@ -88,6 +90,15 @@ class Pair(NamedTuple):
         words = (self.source, *self.source_options, "to", self.target, *self.options)
         return "-".join(word.partition("=")[2] or word for word in words)
 
+    def arguments(self, source: Path) -> dict[str, Any]:
+        """Return the arguments of `imgcore.rewrite`."""
+        return {
+            "image": source,
+            "target_format": self.target,
+            "options": list(self.options),
+            "format": self.source,
+        }
+
     def write(self, folder: Path) -> Path:
         """Write the source image, and return its path."""
         raw, path = folder / "source.raw", folder / f"disk.{self.suffix or self.source}"
@@ -111,9 +122,8 @@ PAIRS = [
     Pair("vhd", "raw", ("subformat=fixed",)),
     Pair("vmdk", "qcow2", ("subformat=monolithicFlat",), data="disk-flat.vmdk"),
     Pair("vmdk", "qcow2"),
-    Pair("vmdk", "qcow2", ("subformat=streamOptimized",)),
     Pair("qcow2", "vmdk"),
-    Pair("vhdx", "qcow2"),
+    Pair("vhdx", "qcow2", ("block_size=1M",)),
     Pair("vhdx", "vdi", ("block_size=1M",)),
     Pair("vdi", "vhdx"),
     Pair("vhd", "vmdk"),
@@ -140,12 +150,7 @@ def test_power_cuts_of_a_pair(pair: Pair, n_cuts: int, agent: Agent, tmp_path: P
     shutil.copy(source, tmp_path)
     if pair.data:
         shutil.copy(agent.folder / pair.data, tmp_path)
-    arguments = {
-        "image": source,
-        "target_format": pair.target,
-        "options": list(pair.options),
-        "format": pair.source,
-    }
+    arguments = pair.arguments(source)
     rewritten: dict[str, Any] = {}
 
     def convert(**job: Any) -> dict[str, Any]:
@@ -164,7 +169,8 @@ def test_power_cuts_of_a_pair(pair: Pair, n_cuts: int, agent: Agent, tmp_path: P
         target_format=pair.target,
     )
     if pair.target != "raw":
-        assert imgcore_command("check", with_undo).returncode == 0
+        # What moved away from the front is unused, until the journal is removed.
+        assert imgcore_command("check", with_undo).returncode in (0, 3)
     rng = random.Random(images.SEED)
     for _ in range(n_cuts):
         cuts.run(rng)
@@ -279,6 +285,40 @@ def test_an_undo_is_killed_at_every_change(mode: Mode, agent: Agent) -> None:
         seen.append(image.state())
     assert seen == sorted(seen)
     assert {*seen} == {"old", "new"}
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [pytest.param(p, id=p.name, marks=() if p in PAIRS[:2] else pytest.mark.slow) for p in PAIRS],
+)
+def test_killed_at_random_moments(pair: Pair, agent: Agent, tmp_path: Path) -> None:
+    """The same command again, by the old name, ends with the new image."""
+    source = pair.write(agent.folder)
+    saved = {entry.name: entry.read_bytes() for entry in agent.folder.iterdir()}
+    for name, content in saved.items():
+        (tmp_path / name).write_bytes(content)
+    arguments = pair.arguments(source)
+    rng = random.Random(images.SEED)
+    started = time.monotonic()
+    agent.do("rewrite", arguments, fork=True)
+    seconds = time.monotonic() - started
+    n_killed = 0
+    for _ in range(N_MOMENTS):
+        for entry in agent.folder.iterdir():
+            entry.unlink()
+        for name, content in saved.items():
+            (agent.folder / name).write_bytes(content)
+        job = {"fork": True, "kill_after": rng.uniform(0, seconds)}
+        n_killed += agent.do("rewrite", arguments, **job)["outcome"] == "killed"
+        answer = agent.do("rewrite", arguments)
+        assert answer["outcome"] == "ok", answer
+        qemu.assert_same(
+            tmp_path / source.name,
+            Path(answer["result"]["path"]),
+            source_format=pair.source,
+            target_format=pair.target,
+        )
+    assert n_killed
 
 
 # -- real file systems -----------------------------------------------------------------

@@ -234,7 +234,7 @@ def finish_rewrite(image: FilePath) -> str:
 
 def _beside(path: str, name: str) -> str:
     """Return the path of an image whose disk is in a file beside it, or in itself."""
-    return os.path.join(os.path.dirname(path), name)
+    return os.path.join(os.path.dirname(path), os.path.basename(name))
 
 
 def _used_ranges(found: in_place.Recovered) -> list[tuple[int, int]] | None:
