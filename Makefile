@@ -10,6 +10,7 @@
 #   make test-arm64    native and Python tests for arm64, under emulation
 #   make wheel         a wheel for this machine, checked, run in an empty environment
 #   make peers-test    the slow tests, with the programs of $IMGCORE_PEERS, if set
+#   make rewrite-test  every pair of formats without copying, in place and by reflink
 #   make crosscheck    random images against other programs, $CROSSCHECK_SECONDS (120)
 #   make faults        full disks, read errors, kills, power cuts in every format; some
 #                      need root
@@ -35,7 +36,7 @@ FUZZ_FLAGS = -max_total_time=$(FUZZ_SECONDS) -timeout=30 -rss_limit_mb=2048 -max
 
 .NOTPARALLEL:
 .PHONY: all setup build demo quick test lint types native-test native-sanitize sanitize python-test \
-	coverage valgrind test-arm64 wheel peers-test crosscheck faults bench docs fuzz \
+	coverage valgrind test-arm64 wheel peers-test rewrite-test crosscheck faults bench docs fuzz \
 	fuzz-merge clean
 
 all: build
@@ -118,7 +119,10 @@ wheel: $(STAMP)
 	@PYTHON="$(PY)" tools/make_wheel.sh
 
 peers-test: build
-	@$(PY) -m pytest -m "(slow or peers) and not crosscheck" $(PYTEST_ARGS)
+	@$(PY) -m pytest -m "(slow or peers) and not crosscheck and not rewriting" $(PYTEST_ARGS)
+
+rewrite-test: build
+	@$(PY) -m pytest $(PARALLEL) -m rewriting tests/oracle $(PYTEST_ARGS)
 
 crosscheck: build
 	@$(PY) -m pytest -s -m crosscheck tests/crosscheck $(PYTEST_ARGS)

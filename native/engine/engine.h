@@ -55,6 +55,7 @@ struct piece {
 struct slot {
 	enum slot_state state;
 	uint64_t start, end; /* guest range */
+	bool is_span;	     /* unread rows only, maybe longer than a window; no pieces */
 	int status;	     /* of filling it; `error` says more */
 	struct imgc_error error;
 	struct view view;
@@ -110,6 +111,7 @@ struct imgc_job {
 	bool locks_exist;
 	struct imgc_batch batch;
 	struct rows rows, base;
+	bool leaves_unread; /* some of the rows are stored without being read */
 	size_t claim_row, claim_base;
 	uint64_t cursor;
 	uint64_t claimed, placed, written; /* windows so far; slot = number % n_slots */
@@ -133,6 +135,9 @@ void *imgc_worker_main(void *argument);
 
 /* The calling thread must come back to the window: the rate does not allow it yet. */
 #define IMGC_WINDOW_WAITS 1
+
+/* window.c: waits until the job's rate allows so many bytes, or is IMGC_WINDOW_WAITS. */
+int imgc_window_await_rate(const struct imgc_job *job, uint64_t nbytes, struct imgc_error *err);
 
 /* window.c: the most bytes of a compressed block, without its prefix. */
 uint64_t imgc_packed_room(const struct worker *worker);

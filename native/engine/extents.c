@@ -3,8 +3,6 @@
  */
 #include "engine/extents.h"
 
-#include <stdbool.h>
-
 #include "common/checked.h"
 #include "common/error.h"
 
@@ -63,6 +61,14 @@ int imgc_extents_check(const struct imgc_extent *extents, size_t n,
 	if (expected != guest_end)
 		return imgc_fail_at(err, IMGC_OUT_OF_RANGE, n, "extent_check");
 	return IMGC_OK;
+}
+
+bool imgc_rows_have_unread(struct rows rows)
+{
+	for (size_t i = 0; i < rows.n; i++)
+		if (imgc_row_is_unread(&rows.rows[i]))
+			return true;
+	return false;
 }
 
 size_t imgc_rows_find(struct rows rows, uint64_t guest_offset)

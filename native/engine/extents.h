@@ -4,6 +4,8 @@
 #ifndef IMGC_ENGINE_EXTENTS_H
 #define IMGC_ENGINE_EXTENTS_H
 
+#include <stdbool.h>
+
 #include "imgc.h"
 
 #define SECTOR_NBYTES 512u
@@ -23,6 +25,13 @@ struct rows {
 	const struct imgc_extent *rows;
 	size_t n;
 };
+
+static inline bool imgc_row_is_unread(const struct imgc_extent *row)
+{
+	return row->kind == IMGC_DATA && row->flags & IMGC_EXTENT_UNREAD;
+}
+
+bool imgc_rows_have_unread(struct rows rows);
 
 /* Index of the row that holds guest_offset; rows.n if there is none. */
 size_t imgc_rows_find(struct rows rows, uint64_t guest_offset);

@@ -43,7 +43,7 @@ static bool geometry_is_valid(const struct imgc_geometry *g)
 	       g->group_nblocks <= INT64_MAX / g->block_nbytes &&
 	       g->stored_prefix_nbytes <= IMGC_MAX_STORED_PREFIX_NBYTES &&
 	       g->stored_prefix_byte <= UINT8_MAX && (!g->clears_blocks || g->sparse_nbytes == 0) &&
-	       (!g->reuse_blocks || compresses) &&
+	       g->reuse <= IMGC_REUSE_ONLY && (!g->reuse || compresses) &&
 	       (g->stored_prefix_nbytes == 0 || (g->placing == IMGC_PLACE_APPEND && !compresses));
 }
 
@@ -180,7 +180,7 @@ static int worker_create(struct imgc_job *job, struct worker *worker, struct cou
 		status = imgc_compressor_create(&job->geometry.codec, &worker->compressor);
 	if (status || block == 0)
 		return status;
-	if (o->kind == IMGC_JOB_CONVERT && job->geometry.reuse_blocks &&
+	if (o->kind == IMGC_JOB_CONVERT && job->geometry.reuse &&
 	    imgc_reuse_create(&worker->reuse, o, job->window_nbytes, imgc_packed_room(worker)))
 		return IMGC_NO_MEMORY;
 	status = imgc_decompressor_create(o->inflate_variant, &reader->decompressor);
@@ -420,6 +420,15 @@ static void start_threads(struct imgc_job *job)
 	pthread_mutex_unlock(&job->lock);
 }
 
+/* Whether data can be stored that was not read; see IMGC_EXTENT_UNREAD. */
+static bool may_leave_unread(const struct imgc_job *job)
+{
+	const struct imgc_job_options *o = &job->options;
+
+	return o->reflink && !o->has_base && job->geometry.codec.codec == IMGC_CODEC_NONE &&
+	       !job->geometry.clears_blocks;
+}
+
 int imgc_job_start(struct imgc_job *job, const struct imgc_batch *batch, struct imgc_error *err)
 {
 	if (job->in_batch)
@@ -435,6 +444,9 @@ int imgc_job_start(struct imgc_job *job, const struct imgc_batch *batch, struct 
 	job->batch = *batch;
 	job->rows = (struct rows){batch->extents, batch->n_extents};
 	job->base = (struct rows){batch->base_extents, batch->n_base_extents};
+	job->leaves_unread = may_leave_unread(job) && imgc_rows_have_unread(job->rows);
+	for (size_t i = 0; i < job->options.n_threads; i++)
+		job->workers[i].reader.leaves_unread = job->leaves_unread;
 	job->claim_row = job->claim_base = 0;
 	job->cursor = batch->guest_start;
 	start_threads(job);

@@ -381,19 +381,44 @@ static int fill_compressed(struct fill *fill, const struct imgc_extent *rows, si
 
 /* -------------------------------------------------------------------- fill */
 
+/* Field by field: the requests need no zeros. */
+static void fill_init(struct fill *fill, struct reader *reader, uint64_t start, uint64_t end,
+		      struct view *view, struct reuse *reuse)
+{
+	fill->reader = reader;
+	fill->start = start;
+	fill->end = end;
+	fill->view = view;
+	fill->reuse = reuse;
+	fill->n_requests = 0;
+}
+
+int imgc_reader_fetch(struct reader *reader, struct rows rows, uint64_t start, uint64_t end,
+		      uint8_t *data, struct imgc_error *err)
+{
+	struct view view = {.data = data};
+	struct fill fill;
+
+	fill_init(&fill, reader, start, end, &view, NULL);
+	for (size_t i = imgc_rows_find(rows, start); i < rows.n && rows.rows[i].guest_offset < end;
+	     i++) {
+		if (!imgc_row_is_unread(&rows.rows[i]))
+			continue;
+		int status = add_request(&fill, &rows.rows[i], err);
+
+		if (status)
+			return status;
+	}
+	return flush_requests(&fill, err);
+}
+
 int imgc_reader_fill(struct reader *reader, struct rows rows, uint64_t start, uint64_t end,
 		     struct view *view, struct reuse *reuse, struct imgc_error *err)
 {
 	struct fill fill;
 	size_t first = imgc_rows_find(rows, start), compressed_until = first;
 
-	/* Field by field: the requests need no zeros. */
-	fill.reader = reader;
-	fill.start = start;
-	fill.end = end;
-	fill.view = view;
-	fill.reuse = reuse;
-	fill.n_requests = 0;
+	fill_init(&fill, reader, start, end, view, reuse);
 	view->n_ranges = 0;
 	if (reuse)
 		imgc_reuse_reset(reuse);
@@ -401,7 +426,8 @@ int imgc_reader_fill(struct reader *reader, struct rows rows, uint64_t start, ui
 		const struct imgc_extent *row = &rows.rows[i];
 		int status = IMGC_OK;
 
-		if (row->kind == IMGC_HOLE || row->kind == IMGC_ZERO)
+		if (row->kind == IMGC_HOLE || row->kind == IMGC_ZERO ||
+		    (reader->leaves_unread && imgc_row_is_unread(row)))
 			continue;
 		view_add(view, wanted_start(&fill, row) - start, wanted_end(&fill, row) - start);
 		if (row->kind == IMGC_DATA) {

@@ -34,6 +34,7 @@ struct reader {
 	uint64_t compressed_capacity;
 	uint8_t *block; /* one decompressed block of which a part is wanted */
 	uint64_t bytes_read;
+	bool leaves_unread; /* imgc_reader_fill() leaves out unread rows */
 };
 
 /*
@@ -44,6 +45,10 @@ struct reader {
  */
 int imgc_reader_fill(struct reader *reader, struct rows rows, uint64_t start, uint64_t end,
 		     struct view *view, struct reuse *reuse, struct imgc_error *err);
+
+/* Reads the unread rows of guest range [start, end) to `data`, and nothing else of it. */
+int imgc_reader_fetch(struct reader *reader, struct rows rows, uint64_t start, uint64_t end,
+		      uint8_t *data, struct imgc_error *err);
 
 /* Writes zeros into [start, end) of the view wherever it holds no data. */
 void imgc_view_materialise(const struct view *view, uint64_t start, uint64_t end);

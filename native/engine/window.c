@@ -28,21 +28,35 @@ static void add_run(struct slot *slot, size_t first_run, uint64_t start, uint64_
 		slot->runs[slot->n_runs++] = (struct range){start, end};
 }
 
-/*
- * Adds the runs of [start, end) that must be written: all of it, or all but runs of
- * zeros.  Returns whether there are any.
- */
-static bool find_runs(const struct imgc_job *job, struct slot *slot, uint64_t start, uint64_t end)
+/* The first part of [start, end) that was not read; at `end` if all of it was. */
+static struct range find_unread(const struct imgc_job *job, const struct slot *slot, uint64_t start,
+				uint64_t end)
 {
-	bool store_zeros = job->geometry.zero_policy == IMGC_ZERO_STORE;
-	uint64_t step = job->geometry.sparse_nbytes ? job->geometry.sparse_nbytes : end - start;
-	size_t first_run = slot->n_runs;
+	uint64_t guest_start = slot->start + start, guest_end = slot->start + end;
 
-	if (store_zeros) {
-		imgc_view_materialise(&slot->view, start, end);
-		add_run(slot, first_run, start, end);
-		return true;
+	if (!job->leaves_unread)
+		return (struct range){end, end};
+	for (size_t i = imgc_rows_find(job->rows, guest_start); i < job->rows.n; i++) {
+		const struct imgc_extent *row = &job->rows.rows[i];
+
+		if (row->guest_offset >= guest_end)
+			break;
+		if (imgc_row_is_unread(row))
+			return (struct range){
+				imgc_max_u64(row->guest_offset, guest_start) - slot->start,
+				imgc_min_u64(row->guest_offset + row->length, guest_end) -
+					slot->start,
+			};
 	}
+	return (struct range){end, end};
+}
+
+/* Adds the runs of [start, end), which was read, that are not zeros. */
+static void test_runs(const struct imgc_job *job, struct slot *slot, size_t first_run,
+		      uint64_t start, uint64_t end)
+{
+	uint64_t step = job->geometry.sparse_nbytes ? job->geometry.sparse_nbytes : end - start;
+
 	for (uint64_t at = start; at < end; at += step) {
 		uint64_t stop = at + imgc_min_u64(step, end - at);
 
@@ -51,6 +65,30 @@ static bool find_runs(const struct imgc_job *job, struct slot *slot, uint64_t st
 		imgc_view_materialise(&slot->view, at, stop);
 		if (!is_zero(job, &slot->view, at, stop))
 			add_run(slot, first_run, at, stop);
+	}
+}
+
+/*
+ * Adds the runs of [start, end) that must be written: all of it, or all but runs of
+ * zeros.  Returns whether there are any.
+ */
+static bool find_runs(const struct imgc_job *job, struct slot *slot, uint64_t start, uint64_t end)
+{
+	bool store_zeros = job->geometry.zero_policy == IMGC_ZERO_STORE;
+	size_t first_run = slot->n_runs;
+
+	if (store_zeros) {
+		imgc_view_materialise(&slot->view, start, end);
+		add_run(slot, first_run, start, end);
+		return true;
+	}
+	while (start < end) {
+		struct range unread = find_unread(job, slot, start, end);
+
+		test_runs(job, slot, first_run, start, unread.start);
+		if (unread.start < unread.end)
+			add_run(slot, first_run, unread.start, unread.end);
+		start = unread.end;
 	}
 	return slot->n_runs > first_run;
 }
@@ -201,7 +239,7 @@ static int process_piece(struct worker *worker, struct slot *slot, struct piece 
 		slot->data_nbytes += zero ? 0 : piece->nbytes;
 		if (reused)
 			pack_reused(worker, slot, piece, reused, bytes);
-		else
+		else if (g->reuse != IMGC_REUSE_ONLY)
 			status = pack(worker, slot, piece, &fits, err);
 		if (status || fits)
 			return status;
@@ -273,7 +311,7 @@ static void compare_window(struct worker *worker, struct slot *slot)
 
 /* --------------------------------------------------------------- rate limit */
 
-static uint64_t data_nbytes(struct rows rows, uint64_t start, uint64_t end)
+static uint64_t data_nbytes(struct rows rows, uint64_t start, uint64_t end, bool leaves_unread)
 {
 	uint64_t nbytes = 0;
 
@@ -282,7 +320,7 @@ static uint64_t data_nbytes(struct rows rows, uint64_t start, uint64_t end)
 
 		if (row->guest_offset >= end)
 			break;
-		if (row->kind >= IMGC_DATA)
+		if (row->kind >= IMGC_DATA && !(leaves_unread && imgc_row_is_unread(row)))
 			nbytes += imgc_min_u64(row->guest_offset + row->length, end) -
 				  imgc_max_u64(row->guest_offset, start);
 	}
@@ -290,19 +328,13 @@ static uint64_t data_nbytes(struct rows rows, uint64_t start, uint64_t end)
 }
 
 /*
- * Waits until the job's rate allows the window.  The calling thread waits only for a
- * moment, and comes back to it: it also looks for signals.
+ * The calling thread waits only for a moment, and comes back to the window: it also looks
+ * for signals.
  */
-static int await_rate(const struct imgc_job *job, const struct slot *slot, struct imgc_error *err)
+int imgc_window_await_rate(const struct imgc_job *job, uint64_t nbytes, struct imgc_error *err)
 {
-	uint64_t nbytes = slot->end - slot->start;
-
 	if (!job->options.rate_limit)
 		return IMGC_OK;
-	if (job->geometry.zero_policy != IMGC_ZERO_STORE)
-		nbytes = imgc_min_u64(nbytes,
-				      data_nbytes(job->rows, slot->start, slot->end) +
-					      data_nbytes(job->base, slot->start, slot->end));
 	while (!imgc_rate_limit_take(job->options.rate_limit, nbytes, RATE_POLL_MS)) {
 		int status = imgc_check_stopped(&job->stop, err);
 
@@ -314,6 +346,17 @@ static int await_rate(const struct imgc_job *job, const struct slot *slot, struc
 	return IMGC_OK;
 }
 
+static uint64_t limited_nbytes(const struct imgc_job *job, const struct slot *slot)
+{
+	uint64_t nbytes = slot->end - slot->start;
+
+	if (job->geometry.zero_policy == IMGC_ZERO_STORE)
+		return nbytes;
+	return imgc_min_u64(nbytes,
+			    data_nbytes(job->rows, slot->start, slot->end, job->leaves_unread) +
+				    data_nbytes(job->base, slot->start, slot->end, false));
+}
+
 /* ------------------------------------------------------------------ process */
 
 int imgc_window_process(struct worker *worker, struct slot *slot, struct imgc_error *err)
@@ -323,7 +366,11 @@ int imgc_window_process(struct worker *worker, struct slot *slot, struct imgc_er
 
 	slot->n_pieces = slot->n_runs = 0;
 	slot->packed_nbytes = slot->data_nbytes = 0;
-	int status = await_rate(job, slot, err);
+	if (slot->is_span) {
+		slot->data_nbytes = slot->end - slot->start;
+		return IMGC_OK;
+	}
+	int status = imgc_window_await_rate(job, limited_nbytes(job, slot), err);
 
 	if (status == IMGC_OK)
 		status = imgc_reader_fill(&worker->reader, job->rows, slot->start, slot->end,
@@ -357,45 +404,71 @@ static int fail_to_place(const struct imgc_job *job, int status, struct imgc_err
  * Zeros what `piece`, the first one of its block, leaves of the block: all of it if the
  * block has more pieces, since those that are zeros are not written.
  */
-static int clear_block(struct imgc_job *job, const struct piece *piece, uint64_t length,
-		       struct imgc_error *err)
+static int clear_block(struct imgc_job *job, const struct piece *piece, struct imgc_error *err)
 {
+	uint64_t block_nbytes = job->geometry.block_nbytes;
+	uint64_t length = imgc_min_u64(block_nbytes,
+				       job->geometry.guest_nbytes - piece->block * block_nbytes);
 	uint64_t done = piece->nbytes == length ? length : 0;
 	int status = IMGC_OK;
 
 	if (job->geometry.clears_blocks)
 		status = imgc_file_zero(job->options.target, job->placer.open_offset + done,
-					job->geometry.block_nbytes - done, err);
+					block_nbytes - done, err);
 	return imgc_fail_in(err, status, IMGC_TARGET);
+}
+
+/* Gives a block its place, unless a window before this one has; *opened says which. */
+static int open_block(struct imgc_job *job, uint64_t block, bool *opened, struct imgc_error *err)
+{
+	uint64_t block_nbytes = job->geometry.block_nbytes;
+	uint64_t length =
+		imgc_min_u64(block_nbytes, job->geometry.guest_nbytes - block * block_nbytes);
+	struct placer *placer = &job->placer;
+
+	*opened = !placer->block_is_open || placer->open_block != block;
+	if (!*opened)
+		return IMGC_OK;
+	int status = imgc_placer_stored(placer, block, length, &placer->open_offset);
+
+	if (status)
+		return fail_to_place(job, status, err);
+	placer->open_block = block;
+	placer->block_is_open = true;
+	job->batch.placements[block - job->batch.guest_start / block_nbytes] =
+		(struct imgc_placement){placer->open_offset, (uint32_t)length, IMGC_BLOCK_STORED};
+	return IMGC_OK;
 }
 
 static int place_stored(struct imgc_job *job, const struct slot *slot, struct piece *piece,
 			struct imgc_error *err)
 {
-	uint64_t block_nbytes = job->geometry.block_nbytes;
-	uint64_t block_start = piece->block * block_nbytes;
-	uint64_t length = imgc_min_u64(block_nbytes, job->geometry.guest_nbytes - block_start);
-	struct placer *placer = &job->placer;
+	uint64_t block_start = piece->block * job->geometry.block_nbytes;
+	int status = open_block(job, piece->block, &piece->opens_block, err);
 
-	if (!placer->block_is_open || placer->open_block != piece->block) {
-		int status = imgc_placer_stored(placer, piece->block, length, &placer->open_offset);
+	if (status == IMGC_OK && piece->opens_block)
+		status = clear_block(job, piece, err);
+	piece->host_offset = job->placer.open_offset + (slot->start + piece->start - block_start);
+	return status;
+}
 
-		if (status)
-			return fail_to_place(job, status, err);
-		placer->open_block = piece->block;
-		placer->block_is_open = piece->opens_block = true;
-		status = clear_block(job, piece, length, err);
-		if (status)
-			return status;
+static int place_span(struct imgc_job *job, const struct slot *slot, struct imgc_error *err)
+{
+	uint64_t block = slot->start / job->geometry.block_nbytes;
+	int status = IMGC_OK;
+
+	for (; block * job->geometry.block_nbytes < slot->end && status == IMGC_OK; block++) {
+		bool opened;
+
+		status = open_block(job, block, &opened, err);
 	}
-	piece->host_offset = placer->open_offset + (slot->start + piece->start - block_start);
-	job->batch.placements[piece->block - job->batch.guest_start / block_nbytes] =
-		(struct imgc_placement){placer->open_offset, (uint32_t)length, IMGC_BLOCK_STORED};
-	return IMGC_OK;
+	return status;
 }
 
 int imgc_window_place(struct imgc_job *job, struct slot *slot, struct imgc_error *err)
 {
+	if (slot->is_span && job->appends)
+		return place_span(job, slot, err);
 	for (size_t i = 0; i < slot->n_pieces; i++) {
 		struct piece *piece = &slot->pieces[i];
 		uint64_t first_block = job->batch.guest_start / job->geometry.block_nbytes;

@@ -10,7 +10,9 @@
 
 #define MAX_ZERO_SPAN_NBYTES (128u * 1024 * 1024) /* so that a cancelled job ends soon */
 
-enum claim { CLAIM_NOTHING, CLAIM_WINDOW, CLAIM_ZERO_SPAN };
+#define MAX_UNREAD_SPAN_NBYTES (1024u * 1024 * 1024) /* for the same reason */
+
+enum claim { CLAIM_NOTHING, CLAIM_WINDOW, CLAIM_ZERO_SPAN, CLAIM_UNREAD_SPAN };
 
 /*
  * The end of the range without data that starts at the cursor: the cursor itself if
@@ -30,10 +32,25 @@ static uint64_t empty_until(struct rows rows, size_t *at, uint64_t cursor)
 	return end;
 }
 
+/* The end of the unread rows that start at the cursor: the cursor itself if none does. */
+static uint64_t unread_until(struct rows rows, uint64_t cursor)
+{
+	uint64_t end = cursor;
+
+	for (size_t i = imgc_rows_find(rows, cursor); i < rows.n; i++) {
+		if (!imgc_row_is_unread(&rows.rows[i]))
+			break;
+		end = rows.rows[i].guest_offset + rows.rows[i].length;
+		if (end - cursor >= MAX_UNREAD_SPAN_NBYTES)
+			return cursor + MAX_UNREAD_SPAN_NBYTES;
+	}
+	return end;
+}
+
 /*
- * Takes the next part of the batch: a window, or a longer span that has no data on
- * either side and so is not read.  Windows start at multiples of their size, so that
- * they do not depend on what came before.
+ * Takes the next part of the batch: a window, or a longer span that is not read, since
+ * it has no data on either side or unread rows only.  Windows start at multiples of their size, so
+ * that they do not depend on what came before.
  */
 static enum claim claim_next(struct imgc_job *job, uint64_t *start, uint64_t *end)
 {
@@ -45,6 +62,16 @@ static enum claim claim_next(struct imgc_job *job, uint64_t *start, uint64_t *en
 	uint64_t window_end = imgc_min_u64((cursor | (job->window_nbytes - 1)) + 1, batch_end);
 
 	*start = cursor;
+	if (job->leaves_unread) {
+		uint64_t span = unread_until(job->rows, cursor);
+
+		if (span != batch_end)
+			span &= ~(job->window_nbytes - 1);
+		if (span >= window_end) {
+			*end = job->cursor = span;
+			return CLAIM_UNREAD_SPAN;
+		}
+	}
 	/* With a base, zeros on both sides stay ABSENT, even if zeros are stored. */
 	if (job->geometry.zero_policy != IMGC_ZERO_STORE || job->base.n) {
 		uint64_t span = empty_until(job->rows, &job->claim_row, cursor);
@@ -205,6 +232,7 @@ static void fill_next_slot(struct worker *worker)
 	slot->state = SLOT_FILLING;
 	slot->start = start;
 	slot->end = end;
+	slot->is_span = claim == CLAIM_UNREAD_SPAN;
 	job->claimed++;
 	job->n_busy++;
 	fill_slot(worker, slot);

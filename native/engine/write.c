@@ -8,6 +8,7 @@
 #include "common/checked.h"
 #include "common/error.h"
 #include "engine/retry.h"
+#include "engine/stop.h"
 
 #define MAX_SEGMENTS 64
 #define MIN_REFLINK_NBYTES (64u * 1024) /* less is written as fast, and fragments less */
@@ -119,17 +120,77 @@ static bool reflink_part(struct worker *worker, const struct part *part)
 	return true;
 }
 
-/* Reflinks the part that waits.  If that does not work, writes it from the window. */
+/* Reads the unread rows of guest range [start, end), as fast as the job's rate allows. */
+static int fetch(struct worker *worker, uint64_t start, uint64_t end, uint8_t *data,
+		 struct imgc_error *err)
+{
+	const struct imgc_job *job = worker->job;
+	uint64_t before = worker->reader.bytes_read;
+	int status = imgc_reader_fetch(&worker->reader, job->rows, start, end, data, err);
+	uint64_t nbytes = worker->reader.bytes_read - before;
+
+	while (status == IMGC_OK && nbytes > 0) {
+		status = imgc_window_await_rate(job, nbytes, err);
+		if (status != IMGC_WINDOW_WAITS)
+			break;
+		status = imgc_check_stopped(&job->stop, err);
+	}
+	return status;
+}
+
+/*
+ * Writes a part of a span, which has no bytes in memory: reads it to the slot, as much
+ * as a window at a time.
+ */
+static int copy_unread(struct worker *worker, const struct slot *slot, struct gather *gather,
+		       uint64_t host_offset, uint64_t start, uint64_t end, struct imgc_error *err)
+{
+	uint8_t *data = slot->view.data;
+	int status = gather_flush(worker, gather, err);
+
+	for (uint64_t at = start; at < end && status == IMGC_OK;) {
+		uint64_t next = imgc_min_u64(at + worker->job->window_nbytes, end);
+
+		status = imgc_check_stopped(&worker->job->stop, err);
+		if (status == IMGC_OK)
+			status = fetch(worker, at, next, data, err);
+		if (status == IMGC_OK)
+			status = gather_add(worker, gather, host_offset + (at - start), data,
+					    next - at, err);
+		if (status == IMGC_OK)
+			status = gather_flush(worker, gather, err);
+		at = next;
+	}
+	return status;
+}
+
+/* Writes guest range [start, end) of the slot, and first reads what of it is unread. */
+static int put_guest_bytes(struct worker *worker, const struct slot *slot, struct gather *gather,
+			   uint64_t host_offset, uint64_t start, uint64_t end,
+			   struct imgc_error *err)
+{
+	uint8_t *data = slot->view.data + (start - slot->start);
+	int status = IMGC_OK;
+
+	if (slot->is_span)
+		return copy_unread(worker, slot, gather, host_offset, start, end, err);
+	if (worker->job->leaves_unread)
+		status = fetch(worker, start, end, data, err);
+	return status ? status : gather_add(worker, gather, host_offset, data, end - start, err);
+}
+
+/* Reflinks the part that waits.  If that does not work, writes it. */
 static int part_flush(struct worker *worker, const struct slot *slot, struct gather *gather,
 		      struct imgc_error *err)
 {
 	struct part part = gather->part;
+	uint64_t least = worker->job->leaves_unread ? 1 : MIN_REFLINK_NBYTES;
 
 	gather->part.length = 0;
-	if (part.length == 0 || (part.length >= MIN_REFLINK_NBYTES && reflink_part(worker, &part)))
+	if (part.length == 0 || (part.length >= least && reflink_part(worker, &part)))
 		return IMGC_OK;
-	return gather_add(worker, gather, part.host_offset,
-			  slot->view.data + (part.guest_offset - slot->start), part.length, err);
+	return put_guest_bytes(worker, slot, gather, part.host_offset, part.guest_offset,
+			       part.guest_offset + part.length, err);
 }
 
 static bool part_continues(const struct part *part, const struct part *next)
@@ -155,52 +216,54 @@ static int part_add(struct worker *worker, const struct slot *slot, struct gathe
 
 /* Adds bytes that are not reflinked.  The part that waits comes first. */
 static int put_bytes(struct worker *worker, const struct slot *slot, struct gather *gather,
-		     uint64_t host_offset, uint8_t *data, uint64_t nbytes, struct imgc_error *err)
+		     uint64_t host_offset, uint64_t start, uint64_t end, struct imgc_error *err)
 {
-	if (nbytes == 0)
+	if (start == end)
 		return IMGC_OK;
 	int status = part_flush(worker, slot, gather, err);
 
-	return status ? status : gather_add(worker, gather, host_offset, data, nbytes, err);
+	return status ? status
+		      : put_guest_bytes(worker, slot, gather, host_offset, start, end, err);
 }
 
-/* Brings a run of the window to host_offset, by reflinks where they are possible. */
+/* Brings a run of the slot to host_offset, by reflinks where they are possible. */
 static int put_run(struct worker *worker, const struct slot *slot, struct gather *gather,
 		   uint64_t host_offset, struct range run, struct imgc_error *err)
 {
 	const struct imgc_job *job = worker->job;
-	uint64_t shift = host_offset - run.start, start = run.start;
-	uint8_t *data = slot->view.data;
+	uint64_t start = slot->start + run.start, end = slot->start + run.end;
+	uint64_t shift = host_offset - start;
 	struct part part;
 
-	while (job->may_reflink &&
-	       find_part(job, slot->start + start, slot->start + run.end, start + shift, &part)) {
-		uint64_t at = part.guest_offset - slot->start;
-		int status = put_bytes(worker, slot, gather, start + shift, data + start,
-				       at - start, err);
+	while (job->may_reflink && find_part(job, start, end, start + shift, &part)) {
+		int status = put_bytes(worker, slot, gather, start + shift, start,
+				       part.guest_offset, err);
 
 		if (status == IMGC_OK)
 			status = part_add(worker, slot, gather, &part, err);
 		if (status)
 			return status;
-		start = at + part.length;
+		start = part.guest_offset + part.length;
 	}
-	return put_bytes(worker, slot, gather, start + shift, data + start, run.end - start, err);
+	return put_bytes(worker, slot, gather, start + shift, start, end, err);
 }
 
 /* ------------------------------------------------------------------ windows */
 
-/* `piece` is the first piece of its block that has a place. */
+/* Before the block that is stored at host_offset, if blocks have a prefix. */
 static int write_stored_prefix(struct worker *worker, const struct slot *slot,
-			       const struct piece *piece, struct gather *gather,
-			       struct imgc_error *err)
+			       struct gather *gather, uint64_t host_offset, struct imgc_error *err)
 {
 	const struct imgc_job *job = worker->job;
 	uint64_t nbytes = job->geometry.stored_prefix_nbytes;
-	uint64_t within = (slot->start + piece->start) & (job->geometry.block_nbytes - 1);
 
-	return put_bytes(worker, slot, gather, piece->host_offset - within - nbytes,
-			 job->stored_prefix, nbytes, err);
+	if (!job->stored_prefix)
+		return IMGC_OK;
+	int status = part_flush(worker, slot, gather, err);
+
+	return status ? status
+		      : gather_add(worker, gather, host_offset - nbytes, job->stored_prefix, nbytes,
+				   err);
 }
 
 static int write_piece(struct worker *worker, struct slot *slot, const struct piece *piece,
@@ -212,8 +275,11 @@ static int write_piece(struct worker *worker, struct slot *slot, const struct pi
 		return gather_add(worker, gather, piece->host_offset,
 				  slot->packed + piece->packed_start,
 				  (piece->packed_nbytes + alignment - 1) & ~(alignment - 1), err);
-	if (piece->opens_block && worker->job->stored_prefix) {
-		int status = write_stored_prefix(worker, slot, piece, gather, err);
+	if (piece->opens_block) {
+		uint64_t within =
+			(slot->start + piece->start) & (worker->job->geometry.block_nbytes - 1);
+		int status =
+			write_stored_prefix(worker, slot, gather, piece->host_offset - within, err);
 
 		if (status)
 			return status;
@@ -250,12 +316,48 @@ static int write_identity(struct worker *worker, struct slot *slot, struct gathe
 	return status;
 }
 
+/* A block that continues from a window before has its prefix already: the same again. */
+static int write_span(struct worker *worker, const struct slot *slot, struct gather *gather,
+		      struct imgc_error *err)
+{
+	const struct imgc_job *job = worker->job;
+	uint64_t block_nbytes = job->geometry.block_nbytes;
+	int status = IMGC_OK;
+
+	for (uint64_t start = slot->start; start < slot->end && status == IMGC_OK;) {
+		uint64_t end = imgc_min_u64((start | (block_nbytes - 1)) + 1, slot->end);
+		size_t row = (size_t)((start - job->batch.guest_start) / block_nbytes);
+		uint64_t host_offset = job->batch.placements[row].host_offset;
+		struct range run = {start - slot->start, end - slot->start};
+
+		status = write_stored_prefix(worker, slot, gather, host_offset, err);
+		if (status == IMGC_OK)
+			status = put_run(worker, slot, gather,
+					 host_offset + (start & (block_nbytes - 1)), run, err);
+		start = end;
+	}
+	return status;
+}
+
+static int write_identity_span(struct worker *worker, const struct slot *slot,
+			       struct gather *gather, struct imgc_error *err)
+{
+	const struct imgc_geometry *g = &worker->job->geometry;
+	struct range run = {0, slot->end - slot->start};
+
+	return put_run(worker, slot, gather, g->host_base + (slot->start - g->guest_base), run,
+		       err);
+}
+
 int imgc_window_write(struct worker *worker, struct slot *slot, struct imgc_error *err)
 {
 	struct gather gather = {.n = 0, .part.length = 0};
 	int status = IMGC_OK;
 
-	if (worker->job->geometry.placing == IMGC_PLACE_IDENTITY)
+	if (slot->is_span)
+		status = worker->job->appends ? write_span(worker, slot, &gather, err)
+					      : write_identity_span(worker, slot, &gather, err);
+	else if (!worker->job->appends)
 		status = write_identity(worker, slot, &gather, err);
 	for (size_t i = 0; i < slot->n_pieces && status == IMGC_OK; i++)
 		status = write_piece(worker, slot, &slot->pieces[i], &gather, err);

@@ -42,7 +42,7 @@ static size_t take_rows(struct input *in, struct imgc_extent *rows, uint64_t gue
 			row->host_offset = take_place(in);
 			row->host_length = row->kind == IMGC_DATA ? row->length : take_uint(in, 2);
 			row->file = how & 0x20 ? take_u8(in) : 0;
-			row->flags = how & 0x10 ? IMGC_EXTENT_GRAIN_MARKER : 0;
+			row->flags = how & 0x10 ? IMGC_EXTENT_GRAIN_MARKER | IMGC_EXTENT_UNREAD : 0;
 		}
 		if (how == 0xff) { /* a row that does not follow the last one */
 			row->guest_offset = take_u64(in);
@@ -73,7 +73,7 @@ static void take_geometry(struct input *in, struct imgc_geometry *g, uint64_t gu
 
 	if (g->placing == IMGC_PLACE_IDENTITY)
 		g->host_base = how & 1 ? take_place(in) : 0;
-	g->reuse_blocks = how >> 3 & 1;
+	g->reuse = how >> 3 & 3;
 	if (how & 2) {
 		g->group_nblocks = take_u8(in);
 		g->group_gap_nbytes = take_uint(in, 2);
@@ -156,6 +156,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t nbytes)
 	c.options.kind = how & 1 ? IMGC_JOB_COMPARE : IMGC_JOB_CONVERT;
 	c.options.n_threads = how & 2 ? 2 : 1;
 	c.options.has_base = how >> 2 & 1;
+	c.options.reflink = how >> 6 & 1;
 	c.options.window_nbytes = how & 32 ? 1u << 17 : 1u << (take_u8(&in) % 18);
 	c.options.next_offset = how & 8 ? take_place(&in) : 0;
 	c.options.trust_blocks = how >> 6 & 1;

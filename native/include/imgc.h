@@ -200,6 +200,11 @@ enum imgc_extent_kind {
 
 /* A VMDK grain marker (12 bytes: LBA, data size) precedes the compressed block. */
 #define IMGC_EXTENT_GRAIN_MARKER 1u
+/*
+ * DATA in a job that reflinks without a codec, base or salvage: it is stored without being
+ * read or tested for zeros.  What of it cannot be reflinked is read and copied.
+ */
+#define IMGC_EXTENT_UNREAD 2u
 
 /*
  * One row of a reader's answer.  HOLE and ZERO have no host place: host_offset,
@@ -385,6 +390,17 @@ enum imgc_zero_policy {
 	IMGC_ZERO_STORE = 2,	/* write them like data */
 };
 
+/*
+ * What becomes of a block that a source stores compressed, alone and whole: it can be
+ * taken over if imgc_rewrap() can do that, and the result is no larger than compressing
+ * may make it.
+ */
+enum imgc_reuse {
+	IMGC_REUSE_NONE = 0, /* it is compressed again */
+	IMGC_REUSE = 1,	     /* it is taken over, others are compressed */
+	IMGC_REUSE_ONLY = 2, /* it is taken over, others are STORED */
+};
+
 #define IMGC_MAX_STORED_PREFIX_NBYTES (1024u * 1024)
 
 /* How a writer wants its target laid out. */
@@ -422,12 +438,7 @@ struct imgc_geometry {
 	 * What of a STORED block is not written is zeroed, up to the block's full size.
 	 */
 	uint32_t clears_blocks;
-	/*
-	 * With a codec: a block that a source stores compressed, alone and whole, is taken
-	 * over instead of compressed again, if imgc_rewrap() can do it and the result is
-	 * no larger than compressing may make it.
-	 */
-	uint32_t reuse_blocks;
+	uint32_t reuse; /* enum imgc_reuse; with a codec */
 };
 
 /*
@@ -482,19 +493,20 @@ struct imgc_job_options {
 	 * CONVERT without salvage: data that is stored plain in a source, at an offset
 	 * that differs from its place in the target by whole blocks of the file system,
 	 * is reflinked instead of written, where the file system can do that.  The
-	 * target reads the same either way.
+	 * target reads the same either way.  Rows with IMGC_EXTENT_UNREAD are not even
+	 * read for that.
 	 */
 	uint32_t reflink;
 	/*
-	 * CONVERT without a base and salvage: blocks that are reused (reuse_blocks) are not
-	 * decompressed where that is not needed.  So a broken block stays broken, and one
+	 * CONVERT without a base and salvage: blocks that are reused are not decompressed
+	 * where that is not needed.  So a broken block stays broken, and one
 	 * of zeros stays stored.
 	 */
 	uint32_t trust_blocks;
 	/*
 	 * A window waits here before it is read.  What counts is data: holes and zeros
-	 * that the extents state are free, unless the target stores them.  Not owned;
-	 * NULL: no limit.
+	 * that the extents state are free, unless the target stores them, and so is
+	 * what is reflinked without being read.  Not owned; NULL: no limit.
 	 */
 	struct imgc_rate_limit *rate_limit;
 };

@@ -29,8 +29,8 @@ static bool reflink_by_copying(struct imgc_file *file, uint64_t offset, struct i
 }
 
 /*
- * Compares a row's data with its place in the target; no placements: its identity
- * place.
+ * Compares a row's data with its place in the target, which blocks of zeros do not have;
+ * no placements: its identity place.
  */
 static void check_row(const struct disk *source, const struct disk *target,
 		      const struct imgc_extent *row, const struct imgc_placement *placements)
@@ -38,6 +38,10 @@ static void check_row(const struct disk *source, const struct disk *target,
 	for (uint64_t at = 0; row->kind == IMGC_DATA && at < row->length; at += KIB) {
 		uint64_t guest = row->guest_offset + at, place = 4096 + guest;
 
+		if (placements && placements[guest / (64 * KIB)].state == IMGC_BLOCK_ABSENT) {
+			CHECK(imgc_is_zero(0, source->bytes + row->host_offset + at, KIB));
+			continue;
+		}
 		if (placements)
 			place = placements[guest / (64 * KIB)].host_offset + guest % (64 * KIB);
 		CHECK(memcmp(target->bytes + place, source->bytes + row->host_offset + at, KIB) ==
@@ -47,10 +51,11 @@ static void check_row(const struct disk *source, const struct disk *target,
 
 /*
  * Converts 4 MiB with a hole and a range of zeros inside, stored from source_shift on,
- * and checks the target's content.  Returns the bytes reflinked.
+ * and checks the target's content.  `flags` are those of all data.
  */
-static uint64_t reflink(uint64_t source_shift, uint32_t placing, unsigned n_allowed,
-			unsigned n_threads)
+static struct imgc_progress convert_by_reflinks(uint64_t source_shift, uint32_t placing,
+						unsigned n_allowed, unsigned n_threads,
+						uint16_t flags)
 {
 	struct disk source = disk_create(5 * MIB), target = disk_create(6 * MIB);
 	struct imgc_file_ops ops = *source.file->ops;
@@ -76,6 +81,12 @@ static uint64_t reflink(uint64_t source_shift, uint32_t placing, unsigned n_allo
 		data_row(3 * MIB + 128 * KIB, 896 * KIB, source_shift + 3 * MIB),
 	};
 	size_t n_rows = sizeof(rows) / sizeof(rows[0]);
+
+	for (size_t i = 0; i < n_rows; i++)
+		rows[i].flags = rows[i].kind == IMGC_DATA ? flags : 0;
+	/* Zeros inside data: only what is read is tested for them. */
+	memset(source.bytes + source_shift + 2 * MIB, 0, MIB);
+
 	struct imgc_source_file file;
 	struct imgc_job_options options = convert_options(&source, &target, &file, n_threads);
 	struct imgc_batch batch = {.guest_end = 4 * MIB, .extents = rows, .n_extents = n_rows};
@@ -97,16 +108,25 @@ static uint64_t reflink(uint64_t source_shift, uint32_t placing, unsigned n_allo
 	imgc_job_progress(job, &progress);
 	for (size_t i = 0; i < n_rows; i++)
 		check_row(&source, &target, &rows[i], batch.placements);
-	CHECK(progress.bytes_reflinked + progress.bytes_written >= 4 * MIB - 128 * KIB);
 	imgc_job_destroy(job);
 	disk_destroy(&source);
 	disk_destroy(&target);
+	return progress;
+}
+
+static uint64_t reflink(uint64_t source_shift, uint32_t placing, unsigned n_allowed,
+			unsigned n_threads)
+{
+	struct imgc_progress progress =
+		convert_by_reflinks(source_shift, placing, n_allowed, n_threads, 0);
+
+	CHECK(progress.bytes_reflinked + progress.bytes_written >= 3 * MIB - 128 * KIB);
 	return progress.bytes_reflinked;
 }
 
 static void test_reflink(void)
 {
-	uint64_t data = 4 * MIB - 128 * KIB;
+	uint64_t data = 3 * MIB - 128 * KIB;
 
 	for (unsigned n_threads = 1; n_threads <= 4; n_threads += 3) {
 		CHECK_EQ(reflink(0, IMGC_PLACE_IDENTITY, UINT_MAX, n_threads), data);
@@ -121,8 +141,39 @@ static void test_reflink(void)
 	}
 }
 
+/* 1 KiB after 1 MiB is less than a file system's block. */
+static void test_unread(void)
+{
+	uint64_t data = 4 * MIB - 128 * KIB + 1 * KIB, unaligned = 1 * KIB;
+
+	for (unsigned n_threads = 1; n_threads <= 4; n_threads += 3) {
+		for (uint32_t placing = IMGC_PLACE_IDENTITY; placing <= IMGC_PLACE_APPEND;
+		     placing++) {
+			struct imgc_progress p = convert_by_reflinks(0, placing, UINT_MAX,
+								     n_threads, IMGC_EXTENT_UNREAD);
+
+			CHECK_EQ(p.bytes_reflinked, data - unaligned);
+			CHECK_EQ(p.bytes_read, unaligned);
+			CHECK_EQ(p.bytes_written, unaligned);
+			CHECK_EQ(p.bytes_data,
+				 4 * MIB - (placing == IMGC_PLACE_APPEND ? 64 * KIB : 127 * KIB));
+			/* At most one call for each run and window boundary around it. */
+			CHECK(atomic_load(&n_reflink_calls) <= 7);
+			/* Refused, or not possible: all of it is read and written. */
+			p = convert_by_reflinks(0, placing, 1, n_threads, IMGC_EXTENT_UNREAD);
+			CHECK_EQ(p.bytes_read + p.bytes_reflinked, data);
+			CHECK_EQ(p.bytes_written, p.bytes_read);
+			p = convert_by_reflinks(512, placing, UINT_MAX, n_threads,
+						IMGC_EXTENT_UNREAD);
+			CHECK_EQ(p.bytes_reflinked, 0);
+			CHECK_EQ(p.bytes_read, data);
+		}
+	}
+}
+
 int main(void)
 {
 	test_reflink();
+	test_unread();
 	return 0;
 }

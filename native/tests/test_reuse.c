@@ -179,7 +179,7 @@ static int run_conversion(const struct conversion *c, struct image *image, struc
 		.n = n,
 	};
 	CHECK(image->placements);
-	image->geometry.reuse_blocks = c->reuse;
+	image->geometry.reuse = c->reuse;
 	image->geometry.block_nbytes = image->geometry.stored_alignment = block;
 	struct imgc_job_options o = {
 		.kind = IMGC_JOB_CONVERT,
@@ -396,7 +396,7 @@ static void test_not_reused(void)
 
 	CHECK(placements);
 	use_default_variants(&o);
-	o.geometry.reuse_blocks = 1;
+	o.geometry.reuse = 1;
 	convert(&o, rows, source.n + 1, placements, n);
 	memcpy(shifted.bytes + 4096, plain.bytes, plain.nbytes);
 	check_readback(&shifted, &out, &o.geometry, placements, n);
@@ -405,6 +405,33 @@ static void test_not_reused(void)
 	free(placements);
 	free(rows);
 	image_destroy(&source);
+	disk_destroy(&plain);
+}
+
+/* Where nothing may be compressed, what cannot be reused is stored. */
+static void test_reuse_only(void)
+{
+	struct disk plain = example_disk();
+
+	for (int k = 0; k < 2; k++) {
+		struct image source = compress_image(&plain, &as_zlib);
+		struct conversion c = reusing(&source, k ? &as_zstd : &as_deflate);
+
+		c.reuse = IMGC_REUSE_ONLY;
+		struct image target = convert_image(&c);
+
+		check_readback(&plain, &target.disk, &target.geometry, target.placements, target.n);
+		for (size_t i = 0; i < target.n; i++) {
+			bool fits = !k && source.rows[i].length == BLOCK &&
+				    source.placements[i].length < BLOCK;
+
+			if (source.placements[i].state == IMGC_BLOCK_COMPRESSED)
+				CHECK_EQ(target.placements[i].state,
+					 fits ? IMGC_BLOCK_COMPRESSED : IMGC_BLOCK_STORED);
+		}
+		image_destroy(&target);
+		image_destroy(&source);
+	}
 	disk_destroy(&plain);
 }
 
@@ -667,7 +694,7 @@ static void test_refused_options(void)
 	struct imgc_job *job;
 
 	o.geometry.placing = IMGC_PLACE_APPEND;
-	o.geometry.reuse_blocks = 1; /* without a codec */
+	o.geometry.reuse = 1; /* without a codec */
 	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_INVALID_ARGUMENT);
 	CHECK(strcmp(err.op, "geometry") == 0);
 	o.geometry.codec = as_zstd;
@@ -689,6 +716,7 @@ int main(void)
 			for (int trusts = 0; trusts < 2; trusts++)
 				test_pair(codecs[from], codecs[to], trusts);
 	test_not_reused();
+	test_reuse_only();
 	test_parts();
 	test_zeros();
 	test_base();

@@ -41,7 +41,13 @@ if TYPE_CHECKING:
     from imgcore.verbs.info import info
     from imgcore.verbs.lint import LintReport, lint
     from imgcore.verbs.map import MapEntry, map
-    from imgcore.verbs.measure import RewriteMeasurement, measure, measure_rewrite
+    from imgcore.verbs.measure import (
+        ReflinkMeasurement,
+        RewriteMeasurement,
+        measure,
+        measure_reflink,
+        measure_rewrite,
+    )
     from imgcore.verbs.rewrite import RewriteResult, finish_rewrite, rewrite, undo_rewrite
 
 __all__ = [
@@ -68,6 +74,7 @@ __all__ = [
     "Measurement",
     "OptionError",
     "Progress",
+    "ReflinkMeasurement",
     "RewriteCost",
     "RewriteMeasurement",
     "RewriteResult",
@@ -86,6 +93,7 @@ __all__ = [
     "lint",
     "map",
     "measure",
+    "measure_reflink",
     "measure_rewrite",
     "open",
     "rewrite",
@@ -111,6 +119,7 @@ _HOMES = {
     "MapEntry": "verbs.map",
     "Measurement": "formats.api",
     "Progress": "engine.progress",
+    "ReflinkMeasurement": "verbs.measure",
     "RewriteCost": "rewriting.director",
     "RewriteMeasurement": "verbs.measure",
     "RewriteResult": "verbs.rewrite",
@@ -124,6 +133,7 @@ _HOMES = {
     "lint": "verbs.lint",
     "map": "verbs.map",
     "measure": "verbs.measure",
+    "measure_reflink": "verbs.measure",
     "measure_rewrite": "verbs.measure",
     "open": "disk.image",
     "rewrite": "verbs.rewrite",

@@ -577,7 +577,7 @@ cdef int fill_geometry(n.imgc_geometry *out, geometry) except -1:
     out.stored_prefix_nbytes = geometry.stored_prefix_nbytes
     out.stored_prefix_byte = geometry.stored_prefix_byte
     out.clears_blocks = geometry.clears_blocks
-    out.reuse_blocks = geometry.reuse_blocks
+    out.reuse = geometry.reuse
     return 0
 
 

@@ -154,7 +154,7 @@ cdef extern from "imgc.h" nogil:
         uint32_t stored_prefix_nbytes
         uint32_t stored_prefix_byte
         uint32_t clears_blocks
-        uint32_t reuse_blocks
+        uint32_t reuse
 
     struct imgc_rate_limit:
         pass

@@ -15,9 +15,12 @@ from typing import Any
 import pytest
 
 import imgcore
-from tests.helpers import command, images, qcow2, qemu
+from imgcore.engine.extents import Kind
+from imgcore.rewriting.director import RewriteCost
+from tests.helpers import command, images, qcow2, qemu, vmdk
 from tests.helpers.images import KIB, MIB, RawImage
 from tests.helpers.qemu import Variant
+from tests.helpers.rewriting import rewritten
 
 RawImages = Callable[[RawImage], Path]
 
@@ -92,6 +95,24 @@ def assert_good(raw: Path, target: Path, variant: Variant) -> None:
         assert imgcore.lint(target, profile="esxi").ok
 
 
+def write_as_a_guest(raw: Path, path: Path) -> None:
+    """Write to a QCOW2 by QEMU 200 times; its check must stay clean."""
+    content = bytearray(raw.read_bytes())
+    rng = random.Random(images.SEED)
+    commands = []
+    for number in range(200):
+        nbytes = 512 * rng.randrange(1, 200)
+        offset = 512 * rng.randrange((len(content) - nbytes) // 512)
+        content[offset : offset + nbytes] = bytes([number]) * nbytes
+        commands.append(f"write -P {number} {offset} {nbytes}")
+    qcow2.qemu_io(path, *commands)
+    after = path.with_name("after.raw")
+    after.write_bytes(content)
+    qemu.assert_same(after, path, source_format="raw", target_format="qcow2")
+    qemu.assert_check_clean(path)
+    assert imgcore.check(path).ok
+
+
 @each_trust
 @each_producer
 @each_pair
@@ -142,20 +163,7 @@ def test_a_guest_writes_to_the_result(
     """QEMU frees and shares the clusters that the compressed ones lie in."""
     raw, ours = raw_images(DISK), tmp_path / "ours.qcow2"
     convert(make_source(raw, tmp_path, source), ours, target, trust_blocks=trust)
-    content = bytearray(raw.read_bytes())
-    rng = random.Random(images.SEED)
-    commands = []
-    for number in range(200):
-        nbytes = 512 * rng.randrange(1, 200)
-        offset = 512 * rng.randrange((len(content) - nbytes) // 512)
-        content[offset : offset + nbytes] = bytes([number]) * nbytes
-        commands.append(f"write -P {number} {offset} {nbytes}")
-    qcow2.qemu_io(ours, *commands)
-    after = tmp_path / "after.raw"
-    after.write_bytes(content)
-    qemu.assert_same(after, ours, source_format="raw", target_format="qcow2")
-    qemu.assert_check_clean(ours)
-    assert imgcore.check(ours).ok
+    write_as_a_guest(raw, ours)
 
 
 @each_trust
@@ -324,3 +332,135 @@ def test_the_receipt(raw_images: RawImages, tmp_path: Path) -> None:
 def test_salvage_trusts_nothing(tmp_path: Path) -> None:
     with pytest.raises(imgcore.OptionError, match=r"cannot be trusted \(--trust-blocks\)"):
         imgcore.convert(tmp_path / "a.vmdk", tmp_path / "b.qcow2", salvage=True, trust_blocks=True)
+
+
+# ------------------------------------------------------------------------ in place
+
+
+def vmdk_rows(path: Path) -> list[tuple[int, int]]:
+    """Return (guest offset, host offset) of the grains."""
+    with imgcore.open(path) as image:
+        batches = [batch[batch["kind"] > Kind.DATA] for batch in image.extents()]
+    return [
+        (int(row["guest_offset"]), int(row["host_offset"])) for batch in batches for row in batch
+    ]
+
+
+def as_qcow2(path: Path, *options: str, **more: Any) -> RewriteCost:
+    """Make a streamOptimized disk a QCOW2 in its own file, with a name that says so."""
+    cost = rewritten(path, "vmdk", "qcow2", *options, **more)
+    path.rename(path.with_suffix(".qcow2"))
+    return cost
+
+
+@each_trust
+@each_producer
+def test_grains_become_clusters_where_they_are(
+    producer: str, trust: bool, raw_images: RawImages, tmp_path: Path
+) -> None:
+    raw = raw_images(DISK)
+    path = make_source(raw, tmp_path, STREAM, producer)
+    grains = dict(vmdk_rows(path))
+    cost = as_qcow2(path, trust_blocks=trust)
+    ours = path.with_suffix(".qcow2")
+    assert_good(raw, ours, ZLIB)
+    # qemu-img cuts the last grain, which becomes a plain cluster; that of others is
+    # part of a block, too.
+    assert cost.bytes_moved == 5 * 512
+    assert cost.bytes_stayed == TEXT_NBYTES + NOISE_NBYTES
+    assert cost.bytes_written < 1 * MIB
+    clusters = dict(vmdk_rows(ours))
+    assert len(clusters) == (TEXT_NBYTES + NOISE_NBYTES) // BLOCK
+    assert {guest: host - 14 for guest, host in clusters.items()} == {
+        guest: grains[guest] for guest in clusters
+    }
+    write_as_a_guest(raw, ours)
+
+
+def test_a_damaged_grain_is_found_before_anything_is_changed(
+    raw_images: RawImages, tmp_path: Path
+) -> None:
+    path = make_source(raw_images(DISK), tmp_path, STREAM)
+    place, nbytes = grain(path, 2 * BLOCK)
+    flip_byte(path, place + nbytes - 1)
+    before = images.sha256(path)
+    with pytest.raises(imgcore.CorruptImageError, match=f"{place - 12:x}"):
+        as_qcow2(path)
+    assert images.sha256(path) == before
+    # Who trusts the source takes the damage over.
+    as_qcow2(path, trust_blocks=True)
+
+
+def test_grains_of_zeros_are_left_out(tmp_path: Path) -> None:
+    content = images.text(2 * BLOCK) + bytes(BLOCK) + images.text(BLOCK, 3)
+    raw = tmp_path / "disk.raw"
+    raw.write_bytes(content)
+    grains = {number: content[number * BLOCK :][:BLOCK] for number in range(4)}
+    path = vmdk.stream(tmp_path / "disk.vmdk", 4 * BLOCK // 512, grains)
+    assert len(vmdk_rows(path)) == 4
+    cost = as_qcow2(path)
+    assert cost.bytes_stayed == 3 * BLOCK
+    assert_good(raw, path.with_suffix(".qcow2"), ZLIB)
+
+
+def test_other_clusters_need_decompressed_data(raw_images: RawImages, tmp_path: Path) -> None:
+    raw = raw_images(DISK)
+    path = make_source(raw, tmp_path, STREAM)
+    cost = as_qcow2(path, "cluster_size=128k")
+    assert cost.bytes_stayed == 0
+    assert_good(raw, path.with_suffix(".qcow2"), ZLIB)
+
+
+@each_trust
+@pytest.mark.parametrize("options", [(), ("cluster_size=auto",)], ids=["default", "auto"])
+def test_rewrite_and_undo(
+    options: tuple[str, ...], trust: bool, raw_images: RawImages, tmp_path: Path
+) -> None:
+    raw = raw_images(DISK)
+    path = make_source(raw, tmp_path, STREAM, "imgcore")
+    before = path.read_bytes()
+    result = imgcore.rewrite(path, "qcow2", options=options, trust_blocks=trust)
+    assert_good(raw, Path(result.path), ZLIB)
+    assert result.bytes_moved == 5 * 512
+    assert imgcore.undo_rewrite(result.path) == str(path)
+    assert path.read_bytes() == before
+    result = imgcore.rewrite(path, "qcow2", options=options, trust_blocks=trust, keep_undo=False)
+    # Unused space was given back, but none of the clusters.
+    assert_good(raw, Path(result.path), ZLIB)
+
+
+def test_measure_of_a_rewrite(raw_images: RawImages, tmp_path: Path) -> None:
+    path = make_source(raw_images(DISK), tmp_path, STREAM)
+    found = imgcore.measure_rewrite(path, "qcow2")
+    stayed = {cost.block_size: cost.bytes_stayed for cost in found.costs}
+    assert stayed.pop(BLOCK) == TEXT_NBYTES + NOISE_NBYTES
+    assert set(stayed.values()) == {0}
+
+
+@each_trust
+@each_producer
+def test_grains_become_clusters_by_reflinks(
+    producer: str, trust: bool, raw_images: RawImages, here: Path
+) -> None:
+    raw = raw_images(DISK)
+    given, ours = make_source(raw, here, STREAM, producer), here / "ours.qcow2"
+    before = images.sha256(given)
+    measured = imgcore.measure_reflink(given, "qcow2")
+    result = convert(given, ours, qemu.QCOW2, reflink="always", trust_blocks=trust)
+    assert result.bytes_shared == measured.reflinked
+    assert given.stat().st_size * 4 // 5 < result.bytes_shared < given.stat().st_size
+    assert result.bytes_reused == TEXT_NBYTES + NOISE_NBYTES
+    assert result.bytes_trusted == (result.bytes_reused if trust else 0)
+    assert result.bytes_written < 1 * MIB
+    assert_good(raw, ours, ZLIB)
+    write_as_a_guest(raw, ours)
+    assert images.sha256(given) == before
+
+
+def test_a_damaged_grain_is_not_reflinked(raw_images: RawImages, here: Path) -> None:
+    given, ours = make_source(raw_images(DISK), here, STREAM), here / "ours.qcow2"
+    place, nbytes = grain(given, 2 * BLOCK)
+    flip_byte(given, place + nbytes - 1)
+    with pytest.raises(imgcore.CorruptImageError, match=f"{place - 12:x}"):
+        convert(given, ours, qemu.QCOW2, reflink="always")
+    assert not ours.exists()

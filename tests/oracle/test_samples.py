@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +11,8 @@ import pytest
 
 import imgcore
 from tests.helpers import qemu
+from tests.helpers.samples import SHARED, unpacked_samples
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "images"
 FORMATS = {"raw", "qcow2", "vmdk", "vpc", "vhdx", "vdi"}
 READ_NBYTES = 8 << 20
 
@@ -30,13 +27,7 @@ def _entries() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def samples() -> Path:
-    """Unpack the archive once; keep the folder for the next run and other workers."""
-    if not SHARED.is_dir():
-        pytest.skip("the sample images are not beside this repository")
-    with open(SHARED / "unpack.sh") as script:
-        fcntl.flock(script, fcntl.LOCK_EX)
-        done = subprocess.run([script.name], capture_output=True, text=True, check=True)
-    return Path(os.environ.get("IMGCORE_IMAGES") or done.stdout.strip().splitlines()[-1])
+    return unpacked_samples()
 
 
 def digest(path: Path, image_format: str) -> tuple[int, str]:

@@ -466,8 +466,14 @@ MORE = {
 _REPAIRED = "-r all repairs this, -r leaks does not"
 _REFUSALS = "unit/test_rewrite_cli.py::test_refusals"
 ELSEWHERE = {
+    ("disk/reflinks.py", ("--reflink=strict: {} of {} would have to be copied; --reflink=always "
+     "copies them")):
+    "oracle/test_reflink_always.py::test_strict_refuses_copies_before_anything_is_written",
+    ("disk/reflinks.py", ("--reflink={}: its blocks cannot be reflinked to {} ({}); "
+     "--reflink=auto copies what cannot be reflinked")):
+    "oracle/test_reflink_always.py::test_ext4_is_refused_not_copied",
     ("cli/measure.py", "--rewrite measures FILE, not --size"):
-    "unit/test_rewrite_cli.py::test_measure_rewrite_needs_a_file",
+    "unit/test_rewrite_cli.py::test_measure_rewrite_has_its_own_options",
     ("cli/rewrite.py", "give either --undo or --finish"): _REFUSALS,
     ("cli/rewrite.py", "state the new format with -O"): _REFUSALS,
     ("cli/rewrite.py", "{} takes no other options: -O is for a new conversion"): _REFUSALS,
@@ -619,6 +625,11 @@ ELSEWHERE = {
 
 # Messages about options in use: the verbs that have them.
 NAMED = {
+    ("cli/convert.py", "--no-reflink contradicts --reflink={}"): ("convert",),
+    ("cli/measure.py", "--reflink measures FILE, without -c or --rewrite"): ("measure",),
+    ("disk/reflinks.py", "--reflink={}: {}"): ("convert",),
+    ("disk/sink_options.py", "-S 0"): ("convert",),
+    ("cli/measure.py", "--rewrite goes with -f, -O, -o, --allow and -U only"): ("measure",),
     ("disk/backing.py", "a format of the backing file is given (-F), but no backing file"):
     ("convert", "create"),
     ("disk/image_sink.py", ("blocks of {} bytes are too large to be compared with a parent (-B): "

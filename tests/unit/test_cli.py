@@ -312,6 +312,19 @@ def test_convert_passes_every_flag_on(run: RunMain, fake: Fake) -> None:
     }
 
 
+@pytest.mark.parametrize("word", ["auto", "always", "strict", "never"])
+def test_convert_passes_reflink_on(word: str, run: RunMain, fake: Fake) -> None:
+    received = fake("convert", result=Outcome())
+    assert run("convert", f"--reflink={word}", "src", "dst").code == 0
+    assert received["reflink"] == word
+
+
+def test_no_reflink_allows_no_other_reflink(run: RunMain) -> None:
+    done = run("convert", "--reflink=always", "--no-reflink", "src", "dst")
+    assert done.code == 2
+    assert "--no-reflink contradicts --reflink=always" in done.err
+
+
 def test_convert_defaults(run: RunMain, fake: Fake) -> None:
     received = fake("convert", result=Outcome())
     assert run("convert", "src", "dst").code == 0

@@ -33,6 +33,8 @@ lint: path profile format read_options parent allow share
 map: path format start length backing_format parent read_options allow share
 measure: source size format target_format options compress backing_format parent
     read_options allow share
+measure_reflink: source target_format format options backing_format parent read_options
+    allow share
 open: path format backing_format parent read_options allow share
 Image.read: offset length
 Image.readinto: offset buffer threads
@@ -52,6 +54,7 @@ LintReport: filename format profile findings
 MapEntry: start length depth present zero data compressed offset filename
 Measurement: required fully_allocated
 Progress: done total data zero written
+ReflinkMeasurement: reflinked copied
 SourceFile: file guest_base block_nbytes
 """
 PROMISED = {
@@ -61,7 +64,7 @@ PROMISED = {
 
 
 def test_the_table_is_read() -> None:
-    assert len(PROMISED) == 25
+    assert len(PROMISED) == 27
     assert PROMISED["convert"][:2] == ["source", "target"]
     assert PROMISED["convert"][-1] == "control"
     assert PROMISED["Progress"] == ["done", "total", "data", "zero", "written"]

@@ -211,12 +211,15 @@ with imgcore.open(b"disk.raw", allow=[b"x", "y", Path("z"), BytesPath()]) as ima
     image.readinto(0.5, bytearray(5))  # error
     image.read(0, None)  # error
 size: imgcore.Measurement = imgcore.measure(size=np.uint64(512))
+both: imgcore.ReflinkMeasurement = imgcore.measure_reflink(b"disk.raw", "qcow2")
+imgcore.measure_reflink("x", 5)  # error
 for entry in imgcore.map(BytesPath(), start=np.uint64(0), length=True):
     place: int | None = entry.offset
 imgcore.map("x", start=0.5)  # error
 imgcore.create("x", "10G")  # error
 imgcore.convert(b"x", Path("y"), backing=BytesPath(), sparse=np.int64(0), threads=np.uint8(1))
 imgcore.convert("x", "y", sparse="64k")
+imgcore.convert("x", "y", reflink="always")
 imgcore.convert(5, "y")  # error
 finding: imgcore.Finding = imgcore.lint("x", profile="aws").findings[0]
 path: imgcore.FilePath = BytesPath()

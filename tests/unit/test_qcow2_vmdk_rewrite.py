@@ -92,6 +92,15 @@ def test_more_references_than_a_refcount_holds(bits: int, most: int) -> None:
         refcounts.add(np.array([9]))
 
 
+def test_many_references_at_once() -> None:
+    """Only the highest bit of the first count is set."""
+    refcounts = RefcountMap(options_of(), 100)
+    refcounts.add(np.full(8, 9))
+    assert all_counts(refcounts, 4, 11) == [0] * 9 + [8, 0]
+    with pytest.raises(LimitExceededError, match="host cluster 9 has more references"):
+        RefcountMap(options_of("refcount_bits=1"), 100).add(np.full(4, 9))
+
+
 def test_refcounts_of_a_large_file_take_little_memory() -> None:
     """A bit for each cluster makes 128 MiB for a file of 64 TiB."""
     tracemalloc.start()

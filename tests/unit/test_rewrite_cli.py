@@ -6,8 +6,11 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -190,10 +193,71 @@ def test_an_exception_restores_the_old_image(raw: Path) -> None:
     assert raw.read_bytes() == old
 
 
-def test_progress(raw: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+def test_signals_restore_the_old_image(number: signal.Signals, raw: Path) -> None:
+    """The command stops itself at its first report, in the middle of the work."""
+    code = (
+        "import os, sys\n"
+        "from imgcore.engine import progress\n"
+        "number = int(sys.argv.pop(1))\n"
+        "progress.Tally.count = lambda *_, **__: os.kill(os.getpid(), number)\n"
+        "from imgcore.cli.main import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    old = raw.read_bytes()
+    words = [str(int(number)), "rewrite", "-O", "qcow2", str(raw)]
+    stopped = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert stopped.returncode == 128 + number, stopped.stderr
+    assert names(raw.parent) == {"disk.raw"}
+    assert raw.read_bytes() == old
+
+
+def test_progress(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It never decreases, although blocks move before others are placed."""
+    monkeypatch.setattr("imgcore.engine.progress._REPORT_SECONDS", 0)
+    imgcore.convert(raw, raw.with_suffix(".qcow2"))
     seen: list[Progress] = []
-    imgcore.rewrite(raw, "qcow2", progress=seen.append)
+    # Nothing stays, so the last block moves before the first is placed.
+    imgcore.rewrite(raw.with_suffix(".qcow2"), "vhdx", progress=seen.append)
     assert (seen[-1].done, seen[-1].total) == (NBYTES, NBYTES)
+    assert len(seen) > 2
+    for a, b in pairwise(seen):
+        assert all(x <= y for x, y in zip(a, b, strict=True))
+    assert all(min(one) >= 0 for one in seen)
+
+
+@pytest.mark.parametrize("target", ["vmdk", "vhdx", "vdi"])
+@pytest.mark.parametrize("where", ["another cluster", "the L2 table", "the header", "the end"])
+def test_clusters_upon_others(where: str, target: str, tmp_path: Path) -> None:
+    """A guest reads the same afterwards, and its writes change no other block."""
+    image = tmp_path / "disk.qcow2"
+    raw = tmp_path / "disk.raw"
+    raw.write_bytes(b"a" * (64 * KIB) + b"b" * (64 * KIB) + b"c" * (128 * KIB))
+    imgcore.convert(raw, image)
+    with image.open("r+b") as file:
+        file.seek(40)
+        l1 = int.from_bytes(file.read(8), "big")
+        file.seek(l1)
+        l2 = int.from_bytes(file.read(8), "big") & ~(1 << 63)
+        file.seek(l2)
+        first = int.from_bytes(file.read(8), "big")
+        place = {"another cluster": first, "the L2 table": l2, "the header": 0}.get(where)
+        if place is None:
+            file.seek(0, os.SEEK_END)
+            place = file.tell()
+            file.write(b"d" * (64 * KIB))
+        file.seek(l2 + 8)
+        file.write((place | 1 << 63).to_bytes(8, "big"))
+    expected = tmp_path / "expected.raw"
+    imgcore.convert(image, expected)
+    result = imgcore.rewrite(image, target, keep_undo=False)
+    assert imgcore.compare(expected, result.path).identical
+    if shutil.which("qemu-io") is not None:
+        write = ("qemu-io", "-f", target, "-c", "write -P 88 0 64k", result.path)
+        subprocess.run(write, check=True, capture_output=True)
+        with imgcore.open(result.path) as disk:
+            content = disk.read(0, disk.virtual_size)
+        assert content == b"X" * (64 * KIB) + expected.read_bytes()[64 * KIB :]
 
 
 # -- refusals --------------------------------------------------------------------------
@@ -550,6 +614,14 @@ def test_a_file_that_changes_is_noticed(raw: Path, monkeypatch: pytest.MonkeyPat
     assert raw.read_bytes().startswith(b"late")
 
 
-def test_measure_rewrite_needs_a_file(tmp_path: Path) -> None:
-    result = command("measure", "--rewrite", "-O", "qcow2", "-s", "1G")
-    assert (result.returncode, "--rewrite measures FILE" in result.stderr) == (2, True)
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (("-s", "1G"), "--rewrite measures FILE, not --size"),
+        (("-c", "disk.raw"), "--rewrite goes with -f, -O, -o, --allow and -U only"),
+        (("--parent", "a", "disk.raw"), "--rewrite goes with"),
+    ],
+)
+def test_measure_rewrite_has_its_own_options(raw: Path, words: Sequence[str], error: str) -> None:
+    result = command("measure", "--rewrite", "-O", "qcow2", *words, cwd=raw.parent)
+    assert (result.returncode, error in result.stderr) == (2, True)

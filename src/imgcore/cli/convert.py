@@ -85,9 +85,15 @@ EXIT_SALVAGED: Final = 3
     "exit code 3 if there is any.",
 )
 @click.option(
+    "--reflink",
+    type=click.Choice(("auto", "always", "strict", "never")),
+    help="Share blocks with SOURCE (XFS, Btrfs): wherever possible after reading them; "
+    "always, without reading; strict, or else fail; never.  [default: auto]",
+)
+@click.option(
     "--no-reflink",
     is_flag=True,
-    help="Copy every block, even if the file system could reflink it (XFS, Btrfs).",
+    help="Copy every block, as --reflink=never does.",
 )
 @click.option(
     "--trust-blocks",
@@ -144,6 +150,7 @@ def command(
     force: bool,
     no_sync: bool,
     salvage: bool,
+    reflink: str | None,
     no_reflink: bool,
     trust_blocks: bool,
     rate: int | None,
@@ -170,6 +177,8 @@ def command(
         print_options_help(target_driver(stated, target))
         return None
     require(ctx, source=sources or None, target=target)
+    if no_reflink and reflink not in (None, "never"):
+        raise click.UsageError(f"--no-reflink contradicts --reflink={reflink}", ctx)
     from imgcore.verbs.convert import convert
 
     assert target is not None
@@ -192,7 +201,7 @@ def command(
             in_place=in_place,
             target_is_zero=target_is_zero,
             salvage=salvage,
-            reflink=not no_reflink,
+            reflink=reflink or not no_reflink,
             trust_blocks=trust_blocks,
             progress=report.callback,
             profile=profile,

@@ -44,6 +44,11 @@ from imgcore.formats.registry import PLAIN_FORMAT
     help="Measure an empty disk of this size instead of FILE.",
 )
 @click.option(
+    "--reflink",
+    is_flag=True,
+    help="Print what convert --reflink=always would reflink and what it would copy.",
+)
+@click.option(
     "--rewrite",
     is_flag=True,
     help="Measure what imgcore rewrite would do to FILE: what stays, moves, and is written.",
@@ -58,6 +63,7 @@ def command(
     options: tuple[str, ...],
     compress: bool,
     size: int | None,
+    reflink: bool,
     rewrite: bool,
     opening: dict[str, Any],
     as_json: bool,
@@ -71,8 +77,15 @@ def command(
         return
     if (file is None) == (size is None):
         raise click.UsageError("give either FILE or --size", ctx)
+    if reflink:
+        if file is None or compress or rewrite:
+            raise click.UsageError("--reflink measures FILE, without -c or --rewrite", ctx)
+        _measure_reflink(file, target_format, options, opening, as_json=as_json)
+        return
     if rewrite:
-        _measure_rewrite(ctx, file, target_format, options, opening, as_json=as_json)
+        _measure_rewrite(
+            ctx, file, target_format, options, opening, compress=compress, as_json=as_json
+        )
         return
     from imgcore.verbs.measure import measure
 
@@ -91,6 +104,25 @@ def command(
         click.echo(f"fully allocated size: {result.fully_allocated}")
 
 
+def _measure_reflink(
+    file: str,
+    target_format: str,
+    options: tuple[str, ...],
+    opening: dict[str, Any],
+    *,
+    as_json: bool,
+) -> None:
+    """Print what ``imgcore convert --reflink=always`` would do."""
+    from imgcore.verbs.measure import measure_reflink
+
+    result = measure_reflink(file, target_format, options=options, **opening)
+    if as_json:
+        print_json(result._asdict())
+    else:
+        click.echo(f"reflinked: {result.reflinked}")
+        click.echo(f"copied: {result.copied}")
+
+
 def _measure_rewrite(
     ctx: click.Context,
     file: str | None,
@@ -98,6 +130,7 @@ def _measure_rewrite(
     options: tuple[str, ...],
     opening: dict[str, Any],
     *,
+    compress: bool,
     as_json: bool,
 ) -> None:
     """Print what `imgcore rewrite` would do, with different sizes of blocks."""
@@ -105,7 +138,9 @@ def _measure_rewrite(
 
     if file is None:
         raise click.UsageError("--rewrite measures FILE, not --size", ctx)
-    own = {name: opening[name] for name in ("format", "allow", "share")}
+    own = {name: opening.pop(name) for name in ("format", "allow", "share")}
+    if compress or any(opening.values()):
+        raise click.UsageError("--rewrite goes with -f, -O, -o, --allow and -U only", ctx)
     result = measure_rewrite(file, target_format, options=options, **own)
     if as_json:
         rows = [

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from imgcore.engine.bad_ranges import BadRange
     from imgcore.engine.extents import Extents
     from imgcore.engine.geometry import Geometry
+    from imgcore.engine.reflinks import ReflinkRule
+    from imgcore.engine.source_file import SourceFile
     from imgcore.engine.supply import Supply
     from imgcore.files.byte_source import ByteSource
 
@@ -44,6 +46,11 @@ class ConcatenatedSource:
         self.logical_sector_nbytes: int | None = max(
             (n for n in stated if n is not None), default=None
         )
+        self.sources: Sequence[SourceFile] = [
+            source._replace(guest_base=source.guest_base + start)
+            for part, start in zip(parts, self._starts, strict=True)
+            for source in part.sources
+        ]
         files = (file for part in parts for file in part.files)
         self.files: list[ByteSource] = list({file.identity: file for file in files}.values())
 
@@ -56,7 +63,7 @@ class ConcatenatedSource:
         if with_base:
             raise OptionError("several sources cannot be combined with -B", path=self.path)
 
-    def data_extents(self) -> Iterator[Extents]:
+    def data_extents(self, rule: ReflinkRule | None = None) -> Iterator[Extents]:
         """Yield the extents of the disk; files are numbered over all parts."""
         import numpy as np
 
@@ -69,7 +76,7 @@ class ConcatenatedSource:
                 rows = batch.copy()
                 rows["guest_offset"] += np.uint64(start)
                 rows["file"][rows["kind"] >= Kind.DATA] += np.uint32(first_file)
-                yield rows
+                yield rows if rule is None else rule.mark(rows)
 
     def lost(self) -> Sequence[BadRange]:
         """Return what all parts have lost."""
@@ -90,22 +97,19 @@ class ConcatenatedSource:
             if low < high:
                 yield from part.chunks(low, high - low, piece_nbytes)
 
-    def supply(self, geometry: Geometry, base: Image | None) -> AbstractContextManager[Supply]:
+    def supply(
+        self, geometry: Geometry, base: Image | None, rule: ReflinkRule | None = None
+    ) -> AbstractContextManager[Supply]:
         """Return the files of all images, and batches that refer to them."""
         from imgcore.disk.image_batches import disk_batches
         from imgcore.engine.source_file import native_sources
         from imgcore.engine.supply import Supply
 
         assert base is None, "see refuse_conversion"
-        sources = [
-            source._replace(guest_base=source.guest_base + start)
-            for part, start in zip(self._parts, self._starts, strict=True)
-            for source in part.sources
-        ]
         return nullcontext(
             Supply(
-                paths=[source.file.path for source in sources],
-                native_sources=native_sources(sources),
-                batches=disk_batches(self.data_extents(), self.virtual_size, geometry),
+                paths=[source.file.path for source in self.sources],
+                native_sources=native_sources(self.sources),
+                batches=disk_batches(self.data_extents(rule), self.virtual_size, geometry),
             )
         )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from imgcore.engine.extents import Kind
+from imgcore.engine.kinds import FLAG_UNREAD, Kind
 from imgcore.formats.shared.flat_reader import HostData, flat_rows
 from imgcore.limits import MAX_BATCH_ROWS, MIB
 
@@ -65,7 +65,8 @@ class HostHoles:
             sparse = [_is_sparse(source.file) for source in self._sources]
             self._is_sparse = np.array(sparse, dtype=np.bool_)
         done = 0
-        long = np.flatnonzero((rows["kind"] == Kind.DATA) & (rows["length"] >= _MIN_ROW_NBYTES))
+        is_read = (rows["kind"] == Kind.DATA) & ((rows["flags"] & FLAG_UNREAD) == 0)
+        long = np.flatnonzero(is_read & (rows["length"] >= _MIN_ROW_NBYTES))
         for index in long[self._is_sparse[rows["file"][long]]].tolist():
             if not self._has_hole(rows[index]):
                 continue

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from imgcore.disk.overlay import Depths
     from imgcore.disk.salvage import Salvage
     from imgcore.engine.extents import Extents
+    from imgcore.engine.reflinks import ReflinkRule
     from imgcore.engine.source_file import SourceFile
     from imgcore.files.byte_source import ByteSource
     from imgcore.files.host_file import HostFile
@@ -132,10 +133,17 @@ class Image(Closable):
         return self._guarded(self._extents(*self._range(start, length)))
 
     def data_extents(
-        self, start: SupportsIndex = 0, length: SupportsIndex | None = None
+        self,
+        start: SupportsIndex = 0,
+        length: SupportsIndex | None = None,
+        *,
+        rule: ReflinkRule | None = None,
     ) -> Iterator[Extents]:
-        """Yield the extents of a range, with long holes of host files as ZERO."""
-        return self._guarded(self._data_extents(*self._range(start, length)))
+        """Yield the extents of a range, with long holes of host files as ZERO.
+
+        What is reflinked by ``rule`` is marked, and may contain such holes.
+        """
+        return self._guarded(self._data_extents(*self._range(start, length), rule))
 
     def salvaged_extents(self, salvage: Salvage) -> Iterator[Extents]:
         """Yield the data extents of the disk; what is lost is ZERO, and listed."""
@@ -179,12 +187,12 @@ class Image(Closable):
     def _extents(self, start: int, length: int) -> Iterator[Extents]:
         return (rows for rows, _ in self._layer_extents(start, length))
 
-    def _data_extents(self, start: int, length: int) -> Iterator[Extents]:
+    def _data_extents(self, start: int, length: int, rule: ReflinkRule | None) -> Iterator[Extents]:
         from imgcore.disk.host_holes import HostHoles
 
         holes = HostHoles(self.sources)
         for rows in self._extents(start, length):
-            yield from holes.cut(rows)
+            yield from holes.cut(rows if rule is None else rule.mark(rows))
 
     def _salvaged_extents(self, salvage: Salvage) -> Iterator[Extents]:
         from imgcore.disk.host_holes import HostHoles

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, closing
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from imgcore._core import Job
+from imgcore.disk.reflinks import Reflink, reflinkable_units, refuse_own_blocks
 from imgcore.engine.bad_ranges import named_bad_ranges
 from imgcore.engine.geometry import CodecId, Placing, ZeroPolicy
 from imgcore.engine.job import translated_errors
@@ -23,10 +25,11 @@ if TYPE_CHECKING:
     from imgcore.engine.bad_ranges import BadRange
     from imgcore.engine.extents import Placements
     from imgcore.engine.progress import Tally
+    from imgcore.engine.reflinks import ReflinkRule
     from imgcore.engine.supply import Batch
     from imgcore.files.target import Target
     from imgcore.files.target_file import TargetFile
-    from imgcore.formats.api import Writer, WriteRequest
+    from imgcore.formats.api import Driver, Writer, WriteRequest
 
 
 class ImageSink:
@@ -45,36 +48,58 @@ class ImageSink:
         # Whether the image takes the place of the old content, which a raw disk keeps
         # where it does not reach.
         self._replaces = target.in_place and options.format != PLAIN_FORMAT
-        self._target, self._source, self._base = target, source, base
-        self._request, self._options = request, options
-        self._driver = get_driver(options.format)
-        self._writer = self._driver.writer(request)
+        self.target: Target = target
+        self.source: Source = source
+        self.request: WriteRequest[Any] = request
+        self.options: SinkOptions = options
+        self._base = base
+        self.driver: Driver = get_driver(options.format)
+        self._writer = self.driver.writer(request)
         if base is not None:
             _refuse_large_blocks(target, self._writer)
+        if options.reflink.is_required:
+            refuse_own_blocks(options.reflink, source, self._writer)
 
     @property
     def logical_sector_nbytes(self) -> int | None:
         """What the format states, or the block device that a raw disk is written to."""
         if isinstance(self._writer, SectorSized):
             return self._writer.logical_sector_nbytes
-        return None if self._replaces else self._target.main.logical_sector_nbytes
+        return None if self._replaces else self.target.main.logical_sector_nbytes
 
     def write(self, tally: Tally) -> tuple[BadRange, ...]:
         """Write the blocks of the disk, then the remaining tables."""
-        writer, target = self._writer, self._target
+        writer, target = self._writer, self.target
         geometry = writer.geometry
         if self._replaces and target.is_block_device:
             self._require_capacity(tally)
         if geometry.zero_policy is ZeroPolicy.STORE and geometry.codec.codec is CodecId.NONE:
             # Every byte of the disk will be written.
-            target.require_space(self._request.virtual_size)
+            target.require_space(self.request.virtual_size)
+        if self.options.reflink.is_required:
+            _ = self.reflink_rule  # before anything is written
         data_file = writer.begin(target)
         self.overwrites = target.in_place
-        if self._options.target_is_zero:
+        if self.options.target_is_zero:
             data_file.reads_as_zeros = True
         if self._replaces:
             data_file.clear(writer.first_offset)
         return self._write_parts(writer, data_file, tally)
+
+    @cached_property
+    def reflink_rule(self) -> ReflinkRule:
+        """Which data is reflinked unread; the first use asks the file system.
+
+        Raises
+        ------
+        UnsupportedFeatureError
+            It cannot reflink the source's blocks.
+        """
+        from imgcore.engine.reflinks import ReflinkRule
+
+        files = self.source.sources
+        units = reflinkable_units(self.options.reflink, files, self.target.main)
+        return ReflinkRule.of(self._writer.geometry, units)
 
     def _write_parts(
         self, writer: Writer, data_file: TargetFile, tally: Tally
@@ -82,21 +107,21 @@ class ImageSink:
         """Write the disk and then the remaining tables; return the bad ranges."""
         next_offset = writer.first_offset
         bad_ranges: tuple[BadRange, ...] = ()
-        if self._request.virtual_size:
+        if self.request.virtual_size:
             next_offset, bad_ranges = self._move(writer, data_file, tally)
         writer.finish(next_offset)
         return bad_ranges
 
     def _require_capacity(self, tally: Tally) -> None:
         """Raise TargetError if the block device is too small for the image."""
-        capacity, needed_nbytes = self._target.main.nbytes, 0
+        capacity, needed_nbytes = self.target.main.nbytes, 0
         for needed_nbytes in self._needed_nbytes(tally):
             if needed_nbytes <= capacity:
                 return
         raise TargetError(
             f"holds {capacity} bytes, fewer than the {needed_nbytes} of the "
-            f"{self._options.format} image",
-            path=self._target.path,
+            f"{self.options.format} image",
+            path=self.target.path,
         )
 
     def _needed_nbytes(self, tally: Tally) -> Iterator[int]:
@@ -106,17 +131,17 @@ class ImageSink:
         its data.
         """
         geometry = self._writer.geometry
-        yield self._driver.measure(self._request, 0).fully_allocated
+        yield self.driver.measure(self.request, 0).fully_allocated
         if geometry.placing is Placing.IDENTITY:
             return
         if geometry.zero_policy is not ZeroPolicy.STORE:
             from imgcore.disk.data_ranges import count_blocks
 
-            n_blocks = count_blocks(self._source.data_extents(), geometry.block_nbytes)
-            yield self._driver.measure(self._request, n_blocks * geometry.block_nbytes).required
+            n_blocks = count_blocks(self.source.data_extents(), geometry.block_nbytes)
+            yield self.driver.measure(self.request, n_blocks * geometry.block_nbytes).required
         from imgcore.files.rehearsal import Rehearsal
 
-        rehearsal, writer = Rehearsal(self._target), self._driver.writer(self._request)
+        rehearsal, writer = Rehearsal(self.target), self.driver.writer(self.request)
         with closing(rehearsal.main) as counted:
             self._write_parts(writer, writer.begin(rehearsal), tally.before_start())
             nbytes = counted.nbytes
@@ -126,12 +151,13 @@ class ImageSink:
         self, writer: Writer, data_file: TargetFile, tally: Tally
     ) -> tuple[int, tuple[BadRange, ...]]:
         """Move the whole disk; return the target's first free offset and bad ranges."""
-        options, geometry = self._options, writer.geometry
+        options, geometry = self.options, writer.geometry
         if not data_file.reads_as_zeros:
             geometry = geometry.over_old_bytes
         with ExitStack() as stack:
-            supply = stack.enter_context(self._source.supply(geometry, self._base))
-            stack.enter_context(translated_errors(supply.paths, self._target.path))
+            rule = self.reflink_rule if options.reflink.is_required else None
+            supply = stack.enter_context(self.source.supply(geometry, self._base, rule))
+            stack.enter_context(translated_errors(supply.paths, self.target.path))
             job = Job(
                 sources=supply.native_sources,
                 geometry=geometry,
@@ -149,16 +175,17 @@ class ImageSink:
             stack.callback(job.close)
             _Transfer(job, writer, data_file, tally).run(supply.batches)
             unread = named_bad_ranges(job.bad_ranges, supply.paths)
-            return int(job.next_offset), tuple(sorted((*self._source.lost(), *unread)))
+            return int(job.next_offset), tuple(sorted((*self.source.lost(), *unread)))
 
     def _may_reflink(self) -> bool:
         """Tell whether blocks may be reflinked instead of copied."""
         own_blocks = (
-            self._target.in_place
+            self.target.in_place
             or self._writer.needs_own_blocks
             or self._writer.geometry.zero_policy is ZeroPolicy.STORE
         )
-        return self._options.reflink and not own_blocks and not self._options.salvage
+        wanted = self.options.reflink is not Reflink.NEVER
+        return wanted and not own_blocks and not self.options.salvage
 
 
 def _refuse_large_blocks(target: Target, writer: Writer) -> None:

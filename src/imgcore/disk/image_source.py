@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from imgcore.engine.bad_ranges import BadRange
     from imgcore.engine.extents import Extents
     from imgcore.engine.geometry import Geometry
+    from imgcore.engine.reflinks import ReflinkRule
     from imgcore.engine.source_file import SourceFile
     from imgcore.engine.supply import Batch, Supply
     from imgcore.files.byte_source import ByteSource
@@ -30,7 +31,7 @@ class ImageSource:
     """Reads an open image, which the caller closes; a `Source`."""
 
     def __init__(self, image: Image) -> None:
-        self._image = image
+        self.image: Image = image
         self._salvage: Salvage | None = None
         self.path: str = image.path
         self.format: str = image.format
@@ -43,19 +44,21 @@ class ImageSource:
 
     def describe(self) -> list[dict[str, Any]]:
         """Describe the image, then its parent, and so on."""
-        return [describe_layer(layer) for layer in self._image.chain]
+        return [describe_layer(layer) for layer in self.image.chain]
 
     def refuse_conversion(self, *, with_base: bool) -> None:
         """Warn about what of the image the target will not have."""
-        reader = self._image.reader
+        reader = self.image.reader
         for text in reader.left_out() if isinstance(reader, LeavesOut) else ():
             log.warning("%s: %s", self.path, text)
 
-    def data_extents(self) -> Iterator[Extents]:
+    def data_extents(self, rule: ReflinkRule | None = None) -> Iterator[Extents]:
         """Yield the extents of the disk, with long holes of host files as ZERO."""
         salvage = self._new_salvage()
-        image = self._image
-        return image.data_extents() if salvage is None else image.salvaged_extents(salvage)
+        image = self.image
+        if salvage is not None:
+            return image.salvaged_extents(salvage)
+        return image.data_extents(rule=rule)
 
     def lost(self) -> Sequence[BadRange]:
         """Return what was lost in the last pass over the extents."""
@@ -63,13 +66,13 @@ class ImageSource:
 
     def _new_salvage(self) -> Salvage | None:
         """Return what takes LOST extents in a new pass; None if nothing is salvaged."""
-        chain = self._image.chain
+        chain = self.image.chain
         if not chain[0].salvages:
             return None
         if self._salvage is None:
             from imgcore.disk import salvage
 
-            self._salvage = salvage.Salvage(chain, self._image.first_files)
+            self._salvage = salvage.Salvage(chain, self.image.first_files)
         self._salvage.restart()
         return self._salvage
 
@@ -81,30 +84,35 @@ class ImageSource:
         end = start + length
         for offset in range(start, end, piece_nbytes):
             piece = buffer[: min(len(buffer), end - offset)]
-            self._image.readinto(offset, piece)
+            self.image.readinto(offset, piece)
             yield piece
 
-    def supply(self, geometry: Geometry, base: Image | None) -> AbstractContextManager[Supply]:
+    def supply(
+        self, geometry: Geometry, base: Image | None, rule: ReflinkRule | None = None
+    ) -> AbstractContextManager[Supply]:
         """Return the files of image and base, and batches that refer to them."""
         from imgcore.engine.source_file import native_sources
         from imgcore.engine.supply import Supply
 
-        sources = [*self._image.sources, *(base.sources if base is not None else ())]
+        sources = [*self.image.sources, *(base.sources if base is not None else ())]
         return nullcontext(
             Supply(
                 paths=[source.file.path for source in sources],
                 native_sources=native_sources(sources),
-                batches=self._batches(geometry, base),
+                batches=self._batches(geometry, base, rule),
             )
         )
 
-    def _batches(self, geometry: Geometry, base: Image | None) -> Iterator[Batch]:
-        image = self._image
+    def _batches(
+        self, geometry: Geometry, base: Image | None, rule: ReflinkRule | None
+    ) -> Iterator[Batch]:
+        image = self.image
         is_flat = image.reader.is_flat and not image.chain[0].salvages
-        if is_flat and base is None and geometry.placing is Placing.IDENTITY:
+        is_all_read = base is None and rule is None
+        if is_flat and is_all_read and geometry.placing is Placing.IDENTITY:
             from imgcore.disk.flat_batches import flat_batches
 
             return flat_batches(image.sources[0].file, image.virtual_size, geometry)
         from imgcore.disk.image_batches import image_batches
 
-        return image_batches(image, self.data_extents(), base, geometry)
+        return image_batches(image, self.data_extents(rule), base, geometry)

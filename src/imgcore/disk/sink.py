@@ -145,6 +145,8 @@ def _refuse_in_stream(target: Target, options: SinkOptions) -> None:
         )
     if options.salvage:
         raise OptionError("salvaged data cannot be written as a stream", path=target.path)
+    if options.reflink.is_required:
+        options.reflink.refuse("a stream has no blocks that could be reflinked", target.path)
     has_options = options.options != parse_options(get_driver(options.format))
     if options.compress or options.backing is not None or has_options:
         raise OptionError("a compressed raw stream does not allow -c, -B or -o", path=target.path)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, SupportsIndex
 from imgcore.border import integer
 from imgcore.disk.backing import backing_reference
 from imgcore.disk.profile_fitting import fitting_format, fitting_options, refuse_against_profile
+from imgcore.disk.reflinks import Reflink
 from imgcore.disk.target_format import target_format
 from imgcore.engine.control import Control
 from imgcore.engine.job import chosen_variants, thread_count
@@ -39,7 +40,7 @@ class SinkOptions(NamedTuple):
     in_place: bool
     target_is_zero: bool
     salvage: bool
-    reflink: bool
+    reflink: Reflink
     trust_blocks: bool
     variants: Mapping[str, str]
     profile: Profile | None
@@ -60,7 +61,7 @@ class SinkOptions(NamedTuple):
         in_place: bool,
         target_is_zero: bool,
         salvage: bool,
-        reflink: bool,
+        reflink: bool | str,
         trust_blocks: bool,
         kernels: Mapping[str, str] | None,
         profile: str | None,
@@ -76,6 +77,19 @@ class SinkOptions(NamedTuple):
             raise OptionError("--target-is-zero: with a parent (-B) the target's disk is not zeros")
         if salvage and backing is not None:
             raise OptionError("salvaged data cannot be compared with a parent (-B)")
+        policy = Reflink.from_keyword(reflink)
+        sparse_nbytes = _sparse_nbytes(sparse)
+        if policy.is_required:
+            _refuse_with_reflinks(
+                policy,
+                {
+                    "-c": compress,
+                    "-B": backing is not None,
+                    "-S 0": not sparse_nbytes,
+                    "-n": in_place,
+                    "--salvage": salvage,
+                },
+            )
         if salvage and trust_blocks:
             raise OptionError("blocks that are salvaged cannot be trusted (--trust-blocks)")
         if platform is not None:
@@ -91,12 +105,12 @@ class SinkOptions(NamedTuple):
             options=fitting_options(platform, name, options),
             compress=compress,
             backing=backing_reference(target, backing, backing_format),
-            sparse_nbytes=_sparse_nbytes(sparse),
+            sparse_nbytes=sparse_nbytes,
             threads=thread_count(threads),
             in_place=in_place,
             target_is_zero=target_is_zero,
             salvage=salvage,
-            reflink=reflink,
+            reflink=policy,
             trust_blocks=trust_blocks,
             variants=chosen_variants(kernels),
             profile=platform,
@@ -122,6 +136,13 @@ def _rate_limit(rate: SupportsIndex | str | None, control: Control | None) -> Ra
     if control is not None:
         raise OptionError("rate and control are both given: set the rate of the control")
     return Control(rate=rate).limit
+
+
+def _refuse_with_reflinks(policy: Reflink, given: Mapping[str, bool]) -> None:
+    """Raise OptionError for an option that gives the target blocks of its own."""
+    for flag, is_given in given.items():
+        if is_given:
+            policy.refuse(f"with {flag} the target needs its own blocks")
 
 
 def _sparse_nbytes(sparse: SupportsIndex | str) -> int:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from imgcore.engine.bad_ranges import BadRange
     from imgcore.engine.extents import Extents
     from imgcore.engine.geometry import Geometry
+    from imgcore.engine.reflinks import ReflinkRule
+    from imgcore.engine.source_file import SourceFile
     from imgcore.engine.supply import Supply
     from imgcore.files.byte_source import ByteSource
 
@@ -64,6 +66,11 @@ class Source(Protocol):
         """Every file that is read, each once."""
         ...
 
+    @property
+    def sources(self) -> Sequence[SourceFile]:
+        """The files that extents refer to by index; none of a stream."""
+        ...
+
     def describe(self) -> list[dict[str, Any]]:
         """Return the description of each image of the chain, as ``info`` does."""
         ...
@@ -78,8 +85,11 @@ class Source(Protocol):
         """
         ...
 
-    def data_extents(self) -> Iterator[Extents]:
-        """Yield ascending extents; the disk is zeros outside of stored ones."""
+    def data_extents(self, rule: ReflinkRule | None = None) -> Iterator[Extents]:
+        """Yield ascending extents; the disk is zeros outside of stored ones.
+
+        With ``rule``, what is reflinked without being read is marked.
+        """
         ...
 
     def lost(self) -> Sequence[BadRange]:
@@ -97,7 +107,9 @@ class Source(Protocol):
         """
         ...
 
-    def supply(self, geometry: Geometry, base: Image | None) -> AbstractContextManager[Supply]:
+    def supply(
+        self, geometry: Geometry, base: Image | None, rule: ReflinkRule | None = None
+    ) -> AbstractContextManager[Supply]:
         """Return the files that the engine reads, and batches that suit a target.
 
         Parameters
@@ -106,6 +118,8 @@ class Source(Protocol):
             The target's.  Its disk may be larger and then ends in zeros.
         base : Image, optional
             The target's parent, which each batch is compared with.
+        rule : ReflinkRule, optional
+            As for `data_extents`.
         """
         ...
 

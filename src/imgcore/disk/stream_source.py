@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from imgcore.engine.bad_ranges import BadRange
     from imgcore.engine.extents import Extents
     from imgcore.engine.geometry import Geometry
+    from imgcore.engine.reflinks import ReflinkRule
+    from imgcore.engine.source_file import SourceFile
     from imgcore.engine.supply import Supply
     from imgcore.files.byte_source import ByteSource
     from imgcore.streams.reader import StreamReader
@@ -47,6 +49,7 @@ class StreamSource:
         self.exact_nbytes: int = reader.virtual_size
         self.virtual_size: int = whole_sectors(reader.virtual_size, reader.path)
         self.files: Sequence[ByteSource] = (reader.file,)
+        self.sources: Sequence[SourceFile] = ()
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], options: OpenOptions) -> Self:
@@ -104,7 +107,7 @@ class StreamSource:
                 "a compressed raw source cannot be combined with -B", path=self.path
             )
 
-    def data_extents(self) -> Iterator[Extents]:
+    def data_extents(self, rule: ReflinkRule | None = None) -> Iterator[Extents]:
         """Yield one extent: only reading a stream shows where it holds zeros."""
         from imgcore.engine.extents import Kind, single
 
@@ -125,7 +128,9 @@ class StreamSource:
         if length > self.exact_nbytes:
             yield memoryview(bytes(length - self.exact_nbytes))
 
-    def supply(self, geometry: Geometry, base: Image | None) -> AbstractContextManager[Supply]:
+    def supply(
+        self, geometry: Geometry, base: Image | None, rule: ReflinkRule | None = None
+    ) -> AbstractContextManager[Supply]:
         """Return two buffers, which the stream fills in turn, and batches in them."""
         from imgcore.disk.stream_batches import stream_supply
 

@@ -28,6 +28,18 @@ class Prefix(IntEnum):
     GRAIN_MARKER = 1
 
 
+class Reuse(IntEnum):
+    """What becomes of blocks that a source stores compressed (``enum imgc_reuse``).
+
+    REUSE takes those over that need another wrapper at most, and compresses the others;
+    ONLY stores the others plain.
+    """
+
+    NONE = 0
+    REUSE = 1
+    ONLY = 2
+
+
 class CodecId(IntEnum):
     """Compression of target blocks (``enum imgc_codec``)."""
 
@@ -81,8 +93,7 @@ class Geometry(NamedTuple):
     ``clears_blocks`` is for a target that has old bytes where blocks will be: what of a
     STORED block is not written is zeroed.  ``sparse_nbytes`` is 0 then.
 
-    ``reuse_blocks`` is for a geometry with a codec: a block that a source stores
-    compressed, alone and whole, is taken over if only its wrapper must change.
+    ``reuse`` is for a geometry with a codec.
     """
 
     block_nbytes: int
@@ -102,7 +113,7 @@ class Geometry(NamedTuple):
     stored_prefix_nbytes: int = 0
     stored_prefix_byte: int = 0xFF
     clears_blocks: bool = False
-    reuse_blocks: bool = False
+    reuse: Reuse = Reuse.NONE
 
     @property
     def over_old_bytes(self) -> Geometry:

@@ -47,6 +47,8 @@ class BlockState(IntEnum):
 
 # A VMDK grain marker precedes the stored block (IMGC_EXTENT_GRAIN_MARKER).
 FLAG_GRAIN_MARKER: Final = 1
+# DATA is reflinked without being read (IMGC_EXTENT_UNREAD).
+FLAG_UNREAD: Final = 2
 
 # ``flags`` of a LOST extent: its table is damaged (0), or its file is missing or short.
 FLAG_NO_FILE: Final = 1

@@ -36,6 +36,8 @@ class Tally:
 
     Attributes
     ----------
+    done_nbytes : int
+        The position on the disk that was counted last.
     data_nbytes : int
         Bytes of the disk that are data.
     read_nbytes, written_nbytes : int
@@ -49,6 +51,7 @@ class Tally:
 
     def __init__(self, total_nbytes: int, report: Callable[[Progress], None] | None) -> None:
         self.total_nbytes = total_nbytes
+        self.done_nbytes: int = 0
         self.data_nbytes: int = 0
         self.read_nbytes: int = 0
         self.written_nbytes: int = 0
@@ -70,7 +73,7 @@ class Tally:
         trusted: int = 0,
     ) -> None:
         """Set the sums so far; ``done`` is the position on the disk."""
-        self.data_nbytes, self.read_nbytes = data, read
+        self.done_nbytes, self.data_nbytes, self.read_nbytes = done, data, read
         self.written_nbytes, self.reflinked_nbytes = written, reflinked
         self.reused_nbytes, self.trusted_nbytes = reused, trusted
         if self._report is None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
 from typing import TYPE_CHECKING, Final
 
+from imgcore.files.reflinks import NO_REFLINK_ERRORS, reflink_whole
 from imgcore.limits import MIB
 
 if TYPE_CHECKING:
@@ -15,16 +14,6 @@ if TYPE_CHECKING:
     from imgcore.files.target import Target
     from imgcore.files.target_file import TargetFile
 
-# Linux include/uapi/linux/fs.h: _IOW(0x94, 9, int).
-_FICLONE: Final = 0x40049409
-_NO_CLONE_ERRORS: Final = (
-    errno.EOPNOTSUPP,
-    errno.ENOTTY,
-    errno.EXDEV,
-    errno.EINVAL,
-    errno.ENOSYS,
-    errno.EPERM,
-)
 # Bytes of one system call: few enough that an interruption takes effect soon.
 _COPY_NBYTES: Final = 64 * MIB
 
@@ -42,11 +31,11 @@ def copy_content(file: HostFile, target: Target) -> None:
         # Some file systems report holes for data that is not written back yet.
         os.fdatasync(file.fd)
     try:
-        fcntl.ioctl(target.main.fd, _FICLONE, file.fd)
+        reflink_whole(file, target.main)
         return
     except OSError as error:
-        if error.errno not in _NO_CLONE_ERRORS:
-            raise OSError(error.errno, error.strerror, file.path) from error
+        if error.errno not in NO_REFLINK_ERRORS:
+            raise
     target.require_space(file.allocated_nbytes)
     target.main.truncate(file.nbytes)
     start, end = file.next_data(0)
@@ -61,7 +50,7 @@ def _copy_range(file: HostFile, copy: TargetFile, start: int, end: int) -> None:
         try:
             done = os.copy_file_range(file.fd, copy.fd, nbytes, start, start)
         except OSError as error:
-            if error.errno not in _NO_CLONE_ERRORS:
+            if error.errno not in NO_REFLINK_ERRORS:
                 raise OSError(error.errno, error.strerror, file.path) from error
             done = 0
         if done == 0:

@@ -22,7 +22,7 @@ from imgcore.errors import ImgcoreError, LimitExceededError, TargetError
 from imgcore.files.commit_point import CommitCounter, uninterrupted
 from imgcore.files.descriptors import named_errors
 from imgcore.files.folder import Folder
-from imgcore.files.identity import file_system_magic
+from imgcore.files.identity import Identity, file_identity, file_system_magic
 from imgcore.files.in_place_job import Job, SideFile, find_journal, open_alone, open_job
 from imgcore.files.journal import SUFFIX, Journal
 from imgcore.files.locks import end_lease, lease
@@ -201,6 +201,8 @@ class InPlace:
         Its name now; `commit` may change it.
     nbytes : int
         Its size before.
+    identity : tuple of two ints
+        The identity of the file; see `imgcore.files.identity`.
     is_committed : bool
         Whether the file is the new image.
 
@@ -226,6 +228,7 @@ class InPlace:
             self._folder.close()
             raise
         self.nbytes: int = self._status.st_size
+        self.identity: Identity = file_identity(self._status)
 
     def require_space(self, nbytes: int) -> None:
         """Raise OSError(ENOSPC) if the file system has fewer than ``nbytes`` left."""

@@ -137,6 +137,8 @@ class Job:
             status = self.file.status()
             self.journal.append("done", {"size": status.st_size, "mtime_ns": status.st_mtime_ns})
         begin, folder = self.begin, self.folder
+        if begin.name != begin.new_name and self.journal.name == begin.new_name + SUFFIX:
+            return  # all names are right, and a side file may have changed since
         for side in begin.removed:
             self._remove(side)
         self._rename(begin.new_name)
@@ -228,7 +230,7 @@ class Job:
         # A byte for each block: the ranges may come in any order, millions of them.
         used = bytearray(end // unit)
         own = [(offset, len(data)) for offset, data in change.pieces]
-        for offset, length in chain(keep, own, change.cleared):
+        for offset, length in chain(keep, own):
             first, last = int(offset) // unit, min(-(-int(offset + length) // unit), len(used))
             used[first:last] = b"\1" * (last - first)
         free: list[Range] = []

@@ -65,8 +65,8 @@ class Journal:
     def __init__(self, folder: Folder, name: str, fd: int) -> None:
         """Take over an open descriptor."""
         self._folder = folder
-        self.name = name
-        self.fd = fd
+        self.name: str = name
+        self.fd: int = fd
         self.records: dict[str, Record] = {}
         self._salt = b""
         self._end = 0

@@ -117,16 +117,20 @@ class TargetFile(OpenFile):
 
     def _fill(self, end: int) -> None:
         """Make the old bytes before ``end`` read as zeros."""
-        if self._end is None or self._end >= end:
-            return
+        if self._end is not None and self._end < end:
+            self.zero(self._end, end - self._end)
+            self._end = end
+
+    def zero(self, offset: int, length: int) -> None:
+        """Make a range read as zeros, by the cheapest way that works."""
         from imgcore._core import CoreError
 
-        try:
-            self.core.zero(self._end, end - self._end)
-        except CoreError as error:
-            # Past the end of the device there is no error number.
-            raise OSError(error.os_errno or errno.ENOSPC, "") from error
-        self._end = end
+        with named_errors(self.path):
+            try:
+                self.core.zero(offset, length)
+            except CoreError as error:
+                # Past the end of the device there is no error number.
+                raise OSError(error.os_errno or errno.ENOSPC, "") from error
 
     def preallocate(self, mode: str, nbytes: int) -> None:
         """Reserve the file's first ``nbytes`` bytes, which then read as zeros.

@@ -534,11 +534,15 @@ class Survey(NamedTuple):
     rows : ndarray, shape (n,), dtype EXTENT_DTYPE
         DATA and compressed extents of the whole disk, ascending; DATA that continues in
         guest and file is one row.
+    is_verified : bool
+        Whether the compressed blocks that may stay were verified; their length is exact
+        then.
     """
 
     file_nbytes: int
     is_flat: bool
     rows: Extents
+    is_verified: bool = False
 
 
 class Rewriter(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from imgcore.errors import ImgcoreError
+from imgcore.errors import LimitExceededError, OptionError, UnsupportedFeatureError
 from imgcore.formats.options import AUTO, block_size, block_sizes, with_block_size
 from imgcore.rewriting.director import Director
 from imgcore.rewriting.survey import survey_image
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 def fitting_director(
-    image: Image, driver: Driver, request: WriteRequest[Any], *, inflate: bool = False
+    image: Image, driver: Driver, request: WriteRequest[Any], **how: bool
 ) -> Director:
-    """Return the director for a request; see `Director`.
+    """Return the director for a request; see `Director`, also for ``how``.
 
     If the request leaves the block size open (``auto``), it is the one at which least
     of the disk moves: of several, the largest.  If the format decides, its usual size
@@ -28,15 +28,16 @@ def fitting_director(
     size = block_size(request.options)
     sizes = block_sizes(request.options)
     if not sizes or size not in (None, AUTO):
-        return Director(image, driver, request, inflate=inflate)
+        return Director(image, driver, request, survey=None, **how)
     survey = survey_image(image)
     best = None
     if size is None:
-        best = Director(image, driver, request, inflate=inflate, survey=survey)
-    for director in candidates(image, driver, request, survey, inflate=inflate):
+        best = Director(image, driver, request, survey=survey, **how)
+        survey = best.survey
+    for director in candidates(image, driver, request, survey, **how):
         if best is None or director.moved_nbytes < best.moved_nbytes:
             best = director
-    return best or Director(image, driver, request, inflate=inflate, survey=survey)
+    return best or Director(image, driver, request, survey=survey, **how)
 
 
 def candidates(
@@ -44,17 +45,22 @@ def candidates(
     driver: Driver,
     request: WriteRequest[Any],
     survey: Survey,
-    *,
-    inflate: bool = False,
+    **how: bool,
 ) -> Iterator[Director]:
-    """Yield a director for each block size that the format can have, largest first.
+    """Yield a director for each block size that may be worth it, largest first.
 
-    There is none for sizes that the disk is too large for, for example, nor for a
-    format that has no choice.
+    The last one is the first at which nothing moves: smaller blocks only need larger
+    tables.  There is none for sizes that the disk is too large for, for example, nor
+    for a format that has no choice.
     """
     for nbytes in sorted(block_sizes(request.options), reverse=True):
         sized = request._replace(options=with_block_size(request.options, nbytes))
         try:
-            yield Director(image, driver, sized, inflate=inflate, survey=survey)
-        except ImgcoreError:
+            director = Director(image, driver, sized, survey=survey, **how)
+        except (OptionError, LimitExceededError, UnsupportedFeatureError):
             continue
+        # Its compressed blocks are verified once.
+        survey = director.survey
+        yield director
+        if not director.moved_nbytes:
+            return

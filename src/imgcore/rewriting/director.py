@@ -17,7 +17,7 @@ from imgcore.errors import UnsupportedFeatureError
 from imgcore.files.rehearsal import CountingStagedFile
 from imgcore.formats.api import NeedsPlaces
 from imgcore.limits import MIB
-from imgcore.rewriting.layout import PROBED_NBYTES, Layout, Runs, lay_out, placements
+from imgcore.rewriting.layout import PROBED_NBYTES, Layout, Runs, lay_out, placements, with_wrappers
 from imgcore.rewriting.survey import survey_image
 from imgcore.sizes import format_size
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from imgcore.engine.progress import Tally
     from imgcore.files.staged_file import StagedFile
     from imgcore.formats.api import BlockRule, Driver, Rewriter, Survey, WriteRequest
+    from imgcore.rewriting.layout import Offsets
+    from imgcore.rewriting.moving import Workers
 
 # So much may move, even if it is most of the data.
 _MAX_SMALL_MOVE_NBYTES: Final = 64 * MIB
@@ -71,6 +73,8 @@ class Director:
     request : WriteRequest
     inflate : bool
         Decompress blocks that the new format cannot refer to.
+    trust_blocks : bool
+        Do not decompress blocks that stay compressed, to verify them.
     survey : Survey, optional
         That of the image, if it is known.
 
@@ -85,6 +89,8 @@ class Director:
     ------
     UnsupportedFeatureError
         The formats do not go together, or blocks are compressed.
+    CorruptImageError
+        A block that would stay compressed is damaged.
     OptionError, LimitExceededError
         The target's format cannot represent the disk, or the survey is too large.
     """
@@ -96,6 +102,7 @@ class Director:
         request: WriteRequest[Any],
         *,
         inflate: bool = False,
+        trust_blocks: bool = False,
         survey: Survey | None = None,
     ) -> None:
         self._image, self._driver = image, driver
@@ -104,6 +111,8 @@ class Director:
         self.rewriter: Rewriter = driver.rewriter(request, self.survey)
         if not inflate:
             self._refuse_compressed()
+        if self._rule is not None and self._rule.takes_compressed:
+            self.survey = self._verified(self._rule.takes_compressed, trust_blocks=trust_blocks)
         self._tell_places(self.rewriter)
 
     @property
@@ -147,6 +156,18 @@ class Director:
         stay = self._layout.stay
         return self._layout.nbytes_of(stay.first, stay.n_blocks, self._image.virtual_size)
 
+    @property
+    def stayed_ranges(self) -> tuple[Offsets, Offsets]:
+        """Start and end in the file of each run of blocks that stay, in guest order."""
+        stay = self._layout.stay
+        return stay.host, stay.host_end(self._layout.block_nbytes)
+
+    @property
+    def reused(self) -> tuple[int, int]:
+        """Bytes of the disk in compressed blocks that stay, and bytes of the file."""
+        packed = self._layout.stay.packed
+        return int((packed > 0).sum()) * self._layout.block_nbytes, int(packed.sum())
+
     @cached_property
     def moved_nbytes(self) -> int:
         """Bytes of the disk in blocks that move."""
@@ -179,10 +200,18 @@ class Director:
                 path=self._image.path,
             )
 
+    def _verified(self, taken: frozenset[Kind], *, trust_blocks: bool) -> Survey:
+        """Return the survey after its compressed blocks were verified."""
+        if not (self.survey.rows["kind"] > Kind.DATA).any():
+            return self.survey
+        from imgcore.rewriting.reusing import verify_blocks
+
+        return verify_blocks(self._image, self.survey, taken, trust_blocks=trust_blocks)
+
     def _refuse_compressed(self) -> None:
         rows = self.survey.rows
         taken = frozenset() if self._rule is None else self._rule.takes_compressed
-        refused = (rows["kind"] > Kind.DATA) & ~np.isin(rows["kind"], list(taken))
+        refused = (rows["kind"] > Kind.DATA) & ~np.isin(rows["kind"], list(with_wrappers(taken)))
         if refused.any():
             nbytes = int(rows["length"][refused].sum())
             raise UnsupportedFeatureError(
@@ -192,25 +221,26 @@ class Director:
                 path=self._image.path,
             )
 
-    def write(self, file: StagedFile, tally: Tally) -> RewriteCost:
+    def write(self, file: StagedFile, tally: Tally, workers: Workers | None = None) -> RewriteCost:
         """Write the new image around the blocks that stay; the rewriter is used up.
 
         What changes the old image is kept back by ``file``, whose old content is that
-        of the image's file.
+        of the image's file.  ``workers`` copy the blocks that move.
         """
-        from imgcore.rewriting.moving import move_blocks
+        from imgcore.rewriting.moving import Workers, move_blocks
 
+        workers = workers or Workers.default()
         layout, offset = self._layout, self.rewriter.begin(file, self.append_offset)
         moved = Runs.none()
         if len(layout.moved_first):
             image, rows = self._image, self.survey.rows
-            moved, offset = move_blocks(image, rows, layout, file, offset, tally)
+            moved, offset = move_blocks(image, rows, layout, file, offset, tally, workers)
         self._place(self.rewriter, moved, offset, tally)
         file.clear_rest(self.front_nbytes)
         return self._cost(file, tally.written_nbytes)
 
     def rehearse(self) -> RewriteCost:
-        """Return the cost; nothing is written, and no data is read.
+        """Return the cost; nothing is written, and no data is read any more.
 
         Blocks that move are counted as data, even if they turn out to be zeros.
         """
@@ -236,13 +266,10 @@ class Director:
             runs = Runs.joined((self._layout.stay, moved))
             for first_block, batch in placements(runs, size):
                 offset = rewriter.place(first_block, batch, offset)
-                end = (first_block + len(batch)) * size
-                tally.count(
-                    min(end, tally.total_nbytes),
-                    data=tally.data_nbytes,
-                    read=tally.read_nbytes,
-                    written=tally.written_nbytes,
-                )
+                # Blocks that moved, which take longer, were counted before.
+                end = min((first_block + len(batch)) * size, tally.total_nbytes)
+                done = max(end, tally.done_nbytes)
+                tally.count(done, data=done, read=tally.read_nbytes, written=tally.written_nbytes)
         rewriter.finish(offset)
 
     def _cost(self, file: StagedFile | CountingStagedFile, moved_nbytes: int) -> RewriteCost:

@@ -121,6 +121,11 @@ class _Rows(NamedTuple):
     packed: NDArray[np.uint32]
 
 
+def with_wrappers(taken: frozenset[Kind]) -> frozenset[Kind]:
+    """Return the kinds of compressed blocks that are, or have in them, one of these."""
+    return taken | {Kind.ZLIB} if Kind.DEFLATE in taken else taken
+
+
 def lay_out(
     survey: Survey, rule: BlockRule, disk_nbytes: int, overwrites: Sequence[tuple[int, int]]
 ) -> Layout:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from functools import partial
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
@@ -16,20 +17,39 @@ from imgcore.limits import MAX_BATCH_ROWS, SECTOR_NBYTES
 from imgcore.rewriting.layout import Runs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
+    from imgcore._core import RateLimit
     from imgcore.disk.image import Image
     from imgcore.engine.extents import Extents, Placements
     from imgcore.engine.progress import Tally
-    from imgcore.engine.supply import Batch
     from imgcore.files.target_file import TargetFile
     from imgcore.rewriting.layout import Layout, Offsets
 
 _BATCH_BLOCKS: Final = 1 << 16
 
 
+class Workers(NamedTuple):
+    """How the engine copies blocks: threads, variants of operations, and rate."""
+
+    threads: int
+    variants: Mapping[str, str]
+    limit: RateLimit | None = None
+
+    @classmethod
+    def default(cls) -> Workers:
+        """Return as many threads as are available, without a limit."""
+        return cls(thread_count(None), chosen_variants(None))
+
+
 def move_blocks(
-    image: Image, rows: Extents, layout: Layout, file: TargetFile, offset: int, tally: Tally
+    image: Image,
+    rows: Extents,
+    layout: Layout,
+    file: TargetFile,
+    offset: int,
+    tally: Tally,
+    workers: Workers,
 ) -> tuple[Runs, int]:
     """Copy the blocks that move, decompressed, to a file from ``offset`` on.
 
@@ -45,6 +65,7 @@ def move_blocks(
         The first host offset at which a block may be.
     tally : Tally
         Counts what is read and written.
+    workers : Workers
 
     Returns
     -------
@@ -67,16 +88,20 @@ def move_blocks(
             geometry=geometry,
             target=file.core,
             next_offset=offset,
-            threads=thread_count(None),
-            variants=chosen_variants(None),
+            threads=workers.threads,
+            variants=dict(workers.variants),
+            rate_limit=workers.limit,
         )
+        given_nbytes = 0
         try:
             for batch in batches:
+                tick = partial(_count, tally, job, batch.start - given_nbytes)
+                given_nbytes += batch.end - batch.start
                 n_blocks = -(-(batch.end - batch.start) // size)
                 placements = np.zeros(n_blocks, PLACEMENT_DTYPE)
                 job.start(batch.start, batch.end, batch.rows, None, placements)
-                job.wait(lambda batch=batch: _count(tally, job, batch))  # type: ignore[misc]
-                _count(tally, job, batch)
+                job.wait(tick)
+                tick()
                 runs.append(_runs_of(placements, batch.start // size, size))
                 # A last block that the disk's end cuts takes a whole place, too.
                 end = int(runs[-1].host_end(size).max(initial=offset))
@@ -88,9 +113,11 @@ def move_blocks(
     return Runs.joined(runs), end
 
 
-def _count(tally: Tally, job: Job, batch: Batch) -> None:
-    _, data, _, read, written, *_ = job.progress()
-    tally.count(batch.start, data=data, read=read, written=written)
+def _count(tally: Tally, job: Job, skipped_nbytes: int) -> None:
+    """Report how far a job is; ``skipped_nbytes`` is the sum of the gaps before."""
+    done, _, _, read, written, *_ = job.progress()
+    position = skipped_nbytes + done
+    tally.count(position, data=position, read=read, written=written)
 
 
 def _runs_of(placements: Placements, first_block: int, block_nbytes: int) -> Runs:
@@ -107,12 +134,22 @@ def moved_extents(rows: Extents, layout: Layout, disk_end: int) -> Iterator[Exte
     """Yield gap-free extents of the disk in which only what moves is data."""
     start = layout.moved_first * layout.block_nbytes
     end = start + layout.moved_count * layout.block_nbytes
-    position = 0
+    return gap_free((_inside(piece, start, end) for piece in in_pieces(rows)), disk_end)
+
+
+def in_pieces(rows: Extents) -> Iterator[Extents]:
+    """Yield rows in pieces that a batch has the room for, with gaps filled."""
     for at in range(0, len(rows), MAX_BATCH_ROWS // 4):
-        parts = _inside(rows[at : at + MAX_BATCH_ROWS // 4], start, end)
-        if len(parts):
-            yield _filled(parts, position)
-            position = int(parts["guest_offset"][-1] + parts["length"][-1])
+        yield rows[at : at + MAX_BATCH_ROWS // 4]
+
+
+def gap_free(pieces: Iterable[Extents], disk_end: int) -> Iterator[Extents]:
+    """Yield ascending rows with HOLEs between them, up to the disk's end."""
+    position = 0
+    for rows in pieces:
+        if len(rows):
+            yield _filled(rows, position)
+            position = int(rows["guest_offset"][-1] + rows["length"][-1])
     if position < disk_end:
         yield _filled(np.zeros(0, dtype=EXTENT_DTYPE), position, disk_end)
 

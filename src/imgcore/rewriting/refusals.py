@@ -40,6 +40,16 @@ def refuse_image(image: Image, driver: Driver, *, drop: bool) -> None:
     drop : bool
         Leave out what else than the disk is in the image.
     """
+    refuse_layout(image, driver)
+    reader = image.reader
+    for text in reader.left_out() if isinstance(reader, LeavesOut) else ():
+        if not drop:
+            raise UnsupportedFeatureError(f"{text}; --drop rewrites it without", path=image.path)
+        log.warning("%s: %s", image.path, text)
+
+
+def refuse_layout(image: Image, driver: Driver) -> None:
+    """Raise UnsupportedFeatureError if the disk cannot stay in its file."""
     reader = image.reader
     if driver.name == image.format and not is_flat(reader):
         raise _is_already(image)
@@ -62,10 +72,6 @@ def refuse_image(image: Image, driver: Driver, *, drop: bool) -> None:
         )
     if isinstance(reader, RefusesRewriting):
         reader.refuse_rewriting()
-    for text in reader.left_out() if isinstance(reader, LeavesOut) else ():
-        if not drop:
-            raise UnsupportedFeatureError(f"{text}; --drop rewrites it without", path=image.path)
-        log.warning("%s: %s", image.path, text)
 
 
 def refuse_same_kind(image: Image, rewriter: Rewriter) -> None:

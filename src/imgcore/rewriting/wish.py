@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from imgcore.disk.image import Image
 from imgcore.disk.layer import open_layer
 from imgcore.disk.sink import warn_about_sectors
+from imgcore.errors import UnsupportedFeatureError
 from imgcore.formats.api import SectorSized, WriteRequest
 from imgcore.formats.option_texts import parse_options
 from imgcore.formats.registry import PLAIN_FORMAT, get_driver
@@ -56,6 +57,10 @@ class Wish(NamedTuple):
         driver = get_driver(target_format)
         return cls(driver, parse_options(driver, options), **flags)
 
+    @property
+    def _how(self) -> dict[str, bool]:
+        return {"inflate": self.inflate, "trust_blocks": self.trust_blocks}
+
     def refuse(self, image: Image) -> None:
         """Raise UnsupportedFeatureError if an image cannot be rewritten at all."""
         refuse_image(image, self.driver, drop=self.drop)
@@ -75,7 +80,11 @@ class Wish(NamedTuple):
             target_name=name,
             logical_sector_nbytes=image.logical_sector_nbytes,
         )
-        director = fitting_director(image, self.driver, request, inflate=self.inflate)
+        try:
+            director = fitting_director(image, self.driver, request, **self._how)
+        except UnsupportedFeatureError as error:
+            # A rewriter does not know the image's name.
+            raise UnsupportedFeatureError(error.reason, path=image.path) from error
         refuse_same_kind(image, director.rewriter)
         return director
 
@@ -86,7 +95,7 @@ class Wish(NamedTuple):
         """
         first = self.director(image, name)
         costs = [first.rehearse()]
-        others = candidates(image, self.driver, first.request, first.survey, inflate=self.inflate)
+        others = candidates(image, self.driver, first.request, first.survey, **self._how)
         costs += (other.rehearse() for other in others)
         return [cost for at, cost in enumerate(costs) if cost not in costs[:at]]
 

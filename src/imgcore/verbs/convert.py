@@ -99,7 +99,7 @@ def convert(
     target_is_zero: bool = False,
     share: bool = False,
     salvage: bool = False,
-    reflink: bool = True,
+    reflink: bool | str = True,
     trust_blocks: bool = False,
     allow: Sequence[FilePath] = (),
     progress: Callable[[Progress], None] | None = None,
@@ -160,12 +160,20 @@ def convert(
         result, instead of failing: data that the system cannot read, that does not
         decompress, or whose place is unknown since the file is truncated or a table is
         damaged.  The header must still be valid.
-    reflink : bool
+    reflink : bool or {"auto", "always", "strict", "never"}
         Reflink blocks of the source instead of copying them if the file system can do
         it (XFS, Btrfs) and both formats place blocks on its boundaries.  The target
         reads the same either way, and later writes to one file do not change the other.
         Targets that need their own blocks are always copied: preallocated ones (falloc,
         full), those with all zeros written (``sparse=0``), and those written in place.
+
+        With ``"auto"``, or True, data is read first, and zeros in it are left out.
+        ``"always"`` reads no data that can be reflinked: what the source has allocated
+        is allocated in the target, zeros included.  The rest is copied.  It is an error
+        if the file system has no reflinks, or if an option needs blocks of its own.
+        ``"strict"`` is also an error if data would have to be copied, but for an
+        incomplete block of the file system at the disk's end; nothing is written then.
+        ``"never"``, or False, copies everything.
     trust_blocks : bool
         Do not decompress the compressed blocks that the target takes over from the
         source as they are.  This is faster, but a block that is damaged in the source
@@ -257,6 +265,10 @@ def convert(
             refuse_other_name(output.path, writing.format, flag="-O", profile=writing.profile)
             tally = Tally(fitting_size(writing.profile, disk), progress)
             sink = open_sink(output, writing, disk, base, tally.total_nbytes)
+            if writing.reflink.is_required:
+                from imgcore.rewriting.cloning import reflinking_sink
+
+                sink = reflinking_sink(sink)
             bad_ranges = _write(sink, tally, files, output)
             result = ConvertResult(
                 source=disk.path,

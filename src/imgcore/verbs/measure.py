@@ -34,6 +34,21 @@ class RewriteMeasurement(NamedTuple):
     costs: tuple[RewriteCost, ...]
 
 
+class ReflinkMeasurement(NamedTuple):
+    """The result of `imgcore.measure_reflink`, in bytes.
+
+    Attributes
+    ----------
+    reflinked : int
+        Data of the source's file that the target would have in common with it.
+    copied : int
+        Data that would be read and written.
+    """
+
+    reflinked: int
+    copied: int
+
+
 def measure(
     source: FilePath | None = None,
     *,
@@ -124,7 +139,7 @@ def measure_rewrite(
     Parameters
     ----------
     image : str, bytes or os.PathLike
-        The image, of which only tables are read.
+        The image, of which only tables are read, and compressed blocks that could stay.
     target_format : str
         The new format.
 
@@ -146,7 +161,7 @@ def measure_rewrite(
     from imgcore.rewriting.wish import Wish, open_alone
 
     path = file_name(image)
-    wish = Wish.from_keywords(target_format, options, drop=drop, inflate=inflate)
+    wish = Wish.from_keywords(target_format, options, drop=drop, inflate=inflate, trust_blocks=True)
     flags = Flags(backing_format="", parent="")
     opening = OpenOptions.from_keywords(format=format, allow=allow, share=share, flags=flags)
     name = new_name(path, wish.driver.name, name=None, keep_name=False)
@@ -176,3 +191,78 @@ def _measure_data(
     block_nbytes = driver.writer(request).geometry.block_nbytes
     data_nbytes = count_blocks(batches, block_nbytes) * block_nbytes
     return driver.measure(request, data_nbytes)
+
+
+def measure_reflink(
+    source: FilePath,
+    target_format: str = PLAIN_FORMAT,
+    *,
+    format: str | None = None,
+    options: Mapping[str, Any] | Sequence[str] | None = None,
+    backing_format: str | None = None,
+    parent: FilePath | Sequence[FilePath] | None = None,
+    read_options: Mapping[str, Any] | Sequence[str] | None = None,
+    allow: Sequence[FilePath] = (),
+    share: bool = False,
+) -> ReflinkMeasurement:
+    """Compute what ``convert(reflink="always")`` would reflink and what it would copy.
+
+    For the keywords that are about opening ``source`` see `imgcore.open`.
+
+    Parameters
+    ----------
+    source : str, bytes or os.PathLike
+        The image to convert.
+    target_format : str
+        Format of the target; raw by default.
+    options : mapping or sequence of str, optional
+        Options of the target's format, as a mapping or as strings ``"key=value,..."``.
+
+    Returns
+    -------
+    ReflinkMeasurement
+
+    Raises
+    ------
+    OptionError
+        An option is wrong, or rules out reflinks.
+    ImgcoreError, OSError
+        As `imgcore.open`.
+
+    Notes
+    -----
+    The target would be on the source's file system.  Whether that supports reflinks
+    shows only when a target is written.  Only the source's tables are read.
+    """
+    from imgcore.disk.open_options import OpenOptions
+    from imgcore.disk.reflinks import Reflink, refuse_own_blocks
+    from imgcore.disk.source import open_source
+    from imgcore.engine.reflinks import ReflinkRule
+    from imgcore.files.reflinks import reflink_block_nbytes
+    from imgcore.formats.api import WriteRequest
+    from imgcore.formats.option_texts import parse_options
+    from imgcore.formats.registry import get_driver
+    from imgcore.rewriting.cloning import cheapest_way
+
+    opening = OpenOptions.from_keywords(
+        format=format,
+        backing_format=backing_format,
+        parent=parent,
+        read_options=read_options,
+        allow=allow,
+        share=share,
+    )
+    driver = get_driver(target_format)
+    with open_source(file_name(source), opening) as disk:
+        request = WriteRequest(
+            virtual_size=disk.virtual_size,
+            options=parse_options(driver, options),
+            logical_sector_nbytes=disk.logical_sector_nbytes,
+            exact_nbytes=disk.exact_nbytes,
+        )
+        writer = driver.writer(request)
+        refuse_own_blocks(Reflink.ALWAYS, disk, writer)
+        units = [reflink_block_nbytes(each.file) for each in disk.sources]
+        rule = ReflinkRule.of(writer.geometry, units)
+        _, count = cheapest_way(disk, driver, request, rule, trust_blocks=True)
+        return ReflinkMeasurement(count.reflinked, count.copied)

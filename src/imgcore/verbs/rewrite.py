@@ -126,7 +126,9 @@ def rewrite(
     inflate : bool
         Decompress blocks that the new format cannot refer to.
     trust_blocks : bool
-        Do not verify compressed blocks that stay compressed.
+        Do not verify compressed blocks that stay compressed: those of a streamOptimized
+        VMDK that becomes a QCOW2.  A damaged one is an error otherwise, before anything
+        is changed.
     keep_undo : bool
         Keep the journal, with which `imgcore.undo_rewrite` restores the old image.
         Without it, unused space of the file is given back.
@@ -277,7 +279,7 @@ class _Job(NamedTuple):
         found = in_place.recover(self.path)
         if found is None or found.state == "old":
             return None
-        if found.job["target_format"] != self.wish.driver.name:
+        if found.job.get("target_format") != self.wish.driver.name:
             return None
         return RewriteResult(
             path=_beside(found.path, found.job["name"]),
@@ -297,6 +299,8 @@ class _Job(NamedTuple):
             reading = self.opening._replace(share=True)
             image = stack.enter_context(open_alone(self.path, reading))
             director = self._director(image)
+            if image.sources[0].file.identity != place.identity:
+                raise TargetError("was replaced while it was opened", path=self.path)
             refuse_children(image, self.opening.allow)
             warn_about_disk(image, director, self._new_name())
             needed_nbytes = _needed_nbytes(director)
@@ -320,8 +324,7 @@ class _Job(NamedTuple):
     def _data_path(self) -> str:
         """Return the file that holds the disk; it may not be the one with the name."""
         with open_alone(self.path, self.opening) as image:
-            self.wish.refuse(image)
-            path = image.sources[0].file.path
+            path = image.sources[0].file.path if image.sources else self.path
         folder = os.path.dirname(os.path.abspath(path))
         if folder != os.path.dirname(os.path.abspath(self.path)):
             raise TargetError(f"the file of its disk is in another folder: {path}", path=self.path)

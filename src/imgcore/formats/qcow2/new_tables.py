@@ -74,7 +74,7 @@ class NewTables:
         # The table that is being filled.
         self._tail_index = -1
         self._tail = np.zeros(0, dtype=np.uint64)
-        self.nbytes = 0
+        self.nbytes: int = 0
 
     def add(self, first_block: int, placements: Placements) -> None:
         """Encode placements; LimitExceededError if one does not fit in an entry."""

@@ -223,13 +223,13 @@ class RefcountMap:
     def _add_power(self, numbers: NDArray[np.int64], power: int) -> None:
         """Add 2^power to the refcounts of different, ascending clusters."""
         while numbers.size:
-            if power == min(1 << self._options.refcount_order, _MAX_COUNT.bit_length()):
+            if power >= min(1 << self._options.refcount_order, _MAX_COUNT.bit_length()):
                 raise LimitExceededError(
                     f"host cluster {int(numbers[0])} has more references than {power} bits can "
                     "count",
                     path=self._options.target_name or None,
                 )
-            if power == len(self._planes):
+            while power >= len(self._planes):
                 self._planes.append(self._new_plane())
             plane = self._planes[power]
             at, bits = numbers >> 3, np.left_shift(1, numbers & 7).astype(np.uint8)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 import numpy as np
 
 from imgcore import limits
-from imgcore.engine.geometry import CodecId, Geometry, Placing
+from imgcore.engine.geometry import CodecId, Geometry, Placing, Reuse
 from imgcore.formats.api import Measurement
 from imgcore.formats.qcow2 import layout
 from imgcore.formats.qcow2.new_tables import NewTables, in_chunks, referenced_clusters
@@ -114,7 +114,7 @@ class Qcow2Writer:
             store_incompressible=options.codec.codec is not CodecId.NONE,
             codec=options.codec,
             sparse_nbytes=options.sparse_nbytes,
-            reuse_blocks=options.reuse_blocks,
+            reuse=Reuse.REUSE if options.reuse_blocks else Reuse.NONE,
         )
 
     def begin(self, target: Target) -> TargetFile:

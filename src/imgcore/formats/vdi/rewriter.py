@@ -199,14 +199,12 @@ def _phase(options: WriteOptions, survey: Survey) -> int:
 
 def _refuse_gaps(gaps_nbytes: int, block_nbytes: int) -> None:
     """Raise UnsupportedFeatureError if too many slots have no data in them."""
-    n_gaps, allowed = (
-        gaps_nbytes // block_nbytes,
-        min(_MAX_GAPS, MAX_DROPPED_NBYTES // block_nbytes),
-    )
+    n_gaps = gaps_nbytes // block_nbytes
+    allowed = min(_MAX_GAPS, MAX_DROPPED_NBYTES // block_nbytes)
     if n_gaps > allowed:
         raise UnsupportedFeatureError(
-            f"{n_gaps} blocks of the file are unused and lie between those of the disk, a VDI can "
-            f"have {allowed}: imgcore convert writes one without them"
+            f"{n_gaps} blocks of the file are unused and lie between those of the disk, at most "
+            f"{allowed} can be filled in a VDI: imgcore convert writes one without them"
         )
 
 

@@ -41,7 +41,6 @@ class VhdxRewriter:
 
     def __init__(self, options: WriteOptions) -> None:
         self._options = options
-        self._end = 0
         self.logical_sector_nbytes: int = options.metadata.logical_sector_nbytes
         self.rule: BlockRule = BlockRule(
             block_nbytes=options.metadata.block_nbytes,
@@ -56,18 +55,16 @@ class VhdxRewriter:
         options = self._options._replace(log_offset=start)
         self._file = file
         self._structures = Structures(options)
-        self._end = options.data_offset
-        return self._end
+        return options.data_offset
 
     def place(self, first_block: int, placements: Placements, next_offset: int) -> int:
         """Write the entries of blocks; see `imgcore.formats.api.Rewriter`."""
+        # The disk's last block must be whole in the file, even if the disk ends inside.
         end = self._structures.write_entries(self._file, first_block, placements)
-        self._end = max(self._end, end)
         return max(next_offset, end)
 
     def finish(self, next_offset: int) -> None:
         """Write the metadata and the header section."""
-        # The last block must be whole in the file, even if the disk ends inside it.
-        self._file.truncate(max(next_offset, self._end))
+        self._file.truncate(next_offset)
         # The disk has no parent, so no path goes into the metadata.
         self._structures.write_headers(self._file, "")

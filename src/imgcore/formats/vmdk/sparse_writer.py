@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Final
 
-from imgcore.engine.geometry import CodecId, Geometry, Prefix
+from imgcore.engine.geometry import CodecId, Geometry, Prefix, Reuse
 from imgcore.formats.shared.alignment import align_up
 from imgcore.formats.shared.write_checks import zero_policy
 from imgcore.formats.vmdk import layout
@@ -99,7 +99,7 @@ class StreamWriter:
             store_incompressible=False,
             codec=deflate_codec(self._options.level or DEFAULT_LEVEL, 15, CodecId.ZLIB),
             sparse_nbytes=self._options.sparse_nbytes,
-            reuse_blocks=self._options.level is None,
+            reuse=Reuse.REUSE if self._options.level is None else Reuse.NONE,
             group_nblocks=layout.GTES_PER_GT,
             group_gap_nbytes=_GT_GAP_NBYTES,
         )
