@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from tests.helpers import qcow2
 from tests.helpers.command import imgcore as command
 
 import imgcore
@@ -232,21 +233,7 @@ def _with_second_entry(folder: Path, where: str, *, flags: int = 1 << 63) -> Pat
     raw, image = folder / "disk.raw", folder / "disk.qcow2"
     raw.write_bytes(b"a" * (64 * KIB) + b"b" * (64 * KIB) + b"c" * (128 * KIB))
     imgcore.convert(raw, image)
-    with image.open("r+b") as file:
-        file.seek(40)
-        l1 = int.from_bytes(file.read(8), "big")
-        refcounts = int.from_bytes(file.read(8), "big")
-        file.seek(l1)
-        l2 = int.from_bytes(file.read(8), "big") & ~(1 << 63)
-        file.seek(l2)
-        first = int.from_bytes(file.read(8), "big") & ~(1 << 63)
-        places = {"another cluster": first, "the L1 table": l1, "the L2 table": l2}
-        places |= {"the header": 0, "the refcount table": refcounts}
-        if where == "another cluster":
-            file.seek(l2)
-            file.write((first | flags).to_bytes(8, "big"))
-        file.seek(l2 + 8)
-        file.write((places[where] | flags).to_bytes(8, "big"))
+    qcow2.put_second_cluster(image, where, flags)
     return image
 
 

@@ -43,6 +43,7 @@ def refuse_image(image: Image, driver: Driver, *, drop: bool) -> None:
     """
     refuse_layout(image, driver)
     reader = image.reader
+    refuse_damaged(reader, image.path)
     for text in reader.left_out() if isinstance(reader, LeavesOut) else ():
         if not drop:
             raise UnsupportedFeatureError(f"{text}; --drop rewrites it without", path=image.path)
@@ -71,7 +72,6 @@ def refuse_layout(image: Image, driver: Driver) -> None:
             "fills up the last one",
             path=image.path,
         )
-    refuse_damaged(reader, image.path)
 
 
 def refuse_damaged(reader: Reader, path: str) -> None:
