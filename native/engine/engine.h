@@ -117,6 +117,8 @@ struct imgc_job {
 	uint64_t claimed, placed, written; /* windows so far; slot = number % n_slots */
 	size_t n_busy;			   /* slots that are not free, spans under way */
 	unsigned n_writing, max_writers;
+	unsigned n_waiting; /* workers that found nothing to do */
+	bool ring_was_full; /* and half of it is not free yet */
 	unsigned n_started, n_running;
 	bool in_batch;
 	bool in_caller; /* no thread was started: `wait` and `finish` do the work */

@@ -386,6 +386,19 @@ def test_a_source_that_changes(pair: Pair, here: Path) -> None:
 
 
 @each_way
+def test_progress_only_grows(pair: Pair, here: Path) -> None:
+    raw = many_blocks(here)
+    source, target = image_of(raw, pair.source), here / f"out{pair.target.suffix}"
+    seen: list[imgcore.Progress] = []
+    result = convert(source, target, pair.target, reflink="always", progress=seen.append)
+    assert seen[-1].done == seen[-1].total == 128 * MIB
+    assert seen[-1].data == result.bytes_data
+    for name in ("done", "data", "zero", "written"):
+        values = [getattr(one, name) for one in seen]
+        assert values == sorted(values), name
+
+
+@each_way
 def test_a_cancelled_job_leaves_nothing(pair: Pair, here: Path) -> None:
     source, target = image_of(many_blocks(here), pair.source), here / f"out{pair.target.suffix}"
 

@@ -160,7 +160,7 @@ def cheapest_way(
     """
     by_ranges = rule.measure(source.data_extents(rule))
     clone = None
-    if rule.units[:1].any():
+    if rule.has_reflinks:
         clone = Clone.of(source, driver, request, trust_blocks=trust_blocks)
     if clone is not None:
         at_once = clone.measure()
