@@ -122,6 +122,7 @@ PAIRS = [
     Pair("vhd", "raw", ("subformat=fixed",)),
     Pair("vmdk", "qcow2", ("subformat=monolithicFlat",), data="disk-flat.vmdk"),
     Pair("vmdk", "qcow2"),
+    Pair("vmdk", "qcow2", ("subformat=streamOptimized",)),
     Pair("qcow2", "vmdk"),
     Pair("vhdx", "qcow2", ("block_size=1M",)),
     Pair("vhdx", "vdi", ("block_size=1M",)),

@@ -274,7 +274,7 @@ def test_facts_that_are_not_there(disk: Path) -> None:
     """A journal without what the command needs to know is damaged, too."""
     killed_after("done", disk)
     for call in (imgcore.undo_rewrite, imgcore.finish_rewrite):
-        with pytest.raises(ImgcoreError, match="journal is damaged: it does not say"):
+        with pytest.raises(ImgcoreError, match="journal is damaged: it lacks"):
             call(disk)
 
 

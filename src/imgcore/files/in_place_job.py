@@ -51,7 +51,7 @@ class Facts(dict[str, Any]):
         self._journal = journal
 
     def __missing__(self, key: str) -> Any:
-        raise self._journal.damaged(f"it does not say {key}")
+        raise self._journal.damaged(f"it lacks {key}")
 
 
 class Begin(NamedTuple):

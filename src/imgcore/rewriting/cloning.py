@@ -23,7 +23,7 @@ from imgcore.formats.api import Described
 from imgcore.limits import KIB
 from imgcore.rewriting.block_size import fitting_director
 from imgcore.rewriting.moving import Workers
-from imgcore.rewriting.refusals import refuse_layout
+from imgcore.rewriting.refusals import refuse_damaged, refuse_layout
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -158,6 +158,8 @@ def cheapest_way(
         None is range by range.
     ReflinkCount
     """
+    for layer in source.layers:
+        refuse_damaged(layer.reader, layer.file.path)
     by_ranges = rule.measure(source.data_extents(rule))
     clone = None
     if rule.has_reflinks:
