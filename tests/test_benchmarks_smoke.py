@@ -8,7 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.helpers import qemu
+from tests.helpers.images import MIB
+from tests.helpers.mounts import make_file_system, mounted
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,3 +37,21 @@ def test_the_table_is_printed_and_recorded(tmp_path: Path) -> None:
     assert all(line["ratio"]["median"] > 0 for line in answer["ratios"])
     assert answer["environment"]["cpu"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json"]
+
+
+@pytest.mark.parametrize("pair", ["vhdx to qcow2", "raw to qcow2 against -C"])
+def test_reflinks_are_compared(pair: str, tmp_path: Path) -> None:
+    qemu.require_qemu_img()
+    image = make_file_system("xfs", tmp_path / "image", 512 * MIB)
+    with mounted(image, tmp_path / "mounted", "-o", "loop") as folder:
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.bench_reflink", str(folder)]
+            + ["--mib", "8", "--rounds", "1", "--only", pair],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=ROOT,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[2].startswith(pair)
+        assert list(folder.iterdir()) == []

@@ -171,6 +171,39 @@ static int place_ready(struct imgc_job *job, struct imgc_error *err)
 	return IMGC_OK;
 }
 
+static bool work_is_left(const struct imgc_job *job)
+{
+	return job->cursor < job->batch.guest_end &&
+	       job->cursor < atomic_load(&job->first_difference);
+}
+
+static bool can_write(const struct imgc_job *job)
+{
+	return job->written < job->placed && job->n_writing < job->max_writers;
+}
+
+static bool next_is_free(const struct imgc_job *job)
+{
+	return job->slots[job->claimed % job->n_slots].state == SLOT_FREE;
+}
+
+static bool can_fill(const struct imgc_job *job)
+{
+	return work_is_left(job) && !job->ring_was_full && next_is_free(job);
+}
+
+/*
+ * Unlocks the job for a worker that has found work, and wakes another one if there is
+ * more.  That one does the same in turn.  A worker that ends its work looks for more
+ * itself, so that nothing else needs to wake anyone before the batch ends.
+ */
+static void unlock_to_work(struct imgc_job *job)
+{
+	if (job->n_waiting > 0 && (can_write(job) || can_fill(job)))
+		pthread_cond_signal(&job->changed);
+	pthread_mutex_unlock(&job->lock);
+}
+
 /* Called with the lock held, and returns with it held. */
 static void write_next_slot(struct worker *worker)
 {
@@ -179,13 +212,14 @@ static void write_next_slot(struct worker *worker)
 
 	slot->state = SLOT_WRITING;
 	job->n_writing++;
-	pthread_mutex_unlock(&job->lock);
+	unlock_to_work(job);
 	work_on_writing(worker, slot);
 	pthread_mutex_lock(&job->lock);
 	job->n_writing--;
 	job->n_busy--;
 	slot->state = SLOT_FREE;
-	pthread_cond_broadcast(&job->changed);
+	if (job->claimed - job->written + job->n_writing <= job->n_slots / 2)
+		job->ring_was_full = false;
 }
 
 /* Called with the lock held, and returns with it held. */
@@ -194,7 +228,7 @@ static void fill_slot(struct worker *worker, struct slot *slot)
 	struct imgc_job *job = worker->job;
 	struct imgc_error err;
 
-	pthread_mutex_unlock(&job->lock);
+	unlock_to_work(job);
 	slot->status = imgc_window_process(worker, slot, &slot->error);
 	pthread_mutex_lock(&job->lock);
 	worker->waiting = slot->status == IMGC_WINDOW_WAITS ? slot : NULL;
@@ -208,7 +242,6 @@ static void fill_slot(struct worker *worker, struct slot *slot)
 		fail_job(job, &err);
 		pthread_mutex_lock(&job->lock);
 	}
-	pthread_cond_broadcast(&job->changed);
 }
 
 /* Called with the lock held, and returns with it held. */
@@ -223,7 +256,7 @@ static void fill_next_slot(struct worker *worker)
 		return; /* another worker has found a difference */
 	if (claim == CLAIM_ZERO_SPAN) {
 		job->n_busy++;
-		pthread_mutex_unlock(&job->lock);
+		unlock_to_work(job);
 		work_on_span(worker, start, end);
 		pthread_mutex_lock(&job->lock);
 		job->n_busy--;
@@ -235,13 +268,17 @@ static void fill_next_slot(struct worker *worker)
 	slot->is_span = claim == CLAIM_UNREAD_SPAN;
 	job->claimed++;
 	job->n_busy++;
+	if (!next_is_free(job))
+		job->ring_was_full = true;
 	fill_slot(worker, slot);
 }
 
-static bool work_is_left(const struct imgc_job *job)
+/* Called with the lock held, and returns with it held. */
+static void await_work(struct imgc_job *job)
 {
-	return job->cursor < job->batch.guest_end &&
-	       job->cursor < atomic_load(&job->first_difference);
+	job->n_waiting++;
+	pthread_cond_wait(&job->changed, &job->lock);
+	job->n_waiting--;
 }
 
 static bool is_past(const struct timespec *until)
@@ -267,16 +304,16 @@ static bool run(struct worker *worker, const struct timespec *until)
 
 	pthread_mutex_lock(&job->lock);
 	while (!imgc_stop_is_set(&job->stop)) {
-		if (job->written < job->placed && job->n_writing < job->max_writers)
+		if (can_write(job))
 			write_next_slot(worker);
 		else if (worker->waiting)
 			fill_slot(worker, worker->waiting);
-		else if (work_is_left(job) && slot_of(job, job->claimed)->state == SLOT_FREE)
+		else if (can_fill(job))
 			fill_next_slot(worker);
 		else if (!work_is_left(job) && job->n_busy == 0)
 			break;
 		else
-			pthread_cond_wait(&job->changed, &job->lock);
+			await_work(job);
 		if (until && is_past(until)) {
 			ended = false;
 			break;

@@ -185,8 +185,11 @@ static int part_flush(struct worker *worker, const struct slot *slot, struct gat
 {
 	struct part part = gather->part;
 	uint64_t least = worker->job->leaves_unread ? 1 : MIN_REFLINK_NBYTES;
+	int status = imgc_check_stopped(&worker->job->stop, err);
 
 	gather->part.length = 0;
+	if (status)
+		return status;
 	if (part.length == 0 || (part.length >= least && reflink_part(worker, &part)))
 		return IMGC_OK;
 	return put_guest_bytes(worker, slot, gather, part.host_offset, part.guest_offset,

@@ -6,40 +6,55 @@ shortened, so that a message stays one line.
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Final
 
 from imgcore.text import one_line
 
 
-def _clean(record: logging.LogRecord) -> bool:
-    """Escape the arguments of a message before any handler sees them."""
-    if isinstance(record.args, tuple):
-        record.args = tuple(_cleaned(value) for value in record.args)
-    return True
+class Log:
+    """Passes messages on.
+
+    `logging` is imported for the first one: most conversions have none.
+
+    Attributes
+    ----------
+    receiver : callable, optional
+        Gets each warning as a text, in place of the logger.
+    """
+
+    def __init__(self) -> None:
+        self.receiver: Callable[[str], None] | None = None
+
+    def warning(self, message: str, *args: object) -> None:
+        """Log a warning; ``args`` are put into the message."""
+        if _is_silenced.get():
+            return
+        values = tuple(_cleaned(value) for value in args)
+        if self.receiver is not None:
+            self.receiver(message % values if values else message)
+            return
+        import logging
+
+        logging.getLogger("imgcore").warning(message, *values, stacklevel=2)
 
 
 def _cleaned(value: Any) -> Any:
     return value if isinstance(value, int | float) else one_line(str(value))
 
 
-log: Final = logging.getLogger("imgcore")
-log.addFilter(_clean)
+log: Final = Log()
+
+_is_silenced: Final = ContextVar("is_silenced", default=False)
 
 
 @contextmanager
 def silenced() -> Iterator[None]:
     """Drop this thread's messages: about files that the user has not asked about."""
-    thread = threading.get_ident()
-
-    def is_of_other(record: logging.LogRecord) -> bool:
-        return record.thread != thread
-
-    log.addFilter(is_of_other)
+    token = _is_silenced.set(True)
     try:
         yield
     finally:
-        log.removeFilter(is_of_other)
+        _is_silenced.reset(token)

@@ -25,9 +25,10 @@ import imgcore.disk.stream_batches
 import imgcore.disk.stream_sink
 import imgcore.streams.reader
 import imgcore.verbs.convert  # everything is loaded before anything can fail
+import imgcore.verbs.rewrite
 from imgcore.files import in_place
 from imgcore.verbs.check import check
-from tests.helpers.tiny import rewrite
+from tests.helpers.tiny import rewrite as rewrite_tiny
 
 _SHIM = ctypes.CDLL(os.environ["FAULT_SHIM"])
 _SHIM.fault_watch.argtypes = [ctypes.c_char_p]
@@ -61,7 +62,12 @@ def compare(arguments: dict[str, Any]) -> dict[str, Any]:
 def tiny(arguments: dict[str, Any]) -> dict[str, Any]:
     created = {name: text.encode() for name, text in arguments.get("created", {}).items()}
     more = {key: arguments[key] for key in ("name", "removed") if key in arguments}
-    return {"path": str(rewrite(Path(arguments["path"]), created=created, **more))}
+    return {"path": str(rewrite_tiny(Path(arguments["path"]), created=created, **more))}
+
+
+def rewrite(arguments: dict[str, Any]) -> dict[str, Any]:
+    result = imgcore.rewrite(**arguments)
+    return {key: value for key, value in result._asdict().items() if key != "seconds"}
 
 
 def recover(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -78,6 +84,7 @@ ACTIONS = {
     "repair": repair,
     "compare": compare,
     "tiny": tiny,
+    "rewrite": rewrite,
     "recover": recover,
     "undo": undo,
 }

@@ -27,6 +27,8 @@ class PowerCuts:
     agent : Agent
     image : str
         The old image's name in the agent's folder.
+    data : str
+        The name of the file that holds its disk; often the same.
     convert : callable
         Runs the conversion with the given job, by the agent.
     keep : callable
@@ -37,6 +39,7 @@ class PowerCuts:
         self,
         agent: Agent,
         image: str,
+        data: str,
         convert: Callable[..., Mapping[str, Any]],
         log: Path,
         keep: Callable[[Row, int], bool] = lambda _row, _image: True,
@@ -46,7 +49,7 @@ class PowerCuts:
         self.old = self._read()
         self._before = self._disk()
         # The image is never created anew: its inode is that in the journal.
-        self.inode = (self._folder / image).stat().st_ino
+        self.inode = (self._folder / data).stat().st_ino
         self._started_ns = self._image_mtime()
         answer = convert(log=str(log))
         assert answer["outcome"] == "ok", answer

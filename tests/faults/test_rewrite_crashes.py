@@ -12,21 +12,25 @@ import random
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
+import imgcore
 from imgcore.files.in_place import undo
-from tests.faults.harness import CHANGES, Agent, Calls, Mode, agent_in
+from tests.faults.harness import CHANGES, DISK, Agent, Calls, Mode, agent_in
 from tests.faults.power_cuts import PowerCuts, without_syncs
-from tests.helpers import images
+from tests.helpers import images, qemu
+from tests.helpers.command import imgcore as imgcore_command
 from tests.helpers.mounts import fill_up, leave_free, make_file_system, mounted
 from tests.helpers.tiny import OLD, SIZE, new_content, rewrite
 
 N_CUTS = 400
 N_FEW_CUTS = 60
+N_MOMENTS = 30
 
 # Closing tells nothing that the sync before has not told.
 FAILING = CHANGES & ~Calls.CLOSE
@@ -43,13 +47,13 @@ def agent(shim: Path) -> Iterator[Agent]:
         yield agent
 
 
-def tiny(agent: Agent, **more: Any) -> tuple[str, Callable[..., Mapping[str, Any]]]:
+def tiny(agent: Agent, **more: Any) -> tuple[str, str, Callable[..., Mapping[str, Any]]]:
     """Write the tiny format's old image, and return its name and the conversion."""
     path = agent.folder / "disk.old"
     path.write_bytes(OLD)
     for name in more.get("removed", ()):
         (agent.folder / name).write_bytes(f"old {name}".encode())
-    return path.name, lambda **job: agent.do("tiny", {"path": path, **more}, **job)
+    return path.name, path.name, lambda **job: agent.do("tiny", {"path": path, **more}, **job)
 
 
 # New names, side files, and a side file that takes the place of another.
@@ -69,6 +73,109 @@ def test_power_cuts(names: str, n_cuts: int, agent: Agent, tmp_path: Path) -> No
     for _ in range(n_cuts):
         cuts.run(rng)
     assert {*cuts.seen} == {"recover: old", "recover: new", "undo: old"}
+
+
+class Pair(NamedTuple):
+    """A source and a target format, with their options and the file of the disk."""
+
+    source: str
+    target: str
+    source_options: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    suffix: str = ""
+    data: str = ""
+
+    @property
+    def name(self) -> str:
+        words = (self.source, *self.source_options, "to", self.target, *self.options)
+        return "-".join(word.partition("=")[2] or word for word in words)
+
+    def arguments(self, source: Path) -> dict[str, Any]:
+        """Return the arguments of `imgcore.rewrite`."""
+        return {
+            "image": source,
+            "target_format": self.target,
+            "options": list(self.options),
+            "format": self.source,
+        }
+
+    def write(self, folder: Path) -> Path:
+        """Write the source image, and return its path."""
+        raw, path = folder / "source.raw", folder / f"disk.{self.suffix or self.source}"
+        DISK.write(raw)
+        if self.source == "raw":
+            return raw.rename(path)
+        imgcore.convert(
+            raw, path, format="raw", target_format=self.source, options=self.source_options
+        )
+        raw.unlink()
+        return path
+
+
+PAIRS = [
+    Pair("raw", "qcow2", suffix="img"),
+    Pair("raw", "vdi"),
+    Pair("raw", "vhdx"),
+    Pair("raw", "vmdk"),
+    Pair("raw", "vmdk", options=("subformat=monolithicFlat",)),
+    Pair("raw", "vhd", options=("subformat=fixed",)),
+    Pair("vhd", "raw", ("subformat=fixed",)),
+    Pair("vmdk", "qcow2", ("subformat=monolithicFlat",), data="disk-flat.vmdk"),
+    Pair("vmdk", "qcow2"),
+    Pair("vmdk", "qcow2", ("subformat=streamOptimized",)),
+    Pair("qcow2", "vmdk"),
+    Pair("vhdx", "qcow2", ("block_size=1M",)),
+    Pair("vhdx", "vdi", ("block_size=1M",)),
+    Pair("vdi", "vhdx"),
+    Pair("vhd", "vmdk"),
+]
+_ORDINARY = {("raw", "qcow2"), ("raw", "vdi"), ("vhd", "raw"), ("vmdk", "qcow2")}
+
+
+def pair_params(n_few: int, n_cuts: int) -> list[Any]:
+    """Return the pairs with numbers of cuts: some of them in the ordinary run."""
+    few = [pair for pair in PAIRS if (pair.source, pair.target) in _ORDINARY]
+    return [
+        *(pytest.param(pair, n_few, id=f"{pair.name}-{n_few}") for pair in few),
+        *(
+            pytest.param(pair, n_cuts, id=f"{pair.name}-{n_cuts}", marks=pytest.mark.slow)
+            for pair in PAIRS
+        ),
+    ]
+
+
+@pytest.mark.parametrize(("pair", "n_cuts"), pair_params(15, 300))
+def test_power_cuts_of_a_pair(pair: Pair, n_cuts: int, agent: Agent, tmp_path: Path) -> None:
+    """Old is the same bytes; new is those of a conversion that nothing has cut."""
+    source = pair.write(agent.folder)
+    shutil.copy(source, tmp_path)
+    if pair.data:
+        shutil.copy(agent.folder / pair.data, tmp_path)
+    arguments = pair.arguments(source)
+    rewritten: dict[str, Any] = {}
+
+    def convert(**job: Any) -> dict[str, Any]:
+        answer = agent.do("rewrite", arguments, **job)
+        assert answer["outcome"] == "ok", answer
+        rewritten.update(answer["result"])
+        return answer
+
+    data = pair.data or source.name
+    cuts = PowerCuts(agent, source.name, data, convert, tmp_path / "log")
+    with_undo = Path(rewritten["path"])
+    qemu.assert_same(
+        tmp_path / source.name,
+        with_undo,
+        source_format=pair.source,
+        target_format=pair.target,
+    )
+    if pair.target != "raw":
+        # What moved away from the front is unused, until the journal is removed.
+        assert imgcore_command("check", with_undo).returncode in (0, 3)
+    rng = random.Random(images.SEED)
+    for _ in range(n_cuts):
+        cuts.run(rng)
+    assert sum(cuts.seen.values()) == n_cuts
 
 
 @pytest.mark.parametrize("what", ["journal", "folder", "image"])
@@ -179,6 +286,40 @@ def test_an_undo_is_killed_at_every_change(mode: Mode, agent: Agent) -> None:
         seen.append(image.state())
     assert seen == sorted(seen)
     assert {*seen} == {"old", "new"}
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [pytest.param(p, id=p.name, marks=() if p in PAIRS[:2] else pytest.mark.slow) for p in PAIRS],
+)
+def test_killed_at_random_moments(pair: Pair, agent: Agent, tmp_path: Path) -> None:
+    """The same command again, by the old name, ends with the new image."""
+    source = pair.write(agent.folder)
+    saved = {entry.name: entry.read_bytes() for entry in agent.folder.iterdir()}
+    for name, content in saved.items():
+        (tmp_path / name).write_bytes(content)
+    arguments = pair.arguments(source)
+    rng = random.Random(images.SEED)
+    started = time.monotonic()
+    agent.do("rewrite", arguments, fork=True)
+    seconds = time.monotonic() - started
+    n_killed = 0
+    for _ in range(N_MOMENTS):
+        for entry in agent.folder.iterdir():
+            entry.unlink()
+        for name, content in saved.items():
+            (agent.folder / name).write_bytes(content)
+        job = {"fork": True, "kill_after": rng.uniform(0, seconds)}
+        n_killed += agent.do("rewrite", arguments, **job)["outcome"] == "killed"
+        answer = agent.do("rewrite", arguments)
+        assert answer["outcome"] == "ok", answer
+        qemu.assert_same(
+            tmp_path / source.name,
+            Path(answer["result"]["path"]),
+            source_format=pair.source,
+            target_format=pair.target,
+        )
+    assert n_killed
 
 
 # -- real file systems -----------------------------------------------------------------

@@ -240,3 +240,28 @@ def write_image(
         writer.finish(engine.next_offset)
         target.commit()
     return path
+
+
+def put_second_cluster(image: Path, where: str, flags: int = 1 << 63) -> None:
+    """Let the second cluster of a disk be somewhere else in its file.
+
+    ``where`` is "another cluster" (the first), "the L1 table", "the L2 table" or "the
+    refcount table"; ``flags`` are those of its entry.
+    """
+    with image.open("r+b") as file:
+
+        def number(offset: int) -> int:
+            file.seek(offset)
+            return int.from_bytes(file.read(8), "big") & ~(1 << 63)
+
+        def put(offset: int, place: int) -> None:
+            file.seek(offset)
+            file.write((place | flags).to_bytes(8, "big"))
+
+        l1, refcounts = number(40), number(48)
+        l2 = number(l1)
+        first = number(l2)
+        places = {"the L1 table": l1, "the L2 table": l2, "the refcount table": refcounts}
+        if where == "another cluster":
+            put(l2, first)
+        put(l2 + 8, places.get(where, first))

@@ -163,11 +163,10 @@ def _cuts() -> Iterator[Case]:
 
 
 def _fixed() -> Iterator[Case]:
-    def fixed(held: int, **fields: Any) -> Callable[[Path], Path]:
+    def fixed(held: int, stated: int = SIZE, **fields: Any) -> Callable[[Path], Path]:
         def make(folder: Path) -> Path:
             path = folder / "disk.vhd"
-            stated = vhd.footer(fields.pop("stated", SIZE), vhd.FIXED, **fields)
-            path.write_bytes(pattern(held) + stated)
+            path.write_bytes(pattern(held) + vhd.footer(stated, vhd.FIXED, **fields))
             return path
 
         return make

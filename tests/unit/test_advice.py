@@ -488,6 +488,8 @@ ELSEWHERE = {
     ("rewriting/naming.py", "--name {}: the image stays in its folder: give a name without one"):
     _REFUSALS,
     ("rewriting/refusals.py", "{}; --drop rewrites it without"): _REFUSALS,
+    ("rewriting/refusals.py", ("its tables contradict each other ({}): imgcore check -r all mends "
+     "some images, and imgcore convert makes a new one of what it reads")): _REFUSALS,
     ("verbs/rewrite.py", "one of the two files of a disk is {}: --name states another name"):
     _REFUSALS,
     ("disk/source.py", ("a compressed raw disk cannot be one of several sources: decompress it "

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import signal
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from imgcore.errors import (
     TargetError,
     UnsupportedFeatureError,
 )
+from imgcore.log import log
 
 VERBS = ("convert", "info", "map", "compare", "check", "measure", "create")
 
@@ -270,7 +270,7 @@ def test_an_interrupt_while_the_command_is_loaded_says_nothing() -> None:
 @pytest.mark.parametrize(("flags", "text"), [((), "imgcore: warning: a\\n: odd\n"), (("-q",), "")])
 def test_warnings(flags: tuple[str, ...], text: str, run: RunMain, fake: Fake) -> None:
     def warn(**_: Any) -> Outcome:
-        logging.getLogger("imgcore.qcow2").warning("%s: odd", "a\n")
+        log.warning("%s: odd", "a\n")
         return Outcome()
 
     fake("convert", result=warn)
@@ -522,7 +522,8 @@ def test_info_loads_neither_numpy_nor_rich(tmp_path: Any) -> None:
     image.write_bytes(bytes(1024))
     code = (
         "import sys; from imgcore.cli.main import main; code = main(['info', sys.argv[1]]);"
-        "heavy = {'numpy', 'rich', 'zstandard', 'imgcore._core'} & set(sys.modules);"
+        "heavy = {'numpy', 'rich', 'zstandard', 'logging', 'dataclasses', 'imgcore._core'};"
+        "heavy &= set(sys.modules);"
         "sys.exit(code or (f'loaded: {heavy}' if heavy else 0))"
     )
     done = subprocess.run(

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tests.helpers import qemu
+from tests.helpers.mounts import loop_device
 from tests.helpers.tiny import FRONT, OLD, SIZE, new_content, rewrite
 
 from imgcore.errors import ImgcoreError, LimitExceededError, TargetError
 from imgcore.files.in_place import InPlace, finish, recover, undo
+from imgcore.files.staged_file import Change
 from imgcore.limits import MAX_OVERWRITTEN_NBYTES
 
 MTIME_NS = 10**18 + 7
@@ -169,6 +175,48 @@ class TestRefused:
             with disk.open(mode), pytest.raises(TargetError, match="another program"):
                 job.commit()
         assert_old(disk)
+
+    def test_mapped(self, disk: Path) -> None:
+        """A mapping keeps the file open although no descriptor does."""
+        with disk.open("rb") as file:
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        with pytest.raises(TargetError, match="another program has it open"):
+            InPlace(disk)
+        mapping.close()
+        InPlace(disk).close()
+
+    def test_loop_device(self, disk: Path) -> None:
+        with loop_device(disk), pytest.raises(TargetError, match="another program has it open"):
+            InPlace(disk)
+
+    @pytest.mark.parametrize("options", [(), ("-r",)], ids=["writing", "reading"])
+    def test_qemu(self, disk: Path, options: tuple[str, ...]) -> None:
+        with (
+            qemu.held_open("-f", "raw", *options, disk),
+            pytest.raises(TargetError, match="QEMU's image lock"),
+        ):
+            InPlace(disk)
+        with InPlace(disk):
+            words = ["qemu-io", "-f", "raw", *options, "-c", "read 0 512", disk]
+            done = subprocess.run(words, capture_output=True, text=True, check=False)
+            assert "lock" in done.stdout + done.stderr
+
+    def test_whoever_opens_it_in_the_last_step_waits(
+        self, disk: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """And the process that rewrites it gets no signal that ends it."""
+        readers = []
+        apply = Change.apply
+
+        def with_reader(change: Change, *args: Any, **more: Any) -> None:
+            readers.append(subprocess.Popen(["cat", disk], stdout=subprocess.PIPE))
+            time.sleep(0.2)
+            apply(change, *args, **more)
+
+        monkeypatch.setattr(Change, "apply", with_reader)
+        rewrite(disk, name=None)
+        out, _ = readers[0].communicate()
+        assert out == new_content()
 
     def test_two_jobs(self, disk: Path) -> None:
         with InPlace(disk) as job:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from tests.helpers.tiny import FRONT, OLD, killed_after, new_content, rewrite
 
+import imgcore
 from imgcore._core import crc32c
 from imgcore.errors import ImgcoreError, TargetError, UnsupportedFeatureError
 from imgcore.files import journal as journal_module
@@ -228,7 +229,7 @@ def forged(disk: Path, **changes: Any) -> None:
         {"ranges": [[0, 1 << 80]]}, {"ranges": [[len(OLD) - 4, 5]]}, {"ranges": 7},
         {"ranges": [["a", 5]]}, {"ranges": ...}, {"size": "x"}, {"size": None}, {"job": ...},
         {"mtime_ns": []}, {"name": "../disk.old"}, {"new_name": "/etc/passwd"}, {"new_name": ".."},
-        {"new_name": ""}, {"new_name": 5}, {"new_name": "a/b"}, {"name": "a\0b"},
+        {"new_name": ""}, {"new_name": 5}, {"job": 5}, {"new_name": "a/b"}, {"name": "a\0b"},
         {"created": [["../x", 0, 0o644]]}, {"created": [["x", -1, 0o644]]},
         {"created": [["x", 9, 0o644]]}, {"removed": [["x"]]}, {"removed": {"a": 1}},
     ],
@@ -267,6 +268,14 @@ def test_tables_past_the_end_are_not_there(disk: Path) -> None:
     assert found is not None
     assert found.state == "old"
     assert disk.read_bytes() == OLD
+
+
+def test_facts_that_are_not_there(disk: Path) -> None:
+    """A journal without what the command needs to know is damaged, too."""
+    killed_after("done", disk)
+    for call in (imgcore.undo_rewrite, imgcore.finish_rewrite):
+        with pytest.raises(ImgcoreError, match="journal is damaged: it lacks"):
+            call(disk)
 
 
 @pytest.mark.parametrize(

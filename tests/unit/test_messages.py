@@ -157,9 +157,9 @@ def log_lines() -> Iterator[io.StringIO]:
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter("%(name)s %(message)s"))
-    log.addHandler(handler)
+    logging.getLogger("imgcore").addHandler(handler)
     yield stream
-    log.removeHandler(handler)
+    logging.getLogger("imgcore").removeHandler(handler)
 
 
 def test_log_of_an_image_with_a_hostile_name(tmp_path: Path, log_lines: io.StringIO) -> None:

@@ -101,6 +101,12 @@ def test_the_end_of_the_disk() -> None:
     assert rule.measure([ends[:1]]) == ReflinkCount(4 * KIB, KIB, KIB, 1)
 
 
+def test_an_empty_file(tmp_path: Path) -> None:
+    source = tmp_path / "disk.raw"
+    source.touch()
+    assert imgcore.measure_reflink(source, "qcow2") == (0, 0)
+
+
 # -- the keyword -----------------------------------------------------------------------
 
 

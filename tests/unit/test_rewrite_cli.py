@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from tests.helpers import qcow2
 from tests.helpers.command import imgcore as command
 
 import imgcore
 from imgcore import limits
 from imgcore.engine.progress import Progress
+from imgcore.errors import CorruptImageError
 
 KIB, MIB = limits.KIB, limits.MIB
 NBYTES = 3 * MIB + 5 * 512
@@ -226,34 +228,36 @@ def test_progress(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(min(one) >= 0 for one in seen)
 
 
-@pytest.mark.parametrize("target", ["vmdk", "vhdx", "vdi"])
-@pytest.mark.parametrize("where", ["another cluster", "the L2 table", "the header", "the end"])
-def test_clusters_upon_others(where: str, target: str, tmp_path: Path) -> None:
-    """A guest reads the same afterwards, and its writes change no other block."""
-    image = tmp_path / "disk.qcow2"
-    raw = tmp_path / "disk.raw"
+def _with_second_entry(folder: Path, where: str, *, flags: int = 1 << 63) -> Path:
+    """Return a QCOW2 image whose second cluster of data is somewhere else."""
+    raw, image = folder / "disk.raw", folder / "disk.qcow2"
     raw.write_bytes(b"a" * (64 * KIB) + b"b" * (64 * KIB) + b"c" * (128 * KIB))
     imgcore.convert(raw, image)
-    with image.open("r+b") as file:
-        file.seek(40)
-        l1 = int.from_bytes(file.read(8), "big")
-        file.seek(l1)
-        l2 = int.from_bytes(file.read(8), "big") & ~(1 << 63)
-        file.seek(l2)
-        first = int.from_bytes(file.read(8), "big")
-        place = {"another cluster": first, "the L2 table": l2, "the header": 0}.get(where)
-        if place is None:
-            file.seek(0, os.SEEK_END)
-            place = file.tell()
-            file.write(b"d" * (64 * KIB))
-        file.seek(l2 + 8)
-        file.write((place | 1 << 63).to_bytes(8, "big"))
+    qcow2.put_second_cluster(image, where, flags)
+    return image
+
+
+@pytest.mark.parametrize(
+    "where", ["another cluster", "the L1 table", "the L2 table", "the refcount table"]
+)
+def test_clusters_upon_others(where: str, tmp_path: Path) -> None:
+    """They are refused, by whichever flags they are stated, and nothing changes."""
+    image = _with_second_entry(tmp_path, where)
+    before = state_of(tmp_path)
+    with pytest.raises(CorruptImageError, match="its tables contradict each other"):
+        imgcore.rewrite(image, "vmdk")
+    assert state_of(tmp_path) == before
+
+
+def test_clusters_in_common(tmp_path: Path) -> None:
+    """An image that states it (refcount 2) is sound: the first one stays."""
+    image = _with_second_entry(tmp_path, "another cluster", flags=0)
     expected = tmp_path / "expected.raw"
     imgcore.convert(image, expected)
-    result = imgcore.rewrite(image, target, keep_undo=False)
+    result = imgcore.rewrite(image, "vmdk", keep_undo=False)
     assert imgcore.compare(expected, result.path).identical
     if shutil.which("qemu-io") is not None:
-        write = ("qemu-io", "-f", target, "-c", "write -P 88 0 64k", result.path)
+        write = ("qemu-io", "-f", "vmdk", "-c", "write -P 88 0 64k", result.path)
         subprocess.run(write, check=True, capture_output=True)
         with imgcore.open(result.path) as disk:
             content = disk.read(0, disk.virtual_size)
@@ -382,6 +386,18 @@ def marked_corrupt(folder: Path) -> Refusal:
         file.seek(79)
         file.write(b"\x02")
     return Refusal("disk.qcow2", ["-O", "vmdk"], "is marked as corrupt", [convert_to("disk.qcow2")])
+
+
+def tables_that_contradict(folder: Path) -> Refusal:
+    """A VDI that states fewer allocated blocks than its map has."""
+    make_disk(folder / "disk.raw")
+    done("convert", "disk.raw", "disk.vdi", cwd=folder)
+    with (folder / "disk.vdi").open("r+b") as file:
+        file.seek(0x184)
+        file.write(bytes(4))
+    rewrite = ["rewrite", "-O", "qcow2", "disk.vdi"]
+    advised = [convert_to("disk.vdi"), ["check", "-r", "all", "disk.vdi"], rewrite]
+    return Refusal("disk.vdi", ["-O", "qcow2"], "its tables contradict each other (", advised)
 
 
 def compressed(folder: Path) -> Refusal:
@@ -536,6 +552,7 @@ REFUSALS = {
         child_of_qcow2, parent_of_qcow2, parent_by_description, parent_by_absolute_name,
         parent_in_another_folder, parent_through_a_link, parent_of_what_is_not_read,
         parent_of_vmdk, snapshots, bitmaps, marked_corrupt, compressed, several_files,
+        tables_that_contradict,
         odd_length, same_format, raw_to_raw, to_dynamic_vhd, blocks_to_dynamic_vhd,
         blocks_to_raw, fixed_vhdx, little_stays, other_suffix, name_with_folder, two_names,
         two_files_of_one_name, taken_name, link, hard_link, no_format, undo_and_finish,

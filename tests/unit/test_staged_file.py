@@ -90,6 +90,8 @@ def test_what_was_not_declared_is_refused(file: TargetFile, old: bytes) -> None:
         with_new.truncate(SIZE - 1)
     with pytest.raises(AssertionError, match="not declared"):
         with_new.clear_rest(SIZE)
+    with pytest.raises(AssertionError, match="in the old content"):
+        with_new.zero(SIZE - 1, 1)
     with pytest.raises(AssertionError, match="stay"):
         with_new.clear(0)
     assert content(file) == old

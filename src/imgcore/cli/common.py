@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import click
 
 from imgcore.limits import MAX_THREADS
+from imgcore.log import log
 from imgcore.text import one_line
 
 if TYPE_CHECKING:
@@ -246,10 +246,14 @@ def options_option(*flags: str) -> Decorator:
     )
 
 
+def _drop(_warning: str) -> None:
+    """Print nothing."""
+
+
 def quiet_option() -> Decorator:
     def silence(_ctx: click.Context, _param: click.Parameter, value: bool) -> bool:
         if value:
-            logging.getLogger("imgcore").setLevel(logging.ERROR)
+            log.receiver = _drop
         return value
 
     return click.option("-q", "--quiet", is_flag=True, callback=silence, help="Print errors only.")

@@ -8,7 +8,6 @@ SIGTERM), 141 if the reader of the output has closed it.  ``compare``, ``check``
 from __future__ import annotations
 
 import io
-import logging
 import os
 import signal
 import sys
@@ -25,6 +24,7 @@ from imgcore.cli.signals import EndingSignals, Terminated, signal_name
 from imgcore.cli.signals import handled_signals as _signals
 from imgcore.errors import ImgcoreError, OptionError
 from imgcore.files.descriptors import named_errors
+from imgcore.log import log
 
 _VERBS: Final = {
     "convert": "Convert an image to another format.",
@@ -238,31 +238,21 @@ def _ended_by(number: int) -> int:
     return _fail(f"ended by {signal_name(number)}", _EXIT_SIGNAL + number)
 
 
-class _WarningLines(logging.Handler):
-    """Prints each warning once: verbs that open an image twice would repeat it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._printed: set[str] = set()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        line = f"imgcore: {record.levelname.lower()}: {record.getMessage()}"
-        if line not in self._printed:
-            self._printed.add(line)
-            say(line)
-
-
 @contextmanager
 def _warnings() -> Iterator[None]:
-    """Print the library's warnings, one a line; ``-q`` raises the level."""
-    logger, handler = logging.getLogger("imgcore"), _WarningLines()
-    level, propagate = logger.level, logger.propagate
-    logger.setLevel(logging.WARNING)
-    logger.propagate = False
-    logger.addHandler(handler)
+    """Print each of the library's warnings once, one a line; ``-q`` drops them.
+
+    Verbs that open an image twice would repeat them.
+    """
+    printed: set[str] = set()
+
+    def show(warning: str) -> None:
+        if warning not in printed:
+            printed.add(warning)
+            say(f"imgcore: warning: {warning}")
+
+    before, log.receiver = log.receiver, show
     try:
         yield
     finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        logger.propagate = propagate
+        log.receiver = before

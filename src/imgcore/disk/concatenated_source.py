@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from imgcore.disk.image import Image
     from imgcore.disk.image_source import ImageSource
+    from imgcore.disk.layer import Layer
     from imgcore.engine.bad_ranges import BadRange
     from imgcore.engine.extents import Extents
     from imgcore.engine.geometry import Geometry
@@ -53,6 +54,7 @@ class ConcatenatedSource:
         ]
         files = (file for part in parts for file in part.files)
         self.files: list[ByteSource] = list({file.identity: file for file in files}.values())
+        self.layers: list[Layer] = [layer for part in parts for layer in part.layers]
 
     def describe(self) -> list[dict[str, Any]]:
         """Describe the images of all chains."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from imgcore.disk.image import Image
+    from imgcore.disk.layer import Layer
     from imgcore.disk.salvage import Salvage
     from imgcore.engine.bad_ranges import BadRange
     from imgcore.engine.extents import Extents
@@ -40,6 +41,7 @@ class ImageSource:
         self.exact_nbytes: int = image.files[0].nbytes if is_flat else image.virtual_size
         self.logical_sector_nbytes: int | None = image.logical_sector_nbytes
         self.files: list[ByteSource] = image.every_file()
+        self.layers: list[Layer] = image.chain
         self.sources: Sequence[SourceFile] = image.sources
 
     def describe(self) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from imgcore.disk.image import Image
+    from imgcore.disk.layer import Layer
     from imgcore.disk.open_options import OpenOptions
     from imgcore.engine.bad_ranges import BadRange
     from imgcore.engine.extents import Extents
@@ -64,6 +65,11 @@ class Source(Protocol):
     @property
     def files(self) -> Sequence[ByteSource]:
         """Every file that is read, each once."""
+        ...
+
+    @property
+    def layers(self) -> Sequence[Layer]:
+        """Every open image, parents included; none of a stream."""
         ...
 
     @property

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from typing import Any, Self
 
     from imgcore.disk.image import Image
+    from imgcore.disk.layer import Layer
     from imgcore.disk.open_options import OpenOptions
     from imgcore.engine.bad_ranges import BadRange
     from imgcore.engine.extents import Extents
@@ -49,6 +50,7 @@ class StreamSource:
         self.exact_nbytes: int = reader.virtual_size
         self.virtual_size: int = whole_sectors(reader.virtual_size, reader.path)
         self.files: Sequence[ByteSource] = (reader.file,)
+        self.layers: Sequence[Layer] = ()
         self.sources: Sequence[SourceFile] = ()
 
     @classmethod

@@ -48,18 +48,22 @@ class ReflinkRule(NamedTuple):
     units : ndarray, shape (n,), dtype uint64
         For each source file the block size of its file system, a power of two; 0 for a
         file that cannot be reflinked.
+    has_reflinks : bool
+        Whether the first file can be reflinked, wherever its data is.
     """
 
     geometry: Geometry
     units: NDArray[np.uint64]
+    has_reflinks: bool
 
     @classmethod
     def of(cls, geometry: Geometry, units: Sequence[int]) -> ReflinkRule:
         """Return the rule; files are left out whose blocks the target's do not hold."""
+        has_reflinks = any(units[:1])
         if geometry.placing is Placing.APPEND:
             step = min(geometry.block_nbytes, geometry.stored_alignment)
             units = [unit if step % (unit or 1) == 0 else 0 for unit in units]
-        return cls(geometry, np.array(units, dtype=np.uint64))
+        return cls(geometry, np.array(units, dtype=np.uint64), has_reflinks)
 
     def mark(self, rows: Extents) -> Extents:
         """Return a batch in which what can be reflinked has FLAG_UNREAD."""

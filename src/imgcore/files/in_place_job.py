@@ -43,6 +43,17 @@ class SideFile(NamedTuple):
     mode: int
 
 
+class Facts(dict[str, Any]):
+    """What the caller has put into a journal; asking for more is an ImgcoreError."""
+
+    def __init__(self, journal: Journal, facts: dict[str, Any]) -> None:
+        super().__init__(facts)
+        self._journal = journal
+
+    def __missing__(self, key: str) -> Any:
+        raise self._journal.damaged(f"it lacks {key}")
+
+
 class Begin(NamedTuple):
     """What the record ``begin`` says.
 
@@ -310,7 +321,7 @@ def _begin_of(journal: Journal) -> Begin:
             name=head["name"],
             new_name=head["new_name"],
             ranges=ranges,
-            job=head["job"],
+            job=Facts(journal, dict(head["job"])),
             **sides,
         )
         names = [begin.name, begin.new_name, *(s.name for s in (*begin.created, *begin.removed))]

@@ -144,6 +144,12 @@ class StagedFile(TargetFile):
         """Refuse: the old content stays."""
         raise AssertionError(f"{self.path}: cleared to {nbytes} bytes although its blocks stay")
 
+    def zero(self, offset: int, length: int) -> None:
+        """Make a range read as zeros, which may not be in the old content."""
+        if offset < self.append_offset:
+            raise AssertionError(f"{self.path}: zeroed at 0x{offset:x}, in the old content")
+        super().zero(offset, length)
+
     def clear_rest(self, end: int) -> None:
         """Keep back zeros for what nobody has written before ``end``.
 

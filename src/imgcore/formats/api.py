@@ -304,6 +304,18 @@ class RefusesRewriting(Protocol):
         ...
 
 
+@runtime_checkable
+class KnowsConflicts(Protocol):
+    """A reader of images that are sound for reading although `check` finds problems.
+
+    Optional: of other formats, each problem that `check` finds counts as a conflict.
+    """
+
+    def conflicts(self) -> CheckReport:
+        """Report only what makes it doubtful which blocks hold guest data."""
+        ...
+
+
 # -- checking and repairing ------------------------------------------------------------
 
 

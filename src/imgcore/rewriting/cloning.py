@@ -23,7 +23,7 @@ from imgcore.formats.api import Described
 from imgcore.limits import KIB
 from imgcore.rewriting.block_size import fitting_director
 from imgcore.rewriting.moving import Workers
-from imgcore.rewriting.refusals import refuse_layout
+from imgcore.rewriting.refusals import refuse_damaged, refuse_layout
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -132,12 +132,11 @@ class Clone:
         """
         start, end = self._director.stayed_ranges
         old_end = [self._director.survey.file_nbytes]
-        start = np.concatenate((start, written[:, 0], old_end))
-        end = np.concatenate((end, written.sum(axis=1), old_end))
-        order = np.argsort(start, kind="stable")
-        used_until = np.maximum.accumulate(np.concatenate(([0], end[order])))[:-1]
-        is_unused = start[order] - used_until >= _MIN_UNUSED_NBYTES
-        return np.stack((used_until, start[order]), axis=1)[is_unused]
+        # Where as many ranges have ended as have started, there is a gap.
+        until = np.sort(np.concatenate((start, written[:, 0], old_end)))
+        from_ = np.sort(np.concatenate(([0], end, written.sum(axis=1))))
+        is_unused = until - from_ >= _MIN_UNUSED_NBYTES
+        return np.stack((from_[is_unused], until[is_unused]), axis=1)
 
 
 def cheapest_way(
@@ -158,9 +157,11 @@ def cheapest_way(
         None is range by range.
     ReflinkCount
     """
+    for layer in source.layers:
+        refuse_damaged(layer.reader, layer.file.path)
     by_ranges = rule.measure(source.data_extents(rule))
     clone = None
-    if rule.units[:1].any():
+    if rule.has_reflinks:
         clone = Clone.of(source, driver, request, trust_blocks=trust_blocks)
     if clone is not None:
         at_once = clone.measure()

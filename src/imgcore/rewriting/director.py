@@ -269,7 +269,12 @@ class Director:
                 # Blocks that moved, which take longer, were counted before.
                 end = min((first_block + len(batch)) * size, tally.total_nbytes)
                 done = max(end, tally.done_nbytes)
-                tally.count(done, data=done, read=tally.read_nbytes, written=tally.written_nbytes)
+                tally.count(
+                    done,
+                    data=min(done, self._layout.data_nbytes(self._image.virtual_size)),
+                    read=tally.read_nbytes,
+                    written=tally.written_nbytes,
+                )
         rewriter.finish(offset)
 
     def _cost(self, file: StagedFile | CountingStagedFile, moved_nbytes: int) -> RewriteCost:

@@ -103,6 +103,11 @@ class Layout(NamedTuple):
     moved_first: Offsets
     moved_count: Offsets
 
+    def data_nbytes(self, disk_nbytes: int) -> int:
+        """Return how much of the disk is in blocks."""
+        stayed_nbytes = self.nbytes_of(self.stay.first, self.stay.n_blocks, disk_nbytes)
+        return stayed_nbytes + self.nbytes_of(self.moved_first, self.moved_count, disk_nbytes)
+
     def nbytes_of(self, first: Offsets, count: Offsets, disk_nbytes: int) -> int:
         """Return how much of the disk is in runs."""
         if not len(first):

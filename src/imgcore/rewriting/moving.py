@@ -92,10 +92,10 @@ def move_blocks(
             variants=dict(workers.variants),
             rate_limit=workers.limit,
         )
-        given_nbytes = 0
+        given_nbytes, most_nbytes = 0, layout.data_nbytes(disk_end)
         try:
             for batch in batches:
-                tick = partial(_count, tally, job, batch.start - given_nbytes)
+                tick = partial(_count, tally, job, batch.start - given_nbytes, most_nbytes)
                 given_nbytes += batch.end - batch.start
                 n_blocks = -(-(batch.end - batch.start) // size)
                 placements = np.zeros(n_blocks, PLACEMENT_DTYPE)
@@ -113,11 +113,15 @@ def move_blocks(
     return Runs.joined(runs), end
 
 
-def _count(tally: Tally, job: Job, skipped_nbytes: int) -> None:
-    """Report how far a job is; ``skipped_nbytes`` is the sum of the gaps before."""
+def _count(tally: Tally, job: Job, skipped_nbytes: int, most_nbytes: int) -> None:
+    """Report how far a job is.
+
+    ``skipped_nbytes`` is the sum of the gaps before, ``most_nbytes`` the disk's data:
+    what is done counts as data up to that.
+    """
     done, _, _, read, written, *_ = job.progress()
     position = skipped_nbytes + done
-    tally.count(position, data=position, read=read, written=written)
+    tally.count(position, data=min(position, most_nbytes), read=read, written=written)
 
 
 def _runs_of(placements: Placements, first_block: int, block_nbytes: int) -> Runs:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from imgcore.errors import UnsupportedFeatureError
-from imgcore.formats.api import Divided, LeavesOut, RefusesRewriting
+from imgcore.errors import CorruptImageError, UnsupportedFeatureError
+from imgcore.formats.api import Divided, KnowsConflicts, LeavesOut, RefusesRewriting
+from imgcore.formats.registry import get_driver
 from imgcore.limits import SECTOR_NBYTES
 from imgcore.log import log
 from imgcore.rewriting.survey import is_flat
@@ -13,7 +14,7 @@ from imgcore.rewriting.survey import is_flat
 if TYPE_CHECKING:
     from imgcore.disk.image import Image
     from imgcore.disk.layer import Layer
-    from imgcore.formats.api import Driver, Rewriter
+    from imgcore.formats.api import Driver, Reader, Rewriter
 
 
 def refuse_parent(layer: Layer) -> None:
@@ -42,6 +43,7 @@ def refuse_image(image: Image, driver: Driver, *, drop: bool) -> None:
     """
     refuse_layout(image, driver)
     reader = image.reader
+    refuse_damaged(reader, image.path)
     for text in reader.left_out() if isinstance(reader, LeavesOut) else ():
         if not drop:
             raise UnsupportedFeatureError(f"{text}; --drop rewrites it without", path=image.path)
@@ -70,8 +72,25 @@ def refuse_layout(image: Image, driver: Driver) -> None:
             "fills up the last one",
             path=image.path,
         )
+
+
+def refuse_damaged(reader: Reader, path: str) -> None:
+    """Raise ImgcoreError if an image's tables cannot be relied on.
+
+    Where guest data is not read, blocks that overlap each other or a table would stay
+    unnoticed.
+    """
     if isinstance(reader, RefusesRewriting):
         reader.refuse_rewriting()
+    if not get_driver(reader.format_name).has_tables:
+        return
+    report = reader.conflicts() if isinstance(reader, KnowsConflicts) else reader.check()
+    if report.corruptions:
+        raise CorruptImageError(
+            f"its tables contradict each other ({report.first_corruption}): imgcore check -r all "
+            "mends some images, and imgcore convert makes a new one of what it reads",
+            path=path,
+        )
 
 
 def refuse_same_kind(image: Image, rewriter: Rewriter) -> None:

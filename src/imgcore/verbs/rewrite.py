@@ -194,9 +194,8 @@ def undo_rewrite(image: FilePath) -> str:
         The image is in use, or cannot be written.
     """
     path = file_name(image)
-    names = in_place.described(path)
-    restored = in_place.undo(path)
-    return _beside(restored, names["old_name"])
+    old_name = in_place.described(path)["old_name"]
+    return _beside(in_place.undo(path), old_name)
 
 
 def finish_rewrite(image: FilePath) -> str:

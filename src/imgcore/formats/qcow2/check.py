@@ -21,6 +21,25 @@ if TYPE_CHECKING:
     from imgcore.formats.qcow2.header import Qcow2Header
 
 
+class ConflictFinder(References):
+    """Finds entries that are wrong, and clusters of which two uses exclude each other.
+
+    Refcounts are not compared: those of an image with the dirty flag may be stale.
+    """
+
+    def __init__(self, file: ByteSource, header: Qcow2Header) -> None:
+        report = CheckReport()
+        super().__init__(file, header, read_structure(file, header, report), report)
+
+    def run(self) -> CheckReport:
+        """Return the report."""
+        for window in self.windows():
+            window.add_structure(self.structure)
+            for bad, line in window.conflicts():
+                self.corruptions(bad, line)
+        return self.report
+
+
 class Qcow2Checker(References):
     """Checks one image once."""
 

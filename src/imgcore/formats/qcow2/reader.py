@@ -178,6 +178,12 @@ class Qcow2Reader:
                 path=self._file.path,
             )
 
+    def conflicts(self) -> CheckReport:
+        """Report what is used twice; see `KnowsConflicts`."""
+        from imgcore.formats.qcow2.check import ConflictFinder
+
+        return ConflictFinder(self._file, self._header).run()
+
     def check(self) -> CheckReport:
         """Compare all refcounts with the references that exist.
 

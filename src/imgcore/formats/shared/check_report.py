@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import ClassVar
+from typing import ClassVar, Final
+
+_ERROR: Final = "ERROR "
 
 
 @dataclass
@@ -40,6 +42,12 @@ class CheckReport:
 
     MAX_PROBLEM_LINES: ClassVar[int] = 1000
 
+    @property
+    def first_corruption(self) -> str:
+        """The line of the first corruption, empty without one."""
+        lines = (line.removeprefix(_ERROR) for line in self.problems if line.startswith(_ERROR))
+        return next(lines, "")
+
     def corruption(self, line: str) -> None:
         """Count a corruption and keep its line."""
         self.corruptions_among(1, [line])
@@ -47,7 +55,7 @@ class CheckReport:
     def corruptions_among(self, count: int, lines: Iterable[str]) -> None:
         """Count ``count`` corruptions; read only those lines that can be kept."""
         self.corruptions += count
-        self._keep("ERROR", lines)
+        self._keep(_ERROR, lines)
 
     def leak(self, line: str, count: int = 1) -> None:
         """Count ``count`` leaked units and keep the line about them."""
@@ -56,8 +64,8 @@ class CheckReport:
     def leaks_among(self, count: int, lines: Iterable[str]) -> None:
         """Count ``count`` leaked units; read only those lines that can be kept."""
         self.leaks += count
-        self._keep("Leaked", lines)
+        self._keep("Leaked ", lines)
 
     def _keep(self, what: str, lines: Iterable[str]) -> None:
         room = self.MAX_PROBLEM_LINES - len(self.problems)
-        self.problems += [f"{what} {line}" for line in islice(lines, max(0, room))]
+        self.problems += [f"{what}{line}" for line in islice(lines, max(0, room))]

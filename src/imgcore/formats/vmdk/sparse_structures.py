@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 GT_NSECTORS: Final = layout.GT_NBYTES // SECTOR_NBYTES
 # Header and descriptor.
 FRONT_NBYTES: Final = (layout.DESCRIPTOR_SECTOR + layout.DESCRIPTOR_NSECTORS) * SECTOR_NBYTES
+# Directory entries that are written at once: 1 MiB.
+_PIECE_ENTRIES: Final = 1 << 18
 
 
 def n_directory_entries(options: WriteOptions) -> int:
@@ -204,6 +206,8 @@ class HostedTables:
         """
         import numpy as np
 
-        numbers = np.arange(self._layout.n_entries, dtype=np.int64) * GT_NSECTORS
-        entries = (numbers + first_table // SECTOR_NBYTES).astype("<u4")
-        self._file.pwrite(offset, entries.view(np.uint8))
+        n_entries = self._layout.n_entries
+        for first in range(0, n_entries, _PIECE_ENTRIES):
+            numbers = np.arange(first, min(first + _PIECE_ENTRIES, n_entries), dtype=np.int64)
+            entries = (numbers * GT_NSECTORS + first_table // SECTOR_NBYTES).astype("<u4")
+            self._file.pwrite(offset + first * layout.ENTRY_NBYTES, entries.view(np.uint8))
