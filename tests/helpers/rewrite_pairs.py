@@ -326,7 +326,7 @@ def write_as_guest(raw: Path, path: Path, image_format: str, n_writes: int = 150
     commands = []
     with open(raw, "r+b") as file:
         for number in range(n_writes):
-            length = 512 * rng.choice((1, 2, 7, 8, 64, 128, 300))
+            length = min(512 * rng.choice((1, 2, 7, 8, 64, 128, 300)), nbytes)
             offset = rng.randrange((nbytes - length) // 512 + 1) * 512
             byte = rng.randrange(4) and number % 255 + 1
             # VirtualBox does not know the zero clusters of a QCOW2.
