@@ -118,7 +118,11 @@ struct imgc_job {
 	size_t n_busy;			   /* slots that are not free, spans under way */
 	unsigned n_writing, max_writers;
 	unsigned n_waiting; /* workers that found nothing to do */
-	bool ring_was_full; /* and half of it is not free yet */
+	/*
+	 * The ring is filled again once half of it is free.  Where the target is slower
+	 * than the sources, workers would otherwise wait and wake for each window.
+	 */
+	bool ring_was_full;
 	unsigned n_started, n_running;
 	bool in_batch;
 	bool in_caller; /* no thread was started: `wait` and `finish` do the work */

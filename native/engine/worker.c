@@ -182,19 +182,14 @@ static bool can_write(const struct imgc_job *job)
 	return job->written < job->placed && job->n_writing < job->max_writers;
 }
 
-/*
- * A ring that was full is filled again once half of it is free.  Where the target is
- * slower than the sources, workers would otherwise wait and wake for each window.
- */
-static bool can_fill(struct imgc_job *job)
+static bool next_is_free(const struct imgc_job *job)
 {
-	if (!work_is_left(job))
-		return false;
-	if (slot_of(job, job->claimed)->state != SLOT_FREE)
-		job->ring_was_full = true;
-	else if (job->n_busy <= job->n_slots / 2)
-		job->ring_was_full = false;
-	return !job->ring_was_full;
+	return job->slots[job->claimed % job->n_slots].state == SLOT_FREE;
+}
+
+static bool can_fill(const struct imgc_job *job)
+{
+	return work_is_left(job) && !job->ring_was_full && next_is_free(job);
 }
 
 /*
@@ -223,6 +218,8 @@ static void write_next_slot(struct worker *worker)
 	job->n_writing--;
 	job->n_busy--;
 	slot->state = SLOT_FREE;
+	if (job->claimed - job->written + job->n_writing <= job->n_slots / 2)
+		job->ring_was_full = false;
 }
 
 /* Called with the lock held, and returns with it held. */
@@ -271,6 +268,8 @@ static void fill_next_slot(struct worker *worker)
 	slot->is_span = claim == CLAIM_UNREAD_SPAN;
 	job->claimed++;
 	job->n_busy++;
+	if (!next_is_free(job))
+		job->ring_was_full = true;
 	fill_slot(worker, slot);
 }
 

@@ -33,6 +33,7 @@ NOT_RUN = {
     "pytest": "runs tests inside a test",
     "python -m tests.hostile.peer": "takes minutes",
     ".venv/bin/python -m pytest": "measures for minutes",
+    ".venv/bin/python -m benchmarks": "measures for minutes",
 }
 
 # Files that examples read, and the options for creating them from disk.raw.
@@ -72,7 +73,7 @@ class Command(NamedTuple):
         return next((why for start, why in NOT_RUN.items() if self.starts_with(start)), None)
 
     def starts_with(self, start: str) -> bool:
-        return f"{self.text} ".startswith(f"{start} ")
+        return f"{self.text} ".startswith((f"{start} ", f"{start}."))
 
     def words(self) -> list[str]:
         return shlex.split(self.text, comments=True)

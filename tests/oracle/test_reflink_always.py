@@ -356,7 +356,6 @@ def test_ext4_is_refused_not_copied(reflink: str, tmp_path: Path) -> None:
         done = imgcore_command(*words)
         assert_one_line_error(done)
         assert "(Operation not supported); --reflink=auto copies what cannot be" in done.stderr
-        assert os.listdir(folder) == ["lost+found", "disk.raw"] or not (folder / words[-1]).exists()
         assert not [name for name in os.listdir(folder) if name.startswith(("out", ".out"))]
         assert imgcore_command("convert", "--reflink=auto", *words[2:]).returncode == 0
         qemu.assert_same(raw, folder / "out.qcow2", source_format="raw", target_format="qcow2")

@@ -16,7 +16,9 @@ from tests.helpers.rewrite_pairs import Becomes
 from tests.helpers.samples import unpacked_samples
 from tests.helpers.vhdx import BAT_OFFSET, FULL, MIB, Vhdx, pattern
 
-TARGETS: Final = (pairs.TO_QCOW2, pairs.TO_VMDK, pairs.TO_VDI)
+# With clusters as large as the log's sectors, each sector is a block that could stay.
+TO_QCOW2_4K: Final = Becomes("qcow2-4k", "qcow2", ("cluster_size=4k",))
+TARGETS: Final = (TO_QCOW2_4K, pairs.TO_QCOW2, pairs.TO_VMDK, pairs.TO_VDI)
 GUID: Final = vhdx.guid(0x106)
 SECTOR: Final = 4096
 PAYLOAD: Final = {n: (FULL, pattern(n, MIB)) for n in range(4)}

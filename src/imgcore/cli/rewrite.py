@@ -143,7 +143,7 @@ def _print(image: str, result: RewriteResult, *, dry_run: bool) -> None:
 
     path = one_line(result.path)
     if result.recovered:
-        click.echo(f"{path}: {result.target_format}, completed after an interruption")
+        click.echo(f"{path}: {result.target_format}, converted by an earlier call")
         return
     numbers = (
         f"{format_size(result.bytes_stayed)} stay, {format_size(result.bytes_moved)} move, "

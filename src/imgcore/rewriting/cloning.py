@@ -132,12 +132,11 @@ class Clone:
         """
         start, end = self._director.stayed_ranges
         old_end = [self._director.survey.file_nbytes]
-        start = np.concatenate((start, written[:, 0], old_end))
-        end = np.concatenate((end, written.sum(axis=1), old_end))
-        order = np.argsort(start, kind="stable")
-        used_until = np.maximum.accumulate(np.concatenate(([0], end[order])))[:-1]
-        is_unused = start[order] - used_until >= _MIN_UNUSED_NBYTES
-        return np.stack((used_until, start[order]), axis=1)[is_unused]
+        # Where as many ranges have ended as have started, there is a gap.
+        until = np.sort(np.concatenate((start, written[:, 0], old_end)))
+        from_ = np.sort(np.concatenate(([0], end, written.sum(axis=1))))
+        is_unused = until - from_ >= _MIN_UNUSED_NBYTES
+        return np.stack((from_[is_unused], until[is_unused]), axis=1)
 
 
 def cheapest_way(
