@@ -171,6 +171,25 @@ def test_measure(raw: Path) -> None:
     assert lines[1].split()[:2] == ["1", "MiB"]
 
 
+@pytest.mark.parametrize("action", ["--undo", "--finish"])
+@pytest.mark.parametrize(
+    "option",
+    [["--dry-run"], ["--name", "a.raw"], ["-o", "cluster_size=4k"], ["-f", "qcow2"],
+     ["--allow", "."], ["--no-undo"], ["--keep-name"]],
+    ids=lambda words: words[0],
+)  # fmt: skip
+def test_undo_and_finish_refuse_what_they_would_ignore(
+    action: str, option: list[str], raw: Path
+) -> None:
+    done("rewrite", "-O", "qcow2", raw)
+    before = state_of(raw.parent)
+    refused = command("rewrite", action, *option, raw.with_suffix(".qcow2"))
+    assert refused.returncode == 2
+    assert f"{action} takes no other options: {option[0]} is for" in refused.stderr
+    assert state_of(raw.parent) == before
+    assert json.loads(done("rewrite", action, "-p", "-q", "--json", raw.with_suffix(".qcow2")))
+
+
 def test_the_same_command_goes_on(raw: Path, original: Path) -> None:
     """After an interruption it completes the new image, and says so."""
     result = imgcore.rewrite(raw, "qcow2", keep_name=True)
