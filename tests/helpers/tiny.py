@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from imgcore.files.in_place import InPlace
@@ -54,14 +54,14 @@ _NEXT_STEP = {
 }
 
 
-def killed_after(record: str, path: Path) -> None:
+def killed_after(record: str, path: Path, job: Callable[[Path], object] = rewrite) -> None:
     """Convert in a process that dies after it has written a record."""
     child = os.fork()
     if child == 0:
         try:
             where, name = _NEXT_STEP[record]
             setattr(where, name, lambda *_args, **_more: os._exit(0))
-            rewrite(path)
+            job(path)
         finally:
             os._exit(1)
     assert os.waitpid(child, 0)[1] == 0

@@ -326,6 +326,17 @@ def test_strict_allows_an_incomplete_block_at_the_end(here: Path) -> None:
     qemu.assert_same(raw, here / "out.qcow2", source_format="raw", target_format="qcow2")
 
 
+def test_strict_allows_data_in_an_incomplete_block_alone(here: Path) -> None:
+    raw, target = here / "disk.raw", here / "out.raw"
+    with raw.open("wb") as file:
+        file.write(b"a" * 64 * KIB)
+        file.seek(MIB)
+        file.write(b"z" * 512)
+    result = imgcore.convert(raw, target, format="raw", reflink="strict")
+    assert (result.bytes_shared, result.bytes_written) == (64 * KIB, 512)
+    assert target.read_bytes() == raw.read_bytes()
+
+
 @pytest.mark.parametrize("where", ["another cluster", "the L2 table"])
 @pytest.mark.parametrize("target", ["out.vmdk", "out.raw"])
 def test_tables_that_contradict_each_other(target: str, where: str, here: Path) -> None:
@@ -368,16 +379,21 @@ def test_another_file_system_is_refused(here: Path, tmp_path: Path) -> None:
     assert os.listdir(here) == []
 
 
-@pytest.mark.parametrize("of_folder", [False, True], ids=["source", "folder"])
-def test_files_without_copy_on_write(of_folder: bool, here: Path) -> None:
-    """Btrfs reflinks between files only if both or neither have the flag."""
+def flagged_folder(here: Path) -> Path:
+    """Make a folder whose files are not copied on write, or skip the test."""
     if shutil.which("chattr") is None:
         pytest.skip("chattr is not installed (Debian: e2fsprogs)")
-    raw, _ = make_source(here)
     flagged = here / "flagged"
     flagged.mkdir()
     if subprocess.run(["chattr", "+C", flagged], capture_output=True, check=False).returncode:
         pytest.skip("the file system has no flag C")
+    return flagged
+
+
+@pytest.mark.parametrize("of_folder", [False, True], ids=["source", "folder"])
+def test_files_without_copy_on_write(of_folder: bool, here: Path) -> None:
+    """Btrfs reflinks between files only if both or neither have the flag."""
+    raw, flagged = make_source(here)[0], flagged_folder(here)
     source, target = here / "disk.raw", flagged / "out.qcow2"
     if not of_folder:
         source, target = flagged / "disk.raw", here / "out.qcow2"
@@ -385,6 +401,23 @@ def test_files_without_copy_on_write(of_folder: bool, here: Path) -> None:
     result = convert(source, target, qemu.QCOW2, reflink="always")
     assert result.bytes_shared > SHARABLE_NBYTES
     qemu.assert_same(raw, target, source_format="raw", target_format="qcow2")
+
+
+@pytest.mark.parametrize("flagged_first", [False, True])
+def test_one_of_two_files_without_copy_on_write(flagged_first: bool, here: Path) -> None:
+    """The first one decides the target's flag; the other is known to be copied."""
+    raw, target = make_source(here)[0], here / "out.raw"
+    os.truncate(raw, 12 * MIB)  # so that both disks are on block boundaries
+    flagged = flagged_folder(here) / "flagged.raw"
+    subprocess.run(["cp", raw, flagged], check=True)
+    alone = imgcore.convert(raw, here / "alone.raw", format="raw", reflink="strict")
+    sources = [flagged, raw] if flagged_first else [raw, flagged]
+    with pytest.raises(imgcore.UnsupportedFeatureError, match="would have to be copied"):
+        imgcore.convert(sources, target, format="raw", reflink="strict")
+    assert not target.exists()
+    result = imgcore.convert(sources, target, format="raw", reflink="always")
+    assert 0 < result.bytes_shared <= alone.bytes_shared
+    assert target.read_bytes() == 2 * raw.read_bytes()
 
 
 # -- interrupted -----------------------------------------------------------------------

@@ -476,7 +476,6 @@ ELSEWHERE = {
     "unit/test_rewrite_cli.py::test_measure_rewrite_has_its_own_options",
     ("cli/rewrite.py", "give either --undo or --finish"): _REFUSALS,
     ("cli/rewrite.py", "state the new format with -O"): _REFUSALS,
-    ("cli/rewrite.py", "{} takes no other options: -O is for a new conversion"): _REFUSALS,
     ("rewriting/children.py", ("more than {} files are beside it, any of which may be its child: "
      "move it to another folder first")): "unit/test_rewrite_cli.py::test_too_many_files",
     ("rewriting/director.py", ("only {} of {} could stay in place: another block size may fit "

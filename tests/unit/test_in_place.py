@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
+import struct
 import subprocess
 import time
 from pathlib import Path
@@ -14,6 +16,7 @@ from tests.helpers import qemu
 from tests.helpers.mounts import loop_device
 from tests.helpers.tiny import FRONT, OLD, SIZE, new_content, rewrite
 
+import imgcore
 from imgcore.errors import ImgcoreError, LimitExceededError, TargetError
 from imgcore.files.in_place import InPlace, finish, recover, undo
 from imgcore.files.staged_file import Change
@@ -87,6 +90,19 @@ class TestCommit:
         assert recover(other) is None
         disk.write_bytes(OLD)
         assert recover(disk) is None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_side_files_belong_to_the_owner_of_the_image(disk: Path) -> None:
+    side = disk.parent / "disk.old.txt"
+    side.write_bytes(b"old")
+    for path in (disk, side):
+        os.chown(path, 1234, 2345)
+    new = rewrite(disk, created={"disk.txt": b"new"}, removed=[side.name])
+    status = (disk.parent / "disk.txt").stat()
+    assert (status.st_uid, status.st_gid) == (1234, 2345)
+    undo(new)
+    assert (side.stat().st_uid, side.stat().st_gid) == (1234, 2345)
 
 
 class TestUndo:
@@ -201,6 +217,23 @@ class TestRefused:
             done = subprocess.run(words, capture_output=True, text=True, check=False)
             assert "lock" in done.stdout + done.stderr
 
+    def test_imgcore_does_not_wait_for_the_last_step(
+        self, disk: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        apply, seen = Change.apply, []
+
+        def open_it(change: Change, *words: Any, **more: Any) -> None:
+            for call in (InPlace, recover, imgcore.info):
+                with pytest.raises(BlockingIOError) as caught:
+                    call(disk)
+                seen.append(str(caught.value))
+            apply(change, *words, **more)
+
+        monkeypatch.setattr(Change, "apply", open_it)
+        assert rewrite(disk).read_bytes() == new_content()
+        assert len(seen) == 3
+        assert all("Another program has it open: " in text for text in seen)
+
     def test_whoever_opens_it_in_the_last_step_waits(
         self, disk: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -233,6 +266,27 @@ class TestRefused:
                 rewrite(disk, created={"side": b"x"})
             assert disk.with_name(name).read_bytes() == b"precious"
             disk.with_name(name).unlink()
+        assert_old(disk)
+
+    def test_a_name_for_which_the_journal_has_none(self, disk: Path) -> None:
+        """Refused before anything is changed, not when the journal is removed."""
+        for nbytes in (239, 236):
+            with pytest.raises(OSError, match="File name too long"):
+                rewrite(disk, name="n" * nbytes)
+            assert_old(disk)
+        new = rewrite(disk, name="n" * 235)
+        assert finish(new) == str(new)
+
+    @pytest.mark.parametrize(
+        "more", [{"created": 5}, {"created": [5]}, {"removed": [[]]}, {"removed": {"a": 1}}]
+    )
+    def test_journals_of_others_that_make_no_sense(self, disk: Path, more: dict[str, Any]) -> None:
+        head = json.dumps({"name": "other", **more}).encode()
+        start = b"imgcore journal 1\n".ljust(34, b"s") + struct.pack("<II", 4 + len(head), 0)
+        other = disk.parent / "other.imgcore-journal"
+        other.write_bytes(start + struct.pack("<I", len(head)) + head)
+        assert undo(rewrite(disk)) == str(disk)
+        other.unlink()
         assert_old(disk)
 
     def test_too_much_is_overwritten(self, tmp_path: Path) -> None:

@@ -171,6 +171,25 @@ def test_measure(raw: Path) -> None:
     assert lines[1].split()[:2] == ["1", "MiB"]
 
 
+@pytest.mark.parametrize("action", ["--undo", "--finish"])
+@pytest.mark.parametrize(
+    "option",
+    [["--dry-run"], ["--name", "a.raw"], ["-o", "cluster_size=4k"], ["-f", "qcow2"],
+     ["--allow", "."], ["--no-undo"], ["--keep-name"]],
+    ids=lambda words: words[0],
+)  # fmt: skip
+def test_undo_and_finish_refuse_what_they_would_ignore(
+    action: str, option: list[str], raw: Path
+) -> None:
+    done("rewrite", "-O", "qcow2", raw)
+    before = state_of(raw.parent)
+    refused = command("rewrite", action, *option, raw.with_suffix(".qcow2"))
+    assert refused.returncode == 2
+    assert f"{action} takes no other options: {option[0]} is for" in refused.stderr
+    assert state_of(raw.parent) == before
+    assert json.loads(done("rewrite", action, "-p", "-q", "--json", raw.with_suffix(".qcow2")))
+
+
 def test_the_same_command_goes_on(raw: Path, original: Path) -> None:
     """After an interruption it completes the new image, and says so."""
     result = imgcore.rewrite(raw, "qcow2", keep_name=True)
@@ -178,6 +197,18 @@ def test_the_same_command_goes_on(raw: Path, original: Path) -> None:
     assert again["recovered"] is True
     assert again["path"] == result.path
     assert imgcore.compare(original, raw, format_b="qcow2").identical
+
+
+@pytest.mark.parametrize("name", [b"web\xff.qcow2", Path("web.qcow2")])
+def test_names_of_each_type(name: bytes | Path, raw: Path) -> None:
+    result = imgcore.rewrite(os.fsencode(raw), "qcow2", name=name)
+    assert os.fsencode(result.path) == os.path.join(os.fsencode(raw.parent), os.fsencode(name))
+    assert imgcore.undo_rewrite(os.fsencode(result.path)) == str(raw)
+
+
+def test_a_journals_name_is_refused(raw: Path) -> None:
+    with pytest.raises(imgcore.OptionError, match="ends the names of journals"):
+        imgcore.rewrite(raw, "qcow2", name="disk.imgcore-journal")
 
 
 def test_an_exception_restores_the_old_image(raw: Path) -> None:
@@ -566,6 +597,13 @@ def state_of(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
+# Those that only an attempt meets, and those of other actions.
+NOT_REHEARSED = {
+    "taken_name", "link", "hard_link", "undo_and_finish", "undo_with_a_format",
+    "converted_before",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", REFUSALS)
 def test_refusals(name: str, tmp_path: Path) -> None:
     """Each is one line; no file is changed, nothing is left, and what helps helps."""
@@ -573,6 +611,9 @@ def test_refusals(name: str, tmp_path: Path) -> None:
         pytest.skip("no qemu-img")
     refusal = REFUSALS[name](tmp_path)
     before = state_of(tmp_path)
+    if name not in NOT_REHEARSED:
+        rehearsed = command("rewrite", "--dry-run", *refusal.options, refusal.image, cwd=tmp_path)
+        assert refusal.words in rehearsed.stderr
     result = command("rewrite", *refusal.options, refusal.image, cwd=tmp_path)
     assert result.returncode in (1, 2), result.stdout
     lines = [line for line in result.stderr.splitlines() if ": warning: " not in line]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
+from click.core import ParameterSource
 
 from imgcore.cli.common import (
     open_options,
@@ -24,6 +25,10 @@ from imgcore.text import one_line
 
 if TYPE_CHECKING:
     from imgcore.verbs.rewrite import RewriteResult
+
+_OF_EACH_ACTION: Final = frozenset(
+    {"undo", "finish", "progress_mode", "wants_progress", "quiet", "as_json"}
+)
 
 
 @verb("rewrite")
@@ -93,7 +98,7 @@ def command(
     require(ctx, image=image)
     assert image is not None
     if undo or finish:
-        _refuse_others(ctx, undo, finish, target_format)
+        _refuse_others(ctx, undo, finish)
         _end(image, undo=undo, quiet=quiet, as_json=as_json)
         return
     if target_format is None:
@@ -119,12 +124,19 @@ def command(
         _print(image, result, dry_run=settings["dry_run"])
 
 
-def _refuse_others(ctx: click.Context, undo: bool, finish: bool, target_format: str | None) -> None:
+def _refuse_others(ctx: click.Context, undo: bool, finish: bool) -> None:
+    """Refuse what would be ignored: a dry run must not undo."""
     if undo and finish:
         raise click.UsageError("give either --undo or --finish", ctx)
-    if target_format is not None:
-        flag = "--undo" if undo else "--finish"
-        raise click.UsageError(f"{flag} takes no other options: -O is for a new conversion", ctx)
+    for option in ctx.command.params:
+        if not isinstance(option, click.Option) or option.name in _OF_EACH_ACTION:
+            continue
+        if ctx.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE:
+            flag = "--undo" if undo else "--finish"
+            other = option.opts[0]
+            raise click.UsageError(
+                f"{flag} takes no other options: {other} is for a new conversion", ctx
+            )
 
 
 def _end(image: str, *, undo: bool, quiet: bool, as_json: bool) -> None:
@@ -143,7 +155,7 @@ def _print(image: str, result: RewriteResult, *, dry_run: bool) -> None:
 
     path = one_line(result.path)
     if result.recovered:
-        click.echo(f"{path}: {result.target_format}, completed after an interruption")
+        click.echo(f"{path}: {result.target_format}, converted by an earlier call")
         return
     numbers = (
         f"{format_size(result.bytes_stayed)} stay, {format_size(result.bytes_moved)} move, "

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from imgcore.disk.source import Source
     from imgcore.engine.reflinks import ReflinkCount
     from imgcore.engine.source_file import SourceFile
+    from imgcore.files.byte_source import ByteSource
     from imgcore.files.target_file import TargetFile
     from imgcore.formats.api import Writer
 
@@ -90,7 +91,8 @@ def reflinkable_units(
     """Return the file system's block size for each source file.
 
     It is 0 for a file that the target cannot be reflinked to.  The data of all files
-    is written back, so that their holes are certain.
+    is written back, so that their holes are certain.  The first file that fits decides
+    the target's flag "no copy on write".
 
     Raises
     ------
@@ -99,10 +101,11 @@ def reflinkable_units(
     """
     from imgcore.files.reflinks import prepare_reflinks, reflink_block_nbytes
 
-    errors = {}
+    errors: dict[ByteSource, OSError | None] = {}
     for source in sources:
         if source.file not in errors:
-            errors[source.file] = prepare_reflinks(source.file, target)
+            none_fits = all(errors.values())
+            errors[source.file] = prepare_reflinks(source.file, target, may_change_flag=none_fits)
     if errors and all(errors.values()):
         error = next(iter(errors.values()))
         assert error is not None

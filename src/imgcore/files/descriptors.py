@@ -45,7 +45,13 @@ def open_file(
         The name in messages; by default ``path``.
     """
     with named_errors(name or path):
-        return above_standard(lambda: os.open(path, flags | os.O_CLOEXEC, mode, dir_fd=folder_fd))
+        try:
+            return above_standard(
+                lambda: os.open(path, flags | os.O_CLOEXEC, mode, dir_fd=folder_fd)
+            )
+        except BlockingIOError as error:
+            # A lease; the caller does not wait for its end.
+            raise BlockingIOError(error.errno, "Another program has it open") from None
 
 
 def above_standard(open_it: Callable[[], int]) -> int:

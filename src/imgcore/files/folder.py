@@ -62,11 +62,14 @@ class Folder:
         finally:
             close(fd)
 
-    def put(self, name: str, content: bytes, mode: int, temporary: str) -> None:
+    def put(
+        self, name: str, content: bytes, mode: int, temporary: str, *, like: os.stat_result
+    ) -> None:
         """Create a file, at once whole; the folder is not synced.
 
         It may be there already, with this content.  ``temporary`` is a name that nobody
-        else uses; what has it is removed.
+        else uses; what has it is removed.  The file gets the owner of ``like``, if this
+        user may give it away.
         """
         self.remove(temporary)
         fd = self.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
@@ -75,6 +78,8 @@ class Folder:
                 done = 0
                 while done < len(content):
                     done += os.pwrite(fd, memoryview(content)[done:], done)
+                with contextlib.suppress(PermissionError):
+                    os.fchown(fd, like.st_uid, like.st_gid)
                 os.fchmod(fd, mode & 0o777)
                 os.fsync(fd)
         finally:

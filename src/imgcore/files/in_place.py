@@ -24,7 +24,7 @@ from imgcore.files.descriptors import named_errors
 from imgcore.files.folder import Folder
 from imgcore.files.identity import Identity, file_identity, file_system_magic
 from imgcore.files.in_place_job import Job, SideFile, find_journal, open_alone, open_job
-from imgcore.files.journal import SUFFIX, Journal
+from imgcore.files.journal import SUFFIX, Journal, temporary_of
 from imgcore.files.locks import end_lease, lease
 from imgcore.files.ranges import Range, joined
 from imgcore.files.space import punch, require_space, reserve
@@ -33,8 +33,12 @@ from imgcore.limits import MAX_OVERWRITTEN_NBYTES, MAX_SIDE_FILES_NBYTES
 from imgcore.log import log
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from typing import Self
+
+    from imgcore.files.host_file import HostFile
+
+    IsWhole = Callable[[HostFile, Mapping[str, Any]], bool]
 
 # Linux include/uapi/linux/magic.h: FAT and exFAT number inodes anew at each mount.
 _WITHOUT_INODES: Final = frozenset({0x4D44, 0x2011BAB0})
@@ -58,8 +62,17 @@ class Recovered(NamedTuple):
     job: Mapping[str, Any]
 
 
-def recover(path: str | os.PathLike[str]) -> Recovered | None:
+def recover(path: str | os.PathLike[str], is_whole: IsWhole = lambda *_: True) -> Recovered | None:
     """Complete or undo a conversion that was interrupted.
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+        The image.
+    is_whole : callable
+        Takes the old image's file, only as long as it was before, and what the caller
+        of `InPlace.start` had put in.  Tells whether that is all of the image: it may
+        have been used, and have grown, since the interruption.
 
     Returns
     -------
@@ -78,22 +91,38 @@ def recover(path: str | os.PathLike[str]) -> Recovered | None:
     if job is None:
         return None
     with job:
+        _require_fit(job)
         if job.is_sure():
             job.complete()
             return Recovered("new", job.path, job.begin.job)
-        _require_fit(job)
-        job.go_back()
+        _go_back(job, is_whole)
         return Recovered("old", job.path, job.begin.job)
 
 
 def _require_fit(job: Job) -> None:
-    """Raise ImgcoreError if the image before its conversion is another one than now."""
-    if not job.has("armed") and not job.is_as_before():
+    """Raise ImgcoreError if the interrupted conversion has left another file."""
+    if job.has("done") or job.has("undoing"):
+        return
+    if not (job.is_between() if job.has("armed") else job.is_as_before()):
         raise ImgcoreError(
             f"is not as the interrupted conversion left it, so its journal {job.journal.path} "
-            "is damaged, or another program has written to it since",
+            "is damaged, or another program has written to it since; the old image had "
+            f"{job.begin.size} bytes",
             path=job.path,
         )
+
+
+def _go_back(job: Job, is_whole: IsWhole) -> None:
+    keep_end = False
+    # A small file that goes with it has the tables, if there are any.
+    if not (job.has("undoing") or job.begin.removed) and job.is_as_before():
+        with job.old_file() as file:
+            keep_end = not is_whole(file, job.begin.job)
+    if keep_end:
+        log.warning(
+            "%s: was written to since its conversion was interrupted: nothing is cut off", job.path
+        )
+    job.go_back(keep_end=keep_end)
 
 
 def described(path: str | os.PathLike[str]) -> Mapping[str, Any]:
@@ -110,8 +139,10 @@ def described(path: str | os.PathLike[str]) -> Mapping[str, Any]:
         return job.begin.job
 
 
-def undo(path: str | os.PathLike[str]) -> str:
+def undo(path: str | os.PathLike[str], is_whole: IsWhole = lambda *_: True) -> str:
     """Restore the old image, byte for byte, and return its path.
+
+    ``is_whole`` is as for `recover`.
 
     Raises
     ------
@@ -130,7 +161,7 @@ def undo(path: str | os.PathLike[str]) -> str:
                     path=job.path,
                 )
         _require_fit(job)
-        job.go_back()
+        _go_back(job, is_whole)
         return job.path
 
 
@@ -366,6 +397,8 @@ class InPlace:
                 "--finish keeps the image as it is, --undo restores the one before",
                 path=self.path,
             )
+        # For the error of a name that is too long, which else came after the commit.
+        self._folder.find(temporary_of(names[0] + SUFFIX))
         for name in (*names, names[0] + SUFFIX):
             if name not in old_names and self._folder.find(name) is not None:
                 raise TargetError("exists already", path=self._folder.path_of(name))

@@ -14,8 +14,9 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from imgcore.errors import ImgcoreError, TargetError
-from imgcore.files.descriptors import forks_held_back, named_errors
+from imgcore.files.descriptors import duplicate, forks_held_back, named_errors
 from imgcore.files.folder import Folder
+from imgcore.files.host_file import HostFile
 from imgcore.files.identity import describe_file_type, file_identity
 from imgcore.files.journal import SUFFIX, Journal, first_head
 from imgcore.files.locks import end_lease, lease, lock_image
@@ -23,7 +24,7 @@ from imgcore.files.ranges import Range, is_inside
 from imgcore.files.space import reserve
 from imgcore.files.staged_file import Change, write_different
 from imgcore.files.target_file import TargetFile
-from imgcore.limits import MIB
+from imgcore.limits import MIB, SECTOR_NBYTES
 from imgcore.log import log
 
 if TYPE_CHECKING:
@@ -123,6 +124,7 @@ class Job:
             "pieces": [(offset, len(data)) for offset, data in change.pieces],
             "cleared": change.cleared,
             "size": change.file_size,
+            "mtime_ns": self.file.status().st_mtime_ns,
             "tables": tables,
             "tables_sha256": self._digest(tables),
         }
@@ -143,7 +145,7 @@ class Job:
             self._remove(side)
         self._rename(begin.new_name)
         for side in begin.created:
-            folder.put(*side, self.journal.temporary)
+            self._put(side)
         folder.sync()
         if self.journal.name != begin.new_name + SUFFIX:
             self.journal.rename(begin.new_name + SUFFIX)
@@ -170,7 +172,14 @@ class Job:
         """Tell whether nothing is missing for the new image, and no undo was begun."""
         if self.has("undoing") or not self.has("armed"):
             return False
-        return self.has("done") or self._has_tables()
+        return self.has("done") or (self._has_tables() and not self._was_used())
+
+    def _was_used(self) -> bool:
+        """Tell whether the old image was written to since ``armed``; not if unknown."""
+        if not self.has("armed") or self.has("undoing") or not self.is_as_before():
+            return False
+        armed_ns = self.journal.records["armed"].head.get("mtime_ns")
+        return self.file.status().st_mtime_ns != armed_ns
 
     def _has_tables(self) -> bool:
         """Tell whether the tables are in the file that the new image will refer to."""
@@ -198,9 +207,53 @@ class Job:
             for offset, data in _cut(self.journal.records["begin"].blob, self.begin.ranges)
         )
 
-    def go_back(self) -> None:
-        """Restore the old image and its names, and remove the journal."""
+    def is_between(self) -> bool:
+        """Tell whether each byte that is overwritten is the old or the new one."""
+        change, _ = self._armed
+        news = [*change.pieces, *((offset, bytes(length)) for offset, length in change.cleared)]
+        for start, old in _cut(self.journal.records["begin"].blob, self.begin.ranges):
+            # What is cut off reads as zeros once the old size is restored.
+            n_left = min(max(change.file_size - start, 0), len(old))
+            new = bytearray(old[:n_left].ljust(len(old), b"\0"))
+            for offset, data in news:
+                if start <= offset < start + len(old):
+                    new[offset - start : offset - start + len(data)] = data
+            now = self._pread(start, len(old)).ljust(len(old), b"\0")
+            for at in range(0, len(old), SECTOR_NBYTES):
+                a, b, c = (part[at : at + SECTOR_NBYTES] for part in (old, new, now))
+                if c not in (a, b) and any(
+                    z not in (x, y) for x, y, z in zip(a, b, c, strict=True)
+                ):
+                    return False
+        return True
+
+    def old_file(self) -> HostFile:
+        """Return the file for reading, only as long as it was before."""
+        with forks_held_back(), named_errors(self.path):
+            file = HostFile(duplicate(self.file.fd), self.path, share=True)
+        file.nbytes = min(file.nbytes, self.begin.size)
+        return file
+
+    def go_back(self, *, keep_end: bool = False) -> None:
+        """Restore the old image and its names, and remove the journal.
+
+        With ``keep_end``, the content stays: it is the old image, which has grown.
+        """
+        if not keep_end:
+            self._restore()
+        begin = self.begin
+        for side in begin.created:
+            self._remove(side)
+        self._rename(begin.name)
+        for side in begin.removed:
+            self._put(side)
+        self.folder.sync()
+        self.journal.remove()
+
+    def _restore(self) -> None:
+        """Restore the old image's content, and its time if nobody has written to it."""
         begin, file = self.begin, self.file
+        was_used = self._was_used()
         if (self.has("armed") or self._is_arming) and not self.has("undoing"):
             self.journal.append("undoing", {})
         # First, because what follows may need the space.
@@ -209,17 +262,12 @@ class Job:
             for offset, data in _cut(self.journal.records["begin"].blob, begin.ranges):
                 write_different(file, offset, data)
         file.sync()
+        if was_used:
+            return
         # Only the owner may set it.
         with contextlib.suppress(PermissionError), named_errors(self.path):
             os.utime(file.fd, ns=(file.status().st_atime_ns, begin.mtime_ns))
         file.sync()
-        for side in begin.created:
-            self._remove(side)
-        self._rename(begin.name)
-        for side in begin.removed:
-            self.folder.put(*side, self.journal.temporary)
-        self.folder.sync()
-        self.journal.remove()
 
     def unreferenced(self, keep: Iterable[Range]) -> list[Range]:
         """Return whole blocks of the old file that the new image does not use."""
@@ -248,6 +296,9 @@ class Job:
         if self.name != name:
             self.folder.rename(self.name, name)
             self.name = name
+
+    def _put(self, side: SideFile) -> None:
+        self.folder.put(*side, self.journal.temporary, like=self.file.status())
 
     def _remove(self, side: SideFile) -> None:
         if side.name == self.name:
@@ -399,10 +450,15 @@ def find_journal(folder: Folder, name: str) -> Journal | None:
             continue
         inode, sides = head.get("inode"), (head.get("created"), head.get("removed"))
         is_image = name in (head.get("name"), head.get("new_name"))
-        is_side = any(name == one[0] for side in sides for one in side or ())
+        is_side = any(_is_among(name, side) for side in sides)
         if is_side or (is_image and (status is None or inode in (None, status.st_ino))):
             return Journal.open(folder, entry)
     return None
+
+
+def _is_among(name: str, sides: Any) -> bool:
+    """Tell whether a file is among those of a record, which is not verified."""
+    return isinstance(sides, list) and any(isinstance(s, list) and s[:1] == [name] for s in sides)
 
 
 def open_job(path: str | os.PathLike[str]) -> Job | None:

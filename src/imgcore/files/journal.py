@@ -44,6 +44,14 @@ _MAX_BODY_NBYTES: Final = _HEAD_NBYTES.size + MAX_JOURNAL_HEAD_NBYTES + MAX_JOUR
 _ROOM: Final = bytes(4096)
 
 
+def temporary_of(name: str) -> str:
+    """Return the name that files beside an image have before they are whole.
+
+    ``name`` is that of the journal.
+    """
+    return name + _TEMPORARY
+
+
 class Record(NamedTuple):
     """One record: JSON and bytes."""
 
@@ -79,7 +87,7 @@ class Journal:
     @property
     def temporary(self) -> str:
         """The name that files beside the image have before they are whole."""
-        return self.name + _TEMPORARY
+        return temporary_of(self.name)
 
     @classmethod
     def create(
@@ -90,7 +98,7 @@ class Journal:
         It gets its name when it is complete: a journal whose first record is not whole
         has been damaged.
         """
-        temporary = name + _TEMPORARY
+        temporary = temporary_of(name)
         folder.remove(temporary)
         fd = folder.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         journal, present = cls(folder, name, fd), temporary

@@ -45,10 +45,14 @@ def reflink_block_nbytes(file: ByteSource) -> int:
     return nbytes if nbytes > 0 and nbytes & (nbytes - 1) == 0 else 0
 
 
-def prepare_reflinks(source: ByteSource, target: TargetFile) -> OSError | None:
+def prepare_reflinks(
+    source: ByteSource, target: TargetFile, *, may_change_flag: bool
+) -> OSError | None:
     """Find out whether an empty target takes reflinks of a source; return why not.
 
-    The source's data is written back: only then are its holes certain on XFS.
+    The source's data is written back: only then are its holes certain on XFS.  With
+    ``may_change_flag``, the target's "no copy on write" becomes the source's if
+    reflinks need that, so that other sources may not fit any more.
 
     Raises
     ------
@@ -60,7 +64,8 @@ def prepare_reflinks(source: ByteSource, target: TargetFile) -> OSError | None:
     with named_errors(source.path):
         os.fdatasync(source.fd)
     error = _try_first_block(source, target)
-    if error is not None and error.errno == errno.EINVAL and _take_nocow(source, target):
+    is_unlike = may_change_flag and error is not None and error.errno == errno.EINVAL
+    if is_unlike and _take_nocow(source, target):
         error = _try_first_block(source, target)
     return error
 

@@ -6,6 +6,7 @@ import os
 
 from imgcore.disk.target_format import refuse_other_name, refuse_stream
 from imgcore.errors import OptionError
+from imgcore.files.journal import SUFFIX
 from imgcore.formats.registry import format_from_suffix, stated_format, suffix_of
 
 
@@ -47,6 +48,8 @@ def new_name(path: str, format: str, *, name: str | None, keep_name: bool) -> st
         raise OptionError(
             f"--name {name!r}: the image stays in its folder: give a name without one"
         )
+    if name.endswith(SUFFIX):
+        raise OptionError(f"{name!r}: {SUFFIX} ends the names of journals")
     refuse_stream(name)
     refuse_other_name(name, format, flag="-O")
     return name

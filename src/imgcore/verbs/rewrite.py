@@ -5,26 +5,30 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from imgcore.border import FilePath, file_name
 from imgcore.disk.open_options import Flags, OpenOptions
 from imgcore.engine.progress import Tally
-from imgcore.errors import LimitExceededError, OptionError, TargetError
+from imgcore.errors import CorruptImageError, LimitExceededError, OptionError, TargetError
 from imgcore.files import in_place
 from imgcore.files.in_place import InPlace
 from imgcore.files.journal import SUFFIX
+from imgcore.files.reference_gate import ReferenceGate
 from imgcore.formats.api import Described
+from imgcore.formats.registry import get_driver
 from imgcore.limits import MIB
 from imgcore.log import log
 from imgcore.rewriting.children import refuse_children
 from imgcore.rewriting.naming import new_name
+from imgcore.rewriting.refusals import refuse_damaged
 from imgcore.rewriting.wish import Wish, open_alone, warn_about_disk
 
 if TYPE_CHECKING:
     from imgcore.disk.image import Image
     from imgcore.engine.progress import Progress
+    from imgcore.files.host_file import HostFile
     from imgcore.rewriting.director import Director, RewriteCost
 
 # Tables are counted exactly before their space is required if they may be larger.
@@ -58,8 +62,8 @@ class RewriteResult(NamedTuple):
         The journal, with which `undo_rewrite` restores the old image; None if there is
         none.
     recovered : bool
-        An earlier call was interrupted, and this one completed its work.  The numbers
-        of bytes are 0 then.
+        An earlier call did the work; if it was interrupted, this one completed it.  The
+        numbers of bytes are 0 then.
     seconds : float
         Duration.
     """
@@ -84,7 +88,7 @@ def rewrite(
     target_format: str,
     *,
     options: Mapping[str, Any] | Sequence[str] | None = None,
-    name: str | None = None,
+    name: FilePath | None = None,
     keep_name: bool = False,
     format: str | None = None,
     allow: Sequence[FilePath] = (),
@@ -111,7 +115,7 @@ def rewrite(
         The new format.
     options : mapping or sequence of str, optional
         Its options, as a mapping or as strings ``"key=value,..."``.
-    name : str, optional
+    name : str, bytes or os.PathLike, optional
         The image's new name in its folder; by default, the suffix of the new format
         takes the place of the old one's.
     keep_name : bool
@@ -161,7 +165,7 @@ def rewrite(
             target_format, options, drop=drop, inflate=inflate, trust_blocks=trust_blocks
         ),
         opening=OpenOptions.from_keywords(format=format, allow=allow, flags=_FLAGS),
-        name=name,
+        name=None if name is None else file_name(name),
         keep_name=keep_name,
     )
     result = job.rehearsed() if dry_run else job.recovered()
@@ -195,7 +199,7 @@ def undo_rewrite(image: FilePath) -> str:
     """
     path = file_name(image)
     old_name = in_place.described(path)["old_name"]
-    return _beside(in_place.undo(path), old_name)
+    return _beside(in_place.undo(path, _is_whole), old_name)
 
 
 def finish_rewrite(image: FilePath) -> str:
@@ -222,7 +226,7 @@ def finish_rewrite(image: FilePath) -> str:
         The image is in use, or cannot be written.
     """
     path = file_name(image)
-    found = in_place.recover(path)
+    found = in_place.recover(path, _is_whole)
     if found is None:
         return in_place.finish(path)
     if found.state == "old":
@@ -236,6 +240,18 @@ def finish_rewrite(image: FilePath) -> str:
 def _beside(path: str, name: str) -> str:
     """Return the path of an image whose disk is in a file beside it, or in itself."""
     return os.path.join(os.path.dirname(path), os.path.basename(name))
+
+
+def _is_whole(file: HostFile, facts: Mapping[str, Any]) -> bool:
+    """Tell whether the tables of an old image refer to nothing past its file's end."""
+    driver = get_driver(facts["source_format"])
+    gate = ReferenceGate(os.path.dirname(file.path), image=file.path, unstated="-f")
+    try:
+        with closing(driver.open(file, gate)) as reader:
+            refuse_damaged(reader, file.path)
+    except CorruptImageError:
+        return False
+    return True
 
 
 def _used_ranges(found: in_place.Recovered) -> list[tuple[int, int]] | None:
@@ -272,11 +288,13 @@ class _Job(NamedTuple):
         """Return the result without changing anything."""
         with open_alone(self.path, self.opening) as image:
             director = self._director(image)
+            refuse_children(image, self.opening.allow)
+            self._names(image, director)
             return self._result(image, director.rehearse())
 
     def recovered(self) -> RewriteResult | None:
         """Go on after an interruption: forward if that completes the same work."""
-        found = in_place.recover(self.path)
+        found = in_place.recover(self.path, _is_whole)
         if found is None or found.state == "old":
             return None
         if found.job.get("target_format") != self.wish.driver.name:
