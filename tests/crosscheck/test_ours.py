@@ -310,4 +310,4 @@ def test_others_read_what_imgcore_wrote(name: str, seed: int, tmp_path: Path) ->
 @pytest.mark.slow
 def test_others_read_what_imgcore_wrote_for_a_while(tmp_path: Path) -> None:
     qemu.require_qemu_img()
-    assert crosscheck.run_for_a_while(CASES, tmp_path, crosscheck.SECONDS * 5 / 12)
+    assert crosscheck.run_for_a_while(CASES, tmp_path, crosscheck.SECONDS / 3)

@@ -338,4 +338,4 @@ def test_imgcore_sees_what_qemu_sees(name: str, seed: int, tmp_path: Path) -> No
 @pytest.mark.slow
 def test_imgcore_sees_what_qemu_sees_for_a_while(tmp_path: Path) -> None:
     qemu.require_qemu_img()
-    assert crosscheck.run_for_a_while(CASES, tmp_path, crosscheck.SECONDS * 5 / 12)
+    assert crosscheck.run_for_a_while(CASES, tmp_path, crosscheck.SECONDS / 3)
