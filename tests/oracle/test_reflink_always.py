@@ -326,6 +326,17 @@ def test_strict_allows_an_incomplete_block_at_the_end(here: Path) -> None:
     qemu.assert_same(raw, here / "out.qcow2", source_format="raw", target_format="qcow2")
 
 
+def test_strict_allows_data_in_an_incomplete_block_alone(here: Path) -> None:
+    raw, target = here / "disk.raw", here / "out.raw"
+    with raw.open("wb") as file:
+        file.write(b"a" * 64 * KIB)
+        file.seek(MIB)
+        file.write(b"z" * 512)
+    result = imgcore.convert(raw, target, format="raw", reflink="strict")
+    assert (result.bytes_shared, result.bytes_written) == (64 * KIB, 512)
+    assert target.read_bytes() == raw.read_bytes()
+
+
 @pytest.mark.parametrize("where", ["another cluster", "the L2 table"])
 @pytest.mark.parametrize("target", ["out.vmdk", "out.raw"])
 def test_tables_that_contradict_each_other(target: str, where: str, here: Path) -> None:

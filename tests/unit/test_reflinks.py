@@ -99,6 +99,8 @@ def test_the_end_of_the_disk() -> None:
     ends = rows((0, 5 * KIB, 0, Kind.DATA), (5 * KIB, KIB, 5 * KIB, Kind.HOLE))
     assert rule.measure([ends]) == ReflinkCount(4 * KIB, KIB, 0, 1)
     assert rule.measure([ends[:1]]) == ReflinkCount(4 * KIB, KIB, KIB, 1)
+    short = rows((8 * KIB, KIB, 0, Kind.DATA))
+    assert rule.measure([short]) == ReflinkCount(0, KIB, KIB, 0)
 
 
 def test_an_empty_file(tmp_path: Path) -> None:

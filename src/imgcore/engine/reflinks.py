@@ -85,11 +85,14 @@ class ReflinkRule(NamedTuple):
             n_calls += int(np.count_nonzero(whole))
             if self.geometry.stored_prefix_nbytes:
                 n_calls += nbytes // self.geometry.block_nbytes
-            unaligned_end = int(after[-1]) if whole[-1] else 0
+            unaligned_end = int(after[-1])
         return ReflinkCount(reflinked, stored - reflinked, unaligned_end, n_calls)
 
     def _whole_nbytes(self, rows: Extents) -> tuple[Any, Any]:
-        """Return the bytes in whole blocks of each row, and the bytes after them."""
+        """Return the bytes in whole blocks of each row, and the bytes after them.
+
+        A row that is shorter than a block, and starts with one, has only the latter.
+        """
         is_data = rows["kind"] == Kind.DATA
         unit = np.where(is_data, self.units[np.where(is_data, rows["file"], 0)], 0)
         unit = unit.astype(np.uint64)
@@ -105,5 +108,5 @@ class ReflinkRule(NamedTuple):
         start = (place + last) & ~last
         after = (place + rows["length"]) & last
         end = place + rows["length"] - after
-        whole = np.where(is_possible & (end > start), end - start, 0)
-        return whole, after
+        is_possible &= end >= start
+        return np.where(is_possible, end - start, 0), np.where(is_possible, after, 0)
