@@ -390,6 +390,17 @@ def parent_of(target: str) -> Callable[[Path], Refusal]:
     return make
 
 
+def extent_of_vmdk(folder: Path) -> Refusal:
+    """The descriptor would take the new image's tables for the disk."""
+    _raw(folder)
+    flat = ["-o", "subformat=monolithicFlat"]
+    done("convert", "-O", "vmdk", *flat, "disk.raw", "web.vmdk", cwd=folder)
+    (folder / "disk.raw").unlink()
+    named = ["-f", "raw", "-O", "qcow2", "--keep-name"]
+    advised = [convert_to("web.vmdk")]
+    return Refusal("web-flat.vmdk", named, "is the parent of web.vmdk, or holds", advised)
+
+
 def parent_of_vmdk(folder: Path) -> Refusal:
     _raw(folder)
     qemu_img(folder, "convert", "-O", "vmdk", "disk.raw", "disk.vmdk")
@@ -582,7 +593,8 @@ REFUSALS = {
     for made in (
         child_of_qcow2, parent_of_qcow2, parent_by_description, parent_by_absolute_name,
         parent_in_another_folder, parent_through_a_link, parent_of_what_is_not_read,
-        parent_of_vmdk, snapshots, bitmaps, marked_corrupt, compressed, several_files,
+        parent_of_vmdk, extent_of_vmdk, snapshots,
+        bitmaps, marked_corrupt, compressed, several_files,
         tables_that_contradict,
         odd_length, same_format, raw_to_raw, to_dynamic_vhd, blocks_to_dynamic_vhd,
         blocks_to_raw, fixed_vhdx, little_stays, other_suffix, name_with_folder, two_names,

@@ -1,6 +1,7 @@
-"""Finds images that have an image as their parent, before it changes its format.
+"""Finds images that name an image, before it changes its format.
 
-A child states the format of its parent.  With another one, it would read wrong bytes.
+A child states the format of its parent, and a descriptor that of the file of its disk.
+With another one, they would read wrong bytes.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ def refuse_children(image: Image, allow: Sequence[str]) -> None:
         child = next((path for path in files if _is_child(path, image, own, names)), None)
     if child is not None:
         raise UnsupportedFeatureError(
-            f"is the parent of {child}, which states its format: imgcore convert makes one "
-            "image of that file and this one",
+            f"is the parent of {child}, or holds its disk, and that states its format: "
+            "imgcore convert makes one image of both",
             path=image.path,
         )
 
@@ -78,11 +79,14 @@ def _files(folder: str) -> Iterator[tuple[str, Identity]]:
 
 
 def _is_child(path: str, image: Image, own: set[Identity], names: set[str]) -> bool:
+    extents: list[str] = []
     try:
-        reference = _parent_of(path)
+        reference = _parent_of(path, extents)
     except UnsupportedFeatureError:
         # Other programs may read it.
         return _mentions(path, names)
+    if any(_leads_to(os.path.dirname(path), name, own, names) for name in extents):
+        return True
     if reference is None:
         return False
     if reference.identities:
@@ -97,16 +101,32 @@ def _is_child(path: str, image: Image, own: set[Identity], names: set[str]) -> b
     )
 
 
-def _parent_of(path: str) -> BackingReference | None:
-    """Return the parent that a file names; None if it is no image, or has none."""
+class _ClosedGate(ReferenceGate):
+    """A gate that opens nothing, and notes what the disk of an image is in."""
+
+    def __init__(self, image: str, extents: list[str]) -> None:
+        super().__init__(os.path.dirname(image), (), share=True, image=image, unstated="-f")
+        self._noted = extents
+
+    def open(
+        self, name: str, *, share: bool | None = None, role: str = "file", remedy: str = ""
+    ) -> HostFile:
+        if role == "extent":
+            self._noted.append(name)
+        return super().open(name, share=share, role=role, remedy=remedy)
+
+
+def _parent_of(path: str, extents: list[str]) -> BackingReference | None:
+    """Return the parent that a file names; None if it is no image, or has none.
+
+    The files that it names for its own disk are added to ``extents``.
+    """
     try:
         with HostFile.open(path, share=True) as file:
             found = probe(file)
             if found not in format_names():
                 return None
-            # The gate opens nothing.
-            gate = ReferenceGate(os.path.dirname(path), (), share=True, image=path, unstated="-f")
-            reader = get_driver(found).open(file, gate)
+            reader = get_driver(found).open(file, _ClosedGate(path, extents))
             try:
                 return reader.backing
             finally:
