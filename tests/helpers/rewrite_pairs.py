@@ -131,11 +131,7 @@ def _aged(name: str, image_format: str, *options: str) -> Made:
     return Made(name, image_format, "aged", make)
 
 
-def _plain(raw: Path, path: Path) -> None:
-    shutil.copyfile(raw, path) if raw != path else None
-
-
-RAW: Final = Made("raw", "raw", "plain", _plain)
+RAW: Final = Made("raw", "raw", "plain", lambda raw, path: copy_sparse(str(raw), str(path)))
 _FLAT: Final = "subformat=monolithicFlat"
 _STREAM: Final = "subformat=streamOptimized"
 _FIXED_VHDS: Final = (
