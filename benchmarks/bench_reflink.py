@@ -126,7 +126,12 @@ class Bench:
         )
 
     def verify(self, contender: Contender, pair: Pair) -> None:
-        """Compare our output with the raw disk."""
+        """Compare our output with the raw disk.
+
+        What the run has left to be written back is written now: the next run would wait
+        for it.
+        """
+        os.sync()
         if contender.name == "ours" and not pair.offloads:
             formats = ("-f", "raw", "-F", pair.target)
             run((self.qemu_img, "compare", *formats, str(self.raw), str(contender.target)))
