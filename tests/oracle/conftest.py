@@ -18,7 +18,7 @@ def file_system(
 ) -> Iterator[Path]:
     """Mount a file system with reflinks."""
     folder = tmp_path_factory.mktemp(request.param)
-    image = make_file_system(request.param, folder / "image", 512 * MIB)
+    image = make_file_system(request.param, folder / "image", 2048 * MIB)
     with mounted(image, folder / "mounted", "-o", "loop") as top:
         yield top
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +11,11 @@ import pytest
 import imgcore
 from tests.helpers import rewrite_pairs as pairs
 from tests.helpers.images import MIB
-from tests.helpers.mounts import make_file_system, mounted
 from tests.helpers.rewrite_pairs import DISK, MOVED_NBYTES, ODD_DISK, PAIRS, USUAL, Pair
 
 
 def _params(chosen: Iterable[Pair]) -> list[Any]:
     return [pytest.param(pair, id=pair.name) for pair in chosen]
-
-
-@pytest.fixture(scope="module", params=["xfs", "btrfs"])
-def file_system(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp(request.param)
-    image = make_file_system(request.param, folder / "image", 2048 * MIB)
-    with mounted(image, folder / "mounted", "-o", "loop") as top:
-        yield top
-
-
-@pytest.fixture
-def here(file_system: Path) -> Iterator[Path]:
-    """Give an empty folder on a file system with reflinks."""
-    folder = file_system / "test"
-    folder.mkdir()
-    yield folder
-    shutil.rmtree(folder)
 
 
 def convert(pair: Pair, source: Path, target: Path) -> imgcore.ConvertResult:

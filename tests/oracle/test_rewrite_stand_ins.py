@@ -109,14 +109,6 @@ def file_system(
         yield top
 
 
-@pytest.fixture
-def here(file_system: Path) -> Iterator[Path]:
-    folder = file_system / "test"
-    folder.mkdir()
-    yield folder
-    shutil.rmtree(folder)
-
-
 # Prints the result, and the largest memory of this process alone.
 _REWRITE: Final = """
 import json, sys, imgcore

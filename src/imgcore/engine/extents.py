@@ -73,24 +73,28 @@ def join_neighbours(rows: Extents) -> Extents:
     Parameters
     ----------
     rows : ndarray, shape (n,), dtype EXTENT_DTYPE
-        Ascending HOLE, ZERO and DATA, possibly with gaps between them.
+        Ascending, possibly with gaps between them.
 
     Returns
     -------
     ndarray, shape (m,), dtype EXTENT_DTYPE
-        A copy.  DATA is joined only if it is contiguous in the file as well.
+        A copy.  DATA is joined only if it is contiguous in the file as well, and
+        compressed rows are not joined.
     """
     if not len(rows):
         return rows.copy()
     a, b = rows[:-1], rows[1:]
     goes_on = (a["kind"] == b["kind"]) & (a["guest_offset"] + a["length"] == b["guest_offset"])
+    goes_on &= a["kind"] <= Kind.DATA
     goes_on &= (b["kind"] != Kind.DATA) | (
         (a["file"] == b["file"]) & (a["host_offset"] + a["length"] == b["host_offset"])
     )
     firsts = np.flatnonzero(np.concatenate(([True], ~goes_on)))
     joined = rows[firsts]
     joined["length"] = np.add.reduceat(rows["length"], firsts)
-    joined["host_length"] = np.where(joined["kind"] == Kind.DATA, joined["length"], 0)
+    plain = joined["kind"] == Kind.DATA
+    joined["host_length"][plain] = joined["length"][plain]
+    joined["host_length"][joined["kind"] < Kind.DATA] = 0
     return joined
 
 

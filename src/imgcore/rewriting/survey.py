@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from imgcore import limits
-from imgcore.engine.extents import EXTENT_DTYPE, Kind
+from imgcore.engine.extents import EXTENT_DTYPE, Kind, join_neighbours
 from imgcore.errors import LimitExceededError
 from imgcore.formats.api import MaybeFlat, Survey
 
@@ -51,7 +51,7 @@ class _Rows:
 
     def add(self, rows: Extents) -> None:
         """Append rows; DATA that continues the row before it becomes a part of it."""
-        rows = _joined(np.concatenate((self._rows[max(self._n - 1, 0) : self._n], rows)))
+        rows = join_neighbours(np.concatenate((self._rows[max(self._n - 1, 0) : self._n], rows)))
         start = max(self._n - 1, 0)
         end = start + len(rows)
         if end > limits.MAX_SURVEY_ROWS:
@@ -69,21 +69,3 @@ class _Rows:
         """Return the rows, which must not be added to afterwards."""
         self._rows.resize(self._n, refcheck=False)
         return self._rows
-
-
-def _joined(rows: Extents) -> Extents:
-    """Return rows in which DATA that continues in guest and file is one row."""
-    if len(rows) < 2:
-        return rows
-    a, b = rows[:-1], rows[1:]
-    goes_on = (a["kind"] == Kind.DATA) & (b["kind"] == Kind.DATA) & (a["file"] == b["file"])
-    goes_on &= a["guest_offset"] + a["length"] == b["guest_offset"]
-    goes_on &= a["host_offset"] + a["length"] == b["host_offset"]
-    if not goes_on.any():
-        return rows
-    firsts = np.flatnonzero(np.concatenate(([True], ~goes_on)))
-    joined = rows[firsts]
-    joined["length"] = np.add.reduceat(rows["length"], firsts)
-    plain = joined["kind"] == Kind.DATA
-    joined["host_length"][plain] = joined["length"][plain]
-    return joined
