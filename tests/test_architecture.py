@@ -22,17 +22,39 @@ NATIVE = ROOT / "native"
 TESTS = ROOT / "tests"
 
 # Upper layers first: a module imports from its own layer and from those below it.
-LAYERS = ("cli", "verbs", "rewriting", "disk", "platforms", "formats", "streams", "engine", "files")
+LAYERS = (
+    "cli",
+    "verbs",
+    "rewriting",
+    "disk",
+    "platforms",
+    "formats",
+    "checksums",
+    "areas",
+    "streams",
+    "engine",
+    "files",
+)
 # Modules beside the layers: the package's face above all of them; leaves are below.
 FACE = ("imgcore", "imgcore.__main__")
 # Modules that a format may import besides its own, the layers below and the leaves.
 FORMAT_MAY_IMPORT = tuple(
     f"imgcore.formats.{name}" for name in ("api", "magic", "options", "shared")
 )
-FORMAT_LAYERS = ("engine", "files")
+FORMAT_LAYERS = ("areas", "engine", "files")
 
 # Layers that ask drivers about formats, and never name one.
-GENERAL_LAYERS = ("cli", "verbs", "rewriting", "disk", "streams", "engine", "files")
+GENERAL_LAYERS = (
+    "cli",
+    "verbs",
+    "rewriting",
+    "disk",
+    "checksums",
+    "areas",
+    "streams",
+    "engine",
+    "files",
+)
 
 C_LAYERS = (("include",), ("common",), ("kernels", "codec", "tables", "io"), ("engine",))
 

@@ -1,0 +1,1 @@
+"""Changed areas of a disk, and files that list them."""

@@ -1,0 +1,1 @@
+"""Digests of disks, and the trees of their blocks."""
