@@ -601,6 +601,117 @@ size_t imgc_job_bad_ranges(const struct imgc_job *job, const struct imgc_bad_ran
 /* Cancels and joins a batch that still runs.  NULL is allowed. */
 void imgc_job_destroy(struct imgc_job *job);
 
+/* ----------------------------------------------------------- random access */
+
+/*
+ * A disk that is open for random access.  It knows extents a table at a time: the rows
+ * of one span, which the caller adds when a read finds that they are missing.  Tables
+ * and decompressed blocks are kept in memory, the least recently used go first.  Any
+ * number of threads may call these functions on one disk.
+ */
+struct imgc_disk;
+
+struct imgc_disk_options {
+	const struct imgc_source_file *sources; /* copied; the files are not owned */
+	size_t n_sources;
+	uint64_t guest_nbytes; /* size of the disk */
+	uint64_t span_nbytes;  /* of a table: power of two, at least 512 */
+	uint64_t cache_nbytes; /* of all that is kept; what is in use may exceed it */
+	uint32_t inflate_variant, io_variant;
+};
+
+int imgc_disk_create(const struct imgc_disk_options *options, struct imgc_disk **out,
+		     struct imgc_error *err);
+
+/* No use may be in progress.  NULL is allowed. */
+void imgc_disk_destroy(struct imgc_disk *disk);
+
+/*
+ * The lifetime of what the disk reads from.  Each use of the functions below lies
+ * between enter, which returns 0 after close, and leave.  Exactly one call of close and
+ * leave returns 1: when the disk is closed, and no use is in progress.
+ */
+int imgc_disk_enter(struct imgc_disk *disk);
+int imgc_disk_leave(struct imgc_disk *disk);
+int imgc_disk_close(struct imgc_disk *disk);
+
+/* Results besides enum imgc_status: there is more to do. */
+#define IMGC_MISSING 1	  /* a table must be added first */
+#define IMGC_WOULD_WAIT 2 /* with IMGC_DISK_NO_WAIT only */
+#define IMGC_UNFINISHED 3 /* call again */
+
+/* Read only what is in memory, and decompress nothing. */
+#define IMGC_DISK_NO_WAIT 1u
+
+struct imgc_disk_progress {
+	uint64_t done;	     /* bytes from the front that have been read */
+	uint64_t generation; /* IMGC_MISSING: for imgc_disk_add() */
+};
+
+/*
+ * Reads [offset, offset + length), at any alignment.  After IMGC_MISSING and
+ * IMGC_WOULD_WAIT, *progress says what is left to read; the table of the first byte of
+ * that is missing.  Errors are those of a job.
+ */
+int imgc_disk_read(struct imgc_disk *disk, uint64_t offset, void *buffer, uint64_t length,
+		   unsigned flags, struct imgc_disk_progress *progress, struct imgc_error *err);
+
+/* The guest range of the table that has `offset`, which is inside the disk. */
+void imgc_disk_span(const struct imgc_disk *disk, uint64_t offset, uint64_t *start, uint64_t *end);
+
+/* A table that stays known until it is dropped, or everything is forgotten. */
+struct imgc_table;
+
+/*
+ * Checks rows (imgc_extents_check) and adds a copy of them as the table of `offset`.
+ * They do not become known if everything was forgotten since `generation`.
+ */
+int imgc_disk_add(struct imgc_disk *disk, uint64_t offset, uint64_t generation,
+		  const struct imgc_extent *rows, size_t n, struct imgc_table **held,
+		  struct imgc_error *err);
+
+/* The table of `offset`, if it is known, or NULL. */
+struct imgc_table *imgc_disk_hold(struct imgc_disk *disk, uint64_t offset);
+
+/* Each table that was held must be dropped once. */
+void imgc_disk_drop(struct imgc_disk *disk, struct imgc_table *table);
+
+/* Forgets all tables and blocks.  Reads in progress may still use them. */
+void imgc_disk_forget(struct imgc_disk *disk);
+
+struct imgc_cache_stats {
+	uint64_t n_entries, nbytes; /* tables and blocks that are kept */
+	uint64_t n_hits, n_misses;  /* how often one was looked for */
+};
+
+void imgc_disk_stats(struct imgc_disk *disk, struct imgc_cache_stats *out);
+
+/* One range of a disk and where it goes. */
+struct imgc_disk_request {
+	uint64_t offset;
+	void *buffer;
+	uint64_t length;
+};
+
+/* Several ranges that are read together: in the order of their places, in parallel. */
+struct imgc_gather;
+
+/* The requests are copied.  They lie inside the disk; buffers do not overlap. */
+int imgc_gather_create(struct imgc_disk *disk, const struct imgc_disk_request *requests, size_t n,
+		       struct imgc_gather **out, struct imgc_error *err);
+
+/*
+ * Reads the next part of the requests, on up to n_threads threads (1..IMGC_MAX_THREADS)
+ * which end before it returns.  IMGC_OK: all has been read.  IMGC_UNFINISHED: call
+ * again; a call takes milliseconds.  IMGC_MISSING: add the table of *missing, then
+ * call again.  Of several errors, the first in the order of places is returned.
+ */
+int imgc_gather_run(struct imgc_gather *gather, unsigned n_threads, uint64_t *missing,
+		    uint64_t *generation, struct imgc_error *err);
+
+/* NULL is allowed. */
+void imgc_gather_destroy(struct imgc_gather *gather);
+
 #ifdef __cplusplus
 }
 #endif

@@ -17,6 +17,9 @@ MAX_BATCH_ROWS: Final = 1 << 17
 # Pieces in which a disk is read from start to end; a few of them are in memory.
 CHUNK_NBYTES: Final = 16 * MIB
 
+# Tables and decompressed blocks that an open image keeps in memory.
+CACHE_NBYTES: Final = 32 * MIB
+
 # Tables that a writer may keep in memory before it writes them to the file.
 MAX_PENDING_TABLE_NBYTES: Final = 32 * MIB
 

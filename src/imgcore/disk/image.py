@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex, TypeVar
 
-from imgcore.border import FilePath, file_name, integer
+from imgcore.border import FilePath, file_name, range_of_disk
 from imgcore.disk.chain import open_chain
 from imgcore.disk.open_options import OpenOptions
 from imgcore.files.closable import Closable
 from imgcore.formats.api import SectorSized
-from imgcore.limits import SECTOR_NBYTES
+from imgcore.limits import CACHE_NBYTES
 
 if TYPE_CHECKING:
     import numpy as np
     from _typeshed import WriteableBuffer
 
-    from imgcore._core import File
     from imgcore.disk.layer import Layer
     from imgcore.disk.overlay import Depths
+    from imgcore.disk.random_access import RandomAccess
     from imgcore.disk.salvage import Salvage
     from imgcore.engine.extents import Extents
     from imgcore.engine.reflinks import ReflinkRule
@@ -57,7 +57,7 @@ class Image(Closable):
 
     _what = "image"
 
-    def __init__(self, chain: Sequence[Layer]) -> None:
+    def __init__(self, chain: Sequence[Layer], *, cache_nbytes: int = CACHE_NBYTES) -> None:
         # The verbs use what is inside: each layer, its reader, and the files that were
         # opened by name, the image first.
         self.chain: list[Layer] = list(chain)
@@ -75,6 +75,8 @@ class Image(Closable):
         for layer in self.layers:
             self.first_files.append(len(self.sources))
             self.sources.extend(layer.sources)
+        self._cache_nbytes = cache_nbytes
+        self._random_access: RandomAccess | None = None
         super().__init__()
 
     @property
@@ -157,15 +159,7 @@ class Image(Closable):
         ``what`` names the argument ``start`` in messages.
         """
         with self._in_use():
-            first = integer(start, what)
-            nbytes = self.virtual_size - first if length is None else integer(length, "length")
-            if first < 0 or nbytes < 0 or first + nbytes > self.virtual_size:
-                stated = "" if length is None else f", length {nbytes}"
-                raise ValueError(
-                    f"{self.path}: the range is not inside the disk of {self.virtual_size} bytes: "
-                    f"{what} {first}{stated}"
-                )
-            return first, nbytes
+            return range_of_disk(self.path, self.virtual_size, start, length, what)
 
     def _guarded(self, batches: Iterator[_Item]) -> Iterator[_Item]:
         """Yield from an iterator that uses the files: only its steps keep them open."""
@@ -212,15 +206,10 @@ class Image(Closable):
         CorruptImageError, OSError
             The bytes cannot be read.
         """
-        from imgcore._core import File
-
-        with self._in_use():
-            offset, length = self._range(offset, integer(length, "length"), "offset")
-            if not length:
-                return b""
-            content, target = File.new_bytes(length, offset % SECTOR_NBYTES)
-            self._fill(target, offset, length, None)
-            return content
+        try:
+            return (self._random_access or self._start_reading()).read(offset, length)
+        except Exception as error:
+            self._explain(error)
 
     def readinto(
         self,
@@ -228,7 +217,7 @@ class Image(Closable):
         buffer: WriteableBuffer | np.ndarray[Any, Any],
         *,
         threads: SupportsIndex | None = None,
-    ) -> None:
+    ) -> int:
         """Fill a buffer with the bytes of the virtual disk that start at ``offset``.
 
         Parameters
@@ -238,7 +227,12 @@ class Image(Closable):
         buffer : writable bytes-like
             All of it is filled, or its content is undefined after an exception.
         threads : int, optional
-            Number of worker threads; one per CPU by default, fewer for short reads.
+            Most threads to use; one per CPU by default.  Short reads take one.
+
+        Returns
+        -------
+        int
+            Bytes read: the size of the buffer.
 
         Raises
         ------
@@ -249,52 +243,47 @@ class Image(Closable):
         -----
         Several threads may call this at once.
         """
-        from imgcore._core import File
-
-        with (
-            self._in_use(),
-            memoryview(cast("WriteableBuffer", buffer)) as view,
-            view.cast("B") as octets,
-        ):
-            offset, length = self._range(offset, len(octets), "offset")
-            if length:
-                target = File.part(octets, offset % SECTOR_NBYTES)
-                self._fill(target, offset, length, threads)
-
-    def _fill(self, target: File, offset: int, length: int, threads: SupportsIndex | None) -> None:
-        """Move whole sectors to a target, which keeps the bytes of the range."""
-        from imgcore._core import Job
-        from imgcore.engine.geometry import Geometry, Placing, ZeroPolicy
-        from imgcore.engine.job import chosen_variants, read_thread_count, translated_errors
-        from imgcore.engine.source_file import native_sources
-
-        start = offset - offset % SECTOR_NBYTES
-        end = min(offset + length + -(offset + length) % SECTOR_NBYTES, self.virtual_size)
-        geometry = Geometry(
-            block_nbytes=SECTOR_NBYTES,
-            guest_nbytes=end,
-            placing=Placing.IDENTITY,
-            zero_policy=ZeroPolicy.EXPLICIT,
-            guest_base=start,
-            sparse_nbytes=0,
-        )
         try:
-            with translated_errors(self.paths):
-                job = Job(
-                    sources=native_sources(self.sources),
-                    geometry=geometry,
-                    target=target,
-                    threads=read_thread_count(threads, length),
-                    variants=chosen_variants(None),
+            disk = self._random_access or self._start_reading()
+            return disk.readinto(offset, buffer, threads)
+        except Exception as error:
+            self._explain(error)
+
+    def _start_reading(self) -> RandomAccess:
+        """Return what reads the image; it is a use of the image until it is closed."""
+        from imgcore.disk.random_access import RandomAccess
+
+        with self._in_use(), self._lock:
+            if self._random_access is None:
+                disk = RandomAccess(
+                    self.path,
+                    self.layers,
+                    self.sources,
+                    self.first_files,
+                    cache_nbytes=self._cache_nbytes,
+                    end_use=self._end_use,
                 )
-                try:
-                    for rows in self._extents(start, end - start):
-                        first = int(rows["guest_offset"][0])
-                        job.run(first, first + int(rows["length"].sum()), rows)
-                finally:
-                    job.close()
-        finally:
-            target.close()
+                self._n_uses += 1
+                self._random_access = disk
+            # A signal handler may have closed the image meanwhile.
+            if self._is_closed:
+                self._stop_reading()
+            return self._random_access
+
+    def _stop_reading(self) -> None:
+        if self._random_access is not None and self._random_access.close():
+            self._end_use()
+
+    def close(self) -> None:
+        super().close()
+        self._stop_reading()
+
+    def _explain(self, error: Exception) -> NoReturn:
+        """Raise an error of a read: one of the engine's with the name of its file."""
+        from imgcore.engine.job import translated_errors
+
+        with translated_errors(self.paths):
+            raise error
 
     def info(self) -> dict[str, Any]:
         """Describe the image, with the keys of ``qemu-img info --output=json``.

@@ -11,6 +11,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+def refuse_closed(path: str, what: str) -> NoReturn:
+    """Raise ValueError: the object is closed."""
+    raise ValueError(f"{path}: the {what} is closed")
+
+
 class Closable:
     """Something open that several threads may use; the last use closes it.
 
@@ -46,7 +51,7 @@ class Closable:
         """Keep the object open in a ``with`` block; ValueError if it is closed."""
         with self._lock:
             if self._is_closed:
-                raise ValueError(f"{self.path}: the {self._what} is closed")
+                refuse_closed(self.path, self._what)
             self._n_uses += 1
         try:
             yield
