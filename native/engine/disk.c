@@ -98,29 +98,6 @@ void imgc_disk_destroy(struct imgc_disk *disk)
 	free(disk);
 }
 
-/* -------------------------------------------------------------------- uses */
-
-int imgc_disk_enter(struct imgc_disk *disk)
-{
-	uint64_t uses = atomic_load(&disk->uses);
-
-	do {
-		if (uses & DISK_IS_CLOSED)
-			return 0;
-	} while (!atomic_compare_exchange_weak(&disk->uses, &uses, uses + DISK_ONE_USE));
-	return 1;
-}
-
-int imgc_disk_leave(struct imgc_disk *disk)
-{
-	return atomic_fetch_sub(&disk->uses, DISK_ONE_USE) == (DISK_ONE_USE | DISK_IS_CLOSED);
-}
-
-int imgc_disk_close(struct imgc_disk *disk)
-{
-	return atomic_fetch_or(&disk->uses, DISK_IS_CLOSED) == 0;
-}
-
 /* ----------------------------------------------------------------- scratch */
 
 int imgc_scratch_take(struct imgc_disk *disk, struct scratch **out, struct imgc_error *err)

@@ -35,14 +35,10 @@ struct imgc_disk {
 	uint64_t stored_nbytes; /* room for any compressed block */
 	struct stop stop;	/* never set */
 	struct cache cache;
-	_Atomic uint64_t uses;	      /* DISK_IS_CLOSED, and DISK_ONE_USE for each use */
 	pthread_mutex_t scratch_lock; /* all below */
 	struct scratch *scratches;
 	unsigned n_scratches;
 };
-
-#define DISK_IS_CLOSED 1u
-#define DISK_ONE_USE 2u
 
 /* IMGC_NO_MEMORY, or IMGC_UNSUPPORTED if the kernel refuses a ring. */
 int imgc_scratch_take(struct imgc_disk *disk, struct scratch **out, struct imgc_error *err);

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from enum import IntEnum
-from typing import Any, Final, NoReturn, Protocol, SupportsIndex, final
+from typing import Any, Final, Protocol, SupportsIndex, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,8 @@ def extent_table(rows: Sequence[tuple[int, ...]]) -> Any:
     """
 
 NO_SOURCE: Final[int]
+GRANULE_DIFFERS: Final[int]
+GRANULE_HAS_DATA: Final[int]
 TARGET: Final[int]
 MAX_BAD_RANGES: Final[int]
 MAX_THREADS: Final[int]
@@ -198,6 +200,7 @@ class Job:
         reflink: bool = ...,
         trust_blocks: bool = ...,
         rate_limit: RateLimit | None = ...,
+        granule_nbytes: int = ...,
     ) -> None:
         """Create a job: a comparison if ``geometry`` is None, else a conversion.
 
@@ -205,7 +208,8 @@ class Job:
         batch has the extents of the target's parent as ``base_extents``.  ``reflink``:
         data at a suitable place of a source is reflinked, not written.
         ``trust_blocks``: reused blocks are not decompressed.  ``rate_limit``: windows
-        wait for it before they are read.
+        wait for it before they are read.  ``granule_nbytes``: a comparison finds all
+        differences, by granules of so many bytes, instead of the first one.
         """
     def start(
         self,
@@ -214,6 +218,7 @@ class Job:
         extents: NDArray[np.void],
         base_extents: NDArray[np.void] | None = ...,
         placements: NDArray[np.void] | None = ...,
+        granules: NDArray[np.uint8] | None = ...,
     ) -> None: ...
     def wait(self, tick: Callable[[], None] | None = ...) -> None:
         """Join the batch, and call ``tick`` on this thread about every 50 ms.
@@ -242,11 +247,20 @@ class Job:
     def bad_ranges(self) -> list[tuple[int, int, int, int]]: ...
     def close(self) -> None: ...
 
+@final
+class Uses:
+    """The uses of something that any thread may close at any time."""
+
+    def __init__(self, idle: Callable[[], None], refuse: Callable[[], None]) -> None:
+        """Call ``idle`` after the last use once closed, ``refuse`` for later uses."""
+    def close(self) -> bool:
+        """Refuse later uses; return whether this ends them: none is in progress."""
+
 @disjoint_base
 class Disk:
     """A disk for random access; any number of threads may use it.
 
-    A subclass supplies the rows of tables, and what a range and a thread count mean.
+    A subclass supplies the rows of tables, and checks ranges and thread counts.
     """
 
     def __init__(
@@ -256,14 +270,15 @@ class Disk:
         virtual_size: int,
         span: int,
         cache: int,
+        uses: Uses,
         lock: AbstractContextManager[object],
         variants: dict[str, str] | None = ...,
     ) -> None:
         """Open a disk whose tables cover ``span`` bytes each.
 
         ``sources`` are those of a `Job`.  ``cache`` is how many bytes of tables and
-        decompressed blocks are kept.  ``lock`` is reentrant: one thread at a time asks
-        for `rows`.
+        decompressed blocks are kept.  Each call below is one of the ``uses``.  ``lock``
+        is reentrant: one thread at a time asks for `rows`.
         """
     def rows(self, start: int, end: int) -> NDArray[np.void]:
         """Return the extents of a table."""
@@ -271,10 +286,6 @@ class Disk:
         """Return a range of the disk as two ints, or raise ValueError."""
     def threads(self, threads: SupportsIndex | None) -> int:
         """Return how many threads a long read may use, if so many are stated."""
-    def closed(self) -> NoReturn:
-        """Raise ValueError: the disk is closed."""
-    def idle(self) -> None:
-        """Is called when the last use ends of a disk that is closed."""
     def readinto(
         self, offset: SupportsIndex, buffer: object, threads: SupportsIndex | None = ...
     ) -> int:
@@ -287,8 +298,6 @@ class Disk:
         """Fill the buffers of (offset, buffer) pairs, in the order of their places."""
     def forget(self) -> None:
         """Forget all tables and blocks; later reads read them again."""
-    def close(self) -> bool:
-        """Refuse later uses; return whether no use is in progress."""
     @property
     def stats(self) -> tuple[int, int, int, int]:
         """Entries and bytes that are kept; how many were found, and how many not."""

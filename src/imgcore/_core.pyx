@@ -15,6 +15,8 @@ from libc.string cimport memset
 from imgcore cimport _native as n
 
 NO_SOURCE = n.IMGC_NO_SOURCE
+GRANULE_DIFFERS = n.IMGC_GRANULE_DIFFERS
+GRANULE_HAS_DATA = n.IMGC_GRANULE_HAS_DATA
 TARGET = n.IMGC_TARGET
 MAX_BAD_RANGES = n.IMGC_MAX_BAD_RANGES
 MAX_THREADS = n.IMGC_MAX_THREADS
@@ -407,7 +409,7 @@ cdef class Job:
     def __init__(self, *, sources, geometry=None, File target=None, uint64_t next_offset=0,
                  bint has_base=False, uint32_t threads=1, uint64_t window_nbytes=0, variants=None,
                  bint salvage=False, bint reflink=False, bint trust_blocks=False,
-                 RateLimit rate_limit=None):
+                 RateLimit rate_limit=None, uint64_t granule_nbytes=0):
         cdef n.imgc_job_options options
         cdef n.imgc_error err
         cdef int status
@@ -427,6 +429,7 @@ cdef class Job:
         options.salvage = salvage
         options.reflink = reflink
         options.trust_blocks = trust_blocks
+        options.granule_nbytes = granule_nbytes
         if rate_limit is not None:
             options.rate_limit = rate_limit.handle
         self.rate_limit = rate_limit
@@ -451,7 +454,8 @@ cdef class Job:
         return self.handle
 
     def start(self, uint64_t start, uint64_t end, const extent_row[::1] extents,
-              const extent_row[::1] base_extents=None, placement_row[::1] placements=None):
+              const extent_row[::1] base_extents=None, placement_row[::1] placements=None,
+              uint8_t[::1] granules=None):
         """Start the workers on one part of the disk; hold the arrays until wait."""
         cdef n.imgc_job *handle = self.require()
         cdef n.imgc_error err
@@ -470,10 +474,13 @@ cdef class Job:
         if placements is not None and placements.shape[0]:
             self.batch.placements = <n.imgc_placement *>&placements[0]
             self.batch.n_placements = placements.shape[0]
+        if granules is not None and granules.shape[0]:
+            self.batch.granules = &granules[0]
+            self.batch.n_granules = granules.shape[0]
         with nogil:
             status = n.imgc_job_start(handle, &self.batch, &err)
         check(status, &err)
-        self.held = (extents, base_extents, placements)
+        self.held = (extents, base_extents, placements, granules)
         self.running = True
 
     def wait(self, tick=None):
@@ -567,30 +574,71 @@ cdef class Job:
         n.imgc_job_destroy(self.handle)
 
 
+cdef class Uses:
+    """The uses of something that any thread may close at any time."""
+
+    cdef n.imgc_uses *handle
+    cdef object idle, refuse
+
+    def __cinit__(self):
+        self.handle = NULL
+
+    def __init__(self, idle, refuse):
+        check(n.imgc_uses_create(&self.handle), NULL)
+        self.idle = idle
+        self.refuse = refuse
+
+    cdef int enter(self) except -1:
+        if not n.imgc_uses_enter(self.handle):
+            self.refuse()
+        return 0
+
+    cdef int leave(self) except -1:
+        if n.imgc_uses_leave(self.handle):
+            self.idle()
+        return 0
+
+    def close(self):
+        """Refuse later uses; return whether this ends them: none is in progress."""
+        return bool(n.imgc_uses_close(self.handle))
+
+    def __dealloc__(self):
+        n.imgc_uses_destroy(self.handle)
+
+
 # A read of up to this many bytes is tried while the GIL is held, which takes microseconds
 # if all is in memory.  Others are in parts of milliseconds, after which signals are handled.
 cdef uint64_t SHORT_NBYTES = 64 * 1024
 cdef uint64_t LONG_NBYTES = 512 * 1024
 
 
+cdef int get_writable(buffer, Py_buffer *view) except -1:
+    """Get the bytes of a buffer: TypeError if it is not contiguous."""
+    try:
+        PyObject_GetBuffer(buffer, view, PyBUF_WRITABLE)
+    except ValueError as error:
+        raise TypeError(f"a contiguous buffer is needed: {error}") from None
+    return 0
+
+
 @cython.no_gc_clear  # reads in progress use the files
 cdef class Disk:
     """A disk for random access; any number of threads may use it.
 
-    A subclass supplies the rows of tables, and what a range and a thread count mean.
+    A subclass supplies the rows of tables, and checks ranges and thread counts.
     """
 
     cdef n.imgc_disk *handle
     cdef uint64_t nbytes
     cdef list files
+    cdef Uses uses
     cdef object lock
 
     def __cinit__(self):
         self.handle = NULL
 
-    def __init__(self, sources, *, uint64_t virtual_size, uint64_t span, uint64_t cache, lock,
-                 variants=None):
-        """``lock`` is a reentrant lock: one thread at a time reads tables."""
+    def __init__(self, sources, *, uint64_t virtual_size, uint64_t span, uint64_t cache,
+                 Uses uses not None, lock, variants=None):
         cdef n.imgc_disk_options options
         cdef n.imgc_error err
         cdef int status
@@ -601,6 +649,7 @@ cdef class Disk:
         options.cache_nbytes = cache
         options.inflate_variant = select(n.IMGC_OP_INFLATE, chosen.get("inflate"))
         options.io_variant = select(n.IMGC_OP_IO, chosen.get("io"))
+        self.uses = uses
         self.lock = lock
         self.files = [source[0] for source in sources]
         cdef n.imgc_source_file *table = source_table(sources)
@@ -624,24 +673,6 @@ cdef class Disk:
         """Return how many threads a long read may use, if so many are stated."""
         raise NotImplementedError
 
-    def closed(self):
-        """Raise ValueError: the disk is closed."""
-        raise NotImplementedError
-
-    def idle(self):
-        """Is called when the last use ends of a disk that is closed."""
-        raise NotImplementedError
-
-    cdef int enter(self) except -1:
-        if not n.imgc_disk_enter(self.handle):
-            self.closed()
-        return 0
-
-    cdef int leave(self) except -1:
-        if n.imgc_disk_leave(self.handle):
-            self.idle()
-        return 0
-
     cdef int place(self, offset, uint64_t length, uint64_t *start) except -1:
         """Set the start of a range inside the disk."""
         cdef int overflow = 0
@@ -659,9 +690,9 @@ cdef class Disk:
         """Fill a buffer with the bytes from ``offset`` on; return their number."""
         cdef Py_buffer view
         cdef uint64_t start = 0
-        self.enter()
+        self.uses.enter()
         try:
-            PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+            get_writable(buffer, &view)
             try:
                 self.place(offset, view.len, &start)
                 self.fill(start, view.buf, view.len, threads)
@@ -669,19 +700,19 @@ cdef class Disk:
             finally:
                 PyBuffer_Release(&view)
         finally:
-            self.leave()
+            self.uses.leave()
 
     def read(self, offset, length):
         """Return ``length`` bytes from ``offset`` on."""
         cdef uint64_t start = 0, nbytes = 0
-        self.enter()
+        self.uses.enter()
         try:
             start, nbytes = self.range(offset, length)
             content = PyBytes_FromStringAndSize(NULL, nbytes)
             self.fill(start, PyBytes_AS_STRING(content), nbytes, None)
             return content
         finally:
-            self.leave()
+            self.uses.leave()
 
     def readv(self, requests, threads=None):
         """Fill the buffers of ``(offset, buffer)`` pairs."""
@@ -689,7 +720,7 @@ cdef class Disk:
         cdef n.imgc_disk_request *ranges = NULL
         cdef Py_buffer *views = NULL
         cdef uint64_t start = 0
-        self.enter()
+        self.uses.enter()
         try:
             requests = tuple(requests)
             count = len(requests)
@@ -698,7 +729,7 @@ cdef class Disk:
             if ranges == NULL or views == NULL:
                 raise MemoryError()
             for offset, buffer in requests:
-                PyObject_GetBuffer(buffer, &views[n_views], PyBUF_WRITABLE)
+                get_writable(buffer, &views[n_views])
                 n_views += 1
                 self.place(offset, views[n_views - 1].len, &start)
                 ranges[n_views - 1].offset = start
@@ -710,7 +741,7 @@ cdef class Disk:
                 PyBuffer_Release(&views[i])
             free(views)
             free(ranges)
-            self.leave()
+            self.uses.leave()
 
     cdef int fill(self, uint64_t offset, void *buffer, uint64_t length, threads) except -1:
         cdef n.imgc_disk_request request
@@ -799,10 +830,6 @@ cdef class Disk:
     def forget(self):
         """Forget all tables and blocks; later reads read them again."""
         n.imgc_disk_forget(self.handle)
-
-    def close(self):
-        """Refuse later uses; return whether no use is in progress."""
-        return bool(n.imgc_disk_close(self.handle))
 
     @property
     def stats(self):

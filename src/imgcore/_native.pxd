@@ -33,6 +33,8 @@ cdef extern from "imgc.h" nogil:
         IMGC_JOB_COMPARE
 
     const uint32_t IMGC_NO_SOURCE
+    const uint32_t IMGC_GRANULE_DIFFERS
+    const uint32_t IMGC_GRANULE_HAS_DATA
     const uint32_t IMGC_TARGET
     const uint32_t IMGC_MAX_BAD_RANGES
     const uint32_t IMGC_MAX_THREADS
@@ -181,6 +183,7 @@ cdef extern from "imgc.h" nogil:
         uint32_t reflink
         uint32_t trust_blocks
         imgc_rate_limit *rate_limit
+        uint64_t granule_nbytes
 
     struct imgc_bad_range:
         uint64_t guest_offset
@@ -197,6 +200,8 @@ cdef extern from "imgc.h" nogil:
         size_t n_base_extents
         imgc_placement *placements
         size_t n_placements
+        uint8_t *granules
+        size_t n_granules
 
     struct imgc_progress:
         uint64_t bytes_done
@@ -224,6 +229,8 @@ cdef extern from "imgc.h" nogil:
     void imgc_job_destroy(imgc_job *job)
 
     struct imgc_disk:
+        pass
+    struct imgc_uses:
         pass
     struct imgc_table:
         pass
@@ -255,9 +262,11 @@ cdef extern from "imgc.h" nogil:
 
     int imgc_disk_create(const imgc_disk_options *options, imgc_disk **out, imgc_error *err)
     void imgc_disk_destroy(imgc_disk *disk)
-    int imgc_disk_enter(imgc_disk *disk)
-    int imgc_disk_leave(imgc_disk *disk)
-    int imgc_disk_close(imgc_disk *disk)
+    int imgc_uses_create(imgc_uses **out)
+    void imgc_uses_destroy(imgc_uses *uses)
+    int imgc_uses_enter(imgc_uses *uses)
+    int imgc_uses_leave(imgc_uses *uses)
+    int imgc_uses_close(imgc_uses *uses)
     int imgc_disk_read(imgc_disk *disk, uint64_t offset, void *buffer, uint64_t length,
                        unsigned flags, imgc_disk_progress *progress, imgc_error *err)
     void imgc_disk_span(const imgc_disk *disk, uint64_t offset, uint64_t *start, uint64_t *end)

@@ -7,21 +7,20 @@ It asks here for a table that it does not have.
 from __future__ import annotations
 
 import threading
-import weakref
 from typing import TYPE_CHECKING, Final, NoReturn, SupportsIndex
 
 from imgcore._core import Disk
-from imgcore.border import range_of_disk
-from imgcore.engine.job import chosen_variants, thread_count
+from imgcore.border import integer, range_of_disk
+from imgcore.engine.job import chosen_variants, thread_count, translated_errors
 from imgcore.engine.source_file import native_sources
-from imgcore.files.closable import refuse_closed
 from imgcore.limits import MIB
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
+    from imgcore._core import Uses
+    from imgcore.disk.disk_state import DiskState
     from imgcore.engine.extents import Extents
-    from imgcore.engine.source_file import SourceFile
     from imgcore.formats.api import Reader
 
 # A table covers so many blocks, within bounds: it takes about as long to make for one
@@ -34,44 +33,30 @@ _FLAT_SPAN_NBYTES: Final = 1 << 63
 
 
 class RandomAccess(Disk):
-    """Reads ranges of an image, which keeps it open while they are read.
-
-    It is a use of the image that lasts until it is closed and no read is in progress.
+    """Reads ranges of an image.
 
     Parameters
     ----------
     path : str
         The image, for messages.
-    layers, sources, first_files
-        Those of the image.
+    state : DiskState
+        Stays open while this object exists and its ``uses`` are not closed.
     cache_nbytes : int
         Bytes of tables and decompressed blocks to keep.
-    end_use : callable
-        A method of the image: ends the use.
+    uses : Uses
+        Those of the image.
     """
 
-    def __init__(
-        self,
-        path: str,
-        layers: Sequence[Reader],
-        sources: Sequence[SourceFile],
-        first_files: Sequence[int],
-        *,
-        cache_nbytes: int,
-        end_use: Callable[[], None],
-    ) -> None:
-        # The image holds this object, and whoever reads holds the image.
-        self._end_use = weakref.WeakMethod(end_use)
+    def __init__(self, path: str, state: DiskState, *, cache_nbytes: int, uses: Uses) -> None:
         self._path = path
-        self._virtual_size = layers[0].virtual_size
-        self._layers = layers
-        self._first_files = first_files
+        self._state = state
         self._n_threads = 0
         super().__init__(
-            native_sources(sources),
-            virtual_size=self._virtual_size,
-            span=_span_nbytes(layers),
+            native_sources(state.sources),
+            virtual_size=state.virtual_size,
+            span=_span_nbytes(state.layers),
             cache=cache_nbytes,
+            uses=uses,
             lock=threading.RLock(),
             variants=chosen_variants(None),
         )
@@ -80,18 +65,17 @@ class RandomAccess(Disk):
         """Return the extents of ``[start, end)``."""
         import numpy as np
 
-        from imgcore.disk.overlay import chain_extents
         from imgcore.engine.extents import join_neighbours
 
-        reader = self._layers[0]
+        reader = self._state.layers[0]
         if reader.is_flat:
             return _flat_rows(end, reader.sources[0].file.nbytes)
-        batches = chain_extents(self._layers, self._first_files, start, end - start)
-        return join_neighbours(np.concatenate([rows for rows, _ in batches]))
+        return join_neighbours(np.concatenate(list(self._state.extents(start, end - start))))
 
     def range(self, offset: SupportsIndex, length: SupportsIndex) -> tuple[int, int]:
         """Return a range as two ints; ValueError if it is not inside the disk."""
-        return range_of_disk(self._path, self._virtual_size, offset, length, "offset")
+        nbytes = integer(length, "length")
+        return range_of_disk(self._path, self._state.virtual_size, offset, nbytes, "offset")
 
     def threads(self, threads: SupportsIndex | None) -> int:
         """Return how many threads to use: by default one for each CPU.
@@ -103,15 +87,10 @@ class RandomAccess(Disk):
         self._n_threads = self._n_threads or thread_count(None)
         return self._n_threads
 
-    def closed(self) -> NoReturn:
-        """Raise ValueError: the image is closed."""
-        refuse_closed(self._path, "image")
-
-    def idle(self) -> None:
-        """End the use of the image."""
-        end_use = self._end_use()
-        assert end_use is not None, "whoever reads an image holds it"
-        end_use()
+    def explain(self, error: Exception) -> NoReturn:
+        """Raise an error of a read: one of the engine's with the name of its file."""
+        with translated_errors(self._state.paths):
+            raise error
 
 
 def _span_nbytes(layers: Sequence[Reader]) -> int:

@@ -11,11 +11,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-def refuse_closed(path: str, what: str) -> NoReturn:
-    """Raise ValueError: the object is closed."""
-    raise ValueError(f"{path}: the {what} is closed")
-
-
 class Closable:
     """Something open that several threads may use; the last use closes it.
 
@@ -51,12 +46,15 @@ class Closable:
         """Keep the object open in a ``with`` block; ValueError if it is closed."""
         with self._lock:
             if self._is_closed:
-                refuse_closed(self.path, self._what)
+                self._refuse()
             self._n_uses += 1
         try:
             yield
         finally:
             self._end_use()
+
+    def _refuse(self) -> NoReturn:
+        raise ValueError(f"{self.path}: the {self._what} is closed")
 
     def close(self) -> None:
         """Close it; may be called more than once.
