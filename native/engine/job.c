@@ -47,6 +47,12 @@ static bool geometry_is_valid(const struct imgc_geometry *g)
 	       (g->stored_prefix_nbytes == 0 || (g->placing == IMGC_PLACE_APPEND && !compresses));
 }
 
+static bool granule_is_valid(uint64_t nbytes)
+{
+	return imgc_is_power_of_two(nbytes) && nbytes >= IMGC_MIN_GRANULE_NBYTES &&
+	       nbytes <= IMGC_MAX_GRANULE_NBYTES;
+}
+
 static int check_options(const struct imgc_job_options *o, struct imgc_error *err)
 {
 	if (o->n_threads < 1 || o->n_threads > IMGC_MAX_THREADS)
@@ -72,6 +78,9 @@ static int check_options(const struct imgc_job_options *o, struct imgc_error *er
 		return invalid(err, "reflink");
 	if (o->trust_blocks && (o->kind != IMGC_JOB_CONVERT || o->salvage || o->has_base))
 		return invalid(err, "trust_blocks");
+	if (o->granule_nbytes != 0 &&
+	    (o->kind != IMGC_JOB_COMPARE || !granule_is_valid(o->granule_nbytes)))
+		return invalid(err, "granule");
 	for (size_t i = 0; i < o->n_sources; i++)
 		if (!o->sources[i].file || o->sources[i].block_nbytes > MAX_SOURCE_BLOCK_NBYTES)
 			return invalid(err, "sources");
@@ -392,6 +401,16 @@ static bool batch_fits_checksum(const struct imgc_job *job, const struct imgc_ba
 	       b->n_leaves == nbytes / block + (nbytes % block != 0);
 }
 
+static bool granules_fit(const struct imgc_job *job, const struct imgc_batch *b)
+{
+	uint64_t granule = job->options.granule_nbytes;
+
+	if (granule == 0)
+		return !b->granules;
+	return b->granules &&
+	       b->n_granules == (b->guest_end - 1) / granule - b->guest_start / granule + 1;
+}
+
 static int check_batch(const struct imgc_job *job, const struct imgc_batch *b,
 		       struct imgc_error *err)
 {
@@ -404,6 +423,8 @@ static int check_batch(const struct imgc_job *job, const struct imgc_batch *b,
 		return invalid(err, "batch");
 	if (!batch_fits_checksum(job, b))
 		return invalid(err, "leaves");
+	if (!granules_fit(job, b))
+		return invalid(err, "granules");
 	int status = imgc_extents_check(b->extents, b->n_extents, job->sources, o->n_sources,
 					b->guest_start, b->guest_end, err);
 

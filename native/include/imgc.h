@@ -518,7 +518,7 @@ int imgc_rate_limit_take(struct imgc_rate_limit *limit, uint64_t nbytes, unsigne
 
 enum imgc_job_kind {
 	IMGC_JOB_CONVERT = 0, /* read, zero-test, compress, write */
-	IMGC_JOB_COMPARE = 1, /* read two, find the first difference */
+	IMGC_JOB_COMPARE = 1, /* read two, find the first difference, or all of them */
 	IMGC_JOB_DIGEST = 2,  /* read and make the leaves of a checksum */
 };
 
@@ -526,6 +526,13 @@ enum imgc_job_kind {
 
 /* A block is compared with the base as a whole, so it must fit a window in memory. */
 #define IMGC_MAX_BASE_BLOCK_NBYTES (4u * 1024 * 1024)
+
+#define IMGC_MIN_GRANULE_NBYTES 512u
+#define IMGC_MAX_GRANULE_NBYTES (256u * 1024 * 1024)
+
+/* The bits of a granule in imgc_batch.granules. */
+#define IMGC_GRANULE_DIFFERS 1u	 /* the two sides are not the same */
+#define IMGC_GRANULE_HAS_DATA 2u /* a byte of batch.extents is not zero there */
 
 struct imgc_job_options {
 	uint32_t kind;	    /* enum imgc_job_kind */
@@ -572,6 +579,12 @@ struct imgc_job_options {
 	 * the disk's end.
 	 */
 	uint32_t checksum;
+	/*
+	 * COMPARE: a power of two.  Every difference is found, and told by the granules
+	 * of so many bytes that it is in; there is no first difference then.  0: the job
+	 * ends at the first difference.
+	 */
+	uint64_t granule_nbytes;
 };
 
 /* A guest range that could not be read. */
@@ -606,6 +619,13 @@ struct imgc_batch {
 	 */
 	uint8_t *leaves;
 	size_t n_leaves;
+	/*
+	 * COMPARE with granule_nbytes: zeroed by the caller, one byte for each granule of
+	 * which the batch has a part.  Receives IMGC_GRANULE_* of that part, which does
+	 * not depend on the number of threads.  After a failure it is undefined.
+	 */
+	uint8_t *granules;
+	size_t n_granules;
 };
 
 struct imgc_progress {
@@ -658,7 +678,10 @@ uint64_t imgc_job_next_offset(const struct imgc_job *job);
  */
 int imgc_job_set_next_offset(struct imgc_job *job, uint64_t next_offset);
 
-/* COMPARE: the lowest guest offset that differs so far, or IMGC_NO_DIFFERENCE. */
+/*
+ * COMPARE without granules: the lowest guest offset that differs so far, or
+ * IMGC_NO_DIFFERENCE.
+ */
 uint64_t imgc_job_first_difference(const struct imgc_job *job);
 
 /*

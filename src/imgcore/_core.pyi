@@ -14,6 +14,8 @@ def extent_table(rows: Sequence[tuple[int, ...]]) -> Any:
     """
 
 NO_SOURCE: Final[int]
+GRANULE_DIFFERS: Final[int]
+GRANULE_HAS_DATA: Final[int]
 TARGET: Final[int]
 MAX_BAD_RANGES: Final[int]
 MAX_THREADS: Final[int]
@@ -228,6 +230,7 @@ class Job:
         trust_blocks: bool = ...,
         rate_limit: RateLimit | None = ...,
         checksum: str | None = ...,
+        granule_nbytes: int = ...,
     ) -> None:
         """Create a job: a conversion if there is a ``geometry``.
 
@@ -239,6 +242,8 @@ class Job:
         ``trust_blocks``: reused blocks are not decompressed.  ``rate_limit``: windows
         wait for it before they are read.  ``checksum``: an algorithm for which each
         batch receives ``leaves``; all data is read and hashed.
+        ``granule_nbytes``: a comparison finds all
+        differences, by granules of so many bytes, instead of the first one.
         """
     def start(
         self,
@@ -247,6 +252,7 @@ class Job:
         extents: NDArray[np.void],
         base_extents: NDArray[np.void] | None = ...,
         placements: NDArray[np.void] | None = ...,
+        granules: NDArray[np.uint8] | None = ...,
         leaves: object | None = ...,
     ) -> None:
         """Start the workers on one part of the disk; hold the arrays until wait.

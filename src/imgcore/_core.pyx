@@ -14,6 +14,8 @@ from libc.string cimport memset
 from imgcore cimport _native as n
 
 NO_SOURCE = n.IMGC_NO_SOURCE
+GRANULE_DIFFERS = n.IMGC_GRANULE_DIFFERS
+GRANULE_HAS_DATA = n.IMGC_GRANULE_HAS_DATA
 TARGET = n.IMGC_TARGET
 MAX_BAD_RANGES = n.IMGC_MAX_BAD_RANGES
 MAX_THREADS = n.IMGC_MAX_THREADS
@@ -495,7 +497,7 @@ cdef class Job:
     def __init__(self, *, sources, geometry=None, File target=None, uint64_t next_offset=0,
                  bint has_base=False, uint32_t threads=1, uint64_t window_nbytes=0, variants=None,
                  bint salvage=False, bint reflink=False, bint trust_blocks=False,
-                 RateLimit rate_limit=None, checksum=None):
+                 RateLimit rate_limit=None, checksum=None, uint64_t granule_nbytes=0):
         cdef n.imgc_job_options options
         cdef n.imgc_error err
         cdef File file
@@ -521,6 +523,7 @@ cdef class Job:
         options.salvage = salvage
         options.reflink = reflink
         options.trust_blocks = trust_blocks
+        options.granule_nbytes = granule_nbytes
         if rate_limit is not None:
             options.rate_limit = rate_limit.handle
         self.rate_limit = rate_limit
@@ -555,7 +558,7 @@ cdef class Job:
 
     def start(self, uint64_t start, uint64_t end, const extent_row[::1] extents,
               const extent_row[::1] base_extents=None, placement_row[::1] placements=None,
-              uint8_t[::1] leaves=None):
+              uint8_t[::1] granules=None, uint8_t[::1] leaves=None):
         """Start the workers on one part of the disk; hold the arrays until wait."""
         cdef n.imgc_job *handle = self.require()
         cdef n.imgc_error err
@@ -579,10 +582,13 @@ cdef class Job:
                 raise ValueError(f"{leaves.shape[0]} bytes are no leaves")
             self.batch.leaves = &leaves[0]
             self.batch.n_leaves = leaves.shape[0] // n.IMGC_CHECKSUM_NBYTES
+        if granules is not None and granules.shape[0]:
+            self.batch.granules = &granules[0]
+            self.batch.n_granules = granules.shape[0]
         with nogil:
             status = n.imgc_job_start(handle, &self.batch, &err)
         check(status, &err)
-        self.held = (extents, base_extents, placements, leaves)
+        self.held = (extents, base_extents, placements, granules, leaves)
         self.running = True
 
     def wait(self, tick=None):
@@ -616,7 +622,7 @@ cdef class Job:
 
     def run(self, start, end, extents, base_extents=None, placements=None, leaves=None):
         """Start one batch and join it."""
-        self.start(start, end, extents, base_extents, placements, leaves)
+        self.start(start, end, extents, base_extents, placements, leaves=leaves)
         self.wait()
 
     def cancel(self):

@@ -39,6 +39,8 @@ cdef extern from "imgc.h" nogil:
         IMGC_JOB_DIGEST
 
     const uint32_t IMGC_NO_SOURCE
+    const uint32_t IMGC_GRANULE_DIFFERS
+    const uint32_t IMGC_GRANULE_HAS_DATA
     const uint32_t IMGC_TARGET
     const uint32_t IMGC_MAX_BAD_RANGES
     const uint32_t IMGC_MAX_THREADS
@@ -203,6 +205,7 @@ cdef extern from "imgc.h" nogil:
         uint32_t trust_blocks
         imgc_rate_limit *rate_limit
         uint32_t checksum
+        uint64_t granule_nbytes
 
     struct imgc_bad_range:
         uint64_t guest_offset
@@ -221,6 +224,8 @@ cdef extern from "imgc.h" nogil:
         size_t n_placements
         uint8_t *leaves
         size_t n_leaves
+        uint8_t *granules
+        size_t n_granules
 
     struct imgc_progress:
         uint64_t bytes_done
