@@ -77,10 +77,10 @@ def range_of_disk(
     not inside the disk.
     """
     first = integer(start, what)
-    length = nbytes - first if length is None else integer(length, "length")
-    if first < 0 or length < 0 or first + length > nbytes:
+    count = nbytes - first if length is None else integer(length, "length")
+    if first < 0 or count < 0 or first + count > nbytes:
+        stated = "" if length is None else f", length {count}"
         raise ValueError(
-            f"{path}: the range is not inside the disk of {nbytes} bytes: "
-            f"{what} {first}, length {length}"
+            f"{path}: the range is not inside the disk of {nbytes} bytes: {what} {first}{stated}"
         )
-    return first, length
+    return first, count
