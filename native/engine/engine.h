@@ -66,6 +66,7 @@ struct slot {
 	struct range *runs; /* bytes that are written as they are, relative to the window */
 	size_t n_runs;
 	uint64_t data_nbytes;
+	uint8_t granule; /* of a comparison: the bits of the granule that the window is in */
 };
 
 /* ----------------------------------------------------------- workers and job */
@@ -151,7 +152,10 @@ uint64_t imgc_packed_room(const struct worker *worker);
 /* window.c: reads one window and tests, compresses or compares it.  Writes nothing. */
 int imgc_window_process(struct worker *worker, struct slot *slot, struct imgc_error *err);
 
-/* window.c: gives the slot's pieces host offsets, in guest order, under the lock. */
+/*
+ * window.c: gives the slot's pieces host offsets, in guest order, under the lock.  Of a
+ * comparison, it completes a granule that is larger than the window.
+ */
 int imgc_window_place(struct imgc_job *job, struct slot *slot, struct imgc_error *err);
 
 /* write.c: brings the slot's bytes to the target. */

@@ -47,6 +47,12 @@ static bool geometry_is_valid(const struct imgc_geometry *g)
 	       (g->stored_prefix_nbytes == 0 || (g->placing == IMGC_PLACE_APPEND && !compresses));
 }
 
+static bool granule_is_valid(uint64_t nbytes)
+{
+	return imgc_is_power_of_two(nbytes) && nbytes >= IMGC_MIN_GRANULE_NBYTES &&
+	       nbytes <= IMGC_MAX_GRANULE_NBYTES;
+}
+
 static int check_options(const struct imgc_job_options *o, struct imgc_error *err)
 {
 	if (o->n_threads < 1 || o->n_threads > IMGC_MAX_THREADS)
@@ -69,6 +75,9 @@ static int check_options(const struct imgc_job_options *o, struct imgc_error *er
 		return invalid(err, "reflink");
 	if (o->trust_blocks && (o->kind != IMGC_JOB_CONVERT || o->salvage || o->has_base))
 		return invalid(err, "trust_blocks");
+	if (o->granule_nbytes != 0 &&
+	    (o->kind != IMGC_JOB_COMPARE || !granule_is_valid(o->granule_nbytes)))
+		return invalid(err, "granule");
 	for (size_t i = 0; i < o->n_sources; i++)
 		if (!o->sources[i].file || o->sources[i].block_nbytes > MAX_SOURCE_BLOCK_NBYTES)
 			return invalid(err, "sources");
@@ -370,6 +379,16 @@ static bool batch_fits_geometry(const struct imgc_job *job, const struct imgc_ba
 	       ends_at(b->guest_end, g->group_nblocks * block, g->guest_nbytes);
 }
 
+static bool granules_fit(const struct imgc_job *job, const struct imgc_batch *b)
+{
+	uint64_t granule = job->options.granule_nbytes;
+
+	if (granule == 0)
+		return !b->granules;
+	return b->granules &&
+	       b->n_granules == (b->guest_end - 1) / granule - b->guest_start / granule + 1;
+}
+
 static int check_batch(const struct imgc_job *job, const struct imgc_batch *b,
 		       struct imgc_error *err)
 {
@@ -379,6 +398,8 @@ static int check_batch(const struct imgc_job *job, const struct imgc_batch *b,
 		return invalid(err, "batch");
 	if (o->kind == IMGC_JOB_CONVERT ? !batch_fits_geometry(job, b) : !b->base_extents)
 		return invalid(err, "batch");
+	if (!granules_fit(job, b))
+		return invalid(err, "granules");
 	int status = imgc_extents_check(b->extents, b->n_extents, job->sources, o->n_sources,
 					b->guest_start, b->guest_end, err);
 

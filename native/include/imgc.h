@@ -463,13 +463,20 @@ int imgc_rate_limit_take(struct imgc_rate_limit *limit, uint64_t nbytes, unsigne
 
 enum imgc_job_kind {
 	IMGC_JOB_CONVERT = 0, /* read, zero-test, compress, write */
-	IMGC_JOB_COMPARE = 1, /* read two, find the first difference */
+	IMGC_JOB_COMPARE = 1, /* read two, find the first difference, or all of them */
 };
 
 #define IMGC_MAX_THREADS 256u
 
 /* A block is compared with the base as a whole, so it must fit a window in memory. */
 #define IMGC_MAX_BASE_BLOCK_NBYTES (4u * 1024 * 1024)
+
+#define IMGC_MIN_GRANULE_NBYTES 512u
+#define IMGC_MAX_GRANULE_NBYTES (256u * 1024 * 1024)
+
+/* The bits of a granule in imgc_batch.granules. */
+#define IMGC_GRANULE_DIFFERS 1u	 /* the two sides are not the same */
+#define IMGC_GRANULE_HAS_DATA 2u /* a byte of batch.extents is not zero there */
 
 struct imgc_job_options {
 	uint32_t kind;	    /* enum imgc_job_kind */
@@ -509,6 +516,12 @@ struct imgc_job_options {
 	 * what is reflinked without being read.  Not owned; NULL: no limit.
 	 */
 	struct imgc_rate_limit *rate_limit;
+	/*
+	 * COMPARE: a power of two.  Every difference is found, and told by the granules
+	 * of so many bytes that it is in; there is no first difference then.  0: the job
+	 * ends at the first difference.
+	 */
+	uint64_t granule_nbytes;
 };
 
 /* A guest range that could not be read. */
@@ -536,6 +549,13 @@ struct imgc_batch {
 	/* APPEND: zeroed by the caller, ceil((end - start) / block_nbytes) rows. */
 	struct imgc_placement *placements;
 	size_t n_placements;
+	/*
+	 * COMPARE with granule_nbytes: zeroed by the caller, one byte for each granule of
+	 * which the batch has a part.  Receives IMGC_GRANULE_* of that part, which does
+	 * not depend on the number of threads.  After a failure it is undefined.
+	 */
+	uint8_t *granules;
+	size_t n_granules;
 };
 
 struct imgc_progress {
@@ -588,7 +608,10 @@ uint64_t imgc_job_next_offset(const struct imgc_job *job);
  */
 int imgc_job_set_next_offset(struct imgc_job *job, uint64_t next_offset);
 
-/* COMPARE: the lowest guest offset that differs so far, or IMGC_NO_DIFFERENCE. */
+/*
+ * COMPARE without granules: the lowest guest offset that differs so far, or
+ * IMGC_NO_DIFFERENCE.
+ */
 uint64_t imgc_job_first_difference(const struct imgc_job *job);
 
 /*

@@ -14,6 +14,8 @@ def extent_table(rows: Sequence[tuple[int, ...]]) -> Any:
     """
 
 NO_SOURCE: Final[int]
+GRANULE_DIFFERS: Final[int]
+GRANULE_HAS_DATA: Final[int]
 TARGET: Final[int]
 MAX_BAD_RANGES: Final[int]
 MAX_THREADS: Final[int]
@@ -196,6 +198,7 @@ class Job:
         reflink: bool = ...,
         trust_blocks: bool = ...,
         rate_limit: RateLimit | None = ...,
+        granule_nbytes: int = ...,
     ) -> None:
         """Create a job: a comparison if ``geometry`` is None, else a conversion.
 
@@ -203,7 +206,8 @@ class Job:
         batch has the extents of the target's parent as ``base_extents``.  ``reflink``:
         data at a suitable place of a source is reflinked, not written.
         ``trust_blocks``: reused blocks are not decompressed.  ``rate_limit``: windows
-        wait for it before they are read.
+        wait for it before they are read.  ``granule_nbytes``: a comparison finds all
+        differences, by granules of so many bytes, instead of the first one.
         """
     def start(
         self,
@@ -212,6 +216,7 @@ class Job:
         extents: NDArray[np.void],
         base_extents: NDArray[np.void] | None = ...,
         placements: NDArray[np.void] | None = ...,
+        granules: NDArray[np.uint8] | None = ...,
     ) -> None: ...
     def wait(self, tick: Callable[[], None] | None = ...) -> None:
         """Join the batch, and call ``tick`` on this thread about every 50 ms.

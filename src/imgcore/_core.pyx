@@ -14,6 +14,8 @@ from libc.string cimport memset
 from imgcore cimport _native as n
 
 NO_SOURCE = n.IMGC_NO_SOURCE
+GRANULE_DIFFERS = n.IMGC_GRANULE_DIFFERS
+GRANULE_HAS_DATA = n.IMGC_GRANULE_HAS_DATA
 TARGET = n.IMGC_TARGET
 MAX_BAD_RANGES = n.IMGC_MAX_BAD_RANGES
 MAX_THREADS = n.IMGC_MAX_THREADS
@@ -386,7 +388,7 @@ cdef class Job:
     def __init__(self, *, sources, geometry=None, File target=None, uint64_t next_offset=0,
                  bint has_base=False, uint32_t threads=1, uint64_t window_nbytes=0, variants=None,
                  bint salvage=False, bint reflink=False, bint trust_blocks=False,
-                 RateLimit rate_limit=None):
+                 RateLimit rate_limit=None, uint64_t granule_nbytes=0):
         cdef n.imgc_job_options options
         cdef n.imgc_error err
         cdef File file
@@ -407,6 +409,7 @@ cdef class Job:
         options.salvage = salvage
         options.reflink = reflink
         options.trust_blocks = trust_blocks
+        options.granule_nbytes = granule_nbytes
         if rate_limit is not None:
             options.rate_limit = rate_limit.handle
         self.rate_limit = rate_limit
@@ -440,7 +443,8 @@ cdef class Job:
         return self.handle
 
     def start(self, uint64_t start, uint64_t end, const extent_row[::1] extents,
-              const extent_row[::1] base_extents=None, placement_row[::1] placements=None):
+              const extent_row[::1] base_extents=None, placement_row[::1] placements=None,
+              uint8_t[::1] granules=None):
         """Start the workers on one part of the disk; hold the arrays until wait."""
         cdef n.imgc_job *handle = self.require()
         cdef n.imgc_error err
@@ -459,10 +463,13 @@ cdef class Job:
         if placements is not None and placements.shape[0]:
             self.batch.placements = <n.imgc_placement *>&placements[0]
             self.batch.n_placements = placements.shape[0]
+        if granules is not None and granules.shape[0]:
+            self.batch.granules = &granules[0]
+            self.batch.n_granules = granules.shape[0]
         with nogil:
             status = n.imgc_job_start(handle, &self.batch, &err)
         check(status, &err)
-        self.held = (extents, base_extents, placements)
+        self.held = (extents, base_extents, placements, granules)
         self.running = True
 
     def wait(self, tick=None):

@@ -33,6 +33,8 @@ cdef extern from "imgc.h" nogil:
         IMGC_JOB_COMPARE
 
     const uint32_t IMGC_NO_SOURCE
+    const uint32_t IMGC_GRANULE_DIFFERS
+    const uint32_t IMGC_GRANULE_HAS_DATA
     const uint32_t IMGC_TARGET
     const uint32_t IMGC_MAX_BAD_RANGES
     const uint32_t IMGC_MAX_THREADS
@@ -181,6 +183,7 @@ cdef extern from "imgc.h" nogil:
         uint32_t reflink
         uint32_t trust_blocks
         imgc_rate_limit *rate_limit
+        uint64_t granule_nbytes
 
     struct imgc_bad_range:
         uint64_t guest_offset
@@ -197,6 +200,8 @@ cdef extern from "imgc.h" nogil:
         size_t n_base_extents
         imgc_placement *placements
         size_t n_placements
+        uint8_t *granules
+        size_t n_granules
 
     struct imgc_progress:
         uint64_t bytes_done
