@@ -11,8 +11,9 @@ import mmap
 import os
 import random
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 
@@ -53,11 +54,12 @@ ODD: Final = "odd.raw"
 NAMES: Final = (*ALONE, ODD, *CHAINS)
 
 
-class Disk(NamedTuple):
+@dataclass(frozen=True)
+class Disk:
     """An image, and the bytes that it must read as."""
 
     path: Path
-    content: bytes
+    content: bytes = field(repr=False)
 
 
 def states(seed: int, n: int) -> list[bytes]:
