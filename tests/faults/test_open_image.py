@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 
 import imgcore
-from tests.faults.harness import DISK
-from tests.faults.test_read_errors import Source, source  # noqa: F401 (a fixture)
+from tests.faults.harness import DISK, Source
 from tests.helpers import images, qemu
 from tests.helpers.qemu import Variant
 from tests.helpers.random_access import NAMES, write_disks
@@ -53,7 +52,7 @@ def digest(content: bytes, offset: int) -> str:
 def test_a_part_that_cannot_be_read(
     variant: Variant,
     cache: str,
-    source: Callable[[Variant], Source],  # noqa: F811
+    source: Callable[[Variant], Source],
 ) -> None:
     """It is tried anew each time, also after it has become readable."""
     here = source(variant)
