@@ -208,6 +208,11 @@ struct cache_entry *imgc_cache_add(struct cache *cache, const struct cache_key *
 	return entry;
 }
 
+void imgc_cache_hold(struct cache_entry *entry)
+{
+	atomic_fetch_add_explicit(&entry->n_users, 1, memory_order_relaxed);
+}
+
 void imgc_cache_release(struct cache *cache, struct cache_entry *entry)
 {
 	if (atomic_fetch_sub_explicit(&entry->n_users, 1, memory_order_acq_rel) == 1) {

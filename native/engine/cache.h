@@ -63,6 +63,9 @@ struct cache_entry *imgc_cache_new(struct cache *cache, size_t nbytes);
 struct cache_entry *imgc_cache_add(struct cache *cache, const struct cache_key *key,
 				   uint64_t generation, struct cache_entry *entry);
 
+/* One more use of an entry that the caller uses. */
+void imgc_cache_hold(struct cache_entry *entry);
+
 void imgc_cache_release(struct cache *cache, struct cache_entry *entry);
 
 /* Removes all entries.  Those in use stay valid for their users. */

@@ -160,25 +160,31 @@ static struct cache_key table_key(const struct imgc_disk *disk, uint64_t offset)
 				  .file = FILE_OF_TABLES};
 }
 
-int imgc_disk_table(struct imgc_disk *disk, uint64_t guest_offset, struct cache_entry **out,
-		    uint64_t *generation)
+static bool covers(const struct cache_entry *table, uint64_t guest_offset)
 {
-	struct cache_key key = table_key(disk, guest_offset);
-	struct cache_entry *table = imgc_cache_find(&disk->cache, &key, generation);
+	struct rows rows = imgc_table_rows(table);
 
-	if (!table)
-		return IMGC_MISSING;
-	*out = table;
-	return IMGC_OK;
+	return imgc_rows_find(rows, guest_offset) < rows.n &&
+	       guest_offset >= rows.rows[0].guest_offset;
 }
 
-struct imgc_table *imgc_disk_hold(struct imgc_disk *disk, uint64_t offset)
+struct cache_entry *imgc_disk_table(struct imgc_disk *disk, const struct imgc_table *given,
+				    uint64_t guest_offset, uint64_t *generation)
 {
-	struct cache_entry *table = NULL;
+	struct cache_entry *table = (struct cache_entry *)(uintptr_t)given;
+	struct cache_key key = table_key(disk, guest_offset);
+
+	if (!table || !covers(table, guest_offset))
+		return imgc_cache_find(&disk->cache, &key, generation);
+	imgc_cache_hold(table);
+	return table;
+}
+
+struct imgc_table *imgc_disk_find(struct imgc_disk *disk, uint64_t offset)
+{
 	uint64_t generation;
 
-	imgc_disk_table(disk, offset, &table, &generation);
-	return (struct imgc_table *)table;
+	return (struct imgc_table *)imgc_disk_table(disk, NULL, offset, &generation);
 }
 
 void imgc_disk_drop(struct imgc_disk *disk, struct imgc_table *table)
@@ -186,26 +192,28 @@ void imgc_disk_drop(struct imgc_disk *disk, struct imgc_table *table)
 	imgc_cache_release(&disk->cache, (struct cache_entry *)table);
 }
 
-int imgc_disk_add(struct imgc_disk *disk, uint64_t offset, uint64_t generation,
-		  const struct imgc_extent *rows, size_t n, struct imgc_table **held,
+int imgc_disk_add(struct imgc_disk *disk, uint64_t start, uint64_t end, uint64_t generation,
+		  const struct imgc_extent *rows, size_t n, struct imgc_table **out,
 		  struct imgc_error *err)
 {
-	uint64_t start, end;
+	uint64_t span_start, span_end;
 
-	if (offset >= disk->guest_nbytes)
-		return imgc_fail_at(err, IMGC_OUT_OF_RANGE, offset, "disk");
-	imgc_disk_span(disk, offset, &start, &end);
+	if (start >= end || end > disk->guest_nbytes)
+		return imgc_fail_at(err, IMGC_OUT_OF_RANGE, start, "disk");
 	int status = imgc_extents_check(rows, n, disk->sources, disk->n_sources, start, end, err);
 
 	if (status)
 		return status;
-	struct cache_key key = table_key(disk, offset);
+	struct cache_key key = table_key(disk, start);
 	struct cache_entry *table = imgc_cache_new(&disk->cache, n * sizeof(*rows));
 
 	if (!table)
 		return imgc_fail_call(err, IMGC_NO_MEMORY, "disk");
 	memcpy(table->data, rows, n * sizeof(*rows));
-	*held = (struct imgc_table *)imgc_cache_add(&disk->cache, &key, generation, table);
+	imgc_disk_span(disk, start, &span_start, &span_end);
+	if (start == span_start && end == span_end)
+		table = imgc_cache_add(&disk->cache, &key, generation, table);
+	*out = (struct imgc_table *)table;
 	return IMGC_OK;
 }
 
@@ -392,7 +400,7 @@ static int read_row(struct imgc_disk *disk, const struct imgc_extent *row, uint6
 	return IMGC_OK;
 }
 
-/* Reads what the table has of [start, end); *done is how far it came. */
+/* Reads what the table has of [start, end), and adds the number of bytes to *done. */
 static int read_rows(struct imgc_disk *disk, struct rows rows, uint64_t start, uint64_t end,
 		     uint8_t *out, unsigned flags, uint64_t *done, struct imgc_error *err)
 {
@@ -411,26 +419,28 @@ static int read_rows(struct imgc_disk *disk, struct rows rows, uint64_t start, u
 	return IMGC_OK;
 }
 
-int imgc_disk_read(struct imgc_disk *disk, uint64_t offset, void *buffer, uint64_t length,
-		   unsigned flags, struct imgc_disk_progress *progress, struct imgc_error *err)
+int imgc_disk_read(struct imgc_disk *disk, const struct imgc_table *given, uint64_t offset,
+		   void *buffer, uint64_t length, unsigned flags, struct imgc_disk_rest *rest,
+		   struct imgc_error *err)
 {
-	progress->done = 0;
+	uint64_t done = 0;
+	int status = IMGC_OK;
+
 	if (!imgc_range_inside(offset, length, disk->guest_nbytes))
 		return imgc_fail_at(err, IMGC_OUT_OF_RANGE, offset, "disk");
-	while (progress->done < length) {
-		uint64_t at = offset + progress->done, start, end;
-		struct cache_entry *table;
-		int status = imgc_disk_table(disk, at, &table, &progress->generation);
+	while (!status && done < length) {
+		struct cache_entry *table =
+			imgc_disk_table(disk, given, offset + done, &rest->generation);
 
-		if (status)
-			return status;
-		imgc_disk_span(disk, at, &start, &end);
-		status = read_rows(disk, imgc_table_rows(table), at,
-				   imgc_min_u64(end, offset + length),
-				   (uint8_t *)buffer + progress->done, flags, &progress->done, err);
+		if (!table) {
+			status = IMGC_MISSING;
+			break;
+		}
+		status = read_rows(disk, imgc_table_rows(table), offset + done, offset + length,
+				   (uint8_t *)buffer + done, flags, &done, err);
 		imgc_cache_release(&disk->cache, table);
-		if (status)
-			return status;
 	}
-	return IMGC_OK;
+	rest->offset = offset + done;
+	rest->length = length - done;
+	return status;
 }

@@ -44,15 +44,18 @@ struct imgc_disk {
 int imgc_scratch_take(struct imgc_disk *disk, struct scratch **out, struct imgc_error *err);
 void imgc_scratch_give(struct imgc_disk *disk, struct scratch *scratch);
 
-/* The table of guest_offset, for use until released, or IMGC_MISSING with the generation. */
-int imgc_disk_table(struct imgc_disk *disk, uint64_t guest_offset, struct cache_entry **out,
-		    uint64_t *generation);
-
 static inline struct rows imgc_table_rows(const struct cache_entry *table)
 {
 	return (struct rows){(const struct imgc_extent *)(const void *)table->data,
 			     table->nbytes / sizeof(struct imgc_extent)};
 }
+
+/*
+ * The table that has guest_offset, for use until released: `given`, if it is that one,
+ * or one that is kept.  NULL if there is none; *generation is set then.
+ */
+struct cache_entry *imgc_disk_table(struct imgc_disk *disk, const struct imgc_table *given,
+				    uint64_t guest_offset, uint64_t *generation);
 
 /*
  * Reads [start, end) of the disk, part of a compressed row, from the cache, which

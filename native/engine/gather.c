@@ -176,12 +176,11 @@ static int add_from_table(struct imgc_gather *g, struct rows rows, struct imgc_e
 }
 
 /* Makes requests pieces until the round is full, all are done, or a table is missing. */
-static int add_pieces(struct imgc_gather *g, uint64_t *missing, uint64_t *generation,
-		      struct imgc_error *err)
+static int add_pieces(struct imgc_gather *g, const struct imgc_table *given,
+		      struct imgc_disk_rest *rest, struct imgc_error *err)
 {
 	struct cache *cache = &g->disk->cache;
 	struct cache_entry *table = NULL;
-	uint64_t table_start = 0, table_end = 0;
 	int status = IMGC_OK;
 
 	while (!status && g->next < g->n_requests && !is_full(g)) {
@@ -193,16 +192,19 @@ static int add_pieces(struct imgc_gather *g, uint64_t *missing, uint64_t *genera
 			g->next_done = 0;
 			continue;
 		}
-		if (!table || at < table_start || at >= table_end) {
-			if (table)
-				imgc_cache_release(cache, table);
+		if (table &&
+		    imgc_rows_find(imgc_table_rows(table), at) == imgc_table_rows(table).n) {
+			imgc_cache_release(cache, table);
 			table = NULL;
-			status = imgc_disk_table(g->disk, at, &table, generation);
-			imgc_disk_span(g->disk, at, &table_start, &table_end);
-			*missing = at;
 		}
-		if (!status)
-			status = add_from_table(g, imgc_table_rows(table), err);
+		if (!table)
+			table = imgc_disk_table(g->disk, given, at, &rest->generation);
+		if (!table) {
+			rest->offset = at;
+			rest->length = request->length - g->next_done;
+			return IMGC_MISSING;
+		}
+		status = add_from_table(g, imgc_table_rows(table), err);
 	}
 	if (table)
 		imgc_cache_release(cache, table);
@@ -459,12 +461,12 @@ static int read_round(struct imgc_gather *g, unsigned n_threads, struct imgc_err
 	return g->status;
 }
 
-int imgc_gather_run(struct imgc_gather *g, unsigned n_threads, uint64_t *missing,
-		    uint64_t *generation, struct imgc_error *err)
+int imgc_gather_run(struct imgc_gather *g, const struct imgc_table *given, unsigned n_threads,
+		    struct imgc_disk_rest *rest, struct imgc_error *err)
 {
 	if (n_threads == 0 || n_threads > IMGC_MAX_THREADS)
 		return imgc_fail_call(err, IMGC_INVALID_ARGUMENT, "disk");
-	int status = add_pieces(g, missing, generation, err);
+	int status = add_pieces(g, given, rest, err);
 
 	if (status)
 		return status;

@@ -698,7 +698,7 @@ void imgc_job_destroy(struct imgc_job *job);
 
 /*
  * A disk that is open for random access.  It knows extents a table at a time: the rows
- * of one span, which the caller adds when a read finds that they are missing.  Tables
+ * of one span, which the caller adds when a read needs them.  Tables
  * and decompressed blocks are kept in memory, the least recently used go first.  Any
  * number of threads may call these functions on one disk.
  */
@@ -740,37 +740,39 @@ int imgc_uses_close(struct imgc_uses *uses);
 /* Read only what is in memory, and decompress nothing. */
 #define IMGC_DISK_NO_WAIT 1u
 
-struct imgc_disk_progress {
-	uint64_t done;	     /* bytes from the front that have been read */
+/* What is left to read.  After IMGC_MISSING its first byte has no table. */
+struct imgc_disk_rest {
+	uint64_t offset, length;
 	uint64_t generation; /* IMGC_MISSING: for imgc_disk_add() */
 };
 
+/* Rows that a caller uses, whether they are kept or not, until it drops them. */
+struct imgc_table;
+
 /*
- * Reads [offset, offset + length), at any alignment.  After IMGC_MISSING and
- * IMGC_WOULD_WAIT, *progress says what is left to read; the table of the first byte of
- * that is missing.  Errors are those of a job.
+ * Reads [offset, offset + length), at any alignment.  `table` comes before those that
+ * are kept; NULL: none.  After IMGC_MISSING and IMGC_WOULD_WAIT, *rest is what is left.
+ * Errors are those of a job.
  */
-int imgc_disk_read(struct imgc_disk *disk, uint64_t offset, void *buffer, uint64_t length,
-		   unsigned flags, struct imgc_disk_progress *progress, struct imgc_error *err);
+int imgc_disk_read(struct imgc_disk *disk, const struct imgc_table *table, uint64_t offset,
+		   void *buffer, uint64_t length, unsigned flags, struct imgc_disk_rest *rest,
+		   struct imgc_error *err);
 
 /* The guest range of the table that has `offset`, which is inside the disk. */
 void imgc_disk_span(const struct imgc_disk *disk, uint64_t offset, uint64_t *start, uint64_t *end);
 
-/* A table that stays known until it is dropped, or everything is forgotten. */
-struct imgc_table;
-
 /*
- * Checks rows (imgc_extents_check) and adds a copy of them as the table of `offset`.
- * They do not become known if everything was forgotten since `generation`.
+ * Checks rows of [start, end) (imgc_extents_check) and copies them.  Those of exactly
+ * one span are kept for all reads, unless everything was forgotten since `generation`.
  */
-int imgc_disk_add(struct imgc_disk *disk, uint64_t offset, uint64_t generation,
-		  const struct imgc_extent *rows, size_t n, struct imgc_table **held,
+int imgc_disk_add(struct imgc_disk *disk, uint64_t start, uint64_t end, uint64_t generation,
+		  const struct imgc_extent *rows, size_t n, struct imgc_table **out,
 		  struct imgc_error *err);
 
-/* The table of `offset`, if it is known, or NULL. */
-struct imgc_table *imgc_disk_hold(struct imgc_disk *disk, uint64_t offset);
+/* The table of `offset`, if it is kept, or NULL. */
+struct imgc_table *imgc_disk_find(struct imgc_disk *disk, uint64_t offset);
 
-/* Each table that was held must be dropped once. */
+/* Ends the caller's use of a table. */
 void imgc_disk_drop(struct imgc_disk *disk, struct imgc_table *table);
 
 /* Forgets all tables and blocks.  Reads in progress may still use them. */
@@ -799,12 +801,13 @@ int imgc_gather_create(struct imgc_disk *disk, const struct imgc_disk_request *r
 
 /*
  * Reads the next part of the requests, on up to n_threads threads (1..IMGC_MAX_THREADS)
- * which end before it returns.  IMGC_OK: all has been read.  IMGC_UNFINISHED: call
- * again; a call takes milliseconds.  IMGC_MISSING: add the table of *missing, then
- * call again.  Of several errors, the first in the order of places is returned.
+ * which end before it returns.  `table` is as for imgc_disk_read().  IMGC_OK: all has
+ * been read.  IMGC_UNFINISHED: call again; a call takes milliseconds.  IMGC_MISSING:
+ * call again with the table of *rest, which is the rest of one request.  Of several
+ * errors, the first in the order of places is returned.
  */
-int imgc_gather_run(struct imgc_gather *gather, unsigned n_threads, uint64_t *missing,
-		    uint64_t *generation, struct imgc_error *err);
+int imgc_gather_run(struct imgc_gather *gather, const struct imgc_table *table, unsigned n_threads,
+		    struct imgc_disk_rest *rest, struct imgc_error *err);
 
 /* NULL is allowed. */
 void imgc_gather_destroy(struct imgc_gather *gather);

@@ -729,6 +729,7 @@ cdef class Uses:
 # if all is in memory.  Others are in parts of milliseconds, after which signals are handled.
 cdef uint64_t SHORT_NBYTES = 64 * 1024
 cdef uint64_t LONG_NBYTES = 512 * 1024
+cdef uint64_t SECTOR_NBYTES = 512
 
 
 cdef int get_writable(buffer, Py_buffer *view) except -1:
@@ -875,7 +876,7 @@ cdef class Disk:
 
     cdef int fill_short(self, uint64_t offset, char *buffer, uint64_t length) except -1:
         """Read on this thread; without giving up the GIL if all is in memory."""
-        cdef n.imgc_disk_progress progress
+        cdef n.imgc_disk_rest rest
         cdef n.imgc_error err
         cdef n.imgc_table *table = NULL
         cdef unsigned flags = n.IMGC_DISK_NO_WAIT if length <= SHORT_NBYTES else 0
@@ -883,62 +884,75 @@ cdef class Disk:
         try:
             while True:
                 if flags:
-                    status = n.imgc_disk_read(self.handle, offset, buffer, length, flags,
-                                              &progress, &err)
+                    status = n.imgc_disk_read(self.handle, table, offset, buffer, length, flags,
+                                              &rest, &err)
                 else:
                     with nogil:
-                        status = n.imgc_disk_read(self.handle, offset, buffer, length, 0,
-                                                  &progress, &err)
+                        status = n.imgc_disk_read(self.handle, table, offset, buffer, length, 0,
+                                                  &rest, &err)
                 if status <= 0:
                     return check(status, &err)
-                offset += progress.done
-                buffer += progress.done
-                length -= progress.done
-                if status == n.IMGC_WOULD_WAIT:
-                    flags = 0
+                buffer += rest.offset - offset
+                offset, length = rest.offset, rest.length
+                if status == n.IMGC_MISSING:
+                    self.get_table(&rest, &table)
                 else:
-                    self.drop(&table)
-                    self.add(offset, progress.generation, &table)
+                    flags = 0
         finally:
             self.drop(&table)
 
     cdef int gather(self, n.imgc_disk_request *requests, size_t count, threads) except -1:
         """Read on several threads, in the order of the places."""
         cdef n.imgc_gather *gather = NULL
+        cdef n.imgc_disk_rest rest
         cdef n.imgc_error err
         cdef n.imgc_table *table = NULL
-        cdef uint64_t missing = 0, generation = 0
         cdef unsigned n_threads = self.threads(threads)
         cdef int status
         check(n.imgc_gather_create(self.handle, requests, count, &gather, &err), &err)
         try:
             while True:
                 with nogil:
-                    status = n.imgc_gather_run(gather, n_threads, &missing, &generation, &err)
+                    status = n.imgc_gather_run(gather, table, n_threads, &rest, &err)
                 if status <= 0:
                     return check(status, &err)
                 PyErr_CheckSignals()
                 if status == n.IMGC_MISSING:
-                    self.drop(&table)
-                    self.add(missing, generation, &table)
+                    self.get_table(&rest, &table)
         finally:
             self.drop(&table)
             n.imgc_gather_destroy(gather)
 
-    cdef int add(self, uint64_t offset, uint64_t generation, n.imgc_table **table) except -1:
-        """Hold the table of ``offset``: one that another thread has added, or a new one."""
-        cdef n.imgc_error err
+    cdef int get_table(self, n.imgc_disk_rest *rest, n.imgc_table **table) except -1:
+        """Get the table of what is left to read.
+
+        If the image is damaged there, the rows of what is wanted may still be sound.
+        """
         cdef uint64_t start, end
-        cdef const extent_row[::1] rows
+        self.drop(table)
+        n.imgc_disk_span(self.handle, rest.offset, &start, &end)
         with self.lock:
-            table[0] = n.imgc_disk_hold(self.handle, offset)
+            table[0] = n.imgc_disk_find(self.handle, rest.offset)
             if table[0] != NULL:
                 return 0
-            n.imgc_disk_span(self.handle, offset, &start, &end)
-            rows = self.rows(start, end)
-            check(n.imgc_disk_add(self.handle, offset, generation,
-                                  <const n.imgc_extent *>&rows[0], rows.shape[0], table, &err),
-                  &err)
+            try:
+                return self.add(start, end, rest.generation, table)
+            except Exception:
+                pass
+            start = rest.offset - rest.offset % SECTOR_NBYTES
+            if rest.length < end - rest.offset:
+                end = rest.offset + rest.length
+                end = min(end + (SECTOR_NBYTES - end % SECTOR_NBYTES) % SECTOR_NBYTES, self.nbytes)
+            return self.add(start, end, rest.generation, table)
+
+    cdef int add(self, uint64_t start, uint64_t end, uint64_t generation,
+                 n.imgc_table **table) except -1:
+        cdef n.imgc_error err
+        cdef const extent_row[::1] rows = self.rows(start, end)
+        if rows.shape[0] == 0:
+            raise ValueError("a table without rows")
+        check(n.imgc_disk_add(self.handle, start, end, generation,
+                              <const n.imgc_extent *>&rows[0], rows.shape[0], table, &err), &err)
         return 0
 
     cdef void drop(self, n.imgc_table **table) noexcept:

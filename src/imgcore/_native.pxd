@@ -273,8 +273,8 @@ cdef extern from "imgc.h" nogil:
         uint64_t guest_nbytes, span_nbytes, cache_nbytes
         uint32_t inflate_variant, io_variant
 
-    struct imgc_disk_progress:
-        uint64_t done, generation
+    struct imgc_disk_rest:
+        uint64_t offset, length, generation
 
     struct imgc_cache_stats:
         uint64_t n_entries, nbytes, n_hits, n_misses
@@ -291,17 +291,17 @@ cdef extern from "imgc.h" nogil:
     int imgc_uses_enter(imgc_uses *uses)
     int imgc_uses_leave(imgc_uses *uses)
     int imgc_uses_close(imgc_uses *uses)
-    int imgc_disk_read(imgc_disk *disk, uint64_t offset, void *buffer, uint64_t length,
-                       unsigned flags, imgc_disk_progress *progress, imgc_error *err)
+    int imgc_disk_read(imgc_disk *disk, const imgc_table *table, uint64_t offset, void *buffer,
+                       uint64_t length, unsigned flags, imgc_disk_rest *rest, imgc_error *err)
     void imgc_disk_span(const imgc_disk *disk, uint64_t offset, uint64_t *start, uint64_t *end)
-    int imgc_disk_add(imgc_disk *disk, uint64_t offset, uint64_t generation,
-                      const imgc_extent *rows, size_t n, imgc_table **held, imgc_error *err)
-    imgc_table *imgc_disk_hold(imgc_disk *disk, uint64_t offset)
+    int imgc_disk_add(imgc_disk *disk, uint64_t start, uint64_t end, uint64_t generation,
+                      const imgc_extent *rows, size_t n, imgc_table **out, imgc_error *err)
+    imgc_table *imgc_disk_find(imgc_disk *disk, uint64_t offset)
     void imgc_disk_drop(imgc_disk *disk, imgc_table *table)
     void imgc_disk_forget(imgc_disk *disk)
     void imgc_disk_stats(imgc_disk *disk, imgc_cache_stats *out)
     int imgc_gather_create(imgc_disk *disk, const imgc_disk_request *requests, size_t n,
                            imgc_gather **out, imgc_error *err)
-    int imgc_gather_run(imgc_gather *gather, unsigned n_threads, uint64_t *missing,
-                        uint64_t *generation, imgc_error *err)
+    int imgc_gather_run(imgc_gather *gather, const imgc_table *table, unsigned n_threads,
+                        imgc_disk_rest *rest, imgc_error *err)
     void imgc_gather_destroy(imgc_gather *gather)
