@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import os
 from collections.abc import Sequence
@@ -18,6 +19,21 @@ it; results always hold the latter."""
 def file_name(path: FilePath) -> str:
     """Return a file's name as str; TypeError for anything that is not a name."""
     return os.fsdecode(path)
+
+
+def source_name(source: FilePath | int) -> str | int:
+    """Return the name of an image as str, or the number of a descriptor as int."""
+    if isinstance(source, str | bytes | os.PathLike):
+        return file_name(source)
+    return descriptor(source, "expected str, bytes or os.PathLike object, or an open descriptor")
+
+
+def descriptor(number: SupportsIndex, wanted: str = "expected an open descriptor") -> int:
+    """Return a descriptor as int; TypeError for anything else, also for a bool."""
+    if not isinstance(number, bool):
+        with contextlib.suppress(TypeError):
+            return int(operator.index(number))
+    raise TypeError(f"{wanted}, not {number!r}")
 
 
 def file_names(paths: FilePath | Sequence[FilePath]) -> tuple[str, ...]:

@@ -23,6 +23,10 @@ MAX_PENDING_TABLE_NBYTES: Final = 32 * MIB
 # Images of a chain of parents; each of them stays open.  QEMU has no limit.
 MAX_CHAIN_DEPTH: Final = 64
 
+# Tables and decompressed blocks that an open image keeps in memory.
+DEFAULT_CACHE_NBYTES: Final = 32 * MIB
+MAX_CACHE_NBYTES: Final = 64 * GIB
+
 # A block of a target with a parent (-B), which is compared as a whole:
 # IMGC_MAX_BASE_BLOCK_NBYTES.
 MAX_BASE_BLOCK_NBYTES: Final = 4 * MIB

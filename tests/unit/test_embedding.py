@@ -35,10 +35,13 @@ measure: source size format target_format options compress backing_format parent
     read_options allow share
 measure_reflink: source target_format format options backing_format parent read_options
     allow share
-open: path format backing_format parent read_options allow share
+open: source mode chain cache files format backing_format parent read_options allow share
 Image.read: offset length
 Image.readinto: offset buffer threads
-Image.extents: start length
+Image.readv: requests threads
+Image.extents: start length layer
+Image.as_file: start length
+Image.refresh:
 Image.info:
 Image.close:
 BadRange: guest_offset length path reason
@@ -64,7 +67,7 @@ PROMISED = {
 
 
 def test_the_table_is_read() -> None:
-    assert len(PROMISED) == 27
+    assert len(PROMISED) == 30
     assert PROMISED["convert"][:2] == ["source", "target"]
     assert PROMISED["convert"][-1] == "control"
     assert PROMISED["Progress"] == ["done", "total", "data", "zero", "written"]

@@ -6,6 +6,8 @@ import os
 import stat
 from typing import Final
 
+from imgcore.errors import ImgcoreError
+
 # (st_dev, st_ino) of a file, (BLOCK_DEVICE, st_rdev) of a block device.
 Identity = tuple[int, int]
 
@@ -54,3 +56,11 @@ def describe_file_type(mode: int) -> str:
         if test(mode):
             return name
     return "a regular file"
+
+
+def refuse_type(mode: int, path: str, *, device: bool = True) -> None:
+    """Raise ImgcoreError if a ``st_mode`` is not that of a file to read images from."""
+    if stat.S_ISREG(mode) or (device and stat.S_ISBLK(mode)):
+        return
+    allowed = "a regular file or a block device" if device else "a regular file"
+    raise ImgcoreError(f"is {describe_file_type(mode)}, not {allowed}", path=path)
