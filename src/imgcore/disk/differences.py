@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from imgcore._core import GRANULE_DIFFERS, GRANULE_HAS_DATA
+from imgcore._core import GRANULE_DIFFERS, GRANULE_HAS_DATA, Job
 from imgcore.areas.area import Area
-from imgcore.disk.image_pair import ImagePair
 from imgcore.disk.overlay import padded
 from imgcore.disk.same_ranges import Places
 from imgcore.engine.batches import cut_batches, pair_up
-from imgcore.engine.extents import clip
+from imgcore.engine.extents import Kind, clip
 from imgcore.engine.job import chosen_variants, translated_errors
+from imgcore.engine.source_file import native_sources
 from imgcore.limits import MIB
 
 if TYPE_CHECKING:
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from imgcore._core import Job
-    from imgcore.disk.image import Image
+    from imgcore.disk.disk_state import DiskState
     from imgcore.disk.same_ranges import SameRanges
     from imgcore.engine.extents import Extents
 
@@ -41,7 +40,7 @@ class Differences:
 
     Parameters
     ----------
-    new, old : Image
+    new, old : DiskState
         Open; a disk that ends before ``nbytes`` goes on with zeros.
     nbytes : int
         Bytes to compare, at most those of the larger disk.
@@ -55,16 +54,18 @@ class Differences:
 
     def __init__(
         self,
-        new: Image,
-        old: Image,
+        new: DiskState,
+        old: DiskState,
         *,
         nbytes: int,
         granularity: int,
         threads: int,
         report: Callable[[int], None],
     ) -> None:
-        self._pair = ImagePair(new, old)
-        self._places = Places(self._pair.sources)
+        self._new, self._old = new, old
+        # Files of the old image have their numbers after those of the new one.
+        self._sources = [*new.sources, *old.sources]
+        self._places = Places(self._sources)
         self._nbytes = nbytes
         self._granularity = granularity
         self._max_nbytes = min(_MAX_BATCH_BLOCKS * granularity, _MAX_BATCH_NBYTES)
@@ -91,13 +92,12 @@ class Differences:
 
     def _sides(self) -> tuple[Iterator[Extents], Iterator[Extents]]:
         """Return the extents of both disks, in batches that end with a block."""
-        pair = self._pair
-        old = pair.renumbered(self._extents(pair.second))
-        return self._whole_blocks(self._extents(pair.first)), self._whole_blocks(old)
+        old = _renumbered(self._extents(self._old), len(self._new.sources))
+        return self._whole_blocks(self._extents(self._new)), self._whole_blocks(old)
 
-    def _extents(self, image: Image) -> Iterator[Extents]:
-        nbytes = min(image.virtual_size, self._nbytes)
-        return padded(image.data_extents(0, nbytes), nbytes, self._nbytes)
+    def _extents(self, disk: DiskState) -> Iterator[Extents]:
+        nbytes = min(disk.virtual_size, self._nbytes)
+        return padded(disk.data_extents(0, nbytes, None), nbytes, self._nbytes)
 
     def _whole_blocks(self, extents: Iterator[Extents]) -> Iterator[Extents]:
         end, unit = self._nbytes, self._granularity
@@ -121,10 +121,14 @@ class Differences:
     def _compare(self, first: int, last: int, new: Extents, old: Extents) -> NDArray[np.uint8]:
         """Return the engine's answer for each block of a range."""
         blocks = np.zeros(-(-(last - first) // self._granularity), np.uint8)
-        with translated_errors(self._pair.paths):
+        with translated_errors([source.file.path for source in self._sources]):
             if self._job is None:
-                variants = chosen_variants(None)
-                self._job = self._pair.job(self._threads, variants, self._granularity)
+                self._job = Job(
+                    sources=native_sources(self._sources),
+                    threads=self._threads,
+                    variants=chosen_variants(None),
+                    granule_nbytes=self._granularity,
+                )
             job = self._job
             before = job.progress()[0]
             job.start(
@@ -160,3 +164,10 @@ class Differences:
             strict=True,
         ):
             yield Area(start, min(end, last) - start, state == GRANULE_DIFFERS)
+
+
+def _renumbered(batches: Iterator[Extents], first_file: int) -> Iterator[Extents]:
+    for rows in batches:
+        shifted = rows.copy()
+        shifted["file"][shifted["kind"] >= Kind.DATA] += np.uint32(first_file)
+        yield shifted
