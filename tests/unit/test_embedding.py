@@ -71,7 +71,7 @@ PROMISED = {
 
 
 def test_the_table_is_read() -> None:
-    assert len(PROMISED) == 30
+    assert len(PROMISED) == 32
     assert PROMISED["convert"][:2] == ["source", "target"]
     assert PROMISED["convert"][-1] == "control"
     assert PROMISED["Progress"] == ["done", "total", "data", "zero", "written"]

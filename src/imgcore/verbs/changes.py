@@ -32,7 +32,7 @@ def changes(
     *,
     since: FilePath | int | None = None,
     bitmap: str | None = None,
-    areas: AreaList | None = None,
+    areas: FilePath | Sequence[Area | tuple[SupportsIndex, SupportsIndex]] | None = None,
     tree: FilePath | None = None,
     granularity: SupportsIndex | str = "64k",
     threads: SupportsIndex | None = None,
