@@ -43,8 +43,8 @@ def _entry(text: JsonText, value: Any) -> Entry:
         # data.
         raise text.error("an area that is neither data nor zero: this is no map of an image")
     return Entry(
-        number(text, value, "start"),
-        number(text, value, "length"),
+        text.whole_number(value, "start"),
+        text.whole_number(value, "length"),
         is_zero=is_zero,
         is_changed=is_present,
     )
@@ -55,14 +55,6 @@ def _flag(text: JsonText, value: dict[str, Any], name: str) -> bool:
     if not isinstance(flag, bool):
         raise text.error(f"the object that ends here has no {name!r} that is true or false")
     return flag
-
-
-def number(text: JsonText, value: dict[str, Any], name: str) -> int:
-    """Return a member of an object that is a whole number."""
-    found = value.get(name)
-    if isinstance(found, bool) or not isinstance(found, int):
-        raise text.error(f"the object that ends here has no {name!r} that is a whole number")
-    return found
 
 
 def map_lines(areas: Iterable[Area]) -> Iterator[str]:
