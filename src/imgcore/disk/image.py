@@ -246,6 +246,16 @@ class Image(Closable):
             )
         return first, nbytes
 
+    @contextmanager
+    def kept_open(self) -> Iterator[DiskState]:
+        """Keep the files open in a ``with`` block; ValueError if they are closed.
+
+        It receives the state of the image, which is closed when it is dropped, if the
+        image is refreshed meanwhile.
+        """
+        with self._in_use():
+            yield self._state
+
     def _guarded(self, state: DiskState, batches: Iterator[_Item]) -> Iterator[_Item]:
         """Yield from an iterator that uses the files: only its steps keep them open.
 
@@ -361,9 +371,10 @@ class Image(Closable):
     ) -> tuple[int, memoryview]:
         """Return the offset and the buffer of a read; ``stack`` releases the buffer."""
         view = stack.enter_context(memoryview(cast("WriteableBuffer", buffer)))
-        octets = stack.enter_context(view.cast("B"))
-        if octets.readonly:
+        if view.readonly:
             raise BufferError(f"a writable buffer is needed, not {type(buffer).__name__}")
+        # An empty array of NumPy cannot be cast.
+        octets = stack.enter_context(view.cast("B") if view.nbytes else memoryview(bytearray()))
         return self._range(state, offset, octets.nbytes, "offset")[0], octets
 
     def as_file(
