@@ -71,7 +71,7 @@ class Image(Closable):
         self.path: str = self._state.files[0].path
         # Those that iterators still use are among them.
         self._states = weakref.WeakSet([self._state])
-        self._refreshing = threading.Lock()
+        self._refreshing = threading.RLock()
         super().__init__()
 
     @property
@@ -448,6 +448,10 @@ class Image(Closable):
     def _free(self) -> None:
         for state in list(self._states):
             state.close()
+
+    def _adopt(self) -> None:
+        super()._adopt()
+        self._refreshing = threading.RLock()
 
     def __enter__(self) -> Image:
         with self._in_use():
