@@ -53,8 +53,8 @@ class Closable:
     def __init__(self) -> None:
         # Reentrant: a signal handler may close the object in the middle of a use.
         self._lock = threading.RLock()
-        # The number of uses in progress on each thread that has any.
-        self._uses: dict[int, int] = {}
+        # The number of uses in progress by each thread, or other user, that has any.
+        self._uses: dict[object, int] = {}
         self._forks_before = _n_forks
         self._is_closed = False
 
@@ -66,18 +66,28 @@ class Closable:
     def _in_use(self) -> Iterator[None]:
         """Keep the object open in a ``with`` block; ValueError if it is closed."""
         me = threading.get_ident()
-        with self._state_lock():
-            if self._is_closed:
-                raise ValueError(f"{self.path}: the {self._what} is closed")
-            self._uses[me] = self._uses.get(me, 0) + 1
+        self._begin_use(me)
         try:
             yield
         finally:
-            with self._state_lock():
-                self._uses[me] -= 1
-                if not self._uses[me]:
-                    del self._uses[me]
-            self._free_after_use()
+            self._end_use(me)
+
+    def _begin_use(self, user: object) -> None:
+        """Keep the object open until `_end_use`; ValueError if it is closed.
+
+        A user that is not a thread's number is forgotten in forked children.
+        """
+        with self._state_lock():
+            if self._is_closed:
+                raise ValueError(f"{self.path}: the {self._what} is closed")
+            self._uses[user] = self._uses.get(user, 0) + 1
+
+    def _end_use(self, user: object) -> None:
+        with self._state_lock():
+            self._uses[user] -= 1
+            if not self._uses[user]:
+                del self._uses[user]
+        self._free_after_use()
 
     def close(self) -> None:
         """Close it; may be called more than once.
