@@ -61,6 +61,26 @@ void imgc_view_materialise(const struct view *view, uint64_t start, uint64_t end
 	}
 }
 
+void imgc_view_drop(struct view *view, uint64_t start, uint64_t end)
+{
+	size_t first = view_find(view, start), last = first, n_kept = 0;
+	struct range kept[2];
+
+	while (last < view->n_ranges && view->ranges[last].start < end)
+		last++;
+	if (first == last)
+		return;
+	if (view->ranges[first].start < start)
+		kept[n_kept++] = (struct range){view->ranges[first].start, start};
+	if (view->ranges[last - 1].end > end)
+		kept[n_kept++] = (struct range){end, view->ranges[last - 1].end};
+	memmove(&view->ranges[first + n_kept], &view->ranges[last],
+		(view->n_ranges - last) * sizeof(*view->ranges));
+	memcpy(&view->ranges[first], kept, n_kept * sizeof(*kept));
+	view->n_ranges += n_kept;
+	view->n_ranges -= last - first;
+}
+
 /* ------------------------------------------------------------------- reads */
 
 /* One call of imgc_reader_fill(). */

@@ -56,4 +56,7 @@ void imgc_view_materialise(const struct view *view, uint64_t start, uint64_t end
 /* Whether any data lies in [start, end). */
 bool imgc_view_has_data(const struct view *view, uint64_t start, uint64_t end);
 
+/* Says that [start, end) of the view, whose bytes are zeros, is no data. */
+void imgc_view_drop(struct view *view, uint64_t start, uint64_t end);
+
 #endif /* IMGC_ENGINE_SOURCE_H */

@@ -417,11 +417,15 @@ int imgc_window_process(struct worker *worker, struct slot *slot, struct imgc_er
 	if (status == IMGC_OK)
 		status = imgc_reader_fill(&worker->reader, job->rows, slot->start, slot->end,
 					  &slot->view, reuse, err);
+	if (status == IMGC_OK)
+		status = imgc_leaves_make(worker, slot, err);
 	if (status == IMGC_OK && job->base.n)
 		status = imgc_reader_fill(&worker->reader, job->base, slot->start, slot->end,
 					  &worker->other, NULL, err);
 	if (status)
 		return status;
+	if (job->options.kind == IMGC_JOB_DIGEST)
+		return IMGC_OK;
 	if (job->options.kind == IMGC_JOB_COMPARE) {
 		if (job->options.granule_nbytes)
 			compare_granules(worker, slot);

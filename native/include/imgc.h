@@ -99,6 +99,61 @@ int imgc_is_zero(uint32_t variant, const void *data, size_t nbytes);
 /* CRC-32C of `data`, continued from `crc`, which is 0 for the first part. */
 uint32_t imgc_crc32c(uint32_t variant, uint32_t crc, const void *data, size_t nbytes);
 
+/* --------------------------------------------------------------- checksums */
+
+/*
+ * The checksum of a disk (blkhash).  A leaf is the hash of one block; the checksum is the
+ * hash of all leaves in order, followed by the disk's length in bytes as a little-endian
+ * 64-bit number.  The last block may be short.  The leaf of a whole block of zeros is a
+ * constant, which is known without hashing.
+ */
+enum imgc_checksum {
+	IMGC_CHECKSUM_NONE = 0,
+	IMGC_CHECKSUM_SHA256 = 1,
+	IMGC_CHECKSUM_BLAKE3 = 2, /* with 32 bytes of output */
+	IMGC_N_CHECKSUMS,
+};
+
+#define IMGC_CHECKSUM_NBYTES 32u		/* of a leaf, and of the checksum */
+#define IMGC_CHECKSUM_BLOCK_NBYTES (64u * 1024) /* in jobs */
+
+/* The static name ("sha256"), or NULL for NONE and past the last one. */
+const char *imgc_checksum_name(unsigned checksum);
+
+/* 1 if the algorithm is in this build; else 0. */
+int imgc_checksum_is_built(unsigned checksum);
+
+/* Makes the checksum of bytes that come in order. */
+struct imgc_hasher;
+
+/*
+ * `block_nbytes` is a power of two, 512 B to 16 MiB.  `zero_variant` is an id of
+ * IMGC_OP_ZERO.  IMGC_UNSUPPORTED if the algorithm is not built in.
+ */
+int imgc_hasher_create(uint32_t checksum, uint64_t block_nbytes, uint32_t zero_variant,
+		       struct imgc_hasher **out);
+
+/* NULL is allowed. */
+void imgc_hasher_destroy(struct imgc_hasher *hasher);
+
+/*
+ * Each of these three adds the next `nbytes` bytes of the disk: its content, zeros, or
+ * leaves of blocks.  IMGC_INVALID_ARGUMENT if the disk gets longer than INT64_MAX bytes,
+ * or if leaves do not start with a block, or if anything follows the leaf of a short
+ * block; nothing has been added then.  After another failure the hasher can only be
+ * destroyed.
+ */
+int imgc_hasher_update(struct imgc_hasher *hasher, const void *data, size_t nbytes);
+int imgc_hasher_zeros(struct imgc_hasher *hasher, uint64_t nbytes);
+int imgc_hasher_leaves(struct imgc_hasher *hasher, const void *leaves, uint64_t nbytes);
+
+/* The leaf of one block, which is not added. */
+int imgc_hasher_leaf(struct imgc_hasher *hasher, const void *block, size_t nbytes,
+		     uint8_t out[IMGC_CHECKSUM_NBYTES]);
+
+/* The checksum of what has been added so far.  More may be added afterwards. */
+int imgc_hasher_digest(struct imgc_hasher *hasher, uint8_t out[IMGC_CHECKSUM_NBYTES]);
+
 /* ------------------------------------------------------------------ codecs */
 
 enum imgc_codec {
@@ -464,6 +519,7 @@ int imgc_rate_limit_take(struct imgc_rate_limit *limit, uint64_t nbytes, unsigne
 enum imgc_job_kind {
 	IMGC_JOB_CONVERT = 0, /* read, zero-test, compress, write */
 	IMGC_JOB_COMPARE = 1, /* read two, find the first difference, or all of them */
+	IMGC_JOB_DIGEST = 2,  /* read and make the leaves of a checksum */
 };
 
 #define IMGC_MAX_THREADS 256u
@@ -517,6 +573,13 @@ struct imgc_job_options {
 	 */
 	struct imgc_rate_limit *rate_limit;
 	/*
+	 * CONVERT and DIGEST: an enum imgc_checksum, whose leaves each batch then receives.
+	 * All data is read for that: IMGC_EXTENT_UNREAD and trust_blocks have no effect.
+	 * Batches start at multiples of IMGC_CHECKSUM_BLOCK_NBYTES, and end at one or at
+	 * the disk's end.
+	 */
+	uint32_t checksum;
+	/*
 	 * COMPARE: a power of two.  Every difference is found, and told by the granules
 	 * of so many bytes that it is in; there is no first difference then.  0: the job
 	 * ends at the first difference.
@@ -549,6 +612,13 @@ struct imgc_batch {
 	/* APPEND: zeroed by the caller, ceil((end - start) / block_nbytes) rows. */
 	struct imgc_placement *placements;
 	size_t n_placements;
+	/*
+	 * With options.checksum: receives the leaf of each block, IMGC_CHECKSUM_NBYTES
+	 * each, ceil((end - start) / IMGC_CHECKSUM_BLOCK_NBYTES) of them.  The last one is
+	 * of the bytes up to guest_end.  Else NULL.
+	 */
+	uint8_t *leaves;
+	size_t n_leaves;
 	/*
 	 * COMPARE with granule_nbytes: zeroed by the caller, one byte for each granule of
 	 * which the batch has a part.  Receives IMGC_GRANULE_* of that part, which does

@@ -19,6 +19,8 @@ GRANULE_HAS_DATA: Final[int]
 TARGET: Final[int]
 MAX_BAD_RANGES: Final[int]
 MAX_THREADS: Final[int]
+CHECKSUM_BLOCK_NBYTES: Final[int]
+CHECKSUM_NBYTES: Final[int]
 
 class Status(IntEnum):
     """The result of a native call: ``enum imgc_status``."""
@@ -102,6 +104,35 @@ def build_info() -> dict[str, str]: ...
 def variants() -> dict[str, list[dict[str, object]]]: ...
 def is_zero(data: object, variant: str | None = ...) -> bool: ...
 def crc32c(data: object, crc: int = ..., variant: str | None = ...) -> int: ...
+def checksum_algorithms() -> tuple[str, ...]:
+    """Return the names of the checksum algorithms in this build."""
+
+@final
+class Hasher:
+    """The checksum of a disk whose bytes come in order: ``struct imgc_hasher``.
+
+    One thread may use it at a time.
+    """
+
+    def __init__(self, algorithm: str = ..., block_nbytes: int = ...) -> None:
+        """Start with an empty disk.
+
+        An unknown algorithm is a ValueError, one that is not built a RuntimeError.
+        ``block_nbytes`` is a power of two, 512 B to 16 MiB.
+        """
+    def update(self, data: object) -> None:
+        """Add bytes of the disk."""
+    def zeros(self, nbytes: int) -> None:
+        """Add zeros, as fast as their leaves can be hashed."""
+    def add_leaves(self, leaves: object, nbytes: int) -> None:
+        """Add ``nbytes`` of the disk by the leaves of their blocks.
+
+        They start with a block.  After a block that is not whole nothing can follow.
+        """
+    def leaf(self, block: object) -> bytes:
+        """Return the leaf of a block, which is not added."""
+    def digest(self) -> bytes:
+        """Return the checksum of what was added so far."""
 
 @final
 class TableFormat:
@@ -181,7 +212,7 @@ class RateLimit:
 
 @final
 class Job:
-    """One conversion or comparison, run batch by batch."""
+    """One conversion, comparison or checksum, run batch by batch."""
 
     def __init__(
         self,
@@ -198,15 +229,20 @@ class Job:
         reflink: bool = ...,
         trust_blocks: bool = ...,
         rate_limit: RateLimit | None = ...,
+        checksum: str | None = ...,
         granule_nbytes: int = ...,
     ) -> None:
-        """Create a job: a comparison if ``geometry`` is None, else a conversion.
+        """Create a job: a conversion if there is a ``geometry``.
+
+        Without one it is a comparison, or with ``checksum`` it only makes leaves.
 
         ``sources`` holds (file, nbytes, guest_base, block_nbytes).  ``has_base``: each
         batch has the extents of the target's parent as ``base_extents``.  ``reflink``:
         data at a suitable place of a source is reflinked, not written.
         ``trust_blocks``: reused blocks are not decompressed.  ``rate_limit``: windows
-        wait for it before they are read.  ``granule_nbytes``: a comparison finds all
+        wait for it before they are read.  ``checksum``: an algorithm for which each
+        batch receives ``leaves``; all data is read and hashed.
+        ``granule_nbytes``: a comparison finds all
         differences, by granules of so many bytes, instead of the first one.
         """
     def start(
@@ -217,7 +253,13 @@ class Job:
         base_extents: NDArray[np.void] | None = ...,
         placements: NDArray[np.void] | None = ...,
         granules: NDArray[np.uint8] | None = ...,
-    ) -> None: ...
+        leaves: object | None = ...,
+    ) -> None:
+        """Start the workers on one part of the disk; hold the arrays until wait.
+
+        ``leaves`` is a writable buffer of `CHECKSUM_NBYTES` for each block of
+        `CHECKSUM_BLOCK_NBYTES` of the part, which starts with such a block.
+        """
     def wait(self, tick: Callable[[], None] | None = ...) -> None:
         """Join the batch, and call ``tick`` on this thread about every 50 ms.
 
@@ -230,6 +272,7 @@ class Job:
         extents: NDArray[np.void],
         base_extents: NDArray[np.void] | None = ...,
         placements: NDArray[np.void] | None = ...,
+        leaves: object | None = ...,
     ) -> None: ...
     def cancel(self) -> None: ...
     def progress(self) -> tuple[int, int, int, int, int, int, int, int]:

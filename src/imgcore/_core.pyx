@@ -19,8 +19,12 @@ GRANULE_HAS_DATA = n.IMGC_GRANULE_HAS_DATA
 TARGET = n.IMGC_TARGET
 MAX_BAD_RANGES = n.IMGC_MAX_BAD_RANGES
 MAX_THREADS = n.IMGC_MAX_THREADS
+CHECKSUM_BLOCK_NBYTES = n.IMGC_CHECKSUM_BLOCK_NBYTES
+CHECKSUM_NBYTES = n.IMGC_CHECKSUM_NBYTES
 
 cdef int POLL_MS = 50
+# Hashed in one call, about 50 ms; then signals are looked for.
+cdef uint64_t HASH_NBYTES = 64 << 20
 
 ctypedef packed struct extent_row:
     uint64_t guest_offset
@@ -73,6 +77,15 @@ cdef int check(int status, n.imgc_error *err) except -1:
         raise MemoryError()
     op = err.op.decode("ascii") if err.op != NULL else "core"
     raise CoreError(Status(status), err.os_errno, err.offset, err.source, op)
+
+
+cdef int check_call(int status, op) except -1:
+    """Raise for the status of a call that fills no error."""
+    if status == n.IMGC_OK:
+        return 0
+    if status == n.IMGC_NO_MEMORY:
+        raise MemoryError()
+    raise CoreError(Status(status), 0, 0, n.IMGC_NO_SOURCE, op)
 
 
 cdef uint32_t select(unsigned op, name) except? 0xFFFFFFFF:
@@ -134,6 +147,102 @@ def crc32c(const uint8_t[::1] data, uint32_t crc=0, variant=None):
     with nogil:
         crc = n.imgc_crc32c(chosen, crc, &data[0], nbytes)
     return crc
+
+
+def checksum_algorithms():
+    """Return the names of the checksum algorithms in this build."""
+    return tuple(n.imgc_checksum_name(i).decode()
+                 for i in range(n.IMGC_CHECKSUM_NONE + 1, n.IMGC_N_CHECKSUMS)
+                 if n.imgc_checksum_is_built(i))
+
+
+cdef uint32_t checksum_of(algorithm) except 0:
+    """Find a checksum algorithm by name."""
+    for i in range(n.IMGC_CHECKSUM_NONE + 1, n.IMGC_N_CHECKSUMS):
+        if n.imgc_checksum_name(i).decode() == algorithm:
+            if not n.imgc_checksum_is_built(i):
+                raise RuntimeError(f"checksum algorithm {algorithm!r} is not in this build")
+            return i
+    raise ValueError(f"no checksum algorithm {algorithm!r}")
+
+
+cdef class Hasher:
+    """The checksum of a disk whose bytes come in order: ``struct imgc_hasher``.
+
+    One thread may use it at a time.
+    """
+
+    cdef n.imgc_hasher *handle
+    cdef uint64_t block_nbytes
+
+    def __cinit__(self, algorithm="sha256", uint64_t block_nbytes=CHECKSUM_BLOCK_NBYTES):
+        self.handle = NULL
+        self.block_nbytes = block_nbytes
+        cdef uint32_t checksum = checksum_of(algorithm)
+        cdef uint32_t variant = select(n.IMGC_OP_ZERO, None)
+        cdef int status
+        with nogil:
+            status = n.imgc_hasher_create(checksum, block_nbytes, variant, &self.handle)
+        check_call(status, "hasher")
+
+    def update(self, const uint8_t[::1] data):
+        """Add bytes of the disk."""
+        cdef size_t nbytes = data.shape[0], done = 0, some
+        cdef int status = n.IMGC_OK
+        while done < nbytes:
+            some = min(nbytes - done, HASH_NBYTES)
+            with nogil:
+                status = n.imgc_hasher_update(self.handle, &data[done], some)
+            check_call(status, "hasher")
+            done += some
+            PyErr_CheckSignals()
+
+    def zeros(self, uint64_t nbytes):
+        """Add zeros, as fast as their leaves can be hashed."""
+        cdef uint64_t some
+        cdef int status = n.IMGC_OK
+        while nbytes:
+            some = min(nbytes, HASH_NBYTES // n.IMGC_CHECKSUM_NBYTES * self.block_nbytes)
+            with nogil:
+                status = n.imgc_hasher_zeros(self.handle, some)
+            check_call(status, "hasher")
+            nbytes -= some
+            PyErr_CheckSignals()
+
+    def add_leaves(self, const uint8_t[::1] leaves, uint64_t nbytes):
+        """Add ``nbytes`` of the disk by the leaves of their blocks.
+
+        They start with a block.  After a block that is not whole nothing can follow.
+        """
+        cdef uint64_t n_blocks = nbytes // self.block_nbytes + (nbytes % self.block_nbytes > 0)
+        cdef int status
+        if <uint64_t>leaves.shape[0] != n_blocks * n.IMGC_CHECKSUM_NBYTES:
+            raise ValueError(f"{leaves.shape[0]} bytes of leaves for {n_blocks} blocks")
+        if n_blocks == 0:
+            return
+        with nogil:
+            status = n.imgc_hasher_leaves(self.handle, &leaves[0], nbytes)
+        check_call(status, "hasher")
+
+    def leaf(self, const uint8_t[::1] block):
+        """Return the leaf of a block, which is not added."""
+        cdef size_t nbytes = block.shape[0]
+        if nbytes == 0:
+            raise ValueError("an empty block has no leaf")
+        leaf = PyBytes_FromStringAndSize(NULL, n.IMGC_CHECKSUM_NBYTES)
+        check_call(n.imgc_hasher_leaf(self.handle, &block[0], nbytes,
+                                      <uint8_t *>PyBytes_AS_STRING(leaf)), "hasher")
+        return leaf
+
+    def digest(self):
+        """Return the checksum of what was added so far."""
+        digest = PyBytes_FromStringAndSize(NULL, n.IMGC_CHECKSUM_NBYTES)
+        check_call(n.imgc_hasher_digest(self.handle, <uint8_t *>PyBytes_AS_STRING(digest)),
+                   "hasher")
+        return digest
+
+    def __dealloc__(self):
+        n.imgc_hasher_destroy(self.handle)
 
 
 def extent_table(rows):
@@ -372,7 +481,7 @@ cdef class RateLimit:
 
 @cython.no_gc_clear  # the workers use the files until they are joined
 cdef class Job:
-    """One conversion or comparison, run batch by batch."""
+    """One conversion, comparison or checksum, run batch by batch."""
 
     cdef n.imgc_job *handle
     cdef n.imgc_batch batch
@@ -388,14 +497,19 @@ cdef class Job:
     def __init__(self, *, sources, geometry=None, File target=None, uint64_t next_offset=0,
                  bint has_base=False, uint32_t threads=1, uint64_t window_nbytes=0, variants=None,
                  bint salvage=False, bint reflink=False, bint trust_blocks=False,
-                 RateLimit rate_limit=None, uint64_t granule_nbytes=0):
+                 RateLimit rate_limit=None, checksum=None, uint64_t granule_nbytes=0):
         cdef n.imgc_job_options options
         cdef n.imgc_error err
         cdef File file
         cdef int status
         chosen = {} if variants is None else dict(variants)
         memset(&options, 0, sizeof(options))
-        options.kind = n.IMGC_JOB_COMPARE if geometry is None else n.IMGC_JOB_CONVERT
+        if geometry is not None:
+            options.kind = n.IMGC_JOB_CONVERT
+        else:
+            options.kind = n.IMGC_JOB_COMPARE if checksum is None else n.IMGC_JOB_DIGEST
+        if checksum is not None:
+            options.checksum = checksum_of(checksum)
         options.n_threads = threads
         options.window_nbytes = window_nbytes
         options.zero_variant = select(n.IMGC_OP_ZERO, chosen.pop("zero", None))
@@ -444,7 +558,7 @@ cdef class Job:
 
     def start(self, uint64_t start, uint64_t end, const extent_row[::1] extents,
               const extent_row[::1] base_extents=None, placement_row[::1] placements=None,
-              uint8_t[::1] granules=None):
+              uint8_t[::1] granules=None, uint8_t[::1] leaves=None):
         """Start the workers on one part of the disk; hold the arrays until wait."""
         cdef n.imgc_job *handle = self.require()
         cdef n.imgc_error err
@@ -463,13 +577,18 @@ cdef class Job:
         if placements is not None and placements.shape[0]:
             self.batch.placements = <n.imgc_placement *>&placements[0]
             self.batch.n_placements = placements.shape[0]
+        if leaves is not None and leaves.shape[0]:
+            if leaves.shape[0] % n.IMGC_CHECKSUM_NBYTES:
+                raise ValueError(f"{leaves.shape[0]} bytes are no leaves")
+            self.batch.leaves = &leaves[0]
+            self.batch.n_leaves = leaves.shape[0] // n.IMGC_CHECKSUM_NBYTES
         if granules is not None and granules.shape[0]:
             self.batch.granules = &granules[0]
             self.batch.n_granules = granules.shape[0]
         with nogil:
             status = n.imgc_job_start(handle, &self.batch, &err)
         check(status, &err)
-        self.held = (extents, base_extents, placements, granules)
+        self.held = (extents, base_extents, placements, granules, leaves)
         self.running = True
 
     def wait(self, tick=None):
@@ -501,9 +620,9 @@ cdef class Job:
             self.held = None
         check(status, &err)
 
-    def run(self, start, end, extents, base_extents=None, placements=None):
+    def run(self, start, end, extents, base_extents=None, placements=None, leaves=None):
         """Start one batch and join it."""
-        self.start(start, end, extents, base_extents, placements)
+        self.start(start, end, extents, base_extents, placements, leaves=leaves)
         self.wait()
 
     def cancel(self):

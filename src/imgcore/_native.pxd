@@ -28,9 +28,15 @@ cdef extern from "imgc.h" nogil:
         IMGC_SELECT_NOT_BUILT
         IMGC_SELECT_NO_CPU
 
+        IMGC_CHECKSUM_NONE
+        IMGC_N_CHECKSUMS
+        IMGC_CHECKSUM_NBYTES
+        IMGC_CHECKSUM_BLOCK_NBYTES
+
         IMGC_TABLE_MAX_RULES
         IMGC_JOB_CONVERT
         IMGC_JOB_COMPARE
+        IMGC_JOB_DIGEST
 
     const uint32_t IMGC_NO_SOURCE
     const uint32_t IMGC_GRANULE_DIFFERS
@@ -59,6 +65,21 @@ cdef extern from "imgc.h" nogil:
     int imgc_variant_select(unsigned op, const char *name, uint32_t *id)
     int imgc_is_zero(uint32_t variant, const void *data, size_t nbytes)
     uint32_t imgc_crc32c(uint32_t variant, uint32_t crc, const void *data, size_t nbytes)
+
+    const char *imgc_checksum_name(unsigned checksum)
+    int imgc_checksum_is_built(unsigned checksum)
+
+    struct imgc_hasher:
+        pass
+
+    int imgc_hasher_create(uint32_t checksum, uint64_t block_nbytes, uint32_t zero_variant,
+                           imgc_hasher **out)
+    void imgc_hasher_destroy(imgc_hasher *hasher)
+    int imgc_hasher_update(imgc_hasher *hasher, const void *data, size_t nbytes)
+    int imgc_hasher_zeros(imgc_hasher *hasher, uint64_t nbytes)
+    int imgc_hasher_leaves(imgc_hasher *hasher, const void *leaves, uint64_t nbytes)
+    int imgc_hasher_leaf(imgc_hasher *hasher, const void *block, size_t nbytes, uint8_t *out)
+    int imgc_hasher_digest(imgc_hasher *hasher, uint8_t *out)
 
     struct imgc_codec_params:
         uint32_t codec
@@ -183,6 +204,7 @@ cdef extern from "imgc.h" nogil:
         uint32_t reflink
         uint32_t trust_blocks
         imgc_rate_limit *rate_limit
+        uint32_t checksum
         uint64_t granule_nbytes
 
     struct imgc_bad_range:
@@ -200,6 +222,8 @@ cdef extern from "imgc.h" nogil:
         size_t n_base_extents
         imgc_placement *placements
         size_t n_placements
+        uint8_t *leaves
+        size_t n_leaves
         uint8_t *granules
         size_t n_granules
 

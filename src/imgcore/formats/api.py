@@ -250,6 +250,34 @@ class LeavesOut(Protocol):
 
 
 @runtime_checkable
+class HasBitmaps(Protocol):
+    """A reader of images that may hold bitmaps of changed areas.
+
+    Optional: readers of other formats do not have this method.
+    """
+
+    def bitmap_areas(self, name: str) -> Iterator[tuple[int, int]]:
+        """Yield the areas that a bitmap marks as changed.
+
+        Yields
+        ------
+        offset, length : int
+            In bytes.  Areas are inside the disk and not empty; they ascend, and do not
+            touch each other.
+
+        Raises
+        ------
+        OptionError
+            The image has no bitmap of this name; the message lists those it has.
+        UnsupportedFeatureError
+            The bitmap is in use, stale, or of an unknown kind.
+        CorruptImageError, LimitExceededError
+            Its tables are damaged, or larger than a named limit.
+        """
+        ...
+
+
+@runtime_checkable
 class Divided(Protocol):
     """A reader of images whose disk may be in several files.
 
