@@ -376,9 +376,10 @@ class Image(Closable):
     ) -> tuple[int, memoryview]:
         """Return the offset and the buffer of a read; ``stack`` releases the buffer."""
         view = stack.enter_context(memoryview(cast("WriteableBuffer", buffer)))
-        octets = stack.enter_context(view.cast("B"))
-        if octets.readonly:
+        if view.readonly:
             raise BufferError(f"a writable buffer is needed, not {type(buffer).__name__}")
+        # An empty array of NumPy cannot be cast.
+        octets = stack.enter_context(view.cast("B") if view.nbytes else memoryview(bytearray()))
         return self._range(state, offset, octets.nbytes, "offset")[0], octets
 
     def as_file(
