@@ -21,6 +21,9 @@ import imgcore
 
 # Parameters of functions and fields of results, which later versions only add to.
 _TEXT = """
+changes: image since bitmap areas tree granularity threads progress format
+    backing_format parent read_options allow share chain files format_since parent_since
+    read_options_since
 check: path format parent repair allow share
 compare: a b format_a format_b parent_a parent_b read_options_a read_options_b strict
     threads allow backing_format share progress
@@ -44,6 +47,7 @@ Image.as_file: start length
 Image.refresh:
 Image.info:
 Image.close:
+Area: offset length is_zero
 BadRange: guest_offset length path reason
 CheckResult: filename format corruptions leaks total_clusters allocated_clusters
     fragmented_clusters compressed_clusters image_end_offset problems repairs
@@ -68,7 +72,7 @@ PROMISED = {
 
 
 def test_the_table_is_read() -> None:
-    assert len(PROMISED) == 30
+    assert len(PROMISED) == 32
     assert PROMISED["convert"][:2] == ["source", "target"]
     assert PROMISED["convert"][-1] == "control"
     assert PROMISED["Progress"] == ["done", "total", "data", "zero", "written"]

@@ -261,6 +261,16 @@ class Image(Closable):
             )
         return first, nbytes
 
+    @contextmanager
+    def kept_open(self) -> Iterator[DiskState]:
+        """Keep the files open in a ``with`` block; ValueError if they are closed.
+
+        It receives the state of the image, which is closed when it is dropped, if the
+        image is refreshed meanwhile.
+        """
+        with self._in_use():
+            yield self._state
+
     def _guarded(self, state: DiskState, batches: Iterator[_Item]) -> Iterator[_Item]:
         """Yield from an iterator that uses the files: only its steps keep them open.
 
