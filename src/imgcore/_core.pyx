@@ -733,10 +733,14 @@ cdef uint64_t SECTOR_NBYTES = 512
 
 
 cdef int get_writable(buffer, Py_buffer *view) except -1:
-    """Get the bytes of a buffer: TypeError if it is not contiguous."""
+    """Get the bytes of a buffer."""
     try:
         PyObject_GetBuffer(buffer, view, PyBUF_WRITABLE)
-    except ValueError as error:
+    except (BufferError, ValueError) as error:
+        with memoryview(buffer) as whole:
+            if whole.readonly:
+                raise BufferError(
+                    f"a writable buffer is needed, not {type(buffer).__name__}") from None
         raise TypeError(f"a contiguous buffer is needed: {error}") from None
     return 0
 
@@ -848,7 +852,12 @@ cdef class Disk:
             views = <Py_buffer *>calloc(count + 1, sizeof(Py_buffer))
             if ranges == NULL or views == NULL:
                 raise MemoryError()
-            for offset, buffer in requests:
+            for request in requests:
+                try:
+                    offset, buffer = request
+                except (TypeError, ValueError):
+                    raise TypeError("a request is a pair of an offset and a buffer, not "
+                                    f"{request!r:.99}") from None
                 get_writable(buffer, &views[n_views])
                 n_views += 1
                 self.place(offset, views[n_views - 1].len, &start)

@@ -8,7 +8,8 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final, SupportsIndex, TypeVar
 
 from imgcore.border import FilePath, integer, range_of_disk, source_name
 from imgcore.disk.chain import open_chain
@@ -16,7 +17,9 @@ from imgcore.disk.disk_state import DiskState
 from imgcore.disk.open_options import OpenOptions
 from imgcore.errors import OptionError
 from imgcore.files.closable import Closable
+from imgcore.files.descriptors import forks_held_back
 from imgcore.formats.api import SectorSized
+from imgcore.formats.registry import get_driver
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,6 +39,16 @@ if TYPE_CHECKING:
 
 
 _Item = TypeVar("_Item")
+
+# What an open image imports when it is used first.
+_USED_BY_READS: Final = (
+    "imgcore.disk.describe",
+    "imgcore.disk.disk_file",
+    "imgcore.disk.host_holes",
+    "imgcore.disk.overlay",
+    "imgcore.disk.random_access",
+    "numpy.ma",  # numpy.union1d
+)
 
 
 class Image(Closable):
@@ -72,10 +85,10 @@ class Image(Closable):
         self.path: str = self._state.files[0].path
         # Those that iterators still use are among them.
         self._states = weakref.WeakSet([self._state])
-        self._refreshing = threading.Lock()
+        self._refreshing = threading.RLock()
         # Made by the first read.
         self._disk: RandomAccess | None = None
-        self._uses: Uses | None = None
+        self._reads: Uses | None = None
         super().__init__()
 
     @property
@@ -242,6 +255,16 @@ class Image(Closable):
         """
         return range_of_disk(self.path, state.virtual_size, start, length, what)
 
+    @contextmanager
+    def kept_open(self) -> Iterator[DiskState]:
+        """Keep the files open in a ``with`` block; ValueError if they are closed.
+
+        It receives the state of the image, which is closed when it is dropped, if the
+        image is refreshed meanwhile.
+        """
+        with self._in_use():
+            yield self._state
+
     def _guarded(self, state: DiskState, batches: Iterator[_Item]) -> Iterator[_Item]:
         """Yield from an iterator that uses the files: only its steps keep them open.
 
@@ -336,30 +359,36 @@ class Image(Closable):
             disk.explain(error)
 
     def _start_reading(self) -> RandomAccess:
-        """Return what reads the image; its uses together are one of the image's."""
+        """Return what reads the image.
+
+        All that it does is one use of the image, by the user ``Uses``.
+        """
         from imgcore._core import Uses
         from imgcore.disk.random_access import RandomAccess
 
-        with self._in_use(), self._lock:
-            if self._uses is None:
-                self._uses = Uses(_weak_call(self._end_use), _weak_call(self._refuse))
-                self._n_uses += 1
+        with self._in_use(), self._state_lock():
+            if self._reads is None:
+                self._begin_use(Uses)
+                self._reads = Uses(_weak_call(self._end_reads), _weak_call(self._refuse))
             state, cache_nbytes = self._state, self._options.cache_nbytes
-            disk = RandomAccess(self.path, state, cache_nbytes=cache_nbytes, uses=self._uses)
+            disk = RandomAccess(self.path, state, cache_nbytes=cache_nbytes, uses=self._reads)
             # A signal handler may have refreshed or closed the image meanwhile.
             if self._state is state:
                 self._disk = disk
+                _being_read.add(self)
             if self._is_closed:
-                self._stop_reading()
+                self.close()
             return disk
 
-    def _stop_reading(self) -> None:
-        if self._uses is not None and self._uses.close():
-            self._end_use()
+    def _end_reads(self) -> None:
+        from imgcore._core import Uses
+
+        self._end_use(Uses)
 
     def close(self) -> None:
         super().close()
-        self._stop_reading()
+        if self._reads is not None and self._reads.close():
+            self._end_reads()
 
     def as_file(
         self, *, start: SupportsIndex = 0, length: SupportsIndex | None = None
@@ -414,7 +443,7 @@ class Image(Closable):
             chain = open_chain(self._source, self._options._replace(files=given))
             with _closing_unless_used(chain):
                 state = DiskState(chain)
-            with self._lock:
+            with self._state_lock():
                 self._states.add(state)
                 self._state = state
                 self._disk = None
@@ -445,6 +474,11 @@ class Image(Closable):
     def _free(self) -> None:
         for state in list(self._states):
             state.close()
+
+    def _adopt(self) -> None:
+        super()._adopt()
+        self._refreshing = threading.RLock()
+        self._disk = self._reads = None
 
     def __enter__(self) -> Image:
         with self._in_use():
@@ -549,7 +583,13 @@ def open(
         cache=cache,
         files=files,
     )
-    return open_image(source_name(source), options)
+    image = open_image(source_name(source), options)
+    try:
+        _import_what_reads_use(image)
+    except BaseException:
+        image.close()
+        raise
+    return image
 
 
 def open_image(
@@ -562,6 +602,32 @@ def open_image(
     chain = open_chain(source, options, parents=parents)
     with _closing_unless_used(chain):
         return Image(chain, source, options)
+
+
+def _import_what_reads_use(image: Image) -> None:
+    """Import modules that an open image would import later, while no thread may fork.
+
+    A child that is forked while another thread imports a module can never import it.
+    """
+    with forks_held_back():
+        for name in _USED_BY_READS:
+            import_module(name)
+        for reader in image.layers:
+            for name in get_driver(reader.format_name).reading_extents:
+                import_module(name)
+
+
+# The images that are read in this process.  A child that is forked starts anew: another
+# thread may have held the locks of what reads them.
+_being_read: weakref.WeakSet[Image] = weakref.WeakSet()
+
+
+def _start_anew() -> None:
+    for image in list(_being_read):
+        image._disk = None
+
+
+os.register_at_fork(after_in_child=_start_anew)
 
 
 def _weak_call(method: Callable[[], None]) -> Callable[[], None]:
