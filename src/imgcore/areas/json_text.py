@@ -161,6 +161,13 @@ class JsonText:
         self._at = end
         return value
 
+    def whole_number(self, members: dict[str, Any], name: str) -> int:
+        """Return a whole number from the object that was taken last."""
+        found = members.get(name)
+        if isinstance(found, bool) or not isinstance(found, int):
+            raise self.error(f"the object that ends here has no {name!r} that is a whole number")
+        return found
+
     def _too_large(self) -> LimitExceededError:
         return LimitExceededError(
             f"a value at character {self._n_chars_before + self._at} is not JSON, or has "

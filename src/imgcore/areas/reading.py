@@ -10,7 +10,7 @@ from imgcore.areas.area import Area
 from imgcore.areas.json_text import JsonText
 from imgcore.areas.normal import Entry, normal_areas
 from imgcore.border import FilePath, file_name, integer
-from imgcore.errors import WrongFormatError
+from imgcore.errors import UnsupportedFeatureError, WrongFormatError
 from imgcore.files.host_file import HostFile
 
 if TYPE_CHECKING:
@@ -21,8 +21,12 @@ if TYPE_CHECKING:
 AreaList: TypeAlias = "FilePath | Sequence[Area | tuple[SupportsIndex, SupportsIndex]]"
 """Changed areas: the name of a file that lists them, or `Area` and (offset, length)."""
 
-# The key that appears first in each kind of list.
-_FIRST_KEY: Final = re.compile(r'"(start)"\s*:')
+# VMware's change tracking files; libvmdk knows no more of them.
+# Source: libvmdk, "VMWare Virtual Disk Format (VMDK)", "Change tracking file".
+_CTK_MAGIC: Final = b"\xa2\x72\x19\xf6"
+# The key that comes first tells one JSON from another.
+_KNOWN_KEY: Final = re.compile(r'"(start|startoffset|changedarea)"\s*:', re.IGNORECASE)
+_EMPTY_ARRAY: Final = re.compile(r"\[\s*\]")
 
 
 def read_areas(source: AreaList, virtual_size: int) -> Iterator[Area]:
@@ -65,15 +69,37 @@ def read_areas(source: AreaList, virtual_size: int) -> Iterator[Area]:
 
 
 def _stated(value: Area | tuple[SupportsIndex, SupportsIndex]) -> Entry:
-    offset, length, is_zero = value if isinstance(value, Area) else (*value, False)
+    try:
+        offset, length, is_zero = value if isinstance(value, Area) else (*value, False)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"areas: an Area or (offset, length) is needed, not {value!r:.60}"
+        ) from None
     return Entry(integer(offset, "offset"), integer(length, "length"), is_zero=bool(is_zero))
 
 
 def _entries(file: ByteSource, virtual_size: int) -> Iterator[Entry]:
+    """Return the entries of a file, whose content tells its kind."""
+    if file.pread(0, min(len(_CTK_MAGIC), file.nbytes)) == _CTK_MAGIC:
+        raise UnsupportedFeatureError(
+            "a change tracking file of VMware, whose layout is not public: use the JSON of "
+            "QueryChangedDiskAreas",
+            path=file.path,
+        )
     text = JsonText(file)
-    found = text.next_char()
-    if found and found in "[{":
+    start = text.next_char()
+    if start == "<":
+        from imgcore.areas.bmap import read_bmap
+
+        return read_bmap(file, virtual_size)
+    window = text.window()
+    key = _KNOWN_KEY.search(window) if start in ("[", "{") else None
+    if _EMPTY_ARRAY.match(window) or (key is not None and key[1].lower() == "start"):
         from imgcore.areas.qemu_map import read_map
 
         return read_map(text)
-    raise WrongFormatError("not a list of changed areas", path=file.path)
+    if key is not None:
+        from imgcore.areas.vmware_json import read_responses
+
+        return read_responses(text, virtual_size)
+    raise WrongFormatError("not a list of changed areas of a known kind", path=file.path)
