@@ -175,8 +175,8 @@ def test_a_map_of_many_pieces(tmp_path: Path) -> None:
     """The file is read in pieces of 1 MiB; entries and white space span them."""
     areas = [Area(2 * n, 1, is_zero=False) for n in range(30_000)]
     text = "".join(map_lines(areas)).replace(",\n", "," + " " * 90)
-    text = " " * (1 << 20) + text + "\n" * (1 << 20)
-    assert len(text) > 6 << 20
+    text = " " * 60_000 + text + "\n" * (1 << 20)
+    assert len(text) > 5 << 20
     assert listed(write(tmp_path / "map", text)) == areas
 
 
@@ -219,12 +219,13 @@ def test_bad_maps(tmp_path: Path, text: str, words: str) -> None:
 
 def test_binary_files(tmp_path: Path) -> None:
     path = tmp_path / "a"
-    path.write_bytes(b"[\xff\xfe\x00")
+    path.write_bytes(f"[{ENTRY},\xff\xfe\x00".encode("latin-1"))
     with pytest.raises(FormatError, match="not a text"):
         listed(path)
-    path.write_bytes(bytes(1000))
-    with pytest.raises(WrongFormatError, match="not a list of changed areas"):
-        listed(path)
+    for content in (bytes(1000), b"QFI\xfb" + bytes(1000), b"[\xff", b"\xff\xfe[", b"\xff\xfe"):
+        path.write_bytes(content)
+        with pytest.raises(WrongFormatError, match="not a list of changed areas"):
+            listed(path)
     with pytest.raises(ImgcoreError, match="is a folder|is a directory"):
         listed(tmp_path)
 

@@ -94,11 +94,6 @@ class JsonText:
             if self._offset == self._file.nbytes:
                 return ""
 
-    def window(self) -> str:
-        """Return the text that follows, as far as a value may reach."""
-        self._look_ahead()
-        return self._text[self._at : self._at + limits.AREAS_MAX_JSON_VALUE_CHARS]
-
     def _take(self, chars: str) -> str:
         """Take one of the characters, which must come next."""
         found = self.next_char()
