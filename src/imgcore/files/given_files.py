@@ -50,6 +50,8 @@ class GivenFiles:
             for name, number in self._descriptors.items()
             if _key(given_name(number), is_named=False) in given._held
         }
+        # The image may not name them any more, which is no mistake of the caller.
+        given._asked = set(given._descriptors)
         return given
 
     def open(self, source: str | int, *, share: bool) -> HostFile:
