@@ -500,3 +500,25 @@ def test_a_number_that_has_another_file_by_now(folder: Path, tmp_path: Path) -> 
             assert len(image.chain) == 1
     finally:
         os.close(number)
+
+
+def test_two_extents_of_one_last_component(folder: Path, tmp_path: Path) -> None:
+    half = NBYTES // 2
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a" / "x.vmdk").write_bytes(DATA[:half])
+    (tmp_path / "b" / "x.vmdk").write_bytes(DATA[half:])
+    lines = [f'RW {half // 512} FLAT "{name}/x.vmdk" 0' for name in ("a", "b")]
+    (tmp_path / "disk.vmdk").write_bytes(descriptor("twoGbMaxExtentFlat", *lines))
+    names = ["disk.vmdk", "a/x.vmdk", "b/x.vmdk"]
+    disk, first, second = (os.open(tmp_path / name, os.O_RDONLY) for name in names)
+    try:
+        with imgcore.open(disk, files={"a/x.vmdk": first, "b/x.vmdk": second}) as image:
+            assert image.read(0, NBYTES) == DATA
+        with pytest.raises(imgcore.OptionError, match=r"'x.vmdk', which may be 'a/x.*whole names"):
+            imgcore.open(disk, files={"x.vmdk": first})
+        with pytest.raises(imgcore.OptionError, match=r"files has 'x.vmdk', which no image"):
+            imgcore.open(disk, files={"a/x.vmdk": first, "b/x.vmdk": second, "x.vmdk": first})
+    finally:
+        for number in (disk, first, second):
+            os.close(number)
