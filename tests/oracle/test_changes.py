@@ -114,7 +114,7 @@ def test_new_data_past_the_end_of_the_older_disk(tmp_path: Path) -> None:
     old, new = tmp_path / "old.qcow2", tmp_path / "new.qcow2"
     qemu.run("create", "-q", "-f", "qcow2", old, "1M")
     qemu.run("create", "-q", "-f", "qcow2", "-b", old.name, "-F", "qcow2", new, "8M")
-    write(new, "qcow2", "write -z 512k 4M", "write -P 1 6M 64k")
+    write(new, "qcow2", "write -z 512k 4M", "write -P 1 6M 64k", "write -z 7M 64k")
     assert list(imgcore.changes(new, since=old)) == [
         (512 * KIB, 512 * KIB, True),
         (6 * MIB, 64 * KIB, False),

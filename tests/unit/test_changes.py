@@ -181,6 +181,20 @@ def test_what_is_in_the_same_place_is_not_read(
         assert found(differences(base, names[0])) == [(2 * MIB, 64 * KIB, True)]
 
 
+def test_one_file_at_two_places(tmp_path: Path) -> None:
+    """Two disks in parts of one file, which overlap."""
+    data = noise(3 * MIB)
+    (tmp_path / "all.bin").write_bytes(data)
+    for name, start in (("a", 0), ("b", MIB), ("c", 0)):
+        (tmp_path / f"{name}.vmdk").write_text(
+            "# Disk DescriptorFile\nversion=1\nCID=00000001\nparentCID=ffffffff\n"
+            f'createType="monolithicFlat"\nRW 4096 FLAT "all.bin" {start // 512}\n'
+        )
+    a, b, c = (tmp_path / f"{name}.vmdk" for name in "abc")
+    assert found(imgcore.changes(b, since=a)) == [(0, 2 * MIB, False)]
+    assert found(imgcore.changes(c, since=a)) == []
+
+
 def test_scattered_data_takes_several_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
