@@ -8,7 +8,8 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar, cast
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final, SupportsIndex, TypeVar, cast
 
 from imgcore.border import FilePath, integer, source_name
 from imgcore.disk.chain import open_chain
@@ -16,7 +17,9 @@ from imgcore.disk.disk_state import DiskState
 from imgcore.disk.open_options import OpenOptions
 from imgcore.errors import OptionError
 from imgcore.files.closable import Closable
+from imgcore.files.descriptors import forks_held_back
 from imgcore.formats.api import SectorSized
+from imgcore.formats.registry import get_driver
 from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
@@ -35,6 +38,18 @@ if TYPE_CHECKING:
 
 
 _Item = TypeVar("_Item")
+
+# What an open image imports when it is used first.
+_USED_BY_READS: Final = (
+    "imgcore.disk.describe",
+    "imgcore.disk.disk_file",
+    "imgcore.disk.host_holes",
+    "imgcore.disk.overlay",
+    "imgcore.engine.geometry",
+    "imgcore.engine.job",
+    "imgcore.engine.source_file",
+    "numpy.ma",  # numpy.union1d
+)
 
 
 class Image(Closable):
@@ -71,7 +86,7 @@ class Image(Closable):
         self.path: str = self._state.files[0].path
         # Those that iterators still use are among them.
         self._states = weakref.WeakSet([self._state])
-        self._refreshing = threading.Lock()
+        self._refreshing = threading.RLock()
         super().__init__()
 
     @property
@@ -356,7 +371,7 @@ class Image(Closable):
 
         with self._in_use(), ExitStack() as stack:
             state = self._state
-            pairs = [self._request(stack, state, *request) for request in requests]
+            pairs = [self._request(stack, state, *_pair(request)) for request in requests]
             read_thread_count(threads, 0)
             for at, octets in sorted(pairs, key=lambda pair: pair[0]):
                 if octets.nbytes:
@@ -459,6 +474,10 @@ class Image(Closable):
     def _free(self) -> None:
         for state in list(self._states):
             state.close()
+
+    def _adopt(self) -> None:
+        super()._adopt()
+        self._refreshing = threading.RLock()
 
     def __enter__(self) -> Image:
         with self._in_use():
@@ -563,7 +582,13 @@ def open(
         cache=cache,
         files=files,
     )
-    return open_image(source_name(source), options)
+    image = open_image(source_name(source), options)
+    try:
+        _import_what_reads_use(image)
+    except BaseException:
+        image.close()
+        raise
+    return image
 
 
 def open_image(
@@ -576,6 +601,29 @@ def open_image(
     chain = open_chain(source, options, parents=parents)
     with _closing_unless_used(chain):
         return Image(chain, source, options)
+
+
+def _import_what_reads_use(image: Image) -> None:
+    """Import modules that an open image would import later, while no thread may fork.
+
+    A child that is forked while another thread imports a module can never import it.
+    """
+    with forks_held_back():
+        for name in _USED_BY_READS:
+            import_module(name)
+        for reader in image.layers:
+            for name in get_driver(reader.format_name).reading_extents:
+                import_module(name)
+
+
+def _pair(request: Any) -> tuple[Any, Any]:
+    try:
+        offset, buffer = request
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"a request is a pair of an offset and a buffer, not {request!r:.99}"
+        ) from None
+    return offset, buffer
 
 
 @contextmanager
