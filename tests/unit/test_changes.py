@@ -21,7 +21,8 @@ from tests.helpers.images import KIB, MIB, noise
 
 import imgcore
 from imgcore.disk import differences as differences_module
-from imgcore.verbs.changes import differences
+from imgcore.disk.open_options import OpenOptions
+from imgcore.verbs import changes as changes_module
 
 FORMATS: Final = ("raw", "qcow2", "vmdk", "vhd", "vhdx", "vdi")
 GRANULARITIES: Final = (512, 4 * KIB, 64 * KIB, 1 * MIB, 64 * MIB, 2048 * MIB)
@@ -76,6 +77,12 @@ def image_of(disk: bytes, path: Path) -> tuple[Path, bytes]:
         imgcore.convert(raw, path, sync=False)
     with imgcore.open(path) as image:
         return path, image.read(0, image.virtual_size)
+
+
+def differences(old: Path, new: Path, granularity: int = 64 * KIB) -> Iterator[imgcore.Area]:
+    """Yield what ``imgcore diff OLD NEW`` lists."""
+    with imgcore.open(new) as image:
+        yield from changes_module.differences(image, old, OpenOptions(), granularity=granularity)
 
 
 def found(areas: Iterator[imgcore.Area]) -> Areas:
@@ -411,6 +418,11 @@ def test_diff(tmp_path: Path) -> None:
         ]
     done = command("diff", "--json", "a.raw", "a.raw", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "[]\n")
+    done = command("diff", "--bmap", "a.raw", "b.qcow2", cwd=tmp_path)
+    assert done.returncode == 1
+    (tmp_path / "areas.bmap").write_text(done.stdout)
+    done = command("diff", "--json", "--areas", "areas.bmap", "b.qcow2", cwd=tmp_path)
+    assert [area["start"] for area in json.loads(done.stdout)] == [64 * KIB, 512 * KIB]
     (tmp_path / "areas.json").write_text(
         '[{"start": 0, "length": 512, "data": true, "zero": false}]'
     )
@@ -442,6 +454,7 @@ def test_diff_without_sense(tmp_path: Path) -> None:
         ("--since", "a.raw", "--tree", "t", "a.raw"),
         ("--areas", "x", "-F", "raw", "a.raw"),
         ("--granularity=5", "a.raw", "a.raw"),
+        ("--json", "--bmap", "a.raw", "a.raw"),
         ("--progress=qemu", "a.raw", "a.raw"),
     ):
         assert_one_line_error(command("diff", *words, cwd=tmp_path), code=2)
