@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import importlib
 import inspect
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -262,6 +264,55 @@ image.close()
 print("done")
 """
     assert run_script(script, folder / name) == (0, "done\n", "")
+
+
+def test_a_subinterpreter_is_refused(folder: Path) -> None:
+    """It is told why, can still describe images, and does no harm to the main one."""
+    script = """
+import sys
+try:
+    import _interpreters as interpreters
+except ImportError:
+    import _xxsubinterpreters as interpreters
+import imgcore
+
+path, written = sys.argv[1:]
+with imgcore.open(path) as image:
+    before = image.read(0, 512)
+code = f'''
+import sys
+sys.path[:] = {sys.path!r}
+import imgcore
+found = imgcore.info({path!r})["format"]
+for use in (lambda: imgcore.open({path!r}), lambda: imgcore.convert({path!r}, "x.raw")):
+    try:
+        use()
+    except ImportError as error:
+        found += ", " + str(error)
+    else:
+        found += ", works"
+with open({written!r}, "w") as file:
+    file.write(found)
+'''
+one = interpreters.create()
+interpreters.run_string(one, code)
+interpreters.destroy(one)
+with imgcore.open(path) as image:
+    assert image.read(0, 512) == before
+with open(written) as file:
+    print(file.read())
+"""
+    code, printed, errors = run_script(script, folder / "disk.qcow2", folder / "found")
+    assert (code, errors) == (0, "")
+    assert re.fullmatch(r"qcow2(, [^,]*(one interpreter|once) per process[^,]*){2}\n", printed)
+
+
+def test_the_core_asks_for_the_gil() -> None:
+    """A module that can do without says so; on a build without the GIL, Python asks."""
+    core = Path(__file__).resolve().parents[2] / "src" / "imgcore" / "_core.pyx"
+    assert "freethreading_compatible" not in core.read_text()
+    importlib.import_module("imgcore._core")
+    assert getattr(sys, "_is_gil_enabled", lambda: True)()
 
 
 def test_the_verbs_on_many_threads(folder: Path) -> None:

@@ -41,6 +41,7 @@ _Item = TypeVar("_Item")
 
 # What an open image imports when it is used first.
 _USED_BY_READS: Final = (
+    "imgcore._core",
     "imgcore.disk.describe",
     "imgcore.disk.disk_file",
     "imgcore.disk.host_holes",
@@ -408,9 +409,9 @@ class Image(Closable):
         Returns
         -------
         io.RawIOBase
-            It has a position of its own, and no buffer: `io.BufferedReader` gives it
-            one.  To close it leaves the image open.  Once the image is closed, each use
-            raises ValueError.
+            It has a position, but no buffer: `io.BufferedReader` gives it one.  To
+            close it leaves the image open.  Once the image is closed, each use raises
+            ValueError.
 
         Raises
         ------

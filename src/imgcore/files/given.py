@@ -43,9 +43,9 @@ def open_given(number: int) -> tuple[int, bool]:
     fd : int
         The caller closes it.
     is_ours : bool
-        It has an open file description of its own, so that its position and its flags
-        are nobody else's.  The system refuses that to a process without rights to the
-        file; such a process reads through the description that it was given.
+        Nobody else has its open file description, so its position and flags may change.
+        The system refuses that to a process without rights to the file; such a process
+        reads through the description that it was given.
 
     Raises
     ------
