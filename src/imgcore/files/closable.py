@@ -79,7 +79,7 @@ class Closable:
         """
         with self._state_lock():
             if self._is_closed:
-                raise ValueError(f"{self.path}: the {self._what} is closed")
+                self._refuse()
             self._uses[user] = self._uses.get(user, 0) + 1
 
     def _end_use(self, user: object) -> None:
@@ -88,6 +88,9 @@ class Closable:
             if not self._uses[user]:
                 del self._uses[user]
         self._free_after_use()
+
+    def _refuse(self) -> NoReturn:
+        raise ValueError(f"{self.path}: the {self._what} is closed")
 
     def close(self) -> None:
         """Close it; may be called more than once.
