@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from imgcore.areas.qemu_map import map_lines
+from imgcore.cli.area_lines import Counted, area_lines
 from imgcore.cli.common import (
     open_options,
     output_options,
@@ -20,7 +21,7 @@ from imgcore.cli.progress import progress_options, reporter
 from imgcore.errors import OptionError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Mapping
 
     from imgcore.areas.area import Area
     from imgcore.disk.image import Image
@@ -129,13 +130,13 @@ def command(
                 areas = differences(disk, image, first, **how)
             else:
                 areas = changes(disk, **earlier, **_since(opening, earlier), **how)
-            found = _Counted(areas)
+            found = Counted(areas)
             if as_bmap:
                 sys.stdout.write(_bmap(found, disk))
             elif as_json:
                 sys.stdout.writelines(map_lines(found))
             elif not quiet:
-                sys.stdout.writelines(_table_lines(found))
+                sys.stdout.writelines(area_lines(found))
             else:
                 next(found, None)  # one is enough to know
     return EXIT_DIFFERENT if found.n_areas else 0
@@ -162,22 +163,6 @@ def _since(opening: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, 
     return {}
 
 
-class _Counted:
-    """Areas, and their number so far."""
-
-    def __init__(self, areas: Iterator[Area]) -> None:
-        self._areas = areas
-        self.n_areas = 0
-
-    def __iter__(self) -> Iterator[Area]:
-        return self
-
-    def __next__(self) -> Area:
-        area = next(self._areas)
-        self.n_areas += 1
-        return area
-
-
 def _bmap(areas: Iterable[Area], disk: Image) -> str:
     from imgcore.areas.bmap import bmap_of
 
@@ -185,11 +170,3 @@ def _bmap(areas: Iterable[Area], disk: Image) -> str:
     inside = (area for area in areas if area.offset < size)
     cut = (area._replace(length=min(area.length, size - area.offset)) for area in inside)
     return bmap_of(cut, disk, size)
-
-
-def _table_lines(areas: Iterable[Area]) -> Iterator[str]:
-    header = f"{'Offset':<16}{'Length':<16}Content\n"
-    for area in areas:
-        content = "zeros" if area.is_zero else "data"
-        yield f"{header}{area.offset:<#16x}{area.length:<#16x}{content}\n"
-        header = ""
