@@ -20,6 +20,7 @@ from tests.helpers.command import imgcore as command
 from tests.helpers.images import KIB, MIB, noise
 
 import imgcore
+from imgcore._core import checksum_algorithms
 from imgcore.disk import differences as differences_module
 from imgcore.disk.open_options import OpenOptions
 from imgcore.verbs import changes as changes_module
@@ -316,6 +317,51 @@ def test_listed_areas(tmp_path: Path) -> None:
     assert found(imgcore.changes(image, areas=[])) == []
     with pytest.raises(imgcore.OptionError, match="outside the disk"):
         found(imgcore.changes(image, areas=[(0, MIB + 512)]))
+
+
+# -- checksum trees --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", ["raw", "qcow2", "vhdx"])
+@pytest.mark.parametrize("algorithm", ["sha256", "blake3"])
+def test_a_tree(format: str, algorithm: str, tmp_path: Path) -> None:
+    if algorithm not in checksum_algorithms():
+        pytest.skip(f"{algorithm} is not in this build")
+    rng = random.Random(f"{format}{algorithm}")
+    disk = changed(changed(bytes(5 * MIB), rng), rng)
+    tree = tmp_path / "disk.tree"
+    a, old = image_of(disk, tmp_path / f"a.{format}")
+    imgcore.checksum(a, algorithm=algorithm, tree=tree)
+    b, new = image_of(changed(disk, rng), tmp_path / f"b.{format}")
+    for granularity in (64 * KIB, MIB):
+        areas = found(imgcore.changes(b, tree=tree, granularity=granularity))
+        assert applied(old, new, areas) == new
+        expected = oracle(new, old, granularity)
+        if granularity == 64 * KIB:
+            assert areas == expected
+        assert sum(area[1] for area in areas) == sum(area[1] for area in expected)
+    # The checksums are of 64 KiB.
+    assert found(imgcore.changes(b, tree=tree, granularity=512)) == oracle(new, old, 64 * KIB)
+    assert found(imgcore.changes(a, tree=tree)) == []
+    done = command("diff", "--json", "--tree", tree, b)
+    assert done.returncode == 1
+    assert len(json.loads(done.stdout)) == len(oracle(new, old, 64 * KIB))
+
+
+def test_a_tree_that_does_not_suit(tmp_path: Path) -> None:
+    a, _ = image_of(noise(MIB), tmp_path / "a.raw")
+    b, _ = image_of(noise(2 * MIB), tmp_path / "b.raw")
+    tree = tmp_path / "a.tree"
+    imgcore.checksum(a, tree=tree)
+    with pytest.raises(imgcore.OptionError, match="is of a disk of 1048576 bytes"):
+        found(imgcore.changes(b, tree=tree))
+    data = bytearray(tree.read_bytes())
+    data[100] ^= 1
+    tree.write_bytes(data)
+    with pytest.raises(imgcore.CorruptImageError, match="damaged"):
+        found(imgcore.changes(a, tree=tree))
+    with pytest.raises(imgcore.WrongFormatError, match="not a checksum tree"):
+        found(imgcore.changes(a, tree=a))
 
 
 # -- the interface ---------------------------------------------------------------------
