@@ -125,6 +125,7 @@ def use(folder: Path) -> None:
     imgcore.lint(image, profile="openstack")
     imgcore.convert(image, target, force=True, sync=False, threads=3)
     assert imgcore.compare(raw, target, threads=3).identical
+    assert not list(imgcore.changes(image, since=target, threads=3))
     packed = target.with_suffix(".raw.gz")
     imgcore.convert(image, packed, force=True, sync=False, threads=2)
     imgcore.convert(packed, target.with_suffix(".raw"), force=True, sync=False)
