@@ -740,6 +740,9 @@ int imgc_uses_close(struct imgc_uses *uses);
 /* Read only what is in memory, and decompress nothing. */
 #define IMGC_DISK_NO_WAIT 1u
 
+/* The read goes on after one of the results above; patterns of reads are noticed. */
+#define IMGC_DISK_GOES_ON 2u
+
 /* What is left to read.  After IMGC_MISSING its first byte has no table. */
 struct imgc_disk_rest {
 	uint64_t offset, length;

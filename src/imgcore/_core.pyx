@@ -728,7 +728,7 @@ cdef class Uses:
 # A read of up to this many bytes is tried while the GIL is held, which takes microseconds
 # if all is in memory.  Others are in parts of milliseconds, after which signals are handled.
 cdef uint64_t SHORT_NBYTES = 64 * 1024
-cdef uint64_t LONG_NBYTES = 512 * 1024
+cdef uint64_t LONG_NBYTES = 128 * 1024
 cdef uint64_t SECTOR_NBYTES = 512
 
 
@@ -892,21 +892,22 @@ cdef class Disk:
         cdef int status
         try:
             while True:
-                if flags:
+                if flags & n.IMGC_DISK_NO_WAIT:
                     status = n.imgc_disk_read(self.handle, table, offset, buffer, length, flags,
                                               &rest, &err)
                 else:
                     with nogil:
-                        status = n.imgc_disk_read(self.handle, table, offset, buffer, length, 0,
-                                                  &rest, &err)
+                        status = n.imgc_disk_read(self.handle, table, offset, buffer, length,
+                                                  flags, &rest, &err)
                 if status <= 0:
                     return check(status, &err)
                 buffer += rest.offset - offset
                 offset, length = rest.offset, rest.length
+                flags |= n.IMGC_DISK_GOES_ON
                 if status == n.IMGC_MISSING:
                     self.get_table(&rest, &table)
                 else:
-                    flags = 0
+                    flags = n.IMGC_DISK_GOES_ON
         finally:
             self.drop(&table)
 

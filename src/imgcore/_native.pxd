@@ -266,6 +266,7 @@ cdef extern from "imgc.h" nogil:
         IMGC_WOULD_WAIT
         IMGC_UNFINISHED
         IMGC_DISK_NO_WAIT
+        IMGC_DISK_GOES_ON
 
     struct imgc_disk_options:
         const imgc_source_file *sources
