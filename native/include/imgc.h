@@ -387,9 +387,6 @@ int imgc_file_open_fd(int fd, struct imgc_file **out, struct imgc_error *err);
 /* A buffer of the caller, of fixed size: a write past its end is IMGC_OUT_OF_RANGE. */
 int imgc_file_open_memory(void *data, uint64_t nbytes, struct imgc_file **out);
 
-/* A target of which only [start, start + nbytes) is kept, in a buffer. */
-int imgc_file_open_part(void *data, uint64_t nbytes, uint64_t start, struct imgc_file **out);
-
 /* Forgets every write, and reads as zeros.  For benchmarks. */
 int imgc_file_open_null(struct imgc_file **out);
 

@@ -376,35 +376,6 @@ cdef class File:
         return file
 
     @staticmethod
-    def part(buffer, uint64_t start):
-        """Wrap a buffer as the part of a target from ``start`` on; the rest is dropped.
-
-        It is held until close.
-        """
-        cdef File file = File.__new__(File)
-        cdef n.imgc_error err
-        memset(&err, 0, sizeof(err))
-        PyObject_GetBuffer(buffer, &file.view, PyBUF_WRITABLE)
-        file.has_view = True
-        check(n.imgc_file_open_part(file.view.buf, file.view.len, start, &file.handle), &err)
-        return file
-
-    @staticmethod
-    def new_bytes(size_t nbytes, uint64_t start):
-        """Return new bytes, and a file as by `part` that fills them.
-
-        Until it has, the content is undefined, and nothing else may use the bytes.
-        """
-        cdef File file = File.__new__(File)
-        cdef n.imgc_error err
-        memset(&err, 0, sizeof(err))
-        content = PyBytes_FromStringAndSize(NULL, nbytes)
-        PyObject_GetBuffer(content, &file.view, PyBUF_SIMPLE)
-        file.has_view = True
-        check(n.imgc_file_open_part(PyBytes_AS_STRING(content), nbytes, start, &file.handle), &err)
-        return content, file
-
-    @staticmethod
     def null():
         """Return a file that forgets every write and reads as zeros."""
         cdef File file = File.__new__(File)
