@@ -31,6 +31,7 @@ def content() -> bytes:
     text = b"".join(b"line %d\n" % generator.randrange(1000) for _ in range(200_000))
     return text[:MIB].ljust(4 * MIB, b"\0") + generator.randbytes(MIB) + bytes(3 * MIB)
 
+
 # The checksum of one byte "A"; see native/tests/test_checksum.c.
 CHECKSUMS = {
     "sha256": "60fb4e2bdf7dfc32f8230836f7453a77e665e4a1d3cc117944e0296d40b7800c",
