@@ -398,6 +398,20 @@ def test_closing_the_image_ends_the_areas(tmp_path: Path) -> None:
         next(imgcore.changes(image, since=a))
 
 
+def test_a_refreshed_image_goes_on_as_it_was(tmp_path: Path) -> None:
+    rng = random.Random(8)
+    old = changed(bytes(4 * MIB), rng)
+    a, _ = image_of(old, tmp_path / "a.raw")
+    b, new = image_of(changed(changed(old, rng), rng), tmp_path / "b.qcow2")
+    with imgcore.open(b) as image:
+        areas = imgcore.changes(image, since=a, granularity=512)
+        taken = [next(areas)]
+        image.refresh()
+        gc.collect()
+        taken += areas
+    assert found(iter(taken)) == oracle(new, old, 512)
+
+
 def test_dropped_areas_close_their_images(tmp_path: Path) -> None:
     a, _ = image_of(bytes(MIB), tmp_path / "a.raw")
     b, _ = image_of(noise(MIB), tmp_path / "b.raw")
