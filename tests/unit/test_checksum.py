@@ -266,6 +266,23 @@ class TestCommand:
         done = command("checksum", "--check", "list", cwd=tmp_path)
         assert_one_line_error(done, "list: has no line with a checksum", code=2)
 
+    @pytest.mark.parametrize("end", ["\n", "\r\n"])
+    def test_a_list_with_a_mark(self, raw: Path, tmp_path: Path, end: str) -> None:
+        """The first line counts, too."""
+        lines = [f"{'0' * 64}  disk.raw", f"{blkhash.digest(DISK)}  disk.raw"]
+        text = "".join(line + end for line in lines)
+        (tmp_path / "list").write_bytes(text.encode("utf-8-sig"))
+        done = command("checksum", "--check", "list", cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (1, "")
+        assert done.stdout == "disk.raw: FAILED\ndisk.raw: OK\n"
+
+    def test_a_list_on_a_closed_stdin(self, tmp_path: Path) -> None:
+        words = [sys.executable, "-m", "imgcore", "checksum", "--check", "-"]
+        done = subprocess.run(
+            ["sh", "-c", 'exec "$@" <&-', "sh", *words], capture_output=True, text=True, check=False
+        )
+        assert_one_line_error(done, "stdin: Bad file descriptor", code=2)
+
     def test_several_of_which_one_is_missing(self, raw: Path, tmp_path: Path) -> None:
         done = command("checksum", "missing.raw", "disk.raw", cwd=tmp_path)
         assert done.returncode == 2

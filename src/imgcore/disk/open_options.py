@@ -61,6 +61,13 @@ class OpenOptions(NamedTuple):
         """What the readers of the image and its parents do about damage."""
         return SALVAGING if self.salvage else STRICT
 
+    @property
+    def interprets(self) -> bool:
+        """Whether they say how to read the image, instead of leaving it to its files."""
+        return bool(
+            self.format is not None or self.parents or self.read_options or self.without_backing
+        )
+
     @classmethod
     def from_keywords(
         cls,
