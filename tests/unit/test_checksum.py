@@ -79,8 +79,12 @@ class TestSources:
         imgcore.convert(raw, tmp_path / "a.qcow2")
         path = tmp_path / "disk.raw.gz"
         path.write_bytes(gzip.compress((tmp_path / "a.qcow2").read_bytes()))
+        tree = tmp_path / "disk.tree"
+        imgcore.checksum(path, format="raw", tree=tree)
         with pytest.raises(imgcore.WrongFormatError, match="magic of qcow2"):
             imgcore.checksum(path)
+        with pytest.raises(imgcore.WrongFormatError, match="magic of qcow2"):
+            list(imgcore.compare_trees(tree, path))
 
     def test_a_chain(self, raw: Path, tmp_path: Path) -> None:
         base, child = tmp_path / "base.qcow2", tmp_path / "child.qcow2"
@@ -164,6 +168,13 @@ class TestTree:
             imgcore.checksum(raw, tree=tmp_path / name)
         assert raw.read_bytes() == DISK
         assert not (tmp_path / "missing").exists()
+
+    def test_another_process_is_faster(self, raw: Path, tmp_path: Path) -> None:
+        tree = tmp_path / "disk.tree"
+        with pytest.raises(imgcore.TargetError, match="appeared meanwhile, and is kept$"):
+            imgcore.checksum(raw, tree=tree, progress=lambda _: tree.write_bytes(b"theirs"))
+        assert tree.read_bytes() == b"theirs"
+        assert sorted(os.listdir(tmp_path)) == ["disk.raw", "disk.tree"]
 
     def test_a_failure_leaves_nothing(self, raw: Path, tmp_path: Path) -> None:
         def stop(_: imgcore.Progress) -> None:
