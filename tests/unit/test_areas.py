@@ -338,8 +338,7 @@ def test_bad_responses(tmp_path: Path, responses: object, words: str) -> None:
     "text",
     [
         '[{"start": 0, "start": 4096, "length": 512, "zero": false, "data": true}]',
-        '{"startOffset": 0, "length": 1048576, "changedArea": [{"start": 0, "length": 512, '
-        '"length": 1}]}',
+        '{"startOffset": 0, "length": 1048576, "changedArea": [{"start": 0, "start": 1}]}',
     ],
 )
 def test_a_key_twice(tmp_path: Path, text: str) -> None:

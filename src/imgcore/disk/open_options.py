@@ -63,7 +63,7 @@ class OpenOptions(NamedTuple):
 
     @property
     def interprets(self) -> bool:
-        """Whether they say how to read the image, instead of leaving it to its files."""
+        """Whether they state how the image is read, beyond what its files state."""
         return bool(
             self.format is not None or self.parents or self.read_options or self.without_backing
         )
