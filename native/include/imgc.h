@@ -802,7 +802,7 @@ int imgc_gather_create(struct imgc_disk *disk, const struct imgc_disk_request *r
 /*
  * Reads the next part of the requests, on up to n_threads threads (1..IMGC_MAX_THREADS)
  * which end before it returns.  `table` is as for imgc_disk_read().  IMGC_OK: all has
- * been read.  IMGC_UNFINISHED: call again; a call takes milliseconds.  IMGC_MISSING:
+ * been read.  IMGC_UNFINISHED: call again; a call takes about 50 ms.  IMGC_MISSING:
  * call again with the table of *rest, which is the rest of one request.  Of several
  * errors, the first in the order of places is returned.
  */
