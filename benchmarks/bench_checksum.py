@@ -1,4 +1,4 @@
-"""Compares checksums and changed areas with what other programs offer, as whole commands.
+"""Compares checksums and changed areas with other programs, as whole commands.
 
 python -m benchmarks.bench_checksum [--mib 2048] [--rounds 5] [--only WORD] [--require]
 
@@ -88,7 +88,7 @@ class Bench:
         return path
 
     def fragmented(self) -> Path:
-        """Every other cluster of the disk, then the others: neighbours are far apart."""
+        """Every other cluster first, then the others: neighbours are far apart."""
         path, half = self.folder / "fragmented.qcow2", self.folder / "half.raw"
         flags: tuple[str, ...] = ()
         for first in (0, 64 * KIB):
