@@ -694,6 +694,124 @@ size_t imgc_job_bad_ranges(const struct imgc_job *job, const struct imgc_bad_ran
 /* Cancels and joins a batch that still runs.  NULL is allowed. */
 void imgc_job_destroy(struct imgc_job *job);
 
+/* ----------------------------------------------------------- random access */
+
+/*
+ * A disk that is open for random access.  It knows extents a table at a time: the rows
+ * of one span, which the caller adds when a read needs them.  Tables
+ * and decompressed blocks are kept in memory, the least recently used go first.  Any
+ * number of threads may call these functions on one disk.
+ */
+struct imgc_disk;
+
+struct imgc_disk_options {
+	const struct imgc_source_file *sources; /* copied; the files are not owned */
+	size_t n_sources;
+	uint64_t guest_nbytes; /* size of the disk */
+	uint64_t span_nbytes;  /* of a table: power of two, at least 512 */
+	uint64_t cache_nbytes; /* of all that is kept; what is in use may exceed it */
+	uint32_t inflate_variant, io_variant;
+};
+
+int imgc_disk_create(const struct imgc_disk_options *options, struct imgc_disk **out,
+		     struct imgc_error *err);
+
+/* No use may be in progress.  NULL is allowed. */
+void imgc_disk_destroy(struct imgc_disk *disk);
+
+/*
+ * Counts the uses of something that may be closed at any time.  A use lies between
+ * enter, which returns 0 after close, and leave.  Exactly one call of close and leave
+ * returns 1: when it is closed, and no use is in progress.
+ */
+struct imgc_uses;
+
+int imgc_uses_create(struct imgc_uses **out);
+void imgc_uses_destroy(struct imgc_uses *uses); /* NULL is allowed */
+int imgc_uses_enter(struct imgc_uses *uses);
+int imgc_uses_leave(struct imgc_uses *uses);
+int imgc_uses_close(struct imgc_uses *uses);
+
+/* Results besides enum imgc_status: there is more to do. */
+#define IMGC_MISSING 1	  /* a table must be added first */
+#define IMGC_WOULD_WAIT 2 /* with IMGC_DISK_NO_WAIT only */
+#define IMGC_UNFINISHED 3 /* call again */
+
+/* Read only what is in memory, and decompress nothing. */
+#define IMGC_DISK_NO_WAIT 1u
+
+/* What is left to read.  After IMGC_MISSING its first byte has no table. */
+struct imgc_disk_rest {
+	uint64_t offset, length;
+	uint64_t generation; /* IMGC_MISSING: for imgc_disk_add() */
+};
+
+/* Rows that a caller uses, whether they are kept or not, until it drops them. */
+struct imgc_table;
+
+/*
+ * Reads [offset, offset + length), at any alignment.  `table` comes before those that
+ * are kept; NULL: none.  After IMGC_MISSING and IMGC_WOULD_WAIT, *rest is what is left.
+ * Errors are those of a job.
+ */
+int imgc_disk_read(struct imgc_disk *disk, const struct imgc_table *table, uint64_t offset,
+		   void *buffer, uint64_t length, unsigned flags, struct imgc_disk_rest *rest,
+		   struct imgc_error *err);
+
+/* The guest range of the table that has `offset`, which is inside the disk. */
+void imgc_disk_span(const struct imgc_disk *disk, uint64_t offset, uint64_t *start, uint64_t *end);
+
+/*
+ * Checks rows of [start, end) (imgc_extents_check) and copies them.  Those of exactly
+ * one span are kept for all reads, unless everything was forgotten since `generation`.
+ */
+int imgc_disk_add(struct imgc_disk *disk, uint64_t start, uint64_t end, uint64_t generation,
+		  const struct imgc_extent *rows, size_t n, struct imgc_table **out,
+		  struct imgc_error *err);
+
+/* The table of `offset`, if it is kept, or NULL. */
+struct imgc_table *imgc_disk_find(struct imgc_disk *disk, uint64_t offset);
+
+/* Ends the caller's use of a table. */
+void imgc_disk_drop(struct imgc_disk *disk, struct imgc_table *table);
+
+/* Forgets all tables and blocks.  Reads in progress may still use them. */
+void imgc_disk_forget(struct imgc_disk *disk);
+
+struct imgc_cache_stats {
+	uint64_t n_entries, nbytes; /* tables and blocks that are kept */
+	uint64_t n_hits, n_misses;  /* how often one was looked for */
+};
+
+void imgc_disk_stats(struct imgc_disk *disk, struct imgc_cache_stats *out);
+
+/* One range of a disk and where it goes. */
+struct imgc_disk_request {
+	uint64_t offset;
+	void *buffer;
+	uint64_t length;
+};
+
+/* Several ranges that are read together: in the order of their places, in parallel. */
+struct imgc_gather;
+
+/* The requests are copied.  They lie inside the disk; buffers do not overlap. */
+int imgc_gather_create(struct imgc_disk *disk, const struct imgc_disk_request *requests, size_t n,
+		       struct imgc_gather **out, struct imgc_error *err);
+
+/*
+ * Reads the next part of the requests, on up to n_threads threads (1..IMGC_MAX_THREADS)
+ * which end before it returns.  `table` is as for imgc_disk_read().  IMGC_OK: all has
+ * been read.  IMGC_UNFINISHED: call again; a call takes milliseconds.  IMGC_MISSING:
+ * call again with the table of *rest, which is the rest of one request.  Of several
+ * errors, the first in the order of places is returned.
+ */
+int imgc_gather_run(struct imgc_gather *gather, const struct imgc_table *table, unsigned n_threads,
+		    struct imgc_disk_rest *rest, struct imgc_error *err);
+
+/* NULL is allowed. */
+void imgc_gather_destroy(struct imgc_gather *gather);
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,11 +1,13 @@
 """The binding to the native core: thin, no algorithm (see native/include/imgc.h)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from enum import IntEnum
-from typing import Any, Final, Protocol, final
+from typing import Any, Final, Protocol, SupportsIndex, final
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import disjoint_base
 
 def extent_table(rows: Sequence[tuple[int, ...]]) -> Any:
     """Return extents, given as tuples of at least one row, as a table for `Job.start`.
@@ -287,3 +289,58 @@ class Job:
     @property
     def bad_ranges(self) -> list[tuple[int, int, int, int]]: ...
     def close(self) -> None: ...
+
+@final
+class Uses:
+    """The uses of something that any thread may close at any time."""
+
+    def __init__(self, idle: Callable[[], None], refuse: Callable[[], None]) -> None:
+        """Call ``idle`` after the last use once closed, ``refuse`` for later uses."""
+    def close(self) -> bool:
+        """Refuse later uses; return whether this ends them: none is in progress."""
+
+@disjoint_base
+class Disk:
+    """A disk for random access; any number of threads may use it.
+
+    A subclass supplies the rows of tables, and checks ranges and thread counts.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[File, int, int, int]],
+        *,
+        virtual_size: int,
+        span: int,
+        cache: int,
+        uses: Uses,
+        lock: AbstractContextManager[object],
+        variants: dict[str, str] | None = ...,
+    ) -> None:
+        """Open a disk whose tables cover ``span`` bytes each.
+
+        ``sources`` are those of a `Job`.  ``cache`` is how many bytes of tables and
+        decompressed blocks are kept.  Each call below is one of the ``uses``.  ``lock``
+        is reentrant: one thread at a time asks for `rows`.
+        """
+    def rows(self, start: int, end: int) -> NDArray[np.void]:
+        """Return the extents of a table."""
+    def range(self, offset: SupportsIndex, length: SupportsIndex) -> tuple[int, int]:
+        """Return a range of the disk as two ints, or raise ValueError."""
+    def threads(self, threads: SupportsIndex | None) -> int:
+        """Return how many threads a long read may use, if so many are stated."""
+    def readinto(
+        self, offset: SupportsIndex, buffer: object, threads: SupportsIndex | None = ...
+    ) -> int:
+        """Fill a writable buffer with the bytes from ``offset`` on; return its size."""
+    def read(self, offset: SupportsIndex, length: SupportsIndex) -> bytes:
+        """Return ``length`` bytes from ``offset`` on."""
+    def readv(
+        self, requests: Iterable[tuple[SupportsIndex, object]], threads: SupportsIndex | None = ...
+    ) -> None:
+        """Fill the buffers of (offset, buffer) pairs, in the order of their places."""
+    def forget(self) -> None:
+        """Forget all tables and blocks; later reads read them again."""
+    @property
+    def stats(self) -> tuple[int, int, int, int]:
+        """Entries and bytes that are kept; how many were found, and how many not."""

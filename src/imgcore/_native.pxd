@@ -251,3 +251,57 @@ cdef extern from "imgc.h" nogil:
     uint64_t imgc_job_first_difference(const imgc_job *job)
     size_t imgc_job_bad_ranges(const imgc_job *job, const imgc_bad_range **out)
     void imgc_job_destroy(imgc_job *job)
+
+    struct imgc_disk:
+        pass
+    struct imgc_uses:
+        pass
+    struct imgc_table:
+        pass
+    struct imgc_gather:
+        pass
+
+    enum:
+        IMGC_MISSING
+        IMGC_WOULD_WAIT
+        IMGC_UNFINISHED
+        IMGC_DISK_NO_WAIT
+
+    struct imgc_disk_options:
+        const imgc_source_file *sources
+        size_t n_sources
+        uint64_t guest_nbytes, span_nbytes, cache_nbytes
+        uint32_t inflate_variant, io_variant
+
+    struct imgc_disk_rest:
+        uint64_t offset, length, generation
+
+    struct imgc_cache_stats:
+        uint64_t n_entries, nbytes, n_hits, n_misses
+
+    struct imgc_disk_request:
+        uint64_t offset
+        void *buffer
+        uint64_t length
+
+    int imgc_disk_create(const imgc_disk_options *options, imgc_disk **out, imgc_error *err)
+    void imgc_disk_destroy(imgc_disk *disk)
+    int imgc_uses_create(imgc_uses **out)
+    void imgc_uses_destroy(imgc_uses *uses)
+    int imgc_uses_enter(imgc_uses *uses)
+    int imgc_uses_leave(imgc_uses *uses)
+    int imgc_uses_close(imgc_uses *uses)
+    int imgc_disk_read(imgc_disk *disk, const imgc_table *table, uint64_t offset, void *buffer,
+                       uint64_t length, unsigned flags, imgc_disk_rest *rest, imgc_error *err)
+    void imgc_disk_span(const imgc_disk *disk, uint64_t offset, uint64_t *start, uint64_t *end)
+    int imgc_disk_add(imgc_disk *disk, uint64_t start, uint64_t end, uint64_t generation,
+                      const imgc_extent *rows, size_t n, imgc_table **out, imgc_error *err)
+    imgc_table *imgc_disk_find(imgc_disk *disk, uint64_t offset)
+    void imgc_disk_drop(imgc_disk *disk, imgc_table *table)
+    void imgc_disk_forget(imgc_disk *disk)
+    void imgc_disk_stats(imgc_disk *disk, imgc_cache_stats *out)
+    int imgc_gather_create(imgc_disk *disk, const imgc_disk_request *requests, size_t n,
+                           imgc_gather **out, imgc_error *err)
+    int imgc_gather_run(imgc_gather *gather, const imgc_table *table, unsigned n_threads,
+                        imgc_disk_rest *rest, imgc_error *err)
+    void imgc_gather_destroy(imgc_gather *gather)

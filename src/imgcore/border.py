@@ -65,3 +65,22 @@ def byte_count(value: SupportsIndex, what: str) -> int:
             f"{what} is {number}: a number of bytes is not negative, and at most 2^63 - 1"
         )
     return number
+
+
+def range_of_disk(
+    path: str, nbytes: int, start: SupportsIndex, length: SupportsIndex | None, what: str
+) -> tuple[int, int]:
+    """Return a range of a disk of ``nbytes`` bytes as two ints.
+
+    It ends with the disk if ``length`` is None.  ``path`` and ``what``, which is what
+    the caller calls the start, are for the message of the ValueError if the range is
+    not inside the disk.
+    """
+    first = integer(start, what)
+    count = nbytes - first if length is None else integer(length, "length")
+    if first < 0 or count < 0 or first + count > nbytes:
+        stated = "" if length is None else f", length {count}"
+        raise ValueError(
+            f"{path}: the range is not inside the disk of {nbytes} bytes: {what} {first}{stated}"
+        )
+    return first, count

@@ -504,7 +504,9 @@ ELSEWHERE = {
      "permits it")): "unit/test_target.py::TestReplaceable",
     ("files/descriptors.py", "root may raise it: prlimit --nofile=N COMMAND"):
     "faults/test_descriptors.py::test_many_extents",
-    ("cli/progress.py", ("--progress=qemu and a result as JSON both print on stdout: use "
+    ("cli/diff.py", ("give two images, or one image and one of --since, --bitmap, --areas and "
+     "--tree")): "unit/test_changes.py::test_diff",
+    ("cli/progress.py", ("--progress=qemu and the result both print on stdout: use "
      "--progress=json, which prints on stderr")):
     "unit/test_qemu_flags.py::test_progress_leaves_stdout_to_json",
     ("formats/options.py", "state the backing file with -b FILE -F FMT"):

@@ -137,6 +137,11 @@ def in_use(path: Path) -> bool:
     return bool(raw[95] & raw[directory_of(raw) + 15] & 1)
 
 
+def extension(path: Path) -> int:
+    """Return where the data of the extension is."""
+    return path.read_bytes().index(layout.EXTENSION_BITMAPS.to_bytes(4, "big")) + 8
+
+
 def directory_of(raw: bytes) -> int:
     at = raw.index(layout.EXTENSION_BITMAPS.to_bytes(4, "big"))
     return int.from_bytes(raw[at + 24 : at + 32], "big")
@@ -153,6 +158,7 @@ def table(image: Path) -> int:
 
 DAMAGES: list[tuple[str, Callable[[Path], tuple[int, bytes]], type[ImgcoreError], str]] = [
     ("stale", lambda _: (88, bytes(8)), UnsupportedFeatureError, "the bitmaps are stale"),
+    ("field", lambda p: (extension(p) + 7, b"\1"), UnsupportedFeatureError, "is 0x00000001"),
     ("flag", lambda p: (entry(p) + 12, b"\0\0\0\x0a"), UnsupportedFeatureError, "unknown flags"),
     ("kind", lambda p: (entry(p) + 16, b"\2"), UnsupportedFeatureError, "unknown type 2"),
     ("fine", lambda p: (entry(p) + 17, b"\x08"), LimitExceededError, "granularity of 2\\^8"),
@@ -189,12 +195,11 @@ def test_extra_data(image: Path) -> None:
     # The directory of one bitmap, with 8 bytes before the name.
     fixed = raw[at : at + 24]
     changed = fixed[:20] + (8).to_bytes(4, "big") + b"unknown!" + b"b0" + bytes(6)
-    extension = raw.index(layout.EXTENSION_BITMAPS.to_bytes(4, "big")) + 8
     poke(
         image,
         (at, changed),
-        (extension, (1).to_bytes(4, "big")),
-        (extension + 8, len(changed).to_bytes(8, "big")),
+        (extension(image), (1).to_bytes(4, "big")),
+        (extension(image) + 8, len(changed).to_bytes(8, "big")),
     )
     with pytest.raises(UnsupportedFeatureError, match="extra data that a reader must know"):
         areas(image)

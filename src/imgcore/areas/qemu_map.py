@@ -38,15 +38,14 @@ def _entry(text: JsonText, value: Any) -> Entry:
         raise text.error(f"{value!r:.40} instead of an object of the map, which ends here")
     is_zero, is_data = (_flag(text, value, name) for name in ("zero", "data"))
     is_present = _flag(text, value, "present") if "present" in value else True
-    if not is_zero and not is_data and is_present:
-        # So QEMU shows the changed areas of a bitmap (x-dirty-bitmap), and the rest as
-        # data.
-        raise text.error("an area that is neither data nor zero: this is no map of an image")
+    if not is_zero and not is_data:
+        # So QEMU maps what a bitmap marks (x-dirty-bitmap); the unchanged rest is data.
+        raise text.error("an area that is neither data nor zero: not the map of an image")
     return Entry(
         text.whole_number(value, "start"),
         text.whole_number(value, "length"),
         is_zero=is_zero,
-        is_changed=is_present,
+        is_changed=is_present or is_data,
     )
 
 

@@ -69,7 +69,12 @@ def read_areas(source: AreaList, virtual_size: int) -> Iterator[Area]:
 
 
 def _stated(value: Area | tuple[SupportsIndex, SupportsIndex]) -> Entry:
-    offset, length, is_zero = value if isinstance(value, Area) else (*value, False)
+    try:
+        offset, length, is_zero = value if isinstance(value, Area) else (*value, False)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"areas: an Area or (offset, length) is needed, not {value!r:.60}"
+        ) from None
     return Entry(integer(offset, "offset"), integer(length, "length"), is_zero=bool(is_zero))
 
 

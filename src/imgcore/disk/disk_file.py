@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NoReturn, Protocol, SupportsIndex
 from imgcore.border import integer
 
 if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
+    from _typeshed import ReadableBuffer, WriteableBuffer
 
 
 class Disk(Protocol):
@@ -78,6 +78,9 @@ class DiskFile(io.RawIOBase):
         data = self._image.read(self._start + self._position, left) if left else b""
         self._position += len(data)
         return data
+
+    def write(self, _: ReadableBuffer, /) -> NoReturn:
+        raise io.UnsupportedOperation("a disk is only read")
 
     def _nbytes(self) -> int:
         """Return the bytes of the file now; ValueError if it or the image is closed."""

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, SupportsIndex
+from typing import TYPE_CHECKING
 
 from imgcore.files.host_file import HostFile
-from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from imgcore._core import File
     from imgcore.disk.layer import Layer
     from imgcore.disk.overlay import Depths
     from imgcore.disk.salvage import Salvage
@@ -108,44 +106,6 @@ class DiskState:
         for rows, depths in self.layer_extents(0, self.virtual_size):
             for part in salvage.take(rows, depths):
                 yield from holes.cut(part)
-
-    def fill(self, target: File, offset: int, length: int, threads: SupportsIndex | None) -> None:
-        """Move whole sectors to a target, which keeps the bytes of the range.
-
-        The target is closed.
-        """
-        from imgcore._core import Job
-        from imgcore.engine.geometry import Geometry, Placing, ZeroPolicy
-        from imgcore.engine.job import chosen_variants, read_thread_count, translated_errors
-        from imgcore.engine.source_file import native_sources
-
-        start = offset - offset % SECTOR_NBYTES
-        end = min(offset + length + -(offset + length) % SECTOR_NBYTES, self.virtual_size)
-        geometry = Geometry(
-            block_nbytes=SECTOR_NBYTES,
-            guest_nbytes=end,
-            placing=Placing.IDENTITY,
-            zero_policy=ZeroPolicy.EXPLICIT,
-            guest_base=start,
-            sparse_nbytes=0,
-        )
-        try:
-            with translated_errors(self.paths):
-                job = Job(
-                    sources=native_sources(self.sources),
-                    geometry=geometry,
-                    target=target,
-                    threads=read_thread_count(threads, length),
-                    variants=chosen_variants(None),
-                )
-                try:
-                    for rows in self.extents(start, end - start):
-                        first = int(rows["guest_offset"][0])
-                        job.run(first, first + int(rows["length"].sum()), rows)
-                finally:
-                    job.close()
-        finally:
-            target.close()
 
     def close(self) -> None:
         """Close all files; more than once is allowed."""

@@ -6,25 +6,29 @@ import io
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final, SupportsIndex, TypeVar
 
-from imgcore.border import FilePath, integer, source_name
+from imgcore.border import FilePath, integer, range_of_disk, source_name
 from imgcore.disk.chain import open_chain
 from imgcore.disk.disk_state import DiskState
 from imgcore.disk.open_options import OpenOptions
 from imgcore.errors import OptionError
 from imgcore.files.closable import Closable
+from imgcore.files.descriptors import forks_held_back
 from imgcore.formats.api import SectorSized
-from imgcore.limits import SECTOR_NBYTES
+from imgcore.formats.registry import get_driver
 
 if TYPE_CHECKING:
     import numpy as np
     from _typeshed import WriteableBuffer
 
+    from imgcore._core import Uses
     from imgcore.disk.layer import Layer
     from imgcore.disk.overlay import Depths
+    from imgcore.disk.random_access import RandomAccess
     from imgcore.disk.salvage import Salvage
     from imgcore.engine.extents import Extents
     from imgcore.engine.reflinks import ReflinkRule
@@ -35,6 +39,17 @@ if TYPE_CHECKING:
 
 
 _Item = TypeVar("_Item")
+
+# What an open image imports when it is used first.
+_USED_BY_READS: Final = (
+    "imgcore._core",
+    "imgcore.disk.describe",
+    "imgcore.disk.disk_file",
+    "imgcore.disk.host_holes",
+    "imgcore.disk.overlay",
+    "imgcore.disk.random_access",
+    "numpy.ma",  # numpy.union1d
+)
 
 
 class Image(Closable):
@@ -71,7 +86,10 @@ class Image(Closable):
         self.path: str = self._state.files[0].path
         # Those that iterators still use are among them.
         self._states = weakref.WeakSet([self._state])
-        self._refreshing = threading.Lock()
+        self._refreshing = threading.RLock()
+        # Made by the first read.
+        self._disk: RandomAccess | None = None
+        self._reads: Uses | None = None
         super().__init__()
 
     @property
@@ -236,15 +254,17 @@ class Image(Closable):
 
         ``what`` names the argument ``start`` in messages.
         """
-        first = integer(start, what)
-        nbytes = state.virtual_size - first if length is None else integer(length, "length")
-        if first < 0 or nbytes < 0 or first + nbytes > state.virtual_size:
-            stated = "" if length is None else f", length {nbytes}"
-            raise ValueError(
-                f"{self.path}: the range is not inside the disk of {state.virtual_size} bytes: "
-                f"{what} {first}{stated}"
-            )
-        return first, nbytes
+        return range_of_disk(self.path, state.virtual_size, start, length, what)
+
+    @contextmanager
+    def kept_open(self) -> Iterator[DiskState]:
+        """Keep the files open in a ``with`` block; ValueError if they are closed.
+
+        It receives the state of the image, which is closed when it is dropped, if the
+        image is refreshed meanwhile.
+        """
+        with self._in_use():
+            yield self._state
 
     def _guarded(self, state: DiskState, batches: Iterator[_Item]) -> Iterator[_Item]:
         """Yield from an iterator that uses the files: only its steps keep them open.
@@ -269,16 +289,11 @@ class Image(Closable):
         CorruptImageError, OSError
             The bytes cannot be read.
         """
-        from imgcore._core import File
-
-        with self._in_use():
-            state = self._state
-            offset, length = self._range(state, offset, integer(length, "length"), "offset")
-            if not length:
-                return b""
-            content, target = File.new_bytes(length, offset % SECTOR_NBYTES)
-            state.fill(target, offset, length, None)
-            return content
+        disk = self._disk or self._start_reading()
+        try:
+            return disk.read(offset, length)
+        except Exception as error:
+            disk.explain(error)
 
     def readinto(
         self,
@@ -311,14 +326,11 @@ class Image(Closable):
         TypeError, BufferError
             The buffer is not contiguous, or not writable.
         """
-        from imgcore._core import File
-
-        with self._in_use(), ExitStack() as stack:
-            state = self._state
-            at, octets = self._request(stack, state, offset, buffer)
-            if octets.nbytes:
-                state.fill(File.part(octets, at % SECTOR_NBYTES), at, octets.nbytes, threads)
-            return octets.nbytes
+        disk = self._disk or self._start_reading()
+        try:
+            return disk.readinto(offset, buffer, threads)
+        except Exception as error:
+            disk.explain(error)
 
     def readv(
         self,
@@ -341,31 +353,43 @@ class Image(Closable):
         ValueError, CorruptImageError, OSError, TypeError, BufferError
             As for `readinto`.  The content of all buffers is undefined then.
         """
-        from imgcore._core import File
-        from imgcore.engine.job import read_thread_count
+        disk = self._disk or self._start_reading()
+        try:
+            disk.readv(requests, threads)
+        except Exception as error:
+            disk.explain(error)
 
-        with self._in_use(), ExitStack() as stack:
-            state = self._state
-            pairs = [self._request(stack, state, *request) for request in requests]
-            read_thread_count(threads, 0)
-            for at, octets in sorted(pairs, key=lambda pair: pair[0]):
-                if octets.nbytes:
-                    state.fill(File.part(octets, at % SECTOR_NBYTES), at, octets.nbytes, threads)
+    def _start_reading(self) -> RandomAccess:
+        """Return what reads the image.
 
-    def _request(
-        self,
-        stack: ExitStack,
-        state: DiskState,
-        offset: SupportsIndex,
-        buffer: WriteableBuffer | np.ndarray[Any, Any],
-    ) -> tuple[int, memoryview]:
-        """Return the offset and the buffer of a read; ``stack`` releases the buffer."""
-        view = stack.enter_context(memoryview(cast("WriteableBuffer", buffer)))
-        if view.readonly:
-            raise BufferError(f"a writable buffer is needed, not {type(buffer).__name__}")
-        # An empty array of NumPy cannot be cast.
-        octets = stack.enter_context(view.cast("B") if view.nbytes else memoryview(bytearray()))
-        return self._range(state, offset, octets.nbytes, "offset")[0], octets
+        All that it does is one use of the image, by the user ``Uses``.
+        """
+        from imgcore._core import Uses
+        from imgcore.disk.random_access import RandomAccess
+
+        with self._in_use(), self._state_lock():
+            if self._reads is None:
+                self._begin_use(Uses)
+                self._reads = Uses(_weak_call(self._end_reads), _weak_call(self._refuse))
+            state, cache_nbytes = self._state, self._options.cache_nbytes
+            disk = RandomAccess(self.path, state, cache_nbytes=cache_nbytes, uses=self._reads)
+            # A signal handler may have refreshed or closed the image meanwhile.
+            if self._state is state:
+                self._disk = disk
+                _being_read.add(self)
+            if self._is_closed:
+                self.close()
+            return disk
+
+    def _end_reads(self) -> None:
+        from imgcore._core import Uses
+
+        self._end_use(Uses)
+
+    def close(self) -> None:
+        super().close()
+        if self._reads is not None and self._reads.close():
+            self._end_reads()
 
     def as_file(
         self, *, start: SupportsIndex = 0, length: SupportsIndex | None = None
@@ -383,9 +407,9 @@ class Image(Closable):
         Returns
         -------
         io.RawIOBase
-            It has a position of its own, and no buffer: `io.BufferedReader` gives it
-            one.  To close it leaves the image open.  Once the image is closed, each use
-            raises ValueError.
+            It has a position, but no buffer: `io.BufferedReader` gives it one.  To
+            close it leaves the image open.  Once the image is closed, each use raises
+            ValueError.
 
         Raises
         ------
@@ -420,8 +444,10 @@ class Image(Closable):
             chain = open_chain(self._source, self._options._replace(files=given))
             with _closing_unless_used(chain):
                 state = DiskState(chain)
-            self._states.add(state)
-            self._state = state
+            with self._state_lock():
+                self._states.add(state)
+                self._state = state
+                self._disk = None
 
     def info(self) -> dict[str, Any]:
         """Describe the image, with the keys of ``qemu-img info --output=json``.
@@ -449,6 +475,11 @@ class Image(Closable):
     def _free(self) -> None:
         for state in list(self._states):
             state.close()
+
+    def _adopt(self) -> None:
+        super()._adopt()
+        self._refreshing = threading.RLock()
+        self._disk = self._reads = None
 
     def __enter__(self) -> Image:
         with self._in_use():
@@ -553,7 +584,13 @@ def open(
         cache=cache,
         files=files,
     )
-    return open_image(source_name(source), options)
+    image = open_image(source_name(source), options)
+    try:
+        _import_what_reads_use(image)
+    except BaseException:
+        image.close()
+        raise
+    return image
 
 
 def open_image(
@@ -566,6 +603,47 @@ def open_image(
     chain = open_chain(source, options, parents=parents)
     with _closing_unless_used(chain):
         return Image(chain, source, options)
+
+
+def _import_what_reads_use(image: Image) -> None:
+    """Import modules that an open image would import later, while no thread may fork.
+
+    A child that is forked while another thread imports a module can never import it.
+    """
+    with forks_held_back():
+        for name in _USED_BY_READS:
+            import_module(name)
+        for reader in image.layers:
+            for name in get_driver(reader.format_name).reading_extents:
+                import_module(name)
+
+
+# The images that are read in this process.  A child that is forked starts anew: another
+# thread may have held the locks of what reads them.
+_being_read: weakref.WeakSet[Image] = weakref.WeakSet()
+
+
+def _start_anew() -> None:
+    for image in list(_being_read):
+        image._disk = None
+
+
+os.register_at_fork(after_in_child=_start_anew)
+
+
+def _weak_call(method: Callable[[], None]) -> Callable[[], None]:
+    """Return a function that calls a method, but does not hold its object.
+
+    Whoever reads an image holds it, so that it is there when the call comes.
+    """
+    held_weakly = weakref.WeakMethod(method)
+
+    def call() -> None:
+        found = held_weakly()
+        assert found is not None
+        found()
+
+    return call
 
 
 @contextmanager

@@ -23,6 +23,18 @@ def given_name(number: int) -> str:
     return f"descriptor {number}"
 
 
+def require_open(number: int) -> None:
+    """Raise OSError if a number is not that of an open descriptor."""
+    if not 0 <= number <= _MAX_NUMBER:
+        text = "A descriptor has a number from 0 to 2^31 - 1"
+        raise OSError(errno.EBADF, text, given_name(number))
+    try:
+        fcntl.fcntl(number, fcntl.F_GETFD)
+    except OSError:
+        text = "No file is open under this number"
+        raise OSError(errno.EBADF, text, given_name(number)) from None
+
+
 def open_given(number: int) -> tuple[int, bool]:
     """Return a descriptor for the file of one that the caller has.
 
@@ -31,9 +43,9 @@ def open_given(number: int) -> tuple[int, bool]:
     fd : int
         The caller closes it.
     is_ours : bool
-        It has an open file description of its own, so that its position and its flags
-        are nobody else's.  The system refuses that to a process without rights to the
-        file; such a process reads through the description that it was given.
+        Nobody else has its open file description, so its position and flags may change.
+        The system refuses that to a process without rights to the file; such a process
+        reads through the description that it was given.
 
     Raises
     ------
@@ -43,15 +55,9 @@ def open_given(number: int) -> tuple[int, bool]:
         The file cannot be read by it, or is neither a regular file nor a block device.
     """
     name = given_name(number)
-    if not 0 <= number <= _MAX_NUMBER:
-        raise OSError(errno.EBADF, "A descriptor has a number from 0 to 2^31 - 1", name)
+    require_open(number)
     with named_errors(name):
-        try:
-            fd = duplicate(number)
-        except OSError as error:
-            if error.errno != errno.EBADF:
-                raise
-            raise OSError(errno.EBADF, "No file is open under this number") from None
+        fd = duplicate(number)
     try:
         flags = fcntl.fcntl(fd, fcntl.F_GETFL)
         if flags & os.O_PATH:

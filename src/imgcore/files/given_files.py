@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from imgcore.border import descriptor, file_name
 from imgcore.errors import OptionError
-from imgcore.files.given import given_name
+from imgcore.files.given import given_name, require_open
 from imgcore.files.host_file import HostFile
 
 if TYPE_CHECKING:
@@ -90,7 +90,11 @@ def _key(path: str, *, is_named: bool) -> tuple[str, bool]:
 def _checked(descriptors: Mapping[str, int]) -> dict[str, int]:
     if not isinstance(descriptors, Mapping):
         raise TypeError(f"files is a mapping of names to descriptors, not {descriptors!r}")
-    return {file_name(name): descriptor(number) for name, number in descriptors.items()}
+    found = {file_name(name): descriptor(number) for name, number in descriptors.items()}
+    for number in found.values():
+        # Before a file of ours has the number.
+        require_open(number)
+    return found
 
 
 NO_FILES: Final = GivenFiles()

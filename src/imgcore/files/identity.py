@@ -22,8 +22,8 @@ def file_identity(status: os.stat_result) -> Identity:
     return (status.st_dev, status.st_ino)
 
 
-def named_identity(path: str) -> Identity:
-    """Return the identity of the file that a name leads to, which is not opened."""
+def named_identity(path: str | int) -> Identity:
+    """Return the identity of a file by its name, without opening it, or descriptor."""
     return file_identity(os.stat(path))
 
 

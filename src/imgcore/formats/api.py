@@ -713,6 +713,8 @@ class Driver(NamedTuple):
     rewriting : str or None
         Module that holds ``rewriter_for(request, survey)``; see `rewriter`.  None if
         other images cannot become images of this format without copying.
+    reading_extents : tuple of str
+        Modules that the reader imports once it is asked for extents.
     """
 
     name: str
@@ -722,6 +724,7 @@ class Driver(NamedTuple):
     read_options: type[FormatOptions] | None = None
     has_tables: bool = True
     rewriting: str | None = None
+    reading_extents: tuple[str, ...] = ()
 
     @property
     def options(self) -> type[FormatOptions]:

@@ -43,11 +43,8 @@ def dirty_ranges(file: ByteSource, header: Qcow2Header, name: str) -> Iterator[t
 
 
 def _find(file: ByteSource, header: Qcow2Header, name: str) -> Bitmap:
-    if header.bitmaps is None and layout.EXTENSION_BITMAPS in header.extensions:
-        raise UnsupportedFeatureError(
-            "the bitmaps are stale: a program that does not keep them wrote to the image",
-            path=file.path,
-        )
+    if layout.EXTENSION_BITMAPS in header.extensions:
+        _check_extension(file, header)
     bitmaps = read_bitmaps(file, header)
     found = [bitmap for bitmap in bitmaps if bitmap.name == name]
     if len(found) > 1:
@@ -57,6 +54,20 @@ def _find(file: ByteSource, header: Qcow2Header, name: str) -> Bitmap:
         has = f"the image has {names}" if names else "the image has no bitmaps"
         raise OptionError(f"no bitmap {name!r}: {has}", path=file.path)
     return found[0]
+
+
+def _check_extension(file: ByteSource, header: Qcow2Header) -> None:
+    if not header.autoclear & layout.AUTOCLEAR_BITMAPS:
+        raise UnsupportedFeatureError(
+            "the bitmaps are stale: a program that does not keep them wrote to the image",
+            path=file.path,
+        )
+    reserved = header.extensions[layout.EXTENSION_BITMAPS][4:8]
+    if any(reserved):
+        raise UnsupportedFeatureError(
+            f"the reserved field of the bitmaps extension is 0x{reserved.hex()}, allowed is 0",
+            path=file.path,
+        )
 
 
 def _check(file: ByteSource, header: Qcow2Header, bitmap: Bitmap) -> None:
