@@ -47,6 +47,7 @@ wheel)
   needs_program qemu-x86_64 qemu-user
   needs_program nasm nasm
   needs_program xz xz-utils
+  needs_program perl perl
   ;;
 esac
 

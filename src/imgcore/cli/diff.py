@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from imgcore.areas.qemu_map import map_lines
+from imgcore.cli.area_lines import Counted, area_lines
 from imgcore.cli.common import (
     open_options,
     output_options,
@@ -20,7 +21,7 @@ from imgcore.cli.progress import progress_options, reporter
 from imgcore.errors import OptionError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from imgcore.areas.area import Area
 
@@ -111,28 +112,12 @@ def command(
         progress_mode, wanted=wants_progress, quiet=quiet, label="diff", as_json=True
     ) as report:
         how = {"granularity": granularity, "threads": threads, "progress": report.callback}
-        found = _Counted(_areas(image, b, earlier, opening, how))
+        found = Counted(_areas(image, b, earlier, opening, how))
         if quiet and not as_json:
             next(found, None)  # one is enough to know
         else:
-            sys.stdout.writelines(map_lines(found) if as_json else _table_lines(found))
+            sys.stdout.writelines(map_lines(found) if as_json else area_lines(found))
     return EXIT_DIFFERENT if found.n_areas else 0
-
-
-class _Counted:
-    """Areas, and their number so far."""
-
-    def __init__(self, areas: Iterator[Area]) -> None:
-        self._areas = areas
-        self.n_areas = 0
-
-    def __iter__(self) -> Iterator[Area]:
-        return self
-
-    def __next__(self) -> Area:
-        area = next(self._areas)
-        self.n_areas += 1
-        return area
 
 
 def _areas(
@@ -155,11 +140,3 @@ def _areas(
             raise OptionError(f"the options of a second image are given, but there is none: {name}")
     keywords["parent"] = keywords["parent"] or None
     return changes(image, **earlier, **keywords, **how)
-
-
-def _table_lines(areas: Iterable[Area]) -> Iterator[str]:
-    header = f"{'Offset':<16}{'Length':<16}Content\n"
-    for area in areas:
-        content = "zeros" if area.is_zero else "data"
-        yield f"{header}{area.offset:<#16x}{area.length:<#16x}{content}\n"
-        header = ""

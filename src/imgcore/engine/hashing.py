@@ -15,9 +15,9 @@ from imgcore.engine.geometry import Geometry, Placing
 from imgcore.errors import OptionError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
-    from imgcore.engine.supply import Supply
+    from imgcore.engine.supply import Batch, Supply
 
 _KNOWN: Final = ("sha256", "blake3")
 
@@ -64,6 +64,7 @@ class LeafStream:
     """
 
     def __init__(self, algorithm: str, sink: LeafSink | None = None) -> None:
+        self.algorithm = algorithm
         self._hasher = Hasher(algorithm)
         self._sink = sink
         self._buffer = bytearray()
@@ -128,11 +129,28 @@ def digest_disk(
         Called about every 50 ms with the bytes that are done, and those that are data.
     """
     stream = LeafStream(algorithm, sink)
+    for _ in hash_batches(supply, stream, threads=threads, variants=variants, report=report):
+        pass
+    return stream.finish(nbytes)
+
+
+def hash_batches(
+    supply: Supply,
+    stream: LeafStream,
+    *,
+    threads: int,
+    variants: Mapping[str, str],
+    report: Callable[[int, int], None] | None = None,
+) -> Iterator[None]:
+    """Read a disk, and give each batch's leaves to a stream; then yield.
+
+    The parameters are those of `digest_disk`.  The caller finishes the stream.
+    """
     job = Job(
         sources=supply.native_sources,
         threads=threads,
         variants=dict(variants),
-        checksum=algorithm,
+        checksum=stream.algorithm,
     )
     skipped_nbytes = given_nbytes = 0
 
@@ -141,14 +159,25 @@ def digest_disk(
         if report is not None:
             report(skipped_nbytes + done, data)
 
+    def end(batch: Batch, leaves: memoryview) -> None:
+        job.wait(tick)
+        tick()
+        stream.add(batch.start, batch.end, leaves)
+
+    pending: tuple[Batch, memoryview] | None = None
     try:
+        # The next batch is prepared while the engine works on the one before it.
         for batch in supply.batches:
+            if pending is not None:
+                end(*pending)
+                yield
             skipped_nbytes = batch.start - given_nbytes
             given_nbytes += batch.end - batch.start
             leaves = stream.leaves(batch.start, batch.end)
             job.start(batch.start, batch.end, batch.rows, leaves=leaves)
-            job.wait(tick)
-            stream.add(batch.start, batch.end, leaves)
+            pending = (batch, leaves)
+        if pending is not None:
+            end(*pending)
+            yield
     finally:
         job.close()
-    return stream.finish(nbytes)

@@ -9,8 +9,10 @@ from imgcore.areas.area import Area
 from imgcore.areas.normal import check_granularity, joined, rounded
 from imgcore.areas.reading import AreaList, read_areas
 from imgcore.border import FilePath, byte_count, file_name, source_name
+from imgcore.checksums.tree import TreeFile
 from imgcore.disk.changed_areas import areas_above, with_zeros
 from imgcore.disk.differences import MAX_BLOCK_NBYTES, Differences
+from imgcore.disk.digests import DigestedDisk
 from imgcore.disk.image import Image, open_image
 from imgcore.disk.image_names import local_image
 from imgcore.disk.open_options import Flags, OpenOptions
@@ -264,7 +266,15 @@ class _Search(NamedTuple):
 
     def since_tree(self, path: str) -> Iterator[Area]:
         """Yield the blocks whose checksums differ from those of a tree."""
-        raise NotImplementedError
+        how, disk = self.how, DigestedDisk.of_state(self.disk)
+        tally = how.tally(disk.nbytes)
+        with TreeFile.open(path) as tree:
+            areas = disk.changed_since(
+                tree,
+                threads=how.threads,
+                report=lambda done, _: tally.count(done, data=0, read=0, written=0),
+            )
+            yield from rounded(areas, how.granularity, self.disk.virtual_size)
 
 
 Finder: TypeAlias = "Callable[[_Search], Iterator[Area]]"
