@@ -55,3 +55,32 @@ def test_reflinks_are_compared(pair: str, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines()[2].startswith(pair)
         assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "first"),
+    [
+        ("bench_random", ("--only", "4 KiB, QCOW2"), "4 KiB, QCOW2"),
+        ("bench_random", ("--only", "readv"), "readv of 1000, raw"),
+        ("bench_random", ("--only", "16 threads, raw"), "16 threads, raw"),
+        ("bench_random", ("--only", "as_file 1 MiB, raw"), "as_file 1 MiB, raw"),
+        ("bench_random", ("--only", "3 layers"), "4 KiB, VHDX of 3 layers"),
+        ("bench_checksum", ("--only", "raw to raw"), "raw to raw with --checksum"),
+        ("bench_checksum", ("--only", "nothing"), "checksum of 1 TiB of nothing"),
+    ],
+)
+def test_reads_and_checksums_are_compared(
+    module: str, words: tuple[str, ...], first: str, tmp_path: Path
+) -> None:
+    qemu.require_qemu_img()
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{module}", "--mib", "24", "--rounds", "1", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, "IMGCORE_BENCH_DIR": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert any(line.startswith(first) for line in done.stdout.splitlines()), done.stdout
+    assert list(tmp_path.iterdir()) == []
