@@ -58,23 +58,23 @@ def test_reflinks_are_compared(pair: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "words", "first"),
+    ("module", "only", "titles"),
     [
-        ("bench_random", ("--only", "4 KiB, QCOW2"), "4 KiB, QCOW2"),
-        ("bench_random", ("--only", "readv"), "readv of 1000, raw"),
-        ("bench_random", ("--only", "16 threads, raw"), "16 threads, raw"),
-        ("bench_random", ("--only", "as_file 1 MiB, raw"), "as_file 1 MiB, raw"),
-        ("bench_random", ("--only", "3 layers"), "4 KiB, VHDX of 3 layers"),
-        ("bench_checksum", ("--only", "raw to raw"), "raw to raw with --checksum"),
-        ("bench_checksum", ("--only", "nothing"), "checksum of 1 TiB of nothing"),
+        (
+            "bench_random",
+            ", raw",
+            ("4 KiB, raw", "16 threads, raw", "readv of 1000, raw", "as_file 1 MiB, raw"),
+        ),
+        ("bench_checksum", "nothing", ("checksum of 1 TiB of nothing",)),
     ],
 )
 def test_reads_and_checksums_are_compared(
-    module: str, words: tuple[str, ...], first: str, tmp_path: Path
+    module: str, only: str, titles: tuple[str, ...], tmp_path: Path
 ) -> None:
     qemu.require_qemu_img()
+    words = ["--mib", "24", "--rounds", "1", "--only", only]
     done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{module}", "--mib", "24", "--rounds", "1", *words],
+        [sys.executable, "-m", f"benchmarks.{module}", *words],
         capture_output=True,
         text=True,
         check=False,
@@ -82,5 +82,6 @@ def test_reads_and_checksums_are_compared(
         env={**os.environ, "IMGCORE_BENCH_DIR": str(tmp_path)},
     )
     assert done.returncode == 0, done.stderr
-    assert any(line.startswith(first) for line in done.stdout.splitlines()), done.stdout
+    lines = done.stdout.splitlines()
+    assert all(any(line.startswith(title) for line in lines) for title in titles), lines
     assert list(tmp_path.iterdir()) == []
