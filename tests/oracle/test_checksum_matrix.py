@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 import imgcore
-from tests.helpers import blkhash, images, qemu
+from imgcore.files.target import Target
+from tests.helpers import blkhash, images, qemu, reflinks
 from tests.helpers.images import RawImage
+from tests.helpers.mounts import loop_device
 from tests.helpers.qemu import VARIANTS, Variant
 
 RawImages = Callable[[RawImage], Path]
@@ -19,7 +21,12 @@ RawImages = Callable[[RawImage], Path]
 PAIRS = dict.fromkeys(
     [
         *((variant, images.SPARSE) for variant in VARIANTS),
-        *((v, image) for v in (qemu.QCOW2_ZLIB, qemu.VHDX_DYNAMIC) for image in images.RAW_IMAGES),
+        *(
+            (variant, image)
+            for variant in (qemu.QCOW2_ZLIB, qemu.VHDX_DYNAMIC)
+            for image in images.RAW_IMAGES
+            if image.virtual_size < images.GIB
+        ),
     ]
 )
 each_pair = pytest.mark.parametrize(
@@ -56,6 +63,56 @@ def test_every_format_has_the_same_digest(
         theirs, tmp_path / "back.raw", format=variant.format, checksum="sha256", sync=False
     )
     assert back.checksum == result.checksum
+
+
+@pytest.mark.parametrize("reflink", ["auto", "always"])
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        (qemu.RAW, qemu.RAW),
+        (qemu.RAW, qemu.QCOW2),
+        (qemu.QCOW2, qemu.RAW),
+        (qemu.VHDX_DYNAMIC, qemu.QCOW2),
+        (qemu.VHD_DYNAMIC, qemu.VDI),
+    ],
+    ids=lambda v: v.name,
+)
+def test_shared_blocks_count(source: Variant, target: Variant, reflink: str, here: Path) -> None:
+    """By ranges, and in a clone of the whole file, of which nothing else is read."""
+    raw, path = reflinks.make_source(here, source)
+    out = here / f"out{target.suffix}"
+    result = reflinks.convert(path, out, target, reflink=reflink, verify=True, sync=True)
+    assert result.bytes_shared > 0 or reflink == "auto"
+    assert result.checksum is not None
+    assert result.checksum.hexdigest == blkhash.digest(raw.read_bytes())
+
+
+@pytest.mark.parametrize("variant", [qemu.RAW, qemu.QCOW2, qemu.VHD_DYNAMIC], ids=lambda v: v.name)
+def test_a_block_device_is_read_back(
+    variant: Variant, raw_images: RawImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a device that is larger than the disk, and noticed if it is wrong."""
+    raw = raw_images(images.SPARSE)
+    with open(tmp_path / "device", "wb") as file:
+        file.truncate(2 * images.SPARSE.virtual_size)
+    with loop_device(tmp_path / "device") as device:
+        keywords = {"target_format": variant.format, "in_place": True, "verify": True}
+        result = imgcore.convert(raw, device, **keywords)
+        assert result.checksum is not None
+        assert result.checksum.hexdigest == blkhash.digest(raw.read_bytes())
+        prepare = Target.prepare
+
+        def damage(self: Target) -> None:
+            prepare(self)
+            content = (tmp_path / "device").read_bytes()
+            start = images.SPARSE.pieces()[0][1][:512]
+            with open(tmp_path / "device", "r+b") as file:
+                file.seek(content.index(start))
+                file.write(bytes(512))
+
+        monkeypatch.setattr(Target, "prepare", damage)
+        with pytest.raises(imgcore.ChecksumError):
+            imgcore.convert(raw, device, **keywords)
 
 
 @pytest.mark.parametrize("disk", [*blkhash.VECTORS, b"A" * 512 * 1025], ids=len)

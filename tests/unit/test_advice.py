@@ -680,6 +680,8 @@ NAMED = {
 OTHERS = frozenset(
     {
         "it does not state a {}",
+        "-F, --parent-b and --read-options-b are for a second image",
+        "--json and --bmap are two kinds of output",
         "in use by another process (QEMU's image lock)",
         "The block device is in use or mounted",
         "is in use: a program has it open, or did not close it, and it may lack changes",

@@ -17,6 +17,7 @@ from imgcore import (
     UnsupportedFeatureError,
     WrongFormatError,
 )
+from imgcore._core import checksum_algorithms
 from imgcore.areas.area import Area
 from imgcore.checksums import tree as tree_module
 from imgcore.checksums.differences import TreeDifferences, tree_differences
@@ -178,6 +179,16 @@ def test_damaged(tmp_path: Path, name: str) -> None:
     assert words in str(raised.value)
     assert str(raised.value).startswith(f"{path}: ")
     assert "\n" not in str(raised.value)
+
+
+def test_an_algorithm_that_is_not_built(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.tree", poked(12, u32(2))(blkhash.tree(DISKS[3])))
+    if "blake3" in checksum_algorithms():
+        with pytest.raises(CorruptImageError, match="that its leaves do not make"):
+            TreeFile.open(path)
+    else:
+        with pytest.raises(UnsupportedFeatureError, match="not in this build"):
+            TreeFile.open(path)
 
 
 def test_any_flipped_bit_is_noticed(tmp_path: Path) -> None:

@@ -260,6 +260,21 @@ def test_a_second_file_is_read_as_well(
     assert os.listdir(tmp_path) == ["disk.raw"]
 
 
+@pytest.mark.parametrize("name", ["c.vmdk", "nbd:c.qcow2"])
+def test_names_that_start_here(
+    marked: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old files of these names are not read in the place of the new ones."""
+    monkeypatch.chdir(tmp_path)
+    options = TARGETS["c.vmdk"] if name.endswith("vmdk") else {}
+    for content in (bytes(len(DISK)), marked.read_bytes()):
+        marked.write_bytes(content)
+        result = imgcore.convert("disk.raw", name, verify=True, force=True, **options)
+        assert result.checksum is not None
+        assert result.checksum.hexdigest == blkhash.digest(content)
+        assert result.target == name
+
+
 def test_in_place_it_stays_with_a_warning(
     marked: Path,
     tmp_path: Path,

@@ -178,8 +178,13 @@ class TreeFile:
 
     def _verified(self, header: _Header) -> Digest:
         """Return the disk's digest; CorruptImageError if a digest is wrong."""
-        from imgcore._core import Hasher
+        from imgcore._core import Hasher, checksum_algorithms
 
+        if header.algorithm not in checksum_algorithms():
+            raise UnsupportedFeatureError(
+                f"the checksum tree has {header.algorithm}, which is not in this build of imgcore",
+                path=self.path,
+            )
         hasher, own = Hasher(header.algorithm), hashlib.sha256(header.pack())
         left = self.virtual_size
         for leaves in self.leaves():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -56,7 +57,7 @@ class ReadBack(NamedTuple):
             The target cannot be read.
         """
         with ExitStack() as stack:
-            files = self.target.reopened()
+            files = self.target.reopened(self._name)
             for file in files:
                 stack.callback(file.close)
             profile = self.options.profile
@@ -74,6 +75,13 @@ class ReadBack(NamedTuple):
                 found=found,
             )
 
+    @property
+    def _name(self) -> str:
+        """The target's name, in a form that is not taken for a URL or a description."""
+        path = self.target.path
+        is_plain = os.path.isabs(path) or ":" not in path
+        return path if is_plain else os.path.join(os.curdir, path)
+
     def _disk_digest(
         self, files: GivenFiles, algorithm: str, written_nbytes: int, tick: Callable[[], None]
     ) -> Digest:
@@ -84,7 +92,7 @@ class ReadBack(NamedTuple):
             parents=() if base is None else (base.path,),
             files=files,
         )
-        with open_source(self.target.path, opening) as disk:
+        with open_source(self._name, opening) as disk:
             digested = DigestedDisk.of_source(disk)
             if self.target.in_place and options.format == PLAIN_FORMAT:
                 # What follows the disk in the file stays as it was.

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     from imgcore.engine.supply import Batch, Supply
 
+# Zeros that are hashed by one call, in less than a second: a signal waits for its end.
+_ZEROS_NBYTES: Final = 1 << 39
+
 _KNOWN: Final = ("sha256", "blake3")
 
 
@@ -95,7 +98,8 @@ class LeafStream:
 
     def _add_zeros(self, nbytes: int) -> None:
         n_blocks, rest = divmod(nbytes, CHECKSUM_BLOCK_NBYTES)
-        self._hasher.zeros(nbytes - rest)
+        for done in range(0, nbytes - rest, _ZEROS_NBYTES):
+            self._hasher.zeros(min(_ZEROS_NBYTES, nbytes - rest - done))
         self._position += nbytes - rest
         if self._sink is not None and n_blocks:
             self._sink.add_zeros(n_blocks)

@@ -274,17 +274,19 @@ class Target:
             file.check_written()
         self._is_prepared = True
 
-    def reopened(self) -> list[HostFile]:
+    def reopened(self, name: str) -> list[HostFile]:
         """Return the files open for reading, the main one first; `prepare` has ended.
 
-        They have their final names, and nothing of them is in the page cache.  The
+        The main file is called ``name``; the others have their absolute paths, under
+        which images refer to them.  What the page cache has of them is dropped.  The
         caller closes them.
         """
         files: list[HostFile] = []
         try:
             for file in (self.main, *self._companions):
                 file.drop_cached()
-                files.append(file.reopened(file.path))
+                path = name if file is self.main else os.path.abspath(file.path)
+                files.append(file.reopened(path))
         except BaseException:
             for opened in files:
                 opened.close()

@@ -46,8 +46,8 @@ def checksum(
     """Return the digest of the disk in an image, as a guest reads it.
 
     It is the same for every image of the disk, whatever its format and whatever it has
-    allocated.  Docs/checksums.md says how it is made.  The disk of a raw file has
-    exactly the file's bytes, also if the last sector is incomplete.
+    allocated: blkhash, over blocks of 64 KiB.  The disk of a raw file has exactly the
+    file's bytes, also if the last sector is incomplete.
 
     ``format``, ``backing_format``, ``parent``, ``read_options``, ``allow``, ``share``
     and ``files`` are the keywords of `imgcore.open`.
