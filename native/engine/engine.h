@@ -8,7 +8,7 @@
  * them.  So offsets do not depend on the number of threads, and no worker waits for a
  * slower one.
  *
- * The files of this folder.  Each calls only files below it:
+ * The files of jobs.  Each calls only files below it; disk.h has those of open disks:
  *
  *     job.c      create, start, wait, finish, destroy
  *     worker.c   the ring: which window is next, and which worker does what
