@@ -93,7 +93,7 @@ class RandomAccess(Disk):
             with translated_errors(self._state.paths):
                 raise error
         finally:
-            # Its traceback has this call, which would keep it, the files and the buffer.
+            # Its traceback has this call, which would keep it, files and buffer.
             del error
 
 
