@@ -6,7 +6,7 @@ import os
 import tarfile
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from imgcore.checksums.digest import ChecksumError
 from imgcore.disk.digests import DigestedDisk, DiskHasher
@@ -14,7 +14,7 @@ from imgcore.disk.source import open_source
 from imgcore.errors import CorruptImageError
 from imgcore.files.given_files import GivenFiles
 from imgcore.formats.registry import PLAIN_FORMAT
-from imgcore.limits import CHUNK_NBYTES
+from imgcore.limits import CHUNK_NBYTES, MIB
 from imgcore.streams.gzip import GzipDecoder
 
 if TYPE_CHECKING:
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from imgcore.disk.sink_options import SinkOptions
     from imgcore.files.byte_source import ByteSource
     from imgcore.files.target import Target
+
+
+# The usual 10 KiB would be a call of Python each.
+_READ_NBYTES: Final = 1 * MIB
 
 
 class ReadBack(NamedTuple):
@@ -121,7 +125,7 @@ def _archive_digest(file: ByteSource, algorithm: str, tick: Callable[[], None]) 
     """Return the digest of the disk that is the first member of an archive."""
     content: Any = _Content(file)
     try:
-        with tarfile.open(fileobj=content, mode="r|") as archive:
+        with tarfile.open(fileobj=content, mode="r|", bufsize=_READ_NBYTES) as archive:
             digest = _first_member_digest(archive, algorithm, tick)
     except tarfile.TarError as error:
         text = f"does not read as the archive that was written: {error}"
