@@ -28,15 +28,16 @@
 #define MAX_GROUP_PIECES 64u
 #define MAX_GAP_NBYTES (64u * 1024)
 
-/* The cost of a byte that is copied is 1, of one that is decompressed this. */
+/* The cost of a byte that is copied is 1, of one that is decompressed, and of a piece: */
 #define DECOMPRESSION_COST 8u
+#define PIECE_COST 4096u
 #define MAX_COST (64u * 1024 * 1024)
 
 /* After this time a call returns, once the groups that were begun are read. */
 #define MAX_CALL_NS (50u * 1000 * 1000)
 
-/* So much work is worth a thread. */
-#define THREAD_COST (1u * 1024 * 1024)
+/* So much work is worth a thread: to copy a mebibyte takes as long as to start one. */
+#define THREAD_COST (2u * 1024 * 1024)
 
 #define NO_FILE UINT32_MAX
 
@@ -141,6 +142,7 @@ static int add_piece(struct imgc_gather *g, const struct imgc_extent *row, uint6
 		return status;
 	struct piece *piece = &g->pieces[g->n_pieces++];
 
+	g->cost += PIECE_COST;
 	*piece = (struct piece){.place = start, .file = NO_FILE, .row = *row, .start = start};
 	if (row->kind > IMGC_DATA) {
 		piece->file = row->file;
