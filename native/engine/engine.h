@@ -16,6 +16,7 @@
  *     write.c    one window to the target: written, or reflinked
  *     source.c   from extents to bytes in memory
  *     reuse.c    compressed blocks that the target can have as they are
+ *     ahead.c    reading ahead, in physical order where rows are not
  *     retry.c    reads and writes that are repeated where that can help
  *     salvage.c  the list of ranges that could not be read
  *     placer.c   host offsets of an appending target
@@ -31,6 +32,7 @@
 #include <stdbool.h>
 #include <time.h>
 
+#include "engine/ahead.h"
 #include "engine/placer.h"
 #include "engine/source.h"
 #include "imgc.h"
@@ -114,6 +116,8 @@ struct imgc_job {
 	bool leaves_unread; /* some of the rows are stored without being read */
 	size_t claim_row, claim_base;
 	uint64_t cursor;
+	struct ahead ahead;
+	bool looks_ahead; /* a worker has `ahead`, and the lock does not guard it */
 	uint64_t claimed, placed, written; /* windows so far; slot = number % n_slots */
 	size_t n_busy;			   /* slots that are not free, spans under way */
 	unsigned n_writing, max_writers;

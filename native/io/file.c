@@ -290,6 +290,13 @@ static bool file_reflink(struct imgc_file *base, uint64_t offset, struct imgc_fi
 	return true;
 }
 
+static void file_prefetch(struct imgc_file *base, uint64_t offset, uint64_t length)
+{
+	const struct fd_file *file = (const struct fd_file *)base;
+
+	(void)posix_fadvise(file->fd, (off_t)offset, (off_t)length, POSIX_FADV_WILLNEED);
+}
+
 /* 0 unless it is a power of two: a file system may report any number. */
 static uint64_t block_nbytes(const struct stat *st)
 {
@@ -310,6 +317,7 @@ static const struct imgc_file_ops fd_file_ops = {
 	.sync = file_sync,
 	.next_data = file_next_data,
 	.reflink = file_reflink,
+	.prefetch = file_prefetch,
 	.close = file_close,
 };
 

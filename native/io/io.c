@@ -75,6 +75,17 @@ bool imgc_file_reflink(struct imgc_file *file, uint64_t offset, struct imgc_file
 	       file->ops->reflink(file, offset, source, source_offset, length);
 }
 
+bool imgc_file_can_prefetch(const struct imgc_file *file)
+{
+	return file->ops->prefetch != NULL;
+}
+
+void imgc_file_prefetch(struct imgc_file *file, uint64_t offset, uint64_t length)
+{
+	if (file->ops->prefetch)
+		file->ops->prefetch(file, offset, length);
+}
+
 int imgc_file_sync(struct imgc_file *file, struct imgc_error *err)
 {
 	return file->ops->sync(file, err);

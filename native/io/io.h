@@ -110,6 +110,15 @@ struct imgc_file_ops {
 			uint64_t source_offset, uint64_t length);
 
 	/*
+	 * Tells the system that [offset, offset + length) will be read soon.  It may start
+	 * to read, or ignore this.  It does not wait for the bytes, but may wait until the
+	 * device takes more requests.  There is no error to report.
+	 *
+	 * NULL: reading ahead gains nothing.
+	 */
+	void (*prefetch)(struct imgc_file *file, uint64_t offset, uint64_t length);
+
+	/*
 	 * Frees the object.  A descriptor or a buffer that it was opened with stays the
 	 * caller's.  Does not sync and cannot fail.  Called once, by the owner, when no
 	 * other call on the file is under way.
@@ -150,5 +159,9 @@ int imgc_file_sync(struct imgc_file *file, struct imgc_error *err);
 /* Also false if the files are of different kinds, or of a kind without reflinks. */
 bool imgc_file_reflink(struct imgc_file *file, uint64_t offset, struct imgc_file *source,
 		       uint64_t source_offset, uint64_t length);
+
+/* Whether imgc_file_prefetch() does anything. */
+bool imgc_file_can_prefetch(const struct imgc_file *file);
+void imgc_file_prefetch(struct imgc_file *file, uint64_t offset, uint64_t length);
 
 #endif /* IMGC_IO_IO_H */
