@@ -30,9 +30,8 @@ PYTEST_ARGS ?=
 PARALLEL := -n auto --maxprocesses 8 --dist loadgroup
 JOBS := -j$(shell nproc)
 FUZZ_SECONDS ?= 60
-FUZZ_WORK := build/fuzz/readers
 FUZZ_FLAGS = -max_total_time=$(FUZZ_SECONDS) -timeout=30 -rss_limit_mb=2048 -max_len=65536 \
-	-print_final_stats=1 -artifact_prefix=build/fuzz/readers-
+	-print_final_stats=1
 
 .NOTPARALLEL:
 .PHONY: all setup build demo quick test lint types native-test native-sanitize sanitize python-test \
@@ -146,16 +145,22 @@ fuzz: build
 		{ echo "fuzz: clang is missing (Debian: clang libclang-rt-14-dev)" >&2; exit 1; }
 	@$(PIP) install 'atheris>=3'
 	@$(MAKE) --no-print-directory -C native fuzz FUZZ_SECONDS=$(FUZZ_SECONDS)
-	@mkdir -p $(FUZZ_WORK)
-	@echo "fuzz_readers: $(FUZZ_SECONDS) s"
-	@$(PY) -m tests.fuzz.fuzz_readers $(FUZZ_FLAGS) $(FUZZ_WORK) tests/fuzz/corpus \
-		>build/fuzz/readers.log 2>&1 || { tail -n 60 build/fuzz/readers.log; exit 1; }
-	@grep -a stat::number_of_executed_units build/fuzz/readers.log
+	@set -e; for name in readers areas; do \
+		echo "fuzz_$$name: $(FUZZ_SECONDS) s"; \
+		corpus=tests/fuzz/corpus; test $$name = readers || corpus=$${corpus}_$$name; \
+		mkdir -p build/fuzz/$$name; \
+		$(PY) -m tests.fuzz.fuzz_$$name $(FUZZ_FLAGS) -artifact_prefix=build/fuzz/$$name- \
+			build/fuzz/$$name $$corpus >build/fuzz/$$name.log 2>&1 || \
+			{ tail -n 60 build/fuzz/$$name.log; exit 1; }; \
+		grep -a stat::number_of_executed_units build/fuzz/$$name.log; \
+	done
 
 # Keeps the inputs that reach something that smaller ones do not.
 fuzz-merge: build
 	@$(MAKE) --no-print-directory -C native fuzz-merge
-	@$(PY) -m tests.fuzz.minimise tests/fuzz/corpus $(FUZZ_WORK)
+	@mkdir -p build/fuzz/readers build/fuzz/areas
+	@$(PY) -m tests.fuzz.minimise tests/fuzz/corpus build/fuzz/readers
+	@$(PY) -m tests.fuzz.minimise tests/fuzz/corpus_areas build/fuzz/areas
 
 clean:
 	@$(MAKE) --no-print-directory -C native clean

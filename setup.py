@@ -2,7 +2,7 @@
 
 Environment:
 
-``IMGCORE_<LIB>_PREFIX`` (LIBDEFLATE, LIBISAL, LIBZSTD, LIBURING)
+``IMGCORE_<LIB>_PREFIX`` (LIBCRYPTO, LIBDEFLATE, LIBISAL, LIBZSTD, LIBURING, LIBBLAKE3)
     Folder with ``include/`` and ``lib/``, used instead of pkg-config.
 ``IMGCORE_SANITIZE``
     For example ``address,undefined``: a build that dies on the first fault.
@@ -22,7 +22,7 @@ from glob import glob
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-NATIVE_FOLDERS = ("common", "kernels", "codec", "tables", "io", "engine")
+NATIVE_FOLDERS = ("common", "kernels", "digest", "codec", "tables", "io", "engine")
 COMPILE_ARGS = ["-std=c11", "-D_GNU_SOURCE", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra"]
 
 
@@ -40,10 +40,14 @@ class Library:
 
 
 LIBRARIES = (
+    Library("libcrypto", "3.0", "libssl-dev", "openssl-devel", "crypto"),
     Library("libdeflate", "1.14", "libdeflate-dev", "libdeflate-devel", "deflate"),
     Library("libisal", "2.30", "libisal-dev", "isa-l-devel", "isal"),
     Library("libzstd", "1.5.0", "libzstd-dev", "libzstd-devel", "zstd"),
     Library("liburing", "2.2", "liburing-dev", "liburing-devel", "uring", False, "IMGC_HAVE_URING"),
+    Library(
+        "libblake3", "1.5", "libblake3-dev", "libblake3-devel", "blake3", False, "IMGC_HAVE_BLAKE3"
+    ),
 )
 
 

@@ -16,13 +16,14 @@ needs_program mkfs.btrfs btrfs-progs
 needs_program zstd zstd
 needs_program qemu-img qemu-utils
 if command -v pkg-config >/dev/null; then
+  needs_library libcrypto libssl-dev
   needs_library libdeflate libdeflate-dev
   needs_library libisal libisal-dev
   needs_library libzstd libzstd-dev
   needs_library liburing liburing-dev
   needs_library zlib zlib1g-dev
 else
-  missing+=(libdeflate-dev libisal-dev libzstd-dev liburing-dev zlib1g-dev)
+  missing+=(libssl-dev libdeflate-dev libisal-dev libzstd-dev liburing-dev zlib1g-dev)
 fi
 if command -v gcc >/dev/null && ! echo '#include <stdlib.h>' | gcc -E - >/dev/null 2>&1; then
   missing+=(libc6-dev)

@@ -12,20 +12,13 @@
 #define JUMP_NBYTES (4u * 1024 * 1024)
 /* Ranges this close become one: to read the gap takes less time than another request. */
 #define GAP_NBYTES (32u * 1024)
-/* Linux cuts a longer announcement to what it reads ahead of a file, 128 KiB or more. */
-#define PIECE_NBYTES (128u * 1024)
 /* So that signals and a cancelled job are seen soon, though the device is slow. */
 #define STEP_NBYTES (1024u * 1024)
 
-int imgc_ahead_create(struct ahead *ahead, const struct imgc_source_file *files, size_t n_files)
+int imgc_ahead_create(struct ahead *ahead, const struct imgc_source_file *files)
 {
 	ahead->files = files;
 	ahead->span_nbytes = AHEAD_FIRST_SPAN_NBYTES;
-	for (size_t i = 0; i < n_files; i++)
-		if (imgc_file_can_prefetch(files[i].file))
-			ahead->can_announce = true;
-	if (!ahead->can_announce)
-		return IMGC_OK;
 	ahead->ranges = malloc(MAX_RANGES * sizeof(*ahead->ranges));
 	return ahead->ranges ? IMGC_OK : IMGC_NO_MEMORY;
 }
@@ -57,7 +50,7 @@ static uint64_t next_start(const struct ahead *ahead)
 
 bool imgc_ahead_is_due(const struct ahead *ahead, uint64_t cursor)
 {
-	if (!ahead->can_announce)
+	if (!ahead->ranges)
 		return false;
 	return ahead->n_announced < ahead->n_ranges ||
 	       (cursor >= ahead->span_start && next_start(ahead) != UINT64_MAX);
@@ -188,13 +181,13 @@ static void announce(struct ahead *ahead)
 
 	while (left > 0 && ahead->n_announced < ahead->n_ranges) {
 		struct host_range *range = &ahead->ranges[ahead->n_announced];
-		uint64_t nbytes = imgc_min_u64(range->end - range->start, PIECE_NBYTES);
+		uint64_t nbytes = imgc_min_u64(range->end - range->start, left);
 
-		imgc_file_prefetch(ahead->files[range->file].file, range->start, nbytes);
+		imgc_file_will_need(ahead->files[range->file].file, range->start, nbytes);
 		range->start += nbytes;
 		if (range->start == range->end)
 			ahead->n_announced++;
-		left -= imgc_min_u64(nbytes, left);
+		left -= nbytes;
 	}
 }
 

@@ -41,15 +41,14 @@ struct ahead {
 	size_t row[AHEAD_SIDES];      /* the first row that was not looked at */
 	uint64_t offset[AHEAD_SIDES]; /* and where in the disk the search goes on */
 	bool leaves_unread;	      /* unread rows are not read */
-	bool can_announce;	      /* one of the files can do that */
 	uint64_t span_start;	      /* of the span that was looked at last */
 	uint64_t span_nbytes;	      /* of the next one */
-	struct host_range *ranges;    /* what of it is announced */
+	struct host_range *ranges;    /* what of it is announced; NULL: nothing ever is */
 	size_t n_ranges, n_announced;
 };
 
-/* Looks at no rows before imgc_ahead_start(). */
-int imgc_ahead_create(struct ahead *ahead, const struct imgc_source_file *files, size_t n_files);
+/* Gives IMGC_OK or IMGC_NO_MEMORY.  All zeros is an object that never has anything to do. */
+int imgc_ahead_create(struct ahead *ahead, const struct imgc_source_file *files);
 void imgc_ahead_destroy(struct ahead *ahead);
 
 /* Starts with a batch's rows at guest_start.  A side without rows is left out. */
@@ -61,8 +60,8 @@ bool imgc_ahead_is_due(const struct ahead *ahead, uint64_t cursor);
 
 /*
  * Does a part of it: looks at the next span, or announces some of the ranges that were
- * found.  A span has `rate` bytes at most, but AHEAD_FIRST_SPAN_NBYTES in any case; 0: no
- * limit.  May wait for the device, but not long.
+ * found.  A span has `rate` bytes at most, or AHEAD_FIRST_SPAN_NBYTES if that is more;
+ * 0: no limit.  May wait for the device, but not long.
  */
 void imgc_ahead_step(struct ahead *ahead, uint64_t rate);
 

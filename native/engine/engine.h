@@ -13,6 +13,7 @@
  *     job.c      create, start, wait, finish, destroy
  *     worker.c   the ring: which window is next, and which worker does what
  *     window.c   one window: read, test for zeros, compress, compare, place
+ *     leaves.c   the checksums of a window's blocks
  *     write.c    one window to the target: written, or reflinked
  *     source.c   from extents to bytes in memory
  *     reuse.c    compressed blocks that the target can have as they are
@@ -32,6 +33,7 @@
 #include <stdbool.h>
 #include <time.h>
 
+#include "digest/digest.h"
 #include "engine/ahead.h"
 #include "engine/placer.h"
 #include "engine/source.h"
@@ -68,6 +70,7 @@ struct slot {
 	struct range *runs; /* bytes that are written as they are, relative to the window */
 	size_t n_runs;
 	uint64_t data_nbytes;
+	uint8_t granule; /* of a comparison: the bits of the granule that the window is in */
 };
 
 /* ----------------------------------------------------------- workers and job */
@@ -83,8 +86,9 @@ struct worker {
 	pthread_t thread;
 	struct reader reader;
 	struct imgc_compressor *compressor;
-	struct reuse reuse; /* without blocks if the job reuses none */
-	struct view other;  /* the other side of a comparison, or the base */
+	struct imgc_digest *digest; /* NULL: the job makes no checksum */
+	struct reuse reuse;	    /* without blocks if the job reuses none */
+	struct view other;	    /* the other side of a comparison, or the base */
 	struct counters *counters;
 	struct slot *waiting; /* IMGC_WINDOW_WAITS; NULL: none */
 };
@@ -97,6 +101,7 @@ struct imgc_job {
 	uint64_t piece_nbytes;	/* a block, or a window of a larger block */
 	bool appends;		/* offsets are given out in guest order */
 	uint8_t *stored_prefix; /* the bytes before each stored block; NULL: none */
+	uint8_t zero_leaf[IMGC_CHECKSUM_NBYTES]; /* of a whole block */
 
 	struct worker *workers;
 	struct counters *counters;
@@ -113,7 +118,8 @@ struct imgc_job {
 	bool locks_exist;
 	struct imgc_batch batch;
 	struct rows rows, base;
-	bool leaves_unread; /* some of the rows are stored without being read */
+	bool has_unread;    /* some of the rows are to be reflinked whole */
+	bool leaves_unread; /* these are stored without being read */
 	size_t claim_row, claim_base;
 	uint64_t cursor;
 	struct ahead ahead;
@@ -155,8 +161,21 @@ uint64_t imgc_packed_room(const struct worker *worker);
 /* window.c: reads one window and tests, compresses or compares it.  Writes nothing. */
 int imgc_window_process(struct worker *worker, struct slot *slot, struct imgc_error *err);
 
-/* window.c: gives the slot's pieces host offsets, in guest order, under the lock. */
+/*
+ * window.c: gives the slot's pieces host offsets, in guest order, under the lock.  Of a
+ * comparison, it completes a granule that is larger than the window.
+ */
 int imgc_window_place(struct imgc_job *job, struct slot *slot, struct imgc_error *err);
+
+/*
+ * leaves.c: makes the leaves of the slot's blocks.  Blocks of zeros are dropped from the
+ * slot's view, so that nothing tests their bytes again.
+ */
+int imgc_leaves_make(struct worker *worker, struct slot *slot, struct imgc_error *err);
+
+/* leaves.c: the same for a guest range without data. */
+int imgc_leaves_make_zeros(struct worker *worker, uint64_t start, uint64_t end,
+			   struct imgc_error *err);
 
 /* write.c: brings the slot's bytes to the target. */
 int imgc_window_write(struct worker *worker, struct slot *slot, struct imgc_error *err);

@@ -47,12 +47,21 @@ static bool geometry_is_valid(const struct imgc_geometry *g)
 	       (g->stored_prefix_nbytes == 0 || (g->placing == IMGC_PLACE_APPEND && !compresses));
 }
 
+static bool granule_is_valid(uint64_t nbytes)
+{
+	return imgc_is_power_of_two(nbytes) && nbytes >= IMGC_MIN_GRANULE_NBYTES &&
+	       nbytes <= IMGC_MAX_GRANULE_NBYTES;
+}
+
 static int check_options(const struct imgc_job_options *o, struct imgc_error *err)
 {
 	if (o->n_threads < 1 || o->n_threads > IMGC_MAX_THREADS)
 		return invalid(err, "threads");
-	if (o->kind > IMGC_JOB_COMPARE)
+	if (o->kind > IMGC_JOB_DIGEST)
 		return invalid(err, "kind");
+	if (o->checksum == IMGC_CHECKSUM_NONE ? o->kind == IMGC_JOB_DIGEST
+					      : o->kind == IMGC_JOB_COMPARE)
+		return invalid(err, "checksum");
 	if (o->window_nbytes != 0 &&
 	    (!imgc_is_power_of_two(o->window_nbytes) || o->window_nbytes > MAX_WINDOW_NBYTES ||
 	     o->window_nbytes < PAGE_NBYTES))
@@ -69,6 +78,9 @@ static int check_options(const struct imgc_job_options *o, struct imgc_error *er
 		return invalid(err, "reflink");
 	if (o->trust_blocks && (o->kind != IMGC_JOB_CONVERT || o->salvage || o->has_base))
 		return invalid(err, "trust_blocks");
+	if (o->granule_nbytes != 0 &&
+	    (o->kind != IMGC_JOB_COMPARE || !granule_is_valid(o->granule_nbytes)))
+		return invalid(err, "granule");
 	for (size_t i = 0; i < o->n_sources; i++)
 		if (!o->sources[i].file || o->sources[i].block_nbytes > MAX_SOURCE_BLOCK_NBYTES)
 			return invalid(err, "sources");
@@ -88,6 +100,8 @@ static uint64_t choose_window(const struct imgc_job_options *o)
 
 	for (size_t i = 0; i < o->n_sources; i++)
 		least = imgc_max_u64(least, o->sources[i].block_nbytes);
+	if (o->checksum)
+		least = imgc_max_u64(least, IMGC_CHECKSUM_BLOCK_NBYTES);
 	if (o->kind == IMGC_JOB_CONVERT) {
 		least = imgc_max_u64(least, o->geometry.sparse_nbytes);
 		bool clears = o->geometry.clears_blocks &&
@@ -175,6 +189,8 @@ static int worker_create(struct imgc_job *job, struct worker *worker, struct cou
 	reader->salvage = o->salvage ? &job->salvage : NULL;
 	int status = imgc_io_context_create(o->io_variant, &reader->io);
 
+	if (status == IMGC_OK && o->checksum)
+		status = imgc_digest_create(o->checksum, &worker->digest);
 	if (status == IMGC_OK && o->kind == IMGC_JOB_CONVERT &&
 	    job->geometry.codec.codec != IMGC_CODEC_NONE)
 		status = imgc_compressor_create(&job->geometry.codec, &worker->compressor);
@@ -198,6 +214,7 @@ static void worker_destroy(struct worker *worker)
 	imgc_io_context_destroy(worker->reader.io);
 	imgc_decompressor_destroy(worker->reader.decompressor);
 	imgc_compressor_destroy(worker->compressor);
+	imgc_digest_destroy(worker->digest);
 	imgc_reuse_destroy(&worker->reuse);
 	free(worker->reader.compressed);
 	free(worker->reader.block);
@@ -224,7 +241,10 @@ static int create_workers(struct imgc_job *job)
 	for (size_t i = 0; i < job->n_slots; i++)
 		if (slot_create(job, &job->slots[i]))
 			return IMGC_NO_MEMORY;
-	return IMGC_OK;
+	if (!job->options.checksum)
+		return IMGC_OK;
+	return imgc_digest_of_zeros(job->workers[0].digest, IMGC_CHECKSUM_BLOCK_NBYTES,
+				    job->zero_leaf);
 }
 
 static int create_stored_prefix(struct imgc_job *job)
@@ -310,7 +330,7 @@ int imgc_job_create(const struct imgc_job_options *options, struct imgc_job **ou
 	if (status == IMGC_OK)
 		status = create_workers(job);
 	if (status == IMGC_OK && !options->salvage)
-		status = imgc_ahead_create(&job->ahead, job->sources, options->n_sources);
+		status = imgc_ahead_create(&job->ahead, job->sources);
 out:
 	if (status) {
 		imgc_job_destroy(job);
@@ -373,6 +393,27 @@ static bool batch_fits_geometry(const struct imgc_job *job, const struct imgc_ba
 	       ends_at(b->guest_end, g->group_nblocks * block, g->guest_nbytes);
 }
 
+static bool batch_fits_checksum(const struct imgc_job *job, const struct imgc_batch *b)
+{
+	const uint64_t block = IMGC_CHECKSUM_BLOCK_NBYTES;
+	uint64_t nbytes = b->guest_end - b->guest_start;
+
+	if (!job->options.checksum)
+		return !b->leaves;
+	return b->leaves && b->guest_start % block == 0 &&
+	       b->n_leaves == nbytes / block + (nbytes % block != 0);
+}
+
+static bool granules_fit(const struct imgc_job *job, const struct imgc_batch *b)
+{
+	uint64_t granule = job->options.granule_nbytes;
+
+	if (granule == 0)
+		return !b->granules;
+	return b->granules &&
+	       b->n_granules == (b->guest_end - 1) / granule - b->guest_start / granule + 1;
+}
+
 static int check_batch(const struct imgc_job *job, const struct imgc_batch *b,
 		       struct imgc_error *err)
 {
@@ -380,8 +421,13 @@ static int check_batch(const struct imgc_job *job, const struct imgc_batch *b,
 
 	if (b->guest_start >= b->guest_end || b->guest_start % SECTOR_NBYTES != 0)
 		return invalid(err, "batch");
-	if (o->kind == IMGC_JOB_CONVERT ? !batch_fits_geometry(job, b) : !b->base_extents)
+	if (o->kind == IMGC_JOB_CONVERT ? !batch_fits_geometry(job, b)
+					: !b->base_extents == (o->kind == IMGC_JOB_COMPARE))
 		return invalid(err, "batch");
+	if (!batch_fits_checksum(job, b))
+		return invalid(err, "leaves");
+	if (!granules_fit(job, b))
+		return invalid(err, "granules");
 	int status = imgc_extents_check(b->extents, b->n_extents, job->sources, o->n_sources,
 					b->guest_start, b->guest_end, err);
 
@@ -447,7 +493,8 @@ int imgc_job_start(struct imgc_job *job, const struct imgc_batch *batch, struct 
 	job->batch = *batch;
 	job->rows = (struct rows){batch->extents, batch->n_extents};
 	job->base = (struct rows){batch->base_extents, batch->n_base_extents};
-	job->leaves_unread = may_leave_unread(job) && imgc_rows_have_unread(job->rows);
+	job->has_unread = may_leave_unread(job) && imgc_rows_have_unread(job->rows);
+	job->leaves_unread = job->has_unread && !job->options.checksum;
 	for (size_t i = 0; i < job->options.n_threads; i++)
 		job->workers[i].reader.leaves_unread = job->leaves_unread;
 	job->claim_row = job->claim_base = 0;

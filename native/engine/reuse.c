@@ -13,7 +13,7 @@ int imgc_reuse_create(struct reuse *reuse, const struct imgc_job_options *option
 
 	*reuse = (struct reuse){
 		.codec = options->geometry.codec.codec,
-		.trusts = options->trust_blocks,
+		.trusts = options->trust_blocks && !options->checksum,
 		.block_nbytes = block,
 		.capacity = capacity,
 		.n_blocks = window_nbytes / block,

@@ -61,6 +61,26 @@ void imgc_view_materialise(const struct view *view, uint64_t start, uint64_t end
 	}
 }
 
+void imgc_view_drop(struct view *view, uint64_t start, uint64_t end)
+{
+	size_t first = view_find(view, start), last = first, n_kept = 0;
+	struct range kept[2];
+
+	while (last < view->n_ranges && view->ranges[last].start < end)
+		last++;
+	if (first == last)
+		return;
+	if (view->ranges[first].start < start)
+		kept[n_kept++] = (struct range){view->ranges[first].start, start};
+	if (view->ranges[last - 1].end > end)
+		kept[n_kept++] = (struct range){end, view->ranges[last - 1].end};
+	memmove(&view->ranges[first + n_kept], &view->ranges[last],
+		(view->n_ranges - last) * sizeof(*view->ranges));
+	memcpy(&view->ranges[first], kept, n_kept * sizeof(*kept));
+	view->n_ranges += n_kept;
+	view->n_ranges -= last - first;
+}
+
 /* ------------------------------------------------------------------- reads */
 
 /* One call of imgc_reader_fill(). */
@@ -194,8 +214,10 @@ static int add_request(struct fill *fill, const struct imgc_extent *row, struct 
 
 /* ------------------------------------------------------- compressed extents */
 
-static unsigned codec_of(unsigned kind)
+unsigned imgc_row_codec(const struct imgc_extent *row)
 {
+	unsigned kind = row->kind;
+
 	if (kind == IMGC_DEFLATE)
 		return IMGC_CODEC_DEFLATE;
 	return kind == IMGC_ZLIB ? IMGC_CODEC_ZLIB : IMGC_CODEC_ZSTD;
@@ -206,18 +228,21 @@ static bool row_is_compressed(const struct imgc_extent *row)
 	return row->kind >= IMGC_DEFLATE;
 }
 
-/* Steps over a grain marker; false if it contradicts the row. */
-static bool skip_grain_marker(const uint8_t **in, uint64_t *nbytes, uint64_t block_start)
+int imgc_row_skip_marker(const struct imgc_extent *row, const struct imgc_source_file *file,
+			 const uint8_t **in, uint64_t *nbytes, struct imgc_error *err)
 {
-	if (*nbytes <= GRAIN_MARKER_NBYTES || imgc_load_le64(*in) != block_start / SECTOR_NBYTES)
-		return false;
-	uint64_t stored = imgc_load_le32(*in + 8);
+	if (!(row->flags & IMGC_EXTENT_GRAIN_MARKER))
+		return IMGC_OK;
+	uint64_t place = imgc_row_block(row, file) - file->guest_base;
+	uint64_t stored = *nbytes > GRAIN_MARKER_NBYTES ? imgc_load_le32(*in + 8) : 0;
 
-	if (stored == 0 || stored > *nbytes - GRAIN_MARKER_NBYTES)
-		return false;
+	if (stored == 0 || stored > *nbytes - GRAIN_MARKER_NBYTES ||
+	    imgc_load_le64(*in) != place / SECTOR_NBYTES)
+		return imgc_fail(err, IMGC_BAD_GRAIN_MARKER, 0, row->host_offset, row->file,
+				 "grain_marker");
 	*in += GRAIN_MARKER_NBYTES;
 	*nbytes = stored;
-	return true;
+	return IMGC_OK;
 }
 
 /* Whether the target has a block of the same size at the same place. */
@@ -237,7 +262,7 @@ static bool trust_row(const struct fill *fill, const struct imgc_extent *row, co
 {
 	return fill->reuse->trusts &&
 	       (row->kind != IMGC_ZLIB || row->flags & IMGC_EXTENT_GRAIN_MARKER) &&
-	       imgc_reuse_take(fill->reuse, row->guest_offset - fill->start, codec_of(row->kind),
+	       imgc_reuse_take(fill->reuse, row->guest_offset - fill->start, imgc_row_codec(row),
 			       in, in_nbytes, NULL);
 }
 
@@ -252,26 +277,26 @@ static int decompress_row(struct fill *fill, const struct imgc_extent *row, cons
 	struct reader *reader = fill->reader;
 	const struct imgc_source_file *file = &reader->files[row->file];
 	uint64_t block = file->block_nbytes, in_nbytes = row->host_length;
-	uint64_t within = (row->guest_offset - file->guest_base) % block;
+	uint64_t within = row->guest_offset - imgc_row_block(row, file);
 	uint64_t start = wanted_start(fill, row), end = wanted_end(fill, row);
 	bool is_whole = end - start == block;
 	bool reuses = may_reuse(fill, row, is_whole, block);
 	uint8_t *out = is_whole ? bytes_at(fill, start) : reader->block;
 	size_t used;
 
-	if (row->flags & IMGC_EXTENT_GRAIN_MARKER &&
-	    !skip_grain_marker(&in, &in_nbytes, row->guest_offset - within - file->guest_base))
-		return imgc_fail(err, IMGC_BAD_GRAIN_MARKER, 0, row->host_offset, row->file,
-				 "grain_marker");
+	int status = imgc_row_skip_marker(row, file, &in, &in_nbytes, err);
+
+	if (status)
+		return status;
 	if (reuses && trust_row(fill, row, in, in_nbytes))
 		return IMGC_OK;
-	int status = imgc_decompress(reader->decompressor, codec_of(row->kind), in, in_nbytes, out,
-				     block, &used);
+	status = imgc_decompress(reader->decompressor, imgc_row_codec(row), in, in_nbytes, out,
+				 block, &used);
 
 	if (status)
 		return imgc_fail(err, status, 0, row->host_offset, row->file, "decompress");
 	if (reuses)
-		imgc_reuse_take(fill->reuse, start - fill->start, codec_of(row->kind), in, used,
+		imgc_reuse_take(fill->reuse, start - fill->start, imgc_row_codec(row), in, used,
 				out);
 	if (!is_whole)
 		memcpy(bytes_at(fill, start), out + within + (start - row->guest_offset),

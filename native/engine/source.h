@@ -37,6 +37,23 @@ struct reader {
 	bool leaves_unread; /* imgc_reader_fill() leaves out unread rows */
 };
 
+/* Where the block of a compressed row starts in the disk. */
+static inline uint64_t imgc_row_block(const struct imgc_extent *row,
+				      const struct imgc_source_file *file)
+{
+	return row->guest_offset - (row->guest_offset - file->guest_base) % file->block_nbytes;
+}
+
+/* The codec of a compressed row. */
+unsigned imgc_row_codec(const struct imgc_extent *row);
+
+/*
+ * `in` holds what is stored for a compressed row, at least GRAIN_MARKER_NBYTES.  Steps
+ * over its grain marker, if it has one, after which *nbytes is exact.
+ */
+int imgc_row_skip_marker(const struct imgc_extent *row, const struct imgc_source_file *file,
+			 const uint8_t **in, uint64_t *nbytes, struct imgc_error *err);
+
 /*
  * Reads every DATA and compressed byte of guest range [start, end) into the view.
  * Bytes that are no data are left as they are; imgc_view_materialise() makes them
@@ -55,5 +72,8 @@ void imgc_view_materialise(const struct view *view, uint64_t start, uint64_t end
 
 /* Whether any data lies in [start, end). */
 bool imgc_view_has_data(const struct view *view, uint64_t start, uint64_t end);
+
+/* Says that [start, end) of the view, whose bytes are zeros, is no data. */
+void imgc_view_drop(struct view *view, uint64_t start, uint64_t end);
 
 #endif /* IMGC_ENGINE_SOURCE_H */

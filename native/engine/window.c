@@ -309,6 +309,47 @@ static void compare_window(struct worker *worker, struct slot *slot)
 	}
 }
 
+static uint8_t compare_part(const struct worker *worker, const struct slot *slot, uint64_t start,
+			    uint64_t end)
+{
+	uint8_t bits = 0;
+
+	if (!equals_base(worker, slot, start, end))
+		bits |= IMGC_GRANULE_DIFFERS;
+	if (!piece_is_zero(worker->job, slot, start, end))
+		bits |= IMGC_GRANULE_HAS_DATA;
+	return bits;
+}
+
+static uint8_t *granule_at(const struct imgc_job *job, uint64_t guest_offset)
+{
+	uint64_t granule = job->options.granule_nbytes;
+
+	return &job->batch.granules[guest_offset / granule - job->batch.guest_start / granule];
+}
+
+/*
+ * Granules that are not larger than a window are in this one only, so their bytes are
+ * set here.  A larger one is completed window by window; see imgc_window_place().
+ */
+static void compare_granules(struct worker *worker, struct slot *slot)
+{
+	const struct imgc_job *job = worker->job;
+	uint64_t granule = job->options.granule_nbytes, nbytes = slot->end - slot->start;
+
+	if (granule > job->window_nbytes) {
+		slot->granule = compare_part(worker, slot, 0, nbytes);
+		return;
+	}
+	for (uint64_t at = slot->start; at < slot->end;) {
+		uint64_t next = imgc_min_u64((at | (granule - 1)) + 1, slot->end);
+
+		*granule_at(job, at) =
+			compare_part(worker, slot, at - slot->start, next - slot->start);
+		at = next;
+	}
+}
+
 /* --------------------------------------------------------------- rate limit */
 
 static uint64_t data_nbytes(struct rows rows, uint64_t start, uint64_t end, bool leaves_unread)
@@ -366,6 +407,7 @@ int imgc_window_process(struct worker *worker, struct slot *slot, struct imgc_er
 
 	slot->n_pieces = slot->n_runs = 0;
 	slot->packed_nbytes = slot->data_nbytes = 0;
+	slot->granule = 0;
 	if (slot->is_span) {
 		slot->data_nbytes = slot->end - slot->start;
 		return IMGC_OK;
@@ -375,13 +417,20 @@ int imgc_window_process(struct worker *worker, struct slot *slot, struct imgc_er
 	if (status == IMGC_OK)
 		status = imgc_reader_fill(&worker->reader, job->rows, slot->start, slot->end,
 					  &slot->view, reuse, err);
+	if (status == IMGC_OK)
+		status = imgc_leaves_make(worker, slot, err);
 	if (status == IMGC_OK && job->base.n)
 		status = imgc_reader_fill(&worker->reader, job->base, slot->start, slot->end,
 					  &worker->other, NULL, err);
 	if (status)
 		return status;
+	if (job->options.kind == IMGC_JOB_DIGEST)
+		return IMGC_OK;
 	if (job->options.kind == IMGC_JOB_COMPARE) {
-		compare_window(worker, slot);
+		if (job->options.granule_nbytes)
+			compare_granules(worker, slot);
+		else
+			compare_window(worker, slot);
 		return IMGC_OK;
 	}
 	if (job->geometry.placing == IMGC_PLACE_APPEND)
@@ -469,6 +518,8 @@ int imgc_window_place(struct imgc_job *job, struct slot *slot, struct imgc_error
 {
 	if (slot->is_span && job->appends)
 		return place_span(job, slot, err);
+	if (slot->granule)
+		*granule_at(job, slot->start) |= slot->granule;
 	for (size_t i = 0; i < slot->n_pieces; i++) {
 		struct piece *piece = &slot->pieces[i];
 		uint64_t first_block = job->batch.guest_start / job->geometry.block_nbytes;

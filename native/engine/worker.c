@@ -119,7 +119,8 @@ static void work_on_span(struct worker *worker, uint64_t start, uint64_t end)
 {
 	struct imgc_error err;
 
-	if (imgc_span_write_zeros(worker, start, end, &err))
+	if (imgc_leaves_make_zeros(worker, start, end, &err) ||
+	    imgc_span_write_zeros(worker, start, end, &err))
 		fail_job(worker->job, &err);
 	else
 		count(worker, end - start, 0);

@@ -184,7 +184,7 @@ static int part_flush(struct worker *worker, const struct slot *slot, struct gat
 		      struct imgc_error *err)
 {
 	struct part part = gather->part;
-	uint64_t least = worker->job->leaves_unread ? 1 : MIN_REFLINK_NBYTES;
+	uint64_t least = worker->job->has_unread ? 1 : MIN_REFLINK_NBYTES;
 	int status = imgc_check_stopped(&worker->job->stop, err);
 
 	gather->part.length = 0;

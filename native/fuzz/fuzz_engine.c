@@ -111,6 +111,9 @@ static void run(struct job_case *c, const uint8_t *content)
 	uint64_t n_blocks = (c->guest_nbytes + g->block_nbytes - 1) / g->block_nbytes;
 	struct imgc_placement *placements = calloc(n_blocks + 1, sizeof(*placements));
 	uint8_t *target = calloc(1, TARGET_NBYTES);
+	uint64_t granule = c->options.granule_nbytes;
+	size_t n_granules = granule ? (size_t)((c->guest_nbytes - 1) / granule + 1) : 0;
+	uint8_t *granules = granule ? calloc(n_granules, 1) : NULL;
 	struct imgc_job *job = NULL;
 	struct imgc_error err = {0};
 	struct imgc_batch batch = {
@@ -121,6 +124,8 @@ static void run(struct job_case *c, const uint8_t *content)
 		.n_base_extents = c->n_base,
 		.placements = placements,
 		.n_placements = (size_t)n_blocks,
+		.granules = granules,
+		.n_granules = n_granules,
 	};
 
 	REQUIRE(placements != NULL && target != NULL);
@@ -142,6 +147,7 @@ static void run(struct job_case *c, const uint8_t *content)
 	imgc_file_close(c->options.target);
 	free(target);
 	free(placements);
+	free(granules);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t nbytes)
@@ -161,6 +167,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t nbytes)
 	c.options.next_offset = how & 8 ? take_place(&in) : 0;
 	c.options.trust_blocks = how >> 6 & 1;
 	c.options.salvage = how >> 7 & 1;
+	/* A comparison has no salvage: the bit says that it finds all differences. */
+	if (how & 1 && how >> 7) {
+		c.options.salvage = 0;
+		c.options.granule_nbytes = UINT64_C(512) << (how >> 3 & 7);
+	}
 	REQUIRE(imgc_variant_select(IMGC_OP_ZERO, NULL, &c.options.zero_variant) == 0);
 	REQUIRE(imgc_variant_select(IMGC_OP_INFLATE, NULL, &c.options.inflate_variant) == 0);
 	REQUIRE(imgc_variant_select(IMGC_OP_IO, NULL, &c.options.io_variant) == 0);

@@ -99,6 +99,61 @@ int imgc_is_zero(uint32_t variant, const void *data, size_t nbytes);
 /* CRC-32C of `data`, continued from `crc`, which is 0 for the first part. */
 uint32_t imgc_crc32c(uint32_t variant, uint32_t crc, const void *data, size_t nbytes);
 
+/* --------------------------------------------------------------- checksums */
+
+/*
+ * The checksum of a disk (blkhash).  A leaf is the hash of one block; the checksum is the
+ * hash of all leaves in order, followed by the disk's length in bytes as a little-endian
+ * 64-bit number.  The last block may be short.  The leaf of a whole block of zeros is a
+ * constant, which is known without hashing.
+ */
+enum imgc_checksum {
+	IMGC_CHECKSUM_NONE = 0,
+	IMGC_CHECKSUM_SHA256 = 1,
+	IMGC_CHECKSUM_BLAKE3 = 2, /* with 32 bytes of output */
+	IMGC_N_CHECKSUMS,
+};
+
+#define IMGC_CHECKSUM_NBYTES 32u		/* of a leaf, and of the checksum */
+#define IMGC_CHECKSUM_BLOCK_NBYTES (64u * 1024) /* in jobs */
+
+/* The static name ("sha256"), or NULL for NONE and past the last one. */
+const char *imgc_checksum_name(unsigned checksum);
+
+/* 1 if the algorithm is in this build; else 0. */
+int imgc_checksum_is_built(unsigned checksum);
+
+/* Makes the checksum of bytes that come in order. */
+struct imgc_hasher;
+
+/*
+ * `block_nbytes` is a power of two, 512 B to 16 MiB.  `zero_variant` is an id of
+ * IMGC_OP_ZERO.  IMGC_UNSUPPORTED if the algorithm is not built in.
+ */
+int imgc_hasher_create(uint32_t checksum, uint64_t block_nbytes, uint32_t zero_variant,
+		       struct imgc_hasher **out);
+
+/* NULL is allowed. */
+void imgc_hasher_destroy(struct imgc_hasher *hasher);
+
+/*
+ * Each of these three adds the next `nbytes` bytes of the disk: its content, zeros, or
+ * leaves of blocks.  IMGC_INVALID_ARGUMENT if the disk gets longer than INT64_MAX bytes,
+ * or if leaves do not start with a block, or if anything follows the leaf of a short
+ * block; nothing has been added then.  After another failure the hasher can only be
+ * destroyed.
+ */
+int imgc_hasher_update(struct imgc_hasher *hasher, const void *data, size_t nbytes);
+int imgc_hasher_zeros(struct imgc_hasher *hasher, uint64_t nbytes);
+int imgc_hasher_leaves(struct imgc_hasher *hasher, const void *leaves, uint64_t nbytes);
+
+/* The leaf of one block, which is not added. */
+int imgc_hasher_leaf(struct imgc_hasher *hasher, const void *block, size_t nbytes,
+		     uint8_t out[IMGC_CHECKSUM_NBYTES]);
+
+/* The checksum of what has been added so far.  More may be added afterwards. */
+int imgc_hasher_digest(struct imgc_hasher *hasher, uint8_t out[IMGC_CHECKSUM_NBYTES]);
+
 /* ------------------------------------------------------------------ codecs */
 
 enum imgc_codec {
@@ -466,13 +521,21 @@ int imgc_rate_limit_take(struct imgc_rate_limit *limit, uint64_t nbytes, unsigne
 
 enum imgc_job_kind {
 	IMGC_JOB_CONVERT = 0, /* read, zero-test, compress, write */
-	IMGC_JOB_COMPARE = 1, /* read two, find the first difference */
+	IMGC_JOB_COMPARE = 1, /* read two, find the first difference, or all of them */
+	IMGC_JOB_DIGEST = 2,  /* read and make the leaves of a checksum */
 };
 
 #define IMGC_MAX_THREADS 256u
 
 /* A block is compared with the base as a whole, so it must fit a window in memory. */
 #define IMGC_MAX_BASE_BLOCK_NBYTES (4u * 1024 * 1024)
+
+#define IMGC_MIN_GRANULE_NBYTES 512u
+#define IMGC_MAX_GRANULE_NBYTES (256u * 1024 * 1024)
+
+/* The bits of a granule in imgc_batch.granules. */
+#define IMGC_GRANULE_DIFFERS 1u	 /* the two sides are not the same */
+#define IMGC_GRANULE_HAS_DATA 2u /* a byte of batch.extents is not zero there */
 
 struct imgc_job_options {
 	uint32_t kind;	    /* enum imgc_job_kind */
@@ -512,6 +575,19 @@ struct imgc_job_options {
 	 * what is reflinked without being read.  Not owned; NULL: no limit.
 	 */
 	struct imgc_rate_limit *rate_limit;
+	/*
+	 * CONVERT and DIGEST: an enum imgc_checksum, whose leaves each batch then receives.
+	 * All data is read for that: IMGC_EXTENT_UNREAD and trust_blocks have no effect.
+	 * Batches start at multiples of IMGC_CHECKSUM_BLOCK_NBYTES, and end at one or at
+	 * the disk's end.
+	 */
+	uint32_t checksum;
+	/*
+	 * COMPARE: a power of two.  Every difference is found, and told by the granules
+	 * of so many bytes that it is in; there is no first difference then.  0: the job
+	 * ends at the first difference.
+	 */
+	uint64_t granule_nbytes;
 };
 
 /* A guest range that could not be read. */
@@ -539,6 +615,20 @@ struct imgc_batch {
 	/* APPEND: zeroed by the caller, ceil((end - start) / block_nbytes) rows. */
 	struct imgc_placement *placements;
 	size_t n_placements;
+	/*
+	 * With options.checksum: receives the leaf of each block, IMGC_CHECKSUM_NBYTES
+	 * each, ceil((end - start) / IMGC_CHECKSUM_BLOCK_NBYTES) of them.  The last one is
+	 * of the bytes up to guest_end.  Else NULL.
+	 */
+	uint8_t *leaves;
+	size_t n_leaves;
+	/*
+	 * COMPARE with granule_nbytes: zeroed by the caller, one byte for each granule of
+	 * which the batch has a part.  Receives IMGC_GRANULE_* of that part, which does
+	 * not depend on the number of threads.  After a failure it is undefined.
+	 */
+	uint8_t *granules;
+	size_t n_granules;
 };
 
 struct imgc_progress {
@@ -591,7 +681,10 @@ uint64_t imgc_job_next_offset(const struct imgc_job *job);
  */
 int imgc_job_set_next_offset(struct imgc_job *job, uint64_t next_offset);
 
-/* COMPARE: the lowest guest offset that differs so far, or IMGC_NO_DIFFERENCE. */
+/*
+ * COMPARE without granules: the lowest guest offset that differs so far, or
+ * IMGC_NO_DIFFERENCE.
+ */
 uint64_t imgc_job_first_difference(const struct imgc_job *job);
 
 /*
@@ -603,6 +696,124 @@ size_t imgc_job_bad_ranges(const struct imgc_job *job, const struct imgc_bad_ran
 
 /* Cancels and joins a batch that still runs.  NULL is allowed. */
 void imgc_job_destroy(struct imgc_job *job);
+
+/* ----------------------------------------------------------- random access */
+
+/*
+ * A disk that is open for random access.  It knows extents a table at a time: the rows
+ * of one span, which the caller adds when a read needs them.  Tables
+ * and decompressed blocks are kept in memory, the least recently used go first.  Any
+ * number of threads may call these functions on one disk.
+ */
+struct imgc_disk;
+
+struct imgc_disk_options {
+	const struct imgc_source_file *sources; /* copied; the files are not owned */
+	size_t n_sources;
+	uint64_t guest_nbytes; /* size of the disk */
+	uint64_t span_nbytes;  /* of a table: power of two, at least 512 */
+	uint64_t cache_nbytes; /* of all that is kept; what is in use may exceed it */
+	uint32_t inflate_variant, io_variant;
+};
+
+int imgc_disk_create(const struct imgc_disk_options *options, struct imgc_disk **out,
+		     struct imgc_error *err);
+
+/* No use may be in progress.  NULL is allowed. */
+void imgc_disk_destroy(struct imgc_disk *disk);
+
+/*
+ * Counts the uses of something that may be closed at any time.  A use lies between
+ * enter, which returns 0 after close, and leave.  Exactly one call of close and leave
+ * returns 1: when it is closed, and no use is in progress.
+ */
+struct imgc_uses;
+
+int imgc_uses_create(struct imgc_uses **out);
+void imgc_uses_destroy(struct imgc_uses *uses); /* NULL is allowed */
+int imgc_uses_enter(struct imgc_uses *uses);
+int imgc_uses_leave(struct imgc_uses *uses);
+int imgc_uses_close(struct imgc_uses *uses);
+
+/* Results besides enum imgc_status: there is more to do. */
+#define IMGC_MISSING 1	  /* a table must be added first */
+#define IMGC_WOULD_WAIT 2 /* with IMGC_DISK_NO_WAIT only */
+#define IMGC_UNFINISHED 3 /* call again */
+
+/* Read only what is in memory, and decompress nothing. */
+#define IMGC_DISK_NO_WAIT 1u
+
+/* What is left to read.  After IMGC_MISSING its first byte has no table. */
+struct imgc_disk_rest {
+	uint64_t offset, length;
+	uint64_t generation; /* IMGC_MISSING: for imgc_disk_add() */
+};
+
+/* Rows that a caller uses, whether they are kept or not, until it drops them. */
+struct imgc_table;
+
+/*
+ * Reads [offset, offset + length), at any alignment.  `table` comes before those that
+ * are kept; NULL: none.  After IMGC_MISSING and IMGC_WOULD_WAIT, *rest is what is left.
+ * Errors are those of a job.
+ */
+int imgc_disk_read(struct imgc_disk *disk, const struct imgc_table *table, uint64_t offset,
+		   void *buffer, uint64_t length, unsigned flags, struct imgc_disk_rest *rest,
+		   struct imgc_error *err);
+
+/* The guest range of the table that has `offset`, which is inside the disk. */
+void imgc_disk_span(const struct imgc_disk *disk, uint64_t offset, uint64_t *start, uint64_t *end);
+
+/*
+ * Checks rows of [start, end) (imgc_extents_check) and copies them.  Those of exactly
+ * one span are kept for all reads, unless everything was forgotten since `generation`.
+ */
+int imgc_disk_add(struct imgc_disk *disk, uint64_t start, uint64_t end, uint64_t generation,
+		  const struct imgc_extent *rows, size_t n, struct imgc_table **out,
+		  struct imgc_error *err);
+
+/* The table of `offset`, if it is kept, or NULL. */
+struct imgc_table *imgc_disk_find(struct imgc_disk *disk, uint64_t offset);
+
+/* Ends the caller's use of a table. */
+void imgc_disk_drop(struct imgc_disk *disk, struct imgc_table *table);
+
+/* Forgets all tables and blocks.  Reads in progress may still use them. */
+void imgc_disk_forget(struct imgc_disk *disk);
+
+struct imgc_cache_stats {
+	uint64_t n_entries, nbytes; /* tables and blocks that are kept */
+	uint64_t n_hits, n_misses;  /* how often one was looked for */
+};
+
+void imgc_disk_stats(struct imgc_disk *disk, struct imgc_cache_stats *out);
+
+/* One range of a disk and where it goes. */
+struct imgc_disk_request {
+	uint64_t offset;
+	void *buffer;
+	uint64_t length;
+};
+
+/* Several ranges that are read together: in the order of their places, in parallel. */
+struct imgc_gather;
+
+/* The requests are copied.  They lie inside the disk; buffers do not overlap. */
+int imgc_gather_create(struct imgc_disk *disk, const struct imgc_disk_request *requests, size_t n,
+		       struct imgc_gather **out, struct imgc_error *err);
+
+/*
+ * Reads the next part of the requests, on up to n_threads threads (1..IMGC_MAX_THREADS)
+ * which end before it returns.  `table` is as for imgc_disk_read().  IMGC_OK: all has
+ * been read.  IMGC_UNFINISHED: call again; a call takes milliseconds.  IMGC_MISSING:
+ * call again with the table of *rest, which is the rest of one request.  Of several
+ * errors, the first in the order of places is returned.
+ */
+int imgc_gather_run(struct imgc_gather *gather, const struct imgc_table *table, unsigned n_threads,
+		    struct imgc_disk_rest *rest, struct imgc_error *err);
+
+/* NULL is allowed. */
+void imgc_gather_destroy(struct imgc_gather *gather);
 
 #ifdef __cplusplus
 }

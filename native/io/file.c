@@ -32,9 +32,16 @@ struct fd_file {
 	uint64_t device_nbytes; /* of a block device, */
 	uint64_t sector_nbytes; /* and of its logical sectors */
 	_Atomic int zero_method;
+	_Atomic bool always_waits; /* the file system refuses RWF_NOWAIT */
 };
 
 static const uint8_t zero_page[4096];
+
+/* Linux moves at most 0x7ffff000 bytes a call; this is a round number below that. */
+#define NOW_MAX_NBYTES ((uint64_t)1 << 30)
+
+/* Linux cuts a longer piece to what it reads ahead of the file: 128 KiB by default. */
+#define WILL_NEED_MAX_PIECE ((uint64_t)128 * 1024)
 
 /* The most pages of zeros that one write covers. */
 #define ZERO_MAX_PAGES 64
@@ -65,6 +72,41 @@ static int file_read(struct imgc_file *base, struct imgc_io_context *ctx,
 #endif
 	(void)ctx;
 	return imgc_fd_read(file->fd, requests, n, err);
+}
+
+static bool is_refusal(int os_errno)
+{
+	return os_errno == EOPNOTSUPP || os_errno == ENOSYS || os_errno == ENOTTY ||
+	       os_errno == EINVAL || os_errno == ENODEV;
+}
+
+static uint64_t file_read_now(struct imgc_file *base, uint64_t offset, void *buffer,
+			      uint64_t length)
+{
+	struct fd_file *file = (struct fd_file *)base;
+
+	if (atomic_load_explicit(&file->always_waits, memory_order_relaxed) ||
+	    !imgc_range_inside(offset, length, INT64_MAX))
+		return 0;
+	struct iovec iov = {buffer, (size_t)imgc_min_u64(length, NOW_MAX_NBYTES)};
+	ssize_t got = preadv2(file->fd, &iov, 1, (off_t)offset, RWF_NOWAIT);
+
+	if (got < 0 && is_refusal(errno))
+		atomic_store_explicit(&file->always_waits, true, memory_order_relaxed);
+	return got > 0 ? (uint64_t)got : 0;
+}
+
+static void file_will_need(struct imgc_file *base, uint64_t offset, uint64_t length)
+{
+	struct fd_file *file = (struct fd_file *)base;
+
+	if (!imgc_range_inside(offset, length, INT64_MAX))
+		return;
+	for (uint64_t done = 0; done < length; done += WILL_NEED_MAX_PIECE) {
+		uint64_t piece = imgc_min_u64(length - done, WILL_NEED_MAX_PIECE);
+
+		posix_fadvise(file->fd, (off_t)(offset + done), (off_t)piece, POSIX_FADV_WILLNEED);
+	}
 }
 
 static int file_write(struct imgc_file *base, const struct iovec *iov, int n_iov, uint64_t offset,
@@ -105,12 +147,6 @@ static int retry_fallocate(int fd, int mode, uint64_t offset, uint64_t length)
 			return errno;
 	}
 	return 0;
-}
-
-static bool is_refusal(int os_errno)
-{
-	return os_errno == EOPNOTSUPP || os_errno == ENOSYS || os_errno == ENOTTY ||
-	       os_errno == EINVAL || os_errno == ENODEV;
 }
 
 /*
@@ -290,13 +326,6 @@ static bool file_reflink(struct imgc_file *base, uint64_t offset, struct imgc_fi
 	return true;
 }
 
-static void file_prefetch(struct imgc_file *base, uint64_t offset, uint64_t length)
-{
-	const struct fd_file *file = (const struct fd_file *)base;
-
-	(void)posix_fadvise(file->fd, (off_t)offset, (off_t)length, POSIX_FADV_WILLNEED);
-}
-
 /* 0 unless it is a power of two: a file system may report any number. */
 static uint64_t block_nbytes(const struct stat *st)
 {
@@ -312,12 +341,13 @@ static void file_close(struct imgc_file *base)
 
 static const struct imgc_file_ops fd_file_ops = {
 	.read = file_read,
+	.read_now = file_read_now,
+	.will_need = file_will_need,
 	.write = file_write,
 	.zero = file_zero,
 	.sync = file_sync,
 	.next_data = file_next_data,
 	.reflink = file_reflink,
-	.prefetch = file_prefetch,
 	.close = file_close,
 };
 
@@ -347,6 +377,7 @@ int imgc_file_open_fd(int fd, struct imgc_file **out, struct imgc_error *err)
 	file->device_nbytes = device_nbytes;
 	file->sector_nbytes = sector_nbytes > 0 ? (uint64_t)sector_nbytes : 512;
 	atomic_init(&file->zero_method, file->is_block_device ? ZERO_BY_UNMAP : ZERO_BY_PUNCH);
+	atomic_init(&file->always_waits, false);
 	*out = &file->base;
 	return IMGC_OK;
 }

@@ -57,6 +57,17 @@ int imgc_file_read(struct imgc_file *file, struct imgc_io_context *ctx,
 	return file->ops->read(file, ctx, requests, n, err);
 }
 
+uint64_t imgc_file_read_now(struct imgc_file *file, uint64_t offset, void *buffer, uint64_t length)
+{
+	return file->ops->read_now ? file->ops->read_now(file, offset, buffer, length) : 0;
+}
+
+void imgc_file_will_need(struct imgc_file *file, uint64_t offset, uint64_t length)
+{
+	if (file->ops->will_need)
+		file->ops->will_need(file, offset, length);
+}
+
 int imgc_file_write(struct imgc_file *file, const struct iovec *iov, int n_iov, uint64_t offset,
 		    struct imgc_error *err)
 {
@@ -73,17 +84,6 @@ bool imgc_file_reflink(struct imgc_file *file, uint64_t offset, struct imgc_file
 {
 	return file->ops->reflink && file->ops == source->ops &&
 	       file->ops->reflink(file, offset, source, source_offset, length);
-}
-
-bool imgc_file_can_prefetch(const struct imgc_file *file)
-{
-	return file->ops->prefetch != NULL;
-}
-
-void imgc_file_prefetch(struct imgc_file *file, uint64_t offset, uint64_t length)
-{
-	if (file->ops->prefetch)
-		file->ops->prefetch(file, offset, length);
 }
 
 int imgc_file_sync(struct imgc_file *file, struct imgc_error *err)

@@ -55,6 +55,25 @@ struct imgc_file_ops {
 		    const struct imgc_io_request *requests, size_t n, struct imgc_error *err);
 
 	/*
+	 * Reads from the front of [offset, offset + length) what the system has in memory,
+	 * and does not wait for the device.  Returns the number of bytes; fewer than
+	 * `length` for any reason.  What follows them in the buffer is undefined.
+	 *
+	 * NULL: files of this kind cannot tell.
+	 */
+	uint64_t (*read_now)(struct imgc_file *file, uint64_t offset, void *buffer,
+			     uint64_t length);
+
+	/*
+	 * [offset, offset + length) will be read soon: the system may start to fetch it.
+	 * Does not wait for the bytes, but maybe until the device takes more requests.
+	 * There is no error to report.
+	 *
+	 * NULL: it makes no difference.
+	 */
+	void (*will_need)(struct imgc_file *file, uint64_t offset, uint64_t length);
+
+	/*
 	 * Writes all bytes of `iov`, one after the other from `offset` on.  Short
 	 * counts are continued.  The file grows as needed.  A range past the end of a
 	 * file in memory is IMGC_OUT_OF_RANGE; past the end of a device it is IMGC_IO
@@ -110,15 +129,6 @@ struct imgc_file_ops {
 			uint64_t source_offset, uint64_t length);
 
 	/*
-	 * Tells the system that [offset, offset + length) will be read soon.  It may start
-	 * to read, or ignore this.  It does not wait for the bytes, but may wait until the
-	 * device takes more requests.  There is no error to report.
-	 *
-	 * NULL: reading ahead gains nothing.
-	 */
-	void (*prefetch)(struct imgc_file *file, uint64_t offset, uint64_t length);
-
-	/*
 	 * Frees the object.  A descriptor or a buffer that it was opened with stays the
 	 * caller's.  Does not sync and cannot fail.  Called once, by the owner, when no
 	 * other call on the file is under way.
@@ -152,6 +162,8 @@ void imgc_io_context_destroy(struct imgc_io_context *ctx);
  */
 int imgc_file_read(struct imgc_file *file, struct imgc_io_context *ctx,
 		   const struct imgc_io_request *requests, size_t n, struct imgc_error *err);
+uint64_t imgc_file_read_now(struct imgc_file *file, uint64_t offset, void *buffer, uint64_t length);
+void imgc_file_will_need(struct imgc_file *file, uint64_t offset, uint64_t length);
 int imgc_file_write(struct imgc_file *file, const struct iovec *iov, int n_iov, uint64_t offset,
 		    struct imgc_error *err);
 int imgc_file_sync(struct imgc_file *file, struct imgc_error *err);
@@ -159,9 +171,5 @@ int imgc_file_sync(struct imgc_file *file, struct imgc_error *err);
 /* Also false if the files are of different kinds, or of a kind without reflinks. */
 bool imgc_file_reflink(struct imgc_file *file, uint64_t offset, struct imgc_file *source,
 		       uint64_t source_offset, uint64_t length);
-
-/* Whether imgc_file_prefetch() does anything. */
-bool imgc_file_can_prefetch(const struct imgc_file *file);
-void imgc_file_prefetch(struct imgc_file *file, uint64_t offset, uint64_t length);
 
 #endif /* IMGC_IO_IO_H */

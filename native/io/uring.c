@@ -119,14 +119,23 @@ static bool queue_slot(struct imgc_io_context *ctx, int fd, unsigned index)
 }
 
 /* *again: the request is not complete yet, and goes into the ring again. */
-static int complete_slot(struct ring_slot *slot, int result, bool *again, struct imgc_error *err)
+static int complete_slot(struct ring_slot *slot, int fd, int result, bool *again,
+			 struct imgc_error *err)
 {
 	uint64_t offset = slot->request->offset + slot->done;
 
 	*again = false;
 	if (result == 0)
 		return imgc_fail_at(err, IMGC_PAST_END, offset, "pread");
-	/* After EAGAIN the caller decides whether and when to try again. */
+	if (result == -EAGAIN) {
+		/* A file that is open with O_NONBLOCK, and the data is not in memory. */
+		struct imgc_io_request rest = {
+			.buffer = (char *)slot->request->buffer + slot->done,
+			.length = slot->request->length - slot->done,
+			.offset = offset,
+		};
+		return imgc_fd_read(fd, &rest, 1, err);
+	}
 	if (result < 0 && result != -EINTR)
 		return imgc_fail_system(err, -result, offset, "pread");
 	if (result > 0)
@@ -166,7 +175,8 @@ static void reap(struct imgc_io_context *ctx, int fd, unsigned *n_under_way, int
 	while (io_uring_peek_cqe(&ctx->ring, &cqe) == 0) {
 		unsigned index = (unsigned)io_uring_cqe_get_data64(cqe);
 		bool again;
-		int rc = complete_slot(&ctx->slots[index], cqe->res, &again, *status ? NULL : err);
+		int rc = complete_slot(&ctx->slots[index], fd, cqe->res, &again,
+				       *status ? NULL : err);
 
 		io_uring_cqe_seen(&ctx->ring, cqe);
 		if (rc && !*status)

@@ -50,11 +50,11 @@ static int traced_read(struct imgc_file *base, struct imgc_io_context *ctx,
 	return IMGC_OK;
 }
 
-static void traced_prefetch(struct imgc_file *base, uint64_t offset, uint64_t length)
+static void traced_will_need(struct imgc_file *base, uint64_t offset, uint64_t length)
 {
 	struct traced_file *file = (struct traced_file *)base;
 
-	CHECK(length > 0 && length <= 128 * KIB);
+	CHECK(length > 0 && length <= MIB);
 	CHECK(offset < DISK_NBYTES && length <= DISK_NBYTES - offset);
 	pthread_mutex_lock(&file->lock);
 	file->n_announced++;
@@ -69,7 +69,7 @@ static void traced_prefetch(struct imgc_file *base, uint64_t offset, uint64_t le
 	pthread_mutex_unlock(&file->lock);
 }
 
-static const struct imgc_file_ops traced_ops = {.read = traced_read, .prefetch = traced_prefetch};
+static const struct imgc_file_ops traced_ops = {.read = traced_read, .will_need = traced_will_need};
 
 static void traced_create(struct traced_file *file)
 {
@@ -97,7 +97,7 @@ static struct ahead ahead_create(struct traced_file *file, struct imgc_source_fi
 
 	traced_create(file);
 	*source = (struct imgc_source_file){.file = &file->base, .nbytes = DISK_NBYTES};
-	CHECK_EQ(imgc_ahead_create(&ahead, source, 1), IMGC_OK);
+	CHECK_EQ(imgc_ahead_create(&ahead, source), IMGC_OK);
 	return ahead;
 }
 
@@ -179,8 +179,8 @@ static void test_announced_once(void)
 	imgc_ahead_start(&ahead, 0, (struct rows){rows, N_BLOCKS}, (struct rows){NULL, 0}, false);
 	walk(&ahead, &file, DISK_NBYTES, 0);
 	CHECK_EQ(file.announced_nbytes, DISK_NBYTES);
-	/* Backwards, neighbours become one: no more requests than pieces of 128 KiB. */
-	CHECK(file.n_announced <= N_BLOCKS / 2 + 16);
+	/* Backwards, neighbours become one: each call is a step of 1 MiB. */
+	CHECK(file.n_announced <= DISK_NBYTES / MIB + 16);
 	imgc_ahead_destroy(&ahead);
 	free(rows);
 }

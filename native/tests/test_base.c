@@ -18,7 +18,13 @@ static void test_base(void)
 	struct imgc_extent base[3] = {empty_row(0, 128 * KIB, IMGC_HOLE),
 				      data_row(128 * KIB, 4 * MIB - 128 * KIB, 128 * KIB),
 				      data_row(4 * MIB, source.nbytes - 4 * MIB, 0)};
-	struct imgc_batch batch = {0, source.nbytes, &row, 1, base, 3, placements, n};
+	struct imgc_batch batch = {.guest_end = source.nbytes,
+				   .extents = &row,
+				   .n_extents = 1,
+				   .base_extents = base,
+				   .n_base_extents = 3,
+				   .placements = placements,
+				   .n_placements = n};
 	struct imgc_error err = {0};
 	struct imgc_job *job;
 
@@ -61,7 +67,13 @@ static void test_base_of_large_blocks(unsigned n_threads)
 	struct imgc_extent base[4] = {empty_row(0, block, IMGC_HOLE), data_row(block, block, block),
 				      empty_row(2 * block, block, IMGC_HOLE),
 				      empty_row(3 * block, 2 * block + 512, IMGC_HOLE)};
-	struct imgc_batch batch = {0, nbytes, rows, 3, base, 4, placements, 6};
+	struct imgc_batch batch = {.guest_end = nbytes,
+				   .extents = rows,
+				   .n_extents = 3,
+				   .base_extents = base,
+				   .n_base_extents = 4,
+				   .placements = placements,
+				   .n_placements = 6};
 	struct imgc_error err = {0};
 	struct imgc_job *job;
 

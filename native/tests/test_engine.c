@@ -263,7 +263,11 @@ static uint64_t compare(const struct disk *disk, const struct imgc_extent *a, si
 				     .window_nbytes = 64 * KIB,
 				     .sources = &file,
 				     .n_sources = 1};
-	struct imgc_batch batch = {0, 4 * MIB, a, n_a, b, n_b, NULL, 0};
+	struct imgc_batch batch = {.guest_end = 4 * MIB,
+				   .extents = a,
+				   .n_extents = n_a,
+				   .base_extents = b,
+				   .n_base_extents = n_b};
 	struct imgc_error err = {0};
 	struct imgc_job *job;
 
@@ -295,6 +299,128 @@ static void test_compare(void)
 	disk_destroy(&disk);
 }
 
+/* Whether a byte of [start, end) differs from the other disk, and whether one is data. */
+static uint8_t bits_of(const uint8_t *own, const uint8_t *other, uint64_t start, uint64_t end)
+{
+	uint8_t bits = 0;
+
+	for (uint64_t at = start; at < end; at++) {
+		if (own[at] != other[at])
+			bits |= IMGC_GRANULE_DIFFERS;
+		if (own[at] != 0)
+			bits |= IMGC_GRANULE_HAS_DATA;
+	}
+	return bits;
+}
+
+#define PAIR_NBYTES (3u * MIB + 512)
+
+/* Two disks that differ in some sectors; the second half MiB of both is not stored. */
+struct pair {
+	struct disk own, other;
+	struct imgc_extent own_rows[3], other_rows[3];
+};
+
+static void pair_create(struct pair *pair)
+{
+	uint64_t rest = PAIR_NBYTES - MIB;
+
+	pair->own = disk_create(PAIR_NBYTES);
+	pair->other = disk_create(PAIR_NBYTES);
+	fill_random(pair->other.bytes, 512 * KIB, 1);
+	fill_text(pair->other.bytes + MIB, 700 * KIB, 2);
+	memcpy(pair->own.bytes, pair->other.bytes, PAIR_NBYTES);
+	pair->own.bytes[0] ^= 1;
+	pair->own.bytes[3 * 512 - 1] ^= 1;
+	memset(pair->own.bytes + 64 * KIB, 0, 64 * KIB);
+	memset(pair->own.bytes + MIB + 300 * KIB + 512, 0, 512);
+	pair->own.bytes[2 * MIB + 128 * KIB] = 1;
+	memset(pair->other.bytes + 2 * MIB + 256 * KIB, 1, 128 * KIB);
+	pair->own.bytes[PAIR_NBYTES - 1] = 1;
+	for (int side = 0; side < 2; side++) {
+		struct imgc_extent *rows = side ? pair->other_rows : pair->own_rows;
+
+		rows[0] = data_row(0, 512 * KIB, 0);
+		rows[1] = empty_row(512 * KIB, 512 * KIB, side ? IMGC_ZERO : IMGC_HOLE);
+		rows[2] = data_row(MIB, rest, MIB);
+		rows[0].file = rows[2].file = (uint32_t)side;
+	}
+}
+
+static void check_granules(struct pair *pair, uint64_t granule, unsigned n_threads, uint64_t start,
+			   uint64_t end)
+{
+	struct imgc_source_file files[2] = {{.file = pair->own.file, .nbytes = PAIR_NBYTES},
+					    {.file = pair->other.file, .nbytes = PAIR_NBYTES}};
+	struct imgc_job_options o = {.kind = IMGC_JOB_COMPARE,
+				     .n_threads = n_threads,
+				     .window_nbytes = 64 * KIB,
+				     .sources = files,
+				     .n_sources = 2,
+				     .granule_nbytes = granule};
+	struct imgc_extent own[3], other[3];
+	uint64_t first = start / granule, n = (end - 1) / granule - first + 1;
+	uint8_t *granules = calloc(n, 1);
+	struct imgc_batch batch = {.guest_start = start,
+				   .guest_end = end,
+				   .extents = own,
+				   .n_extents = 3,
+				   .base_extents = other,
+				   .n_base_extents = 3,
+				   .granules = granules,
+				   .n_granules = n};
+	struct imgc_error err = {0};
+	struct imgc_job *job;
+
+	CHECK(granules);
+	memcpy(own, pair->own_rows, sizeof(own));
+	memcpy(other, pair->other_rows, sizeof(other));
+	for (int side = 0; side < 2; side++) {
+		struct imgc_extent *rows = side ? other : own;
+
+		rows[0] = data_row(start, 512 * KIB - start, start);
+		rows[2] = data_row(MIB, end - MIB, MIB);
+		rows[0].file = rows[2].file = (uint32_t)side;
+	}
+	use_default_variants(&o);
+	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_OK);
+	CHECK_EQ(run_batch(job, &batch, &err), IMGC_OK);
+	CHECK(imgc_job_first_difference(job) == IMGC_NO_DIFFERENCE);
+	for (uint64_t i = 0; i < n; i++) {
+		uint64_t from = (first + i) * granule, to = from + granule;
+
+		from = from < start ? start : from;
+		to = to > end ? end : to;
+		CHECK_EQ(granules[i], bits_of(pair->own.bytes, pair->other.bytes, from, to));
+	}
+	batch.n_granules++;
+	CHECK_EQ(imgc_job_start(job, &batch, &err), IMGC_INVALID_ARGUMENT);
+	batch.n_granules--;
+	batch.granules = NULL;
+	CHECK_EQ(imgc_job_start(job, &batch, &err), IMGC_INVALID_ARGUMENT);
+	imgc_job_destroy(job);
+	free(granules);
+}
+
+/* Granules smaller and larger than a window, and than the disk; cut by the batch. */
+static void test_granules(void)
+{
+	static const uint64_t sizes[] = {512,	    4096,    64 * KIB,
+					 128 * KIB, 2 * MIB, IMGC_MAX_GRANULE_NBYTES};
+	struct pair pair;
+
+	pair_create(&pair);
+	for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
+		for (unsigned n_threads = 1; n_threads <= 4; n_threads += 3) {
+			check_granules(&pair, sizes[i], n_threads, 0, PAIR_NBYTES);
+			check_granules(&pair, sizes[i], n_threads, 512, 2 * MIB + 129 * KIB);
+			check_granules(&pair, sizes[i], n_threads, 70 * KIB, 2 * MIB - 512);
+		}
+	}
+	disk_destroy(&pair.own);
+	disk_destroy(&pair.other);
+}
+
 /* ------------------------------------------------------------------ failure */
 
 static void test_refused_options(void)
@@ -315,6 +441,16 @@ static void test_refused_options(void)
 	o.geometry.block_nbytes = 64 * KIB;
 	o.geometry.group_nblocks = UINT64_C(1) << 48; /* 0 bytes, if the product could wrap */
 	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_INVALID_ARGUMENT);
+	o.geometry.group_nblocks = 0;
+	o.granule_nbytes = 4096; /* of a conversion */
+	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_INVALID_ARGUMENT);
+	o.kind = IMGC_JOB_COMPARE;
+	o.granule_nbytes = 256;
+	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_INVALID_ARGUMENT);
+	o.granule_nbytes = 3 * 512;
+	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_INVALID_ARGUMENT);
+	o.granule_nbytes = 2 * IMGC_MAX_GRANULE_NBYTES;
+	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_INVALID_ARGUMENT);
 	disk_destroy(&source);
 	disk_destroy(&target);
 }
@@ -327,7 +463,11 @@ static void test_errors(void)
 	size_t n = (source.nbytes + 64 * KIB - 1) / (64 * KIB);
 	struct imgc_placement *placements = calloc(n, sizeof(*placements));
 	struct imgc_extent row = data_row(0, source.nbytes, 0);
-	struct imgc_batch batch = {0, source.nbytes, &row, 1, NULL, 0, placements, n};
+	struct imgc_batch batch = {.guest_end = source.nbytes,
+				   .extents = &row,
+				   .n_extents = 1,
+				   .placements = placements,
+				   .n_placements = n};
 	struct imgc_error err = {0};
 	struct imgc_job *job;
 
@@ -385,7 +525,7 @@ static void test_a_short_block_is_corrupt(void)
 	struct imgc_compressor *compressor;
 	struct imgc_source_file file;
 	struct imgc_job_options o = convert_options(&source, &target, &file, 1);
-	struct imgc_batch batch = {0, 64 * KIB, rows, 2, NULL, 0, NULL, 0};
+	struct imgc_batch batch = {.guest_end = 64 * KIB, .extents = rows, .n_extents = 2};
 	struct imgc_error err = {0};
 	struct imgc_job *job;
 	uint8_t text[8192 + IMGC_COMPRESS_SLACK_NBYTES];
@@ -418,7 +558,11 @@ static void test_cancel(void)
 	struct imgc_job_options o = convert_options(&source, &target, &file, 3);
 	static struct imgc_placement placements[256];
 	struct imgc_extent row = data_row(0, source.nbytes, 0);
-	struct imgc_batch batch = {0, source.nbytes, &row, 1, NULL, 0, placements, 256};
+	struct imgc_batch batch = {.guest_end = source.nbytes,
+				   .extents = &row,
+				   .n_extents = 1,
+				   .placements = placements,
+				   .n_placements = 256};
 	struct imgc_progress before, after;
 	struct imgc_error err = {0};
 	struct imgc_job *job;
@@ -466,7 +610,7 @@ static void test_the_calling_thread(void)
 	struct imgc_source_file file;
 	struct imgc_job_options o = convert_options(&source, &target, &file, 1);
 	struct imgc_extent row = data_row(0, source.nbytes, 0);
-	struct imgc_batch batch = {0, source.nbytes, &row, 1, NULL, 0, NULL, 0};
+	struct imgc_batch batch = {.guest_end = source.nbytes, .extents = &row, .n_extents = 1};
 	struct imgc_progress before, after;
 	struct imgc_error err = {0};
 	struct imgc_job *job;
@@ -536,6 +680,7 @@ int main(void)
 	test_stored_prefix(512, 64 * KIB, 7, 1);
 	test_stored_prefix_limits();
 	test_compare();
+	test_granules();
 	test_refused_options();
 	test_errors();
 	test_a_short_block_is_corrupt();

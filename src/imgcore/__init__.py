@@ -23,6 +23,7 @@ from imgcore.errors import (
 )
 
 if TYPE_CHECKING:
+    from imgcore.areas.area import Area
     from imgcore.border import FilePath
     from imgcore.disk.image import Image, open
     from imgcore.engine.bad_ranges import BadRange
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from imgcore.formats.api import Measurement
     from imgcore.formats.shared.lint import Finding
     from imgcore.rewriting.director import RewriteCost
+    from imgcore.verbs.changes import changes
     from imgcore.verbs.check import CheckResult, check
     from imgcore.verbs.compare import CompareResult, compare
     from imgcore.verbs.convert import ConvertResult, convert
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EXTENT_DTYPE",
+    "Area",
     "BadRange",
     "ByteSource",
     "CheckResult",
@@ -84,6 +87,7 @@ __all__ = [
     "UnsupportedFeatureError",
     "WrongFormatError",
     "__version__",
+    "changes",
     "check",
     "compare",
     "convert",
@@ -103,6 +107,7 @@ __all__ = [
 # The verbs are imported on first use: NumPy alone takes longer than `imgcore info`.
 _HOMES = {
     "EXTENT_DTYPE": "engine.extents",
+    "Area": "areas.area",
     "BadRange": "engine.bad_ranges",
     "ByteSource": "files.byte_source",
     "CheckResult": "verbs.check",
@@ -124,6 +129,7 @@ _HOMES = {
     "RewriteMeasurement": "verbs.measure",
     "RewriteResult": "verbs.rewrite",
     "SourceFile": "engine.source_file",
+    "changes": "verbs.changes",
     "check": "verbs.check",
     "compare": "verbs.compare",
     "convert": "verbs.convert",

@@ -1,11 +1,13 @@
 """The binding to the native core: thin, no algorithm (see native/include/imgc.h)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from enum import IntEnum
-from typing import Any, Final, Protocol, final
+from typing import Any, Final, Protocol, SupportsIndex, final
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import disjoint_base
 
 def extent_table(rows: Sequence[tuple[int, ...]]) -> Any:
     """Return extents, given as tuples of at least one row, as a table for `Job.start`.
@@ -14,9 +16,13 @@ def extent_table(rows: Sequence[tuple[int, ...]]) -> Any:
     """
 
 NO_SOURCE: Final[int]
+GRANULE_DIFFERS: Final[int]
+GRANULE_HAS_DATA: Final[int]
 TARGET: Final[int]
 MAX_BAD_RANGES: Final[int]
 MAX_THREADS: Final[int]
+CHECKSUM_BLOCK_NBYTES: Final[int]
+CHECKSUM_NBYTES: Final[int]
 
 class Status(IntEnum):
     """The result of a native call: ``enum imgc_status``."""
@@ -100,6 +106,35 @@ def build_info() -> dict[str, str]: ...
 def variants() -> dict[str, list[dict[str, object]]]: ...
 def is_zero(data: object, variant: str | None = ...) -> bool: ...
 def crc32c(data: object, crc: int = ..., variant: str | None = ...) -> int: ...
+def checksum_algorithms() -> tuple[str, ...]:
+    """Return the names of the checksum algorithms in this build."""
+
+@final
+class Hasher:
+    """The checksum of a disk whose bytes come in order: ``struct imgc_hasher``.
+
+    One thread may use it at a time.
+    """
+
+    def __init__(self, algorithm: str = ..., block_nbytes: int = ...) -> None:
+        """Start with an empty disk.
+
+        An unknown algorithm is a ValueError, one that is not built a RuntimeError.
+        ``block_nbytes`` is a power of two, 512 B to 16 MiB.
+        """
+    def update(self, data: object) -> None:
+        """Add bytes of the disk."""
+    def zeros(self, nbytes: int) -> None:
+        """Add zeros, as fast as their leaves can be hashed."""
+    def add_leaves(self, leaves: object, nbytes: int) -> None:
+        """Add ``nbytes`` of the disk by the leaves of their blocks.
+
+        They start with a block.  After a block that is not whole nothing can follow.
+        """
+    def leaf(self, block: object) -> bytes:
+        """Return the leaf of a block, which is not added."""
+    def digest(self) -> bytes:
+        """Return the checksum of what was added so far."""
 
 @final
 class TableFormat:
@@ -179,7 +214,7 @@ class RateLimit:
 
 @final
 class Job:
-    """One conversion or comparison, run batch by batch."""
+    """One conversion, comparison or checksum, run batch by batch."""
 
     def __init__(
         self,
@@ -196,14 +231,21 @@ class Job:
         reflink: bool = ...,
         trust_blocks: bool = ...,
         rate_limit: RateLimit | None = ...,
+        checksum: str | None = ...,
+        granule_nbytes: int = ...,
     ) -> None:
-        """Create a job: a comparison if ``geometry`` is None, else a conversion.
+        """Create a job: a conversion if there is a ``geometry``.
+
+        Without one it is a comparison, or with ``checksum`` it only makes leaves.
 
         ``sources`` holds (file, nbytes, guest_base, block_nbytes).  ``has_base``: each
         batch has the extents of the target's parent as ``base_extents``.  ``reflink``:
         data at a suitable place of a source is reflinked, not written.
         ``trust_blocks``: reused blocks are not decompressed.  ``rate_limit``: windows
-        wait for it before they are read.
+        wait for it before they are read.  ``checksum``: an algorithm for which each
+        batch receives ``leaves``; all data is read and hashed.
+        ``granule_nbytes``: a comparison finds all
+        differences, by granules of so many bytes, instead of the first one.
         """
     def start(
         self,
@@ -212,7 +254,14 @@ class Job:
         extents: NDArray[np.void],
         base_extents: NDArray[np.void] | None = ...,
         placements: NDArray[np.void] | None = ...,
-    ) -> None: ...
+        granules: NDArray[np.uint8] | None = ...,
+        leaves: object | None = ...,
+    ) -> None:
+        """Start the workers on one part of the disk; hold the arrays until wait.
+
+        ``leaves`` is a writable buffer of `CHECKSUM_NBYTES` for each block of
+        `CHECKSUM_BLOCK_NBYTES` of the part, which starts with such a block.
+        """
     def wait(self, tick: Callable[[], None] | None = ...) -> None:
         """Join the batch, and call ``tick`` on this thread about every 50 ms.
 
@@ -225,6 +274,7 @@ class Job:
         extents: NDArray[np.void],
         base_extents: NDArray[np.void] | None = ...,
         placements: NDArray[np.void] | None = ...,
+        leaves: object | None = ...,
     ) -> None: ...
     def cancel(self) -> None: ...
     def progress(self) -> tuple[int, int, int, int, int, int, int, int]:
@@ -239,3 +289,58 @@ class Job:
     @property
     def bad_ranges(self) -> list[tuple[int, int, int, int]]: ...
     def close(self) -> None: ...
+
+@final
+class Uses:
+    """The uses of something that any thread may close at any time."""
+
+    def __init__(self, idle: Callable[[], None], refuse: Callable[[], None]) -> None:
+        """Call ``idle`` after the last use once closed, ``refuse`` for later uses."""
+    def close(self) -> bool:
+        """Refuse later uses; return whether this ends them: none is in progress."""
+
+@disjoint_base
+class Disk:
+    """A disk for random access; any number of threads may use it.
+
+    A subclass supplies the rows of tables, and checks ranges and thread counts.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[File, int, int, int]],
+        *,
+        virtual_size: int,
+        span: int,
+        cache: int,
+        uses: Uses,
+        lock: AbstractContextManager[object],
+        variants: dict[str, str] | None = ...,
+    ) -> None:
+        """Open a disk whose tables cover ``span`` bytes each.
+
+        ``sources`` are those of a `Job`.  ``cache`` is how many bytes of tables and
+        decompressed blocks are kept.  Each call below is one of the ``uses``.  ``lock``
+        is reentrant: one thread at a time asks for `rows`.
+        """
+    def rows(self, start: int, end: int) -> NDArray[np.void]:
+        """Return the extents of a table."""
+    def range(self, offset: SupportsIndex, length: SupportsIndex) -> tuple[int, int]:
+        """Return a range of the disk as two ints, or raise ValueError."""
+    def threads(self, threads: SupportsIndex | None) -> int:
+        """Return how many threads a long read may use, if so many are stated."""
+    def readinto(
+        self, offset: SupportsIndex, buffer: object, threads: SupportsIndex | None = ...
+    ) -> int:
+        """Fill a writable buffer with the bytes from ``offset`` on; return its size."""
+    def read(self, offset: SupportsIndex, length: SupportsIndex) -> bytes:
+        """Return ``length`` bytes from ``offset`` on."""
+    def readv(
+        self, requests: Iterable[tuple[SupportsIndex, object]], threads: SupportsIndex | None = ...
+    ) -> None:
+        """Fill the buffers of (offset, buffer) pairs, in the order of their places."""
+    def forget(self) -> None:
+        """Forget all tables and blocks; later reads read them again."""
+    @property
+    def stats(self) -> tuple[int, int, int, int]:
+        """Entries and bytes that are kept; how many were found, and how many not."""

@@ -7,6 +7,7 @@ cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.long cimport PyLong_AsLongLongAndOverflow, PyLong_CheckExact
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
@@ -14,11 +15,17 @@ from libc.string cimport memset
 from imgcore cimport _native as n
 
 NO_SOURCE = n.IMGC_NO_SOURCE
+GRANULE_DIFFERS = n.IMGC_GRANULE_DIFFERS
+GRANULE_HAS_DATA = n.IMGC_GRANULE_HAS_DATA
 TARGET = n.IMGC_TARGET
 MAX_BAD_RANGES = n.IMGC_MAX_BAD_RANGES
 MAX_THREADS = n.IMGC_MAX_THREADS
+CHECKSUM_BLOCK_NBYTES = n.IMGC_CHECKSUM_BLOCK_NBYTES
+CHECKSUM_NBYTES = n.IMGC_CHECKSUM_NBYTES
 
 cdef int POLL_MS = 50
+# Hashed in one call, about 50 ms; then signals are looked for.
+cdef uint64_t HASH_NBYTES = 64 << 20
 
 ctypedef packed struct extent_row:
     uint64_t guest_offset
@@ -71,6 +78,15 @@ cdef int check(int status, n.imgc_error *err) except -1:
         raise MemoryError()
     op = err.op.decode("ascii") if err.op != NULL else "core"
     raise CoreError(Status(status), err.os_errno, err.offset, err.source, op)
+
+
+cdef int check_call(int status, op) except -1:
+    """Raise for the status of a call that fills no error."""
+    if status == n.IMGC_OK:
+        return 0
+    if status == n.IMGC_NO_MEMORY:
+        raise MemoryError()
+    raise CoreError(Status(status), 0, 0, n.IMGC_NO_SOURCE, op)
 
 
 cdef uint32_t select(unsigned op, name) except? 0xFFFFFFFF:
@@ -132,6 +148,102 @@ def crc32c(const uint8_t[::1] data, uint32_t crc=0, variant=None):
     with nogil:
         crc = n.imgc_crc32c(chosen, crc, &data[0], nbytes)
     return crc
+
+
+def checksum_algorithms():
+    """Return the names of the checksum algorithms in this build."""
+    return tuple(n.imgc_checksum_name(i).decode()
+                 for i in range(n.IMGC_CHECKSUM_NONE + 1, n.IMGC_N_CHECKSUMS)
+                 if n.imgc_checksum_is_built(i))
+
+
+cdef uint32_t checksum_of(algorithm) except 0:
+    """Find a checksum algorithm by name."""
+    for i in range(n.IMGC_CHECKSUM_NONE + 1, n.IMGC_N_CHECKSUMS):
+        if n.imgc_checksum_name(i).decode() == algorithm:
+            if not n.imgc_checksum_is_built(i):
+                raise RuntimeError(f"checksum algorithm {algorithm!r} is not in this build")
+            return i
+    raise ValueError(f"no checksum algorithm {algorithm!r}")
+
+
+cdef class Hasher:
+    """The checksum of a disk whose bytes come in order: ``struct imgc_hasher``.
+
+    One thread may use it at a time.
+    """
+
+    cdef n.imgc_hasher *handle
+    cdef uint64_t block_nbytes
+
+    def __cinit__(self, algorithm="sha256", uint64_t block_nbytes=CHECKSUM_BLOCK_NBYTES):
+        self.handle = NULL
+        self.block_nbytes = block_nbytes
+        cdef uint32_t checksum = checksum_of(algorithm)
+        cdef uint32_t variant = select(n.IMGC_OP_ZERO, None)
+        cdef int status
+        with nogil:
+            status = n.imgc_hasher_create(checksum, block_nbytes, variant, &self.handle)
+        check_call(status, "hasher")
+
+    def update(self, const uint8_t[::1] data):
+        """Add bytes of the disk."""
+        cdef size_t nbytes = data.shape[0], done = 0, some
+        cdef int status = n.IMGC_OK
+        while done < nbytes:
+            some = min(nbytes - done, HASH_NBYTES)
+            with nogil:
+                status = n.imgc_hasher_update(self.handle, &data[done], some)
+            check_call(status, "hasher")
+            done += some
+            PyErr_CheckSignals()
+
+    def zeros(self, uint64_t nbytes):
+        """Add zeros, as fast as their leaves can be hashed."""
+        cdef uint64_t some
+        cdef int status = n.IMGC_OK
+        while nbytes:
+            some = min(nbytes, HASH_NBYTES // n.IMGC_CHECKSUM_NBYTES * self.block_nbytes)
+            with nogil:
+                status = n.imgc_hasher_zeros(self.handle, some)
+            check_call(status, "hasher")
+            nbytes -= some
+            PyErr_CheckSignals()
+
+    def add_leaves(self, const uint8_t[::1] leaves, uint64_t nbytes):
+        """Add ``nbytes`` of the disk by the leaves of their blocks.
+
+        They start with a block.  After a block that is not whole nothing can follow.
+        """
+        cdef uint64_t n_blocks = nbytes // self.block_nbytes + (nbytes % self.block_nbytes > 0)
+        cdef int status
+        if <uint64_t>leaves.shape[0] != n_blocks * n.IMGC_CHECKSUM_NBYTES:
+            raise ValueError(f"{leaves.shape[0]} bytes of leaves for {n_blocks} blocks")
+        if n_blocks == 0:
+            return
+        with nogil:
+            status = n.imgc_hasher_leaves(self.handle, &leaves[0], nbytes)
+        check_call(status, "hasher")
+
+    def leaf(self, const uint8_t[::1] block):
+        """Return the leaf of a block, which is not added."""
+        cdef size_t nbytes = block.shape[0]
+        if nbytes == 0:
+            raise ValueError("an empty block has no leaf")
+        leaf = PyBytes_FromStringAndSize(NULL, n.IMGC_CHECKSUM_NBYTES)
+        check_call(n.imgc_hasher_leaf(self.handle, &block[0], nbytes,
+                                      <uint8_t *>PyBytes_AS_STRING(leaf)), "hasher")
+        return leaf
+
+    def digest(self):
+        """Return the checksum of what was added so far."""
+        digest = PyBytes_FromStringAndSize(NULL, n.IMGC_CHECKSUM_NBYTES)
+        check_call(n.imgc_hasher_digest(self.handle, <uint8_t *>PyBytes_AS_STRING(digest)),
+                   "hasher")
+        return digest
+
+    def __dealloc__(self):
+        n.imgc_hasher_destroy(self.handle)
 
 
 def extent_table(rows):
@@ -368,9 +480,29 @@ cdef class RateLimit:
         n.imgc_rate_limit_destroy(self.handle)
 
 
+cdef n.imgc_source_file *source_table(sources) except NULL:
+    """Return the files that extents refer to; the caller frees the table."""
+    cdef File file
+    cdef n.imgc_source_file *table = <n.imgc_source_file *>calloc(
+        len(sources) + 1, sizeof(n.imgc_source_file))
+    if table == NULL:
+        raise MemoryError()
+    try:
+        for index, (source, nbytes, guest_base, block_nbytes) in enumerate(sources):
+            file = source
+            table[index].file = file.require()
+            table[index].nbytes = nbytes
+            table[index].guest_base = guest_base
+            table[index].block_nbytes = block_nbytes
+    except BaseException:
+        free(table)
+        raise
+    return table
+
+
 @cython.no_gc_clear  # the workers use the files until they are joined
 cdef class Job:
-    """One conversion or comparison, run batch by batch."""
+    """One conversion, comparison or checksum, run batch by batch."""
 
     cdef n.imgc_job *handle
     cdef n.imgc_batch batch
@@ -386,14 +518,18 @@ cdef class Job:
     def __init__(self, *, sources, geometry=None, File target=None, uint64_t next_offset=0,
                  bint has_base=False, uint32_t threads=1, uint64_t window_nbytes=0, variants=None,
                  bint salvage=False, bint reflink=False, bint trust_blocks=False,
-                 RateLimit rate_limit=None):
+                 RateLimit rate_limit=None, checksum=None, uint64_t granule_nbytes=0):
         cdef n.imgc_job_options options
         cdef n.imgc_error err
-        cdef File file
         cdef int status
         chosen = {} if variants is None else dict(variants)
         memset(&options, 0, sizeof(options))
-        options.kind = n.IMGC_JOB_COMPARE if geometry is None else n.IMGC_JOB_CONVERT
+        if geometry is not None:
+            options.kind = n.IMGC_JOB_CONVERT
+        else:
+            options.kind = n.IMGC_JOB_COMPARE if checksum is None else n.IMGC_JOB_DIGEST
+        if checksum is not None:
+            options.checksum = checksum_of(checksum)
         options.n_threads = threads
         options.window_nbytes = window_nbytes
         options.zero_variant = select(n.IMGC_OP_ZERO, chosen.pop("zero", None))
@@ -407,6 +543,7 @@ cdef class Job:
         options.salvage = salvage
         options.reflink = reflink
         options.trust_blocks = trust_blocks
+        options.granule_nbytes = granule_nbytes
         if rate_limit is not None:
             options.rate_limit = rate_limit.handle
         self.rate_limit = rate_limit
@@ -416,17 +553,8 @@ cdef class Job:
                 raise ValueError("a conversion needs a target")
             options.target = target.require()
         self.files = [target, *(source[0] for source in sources)]
-        cdef n.imgc_source_file *table = <n.imgc_source_file *>calloc(
-            len(sources) + 1, sizeof(n.imgc_source_file))
-        if table == NULL:
-            raise MemoryError()
+        cdef n.imgc_source_file *table = source_table(sources)
         try:
-            for index, (source, nbytes, guest_base, block_nbytes) in enumerate(sources):
-                file = source
-                table[index].file = file.require()
-                table[index].nbytes = nbytes
-                table[index].guest_base = guest_base
-                table[index].block_nbytes = block_nbytes
             options.sources = table
             options.n_sources = len(sources)
             status = n.imgc_job_create(&options, &self.handle, &err)
@@ -440,7 +568,8 @@ cdef class Job:
         return self.handle
 
     def start(self, uint64_t start, uint64_t end, const extent_row[::1] extents,
-              const extent_row[::1] base_extents=None, placement_row[::1] placements=None):
+              const extent_row[::1] base_extents=None, placement_row[::1] placements=None,
+              uint8_t[::1] granules=None, uint8_t[::1] leaves=None):
         """Start the workers on one part of the disk; hold the arrays until wait."""
         cdef n.imgc_job *handle = self.require()
         cdef n.imgc_error err
@@ -459,10 +588,18 @@ cdef class Job:
         if placements is not None and placements.shape[0]:
             self.batch.placements = <n.imgc_placement *>&placements[0]
             self.batch.n_placements = placements.shape[0]
+        if leaves is not None and leaves.shape[0]:
+            if leaves.shape[0] % n.IMGC_CHECKSUM_NBYTES:
+                raise ValueError(f"{leaves.shape[0]} bytes are no leaves")
+            self.batch.leaves = &leaves[0]
+            self.batch.n_leaves = leaves.shape[0] // n.IMGC_CHECKSUM_NBYTES
+        if granules is not None and granules.shape[0]:
+            self.batch.granules = &granules[0]
+            self.batch.n_granules = granules.shape[0]
         with nogil:
             status = n.imgc_job_start(handle, &self.batch, &err)
         check(status, &err)
-        self.held = (extents, base_extents, placements)
+        self.held = (extents, base_extents, placements, granules, leaves)
         self.running = True
 
     def wait(self, tick=None):
@@ -494,9 +631,9 @@ cdef class Job:
             self.held = None
         check(status, &err)
 
-    def run(self, start, end, extents, base_extents=None, placements=None):
+    def run(self, start, end, extents, base_extents=None, placements=None, leaves=None):
         """Start one batch and join it."""
-        self.start(start, end, extents, base_extents, placements)
+        self.start(start, end, extents, base_extents, placements, leaves=leaves)
         self.wait()
 
     def cancel(self):
@@ -554,6 +691,297 @@ cdef class Job:
 
     def __dealloc__(self):
         n.imgc_job_destroy(self.handle)
+
+
+cdef class Uses:
+    """The uses of something that any thread may close at any time."""
+
+    cdef n.imgc_uses *handle
+    cdef object idle, refuse
+
+    def __cinit__(self):
+        self.handle = NULL
+
+    def __init__(self, idle, refuse):
+        check(n.imgc_uses_create(&self.handle), NULL)
+        self.idle = idle
+        self.refuse = refuse
+
+    cdef int enter(self) except -1:
+        if not n.imgc_uses_enter(self.handle):
+            self.refuse()
+        return 0
+
+    cdef int leave(self) except -1:
+        if n.imgc_uses_leave(self.handle):
+            self.idle()
+        return 0
+
+    def close(self):
+        """Refuse later uses; return whether this ends them: none is in progress."""
+        return bool(n.imgc_uses_close(self.handle))
+
+    def __dealloc__(self):
+        n.imgc_uses_destroy(self.handle)
+
+
+# A read of up to this many bytes is tried while the GIL is held, which takes microseconds
+# if all is in memory.  Others are in parts of milliseconds, after which signals are handled.
+cdef uint64_t SHORT_NBYTES = 64 * 1024
+cdef uint64_t LONG_NBYTES = 512 * 1024
+cdef uint64_t SECTOR_NBYTES = 512
+
+
+cdef int get_writable(buffer, Py_buffer *view) except -1:
+    """Get the bytes of a buffer."""
+    try:
+        PyObject_GetBuffer(buffer, view, PyBUF_WRITABLE)
+    except (BufferError, ValueError) as error:
+        with memoryview(buffer) as whole:
+            if whole.readonly:
+                raise BufferError(
+                    f"a writable buffer is needed, not {type(buffer).__name__}") from None
+        raise TypeError(f"a contiguous buffer is needed: {error}") from None
+    return 0
+
+
+@cython.no_gc_clear  # reads in progress use the files
+cdef class Disk:
+    """A disk for random access; any number of threads may use it.
+
+    A subclass supplies the rows of tables, and checks ranges and thread counts.
+    """
+
+    cdef n.imgc_disk *handle
+    cdef uint64_t nbytes
+    cdef list files
+    cdef Uses uses
+    cdef object lock
+
+    def __cinit__(self):
+        self.handle = NULL
+
+    def __init__(self, sources, *, uint64_t virtual_size, uint64_t span, uint64_t cache,
+                 Uses uses not None, lock, variants=None):
+        cdef n.imgc_disk_options options
+        cdef n.imgc_error err
+        cdef int status
+        chosen = {} if variants is None else variants
+        memset(&options, 0, sizeof(options))
+        options.guest_nbytes = self.nbytes = virtual_size
+        options.span_nbytes = span
+        options.cache_nbytes = cache
+        options.inflate_variant = select(n.IMGC_OP_INFLATE, chosen.get("inflate"))
+        options.io_variant = select(n.IMGC_OP_IO, chosen.get("io"))
+        self.uses = uses
+        self.lock = lock
+        self.files = [source[0] for source in sources]
+        cdef n.imgc_source_file *table = source_table(sources)
+        try:
+            options.sources = table
+            options.n_sources = len(sources)
+            status = n.imgc_disk_create(&options, &self.handle, &err)
+            check(status, &err)
+        finally:
+            free(table)
+
+    def rows(self, start, end):
+        """Return the rows of the table of ``[start, end)``."""
+        raise NotImplementedError
+
+    def range(self, offset, length):
+        """Return a range of the disk as two ints, or raise ValueError."""
+        raise NotImplementedError
+
+    def threads(self, threads):
+        """Return how many threads a long read may use, if so many are stated."""
+        raise NotImplementedError
+
+    cdef int place(self, offset, uint64_t length, uint64_t *start) except -1:
+        """Set the start of a range inside the disk."""
+        cdef int overflow = 0
+        cdef long long number
+        if PyLong_CheckExact(offset):
+            number = PyLong_AsLongLongAndOverflow(offset, &overflow)
+            if (number >= 0 and <uint64_t>number <= self.nbytes
+                    and length <= self.nbytes - <uint64_t>number):
+                start[0] = number
+                return 0
+        start[0], _ = self.range(offset, length)
+        return 0
+
+    def readinto(self, offset, buffer, threads=None):
+        """Fill a buffer with the bytes from ``offset`` on; return their number."""
+        cdef Py_buffer view
+        cdef uint64_t start = 0
+        self.uses.enter()
+        try:
+            get_writable(buffer, &view)
+            try:
+                self.place(offset, view.len, &start)
+                self.fill(start, view.buf, view.len, threads)
+                return view.len
+            finally:
+                PyBuffer_Release(&view)
+        finally:
+            self.uses.leave()
+
+    def read(self, offset, length):
+        """Return ``length`` bytes from ``offset`` on."""
+        cdef uint64_t start = 0, nbytes = 0
+        self.uses.enter()
+        try:
+            start, nbytes = self.range(offset, length)
+            content = PyBytes_FromStringAndSize(NULL, nbytes)
+            self.fill(start, PyBytes_AS_STRING(content), nbytes, None)
+            return content
+        finally:
+            self.uses.leave()
+
+    def readv(self, requests, threads=None):
+        """Fill the buffers of ``(offset, buffer)`` pairs."""
+        cdef Py_ssize_t count, n_views = 0, i
+        cdef n.imgc_disk_request *ranges = NULL
+        cdef Py_buffer *views = NULL
+        cdef uint64_t start = 0
+        self.uses.enter()
+        try:
+            requests = tuple(requests)
+            count = len(requests)
+            ranges = <n.imgc_disk_request *>calloc(count + 1, sizeof(n.imgc_disk_request))
+            views = <Py_buffer *>calloc(count + 1, sizeof(Py_buffer))
+            if ranges == NULL or views == NULL:
+                raise MemoryError()
+            for request in requests:
+                try:
+                    offset, buffer = request
+                except (TypeError, ValueError):
+                    raise TypeError("a request is a pair of an offset and a buffer, not "
+                                    f"{request!r:.99}") from None
+                get_writable(buffer, &views[n_views])
+                n_views += 1
+                self.place(offset, views[n_views - 1].len, &start)
+                ranges[n_views - 1].offset = start
+                ranges[n_views - 1].buffer = views[n_views - 1].buf
+                ranges[n_views - 1].length = views[n_views - 1].len
+            self.gather(ranges, count, threads)
+        finally:
+            for i in range(n_views):
+                PyBuffer_Release(&views[i])
+            free(views)
+            free(ranges)
+            self.uses.leave()
+
+    cdef int fill(self, uint64_t offset, void *buffer, uint64_t length, threads) except -1:
+        cdef n.imgc_disk_request request
+        if threads is not None:
+            threads = self.threads(threads)
+        if length <= LONG_NBYTES:
+            return self.fill_short(offset, <char *>buffer, length)
+        request.offset = offset
+        request.buffer = buffer
+        request.length = length
+        return self.gather(&request, 1, threads)
+
+    cdef int fill_short(self, uint64_t offset, char *buffer, uint64_t length) except -1:
+        """Read on this thread; without giving up the GIL if all is in memory."""
+        cdef n.imgc_disk_rest rest
+        cdef n.imgc_error err
+        cdef n.imgc_table *table = NULL
+        cdef unsigned flags = n.IMGC_DISK_NO_WAIT if length <= SHORT_NBYTES else 0
+        cdef int status
+        try:
+            while True:
+                if flags:
+                    status = n.imgc_disk_read(self.handle, table, offset, buffer, length, flags,
+                                              &rest, &err)
+                else:
+                    with nogil:
+                        status = n.imgc_disk_read(self.handle, table, offset, buffer, length, 0,
+                                                  &rest, &err)
+                if status <= 0:
+                    return check(status, &err)
+                buffer += rest.offset - offset
+                offset, length = rest.offset, rest.length
+                if status == n.IMGC_MISSING:
+                    self.get_table(&rest, &table)
+                else:
+                    flags = 0
+        finally:
+            self.drop(&table)
+
+    cdef int gather(self, n.imgc_disk_request *requests, size_t count, threads) except -1:
+        """Read on several threads, in the order of the places."""
+        cdef n.imgc_gather *gather = NULL
+        cdef n.imgc_disk_rest rest
+        cdef n.imgc_error err
+        cdef n.imgc_table *table = NULL
+        cdef unsigned n_threads = self.threads(threads)
+        cdef int status
+        check(n.imgc_gather_create(self.handle, requests, count, &gather, &err), &err)
+        try:
+            while True:
+                with nogil:
+                    status = n.imgc_gather_run(gather, table, n_threads, &rest, &err)
+                if status <= 0:
+                    return check(status, &err)
+                PyErr_CheckSignals()
+                if status == n.IMGC_MISSING:
+                    self.get_table(&rest, &table)
+        finally:
+            self.drop(&table)
+            n.imgc_gather_destroy(gather)
+
+    cdef int get_table(self, n.imgc_disk_rest *rest, n.imgc_table **table) except -1:
+        """Get the table of what is left to read.
+
+        If the image is damaged there, the rows of what is wanted may still be sound.
+        """
+        cdef uint64_t start, end
+        self.drop(table)
+        n.imgc_disk_span(self.handle, rest.offset, &start, &end)
+        with self.lock:
+            table[0] = n.imgc_disk_find(self.handle, rest.offset)
+            if table[0] != NULL:
+                return 0
+            try:
+                return self.add(start, end, rest.generation, table)
+            except Exception:
+                pass
+            start = rest.offset - rest.offset % SECTOR_NBYTES
+            if rest.length < end - rest.offset:
+                end = rest.offset + rest.length
+                end = min(end + (SECTOR_NBYTES - end % SECTOR_NBYTES) % SECTOR_NBYTES, self.nbytes)
+            return self.add(start, end, rest.generation, table)
+
+    cdef int add(self, uint64_t start, uint64_t end, uint64_t generation,
+                 n.imgc_table **table) except -1:
+        cdef n.imgc_error err
+        cdef const extent_row[::1] rows = self.rows(start, end)
+        if rows.shape[0] == 0:
+            raise ValueError("a table without rows")
+        check(n.imgc_disk_add(self.handle, start, end, generation,
+                              <const n.imgc_extent *>&rows[0], rows.shape[0], table, &err), &err)
+        return 0
+
+    cdef void drop(self, n.imgc_table **table) noexcept:
+        if table[0] != NULL:
+            n.imgc_disk_drop(self.handle, table[0])
+            table[0] = NULL
+
+    def forget(self):
+        """Forget all tables and blocks; later reads read them again."""
+        n.imgc_disk_forget(self.handle)
+
+    @property
+    def stats(self):
+        """Entries and bytes that are kept; how many were found, and how many not."""
+        cdef n.imgc_cache_stats stats
+        n.imgc_disk_stats(self.handle, &stats)
+        return stats.n_entries, stats.nbytes, stats.n_hits, stats.n_misses
+
+    def __dealloc__(self):
+        n.imgc_disk_destroy(self.handle)
 
 
 cdef int fill_geometry(n.imgc_geometry *out, geometry) except -1:

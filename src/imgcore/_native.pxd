@@ -28,11 +28,19 @@ cdef extern from "imgc.h" nogil:
         IMGC_SELECT_NOT_BUILT
         IMGC_SELECT_NO_CPU
 
+        IMGC_CHECKSUM_NONE
+        IMGC_N_CHECKSUMS
+        IMGC_CHECKSUM_NBYTES
+        IMGC_CHECKSUM_BLOCK_NBYTES
+
         IMGC_TABLE_MAX_RULES
         IMGC_JOB_CONVERT
         IMGC_JOB_COMPARE
+        IMGC_JOB_DIGEST
 
     const uint32_t IMGC_NO_SOURCE
+    const uint32_t IMGC_GRANULE_DIFFERS
+    const uint32_t IMGC_GRANULE_HAS_DATA
     const uint32_t IMGC_TARGET
     const uint32_t IMGC_MAX_BAD_RANGES
     const uint32_t IMGC_MAX_THREADS
@@ -57,6 +65,21 @@ cdef extern from "imgc.h" nogil:
     int imgc_variant_select(unsigned op, const char *name, uint32_t *id)
     int imgc_is_zero(uint32_t variant, const void *data, size_t nbytes)
     uint32_t imgc_crc32c(uint32_t variant, uint32_t crc, const void *data, size_t nbytes)
+
+    const char *imgc_checksum_name(unsigned checksum)
+    int imgc_checksum_is_built(unsigned checksum)
+
+    struct imgc_hasher:
+        pass
+
+    int imgc_hasher_create(uint32_t checksum, uint64_t block_nbytes, uint32_t zero_variant,
+                           imgc_hasher **out)
+    void imgc_hasher_destroy(imgc_hasher *hasher)
+    int imgc_hasher_update(imgc_hasher *hasher, const void *data, size_t nbytes)
+    int imgc_hasher_zeros(imgc_hasher *hasher, uint64_t nbytes)
+    int imgc_hasher_leaves(imgc_hasher *hasher, const void *leaves, uint64_t nbytes)
+    int imgc_hasher_leaf(imgc_hasher *hasher, const void *block, size_t nbytes, uint8_t *out)
+    int imgc_hasher_digest(imgc_hasher *hasher, uint8_t *out)
 
     struct imgc_codec_params:
         uint32_t codec
@@ -181,6 +204,8 @@ cdef extern from "imgc.h" nogil:
         uint32_t reflink
         uint32_t trust_blocks
         imgc_rate_limit *rate_limit
+        uint32_t checksum
+        uint64_t granule_nbytes
 
     struct imgc_bad_range:
         uint64_t guest_offset
@@ -197,6 +222,10 @@ cdef extern from "imgc.h" nogil:
         size_t n_base_extents
         imgc_placement *placements
         size_t n_placements
+        uint8_t *leaves
+        size_t n_leaves
+        uint8_t *granules
+        size_t n_granules
 
     struct imgc_progress:
         uint64_t bytes_done
@@ -222,3 +251,57 @@ cdef extern from "imgc.h" nogil:
     uint64_t imgc_job_first_difference(const imgc_job *job)
     size_t imgc_job_bad_ranges(const imgc_job *job, const imgc_bad_range **out)
     void imgc_job_destroy(imgc_job *job)
+
+    struct imgc_disk:
+        pass
+    struct imgc_uses:
+        pass
+    struct imgc_table:
+        pass
+    struct imgc_gather:
+        pass
+
+    enum:
+        IMGC_MISSING
+        IMGC_WOULD_WAIT
+        IMGC_UNFINISHED
+        IMGC_DISK_NO_WAIT
+
+    struct imgc_disk_options:
+        const imgc_source_file *sources
+        size_t n_sources
+        uint64_t guest_nbytes, span_nbytes, cache_nbytes
+        uint32_t inflate_variant, io_variant
+
+    struct imgc_disk_rest:
+        uint64_t offset, length, generation
+
+    struct imgc_cache_stats:
+        uint64_t n_entries, nbytes, n_hits, n_misses
+
+    struct imgc_disk_request:
+        uint64_t offset
+        void *buffer
+        uint64_t length
+
+    int imgc_disk_create(const imgc_disk_options *options, imgc_disk **out, imgc_error *err)
+    void imgc_disk_destroy(imgc_disk *disk)
+    int imgc_uses_create(imgc_uses **out)
+    void imgc_uses_destroy(imgc_uses *uses)
+    int imgc_uses_enter(imgc_uses *uses)
+    int imgc_uses_leave(imgc_uses *uses)
+    int imgc_uses_close(imgc_uses *uses)
+    int imgc_disk_read(imgc_disk *disk, const imgc_table *table, uint64_t offset, void *buffer,
+                       uint64_t length, unsigned flags, imgc_disk_rest *rest, imgc_error *err)
+    void imgc_disk_span(const imgc_disk *disk, uint64_t offset, uint64_t *start, uint64_t *end)
+    int imgc_disk_add(imgc_disk *disk, uint64_t start, uint64_t end, uint64_t generation,
+                      const imgc_extent *rows, size_t n, imgc_table **out, imgc_error *err)
+    imgc_table *imgc_disk_find(imgc_disk *disk, uint64_t offset)
+    void imgc_disk_drop(imgc_disk *disk, imgc_table *table)
+    void imgc_disk_forget(imgc_disk *disk)
+    void imgc_disk_stats(imgc_disk *disk, imgc_cache_stats *out)
+    int imgc_gather_create(imgc_disk *disk, const imgc_disk_request *requests, size_t n,
+                           imgc_gather **out, imgc_error *err)
+    int imgc_gather_run(imgc_gather *gather, const imgc_table *table, unsigned n_threads,
+                        imgc_disk_rest *rest, imgc_error *err)
+    void imgc_gather_destroy(imgc_gather *gather)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import os
 from collections.abc import Sequence
@@ -18,6 +19,21 @@ it; results always hold the latter."""
 def file_name(path: FilePath) -> str:
     """Return a file's name as str; TypeError for anything that is not a name."""
     return os.fsdecode(path)
+
+
+def source_name(source: FilePath | int) -> str | int:
+    """Return the name of an image as str, or the number of a descriptor as int."""
+    if isinstance(source, str | bytes | os.PathLike):
+        return file_name(source)
+    return descriptor(source, "expected str, bytes or os.PathLike object, or an open descriptor")
+
+
+def descriptor(number: SupportsIndex, wanted: str = "expected an open descriptor") -> int:
+    """Return a descriptor as int; TypeError for anything else, also for a bool."""
+    if not isinstance(number, bool):
+        with contextlib.suppress(TypeError):
+            return int(operator.index(number))
+    raise TypeError(f"{wanted}, not {number!r}")
 
 
 def file_names(paths: FilePath | Sequence[FilePath]) -> tuple[str, ...]:
@@ -49,3 +65,22 @@ def byte_count(value: SupportsIndex, what: str) -> int:
             f"{what} is {number}: a number of bytes is not negative, and at most 2^63 - 1"
         )
     return number
+
+
+def range_of_disk(
+    path: str, nbytes: int, start: SupportsIndex, length: SupportsIndex | None, what: str
+) -> tuple[int, int]:
+    """Return a range of a disk of ``nbytes`` bytes as two ints.
+
+    It ends with the disk if ``length`` is None.  ``path`` and ``what``, which is what
+    the caller calls the start, are for the message of the ValueError if the range is
+    not inside the disk.
+    """
+    first = integer(start, what)
+    count = nbytes - first if length is None else integer(length, "length")
+    if first < 0 or count < 0 or first + count > nbytes:
+        stated = "" if length is None else f", length {count}"
+        raise ValueError(
+            f"{path}: the range is not inside the disk of {nbytes} bytes: {what} {first}{stated}"
+        )
+    return first, count

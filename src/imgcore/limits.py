@@ -23,6 +23,10 @@ MAX_PENDING_TABLE_NBYTES: Final = 32 * MIB
 # Images of a chain of parents; each of them stays open.  QEMU has no limit.
 MAX_CHAIN_DEPTH: Final = 64
 
+# Tables and decompressed blocks that an open image keeps in memory.
+DEFAULT_CACHE_NBYTES: Final = 32 * MIB
+MAX_CACHE_NBYTES: Final = 64 * GIB
+
 # A block of a target with a parent (-B), which is compared as a whole:
 # IMGC_MAX_BASE_BLOCK_NBYTES.
 MAX_BASE_BLOCK_NBYTES: Final = 4 * MIB
@@ -72,6 +76,9 @@ QCOW2_MAX_SNAPSHOT_TABLE_NBYTES: Final = 64 * MIB
 QCOW2_MAX_SNAPSHOT_EXTRA_NBYTES: Final = 1024
 QCOW2_MAX_BITMAPS: Final = 65535
 QCOW2_MAX_BITMAP_DIRECTORY_NBYTES: Final = 64 * MIB
+QCOW2_MIN_BITMAP_GRANULARITY_BITS: Final = 9
+QCOW2_MAX_BITMAP_GRANULARITY_BITS: Final = 31
+QCOW2_MAX_BITMAP_NBYTES: Final = 512 * MIB
 
 # VMDK.
 VMDK_MAX_VERSION: Final = 3
@@ -133,6 +140,15 @@ VHDX_MAX_LOG_PASSES: Final = 8
 # The offset of a block has 44 bits and counts MiB; the file of a disk of 64 TiB is
 # far smaller than that.
 VHDX_MAX_FILE_NBYTES: Final = 128 * TIB
+
+# Files that list changed areas.  Lists in JSON are read in pieces, with one object of
+# the list at a time in memory; XML is read at once.
+AREAS_MAX_JSON_NBYTES: Final = 1 * GIB
+AREAS_MAX_JSON_VALUE_CHARS: Final = 64 * KIB
+AREAS_MAX_XML_NBYTES: Final = 16 * MIB
+# Areas are rounded outwards to blocks of these sizes; bitmaps of QCOW2 have the same.
+AREAS_MIN_GRANULARITY: Final = 512
+AREAS_MAX_GRANULARITY: Final = 2 * GIB
 
 # Parts of a sparse file in a tar archive: each takes 24 bytes of the header.
 MAX_TAR_SEGMENTS: Final = 1 << 16

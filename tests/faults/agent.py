@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import json
 import logging
 import os
@@ -79,6 +80,27 @@ def undo(arguments: dict[str, Any]) -> dict[str, Any]:
     return {"path": in_place.undo(arguments["path"])}
 
 
+def read_ranges(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Read ranges of one open image in phases, each with another range that is bad.
+
+    The answer has the SHA-256 of each range, or the words of its error.
+    """
+    answers = []
+    with imgcore.open(arguments["path"], **arguments["keywords"]) as image:
+        for bad, ranges in arguments["phases"]:
+            _SHIM.fault_bad_range(*bad)
+            answers.append([read_range(image, *part) for part in ranges])
+            _SHIM.fault_bad_range(0, 0, 0)
+    return {"phases": answers}
+
+
+def read_range(image: imgcore.Image, offset: int, length: int) -> str:
+    try:
+        return hashlib.sha256(image.read(offset, length)).hexdigest()
+    except (imgcore.ImgcoreError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
 ACTIONS = {
     "convert": convert,
     "repair": repair,
@@ -87,6 +109,7 @@ ACTIONS = {
     "rewrite": rewrite,
     "recover": recover,
     "undo": undo,
+    "read_ranges": read_ranges,
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import Place, agent_in, shim_path
+from tests.faults.harness import Place, Source, agent_in, shim_path
 from tests.helpers.qemu import Variant
 
 
@@ -27,3 +27,9 @@ def place(shim: Path, tmp_path: Path) -> Iterator[Callable[..., Place]]:
             return Place(agent, variant, tmp_path)
 
         yield make
+
+
+@pytest.fixture
+def source(place: Callable[[Variant], Place]) -> Callable[[Variant], Source]:
+    """Return a function that creates a source of a format, for reads with faults."""
+    return lambda variant: Source(place(variant))

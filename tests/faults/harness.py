@@ -262,6 +262,31 @@ class Place:
         return state_of(files, self.old, self.new, self.target.name)
 
 
+class Source:
+    """An image in the agent's folder that is read with faults."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.image = place.target
+        self.data = max(place.new, key=lambda name: len(place.new[name]))
+        self.out = place.agent.folder.parent / "out.raw"
+        self.content = place.source.read_bytes()
+
+    def read(self, *, more: Any = None, **job: Any) -> dict[str, Any]:
+        arguments = {"format": self.place.variant.format, "sync": False, **(more or {})}
+        return self.place.agent.convert(self.image, self.out, qemu.RAW, more=arguments, **job)
+
+    def bad(self, start: int, end: int) -> tuple[int, int, int]:
+        """Return the job's fault for a range of the data file that cannot be read."""
+        return ((self.image.parent / self.data).stat().st_ino, start, end)
+
+    def find(self, guest_offset: int) -> int:
+        """Return the offset of a piece of the disk in the data file."""
+        needle = self.content[guest_offset : guest_offset + 512]
+        at: int = (self.image.parent / self.data).read_bytes().find(needle)
+        return at
+
+
 def state_of(
     files: Mapping[str, bytes], old: Mapping[str, bytes], new: Mapping[str, bytes], main: str
 ) -> str:

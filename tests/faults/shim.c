@@ -356,6 +356,21 @@ ssize_t preadv64(int fd, const struct iovec *iov, int n, off64_t offset)
 	return preadv(fd, iov, n, offset);
 }
 
+ssize_t preadv2(int fd, const struct iovec *iov, int n, off_t offset, int flags)
+{
+	uint64_t length = 0;
+
+	REAL(preadv2);
+	for (int i = 0; i < n; i++)
+		length += iov[i].iov_len;
+	return read_fails(fd, (uint64_t)offset, length) ? -1 : real(fd, iov, n, offset, flags);
+}
+
+ssize_t preadv64v2(int fd, const struct iovec *iov, int n, off64_t offset, int flags)
+{
+	return preadv2(fd, iov, n, offset, flags);
+}
+
 /* ---------------------------------------------------------------- writing */
 
 /* Makes a torn write: writes a part, then dies. */

@@ -18,41 +18,11 @@ from typing import Any
 import pytest
 
 import imgcore
-from tests.faults.harness import VARIANTS, Calls, Mode, Place, params
+from tests.faults.harness import VARIANTS, Calls, Mode, Place, Source, params
 from tests.helpers import images, qemu
 from tests.helpers.qemu import Variant
 
 READABLE = [v for v in VARIANTS if v.name != "raw-falloc"]
-
-
-class Source:
-    """An image in the agent's folder that is read with faults."""
-
-    def __init__(self, place: Place) -> None:
-        self.place = place
-        self.image = place.target
-        self.data = max(place.new, key=lambda name: len(place.new[name]))
-        self.out = place.agent.folder.parent / "out.raw"
-        self.content = place.source.read_bytes()
-
-    def read(self, *, more: Any = None, **job: Any) -> dict[str, Any]:
-        arguments = {"format": self.place.variant.format, "sync": False, **(more or {})}
-        return self.place.agent.convert(self.image, self.out, qemu.RAW, more=arguments, **job)
-
-    def bad(self, start: int, end: int) -> tuple[int, int, int]:
-        """Return the job's fault for a range of the data file that cannot be read."""
-        return ((self.image.parent / self.data).stat().st_ino, start, end)
-
-    def find(self, guest_offset: int) -> int:
-        """Return the offset of a piece of the disk in the data file."""
-        needle = self.content[guest_offset : guest_offset + 512]
-        at: int = (self.image.parent / self.data).read_bytes().find(needle)
-        return at
-
-
-@pytest.fixture
-def source(place: Callable[[Variant], Place]) -> Callable[[Variant], Source]:
-    return lambda variant: Source(place(variant))
 
 
 @pytest.mark.parametrize("variant", params(READABLE))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import imgcore
+from imgcore.formats.api import HasBitmaps
 from tests.fuzz.pieces import Pieces
 from tests.helpers import vdi, vhd, vhdx, vmdk
 from tests.hostile import qcow2
@@ -69,14 +70,22 @@ class Place:
         image.save(path)
         try:
             outcomes = [
-                _attempt(do, path, image.format) for do in (_read, _describe, _check, _convert)
+                attempt(do, path, image.format)
+                for do in (_read, _describe, _check, _list, _convert)
             ]
         finally:
             path.unlink()
         return outcomes[0]
 
 
-def _attempt(do: Callable[[str, str | None], None], path: Path, format: str | None) -> str:
+def attempt(do: Callable[[str, str | None], None], path: Path, format: str | None) -> str:
+    """Do one thing with a file; return ``ok`` or the name of the exception.
+
+    Raises
+    ------
+    Finding
+        A bad message, or a timeout.
+    """
     begun = time.process_time()
     try:
         do(str(path), format)
@@ -113,6 +122,20 @@ def _describe(path: str, format: str | None) -> None:
 
 def _check(path: str, format: str | None) -> None:
     imgcore.check(path, format=format)
+
+
+def _list(path: str, format: str | None) -> None:
+    with imgcore.open(path, format=format) as image:
+        reader = image.reader
+        if not isinstance(reader, HasBitmaps):
+            return
+        end = 0
+        for bitmap in image.info()["format-specific"]["data"].get("bitmaps", ()):
+            for offset, length in itertools.islice(reader.bitmap_areas(bitmap["name"]), 1000):
+                if not end <= offset < offset + length <= image.virtual_size:
+                    raise Finding(f"a bitmap marks {length} bytes at {offset}")
+                end = offset + length
+            end = 0
 
 
 def _convert(path: str, format: str | None) -> None:

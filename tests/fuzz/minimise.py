@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 import imgcore
+from tests.fuzz.area_files import Folder
 from tests.fuzz.exercise import Finding, Place
 from tests.fuzz.pieces import Pieces
 
@@ -46,9 +47,9 @@ class Tracer:
         return line
 
 
-def reached(data: bytes, place: Place) -> set[Arc]:
+def reached(data: bytes, place: Place | Folder) -> set[Arc]:
     """Return the steps that an input takes through imgcore."""
-    tracer = Tracer(Pieces.unpack(data).format)
+    tracer = Tracer(Pieces.unpack(data).format if isinstance(place, Place) else None)
     sys.settrace(tracer)
     threading.settrace(tracer)
     try:
@@ -67,7 +68,7 @@ def main(corpus: Path, folders: list[Path]) -> None:
     logging.getLogger("imgcore").propagate = False
     corpus.mkdir(exist_ok=True)
     inputs = {path.read_bytes() for folder in (corpus, *folders) for path in folder.iterdir()}
-    place = Place()
+    place = Folder() if corpus.name == "corpus_areas" else Place()
     known: set[Arc] = set()
     kept = set()
     for data in sorted(inputs, key=lambda data: (len(data), data)):

@@ -43,6 +43,13 @@ def _qcow2() -> Iterator[tuple[str, bytes]]:
     row = struct.pack(">QIIBBHI", qcow2.DATA, 1, 2, 1, 16, 4, 0) + b"bits"
     bitmaps = qcow2.extension(0x23852875, 24, struct.pack(">IIQQ", 1, 0, len(row), at))
     yield "bitmaps", qcow2.build(**small, tail=row, extensions=bitmaps, autoclear=1)
+    table, bits = at + qcow2.CLUSTER, at + 2 * qcow2.CLUSTER
+    row = struct.pack(">QIIBBHI", table, 1, 2, 1, 9, 4, 0) + b"bits"
+    bitmaps = qcow2.extension(0x23852875, 24, struct.pack(">IIQQ", 1, 0, len(row), at))
+    tail = b"".join(
+        part.ljust(qcow2.CLUSTER, b"\0") for part in (row, bits.to_bytes(8, "big"), b"\x5a\xf0")
+    )
+    yield "marked", qcow2.build(**small, tail=tail, extensions=bitmaps, autoclear=1)
 
 
 def _vmdk() -> Iterator[tuple[str, Make]]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import importlib
 import inspect
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +23,9 @@ import imgcore
 
 # Parameters of functions and fields of results, which later versions only add to.
 _TEXT = """
+changes: image since bitmap areas tree granularity threads progress format
+    backing_format parent read_options allow share chain files format_since parent_since
+    read_options_since
 check: path format parent repair allow share
 compare: a b format_a format_b parent_a parent_b read_options_a read_options_b strict
     threads allow backing_format share progress
@@ -35,12 +40,16 @@ measure: source size format target_format options compress backing_format parent
     read_options allow share
 measure_reflink: source target_format format options backing_format parent read_options
     allow share
-open: path format backing_format parent read_options allow share
+open: source mode chain cache files format backing_format parent read_options allow share
 Image.read: offset length
 Image.readinto: offset buffer threads
-Image.extents: start length
+Image.readv: requests threads
+Image.extents: start length layer
+Image.as_file: start length
+Image.refresh:
 Image.info:
 Image.close:
+Area: offset length is_zero
 BadRange: guest_offset length path reason
 CheckResult: filename format corruptions leaks total_clusters allocated_clusters
     fragmented_clusters compressed_clusters image_end_offset problems repairs
@@ -57,6 +66,7 @@ Progress: done total data zero written
 ReflinkMeasurement: reflinked copied
 SourceFile: file guest_base block_nbytes
 """
+FORMATS = ("qcow2", "vhd", "vhdx", "vdi")
 PROMISED = {
     line.partition(":")[0]: line.partition(":")[2].split()
     for line in _TEXT.strip().replace("\n    ", " ").splitlines()
@@ -64,7 +74,7 @@ PROMISED = {
 
 
 def test_the_table_is_read() -> None:
-    assert len(PROMISED) == 27
+    assert len(PROMISED) == 32
     assert PROMISED["convert"][:2] == ["source", "target"]
     assert PROMISED["convert"][-1] == "control"
     assert PROMISED["Progress"] == ["done", "total", "data", "zero", "written"]
@@ -146,16 +156,163 @@ with imgcore.open(folder / "disk.qcow2") as image:
     use(folder)
 print("done")
 """
-    root = Path(__file__).resolve().parents[2]
+    assert run_script(script, folder) == (0, "done\n", "")
+
+
+@pytest.mark.parametrize("name", ["disk.raw", "small.qcow2", "flat.vmdk", *FORMATS])
+def test_an_open_image_imports_nothing(name: str, folder: Path) -> None:
+    """A child cannot import a module that another thread was importing at the fork."""
+    path = folder / name
+    if name in FORMATS:
+        imgcore.convert(folder / "disk.raw", folder / f"parent.{name}")
+        path = folder / f"child.{name}"
+        imgcore.create(path, backing=f"parent.{name}", backing_format=name)
+    elif name == "small.qcow2":
+        imgcore.convert(folder / "disk.raw", path, compress=True)
+    elif name != "disk.raw":
+        imgcore.convert(folder / "disk.raw", path, options={"subformat": "monolithicFlat"})
+    script = """
+import sys
+import imgcore
+with imgcore.open(sys.argv[1]) as image:
+    before = set(sys.modules)
+    for _ in range(2):
+        assert len(image.read(100, 1 << 20)) == len(image.read(0, 1 << 20))
+        assert image.readinto(0, bytearray(700)) == 700
+        image.readv([(5, bytearray(9)), (0, bytearray(1 << 20))])
+        assert list(image.extents()) and list(image.extents(layer=0))
+        assert image.as_file().read(5) and image.info()
+        image.check_unchanged()
+        image.refresh()
+    assert set(sys.modules) == before, set(sys.modules) - before
+print("done")
+"""
+    assert run_script(script, path) == (0, "done\n", "")
+
+
+def run_script(script: str, *words: object) -> tuple[int, str, str]:
+    """Run a program that may import the helpers of tests."""
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script, folder],
-        cwd=root,
+        [sys.executable, "-W", "error", "-c", script, *map(str, words)],
+        cwd=Path(__file__).resolve().parents[2],
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=300,
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("name", ["disk.qcow2", "small.qcow2", "disk.raw"])
+def test_a_fork_while_other_threads_read(name: str, folder: Path) -> None:
+    """The child reads at once what threads of the parent hold their locks on."""
+    imgcore.convert(folder / "disk.raw", folder / "small.qcow2", compress=True)
+    script = """
+import faulthandler, os, random, sys, threading
+sys.path.insert(0, os.getcwd())
+from tests.unit.test_embedding import imgcore, noise
+
+data = noise(1 << 22)
+image = imgcore.open(sys.argv[1], cache="1M")
+ended = threading.Event()
+
+def work(seed):
+    choose = random.Random(seed)
+    while not ended.is_set():
+        start, length = choose.randrange(1 << 22), choose.choice([1, 512, 5000, 100_000])
+        length = min(length, (1 << 22) - start)
+        assert image.read(start, length) == data[start : start + length]
+        list(image.extents())
+        if seed == 0:
+            image.refresh()
+
+threads = [threading.Thread(target=work, args=(seed,), daemon=True) for seed in range(4)]
+for thread in threads:
+    thread.start()
+for round in range(60):
+    child = os.fork()
+    if child == 0:
+        faulthandler.dump_traceback_later(30, exit=True)
+        status = 1
+        try:
+            work_once = random.Random(round)
+            for _ in range(5):
+                start = work_once.randrange((1 << 22) - 9000)
+                assert image.read(start, 9000) == data[start : start + 9000]
+            image.refresh()
+            others = [threading.Thread(target=image.read, args=(0, 1 << 20)) for _ in range(3)]
+            for other in others:
+                other.start()
+            for other in others:
+                other.join()
+            assert image.read(0, 1 << 22) == data
+            image.close()
+            assert all(file.fd == -1 for file in image.files)
+            try:
+                image.read(0, 1)
+            except ValueError:
+                status = 0
+        finally:
+            os._exit(status)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code == 0, (round, code)
+ended.set()
+for thread in threads:
+    thread.join()
+assert image.read(0, 1 << 22) == data
+image.close()
+print("done")
+"""
+    assert run_script(script, folder / name) == (0, "done\n", "")
+
+
+def test_a_subinterpreter_is_refused(folder: Path) -> None:
+    """It is told why, can still describe images, and does no harm to the main one."""
+    script = """
+import sys
+try:
+    import _interpreters as interpreters
+except ImportError:
+    import _xxsubinterpreters as interpreters
+import imgcore
+
+path, written = sys.argv[1:]
+with imgcore.open(path) as image:
+    before = image.read(0, 512)
+code = f'''
+import sys
+sys.path[:] = {sys.path!r}
+import imgcore
+found = imgcore.info({path!r})["format"]
+for use in (lambda: imgcore.open({path!r}), lambda: imgcore.convert({path!r}, "x.raw")):
+    try:
+        use()
+    except ImportError as error:
+        found += ", " + str(error)
+    else:
+        found += ", works"
+with open({written!r}, "w") as file:
+    file.write(found)
+'''
+one = interpreters.create()
+interpreters.run_string(one, code)
+interpreters.destroy(one)
+with imgcore.open(path) as image:
+    assert image.read(0, 512) == before
+with open(written) as file:
+    print(file.read())
+"""
+    code, printed, errors = run_script(script, folder / "disk.qcow2", folder / "found")
+    assert (code, errors) == (0, "")
+    assert re.fullmatch(r"qcow2(, [^,]*(one interpreter|once) per process[^,]*){2}\n", printed)
+
+
+def test_the_core_asks_for_the_gil() -> None:
+    """A module that can do without says so; on a build without the GIL, Python asks."""
+    core = Path(__file__).resolve().parents[2] / "src" / "imgcore" / "_core.pyx"
+    assert "freethreading_compatible" not in core.read_text()
+    importlib.import_module("imgcore._core")
+    assert getattr(sys, "_is_gil_enabled", lambda: True)()
 
 
 def test_the_verbs_on_many_threads(folder: Path) -> None:
@@ -182,7 +339,9 @@ def handlers() -> dict[int, Any]:
 
 def masks() -> list[str]:
     status = Path("/proc/self/status").read_text()
-    return [line for line in status.splitlines() if line.startswith("Sig")]
+    # SigQ counts the signals that wait for all processes of the user.
+    lines = (line for line in status.splitlines() if line.startswith("Sig"))
+    return [line for line in lines if not line.startswith("SigQ")]
 
 
 def test_no_signal_is_touched(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ import pytest
 from tests.helpers.images import MIB, noise
 
 import imgcore
+from imgcore.disk.random_access import RandomAccess
 from imgcore.files.host_file import HostFile
 from imgcore.files.target_file import TargetFile
 from imgcore.streams.reader import StreamReader
@@ -179,6 +180,7 @@ def test_a_use_that_another_thread_overtakes_with_close(
     for reader in image.layers:
         for method in ("info", "extents"):
             monkeypatch.setattr(reader, method, overtaken(getattr(reader, method)))
+    monkeypatch.setattr(RandomAccess, "rows", overtaken(RandomAccess.rows))
     for file in image.files:
         monkeypatch.setattr(file, "check_unchanged", overtaken(file.check_unchanged))
     try:

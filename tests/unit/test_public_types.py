@@ -120,6 +120,7 @@ def test_types_are_complete_for_pyright() -> None:
 
 # What the annotations of the public names may mention besides them.
 ELSEWHERE = {
+    *("io", "RawIOBase", "Iterable"),
     *("None", "Any", "Callable", "Iterator", "Literal", "Mapping", "Protocol", "Self"),
     *(
         "Sequence",
@@ -140,7 +141,9 @@ ELSEWHERE = {
 def documented_members(name: str) -> list[str]:
     """Return the members that docs/api.md lists for a class."""
     page = (ROOT / "docs/api.md").read_text()
-    listed = re.search(rf"^::: imgcore\.{name}\n    options:\n      members: \[(.*)\]", page, re.M)
+    listed = re.search(
+        rf"^::: imgcore\.{name}\n    options:\n      members:\s*\[(.*)\]", page, re.M
+    )
     return [] if listed is None else listed[1].split(", ")
 
 
@@ -188,6 +191,7 @@ def test_the_types_of_extents(tmp_path: Path) -> None:
 # -- right -----------------------------------------------------------------------------
 
 PROGRAM = """
+import io
 import os
 from pathlib import Path
 
@@ -209,7 +213,24 @@ with imgcore.open(b"disk.raw", allow=[b"x", "y", Path("z"), BytesPath()]) as ima
     image.readinto(0, 5)  # error
     image.readinto(0, "text")  # error
     image.readinto(0.5, bytearray(5))  # error
+    count: int = image.readinto(np.uint64(0), np.zeros(5, np.uint8))
+    image.readv([(0, bytearray(5)), (np.uint64(5), np.zeros(5))], threads=2)
+    image.readv((n, memoryview(bytearray(5))) for n in range(3))
+    image.readv([bytearray(5)])  # error
+    image.readv([("0", bytearray(5))])  # error
+    file: io.RawIOBase = image.as_file(start=np.uint64(0), length=5)
+    buffered = io.BufferedReader(image.as_file())
+    for batch in image.extents(layer=np.uint16(1)):
+        layer_rows: imgcore.Extents = batch
+    image.refresh()
+    is_closed: bool = image.closed
+    image.virtual_size = 5  # error
     image.read(0, None)  # error
+imgcore.open(5, mode="r", chain=False, cache="1M", files={"base.vmdk": 7})
+imgcore.open("x", cache=np.uint64(5), files=None)
+imgcore.open(5.0)  # error
+imgcore.open("x", files={"base.vmdk": "7"})  # error
+imgcore.open("x", cache=0.5)  # error
 size: imgcore.Measurement = imgcore.measure(size=np.uint64(512))
 both: imgcore.ReflinkMeasurement = imgcore.measure_reflink(b"disk.raw", "qcow2")
 imgcore.measure_reflink("x", 5)  # error

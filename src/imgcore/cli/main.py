@@ -1,8 +1,8 @@
 """The ``imgcore`` command: the group of verbs, errors, exit codes and signals.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 128 + n ended by signal n (130 SIGINT, 143
-SIGTERM), 141 if the reader of the output has closed it.  ``compare``, ``check``,
-``lint`` and ``convert --salvage`` have more: see their help.
+SIGTERM), 141 if the reader of the output has closed it.  ``compare``, ``diff``,
+``check``, ``lint`` and ``convert --salvage`` have more: see their help.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ _VERBS: Final = {
     "info": "Describe an image.",
     "map": "List where the parts of a disk are stored.",
     "compare": "Compare the content of two images.",
+    "diff": "List the areas of a disk that have changed.",
     "check": "Verify the tables of an image.",
     "lint": "Check an image against the rules of a platform.",
     "measure": "Compute how large a target file would be.",
@@ -41,7 +42,7 @@ _VERBS: Final = {
 EXIT_FAILURE: Final = 1
 EXIT_USAGE: Final = 2
 # For verbs in which 1 has another meaning.
-_FAILURE_CODES: Final = {"compare": 2, "lint": 2}
+_FAILURE_CODES: Final = {"compare": 2, "diff": 2, "lint": 2}
 # For verbs in which 2 has another meaning.
 _USAGE_CODES: Final = {"check": 1}
 # Plus the number of the signal, as shells report it.

@@ -67,11 +67,11 @@ def progress_options(function: Any) -> Any:
 def reporter(mode: str, *, wanted: bool, quiet: bool, label: str, as_json: bool) -> Reporter:
     """Return the reporter for ``--progress=mode``, ``-p`` and ``-q``.
 
-    ``as_json``: a JSON document will be printed on stdout.
+    ``as_json``: a JSON document or a list will be printed on stdout.
     """
     if mode == "qemu" and as_json:
         raise OptionError(
-            "--progress=qemu and a result as JSON both print on stdout: use --progress=json, "
+            "--progress=qemu and the result both print on stdout: use --progress=json, "
             "which prints on stderr"
         )
     if quiet or mode == "none":

@@ -21,7 +21,6 @@ from imgcore.errors import (
     UnsupportedFeatureError,
     WrongFormatError,
 )
-from imgcore.files.host_file import HostFile
 from imgcore.files.identity import same_file
 from imgcore.formats.api import Divided
 from imgcore.formats.registry import NOT_READ, canonical_name, open_reader
@@ -31,19 +30,22 @@ from imgcore.log import log
 
 if TYPE_CHECKING:
     from imgcore.disk.open_options import OpenOptions
+    from imgcore.files.host_file import HostFile
     from imgcore.files.reference_gate import ReferenceGate
     from imgcore.formats.api import BackingReference
 
 
 def open_chain(
-    path: str | os.PathLike[str], options: OpenOptions, *, parents: bool = True
+    source: str | os.PathLike[str] | int, options: OpenOptions, *, parents: bool = True
 ) -> list[Layer]:
     """Open an image, its parent, the parent's parent, and so on.
 
     Parameters
     ----------
-    path : str or os.PathLike
+    source : str, os.PathLike or int
+        Its path, or a descriptor.
     options : OpenOptions
+        Without ``chain``, only the image itself is opened.
     parents : bool
         If False, only the image itself is opened, to be described.
 
@@ -54,9 +56,10 @@ def open_chain(
     """
     chain = _Chain(options)
     try:
-        chain.layers.append(open_layer(path, options, describing=not parents))
+        chain.layers.append(open_layer(source, options, describing=not parents))
         if parents:
             chain.open_parents()
+            options.files.refuse_unasked(chain.layers[0].file.path)
         chain.layers[0].warn()
     except BaseException:
         chain.close()
@@ -83,10 +86,19 @@ class _Chain:
         reader = self.layers[0].reader
         if isinstance(reader, Divided):
             reader.require_extents()
+        if not self._options.chain:
+            self._refuse_stated_parents()
+            return
         for path in self._options.parents:
             self._open_stated_parent(path)
         while (reference := self.layers[-1].reader.backing) is not None:
             self._open_parent(reference)
+
+    def _refuse_stated_parents(self) -> None:
+        if self._options.parents:
+            raise OptionError(
+                "a parent is given, but the image is opened without its chain", path=self._path
+            )
 
     def _open_stated_parent(self, path: str) -> None:
         reference = self.layers[-1].reader.backing
@@ -100,7 +112,7 @@ class _Chain:
         with suppress(UnsafeReferenceError):
             reference = self._described(reference)
         format = self._format_of(reference)
-        file = HostFile.open(path, share=self._options.share)
+        file = self._options.files.open(path, share=self._options.share)
         self._add(file, gate_of(file, self._options), reference, format)
 
     def _described(self, reference: BackingReference) -> BackingReference:
@@ -181,7 +193,7 @@ class _Chain:
                 f"is {candidate}, which nothing but the name tells, {self._remedy()}: {candidate}"
             )
             return UnsafeReferenceError(text, path=image)
-        if len(missing) == 1:
+        if len(missing) == 1 or self.layers[-1].file.folder is None:
             return missing[0]
         tried = ", ".join(repr(name) for name in names)
         text = f"none of the names of its parent exists: {tried}; {self._remedy()}"
@@ -192,9 +204,9 @@ class _Chain:
 
         Only its name tells so: it may be another disk, so the user must state it.
         """
-        if reference.identities or not self._options.flags.parent:
+        folder = self.layers[-1].file.folder
+        if folder is None or reference.identities or not self._options.flags.parent:
             return None
-        folder = os.path.dirname(self._path)
         for name in names_from_windows_path(reference.name):
             path = os.path.join(folder, name)
             if os.path.isfile(path):

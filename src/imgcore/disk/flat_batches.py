@@ -38,11 +38,14 @@ def flat_batches(file: ByteSource, nbytes: int, geometry: Geometry) -> Iterator[
         smaller, by less than a sector.
     """
     unit = geometry.unit_nbytes
+    # Without leaves only the rows take memory: a batch may be the whole disk.
+    most = geometry.max_batch_nbytes if geometry.leaf_nbytes else geometry.guest_nbytes + 1
     rows: list[ExtentRow] = []
     start = 0
-    for first, last, kind in _ranges(file, nbytes, geometry.guest_nbytes):
+    for first, last, kind in _cut(_ranges(file, nbytes, geometry.guest_nbytes), most):
         cut = last - last % unit
-        if len(rows) >= _BATCH_ROWS and cut > start and cut >= first:
+        is_full = len(rows) >= _BATCH_ROWS or last % most == 0
+        if is_full and cut > start and cut >= first:
             if first < cut:
                 rows.append(_row(first, cut, kind))
             yield Batch(start, cut, extent_table(rows))
@@ -60,6 +63,15 @@ def _ranges(file: ByteSource, nbytes: int, disk_end: int) -> Iterator[tuple[int,
         yield first, last, Kind.DATA if has_data else Kind.HOLE
     if held < disk_end:
         yield held, disk_end, Kind.ZERO
+
+
+def _cut(ranges: Iterator[tuple[int, int, Kind]], step: int) -> Iterator[tuple[int, int, Kind]]:
+    """Yield the ranges cut at multiples of ``step``."""
+    for first, last, kind in ranges:
+        while first < last:
+            stop = min(last, first - first % step + step)
+            yield first, stop, kind
+            first = stop
 
 
 def _row(first: int, last: int, kind: Kind) -> ExtentRow:

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar, cast
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final, SupportsIndex, TypeVar
 
-from imgcore.border import FilePath, file_name, integer
+from imgcore.border import FilePath, integer, range_of_disk, source_name
 from imgcore.disk.chain import open_chain
+from imgcore.disk.disk_state import DiskState
 from imgcore.disk.open_options import OpenOptions
+from imgcore.errors import OptionError
 from imgcore.files.closable import Closable
+from imgcore.files.descriptors import forks_held_back
 from imgcore.formats.api import SectorSized
-from imgcore.limits import SECTOR_NBYTES
+from imgcore.formats.registry import get_driver
 
 if TYPE_CHECKING:
     import numpy as np
     from _typeshed import WriteableBuffer
 
-    from imgcore._core import File
+    from imgcore._core import Uses
     from imgcore.disk.layer import Layer
     from imgcore.disk.overlay import Depths
+    from imgcore.disk.random_access import RandomAccess
     from imgcore.disk.salvage import Salvage
     from imgcore.engine.extents import Extents
     from imgcore.engine.reflinks import ReflinkRule
@@ -31,18 +40,29 @@ if TYPE_CHECKING:
 
 _Item = TypeVar("_Item")
 
+# What an open image imports when it is used first.
+_USED_BY_READS: Final = (
+    "imgcore._core",
+    "imgcore.disk.describe",
+    "imgcore.disk.disk_file",
+    "imgcore.disk.host_holes",
+    "imgcore.disk.overlay",
+    "imgcore.disk.random_access",
+    "numpy.ma",  # numpy.union1d
+)
+
 
 class Image(Closable):
     """A virtual disk that is open for reading; `imgcore.open` returns it.
 
-    Several threads may use it at once, and any of them may close it: uses in progress
-    end normally, every later one raises ValueError.  An image that is dropped without
-    `close` is closed with a ResourceWarning.
+    Several threads may use it at once, and any of them may close or refresh it: uses in
+    progress end as if it had not, and every use after `close` raises ValueError.  An
+    image that is dropped without `close` is closed with a ResourceWarning.
 
     Attributes
     ----------
     path : str
-        The image file.
+        The image file; ``"descriptor N"`` if it was given by its descriptor.
     format, subformat : str
         For example ``"vmdk"`` and ``"streamOptimized"``; ``subformat`` may be None.
     virtual_size : int
@@ -57,30 +77,77 @@ class Image(Closable):
 
     _what = "image"
 
-    def __init__(self, chain: Sequence[Layer]) -> None:
-        # The verbs use what is inside: each layer, its reader, and the files that were
-        # opened by name, the image first.
-        self.chain: list[Layer] = list(chain)
-        self.path: str = self.chain[0].file.path
-        self.layers: list[Reader] = [layer.reader for layer in self.chain]
-        self.reader: Reader = self.layers[0]
-        self.format: str = self.reader.format_name
-        self.subformat: str | None = self.reader.subformat
-        self.virtual_size: int = self.reader.virtual_size
-        self.block_size: int = self.reader.block_nbytes
-        self.sources: list[SourceFile] = []
-        # The index of each layer's first file in ``sources``.
-        self.first_files: list[int] = []
-        self.files: list[HostFile] = [layer.file for layer in self.chain]
-        for layer in self.layers:
-            self.first_files.append(len(self.sources))
-            self.sources.extend(layer.sources)
+    def __init__(
+        self, chain: Sequence[Layer], source: str | os.PathLike[str] | int, options: OpenOptions
+    ) -> None:
+        self._source = source
+        self._options = options
+        self._state = DiskState(chain)
+        self.path: str = self._state.files[0].path
+        # Those that iterators still use are among them.
+        self._states = weakref.WeakSet([self._state])
+        self._refreshing = threading.RLock()
+        # Made by the first read.
+        self._disk: RandomAccess | None = None
+        self._reads: Uses | None = None
         super().__init__()
+
+    @property
+    def format(self) -> str:
+        return self.reader.format_name
+
+    @property
+    def subformat(self) -> str | None:
+        return self.reader.subformat
+
+    @property
+    def virtual_size(self) -> int:
+        return self._state.virtual_size
+
+    @property
+    def block_size(self) -> int:
+        return self.reader.block_nbytes
+
+    @property
+    def sources(self) -> list[SourceFile]:
+        return self._state.sources
 
     @property
     def paths(self) -> list[str]:
         """Names of the source files, by the index that extents use."""
-        return [source.file.path for source in self.sources]
+        return self._state.paths
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._is_closed
+
+    # The verbs use what is inside; see `DiskState`.
+
+    @property
+    def chain(self) -> list[Layer]:
+        """The image and its parents."""
+        return self._state.chain
+
+    @property
+    def layers(self) -> list[Reader]:
+        """The reader of each."""
+        return self._state.layers
+
+    @property
+    def reader(self) -> Reader:
+        """The image's own reader."""
+        return self._state.layers[0]
+
+    @property
+    def first_files(self) -> list[int]:
+        """The index of each layer's first file in ``sources``."""
+        return self._state.first_files
+
+    @property
+    def files(self) -> list[HostFile]:
+        """The file of each layer that was opened by its name or descriptor."""
+        return self._state.files
 
     @property
     def logical_sector_nbytes(self) -> int | None:
@@ -100,10 +167,17 @@ class Image(Closable):
             The extents, and their depths (uint16): 0 for the image itself, 1 for its
             backing file, and so on.
         """
-        return self._guarded(self._layer_extents(*self._range(start, length)))
+        with self._in_use():
+            state = self._state
+            batches = state.layer_extents(*self._range(state, start, length))
+            return self._guarded(state, batches)
 
     def extents(
-        self, start: SupportsIndex = 0, length: SupportsIndex | None = None
+        self,
+        start: SupportsIndex = 0,
+        length: SupportsIndex | None = None,
+        *,
+        layer: SupportsIndex | None = None,
     ) -> Iterator[Extents]:
         """Yield the extents of a range: where its bytes are stored.
 
@@ -114,6 +188,10 @@ class Image(Closable):
         length : int, optional
             Bytes, a multiple of 512 unless the range ends with the disk; up to the end
             of the disk by default.
+        layer : int, optional
+            Yield only what this layer of the chain states: 0 is the image itself, 1 its
+            backing file, and so on.  The rest is holes, also past the end of a backing
+            file that is shorter than the disk.
 
         Yields
         ------
@@ -125,12 +203,24 @@ class Image(Closable):
         Raises
         ------
         ValueError
-            The range is not inside the disk, or the image is closed; raised at the
-            call, and for an image that is closed later by the next step.
+            The range is not inside the disk, there is no such layer, or the image is
+            closed; raised at the call, and for an image that is closed later by the
+            next step.
         CorruptImageError
             A table entry points outside its file.
         """
-        return self._guarded(self._extents(*self._range(start, length)))
+        with self._in_use():
+            state = self._state
+            first, nbytes = self._range(state, start, length)
+            if layer is None:
+                return self._guarded(state, state.extents(first, nbytes))
+            depth = integer(layer, "layer")
+            if not 0 <= depth < len(state.layers):
+                raise ValueError(
+                    f"{self.path}: layer is {depth}, but its chain has {len(state.layers)}, "
+                    "numbered from 0"
+                )
+            return self._guarded(state, state.extents_of_layer(depth, first, nbytes))
 
     def data_extents(
         self,
@@ -143,64 +233,51 @@ class Image(Closable):
 
         What is reflinked by ``rule`` is marked, and may contain such holes.
         """
-        return self._guarded(self._data_extents(*self._range(start, length), rule))
+        with self._in_use():
+            state = self._state
+            batches = state.data_extents(*self._range(state, start, length), rule)
+            return self._guarded(state, batches)
 
     def salvaged_extents(self, salvage: Salvage) -> Iterator[Extents]:
         """Yield the data extents of the disk; what is lost is ZERO, and listed."""
-        return self._guarded(self._salvaged_extents(salvage))
+        with self._in_use():
+            return self._guarded(self._state, self._state.salvaged_extents(salvage))
 
     def _range(
-        self, start: SupportsIndex, length: SupportsIndex | None, what: str = "start"
+        self,
+        state: DiskState,
+        start: SupportsIndex,
+        length: SupportsIndex | None,
+        what: str = "start",
     ) -> tuple[int, int]:
         """Return a range of the disk as two ints; ValueError if it is not inside.
 
         ``what`` names the argument ``start`` in messages.
         """
-        with self._in_use():
-            first = integer(start, what)
-            nbytes = self.virtual_size - first if length is None else integer(length, "length")
-            if first < 0 or nbytes < 0 or first + nbytes > self.virtual_size:
-                stated = "" if length is None else f", length {nbytes}"
-                raise ValueError(
-                    f"{self.path}: the range is not inside the disk of {self.virtual_size} bytes: "
-                    f"{what} {first}{stated}"
-                )
-            return first, nbytes
+        return range_of_disk(self.path, state.virtual_size, start, length, what)
 
-    def _guarded(self, batches: Iterator[_Item]) -> Iterator[_Item]:
-        """Yield from an iterator that uses the files: only its steps keep them open."""
+    @contextmanager
+    def kept_open(self) -> Iterator[DiskState]:
+        """Keep the files open in a ``with`` block; ValueError if they are closed.
+
+        It receives the state of the image, which is closed when it is dropped, if the
+        image is refreshed meanwhile.
+        """
+        with self._in_use():
+            yield self._state
+
+    def _guarded(self, state: DiskState, batches: Iterator[_Item]) -> Iterator[_Item]:
+        """Yield from an iterator that uses the files: only its steps keep them open.
+
+        It goes on with the state of the image that it has begun with, which is closed
+        with the image, or else when the iterator ends or is dropped.
+        """
         while True:
             with self._in_use():
                 batch = next(batches, None)
             if batch is None:
                 return
             yield batch
-
-    # These are used where the image is already in use.
-
-    def _layer_extents(self, start: int, length: int) -> Iterator[tuple[Extents, Depths]]:
-        from imgcore.disk.overlay import chain_extents
-
-        if length:
-            yield from chain_extents(self.layers, self.first_files, start, length)
-
-    def _extents(self, start: int, length: int) -> Iterator[Extents]:
-        return (rows for rows, _ in self._layer_extents(start, length))
-
-    def _data_extents(self, start: int, length: int, rule: ReflinkRule | None) -> Iterator[Extents]:
-        from imgcore.disk.host_holes import HostHoles
-
-        holes = HostHoles(self.sources)
-        for rows in self._extents(start, length):
-            yield from holes.cut(rows if rule is None else rule.mark(rows))
-
-    def _salvaged_extents(self, salvage: Salvage) -> Iterator[Extents]:
-        from imgcore.disk.host_holes import HostHoles
-
-        holes = HostHoles(self.sources)
-        for rows, depths in self._layer_extents(0, self.virtual_size):
-            for part in salvage.take(rows, depths):
-                yield from holes.cut(part)
 
     def read(self, offset: SupportsIndex, length: SupportsIndex) -> bytes:
         """Return ``length`` bytes of the virtual disk, starting at ``offset``.
@@ -212,15 +289,11 @@ class Image(Closable):
         CorruptImageError, OSError
             The bytes cannot be read.
         """
-        from imgcore._core import File
-
-        with self._in_use():
-            offset, length = self._range(offset, integer(length, "length"), "offset")
-            if not length:
-                return b""
-            content, target = File.new_bytes(length, offset % SECTOR_NBYTES)
-            self._fill(target, offset, length, None)
-            return content
+        disk = self._disk or self._start_reading()
+        try:
+            return disk.read(offset, length)
+        except Exception as error:
+            disk.explain(error)
 
     def readinto(
         self,
@@ -228,7 +301,7 @@ class Image(Closable):
         buffer: WriteableBuffer | np.ndarray[Any, Any],
         *,
         threads: SupportsIndex | None = None,
-    ) -> None:
+    ) -> int:
         """Fill a buffer with the bytes of the virtual disk that start at ``offset``.
 
         Parameters
@@ -238,63 +311,143 @@ class Image(Closable):
         buffer : writable bytes-like
             All of it is filled, or its content is undefined after an exception.
         threads : int, optional
-            Number of worker threads; one per CPU by default, fewer for short reads.
+            Most threads that read at once.  By default one per CPU, fewer for short
+            reads, which the calling thread does alone.
+
+        Returns
+        -------
+        int
+            Bytes of the buffer.
 
         Raises
         ------
         ValueError, CorruptImageError, OSError
             As for `read`.
-
-        Notes
-        -----
-        Several threads may call this at once.
+        TypeError, BufferError
+            The buffer is not contiguous, or not writable.
         """
-        from imgcore._core import File
-
-        with (
-            self._in_use(),
-            memoryview(cast("WriteableBuffer", buffer)) as view,
-            view.cast("B") as octets,
-        ):
-            offset, length = self._range(offset, len(octets), "offset")
-            if length:
-                target = File.part(octets, offset % SECTOR_NBYTES)
-                self._fill(target, offset, length, threads)
-
-    def _fill(self, target: File, offset: int, length: int, threads: SupportsIndex | None) -> None:
-        """Move whole sectors to a target, which keeps the bytes of the range."""
-        from imgcore._core import Job
-        from imgcore.engine.geometry import Geometry, Placing, ZeroPolicy
-        from imgcore.engine.job import chosen_variants, read_thread_count, translated_errors
-        from imgcore.engine.source_file import native_sources
-
-        start = offset - offset % SECTOR_NBYTES
-        end = min(offset + length + -(offset + length) % SECTOR_NBYTES, self.virtual_size)
-        geometry = Geometry(
-            block_nbytes=SECTOR_NBYTES,
-            guest_nbytes=end,
-            placing=Placing.IDENTITY,
-            zero_policy=ZeroPolicy.EXPLICIT,
-            guest_base=start,
-            sparse_nbytes=0,
-        )
+        disk = self._disk or self._start_reading()
         try:
-            with translated_errors(self.paths):
-                job = Job(
-                    sources=native_sources(self.sources),
-                    geometry=geometry,
-                    target=target,
-                    threads=read_thread_count(threads, length),
-                    variants=chosen_variants(None),
-                )
-                try:
-                    for rows in self._extents(start, end - start):
-                        first = int(rows["guest_offset"][0])
-                        job.run(first, first + int(rows["length"].sum()), rows)
-                finally:
-                    job.close()
-        finally:
-            target.close()
+            return disk.readinto(offset, buffer, threads)
+        except Exception as error:
+            disk.explain(error)
+
+    def readv(
+        self,
+        requests: Iterable[tuple[SupportsIndex, WriteableBuffer | np.ndarray[Any, Any]]],
+        *,
+        threads: SupportsIndex | None = None,
+    ) -> None:
+        """Fill several buffers, each with the bytes that start at its offset.
+
+        Parameters
+        ----------
+        requests : iterable of tuple
+            Pairs of an offset and a buffer, as for `readinto`, in any order.  All are
+            verified before the first is read.
+        threads : int, optional
+            Most threads that read at once; one per CPU by default.
+
+        Raises
+        ------
+        ValueError, CorruptImageError, OSError, TypeError, BufferError
+            As for `readinto`.  The content of all buffers is undefined then.
+        """
+        disk = self._disk or self._start_reading()
+        try:
+            disk.readv(requests, threads)
+        except Exception as error:
+            disk.explain(error)
+
+    def _start_reading(self) -> RandomAccess:
+        """Return what reads the image.
+
+        All that it does is one use of the image, by the user ``Uses``.
+        """
+        from imgcore._core import Uses
+        from imgcore.disk.random_access import RandomAccess
+
+        with self._in_use(), self._state_lock():
+            if self._reads is None:
+                self._begin_use(Uses)
+                self._reads = Uses(_weak_call(self._end_reads), _weak_call(self._refuse))
+            state, cache_nbytes = self._state, self._options.cache_nbytes
+            disk = RandomAccess(self.path, state, cache_nbytes=cache_nbytes, uses=self._reads)
+            # A signal handler may have refreshed or closed the image meanwhile.
+            if self._state is state:
+                self._disk = disk
+                _being_read.add(self)
+            if self._is_closed:
+                self.close()
+            return disk
+
+    def _end_reads(self) -> None:
+        from imgcore._core import Uses
+
+        self._end_use(Uses)
+
+    def close(self) -> None:
+        super().close()
+        if self._reads is not None and self._reads.close():
+            self._end_reads()
+
+    def as_file(
+        self, *, start: SupportsIndex = 0, length: SupportsIndex | None = None
+    ) -> io.RawIOBase:
+        """Return a range of the disk as a file, which is read and sought.
+
+        Parameters
+        ----------
+        start : int
+            Byte offset in the disk of the file's first byte; any alignment.
+        length : int, optional
+            Bytes; up to the end of the disk by default, also after `refresh` has found
+            it larger.
+
+        Returns
+        -------
+        io.RawIOBase
+            It has a position, but no buffer: `io.BufferedReader` gives it one.  To
+            close it leaves the image open.  Once the image is closed, each use raises
+            ValueError.
+
+        Raises
+        ------
+        ValueError
+            The range is not inside the disk, or the image is closed.
+        """
+        from imgcore.disk.disk_file import DiskFile
+
+        with self._in_use():
+            first, nbytes = self._range(self._state, start, length)
+            return DiskFile(self, first, None if length is None else nbytes)
+
+    def refresh(self) -> None:
+        """Read headers and tables again, of an image that has changed since.
+
+        The files are those that are open already, even if others have their names by
+        now.  Files that the image did not name before are opened as by `imgcore.open`.
+        Reads and iterators that are under way end with the image as it was.
+
+        Raises
+        ------
+        ImgcoreError
+            The image was opened without ``share``, and a file of it has changed.
+        ValueError
+            The image is closed.
+        Exception
+            As `imgcore.open`.  The image stays as it was.
+        """
+        with self._refreshing, self._in_use():
+            self.check_unchanged()
+            given = self._options.files.holding(self._state.host_files())
+            chain = open_chain(self._source, self._options._replace(files=given))
+            with _closing_unless_used(chain):
+                state = DiskState(chain)
+            with self._state_lock():
+                self._states.add(state)
+                self._state = state
+                self._disk = None
 
     def info(self) -> dict[str, Any]:
         """Describe the image, with the keys of ``qemu-img info --output=json``.
@@ -317,12 +470,16 @@ class Image(Closable):
 
     def every_file(self) -> list[ByteSource]:
         """Return the files of all layers, each once."""
-        files = [*self.files, *(source.file for source in self.sources)]
-        return list(dict.fromkeys(files))
+        return self._state.every_file()
 
     def _free(self) -> None:
-        for layer in self.chain:
-            layer.close()
+        for state in list(self._states):
+            state.close()
+
+    def _adopt(self) -> None:
+        super()._adopt()
+        self._refreshing = threading.RLock()
+        self._disk = self._reads = None
 
     def __enter__(self) -> Image:
         with self._in_use():
@@ -336,8 +493,12 @@ class Image(Closable):
 
 
 def open(
-    path: FilePath,
+    source: FilePath | int,
     *,
+    mode: str = "r",
+    chain: bool = True,
+    cache: SupportsIndex | str = "32M",
+    files: Mapping[str, int] | None = None,
     format: str | None = None,
     backing_format: str | None = None,
     parent: FilePath | Sequence[FilePath] | None = None,
@@ -349,15 +510,29 @@ def open(
 
     Parameters
     ----------
-    path : str, bytes or os.PathLike
-        A regular file or a block device.
+    source : str, bytes, os.PathLike or int
+        A regular file or a block device; or an open descriptor of one, which stays the
+        caller's, open and unchanged.
+    mode : str
+        ``"r"``: images are only read.
+    chain : bool
+        Without it, the image is opened alone, without its backing files.  What it does
+        not state itself reads as zeros.
+    cache : int or str
+        Most bytes of tables and decompressed blocks that are kept for later reads, for
+        the image and its backing files together, such as ``"32M"``.
+    files : mapping of str to int, optional
+        Open descriptors for files that the images of the chain name, which are used
+        before any other file.  A key is the whole name as the image states it, or its
+        last component.
     format : str, optional
         ``raw``, ``qcow2``, ``vmdk``, ``vhd``, ``vhdx`` or ``vdi``; detected by its
         magic if None.  Raw is never guessed from content: a file is raw only if it has
         a suffix of raw disks (.raw, .img, .dd, .bin), if it is a block device, or if
         ``"raw"`` is stated here.  If the name states no format (.img, or no suffix of
         disks), the content decides; files that such an image names are opened only if
-        its format is stated here.
+        its format is stated here, or if they are in ``files``.  A descriptor has no
+        name.
     backing_format : str, optional
         Format of backing files whose format the image does not state; it is never
         guessed.
@@ -370,7 +545,8 @@ def open(
         VHD has ``size``, which is ``chs`` or ``current``.
     allow : sequence of str, bytes or os.PathLike
         Further folders in which files that an image names may lie.  The image's own
-        folder is always allowed.
+        folder is always allowed.  An image that is given by its descriptor has no
+        folder, and relative names in it start at these.
     share : bool
         Open the image even if another process (a running virtual machine) writes to it.
 
@@ -382,15 +558,21 @@ def open(
     Raises
     ------
     OSError
-        A file cannot be opened.
+        A file cannot be opened, or a descriptor is closed.
+    ImgcoreError
+        A descriptor does not allow reading, or is neither of a regular file nor of a
+        block device.
     WrongFormatError, CorruptImageError, UnsupportedFeatureError, LimitExceededError
         The image cannot be read, or its parent is not the one it was created from.
     OptionError
         ``parent`` is given for an image that has none, or has more names than there are
-        parents; or a read option is unknown.
+        parents; ``files`` has a name that no image of the chain states; or a read
+        option is unknown.
     UnsafeReferenceError
         The image names a file outside the allowed folders.
     """
+    if mode != "r":
+        raise OptionError(f"mode is {mode!r}: images are opened for reading only, by 'r'")
     options = OpenOptions.from_keywords(
         format=format,
         backing_format=backing_format,
@@ -398,17 +580,77 @@ def open(
         read_options=read_options,
         allow=allow,
         share=share,
+        chain=chain,
+        cache=cache,
+        files=files,
     )
-    return open_image(file_name(path), options)
+    image = open_image(source_name(source), options)
+    try:
+        _import_what_reads_use(image)
+    except BaseException:
+        image.close()
+        raise
+    return image
 
 
 def open_image(
-    path: str | os.PathLike[str], options: OpenOptions, *, parents: bool = True
+    source: str | os.PathLike[str] | int, options: OpenOptions, *, parents: bool = True
 ) -> Image:
-    """Open an image; without ``parents``, only its headers can be used."""
-    chain = open_chain(path, options, parents=parents)
+    """Open an image by its path or a descriptor.
+
+    Without ``parents``, only its headers can be used.
+    """
+    chain = open_chain(source, options, parents=parents)
+    with _closing_unless_used(chain):
+        return Image(chain, source, options)
+
+
+def _import_what_reads_use(image: Image) -> None:
+    """Import modules that an open image would import later, while no thread may fork.
+
+    A child that is forked while another thread imports a module can never import it.
+    """
+    with forks_held_back():
+        for name in _USED_BY_READS:
+            import_module(name)
+        for reader in image.layers:
+            for name in get_driver(reader.format_name).reading_extents:
+                import_module(name)
+
+
+# The images that are read in this process.  A child that is forked starts anew: another
+# thread may have held the locks of what reads them.
+_being_read: weakref.WeakSet[Image] = weakref.WeakSet()
+
+
+def _start_anew() -> None:
+    for image in list(_being_read):
+        image._disk = None
+
+
+os.register_at_fork(after_in_child=_start_anew)
+
+
+def _weak_call(method: Callable[[], None]) -> Callable[[], None]:
+    """Return a function that calls a method, but does not hold its object.
+
+    Whoever reads an image holds it, so that it is there when the call comes.
+    """
+    held_weakly = weakref.WeakMethod(method)
+
+    def call() -> None:
+        found = held_weakly()
+        assert found is not None
+        found()
+
+    return call
+
+
+@contextmanager
+def _closing_unless_used(chain: Sequence[Layer]) -> Iterator[None]:
+    """Close the layers if the block raises."""
     try:
-        return Image(chain)
+        yield
     except BaseException:
         for layer in chain:
             layer.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from imgcore.disk.image import Image
     from imgcore.engine.extents import Extents
     from imgcore.engine.geometry import Geometry
-
-# A batch covers at most this many target blocks: 2^17 placements are 2 MiB.
-_MAX_BATCH_BLOCKS: Final = 1 << 17
 
 
 def disk_batches(extents: Iterator[Extents], nbytes: int, geometry: Geometry) -> Iterator[Batch]:
@@ -55,11 +52,10 @@ def image_batches(
 
 
 def _cut(rows: Iterator[Extents], geometry: Geometry, skip_empty: bool = False) -> Iterator[Batch]:
-    block_nbytes, unit = geometry.block_nbytes, geometry.unit_nbytes
     return cut_batches(
         rows,
-        unit=unit,
-        max_nbytes=max(unit, _MAX_BATCH_BLOCKS * block_nbytes // unit * unit),
+        unit=geometry.unit_nbytes,
+        max_nbytes=geometry.max_batch_nbytes,
         disk_end=geometry.guest_nbytes,
         skip_empty=skip_empty,
     )

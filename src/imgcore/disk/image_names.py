@@ -9,7 +9,7 @@ Source: QEMU qapi/block-core.json, "BlockdevOptions"; docs/system/images.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, overload
 
 from imgcore.errors import OptionError, UnsupportedFeatureError
 from imgcore.files.reference_gate import PROTOCOL
@@ -159,8 +159,24 @@ def _text(value: Any, key: str) -> str:
     return value
 
 
-def local_image(path: str | os.PathLike[str], options: OpenOptions) -> tuple[str, OpenOptions]:
+@overload
+def local_image(
+    source: str | os.PathLike[str], options: OpenOptions
+) -> tuple[str, OpenOptions]: ...
+
+
+@overload
+def local_image(
+    source: str | os.PathLike[str] | int, options: OpenOptions
+) -> tuple[str | int, OpenOptions]: ...
+
+
+def local_image(
+    source: str | os.PathLike[str] | int, options: OpenOptions
+) -> tuple[str | int, OpenOptions]:
     """Return the file that the caller names, and the options with the stated format.
+
+    A descriptor is returned as it is.
 
     Raises
     ------
@@ -169,7 +185,9 @@ def local_image(path: str | os.PathLike[str], options: OpenOptions) -> tuple[str
     UnsupportedFeatureError
         The name is a description of something else than one local file, or a URL.
     """
-    name = os.fspath(path)
+    if isinstance(source, int):
+        return source, options
+    name = os.fspath(source)
     if is_description(name):
         return _described_image(name, options)
     if PROTOCOL.match(name) and not os.path.lexists(name):

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, NamedTuple
 
 from imgcore.disk.image_names import local_image
 from imgcore.errors import UnsupportedFeatureError
-from imgcore.files.host_file import HostFile
 from imgcore.files.reference_gate import ReferenceGate
 from imgcore.formats.registry import Found, find_format, open_found
 from imgcore.log import log
 
 if TYPE_CHECKING:
+    import os
     from typing import Self
 
     from imgcore.disk.open_options import OpenOptions
+    from imgcore.files.host_file import HostFile
     from imgcore.formats.api import Reader
 
 
@@ -59,14 +59,14 @@ class Layer(NamedTuple):
 
 
 def open_layer(
-    path: str | os.PathLike[str], options: OpenOptions, *, describing: bool = False
+    source: str | os.PathLike[str] | int, options: OpenOptions, *, describing: bool = False
 ) -> Layer:
-    """Open an image, without its parent, by the name that the caller gives.
+    """Open an image, without its parent, by its name or descriptor.
 
     With ``describing``, its format may contradict its name; see `find_format`.
     """
-    path, options = local_image(path, options)
-    file = HostFile.open(path, share=options.share)
+    source, options = local_image(source, options)
+    file = options.files.open(source, share=options.share)
     try:
         flag, damage = options.flags.format, options.damage
         found = find_format(file, options.format, flag=flag, describing=describing, damage=damage)
@@ -95,9 +95,13 @@ def found_gate(file: HostFile, found: Found, options: OpenOptions) -> ReferenceG
     It opens nothing if only the image's content states its format.
     """
     unstated = f"{options.flags.format} {found.name}" if found.notice else ""
-    folder = os.path.dirname(file.path)
     return ReferenceGate(
-        folder, options.allow, share=options.share, image=file.path, unstated=unstated
+        file.folder,
+        options.allow,
+        share=options.share,
+        image=file.path,
+        unstated=unstated,
+        files=options.files,
     )
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Final, NamedTuple, SupportsIndex
 
-from imgcore.border import FilePath, file_names
+from imgcore.border import FilePath, byte_count, file_names
+from imgcore.errors import OptionError
+from imgcore.files.given_files import NO_FILES, GivenFiles
 from imgcore.files.reference_gate import folder_names
 from imgcore.formats.shared.damage import SALVAGING, STRICT, Damage
+from imgcore.limits import DEFAULT_CACHE_NBYTES, MAX_CACHE_NBYTES
+from imgcore.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -32,6 +36,8 @@ FLAGS: Final = Flags()
 class OpenOptions(NamedTuple):
     """The keywords of `imgcore.open`, which documents them, and three facts.
 
+    ``files`` also has those that are open already when an image is refreshed.
+
     ``flags`` are the command's options for these keywords.  ``without_backing`` is set
     if the image's name says that its backing file is left out.  ``salvage`` is that of
     `imgcore.convert`.
@@ -46,6 +52,9 @@ class OpenOptions(NamedTuple):
     flags: Flags = FLAGS
     without_backing: bool = False
     salvage: bool = False
+    chain: bool = True
+    cache_nbytes: int = DEFAULT_CACHE_NBYTES
+    files: GivenFiles = NO_FILES
 
     @property
     def damage(self) -> Damage:
@@ -64,8 +73,14 @@ class OpenOptions(NamedTuple):
         share: bool = False,
         flags: Flags = FLAGS,
         salvage: bool = False,
+        chain: bool = True,
+        cache: SupportsIndex | str = DEFAULT_CACHE_NBYTES,
+        files: Mapping[str, int] | None = None,
     ) -> OpenOptions:
-        """Return the record; OptionError if ``allow`` is a lone string."""
+        """Return the record.
+
+        OptionError if ``allow`` is a lone string, or the cache too large.
+        """
         return cls(
             format=format,
             backing_format=backing_format,
@@ -75,4 +90,14 @@ class OpenOptions(NamedTuple):
             share=share,
             flags=flags,
             salvage=salvage,
+            chain=chain,
+            cache_nbytes=_cache_nbytes(cache),
+            files=NO_FILES if files is None else GivenFiles(files),
         )
+
+
+def _cache_nbytes(cache: SupportsIndex | str) -> int:
+    nbytes = parse_size(cache) if isinstance(cache, str) else byte_count(cache, "cache")
+    if nbytes > MAX_CACHE_NBYTES:
+        raise OptionError(f"cache is {nbytes} bytes, allowed up to {format_size(MAX_CACHE_NBYTES)}")
+    return nbytes

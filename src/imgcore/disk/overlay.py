@@ -103,11 +103,13 @@ def _over_lower(
         yield part, np.full(len(part), depth, np.uint16)
 
 
-def padded(batches: Iterator[Extents], nbytes: int, end: int) -> Iterator[Extents]:
-    """Yield the batches of a disk of ``nbytes`` bytes, then zeros up to ``end``."""
+def padded(
+    batches: Iterator[Extents], nbytes: int, end: int, kind: Kind = Kind.ZERO
+) -> Iterator[Extents]:
+    """Yield the batches of a disk of ``nbytes`` bytes, then ``kind`` up to ``end``."""
     yield from batches
     if nbytes < end:
-        yield np.array([(nbytes, end - nbytes, 0, 0, 0, Kind.ZERO, 0)], dtype=EXTENT_DTYPE)
+        yield np.array([(nbytes, end - nbytes, 0, 0, 0, kind, 0)], dtype=EXTENT_DTYPE)
 
 
 def resized(batches: Iterator[Extents], nbytes: int, end: int) -> Iterator[Extents]:

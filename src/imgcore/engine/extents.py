@@ -185,6 +185,34 @@ def lose_ranges(
     return parts
 
 
+def cut_at_ranges(
+    rows: Extents, starts: NDArray[np.uint64], ends: NDArray[np.uint64]
+) -> tuple[Extents, NDArray[np.bool_]]:
+    """Return a gap-free batch cut where ranges start and end, and what is inside them.
+
+    Parameters
+    ----------
+    rows : ndarray, shape (n,), dtype EXTENT_DTYPE
+        Ascending and gap-free.
+    starts, ends : ndarray, shape (m,), dtype uint64
+        Ranges of the disk, ascending and disjoint; multiples of 512, or the disk's end.
+
+    Returns
+    -------
+    tuple of ndarray, shapes (k,)
+        A copy of the rows, and for each whether it is inside a range.
+    """
+    first = rows["guest_offset"][0]
+    last = rows["guest_offset"][-1] + rows["length"][-1]
+    edges = np.concatenate((starts, ends))
+    edges = edges[(edges > first) & (edges < last)]
+    parts = split(rows, np.union1d(rows["guest_offset"], edges))
+    range_of = np.searchsorted(starts, parts["guest_offset"], side="right")
+    # One more range, before all others.
+    ends = np.concatenate((np.zeros(1, np.uint64), ends))
+    return parts, parts["guest_offset"] < ends[range_of]
+
+
 def _rows_between(rows: Extents, start: int, end: int) -> tuple[int, int]:
     offsets = rows["guest_offset"]
     first = int(np.searchsorted(offsets, np.uint64(start), side="right")) - 1

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Final, NamedTuple
+
+# A batch has at most this many blocks or leaves: 2^17 placements are 2 MiB.
+_MAX_BATCH_BLOCKS: Final = 1 << 17
 
 
 class Placing(IntEnum):
@@ -94,6 +98,9 @@ class Geometry(NamedTuple):
     STORED block is not written is zeroed.  ``sparse_nbytes`` is 0 then.
 
     ``reuse`` is for a geometry with a codec.
+
+    ``leaf_nbytes`` is not for the engine: if it is not 0, batches also start at
+    multiples of it, and each leaf of a checksum is in one of them.
     """
 
     block_nbytes: int
@@ -114,6 +121,7 @@ class Geometry(NamedTuple):
     stored_prefix_byte: int = 0xFF
     clears_blocks: bool = False
     reuse: Reuse = Reuse.NONE
+    leaf_nbytes: int = 0
 
     @property
     def over_old_bytes(self) -> Geometry:
@@ -126,5 +134,16 @@ class Geometry(NamedTuple):
 
     @property
     def unit_nbytes(self) -> int:
-        """The unit of a batch: a block, or a group of blocks that has its own table."""
-        return self.block_nbytes * max(self.group_nblocks, 1)
+        """The unit of a batch: a block, or a group of blocks that has its own table.
+
+        It has whole leaves as well.
+        """
+        group_nbytes = self.block_nbytes * max(self.group_nblocks, 1)
+        return math.lcm(group_nbytes, self.leaf_nbytes or 1)
+
+    @property
+    def max_batch_nbytes(self) -> int:
+        """The most bytes of a batch: whole units.  It bounds placements and leaves."""
+        unit = self.unit_nbytes
+        smallest = min(self.block_nbytes, self.leaf_nbytes or self.block_nbytes)
+        return max(unit, _MAX_BATCH_BLOCKS * smallest // unit * unit)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # Linux include/uapi/linux/fs.h.
 _BLKROGET: Final = 0x125E
 _BLKSSZGET: Final = 0x1268
+_BLKGETSIZE64: Final = 0x80081272
 
 _SYSFS: Final = "/sys/dev/block"
 
@@ -25,6 +26,11 @@ _SYSFS: Final = "/sys/dev/block"
 def logical_sector_nbytes(fd: int) -> int:
     """Return the bytes of an open device's logical sector."""
     return _number(fd, _BLKSSZGET)
+
+
+def device_nbytes(fd: int) -> int:
+    """Return the bytes of an open device; its position does not move."""
+    return _number(fd, _BLKGETSIZE64, 8)
 
 
 def refuse_read_only(fd: int, path: str) -> None:
@@ -36,8 +42,8 @@ def refuse_read_only(fd: int, path: str) -> None:
         raise OSError(errno.EROFS, "The block device is read-only", path)
 
 
-def _number(fd: int, request: int) -> int:
-    return int.from_bytes(fcntl.ioctl(fd, request, bytes(4)), sys.byteorder)
+def _number(fd: int, request: int, n_octets: int = 4) -> int:
+    return int.from_bytes(fcntl.ioctl(fd, request, bytes(n_octets)), sys.byteorder)
 
 
 def below(identity: Identity) -> set[Identity]:

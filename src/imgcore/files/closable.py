@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from contextlib import contextmanager
@@ -11,12 +12,31 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+# Forks between the first process and this one, and the thread that came along.
+_n_forks = 0
+_survivor = 0
+_adopting = threading.RLock()
+
+
+def _begin_child() -> None:
+    global _n_forks, _survivor, _adopting
+    _n_forks += 1
+    _survivor = threading.get_ident()
+    _adopting = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_begin_child)
+
+
 class Closable:
     """Something open that several threads may use; the last use closes it.
 
     A subclass calls `Closable.__init__` once it is open, and frees what it owns in
     `_free`.  An object that is dropped without `close` is closed with a
     ResourceWarning.
+
+    A forked child may use the object whatever other threads of the parent were doing
+    with it: they do not exist there, so their uses and their lock are forgotten.
 
     Attributes
     ----------
@@ -28,13 +48,14 @@ class Closable:
     _what = "file"
     # Until __init__ runs, there is nothing to close.
     _is_closed = True
-    _n_uses = 0
+    _is_freed = False
 
     def __init__(self) -> None:
         # Reentrant: a signal handler may close the object in the middle of a use.
         self._lock = threading.RLock()
-        # The opener, and each use in progress.
-        self._n_uses = 1
+        # The number of uses in progress by each thread, or other user, that has any.
+        self._uses: dict[object, int] = {}
+        self._forks_before = _n_forks
         self._is_closed = False
 
     def _free(self) -> None:
@@ -44,14 +65,32 @@ class Closable:
     @contextmanager
     def _in_use(self) -> Iterator[None]:
         """Keep the object open in a ``with`` block; ValueError if it is closed."""
-        with self._lock:
-            if self._is_closed:
-                raise ValueError(f"{self.path}: the {self._what} is closed")
-            self._n_uses += 1
+        me = threading.get_ident()
+        self._begin_use(me)
         try:
             yield
         finally:
-            self._end_use()
+            self._end_use(me)
+
+    def _begin_use(self, user: object) -> None:
+        """Keep the object open until `_end_use`; ValueError if it is closed.
+
+        A user that is not a thread's number is forgotten in forked children.
+        """
+        with self._state_lock():
+            if self._is_closed:
+                self._refuse()
+            self._uses[user] = self._uses.get(user, 0) + 1
+
+    def _end_use(self, user: object) -> None:
+        with self._state_lock():
+            self._uses[user] -= 1
+            if not self._uses[user]:
+                del self._uses[user]
+        self._free_after_use()
+
+    def _refuse(self) -> NoReturn:
+        raise ValueError(f"{self.path}: the {self._what} is closed")
 
     def close(self) -> None:
         """Close it; may be called more than once.
@@ -59,18 +98,29 @@ class Closable:
         From now on each use raises ValueError.  Uses in progress on other threads end
         as if it was open, and the last one closes the files.
         """
-        with self._lock:
-            if self._is_closed:
-                return
-            self._is_closed = True
-        self._end_use()
+        self._is_closed = True
+        self._free_after_use()
 
-    def _end_use(self) -> None:
-        with self._lock:
-            self._n_uses -= 1
-            is_last = self._n_uses == 0
-        if is_last:
-            self._free()
+    def _free_after_use(self) -> None:
+        with self._state_lock():
+            if not self._is_closed or self._uses or self._is_freed:
+                return
+            self._is_freed = True
+        self._free()
+
+    def _state_lock(self) -> threading.RLock:
+        """Return the lock of the counts, which a forked child has to itself."""
+        if self._forks_before != _n_forks:
+            with _adopting:
+                if self._forks_before != _n_forks:
+                    self._adopt()
+                    self._forks_before = _n_forks
+        return self._lock
+
+    def _adopt(self) -> None:
+        """Forget the threads that did not come along into this forked child."""
+        self._lock = threading.RLock()
+        self._uses = {me: n for me, n in self._uses.items() if me == _survivor}
 
     def __reduce__(self) -> NoReturn:
         """Reject copies: two objects would own the same descriptors."""

@@ -13,12 +13,13 @@ from imgcore.errors import (
     ImgcoreError,
 )
 from imgcore.files.closable import Closable
-from imgcore.files.descriptors import above_standard, close, named_errors, open_file
+from imgcore.files.descriptors import above_standard, close, duplicate, named_errors, open_file
+from imgcore.files.given import OPEN_FLAGS, given_name, open_given
 from imgcore.files.identity import (
     Identity,
-    describe_file_type,
     file_identity,
     file_system_magic,
+    refuse_type,
 )
 from imgcore.files.locks import refuse_image_being_written
 from imgcore.files.retry import READ_ERRORS, retrying
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
     from typing import Self
 
     from imgcore._core import File
-
-
-OPEN_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 
 # The kernel reads at most this in one call.
 _MAX_READ_NBYTES: Final = 0x7FFFF000
@@ -116,12 +114,31 @@ class HostFile(OpenFile):
     ----------
     fd : int
         The descriptor, which this object owns; only `imgcore.files` uses it.
+    folder : str or None
+        The folder that names in the file start at.  None if the file has no name here:
+        it was given by its descriptor, or is in memory.
     """
 
-    def __init__(self, fd: int, path: str, *, share: bool = False, device: bool = True) -> None:
-        """Take over an open descriptor; an error closes it."""
+    def __init__(
+        self,
+        fd: int,
+        path: str,
+        *,
+        share: bool = False,
+        device: bool = True,
+        is_named: bool = True,
+        is_ours: bool = True,
+    ) -> None:
+        """Take over an open descriptor; an error closes it.
+
+        Without ``is_named``, the path is no name in the file system.  Without
+        ``is_ours``, others use the same open file description: its position and flags
+        are left alone.
+        """
         super().__init__(fd, path)
         self.share = share
+        self.folder: str | None = os.path.dirname(path) if is_named else None
+        self._is_ours = is_ours
         self._knows_holes = False
         try:
             with named_errors(path):
@@ -132,16 +149,17 @@ class HostFile(OpenFile):
 
     def _examine(self, *, device: bool) -> None:
         fd, path = self.fd, self.path
-        self._absolute_path = os.path.abspath(path)
+        self._absolute_path = None if self.folder is None else os.path.abspath(path)
         self._status = os.fstat(fd)
-        _refuse_type(self._status.st_mode, path, device=device)
+        refuse_type(self._status.st_mode, path, device=device)
         self.is_block_device: bool = stat.S_ISBLK(self._status.st_mode)
         self.identity: Identity = file_identity(self._status)
         self.nbytes: int = self._find_nbytes()
         if self.is_block_device and self.nbytes == 0:
             raise ImgcoreError("the block device has no medium (its size is 0)", path=path)
-        # On a non-blocking file, io_uring fails reads of data that is not cached.
-        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
+        if self._is_ours:
+            # On a non-blocking file, io_uring reads what is not cached one by one.
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
         if not self.share:
             refuse_image_being_written(fd, path)
 
@@ -170,8 +188,39 @@ class HostFile(OpenFile):
         """
         name = os.fspath(path)
         # Checked before opening, which could wake a pipe's writer or rewind a tape.
-        _refuse_type(os.stat(name).st_mode, name)
+        refuse_type(os.stat(name).st_mode, name)
         return cls(open_file(name, OPEN_FLAGS), name, share=share)
+
+    @classmethod
+    def given(cls, number: int, *, share: bool = False) -> Self:
+        """Open the file of a descriptor that the caller has, and keeps as it is.
+
+        Parameters
+        ----------
+        number : int
+            The descriptor.  It is called ``descriptor N`` in messages.
+        share : bool
+            As for `open`.
+
+        Raises
+        ------
+        OSError, ImgcoreError
+            As `open`; or the number is not of an open file that can be read.
+        """
+        fd, is_ours = open_given(number)
+        return cls(fd, given_name(number), share=share, is_named=False, is_ours=is_ours)
+
+    def again(self) -> Self:
+        """Return the same file, opened once more, as it is now."""
+        with self._in_use(), named_errors(self.path):
+            fd = duplicate(self.fd)
+        return type(self)(
+            fd,
+            self.path,
+            share=self.share,
+            is_named=self.folder is not None,
+            is_ours=self._is_ours,
+        )
 
     @classmethod
     def in_memory(cls, content: bytes | bytearray, name: str) -> Self:
@@ -184,12 +233,14 @@ class HostFile(OpenFile):
             except BaseException:
                 close(fd)
                 raise
-        return cls(fd, name, share=True)
+        return cls(fd, name, share=True, is_named=False)
 
     def _find_nbytes(self) -> int:
         if self.is_block_device:
+            from imgcore.files.block_devices import device_nbytes
+
             with named_errors(self.path):
-                return os.lseek(self.fd, 0, os.SEEK_END)
+                return device_nbytes(self.fd)
         return self._status.st_size
 
     @property
@@ -265,6 +316,9 @@ class HostFile(OpenFile):
     def next_data(self, position: int) -> tuple[int, int]:
         """Return (start, end) of the next data; see `ByteSource.next_data`."""
         with self._in_use():
+            if not self._is_ours:
+                # The system finds holes by moving the position, which others use.
+                return position, self.nbytes
             if not self._knows_holes:
                 self._sync_holes()
                 self._knows_holes = True
@@ -305,6 +359,8 @@ class HostFile(OpenFile):
             )
 
     def _is_replaced(self) -> bool:
+        if self._absolute_path is None:
+            return False
         try:
             return file_identity(os.stat(self._absolute_path)) != self.identity
         except OSError:
@@ -315,10 +371,3 @@ class HostFile(OpenFile):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _refuse_type(mode: int, path: str, *, device: bool = True) -> None:
-    if stat.S_ISREG(mode) or (device and stat.S_ISBLK(mode)):
-        return
-    allowed = "a regular file or a block device" if device else "a regular file"
-    raise ImgcoreError(f"is {describe_file_type(mode)}, not {allowed}", path=path)

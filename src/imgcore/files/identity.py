@@ -6,6 +6,8 @@ import os
 import stat
 from typing import Final
 
+from imgcore.errors import ImgcoreError
+
 # (st_dev, st_ino) of a file, (BLOCK_DEVICE, st_rdev) of a block device.
 Identity = tuple[int, int]
 
@@ -20,8 +22,8 @@ def file_identity(status: os.stat_result) -> Identity:
     return (status.st_dev, status.st_ino)
 
 
-def named_identity(path: str) -> Identity:
-    """Return the identity of the file that a name leads to, which is not opened."""
+def named_identity(path: str | int) -> Identity:
+    """Return the identity of a file by its name, without opening it, or descriptor."""
     return file_identity(os.stat(path))
 
 
@@ -54,3 +56,11 @@ def describe_file_type(mode: int) -> str:
         if test(mode):
             return name
     return "a regular file"
+
+
+def refuse_type(mode: int, path: str, *, device: bool = True) -> None:
+    """Raise ImgcoreError if a ``st_mode`` is not that of a file to read images from."""
+    if stat.S_ISREG(mode) or (device and stat.S_ISBLK(mode)):
+        return
+    allowed = "a regular file or a block device" if device else "a regular file"
+    raise ImgcoreError(f"is {describe_file_type(mode)}, not {allowed}", path=path)

@@ -22,12 +22,12 @@ from imgcore.files.descriptors import (
     named_errors,
     open_file,
 )
-from imgcore.files.host_file import OPEN_FLAGS, HostFile
+from imgcore.files.given import OPEN_FLAGS
+from imgcore.files.given_files import NO_FILES, GivenFiles
+from imgcore.files.host_file import HostFile
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-
-    from imgcore.files.byte_source import ByteSource
 
 
 def folder_names(allow: Iterable[FilePath]) -> list[str]:
@@ -49,8 +49,9 @@ class ReferenceGate:
 
     Parameters
     ----------
-    folder : str
-        The image's own folder; relative names start here.
+    folder : str or None
+        The image's own folder; relative names start here.  The image has none if it was
+        given by its descriptor; they start at the allowed folders then.
     allowed : sequence of str
         Further folders that the caller allows.  Block devices are opened only below
         these.
@@ -61,6 +62,8 @@ class ReferenceGate:
     unstated : str
         If not empty, nothing is opened, because the user has not stated the image's
         format; the option that states it, for messages.
+    files : GivenFiles
+        Files that are used in the place of those with their names.
 
     Notes
     -----
@@ -71,31 +74,35 @@ class ReferenceGate:
 
     def __init__(
         self,
-        folder: str,
+        folder: str | None,
         allowed: Sequence[str] = (),
         *,
         share: bool = False,
         image: str | None = None,
         unstated: str = "",
+        files: GivenFiles = NO_FILES,
     ) -> None:
         self.share = share
-        self.folder: str = os.path.abspath(folder or ".")
-        self.image: str = image or self.folder
+        self.folder: str | None = None if folder is None else os.path.abspath(folder or ".")
+        self.image: str = image or self.folder or ""
         self.unstated: str = unstated
+        self.files = files
         self.allowed: tuple[str, ...] = tuple(os.path.abspath(name) for name in allowed)
         for name in self.allowed:
             if not os.path.isdir(name):
                 raise OptionError(f"{name}: the allowed folder does not exist or is not a folder")
         self._inherited: tuple[str, ...] = ()
 
-    def beside(self, file: ByteSource) -> ReferenceGate:
+    def beside(self, file: HostFile) -> ReferenceGate:
         """Return the gate for references inside a file that this gate opened.
 
         It permits the file's folder and all folders of this gate.
         """
-        folder = os.path.dirname(file.path)
-        gate = ReferenceGate(folder, self.allowed, share=self.share, image=file.path)
-        gate._inherited = (self.folder, *self._inherited)
+        gate = ReferenceGate(
+            file.folder, self.allowed, share=self.share, image=file.path, files=self.files
+        )
+        own = () if self.folder is None else (self.folder,)
+        gate._inherited = (*own, *self._inherited)
         return gate
 
     def open(
@@ -122,6 +129,10 @@ class ReferenceGate:
         OSError
             The file does not exist, or the system cannot open it.
         """
+        sharing = self.share if share is None else share
+        given = self.files.find(name, share=sharing)
+        if given is not None:
+            return given
         if self.unstated:
             raise UnsafeReferenceError(
                 f"names {name[:200]!r} as its {role}, which is not opened, because only the "
@@ -130,8 +141,10 @@ class ReferenceGate:
             )
         reference = _Reference(self.image, name, role, remedy)
         reference.refuse_syntax()
-        path = os.path.normpath(os.path.join(self.folder, name))
-        sharing = self.share if share is None else share
+        path = self._path_of(reference)
+        held = self.files.again(path)
+        if held is not None:
+            return held
         try:
             try:
                 fd, device = self._open_beneath(path)
@@ -151,8 +164,22 @@ class ReferenceGate:
         """Tell whether a name is a path of another host: it leads to no file here."""
         if _DRIVE.match(name):
             return True
-        path = os.path.normpath(os.path.join(self.folder, name))
-        return "\0" not in name and not PROTOCOL.match(name) and not os.path.lexists(path)
+        if "\0" in name or PROTOCOL.match(name):
+            return False
+        return not any(os.path.lexists(path) for path in self._paths(name))
+
+    def _paths(self, name: str) -> list[str]:
+        """Return the paths of a name, one for each folder where it may start."""
+        folders = self.allowed if self.folder is None else (self.folder,)
+        if os.path.isabs(name):
+            folders = ("/",)
+        return [os.path.normpath(os.path.join(folder, name)) for folder in folders]
+
+    def _path_of(self, reference: _Reference) -> str:
+        paths = self._paths(reference.name)
+        if not paths:
+            raise reference.without_folder()
+        return next((path for path in paths if os.path.lexists(path)), paths[0])
 
     def _open_elsewhere(self, reference: _Reference, path: str) -> tuple[int, bool]:
         """Open the file that a link leads to, if its folder is permitted."""
@@ -181,7 +208,8 @@ class ReferenceGate:
         """Return (folder, whether devices are permitted), also with links resolved."""
         # Allowed folders come first: they permit devices.
         pairs = [(folder, True) for folder in self.allowed]
-        pairs += [(folder, False) for folder in (self.folder, *self._inherited)]
+        own = () if self.folder is None else (self.folder,)
+        pairs += [(folder, False) for folder in (*own, *self._inherited)]
         return pairs + [(os.path.realpath(folder), device) for folder, device in pairs]
 
 
@@ -223,6 +251,14 @@ class _Reference(NamedTuple):
         if problem is not None:
             text = self._refused(problem, "only file names are followed")
             raise UnsafeReferenceError(text, path=self.image)
+
+    def without_folder(self) -> UnsafeReferenceError:
+        """Return the error for a relative name in an image that has no folder."""
+        return UnsafeReferenceError(
+            f"names {self.name[:200]!r} as its {self.role}, and has no folder, because it was "
+            "given by its descriptor: give that file by files={...}, or its folder by allow=[...]",
+            path=self.image,
+        )
 
     def outside(self, path: str) -> UnsafeReferenceError:
         """Return the error for a path that leads out of the permitted folders."""

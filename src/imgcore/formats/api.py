@@ -250,6 +250,34 @@ class LeavesOut(Protocol):
 
 
 @runtime_checkable
+class HasBitmaps(Protocol):
+    """A reader of images that may hold bitmaps of changed areas.
+
+    Optional: readers of other formats do not have this method.
+    """
+
+    def bitmap_areas(self, name: str) -> Iterator[tuple[int, int]]:
+        """Yield the areas that a bitmap marks as changed.
+
+        Yields
+        ------
+        offset, length : int
+            In bytes.  Areas are inside the disk and not empty; they ascend, and do not
+            touch each other.
+
+        Raises
+        ------
+        OptionError
+            The image has no bitmap of this name; the message lists those it has.
+        UnsupportedFeatureError
+            The bitmap is in use, stale, or of an unknown kind.
+        CorruptImageError, LimitExceededError
+            Its tables are damaged, or larger than a named limit.
+        """
+        ...
+
+
+@runtime_checkable
 class Divided(Protocol):
     """A reader of images whose disk may be in several files.
 
@@ -685,6 +713,8 @@ class Driver(NamedTuple):
     rewriting : str or None
         Module that holds ``rewriter_for(request, survey)``; see `rewriter`.  None if
         other images cannot become images of this format without copying.
+    reading_extents : tuple of str
+        Modules that the reader imports once it is asked for extents.
     """
 
     name: str
@@ -694,6 +724,7 @@ class Driver(NamedTuple):
     read_options: type[FormatOptions] | None = None
     has_tables: bool = True
     rewriting: str | None = None
+    reading_extents: tuple[str, ...] = ()
 
     @property
     def options(self) -> type[FormatOptions]:

@@ -112,7 +112,7 @@ def open_alone(path: str, opening: OpenOptions) -> Iterator[Image]:
     with open_layer(path, opening) as layer:
         refuse_parent(layer)
         layer.warn()
-        with Image([layer]) as image:
+        with Image([layer], path, opening) as image:
             yield image
 
 

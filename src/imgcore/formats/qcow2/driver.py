@@ -12,4 +12,5 @@ DRIVER: Final = Driver(
     reading="imgcore.formats.qcow2.reader",
     writing="imgcore.formats.qcow2.writer",
     rewriting="imgcore.formats.qcow2.rewriter",
+    reading_extents=("imgcore.formats.qcow2.tables",),
 )

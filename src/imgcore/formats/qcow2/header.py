@@ -105,8 +105,10 @@ class Bitmap(NamedTuple):
     table_offset: int
     table_entries: int
     flags: int
+    kind: int
     granularity_bits: int
     name: str
+    extra_nbytes: int
 
 
 def read_header(file: ByteSource, damage: Damage = STRICT) -> Qcow2Header:
@@ -343,7 +345,7 @@ def _check_other_tables(file: ByteSource, header: Qcow2Header) -> None:
             offset=56,
         )
     if header.has_refcount_table:
-        _check_range(file, header, "refcount table", header.refcount_table_offset, table_nbytes)
+        check_range(file, header, "refcount table", header.refcount_table_offset, table_nbytes)
     if header.n_snapshots > limits.QCOW2_MAX_SNAPSHOTS:
         raise LimitExceededError(
             f"{header.n_snapshots} snapshots, allowed up to {limits.QCOW2_MAX_SNAPSHOTS}",
@@ -351,7 +353,7 @@ def _check_other_tables(file: ByteSource, header: Qcow2Header) -> None:
             offset=60,
         )
     if header.n_snapshots:
-        _check_range(
+        check_range(
             file,
             header,
             "snapshot table",
@@ -359,12 +361,10 @@ def _check_other_tables(file: ByteSource, header: Qcow2Header) -> None:
             header.n_snapshots * layout.SNAPSHOT.size,
         )
     if header.bitmaps is not None:
-        _check_range(file, header, "bitmap directory", header.bitmaps[1], header.bitmaps[2])
+        check_range(file, header, "bitmap directory", header.bitmaps[1], header.bitmaps[2])
 
 
-def _check_range(
-    file: ByteSource, header: Qcow2Header, what: str, offset: int, nbytes: int
-) -> None:
+def check_range(file: ByteSource, header: Qcow2Header, what: str, offset: int, nbytes: int) -> None:
     """Reject a table that is misaligned, in the header's cluster, or past the end."""
     _check_place(file, header, what, offset)
     _check_end(file, what, offset, nbytes)
@@ -509,13 +509,14 @@ def read_bitmaps(file: ByteSource, header: Qcow2Header) -> list[Bitmap]:
     for index in range(n_bitmaps):
         if position + layout.BITMAP_ENTRY.size > nbytes:
             raise _corrupt(file, f"bitmap {index} lies outside its directory", offset + position)
-        table, entries, flags, _, granularity, name_nbytes, extra_nbytes = (
+        table, entries, flags, kind, granularity, name_nbytes, extra_nbytes = (
             layout.BITMAP_ENTRY.unpack_from(raw, position)
         )
         start = position + layout.BITMAP_ENTRY.size + extra_nbytes
         if start + name_nbytes > nbytes:
             raise _corrupt(file, f"bitmap {index} lies outside its directory", offset + position)
         name = raw[start : start + name_nbytes].decode("utf-8", "replace")
-        bitmaps.append(Bitmap(table, entries, flags, min(granularity, 63), name))
+        granularity_bits = min(granularity, 63)
+        bitmaps.append(Bitmap(table, entries, flags, kind, granularity_bits, name, extra_nbytes))
         position += -(-(start + name_nbytes - position) // 8) * 8
     return bitmaps

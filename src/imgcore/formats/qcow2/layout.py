@@ -106,5 +106,15 @@ BITMAPS: Final = struct.Struct(">IIQQ")
 # "Bitmap directory": table offset and size, flags, type, granularity bits, lengths of
 # name and extra data.
 BITMAP_ENTRY: Final = struct.Struct(">QIIBBHI")
-BITMAP_FLAGS: Final = ((1 << 0, "in-use"), (1 << 1, "auto"))
+BITMAP_IN_USE: Final = 1 << 0
+BITMAP_AUTO: Final = 1 << 1
+BITMAP_EXTRA_DATA_COMPATIBLE: Final = 1 << 2
+BITMAP_FLAGS: Final = ((BITMAP_IN_USE, "in-use"), (BITMAP_AUTO, "auto"))
+# Bits 3..31.
+BITMAP_FLAGS_RESERVED: Final = 0xFFFF_FFF8
+BITMAP_TYPE_DIRTY_TRACKING: Final = 1
+# "Bitmap table": of an entry without an offset, bit 0 says that all bits are set.
+BITMAP_ALL_ONES: Final = 1 << 0
+# Bits 1..8 and 56..63.
+BITMAP_RESERVED: Final = 0xFF00_0000_0000_01FE
 BITMAP_OFFSET_MASK: Final = OFFSET_MASK

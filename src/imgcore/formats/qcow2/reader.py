@@ -169,6 +169,17 @@ class Qcow2Reader:
             )
         return found
 
+    def bitmap_areas(self, name: str) -> Iterator[tuple[int, int]]:
+        """Yield the ranges that a persistent bitmap has marked; see `HasBitmaps`.
+
+        Notes
+        -----
+        Complexity: O(bits that are in the file).  Memory: at most 40 MiB.
+        """
+        from imgcore.formats.qcow2.bitmaps import dirty_ranges
+
+        return dirty_ranges(self._file, self._header, name)
+
     def refuse_rewriting(self) -> None:
         """Raise if the image is marked as corrupt; see `RefusesRewriting`."""
         if self._header.is_corrupt:

@@ -12,4 +12,5 @@ DRIVER: Final = Driver(
     reading="imgcore.formats.vdi.reader",
     writing="imgcore.formats.vdi.writer",
     rewriting="imgcore.formats.vdi.rewriter",
+    reading_extents=("imgcore.formats.vdi.tables",),
 )

@@ -32,7 +32,8 @@ def find_parent(header: VdiHeader, gate: ReferenceGate, path: str) -> BackingRef
     header : VdiHeader
         Header of an image whose ``parent_uuid`` is not None.
     gate : ReferenceGate
-        It opens the ``*.vdi`` files in its folder, then those in the allowed folders.
+        It opens the files that the caller has given, the ``*.vdi`` files in its folder,
+        and those in the allowed folders.
     path : str
         Name of the image for messages.
 
@@ -71,9 +72,10 @@ def find_parent(header: VdiHeader, gate: ReferenceGate, path: str) -> BackingRef
 
 def _candidates(gate: ReferenceGate) -> Iterator[str]:
     """Yield names as the gate takes them, in the same order on every host."""
+    yield from gate.files.names
     if gate.unstated:
         return
-    for folder in (gate.folder, *gate.allowed):
+    for folder in filter(None, (gate.folder, *gate.allowed)):
         try:
             names = sorted(os.listdir(folder))
         except OSError:

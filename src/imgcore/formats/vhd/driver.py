@@ -14,4 +14,5 @@ DRIVER: Final = Driver(
     writing="imgcore.formats.vhd.writer",
     rewriting="imgcore.formats.vhd.rewriter",
     read_options=ReadOptions,
+    reading_extents=("imgcore.formats.vhd.tables",),
 )

@@ -12,4 +12,5 @@ DRIVER: Final = Driver(
     reading="imgcore.formats.vhdx.reader",
     writing="imgcore.formats.vhdx.writer",
     rewriting="imgcore.formats.vhdx.rewriter",
+    reading_extents=("imgcore.formats.vhdx.tables",),
 )

@@ -18,4 +18,10 @@ DRIVER: Final = Driver(
     reading="imgcore.formats.vmdk.reader",
     writing="imgcore.formats.vmdk.writer",
     rewriting="imgcore.formats.vmdk.rewriter",
+    reading_extents=(
+        "imgcore.formats.vmdk.stream_grains",
+        "imgcore.formats.vmdk.stream_layout",
+        "imgcore.formats.vmdk.table_size",
+        "imgcore.formats.vmdk.tables",
+    ),
 )

@@ -135,9 +135,10 @@ def _is_grain(raw: bytes, header: SparseHeader, lba: int, nbytes: int) -> bool:
     # RFC 1950: deflate, and a check of the header's two bytes.
     cmf, flags = raw[12:14] if len(raw) >= 14 else (0, 0)
     return (
-        lba % grain == 0
+        # Not if the header states no size of grains.
+        0 < nbytes <= MAX_COMPRESSED_GRAINS * grain * SECTOR_NBYTES
+        and lba % grain == 0
         and lba < header.capacity
-        and nbytes <= MAX_COMPRESSED_GRAINS * grain * SECTOR_NBYTES
         and cmf & 0xF == 8
         and (cmf << 8 | flags) % 31 == 0
     )

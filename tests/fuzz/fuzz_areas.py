@@ -1,0 +1,24 @@
+"""Lists of changed areas under a coverage-guided fuzzer; ``make fuzz`` runs it.
+
+``python -m tests.fuzz.fuzz_areas [libFuzzer's options] CORPUS...``
+"""
+
+from __future__ import annotations
+
+# First, so that imgcore is imported under atheris.
+from tests.fuzz.instrumented import fuzz
+
+from tests.fuzz.area_files import Folder  # isort: skip
+
+
+def main() -> None:
+    """Fuzz until told to stop."""
+    folder = Folder()
+    try:
+        fuzz(folder.use)
+    finally:
+        folder.close()
+
+
+if __name__ == "__main__":
+    main()
