@@ -28,8 +28,8 @@ void imgc_ahead_destroy(struct ahead *ahead)
 	free(ahead->ranges);
 }
 
-void imgc_ahead_start(struct ahead *ahead, uint64_t guest_start, struct rows rows,
-		      struct rows base, bool leaves_unread)
+void imgc_ahead_start(struct ahead *ahead, uint64_t guest_start, struct rows rows, struct rows base,
+		      bool leaves_unread)
 {
 	ahead->sides[0] = rows;
 	ahead->sides[1] = base;

@@ -52,8 +52,8 @@ int imgc_ahead_create(struct ahead *ahead, const struct imgc_source_file *files)
 void imgc_ahead_destroy(struct ahead *ahead);
 
 /* Starts with a batch's rows at guest_start.  A side without rows is left out. */
-void imgc_ahead_start(struct ahead *ahead, uint64_t guest_start, struct rows rows,
-		      struct rows base, bool leaves_unread);
+void imgc_ahead_start(struct ahead *ahead, uint64_t guest_start, struct rows rows, struct rows base,
+		      bool leaves_unread);
 
 /* Whether there is something to do before the window at guest offset `cursor` is read. */
 bool imgc_ahead_is_due(const struct ahead *ahead, uint64_t cursor);

@@ -276,7 +276,8 @@ static void fill_next_slot(struct worker *worker)
 
 static bool must_look_ahead(const struct imgc_job *job)
 {
-	return work_is_left(job) && !job->looks_ahead && imgc_ahead_is_due(&job->ahead, job->cursor);
+	return work_is_left(job) && !job->looks_ahead &&
+	       imgc_ahead_is_due(&job->ahead, job->cursor);
 }
 
 /* Called with the lock held, and returns with it held. */

@@ -344,6 +344,28 @@ static void test_convert(void)
 	free(rows);
 }
 
+static void test_digest(void)
+{
+	static struct traced_file file;
+	static uint8_t leaves[N_BLOCKS * IMGC_CHECKSUM_NBYTES];
+	struct imgc_extent *rows = scattered_rows(3571);
+	struct imgc_source_file source = {.file = &file.base, .nbytes = DISK_NBYTES};
+	struct imgc_job_options options = job_options(&source, 1);
+	struct imgc_batch batch = {.guest_end = DISK_NBYTES,
+				   .extents = rows,
+				   .n_extents = N_BLOCKS,
+				   .leaves = leaves,
+				   .n_leaves = N_BLOCKS};
+
+	traced_create(&file);
+	options.kind = IMGC_JOB_DIGEST;
+	options.checksum = IMGC_CHECKSUM_SHA256;
+	run_job(&options, &batch);
+	CHECK_EQ(file.announced_nbytes, DISK_NBYTES);
+	CHECK_EQ(file.unannounced_nbytes, 0);
+	free(rows);
+}
+
 /* Both sides of a comparison are announced, each to its file. */
 static void test_compare(void)
 {
@@ -359,8 +381,8 @@ static void test_compare(void)
 
 	for (size_t i = 0; i < 2; i++) {
 		traced_create(&files[i]);
-		sources[i] = (struct imgc_source_file){.file = &files[i].base,
-						       .nbytes = DISK_NBYTES};
+		sources[i] =
+			(struct imgc_source_file){.file = &files[i].base, .nbytes = DISK_NBYTES};
 	}
 	for (size_t i = 0; i < N_BLOCKS; i++)
 		right[i].file = 1;
@@ -386,6 +408,7 @@ int main(void)
 	test_long_rows();
 	test_many_small_rows();
 	test_convert();
+	test_digest();
 	test_compare();
 	return 0;
 }
