@@ -19,7 +19,8 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Protocol
@@ -177,6 +178,10 @@ class Device:
         return _ATTR.pack(node, nbytes, nbytes // 512, 0, 0, 0, 0, 0, 0, mode, 1, 0, 0, 0, 4096, 0)
 
 
+class NoSlowDiskError(Exception):
+    """No slow disk can be made here."""
+
+
 class SlowDisk:
     """A read-only loop device with a model's times, while the context lasts."""
 
@@ -187,18 +192,23 @@ class SlowDisk:
         self._stack = ExitStack()
 
     def __enter__(self) -> SlowDisk:
+        if os.geteuid() != 0:
+            raise NoSlowDiskError("needs root")
         self._folder.mkdir(exist_ok=True)
         words = ("-m", "benchmarks._slow_disk", str(self._backing), str(self._folder), self._model)
         with self._stack:
             server = self._stack.enter_context(subprocess.Popen((sys.executable, *words)))
-            self._stack.callback(subprocess.run, ("umount", "-l", str(self._folder)), check=True)
+            unmount = ("umount", "-q", "-l", str(self._folder))
+            self._stack.callback(subprocess.run, unmount, check=False)
             file = self._folder / NAME
             while not file.exists():
                 if server.poll() is not None:
-                    raise OSError("the slow disk could not be mounted")
+                    raise NoSlowDiskError("FUSE cannot be used here")
                 time.sleep(0.05)
             made = ("losetup", "--find", "--show", "--read-only", "--direct-io=on", str(file))
-            done = subprocess.run(made, check=True, capture_output=True, text=True)
+            done = subprocess.run(made, check=False, capture_output=True, text=True)
+            if done.returncode != 0:
+                raise NoSlowDiskError(f"no loop device: {done.stderr.strip()}")
             self.path = Path(done.stdout.strip())
             self._stack.callback(subprocess.run, ("losetup", "-d", str(self.path)), check=True)
             self._stack = self._stack.pop_all()
@@ -212,9 +222,16 @@ class SlowDisk:
     ) -> None:
         self._stack.close()
 
-    def forget(self) -> None:
-        """Drop what the kernel has cached of the device."""
+    @contextmanager
+    def mounted(self, folder: Path) -> Iterator[Path]:
+        """Mount the file system on the device, with nothing of it cached."""
+        folder.mkdir(exist_ok=True)
         subprocess.run(("blockdev", "--flushbufs", str(self.path)), check=True)
+        subprocess.run(("mount", "-o", "ro", str(self.path), str(folder)), check=True)
+        try:
+            yield folder
+        finally:
+            subprocess.run(("umount", str(folder)), check=True)
 
 
 if __name__ == "__main__":

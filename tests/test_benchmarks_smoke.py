@@ -55,3 +55,21 @@ def test_reflinks_are_compared(pair: str, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines()[2].startswith(pair)
         assert list(folder.iterdir()) == []
+
+
+def test_fragmented_images_are_compared() -> None:
+    qemu.require_qemu_img()
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.bench_fragmented"]
+        + ["--mib", "8", "--rounds", "1", "--only", "latency, shuffled, zlib"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()[2:]
+    if lines[0].startswith("skipped:"):
+        pytest.skip(lines[0])
+    titles = [line.partition("  ")[0] for line in lines]
+    assert titles == [f"{verb}, latency, shuffled, zlib" for verb in ("convert", "compare")]

@@ -10,7 +10,7 @@
 #define MAX_RANGES 8192u
 /* With a jump more often than this, rows are read in physical order. */
 #define JUMP_NBYTES (4u * 1024 * 1024)
-/* Ranges this close become one: to read the gap takes less time than another request. */
+/* To read a gap of so many bytes takes less time than another request. */
 #define GAP_NBYTES (32u * 1024)
 /* So that signals and a cancelled job are seen soon, though the device is slow. */
 #define STEP_NBYTES (1024u * 1024)
@@ -77,10 +77,13 @@ static struct host_range range_of(const struct imgc_extent *row, uint64_t start,
 				   row->file};
 }
 
+/* Whether both become one range.  Gaps at most double what is read. */
 static bool follows(const struct host_range *range, const struct host_range *last)
 {
+	uint64_t gap = imgc_min_u64(last->end - last->start, GAP_NBYTES);
+
 	return range->file == last->file && range->start >= last->start &&
-	       range->start <= last->end + GAP_NBYTES;
+	       range->start <= last->end + gap;
 }
 
 static void join(struct host_range *last, const struct host_range *range)

@@ -280,6 +280,7 @@ static void test_many_small_rows(void)
 	walk(&ahead, &file, n * 512, 0);
 	for (uint64_t i = 1; i <= n * 4096 / BLOCK_NBYTES; i++)
 		CHECK(file.is_announced[N_BLOCKS - i]);
+	CHECK(file.announced_nbytes <= 2 * n * 512);
 	imgc_ahead_destroy(&ahead);
 	free(rows);
 }
