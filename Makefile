@@ -145,7 +145,7 @@ fuzz: build
 		{ echo "fuzz: clang is missing (Debian: clang libclang-rt-14-dev)" >&2; exit 1; }
 	@$(PIP) install 'atheris>=3'
 	@$(MAKE) --no-print-directory -C native fuzz FUZZ_SECONDS=$(FUZZ_SECONDS)
-	@set -e; for name in readers areas; do \
+	@set -e; for name in readers areas trees; do \
 		echo "fuzz_$$name: $(FUZZ_SECONDS) s"; \
 		corpus=tests/fuzz/corpus; test $$name = readers || corpus=$${corpus}_$$name; \
 		mkdir -p build/fuzz/$$name; \
@@ -158,9 +158,10 @@ fuzz: build
 # Keeps the inputs that reach something that smaller ones do not.
 fuzz-merge: build
 	@$(MAKE) --no-print-directory -C native fuzz-merge
-	@mkdir -p build/fuzz/readers build/fuzz/areas
+	@mkdir -p build/fuzz/readers build/fuzz/areas build/fuzz/trees
 	@$(PY) -m tests.fuzz.minimise tests/fuzz/corpus build/fuzz/readers
 	@$(PY) -m tests.fuzz.minimise tests/fuzz/corpus_areas build/fuzz/areas
+	@$(PY) -m tests.fuzz.minimise tests/fuzz/corpus_trees build/fuzz/trees
 
 clean:
 	@$(MAKE) --no-print-directory -C native clean

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-LIBRARIES = ("libdeflate", "libisal", "libzstd", "liburing")
+LIBRARIES = ("libcrypto", "libdeflate", "libisal", "libzstd", "liburing")
 
 
 def output(*command: str) -> str:

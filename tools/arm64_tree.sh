@@ -31,8 +31,8 @@ mkdir -p "$tree/bin" "$tree/root"
 
 # The machine's Debian mirror has arm64 as well.
 mirror=${IMGCORE_DEBIAN_MIRROR:-$(apt-get indextargets --format '$(REPO_URI)' | grep -m 1 '/debian/*$')}
-packages=(libc6-dev libgcc-12-dev libdeflate-dev libisal-dev libzstd-dev liburing-dev zlib1g-dev
-  python3 libpython3-dev)
+packages=(libc6-dev libgcc-12-dev libssl-dev libdeflate-dev libisal-dev libzstd-dev liburing-dev
+  zlib1g-dev python3 libpython3-dev)
 mmdebstrap --quiet --variant=extract --architectures=arm64 --format=tar \
   --include="$(IFS=,; echo "${packages[*]}")" bookworm - "$mirror" |
   tar -x -C "$tree/root" --no-same-owner --exclude='./dev'

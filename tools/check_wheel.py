@@ -14,7 +14,8 @@ from pathlib import Path
 
 SYSTEM_LIBRARIES = {"libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1"}
 LOADERS = ("ld-linux-",)
-LICENSES = {"LICENSE", "libdeflate.txt", "isa-l.txt", "zstd.txt", "liburing.txt"}
+LICENSES = {"LICENSE", "openssl.txt", "blake3.txt", "libdeflate.txt", "isa-l.txt", "zstd.txt"}
+LICENSES |= {"liburing.txt"}
 
 
 def words_of(program: str, *arguments: str) -> list[list[str]]:

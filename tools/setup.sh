@@ -15,6 +15,8 @@ needs_program mkfs.xfs xfsprogs
 needs_program mkfs.btrfs btrfs-progs
 needs_program zstd zstd
 needs_program qemu-img qemu-utils
+needs_program nbdinfo libnbd-bin
+needs_program bmaptool bmap-tools
 if command -v pkg-config >/dev/null; then
   needs_library libcrypto libssl-dev
   needs_library libdeflate libdeflate-dev
@@ -47,6 +49,7 @@ wheel)
   needs_program qemu-x86_64 qemu-user
   needs_program nasm nasm
   needs_program xz xz-utils
+  needs_program perl perl
   ;;
 esac
 

@@ -1,7 +1,8 @@
 /*
  * hasher.c - the checksum of a disk: the hash of its blocks' hashes, and its length
  *
- * Source: blkhash, https://gitlab.com/nirs/blkhash, docs: "hash construction".
+ * Source: the blkhash library.  Its blksum(1), and nbdcopy(1) with --blkhash, print the
+ * same checksum.
  */
 #include <stdbool.h>
 #include <stdlib.h>

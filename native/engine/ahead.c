@@ -1,203 +1,88 @@
 /*
- * ahead.c - reads ahead of a batch, in physical order where its rows are not
+ * ahead.c - notices reads that follow a pattern, and says which come next
  */
 #include "engine/ahead.h"
 
-#include <stdlib.h>
+#define MIN_REPEATS 3u
 
-#include "common/checked.h"
+/* How far ahead: bytes of reads in sequence, or else reads. */
+#define SEQUENCE_NBYTES (1024u * 1024)
+#define MAX_READS 32u
 
-#define MAX_RANGES 8192u
-/* With a jump more often than this, rows are read in physical order. */
-#define JUMP_NBYTES (4u * 1024 * 1024)
-/* To read a gap of so many bytes takes less time than another request. */
-#define GAP_NBYTES (32u * 1024)
-/* So that signals and a cancelled job are seen soon, though the device is slow. */
-#define STEP_NBYTES (1024u * 1024)
-
-int imgc_ahead_create(struct ahead *ahead, const struct imgc_source_file *files)
+static uint64_t get(const _Atomic uint64_t *value)
 {
-	ahead->files = files;
-	ahead->span_nbytes = AHEAD_FIRST_SPAN_NBYTES;
-	ahead->ranges = malloc(MAX_RANGES * sizeof(*ahead->ranges));
-	return ahead->ranges ? IMGC_OK : IMGC_NO_MEMORY;
+	return atomic_load_explicit(value, memory_order_relaxed);
 }
 
-void imgc_ahead_destroy(struct ahead *ahead)
+static void set(_Atomic uint64_t *value, uint64_t to)
 {
-	free(ahead->ranges);
+	atomic_store_explicit(value, to, memory_order_relaxed);
 }
 
-void imgc_ahead_start(struct ahead *ahead, uint64_t guest_start, struct rows rows, struct rows base,
-		      bool leaves_unread)
+void imgc_ahead_init(struct ahead *ahead)
 {
-	ahead->sides[0] = rows;
-	ahead->sides[1] = base;
-	ahead->leaves_unread = leaves_unread;
-	ahead->span_start = guest_start;
-	ahead->n_ranges = ahead->n_announced = 0;
-	for (size_t i = 0; i < AHEAD_SIDES; i++) {
-		ahead->row[i] = 0;
-		ahead->offset[i] = ahead->sides[i].n ? guest_start : UINT64_MAX;
+	atomic_init(&ahead->last, 0);
+	atomic_init(&ahead->stride, 0);
+	atomic_init(&ahead->n_repeats, 0);
+	atomic_init(&ahead->told, AHEAD_NONE);
+}
+
+void imgc_ahead_note(struct ahead *ahead, uint64_t offset)
+{
+	uint64_t stride = offset - get(&ahead->last);
+	unsigned n = atomic_load_explicit(&ahead->n_repeats, memory_order_relaxed);
+
+	set(&ahead->last, offset);
+	if (stride == get(&ahead->stride)) {
+		if (n < MIN_REPEATS)
+			atomic_store_explicit(&ahead->n_repeats, n + 1, memory_order_relaxed);
+		return;
 	}
+	set(&ahead->stride, stride);
+	if (n != 0)
+		atomic_store_explicit(&ahead->n_repeats, 0, memory_order_relaxed);
+	if (get(&ahead->told) != AHEAD_NONE)
+		set(&ahead->told, AHEAD_NONE);
 }
 
-/* Where the next span starts; UINT64_MAX at the end. */
-static uint64_t next_start(const struct ahead *ahead)
+static uint64_t most_reads(uint64_t stride, uint64_t length)
 {
-	return imgc_min_u64(ahead->offset[0], ahead->offset[1]);
+	return stride == length ? SEQUENCE_NBYTES / length + 1 : MAX_READS;
 }
 
-bool imgc_ahead_is_due(const struct ahead *ahead, uint64_t cursor)
+/* How many of the reads that were told are still to come. */
+static uint64_t count_told(uint64_t told, uint64_t offset, uint64_t stride, uint64_t most)
 {
-	if (!ahead->ranges)
+	/* A stride backward is a large number. */
+	uint64_t n = stride >> 63 ? (offset - told) / (0 - stride) : (told - offset) / stride;
+
+	return n > most ? 0 : n;
+}
+
+bool imgc_ahead_is_due(const struct ahead *ahead, uint64_t offset, uint64_t length)
+{
+	uint64_t told = get(&ahead->told), stride = get(&ahead->stride);
+
+	if (told == AHEAD_NONE || stride == 0 || length == 0)
 		return false;
-	return ahead->n_announced < ahead->n_ranges ||
-	       (cursor >= ahead->span_start && next_start(ahead) != UINT64_MAX);
+	uint64_t most = most_reads(stride, length);
+
+	return count_told(told, offset, stride, most) <= most / 2;
 }
 
-/* ------------------------------------------------------------------ looking */
-
-static bool row_is_read(const struct ahead *ahead, const struct imgc_extent *row)
+bool imgc_ahead_next(struct ahead *ahead, uint64_t offset, uint64_t length, struct ahead_reads *out)
 {
-	return row->kind >= IMGC_DATA && !(ahead->leaves_unread && imgc_row_is_unread(row));
-}
+	uint64_t told = get(&ahead->told), stride = get(&ahead->stride);
 
-/* The host range of the row from guest offset `start` on, of at most max_nbytes. */
-static struct host_range range_of(const struct imgc_extent *row, uint64_t start,
-				  uint64_t max_nbytes)
-{
-	if (row->kind != IMGC_DATA)
-		return (struct host_range){row->host_offset, row->host_offset + row->host_length,
-					   row->file};
-	uint64_t within = start - row->guest_offset;
-	uint64_t nbytes = imgc_min_u64(row->length - within, max_nbytes);
+	if (atomic_load_explicit(&ahead->n_repeats, memory_order_relaxed) < MIN_REPEATS ||
+	    stride == 0 || length == 0)
+		return false;
+	uint64_t most = most_reads(stride, length);
+	uint64_t n = told == AHEAD_NONE ? 0 : count_told(told, offset, stride, most);
 
-	return (struct host_range){row->host_offset + within, row->host_offset + within + nbytes,
-				   row->file};
-}
-
-/* Whether both become one range.  Gaps at most double what is read. */
-static bool follows(const struct host_range *range, const struct host_range *last)
-{
-	uint64_t gap = imgc_min_u64(last->end - last->start, GAP_NBYTES);
-
-	return range->file == last->file && range->start >= last->start &&
-	       range->start <= last->end + gap;
-}
-
-static void join(struct host_range *last, const struct host_range *range)
-{
-	last->end = imgc_max_u64(last->end, range->end);
-}
-
-/*
- * Takes the next row of a side, or a part of it, and gives its host bytes.  A range that
- * follows the side's last one, last[side], becomes a part of it.
- */
-static uint64_t take_row(struct ahead *ahead, size_t side, size_t *last, uint64_t max_nbytes)
-{
-	struct rows rows = ahead->sides[side];
-	const struct imgc_extent *row = &rows.rows[ahead->row[side]];
-	uint64_t row_end = row->guest_offset + row->length, nbytes = 0;
-
-	if (row_is_read(ahead, row)) {
-		struct host_range range = range_of(row, ahead->offset[side], max_nbytes);
-
-		nbytes = range.end - range.start;
-		if (row->kind == IMGC_DATA)
-			row_end = ahead->offset[side] + nbytes;
-		if (last[side] < ahead->n_ranges && follows(&range, &ahead->ranges[last[side]])) {
-			join(&ahead->ranges[last[side]], &range);
-		} else {
-			last[side] = ahead->n_ranges;
-			ahead->ranges[ahead->n_ranges++] = range;
-		}
-	}
-	ahead->offset[side] = row_end;
-	if (row_end == row->guest_offset + row->length && ++ahead->row[side] == rows.n)
-		ahead->offset[side] = UINT64_MAX;
-	return nbytes;
-}
-
-static int compare_ranges(const void *left, const void *right)
-{
-	const struct host_range *a = left, *b = right;
-
-	if (a->file != b->file)
-		return a->file < b->file ? -1 : 1;
-	return (a->start > b->start) - (a->start < b->start);
-}
-
-static void sort_ranges(struct ahead *ahead)
-{
-	size_t last = 0;
-
-	qsort(ahead->ranges, ahead->n_ranges, sizeof(*ahead->ranges), compare_ranges);
-	for (size_t i = 1; i < ahead->n_ranges; i++) {
-		if (follows(&ahead->ranges[i], &ahead->ranges[last]))
-			join(&ahead->ranges[last], &ahead->ranges[i]);
-		else
-			ahead->ranges[++last] = ahead->ranges[i];
-	}
-	ahead->n_ranges = last + 1;
-}
-
-static uint64_t choose_span(struct ahead *ahead, uint64_t rate)
-{
-	uint64_t nbytes = ahead->span_nbytes;
-
-	ahead->span_nbytes = imgc_min_u64(2 * nbytes, AHEAD_SPAN_NBYTES);
-	if (rate == 0)
-		return nbytes;
-	return imgc_min_u64(nbytes, imgc_max_u64(rate, AHEAD_FIRST_SPAN_NBYTES));
-}
-
-/* Finds the ranges of the next span; none if they are in order. */
-static void look(struct ahead *ahead, uint64_t max_nbytes)
-{
-	size_t last[AHEAD_SIDES] = {SIZE_MAX, SIZE_MAX};
-	uint64_t nbytes = 0;
-
-	ahead->span_start = next_start(ahead);
-	ahead->n_ranges = ahead->n_announced = 0;
-	while (nbytes < max_nbytes && ahead->n_ranges < MAX_RANGES &&
-	       next_start(ahead) != UINT64_MAX) {
-		size_t side = ahead->offset[0] <= ahead->offset[1] ? 0 : 1;
-
-		nbytes += take_row(ahead, side, last, max_nbytes - nbytes);
-	}
-	/* Each range is a jump, but for a side's first. */
-	size_t n_jumps = ahead->n_ranges - (last[0] != SIZE_MAX) - (last[1] != SIZE_MAX);
-
-	if (n_jumps == 0 || n_jumps < nbytes / JUMP_NBYTES)
-		ahead->n_ranges = 0;
-	else
-		sort_ranges(ahead);
-}
-
-/* --------------------------------------------------------------- announcing */
-
-static void announce(struct ahead *ahead)
-{
-	uint64_t left = STEP_NBYTES;
-
-	while (left > 0 && ahead->n_announced < ahead->n_ranges) {
-		struct host_range *range = &ahead->ranges[ahead->n_announced];
-		uint64_t nbytes = imgc_min_u64(range->end - range->start, left);
-
-		imgc_file_will_need(ahead->files[range->file].file, range->start, nbytes);
-		range->start += nbytes;
-		if (range->start == range->end)
-			ahead->n_announced++;
-		left -= nbytes;
-	}
-}
-
-void imgc_ahead_step(struct ahead *ahead, uint64_t rate)
-{
-	if (ahead->n_announced < ahead->n_ranges)
-		announce(ahead);
-	else
-		look(ahead, choose_span(ahead, rate));
+	if (n > most / 2)
+		return false;
+	*out = (struct ahead_reads){offset + (n + 1) * stride, stride, length, most - n};
+	set(&ahead->told, offset + most * stride);
+	return true;
 }

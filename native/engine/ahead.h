@@ -1,68 +1,44 @@
 /*
- * ahead.h - reads ahead of a batch, in physical order where its rows are not
+ * ahead.h - notices reads that follow a pattern, and says which come next
  */
 #ifndef IMGC_ENGINE_AHEAD_H
 #define IMGC_ENGINE_AHEAD_H
 
+#include <stdatomic.h>
 #include <stdbool.h>
-
-#include "engine/extents.h"
-#include "io/io.h"
-
-/* The rows of both sides, which the batch reads in guest order. */
-#define AHEAD_SIDES 2
+#include <stdint.h>
 
 /*
- * Host bytes.  Up to twice as many wait in the page cache.  A disk that seeks gains by
- * each MiB.
- */
-#define AHEAD_SPAN_NBYTES (64u * 1024 * 1024)
-#define AHEAD_FIRST_SPAN_NBYTES (4u * 1024 * 1024)
-
-struct host_range {
-	uint64_t start, end;
-	uint32_t file;
-};
-
-/*
- * The kernel reads ahead where a file is read in order.  Of a fragmented image it would
- * read one small piece after the other.  So the rows that come next are looked at, one
- * span before they are needed.  If they jump in their files, their ranges are announced
- * in physical order.  The first span is small, so that the first window need not wait
- * for many others, and each has twice the bytes of the one before, up to
- * AHEAD_SPAN_NBYTES.
- *
- * Nothing depends on it: a file may ignore what is announced, and a range that cannot
- * be read fails when its window is read.
+ * The latest reads of all threads.  Threads that overtake each other may spoil a
+ * pattern; nothing but speed depends on it.
  */
 struct ahead {
-	const struct imgc_source_file *files;
-	struct rows sides[AHEAD_SIDES];
-	size_t row[AHEAD_SIDES];      /* the first row that was not looked at */
-	uint64_t offset[AHEAD_SIDES]; /* and where in the disk the search goes on */
-	bool leaves_unread;	      /* unread rows are not read */
-	uint64_t span_start;	      /* of the span that was looked at last */
-	uint64_t span_nbytes;	      /* of the next one */
-	struct host_range *ranges;    /* what of it is announced; NULL: nothing ever is */
-	size_t n_ranges, n_announced;
+	_Atomic uint64_t last, stride; /* offset of the last read, and from the one before */
+	_Atomic unsigned n_repeats;    /* of the stride */
+	_Atomic uint64_t told;	       /* the last offset that was told; AHEAD_NONE: none */
 };
 
-/* Gives IMGC_OK or IMGC_NO_MEMORY.  All zeros is an object that never has anything to do. */
-int imgc_ahead_create(struct ahead *ahead, const struct imgc_source_file *files);
-void imgc_ahead_destroy(struct ahead *ahead);
+#define AHEAD_NONE UINT64_MAX
 
-/* Starts with a batch's rows at guest_start.  A side without rows is left out. */
-void imgc_ahead_start(struct ahead *ahead, uint64_t guest_start, struct rows rows, struct rows base,
-		      bool leaves_unread);
+/* Reads of `length` bytes each: at `first`, first + stride, ...; offsets may wrap. */
+struct ahead_reads {
+	uint64_t first, stride, length;
+	uint64_t n;
+};
 
-/* Whether there is something to do before the window at guest offset `cursor` is read. */
-bool imgc_ahead_is_due(const struct ahead *ahead, uint64_t cursor);
+void imgc_ahead_init(struct ahead *ahead);
+
+/* Notes a read. */
+void imgc_ahead_note(struct ahead *ahead, uint64_t offset);
+
+/* Whether half of the reads that imgc_ahead_next() told are used up. */
+bool imgc_ahead_is_due(const struct ahead *ahead, uint64_t offset, uint64_t length);
 
 /*
- * Does a part of it: looks at the next span, or announces some of the ranges that were
- * found.  A span has `rate` bytes at most, or AHEAD_FIRST_SPAN_NBYTES if that is more;
- * 0: no limit.  May wait for the device, but not long.
+ * For a read that waits for the device, and has been noted: whether reads that follow
+ * should be fetched now, and which.  No read is told twice.
  */
-void imgc_ahead_step(struct ahead *ahead, uint64_t rate);
+bool imgc_ahead_next(struct ahead *ahead, uint64_t offset, uint64_t length,
+		     struct ahead_reads *out);
 
 #endif /* IMGC_ENGINE_AHEAD_H */

@@ -64,6 +64,7 @@ int imgc_disk_create(const struct imgc_disk_options *options, struct imgc_disk *
 		       options->n_sources * sizeof(*disk->sources));
 	if (imgc_cache_create(&disk->cache, options->cache_nbytes))
 		goto no_cache;
+	imgc_ahead_init(&disk->ahead);
 	*out = disk;
 	return IMGC_OK;
 no_cache:
@@ -160,21 +161,13 @@ static struct cache_key table_key(const struct imgc_disk *disk, uint64_t offset)
 				  .file = FILE_OF_TABLES};
 }
 
-static bool covers(const struct cache_entry *table, uint64_t guest_offset)
-{
-	struct rows rows = imgc_table_rows(table);
-
-	return imgc_rows_find(rows, guest_offset) < rows.n &&
-	       guest_offset >= rows.rows[0].guest_offset;
-}
-
 struct cache_entry *imgc_disk_table(struct imgc_disk *disk, const struct imgc_table *given,
 				    uint64_t guest_offset, uint64_t *generation)
 {
 	struct cache_entry *table = (struct cache_entry *)(uintptr_t)given;
 	struct cache_key key = table_key(disk, guest_offset);
 
-	if (!table || !covers(table, guest_offset))
+	if (!table || !imgc_table_covers(table, guest_offset))
 		return imgc_cache_find(&disk->cache, &key, generation);
 	imgc_cache_hold(table);
 	return table;
@@ -371,6 +364,63 @@ int imgc_disk_read_block(struct imgc_disk *disk, const struct imgc_extent *row, 
 	return IMGC_OK;
 }
 
+/* -------------------------------------------------------------- read ahead */
+
+/* The system may start to fetch what the rows have of [start, end). */
+static void will_need(struct imgc_disk *disk, struct rows rows, uint64_t start, uint64_t end)
+{
+	for (size_t i = imgc_rows_find(rows, start); i < rows.n; i++) {
+		const struct imgc_extent *row = &rows.rows[i];
+		uint64_t from = imgc_max_u64(row->guest_offset, start);
+		uint64_t to = imgc_min_u64(row->guest_offset + row->length, end);
+
+		if (row->guest_offset >= end)
+			return;
+		if (row->kind == IMGC_DATA)
+			imgc_file_will_need(disk->sources[row->file].file,
+					    row->host_offset + (from - row->guest_offset),
+					    to - from);
+		else if (row->kind > IMGC_DATA)
+			imgc_file_will_need(disk->sources[row->file].file, row->host_offset,
+					    row->host_length);
+	}
+}
+
+/* will_need(), as far as tables are kept: a guess is not worth a miss.  False: no further. */
+static bool range_will_be_needed(struct imgc_disk *disk, uint64_t start, uint64_t end)
+{
+	while (start < end) {
+		uint64_t generation, span_start, span_end;
+		struct cache_entry *table = imgc_disk_table(disk, NULL, start, &generation);
+
+		if (!table)
+			return false;
+		will_need(disk, imgc_table_rows(table), start, end);
+		imgc_cache_release(&disk->cache, table);
+		imgc_disk_span(disk, start, &span_start, &span_end);
+		start = span_end;
+	}
+	return true;
+}
+
+static void fetch_ahead(struct imgc_disk *disk, uint64_t offset, uint64_t length)
+{
+	uint64_t disk_end = disk->guest_nbytes;
+	struct ahead_reads reads;
+
+	if (!imgc_ahead_next(&disk->ahead, offset, length, &reads))
+		return;
+	if (reads.stride == reads.length)
+		reads = (struct ahead_reads){reads.first, 0, reads.n * reads.length, 1};
+	for (uint64_t at = reads.first; reads.n > 0 && at < disk_end; reads.n--) {
+		uint64_t end = at + imgc_min_u64(reads.length, disk_end - at);
+
+		if (!range_will_be_needed(disk, at, end))
+			return;
+		at += reads.stride;
+	}
+}
+
 /* -------------------------------------------------------------------- read */
 
 static int read_plain(struct imgc_disk *disk, const struct imgc_extent *row, uint64_t start,
@@ -428,6 +478,12 @@ int imgc_disk_read(struct imgc_disk *disk, const struct imgc_table *given, uint6
 
 	if (!imgc_range_inside(offset, length, disk->guest_nbytes))
 		return imgc_fail_at(err, IMGC_OUT_OF_RANGE, offset, "disk");
+	if (!(flags & IMGC_DISK_GOES_ON))
+		imgc_ahead_note(&disk->ahead, offset);
+	if (flags & IMGC_DISK_NO_WAIT && imgc_ahead_is_due(&disk->ahead, offset, length))
+		status = IMGC_WOULD_WAIT;
+	else if (!(flags & IMGC_DISK_NO_WAIT))
+		fetch_ahead(disk, offset, length);
 	while (!status && done < length) {
 		struct cache_entry *table =
 			imgc_disk_table(disk, given, offset + done, &rest->generation);

@@ -3,6 +3,7 @@
  *
  *     gather.c   many ranges in the order of their places, on several threads
  *     disk.c     one range, on the calling thread
+ *     ahead.c    reads that follow a pattern
  *     cache.c    tables and decompressed blocks in memory
  *
  * Each calls only files below it.
@@ -13,6 +14,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
+#include "engine/ahead.h"
 #include "engine/cache.h"
 #include "engine/extents.h"
 #include "engine/stop.h"
@@ -35,6 +37,7 @@ struct imgc_disk {
 	uint64_t stored_nbytes; /* room for any compressed block */
 	struct stop stop;	/* never set */
 	struct cache cache;
+	struct ahead ahead;
 	pthread_mutex_t scratch_lock; /* all below */
 	struct scratch *scratches;
 	unsigned n_scratches;
@@ -48,6 +51,14 @@ static inline struct rows imgc_table_rows(const struct cache_entry *table)
 {
 	return (struct rows){(const struct imgc_extent *)(const void *)table->data,
 			     table->nbytes / sizeof(struct imgc_extent)};
+}
+
+static inline bool imgc_table_covers(const struct cache_entry *table, uint64_t guest_offset)
+{
+	struct rows rows = imgc_table_rows(table);
+
+	return guest_offset >= rows.rows[0].guest_offset &&
+	       imgc_rows_find(rows, guest_offset) < rows.n;
 }
 
 /*

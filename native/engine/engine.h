@@ -8,7 +8,7 @@
  * them.  So offsets do not depend on the number of threads, and no worker waits for a
  * slower one.
  *
- * The files of this folder.  Each calls only files below it:
+ * The files of jobs.  Each calls only files below it; disk.h has those of open disks:
  *
  *     job.c      create, start, wait, finish, destroy
  *     worker.c   the ring: which window is next, and which worker does what
@@ -17,7 +17,7 @@
  *     write.c    one window to the target: written, or reflinked
  *     source.c   from extents to bytes in memory
  *     reuse.c    compressed blocks that the target can have as they are
- *     ahead.c    reading ahead, in physical order where rows are not
+ *     announce.c what is read next, in physical order where rows are not
  *     retry.c    reads and writes that are repeated where that can help
  *     salvage.c  the list of ranges that could not be read
  *     placer.c   host offsets of an appending target
@@ -34,7 +34,7 @@
 #include <time.h>
 
 #include "digest/digest.h"
-#include "engine/ahead.h"
+#include "engine/announce.h"
 #include "engine/placer.h"
 #include "engine/source.h"
 #include "imgc.h"
@@ -122,8 +122,8 @@ struct imgc_job {
 	bool leaves_unread; /* these are stored without being read */
 	size_t claim_row, claim_base;
 	uint64_t cursor;
-	struct ahead ahead;
-	bool looks_ahead; /* a worker has `ahead`, and the lock does not guard it */
+	struct announcer announcer;
+	bool announces; /* a worker has `announcer`, and the lock does not guard it */
 	uint64_t claimed, placed, written; /* windows so far; slot = number % n_slots */
 	size_t n_busy;			   /* slots that are not free, spans under way */
 	unsigned n_writing, max_writers;

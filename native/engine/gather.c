@@ -192,8 +192,7 @@ static int add_pieces(struct imgc_gather *g, const struct imgc_table *given,
 			g->next_done = 0;
 			continue;
 		}
-		if (table &&
-		    imgc_rows_find(imgc_table_rows(table), at) == imgc_table_rows(table).n) {
+		if (table && !imgc_table_covers(table, at)) {
 			imgc_cache_release(cache, table);
 			table = NULL;
 		}

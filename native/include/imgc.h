@@ -387,9 +387,6 @@ int imgc_file_open_fd(int fd, struct imgc_file **out, struct imgc_error *err);
 /* A buffer of the caller, of fixed size: a write past its end is IMGC_OUT_OF_RANGE. */
 int imgc_file_open_memory(void *data, uint64_t nbytes, struct imgc_file **out);
 
-/* A target of which only [start, start + nbytes) is kept, in a buffer. */
-int imgc_file_open_part(void *data, uint64_t nbytes, uint64_t start, struct imgc_file **out);
-
 /* Forgets every write, and reads as zeros.  For benchmarks. */
 int imgc_file_open_null(struct imgc_file **out);
 
@@ -742,6 +739,9 @@ int imgc_uses_close(struct imgc_uses *uses);
 
 /* Read only what is in memory, and decompress nothing. */
 #define IMGC_DISK_NO_WAIT 1u
+
+/* The read goes on after one of the results above; patterns of reads are noticed. */
+#define IMGC_DISK_GOES_ON 2u
 
 /* What is left to read.  After IMGC_MISSING its first byte has no table. */
 struct imgc_disk_rest {

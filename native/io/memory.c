@@ -1,5 +1,5 @@
 /*
- * memory.c - a fixed buffer as a file, or as the part of a target that is kept
+ * memory.c - a fixed buffer as a file
  */
 #include <stdlib.h>
 #include <string.h>
@@ -12,7 +12,6 @@ struct memory_file {
 	struct imgc_file base;
 	uint8_t *data;
 	uint64_t nbytes;
-	uint64_t start; /* of the part that is kept; 0 for a whole file */
 };
 
 static int memory_read(struct imgc_file *base, struct imgc_io_context *ctx,
@@ -97,89 +96,17 @@ static const struct imgc_file_ops memory_file_ops = {
 	.close = memory_close,
 };
 
-/* -------------------------------------------------------- a part of a target */
-
-/* Copies, or zeros for NULL, what lies in the part; the rest is dropped. */
-static void part_put(struct memory_file *file, uint64_t offset, const uint8_t *bytes,
-		     uint64_t length)
+int imgc_file_open_memory(void *data, uint64_t nbytes, struct imgc_file **out)
 {
-	uint64_t low = imgc_max_u64(offset, file->start);
-	uint64_t high = imgc_min_u64(offset + length, file->start + file->nbytes);
-
-	if (low >= high)
-		return;
-	if (bytes)
-		memcpy(file->data + (low - file->start), bytes + (low - offset), high - low);
-	else
-		memset(file->data + (low - file->start), 0, high - low);
-}
-
-static int part_read(struct imgc_file *base, struct imgc_io_context *ctx,
-		     const struct imgc_io_request *requests, size_t n, struct imgc_error *err)
-{
-	(void)base;
-	(void)ctx;
-	return n == 0 ? IMGC_OK : imgc_fail_at(err, IMGC_UNSUPPORTED, requests[0].offset, "pread");
-}
-
-static int part_write(struct imgc_file *base, const struct iovec *iov, int n_iov, uint64_t offset,
-		      struct imgc_error *err)
-{
-	struct memory_file *file = (struct memory_file *)base;
-
-	for (int i = 0; i < n_iov; i++) {
-		if (iov[i].iov_len > UINT64_MAX - offset)
-			return imgc_fail_at(err, IMGC_OUT_OF_RANGE, offset, "pwritev");
-		if (iov[i].iov_len != 0)
-			part_put(file, offset, iov[i].iov_base, iov[i].iov_len);
-		offset += iov[i].iov_len;
-	}
-	return IMGC_OK;
-}
-
-static int part_zero(struct imgc_file *base, uint64_t offset, uint64_t length,
-		     struct imgc_error *err)
-{
-	if (length > UINT64_MAX - offset)
-		return imgc_fail_at(err, IMGC_OUT_OF_RANGE, offset, "zero");
-	part_put((struct memory_file *)base, offset, NULL, length);
-	return IMGC_OK;
-}
-
-static const struct imgc_file_ops part_ops = {
-	.read = part_read,
-	.write = part_write,
-	.zero = part_zero,
-	.sync = memory_sync,
-	.next_data = memory_next_data,
-	.close = memory_close,
-};
-
-/* ------------------------------------------------------------------- opening */
-
-static int open_buffer(const struct imgc_file_ops *ops, void *data, uint64_t nbytes, uint64_t start,
-		       struct imgc_file **out)
-{
-	if ((!data && nbytes != 0) || nbytes > SIZE_MAX || start > UINT64_MAX - nbytes)
+	if ((!data && nbytes != 0) || nbytes > SIZE_MAX)
 		return IMGC_INVALID_ARGUMENT;
 	struct memory_file *file = calloc(1, sizeof(*file));
 
 	if (!file)
 		return IMGC_NO_MEMORY;
-	file->base.ops = ops;
+	file->base.ops = &memory_file_ops;
 	file->data = data;
 	file->nbytes = nbytes;
-	file->start = start;
 	*out = &file->base;
 	return IMGC_OK;
-}
-
-int imgc_file_open_memory(void *data, uint64_t nbytes, struct imgc_file **out)
-{
-	return open_buffer(&memory_file_ops, data, nbytes, 0, out);
-}
-
-int imgc_file_open_part(void *data, uint64_t nbytes, uint64_t start, struct imgc_file **out)
-{
-	return open_buffer(&part_ops, data, nbytes, start, out);
 }

@@ -25,6 +25,7 @@ from imgcore.errors import (
 if TYPE_CHECKING:
     from imgcore.areas.area import Area
     from imgcore.border import FilePath
+    from imgcore.checksums.digest import ChecksumError, Digest
     from imgcore.disk.image import Image, open
     from imgcore.engine.bad_ranges import BadRange
     from imgcore.engine.control import Control
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
     from imgcore.rewriting.director import RewriteCost
     from imgcore.verbs.changes import changes
     from imgcore.verbs.check import CheckResult, check
-    from imgcore.verbs.compare import CompareResult, compare
+    from imgcore.verbs.checksum import checksum
+    from imgcore.verbs.compare import CompareResult, compare, compare_trees
     from imgcore.verbs.convert import ConvertResult, convert
     from imgcore.verbs.create import CreateResult, create
     from imgcore.verbs.info import info
@@ -58,12 +60,14 @@ __all__ = [
     "BadRange",
     "ByteSource",
     "CheckResult",
+    "ChecksumError",
     "CompareResult",
     "Control",
     "ConversionCancelled",
     "ConvertResult",
     "CorruptImageError",
     "CreateResult",
+    "Digest",
     "Extents",
     "FilePath",
     "Finding",
@@ -89,7 +93,9 @@ __all__ = [
     "__version__",
     "changes",
     "check",
+    "checksum",
     "compare",
+    "compare_trees",
     "convert",
     "create",
     "finish_rewrite",
@@ -111,10 +117,12 @@ _HOMES = {
     "BadRange": "engine.bad_ranges",
     "ByteSource": "files.byte_source",
     "CheckResult": "verbs.check",
+    "ChecksumError": "checksums.digest",
     "CompareResult": "verbs.compare",
     "Control": "engine.control",
     "ConvertResult": "verbs.convert",
     "CreateResult": "verbs.create",
+    "Digest": "checksums.digest",
     "Extents": "engine.extents",
     "FilePath": "border",
     "Finding": "formats.shared.lint",
@@ -131,7 +139,9 @@ _HOMES = {
     "SourceFile": "engine.source_file",
     "changes": "verbs.changes",
     "check": "verbs.check",
+    "checksum": "verbs.checksum",
     "compare": "verbs.compare",
+    "compare_trees": "verbs.compare",
     "convert": "verbs.convert",
     "create": "verbs.create",
     "finish_rewrite": "verbs.rewrite",

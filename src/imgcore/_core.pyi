@@ -185,18 +185,6 @@ class File:
     @staticmethod
     def from_memory(buffer: object, writable: bool = ...) -> File: ...
     @staticmethod
-    def part(buffer: object, start: int) -> File:
-        """Wrap a buffer as the part of a target from ``start`` on; the rest is dropped.
-
-        It is held until close.
-        """
-    @staticmethod
-    def new_bytes(nbytes: int, start: int) -> tuple[bytes, File]:
-        """Return new bytes, and a file as by `part` that fills them.
-
-        Until it has, the content is undefined, and nothing else may use the bytes.
-        """
-    @staticmethod
     def null() -> File: ...
     def zero(self, offset: int, length: int) -> None: ...
     def next_data(self, offset: int) -> tuple[int, int]:

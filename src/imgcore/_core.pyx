@@ -376,35 +376,6 @@ cdef class File:
         return file
 
     @staticmethod
-    def part(buffer, uint64_t start):
-        """Wrap a buffer as the part of a target from ``start`` on; the rest is dropped.
-
-        It is held until close.
-        """
-        cdef File file = File.__new__(File)
-        cdef n.imgc_error err
-        memset(&err, 0, sizeof(err))
-        PyObject_GetBuffer(buffer, &file.view, PyBUF_WRITABLE)
-        file.has_view = True
-        check(n.imgc_file_open_part(file.view.buf, file.view.len, start, &file.handle), &err)
-        return file
-
-    @staticmethod
-    def new_bytes(size_t nbytes, uint64_t start):
-        """Return new bytes, and a file as by `part` that fills them.
-
-        Until it has, the content is undefined, and nothing else may use the bytes.
-        """
-        cdef File file = File.__new__(File)
-        cdef n.imgc_error err
-        memset(&err, 0, sizeof(err))
-        content = PyBytes_FromStringAndSize(NULL, nbytes)
-        PyObject_GetBuffer(content, &file.view, PyBUF_SIMPLE)
-        file.has_view = True
-        check(n.imgc_file_open_part(PyBytes_AS_STRING(content), nbytes, start, &file.handle), &err)
-        return content, file
-
-    @staticmethod
     def null():
         """Return a file that forgets every write and reads as zeros."""
         cdef File file = File.__new__(File)
@@ -728,7 +699,7 @@ cdef class Uses:
 # A read of up to this many bytes is tried while the GIL is held, which takes microseconds
 # if all is in memory.  Others are in parts of milliseconds, after which signals are handled.
 cdef uint64_t SHORT_NBYTES = 64 * 1024
-cdef uint64_t LONG_NBYTES = 512 * 1024
+cdef uint64_t LONG_NBYTES = 128 * 1024
 cdef uint64_t SECTOR_NBYTES = 512
 
 
@@ -892,21 +863,22 @@ cdef class Disk:
         cdef int status
         try:
             while True:
-                if flags:
+                if flags & n.IMGC_DISK_NO_WAIT:
                     status = n.imgc_disk_read(self.handle, table, offset, buffer, length, flags,
                                               &rest, &err)
                 else:
                     with nogil:
-                        status = n.imgc_disk_read(self.handle, table, offset, buffer, length, 0,
-                                                  &rest, &err)
+                        status = n.imgc_disk_read(self.handle, table, offset, buffer, length,
+                                                  flags, &rest, &err)
                 if status <= 0:
                     return check(status, &err)
                 buffer += rest.offset - offset
                 offset, length = rest.offset, rest.length
+                flags |= n.IMGC_DISK_GOES_ON
                 if status == n.IMGC_MISSING:
                     self.get_table(&rest, &table)
                 else:
-                    flags = 0
+                    flags = n.IMGC_DISK_GOES_ON
         finally:
             self.drop(&table)
 

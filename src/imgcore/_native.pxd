@@ -146,7 +146,6 @@ cdef extern from "imgc.h" nogil:
 
     int imgc_file_open_fd(int fd, imgc_file **out, imgc_error *err)
     int imgc_file_open_memory(void *data, uint64_t nbytes, imgc_file **out)
-    int imgc_file_open_part(void *data, uint64_t nbytes, uint64_t start, imgc_file **out)
     int imgc_file_open_null(imgc_file **out)
     void imgc_file_close(imgc_file *file)
     int imgc_file_zero(imgc_file *file, uint64_t offset, uint64_t length, imgc_error *err)
@@ -266,6 +265,7 @@ cdef extern from "imgc.h" nogil:
         IMGC_WOULD_WAIT
         IMGC_UNFINISHED
         IMGC_DISK_NO_WAIT
+        IMGC_DISK_GOES_ON
 
     struct imgc_disk_options:
         const imgc_source_file *sources

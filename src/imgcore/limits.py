@@ -150,6 +150,9 @@ AREAS_MAX_XML_NBYTES: Final = 16 * MIB
 AREAS_MIN_GRANULARITY: Final = 512
 AREAS_MAX_GRANULARITY: Final = 2 * GIB
 
+# A line of a list of checksums; names have at most 4096 bytes on Linux.
+MAX_CHECKSUM_LINE_NBYTES: Final = 64 * KIB
+
 # Parts of a sparse file in a tar archive: each takes 24 bytes of the header.
 MAX_TAR_SEGMENTS: Final = 1 << 16
 

@@ -27,6 +27,7 @@ VERBS = {
     "convert-in-place": "convert --progress=json -n -O raw d.raw there.raw",
     "create": "create new.vhdx 1M",
     "compare": "compare --progress=json -f raw d.raw there.qcow2",
+    "diff": "diff --progress=json d.raw there.qcow2",
     "info": "info there.qcow2",
     "map": "map there.qcow2",
     "check": "check there.qcow2",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 
 import pytest
 
-from tests.faults.harness import Place
+from tests.faults.harness import Place, Source
 from tests.helpers import qemu
 from tests.helpers.qemu import Variant
 
@@ -64,6 +65,34 @@ def test_reading(variant: Variant, place: Callable[[Variant], Place]) -> None:
             continue
         assert answer["type"] == "MemoryError", answer
         assert not out.exists()
+    raise AssertionError("no end of the allocations")
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [qemu.RAW, qemu.QCOW2, qemu.QCOW2_ZSTD, qemu.VMDK_STREAM],
+    ids=lambda v: v.name,
+)
+def test_reading_ranges(variant: Variant, source: Callable[[Variant], Source]) -> None:
+    """A short read, one by several threads, and the short one again."""
+    here = source(variant)
+    ranges = [[5, 3000], [1, 3_000_000], [5, 3000]]
+    right = [hashlib.sha256(here.content[at : at + n]).hexdigest() for at, n in ranges]
+    reads = {
+        "path": here.image,
+        "keywords": {"format": variant.format, "cache": "1M"},
+        "phases": [((0, 0, 0), ranges)],
+    }
+    for nth in range(1, 1000):
+        answer = here.place.agent.do("read_ranges", reads, memory=nth)
+        assert answer["descriptors"] == 0
+        if answer["outcome"] == "ok":  # not needed, or not reached
+            assert answer["result"]["phases"] == [right]
+            if answer["allocations"] < nth:
+                assert nth > 5
+                return
+        else:
+            assert answer["type"] == "MemoryError", answer
     raise AssertionError("no end of the allocations")
 
 

@@ -18,9 +18,15 @@ import imgcore
 from tests.fuzz.area_files import Folder
 from tests.fuzz.exercise import Finding, Place
 from tests.fuzz.pieces import Pieces
+from tests.fuzz.tree_files import TreeFolder
 
 PACKAGE = str(Path(imgcore.__file__).parent)
 MAX_NBYTES = 4096
+# By the name of the corpus; images are the rest.
+PLACES: dict[str, type[Folder | TreeFolder]] = {
+    "corpus_areas": Folder,
+    "corpus_trees": TreeFolder,
+}
 
 Arc = tuple[str, int, int, str | None]
 
@@ -47,7 +53,7 @@ class Tracer:
         return line
 
 
-def reached(data: bytes, place: Place | Folder) -> set[Arc]:
+def reached(data: bytes, place: Place | Folder | TreeFolder) -> set[Arc]:
     """Return the steps that an input takes through imgcore."""
     tracer = Tracer(Pieces.unpack(data).format if isinstance(place, Place) else None)
     sys.settrace(tracer)
@@ -68,7 +74,7 @@ def main(corpus: Path, folders: list[Path]) -> None:
     logging.getLogger("imgcore").propagate = False
     corpus.mkdir(exist_ok=True)
     inputs = {path.read_bytes() for folder in (corpus, *folders) for path in folder.iterdir()}
-    place = Folder() if corpus.name == "corpus_areas" else Place()
+    place = PLACES.get(corpus.name, Place)()
     known: set[Arc] = set()
     kept = set()
     for data in sorted(inputs, key=lambda data: (len(data), data)):

@@ -20,7 +20,7 @@ CHILD_SUFFIXES: Final = {
     "vdi": ".vdi",
 }
 # Verbs that read the disk, and so need all files of the image.
-READING: Final = ("convert", "map", "measure", "compare-a", "compare-b")
+READING: Final = ("convert", "map", "measure", "compare-a", "compare-b", "diff")
 VERBS: Final = (*READING, "info", "check", "lint")
 
 
@@ -43,6 +43,7 @@ def use(verb: str, image: Path, other: Path, **keywords: Any) -> Any:
         pair = (image, other) if side == "a" else (other, image)
         return imgcore.compare(*pair, **keywords)
     calls: dict[str, Callable[..., Any]] = {
+        "diff": lambda **words: list(imgcore.changes(image, since=other, **words)),
         "map": lambda **words: list(imgcore.map(image, **words)),
         "measure": lambda **words: imgcore.measure(image, target_format="qcow2", **words),
         "info": lambda **words: imgcore.info(image, chain="parent" in words, **words),
@@ -58,7 +59,7 @@ def command(verb: str, image: Path | str, other: Path, *options: str) -> list[st
     if verb == "convert":
         words.append(str(other.parent / "converted.raw"))
         options = ("--force", *options)
-    elif verb == "compare-a":
+    elif verb in ("compare-a", "diff"):
         words.append(str(other))
     elif verb == "compare-b":
         words.insert(0, str(other))

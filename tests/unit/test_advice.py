@@ -667,6 +667,12 @@ NAMED = {
     ("disk/target_format.py", ", or use {} {}"): ("convert",),
     ("verbs/check.py", "an image that another process may write to cannot be repaired (-U)"):
     ("check",),
+    ("verbs/convert.py", "--verify reads what is on stable storage: it contradicts --no-sync"):
+    ("convert",),
+    ("cli/checksum.py", "--check takes the names of the images from LIST"): ("checksum",),
+    ("cli/checksum.py", "--tree is the tree of one FILE"): ("checksum",),
+    ("cli/compare.py", "--{}: with --tree, A's options are for the image"): ("compare",),
+    ("cli/compare.py", "--strict compares images, and --tree a tree"): ("compare",),
 }  # fmt: skip
 
 # Texts without advice, help of options, and advice that needs a huge disk or a program
@@ -674,6 +680,8 @@ NAMED = {
 OTHERS = frozenset(
     {
         "it does not state a {}",
+        "-F, --parent-b and --read-options-b are for a second image",
+        "--json and --bmap are two kinds of output",
         "in use by another process (QEMU's image lock)",
         "The block device is in use or mounted",
         "is in use: a program has it open, or did not close it, and it may lack changes",
@@ -688,6 +696,7 @@ OTHERS = frozenset(
         "{} has a state or bits that are reserved",
         "the two region tables differ: the first one is used",
         "has the reserved state {}",
+        "{} of its blocks of {} bytes {} of {}, the first at 0x{}",
         "the footer does not say where the grain directory is",
         "the first file is named {}, not {}",
         (

@@ -67,7 +67,11 @@ BAD = [
     ([(0, 512), (512, 0)], r"entry 2 of the areas at 512 has a length of 0"),
     ([(0, -1)], r"entry 1 of the areas at 0 has a length of -1"),
     ([(MIB - 512, 1024)], r"entry 1 .* from 1048064 to 1049088, outside the disk of 1048576"),
-    ([(1 << 70, 1)], r"entry 1 of the areas is from 1180591620717411303424"),
+    ([((1 << 63) - 1, (1 << 63) - 1)], r"entry 1 of the areas is from 9223372036854775807 to"),
+    ([(1 << 70, 1)], r"exceeds 2\^63 - 1"),
+    # Their sum has more digits than Python prints.
+    ([(10**4300 - 1, 10**4300 - 1)], r"exceeds 2\^63 - 1"),
+    ([(0, -(10**4299))], r"exceeds 2\^63 - 1"),
     ([(0, 512), (4096, 512), (2048, 512)], r"entry 3 .* starts at 2048, .* \(4096\): not sorted"),
     ([(0, 4096), (2048, 512)], r"entry 2 .* starts at 2048, inside .*: they overlap"),
     ([(0, 512), (0, 512)], r"entry 2 .* starts at 0, inside .*: they overlap"),
@@ -103,7 +107,8 @@ def test_rounding_is_that_of_each_byte() -> None:
     rng = random.Random(1)
     for _ in range(500):
         size = rng.randrange(1, 6000)
-        cuts = sorted(rng.sample(range(size + 1), min(size + 1, rng.randrange(2, 12))))
+        cuts = sorted(rng.sample(range(size), min(size, rng.randrange(2, 12))))
+        cuts += [size] * rng.randrange(2)
         kinds = [rng.randrange(3) for _ in cuts[1:]]
         areas = [
             Area(a, b - a, is_zero=kind == 1)
@@ -175,9 +180,12 @@ def test_a_map_of_many_pieces(tmp_path: Path) -> None:
     """The file is read in pieces of 1 MiB; entries and white space span them."""
     areas = [Area(2 * n, 1, is_zero=False) for n in range(30_000)]
     text = "".join(map_lines(areas)).replace(",\n", "," + " " * 90)
-    text = " " * (1 << 20) + text + "\n" * (1 << 20)
-    assert len(text) > 6 << 20
+    text = " " * 60_000 + text + "\n" * (1 << 20)
+    assert len(text) > 5 << 20
     assert listed(write(tmp_path / "map", text)) == areas
+    # Errors tell the place.
+    with pytest.raises(FormatError, match=rf"'x' instead of the end .*, at character {len(text)}$"):
+        listed(write(tmp_path / "map", text + "x"))
 
 
 ENTRY = '{"start": 0, "length": 512, "data": true, "zero": false}'
@@ -219,12 +227,13 @@ def test_bad_maps(tmp_path: Path, text: str, words: str) -> None:
 
 def test_binary_files(tmp_path: Path) -> None:
     path = tmp_path / "a"
-    path.write_bytes(b"[\xff\xfe\x00")
+    path.write_bytes(f"[{ENTRY},\xff\xfe\x00".encode("latin-1"))
     with pytest.raises(FormatError, match="not a text"):
         listed(path)
-    path.write_bytes(bytes(1000))
-    with pytest.raises(WrongFormatError, match="not a list of changed areas"):
-        listed(path)
+    for content in (bytes(1000), b"QFI\xfb" + bytes(1000), b"[\xff", b"\xff\xfe[", b"\xff\xfe"):
+        path.write_bytes(content)
+        with pytest.raises(WrongFormatError, match="not a list of changed areas"):
+            listed(path)
     with pytest.raises(ImgcoreError, match="is a folder|is a directory"):
         listed(tmp_path)
 
@@ -418,7 +427,7 @@ BAD_BMAPS: list[tuple[Callable[[str], str], str]] = [
     (lambda text: text.replace(" 0-1 ", " 17-18 "), "not sorted"),
     (lambda text: text.replace(" 16 ", " 1 "), "they overlap"),
     (lambda text: text.replace(" 16 ", " 256 "), "outside the disk"),
-    (lambda text: text.replace(" 16 ", f" {'9' * 19} "), "outside the disk"),
+    (lambda text: text.replace(" 16 ", f" {'9' * 19} "), "exceeds 2"),
     (lambda text: text.replace(" 0-1 ", " <a/> "), "element 'a' inside 'Range'"),
     (lambda text: text.replace("<BlockMap>", "<BlockMap><Area/>"), "'Area' inside 'BlockMap'"),
     (lambda text: text.replace("<BlockMap>", "<BlockMap/><BlockMap>"), "two elements 'BlockMap'"),

@@ -94,6 +94,15 @@ def compare(folder: Path, threads: Any) -> Any:
     return imgcore.compare(folder / "disk.raw", folder / "disk.qcow2", threads=threads)
 
 
+def compare_trees(folder: Path, threads: Any) -> Any:
+    imgcore.checksum(folder / "disk.raw", tree=folder / "disk.tree")
+    return list(imgcore.compare_trees(folder / "disk.tree", folder / "disk.qcow2", threads=threads))
+
+
+def changes(image: imgcore.Image, folder: Path, **keywords: Any) -> Any:
+    return list(imgcore.changes(image, since=folder / "small.raw", **keywords))
+
+
 Call = Callable[[imgcore.Image, Path, Any], Any]
 
 # Every number that a public function takes, and a value that it allows.
@@ -124,11 +133,25 @@ NUMBERS: dict[tuple[str, str], tuple[int, Call]] = {
     ("convert", "sparse"): (1024, lambda _, folder, n: convert(folder, sparse=n)),
     ("convert", "threads"): (1, lambda _, folder, n: convert(folder, threads=n)),
     ("compare", "threads"): (1, lambda _, folder, n: compare(folder, n)),
+    ("checksum", "threads"): (
+        1,
+        lambda image, _, n: imgcore.checksum(image, threads=n),
+    ),
+    ("changes", "threads"): (1, lambda image, folder, n: changes(image, folder, threads=n)),
+    ("changes", "granularity"): (
+        1024,
+        lambda image, folder, n: changes(image, folder, granularity=n),
+    ),
+    ("compare_trees", "threads"): (1, lambda _, folder, n: compare_trees(folder, n)),
     ("convert", "rate"): (60_000, lambda _, folder, n: convert(folder, "small.raw", rate=n)),
     ("create", "virtual_size"): (1024, lambda _, folder, n: create(folder, n)),
     ("measure", "size"): (1024, lambda _, folder, n: imgcore.measure(size=n)),
 }
 IDS = [" ".join(names) for names in NUMBERS]
+
+
+# Parameters that may be a descriptor.
+DESCRIBED = ("source", "image", "since")
 
 
 def test_every_number_is_tried() -> None:
@@ -145,7 +168,7 @@ def test_every_number_is_tried() -> None:
             for parameter in inspect.signature(function).parameters.values():
                 words = str(parameter.annotation).replace(" ", "").split("|")
                 # A descriptor is no number to calculate with.
-                assert "int" not in words or parameter.name == "source", (name, parameter)
+                assert "int" not in words or parameter.name in DESCRIBED, (name, parameter)
                 if "SupportsIndex" in words:
                     found.add((name, parameter.name))
     assert found == set(NUMBERS)
@@ -192,7 +215,12 @@ def test_numbers_out_of_range(
 def test_what_is_no_integer(
     names: tuple[str, str], number: Any, image: imgcore.Image, folder: Path
 ) -> None:
-    takes_words = (("convert", "sparse"), ("convert", "rate"), ("open", "cache"))
+    takes_words = (
+        ("convert", "sparse"),
+        ("convert", "rate"),
+        ("open", "cache"),
+        ("changes", "granularity"),
+    )
     if names in takes_words and number == "512":
         return  # a size in words is allowed there
     with pytest.raises(TypeError, match="an integer is needed, not"):

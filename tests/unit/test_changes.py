@@ -20,8 +20,10 @@ from tests.helpers.command import imgcore as command
 from tests.helpers.images import KIB, MIB, noise
 
 import imgcore
+from imgcore._core import checksum_algorithms
 from imgcore.disk import differences as differences_module
-from imgcore.verbs.changes import differences
+from imgcore.disk.open_options import OpenOptions
+from imgcore.verbs import changes as changes_module
 
 FORMATS: Final = ("raw", "qcow2", "vmdk", "vhd", "vhdx", "vdi")
 GRANULARITIES: Final = (512, 4 * KIB, 64 * KIB, 1 * MIB, 64 * MIB, 2048 * MIB)
@@ -76,6 +78,12 @@ def image_of(disk: bytes, path: Path) -> tuple[Path, bytes]:
         imgcore.convert(raw, path, sync=False)
     with imgcore.open(path) as image:
         return path, image.read(0, image.virtual_size)
+
+
+def differences(old: Path, new: Path, granularity: int = 64 * KIB) -> Iterator[imgcore.Area]:
+    """Yield what ``imgcore diff OLD NEW`` lists."""
+    with imgcore.open(new) as image:
+        yield from changes_module.differences(image, old, OpenOptions(), granularity=granularity)
 
 
 def found(areas: Iterator[imgcore.Area]) -> Areas:
@@ -179,6 +187,20 @@ def test_what_is_in_the_same_place_is_not_read(
         base_areas = found(differences(base, names[0], granularity=MIB))
         assert base_areas == [(2 * MIB, MIB, False)]
         assert found(differences(base, names[0])) == [(2 * MIB, 64 * KIB, True)]
+
+
+def test_one_file_at_two_places(tmp_path: Path) -> None:
+    """Two disks in parts of one file, which overlap."""
+    data = noise(3 * MIB)
+    (tmp_path / "all.bin").write_bytes(data)
+    for name, start in (("a", 0), ("b", MIB), ("c", 0)):
+        (tmp_path / f"{name}.vmdk").write_text(
+            "# Disk DescriptorFile\nversion=1\nCID=00000001\nparentCID=ffffffff\n"
+            f'createType="monolithicFlat"\nRW 4096 FLAT "all.bin" {start // 512}\n'
+        )
+    a, b, c = (tmp_path / f"{name}.vmdk" for name in "abc")
+    assert found(imgcore.changes(b, since=a)) == [(0, 2 * MIB, False)]
+    assert found(imgcore.changes(c, since=a)) == []
 
 
 def test_scattered_data_takes_several_batches(
@@ -297,6 +319,51 @@ def test_listed_areas(tmp_path: Path) -> None:
         found(imgcore.changes(image, areas=[(0, MIB + 512)]))
 
 
+# -- checksum trees --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", ["raw", "qcow2", "vhdx"])
+@pytest.mark.parametrize("algorithm", ["sha256", "blake3"])
+def test_a_tree(format: str, algorithm: str, tmp_path: Path) -> None:
+    if algorithm not in checksum_algorithms():
+        pytest.skip(f"{algorithm} is not in this build")
+    rng = random.Random(f"{format}{algorithm}")
+    disk = changed(changed(bytes(5 * MIB), rng), rng)
+    tree = tmp_path / "disk.tree"
+    a, old = image_of(disk, tmp_path / f"a.{format}")
+    imgcore.checksum(a, algorithm=algorithm, tree=tree)
+    b, new = image_of(changed(disk, rng), tmp_path / f"b.{format}")
+    for granularity in (64 * KIB, MIB):
+        areas = found(imgcore.changes(b, tree=tree, granularity=granularity))
+        assert applied(old, new, areas) == new
+        expected = oracle(new, old, granularity)
+        if granularity == 64 * KIB:
+            assert areas == expected
+        assert sum(area[1] for area in areas) == sum(area[1] for area in expected)
+    # The checksums are of 64 KiB.
+    assert found(imgcore.changes(b, tree=tree, granularity=512)) == oracle(new, old, 64 * KIB)
+    assert found(imgcore.changes(a, tree=tree)) == []
+    done = command("diff", "--json", "--tree", tree, b)
+    assert done.returncode == 1
+    assert len(json.loads(done.stdout)) == len(oracle(new, old, 64 * KIB))
+
+
+def test_a_tree_that_does_not_suit(tmp_path: Path) -> None:
+    a, _ = image_of(noise(MIB), tmp_path / "a.raw")
+    b, _ = image_of(noise(2 * MIB), tmp_path / "b.raw")
+    tree = tmp_path / "a.tree"
+    imgcore.checksum(a, tree=tree)
+    with pytest.raises(imgcore.OptionError, match="is of a disk of 1048576 bytes"):
+        found(imgcore.changes(b, tree=tree))
+    data = bytearray(tree.read_bytes())
+    data[100] ^= 1
+    tree.write_bytes(data)
+    with pytest.raises(imgcore.CorruptImageError, match="damaged"):
+        found(imgcore.changes(a, tree=tree))
+    with pytest.raises(imgcore.WrongFormatError, match="not a checksum tree"):
+        found(imgcore.changes(a, tree=a))
+
+
 # -- the interface ---------------------------------------------------------------------
 
 
@@ -329,6 +396,20 @@ def test_closing_the_image_ends_the_areas(tmp_path: Path) -> None:
         next(areas)
     with pytest.raises(ValueError, match="closed"):
         next(imgcore.changes(image, since=a))
+
+
+def test_a_refreshed_image_goes_on_as_it_was(tmp_path: Path) -> None:
+    rng = random.Random(8)
+    old = changed(bytes(4 * MIB), rng)
+    a, _ = image_of(old, tmp_path / "a.raw")
+    b, new = image_of(changed(changed(old, rng), rng), tmp_path / "b.qcow2")
+    with imgcore.open(b) as image:
+        areas = imgcore.changes(image, since=a, granularity=512)
+        taken = [next(areas)]
+        image.refresh()
+        gc.collect()
+        taken += areas
+    assert found(iter(taken)) == oracle(new, old, 512)
 
 
 def test_dropped_areas_close_their_images(tmp_path: Path) -> None:
@@ -397,6 +478,11 @@ def test_diff(tmp_path: Path) -> None:
         ]
     done = command("diff", "--json", "a.raw", "a.raw", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "[]\n")
+    done = command("diff", "--bmap", "a.raw", "b.qcow2", cwd=tmp_path)
+    assert done.returncode == 1
+    (tmp_path / "areas.bmap").write_text(done.stdout)
+    done = command("diff", "--json", "--areas", "areas.bmap", "b.qcow2", cwd=tmp_path)
+    assert [area["start"] for area in json.loads(done.stdout)] == [64 * KIB, 512 * KIB]
     (tmp_path / "areas.json").write_text(
         '[{"start": 0, "length": 512, "data": true, "zero": false}]'
     )
@@ -428,6 +514,7 @@ def test_diff_without_sense(tmp_path: Path) -> None:
         ("--since", "a.raw", "--tree", "t", "a.raw"),
         ("--areas", "x", "-F", "raw", "a.raw"),
         ("--granularity=5", "a.raw", "a.raw"),
+        ("--json", "--bmap", "a.raw", "a.raw"),
         ("--progress=qemu", "a.raw", "a.raw"),
     ):
         assert_one_line_error(command("diff", *words, cwd=tmp_path), code=2)

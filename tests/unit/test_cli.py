@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 from click.testing import CliRunner
 
+from imgcore.checksums.digest import Digest
 from imgcore.cli import main as cli
 from imgcore.cli import progress
 from imgcore.engine.bad_ranges import BadRange
@@ -98,6 +99,7 @@ class Outcome(NamedTuple):
     size_a: int = 512
     size_b: int = 512
     bad_ranges: tuple[BadRange, ...] = ()
+    checksum: Digest | None = None
 
 
 def assert_one_line(done: Run, code: int, *words: str) -> None:
@@ -282,7 +284,7 @@ def test_convert_passes_every_flag_on(run: RunMain, fake: Fake) -> None:
     line = "convert -f raw -O qcow2 -F raw -B base.raw -o a=1,b=2 -o c=3 -c -S 64k -m 3 -n -W -q -U"
     line += " --force --no-sync --allow /x --allow /y --source-backing-format qcow2"
     line += " --target-is-zero --parent p --read-options size=chs --profile azure --salvage"
-    line += " --no-reflink --trust-blocks -r 50M -t none -T none -C src dst"
+    line += " --no-reflink --trust-blocks -r 50M -t none -T none -C --checksum --verify src dst"
     assert run(*line.split()) == Run(0, "", "")
     assert received.pop("args") == ("src", "dst")
     assert received == {
@@ -309,6 +311,8 @@ def test_convert_passes_every_flag_on(run: RunMain, fake: Fake) -> None:
         "allow": ("/x", "/y"),
         "progress": received["progress"],
         "rate": 50 << 20,
+        "checksum": "sha256",
+        "verify": True,
     }
 
 

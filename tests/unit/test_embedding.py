@@ -27,11 +27,15 @@ changes: image since bitmap areas tree granularity threads progress format
     backing_format parent read_options allow share chain files format_since parent_since
     read_options_since
 check: path format parent repair allow share
+checksum: image algorithm tree threads progress format backing_format parent
+    read_options allow share files
+compare_trees: a b format backing_format parent read_options threads allow share
+    progress
 compare: a b format_a format_b parent_a parent_b read_options_a read_options_b strict
     threads allow backing_format share progress
 convert: source target format target_format options compress backing backing_format
     source_backing_format parent read_options sparse threads force sync in_place share
-    salvage reflink allow progress kernels profile rate control
+    salvage reflink allow progress kernels profile rate control checksum verify
 create: path virtual_size format options backing backing_format force sync allow
 info: path format chain allow share backing_format parent read_options
 lint: path profile format read_options parent allow share
@@ -57,6 +61,8 @@ CheckResult: filename format corruptions leaks total_clusters allocated_clusters
 CompareResult: identical first_difference reason size_a size_b
 ConvertResult: source target source_format target_format virtual_size bytes_data
     bytes_zero bytes_read bytes_written bytes_shared file_size seconds bad_ranges
+    checksum verified
+Digest: digest algorithm block_size
 CreateResult: path format virtual_size file_size options backing backing_format
 Finding: rule message remedy
 LintReport: filename format profile findings
@@ -74,9 +80,9 @@ PROMISED = {
 
 
 def test_the_table_is_read() -> None:
-    assert len(PROMISED) == 32
+    assert len(PROMISED) == 35
     assert PROMISED["convert"][:2] == ["source", "target"]
-    assert PROMISED["convert"][-1] == "control"
+    assert PROMISED["convert"][-1] == "verify"
     assert PROMISED["Progress"] == ["done", "total", "data", "zero", "written"]
 
 
@@ -119,6 +125,7 @@ def use(folder: Path) -> None:
     imgcore.lint(image, profile="openstack")
     imgcore.convert(image, target, force=True, sync=False, threads=3)
     assert imgcore.compare(raw, target, threads=3).identical
+    assert not list(imgcore.changes(image, since=target, threads=3))
     packed = target.with_suffix(".raw.gz")
     imgcore.convert(image, packed, force=True, sync=False, threads=2)
     imgcore.convert(packed, target.with_suffix(".raw"), force=True, sync=False)

@@ -162,22 +162,6 @@ def test_the_caller_may_close_its_own(name: str, folder: Path, way: str) -> None
             os.close(number)
 
 
-def test_a_read_by_io_uring_on_a_non_blocking_description(
-    opened: Any, way: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A ring answers EAGAIN for data that is not in memory."""
-    monkeypatch.setenv("IMGCORE_KERNEL", "io=uring")
-    (number,) = opened("small.qcow2", flags=os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        image = imgcore.open(number, format="qcow2")
-        image.read(0, 1)
-    except imgcore.OptionError as error:
-        pytest.skip(str(error))
-    with image:
-        os.posix_fadvise(number, 0, 0, os.POSIX_FADV_DONTNEED)
-        assert image.read(0, NBYTES) == DATA
-
-
 # -- without rights --------------------------------------------------------------------
 
 AGENT = """
@@ -477,3 +461,48 @@ def test_something_else_on_proc(folder: Path, opened: Any, monkeypatch: pytest.M
     monkeypatch.setattr(given, "open_file", lambda _, flags: open_file(os.devnull, flags))
     with imgcore.open(number) as image:
         assert image.read(0, NBYTES) == DATA
+
+
+def test_a_number_that_has_another_file_by_now(folder: Path, tmp_path: Path) -> None:
+    """A refreshed image does not use what the caller gave for a file that it closed."""
+    path = tmp_path / "child.qcow2"
+    child = (folder / "child.qcow2").read_bytes()
+    path.write_bytes(child)
+    number = os.open(folder / "disk.qcow2", os.O_RDONLY)
+    try:
+        with imgcore.open(path, files={"disk.qcow2": number}, share=True) as image:
+            # Another process merges the image with its parent, and undoes that.
+            imgcore.convert(folder / "changed.raw", tmp_path / "alone.qcow2")
+            with path.open("r+b") as file:
+                file.write((tmp_path / "alone.qcow2").read_bytes())
+            image.refresh()
+            assert len(image.chain) == 1
+            with path.open("r+b") as file:
+                file.write(child)
+            with pytest.raises(FileNotFoundError, match="disk.qcow2"):
+                image.refresh()
+            assert len(image.chain) == 1
+    finally:
+        os.close(number)
+
+
+def test_two_extents_of_one_last_component(folder: Path, tmp_path: Path) -> None:
+    half = NBYTES // 2
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a" / "x.vmdk").write_bytes(DATA[:half])
+    (tmp_path / "b" / "x.vmdk").write_bytes(DATA[half:])
+    lines = [f'RW {half // 512} FLAT "{name}/x.vmdk" 0' for name in ("a", "b")]
+    (tmp_path / "disk.vmdk").write_bytes(descriptor("twoGbMaxExtentFlat", *lines))
+    names = ["disk.vmdk", "a/x.vmdk", "b/x.vmdk"]
+    disk, first, second = (os.open(tmp_path / name, os.O_RDONLY) for name in names)
+    try:
+        with imgcore.open(disk, files={"a/x.vmdk": first, "b/x.vmdk": second}) as image:
+            assert image.read(0, NBYTES) == DATA
+        with pytest.raises(imgcore.OptionError, match=r"'x.vmdk', which may be 'a/x.*whole names"):
+            imgcore.open(disk, files={"x.vmdk": first})
+        with pytest.raises(imgcore.OptionError, match=r"files has 'x.vmdk', which no image"):
+            imgcore.open(disk, files={"a/x.vmdk": first, "b/x.vmdk": second, "x.vmdk": first})
+    finally:
+        for number in (disk, first, second):
+            os.close(number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +15,13 @@ from tests.helpers.images import noise, text
 from imgcore import _core
 from imgcore._core import CHECKSUM_BLOCK_NBYTES as BLOCK
 from imgcore._core import CHECKSUM_NBYTES, CoreError, Hasher
+from imgcore.disk.open_options import OpenOptions
+from imgcore.disk.source import open_source
+from imgcore.engine import geometry as geometry_module
 from imgcore.engine.extents import PLACEMENT_DTYPE, Kind, single
 from imgcore.engine.geometry import Codec, CodecId, Geometry, Placing, ZeroPolicy
-from imgcore.engine.hashing import (
-    require_algorithm,
-)
+from imgcore.engine.hashing import LeafStream, digest_disk, digest_geometry, require_algorithm
+from imgcore.engine.kinds import FLAG_UNREAD
 from imgcore.errors import OptionError
 
 MIB = 1 << 20
@@ -33,6 +36,16 @@ VECTORS = [
         b"A" * BLOCK + bytes(BLOCK) + b"B" * (BLOCK // 2),
         "c36703dbf20c51247b8af34524a6aa4218450b3db44c9a08bddfce190e28ce93",
     ),
+]
+
+# By the definition, with the hashes of the reference implementation.
+BLAKE3_VECTORS = [
+    "71e0a99173564931c0b8acc52d2685a8e39c64dc52e3d02390fdac2a12b155cb",
+    "e545980b0c7bf3de8127683bbf1d7eeeacd0c4c9a08246d9a4635b5cf2e186aa",
+    "4e3224cc37d31ec9900a2a0fd7c63de16804c12c4a81e2bd0b6443d139df976f",
+    "bdf825590125efe97d176cd7862f2fa96877cc1a3119775d4c58993aa8c5ffcf",
+    "d03e86e18cee8417648bc1d04244f720b027fadde75bb523597dde510e486333",
+    "0293775d9e5e77821520a1bfaca2317bb05b12b340a67688e3ae22f2f5111206",
 ]
 
 
@@ -56,6 +69,14 @@ def test_vectors(content: bytes, expected: str) -> None:
     hasher.update(content)
     assert hasher.digest().hex() == expected
     assert digest_of(content).hex() == expected
+
+
+@pytest.mark.skipif("blake3" not in _core.checksum_algorithms(), reason="blake3 is not built")
+def test_blake3_vectors() -> None:
+    for (content, _), expected in zip(VECTORS, BLAKE3_VECTORS, strict=True):
+        hasher = Hasher("blake3")
+        hasher.update(content)
+        assert hasher.digest().hex() == expected
 
 
 PARTS = st.lists(
@@ -215,3 +236,106 @@ def test_a_conversion_makes_the_leaves(name: str, window_nbytes: int, threads: i
             job.close()
         targets.append(target)
     assert targets[0] == targets[1]
+
+
+class Leaves:
+    """A sink that keeps all leaves."""
+
+    def __init__(self) -> None:
+        self.leaves: list[bytes] = []
+        self.n_runs: int = 0
+
+    def add(self, leaves: memoryview) -> None:
+        for at in range(0, len(leaves), CHECKSUM_NBYTES):
+            self.leaves.append(bytes(leaves[at : at + CHECKSUM_NBYTES]))
+
+    def add_zeros(self, n_blocks: int) -> None:
+        self.n_runs += 1
+        self.leaves.extend([hashlib.sha256(bytes(BLOCK)).digest()] * n_blocks)
+
+
+def digest_raw(path: Path, sink: Leaves | None = None) -> bytes:
+    with open_source(path, OpenOptions(format="raw")) as source:
+        nbytes = source.exact_nbytes
+        with source.supply(digest_geometry(nbytes), None) as supply:
+            return digest_disk(supply, nbytes, "sha256", threads=2, variants={}, sink=sink)
+
+
+def test_gaps_and_the_end_are_zeros() -> None:
+    """The sink gets long runs of zeros as such, and the leaf of a short block."""
+    content = bytes(7 * BLOCK) + noise(2 * BLOCK) + bytes(4 * BLOCK + 100)
+    sink = Leaves()
+    stream = LeafStream("sha256", sink)
+    leaves = stream.leaves(7 * BLOCK, 9 * BLOCK)
+    leaves[:] = b"".join(leaves_of(content)[7:9])
+    stream.add(7 * BLOCK, 9 * BLOCK, leaves)
+    assert stream.finish(len(content)) == digest_of(content)
+    assert sink.leaves == leaves_of(content)
+    assert sink.n_runs == 2
+
+
+def test_batches_bound_the_memory_of_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A flat disk is cut as well; batches start and end with whole blocks."""
+    monkeypatch.setattr(geometry_module, "_MAX_BATCH_BLOCKS", 3)
+    path = tmp_path / "a.raw"
+    path.write_bytes(CONTENT)
+    with path.open("r+b") as file:
+        file.seek(100 * BLOCK)
+        file.truncate(120 * BLOCK + 7)
+    content = path.read_bytes()
+    with open_source(path, OpenOptions(format="raw")) as source:
+        with source.supply(digest_geometry(len(content)), None) as supply:
+            spans = [(batch.start, batch.end) for batch in supply.batches]
+    assert max(end - start for start, end in spans) == 3 * BLOCK
+    assert all(start % BLOCK == 0 for start, _ in spans)
+    sink = Leaves()
+    assert digest_raw(path, sink) == digest_of(content)
+    assert sink.leaves == leaves_of(content)
+
+
+@pytest.mark.parametrize(
+    ("block_nbytes", "group_nblocks", "unit", "most"),
+    [
+        (4096, 0, BLOCK, 8 << 30 >> 4),
+        (BLOCK, 0, BLOCK, 8 << 30),
+        (MIB, 0, MIB, 8 << 30),
+        (BLOCK, 512, 512 * BLOCK, 8 << 30),
+        (4096, 3, 3 * BLOCK, (8 << 30 >> 4) // (3 * BLOCK) * (3 * BLOCK)),
+        (512, 1, BLOCK, 64 * MIB),
+    ],
+)
+def test_units_have_whole_leaves(
+    block_nbytes: int, group_nblocks: int, unit: int, most: int
+) -> None:
+    geometry = Geometry(block_nbytes, MIB, group_nblocks=group_nblocks, leaf_nbytes=BLOCK)
+    assert geometry.unit_nbytes == unit
+    assert geometry.max_batch_nbytes == most
+
+
+def test_trusted_and_unread_data_is_hashed() -> None:
+    """A flag of a row, or trust, leaves nothing out of a checksum."""
+    rows = rows_of(CONTENT)
+    rows["flags"][rows["kind"] == Kind.DATA] = FLAG_UNREAD
+    geometry = GEOMETRIES["identity"]
+    job = _core.Job(
+        sources=[(_core.File.from_memory(CONTENT), NBYTES, 0, 0)],
+        geometry=geometry,
+        target=_core.File.null(),
+        reflink=True,
+        trust_blocks=True,
+        checksum="sha256",
+    )
+    assert leaves_from(job, rows, geometry) == EXPECTED
+
+
+def test_leaves_must_fit_the_batch() -> None:
+    job = _core.Job(sources=[], checksum="sha256")
+    rows = single(0, MIB, Kind.HOLE)
+    for n_leaves in (0, 15, 17):
+        with pytest.raises(CoreError, match="leaves: INVALID_ARGUMENT"):
+            job.start(0, MIB, rows, leaves=bytearray(n_leaves * CHECKSUM_NBYTES))
+    with pytest.raises(ValueError, match="33 bytes are no leaves"):
+        job.start(0, MIB, rows, leaves=bytearray(33))
+    job.close()

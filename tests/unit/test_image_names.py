@@ -276,7 +276,7 @@ def test_urls(url: str, verb: str, tmp_path: Path) -> None:
         # A Path would change the slashes.
         use(verb, url, raw)  # type: ignore[arg-type]
     if url == URLS[3]:
-        code = 2 if verb.startswith(("compare", "lint")) else 1
+        code = 2 if verb.startswith(("compare", "diff", "lint")) else 1
         done = imgcore_command(*command(verb, url, raw))
         assert_one_line_error(done, "URLs and protocols are not read", code=code)
         assert "hunter2" not in done.stderr

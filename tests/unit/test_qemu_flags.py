@@ -231,7 +231,7 @@ def test_unsafe_is_no_sync(
 
     def stand_in(*_: Any, **keywords: Any) -> Any:
         received.update(keywords)
-        return SimpleNamespace(bad_ranges=())
+        return SimpleNamespace(bad_ranges=(), checksum=None)
 
     monkeypatch.setattr("imgcore.verbs.convert.convert", stand_in)
     assert run(f"convert {flags} d.raw o.raw").code == 0
@@ -373,7 +373,7 @@ def states(*percents: float) -> Callable[..., Any]:
     def job(*_: Any, progress: Callable[[Any], None], **__: Any) -> Any:
         for percent in percents:
             progress(SimpleNamespace(done=int(percent * 100), total=10000))
-        return SimpleNamespace(bad_ranges=(), _asdict=dict)
+        return SimpleNamespace(bad_ranges=(), checksum=None, _asdict=dict)
 
     return job
 

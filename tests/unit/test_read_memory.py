@@ -125,3 +125,32 @@ def test_the_result_is_new_each_time(folder: Path) -> None:
         assert image.read(5, 0) == b""
         results = [image.read(at, 1) for at in range(2000)]
         assert b"".join(results) == image.read(0, 2000)
+
+
+@pytest.mark.parametrize("cache", [0, 100_000, 2 * MIB])
+@pytest.mark.parametrize("name", ["disk.qcow2", "small.qcow2", "stream.vmdk"])
+def test_no_more_is_kept_than_the_cache_allows(name: str, cache: int, folder: Path) -> None:
+    data = (folder / "disk.raw").read_bytes()
+    with imgcore.open(folder / name, cache=cache) as image:
+        for _ in range(2):
+            for at in range(0, NBYTES, 50_000):
+                assert image.read(at, 1000) == data[at : at + 1000]
+                assert image._disk is not None
+                n_entries, nbytes, _, _ = image._disk.stats
+                assert nbytes <= cache
+        assert (n_entries > 0) == (cache > 0)
+        if cache == 2 * MIB and name != "disk.qcow2":
+            assert nbytes > cache // 2
+
+
+def test_blocks_and_tables_are_read_once(folder: Path) -> None:
+    with imgcore.open(folder / "small.qcow2") as image:
+        image.read(3 * MIB, 1)
+        assert image._disk is not None
+        before = image._disk.stats
+        for offset in range(3 * MIB, 3 * MIB + 65536, 100):
+            image.read(offset, 1)
+        after = image._disk.stats
+        assert (before[0], before[3]) == (after[0], after[3])
+        image.refresh()
+        assert image._disk is None

@@ -111,7 +111,7 @@ def test_the_advice_for_a_missing_parent_works(
     for image in images[:2]:
         shutil.move(image, moved / f"x-{image.name}")
     done = imgcore_command(*command(verb, images[2], raw))
-    code = 2 if verb.startswith("compare") else 1
+    code = 2 if verb.startswith(("compare", "diff")) else 1
     assert_one_line_error(done, "parent of", "state it with --parent", code=code)
     (flag,) = re.findall(r"state it with (--[\w-]+)", done.stderr)
     stated = [flag, str(moved / f"x-{images[1].name}")]
@@ -293,7 +293,7 @@ def test_a_backing_file_of_another_host(form: str, verb: str, tmp_path: Path) ->
     name = FOREIGN[form](base.name)
     qemu.run("create", "-q", "-u", "-f", "qcow2", "-F", "qcow2", "-b", name, image, "4M")
     done = imgcore_command(*command(verb, image, raw))
-    code = 2 if verb.startswith("compare") else 1
+    code = 2 if verb.startswith(("compare", "diff")) else 1
     assert_one_line_error(done, f"if it is {base}", code=code)
     advice = re.findall(r"state it with (--[\w-]+): (\S+)$", done.stderr.strip())
     done = imgcore_command(*command(verb, image, raw, *advice[0]))

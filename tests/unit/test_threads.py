@@ -18,7 +18,7 @@ from tests.helpers.images import MIB
 
 import imgcore
 from imgcore.engine import cpus
-from imgcore.engine.job import read_thread_count, thread_count
+from imgcore.engine.job import thread_count
 from imgcore.streams import helpers
 
 # -- the default number ----------------------------------------------------------------
@@ -104,9 +104,6 @@ def test_the_default_respects_affinity_and_quota(
     assert cpus.available_cpus() == expected
     assert thread_count(None) == expected
     assert thread_count(7) == 7
-    assert read_thread_count(None, 64 * MIB) == expected
-    assert read_thread_count(None, MIB - 1) == 1
-    assert read_thread_count(7, 1) == 7
 
 
 def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

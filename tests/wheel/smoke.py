@@ -32,6 +32,20 @@ def content() -> bytes:
     return text[:MIB].ljust(4 * MIB, b"\0") + generator.randbytes(MIB) + bytes(3 * MIB)
 
 
+# The checksum of one byte "A"; see native/tests/test_checksum.c.
+CHECKSUMS = {
+    "sha256": "60fb4e2bdf7dfc32f8230836f7453a77e665e4a1d3cc117944e0296d40b7800c",
+    "blake3": "e545980b0c7bf3de8127683bbf1d7eeeacd0c4c9a08246d9a4635b5cf2e186aa",
+}
+
+
+def checksum(algorithm: str) -> str:
+    """Return the checksum of one byte "A"."""
+    hasher = _core.Hasher(algorithm)
+    hasher.update(b"A")
+    return hasher.digest().hex()
+
+
 def main() -> None:
     """Convert from format to format, and compare with the source."""
     parser = argparse.ArgumentParser()
@@ -41,6 +55,7 @@ def main() -> None:
         str(row["name"]) for rows in _core.variants().values() for row in rows if row["runnable"]
     }
     assert not running & unwanted, running
+    assert {name: checksum(name) for name in CHECKSUMS} == CHECKSUMS
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = folder / "disk.raw"

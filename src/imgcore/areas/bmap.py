@@ -140,6 +140,10 @@ class _Parser:
         self.ranges.append(int(found[1]))
         self.ranges.append(int(found[2] or found[1]))
 
+    def pairs(self) -> Iterator[tuple[int, int]]:
+        """Yield the first and the last block of each range."""
+        return zip(self.ranges[::2], self.ranges[1::2], strict=True)
+
     def text(self, name: str) -> str:
         """Return the text of an element that a block map must have."""
         if name not in self.texts:
@@ -186,14 +190,13 @@ def _entries(found: _Parser, virtual_size: int) -> Iterator[Entry]:
             f"the block map is of a disk of {image_nbytes} bytes, this one has {virtual_size}",
             path=found.path,
         )
-    ranges = list(zip(found.ranges[::2], found.ranges[1::2], strict=True))
-    n_listed = sum(last + 1 - first for first, last in ranges)
+    n_listed = sum(last + 1 - first for first, last in found.pairs())
     if n_listed != n_mapped:
         raise FormatError(
             f"{n_listed} blocks in the ranges, but MappedBlocksCount is {n_mapped}",
             path=found.path,
         )
-    for first, last in ranges:
+    for first, last in found.pairs():
         start = first * block_nbytes
         end = image_nbytes if last + 1 == n_blocks else (last + 1) * block_nbytes
         yield Entry(start, end - start)

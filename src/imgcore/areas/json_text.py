@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from imgcore import limits
 from imgcore.errors import FormatError, LimitExceededError
+from imgcore.sizes import MAX_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -94,11 +95,6 @@ class JsonText:
             if self._offset == self._file.nbytes:
                 return ""
 
-    def window(self) -> str:
-        """Return the text that follows, as far as a value may reach."""
-        self._look_ahead()
-        return self._text[self._at : self._at + limits.AREAS_MAX_JSON_VALUE_CHARS]
-
     def _take(self, chars: str) -> str:
         """Take one of the characters, which must come next."""
         found = self.next_char()
@@ -166,6 +162,8 @@ class JsonText:
         found = members.get(name)
         if isinstance(found, bool) or not isinstance(found, int):
             raise self.error(f"the object that ends here has no {name!r} that is a whole number")
+        if not -MAX_SIZE <= found <= MAX_SIZE:
+            raise self.error(f"{name!r} in the object that ends here exceeds 2^63 - 1")
         return found
 
     def _too_large(self) -> LimitExceededError:

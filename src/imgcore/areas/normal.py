@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from imgcore import limits
 from imgcore.areas.area import Area
 from imgcore.errors import FormatError, ImgcoreError, OptionError
+from imgcore.sizes import MAX_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -77,6 +78,8 @@ def _checked(entries: Iterable[Entry], virtual_size: int, path: str | None) -> I
 
 def _problem(entry: Entry, last: Entry, virtual_size: int) -> str | None:
     offset, length = entry.offset, entry.length
+    if max(abs(offset), abs(length)) > MAX_SIZE:
+        return "has an offset or a length that exceeds 2^63 - 1"
     if offset < 0:
         return f"starts at {offset}, before the start of the disk"
     if length <= 0:

@@ -6,8 +6,9 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, SupportsIndex, TypeAlias
 
+from imgcore import limits
 from imgcore.areas.area import Area
-from imgcore.areas.json_text import JsonText
+from imgcore.areas.json_text import JsonText, encoding_of
 from imgcore.areas.normal import Entry, normal_areas
 from imgcore.border import FilePath, file_name, integer
 from imgcore.errors import UnsupportedFeatureError, WrongFormatError
@@ -86,20 +87,19 @@ def _entries(file: ByteSource, virtual_size: int) -> Iterator[Entry]:
             "QueryChangedDiskAreas",
             path=file.path,
         )
-    text = JsonText(file)
-    start = text.next_char()
-    if start == "<":
+    head = file.pread(0, min(limits.AREAS_MAX_JSON_VALUE_CHARS, file.nbytes))
+    text = head.decode(encoding_of(head), "replace").lstrip(" \t\n\r")
+    if text.startswith("<"):
         from imgcore.areas.bmap import read_bmap
 
         return read_bmap(file, virtual_size)
-    window = text.window()
-    key = _KNOWN_KEY.search(window) if start in ("[", "{") else None
-    if _EMPTY_ARRAY.match(window) or (key is not None and key[1].lower() == "start"):
+    key = _KNOWN_KEY.search(text) if text.startswith(("[", "{")) else None
+    if _EMPTY_ARRAY.match(text) or (key is not None and key[1].lower() == "start"):
         from imgcore.areas.qemu_map import read_map
 
-        return read_map(text)
+        return read_map(JsonText(file))
     if key is not None:
         from imgcore.areas.vmware_json import read_responses
 
-        return read_responses(text, virtual_size)
+        return read_responses(JsonText(file), virtual_size)
     raise WrongFormatError("not a list of changed areas of a known kind", path=file.path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -30,6 +30,20 @@ def say(text: str) -> None:
     """Print one line on stderr; a closed or full stderr is not an error."""
     with suppress(OSError):
         print(one_line(text), file=sys.stderr, flush=True)
+
+
+def error_text(error: Exception) -> str:
+    """Return an exception as one line; the caller puts ``imgcore:`` in front."""
+    from imgcore.errors import ImgcoreError
+
+    if isinstance(error, ImgcoreError):
+        return str(error)
+    if isinstance(error, OSError):
+        text = error.strerror or str(error) or type(error).__name__
+        return text if error.filename is None else f"{os.fsdecode(error.filename)}: {text}"
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    return f"a defect of imgcore, please report it: {type(error).__name__}: {error}"
 
 
 def size_value(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
@@ -66,13 +80,22 @@ class Verb(click.Command):
             raise
 
     def _rewritten(self, args: list[str]) -> list[str]:
-        """Replace ``--progress`` without a mode, as qemu-img has it, by ``-p``."""
+        """Replace options without their optional values.
+
+        ``--progress`` without a mode, as qemu-img has it, is ``-p``.  The value of
+        others follows ``=``, so that the next word is never taken for one.
+        """
         modes = next((found for p in self.params if (found := _choices(p, "--progress"))), ())
+        usual = {flag: value for p in self.params for flag, value in _usual_value(p)}
         rewritten = list(args)
         for index, arg in enumerate(args):
-            if arg == "--" or not modes:
+            if arg == "--":
                 break
-            if arg == "--progress" and not (args[index + 1 :] and args[index + 1] in modes):
+            if arg in usual:
+                rewritten[index] = f"{arg}={usual[arg]}"
+            elif (
+                modes and arg == "--progress" and "".join(args[index + 1 : index + 2]) not in modes
+            ):
                 rewritten[index] = "-p"
         return rewritten
 
@@ -81,6 +104,13 @@ def _choices(param: click.Parameter, flag: str) -> Sequence[str]:
     if flag in param.opts and isinstance(param.type, click.Choice):
         return param.type.choices
     return ()
+
+
+def _usual_value(param: click.Parameter) -> Iterator[tuple[str, str]]:
+    """Yield each flag of an option with an optional value, and the usual value."""
+    if isinstance(param, click.Option) and not param.is_flag:
+        value = param.flag_value
+        yield from ((flag, value) for flag in param.opts if isinstance(value, str))
 
 
 def raise_for_flag(verb_name: str, error: click.NoSuchOption) -> None:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from imgcore.checksums.digest import ALGORITHMS
+from imgcore.cli.checksum_lists import print_entry
 from imgcore.cli.common import (
     cache_option,
     open_options,
@@ -108,6 +110,19 @@ EXIT_SALVAGED: Final = 3
     metavar="RATE",
     help="Move at most so many bytes of the disk a second; 0 is no limit.",
 )
+@click.option(
+    "--checksum",
+    is_flag=False,
+    flag_value=ALGORITHMS[0],
+    type=click.Choice(ALGORITHMS),
+    help=f"Print a digest of TARGET's disk, as `imgcore checksum` does; {ALGORITHMS[0]} unless "
+    "stated with =.",
+)
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="Read TARGET back before it gets its name, and compare digests.",
+)
 @cache_option(
     "-t",
     "--target-cache",
@@ -154,6 +169,8 @@ def command(
     no_reflink: bool,
     trust_blocks: bool,
     rate: int | None,
+    checksum: str | None,
+    verify: bool,
     target_cache: str | None,
     threads: int | None,
     opening: dict[str, Any],
@@ -206,13 +223,18 @@ def command(
             progress=report.callback,
             profile=profile,
             rate=rate or None,
+            checksum=checksum,
+            verify=verify,
             **opening,
         )
     if as_json:
         import json
 
         ranges = [row._asdict() for row in result.bad_ranges]
-        click.echo(json.dumps(result._asdict() | {"bad_ranges": ranges}))
+        digest = None if result.checksum is None else result.checksum.as_dict()
+        click.echo(json.dumps(result._asdict() | {"bad_ranges": ranges, "checksum": digest}))
+    elif result.checksum is not None and not quiet:
+        print_entry(result.checksum.hexdigest, target)
     for row in result.bad_ranges:
         _print_lost(row)
     return EXIT_SALVAGED if result.bad_ranges else None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from imgcore.areas.qemu_map import map_lines
+from imgcore.cli.area_lines import Counted, area_lines
 from imgcore.cli.common import (
     open_options,
     output_options,
@@ -20,11 +21,16 @@ from imgcore.cli.progress import progress_options, reporter
 from imgcore.errors import OptionError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Mapping
 
     from imgcore.areas.area import Area
+    from imgcore.disk.image import Image
+    from imgcore.disk.open_options import OpenOptions
 
 EXIT_DIFFERENT: Final = 1
+
+# The keywords that each of two images has.
+_OF_EACH: Final = ("format", "parent", "read_options")
 
 
 @verb("diff")
@@ -75,6 +81,7 @@ EXIT_DIFFERENT: Final = 1
 @progress_options
 @quiet_option()
 @output_options
+@click.option("--bmap", "as_bmap", is_flag=True, help="Print a block map of bmaptool (bmap 2.0).")
 @click.argument("image", metavar="A|IMAGE")
 @click.argument("b", metavar="[B]", required=False)
 @click.pass_context
@@ -90,6 +97,7 @@ def command(
     wants_progress: bool,
     quiet: bool,
     as_json: bool,
+    as_bmap: bool,
     **states: str | None,
 ) -> int:
     """List the areas in which the image B differs from A.
@@ -102,64 +110,63 @@ def command(
 
     Exit code: 0 no changes, 1 changes, 2 failed or wrong usage.
     """
-    earlier = {name: value for name, value in states.items() if value is not None}
+    earlier: dict[str, Any] = {name: value for name, value in states.items() if value is not None}
     if (b is None) != (len(earlier) == 1) or len(earlier) > 1:
         raise click.UsageError(
             "give two images, or one image and one of --since, --bitmap, --areas and --tree", ctx
         )
+    if as_json and as_bmap:
+        raise click.UsageError("--json and --bmap are two kinds of output", ctx)
+    from imgcore.disk.image import open_image
+    from imgcore.verbs.changes import changes, differences
+
     with reporter(
         progress_mode, wanted=wants_progress, quiet=quiet, label="diff", as_json=True
     ) as report:
         how = {"granularity": granularity, "threads": threads, "progress": report.callback}
-        found = _Counted(_areas(image, b, earlier, opening, how))
-        if quiet and not as_json:
-            next(found, None)  # one is enough to know
-        else:
-            sys.stdout.writelines(map_lines(found) if as_json else _table_lines(found))
+        first, second = _options(opening, "_a"), _options(opening, "_b")
+        with open_image(b or image, second if b else first) as disk:
+            if b is not None:
+                areas = differences(disk, image, first, **how)
+            else:
+                areas = changes(disk, **earlier, **_since(opening, earlier), **how)
+            found = Counted(areas)
+            if as_bmap:
+                sys.stdout.write(_bmap(found, disk))
+            elif as_json:
+                sys.stdout.writelines(map_lines(found))
+            elif not quiet:
+                sys.stdout.writelines(area_lines(found))
+            else:
+                next(found, None)  # one is enough to know
     return EXIT_DIFFERENT if found.n_areas else 0
 
 
-class _Counted:
-    """Areas, and their number so far."""
+def _options(opening: Mapping[str, Any], suffix: str) -> OpenOptions:
+    """Return how to open the first or the second image that is named."""
+    from imgcore.disk.open_options import FLAGS, Flags, OpenOptions
 
-    def __init__(self, areas: Iterator[Area]) -> None:
-        self._areas = areas
-        self.n_areas = 0
-
-    def __iter__(self) -> Iterator[Area]:
-        return self
-
-    def __next__(self) -> Area:
-        area = next(self._areas)
-        self.n_areas += 1
-        return area
+    return OpenOptions.from_keywords(
+        **{name: opening[name] for name in ("backing_format", "share", "allow")},
+        **{name: opening[name + suffix] for name in _OF_EACH},
+        flags=FLAGS if suffix == "_a" else Flags(format="-F", parent="--parent-b"),
+    )
 
 
-def _areas(
-    image: str,
-    b: str | None,
-    earlier: dict[str, Any],
-    opening: dict[str, Any],
-    how: dict[str, Any],
-) -> Iterator[Area]:
-    from imgcore.verbs.changes import changes, differences
-
-    if b is not None:
-        return differences(image, b, **opening, **how)
-    keywords = {name.removesuffix("_a"): value for name, value in opening.items()}
-    for name in ("format", "parent", "read_options"):
-        value = keywords.pop(f"{name}_b")
-        if "since" in earlier:
-            keywords[f"{name}_since"] = value
-        elif value:
-            raise OptionError(f"the options of a second image are given, but there is none: {name}")
-    keywords["parent"] = keywords["parent"] or None
-    return changes(image, **earlier, **keywords, **how)
+def _since(opening: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keywords for the image of ``--since``."""
+    if "since" in earlier:
+        common = {name: opening[name] for name in ("backing_format", "share", "allow")}
+        return common | {f"{name}_since": opening[f"{name}_b"] for name in _OF_EACH}
+    if any(opening[f"{name}_b"] for name in _OF_EACH):
+        raise OptionError("-F, --parent-b and --read-options-b are for a second image")
+    return {}
 
 
-def _table_lines(areas: Iterable[Area]) -> Iterator[str]:
-    header = f"{'Offset':<16}{'Length':<16}Content\n"
-    for area in areas:
-        content = "zeros" if area.is_zero else "data"
-        yield f"{header}{area.offset:<#16x}{area.length:<#16x}{content}\n"
-        header = ""
+def _bmap(areas: Iterable[Area], disk: Image) -> str:
+    from imgcore.areas.bmap import bmap_of
+
+    size = disk.virtual_size
+    inside = (area for area in areas if area.offset < size)
+    cut = (area._replace(length=min(area.length, size - area.offset)) for area in inside)
+    return bmap_of(cut, disk, size)

@@ -2,7 +2,7 @@
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 128 + n ended by signal n (130 SIGINT, 143
 SIGTERM), 141 if the reader of the output has closed it.  ``compare``, ``diff``,
-``check``, ``lint`` and ``convert --salvage`` have more: see their help.
+``checksum``, ``check``, ``lint`` and ``convert --salvage`` have more: see their help.
 """
 
 from __future__ import annotations
@@ -18,11 +18,17 @@ from typing import Final, NoReturn
 
 import click
 
-from imgcore.cli.common import CONTEXT_SETTINGS, discard_stdout, raise_for_flag, say
+from imgcore.cli.common import (
+    CONTEXT_SETTINGS,
+    discard_stdout,
+    error_text,
+    raise_for_flag,
+    say,
+)
 from imgcore.cli.qemu_flags import command_refusal
 from imgcore.cli.signals import EndingSignals, Terminated, signal_name
 from imgcore.cli.signals import handled_signals as _signals
-from imgcore.errors import ImgcoreError, OptionError
+from imgcore.errors import OptionError
 from imgcore.files.descriptors import named_errors
 from imgcore.log import log
 
@@ -32,6 +38,7 @@ _VERBS: Final = {
     "map": "List where the parts of a disk are stored.",
     "compare": "Compare the content of two images.",
     "diff": "List the areas of a disk that have changed.",
+    "checksum": "Print or verify a digest of the disk in an image.",
     "check": "Verify the tables of an image.",
     "lint": "Check an image against the rules of a platform.",
     "measure": "Compute how large a target file would be.",
@@ -42,7 +49,7 @@ _VERBS: Final = {
 EXIT_FAILURE: Final = 1
 EXIT_USAGE: Final = 2
 # For verbs in which 1 has another meaning.
-_FAILURE_CODES: Final = {"compare": 2, "diff": 2, "lint": 2}
+_FAILURE_CODES: Final = {"compare": 2, "diff": 2, "checksum": 2, "lint": 2}
 # For verbs in which 2 has another meaning.
 _USAGE_CODES: Final = {"check": 1}
 # Plus the number of the signal, as shells report it.
@@ -202,7 +209,7 @@ def _run(arguments: list[str], signals: EndingSignals) -> int:
     except Exception as error:
         if os.environ.get(_DEBUG_VARIABLE):
             raise
-        text = _error_text(error) + ("; the target is complete" if signals.is_late else "")
+        text = error_text(error) + ("; the target is complete" if signals.is_late else "")
         return _fail(text, _code(_FAILURE_CODES, ctx, EXIT_FAILURE))
     return result if isinstance(result, int) else 0
 
@@ -211,17 +218,6 @@ def _code(codes: Mapping[str, int], ctx: click.Context | None, usual: int) -> in
     """Return the exit code for the verb that was called."""
     verb = ctx.invoked_subcommand if ctx is not None else None
     return codes.get(verb or "", usual)
-
-
-def _error_text(error: Exception) -> str:
-    if isinstance(error, ImgcoreError):
-        return str(error)
-    if isinstance(error, OSError):
-        text = error.strerror or str(error) or type(error).__name__
-        return text if error.filename is None else f"{os.fsdecode(error.filename)}: {text}"
-    if isinstance(error, MemoryError):
-        return "out of memory"
-    return f"a defect of imgcore, please report it: {type(error).__name__}: {error}"
 
 
 def _fail(message: str, code: int = EXIT_FAILURE) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from imgcore.disk.data_ranges import data_parts
+from imgcore.disk.digests import DiskHasher
 from imgcore.disk.limited_chunks import await_rate, piece_nbytes
 from imgcore.limits import MAX_TAR_SEGMENTS
 from imgcore.platforms.profiles import GCE_MEMBER_NAME
@@ -12,7 +13,8 @@ from imgcore.streams.gzip import GzipEncoder
 from imgcore.streams.tar import archive_end, sparse_header
 
 if TYPE_CHECKING:
-    from imgcore._core import RateLimit
+    from imgcore.checksums.digest import Digest
+    from imgcore.disk.sink_options import SinkOptions
     from imgcore.disk.source import Source
     from imgcore.engine.bad_ranges import BadRange
     from imgcore.engine.progress import Tally
@@ -26,41 +28,41 @@ class ArchiveSink:
     logical_sector_nbytes: Final = None
 
     def __init__(
-        self,
-        target: Target,
-        source: Source,
-        virtual_size: int,
-        threads: int,
-        limit: RateLimit | None,
+        self, target: Target, source: Source, virtual_size: int, options: SinkOptions
     ) -> None:
+        self.digest: Digest | None = None
+        self.disk_nbytes: int = virtual_size
         self._target = target
         self._source = source
-        self._virtual_size = virtual_size
-        self._threads = threads
-        self._limit = limit
+        self._options = options
 
     def write(self, tally: Tally) -> tuple[BadRange, ...]:
         """Write the whole disk.  Unreadable data is an error, so no ranges are bad."""
-        source, nbytes = self._source, self._virtual_size
+        source, nbytes, limit = self._source, self.disk_nbytes, self._options.limit
         parts = data_parts(source.data_extents(), source.virtual_size, MAX_TAR_SEGMENTS)
         header = sparse_header(GCE_MEMBER_NAME, nbytes, parts)
+        hasher = DiskHasher(self._options.checksum)
         done = n_read = 0
-        with GzipEncoder(self._target.main, self._threads) as encoder:
+        with GzipEncoder(self._target.main, self._options.threads) as encoder:
 
             def count() -> None:
                 tally.count(done, data=n_read, read=n_read, written=encoder.written_nbytes)
 
             encoder.write(header)
             for offset, length in parts:
+                hasher.zeros(offset - done)
                 done = offset
-                for piece in source.chunks(offset, length, piece_nbytes(self._limit)):
-                    await_rate(self._limit, len(piece), count)
+                for piece in source.chunks(offset, length, piece_nbytes(limit)):
+                    await_rate(limit, len(piece), count)
                     encoder.write(piece)
+                    hasher.update(piece)
                     done += len(piece)
                     n_read += len(piece)
                     count()
             encoder.write(archive_end(len(header) + n_read))
             encoder.finish()
+            hasher.zeros(nbytes - done)
             done = nbytes
             count()
+        self.digest = hasher.digest()
         return ()

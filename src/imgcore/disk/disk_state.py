@@ -57,6 +57,11 @@ class DiskState:
         """Names of the source files, by the index that extents use."""
         return [source.file.path for source in self.sources]
 
+    @property
+    def exact_nbytes(self) -> int:
+        """Bytes of the disk without the zeros that fill up its last sector."""
+        return self.files[0].nbytes if self.layers[0].is_flat else self.virtual_size
+
     def every_file(self) -> list[ByteSource]:
         """Return the files of all layers, each once."""
         files = [*self.files, *(source.file for source in self.sources)]

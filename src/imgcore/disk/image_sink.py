@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from imgcore._core import Job
+from imgcore.checksums.digest import BLOCK_NBYTES, Digest
 from imgcore.disk.reflinks import Reflink, reflinkable_units, refuse_own_blocks
 from imgcore.engine.bad_ranges import named_bad_ranges
 from imgcore.engine.geometry import CodecId, Placing, ZeroPolicy
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from imgcore.disk.source import Source
     from imgcore.engine.bad_ranges import BadRange
     from imgcore.engine.extents import Placements
+    from imgcore.engine.hashing import LeafStream
     from imgcore.engine.progress import Tally
     from imgcore.engine.reflinks import ReflinkRule
     from imgcore.engine.supply import Batch
@@ -45,6 +47,7 @@ class ImageSink:
     ) -> None:
         """Make the writer, which rejects disks that the format cannot represent."""
         self.overwrites: bool = False
+        self.digest: Digest | None = None
         # Whether the image takes the place of the old content, which a raw disk keeps
         # where it does not reach.
         self._replaces = target.in_place and options.format != PLAIN_FORMAT
@@ -84,7 +87,24 @@ class ImageSink:
             data_file.reads_as_zeros = True
         if self._replaces:
             data_file.clear(writer.first_offset)
-        return self._write_parts(writer, data_file, tally)
+        stream = self._leaf_stream()
+        bad_ranges = self._write_parts(writer, data_file, tally, stream)
+        if stream is not None and self.options.checksum is not None:
+            digest = stream.finish(self.disk_nbytes)
+            self.digest = Digest(digest, self.options.checksum)
+        return bad_ranges
+
+    @property
+    def disk_nbytes(self) -> int:
+        """Bytes of the target's disk, which for a raw file may end within a sector."""
+        return self._writer.geometry.guest_nbytes
+
+    def _leaf_stream(self) -> LeafStream | None:
+        if self.options.checksum is None:
+            return None
+        from imgcore.engine.hashing import LeafStream
+
+        return LeafStream(self.options.checksum)
 
     @cached_property
     def reflink_rule(self) -> ReflinkRule:
@@ -102,13 +122,20 @@ class ImageSink:
         return ReflinkRule.of(self._writer.geometry, units)
 
     def _write_parts(
-        self, writer: Writer, data_file: TargetFile, tally: Tally
+        self,
+        writer: Writer,
+        data_file: TargetFile,
+        tally: Tally,
+        stream: LeafStream | None = None,
     ) -> tuple[BadRange, ...]:
-        """Write the disk and then the remaining tables; return the bad ranges."""
+        """Write the disk and then the remaining tables; return the bad ranges.
+
+        ``stream`` gets the leaves of the disk's checksum.
+        """
         next_offset = writer.first_offset
         bad_ranges: tuple[BadRange, ...] = ()
         if self.request.virtual_size:
-            next_offset, bad_ranges = self._move(writer, data_file, tally)
+            next_offset, bad_ranges = self._move(writer, data_file, tally, stream)
         writer.finish(next_offset)
         return bad_ranges
 
@@ -148,12 +175,14 @@ class ImageSink:
         yield nbytes
 
     def _move(
-        self, writer: Writer, data_file: TargetFile, tally: Tally
+        self, writer: Writer, data_file: TargetFile, tally: Tally, stream: LeafStream | None
     ) -> tuple[int, tuple[BadRange, ...]]:
         """Move the whole disk; return the target's first free offset and bad ranges."""
         options, geometry = self.options, writer.geometry
         if not data_file.reads_as_zeros:
             geometry = geometry.over_old_bytes
+        if stream is not None:
+            geometry = geometry._replace(leaf_nbytes=BLOCK_NBYTES)
         with ExitStack() as stack:
             rule = self.reflink_rule if options.reflink.is_required else None
             supply = stack.enter_context(self.source.supply(geometry, self._base, rule))
@@ -171,9 +200,10 @@ class ImageSink:
                 # A comparison with the base needs the content.
                 trust_blocks=options.trust_blocks and self._base is None,
                 rate_limit=options.limit,
+                checksum=None if stream is None else options.checksum,
             )
             stack.callback(job.close)
-            _Transfer(job, writer, data_file, tally).run(supply.batches)
+            _Transfer(job, writer, data_file, tally, stream).run(supply.batches)
             unread = named_bad_ranges(job.bad_ranges, supply.paths)
             return int(job.next_offset), tuple(sorted((*self.source.lost(), *unread)))
 
@@ -217,10 +247,11 @@ class _Transfer(NamedTuple):
     writer: Writer
     file: TargetFile
     tally: Tally
+    stream: LeafStream | None
 
     def run(self, batches: Iterator[Batch]) -> None:
         """Prepare each batch while the engine works on the one before it."""
-        pending: tuple[Batch, int, Placements | None] | None = None
+        pending: tuple[Batch, int, Placements | None, memoryview | None] | None = None
         given_nbytes = 0
         geometry = self.writer.geometry
         for batch in batches:
@@ -231,14 +262,25 @@ class _Transfer(NamedTuple):
             placements = None
             if geometry.placing is Placing.APPEND:
                 placements = _new_placements(batch, geometry.block_nbytes)
-            self.job.start(batch.start, batch.end, batch.rows, batch.base, placements)
-            pending = (batch, skipped_nbytes, placements)
+            leaves = None
+            if self.stream is not None:
+                leaves = self.stream.leaves(batch.start, batch.end)
+            self.job.start(
+                batch.start, batch.end, batch.rows, batch.base, placements, leaves=leaves
+            )
+            pending = (batch, skipped_nbytes, placements, leaves)
         if pending is not None:
             self._finish(*pending)
         if geometry.placing is Placing.IDENTITY:
             self.file.note_end(geometry.host_base + geometry.guest_nbytes)
 
-    def _finish(self, batch: Batch, skipped_nbytes: int, placements: Placements | None) -> None:
+    def _finish(
+        self,
+        batch: Batch,
+        skipped_nbytes: int,
+        placements: Placements | None,
+        leaves: memoryview | None,
+    ) -> None:
         """Wait for a batch, and tell the writer where its blocks are.
 
         ``skipped_nbytes`` is the sum of the gaps between the batches so far.
@@ -259,6 +301,8 @@ class _Transfer(NamedTuple):
 
         job.wait(tick)
         tick()
+        if self.stream is not None and leaves is not None:
+            self.stream.add(batch.start, batch.end, leaves)
         if placements is not None:
             first_block = batch.start // self.writer.geometry.block_nbytes
             self.file.note_end(job.next_offset)

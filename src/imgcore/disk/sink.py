@@ -15,6 +15,7 @@ from imgcore.log import log
 from imgcore.streams.names import CODEC_OF_SUFFIX, stream_suffix
 
 if TYPE_CHECKING:
+    from imgcore.checksums.digest import Digest
     from imgcore.disk.image import Image
     from imgcore.disk.sink_options import SinkOptions
     from imgcore.disk.source import Source
@@ -34,6 +35,16 @@ class Sink(Protocol):
     @property
     def logical_sector_nbytes(self) -> int | None:
         """Bytes of the target's logical sectors; None if nothing states them."""
+        ...
+
+    @property
+    def disk_nbytes(self) -> int:
+        """Bytes of the target's disk, which may end within a sector if it is raw."""
+        ...
+
+    @property
+    def digest(self) -> Digest | None:
+        """The digest of the target's disk after `write`, if it was asked for."""
         ...
 
     def write(self, tally: Tally) -> tuple[BadRange, ...]:
@@ -112,13 +123,12 @@ def _make_sink(
         from imgcore.disk.archive_sink import ArchiveSink
 
         _refuse_in_stream(target, options)
-        return ArchiveSink(target, source, virtual_size, options.threads, options.limit)
+        return ArchiveSink(target, source, virtual_size, options)
     if suffix is not None:
         from imgcore.disk.stream_sink import StreamSink
 
         _refuse_in_stream(target, options)
-        codec = CODEC_OF_SUFFIX[suffix]
-        return StreamSink(target, source, codec, options.threads, options.limit)
+        return StreamSink(target, source, CODEC_OF_SUFFIX[suffix], options)
     from imgcore.disk.image_sink import ImageSink
 
     backing = options.backing

@@ -45,6 +45,7 @@ class SinkOptions(NamedTuple):
     variants: Mapping[str, str]
     profile: Profile | None
     limit: RateLimit | None
+    checksum: str | None = None
 
     @classmethod
     def from_keywords(
@@ -67,8 +68,13 @@ class SinkOptions(NamedTuple):
         profile: str | None,
         rate: SupportsIndex | str | None,
         control: Control | None,
+        checksum: str | None = None,
     ) -> SinkOptions:
         """Return the record; OptionError if the keywords contradict each other."""
+        if checksum is not None:
+            from imgcore.engine.hashing import require_algorithm
+
+            require_algorithm(checksum)
         platform = None if profile is None else _profile(profile)
         name = target_format(target, fitting_format(platform, format) or None, flag="-O")
         if target_is_zero and not in_place:
@@ -115,6 +121,7 @@ class SinkOptions(NamedTuple):
             variants=chosen_variants(kernels),
             profile=platform,
             limit=_rate_limit(rate, control),
+            checksum=checksum,
         )
 
     @property

@@ -132,13 +132,14 @@ class Source(Protocol):
 
 @contextmanager
 def open_source(
-    path: str | os.PathLike[str], options: OpenOptions, *, parents: bool = True
+    source: str | os.PathLike[str] | int, options: OpenOptions, *, parents: bool = True
 ) -> Iterator[Source]:
     """Open an image or, depending on name and stated format, a compressed raw disk.
 
     Parameters
     ----------
-    path : str or os.PathLike
+    source : str, os.PathLike or int
+        Its path, or a descriptor, which has no name.
     options : OpenOptions
     parents : bool
         If False, the parents of an image stay closed, and only `Source.describe` works.
@@ -151,14 +152,14 @@ def open_source(
     ImgcoreError, OSError
         As `imgcore.open`.
     """
-    path, options = local_image(path, options)
-    if is_stream(path, options):
-        with StreamSource.open(path, options) as stream:
+    source, options = local_image(source, options)
+    if isinstance(source, str) and is_stream(source, options):
+        with StreamSource.open(source, options) as stream:
             yield stream
         return
     if options.parents and not parents:
         raise OptionError("a parent is given, but only the image itself is described")
-    with open_image(path, options, parents=parents) as image:
+    with open_image(source, options, parents=parents) as image:
         yield ImageSource(image)
 
 

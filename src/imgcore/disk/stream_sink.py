@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from imgcore.disk.digests import DiskHasher
 from imgcore.disk.limited_chunks import limited_chunks
 from imgcore.streams.codecs import CODECS
 
 if TYPE_CHECKING:
-    from imgcore._core import RateLimit
+    from imgcore.checksums.digest import Digest
+    from imgcore.disk.sink_options import SinkOptions
     from imgcore.disk.source import Source
     from imgcore.engine.bad_ranges import BadRange
     from imgcore.engine.progress import Tally
@@ -21,27 +23,29 @@ class StreamSink:
     overwrites: Final = False
     logical_sector_nbytes: Final = None
 
-    def __init__(
-        self, target: Target, source: Source, codec: str, threads: int, limit: RateLimit | None
-    ) -> None:
+    def __init__(self, target: Target, source: Source, codec: str, options: SinkOptions) -> None:
+        self.digest: Digest | None = None
+        self.disk_nbytes: int = source.exact_nbytes
         self._target = target
         self._source = source
         self._encoder = CODECS[codec].encoder
-        self._threads = threads
-        self._limit = limit
+        self._options = options
 
     def write(self, tally: Tally) -> tuple[BadRange, ...]:
         """Write the whole disk.  Unreadable data is an error, so no ranges are bad."""
-        nbytes, done = self._source.exact_nbytes, 0
-        with self._encoder(self._target.main, nbytes, self._threads) as encoder:
+        nbytes, done, options = self.disk_nbytes, 0, self._options
+        hasher = DiskHasher(options.checksum)
+        with self._encoder(self._target.main, nbytes, options.threads) as encoder:
 
             def count() -> None:
                 tally.count(done, data=done, read=done, written=encoder.written_nbytes)
 
-            for chunk in limited_chunks(self._source, self._limit, count):
+            for chunk in limited_chunks(self._source, options.limit, count):
                 encoder.write(chunk)
+                hasher.update(chunk)
                 done += len(chunk)
                 count()
             encoder.finish()
             count()
+        self.digest = hasher.digest()
         return ()

@@ -73,7 +73,7 @@ class StreamSource:
             raise OptionError(
                 f"a parent is given, but {cls.format} disks have none", path=os.fspath(path)
             )
-        reader = StreamReader.open(path, share=options.share)
+        reader = StreamReader(options.files.open(os.fspath(path), share=options.share))
         return cls(reader, is_stated=options.format is not None)
 
     def describe(self) -> list[dict[str, Any]]:

@@ -15,9 +15,12 @@ from imgcore.engine.geometry import Geometry, Placing
 from imgcore.errors import OptionError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
-    from imgcore.engine.supply import Supply
+    from imgcore.engine.supply import Batch, Supply
+
+# Zeros that are hashed by one call, in less than a second: a signal waits for its end.
+_ZEROS_NBYTES: Final = 1 << 39
 
 _KNOWN: Final = ("sha256", "blake3")
 
@@ -64,6 +67,7 @@ class LeafStream:
     """
 
     def __init__(self, algorithm: str, sink: LeafSink | None = None) -> None:
+        self.algorithm = algorithm
         self._hasher = Hasher(algorithm)
         self._sink = sink
         self._buffer = bytearray()
@@ -94,7 +98,8 @@ class LeafStream:
 
     def _add_zeros(self, nbytes: int) -> None:
         n_blocks, rest = divmod(nbytes, CHECKSUM_BLOCK_NBYTES)
-        self._hasher.zeros(nbytes - rest)
+        for done in range(0, nbytes - rest, _ZEROS_NBYTES):
+            self._hasher.zeros(min(_ZEROS_NBYTES, nbytes - rest - done))
         self._position += nbytes - rest
         if self._sink is not None and n_blocks:
             self._sink.add_zeros(n_blocks)
@@ -128,11 +133,28 @@ def digest_disk(
         Called about every 50 ms with the bytes that are done, and those that are data.
     """
     stream = LeafStream(algorithm, sink)
+    for _ in hash_batches(supply, stream, threads=threads, variants=variants, report=report):
+        pass
+    return stream.finish(nbytes)
+
+
+def hash_batches(
+    supply: Supply,
+    stream: LeafStream,
+    *,
+    threads: int,
+    variants: Mapping[str, str],
+    report: Callable[[int, int], None] | None = None,
+) -> Iterator[None]:
+    """Read a disk, and give each batch's leaves to a stream; then yield.
+
+    The parameters are those of `digest_disk`.  The caller finishes the stream.
+    """
     job = Job(
         sources=supply.native_sources,
         threads=threads,
         variants=dict(variants),
-        checksum=algorithm,
+        checksum=stream.algorithm,
     )
     skipped_nbytes = given_nbytes = 0
 
@@ -141,14 +163,25 @@ def digest_disk(
         if report is not None:
             report(skipped_nbytes + done, data)
 
+    def end(batch: Batch, leaves: memoryview) -> None:
+        job.wait(tick)
+        tick()
+        stream.add(batch.start, batch.end, leaves)
+
+    pending: tuple[Batch, memoryview] | None = None
     try:
+        # The next batch is prepared while the engine works on the one before it.
         for batch in supply.batches:
+            if pending is not None:
+                end(*pending)
+                yield
             skipped_nbytes = batch.start - given_nbytes
             given_nbytes += batch.end - batch.start
             leaves = stream.leaves(batch.start, batch.end)
             job.start(batch.start, batch.end, batch.rows, leaves=leaves)
-            job.wait(tick)
-            stream.add(batch.start, batch.end, leaves)
+            pending = (batch, leaves)
+        if pending is not None:
+            end(*pending)
+            yield
     finally:
         job.close()
-    return stream.finish(nbytes)

@@ -20,7 +20,7 @@ from imgcore.errors import (
     OptionError,
     UnsupportedFeatureError,
 )
-from imgcore.limits import MAX_THREADS, MIB
+from imgcore.limits import MAX_THREADS
 
 
 def thread_count(threads: SupportsIndex | None) -> int:
@@ -31,15 +31,6 @@ def thread_count(threads: SupportsIndex | None) -> int:
     if not 1 <= threads <= MAX_THREADS:
         raise OptionError(f"{threads} threads requested, 1 to {MAX_THREADS} allowed")
     return threads
-
-
-def read_thread_count(threads: SupportsIndex | None, length: int) -> int:
-    """Return the number of workers for a read of ``length`` bytes."""
-    if threads is not None:
-        return thread_count(threads)
-    useful = 1 + length // MIB
-    # Finding out how many CPUs are available takes system calls.
-    return 1 if useful == 1 else min(thread_count(None), useful)
 
 
 def chosen_variants(kernels: Mapping[str, str] | None) -> dict[str, str]:

@@ -33,6 +33,8 @@ class GivenFiles:
         self._descriptors = _checked({} if descriptors is None else descriptors)
         self._held = {_key(file.path, is_named=file.folder is not None): file for file in held}
         self._asked: set[str] = set()
+        # The name that each key stood for, other than a parent's, which has several.
+        self._meant: dict[str, str] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -50,6 +52,8 @@ class GivenFiles:
             for name, number in self._descriptors.items()
             if _key(given_name(number), is_named=False) in given._held
         }
+        # The image may not name them any more, which is no mistake of the caller.
+        given._asked = set(given._descriptors)
         return given
 
     def open(self, source: str | int, *, share: bool) -> HostFile:
@@ -59,12 +63,22 @@ class GivenFiles:
         held = self._held.get(_key(given_name(source), is_named=False))
         return HostFile.given(source, share=share) if held is None else held.again()
 
-    def find(self, name: str, *, share: bool) -> HostFile | None:
-        """Open the file that the caller has given for a name in an image, if any."""
+    def find(self, name: str, *, image: str, role: str, share: bool) -> HostFile | None:
+        """Open the file that the caller has given for a name in an image, if any.
+
+        OptionError if two files of an image have this last component.
+        """
         for key in (name, name.rpartition("/")[2], re.split(r"[/\\]", name)[-1]):
             number = self._descriptors.get(key)
             if number is not None:
                 self._asked.add(key)
+                meant = name if role == "parent" else self._meant.setdefault(key, name)
+                if meant != name:
+                    raise OptionError(
+                        f"files has {key!r}, which may be {meant[:200]!r} or {name[:200]!r}: "
+                        "give both whole names",
+                        path=image,
+                    )
                 return self.open(number, share=share)
         return None
 

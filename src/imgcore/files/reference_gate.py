@@ -130,7 +130,7 @@ class ReferenceGate:
             The file does not exist, or the system cannot open it.
         """
         sharing = self.share if share is None else share
-        given = self.files.find(name, share=sharing)
+        given = self.files.find(name, image=self.image, role=role, share=sharing)
         if given is not None:
             return given
         if self.unstated:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from imgcore.files.byte_source import ByteSource
+    from imgcore.files.host_file import HostFile
 
 
 class Target:
@@ -272,6 +273,25 @@ class Target:
                 file.sync()
             file.check_written()
         self._is_prepared = True
+
+    def reopened(self, name: str) -> list[HostFile]:
+        """Return the files open for reading, the main one first; `prepare` has ended.
+
+        The main file is called ``name``; the others have their absolute paths, under
+        which images refer to them.  What the page cache has of them is dropped.  The
+        caller closes them.
+        """
+        files: list[HostFile] = []
+        try:
+            for file in (self.main, *self._companions):
+                file.drop_cached()
+                path = name if file is self.main else os.path.abspath(file.path)
+                files.append(file.reopened(path))
+        except BaseException:
+            for opened in files:
+                opened.close()
+            raise
+        return files
 
     def commit(self) -> None:
         """Give the files their final names, durably unless ``sync=False``.

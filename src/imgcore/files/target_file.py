@@ -72,7 +72,16 @@ class TargetFile(OpenFile):
         with forks_held_back(), named_errors(path):
             fd = duplicate(self.fd)
             give_up_in_children(fd)
-        return HostFile(fd, path, device=False)
+        return HostFile(fd, path, device=self.is_block_device)
+
+    def drop_cached(self) -> None:
+        """Drop what the page cache has of the file, so that reads come from the medium.
+
+        What is not synced stays, and so does all of a file that is only in memory
+        (tmpfs).
+        """
+        with named_errors(self.path):
+            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def pwrite(self, offset: int, data: Any) -> None:
         """Write a whole buffer at ``offset``; raises OSError with the file's name."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from imgcore.disk.digests import DigestedDisk
 from imgcore.disk.image_sink import ImageSink
 from imgcore.disk.image_source import ImageSource
 from imgcore.engine.reflinks import ReflinkCount
@@ -28,6 +29,7 @@ from imgcore.rewriting.refusals import refuse_damaged, refuse_layout
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from imgcore.checksums.digest import Digest
     from imgcore.disk.sink import Sink
     from imgcore.disk.source import Source
     from imgcore.engine.bad_ranges import BadRange
@@ -193,6 +195,12 @@ class ReflinkSink:
 
     def __init__(self, sink: ImageSink) -> None:
         self._sink = sink
+        self.digest: Digest | None = None
+
+    @property
+    def disk_nbytes(self) -> int:
+        """Bytes of the target's disk."""
+        return self._sink.disk_nbytes
 
     @property
     def logical_sector_nbytes(self) -> int | None:
@@ -211,8 +219,26 @@ class ReflinkSink:
         )
         sink.options.reflink.refuse_copies(count, sink.source.path)
         if clone is None:
-            return sink.write(tally)
+            bad_ranges = sink.write(tally)
+            self.digest = sink.digest
+            return bad_ranges
         options = sink.options
+        if options.checksum is not None:
+            self.digest = self._source_digest(options.checksum, tally.before_start())
         workers = Workers(options.threads, options.variants, options.limit)
         clone.write(sink.target, tally, workers)
         return ()
+
+    def _source_digest(self, algorithm: str, tally: Tally) -> Digest:
+        """Return the digest of the source's disk, which the clone will have.
+
+        Nothing else reads the blocks that stay where they are.
+        """
+        sink, options = self._sink, self._sink.options
+        disk = DigestedDisk.of_source(sink.source)._replace(nbytes=sink.disk_nbytes)
+        return disk.digest(
+            algorithm,
+            threads=options.threads,
+            variants=options.variants,
+            report=lambda _, data: tally.count(0, data=0, read=data, written=0),
+        )

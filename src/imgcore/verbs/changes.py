@@ -9,8 +9,10 @@ from imgcore.areas.area import Area
 from imgcore.areas.normal import check_granularity, joined, rounded
 from imgcore.areas.reading import AreaList, read_areas
 from imgcore.border import FilePath, byte_count, file_name, source_name
+from imgcore.checksums.tree import TreeFile
 from imgcore.disk.changed_areas import areas_above, with_zeros
 from imgcore.disk.differences import MAX_BLOCK_NBYTES, Differences
+from imgcore.disk.digests import DigestedDisk
 from imgcore.disk.image import Image, open_image
 from imgcore.disk.image_names import local_image
 from imgcore.disk.open_options import Flags, OpenOptions
@@ -52,8 +54,9 @@ def changes(
     """Yield the areas of a disk that have changed since an earlier state of it.
 
     Exactly one of ``since``, ``bitmap``, ``areas`` and ``tree`` states the earlier
-    state.  For the other keywords see `imgcore.open`; those that end in ``_since`` are
-    for the image ``since``, if it has to be opened.
+    state.  For the other keywords see `imgcore.open`.  If the image ``since`` has to be
+    opened, those that end in ``_since`` apply to it, and ``backing_format``, ``allow``
+    and ``share`` do, too.
 
     Parameters
     ----------
@@ -136,54 +139,29 @@ def changes(
 
     if not isinstance(image, Image):
         return _opened(source_name(image), options, find, how)
-    if options != OpenOptions.from_keywords():
+    own = options._replace(backing_format=None, allow=(), share=False)
+    if own != OpenOptions.from_keywords():
         raise OptionError("an open image takes no options for opening", path=image.path)
     return _changed(image, find, how)
 
 
 def differences(
-    a: FilePath,
-    b: FilePath,
+    image: Image,
+    other: FilePath,
+    options: OpenOptions,
     *,
-    format_a: str | None = None,
-    format_b: str | None = None,
-    parent_a: FilePath | Sequence[FilePath] | None = None,
-    parent_b: FilePath | Sequence[FilePath] | None = None,
-    read_options_a: Mapping[str, Any] | Sequence[str] | None = None,
-    read_options_b: Mapping[str, Any] | Sequence[str] | None = None,
     granularity: SupportsIndex | str = "64k",
     threads: SupportsIndex | None = None,
-    allow: Sequence[FilePath] = (),
-    backing_format: str | None = None,
-    share: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Iterator[Area]:
-    """Yield the areas in which the image ``b`` differs from ``a``, as `changes` does.
+    """Yield the areas in which an open image differs from another, as `changes` does.
 
-    The content is compared even if ``a`` is a backing file of ``b``, and up to the end
-    of the larger disk: the smaller one goes on with zeros.  For the other keywords see
-    `imgcore.compare`.
+    The content is compared even if the other one is a backing file of the image, and up
+    to the end of the larger disk: the smaller one goes on with zeros.
     """
     how = _How(_granularity(granularity), thread_count(threads), progress)
-    options_a = OpenOptions.from_keywords(
-        format=format_a,
-        backing_format=backing_format,
-        parent=parent_a,
-        read_options=read_options_a,
-        allow=allow,
-        share=share,
-    )
-    options_b = OpenOptions.from_keywords(
-        format=format_b,
-        backing_format=backing_format,
-        parent=parent_b,
-        read_options=read_options_b,
-        allow=allow,
-        share=share,
-        flags=_SECOND_FLAGS,
-    )
-    old = file_name(a)
-    return _opened(file_name(b), options_b, lambda search: search.in_all(old, options_a), how)
+    name = file_name(other)
+    return _changed(image, lambda search: search.in_all(name, options), how)
 
 
 class _How(NamedTuple):
@@ -264,7 +242,15 @@ class _Search(NamedTuple):
 
     def since_tree(self, path: str) -> Iterator[Area]:
         """Yield the blocks whose checksums differ from those of a tree."""
-        raise NotImplementedError
+        how, disk = self.how, DigestedDisk.of_state(self.disk)
+        tally = how.tally(disk.nbytes)
+        with TreeFile.open(path) as tree:
+            areas = disk.changed_since(
+                tree,
+                threads=how.threads,
+                report=lambda done, _: tally.count(done, data=0, read=0, written=0),
+            )
+            yield from rounded(areas, how.granularity, self.disk.virtual_size)
 
 
 Finder: TypeAlias = "Callable[[_Search], Iterator[Area]]"

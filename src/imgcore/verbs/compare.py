@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
 import numpy as np
 
 from imgcore._core import Job
 from imgcore.border import FilePath, file_name
+from imgcore.checksums.differences import tree_differences
+from imgcore.checksums.tree import TreeFile, is_tree
+from imgcore.disk.digests import DigestedDisk
 from imgcore.disk.image import Image, open_image
+from imgcore.disk.image_names import local_image
 from imgcore.disk.open_options import Flags, OpenOptions
 from imgcore.disk.overlay import padded
+from imgcore.disk.source import open_source
 from imgcore.engine.batches import pair_up
 from imgcore.engine.extents import Kind
 from imgcore.engine.job import chosen_variants, thread_count, translated_errors
 from imgcore.engine.progress import Progress
 from imgcore.engine.source_file import native_sources
+from imgcore.errors import OptionError
+from imgcore.files.host_file import HostFile
 
 if TYPE_CHECKING:
+    from imgcore.areas.area import Area
     from imgcore.engine.extents import Extents
 
 
@@ -111,6 +120,100 @@ def compare(
         return comparison.run(strict)
 
 
+def compare_trees(
+    a: FilePath,
+    b: FilePath,
+    *,
+    format: str | None = None,
+    backing_format: str | None = None,
+    parent: FilePath | Sequence[FilePath] | None = None,
+    read_options: Mapping[str, Any] | Sequence[str] | None = None,
+    threads: SupportsIndex | None = None,
+    allow: Sequence[FilePath] = (),
+    share: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> Iterator[Area]:
+    """Yield the areas in which two states of a disk differ, by their checksum trees.
+
+    ``format``, ``backing_format``, ``parent``, ``read_options``, ``allow`` and
+    ``share`` are the keywords of `imgcore.open` for the image.
+
+    Parameters
+    ----------
+    a, b : str, bytes or os.PathLike
+        Two trees, which `imgcore.checksum` has written, the older one first; or a tree
+        and an image, in any order.
+    threads : int, optional
+        Number of worker threads that read the image; one per CPU by default.
+    progress : callable, optional
+        Called with a `Progress` on the calling thread, at most every 50 ms while an
+        image is read, and once at the end.
+
+    Yields
+    ------
+    Area
+        Ascending and joined.  They consist of whole blocks of 64 KiB, but for the
+        disk's end.  ``is_zero``: the image, or the newer tree, has zeros there.
+
+    Raises
+    ------
+    OptionError
+        None of the two is a tree; or sizes of the disks or algorithms differ.
+    ImgcoreError, OSError
+        A tree is damaged, or a file cannot be read; raised when the first area is
+        requested.
+    """
+    opening = OpenOptions.from_keywords(
+        format=format,
+        backing_format=backing_format,
+        parent=parent,
+        read_options=read_options,
+        allow=allow,
+        share=share,
+    )
+    return _tree_areas(file_name(a), file_name(b), opening, thread_count(threads), progress)
+
+
+def _tree_areas(
+    a: str,
+    b: str,
+    opening: OpenOptions,
+    threads: int,
+    progress: Callable[[Progress], None] | None,
+) -> Iterator[Area]:
+    with ExitStack() as stack:
+        old, new = (_opened_tree(path, opening, stack) for path in (a, b))
+        if old is not None and new is not None:
+            old.refuse_other(b, new.digest.algorithm, new.virtual_size)
+            yield from tree_differences(old, new)
+            total = new.virtual_size
+        else:
+            tree, path = (new, a) if old is None else (old, b)
+            if tree is None:
+                raise OptionError(f"neither it nor {b} is a checksum tree", path=a)
+            disk = DigestedDisk.of_source(stack.enter_context(open_source(path, opening)))
+            total = disk.nbytes
+            yield from disk.changed_since(
+                tree, threads=threads, report=lambda done, _: _report(progress, done, total)
+            )
+            disk.check_unchanged()
+        _report(progress, total, total)
+
+
+def _opened_tree(path: str, opening: OpenOptions, stack: ExitStack) -> TreeFile | None:
+    """Open a checksum tree, which ``stack`` closes; None if it is another file."""
+    file = HostFile.open(local_image(path, opening)[0], share=opening.share)
+    if not is_tree(file):
+        file.close()
+        return None
+    return stack.enter_context(TreeFile(file))
+
+
+def _report(progress: Callable[[Progress], None] | None, done: int, total: int) -> None:
+    if progress is not None:
+        progress(Progress(done, total, 0, 0, 0))
+
+
 class _Comparison:
     def __init__(
         self, a: Image, b: Image, threads: int, progress: Callable[[Progress], None] | None
@@ -175,8 +278,7 @@ class _Comparison:
                 job.close()
 
     def _report(self, done: int) -> None:
-        if self._progress is not None:
-            self._progress(Progress(done, self._total, 0, 0, 0))
+        _report(self._progress, done, self._total)
 
 
 def first_kind_difference(a: Extents, b: Extents) -> int | None:

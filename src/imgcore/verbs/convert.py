@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
 from imgcore.border import FilePath, file_name, file_names
+from imgcore.checksums.digest import ALGORITHMS, Digest
 from imgcore.disk.backing import backing_path
 from imgcore.disk.image import open_image
 from imgcore.disk.open_options import Flags, OpenOptions
@@ -17,12 +18,14 @@ from imgcore.disk.sink_options import SinkOptions
 from imgcore.disk.source import open_sources
 from imgcore.disk.target_format import refuse_other_name
 from imgcore.engine.progress import Tally
+from imgcore.errors import OptionError
 from imgcore.files.commitment import until_committed
 from imgcore.files.target import Target
 from imgcore.log import log
 
 if TYPE_CHECKING:
     from imgcore.disk.image import Image
+    from imgcore.disk.read_back import ReadBack
     from imgcore.disk.sink import Sink
     from imgcore.engine.bad_ranges import BadRange
     from imgcore.engine.control import Control
@@ -59,6 +62,10 @@ class ConvertResult(NamedTuple):
         instead of compressed again.
     bytes_trusted : int
         Of these, bytes whose blocks were not decompressed (``trust_blocks``).
+    checksum : Digest or None
+        The digest of the target's disk, if ``checksum`` or ``verify`` was given.
+    verified : bool
+        The target was read back, and its disk has this digest.
     """
 
     source: str
@@ -76,6 +83,8 @@ class ConvertResult(NamedTuple):
     bad_ranges: tuple[BadRange, ...] = ()
     bytes_reused: int = 0
     bytes_trusted: int = 0
+    checksum: Digest | None = None
+    verified: bool = False
 
 
 def convert(
@@ -107,6 +116,8 @@ def convert(
     profile: str | None = None,
     rate: SupportsIndex | str | None = None,
     control: Control | None = None,
+    checksum: str | None = None,
+    verify: bool = False,
 ) -> ConvertResult:
     """Convert a virtual disk image, including its backing files, to another format.
 
@@ -197,6 +208,15 @@ def convert(
         unless they are written (``sparse=0``).  The bytes written do not depend on it.
     control : Control, optional
         Changes the rate while the conversion runs; in place of ``rate``.
+    checksum : str, optional
+        The algorithm of a digest of the target's disk, ``"sha256"`` or ``"blake3"``,
+        which is made from what is written, without another pass; see
+        `imgcore.checksum`.  It is the digest of what a guest reads from the target,
+        zeros that a profile adds included.
+    verify : bool
+        Read the target back when it is synced and before it gets its name, past the
+        page cache where the file system allows that, and compare its digest with that
+        of what was written.  ``checksum`` is ``"sha256"`` then if it is not given.
 
     Returns
     -------
@@ -206,6 +226,8 @@ def convert(
     ------
     OSError
         A file cannot be read or written, or the target's file system is full.
+    ChecksumError
+        The target does not read as it was written (``verify``).
     ImgcoreError
         The source cannot be read as an image, or the arguments contradict each other.
 
@@ -217,6 +239,10 @@ def convert(
     """
     started = time.monotonic()
     target = file_name(target)
+    if verify and not sync:
+        raise OptionError("--verify reads what is on stable storage: it contradicts --no-sync")
+    if verify and checksum is None:
+        checksum = ALGORITHMS[0]
     opening = OpenOptions.from_keywords(
         format=format,
         backing_format=source_backing_format,
@@ -245,13 +271,15 @@ def convert(
         profile=profile,
         rate=rate,
         control=control,
+        checksum=checksum,
     )
+    base_opening = _base_options(writing, opening)
 
     def job(commitment: Commitment[ConvertResult]) -> None:
         with ExitStack() as stack:
             disk = stack.enter_context(open_sources(file_names(source), opening))
             disk.refuse_conversion(with_base=backing is not None)
-            base = _open_base(target, writing, opening, stack)
+            base = _open_base(target, writing, base_opening, stack)
             output = Target(
                 target,
                 force=force,
@@ -269,7 +297,12 @@ def convert(
                 from imgcore.rewriting.cloning import reflinking_sink
 
                 sink = reflinking_sink(sink)
-            bad_ranges = _write(sink, tally, files, output)
+            read_back = None
+            if verify:
+                from imgcore.disk.read_back import ReadBack
+
+                read_back = ReadBack(output, writing, base, base_opening)
+            bad_ranges = _write(sink, tally, files, output, read_back)
             result = ConvertResult(
                 source=disk.path,
                 target=output.path,
@@ -286,34 +319,49 @@ def convert(
                 bad_ranges=bad_ranges,
                 bytes_reused=tally.reused_nbytes,
                 bytes_trusted=tally.trusted_nbytes,
+                checksum=sink.digest,
+                verified=verify,
             )
             commitment.commit(output, result)
 
     return until_committed(job)
 
 
-def _open_base(
-    target: str, writing: SinkOptions, opening: OpenOptions, stack: ExitStack
-) -> Image | None:
-    """Open the target's parent, which ``stack`` closes."""
-    if writing.backing is None:
-        return None
-    options = OpenOptions(
-        format=writing.backing.format,
+def _base_options(writing: SinkOptions, opening: OpenOptions) -> OpenOptions:
+    """Return the options for opening the target's parent."""
+    return OpenOptions(
+        format=None if writing.backing is None else writing.backing.format,
         allow=opening.allow,
         share=opening.share,
         flags=Flags(format="-F", backing_format="", parent=""),
     )
+
+
+def _open_base(
+    target: str, writing: SinkOptions, options: OpenOptions, stack: ExitStack
+) -> Image | None:
+    """Open the target's parent, which ``stack`` closes."""
+    if writing.backing is None:
+        return None
     return stack.enter_context(open_image(backing_path(target, writing.backing), options))
 
 
 def _write(
-    sink: Sink, tally: Tally, files: Sequence[ByteSource], output: Target
+    sink: Sink,
+    tally: Tally,
+    files: Sequence[ByteSource],
+    output: Target,
+    read_back: ReadBack | None,
 ) -> tuple[BadRange, ...]:
-    """Write the target's content; raise if a source file changes meanwhile."""
+    """Write the target's content and verify it.
+
+    Raise if a source file changes meanwhile.
+    """
     try:
         bad_ranges = sink.write(tally)
         output.prepare()
+        if read_back is not None and sink.digest is not None:
+            read_back.verify(sink.digest, sink.disk_nbytes, tally.finish)
         for file in files:
             file.check_unchanged()
         # The last call for progress: it may still cancel the job.

@@ -1,12 +1,12 @@
 /*
- * test_ahead.c - reading ahead, over a file that records what is announced
+ * test_announce.c - what is announced of a batch, and in which order
  */
 #include "tests/engine_util.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
 
-#include "engine/ahead.h"
+#include "engine/announce.h"
 
 #define DISK_NBYTES (512ull * MIB)
 #define BLOCK_NBYTES (64u * KIB)
@@ -91,22 +91,22 @@ static struct imgc_extent *scattered_rows(uint64_t factor)
 	return rows;
 }
 
-static struct ahead ahead_create(struct traced_file *file, struct imgc_source_file *source)
+static struct announcer announcer_create(struct traced_file *file, struct imgc_source_file *source)
 {
-	struct ahead ahead = {0};
+	struct announcer announcer = {0};
 
 	traced_create(file);
 	*source = (struct imgc_source_file){.file = &file->base, .nbytes = DISK_NBYTES};
-	CHECK_EQ(imgc_ahead_create(&ahead, source), IMGC_OK);
-	return ahead;
+	CHECK_EQ(imgc_announcer_create(&announcer, source), IMGC_OK);
+	return announcer;
 }
 
 /* Goes over the disk as a job does, and tells the file that windows are read. */
-static void walk(struct ahead *ahead, struct traced_file *file, uint64_t end, uint64_t rate)
+static void walk(struct announcer *announcer, struct traced_file *file, uint64_t end, uint64_t rate)
 {
 	for (uint64_t cursor = 0; cursor < end; cursor += 512 * KIB) {
-		while (imgc_ahead_is_due(ahead, cursor))
-			imgc_ahead_step(ahead, rate);
+		while (imgc_announcer_is_due(announcer, cursor))
+			imgc_announcer_step(announcer, rate);
 		file->read_nbytes += 512 * KIB;
 	}
 }
@@ -117,30 +117,33 @@ static void test_nothing_of_what_is_in_order(void)
 {
 	static struct traced_file file;
 	struct imgc_source_file source;
-	struct ahead ahead = ahead_create(&file, &source);
+	struct announcer announcer = announcer_create(&file, &source);
 	struct imgc_extent *rows = scattered_rows(1);
 	struct imgc_extent one = data_row(0, DISK_NBYTES, 0), large[64];
 
-	imgc_ahead_start(&ahead, 0, (struct rows){&one, 1}, (struct rows){NULL, 0}, false);
-	walk(&ahead, &file, DISK_NBYTES, 0);
-	imgc_ahead_start(&ahead, 0, (struct rows){rows, N_BLOCKS}, (struct rows){NULL, 0}, false);
-	walk(&ahead, &file, DISK_NBYTES, 0);
+	imgc_announcer_start(&announcer, 0, (struct rows){&one, 1}, (struct rows){NULL, 0}, false);
+	walk(&announcer, &file, DISK_NBYTES, 0);
+	imgc_announcer_start(&announcer, 0, (struct rows){rows, N_BLOCKS}, (struct rows){NULL, 0},
+			     false);
+	walk(&announcer, &file, DISK_NBYTES, 0);
 	/* Two images that are in order, each in its file's own way. */
-	imgc_ahead_start(&ahead, 0, (struct rows){rows, N_BLOCKS}, (struct rows){&one, 1}, false);
-	walk(&ahead, &file, DISK_NBYTES, 0);
+	imgc_announcer_start(&announcer, 0, (struct rows){rows, N_BLOCKS}, (struct rows){&one, 1},
+			     false);
+	walk(&announcer, &file, DISK_NBYTES, 0);
 	/* A table of 16 KiB every 2 MiB. */
 	for (uint64_t i = 0; i < N_BLOCKS / 2; i++)
 		rows[i].host_offset += i / 32 * 16 * KIB;
-	imgc_ahead_start(&ahead, 0, (struct rows){rows, N_BLOCKS / 2}, (struct rows){NULL, 0},
-			 false);
-	walk(&ahead, &file, DISK_NBYTES / 2, 0);
+	imgc_announcer_start(&announcer, 0, (struct rows){rows, N_BLOCKS / 2},
+			     (struct rows){NULL, 0}, false);
+	walk(&announcer, &file, DISK_NBYTES / 2, 0);
 	/* Jumps, but none for 8 MiB after each. */
 	for (uint64_t i = 0; i < 64; i++)
 		large[i] = data_row(i * 8 * MIB, 8 * MIB, (63 - i) * 8 * MIB);
-	imgc_ahead_start(&ahead, 0, (struct rows){large, 64}, (struct rows){NULL, 0}, false);
-	walk(&ahead, &file, DISK_NBYTES, 0);
+	imgc_announcer_start(&announcer, 0, (struct rows){large, 64}, (struct rows){NULL, 0},
+			     false);
+	walk(&announcer, &file, DISK_NBYTES, 0);
 	CHECK_EQ(file.n_announced, 0);
-	imgc_ahead_destroy(&ahead);
+	imgc_announcer_destroy(&announcer);
 	free(rows);
 }
 
@@ -148,17 +151,18 @@ static void check_walk(uint64_t factor)
 {
 	static struct traced_file file;
 	struct imgc_source_file source;
-	struct ahead ahead = ahead_create(&file, &source);
+	struct announcer announcer = announcer_create(&file, &source);
 	struct imgc_extent *rows = scattered_rows(factor);
 
-	imgc_ahead_start(&ahead, 0, (struct rows){rows, N_BLOCKS}, (struct rows){NULL, 0}, false);
-	walk(&ahead, &file, DISK_NBYTES, 0);
+	imgc_announcer_start(&announcer, 0, (struct rows){rows, N_BLOCKS}, (struct rows){NULL, 0},
+			     false);
+	walk(&announcer, &file, DISK_NBYTES, 0);
 	for (uint64_t i = 0; i < N_BLOCKS; i++)
 		CHECK(file.is_announced[i]);
 	/* Spans of 4, 8, 16, 32 and then 64 MiB: each goes through the file once. */
 	CHECK(file.n_turns <= 11);
-	CHECK(file.most_ahead_nbytes <= 2 * AHEAD_SPAN_NBYTES);
-	imgc_ahead_destroy(&ahead);
+	CHECK(file.most_ahead_nbytes <= 2 * ANNOUNCER_MAX_SPAN_NBYTES);
+	imgc_announcer_destroy(&announcer);
 	free(rows);
 }
 
@@ -173,15 +177,16 @@ static void test_announced_once(void)
 {
 	static struct traced_file file;
 	struct imgc_source_file source;
-	struct ahead ahead = ahead_create(&file, &source);
+	struct announcer announcer = announcer_create(&file, &source);
 	struct imgc_extent *rows = scattered_rows(N_BLOCKS - 1);
 
-	imgc_ahead_start(&ahead, 0, (struct rows){rows, N_BLOCKS}, (struct rows){NULL, 0}, false);
-	walk(&ahead, &file, DISK_NBYTES, 0);
+	imgc_announcer_start(&announcer, 0, (struct rows){rows, N_BLOCKS}, (struct rows){NULL, 0},
+			     false);
+	walk(&announcer, &file, DISK_NBYTES, 0);
 	CHECK_EQ(file.announced_nbytes, DISK_NBYTES);
 	/* Backwards, neighbours become one: each call is a step of 1 MiB. */
 	CHECK(file.n_announced <= DISK_NBYTES / MIB + 16);
-	imgc_ahead_destroy(&ahead);
+	imgc_announcer_destroy(&announcer);
 	free(rows);
 }
 
@@ -189,17 +194,18 @@ static void test_holes_and_unread_rows_are_left_out(void)
 {
 	static struct traced_file file;
 	struct imgc_source_file source;
-	struct ahead ahead = ahead_create(&file, &source);
+	struct announcer announcer = announcer_create(&file, &source);
 	struct imgc_extent *rows = scattered_rows(3571);
 
 	for (uint64_t i = 0; i < N_BLOCKS; i += 4) {
 		rows[i] = empty_row(i * BLOCK_NBYTES, BLOCK_NBYTES, IMGC_HOLE);
 		rows[i + 1].flags = IMGC_EXTENT_UNREAD;
 	}
-	imgc_ahead_start(&ahead, 0, (struct rows){rows, N_BLOCKS}, (struct rows){NULL, 0}, true);
-	walk(&ahead, &file, DISK_NBYTES, 0);
+	imgc_announcer_start(&announcer, 0, (struct rows){rows, N_BLOCKS}, (struct rows){NULL, 0},
+			     true);
+	walk(&announcer, &file, DISK_NBYTES, 0);
 	CHECK_EQ(file.announced_nbytes, DISK_NBYTES / 2);
-	imgc_ahead_destroy(&ahead);
+	imgc_announcer_destroy(&announcer);
 	free(rows);
 }
 
@@ -208,17 +214,18 @@ static void test_compressed_rows(void)
 {
 	static struct traced_file file;
 	struct imgc_source_file source;
-	struct ahead ahead = ahead_create(&file, &source);
+	struct announcer announcer = announcer_create(&file, &source);
 	struct imgc_extent *rows = scattered_rows(3571);
 
 	for (uint64_t i = 0; i < N_BLOCKS; i++) {
 		rows[i].kind = IMGC_ZLIB;
 		rows[i].host_length = 5000;
 	}
-	imgc_ahead_start(&ahead, 0, (struct rows){rows, N_BLOCKS}, (struct rows){NULL, 0}, false);
-	walk(&ahead, &file, DISK_NBYTES, 0);
+	imgc_announcer_start(&announcer, 0, (struct rows){rows, N_BLOCKS}, (struct rows){NULL, 0},
+			     false);
+	walk(&announcer, &file, DISK_NBYTES, 0);
 	CHECK_EQ(file.announced_nbytes, N_BLOCKS * 5000);
-	imgc_ahead_destroy(&ahead);
+	imgc_announcer_destroy(&announcer);
 	free(rows);
 }
 
@@ -226,22 +233,24 @@ static void test_first_and_limited_spans(void)
 {
 	static struct traced_file file;
 	struct imgc_source_file source;
-	struct ahead ahead = ahead_create(&file, &source);
+	struct announcer announcer = announcer_create(&file, &source);
 	struct imgc_extent *rows = scattered_rows(3571);
 
-	imgc_ahead_start(&ahead, 0, (struct rows){rows, N_BLOCKS}, (struct rows){NULL, 0}, false);
-	while (imgc_ahead_is_due(&ahead, 0))
-		imgc_ahead_step(&ahead, 0);
+	imgc_announcer_start(&announcer, 0, (struct rows){rows, N_BLOCKS}, (struct rows){NULL, 0},
+			     false);
+	while (imgc_announcer_is_due(&announcer, 0))
+		imgc_announcer_step(&announcer, 0);
 	CHECK_EQ(file.announced_nbytes, 12 * MIB);
-	walk(&ahead, &file, DISK_NBYTES, 20 * MIB);
+	walk(&announcer, &file, DISK_NBYTES, 20 * MIB);
 	CHECK(file.most_ahead_nbytes <= 40 * MIB);
 	/* Even a rate of one byte a second leaves spans of some size. */
 	traced_create(&file);
-	imgc_ahead_start(&ahead, 0, (struct rows){rows, N_BLOCKS}, (struct rows){NULL, 0}, false);
-	walk(&ahead, &file, DISK_NBYTES, 1);
-	CHECK(file.most_ahead_nbytes <= 2 * AHEAD_FIRST_SPAN_NBYTES);
+	imgc_announcer_start(&announcer, 0, (struct rows){rows, N_BLOCKS}, (struct rows){NULL, 0},
+			     false);
+	walk(&announcer, &file, DISK_NBYTES, 1);
+	CHECK(file.most_ahead_nbytes <= 2 * ANNOUNCER_FIRST_SPAN_NBYTES);
 	CHECK_EQ(file.announced_nbytes, DISK_NBYTES);
-	imgc_ahead_destroy(&ahead);
+	imgc_announcer_destroy(&announcer);
 	free(rows);
 }
 
@@ -250,18 +259,18 @@ static void test_long_rows(void)
 {
 	static struct traced_file file;
 	struct imgc_source_file source;
-	struct ahead ahead = ahead_create(&file, &source);
+	struct announcer announcer = announcer_create(&file, &source);
 	const uint64_t n = 168, length = 3 * MIB;
 	struct imgc_extent rows[168];
 
 	for (uint64_t i = 0; i < n; i++)
 		rows[i] = data_row(i * length, length, i * 79 % n * length);
-	imgc_ahead_start(&ahead, 0, (struct rows){rows, n}, (struct rows){NULL, 0}, false);
-	walk(&ahead, &file, n * length, 0);
+	imgc_announcer_start(&announcer, 0, (struct rows){rows, n}, (struct rows){NULL, 0}, false);
+	walk(&announcer, &file, n * length, 0);
 	CHECK_EQ(file.announced_nbytes, n * length);
 	for (uint64_t i = 0; i < n * length / BLOCK_NBYTES; i++)
 		CHECK(file.is_announced[i]);
-	imgc_ahead_destroy(&ahead);
+	imgc_announcer_destroy(&announcer);
 }
 
 /* The smallest rows: no more than 8192 ranges are kept at a time. */
@@ -269,19 +278,19 @@ static void test_many_small_rows(void)
 {
 	static struct traced_file file;
 	struct imgc_source_file source;
-	struct ahead ahead = ahead_create(&file, &source);
+	struct announcer announcer = announcer_create(&file, &source);
 	size_t n = 1 << 17;
 	struct imgc_extent *rows = calloc(n, sizeof(*rows));
 
 	CHECK(rows);
 	for (uint64_t i = 0; i < n; i++)
 		rows[i] = data_row(i * 512, 512, DISK_NBYTES - (i + 1) * 4096);
-	imgc_ahead_start(&ahead, 0, (struct rows){rows, n}, (struct rows){NULL, 0}, false);
-	walk(&ahead, &file, n * 512, 0);
+	imgc_announcer_start(&announcer, 0, (struct rows){rows, n}, (struct rows){NULL, 0}, false);
+	walk(&announcer, &file, n * 512, 0);
 	for (uint64_t i = 1; i <= n * 4096 / BLOCK_NBYTES; i++)
 		CHECK(file.is_announced[N_BLOCKS - i]);
 	CHECK(file.announced_nbytes <= 2 * n * 512);
-	imgc_ahead_destroy(&ahead);
+	imgc_announcer_destroy(&announcer);
 	free(rows);
 }
 

@@ -1,0 +1,190 @@
+"""The verb ``checksum``: the digest of a disk's content."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
+
+from imgcore.border import FilePath, file_name, source_name
+from imgcore.checksums.digest import BLOCK_NBYTES, ChecksumError, Digest
+from imgcore.disk.digests import DigestedDisk
+from imgcore.disk.image import Image
+from imgcore.disk.open_options import OpenOptions
+from imgcore.disk.source import open_source
+from imgcore.engine.hashing import require_algorithm
+from imgcore.engine.job import thread_count
+from imgcore.engine.progress import Progress, Tally
+from imgcore.errors import OptionError
+from imgcore.files.commitment import until_committed
+from imgcore.files.target import Target
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from imgcore.areas.area import Area
+    from imgcore.engine.hashing import LeafSink
+    from imgcore.files.commitment import Commitment
+
+
+def checksum(
+    image: FilePath | int | Image,
+    *,
+    algorithm: str = "sha256",
+    tree: FilePath | None = None,
+    threads: SupportsIndex | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    format: str | None = None,
+    backing_format: str | None = None,
+    parent: FilePath | Sequence[FilePath] | None = None,
+    read_options: Mapping[str, Any] | Sequence[str] | None = None,
+    allow: Sequence[FilePath] = (),
+    share: bool = False,
+    files: Mapping[str, int] | None = None,
+) -> Digest:
+    """Return the digest of the disk in an image, as a guest reads it.
+
+    It is the same for every image of the disk, whatever its format and whatever it has
+    allocated: blkhash, over blocks of 64 KiB.  The disk of a raw file has exactly the
+    file's bytes, also if the last sector is incomplete.
+
+    ``format``, ``backing_format``, ``parent``, ``read_options``, ``allow``, ``share``
+    and ``files`` are the keywords of `imgcore.open`.
+
+    Parameters
+    ----------
+    image : str, bytes, os.PathLike, int or Image
+        The image, a descriptor of it, or an open image, which stays open and takes no
+        keywords for opening.  Compressed raw disks (``disk.raw.zst``) are read as well.
+    algorithm : str
+        ``"sha256"`` or ``"blake3"``.
+    tree : str, bytes or os.PathLike, optional
+        A file for the checksum of each block.  If it does not exist, it is written; it
+        has 32 bytes for each 64 KiB of the disk.  If it exists, the disk is compared
+        with it, and the file stays as it is.
+    threads : int, optional
+        Number of worker threads; one per CPU by default.
+    progress : callable, optional
+        Called with a `Progress` on the calling thread, at most every 50 ms and once at
+        the end.
+
+    Returns
+    -------
+    Digest
+
+    Raises
+    ------
+    ChecksumError
+        The disk is not the one of ``tree``.
+    OptionError
+        The algorithm is not known, or the tree has another one or is of a disk of
+        another size.
+    OSError, ImgcoreError
+        The image or the tree cannot be read, or the tree cannot be written.
+    """
+    require_algorithm(algorithm)
+    opening = OpenOptions.from_keywords(
+        format=format,
+        backing_format=backing_format,
+        parent=parent,
+        read_options=read_options,
+        allow=allow,
+        share=share,
+        files=files,
+    )
+    reading = _Reading(algorithm, thread_count(threads), progress)
+    name = None if tree is None else file_name(tree)
+    with _opened(image, opening) as disk:
+        if name is None:
+            return reading.digest(disk)
+        if os.path.lexists(name):
+            return reading.verify(disk, name)
+        return reading.write_tree(disk, name)
+
+
+@contextmanager
+def _opened(image: FilePath | int | Image, options: OpenOptions) -> Iterator[DigestedDisk]:
+    if isinstance(image, Image):
+        if options != OpenOptions.from_keywords():
+            raise OptionError("an open image takes no options for opening", path=image.path)
+        with image.kept_open() as state:
+            yield DigestedDisk.of_state(state)
+        return
+    with open_source(source_name(image), options) as source:
+        if not source.layers:
+            # A compressed raw disk, which may turn out to be an image.
+            source.refuse_conversion(with_base=False)
+        yield DigestedDisk.of_source(source)
+
+
+class _Reading(NamedTuple):
+    """How to read a disk, once, for its digest."""
+
+    algorithm: str
+    threads: int
+    progress: Callable[[Progress], None] | None
+
+    def digest(self, disk: DigestedDisk, sink: LeafSink | None = None) -> Digest:
+        """Return the digest; ``sink`` gets the leaves."""
+        tally = Tally(disk.nbytes, self.progress)
+        digest = disk.digest(
+            self.algorithm,
+            threads=self.threads,
+            sink=sink,
+            report=lambda done, data: tally.count(done, data=data, read=data, written=0),
+        )
+        disk.check_unchanged()
+        tally.finish()
+        return digest
+
+    def write_tree(self, disk: DigestedDisk, path: str) -> Digest:
+        """Write the tree, which gets its name when it is complete."""
+        from imgcore.checksums.tree import TreeWriter, tree_nbytes
+
+        def job(commitment: Commitment[Digest]) -> None:
+            with Target(path) as target:
+                target.protect(disk.files)
+                target.require_space(tree_nbytes(disk.nbytes))
+                writer = TreeWriter(target.main, self.algorithm, disk.nbytes)
+                digest = self.digest(disk, writer)
+                writer.finish(digest)
+                commitment.commit(target, digest)
+
+        return until_committed(job)
+
+    def verify(self, disk: DigestedDisk, path: str) -> Digest:
+        """Compare the disk with the tree; ChecksumError if they differ."""
+        from imgcore.checksums.differences import TreeDifferences
+        from imgcore.checksums.tree import TreeFile
+
+        count = _Count()
+        with TreeFile.open(path) as tree:
+            tree.refuse_other(disk.path, self.algorithm, disk.nbytes)
+            differences = TreeDifferences(tree, count.add)
+            digest = self.digest(disk, differences)
+            differences.finish()
+            tree.check_unchanged()
+        if count.n_blocks:
+            are = "is not that" if count.n_blocks == 1 else "are not those"
+            raise ChecksumError(
+                f"{count.n_blocks} of its blocks of {BLOCK_NBYTES} bytes {are} of {path}, the "
+                f"first at 0x{count.first:x}",
+                path=disk.path,
+                found=digest,
+                first_difference=count.first,
+            )
+        return digest
+
+
+class _Count:
+    """The first block of some areas, and the number of blocks."""
+
+    def __init__(self) -> None:
+        self.first = 0
+        self.n_blocks = 0
+
+    def add(self, area: Area) -> None:
+        if not self.n_blocks:
+            self.first = area.offset
+        self.n_blocks += -(-area.length // BLOCK_NBYTES)
