@@ -85,3 +85,21 @@ def test_reads_and_checksums_are_compared(
     lines = done.stdout.splitlines()
     assert all(any(line.startswith(title) for line in lines) for title in titles), lines
     assert list(tmp_path.iterdir()) == []
+
+
+def test_fragmented_images_are_compared() -> None:
+    qemu.require_qemu_img()
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.bench_fragmented"]
+        + ["--mib", "8", "--rounds", "1", "--only", "latency, shuffled, zlib"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()[2:]
+    if lines[0].startswith("skipped:"):
+        pytest.skip(lines[0])
+    titles = [line.partition("  ")[0] for line in lines]
+    assert titles == [f"{verb}, latency, shuffled, zlib" for verb in ("convert", "compare")]

@@ -507,6 +507,9 @@ void imgc_rate_limit_destroy(struct imgc_rate_limit *limit);
 /* Takes effect at once, also for those who wait.  0, as at first: no limit. */
 void imgc_rate_limit_set(struct imgc_rate_limit *limit, uint64_t bytes_per_second);
 
+/* The bytes per second; 0: no limit. */
+uint64_t imgc_rate_limit_get(struct imgc_rate_limit *limit);
+
 /*
  * Waits until nbytes may be handled, but not longer than the timeout.  Returns 1 if they
  * may, else 0.  No second admits more than the rate and one request.
