@@ -52,6 +52,10 @@ _USED_BY_READS: Final = (
 )
 
 
+# The user of the files that all reads of ranges are together (`Closable._begin_use`).
+_READS: Final = "reads"
+
+
 class Image(Closable):
     """A virtual disk that is open for reading; `imgcore.open` returns it.
 
@@ -362,15 +366,18 @@ class Image(Closable):
     def _start_reading(self) -> RandomAccess:
         """Return what reads the image.
 
-        All that it does is one use of the image, by the user ``Uses``.
+        All that it does is one use of the image.
         """
         from imgcore._core import Uses
         from imgcore.disk.random_access import RandomAccess
 
         with self._in_use(), self._state_lock():
+            if self._disk is not None:
+                return self._disk  # another thread was first
             if self._reads is None:
-                self._begin_use(Uses)
-                self._reads = Uses(_weak_call(self._end_reads), _weak_call(self._refuse))
+                reads = Uses(_weak_call(self._end_reads), _weak_call(self._refuse))
+                self._begin_use(_READS)
+                self._reads = reads
             state, cache_nbytes = self._state, self._options.cache_nbytes
             disk = RandomAccess(self.path, state, cache_nbytes=cache_nbytes, uses=self._reads)
             # A signal handler may have refreshed or closed the image meanwhile.
@@ -382,9 +389,7 @@ class Image(Closable):
             return disk
 
     def _end_reads(self) -> None:
-        from imgcore._core import Uses
-
-        self._end_use(Uses)
+        self._end_use(_READS)
 
     def close(self) -> None:
         super().close()
