@@ -7,6 +7,8 @@ import gc
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -310,6 +312,34 @@ def test_a_dropped_image_is_closed_with_a_warning(name: str, folders: tuple[Path
     with pytest.warns(ResourceWarning, match=f"unclosed <Image .*{name}") as warned:
         drop(held)
     assert len(warned) == 1
+    assert descriptors() == before
+
+
+def test_an_image_that_is_open_at_the_end_of_the_process(folders: tuple[Path, Path]) -> None:
+    script = f"""
+import imgcore
+image = imgcore.open({str(folders[0] / "child.qcow2")!r})
+image.read(0, 4096)
+image.itself = image
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("closes", [True, False])
+def test_a_use_that_an_exception_has_cut_off(closes: bool, folders: tuple[Path, Path]) -> None:
+    """A signal handler may raise between the beginning of a use and its block."""
+    before = descriptors()
+    held = [imgcore.open(folders[0] / "child.qcow2")]
+    held[0].read(0, 4096)
+    for owner in (held[0], *held[0].files):
+        owner._begin_use(threading.get_ident())
+    del owner
+    if closes:
+        held[0].close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if closes else "ignore")
+        drop(held)
     assert descriptors() == before
 
 

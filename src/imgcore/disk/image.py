@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 _Item = TypeVar("_Item")
 
+# The user of an image, in the words of `Closable`, that all its reads are.
+_READS: Final = "reads"
+
 # What an open image imports when it is used first.
 _USED_BY_READS: Final = (
     "imgcore._core",
@@ -362,29 +365,27 @@ class Image(Closable):
     def _start_reading(self) -> RandomAccess:
         """Return what reads the image.
 
-        All that it does is one use of the image, by the user ``Uses``.
+        All reads together are one use of the image, by the user `_READS`.
         """
         from imgcore._core import Uses
         from imgcore.disk.random_access import RandomAccess
 
         with self._in_use(), self._state_lock():
             if self._reads is None:
-                self._begin_use(Uses)
+                self._begin_use(_READS)
                 self._reads = Uses(_weak_call(self._end_reads), _weak_call(self._refuse))
             state, cache_nbytes = self._state, self._options.cache_nbytes
             disk = RandomAccess(self.path, state, cache_nbytes=cache_nbytes, uses=self._reads)
+            _being_read.add(self)
             # A signal handler may have refreshed or closed the image meanwhile.
             if self._state is state:
                 self._disk = disk
-                _being_read.add(self)
             if self._is_closed:
                 self.close()
             return disk
 
     def _end_reads(self) -> None:
-        from imgcore._core import Uses
-
-        self._end_use(Uses)
+        self._end_use(_READS)
 
     def close(self) -> None:
         super().close()
