@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import os
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tests.helpers.images import MIB, noise
 
@@ -471,3 +473,26 @@ def test_a_relative_name_in_a_folder_that_is_gone(
         with pytest.raises(FileNotFoundError):
             HostFile.open("disk.raw")
     assert descriptors() == before
+
+
+def test_a_read_that_fails_keeps_no_buffer(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """Its memory comes back with the exception, without garbage collection."""
+    path = shutil.copy(folders[0] / "small.qcow2", tmp_path)
+    buffer = np.zeros(4096, np.uint8)
+    n_references = sys.getrefcount(buffer)
+    with imgcore.open(path, share=True) as image:
+        os.truncate(path, 512)
+        gc.disable()
+        try:
+            for read in (
+                lambda: image.readinto(0, buffer),
+                lambda: image.readv([(0, buffer)]),
+                lambda: image.readinto(-1, buffer),
+                lambda: image.readv([(0, buffer), (0, b"")]),
+            ):
+                with contextlib.suppress(imgcore.ImgcoreError, ValueError, BufferError):
+                    read()
+                    raise AssertionError("it does not fail")
+                assert sys.getrefcount(buffer) == n_references
+        finally:
+            gc.enable()

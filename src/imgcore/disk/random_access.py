@@ -97,8 +97,12 @@ class RandomAccess(Disk):
 
     def explain(self, error: Exception) -> NoReturn:
         """Raise an error of a read: one of the engine's with the name of its file."""
-        with translated_errors(self._state.paths):
-            raise error
+        try:
+            with translated_errors(self._state.paths):
+                raise error
+        finally:
+            # Its traceback has this frame: a cycle would keep the caller's buffers.
+            del error
 
 
 def _span_nbytes(layers: Sequence[Reader]) -> int:
