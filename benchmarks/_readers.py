@@ -144,7 +144,7 @@ class Nbd(RangeReader):
             raise Unavailable
         nbd = libnbd()
         self.socket = chain[0].with_name(f"nbd-{chain[0].name}.socket")
-        words = [program, "-r", "-t", "-e", str(n_connections), "-k", str(self.socket)]
+        words = [program, "-r", "-e", str(n_connections), "-k", str(self.socket)]
         words += ["-f", self._NAMES.get(format, format), str(chain[0])]
         self.server = subprocess.Popen(words)
         self.handles = []

@@ -55,3 +55,51 @@ def test_reflinks_are_compared(pair: str, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines()[2].startswith(pair)
         assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "only", "titles"),
+    [
+        (
+            "bench_random",
+            ", raw",
+            ("4 KiB, raw", "16 threads, raw", "readv of 1000, raw", "as_file 1 MiB, raw"),
+        ),
+        ("bench_checksum", "nothing", ("checksum of 1 TiB of nothing",)),
+    ],
+)
+def test_reads_and_checksums_are_compared(
+    module: str, only: str, titles: tuple[str, ...], tmp_path: Path
+) -> None:
+    qemu.require_qemu_img()
+    words = ["--mib", "24", "--rounds", "1", "--only", only]
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{module}", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, "IMGCORE_BENCH_DIR": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert all(any(line.startswith(title) for line in lines) for title in titles), lines
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fragmented_images_are_compared() -> None:
+    qemu.require_qemu_img()
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.bench_fragmented"]
+        + ["--mib", "8", "--rounds", "1", "--only", "latency, shuffled, zlib"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()[2:]
+    if lines[0].startswith("skipped:"):
+        pytest.skip(lines[0])
+    titles = [line.partition("  ")[0] for line in lines]
+    assert titles == [f"{verb}, latency, shuffled, zlib" for verb in ("convert", "compare")]

@@ -200,7 +200,6 @@ struct cache_entry *imgc_cache_add(struct cache *cache, const struct cache_key *
 				grow_buckets(cache);
 		}
 		atomic_fetch_add_explicit(&entry->n_users, 1, memory_order_relaxed);
-		trim(cache);
 	}
 	pthread_mutex_unlock(&cache->lock);
 	if (unused)

@@ -57,8 +57,9 @@ struct cache_entry *imgc_cache_find(struct cache *cache, const struct cache_key 
 struct cache_entry *imgc_cache_new(struct cache *cache, size_t nbytes);
 
 /*
- * Adds an entry, and returns it; or, if the key has one by now, releases it and returns
- * that one.  If all was forgotten since `generation`, the entry stays the caller's alone.
+ * Adds an entry, for which others go once it is released, and returns it; or, if the key has one by
+ * now, releases it and returns that one.  If all was forgotten since `generation`, the entry stays
+ * the caller's alone.
  */
 struct cache_entry *imgc_cache_add(struct cache *cache, const struct cache_key *key,
 				   uint64_t generation, struct cache_entry *entry);

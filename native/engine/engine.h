@@ -17,6 +17,7 @@
  *     write.c    one window to the target: written, or reflinked
  *     source.c   from extents to bytes in memory
  *     reuse.c    compressed blocks that the target can have as they are
+ *     announce.c what is read next, in physical order where rows are not
  *     retry.c    reads and writes that are repeated where that can help
  *     salvage.c  the list of ranges that could not be read
  *     placer.c   host offsets of an appending target
@@ -33,6 +34,7 @@
 #include <time.h>
 
 #include "digest/digest.h"
+#include "engine/announce.h"
 #include "engine/placer.h"
 #include "engine/source.h"
 #include "imgc.h"
@@ -120,6 +122,8 @@ struct imgc_job {
 	bool leaves_unread; /* these are stored without being read */
 	size_t claim_row, claim_base;
 	uint64_t cursor;
+	struct announcer announcer;
+	bool announces; /* a worker has `announcer`, and the lock does not guard it */
 	uint64_t claimed, placed, written; /* windows so far; slot = number % n_slots */
 	size_t n_busy;			   /* slots that are not free, spans under way */
 	unsigned n_writing, max_writers;

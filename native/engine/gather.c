@@ -1,12 +1,14 @@
 /*
  * gather.c - random access: many ranges in the order of their places, on several threads
  *
- * The ranges become pieces, each in one row.  A round takes as many as a few
- * milliseconds allow, sorts them by file and offset, and joins neighbours into groups.
- * Each thread takes the next group until none is left.
+ * The ranges become pieces, each in one row.  As many as memory allows are sorted by
+ * file and offset, and neighbours are joined into groups.  Each thread takes the next
+ * group until none is left, or so much time has passed that the caller must see to
+ * signals.
  */
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "common/checked.h"
 #include "common/error.h"
@@ -26,12 +28,16 @@
 #define MAX_GROUP_PIECES 64u
 #define MAX_GAP_NBYTES (64u * 1024)
 
-/* The cost of a byte that is copied is 1, of one that is decompressed this. */
+/* The cost of a byte that is copied is 1, of one that is decompressed, and of a piece: */
 #define DECOMPRESSION_COST 8u
-#define MAX_ROUND_COST (64u * 1024 * 1024)
+#define PIECE_COST 4096u
+#define MAX_COST (64u * 1024 * 1024)
 
-/* So much work is worth a thread. */
-#define THREAD_COST (1u * 1024 * 1024)
+/* After this time a call returns, once the groups that were begun are read. */
+#define MAX_CALL_NS (50u * 1000 * 1000)
+
+/* So much work is worth a thread: to copy a mebibyte takes as long as to start one. */
+#define THREAD_COST (2u * 1024 * 1024)
 
 #define NO_FILE UINT32_MAX
 
@@ -55,6 +61,7 @@ struct imgc_gather {
 	size_t *groups; /* the first piece of each, and n_pieces */
 	size_t n_groups, groups_capacity;
 	_Atomic size_t claimed, failed; /* groups; failed: the first that failed */
+	uint64_t until_ns;		/* no more are claimed then */
 	pthread_mutex_t lock;		/* `failed` with `status` and `error` */
 	int status;
 	struct imgc_error error;
@@ -110,7 +117,7 @@ void imgc_gather_destroy(struct imgc_gather *g)
 
 static bool is_full(const struct imgc_gather *g)
 {
-	return g->n_pieces == MAX_PIECES || g->cost >= MAX_ROUND_COST;
+	return g->n_pieces == MAX_PIECES || g->cost >= MAX_COST;
 }
 
 static int grow_pieces(struct imgc_gather *g, struct imgc_error *err)
@@ -135,6 +142,7 @@ static int add_piece(struct imgc_gather *g, const struct imgc_extent *row, uint6
 		return status;
 	struct piece *piece = &g->pieces[g->n_pieces++];
 
+	g->cost += PIECE_COST;
 	*piece = (struct piece){.place = start, .file = NO_FILE, .row = *row, .start = start};
 	if (row->kind > IMGC_DATA) {
 		piece->file = row->file;
@@ -259,7 +267,9 @@ static int make_groups(struct imgc_gather *g, struct imgc_error *err)
 	}
 	uint64_t nbytes = 0;
 
+	sort_pieces(g);
 	g->n_groups = 0;
+	atomic_store(&g->claimed, 0);
 	for (size_t i = 0; i < g->n_pieces; i++) {
 		if (i == 0 || !continues_group(g, g->groups[g->n_groups - 1], i, nbytes)) {
 			g->groups[g->n_groups++] = i;
@@ -408,9 +418,17 @@ static void fail_group(struct imgc_gather *g, size_t group, int status,
 	pthread_mutex_unlock(&g->lock);
 }
 
+static uint64_t now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
+}
+
 static void read_groups(struct imgc_gather *g, struct scratch *scratch)
 {
-	for (;;) {
+	do {
 		size_t group = atomic_fetch_add(&g->claimed, 1);
 		struct imgc_error error = {0};
 
@@ -420,7 +438,7 @@ static void read_groups(struct imgc_gather *g, struct scratch *scratch)
 
 		if (status)
 			fail_group(g, group, status, &error);
-	}
+	} while (now_ns() < g->until_ns);
 }
 
 /* A helper that does not get its means leaves the work to the others. */
@@ -436,18 +454,20 @@ static void *help(void *argument)
 	return NULL;
 }
 
-static int read_round(struct imgc_gather *g, unsigned n_threads, struct imgc_error *err)
+/* Reads what is left of the groups. */
+static int read_some(struct imgc_gather *g, unsigned n_threads, struct imgc_error *err)
 {
 	pthread_t helpers[IMGC_MAX_THREADS];
 	struct scratch *scratch;
-	uint64_t n_useful = imgc_min_u64(1 + g->cost / THREAD_COST, g->n_groups);
+	uint64_t n_left = g->n_groups - atomic_load(&g->claimed);
+	uint64_t n_useful = imgc_min_u64(1 + g->cost / THREAD_COST, n_left);
 	unsigned n_wanted = (unsigned)imgc_min_u64(n_useful, n_threads), n_helpers = 0;
 	int status = imgc_scratch_take(g->disk, &scratch, err);
 
 	if (status)
 		return status;
 	g->status = IMGC_OK;
-	atomic_store(&g->claimed, 0);
+	g->until_ns = now_ns() + MAX_CALL_NS;
 	atomic_store(&g->failed, SIZE_MAX);
 	while (n_helpers + 1 < n_wanted && !pthread_create(&helpers[n_helpers], NULL, help, g))
 		n_helpers++;
@@ -465,17 +485,21 @@ int imgc_gather_run(struct imgc_gather *g, const struct imgc_table *given, unsig
 {
 	if (n_threads == 0 || n_threads > IMGC_MAX_THREADS)
 		return imgc_fail_call(err, IMGC_INVALID_ARGUMENT, "disk");
-	int status = add_pieces(g, given, rest, err);
+	if (atomic_load(&g->claimed) >= g->n_groups) {
+		int status = add_pieces(g, given, rest, err);
+
+		if (!status)
+			status = make_groups(g, err);
+		if (status)
+			return status;
+	}
+	int status = read_some(g, n_threads, err);
 
 	if (status)
 		return status;
-	sort_pieces(g);
-	status = make_groups(g, err);
-	if (!status && g->n_groups > 0)
-		status = read_round(g, n_threads, err);
+	if (atomic_load(&g->claimed) < g->n_groups)
+		return IMGC_UNFINISHED;
 	g->n_pieces = 0;
 	g->cost = 0;
-	if (status)
-		return status;
 	return g->next < g->n_requests ? IMGC_UNFINISHED : IMGC_OK;
 }

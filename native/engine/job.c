@@ -329,6 +329,8 @@ int imgc_job_create(const struct imgc_job_options *options, struct imgc_job **ou
 		status = create_may_reflink(job);
 	if (status == IMGC_OK)
 		status = create_workers(job);
+	if (status == IMGC_OK && !options->salvage)
+		status = imgc_announcer_create(&job->announcer, job->sources);
 out:
 	if (status) {
 		imgc_job_destroy(job);
@@ -355,6 +357,7 @@ void imgc_job_destroy(struct imgc_job *job)
 		pthread_cond_destroy(&job->changed);
 		pthread_cond_destroy(&job->ended);
 	}
+	imgc_announcer_destroy(&job->announcer);
 	imgc_salvage_destroy(&job->salvage);
 	free(job->workers);
 	free(job->counters);
@@ -496,6 +499,8 @@ int imgc_job_start(struct imgc_job *job, const struct imgc_batch *batch, struct 
 		job->workers[i].reader.leaves_unread = job->leaves_unread;
 	job->claim_row = job->claim_base = 0;
 	job->cursor = batch->guest_start;
+	imgc_announcer_start(&job->announcer, batch->guest_start, job->rows, job->base,
+			     job->leaves_unread);
 	start_threads(job);
 	job->in_batch = true;
 	return IMGC_OK;

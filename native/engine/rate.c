@@ -110,6 +110,15 @@ void imgc_rate_limit_set(struct imgc_rate_limit *limit, uint64_t bytes_per_secon
 	pthread_mutex_unlock(&limit->lock);
 }
 
+uint64_t imgc_rate_limit_get(struct imgc_rate_limit *limit)
+{
+	pthread_mutex_lock(&limit->lock);
+	uint64_t rate = limit->bucket.rate;
+
+	pthread_mutex_unlock(&limit->lock);
+	return rate;
+}
+
 int imgc_rate_limit_take(struct imgc_rate_limit *limit, uint64_t nbytes, unsigned timeout_ms)
 {
 	uint64_t deadline = now() + (uint64_t)timeout_ms * 1000000;

@@ -274,6 +274,24 @@ static void fill_next_slot(struct worker *worker)
 	fill_slot(worker, slot);
 }
 
+static bool must_announce(const struct imgc_job *job)
+{
+	return work_is_left(job) && !job->announces &&
+	       imgc_announcer_is_due(&job->announcer, job->cursor);
+}
+
+/* Called with the lock held, and returns with it held. */
+static void announce(struct imgc_job *job)
+{
+	uint64_t rate = job->options.rate_limit ? imgc_rate_limit_get(job->options.rate_limit) : 0;
+
+	job->announces = true;
+	unlock_to_work(job);
+	imgc_announcer_step(&job->announcer, rate);
+	pthread_mutex_lock(&job->lock);
+	job->announces = false;
+}
+
 /* Called with the lock held, and returns with it held. */
 static void await_work(struct imgc_job *job)
 {
@@ -309,6 +327,8 @@ static bool run(struct worker *worker, const struct timespec *until)
 			write_next_slot(worker);
 		else if (worker->waiting)
 			fill_slot(worker, worker->waiting);
+		else if (must_announce(job))
+			announce(job);
 		else if (can_fill(job))
 			fill_next_slot(worker);
 		else if (!work_is_left(job) && job->n_busy == 0)

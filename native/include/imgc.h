@@ -507,6 +507,9 @@ void imgc_rate_limit_destroy(struct imgc_rate_limit *limit);
 /* Takes effect at once, also for those who wait.  0, as at first: no limit. */
 void imgc_rate_limit_set(struct imgc_rate_limit *limit, uint64_t bytes_per_second);
 
+/* The bytes per second; 0: no limit. */
+uint64_t imgc_rate_limit_get(struct imgc_rate_limit *limit);
+
 /*
  * Waits until nbytes may be handled, but not longer than the timeout.  Returns 1 if they
  * may, else 0.  No second admits more than the rate and one request.
@@ -802,7 +805,7 @@ int imgc_gather_create(struct imgc_disk *disk, const struct imgc_disk_request *r
 /*
  * Reads the next part of the requests, on up to n_threads threads (1..IMGC_MAX_THREADS)
  * which end before it returns.  `table` is as for imgc_disk_read().  IMGC_OK: all has
- * been read.  IMGC_UNFINISHED: call again; a call takes milliseconds.  IMGC_MISSING:
+ * been read.  IMGC_UNFINISHED: call again; a call takes about 50 ms.  IMGC_MISSING:
  * call again with the table of *rest, which is the rest of one request.  Of several
  * errors, the first in the order of places is returned.
  */

@@ -40,6 +40,9 @@ static const uint8_t zero_page[4096];
 /* Linux moves at most 0x7ffff000 bytes a call; this is a round number below that. */
 #define NOW_MAX_NBYTES ((uint64_t)1 << 30)
 
+/* Linux cuts a longer piece to what it reads ahead of the file: 128 KiB by default. */
+#define WILL_NEED_MAX_PIECE ((uint64_t)128 * 1024)
+
 /* The most pages of zeros that one write covers. */
 #define ZERO_MAX_PAGES 64
 
@@ -97,8 +100,13 @@ static void file_will_need(struct imgc_file *base, uint64_t offset, uint64_t len
 {
 	struct fd_file *file = (struct fd_file *)base;
 
-	if (imgc_range_inside(offset, length, INT64_MAX))
-		posix_fadvise(file->fd, (off_t)offset, (off_t)length, POSIX_FADV_WILLNEED);
+	if (!imgc_range_inside(offset, length, INT64_MAX))
+		return;
+	for (uint64_t done = 0; done < length; done += WILL_NEED_MAX_PIECE) {
+		uint64_t piece = imgc_min_u64(length - done, WILL_NEED_MAX_PIECE);
+
+		posix_fadvise(file->fd, (off_t)(offset + done), (off_t)piece, POSIX_FADV_WILLNEED);
+	}
 }
 
 static int file_write(struct imgc_file *base, const struct iovec *iov, int n_iov, uint64_t offset,

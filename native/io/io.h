@@ -66,6 +66,7 @@ struct imgc_file_ops {
 
 	/*
 	 * [offset, offset + length) will be read soon: the system may start to fetch it.
+	 * Does not wait for the bytes, but maybe until the device takes more requests.
 	 * There is no error to report.
 	 *
 	 * NULL: it makes no difference.

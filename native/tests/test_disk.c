@@ -392,6 +392,64 @@ static void test_what_does_not_wait(void)
 	image_destroy(&image);
 }
 
+/* A file in memory that counts what it will need, and is slow from some offsets on. */
+struct watched_file {
+	struct imgc_file base;
+	struct imgc_file *inner;
+	uint64_t needed_nbytes, lowest, highest;
+	uint64_t slow[2]; /* reads that start there take 2 and 20 ms */
+};
+
+static int watched_read(struct imgc_file *base, struct imgc_io_context *ctx,
+			const struct imgc_io_request *requests, size_t n, struct imgc_error *err)
+{
+	struct watched_file *file = (struct watched_file *)base;
+
+	if (requests[0].offset == file->slow[0])
+		usleep(2000);
+	if (requests[0].offset == file->slow[1])
+		usleep(20000);
+	return imgc_file_read(file->inner, ctx, requests, n, err);
+}
+
+static void watched_need(struct imgc_file *base, uint64_t offset, uint64_t length)
+{
+	struct watched_file *file = (struct watched_file *)base;
+
+	file->needed_nbytes += length;
+	file->lowest = imgc_min_u64(file->lowest, offset);
+	file->highest = imgc_max_u64(file->highest, offset + length);
+}
+
+static const struct imgc_file_ops watched_ops = {.read = watched_read, .will_need = watched_need};
+
+/* Another thread's later error, which is found before or after, does not count. */
+static void test_the_first_error(void)
+{
+	for (int order = 0; order < 2; order++) {
+		struct image image = image_create(IMGC_CODEC_ZLIB, IMGC_PREFIX_NONE);
+		struct watched_file file = {.base.ops = &watched_ops, .inner = image.stored.file};
+		struct imgc_disk_request request = {0, malloc(image.plain.nbytes),
+						    image.plain.nbytes};
+		struct imgc_error err = {0};
+
+		/* The first rows of two groups. */
+		file.slow[order] = image.rows[0].host_offset;
+		file.slow[!order] = image.rows[8].host_offset;
+		image.file.file = &file.base;
+		struct imgc_disk *disk = open_image(&image, 32 * MIB);
+
+		CHECK(request.buffer && image.rows[8].kind == IMGC_ZLIB);
+		memset(image.stored.bytes + image.rows[0].host_offset, 0xff, 32);
+		memset(image.stored.bytes + image.rows[8].host_offset, 0xff, 32);
+		CHECK_EQ(gather_ranges(&image, disk, &request, 1, 2, &err), IMGC_CORRUPT);
+		CHECK_EQ(err.offset, image.rows[0].host_offset);
+		free(request.buffer);
+		imgc_disk_destroy(disk);
+		image_destroy(&image);
+	}
+}
+
 /* A broken block is an error each time, and leaves nothing behind. */
 static void test_broken_blocks(unsigned codec, unsigned prefix)
 {
@@ -476,30 +534,6 @@ static void test_a_file_of_the_host(void)
 }
 
 /* -------------------------------------------------------------- read ahead */
-
-/* A file in memory that counts what it will need. */
-struct watched_file {
-	struct imgc_file base;
-	struct imgc_file *inner;
-	uint64_t needed_nbytes, lowest, highest;
-};
-
-static int watched_read(struct imgc_file *base, struct imgc_io_context *ctx,
-			const struct imgc_io_request *requests, size_t n, struct imgc_error *err)
-{
-	return imgc_file_read(((struct watched_file *)base)->inner, ctx, requests, n, err);
-}
-
-static void watched_need(struct imgc_file *base, uint64_t offset, uint64_t length)
-{
-	struct watched_file *file = (struct watched_file *)base;
-
-	file->needed_nbytes += length;
-	file->lowest = imgc_min_u64(file->lowest, offset);
-	file->highest = imgc_max_u64(file->highest, offset + length);
-}
-
-static const struct imgc_file_ops watched_ops = {.read = watched_read, .will_need = watched_need};
 
 static void read_pattern(const struct image *image, struct watched_file *file, uint64_t first,
 			 uint64_t stride, int n)
@@ -642,6 +676,7 @@ int main(void)
 	test_broken_blocks(IMGC_CODEC_ZLIB, IMGC_PREFIX_NONE);
 	test_broken_blocks(IMGC_CODEC_ZLIB, IMGC_PREFIX_GRAIN_MARKER);
 	test_a_marker_of_another_grain();
+	test_the_first_error();
 	test_a_file_of_the_host();
 	test_reading_ahead();
 	test_uses();

@@ -54,6 +54,25 @@ static int read_one(struct imgc_file *file, struct imgc_io_context *ctx, void *b
 	return imgc_file_read(file, ctx, &request, 1, &error);
 }
 
+/* A non-blocking file whose data is not in memory.  Older kernels answer EAGAIN. */
+static void test_non_blocking(struct imgc_io_context *ctx)
+{
+	uint8_t back[8192];
+	int fd;
+	struct imgc_file *file = open_temporary(&fd);
+
+	write_all(file, content, sizeof(content), 0);
+	CHECK(fsync(fd) == 0);
+	CHECK(posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED) == 0);
+	CHECK(fcntl(fd, F_SETFL, O_NONBLOCK) == 0);
+	for (uint64_t offset = 0; offset < sizeof(content); offset += 20 * sizeof(back)) {
+		CHECK_EQ(read_one(file, ctx, back, sizeof(back), offset), IMGC_OK);
+		CHECK(memcmp(back, content + offset, sizeof(back)) == 0);
+	}
+	imgc_file_close(file);
+	close(fd);
+}
+
 static int is_all_zero(const uint8_t *p, size_t nbytes)
 {
 	while (nbytes != 0 && p[nbytes - 1] == 0)
@@ -357,6 +376,7 @@ int main(void)
 			continue;
 		CHECK_EQ(imgc_io_context_create(variant, &ctx), IMGC_OK);
 		test_reads(ctx);
+		test_non_blocking(ctx);
 		test_refused_by_the_system(ctx);
 		test_memory(ctx);
 		imgc_io_context_destroy(ctx);

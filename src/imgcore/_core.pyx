@@ -11,6 +11,8 @@ from cpython.long cimport PyLong_AsLongLongAndOverflow, PyLong_CheckExact
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
+from posix.types cimport pid_t
+from posix.unistd cimport getpid
 
 from imgcore cimport _native as n
 
@@ -697,7 +699,7 @@ cdef class Uses:
 
 
 # A read of up to this many bytes is tried while the GIL is held, which takes microseconds
-# if all is in memory.  Others are in parts of milliseconds, after which signals are handled.
+# if all is in memory.  Others are in parts of 50 ms at most, after which signals are handled.
 cdef uint64_t SHORT_NBYTES = 64 * 1024
 cdef uint64_t LONG_NBYTES = 128 * 1024
 cdef uint64_t SECTOR_NBYTES = 512
@@ -728,6 +730,7 @@ cdef class Disk:
     cdef list files
     cdef Uses uses
     cdef object lock
+    cdef pid_t process
 
     def __cinit__(self):
         self.handle = NULL
@@ -746,6 +749,7 @@ cdef class Disk:
         options.io_variant = select(n.IMGC_OP_IO, chosen.get("io"))
         self.uses = uses
         self.lock = lock
+        self.process = getpid()
         self.files = [source[0] for source in sources]
         cdef n.imgc_source_file *table = source_table(sources)
         try:
@@ -958,7 +962,9 @@ cdef class Disk:
         return stats.n_entries, stats.nbytes, stats.n_hits, stats.n_misses
 
     def __dealloc__(self):
-        n.imgc_disk_destroy(self.handle)
+        # In a forked child, another thread may have been changing it at the fork.
+        if self.process == getpid():
+            n.imgc_disk_destroy(self.handle)
 
 
 cdef int fill_geometry(n.imgc_geometry *out, geometry) except -1:

@@ -5,14 +5,17 @@ Only the reads that need the part fail; nothing that was wrong is remembered.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import random
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import imgcore
@@ -170,6 +173,28 @@ def test_a_damaged_block_is_never_cached(variant: Variant, raw: Path) -> None:
         with_16_threads(read)
         damaged.repair()
         assert image.read(100, 1000) == content[100:1100]
+
+
+@pytest.mark.parametrize("where", ["a block", "a table"])
+def test_a_read_that_fails_keeps_nothing(where: str, raw: Path) -> None:
+    """Neither the buffer nor the files wait for the collection of cycles."""
+    path = written(raw, qemu.QCOW2_ZLIB)
+    with imgcore.open(path, share=True) as image:
+        if where == "a block":
+            (row,) = next(image.extents(0, 512))
+            Damaged(path, int(row["host_offset"]) + 30, b"\xff" * 300).damage()
+        else:
+            os.truncate(path, 512)
+        buffer = np.zeros(4096, np.uint8)
+        kept = weakref.ref(buffer)
+        gc.disable()
+        try:
+            with pytest.raises(imgcore.CorruptImageError):
+                image.readinto(5, buffer)
+            del buffer
+            assert kept() is None
+        finally:
+            gc.enable()
 
 
 def test_a_damaged_table_entry_is_met_only_by_reads_of_its_cluster(raw: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +166,54 @@ def test_many_threads_and_one_that_refreshes(
     crowd.end()
     assert crowd.n_closed == 0
     assert n_refreshed > 0
+
+
+@pytest.mark.parametrize("cache", ["4096", "32M"])
+@pytest.mark.parametrize(
+    "name", ["disk.raw", "disk.qcow2", "zlib.qcow2", "stream.vmdk", "disk.vhd", "disk.vhdx"]
+)
+@n_uses(6, 100)
+def test_many_threads_while_the_image_is_rewritten(
+    name: str,
+    cache: str,
+    n_uses: int,
+    disks: dict[str, Disk],
+    others: dict[str, Disk],
+    tmp_path: Path,
+) -> None:
+    """A read that starts after a refresh, and ends before the next change, is right."""
+    states = (disks[name], others[name])
+    path, failures = Path(shutil.copy(states[0].path, tmp_path)), []
+    # While it is odd, the image is not what was read of it last.
+    epoch, is_over = 0, threading.Event()
+
+    def read(number: int) -> None:
+        rng = random.Random(number)
+        while not is_over.is_set():
+            before = epoch
+            try:
+                use_at_random(image, states[before // 2 % 2].content, rng.randrange(1 << 40), 1)
+            except BaseException as error:
+                if before % 2 == 0 and epoch == before:
+                    failures.append(error)
+                    return
+
+    with imgcore.open(path, cache=cache, share=True) as image:
+        threads = [threading.Thread(target=read, args=(n,)) for n in range(N_THREADS)]
+        for thread in threads:
+            thread.start()
+        for turn in range(1, n_uses + 1):
+            time.sleep(0.05)
+            epoch += 1
+            path.write_bytes(states[turn % 2].path.read_bytes())
+            image.refresh()
+            epoch += 1
+        time.sleep(0.05)
+        is_over.set()
+        for thread in threads:
+            thread.join()
+    if failures:
+        raise failures[0]
 
 
 LEAKS = """

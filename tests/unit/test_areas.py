@@ -317,6 +317,11 @@ BAD_RESPONSES = [
     ([response([], None)], "no 'startoffset' that is a whole number"),
     ([{"startOffset": 0, "changedArea": []}], "no 'length' that is a whole number"),
     ([response([]), 1], "1|instead of {"),
+    # PowerShell's ConvertTo-Json, where its -Depth ends.
+    ([response("VMware.Vim.DiskChangeExtent")], "DiskChangeExtent' instead of the areas"),  # type: ignore[arg-type]
+    ([response({"start": 0, "length": 512})], "instead of the areas"),  # type: ignore[arg-type]
+    ([response([], STARTOFFSET=0)], "'startoffset' twice"),
+    ([response([extent(0, 512, Start=512)])], "has a key twice"),
 ]
 
 
@@ -327,6 +332,18 @@ def test_bad_responses(tmp_path: Path, responses: object, words: str) -> None:
         listed(path)
     assert caught.value.path == str(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"start": 0, "start": 4096, "length": 512, "zero": false, "data": true}]',
+        '{"startOffset": 0, "length": 1048576, "changedArea": [{"start": 0, "start": 1}]}',
+    ],
+)
+def test_a_key_twice(tmp_path: Path, text: str) -> None:
+    with pytest.raises(FormatError, match="has a key twice, at character"):
+        listed(write(tmp_path / "a.json", text + " " * 100_000))
 
 
 def test_a_change_tracking_file(tmp_path: Path) -> None:

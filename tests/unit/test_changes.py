@@ -294,6 +294,28 @@ def test_a_layer_by_its_descriptor_or_another_name(chain: Path, tmp_path: Path) 
     assert alone == oracle(new, (chain / "0.raw").read_bytes(), 64 * KIB)
 
 
+def test_a_layer_that_is_read_in_another_way(chain: Path, tmp_path: Path) -> None:
+    """What the caller states about the older image decides what it is."""
+    top, middle, base = chain / "2.qcow2", chain / "1.qcow2", chain / "0.qcow2"
+    new = (chain / "2.raw").read_bytes()
+    by_tables = found(imgcore.changes(top, since=middle))
+    for same in ({"format_since": "qcow2"}, {"parent_since": base}):
+        assert found(imgcore.changes(top, since=middle, **same)) == by_tables
+    without_backing = {"driver": "qcow2", "file.filename": str(middle), "backing": None}
+    with pytest.raises(imgcore.UnsupportedFeatureError, match="leaves out its backing file"):
+        found(imgcore.changes(top, since="json:" + json.dumps(without_backing)))
+    old = middle.read_bytes()
+    areas = found(imgcore.changes(top, since=middle, format_since="raw"))
+    assert areas == oracle(new, old + bytes(-len(old) % 512), 64 * KIB)
+    other = tmp_path / "other.qcow2"
+    imgcore.create(other, len(new), format="qcow2")
+    with imgcore.open(middle, parent=other) as image:
+        old = image.read(0, image.virtual_size)
+    assert found(imgcore.changes(top, since=middle, parent_since=other)) == oracle(
+        new, old, 64 * KIB
+    )
+
+
 # -- lists of areas --------------------------------------------------------------------
 
 

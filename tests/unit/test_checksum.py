@@ -79,8 +79,12 @@ class TestSources:
         imgcore.convert(raw, tmp_path / "a.qcow2")
         path = tmp_path / "disk.raw.gz"
         path.write_bytes(gzip.compress((tmp_path / "a.qcow2").read_bytes()))
+        tree = tmp_path / "disk.tree"
+        imgcore.checksum(path, format="raw", tree=tree)
         with pytest.raises(imgcore.WrongFormatError, match="magic of qcow2"):
             imgcore.checksum(path)
+        with pytest.raises(imgcore.WrongFormatError, match="magic of qcow2"):
+            list(imgcore.compare_trees(tree, path))
 
     def test_a_chain(self, raw: Path, tmp_path: Path) -> None:
         base, child = tmp_path / "base.qcow2", tmp_path / "child.qcow2"
@@ -164,6 +168,13 @@ class TestTree:
             imgcore.checksum(raw, tree=tmp_path / name)
         assert raw.read_bytes() == DISK
         assert not (tmp_path / "missing").exists()
+
+    def test_another_process_is_faster(self, raw: Path, tmp_path: Path) -> None:
+        tree = tmp_path / "disk.tree"
+        with pytest.raises(imgcore.TargetError, match="appeared meanwhile, and is kept$"):
+            imgcore.checksum(raw, tree=tree, progress=lambda _: tree.write_bytes(b"theirs"))
+        assert tree.read_bytes() == b"theirs"
+        assert sorted(os.listdir(tmp_path)) == ["disk.raw", "disk.tree"]
 
     def test_a_failure_leaves_nothing(self, raw: Path, tmp_path: Path) -> None:
         def stop(_: imgcore.Progress) -> None:
@@ -265,6 +276,23 @@ class TestCommand:
         (tmp_path / "list").write_text(content)
         done = command("checksum", "--check", "list", cwd=tmp_path)
         assert_one_line_error(done, "list: has no line with a checksum", code=2)
+
+    @pytest.mark.parametrize("end", ["\n", "\r\n"])
+    def test_a_list_with_a_mark(self, raw: Path, tmp_path: Path, end: str) -> None:
+        """The first line counts, too."""
+        lines = [f"{'0' * 64}  disk.raw", f"{blkhash.digest(DISK)}  disk.raw"]
+        text = "".join(line + end for line in lines)
+        (tmp_path / "list").write_bytes(text.encode("utf-8-sig"))
+        done = command("checksum", "--check", "list", cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (1, "")
+        assert done.stdout == "disk.raw: FAILED\ndisk.raw: OK\n"
+
+    def test_a_list_on_a_closed_stdin(self, tmp_path: Path) -> None:
+        words = [sys.executable, "-m", "imgcore", "checksum", "--check", "-"]
+        done = subprocess.run(
+            ["sh", "-c", 'exec "$@" <&-', "sh", *words], capture_output=True, text=True, check=False
+        )
+        assert_one_line_error(done, "stdin: Bad file descriptor", code=2)
 
     def test_several_of_which_one_is_missing(self, raw: Path, tmp_path: Path) -> None:
         done = command("checksum", "missing.raw", "disk.raw", cwd=tmp_path)

@@ -162,22 +162,6 @@ def test_the_caller_may_close_its_own(name: str, folder: Path, way: str) -> None
             os.close(number)
 
 
-def test_a_read_by_io_uring_on_a_non_blocking_description(
-    opened: Any, way: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A ring answers EAGAIN for data that is not in memory."""
-    monkeypatch.setenv("IMGCORE_KERNEL", "io=uring")
-    (number,) = opened("small.qcow2", flags=os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        image = imgcore.open(number, format="qcow2")
-        image.read(0, 1)
-    except imgcore.OptionError as error:
-        pytest.skip(str(error))
-    with image:
-        os.posix_fadvise(number, 0, 0, os.POSIX_FADV_DONTNEED)
-        assert image.read(0, NBYTES) == DATA
-
-
 # -- without rights --------------------------------------------------------------------
 
 AGENT = """

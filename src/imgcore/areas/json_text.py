@@ -18,7 +18,20 @@ if TYPE_CHECKING:
 
 _PIECE_NBYTES: Final = 1 << 20
 _SPACE: Final = re.compile(r"[ \t\n\r]*")
-_DECODER: Final = json.JSONDecoder()
+
+
+class _RepeatedKeyError(Exception):
+    """An object has a key twice, and programs differ in which of them counts."""
+
+
+def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _RepeatedKeyError
+    return found
+
+
+_DECODER: Final = json.JSONDecoder(object_pairs_hook=_members)
 
 
 def encoding_of(start: bytes) -> str:
@@ -147,6 +160,8 @@ class JsonText:
             value, end = _DECODER.raw_decode(self._text, self._at)
         except RecursionError:
             raise self.error("arrays or objects are nested too deeply") from None
+        except _RepeatedKeyError:
+            raise self.error("an object starts here that has a key twice") from None
         except ValueError as error:
             if len(self._text) - self._at >= limits.AREAS_MAX_JSON_VALUE_CHARS:
                 raise self._too_large() from None

@@ -65,18 +65,28 @@ class _Response:
 
     def areas(self) -> Iterator[Entry]:
         """Yield the changed areas, and take the response from the text."""
-        for key in self._text.members():
-            if key.lower() == "changedarea" and self._text.next_char() == "[":
+        for name in map(str.lower, self._text.members()):
+            if name in self._facts:
+                raise self._text.error(f"the response has {name!r:.40} twice")
+            self._facts[name] = None
+            if name == "changedarea" and self._text.next_char() == "[":
                 for _ in self._text.items():
                     yield self._area()
             else:
-                self._facts[key.lower()] = self._text.value()
+                self._facts[name] = self._text.value()
+        # Null stands for no areas.  ConvertTo-Json of PowerShell writes a text in place
+        # of what is nested deeper than its -Depth.
+        other = self._facts.get("changedarea")
+        if other is not None:
+            raise self._text.error(f"{other!r:.40} instead of the areas of the response")
 
     def _area(self) -> Entry:
         value = self._text.value()
         if not isinstance(value, dict):
             raise self._text.error(f"{value!r:.40} instead of an area, which ends here")
         members = {key.lower(): member for key, member in value.items()}
+        if len(members) < len(value):
+            raise self._text.error("an area, which ends here, has a key twice")
         start, length = (self._number(members, name) for name in ("start", "length"))
         self._first = start if self._first is None else self._first
         self._end = start + length

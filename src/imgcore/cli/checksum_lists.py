@@ -9,6 +9,8 @@ Source: GNU Coreutils manual, "md5sum invocation".
 
 from __future__ import annotations
 
+import codecs
+import errno
 import os
 import re
 import sys
@@ -62,9 +64,11 @@ def _escaped(name: str) -> tuple[bytes, bytes]:
 def read_list(path: str) -> Iterator[Entry | None]:
     """Yield the entries of a list, None for a line that is not one; ``-`` is stdin.
 
-    Empty lines, and those that begin with ``#``, are skipped.
+    Empty lines, those that begin with ``#``, and a byte order mark are skipped.
     """
     if path == "-":
+        if sys.stdin is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF), "stdin")
         with named_errors("stdin"):
             yield from _entries(sys.stdin.buffer)
         return
@@ -73,13 +77,15 @@ def read_list(path: str) -> Iterator[Entry | None]:
 
 
 def _entries(file: IO[bytes]) -> Iterator[Entry | None]:
+    mark = codecs.BOM_UTF8
     while line := file.readline(MAX_CHECKSUM_LINE_NBYTES):
         is_whole = line.endswith(b"\n") or len(line) < MAX_CHECKSUM_LINE_NBYTES
         while not is_whole:
             rest = file.readline(MAX_CHECKSUM_LINE_NBYTES)
             is_whole = rest.endswith(b"\n") or not rest
             line = b"?"
-        text = line.rstrip(b"\r\n")
+        text = line.removeprefix(mark).rstrip(b"\r\n")
+        mark = b""  # only the first line may have it
         if text and not text.startswith(b"#"):
             yield _entry(text)
 

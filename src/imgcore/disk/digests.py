@@ -55,6 +55,9 @@ class DigestedDisk(NamedTuple):
     @classmethod
     def of_source(cls, source: Source) -> DigestedDisk:
         """Return the whole disk of a source."""
+        if not source.layers:
+            # A compressed raw disk, which may turn out to be an image.
+            source.refuse_conversion(with_base=False)
         return cls(
             source.path,
             source.exact_nbytes,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from imgcore.engine.reflinks import ReflinkRule
     from imgcore.engine.source_file import SourceFile
     from imgcore.files.byte_source import ByteSource
+    from imgcore.files.identity import Identity
     from imgcore.formats.api import Reader
 
 
@@ -111,6 +112,16 @@ class DiskState:
         for rows, depths in self.layer_extents(0, self.virtual_size):
             for part in salvage.take(rows, depths):
                 yield from holes.cut(part)
+
+    def is_part_of(self, other: DiskState, depth: int) -> bool:
+        """Tell whether its layers are those of another disk from ``depth`` on."""
+        return self._identities() == other._identities()[depth:]
+
+    def _identities(self) -> list[tuple[Identity, str, int]]:
+        return [
+            (layer.file.identity, layer.reader.format_name, layer.reader.virtual_size)
+            for layer in self.chain
+        ]
 
     def close(self) -> None:
         """Close all files; more than once is allowed."""

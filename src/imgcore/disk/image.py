@@ -40,9 +40,6 @@ if TYPE_CHECKING:
 
 _Item = TypeVar("_Item")
 
-# The user of an image, in the words of `Closable`, that all its reads are.
-_READS: Final = "reads"
-
 # What an open image imports when it is used first.
 _USED_BY_READS: Final = (
     "imgcore._core",
@@ -53,6 +50,10 @@ _USED_BY_READS: Final = (
     "imgcore.disk.random_access",
     "numpy.ma",  # numpy.union1d
 )
+
+
+# The user of the files that all reads of ranges are together (`Closable._begin_use`).
+_READS: Final = "reads"
 
 
 class Image(Closable):
@@ -365,15 +366,18 @@ class Image(Closable):
     def _start_reading(self) -> RandomAccess:
         """Return what reads the image.
 
-        All reads together are one use of the image, by the user `_READS`.
+        All that it does is one use of the image.
         """
         from imgcore._core import Uses
         from imgcore.disk.random_access import RandomAccess
 
         with self._in_use(), self._state_lock():
+            if self._disk is not None:
+                return self._disk  # another thread was first
             if self._reads is None:
+                reads = Uses(_weak_call(self._end_reads), _weak_call(self._refuse))
                 self._begin_use(_READS)
-                self._reads = Uses(_weak_call(self._end_reads), _weak_call(self._refuse))
+                self._reads = reads
             state, cache_nbytes = self._state, self._options.cache_nbytes
             disk = RandomAccess(self.path, state, cache_nbytes=cache_nbytes, uses=self._reads)
             _being_read.add(self)

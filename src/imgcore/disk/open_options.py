@@ -62,6 +62,13 @@ class OpenOptions(NamedTuple):
         """What the readers of the image and its parents do about damage."""
         return SALVAGING if self.salvage else STRICT
 
+    @property
+    def interprets(self) -> bool:
+        """Whether they state how the image is read, beyond what its files state."""
+        return bool(
+            self.format is not None or self.parents or self.read_options or self.without_backing
+        )
+
     @classmethod
     def from_keywords(
         cls,

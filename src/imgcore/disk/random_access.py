@@ -101,7 +101,7 @@ class RandomAccess(Disk):
             with translated_errors(self._state.paths):
                 raise error
         finally:
-            # Its traceback has this frame: a cycle would keep the caller's buffers.
+            # Its traceback has this call, which would keep it, files and buffer.
             del error
 
 

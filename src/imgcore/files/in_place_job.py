@@ -91,7 +91,7 @@ class Job:
         self.folder = folder
         self.journal = journal
         self.file = file
-        self.name = name
+        self.name: str = name
         self.begin: Begin = _begin_of(journal)
         self._is_arming = False
 

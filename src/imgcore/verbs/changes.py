@@ -19,7 +19,7 @@ from imgcore.disk.open_options import Flags, OpenOptions
 from imgcore.engine.job import thread_count
 from imgcore.engine.progress import Progress, Tally
 from imgcore.errors import OptionError
-from imgcore.files.identity import named_identity, same_file
+from imgcore.files.identity import Identity, named_identity, same_file
 from imgcore.formats.api import HasBitmaps
 from imgcore.sizes import parse_size
 
@@ -187,16 +187,30 @@ class _Search(NamedTuple):
 
     def since(self, source: str | int, options: OpenOptions) -> Iterator[Area]:
         """Yield what has changed since an older image, which may be in the chain."""
-        size = self.disk.virtual_size
-        identity = named_identity(local_image(source, options)[0])
+        name, stated = local_image(source, options)
+        depth = self._depth_of(named_identity(name))
+        if depth is not None and not stated.interprets:
+            yield from self._above(depth)
+            return
+        with open_image(source, options) as image, image.kept_open() as old:
+            # It may be read in another way than as a layer of the chain.
+            if depth is not None and old.is_part_of(self.disk, depth):
+                yield from self._above(depth)
+            else:
+                yield from self._compared(old, self.disk.virtual_size)
+            image.check_unchanged()
+
+    def _depth_of(self, identity: Identity) -> int | None:
+        """Return the number of the layer that has a file, None if there is none."""
         for depth, file in enumerate(self.disk.files):
             if same_file(file.identity, identity):
-                areas = joined(areas_above(self.disk, depth))
-                yield from rounded(areas, self.how.granularity, size)
-                return
-        with open_image(source, options) as image, image.kept_open() as old:
-            yield from self._compared(old, size)
-            image.check_unchanged()
+                return depth
+        return None
+
+    def _above(self, depth: int) -> Iterator[Area]:
+        """Yield what the layers above one of the chain's layers state."""
+        areas = joined(areas_above(self.disk, depth))
+        return rounded(areas, self.how.granularity, self.disk.virtual_size)
 
     def in_all(self, source: str, options: OpenOptions) -> Iterator[Area]:
         """Yield where another image differs, up to the end of the larger one."""

@@ -16,7 +16,7 @@ from imgcore.disk.source import open_source
 from imgcore.engine.hashing import require_algorithm
 from imgcore.engine.job import thread_count
 from imgcore.engine.progress import Progress, Tally
-from imgcore.errors import OptionError
+from imgcore.errors import OptionError, TargetError
 from imgcore.files.commitment import until_committed
 from imgcore.files.target import Target
 
@@ -112,9 +112,6 @@ def _opened(image: FilePath | int | Image, options: OpenOptions) -> Iterator[Dig
             yield DigestedDisk.of_state(state)
         return
     with open_source(source_name(image), options) as source:
-        if not source.layers:
-            # A compressed raw disk, which may turn out to be an image.
-            source.refuse_conversion(with_base=False)
         yield DigestedDisk.of_source(source)
 
 
@@ -151,7 +148,13 @@ class _Reading(NamedTuple):
                 writer.finish(digest)
                 commitment.commit(target, digest)
 
-        return until_committed(job)
+        try:
+            return until_committed(job)
+        except TargetError as error:
+            if not os.path.lexists(path):
+                raise
+            # Another process was faster.  A tree is never replaced.
+            raise TargetError("has appeared meanwhile, and is kept", path=path) from error
 
     def verify(self, disk: DigestedDisk, path: str) -> Digest:
         """Compare the disk with the tree; ChecksumError if they differ."""
