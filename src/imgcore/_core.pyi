@@ -313,6 +313,8 @@ class Disk:
         """
     def rows(self, start: int, end: int) -> NDArray[np.void]:
         """Return the extents of a table."""
+    def is_damage(self, error: Exception) -> bool:
+        """Return whether an exception of `rows` is about what the image says."""
     def range(self, offset: SupportsIndex, length: SupportsIndex) -> tuple[int, int]:
         """Return a range of the disk as two ints, or raise ValueError."""
     def threads(self, threads: SupportsIndex | None) -> int:

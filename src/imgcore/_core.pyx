@@ -764,6 +764,10 @@ cdef class Disk:
         """Return the rows of the table of ``[start, end)``."""
         raise NotImplementedError
 
+    def is_damage(self, error):
+        """Return whether an exception of `rows` is about what the image says."""
+        raise NotImplementedError
+
     def range(self, offset, length):
         """Return a range of the disk as two ints, or raise ValueError."""
         raise NotImplementedError
@@ -922,8 +926,9 @@ cdef class Disk:
                 return 0
             try:
                 return self.add(start, end, rest.generation, table)
-            except Exception:
-                pass
+            except Exception as error:
+                if not self.is_damage(error):
+                    raise
             start = rest.offset - rest.offset % SECTOR_NBYTES
             if rest.length < end - rest.offset:
                 end = rest.offset + rest.length

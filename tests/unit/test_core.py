@@ -7,7 +7,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ import pytest
 import imgcore
 from imgcore import _core, limits
 from imgcore._core import Status
+from imgcore.disk.random_access import RandomAccess
 from imgcore.engine.extents import EXTENT_DTYPE, PLACEMENT_DTYPE, Kind, single
 from imgcore.engine.geometry import (
     Codec,
@@ -271,15 +271,15 @@ def test_an_image_that_is_closed_in_the_middle_of_a_read(
     path = tmp_path / "disk.raw"
     path.write_bytes(os.urandom(MIB))
     image = imgcore.open(path)
-    extents = image.reader.extents
+    rows = RandomAccess.rows
 
-    def close_first(start: int, length: int) -> Iterator[np.ndarray]:
+    def close_first(access: RandomAccess, start: int, end: int) -> np.ndarray:
         closer = threading.Thread(target=image.close)
         closer.start()
         closer.join()
-        return extents(start, length)
+        return rows(access, start, end)
 
-    monkeypatch.setattr(image.reader, "extents", close_first)
+    monkeypatch.setattr(RandomAccess, "rows", close_first)
     assert image.read(0, MIB) == path.read_bytes()
     assert image.files[0].fd == -1
     with pytest.raises(ValueError, match=r"disk\.raw: the image is closed"):

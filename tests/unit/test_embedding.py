@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import pytest
 from tests.helpers.images import MIB, noise
 
 import imgcore
+from imgcore.engine.cpus import available_cpus
 
 # Parameters of functions and fields of results, which later versions only add to.
 _TEXT = """
@@ -181,6 +182,7 @@ def test_an_open_image_imports_nothing(name: str, folder: Path) -> None:
     script = """
 import sys
 import imgcore
+from imgcore.engine.cpus import available_cpus
 with imgcore.open(sys.argv[1]) as image:
     before = set(sys.modules)
     for _ in range(2):
@@ -282,6 +284,7 @@ try:
 except ImportError:
     import _xxsubinterpreters as interpreters
 import imgcore
+from imgcore.engine.cpus import available_cpus
 
 path, written = sys.argv[1:]
 with imgcore.open(path) as image:
@@ -290,6 +293,7 @@ code = f'''
 import sys
 sys.path[:] = {sys.path!r}
 import imgcore
+from imgcore.engine.cpus import available_cpus
 found = imgcore.info({path!r})["format"]
 for use in (lambda: imgcore.open({path!r}), lambda: imgcore.convert({path!r}, "x.raw")):
     try:
@@ -391,6 +395,51 @@ def test_a_handler_runs_during_a_job_on_the_main_thread(folder: Path) -> None:
     assert not (folder / "new.qcow2").exists()
 
 
+class HandlerError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [HandlerError, TimeoutError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["extents", "pread", "cpus"])
+def test_a_handler_that_raises_during_a_read(
+    where: str, error: type[BaseException], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its exception comes out as it is, and holds no buffer."""
+
+    def stop(*_: object) -> None:
+        raise error
+
+    def interrupting(call: Callable[..., Any]) -> Callable[..., Any]:
+        def interrupted(*arguments: Any, **keywords: Any) -> Any:
+            monkeypatch.undo()
+            os.kill(os.getpid(), signal.SIGUSR1)
+            return call(*arguments, **keywords)
+
+        return interrupted
+
+    previous = signal.signal(signal.SIGUSR1, stop)
+    try:
+        with imgcore.open(folder / "disk.qcow2") as image:
+            owner, name = {
+                "extents": (image.reader, "extents"),
+                "pread": (os, "pread"),
+                "cpus": (os, "fstat"),
+            }[where]
+            buffer = bytearray(MIB)
+            monkeypatch.setattr(owner, name, interrupting(getattr(owner, name)))
+            with pytest.raises(error) as raised:
+                if where == "cpus":
+                    available_cpus()
+                else:
+                    image.readinto(0, buffer)
+            assert not raised.value.args
+            raised = None
+            buffer.append(1)
+            assert image.read(0, MIB)
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+
+
 def open_files() -> Iterator[tuple[int, str]]:
     for name in os.listdir("/proc/self/fd"):
         try:
@@ -426,6 +475,7 @@ def test_importing_and_logging_configure_nothing() -> None:
 import logging, signal, sys, threading, warnings
 before = (list(warnings.filters), dict(vars(logging.root)), sys.excepthook, sys.unraisablehook)
 import imgcore
+from imgcore.engine.cpus import available_cpus
 for name in imgcore.__all__:
     getattr(imgcore, name)
 assert before[0] == [f for f in warnings.filters if "numpy" not in str(f)]

@@ -386,6 +386,7 @@ REFUSED: dict[str, tuple[Callable[[Path], tuple[int, ...]], type[Exception], str
     ),
     "pipe": (lambda _: os.pipe(), imgcore.ImgcoreError, "is a pipe, not a regular file"),
     "socket": (a_socket, imgcore.ImgcoreError, "is a socket, not a regular file"),
+    "eventfd": (lambda _: (os.eventfd(0),), imgcore.ImgcoreError, "is no file with content"),
     "folder": (
         lambda path: (os.open(path.parent, os.O_RDONLY),),
         imgcore.ImgcoreError,

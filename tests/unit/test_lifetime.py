@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -14,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tests.helpers.images import MIB, noise
 
@@ -313,6 +317,34 @@ def test_a_dropped_image_is_closed_with_a_warning(name: str, folders: tuple[Path
     assert descriptors() == before
 
 
+def test_an_image_that_is_open_at_the_end_of_the_process(folders: tuple[Path, Path]) -> None:
+    script = f"""
+import imgcore
+image = imgcore.open({str(folders[0] / "child.qcow2")!r})
+image.read(0, 4096)
+image.itself = image
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("closes", [True, False])
+def test_a_use_that_an_exception_has_cut_off(closes: bool, folders: tuple[Path, Path]) -> None:
+    """A signal handler may raise between the beginning of a use and its block."""
+    before = descriptors()
+    held = [imgcore.open(folders[0] / "child.qcow2")]
+    held[0].read(0, 4096)
+    for owner in (held[0], *held[0].files):
+        owner._begin_use(threading.get_ident())
+    del owner
+    if closes:
+        held[0].close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if closes else "ignore")
+        drop(held)
+    assert descriptors() == before
+
+
 @pytest.mark.parametrize("iterator", ["extents", "data_extents", "layer_extents"])
 def test_an_iterator_keeps_its_image(iterator: str, folders: tuple[Path, Path]) -> None:
     before = descriptors()
@@ -441,3 +473,26 @@ def test_a_relative_name_in_a_folder_that_is_gone(
         with pytest.raises(FileNotFoundError):
             HostFile.open("disk.raw")
     assert descriptors() == before
+
+
+def test_a_read_that_fails_keeps_no_buffer(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """Its memory comes back with the exception, without garbage collection."""
+    path = shutil.copy(folders[0] / "small.qcow2", tmp_path)
+    buffer = np.zeros(4096, np.uint8)
+    n_references = sys.getrefcount(buffer)
+    with imgcore.open(path, share=True) as image:
+        os.truncate(path, 512)
+        gc.disable()
+        try:
+            for read in (
+                lambda: image.readinto(0, buffer),
+                lambda: image.readv([(0, buffer)]),
+                lambda: image.readinto(-1, buffer),
+                lambda: image.readv([(0, buffer), (0, b"")]),
+            ):
+                with contextlib.suppress(imgcore.ImgcoreError, ValueError, BufferError):
+                    read()
+                    raise AssertionError("it does not fail")
+                assert sys.getrefcount(buffer) == n_references
+        finally:
+            gc.enable()

@@ -306,6 +306,13 @@ def test_as_file_below_other_readers(tmp_path: Path) -> None:
         assert not image.closed
 
 
+@pytest.mark.parametrize("shape", [0, (0, 4), (4, 0, 2)])
+def test_as_file_fills_an_empty_array(shape: Any, image: imgcore.Image) -> None:
+    file = image.as_file()
+    assert file.readinto(np.empty(shape, np.uint8)) == 0
+    assert file.tell() == 0
+
+
 def test_as_file_of_an_image_that_is_closed(folder: Path) -> None:
     image = imgcore.open(folder / "top.vhdx")
     file, buffered = image.as_file(), io.BufferedReader(image.as_file())
@@ -390,6 +397,32 @@ def test_a_refresh_keeps_the_files(folder: Path, tmp_path: Path) -> None:
         imgcore.convert(folder / "top.raw", path, force=True)
         image.refresh()
         assert image.read(0, NBYTES) == BASE
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_refresh_in_another_working_folder(
+    share: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    for place in (here, there):
+        (place / "bases").mkdir(parents=True)
+        imgcore.create(place / "bases/base.qcow2", NBYTES)
+    shutil.copy(folder / "base.qcow2", here / "bases")
+    monkeypatch.chdir(here)
+    base = Path("bases/base.qcow2").absolute()
+    for name, backing in (("child.qcow2", "bases/base.qcow2"), ("far.qcow2", base)):
+        imgcore.create(name, backing=backing, backing_format="qcow2")
+    shutil.copy("child.qcow2", there)
+    for name in ("child.qcow2", "far.qcow2"):
+        monkeypatch.chdir(here)
+        with imgcore.open(name, allow=["bases"], share=share) as image:
+            assert image.read(0, NBYTES) == BASE
+            monkeypatch.chdir(there)
+            (there / "bases").rename(tmp_path / "gone")
+            image.refresh()
+            (tmp_path / "gone").rename(there / "bases")
+            image.refresh()
+            assert image.read(0, NBYTES) == BASE
 
 
 def test_a_refresh_that_fails(folder: Path, tmp_path: Path) -> None:

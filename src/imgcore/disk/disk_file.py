@@ -68,8 +68,11 @@ class DiskFile(io.RawIOBase):
 
     def readinto(self, buffer: WriteableBuffer, /) -> int:
         left = max(self._nbytes() - self._position, 0)
-        with memoryview(buffer) as view, view.cast("B") as octets, octets[:left] as part:
-            n_read = self._image.readinto(self._start + self._position, part) if part else 0
+        with memoryview(buffer) as view:
+            if not left or not view.nbytes:
+                return 0
+            with view.cast("B") as octets, octets[:left] as part:
+                n_read = self._image.readinto(self._start + self._position, part)
         self._position += n_read
         return n_read
 

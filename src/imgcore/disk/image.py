@@ -380,10 +380,10 @@ class Image(Closable):
                 self._reads = reads
             state, cache_nbytes = self._state, self._options.cache_nbytes
             disk = RandomAccess(self.path, state, cache_nbytes=cache_nbytes, uses=self._reads)
+            _being_read.add(self)
             # A signal handler may have refreshed or closed the image meanwhile.
             if self._state is state:
                 self._disk = disk
-                _being_read.add(self)
             if self._is_closed:
                 self.close()
             return disk

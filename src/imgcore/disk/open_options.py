@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple, SupportsIndex
 
@@ -93,7 +94,8 @@ class OpenOptions(NamedTuple):
             backing_format=backing_format,
             parents=() if parent is None else file_names(parent),
             read_options=read_options,
-            allow=tuple(folder_names(allow)),
+            # The working folder may be another when the image is refreshed.
+            allow=tuple(map(os.path.abspath, folder_names(allow))),
             share=share,
             flags=flags,
             salvage=salvage,

@@ -9,10 +9,12 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Final, NoReturn, SupportsIndex
 
-from imgcore._core import Disk
+from imgcore._core import CoreError, Disk
 from imgcore.border import integer, range_of_disk
 from imgcore.engine.job import chosen_variants, thread_count, translated_errors
 from imgcore.engine.source_file import native_sources
+from imgcore.errors import ImgcoreError
+from imgcore.files.descriptors import is_of_system
 from imgcore.limits import MIB
 
 if TYPE_CHECKING:
@@ -71,6 +73,12 @@ class RandomAccess(Disk):
         if reader.is_flat:
             return _flat_rows(end, reader.sources[0].file.nbytes)
         return join_neighbours(np.concatenate(list(self._state.extents(start, end - start))))
+
+    def is_damage(self, error: Exception) -> bool:
+        """Tell whether it is the image's or the system's, not a signal handler's."""
+        if isinstance(error, OSError):
+            return is_of_system(error)
+        return isinstance(error, ImgcoreError | CoreError)
 
     def range(self, offset: SupportsIndex, length: SupportsIndex) -> tuple[int, int]:
         """Return a range as two ints; ValueError if it is not inside the disk."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Final
 
-from imgcore.files.descriptors import open_file
+from imgcore.files.descriptors import is_of_system, standard_numbers_taken
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,7 +67,9 @@ def _quota(folder: str, version: int) -> int | None:
 def _text(path: str) -> str:
     """Return the content of a file of the kernel, empty if it cannot be read."""
     try:
-        with open(path, "rb", opener=open_file) as file:
+        with standard_numbers_taken(), open(path, "rb") as file:
             return file.read(_MAX_NBYTES).decode("utf-8", "surrogateescape")
-    except OSError:
+    except OSError as error:
+        if not is_of_system(error):
+            raise
         return ""

@@ -47,8 +47,7 @@ class Closable:
     path: str
     _what = "file"
     # Until __init__ runs, there is nothing to close.
-    _is_closed = True
-    _is_freed = False
+    _is_closed = _is_freed = True
 
     def __init__(self) -> None:
         # Reentrant: a signal handler may close the object in the middle of a use.
@@ -56,7 +55,7 @@ class Closable:
         # The number of uses in progress by each thread, or other user, that has any.
         self._uses: dict[object, int] = {}
         self._forks_before = _n_forks
-        self._is_closed = False
+        self._is_closed = self._is_freed = False
 
     def _free(self) -> None:
         """Close the files; called once."""
@@ -84,9 +83,9 @@ class Closable:
 
     def _end_use(self, user: object) -> None:
         with self._state_lock():
-            self._uses[user] -= 1
-            if not self._uses[user]:
-                del self._uses[user]
+            n_left = self._uses.pop(user, 1) - 1
+            if n_left:
+                self._uses[user] = n_left
         self._free_after_use()
 
     def _refuse(self) -> NoReturn:
@@ -127,9 +126,13 @@ class Closable:
         raise TypeError(f"{self!r} cannot be copied or pickled")
 
     def __del__(self) -> None:
-        if self._is_closed:
+        if self._is_freed:
             return
         try:
-            warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
+            if not self._is_closed:
+                warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
         finally:
             self.close()
+            # Where a signal handler's exception has cut off a use, it is still counted.
+            self._uses.clear()
+            self._free_after_use()

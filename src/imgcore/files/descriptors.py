@@ -55,20 +55,9 @@ def open_file(
 
 
 def above_standard(open_it: Callable[[], int]) -> int:
-    """Open something whose number is at least 3; ``open_it`` returns its descriptor.
-
-    The numbers 0 to 2 are occupied meanwhile, as far as they are free: not even for a
-    moment may another thread print into a file.
-    """
-    taken: list[int] = []
-    try:
-        for number in range(_FIRST_NUMBER):
-            if not _is_open(number):
-                taken.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+    """Open something whose number is at least 3; ``open_it`` returns its descriptor."""
+    with standard_numbers_taken():
         fd = open_it()
-    finally:
-        for number in taken:
-            os.close(number)
     if fd >= _FIRST_NUMBER:
         return fd
     # Another thread has closed one in the meantime.
@@ -76,6 +65,23 @@ def above_standard(open_it: Callable[[], int]) -> int:
         return duplicate(fd)
     finally:
         os.close(fd)
+
+
+@contextlib.contextmanager
+def standard_numbers_taken() -> Iterator[None]:
+    """Occupy the numbers 0 to 2, as far as they are free, in a ``with`` block.
+
+    Not even for a moment may another thread print into a file that is opened there.
+    """
+    taken: list[int] = []
+    try:
+        for number in range(_FIRST_NUMBER):
+            if not _is_open(number):
+                taken.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+        yield
+    finally:
+        for number in taken:
+            os.close(number)
 
 
 def duplicate(fd: int) -> int:
@@ -86,9 +92,16 @@ def duplicate(fd: int) -> int:
 def _is_open(number: int) -> bool:
     try:
         os.fstat(number)
-    except OSError:
+    except OSError as error:
+        if not is_of_system(error):
+            raise
         return False
     return True
+
+
+def is_of_system(error: OSError) -> bool:
+    """Tell whether the system raised it, not a signal handler, as in TimeoutError()."""
+    return error.errno is not None
 
 
 @contextlib.contextmanager
@@ -140,7 +153,7 @@ def named_errors(path: str) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno is None:
-            raise  # not the system's: what a signal handler raises
+            raise  # as `is_of_system`
         text = error.strerror or os.strerror(error.errno)
         if error.errno == errno.EMFILE:
             text = _too_many_open()

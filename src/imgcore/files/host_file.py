@@ -114,9 +114,6 @@ class HostFile(OpenFile):
     ----------
     fd : int
         The descriptor, which this object owns; only `imgcore.files` uses it.
-    folder : str or None
-        The folder that names in the file start at.  None if the file has no name here:
-        it was given by its descriptor, or is in memory.
     """
 
     def __init__(
@@ -137,11 +134,13 @@ class HostFile(OpenFile):
         """
         super().__init__(fd, path)
         self.share = share
-        self.folder: str | None = os.path.dirname(path) if is_named else None
+        self._absolute_path: str | None = None
         self._is_ours = is_ours
         self._knows_holes = False
         try:
             with named_errors(path):
+                if is_named:
+                    self._absolute_path = os.path.abspath(path)
                 self._examine(device=device)
         except BaseException:
             self.close()
@@ -149,7 +148,6 @@ class HostFile(OpenFile):
 
     def _examine(self, *, device: bool) -> None:
         fd, path = self.fd, self.path
-        self._absolute_path = None if self.folder is None else os.path.abspath(path)
         self._status = os.fstat(fd)
         refuse_type(self._status.st_mode, path, device=device)
         self.is_block_device: bool = stat.S_ISBLK(self._status.st_mode)
@@ -214,13 +212,10 @@ class HostFile(OpenFile):
         """Return the same file, opened once more, as it is now."""
         with self._in_use(), named_errors(self.path):
             fd = duplicate(self.fd)
-        return type(self)(
-            fd,
-            self.path,
-            share=self.share,
-            is_named=self.folder is not None,
-            is_ours=self._is_ours,
-        )
+        file = type(self)(fd, self.path, share=self.share, is_named=False, is_ours=self._is_ours)
+        # The working folder may be another by now.
+        file._absolute_path = self._absolute_path
+        return file
 
     @classmethod
     def in_memory(cls, content: bytes | bytearray, name: str) -> Self:
@@ -242,6 +237,15 @@ class HostFile(OpenFile):
             with named_errors(self.path):
                 return device_nbytes(self.fd)
         return self._status.st_size
+
+    @property
+    def folder(self) -> str | None:
+        """The folder that names in the file start at, absolute.
+
+        None if the file has no name here: it was given by its descriptor, or is in
+        memory.
+        """
+        return None if self._absolute_path is None else os.path.dirname(self._absolute_path)
 
     @property
     def modified(self) -> int:
@@ -310,7 +314,9 @@ class HostFile(OpenFile):
             with self._in_use():
                 return retrying(lambda: os.pread(self.fd, nbytes, offset), READ_ERRORS)
         except OSError as error:
-            text = f"{os.strerror(error.errno or 0)} (reading {length} bytes at 0x{offset:x})"
+            if error.errno is None:
+                raise  # as `is_of_system`
+            text = f"{os.strerror(error.errno)} (reading {length} bytes at 0x{offset:x})"
             raise OSError(error.errno, text, self.path) from error
 
     def next_data(self, position: int) -> tuple[int, int]:

@@ -46,6 +46,7 @@ def same_file(a: Identity | None, b: Identity | None) -> bool:
 def describe_file_type(mode: int) -> str:
     """Return the file type of a ``st_mode`` in words, for messages."""
     for test, name in (
+        (stat.S_ISREG, "a regular file"),
         (stat.S_ISDIR, "a folder"),
         (stat.S_ISFIFO, "a pipe"),
         (stat.S_ISSOCK, "a socket"),
@@ -55,7 +56,8 @@ def describe_file_type(mode: int) -> str:
     ):
         if test(mode):
             return name
-    return "a regular file"
+    # Such as an eventfd.
+    return "no file with content"
 
 
 def refuse_type(mode: int, path: str, *, device: bool = True) -> None:
