@@ -347,6 +347,10 @@ class TestCommand:
         (tmp_path / "list").write_text("")
         assert_one_line_error(command("checksum", *arguments, cwd=tmp_path), code=2)
 
+    def test_an_option_without_its_value(self) -> None:
+        done = command("checksum", "--check")
+        assert_one_line_error(done, "requires an argument; try 'imgcore checksum --help'", code=2)
+
     def test_names_are_escaped_as_by_sha256sum(self, raw: Path, tmp_path: Path) -> None:
         names = [b"a\\b.raw", b"a\nb.raw", b"a\rb.raw", b" two  blanks.raw", b"\xff.raw", b"*a.raw"]
         for name in names:

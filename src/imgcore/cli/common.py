@@ -78,6 +78,9 @@ class Verb(click.Command):
         except click.NoSuchOption as error:
             raise_for_flag(self.name or "", error)
             raise
+        except click.UsageError as error:
+            error.ctx = error.ctx or ctx  # so that the message names the verb
+            raise
 
     def _rewritten(self, args: list[str]) -> list[str]:
         """Replace options without their optional values.
