@@ -38,7 +38,7 @@ class GivenFiles:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of descriptors that the caller has given, and of files that are held."""
+        """The names of the given descriptors, and of the files that are held."""
         return (*self._descriptors, *(path for path, is_named in self._held if is_named))
 
     def holding(self, files: Iterable[HostFile]) -> GivenFiles:
