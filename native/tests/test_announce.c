@@ -341,9 +341,12 @@ static void test_convert(void)
 		CHECK_EQ(imgc_file_open_null(&options.target), IMGC_OK);
 		run_job(&options, &batch);
 		CHECK_EQ(file.read_nbytes, DISK_NBYTES);
-		CHECK(file.announced_nbytes > DISK_NBYTES / 2);
-		if (n_threads[i] == 1)
+		/* Several workers may read on while the one that announces is not scheduled. */
+		CHECK(file.announced_nbytes > 0);
+		if (n_threads[i] == 1) {
+			CHECK_EQ(file.announced_nbytes, DISK_NBYTES);
 			CHECK_EQ(file.unannounced_nbytes, 0);
+		}
 		/* When salvaging, a range that may be bad is read when it is needed. */
 		traced_create(&file);
 		options.salvage = 1;
