@@ -399,6 +399,16 @@ def test_a_refresh_keeps_the_files(folder: Path, tmp_path: Path) -> None:
         assert image.read(0, NBYTES) == BASE
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_refresh_after_the_parent_has_no_name(format: str, folder: Path, tmp_path: Path) -> None:
+    for name in (f"base.{format}", f"top.{format}"):
+        shutil.copy(folder / name, tmp_path)
+    with imgcore.open(tmp_path / f"top.{format}", share=True) as image:
+        (tmp_path / f"base.{format}").unlink()
+        image.refresh()
+        assert image.read(0, NBYTES) == TOP
+
+
 @pytest.mark.parametrize("share", [True, False])
 def test_a_refresh_in_another_working_folder(
     share: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

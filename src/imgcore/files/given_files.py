@@ -38,8 +38,8 @@ class GivenFiles:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names that the caller has given descriptors for."""
-        return tuple(self._descriptors)
+        """The names of the given descriptors, and of the files that are held."""
+        return (*self._descriptors, *(path for path, is_named in self._held if is_named))
 
     def holding(self, files: Iterable[HostFile]) -> GivenFiles:
         """Return open files that come before all others, under the same names.
