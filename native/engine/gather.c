@@ -26,6 +26,9 @@
 /* A group: the bytes that one thread reads at a time, and the most requests. */
 #define MAX_GROUP_NBYTES (512u * 1024)
 #define MAX_GROUP_PIECES 64u
+/* Of compressed pieces there are several for each thread, so that all end together. */
+#define MIN_GROUPS 8u
+#define MIN_GROUP_NBYTES (64u * 1024)
 #define MAX_GAP_NBYTES (64u * 1024)
 
 /* The cost of a byte that is copied is 1, of one that is decompressed, and of a piece: */
@@ -242,17 +245,33 @@ static void sort_pieces(struct imgc_gather *g)
 	}
 }
 
-/* Whether piece `i` belongs to the group of the pieces before it; parts of one block do. */
-static bool continues_group(const struct imgc_gather *g, size_t first, size_t i, uint64_t nbytes)
+/* The most bytes of a group of compressed pieces. */
+static uint64_t compressed_group_nbytes(const struct imgc_gather *g)
+{
+	uint64_t nbytes = 0;
+
+	for (size_t i = 0; i < g->n_pieces; i++)
+		if (g->pieces[i].is_compressed)
+			nbytes += g->pieces[i].end - g->pieces[i].start;
+	nbytes = imgc_max_u64(nbytes / MIN_GROUPS, MIN_GROUP_NBYTES);
+	return imgc_min_u64(nbytes, MAX_GROUP_NBYTES);
+}
+
+/*
+ * Whether piece `i` belongs to the group of the pieces before it, of which `nbytes` are
+ * in the group; parts of one block do.
+ */
+static bool continues_group(const struct imgc_gather *g, size_t first, size_t i, uint64_t nbytes,
+			    uint64_t compressed_max)
 {
 	const struct piece *piece = &g->pieces[i], *before = &g->pieces[i - 1];
+	uint64_t max = piece->is_compressed ? compressed_max : MAX_GROUP_NBYTES;
 
 	if (piece->file != before->file || piece->is_compressed != before->is_compressed)
 		return false;
 	if (piece->is_compressed && piece->place == before->place)
 		return true;
-	return i - first < MAX_GROUP_PIECES &&
-	       nbytes + piece->end - piece->start <= MAX_GROUP_NBYTES;
+	return i - first < MAX_GROUP_PIECES && nbytes + piece->end - piece->start <= max;
 }
 
 static int make_groups(struct imgc_gather *g, struct imgc_error *err)
@@ -265,13 +284,14 @@ static int make_groups(struct imgc_gather *g, struct imgc_error *err)
 		g->groups = groups;
 		g->groups_capacity = g->n_pieces + 1;
 	}
-	uint64_t nbytes = 0;
+	uint64_t nbytes = 0, compressed_max = compressed_group_nbytes(g);
 
 	sort_pieces(g);
 	g->n_groups = 0;
 	atomic_store(&g->claimed, 0);
 	for (size_t i = 0; i < g->n_pieces; i++) {
-		if (i == 0 || !continues_group(g, g->groups[g->n_groups - 1], i, nbytes)) {
+		if (i == 0 ||
+		    !continues_group(g, g->groups[g->n_groups - 1], i, nbytes, compressed_max)) {
 			g->groups[g->n_groups++] = i;
 			nbytes = 0;
 		}
