@@ -85,7 +85,8 @@ class Image(Closable):
         self, chain: Sequence[Layer], source: str | os.PathLike[str] | int, options: OpenOptions
     ) -> None:
         self._source = source
-        self._options = options
+        # The working folder may be another when the image is refreshed.
+        self._options = options._replace(allow=tuple(map(os.path.abspath, options.allow)))
         self._state = DiskState(chain)
         self.path: str = self._state.files[0].path
         # Those that iterators still use are among them.

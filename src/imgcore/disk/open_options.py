@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple, SupportsIndex
 
@@ -94,8 +93,7 @@ class OpenOptions(NamedTuple):
             backing_format=backing_format,
             parents=() if parent is None else file_names(parent),
             read_options=read_options,
-            # The working folder may be another when the image is refreshed.
-            allow=tuple(map(os.path.abspath, folder_names(allow))),
+            allow=tuple(folder_names(allow)),
             share=share,
             flags=flags,
             salvage=salvage,
