@@ -248,6 +248,37 @@ def open_options(
     return decorate
 
 
+def open_options_of_two(a: str, b: str, both: str) -> Decorator:
+    """Add the flags for opening two images, which `open_options` adds for one.
+
+    ``a``, ``b`` and ``both`` are the images, in words for the help.
+    """
+    of_a = open_options(
+        "format",
+        "parent",
+        "read_options",
+        of=a,
+        flags={
+            "format": ("-f", "--a-format", "--format-a"),
+            "parent": ("--parent", "--parent-a"),
+            "read_options": ("--read-options", "--read-options-a"),
+        },
+    )
+    of_b = open_options(
+        "format",
+        "parent",
+        "read_options",
+        of=b,
+        flags={
+            "format": ("-F", "--b-format", "--format-b"),
+            "parent": ("--parent-b",),
+            "read_options": ("--read-options-b",),
+        },
+    )
+    of_both = open_options("backing_format", "share", "allow", of=both)
+    return lambda function: of_a(of_b(of_both(function)))
+
+
 def output_options(function: Function) -> Function:
     """Add ``--output=human|json`` and ``--json``; the function receives ``as_json``."""
 

@@ -11,7 +11,7 @@ from imgcore.areas.qemu_map import map_lines
 from imgcore.cli.area_lines import Counted, area_lines
 from imgcore.cli.common import (
     cache_option,
-    open_options,
+    open_options_of_two,
     output_options,
     print_json,
     quiet_option,
@@ -30,29 +30,7 @@ EXIT_DIFFERENT: Final = 1
 
 
 @verb("compare")
-@open_options(
-    "format",
-    "parent",
-    "read_options",
-    of="A",
-    flags={
-        "format": ("-f", "--a-format", "--format-a"),
-        "parent": ("--parent", "--parent-a"),
-        "read_options": ("--read-options", "--read-options-a"),
-    },
-)
-@open_options(
-    "format",
-    "parent",
-    "read_options",
-    of="B",
-    flags={
-        "format": ("-F", "--b-format", "--format-b"),
-        "parent": ("--parent-b",),
-        "read_options": ("--read-options-b",),
-    },
-)
-@open_options("backing_format", "share", "allow", of="A and B")
+@open_options_of_two("A", "B", "A and B")
 @click.option("-s", "--strict", is_flag=True, help="Require equal sizes and equal allocation, too.")
 @click.option(
     "--tree",

@@ -10,7 +10,7 @@ import click
 from imgcore.areas.qemu_map import map_lines
 from imgcore.cli.area_lines import Counted, area_lines
 from imgcore.cli.common import (
-    open_options,
+    open_options_of_two,
     output_options,
     quiet_option,
     size_value,
@@ -54,29 +54,7 @@ _OF_EACH: Final = ("format", "parent", "read_options")
     metavar="SIZE",
     help="Areas are listed in blocks of SIZE, a power of two; 64k by default.",
 )
-@open_options(
-    "format",
-    "parent",
-    "read_options",
-    of="A or IMAGE",
-    flags={
-        "format": ("-f", "--a-format", "--format-a"),
-        "parent": ("--parent", "--parent-a"),
-        "read_options": ("--read-options", "--read-options-a"),
-    },
-)
-@open_options(
-    "format",
-    "parent",
-    "read_options",
-    of="B or OLD",
-    flags={
-        "format": ("-F", "--b-format", "--format-b"),
-        "parent": ("--parent-b",),
-        "read_options": ("--read-options-b",),
-    },
-)
-@open_options("backing_format", "share", "allow", of="all images")
+@open_options_of_two("A or IMAGE", "B or OLD", "all images")
 @threads_option()
 @progress_options
 @quiet_option()
