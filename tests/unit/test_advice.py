@@ -466,6 +466,9 @@ MORE = {
 _REPAIRED = "-r all repairs this, -r leaks does not"
 _REFUSALS = "unit/test_rewrite_cli.py::test_refusals"
 ELSEWHERE = {
+    ("disk/image.py", ("the disk has {} bytes and would lose those after {}: state that it may "
+     "shrink (shrink=True)")):
+    "unit/test_writing.py::test_a_disk_that_shrinks_must_be_meant_to",
     ("disk/reflinks.py", ("--reflink=strict: {} of {} would have to be copied; --reflink=always "
      "copies them")):
     "oracle/test_reflink_always.py::test_strict_refuses_copies_before_anything_is_written",

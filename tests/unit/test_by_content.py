@@ -26,7 +26,7 @@ ONE_FILE = [variant for variant in qemu.VARIANTS if variant not in (qemu.RAW, qe
 def closed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail the test if a file that an image names is opened."""
 
-    def refuse(_folder_fd: int, rest: str, path: str) -> int:
+    def refuse(_folder_fd: int, rest: str, path: str, _flags: int) -> int:
         raise AssertionError(f"{path} is opened")
 
     monkeypatch.setattr(reference_gate, "open_beneath", refuse)

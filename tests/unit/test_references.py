@@ -87,7 +87,7 @@ def test_a_file_that_may_not_be_read(
     else:
         (part, source), _ = openings.chain(tmp_path, image_format, 2)
 
-    def refuse(_folder: int, _rest: str, path: str) -> int:
+    def refuse(_folder: int, _rest: str, path: str, _flags: int) -> int:
         raise OSError(code, os.strerror(code), path)
 
     monkeypatch.setattr("imgcore.files.reference_gate.open_beneath", refuse)

@@ -113,7 +113,8 @@ class _Chain:
             reference = self._described(reference)
         format = self._format_of(reference)
         file = self._options.files.open(path, share=self._options.share)
-        self._add(file, gate_of(file, self._options), reference, format)
+        gate = gate_of(file, self._options._replace(writable=False))
+        self._add(file, gate, reference, format)
 
     def _described(self, reference: BackingReference) -> BackingReference:
         """Return a reference whose name is that of a file, if it is a description."""

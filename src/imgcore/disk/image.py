@@ -15,14 +15,16 @@ from imgcore.border import FilePath, integer, range_of_disk, source_name
 from imgcore.disk.chain import open_chain
 from imgcore.disk.disk_state import DiskState
 from imgcore.disk.open_options import OpenOptions
-from imgcore.errors import OptionError
+from imgcore.errors import ImgcoreError, OptionError
 from imgcore.files.closable import Closable
 from imgcore.files.descriptors import forks_held_back
 from imgcore.formats.api import SectorSized
 from imgcore.formats.registry import get_driver
+from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
     import numpy as np
+    from _typeshed import ReadableBuffer as Buffer
     from _typeshed import WriteableBuffer
 
     from imgcore._core import Uses
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from imgcore.disk.overlay import Depths
     from imgcore.disk.random_access import RandomAccess
     from imgcore.disk.salvage import Salvage
+    from imgcore.disk.write_access import WriteAccess
     from imgcore.engine.extents import Extents
     from imgcore.engine.reflinks import ReflinkRule
     from imgcore.engine.source_file import SourceFile
@@ -95,6 +98,8 @@ class Image(Closable):
         # Made by the first read.
         self._disk: RandomAccess | None = None
         self._reads: Uses | None = None
+        # Made by the first change.
+        self._writer: WriteAccess | None = None
         super().__init__()
 
     @property
@@ -364,6 +369,185 @@ class Image(Closable):
         except Exception as error:
             disk.explain(error)
 
+    def write(self, offset: SupportsIndex, data: Buffer) -> int:
+        """Write bytes to the virtual disk, from ``offset`` on.
+
+        Parameters
+        ----------
+        offset : int
+            Byte offset in the disk; any alignment.
+        data : bytes-like
+            Contiguous.
+
+        Returns
+        -------
+        int
+            Bytes of the data.
+
+        Raises
+        ------
+        ValueError
+            The range is not inside the disk, or the image is closed.
+        ImgcoreError
+            The image is open for reading only.
+        OSError
+            The file system is full, or fails.  The range then has old and new bytes.
+        """
+        with memoryview(data) as view, view.cast("B") as octets, self._in_use():
+            start, _ = self._range(self._state, offset, len(octets), "offset")
+            self._writing().write(start, octets)
+            return len(octets)
+
+    def writev(
+        self,
+        requests: Iterable[tuple[SupportsIndex, Buffer]],
+        *,
+        threads: SupportsIndex | None = None,
+    ) -> int:
+        """Write several buffers, each from its offset on; see `write`.
+
+        Where ranges overlap, later ones win.
+
+        Parameters
+        ----------
+        requests : iterable of tuple
+            Pairs of an offset and a buffer.  All are verified before the first is
+            written.
+        threads : int, optional
+            Most threads that write at once; one per CPU by default.
+
+        Returns
+        -------
+        int
+            Bytes of all buffers.
+        """
+        pairs = list(requests)
+        with self._in_use():
+            for offset, data in pairs:
+                with memoryview(data) as view:
+                    self._range(self._state, offset, view.nbytes, "offset")
+            return sum(self.write(offset, data) for offset, data in pairs)
+
+    def zero(self, offset: SupportsIndex, length: SupportsIndex, *, unmap: bool = True) -> None:
+        """Make a range of the virtual disk read as zeros.
+
+        Parameters
+        ----------
+        offset, length : int
+            Bytes; any alignment.
+        unmap : bool
+            Whether the space of the range may be given back.  Without it, what is
+            allocated stays so.
+
+        Raises
+        ------
+        ValueError, ImgcoreError, OSError
+            As for `write`.
+        """
+        with self._in_use():
+            start, nbytes = self._range(self._state, offset, length, "offset")
+            self._writing().zero(start, nbytes, unmap=unmap)
+
+    def discard(self, offset: SupportsIndex, length: SupportsIndex) -> None:
+        """Tell that a range of the virtual disk is not needed any more.
+
+        Its space is given back where the format and the file system allow that.  The
+        range then has old bytes or zeros.
+
+        Parameters
+        ----------
+        offset, length : int
+            Bytes; any alignment.
+
+        Raises
+        ------
+        ValueError, ImgcoreError, OSError
+            As for `write`.
+        """
+        with self._in_use():
+            start, nbytes = self._range(self._state, offset, length, "offset")
+            self._writing().discard(start, nbytes)
+
+    def flush(self) -> None:
+        """Make durable what was written before: it survives a crash of the host.
+
+        Raises
+        ------
+        ValueError
+            The image is closed.
+        OSError
+            The system has failed.  After a failed sync nothing more is written.
+        """
+        with self._in_use():
+            if self._writer is not None:
+                self._writer.flush()
+
+    def resize(self, virtual_size: SupportsIndex, *, shrink: bool = False) -> None:
+        """Change the size of the virtual disk.
+
+        What is new reads as zeros.  The change is durable when the call returns.
+
+        Parameters
+        ----------
+        virtual_size : int
+            Bytes, a multiple of 512.
+        shrink : bool
+            Whether the disk may become smaller, which loses what is at its end.
+
+        Raises
+        ------
+        ValueError
+            The image is closed.
+        OptionError
+            The disk would become smaller without ``shrink``, or the format cannot have
+            this size.
+        ImgcoreError, OSError
+            As for `write`.
+        """
+        nbytes = integer(virtual_size, "virtual_size")
+        if nbytes <= 0 or nbytes % SECTOR_NBYTES:
+            raise OptionError(
+                f"the size is {nbytes} bytes, which is not a positive multiple of {SECTOR_NBYTES}",
+                path=self.path,
+            )
+        with self._in_use():
+            if nbytes < self.virtual_size and not shrink:
+                raise OptionError(
+                    f"the disk has {self.virtual_size} bytes and would lose those after {nbytes}: "
+                    "state that it may shrink (shrink=True)",
+                    path=self.path,
+                )
+            if nbytes != self.virtual_size:
+                self._writing().resize(nbytes)
+                self.refresh()
+
+    def _writing(self) -> WriteAccess:
+        """Return what changes the image."""
+        if not self._options.writable:
+            raise ImgcoreError("the image is open for reading only", path=self.path)
+        with self._state_lock():
+            if self._writer is None:
+                from imgcore.disk.write_access import WriteAccess
+
+                state = self._state
+                driver = get_driver(self.format)
+                self._writer = WriteAccess(
+                    state,
+                    driver.updater(self.reader, has_parent=len(state.layers) > 1),
+                    read=self.read,
+                    forget=self._forget_tables,
+                    is_unread=self._is_unread,
+                )
+            return self._writer
+
+    def _forget_tables(self) -> None:
+        disk = self._disk
+        if disk is not None:
+            disk.forget()
+
+    def _is_unread(self) -> bool:
+        return False
+
     def _start_reading(self) -> RandomAccess:
         """Return what reads the image.
 
@@ -380,7 +564,13 @@ class Image(Closable):
                 self._begin_use(_READS)
                 self._reads = reads
             state, cache_nbytes = self._state, self._options.cache_nbytes
-            disk = RandomAccess(self.path, state, cache_nbytes=cache_nbytes, uses=self._reads)
+            disk = RandomAccess(
+                self.path,
+                state,
+                cache_nbytes=cache_nbytes,
+                uses=self._reads,
+                is_changing=self._options.writable,
+            )
             _being_read.add(self)
             # A signal handler may have refreshed or closed the image meanwhile.
             if self._state is state:
@@ -445,6 +635,8 @@ class Image(Closable):
             As `imgcore.open`.  The image stays as it was.
         """
         with self._refreshing, self._in_use():
+            if self._writer is not None:
+                self._writer.finish()
             self.check_unchanged()
             given = self._options.files.holding(self._state.host_files())
             chain = open_chain(self._source, self._options._replace(files=given))
@@ -453,7 +645,7 @@ class Image(Closable):
             with self._state_lock():
                 self._states.add(state)
                 self._state = state
-                self._disk = None
+                self._disk = self._writer = None
 
     def info(self) -> dict[str, Any]:
         """Describe the image, with the keys of ``qemu-img info --output=json``.
@@ -479,13 +671,18 @@ class Image(Closable):
         return self._state.every_file()
 
     def _free(self) -> None:
-        for state in list(self._states):
-            state.close()
+        writer, self._writer = self._writer, None
+        try:
+            if writer is not None:
+                writer.finish()
+        finally:
+            for state in list(self._states):
+                state.close()
 
     def _adopt(self) -> None:
         super()._adopt()
         self._refreshing = threading.RLock()
-        self._disk = self._reads = None
+        self._disk = self._reads = self._writer = None
 
     def __enter__(self) -> Image:
         with self._in_use():
@@ -512,7 +709,7 @@ def open(
     allow: Sequence[FilePath] = (),
     share: bool = False,
 ) -> Image:
-    """Open an image and its backing files for reading.
+    """Open an image and its backing files, for reading or for writing in place.
 
     Parameters
     ----------
@@ -520,7 +717,8 @@ def open(
         A regular file or a block device; or an open descriptor of one, which stays the
         caller's, open and unchanged.
     mode : str
-        ``"r"``: images are only read.
+        ``"r"``: images are only read.  ``"r+"``: the image is also written in place,
+        and no other process may use it meanwhile; its backing files are only read.
     chain : bool
         Without it, the image is opened alone, without its backing files.  What it does
         not state itself reads as zeros.
@@ -577,8 +775,8 @@ def open(
     UnsafeReferenceError
         The image names a file outside the allowed folders.
     """
-    if mode != "r":
-        raise OptionError(f"mode is {mode!r}: images are opened for reading only, by 'r'")
+    if mode not in ("r", "r+"):
+        raise OptionError(f"mode is {mode!r}: 'r' opens for reading, 'r+' for writing as well")
     options = OpenOptions.from_keywords(
         format=format,
         backing_format=backing_format,
@@ -589,10 +787,14 @@ def open(
         chain=chain,
         cache=cache,
         files=files,
+        writable=mode == "r+",
     )
     image = open_image(source_name(source), options)
     try:
         _import_what_reads_use(image)
+        if options.writable:
+            # An image that cannot be written to is refused now.
+            image._writing()
     except BaseException:
         image.close()
         raise

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from imgcore.disk.image_names import local_image
 from imgcore.errors import UnsupportedFeatureError
 from imgcore.files.reference_gate import ReferenceGate
-from imgcore.formats.registry import Found, find_format, open_found
+from imgcore.files.update_file import UpdateFile
+from imgcore.formats.registry import Found, find_format, get_driver, open_found
 from imgcore.log import log
 
 if TYPE_CHECKING:
@@ -66,11 +67,13 @@ def open_layer(
     With ``describing``, its format may contradict its name; see `find_format`.
     """
     source, options = local_image(source, options)
-    file = options.files.open(source, share=options.share)
+    file = options.files.open(source, share=options.share, writable=options.writable)
     try:
         flag, damage = options.flags.format, options.damage
         found = find_format(file, options.format, flag=flag, describing=describing, damage=damage)
         gate = found_gate(file, found, options)
+        if isinstance(file, UpdateFile):
+            get_driver(found.name).prepare(file)
         reader = open_found(file, gate, found.name, options.read_options, damage=damage, flag=flag)
         if options.without_backing:
             refuse_backing(file, reader)
@@ -102,6 +105,7 @@ def found_gate(file: HostFile, found: Found, options: OpenOptions) -> ReferenceG
         image=file.path,
         unstated=unstated,
         files=options.files,
+        writable=options.writable,
     )
 
 

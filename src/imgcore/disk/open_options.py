@@ -34,9 +34,12 @@ FLAGS: Final = Flags()
 
 
 class OpenOptions(NamedTuple):
-    """The keywords of `imgcore.open`, which documents them, and three facts.
+    """The keywords of `imgcore.open`, which documents them, and further facts.
 
     ``files`` also has those that are open already when an image is refreshed.
+
+    ``writable`` is set by the mode "r+": the image, but not its parents, is written in
+    place.
 
     ``flags`` are the command's options for these keywords.  ``without_backing`` is set
     if the image's name says that its backing file is left out.  ``salvage`` is that of
@@ -55,6 +58,7 @@ class OpenOptions(NamedTuple):
     chain: bool = True
     cache_nbytes: int = DEFAULT_CACHE_NBYTES
     files: GivenFiles = NO_FILES
+    writable: bool = False
 
     @property
     def damage(self) -> Damage:
@@ -83,6 +87,7 @@ class OpenOptions(NamedTuple):
         chain: bool = True,
         cache: SupportsIndex | str = DEFAULT_CACHE_NBYTES,
         files: Mapping[str, int] | None = None,
+        writable: bool = False,
     ) -> OpenOptions:
         """Return the record.
 
@@ -100,6 +105,7 @@ class OpenOptions(NamedTuple):
             chain=chain,
             cache_nbytes=_cache_nbytes(cache),
             files=NO_FILES if files is None else GivenFiles(files),
+            writable=writable,
         )
 
 

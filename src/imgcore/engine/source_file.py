@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
     from imgcore import _core
     from imgcore.files.byte_source import ByteSource
+
+
+_NO_END: Final = 1 << 62
 
 
 class SourceFile(NamedTuple):
@@ -26,6 +29,14 @@ class SourceFile(NamedTuple):
     block_nbytes: int = 0
 
 
-def native_sources(sources: Sequence[SourceFile]) -> list[tuple[_core.File, int, int, int]]:
-    """Return source files as the engine takes them."""
-    return [(s.file.core, s.file.nbytes, s.guest_base, s.block_nbytes) for s in sources]
+def native_sources(
+    sources: Sequence[SourceFile], *, are_growing: bool = False
+) -> list[tuple[_core.File, int, int, int]]:
+    """Return source files as the engine takes them.
+
+    The size of files that are growing is not verified by the engine.
+    """
+    return [
+        (s.file.core, _NO_END if are_growing else s.file.nbytes, s.guest_base, s.block_nbytes)
+        for s in sources
+    ]

@@ -35,8 +35,14 @@ def require_open(number: int) -> None:
         raise OSError(errno.EBADF, text, given_name(number)) from None
 
 
-def open_given(number: int) -> tuple[int, bool]:
+def open_given(number: int, flags: int = OPEN_FLAGS) -> tuple[int, bool]:
     """Return a descriptor for the file of one that the caller has.
+
+    Parameters
+    ----------
+    number : int
+    flags : int
+        Those to open the file again with.
 
     Returns
     -------
@@ -59,15 +65,17 @@ def open_given(number: int) -> tuple[int, bool]:
     with named_errors(name):
         fd = duplicate(number)
     try:
-        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-        if flags & os.O_PATH:
+        had = fcntl.fcntl(fd, fcntl.F_GETFL)
+        if had & os.O_PATH:
             raise ImgcoreError("was opened with O_PATH, which allows no reading", path=name)
-        if flags & os.O_ACCMODE not in (os.O_RDONLY, os.O_RDWR):
+        if had & os.O_ACCMODE not in (os.O_RDONLY, os.O_RDWR):
             raise ImgcoreError("is open for writing only", path=name)
+        if flags & os.O_ACCMODE == os.O_RDWR and had & os.O_ACCMODE != os.O_RDWR:
+            raise ImgcoreError("is open for reading only", path=name)
         status = os.fstat(fd)
         refuse_type(status.st_mode, name)
-        ours = _reopened(fd, status)
-        if ours is None and flags & os.O_DIRECT:
+        ours = _reopened(fd, status, flags)
+        if ours is None and had & os.O_DIRECT:
             raise ImgcoreError(
                 "is open with O_DIRECT, and this process has no right to open the file again",
                 path=name,
@@ -81,10 +89,10 @@ def open_given(number: int) -> tuple[int, bool]:
     return ours, True
 
 
-def _reopened(fd: int, status: os.stat_result) -> int | None:
+def _reopened(fd: int, status: os.stat_result, flags: int) -> int | None:
     """Open the file of a descriptor again; None if the system refuses that."""
     with contextlib.suppress(OSError):
-        ours = open_file(f"/proc/self/fd/{fd}", OPEN_FLAGS)
+        ours = open_file(f"/proc/self/fd/{fd}", flags)
         # Something else may be mounted on /proc.
         if file_identity(os.fstat(ours)) == file_identity(status):
             return ours

@@ -10,6 +10,7 @@ from imgcore.border import descriptor, file_name
 from imgcore.errors import OptionError
 from imgcore.files.given import given_name, require_open
 from imgcore.files.host_file import HostFile
+from imgcore.files.update_file import UpdateFile
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -56,14 +57,20 @@ class GivenFiles:
         given._asked = set(given._descriptors)
         return given
 
-    def open(self, source: str | int, *, share: bool) -> HostFile:
-        """Open a file that the caller states, by its path or its descriptor."""
-        if isinstance(source, str):
-            return self.again(source) or HostFile.open(source, share=share)
-        held = self._held.get(_key(given_name(source), is_named=False))
-        return HostFile.given(source, share=share) if held is None else held.again()
+    def open(self, source: str | int, *, share: bool, writable: bool = False) -> HostFile:
+        """Open a file that the caller states, by its path or its descriptor.
 
-    def find(self, name: str, *, image: str, role: str, share: bool) -> HostFile | None:
+        ``writable`` files are written in place.
+        """
+        kind = UpdateFile if writable else HostFile
+        if isinstance(source, str):
+            return self.again(source) or kind.open(source, share=share)
+        held = self._held.get(_key(given_name(source), is_named=False))
+        return kind.given(source, share=share) if held is None else held.again()
+
+    def find(
+        self, name: str, *, image: str, role: str, share: bool, writable: bool = False
+    ) -> HostFile | None:
         """Open the file that the caller has given for a name in an image, if any.
 
         OptionError if two files of an image have this last component.
@@ -79,7 +86,7 @@ class GivenFiles:
                         "give both whole names",
                         path=image,
                     )
-                return self.open(number, share=share)
+                return self.open(number, share=share, writable=writable)
         return None
 
     def again(self, path: str) -> HostFile | None:

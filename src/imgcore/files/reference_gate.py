@@ -25,6 +25,7 @@ from imgcore.files.descriptors import (
 from imgcore.files.given import OPEN_FLAGS
 from imgcore.files.given_files import NO_FILES, GivenFiles
 from imgcore.files.host_file import HostFile
+from imgcore.files.update_file import UPDATE_FLAGS, UpdateFile
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -64,6 +65,8 @@ class ReferenceGate:
         format; the option that states it, for messages.
     files : GivenFiles
         Files that are used in the place of those with their names.
+    writable : bool
+        Whether the image's own files, but not its parent, are written in place.
 
     Notes
     -----
@@ -81,8 +84,10 @@ class ReferenceGate:
         image: str | None = None,
         unstated: str = "",
         files: GivenFiles = NO_FILES,
+        writable: bool = False,
     ) -> None:
         self.share = share
+        self.writable = writable
         self.folder: str | None = None if folder is None else os.path.abspath(folder or ".")
         self.image: str = image or self.folder or ""
         self.unstated: str = unstated
@@ -130,7 +135,8 @@ class ReferenceGate:
             The file does not exist, or the system cannot open it.
         """
         sharing = self.share if share is None else share
-        given = self.files.find(name, image=self.image, role=role, share=sharing)
+        writable = self.writable and role != "parent"
+        given = self.files.find(name, image=self.image, role=role, share=sharing, writable=writable)
         if given is not None:
             return given
         if self.unstated:
@@ -145,11 +151,14 @@ class ReferenceGate:
         held = self.files.again(path)
         if held is not None:
             return held
+        flags = UPDATE_FLAGS if writable else OPEN_FLAGS
         try:
             try:
-                fd, device = self._open_beneath(path)
+                fd, device = self._open_beneath(path, flags)
             except _OutsideError:
-                fd, device = self._open_elsewhere(reference, path)
+                fd, device = self._open_elsewhere(reference, path, flags)
+            if writable:
+                return UpdateFile.locked(fd, path, device=device)
             return HostFile(fd, path, share=sharing, device=device)
         except OSError as error:
             text = f"{error.strerror} ({reference.told(error.errno)})"
@@ -181,16 +190,16 @@ class ReferenceGate:
             raise reference.without_folder()
         return next((path for path in paths if os.path.lexists(path)), paths[0])
 
-    def _open_elsewhere(self, reference: _Reference, path: str) -> tuple[int, bool]:
+    def _open_elsewhere(self, reference: _Reference, path: str, flags: int) -> tuple[int, bool]:
         """Open the file that a link leads to, if its folder is permitted."""
         # realpath fails if the link was replaced meanwhile.
         actual = os.path.realpath(path)
         try:
-            return self._open_beneath(actual)
+            return self._open_beneath(actual, flags)
         except _OutsideError:
             raise reference.outside(actual) from None
 
-    def _open_beneath(self, path: str) -> tuple[int, bool]:
+    def _open_beneath(self, path: str, flags: int) -> tuple[int, bool]:
         """Open an absolute, normal path below the first permitted folder."""
         for folder, device in self._folders():
             rest = _below(path, folder)
@@ -199,7 +208,7 @@ class ReferenceGate:
             fd = open_file(folder, os.O_PATH | os.O_DIRECTORY)
             try:
                 with named_errors(path):
-                    return open_beneath(fd, rest, path), device
+                    return open_beneath(fd, rest, path, flags), device
             finally:
                 close(fd)
         raise _OutsideError
@@ -294,13 +303,13 @@ def _below(path: str, folder: str) -> str | None:
     return path[len(prefix) :] if path.startswith(prefix) and len(path) > len(prefix) else None
 
 
-def open_beneath(folder_fd: int, rest: str, path: str) -> int:
-    """Open a relative name for reading, only below a folder.
+def open_beneath(folder_fd: int, rest: str, path: str, flags: int = OPEN_FLAGS) -> int:
+    """Open a relative name, by default for reading, only below a folder.
 
     ``path`` is the name in messages.
     """
-    fd = _openat2_beneath(folder_fd, rest, path)
-    return _walk_beneath(folder_fd, rest, path) if fd is None else fd
+    fd = _openat2_beneath(folder_fd, rest, path, flags)
+    return _walk_beneath(folder_fd, rest, path, flags) if fd is None else fd
 
 
 # Linux include/uapi/linux/openat2.h.
@@ -311,7 +320,7 @@ _RESOLVE_BENEATH: Final = 0x08
 _SYS_OPENAT2: Final = {"x86_64": 437, "aarch64": 437}
 
 
-def _openat2_beneath(folder_fd: int, rest: str, path: str) -> int | None:
+def _openat2_beneath(folder_fd: int, rest: str, path: str, flags: int) -> int | None:
     """Open with openat2; None if the kernel or a seccomp filter lacks the call."""
     number = _SYS_OPENAT2.get(os.uname().machine)
     if number is None:
@@ -320,7 +329,7 @@ def _openat2_beneath(folder_fd: int, rest: str, path: str) -> int | None:
 
     syscall = ctypes.CDLL(None, use_errno=True).syscall
     syscall.restype = ctypes.c_long
-    how = struct.pack("@QQQ", OPEN_FLAGS, 0, _RESOLVE_BENEATH | _RESOLVE_NO_MAGICLINKS)
+    how = struct.pack("@QQQ", flags, 0, _RESOLVE_BENEATH | _RESOLVE_NO_MAGICLINKS)
 
     def call() -> int:
         fd = syscall(
@@ -350,7 +359,7 @@ def _openat2_beneath(folder_fd: int, rest: str, path: str) -> int | None:
     raise OSError(code, os.strerror(code), path)
 
 
-def _walk_beneath(folder_fd: int, rest: str, path: str) -> int:
+def _walk_beneath(folder_fd: int, rest: str, path: str, flags: int) -> int:
     """Open component by component, without following links."""
     *folders, last = rest.split("/")
     fd = duplicate(folder_fd)
@@ -359,7 +368,7 @@ def _walk_beneath(folder_fd: int, rest: str, path: str) -> int:
             next_fd = _step(fd, component, os.O_PATH | os.O_DIRECTORY, path)
             close(fd)
             fd = next_fd
-        return _step(fd, last, OPEN_FLAGS, path)
+        return _step(fd, last, flags, path)
     finally:
         close(fd)
 

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from imgcore.files.reference_gate import ReferenceGate
     from imgcore.files.target import Target
     from imgcore.files.target_file import TargetFile
+    from imgcore.files.update_file import UpdateFile
     from imgcore.formats.options import FormatOptions
     from imgcore.formats.shared.check_report import CheckReport
 
@@ -680,6 +681,152 @@ class Described(Protocol):
         ...
 
 
+# -- writing in place ------------------------------------------------------------------
+
+
+class Place(NamedTuple):
+    """Where bytes of the disk go when they are written in place.
+
+    Attributes
+    ----------
+    guest_offset, length : int
+        The range of the disk, in bytes.
+    host_offset : int
+        Where the file has it, or will have it.
+    file : int
+        Index of the file in ``Reader.sources``.
+    is_new : bool
+        The tables do not refer to it yet: once it is written, `Updater.refer` makes
+        them.
+    needs_all : bool
+        What the place has now is not the content of the disk, so all of it is written.
+        Otherwise a part may be written.
+    """
+
+    guest_offset: int
+    length: int
+    host_offset: int
+    file: int = 0
+    is_new: bool = False
+    needs_all: bool = False
+
+
+class Updater(Protocol):
+    """Changes an image in its own files: tells where bytes go, and changes the tables.
+
+    General code (`imgcore.disk.write_access`) moves the bytes; an updater never does.
+    Its calls come one at a time:
+
+    - `begin`, once, before the first change;
+    - `place`, then `refer` once the places are written, or `give_up` if that fails.
+      Calls for other ranges may come in between;
+    - `zero`, `discard`, `resize`;
+    - `flush`, at any time; `finish`, once, before a changed image is closed.
+
+    It changes tables by ``UpdateFile.put`` only, with the step that each change belongs
+    to.  The image must be sound if only the first of these calls happen, because an
+    exception may end them anywhere; and it must be sound if a crash leaves any part of
+    one step, and all of the steps before.  Sound means that it opens, reads what the
+    disk had before or has now, and that its check finds leaks at most.
+
+    The image's `Reader` reads through the same files.  So it sees each change at once,
+    and keeps nothing of a table in memory that an updater changes.
+
+    Notes
+    -----
+    Errors: all may raise OSError with the file's name, LimitExceededError if the image
+    outgrows its format, and CorruptImageError if a table is damaged.
+    """
+
+    granule_nbytes: int
+    """The smallest range that tables describe: a cluster, a grain, or a sector.
+
+    What is placed is aligned to it, unless it ends with the disk.
+    """
+
+    def begin(self) -> None:
+        """Change what says that the image has changed, or is being changed."""
+        ...
+
+    def place(self, start: int, length: int) -> list[Place]:
+        """Return where a range of the disk goes, and reserve space for what has none.
+
+        Parameters
+        ----------
+        start, length : int
+            Bytes; multiples of ``granule_nbytes``, unless the range ends with the disk.
+
+        Returns
+        -------
+        list of Place
+            They cover the range in order.  Space is taken beside the neighbours of the
+            disk if it is free.
+        """
+        ...
+
+    def refer(self, places: Sequence[Place]) -> None:
+        """Make the tables refer to new places, which have been written."""
+        ...
+
+    def give_up(self, places: Sequence[Place]) -> None:
+        """Take back the space of new places, which could not be written."""
+        ...
+
+    def zero(self, start: int, length: int, *, unmap: bool) -> list[tuple[int, int]]:
+        """Make a range read as zeros by changing tables, as far as the format can.
+
+        Parameters
+        ----------
+        start, length : int
+            Bytes, at any alignment.
+        unmap : bool
+            Whether space of the range may be given back.
+
+        Returns
+        -------
+        list of (int, int)
+            The parts (offset, length), ascending, that the caller writes as zeros.
+        """
+        ...
+
+    def discard(self, start: int, length: int) -> None:
+        """Free the space of whole blocks in a range that the guest does not need.
+
+        They read as before or as zeros; never as an older state or as the parent.
+        """
+        ...
+
+    def flush(self, *, is_unread: bool) -> None:
+        """Make all changes durable, in their steps, and then free what was replaced.
+
+        Parameters
+        ----------
+        is_unread : bool
+            Whether no read is in progress that began before the last change of a table,
+            so that space which is free since then may be used again.
+        """
+        ...
+
+    def resize(self, virtual_size: int) -> None:
+        """Change the size of the disk; then the image is flushed and opened again.
+
+        Parameters
+        ----------
+        virtual_size : int
+            Bytes, a multiple of 512; if it is smaller, what is behind is lost.
+
+        Raises
+        ------
+        OptionError
+            The format cannot represent the size.
+        """
+        ...
+
+    def finish(self) -> None:
+        """Change what says that the image is in use, before it is closed."""
+        ...
+
+
 # -- the format ------------------------------------------------------------------------
 
 
@@ -715,6 +862,9 @@ class Driver(NamedTuple):
         other images cannot become images of this format without copying.
     reading_extents : tuple of str
         Modules that the reader imports once it is asked for extents.
+    updating : str or None
+        Module that holds ``prepare(file)`` and ``updater_for(reader, has_parent)``; see
+        `prepare` and `updater`.  None if images are not written in place.
     """
 
     name: str
@@ -725,6 +875,7 @@ class Driver(NamedTuple):
     has_tables: bool = True
     rewriting: str | None = None
     reading_extents: tuple[str, ...] = ()
+    updating: str | None = None
 
     @property
     def options(self) -> type[FormatOptions]:
@@ -789,6 +940,39 @@ class Driver(NamedTuple):
             )
         module = importlib.import_module(self.rewriting)
         return cast("Rewriter", module.rewriter_for(_settled(request), survey))
+
+    def prepare(self, file: UpdateFile) -> None:
+        """Complete what an interrupted writer has left, before the image is opened.
+
+        Raises
+        ------
+        UnsupportedFeatureError
+            Images of this format are not written in place.
+        """
+        self._updating_module().prepare(file)
+
+    def updater(self, reader: Reader, *, has_parent: bool) -> Updater:
+        """Return what changes an image whose files were opened for that.
+
+        Parameters
+        ----------
+        reader : Reader
+            The image's own.
+        has_parent : bool
+            Whether what the image does not have comes from a parent that is open; else
+            it reads as zeros.
+
+        Raises
+        ------
+        UnsupportedFeatureError
+            Images of this kind, or in this state, are not written in place.
+        """
+        return cast("Updater", self._updating_module().updater_for(reader, has_parent))
+
+    def _updating_module(self) -> Any:
+        if self.updating is None:
+            raise UnsupportedFeatureError(f"{self.name} images are not written in place")
+        return importlib.import_module(self.updating)
 
     def _writing_module(self) -> Any:
         if self.writing is None:

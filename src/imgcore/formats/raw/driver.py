@@ -13,4 +13,5 @@ DRIVER: Final = Driver(
     writing="imgcore.formats.raw.writer",
     rewriting="imgcore.formats.raw.rewriter",
     has_tables=False,
+    updating="imgcore.formats.raw.updater",
 )

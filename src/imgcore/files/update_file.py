@@ -1,0 +1,331 @@
+"""A file that is written in place; changes of its tables wait until they are flushed.
+
+Guest data goes to the file at once, to places that no table refers to yet or that hold
+the same bytes of the disk.  Changes of tables wait in memory, and are read as if they
+were in the file.  They belong to steps: all changes of a step are durable before the
+first one of the next step is written.  So no table refers to what a crash may lose.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from enum import IntEnum
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from imgcore.errors import ImgcoreError
+from imgcore.files.descriptors import duplicate, give_up_in_children, named_errors, open_file
+from imgcore.files.given import given_name, open_given
+from imgcore.files.host_file import HostFile
+from imgcore.files.identity import refuse_type
+from imgcore.files.locks import lock_image
+from imgcore.files.retry import WRITE_ERRORS, retrying
+from imgcore.files.space import punch
+from imgcore.limits import SECTOR_NBYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Self
+
+UPDATE_FLAGS: Final = os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+
+
+class Step(IntEnum):
+    """When a changed table becomes durable; a format uses those that it needs.
+
+    Attributes
+    ----------
+    NEW
+        Tables that nothing refers to yet, and counts that grow: durable together with
+        the guest data.
+    ALLOCATION
+        What must be true before a reference is: a directory of the counts, a footer at
+        the new end of the file.
+    REFERENCE
+        Entries that refer to data and tables of the steps before.
+    """
+
+    NEW = 0
+    ALLOCATION = 1
+    REFERENCE = 2
+
+
+class UpdateFile(HostFile):
+    """A file of the host that is open for reading and for writing in place.
+
+    It is locked as QEMU locks an image that it writes to.  Reads see the changes that
+    wait.  Any number of threads may use it.
+
+    Attributes
+    ----------
+    nbytes : int
+        The size now.
+    """
+
+    nbytes: int
+
+    def __init__(
+        self,
+        fd: int,
+        path: str,
+        *,
+        device: bool = True,
+        is_named: bool = True,
+        is_ours: bool = True,
+    ) -> None:
+        self._changing = threading.RLock()
+        # The changed sectors of each step, by their numbers.
+        self._steps: dict[Step, dict[int, bytearray]] = {}
+        self._failure: OSError | None = None
+        self._is_unsynced = False
+        # Others cannot write to it: it is locked.
+        super().__init__(fd, path, share=True, device=device, is_named=is_named, is_ours=is_ours)
+        try:
+            give_up_in_children(fd)
+        except BaseException:
+            self.close()
+            raise
+
+    # -- opening -----------------------------------------------------------------------
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, share: bool = False) -> Self:
+        """Open a file that the caller names, and lock it; raises as `HostFile.open`.
+
+        TargetError if another process uses it.
+        """
+        name = os.fspath(path)
+        refuse_type(os.stat(name).st_mode, name)
+        return cls.locked(open_file(name, UPDATE_FLAGS), name)
+
+    @classmethod
+    def given(cls, number: int, *, share: bool = False) -> Self:
+        """Open the file of a descriptor that the caller has; raises as `open`."""
+        fd, is_ours = open_given(number, UPDATE_FLAGS)
+        return cls.locked(fd, given_name(number), is_named=False, is_ours=is_ours)
+
+    @classmethod
+    def locked(cls, fd: int, path: str, **facts: bool) -> Self:
+        """Take over a descriptor, and lock its file."""
+        file = cls(fd, path, **facts)
+        try:
+            lock_image(fd, path)
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def again(self) -> Self:
+        """Return the same file once more, with the same lock; nothing may wait."""
+        with self._in_use(), named_errors(self.path):
+            fd = duplicate(self.fd)
+        file = type(self)(fd, self.path, is_named=False, is_ours=self._is_ours)
+        file._absolute_path = self._absolute_path
+        return file
+
+    # -- reading -----------------------------------------------------------------------
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """Return bytes of the file as it will be; see `ByteSource.pread`."""
+        if not self._steps:
+            return super().pread(offset, length)
+        self._check_range(offset, length)
+        content = bytearray(length)
+        self.pread_into(offset, content)
+        return bytes(content)
+
+    def pread_into(self, offset: int, buffer: Any) -> None:
+        """Fill a buffer with bytes of the file as it will be."""
+        with self._changing:
+            super().pread_into(offset, buffer)
+            if self._steps:
+                with memoryview(buffer) as view, view.cast("B") as octets:
+                    self._overlay(offset, octets)
+
+    def _overlay(self, offset: int, octets: memoryview) -> None:
+        end = offset + len(octets)
+        first, last = offset // SECTOR_NBYTES, -(-end // SECTOR_NBYTES)
+        for sectors in self._steps.values():
+            numbers = (
+                (n for n in range(first, last) if n in sectors)
+                if last - first < len(sectors)
+                else (n for n in sectors if first <= n < last)
+            )
+            for number in numbers:
+                start = number * SECTOR_NBYTES
+                a, b = max(start, offset), min(start + SECTOR_NBYTES, end)
+                octets[a - offset : b - offset] = sectors[number][a - start : b - start]
+
+    # -- guest data, and the size ------------------------------------------------------
+
+    def pwrite(self, offset: int, data: Any) -> None:
+        """Write bytes at once: guest data, or what no table refers to yet.
+
+        OSError with the file's name; the range then has old or new bytes.
+        """
+        with memoryview(data) as view, view.cast("B") as octets, self._in_use():
+            self._require_sound()
+            self._is_unsynced = True
+            with named_errors(self.path):
+                done = 0
+                while done < len(octets):
+                    rest, at = octets[done:], offset + done
+                    done += retrying(partial(os.pwrite, self.fd, rest, at), WRITE_ERRORS)
+            self._note_end(offset + len(octets))
+
+    def zero(self, offset: int, length: int) -> None:
+        """Make a range read as zeros at once, by the cheapest way that works."""
+        from imgcore._core import CoreError
+
+        with self._in_use(), named_errors(self.path):
+            self._require_sound()
+            self._is_unsynced = True
+            try:
+                self.core.zero(offset, length)
+            except CoreError as error:
+                raise OSError(error.os_errno or errno.ENOSPC, "") from error
+            self._note_end(offset + length)
+
+    def punch(self, offset: int, length: int) -> bool:
+        """Give back the space of a range, which then reads as zeros.
+
+        False if the file has no holes: its bytes stay.
+        """
+        with self._in_use(), named_errors(self.path):
+            self._require_sound()
+            self._is_unsynced = True
+            return not self.is_block_device and punch(self.fd, offset, length)
+
+    def grow(self, nbytes: int) -> None:
+        """Make the file at least so long; what is new reads as zeros.
+
+        OSError (ENOSPC) for a block device that is shorter.
+        """
+        with self._changing, self._in_use(), named_errors(self.path):
+            if nbytes <= self.nbytes:
+                return
+            self._require_sound()
+            if self.is_block_device:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.ftruncate(self.fd, nbytes)
+            self._is_unsynced = True
+            self._note_end(nbytes)
+
+    def cut(self, nbytes: int) -> None:
+        """Make the file so short at once: nothing durable refers to what is behind.
+
+        A block device stays as it is.
+        """
+        with self._changing, self._in_use(), named_errors(self.path):
+            self._require_sound()
+            if not self.is_block_device and nbytes < self.nbytes:
+                os.ftruncate(self.fd, nbytes)
+                self._is_unsynced = True
+                self.nbytes = nbytes
+
+    def _note_end(self, end: int) -> None:
+        with self._changing:
+            self.nbytes = max(self.nbytes, end)
+
+    # -- tables ------------------------------------------------------------------------
+
+    def put(self, offset: int, data: bytes | bytearray | memoryview, step: Step) -> None:
+        """Change bytes of a table, to be written by `write_steps`.
+
+        Whoever changes several tables puts them in an order that is sound after each
+        call.  A sector that already waits in another step makes all of them be written
+        first.  What lies past the end of the file makes it longer.
+        """
+        with self._changing:
+            self._require_sound()
+            end = offset + len(data)
+            first, last = offset // SECTOR_NBYTES, -(-end // SECTOR_NBYTES)
+            others = [sectors for other, sectors in self._steps.items() if other != step]
+            if any(n in sectors for sectors in others for n in range(first, last)):
+                self.write_steps()
+            self.grow(end)
+            sectors = self._steps.setdefault(step, {})
+            for number in range(first, last):
+                start = number * SECTOR_NBYTES
+                a, b = max(start, offset), min(start + SECTOR_NBYTES, end)
+                sector = sectors.get(number)
+                if sector is None:
+                    sector = sectors[number] = self._sector(start, whole=b - a == SECTOR_NBYTES)
+                sector[a - start : b - start] = data[a - offset : b - offset]
+
+    def _sector(self, start: int, *, whole: bool) -> bytearray:
+        nbytes = min(SECTOR_NBYTES, self.nbytes - start)
+        return bytearray(nbytes) if whole else bytearray(super().pread(start, nbytes))
+
+    @property
+    def waiting_nbytes(self) -> int:
+        """Bytes of changed sectors that wait."""
+        return sum(len(sectors) for sectors in self._steps.values()) * SECTOR_NBYTES
+
+    def waiting(self, step: Step) -> Iterator[tuple[int, bytes]]:
+        """Yield the changes of a step: host offsets, ascending, and whole sectors."""
+        sectors = self._steps.get(step, {})
+        run: list[bytearray] = []
+        start = 0
+        for number in sorted(sectors):
+            if run and number * SECTOR_NBYTES != start + len(run) * SECTOR_NBYTES:
+                yield start, b"".join(run)
+                run = []
+            if not run:
+                start = number * SECTOR_NBYTES
+            run.append(sectors[number])
+        if run:
+            yield start, b"".join(run)
+
+    def write_steps(self) -> None:
+        """Make everything durable that was written or put, step by step.
+
+        OSError if the system fails.  What could not be written still waits, so that it
+        can be tried again; but after a failed sync the file refuses all writes.
+        """
+        with self._changing:
+            self.sync()
+            for step in sorted(self._steps):
+                self.write_step(step)
+
+    def write_step(self, step: Step) -> None:
+        """Write the changes of one step, and make them durable."""
+        with self._changing:
+            for offset, data in self.waiting(step):
+                self.pwrite(offset, data)
+            self.sync()
+            self.forget_step(step)
+
+    def forget_step(self, step: Step) -> None:
+        """Forget changes of a step, which are in the file by now."""
+        self._steps.pop(step, None)
+
+    def sync(self) -> None:
+        """Make what was written durable; nothing happens if nothing was.
+
+        A failure is final: the kernel may have dropped the data.
+        """
+        with self._in_use():
+            self._require_sound()
+            if not self._is_unsynced:
+                return
+            self._is_unsynced = False
+            try:
+                with named_errors(self.path):
+                    os.fdatasync(self.fd)
+            except OSError as error:
+                self._failure = error
+                raise
+
+    def note_written(self) -> None:
+        """Note that the engine has written to the file."""
+        self._is_unsynced = True
+
+    def _require_sound(self) -> None:
+        if self._failure is not None:
+            raise ImgcoreError(
+                f"is not written to any more, because a sync has failed: {self._failure.strerror}",
+                path=self.path,
+            )
