@@ -1,4 +1,4 @@
-"""Random changes of an image in place, against a byte array that has the same changes."""
+"""Random changes of an image in place, and the same changes of a byte array."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Model:
             array.extend(bytes(nbytes - len(array)))
 
     def check(self, offset: int, found: bytes) -> None:
-        """Fail unless bytes of the disk are those of the model; discarded ones settle."""
+        """Fail unless bytes of the disk are the model's; discarded ones settle."""
         end = offset + len(found)
         expected = self.content[offset:end]
         if found == expected:

@@ -6,9 +6,9 @@ import random
 from pathlib import Path
 
 import pytest
+from tests.helpers.updates import Model, change_at_random
 
 import imgcore
-from tests.helpers.updates import Model, change_at_random
 
 MIB = 1 << 20
 

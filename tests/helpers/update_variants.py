@@ -1,0 +1,49 @@
+"""The kinds of images that are written in place, for the tests of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import imgcore
+
+
+class UpdateVariant(NamedTuple):
+    """A kind of image.
+
+    Attributes
+    ----------
+    name : str
+        For example ``vhdx-differencing``.
+    make : callable
+        ``make(folder, content)`` writes an image of that content into an empty folder,
+        its parents included, and returns its path.  Some of it is not allocated.
+    qemu_format : str or None
+        What qemu-img calls the format; None if it does not read the image.
+    sizes : tuple of int
+        Sizes in bytes that it may be resized to; empty if it cannot be.
+    """
+
+    name: str
+    make: Callable[[Path, bytes], Path]
+    qemu_format: str | None
+    sizes: tuple[int, ...] = ()
+
+
+def converted(format: str, **options: object) -> Callable[[Path, bytes], Path]:
+    """Return what makes an image by `imgcore.convert`."""
+
+    def make(folder: Path, content: bytes) -> Path:
+        source = folder / "source.raw"
+        source.write_bytes(content)
+        target = folder / f"disk.{format}"
+        imgcore.convert(source, target, target_format=format, options=options)
+        source.unlink()
+        return target
+
+    return make
+
+
+MIB: Final = 1 << 20
+VARIANTS: Final = (UpdateVariant("raw", converted("raw"), "raw", (MIB, 3 * MIB // 2, 4 * MIB)),)
