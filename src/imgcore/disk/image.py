@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from imgcore.engine.source_file import SourceFile
     from imgcore.files.byte_source import ByteSource
     from imgcore.files.host_file import HostFile
-    from imgcore.formats.api import Reader
+    from imgcore.formats.api import Reader, Updater
 
 
 _Item = TypeVar("_Item")
@@ -518,8 +518,16 @@ class Image(Closable):
                     path=self.path,
                 )
             if nbytes != self.virtual_size:
-                self._writing().resize(nbytes)
-                self.refresh()
+                self.restructure(lambda updater: updater.resize(nbytes))
+
+    def restructure(self, change: Callable[[Updater], None]) -> None:
+        """Let a function change the image by its format's updater, and read it anew.
+
+        The change is durable when the call returns.  Exceptions are those of `write`.
+        """
+        with self._in_use():
+            self._writing().restructure(change)
+            self.refresh()
 
     def _writing(self) -> WriteAccess:
         """Return what changes the image."""

@@ -108,11 +108,11 @@ class WriteAccess:
             if self._has_begun:
                 self._updater.flush(is_unread=self._is_unread())
 
-    def resize(self, virtual_size: int) -> None:
-        """Change the size of the disk; the state is of no use afterwards."""
+    def restructure(self, change: Callable[[Updater], None]) -> None:
+        """Change more than content, such as the size; the image is opened again then."""
         with self._ranges.all_held(), self._tables:
             self._begin()
-            self._updater.resize(virtual_size)
+            change(self._updater)
             self._updater.flush(is_unread=False)
 
     def finish(self) -> None:
