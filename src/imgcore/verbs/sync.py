@@ -16,12 +16,14 @@ from imgcore.disk.area_search import AreaSearch, SearchSettings
 from imgcore.disk.block_copy import Copied, copy_areas
 from imgcore.disk.digests import DigestedDisk
 from imgcore.disk.image import Image, open_image
-from imgcore.disk.open_options import Flags, OpenOptions
+from imgcore.disk.open_options import FLAGS, Flags, OpenOptions
+from imgcore.disk.opened import opened_for_update, require_no_options
 from imgcore.engine.control import Control
 from imgcore.engine.hashing import require_algorithm
 from imgcore.engine.job import thread_count
 from imgcore.engine.progress import Progress, Tally
 from imgcore.errors import OptionError, TargetError
+from imgcore.files.block_devices import below
 from imgcore.files.commitment import until_committed
 from imgcore.files.target import Target
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from imgcore.areas.reading import AreaList
     from imgcore.disk.disk_state import DiskState
     from imgcore.files.commitment import Commitment
+    from imgcore.files.identity import Identity
 
 _TARGET_FLAGS: Final = Flags(format="-F", parent="--parent-b")
 # Without a tree, whose blocks are larger, areas are rounded to these.
@@ -190,7 +193,6 @@ def sync(
         parent=target_parent,
         read_options=target_read_options,
         allow=allow,
-        writable=True,
         flags=_TARGET_FLAGS,
     )
     older = OpenOptions.from_keywords(
@@ -214,7 +216,7 @@ def sync(
 
     with ExitStack() as stack:
         disk = _opened(source, opening, stack)
-        image = _opened(target, writing, stack)
+        image = stack.enter_context(opened_for_update(target, _own(target, writing)))
         _refuse_own_source(disk, image)
         _fit(image, disk.virtual_size, resize=resize)
         job = _Sync(
@@ -233,27 +235,34 @@ def sync(
         )
 
 
+def _own(image: FilePath | int | Image, options: OpenOptions) -> OpenOptions:
+    """Return options without those for all images if the image is open already."""
+    if not isinstance(image, Image):
+        return options
+    return options._replace(backing_format=None, allow=(), share=False, flags=FLAGS)
+
+
 def _opened(image: FilePath | int | Image, options: OpenOptions, stack: ExitStack) -> Image:
-    """Return an open image; ``stack`` closes it if it was opened here."""
+    """Return the open source; ``stack`` closes it if it was opened here."""
     if not isinstance(image, Image):
         return stack.enter_context(open_image(source_name(image), options))
-    own = options._replace(
-        backing_format=None, allow=(), share=False, writable=False, flags=OpenOptions().flags
-    )
-    if own != OpenOptions.from_keywords():
-        raise OptionError("an open image takes no options for opening", path=image.path)
+    require_no_options(image, _own(image, options))
     return image
 
 
 def _refuse_own_source(source: Image, target: Image) -> None:
     """Raise TargetError if a file of the source would be changed."""
-    changed = {file.identity for file in target.own_files()}
+    changed = {one for file in target.own_files() for one in _with_below(file.identity)}
     for file in source.every_file():
-        if file.identity in changed:
+        if not changed.isdisjoint(_with_below(file.identity)):
             raise TargetError(
                 "is the source, or one of its backing files, and would change while it is read",
                 path=target.path,
             )
+
+
+def _with_below(identity: Identity) -> tuple[Identity, ...]:
+    return identity, *below(identity)
 
 
 def _fit(target: Image, nbytes: int, *, resize: bool) -> None:
