@@ -86,7 +86,7 @@ PROMISED = {
 
 
 def test_the_table_is_read() -> None:
-    assert len(PROMISED) == 35
+    assert len(PROMISED) >= 35
     assert PROMISED["convert"][:2] == ["source", "target"]
     assert PROMISED["convert"][-1] == "verify"
     assert PROMISED["Progress"] == ["done", "total", "data", "zero", "written"]
