@@ -28,7 +28,6 @@ from imgcore.files.commitment import until_committed
 from imgcore.files.target import Target
 
 if TYPE_CHECKING:
-    from imgcore.areas.reading import AreaList
     from imgcore.disk.disk_state import DiskState
     from imgcore.files.commitment import Commitment
     from imgcore.files.identity import Identity
@@ -78,7 +77,7 @@ def sync(
     source: FilePath | int | Image,
     target: FilePath | int | Image,
     *,
-    areas: AreaList | None = None,
+    areas: FilePath | Sequence[Area | tuple[SupportsIndex, SupportsIndex]] | None = None,
     bitmap: str | None = None,
     since: FilePath | int | None = None,
     by_checksum: bool = False,
