@@ -519,7 +519,7 @@ class Image(Closable):
             if nbytes < self.virtual_size and not shrink:
                 raise OptionError(
                     f"the disk has {self.virtual_size} bytes and would lose those after {nbytes}: "
-                    "state that it may shrink (shrink=True)",
+                    "state that it may shrink (--shrink; shrink=True in Python)",
                     path=self.path,
                 )
             if nbytes != self.virtual_size:
