@@ -60,7 +60,9 @@ class Change(NamedTuple):
         if self.action == "write":
             image.write(self.offset, self.data)
         elif self.action == "writev":
-            half = self.length // 2
+            # No sector has a state in which one of the two is written.
+            middle = self.offset + self.length // 2
+            half = max(middle - middle % SECTOR - self.offset, 0)
             data = self.data
             image.writev([(self.offset, data[:half]), (self.offset + half, data[half:])])
         elif self.action == "discard":
