@@ -53,6 +53,7 @@ if TYPE_CHECKING:
         measure_rewrite,
     )
     from imgcore.verbs.rewrite import RewriteResult, finish_rewrite, rewrite, undo_rewrite
+    from imgcore.verbs.sync import SyncResult, sync
 
 __all__ = [
     "EXTENT_DTYPE",
@@ -86,6 +87,7 @@ __all__ = [
     "RewriteMeasurement",
     "RewriteResult",
     "SourceFile",
+    "SyncResult",
     "TargetError",
     "UnsafeReferenceError",
     "UnsupportedFeatureError",
@@ -107,6 +109,7 @@ __all__ = [
     "measure_rewrite",
     "open",
     "rewrite",
+    "sync",
     "undo_rewrite",
 ]
 
@@ -137,6 +140,7 @@ _HOMES = {
     "RewriteMeasurement": "verbs.measure",
     "RewriteResult": "verbs.rewrite",
     "SourceFile": "engine.source_file",
+    "SyncResult": "verbs.sync",
     "changes": "verbs.changes",
     "check": "verbs.check",
     "checksum": "verbs.checksum",
@@ -153,6 +157,7 @@ _HOMES = {
     "measure_rewrite": "verbs.measure",
     "open": "disk.image",
     "rewrite": "verbs.rewrite",
+    "sync": "verbs.sync",
     "undo_rewrite": "verbs.rewrite",
 }
 
