@@ -360,7 +360,6 @@ COMMANDS: Final = {
     "commit child.qcow2": "convert child.qcow2 o.qcow2",
     "dd if=d.raw of=o.raw": "convert d.raw o.raw",
     "rebase -b base.qcow2 child.qcow2": "convert -B base.qcow2 -F qcow2 child.qcow2 o.qcow2",
-    "resize base.qcow2 2M": None,
     "snapshot -l base.qcow2": "info base.qcow2",
 }
 
