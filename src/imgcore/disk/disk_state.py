@@ -73,6 +73,11 @@ class DiskState:
         files = [*self.files, *(source.file for source in self.sources)]
         return list(dict.fromkeys(files))
 
+    def own_files(self) -> list[ByteSource]:
+        """Return the files of the image itself, each once."""
+        files = [self.files[0], *(source.file for source in self.layers[0].sources)]
+        return list(dict.fromkeys(files))
+
     def host_files(self) -> list[HostFile]:
         """Return those of them that are files of the host."""
         return [file for file in self.every_file() if isinstance(file, HostFile)]

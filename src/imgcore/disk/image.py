@@ -553,7 +553,7 @@ class Image(Closable):
             if nbytes < self.virtual_size and not shrink:
                 raise OptionError(
                     f"the disk has {self.virtual_size} bytes and would lose those after {nbytes}: "
-                    "state that it may shrink (shrink=True)",
+                    "state that it may shrink (--shrink; shrink=True in Python)",
                     path=self.path,
                 )
             if nbytes != self.virtual_size:
@@ -758,6 +758,10 @@ class Image(Closable):
         """Return the files of all layers, each once."""
         return self._state.every_file()
 
+    def own_files(self) -> list[ByteSource]:
+        """Return the files of the image itself, without those of its parents."""
+        return self._state.own_files()
+
     def _free(self) -> None:
         with ExitStack() as stack:
             for state in list(self._states):
@@ -891,9 +895,6 @@ def open(
     image = open_image(source_name(source), options)
     try:
         _import_what_reads_use(image)
-        if options.writable:
-            # An image that cannot be written to is refused now.
-            image._writing()
     except BaseException:
         image.close()
         raise
@@ -909,7 +910,11 @@ def open_image(
     """
     chain = open_chain(source, options, parents=parents)
     with _closing_unless_used(chain):
-        return Image(chain, source, options)
+        image = Image(chain, source, options)
+        if options.writable:
+            # An image that cannot be written to is refused now.
+            image._writing()
+        return image
 
 
 def _import_what_reads_use(image: Image) -> None:
