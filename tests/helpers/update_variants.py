@@ -48,5 +48,7 @@ def converted(format: str, **options: object) -> Callable[[Path, bytes], Path]:
 MIB: Final = 1 << 20
 VARIANTS: Final = (
     UpdateVariant("raw", converted("raw"), "raw", (MIB, 3 * MIB // 2, 4 * MIB)),
+    UpdateVariant("vmdk-sparse", converted("vmdk"), "vmdk"),
+    UpdateVariant("vmdk-8k", converted("vmdk", grain_size=8192, zeroed_grain=True), "vmdk"),
     UpdateVariant("vmdk-flat", converted("vmdk", subformat="monolithicFlat"), "vmdk"),
 )
