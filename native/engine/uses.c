@@ -94,7 +94,7 @@ int imgc_uses_close(struct imgc_uses *uses)
 	return !(before & IS_CLOSED) && is_idle(before);
 }
 
-int imgc_uses_none(struct imgc_uses *uses)
+int imgc_uses_none(const struct imgc_uses *uses)
 {
 	return is_idle(atomic_load(&uses->word));
 }

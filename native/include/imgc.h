@@ -746,7 +746,7 @@ int imgc_uses_leave(struct imgc_uses *uses, int ticket);
 int imgc_uses_close(struct imgc_uses *uses);
 
 /* Whether no use is in progress now. */
-int imgc_uses_none(struct imgc_uses *uses);
+int imgc_uses_none(const struct imgc_uses *uses);
 
 /*
  * The epoch now.  imgc_uses_is_over() returns 1 only if every use that began before that

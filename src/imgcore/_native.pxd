@@ -294,7 +294,7 @@ cdef extern from "imgc.h" nogil:
     int imgc_uses_enter(imgc_uses *uses)
     int imgc_uses_leave(imgc_uses *uses, int ticket)
     int imgc_uses_close(imgc_uses *uses)
-    int imgc_uses_none(imgc_uses *uses)
+    int imgc_uses_none(const imgc_uses *uses)
     uint64_t imgc_uses_epoch(imgc_uses *uses)
     int imgc_uses_is_over(imgc_uses *uses, uint64_t epoch)
     int imgc_disk_read(imgc_disk *disk, const imgc_table *table, uint64_t offset, void *buffer,

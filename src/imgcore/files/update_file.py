@@ -22,7 +22,7 @@ from imgcore.files.host_file import HostFile
 from imgcore.files.identity import refuse_type
 from imgcore.files.locks import lock_image
 from imgcore.files.retry import WRITE_ERRORS, retrying
-from imgcore.files.space import punch
+from imgcore.files.space import punch, zero_in_place
 from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from typing import Self
 
 UPDATE_FLAGS: Final = os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+# Zeros are written in pieces where the system has no call for them.
+_ZEROS_NBYTES: Final = 1 << 20
 
 
 class Step(IntEnum):
@@ -80,6 +82,7 @@ class UpdateFile(HostFile):
         self._steps: dict[Step, dict[int, bytearray]] = {}
         self._failure: OSError | None = None
         self._is_unsynced = False
+        self._has_changed = False
         # Others cannot write to it: it is locked.
         super().__init__(fd, path, share=True, device=device, is_named=is_named, is_ours=is_ours)
         try:
@@ -158,6 +161,14 @@ class UpdateFile(HostFile):
                 a, b = max(start, offset), min(start + SECTOR_NBYTES, end)
                 octets[a - offset : b - offset] = sectors[number][a - start : b - start]
 
+    def next_data(self, position: int) -> tuple[int, int]:
+        """Return the next data; see `ByteSource.next_data`.
+
+        Holes are known only until the file changes: tables that wait are not in the
+        file, and not every file system tells holes from data that it has yet to write.
+        """
+        return (position, self.nbytes) if self._has_changed else super().next_data(position)
+
     # -- guest data, and the size ------------------------------------------------------
 
     def pwrite(self, offset: int, data: Any) -> None:
@@ -167,7 +178,7 @@ class UpdateFile(HostFile):
         """
         with memoryview(data) as view, view.cast("B") as octets, self._in_use():
             self._require_sound()
-            self._is_unsynced = True
+            self.note_written()
             with named_errors(self.path):
                 done = 0
                 while done < len(octets):
@@ -181,22 +192,33 @@ class UpdateFile(HostFile):
 
         with self._in_use(), named_errors(self.path):
             self._require_sound()
-            self._is_unsynced = True
+            self.note_written()
             try:
                 self.core.zero(offset, length)
             except CoreError as error:
                 raise OSError(error.os_errno or errno.ENOSPC, "") from error
             self._note_end(offset + length)
 
+    def zero_in_place(self, offset: int, length: int) -> None:
+        """Make a range read as zeros at once, and keep its space."""
+        with self._in_use(), named_errors(self.path):
+            self._require_sound()
+            self.note_written()
+            if zero_in_place(self.fd, offset, length):
+                return
+        zeros = bytes(min(length, _ZEROS_NBYTES))
+        for at in range(offset, offset + length, _ZEROS_NBYTES):
+            self.pwrite(at, memoryview(zeros)[: offset + length - at])
+
     def punch(self, offset: int, length: int) -> bool:
         """Give back the space of a range, which then reads as zeros.
 
-        False if the file has no holes: its bytes stay.
+        False if the file or device cannot do that: its bytes stay.
         """
         with self._in_use(), named_errors(self.path):
             self._require_sound()
-            self._is_unsynced = True
-            return not self.is_block_device and punch(self.fd, offset, length)
+            self.note_written()
+            return punch(self.fd, offset, length)
 
     def grow(self, nbytes: int) -> None:
         """Make the file at least so long; what is new reads as zeros.
@@ -210,7 +232,7 @@ class UpdateFile(HostFile):
             if self.is_block_device:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.ftruncate(self.fd, nbytes)
-            self._is_unsynced = True
+            self.note_written()
             self._note_end(nbytes)
 
     def cut(self, nbytes: int) -> None:
@@ -222,7 +244,7 @@ class UpdateFile(HostFile):
             self._require_sound()
             if not self.is_block_device and nbytes < self.nbytes:
                 os.ftruncate(self.fd, nbytes)
-                self._is_unsynced = True
+                self.note_written()
                 self.nbytes = nbytes
 
     def _note_end(self, end: int) -> None:
@@ -240,6 +262,7 @@ class UpdateFile(HostFile):
         """
         with self._changing:
             self._require_sound()
+            self._has_changed = True
             end = offset + len(data)
             first, last = offset // SECTOR_NBYTES, -(-end // SECTOR_NBYTES)
             others = [sectors for other, sectors in self._steps.items() if other != step]
@@ -320,8 +343,8 @@ class UpdateFile(HostFile):
                 raise
 
     def note_written(self) -> None:
-        """Note that the engine has written to the file."""
-        self._is_unsynced = True
+        """Note that the file is written to, perhaps by the engine."""
+        self._is_unsynced = self._has_changed = True
 
     def _require_sound(self) -> None:
         if self._failure is not None:
