@@ -81,4 +81,8 @@ VARIANTS: Final = (
     UpdateVariant("vhd-batmap", converted("vhd", batmap=True, block_size="512k"), "vpc", SIZES),
     UpdateVariant("vhd-differencing", child_of("vhd", block_size="512k"), None),
     UpdateVariant("vhd-differencing-2m", child_of("vhd"), None),
+    UpdateVariant("vdi-dynamic", converted("vdi"), "vdi", SIZES),
+    UpdateVariant("vdi-128k", converted("vdi", block_size="128k"), None, SIZES),
+    UpdateVariant("vdi-fixed", converted("vdi", subformat="fixed"), "vdi", SIZES),
+    UpdateVariant("vdi-differencing", child_of("vdi", block_size="128k"), None),
 )
