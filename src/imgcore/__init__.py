@@ -52,7 +52,9 @@ if TYPE_CHECKING:
         measure_reflink,
         measure_rewrite,
     )
+    from imgcore.verbs.resize import ResizeResult, resize
     from imgcore.verbs.rewrite import RewriteResult, finish_rewrite, rewrite, undo_rewrite
+    from imgcore.verbs.sync import SyncResult, sync
 
 __all__ = [
     "EXTENT_DTYPE",
@@ -82,10 +84,12 @@ __all__ = [
     "OptionError",
     "Progress",
     "ReflinkMeasurement",
+    "ResizeResult",
     "RewriteCost",
     "RewriteMeasurement",
     "RewriteResult",
     "SourceFile",
+    "SyncResult",
     "TargetError",
     "UnsafeReferenceError",
     "UnsupportedFeatureError",
@@ -106,7 +110,9 @@ __all__ = [
     "measure_reflink",
     "measure_rewrite",
     "open",
+    "resize",
     "rewrite",
+    "sync",
     "undo_rewrite",
 ]
 
@@ -133,10 +139,12 @@ _HOMES = {
     "Measurement": "formats.api",
     "Progress": "engine.progress",
     "ReflinkMeasurement": "verbs.measure",
+    "ResizeResult": "verbs.resize",
     "RewriteCost": "rewriting.director",
     "RewriteMeasurement": "verbs.measure",
     "RewriteResult": "verbs.rewrite",
     "SourceFile": "engine.source_file",
+    "SyncResult": "verbs.sync",
     "changes": "verbs.changes",
     "check": "verbs.check",
     "checksum": "verbs.checksum",
@@ -152,7 +160,9 @@ _HOMES = {
     "measure_reflink": "verbs.measure",
     "measure_rewrite": "verbs.measure",
     "open": "disk.image",
+    "resize": "verbs.resize",
     "rewrite": "verbs.rewrite",
+    "sync": "verbs.sync",
     "undo_rewrite": "verbs.rewrite",
 }
 
