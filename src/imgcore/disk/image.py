@@ -128,6 +128,11 @@ class Image(Closable):
         return self._state.paths
 
     @property
+    def mode(self) -> str:
+        """How it was opened: "r", or "r+" if it is also written in place."""
+        return "r+" if self._options.writable else "r"
+
+    @property
     def closed(self) -> bool:
         """Whether `close` was called."""
         return self._is_closed

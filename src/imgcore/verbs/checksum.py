@@ -12,11 +12,12 @@ from imgcore.checksums.digest import BLOCK_NBYTES, ChecksumError, Digest
 from imgcore.disk.digests import DigestedDisk
 from imgcore.disk.image import Image
 from imgcore.disk.open_options import OpenOptions
+from imgcore.disk.opened import require_no_options
 from imgcore.disk.source import open_source
 from imgcore.engine.hashing import require_algorithm
 from imgcore.engine.job import thread_count
 from imgcore.engine.progress import Progress, Tally
-from imgcore.errors import OptionError, TargetError
+from imgcore.errors import TargetError
 from imgcore.files.commitment import until_committed
 from imgcore.files.target import Target
 
@@ -106,8 +107,7 @@ def checksum(
 @contextmanager
 def _opened(image: FilePath | int | Image, options: OpenOptions) -> Iterator[DigestedDisk]:
     if isinstance(image, Image):
-        if options != OpenOptions.from_keywords():
-            raise OptionError("an open image takes no options for opening", path=image.path)
+        require_no_options(image, options)
         with image.kept_open() as state:
             yield DigestedDisk.of_state(state)
         return

@@ -13,7 +13,9 @@ from typing import Final
 MAGIC: Final = b"QFI\xfb"
 HEADER_V2: Final = struct.Struct(">4sIQIIQIIQQIIQ")
 HEADER_V2_NBYTES: Final = 72
+SIZE_FIELD_OFFSET: Final = 24
 REFCOUNT_TABLE_FIELD_OFFSET: Final = 48
+SNAPSHOT_COUNT_FIELD_OFFSET: Final = 60
 INCOMPATIBLE_FIELD_OFFSET: Final = 72
 AUTOCLEAR_FIELD_OFFSET: Final = 88
 # incompatible, compatible, autoclear features, refcount order, header length.
@@ -98,6 +100,7 @@ SNAPSHOT: Final = struct.Struct(">QIHHIIQII")
 # VM state size, virtual size, icount.
 SNAPSHOT_EXTRA: Final = struct.Struct(">QQQ")
 SNAPSHOT_EXTRA_VM_STATE_NBYTES: Final = 8
+SNAPSHOT_EXTRA_SIZE_NBYTES: Final = 16
 SNAPSHOT_EXTRA_ICOUNT_NBYTES: Final = 24
 SNAPSHOT_NO_ICOUNT: Final = (1 << 64) - 1
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from imgcore.engine.source_file import SourceFile
 from imgcore.errors import UnsupportedFeatureError
-from imgcore.formats.api import BackingReference
+from imgcore.formats.api import BackingReference, SnapshotInfo
 from imgcore.formats.qcow2 import layout
-from imgcore.formats.qcow2.header import Snapshot, read_bitmaps, read_header, read_snapshots
+from imgcore.formats.qcow2.header import read_bitmaps, read_header, read_snapshots
 from imgcore.formats.shared.damage import STRICT, Damage
 from imgcore.formats.shared.last_sector import filled_up, whole_sectors
 
@@ -125,9 +125,7 @@ class Qcow2Reader:
             if header.backing.format is not None:
                 info["backing-filename-format"] = header.backing.format
         if header.n_snapshots:
-            info["snapshots"] = [
-                _snapshot_info(snapshot) for snapshot in read_snapshots(self._file, header)
-            ]
+            info["snapshots"] = [_snapshot_info(snapshot) for snapshot in self.snapshots()]
         return info
 
     def _format_specific(self) -> dict[str, Any]:
@@ -152,6 +150,10 @@ class Qcow2Reader:
                 for bitmap in bitmaps
             ]
         return data
+
+    def snapshots(self) -> list[SnapshotInfo]:
+        """Return the internal snapshots; see `HasSnapshots`."""
+        return [snapshot.info for snapshot in read_snapshots(self._file, self._header)]
 
     def left_out(self) -> list[str]:
         """Name snapshots and bitmaps: a conversion carries over the disk of today."""
@@ -224,15 +226,17 @@ class Qcow2Reader:
         self._file.close()
 
 
-def _snapshot_info(snapshot: Snapshot) -> dict[str, Any]:
+def _snapshot_info(snapshot: SnapshotInfo) -> dict[str, Any]:
+    seconds, nanoseconds = divmod(snapshot.created_ns, _NANOSECONDS)
+    clock_seconds, clock_nanoseconds = divmod(snapshot.vm_clock_ns, _NANOSECONDS)
     info: dict[str, Any] = {
         "id": snapshot.identifier,
         "name": snapshot.name,
         "vm-state-size": snapshot.vm_state_nbytes,
-        "date-sec": snapshot.date_seconds,
-        "date-nsec": snapshot.date_nanoseconds,
-        "vm-clock-sec": snapshot.vm_clock_nanoseconds // _NANOSECONDS,
-        "vm-clock-nsec": snapshot.vm_clock_nanoseconds % _NANOSECONDS,
+        "date-sec": seconds,
+        "date-nsec": nanoseconds,
+        "vm-clock-sec": clock_seconds,
+        "vm-clock-nsec": clock_nanoseconds,
     }
     if snapshot.icount is not None:
         info["icount"] = snapshot.icount
