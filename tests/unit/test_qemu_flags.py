@@ -58,6 +58,15 @@ TAKEN: Final = {
         "-B -F --backing-format": "{} qcow2 -b base.qcow2 o.qcow2",
         "-q --quiet": "{} o.qcow2 1M",
     },
+    "snapshot": {
+        "-f --format": "{} qcow2 base.qcow2",
+        "-l --list": "{} base.qcow2",
+        "-c --create": "{} s1 base.qcow2",
+        "-a --apply": "{} before base.qcow2",
+        "-d --delete": "{} before base.qcow2",
+        "-U --force-share": "{} -l base.qcow2",
+        "-q --quiet": "{} -c s1 base.qcow2",
+    },
     "check": {
         "-f --format": "{} qcow2 base.qcow2",
         "-T --cache": "{} directsync base.qcow2",
@@ -103,6 +112,7 @@ REFUSED: Final = {
     },
     "info": {"--image-opts": "-f", "--object": "objects", "--limits": "leave it out"},
     "create": {"--object": "objects", "-u --backing-unsafe": "make the backing file first"},
+    "snapshot": {"--image-opts": "-f", "--object": "objects"},
     "check": {"--image-opts": "-f", "--object": "objects"},
     "compare": {"--image-opts": "-f", "--object": "objects"},
     "map": {"--image-opts": "-f", "--object": "objects"},
@@ -347,7 +357,6 @@ COMMANDS: Final = {
     "dd if=d.raw of=o.raw": "convert d.raw o.raw",
     "rebase -b base.qcow2 child.qcow2": "convert -B base.qcow2 -F qcow2 child.qcow2 o.qcow2",
     "resize base.qcow2 2M": None,
-    "snapshot -l base.qcow2": "info base.qcow2",
 }
 
 

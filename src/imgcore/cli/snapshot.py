@@ -15,6 +15,7 @@ from imgcore.cli.common import (
     verb,
 )
 from imgcore.cli.snapshot_list import print_snapshots
+from imgcore.formats.shared.snapshot_row import snapshot_row
 from imgcore.text import one_line
 
 
@@ -57,20 +58,18 @@ def command(
 
     share = opening.pop("share")
     if create is None and apply is None and delete is None:
-        found = verbs.snapshots(
-            file, format=opening["format"], allow=opening["allow"], share=share
-        )
+        found = verbs.snapshots(file, format=opening["format"], allow=opening["allow"], share=share)
         if as_json:
-            print_json([_row(item) for item in found])
+            print_json([snapshot_row(item) for item in found])
         elif found:
-            print_snapshots([_row(item) for item in found])
+            print_snapshots([snapshot_row(item) for item in found])
         return
     if share:
         raise click.UsageError("-U is for -l: no other program may write meanwhile", ctx)
     if create is not None:
         added = verbs.create_snapshot(file, create, **opening)
         if as_json:
-            print_json(_row(added))
+            print_json(snapshot_row(added))
         elif not quiet:
             say(f"snapshot {one_line(added.identifier)} created")
     elif apply is not None:

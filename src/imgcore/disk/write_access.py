@@ -109,7 +109,7 @@ class WriteAccess:
                 self._updater.flush(is_unread=self._is_unread())
 
     def restructure(self, change: Callable[[Updater], None]) -> None:
-        """Change more than content, such as the size; then the image is opened anew."""
+        """Change more than content, such as the size; the image is opened anew then."""
         with self._ranges.all_held(), self._tables:
             self._begin()
             change(self._updater)

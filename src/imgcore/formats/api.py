@@ -870,6 +870,45 @@ class Updater(Protocol):
 
 
 @runtime_checkable
+class Rebasable(Protocol):
+    """An updater that changes which parent its image has, and what is left to it.
+
+    Optional: a format without parents has no use for it.
+    """
+
+    def set_backing(self, reference: BackingReference | None) -> None:
+        """Change what the image says about its parent.
+
+        The image is flushed then, and not used any more until it is opened again.  A
+        crash leaves the old parent or the new one.
+
+        Parameters
+        ----------
+        reference : BackingReference or None
+            The parent with its facts, as in a `WriteRequest`.  None: the image has no
+            parent any more.  Every block (``Reader.block_nbytes``) of which the image
+            has a part is written as a whole by then, and all others read as zeros.
+
+        Raises
+        ------
+        OptionError
+            The format cannot represent the parent, or none.
+        """
+        ...
+
+    def drop(self, start: int, length: int) -> None:
+        """Free whole blocks in a range, which read as the parent has them again.
+
+        Parameters
+        ----------
+        start, length : int
+            Bytes; multiples of ``Reader.block_nbytes``, unless the range ends with the
+            disk.
+        """
+        ...
+
+
+@runtime_checkable
 class ChangesSnapshots(Protocol):
     """An updater of images that may hold snapshots.
 

@@ -7,7 +7,7 @@ Source: QEMU docs/interop/qcow2.rst.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from imgcore.engine.source_file import SourceFile
 from imgcore.errors import UnsupportedFeatureError
@@ -16,6 +16,7 @@ from imgcore.formats.qcow2 import layout
 from imgcore.formats.qcow2.header import read_bitmaps, read_header, read_snapshots
 from imgcore.formats.shared.damage import STRICT, Damage
 from imgcore.formats.shared.last_sector import filled_up, whole_sectors
+from imgcore.formats.shared.snapshot_row import snapshot_row
 
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from imgcore.formats.api import Repair
     from imgcore.formats.qcow2.tables import ExtentTables
     from imgcore.formats.shared.check_report import CheckReport
-
-_NANOSECONDS: Final = 1_000_000_000
 
 
 def reader_for(
@@ -125,7 +124,7 @@ class Qcow2Reader:
             if header.backing.format is not None:
                 info["backing-filename-format"] = header.backing.format
         if header.n_snapshots:
-            info["snapshots"] = [_snapshot_info(snapshot) for snapshot in self.snapshots()]
+            info["snapshots"] = [snapshot_row(snapshot) for snapshot in self.snapshots()]
         return info
 
     def _format_specific(self) -> dict[str, Any]:
@@ -224,20 +223,3 @@ class Qcow2Reader:
     def close(self) -> None:
         """Close the file; further calls do nothing."""
         self._file.close()
-
-
-def _snapshot_info(snapshot: SnapshotInfo) -> dict[str, Any]:
-    seconds, nanoseconds = divmod(snapshot.created_ns, _NANOSECONDS)
-    clock_seconds, clock_nanoseconds = divmod(snapshot.vm_clock_ns, _NANOSECONDS)
-    info: dict[str, Any] = {
-        "id": snapshot.identifier,
-        "name": snapshot.name,
-        "vm-state-size": snapshot.vm_state_nbytes,
-        "date-sec": seconds,
-        "date-nsec": nanoseconds,
-        "vm-clock-sec": clock_seconds,
-        "vm-clock-nsec": clock_nanoseconds,
-    }
-    if snapshot.icount is not None:
-        info["icount"] = snapshot.icount
-    return info
