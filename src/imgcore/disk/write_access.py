@@ -131,6 +131,8 @@ class WriteAccess:
             self._updater.begin()
             self._updater.flush(is_unread=False)
             self._has_begun = True
+            # From now on, no hole of a file is taken for zeros of the disk.
+            self._forget()
 
     def _granules(self, start: int, end: int) -> tuple[int, int]:
         """Return the range widened to whole granules, as far as the disk goes."""

@@ -80,6 +80,7 @@ class UpdateFile(HostFile):
         self._steps: dict[Step, dict[int, bytearray]] = {}
         self._failure: OSError | None = None
         self._is_unsynced = False
+        self._has_changed = False
         # Others cannot write to it: it is locked.
         super().__init__(fd, path, share=True, device=device, is_named=is_named, is_ours=is_ours)
         try:
@@ -158,6 +159,14 @@ class UpdateFile(HostFile):
                 a, b = max(start, offset), min(start + SECTOR_NBYTES, end)
                 octets[a - offset : b - offset] = sectors[number][a - start : b - start]
 
+    def next_data(self, position: int) -> tuple[int, int]:
+        """Return the next data; see `ByteSource.next_data`.
+
+        Holes are known only until the file changes: tables that wait are not in the
+        file, and not every file system tells holes from data that it has yet to write.
+        """
+        return (position, self.nbytes) if self._has_changed else super().next_data(position)
+
     # -- guest data, and the size ------------------------------------------------------
 
     def pwrite(self, offset: int, data: Any) -> None:
@@ -167,7 +176,7 @@ class UpdateFile(HostFile):
         """
         with memoryview(data) as view, view.cast("B") as octets, self._in_use():
             self._require_sound()
-            self._is_unsynced = True
+            self.note_written()
             with named_errors(self.path):
                 done = 0
                 while done < len(octets):
@@ -181,7 +190,7 @@ class UpdateFile(HostFile):
 
         with self._in_use(), named_errors(self.path):
             self._require_sound()
-            self._is_unsynced = True
+            self.note_written()
             try:
                 self.core.zero(offset, length)
             except CoreError as error:
@@ -195,7 +204,7 @@ class UpdateFile(HostFile):
         """
         with self._in_use(), named_errors(self.path):
             self._require_sound()
-            self._is_unsynced = True
+            self.note_written()
             return not self.is_block_device and punch(self.fd, offset, length)
 
     def grow(self, nbytes: int) -> None:
@@ -210,7 +219,7 @@ class UpdateFile(HostFile):
             if self.is_block_device:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.ftruncate(self.fd, nbytes)
-            self._is_unsynced = True
+            self.note_written()
             self._note_end(nbytes)
 
     def cut(self, nbytes: int) -> None:
@@ -222,7 +231,7 @@ class UpdateFile(HostFile):
             self._require_sound()
             if not self.is_block_device and nbytes < self.nbytes:
                 os.ftruncate(self.fd, nbytes)
-                self._is_unsynced = True
+                self.note_written()
                 self.nbytes = nbytes
 
     def _note_end(self, end: int) -> None:
@@ -240,6 +249,7 @@ class UpdateFile(HostFile):
         """
         with self._changing:
             self._require_sound()
+            self._has_changed = True
             end = offset + len(data)
             first, last = offset // SECTOR_NBYTES, -(-end // SECTOR_NBYTES)
             others = [sectors for other, sectors in self._steps.items() if other != step]
@@ -320,8 +330,8 @@ class UpdateFile(HostFile):
                 raise
 
     def note_written(self) -> None:
-        """Note that the engine has written to the file."""
-        self._is_unsynced = True
+        """Note that the file is written to, perhaps by the engine."""
+        self._is_unsynced = self._has_changed = True
 
     def _require_sound(self) -> None:
         if self._failure is not None:

@@ -25,7 +25,8 @@ class FlatUpdater:
         self._file = file
 
     def begin(self) -> None:
-        """Do nothing: nothing states that the disk has changed."""
+        """Let the file's holes be data: they will not stay holes."""
+        self._file.note_written()
 
     def place(self, start: int, length: int) -> list[Place]:
         """Return the same range of the file, which may be shorter than the disk."""
