@@ -14,7 +14,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import numpy as np
 
@@ -27,8 +27,6 @@ from imgcore.formats.qcow2.header import read_snapshots
 from imgcore.formats.qcow2.tables import iter_l1, packed_ranges, read_entries
 
 if TYPE_CHECKING:
-    from typing import Protocol
-
     from numpy.typing import NDArray
 
     from imgcore.files.update_file import UpdateFile
