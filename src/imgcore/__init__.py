@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from imgcore.engine.progress import Progress
     from imgcore.engine.source_file import SourceFile
     from imgcore.files.byte_source import ByteSource
-    from imgcore.formats.api import Measurement
+    from imgcore.formats.api import Measurement, SnapshotInfo
     from imgcore.formats.shared.lint import Finding
     from imgcore.rewriting.director import RewriteCost
     from imgcore.verbs.changes import changes
@@ -53,6 +53,12 @@ if TYPE_CHECKING:
         measure_rewrite,
     )
     from imgcore.verbs.rewrite import RewriteResult, finish_rewrite, rewrite, undo_rewrite
+    from imgcore.verbs.snapshot import (
+        apply_snapshot,
+        create_snapshot,
+        delete_snapshot,
+        snapshots,
+    )
 
 __all__ = [
     "EXTENT_DTYPE",
@@ -85,12 +91,14 @@ __all__ = [
     "RewriteCost",
     "RewriteMeasurement",
     "RewriteResult",
+    "SnapshotInfo",
     "SourceFile",
     "TargetError",
     "UnsafeReferenceError",
     "UnsupportedFeatureError",
     "WrongFormatError",
     "__version__",
+    "apply_snapshot",
     "changes",
     "check",
     "checksum",
@@ -98,6 +106,8 @@ __all__ = [
     "compare_trees",
     "convert",
     "create",
+    "create_snapshot",
+    "delete_snapshot",
     "finish_rewrite",
     "info",
     "lint",
@@ -107,6 +117,7 @@ __all__ = [
     "measure_rewrite",
     "open",
     "rewrite",
+    "snapshots",
     "undo_rewrite",
 ]
 
@@ -136,7 +147,9 @@ _HOMES = {
     "RewriteCost": "rewriting.director",
     "RewriteMeasurement": "verbs.measure",
     "RewriteResult": "verbs.rewrite",
+    "SnapshotInfo": "formats.api",
     "SourceFile": "engine.source_file",
+    "apply_snapshot": "verbs.snapshot",
     "changes": "verbs.changes",
     "check": "verbs.check",
     "checksum": "verbs.checksum",
@@ -144,6 +157,8 @@ _HOMES = {
     "compare_trees": "verbs.compare",
     "convert": "verbs.convert",
     "create": "verbs.create",
+    "create_snapshot": "verbs.snapshot",
+    "delete_snapshot": "verbs.snapshot",
     "finish_rewrite": "verbs.rewrite",
     "info": "verbs.info",
     "lint": "verbs.lint",
@@ -153,6 +168,7 @@ _HOMES = {
     "measure_rewrite": "verbs.measure",
     "open": "disk.image",
     "rewrite": "verbs.rewrite",
+    "snapshots": "verbs.snapshot",
     "undo_rewrite": "verbs.rewrite",
 }
 
