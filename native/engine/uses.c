@@ -49,3 +49,8 @@ int imgc_uses_close(struct imgc_uses *uses)
 {
 	return atomic_fetch_or(&uses->uses, IS_CLOSED) == 0;
 }
+
+int imgc_uses_none(const struct imgc_uses *uses)
+{
+	return atomic_load(&uses->uses) < ONE_USE;
+}

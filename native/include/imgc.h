@@ -732,6 +732,9 @@ int imgc_uses_enter(struct imgc_uses *uses);
 int imgc_uses_leave(struct imgc_uses *uses);
 int imgc_uses_close(struct imgc_uses *uses);
 
+/* Whether no use is in progress now. */
+int imgc_uses_none(const struct imgc_uses *uses);
+
 /* Results besides enum imgc_status: there is more to do. */
 #define IMGC_MISSING 1	  /* a table must be added first */
 #define IMGC_WOULD_WAIT 2 /* with IMGC_DISK_NO_WAIT only */

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
         measure_reflink,
         measure_rewrite,
     )
+    from imgcore.verbs.resize import ResizeResult, resize
     from imgcore.verbs.rewrite import RewriteResult, finish_rewrite, rewrite, undo_rewrite
     from imgcore.verbs.snapshot import (
         apply_snapshot,
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
         delete_snapshot,
         snapshots,
     )
+    from imgcore.verbs.sync import SyncResult, sync
 
 __all__ = [
     "EXTENT_DTYPE",
@@ -88,11 +90,13 @@ __all__ = [
     "OptionError",
     "Progress",
     "ReflinkMeasurement",
+    "ResizeResult",
     "RewriteCost",
     "RewriteMeasurement",
     "RewriteResult",
     "SnapshotInfo",
     "SourceFile",
+    "SyncResult",
     "TargetError",
     "UnsafeReferenceError",
     "UnsupportedFeatureError",
@@ -116,8 +120,10 @@ __all__ = [
     "measure_reflink",
     "measure_rewrite",
     "open",
+    "resize",
     "rewrite",
     "snapshots",
+    "sync",
     "undo_rewrite",
 ]
 
@@ -144,12 +150,14 @@ _HOMES = {
     "Measurement": "formats.api",
     "Progress": "engine.progress",
     "ReflinkMeasurement": "verbs.measure",
+    "ResizeResult": "verbs.resize",
     "RewriteCost": "rewriting.director",
     "RewriteMeasurement": "verbs.measure",
     "RewriteResult": "verbs.rewrite",
     "SnapshotInfo": "formats.api",
     "SourceFile": "engine.source_file",
     "apply_snapshot": "verbs.snapshot",
+    "SyncResult": "verbs.sync",
     "changes": "verbs.changes",
     "check": "verbs.check",
     "checksum": "verbs.checksum",
@@ -167,8 +175,10 @@ _HOMES = {
     "measure_reflink": "verbs.measure",
     "measure_rewrite": "verbs.measure",
     "open": "disk.image",
+    "resize": "verbs.resize",
     "rewrite": "verbs.rewrite",
     "snapshots": "verbs.snapshot",
+    "sync": "verbs.sync",
     "undo_rewrite": "verbs.rewrite",
 }
 

@@ -284,6 +284,12 @@ class Uses:
 
     def __init__(self, idle: Callable[[], None], refuse: Callable[[], None]) -> None:
         """Call ``idle`` after the last use once closed, ``refuse`` for later uses."""
+    def __enter__(self) -> None:
+        """Begin a use, which a ``with`` block ends whatever happens."""
+    def __exit__(self, *_: object) -> None: ...
+    @property
+    def is_idle(self) -> bool:
+        """Whether no use is in progress now."""
     def close(self) -> bool:
         """Refuse later uses; return whether this ends them: none is in progress."""
 

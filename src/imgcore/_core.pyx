@@ -690,6 +690,17 @@ cdef class Uses:
             self.idle()
         return 0
 
+    def __enter__(self):
+        self.enter()
+
+    def __exit__(self, *_):
+        self.leave()
+
+    @property
+    def is_idle(self):
+        """Whether no use is in progress now."""
+        return bool(n.imgc_uses_none(self.handle))
+
     def close(self):
         """Refuse later uses; return whether this ends them: none is in progress."""
         return bool(n.imgc_uses_close(self.handle))

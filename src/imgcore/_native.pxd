@@ -291,6 +291,7 @@ cdef extern from "imgc.h" nogil:
     int imgc_uses_enter(imgc_uses *uses)
     int imgc_uses_leave(imgc_uses *uses)
     int imgc_uses_close(imgc_uses *uses)
+    int imgc_uses_none(const imgc_uses *uses)
     int imgc_disk_read(imgc_disk *disk, const imgc_table *table, uint64_t offset, void *buffer,
                        uint64_t length, unsigned flags, imgc_disk_rest *rest, imgc_error *err)
     void imgc_disk_span(const imgc_disk *disk, uint64_t offset, uint64_t *start, uint64_t *end)

@@ -29,6 +29,7 @@ import imgcore.verbs.convert  # everything is loaded before anything can fail
 import imgcore.verbs.rewrite
 from imgcore.files import in_place
 from imgcore.verbs.check import check
+from tests.faults.update_history import Change
 from tests.helpers.tiny import rewrite as rewrite_tiny
 
 _SHIM = ctypes.CDLL(os.environ["FAULT_SHIM"])
@@ -37,6 +38,7 @@ _SHIM.fault_arm.argtypes = [ctypes.c_uint, ctypes.c_long, ctypes.c_int, ctypes.c
 _SHIM.fault_disarm.restype = _SHIM.fault_hits.restype = ctypes.c_long
 _SHIM.fault_bad_range.argtypes = [ctypes.c_uint64] * 3
 _SHIM.fault_log.argtypes = [ctypes.c_char_p]
+_SHIM.fault_mark.argtypes = [ctypes.c_uint64]
 _SHIM.fault_memory_of.argtypes = [ctypes.c_char_p]
 _SHIM.fault_arm_memory.argtypes = [ctypes.c_long]
 _SHIM.fault_memory_seen.restype = ctypes.c_long
@@ -80,6 +82,26 @@ def undo(arguments: dict[str, Any]) -> dict[str, Any]:
     return {"path": in_place.undo(arguments["path"])}
 
 
+def update(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Change an image in place, with marks in the log before and after each change."""
+    changes = [Change(*change) for change in arguments["changes"]]
+    image = imgcore.open(arguments["path"], mode="r+", **arguments.get("keywords", {}))
+    try:
+        for number, change in enumerate(changes):
+            _SHIM.fault_mark(2 * number)
+            if change.action == "reopen":
+                image.close()
+                image = imgcore.open(image.path, mode="r+", **arguments.get("keywords", {}))
+            else:
+                change.make(image)
+            _SHIM.fault_mark(2 * number + 1)
+    finally:
+        image.close()
+    # All is durable once the image is closed.
+    _SHIM.fault_mark(2 * len(changes) + 1)
+    return {}
+
+
 def read_ranges(arguments: dict[str, Any]) -> dict[str, Any]:
     """Read ranges of one open image in phases, each with another range that is bad.
 
@@ -109,6 +131,7 @@ ACTIONS = {
     "rewrite": rewrite,
     "recover": recover,
     "undo": undo,
+    "update": update,
     "read_ranges": read_ranges,
 }
 

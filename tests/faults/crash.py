@@ -26,6 +26,7 @@ class Event(IntEnum):
     SYNC = 5
     RENAME = 6
     UNLINK = 7
+    MARK = 8
 
 
 class Row(NamedTuple):

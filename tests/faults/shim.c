@@ -59,7 +59,8 @@ enum record_kind {
 	REC_TRUNCATE,
 	REC_SYNC,
 	REC_RENAME,
-	REC_UNLINK
+	REC_UNLINK,
+	REC_MARK /* of a test; the number is in `offset` */
 };
 
 /* One row of the log; two names of the given lengths and the data follow. */
@@ -312,6 +313,18 @@ static void begin_logging(void)
 static void end_logging(void)
 {
 	pthread_mutex_unlock(&log_lock);
+}
+
+/* Records a number, so that a test finds in the log what it was doing. */
+void fault_mark(uint64_t number)
+{
+	struct record head = {.kind = REC_MARK, .offset = number};
+
+	if (log_fd < 0)
+		return;
+	begin_logging();
+	put_record(&head, NULL, NULL, NULL, 0);
+	end_logging();
 }
 
 /* ---------------------------------------------------------------- reading */

@@ -46,4 +46,17 @@ def converted(format: str, **options: object) -> Callable[[Path, bytes], Path]:
 
 
 MIB: Final = 1 << 20
-VARIANTS: Final = (UpdateVariant("raw", converted("raw"), "raw", (MIB, 3 * MIB // 2, 4 * MIB)),)
+_QCOW2: Final = (
+    UpdateVariant("qcow2", converted("qcow2"), "qcow2"),
+    UpdateVariant("qcow2-v2", converted("qcow2", compat="0.10"), "qcow2"),
+    UpdateVariant("qcow2-512", converted("qcow2", cluster_size=512, refcount_bits=64), "qcow2"),
+    UpdateVariant("qcow2-4k", converted("qcow2", cluster_size="4k", refcount_bits=1), "qcow2"),
+    UpdateVariant("qcow2-2M", converted("qcow2", cluster_size="2M"), "qcow2"),
+)
+VARIANTS: Final = (
+    UpdateVariant("raw", converted("raw"), "raw", (MIB, 3 * MIB // 2, 4 * MIB)),
+    UpdateVariant("vmdk-sparse", converted("vmdk"), "vmdk"),
+    UpdateVariant("vmdk-8k", converted("vmdk", grain_size=8192, zeroed_grain=True), "vmdk"),
+    UpdateVariant("vmdk-flat", converted("vmdk", subformat="monolithicFlat"), "vmdk"),
+    *_QCOW2,
+)

@@ -125,7 +125,7 @@ def test_a_disk_that_was_smaller(tmp_path: Path) -> None:
 def test_refcounts_too_narrow_for_a_snapshot(tmp_path: Path) -> None:
     path, model = made(tmp_path, "refcount_bits=1")
     old = path.read_bytes()
-    with pytest.raises(imgcore.LimitExceededError, match="refcounts of 1 bits allow 1"):
+    with pytest.raises(imgcore.LimitExceededError, match="refcounts of 1 bits count up to 1"):
         imgcore.create_snapshot(path, "one")
     verify(path, bytes(model.content))
     assert path.read_bytes() == old
@@ -170,7 +170,7 @@ def test_damaged_refcounts_are_found_before_anything_changes(tmp_path: Path) -> 
         file.seek(block + 2 * 5)  # a cluster with data: 16 bits each
         file.write(bytes(2))
     damaged = path.read_bytes()
-    with pytest.raises(imgcore.CorruptImageError, match="check -r all repairs that"):
+    with pytest.raises(imgcore.CorruptImageError, match="check -r all corrects it"):
         imgcore.delete_snapshot(path, "one")
     assert path.read_bytes() == damaged
     imgcore.check(path, repair="all")
@@ -181,7 +181,7 @@ def test_damaged_refcounts_are_found_before_anything_changes(tmp_path: Path) -> 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, _ = made(tmp_path)
     assert cli.main(["snapshot", "-c", "one", str(path)]) == 0
-    assert capsys.readouterr().err == "snapshot 1 created\n"
+    assert capsys.readouterr() == ("", "")
     assert cli.main(["snapshot", str(path)]) == 0
     assert "one" in capsys.readouterr().out
     assert cli.main(["snapshot", "-l", "--json", str(path)]) == 0

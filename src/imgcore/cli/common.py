@@ -323,6 +323,17 @@ def quiet_option() -> Decorator:
     return click.option("-q", "--quiet", is_flag=True, callback=silence, help="Print errors only.")
 
 
+def rate_option() -> Decorator:
+    return click.option(
+        "-r",
+        "--rate-limit",
+        "rate",
+        callback=size_value,
+        metavar="RATE",
+        help="Move at most so many bytes of the disk a second; 0 is no limit.",
+    )
+
+
 def threads_option(*flags: str) -> Decorator:
     return click.option(
         "-m",

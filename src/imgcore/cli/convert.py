@@ -15,6 +15,7 @@ from imgcore.cli.common import (
     options_option,
     print_options_help,
     quiet_option,
+    rate_option,
     require,
     say,
     size_value,
@@ -102,14 +103,7 @@ EXIT_SALVAGED: Final = 3
     is_flag=True,
     help="Do not decompress the compressed blocks that TARGET takes over from SOURCE.",
 )
-@click.option(
-    "-r",
-    "--rate-limit",
-    "rate",
-    callback=size_value,
-    metavar="RATE",
-    help="Move at most so many bytes of the disk a second; 0 is no limit.",
-)
+@rate_option()
 @click.option(
     "--checksum",
     is_flag=False,

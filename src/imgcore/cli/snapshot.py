@@ -11,12 +11,10 @@ from imgcore.cli.common import (
     output_options,
     print_json,
     quiet_option,
-    say,
     verb,
 )
 from imgcore.cli.snapshot_list import print_snapshots
 from imgcore.formats.shared.snapshot_row import snapshot_row
-from imgcore.text import one_line
 
 
 @verb("snapshot")
@@ -70,8 +68,6 @@ def command(
         added = verbs.create_snapshot(file, create, **opening)
         if as_json:
             print_json(snapshot_row(added))
-        elif not quiet:
-            say(f"snapshot {one_line(added.identifier)} created")
     elif apply is not None:
         verbs.apply_snapshot(file, apply, **opening)
     elif delete is not None:

@@ -112,9 +112,12 @@ class DigestedDisk(NamedTuple):
         tree: TreeFile,
         *,
         threads: int,
+        sink: LeafSink | None = None,
         report: Callable[[int, int], None] | None = None,
     ) -> Iterator[Area]:
         """Read the disk, and yield the areas in which it is not that of a tree.
+
+        ``sink`` gets all leaves of the disk.
 
         Raises
         ------
@@ -127,7 +130,8 @@ class DigestedDisk(NamedTuple):
         tree.refuse_other(self.path, tree.digest.algorithm, self.nbytes)
         areas: list[Area] = []
         differences = TreeDifferences(tree, areas.append)
-        stream = LeafStream(tree.digest.algorithm, differences)
+        both = differences if sink is None else _BothSinks(differences, sink)
+        stream = LeafStream(tree.digest.algorithm, both)
         with (
             self.supply(digest_geometry(self.nbytes)) as supply,
             translated_errors(supply.paths),
@@ -146,6 +150,21 @@ class DigestedDisk(NamedTuple):
         """Raise ImgcoreError if a file has changed since it was opened."""
         for file in self.files:
             file.check_unchanged()
+
+
+class _BothSinks(NamedTuple):
+    """Gives leaves to two sinks; a `LeafSink`."""
+
+    first: LeafSink
+    second: LeafSink
+
+    def add(self, leaves: memoryview) -> None:
+        self.first.add(leaves)
+        self.second.add(leaves)
+
+    def add_zeros(self, n_blocks: int) -> None:
+        self.first.add_zeros(n_blocks)
+        self.second.add_zeros(n_blocks)
 
 
 class DiskHasher:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from copy import copy
 from typing import TYPE_CHECKING
 
 from imgcore.files.host_file import HostFile
@@ -42,6 +44,9 @@ class DiskState:
         Bytes of the disk.
     """
 
+    # The state that a view keeps open.
+    _viewed: DiskState | None = None
+
     def __init__(self, chain: Sequence[Layer]) -> None:
         self.chain: list[Layer] = list(chain)
         self.layers: list[Reader] = [layer.reader for layer in self.chain]
@@ -66,6 +71,11 @@ class DiskState:
     def every_file(self) -> list[ByteSource]:
         """Return the files of all layers, each once."""
         files = [*self.files, *(source.file for source in self.sources)]
+        return list(dict.fromkeys(files))
+
+    def own_files(self) -> list[ByteSource]:
+        """Return the files of the image itself, each once."""
+        files = [self.files[0], *(source.file for source in self.layers[0].sources)]
         return list(dict.fromkeys(files))
 
     def host_files(self) -> list[HostFile]:
@@ -123,10 +133,18 @@ class DiskState:
             for layer in self.chain
         ]
 
+    def view(self) -> DiskState:
+        """Return the same state for one reader, which holds it as long as it reads."""
+        view = copy(self)
+        view._viewed = self
+        return view
+
     def close(self) -> None:
         """Close all files; more than once is allowed."""
-        for layer in self.chain:
-            layer.close()
+        with ExitStack() as stack:
+            for layer in self.chain:
+                stack.callback(layer.close)
 
     def __del__(self) -> None:
-        self.close()
+        if self._viewed is None:
+            self.close()

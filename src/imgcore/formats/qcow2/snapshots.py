@@ -14,22 +14,23 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
 from imgcore import limits
 from imgcore.errors import CorruptImageError, LimitExceededError, OptionError
 from imgcore.files.update_file import Step
-from imgcore.formats.qcow2 import layout
-from imgcore.formats.qcow2.count_changes import CountChanges
+from imgcore.formats.qcow2 import header_update, layout
+from imgcore.formats.qcow2.active_tables import clusters_of
 from imgcore.formats.qcow2.header import read_snapshots
-from imgcore.formats.qcow2.tables import iter_l1, packed_ranges, read_entries
+from imgcore.formats.qcow2.tables import iter_l1, read_entries
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from imgcore.files.update_file import UpdateFile
+    from imgcore.formats.qcow2.allocation import HostClusters
     from imgcore.formats.qcow2.header import Qcow2Header, Snapshot
 
 _ENTRY: Final = ">u8"
@@ -37,8 +38,6 @@ _BATCH_ENTRIES: Final = 1 << 18
 # As QEMU's field for a name, without its end.
 _MAX_NAME_NBYTES: Final = 255
 _NANOSECONDS: Final = 1_000_000_000
-_SIZE_AND_L1: Final = struct.Struct(">QIIQ")  # with the encryption method between them
-_COUNT_AND_OFFSET: Final = struct.Struct(">IQ")
 # Changes that wait are written when they take more memory.
 _MAX_WAITING_NBYTES: Final = 16 * limits.MIB
 
@@ -50,18 +49,6 @@ class _Table(NamedTuple):
     n_entries: int
 
 
-class TableSpace(Protocol):
-    """Where tables are put."""
-
-    def take_table(self, nbytes: int) -> int:
-        """Return the host offset of new clusters in a row, with refcounts of 1."""
-        ...
-
-    def note_free(self, clusters: NDArray[np.int64]) -> None:
-        """Note that nothing durable refers to clusters, whose refcounts are 0 now."""
-        ...
-
-
 class SnapshotChanges:
     """Changes the snapshots of an image.
 
@@ -71,14 +58,13 @@ class SnapshotChanges:
     ----------
     file : UpdateFile
     header : Qcow2Header
-    space : TableSpace
+    clusters : HostClusters
     """
 
-    def __init__(self, file: UpdateFile, header: Qcow2Header, space: TableSpace) -> None:
+    def __init__(self, file: UpdateFile, header: Qcow2Header, clusters: HostClusters) -> None:
         self._file = file
         self._header = header
-        self._space = space
-        self._counts = CountChanges(file, header)
+        self._host = clusters
         self._rows = read_snapshots(file, header)
 
     @property
@@ -114,11 +100,8 @@ class SnapshotChanges:
             self._count(table, 1)
             offset = self._copy_of(table)
             self._file.write_steps()
-            fields = _SIZE_AND_L1.pack(virtual_size, 0, table.n_entries, offset)
-            self._file.put(layout.SIZE_FIELD_OFFSET, fields, Step.REFERENCE)
+            header_update.put_l1(self._file, self._header, offset, table.n_entries, virtual_size)
             self._file.write_steps()
-            self._header.virtual_size = virtual_size
-            self._header.l1_offset, self._header.l1_entries = offset, table.n_entries
             self._count(old, -1)
             self._free(old)
             self._set_flags()
@@ -183,15 +166,14 @@ class SnapshotChanges:
                 path=self._file.path,
             )
         old = header.snapshots_offset, sum(map(len, self._raw_rows()))
-        offset = self._space.take_table(len(raw)) if raw else 0
+        offset = self._host.take_table(len(raw)) << header.cluster_bits if raw else 0
         if raw:
             self._file.put(offset, raw, Step.NEW)
         self._file.write_steps()
-        fields = _COUNT_AND_OFFSET.pack(len(rows), offset)
-        self._file.put(layout.SNAPSHOT_COUNT_FIELD_OFFSET, fields, Step.REFERENCE)
+        header_update.put_snapshots(self._file, header, offset, len(rows))
         self._file.write_steps()
         if old[1]:
-            self._lower(self._clusters(*old))
+            self._host.lower_counts(self._clusters(*old))
 
     def _size_of(self, snapshot: Snapshot) -> int:
         """Return the size of a snapshot's disk, which is stated from version 3 on."""
@@ -252,24 +234,21 @@ class SnapshotChanges:
     def _require_counts(self, table: _Table, by: int) -> None:
         """Raise if the refcounts of all that an L1 table refers to cannot change."""
         for clusters in self._references(table):
-            self._counts.change(clusters, by, commit=False)
+            self._host.require_counts(clusters, by)
 
     def _count(self, table: _Table, by: int) -> None:
         """Add to the refcounts of all that an L1 table refers to."""
         for clusters in self._references(table):
             if by > 0:
-                self._counts.change(clusters, by)
+                self._host.raise_counts(clusters)
             else:
-                self._lower(clusters)
+                self._host.lower_counts(clusters)
             self._relieve()
-
-    def _lower(self, clusters: NDArray[np.int64]) -> None:
-        freed = self._counts.change(clusters, -1)
-        self._space.note_free(freed)
 
     def _free(self, table: _Table) -> None:
         if table.n_entries:
-            self._lower(self._clusters(table.offset, table.n_entries * layout.ENTRY_NBYTES))
+            nbytes = table.n_entries * layout.ENTRY_NBYTES
+            self._host.lower_counts(self._clusters(table.offset, nbytes))
 
     def _clusters(self, offset: int, nbytes: int) -> NDArray[np.int64]:
         bits = self._header.cluster_bits
@@ -280,7 +259,7 @@ class SnapshotChanges:
         nbytes = table.n_entries * layout.ENTRY_NBYTES
         if not nbytes:
             return 0
-        offset = self._space.take_table(nbytes)
+        offset = self._host.take_table(nbytes) << self._header.cluster_bits
         for first, entries in iter_l1(self._file, table.offset, 0, table.n_entries):
             plain = entries & np.uint64(layout.OFFSET_MASK)
             at = offset + first * layout.ENTRY_NBYTES
@@ -315,8 +294,9 @@ class SnapshotChanges:
         self._put_entries(l2_offset, entries, marked)
 
     def _is_single(self, offsets: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Tell which clusters have exactly one reference."""
         clusters = offsets.astype(np.int64) >> self._header.cluster_bits
-        is_single: NDArray[np.bool_] = self._counts.counts(clusters) == 1
+        is_single: NDArray[np.bool_] = self._host.counts.counts_of(clusters) == 1
         return is_single
 
     def _put_entries(self, at: int, old: NDArray[np.uint64], new: NDArray[np.uint64]) -> None:
@@ -337,9 +317,8 @@ class SnapshotChanges:
             for start in range(0, len(offsets), step):
                 part = offsets[start : start + step]
                 raw = read_entries(self._file, header, part, 0, len(part) * header.l2_entries)
-                yield np.concatenate(
-                    (part.astype(np.int64) >> bits, self._targets(raw.view(_ENTRY)))
-                )
+                entries = raw.view(_ENTRY).astype(np.uint64)
+                yield np.concatenate((part.astype(np.int64) >> bits, clusters_of(entries, bits)))
 
     def _verify_l1(self, first: int, l1: NDArray[np.uint64]) -> None:
         offsets = l1 & np.uint64(layout.OFFSET_MASK)
@@ -352,16 +331,6 @@ class SnapshotChanges:
                 "aligned, or outside the file",
                 path=self._file.path,
             )
-
-    def _targets(self, raw: NDArray[np.unsignedinteger]) -> NDArray[np.int64]:
-        """Return the clusters that L2 entries refer to, once for each time."""
-        bits = self._header.cluster_bits
-        entries = raw.astype(np.uint64)
-        is_packed = entries & np.uint64(layout.COMPRESSED) != 0
-        plain = (entries[~is_packed] & np.uint64(layout.OFFSET_MASK)).astype(np.int64)
-        begin, end = packed_ranges(entries[is_packed], bits)
-        first, last = begin >> bits, end - 1 >> bits
-        return np.concatenate((plain[plain != 0] >> bits, first, last[last != first]))
 
     def _relieve(self) -> None:
         if self._file.waiting_nbytes > _MAX_WAITING_NBYTES:

@@ -1,0 +1,258 @@
+"""Copies areas of an open image into another one that is written in place."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from imgcore._core import is_zero
+from imgcore.limits import GIB, KIB, MIB
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from concurrent.futures import Future
+
+    from imgcore.areas.area import Area
+    from imgcore.disk.image import Image
+    from imgcore.engine.control import Control
+
+    Range = tuple[int, int]
+
+# One piece is read while the one before it is written.
+_PIECE_NBYTES: Final = 4 * MIB
+_PIECE_RANGES: Final = 1024
+# Zeros take no reading: a piece of them is larger.
+_ZEROS_NBYTES: Final = GIB
+_GRAIN_NBYTES: Final = 64 * KIB
+
+
+class Copied(NamedTuple):
+    """What was done so far, in bytes of the disk.
+
+    Attributes
+    ----------
+    position : int
+        Everything before this offset is done.
+    areas : int
+        Areas that were begun.
+    read, written, zeroed : int
+        Bytes read from the source, and written to the target as data or as zeros.
+    """
+
+    position: int = 0
+    areas: int = 0
+    read: int = 0
+    written: int = 0
+    zeroed: int = 0
+
+
+class _Piece(NamedTuple):
+    """Ascending ranges (offset, length) that are handled together."""
+
+    ranges: list[Range]
+    is_zero: bool
+    n_areas: int
+
+    @property
+    def nbytes(self) -> int:
+        return sum(length for _, length in self.ranges)
+
+    @property
+    def end(self) -> int:
+        offset, length = self.ranges[-1]
+        return offset + length
+
+
+def copy_areas(
+    source: Image,
+    target: Image,
+    areas: Iterable[Area],
+    *,
+    threads: int | None = None,
+    report: Callable[[Copied], None] | None = None,
+    observe: Callable[[int, int, memoryview | None], None] | None = None,
+    control: Control | None = None,
+    grain: int = _GRAIN_NBYTES,
+    skip_zeros: bool = False,
+) -> Copied:
+    """Read areas of a disk, and write them to the same places of another.
+
+    Parameters
+    ----------
+    source, target : Image
+        Open; the target for writing.  They may be the same.
+    areas : iterable of Area
+        Ascending, inside both disks.  Those that are zeros are not read.
+    threads : int, optional
+        Most threads that read at once; one per CPU by default.
+    report : callable, optional
+        Called on the calling thread after each piece, and while a rate limits it.
+    observe : callable, optional
+        Called on the calling thread with each range, in order: its offset, its length,
+        and its content until the call returns, or None for zeros.
+    control : Control, optional
+        Limits the rate of reading.
+    grain : int
+        Zeros in data are found in blocks of so many bytes, at multiples of them.
+    skip_zeros : bool
+        Leave out zeros in data, instead of making the target read so.
+
+    Returns
+    -------
+    Copied
+
+    Raises
+    ------
+    OSError, ImgcoreError
+        An image cannot be read or written.  An OSError says how much is done.
+    """
+    copy = _Copy(source, target, threads, grain, skip_zeros=skip_zeros)
+    done = Copied()
+
+    def tell() -> None:
+        if report is not None:
+            report(done)
+
+    pending: tuple[_Piece, Future[Copied]] | None = None
+    with _saying_how_far(lambda: done), ThreadPoolExecutor(1) as pool:
+        # An exception waits for the piece that is being written.
+        for piece in _pieces(areas):
+            if control is not None and not piece.is_zero:
+                while not control.limit.take(piece.nbytes):
+                    tell()
+            contents = copy.read(piece)
+            if observe is not None:
+                for (offset, length), octets in zip_longest(piece.ranges, contents):
+                    observe(offset, length, octets)
+            if pending is not None:
+                done = _sum(done, *pending)
+            pending = piece, pool.submit(copy.write, piece, contents)
+            tell()
+        if pending is not None:
+            done = _sum(done, *pending)
+            tell()
+    return done
+
+
+def _sum(done: Copied, piece: _Piece, writing: Future[Copied]) -> Copied:
+    """Wait until a piece is written, and return what is done then."""
+    one = writing.result()
+    return Copied(
+        piece.end,
+        done.areas + piece.n_areas,
+        done.read + one.read,
+        done.written + one.written,
+        done.zeroed + one.zeroed,
+    )
+
+
+@contextmanager
+def _saying_how_far(done: Callable[[], Copied]) -> Iterator[None]:
+    """Let an OSError say how much was done."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        text = f"{error.strerror} (what has changed before byte {done().position} of the disk"
+        raise OSError(error.errno, f"{text} is copied)", error.filename) from error
+
+
+def _pieces(areas: Iterable[Area]) -> Iterator[_Piece]:
+    """Yield areas in pieces; long ones are cut at multiples of a size."""
+    ranges: list[Range] = []
+    n_areas = nbytes = 0
+    for area in areas:
+        if area.is_zero:
+            if ranges:
+                yield _Piece(ranges, False, n_areas)
+                ranges, n_areas, nbytes = [], 0, 0
+            for index, part in enumerate(_cut(area, _ZEROS_NBYTES)):
+                yield _Piece([part], True, not index)
+            continue
+        n_areas += 1
+        for part in _cut(area, _PIECE_NBYTES):
+            if ranges and (nbytes + part[1] > _PIECE_NBYTES or len(ranges) == _PIECE_RANGES):
+                yield _Piece(ranges, False, n_areas)
+                ranges, n_areas, nbytes = [], 0, 0
+            ranges.append(part)
+            nbytes += part[1]
+    if ranges:
+        yield _Piece(ranges, False, n_areas)
+
+
+def _cut(area: Area, size: int) -> Iterator[Range]:
+    start, end = area.offset, area.offset + area.length
+    while start < end:
+        stop = min(end, start - start % size + size)
+        yield start, stop - start
+        start = stop
+
+
+class _Copy:
+    """Reads pieces on one thread, and writes them on another."""
+
+    def __init__(
+        self, source: Image, target: Image, threads: int | None, grain: int, *, skip_zeros: bool
+    ) -> None:
+        self._source, self._target = source, target
+        self._threads = threads
+        self._grain = grain
+        self._skip_zeros = skip_zeros
+        # While one is written, the other is filled.
+        self._buffers = [bytearray(), bytearray()]
+
+    def read(self, piece: _Piece) -> list[memoryview]:
+        """Return the content of the ranges of a piece, valid until the next but one."""
+        if piece.is_zero:
+            return []
+        buffer = self._buffers.pop(0)
+        if not buffer:
+            buffer = bytearray(_PIECE_NBYTES)
+        self._buffers.append(buffer)
+        contents: list[memoryview] = []
+        at = 0
+        for _, length in piece.ranges:
+            contents.append(memoryview(buffer)[at : at + length])
+            at += length
+        offsets = (offset for offset, _ in piece.ranges)
+        self._source.readv(zip(offsets, contents, strict=True), threads=self._threads)
+        return contents
+
+    def write(self, piece: _Piece, contents: list[memoryview]) -> Copied:
+        """Write a piece."""
+        if piece.is_zero:
+            for offset, length in piece.ranges:
+                self._target.zero(offset, length)
+            return Copied(zeroed=piece.nbytes)
+        data: list[tuple[int, memoryview]] = []
+        zeroed = 0
+        for (start, _), octets in zip(piece.ranges, contents, strict=True):
+            for offset, length, is_data in self._runs(start, octets):
+                if is_data:
+                    first = offset - start
+                    data.append((offset, octets[first : first + length]))
+                else:
+                    zeroed += length
+                    if not self._skip_zeros:
+                        self._target.zero(offset, length)
+        written = self._target.writev(data, threads=self._threads)
+        return Copied(read=piece.nbytes, written=written, zeroed=zeroed)
+
+    def _runs(self, start: int, octets: memoryview) -> Iterator[tuple[int, int, bool]]:
+        """Yield (offset, length, whether it is data) of runs of whole grains."""
+        end = start + len(octets)
+        run_start, run_is_data = start, False
+        at = start
+        while at < end:
+            stop = min(end, at - at % self._grain + self._grain)
+            is_data = not is_zero(octets[at - start : stop - start])
+            if is_data != run_is_data and at > run_start:
+                yield run_start, at - run_start, run_is_data
+                run_start = at
+            run_is_data = is_data
+            at = stop
+        if run_start < end:
+            yield run_start, end - run_start, run_is_data
