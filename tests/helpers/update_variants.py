@@ -48,32 +48,33 @@ def converted(
     return make
 
 
-MIB: Final = 1 << 20
-
-
-def qcow2_overlay(**options: object) -> Callable[[Path, bytes], Path]:
-    """Return what makes an overlay that has each third 24 KiB of its disk."""
+def child_of(format: str, **options: object) -> Callable[[Path, bytes], Path]:
+    """Return what makes a child whose parent has other bytes in some places."""
 
     def make(folder: Path, content: bytes) -> Path:
-        step = 24 * 1024
-        base = bytearray(content)
-        for start in range(0, len(content), 3 * step):
-            base[start : start + step] = bytes(255 - byte for byte in base[start : start + step])
-        (folder / "base.raw").write_bytes(base)
-        source = folder / "source.raw"
-        source.write_bytes(content)
-        target = folder / "disk.qcow2"
+        other = bytearray(content)
+        for at in range(0, len(other), 333_333):
+            other[at : at + 50_000] = bytes(255 - byte for byte in other[at : at + 50_000])
+        parent, target = folder / f"base.{format}", folder / f"disk.{format}"
+        raw = folder / "source.raw"
+        raw.write_bytes(other)
+        imgcore.convert(raw, parent, target_format=format, options=options)
+        raw.write_bytes(content)
         imgcore.convert(
-            source,
+            raw,
             target,
-            backing=folder / "base.raw",
-            backing_format="raw",
+            target_format=format,
             options=options,
+            backing=parent,
+            backing_format=format,
         )
-        source.unlink()
+        raw.unlink()
         return target
 
     return make
+
+
+MIB: Final = 1 << 20
 
 
 def qcow2_with_snapshot(**options: object) -> Callable[[Path, bytes], Path]:
@@ -87,7 +88,22 @@ def qcow2_with_snapshot(**options: object) -> Callable[[Path, bytes], Path]:
     return make
 
 
-_QCOW2_SIZES: Final = (MIB, 3 * MIB // 2 + 512, 4 * MIB, 40 * MIB)
+SIZES: Final = (MIB, 3 * MIB // 2, 4 * MIB)
+_VHD: Final = (
+    UpdateVariant("vhd-fixed", converted("vhd", subformat="fixed"), "vpc", SIZES),
+    UpdateVariant("vhd-dynamic", converted("vhd", block_size="512k"), "vpc", SIZES),
+    UpdateVariant("vhd-dynamic-2m", converted("vhd"), "vpc", SIZES),
+    UpdateVariant("vhd-batmap", converted("vhd", batmap=True, block_size="512k"), "vpc", SIZES),
+    UpdateVariant("vhd-differencing", child_of("vhd", block_size="512k"), None),
+    UpdateVariant("vhd-differencing-2m", child_of("vhd"), None),
+)
+_VDI: Final = (
+    UpdateVariant("vdi-dynamic", converted("vdi"), "vdi", SIZES),
+    UpdateVariant("vdi-128k", converted("vdi", block_size="128k"), None, SIZES),
+    UpdateVariant("vdi-fixed", converted("vdi", subformat="fixed"), "vdi", SIZES),
+    UpdateVariant("vdi-differencing", child_of("vdi", block_size="128k"), None),
+)
+_QCOW2_SIZES: Final = (MIB, 3 * MIB // 2 + 512, 4 * MIB)
 _QCOW2: Final = (
     UpdateVariant("qcow2", converted("qcow2"), "qcow2", _QCOW2_SIZES),
     UpdateVariant("qcow2-v2", converted("qcow2", compat="0.10"), "qcow2", _QCOW2_SIZES),
@@ -104,8 +120,8 @@ _QCOW2: Final = (
         "qcow2",
         _QCOW2_SIZES,
     ),
-    UpdateVariant("qcow2-overlay", qcow2_overlay(), "qcow2", _QCOW2_SIZES),
-    UpdateVariant("qcow2-overlay-v2", qcow2_overlay(compat="0.10"), "qcow2"),
+    UpdateVariant("qcow2-overlay", child_of("qcow2"), "qcow2", _QCOW2_SIZES),
+    UpdateVariant("qcow2-overlay-v2", child_of("qcow2", compat="0.10"), "qcow2"),
     UpdateVariant("qcow2-snapshot", qcow2_with_snapshot(), "qcow2", _QCOW2_SIZES),
     UpdateVariant(
         "qcow2-snapshot-2bit",
@@ -120,4 +136,6 @@ VARIANTS: Final = (
     UpdateVariant("vmdk-8k", converted("vmdk", grain_size=8192, zeroed_grain=True), "vmdk"),
     UpdateVariant("vmdk-flat", converted("vmdk", subformat="monolithicFlat"), "vmdk"),
     *_QCOW2,
+    *_VHD,
+    *_VDI,
 )
