@@ -52,6 +52,11 @@ class FreeSpace:
             del self._free[bisect_left(self._free, offset)]
         return offset
 
+    @property
+    def free(self) -> list[int]:
+        """The free blocks before the end, ascending."""
+        return self._free
+
     def give_back(self, offset: int) -> None:
         """Take back a block that no table has referred to: it is free at once."""
         insort(self._free, offset)
