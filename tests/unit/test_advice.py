@@ -466,7 +466,8 @@ MORE = {
 _REPAIRED = "-r all repairs this, -r leaks does not"
 _REFUSALS = "unit/test_rewrite_cli.py::test_refusals"
 ELSEWHERE = {
-    ("cli/snapshot.py", "give one of -l, -c, -a and -d"): "unit/test_snapshots.py::test_the_command",
+    ("cli/snapshot.py", "give one of -l, -c, -a and -d"):
+    "unit/test_snapshots.py::test_the_command",
     ("cli/snapshot.py", "-U is for -l: no other program may write meanwhile"):
     "unit/test_snapshots.py::test_the_command",
     ("formats/qcow2/allocation.py", ("cluster {} has the refcount {}, fewer than its references: "

@@ -100,7 +100,9 @@ class SnapshotChanges:
             self._count(table, 1)
             offset = self._copy_of(table)
             self._file.write_steps()
-            header_update.put_l1(self._file, self._header, offset, table.n_entries, virtual_size)
+            # Both are in one sector, which is written whole.
+            header_update.put_l1(self._file, self._header, offset, table.n_entries)
+            header_update.put_virtual_size(self._file, self._header, virtual_size)
             self._file.write_steps()
             self._count(old, -1)
             self._free(old)
