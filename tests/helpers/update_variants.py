@@ -103,6 +103,18 @@ _VDI: Final = (
     UpdateVariant("vdi-fixed", converted("vdi", subformat="fixed"), "vdi", SIZES),
     UpdateVariant("vdi-differencing", child_of("vdi", block_size="128k"), None),
 )
+_VHDX: Final = (
+    UpdateVariant("vhdx", converted("vhdx"), "vhdx", SIZES),
+    UpdateVariant("vhdx-1M", converted("vhdx", block_size="1M"), "vhdx", SIZES),
+    UpdateVariant("vhdx-8M", converted("vhdx", block_size="8M"), "vhdx", SIZES),
+    UpdateVariant("vhdx-fixed", converted("vhdx", subformat="fixed"), "vhdx", SIZES),
+    UpdateVariant("vhdx-4096", converted("vhdx", logical_sector_size="4096"), None, SIZES),
+    UpdateVariant("vhdx-differencing", child_of("vhdx"), None, SIZES),
+    UpdateVariant("vhdx-differencing-1M", child_of("vhdx", block_size="1M"), None, SIZES),
+    UpdateVariant(
+        "vhdx-differencing-4096", child_of("vhdx", logical_sector_size="4096"), None, SIZES
+    ),
+)
 _QCOW2_SIZES: Final = (MIB, 3 * MIB // 2 + 512, 4 * MIB)
 _QCOW2: Final = (
     UpdateVariant("qcow2", converted("qcow2"), "qcow2", _QCOW2_SIZES),
@@ -137,5 +149,6 @@ VARIANTS: Final = (
     UpdateVariant("vmdk-flat", converted("vmdk", subformat="monolithicFlat"), "vmdk"),
     *_QCOW2,
     *_VHD,
+    *_VHDX,
     *_VDI,
 )
