@@ -39,9 +39,11 @@ if TYPE_CHECKING:
     from imgcore.verbs.changes import changes
     from imgcore.verbs.check import CheckResult, check
     from imgcore.verbs.checksum import checksum
+    from imgcore.verbs.commit import CommitResult, commit
     from imgcore.verbs.compare import CompareResult, compare, compare_trees
     from imgcore.verbs.convert import ConvertResult, convert
     from imgcore.verbs.create import CreateResult, create
+    from imgcore.verbs.flatten import FlattenResult, flatten
     from imgcore.verbs.info import info
     from imgcore.verbs.lint import LintReport, lint
     from imgcore.verbs.map import MapEntry, map
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
         measure_reflink,
         measure_rewrite,
     )
+    from imgcore.verbs.rebase import RebaseResult, rebase
     from imgcore.verbs.resize import ResizeResult, resize
     from imgcore.verbs.rewrite import RewriteResult, finish_rewrite, rewrite, undo_rewrite
     from imgcore.verbs.sync import SyncResult, sync
@@ -63,6 +66,7 @@ __all__ = [
     "ByteSource",
     "CheckResult",
     "ChecksumError",
+    "CommitResult",
     "CompareResult",
     "Control",
     "ConversionCancelled",
@@ -73,6 +77,7 @@ __all__ = [
     "Extents",
     "FilePath",
     "Finding",
+    "FlattenResult",
     "FormatError",
     "Image",
     "ImgcoreError",
@@ -83,6 +88,7 @@ __all__ = [
     "Measurement",
     "OptionError",
     "Progress",
+    "RebaseResult",
     "ReflinkMeasurement",
     "ResizeResult",
     "RewriteCost",
@@ -98,11 +104,13 @@ __all__ = [
     "changes",
     "check",
     "checksum",
+    "commit",
     "compare",
     "compare_trees",
     "convert",
     "create",
     "finish_rewrite",
+    "flatten",
     "info",
     "lint",
     "map",
@@ -110,6 +118,7 @@ __all__ = [
     "measure_reflink",
     "measure_rewrite",
     "open",
+    "rebase",
     "resize",
     "rewrite",
     "sync",
@@ -124,6 +133,7 @@ _HOMES = {
     "ByteSource": "files.byte_source",
     "CheckResult": "verbs.check",
     "ChecksumError": "checksums.digest",
+    "CommitResult": "verbs.commit",
     "CompareResult": "verbs.compare",
     "Control": "engine.control",
     "ConvertResult": "verbs.convert",
@@ -132,12 +142,14 @@ _HOMES = {
     "Extents": "engine.extents",
     "FilePath": "border",
     "Finding": "formats.shared.lint",
+    "FlattenResult": "verbs.flatten",
     "Image": "disk.image",
     "Kind": "engine.extents",
     "LintReport": "verbs.lint",
     "MapEntry": "verbs.map",
     "Measurement": "formats.api",
     "Progress": "engine.progress",
+    "RebaseResult": "verbs.rebase",
     "ReflinkMeasurement": "verbs.measure",
     "ResizeResult": "verbs.resize",
     "RewriteCost": "rewriting.director",
@@ -148,11 +160,13 @@ _HOMES = {
     "changes": "verbs.changes",
     "check": "verbs.check",
     "checksum": "verbs.checksum",
+    "commit": "verbs.commit",
     "compare": "verbs.compare",
     "compare_trees": "verbs.compare",
     "convert": "verbs.convert",
     "create": "verbs.create",
     "finish_rewrite": "verbs.rewrite",
+    "flatten": "verbs.flatten",
     "info": "verbs.info",
     "lint": "verbs.lint",
     "map": "verbs.map",
@@ -160,6 +174,7 @@ _HOMES = {
     "measure_reflink": "verbs.measure",
     "measure_rewrite": "verbs.measure",
     "open": "disk.image",
+    "rebase": "verbs.rebase",
     "resize": "verbs.resize",
     "rewrite": "verbs.rewrite",
     "sync": "verbs.sync",
