@@ -37,9 +37,7 @@ from imgcore.text import one_line
     metavar="FILE",
     help="The new backing file; relative names start at the folder of IMAGE. '' is none.",
 )
-@click.option(
-    "-F", "-B", "--backing-format", metavar="FMT", help="Format of the new backing file."
-)
+@click.option("-F", "-B", "--backing-format", metavar="FMT", help="Format of the new backing file.")
 @click.option(
     "-u",
     "--backing-unsafe",

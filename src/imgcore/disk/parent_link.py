@@ -7,8 +7,7 @@ new identity is to be stored, so that a crash in between can be mended.
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from imgcore.disk.backing import opened_reference
 from imgcore.disk.image import Image, open_image
@@ -18,10 +17,11 @@ from imgcore.errors import CorruptImageError
 from imgcore.files.identity import named_identity
 from imgcore.files.mark import Mark
 from imgcore.formats.registry import open_reader
+from imgcore.limits import MAX_CHAIN_DEPTH
 from imgcore.log import log
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Mapping, Sequence
 
     from imgcore.files.identity import Identity
     from imgcore.formats.api import BackingReference
@@ -29,32 +29,37 @@ if TYPE_CHECKING:
 _SUFFIX: Final = ".imgcore-commit"
 
 
-class ParentLink(NamedTuple):
-    """The link between two images that are open for writing.
+def begin_below(images: Sequence[Image], nbytes: int | None) -> None:
+    """Begin to change the last image of a chain, and let those above follow it.
 
-    Attributes
+    Each of them is the parent of the one before, and open for writing.  An image that
+    names its parent anew changes its own identity, so that the one above must follow.
+
+    Parameters
     ----------
-    child, parent : Image
-        The child's backing file is the parent's file.
+    images : sequence of Image
+        At least two.
+    nbytes : int or None
+        A new size for the disk of the last one.
     """
-
-    child: Image
-    parent: Image
-
-    def follow(self, nbytes: int | None) -> None:
-        """Begin to change the parent, and let the child name its new identity.
-
-        ``nbytes`` is a new size for the parent's disk.
-        """
-        mark = Mark(self.child.files[0], _SUFFIX) if self.parent.reader.identities else None
+    *children, base = images
+    marks = [Mark(child.files[0], _SUFFIX) if _identities(child) else None for child in children]
+    for mark, parent in zip(marks, images[1:], strict=True):
         if mark is not None:
-            mark.write(_text(self.parent.files[0].identity))
-        if nbytes is not None:
-            self.parent.resize(nbytes)
-        self.parent.begin()
+            mark.write(_text(parent.files[0].identity))
+    if nbytes is not None:
+        base.resize(nbytes)
+    base.begin()
+    for mark, child, parent in reversed(list(zip(marks, children, images[1:], strict=True))):
         if mark is not None:
-            _store(self.child, _facts(self.child, self.parent))
+            _store(child, _facts(child, parent))
             mark.remove()
+
+
+def _identities(image: Image) -> Mapping[str, str]:
+    """Return what an image states of its parent's identity."""
+    reference = image.reader.backing
+    return {} if reference is None else reference.identities
 
 
 def _text(identity: Identity) -> bytes:
@@ -63,15 +68,16 @@ def _text(identity: Identity) -> bytes:
 
 def _facts(child: Image, parent: Image) -> BackingReference:
     """Return the child's reference with what the parent's file says now."""
-    file = parent.files[0]
     reference = child.reader.backing
     assert reference is not None
-    gate = gate_of(file, OpenOptions(share=True))
-    reader = open_reader(file, gate, parent.format, flag="")
+    file = parent.files[0].again()
     try:
-        return opened_reference(reference, Layer(file, gate, reader))
+        gate = gate_of(file, OpenOptions(share=True))
+        reader = open_reader(file, gate, parent.format, flag="")
+        with Layer(file, gate, reader) as layer:
+            return opened_reference(reference, layer)
     finally:
-        reader.close()
+        file.close()
 
 
 def _store(child: Image, facts: BackingReference) -> None:
@@ -89,22 +95,20 @@ def refresh_link(child: Image, parent: str, options: OpenOptions) -> None:
     """Store what the parent says after it was closed: it may record its last change."""
     if child.reader.backing is None or not child.is_rebasable():
         return
-    with open_layer(parent, options) as layer:
+    with open_layer(parent, options._replace(writable=False, parents=())) as layer:
         _store(child, opened_reference(child.reader.backing, layer))
 
 
-@contextmanager
-def mended(path: str, options: OpenOptions) -> Iterator[Image]:
-    """Open an image for writing, after mending a link that a crash has left."""
-    try:
-        image = open_image(path, options)
-    except CorruptImageError as error:
-        # The name of the image with the link.
-        if error.path is None or not _mend(error.path, options):
-            raise
-        image = open_image(path, options)
-    with image:
-        yield image
+def open_mended(path: str, options: OpenOptions) -> Image:
+    """Open an image for writing, after mending links that a crash has left."""
+    for _ in range(MAX_CHAIN_DEPTH):
+        try:
+            return open_image(path, options)
+        except CorruptImageError as error:
+            # It names the image with the link.
+            if error.path is None or not _mend(error.path, options):
+                raise
+    return open_image(path, options)
 
 
 def _mend(path: str, options: OpenOptions) -> bool:

@@ -17,7 +17,7 @@ from imgcore.disk.flattening import require_rebasable
 from imgcore.disk.image import Image, open_image
 from imgcore.disk.image_names import local_image
 from imgcore.disk.open_options import OpenOptions
-from imgcore.disk.parent_link import ParentLink, mended, refresh_link
+from imgcore.disk.parent_link import begin_below, open_mended, refresh_link
 from imgcore.engine.control import Control, control_of
 from imgcore.engine.job import thread_count
 from imgcore.errors import ImgcoreError, OptionError, UnsupportedFeatureError
@@ -136,9 +136,11 @@ def commit(
         read_options=read_options,
         allow=allow,
         writable=True,
+        # The backing file changes while the overlay is open.
+        share=True,
     )
     n_threads, limit = thread_count(threads), control_of(rate, control)
-    with mended(name, opening) as disk:
+    with open_mended(name, opening) as disk:
         depth = _depth(disk, None if base is None else file_name(base), opening)
         if remove:
             _refuse_removal(disk, depth)
@@ -209,13 +211,9 @@ class _Commit(NamedTuple):
                 if not base_state.is_part_of(state, self.depth):
                     raise ImgcoreError("its chain of backing files has changed", path=base.path)
             warn_about_children(base, self.opening.allow, but={self.overlay.files[0].identity})
-            child = self._child(base, stack)
+            images = self._chain(base, stack)
             grows = base.virtual_size < self.overlay.virtual_size
-            nbytes = self.overlay.virtual_size if grows else None
-            if child is not None:
-                ParentLink(child, base).follow(nbytes)
-            elif nbytes is not None:
-                base.resize(nbytes)
+            begin_below(images, self.overlay.virtual_size if grows else None)
             copied = copy_areas(
                 self.overlay,
                 base,
@@ -226,8 +224,7 @@ class _Commit(NamedTuple):
             )
             base.flush()
             base.close()
-            if child is not None:
-                refresh_link(child, self.base_path, self._base_options()._replace(writable=False))
+            refresh_link(images[-2], self.base_path, self._base_options())
         return copied
 
     def _base_options(self) -> OpenOptions:
@@ -241,30 +238,29 @@ class _Commit(NamedTuple):
             writable=True,
         )
 
-    def _child(self, base: Image, stack: ExitStack) -> Image | None:
-        """Return the open image whose link must follow the identity of the base.
+    def _chain(self, base: Image, stack: ExitStack) -> list[Image]:
+        """Return the images that change, down to the base, open for writing.
 
-        None if nothing states the identity.
+        If nothing states the identity of the base, they are the overlay and the base.
         """
-        if self.depth == 1:
-            child = self.overlay
-        elif base.reader.identities:
-            layer = self.overlay.chain[self.depth - 1]
+        if not base.reader.identities:
+            return [self.overlay, base]
+        images = [self.overlay]
+        for layer in self.overlay.chain[1 : self.depth]:
             alone = OpenOptions(
                 format=layer.reader.format_name,
                 allow=self.opening.allow,
                 chain=False,
                 writable=True,
             )
-            child = stack.enter_context(open_image(layer.file.path, alone))
-        else:
-            return None
-        if base.reader.identities and not child.is_rebasable():
-            raise UnsupportedFeatureError(
-                f"{child.format} images are not told in place that their backing file changes",
-                path=child.path,
-            )
-        return child
+            images.append(stack.enter_context(open_image(layer.file.path, alone)))
+        for child in images:
+            if not child.is_rebasable():
+                raise UnsupportedFeatureError(
+                    f"{child.format} images are not told in place that their parent changes",
+                    path=child.path,
+                )
+        return [*images, base]
 
     def empty(self) -> None:
         """Free what the overlay has."""

@@ -147,11 +147,10 @@ def rebase(
         job = _Rebase(disk, opening, n_threads, limit, CopyMeter(disk.virtual_size, progress))
         copied = job.relink(reference) if unsafe else job.move_to(reference)
         job.meter.finish()
-        now = disk.reader.backing
         return RebaseResult(
             disk.path,
             disk.format,
-            None if now is None else now.name,
+            None if reference is None else reference.name,
             None if reference is None else reference.format,
             copied.read,
             copied.written,
