@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from imgcore.engine.source_file import SourceFile
     from imgcore.files.byte_source import ByteSource
     from imgcore.files.host_file import HostFile
+    from imgcore.files.identity import Identity
     from imgcore.formats.api import BackingReference, Reader, Updater
 
 
@@ -783,6 +784,10 @@ class Image(Closable):
     def every_file(self) -> list[ByteSource]:
         """Return the files of all layers, each once."""
         return self._state.every_file()
+
+    def depth_of(self, identity: Identity) -> int | None:
+        """Return the number of the layer whose file it is; None if there is none."""
+        return self._state.depth_of(identity)
 
     def own_files(self) -> list[ByteSource]:
         """Return the files of the image itself, without those of its parents."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import numpy as np
 
 from imgcore.areas.area import Area
-from imgcore.engine.extents import Kind, cut_at_ranges
+from imgcore.engine.extents import Kind, zeroed_at_ranges
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -123,12 +123,7 @@ class WithoutOwn:
         for rows in self._disk.data_extents(start, length, rule):
             first = int(rows["guest_offset"][0])
             end = int(rows["guest_offset"][-1] + rows["length"][-1])
-            starts, ends = self._own_ranges(first, end)
-            parts, is_own = cut_at_ranges(rows, starts, ends)
-            for name in ("host_offset", "host_length", "file", "flags"):
-                parts[name][is_own] = 0
-            parts["kind"][is_own] = Kind.ZERO
-            yield parts
+            yield zeroed_at_ranges(rows, *self._own_ranges(first, end))
 
     def _own_ranges(self, start: int, end: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
         batches = self._image.extents_of_layer(0, start, end - start)

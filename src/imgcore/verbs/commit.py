@@ -22,7 +22,7 @@ from imgcore.engine.control import Control, control_of
 from imgcore.engine.job import thread_count
 from imgcore.errors import ImgcoreError, OptionError, UnsupportedFeatureError
 from imgcore.files.host_file import HostFile
-from imgcore.files.identity import named_identity, same_file
+from imgcore.files.identity import named_identity
 from imgcore.files.mark import remove_file
 from imgcore.formats.api import Rebasable
 from imgcore.limits import GIB
@@ -182,10 +182,9 @@ def _depth(disk: Image, base: str | None, opening: OpenOptions) -> int:
         raise OptionError("has no backing file to commit to", path=disk.path)
     if base is None:
         return 1
-    identity = named_identity(local_image(base, opening)[0])
-    for depth, file in enumerate(disk.files):
-        if depth and same_file(file.identity, identity):
-            return depth
+    depth = disk.depth_of(named_identity(local_image(base, opening)[0]))
+    if depth:
+        return depth
     raise OptionError(f"{base} is not one of its backing files", path=disk.path)
 
 
