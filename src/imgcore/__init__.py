@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from imgcore.engine.progress import Progress
     from imgcore.engine.source_file import SourceFile
     from imgcore.files.byte_source import ByteSource
-    from imgcore.formats.api import Measurement
+    from imgcore.formats.api import Measurement, SnapshotInfo
     from imgcore.formats.shared.lint import Finding
     from imgcore.rewriting.director import RewriteCost
     from imgcore.verbs.changes import changes
@@ -57,6 +57,12 @@ if TYPE_CHECKING:
     from imgcore.verbs.rebase import RebaseResult, rebase
     from imgcore.verbs.resize import ResizeResult, resize
     from imgcore.verbs.rewrite import RewriteResult, finish_rewrite, rewrite, undo_rewrite
+    from imgcore.verbs.snapshot import (
+        apply_snapshot,
+        create_snapshot,
+        delete_snapshot,
+        snapshots,
+    )
     from imgcore.verbs.sync import SyncResult, sync
 
 __all__ = [
@@ -94,6 +100,7 @@ __all__ = [
     "RewriteCost",
     "RewriteMeasurement",
     "RewriteResult",
+    "SnapshotInfo",
     "SourceFile",
     "SyncResult",
     "TargetError",
@@ -101,6 +108,7 @@ __all__ = [
     "UnsupportedFeatureError",
     "WrongFormatError",
     "__version__",
+    "apply_snapshot",
     "changes",
     "check",
     "checksum",
@@ -109,6 +117,8 @@ __all__ = [
     "compare_trees",
     "convert",
     "create",
+    "create_snapshot",
+    "delete_snapshot",
     "finish_rewrite",
     "flatten",
     "info",
@@ -121,6 +131,7 @@ __all__ = [
     "rebase",
     "resize",
     "rewrite",
+    "snapshots",
     "sync",
     "undo_rewrite",
 ]
@@ -155,7 +166,9 @@ _HOMES = {
     "RewriteCost": "rewriting.director",
     "RewriteMeasurement": "verbs.measure",
     "RewriteResult": "verbs.rewrite",
+    "SnapshotInfo": "formats.api",
     "SourceFile": "engine.source_file",
+    "apply_snapshot": "verbs.snapshot",
     "SyncResult": "verbs.sync",
     "changes": "verbs.changes",
     "check": "verbs.check",
@@ -165,6 +178,8 @@ _HOMES = {
     "compare_trees": "verbs.compare",
     "convert": "verbs.convert",
     "create": "verbs.create",
+    "create_snapshot": "verbs.snapshot",
+    "delete_snapshot": "verbs.snapshot",
     "finish_rewrite": "verbs.rewrite",
     "flatten": "verbs.flatten",
     "info": "verbs.info",
@@ -177,6 +192,7 @@ _HOMES = {
     "rebase": "verbs.rebase",
     "resize": "verbs.resize",
     "rewrite": "verbs.rewrite",
+    "snapshots": "verbs.snapshot",
     "sync": "verbs.sync",
     "undo_rewrite": "verbs.rewrite",
 }

@@ -21,8 +21,8 @@ _OBJECT: Final = (
     "encrypted images are not read: qemu-img convert decrypts them"
 )
 _SNAPSHOT: Final = (
-    "snapshots inside images are listed by info, but not read: qemu-img convert -l NAME makes "
-    "an image of one"
+    "snapshots inside images are listed and changed by snapshot, but not read: qemu-img convert "
+    "-l NAME makes an image of one"
 )
 _BITMAPS: Final = (
     "bitmaps are not copied: without this flag the disk is converted; "
@@ -68,7 +68,6 @@ _COMMANDS: Final = {
     "bench": "it measures QEMU",
     "bitmap": "bitmaps are neither read nor written",
     "dd": "convert writes the whole disk",
-    "snapshot": "info lists the snapshots of an image",
 }
 
 
