@@ -136,8 +136,8 @@ _QCOW2: Final = (
     UpdateVariant("qcow2-2M", converted("qcow2", cluster_size="2M"), "qcow2"),
 )
 _VMDK: Final = (
-    UpdateVariant("vmdk-sparse", converted("vmdk"), "vmdk"),
-    UpdateVariant("vmdk-8k", converted("vmdk", grain_size=8192, zeroed_grain=True), "vmdk"),
+    UpdateVariant("vmdk-sparse", converted("vmdk"), "vmdk", SIZES),
+    UpdateVariant("vmdk-8k", converted("vmdk", grain_size=8192, zeroed_grain=True), "vmdk", SIZES),
     UpdateVariant("vmdk-flat", converted("vmdk", subformat="monolithicFlat"), "vmdk"),
     UpdateVariant("vmdk-child", vmdk_child("monolithicSparse"), "vmdk"),
     UpdateVariant("vmdk-child-zeroed", vmdk_child("monolithicSparse", zeroed_grain="on"), "vmdk"),
