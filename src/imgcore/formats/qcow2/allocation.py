@@ -19,7 +19,7 @@ import numpy as np
 from imgcore import limits
 from imgcore.errors import CorruptImageError, LimitExceededError
 from imgcore.files.update_file import Step
-from imgcore.formats.qcow2 import layout
+from imgcore.formats.qcow2 import header_update, layout
 from imgcore.formats.qcow2.free_runs import FreeRuns
 from imgcore.formats.qcow2.refcounts import encode_refcounts
 from imgcore.formats.qcow2.stored_refcounts import StoredRefcounts
@@ -253,11 +253,8 @@ class HostClusters:
             if offset >> self._bits >= first:
                 self._write_block(index, offset, first, n)
         self._file.pwrite(structure.table_offset, structure.blocks.astype(">u8").tobytes())
-        place, fields = layout.REFCOUNT_TABLE_FIELDS
         n_table = structure.table_nbytes >> self._bits
-        self._file.put(place, fields.pack(structure.table_offset, n_table), Step.ALLOCATION)
-        header.refcount_table_offset = structure.table_offset
-        header.refcount_table_clusters = n_table
+        header_update.put_refcount_table(self._file, header, structure.table_offset, n_table)
         counts.blocks = blocks
         self.tables.remove(old_first)
         self.tables.add(first, n)
@@ -359,14 +356,15 @@ class HostClusters:
             self._known = self._free.drop_last()
 
     def trim(self) -> None:
-        """Free all that was released, and cut the file behind its last used cluster.
+        """Lower all refcounts of what was released, and cut the file's unused end.
 
-        Nothing may read the file, or use this object, any more.
+        What somebody may read still is not cut off.
         """
-        for _ in self._lower():
-            self._has_freed = True
+        end = 0
+        for first, n in self._lower():
+            end = max(end, first + n)
         self._file.write_steps()
-        end = max(self._last_used() + 1, self.tables.end)
+        end = max(end, self._last_used() + 1, self.tables.end)
         if not self._has_freed:
             end = max(end, self._first_end)
         self._file.cut(end << self._bits)

@@ -13,6 +13,8 @@ from typing import Final
 MAGIC: Final = b"QFI\xfb"
 HEADER_V2: Final = struct.Struct(">4sIQIIQIIQQIIQ")
 HEADER_V2_NBYTES: Final = 72
+# Offset and length of the name.
+BACKING_FIELDS: Final = (8, struct.Struct(">QI"))
 VIRTUAL_SIZE_FIELD: Final = (24, struct.Struct(">Q"))
 # Entries and offset.
 L1_FIELDS: Final = (36, struct.Struct(">IQ"))
