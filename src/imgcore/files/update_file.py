@@ -16,7 +16,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from imgcore.errors import ImgcoreError
-from imgcore.files.descriptors import duplicate, give_up_in_children, named_errors, open_file
+from imgcore.files.descriptors import (
+    duplicate,
+    give_up_in_children,
+    is_of_system,
+    named_errors,
+    open_file,
+)
 from imgcore.files.given import given_name, open_given
 from imgcore.files.host_file import HostFile
 from imgcore.files.identity import refuse_type
@@ -338,8 +344,10 @@ class UpdateFile(HostFile):
             try:
                 with named_errors(self.path):
                     os.fdatasync(self.fd)
-            except OSError as error:
-                self._failure = error
+            except BaseException as error:
+                self._is_unsynced = True
+                if isinstance(error, OSError) and is_of_system(error):
+                    self._failure = error
                 raise
 
     def note_written(self) -> None:
