@@ -13,15 +13,18 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 from imgcore.border import range_of_disk
+from imgcore.disk.in_place_writes import InPlaceWrites
 from imgcore.disk.pieces import Group, Piece, batches, grouped
 from imgcore.disk.range_locks import RangeLocks
 from imgcore.files.descriptors import is_of_system
 from imgcore.files.update_file import UpdateFile
+from imgcore.formats.api import Overwritable
 from imgcore.limits import MIB
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from imgcore._core import Uses
     from imgcore.disk.disk_state import DiskState
     from imgcore.formats.api import Place, Updater
 
@@ -48,22 +51,33 @@ class WriteAccess:
     read_into : callable
         Fills a buffer with bytes of the disk as it is: ``read_into(offset, buffer)``.
     forget : callable
-        Called after each change of the tables.
+        Called after each change of the tables of a range: ``forget(start, end)``.
     is_unread : callable
         Tells whether no read is in progress.
+    reads : Uses
+        The image's reads.
+
+    Attributes
+    ----------
+    in_place : InPlaceWrites or None
+        Overwrites what it can, which is no change of tables and needs no lock.
     """
+
+    in_place: InPlaceWrites | None = None
 
     def __init__(
         self,
         access: Access,
         *,
         read_into: Callable[[int, memoryview], object],
-        forget: Callable[[], None],
+        forget: Callable[[int, int], None],
         is_unread: Callable[[], bool],
+        reads: Uses,
     ) -> None:
         self._read_into = read_into
         self._forget_tables = forget
         self._is_unread = is_unread
+        self._reads = reads
         self._ranges = RangeLocks()
         # Of the updater.
         self._tables = threading.Lock()
@@ -76,6 +90,7 @@ class WriteAccess:
         self._files = cast("list[UpdateFile]", own)
         self._waiting = [file for file in own if isinstance(file, UpdateFile)]
         self._has_begun = False
+        self.in_place = None
         # Whether tables may be known that have changed since.
         self._is_stale = False
 
@@ -94,7 +109,7 @@ class WriteAccess:
         def work() -> None:
             with self._tables:
                 self._begin()
-                with self._changed_tables():
+                with self._changed_tables(start, start + length):
                     rest = self._updater.zero(start, length, unmap=unmap)
             pieces = [Piece(first, first + nbytes, None) for first, nbytes in rest]
             for batch in batches(pieces, self._updater.granule_nbytes):
@@ -111,7 +126,7 @@ class WriteAccess:
         def work() -> None:
             with self._tables:
                 self._begin()
-                with self._changed_tables():
+                with self._changed_tables(start, start + length):
                     self._updater.discard(start, length)
 
         if length:
@@ -139,6 +154,7 @@ class WriteAccess:
         def work() -> None:
             with self._tables:
                 self._begin()
+            self._stop_overwriting()
             try:
                 with self._tables:
                     change(self._updater)
@@ -151,7 +167,13 @@ class WriteAccess:
         """Open the image anew, between changes."""
         self._ranges.holding_all(lambda: self._reopen(reopen))
 
+    def _stop_overwriting(self) -> None:
+        """Let no thread write any more that does not hold its range."""
+        if self.in_place is not None:
+            self.in_place.stop_writing()
+
     def _reopen(self, reopen: Callable[[], Access]) -> None:
+        self._stop_overwriting()
         with self._tables:
             if self._has_begun:
                 self._flush()
@@ -165,6 +187,7 @@ class WriteAccess:
         """
 
         def work() -> None:
+            self._stop_overwriting()
             with self._tables:
                 if self._has_begun:
                     self._updater.flush(is_unread=True)
@@ -179,7 +202,7 @@ class WriteAccess:
 
     def _flush(self) -> None:
         if self._is_stale:
-            self._forget()
+            self._forget(0, self._state.virtual_size)
         self._updater.flush(is_unread=self._is_unread())
 
     def _relieve(self) -> None:
@@ -208,19 +231,29 @@ class WriteAccess:
             self._updater.flush(is_unread=False)
             self._has_begun = True
             # From now on, no hole of a file is taken for zeros of the disk.
-            self._forget()
+            self._forget(0, self._state.virtual_size)
+            if isinstance(self._updater, Overwritable):
+                self.in_place = InPlaceWrites(
+                    self._state, self._updater, uses=self._reads, lock=self._tables
+                )
 
     @contextmanager
-    def _changed_tables(self) -> Iterator[None]:
-        self._is_stale = True
+    def _changed_tables(self, start: int, end: int) -> Iterator[None]:
+        was_stale, self._is_stale = self._is_stale, True
         try:
             yield
         finally:
-            self._forget()
+            self._forget(start, end)
+            self._is_stale = was_stale
 
-    def _forget(self) -> None:
-        self._forget_tables()
-        self._is_stale = False
+    def _forget(self, start: int, end: int) -> None:
+        """Let tables of the granules of a range be read anew."""
+        if (start, end) == (0, self._state.virtual_size):
+            self._is_stale = False
+        start, end = self._granules(start, end)
+        self._forget_tables(start, end)
+        if self.in_place is not None:
+            self.in_place.forget(start, end)
 
     def _granules(self, start: int, end: int) -> tuple[int, int]:
         """Return a range widened to whole granules."""
@@ -244,8 +277,10 @@ class WriteAccess:
             raise
         new = _new_places(placed)
         if new:
-            with self._tables, self._changed_tables():
+            with self._tables, self._changed_tables(pieces[0].start, pieces[-1].end):
                 self._updater.refer(new)
+        elif self.in_place is not None:
+            self.in_place.note(pieces[0].start)
 
     def _store(self, group: Group, place: Place) -> None:
         """Store the pieces of a place, and old bytes around them if it needs all."""
