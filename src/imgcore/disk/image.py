@@ -562,7 +562,10 @@ class Image(Closable):
                     path=self.path,
                 )
             if nbytes != self.virtual_size:
-                self.restructure(lambda updater: updater.resize(nbytes))
+                with self._refreshing:
+                    writer, changes = self._writing()
+                    with changes:
+                        writer.resize(nbytes, self._reopened)
 
     def restructure(self, change: Callable[[Updater], None]) -> None:
         """Let a function change the image by its format's updater, and read it anew.

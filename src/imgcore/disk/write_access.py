@@ -105,20 +105,20 @@ class WriteAccess:
 
     def zero(self, start: int, length: int, *, unmap: bool) -> None:
         """Make a range of the disk read as zeros."""
-
-        def work() -> None:
-            with self._tables:
-                self._begin()
-                with self._changed_tables(start, start + length):
-                    rest = self._updater.zero(start, length, unmap=unmap)
-            pieces = [Piece(first, first + nbytes, None) for first, nbytes in rest]
-            for batch in batches(pieces, self._updater.granule_nbytes):
-                with _stating_offset(batch[0].start):
-                    self._write(batch)
-
         if length:
+            work = partial(self._zero, start, length, unmap=unmap)
             self._holding(start, start + length, work)
             self._relieve()
+
+    def _zero(self, start: int, length: int, *, unmap: bool) -> None:
+        with self._tables:
+            self._begin()
+            with self._changed_tables(start, start + length):
+                rest = self._updater.zero(start, length, unmap=unmap)
+        pieces = [Piece(first, first + nbytes, None) for first, nbytes in rest]
+        for batch in batches(pieces, self._updater.granule_nbytes):
+            with _stating_offset(batch[0].start):
+                self._write(batch)
 
     def discard(self, start: int, length: int) -> None:
         """Let the image free what it has of a range, which is not needed any more."""
@@ -146,22 +146,45 @@ class WriteAccess:
     # -- the image as a whole ----------------------------------------------------------
 
     def restructure(self, change: Callable[[Updater], None], reopen: Callable[[], Access]) -> None:
-        """Change more than content, such as the size; then open the image anew.
+        """Change more than content; then open the image anew.
 
         It is also opened anew if the change fails in the middle.
         """
+        self._ranges.holding_all(lambda: self._restructure(change, reopen))
+
+    def resize(self, virtual_size: int, reopen: Callable[[], Access]) -> None:
+        """Change the size of the disk; then open the image anew."""
 
         def work() -> None:
-            with self._tables:
-                self._begin()
             self._stop_overwriting()
-            try:
-                with self._tables:
-                    change(self._updater)
-            finally:
-                self._reopen(reopen)
+            if virtual_size > self._state.virtual_size:
+                self._write_end()
+            self._restructure(lambda updater: updater.resize(virtual_size), reopen)
 
         self._ranges.holding_all(work)
+
+    def _restructure(self, change: Callable[[Updater], None], reopen: Callable[[], Access]) -> None:
+        with self._tables:
+            self._begin()
+        self._stop_overwriting()
+        try:
+            with self._tables:
+                change(self._updater)
+        finally:
+            self._reopen(reopen)
+
+    def _write_end(self) -> None:
+        """Write the granule again that the disk ends in, which may be compressed."""
+        end = self._state.virtual_size
+        start = end - end % self._updater.granule_nbytes
+        if start == end:
+            return
+        content = bytearray(end - start)
+        self._read_into(start, memoryview(content))
+        if any(content):
+            self._write([Piece(start, end, memoryview(content))])
+        else:
+            self._zero(start, end - start, unmap=True)
 
     def refresh(self, reopen: Callable[[], Access]) -> None:
         """Open the image anew, between changes."""
