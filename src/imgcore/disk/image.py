@@ -110,6 +110,7 @@ class Image(Closable):
         # Made by the first read.
         self._disk: RandomAccess | None = None
         self._reads: Uses | None = None
+        # The epoch of reads in which tables were forgotten last.
         # Of an image that is written in place: what changes it, made by the first
         # change, and the views of its states that readers have.
         self._writer: WriteAccess | None = None
@@ -600,6 +601,7 @@ class Image(Closable):
                         forget=_weak_call(self._forget_tables),
                         is_unread=_weak_call(self._is_unread),
                         reads=self._reads,
+                        is_current=_weak_call(self._is_current),
                     )
                     _writers.add(self._writer)
                     _being_used.add(self)
@@ -620,10 +622,10 @@ class Image(Closable):
             disk.forget(start, end)
 
     def _is_unread(self) -> bool:
-        if self._views:
-            return False
-        reads = self._reads
-        return reads is None or reads.soon_over()
+        return not self._views and (self._reads is None or self._reads.soon_over())
+
+    def _is_current(self, state: DiskState) -> bool:
+        return state is self._state
 
     def _counted(self, user: str) -> Uses:
         """Return the uses that are together one user of the files."""
@@ -927,7 +929,11 @@ def open_image(
         image = Image(chain, source, options)
         if options.writable:
             # An image that cannot be written to is refused now.
-            image._writing()
+            try:
+                image._writing()
+            except BaseException:
+                image.close()
+                raise
         return image
 
 

@@ -16,6 +16,7 @@ from imgcore.border import range_of_disk
 from imgcore.disk.in_place_writes import InPlaceWrites
 from imgcore.disk.pieces import Group, Piece, batches, grouped
 from imgcore.disk.range_locks import RangeLocks
+from imgcore.errors import ImgcoreError
 from imgcore.files.descriptors import is_of_system
 from imgcore.files.update_file import UpdateFile
 from imgcore.formats.api import Overwritable
@@ -53,7 +54,9 @@ class WriteAccess:
     forget : callable
         Called after each change of the tables of a range: ``forget(start, end)``.
     is_unread : callable
-        Tells whether no read is in progress.
+        Tells whether all reads have ended that began before ``forget`` was called last.
+    is_current : callable
+        Tells whether a state is that of the image.
     reads : Uses
         The image's reads.
 
@@ -72,11 +75,13 @@ class WriteAccess:
         read_into: Callable[[int, memoryview], object],
         forget: Callable[[int, int], None],
         is_unread: Callable[[], bool],
+        is_current: Callable[[DiskState], bool],
         reads: Uses,
     ) -> None:
         self._read_into = read_into
-        self._forget_tables = forget
+        self._forget = forget
         self._is_unread = is_unread
+        self._is_current = is_current
         self._reads = reads
         self._ranges = RangeLocks()
         # Of the updater.
@@ -84,11 +89,12 @@ class WriteAccess:
         self._renew(access)
 
     def _renew(self, access: Access) -> None:
+        own = [source.file for source in access.state.layers[0].sources]
+        waiting = [file for file in own if isinstance(file, UpdateFile)]
         self._state, self._updater = access
         # By their indexes in ``sources``: the image's own come first.
-        own = [source.file for source in self._state.layers[0].sources]
         self._files = cast("list[UpdateFile]", own)
-        self._waiting = [file for file in own if isinstance(file, UpdateFile)]
+        self._waiting = waiting
         self._has_begun = False
         self.in_place = None
         # Whether tables may be known that have changed since.
@@ -225,7 +231,7 @@ class WriteAccess:
 
     def _flush(self) -> None:
         if self._is_stale:
-            self._forget(0, self._state.virtual_size)
+            self._forget_all()
         self._updater.flush(is_unread=self._is_unread())
 
     def _relieve(self) -> None:
@@ -249,39 +255,46 @@ class WriteAccess:
         self._ranges.holding(*self._granules(start, end), inside)
 
     def _begin(self) -> None:
-        if not self._has_begun:
-            self._updater.begin()
-            self._updater.flush(is_unread=False)
-            self._has_begun = True
-            # From now on, no hole of a file is taken for zeros of the disk.
-            self._forget(0, self._state.virtual_size)
-            if isinstance(self._updater, Overwritable):
-                self.in_place = InPlaceWrites(
-                    self._state, self._updater, uses=self._reads, lock=self._tables
-                )
+        if self._has_begun:
+            return
+        if not self._is_current(self._state):
+            raise ImgcoreError(
+                "an exception has interrupted its refresh, which has to be repeated",
+                path=self._state.paths[0],
+            )
+        self._updater.begin()
+        self._updater.flush(is_unread=False)
+        self._has_begun = True
+        # From now on, no hole of a file is taken for zeros of the disk.
+        self._forget_all()
+        if isinstance(self._updater, Overwritable):
+            self.in_place = InPlaceWrites(
+                self._state, self._updater, uses=self._reads, lock=self._tables
+            )
 
     @contextmanager
     def _changed_tables(self, start: int, end: int) -> Iterator[None]:
+        """Forget the tables of a range after a ``with`` block that changes them."""
         was_stale, self._is_stale = self._is_stale, True
         try:
             yield
         finally:
-            self._forget(start, end)
+            self._forget_range(*self._granules(start, end))
             self._is_stale = was_stale
 
-    def _forget(self, start: int, end: int) -> None:
-        """Let tables of the granules of a range be read anew."""
-        if (start, end) == (0, self._state.virtual_size):
-            self._is_stale = False
-        start, end = self._granules(start, end)
-        self._forget_tables(start, end)
+    def _forget_all(self) -> None:
+        self._forget_range(0, self._state.virtual_size)
+        self._is_stale = False
+
+    def _forget_range(self, start: int, end: int) -> None:
+        self._forget(start, end)
         if self.in_place is not None:
             self.in_place.forget(start, end)
 
     def _granules(self, start: int, end: int) -> tuple[int, int]:
-        """Return a range widened to whole granules."""
+        """Return a range widened to whole granules, as far as the disk goes."""
         nbytes = self._updater.granule_nbytes
-        return start - start % nbytes, end + -end % nbytes
+        return start - start % nbytes, min(end + -end % nbytes, self._state.virtual_size)
 
     def _write(self, pieces: Sequence[Piece]) -> None:
         """Write pieces of the disk, which are held."""
