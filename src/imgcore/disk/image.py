@@ -110,7 +110,6 @@ class Image(Closable):
         # Made by the first read.
         self._disk: RandomAccess | None = None
         self._reads: Uses | None = None
-        # The epoch of reads in which tables were forgotten last.
         # Of an image that is written in place: what changes it, made by the first
         # change, and the views of its states that readers have.
         self._writer: WriteAccess | None = None
