@@ -422,6 +422,11 @@ class Image(Closable):
         OSError
             The file system is full, or fails.  The range then has old and new bytes.
         """
+        in_place = None if self._writer is None else self._writer.in_place
+        if in_place is not None:
+            nbytes = in_place.overwrite(offset, data)
+            if nbytes is not None:
+                return nbytes
         writer, changes = self._writing()
         with changes:
             piece = self._piece(offset, data)
@@ -586,12 +591,16 @@ class Image(Closable):
             if not self._options.writable:
                 raise ImgcoreError("the image is open for reading only", path=self.path)
             with self._state_lock():
+                if self._reads is None:
+                    self._reads = self._counted(_READS)
                 if self._writer is None:
                     self._writer = WriteAccess(
                         self._access(),
                         read_into=_weak_call(self.readinto),
                         forget=_weak_call(self._forget_tables),
                         is_unread=_weak_call(self._is_unread),
+                        reads=self._reads,
+                        is_current=_weak_call(self._is_current),
                     )
                     _writers.add(self._writer)
                     _being_used.add(self)
@@ -606,13 +615,16 @@ class Image(Closable):
         updater = get_driver(self.format).updater(self.reader, has_parent=len(state.layers) > 1)
         return Access(state, updater)
 
-    def _forget_tables(self) -> None:
+    def _forget_tables(self, start: int, end: int) -> None:
         disk = self._disk
         if disk is not None:
-            disk.forget()
+            disk.forget(start, end)
 
     def _is_unread(self) -> bool:
-        return not self._views and (self._reads is None or self._reads.is_idle)
+        return not self._views and (self._reads is None or self._reads.soon_over())
+
+    def _is_current(self, state: DiskState) -> bool:
+        return state is self._state
 
     def _counted(self, user: str) -> Uses:
         """Return the uses that are together one user of the files."""
@@ -916,7 +928,11 @@ def open_image(
         image = Image(chain, source, options)
         if options.writable:
             # An image that cannot be written to is refused now.
-            image._writing()
+            try:
+                image._writing()
+            except BaseException:
+                image.close()
+                raise
         return image
 
 
