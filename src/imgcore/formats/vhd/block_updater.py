@@ -359,10 +359,11 @@ class BlockUpdater:
         if self._has_gaps:
             self._compact()
         end = self._end_of_use(self._starts())
-        is_behind = self._footer_offset - end >= self._slot_nbytes
-        if not self._file.is_block_device and (is_behind or self._first_end != end):
+        if self._file.is_block_device:
+            return
+        if self._first_end != end or self._footer_offset - end >= self._slot_nbytes:
             self._put_footer(end)
-            self._file.cut(end + layout.FOOTER_NBYTES)
+        self._file.cut(self._footer_offset + layout.FOOTER_NBYTES)
 
     def _compact(self) -> None:
         """Move the last blocks into free slots before them."""
