@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.helpers import qemu, vhd
+from tests.helpers.other_readers import assert_libvhdi_reads
+from tests.helpers.reading import poke
 
 import imgcore
 from imgcore.errors import CorruptImageError, OptionError, UnsupportedFeatureError
 from imgcore.formats.api import Rebasable, Updater
-from tests.helpers import qemu, vhd
-from tests.helpers.other_readers import assert_libvhdi_reads
-from tests.helpers.reading import poke
 
 KIB, MIB = 1 << 10, 1 << 20
 SECTOR = 512
@@ -85,7 +85,20 @@ class TestBlocks:
         raw = tmp_path / "new.raw"
         raw.write_bytes(new)
         assert imgcore.compare(raw, child).identical
-        assert_libvhdi_reads(raw, child, tmp_path / "base.vhd")
+
+    def test_libvhdi_reads_a_child(self, child: Path, content: bytes, tmp_path: Path) -> None:
+        """It takes all sectors of a byte of the bitmap for one: 4 KiB are written."""
+        chance = random.Random(3)
+        new = bytearray(content)
+        with imgcore.open(child, mode="r+") as image:
+            for _ in range(40):
+                at = chance.randrange(0, len(new), 4 * KIB)
+                data = chance.randbytes(4 * KIB * chance.randint(1, 9))[: len(new) - at]
+                image.write(at, data)
+                new[at : at + len(data)] = data
+        raw = tmp_path / "new.raw"
+        raw.write_bytes(new)
+        assert_libvhdi_reads(raw, child, tmp_path / "base.vhd", piece_nbytes=4 * KIB)
 
     def test_a_new_block_of_a_dynamic_disk_has_all_sectors(self, tmp_path: Path) -> None:
         path = make(tmp_path / "a.vhd", bytes(4 * MIB))
@@ -111,9 +124,7 @@ class TestBlocks:
             for at in range(0, 4 * MIB, 64 * KIB):
                 image.write(at, b"a" * 64 * KIB)
         entries = entries_of(path)
-        assert [entry - entries[0] for entry in entries] == [
-            n * STRIDE // SECTOR for n in range(8)
-        ]
+        assert [entry - entries[0] for entry in entries] == [n * STRIDE // SECTOR for n in range(8)]
         assert (entries[0] * SECTOR + SECTOR) % 4096 == 0
 
     def test_zeros_give_back_space(self, tmp_path: Path, content: bytes) -> None:
@@ -127,9 +138,7 @@ class TestBlocks:
         with imgcore.open(path) as image:
             assert image.read(0, 3 * MIB) == bytes(3 * MIB)
 
-    def test_the_footer_moves_rarely(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_the_footer_moves_rarely(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         from imgcore.files.update_file import UpdateFile
 
         path = tmp_path / "a.vhd"
