@@ -243,7 +243,5 @@ def test_vbox_img_reads_what_was_written(tmp_path: Path) -> None:
         model[8 * MIB : 8 * MIB + 5] = b"eight"
     out = tmp_path / "out.raw"
     words = [program, "convert", "--srcformat", "VDI", "--dstformat", "RAW"]
-    qemu.checked(
-        [program, "convert", *words, "--srcfilename", str(path), "--dstfilename", str(out)]
-    )
+    qemu.checked([*words, "--srcfilename", str(path), "--dstfilename", str(out)])
     assert out.read_bytes() == model
