@@ -40,9 +40,11 @@ if TYPE_CHECKING:
     from imgcore.verbs.changes import changes
     from imgcore.verbs.check import CheckResult, check
     from imgcore.verbs.checksum import checksum
+    from imgcore.verbs.commit import CommitResult, commit
     from imgcore.verbs.compare import CompareResult, compare, compare_trees
     from imgcore.verbs.convert import ConvertResult, convert
     from imgcore.verbs.create import CreateResult, create
+    from imgcore.verbs.flatten import FlattenResult, flatten
     from imgcore.verbs.info import info
     from imgcore.verbs.lint import LintReport, lint
     from imgcore.verbs.map import MapEntry, map
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
         measure_reflink,
         measure_rewrite,
     )
+    from imgcore.verbs.rebase import RebaseResult, rebase
     from imgcore.verbs.resize import ResizeResult, resize
     from imgcore.verbs.rewrite import RewriteResult, finish_rewrite, rewrite, undo_rewrite
     from imgcore.verbs.snapshot import (
@@ -71,6 +74,7 @@ __all__ = [
     "ByteSource",
     "CheckResult",
     "ChecksumError",
+    "CommitResult",
     "CompareResult",
     "Control",
     "ConversionCancelled",
@@ -81,6 +85,7 @@ __all__ = [
     "Extents",
     "FilePath",
     "Finding",
+    "FlattenResult",
     "FormatError",
     "Image",
     "ImgcoreError",
@@ -91,6 +96,7 @@ __all__ = [
     "Measurement",
     "OptionError",
     "Progress",
+    "RebaseResult",
     "ReflinkMeasurement",
     "ResizeResult",
     "RewriteCost",
@@ -109,6 +115,7 @@ __all__ = [
     "changes",
     "check",
     "checksum",
+    "commit",
     "compare",
     "compare_trees",
     "convert",
@@ -116,6 +123,7 @@ __all__ = [
     "create_snapshot",
     "delete_snapshot",
     "finish_rewrite",
+    "flatten",
     "info",
     "lint",
     "map",
@@ -123,6 +131,7 @@ __all__ = [
     "measure_reflink",
     "measure_rewrite",
     "open",
+    "rebase",
     "resize",
     "rewrite",
     "snapshots",
@@ -139,6 +148,7 @@ _HOMES = {
     "ByteSource": "files.byte_source",
     "CheckResult": "verbs.check",
     "ChecksumError": "checksums.digest",
+    "CommitResult": "verbs.commit",
     "CompareResult": "verbs.compare",
     "Control": "engine.control",
     "ConvertResult": "verbs.convert",
@@ -147,12 +157,14 @@ _HOMES = {
     "Extents": "engine.extents",
     "FilePath": "border",
     "Finding": "formats.shared.lint",
+    "FlattenResult": "verbs.flatten",
     "Image": "disk.image",
     "Kind": "engine.extents",
     "LintReport": "verbs.lint",
     "MapEntry": "verbs.map",
     "Measurement": "formats.api",
     "Progress": "engine.progress",
+    "RebaseResult": "verbs.rebase",
     "ReflinkMeasurement": "verbs.measure",
     "ResizeResult": "verbs.resize",
     "RewriteCost": "rewriting.director",
@@ -166,6 +178,7 @@ _HOMES = {
     "changes": "verbs.changes",
     "check": "verbs.check",
     "checksum": "verbs.checksum",
+    "commit": "verbs.commit",
     "compare": "verbs.compare",
     "compare_trees": "verbs.compare",
     "convert": "verbs.convert",
@@ -173,6 +186,7 @@ _HOMES = {
     "create_snapshot": "verbs.snapshot",
     "delete_snapshot": "verbs.snapshot",
     "finish_rewrite": "verbs.rewrite",
+    "flatten": "verbs.flatten",
     "info": "verbs.info",
     "lint": "verbs.lint",
     "map": "verbs.map",
@@ -180,6 +194,7 @@ _HOMES = {
     "measure_reflink": "verbs.measure",
     "measure_rewrite": "verbs.measure",
     "open": "disk.image",
+    "rebase": "verbs.rebase",
     "resize": "verbs.resize",
     "rewrite": "verbs.rewrite",
     "snapshots": "verbs.snapshot",
