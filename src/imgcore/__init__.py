@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from imgcore.engine.progress import Progress
     from imgcore.engine.source_file import SourceFile
     from imgcore.files.byte_source import ByteSource
-    from imgcore.formats.api import Measurement
+    from imgcore.formats.api import Measurement, SnapshotInfo
     from imgcore.formats.shared.lint import Finding
     from imgcore.rewriting.director import RewriteCost
     from imgcore.verbs.changes import changes
@@ -54,6 +54,12 @@ if TYPE_CHECKING:
     )
     from imgcore.verbs.resize import ResizeResult, resize
     from imgcore.verbs.rewrite import RewriteResult, finish_rewrite, rewrite, undo_rewrite
+    from imgcore.verbs.snapshot import (
+        apply_snapshot,
+        create_snapshot,
+        delete_snapshot,
+        snapshots,
+    )
     from imgcore.verbs.sync import SyncResult, sync
 
 __all__ = [
@@ -88,6 +94,7 @@ __all__ = [
     "RewriteCost",
     "RewriteMeasurement",
     "RewriteResult",
+    "SnapshotInfo",
     "SourceFile",
     "SyncResult",
     "TargetError",
@@ -95,6 +102,7 @@ __all__ = [
     "UnsupportedFeatureError",
     "WrongFormatError",
     "__version__",
+    "apply_snapshot",
     "changes",
     "check",
     "checksum",
@@ -102,6 +110,8 @@ __all__ = [
     "compare_trees",
     "convert",
     "create",
+    "create_snapshot",
+    "delete_snapshot",
     "finish_rewrite",
     "info",
     "lint",
@@ -112,6 +122,7 @@ __all__ = [
     "open",
     "resize",
     "rewrite",
+    "snapshots",
     "sync",
     "undo_rewrite",
 ]
@@ -143,7 +154,9 @@ _HOMES = {
     "RewriteCost": "rewriting.director",
     "RewriteMeasurement": "verbs.measure",
     "RewriteResult": "verbs.rewrite",
+    "SnapshotInfo": "formats.api",
     "SourceFile": "engine.source_file",
+    "apply_snapshot": "verbs.snapshot",
     "SyncResult": "verbs.sync",
     "changes": "verbs.changes",
     "check": "verbs.check",
@@ -152,6 +165,8 @@ _HOMES = {
     "compare_trees": "verbs.compare",
     "convert": "verbs.convert",
     "create": "verbs.create",
+    "create_snapshot": "verbs.snapshot",
+    "delete_snapshot": "verbs.snapshot",
     "finish_rewrite": "verbs.rewrite",
     "info": "verbs.info",
     "lint": "verbs.lint",
@@ -162,6 +177,7 @@ _HOMES = {
     "open": "disk.image",
     "resize": "verbs.resize",
     "rewrite": "verbs.rewrite",
+    "snapshots": "verbs.snapshot",
     "sync": "verbs.sync",
     "undo_rewrite": "verbs.rewrite",
 }

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 import imgcore
-from tests.helpers import qemu
+from tests.helpers import qemu, vmdk
 
 
 class UpdateVariant(NamedTuple):
@@ -72,6 +72,46 @@ def child_of(format: str, **options: object) -> Callable[[Path, bytes], Path]:
         return target
 
     return make
+
+
+def vmdk_child(subformat: str, **options: str) -> Callable[[Path, bytes], Path]:
+    """Return what makes a child of a VMDK by qemu-img; `imgcore` writes its content."""
+
+    def make(folder: Path, content: bytes) -> Path:
+        other = bytearray(content)
+        for at in range(0, len(other), 333_333):
+            other[at : at + 50_000] = bytes(255 - byte for byte in other[at : at + 50_000])
+        raw, parent, target = folder / "source.raw", folder / "base.vmdk", folder / "disk.vmdk"
+        raw.write_bytes(other)
+        imgcore.convert(raw, parent)
+        raw.unlink()
+        stated = ",".join(f"{key}={value}" for key, value in options.items())
+        stated = f"subformat={subformat}" + (f",{stated}" if stated else "")
+        qemu.run("create", "-q", "-f", "vmdk", "-b", parent, "-F", "vmdk", "-o", stated, target)
+        with imgcore.open(target, mode="r+") as image:
+            for at in range(0, len(other), 333_333):
+                image.write(at, content[at : at + 50_000])
+        return target
+
+    return make
+
+
+def vmdk_extents(folder: Path, content: bytes) -> Path:
+    """Make a VMDK of two sparse extents and a flat one."""
+    third = len(content) // (3 * 65536) * 65536
+    pieces = content[:third], content[third : 2 * third], content[2 * third :]
+    lines, raw = [], folder / "source.raw"
+    for number, piece in enumerate(pieces[:2], 1):
+        name = f"disk-s00{number}.vmdk"
+        raw.write_bytes(piece)
+        imgcore.convert(raw, folder / name)
+        lines.append(f'RW {len(piece) // 512} SPARSE "{name}"')
+    raw.unlink()
+    (folder / "disk-f003.vmdk").write_bytes(bytes(512) + pieces[2])
+    lines.append(f'RW {len(pieces[2]) // 512} FLAT "disk-f003.vmdk" 1')
+    path = folder / "disk.vmdk"
+    path.write_bytes(vmdk.descriptor("twoGbMaxExtentSparse", *lines))
+    return path
 
 
 MIB: Final = 1 << 20
@@ -149,11 +189,18 @@ _QCOW2: Final = (
         _QCOW2_SIZES,
     ),
 )
+_VMDK: Final = (
+    UpdateVariant("vmdk-sparse", converted("vmdk"), "vmdk", SIZES),
+    UpdateVariant("vmdk-8k", converted("vmdk", grain_size=8192, zeroed_grain=True), "vmdk", SIZES),
+    UpdateVariant("vmdk-flat", converted("vmdk", subformat="monolithicFlat"), "vmdk"),
+    UpdateVariant("vmdk-child", vmdk_child("monolithicSparse"), "vmdk"),
+    UpdateVariant("vmdk-child-zeroed", vmdk_child("monolithicSparse", zeroed_grain="on"), "vmdk"),
+    UpdateVariant("vmdk-child-2gb", vmdk_child("twoGbMaxExtentSparse"), "vmdk"),
+    UpdateVariant("vmdk-extents", vmdk_extents, "vmdk"),
+)
 VARIANTS: Final = (
     UpdateVariant("raw", converted("raw"), "raw", (MIB, 3 * MIB // 2, 4 * MIB)),
-    UpdateVariant("vmdk-sparse", converted("vmdk"), "vmdk"),
-    UpdateVariant("vmdk-8k", converted("vmdk", grain_size=8192, zeroed_grain=True), "vmdk"),
-    UpdateVariant("vmdk-flat", converted("vmdk", subformat="monolithicFlat"), "vmdk"),
+    *_VMDK,
     *_QCOW2,
     *_VHD,
     *_VHDX,

@@ -423,8 +423,8 @@ EXECUTED: dict[tuple[str, str], Callable[[Path], Scenario]] = {
     (
         "cli/qemu_flags.py",
         (
-            "snapshots inside images are listed by info, but not read: qemu-img convert -l NAME "
-            "makes an image of one"
+            "snapshots inside images are listed and changed by snapshot, but not read: qemu-img "
+            "convert -l NAME makes an image of one"
         ),
     ): _snapshots,
     (
@@ -466,6 +466,13 @@ MORE = {
 _REPAIRED = "-r all repairs this, -r leaks does not"
 _REFUSALS = "unit/test_rewrite_cli.py::test_refusals"
 ELSEWHERE = {
+    ("cli/snapshot.py", "give one of -l, -c, -a and -d"):
+    "unit/test_snapshots.py::test_the_command",
+    ("cli/snapshot.py", "-U is for -l: no other program may write meanwhile"):
+    "unit/test_snapshots.py::test_the_command",
+    ("formats/qcow2/allocation.py", ("cluster {} has the refcount {}, fewer than its references: "
+     "imgcore check -r all corrects it")):
+    "unit/test_snapshots.py::test_damaged_refcounts_are_found_before_anything_changes",
     ("disk/image.py", ("the disk has {} bytes and would lose those after {}: state that it may "
      "shrink (shrink=True)")):
     "unit/test_writing.py::test_a_disk_that_shrinks_must_be_meant_to",

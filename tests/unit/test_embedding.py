@@ -45,6 +45,11 @@ measure: source size format target_format options compress backing_format parent
     read_options allow share
 measure_reflink: source target_format format options backing_format parent read_options
     allow share
+snapshots: image format read_options allow share
+create_snapshot: image name created_ns format backing_format parent read_options allow
+apply_snapshot: image key format backing_format parent read_options allow
+delete_snapshot: image key format backing_format parent read_options allow
+SnapshotInfo: identifier name created_ns virtual_size vm_state_nbytes vm_clock_ns icount
 sync: source target areas bitmap since by_checksum tree checksum resize threads progress
     rate control format target_format backing_format parent target_parent read_options
     target_read_options allow share format_since parent_since read_options_since

@@ -43,6 +43,7 @@ _VERBS: Final = {
     "lint": "Check an image against the rules of a platform.",
     "measure": "Compute how large a target file would be.",
     "create": "Create an empty image.",
+    "snapshot": "List or change the snapshots inside an image.",
     "sync": "Bring an image up to date in place, by its changed areas.",
     "resize": "Change the size of a disk in place.",
     "rewrite": "Change an image's format in its own file, without copying.",

@@ -21,8 +21,8 @@ _OBJECT: Final = (
     "encrypted images are not read: qemu-img convert decrypts them"
 )
 _SNAPSHOT: Final = (
-    "snapshots inside images are listed by info, but not read: qemu-img convert -l NAME makes "
-    "an image of one"
+    "snapshots inside images are listed and changed by snapshot, but not read: qemu-img convert "
+    "-l NAME makes an image of one"
 )
 _BITMAPS: Final = (
     "bitmaps are not copied: without this flag the disk is converted; "
@@ -64,7 +64,6 @@ _COMMANDS: Final = {
     "commit": "convert merges an image and its backing files into a new one",
     "dd": "convert writes the whole disk",
     "rebase": "convert -B FILE -F FMT writes an image on another backing file",
-    "snapshot": "info lists the snapshots of an image",
 }
 
 

@@ -110,6 +110,8 @@ class Image(Closable):
         # Made by the first read.
         self._disk: RandomAccess | None = None
         self._reads: Uses | None = None
+        # The epoch of reads in which tables were forgotten last.
+        self._epoch = 0
         # Of an image that is written in place: what changes it, made by the first
         # change, and the views of its states that readers have.
         self._writer: WriteAccess | None = None
@@ -592,6 +594,7 @@ class Image(Closable):
                         read_into=_weak_call(self.readinto),
                         forget=_weak_call(self._forget_tables),
                         is_unread=_weak_call(self._is_unread),
+                        is_current=_weak_call(self._is_current),
                     )
                     _writers.add(self._writer)
                     _being_used.add(self)
@@ -606,13 +609,18 @@ class Image(Closable):
         updater = get_driver(self.format).updater(self.reader, has_parent=len(state.layers) > 1)
         return Access(state, updater)
 
-    def _forget_tables(self) -> None:
-        disk = self._disk
+    def _forget_tables(self, start: int, end: int) -> None:
+        disk, reads = self._disk, self._reads
         if disk is not None:
-            disk.forget()
+            disk.forget(start, end)
+        if reads is not None:
+            self._epoch = reads.epoch()
 
     def _is_unread(self) -> bool:
-        return not self._views and (self._reads is None or self._reads.is_idle)
+        return not self._views and (self._reads is None or self._reads.is_over(self._epoch))
+
+    def _is_current(self, state: DiskState) -> bool:
+        return state is self._state
 
     def _counted(self, user: str) -> Uses:
         """Return the uses that are together one user of the files."""
@@ -916,7 +924,11 @@ def open_image(
         image = Image(chain, source, options)
         if options.writable:
             # An image that cannot be written to is refused now.
-            image._writing()
+            try:
+                image._writing()
+            except BaseException:
+                image.close()
+                raise
         return image
 
 

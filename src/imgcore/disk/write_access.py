@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, cast
 from imgcore.border import range_of_disk
 from imgcore.disk.pieces import Group, Piece, batches, grouped
 from imgcore.disk.range_locks import RangeLocks
+from imgcore.errors import ImgcoreError
 from imgcore.files.descriptors import is_of_system
 from imgcore.files.update_file import UpdateFile
 from imgcore.limits import MIB
@@ -48,9 +49,11 @@ class WriteAccess:
     read_into : callable
         Fills a buffer with bytes of the disk as it is: ``read_into(offset, buffer)``.
     forget : callable
-        Called after each change of the tables.
+        Called after each change of the tables of a range: ``forget(start, end)``.
     is_unread : callable
-        Tells whether no read is in progress.
+        Tells whether all reads have ended that began before ``forget`` was called last.
+    is_current : callable
+        Tells whether a state is that of the image.
     """
 
     def __init__(
@@ -58,23 +61,26 @@ class WriteAccess:
         access: Access,
         *,
         read_into: Callable[[int, memoryview], object],
-        forget: Callable[[], None],
+        forget: Callable[[int, int], None],
         is_unread: Callable[[], bool],
+        is_current: Callable[[DiskState], bool],
     ) -> None:
         self._read_into = read_into
-        self._forget_tables = forget
+        self._forget = forget
         self._is_unread = is_unread
+        self._is_current = is_current
         self._ranges = RangeLocks()
         # Of the updater.
         self._tables = threading.Lock()
         self._renew(access)
 
     def _renew(self, access: Access) -> None:
+        own = [source.file for source in access.state.layers[0].sources]
+        waiting = [file for file in own if isinstance(file, UpdateFile)]
         self._state, self._updater = access
         # By their indexes in ``sources``: the image's own come first.
-        own = [source.file for source in self._state.layers[0].sources]
         self._files = cast("list[UpdateFile]", own)
-        self._waiting = [file for file in own if isinstance(file, UpdateFile)]
+        self._waiting = waiting
         self._has_begun = False
         # Whether tables may be known that have changed since.
         self._is_stale = False
@@ -98,7 +104,7 @@ class WriteAccess:
     def _zero(self, start: int, length: int, *, unmap: bool) -> None:
         with self._tables:
             self._begin()
-            with self._changed_tables():
+            with self._changed_tables(start, start + length):
                 rest = self._updater.zero(start, length, unmap=unmap)
         pieces = [Piece(first, first + nbytes, None) for first, nbytes in rest]
         for batch in batches(pieces, self._updater.granule_nbytes):
@@ -111,7 +117,7 @@ class WriteAccess:
         def work() -> None:
             with self._tables:
                 self._begin()
-                with self._changed_tables():
+                with self._changed_tables(start, start + length):
                     self._updater.discard(start, length)
 
         if length:
@@ -201,7 +207,7 @@ class WriteAccess:
 
     def _flush(self) -> None:
         if self._is_stale:
-            self._forget()
+            self._forget_all()
         self._updater.flush(is_unread=self._is_unread())
 
     def _relieve(self) -> None:
@@ -225,29 +231,37 @@ class WriteAccess:
         self._ranges.holding(*self._granules(start, end), inside)
 
     def _begin(self) -> None:
-        if not self._has_begun:
-            self._updater.begin()
-            self._updater.flush(is_unread=False)
-            self._has_begun = True
-            # From now on, no hole of a file is taken for zeros of the disk.
-            self._forget()
+        if self._has_begun:
+            return
+        if not self._is_current(self._state):
+            raise ImgcoreError(
+                "an exception has interrupted its refresh, which has to be repeated",
+                path=self._state.paths[0],
+            )
+        self._updater.begin()
+        self._updater.flush(is_unread=False)
+        self._has_begun = True
+        # From now on, no hole of a file is taken for zeros of the disk.
+        self._forget_all()
 
     @contextmanager
-    def _changed_tables(self) -> Iterator[None]:
+    def _changed_tables(self, start: int, end: int) -> Iterator[None]:
+        """Forget the tables of a range after a ``with`` block that changes them."""
         self._is_stale = True
         try:
             yield
         finally:
-            self._forget()
+            self._forget(*self._granules(start, end))
+            self._is_stale = False
 
-    def _forget(self) -> None:
-        self._forget_tables()
+    def _forget_all(self) -> None:
+        self._forget(0, self._state.virtual_size)
         self._is_stale = False
 
     def _granules(self, start: int, end: int) -> tuple[int, int]:
-        """Return a range widened to whole granules."""
+        """Return a range widened to whole granules, as far as the disk goes."""
         nbytes = self._updater.granule_nbytes
-        return start - start % nbytes, end + -end % nbytes
+        return start - start % nbytes, min(end + -end % nbytes, self._state.virtual_size)
 
     def _write(self, pieces: Sequence[Piece]) -> None:
         """Write pieces of the disk, which are held."""
@@ -266,7 +280,7 @@ class WriteAccess:
             raise
         new = _new_places(placed)
         if new:
-            with self._tables, self._changed_tables():
+            with self._tables, self._changed_tables(pieces[0].start, pieces[-1].end):
                 self._updater.refer(new)
 
     def _store(self, group: Group, place: Place) -> None:

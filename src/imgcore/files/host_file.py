@@ -98,8 +98,9 @@ class OpenFile(Closable):
         if core is not None:
             core.close()
         fd, self.fd = self.fd, -1
-        with named_errors(self.path):
-            close(fd)
+        if fd >= 0:
+            with named_errors(self.path):
+                close(fd)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.path!r}>"

@@ -15,8 +15,15 @@ from enum import IntEnum
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from imgcore.errors import ImgcoreError
-from imgcore.files.descriptors import duplicate, give_up_in_children, named_errors, open_file
+from imgcore.errors import ImgcoreError, TargetError
+from imgcore.files.descriptors import (
+    close,
+    duplicate,
+    give_up_in_children,
+    is_of_system,
+    named_errors,
+    open_file,
+)
 from imgcore.files.given import given_name, open_given
 from imgcore.files.host_file import HostFile
 from imgcore.files.identity import refuse_type
@@ -247,6 +254,35 @@ class UpdateFile(HostFile):
                 self.note_written()
                 self.nbytes = nbytes
 
+    def replace(self, content: bytes) -> None:
+        """Put a new file of that content in the place of this one, for a small file.
+
+        A crash leaves the old one or the new one.  Nothing may wait.
+
+        TargetError if the file was given without a name, or has another one by now.
+        """
+        from imgcore.files.exchange import new_version, sync_folder_of
+
+        name = self._absolute_path
+        if name is None:
+            raise TargetError(
+                "was given by its descriptor: without its name, it cannot be replaced",
+                path=self.path,
+            )
+        with self._changing, self._in_use(), named_errors(self.path):
+            self._require_sound()
+            fd = new_version(self.fd, name, self.path, content)
+            core, self._core = self._core, None
+            if core is not None:
+                core.close()
+            try:
+                os.dup2(fd, self.fd, inheritable=False)
+            finally:
+                close(fd)
+            self._examine(device=False)
+            self._has_changed = True
+            sync_folder_of(name)
+
     def _note_end(self, end: int) -> None:
         with self._changing:
             self.nbytes = max(self.nbytes, end)
@@ -338,8 +374,10 @@ class UpdateFile(HostFile):
             try:
                 with named_errors(self.path):
                     os.fdatasync(self.fd)
-            except OSError as error:
-                self._failure = error
+            except BaseException as error:
+                self._is_unsynced = True
+                if isinstance(error, OSError) and is_of_system(error):
+                    self._failure = error
                 raise
 
     def note_written(self) -> None:

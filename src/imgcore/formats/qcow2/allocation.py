@@ -12,7 +12,7 @@ Source: QEMU docs/interop/qcow2.rst, "Host cluster management".
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
 
 import numpy as np
 
@@ -306,12 +306,56 @@ class HostClusters:
             counts = self.counts.counts(first + low, high - low)
             more = times[low:high].astype(np.uint64)
             if (counts > np.uint64(self.counts.max_count) - more).any():
-                raise LimitExceededError(
-                    f"refcounts of {self._header.refcount_bits} bits count up to "
-                    f"{self.counts.max_count} references",
-                    path=self._file.path,
-                )
+                self._refuse_more()
             self.counts.put(first + low, counts + more)
+
+    def require_counts(self, clusters: NDArray[np.int64], by: int) -> None:
+        """Raise unless the refcounts of clusters, which may repeat, can change.
+
+        Parameters
+        ----------
+        clusters : ndarray of int64
+            Those that gain or lose a reference.
+        by : int
+            1 or -1.
+
+        Raises
+        ------
+        CorruptImageError
+            A refcount is lower than the references.
+        LimitExceededError
+            A refcount would exceed its width.
+        """
+        numbers, times = np.unique(clusters, return_counts=True)
+        counts = self.counts.counts_of(numbers)
+        least = times.astype(np.uint64) if by < 0 else np.uint64(1)
+        bad = np.flatnonzero(counts < least)
+        if bad.size:
+            number = int(numbers[bad[0]])
+            raise CorruptImageError(
+                f"cluster {number} has the refcount {int(counts[bad[0]])}, fewer than its "
+                "references: imgcore check -r all corrects it",
+                path=self._file.path,
+                offset=number << self._bits,
+            )
+        if by > 0 and (counts > np.uint64(self.counts.max_count) - times.astype(np.uint64)).any():
+            self._refuse_more()
+
+    def _refuse_more(self) -> NoReturn:
+        raise LimitExceededError(
+            f"refcounts of {self._header.refcount_bits} bits count up to "
+            f"{self.counts.max_count} references",
+            path=self._file.path,
+        )
+
+    def lower_counts(self, clusters: NDArray[np.int64]) -> None:
+        """Count one reference less to each of these clusters, which may repeat.
+
+        Nothing that a crash may leave refers to them.
+        """
+        self.release(clusters)
+        for _ in self._lower():
+            self._has_freed = True
 
     def release(self, clusters: NDArray[np.int64]) -> None:
         """Count one reference less to each of these clusters, after the next flush.

@@ -108,6 +108,7 @@ SNAPSHOT: Final = struct.Struct(">QIHHIIQII")
 # VM state size, virtual size, icount.
 SNAPSHOT_EXTRA: Final = struct.Struct(">QQQ")
 SNAPSHOT_EXTRA_VM_STATE_NBYTES: Final = 8
+SNAPSHOT_EXTRA_SIZE_NBYTES: Final = 16
 SNAPSHOT_EXTRA_ICOUNT_NBYTES: Final = 24
 SNAPSHOT_NO_ICOUNT: Final = (1 << 64) - 1
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from imgcore.formats.api import BackingReference
     from imgcore.formats.qcow2.header import Qcow2Header
     from imgcore.formats.qcow2.reader import Qcow2Reader
+    from imgcore.formats.qcow2.snapshots import SnapshotChanges
 
 # How clusters of the disk are written: where they are; where they are, but as a whole;
 # in new ones of which the rest is zeros, or in new ones that need all.
@@ -422,6 +423,23 @@ class Qcow2Updater:
             self._tables.put_l1(index, 0)
             self._tables.release_table(offset)
             self._clusters.release(lost)
+
+    def create_snapshot(self, name: str, created_ns: int) -> None:
+        """Add a snapshot; see `imgcore.formats.api.ChangesSnapshots`."""
+        self._snapshots().create(name, created_ns)
+
+    def apply_snapshot(self, index: int) -> None:
+        """Make the disk what it was; see `imgcore.formats.api.ChangesSnapshots`."""
+        self._snapshots().apply(index)
+
+    def delete_snapshot(self, index: int) -> None:
+        """Remove a snapshot; see `imgcore.formats.api.ChangesSnapshots`."""
+        self._snapshots().delete(index)
+
+    def _snapshots(self) -> SnapshotChanges:
+        from imgcore.formats.qcow2.snapshots import SnapshotChanges
+
+        return SnapshotChanges(self._file, self._header, self._clusters)
 
     def set_backing(self, reference: BackingReference | None) -> None:
         """Change the backing file's name; see `imgcore.formats.api.Rebasable`."""
