@@ -42,9 +42,14 @@ SECTOR = 4096
 LOG_GUID = vhdx.guid(0x106)
 
 
+def head_of(path: Path, nbytes: int) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(nbytes)
+
+
 def headers(path: Path) -> list[tuple[int, uuid.UUID, uuid.UUID, uuid.UUID]]:
     """Return sequence numbers, and file, data and log GUIDs, of both headers."""
-    raw = path.read_bytes()
+    raw = head_of(path, BAT_OFFSET)
     found = []
     for place in HEADERS:
         assert vhdx.sealed(raw[place : place + 4096]) == raw[place : place + 4096]
@@ -55,7 +60,7 @@ def headers(path: Path) -> list[tuple[int, uuid.UUID, uuid.UUID, uuid.UUID]]:
 
 def entry(path: Path, index: int) -> int:
     """Return an entry of the BAT of an image that `Vhdx` made."""
-    (value,) = struct.unpack_from("<Q", path.read_bytes(), BAT_OFFSET + 8 * index)
+    (value,) = struct.unpack_from("<Q", head_of(path, BAT_OFFSET + MIB), BAT_OFFSET + 8 * index)
     return int(value)
 
 
@@ -147,33 +152,33 @@ class TestLog:
         expected = bytearray(content(path))
         with imgcore.open(path, mode="r+") as image:
             for block, data in ((3, b"three"), (2, b"two")):
-                before = path.read_bytes()
+                before = head_of(path, BAT_OFFSET + MIB)
                 expected[block * MIB : block * MIB + len(data)] = data
                 image.write(block * MIB, data)
                 image.flush()
                 self.verify_replay(path, before, bytes(expected))
 
     def test_a_full_log_begins_anew(self, tmp_path: Path) -> None:
-        path = Vhdx(300 * MIB).write(tmp_path / "a.vhdx")
-        expected = bytearray(300 * MIB)
+        path = Vhdx(140 * MIB).write(tmp_path / "a.vhdx")
+        expected = bytearray(140 * MIB)
         guids = set()
         with imgcore.open(path, mode="r+") as image:
-            for block in range(300):
-                before = path.read_bytes()[: BAT_OFFSET + MIB]
+            for block in range(140):
+                before = head_of(path, BAT_OFFSET + MIB)
                 data = b"%d" % block
                 expected[block * MIB : block * MIB + len(data)] = data
                 image.write(block * MIB, data)
                 image.flush()
                 guids.add(headers(path)[0][3])
-                if block in (127, 128, 129, 256):
+                if block in (127, 128):
                     self.verify_replay(path, before, bytes(expected))
-        assert len(guids) == 3
+        assert len(guids) == 2
         assert is_sound(path)
 
     def test_more_changes_than_the_log_has_room_for(self, tmp_path: Path) -> None:
         """Each change is in another page of the BAT."""
         path = tmp_path / "a.vhdx"
-        imgcore.create(path, "512G", format="vhdx", options={"block_size": "1M"})
+        imgcore.create(path, 512 << 30, format="vhdx", options={"block_size": "1M"})
         places = [number * 512 * MIB for number in range(700)]
         with imgcore.open(path, mode="r+") as image:
             for place in places:
@@ -311,7 +316,7 @@ class TestChildren:
         """A child has the changed sectors, in blocks that are holes otherwise."""
         chance = random.Random(images.SEED)
         raw, parent, child = (tmp_path / name for name in ("a.raw", "parent.vhdx", "child.vhdx"))
-        disk = bytearray(chance.randbytes(256 * MIB))
+        disk = bytearray(b"".join(chance.randbytes(MIB) for _ in range(256)))
         raw.write_bytes(disk)
         imgcore.convert(raw, parent, target_format="vhdx")
         imgcore.create(child, format="vhdx", backing=parent, backing_format="vhdx")
@@ -324,13 +329,12 @@ class TestChildren:
         raw.write_bytes(disk)
         assert content(child) == disk
         assert is_sound(child)
-        n_blocks = len({*range(0)}) or sum(
-            value & 7 == PARTIAL for value in _entries(child, 256 // 2)
-        )
+        n_blocks = sum(value & 7 == PARTIAL for value in _entries(child, 256 // 2))
         assert n_changes <= n_blocks <= 2 * n_changes
         # Headers, log, metadata, BAT and a sector bitmap block.
         assert child.stat().st_size == (5 + 2 * n_blocks) * MIB
         assert qemu.disk_nbytes(child) < 1.5 * (n_changes * (nbytes + 2 * 4096) + 256 * 1024)
+        other_readers.assert_libvhdi_reads(raw, child, parent)
         other_readers.assert_dissect_reads(raw, child, "vhdx", "VHDX", "pathlib.Path(sys.argv[1])")
 
     def test_a_block_that_is_written_completely(self, tmp_path: Path) -> None:
@@ -465,7 +469,7 @@ class TestResize:
     @pytest.mark.parametrize("has_parent", [False, True])
     def test_the_bat_moves(self, has_parent: bool, tmp_path: Path) -> None:
         """The BAT of 1 MiB has room for 128 GiB in blocks of 1 MiB."""
-        size = 127 * 1024 * MIB
+        size = 120 * 1024 * MIB
         path = tmp_path / "a.vhdx"
         disk = Vhdx(size, blocks={1: (FULL, pattern(1, MIB))})
         if has_parent:
@@ -543,12 +547,12 @@ class TestParents:
         with family(tmp_path) as (path, expected):
             with imgcore.open(path, mode="r+") as image:
                 image.write(700, b"child")
-                image.write(MIB, b"whole" * MIB)
+                image.write(MIB, pattern(5, 3 * MIB))
                 _restructure(image, "set_backing", None)
             expected[:] = bytes(4 * MIB)
             expected[512:1024] = pattern(9, 1024)[512:]
             expected[700:705] = b"child"
-            expected[MIB : 4 * MIB] = (b"whole" * MIB)[: 3 * MIB]
+            expected[MIB : 4 * MIB] = pattern(5, 3 * MIB)
             (tmp_path / "parent.vhdx").unlink()
             data = imgcore.info(path)["format-specific"]["data"]
             assert data["subformat"] == "dynamic"
