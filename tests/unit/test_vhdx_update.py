@@ -424,6 +424,18 @@ class TestSpace:
         assert [entry(path, block) & 7 for block in range(4)] == [ZERO, FULL, FULL, 0]
         assert is_sound(path)
 
+    def test_a_place_that_an_unmapped_block_has_kept(self, tmp_path: Path) -> None:
+        blocks = {0: (UNMAPPED, pattern(0, MIB)), 1: (FULL, pattern(1, MIB))}
+        path = Vhdx(4 * MIB, blocks=blocks).write(tmp_path / "a.vhdx")
+        kept = entry(path, 0) - UNMAPPED
+        with imgcore.open(path, mode="r+") as image:
+            image.write(0, b"x")
+            image.flush()
+            image.write(2 * MIB, b"y")
+        assert entry(path, 2) == kept | FULL
+        assert content(path) == b"x" + bytes(MIB - 1) + pattern(1, MIB) + b"y" + bytes(2 * MIB - 1)
+        assert is_sound(path)
+
     def test_the_file_ends_after_its_last_block(self, tmp_path: Path) -> None:
         path = dynamic(tmp_path / "a.vhdx")
         with imgcore.open(path, mode="r+") as image:
