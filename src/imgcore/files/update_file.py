@@ -191,6 +191,8 @@ class UpdateFile(HostFile):
                 while done < len(octets):
                     rest, at = octets[done:], offset + done
                     done += retrying(partial(os.pwrite, self.fd, rest, at), WRITE_ERRORS)
+            # A sync that another thread has begun meanwhile may not have seen it.
+            self._is_unsynced = True
             self._note_end(offset + len(octets))
 
     def zero(self, offset: int, length: int) -> None:
@@ -304,7 +306,8 @@ class UpdateFile(HostFile):
             others = [sectors for other, sectors in self._steps.items() if other != step]
             if any(n in sectors for sectors in others for n in range(first, last)):
                 self.write_steps()
-            self.grow(end)
+            if end > self.nbytes:
+                self.grow(end)
             sectors = self._steps.setdefault(step, {})
             for number in range(first, last):
                 start = number * SECTOR_NBYTES
@@ -345,7 +348,9 @@ class UpdateFile(HostFile):
         can be tried again; but after a failed sync the file refuses all writes.
         """
         with self._changing:
-            self.sync()
+            if Step.NEW not in self._steps:
+                # Else guest data becomes durable with the first step.
+                self.sync()
             for step in sorted(self._steps):
                 self.write_step(step)
 
@@ -368,6 +373,9 @@ class UpdateFile(HostFile):
         """
         with self._in_use():
             self._require_sound()
+            # What is written from now on is for the next sync.
+            if self._core is not None and self._core.take_written():
+                self._is_unsynced = True
             if not self._is_unsynced:
                 return
             self._is_unsynced = False
@@ -378,6 +386,7 @@ class UpdateFile(HostFile):
                 self._is_unsynced = True
                 if isinstance(error, OSError) and is_of_system(error):
                     self._failure = error
+                    self.core.refuse_writes()
                 raise
 
     def note_written(self) -> None:
