@@ -20,7 +20,7 @@ from imgcore.limits import MIB
 from imgcore.sizes import parse_size
 
 if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer as Buffer
+    from _typeshed import ReadableBuffer
 
 # So much is collected, put in order, and written at once.
 _BATCH_NBYTES: Final = 16 * MIB
@@ -59,7 +59,8 @@ class ApplyResult(NamedTuple):
 def apply(
     target: FilePath | int | Image,
     changes: Iterable[
-        tuple[SupportsIndex, Buffer] | tuple[SupportsIndex, Buffer | None, SupportsIndex]
+        tuple[SupportsIndex, ReadableBuffer]
+        | tuple[SupportsIndex, ReadableBuffer | None, SupportsIndex]
     ],
     *,
     flush_every: SupportsIndex | str | None = None,
