@@ -110,8 +110,6 @@ class Image(Closable):
         # Made by the first read.
         self._disk: RandomAccess | None = None
         self._reads: Uses | None = None
-        # The epoch of reads in which tables were forgotten last.
-        self._epoch = 0
         # Of an image that is written in place: what changes it, made by the first
         # change, and the views of its states that readers have.
         self._writer: WriteAccess | None = None
@@ -424,6 +422,11 @@ class Image(Closable):
         OSError
             The file system is full, or fails.  The range then has old and new bytes.
         """
+        in_place = None if self._writer is None else self._writer.in_place
+        if in_place is not None:
+            nbytes = in_place.overwrite(offset, data)
+            if nbytes is not None:
+                return nbytes
         writer, changes = self._writing()
         with changes:
             piece = self._piece(offset, data)
@@ -588,12 +591,15 @@ class Image(Closable):
             if not self._options.writable:
                 raise ImgcoreError("the image is open for reading only", path=self.path)
             with self._state_lock():
+                if self._reads is None:
+                    self._reads = self._counted(_READS)
                 if self._writer is None:
                     self._writer = WriteAccess(
                         self._access(),
                         read_into=_weak_call(self.readinto),
                         forget=_weak_call(self._forget_tables),
                         is_unread=_weak_call(self._is_unread),
+                        reads=self._reads,
                         is_current=_weak_call(self._is_current),
                     )
                     _writers.add(self._writer)
@@ -610,14 +616,12 @@ class Image(Closable):
         return Access(state, updater)
 
     def _forget_tables(self, start: int, end: int) -> None:
-        disk, reads = self._disk, self._reads
+        disk = self._disk
         if disk is not None:
             disk.forget(start, end)
-        if reads is not None:
-            self._epoch = reads.epoch()
 
     def _is_unread(self) -> bool:
-        return not self._views and (self._reads is None or self._reads.is_over(self._epoch))
+        return not self._views and (self._reads is None or self._reads.soon_over())
 
     def _is_current(self, state: DiskState) -> bool:
         return state is self._state

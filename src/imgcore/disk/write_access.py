@@ -13,16 +13,19 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 from imgcore.border import range_of_disk
+from imgcore.disk.in_place_writes import InPlaceWrites
 from imgcore.disk.pieces import Group, Piece, batches, grouped
 from imgcore.disk.range_locks import RangeLocks
 from imgcore.errors import ImgcoreError
 from imgcore.files.descriptors import is_of_system
 from imgcore.files.update_file import UpdateFile
+from imgcore.formats.api import Overwritable
 from imgcore.limits import MIB
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from imgcore._core import Uses
     from imgcore.disk.disk_state import DiskState
     from imgcore.formats.api import Place, Updater
 
@@ -54,7 +57,16 @@ class WriteAccess:
         Tells whether all reads have ended that began before ``forget`` was called last.
     is_current : callable
         Tells whether a state is that of the image.
+    reads : Uses
+        The image's reads.
+
+    Attributes
+    ----------
+    in_place : InPlaceWrites or None
+        Overwrites what it can, which is no change of tables and needs no lock.
     """
+
+    in_place: InPlaceWrites | None = None
 
     def __init__(
         self,
@@ -64,11 +76,13 @@ class WriteAccess:
         forget: Callable[[int, int], None],
         is_unread: Callable[[], bool],
         is_current: Callable[[DiskState], bool],
+        reads: Uses,
     ) -> None:
         self._read_into = read_into
         self._forget = forget
         self._is_unread = is_unread
         self._is_current = is_current
+        self._reads = reads
         self._ranges = RangeLocks()
         # Of the updater.
         self._tables = threading.Lock()
@@ -82,6 +96,7 @@ class WriteAccess:
         self._files = cast("list[UpdateFile]", own)
         self._waiting = waiting
         self._has_begun = False
+        self.in_place = None
         # Whether tables may be known that have changed since.
         self._is_stale = False
 
@@ -147,6 +162,7 @@ class WriteAccess:
         """Change the size of the disk; then open the image anew."""
 
         def work() -> None:
+            self._stop_overwriting()
             if virtual_size > self._state.virtual_size:
                 self._write_end()
             self._restructure(lambda updater: updater.resize(virtual_size), reopen)
@@ -156,6 +172,7 @@ class WriteAccess:
     def _restructure(self, change: Callable[[Updater], None], reopen: Callable[[], Access]) -> None:
         with self._tables:
             self._begin()
+        self._stop_overwriting()
         try:
             with self._tables:
                 change(self._updater)
@@ -179,7 +196,13 @@ class WriteAccess:
         """Open the image anew, between changes."""
         self._ranges.holding_all(lambda: self._reopen(reopen))
 
+    def _stop_overwriting(self) -> None:
+        """Let no thread write any more that does not hold its range."""
+        if self.in_place is not None:
+            self.in_place.stop_writing()
+
     def _reopen(self, reopen: Callable[[], Access]) -> None:
+        self._stop_overwriting()
         with self._tables:
             if self._has_begun:
                 self._flush()
@@ -193,6 +216,7 @@ class WriteAccess:
         """
 
         def work() -> None:
+            self._stop_overwriting()
             with self._tables:
                 if self._has_begun:
                     self._updater.flush(is_unread=True)
@@ -243,20 +267,29 @@ class WriteAccess:
         self._has_begun = True
         # From now on, no hole of a file is taken for zeros of the disk.
         self._forget_all()
+        if isinstance(self._updater, Overwritable):
+            self.in_place = InPlaceWrites(
+                self._state, self._updater, uses=self._reads, lock=self._tables
+            )
 
     @contextmanager
     def _changed_tables(self, start: int, end: int) -> Iterator[None]:
         """Forget the tables of a range after a ``with`` block that changes them."""
-        self._is_stale = True
+        was_stale, self._is_stale = self._is_stale, True
         try:
             yield
         finally:
-            self._forget(*self._granules(start, end))
-            self._is_stale = False
+            self._forget_range(*self._granules(start, end))
+            self._is_stale = was_stale
 
     def _forget_all(self) -> None:
-        self._forget(0, self._state.virtual_size)
+        self._forget_range(0, self._state.virtual_size)
         self._is_stale = False
+
+    def _forget_range(self, start: int, end: int) -> None:
+        self._forget(start, end)
+        if self.in_place is not None:
+            self.in_place.forget(start, end)
 
     def _granules(self, start: int, end: int) -> tuple[int, int]:
         """Return a range widened to whole granules, as far as the disk goes."""
@@ -282,6 +315,8 @@ class WriteAccess:
         if new:
             with self._tables, self._changed_tables(pieces[0].start, pieces[-1].end):
                 self._updater.refer(new)
+        elif self.in_place is not None:
+            self.in_place.note(pieces[0].start)
 
     def _store(self, group: Group, place: Place) -> None:
         """Store the pieces of a place, and old bytes around them if it needs all."""

@@ -204,6 +204,8 @@ class UpdateFile(HostFile):
                 while done < len(octets):
                     rest, at = octets[done:], offset + done
                     done += retrying(partial(os.pwrite, self.fd, rest, at), WRITE_ERRORS)
+            # A sync that another thread has begun meanwhile may not have seen it.
+            self._is_unsynced = True
             self._note_end(offset + len(octets))
 
     def zero(self, offset: int, length: int) -> None:
@@ -381,6 +383,9 @@ class UpdateFile(HostFile):
         """
         with self._in_use():
             self._require_sound()
+            # What is written from now on is for the next sync.
+            if self._core is not None and self._core.take_written():
+                self._is_unsynced = True
             if not self._is_unsynced:
                 return
             self._is_unsynced = False
@@ -391,6 +396,7 @@ class UpdateFile(HostFile):
                 self._is_unsynced = True
                 if isinstance(error, OSError) and is_of_system(error):
                     self._failure = error
+                    self.core.refuse_writes()
                 raise
 
     def note_written(self) -> None:

@@ -870,6 +870,28 @@ class Updater(Protocol):
 
 
 @runtime_checkable
+class Overwritable(Protocol):
+    """An updater that tells which places may be overwritten without asking it again.
+
+    Optional: others are asked for each write.
+    """
+
+    def overwritable(self, start: int, length: int) -> list[Place]:
+        """Return the parts of a range that `Updater.place` returns without a change.
+
+        These are the places that are neither new nor need all, ascending.  Whatever
+        changes them later is one of the calls of `Updater` for their range, or one
+        after which the image is opened again.
+
+        Parameters
+        ----------
+        start, length : int
+            Bytes; multiples of ``granule_nbytes``, unless the range ends with the disk.
+        """
+        ...
+
+
+@runtime_checkable
 class Rebasable(Protocol):
     """An updater that changes which parent its image has, and what is left to it.
 

@@ -107,6 +107,18 @@ class Qcow2Updater:
             raise
         return places
 
+    def overwritable(self, start: int, length: int) -> list[Place]:
+        """Return the clusters that are the disk's alone; see `Overwritable`."""
+        bits, end = self._bits, start + length
+        places: list[Place] = []
+        for first, last in self._tables.existing_pieces(start >> bits, -(-end >> bits)):
+            entries = self._tables.entries(first, last)
+            for use, low, high in self._uses(entries):
+                if use == _HERE:
+                    offset = entries[low] & layout.OFFSET_MASK
+                    places.append(Place((first + low) << bits, (high - low) << bits, offset))
+        return places
+
     def _placed(self, first: int, last: int) -> Iterator[Place]:
         """Yield the places of clusters that one L2 table describes."""
         bits = self._bits

@@ -179,6 +179,14 @@ class VdiUpdater:
             )
         return places
 
+    def overwritable(self, start: int, length: int) -> list[Place]:
+        """Return the blocks that have slots; see `imgcore.formats.api.Overwritable`."""
+        return [
+            Place(first, end - first, self._offset_of(entry) + first % self._block_nbytes)
+            for block, first, end in self._blocks(start, length)
+            if (entry := self._entry(block)) < layout.BLOCK_ZERO
+        ]
+
     def refer(self, places: Sequence[Place]) -> None:
         """Count the slots, and enter them in the map; see `Updater`."""
         self._count_at_least(max(self._slot_at(place.host_offset) for place in places) + 1)

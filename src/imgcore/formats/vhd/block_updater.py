@@ -277,6 +277,16 @@ class BlockUpdater:
         self._reserved[block] = [slot, n_places + 1]
         return (slot + self._bitmap_start) // SECTOR_NBYTES
 
+    def overwritable(self, start: int, length: int) -> list[Place]:
+        """Return the sectors that blocks have; see `Overwritable`."""
+        return [
+            Place(run.start, run.end - run.start, self._host_offset(block, entry, run.start))
+            for block, first, end in self._blocks(start, length)
+            if (entry := self._entry(block)) != layout.ENTRY_ABSENT
+            for run in self._runs(block, entry, first, end)
+            if run.is_present
+        ]
+
     def refer(self, places: Sequence[Place]) -> None:
         """Set the sectors' bits, and the entries of new blocks; see `Updater`.
 

@@ -199,6 +199,22 @@ class BlockUpdater:
             raise
         return places
 
+    def overwritable(self, start: int, length: int) -> list[Place]:
+        """Return the sectors that blocks have; see `Overwritable`."""
+        places: list[Place] = []
+        for block, low, high in self._parts(start, start + length):
+            inside = low - block * self._block_nbytes
+            entry = self._entry(self._index(block))
+            state, offset = entry & layout.BAT_STATE_MASK, entry & layout.BAT_OFFSET_MASK
+            if state == layout.BLOCK_FULLY_PRESENT:
+                places.append(Place(low, high - low, offset + inside))
+            elif state == layout.BLOCK_PARTIALLY_PRESENT:
+                bits = self._bitmap(block) & self._mask(inside, high - low)
+                for first, last in _runs_of_ones(bits):
+                    at, nbytes = first * self.granule_nbytes, (last - first) * self.granule_nbytes
+                    places.append(Place(block * self._block_nbytes + at, nbytes, offset + at))
+        return places
+
     def _parts(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
         """Yield the blocks of a range, with what it has of them."""
         while start < end:
@@ -419,3 +435,15 @@ def runs(numbers: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
         edges = np.flatnonzero(np.diff(numbers) != 1) + 1
         for run in np.split(numbers, edges):
             yield int(run[0]), int(run[-1]) + 1
+
+
+def _runs_of_ones(bits: int) -> Iterator[tuple[int, int]]:
+    """Yield the runs [first, last) of bits that are set; the lowest is number 0."""
+    at = 0
+    while bits:
+        n_zeros = (bits & -bits).bit_length() - 1
+        bits >>= n_zeros
+        n_ones = (~bits & (bits + 1)).bit_length() - 1
+        bits >>= n_ones
+        at += n_zeros + n_ones
+        yield at - n_ones, at

@@ -115,6 +115,18 @@ class SparseUpdater:
         needs_all = is_hidden or offset < self.file.nbytes
         return Place(start, length, offset, is_new=True, needs_all=needs_all)
 
+    def overwritable(self, start: int, length: int) -> list[Place]:
+        """Return the grains that exist; see `imgcore.formats.api.Overwritable`."""
+        nbytes = self.granule_nbytes
+        first, last = start // nbytes, -(-(start + length) // nbytes)
+        return _joined(
+            [
+                Place(grain * nbytes, min(nbytes, self.nbytes - grain * nbytes), _place_of(entry))
+                for grain, entry in enumerate(self.entries(first, last - first), first)
+                if entry > self._last_mark
+            ]
+        )
+
     def take(self, after: int | None = None) -> int:
         """Return the host offset of space for a grain."""
         offset = self.space.take(after)
@@ -325,7 +337,7 @@ def _joined(places: Sequence[Place]) -> list[Place]:
         if joined:
             last = joined[-1]
             shift = last.host_offset - last.guest_offset
-            if place == last._replace(
+            if last.guest_offset + last.length == place.guest_offset and place == last._replace(
                 guest_offset=place.guest_offset,
                 host_offset=place.guest_offset + shift,
                 length=place.length,

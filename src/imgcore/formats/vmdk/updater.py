@@ -149,6 +149,14 @@ class VmdkUpdater:
             raise
         return found
 
+    def overwritable(self, start: int, length: int) -> list[Place]:
+        """Return the places that exist; see `imgcore.formats.api.Overwritable`."""
+        return [
+            place._replace(guest_offset=place.guest_offset + part.start, file=part.file)
+            for part, low, nbytes in self._parts_of(start, length)
+            for place in part.updater.overwritable(low - part.start, nbytes)
+        ]
+
     def refer(self, places: Sequence[Place]) -> None:
         """Make the tables refer to new places."""
         for part, own in self._divided(places):
