@@ -19,6 +19,7 @@ from imgcore.disk.image import Image, open_image
 from imgcore.disk.image_source import ImageSource
 from imgcore.disk.open_options import OpenOptions
 from imgcore.files.given_files import GivenFiles
+from imgcore.files.unnamed_file import UnnamedFile
 from imgcore.formats.api import HoldsSectors, SectorSized
 from imgcore.formats.registry import get_driver
 from imgcore.limits import KIB
@@ -79,6 +80,8 @@ class ChildSink:
         """Write an empty child, and then what differs."""
         self._writer.begin(self._target)
         self._writer.finish(self._writer.first_offset)
+        if not self.disk_nbytes:
+            return ()
         with self._opened() as child, self._source.kept_open() as new:
             with self._base.kept_open() as old:
                 found = Differences(
@@ -126,7 +129,7 @@ class ChildSink:
     def _opened(self) -> Image:
         """Return the child, which has no name yet, for writing."""
         name = os.path.abspath(self._target.path)
-        with closing(self._target.main.unnamed(name)) as file:
+        with closing(UnnamedFile.of(self._target.main, name)) as file:
             options = OpenOptions.from_keywords(format=self._options.format, chain=False)
             files = GivenFiles(held=[file])
             return open_image(name, options._replace(files=files, writable=True))

@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from imgcore.files.descriptors import (
     close,
@@ -17,9 +17,6 @@ from imgcore.files.descriptors import (
 )
 from imgcore.files.host_file import HostFile, OpenFile
 from imgcore.files.retry import WRITE_ERRORS, retrying
-
-if TYPE_CHECKING:
-    from imgcore.files.update_file import UnnamedFile
 
 _FILL_NBYTES: Final = 1 << 20
 
@@ -76,18 +73,6 @@ class TargetFile(OpenFile):
             fd = duplicate(self.fd)
             give_up_in_children(fd)
         return HostFile(fd, path, device=self.is_block_device)
-
-    def unnamed(self, path: str) -> UnnamedFile:
-        """Return the file open for changes in place, with another name in messages.
-
-        The caller closes it.
-        """
-        from imgcore.files.update_file import UnnamedFile
-
-        with forks_held_back(), named_errors(path):
-            fd = duplicate(self.fd)
-            give_up_in_children(fd)
-        return UnnamedFile(fd, path, device=self.is_block_device)
 
     def drop_cached(self) -> None:
         """Drop what the page cache has of the file, so that reads come from the medium.

@@ -396,14 +396,3 @@ class UpdateFile(HostFile):
                 f"is not written to any more, because a sync has failed: {self._failure.strerror}",
                 path=self.path,
             )
-
-
-class UnnamedFile(UpdateFile):
-    """A file that gets its name when it is complete.
-
-    Until then nobody else uses it, and a crash loses all of it.  So it is not locked,
-    and what is written to it is synced by whoever gives it the name.
-    """
-
-    def sync(self) -> None:
-        """Do nothing."""

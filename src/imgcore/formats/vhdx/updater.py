@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from imgcore.errors import CorruptImageError, OptionError
-from imgcore.files.update_file import Step, UnnamedFile
+from imgcore.files.unnamed_file import UnnamedFile
+from imgcore.files.update_file import Step
 from imgcore.formats.shared.alignment import align_up
 from imgcore.formats.vhdx import layout
 from imgcore.formats.vhdx.block_updater import PLACED, BlockUpdater, runs
