@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.helpers.other_readers import assert_libvhdi_reads
 
 import imgcore
 from imgcore.errors import ImgcoreError
-from tests.helpers.other_readers import assert_libvhdi_reads
 
 KIB, MIB = 1 << 10, 1 << 20
 UUID = "8b2c6a52-5c0e-4c5e-9d53-0f3a1c3f9f0b"
