@@ -306,7 +306,8 @@ class UpdateFile(HostFile):
             others = [sectors for other, sectors in self._steps.items() if other != step]
             if any(n in sectors for sectors in others for n in range(first, last)):
                 self.write_steps()
-            self.grow(end)
+            if end > self.nbytes:
+                self.grow(end)
             sectors = self._steps.setdefault(step, {})
             for number in range(first, last):
                 start = number * SECTOR_NBYTES
@@ -347,7 +348,9 @@ class UpdateFile(HostFile):
         can be tried again; but after a failed sync the file refuses all writes.
         """
         with self._changing:
-            self.sync()
+            if Step.NEW not in self._steps:
+                # Else guest data becomes durable with the first step.
+                self.sync()
             for step in sorted(self._steps):
                 self.write_step(step)
 

@@ -403,6 +403,7 @@ class Qcow2Updater:
             first << self._bits, old.ljust(-(-nbytes >> self._bits) * self._size, b"\0")
         )
         header_update.put_l1(self._file, header, first << self._bits, n_tables)
+        self._tables.grow_l1(n_tables)
         if old_n:
             self._clusters.tables.remove(old_first)
             self._clusters.release(np.arange(old_first, old_first + old_n))
