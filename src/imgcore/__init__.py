@@ -39,9 +39,11 @@ if TYPE_CHECKING:
     from imgcore.verbs.changes import changes
     from imgcore.verbs.check import CheckResult, check
     from imgcore.verbs.checksum import checksum
+    from imgcore.verbs.commit import CommitResult, commit
     from imgcore.verbs.compare import CompareResult, compare, compare_trees
     from imgcore.verbs.convert import ConvertResult, convert
     from imgcore.verbs.create import CreateResult, create
+    from imgcore.verbs.flatten import FlattenResult, flatten
     from imgcore.verbs.info import info
     from imgcore.verbs.lint import LintReport, lint
     from imgcore.verbs.map import MapEntry, map
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
         measure_reflink,
         measure_rewrite,
     )
+    from imgcore.verbs.rebase import RebaseResult, rebase
     from imgcore.verbs.resize import ResizeResult, resize
     from imgcore.verbs.rewrite import RewriteResult, finish_rewrite, rewrite, undo_rewrite
     from imgcore.verbs.snapshot import (
@@ -69,6 +72,7 @@ __all__ = [
     "ByteSource",
     "CheckResult",
     "ChecksumError",
+    "CommitResult",
     "CompareResult",
     "Control",
     "ConversionCancelled",
@@ -79,6 +83,7 @@ __all__ = [
     "Extents",
     "FilePath",
     "Finding",
+    "FlattenResult",
     "FormatError",
     "Image",
     "ImgcoreError",
@@ -89,6 +94,7 @@ __all__ = [
     "Measurement",
     "OptionError",
     "Progress",
+    "RebaseResult",
     "ReflinkMeasurement",
     "ResizeResult",
     "RewriteCost",
@@ -106,6 +112,7 @@ __all__ = [
     "changes",
     "check",
     "checksum",
+    "commit",
     "compare",
     "compare_trees",
     "convert",
@@ -113,6 +120,7 @@ __all__ = [
     "create_snapshot",
     "delete_snapshot",
     "finish_rewrite",
+    "flatten",
     "info",
     "lint",
     "map",
@@ -120,6 +128,7 @@ __all__ = [
     "measure_reflink",
     "measure_rewrite",
     "open",
+    "rebase",
     "resize",
     "rewrite",
     "snapshots",
@@ -135,6 +144,7 @@ _HOMES = {
     "ByteSource": "files.byte_source",
     "CheckResult": "verbs.check",
     "ChecksumError": "checksums.digest",
+    "CommitResult": "verbs.commit",
     "CompareResult": "verbs.compare",
     "Control": "engine.control",
     "ConvertResult": "verbs.convert",
@@ -143,12 +153,14 @@ _HOMES = {
     "Extents": "engine.extents",
     "FilePath": "border",
     "Finding": "formats.shared.lint",
+    "FlattenResult": "verbs.flatten",
     "Image": "disk.image",
     "Kind": "engine.extents",
     "LintReport": "verbs.lint",
     "MapEntry": "verbs.map",
     "Measurement": "formats.api",
     "Progress": "engine.progress",
+    "RebaseResult": "verbs.rebase",
     "ReflinkMeasurement": "verbs.measure",
     "ResizeResult": "verbs.resize",
     "RewriteCost": "rewriting.director",
@@ -161,6 +173,7 @@ _HOMES = {
     "changes": "verbs.changes",
     "check": "verbs.check",
     "checksum": "verbs.checksum",
+    "commit": "verbs.commit",
     "compare": "verbs.compare",
     "compare_trees": "verbs.compare",
     "convert": "verbs.convert",
@@ -168,6 +181,7 @@ _HOMES = {
     "create_snapshot": "verbs.snapshot",
     "delete_snapshot": "verbs.snapshot",
     "finish_rewrite": "verbs.rewrite",
+    "flatten": "verbs.flatten",
     "info": "verbs.info",
     "lint": "verbs.lint",
     "map": "verbs.map",
@@ -175,6 +189,7 @@ _HOMES = {
     "measure_reflink": "verbs.measure",
     "measure_rewrite": "verbs.measure",
     "open": "disk.image",
+    "rebase": "verbs.rebase",
     "resize": "verbs.resize",
     "rewrite": "verbs.rewrite",
     "snapshots": "verbs.snapshot",

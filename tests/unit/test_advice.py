@@ -475,6 +475,8 @@ ELSEWHERE = {
     ("formats/qcow2/active_tables.py", ("the L2 table at {} has a refcount of 0: imgcore check "
      "-r all corrects it")):
     "unit/test_qcow2_update.py::test_an_l2_table_without_a_refcount_is_not_written_to",
+    ("verbs/sync.py", ("its disk has {} bytes, and that of the source {}: state that it may grow "
+     "(--resize)")): "unit/test_sync.py::test_the_command",
     ("cli/snapshot.py", "give one of -l, -c, -a and -d"):
     "unit/test_snapshots.py::test_the_command",
     ("cli/snapshot.py", "-U is for -l: no other program may write meanwhile"):
@@ -483,7 +485,7 @@ ELSEWHERE = {
      "imgcore check -r all corrects it")):
     "unit/test_snapshots.py::test_damaged_refcounts_are_found_before_anything_changes",
     ("disk/image.py", ("the disk has {} bytes and would lose those after {}: state that it may "
-     "shrink (shrink=True)")):
+     "shrink (--shrink; shrink=True in Python)")):
     "unit/test_writing.py::test_a_disk_that_shrinks_must_be_meant_to",
     ("disk/reflinks.py", ("--reflink=strict: {} of {} would have to be copied; --reflink=always "
      "copies them")):
@@ -649,6 +651,8 @@ ELSEWHERE = {
 
 # Messages about options in use: the verbs that have them.
 NAMED = {
+    ("cli/commit.py", "--remove contradicts -d and -b"): ("commit",),
+    ("verbs/convert.py", "--base and -B both state the target's backing file"): ("convert",),
     ("cli/convert.py", "--no-reflink contradicts --reflink={}"): ("convert",),
     ("cli/measure.py", "--reflink measures FILE, without -c or --rewrite"): ("measure",),
     ("disk/reflinks.py", "--reflink={}: {}"): ("convert",),

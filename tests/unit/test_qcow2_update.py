@@ -68,10 +68,10 @@ def check(path: Path) -> None:
 
 
 @contextmanager
-def updating(path: Path, *, has_parent: bool = False) -> Iterator[Qcow2Updater]:
+def updating(path: Path, *, parent_nbytes: int | None = None) -> Iterator[Qcow2Updater]:
     """Give the updater of an image that nothing else uses."""
     with UpdateFile.open(path) as file:
-        updater = updater_for(Qcow2Reader(file), has_parent)
+        updater = updater_for(Qcow2Reader(file), parent_nbytes)
         updater.begin()
         yield updater
 
@@ -429,6 +429,30 @@ def test_an_overlay_that_grows_hides_its_longer_parent(tmp_path: Path) -> None:
     check(path)
 
 
+def test_an_overlay_that_grows_beyond_its_parent_gets_no_tables(tmp_path: Path) -> None:
+    base = tmp_path / "base.raw"
+    base.write_bytes(noise(MIB))
+    for version in ("0.10", "1.1"):
+        path = tmp_path / f"{version}.qcow2"
+        qcow2.create(path, MIB, f"compat={version}", backing=base)
+        with imgcore.open(path, mode="r+") as image:
+            image.resize(1 << 40)
+            assert image.read(MIB // 2, MIB) == noise(MIB)[MIB // 2 :].ljust(MIB, b"\0")
+        assert path.stat().st_size < MIB
+        check(path)
+
+
+def test_version_2_does_not_show_more_of_its_parent(tmp_path: Path) -> None:
+    base = tmp_path / "base.raw"
+    base.write_bytes(noise(2 * MIB))
+    path = qcow2.create(tmp_path / "a.qcow2", MIB, "compat=0.10", backing=base)
+    with (
+        imgcore.open(path, mode="r+") as image,
+        pytest.raises(imgcore.OptionError, match="do not grow over a backing file"),
+    ):
+        image.resize(2 * MIB)
+
+
 def test_what_was_cut_off_never_comes_back(tmp_path: Path) -> None:
     path = made(tmp_path / "a.qcow2", noise(2 * MIB))
     with imgcore.open(path, mode="r+") as image:
@@ -594,7 +618,7 @@ def test_drop_leaves_clusters_to_the_parent(tmp_path: Path) -> None:
     with imgcore.open(path, mode="r+") as image:
         image.write(0, bytes(MIB))
         image.zero(CLUSTER, CLUSTER)
-    with updating(path, has_parent=True) as updater:
+    with updating(path, parent_nbytes=MIB) as updater:
         updater.drop(0, MIB)
         updater.flush(is_unread=True)
         updater.finish()

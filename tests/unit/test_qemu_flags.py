@@ -101,6 +101,25 @@ TAKEN: Final = {
     },
 }
 
+TAKEN["commit"] = {
+    "-f --format": "{} qcow2 child.qcow2",
+    "-t --cache": "{} none child.qcow2",
+    "-b --base": "{} base.qcow2 child.qcow2",
+    "-d --drop": "{} child.qcow2",
+    "-r --rate-limit": "{} 100M child.qcow2",
+    "-p --progress": "{} child.qcow2",
+    "-q --quiet": "{} child.qcow2",
+}
+TAKEN["rebase"] = {
+    "-f --format": "{} qcow2 -b base.qcow2 -F qcow2 child.qcow2",
+    "-t --cache": "{} none -b base.qcow2 -F qcow2 child.qcow2",
+    "-T --backing-cache": "{} none -b base.qcow2 -F qcow2 child.qcow2",
+    "-b --backing": "{} base.qcow2 -F qcow2 child.qcow2",
+    "-B -F --backing-format": "{} qcow2 -b base.qcow2 child.qcow2",
+    "-u --backing-unsafe": "{} -b base.qcow2 -F qcow2 child.qcow2",
+    "-p --progress": "{} -b base.qcow2 -F qcow2 child.qcow2",
+    "-q --quiet": "{} -b base.qcow2 -F qcow2 child.qcow2",
+}
 TAKEN["resize"] = {
     "-f --format": "{} raw d.raw 2M",
     "--shrink": "{} d.raw 512k",
@@ -118,6 +137,13 @@ REFUSED: Final = {
     },
     "info": {"--image-opts": "-f", "--object": "objects", "--limits": "leave it out"},
     "create": {"--object": "objects", "-u --backing-unsafe": "make the backing file first"},
+    "commit": {"--image-opts": "-f", "--object": "objects"},
+    "rebase": {
+        "--image-opts": "-f",
+        "--object": "objects",
+        "-c --compress": "leave it out",
+        "-U --force-share": "leave it out",
+    },
     "snapshot": {"--image-opts": "-f", "--object": "objects"},
     "resize": {
         "--image-opts": "-f",
@@ -369,9 +395,7 @@ COMMANDS: Final = {
     "amend -o compat=0.10 base.qcow2": "convert -o compat=0.10 base.qcow2 o.qcow2",
     "bench base.qcow2": None,
     "bitmap --add base.qcow2 b": None,
-    "commit child.qcow2": "convert child.qcow2 o.qcow2",
     "dd if=d.raw of=o.raw": "convert d.raw o.raw",
-    "rebase -b base.qcow2 child.qcow2": "convert -B base.qcow2 -F qcow2 child.qcow2 o.qcow2",
 }
 
 

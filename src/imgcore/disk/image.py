@@ -26,7 +26,7 @@ from imgcore.disk.pieces import Piece, without_overlaps
 from imgcore.errors import ImgcoreError, OptionError
 from imgcore.files.closable import Closable
 from imgcore.files.descriptors import forks_held_back
-from imgcore.formats.api import SectorSized
+from imgcore.formats.api import Rebasable, SectorSized
 from imgcore.formats.registry import get_driver
 from imgcore.limits import SECTOR_NBYTES
 
@@ -46,7 +46,8 @@ if TYPE_CHECKING:
     from imgcore.engine.source_file import SourceFile
     from imgcore.files.byte_source import ByteSource
     from imgcore.files.host_file import HostFile
-    from imgcore.formats.api import Reader, Updater
+    from imgcore.files.identity import Identity
+    from imgcore.formats.api import BackingReference, Reader, Updater
 
 
 _Item = TypeVar("_Item")
@@ -577,6 +578,32 @@ class Image(Closable):
             with changes:
                 writer.restructure(change, self._reopened)
 
+    def is_rebasable(self) -> bool:
+        """Tell whether the format can change the image's parent."""
+        writer, changes = self._writing()
+        with changes:
+            return isinstance(writer.updater, Rebasable)
+
+    def begin(self) -> None:
+        """Make durable that the image is being changed, before the first change."""
+        writer, changes = self._writing()
+        with changes:
+            writer.begin()
+
+    def set_backing(self, reference: BackingReference | None) -> None:
+        """Change what the image says about its parent, and read it anew.
+
+        A parent that was stated when the image was opened counts no more.  The rest is
+        as for `imgcore.formats.api.Rebasable.set_backing`.
+        """
+
+        def change(updater: Updater) -> None:
+            assert isinstance(updater, Rebasable)
+            updater.set_backing(reference)
+            self._options = self._options._replace(parents=())
+
+        self.restructure(change)
+
     def _writing(self) -> tuple[WriteAccess, Uses]:
         """Return what changes the image, and the uses that all changes are."""
         writer, changes = self._writer, self._changes
@@ -612,7 +639,8 @@ class Image(Closable):
         from imgcore.disk.write_access import Access
 
         state = self._state
-        updater = get_driver(self.format).updater(self.reader, has_parent=len(state.layers) > 1)
+        parent_nbytes = state.layers[1].virtual_size if len(state.layers) > 1 else None
+        updater = get_driver(self.format).updater(self.reader, parent_nbytes=parent_nbytes)
         return Access(state, updater)
 
     def _forget_tables(self, start: int, end: int) -> None:
@@ -772,6 +800,10 @@ class Image(Closable):
     def every_file(self) -> list[ByteSource]:
         """Return the files of all layers, each once."""
         return self._state.every_file()
+
+    def depth_of(self, identity: Identity) -> int | None:
+        """Return the number of the layer whose file it is; None if there is none."""
+        return self._state.depth_of(identity)
 
     def own_files(self) -> list[ByteSource]:
         """Return the files of the image itself, without those of its parents."""

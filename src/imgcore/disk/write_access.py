@@ -100,7 +100,21 @@ class WriteAccess:
         # Whether tables may be known that have changed since.
         self._is_stale = False
 
+    @property
+    def updater(self) -> Updater:
+        """What changes the tables."""
+        return self._updater
+
     # -- changes -----------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Make durable that the image is being changed."""
+
+        def work() -> None:
+            with self._tables:
+                self._begin()
+
+        self._ranges.holding_all(work)
 
     def write(self, pieces: Sequence[Piece]) -> None:
         """Write bytes to ranges of the disk, which ascend and do not overlap."""

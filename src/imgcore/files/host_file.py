@@ -249,6 +249,11 @@ class HostFile(OpenFile):
         return None if self._absolute_path is None else os.path.dirname(self._absolute_path)
 
     @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._is_closed
+
+    @property
     def modified(self) -> int:
         """Unix seconds of the last change before the file was opened."""
         return int(self._status.st_mtime)

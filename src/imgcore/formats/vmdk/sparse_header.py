@@ -80,6 +80,7 @@ def change_header(updater: SparseUpdater, text: bytes, **fields: int) -> None:
     file.pwrite(home, padded)
     _put_header(file, descriptor_offset=home // SECTOR_NBYTES)
     file.write_steps()
+    updater.extent = extent._replace(descriptor_offset=home)
     space.end = away
     file.cut(away)
     if old != home:

@@ -22,6 +22,7 @@ from imgcore.formats.vmdk.descriptor_edits import (
     with_parent,
     with_size,
 )
+from imgcore.formats.vmdk.header import read_embedded_descriptor
 from imgcore.formats.vmdk.sparse_header import change_header, is_descriptor_away
 from imgcore.formats.vmdk.sparse_updater import SparseUpdater
 from imgcore.limits import SECTOR_NBYTES
@@ -41,11 +42,11 @@ def prepare(_file: UpdateFile) -> None:
     """Do nothing: an image is sound at any time; see `imgcore.formats.api.Driver`."""
 
 
-def updater_for(reader: VmdkReader, has_parent: bool) -> VmdkUpdater:
+def updater_for(reader: VmdkReader, parent_nbytes: int | None) -> VmdkUpdater:
     """Return what changes an image; see `imgcore.formats.api.Driver`."""
     _refuse_kinds(reader)
     _refuse_shared(reader)
-    return VmdkUpdater(reader, has_parent=has_parent)
+    return VmdkUpdater(reader, has_parent=parent_nbytes is not None)
 
 
 def _refuse_kinds(reader: VmdkReader) -> None:
@@ -234,6 +235,10 @@ class VmdkUpdater:
     def _text(self) -> bytes:
         """Return the descriptor; OptionError if there is none."""
         raw, _ = self._reader.raw_descriptor()
+        first = self._parts[0].updater
+        if isinstance(first, SparseUpdater) and first.file is self._reader.file:
+            # It may have been put in its usual place since the image was opened.
+            raw = read_embedded_descriptor(first.extent)
         if not raw:
             raise OptionError("it has no descriptor", path=self._reader.file.path)
         return text_of(raw)
