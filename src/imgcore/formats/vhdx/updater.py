@@ -85,7 +85,7 @@ def _refuse_overwriting(image: VhdxImage, replayed: ReplayedFile) -> None:
             )
 
 
-def updater_for(reader: VhdxReader, _has_parent: bool) -> VhdxUpdater:
+def updater_for(reader: VhdxReader, _parent_nbytes: int | None) -> VhdxUpdater:
     """Return what changes an image; see `imgcore.formats.api.Driver`."""
     is_unnamed = isinstance(reader.image.file, UnnamedFile)
     return UnnamedUpdater(reader) if is_unnamed else VhdxUpdater(reader)
