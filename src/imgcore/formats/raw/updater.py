@@ -16,7 +16,7 @@ def prepare(_file: UpdateFile) -> None:
     """Do nothing: nothing is ever left; see `imgcore.formats.api.Driver`."""
 
 
-def updater_for(reader: RawReader, _has_parent: bool) -> RawUpdater:
+def updater_for(reader: RawReader, _parent_nbytes: int | None) -> RawUpdater:
     """Return what changes an image; see `imgcore.formats.api.Driver`."""
     return RawUpdater(cast("UpdateFile", reader.file))
 
