@@ -115,9 +115,9 @@ class VhdxUpdater(BlockUpdater):
             self._write_new_entries(old.n_blocks)
             self._zero_rest(old.virtual_size)
             self.flush(is_unread=False)
+        self._put_regions(bat)
         items = self._metadata_changes()
         items.change(layout.VIRTUAL_DISK_SIZE_ITEM, layout.VIRTUAL_DISK_SIZE.pack(virtual_size))
-        self._put_regions(bat)
         self.flush(is_unread=False)
         if virtual_size < old.virtual_size:
             self._metadata = new
@@ -230,23 +230,29 @@ class VhdxUpdater(BlockUpdater):
         """Change the parent; see `imgcore.formats.api.Rebasable`."""
         locator = None if reference is None else self._locator(reference)
         self._settle()
-        bat = self._image.bat
         items = self._metadata_changes()
-        flags = layout.LEAVE_BLOCK_ALLOCATED if self._metadata.leave_block_allocated else 0
-        if locator is None:
-            self._complete_blocks()
-            items.remove(layout.PARENT_LOCATOR_ITEM)
-        else:
-            flags |= layout.HAS_PARENT
-            if not self._has_parent:
-                self._make_room(self._metadata._replace(has_parent=True))
-                n_bat_entries = self._metadata.n_bat_entries
-                for index in self._bitmap_indices(0, self._metadata.n_blocks):
-                    if index >= n_bat_entries:
-                        self._write_entry(index, layout.BITMAP_NOT_PRESENT)
+        if locator is not None:
+            self._become_child()
             items.store(layout.PARENT_LOCATOR_ITEM, layout.ITEM_IS_REQUIRED, locator)
+            self._put_flags(items, layout.HAS_PARENT)
+        elif self._has_parent:
+            self._complete_blocks()
+            self._put_flags(items, 0)
+            items.remove(layout.PARENT_LOCATOR_ITEM)
+
+    def _put_flags(self, items: MetadataChanges, flags: int) -> None:
         parameters = layout.FILE_PARAMETERS.pack(self._block_nbytes, flags)
         items.change(layout.FILE_PARAMETERS_ITEM, parameters)
+
+    def _become_child(self) -> None:
+        """Let the BAT have the entries of all sector bitmap blocks."""
+        if self._has_parent:
+            return
+        bat, n_entries = self._image.bat, self._metadata.n_bat_entries
+        self._make_room(self._metadata._replace(has_parent=True))
+        for index in self._bitmap_indices(0, self._metadata.n_blocks):
+            if index >= n_entries:
+                self._write_entry(index, layout.BITMAP_NOT_PRESENT)
         self._put_regions(bat)
 
     def _locator(self, reference: BackingReference) -> bytes:
@@ -271,8 +277,6 @@ class VhdxUpdater(BlockUpdater):
 
     def _complete_blocks(self) -> None:
         """Let each block have all its sectors: those that it lacks become zeros."""
-        if not self._has_parent:
-            return
         n_blocks = self._metadata.n_blocks
         for low in range(0, n_blocks, MAX_BATCH_ROWS):
             entries = read_payload(self._image, low, min(low + MAX_BATCH_ROWS, n_blocks))
