@@ -21,6 +21,8 @@ DISK_NBYTES = 3 * MIB
 N_FEW_CUTS = 8
 N_CUTS = 100
 MARK = ".imgcore-commit"
+# What changes a file, not a name.
+CONTENT = (Event.WRITE, Event.ZERO, Event.TRUNCATE, Event.SYNC)
 
 
 @pytest.fixture
@@ -74,9 +76,8 @@ class Cuts:
         story = f"cut after {at} of {len(self.rows)} calls, {how}"
         files = {inode: FileOnDisk(self._before[name]) for name, inode in self._names.items()}
         for row in rows:
-            if row.event in (Event.WRITE, Event.ZERO, Event.TRUNCATE, Event.SYNC):
-                if not row.is_folder:
-                    files.setdefault(row.inode, FileOnDisk(b"")).add(row)
+            if row.event in CONTENT and not row.is_folder:
+                files.setdefault(row.inode, FileOnDisk(b"")).add(row)
         names = random_names(self._names, rows, rng)
         for path in self._folder.iterdir():
             if path.name not in names:

@@ -466,6 +466,9 @@ MORE = {
 _REPAIRED = "-r all repairs this, -r leaks does not"
 _REFUSALS = "unit/test_rewrite_cli.py::test_refusals"
 ELSEWHERE = {
+    ("verbs/rebase.py", ("has no backing file, so that all of its disk is its own: imgcore convert "
+     "-B FILE -F FMT writes what differs from a backing file to a new image")):
+    "oracle/test_rebase.py::test_refusals",
     ("verbs/sync.py", ("its disk has {} bytes, and that of the source {}: state that it may grow "
      "(--resize)")): "unit/test_sync.py::test_the_command",
     ("cli/snapshot.py", "give one of -l, -c, -a and -d"):
