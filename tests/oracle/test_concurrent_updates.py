@@ -15,8 +15,7 @@ import pytest
 import imgcore
 from imgcore.disk.random_access import RandomAccess
 from tests.helpers.update_variants import MIB, VARIANTS, UpdateVariant
-from tests.helpers.updates import Model
-from tests.oracle.test_updates import content_of
+from tests.helpers.updates import Model, some_content
 
 KIB = 1024
 NBYTES = 2 * MIB
@@ -105,7 +104,7 @@ class Crowd:
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 def test_many_threads(variant: UpdateVariant, n_turns: int, tmp_path: Path) -> None:
     """Each thread finds in its region what it has written, whatever the others do."""
-    content = content_of(11, NBYTES)
+    content = some_content(11, NBYTES)
     path = variant.make(tmp_path, content)
     bounds = [0, *(NBYTES * n // N_THREADS + 777 for n in range(1, N_THREADS)), NBYTES]
     crowd = Crowd()
