@@ -12,11 +12,19 @@
 
 /* ---------------------------------------------- under the lock: buckets, order */
 
+static uint64_t hash_of(const struct cache_key *key)
+{
+	return ((key->offset ^ (uint64_t)key->file << 40) * UINT64_C(0x9e3779b97f4a7c15)) >> 32;
+}
+
 static struct cache_entry **bucket_of(const struct cache *cache, const struct cache_key *key)
 {
-	uint64_t hash = (key->offset ^ (uint64_t)key->file << 40) * UINT64_C(0x9e3779b97f4a7c15);
+	return &cache->buckets[hash_of(key) & (cache->n_buckets - 1)];
+}
 
-	return &cache->buckets[(hash >> 32) & (cache->n_buckets - 1)];
+static uint64_t *generation_of(struct cache *cache, const struct cache_key *key)
+{
+	return &cache->generations[hash_of(key) & (CACHE_N_GENERATIONS - 1)];
 }
 
 /* The place of the pointer to the key's entry, or to the end of its bucket. */
@@ -133,7 +141,7 @@ struct cache_entry *imgc_cache_find(struct cache *cache, const struct cache_key 
 	pthread_mutex_lock(&cache->lock);
 	struct cache_entry *entry = *place_of(cache, key);
 
-	*generation = cache->generation;
+	*generation = *generation_of(cache, key);
 	if (entry) {
 		atomic_fetch_add_explicit(&entry->n_users, 1, memory_order_relaxed);
 		unlink_entry(entry);
@@ -184,7 +192,7 @@ struct cache_entry *imgc_cache_add(struct cache *cache, const struct cache_key *
 
 	entry->key = *key;
 	pthread_mutex_lock(&cache->lock);
-	if (cache->generation == generation) {
+	if (*generation_of(cache, key) == generation) {
 		struct cache_entry **place = place_of(cache, key);
 
 		if (*place) {
@@ -223,16 +231,31 @@ void imgc_cache_release(struct cache *cache, struct cache_entry *entry)
 	}
 }
 
+/* Takes the entry out and gives up the cache's use of it. */
+static void forget_entry(struct cache *cache, struct cache_entry *entry)
+{
+	take_out(cache, entry);
+	if (atomic_fetch_sub_explicit(&entry->n_users, 1, memory_order_acq_rel) == 1)
+		free(entry);
+}
+
 void imgc_cache_forget(struct cache *cache)
 {
 	pthread_mutex_lock(&cache->lock);
-	cache->generation++;
-	while (cache->ends.newer != &cache->ends) {
-		struct cache_entry *entry = cache->ends.newer;
+	for (unsigned i = 0; i < CACHE_N_GENERATIONS; i++)
+		cache->generations[i]++;
+	while (cache->ends.newer != &cache->ends)
+		forget_entry(cache, cache->ends.newer);
+	pthread_mutex_unlock(&cache->lock);
+}
 
-		take_out(cache, entry);
-		if (atomic_fetch_sub_explicit(&entry->n_users, 1, memory_order_acq_rel) == 1)
-			free(entry);
-	}
+void imgc_cache_forget_one(struct cache *cache, const struct cache_key *key)
+{
+	pthread_mutex_lock(&cache->lock);
+	struct cache_entry *entry = *place_of(cache, key);
+
+	++*generation_of(cache, key);
+	if (entry)
+		forget_entry(cache, entry);
 	pthread_mutex_unlock(&cache->lock);
 }

@@ -30,6 +30,12 @@ struct cache_entry {
 	_Alignas(16) uint8_t data[];
 };
 
+/*
+ * What was forgotten is noted for so many groups of keys, a power of two: an entry that is
+ * being made stays out only if its own group was concerned.
+ */
+#define CACHE_N_GENERATIONS 64u
+
 struct cache {
 	uint64_t max_nbytes;
 	_Atomic uint64_t nbytes; /* changes under the lock */
@@ -37,7 +43,7 @@ struct cache {
 	struct cache_entry **buckets;
 	size_t n_buckets, n_entries; /* n_buckets is a power of two */
 	struct cache_entry ends;     /* ends.newer is the oldest entry */
-	uint64_t generation;	     /* how often everything was forgotten */
+	uint64_t generations[CACHE_N_GENERATIONS];
 	uint64_t n_hits, n_misses;
 };
 
@@ -58,8 +64,8 @@ struct cache_entry *imgc_cache_new(struct cache *cache, size_t nbytes);
 
 /*
  * Adds an entry, for which others go once it is released, and returns it; or, if the key has one by
- * now, releases it and returns that one.  If all was forgotten since `generation`, the entry stays
- * the caller's alone.
+ * now, releases it and returns that one.  If the key was forgotten since `generation`, the entry
+ * stays the caller's alone.
  */
 struct cache_entry *imgc_cache_add(struct cache *cache, const struct cache_key *key,
 				   uint64_t generation, struct cache_entry *entry);
@@ -71,5 +77,8 @@ void imgc_cache_release(struct cache *cache, struct cache_entry *entry);
 
 /* Removes all entries.  Those in use stay valid for their users. */
 void imgc_cache_forget(struct cache *cache);
+
+/* Removes the entry of a key, if there is one. */
+void imgc_cache_forget_one(struct cache *cache, const struct cache_key *key);
 
 #endif /* IMGC_ENGINE_CACHE_H */

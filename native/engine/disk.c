@@ -17,6 +17,9 @@
 /* More threads than this at once make and drop the means that they need. */
 #define MAX_IDLE_SCRATCHES 8
 
+/* It takes longer to look for so many tables than to read some of them again. */
+#define MANY_SPANS 4096u
+
 /* A file that no source has, in the keys of tables. */
 #define FILE_OF_TABLES UINT32_MAX
 
@@ -62,12 +65,16 @@ int imgc_disk_create(const struct imgc_disk_options *options, struct imgc_disk *
 	if (options->n_sources > 0)
 		memcpy(disk->sources, options->sources,
 		       options->n_sources * sizeof(*disk->sources));
+	if (imgc_gate_create(&disk->writes))
+		goto no_gate;
 	if (imgc_cache_create(&disk->cache, options->cache_nbytes))
 		goto no_cache;
 	imgc_ahead_init(&disk->ahead);
 	*out = disk;
 	return IMGC_OK;
 no_cache:
+	imgc_gate_destroy(&disk->writes);
+no_gate:
 	pthread_mutex_destroy(&disk->scratch_lock);
 no_sources:
 	free(disk->sources);
@@ -94,6 +101,7 @@ void imgc_disk_destroy(struct imgc_disk *disk)
 		scratch_destroy(scratch);
 	}
 	imgc_cache_destroy(&disk->cache);
+	imgc_gate_destroy(&disk->writes);
 	pthread_mutex_destroy(&disk->scratch_lock);
 	free(disk->sources);
 	free(disk);
@@ -173,11 +181,9 @@ struct cache_entry *imgc_disk_table(struct imgc_disk *disk, const struct imgc_ta
 	return table;
 }
 
-struct imgc_table *imgc_disk_find(struct imgc_disk *disk, uint64_t offset)
+struct imgc_table *imgc_disk_find(struct imgc_disk *disk, uint64_t offset, uint64_t *generation)
 {
-	uint64_t generation;
-
-	return (struct imgc_table *)imgc_disk_table(disk, NULL, offset, &generation);
+	return (struct imgc_table *)imgc_disk_table(disk, NULL, offset, generation);
 }
 
 void imgc_disk_drop(struct imgc_disk *disk, struct imgc_table *table)
@@ -210,9 +216,24 @@ int imgc_disk_add(struct imgc_disk *disk, uint64_t start, uint64_t end, uint64_t
 	return IMGC_OK;
 }
 
-void imgc_disk_forget(struct imgc_disk *disk)
+void imgc_disk_forget(struct imgc_disk *disk, uint64_t start, uint64_t end)
 {
-	imgc_cache_forget(&disk->cache);
+	uint64_t first = imgc_align_down(start, disk->span_nbytes);
+
+	end = imgc_min_u64(end, disk->guest_nbytes);
+	if (start == 0 && end == disk->guest_nbytes) {
+		imgc_cache_forget(&disk->cache);
+		return;
+	}
+	if (first < end && (end - first) / disk->span_nbytes >= MANY_SPANS) {
+		imgc_cache_forget(&disk->cache);
+		return;
+	}
+	for (uint64_t at = first; at < end; at += disk->span_nbytes) {
+		struct cache_key key = table_key(disk, at);
+
+		imgc_cache_forget_one(&disk->cache, &key);
+	}
 }
 
 void imgc_disk_stats(struct imgc_disk *disk, struct imgc_cache_stats *out)

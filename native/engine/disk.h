@@ -2,9 +2,11 @@
  * disk.h - the inside of a disk that is open for random access
  *
  *     gather.c   many ranges in the order of their places, on several threads
+ *     in_place.c one range that is written where it is
  *     disk.c     one range, on the calling thread
  *     ahead.c    reads that follow a pattern
  *     cache.c    tables and decompressed blocks in memory
+ *     gate.c     what can be shut while nobody is inside
  *
  * Each calls only files below it.
  */
@@ -17,6 +19,7 @@
 #include "engine/ahead.h"
 #include "engine/cache.h"
 #include "engine/extents.h"
+#include "engine/gate.h"
 #include "engine/stop.h"
 #include "io/io.h"
 
@@ -38,6 +41,7 @@ struct imgc_disk {
 	struct stop stop;	/* never set */
 	struct cache cache;
 	struct ahead ahead;
+	struct gate writes;
 	pthread_mutex_t scratch_lock; /* all below */
 	struct scratch *scratches;
 	unsigned n_scratches;

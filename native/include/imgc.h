@@ -393,6 +393,18 @@ int imgc_file_open_null(struct imgc_file **out);
 /* Frees the object, but does not close its file descriptor.  NULL is allowed. */
 void imgc_file_close(struct imgc_file *file);
 
+/*
+ * 1 if the core has written to the file since the last call, else 0.  Any thread may
+ * call it.  A write that ends later counts for the next call: whoever syncs asks before.
+ */
+int imgc_file_take_written(struct imgc_file *file);
+
+/*
+ * From now on writes to the file are IMGC_IO with EIO.  For a file that could not be
+ * synced: the kernel may have dropped what was written.
+ */
+void imgc_file_refuse_writes(struct imgc_file *file);
+
 /* Makes [offset, offset + length) read as zeros, by the cheapest way that works. */
 int imgc_file_zero(struct imgc_file *file, uint64_t offset, uint64_t length,
 		   struct imgc_error *err);
@@ -721,21 +733,34 @@ void imgc_disk_destroy(struct imgc_disk *disk);
 
 /*
  * Counts the uses of something that may be closed at any time.  A use lies between
- * enter, which returns 0 after close, and leave.  Exactly one call of close and leave
- * returns 1: when it is closed, and no use is in progress.
+ * enter, which returns 0 after close, and leave, which gets what enter has returned.
+ * Exactly one call of close and leave returns 1: when it is closed, and no use is in
+ * progress.  Any number of threads may call these functions.
  */
 struct imgc_uses;
 
 int imgc_uses_create(struct imgc_uses **out);
 void imgc_uses_destroy(struct imgc_uses *uses); /* NULL is allowed */
 int imgc_uses_enter(struct imgc_uses *uses);
-int imgc_uses_leave(struct imgc_uses *uses);
+int imgc_uses_leave(struct imgc_uses *uses, int ticket);
 int imgc_uses_close(struct imgc_uses *uses);
 
+/* Whether no use is in progress now. */
+int imgc_uses_none(const struct imgc_uses *uses);
+
+/*
+ * The epoch now.  imgc_uses_is_over() returns 1 only if every use that began before that
+ * call has ended.  Some that began later may count too, but uses that always overlap do
+ * not put it off for ever.
+ */
+uint64_t imgc_uses_epoch(struct imgc_uses *uses);
+int imgc_uses_is_over(struct imgc_uses *uses, uint64_t epoch);
+
 /* Results besides enum imgc_status: there is more to do. */
-#define IMGC_MISSING 1	  /* a table must be added first */
-#define IMGC_WOULD_WAIT 2 /* with IMGC_DISK_NO_WAIT only */
-#define IMGC_UNFINISHED 3 /* call again */
+#define IMGC_MISSING 1	    /* a table must be added first */
+#define IMGC_WOULD_WAIT 2   /* with IMGC_DISK_NO_WAIT only */
+#define IMGC_UNFINISHED 3   /* call again */
+#define IMGC_NOT_IN_PLACE 4 /* imgc_disk_write(): the caller must find a place */
 
 /* Read only what is in memory, and decompress nothing. */
 #define IMGC_DISK_NO_WAIT 1u
@@ -761,25 +786,55 @@ int imgc_disk_read(struct imgc_disk *disk, const struct imgc_table *table, uint6
 		   void *buffer, uint64_t length, unsigned flags, struct imgc_disk_rest *rest,
 		   struct imgc_error *err);
 
+/*
+ * Writes the front of [offset, offset + length), at any alignment, where this disk's
+ * tables have rows of DATA: such bytes may be overwritten where they are, and whoever
+ * changes that makes the disk forget the table first.  The tables of a disk that is
+ * written say nothing else, so it is not read.
+ *
+ * Returns IMGC_OK after all of it.  After IMGC_MISSING, IMGC_UNFINISHED (about 50 ms have
+ * passed) and IMGC_NOT_IN_PLACE, *rest is what is left.  IMGC_NOT_IN_PLACE also means that
+ * writing was stopped, or that a file refuses writes.  After an error the range has old
+ * and new bytes.
+ *
+ * A write that has begun may end at the place where it found its bytes to be, after the
+ * table was forgotten.  So that place is used for nothing else until the caller's use of
+ * the disk (struct imgc_uses) has ended, or writing was stopped.
+ */
+int imgc_disk_write(struct imgc_disk *disk, uint64_t offset, const void *buffer, uint64_t length,
+		    struct imgc_disk_rest *rest, struct imgc_error *err);
+
+/*
+ * From now on nothing is written, until imgc_disk_resume_writing().  The other one waits
+ * up to timeout_ms for writes in progress; it returns 1 if none is, else 0.
+ */
+void imgc_disk_stop_writing(struct imgc_disk *disk);
+int imgc_disk_await_writes(struct imgc_disk *disk, unsigned timeout_ms);
+void imgc_disk_resume_writing(struct imgc_disk *disk);
+
 /* The guest range of the table that has `offset`, which is inside the disk. */
 void imgc_disk_span(const struct imgc_disk *disk, uint64_t offset, uint64_t *start, uint64_t *end);
 
 /*
  * Checks rows of [start, end) (imgc_extents_check) and copies them.  Those of exactly
- * one span are kept for all reads, unless everything was forgotten since `generation`.
+ * one span are kept for all reads, unless the table was forgotten since `generation`.
  */
 int imgc_disk_add(struct imgc_disk *disk, uint64_t start, uint64_t end, uint64_t generation,
 		  const struct imgc_extent *rows, size_t n, struct imgc_table **out,
 		  struct imgc_error *err);
 
-/* The table of `offset`, if it is kept, or NULL. */
-struct imgc_table *imgc_disk_find(struct imgc_disk *disk, uint64_t offset);
+/* The table of `offset`, if it is kept, or NULL: *generation is then for imgc_disk_add(). */
+struct imgc_table *imgc_disk_find(struct imgc_disk *disk, uint64_t offset, uint64_t *generation);
 
 /* Ends the caller's use of a table. */
 void imgc_disk_drop(struct imgc_disk *disk, struct imgc_table *table);
 
-/* Forgets all tables and blocks.  Reads in progress may still use them. */
-void imgc_disk_forget(struct imgc_disk *disk);
+/*
+ * Forgets the tables of [start, end), which have changed.  Reads in progress may still use
+ * them.  Blocks are known by their place in the file and are kept, unless the range is
+ * the whole disk.  A long range may be taken for the whole disk.
+ */
+void imgc_disk_forget(struct imgc_disk *disk, uint64_t start, uint64_t end);
 
 struct imgc_cache_stats {
 	uint64_t n_entries, nbytes; /* tables and blocks that are kept */

@@ -2,6 +2,10 @@
  * io.c - calls an operation of a file, and chooses how reads reach the kernel
  */
 #include "io/io.h"
+
+#include <errno.h>
+
+#include "common/error.h"
 #include "common/variant.h"
 #include "io/uring.h"
 
@@ -68,22 +72,60 @@ void imgc_file_will_need(struct imgc_file *file, uint64_t offset, uint64_t lengt
 		file->ops->will_need(file, offset, length);
 }
 
+/* After the write: a sync that has begun before may not have seen it. */
+static void note_written(struct imgc_file *file)
+{
+	atomic_store(&file->is_written, true);
+}
+
+static int check_writable(const struct imgc_file *file, uint64_t offset, struct imgc_error *err)
+{
+	return atomic_load(&file->refuses_writes) ? imgc_fail_system(err, EIO, offset, "pwritev")
+						  : IMGC_OK;
+}
+
 int imgc_file_write(struct imgc_file *file, const struct iovec *iov, int n_iov, uint64_t offset,
 		    struct imgc_error *err)
 {
-	return file->ops->write(file, iov, n_iov, offset, err);
+	int status = check_writable(file, offset, err);
+
+	if (status)
+		return status;
+	status = file->ops->write(file, iov, n_iov, offset, err);
+	note_written(file);
+	return status;
 }
 
 int imgc_file_zero(struct imgc_file *file, uint64_t offset, uint64_t length, struct imgc_error *err)
 {
-	return file->ops->zero(file, offset, length, err);
+	int status = check_writable(file, offset, err);
+
+	if (status)
+		return status;
+	status = file->ops->zero(file, offset, length, err);
+	note_written(file);
+	return status;
 }
 
 bool imgc_file_reflink(struct imgc_file *file, uint64_t offset, struct imgc_file *source,
 		       uint64_t source_offset, uint64_t length)
 {
-	return file->ops->reflink && file->ops == source->ops &&
-	       file->ops->reflink(file, offset, source, source_offset, length);
+	if (!file->ops->reflink || file->ops != source->ops || atomic_load(&file->refuses_writes))
+		return false;
+	bool is_done = file->ops->reflink(file, offset, source, source_offset, length);
+
+	note_written(file);
+	return is_done;
+}
+
+int imgc_file_take_written(struct imgc_file *file)
+{
+	return atomic_exchange(&file->is_written, false);
+}
+
+void imgc_file_refuse_writes(struct imgc_file *file)
+{
+	atomic_store(&file->refuses_writes, true);
 }
 
 int imgc_file_sync(struct imgc_file *file, struct imgc_error *err)

@@ -8,6 +8,7 @@
 #ifndef IMGC_IO_IO_H
 #define IMGC_IO_IO_H
 
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -146,6 +147,8 @@ struct imgc_file {
 	bool writes_are_serial;
 	/* Reflinks consist of whole blocks of this size, a power of two; 0: none. */
 	uint64_t reflink_block_nbytes;
+	_Atomic bool is_written;     /* see imgc_file_take_written() */
+	_Atomic bool refuses_writes; /* see imgc_file_refuse_writes() */
 };
 
 /*

@@ -333,15 +333,15 @@ static void test_forgetting(void)
 	check_range(&image, disk, 0, 300);
 	imgc_disk_stats(disk, &stats);
 	CHECK_EQ(stats.n_entries, 2); /* a table and a block */
-	imgc_disk_forget(disk);
+	imgc_disk_forget(disk, 0, image.plain.nbytes);
 	imgc_disk_stats(disk, &stats);
 	CHECK_EQ(stats.n_entries + stats.nbytes, 0);
 	CHECK_EQ(imgc_disk_read(disk, NULL, 0, &byte, 1, 0, &rest, &err), IMGC_MISSING);
 	/* What was read before is forgotten too, but its reader has it. */
-	imgc_disk_forget(disk);
+	imgc_disk_forget(disk, 0, image.plain.nbytes);
 	struct imgc_table *table = add_table(&image, disk, &rest);
 
-	CHECK(!imgc_disk_find(disk, 0));
+	CHECK(!imgc_disk_find(disk, 0, &rest.generation));
 	CHECK_EQ(imgc_disk_read(disk, table, 0, &byte, 1, 0, &rest, &err), IMGC_OK);
 	CHECK_EQ(byte, image.plain.bytes[0]);
 	imgc_disk_drop(disk, table);
@@ -362,7 +362,7 @@ static void test_a_part_of_a_table(void)
 
 	row.length = row.host_length = 512;
 	CHECK_EQ(imgc_disk_add(disk, 0, 512, 0, &row, 1, &table, &err), IMGC_OK);
-	CHECK(!imgc_disk_find(disk, 0));
+	CHECK(!imgc_disk_find(disk, 0, &rest.generation));
 	CHECK_EQ(imgc_disk_read(disk, table, 100, out, 1000, 0, &rest, &err), IMGC_MISSING);
 	CHECK_EQ(rest.offset, 512);
 	CHECK_EQ(rest.length, 588);
@@ -576,6 +576,44 @@ static void test_reading_ahead(void)
 	image_destroy(&image);
 }
 
+static bool has_table(struct imgc_disk *disk, uint64_t offset)
+{
+	uint64_t generation;
+	struct imgc_table *table = imgc_disk_find(disk, offset, &generation);
+
+	if (table)
+		imgc_disk_drop(disk, table);
+	return table;
+}
+
+static void test_forgetting_a_range(void)
+{
+	struct image image = image_create(IMGC_CODEC_ZLIB, IMGC_PREFIX_NONE);
+	struct imgc_disk *disk = open_image(&image, 32 * MIB);
+	struct imgc_disk_rest inside = {0}, outside = {0};
+	struct imgc_error err = {0};
+	uint8_t byte;
+
+	check_range(&image, disk, 0, 4 * SPAN);
+	imgc_disk_forget(disk, 2 * SPAN, 2 * SPAN);
+	CHECK(has_table(disk, 2 * SPAN));
+	imgc_disk_forget(disk, 2 * SPAN - 1, 2 * SPAN + 1);
+	CHECK(has_table(disk, 0) && has_table(disk, 3 * SPAN));
+	CHECK(!has_table(disk, SPAN) && !has_table(disk, 2 * SPAN));
+	/* A table that was being read meanwhile is kept only if it is another one. */
+	CHECK_EQ(imgc_disk_read(disk, NULL, SPAN, &byte, 1, 0, &inside, &err), IMGC_MISSING);
+	CHECK_EQ(imgc_disk_read(disk, NULL, 2 * SPAN, &byte, 1, 0, &outside, &err), IMGC_MISSING);
+	imgc_disk_forget(disk, SPAN, SPAN + 1);
+	imgc_disk_drop(disk, add_table(&image, disk, &inside));
+	imgc_disk_drop(disk, add_table(&image, disk, &outside));
+	CHECK(!has_table(disk, SPAN) && has_table(disk, 2 * SPAN));
+	check_range(&image, disk, 0, image.plain.nbytes);
+	imgc_disk_forget(disk, 0, UINT64_MAX);
+	CHECK(!has_table(disk, 0) && !has_table(disk, image.plain.nbytes - 1));
+	imgc_disk_destroy(disk);
+	image_destroy(&image);
+}
+
 /* ------------------------------------------------------------------ threads */
 
 struct crowd {
@@ -595,13 +633,17 @@ static void *read_in_crowd(void *argument)
 	uint8_t *out = malloc(200 * KIB);
 
 	CHECK(out);
-	for (int i = 0; i < 120 && imgc_uses_enter(crowd->uses); i++) {
+	for (int i = 0; i < 120; i++) {
+		int ticket = imgc_uses_enter(crowd->uses);
+
+		if (!ticket)
+			break;
 		uint64_t length = lengths[test_random(&state) % 3];
 		uint64_t offset = test_random(&state) % (nbytes - length);
 		struct imgc_disk_request request = {offset, out, length};
 
 		if (i % 40 == 7)
-			imgc_disk_forget(crowd->disk);
+			imgc_disk_forget(crowd->disk, i % 2 ? 0 : offset, nbytes);
 		if (i % 5 == 3)
 			CHECK_EQ(gather_ranges(&crowd->image, crowd->disk, &request, 1, 2, &err),
 				 IMGC_OK);
@@ -609,7 +651,7 @@ static void *read_in_crowd(void *argument)
 			CHECK_EQ(read_range(&crowd->image, crowd->disk, offset, out, length, &err),
 				 IMGC_OK);
 		CHECK(memcmp(out, crowd->image.plain.bytes + offset, length) == 0);
-		if (imgc_uses_leave(crowd->uses))
+		if (imgc_uses_leave(crowd->uses, ticket))
 			atomic_fetch_add(&crowd->n_idle, 1);
 	}
 	free(out);
@@ -646,13 +688,16 @@ static void test_uses(void)
 	struct imgc_uses *uses;
 
 	CHECK_EQ(imgc_uses_create(&uses), IMGC_OK);
-	CHECK(imgc_uses_enter(uses));
-	CHECK(imgc_uses_enter(uses));
-	CHECK(!imgc_uses_leave(uses));
+	int first = imgc_uses_enter(uses), second = imgc_uses_enter(uses);
+
+	CHECK(first && second);
+	CHECK(!imgc_uses_leave(uses, first));
+	CHECK(!imgc_uses_none(uses));
 	CHECK(!imgc_uses_close(uses));
 	CHECK(!imgc_uses_enter(uses));
 	CHECK(!imgc_uses_close(uses));
-	CHECK(imgc_uses_leave(uses));
+	CHECK(imgc_uses_leave(uses, second));
+	CHECK(imgc_uses_none(uses));
 	CHECK(!imgc_uses_close(uses));
 	imgc_uses_destroy(uses);
 	CHECK_EQ(imgc_uses_create(&uses), IMGC_OK);
@@ -660,6 +705,48 @@ static void test_uses(void)
 	CHECK(!imgc_uses_close(uses));
 	imgc_uses_destroy(uses);
 	imgc_uses_destroy(NULL);
+}
+
+/* Uses that overlap without an end do not hide that the first ones have ended. */
+static void test_epochs(void)
+{
+	struct imgc_uses *uses;
+
+	CHECK_EQ(imgc_uses_create(&uses), IMGC_OK);
+	CHECK(imgc_uses_is_over(uses, imgc_uses_epoch(uses))); /* there was none */
+	for (int i = 0; i < 100000; i++) {		       /* the number wraps */
+		int first = imgc_uses_enter(uses);
+		uint64_t epoch = imgc_uses_epoch(uses);
+
+		CHECK(!imgc_uses_is_over(uses, epoch));
+		int second = imgc_uses_enter(uses);
+
+		CHECK(!imgc_uses_is_over(uses, epoch));
+		CHECK(!imgc_uses_leave(uses, first));
+		CHECK(imgc_uses_is_over(uses, epoch));
+		CHECK(!imgc_uses_is_over(uses, imgc_uses_epoch(uses)));
+		CHECK(!imgc_uses_leave(uses, second));
+	}
+	/* Each use ends only after the next one has begun. */
+	int use = imgc_uses_enter(uses), n_uses = 0;
+	uint64_t start = imgc_uses_epoch(uses);
+
+	while (!imgc_uses_is_over(uses, start)) {
+		int next = imgc_uses_enter(uses);
+
+		CHECK(!imgc_uses_leave(uses, use));
+		use = next;
+		CHECK(n_uses++ < 4);
+	}
+	CHECK(!imgc_uses_leave(uses, use));
+	int last = imgc_uses_enter(uses);
+	uint64_t epoch = imgc_uses_epoch(uses);
+
+	CHECK(!imgc_uses_close(uses));
+	CHECK(!imgc_uses_is_over(uses, epoch));
+	CHECK(imgc_uses_leave(uses, last));
+	CHECK(imgc_uses_is_over(uses, epoch));
+	imgc_uses_destroy(uses);
 }
 
 int main(void)
@@ -671,6 +758,7 @@ int main(void)
 	test_rounds();
 	test_what_is_refused();
 	test_forgetting();
+	test_forgetting_a_range();
 	test_a_part_of_a_table();
 	test_what_does_not_wait();
 	test_broken_blocks(IMGC_CODEC_ZLIB, IMGC_PREFIX_NONE);
@@ -680,6 +768,7 @@ int main(void)
 	test_a_file_of_the_host();
 	test_reading_ahead();
 	test_uses();
+	test_epochs();
 	for (int closes = 0; closes < 2; closes++) {
 		test_threads(0, closes);
 		test_threads(200 * KIB, closes);

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
         measure_reflink,
         measure_rewrite,
     )
+    from imgcore.verbs.resize import ResizeResult, resize
     from imgcore.verbs.rewrite import RewriteResult, finish_rewrite, rewrite, undo_rewrite
     from imgcore.verbs.sync import SyncResult, sync
 
@@ -83,6 +84,7 @@ __all__ = [
     "OptionError",
     "Progress",
     "ReflinkMeasurement",
+    "ResizeResult",
     "RewriteCost",
     "RewriteMeasurement",
     "RewriteResult",
@@ -108,6 +110,7 @@ __all__ = [
     "measure_reflink",
     "measure_rewrite",
     "open",
+    "resize",
     "rewrite",
     "sync",
     "undo_rewrite",
@@ -136,6 +139,7 @@ _HOMES = {
     "Measurement": "formats.api",
     "Progress": "engine.progress",
     "ReflinkMeasurement": "verbs.measure",
+    "ResizeResult": "verbs.resize",
     "RewriteCost": "rewriting.director",
     "RewriteMeasurement": "verbs.measure",
     "RewriteResult": "verbs.rewrite",
@@ -156,6 +160,7 @@ _HOMES = {
     "measure_reflink": "verbs.measure",
     "measure_rewrite": "verbs.measure",
     "open": "disk.image",
+    "resize": "verbs.resize",
     "rewrite": "verbs.rewrite",
     "sync": "verbs.sync",
     "undo_rewrite": "verbs.rewrite",

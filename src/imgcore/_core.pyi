@@ -189,6 +189,13 @@ class File:
     def zero(self, offset: int, length: int) -> None: ...
     def next_data(self, offset: int) -> tuple[int, int]:
         """Return (start, end) of the next data from ``offset`` on; equal if none."""
+    def take_written(self) -> bool:
+        """Return whether the core has written to it since the last call.
+
+        Called before a sync.
+        """
+    def refuse_writes(self) -> None:
+        """Let all later writes fail: what was written could not be synced."""
     def close(self) -> None: ...
 
 @final
@@ -286,6 +293,20 @@ class Uses:
         """Call ``idle`` after the last use once closed, ``refuse`` for later uses."""
     def close(self) -> bool:
         """Refuse later uses; return whether this ends them: none is in progress."""
+    def __enter__(self) -> None:
+        """Begin a use, which a ``with`` block ends; not together with `is_over`."""
+    def __exit__(self, *_: object) -> None: ...
+    @property
+    def is_idle(self) -> bool:
+        """Whether no use is in progress now."""
+    def epoch(self) -> int:
+        """Return a number for this moment, for `is_over`."""
+    def is_over(self, epoch: int) -> bool:
+        """Return whether every use that began before that moment has ended.
+
+        Some that began later may count too, but uses that always overlap do not put it
+        off for ever.
+        """
 
 @disjoint_base
 class Disk:
@@ -329,8 +350,23 @@ class Disk:
         self, requests: Iterable[tuple[SupportsIndex, object]], threads: SupportsIndex | None = ...
     ) -> None:
         """Fill the buffers of (offset, buffer) pairs, in the order of their places."""
-    def forget(self) -> None:
-        """Forget all tables and blocks; later reads read them again."""
+    def forget(self, start: int = 0, end: int | None = None) -> None:
+        """Forget the tables of ``[start, end)``, which have changed.
+
+        Without a range, blocks are forgotten too.
+        """
+    def write(self, offset: SupportsIndex, data: object) -> int:
+        """Write the front of ``data``, as far as it can be overwritten where it is.
+
+        Returns its length.  The rest is not in a row of DATA of a table that is kept,
+        or a file refuses writes, or `stop_writing` was called.
+        """
+    def load(self, offset: int) -> None:
+        """Get the table of an offset of the disk, so that `write` has it."""
+    def stop_writing(self) -> None:
+        """Let `write` write nothing; return once no write is in progress."""
+    def resume_writing(self) -> None:
+        """Let `write` write again."""
     @property
     def stats(self) -> tuple[int, int, int, int]:
         """Entries and bytes that are kept; how many were found, and how many not."""

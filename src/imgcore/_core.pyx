@@ -411,6 +411,14 @@ cdef class File:
         check(status, &err)
         return start, end
 
+    def take_written(self):
+        """Return whether the core has written to it since the last call."""
+        return bool(n.imgc_file_take_written(self.require()))
+
+    def refuse_writes(self):
+        """Let all later writes fail: what was written could not be synced."""
+        n.imgc_file_refuse_writes(self.require())
+
     def close(self):
         """Reject further calls and release the buffer; no job may still use it.
 
@@ -666,6 +674,10 @@ cdef class Job:
         n.imgc_job_destroy(self.handle)
 
 
+# What all uses have that begin before `is_over` is called.
+cdef int FIRST_TICKET = 1
+
+
 cdef class Uses:
     """The uses of something that any thread may close at any time."""
 
@@ -676,23 +688,47 @@ cdef class Uses:
         self.handle = NULL
 
     def __init__(self, idle, refuse):
-        check(n.imgc_uses_create(&self.handle), NULL)
+        check_call(n.imgc_uses_create(&self.handle), "uses")
         self.idle = idle
         self.refuse = refuse
 
     cdef int enter(self) except -1:
-        if not n.imgc_uses_enter(self.handle):
+        """Begin a use, and return what `leave` needs."""
+        cdef int ticket = n.imgc_uses_enter(self.handle)
+        if not ticket:
             self.refuse()
-        return 0
+        return ticket
 
-    cdef int leave(self) except -1:
-        if n.imgc_uses_leave(self.handle):
+    cdef int leave(self, int ticket) except -1:
+        if n.imgc_uses_leave(self.handle, ticket):
             self.idle()
         return 0
 
     def close(self):
         """Refuse later uses; return whether this ends them: none is in progress."""
         return bool(n.imgc_uses_close(self.handle))
+
+    def __enter__(self):
+        cdef int ticket = self.enter()
+        if ticket != FIRST_TICKET:
+            self.leave(ticket)
+            raise RuntimeError("with blocks do not go together with epochs")
+
+    def __exit__(self, *_):
+        self.leave(FIRST_TICKET)
+
+    @property
+    def is_idle(self):
+        """Whether no use is in progress now."""
+        return bool(n.imgc_uses_none(self.handle))
+
+    def epoch(self):
+        """Return a number for this moment, for `is_over`."""
+        return n.imgc_uses_epoch(self.handle)
+
+    def is_over(self, uint64_t epoch):
+        """Return whether every use that began before that moment has ended."""
+        return bool(n.imgc_uses_is_over(self.handle, epoch))
 
     def __dealloc__(self):
         n.imgc_uses_destroy(self.handle)
@@ -793,7 +829,7 @@ cdef class Disk:
         """Fill a buffer with the bytes from ``offset`` on; return their number."""
         cdef Py_buffer view
         cdef uint64_t start = 0
-        self.uses.enter()
+        cdef int ticket = self.uses.enter()
         try:
             get_writable(buffer, &view)
             try:
@@ -803,19 +839,19 @@ cdef class Disk:
             finally:
                 PyBuffer_Release(&view)
         finally:
-            self.uses.leave()
+            self.uses.leave(ticket)
 
     def read(self, offset, length):
         """Return ``length`` bytes from ``offset`` on."""
         cdef uint64_t start = 0, nbytes = 0
-        self.uses.enter()
+        cdef int ticket = self.uses.enter()
         try:
             start, nbytes = self.range(offset, length)
             content = PyBytes_FromStringAndSize(NULL, nbytes)
             self.fill(start, PyBytes_AS_STRING(content), nbytes, None)
             return content
         finally:
-            self.uses.leave()
+            self.uses.leave(ticket)
 
     def readv(self, requests, threads=None):
         """Fill the buffers of ``(offset, buffer)`` pairs."""
@@ -823,7 +859,7 @@ cdef class Disk:
         cdef n.imgc_disk_request *ranges = NULL
         cdef Py_buffer *views = NULL
         cdef uint64_t start = 0
-        self.uses.enter()
+        cdef int ticket = self.uses.enter()
         try:
             requests = tuple(requests)
             count = len(requests)
@@ -849,7 +885,7 @@ cdef class Disk:
                 PyBuffer_Release(&views[i])
             free(views)
             free(ranges)
-            self.uses.leave()
+            self.uses.leave(ticket)
 
     cdef int fill(self, uint64_t offset, void *buffer, uint64_t length, threads) except -1:
         cdef n.imgc_disk_request request
@@ -921,7 +957,7 @@ cdef class Disk:
         self.drop(table)
         n.imgc_disk_span(self.handle, rest.offset, &start, &end)
         with self.lock:
-            table[0] = n.imgc_disk_find(self.handle, rest.offset)
+            table[0] = n.imgc_disk_find(self.handle, rest.offset, &rest.generation)
             if table[0] != NULL:
                 return 0
             try:
@@ -950,9 +986,70 @@ cdef class Disk:
             n.imgc_disk_drop(self.handle, table[0])
             table[0] = NULL
 
-    def forget(self):
-        """Forget all tables and blocks; later reads read them again."""
-        n.imgc_disk_forget(self.handle)
+    def forget(self, uint64_t start=0, end=None):
+        """Forget the tables of ``[start, end)``, or all and the blocks."""
+        n.imgc_disk_forget(self.handle, start, self.nbytes if end is None else end)
+
+    def write(self, offset, data):
+        """Write the front of ``data`` as far as it can be overwritten; return its length.
+
+        The rest has no place in a table that is kept.
+        """
+        cdef Py_buffer view
+        cdef uint64_t start = 0
+        cdef int ticket = self.uses.enter()
+        try:
+            PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+            try:
+                self.place(offset, view.len, &start)
+                return self.write_front(start, <const char *>view.buf, view.len)
+            finally:
+                PyBuffer_Release(&view)
+        finally:
+            self.uses.leave(ticket)
+
+    cdef uint64_t write_front(self, uint64_t offset, const char *buffer,
+                              uint64_t length) except? 0xFFFFFFFFFFFFFFFF:
+        cdef n.imgc_disk_rest rest
+        cdef n.imgc_error err
+        cdef uint64_t done = 0
+        cdef int status = n.IMGC_UNFINISHED
+        while status == n.IMGC_UNFINISHED:
+            with nogil:
+                status = n.imgc_disk_write(self.handle, offset + done, buffer + done,
+                                           length - done, &rest, &err)
+            if status < 0:
+                check(status, &err)
+            done = rest.offset - offset
+            if status == n.IMGC_UNFINISHED:
+                PyErr_CheckSignals()
+        return done
+
+    def load(self, uint64_t offset):
+        """Get the table of an offset inside the disk, which is kept for later calls."""
+        cdef n.imgc_disk_rest rest
+        cdef n.imgc_table *table = NULL
+        cdef int ticket = self.uses.enter()
+        try:
+            self.place(offset, 1, &rest.offset)
+            rest.length = 1
+            self.get_table(&rest, &table)
+        finally:
+            self.drop(&table)
+            self.uses.leave(ticket)
+
+    def stop_writing(self):
+        """Let `write` write nothing; return once no write is in progress."""
+        cdef int is_idle = 0
+        n.imgc_disk_stop_writing(self.handle)
+        while not is_idle:
+            with nogil:
+                is_idle = n.imgc_disk_await_writes(self.handle, POLL_MS)
+            PyErr_CheckSignals()
+
+    def resume_writing(self):
+        """Let `write` write again."""
+        n.imgc_disk_resume_writing(self.handle)
 
     @property
     def stats(self):

@@ -148,6 +148,8 @@ cdef extern from "imgc.h" nogil:
     int imgc_file_open_memory(void *data, uint64_t nbytes, imgc_file **out)
     int imgc_file_open_null(imgc_file **out)
     void imgc_file_close(imgc_file *file)
+    int imgc_file_take_written(imgc_file *file)
+    void imgc_file_refuse_writes(imgc_file *file)
     int imgc_file_zero(imgc_file *file, uint64_t offset, uint64_t length, imgc_error *err)
     int imgc_file_next_data(imgc_file *file, uint64_t offset, uint64_t *start, uint64_t *end,
                           imgc_error *err)
@@ -264,6 +266,7 @@ cdef extern from "imgc.h" nogil:
         IMGC_MISSING
         IMGC_WOULD_WAIT
         IMGC_UNFINISHED
+        IMGC_NOT_IN_PLACE
         IMGC_DISK_NO_WAIT
         IMGC_DISK_GOES_ON
 
@@ -289,16 +292,24 @@ cdef extern from "imgc.h" nogil:
     int imgc_uses_create(imgc_uses **out)
     void imgc_uses_destroy(imgc_uses *uses)
     int imgc_uses_enter(imgc_uses *uses)
-    int imgc_uses_leave(imgc_uses *uses)
+    int imgc_uses_leave(imgc_uses *uses, int ticket)
     int imgc_uses_close(imgc_uses *uses)
+    int imgc_uses_none(const imgc_uses *uses)
+    uint64_t imgc_uses_epoch(imgc_uses *uses)
+    int imgc_uses_is_over(imgc_uses *uses, uint64_t epoch)
     int imgc_disk_read(imgc_disk *disk, const imgc_table *table, uint64_t offset, void *buffer,
                        uint64_t length, unsigned flags, imgc_disk_rest *rest, imgc_error *err)
     void imgc_disk_span(const imgc_disk *disk, uint64_t offset, uint64_t *start, uint64_t *end)
     int imgc_disk_add(imgc_disk *disk, uint64_t start, uint64_t end, uint64_t generation,
                       const imgc_extent *rows, size_t n, imgc_table **out, imgc_error *err)
-    imgc_table *imgc_disk_find(imgc_disk *disk, uint64_t offset)
+    imgc_table *imgc_disk_find(imgc_disk *disk, uint64_t offset, uint64_t *generation)
     void imgc_disk_drop(imgc_disk *disk, imgc_table *table)
-    void imgc_disk_forget(imgc_disk *disk)
+    void imgc_disk_forget(imgc_disk *disk, uint64_t start, uint64_t end)
+    int imgc_disk_write(imgc_disk *disk, uint64_t offset, const void *buffer, uint64_t length,
+                        imgc_disk_rest *rest, imgc_error *err)
+    void imgc_disk_stop_writing(imgc_disk *disk)
+    int imgc_disk_await_writes(imgc_disk *disk, unsigned timeout_ms)
+    void imgc_disk_resume_writing(imgc_disk *disk)
     void imgc_disk_stats(imgc_disk *disk, imgc_cache_stats *out)
     int imgc_gather_create(imgc_disk *disk, const imgc_disk_request *requests, size_t n,
                            imgc_gather **out, imgc_error *err)

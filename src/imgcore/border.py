@@ -6,10 +6,13 @@ import contextlib
 import operator
 import os
 from collections.abc import Sequence
-from typing import SupportsIndex, TypeAlias
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 
 from imgcore.errors import OptionError
 from imgcore.sizes import MAX_SIZE
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 FilePath: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 """A file's name.  One that is not UTF-8 is given as bytes, or as `os.fsdecode` returns
@@ -65,6 +68,32 @@ def byte_count(value: SupportsIndex, what: str) -> int:
             f"{what} is {number}: a number of bytes is not negative, and at most 2^63 - 1"
         )
     return number
+
+
+def octets_of(data: ReadableBuffer) -> memoryview:
+    """Return the bytes of a contiguous buffer of any shape and type.
+
+    TypeError for anything else.
+    """
+    view = memoryview(data)
+    if not view.contiguous:
+        raise TypeError(f"a contiguous buffer is needed, not {type(data).__name__}")
+    try:
+        return view.cast("B")
+    except (TypeError, ValueError):
+        # An array that is empty, of records, or in Fortran's order.
+        return memoryview(view.tobytes("A"))
+
+
+def request_of(request: tuple[SupportsIndex, ReadableBuffer]) -> tuple[SupportsIndex, Any]:
+    """Return an offset and a buffer; TypeError for anything but such a pair."""
+    try:
+        offset, buffer = request
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"a request is a pair of an offset and a buffer, not {request!r:.99}"
+        ) from None
+    return offset, buffer
 
 
 def range_of_disk(

@@ -481,7 +481,7 @@ ELSEWHERE = {
     "unit/test_rewrite_cli.py::test_measure_rewrite_has_its_own_options",
     ("cli/rewrite.py", "give either --undo or --finish"): _REFUSALS,
     ("cli/rewrite.py", "state the new format with -O"): _REFUSALS,
-    ("rewriting/children.py", ("more than {} files are beside it, any of which may be its child: "
+    ("disk/children.py", ("more than {} files are beside it, any of which may be its child: "
      "move it to another folder first")): "unit/test_rewrite_cli.py::test_too_many_files",
     ("rewriting/director.py", ("only {} of {} could stay in place: another block size may fit "
      "better (imgcore measure --rewrite), or imgcore convert writes a new image")): _REFUSALS,

@@ -48,6 +48,7 @@ measure_reflink: source target_format format options backing_format parent read_
 sync: source target areas bitmap since by_checksum tree checksum resize threads progress
     rate control format target_format backing_format parent target_parent read_options
     target_read_options allow share format_since parent_since read_options_since
+resize: image size shrink format backing_format parent read_options allow
 open: source mode chain cache files format backing_format parent read_options allow share
 Image.read: offset length
 Image.readinto: offset buffer threads
@@ -76,6 +77,7 @@ Progress: done total data zero written
 ReflinkMeasurement: reflinked copied
 SyncResult: source target source_format target_format virtual_size areas bytes_read
     bytes_written bytes_zeroed seconds checksum
+ResizeResult: path format old_size virtual_size
 SourceFile: file guest_base block_nbytes
 """
 FORMATS = ("qcow2", "vhd", "vhdx", "vdi")

@@ -652,7 +652,7 @@ def test_other_disks_of_the_same_name_are_no_parents(tmp_path: Path) -> None:
 def test_too_many_files(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for k in range(3):
         (raw.parent / str(k)).touch()
-    monkeypatch.setattr("imgcore.rewriting.children.MAX_SEARCHED_FILES", 2)
+    monkeypatch.setattr("imgcore.disk.children.MAX_SEARCHED_FILES", 2)
     with pytest.raises(imgcore.LimitExceededError, match="move it to another folder first"):
         imgcore.rewrite(raw, "vmdk")
     (raw.parent / "alone").mkdir()

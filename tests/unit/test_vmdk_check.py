@@ -54,7 +54,7 @@ def _gte(number: int, value: int) -> tuple[tuple[int, bytes], ...]:
         (_gte(3, 27), 2, 0, "sector 27 overlaps"),
         (_gte(1, 0), 0, 1, "1 grains from sector 256"),
         (_gte(7, 0), 0, 1, "1 grains from sector 384"),
-        (((22 * SECTOR, struct.pack("<I", 0)),), 1, 0, "redundant grain table 0 differs"),
+        (((22 * SECTOR, struct.pack("<I", 0)),), 0, 1, "redundant grain table 0 differs"),
         (((21 * SECTOR, struct.pack("<I", 1 << 30)),), 1, 0, "grain table 0 is at sector"),
         (((26 * SECTOR, struct.pack("<I", 1 << 30)),), 1, 3, "grain table 0 is at sector"),
     ],

@@ -44,6 +44,7 @@ _VERBS: Final = {
     "measure": "Compute how large a target file would be.",
     "create": "Create an empty image.",
     "sync": "Bring an image up to date in place, by its changed areas.",
+    "resize": "Change the size of a disk in place.",
     "rewrite": "Change an image's format in its own file, without copying.",
 }
 

@@ -48,6 +48,9 @@ _OF_VERB: Final = {
     },
     "measure": {"-l": _SNAPSHOT, "--snapshot": _SNAPSHOT},
     "info": {"--limits": _LIMITS},
+    "resize": {
+        "--preallocation": "what is new is allocated once it is written to: leave it out",
+    },
     "create": {
         "-u": "the backing file is opened to verify it: make the backing file first",
         "--backing-unsafe": "the backing file is opened to verify it: make the backing file first",
@@ -61,7 +64,6 @@ _COMMANDS: Final = {
     "commit": "convert merges an image and its backing files into a new one",
     "dd": "convert writes the whole disk",
     "rebase": "convert -B FILE -F FMT writes an image on another backing file",
-    "resize": "no verb changes the size of a disk",
     "snapshot": "info lists the snapshots of an image",
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from copy import copy
 from typing import TYPE_CHECKING
 
 from imgcore.files.host_file import HostFile
@@ -41,6 +43,9 @@ class DiskState:
     virtual_size : int
         Bytes of the disk.
     """
+
+    # The state that a view keeps open.
+    _viewed: DiskState | None = None
 
     def __init__(self, chain: Sequence[Layer]) -> None:
         self.chain: list[Layer] = list(chain)
@@ -128,10 +133,18 @@ class DiskState:
             for layer in self.chain
         ]
 
+    def view(self) -> DiskState:
+        """Return the same state for one reader, which holds it as long as it reads."""
+        view = copy(self)
+        view._viewed = self
+        return view
+
     def close(self) -> None:
         """Close all files; more than once is allowed."""
-        for layer in self.chain:
-            layer.close()
+        with ExitStack() as stack:
+            for layer in self.chain:
+                stack.callback(layer.close)
 
     def __del__(self) -> None:
-        self.close()
+        if self._viewed is None:
+            self.close()

@@ -7,14 +7,22 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Final, SupportsIndex, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn, SupportsIndex, TypeVar
 
-from imgcore.border import FilePath, integer, range_of_disk, source_name
+from imgcore.border import (
+    FilePath,
+    integer,
+    octets_of,
+    range_of_disk,
+    request_of,
+    source_name,
+)
 from imgcore.disk.chain import open_chain
 from imgcore.disk.disk_state import DiskState
 from imgcore.disk.open_options import OpenOptions
+from imgcore.disk.pieces import Piece, without_overlaps
 from imgcore.errors import ImgcoreError, OptionError
 from imgcore.files.closable import Closable
 from imgcore.files.descriptors import forks_held_back
@@ -32,7 +40,7 @@ if TYPE_CHECKING:
     from imgcore.disk.overlay import Depths
     from imgcore.disk.random_access import RandomAccess
     from imgcore.disk.salvage import Salvage
-    from imgcore.disk.write_access import WriteAccess
+    from imgcore.disk.write_access import Access, WriteAccess
     from imgcore.engine.extents import Extents
     from imgcore.engine.reflinks import ReflinkRule
     from imgcore.engine.source_file import SourceFile
@@ -55,8 +63,10 @@ _USED_BY_READS: Final = (
 )
 
 
-# The user of the files that all reads of ranges are together (`Closable._begin_use`).
+# The users of the files that all reads of ranges are together (`Closable._begin_use`),
+# and all changes.
 _READS: Final = "reads"
+_CHANGES: Final = "changes"
 
 
 class Image(Closable):
@@ -83,6 +93,8 @@ class Image(Closable):
     """
 
     _what = "image"
+    # Whether a forked child has it from its parent, which writes to it.
+    _is_foreign = False
 
     def __init__(
         self, chain: Sequence[Layer], source: str | os.PathLike[str] | int, options: OpenOptions
@@ -98,8 +110,11 @@ class Image(Closable):
         # Made by the first read.
         self._disk: RandomAccess | None = None
         self._reads: Uses | None = None
-        # Made by the first change.
+        # Of an image that is written in place: what changes it, made by the first
+        # change, and the views of its states that readers have.
         self._writer: WriteAccess | None = None
+        self._changes: Uses | None = None
+        self._views: weakref.WeakSet[DiskState] = weakref.WeakSet()
         super().__init__()
 
     @property
@@ -183,7 +198,7 @@ class Image(Closable):
             backing file, and so on.
         """
         with self._in_use():
-            state = self._state
+            state = self._view()
             batches = state.layer_extents(*self._range(state, start, length))
             return self._guarded(state, batches)
 
@@ -225,7 +240,7 @@ class Image(Closable):
             A table entry points outside its file.
         """
         with self._in_use():
-            state = self._state
+            state = self._view()
             first, nbytes = self._range(state, start, length)
             if layer is None:
                 return self._guarded(state, state.extents(first, nbytes))
@@ -249,14 +264,15 @@ class Image(Closable):
         What is reflinked by ``rule`` is marked, and may contain such holes.
         """
         with self._in_use():
-            state = self._state
+            state = self._view()
             batches = state.data_extents(*self._range(state, start, length), rule)
             return self._guarded(state, batches)
 
     def salvaged_extents(self, salvage: Salvage) -> Iterator[Extents]:
         """Yield the data extents of the disk; what is lost is ZERO, and listed."""
         with self._in_use():
-            return self._guarded(self._state, self._state.salvaged_extents(salvage))
+            state = self._view()
+            return self._guarded(state, state.salvaged_extents(salvage))
 
     def _range(
         self,
@@ -279,7 +295,15 @@ class Image(Closable):
         image is refreshed meanwhile.
         """
         with self._in_use():
-            yield self._state
+            yield self._view()
+
+    def _view(self) -> DiskState:
+        """Return the state for one reader, during whose life no space is used again."""
+        if not self._options.writable:
+            return self._state
+        view = self._state.view()
+        self._views.add(view)
+        return view
 
     def _guarded(self, state: DiskState, batches: Iterator[_Item]) -> Iterator[_Item]:
         """Yield from an iterator that uses the files: only its steps keep them open.
@@ -398,10 +422,16 @@ class Image(Closable):
         OSError
             The file system is full, or fails.  The range then has old and new bytes.
         """
-        with memoryview(data) as view, view.cast("B") as octets, self._in_use():
-            start, _ = self._range(self._state, offset, len(octets), "offset")
-            self._writing().write(start, octets)
-            return len(octets)
+        writer, changes = self._writing()
+        with changes:
+            piece = self._piece(offset, data)
+            writer.write([piece])
+            return piece.nbytes
+
+    def _piece(self, offset: SupportsIndex, data: Buffer) -> Piece:
+        octets = octets_of(data)
+        start, nbytes = self._range(self._state, offset, len(octets), "offset")
+        return Piece(start, start + nbytes, octets)
 
     def writev(
         self,
@@ -426,12 +456,11 @@ class Image(Closable):
         int
             Bytes of all buffers.
         """
-        pairs = list(requests)
-        with self._in_use():
-            for offset, data in pairs:
-                with memoryview(data) as view:
-                    self._range(self._state, offset, view.nbytes, "offset")
-            return sum(self.write(offset, data) for offset, data in pairs)
+        writer, changes = self._writing()
+        with changes:
+            pieces = [self._piece(*request_of(request)) for request in requests]
+            writer.write(without_overlaps(pieces))
+            return sum(piece.nbytes for piece in pieces)
 
     def zero(self, offset: SupportsIndex, length: SupportsIndex, *, unmap: bool = True) -> None:
         """Make a range of the virtual disk read as zeros.
@@ -449,9 +478,10 @@ class Image(Closable):
         ValueError, ImgcoreError, OSError
             As for `write`.
         """
-        with self._in_use():
+        writer, changes = self._writing()
+        with changes:
             start, nbytes = self._range(self._state, offset, length, "offset")
-            self._writing().zero(start, nbytes, unmap=unmap)
+            writer.zero(start, nbytes, unmap=unmap)
 
     def discard(self, offset: SupportsIndex, length: SupportsIndex) -> None:
         """Tell that a range of the virtual disk is not needed any more.
@@ -469,9 +499,10 @@ class Image(Closable):
         ValueError, ImgcoreError, OSError
             As for `write`.
         """
-        with self._in_use():
+        writer, changes = self._writing()
+        with changes:
             start, nbytes = self._range(self._state, offset, length, "offset")
-            self._writing().discard(start, nbytes)
+            writer.discard(start, nbytes)
 
     def flush(self) -> None:
         """Make durable what was written before: it survives a crash of the host.
@@ -483,9 +514,12 @@ class Image(Closable):
         OSError
             The system has failed.  After a failed sync nothing more is written.
         """
-        with self._in_use():
-            if self._writer is not None:
-                self._writer.flush()
+        if not self._options.writable:
+            with self._in_use():
+                return
+        writer, changes = self._writing()
+        with changes:
+            writer.flush()
 
     def resize(self, virtual_size: SupportsIndex, *, shrink: bool = False) -> None:
         """Change the size of the virtual disk.
@@ -519,7 +553,7 @@ class Image(Closable):
             if nbytes < self.virtual_size and not shrink:
                 raise OptionError(
                     f"the disk has {self.virtual_size} bytes and would lose those after {nbytes}: "
-                    "state that it may shrink (shrink=True)",
+                    "state that it may shrink (--shrink; shrink=True in Python)",
                     path=self.path,
                 )
             if nbytes != self.virtual_size:
@@ -530,28 +564,44 @@ class Image(Closable):
 
         The change is durable when the call returns.  Exceptions are those of `write`.
         """
+        with self._refreshing, self._in_use():
+            writer, changes = self._writing()
+            with changes:
+                writer.restructure(change, self._reopened)
+
+    def _writing(self) -> tuple[WriteAccess, Uses]:
+        """Return what changes the image, and the uses that all changes are."""
+        writer, changes = self._writer, self._changes
+        if writer is None or changes is None:
+            return self._start_writing()
+        return writer, changes
+
+    def _start_writing(self) -> tuple[WriteAccess, Uses]:
+        from imgcore.disk.write_access import WriteAccess
+
         with self._in_use():
-            self._writing().restructure(change)
-            self.refresh()
+            if not self._options.writable:
+                raise ImgcoreError("the image is open for reading only", path=self.path)
+            with self._state_lock():
+                if self._writer is None:
+                    self._writer = WriteAccess(
+                        self._access(),
+                        read_into=_weak_call(self.readinto),
+                        forget=_weak_call(self._forget_tables),
+                        is_unread=_weak_call(self._is_unread),
+                    )
+                    _writers.add(self._writer)
+                    _being_used.add(self)
+                if self._changes is None:
+                    self._changes = self._counted(_CHANGES)
+                return self._writer, self._changes
 
-    def _writing(self) -> WriteAccess:
-        """Return what changes the image."""
-        if not self._options.writable:
-            raise ImgcoreError("the image is open for reading only", path=self.path)
-        with self._state_lock():
-            if self._writer is None:
-                from imgcore.disk.write_access import WriteAccess
+    def _access(self) -> Access:
+        from imgcore.disk.write_access import Access
 
-                state = self._state
-                driver = get_driver(self.format)
-                self._writer = WriteAccess(
-                    state,
-                    driver.updater(self.reader, has_parent=len(state.layers) > 1),
-                    read=self.read,
-                    forget=self._forget_tables,
-                    is_unread=self._is_unread,
-                )
-            return self._writer
+        state = self._state
+        updater = get_driver(self.format).updater(self.reader, has_parent=len(state.layers) > 1)
+        return Access(state, updater)
 
     def _forget_tables(self) -> None:
         disk = self._disk
@@ -559,23 +609,28 @@ class Image(Closable):
             disk.forget()
 
     def _is_unread(self) -> bool:
-        return False
+        return not self._views and (self._reads is None or self._reads.is_idle)
+
+    def _counted(self, user: str) -> Uses:
+        """Return the uses that are together one user of the files."""
+        from imgcore._core import Uses
+
+        uses = Uses(_weak_call(self._end_use, user), _weak_call(self._refuse))
+        self._begin_use(user)
+        return uses
 
     def _start_reading(self) -> RandomAccess:
         """Return what reads the image.
 
         All that it does is one use of the image.
         """
-        from imgcore._core import Uses
         from imgcore.disk.random_access import RandomAccess
 
         with self._in_use(), self._state_lock():
             if self._disk is not None:
                 return self._disk  # another thread was first
             if self._reads is None:
-                reads = Uses(_weak_call(self._end_reads), _weak_call(self._refuse))
-                self._begin_use(_READS)
-                self._reads = reads
+                self._reads = self._counted(_READS)
             state, cache_nbytes = self._state, self._options.cache_nbytes
             disk = RandomAccess(
                 self.path,
@@ -584,7 +639,7 @@ class Image(Closable):
                 uses=self._reads,
                 is_changing=self._options.writable,
             )
-            _being_read.add(self)
+            _being_used.add(self)
             # A signal handler may have refreshed or closed the image meanwhile.
             if self._state is state:
                 self._disk = disk
@@ -592,13 +647,23 @@ class Image(Closable):
                 self.close()
             return disk
 
-    def _end_reads(self) -> None:
-        self._end_use(_READS)
-
     def close(self) -> None:
+        """Close it; may be called more than once.
+
+        From now on each use raises ValueError.  Uses in progress on other threads end
+        as if it was open, and the last one closes the files.  An image that is written
+        in place is flushed before that, and its files are unlocked; both also happen if
+        it fails.
+
+        Raises
+        ------
+        OSError, ImgcoreError
+            What was written since the last flush may not be durable.
+        """
         super().close()
-        if self._reads is not None and self._reads.close():
-            self._end_reads()
+        for user, uses in ((_READS, self._reads), (_CHANGES, self._changes)):
+            if uses is not None and uses.close():
+                self._end_use(user)
 
     def as_file(
         self, *, start: SupportsIndex = 0, length: SupportsIndex | None = None
@@ -648,17 +713,27 @@ class Image(Closable):
             As `imgcore.open`.  The image stays as it was.
         """
         with self._refreshing, self._in_use():
-            if self._writer is not None:
-                self._writer.finish()
-            self.check_unchanged()
-            given = self._options.files.holding(self._state.host_files())
-            chain = open_chain(self._source, self._options._replace(files=given))
-            with _closing_unless_used(chain):
-                state = DiskState(chain)
-            with self._state_lock():
-                self._states.add(state)
-                self._state = state
-                self._disk = self._writer = None
+            if not self._options.writable:
+                self._reopen()
+                return
+            writer, changes = self._writing()
+            with changes:
+                writer.refresh(self._reopened)
+
+    def _reopened(self) -> Access:
+        self._reopen()
+        return self._access()
+
+    def _reopen(self) -> None:
+        self.check_unchanged()
+        given = self._options.files.holding(self._state.host_files())
+        chain = open_chain(self._source, self._options._replace(files=given))
+        with _closing_unless_used(chain):
+            state = DiskState(chain)
+        with self._state_lock():
+            self._states.add(state)
+            self._state = state
+            self._disk = None
 
     def info(self) -> dict[str, Any]:
         """Describe the image, with the keys of ``qemu-img info --output=json``.
@@ -688,18 +763,28 @@ class Image(Closable):
         return self._state.own_files()
 
     def _free(self) -> None:
-        writer, self._writer = self._writer, None
-        try:
-            if writer is not None:
-                writer.finish()
-        finally:
+        with ExitStack() as stack:
             for state in list(self._states):
-                state.close()
+                stack.callback(state.close)
+            writer, self._writer = self._writer, None
+            if writer is not None:
+                stack.callback(_writers.discard, writer)
+                writer.finish()
 
     def _adopt(self) -> None:
         super()._adopt()
         self._refreshing = threading.RLock()
-        self._disk = self._reads = self._writer = None
+        self._disk = self._reads = self._writer = self._changes = None
+        if self._options.writable:
+            self._is_closed = self._is_foreign = True
+
+    def _refuse(self) -> NoReturn:
+        if self._is_foreign:
+            raise ImgcoreError(
+                "the image belongs to the parent process, which writes to it",
+                path=self.path,
+            )
+        super()._refuse()
 
     def __enter__(self) -> Image:
         with self._in_use():
@@ -709,7 +794,8 @@ class Image(Closable):
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Image {self.path!r} {self.format} {self.virtual_size}>"
+        mode = " r+" if self._options.writable else ""
+        return f"<Image {self.path!r} {self.format} {self.virtual_size}{mode}>"
 
 
 def open(
@@ -844,30 +930,36 @@ def _import_what_reads_use(image: Image) -> None:
                 import_module(name)
 
 
-# The images that are read in this process.  A child that is forked starts anew: another
-# thread may have held the locks of what reads them.
-_being_read: weakref.WeakSet[Image] = weakref.WeakSet()
+# The images that are used in this process.  A child that is forked starts anew: another
+# thread may have held the locks of what reads and changes them.
+_being_used: weakref.WeakSet[Image] = weakref.WeakSet()
+
+
+# What changes open images.  It is held here, with the files, until the image is closed:
+# when an image is dropped in a cycle, its files must not be closed before it.
+_writers: set[WriteAccess] = set()
 
 
 def _start_anew() -> None:
-    for image in list(_being_read):
-        image._disk = None
+    for image in list(_being_used):
+        image._disk = image._writer = None
+    _writers.clear()
 
 
 os.register_at_fork(after_in_child=_start_anew)
 
 
-def _weak_call(method: Callable[[], None]) -> Callable[[], None]:
+def _weak_call(method: Callable[..., _Item], *fixed: object) -> Callable[..., _Item]:
     """Return a function that calls a method, but does not hold its object.
 
-    Whoever reads an image holds it, so that it is there when the call comes.
+    Whoever uses an image holds it, so that it is there when the call comes.
     """
     held_weakly = weakref.WeakMethod(method)
 
-    def call() -> None:
+    def call(*arguments: object) -> _Item:
         found = held_weakly()
         assert found is not None
-        found()
+        return found(*fixed, *arguments)
 
     return call
 

@@ -8,35 +8,34 @@ and nothing is durable before `flush`.
 from __future__ import annotations
 
 import threading
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
+from imgcore.border import range_of_disk
+from imgcore.disk.pieces import Group, Piece, batches, grouped
 from imgcore.disk.range_locks import RangeLocks
+from imgcore.files.descriptors import is_of_system
+from imgcore.files.update_file import UpdateFile
 from imgcore.limits import MIB
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from imgcore.disk.disk_state import DiskState
-    from imgcore.files.update_file import UpdateFile
     from imgcore.formats.api import Place, Updater
 
 # Changes of tables are written without being asked for when they take more memory.
 MAX_WAITING_NBYTES: Final = 16 * MIB
-# Zeros that have to be written are placed in pieces.
-_ZEROS_NBYTES: Final = 64 * MIB
+# A place that also needs old bytes of the disk is stored in parts.
+_PART_NBYTES: Final = 4 * MIB
 
 
-class _Content(NamedTuple):
-    """What a range of the disk gets; ``octets`` is None for zeros."""
+class Access(NamedTuple):
+    """The state of an image, and what changes its tables."""
 
-    start: int
-    end: int
-    octets: memoryview | None
-
-    def part(self, start: int, end: int) -> bytes | memoryview:
-        if self.octets is None:
-            return bytes(end - start)
-        return self.octets[start - self.start : end - self.start]
+    state: DiskState
+    updater: Updater
 
 
 class WriteAccess:
@@ -44,11 +43,10 @@ class WriteAccess:
 
     Parameters
     ----------
-    state : DiskState
-        Its files stay open while this object is used.
-    updater : Updater
-    read : callable
-        Returns bytes of the disk as it is: ``read(offset, length)``.
+    access : Access
+        The files stay open while this object is used.
+    read_into : callable
+        Fills a buffer with bytes of the disk as it is: ``read_into(offset, buffer)``.
     forget : callable
         Called after each change of the tables.
     is_unread : callable
@@ -57,74 +55,152 @@ class WriteAccess:
 
     def __init__(
         self,
-        state: DiskState,
-        updater: Updater,
+        access: Access,
         *,
-        read: Callable[[int, int], bytes],
+        read_into: Callable[[int, memoryview], object],
         forget: Callable[[], None],
         is_unread: Callable[[], bool],
     ) -> None:
-        self._state = state
-        self._updater = updater
-        self._read = read
-        self._forget = forget
+        self._read_into = read_into
+        self._forget_tables = forget
         self._is_unread = is_unread
         self._ranges = RangeLocks()
-        # Of the updater.  Reentrant: a signal handler may use the image.
-        self._tables = threading.RLock()
-        self._has_begun = False
+        # Of the updater.
+        self._tables = threading.Lock()
+        self._renew(access)
 
-    def write(self, start: int, octets: memoryview) -> None:
-        """Write bytes to a range of the disk."""
-        if len(octets):
-            self._change(_Content(start, start + len(octets), octets))
+    def _renew(self, access: Access) -> None:
+        self._state, self._updater = access
+        # By their indexes in ``sources``: the image's own come first.
+        own = [source.file for source in self._state.layers[0].sources]
+        self._files = cast("list[UpdateFile]", own)
+        self._waiting = [file for file in own if isinstance(file, UpdateFile)]
+        self._has_begun = False
+        # Whether tables may be known that have changed since.
+        self._is_stale = False
+
+    # -- changes -----------------------------------------------------------------------
+
+    def write(self, pieces: Sequence[Piece]) -> None:
+        """Write bytes to ranges of the disk, which ascend and do not overlap."""
+        for batch in batches(pieces, self._updater.granule_nbytes):
+            with _stating_offset(batch[0].start):
+                self._holding(batch[0].start, batch[-1].end, partial(self._write, batch))
+        self._relieve()
 
     def zero(self, start: int, length: int, *, unmap: bool) -> None:
         """Make a range of the disk read as zeros."""
-        if not length:
-            return
-        end = start + length
-        with self._ranges.held(*self._granules(start, end)), self._tables:
-            self._begin()
-            rest = self._updater.zero(start, length, unmap=unmap)
-            self._forget()
-        for first, nbytes in rest:
-            for at in range(first, first + nbytes, _ZEROS_NBYTES):
-                stop = min(at + _ZEROS_NBYTES, first + nbytes)
-                self._change(_Content(at, stop, None))
-        self._relieve()
+
+        def work() -> None:
+            with self._tables:
+                self._begin()
+                with self._changed_tables():
+                    rest = self._updater.zero(start, length, unmap=unmap)
+            pieces = [Piece(first, first + nbytes, None) for first, nbytes in rest]
+            for batch in batches(pieces, self._updater.granule_nbytes):
+                with _stating_offset(batch[0].start):
+                    self._write(batch)
+
+        if length:
+            self._holding(start, start + length, work)
+            self._relieve()
 
     def discard(self, start: int, length: int) -> None:
         """Let the image free what it has of a range, which is not needed any more."""
-        with self._ranges.held(*self._granules(start, start + length)), self._tables:
-            self._begin()
-            self._updater.discard(start, length)
-            self._forget()
-        self._relieve()
+
+        def work() -> None:
+            with self._tables:
+                self._begin()
+                with self._changed_tables():
+                    self._updater.discard(start, length)
+
+        if length:
+            self._holding(start, start + length, work)
+            self._relieve()
 
     def flush(self) -> None:
         """Make durable what was written before."""
-        with self._ranges.all_held(), self._tables:
-            if self._has_begun:
-                self._updater.flush(is_unread=self._is_unread())
 
-    def restructure(self, change: Callable[[Updater], None]) -> None:
-        """Change more than content, such as the size; the image is opened anew then."""
-        with self._ranges.all_held(), self._tables:
-            self._begin()
-            change(self._updater)
-            self._updater.flush(is_unread=False)
+        def work() -> None:
+            if self._has_begun:
+                with self._tables:
+                    self._flush()
+
+        self._ranges.holding_all(work)
+
+    # -- the image as a whole ----------------------------------------------------------
+
+    def restructure(self, change: Callable[[Updater], None], reopen: Callable[[], Access]) -> None:
+        """Change more than content, such as the size; then open the image anew.
+
+        It is also opened anew if the change fails in the middle.
+        """
+
+        def work() -> None:
+            with self._tables:
+                self._begin()
+            try:
+                with self._tables:
+                    change(self._updater)
+            finally:
+                self._reopen(reopen)
+
+        self._ranges.holding_all(work)
+
+    def refresh(self, reopen: Callable[[], Access]) -> None:
+        """Open the image anew, between changes."""
+        self._ranges.holding_all(lambda: self._reopen(reopen))
+
+    def _reopen(self, reopen: Callable[[], Access]) -> None:
+        with self._tables:
+            if self._has_begun:
+                self._flush()
+                self._finish()
+            self._renew(reopen())
 
     def finish(self) -> None:
-        """Flush, and leave the image as one that nobody writes to."""
-        with self._ranges.all_held(), self._tables:
-            if self._has_begun:
-                self._updater.flush(is_unread=False)
-                self._updater.finish()
-                self._updater.flush(is_unread=False)
-                self._has_begun = False
+        """Flush, and leave the image as one that nobody writes to.
+
+        Nobody reads it any more.
+        """
+
+        def work() -> None:
+            with self._tables:
+                if self._has_begun:
+                    self._updater.flush(is_unread=True)
+                    self._finish()
+
+        self._ranges.holding_all(work)
+
+    def _finish(self) -> None:
+        self._updater.finish()
+        self._updater.flush(is_unread=False)
+        self._has_begun = False
+
+    def _flush(self) -> None:
+        if self._is_stale:
+            self._forget()
+        self._updater.flush(is_unread=self._is_unread())
+
+    def _relieve(self) -> None:
+        """Write changes of tables that take too much memory."""
+        for file in self._waiting:
+            if file.waiting_nbytes > MAX_WAITING_NBYTES:
+                self.flush()
+                return
 
     # -- one change --------------------------------------------------------------------
+
+    def _holding(self, start: int, end: int, work: Callable[[], None]) -> None:
+        """Do the work while the granules of a range are held."""
+
+        def inside() -> None:
+            # The disk may have become smaller meanwhile.
+            state = self._state
+            range_of_disk(state.paths[0], state.virtual_size, start, end - start, "offset")
+            work()
+
+        self._ranges.holding(*self._granules(start, end), inside)
 
     def _begin(self) -> None:
         if not self._has_begun:
@@ -134,58 +210,99 @@ class WriteAccess:
             # From now on, no hole of a file is taken for zeros of the disk.
             self._forget()
 
-    def _granules(self, start: int, end: int) -> tuple[int, int]:
-        """Return the range widened to whole granules, as far as the disk goes."""
-        nbytes = self._updater.granule_nbytes
-        return start - start % nbytes, min(end + -end % nbytes, self._state.virtual_size)
+    @contextmanager
+    def _changed_tables(self) -> Iterator[None]:
+        self._is_stale = True
+        try:
+            yield
+        finally:
+            self._forget()
 
-    def _change(self, content: _Content) -> None:
-        first, last = self._granules(content.start, content.end)
-        with self._ranges.held(first, last):
+    def _forget(self) -> None:
+        self._forget_tables()
+        self._is_stale = False
+
+    def _granules(self, start: int, end: int) -> tuple[int, int]:
+        """Return a range widened to whole granules."""
+        nbytes = self._updater.granule_nbytes
+        return start - start % nbytes, end + -end % nbytes
+
+    def _write(self, pieces: Sequence[Piece]) -> None:
+        """Write pieces of the disk, which are held."""
+        disk_nbytes = self._state.virtual_size
+        placed: list[tuple[Group, list[Place]]] = []
+        try:
             with self._tables:
                 self._begin()
-                places = self._updater.place(first, last - first)
-            new = [place for place in places if place.is_new]
-            try:
-                for place in places:
-                    self._store(place, content)
-            except BaseException:
-                with self._tables:
-                    self._updater.give_up(new)
-                raise
-            if new:
-                with self._tables:
-                    self._updater.refer(new)
-                    self._forget()
-        self._relieve()
+                for group in grouped(pieces, self._updater.granule_nbytes, disk_nbytes):
+                    placed.append((group, self._updater.place(group.start, group.nbytes)))
+            for store in _in_order(placed):
+                self._store(*store)
+        except BaseException:
+            with self._tables:
+                self._updater.give_up(_new_places(placed))
+            raise
+        new = _new_places(placed)
+        if new:
+            with self._tables, self._changed_tables():
+                self._updater.refer(new)
 
-    def _store(self, place: Place, content: _Content) -> None:
-        """Store in a place what the content has of it, and old bytes around that."""
-        end = place.guest_offset + place.length
-        start, stop = max(place.guest_offset, content.start), min(end, content.end)
-        shift = place.host_offset - place.guest_offset
-        file = self._file(place)
-        if place.needs_all and place.guest_offset < start:
-            old = self._read(place.guest_offset, start - place.guest_offset)
-            file.pwrite(place.host_offset, old)
-        if start < stop:
-            if content.octets is None:
-                file.zero(start + shift, stop - start)
+    def _store(self, group: Group, place: Place) -> None:
+        """Store the pieces of a place, and old bytes around them if it needs all."""
+        file, shift = self._files[place.file], place.host_offset - place.guest_offset
+        start, end = place.guest_offset, place.guest_offset + place.length
+        if place.needs_all:
+            for at in range(start, end, _PART_NBYTES):
+                content = bytearray(min(_PART_NBYTES, end - at))
+                group.complete(at, content, self._read_into)
+                file.pwrite(at + shift, content)
+            return
+        for piece in group.between(start, end):
+            if piece.octets is None:
+                file.zero(piece.start + shift, piece.end - piece.start)
             else:
-                file.pwrite(start + shift, content.part(start, stop))
-        if place.needs_all and stop < end:
-            file.pwrite(stop + shift, self._read(stop, end - stop))
+                file.pwrite(piece.start + shift, piece.octets)
 
-    def _file(self, place: Place) -> UpdateFile:
-        return cast("UpdateFile", self._state.sources[place.file].file)
 
-    def _relieve(self) -> None:
-        """Write changes of tables that take too much memory."""
-        if sum(file.waiting_nbytes for file in self._files()) > MAX_WAITING_NBYTES:
-            self.flush()
+def _new_places(placed: Sequence[tuple[Group, list[Place]]]) -> list[Place]:
+    return [place for _, places in placed for place in places if place.is_new]
 
-    def _files(self) -> Sequence[UpdateFile]:
-        from imgcore.files.update_file import UpdateFile
 
-        own = self._state.layers[0].sources
-        return [source.file for source in own if isinstance(source.file, UpdateFile)]
+def _in_order(placed: Sequence[tuple[Group, list[Place]]]) -> list[tuple[Group, Place]]:
+    """Return places in the order of their files; those that go on are joined."""
+    stores: list[tuple[Group, Place]] = []
+    for group, places in placed:
+        run: Place | None = None
+        for place in places:
+            needs_all = place.needs_all and not group.covers(place.guest_offset, place.length)
+            if run is not None and not needs_all and _goes_on(run, place):
+                run = run._replace(length=run.length + place.length)
+                continue
+            if run is not None:
+                stores.append((group, run))
+            run = place._replace(needs_all=needs_all)
+        if run is not None:
+            stores.append((group, run))
+    if len(stores) > 1:
+        stores.sort(key=lambda store: (store[1].file, store[1].host_offset))
+    return stores
+
+
+def _goes_on(run: Place, place: Place) -> bool:
+    return (
+        not run.needs_all
+        and place.file == run.file
+        and place.host_offset == run.host_offset + run.length
+    )
+
+
+@contextmanager
+def _stating_offset(offset: int) -> Iterator[None]:
+    """Say in errors of the system how far the disk is written."""
+    try:
+        yield
+    except OSError as error:
+        if not is_of_system(error):
+            raise
+        text = f"{error.strerror} (the disk is written up to its offset {offset})"
+        raise OSError(error.errno, text, error.filename) from error

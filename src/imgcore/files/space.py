@@ -11,6 +11,7 @@ from imgcore.sizes import format_size
 # Linux include/uapi/linux/falloc.h.
 _KEEP_SIZE: Final = 1
 _PUNCH_HOLE: Final = 2
+_ZERO_RANGE: Final = 16
 
 _NOT_SUPPORTED: Final = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV)
 
@@ -45,8 +46,17 @@ def reserve(fd: int, offset: int, length: int) -> None:
 
 
 def punch(fd: int, offset: int, length: int) -> bool:
-    """Give back the space of a range; False if the file system has no holes."""
+    """Give back the space of a range, which then reads as zeros.
+
+    False if the file system has no holes, or the device cannot do that, perhaps because
+    the range is not whole sectors.
+    """
     return _fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, offset, length)
+
+
+def zero_in_place(fd: int, offset: int, length: int) -> bool:
+    """Make a range read as zeros whose space stays reserved; False if that fails."""
+    return _fallocate(fd, _ZERO_RANGE | _KEEP_SIZE, offset, length)
 
 
 def _fallocate(fd: int, mode: int, offset: int, length: int) -> bool:

@@ -29,7 +29,7 @@ from imgcore.files.host_file import HostFile
 from imgcore.files.identity import refuse_type
 from imgcore.files.locks import ImageLock
 from imgcore.files.retry import WRITE_ERRORS, retrying
-from imgcore.files.space import punch
+from imgcore.files.space import punch, zero_in_place
 from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from typing import Self
 
 UPDATE_FLAGS: Final = os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+# Zeros are written in pieces where the system has no call for them.
+_ZEROS_NBYTES: Final = 1 << 20
 
 _WRITE_BITS: Final = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 
@@ -243,15 +245,26 @@ class UpdateFile(HostFile):
                 raise OSError(error.os_errno or errno.ENOSPC, "") from error
             self._note_end(offset + length)
 
+    def zero_in_place(self, offset: int, length: int) -> None:
+        """Make a range read as zeros at once, and keep its space."""
+        with self._in_use(), named_errors(self.path):
+            self._require_sound()
+            self.note_written()
+            if zero_in_place(self.fd, offset, length):
+                return
+        zeros = bytes(min(length, _ZEROS_NBYTES))
+        for at in range(offset, offset + length, _ZEROS_NBYTES):
+            self.pwrite(at, memoryview(zeros)[: offset + length - at])
+
     def punch(self, offset: int, length: int) -> bool:
         """Give back the space of a range, which then reads as zeros.
 
-        False if the file has no holes: its bytes stay.
+        False if the file or device cannot do that: its bytes stay.
         """
         with self._in_use(), named_errors(self.path):
             self._require_sound()
             self.note_written()
-            return not self.is_block_device and punch(self.fd, offset, length)
+            return punch(self.fd, offset, length)
 
     def grow(self, nbytes: int) -> None:
         """Make the file at least so long; what is new reads as zeros.

@@ -9,6 +9,7 @@ from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from imgcore.border import FilePath, file_name
+from imgcore.disk.children import refuse_children
 from imgcore.disk.open_options import Flags, OpenOptions
 from imgcore.engine.progress import Tally
 from imgcore.errors import CorruptImageError, LimitExceededError, OptionError, TargetError
@@ -20,7 +21,6 @@ from imgcore.formats.api import Described
 from imgcore.formats.registry import get_driver
 from imgcore.limits import MIB
 from imgcore.log import log
-from imgcore.rewriting.children import refuse_children
 from imgcore.rewriting.naming import new_name
 from imgcore.rewriting.refusals import refuse_damaged
 from imgcore.rewriting.wish import Wish, open_alone, warn_about_disk

@@ -13,4 +13,5 @@ DRIVER: Final = Driver(
     writing="imgcore.formats.qcow2.writer",
     rewriting="imgcore.formats.qcow2.rewriter",
     reading_extents=("imgcore.formats.qcow2.tables",),
+    updating="imgcore.formats.qcow2.updater",
 )

@@ -100,7 +100,7 @@ class Snapshot(NamedTuple):
 
 
 class Bitmap(NamedTuple):
-    """One row of the bitmap directory."""
+    """One row of the bitmap directory, which starts at host offset ``row_offset``."""
 
     table_offset: int
     table_entries: int
@@ -109,6 +109,7 @@ class Bitmap(NamedTuple):
     granularity_bits: int
     name: str
     extra_nbytes: int
+    row_offset: int
 
 
 def read_header(file: ByteSource, damage: Damage = STRICT) -> Qcow2Header:
@@ -516,7 +517,17 @@ def read_bitmaps(file: ByteSource, header: Qcow2Header) -> list[Bitmap]:
         if start + name_nbytes > nbytes:
             raise _corrupt(file, f"bitmap {index} lies outside its directory", offset + position)
         name = raw[start : start + name_nbytes].decode("utf-8", "replace")
-        granularity_bits = min(granularity, 63)
-        bitmaps.append(Bitmap(table, entries, flags, kind, granularity_bits, name, extra_nbytes))
+        bitmaps.append(
+            Bitmap(
+                table,
+                entries,
+                flags,
+                kind,
+                min(granularity, 63),
+                name,
+                extra_nbytes,
+                offset + position,
+            )
+        )
         position += -(-(start + name_nbytes - position) // 8) * 8
     return bitmaps

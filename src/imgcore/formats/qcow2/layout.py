@@ -13,9 +13,17 @@ from typing import Final
 MAGIC: Final = b"QFI\xfb"
 HEADER_V2: Final = struct.Struct(">4sIQIIQIIQQIIQ")
 HEADER_V2_NBYTES: Final = 72
+VIRTUAL_SIZE_FIELD: Final = (24, struct.Struct(">Q"))
+# Entries and offset.
+L1_FIELDS: Final = (36, struct.Struct(">IQ"))
 REFCOUNT_TABLE_FIELD_OFFSET: Final = 48
+# Offset and clusters.
+REFCOUNT_TABLE_FIELDS: Final = (48, struct.Struct(">QI"))
+# Number and offset of the table.
+SNAPSHOT_FIELDS: Final = (60, struct.Struct(">IQ"))
 INCOMPATIBLE_FIELD_OFFSET: Final = 72
 AUTOCLEAR_FIELD_OFFSET: Final = 88
+AUTOCLEAR_FIELD: Final = (88, struct.Struct(">Q"))
 # incompatible, compatible, autoclear features, refcount order, header length.
 HEADER_V3_TAIL: Final = struct.Struct(">QQQII")
 HEADER_V3_MIN_NBYTES: Final = 104
@@ -106,6 +114,7 @@ BITMAPS: Final = struct.Struct(">IIQQ")
 # "Bitmap directory": table offset and size, flags, type, granularity bits, lengths of
 # name and extra data.
 BITMAP_ENTRY: Final = struct.Struct(">QIIBBHI")
+BITMAP_FLAGS_OFFSET: Final = 12
 BITMAP_IN_USE: Final = 1 << 0
 BITMAP_AUTO: Final = 1 << 1
 BITMAP_EXTRA_DATA_COMPATIBLE: Final = 1 << 2

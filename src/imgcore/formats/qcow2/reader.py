@@ -13,7 +13,13 @@ from imgcore.engine.source_file import SourceFile
 from imgcore.errors import UnsupportedFeatureError
 from imgcore.formats.api import BackingReference
 from imgcore.formats.qcow2 import layout
-from imgcore.formats.qcow2.header import Snapshot, read_bitmaps, read_header, read_snapshots
+from imgcore.formats.qcow2.header import (
+    Qcow2Header,
+    Snapshot,
+    read_bitmaps,
+    read_header,
+    read_snapshots,
+)
 from imgcore.formats.shared.damage import STRICT, Damage
 from imgcore.formats.shared.last_sector import filled_up, whole_sectors
 
@@ -76,6 +82,16 @@ class Qcow2Reader:
         )
         self._tables: ExtentTables | None = None
         self._warn()
+
+    @property
+    def file(self) -> ByteSource:
+        """The image's file."""
+        return self._file
+
+    @property
+    def header(self) -> Qcow2Header:
+        """The header, which changes when the image is written in place."""
+        return self._header
 
     def _warn(self) -> None:
         header = self._header

@@ -73,6 +73,8 @@ def place_structure(
     kept: RefcountStructure,
     needed: NDArray[np.bool_],
     first_free: int,
+    *,
+    least_table_nbytes: int = 0,
 ) -> Placement:
     """Add the refcount blocks and the table that are missing.
 
@@ -85,6 +87,8 @@ def place_structure(
         Which blocks must exist.
     first_free : int
         Cluster after the last one in use; those from here on may be overwritten.
+    least_table_nbytes : int
+        Bytes that a new table has at least, so that it can grow.
 
     Raises
     ------
@@ -111,7 +115,7 @@ def place_structure(
         needed[numbers] = True
         missing = np.flatnonzero(needed & ~present)
         n_entries = int(np.flatnonzero(needed | present)[-1]) + 1
-        n_table = -(-n_entries * layout.ENTRY_NBYTES // size)
+        n_table = -(-max(n_entries * layout.ENTRY_NBYTES, least_table_nbytes) // size)
         if n_table * size <= kept.table_nbytes:
             n_table = 0
         if len(missing) + n_table == n_new:

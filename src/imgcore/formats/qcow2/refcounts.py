@@ -53,10 +53,17 @@ def encode_refcounts(counts: NDArray[np.unsignedinteger], refcount_order: int) -
     return packed
 
 
-def decode_refcounts(raw: bytes, refcount_order: int) -> NDArray[np.uint32]:
-    """Decode refcounts, capped at 2^32-1; the inverse of `encode_refcounts`."""
+def decode_wide_refcounts(raw: bytes, refcount_order: int) -> NDArray[np.uint64]:
+    """Decode refcounts; the inverse of `encode_refcounts`."""
     if refcount_order == 6:
-        wide: NDArray[np.uint64] = np.frombuffer(raw, ">u8").astype(np.uint64)
+        return np.frombuffer(raw, ">u8").astype(np.uint64)
+    return decode_refcounts(raw, refcount_order).astype(np.uint64)
+
+
+def decode_refcounts(raw: bytes, refcount_order: int) -> NDArray[np.uint32]:
+    """Decode refcounts, capped at 2^32-1."""
+    if refcount_order == 6:
+        wide = decode_wide_refcounts(raw, refcount_order)
         return np.minimum(wide, np.uint64(_MAX_DECODED)).astype(np.uint32)
     if refcount_order >= 3:
         return np.frombuffer(raw, f">u{1 << (refcount_order - 3)}").astype(np.uint32)

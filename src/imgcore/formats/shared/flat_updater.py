@@ -17,12 +17,19 @@ class FlatUpdater:
     """Changes a disk whose guest byte i is byte i of a file: there are no tables.
 
     A subclass adds `resize`.
+
+    Parameters
+    ----------
+    file : UpdateFile
+    shift : int
+        Host offset minus guest offset, in bytes.
     """
 
     granule_nbytes: int = SECTOR_NBYTES
 
-    def __init__(self, file: UpdateFile) -> None:
+    def __init__(self, file: UpdateFile, shift: int = 0) -> None:
         self._file = file
+        self._shift = shift
 
     def begin(self) -> None:
         """Let the file's holes be data: they will not stay holes."""
@@ -30,8 +37,9 @@ class FlatUpdater:
 
     def place(self, start: int, length: int) -> list[Place]:
         """Return the same range of the file, which may be shorter than the disk."""
-        is_new = start + length > self._file.nbytes
-        return [Place(start, length, start, is_new=is_new)]
+        host_offset = start + self._shift
+        is_new = host_offset + length > self._file.nbytes
+        return [Place(start, length, host_offset, is_new=is_new)]
 
     def refer(self, places: Sequence[Place]) -> None:
         """Do nothing: there are no tables."""
@@ -40,15 +48,18 @@ class FlatUpdater:
         """Do nothing: nothing was reserved."""
 
     def zero(self, start: int, length: int, *, unmap: bool) -> list[tuple[int, int]]:
-        """Punch a hole if the space may be given back; zeros are written otherwise."""
-        is_inside = start + length <= self._file.nbytes
-        if unmap and is_inside and self._file.punch(start, length):
-            return []
-        return [(start, length)]
+        """Punch a hole if the space may be given back, or zero the range in place."""
+        if start + self._shift + length > self._file.nbytes:
+            return [(start, length)]
+        if not unmap:
+            self._file.zero_in_place(start + self._shift, length)
+        elif not self._file.punch(start + self._shift, length):
+            return [(start, length)]
+        return []
 
     def discard(self, start: int, length: int) -> None:
         """Punch a hole if the file can have one."""
-        self._file.punch(start, length)
+        self._file.punch(start + self._shift, length)
 
     def flush(self, *, is_unread: bool) -> None:
         """Sync the file."""

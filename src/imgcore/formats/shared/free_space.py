@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 class FreeSpace:
@@ -17,12 +21,14 @@ class FreeSpace:
         Host offset from which on nothing is used; blocks are put there.
     block_nbytes : int
         Bytes from one block to the next.
+    free : iterable of int
+        Host offsets of blocks before the end that nothing uses, ascending.
     """
 
-    def __init__(self, end: int, block_nbytes: int) -> None:
+    def __init__(self, end: int, block_nbytes: int, free: Iterable[int] = ()) -> None:
         self.end: int = end
         self._block_nbytes = block_nbytes
-        self._free: list[int] = []
+        self._free: list[int] = list(free)
         self._released: list[int] = []
 
     def take(self, after: int | None = None) -> int:
@@ -46,6 +52,11 @@ class FreeSpace:
             del self._free[bisect_left(self._free, offset)]
         return offset
 
+    @property
+    def free(self) -> list[int]:
+        """The free blocks before the end, ascending."""
+        return self._free
+
     def give_back(self, offset: int) -> None:
         """Take back a block that no table has referred to: it is free at once."""
         insort(self._free, offset)
@@ -53,6 +64,12 @@ class FreeSpace:
     def release(self, offset: int) -> None:
         """Take back a block that tables refer to until the next flush."""
         self._released.append(offset)
+
+    def trim(self) -> int:
+        """Forget free blocks at the end, and return the end, which may be lower now."""
+        while self._free and self._free[-1] == self.end - self._block_nbytes:
+            self.end = self._free.pop()
+        return self.end
 
     def settle(self, *, is_unread: bool) -> list[int]:
         """Free what was released, after a flush; return those blocks.

@@ -28,7 +28,8 @@ def check(file: ByteSource, header: VdiHeader) -> CheckReport:
     """Verify the block map; see `imgcore.formats.api.Reader.check`.
 
     It finds entries past the end of the file, blocks that are used twice, a wrong count
-    of allocated blocks in the header, and leaked blocks.
+    of allocated blocks in the header, and leaked blocks.  A count that is too high is
+    harmless: it leaks blocks.
 
     Raises
     ------
@@ -44,17 +45,35 @@ def check(file: ByteSource, header: VdiHeader) -> CheckReport:
     report = CheckReport(total_clusters=header.n_blocks)
     n_file_blocks = max(file.nbytes - header.data_offset, 0) // header.block_nbytes
     end = _verify_entries(file, header, report, n_file_blocks)
-    if report.allocated_clusters != header.n_allocated:
-        report.corruption(
-            f"the header counts {header.n_allocated} allocated blocks, the block map has "
-            f"{report.allocated_clusters}"
-        )
     for first in range(0, end, _WINDOW_BLOCKS):
         _verify_window(file, header, report, first, min(first + _WINDOW_BLOCKS, end))
     report.image_end_offset = _offset(header, end)
     if n_after := _n_leaked_after(file, header, report.image_end_offset):
         _leak(header, report, end, n_after)
+    _verify_count(header, report, end, end + n_after)
     return report
+
+
+def _verify_count(header: VdiHeader, report: CheckReport, end: int, file_end: int) -> None:
+    """Report a wrong count of allocated blocks; ``file_end`` is that of all leaks."""
+    n_used = report.allocated_clusters
+    line = f"the header counts {header.n_allocated} allocated blocks, the block map has {n_used}"
+    n_leaked = header.n_allocated - max(file_end, n_used)
+    if _is_count_harmful(header, n_used, end) or (
+        header.n_allocated != n_used and report.corruptions
+    ):
+        report.corruption(line)
+    elif n_leaked > 0:
+        report.leak(f"blocks, {n_leaked}: {line}", n_leaked)
+
+
+def _is_count_harmful(header: VdiHeader, n_used: int, end: int) -> bool:
+    """Tell whether VirtualBox would put a new block where another one may be.
+
+    Others count all blocks up to the last one in use, or more: so a program does that
+    was interrupted while it wrote to the image.
+    """
+    return header.n_allocated < n_used or n_used < header.n_allocated < end
 
 
 def find_repairs(file: ByteSource, header: VdiHeader) -> list[Repair]:
@@ -65,8 +84,10 @@ def find_repairs(file: ByteSource, header: VdiHeader) -> list[Repair]:
     no repairs if blocks overlap each other or lie outside the file.
     """
     report = check(file, header)
+    n_in_use = (report.image_end_offset - header.data_offset) // header.block_nbytes
     has_wrong_count = report.allocated_clusters != header.n_allocated
-    if report.corruptions > has_wrong_count:
+    is_harmful = _is_count_harmful(header, report.allocated_clusters, n_in_use)
+    if report.corruptions > is_harmful:
         return []
     repairs = []
     unused = _n_leaked_after(file, header, report.image_end_offset)
@@ -79,13 +100,13 @@ def find_repairs(file: ByteSource, header: VdiHeader) -> list[Repair]:
                 is_leak=True,
             )
         )
-    n_in_use = (report.image_end_offset - header.data_offset) // header.block_nbytes
     if has_wrong_count and report.allocated_clusters == n_in_use:
         repairs.append(
             Repair(
                 f"the header counts {header.n_allocated} allocated blocks",
                 f"change the count to {n_in_use}",
                 writes=((layout.N_ALLOCATED_OFFSET, layout.COUNT.pack(n_in_use)),),
+                is_leak=not is_harmful,
             )
         )
     return repairs
@@ -95,8 +116,8 @@ def find_obstacles(file: ByteSource, header: VdiHeader, *, leaks_only: bool) -> 
     """Return why problems are not among the repairs, a line for each kind."""
     report = check(file, header)
     n_in_use = (report.image_end_offset - header.data_offset) // header.block_nbytes
-    has_wrong_count = report.allocated_clusters != header.n_allocated
-    if report.corruptions > has_wrong_count:
+    is_harmful = _is_count_harmful(header, report.allocated_clusters, n_in_use)
+    if report.corruptions > is_harmful:
         return [
             (
                 "blocks overlap or end past the end of the file: their data is lost already, and a "
@@ -104,13 +125,13 @@ def find_obstacles(file: ByteSource, header: VdiHeader, *, leaks_only: bool) -> 
             )
         ]
     obstacles = []
-    if has_wrong_count and report.allocated_clusters != n_in_use:
+    if is_harmful and report.allocated_clusters != n_in_use:
         obstacles.append(
             "the count of blocks: VirtualBox derives from it where the next block goes, and would "
             "overwrite one in use, because there are leaked blocks between them; imgcore convert "
             "writes an image without these"
         )
-    elif has_wrong_count and leaks_only:
+    elif is_harmful and leaks_only:
         obstacles.append("the count of blocks: -r all repairs this, -r leaks does not")
     if report.leaks:
         obstacles.append(

@@ -13,4 +13,5 @@ DRIVER: Final = Driver(
     writing="imgcore.formats.vdi.writer",
     rewriting="imgcore.formats.vdi.rewriter",
     reading_extents=("imgcore.formats.vdi.tables",),
+    updating="imgcore.formats.vdi.updater",
 )

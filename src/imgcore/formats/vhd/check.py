@@ -8,8 +8,10 @@ import numpy as np
 
 from imgcore.errors import LimitExceededError
 from imgcore.formats.api import Repair
+from imgcore.formats.shared.alignment import align_up
 from imgcore.formats.shared.check_report import CheckReport
 from imgcore.formats.vhd import layout
+from imgcore.formats.vhd.changes import are_of_one_change
 from imgcore.formats.vhd.header import parent_texts
 from imgcore.formats.vhd.tables import read_bat
 from imgcore.limits import SECTOR_NBYTES, VHD_MAX_CHECKED_BLOCKS
@@ -62,10 +64,9 @@ def find_repairs(file: ByteSource, header: VhdHeader) -> list[Repair]:
     There are none if blocks overlap each other or tables, because a repair could then
     overwrite guest data.
     """
-    report = CheckReport()
     if header.dynamic is None:
         return []
-    _BlockCheck(report, file, header).run()
+    report = verify_blocks(file, header)
     if report.corruptions:
         return []
     end, copy = header.end, header.copy
@@ -97,8 +98,7 @@ def find_obstacles(file: ByteSource, header: VhdHeader, *, leaks_only: bool) -> 
     """Return why problems are not among the repairs, a line for each kind."""
     if header.dynamic is None:
         return ["a fixed disk has one footer only, and no copy to restore it from"]
-    headers, blocks = CheckReport(), CheckReport()
-    _BlockCheck(blocks, file, header).run()
+    headers, blocks = CheckReport(), verify_blocks(file, header)
     if blocks.corruptions:
         return [
             (
@@ -148,7 +148,7 @@ def _check_footers(report: CheckReport, file: ByteSource, header: VhdHeader) -> 
         for place in (header.end, header.copy)
         if place is not None and place.problem is None
     ]
-    if len(set(sound)) > 1:
+    if len(set(sound)) > 1 and not are_of_one_change(*sound):
         report.corruption("the footer and its copy at the start differ")
     if header.dynamic is None and header.footer.data_offset != layout.NO_OFFSET:
         report.corruption(
@@ -173,6 +173,49 @@ def _check_header(report: CheckReport, file: ByteSource, header: VhdHeader) -> N
         )
     for problem in parent_texts(file, header)[1]:
         report.corruption(problem.reason)
+
+
+def verify_blocks(file: ByteSource, header: VhdHeader) -> CheckReport:
+    """Check the BAT and the batmap of an image, but not its headers."""
+    report = CheckReport()
+    _BlockCheck(report, file, header).run()
+    return report
+
+
+def metadata(file: ByteSource, header: VhdHeader) -> list[tuple[int, int, str]]:
+    """Return (start, end, name) of everything except blocks; bytes."""
+    parts = header.structures
+    parts += [
+        (entry.data_offset, entry.data_offset + entry.data_nbytes, "a parent locator")
+        for entry in header.locators
+        if entry.data_nbytes
+    ]
+    batmap = find_batmap(file, header)
+    if batmap is not None:
+        offset, nbytes, _ = batmap
+        parts.append((_batmap_header_offset(header), offset + nbytes, "the batmap"))
+    return parts
+
+
+def find_batmap(file: ByteSource, header: VhdHeader) -> tuple[int, int, int] | None:
+    """Return (offset, bytes, checksum) of XenServer's batmap, or None."""
+    offset = _batmap_header_offset(header)
+    if not header.footer.creator.startswith(b"tap"):
+        return None
+    if offset + layout.BATMAP.size > file.nbytes:
+        return None
+    cookie, place, n_sectors, _, checksum = layout.BATMAP.unpack(
+        file.pread(offset, layout.BATMAP.size)
+    )
+    if cookie != layout.BATMAP_COOKIE:
+        return None
+    return place, n_sectors * SECTOR_NBYTES, checksum
+
+
+def _batmap_header_offset(header: VhdHeader) -> int:
+    assert header.dynamic is not None
+    table_nbytes = header.dynamic.max_table_entries * layout.ENTRY_NBYTES
+    return header.dynamic.table_offset + align_up(table_nbytes, SECTOR_NBYTES)
 
 
 class _BlockCheck:
@@ -233,41 +276,8 @@ class _BlockCheck:
             sectors[first:last] = raw.view(">u4")
         return sectors
 
-    def _metadata(self) -> list[tuple[int, int, str]]:
-        """Return (start, end, name) of everything except blocks; bytes."""
-        parts = self._header.structures
-        parts += [
-            (entry.data_offset, entry.data_offset + entry.data_nbytes, "a parent locator")
-            for entry in self._header.locators
-            if entry.data_nbytes
-        ]
-        batmap = self._find_batmap()
-        if batmap is not None:
-            offset, nbytes, _ = batmap
-            parts.append((self._batmap_header_offset, offset + nbytes, "the batmap"))
-        return parts
-
-    @property
-    def _batmap_header_offset(self) -> int:
-        table_nbytes = self._dynamic.max_table_entries * layout.ENTRY_NBYTES
-        return self._dynamic.table_offset + -(-table_nbytes // SECTOR_NBYTES) * SECTOR_NBYTES
-
-    def _find_batmap(self) -> tuple[int, int, int] | None:
-        """Return (offset, bytes, checksum) of XenServer's batmap, or None."""
-        offset = self._batmap_header_offset
-        if not self._header.footer.creator.startswith(b"tap"):
-            return None
-        if offset + layout.BATMAP.size > self._file.nbytes:
-            return None
-        cookie, place, n_sectors, _, checksum = layout.BATMAP.unpack(
-            self._file.pread(offset, layout.BATMAP.size)
-        )
-        if cookie != layout.BATMAP_COOKIE:
-            return None
-        return place, n_sectors * SECTOR_NBYTES, checksum
-
     def _check_batmap(self, sectors: Sectors) -> None:
-        batmap = self._find_batmap()
+        batmap = find_batmap(self._file, self._header)
         if batmap is None:
             return
         offset, nbytes, checksum = batmap
@@ -309,7 +319,7 @@ class _BlockCheck:
             (f"{block(i + 1)} overlaps block {numbers[i]}" for i in _first(overlaps)),
         )
         data_start = 0
-        for first, end, what in self._metadata():
+        for first, end, what in metadata(self._file, self._header):
             low = int(np.searchsorted(ends, first // SECTOR_NBYTES, side="right"))
             high = int(np.searchsorted(starts, -(-end // SECTOR_NBYTES), side="left"))
             self._report.corruptions_among(

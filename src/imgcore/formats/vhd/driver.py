@@ -15,4 +15,5 @@ DRIVER: Final = Driver(
     rewriting="imgcore.formats.vhd.rewriter",
     read_options=ReadOptions,
     reading_extents=("imgcore.formats.vhd.tables",),
+    updating="imgcore.formats.vhd.updater",
 )

@@ -355,7 +355,7 @@ def _refuse_truncated(file: ByteSource, header: VhdHeader) -> None:
                 )
 
 
-def _stated_size(file: ByteSource, footer: Footer, size: str | None) -> VirtualSize:
+def stated_size(footer: Footer, size: str | None = None) -> VirtualSize:
     """Return the size that the footer's creator means, or that the caller chooses."""
     by_geometry = chs_nbytes(footer)
     if by_geometry in (0, layout.MAX_CHS_NSECTORS * SECTOR_NBYTES):
@@ -364,13 +364,17 @@ def _stated_size(file: ByteSource, footer: Footer, size: str | None) -> VirtualS
         choice = (size, "option")
     else:
         choice = ("chs" if footer.creator in layout.CHS_CREATORS else "current", "creator")
-    nbytes = by_geometry if choice[0] == "chs" else footer.current_size
-    if nbytes % SECTOR_NBYTES:
+    return VirtualSize(by_geometry if choice[0] == "chs" else footer.current_size, *choice)
+
+
+def _stated_size(file: ByteSource, footer: Footer, size: str | None) -> VirtualSize:
+    stated = stated_size(footer, size)
+    if stated.nbytes % SECTOR_NBYTES:
         raise CorruptImageError(
-            f"the footer states {nbytes} bytes, which is not a multiple of {SECTOR_NBYTES}",
+            f"the footer states {stated.nbytes} bytes, which is not a multiple of {SECTOR_NBYTES}",
             path=file.path,
         )
-    return VirtualSize(nbytes, *choice)
+    return stated
 
 
 def _fixed_size(

@@ -88,6 +88,7 @@ class VhdReader:
         dynamic = self.header.dynamic
         self.block_nbytes: int = SECTOR_NBYTES if dynamic is None else dynamic.block_nbytes
         self.sources: tuple[SourceFile] = (SourceFile(file),)
+        self._footer_moves = False
         self._tables: ExtentTables | FlatExtents | None = None
         if dynamic is None:
             end = self.header.end
@@ -116,8 +117,14 @@ class VhdReader:
         if self._tables is None:
             from imgcore.formats.vhd.tables import ExtentTables
 
-            self._tables = ExtentTables(self._file, self.header, self._damage)
+            self._tables = ExtentTables(
+                self._file, self.header, self._damage, footer_moves=self._footer_moves
+            )
         return self._tables.extents(start, length)
+
+    def let_footer_move(self) -> None:
+        """Expect blocks where the footer is now: the image is written in place."""
+        self._footer_moves = True
 
     def info(self) -> dict[str, Any]:
         """Return the fields of the footer and the headers."""

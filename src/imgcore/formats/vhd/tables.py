@@ -74,9 +74,18 @@ class ExtentTables:
 
     An absent block is a HOLE.  An absent sector of a present block is a HOLE in a
     differencing disk, where the parent has its content, and ZERO in a dynamic disk.
+
+    With ``footer_moves``, blocks may be where the footer was when the image was opened.
     """
 
-    def __init__(self, file: ByteSource, header: VhdHeader, damage: Damage = STRICT) -> None:
+    def __init__(
+        self,
+        file: ByteSource,
+        header: VhdHeader,
+        damage: Damage = STRICT,
+        *,
+        footer_moves: bool = False,
+    ) -> None:
         assert header.dynamic is not None
         self._file = file
         self._damage = damage
@@ -86,7 +95,7 @@ class ExtentTables:
         self._block_nbytes = header.dynamic.block_nbytes
         self._bitmap_nbytes = header.bitmap_nbytes
         self._structures = header.structures
-        if header.end is not None and header.end.problem is None:
+        if header.end is not None and header.end.problem is None and not footer_moves:
             self._structures.append((header.end.offset, file.nbytes, "the footer"))
         self._format = table_format(self._block_nbytes, self._bitmap_nbytes)
         blocks_nbytes = header.n_blocks * (self._block_nbytes + self._bitmap_nbytes)

@@ -19,7 +19,8 @@ from imgcore.formats.shared.alignment import align_up
 from imgcore.formats.shared.flat_writer import FlatWriter, flat_geometry
 from imgcore.formats.shared.write_checks import zero_policy
 from imgcore.formats.vhd import layout
-from imgcore.formats.vhd.header import bitmap_nbytes, checksum
+from imgcore.formats.vhd.changes import with_checksum
+from imgcore.formats.vhd.header import bitmap_nbytes
 from imgcore.formats.vhd.layout import DiskType, DynamicHeader, Footer, Locator
 from imgcore.formats.vhd.options import Options, WriteOptions
 from imgcore.limits import SECTOR_NBYTES
@@ -90,12 +91,24 @@ def make_footer(options: WriteOptions) -> bytes:
         saved_state=0,
     )
     raw = layout.FOOTER.pack(*footer).ljust(layout.FOOTER_NBYTES, b"\0")
-    return _with_checksum(raw, layout.FOOTER_CHECKSUM_OFFSET)
+    return with_checksum(raw, layout.FOOTER_CHECKSUM_OFFSET)
 
 
-def _with_checksum(raw: bytes, offset: int) -> bytes:
-    value = checksum(raw, offset).to_bytes(4, "big")
-    return raw[:offset] + value + raw[offset + 4 :]
+def make_batmap_header(offset: int, batmap: bytes) -> bytes:
+    """Return the header at a host offset of the batmap that follows it."""
+    header = layout.BATMAP.pack(
+        layout.BATMAP_COOKIE,
+        offset + SECTOR_NBYTES,
+        len(batmap) // SECTOR_NBYTES,
+        layout.BATMAP_VERSION,
+        ~sum(batmap) & 0xFFFFFFFF,
+    )
+    return header.ljust(SECTOR_NBYTES, b"\0")
+
+
+def batmap_nbytes(n_blocks: int) -> int:
+    """Return the bytes of a batmap, without its header."""
+    return max(SECTOR_NBYTES, align_up(-(-n_blocks // 8), SECTOR_NBYTES))
 
 
 class FixedWriter(FlatWriter):
@@ -127,7 +140,7 @@ class BlockLayout:
         self.batmap_offset: int = end
         self.batmap_nbytes: int = 0
         if options.batmap:
-            self.batmap_nbytes = max(SECTOR_NBYTES, align_up(-(-self.n_blocks // 8), SECTOR_NBYTES))
+            self.batmap_nbytes = batmap_nbytes(self.n_blocks)
             end += SECTOR_NBYTES + self.batmap_nbytes
         self.locators: list[tuple[Locator, bytes]] = []
         if options.parent is not None:
@@ -223,14 +236,8 @@ class BlockWriter:
         n_blocks, parts = self._layout.n_blocks, self._layout
         present = self._table.view(">u4")[:n_blocks] != layout.ENTRY_ABSENT
         batmap = np.packbits(present).tobytes().ljust(parts.batmap_nbytes, b"\0")
-        header = layout.BATMAP.pack(
-            layout.BATMAP_COOKIE,
-            parts.batmap_offset + SECTOR_NBYTES,
-            parts.batmap_nbytes // SECTOR_NBYTES,
-            layout.BATMAP_VERSION,
-            ~sum(batmap) & 0xFFFFFFFF,
-        )
-        return header.ljust(SECTOR_NBYTES, b"\0") + batmap
+        header = make_batmap_header(parts.batmap_offset, batmap)
+        return header + batmap
 
     def _make_header(self) -> bytes:
         parent = self._options.parent
@@ -249,4 +256,4 @@ class BlockWriter:
         )
         locators = b"".join(layout.LOCATOR.pack(*entry) for entry, _ in self._layout.locators)
         raw = (layout.HEADER.pack(*header) + locators).ljust(layout.HEADER_NBYTES, b"\0")
-        return _with_checksum(raw, layout.HEADER_CHECKSUM_OFFSET)
+        return with_checksum(raw, layout.HEADER_CHECKSUM_OFFSET)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
+from imgcore.errors import CorruptImageError
 from imgcore.formats.shared.check_report import CheckReport
 from imgcore.formats.shared.leaked_space import LeakedSpace
 from imgcore.formats.vmdk.layout import (
@@ -38,6 +39,8 @@ _CHUNK_TABLES: Final = 256
 # Regions that are sorted at once: 32 MiB.  The file is checked in windows that hold no
 # more regions than this, so that memory does not grow with the file.
 _MAX_REGIONS: Final = 1 << 22
+# Gaps that a survey keeps; others are not used again.
+_MAX_GAPS: Final = 1 << 16
 # A region is one number: the first sector in the upper bits, the length in the lower.
 _LENGTH_BITS: Final = 32
 
@@ -68,6 +71,35 @@ def check_extents(path: str, extents: Sequence[DiskExtent]) -> CheckReport:
         if item.sparse is not None:
             _ExtentCheck(report, item.sparse, item.nbytes).run()
     return report
+
+
+class SpaceSurvey(NamedTuple):
+    """The space of a sparse extent's file, in sectors.
+
+    Attributes
+    ----------
+    first : int
+        Where the first structure after the header starts.
+    end : int
+        From here on nothing is used.
+    gaps : list of (int, int)
+        The parts [start, stop) before the end that nothing uses, ascending.  They come
+        after the metadata at the file's start, and have room for a grain.
+    """
+
+    first: int
+    end: int
+    gaps: list[tuple[int, int]]
+
+
+def survey_space(extent: SparseExtent, guest_nbytes: int) -> SpaceSurvey:
+    """Find the unused space of an extent whose grains are not compressed.
+
+    CorruptImageError if a table or grain is outside the file, or overlaps another.
+    """
+    survey = _Survey(extent, guest_nbytes)
+    survey.run()
+    return survey.found()
 
 
 class _ExtentCheck:
@@ -167,7 +199,11 @@ class _ExtentCheck:
         return n_overlaps == 0
 
     def _compare_redundant(self) -> None:
-        """Report tables that differ between the two directories."""
+        """Report tables that differ between the two directories.
+
+        Nobody reads the redundant ones while the others are sound.  A writer that was
+        interrupted may have left them behind.
+        """
         extent = self._extent
         pairs = zip(
             self._directory_pieces(extent.gd_offset),
@@ -184,10 +220,13 @@ class _ExtentCheck:
                 shape = (len(chunk), extent.n_gtes_per_gt)
                 ours = read_tables(extent, primary[chunk], first).reshape(shape)
                 theirs = read_tables(extent, redundant[chunk], first).reshape(shape)
-                bad = chunk[(ours != theirs).any(axis=1)]
-                self._corruptions(
-                    len(bad),
-                    (f"redundant grain table {first + i} differs" for i in bad.tolist()),
+                stale = chunk[(ours != theirs).any(axis=1)]
+                self._report.leaks_among(
+                    len(stale),
+                    (
+                        f"{self._name}: redundant grain table {first + i} differs, and is not read"
+                        for i in stale.tolist()
+                    ),
                 )
 
     def _entries(self) -> Iterator[tuple[Sectors, Sectors]]:
@@ -359,3 +398,35 @@ class _ExtentCheck:
         n_grains = self._leaked.n_units(start * SECTOR_NBYTES, stop * SECTOR_NBYTES)
         if n_grains:
             self._report.leak(f"{self._name}: {n_grains} grains from sector {start} on", n_grains)
+
+
+class _Survey(_ExtentCheck):
+    """Finds the gaps between what the check finds to be used."""
+
+    def __init__(self, extent: SparseExtent, guest_nbytes: int) -> None:
+        super().__init__(CheckReport(), extent, guest_nbytes)
+        self._gaps: list[tuple[int, int]] = []
+        self._first = self._file_nsectors
+
+    def found(self) -> SpaceSurvey:
+        if self._report.corruptions:
+            problem = self._report.first_corruption.removeprefix(f"{self._name}: ")
+            raise CorruptImageError(
+                f"is not written to, because its tables are damaged: {problem}", path=self._name
+            )
+        # The last one may be what follows the end.
+        end = self._end_nsectors
+        return SpaceSurvey(self._first, end, [gap for gap in self._gaps if gap[1] <= end])
+
+    def _compare_redundant(self) -> None:
+        pass
+
+    def _check_regions(self, regions: NDArray[np.uint64]) -> None:
+        if not self._end_nsectors and len(regions) > 1:
+            self._first = int(regions[1]) >> _LENGTH_BITS
+        super()._check_regions(regions)
+
+    def _count_leak(self, start: int, stop: int) -> None:
+        start = max(start, self._extent.overhead // SECTOR_NBYTES)
+        if start < stop and len(self._gaps) < _MAX_GAPS:
+            self._gaps.append((start, stop))

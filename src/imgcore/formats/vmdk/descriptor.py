@@ -142,7 +142,7 @@ def descriptor_without_parent(nbytes: int) -> Descriptor:
 
 def _lines(text: bytes, path: str) -> Iterator[tuple[int, str]]:
     """Yield number and text of each line that is not empty and not a comment."""
-    encoding = _encoding(text)
+    encoding = encoding_of(text)
     for number, raw in enumerate(re.split(rb"\r\n|\n|\r", text), 1):
         if len(raw) > VMDK_MAX_DESCRIPTOR_LINE_NBYTES:
             raise LimitExceededError(
@@ -155,7 +155,7 @@ def _lines(text: bytes, path: str) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def _encoding(text: bytes) -> str:
+def encoding_of(text: bytes) -> str:
     """Return the stated code page, or UTF-8 if it is missing or unknown.
 
     The caller decodes invalid bytes to surrogates, so that file names keep their bytes.
@@ -267,7 +267,7 @@ def compose_descriptor(
     bytes
         UTF-8; lines end with a line feed.
     """
-    cylinders, heads, sectors = _disk_geometry(n_sectors, database.adapter_type)
+    cylinders, heads, sectors = disk_geometry(n_sectors, database.adapter_type)
     # Only disks with large sectors need the key, which some readers might not expect.
     large_sectors = (
         (f'ddb.logicalSectorSize = "{database.logical_sector_nbytes}"',)
@@ -302,7 +302,7 @@ def compose_descriptor(
     return "\n".join(lines).encode("utf-8")
 
 
-def _disk_geometry(n_sectors: int, adapter_type: str) -> tuple[int, int, int]:
+def disk_geometry(n_sectors: int, adapter_type: str) -> tuple[int, int, int]:
     """Return cylinders, heads and sectors as VMware computes them."""
     gib_nsectors = (1 << 30) // SECTOR_NBYTES
     if adapter_type == "ide":

@@ -18,6 +18,7 @@ DRIVER: Final = Driver(
     reading="imgcore.formats.vmdk.reader",
     writing="imgcore.formats.vmdk.writer",
     rewriting="imgcore.formats.vmdk.rewriter",
+    updating="imgcore.formats.vmdk.updater",
     reading_extents=(
         "imgcore.formats.vmdk.stream_grains",
         "imgcore.formats.vmdk.stream_layout",

@@ -22,6 +22,8 @@ SESPARSE_MAGIC: Final = b"\xbe\xba\xfe\xca\x00\x00\x00\x00"
 # compressAlgorithm
 SPARSE_HEADER: Final = struct.Struct("<4sIIQQQQIQQQB4sH")
 HEADER_NBYTES: Final = 512
+# uncleanShutdown.
+UNCLEAN_OFFSET: Final = 72
 
 # The grain directory follows the grains; the footer has its offset.
 GD_AT_END: Final = (1 << 64) - 1

@@ -89,6 +89,8 @@ class VmdkReader:
     is_flat: ClassVar[bool] = False
 
     def __init__(self, file: ByteSource, gate: ReferenceGate, damage: Damage = STRICT) -> None:
+        # The descriptor's file, or the only extent.
+        self.file = file
         self._path = file.path
         self._damage = damage
         self._opened = ExitStack()
@@ -122,6 +124,13 @@ class VmdkReader:
     def logical_sector_nbytes(self) -> int:
         """The logical sector size, 512 bytes unless the descriptor states another."""
         return self.descriptor.logical_sector_nbytes
+
+    def raw_descriptor(self) -> tuple[bytes | None, int]:
+        """Return the descriptor as it is in `file`, and where; None without one."""
+        sparse = self._extents[0].sparse
+        if sparse is None or sparse.file is not self.file:
+            return self.file.pread(0, self.file.nbytes), 0
+        return read_embedded_descriptor(sparse), sparse.descriptor_offset
 
     @property
     def sources(self) -> Sequence[SourceFile]:

@@ -1,13 +1,13 @@
-"""Finds images that name an image, before it changes its format.
+"""Finds the images that name an image, before it changes.
 
 A child states the format of its parent, and a descriptor that of the file of its disk.
-With another one, they would read wrong bytes.
+If they change, it reads wrong bytes.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
@@ -18,7 +18,7 @@ from imgcore.files.identity import named_identity
 from imgcore.files.reference_gate import ReferenceGate
 from imgcore.formats.registry import format_names, get_driver, probe
 from imgcore.limits import KIB, MAX_SEARCHED_FILES
-from imgcore.log import silenced
+from imgcore.log import log, silenced
 
 if TYPE_CHECKING:
     from imgcore.disk.image import Image
@@ -42,29 +42,84 @@ def refuse_children(image: Image, allow: Sequence[str]) -> None:
     -----
     The names in images are compared; no file is opened that only an image names.
     """
-    own = {file.identity for file in image.every_file()}
-    files: list[str] = []
-    names: set[str] = set()
-    for folder in dict.fromkeys((os.path.dirname(image.path) or ".", *allow)):
-        for path, identity in _files(folder):
-            if identity in own:
-                names.add(os.path.basename(path))
-            else:
-                files.append(path)
-        if len(files) > MAX_SEARCHED_FILES:
-            raise LimitExceededError(
-                f"more than {MAX_SEARCHED_FILES} files are beside it, any of which may be its "
-                "child: move it to another folder first",
-                path=image.path,
-            )
-    with silenced():
-        child = next((path for path in files if _is_child(path, image, own, names)), None)
+    children = _children(image, allow)
+    if children is None:
+        raise LimitExceededError(
+            f"more than {MAX_SEARCHED_FILES} files are beside it, any of which may be its "
+            "child: move it to another folder first",
+            path=image.path,
+        )
+    child = next(children, None)
     if child is not None:
         raise UnsupportedFeatureError(
             f"is the parent of {child}, or holds its disk, and that states its format: "
             "imgcore convert makes one image of both",
             path=image.path,
         )
+
+
+def warn_about_children(
+    image: Image, allow: Sequence[str], *, but: Collection[Identity] = ()
+) -> None:
+    """Log a warning if files beside an image have it as their parent: it changes.
+
+    Parameters
+    ----------
+    image : Image
+    allow : sequence of str
+        Further folders that are searched.
+    but : collection of Identity
+        Files that may depend on it.
+    """
+    children = _children(image, allow, but)
+    if children is None:
+        log.warning(
+            "%s: more than %d files are beside it, any of which may be its child; they were "
+            "not searched",
+            image.path,
+            MAX_SEARCHED_FILES,
+        )
+    elif names := list(children):
+        text = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more files"
+        log.warning(
+            "%s: is the parent of %s, and changes: what depends on it reads other data then, or "
+            "is refused",
+            image.path,
+            text,
+        )
+
+
+def _children(
+    image: Image, allow: Sequence[str], but: Collection[Identity] = ()
+) -> Iterator[str] | None:
+    """Return the files in the image's folder that name it; None if there are too many.
+
+    An image that was given by its descriptor has no folder.
+    """
+    folder = image.files[0].folder
+    own = {file.identity for file in image.every_file()}
+    files: list[str] = []
+    names: set[str] = set()
+    folders = () if folder is None else (os.path.dirname(image.path) or ".",)
+    for searched in dict.fromkeys((*folders, *allow)):
+        for path, identity in _files(searched):
+            if identity in own:
+                names.add(os.path.basename(path))
+            elif identity not in but:
+                files.append(path)
+        if len(files) > MAX_SEARCHED_FILES:
+            return None
+    return _naming(image, files, own, names)
+
+
+def _naming(
+    image: Image, files: Iterable[str], own: set[Identity], names: set[str]
+) -> Iterator[str]:
+    for path in files:
+        with silenced():
+            is_child = _is_child(path, image, own, names)
+        if is_child:
+            yield path
 
 
 def _files(folder: str) -> Iterator[tuple[str, Identity]]:

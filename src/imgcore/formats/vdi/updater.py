@@ -1,0 +1,393 @@
+"""VDI: writing in place.
+
+The block map numbers *slots*, places for a block that follow each other.  VirtualBox
+and QEMU put a new block into the slot whose number is the count of allocated blocks in
+the header.  So the count is durable before an entry that needs it, and no slot is left
+unused in the end.
+
+Source: VirtualBox src/VBox/Storage/VDICore.h, VDI.cpp.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, cast
+from uuid import UUID, uuid4
+
+import numpy as np
+
+from imgcore.errors import CorruptImageError, LimitExceededError, OptionError
+from imgcore.files.update_file import Step
+from imgcore.formats.api import Place
+from imgcore.formats.shared.alignment import align_up
+from imgcore.formats.shared.free_space import FreeSpace
+from imgcore.formats.shared.moving import copy_block, moves_into_gaps
+from imgcore.formats.vdi import layout
+from imgcore.formats.vdi.check import check
+from imgcore.formats.vdi.header import read_header
+from imgcore.formats.vdi.layout import HeaderFields, ImageType
+from imgcore.formats.vdi.tables import read_map
+from imgcore.limits import SECTOR_NBYTES, VDI_MAX_DATA_OFFSET, VDI_MAX_REWRITTEN_BLOCKS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from imgcore.files.update_file import UpdateFile
+    from imgcore.formats.api import BackingReference
+    from imgcore.formats.vdi.reader import VdiReader
+
+# Unused slots of an image that are filled; an interrupted writer leaves few.
+_MAX_GAPS: Final = 1024
+
+
+def prepare(_file: UpdateFile) -> None:
+    """Do nothing: an interrupted writer leaves no more than unused slots."""
+
+
+def updater_for(reader: VdiReader, _has_parent: bool) -> VdiUpdater:
+    """Return what changes an image; see `imgcore.formats.api.Driver`."""
+    return VdiUpdater(reader)
+
+
+class VdiUpdater:
+    """Changes a dynamic, fixed or differencing image.
+
+    Blocks that read as zeros keep their slots, and give back the space of these.
+    """
+
+    def __init__(self, reader: VdiReader) -> None:
+        self._file = cast("UpdateFile", reader.sources[0].file)
+        self._header = reader.header
+        self._is_child = reader.header.parent_uuid is not None
+        self._block_nbytes = reader.block_nbytes
+        self.granule_nbytes: int = reader.block_nbytes
+        self._verify()
+
+    def _verify(self) -> None:
+        """Raise unless no block is in the way of another, or of the map."""
+        if self._header.n_blocks > VDI_MAX_REWRITTEN_BLOCKS:
+            raise LimitExceededError(
+                f"a block map of {self._header.n_blocks} entries, at most "
+                f"{VDI_MAX_REWRITTEN_BLOCKS} are written in place",
+                path=self._file.path,
+            )
+        report = check(self._file, self._header)
+        if report.corruptions:
+            raise CorruptImageError(
+                f"{report.first_corruption}: it is not written to", path=self._file.path
+            )
+
+    # -- slots -------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Find the free slots, and change the modification UUID; see `Updater`.
+
+        An interrupted writer may have counted slots that it did not refer to.
+        """
+        entries = self._entries()
+        used = np.sort(entries[entries < layout.BLOCK_ZERO].astype(np.int64))
+        end = int(used[-1]) + 1 if len(used) else 0
+        self._space = FreeSpace(self._offset_of(end), self._block_nbytes)
+        for gap in _unused(used, _MAX_GAPS):
+            self._space.give_back(self._offset_of(gap))
+        self._put_header(
+            self._fields()._replace(n_allocated=end, modification_uuid=uuid4().bytes_le)
+        )
+        self._count = end
+        self._file.cut(self._offset_of(end))
+
+    def _entries(self) -> NDArray[np.uint32]:
+        pieces = read_map(self._file, self._header, 0, self._header.n_blocks)
+        return np.concatenate([entries for _, entries in pieces] or [np.empty(0, "<u4")])
+
+    def _offset_of(self, slot: int) -> int:
+        return self._header.data_offset + slot * self._block_nbytes
+
+    def _slot_at(self, host_offset: int) -> int:
+        return (host_offset - self._header.data_offset) // self._block_nbytes
+
+    def _take(self, block: int) -> int:
+        """Return the host offset of a slot of zeros for a block of the disk."""
+        before = self._entry(block - 1) if block else layout.BLOCK_FREE
+        after = self._offset_of(before + 1) if before < layout.BLOCK_ZERO else None
+        end = self._space.end
+        offset = self._space.take(after)
+        try:
+            if offset < end or self._file.is_block_device:
+                self._file.zero(offset, self._block_nbytes)
+            self._file.grow(offset + self._block_nbytes)
+        except BaseException:
+            self._space.give_back(offset)
+            raise
+        return offset
+
+    # -- the header and the map --------------------------------------------------------
+
+    def _fields(self) -> HeaderFields:
+        raw = self._file.pread(layout.PRE_HEADER.size, layout.HEADER.size)
+        return HeaderFields._make(layout.HEADER.unpack(raw))
+
+    def _put_header(self, fields: HeaderFields, step: Step = Step.ALLOCATION) -> None:
+        """Change the header, which is in one sector."""
+        self._file.put(layout.PRE_HEADER.size, layout.HEADER.pack(*fields), step)
+        self._header = read_header(self._file)
+
+    def _count_at_least(self, n_slots: int) -> None:
+        """Let the header count so many blocks before entries refer to them."""
+        if n_slots > self._count:
+            self._count = n_slots
+            self._file.put(layout.N_ALLOCATED_OFFSET, layout.COUNT.pack(n_slots), Step.ALLOCATION)
+
+    def _entry_offset(self, block: int) -> int:
+        return self._header.map_offset + block * layout.ENTRY_NBYTES
+
+    def _entry(self, block: int) -> int:
+        raw = self._file.pread(self._entry_offset(block), layout.ENTRY_NBYTES)
+        return int.from_bytes(raw, "little")
+
+    def _put_entry(self, block: int, entry: int) -> None:
+        raw = entry.to_bytes(layout.ENTRY_NBYTES, "little")
+        self._file.put(self._entry_offset(block), raw, Step.REFERENCE)
+
+    def _blocks(self, start: int, length: int) -> Iterator[tuple[int, int, int]]:
+        """Yield (block, start, end) for the parts of a range that are in one block."""
+        end = start + length
+        while start < end:
+            block = start // self._block_nbytes
+            stop = min(end, (block + 1) * self._block_nbytes)
+            yield block, start, stop
+            start = stop
+
+    # -- changes of content ------------------------------------------------------------
+
+    def place(self, start: int, length: int) -> list[Place]:
+        """Return where blocks go; see `imgcore.formats.api.Updater`."""
+        places: list[Place] = []
+        for block, first, end in self._blocks(start, length):
+            entry = self._entry(block)
+            is_new = entry >= layout.BLOCK_ZERO
+            offset = self._take(block) if is_new else self._offset_of(entry)
+            places.append(
+                Place(
+                    first,
+                    end - first,
+                    offset + first % self._block_nbytes,
+                    is_new=is_new,
+                    needs_all=self._is_child and entry == layout.BLOCK_FREE,
+                )
+            )
+        return places
+
+    def refer(self, places: Sequence[Place]) -> None:
+        """Count the slots, and enter them in the map; see `Updater`."""
+        self._count_at_least(max(self._slot_at(place.host_offset) for place in places) + 1)
+        for place in places:
+            self._put_entry(
+                place.guest_offset // self._block_nbytes, self._slot_at(place.host_offset)
+            )
+
+    def give_up(self, places: Sequence[Place]) -> None:
+        """Take back slots that were not written; see `imgcore.formats.api.Updater`."""
+        for place in places:
+            self._space.give_back(self._offset_of(self._slot_at(place.host_offset)))
+
+    def zero(self, start: int, length: int, *, unmap: bool) -> list[tuple[int, int]]:
+        """Punch holes in slots; what has none becomes a zero block; see `Updater`."""
+        rest: list[tuple[int, int]] = []
+        for block, first, end in self._blocks(start, length):
+            entry = self._entry(block)
+            if entry < layout.BLOCK_ZERO:
+                place = self._offset_of(entry) + first % self._block_nbytes
+                is_done = unmap and self._file.punch(place, end - first)
+            elif self._is_child and entry == layout.BLOCK_FREE:
+                stop = min((block + 1) * self._block_nbytes, self._header.virtual_size)
+                is_done = (first, end) == (block * self._block_nbytes, stop)
+                if is_done:
+                    self._put_entry(block, layout.BLOCK_ZERO)
+            else:
+                is_done = True
+            if not is_done:
+                rest.append((first, end - first))
+        return rest
+
+    def discard(self, start: int, length: int) -> None:
+        """Punch holes in slots; see `imgcore.formats.api.Updater`."""
+        for block, first, end in self._blocks(start, length):
+            entry = self._entry(block)
+            if entry < layout.BLOCK_ZERO:
+                place = self._offset_of(entry) + first % self._block_nbytes
+                self._file.punch(place, end - first)
+
+    def flush(self, *, is_unread: bool) -> None:
+        """Make the changes durable; see `imgcore.formats.api.Updater`."""
+        self._file.write_steps()
+        for offset in self._space.settle(is_unread=is_unread):
+            self._file.punch(offset, self._block_nbytes)
+
+    def finish(self) -> None:
+        """Move the last blocks into unused slots; see `imgcore.formats.api.Updater`.
+
+        The count is lowered once no entry needs it.
+        """
+        self._space.settle(is_unread=True)
+        entries = self._entries()
+        blocks = np.flatnonzero(entries < layout.BLOCK_ZERO)
+        owners = dict(zip(entries[blocks].tolist(), blocks.tolist(), strict=True))
+        moves = moves_into_gaps(owners, map(self._slot_at, self._space.free))
+        for source, target in moves:
+            self._copy(source, target)
+        for source, target in moves:
+            self._put_entry(owners[source], target)
+        self._file.write_steps()
+        for source, target in moves:
+            owners[target] = owners.pop(source)
+        end = max(owners, default=-1) + 1
+        if end != self._fields().n_allocated:
+            self._put_header(self._fields()._replace(n_allocated=end))
+            self._file.write_steps()
+        self._file.cut(self._offset_of(end))
+
+    def _copy(self, source: int, target: int) -> None:
+        copy_block(self._file, self._offset_of(source), self._offset_of(target), self._block_nbytes)
+
+    # -- changes of structure ----------------------------------------------------------
+
+    def resize(self, virtual_size: int) -> None:
+        """Change the header, and the map before; see `imgcore.formats.api.Updater`."""
+        header = self._header
+        if self._is_child:
+            raise OptionError(
+                "a differencing VDI has the size of its parent, so it is not resized",
+                path=self._file.path,
+            )
+        n_blocks = -(-virtual_size // self._block_nbytes)
+        if virtual_size > header.virtual_size:
+            self._zero_after_disk()
+            self._extend_map(n_blocks, virtual_size)
+        else:
+            self._put_header(self._fields()._replace(disk_nbytes=virtual_size), Step.REFERENCE)
+            self._file.write_steps()
+            self._free(n_blocks, header.n_blocks, layout.BLOCK_FREE)
+            self._file.write_steps()
+            self._put_header(self._fields()._replace(n_blocks=n_blocks))
+
+    def _zero_after_disk(self) -> None:
+        """Clear what blocks have after the end of the disk."""
+        size, n_blocks = self._header.virtual_size, self._header.n_blocks
+        for block, first, end in self._blocks(size, n_blocks * self._block_nbytes - size):
+            entry = self._entry(block)
+            if entry < layout.BLOCK_ZERO:
+                place = self._offset_of(entry) + first % self._block_nbytes
+                self._file.zero(place, end - first)
+
+    def _extend_map(self, n_blocks: int, virtual_size: int) -> None:
+        """Let the map have at least so many entries, and the disk its new size."""
+        if self._entry_offset(n_blocks) > self._header.data_offset:
+            self._move_map(n_blocks)
+        n_old = self._header.n_blocks
+        entries = np.full(max(n_blocks - n_old, 0), layout.BLOCK_FREE, dtype="<u4")
+        n_allocated = self._count
+        if self._header.image_type is ImageType.FIXED:
+            entries[:] = np.arange(n_allocated, n_allocated + len(entries))
+            n_allocated += len(entries)
+            self._space.end = self._offset_of(n_allocated)
+            self._file.grow(self._space.end)
+            self._count = n_allocated
+        self._file.put(self._entry_offset(n_old), entries.tobytes(), Step.NEW)
+        self._file.write_steps()
+        fields = self._fields()._replace(
+            disk_nbytes=virtual_size, n_blocks=max(n_blocks, n_old), n_allocated=n_allocated
+        )
+        self._put_header(fields, Step.REFERENCE)
+
+    def _move_map(self, n_blocks: int) -> None:
+        """Put the map where the first slots are; their blocks go to the end before.
+
+        The header then states at once where the map and the first slot are.
+        """
+        start = self._header.data_offset
+        map_nbytes = align_up(n_blocks * layout.ENTRY_NBYTES, SECTOR_NBYTES)
+        n_slots = -(-map_nbytes // self._block_nbytes)
+        data_offset = self._offset_of(n_slots)
+        if data_offset > VDI_MAX_DATA_OFFSET:
+            raise OptionError(
+                f"the map of {n_blocks} blocks would end after {VDI_MAX_DATA_OFFSET:#x}, where "
+                "the last first block of a VDI may be",
+                path=self._file.path,
+            )
+        self._empty_slots(n_slots)
+        entries = self._entries().copy()
+        entries[entries < layout.BLOCK_ZERO] -= n_slots
+        self._file.grow(data_offset)
+        self._file.pwrite(start, entries.tobytes())
+        self._file.sync()
+        self._count = max(self._count - n_slots, 0)
+        fields = self._fields()._replace(
+            map_offset=start, data_offset=data_offset, n_allocated=self._count
+        )
+        self._put_header(fields, Step.REFERENCE)
+        self._file.write_steps()
+
+    def _empty_slots(self, n_slots: int) -> None:
+        """Move the blocks in the first slots after the last one."""
+        entries = self._entries()
+        target = max(self._slot_at(self._space.end), n_slots)
+        for block in np.flatnonzero(entries < n_slots).tolist():
+            self._file.grow(self._offset_of(target + 1))
+            self._copy(int(entries[block]), target)
+            self._count_at_least(target + 1)
+            self._put_entry(block, target)
+            target += 1
+        self._file.write_steps()
+        free = [offset for offset in self._space.free if self._slot_at(offset) >= n_slots]
+        self._space = FreeSpace(self._offset_of(target), self._block_nbytes)
+        for offset in free:
+            self._space.give_back(offset)
+
+    def _free(self, first: int, last: int, entry: int) -> None:
+        """Take the slots of blocks [first, last), whose entries change."""
+        for block in range(first, last):
+            old = self._entry(block)
+            if old != entry:
+                self._put_entry(block, entry)
+            if old < layout.BLOCK_ZERO:
+                self._space.release(self._offset_of(old))
+
+    def drop(self, start: int, length: int) -> None:
+        """Free blocks; see `imgcore.formats.api.Rebasable`."""
+        first, last = start // self._block_nbytes, -(-(start + length) // self._block_nbytes)
+        self._free(first, last, layout.BLOCK_FREE)
+
+    def set_backing(self, reference: BackingReference | None) -> None:
+        """Change the parent's UUIDs; see `imgcore.formats.api.Rebasable`."""
+        fields = self._fields()
+        if reference is None:
+            null = layout.NULL_UUID
+            kind, parent, modification = ImageType.NORMAL, null, null
+        elif reference.format != "vdi":
+            raise OptionError(
+                f"the parent of a VDI must be a VDI, not {reference.format}", path=self._file.path
+            )
+        elif fields.image_type == ImageType.FIXED:
+            raise OptionError("a fixed VDI cannot have a parent", path=self._file.path)
+        else:
+            known = reference.identities
+            kind = ImageType.DIFF
+            parent = UUID(known[layout.IDENTITY_UUID]).bytes_le
+            modification = UUID(known[layout.IDENTITY_MODIFICATION]).bytes_le
+        self._put_header(
+            fields._replace(
+                image_type=kind, parent_uuid=parent, parent_modification_uuid=modification
+            ),
+            Step.REFERENCE,
+        )
+
+
+def _unused(used: NDArray[np.int64], at_most: int) -> list[int]:
+    """Return numbers that are not among ascending ones, below the last of them."""
+    before = np.concatenate(([-1], used[:-1])) if len(used) else used
+    found: list[int] = []
+    for at in np.flatnonzero(used - before > 1).tolist():
+        found += range(int(before[at]) + 1, int(used[at]))[: at_most - len(found)]
+    return found

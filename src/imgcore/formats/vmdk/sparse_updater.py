@@ -1,0 +1,338 @@
+"""Write in place to a sparse extent: grains are added at its file's end.
+
+Source: Virtual Disk Format 5.0, "Hosted Sparse Extents".
+
+A table entry is durable only after its grain.  Both copies of a table change in the
+same step: readers use the primary one, and what the other one has after a crash is
+sound, too, because a grain that it refers to is used again only later.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, Final, cast
+
+from imgcore.files.update_file import Step
+from imgcore.formats.api import Place
+from imgcore.formats.shared.alignment import align_up
+from imgcore.formats.shared.free_space import FreeSpace
+from imgcore.formats.vmdk.check import survey_space
+from imgcore.formats.vmdk.layout import (
+    ENTRY_ABSENT,
+    ENTRY_NBYTES,
+    ENTRY_ZEROED,
+    UNCLEAN_OFFSET,
+)
+from imgcore.formats.vmdk.sparse_structures import too_large
+from imgcore.formats.vmdk.table_size import refuse_contradicting_tables
+from imgcore.limits import SECTOR_NBYTES, VMDK_MAX_SPARSE_FILE_NBYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from imgcore.files.update_file import UpdateFile
+    from imgcore.formats.vmdk.check import SpaceSurvey
+    from imgcore.formats.vmdk.header import SparseExtent
+
+# Free grains that are known when an image is opened; others are not used again.
+_MAX_FREE: Final = 1 << 16
+
+
+class SparseUpdater:
+    """Changes a sparse extent; guest offsets count from its start.
+
+    Parameters
+    ----------
+    extent : SparseExtent
+        Its grains are not compressed.
+    nbytes : int
+        How much of it the disk uses.
+    has_parent : bool
+        Whether what is absent may come from a parent.
+
+    Raises
+    ------
+    CorruptImageError
+        A table or grain is outside the file, or overlaps another one.
+    """
+
+    def __init__(self, extent: SparseExtent, nbytes: int, *, has_parent: bool) -> None:
+        refuse_contradicting_tables(extent)
+        survey = survey_space(extent, nbytes)
+        self.extent = extent
+        self.nbytes = nbytes
+        self.file: UpdateFile = cast("UpdateFile", extent.file)
+        self.granule_nbytes: int = extent.grain_nbytes
+        self.first_used: int = survey.first * SECTOR_NBYTES
+        self.space = _free_space(survey, extent.grain_nbytes)
+        self._has_parent = has_parent
+        # Whether a grain can be freed: what it leaves must not be the parent's.
+        self._free_entry = (
+            (ENTRY_ZEROED if extent.has_zeroed_grains else None) if has_parent else ENTRY_ABSENT
+        )
+        # Entries up to this one are no places.
+        self._last_mark = ENTRY_ZEROED if extent.has_zeroed_grains else ENTRY_ABSENT
+        self._directories = [at for at in (extent.gd_offset, extent.rgd_offset) if at]
+        # Tables that nothing durable refers to, and room for others.
+        self._new_tables: set[int] = set()
+        self._room = (0, 0)
+
+    def begin(self) -> None:
+        """Mark the extent as one that was not closed cleanly."""
+        self.file.put(UNCLEAN_OFFSET, b"\1", Step.REFERENCE)
+
+    # -- places ------------------------------------------------------------------------
+
+    def place(self, start: int, length: int) -> list[Place]:
+        """Return the grains of a range, or new ones beside their neighbours."""
+        nbytes = self.granule_nbytes
+        first, last = start // nbytes, -(-(start + length) // nbytes)
+        before = max(first - 1, 0)
+        entries = self.entries(before, last - before)
+        neighbour = entries.pop(0) if before < first else ENTRY_ABSENT
+        after = _place_of(neighbour) + nbytes if neighbour > self._last_mark else None
+        places: list[Place] = []
+        try:
+            for grain, entry in enumerate(entries, first):
+                place = self._place(grain, entry, after)
+                after = place.host_offset + nbytes
+                places.append(place)
+            self.file.grow(max((p.host_offset + nbytes for p in places if p.is_new), default=0))
+        except BaseException:
+            self.give_up(places)
+            raise
+        return _joined(places)
+
+    def _place(self, grain: int, entry: int, after: int | None) -> Place:
+        start = grain * self.granule_nbytes
+        length = min(self.granule_nbytes, self.nbytes - start)
+        if entry > self._last_mark:
+            return Place(start, length, _place_of(entry))
+        offset = self.take(after)
+        is_hidden = entry == ENTRY_ABSENT and self._has_parent
+        # After the file's end, all bytes are zeros.
+        needs_all = is_hidden or offset < self.file.nbytes
+        return Place(start, length, offset, is_new=True, needs_all=needs_all)
+
+    def take(self, after: int | None = None) -> int:
+        """Return the host offset of space for a grain."""
+        offset = self.space.take(after)
+        if offset + self.granule_nbytes > VMDK_MAX_SPARSE_FILE_NBYTES:
+            self.space.give_back(offset)
+            raise too_large(offset, self.file.path)
+        return offset
+
+    def refer(self, places: Sequence[Place]) -> None:
+        """Make both copies of the tables refer to new grains."""
+        for place in places:
+            first = place.guest_offset // self.granule_nbytes
+            self.put_entries(first, [_entry_of(at) for at in self._grains(place)])
+
+    def give_up(self, places: Iterable[Place]) -> None:
+        """Take back the space of new grains."""
+        for place in places:
+            for offset in self._grains(place) if place.is_new else ():
+                self.space.give_back(offset)
+
+    def _grains(self, place: Place) -> range:
+        """Return the host offsets of a place's grains."""
+        return range(place.host_offset, place.host_offset + place.length, self.granule_nbytes)
+
+    # -- zeros -------------------------------------------------------------------------
+
+    def zero(self, start: int, length: int, *, unmap: bool) -> list[tuple[int, int]]:
+        """Free whole grains, or mark them as zeros; see `Updater.zero`."""
+        rest: list[tuple[int, int]] = []
+        for first, entries in self._tables_of(start, length):
+            if not self._has_parent and not any(entries):
+                continue
+            changed = list(entries)
+            for i, entry in enumerate(entries):
+                grain = (first + i) * self.granule_nbytes
+                low, high = max(grain, start), min(grain + self.granule_nbytes, start + length)
+                if entry <= self._last_mark and (entry or not self._has_parent):
+                    continue
+                is_whole = high - low == min(self.granule_nbytes, self.nbytes - grain)
+                can_free = unmap or entry == ENTRY_ABSENT
+                if is_whole and can_free and self._free_entry is not None:
+                    changed[i] = self._free_entry
+                elif rest and sum(rest[-1]) == low:
+                    rest[-1] = rest[-1][0], high - rest[-1][0]
+                else:
+                    rest.append((low, high - low))
+            self._exchange(first, entries, changed)
+        return rest
+
+    def discard(self, start: int, length: int) -> None:
+        """Free whole grains that then read as zeros."""
+        if self._free_entry is not None:
+            self._free(start, length, self._free_entry, self._last_mark + 1)
+
+    def drop(self, start: int, length: int) -> None:
+        """Free whole grains that then read as the parent's."""
+        self._free(start, length, ENTRY_ABSENT, ENTRY_ABSENT + 1)
+
+    def _free(self, start: int, length: int, freed: int, lowest: int) -> None:
+        """Change entries of whole grains from ``lowest`` on into ``freed``."""
+        nbytes, end = self.granule_nbytes, start + length
+        first = align_up(start, nbytes)
+        last = end if end == self.nbytes else end - end % nbytes
+        if first >= last:
+            return
+        for grain, entries in self._tables_of(first, last - first):
+            changed = [freed if entry >= lowest else entry for entry in entries]
+            self._exchange(grain, entries, changed)
+
+    def _exchange(self, first: int, entries: list[int], changed: list[int]) -> None:
+        """Change entries, and release the grains that no entry has any more."""
+        if changed == entries:
+            return
+        self.put_entries(first, changed)
+        for old, new in zip(entries, changed, strict=True):
+            if old != new and old > self._last_mark:
+                self.space.release(_place_of(old))
+
+    # -- tables ------------------------------------------------------------------------
+
+    def entries(self, first: int, count: int) -> list[int]:
+        """Return the entries of grains; those without a table have the directory's."""
+        found: list[int] = []
+        for table, at, n in self._parts(first, count):
+            found += self._table_entries(self._directories[0], table, at, n)
+        return found
+
+    def _tables_of(self, start: int, length: int) -> Iterator[tuple[int, list[int]]]:
+        """Yield the first grain and the entries of each table in a range."""
+        nbytes = self.granule_nbytes
+        first, last = start // nbytes, -(-(start + length) // nbytes)
+        for table, at, n in self._parts(first, last - first):
+            grain = table * self.extent.n_gtes_per_gt + at
+            yield grain, self._table_entries(self._directories[0], table, at, n)
+
+    def _parts(self, first: int, count: int) -> Iterator[tuple[int, int, int]]:
+        """Yield (table, first entry, number of entries) of consecutive grains."""
+        per_table = self.extent.n_gtes_per_gt
+        while count:
+            table, at = divmod(first, per_table)
+            n = min(count, per_table - at)
+            yield table, at, n
+            first, count = first + n, count - n
+
+    def _table_entries(self, directory: int, table: int, at: int, count: int) -> list[int]:
+        place = self._directory_entry(directory, table)
+        if place <= self._last_mark:
+            return [place] * count
+        offset = _place_of(place) + at * ENTRY_NBYTES
+        return _unpacked(self.file.pread(offset, count * ENTRY_NBYTES))
+
+    def _directory_entry(self, directory: int, table: int) -> int:
+        offset = directory + table * ENTRY_NBYTES
+        return _unpacked(self.file.pread(offset, ENTRY_NBYTES))[0]
+
+    def put_entries(self, first: int, entries: Sequence[int]) -> None:
+        """Change the entries of consecutive grains in both copies of the tables."""
+        done = 0
+        for table, at, n in self._parts(first, len(entries)):
+            part = _packed(entries[done : done + n])
+            for directory in self._directories:
+                offset = self._table(directory, table)
+                step = Step.NEW if offset in self._new_tables else Step.REFERENCE
+                self.file.put(offset + at * ENTRY_NBYTES, part, step)
+            done += n
+
+    def _table(self, directory: int, table: int) -> int:
+        """Return the host offset of a table, which is made if there is none."""
+        place = self._directory_entry(directory, table)
+        if place > self._last_mark:
+            return _place_of(place)
+        per_table = self.extent.n_gtes_per_gt
+        # A redundant table may be absent where the other one is not.
+        entries = self._table_entries(self._directories[0], table, 0, per_table)
+        offset = self._take_table()
+        self.file.put(offset, _packed(entries), Step.NEW)
+        self._new_tables.add(offset)
+        entry = _packed([_entry_of(offset)])
+        self.file.put(directory + table * ENTRY_NBYTES, entry, Step.REFERENCE)
+        return offset
+
+    def _take_table(self) -> int:
+        """Return space for a table: a grain has room for two at least."""
+        nbytes = align_up(self.extent.gt_nbytes, SECTOR_NBYTES)
+        start, end = self._room
+        if end - start < nbytes:
+            start = self.take()
+            end = start + self.granule_nbytes
+        self._room = start + nbytes, end
+        return start
+
+    # -- steps -------------------------------------------------------------------------
+
+    def flush(self, *, is_unread: bool) -> None:
+        """Make all changes durable, and give freed grains back to the file system."""
+        self.file.write_steps()
+        self._new_tables.clear()
+        for start, length in _runs(self.space.settle(is_unread=is_unread), self.granule_nbytes):
+            self.file.punch(start, length)
+
+    def finish(self) -> None:
+        """Cut off free grains at the end, and mark the extent as closed cleanly."""
+        self.file.cut(self.space.trim())
+        self.file.put(UNCLEAN_OFFSET, b"\0", Step.REFERENCE)
+
+
+def _free_space(survey: SpaceSurvey, grain_nbytes: int) -> FreeSpace:
+    """Return the space for aligned grains."""
+    free: list[int] = []
+    for start, stop in survey.gaps:
+        first = align_up(start * SECTOR_NBYTES, grain_nbytes)
+        n_grains = (stop * SECTOR_NBYTES - first) // grain_nbytes
+        n_grains = min(n_grains, _MAX_FREE - len(free))
+        free += range(first, first + n_grains * grain_nbytes, grain_nbytes)
+    return FreeSpace(align_up(survey.end * SECTOR_NBYTES, grain_nbytes), grain_nbytes, free)
+
+
+def _joined(places: Sequence[Place]) -> list[Place]:
+    """Join places that continue each other on the disk and in the file."""
+    joined: list[Place] = []
+    for place in places:
+        if joined:
+            last = joined[-1]
+            shift = last.host_offset - last.guest_offset
+            if place == last._replace(
+                guest_offset=place.guest_offset,
+                host_offset=place.guest_offset + shift,
+                length=place.length,
+            ):
+                joined[-1] = last._replace(length=last.length + place.length)
+                continue
+        joined.append(place)
+    return joined
+
+
+def _runs(offsets: Sequence[int], nbytes: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, length) of runs of adjacent blocks, whose offsets ascend."""
+    start = end = 0
+    for offset in offsets:
+        if offset != end:
+            if start < end:
+                yield start, end - start
+            start = offset
+        end = offset + nbytes
+    if start < end:
+        yield start, end - start
+
+
+def _place_of(entry: int) -> int:
+    return entry * SECTOR_NBYTES
+
+
+def _entry_of(offset: int) -> int:
+    return offset // SECTOR_NBYTES
+
+
+def _packed(entries: Sequence[int]) -> bytes:
+    return struct.pack(f"<{len(entries)}I", *entries)
+
+
+def _unpacked(raw: bytes) -> list[int]:
+    return list(struct.unpack(f"<{len(raw) // ENTRY_NBYTES}I", raw))

@@ -1,0 +1,214 @@
+"""Write in place to VMDK disks of sparse and flat extents.
+
+The content ID changes before anything else, so that no child takes the disk for the one
+that it was created from.
+
+Source: Virtual Disk Format 5.0, "The Descriptor File".
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, cast
+
+from imgcore.errors import CorruptImageError, OptionError, UnsupportedFeatureError
+from imgcore.files.update_file import Step
+from imgcore.formats.shared.flat_updater import FlatUpdater
+from imgcore.formats.vmdk.descriptor import parse_descriptor
+from imgcore.formats.vmdk.descriptor_edits import with_new_content_id
+from imgcore.formats.vmdk.sparse_updater import SparseUpdater
+from imgcore.limits import SECTOR_NBYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from imgcore.files.update_file import UpdateFile
+    from imgcore.formats.api import Place
+    from imgcore.formats.vmdk.extent import DiskExtent
+    from imgcore.formats.vmdk.reader import VmdkReader
+
+_ExtentUpdater: TypeAlias = SparseUpdater | FlatUpdater
+
+
+def prepare(_file: UpdateFile) -> None:
+    """Do nothing: an image is sound at any time; see `imgcore.formats.api.Driver`."""
+
+
+def updater_for(reader: VmdkReader, has_parent: bool) -> VmdkUpdater:
+    """Return what changes an image; see `imgcore.formats.api.Driver`."""
+    _refuse_kinds(reader)
+    _refuse_shared(reader)
+    return VmdkUpdater(reader, has_parent=has_parent)
+
+
+def _refuse_kinds(reader: VmdkReader) -> None:
+    """Raise UnsupportedFeatureError for extents that are not written to."""
+    path = reader.file.path
+    for item in reader.disk_extents:
+        if item.sparse is not None and item.sparse.is_compressed:
+            raise UnsupportedFeatureError(
+                "streamOptimized has compressed grains, which are not written in place: "
+                "imgcore convert writes monolithicSparse",
+                path=path,
+            )
+        if item.file is None:
+            raise UnsupportedFeatureError(
+                f"is not written in place: it has an extent of {item.nbytes} bytes without a "
+                "file (ZERO, or lost)",
+                path=path,
+            )
+    for line in reader.descriptor.extents:
+        if line.access != "RW":
+            raise UnsupportedFeatureError(
+                f"is not written in place: extent {line.name!r} may only be read ({line.access})",
+                path=path,
+            )
+
+
+def _refuse_shared(reader: VmdkReader) -> None:
+    """Raise CorruptImageError if two extents are at the same place of a file."""
+    ranges = sorted(
+        (item.file.identity, *_host_range(item), item.kind)
+        for item in reader.disk_extents
+        if item.file is not None
+    )
+    for (identity, _, end, _), (other, start, _, _) in pairwise(ranges):
+        if identity == other and start < end:
+            raise CorruptImageError(
+                f"two of its extents are at {start:#x} of the same file", path=reader.file.path
+            )
+
+
+def _host_range(item: DiskExtent) -> tuple[int, int]:
+    if item.sparse is not None:
+        return 0, 1 << 63
+    return item.file_offset, item.file_offset + item.nbytes
+
+
+class _Part(NamedTuple):
+    """One extent: its range of the disk, and what changes it."""
+
+    start: int
+    end: int
+    file: int
+    updater: _ExtentUpdater
+
+
+class VmdkUpdater:
+    """Changes a VMDK disk of one or several extents."""
+
+    def __init__(self, reader: VmdkReader, *, has_parent: bool) -> None:
+        self._reader = reader
+        hides_parent = has_parent or reader.backing is not None
+        self._parts = [_part(item, hides_parent) for item in reader.disk_extents]
+        self.granule_nbytes: int = max(part.updater.granule_nbytes for part in self._parts)
+        for part in self._parts:
+            if part.start % self.granule_nbytes:
+                raise UnsupportedFeatureError(
+                    f"is not written in place: an extent starts at {part.start:#x} of the "
+                    f"disk, which is not a multiple of {self.granule_nbytes}",
+                    path=reader.file.path,
+                )
+        own = (cast("UpdateFile", reader.file), *(s.file for s in reader.sources))
+        self._files = list(dict.fromkeys(cast("UpdateFile", file) for file in own))
+
+    def begin(self) -> None:
+        """Give the disk a new content ID, and mark its extents as being written."""
+        old, at = self._reader.raw_descriptor()
+        if old is not None:
+            new = with_new_content_id(old, self._reader.file.path)
+            for start, end in _changed_runs(old, new):
+                self._descriptor_file.put(at + start, new[start:end], Step.REFERENCE)
+            self._reader.descriptor = parse_descriptor(new, self._reader.file.path)
+        for part in self._parts:
+            part.updater.begin()
+
+    @property
+    def _descriptor_file(self) -> UpdateFile:
+        return cast("UpdateFile", self._reader.file)
+
+    def place(self, start: int, length: int) -> list[Place]:
+        """Return where a range goes; see `imgcore.formats.api.Updater`."""
+        found: list[Place] = []
+        try:
+            for part, low, nbytes in self._parts_of(start, length):
+                for place in part.updater.place(low - part.start, nbytes):
+                    guest_offset = place.guest_offset + part.start
+                    found.append(place._replace(guest_offset=guest_offset, file=part.file))
+        except BaseException:
+            self.give_up([place for place in found if place.is_new])
+            raise
+        return found
+
+    def refer(self, places: Sequence[Place]) -> None:
+        """Make the tables refer to new places."""
+        for part, own in self._divided(places):
+            part.updater.refer(own)
+
+    def give_up(self, places: Sequence[Place]) -> None:
+        """Take back the space of new places."""
+        for part, own in self._divided(places):
+            part.updater.give_up(own)
+
+    def zero(self, start: int, length: int, *, unmap: bool) -> list[tuple[int, int]]:
+        """Make a range read as zeros; see `imgcore.formats.api.Updater`."""
+        return [
+            (first + part.start, rest)
+            for part, low, nbytes in self._parts_of(start, length)
+            for first, rest in part.updater.zero(low - part.start, nbytes, unmap=unmap)
+        ]
+
+    def discard(self, start: int, length: int) -> None:
+        """Free what is not needed of a range."""
+        for part, low, nbytes in self._parts_of(start, length):
+            part.updater.discard(low - part.start, nbytes)
+
+    def flush(self, *, is_unread: bool) -> None:
+        """Make all changes durable; see `imgcore.formats.api.Updater`."""
+        self._descriptor_file.write_steps()
+        for part in self._parts:
+            part.updater.flush(is_unread=is_unread)
+
+    def resize(self, virtual_size: int) -> None:
+        """Change the size of the disk."""
+        raise OptionError("VMDK images are not resized in place", path=self._reader.file.path)
+
+    def finish(self) -> None:
+        """Mark the extents as closed cleanly."""
+        for part in self._parts:
+            part.updater.finish()
+
+    def _parts_of(self, start: int, length: int) -> Iterator[tuple[_Part, int, int]]:
+        """Yield each extent in a range of the disk, and its part of that range."""
+        for part in self._parts:
+            low, high = max(start, part.start), min(start + length, part.end)
+            if low < high:
+                yield part, low, high - low
+
+    def _divided(self, places: Sequence[Place]) -> Iterator[tuple[_Part, list[Place]]]:
+        """Yield each extent and its places, with guest offsets from its start."""
+        for part in self._parts:
+            own = [
+                place._replace(guest_offset=place.guest_offset - part.start)
+                for place in places
+                if part.start <= place.guest_offset < part.end
+            ]
+            if own:
+                yield part, own
+
+
+def _part(item: DiskExtent, hides_parent: bool) -> _Part:
+    updater: _ExtentUpdater
+    if item.sparse is not None:
+        updater = SparseUpdater(item.sparse, item.nbytes, has_parent=hides_parent)
+    else:
+        updater = FlatUpdater(cast("UpdateFile", item.file), item.file_offset)
+    return _Part(item.guest_base, item.guest_base + item.nbytes, item.file_index, updater)
+
+
+def _changed_runs(old: bytes, new: bytes) -> Iterator[tuple[int, int]]:
+    """Yield the ranges of sectors in which two texts of one length differ."""
+    for start in range(0, len(old), SECTOR_NBYTES):
+        end = min(start + SECTOR_NBYTES, len(old))
+        if old[start:end] != new[start:end]:
+            yield start, end

@@ -1,0 +1,88 @@
+"""The verb ``resize``: sizes as people write them, refusals, and children."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from tests.helpers.command import assert_one_line_error
+from tests.helpers.command import imgcore as imgcore_command
+from tests.helpers.images import MIB, noise
+
+import imgcore
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(noise(2 * MIB))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("size", "nbytes"),
+    [
+        (3 * MIB, 3 * MIB),
+        ("3M", 3 * MIB),
+        ("+1M", 3 * MIB),
+        ("+512", 2 * MIB + 512),
+        ("-1M", MIB),
+        (" -1.5M ", MIB // 2),
+        ("+0", 2 * MIB),
+    ],
+)
+def test_sizes(size: int | str, nbytes: int, disk: Path) -> None:
+    content = disk.read_bytes()
+    result = imgcore.resize(disk, size, shrink=True)
+    assert result == (str(disk), "raw", 2 * MIB, nbytes)
+    assert disk.read_bytes() == content[:nbytes].ljust(nbytes, b"\0")
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        ("-2M", "cannot become smaller by 2097152"),
+        ("-3M", "cannot become smaller"),
+        ("1M", "state that it may shrink"),
+        ("+1", "not a positive multiple of 512"),
+        (0, "not a positive multiple"),
+        ("x", "invalid size"),
+        ("--1M", "invalid size"),
+    ],
+)
+def test_wrong_sizes(size: int | str, words: str, disk: Path) -> None:
+    content = disk.read_bytes()
+    with pytest.raises(imgcore.OptionError, match=words):
+        imgcore.resize(disk, size)
+    assert disk.read_bytes() == content
+
+
+def test_an_open_image(disk: Path) -> None:
+    with imgcore.open(disk, mode="r+") as image:
+        assert imgcore.resize(image, "+1M").virtual_size == image.virtual_size == 3 * MIB
+        assert image.read(2 * MIB, MIB) == bytes(MIB)
+
+
+def test_children_are_named(disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "imgcore"):
+        imgcore.resize(disk, "+1M")
+    assert caplog.text == ""
+    imgcore.create(disk.with_name("c.qcow2"), backing="disk.raw", backing_format="raw")
+    with caplog.at_level(logging.WARNING, "imgcore"):
+        imgcore.resize(disk, "+1M")
+    assert "is the parent of" in caplog.text
+    assert "c.qcow2" in caplog.text
+
+
+def test_the_command(disk: Path) -> None:
+    done = imgcore_command("resize", str(disk), "+1M")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "Image resized.\n", "")
+    done = imgcore_command("resize", str(disk), "-1M")
+    assert_one_line_error(done, "--shrink", code=2)
+    done = imgcore_command("resize", "--shrink", str(disk), "-1M", "--json")
+    assert json.loads(done.stdout)["virtual_size"] == disk.stat().st_size == 2 * MIB
+    done = imgcore_command("resize", "-q", "--shrink", "-f", "raw", str(disk), "1M")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert imgcore_command("resize", str(disk)).returncode == 2
