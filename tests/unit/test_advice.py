@@ -616,9 +616,9 @@ ELSEWHERE = {
     "unit/test_stream.py::test_the_advice_for_what_follows_zstd",
     ("files/update_file.py",
      "is immutable or append-only; chattr -i -a {} permits writing to it"):
-    "oracle/test_locks.py::TestWhatCannotBeWritten::test_an_immutable_file",
+    "oracle/test_locks.py::TestWhatCannotBeWritten",
     ("files/update_file.py", "is read-only; chmod u+w permits writing to it"):
-    "oracle/test_locks.py::TestWhatCannotBeWritten::test_a_mode_without_writing",
+    "oracle/test_locks.py::TestWhatCannotBeWritten",
     ("files/in_place_job.py",
      "is immutable or append-only; chattr -i -a {} permits rewriting it"):
     "unit/test_in_place.py::test_immutable",
