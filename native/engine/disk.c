@@ -221,11 +221,11 @@ void imgc_disk_forget(struct imgc_disk *disk, uint64_t start, uint64_t end)
 	uint64_t first = imgc_align_down(start, disk->span_nbytes);
 
 	end = imgc_min_u64(end, disk->guest_nbytes);
-	if (start == 0 && end == disk->guest_nbytes) {
-		imgc_cache_forget(&disk->cache);
+	if (start >= end)
 		return;
-	}
-	if (first < end && (end - first) / disk->span_nbytes >= MANY_SPANS) {
+	bool is_all = start == 0 && end == disk->guest_nbytes;
+
+	if (is_all || (end - first) / disk->span_nbytes >= MANY_SPANS) {
 		imgc_cache_forget(&disk->cache);
 		return;
 	}

@@ -500,6 +500,11 @@ static int read_some(struct imgc_gather *g, unsigned n_threads, struct imgc_erro
 	return g->status;
 }
 
+int imgc_gather_is_between_rounds(const struct imgc_gather *g)
+{
+	return g->n_pieces == 0;
+}
+
 int imgc_gather_run(struct imgc_gather *g, const struct imgc_table *given, unsigned n_threads,
 		    struct imgc_disk_rest *rest, struct imgc_error *err)
 {

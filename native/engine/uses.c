@@ -87,6 +87,19 @@ int imgc_uses_leave(struct imgc_uses *uses, int ticket)
 	return is_closed_and_idle(atomic_fetch_sub(&uses->word, one) - one);
 }
 
+int imgc_uses_renew(struct imgc_uses *uses, int ticket)
+{
+	uint64_t now = atomic_load(&uses->word), next;
+	unsigned parity;
+
+	do {
+		parity = parity_of(now);
+		next = now - (UINT64_C(1) << shift_of((unsigned)ticket - 1)) +
+		       (UINT64_C(1) << shift_of(parity));
+	} while (!atomic_compare_exchange_weak(&uses->word, &now, next));
+	return 1 + (int)parity;
+}
+
 int imgc_uses_close(struct imgc_uses *uses)
 {
 	uint64_t before = atomic_fetch_or(&uses->word, IS_CLOSED);

@@ -756,6 +756,12 @@ int imgc_uses_none(const struct imgc_uses *uses);
 uint64_t imgc_uses_epoch(struct imgc_uses *uses);
 int imgc_uses_is_over(struct imgc_uses *uses, uint64_t epoch);
 
+/*
+ * Ends a use and begins another one at once, also after close; returns its ticket.  For
+ * long uses, between parts that have nothing in common.
+ */
+int imgc_uses_renew(struct imgc_uses *uses, int ticket);
+
 /* Results besides enum imgc_status: there is more to do. */
 #define IMGC_MISSING 1	    /* a table must be added first */
 #define IMGC_WOULD_WAIT 2   /* with IMGC_DISK_NO_WAIT only */
@@ -866,6 +872,9 @@ int imgc_gather_create(struct imgc_disk *disk, const struct imgc_disk_request *r
  */
 int imgc_gather_run(struct imgc_gather *gather, const struct imgc_table *table, unsigned n_threads,
 		    struct imgc_disk_rest *rest, struct imgc_error *err);
+
+/* Whether the next call starts from tables alone: no rows are held for it. */
+int imgc_gather_is_between_rounds(const struct imgc_gather *gather);
 
 /* NULL is allowed. */
 void imgc_gather_destroy(struct imgc_gather *gather);

@@ -727,6 +727,16 @@ static void test_epochs(void)
 		CHECK(!imgc_uses_is_over(uses, imgc_uses_epoch(uses)));
 		CHECK(!imgc_uses_leave(uses, second));
 	}
+	/* A long use that is renewed does not last. */
+	int long_use = imgc_uses_enter(uses);
+	uint64_t before = imgc_uses_epoch(uses);
+
+	CHECK(!imgc_uses_is_over(uses, before));
+	long_use = imgc_uses_renew(uses, long_use);
+	CHECK(imgc_uses_is_over(uses, before));
+	CHECK(!imgc_uses_is_over(uses, imgc_uses_epoch(uses)));
+	CHECK(!imgc_uses_leave(uses, long_use));
+	CHECK(imgc_uses_none(uses));
 	/* Each use ends only after the next one has begun. */
 	int use = imgc_uses_enter(uses), n_uses = 0;
 	uint64_t start = imgc_uses_epoch(uses);
@@ -744,6 +754,7 @@ static void test_epochs(void)
 
 	CHECK(!imgc_uses_close(uses));
 	CHECK(!imgc_uses_is_over(uses, epoch));
+	last = imgc_uses_renew(uses, last);
 	CHECK(imgc_uses_leave(uses, last));
 	CHECK(imgc_uses_is_over(uses, epoch));
 	imgc_uses_destroy(uses);

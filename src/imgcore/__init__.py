@@ -33,15 +33,17 @@ if TYPE_CHECKING:
     from imgcore.engine.progress import Progress
     from imgcore.engine.source_file import SourceFile
     from imgcore.files.byte_source import ByteSource
-    from imgcore.formats.api import Measurement
+    from imgcore.formats.api import Measurement, SnapshotInfo
     from imgcore.formats.shared.lint import Finding
     from imgcore.rewriting.director import RewriteCost
     from imgcore.verbs.changes import changes
     from imgcore.verbs.check import CheckResult, check
     from imgcore.verbs.checksum import checksum
+    from imgcore.verbs.commit import CommitResult, commit
     from imgcore.verbs.compare import CompareResult, compare, compare_trees
     from imgcore.verbs.convert import ConvertResult, convert
     from imgcore.verbs.create import CreateResult, create
+    from imgcore.verbs.flatten import FlattenResult, flatten
     from imgcore.verbs.info import info
     from imgcore.verbs.lint import LintReport, lint
     from imgcore.verbs.map import MapEntry, map
@@ -52,8 +54,15 @@ if TYPE_CHECKING:
         measure_reflink,
         measure_rewrite,
     )
+    from imgcore.verbs.rebase import RebaseResult, rebase
     from imgcore.verbs.resize import ResizeResult, resize
     from imgcore.verbs.rewrite import RewriteResult, finish_rewrite, rewrite, undo_rewrite
+    from imgcore.verbs.snapshot import (
+        apply_snapshot,
+        create_snapshot,
+        delete_snapshot,
+        snapshots,
+    )
     from imgcore.verbs.sync import SyncResult, sync
 
 __all__ = [
@@ -63,6 +72,7 @@ __all__ = [
     "ByteSource",
     "CheckResult",
     "ChecksumError",
+    "CommitResult",
     "CompareResult",
     "Control",
     "ConversionCancelled",
@@ -73,6 +83,7 @@ __all__ = [
     "Extents",
     "FilePath",
     "Finding",
+    "FlattenResult",
     "FormatError",
     "Image",
     "ImgcoreError",
@@ -83,11 +94,13 @@ __all__ = [
     "Measurement",
     "OptionError",
     "Progress",
+    "RebaseResult",
     "ReflinkMeasurement",
     "ResizeResult",
     "RewriteCost",
     "RewriteMeasurement",
     "RewriteResult",
+    "SnapshotInfo",
     "SourceFile",
     "SyncResult",
     "TargetError",
@@ -95,14 +108,19 @@ __all__ = [
     "UnsupportedFeatureError",
     "WrongFormatError",
     "__version__",
+    "apply_snapshot",
     "changes",
     "check",
     "checksum",
+    "commit",
     "compare",
     "compare_trees",
     "convert",
     "create",
+    "create_snapshot",
+    "delete_snapshot",
     "finish_rewrite",
+    "flatten",
     "info",
     "lint",
     "map",
@@ -110,8 +128,10 @@ __all__ = [
     "measure_reflink",
     "measure_rewrite",
     "open",
+    "rebase",
     "resize",
     "rewrite",
+    "snapshots",
     "sync",
     "undo_rewrite",
 ]
@@ -124,6 +144,7 @@ _HOMES = {
     "ByteSource": "files.byte_source",
     "CheckResult": "verbs.check",
     "ChecksumError": "checksums.digest",
+    "CommitResult": "verbs.commit",
     "CompareResult": "verbs.compare",
     "Control": "engine.control",
     "ConvertResult": "verbs.convert",
@@ -132,27 +153,35 @@ _HOMES = {
     "Extents": "engine.extents",
     "FilePath": "border",
     "Finding": "formats.shared.lint",
+    "FlattenResult": "verbs.flatten",
     "Image": "disk.image",
     "Kind": "engine.extents",
     "LintReport": "verbs.lint",
     "MapEntry": "verbs.map",
     "Measurement": "formats.api",
     "Progress": "engine.progress",
+    "RebaseResult": "verbs.rebase",
     "ReflinkMeasurement": "verbs.measure",
     "ResizeResult": "verbs.resize",
     "RewriteCost": "rewriting.director",
     "RewriteMeasurement": "verbs.measure",
     "RewriteResult": "verbs.rewrite",
+    "SnapshotInfo": "formats.api",
     "SourceFile": "engine.source_file",
+    "apply_snapshot": "verbs.snapshot",
     "SyncResult": "verbs.sync",
     "changes": "verbs.changes",
     "check": "verbs.check",
     "checksum": "verbs.checksum",
+    "commit": "verbs.commit",
     "compare": "verbs.compare",
     "compare_trees": "verbs.compare",
     "convert": "verbs.convert",
     "create": "verbs.create",
+    "create_snapshot": "verbs.snapshot",
+    "delete_snapshot": "verbs.snapshot",
     "finish_rewrite": "verbs.rewrite",
+    "flatten": "verbs.flatten",
     "info": "verbs.info",
     "lint": "verbs.lint",
     "map": "verbs.map",
@@ -160,8 +189,10 @@ _HOMES = {
     "measure_reflink": "verbs.measure",
     "measure_rewrite": "verbs.measure",
     "open": "disk.image",
+    "rebase": "verbs.rebase",
     "resize": "verbs.resize",
     "rewrite": "verbs.rewrite",
+    "snapshots": "verbs.snapshot",
     "sync": "verbs.sync",
     "undo_rewrite": "verbs.rewrite",
 }

@@ -307,6 +307,11 @@ class Uses:
         Some that began later may count too, but uses that always overlap do not put it
         off for ever.
         """
+    def soon_over(self) -> bool:
+        """Wait up to 0.1 s for the uses in progress; return whether they have ended.
+
+        Long reads are several uses, one after the other.
+        """
 
 @disjoint_base
 class Disk:
@@ -355,14 +360,18 @@ class Disk:
 
         Without a range, blocks are forgotten too.
         """
-    def write(self, offset: SupportsIndex, data: object) -> int:
-        """Write the front of ``data``, as far as it can be overwritten where it is.
+    def write(self, offset: SupportsIndex, data: object) -> int | None:
+        """Write ``data`` if all of it can be overwritten in place; return its length.
 
-        Returns its length.  The rest is not in a row of DATA of a table that is kept,
-        or a file refuses writes, or `stop_writing` was called.
+        None if a part is not in a row of DATA of a table that is kept, a file refuses
+        writes, or `stop_writing` was called; a part may be written then.  Also if the
+        buffer is not contiguous.
         """
     def load(self, offset: int) -> None:
-        """Get the table of an offset of the disk, so that `write` has it."""
+        """Get the table of an offset of the disk, so that `write` has it.
+
+        Nothing happens if the ``uses`` are closed.
+        """
     def stop_writing(self) -> None:
         """Let `write` write nothing; return once no write is in progress."""
     def resume_writing(self) -> None:

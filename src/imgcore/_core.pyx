@@ -12,7 +12,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
 from posix.types cimport pid_t
-from posix.unistd cimport getpid
+from posix.unistd cimport getpid, usleep
 
 from imgcore cimport _native as n
 
@@ -676,6 +676,9 @@ cdef class Job:
 
 # What all uses have that begin before `is_over` is called.
 cdef int FIRST_TICKET = 1
+# `Uses.soon_over` waits for as long as the part of a long read takes.
+cdef int SOON_POLLS = 100
+cdef int SOON_PAUSE_US = 1000
 
 
 cdef class Uses:
@@ -729,6 +732,17 @@ cdef class Uses:
     def is_over(self, uint64_t epoch):
         """Return whether every use that began before that moment has ended."""
         return bool(n.imgc_uses_is_over(self.handle, epoch))
+
+    def soon_over(self):
+        """Wait a little for the uses in progress; return whether they have ended."""
+        cdef uint64_t epoch = n.imgc_uses_epoch(self.handle)
+        cdef int i
+        for i in range(SOON_POLLS):
+            if n.imgc_uses_is_over(self.handle, epoch):
+                return True
+            with nogil:
+                usleep(SOON_PAUSE_US)
+        return False
 
     def __dealloc__(self):
         n.imgc_uses_destroy(self.handle)
@@ -834,7 +848,7 @@ cdef class Disk:
             get_writable(buffer, &view)
             try:
                 self.place(offset, view.len, &start)
-                self.fill(start, view.buf, view.len, threads)
+                self.fill(start, view.buf, view.len, threads, &ticket)
                 return view.len
             finally:
                 PyBuffer_Release(&view)
@@ -848,7 +862,7 @@ cdef class Disk:
         try:
             start, nbytes = self.range(offset, length)
             content = PyBytes_FromStringAndSize(NULL, nbytes)
-            self.fill(start, PyBytes_AS_STRING(content), nbytes, None)
+            self.fill(start, PyBytes_AS_STRING(content), nbytes, None, &ticket)
             return content
         finally:
             self.uses.leave(ticket)
@@ -879,7 +893,7 @@ cdef class Disk:
                 ranges[n_views - 1].offset = start
                 ranges[n_views - 1].buffer = views[n_views - 1].buf
                 ranges[n_views - 1].length = views[n_views - 1].len
-            self.gather(ranges, count, threads)
+            self.gather(ranges, count, threads, &ticket)
         finally:
             for i in range(n_views):
                 PyBuffer_Release(&views[i])
@@ -887,7 +901,8 @@ cdef class Disk:
             free(ranges)
             self.uses.leave(ticket)
 
-    cdef int fill(self, uint64_t offset, void *buffer, uint64_t length, threads) except -1:
+    cdef int fill(self, uint64_t offset, void *buffer, uint64_t length, threads,
+                  int *ticket) except -1:
         cdef n.imgc_disk_request request
         if threads is not None:
             threads = self.threads(threads)
@@ -896,7 +911,7 @@ cdef class Disk:
         request.offset = offset
         request.buffer = buffer
         request.length = length
-        return self.gather(&request, 1, threads)
+        return self.gather(&request, 1, threads, ticket)
 
     cdef int fill_short(self, uint64_t offset, char *buffer, uint64_t length) except -1:
         """Read on this thread; without giving up the GIL if all is in memory."""
@@ -926,7 +941,8 @@ cdef class Disk:
         finally:
             self.drop(&table)
 
-    cdef int gather(self, n.imgc_disk_request *requests, size_t count, threads) except -1:
+    cdef int gather(self, n.imgc_disk_request *requests, size_t count, threads,
+                    int *ticket) except -1:
         """Read on several threads, in the order of the places."""
         cdef n.imgc_gather *gather = NULL
         cdef n.imgc_disk_rest rest
@@ -944,6 +960,10 @@ cdef class Disk:
                 PyErr_CheckSignals()
                 if status == n.IMGC_MISSING:
                     self.get_table(&rest, &table)
+                elif n.imgc_gather_is_between_rounds(gather):
+                    # What the part before has used may get another use.
+                    self.drop(&table)
+                    ticket[0] = n.imgc_uses_renew(self.uses.handle, ticket[0])
         finally:
             self.drop(&table)
             n.imgc_gather_destroy(gather)
@@ -991,18 +1011,23 @@ cdef class Disk:
         n.imgc_disk_forget(self.handle, start, self.nbytes if end is None else end)
 
     def write(self, offset, data):
-        """Write the front of ``data`` as far as it can be overwritten; return its length.
+        """Write ``data`` if all of it can be overwritten; return its length, or None.
 
-        The rest has no place in a table that is kept.
+        What has no place in a table that is kept is not written, nor what follows it.
         """
         cdef Py_buffer view
         cdef uint64_t start = 0
+        cdef uint64_t done
         cdef int ticket = self.uses.enter()
         try:
-            PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+            try:
+                PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+            except (BufferError, ValueError):
+                return None
             try:
                 self.place(offset, view.len, &start)
-                return self.write_front(start, <const char *>view.buf, view.len)
+                done = self.write_front(start, <const char *>view.buf, view.len)
+                return view.len if done == <uint64_t>view.len else None
             finally:
                 PyBuffer_Release(&view)
         finally:
@@ -1026,10 +1051,12 @@ cdef class Disk:
         return done
 
     def load(self, uint64_t offset):
-        """Get the table of an offset inside the disk, which is kept for later calls."""
+        """Get the table of an offset, which is kept for later calls, if it is open."""
         cdef n.imgc_disk_rest rest
         cdef n.imgc_table *table = NULL
-        cdef int ticket = self.uses.enter()
+        cdef int ticket = n.imgc_uses_enter(self.uses.handle)
+        if not ticket:
+            return
         try:
             self.place(offset, 1, &rest.offset)
             rest.length = 1

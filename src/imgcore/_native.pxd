@@ -297,6 +297,7 @@ cdef extern from "imgc.h" nogil:
     int imgc_uses_none(const imgc_uses *uses)
     uint64_t imgc_uses_epoch(imgc_uses *uses)
     int imgc_uses_is_over(imgc_uses *uses, uint64_t epoch)
+    int imgc_uses_renew(imgc_uses *uses, int ticket)
     int imgc_disk_read(imgc_disk *disk, const imgc_table *table, uint64_t offset, void *buffer,
                        uint64_t length, unsigned flags, imgc_disk_rest *rest, imgc_error *err)
     void imgc_disk_span(const imgc_disk *disk, uint64_t offset, uint64_t *start, uint64_t *end)
@@ -315,4 +316,5 @@ cdef extern from "imgc.h" nogil:
                            imgc_gather **out, imgc_error *err)
     int imgc_gather_run(imgc_gather *gather, const imgc_table *table, unsigned n_threads,
                         imgc_disk_rest *rest, imgc_error *err)
+    int imgc_gather_is_between_rounds(const imgc_gather *gather)
     void imgc_gather_destroy(imgc_gather *gather)

@@ -130,6 +130,8 @@ VHDX_MAX_LOG_NBYTES: Final = 64 * MIB
 # Each write of a log becomes a Python object; 64 MiB have up to 2^14 sectors of data.
 VHDX_MAX_LOG_DESCRIPTORS: Final = 1 << 17
 VHDX_MAX_LOCATOR_ENTRIES: Final = 256
+# Runs of free space that are used when an image is written in place.
+VHDX_MAX_FREE_RUNS: Final = 1 << 16
 # Metadata that a child takes over from its parent; an item has up to 1 MiB.
 VHDX_MAX_INHERITED_NBYTES: Final = 16 * MIB
 # The length of a parent locator's text has 16 bits; Windows paths have up to 32767

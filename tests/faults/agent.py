@@ -102,6 +102,13 @@ def update(arguments: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def snapshot(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Create, apply or delete a snapshot."""
+    change = getattr(imgcore, f"{arguments['verb']}_snapshot")
+    change(arguments["path"], arguments["name"])
+    return {}
+
+
 def read_ranges(arguments: dict[str, Any]) -> dict[str, Any]:
     """Read ranges of one open image in phases, each with another range that is bad.
 
@@ -132,6 +139,7 @@ ACTIONS = {
     "recover": recover,
     "undo": undo,
     "update": update,
+    "snapshot": snapshot,
     "read_ranges": read_ranges,
 }
 

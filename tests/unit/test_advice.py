@@ -423,8 +423,8 @@ EXECUTED: dict[tuple[str, str], Callable[[Path], Scenario]] = {
     (
         "cli/qemu_flags.py",
         (
-            "snapshots inside images are listed by info, but not read: qemu-img convert -l NAME "
-            "makes an image of one"
+            "snapshots inside images are listed and changed by snapshot, but not read: qemu-img "
+            "convert -l NAME makes an image of one"
         ),
     ): _snapshots,
     (
@@ -466,8 +466,17 @@ MORE = {
 _REPAIRED = "-r all repairs this, -r leaks does not"
 _REFUSALS = "unit/test_rewrite_cli.py::test_refusals"
 ELSEWHERE = {
+    ("verbs/sync.py", ("its disk has {} bytes, and that of the source {}: state that it may grow "
+     "(--resize)")): "unit/test_sync.py::test_the_command",
+    ("cli/snapshot.py", "give one of -l, -c, -a and -d"):
+    "unit/test_snapshots.py::test_the_command",
+    ("cli/snapshot.py", "-U is for -l: no other program may write meanwhile"):
+    "unit/test_snapshots.py::test_the_command",
+    ("formats/qcow2/allocation.py", ("cluster {} has the refcount {}, fewer than its references: "
+     "imgcore check -r all corrects it")):
+    "unit/test_snapshots.py::test_damaged_refcounts_are_found_before_anything_changes",
     ("disk/image.py", ("the disk has {} bytes and would lose those after {}: state that it may "
-     "shrink (shrink=True)")):
+     "shrink (--shrink; shrink=True in Python)")):
     "unit/test_writing.py::test_a_disk_that_shrinks_must_be_meant_to",
     ("disk/reflinks.py", ("--reflink=strict: {} of {} would have to be copied; --reflink=always "
      "copies them")):
@@ -638,6 +647,8 @@ ELSEWHERE = {
 
 # Messages about options in use: the verbs that have them.
 NAMED = {
+    ("cli/commit.py", "--remove contradicts -d and -b"): ("commit",),
+    ("verbs/convert.py", "--base and -B both state the target's backing file"): ("convert",),
     ("cli/convert.py", "--no-reflink contradicts --reflink={}"): ("convert",),
     ("cli/measure.py", "--reflink measures FILE, without -c or --rewrite"): ("measure",),
     ("disk/reflinks.py", "--reflink={}: {}"): ("convert",),

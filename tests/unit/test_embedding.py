@@ -45,9 +45,20 @@ measure: source size format target_format options compress backing_format parent
     read_options allow share
 measure_reflink: source target_format format options backing_format parent read_options
     allow share
+snapshots: image format read_options allow share
+create_snapshot: image name created_ns format backing_format parent read_options allow
+apply_snapshot: image key format backing_format parent read_options allow
+delete_snapshot: image key format backing_format parent read_options allow
+SnapshotInfo: identifier name created_ns virtual_size vm_state_nbytes vm_clock_ns icount
 sync: source target areas bitmap since by_checksum tree checksum resize threads progress
     rate control format target_format backing_format parent target_parent read_options
     target_read_options allow share format_since parent_since read_options_since
+commit: overlay base empty remove threads progress rate control format backing_format
+    parent read_options allow
+rebase: image backing backing_format unsafe threads progress rate control format
+    source_backing_format parent read_options allow
+flatten: image threads progress rate control format backing_format parent read_options
+    allow
 resize: image size shrink format backing_format parent read_options allow
 open: source mode chain cache files format backing_format parent read_options allow share
 Image.read: offset length
@@ -77,6 +88,10 @@ Progress: done total data zero written
 ReflinkMeasurement: reflinked copied
 SyncResult: source target source_format target_format virtual_size areas bytes_read
     bytes_written bytes_zeroed seconds checksum
+CommitResult: path base bytes_read bytes_written bytes_zeroed emptied removed seconds
+RebaseResult: path format backing backing_format bytes_read bytes_written bytes_zeroed
+    seconds
+FlattenResult: path format bytes_read bytes_written bytes_zeroed seconds
 ResizeResult: path format old_size virtual_size
 SourceFile: file guest_base block_nbytes
 """

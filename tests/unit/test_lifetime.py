@@ -335,7 +335,7 @@ def test_a_use_that_an_exception_has_cut_off(closes: bool, folders: tuple[Path, 
     held = [imgcore.open(folders[0] / "child.qcow2")]
     held[0].read(0, 4096)
     for owner in (held[0], *held[0].files):
-        owner._begin_use(threading.get_ident())
+        owner._begin_use("cut off")
     del owner
     if closes:
         held[0].close()

@@ -58,6 +58,15 @@ TAKEN: Final = {
         "-B -F --backing-format": "{} qcow2 -b base.qcow2 o.qcow2",
         "-q --quiet": "{} o.qcow2 1M",
     },
+    "snapshot": {
+        "-f --format": "{} qcow2 kept.qcow2",
+        "-l --list": "{} kept.qcow2",
+        "-c --create": "{} s1 kept.qcow2",
+        "-a --apply": "{} before kept.qcow2",
+        "-d --delete": "{} before kept.qcow2",
+        "-U --force-share": "{} -l kept.qcow2",
+        "-q --quiet": "{} -c s1 kept.qcow2",
+    },
     "check": {
         "-f --format": "{} qcow2 base.qcow2",
         "-T --cache": "{} directsync base.qcow2",
@@ -92,6 +101,25 @@ TAKEN: Final = {
     },
 }
 
+TAKEN["commit"] = {
+    "-f --format": "{} qcow2 child.qcow2",
+    "-t --cache": "{} none child.qcow2",
+    "-b --base": "{} base.qcow2 child.qcow2",
+    "-d --drop": "{} child.qcow2",
+    "-r --rate-limit": "{} 100M child.qcow2",
+    "-p --progress": "{} child.qcow2",
+    "-q --quiet": "{} child.qcow2",
+}
+TAKEN["rebase"] = {
+    "-f --format": "{} qcow2 -b base.qcow2 -F qcow2 child.qcow2",
+    "-t --cache": "{} none -b base.qcow2 -F qcow2 child.qcow2",
+    "-T --backing-cache": "{} none -b base.qcow2 -F qcow2 child.qcow2",
+    "-b --backing": "{} base.qcow2 -F qcow2 child.qcow2",
+    "-B -F --backing-format": "{} qcow2 -b base.qcow2 child.qcow2",
+    "-u --backing-unsafe": "{} -b base.qcow2 -F qcow2 child.qcow2",
+    "-p --progress": "{} -b base.qcow2 -F qcow2 child.qcow2",
+    "-q --quiet": "{} -b base.qcow2 -F qcow2 child.qcow2",
+}
 TAKEN["resize"] = {
     "-f --format": "{} raw d.raw 2M",
     "--shrink": "{} d.raw 512k",
@@ -109,6 +137,14 @@ REFUSED: Final = {
     },
     "info": {"--image-opts": "-f", "--object": "objects", "--limits": "leave it out"},
     "create": {"--object": "objects", "-u --backing-unsafe": "make the backing file first"},
+    "commit": {"--image-opts": "-f", "--object": "objects"},
+    "rebase": {
+        "--image-opts": "-f",
+        "--object": "objects",
+        "-c --compress": "leave it out",
+        "-U --force-share": "leave it out",
+    },
+    "snapshot": {"--image-opts": "-f", "--object": "objects"},
     "resize": {
         "--image-opts": "-f",
         "--object": "objects",
@@ -130,6 +166,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     Path("d.raw").write_bytes(b"x" * 70000 + bytes(MIB - 70000))
     Path("there.raw").write_bytes(bytes(MIB))
     imgcore.create("base.qcow2", MIB, sync=False)
+    imgcore.create("kept.qcow2", MIB, sync=False)
+    imgcore.create_snapshot("kept.qcow2", "before")
     imgcore.create("child.qcow2", backing="base.qcow2", backing_format="qcow2", sync=False)
     capsys.readouterr()
 
@@ -357,10 +395,7 @@ COMMANDS: Final = {
     "amend -o compat=0.10 base.qcow2": "convert -o compat=0.10 base.qcow2 o.qcow2",
     "bench base.qcow2": None,
     "bitmap --add base.qcow2 b": None,
-    "commit child.qcow2": "convert child.qcow2 o.qcow2",
     "dd if=d.raw of=o.raw": "convert d.raw o.raw",
-    "rebase -b base.qcow2 child.qcow2": "convert -B base.qcow2 -F qcow2 child.qcow2 o.qcow2",
-    "snapshot -l base.qcow2": "info base.qcow2",
 }
 
 

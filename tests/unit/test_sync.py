@@ -149,7 +149,7 @@ def test_a_smaller_source_leaves_the_rest(tmp_path: Path) -> None:
         ({"areas": [(0, SIZE + 512)]}, "outside the disk"),
         ({"bitmap": "b"}, "no bitmap 'b'"),
         ({"checksum": "md5"}, "no checksum algorithm"),
-        ({"rate": 1, "control": imgcore.Control()}, "rate and control"),
+        ({"rate": 1, "control": imgcore.Control()}, "rate and control are both"),
     ],
 )
 def test_wrong_arguments(keywords: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -206,11 +206,11 @@ def test_a_full_disk_says_how_far_it_got(tmp_path: Path, monkeypatch: pytest.Mon
 
     with monkeypatch.context() as patched:
         patched.setattr(UpdateFile, "pwrite", full)
-        with pytest.raises(OSError, match=r"before byte \d+ of the disk is copied") as caught:
+        with pytest.raises(OSError, match=r"is written up to its offset \d+") as caught:
             imgcore.sync(new, old, **keywords)
     assert caught.value.errno == errno.ENOSPC
     assert caught.value.filename == str(old)
-    position = int(str(caught.value).split("before byte ")[1].split()[0])
+    position = int(str(caught.value).split("its offset ")[1].split(")")[0])
     assert old.read_bytes()[:position] == content[:position]
     assert keywords["tree"].read_bytes() == tree
     imgcore.sync(new, old, **keywords)

@@ -26,7 +26,7 @@ AreaList: TypeAlias = "FilePath | Sequence[Area | tuple[SupportsIndex, SupportsI
 # Source: libvmdk, "VMWare Virtual Disk Format (VMDK)", "Change tracking file".
 _CTK_MAGIC: Final = b"\xa2\x72\x19\xf6"
 # The key that comes first tells one JSON from another.
-_KNOWN_KEY: Final = re.compile(r'"(start|startoffset|changedarea)"\s*:', re.IGNORECASE)
+_KNOWN_KEY: Final = re.compile(r'"(start|startoffset|changedarea|description)"\s*:', re.IGNORECASE)
 _EMPTY_ARRAY: Final = re.compile(r"\[\s*\]")
 
 
@@ -98,6 +98,10 @@ def _entries(file: ByteSource, virtual_size: int) -> Iterator[Entry]:
         from imgcore.areas.qemu_map import read_map
 
         return read_map(JsonText(file))
+    if key is not None and key[1].lower() == "description":
+        from imgcore.areas.nbd_map import read_nbd_map
+
+        return read_nbd_map(JsonText(file))
     if key is not None:
         from imgcore.areas.vmware_json import read_responses
 

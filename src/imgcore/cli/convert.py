@@ -56,6 +56,12 @@ EXIT_SALVAGED: Final = 3
     help=f"Write an image for a platform: {', '.join(profile_names())}.",
 )
 @click.option("-c", "--compress", is_flag=True, help="Compress TARGET.")
+@click.option(
+    "--base",
+    metavar="FILE",
+    help="A backing file of SOURCE, which becomes that of TARGET: only what the images above it "
+    "have is copied.",
+)
 @click.option("-B", "-b", "--backing", metavar="FILE", help="Backing file of TARGET.")
 @click.option("-F", "--backing-format", metavar="FMT", help="Format of the backing file of TARGET.")
 @click.option(
@@ -151,6 +157,7 @@ def command(
     options: tuple[str, ...],
     profile: str | None,
     compress: bool,
+    base: str | None,
     backing: str | None,
     backing_format: str | None,
     sparse_size: int,
@@ -203,6 +210,7 @@ def command(
             target_format=target_format,
             options=options,
             compress=compress,
+            base=base,
             backing=backing,
             backing_format=backing_format,
             sparse=sparse_size,

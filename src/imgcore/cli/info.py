@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import click
@@ -17,6 +16,7 @@ from imgcore.cli.common import (
     verb,
     with_qemu_names,
 )
+from imgcore.cli.snapshot_list import print_snapshots
 from imgcore.text import one_line
 
 
@@ -64,24 +64,7 @@ def _print_human(image: dict[str, Any]) -> None:
     if "backing-filename-format" in image:
         click.echo(f"backing file format: {one_line(image['backing-filename-format'])}")
     if image.get("snapshots"):
-        _print_snapshots(image["snapshots"])
+        print_snapshots(image["snapshots"])
     if "format-specific" in image:
         click.echo("Format specific information:")
         print_tree(image["format-specific"]["data"], 4)
-
-
-def _print_snapshots(snapshots: list[dict[str, Any]]) -> None:
-    from imgcore.sizes import format_size
-
-    click.echo("Snapshot list:")
-    click.echo(f"{'ID':<8}{'TAG':<18}{'VM_SIZE':>7}{'DATE':>20}{'VM_CLOCK':>16}{'ICOUNT':>11}")
-    for snapshot in snapshots:
-        date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(snapshot.get("date-sec", 0)))
-        seconds = snapshot.get("vm-clock-sec", 0)
-        millis = snapshot.get("vm-clock-nsec", 0) // 1_000_000
-        clock = f"{seconds // 3600:04}:{seconds // 60 % 60:02}:{seconds % 60:02}.{millis:03}"
-        click.echo(
-            f"{one_line(str(snapshot['id'])):<8}{one_line(str(snapshot['name'])):<18}"
-            f"{format_size(snapshot.get('vm-state-size', 0)):>7}{date:>20}{clock:>16}"
-            f"{snapshot.get('icount', ''):>11}"
-        )

@@ -43,7 +43,11 @@ _VERBS: Final = {
     "lint": "Check an image against the rules of a platform.",
     "measure": "Compute how large a target file would be.",
     "create": "Create an empty image.",
+    "snapshot": "List or change the snapshots inside an image.",
     "sync": "Bring an image up to date in place, by its changed areas.",
+    "commit": "Merge an image into its backing file.",
+    "rebase": "Change the backing file of an image.",
+    "flatten": "Make an image independent of its backing files.",
     "resize": "Change the size of a disk in place.",
     "rewrite": "Change an image's format in its own file, without copying.",
 }

@@ -21,8 +21,8 @@ _OBJECT: Final = (
     "encrypted images are not read: qemu-img convert decrypts them"
 )
 _SNAPSHOT: Final = (
-    "snapshots inside images are listed by info, but not read: qemu-img convert -l NAME makes "
-    "an image of one"
+    "snapshots inside images are listed and changed by snapshot, but not read: qemu-img convert "
+    "-l NAME makes an image of one"
 )
 _BITMAPS: Final = (
     "bitmaps are not copied: without this flag the disk is converted; "
@@ -48,6 +48,12 @@ _OF_VERB: Final = {
     },
     "measure": {"-l": _SNAPSHOT, "--snapshot": _SNAPSHOT},
     "info": {"--limits": _LIMITS},
+    "rebase": {
+        "-c": "what is copied into an image in place is not compressed: leave it out",
+        "--compress": "what is copied into an image in place is not compressed: leave it out",
+        "-U": "an image that is written to is not used by others: leave it out",
+        "--force-share": "an image that is written to is not used by others: leave it out",
+    },
     "resize": {
         "--preallocation": "what is new is allocated once it is written to: leave it out",
     },
@@ -61,10 +67,7 @@ _COMMANDS: Final = {
     "amend": "convert writes a new image with other options (-o)",
     "bench": "it measures QEMU",
     "bitmap": "bitmaps are neither read nor written",
-    "commit": "convert merges an image and its backing files into a new one",
     "dd": "convert writes the whole disk",
-    "rebase": "convert -B FILE -F FMT writes an image on another backing file",
-    "snapshot": "info lists the snapshots of an image",
 }
 
 

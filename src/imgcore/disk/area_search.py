@@ -17,7 +17,7 @@ from imgcore.disk.image_names import local_image
 from imgcore.disk.open_options import OpenOptions
 from imgcore.engine.progress import Progress, Tally
 from imgcore.errors import OptionError
-from imgcore.files.identity import Identity, named_identity, same_file
+from imgcore.files.identity import named_identity
 from imgcore.formats.api import HasBitmaps
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class AreaSearch(NamedTuple):
     def since(self, source: str | int, options: OpenOptions) -> Iterator[Area]:
         """Yield what has changed since an older image, which may be in the chain."""
         name, stated = local_image(source, options)
-        depth = self._depth_of(named_identity(name))
+        depth = self.disk.depth_of(named_identity(name))
         if depth is not None and not stated.interprets:
             yield from self._above(depth)
             return
@@ -69,13 +69,6 @@ class AreaSearch(NamedTuple):
             else:
                 yield from self.compared(old, self.disk.virtual_size)
             image.check_unchanged()
-
-    def _depth_of(self, identity: Identity) -> int | None:
-        """Return the number of the layer that has a file, None if there is none."""
-        for depth, file in enumerate(self.disk.files):
-            if same_file(file.identity, identity):
-                return depth
-        return None
 
     def _above(self, depth: int) -> Iterator[Area]:
         """Yield what the layers above one of the chain's layers state."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from enum import Enum
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -65,6 +65,12 @@ class _Piece(NamedTuple):
         return offset + length
 
 
+class _Run(Enum):
+    DATA = "data"
+    ZERO = "zeros"
+    SKIPPED = "zeros that are left out"
+
+
 def copy_areas(
     source: Image,
     target: Image,
@@ -97,7 +103,8 @@ def copy_areas(
     grain : int
         Zeros in data are found in blocks of so many bytes, at multiples of them.
     skip_zeros : bool
-        Leave out zeros in data, instead of making the target read so.
+        Leave out zeros in data that are whole grains, instead of making the target read
+        so.
 
     Returns
     -------
@@ -106,7 +113,7 @@ def copy_areas(
     Raises
     ------
     OSError, ImgcoreError
-        An image cannot be read or written.  An OSError says how much is done.
+        An image cannot be read or written; the error of a write says how far it got.
     """
     copy = _Copy(source, target, threads, grain, skip_zeros=skip_zeros)
     done = Copied()
@@ -116,7 +123,7 @@ def copy_areas(
             report(done)
 
     pending: tuple[_Piece, Future[Copied]] | None = None
-    with _saying_how_far(lambda: done), ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool:
         # An exception waits for the piece that is being written.
         for piece in _pieces(areas):
             if control is not None and not piece.is_zero:
@@ -146,18 +153,6 @@ def _sum(done: Copied, piece: _Piece, writing: Future[Copied]) -> Copied:
         done.written + one.written,
         done.zeroed + one.zeroed,
     )
-
-
-@contextmanager
-def _saying_how_far(done: Callable[[], Copied]) -> Iterator[None]:
-    """Let an OSError say how much was done."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:
-            raise
-        text = f"{error.strerror} (what has changed before byte {done().position} of the disk"
-        raise OSError(error.errno, f"{text} is copied)", error.filename) from error
 
 
 def _pieces(areas: Iterable[Area]) -> Iterator[_Piece]:
@@ -230,29 +225,34 @@ class _Copy:
         data: list[tuple[int, memoryview]] = []
         zeroed = 0
         for (start, _), octets in zip(piece.ranges, contents, strict=True):
-            for offset, length, is_data in self._runs(start, octets):
-                if is_data:
+            for offset, length, kind in self._runs(start, octets):
+                if kind is _Run.DATA:
                     first = offset - start
                     data.append((offset, octets[first : first + length]))
-                else:
+                elif kind is _Run.ZERO:
                     zeroed += length
-                    if not self._skip_zeros:
-                        self._target.zero(offset, length)
+                    self._target.zero(offset, length)
         written = self._target.writev(data, threads=self._threads)
         return Copied(read=piece.nbytes, written=written, zeroed=zeroed)
 
-    def _runs(self, start: int, octets: memoryview) -> Iterator[tuple[int, int, bool]]:
-        """Yield (offset, length, whether it is data) of runs of whole grains."""
-        end = start + len(octets)
-        run_start, run_is_data = start, False
-        at = start
+    def _runs(self, start: int, octets: memoryview) -> Iterator[tuple[int, int, _Run]]:
+        """Yield (offset, length, kind) of runs of grains of the same kind."""
+        run_start, run_kind = start, _Run.SKIPPED
+        at, end = start, start + len(octets)
         while at < end:
             stop = min(end, at - at % self._grain + self._grain)
-            is_data = not is_zero(octets[at - start : stop - start])
-            if is_data != run_is_data and at > run_start:
-                yield run_start, at - run_start, run_is_data
-                run_start = at
-            run_is_data = is_data
+            kind = self._kind(at, stop, octets[at - start : stop - start])
+            if kind is not run_kind:
+                if run_start < at:
+                    yield run_start, at - run_start, run_kind
+                run_start, run_kind = at, kind
             at = stop
         if run_start < end:
-            yield run_start, end - run_start, run_is_data
+            yield run_start, end - run_start, run_kind
+
+    def _kind(self, start: int, end: int, octets: memoryview) -> _Run:
+        if not is_zero(octets):
+            return _Run.DATA
+        is_last = end == self._target.virtual_size
+        is_whole = start % self._grain == 0 and (end % self._grain == 0 or is_last)
+        return _Run.SKIPPED if self._skip_zeros and is_whole else _Run.ZERO

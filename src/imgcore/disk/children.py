@@ -80,7 +80,7 @@ def warn_about_children(
             MAX_SEARCHED_FILES,
         )
     elif names := list(children):
-        text = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more files"
+        text = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
         log.warning(
             "%s: is the parent of %s, and changes: what depends on it reads other data then, or "
             "is refused",

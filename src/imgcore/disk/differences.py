@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from imgcore.disk.disk_state import DiskState
     from imgcore.disk.same_ranges import SameRanges
     from imgcore.engine.extents import Extents
+    from imgcore.engine.reflinks import ReflinkRule
+    from imgcore.engine.source_file import SourceFile
 
 MAX_BLOCK_NBYTES: Final = 64 * MIB
 
@@ -33,6 +34,20 @@ _MAX_BATCH_BLOCKS: Final = 1 << 20
 _MAX_BATCH_NBYTES: Final = 1 << 38
 
 
+class Disk(Protocol):
+    """What is read of an open disk: of a `DiskState`, for example."""
+
+    @property
+    def virtual_size(self) -> int: ...
+
+    @property
+    def sources(self) -> list[SourceFile]: ...
+
+    def data_extents(
+        self, start: int, length: int, rule: ReflinkRule | None
+    ) -> Iterator[Extents]: ...
+
+
 class Differences:
     """Finds every difference between two disks.
 
@@ -40,7 +55,7 @@ class Differences:
 
     Parameters
     ----------
-    new, old : DiskState
+    new, old : Disk
         Open; a disk that ends before ``nbytes`` goes on with zeros.
     nbytes : int
         Bytes to compare, at most those of the larger disk.
@@ -54,8 +69,8 @@ class Differences:
 
     def __init__(
         self,
-        new: DiskState,
-        old: DiskState,
+        new: Disk,
+        old: Disk,
         *,
         nbytes: int,
         granularity: int,
@@ -95,7 +110,7 @@ class Differences:
         old = _renumbered(self._extents(self._old), len(self._new.sources))
         return self._whole_blocks(self._extents(self._new)), self._whole_blocks(old)
 
-    def _extents(self, disk: DiskState) -> Iterator[Extents]:
+    def _extents(self, disk: Disk) -> Iterator[Extents]:
         nbytes = min(disk.virtual_size, self._nbytes)
         return padded(disk.data_extents(0, nbytes, None), nbytes, self._nbytes)
 

@@ -7,6 +7,7 @@ from copy import copy
 from typing import TYPE_CHECKING
 
 from imgcore.files.host_file import HostFile
+from imgcore.files.identity import same_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -122,6 +123,13 @@ class DiskState:
         for rows, depths in self.layer_extents(0, self.virtual_size):
             for part in salvage.take(rows, depths):
                 yield from holes.cut(part)
+
+    def depth_of(self, identity: Identity) -> int | None:
+        """Return the number of the layer whose file it is; None if there is none."""
+        for depth, file in enumerate(self.files):
+            if same_file(file.identity, identity):
+                return depth
+        return None
 
     def is_part_of(self, other: DiskState, depth: int) -> bool:
         """Tell whether its layers are those of another disk from ``depth`` on."""

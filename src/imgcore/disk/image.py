@@ -26,7 +26,7 @@ from imgcore.disk.pieces import Piece, without_overlaps
 from imgcore.errors import ImgcoreError, OptionError
 from imgcore.files.closable import Closable
 from imgcore.files.descriptors import forks_held_back
-from imgcore.formats.api import SectorSized
+from imgcore.formats.api import Rebasable, SectorSized
 from imgcore.formats.registry import get_driver
 from imgcore.limits import SECTOR_NBYTES
 
@@ -46,7 +46,8 @@ if TYPE_CHECKING:
     from imgcore.engine.source_file import SourceFile
     from imgcore.files.byte_source import ByteSource
     from imgcore.files.host_file import HostFile
-    from imgcore.formats.api import Reader, Updater
+    from imgcore.files.identity import Identity
+    from imgcore.formats.api import BackingReference, Reader, Updater
 
 
 _Item = TypeVar("_Item")
@@ -422,6 +423,11 @@ class Image(Closable):
         OSError
             The file system is full, or fails.  The range then has old and new bytes.
         """
+        in_place = None if self._writer is None else self._writer.in_place
+        if in_place is not None:
+            nbytes = in_place.overwrite(offset, data)
+            if nbytes is not None:
+                return nbytes
         writer, changes = self._writing()
         with changes:
             piece = self._piece(offset, data)
@@ -557,7 +563,10 @@ class Image(Closable):
                     path=self.path,
                 )
             if nbytes != self.virtual_size:
-                self.restructure(lambda updater: updater.resize(nbytes))
+                with self._refreshing:
+                    writer, changes = self._writing()
+                    with changes:
+                        writer.resize(nbytes, self._reopened)
 
     def restructure(self, change: Callable[[Updater], None]) -> None:
         """Let a function change the image by its format's updater, and read it anew.
@@ -568,6 +577,32 @@ class Image(Closable):
             writer, changes = self._writing()
             with changes:
                 writer.restructure(change, self._reopened)
+
+    def is_rebasable(self) -> bool:
+        """Tell whether the format can change the image's parent."""
+        writer, changes = self._writing()
+        with changes:
+            return isinstance(writer.updater, Rebasable)
+
+    def begin(self) -> None:
+        """Make durable that the image is being changed, before the first change."""
+        writer, changes = self._writing()
+        with changes:
+            writer.begin()
+
+    def set_backing(self, reference: BackingReference | None) -> None:
+        """Change what the image says about its parent, and read it anew.
+
+        A parent that was stated when the image was opened counts no more.  The rest is
+        as for `imgcore.formats.api.Rebasable.set_backing`.
+        """
+
+        def change(updater: Updater) -> None:
+            assert isinstance(updater, Rebasable)
+            updater.set_backing(reference)
+            self._options = self._options._replace(parents=())
+
+        self.restructure(change)
 
     def _writing(self) -> tuple[WriteAccess, Uses]:
         """Return what changes the image, and the uses that all changes are."""
@@ -583,12 +618,16 @@ class Image(Closable):
             if not self._options.writable:
                 raise ImgcoreError("the image is open for reading only", path=self.path)
             with self._state_lock():
+                if self._reads is None:
+                    self._reads = self._counted(_READS)
                 if self._writer is None:
                     self._writer = WriteAccess(
                         self._access(),
                         read_into=_weak_call(self.readinto),
                         forget=_weak_call(self._forget_tables),
                         is_unread=_weak_call(self._is_unread),
+                        reads=self._reads,
+                        is_current=_weak_call(self._is_current),
                     )
                     _writers.add(self._writer)
                     _being_used.add(self)
@@ -603,13 +642,16 @@ class Image(Closable):
         updater = get_driver(self.format).updater(self.reader, has_parent=len(state.layers) > 1)
         return Access(state, updater)
 
-    def _forget_tables(self) -> None:
+    def _forget_tables(self, start: int, end: int) -> None:
         disk = self._disk
         if disk is not None:
-            disk.forget()
+            disk.forget(start, end)
 
     def _is_unread(self) -> bool:
-        return not self._views and (self._reads is None or self._reads.is_idle)
+        return not self._views and (self._reads is None or self._reads.soon_over())
+
+    def _is_current(self, state: DiskState) -> bool:
+        return state is self._state
 
     def _counted(self, user: str) -> Uses:
         """Return the uses that are together one user of the files."""
@@ -757,6 +799,10 @@ class Image(Closable):
     def every_file(self) -> list[ByteSource]:
         """Return the files of all layers, each once."""
         return self._state.every_file()
+
+    def depth_of(self, identity: Identity) -> int | None:
+        """Return the number of the layer whose file it is; None if there is none."""
+        return self._state.depth_of(identity)
 
     def own_files(self) -> list[ByteSource]:
         """Return the files of the image itself, without those of its parents."""
@@ -913,7 +959,11 @@ def open_image(
         image = Image(chain, source, options)
         if options.writable:
             # An image that cannot be written to is refused now.
-            image._writing()
+            try:
+                image._writing()
+            except BaseException:
+                image.close()
+                raise
         return image
 
 

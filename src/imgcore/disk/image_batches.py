@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from imgcore.disk.overlay import padded, resized
+from imgcore.disk.same_ranges import Places
 from imgcore.engine.batches import cut_batches, pair_up
-from imgcore.engine.extents import Kind
+from imgcore.engine.extents import Kind, zeroed_at_ranges
 from imgcore.engine.geometry import ZeroPolicy
 from imgcore.engine.supply import Batch
 
@@ -48,7 +49,9 @@ def image_batches(
     rows = resized(extents, image.virtual_size, disk_end)
     base_end = min(base.virtual_size, disk_end)
     base_rows = padded(base.data_extents(0, base_end), base_end, disk_end)
-    return _over_base(_cut(rows, geometry), _cut(base_rows, geometry), len(image.sources))
+    places = None if geometry.leaf_nbytes else Places([*image.sources, *base.sources])
+    pairs = _over_base(_cut(rows, geometry), _cut(base_rows, geometry), len(image.sources))
+    return (pair if places is None else _without_same(pair, places, geometry) for pair in pairs)
 
 
 def _cut(rows: Iterator[Extents], geometry: Geometry, skip_empty: bool = False) -> Iterator[Batch]:
@@ -71,3 +74,23 @@ def _over_base(own: Iterator[Batch], base: Iterator[Batch], first_file: int) -> 
         shifted = base_rows.copy()
         shifted["file"][shifted["kind"] >= Kind.DATA] += np.uint32(first_file)
         yield Batch(start, end, np.ascontiguousarray(rows), shifted)
+
+
+def _without_same(batch: Batch, places: Places, geometry: Geometry) -> Batch:
+    """Return a batch with zeros on both sides for whole blocks that are the same.
+
+    They are stored in one place: by a parent of the image that is the base, or that
+    both have.  So they are not read, and left out of the target.
+    """
+    assert batch.base is not None
+    unit = np.uint64(geometry.block_nbytes)
+    same = places.compare(batch.rows, batch.base)
+    starts = (same.starts + unit - np.uint64(1)) // unit * unit
+    ends = np.where(same.ends == batch.end, same.ends, same.ends // unit * unit)
+    is_whole = starts < ends
+    if not is_whole.any():
+        return batch
+    return batch._replace(
+        rows=zeroed_at_ranges(batch.rows, starts[is_whole], ends[is_whole]),
+        base=zeroed_at_ranges(batch.base, starts[is_whole], ends[is_whole]),
+    )

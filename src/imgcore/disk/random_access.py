@@ -66,7 +66,7 @@ class RandomAccess(Disk):
         super().__init__(
             native_sources(state.sources, are_growing=is_changing),
             virtual_size=state.virtual_size,
-            span=_span_nbytes(state.layers),
+            span=span_nbytes(state.layers),
             cache=cache_nbytes,
             uses=uses,
             lock=threading.RLock(),
@@ -115,7 +115,7 @@ class RandomAccess(Disk):
             del error
 
 
-def _span_nbytes(layers: Sequence[Reader]) -> int:
+def span_nbytes(layers: Sequence[Reader]) -> int:
     """Return how much of the disk a table covers: a power of two."""
     if layers[0].is_flat:
         return _FLAT_SPAN_NBYTES

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
-from imgcore.engine.extents import Kind, cut_at_ranges, split
+from imgcore.engine.extents import Kind, split, zeroed_at_ranges
 from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
@@ -50,11 +50,7 @@ class SameRanges(NamedTuple):
         starts, ends = (self.starts + _LAST) & ~_LAST, self.ends & ~_LAST
         ends[self.ends == self.end] = self.end
         is_left = starts < ends
-        parts, is_same = cut_at_ranges(rows, starts[is_left], ends[is_left])
-        for name in ("host_offset", "host_length", "file", "flags"):
-            parts[name][is_same] = 0
-        parts["kind"][is_same] = Kind.ZERO
-        return parts
+        return zeroed_at_ranges(rows, starts[is_left], ends[is_left])
 
     def other_ranges(self, start: int, unit: int, max_nbytes: int) -> Iterator[tuple[int, int]]:
         """Yield ranges in whole units, ascending and disjoint, that have all the rest.

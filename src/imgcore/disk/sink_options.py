@@ -10,7 +10,7 @@ from imgcore.disk.backing import backing_reference
 from imgcore.disk.profile_fitting import fitting_format, fitting_options, refuse_against_profile
 from imgcore.disk.reflinks import Reflink
 from imgcore.disk.target_format import target_format
-from imgcore.engine.control import Control
+from imgcore.engine.control import Control, control_of
 from imgcore.engine.job import chosen_variants, thread_count
 from imgcore.errors import OptionError
 from imgcore.formats.registry import PLAIN_FORMAT
@@ -106,6 +106,7 @@ class SinkOptions(NamedTuple):
                 in_place=in_place,
                 compress=compress,
             )
+        paced = control_of(rate, control)
         return cls(
             format=name,
             options=fitting_options(platform, name, options),
@@ -120,7 +121,7 @@ class SinkOptions(NamedTuple):
             trust_blocks=trust_blocks,
             variants=chosen_variants(kernels),
             profile=platform,
-            limit=_rate_limit(rate, control),
+            limit=None if paced is None else paced.limit,
             checksum=checksum,
         )
 
@@ -135,14 +136,6 @@ def _profile(name: str) -> Profile:
     from imgcore.platforms.profiles import get_profile
 
     return get_profile(name)
-
-
-def _rate_limit(rate: SupportsIndex | str | None, control: Control | None) -> RateLimit | None:
-    if rate is None:
-        return None if control is None else control.limit
-    if control is not None:
-        raise OptionError("rate and control are both given: set the rate of the control")
-    return Control(rate=rate).limit
 
 
 def _refuse_with_reflinks(policy: Reflink, given: Mapping[str, bool]) -> None:

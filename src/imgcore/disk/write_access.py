@@ -13,15 +13,19 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 from imgcore.border import range_of_disk
+from imgcore.disk.in_place_writes import InPlaceWrites
 from imgcore.disk.pieces import Group, Piece, batches, grouped
 from imgcore.disk.range_locks import RangeLocks
+from imgcore.errors import ImgcoreError
 from imgcore.files.descriptors import is_of_system
 from imgcore.files.update_file import UpdateFile
+from imgcore.formats.api import Overwritable
 from imgcore.limits import MIB
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from imgcore._core import Uses
     from imgcore.disk.disk_state import DiskState
     from imgcore.formats.api import Place, Updater
 
@@ -48,38 +52,69 @@ class WriteAccess:
     read_into : callable
         Fills a buffer with bytes of the disk as it is: ``read_into(offset, buffer)``.
     forget : callable
-        Called after each change of the tables.
+        Called after each change of the tables of a range: ``forget(start, end)``.
     is_unread : callable
-        Tells whether no read is in progress.
+        Tells whether all reads have ended that began before ``forget`` was called last.
+    is_current : callable
+        Tells whether a state is that of the image.
+    reads : Uses
+        The image's reads.
+
+    Attributes
+    ----------
+    in_place : InPlaceWrites or None
+        Overwrites what it can, which is no change of tables and needs no lock.
     """
+
+    in_place: InPlaceWrites | None = None
 
     def __init__(
         self,
         access: Access,
         *,
         read_into: Callable[[int, memoryview], object],
-        forget: Callable[[], None],
+        forget: Callable[[int, int], None],
         is_unread: Callable[[], bool],
+        is_current: Callable[[DiskState], bool],
+        reads: Uses,
     ) -> None:
         self._read_into = read_into
-        self._forget_tables = forget
+        self._forget = forget
         self._is_unread = is_unread
+        self._is_current = is_current
+        self._reads = reads
         self._ranges = RangeLocks()
         # Of the updater.
         self._tables = threading.Lock()
         self._renew(access)
 
     def _renew(self, access: Access) -> None:
+        own = [source.file for source in access.state.layers[0].sources]
+        waiting = [file for file in own if isinstance(file, UpdateFile)]
         self._state, self._updater = access
         # By their indexes in ``sources``: the image's own come first.
-        own = [source.file for source in self._state.layers[0].sources]
         self._files = cast("list[UpdateFile]", own)
-        self._waiting = [file for file in own if isinstance(file, UpdateFile)]
+        self._waiting = waiting
         self._has_begun = False
+        self.in_place = None
         # Whether tables may be known that have changed since.
         self._is_stale = False
 
+    @property
+    def updater(self) -> Updater:
+        """What changes the tables."""
+        return self._updater
+
     # -- changes -----------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Make durable that the image is being changed."""
+
+        def work() -> None:
+            with self._tables:
+                self._begin()
+
+        self._ranges.holding_all(work)
 
     def write(self, pieces: Sequence[Piece]) -> None:
         """Write bytes to ranges of the disk, which ascend and do not overlap."""
@@ -90,20 +125,20 @@ class WriteAccess:
 
     def zero(self, start: int, length: int, *, unmap: bool) -> None:
         """Make a range of the disk read as zeros."""
-
-        def work() -> None:
-            with self._tables:
-                self._begin()
-                with self._changed_tables():
-                    rest = self._updater.zero(start, length, unmap=unmap)
-            pieces = [Piece(first, first + nbytes, None) for first, nbytes in rest]
-            for batch in batches(pieces, self._updater.granule_nbytes):
-                with _stating_offset(batch[0].start):
-                    self._write(batch)
-
         if length:
+            work = partial(self._zero, start, length, unmap=unmap)
             self._holding(start, start + length, work)
             self._relieve()
+
+    def _zero(self, start: int, length: int, *, unmap: bool) -> None:
+        with self._tables:
+            self._begin()
+            with self._changed_tables(start, start + length):
+                rest = self._updater.zero(start, length, unmap=unmap)
+        pieces = [Piece(first, first + nbytes, None) for first, nbytes in rest]
+        for batch in batches(pieces, self._updater.granule_nbytes):
+            with _stating_offset(batch[0].start):
+                self._write(batch)
 
     def discard(self, start: int, length: int) -> None:
         """Let the image free what it has of a range, which is not needed any more."""
@@ -111,7 +146,7 @@ class WriteAccess:
         def work() -> None:
             with self._tables:
                 self._begin()
-                with self._changed_tables():
+                with self._changed_tables(start, start + length):
                     self._updater.discard(start, length)
 
         if length:
@@ -131,27 +166,57 @@ class WriteAccess:
     # -- the image as a whole ----------------------------------------------------------
 
     def restructure(self, change: Callable[[Updater], None], reopen: Callable[[], Access]) -> None:
-        """Change more than content, such as the size; then open the image anew.
+        """Change more than content; then open the image anew.
 
         It is also opened anew if the change fails in the middle.
         """
+        self._ranges.holding_all(lambda: self._restructure(change, reopen))
+
+    def resize(self, virtual_size: int, reopen: Callable[[], Access]) -> None:
+        """Change the size of the disk; then open the image anew."""
 
         def work() -> None:
-            with self._tables:
-                self._begin()
-            try:
-                with self._tables:
-                    change(self._updater)
-            finally:
-                self._reopen(reopen)
+            self._stop_overwriting()
+            if virtual_size > self._state.virtual_size:
+                self._write_end()
+            self._restructure(lambda updater: updater.resize(virtual_size), reopen)
 
         self._ranges.holding_all(work)
+
+    def _restructure(self, change: Callable[[Updater], None], reopen: Callable[[], Access]) -> None:
+        with self._tables:
+            self._begin()
+        self._stop_overwriting()
+        try:
+            with self._tables:
+                change(self._updater)
+        finally:
+            self._reopen(reopen)
+
+    def _write_end(self) -> None:
+        """Write the granule again that the disk ends in, which may be compressed."""
+        end = self._state.virtual_size
+        start = end - end % self._updater.granule_nbytes
+        if start == end:
+            return
+        content = bytearray(end - start)
+        self._read_into(start, memoryview(content))
+        if any(content):
+            self._write([Piece(start, end, memoryview(content))])
+        else:
+            self._zero(start, end - start, unmap=True)
 
     def refresh(self, reopen: Callable[[], Access]) -> None:
         """Open the image anew, between changes."""
         self._ranges.holding_all(lambda: self._reopen(reopen))
 
+    def _stop_overwriting(self) -> None:
+        """Let no thread write any more that does not hold its range."""
+        if self.in_place is not None:
+            self.in_place.stop_writing()
+
     def _reopen(self, reopen: Callable[[], Access]) -> None:
+        self._stop_overwriting()
         with self._tables:
             if self._has_begun:
                 self._flush()
@@ -165,6 +230,7 @@ class WriteAccess:
         """
 
         def work() -> None:
+            self._stop_overwriting()
             with self._tables:
                 if self._has_begun:
                     self._updater.flush(is_unread=True)
@@ -179,7 +245,7 @@ class WriteAccess:
 
     def _flush(self) -> None:
         if self._is_stale:
-            self._forget()
+            self._forget_all()
         self._updater.flush(is_unread=self._is_unread())
 
     def _relieve(self) -> None:
@@ -203,29 +269,46 @@ class WriteAccess:
         self._ranges.holding(*self._granules(start, end), inside)
 
     def _begin(self) -> None:
-        if not self._has_begun:
-            self._updater.begin()
-            self._updater.flush(is_unread=False)
-            self._has_begun = True
-            # From now on, no hole of a file is taken for zeros of the disk.
-            self._forget()
+        if self._has_begun:
+            return
+        if not self._is_current(self._state):
+            raise ImgcoreError(
+                "an exception has interrupted its refresh, which has to be repeated",
+                path=self._state.paths[0],
+            )
+        self._updater.begin()
+        self._updater.flush(is_unread=False)
+        self._has_begun = True
+        # From now on, no hole of a file is taken for zeros of the disk.
+        self._forget_all()
+        if isinstance(self._updater, Overwritable):
+            self.in_place = InPlaceWrites(
+                self._state, self._updater, uses=self._reads, lock=self._tables
+            )
 
     @contextmanager
-    def _changed_tables(self) -> Iterator[None]:
-        self._is_stale = True
+    def _changed_tables(self, start: int, end: int) -> Iterator[None]:
+        """Forget the tables of a range after a ``with`` block that changes them."""
+        was_stale, self._is_stale = self._is_stale, True
         try:
             yield
         finally:
-            self._forget()
+            self._forget_range(*self._granules(start, end))
+            self._is_stale = was_stale
 
-    def _forget(self) -> None:
-        self._forget_tables()
+    def _forget_all(self) -> None:
+        self._forget_range(0, self._state.virtual_size)
         self._is_stale = False
 
+    def _forget_range(self, start: int, end: int) -> None:
+        self._forget(start, end)
+        if self.in_place is not None:
+            self.in_place.forget(start, end)
+
     def _granules(self, start: int, end: int) -> tuple[int, int]:
-        """Return a range widened to whole granules."""
+        """Return a range widened to whole granules, as far as the disk goes."""
         nbytes = self._updater.granule_nbytes
-        return start - start % nbytes, end + -end % nbytes
+        return start - start % nbytes, min(end + -end % nbytes, self._state.virtual_size)
 
     def _write(self, pieces: Sequence[Piece]) -> None:
         """Write pieces of the disk, which are held."""
@@ -244,8 +327,10 @@ class WriteAccess:
             raise
         new = _new_places(placed)
         if new:
-            with self._tables, self._changed_tables():
+            with self._tables, self._changed_tables(pieces[0].start, pieces[-1].end):
                 self._updater.refer(new)
+        elif self.in_place is not None:
+            self.in_place.note(pieces[0].start)
 
     def _store(self, group: Group, place: Place) -> None:
         """Store the pieces of a place, and old bytes around them if it needs all."""

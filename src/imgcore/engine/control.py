@@ -47,6 +47,15 @@ class Control:
             self._rate = nbytes
 
 
+def control_of(rate: SupportsIndex | str | None, control: Control | None) -> Control | None:
+    """Return the control of a job: the one that was given, or one for a rate."""
+    if rate is None:
+        return control
+    if control is not None:
+        raise OptionError("rate and control are both given: set the rate of the control")
+    return Control(rate=rate)
+
+
 def _rate_nbytes(rate: SupportsIndex | str) -> int:
     nbytes = parse_size(rate) if isinstance(rate, str) else integer(rate, "rate")
     if not 0 < nbytes <= MAX_SIZE:

@@ -213,6 +213,17 @@ def cut_at_ranges(
     return parts, parts["guest_offset"] < ends[range_of]
 
 
+def zeroed_at_ranges(
+    rows: Extents, starts: NDArray[np.uint64], ends: NDArray[np.uint64]
+) -> Extents:
+    """Return a gap-free batch with ZERO in ranges, as for `cut_at_ranges`."""
+    parts, is_inside = cut_at_ranges(rows, starts, ends)
+    for name in ("host_offset", "host_length", "file", "flags"):
+        parts[name][is_inside] = 0
+    parts["kind"][is_inside] = Kind.ZERO
+    return parts
+
+
 def _rows_between(rows: Extents, start: int, end: int) -> tuple[int, int]:
     offsets = rows["guest_offset"]
     first = int(np.searchsorted(offsets, np.uint64(start), side="right")) - 1

@@ -52,40 +52,48 @@ class Closable:
     def __init__(self) -> None:
         # Reentrant: a signal handler may close the object in the middle of a use.
         self._lock = threading.RLock()
-        # The number of uses in progress by each thread, or other user, that has any.
-        self._uses: dict[object, int] = {}
+        # The lock of each use, held as long as it lasts, and its thread.
+        self._uses: dict[threading.Lock, int] = {}
+        # Other users.
+        self._users: set[str] = set()
+        self._freeing = threading.Lock()
         self._forks_before = _n_forks
         self._is_closed = self._is_freed = False
 
     def _free(self) -> None:
-        """Close the files; called once."""
+        """Close the files; called again if an exception has ended it."""
         raise NotImplementedError
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:
-        """Keep the object open in a ``with`` block; ValueError if it is closed."""
-        me = threading.get_ident()
-        self._begin_use(me)
-        try:
-            yield
-        finally:
-            self._end_use(me)
+        """Keep the object open in a ``with`` block; ValueError if it is closed.
 
-    def _begin_use(self, user: object) -> None:
+        Wherever an exception of a signal handler ends it, the use is over.
+        """
+        use = threading.Lock()
+        try:
+            with use:
+                with self._state_lock():
+                    if self._is_closed:
+                        self._refuse()
+                    self._uses[use] = threading.get_ident()
+                yield
+        finally:
+            self._uses.pop(use, None)
+            self._free_after_use()
+
+    def _begin_use(self, user: str) -> None:
         """Keep the object open until `_end_use`; ValueError if it is closed.
 
-        A user that is not a thread's number is forgotten in forked children.
+        The user is forgotten in forked children.
         """
         with self._state_lock():
             if self._is_closed:
                 self._refuse()
-            self._uses[user] = self._uses.get(user, 0) + 1
+            self._users.add(user)
 
-    def _end_use(self, user: object) -> None:
-        with self._state_lock():
-            n_left = self._uses.pop(user, 1) - 1
-            if n_left:
-                self._uses[user] = n_left
+    def _end_use(self, user: str) -> None:
+        self._users.discard(user)
         self._free_after_use()
 
     def _refuse(self) -> NoReturn:
@@ -101,11 +109,16 @@ class Closable:
         self._free_after_use()
 
     def _free_after_use(self) -> None:
+        if not self._is_closed or self._is_freed:
+            return
         with self._state_lock():
-            if not self._is_closed or self._uses or self._is_freed:
-                return
-            self._is_freed = True
-        self._free()
+            is_used = self._users or any(use.locked() for use in list(self._uses))
+        if is_used or self._freeing.locked():
+            return
+        with self._freeing:
+            if not self._is_freed:
+                self._free()
+                self._is_freed = True
 
     def _state_lock(self) -> threading.RLock:
         """Return the lock of the counts, which a forked child has to itself."""
@@ -119,7 +132,9 @@ class Closable:
     def _adopt(self) -> None:
         """Forget the threads that did not come along into this forked child."""
         self._lock = threading.RLock()
-        self._uses = {me: n for me, n in self._uses.items() if me == _survivor}
+        self._uses = {use: me for use, me in self._uses.items() if me == _survivor}
+        self._users = set()
+        self._freeing = threading.Lock()
 
     def __reduce__(self) -> NoReturn:
         """Reject copies: two objects would own the same descriptors."""
@@ -133,6 +148,5 @@ class Closable:
                 warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
         finally:
             self.close()
-            # Where a signal handler's exception has cut off a use, it is still counted.
-            self._uses.clear()
+            self._users.clear()
             self._free_after_use()

@@ -92,7 +92,8 @@ class GivenFiles:
     def again(self, path: str) -> HostFile | None:
         """Open again the file that is held under a path; None if there is none."""
         held = self._held.get(_key(path, is_named=True))
-        return None if held is None else held.again()
+        # Those of an image that was opened anew are closed, and this may come later.
+        return None if held is None or held.closed else held.again()
 
     def refuse_unasked(self, image: str) -> None:
         """Raise OptionError if no image of the chain has asked for one of the names."""

@@ -98,8 +98,9 @@ class OpenFile(Closable):
         if core is not None:
             core.close()
         fd, self.fd = self.fd, -1
-        with named_errors(self.path):
-            close(fd)
+        if fd >= 0:
+            with named_errors(self.path):
+                close(fd)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.path!r}>"
@@ -261,6 +262,11 @@ class HostFile(OpenFile):
         memory.
         """
         return None if self._absolute_path is None else os.path.dirname(self._absolute_path)
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._is_closed
 
     @property
     def modified(self) -> int:

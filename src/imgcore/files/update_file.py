@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from imgcore.errors import ImgcoreError, TargetError
 from imgcore.files.descriptors import (
+    close,
     duplicate,
     forks_held_back,
     give_up_in_children,
+    is_of_system,
     named_errors,
     open_file,
 )
@@ -230,6 +232,8 @@ class UpdateFile(HostFile):
                 while done < len(octets):
                     rest, at = octets[done:], offset + done
                     done += retrying(partial(os.pwrite, self.fd, rest, at), WRITE_ERRORS)
+            # A sync that another thread has begun meanwhile may not have seen it.
+            self._is_unsynced = True
             self._note_end(offset + len(octets))
 
     def zero(self, offset: int, length: int) -> None:
@@ -293,6 +297,35 @@ class UpdateFile(HostFile):
                 self.note_written()
                 self.nbytes = nbytes
 
+    def replace(self, content: bytes) -> None:
+        """Put a new file of that content in the place of this one, for a small file.
+
+        A crash leaves the old one or the new one.  Nothing may wait.
+
+        TargetError if the file was given without a name, or has another one by now.
+        """
+        from imgcore.files.exchange import new_version, sync_folder_of
+
+        name = self._absolute_path
+        if name is None:
+            raise TargetError(
+                "was given by its descriptor: without its name, it cannot be replaced",
+                path=self.path,
+            )
+        with self._changing, self._in_use(), named_errors(self.path):
+            self._require_sound()
+            fd = new_version(self.fd, name, self.path, content)
+            core, self._core = self._core, None
+            if core is not None:
+                core.close()
+            try:
+                os.dup2(fd, self.fd, inheritable=False)
+            finally:
+                close(fd)
+            self._examine(device=False)
+            self._has_changed = True
+            sync_folder_of(name)
+
     def _note_end(self, end: int) -> None:
         with self._changing:
             self.nbytes = max(self.nbytes, end)
@@ -314,7 +347,8 @@ class UpdateFile(HostFile):
             others = [sectors for other, sectors in self._steps.items() if other != step]
             if any(n in sectors for sectors in others for n in range(first, last)):
                 self.write_steps()
-            self.grow(end)
+            if end > self.nbytes:
+                self.grow(end)
             sectors = self._steps.setdefault(step, {})
             for number in range(first, last):
                 start = number * SECTOR_NBYTES
@@ -355,7 +389,9 @@ class UpdateFile(HostFile):
         can be tried again; but after a failed sync the file refuses all writes.
         """
         with self._changing:
-            self.sync()
+            if Step.NEW not in self._steps:
+                # Else guest data becomes durable with the first step.
+                self.sync()
             for step in sorted(self._steps):
                 self.write_step(step)
 
@@ -378,14 +414,20 @@ class UpdateFile(HostFile):
         """
         with self._in_use():
             self._require_sound()
+            # What is written from now on is for the next sync.
+            if self._core is not None and self._core.take_written():
+                self._is_unsynced = True
             if not self._is_unsynced:
                 return
             self._is_unsynced = False
             try:
                 with named_errors(self.path):
                     os.fdatasync(self.fd)
-            except OSError as error:
-                self._failure = error
+            except BaseException as error:
+                self._is_unsynced = True
+                if isinstance(error, OSError) and is_of_system(error):
+                    self._failure = error
+                    self.core.refuse_writes()
                 raise
 
     def note_written(self) -> None:

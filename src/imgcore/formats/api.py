@@ -278,6 +278,48 @@ class HasBitmaps(Protocol):
         ...
 
 
+class SnapshotInfo(NamedTuple):
+    """A state of the disk that an image keeps besides the present one.
+
+    Attributes
+    ----------
+    identifier : str
+        Different for each snapshot of an image.
+    name : str
+        Several snapshots may have the same.
+    created_ns : int
+        When it was taken: nanoseconds since 1970-01-01 UTC.
+    virtual_size : int or None
+        Bytes of the disk then, if the image states it.
+    vm_state_nbytes : int
+        Bytes of the virtual machine's memory and devices; 0 if only the disk was saved.
+    vm_clock_ns : int
+        How long the virtual machine had run, in nanoseconds.
+    icount : int or None
+        How many instructions it had executed, if that was counted.
+    """
+
+    identifier: str
+    name: str
+    created_ns: int
+    virtual_size: int | None = None
+    vm_state_nbytes: int = 0
+    vm_clock_ns: int = 0
+    icount: int | None = None
+
+
+@runtime_checkable
+class HasSnapshots(Protocol):
+    """A reader of images that may hold snapshots.
+
+    Optional: readers of other formats do not have this method.
+    """
+
+    def snapshots(self) -> list[SnapshotInfo]:
+        """Return the snapshots in the order of the image's table."""
+        ...
+
+
 @runtime_checkable
 class Divided(Protocol):
     """A reader of images whose disk may be in several files.
@@ -828,6 +870,28 @@ class Updater(Protocol):
 
 
 @runtime_checkable
+class Overwritable(Protocol):
+    """An updater that tells which places may be overwritten without asking it again.
+
+    Optional: others are asked for each write.
+    """
+
+    def overwritable(self, start: int, length: int) -> list[Place]:
+        """Return the parts of a range that `Updater.place` returns without a change.
+
+        These are the places that are neither new nor need all, ascending.  Whatever
+        changes them later is one of the calls of `Updater` for their range, or one
+        after which the image is opened again.
+
+        Parameters
+        ----------
+        start, length : int
+            Bytes; multiples of ``granule_nbytes``, unless the range ends with the disk.
+        """
+        ...
+
+
+@runtime_checkable
 class Rebasable(Protocol):
     """An updater that changes which parent its image has, and what is left to it.
 
@@ -863,6 +927,35 @@ class Rebasable(Protocol):
             Bytes; multiples of ``Reader.block_nbytes``, unless the range ends with the
             disk.
         """
+        ...
+
+
+@runtime_checkable
+class ChangesSnapshots(Protocol):
+    """An updater of images that may hold snapshots.
+
+    Optional.  After each call the image is flushed and opened again.  Snapshots are
+    numbered from 0, in the order of `HasSnapshots.snapshots`.
+    """
+
+    def create_snapshot(self, name: str, created_ns: int) -> None:
+        """Add a snapshot of the disk as it is.
+
+        Raises
+        ------
+        OptionError
+            The format does not allow the name.
+        LimitExceededError
+            There are too many snapshots, or blocks cannot be referred to once more.
+        """
+        ...
+
+    def apply_snapshot(self, index: int) -> None:
+        """Make the disk what it was; what it is now is lost."""
+        ...
+
+    def delete_snapshot(self, index: int) -> None:
+        """Remove a snapshot; the disk stays as it is."""
         ...
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -20,6 +21,7 @@ from imgcore.disk.target_format import refuse_other_name
 from imgcore.engine.progress import Tally
 from imgcore.errors import OptionError
 from imgcore.files.commitment import until_committed
+from imgcore.files.identity import named_identity
 from imgcore.files.target import Target
 from imgcore.log import log
 
@@ -95,6 +97,7 @@ def convert(
     target_format: str | None = None,
     options: Mapping[str, Any] | Sequence[str] | None = None,
     compress: bool = False,
+    base: FilePath | None = None,
     backing: FilePath | None = None,
     backing_format: str | None = None,
     source_backing_format: str | None = None,
@@ -143,6 +146,10 @@ def convert(
         ``["cluster_size=2M"]``.
     compress : bool
         Write compressed blocks.
+    base : str, bytes or os.PathLike, optional
+        One of the source's backing files, at any depth.  It becomes the backing file
+        (parent) of the target, by its name relative to the target's folder, and only
+        what the images above it have is copied.
     backing : str, bytes or os.PathLike, optional
         The backing file (QCOW2) or parent (VHD, VHDX, VDI) of the target.  Blocks that
         read the same there are left out of the target, so that the target's disk still
@@ -239,6 +246,8 @@ def convert(
     """
     started = time.monotonic()
     target = file_name(target)
+    if base is not None and backing is not None:
+        raise OptionError("--base and -B both state the target's backing file")
     if verify and not sync:
         raise OptionError("--verify reads what is on stable storage: it contradicts --no-sync")
     if verify and checksum is None:
@@ -253,6 +262,8 @@ def convert(
         flags=Flags(backing_format="--source-backing-format"),
         salvage=salvage,
     )
+    if base is not None:
+        backing, backing_format = _layer_of(file_names(source), file_name(base), target, opening)
     writing = SinkOptions.from_keywords(
         target,
         format=target_format,
@@ -325,6 +336,21 @@ def convert(
             commitment.commit(output, result)
 
     return until_committed(job)
+
+
+def _layer_of(
+    sources: Sequence[str], base: str, target: str, opening: OpenOptions
+) -> tuple[str, str]:
+    """Return the target's name for a backing file of the source, and its format."""
+    if len(sources) == 1:
+        with open_image(sources[0], opening) as image:
+            depth = image.depth_of(named_identity(base))
+            if depth:
+                folder, name = os.path.split(base)
+                start = os.path.realpath(os.path.dirname(target))
+                name = os.path.relpath(os.path.join(os.path.realpath(folder), name), start)
+                return name, image.layers[depth].format_name
+    raise OptionError(f"{base} is not one of its backing files", path=sources[0])
 
 
 def _base_options(writing: SinkOptions, opening: OpenOptions) -> OpenOptions:

@@ -14,14 +14,15 @@ from imgcore.checksums.new_tree import NewTree
 from imgcore.checksums.tree import TreeFile, tree_nbytes
 from imgcore.disk.area_search import AreaSearch, SearchSettings
 from imgcore.disk.block_copy import Copied, copy_areas
+from imgcore.disk.copy_meter import CopyMeter
 from imgcore.disk.digests import DigestedDisk
 from imgcore.disk.image import Image, open_image
 from imgcore.disk.open_options import FLAGS, Flags, OpenOptions
 from imgcore.disk.opened import opened_for_update, require_no_options
-from imgcore.engine.control import Control
+from imgcore.engine.control import Control, control_of
 from imgcore.engine.hashing import require_algorithm
 from imgcore.engine.job import thread_count
-from imgcore.engine.progress import Progress, Tally
+from imgcore.engine.progress import Progress
 from imgcore.errors import OptionError, TargetError
 from imgcore.files.block_devices import below
 from imgcore.files.commitment import until_committed
@@ -176,8 +177,7 @@ def sync(
         raise OptionError(f"{' and '.join(given)} are given: one states what has changed")
     if checksum is not None:
         require_algorithm(checksum)
-    if rate is not None and control is not None:
-        raise OptionError("rate and control are given: the control has a rate")
+    limit = control_of(rate, control)
     opening = OpenOptions.from_keywords(
         format=format,
         backing_format=backing_format,
@@ -223,8 +223,8 @@ def sync(
             image,
             find,
             thread_count(threads),
-            Control(rate=rate) if control is None else control,
-            _Meter(disk.virtual_size, progress),
+            limit,
+            CopyMeter(disk.virtual_size, progress),
         )
         if tree is None:
             return job.run(checksum)
@@ -277,37 +277,6 @@ def _fit(target: Image, nbytes: int, *, resize: bool) -> None:
     target.resize(nbytes)
 
 
-class _Meter:
-    """The progress of a search, and of copying what it finds."""
-
-    def __init__(self, nbytes: int, progress: Callable[[Progress], None] | None) -> None:
-        self._progress = progress
-        self._copied = Copied()
-        self._done = 0
-        self._tally = Tally(nbytes, None if progress is None else self._report)
-
-    def _report(self, state: Progress) -> None:
-        assert self._progress is not None
-        self._progress(state._replace(zero=self._copied.zeroed))
-
-    def search(self, progress: Progress) -> None:
-        """Take how far the search is."""
-        self._count(progress.done)
-
-    def copy(self, copied: Copied) -> None:
-        """Take what is copied."""
-        self._copied = copied
-        self._count(copied.position)
-
-    def _count(self, position: int) -> None:
-        self._done = max(self._done, position)
-        copied = self._copied
-        self._tally.count(self._done, data=copied.written, read=copied.read, written=copied.written)
-
-    def finish(self) -> None:
-        self._tally.finish()
-
-
 class _Sync:
     """One run.
 
@@ -318,7 +287,7 @@ class _Sync:
         Returns the areas, for a search in the source and the state of both.
     threads : int
     control : Control
-    meter : _Meter
+    meter : CopyMeter
     """
 
     def __init__(
@@ -327,8 +296,8 @@ class _Sync:
         target: Image,
         find: Callable[[AreaSearch, DiskState, DiskState], Iterator[Area]],
         threads: int,
-        control: Control,
-        meter: _Meter,
+        control: Control | None,
+        meter: CopyMeter,
     ) -> None:
         self._started = time.monotonic()
         self._source, self._target = source, target
@@ -393,11 +362,12 @@ class _Sync:
         return until_committed(job)
 
     def _searched(self, done: int, _data: int) -> None:
-        self._meter.search(Progress(done, 0, 0, 0, 0))
+        self._meter.search(done)
 
     def _found(self, state: DiskState, granularity: int) -> Iterator[Area]:
         """Yield the areas, in whole blocks."""
-        how = SearchSettings(granularity, self._threads, self._meter.search)
+        meter = self._meter
+        how = SearchSettings(granularity, self._threads, lambda state: meter.search(state.done))
         with self._target.kept_open() as old:
             yield from self._find(AreaSearch(state, how), state, old)
 

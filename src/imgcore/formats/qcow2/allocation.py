@@ -12,14 +12,14 @@ Source: QEMU docs/interop/qcow2.rst, "Host cluster management".
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
 
 import numpy as np
 
 from imgcore import limits
 from imgcore.errors import CorruptImageError, LimitExceededError
 from imgcore.files.update_file import Step
-from imgcore.formats.qcow2 import layout
+from imgcore.formats.qcow2 import header_update, layout
 from imgcore.formats.qcow2.free_runs import FreeRuns
 from imgcore.formats.qcow2.refcounts import encode_refcounts
 from imgcore.formats.qcow2.stored_refcounts import StoredRefcounts
@@ -253,11 +253,8 @@ class HostClusters:
             if offset >> self._bits >= first:
                 self._write_block(index, offset, first, n)
         self._file.pwrite(structure.table_offset, structure.blocks.astype(">u8").tobytes())
-        place, fields = layout.REFCOUNT_TABLE_FIELDS
         n_table = structure.table_nbytes >> self._bits
-        self._file.put(place, fields.pack(structure.table_offset, n_table), Step.ALLOCATION)
-        header.refcount_table_offset = structure.table_offset
-        header.refcount_table_clusters = n_table
+        header_update.put_refcount_table(self._file, header, structure.table_offset, n_table)
         counts.blocks = blocks
         self.tables.remove(old_first)
         self.tables.add(first, n)
@@ -309,12 +306,56 @@ class HostClusters:
             counts = self.counts.counts(first + low, high - low)
             more = times[low:high].astype(np.uint64)
             if (counts > np.uint64(self.counts.max_count) - more).any():
-                raise LimitExceededError(
-                    f"refcounts of {self._header.refcount_bits} bits count up to "
-                    f"{self.counts.max_count} references",
-                    path=self._file.path,
-                )
+                self._refuse_more()
             self.counts.put(first + low, counts + more)
+
+    def require_counts(self, clusters: NDArray[np.int64], by: int) -> None:
+        """Raise unless the refcounts of clusters, which may repeat, can change.
+
+        Parameters
+        ----------
+        clusters : ndarray of int64
+            Those that gain or lose a reference.
+        by : int
+            1 or -1.
+
+        Raises
+        ------
+        CorruptImageError
+            A refcount is lower than the references.
+        LimitExceededError
+            A refcount would exceed its width.
+        """
+        numbers, times = np.unique(clusters, return_counts=True)
+        counts = self.counts.counts_of(numbers)
+        least = times.astype(np.uint64) if by < 0 else np.uint64(1)
+        bad = np.flatnonzero(counts < least)
+        if bad.size:
+            number = int(numbers[bad[0]])
+            raise CorruptImageError(
+                f"cluster {number} has the refcount {int(counts[bad[0]])}, fewer than its "
+                "references: imgcore check -r all corrects it",
+                path=self._file.path,
+                offset=number << self._bits,
+            )
+        if by > 0 and (counts > np.uint64(self.counts.max_count) - times.astype(np.uint64)).any():
+            self._refuse_more()
+
+    def _refuse_more(self) -> NoReturn:
+        raise LimitExceededError(
+            f"refcounts of {self._header.refcount_bits} bits count up to "
+            f"{self.counts.max_count} references",
+            path=self._file.path,
+        )
+
+    def lower_counts(self, clusters: NDArray[np.int64]) -> None:
+        """Count one reference less to each of these clusters, which may repeat.
+
+        Nothing that a crash may leave refers to them.
+        """
+        self.release(clusters)
+        for _ in self._lower():
+            self._has_freed = True
 
     def release(self, clusters: NDArray[np.int64]) -> None:
         """Count one reference less to each of these clusters, after the next flush.
@@ -359,14 +400,15 @@ class HostClusters:
             self._known = self._free.drop_last()
 
     def trim(self) -> None:
-        """Free all that was released, and cut the file behind its last used cluster.
+        """Lower all refcounts of what was released, and cut the file's unused end.
 
-        Nothing may read the file, or use this object, any more.
+        What somebody may read still is not cut off.
         """
-        for _ in self._lower():
-            self._has_freed = True
+        end = 0
+        for first, n in self._lower():
+            end = max(end, first + n)
         self._file.write_steps()
-        end = max(self._last_used() + 1, self.tables.end)
+        end = max(end, self._last_used() + 1, self.tables.end)
         if not self._has_freed:
             end = max(end, self._first_end)
         self._file.cut(end << self._bits)

@@ -17,12 +17,14 @@ from imgcore.errors import (
     UnsupportedFeatureError,
     WrongFormatError,
 )
-from imgcore.formats.api import BackingReference
+from imgcore.formats.api import BackingReference, SnapshotInfo
 from imgcore.formats.qcow2 import layout
 from imgcore.formats.shared.damage import STRICT, Damage
 
 if TYPE_CHECKING:
     from imgcore.files.byte_source import ByteSource
+
+_NANOSECONDS: Final = 1_000_000_000
 
 
 @dataclass
@@ -89,13 +91,7 @@ class Snapshot(NamedTuple):
 
     l1_offset: int
     l1_entries: int
-    identifier: str
-    name: str
-    date_seconds: int
-    date_nanoseconds: int
-    vm_clock_nanoseconds: int
-    vm_state_nbytes: int
-    icount: int | None
+    info: SnapshotInfo
     table_nbytes: int
 
 
@@ -472,32 +468,29 @@ def read_snapshots(file: ByteSource, header: Qcow2Header) -> list[Snapshot]:
                 offset=header.snapshots_offset,
             )
         extra, text = variable[:extra_nbytes], variable[extra_nbytes:]
-        vm_nbytes, icount = _snapshot_extra(extra, vm_nbytes)
-        snapshots.append(
-            Snapshot(
-                l1_offset,
-                l1_entries,
-                text[:id_nbytes].decode("utf-8", "replace"),
-                text[id_nbytes:].decode("utf-8", "replace"),
-                seconds,
-                nanoseconds,
-                clock,
-                vm_nbytes,
-                icount,
-                position,
-            )
+        info = SnapshotInfo(
+            text[:id_nbytes].decode("utf-8", "replace"),
+            text[id_nbytes:].decode("utf-8", "replace"),
+            seconds * _NANOSECONDS + nanoseconds,
+            vm_state_nbytes=vm_nbytes,
+            vm_clock_ns=clock,
         )
+        info = _with_extra(info, extra)
+        snapshots.append(Snapshot(l1_offset, l1_entries, info, position))
     return snapshots
 
 
-def _snapshot_extra(extra: bytes, vm_state_nbytes: int) -> tuple[int, int | None]:
-    vm_state, _, icount = layout.SNAPSHOT_EXTRA.unpack(
-        extra[: layout.SNAPSHOT_EXTRA.size].ljust(layout.SNAPSHOT_EXTRA.size, b"\0")
-    )
+def _with_extra(info: SnapshotInfo, extra: bytes) -> SnapshotInfo:
+    """Return the description of a snapshot with what its extra data adds."""
+    known = extra[: layout.SNAPSHOT_EXTRA.size].ljust(layout.SNAPSHOT_EXTRA.size, b"\0")
+    vm_state, virtual_size, icount = layout.SNAPSHOT_EXTRA.unpack(known)
     if len(extra) >= layout.SNAPSHOT_EXTRA_VM_STATE_NBYTES:
-        vm_state_nbytes = vm_state
-    known = len(extra) >= layout.SNAPSHOT_EXTRA_ICOUNT_NBYTES
-    return vm_state_nbytes, icount if known and icount != layout.SNAPSHOT_NO_ICOUNT else None
+        info = info._replace(vm_state_nbytes=vm_state)
+    if len(extra) >= layout.SNAPSHOT_EXTRA_SIZE_NBYTES:
+        info = info._replace(virtual_size=virtual_size)
+    if len(extra) >= layout.SNAPSHOT_EXTRA_ICOUNT_NBYTES and icount != layout.SNAPSHOT_NO_ICOUNT:
+        info = info._replace(icount=icount)
+    return info
 
 
 def read_bitmaps(file: ByteSource, header: Qcow2Header) -> list[Bitmap]:

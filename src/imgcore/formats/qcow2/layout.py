@@ -13,6 +13,8 @@ from typing import Final
 MAGIC: Final = b"QFI\xfb"
 HEADER_V2: Final = struct.Struct(">4sIQIIQIIQQIIQ")
 HEADER_V2_NBYTES: Final = 72
+# Offset and length of the name.
+BACKING_FIELDS: Final = (8, struct.Struct(">QI"))
 VIRTUAL_SIZE_FIELD: Final = (24, struct.Struct(">Q"))
 # Entries and offset.
 L1_FIELDS: Final = (36, struct.Struct(">IQ"))
@@ -106,6 +108,7 @@ SNAPSHOT: Final = struct.Struct(">QIHHIIQII")
 # VM state size, virtual size, icount.
 SNAPSHOT_EXTRA: Final = struct.Struct(">QQQ")
 SNAPSHOT_EXTRA_VM_STATE_NBYTES: Final = 8
+SNAPSHOT_EXTRA_SIZE_NBYTES: Final = 16
 SNAPSHOT_EXTRA_ICOUNT_NBYTES: Final = 24
 SNAPSHOT_NO_ICOUNT: Final = (1 << 64) - 1
 

@@ -243,7 +243,8 @@ def _check_together(options: WriteOptions) -> None:
         _check_backing(options, options.backing)
 
 
-def _check_backing(options: WriteOptions, backing: BackingReference) -> None:
+def check_backing_name(backing: BackingReference) -> None:
+    """Raise OptionError if an image cannot name its backing file so."""
     name_nbytes = len(os.fsencode(backing.name))
     if not 0 < name_nbytes <= limits.QCOW2_MAX_BACKING_NAME_NBYTES:
         raise OptionError(
@@ -255,6 +256,10 @@ def _check_backing(options: WriteOptions, backing: BackingReference) -> None:
             f"readers take the text before the colon in {backing.name!r} for a protocol: "
             "give the backing file's name with ./ before it"
         )
+
+
+def _check_backing(options: WriteOptions, backing: BackingReference) -> None:
+    check_backing_name(backing)
     nbytes = len(build_header(options, 0, 0, 0))
     if nbytes > options.cluster_size:
         raise OptionError(
@@ -288,14 +293,12 @@ def build_header(
     v3 = options.version >= 3
     extensions = b""
     if options.backing is not None and options.backing.format is not None:
-        name = options.backing.format
-        data = layout.BACKING_FORMAT_NAMES.get(name, name).encode()
-        extensions += _extension(layout.EXTENSION_BACKING_FORMAT, data)
+        extensions += backing_format(options.backing.format)
     # In smaller clusters QEMU omits the names too: they leave no room for the backing
     # file's name.
     if v3 and options.cluster_size >= 2 * limits.KIB:
         names = b"".join(layout.FEATURE_NAME.pack(*row) for row in layout.FEATURE_NAMES)
-        extensions += _extension(layout.EXTENSION_FEATURE_NAMES, names)
+        extensions += extension(layout.EXTENSION_FEATURE_NAMES, names)
     extensions += layout.EXTENSION.pack(layout.EXTENSION_END, 0)
     header_nbytes = layout.HEADER_V3_NBYTES if v3 else layout.HEADER_V2_NBYTES
     backing_name = b"" if options.backing is None else os.fsencode(options.backing.name)
@@ -327,7 +330,14 @@ def build_header(
     return header + extensions + backing_name
 
 
-def _extension(kind: int, data: bytes) -> bytes:
+def backing_format(name: str) -> bytes:
+    """Return the header extension that states the backing file's format."""
+    data = layout.BACKING_FORMAT_NAMES.get(name, name).encode()
+    return extension(layout.EXTENSION_BACKING_FORMAT, data)
+
+
+def extension(kind: int, data: bytes) -> bytes:
+    """Return a header extension."""
     padded = data.ljust(-(-len(data) // 8) * 8, b"\0")
     return layout.EXTENSION.pack(kind, len(data)) + padded
 

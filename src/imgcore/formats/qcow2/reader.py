@@ -7,21 +7,21 @@ Source: QEMU docs/interop/qcow2.rst.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from imgcore.engine.source_file import SourceFile
 from imgcore.errors import UnsupportedFeatureError
-from imgcore.formats.api import BackingReference
+from imgcore.formats.api import BackingReference, SnapshotInfo
 from imgcore.formats.qcow2 import layout
 from imgcore.formats.qcow2.header import (
     Qcow2Header,
-    Snapshot,
     read_bitmaps,
     read_header,
     read_snapshots,
 )
 from imgcore.formats.shared.damage import STRICT, Damage
 from imgcore.formats.shared.last_sector import filled_up, whole_sectors
+from imgcore.formats.shared.snapshot_row import snapshot_row
 
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from imgcore.formats.api import Repair
     from imgcore.formats.qcow2.tables import ExtentTables
     from imgcore.formats.shared.check_report import CheckReport
-
-_NANOSECONDS: Final = 1_000_000_000
 
 
 def reader_for(
@@ -141,9 +139,7 @@ class Qcow2Reader:
             if header.backing.format is not None:
                 info["backing-filename-format"] = header.backing.format
         if header.n_snapshots:
-            info["snapshots"] = [
-                _snapshot_info(snapshot) for snapshot in read_snapshots(self._file, header)
-            ]
+            info["snapshots"] = [snapshot_row(snapshot) for snapshot in self.snapshots()]
         return info
 
     def _format_specific(self) -> dict[str, Any]:
@@ -168,6 +164,10 @@ class Qcow2Reader:
                 for bitmap in bitmaps
             ]
         return data
+
+    def snapshots(self) -> list[SnapshotInfo]:
+        """Return the internal snapshots; see `HasSnapshots`."""
+        return [snapshot.info for snapshot in read_snapshots(self._file, self._header)]
 
     def left_out(self) -> list[str]:
         """Name snapshots and bitmaps: a conversion carries over the disk of today."""
@@ -238,18 +238,3 @@ class Qcow2Reader:
     def close(self) -> None:
         """Close the file; further calls do nothing."""
         self._file.close()
-
-
-def _snapshot_info(snapshot: Snapshot) -> dict[str, Any]:
-    info: dict[str, Any] = {
-        "id": snapshot.identifier,
-        "name": snapshot.name,
-        "vm-state-size": snapshot.vm_state_nbytes,
-        "date-sec": snapshot.date_seconds,
-        "date-nsec": snapshot.date_nanoseconds,
-        "vm-clock-sec": snapshot.vm_clock_nanoseconds // _NANOSECONDS,
-        "vm-clock-nsec": snapshot.vm_clock_nanoseconds % _NANOSECONDS,
-    }
-    if snapshot.icount is not None:
-        info["icount"] = snapshot.icount
-    return info

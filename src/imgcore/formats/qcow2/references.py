@@ -19,7 +19,7 @@ from imgcore.errors import FormatError, LimitExceededError
 from imgcore.formats.qcow2 import layout
 from imgcore.formats.qcow2.header import read_bitmaps, read_snapshots
 from imgcore.formats.qcow2.refcounts import decode_refcounts
-from imgcore.formats.qcow2.tables import iter_l1, read_entries
+from imgcore.formats.qcow2.tables import iter_l1, packed_ranges, read_entries
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -343,7 +343,7 @@ class References:
             nbytes = snapshot.l1_entries * layout.ENTRY_NBYTES
             if not self._is_table(snapshot.l1_offset, nbytes):
                 self.report.corruption(
-                    f"snapshot {snapshot.identifier}: L1 table of {nbytes} bytes at "
+                    f"snapshot {snapshot.info.identifier}: L1 table of {nbytes} bytes at "
                     f"{snapshot.l1_offset:#x} is misaligned, too large or outside the file"
                 )
                 continue
@@ -351,7 +351,7 @@ class References:
                 # In a sound image each snapshot has its own table.  Walking one shared
                 # table for 65536 snapshots would take days.
                 self.report.corruption(
-                    f"snapshot {snapshot.identifier}: its L1 table at {snapshot.l1_offset:#x} "
+                    f"snapshot {snapshot.info.identifier}: its L1 table at {snapshot.l1_offset:#x} "
                     "overlaps another one"
                 )
                 continue
@@ -462,7 +462,7 @@ class References:
         placed = ~packed & (offsets != 0)
         unaligned = placed & (offsets & (self._size - 1) != 0)
         outside = placed & ~unaligned & self._is_outside(entries, offsets, guest)
-        begin, end = self._packed_ranges(entries[packed])
+        begin, end = packed_ranges(entries[packed], self._bits)
         # The file may end inside the last cluster.
         absent = (begin >= self.file.nbytes) | (end >= self.file.nbytes + self._size)
         if window.is_first:
@@ -506,16 +506,6 @@ class References:
         needed[(entries & np.uint64(layout.ZERO_FLAG)) != 0] = 1
         outside: NDArray[np.bool_] = offsets > self.file.nbytes - needed
         return outside
-
-    def _packed_ranges(
-        self, entries: NDArray[np.uint64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        shift = layout.COMPRESSED_SHIFT_AT_BITS_0 - self._bits
-        begin = (entries & np.uint64((1 << shift) - 1)).astype(np.int64)
-        mask = (1 << (self._bits - layout.COMPRESSED_LENGTH_BITS_LESS)) - 1
-        sectors = ((entries >> np.uint64(shift)) & np.uint64(mask)).astype(np.int64) + 1
-        unit = layout.COMPRESSED_UNIT_NBYTES
-        return begin, (begin // unit + sectors) * unit
 
     def _check_flags(
         self,

@@ -5,6 +5,7 @@ Source: QEMU docs/interop/qcow2.rst, "Host cluster management".
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -75,6 +76,17 @@ class StoredRefcounts:
             else:
                 parts.append(np.zeros(length, np.uint64))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def counts_of(self, clusters: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """Return the refcounts of clusters in any order."""
+        numbers, where = np.unique(clusters, return_inverse=True)
+        found = np.zeros(len(numbers), dtype=np.uint64)
+        edges = np.flatnonzero(np.diff(numbers // self.per_block, prepend=-1, append=-1))
+        for start, end in pairwise(edges.tolist()):
+            part = numbers[start:end]
+            first = int(part[0])
+            found[start:end] = self.counts(first, int(part[-1]) - first + 1)[part - first]
+        return found[where]
 
     def put(self, first: int, counts: NDArray[np.uint64]) -> None:
         """Change the refcounts of clusters from ``first`` on; their blocks exist."""

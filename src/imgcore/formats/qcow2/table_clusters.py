@@ -103,7 +103,7 @@ def _fixed_ranges(file: ByteSource, header: Qcow2Header) -> Iterator[tuple[int, 
         yield header.snapshots_offset, header.snapshots_offset + snapshots[-1].table_nbytes
     for snapshot in snapshots:
         nbytes = snapshot.l1_entries * entry_nbytes
-        what = f"L1 table of snapshot {snapshot.identifier}"
+        what = f"L1 table of snapshot {snapshot.info.identifier}"
         if nbytes > limits.QCOW2_MAX_L1_NBYTES:
             raise CorruptImageError(
                 f"{what} takes {nbytes} bytes, allowed up to {limits.QCOW2_MAX_L1_NBYTES}",

@@ -142,6 +142,21 @@ def read_entries(
     return buffer
 
 
+def packed_ranges(
+    entries: NDArray[np.uint64], cluster_bits: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return where the compressed clusters of L2 entries begin and end in the file.
+
+    Ends are those of whole sectors, and may lie past the end of the file.
+    """
+    shift = layout.COMPRESSED_SHIFT_AT_BITS_0 - cluster_bits
+    begin = (entries & np.uint64((1 << shift) - 1)).astype(np.int64)
+    mask = (1 << (cluster_bits - layout.COMPRESSED_LENGTH_BITS_LESS)) - 1
+    sectors = ((entries >> np.uint64(shift)) & np.uint64(mask)).astype(np.int64) + 1
+    unit = layout.COMPRESSED_UNIT_NBYTES
+    return begin, (begin // unit + sectors) * unit
+
+
 class ExtentTables:
     """Turns tables into extents; keeps no tables in memory between calls."""
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from imgcore.formats.api import BackingReference
     from imgcore.formats.qcow2.header import Qcow2Header
     from imgcore.formats.qcow2.reader import Qcow2Reader
+    from imgcore.formats.qcow2.snapshots import SnapshotChanges
 
 # How clusters of the disk are written: where they are; where they are, but as a whole;
 # in new ones of which the rest is zeros, or in new ones that need all.
@@ -104,6 +105,18 @@ class Qcow2Updater:
         except BaseException:
             self.give_up([place for place in places if place.is_new])
             raise
+        return places
+
+    def overwritable(self, start: int, length: int) -> list[Place]:
+        """Return the clusters that are the disk's alone; see `Overwritable`."""
+        bits, end = self._bits, start + length
+        places: list[Place] = []
+        for first, last in self._tables.existing_pieces(start >> bits, -(-end >> bits)):
+            entries = self._tables.entries(first, last)
+            for use, low, high in self._uses(entries):
+                if use == _HERE:
+                    offset = entries[low] & layout.OFFSET_MASK
+                    places.append(Place((first + low) << bits, (high - low) << bits, offset))
         return places
 
     def _placed(self, first: int, last: int) -> Iterator[Place]:
@@ -344,7 +357,102 @@ class Qcow2Updater:
 
     def resize(self, virtual_size: int) -> None:
         """Change the size of the disk; see `imgcore.formats.api.Updater`."""
-        raise OptionError("not yet", path=self._file.path)
+        n_tables = -(-virtual_size // (self._header.l2_entries << self._bits))
+        self._require_resizable(virtual_size, n_tables)
+        if virtual_size < self._header.virtual_size:
+            self._shrink(virtual_size, n_tables)
+        else:
+            self._grow(virtual_size, n_tables)
+
+    def _require_resizable(self, virtual_size: int, n_tables: int) -> None:
+        header = self._header
+        reason = None
+        if n_tables * layout.ENTRY_NBYTES > limits.QCOW2_MAX_L1_NBYTES:
+            reason = f"clusters of {self._size} bytes are too small for {virtual_size} bytes"
+        elif header.version < 3 and header.n_snapshots:
+            reason = "of version 2 with internal snapshots are not resized"
+        elif header.version < 3 and self._names_parent and virtual_size > header.virtual_size:
+            reason = "of version 2 with a backing file do not grow"
+        else:
+            for bitmap in read_bitmaps(self._file, header):
+                if not bitmap.flags & (layout.BITMAP_IN_USE | layout.BITMAP_AUTO):
+                    reason = f"with a bitmap ({bitmap.name!r}) are not resized, which it would lose"
+        if reason is not None:
+            raise OptionError(f"QCOW2 images {reason}", path=self._file.path)
+
+    def _grow(self, virtual_size: int, n_tables: int) -> None:
+        old_size = self._header.virtual_size
+        if n_tables > self._header.l1_entries:
+            self._move_l1(n_tables)
+        first, last = -(-old_size >> self._bits), -(-virtual_size >> self._bits)
+        # A crash may have left there what was cut off, and the parent may be longer.
+        change = self._unmapped if self._names_parent else _absent
+        self._replace(first, last, change, makes_tables=self._names_parent)
+        self._clear_end(old_size)
+        self._file.write_steps()
+        header_update.put_virtual_size(self._file, self._header, virtual_size)
+
+    def _move_l1(self, n_tables: int) -> None:
+        """Make a larger L1 table."""
+        header, nbytes = self._header, n_tables * layout.ENTRY_NBYTES
+        old_nbytes = header.l1_entries * layout.ENTRY_NBYTES
+        old_first, old_n = header.l1_offset >> self._bits, -(-old_nbytes >> self._bits)
+        first = self._clusters.take_table(nbytes)
+        old = self._file.pread(header.l1_offset, old_nbytes) if old_n else b""
+        self._file.pwrite(
+            first << self._bits, old.ljust(-(-nbytes >> self._bits) * self._size, b"\0")
+        )
+        header_update.put_l1(self._file, header, first << self._bits, n_tables)
+        self._tables.grow_l1(n_tables)
+        if old_n:
+            self._clusters.tables.remove(old_first)
+            self._clusters.release(np.arange(old_first, old_first + old_n))
+
+    def _clear_end(self, size: int) -> None:
+        """Make what is behind the disk, in its last cluster, read as zeros."""
+        used = size & (self._size - 1)
+        if not used:
+            return
+        cluster = size >> self._bits
+        (entry,) = self._tables.entries(cluster, cluster + 1)
+        if entry & (layout.COMPRESSED | layout.ZERO_FLAG) or not entry & layout.OFFSET_MASK:
+            return
+        ((use, _, _),) = self._uses((entry,))
+        if use == _HERE:
+            self._file.zero((entry & layout.OFFSET_MASK) + used, self._size - used)
+
+    def _shrink(self, virtual_size: int, n_tables: int) -> None:
+        old_size = self._header.virtual_size
+        header_update.put_virtual_size(self._file, self._header, virtual_size)
+        self._file.write_steps()
+        per_table = self._header.l2_entries
+        first, last = -(-virtual_size >> self._bits), -(-old_size >> self._bits)
+        self._replace(first, min(last, n_tables * per_table), _absent)
+        for low, _ in list(self._tables.existing_pieces(n_tables * per_table, last)):
+            index = low // per_table
+            lost = clusters_of(self._tables.array(low, low + per_table), self._bits)
+            self._clusters.require_used(lost)
+            offset = self._tables.table_offset(index)
+            self._tables.put_l1(index, 0)
+            self._tables.release_table(offset)
+            self._clusters.release(lost)
+
+    def create_snapshot(self, name: str, created_ns: int) -> None:
+        """Add a snapshot; see `imgcore.formats.api.ChangesSnapshots`."""
+        self._snapshots().create(name, created_ns)
+
+    def apply_snapshot(self, index: int) -> None:
+        """Make the disk what it was; see `imgcore.formats.api.ChangesSnapshots`."""
+        self._snapshots().apply(index)
+
+    def delete_snapshot(self, index: int) -> None:
+        """Remove a snapshot; see `imgcore.formats.api.ChangesSnapshots`."""
+        self._snapshots().delete(index)
+
+    def _snapshots(self) -> SnapshotChanges:
+        from imgcore.formats.qcow2.snapshots import SnapshotChanges
+
+        return SnapshotChanges(self._file, self._header, self._clusters)
 
     def set_backing(self, reference: BackingReference | None) -> None:
         """Change the backing file's name; see `imgcore.formats.api.Rebasable`."""

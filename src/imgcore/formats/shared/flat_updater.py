@@ -41,6 +41,11 @@ class FlatUpdater:
         is_new = host_offset + length > self._file.nbytes
         return [Place(start, length, host_offset, is_new=is_new)]
 
+    def overwritable(self, start: int, length: int) -> list[Place]:
+        """Return what the file has of a range."""
+        nbytes = min(length, self._file.nbytes - start - self._shift)
+        return [Place(start, nbytes, start + self._shift)] if nbytes > 0 else []
+
     def refer(self, places: Sequence[Place]) -> None:
         """Do nothing: there are no tables."""
 

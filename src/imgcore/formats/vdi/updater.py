@@ -88,6 +88,7 @@ class VdiUpdater:
         entries = self._entries()
         used = np.sort(entries[entries < layout.BLOCK_ZERO].astype(np.int64))
         end = int(used[-1]) + 1 if len(used) else 0
+        self._is_unread = False
         self._space = FreeSpace(self._offset_of(end), self._block_nbytes)
         for gap in _unused(used, _MAX_GAPS):
             self._space.give_back(self._offset_of(gap))
@@ -179,6 +180,14 @@ class VdiUpdater:
             )
         return places
 
+    def overwritable(self, start: int, length: int) -> list[Place]:
+        """Return the blocks that have slots; see `imgcore.formats.api.Overwritable`."""
+        return [
+            Place(first, end - first, self._offset_of(entry) + first % self._block_nbytes)
+            for block, first, end in self._blocks(start, length)
+            if (entry := self._entry(block)) < layout.BLOCK_ZERO
+        ]
+
     def refer(self, places: Sequence[Place]) -> None:
         """Count the slots, and enter them in the map; see `Updater`."""
         self._count_at_least(max(self._slot_at(place.host_offset) for place in places) + 1)
@@ -222,15 +231,18 @@ class VdiUpdater:
     def flush(self, *, is_unread: bool) -> None:
         """Make the changes durable; see `imgcore.formats.api.Updater`."""
         self._file.write_steps()
+        self._is_unread = is_unread
         for offset in self._space.settle(is_unread=is_unread):
             self._file.punch(offset, self._block_nbytes)
 
     def finish(self) -> None:
         """Move the last blocks into unused slots; see `imgcore.formats.api.Updater`.
 
-        The count is lowered once no entry needs it.
+        The count is lowered once no entry needs it.  While somebody reads, blocks stay
+        where they are.
         """
-        self._space.settle(is_unread=True)
+        if not self._is_unread:
+            return
         entries = self._entries()
         blocks = np.flatnonzero(entries < layout.BLOCK_ZERO)
         owners = dict(zip(entries[blocks].tolist(), blocks.tolist(), strict=True))

@@ -20,10 +20,11 @@ from imgcore.formats.shared.alignment import align_up
 from imgcore.formats.shared.free_space import FreeSpace
 from imgcore.formats.shared.moving import copy_block, moves_into_gaps
 from imgcore.formats.vhd import layout
-from imgcore.formats.vhd.changes import resized_footer, with_header
+from imgcore.formats.vhd.changes import resized_footer, with_footer, with_header
 from imgcore.formats.vhd.check import find_batmap, metadata, verify_blocks
-from imgcore.formats.vhd.header import read_header
+from imgcore.formats.vhd.header import footer_of, read_header
 from imgcore.formats.vhd.layout import DiskType, DynamicHeader
+from imgcore.formats.vhd.parent import ParentFields, parent_fields
 from imgcore.formats.vhd.tables import read_bat
 from imgcore.formats.vhd.writer import batmap_nbytes, make_batmap_header
 from imgcore.limits import MIB, SECTOR_NBYTES
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from imgcore.files.update_file import UpdateFile
+    from imgcore.formats.api import BackingReference
     from imgcore.formats.vhd.reader import VhdReader
 
 # As in the writer.
@@ -96,7 +98,7 @@ class BlockUpdater:
     def begin(self) -> None:
         """Find the space that is free; see `imgcore.formats.api.Updater`."""
         self._reserved: dict[int, list[int]] = {}
-        self._has_gaps = False
+        self._has_gaps = self._is_unread = False
         starts = np.sort(self._starts())
         end = self._end_of_use(starts)
         self._first_end = end
@@ -277,6 +279,16 @@ class BlockUpdater:
         self._reserved[block] = [slot, n_places + 1]
         return (slot + self._bitmap_start) // SECTOR_NBYTES
 
+    def overwritable(self, start: int, length: int) -> list[Place]:
+        """Return the sectors that blocks have; see `Overwritable`."""
+        return [
+            Place(run.start, run.end - run.start, self._host_offset(block, entry, run.start))
+            for block, first, end in self._blocks(start, length)
+            if (entry := self._entry(block)) != layout.ENTRY_ABSENT
+            for run in self._runs(block, entry, first, end)
+            if run.is_present
+        ]
+
     def refer(self, places: Sequence[Place]) -> None:
         """Set the sectors' bits, and the entries of new blocks; see `Updater`.
 
@@ -350,19 +362,23 @@ class BlockUpdater:
     def flush(self, *, is_unread: bool) -> None:
         """Make the changes durable; see `imgcore.formats.api.Updater`."""
         self._file.write_steps()
+        self._is_unread = is_unread
         for slot in self._space.settle(is_unread=is_unread):
             self._file.punch(slot + self._bitmap_start, self._slot_nbytes - self._bitmap_start)
 
     def finish(self) -> None:
-        """Leave no gaps, and move the footer to the last block; see `Updater`."""
-        self._space.settle(is_unread=True)
-        if self._has_gaps:
+        """Leave no gaps, and move the footer to the last block; see `Updater`.
+
+        While somebody reads, blocks stay where they are.
+        """
+        if self._has_gaps and self._is_unread:
             self._compact()
         end = self._end_of_use(self._starts())
-        is_behind = self._footer_offset - end >= self._slot_nbytes
-        if not self._file.is_block_device and (is_behind or self._first_end != end):
+        if self._file.is_block_device:
+            return
+        if self._first_end != end or self._footer_offset - end >= self._slot_nbytes:
             self._put_footer(end)
-            self._file.cut(end + layout.FOOTER_NBYTES)
+        self._file.cut(self._footer_offset + layout.FOOTER_NBYTES)
 
     def _compact(self) -> None:
         """Move the last blocks into free slots before them."""
@@ -438,9 +454,7 @@ class BlockUpdater:
         if find_batmap(self._file, self._header):
             batmap = bytes(batmap_nbytes(n_blocks))
             raw += make_batmap_header(offset + nbytes, batmap) + batmap
-        self._make_room(offset + len(raw))
-        self._file.pwrite(offset, raw)
-        self._space.end = self._slot_from(offset + len(raw))
+        self._append(raw)
         self._put_header(self._dynamic._replace(table_offset=offset, max_table_entries=n_blocks))
 
     def _put_header(self, header: DynamicHeader) -> None:
@@ -467,13 +481,55 @@ class BlockUpdater:
         self._read_header()
 
     def _free_blocks(self, first: int, last: int) -> None:
-        """Free the blocks [first, last), which the disk does not have any more."""
+        """Free the blocks [first, last)."""
         for block in range(first, last):
             entry = self._entry(block)
             if entry != layout.ENTRY_ABSENT:
                 self._put_entry(block, layout.ENTRY_ABSENT)
                 self._space.release(entry * SECTOR_NBYTES - self._bitmap_start)
                 self._has_gaps = True
+
+    def drop(self, start: int, length: int) -> None:
+        """Free blocks; see `imgcore.formats.api.Rebasable`."""
+        if find_batmap(self._file, self._header):
+            # The old one calls them full.
+            self._move_table(self._header.n_blocks)
+            self._file.write_steps()
+        first, last = start // self._block_nbytes, -(-(start + length) // self._block_nbytes)
+        self._free_blocks(first, last)
+
+    def set_backing(self, reference: BackingReference | None) -> None:
+        """Write a new header, which the footers then refer to; see `Rebasable`.
+
+        The header is larger than a sector, so it is not overwritten.
+        """
+        none = ParentFields(bytes(16), 0, b"", ())
+        parent = none
+        if reference is not None:
+            parent = parent_fields(reference, self._header.size.nbytes)
+        offset = self._space.end + self._bitmap_start
+        locators, texts = b"", b""
+        for platform, text in parent.locators:
+            place = offset + layout.HEADER_NBYTES + len(texts)
+            space = align_up(len(text), SECTOR_NBYTES)
+            locators += layout.LOCATOR.pack(platform, space, len(text), 0, place)
+            texts += text.ljust(space, b"\0")
+        header = self._dynamic._replace(
+            parent_uuid=parent.uuid, parent_timestamp=parent.timestamp, parent_name=parent.name
+        )
+        rest = locators.ljust(layout.HEADER_NBYTES - layout.LOCATORS_OFFSET, b"\0")
+        raw = with_header(bytes(layout.LOCATORS_OFFSET) + rest, header) + texts
+        self._append(raw)
+        kind = DiskType.DYNAMIC if reference is None else DiskType.DIFFERENCING
+        footer = footer_of(self._footer)._replace(data_offset=offset, disk_type=kind)
+        self._put_footers(with_footer(self._footer, footer))
+
+    def _append(self, raw: bytes) -> None:
+        """Write bytes after the last block, where the caller lets something refer."""
+        offset = self._space.end + self._bitmap_start
+        self._make_room(offset + len(raw))
+        self._file.pwrite(offset, raw)
+        self._space.end = self._slot_from(offset + len(raw))
 
 
 def _add_range(ranges: list[tuple[int, int]], start: int, length: int) -> None:

@@ -9,18 +9,13 @@ from typing import TYPE_CHECKING
 
 from imgcore.errors import OptionError, UnsupportedFeatureError
 from imgcore.formats.vhd import layout
-from imgcore.formats.vhd.header import checksum, chs_nbytes, stated_size
-from imgcore.formats.vhd.layout import DiskType, DynamicHeader, Footer
+from imgcore.formats.vhd.header import checksum, chs_nbytes, footer_of, stated_size
+from imgcore.formats.vhd.layout import DynamicHeader, Footer
 from imgcore.formats.vhd.options import geometry_of, rounded_to_chs
 from imgcore.limits import VHD_MAX_DYNAMIC_NBYTES
 
 if TYPE_CHECKING:
     from imgcore.formats.vhd.header import VhdHeader
-
-
-def footer_of(raw: bytes) -> Footer:
-    """Return the fields of a footer."""
-    return Footer._make(layout.FOOTER.unpack_from(raw))
 
 
 def with_footer(raw: bytes, footer: Footer) -> bytes:
@@ -78,25 +73,3 @@ def resized_footer(raw: bytes, header: VhdHeader, virtual_size: int, path: str) 
             path=path,
         )
     return with_footer(raw, new)
-
-
-def are_of_one_change(first: bytes, second: bytes) -> bool:
-    """Tell whether two sound footers differ as a change in place may leave them.
-
-    A change of the size, the kind or the header's place makes first one footer durable
-    and then the other.
-    """
-    fields = [
-        footer_of(raw)._replace(
-            data_offset=0,
-            current_size=0,
-            cylinders=0,
-            heads=0,
-            sectors_per_track=0,
-            disk_type=DiskType.DYNAMIC,
-            checksum=0,
-        )
-        for raw in (first, second)
-    ]
-    is_rest_equal = first[layout.FOOTER.size :] == second[layout.FOOTER.size :]
-    return fields[0] == fields[1] and is_rest_equal

@@ -11,8 +11,7 @@ from imgcore.formats.api import Repair
 from imgcore.formats.shared.alignment import align_up
 from imgcore.formats.shared.check_report import CheckReport
 from imgcore.formats.vhd import layout
-from imgcore.formats.vhd.changes import are_of_one_change
-from imgcore.formats.vhd.header import parent_texts
+from imgcore.formats.vhd.header import are_of_one_change, parent_texts
 from imgcore.formats.vhd.tables import read_bat
 from imgcore.limits import SECTOR_NBYTES, VHD_MAX_CHECKED_BLOCKS
 

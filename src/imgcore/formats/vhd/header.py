@@ -136,6 +136,33 @@ def checksum(raw: bytes, field_offset: int) -> int:
     return ~(sum(raw) - sum(raw[field_offset : field_offset + 4])) & 0xFFFFFFFF
 
 
+def footer_of(raw: bytes) -> Footer:
+    """Return the fields of a footer."""
+    return Footer._make(layout.FOOTER.unpack_from(raw))
+
+
+def are_of_one_change(first: bytes, second: bytes) -> bool:
+    """Tell whether two sound footers differ as a change in place may leave them.
+
+    A change of the size, the kind or the header's place makes first one footer durable
+    and then the other.
+    """
+    fields = [
+        footer_of(raw)._replace(
+            data_offset=0,
+            current_size=0,
+            cylinders=0,
+            heads=0,
+            sectors_per_track=0,
+            disk_type=DiskType.DYNAMIC,
+            checksum=0,
+        )
+        for raw in (first, second)
+    ]
+    is_rest_equal = first[layout.FOOTER.size :] == second[layout.FOOTER.size :]
+    return fields[0] == fields[1] and is_rest_equal
+
+
 def uuid_text(raw: bytes) -> str:
     """Return a UUID as it is usually written."""
     digits = raw.hex()
@@ -191,8 +218,8 @@ def find_footers(file: ByteSource) -> tuple[FooterPlace | None, FooterPlace | No
     end = None
     for nbytes in (layout.FOOTER_NBYTES, layout.OLD_FOOTER_NBYTES):
         end = end or _footer_at(file, file.nbytes - nbytes, nbytes)
-    if end is None and (copy is None or not _is_dynamic(copy)):
-        end = _footer_before_zeros(file)
+    if end is None:
+        end = _footer_before_zeros(file, copy)
     if file.is_block_device and copy is not None and _is_dynamic(copy):
         if end is not None and end.problem is None and not _is_dynamic(end):
             raise CorruptImageError(
@@ -205,13 +232,20 @@ def find_footers(file: ByteSource) -> tuple[FooterPlace | None, FooterPlace | No
     return end, copy
 
 
-def _footer_before_zeros(file: ByteSource) -> FooterPlace | None:
-    """Return a footer with zeros after it: the file was copied onto a larger volume."""
+def _footer_before_zeros(file: ByteSource, copy: FooterPlace | None) -> FooterPlace | None:
+    """Return a footer with zeros after it.
+
+    The file was copied onto a larger volume.  Or a writer was interrupted while it made
+    room for more blocks, and the new footer is lost.  A dynamic disk may also end in
+    data that looks like a footer, which is not that of the copy.
+    """
     data_end = end_of_data(file, MAX_PADDING_NBYTES)
     if data_end is None:
         return None
     # The last fields of a footer are zeros, but not its first sector.
     found = _footer_at(file, data_end - layout.FOOTER_NBYTES, layout.FOOTER_NBYTES)
+    if found is not None and copy is not None and _is_dynamic(copy):
+        found = found if are_of_one_change(found.raw, copy.raw) else None
     if found is not None:
         log.warning(
             "%s: %d bytes of zeros after its footer are ignored", file.path, file.nbytes - data_end
@@ -228,7 +262,7 @@ def _footer_at(file: ByteSource, offset: int, nbytes: int) -> FooterPlace | None
     if offset < 0 or offset + nbytes > file.nbytes:
         return None
     raw = file.pread(offset, nbytes).ljust(layout.FOOTER_NBYTES, b"\0")
-    footer = Footer._make(layout.FOOTER.unpack_from(raw))
+    footer = footer_of(raw)
     if footer.cookie != layout.FOOTER_COOKIE:
         return None
     return FooterPlace(offset, nbytes, raw, footer, _footer_problem(file, offset, raw, footer))

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, cast
 from imgcore.errors import CorruptImageError, UnsupportedFeatureError
 from imgcore.formats.shared.flat_updater import FlatUpdater
 from imgcore.formats.vhd import layout
-from imgcore.formats.vhd.changes import are_of_one_change, resized_footer
-from imgcore.formats.vhd.header import find_footers
+from imgcore.formats.vhd.changes import resized_footer
+from imgcore.formats.vhd.header import are_of_one_change, find_footers
 from imgcore.formats.vhd.layout import DiskType
 from imgcore.limits import SECTOR_NBYTES
 

@@ -124,6 +124,8 @@ class VhdxChecker:
     report : CheckReport
     needed_nbytes : int
         Smallest size of the file, in bytes; set by `run`.
+    free_runs : list of (int, int)
+        Host offsets of the first runs that nothing uses, start and end; set by `run`.
     """
 
     def __init__(self, image: VhdxImage) -> None:
@@ -133,6 +135,7 @@ class VhdxChecker:
         self._block_units = image.metadata.block_nbytes >> _UNIT_BITS
         self.report: CheckReport = CheckReport(total_clusters=image.metadata.n_blocks)
         self.needed_nbytes: int = 0
+        self.free_runs: list[tuple[int, int]] = []
 
     def run(self) -> CheckReport:
         """Check everything."""
@@ -266,8 +269,15 @@ class VhdxChecker:
         self._report_overlaps(counts, base, bitmaps)
         used = counts > 0
         used |= np.cumsum(kept[:-1], dtype=np.int32) > 0
+        self._note_free(used, base)
         in_use = np.flatnonzero(used)
         return base + int(in_use[-1]) + 1 if in_use.size else 0
+
+    def _note_free(self, used: NDArray[np.bool_], base: int) -> None:
+        room = limits.VHDX_MAX_FREE_RUNS - len(self.free_runs)
+        edges = np.flatnonzero(np.diff(np.concatenate(([True], used, [True]))))
+        places = ((edges[: 2 * room].astype(np.int64) + base) << _UNIT_BITS).tolist()
+        self.free_runs += zip(places[::2], places[1::2], strict=True)
 
     def _check_end(self, last_used: int) -> None:
         """Report unused space at the end of the file.

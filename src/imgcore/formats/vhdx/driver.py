@@ -12,5 +12,6 @@ DRIVER: Final = Driver(
     reading="imgcore.formats.vhdx.reader",
     writing="imgcore.formats.vhdx.writer",
     rewriting="imgcore.formats.vhdx.rewriter",
+    updating="imgcore.formats.vhdx.updater",
     reading_extents=("imgcore.formats.vhdx.tables",),
 )

@@ -307,6 +307,23 @@ def _with_sequence(raw: bytes, sequence: int) -> bytes:
     return with_checksum(raw[:start] + layout.SEQUENCE.pack(sequence) + raw[end:])
 
 
+def pack_header(header: FileHeader) -> bytes:
+    """Return a header as it is stored, with its checksum."""
+    raw = layout.HEADER.pack(
+        layout.HEADER_SIGNATURE,
+        0,
+        header.sequence,
+        header.file_write_guid.bytes_le,
+        header.data_write_guid.bytes_le,
+        header.log_guid.bytes_le,
+        header.log_version,
+        header.version,
+        header.log_nbytes,
+        header.log_offset,
+    )
+    return with_checksum(raw.ljust(layout.HEADER_NBYTES, b"\0"))
+
+
 def _unpack_header(raw: bytes) -> FileHeader:
     (_, _, sequence, file_write, data_write, log, log_version, version, log_nbytes, log_offset) = (
         layout.HEADER.unpack_from(raw)

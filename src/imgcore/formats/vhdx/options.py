@@ -116,7 +116,7 @@ class WriteOptions(NamedTuple):
         refuse_empty_disk(request.virtual_size, "VHDX")
         is_fixed = options.subformat == "fixed"
         if backing is not None:
-            _check_backing(backing, is_fixed)
+            check_backing(backing, is_fixed)
         metadata = Metadata(
             block_nbytes=_block_nbytes(options.block_size, has_parent=backing is not None),
             leave_block_allocated=is_fixed,
@@ -133,7 +133,7 @@ class WriteOptions(NamedTuple):
             ),
             locator=None,
         )
-        _check_size(metadata)
+        check_size(metadata)
         inherited: tuple[MetadataItem, ...] = () if backing is None else backing.inherited
         _check_inherited(inherited)
         return cls(
@@ -183,7 +183,8 @@ class WriteOptions(NamedTuple):
         return self.data_offset + self.metadata.n_blocks * self.metadata.block_nbytes
 
 
-def _check_backing(backing: BackingReference, is_fixed: bool) -> None:
+def check_backing(backing: BackingReference, is_fixed: bool) -> None:
+    """Raise OptionError if an image cannot have this parent."""
     if is_fixed:
         raise OptionError("a vhdx disk with subformat=fixed cannot have a parent (-B)")
     if backing.format != "vhdx" or DATA_WRITE_GUID not in backing.identities:
@@ -236,7 +237,8 @@ def _check_inherited(items: Sequence[MetadataItem]) -> None:
             )
 
 
-def _check_size(metadata: Metadata) -> None:
+def check_size(metadata: Metadata) -> None:
+    """Raise OptionError or LimitExceededError if a disk cannot have its size."""
     size, sector_nbytes = metadata.virtual_size, metadata.logical_sector_nbytes
     if size < 0 or size % sector_nbytes:
         raise OptionError(

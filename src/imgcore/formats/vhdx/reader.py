@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from imgcore.files.reference_gate import ReferenceGate
     from imgcore.formats.api import Repair
     from imgcore.formats.shared.check_report import CheckReport
+    from imgcore.formats.vhdx.header import FileHeader, VhdxImage
     from imgcore.formats.vhdx.tables import ExtentTables
 
 
@@ -77,18 +78,32 @@ class VhdxReader:
         self.block_nbytes: int = metadata.block_nbytes
         self.logical_sector_nbytes: int = metadata.logical_sector_nbytes
         self.backing: BackingReference | None = self._image.backing
-        self.identities: Mapping[str, str] = {
-            DATA_WRITE_GUID: str(self._image.header.data_write_guid),
-            LOGICAL_SECTOR_SIZE: str(metadata.logical_sector_nbytes),
-            PHYSICAL_SECTOR_SIZE: str(metadata.physical_sector_nbytes),
-            VIRTUAL_DISK_ID: str(metadata.virtual_disk_id),
-        }
         replayed = self._image.replayed
         files = [file] if replayed is None else [file, replayed.store]
         self.sources: Sequence[SourceFile] = [SourceFile(source) for source in files]
         self._tables: ExtentTables | None = None
         for problem in self._image.problems:
             log.warning("%s: %s", file.path, problem.line)
+
+    @property
+    def image(self) -> VhdxImage:
+        """Its structures."""
+        return self._image
+
+    def note_header(self, header: FileHeader) -> None:
+        """Note that the header has been changed."""
+        self._image = self._image._replace(header=header)
+
+    @property
+    def identities(self) -> Mapping[str, str]:
+        """Facts by which children know it; see `imgcore.formats.api.Reader`."""
+        metadata = self._image.metadata
+        return {
+            DATA_WRITE_GUID: str(self._image.header.data_write_guid),
+            LOGICAL_SECTOR_SIZE: str(metadata.logical_sector_nbytes),
+            PHYSICAL_SECTOR_SIZE: str(metadata.physical_sector_nbytes),
+            VIRTUAL_DISK_ID: str(metadata.virtual_disk_id),
+        }
 
     def inherited(self) -> tuple[MetadataItem, ...]:
         """Return the metadata items that a child takes over (`Inheritable`)."""

@@ -14,9 +14,9 @@ from imgcore._version import __version__
 from imgcore.engine.extents import BlockState
 from imgcore.formats.shared.sparse_tables import write_with_holes
 from imgcore.formats.vhdx import layout
-from imgcore.formats.vhdx.header import with_checksum
+from imgcore.formats.vhdx.header import FileHeader, pack_header, with_checksum
 from imgcore.formats.vhdx.options import LOG_NBYTES
-from imgcore.formats.vhdx.parent import parent_locator
+from imgcore.formats.vhdx.parent import NIL, parent_locator
 from imgcore.formats.vhdx.tables import payload_indices, table_format
 
 if TYPE_CHECKING:
@@ -83,19 +83,18 @@ def _file_identifier() -> bytes:
 
 def _header(options: WriteOptions, sequence: int) -> bytes:
     """Return one of the two headers (2.2.2); the log is empty."""
-    raw = layout.HEADER.pack(
-        layout.HEADER_SIGNATURE,
-        0,
-        sequence,
-        options.file_write_guid.bytes_le,
-        options.data_write_guid.bytes_le,
-        bytes(16),
-        layout.LOG_VERSION,
-        layout.VERSION,
-        LOG_NBYTES,
-        options.log_offset,
+    return pack_header(
+        FileHeader(
+            sequence=sequence,
+            file_write_guid=options.file_write_guid,
+            data_write_guid=options.data_write_guid,
+            log_guid=NIL,
+            log_version=layout.LOG_VERSION,
+            version=layout.VERSION,
+            log_nbytes=LOG_NBYTES,
+            log_offset=options.log_offset,
+        )
     )
-    return with_checksum(raw.ljust(layout.HEADER_NBYTES, b"\0"))
 
 
 def _region_table(options: WriteOptions) -> bytes:

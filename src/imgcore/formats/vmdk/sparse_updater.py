@@ -70,9 +70,10 @@ class SparseUpdater:
         self._free_entry = (
             (ENTRY_ZEROED if extent.has_zeroed_grains else None) if has_parent else ENTRY_ABSENT
         )
+        self.table_nbytes: int = align_up(extent.gt_nbytes, SECTOR_NBYTES)
         # Entries up to this one are no places.
         self._last_mark = ENTRY_ZEROED if extent.has_zeroed_grains else ENTRY_ABSENT
-        self._directories = [at for at in (extent.gd_offset, extent.rgd_offset) if at]
+        self.directories: list[int] = [at for at in (extent.gd_offset, extent.rgd_offset) if at]
         # Tables that nothing durable refers to, and room for others.
         self._new_tables: set[int] = set()
         self._room = (0, 0)
@@ -113,6 +114,18 @@ class SparseUpdater:
         # After the file's end, all bytes are zeros.
         needs_all = is_hidden or offset < self.file.nbytes
         return Place(start, length, offset, is_new=True, needs_all=needs_all)
+
+    def overwritable(self, start: int, length: int) -> list[Place]:
+        """Return the grains that exist; see `imgcore.formats.api.Overwritable`."""
+        nbytes = self.granule_nbytes
+        first, last = start // nbytes, -(-(start + length) // nbytes)
+        return _joined(
+            [
+                Place(grain * nbytes, min(nbytes, self.nbytes - grain * nbytes), _place_of(entry))
+                for grain, entry in enumerate(self.entries(first, last - first), first)
+                if entry > self._last_mark
+            ]
+        )
 
     def take(self, after: int | None = None) -> int:
         """Return the host offset of space for a grain."""
@@ -198,7 +211,7 @@ class SparseUpdater:
         """Return the entries of grains; those without a table have the directory's."""
         found: list[int] = []
         for table, at, n in self._parts(first, count):
-            found += self._table_entries(self._directories[0], table, at, n)
+            found += self._entries_of(self.directories[0], table, at, n)
         return found
 
     def _tables_of(self, start: int, length: int) -> Iterator[tuple[int, list[int]]]:
@@ -207,7 +220,7 @@ class SparseUpdater:
         first, last = start // nbytes, -(-(start + length) // nbytes)
         for table, at, n in self._parts(first, last - first):
             grain = table * self.extent.n_gtes_per_gt + at
-            yield grain, self._table_entries(self._directories[0], table, at, n)
+            yield grain, self._entries_of(self.directories[0], table, at, n)
 
     def _parts(self, first: int, count: int) -> Iterator[tuple[int, int, int]]:
         """Yield (table, first entry, number of entries) of consecutive grains."""
@@ -218,7 +231,7 @@ class SparseUpdater:
             yield table, at, n
             first, count = first + n, count - n
 
-    def _table_entries(self, directory: int, table: int, at: int, count: int) -> list[int]:
+    def _entries_of(self, directory: int, table: int, at: int, count: int) -> list[int]:
         place = self._directory_entry(directory, table)
         if place <= self._last_mark:
             return [place] * count
@@ -234,7 +247,7 @@ class SparseUpdater:
         done = 0
         for table, at, n in self._parts(first, len(entries)):
             part = _packed(entries[done : done + n])
-            for directory in self._directories:
+            for directory in self.directories:
                 offset = self._table(directory, table)
                 step = Step.NEW if offset in self._new_tables else Step.REFERENCE
                 self.file.put(offset + at * ENTRY_NBYTES, part, step)
@@ -247,7 +260,7 @@ class SparseUpdater:
             return _place_of(place)
         per_table = self.extent.n_gtes_per_gt
         # A redundant table may be absent where the other one is not.
-        entries = self._table_entries(self._directories[0], table, 0, per_table)
+        entries = self._entries_of(self.directories[0], table, 0, per_table)
         offset = self._take_table()
         self.file.put(offset, _packed(entries), Step.NEW)
         self._new_tables.add(offset)
@@ -257,13 +270,39 @@ class SparseUpdater:
 
     def _take_table(self) -> int:
         """Return space for a table: a grain has room for two at least."""
-        nbytes = align_up(self.extent.gt_nbytes, SECTOR_NBYTES)
         start, end = self._room
-        if end - start < nbytes:
+        if end - start < self.table_nbytes:
             start = self.take()
             end = start + self.granule_nbytes
-        self._room = start + nbytes, end
+        self._room = start + self.table_nbytes, end
         return start
+
+    # -- size --------------------------------------------------------------------------
+
+    def complete_last_grain(self) -> None:
+        """Store the last grain as a whole, with zeros after the end of the disk."""
+        first, nbytes = divmod(self.nbytes, self.granule_nbytes)
+        if not nbytes:
+            return
+        (entry,) = self.entries(first, 1)
+        if entry <= self._last_mark:
+            return
+        offset = self.take()
+        content = self.file.pread(_place_of(entry), nbytes)
+        self.file.pwrite(offset, content.ljust(self.granule_nbytes, b"\0"))
+        self._exchange(first, [entry], [_entry_of(offset)])
+
+    def clear_table_after(self, nbytes: int) -> None:
+        """Clear the entries of a table that are after a new end of the disk."""
+        first = -(-nbytes // self.granule_nbytes)
+        count = -first % self.extent.n_gtes_per_gt
+        if count:
+            self.put_entries(first, [ENTRY_ABSENT] * count)
+
+    def table_entries(self, offset: int, count: int) -> bytes:
+        """Return directory entries for adjacent tables."""
+        places = range(offset, offset + count * self.table_nbytes, self.table_nbytes)
+        return _packed([_entry_of(place) for place in places])
 
     # -- steps -------------------------------------------------------------------------
 
@@ -298,7 +337,7 @@ def _joined(places: Sequence[Place]) -> list[Place]:
         if joined:
             last = joined[-1]
             shift = last.host_offset - last.guest_offset
-            if place == last._replace(
+            if last.guest_offset + last.length == place.guest_offset and place == last._replace(
                 guest_offset=place.guest_offset,
                 host_offset=place.guest_offset + shift,
                 length=place.length,

@@ -14,8 +14,16 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias, cast
 from imgcore.errors import CorruptImageError, OptionError, UnsupportedFeatureError
 from imgcore.files.update_file import Step
 from imgcore.formats.shared.flat_updater import FlatUpdater
+from imgcore.formats.vmdk import sparse_header
 from imgcore.formats.vmdk.descriptor import parse_descriptor
-from imgcore.formats.vmdk.descriptor_edits import with_new_content_id
+from imgcore.formats.vmdk.descriptor_edits import (
+    text_of,
+    with_new_content_id,
+    with_parent,
+    with_size,
+)
+from imgcore.formats.vmdk.header import read_embedded_descriptor
+from imgcore.formats.vmdk.sparse_header import change_header, is_descriptor_away
 from imgcore.formats.vmdk.sparse_updater import SparseUpdater
 from imgcore.limits import SECTOR_NBYTES
 
@@ -23,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from imgcore.files.update_file import UpdateFile
-    from imgcore.formats.api import Place
+    from imgcore.formats.api import BackingReference, Place
     from imgcore.formats.vmdk.extent import DiskExtent
     from imgcore.formats.vmdk.reader import VmdkReader
 
@@ -122,6 +130,8 @@ class VmdkUpdater:
             self._reader.descriptor = parse_descriptor(new, self._reader.file.path)
         for part in self._parts:
             part.updater.begin()
+            if isinstance(part.updater, SparseUpdater) and is_descriptor_away(part.updater):
+                change_header(part.updater, self._text())
 
     @property
     def _descriptor_file(self) -> UpdateFile:
@@ -139,6 +149,14 @@ class VmdkUpdater:
             self.give_up([place for place in found if place.is_new])
             raise
         return found
+
+    def overwritable(self, start: int, length: int) -> list[Place]:
+        """Return the places that exist; see `imgcore.formats.api.Overwritable`."""
+        return [
+            place._replace(guest_offset=place.guest_offset + part.start, file=part.file)
+            for part, low, nbytes in self._parts_of(start, length)
+            for place in part.updater.overwritable(low - part.start, nbytes)
+        ]
 
     def refer(self, places: Sequence[Place]) -> None:
         """Make the tables refer to new places."""
@@ -170,8 +188,87 @@ class VmdkUpdater:
             part.updater.flush(is_unread=is_unread)
 
     def resize(self, virtual_size: int) -> None:
-        """Change the size of the disk."""
-        raise OptionError("VMDK images are not resized in place", path=self._reader.file.path)
+        """Change the size of a disk of one extent; see `Updater.resize`."""
+        reader, path = self._reader, self._reader.file.path
+        updater = self._parts[0].updater
+        if len(self._parts) > 1:
+            raise OptionError(
+                f"has {len(self._parts)} extents: only a disk of one changes its size", path=path
+            )
+        if reader.backing is not None:
+            raise OptionError("has a parent, whose size it keeps", path=path)
+        if virtual_size % reader.logical_sector_nbytes:
+            raise OptionError(
+                f"the size is {virtual_size} bytes, which is not a multiple of the logical sector "
+                f"size {reader.logical_sector_nbytes}",
+                path=path,
+            )
+        adapter_type = reader.descriptor.values.get("ddb.adaptertype", "")
+        text = with_size(self._text(), virtual_size // SECTOR_NBYTES, adapter_type, path)
+        if isinstance(updater, SparseUpdater):
+            self._require_embedded()
+            sparse_header.resize(updater, virtual_size, text)
+        else:
+            self._resize_flat(virtual_size, text)
+
+    def _resize_flat(self, virtual_size: int, text: bytes) -> None:
+        (item,) = self._reader.disk_extents
+        file = cast("UpdateFile", item.file)
+        old_end, end = item.file_offset + item.nbytes, item.file_offset + virtual_size
+        if old_end < end and old_end < file.nbytes:
+            file.zero(old_end, min(end, file.nbytes) - old_end)
+        file.grow(end)
+        file.sync()
+        self._descriptor_file.replace(text)
+        if end < old_end:
+            file.cut(end)
+
+    def _require_embedded(self) -> None:
+        """Refuse to resize an extent whose header cannot change with the descriptor."""
+        if self._reader.disk_extents[0].file is not self._reader.file:
+            raise OptionError(
+                "its sparse extent is in another file than its descriptor: such disks do not "
+                "change their size",
+                path=self._reader.file.path,
+            )
+
+    def _text(self) -> bytes:
+        """Return the descriptor; OptionError if there is none."""
+        raw, _ = self._reader.raw_descriptor()
+        first = self._parts[0].updater
+        if isinstance(first, SparseUpdater) and first.file is self._reader.file:
+            # It may have been put in its usual place since the image was opened.
+            raw = read_embedded_descriptor(first.extent)
+        if not raw:
+            raise OptionError("it has no descriptor", path=self._reader.file.path)
+        return text_of(raw)
+
+    # -- the parent --------------------------------------------------------------------
+
+    def set_backing(self, reference: BackingReference | None) -> None:
+        """Change the parent; see `imgcore.formats.api.Rebasable`."""
+        path = self._reader.file.path
+        cid, name = None, ""
+        if reference is not None:
+            name = reference.name
+            stated = reference.identities.get("content ID")
+            if stated is None or any(item.sparse is None for item in self._reader.disk_extents):
+                raise OptionError(
+                    "only VMDK disks of sparse extents have a parent, which is a VMDK", path=path
+                )
+            cid = int(stated, 16)
+        text = with_parent(self._text(), cid, name, path)
+        updater = self._parts[0].updater
+        if isinstance(updater, SparseUpdater) and updater.file is self._reader.file:
+            change_header(updater, text)
+        else:
+            self._descriptor_file.replace(text)
+
+    def drop(self, start: int, length: int) -> None:
+        """Free whole grains; see `imgcore.formats.api.Rebasable`."""
+        for part, low, nbytes in self._parts_of(start, length):
+            assert isinstance(part.updater, SparseUpdater)
+            part.updater.drop(low - part.start, nbytes)
 
     def finish(self) -> None:
         """Mark the extents as closed cleanly."""

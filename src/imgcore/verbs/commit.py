@@ -1,0 +1,280 @@
+"""The verb ``commit``: merges an image into its backing file, in place."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, SupportsIndex
+
+from imgcore.border import FilePath, file_name
+from imgcore.disk.block_copy import Copied, copy_areas
+from imgcore.disk.changed_areas import areas_above
+from imgcore.disk.children import warn_about_children
+from imgcore.disk.copy_meter import CopyMeter
+from imgcore.disk.flattening import require_rebasable
+from imgcore.disk.image import Image, open_image
+from imgcore.disk.image_names import local_image
+from imgcore.disk.open_options import OpenOptions
+from imgcore.disk.parent_link import begin_below, open_mended, refresh_link
+from imgcore.engine.control import Control, control_of
+from imgcore.engine.job import thread_count
+from imgcore.errors import ImgcoreError, OptionError, UnsupportedFeatureError
+from imgcore.files.host_file import HostFile
+from imgcore.files.identity import named_identity
+from imgcore.files.mark import remove_file
+from imgcore.formats.api import Rebasable
+from imgcore.limits import GIB
+
+if TYPE_CHECKING:
+    from imgcore.engine.progress import Progress
+    from imgcore.formats.api import Updater
+
+# Blocks are dropped in parts: all changes of tables in one of them wait in memory.
+_DROPPED_NBYTES: Final = 16 * GIB
+
+
+class CommitResult(NamedTuple):
+    """The result of `imgcore.commit`.
+
+    Attributes
+    ----------
+    path, base : str
+        The overlay, and the image that it was merged into.
+    bytes_read : int
+        Bytes of the disk that were read from the overlay.
+    bytes_written, bytes_zeroed : int
+        Bytes that were written to the base as data, and that became zeros.
+    emptied, removed : bool
+        What became of the overlay.
+    seconds : float
+        Duration.
+    """
+
+    path: str
+    base: str
+    bytes_read: int
+    bytes_written: int
+    bytes_zeroed: int
+    emptied: bool
+    removed: bool
+    seconds: float
+
+
+def commit(
+    overlay: FilePath,
+    *,
+    base: FilePath | None = None,
+    empty: bool = True,
+    remove: bool = False,
+    threads: SupportsIndex | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    rate: SupportsIndex | str | None = None,
+    control: Control | None = None,
+    format: str | None = None,
+    backing_format: str | None = None,
+    parent: FilePath | Sequence[FilePath] | None = None,
+    read_options: Mapping[str, Any] | Sequence[str] | None = None,
+    allow: Sequence[FilePath] = (),
+) -> CommitResult:
+    """Write what an overlay has into its backing file.
+
+    The overlay reads the same afterwards.  ``format``, ``backing_format``, ``parent``,
+    ``read_options`` and ``allow`` are the keywords of `imgcore.open`.
+
+    Parameters
+    ----------
+    overlay : str, bytes or os.PathLike
+        The image, which has a backing file.
+    base : str, bytes or os.PathLike, optional
+        A backing file deeper in the chain, which gets what all images above it have.
+        The overlay keeps its data then.  Images between them must not be used alone any
+        more.
+    empty : bool
+        Free what the overlay has, when the backing file is on stable storage.
+    remove : bool
+        Remove the overlay instead.
+    threads : int, optional
+        Number of threads that read; one per CPU by default.
+    progress : callable, optional
+        Called with a `Progress` on the calling thread, at most every 50 ms and once at
+        the end.
+    rate : int or str, optional
+        The most bytes to copy in a second, for example ``"100M"``.
+    control : Control, optional
+        Changes the rate during the run; in place of ``rate``.
+
+    Returns
+    -------
+    CommitResult
+
+    Raises
+    ------
+    OptionError
+        The overlay has no backing file, or ``base`` is none of its backing files.
+    UnsupportedFeatureError
+        The format cannot empty the overlay (``empty=False`` leaves that out).
+    TargetError
+        Another process uses the overlay or the backing file.
+    ImgcoreError, OSError
+        An image cannot be read, or one cannot be written to.
+
+    Notes
+    -----
+    A backing file that is smaller than the overlay grows.  If it fails, or is
+    interrupted, the overlay reads as before, and the same call goes on.  A warning
+    tells if other images depend on the backing file: they read wrong data, or are
+    refused.
+    """
+    started = time.monotonic()
+    name = file_name(overlay)
+    opening = OpenOptions.from_keywords(
+        format=format,
+        backing_format=backing_format,
+        parent=parent,
+        read_options=read_options,
+        allow=allow,
+        writable=True,
+        # The backing file changes while the overlay is open.
+        share=True,
+    )
+    n_threads, limit = thread_count(threads), control_of(rate, control)
+    with open_mended(name, opening) as disk:
+        depth = _depth(disk, None if base is None else file_name(base), opening)
+        if remove:
+            _refuse_removal(disk, depth)
+        job = _Commit(disk, depth, opening, n_threads, limit)
+        empties = empty and not remove and depth == 1
+        if empties:
+            require_rebasable(disk)
+        meter = CopyMeter(disk.virtual_size, progress)
+        copied = job.merge(meter)
+        if remove:
+            _remove(disk)
+        elif empties:
+            job.empty()
+        meter.finish()
+        return CommitResult(
+            disk.path,
+            job.base_path,
+            copied.read,
+            copied.written,
+            copied.zeroed,
+            empties,
+            remove,
+            time.monotonic() - started,
+        )
+
+
+def _refuse_removal(disk: Image, depth: int) -> None:
+    if depth > 1:
+        raise OptionError(
+            "the images between it and the base need it: it is not removed", path=disk.path
+        )
+    if any(file.is_block_device for file in disk.own_files()):
+        raise OptionError("is a block device, which is not removed", path=disk.path)
+
+
+def _depth(disk: Image, base: str | None, opening: OpenOptions) -> int:
+    """Return the number of the layer that gets the changes."""
+    if len(disk.layers) == 1:
+        raise OptionError("has no backing file to commit to", path=disk.path)
+    if base is None:
+        return 1
+    depth = disk.depth_of(named_identity(local_image(base, opening)[0]))
+    if depth:
+        return depth
+    raise OptionError(f"{base} is not one of its backing files", path=disk.path)
+
+
+class _Commit(NamedTuple):
+    """One run; ``depth`` is the number of the layer that gets the changes."""
+
+    overlay: Image
+    depth: int
+    opening: OpenOptions
+    threads: int
+    control: Control | None
+
+    @property
+    def base_path(self) -> str:
+        return self.overlay.files[self.depth].path
+
+    def merge(self, meter: CopyMeter) -> Copied:
+        """Write what the layers above the base have into it; it is durable then."""
+        with ExitStack() as stack:
+            base = stack.enter_context(open_image(self.base_path, self._base_options()))
+            state = stack.enter_context(self.overlay.kept_open())
+            with base.kept_open() as base_state:
+                if not base_state.is_part_of(state, self.depth):
+                    raise ImgcoreError("its chain of backing files has changed", path=base.path)
+            warn_about_children(base, self.opening.allow, but={self.overlay.files[0].identity})
+            images = self._chain(base, stack)
+            grows = base.virtual_size < self.overlay.virtual_size
+            begin_below(images, self.overlay.virtual_size if grows else None)
+            copied = copy_areas(
+                self.overlay,
+                base,
+                areas_above(state, self.depth),
+                threads=self.threads,
+                report=meter.copy,
+                control=self.control,
+            )
+            base.flush()
+            base.close()
+            refresh_link(images[-2], self.base_path, self._base_options())
+        return copied
+
+    def _base_options(self) -> OpenOptions:
+        """Return how to open the base for writing, with its own backing files."""
+        opening = self.opening
+        return OpenOptions(
+            format=self.overlay.layers[self.depth].format_name,
+            backing_format=opening.backing_format,
+            parents=opening.parents[self.depth :],
+            allow=opening.allow,
+            writable=True,
+        )
+
+    def _chain(self, base: Image, stack: ExitStack) -> list[Image]:
+        """Return the images that change, down to the base, open for writing.
+
+        If nothing states the identity of the base, they are the overlay and the base.
+        """
+        if not base.reader.identities:
+            return [self.overlay, base]
+        images = [self.overlay]
+        for layer in self.overlay.chain[1 : self.depth]:
+            alone = OpenOptions(
+                format=layer.reader.format_name,
+                allow=self.opening.allow,
+                chain=False,
+                writable=True,
+            )
+            images.append(stack.enter_context(open_image(layer.file.path, alone)))
+        for child in images:
+            if not child.is_rebasable():
+                raise UnsupportedFeatureError(
+                    f"{child.format} images are not told in place that their parent changes",
+                    path=child.path,
+                )
+        return [*images, base]
+
+    def empty(self) -> None:
+        """Free what the overlay has."""
+        nbytes = self.overlay.virtual_size
+        for start in range(0, nbytes, _DROPPED_NBYTES):
+            self.overlay.restructure(partial(_drop, start, min(_DROPPED_NBYTES, nbytes - start)))
+
+
+def _drop(start: int, length: int, updater: Updater) -> None:
+    assert isinstance(updater, Rebasable)
+    updater.drop(start, length)
+
+
+def _remove(image: Image) -> None:
+    """Remove the files of an image, that with its name first."""
+    for file in image.own_files():
+        if isinstance(file, HostFile):
+            remove_file(file)
