@@ -147,12 +147,19 @@ _VHDX: Final = (
     UpdateVariant("vhdx", converted("vhdx"), "vhdx", SIZES),
     UpdateVariant("vhdx-1M", converted("vhdx", block_size="1M"), "vhdx", SIZES),
     UpdateVariant("vhdx-8M", converted("vhdx", block_size="8M"), "vhdx", SIZES),
-    UpdateVariant("vhdx-fixed", converted("vhdx", subformat="fixed"), "vhdx", SIZES),
-    UpdateVariant("vhdx-4096", converted("vhdx", logical_sector_size="4096"), None, SIZES),
+    UpdateVariant(
+        "vhdx-fixed", converted("vhdx", subformat="fixed", block_size="1M"), "vhdx", SIZES
+    ),
+    UpdateVariant(
+        "vhdx-4096", converted("vhdx", logical_sector_size="4096", block_size="2M"), None, SIZES
+    ),
     UpdateVariant("vhdx-differencing", child_of("vhdx"), None, SIZES),
     UpdateVariant("vhdx-differencing-1M", child_of("vhdx", block_size="1M"), None, SIZES),
     UpdateVariant(
-        "vhdx-differencing-4096", child_of("vhdx", logical_sector_size="4096"), None, SIZES
+        "vhdx-differencing-4096",
+        child_of("vhdx", logical_sector_size="4096", block_size="1M"),
+        None,
+        SIZES,
     ),
 )
 _QCOW2_SIZES: Final = (MIB, 3 * MIB // 2 + 512, 4 * MIB)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from imgcore.errors import CorruptImageError, OptionError
+from imgcore.files.unnamed_file import UnnamedFile
 from imgcore.files.update_file import Step
 from imgcore.formats.shared.alignment import align_up
 from imgcore.formats.vhdx import layout
@@ -84,9 +85,10 @@ def _refuse_overwriting(image: VhdxImage, replayed: ReplayedFile) -> None:
             )
 
 
-def updater_for(reader: VhdxReader, _has_parent: bool) -> VhdxUpdater:
+def updater_for(reader: VhdxReader, _parent_nbytes: int | None) -> VhdxUpdater:
     """Return what changes an image; see `imgcore.formats.api.Driver`."""
-    return VhdxUpdater(reader)
+    is_unnamed = isinstance(reader.image.file, UnnamedFile)
+    return UnnamedUpdater(reader) if is_unnamed else VhdxUpdater(reader)
 
 
 class VhdxUpdater(BlockUpdater):
@@ -115,9 +117,9 @@ class VhdxUpdater(BlockUpdater):
             self._write_new_entries(old.n_blocks)
             self._zero_rest(old.virtual_size)
             self.flush(is_unread=False)
+        self._put_regions(bat)
         items = self._metadata_changes()
         items.change(layout.VIRTUAL_DISK_SIZE_ITEM, layout.VIRTUAL_DISK_SIZE.pack(virtual_size))
-        self._put_regions(bat)
         self.flush(is_unread=False)
         if virtual_size < old.virtual_size:
             self._metadata = new
@@ -230,23 +232,29 @@ class VhdxUpdater(BlockUpdater):
         """Change the parent; see `imgcore.formats.api.Rebasable`."""
         locator = None if reference is None else self._locator(reference)
         self._settle()
-        bat = self._image.bat
         items = self._metadata_changes()
-        flags = layout.LEAVE_BLOCK_ALLOCATED if self._metadata.leave_block_allocated else 0
-        if locator is None:
-            self._complete_blocks()
-            items.remove(layout.PARENT_LOCATOR_ITEM)
-        else:
-            flags |= layout.HAS_PARENT
-            if not self._has_parent:
-                self._make_room(self._metadata._replace(has_parent=True))
-                n_bat_entries = self._metadata.n_bat_entries
-                for index in self._bitmap_indices(0, self._metadata.n_blocks):
-                    if index >= n_bat_entries:
-                        self._write_entry(index, layout.BITMAP_NOT_PRESENT)
+        if locator is not None:
+            self._become_child()
             items.store(layout.PARENT_LOCATOR_ITEM, layout.ITEM_IS_REQUIRED, locator)
+            self._put_flags(items, layout.HAS_PARENT)
+        elif self._has_parent:
+            self._complete_blocks()
+            self._put_flags(items, 0)
+            items.remove(layout.PARENT_LOCATOR_ITEM)
+
+    def _put_flags(self, items: MetadataChanges, flags: int) -> None:
         parameters = layout.FILE_PARAMETERS.pack(self._block_nbytes, flags)
         items.change(layout.FILE_PARAMETERS_ITEM, parameters)
+
+    def _become_child(self) -> None:
+        """Let the BAT have the entries of all sector bitmap blocks."""
+        if self._has_parent:
+            return
+        bat, n_entries = self._image.bat, self._metadata.n_bat_entries
+        self._make_room(self._metadata._replace(has_parent=True))
+        for index in self._bitmap_indices(0, self._metadata.n_blocks):
+            if index >= n_entries:
+                self._write_entry(index, layout.BITMAP_NOT_PRESENT)
         self._put_regions(bat)
 
     def _locator(self, reference: BackingReference) -> bytes:
@@ -271,8 +279,6 @@ class VhdxUpdater(BlockUpdater):
 
     def _complete_blocks(self) -> None:
         """Let each block have all its sectors: those that it lacks become zeros."""
-        if not self._has_parent:
-            return
         n_blocks = self._metadata.n_blocks
         for low in range(0, n_blocks, MAX_BATCH_ROWS):
             entries = read_payload(self._image, low, min(low + MAX_BATCH_ROWS, n_blocks))
@@ -292,3 +298,23 @@ class VhdxUpdater(BlockUpdater):
         for first, last in runs(np.flatnonzero(bits)):
             start = offset + first * self.granule_nbytes
             self._file.zero(start, (last - first) * self.granule_nbytes)
+
+
+class UnnamedUpdater(VhdxUpdater):
+    """Fills a new image.
+
+    It needs no log, and nobody has seen it with other content, so that its GUIDs stay.
+    """
+
+    def begin(self) -> None:
+        """Change nothing: the GUIDs are new."""
+
+    def flush(self, *, is_unread: bool) -> None:
+        """Write what waits; see `imgcore.formats.api.Updater`."""
+        self._file.write_steps()
+        self._new_bitmaps.clear()
+        self._space.settle(is_unread=is_unread)
+
+    def finish(self) -> None:
+        """End the file after its last block."""
+        self._file.cut(self._space.end + self._kept_nbytes)
