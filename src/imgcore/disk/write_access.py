@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 # Changes of tables are written without being asked for when they take more memory.
 MAX_WAITING_NBYTES: Final = 16 * MIB
+# Of 0.1 s each.
+_MAX_WAITS: Final = 100
 # Threads write so much each, or more.
 _MIN_PARALLEL_NBYTES: Final = 4 * MIB
 # A place that also needs old bytes of the disk is stored in parts.
@@ -248,8 +250,10 @@ class WriteAccess:
         self._stop_overwriting()
         with self._tables:
             if self._has_begun:
-                self._flush()
+                # Reads may begin at any time: nothing is moved or used again.
+                self._updater.flush(is_unread=False)
                 self._finish()
+                self._forget_all()
             self._renew(reopen())
 
     def finish(self) -> None:
@@ -305,6 +309,7 @@ class WriteAccess:
                 "an exception has interrupted its refresh, which has to be repeated",
                 path=self._state.paths[0],
             )
+        self._await_reads()
         self._updater.begin()
         self._updater.flush(is_unread=False)
         self._has_begun = True
@@ -314,6 +319,19 @@ class WriteAccess:
             self.in_place = InPlaceWrites(
                 self._state, self._updater, uses=self._reads, lock=self._tables
             )
+
+    def _await_reads(self) -> None:
+        """Wait for reads from before the image was opened anew.
+
+        What was freed since they began is free space now.
+        """
+        for _ in range(_MAX_WAITS):
+            if self._reads.soon_over():
+                return
+        raise ImgcoreError(
+            "a read that began before the image was opened anew does not end",
+            path=self._state.paths[0],
+        )
 
     @contextmanager
     def _changed_tables(self, start: int, end: int) -> Iterator[None]:
