@@ -443,7 +443,9 @@ class TestSpace:
             for block in (2, 3):
                 image.write(block * MIB, b"x")
                 image.flush()
-        assert [entry(path, block) for block in (2, 3)] == [6 * MIB | FULL, 7 * MIB | FULL]
+            image.discard(3 * MIB, MIB)
+        assert [entry(path, block) for block in (2, 3)] == [6 * MIB | FULL, UNMAPPED]
+        assert path.stat().st_size == 7 * MIB
         assert is_sound(path)
 
     def test_a_file_that_ends_with_the_disk(self, tmp_path: Path) -> None:
