@@ -22,13 +22,18 @@ struct cache_key {
 };
 
 struct cache_entry {
-	struct cache_key key;
+	_Alignas(16) struct cache_key key;
 	struct cache_entry *next; /* in its bucket */
 	struct cache_entry *older, *newer;
 	size_t nbytes;		  /* of the data */
 	_Atomic unsigned n_users; /* the cache itself is one, while it has the entry */
-	_Alignas(16) uint8_t data[];
 };
+
+/* The data of an entry, after it in memory; aligned for any type. */
+static inline void *imgc_cache_data(const struct cache_entry *entry)
+{
+	return (void *)(uintptr_t)(entry + 1);
+}
 
 /*
  * What was forgotten is noted for so many groups of keys, a power of two: an entry that is

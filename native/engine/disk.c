@@ -208,7 +208,7 @@ int imgc_disk_add(struct imgc_disk *disk, uint64_t start, uint64_t end, uint64_t
 
 	if (!table)
 		return imgc_fail_call(err, IMGC_NO_MEMORY, "disk");
-	memcpy(table->data, rows, n * sizeof(*rows));
+	memcpy(imgc_cache_data(table), rows, n * sizeof(*rows));
 	imgc_disk_span(disk, start, &span_start, &span_end);
 	if (start == span_start && end == span_end)
 		table = imgc_cache_add(&disk->cache, &key, generation, table);
@@ -336,7 +336,7 @@ static int cache_block(struct imgc_disk *disk, const struct imgc_extent *row,
 	status = block ? imgc_disk_read_stored(disk, scratch, row, row, err)
 		       : imgc_fail_call(err, IMGC_NO_MEMORY, "disk");
 	if (!status)
-		status = imgc_disk_load(disk, scratch, row, block->data, err);
+		status = imgc_disk_load(disk, scratch, row, imgc_cache_data(block), err);
 	imgc_scratch_give(disk, scratch);
 	if (!status)
 		*out = imgc_cache_add(&disk->cache, key, generation, block);
@@ -350,7 +350,7 @@ static void copy_from(struct imgc_disk *disk, struct cache_entry *block,
 {
 	uint64_t block_start = imgc_row_block(row, &disk->sources[row->file]);
 
-	memcpy(out, block->data + (start - block_start), end - start);
+	memcpy(out, (const uint8_t *)imgc_cache_data(block) + (start - block_start), end - start);
 	imgc_cache_release(&disk->cache, block);
 }
 

@@ -53,8 +53,7 @@ void imgc_scratch_give(struct imgc_disk *disk, struct scratch *scratch);
 
 static inline struct rows imgc_table_rows(const struct cache_entry *table)
 {
-	return (struct rows){(const struct imgc_extent *)(const void *)table->data,
-			     table->nbytes / sizeof(struct imgc_extent)};
+	return (struct rows){imgc_cache_data(table), table->nbytes / sizeof(struct imgc_extent)};
 }
 
 static inline bool imgc_table_covers(const struct cache_entry *table, uint64_t guest_offset)

@@ -466,6 +466,15 @@ MORE = {
 _REPAIRED = "-r all repairs this, -r leaks does not"
 _REFUSALS = "unit/test_rewrite_cli.py::test_refusals"
 ELSEWHERE = {
+    ("formats/qcow2/updater.py", ("the image {} and is not written to: imgcore check -r all "
+     "repairs it")):
+    "unit/test_qcow2_update.py::test_a_marked_image_is_refused_until_it_is_repaired",
+    ("formats/qcow2/allocation.py", ("clusters {} to {} are used, but have refcounts of 0: imgcore "
+     "check -r all corrects them")):
+    "unit/test_qcow2_update.py::test_a_cluster_without_a_refcount_is_not_written_to",
+    ("formats/qcow2/active_tables.py", ("the L2 table at {} has a refcount of 0: imgcore check "
+     "-r all corrects it")):
+    "unit/test_qcow2_update.py::test_an_l2_table_without_a_refcount_is_not_written_to",
     ("verbs/sync.py", ("its disk has {} bytes, and that of the source {}: state that it may grow "
      "(--resize)")): "unit/test_sync.py::test_the_command",
     ("cli/snapshot.py", "give one of -l, -c, -a and -d"):

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
     Range = tuple[int, int]
 
-# One piece is read while the one before it is written.
-_PIECE_NBYTES: Final = 4 * MIB
+# One piece is read while the one before it is written.  Both stay in the caches of two
+# cores.
+_PIECE_NBYTES: Final = MIB
 _PIECE_RANGES: Final = 1024
 # Zeros take no reading: a piece of them is larger.
 _ZEROS_NBYTES: Final = GIB

@@ -639,7 +639,8 @@ class Image(Closable):
         from imgcore.disk.write_access import Access
 
         state = self._state
-        updater = get_driver(self.format).updater(self.reader, has_parent=len(state.layers) > 1)
+        parent_nbytes = state.layers[1].virtual_size if len(state.layers) > 1 else None
+        updater = get_driver(self.format).updater(self.reader, parent_nbytes=parent_nbytes)
         return Access(state, updater)
 
     def _forget_tables(self, start: int, end: int) -> None:
