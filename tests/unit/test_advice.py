@@ -466,6 +466,9 @@ MORE = {
 _REPAIRED = "-r all repairs this, -r leaks does not"
 _REFUSALS = "unit/test_rewrite_cli.py::test_refusals"
 ELSEWHERE = {
+    ("verbs/rebase.py", ("has no backing file, so that all of its disk is its own: imgcore convert "
+     "-B FILE -F FMT writes what differs from a backing file to a new image")):
+    "oracle/test_rebase.py::test_refusals",
     ("formats/qcow2/updater.py", ("the image {} and is not written to: imgcore check -r all "
      "repairs it")):
     "unit/test_qcow2_update.py::test_a_marked_image_is_refused_until_it_is_repaired",
