@@ -561,6 +561,20 @@ class Writer(Protocol):
         ...
 
 
+@runtime_checkable
+class HoldsSectors(Protocol):
+    """A writer of children that may hold single sectors of a block.
+
+    Optional: children of other formats have whole blocks.  The format's `Updater` then
+    writes the sectors into an empty child.
+    """
+
+    @property
+    def holds_sectors(self) -> bool:
+        """True."""
+        ...
+
+
 class Measurement(NamedTuple):
     """The result of `imgcore.measure`, in bytes.
 
@@ -855,7 +869,8 @@ class Updater(Protocol):
         Parameters
         ----------
         virtual_size : int
-            Bytes, a multiple of 512; if it is smaller, what is behind is lost.
+            Bytes, a multiple of 512; if it is smaller, what is behind is lost.  Before
+            a disk grows, a granule that it ends in is written again.
 
         Raises
         ------
@@ -995,8 +1010,8 @@ class Driver(NamedTuple):
     reading_extents : tuple of str
         Modules that the reader imports once it is asked for extents.
     updating : str or None
-        Module that holds ``prepare(file)`` and ``updater_for(reader, has_parent)``; see
-        `prepare` and `updater`.  None if images are not written in place.
+        Module that holds ``prepare(file)`` and ``updater_for(reader, parent_nbytes)``;
+        see `prepare` and `updater`.  None if images are not written in place.
     """
 
     name: str
@@ -1083,23 +1098,23 @@ class Driver(NamedTuple):
         """
         self._updating_module().prepare(file)
 
-    def updater(self, reader: Reader, *, has_parent: bool) -> Updater:
+    def updater(self, reader: Reader, *, parent_nbytes: int | None) -> Updater:
         """Return what changes an image whose files were opened for that.
 
         Parameters
         ----------
         reader : Reader
             The image's own.
-        has_parent : bool
-            Whether what the image does not have comes from a parent that is open; else
-            it reads as zeros.
+        parent_nbytes : int or None
+            Bytes of the parent's disk, if what the image does not have comes from a
+            parent that is open; None if it reads as zeros.
 
         Raises
         ------
         UnsupportedFeatureError
             Images of this kind, or in this state, are not written in place.
         """
-        return cast("Updater", self._updating_module().updater_for(reader, has_parent))
+        return cast("Updater", self._updating_module().updater_for(reader, parent_nbytes))
 
     def _updating_module(self) -> Any:
         if self.updating is None:

@@ -48,7 +48,7 @@ def prepare(_file: UpdateFile) -> None:
     """Do nothing: an interrupted writer leaves leaks at most, or the dirty bit."""
 
 
-def updater_for(reader: Qcow2Reader, has_parent: bool) -> Qcow2Updater:
+def updater_for(reader: Qcow2Reader, parent_nbytes: int | None) -> Qcow2Updater:
     """Return what changes an image; see `imgcore.formats.api.Driver`."""
     header, path = reader.header, reader.file.path
     for state, is_so in (
@@ -61,7 +61,7 @@ def updater_for(reader: Qcow2Reader, has_parent: bool) -> Qcow2Updater:
                 f"the image {state} and is not written to: imgcore check -r all repairs it",
                 path=path,
             )
-    return Qcow2Updater(cast("UpdateFile", reader.file), header, has_parent=has_parent)
+    return Qcow2Updater(cast("UpdateFile", reader.file), header, parent_nbytes)
 
 
 class Qcow2Updater:
@@ -70,15 +70,19 @@ class Qcow2Updater:
     Memory: 16 bytes for each table, and 8 bytes for each entry of the refcount table.
     """
 
-    def __init__(self, file: UpdateFile, header: Qcow2Header, *, has_parent: bool) -> None:
+    def __init__(self, file: UpdateFile, header: Qcow2Header, parent_nbytes: int | None) -> None:
         self._file = file
         self._header = header
         self._bits = header.cluster_bits
         self._size = header.cluster_size
         self.granule_nbytes: int = header.cluster_size
-        self._has_parent = has_parent
+        self._has_parent = parent_nbytes is not None
         # Without its parent, an image is seen as if it had none, but still has one.
-        self._names_parent = has_parent or header.backing_offset != 0
+        self._names_parent = self._has_parent or header.backing_offset != 0
+        # It has something for a disk that grows, as far as is known.
+        self._parent_goes_on = self._names_parent and (
+            parent_nbytes is None or parent_nbytes > header.virtual_size
+        )
         self._clusters = HostClusters(file, header)
         self._tables = ActiveTables(file, header, self._clusters)
 
@@ -371,8 +375,8 @@ class Qcow2Updater:
             reason = f"clusters of {self._size} bytes are too small for {virtual_size} bytes"
         elif header.version < 3 and header.n_snapshots:
             reason = "of version 2 with internal snapshots are not resized"
-        elif header.version < 3 and self._names_parent and virtual_size > header.virtual_size:
-            reason = "of version 2 with a backing file do not grow"
+        elif header.version < 3 and self._parent_goes_on and virtual_size > header.virtual_size:
+            reason = "of version 2 do not grow over a backing file that is longer"
         else:
             for bitmap in read_bitmaps(self._file, header):
                 if not bitmap.flags & (layout.BITMAP_IN_USE | layout.BITMAP_AUTO):
@@ -386,8 +390,8 @@ class Qcow2Updater:
             self._move_l1(n_tables)
         first, last = -(-old_size >> self._bits), -(-virtual_size >> self._bits)
         # A crash may have left there what was cut off, and the parent may be longer.
-        change = self._unmapped if self._names_parent else _absent
-        self._replace(first, last, change, makes_tables=self._names_parent)
+        change = self._unmapped if self._parent_goes_on else _absent
+        self._replace(first, last, change, makes_tables=self._parent_goes_on)
         self._clear_end(old_size)
         self._file.write_steps()
         header_update.put_virtual_size(self._file, self._header, virtual_size)

@@ -45,7 +45,7 @@ def prepare(_file: UpdateFile) -> None:
     """Do nothing: an interrupted writer leaves no more than unused slots."""
 
 
-def updater_for(reader: VdiReader, _has_parent: bool) -> VdiUpdater:
+def updater_for(reader: VdiReader, _parent_nbytes: int | None) -> VdiUpdater:
     """Return what changes an image; see `imgcore.formats.api.Driver`."""
     return VdiUpdater(reader)
 

@@ -36,7 +36,7 @@ def prepare(file: UpdateFile) -> None:
         file.sync()
 
 
-def updater_for(reader: VhdReader, _has_parent: bool) -> Updater:
+def updater_for(reader: VhdReader, _parent_nbytes: int | None) -> Updater:
     """Return what changes an image; see `imgcore.formats.api.Driver`."""
     header, path = reader.header, reader.sources[0].file.path
     if header.footer.saved_state:

@@ -42,11 +42,11 @@ def prepare(_file: UpdateFile) -> None:
     """Do nothing: an image is sound at any time; see `imgcore.formats.api.Driver`."""
 
 
-def updater_for(reader: VmdkReader, has_parent: bool) -> VmdkUpdater:
+def updater_for(reader: VmdkReader, parent_nbytes: int | None) -> VmdkUpdater:
     """Return what changes an image; see `imgcore.formats.api.Driver`."""
     _refuse_kinds(reader)
     _refuse_shared(reader)
-    return VmdkUpdater(reader, has_parent=has_parent)
+    return VmdkUpdater(reader, has_parent=parent_nbytes is not None)
 
 
 def _refuse_kinds(reader: VmdkReader) -> None:
