@@ -90,6 +90,25 @@ class SparseUpdater:
     def begin(self) -> None:
         """Mark the extent as one that was not closed cleanly."""
         self.file.put(UNCLEAN_OFFSET, b"\1", Step.REFERENCE)
+        if self.extent.unclean_shutdown:
+            self._renew_redundant()
+
+    def _renew_redundant(self) -> None:
+        """Make redundant tables equal to the others, as a crash may have left them."""
+        per_table, nbytes = self.extent.n_gtes_per_gt, self.extent.gt_nbytes
+        n_tables = -(-self.nbytes // self.extent.gt_reach_nbytes)
+        for directory in self.directories[1:]:
+            for first in range(0, n_tables, _TABLES_AT_ONCE):
+                n = min(_TABLES_AT_ONCE, n_tables - first)
+                places = self._directory_entries(directory, first, n)
+                ours, theirs = (
+                    self._raw_entries(first * per_table, n * per_table, at)
+                    for at in (self.directories[0], directory)
+                )
+                for i, place in enumerate(places):
+                    part = slice(i * nbytes, (i + 1) * nbytes)
+                    if place > self._last_mark and ours[part] != theirs[part]:
+                        self.file.put(_place_of(place), ours[part], Step.REFERENCE)
 
     # -- places ------------------------------------------------------------------------
 
@@ -246,22 +265,23 @@ class SparseUpdater:
             yield table, at, n
             first, count = first + n, count - n
 
-    def _raw_entries(self, first: int, count: int) -> bytes:
-        """Return entries of the primary tables; adjacent tables are read at once."""
+    def _raw_entries(self, first: int, count: int, directory: int | None = None) -> bytes:
+        """Return entries, by default of the primary tables; adjacent ones at once."""
         extent, per_table = self.extent, self.extent.n_gtes_per_gt
+        directory = self.directories[0] if directory is None else directory
         table, at = divmod(first, per_table)
         n_tables = (at + count - 1) // per_table + 1
         if n_tables == 1:
-            return self._entries_of(self.directories[0], table, at, count)
-        directory = self._directory_entries(self.directories[0], table, n_tables)
+            return self._entries_of(directory, table, at, count)
+        tables = self._directory_entries(directory, table, n_tables)
         pieces: list[bytes] = []
         done = 0
         while done < n_tables:
-            place, n = directory[done], 1
+            place, n = tables[done], 1
             if place <= self._last_mark:
                 pieces.append(_packed([place]) * per_table)
             else:
-                while done + n < n_tables and _place_of(directory[done + n]) == (
+                while done + n < n_tables and _place_of(tables[done + n]) == (
                     _place_of(place) + n * extent.gt_nbytes
                 ):
                     n += 1
