@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from imgcore._core import RateLimit
     from imgcore.disk.same_ranges import SameRanges
     from imgcore.engine.extents import Extents
     from imgcore.engine.reflinks import ReflinkRule
@@ -65,6 +66,8 @@ class Differences:
     threads : int
     report : callable
         Gets the number of bytes that are done.
+    limit : RateLimit, optional
+        Limits the rate of reading.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class Differences:
         granularity: int,
         threads: int,
         report: Callable[[int], None],
+        limit: RateLimit | None = None,
     ) -> None:
         self._new, self._old = new, old
         # Files of the old image have their numbers after those of the new one.
@@ -86,7 +90,9 @@ class Differences:
         self._max_nbytes = min(_MAX_BATCH_BLOCKS * granularity, _MAX_BATCH_NBYTES)
         self._threads = threads
         self._report = report
+        self._limit = limit
         self._job: Job | None = None
+        self._read_nbytes = 0
 
     def areas(self) -> Iterator[Area]:
         """Yield the blocks that differ, ascending; neighbours may be adjacent.
@@ -103,7 +109,14 @@ class Differences:
                 self._report(end)
         finally:
             if self._job is not None:
+                self._read_nbytes = self.read_nbytes
                 self._job.close()
+                self._job = None
+
+    @property
+    def read_nbytes(self) -> int:
+        """Bytes of files that were read so far."""
+        return self._read_nbytes if self._job is None else int(self._job.progress()[3])
 
     def _sides(self) -> tuple[Iterator[Extents], Iterator[Extents]]:
         """Return the extents of both disks, in batches that end with a block."""
@@ -143,6 +156,7 @@ class Differences:
                     threads=self._threads,
                     variants=chosen_variants(None),
                     granule_nbytes=self._granularity,
+                    rate_limit=self._limit,
                 )
             job = self._job
             before = job.progress()[0]

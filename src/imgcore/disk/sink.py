@@ -144,6 +144,12 @@ def _make_sink(
         logical_sector_nbytes=source.logical_sector_nbytes,
         exact_nbytes=source.exact_nbytes if virtual_size == source.virtual_size else None,
     )
+    if base is not None:
+        from imgcore.disk.child_sink import child_sink
+
+        child = child_sink(target, source, base, request, options)
+        if child is not None:
+            return child
     return ImageSink(target, source, base, request, options)
 
 

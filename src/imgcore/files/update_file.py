@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import threading
 from enum import IntEnum
 from functools import partial
@@ -107,8 +108,16 @@ class UpdateFile(HostFile):
         TargetError if another process uses it.
         """
         name = os.fspath(path)
-        refuse_type(os.stat(name).st_mode, name)
-        return cls.locked(open_file(name, UPDATE_FLAGS), name)
+        mode = os.stat(name).st_mode
+        refuse_type(mode, name)
+        # The kernel then refuses to open a block device that is mounted.
+        exclusive = os.O_EXCL if stat.S_ISBLK(mode) else 0
+        try:
+            return cls.locked(open_file(name, UPDATE_FLAGS | exclusive), name)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            raise OSError(errno.EBUSY, "The block device is in use or mounted", name) from error
 
     @classmethod
     def given(cls, number: int, *, share: bool = False) -> Self:
@@ -121,6 +130,10 @@ class UpdateFile(HostFile):
         """Take over a descriptor, and lock its file."""
         file = cls(fd, path, **facts)
         try:
+            if file.is_block_device:
+                from imgcore.files.block_devices import refuse_read_only
+
+                refuse_read_only(fd, path)
             lock_image(fd, path)
         except BaseException:
             file.close()

@@ -561,6 +561,20 @@ class Writer(Protocol):
         ...
 
 
+@runtime_checkable
+class HoldsSectors(Protocol):
+    """A writer of children that may hold single sectors of a block.
+
+    Optional: children of other formats have whole blocks.  The format's `Updater` then
+    writes the sectors into an empty child.
+    """
+
+    @property
+    def holds_sectors(self) -> bool:
+        """True."""
+        ...
+
+
 class Measurement(NamedTuple):
     """The result of `imgcore.measure`, in bytes.
 

@@ -158,6 +158,7 @@ class BlockWriter:
     """
 
     format_name: ClassVar[str] = "vhd"
+    holds_sectors: ClassVar[bool] = True
     needs_own_blocks: ClassVar[bool] = False
 
     def __init__(self, options: WriteOptions) -> None:

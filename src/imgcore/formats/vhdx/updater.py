@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from imgcore.errors import CorruptImageError, OptionError
+from imgcore.files.unnamed_file import UnnamedFile
 from imgcore.files.update_file import Step
 from imgcore.formats.shared.alignment import align_up
 from imgcore.formats.vhdx import layout
@@ -86,7 +87,8 @@ def _refuse_overwriting(image: VhdxImage, replayed: ReplayedFile) -> None:
 
 def updater_for(reader: VhdxReader, _parent_nbytes: int | None) -> VhdxUpdater:
     """Return what changes an image; see `imgcore.formats.api.Driver`."""
-    return VhdxUpdater(reader)
+    is_unnamed = isinstance(reader.image.file, UnnamedFile)
+    return UnnamedUpdater(reader) if is_unnamed else VhdxUpdater(reader)
 
 
 class VhdxUpdater(BlockUpdater):
@@ -296,3 +298,23 @@ class VhdxUpdater(BlockUpdater):
         for first, last in runs(np.flatnonzero(bits)):
             start = offset + first * self.granule_nbytes
             self._file.zero(start, (last - first) * self.granule_nbytes)
+
+
+class UnnamedUpdater(VhdxUpdater):
+    """Fills a new image.
+
+    It needs no log, and nobody has seen it with other content, so that its GUIDs stay.
+    """
+
+    def begin(self) -> None:
+        """Change nothing: the GUIDs are new."""
+
+    def flush(self, *, is_unread: bool) -> None:
+        """Write what waits; see `imgcore.formats.api.Updater`."""
+        self._file.write_steps()
+        self._new_bitmaps.clear()
+        self._space.settle(is_unread=is_unread)
+
+    def finish(self) -> None:
+        """End the file after its last block."""
+        self._file.cut(self._space.end + self._kept_nbytes)

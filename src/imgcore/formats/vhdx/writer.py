@@ -46,6 +46,7 @@ class DynamicWriter:
     """Writes dynamic and differencing images."""
 
     format_name: ClassVar[str] = "vhdx"
+    holds_sectors: ClassVar[bool] = True
     needs_own_blocks: ClassVar[bool] = False
 
     def __init__(self, options: WriteOptions) -> None:
