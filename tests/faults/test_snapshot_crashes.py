@@ -26,7 +26,7 @@ OPTIONS = {
 
 @pytest.fixture
 def agent(shim: Path) -> Iterator[Agent]:
-    """Give an agent whose folder is in memory, if possible: syncs cost nothing there."""
+    """Give an agent whose folder is in memory: syncs cost nothing there."""
     memory = Path("/dev/shm")
     folder = memory if memory.is_dir() else None
     with TemporaryDirectory(dir=folder) as made, agent_in(shim, Path(made) / "image") as found:
