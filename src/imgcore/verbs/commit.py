@@ -209,7 +209,10 @@ class _Commit(NamedTuple):
             with base.kept_open() as base_state:
                 if not base_state.is_part_of(state, self.depth):
                     raise ImgcoreError("its chain of backing files has changed", path=base.path)
+            if self.overlay.reader.identities:
+                warn_about_children(self.overlay, self.opening.allow)
             warn_about_children(base, self.opening.allow, but={self.overlay.files[0].identity})
+            self._refuse_other_writers()
             images = self._chain(base, stack)
             grows = base.virtual_size < self.overlay.virtual_size
             begin_below(images, self.overlay.virtual_size if grows else None)
@@ -225,6 +228,11 @@ class _Commit(NamedTuple):
             base.close()
             refresh_link(images[-2], self.base_path, self._base_options())
         return copied
+
+    def _refuse_other_writers(self) -> None:
+        """Raise if others write to images between the overlay and the base."""
+        for layer in self.overlay.chain[1 : self.depth]:
+            HostFile.open(layer.file.path).close()
 
     def _base_options(self) -> OpenOptions:
         """Return how to open the base for writing, with its own backing files."""

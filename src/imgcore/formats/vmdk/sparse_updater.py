@@ -64,7 +64,7 @@ class SparseUpdater:
         self.file: UpdateFile = cast("UpdateFile", extent.file)
         self.granule_nbytes: int = extent.grain_nbytes
         self.first_used: int = survey.first * SECTOR_NBYTES
-        self.space = _free_space(survey, extent.grain_nbytes)
+        self.space: FreeSpace = _free_space(survey, extent.grain_nbytes)
         self._has_parent = has_parent
         # Whether a grain can be freed: what it leaves must not be the parent's.
         self._free_entry = (
