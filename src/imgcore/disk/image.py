@@ -467,6 +467,12 @@ class Image(Closable):
             writer.write(without_overlaps(pieces))
             return sum(piece.nbytes for piece in pieces)
 
+    def write_pieces(self, pieces: Sequence[Piece]) -> None:
+        """Write pieces that ascend and do not overlap; see `write`."""
+        writer, changes = self._writing()
+        with changes:
+            writer.write(pieces)
+
     def zero(self, offset: SupportsIndex, length: SupportsIndex, *, unmap: bool = True) -> None:
         """Make a range of the virtual disk read as zeros.
 
