@@ -358,6 +358,22 @@ def test_dropped_grains_are_the_parents(tmp_path: Path) -> None:
     require_sound(child, bytes(content))
 
 
+def test_a_child_without_its_parent_keeps_its_content(tmp_path: Path) -> None:
+    """A grain that is written in part has the parent's bytes around that."""
+    child = make_child(tmp_path)
+    with imgcore.open(child, mode="r+", chain=False) as image:
+        for change in (
+            lambda: image.write(5, b"1"),
+            lambda: image.writev([(5, b"1")]),
+            lambda: image.zero(5, 1),
+            lambda: image.discard(0, GRAIN),
+            lambda: image.resize(MIB, shrink=True),
+        ):
+            with pytest.raises(ImgcoreError, match="without its parent"):
+                change()
+    require_sound(child, noise(MIB).ljust(2 * MIB, b"\0"))
+
+
 # -- refusals --------------------------------------------------------------------------
 
 

@@ -176,6 +176,7 @@ class WriteAccess:
         """Change the size of the disk; then open the image anew."""
 
         def work() -> None:
+            self._require_parent()
             self._stop_overwriting()
             if virtual_size > self._state.virtual_size:
                 self._write_end()
@@ -263,10 +264,19 @@ class WriteAccess:
         def inside() -> None:
             # The disk may have become smaller meanwhile.
             state = self._state
+            self._require_parent()
             range_of_disk(state.paths[0], state.virtual_size, start, end - start, "offset")
             work()
 
         self._ranges.holding(*self._granules(start, end), inside)
+
+    def _require_parent(self) -> None:
+        """Raise if the parent's bytes, which a change may need, cannot be read."""
+        if len(self._state.layers) == 1 and self._state.layers[0].backing is not None:
+            raise ImgcoreError(
+                "was opened without its parent, so its content cannot be changed",
+                path=self._state.paths[0],
+            )
 
     def _begin(self) -> None:
         if self._has_begun:
