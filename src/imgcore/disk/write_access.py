@@ -207,7 +207,6 @@ class WriteAccess:
         """Change the size of the disk; then open the image anew."""
 
         def work() -> None:
-            self._require_parent()
             self._stop_overwriting()
             if virtual_size > self._state.virtual_size:
                 self._write_end()
@@ -232,7 +231,7 @@ class WriteAccess:
         if start == end:
             return
         content = bytearray(end - start)
-        self._read_into(start, memoryview(content))
+        self._read_old(start, memoryview(content))
         if any(content):
             self._write([Piece(start, end, memoryview(content))])
         else:
@@ -297,19 +296,24 @@ class WriteAccess:
         def inside() -> None:
             # The disk may have become smaller meanwhile.
             state = self._state
-            self._require_parent()
             range_of_disk(state.paths[0], state.virtual_size, start, end - start, "offset")
             work()
 
         self._ranges.holding(*self._granules(start, end), inside)
 
-    def _require_parent(self) -> None:
-        """Raise if the parent's bytes, which a change may need, cannot be read."""
-        if len(self._state.layers) == 1 and self._state.layers[0].backing is not None:
+    def _read_old(self, start: int, view: memoryview) -> None:
+        """Read bytes of the disk that stay; raise if they may be the parent's.
+
+        The image alone reads them as zeros, which would hide the parent's for good.
+        """
+        state = self._state
+        if len(state.layers) == 1 and state.layers[0].backing is not None:
             raise ImgcoreError(
-                "was opened without its parent, so its content cannot be changed",
-                path=self._state.paths[0],
+                f"was opened without its parent, and needs its bytes at {start} beside what is "
+                "written",
+                path=state.paths[0],
             )
+        self._read_into(start, view)
 
     def _begin(self) -> None:
         if self._has_begun:
@@ -398,7 +402,7 @@ class WriteAccess:
         if place.needs_all:
             for at in range(start, end, _PART_NBYTES):
                 content = bytearray(min(_PART_NBYTES, end - at))
-                group.complete(at, content, self._read_into)
+                group.complete(at, content, self._read_old)
                 file.pwrite(at + shift, content)
             return
         for piece in group.between(start, end):

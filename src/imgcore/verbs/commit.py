@@ -274,6 +274,8 @@ class _Commit(NamedTuple):
         nbytes = self.overlay.virtual_size
         for start in range(0, nbytes, _DROPPED_NBYTES):
             self.overlay.restructure(partial(_drop, start, min(_DROPPED_NBYTES, nbytes - start)))
+        # What was dropped is given back by a session that does not read it any more.
+        self.overlay.begin()
 
 
 def _drop(start: int, length: int, updater: Updater) -> None:
