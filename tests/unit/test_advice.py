@@ -592,7 +592,7 @@ ELSEWHERE = {
      "(qemu-img convert reads most of them)")):
     "unit/test_image_names.py::test_qemu_img_reads_a_url",
     ("files/locks.py",
-     "in use by another process that writes to it (QEMU's image lock); -U reads it anyway"):
+     "in use by {}, which writes to it (QEMU's image lock); -U reads it anyway"):
     "unit/test_advice.py::test_an_image_that_is_in_use",
     ("files/reference_gate.py",
      ("names {} as its {}, which is not opened, because only the content says what the image is: "
@@ -635,6 +635,11 @@ ELSEWHERE = {
     ("streams/zstd.py",
      "the zstd stream is followed by {} other bytes (truncate -s {} of a copy removes them)"):
     "unit/test_stream.py::test_the_advice_for_what_follows_zstd",
+    ("files/update_file.py",
+     "is immutable or append-only; chattr -i -a {} permits writing to it"):
+    "oracle/test_locks.py::TestWhatCannotBeWritten",
+    ("files/update_file.py", "is read-only; chmod u+w permits writing to it"):
+    "oracle/test_locks.py::TestWhatCannotBeWritten",
     ("files/in_place_job.py",
      "is immutable or append-only; chattr -i -a {} permits rewriting it"):
     "unit/test_in_place.py::test_immutable",
@@ -708,7 +713,7 @@ OTHERS = frozenset(
         "it does not state a {}",
         "-F, --parent-b and --read-options-b are for a second image",
         "--json and --bmap are two kinds of output",
-        "in use by another process (QEMU's image lock)",
+        "in use by {} (QEMU's image lock)",
         "The block device is in use or mounted",
         "is in use: a program has it open, or did not close it, and it may lack changes",
         (

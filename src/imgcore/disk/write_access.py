@@ -343,10 +343,12 @@ class WriteAccess:
                 file.pwrite(at + shift, content)
             return
         for piece in group.between(start, end):
-            if piece.octets is None:
-                file.zero(piece.start + shift, piece.end - piece.start)
-            else:
+            if piece.octets is not None:
                 file.pwrite(piece.start + shift, piece.octets)
+            elif piece.origin is not None:
+                file.copy(*piece.origin, piece.start + shift, piece.nbytes)
+            else:
+                file.zero(piece.start + shift, piece.nbytes)
 
 
 def _new_places(placed: Sequence[tuple[Group, list[Place]]]) -> list[Place]:
