@@ -454,17 +454,24 @@ class Image(Closable):
             Pairs of an offset and a buffer.  All are verified before the first is
             written.
         threads : int, optional
-            Most threads that write at once; one per CPU by default.
+            Most threads that write at once; one per CPU by default.  Only images of
+            several files, and block devices, are written by more than one.
 
         Returns
         -------
         int
             Bytes of all buffers.
         """
+        if threads is not None:
+            from imgcore.engine.job import thread_count
+
+            threads = thread_count(threads)
         writer, changes = self._writing()
         with changes:
             pieces = [self._piece(*request_of(request)) for request in requests]
-            writer.write(without_overlaps(pieces))
+            rest = writer.overwrite(without_overlaps(pieces))
+            if rest:
+                writer.write_in_parallel(rest, threads)
             return sum(piece.nbytes for piece in pieces)
 
     def write_pieces(self, pieces: Sequence[Piece]) -> None:

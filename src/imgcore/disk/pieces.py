@@ -131,6 +131,24 @@ def grouped(pieces: Sequence[Piece], granule_nbytes: int, disk_nbytes: int) -> I
     yield Group(start, min(end, disk_nbytes), pieces[first:])
 
 
+def parts_of(pieces: Sequence[Piece], n: int) -> Iterator[Sequence[Piece]]:
+    """Yield ascending pieces in up to ``n`` parts of about as many bytes each."""
+    nbytes = -(-sum(piece.nbytes for piece in pieces) // n)
+    part: list[Piece] = []
+    left = nbytes
+    for piece in pieces:
+        start = piece.start
+        while start < piece.end:
+            part.append(piece.part(start, start + left))
+            start += part[-1].nbytes
+            left -= part[-1].nbytes
+            if not left:
+                yield part
+                part, left = [], nbytes
+    if part:
+        yield part
+
+
 def without_overlaps(pieces: Sequence[Piece]) -> Sequence[Piece]:
     """Return pieces in ascending order; where they overlap, later ones win."""
     ascending = sorted(pieces, key=_start)
