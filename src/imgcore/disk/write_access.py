@@ -21,7 +21,7 @@ from imgcore.engine.job import thread_count
 from imgcore.errors import ImgcoreError
 from imgcore.files.descriptors import is_of_system
 from imgcore.files.update_file import UpdateFile
-from imgcore.formats.api import Overwritable
+from imgcore.formats.api import Overwritable, Rebasable
 from imgcore.limits import MIB
 
 if TYPE_CHECKING:
@@ -173,12 +173,23 @@ class WriteAccess:
 
     def discard(self, start: int, length: int) -> None:
         """Let the image free what it has of a range, which is not needed any more."""
+        self._free(start, length, lambda updater: updater.discard(start, length))
 
+    def drop(self, start: int, length: int) -> None:
+        """Let the image free what it has of a range, which its parent has then."""
+
+        def free(updater: Updater) -> None:
+            assert isinstance(updater, Rebasable)
+            updater.drop(start, length)
+
+        self._free(start, length, free)
+
+    def _free(self, start: int, length: int, free: Callable[[Updater], None]) -> None:
         def work() -> None:
             with self._tables:
                 self._begin()
                 with self._changed_tables(start, start + length):
-                    self._updater.discard(start, length)
+                    free(self._updater)
 
         if length:
             self._holding(start, start + length, work)
