@@ -377,11 +377,8 @@ class SparseUpdater:
             self.file.punch(start, length)
 
     def finish(self) -> None:
-        """Cut off free grains at the end, and mark the extent as closed cleanly.
-
-        QEMU refuses a file that ends before the place that the header states for grains.
-        """
-        self.file.cut(max(self.space.trim(), self.extent.overhead))
+        """Cut off free grains at the end, and mark the extent as closed cleanly."""
+        self.file.cut(self.space.trim())
         self.file.put(UNCLEAN_OFFSET, b"\0", Step.REFERENCE)
 
 
