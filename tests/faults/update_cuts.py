@@ -47,7 +47,9 @@ def of_format(variant: UpdateVariant) -> list[UpdateVariant]:
     return [other for other in VARIANTS if other.name.partition("-")[0] == name]
 
 
-FORMATS = [variant for variant in VARIANTS if variant is of_format(variant)[0]]
+# One variant of each format, with small blocks.
+_NAMES = ("raw", "vmdk-sparse", "qcow2", "vhd-dynamic", "vhdx-1M", "vdi-dynamic")
+FORMATS = [variant for variant in VARIANTS if variant.name in _NAMES]
 
 
 def content_of(rng: random.Random, nbytes: int) -> bytes:
@@ -190,10 +192,11 @@ class Session:
         self._content = content
         self.answer, self.rows = cuts.record(changes, **job)
         self._rewind()
-        self.advance(len(self.rows))
-        latest = {name: file.latest() for name, file in self._files.items()}
-        assert latest == cuts.files(), "the log is not complete"
-        self._rewind()
+        if self.answer["outcome"] != "killed":
+            self.advance(len(self.rows))
+            latest = {name: file.latest() for name, file in self._files.items()}
+            assert latest == cuts.files(), "the log is not complete"
+            self._rewind()
 
     def _rewind(self) -> None:
         self._at = 0
