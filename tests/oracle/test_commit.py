@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -215,7 +216,8 @@ def test_a_parent_that_changed_is_refused(tmp_path: Path) -> None:
     assert base.read_bytes() == before
 
 
-def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_copied", [False, True])
+def test_a_full_disk(is_copied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     contents = disks(11, 2)
     base, top = chain(tmp_path, ("raw", "qcow2"), contents)
     pwrite = UpdateFile.pwrite
@@ -225,8 +227,13 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             raise OSError(errno.ENOSPC, "No space left on device", self.path)
         pwrite(self, offset, data)
 
+    def full_copy(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     with monkeypatch.context() as patched:
         patched.setattr(UpdateFile, "pwrite", full)
+        patched.setattr(UpdateFile, "takes_copies_of", lambda *_: is_copied)
+        patched.setattr(os, "copy_file_range", full_copy)
         with pytest.raises(OSError, match="is written up to its offset"):
             imgcore.commit(top)
     assert content_of(top) == contents[1]

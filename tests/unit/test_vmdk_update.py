@@ -180,9 +180,12 @@ def test_a_stale_redundant_table_is_a_leak(tmp_path: Path) -> None:
     path.write_bytes(raw)
     report = imgcore.check(path)
     assert (report.corruptions, report.leaks) == (0, 1), report.problems
+    # Whoever writes to an image that was not closed cleanly makes its tables equal.
+    raw[UNCLEAN] = 1
+    path.write_bytes(raw)
     with imgcore.open(path, mode="r+") as image:
-        image.write(0, b"1")
         image.write(GRAIN, b"2")
+    require_sound(path, noise(GRAIN) + b"2".ljust(3 * GRAIN, b"\0"))
 
 
 def test_freed_grains_are_given_back_and_used_again(tmp_path: Path) -> None:
@@ -404,6 +407,7 @@ def test_odd_extents_are_refused(
         (21 * SECTOR, 27),  # both tables at one place
         (56, 21),  # both directories at one place
         (56, 128),  # a directory in a grain
+        (56, 0x100000),  # a directory past the end: the other one is read
         (28, 128),  # the descriptor in a grain
     ],
 )
@@ -414,3 +418,21 @@ def test_overlaps_are_refused(tmp_path: Path, offset: int, value: int) -> None:
     struct.pack_into("<I", raw, offset, value)
     path.write_bytes(raw)
     refused(path, CorruptImageError, ".")
+
+
+def test_a_large_disk_is_discarded_as_a_whole(tmp_path: Path) -> None:
+    """Every part of it has a table."""
+    path = tmp_path / "disk.vmdk"
+    imgcore.create(path, 1 << 44)
+    data = noise(GRAIN)
+    with imgcore.open(path, mode="r+") as image:
+        image.write(1 << 43, data)
+        image.write((1 << 44) - GRAIN, data)
+        image.flush()
+        image.discard(0, (1 << 44) - GRAIN)
+        image.flush()
+        assert image.read(1 << 43, GRAIN) == bytes(GRAIN)
+        image.zero((1 << 44) - (1 << 40), 1 << 40)
+        assert image.read((1 << 44) - GRAIN, GRAIN) == bytes(GRAIN)
+    report = imgcore.check(path)
+    assert (report.allocated_clusters, report.leaks, report.corruptions) == (0, 0, 0)

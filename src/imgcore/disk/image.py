@@ -32,8 +32,7 @@ from imgcore.limits import SECTOR_NBYTES
 
 if TYPE_CHECKING:
     import numpy as np
-    from _typeshed import ReadableBuffer as Buffer
-    from _typeshed import WriteableBuffer
+    from _typeshed import ReadableBuffer, WriteableBuffer
 
     from imgcore._core import Uses
     from imgcore.disk.layer import Layer
@@ -399,7 +398,7 @@ class Image(Closable):
         except Exception as error:
             disk.explain(error)
 
-    def write(self, offset: SupportsIndex, data: Buffer) -> int:
+    def write(self, offset: SupportsIndex, data: ReadableBuffer) -> int:
         """Write bytes to the virtual disk, from ``offset`` on.
 
         Parameters
@@ -434,14 +433,14 @@ class Image(Closable):
             writer.write([piece])
             return piece.nbytes
 
-    def _piece(self, offset: SupportsIndex, data: Buffer) -> Piece:
+    def _piece(self, offset: SupportsIndex, data: ReadableBuffer) -> Piece:
         octets = octets_of(data)
         start, nbytes = self._range(self._state, offset, len(octets), "offset")
         return Piece(start, start + nbytes, octets)
 
     def writev(
         self,
-        requests: Iterable[tuple[SupportsIndex, Buffer]],
+        requests: Iterable[tuple[SupportsIndex, ReadableBuffer]],
         *,
         threads: SupportsIndex | None = None,
     ) -> int:
@@ -455,18 +454,31 @@ class Image(Closable):
             Pairs of an offset and a buffer.  All are verified before the first is
             written.
         threads : int, optional
-            Most threads that write at once; one per CPU by default.
+            Most threads that write at once; one per CPU by default.  Only images of
+            several files, and block devices, are written by more than one.
 
         Returns
         -------
         int
             Bytes of all buffers.
         """
+        if threads is not None:
+            from imgcore.engine.job import thread_count
+
+            threads = thread_count(threads)
         writer, changes = self._writing()
         with changes:
             pieces = [self._piece(*request_of(request)) for request in requests]
-            writer.write(without_overlaps(pieces))
+            rest = writer.overwrite(without_overlaps(pieces))
+            if rest:
+                writer.write_in_parallel(rest, threads)
             return sum(piece.nbytes for piece in pieces)
+
+    def write_pieces(self, pieces: Sequence[Piece]) -> None:
+        """Write pieces that ascend and do not overlap; see `write`."""
+        writer, changes = self._writing()
+        with changes:
+            writer.write(pieces)
 
     def zero(self, offset: SupportsIndex, length: SupportsIndex, *, unmap: bool = True) -> None:
         """Make a range of the virtual disk read as zeros.

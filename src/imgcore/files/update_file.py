@@ -38,9 +38,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Self
 
+    from imgcore.files.identity import Identity
+
 UPDATE_FLAGS: Final = os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 # Zeros are written in pieces where the system has no call for them.
 _ZEROS_NBYTES: Final = 1 << 20
+# Bytes that are copied at once: by the system, and through memory.
+_COPY_NBYTES: Final = 16 << 20
+_BUFFER_NBYTES: Final = 1 << 20
 
 _WRITE_BITS: Final = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 
@@ -111,6 +116,8 @@ class UpdateFile(HostFile):
         # The changed sectors of each step, by their numbers.
         self._steps: dict[Step, dict[int, bytearray]] = {}
         self._failure: OSError | None = None
+        # Files whose bytes the system does not copy to this one.
+        self._not_copied: set[Identity] = set()
         self._is_unsynced = False
         self._has_changed = False
         # Others cannot write to it: it is locked.
@@ -235,6 +242,44 @@ class UpdateFile(HostFile):
             # A sync that another thread has begun meanwhile may not have seen it.
             self._is_unsynced = True
             self._note_end(offset + len(octets))
+
+    def takes_copies_of(self, source: HostFile) -> bool:
+        """Tell whether the system copies between the two files by itself."""
+        with self._in_use(), source._in_use():
+            try:
+                os.copy_file_range(source.fd, self.fd, 0, 0, 0)
+            except OSError:
+                return False
+        return source.identity not in self._not_copied
+
+    def copy(self, source: HostFile, source_offset: int, offset: int, length: int) -> None:
+        """Write bytes of another file at once; raises as `pwrite`, and for the source.
+
+        The system shares blocks between the files if it can.  What it refuses to copy
+        passes through memory, which tells the file that has failed.
+        """
+        done = 0
+        with self._in_use(), source._in_use():
+            self._require_sound()
+            self.note_written()
+            while done < length and source.identity not in self._not_copied:
+                nbytes = min(length - done, _COPY_NBYTES)
+                at, to = source_offset + done, offset + done
+                try:
+                    copied = os.copy_file_range(source.fd, self.fd, nbytes, at, to)
+                except OSError:
+                    copied = 0
+                if not copied:
+                    self._not_copied.add(source.identity)
+                done += copied
+            # See `pwrite`.
+            self._is_unsynced = True
+            self._note_end(offset + done)
+        buffer = memoryview(bytearray(min(length - done, _BUFFER_NBYTES)))
+        for at in range(done, length, _BUFFER_NBYTES):
+            part = buffer[: length - at]
+            source.pread_into(source_offset + at, part)
+            self.pwrite(offset + at, part)
 
     def zero(self, offset: int, length: int) -> None:
         """Make a range read as zeros at once, by the cheapest way that works."""

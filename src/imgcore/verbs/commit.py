@@ -9,8 +9,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, SupportsIndex
 
 from imgcore.border import FilePath, file_name
-from imgcore.disk.block_copy import Copied, copy_areas
-from imgcore.disk.changed_areas import areas_above
+from imgcore.disk.block_copy import Copied, copy_extents
+from imgcore.disk.changed_areas import extents_above
 from imgcore.disk.children import warn_about_children
 from imgcore.disk.copy_meter import CopyMeter
 from imgcore.disk.flattening import require_rebasable
@@ -216,10 +216,10 @@ class _Commit(NamedTuple):
             images = self._chain(base, stack)
             grows = base.virtual_size < self.overlay.virtual_size
             begin_below(images, self.overlay.virtual_size if grows else None)
-            copied = copy_areas(
+            copied = copy_extents(
                 self.overlay,
                 base,
-                areas_above(state, self.depth),
+                extents_above(state, self.depth),
                 threads=self.threads,
                 report=meter.copy,
                 control=self.control,
