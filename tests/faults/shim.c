@@ -437,8 +437,8 @@ ssize_t pwrite64(int fd, const void *data, size_t nbytes, off64_t offset)
 }
 
 /* Copies at most so much as is read back into a buffer, to be recorded as a write. */
-static ssize_t copy_and_record(__typeof__(copy_file_range) *copy, int in, off64_t *in_at,
-			       int out, off64_t *out_at, size_t nbytes)
+static ssize_t copy_and_record(__typeof__(copy_file_range) *copy, int in, off64_t *in_at, int out,
+			       off64_t *out_at, size_t nbytes)
 {
 	static char content[1 << 16];
 	struct iovec iov = {content, 0};
@@ -483,8 +483,11 @@ int ioctl(int fd, unsigned long request, ...)
 		return real(fd, request, argument);
 	if (fails(CLASS_REFLINK))
 		return -1;
-	if (log_fd >= 0) { /* the caller then writes the bytes, which are recorded */
-		errno = EOPNOTSUPP;
+	if (log_fd >= 0) { /* the caller then writes or copies the bytes, which are recorded */
+		const struct file_clone_range *range = argument;
+
+		/* One byte asks whether blocks are shared: then also copies are recorded. */
+		errno = range->src_length == 1 ? EINVAL : EOPNOTSUPP;
 		return -1;
 	}
 	return real(fd, request, argument);

@@ -119,6 +119,7 @@ def test_many_threads(variant: UpdateVariant, n_turns: int, tmp_path: Path) -> N
         crowd.start(lambda: image.readinto(0, buffer, threads=2), None)
         crowd.start(lambda: (file.seek(0), file.readall()), None)
         crowd.start(lambda: list(image.data_extents()), None)
+        crowd.start(lambda: imgcore.checksum(image, threads=1), None)
         crowd.join(len(regions))
         for region in regions:
             region.model.check(0, image.read(region.start, len(region.model.content)))

@@ -692,7 +692,6 @@ class Image(Closable):
                 state,
                 cache_nbytes=cache_nbytes,
                 uses=self._reads,
-                is_changing=self._options.writable,
             )
             _being_used.add(self)
             # A signal handler may have refreshed or closed the image meanwhile.
