@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, SupportsIndex
 
 from imgcore.areas.area import Area
@@ -26,6 +26,7 @@ from imgcore.engine.progress import Progress
 from imgcore.errors import OptionError, TargetError
 from imgcore.files.block_devices import below
 from imgcore.files.commitment import until_committed
+from imgcore.files.identity import named_identity
 from imgcore.files.target import Target
 
 if TYPE_CHECKING:
@@ -215,8 +216,10 @@ def sync(
 
     with ExitStack() as stack:
         disk = _opened(source, opening, stack)
+        if not isinstance(target, Image):
+            _refuse_name_of_source(disk, source_name(target))
         image = stack.enter_context(opened_for_update(target, _own(target, writing)))
-        _refuse_own_source(disk, image)
+        _refuse_own_source(disk, [file.identity for file in image.own_files()], image.path)
         _fit(image, disk.virtual_size, resize=resize)
         job = _Sync(
             disk,
@@ -249,14 +252,20 @@ def _opened(image: FilePath | int | Image, options: OpenOptions, stack: ExitStac
     return image
 
 
-def _refuse_own_source(source: Image, target: Image) -> None:
-    """Raise TargetError if a file of the source would be changed."""
-    changed = {one for file in target.own_files() for one in _with_below(file.identity)}
+def _refuse_name_of_source(source: Image, target: str | int) -> None:
+    """Refuse a target that is the source, before that is told to be in use."""
+    with suppress(OSError):  # opening it tells what is wrong
+        _refuse_own_source(source, [named_identity(target)], str(target))
+
+
+def _refuse_own_source(source: Image, changed: Sequence[Identity], path: str) -> None:
+    """Raise TargetError if one of the files that change is the source's."""
+    parts = {part for identity in changed for part in _with_below(identity)}
     for file in source.every_file():
-        if not changed.isdisjoint(_with_below(file.identity)):
+        if not parts.isdisjoint(_with_below(file.identity)):
             raise TargetError(
                 "is the source, or one of its backing files, and would change while it is read",
-                path=target.path,
+                path=path,
             )
 
 
