@@ -434,8 +434,8 @@ ssize_t pwrite64(int fd, const void *data, size_t nbytes, off64_t offset)
 }
 
 /* Copies at most so much as is read back into a buffer, to be recorded as a write. */
-static ssize_t copy_and_record(__typeof__(copy_file_range) *copy, int in, off64_t *in_at,
-			       int out, off64_t *out_at, size_t nbytes)
+static ssize_t copy_and_record(__typeof__(copy_file_range) *copy, int in, off64_t *in_at, int out,
+			       off64_t *out_at, size_t nbytes)
 {
 	static char content[1 << 16];
 	struct iovec iov = {content, 0};

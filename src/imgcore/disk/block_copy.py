@@ -237,12 +237,13 @@ def _sum(done: Copied, piece: _Piece, writing: Future[Copied]) -> Copied:
 def _parts(state: DiskState, target: Image, batches: Iterable[Extents]) -> Iterator[_Part]:
     """Yield parts of a disk as its extents tell how they are copied."""
     files = [source.file for source in state.sources]
-    is_copied = np.array([_is_copied(file, target) for file in files], np.bool_)
     for batch in batches:
         rows = batch[batch["kind"] != Kind.HOLE]
         # A flag tells that there is more than the data.
         is_plain = (rows["kind"] == Kind.DATA) & (rows["flags"] == 0)
-        is_plain[is_plain] = is_copied[rows["file"][is_plain]]
+        for index in np.unique(rows["file"][is_plain]).tolist():
+            if not _is_copied(files[index], target):
+                is_plain &= rows["file"] != index
         # What must be read is a hole from now on: so it is joined.
         rows["kind"][(rows["kind"] != Kind.ZERO) & ~is_plain] = Kind.HOLE
         for offset, length, at, _, index, kind, _ in join_neighbours(rows).tolist():

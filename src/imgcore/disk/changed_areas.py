@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from imgcore.areas.area import Area
-from imgcore.disk.host_holes import HostHoles
+from imgcore.disk.host_holes import HostHoles, is_sparse
 from imgcore.disk.overlay import chain_extents
 from imgcore.engine.extents import Kind, cut_at_ranges, split
 from imgcore.limits import MIB
@@ -102,6 +102,10 @@ def with_zeros(disk: DiskState, areas: Iterable[Area]) -> Iterator[Area]:
     Area
         Ascending; neighbours may be adjacent.
     """
+    if disk.layers[0].is_flat and not is_sparse(disk.files[0]):
+        # It is all data.  A search for holes goes through all pages of a file in tmpfs.
+        yield from areas
+        return
     for group in _groups(areas):
         starts = np.array([area.offset for area in group], np.uint64)
         ends = starts + np.array([area.length for area in group], np.uint64)

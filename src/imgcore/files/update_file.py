@@ -245,12 +245,15 @@ class UpdateFile(HostFile):
 
     def takes_copies_of(self, source: HostFile) -> bool:
         """Tell whether the system copies between the two files by itself."""
+        if source.identity in self._not_copied:
+            return False
         with self._in_use(), source._in_use():
             try:
                 os.copy_file_range(source.fd, self.fd, 0, 0, 0)
             except OSError:
+                self._not_copied.add(source.identity)
                 return False
-        return source.identity not in self._not_copied
+        return True
 
     def copy(self, source: HostFile, source_offset: int, offset: int, length: int) -> None:
         """Write bytes of another file at once; raises as `pwrite`, and for the source.
