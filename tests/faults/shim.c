@@ -483,11 +483,8 @@ int ioctl(int fd, unsigned long request, ...)
 		return real(fd, request, argument);
 	if (fails(CLASS_REFLINK))
 		return -1;
-	if (log_fd >= 0) { /* the caller then writes or copies the bytes, which are recorded */
-		const struct file_clone_range *range = argument;
-
-		/* One byte asks whether blocks are shared: then also copies are recorded. */
-		errno = range->src_length == 1 ? EINVAL : EOPNOTSUPP;
+	if (log_fd >= 0) { /* the caller then writes the bytes, which are recorded */
+		errno = EOPNOTSUPP;
 		return -1;
 	}
 	return real(fd, request, argument);

@@ -58,6 +58,17 @@ CALLS: dict[str, Call] = {
 }
 
 
+def lay_out(path: Path, content: bytes) -> None:
+    """Give a file a content: what was never written is a hole."""
+    with path.open("wb") as file:
+        file.truncate(len(content))
+        for at in range(0, len(content), 4096):
+            piece = content[at : at + 4096]
+            if piece.strip(b"\0"):
+                file.seek(at)
+                file.write(piece)
+
+
 class Cuts:
     """A recorded call, which may be cut at any row of its log."""
 
@@ -85,7 +96,7 @@ class Cuts:
         for name, inode in names.items():
             # An image keeps its inode, which a mark may state.
             file = files.get(inode)
-            (self._folder / name).write_bytes(b"" if file is None else file.after_cut(rng, how))
+            lay_out(self._folder / name, b"" if file is None else file.after_cut(rng, how))
         try:
             self._verify()
         except Exception as error:

@@ -28,7 +28,7 @@ from imgcore.files.closable import Closable
 from imgcore.files.descriptors import forks_held_back
 from imgcore.formats.api import Rebasable, SectorSized
 from imgcore.formats.registry import get_driver
-from imgcore.limits import SECTOR_NBYTES
+from imgcore.limits import GIB, SECTOR_NBYTES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,6 +50,9 @@ if TYPE_CHECKING:
 
 
 _Item = TypeVar("_Item")
+
+# Whole blocks of every format.
+_DROPPED_NBYTES: Final = 16 * GIB
 
 # What an open image imports when it is used first.
 _USED_BY_READS: Final = (
@@ -589,6 +592,15 @@ class Image(Closable):
             writer, changes = self._writing()
             with changes:
                 writer.restructure(change, self._reopened)
+
+    def drop(self) -> None:
+        """Free all that the image has of its disk, which then reads as its parent."""
+        writer, changes = self._writing()
+        with changes:
+            nbytes = self.virtual_size
+            for start in range(0, nbytes, _DROPPED_NBYTES):
+                writer.drop(start, min(_DROPPED_NBYTES, nbytes - start))
+            writer.flush()
 
     def is_rebasable(self) -> bool:
         """Tell whether the format can change the image's parent."""

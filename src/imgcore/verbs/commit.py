@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, SupportsIndex
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
 from imgcore.border import FilePath, file_name
 from imgcore.disk.block_copy import Copied, copy_extents
@@ -24,15 +23,9 @@ from imgcore.errors import ImgcoreError, OptionError, UnsupportedFeatureError
 from imgcore.files.host_file import HostFile
 from imgcore.files.identity import named_identity
 from imgcore.files.mark import remove_file
-from imgcore.formats.api import Rebasable
-from imgcore.limits import GIB
 
 if TYPE_CHECKING:
     from imgcore.engine.progress import Progress
-    from imgcore.formats.api import Updater
-
-# Blocks are dropped in parts: all changes of tables in one of them wait in memory.
-_DROPPED_NBYTES: Final = 16 * GIB
 
 
 class CommitResult(NamedTuple):
@@ -153,7 +146,7 @@ def commit(
         if remove:
             _remove(disk)
         elif empties:
-            job.empty()
+            disk.drop()
         meter.finish()
         return CommitResult(
             disk.path,
@@ -268,17 +261,6 @@ class _Commit(NamedTuple):
                     path=child.path,
                 )
         return [*images, base]
-
-    def empty(self) -> None:
-        """Free what the overlay has."""
-        nbytes = self.overlay.virtual_size
-        for start in range(0, nbytes, _DROPPED_NBYTES):
-            self.overlay.restructure(partial(_drop, start, min(_DROPPED_NBYTES, nbytes - start)))
-
-
-def _drop(start: int, length: int, updater: Updater) -> None:
-    assert isinstance(updater, Rebasable)
-    updater.drop(start, length)
 
 
 def _remove(image: Image) -> None:
