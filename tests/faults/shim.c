@@ -386,11 +386,14 @@ ssize_t preadv64v2(int fd, const struct iovec *iov, int n, off64_t offset, int f
 
 /* ---------------------------------------------------------------- writing */
 
-/* Makes a torn write: writes a part, then dies. */
+/* Makes a torn write: writes a part, which ends with a sector if it can, then dies. */
 static void write_half(int fd, const struct iovec *iov, uint64_t offset)
 {
+	uint64_t end = (offset + iov[0].iov_len / 2) & ~UINT64_C(511);
+
 	REAL(pwrite);
-	(void)!real(fd, iov[0].iov_base, iov[0].iov_len / 2, (off_t)offset);
+	if (end > offset)
+		(void)!real(fd, iov[0].iov_base, (size_t)(end - offset), (off_t)offset);
 	raise(SIGKILL);
 }
 
@@ -480,11 +483,8 @@ int ioctl(int fd, unsigned long request, ...)
 		return real(fd, request, argument);
 	if (fails(CLASS_REFLINK))
 		return -1;
-	if (log_fd >= 0) { /* the caller then writes or copies the bytes, which are recorded */
-		const struct file_clone_range *range = argument;
-
-		/* One byte asks whether blocks are shared: then also copies are recorded. */
-		errno = range->src_length == 1 ? EINVAL : EOPNOTSUPP;
+	if (log_fd >= 0) { /* the caller then writes the bytes, which are recorded */
+		errno = EOPNOTSUPP;
 		return -1;
 	}
 	return real(fd, request, argument);

@@ -35,6 +35,7 @@ def test_what_is_refused_is_copied(code: int, nth: int, tmp_path: Path, shim: Pa
 def test_a_commit_goes_on_without_the_system(
     code: int, nth: int, tmp_path: Path, shim: Path
 ) -> None:
+    """The first call asks whether the system copies at all."""
     image = make_file_system("xfs", tmp_path / "image", 512 * images.MIB)
     with (
         mounted(image, tmp_path / "mounted", "-o", "loop") as top,

@@ -242,7 +242,7 @@ class WriteAccess:
         if start == end:
             return
         content = bytearray(end - start)
-        self._read_into(start, memoryview(content))
+        self._read_old(start, memoryview(content))
         if any(content):
             self._write([Piece(start, end, memoryview(content))])
         else:
@@ -311,6 +311,20 @@ class WriteAccess:
             work()
 
         self._ranges.holding(*self._granules(start, end), inside)
+
+    def _read_old(self, start: int, view: memoryview) -> None:
+        """Read bytes of the disk that stay; raise if they may be the parent's.
+
+        The image alone reads them as zeros, which would hide the parent's for good.
+        """
+        state = self._state
+        if len(state.layers) == 1 and state.layers[0].backing is not None:
+            raise ImgcoreError(
+                f"was opened without its parent, and needs its bytes at {start} beside what is "
+                "written",
+                path=state.paths[0],
+            )
+        self._read_into(start, view)
 
     def _begin(self) -> None:
         if self._has_begun:
@@ -399,7 +413,7 @@ class WriteAccess:
         if place.needs_all:
             for at in range(start, end, _PART_NBYTES):
                 content = bytearray(min(_PART_NBYTES, end - at))
-                group.complete(at, content, self._read_into)
+                group.complete(at, content, self._read_old)
                 file.pwrite(at + shift, content)
             return
         for piece in group.between(start, end):

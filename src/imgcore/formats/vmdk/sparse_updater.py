@@ -73,7 +73,10 @@ class SparseUpdater:
         self.file: UpdateFile = cast("UpdateFile", extent.file)
         self.granule_nbytes: int = extent.grain_nbytes
         self.first_used: int = survey.first * SECTOR_NBYTES
-        self.space: FreeSpace = _free_space(survey, extent.grain_nbytes)
+        free = _free_grains(survey, extent.grain_nbytes)
+        end = align_up(survey.end * SECTOR_NBYTES, extent.grain_nbytes)
+        self.space: FreeSpace = FreeSpace(end, extent.grain_nbytes, free)
+        self._gaps = list(_runs(free, extent.grain_nbytes))
         self._has_parent = has_parent
         # Whether a grain can be freed: what it leaves must not be the parent's.
         self._free_entry = (
@@ -88,7 +91,14 @@ class SparseUpdater:
         self._room = (0, 0)
 
     def begin(self) -> None:
-        """Mark the extent as one that was not closed cleanly."""
+        """Give back leaked space, and mark the extent as not closed cleanly."""
+        leaked = [gap for gap in self._gaps if self.file.next_data(gap[0])[0] < sum(gap)]
+        if leaked:
+            # What a process that was killed has written may not be durable yet.
+            self.file.note_written()
+            self.file.sync()
+        for start, length in leaked:
+            self.file.punch(start, length)
         self.file.put(UNCLEAN_OFFSET, b"\1", Step.REFERENCE)
         if self.extent.unclean_shutdown:
             self._renew_redundant()
@@ -376,15 +386,15 @@ class SparseUpdater:
         self.file.put(UNCLEAN_OFFSET, b"\0", Step.REFERENCE)
 
 
-def _free_space(survey: SpaceSurvey, grain_nbytes: int) -> FreeSpace:
-    """Return the space for aligned grains."""
+def _free_grains(survey: SpaceSurvey, grain_nbytes: int) -> list[int]:
+    """Return the host offsets of aligned grains that nothing uses, ascending."""
     free: list[int] = []
     for start, stop in survey.gaps:
         first = align_up(start * SECTOR_NBYTES, grain_nbytes)
         n_grains = (stop * SECTOR_NBYTES - first) // grain_nbytes
         n_grains = min(n_grains, _MAX_FREE - len(free))
         free += range(first, first + n_grains * grain_nbytes, grain_nbytes)
-    return FreeSpace(align_up(survey.end * SECTOR_NBYTES, grain_nbytes), grain_nbytes, free)
+    return free
 
 
 def _joined(places: Sequence[Place]) -> list[Place]:
