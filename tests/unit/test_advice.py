@@ -469,8 +469,8 @@ ELSEWHERE = {
     ("formats/vhd/updater.py", ("one of its footers is missing or damaged: imgcore check --repair "
      "restores it from the other one")):
     "unit/test_vhd_update.py::test_a_damaged_footer_is_refused",
-    ("formats/vhd/updater.py", ("a machine in a saved state uses this VHD, and would be wrong about "
-     "the disk if it were written to: let the machine go on and shut it down first")):
+    ("formats/vhd/updater.py", ("a machine in a saved state uses this VHD, and would be wrong "
+     "about the disk if it were written to: let the machine go on and shut it down first")):
     "unit/test_vhd_update.py::test_a_saved_state_is_refused",
     ("verbs/rebase.py", ("has no backing file, so that all of its disk is its own: imgcore convert "
      "-B FILE -F FMT writes what differs from a backing file to a new image")):
