@@ -550,7 +550,6 @@ ELSEWHERE = {
     **{
         ("cli/qemu_flags.py", text): "unit/test_advice.py::test_other_commands"
         for text in (
-            "convert -B FILE -F FMT writes an image on another backing file",
             "convert writes a new image with other options (-o)",
             "imgcore has no {}: {}; see imgcore --help",
             "the backing file is opened to verify it: make the backing file first",
@@ -643,8 +642,6 @@ ELSEWHERE = {
     "unit/test_stream.py::test_the_advice_for_what_follows_zstd",
     ("files/update_file.py",
      "is immutable or append-only; chattr -i -a {} permits writing to it"):
-    "oracle/test_locks.py::TestWhatCannotBeWritten",
-    ("files/update_file.py", "is read-only; chmod u+w permits writing to it"):
     "oracle/test_locks.py::TestWhatCannotBeWritten",
     ("files/in_place_job.py",
      "is immutable or append-only; chattr -i -a {} permits rewriting it"):
