@@ -17,6 +17,7 @@ import pytest
 from tests.helpers.updates import Model, change_at_random
 
 import imgcore
+from imgcore.disk.in_place_writes import InPlaceWrites
 from imgcore.files.update_file import UpdateFile
 
 MIB = 1 << 20
@@ -196,6 +197,19 @@ def test_a_full_disk_says_how_far_it_got(disk: Path, monkeypatch: pytest.MonkeyP
         monkeypatch.undo()
         image.write(16 * MIB, data[15 * MIB :])
         assert image.read(MIB, 40 * MIB) == data
+
+
+def test_a_full_disk_says_how_far_overwriting_got(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(disk))
+
+    with imgcore.open(disk, mode="r+") as image:
+        image.writev([(0, b"a")])
+        monkeypatch.setattr(InPlaceWrites, "overwrite", fail)
+        with pytest.raises(OSError, match=r"written up to its offset 7000\)"):
+            image.writev([(7000, b"b"), (9000, b"c")])
 
 
 def test_after_a_failed_sync_nothing_is_written(

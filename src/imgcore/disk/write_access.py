@@ -129,7 +129,15 @@ class WriteAccess:
         in_place = self.in_place
         if in_place is None:
             return pieces
-        return [piece for piece in pieces if in_place.overwrite(piece.start, piece.octets) is None]
+        rest: list[Piece] = []
+        for piece in pieces:
+            try:
+                if in_place.overwrite(piece.start, piece.octets) is None:
+                    rest.append(piece)
+            except OSError:
+                with _stating_offset(piece.start):
+                    raise
+        return rest
 
     def write_in_parallel(self, pieces: Sequence[Piece], threads: SupportsIndex | None) -> None:
         """Write as `write` does, on several threads if that is faster.

@@ -185,7 +185,8 @@ class _Rebase(NamedTuple):
             if self.image.reader.identities:
                 # An image of this format states the identity of its parent.
                 raise
-            log.warning("%s: its new backing file cannot be read: %s", self.image.path, error)
+            text = f"{path}: {error.strerror}" if isinstance(error, OSError) else error
+            log.warning("%s: its new backing file cannot be read: %s", self.image.path, text)
             return reference
 
     def _new_options(self, reference: BackingReference) -> OpenOptions:
