@@ -3,8 +3,8 @@
 A new block is put where the footer is, which moves ahead before: far enough that it
 moves rarely, and back to the last block in the end.  What is between takes no space.
 
-Sector bitmaps and BAT entries become durable together, after the data.  A new block
-whose bitmap is lost has no sectors of the disk, and reads as before.
+Sector bitmaps of a child become durable together with BAT entries, after the data.  A
+new block whose bitmap is lost has no sectors of the disk, and reads as before.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 # As in the writer.
 _DATA_ALIGNMENT: Final = 4096
 # How far the footer moves ahead: as far as blocks have been appended, within bounds.
-_MIN_AHEAD_NBYTES: Final = 64 * MIB
+_MIN_AHEAD_NBYTES: Final = 8 * MIB
 _MAX_AHEAD_NBYTES: Final = 1024 * MIB
 # Gaps of an image that are remembered, to be filled.
 _MAX_GAPS: Final = 1 << 16
@@ -301,8 +301,10 @@ class BlockUpdater:
             bitmap_offset = place.host_offset - first * SECTOR_NBYTES - self._bitmap_nbytes
             is_new = self._entry(block) == layout.ENTRY_ABSENT
             if is_new and not self._is_child:
-                first, last = 0, 8 * self._bitmap_nbytes
-            self._set_bits(bitmap_offset, first, last)
+                # QEMU does not look at it, so it is durable before the entry.
+                self._file.pwrite(bitmap_offset, b"\xff" * self._bitmap_nbytes)
+            else:
+                self._set_bits(bitmap_offset, first, last)
             if is_new:
                 self._put_entry(block, bitmap_offset // SECTOR_NBYTES)
             self._settle_place(block)
@@ -409,7 +411,8 @@ class BlockUpdater:
         if virtual_size > old_size:
             self._zero_end_of_disk()
             self._extend_table(n_blocks)
-        self._put_footers(footer)
+            self._file.write_steps()
+        self._put_footers(footer, copy_first=virtual_size > old_size)
         self._free_blocks(n_blocks, n_old)
 
     def _zero_end_of_disk(self) -> None:
@@ -472,11 +475,15 @@ class BlockUpdater:
         assert header.dynamic is not None
         self._dynamic = header.dynamic
 
-    def _put_footers(self, footer: bytes) -> None:
-        """Change the footer and its copy, and make that durable."""
+    def _put_footers(self, footer: bytes, *, copy_first: bool) -> None:
+        """Change the footer and its copy, one after the other, and make that durable.
+
+        QEMU uses the copy: a disk that it states is never the smaller one.
+        """
         self._footer = footer
-        self._file.put(self._footer_offset, footer, Step.REFERENCE)
-        self._file.put(0, footer, Step.REFERENCE)
+        places = (0, self._footer_offset) if copy_first else (self._footer_offset, 0)
+        for place, step in zip(places, (Step.ALLOCATION, Step.REFERENCE), strict=True):
+            self._file.put(place, footer, step)
         self._file.write_steps()
         self._read_header()
 
@@ -522,7 +529,7 @@ class BlockUpdater:
         self._append(raw)
         kind = DiskType.DYNAMIC if reference is None else DiskType.DIFFERENCING
         footer = footer_of(self._footer)._replace(data_offset=offset, disk_type=kind)
-        self._put_footers(with_footer(self._footer, footer))
+        self._put_footers(with_footer(self._footer, footer), copy_first=False)
 
     def _append(self, raw: bytes) -> None:
         """Write bytes after the last block, where the caller lets something refer."""
