@@ -285,6 +285,60 @@ def test_hostile_entries(tmp_path: Path, content: bytes, sector: int | None, wor
     assert path.read_bytes() == before
 
 
+def test_tables_that_overlap_headers(tmp_path: Path, content: bytes) -> None:
+    path = make(tmp_path / "a.vhd", content)
+    for offset in (0, SECTOR, 2 * SECTOR, vhd.TABLE_OFFSET + 2):
+        raw = bytearray(path.read_bytes()[SECTOR : SECTOR + 1024])
+        raw[16:24] = offset.to_bytes(8, "big")
+        raw[36:40] = vhd.checksum(bytes(raw), 36)
+        poke(path, (SECTOR, bytes(raw)))
+        before = path.read_bytes()
+        with pytest.raises(CorruptImageError, match="must not overlap"):
+            imgcore.open(path, mode="r+")
+        assert path.read_bytes() == before
+
+
+def test_blocks_that_another_size_shows_stay(tmp_path: Path) -> None:
+    """By its geometry, the disk ends before some blocks of the BAT."""
+    path = make(tmp_path / "a.vhd", b"x" * 4 * MIB)
+    for at in (0, path.stat().st_size - SECTOR):
+        raw = bytearray(path.read_bytes()[at : at + SECTOR])
+        raw[28:32] = b"vpc "
+        raw[56:60] = bytes((0, 30, 4, 17))
+        raw[64:68] = vhd.checksum(bytes(raw), 64)
+        poke(path, (at, bytes(raw)))
+    with imgcore.open(path, mode="r+") as image:
+        assert image.virtual_size == 30 * 4 * 17 * SECTOR
+        image.write(0, b"y" * BLOCK)
+    with imgcore.open(path, read_options={"size": "current"}) as image:
+        assert image.read(0, 4 * MIB) == b"y" * BLOCK + b"x" * 7 * BLOCK
+
+
+def test_a_failed_place_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    from imgcore.formats.vhd.block_updater import BlockUpdater
+
+    path = make(tmp_path / "a.vhd", bytes(4 * MIB))
+    take = BlockUpdater._take
+    with imgcore.open(path, mode="r+") as image:
+        with monkeypatch.context() as patch:
+
+            def fail(updater: BlockUpdater, block: int) -> int:
+                if block == 2:
+                    raise OSError(28, "full")
+                return take(updater, block)
+
+            patch.setattr(BlockUpdater, "_take", fail)
+            with pytest.raises(OSError, match="full"):
+                image.write(0, content)
+        image.write(3 * BLOCK, b"a")
+    assert_sound(path)
+    assert path.stat().st_size < 3 * STRIDE
+    with imgcore.open(path) as image:
+        assert image.read(0, 4 * MIB) == bytes(3 * BLOCK) + b"a" + bytes(5 * BLOCK - 1)
+
+
 def test_a_saved_state_is_refused(tmp_path: Path) -> None:
     path = make(tmp_path / "a.vhd", bytes(MIB), subformat="dynamic")
     raw = bytearray(path.read_bytes()[:SECTOR])

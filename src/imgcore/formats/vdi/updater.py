@@ -72,6 +72,12 @@ class VdiUpdater:
                 f"{VDI_MAX_REWRITTEN_BLOCKS} are written in place",
                 path=self._file.path,
             )
+        if self._header.map_offset % SECTOR_NBYTES:
+            raise CorruptImageError(
+                f"the block map is at {self._header.map_offset:#x}, which is not a multiple of "
+                f"{SECTOR_NBYTES}: it is not written to",
+                path=self._file.path,
+            )
         report = check(self._file, self._header)
         if report.corruptions:
             raise CorruptImageError(
@@ -165,20 +171,25 @@ class VdiUpdater:
     def place(self, start: int, length: int) -> list[Place]:
         """Return where blocks go; see `imgcore.formats.api.Updater`."""
         places: list[Place] = []
-        for block, first, end in self._blocks(start, length):
-            entry = self._entry(block)
-            is_new = entry >= layout.BLOCK_ZERO
-            offset = self._take(block) if is_new else self._offset_of(entry)
-            places.append(
-                Place(
-                    first,
-                    end - first,
-                    offset + first % self._block_nbytes,
-                    is_new=is_new,
-                    needs_all=self._is_child and entry == layout.BLOCK_FREE,
-                )
-            )
+        try:
+            for block, first, end in self._blocks(start, length):
+                places.append(self._place(block, first, end))
+        except BaseException:
+            self.give_up([place for place in places if place.is_new])
+            raise
         return places
+
+    def _place(self, block: int, start: int, end: int) -> Place:
+        entry = self._entry(block)
+        is_new = entry >= layout.BLOCK_ZERO
+        offset = self._take(block) if is_new else self._offset_of(entry)
+        return Place(
+            start,
+            end - start,
+            offset + start % self._block_nbytes,
+            is_new=is_new,
+            needs_all=self._is_child and entry == layout.BLOCK_FREE,
+        )
 
     def overwritable(self, start: int, length: int) -> list[Place]:
         """Return the blocks that have slots; see `imgcore.formats.api.Overwritable`."""

@@ -9,6 +9,7 @@ new block whose bitmap is lost has no sectors of the disk, and reads as before.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 import numpy as np
@@ -27,7 +28,7 @@ from imgcore.formats.vhd.layout import DiskType, DynamicHeader
 from imgcore.formats.vhd.parent import ParentFields, parent_fields
 from imgcore.formats.vhd.tables import read_bat
 from imgcore.formats.vhd.writer import batmap_nbytes, make_batmap_header
-from imgcore.limits import MIB, SECTOR_NBYTES
+from imgcore.limits import MIB, SECTOR_NBYTES, VHD_MAX_CHECKED_BLOCKS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -78,6 +79,8 @@ class BlockUpdater:
         self._data_start = align_up(self._bitmap_nbytes, _DATA_ALIGNMENT)
         self._bitmap_start = self._data_start - self._bitmap_nbytes
         self._slot_nbytes = self._data_start + self._block_nbytes
+        # As the user has chosen it when the image was opened.
+        self._size = header.size.field if header.size.because == "option" else None
         self._footer = header.end.raw
         self._footer_offset = header.end.offset
         if self._file.is_block_device:
@@ -86,12 +89,35 @@ class BlockUpdater:
         reader.let_footer_move()
 
     def _verify(self) -> None:
-        """Raise unless no block is in the way of another, or of a table."""
+        """Raise unless no block or table is in the way of another one."""
+        if self._dynamic.max_table_entries > VHD_MAX_CHECKED_BLOCKS:
+            raise LimitExceededError(
+                f"a BAT of {self._dynamic.max_table_entries} entries, at most "
+                f"{VHD_MAX_CHECKED_BLOCKS} are written in place",
+                path=self._file.path,
+            )
+        self._verify_structures()
         report = verify_blocks(self._file, self._header)
         if report.corruptions:
             raise CorruptImageError(
                 f"{report.first_corruption}: it is not written to", path=self._file.path
             )
+
+    def _verify_structures(self) -> None:
+        """Raise if a header or table overlaps another one, or is in half a sector."""
+        parts = [
+            *self._header.structures,
+            (self._footer_offset, self._footer_offset + layout.FOOTER_NBYTES, "the footer"),
+        ]
+        parts.sort()
+        for (start, end, name), (following, _, other) in pairwise(parts):
+            if following < end or start % SECTOR_NBYTES:
+                raise CorruptImageError(
+                    f"{name} at {start:#x} ends at {end:#x}, {other} is at {following:#x}: they "
+                    "must not overlap, and start at multiples of 512: it is not written to",
+                    path=self._file.path,
+                    offset=start,
+                )
 
     # -- space -------------------------------------------------------------------------
 
@@ -110,12 +136,19 @@ class BlockUpdater:
             self._file.zero(end, self._footer_offset - end)
 
     def _starts(self) -> NDArray[np.int64]:
-        """Return where blocks start in the file, in the order of the disk."""
-        entries = self._entries()
-        return np.compress(entries != layout.ENTRY_ABSENT, entries) * SECTOR_NBYTES
+        """Return where blocks start in the file, in the order of the disk.
 
-    def _entries(self) -> NDArray[np.int64]:
-        raw = read_bat(self._file, self._dynamic.table_offset, 0, self._header.n_blocks)
+        The BAT may have blocks after the end of the disk: programs that use another
+        size read them.
+        """
+        entries = self._entries(self._dynamic.max_table_entries)
+        is_block = entries != layout.ENTRY_ABSENT
+        last = (self._footer_offset - self._slot_nbytes) // SECTOR_NBYTES
+        is_block[self._header.n_blocks :] &= entries[self._header.n_blocks :] <= last
+        return np.compress(is_block, entries) * SECTOR_NBYTES
+
+    def _entries(self, n_entries: int) -> NDArray[np.int64]:
+        raw = read_bat(self._file, self._dynamic.table_offset, 0, n_entries)
         return np.asarray(raw.view(">u4"), dtype=np.int64)
 
     def _end_of_use(self, starts: NDArray[np.int64]) -> int:
@@ -252,24 +285,31 @@ class BlockUpdater:
     def place(self, start: int, length: int) -> list[Place]:
         """Return where a range goes; see `imgcore.formats.api.Updater`."""
         places: list[Place] = []
-        for block, first, end in self._blocks(start, length):
-            entry = self._entry(block)
-            if entry == layout.ENTRY_ABSENT:
-                entry = self._reserve(block)
-                runs: Iterator[_Run] = iter([_Run(first, end, False)])
-            else:
-                runs = self._runs(block, entry, first, end)
-            places += (
-                Place(
-                    run.start,
-                    run.end - run.start,
-                    self._host_offset(block, entry, run.start),
-                    is_new=not run.is_present,
-                    needs_all=not run.is_present,
-                )
-                for run in runs
-            )
+        try:
+            for block, first, end in self._blocks(start, length):
+                places += self._places(block, first, end)
+        except BaseException:
+            self.give_up([place for place in places if place.is_new])
+            raise
         return places
+
+    def _places(self, block: int, start: int, end: int) -> list[Place]:
+        entry = self._entry(block)
+        if entry == layout.ENTRY_ABSENT:
+            entry = self._reserve(block)
+            runs: Iterator[_Run] = iter([_Run(start, end, False)])
+        else:
+            runs = self._runs(block, entry, start, end)
+        return [
+            Place(
+                run.start,
+                run.end - run.start,
+                self._host_offset(block, entry, run.start),
+                is_new=not run.is_present,
+                needs_all=not run.is_present,
+            )
+            for run in runs
+        ]
 
     def _reserve(self, block: int) -> int:
         """Return the sector of a block that gets space; several places may be in it."""
@@ -384,7 +424,7 @@ class BlockUpdater:
 
     def _compact(self) -> None:
         """Move the last blocks into free slots before them."""
-        entries = self._entries()
+        entries = self._entries(self._header.n_blocks)
         present = np.flatnonzero(entries != layout.ENTRY_ABSENT)
         places = entries[present] * SECTOR_NBYTES - self._bitmap_start
         owners = dict(zip(places.tolist(), present.tolist(), strict=True))
@@ -471,7 +511,7 @@ class BlockUpdater:
 
     def _read_header(self) -> None:
         """Read what has changed."""
-        header = self._header = read_header(self._file)
+        header = self._header = read_header(self._file, self._size)
         assert header.dynamic is not None
         self._dynamic = header.dynamic
 
@@ -510,8 +550,7 @@ class BlockUpdater:
 
         The header is larger than a sector, so it is not overwritten.
         """
-        none = ParentFields(bytes(16), 0, b"", ())
-        parent = none
+        parent = ParentFields(bytes(16), 0, b"", ())
         if reference is not None:
             parent = parent_fields(reference, self._header.size.nbytes)
         offset = self._space.end + self._bitmap_start
