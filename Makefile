@@ -145,9 +145,10 @@ fuzz: build
 		{ echo "fuzz: clang is missing (Debian: clang libclang-rt-14-dev)" >&2; exit 1; }
 	@$(PIP) install 'atheris>=3'
 	@$(MAKE) --no-print-directory -C native fuzz FUZZ_SECONDS=$(FUZZ_SECONDS)
-	@set -e; for name in readers areas trees; do \
+	@set -e; for name in readers updates areas trees; do \
 		echo "fuzz_$$name: $(FUZZ_SECONDS) s"; \
-		corpus=tests/fuzz/corpus; test $$name = readers || corpus=$${corpus}_$$name; \
+		corpus=tests/fuzz/corpus; \
+		case $$name in areas|trees) corpus=$${corpus}_$$name;; esac; \
 		mkdir -p build/fuzz/$$name; \
 		$(PY) -m tests.fuzz.fuzz_$$name $(FUZZ_FLAGS) -artifact_prefix=build/fuzz/$$name- \
 			build/fuzz/$$name $$corpus >build/fuzz/$$name.log 2>&1 || \

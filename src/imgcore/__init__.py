@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from imgcore.formats.api import Measurement, SnapshotInfo
     from imgcore.formats.shared.lint import Finding
     from imgcore.rewriting.director import RewriteCost
+    from imgcore.verbs.apply import ApplyResult, apply
     from imgcore.verbs.changes import changes
     from imgcore.verbs.check import CheckResult, check
     from imgcore.verbs.checksum import checksum
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EXTENT_DTYPE",
+    "ApplyResult",
     "Area",
     "BadRange",
     "ByteSource",
@@ -108,6 +110,7 @@ __all__ = [
     "UnsupportedFeatureError",
     "WrongFormatError",
     "__version__",
+    "apply",
     "apply_snapshot",
     "changes",
     "check",
@@ -139,6 +142,7 @@ __all__ = [
 # The verbs are imported on first use: NumPy alone takes longer than `imgcore info`.
 _HOMES = {
     "EXTENT_DTYPE": "engine.extents",
+    "ApplyResult": "verbs.apply",
     "Area": "areas.area",
     "BadRange": "engine.bad_ranges",
     "ByteSource": "files.byte_source",
@@ -170,6 +174,7 @@ _HOMES = {
     "SourceFile": "engine.source_file",
     "apply_snapshot": "verbs.snapshot",
     "SyncResult": "verbs.sync",
+    "apply": "verbs.apply",
     "changes": "verbs.changes",
     "check": "verbs.check",
     "checksum": "verbs.checksum",

@@ -37,6 +37,11 @@ NOT_RUN = {
     ".venv/bin/python -m benchmarks": "measures for minutes",
 }
 
+# Words of examples that change the files that they name.
+CHANGING = re.compile(
+    r"imgcore[ .](rewrite|sync|commit|rebase|flatten|resize|snapshot|apply)|_snapshot|\"r\+"
+)
+
 # Files that examples read, and the options for creating them from disk.raw.
 INPUTS: dict[str, dict[str, Any]] = {
     "disk.raw": {},
@@ -150,7 +155,7 @@ def test_shell(block: Block, tmp_path: Path, image: Callable[[str], Path]) -> No
         for name in command.inputs():
             if not (tmp_path / name).exists():
                 # A file with two names is not rewritten.
-                put = shutil.copyfile if "rewrite" in command.words() else os.link
+                put = shutil.copyfile if CHANGING.search(block.text) else os.link
                 put(image(name), tmp_path / name)
         program, *arguments = command.words()
         assert program == "imgcore", f"{block}: {command.text}"
@@ -179,8 +184,7 @@ def test_python(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name in python_inputs(block.text):
-        is_changed = "imgcore.rewrite" in block.text or '"r+b"' in block.text
-        put = shutil.copyfile if is_changed else os.link
+        put = shutil.copyfile if CHANGING.search(block.text) else os.link
         put(image(name), tmp_path / name)
     exec(compile(block.text, str(block), "exec"), {"__name__": "example"})
 

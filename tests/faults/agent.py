@@ -102,6 +102,13 @@ def update(arguments: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def chain(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Call a verb that changes images in place."""
+    words = dict(arguments)
+    getattr(imgcore, words.pop("verb"))(words.pop("image"), **words)
+    return {}
+
+
 def snapshot(arguments: dict[str, Any]) -> dict[str, Any]:
     """Create, apply or delete a snapshot."""
     change = getattr(imgcore, f"{arguments['verb']}_snapshot")
@@ -140,6 +147,7 @@ ACTIONS = {
     "undo": undo,
     "update": update,
     "snapshot": snapshot,
+    "chain": chain,
     "read_ranges": read_ranges,
 }
 

@@ -154,7 +154,17 @@ def random_crash(before: Disk, rows: list[Row], rng: random.Random) -> Disk:
     order, and its size is one that it has had since.  Names change in their order, but
     any number of changes since the folder's last sync may be lost.
     """
-    names = dict(before.names)
+    names = random_names(before.names, rows, rng)
+    contents = {
+        inode: _random_content(before.contents.get(inode, b""), rows, inode, rng)
+        for inode in names.values()
+    }
+    return Disk(names, contents)
+
+
+def random_names(before: Mapping[str, int], rows: list[Row], rng: random.Random) -> dict[str, int]:
+    """Return the names that a folder may have after a cut, and their inodes."""
+    names = dict(before)
     first_unsure = 1 + max(
         (at for at, row in enumerate(rows) if row.event is Event.SYNC and row.is_folder), default=-1
     )
@@ -162,11 +172,7 @@ def random_crash(before: Disk, rows: list[Row], rng: random.Random) -> Disk:
     for row in rows[:n_kept]:
         if row.event in (Event.CREATE, Event.RENAME, Event.UNLINK):
             _apply_name(names, row)
-    contents = {
-        inode: _random_content(before.contents.get(inode, b""), rows, inode, rng)
-        for inode in names.values()
-    }
-    return Disk(names, contents)
+    return names
 
 
 def _random_content(old: bytes, rows: list[Row], inode: int, rng: random.Random) -> bytes:

@@ -433,6 +433,26 @@ ssize_t pwrite64(int fd, const void *data, size_t nbytes, off64_t offset)
 	return pwrite(fd, data, nbytes, offset);
 }
 
+/* Copies at most so much as is read back into a buffer, to be recorded as a write. */
+static ssize_t copy_and_record(__typeof__(copy_file_range) *copy, int in, off64_t *in_at, int out,
+			       off64_t *out_at, size_t nbytes)
+{
+	static char content[1 << 16];
+	struct iovec iov = {content, 0};
+	off64_t offset = *out_at;
+	ssize_t done;
+
+	REAL(pread);
+	begin_logging();
+	done = copy(in, in_at, out, out_at, nbytes < sizeof(content) ? nbytes : sizeof(content), 0);
+	if (done > 0 && real(out, content, (size_t)done, offset) == done) {
+		iov.iov_len = (size_t)done;
+		record_file(REC_WRITE, out, (uint64_t)offset, (uint64_t)done, &iov, 1);
+	}
+	end_logging();
+	return done;
+}
+
 ssize_t copy_file_range(int in, off64_t *in_at, int out, off64_t *out_at, size_t nbytes,
 			unsigned flags)
 {
@@ -441,11 +461,9 @@ ssize_t copy_file_range(int in, off64_t *in_at, int out, off64_t *out_at, size_t
 		return real(in, in_at, out, out_at, nbytes, flags);
 	if (fails(CLASS_COPY))
 		return -1;
-	if (log_fd >= 0) { /* the caller then writes the bytes, which are recorded */
-		errno = EOPNOTSUPP;
-		return -1;
-	}
-	return real(in, in_at, out, out_at, nbytes, flags);
+	if (log_fd < 0 || !out_at)
+		return real(in, in_at, out, out_at, nbytes, flags);
+	return copy_and_record(real, in, in_at, out, out_at, nbytes);
 }
 
 int ioctl(int fd, unsigned long request, ...)

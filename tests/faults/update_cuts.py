@@ -36,6 +36,8 @@ N_CHANGES_AFTER = 8
 # Another program examines one in so many states.
 QEMU_EXAMINES = 12
 QEMU_CHECKS = ("qcow2", "vmdk", "vhdx", "vdi")
+# What is all zeros in a piece is left out of a file.
+_PIECE_NBYTES = 256 * 1024
 # No errors, or leaks only.
 QEMU_IS_SOUND = (0, 3)
 # It wants an exact count of the blocks of a VDI.  One that is too high leaks some: both
@@ -283,8 +285,14 @@ class UpdateCuts:
         return (self._agent.folder / name).stat().st_ino
 
     def lay_out(self, name: str, content: bytes) -> None:
-        """Give a file another content."""
-        (self._agent.folder / name).write_bytes(content)
+        """Give a file another content; it is not replaced."""
+        with (self._agent.folder / name).open("wb") as file:
+            for at in range(0, len(content), _PIECE_NBYTES):
+                piece = content[at : at + _PIECE_NBYTES]
+                if piece.count(0) < len(piece):
+                    file.seek(at)
+                    file.write(piece)
+            file.truncate(len(content))
 
     # -- the sessions ------------------------------------------------------------------
 

@@ -52,6 +52,20 @@ class Place:
         self._folder = self._root / "images"
         self._folder.mkdir()
         _family(self._folder)
+        self.files = {path: path.read_bytes() for path in self._root.rglob("*") if path.is_file()}
+
+    def path_of(self, image: Pieces) -> Path:
+        """Return the name that an image gets."""
+        return self._folder / f"disk{SUFFIXES.get(image.format or '', '')}"
+
+    def restore(self) -> None:
+        """Remove what was made, and write the family anew where it has changed."""
+        for path in self._root.rglob("*"):
+            if path.is_file() and path not in self.files:
+                path.unlink()
+        for path, content in self.files.items():
+            if not path.exists() or path.read_bytes() != content:
+                path.write_bytes(content)
 
     def close(self) -> None:
         """Remove everything."""
@@ -66,7 +80,7 @@ class Place:
             An exception that is not imgcore's, a leak, or a timeout.
         """
         image = Pieces.unpack(data)
-        path = self._folder / f"disk{SUFFIXES.get(image.format or '', '')}"
+        path = self.path_of(image)
         image.save(path)
         try:
             outcomes = [

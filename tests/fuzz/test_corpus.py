@@ -11,6 +11,7 @@ import pytest
 from tests.fuzz import seeds, structure
 from tests.fuzz.exercise import Place
 from tests.fuzz.pieces import FORMATS, Pieces
+from tests.fuzz.updating import UpdatePlace
 
 CORPUS = Path(__file__).parent / "corpus"
 SEEDS = dict(seeds.seeds())
@@ -21,6 +22,13 @@ UNREADABLE = ("any-gzip", "any-zstd")
 @pytest.fixture(scope="module")
 def place() -> Iterator[Place]:
     place = Place()
+    yield place
+    place.close()
+
+
+@pytest.fixture(scope="module")
+def update_place() -> Iterator[UpdatePlace]:
+    place = UpdatePlace()
     yield place
     place.close()
 
@@ -52,5 +60,55 @@ def test_mutations_pass_checksums(format: str, place: Place) -> None:
     for seed in range(60):
         data = structure.mutate(images[seed % len(images)], 1 << 20, seed)
         outcomes[place.use(data)] += 1
+    assert len(outcomes) >= 3, outcomes
+    assert outcomes["ok"] >= 5, outcomes
+
+
+# Of sparse and flat images alone and of children; the others are only read.
+WRITTEN = frozenset(
+    {
+        "any-qcow2",
+        "qcow2-backed",
+        "qcow2-plain",
+        "raw",
+        "vdi-child",
+        "vdi-dynamic",
+        "vdi-fixed",
+        "vhd-child",
+        "vhd-dynamic",
+        "vhd-fixed",
+        "vhdx-child",
+        "vhdx-dynamic",
+        "vhdx-log",
+        "vmdk-hosted",
+        "vmdk-zeroed",
+    }
+)
+
+
+def test_seeds_are_written_to(update_place: UpdatePlace) -> None:
+    """A child keeps its size."""
+    outcomes = {name: update_place.use(SEEDS[name].pack()) for name in WRITTEN}
+    assert {n: o for n, o in outcomes.items() if o not in ("ok", "OptionError")} == {}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_corpus_is_written_to(update_place: UpdatePlace) -> None:
+    """Nothing but the image changes, and it stays sound if it was."""
+    outcomes: Counter[str] = Counter()
+    for path in sorted(CORPUS.iterdir()):
+        outcomes[update_place.use(path.read_bytes())] += 1
+    assert outcomes["ok"] >= 10
+    assert len(outcomes) >= 5, outcomes
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("format", [name for name in FORMATS[2:] if name], ids=str)
+def test_mutations_are_written_to(format: str, update_place: UpdatePlace) -> None:
+    outcomes: Counter[str] = Counter()
+    images = [SEEDS[name].pack() for name in sorted(WRITTEN) if name.startswith(f"{format}-")]
+    for seed in range(60):
+        data = structure.mutate(images[seed % len(images)], 1 << 20, seed)
+        outcomes[update_place.use(data)] += 1
     assert len(outcomes) >= 3, outcomes
     assert outcomes["ok"] >= 5, outcomes

@@ -13,7 +13,7 @@ from tests.helpers import qemu
 MIB: Final = 1 << 20
 SIZE: Final = 12 * MIB
 # Formats whose images have parents of the same format.
-FORMATS: Final = ("qcow2", "vmdk", "vhdx", "vdi")
+FORMATS: Final = ("qcow2", "vmdk", "vhd", "vhdx", "vdi")
 # Of the child, and of its parent.
 PAIRS: Final = (
     *((name, name) for name in FORMATS),

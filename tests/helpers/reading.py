@@ -17,8 +17,11 @@ _opened: list[HostFile | Reader] = []
 
 
 def open_file(path: Path, read: Callable[[HostFile], _Reader]) -> _Reader:
-    """Return the reader of a file, which is closed when the test ends."""
-    file = HostFile.open(path)
+    """Return the reader of a file, which is closed when the test ends.
+
+    Other programs may write to the file meanwhile.
+    """
+    file = HostFile.open(path, share=True)
     _opened.append(file)
     reader = read(file)
     _opened.append(reader)

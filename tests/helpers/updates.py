@@ -13,6 +13,16 @@ SECTOR = 512
 KIB = 1024
 
 
+def some_content(seed: int, nbytes: int = 2048 * KIB) -> bytes:
+    """Return a disk of data and zeros in pieces of odd lengths."""
+    chance = random.Random(seed)
+    pieces = bytearray()
+    while len(pieces) < nbytes:
+        length = chance.randint(1, 200_000)
+        pieces += chance.randbytes(length) if chance.random() < 0.5 else bytes(length)
+    return bytes(pieces[:nbytes])
+
+
 class Model:
     """The content that a disk must have after some changes.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import random
 import resource
 import signal
 import sys
@@ -29,6 +30,7 @@ HEADROOM_NBYTES = 448 * MIB
 MAX_FILE_NBYTES = 64 * MIB
 # A verb that takes longer hangs; the tests have stricter limits.
 HANG_SECONDS = 20
+N_CHANGES = 20
 
 
 def put_canaries(outside: Path) -> None:
@@ -173,6 +175,89 @@ def rewrite_case(case: Case, folder: Path, report: IO[str]) -> None:
     report.flush()
 
 
+def update_case(case: Case, folder: Path, report: IO[str]) -> None:
+    """Make one image once more, and write to it in place."""
+    own = folder / f"{case.name}-updated"
+    own.mkdir()
+    image = case.make(own)
+    before = snapshot(own)
+    changes = Changes(image, case)
+    report.write(json.dumps({"case": case.name, "verb": "update"}) + "\n")
+    report.flush()
+    answer = use(changes.make) | {"case": case.name, "verb": "update", "left": []}
+    # What was refused is as it was, and so is every file that is not the image's own.
+    after = snapshot(own)
+    answer["unchanged"] = changes.without_own(after) == changes.without_own(before)
+    answer["is_opened"] = changes.is_opened
+    if changes.is_opened:
+        # What it may take: a block for each change, and tables.
+        allowed = sum(size for _, size, _ in before) + changes.allowed_nbytes
+        answer["is_bounded"] = sum(size for _, size, _ in after) <= allowed
+        answer["is_content"] = changes.is_content
+    report.write(json.dumps(answer) + "\n")
+    report.flush()
+
+
+class Changes:
+    """Random changes of an image that may be refused at any moment.
+
+    Attributes
+    ----------
+    is_opened : bool
+        Whether the image could be opened for writing.
+    is_content : bool
+        Whether all reads returned what was written, and later ones the same.
+    allowed_nbytes : int
+        By how much its files may grow.
+    """
+
+    def __init__(self, image: Path, case: Case) -> None:
+        self._image, self._case = image, case
+        self._own: frozenset[str] = frozenset()
+        self.is_opened = False
+        self.is_content = True
+        self.allowed_nbytes = 0
+
+    def without_own(self, found: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
+        return [entry for entry in found if entry[0] not in self._own]
+
+    def make(self) -> None:
+        """Change the image; an error is the first one of any change."""
+        chance = random.Random(self._case.name)
+        errors: list[Exception] = []
+        with imgcore.open(self._image, mode="r+") as image:
+            self.is_opened = True
+            paths = (self._image, *(source.file.path for source in image.layers[0].sources))
+            self._own = frozenset(os.path.basename(os.path.realpath(path)) for path in paths)
+            self.allowed_nbytes = 2 * N_CHANGES * max(image.block_size, 65536) + 16 * MIB
+            for _ in range(N_CHANGES):
+                try:
+                    self._change(image, chance)
+                except (imgcore.ImgcoreError, OSError) as error:
+                    errors.append(error)
+        if errors:
+            raise errors[0]
+
+    def _change(self, image: imgcore.Image, chance: random.Random) -> None:
+        size = image.virtual_size
+        nbytes = min(chance.choice((1, 512, 70_000)), size)
+        offset = chance.choice((0, size - nbytes, chance.randint(0, size - nbytes)))
+        action = chance.choice(("write", "write", "write", "zero", "discard", "flush", "resize"))
+        if action == "write":
+            data = chance.randbytes(nbytes)
+            image.write(offset, data)
+            self.is_content &= image.read(offset, nbytes) == data
+        elif action == "zero":
+            image.zero(offset, nbytes, unmap=chance.random() < 0.5)
+            self.is_content &= image.read(offset, nbytes) == bytes(nbytes)
+        elif action == "discard":
+            image.discard(offset, nbytes)
+        elif action == "resize":
+            image.resize(max(size + chance.choice((-65536, 512, 1 << 20)), 512), shrink=True)
+        else:
+            image.flush()
+
+
 def snapshot(folder: Path) -> list[tuple[str, int, int]]:
     """Return names, sizes and times of the files in an image's folder."""
     found = []
@@ -193,11 +278,15 @@ def main(folder: Path, report_path: Path, first: int, step: int) -> None:
     imgcore.convert(warm, folder / "warm.vmdk", target_format="vmdk", sync=False)
     imgcore.check(warm)
     imgcore.rewrite(folder / "warm.vmdk", "qcow2", keep_undo=False)
+    for name in ("raw", "qcow2", "vmdk", "vhd", "vhdx", "vdi"):
+        with imgcore.open(folder / "outside" / f"canary.{name}", mode="r+") as image:
+            image.write(0, image.read(0, 8192))
     limit_resources()
     with open(report_path, "w") as report:
         for case in CASES[first::step]:
             run_case(case, folder, report)
             rewrite_case(case, folder, report)
+            update_case(case, folder, report)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from tests.helpers.chains import (
     disks,
     own_nbytes,
 )
+from tests.helpers.mounts import make_file_system, mounted
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -106,6 +109,39 @@ def test_qemu_img_agrees(seed: int, tmp_path: Path) -> None:
     for one, other in zip(ours, theirs, strict=True):
         qemu.run("compare", "-f", "qcow2", "-F", "qcow2", one, other)
         check(one)
+
+
+@pytest.mark.parametrize("name", ["raw", "qcow2", "vmdk"])
+@pytest.mark.parametrize("kind", ["xfs", "btrfs"])
+def test_blocks_are_shared(kind: str, name: str, tmp_path: Path) -> None:
+    """No side sees what the other one writes later."""
+    image = make_file_system(kind, tmp_path / "image", 512 * MIB)
+    with mounted(image, tmp_path / "mounted", "-o", "loop") as top:
+        base, overlay = top / f"base.{name}", top / "overlay.qcow2"
+        data = random.Random(name).randbytes(64 * MIB)
+        imgcore.create(base, len(data), format=name)
+        imgcore.create(overlay, backing=base, backing_format=name)
+        with imgcore.open(overlay, mode="r+") as disk:
+            disk.write(0, data)
+        free_nbytes = free(top)
+        result = imgcore.commit(overlay, empty=False)
+        assert result.bytes_read == result.bytes_written == len(data)
+        assert free_nbytes - free(top) < len(data) // 4
+        qemu.run("compare", "-f", name, "-F", "qcow2", base, overlay)
+        for path, other in ((base, overlay), (overlay, base)):
+            before = content_of(other)
+            with imgcore.open(path, mode="r+", format=path.suffix[1:]) as disk:
+                disk.write(MIB + 1000, b"later")
+            assert content_of(path) == data[: MIB + 1000] + b"later" + data[MIB + 1005 :]
+            if other == overlay:
+                assert content_of(other) == before
+        check(overlay)
+
+
+def free(folder: Path) -> int:
+    os.sync()
+    status = os.statvfs(folder)
+    return status.f_bfree * status.f_frsize
 
 
 def test_other_children_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -215,7 +251,8 @@ def test_a_parent_that_changed_is_refused(tmp_path: Path) -> None:
     assert base.read_bytes() == before
 
 
-def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_copied", [False, True])
+def test_a_full_disk(is_copied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     contents = disks(11, 2)
     base, top = chain(tmp_path, ("raw", "qcow2"), contents)
     pwrite = UpdateFile.pwrite
@@ -225,8 +262,13 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             raise OSError(errno.ENOSPC, "No space left on device", self.path)
         pwrite(self, offset, data)
 
+    def full_copy(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     with monkeypatch.context() as patched:
         patched.setattr(UpdateFile, "pwrite", full)
+        patched.setattr(UpdateFile, "takes_copies_of", lambda *_: is_copied)
+        patched.setattr(os, "copy_file_range", full_copy)
         with pytest.raises(OSError, match="is written up to its offset"):
             imgcore.commit(top)
     assert content_of(top) == contents[1]

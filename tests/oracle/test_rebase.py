@@ -148,15 +148,30 @@ def test_unsafe_needs_no_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     check(top)
 
 
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "qcow2"])
+def test_parents_have_the_format_of_their_children(name: str, tmp_path: Path) -> None:
+    contents = disks(9, 2)
+    _, top = chain(tmp_path, (name, name), contents)
+    other = child(tmp_path / "o.qcow2", contents[0], None)
+    with pytest.raises(imgcore.OptionError, match="this format, too"):
+        imgcore.rebase(top, backing=other.name, backing_format="qcow2")
+    assert content_of(top) == contents[1]
+
+
 def test_refusals(tmp_path: Path) -> None:
     contents = disks(8, 2)
     base, top = chain(tmp_path, ("qcow2", "qcow2"), contents)
     with pytest.raises(imgcore.OptionError, match="never guessed"):
         imgcore.rebase(top, backing=base.name)
+    above = child(tmp_path / "above.qcow2", contents[0], top)
     with pytest.raises(imgcore.OptionError, match="has it as its own backing file"):
-        imgcore.rebase(base, backing=top.name, backing_format="qcow2")
+        imgcore.rebase(top, backing=above.name, backing_format="qcow2")
     with pytest.raises(imgcore.OptionError, match="is the image"):
         imgcore.rebase(top, backing=top.name, backing_format="qcow2")
+    lone = child(tmp_path / "lone.qcow2", contents[0], None)
+    with pytest.raises(imgcore.OptionError, match="imgcore convert -B"):
+        imgcore.rebase(lone, backing=base.name, backing_format="qcow2")
+    imgcore.convert(lone, tmp_path / "n.qcow2", backing=base.name, backing_format="qcow2")
     raw = child(tmp_path / "d.raw", contents[0], None)
     with pytest.raises(imgcore.UnsupportedFeatureError, match="not changed in place"):
         imgcore.rebase(raw, backing=base.name, backing_format="qcow2")

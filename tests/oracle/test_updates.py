@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import pytest
 
 import imgcore
 from tests.helpers import qemu
-from tests.helpers.update_variants import MIB, VARIANTS, UpdateVariant
-from tests.helpers.updates import Model, change_at_random
+from tests.helpers.update_variants import VARIANTS, UpdateVariant
+from tests.helpers.updates import Model, change_at_random, some_content
 
 # qemu-img check knows these.
 CHECKED_BY_QEMU = ("qcow2", "vmdk", "vhdx", "vdi")
 
 
-def content_of(seed: int, nbytes: int = 2 * MIB) -> bytes:
-    """Return a disk of data and zeros in pieces of odd lengths."""
-    chance = random.Random(seed)
-    pieces = bytearray()
-    while len(pieces) < nbytes:
-        length = chance.randint(1, 200_000)
-        pieces += chance.randbytes(length) if chance.random() < 0.5 else bytes(length)
-    return bytes(pieces[:nbytes])
-
-
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 def test_random_changes(variant: UpdateVariant, seed: int, tmp_path: Path) -> None:
-    content = content_of(seed)
+    content = some_content(seed)
     path = variant.make(tmp_path, content)
     model = Model(content)
 

@@ -466,6 +466,9 @@ MORE = {
 _REPAIRED = "-r all repairs this, -r leaks does not"
 _REFUSALS = "unit/test_rewrite_cli.py::test_refusals"
 ELSEWHERE = {
+    ("verbs/rebase.py", ("has no backing file, so that all of its disk is its own: imgcore convert "
+     "-B FILE -F FMT writes what differs from a backing file to a new image")):
+    "oracle/test_rebase.py::test_refusals",
     ("formats/qcow2/updater.py", ("the image {} and is not written to: imgcore check -r all "
      "repairs it")):
     "unit/test_qcow2_update.py::test_a_marked_image_is_refused_until_it_is_repaired",
@@ -589,7 +592,7 @@ ELSEWHERE = {
      "(qemu-img convert reads most of them)")):
     "unit/test_image_names.py::test_qemu_img_reads_a_url",
     ("files/locks.py",
-     "in use by another process that writes to it (QEMU's image lock); -U reads it anyway"):
+     "in use by {}, which writes to it (QEMU's image lock); -U reads it anyway"):
     "unit/test_advice.py::test_an_image_that_is_in_use",
     ("files/reference_gate.py",
      ("names {} as its {}, which is not opened, because only the content says what the image is: "
@@ -632,6 +635,11 @@ ELSEWHERE = {
     ("streams/zstd.py",
      "the zstd stream is followed by {} other bytes (truncate -s {} of a copy removes them)"):
     "unit/test_stream.py::test_the_advice_for_what_follows_zstd",
+    ("files/update_file.py",
+     "is immutable or append-only; chattr -i -a {} permits writing to it"):
+    "oracle/test_locks.py::TestWhatCannotBeWritten",
+    ("files/update_file.py", "is read-only; chmod u+w permits writing to it"):
+    "oracle/test_locks.py::TestWhatCannotBeWritten",
     ("files/in_place_job.py",
      "is immutable or append-only; chattr -i -a {} permits rewriting it"):
     "unit/test_in_place.py::test_immutable",
@@ -705,7 +713,7 @@ OTHERS = frozenset(
         "it does not state a {}",
         "-F, --parent-b and --read-options-b are for a second image",
         "--json and --bmap are two kinds of output",
-        "in use by another process (QEMU's image lock)",
+        "in use by {} (QEMU's image lock)",
         "The block device is in use or mounted",
         "is in use: a program has it open, or did not close it, and it may lack changes",
         (

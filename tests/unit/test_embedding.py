@@ -50,6 +50,8 @@ create_snapshot: image name created_ns format backing_format parent read_options
 apply_snapshot: image key format backing_format parent read_options allow
 delete_snapshot: image key format backing_format parent read_options allow
 SnapshotInfo: identifier name created_ns virtual_size vm_state_nbytes vm_clock_ns icount
+apply: target changes flush_every threads progress rate control format backing_format
+    parent read_options allow files
 sync: source target areas bitmap since by_checksum tree checksum resize threads progress
     rate control format target_format backing_format parent target_parent read_options
     target_read_options allow share format_since parent_since read_options_since
@@ -69,6 +71,13 @@ Image.as_file: start length
 Image.refresh:
 Image.info:
 Image.close:
+Image.write: offset data
+Image.writev: requests threads
+Image.zero: offset length unmap
+Image.discard: offset length
+Image.flush:
+Image.resize: virtual_size shrink
+ApplyResult: target target_format virtual_size changes bytes_written bytes_zeroed seconds
 Area: offset length is_zero
 BadRange: guest_offset length path reason
 CheckResult: filename format corruptions leaks total_clusters allocated_clusters

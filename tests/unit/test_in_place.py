@@ -255,7 +255,7 @@ class TestRefused:
         with InPlace(disk) as job:
             job.start({}, [(0, FRONT)])
             for call in (InPlace, recover, undo, finish):
-                with pytest.raises(TargetError, match="in use by another process"):
+                with pytest.raises(TargetError, match="in use by this process"):
                     call(disk)
         assert_old(disk)
 

@@ -125,6 +125,7 @@ ELSEWHERE = {
     *(
         "Sequence",
         "SupportsIndex",
+        "ReadableBuffer",
         "WriteableBuffer",
         "bool",
         "bytes",
@@ -142,9 +143,9 @@ def documented_members(name: str) -> list[str]:
     """Return the members that docs/api.md lists for a class."""
     page = (ROOT / "docs/api.md").read_text()
     listed = re.search(
-        rf"^::: imgcore\.{name}\n    options:\n      members:\s*\[(.*)\]", page, re.M
+        rf"^::: imgcore\.{name}\n    options:\n      members:\s*\[([^]]*)\]", page, re.M
     )
-    return [] if listed is None else listed[1].split(", ")
+    return [] if listed is None else re.split(r",\s*", listed[1])
 
 
 def annotations() -> Iterator[tuple[str, str]]:

@@ -398,7 +398,7 @@ def test_values_of_the_keyword(leaky: Path) -> None:
 
 def test_an_image_in_use(leaky: Path) -> None:
     with qemu.held_open("-f", "qcow2", leaky):
-        assert_one_line_error(run("check", "-r", "all", leaky), "in use by another process")
+        assert_one_line_error(run("check", "-r", "all", leaky), "in use by process")
 
 
 # Changes to the image above, and why it is not repaired.

@@ -65,6 +65,19 @@ def test_an_open_image(disk: Path) -> None:
         assert image.read(2 * MIB, MIB) == bytes(MIB)
 
 
+@pytest.mark.parametrize("name", ["qcow2", "vhdx"])
+def test_a_larger_parent_does_not_show(name: str, tmp_path: Path) -> None:
+    (tmp_path / "base.raw").write_bytes(b"x" * (8 * MIB))
+    imgcore.convert(tmp_path / "base.raw", tmp_path / f"base.{name}")
+    path = tmp_path / f"disk.{name}"
+    imgcore.create(path, 4 * MIB, backing=f"base.{name}", backing_format=name)
+    for size, nbytes in (("+4M", 4 * MIB), ("2M", 2 * MIB), ("8M", 2 * MIB)):
+        imgcore.resize(path, size, shrink=True)
+        with imgcore.open(path) as image:
+            content = b"x" * nbytes + bytes(image.virtual_size - nbytes)
+            assert image.read(0, image.virtual_size) == content
+
+
 def test_children_are_named(disk: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "imgcore"):
         imgcore.resize(disk, "+1M")

@@ -192,10 +192,11 @@ def test_a_tree_is_not_one_of_the_images(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_says_how_far_it_got(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    new, old, _ = disks(tmp_path, 16 * MIB)
+    new, copy = tmp_path / "new.raw", tmp_path / "copy.qcow2"
     content = noise(16 * MIB, 9)
     new.write_bytes(content)
-    keywords = by_tree(new, old, None)
+    imgcore.create(copy, 16 * MIB)
+    keywords = by_tree(new, copy, None)
     tree = keywords["tree"].read_bytes()
     pwrite = UpdateFile.pwrite
 
@@ -207,14 +208,17 @@ def test_a_full_disk_says_how_far_it_got(tmp_path: Path, monkeypatch: pytest.Mon
     with monkeypatch.context() as patched:
         patched.setattr(UpdateFile, "pwrite", full)
         with pytest.raises(OSError, match=r"is written up to its offset \d+") as caught:
-            imgcore.sync(new, old, **keywords)
+            imgcore.sync(new, copy, **keywords)
     assert caught.value.errno == errno.ENOSPC
-    assert caught.value.filename == str(old)
+    assert caught.value.filename == str(copy)
     position = int(str(caught.value).split("its offset ")[1].split(")")[0])
-    assert old.read_bytes()[:position] == content[:position]
+    assert position > MIB
+    with imgcore.open(copy) as image:
+        assert image.read(0, position) == content[:position]
+    assert not imgcore.check(copy).corruptions
     assert keywords["tree"].read_bytes() == tree
-    imgcore.sync(new, old, **keywords)
-    assert old.read_bytes() == content
+    imgcore.sync(new, copy, **keywords)
+    assert imgcore.compare(new, copy).identical
 
 
 def test_a_callback_that_raises(tmp_path: Path) -> None:

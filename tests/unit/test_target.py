@@ -1064,7 +1064,7 @@ class TestCompanion:
         lock = struct.pack("@hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, 101, 1, 0)
         with (tmp_path / name).open("rb") as other:
             fcntl.fcntl(other, 37, lock)  # F_OFD_SETLK
-            with pytest.raises(TargetError, match=f"{name}: in use by another process"):
+            with pytest.raises(TargetError, match=f"{name}: in use by this process"):
                 self.write(tmp_path, b"main2", b"flat2", force=True)
         assert names(tmp_path) == ["disk-flat.vmdk", "disk.vmdk"]
         assert (tmp_path / "disk.vmdk").read_bytes() == b"main"

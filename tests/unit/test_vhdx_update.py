@@ -436,6 +436,33 @@ class TestSpace:
         assert content(path) == b"x" + bytes(MIB - 1) + pattern(1, MIB) + b"y" + bytes(2 * MIB - 1)
         assert is_sound(path)
 
+    def test_a_kept_place_that_the_file_does_not_have(self, tmp_path: Path) -> None:
+        path = dynamic(tmp_path / "a.vhdx")
+        poke(path, (BAT_OFFSET + 16, struct.pack("<Q", 100 * MIB | UNMAPPED)))
+        with imgcore.open(path, mode="r+") as image:
+            for block in (2, 3):
+                image.write(block * MIB, b"x")
+                image.flush()
+            image.discard(3 * MIB, MIB)
+        assert [entry(path, block) for block in (2, 3)] == [6 * MIB | FULL, UNMAPPED]
+        assert path.stat().st_size == 7 * MIB
+        assert is_sound(path)
+
+    def test_a_file_that_ends_with_the_disk(self, tmp_path: Path) -> None:
+        """The last block is longer than the rest of the file."""
+        size = 8 * MIB + 512
+        blocks = {2: (FULL, pattern(2, 4 * MIB))}
+        path = Vhdx(size, block_nbytes=4 * MIB, blocks=blocks).write(tmp_path / "a.vhdx")
+        with open(path, "r+b") as file:
+            file.truncate(4 * MIB + 512)
+        with imgcore.open(path, mode="r+") as image:
+            image.write(0, b"x" * MIB)
+            image.resize(12 * MIB)
+        data = content(path)
+        assert data[: 8 * MIB] == b"x" * MIB + bytes(7 * MIB)
+        assert data[8 * MIB :] == pattern(2, 512) + bytes(4 * MIB - 512)
+        assert is_sound(path)
+
     def test_the_file_ends_after_its_last_block(self, tmp_path: Path) -> None:
         path = dynamic(tmp_path / "a.vhdx")
         with imgcore.open(path, mode="r+") as image:

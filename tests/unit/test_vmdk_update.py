@@ -180,9 +180,27 @@ def test_a_stale_redundant_table_is_a_leak(tmp_path: Path) -> None:
     path.write_bytes(raw)
     report = imgcore.check(path)
     assert (report.corruptions, report.leaks) == (0, 1), report.problems
+    # Whoever writes to an image that was not closed cleanly makes its tables equal.
+    raw[UNCLEAN] = 1
+    path.write_bytes(raw)
+    with imgcore.open(path, mode="r+") as image:
+        image.write(GRAIN, b"2")
+    require_sound(path, noise(GRAIN) + b"2".ljust(3 * GRAIN, b"\0"))
+
+
+def test_leaked_grains_are_given_back(tmp_path: Path) -> None:
+    """Between others, and at the file's end."""
+    path = hosted(tmp_path / "disk.vmdk", N_SECTORS, {n: noise(GRAIN, n) for n in range(4)})
+    raw = bytearray(path.read_bytes())
+    for table in (22, 27):
+        for grain in (1, 3):
+            struct.pack_into("<I", raw, table * SECTOR + 4 * grain, 0)
+    path.write_bytes(raw)
+    assert imgcore.check(path).leaks == 2
     with imgcore.open(path, mode="r+") as image:
         image.write(0, b"1")
-        image.write(GRAIN, b"2")
+    disk = b"1" + noise(GRAIN, 0)[1:] + bytes(GRAIN) + noise(GRAIN, 2) + bytes(GRAIN)
+    require_sound(path, disk)
 
 
 def test_freed_grains_are_given_back_and_used_again(tmp_path: Path) -> None:
@@ -350,8 +368,22 @@ def test_dropped_grains_are_the_parents(tmp_path: Path) -> None:
             updater.drop(GRAIN, GRAIN)
 
         image.restructure(change)
+        # The next change gives back what was dropped.
+        image.flush()
+        image.zero(2 * MIB - 1, 1)
     content = bytearray(noise(MIB).ljust(2 * MIB, b"\0"))
     content[:GRAIN] = content[2 * GRAIN : 3 * GRAIN] = b"x" * GRAIN
+    require_sound(child, bytes(content))
+
+
+def test_a_grain_is_not_completed_without_the_parent(tmp_path: Path) -> None:
+    child = make_child(tmp_path)
+    with imgcore.open(child, mode="r+", chain=False) as image:
+        with pytest.raises(ImgcoreError, match="without its parent"):
+            image.write(5, b"1")
+        image.write(3 * GRAIN, b"2" * GRAIN)
+    content = bytearray(noise(MIB).ljust(2 * MIB, b"\0"))
+    content[3 * GRAIN : 4 * GRAIN] = b"2" * GRAIN
     require_sound(child, bytes(content))
 
 
@@ -404,6 +436,7 @@ def test_odd_extents_are_refused(
         (21 * SECTOR, 27),  # both tables at one place
         (56, 21),  # both directories at one place
         (56, 128),  # a directory in a grain
+        (56, 0x100000),  # a directory past the end: the other one is read
         (28, 128),  # the descriptor in a grain
     ],
 )
@@ -414,3 +447,21 @@ def test_overlaps_are_refused(tmp_path: Path, offset: int, value: int) -> None:
     struct.pack_into("<I", raw, offset, value)
     path.write_bytes(raw)
     refused(path, CorruptImageError, ".")
+
+
+def test_a_large_disk_is_discarded_as_a_whole(tmp_path: Path) -> None:
+    """Every part of it has a table."""
+    path = tmp_path / "disk.vmdk"
+    imgcore.create(path, 1 << 44)
+    data = noise(GRAIN)
+    with imgcore.open(path, mode="r+") as image:
+        image.write(1 << 43, data)
+        image.write((1 << 44) - GRAIN, data)
+        image.flush()
+        image.discard(0, (1 << 44) - GRAIN)
+        image.flush()
+        assert image.read(1 << 43, GRAIN) == bytes(GRAIN)
+        image.zero((1 << 44) - (1 << 40), 1 << 40)
+        assert image.read((1 << 44) - GRAIN, GRAIN) == bytes(GRAIN)
+    report = imgcore.check(path)
+    assert (report.allocated_clusters, report.leaks, report.corruptions) == (0, 0, 0)

@@ -324,3 +324,34 @@ def test_a_forked_child_leaves_it_alone(has_begun: bool, disk: Path) -> None:
         with pytest.raises(imgcore.TargetError, match="in use"):
             imgcore.open(disk, mode="r+")
     assert disk.read_bytes()[:3] == b"abc"
+
+
+def test_several_threads_write_several_files(tmp_path: Path, monkeypatch: Any) -> None:
+    """The requests of one call, over the border between two files."""
+    disk = tmp_path / "disk.vmdk"
+    imgcore.create(disk, 32 * MIB, format="vmdk", options={"subformat": "monolithicFlat"})
+    text = disk.read_text()
+    one = next(line for line in text.splitlines() if "FLAT" in line)
+    half = one.replace(str(32 * MIB // 512), str(16 * MIB // 512))
+    disk.write_text(text.replace(one, f"{half}\n{half.replace('-flat', '-f002')}"))
+    (tmp_path / "disk-f002.vmdk").write_bytes(bytes(16 * MIB))
+    border, data = 16 * MIB, random.Random(1).randbytes(24 * MIB)
+    writers = set()
+    pwrite = UpdateFile.pwrite
+
+    def noted(self: UpdateFile, offset: int, octets: Any) -> None:
+        writers.add((threading.get_ident(), self.path))
+        pwrite(self, offset, octets)
+
+    monkeypatch.setattr(UpdateFile, "pwrite", noted)
+    with imgcore.open(disk, mode="r+") as image:
+        start = border - 12 * MIB
+        requests = [(start + at, data[at : at + MIB]) for at in range(0, len(data), MIB)]
+        image.writev(requests, threads=2)
+        assert image.read(start, len(data)) == data
+        for threads in (0, -1):
+            with pytest.raises(imgcore.OptionError, match="threads requested"):
+                image.writev([(0, b"abc")], threads=threads)
+    of_extents = [(thread, path) for thread, path in writers if path != str(disk)]
+    assert len({path for _, path in of_extents}) == 2
+    assert len({thread for thread, _ in of_extents}) == 2

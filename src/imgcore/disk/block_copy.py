@@ -1,4 +1,9 @@
-"""Copies areas of an open image into another one that is written in place."""
+"""Copies areas of an open image into another one that is written in place.
+
+They are read in pieces, of which one is read while the one before it is written.  Bytes
+that an image stores plainly need not be read: `copy_extents` lets the system copy them
+from file to file, which shares blocks where the file system can.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,13 @@ from enum import Enum
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+import numpy as np
+
 from imgcore._core import is_zero
+from imgcore.disk.pieces import Origin, Piece
+from imgcore.engine.extents import Kind, join_neighbours
+from imgcore.files.host_file import HostFile
+from imgcore.files.update_file import UpdateFile
 from imgcore.limits import GIB, KIB, MIB
 
 if TYPE_CHECKING:
@@ -15,8 +26,11 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from imgcore.areas.area import Area
+    from imgcore.disk.disk_state import DiskState
     from imgcore.disk.image import Image
     from imgcore.engine.control import Control
+    from imgcore.engine.extents import Extents
+    from imgcore.files.byte_source import ByteSource
 
     Range = tuple[int, int]
 
@@ -26,6 +40,8 @@ _PIECE_NBYTES: Final = MIB
 _PIECE_RANGES: Final = 1024
 # Zeros take no reading: a piece of them is larger.
 _ZEROS_NBYTES: Final = GIB
+# Bytes that are not read pass through no cache.  With a rate, pieces are small.
+_UNREAD_NBYTES: Final = 16 * MIB
 _GRAIN_NBYTES: Final = 64 * KIB
 
 
@@ -49,12 +65,33 @@ class Copied(NamedTuple):
     zeroed: int = 0
 
 
+class _How(Enum):
+    """How a range is copied: it is read and written, becomes zeros, or is not read."""
+
+    READ = "read"
+    ZERO = "zero"
+    UNREAD = "unread"
+
+
+class _Part(NamedTuple):
+    """A range of the disk; ``origin`` is where its bytes are that are not read."""
+
+    offset: int
+    length: int
+    how: _How
+    origin: Origin | None = None
+
+
 class _Piece(NamedTuple):
-    """Ascending ranges (offset, length) that are handled together."""
+    """Ascending ranges (offset, length) that are handled together.
+
+    ``unread`` has their bytes if they are not read.
+    """
 
     ranges: list[Range]
-    is_zero: bool
+    how: _How
     n_areas: int
+    unread: list[Piece]
 
     @property
     def nbytes(self) -> int:
@@ -116,8 +153,49 @@ def copy_areas(
     OSError, ImgcoreError
         An image cannot be read or written; the error of a write says how far it got.
     """
+    parts = (
+        _Part(area.offset, area.length, _How.ZERO if area.is_zero else _How.READ) for area in areas
+    )
     copy = _Copy(source, target, threads, grain, skip_zeros=skip_zeros)
+    return _run(copy, parts, report, control, observe)
+
+
+def copy_extents(
+    source: Image,
+    target: Image,
+    batches: Iterable[Extents],
+    *,
+    threads: int | None = None,
+    report: Callable[[Copied], None] | None = None,
+    control: Control | None = None,
+) -> Copied:
+    """Copy the extents of a disk to the same places of another; see `copy_areas`.
+
+    Parameters
+    ----------
+    batches : iterable of ndarray
+        Batches of extents of the source, ascending.  Holes are left out.
+
+    Notes
+    -----
+    Zeros are not looked for in what is stored plainly.
+    """
+    with source.kept_open() as state:
+        parts = _parts(state, target, batches)
+        copy = _Copy(source, target, threads, _GRAIN_NBYTES, skip_zeros=False)
+        return _run(copy, parts, report, control, None)
+
+
+def _run(
+    copy: _Copy,
+    parts: Iterable[_Part],
+    report: Callable[[Copied], None] | None,
+    control: Control | None,
+    observe: Callable[[int, int, memoryview | None], None] | None,
+) -> Copied:
+    """Copy parts of a disk."""
     done = Copied()
+    unread_nbytes = _UNREAD_NBYTES if control is None else _PIECE_NBYTES
 
     def tell() -> None:
         if report is not None:
@@ -126,8 +204,8 @@ def copy_areas(
     pending: tuple[_Piece, Future[Copied]] | None = None
     with ThreadPoolExecutor(1) as pool:
         # An exception waits for the piece that is being written.
-        for piece in _pieces(areas):
-            if control is not None and not piece.is_zero:
+        for piece in _pieces(parts, unread_nbytes):
+            if control is not None and piece.how is not _How.ZERO:
                 while not control.limit.take(piece.nbytes):
                     tell()
             contents = copy.read(piece)
@@ -156,31 +234,60 @@ def _sum(done: Copied, piece: _Piece, writing: Future[Copied]) -> Copied:
     )
 
 
-def _pieces(areas: Iterable[Area]) -> Iterator[_Piece]:
-    """Yield areas in pieces; long ones are cut at multiples of a size."""
+def _parts(state: DiskState, target: Image, batches: Iterable[Extents]) -> Iterator[_Part]:
+    """Yield parts of a disk as its extents tell how they are copied."""
+    files = [source.file for source in state.sources]
+    for batch in batches:
+        rows = batch[batch["kind"] != Kind.HOLE]
+        # A flag tells that there is more than the data.
+        is_plain = (rows["kind"] == Kind.DATA) & (rows["flags"] == 0)
+        for index in np.unique(rows["file"][is_plain]).tolist():
+            if not _is_copied(files[index], target):
+                is_plain &= rows["file"] != index
+        # What must be read is a hole from now on: so it is joined.
+        rows["kind"][(rows["kind"] != Kind.ZERO) & ~is_plain] = Kind.HOLE
+        for offset, length, at, _, index, kind, _ in join_neighbours(rows).tolist():
+            if kind == Kind.DATA:
+                file = files[index]
+                assert isinstance(file, HostFile)
+                yield _Part(offset, length, _How.UNREAD, Origin(file, at))
+            else:
+                yield _Part(offset, length, _How.ZERO if kind == Kind.ZERO else _How.READ)
+
+
+def _is_copied(file: ByteSource, target: Image) -> bool:
+    """Tell whether the system copies from a file to those of the target."""
+    return isinstance(file, HostFile) and all(
+        isinstance(own, UpdateFile) and own.takes_copies_of(file) for own in target.own_files()
+    )
+
+
+def _pieces(parts: Iterable[_Part], unread_nbytes: int) -> Iterator[_Piece]:
+    """Yield parts in pieces; long ones are cut at multiples of a size."""
+    sizes = {_How.READ: _PIECE_NBYTES, _How.ZERO: _ZEROS_NBYTES, _How.UNREAD: unread_nbytes}
     ranges: list[Range] = []
-    n_areas = nbytes = 0
-    for area in areas:
-        if area.is_zero:
-            if ranges:
-                yield _Piece(ranges, False, n_areas)
-                ranges, n_areas, nbytes = [], 0, 0
-            for index, part in enumerate(_cut(area, _ZEROS_NBYTES)):
-                yield _Piece([part], True, not index)
-            continue
-        n_areas += 1
-        for part in _cut(area, _PIECE_NBYTES):
-            if ranges and (nbytes + part[1] > _PIECE_NBYTES or len(ranges) == _PIECE_RANGES):
-                yield _Piece(ranges, False, n_areas)
-                ranges, n_areas, nbytes = [], 0, 0
-            ranges.append(part)
-            nbytes += part[1]
+    unread: list[Piece] = []
+    how, n_areas, nbytes = _How.READ, 0, 0
+    for part in parts:
+        size, is_begun = sizes[part.how], False
+        for offset, length in _cut(part, size):
+            is_full = nbytes + length > size or len(ranges) == _PIECE_RANGES
+            if ranges and (is_full or part.how is not how):
+                yield _Piece(ranges, how, n_areas, unread)
+                ranges, unread, n_areas, nbytes = [], [], 0, 0
+            how = part.how
+            ranges.append((offset, length))
+            if part.origin is not None:
+                shift = offset - part.offset
+                origin = Origin(part.origin.file, part.origin.offset + shift)
+                unread.append(Piece(offset, offset + length, None, origin))
+            n_areas, nbytes, is_begun = n_areas + (not is_begun), nbytes + length, True
     if ranges:
-        yield _Piece(ranges, False, n_areas)
+        yield _Piece(ranges, how, n_areas, unread)
 
 
-def _cut(area: Area, size: int) -> Iterator[Range]:
-    start, end = area.offset, area.offset + area.length
+def _cut(part: _Part, size: int) -> Iterator[Range]:
+    start, end = part.offset, part.offset + part.length
     while start < end:
         stop = min(end, start - start % size + size)
         yield start, stop - start
@@ -202,7 +309,7 @@ class _Copy:
 
     def read(self, piece: _Piece) -> list[memoryview]:
         """Return the content of the ranges of a piece, valid until the next but one."""
-        if piece.is_zero:
+        if piece.how is not _How.READ:
             return []
         buffer = self._buffers.pop(0)
         if not buffer:
@@ -219,10 +326,13 @@ class _Copy:
 
     def write(self, piece: _Piece, contents: list[memoryview]) -> Copied:
         """Write a piece."""
-        if piece.is_zero:
+        if piece.how is _How.ZERO:
             for offset, length in piece.ranges:
                 self._target.zero(offset, length)
             return Copied(zeroed=piece.nbytes)
+        if piece.how is _How.UNREAD:
+            self._target.write_pieces(piece.unread)
+            return Copied(read=piece.nbytes, written=piece.nbytes)
         data: list[tuple[int, memoryview]] = []
         zeroed = 0
         for (start, _), octets in zip(piece.ranges, contents, strict=True):

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from imgcore.areas.area import Area
-from imgcore.disk.host_holes import HostHoles
+from imgcore.disk.host_holes import HostHoles, is_sparse
 from imgcore.disk.overlay import chain_extents
-from imgcore.engine.extents import Kind, cut_at_ranges
+from imgcore.engine.extents import Kind, cut_at_ranges, split
 from imgcore.limits import MIB
 
 if TYPE_CHECKING:
@@ -48,6 +48,12 @@ def areas_above(disk: DiskState, depth: int) -> Iterator[Area]:
         Ascending; neighbours may be adjacent.  Zeros after the end of a layer that is
         smaller than the disk are not among them.
     """
+    for rows in extents_above(disk, depth):
+        yield from _areas(rows, np.minimum(rows["kind"], _CHANGED))
+
+
+def extents_above(disk: DiskState, depth: int) -> Iterator[Extents]:
+    """Yield the extents of `areas_above`, in gap-free batches; the rest is HOLE."""
     if depth == 0 or disk.virtual_size == 0:
         return
     old_end = disk.layers[depth].virtual_size
@@ -55,8 +61,7 @@ def areas_above(disk: DiskState, depth: int) -> Iterator[Area]:
     layers = disk.layers[:depth]
     for rows, depths in chain_extents(layers, disk.first_files, 0, disk.virtual_size):
         for part in holes.cut(_without_ends(rows, depths, depth - 1)):
-            states = np.minimum(part["kind"], _CHANGED)
-            yield from _up_to(old_end, _areas(part, states))
+            yield _without_zeros_after(old_end, part)
 
 
 def _without_ends(rows: Extents, depths: Depths, last: int) -> Extents:
@@ -71,13 +76,15 @@ def _without_ends(rows: Extents, depths: Depths, last: int) -> Extents:
     return rows
 
 
-def _up_to(end: int, areas: Iterator[Area]) -> Iterator[Area]:
-    """Yield areas without those of zeros after the end of the old disk."""
-    for area in areas:
-        if not area.is_zero or area.offset + area.length <= end:
-            yield area
-        elif area.offset < end:
-            yield area._replace(length=end - area.offset)
+def _without_zeros_after(end: int, rows: Extents) -> Extents:
+    """Return rows in which zeros after the end of the old disk are a HOLE."""
+    is_after = (rows["kind"] == Kind.ZERO) & (rows["guest_offset"] + rows["length"] > end)
+    if not is_after.any():
+        return rows
+    starts = np.union1d(rows["guest_offset"], np.array([end], np.uint64))
+    rows = split(rows, starts[starts >= rows["guest_offset"][0]])
+    rows["kind"][(rows["kind"] == Kind.ZERO) & (rows["guest_offset"] >= end)] = Kind.HOLE
+    return rows
 
 
 def with_zeros(disk: DiskState, areas: Iterable[Area]) -> Iterator[Area]:
@@ -95,6 +102,10 @@ def with_zeros(disk: DiskState, areas: Iterable[Area]) -> Iterator[Area]:
     Area
         Ascending; neighbours may be adjacent.
     """
+    if disk.layers[0].is_flat and not is_sparse(disk.files[0]):
+        # It is all data.  A search for holes goes through all pages of a file in tmpfs.
+        yield from areas
+        return
     for group in _groups(areas):
         starts = np.array([area.offset for area in group], np.uint64)
         ends = starts + np.array([area.length for area in group], np.uint64)

@@ -62,7 +62,7 @@ class HostHoles:
     def _pieces(self, rows: Extents) -> Iterator[Extents]:
         """Yield the rows in order: unchanged runs, and the parts of cut rows."""
         if self._is_sparse is None:
-            sparse = [_is_sparse(source.file) for source in self._sources]
+            sparse = [is_sparse(source.file) for source in self._sources]
             self._is_sparse = np.array(sparse, dtype=np.bool_)
         done = 0
         is_read = (rows["kind"] == Kind.DATA) & ((rows["flags"] & FLAG_UNREAD) == 0)
@@ -95,6 +95,7 @@ class HostHoles:
         )
 
 
-def _is_sparse(file: ByteSource) -> bool:
+def is_sparse(file: ByteSource) -> bool:
+    """Tell whether a file has so many holes that it is worth to look for them."""
     holes_nbytes = file.nbytes - file.allocated_nbytes
     return not file.is_block_device and holes_nbytes > file.nbytes // _MIN_HOLES_DIVISOR

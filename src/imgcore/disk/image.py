@@ -28,12 +28,11 @@ from imgcore.files.closable import Closable
 from imgcore.files.descriptors import forks_held_back
 from imgcore.formats.api import Rebasable, SectorSized
 from imgcore.formats.registry import get_driver
-from imgcore.limits import SECTOR_NBYTES
+from imgcore.limits import GIB, SECTOR_NBYTES
 
 if TYPE_CHECKING:
     import numpy as np
-    from _typeshed import ReadableBuffer as Buffer
-    from _typeshed import WriteableBuffer
+    from _typeshed import ReadableBuffer, WriteableBuffer
 
     from imgcore._core import Uses
     from imgcore.disk.layer import Layer
@@ -51,6 +50,9 @@ if TYPE_CHECKING:
 
 
 _Item = TypeVar("_Item")
+
+# Whole blocks of every format.
+_DROPPED_NBYTES: Final = 16 * GIB
 
 # What an open image imports when it is used first.
 _USED_BY_READS: Final = (
@@ -399,7 +401,7 @@ class Image(Closable):
         except Exception as error:
             disk.explain(error)
 
-    def write(self, offset: SupportsIndex, data: Buffer) -> int:
+    def write(self, offset: SupportsIndex, data: ReadableBuffer) -> int:
         """Write bytes to the virtual disk, from ``offset`` on.
 
         Parameters
@@ -434,14 +436,14 @@ class Image(Closable):
             writer.write([piece])
             return piece.nbytes
 
-    def _piece(self, offset: SupportsIndex, data: Buffer) -> Piece:
+    def _piece(self, offset: SupportsIndex, data: ReadableBuffer) -> Piece:
         octets = octets_of(data)
         start, nbytes = self._range(self._state, offset, len(octets), "offset")
         return Piece(start, start + nbytes, octets)
 
     def writev(
         self,
-        requests: Iterable[tuple[SupportsIndex, Buffer]],
+        requests: Iterable[tuple[SupportsIndex, ReadableBuffer]],
         *,
         threads: SupportsIndex | None = None,
     ) -> int:
@@ -455,18 +457,31 @@ class Image(Closable):
             Pairs of an offset and a buffer.  All are verified before the first is
             written.
         threads : int, optional
-            Most threads that write at once; one per CPU by default.
+            Most threads that write at once; one per CPU by default.  Only images of
+            several files, and block devices, are written by more than one.
 
         Returns
         -------
         int
             Bytes of all buffers.
         """
+        if threads is not None:
+            from imgcore.engine.job import thread_count
+
+            threads = thread_count(threads)
         writer, changes = self._writing()
         with changes:
             pieces = [self._piece(*request_of(request)) for request in requests]
-            writer.write(without_overlaps(pieces))
+            rest = writer.overwrite(without_overlaps(pieces))
+            if rest:
+                writer.write_in_parallel(rest, threads)
             return sum(piece.nbytes for piece in pieces)
+
+    def write_pieces(self, pieces: Sequence[Piece]) -> None:
+        """Write pieces that ascend and do not overlap; see `write`."""
+        writer, changes = self._writing()
+        with changes:
+            writer.write(pieces)
 
     def zero(self, offset: SupportsIndex, length: SupportsIndex, *, unmap: bool = True) -> None:
         """Make a range of the virtual disk read as zeros.
@@ -578,6 +593,15 @@ class Image(Closable):
             with changes:
                 writer.restructure(change, self._reopened)
 
+    def drop(self) -> None:
+        """Free all that the image has of its disk, which then reads as its parent."""
+        writer, changes = self._writing()
+        with changes:
+            nbytes = self.virtual_size
+            for start in range(0, nbytes, _DROPPED_NBYTES):
+                writer.drop(start, min(_DROPPED_NBYTES, nbytes - start))
+            writer.flush()
+
     def is_rebasable(self) -> bool:
         """Tell whether the format can change the image's parent."""
         writer, changes = self._writing()
@@ -680,7 +704,6 @@ class Image(Closable):
                 state,
                 cache_nbytes=cache_nbytes,
                 uses=self._reads,
-                is_changing=self._options.writable,
             )
             _being_used.add(self)
             # A signal handler may have refreshed or closed the image meanwhile.

@@ -69,7 +69,7 @@ class InPlaceWrites(Disk):
         self._span_nbytes = span_nbytes(state.layers[:1])
         self._counts: dict[int, int] = {}
         super().__init__(
-            native_sources(state.layers[0].sources, are_growing=True),
+            native_sources(state.layers[0].sources),
             virtual_size=state.virtual_size,
             span=self._span_nbytes,
             cache=_CACHE_NBYTES,

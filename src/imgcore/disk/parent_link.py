@@ -105,8 +105,10 @@ def open_mended(path: str, options: OpenOptions) -> Image:
         try:
             return open_image(path, options)
         except CorruptImageError as error:
-            # It names the image with the link.
-            if error.path is None or not _mend(error.path, options):
+            # It names the image with the link; only that of the first is stated.
+            found = error.path
+            stated = options if found == path else options._replace(format=None)
+            if found is None or not _mend(found, stated):
                 raise
     return open_image(path, options)
 

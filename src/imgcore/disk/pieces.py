@@ -12,6 +12,8 @@ from imgcore.limits import MIB
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from imgcore.files.host_file import HostFile
+
 # So much is placed at once, and is not referred to if it cannot be stored.
 _BATCH_NBYTES: Final = 16 * MIB
 _BATCH_PIECES: Final = 1024
@@ -20,12 +22,23 @@ _start: Final = attrgetter("start")
 _end: Final = attrgetter("end")
 
 
+class Origin(NamedTuple):
+    """Bytes of a file from ``offset`` on, which need not pass through memory."""
+
+    file: HostFile
+    offset: int
+
+
 class Piece(NamedTuple):
-    """A range of the disk, and its new content; ``octets`` is None for zeros."""
+    """A range of the disk, and its new content: bytes, or else those of ``origin``.
+
+    It becomes zeros if both are None.
+    """
 
     start: int
     end: int
     octets: memoryview | None
+    origin: Origin | None = None
 
     @property
     def nbytes(self) -> int:
@@ -34,10 +47,12 @@ class Piece(NamedTuple):
     def part(self, start: int, end: int) -> Piece:
         """Return what it has of a range that it meets."""
         start, end = max(start, self.start), min(end, self.end)
-        octets = self.octets
+        octets, origin = self.octets, self.origin
         if octets is not None and (start, end) != (self.start, self.end):
             octets = octets[start - self.start : end - self.start]
-        return Piece(start, end, octets)
+        if origin is not None:
+            origin = Origin(origin.file, origin.offset + start - self.start)
+        return Piece(start, end, octets, origin)
 
 
 class Group(NamedTuple):
@@ -73,8 +88,11 @@ class Group(NamedTuple):
             for piece in self.between(start, end):
                 if at < piece.start:
                     read_into(at, view[at - start : piece.start - start])
+                part = view[piece.start - start : piece.end - start]
                 if piece.octets is not None:
-                    view[piece.start - start : piece.end - start] = piece.octets
+                    part[:] = piece.octets
+                elif piece.origin is not None:
+                    piece.origin.file.pread_into(piece.origin.offset, part)
                 at = piece.end
             if at < end:
                 read_into(at, view[at - start :])
@@ -111,6 +129,24 @@ def grouped(pieces: Sequence[Piece], granule_nbytes: int, disk_nbytes: int) -> I
             first, start = index, start_of_piece
         end = piece.end + -piece.end % granule_nbytes
     yield Group(start, min(end, disk_nbytes), pieces[first:])
+
+
+def parts_of(pieces: Sequence[Piece], n: int) -> Iterator[Sequence[Piece]]:
+    """Yield ascending pieces in up to ``n`` parts of about as many bytes each."""
+    nbytes = -(-sum(piece.nbytes for piece in pieces) // n)
+    part: list[Piece] = []
+    left = nbytes
+    for piece in pieces:
+        start = piece.start
+        while start < piece.end:
+            part.append(piece.part(start, start + left))
+            start += part[-1].nbytes
+            left -= part[-1].nbytes
+            if not left:
+                yield part
+                part, left = [], nbytes
+    if part:
+        yield part
 
 
 def without_overlaps(pieces: Sequence[Piece]) -> Sequence[Piece]:

@@ -47,8 +47,6 @@ class RandomAccess(Disk):
         Bytes of tables and decompressed blocks to keep.
     uses : Uses
         Those of the image.
-    is_changing : bool
-        Whether the image is written in place, so that its files grow.
     """
 
     def __init__(
@@ -58,13 +56,12 @@ class RandomAccess(Disk):
         *,
         cache_nbytes: int,
         uses: Uses,
-        is_changing: bool = False,
     ) -> None:
         self._path = path
         self._state = state
         self._n_threads = 0
         super().__init__(
-            native_sources(state.sources, are_growing=is_changing),
+            native_sources(state.sources),
             virtual_size=state.virtual_size,
             span=span_nbytes(state.layers),
             cache=cache_nbytes,

@@ -8,18 +8,20 @@ and nothing is durable before `flush`.
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Final, NamedTuple, cast
+from typing import TYPE_CHECKING, Final, NamedTuple, SupportsIndex, cast
 
 from imgcore.border import range_of_disk
 from imgcore.disk.in_place_writes import InPlaceWrites
-from imgcore.disk.pieces import Group, Piece, batches, grouped
+from imgcore.disk.pieces import Group, Piece, batches, grouped, parts_of
 from imgcore.disk.range_locks import RangeLocks
+from imgcore.engine.job import thread_count
 from imgcore.errors import ImgcoreError
 from imgcore.files.descriptors import is_of_system
 from imgcore.files.update_file import UpdateFile
-from imgcore.formats.api import Overwritable
+from imgcore.formats.api import Overwritable, Rebasable
 from imgcore.limits import MIB
 
 if TYPE_CHECKING:
@@ -31,6 +33,10 @@ if TYPE_CHECKING:
 
 # Changes of tables are written without being asked for when they take more memory.
 MAX_WAITING_NBYTES: Final = 16 * MIB
+# Of 0.1 s each.
+_MAX_WAITS: Final = 100
+# Threads write so much each, or more.
+_MIN_PARALLEL_NBYTES: Final = 4 * MIB
 # A place that also needs old bytes of the disk is stored in parts.
 _PART_NBYTES: Final = 4 * MIB
 
@@ -116,6 +122,31 @@ class WriteAccess:
 
         self._ranges.holding_all(work)
 
+    def overwrite(self, pieces: Sequence[Piece]) -> Sequence[Piece]:
+        """Write bytes where they are, and return what `write` is needed for."""
+        in_place = self.in_place
+        if in_place is None:
+            return pieces
+        return [piece for piece in pieces if in_place.overwrite(piece.start, piece.octets) is None]
+
+    def write_in_parallel(self, pieces: Sequence[Piece], threads: SupportsIndex | None) -> None:
+        """Write as `write` does, on several threads if that is faster.
+
+        It is for several files and for devices: one thread at a time writes to a file.
+        """
+        n = sum(piece.nbytes for piece in pieces) // _MIN_PARALLEL_NBYTES
+        if n > 1 and (len(self._waiting) > 1 or self._waiting[0].is_block_device):
+            n = min(n, thread_count(threads))
+        else:
+            n = 1
+        if n == 1:
+            self.write(pieces)
+            return
+        # An exception waits for all threads; that of the lowest range is raised.
+        with ThreadPoolExecutor(n) as pool:
+            for future in [pool.submit(self.write, part) for part in parts_of(pieces, n)]:
+                future.result()
+
     def write(self, pieces: Sequence[Piece]) -> None:
         """Write bytes to ranges of the disk, which ascend and do not overlap."""
         for batch in batches(pieces, self._updater.granule_nbytes):
@@ -142,12 +173,23 @@ class WriteAccess:
 
     def discard(self, start: int, length: int) -> None:
         """Let the image free what it has of a range, which is not needed any more."""
+        self._free(start, length, lambda updater: updater.discard(start, length))
 
+    def drop(self, start: int, length: int) -> None:
+        """Let the image free what it has of a range, which its parent has then."""
+
+        def free(updater: Updater) -> None:
+            assert isinstance(updater, Rebasable)
+            updater.drop(start, length)
+
+        self._free(start, length, free)
+
+    def _free(self, start: int, length: int, free: Callable[[Updater], None]) -> None:
         def work() -> None:
             with self._tables:
                 self._begin()
                 with self._changed_tables(start, start + length):
-                    self._updater.discard(start, length)
+                    free(self._updater)
 
         if length:
             self._holding(start, start + length, work)
@@ -200,7 +242,7 @@ class WriteAccess:
         if start == end:
             return
         content = bytearray(end - start)
-        self._read_into(start, memoryview(content))
+        self._read_old(start, memoryview(content))
         if any(content):
             self._write([Piece(start, end, memoryview(content))])
         else:
@@ -219,8 +261,10 @@ class WriteAccess:
         self._stop_overwriting()
         with self._tables:
             if self._has_begun:
-                self._flush()
+                # Reads may begin at any time: nothing is moved or used again.
+                self._updater.flush(is_unread=False)
                 self._finish()
+                self._forget_all()
             self._renew(reopen())
 
     def finish(self) -> None:
@@ -268,6 +312,20 @@ class WriteAccess:
 
         self._ranges.holding(*self._granules(start, end), inside)
 
+    def _read_old(self, start: int, view: memoryview) -> None:
+        """Read bytes of the disk that stay; raise if they may be the parent's.
+
+        The image alone reads them as zeros, which would hide the parent's for good.
+        """
+        state = self._state
+        if len(state.layers) == 1 and state.layers[0].backing is not None:
+            raise ImgcoreError(
+                f"was opened without its parent, and needs its bytes at {start} beside what is "
+                "written",
+                path=state.paths[0],
+            )
+        self._read_into(start, view)
+
     def _begin(self) -> None:
         if self._has_begun:
             return
@@ -276,6 +334,7 @@ class WriteAccess:
                 "an exception has interrupted its refresh, which has to be repeated",
                 path=self._state.paths[0],
             )
+        self._await_reads()
         self._updater.begin()
         self._updater.flush(is_unread=False)
         self._has_begun = True
@@ -286,24 +345,39 @@ class WriteAccess:
                 self._state, self._updater, uses=self._reads, lock=self._tables
             )
 
+    def _await_reads(self) -> None:
+        """Wait for reads from before the image was opened anew.
+
+        What was freed since they began is free space now.
+        """
+        for _ in range(_MAX_WAITS):
+            if self._reads.soon_over():
+                return
+        raise ImgcoreError(
+            "a read that began before the image was opened anew does not end",
+            path=self._state.paths[0],
+        )
+
     @contextmanager
     def _changed_tables(self, start: int, end: int) -> Iterator[None]:
-        """Forget the tables of a range after a ``with`` block that changes them."""
+        """Forget the tables of a range, which a ``with`` block changes.
+
+        Those of what may be overwritten are forgotten before: none is made meanwhile,
+        as that needs the lock of the tables, too.
+        """
+        first, last = self._granules(start, end)
         was_stale, self._is_stale = self._is_stale, True
+        if self.in_place is not None:
+            self.in_place.forget(first, last)
         try:
             yield
         finally:
-            self._forget_range(*self._granules(start, end))
+            self._forget(first, last)
             self._is_stale = was_stale
 
     def _forget_all(self) -> None:
-        self._forget_range(0, self._state.virtual_size)
+        self._forget(0, self._state.virtual_size)
         self._is_stale = False
-
-    def _forget_range(self, start: int, end: int) -> None:
-        self._forget(start, end)
-        if self.in_place is not None:
-            self.in_place.forget(start, end)
 
     def _granules(self, start: int, end: int) -> tuple[int, int]:
         """Return a range widened to whole granules, as far as the disk goes."""
@@ -339,14 +413,16 @@ class WriteAccess:
         if place.needs_all:
             for at in range(start, end, _PART_NBYTES):
                 content = bytearray(min(_PART_NBYTES, end - at))
-                group.complete(at, content, self._read_into)
+                group.complete(at, content, self._read_old)
                 file.pwrite(at + shift, content)
             return
         for piece in group.between(start, end):
-            if piece.octets is None:
-                file.zero(piece.start + shift, piece.end - piece.start)
-            else:
+            if piece.octets is not None:
                 file.pwrite(piece.start + shift, piece.octets)
+            elif piece.origin is not None:
+                file.copy(*piece.origin, piece.start + shift, piece.nbytes)
+            else:
+                file.zero(piece.start + shift, piece.nbytes)
 
 
 def _new_places(placed: Sequence[tuple[Group, list[Place]]]) -> list[Place]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from imgcore.files.update_file import UpdateFile
+
 if TYPE_CHECKING:
     from imgcore import _core
     from imgcore.files.byte_source import ByteSource
@@ -29,14 +31,17 @@ class SourceFile(NamedTuple):
     block_nbytes: int = 0
 
 
-def native_sources(
-    sources: Sequence[SourceFile], *, are_growing: bool = False
-) -> list[tuple[_core.File, int, int, int]]:
+def native_sources(sources: Sequence[SourceFile]) -> list[tuple[_core.File, int, int, int]]:
     """Return source files as the engine takes them.
 
-    The size of files that are growing is not verified by the engine.
+    The engine does not verify the size of a file that is written in place: it grows.
     """
     return [
-        (s.file.core, _NO_END if are_growing else s.file.nbytes, s.guest_base, s.block_nbytes)
-        for s in sources
+        (
+            source.file.core,
+            _NO_END if isinstance(source.file, UpdateFile) else source.file.nbytes,
+            source.guest_base,
+            source.block_nbytes,
+        )
+        for source in sources
     ]

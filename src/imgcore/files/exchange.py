@@ -10,7 +10,7 @@ from imgcore.files.attributes import keep_attributes
 from imgcore.files.descriptors import close, duplicate, forks_held_back, open_file
 from imgcore.files.host_file import OpenFile
 from imgcore.files.identity import file_identity
-from imgcore.files.locks import lock_image
+from imgcore.files.locks import ImageLock
 from imgcore.files.replacing import refuse_append_only
 from imgcore.files.target_folder import NO_SYNC_ERRORS
 from imgcore.files.temporary_names import new_token, remove_stale, temporary_name
@@ -47,7 +47,7 @@ def new_version(old_fd: int, absolute_path: str, path: str, content: bytes) -> i
             mode = old.st_mode & 0o777
             fd = open_file(temporary, flags, mode, folder_fd=folder_fd)
             with contextlib.closing(OpenFile(fd, path)) as new:
-                lock_image(fd, path)
+                ImageLock.for_writing(fd, path)
                 keep_attributes(old_fd, old, new)
                 with open(fd, "wb", closefd=False) as writer:
                     writer.write(content)

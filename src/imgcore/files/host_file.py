@@ -21,7 +21,7 @@ from imgcore.files.identity import (
     file_system_magic,
     refuse_type,
 )
-from imgcore.files.locks import refuse_image_being_written
+from imgcore.files.locks import ImageLock, refuse_image_being_written
 from imgcore.files.retry import READ_ERRORS, retrying
 
 if TYPE_CHECKING:
@@ -138,6 +138,7 @@ class HostFile(OpenFile):
         self._absolute_path: str | None = None
         self._is_ours = is_ours
         self._knows_holes = False
+        self._image_lock: ImageLock | None = None
         try:
             with named_errors(path):
                 if is_named:
@@ -160,7 +161,14 @@ class HostFile(OpenFile):
             # On a non-blocking file, io_uring reads what is not cached one by one.
             fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
         if not self.share:
-            refuse_image_being_written(fd, path)
+            self._lock_as_reader()
+
+    def _lock_as_reader(self) -> None:
+        if self._is_ours:
+            self._image_lock = ImageLock.for_reading(self.fd, self.path)
+        else:
+            # A lock would be that of all who use the open file.
+            refuse_image_being_written(self.fd, self.path)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, share: bool = False) -> Self:
@@ -213,10 +221,17 @@ class HostFile(OpenFile):
         """Return the same file, opened once more, as it is now."""
         with self._in_use(), named_errors(self.path):
             fd = duplicate(self.fd)
-        file = type(self)(fd, self.path, share=self.share, is_named=False, is_ours=self._is_ours)
+        file = type(self)(fd, self.path, share=True, is_named=False, is_ours=self._is_ours)
         # The working folder may be another by now.
         file._absolute_path = self._absolute_path
+        self._lend_lock(file)
         return file
+
+    def _lend_lock(self, file: HostFile) -> None:
+        """Share the lock with a file that has the same open file description."""
+        file.share = self.share
+        if self._image_lock is not None:
+            file._image_lock = self._image_lock.used_by(file.fd)
 
     @classmethod
     def in_memory(cls, content: bytes | bytearray, name: str) -> Self:
@@ -377,6 +392,11 @@ class HostFile(OpenFile):
             return file_identity(os.stat(self._absolute_path)) != self.identity
         except OSError:
             return False  # deleted or unreachable now, but the data read is complete
+
+    def _free(self) -> None:
+        if self._image_lock is not None:
+            self._image_lock.end(self.fd)
+        super()._free()
 
     def __enter__(self) -> Self:
         return self

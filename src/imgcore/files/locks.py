@@ -16,16 +16,38 @@ from imgcore.errors import ImgcoreError, TargetError
 from imgcore.files.identity import file_system_magic
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
+    from typing import Self
 
-# Bytes that QEMU locks in an image (QEMU block/file-posix.c): 100 + p while it uses
-# permission p, 200 + p while it denies p to others.
-_QEMU_WRITES: Final = 101
-_QEMU_DENIES_READING: Final = 200
-_QEMU_DENIES_WRITING: Final = 201
+# QEMU locks byte 100 + p of an image while it uses permission p, and 200 + p while it
+# denies p to others.  All its locks are shared: they conflict by what they mean (QEMU
+# block/file-posix.c, include/block/block-common.h).
+_USES: Final = 100
+_DENIES: Final = 200
+_READING: Final = 0
+_WRITING: Final = 1
+_RESIZING: Final = 3
 
-# Offset and number of the bytes that a writer needs for itself.
+# A reader of imgcore, which goes on when a job gives its file's name to another file.
+_LETS_REPLACE: Final = 300
+
+_BY_READER: Final = (_USES + _READING, _DENIES + _WRITING, _LETS_REPLACE)
+_BY_WRITER: Final = (
+    _USES + _READING,
+    _USES + _WRITING,
+    _USES + _RESIZING,
+    _DENIES + _WRITING,
+    _DENIES + _RESIZING,
+)
+# What a reader and a writer do not stand.
+_AGAINST_READER: Final = (_USES + _WRITING, _DENIES + _READING)
+_AGAINST_WRITER: Final = tuple(
+    byte + (_DENIES - _USES if byte < _DENIES else _USES - _DENIES) for byte in _BY_WRITER
+)
+
+# Offset and number of the bytes that a job needs for itself.
 _QEMU_BYTES: Final = ((100, 4), (200, 5))
+_ALL_BYTES: Final = (100, 201)
 
 # Linux include/uapi/asm-generic/fcntl.h; Python's fcntl lacks them on some libcs.
 _F_OFD_GETLK: Final[int] = getattr(fcntl, "F_OFD_GETLK", 36)
@@ -43,18 +65,22 @@ _FOLDER_LOCK_SECONDS: Final = 5.0
 
 
 def refuse_image_being_written(fd: int, path: str) -> None:
-    """Raise ImgcoreError if QEMU is writing to the image."""
-    if _is_locked_by_other(fd, _QEMU_WRITES) or _is_locked_by_other(fd, _QEMU_DENIES_READING):
-        raise ImgcoreError(
-            "in use by another process that writes to it (QEMU's image lock); -U reads it anyway",
-            path=path,
-        )
+    """Raise ImgcoreError if another open file is for writing to the image."""
+    for byte in _AGAINST_READER:
+        if _is_locked_by_other(fd, byte):
+            raise _being_written(fd, path, byte)
 
 
 def refuse_image_in_use(fd: int, path: str) -> None:
-    """Raise TargetError if QEMU uses the image, which a job would replace or change."""
-    if _is_locked_by_other(fd, _QEMU_WRITES) or _is_locked_by_other(fd, _QEMU_DENIES_WRITING):
-        raise TargetError("in use by another process (QEMU's image lock)", path=path)
+    """Raise TargetError if an image is in use, which a job would replace or change.
+
+    Images that imgcore reads may be replaced: their readers keep the old file.
+    """
+    for byte in (_USES + _WRITING, _DENIES + _RESIZING, _DENIES + _WRITING):
+        if _is_locked_by_other(fd, byte):
+            if byte == _DENIES + _WRITING and _is_locked_by_other(fd, _LETS_REPLACE):
+                continue
+            raise _in_use(fd, path, byte)
 
 
 def lock_image(fd: int, path: str) -> None:
@@ -64,15 +90,107 @@ def lock_image(fd: int, path: str) -> None:
     job, uses the image.
     """
     for start, nbytes in _QEMU_BYTES:
-        request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, nbytes, 0)
         try:
-            fcntl.fcntl(fd, _F_OFD_SETLK, request)
+            _set(fd, fcntl.F_WRLCK, start, nbytes)
         except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise TargetError(
-                    "in use by another process (QEMU's image lock)", path=path
-                ) from None
+            if error.errno in _HELD_BY_OTHER:
+                raise _in_use(fd, path, start, nbytes) from None
             return  # a file system without locks: nobody else has one either
+
+
+class ImageLock:
+    """QEMU's lock on an image, for a reader or a writer.
+
+    It belongs to the open file: to all of its descriptors, also those in children.  So
+    it is ended when the last object that uses it here is closed.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._process = os.getpid()
+        self._users = [fd]
+
+    @classmethod
+    def for_reading(cls, fd: int, path: str) -> Self:
+        """Lock an image that is read, and that nobody may write to meanwhile.
+
+        ImgcoreError if another open file is for writing to it.
+        """
+        lock = cls(fd)
+        blocked = lock._take(fd, _BY_READER, _AGAINST_READER)
+        if blocked is not None:
+            raise _being_written(fd, path, blocked)
+        return lock
+
+    @classmethod
+    def for_writing(cls, fd: int, path: str) -> Self:
+        """Lock an image that is written in place.
+
+        Others may read it if they do not mind (QEMU's ``-U``).  TargetError if another
+        open file is for writing to it, or for reading it as it is.
+        """
+        lock = cls(fd)
+        blocked = lock._take(fd, _BY_WRITER, _AGAINST_WRITER)
+        if blocked is not None:
+            raise _in_use(fd, path, blocked)
+        return lock
+
+    def _take(self, fd: int, wanted: Sequence[int], against: Sequence[int]) -> int | None:
+        """Lock bytes; return the byte that another's lock is on, if that is in the way.
+
+        Nothing is locked on a file system without locks.
+        """
+        for byte in wanted:
+            try:
+                _set(fd, fcntl.F_RDLCK, byte, 1)
+            except OSError as error:
+                self.end(fd)
+                return byte if error.errno in _HELD_BY_OTHER else None
+        # Whoever locks at the same time sees these locks, or they see its.
+        for byte in against:
+            if _is_locked_by_other(fd, byte):
+                self.end(fd)
+                return byte
+        return None
+
+    def used_by(self, fd: int) -> ImageLock:
+        """Return the lock for one more descriptor of the open file."""
+        self._users.append(fd)
+        return self
+
+    def end(self, fd: int) -> None:
+        """End the lock if this descriptor is the last one.
+
+        A child leaves the locks of its parent alone.
+        """
+        if fd in self._users:
+            self._users.remove(fd)
+        if not self._users and self._process == os.getpid():
+            with contextlib.suppress(OSError):
+                _set(fd, fcntl.F_UNLCK, *_ALL_BYTES)
+
+
+_HELD_BY_OTHER: Final = (errno.EAGAIN, errno.EACCES)
+
+
+def _set(fd: int, kind: int, start: int, nbytes: int) -> None:
+    fcntl.fcntl(fd, _F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, start, nbytes, 0))
+
+
+def _being_written(fd: int, path: str, byte: int) -> ImgcoreError:
+    return ImgcoreError(
+        f"in use by {_user(fd, byte)}, which writes to it (QEMU's image lock); -U reads it anyway",
+        path=path,
+    )
+
+
+def _in_use(fd: int, path: str, byte: int, nbytes: int = 1) -> TargetError:
+    return TargetError(f"in use by {_user(fd, byte, nbytes)} (QEMU's image lock)", path=path)
+
+
+def _user(fd: int, byte: int, nbytes: int = 1) -> str:
+    from imgcore.files.lock_holders import holder
+
+    return holder(fd, byte, nbytes)
 
 
 def lease(fd: int, path: str) -> bool:

@@ -19,6 +19,7 @@ from imgcore.files.descriptors import (
     above_standard,
     close,
     duplicate,
+    forks_held_back,
     named_errors,
     open_file,
 )
@@ -153,15 +154,17 @@ class ReferenceGate:
             return held
         flags = UPDATE_FLAGS if writable else OPEN_FLAGS
         try:
-            try:
-                fd, device = self._open_beneath(path, flags)
-            except _OutsideError:
-                fd, device = self._open_elsewhere(reference, path, flags)
-            if writable:
-                return UpdateFile.locked(fd, path, device=device)
-            return HostFile(fd, path, share=sharing, device=device)
+            with forks_held_back():
+                try:
+                    fd, device = self._open_beneath(path, flags)
+                except _OutsideError:
+                    fd, device = self._open_elsewhere(reference, path, flags)
+                if not writable:
+                    return HostFile(fd, path, share=sharing, device=device)
+                file = UpdateFile(fd, path, device=device)
+            return file.locked()
         except OSError as error:
-            text = f"{error.strerror} ({reference.told(error.errno)})"
+            text = f"{error.strerror} ({reference.told(None if writable else error.errno)})"
             raise OSError(error.errno, text, path) from error
         except UnsafeReferenceError:
             raise

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import threading
 from enum import IntEnum
 from functools import partial
@@ -19,6 +20,7 @@ from imgcore.errors import ImgcoreError, TargetError
 from imgcore.files.descriptors import (
     close,
     duplicate,
+    forks_held_back,
     give_up_in_children,
     is_of_system,
     named_errors,
@@ -27,7 +29,7 @@ from imgcore.files.descriptors import (
 from imgcore.files.given import given_name, open_given
 from imgcore.files.host_file import HostFile
 from imgcore.files.identity import refuse_type
-from imgcore.files.locks import lock_image
+from imgcore.files.locks import ImageLock
 from imgcore.files.retry import WRITE_ERRORS, retrying
 from imgcore.files.space import punch, zero_in_place
 from imgcore.limits import SECTOR_NBYTES
@@ -36,9 +38,35 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Self
 
+    from imgcore.files.identity import Identity
+
 UPDATE_FLAGS: Final = os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 # Zeros are written in pieces where the system has no call for them.
 _ZEROS_NBYTES: Final = 1 << 20
+# Bytes that are copied at once: by the system, and through memory.
+_COPY_NBYTES: Final = 16 << 20
+_BUFFER_NBYTES: Final = 1 << 20
+
+_WRITE_BITS: Final = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
+
+
+def open_writable(path: str, mode: int) -> int:
+    """Open a file, whose ``st_mode`` is given, to write to it in place.
+
+    OSError if the system cannot open it, or a block device is in use or mounted;
+    TargetError if it is immutable.
+    """
+    try:
+        # O_EXCL: the kernel refuses to open a block device that is mounted.
+        return open_file(path, UPDATE_FLAGS | (os.O_EXCL if stat.S_ISBLK(mode) else 0))
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            text = "The block device is in use or mounted"
+            raise OSError(errno.EBUSY, text, path) from error
+        if error.errno == errno.EPERM:
+            text = f"is immutable or append-only; chattr -i -a {path} permits writing to it"
+            raise TargetError(text, path=path) from None
+        raise
 
 
 class Step(IntEnum):
@@ -88,6 +116,8 @@ class UpdateFile(HostFile):
         # The changed sectors of each step, by their numbers.
         self._steps: dict[Step, dict[int, bytearray]] = {}
         self._failure: OSError | None = None
+        # Files whose bytes the system does not copy to this one.
+        self._not_copied: set[Identity] = set()
         self._is_unsynced = False
         self._has_changed = False
         # Others cannot write to it: it is locked.
@@ -104,35 +134,53 @@ class UpdateFile(HostFile):
     def open(cls, path: str | os.PathLike[str], *, share: bool = False) -> Self:
         """Open a file that the caller names, and lock it; raises as `HostFile.open`.
 
-        TargetError if another process uses it.
+        TargetError if it is in use, immutable, or read-only.
         """
         name = os.fspath(path)
-        refuse_type(os.stat(name).st_mode, name)
-        return cls.locked(open_file(name, UPDATE_FLAGS), name)
+        mode = os.stat(name).st_mode
+        refuse_type(mode, name)
+        with forks_held_back():
+            file = cls(open_writable(name, mode), name)
+        return file.locked()
 
     @classmethod
     def given(cls, number: int, *, share: bool = False) -> Self:
-        """Open the file of a descriptor that the caller has; raises as `open`."""
-        fd, is_ours = open_given(number, UPDATE_FLAGS)
-        return cls.locked(fd, given_name(number), is_named=False, is_ours=is_ours)
+        """Open the file of a descriptor that the caller has; raises as `open`.
 
-    @classmethod
-    def locked(cls, fd: int, path: str, **facts: bool) -> Self:
-        """Take over a descriptor, and lock its file."""
-        file = cls(fd, path, **facts)
+        If the system lets this process not open it anew, the lock is one of the
+        caller's open file, and ends when this object is closed.
+        """
+        with forks_held_back():
+            fd, is_ours = open_given(number, UPDATE_FLAGS)
+            file = cls(fd, given_name(number), is_named=False, is_ours=is_ours)
+        return file.locked()
+
+    def locked(self) -> Self:
+        """Lock the file, and return this object; an error closes it.
+
+        TargetError if it is in use, or its owner lets nobody write to it: root could.
+        """
         try:
-            lock_image(fd, path)
+            is_read_only = not self._status.st_mode & _WRITE_BITS
+            if is_read_only and self.folder is not None and not self.is_block_device:
+                raise TargetError("is read-only; chmod u+w permits writing to it", path=self.path)
+            if self.is_block_device:
+                from imgcore.files.block_devices import refuse_read_only
+
+                refuse_read_only(self.fd, self.path)
+            self._image_lock = ImageLock.for_writing(self.fd, self.path)
         except BaseException:
-            file.close()
+            self.close()
             raise
-        return file
+        return self
 
     def again(self) -> Self:
         """Return the same file once more, with the same lock; nothing may wait."""
-        with self._in_use(), named_errors(self.path):
+        with forks_held_back(), self._in_use(), named_errors(self.path):
             fd = duplicate(self.fd)
-        file = type(self)(fd, self.path, is_named=False, is_ours=self._is_ours)
+            file = type(self)(fd, self.path, is_named=False, is_ours=self._is_ours)
         file._absolute_path = self._absolute_path
+        self._lend_lock(file)
         return file
 
     # -- reading -----------------------------------------------------------------------
@@ -194,6 +242,47 @@ class UpdateFile(HostFile):
             # A sync that another thread has begun meanwhile may not have seen it.
             self._is_unsynced = True
             self._note_end(offset + len(octets))
+
+    def takes_copies_of(self, source: HostFile) -> bool:
+        """Tell whether the system copies between the two files by itself."""
+        if source.identity in self._not_copied:
+            return False
+        with self._in_use(), source._in_use():
+            try:
+                os.copy_file_range(source.fd, self.fd, 0, 0, 0)
+            except OSError:
+                self._not_copied.add(source.identity)
+                return False
+        return True
+
+    def copy(self, source: HostFile, source_offset: int, offset: int, length: int) -> None:
+        """Write bytes of another file at once; raises as `pwrite`, and for the source.
+
+        The system shares blocks between the files if it can.  What it refuses to copy
+        passes through memory, which tells the file that has failed.
+        """
+        done = 0
+        with self._in_use(), source._in_use():
+            self._require_sound()
+            self.note_written()
+            while done < length and source.identity not in self._not_copied:
+                nbytes = min(length - done, _COPY_NBYTES)
+                at, to = source_offset + done, offset + done
+                try:
+                    copied = os.copy_file_range(source.fd, self.fd, nbytes, at, to)
+                except OSError:
+                    copied = 0
+                if not copied:
+                    self._not_copied.add(source.identity)
+                done += copied
+            # See `pwrite`.
+            self._is_unsynced = True
+            self._note_end(offset + done)
+        buffer = memoryview(bytearray(min(length - done, _BUFFER_NBYTES)))
+        for at in range(done, length, _BUFFER_NBYTES):
+            part = buffer[: length - at]
+            source.pread_into(source_offset + at, part)
+            self.pwrite(offset + at, part)
 
     def zero(self, offset: int, length: int) -> None:
         """Make a range read as zeros at once, by the cheapest way that works."""

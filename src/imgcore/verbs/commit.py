@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, SupportsIndex
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
 from imgcore.border import FilePath, file_name
-from imgcore.disk.block_copy import Copied, copy_areas
-from imgcore.disk.changed_areas import areas_above
+from imgcore.disk.block_copy import Copied, copy_extents
+from imgcore.disk.changed_areas import extents_above
 from imgcore.disk.children import warn_about_children
 from imgcore.disk.copy_meter import CopyMeter
 from imgcore.disk.flattening import require_rebasable
@@ -24,15 +23,9 @@ from imgcore.errors import ImgcoreError, OptionError, UnsupportedFeatureError
 from imgcore.files.host_file import HostFile
 from imgcore.files.identity import named_identity
 from imgcore.files.mark import remove_file
-from imgcore.formats.api import Rebasable
-from imgcore.limits import GIB
 
 if TYPE_CHECKING:
     from imgcore.engine.progress import Progress
-    from imgcore.formats.api import Updater
-
-# Blocks are dropped in parts: all changes of tables in one of them wait in memory.
-_DROPPED_NBYTES: Final = 16 * GIB
 
 
 class CommitResult(NamedTuple):
@@ -153,7 +146,7 @@ def commit(
         if remove:
             _remove(disk)
         elif empties:
-            job.empty()
+            disk.drop()
         meter.finish()
         return CommitResult(
             disk.path,
@@ -209,14 +202,17 @@ class _Commit(NamedTuple):
             with base.kept_open() as base_state:
                 if not base_state.is_part_of(state, self.depth):
                     raise ImgcoreError("its chain of backing files has changed", path=base.path)
+            if self.overlay.reader.identities:
+                warn_about_children(self.overlay, self.opening.allow)
             warn_about_children(base, self.opening.allow, but={self.overlay.files[0].identity})
+            self._refuse_other_writers()
             images = self._chain(base, stack)
             grows = base.virtual_size < self.overlay.virtual_size
             begin_below(images, self.overlay.virtual_size if grows else None)
-            copied = copy_areas(
+            copied = copy_extents(
                 self.overlay,
                 base,
-                areas_above(state, self.depth),
+                extents_above(state, self.depth),
                 threads=self.threads,
                 report=meter.copy,
                 control=self.control,
@@ -225,6 +221,11 @@ class _Commit(NamedTuple):
             base.close()
             refresh_link(images[-2], self.base_path, self._base_options())
         return copied
+
+    def _refuse_other_writers(self) -> None:
+        """Raise if others write to images between the overlay and the base."""
+        for layer in self.overlay.chain[1 : self.depth]:
+            HostFile.open(layer.file.path).close()
 
     def _base_options(self) -> OpenOptions:
         """Return how to open the base for writing, with its own backing files."""
@@ -260,17 +261,6 @@ class _Commit(NamedTuple):
                     path=child.path,
                 )
         return [*images, base]
-
-    def empty(self) -> None:
-        """Free what the overlay has."""
-        nbytes = self.overlay.virtual_size
-        for start in range(0, nbytes, _DROPPED_NBYTES):
-            self.overlay.restructure(partial(_drop, start, min(_DROPPED_NBYTES, nbytes - start)))
-
-
-def _drop(start: int, length: int, updater: Updater) -> None:
-    assert isinstance(updater, Rebasable)
-    updater.drop(start, length)
 
 
 def _remove(image: Image) -> None:

@@ -205,6 +205,18 @@ class _Rebase(NamedTuple):
             return flatten_image(
                 image, threads=self.threads, control=self.control, meter=self.meter
             )
+        if image.reader.backing is None:
+            raise OptionError(
+                "has no backing file, so that all of its disk is its own: imgcore convert -B "
+                "FILE -F FMT writes what differs from a backing file to a new image",
+                path=image.path,
+            )
+        if image.reader.identities and reference.format != image.format:
+            raise OptionError(
+                f"the parent of {image.format} images has this format, too: {reference.name} has "
+                f"{reference.format}",
+                path=image.path,
+            )
         with ExitStack() as stack:
             path = backing_path(image.path, reference)
             new = stack.enter_context(open_image(path, self._new_options(reference)))

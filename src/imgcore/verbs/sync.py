@@ -17,6 +17,7 @@ from imgcore.disk.block_copy import Copied, copy_areas
 from imgcore.disk.copy_meter import CopyMeter
 from imgcore.disk.digests import DigestedDisk
 from imgcore.disk.image import Image, open_image
+from imgcore.disk.image_names import local_image
 from imgcore.disk.open_options import FLAGS, Flags, OpenOptions
 from imgcore.disk.opened import opened_for_update, require_no_options
 from imgcore.engine.control import Control, control_of
@@ -26,6 +27,8 @@ from imgcore.engine.progress import Progress
 from imgcore.errors import OptionError, TargetError
 from imgcore.files.block_devices import below
 from imgcore.files.commitment import until_committed
+from imgcore.files.given import given_name
+from imgcore.files.identity import named_identity
 from imgcore.files.target import Target
 
 if TYPE_CHECKING:
@@ -215,8 +218,13 @@ def sync(
 
     with ExitStack() as stack:
         disk = _opened(source, opening, stack)
+        if not isinstance(target, Image):
+            # Without this, the source would keep its own target out.
+            name, _ = local_image(source_name(target), writing)
+            shown = given_name(name) if isinstance(name, int) else name
+            _refuse_own_source(disk, shown, [named_identity(name)])
         image = stack.enter_context(opened_for_update(target, _own(target, writing)))
-        _refuse_own_source(disk, image)
+        _refuse_own_source(disk, image.path, [file.identity for file in image.own_files()])
         _fit(image, disk.virtual_size, resize=resize)
         job = _Sync(
             disk,
@@ -249,14 +257,14 @@ def _opened(image: FilePath | int | Image, options: OpenOptions, stack: ExitStac
     return image
 
 
-def _refuse_own_source(source: Image, target: Image) -> None:
-    """Raise TargetError if a file of the source would be changed."""
-    changed = {one for file in target.own_files() for one in _with_below(file.identity)}
+def _refuse_own_source(source: Image, target: str, identities: Sequence[Identity]) -> None:
+    """Raise TargetError if the source has one of the files that would be changed."""
+    changed = {one for identity in identities for one in _with_below(identity)}
     for file in source.every_file():
         if not changed.isdisjoint(_with_below(file.identity)):
             raise TargetError(
                 "is the source, or one of its backing files, and would change while it is read",
-                path=target.path,
+                path=target,
             )
 
 

@@ -77,7 +77,13 @@ class ActiveTables:
 
     def array(self, first: int, last: int) -> NDArray[np.uint64]:
         """Return the same entries as an array."""
-        return np.array(self.entries(first, last), np.uint64)
+        index, at = divmod(first, self._per_table)
+        if not self._l1[index]:
+            return np.zeros(last - first, np.uint64)
+        content = self._content(self.table_offset(index))
+        return np.frombuffer(content, ">u8", last - first, at * layout.ENTRY_NBYTES).astype(
+            np.uint64
+        )
 
     def put(self, first: int, data: bytes) -> None:
         """Change the entries of clusters from ``first`` on, of one L2 table."""

@@ -103,9 +103,11 @@ class HostClusters:
             A table is in a cluster whose refcount is 0.
         """
         while True:
-            start = 0 if after is None else after
-            n = 0 if after is None else self._n_free(after, most)
-            if not n:
+            start, n = after, 0
+            # A damaged entry may have led far behind the end of the file.
+            if start is not None and start << self._bits <= self._file.nbytes:
+                n = self._n_free(start, most)
+            if start is None or not n:
                 start = self._lowest(1)
                 n = self._n_free(start, most)
             if self.counts.has_block(start):

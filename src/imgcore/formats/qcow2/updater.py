@@ -163,13 +163,12 @@ class Qcow2Updater:
         pending = 0
         use = _HERE
         for low, high in self._runs(entries):
-            for next_use, start, stop in self._uses_of_run(entries, low, high):
+            for next_use, start in self._uses_of_run(entries, low, high):
                 if next_use in (_NEW_ZEROS, _NEW_NEEDING_ALL) and next_use == use:
                     continue
                 if pending < start:
                     yield use, pending, start
                 pending, use = start, next_use
-                assert stop <= high
         if pending < len(entries):
             yield use, pending, len(entries)
 
@@ -190,7 +189,8 @@ class Qcow2Updater:
 
     def _uses_of_run(
         self, entries: Sequence[int], low: int, high: int
-    ) -> Iterator[tuple[int, int, int]]:
+    ) -> Iterator[tuple[int, int]]:
+        """Yield how the entries of a run are written, and from which one on."""
         entry = entries[low]
         offset = entry & layout.OFFSET_MASK
         is_zero = entry & layout.ZERO_FLAG and not entry & layout.COMPRESSED
@@ -198,17 +198,17 @@ class Qcow2Updater:
             self._require_possible(entry, entries[high - 1] & layout.OFFSET_MASK)
             if not offset:
                 is_zeros = is_zero or not self._has_parent
-                yield _NEW_ZEROS if is_zeros else _NEW_NEEDING_ALL, low, high
+                yield _NEW_ZEROS if is_zeros else _NEW_NEEDING_ALL, low
                 return
             if entry & layout.COPIED and self._clusters.are_own(offset >> self._bits, high - low):
-                yield _HERE_NEEDING_ALL if is_zero else _HERE, low, high
+                yield _HERE_NEEDING_ALL if is_zero else _HERE, low
                 return
         if high - low > 1:
             for index in range(low, high):
                 yield from self._uses_of_run(entries, index, index + 1)
             return
         self._clusters.require_used(clusters_of(np.array([entry], np.uint64), self._bits))
-        yield _NEW_ZEROS if is_zero else _NEW_NEEDING_ALL, low, high
+        yield _NEW_ZEROS if is_zero else _NEW_NEEDING_ALL, low
 
     def _require_possible(self, entry: int, last_offset: int) -> None:
         """Raise unless a plain entry is possible, and its clusters are in the file."""

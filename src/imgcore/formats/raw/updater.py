@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
+from imgcore.errors import OptionError
 from imgcore.formats.shared.flat_updater import FlatUpdater
 
 if TYPE_CHECKING:
@@ -25,5 +26,7 @@ class RawUpdater(FlatUpdater):
 
     def resize(self, virtual_size: int) -> None:
         """Change the file's size; see `imgcore.formats.api.Updater`."""
+        if self._file.is_block_device:
+            raise OptionError("a block device keeps its size", path=self._file.path)
         self._file.grow(virtual_size)
         self._file.cut(virtual_size)

@@ -76,15 +76,17 @@ class BlockUpdater:
                 f"is not written in place, because it is damaged: {report.problems[0]}",
                 path=self._file.path,
             )
-        self._space = FreeSpace(checker.free_runs, report.image_end_offset)
         metadata = self._metadata
         self._has_parent = metadata.has_parent
         self._is_fixed = metadata.leave_block_allocated and not metadata.has_parent
         # Room that the file of a fixed disk has for blocks without a place.
         self._kept_nbytes = checker.needed_nbytes - report.image_end_offset
         self._block_nbytes = metadata.block_nbytes
-        self.granule_nbytes: int = metadata.logical_sector_nbytes
         self._new_blocks: dict[int, _NewBlock] = {}
+        self.granule_nbytes: int = metadata.logical_sector_nbytes
+        # The file may end with the disk, inside its last block.
+        end = max(report.image_end_offset, self._after(metadata.n_blocks) or 0)
+        self._space = FreeSpace(checker.free_runs, end)
         # Chunks whose sector bitmap block no durable entry refers to.
         self._new_bitmaps: set[int] = set()
 
@@ -93,7 +95,8 @@ class BlockUpdater:
         self._log.update_headers(file_write_guid=uuid.uuid4(), data_write_guid=uuid.uuid4())
         self._reader.note_header(self._log.header)
         if not self._file.is_block_device:
-            self._file.grow(align_up(self._file.nbytes, layout.ALIGNMENT))
+            nbytes = max(self._file.nbytes, self._space.end)
+            self._file.grow(align_up(nbytes, layout.ALIGNMENT))
 
     def flush(self, *, is_unread: bool) -> None:
         """Make changes durable by way of the log; see `imgcore.formats.api.Updater`."""
@@ -183,7 +186,9 @@ class BlockUpdater:
     def _release(self, entry: int) -> None:
         """Free the place of an entry that has been replaced."""
         offset = entry & layout.BAT_OFFSET_MASK
-        if offset and entry & layout.BAT_STATE_MASK in (*PLACED, *_KEEPING):
+        # What a block without data has kept may be no place of the file.
+        is_inside = 0 < offset <= self._space.end - self._block_nbytes
+        if is_inside and entry & layout.BAT_STATE_MASK in (*PLACED, *_KEEPING):
             self._space.release(offset, self._block_nbytes)
 
     # -- writing -----------------------------------------------------------------------

@@ -102,6 +102,8 @@ class VhdxUpdater(BlockUpdater):
             lambda states: states != layout.BLOCK_NOT_PRESENT,
             layout.BLOCK_NOT_PRESENT,
         )
+        # The sector bitmaps of blocks that are written again count for new places only.
+        self.flush(is_unread=False)
 
     # -- the size ----------------------------------------------------------------------
 

@@ -305,7 +305,7 @@ def _verified(
         n_entries,
         damage,
     )
-    if header.unclean_shutdown:
+    if header.unclean_shutdown and not file.share:
         log.warning("%s: the extent was not closed cleanly; reading it anyway", path)
     return SparseExtent(
         file=file,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Final, cast
 
+from imgcore.errors import CorruptImageError
 from imgcore.files.update_file import Step
 from imgcore.formats.api import Place
 from imgcore.formats.shared.alignment import align_up
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 # Free grains that are known when an image is opened; others are not used again.
 _MAX_FREE: Final = 1 << 16
+# Tables that are read at once.
+_TABLES_AT_ONCE: Final = 64
 
 
 class SparseUpdater:
@@ -57,6 +60,12 @@ class SparseUpdater:
     """
 
     def __init__(self, extent: SparseExtent, nbytes: int, *, has_parent: bool) -> None:
+        if extent.gd_offset != extent.header.gd_offset * SECTOR_NBYTES or not extent.gd_offset:
+            raise CorruptImageError(
+                "is not written to, because its grain directory is not where the header says",
+                path=extent.file.path,
+                offset=56,
+            )
         refuse_contradicting_tables(extent)
         survey = survey_space(extent, nbytes)
         self.extent = extent
@@ -64,7 +73,10 @@ class SparseUpdater:
         self.file: UpdateFile = cast("UpdateFile", extent.file)
         self.granule_nbytes: int = extent.grain_nbytes
         self.first_used: int = survey.first * SECTOR_NBYTES
-        self.space = _free_space(survey, extent.grain_nbytes)
+        free = _free_grains(survey, extent.grain_nbytes)
+        end = align_up(survey.end * SECTOR_NBYTES, extent.grain_nbytes)
+        self.space: FreeSpace = FreeSpace(end, extent.grain_nbytes, free)
+        self._gaps = list(_runs(free, extent.grain_nbytes))
         self._has_parent = has_parent
         # Whether a grain can be freed: what it leaves must not be the parent's.
         self._free_entry = (
@@ -79,8 +91,30 @@ class SparseUpdater:
         self._room = (0, 0)
 
     def begin(self) -> None:
-        """Mark the extent as one that was not closed cleanly."""
+        """Give back leaked space, and mark the extent as not closed cleanly."""
+        for start, length in self._gaps:
+            if self.file.next_data(start)[0] < start + length:
+                self.file.punch(start, length)
         self.file.put(UNCLEAN_OFFSET, b"\1", Step.REFERENCE)
+        if self.extent.unclean_shutdown:
+            self._renew_redundant()
+
+    def _renew_redundant(self) -> None:
+        """Make redundant tables equal to the others, as a crash may have left them."""
+        per_table, nbytes = self.extent.n_gtes_per_gt, self.extent.gt_nbytes
+        n_tables = -(-self.nbytes // self.extent.gt_reach_nbytes)
+        for directory in self.directories[1:]:
+            for first in range(0, n_tables, _TABLES_AT_ONCE):
+                n = min(_TABLES_AT_ONCE, n_tables - first)
+                places = self._directory_entries(directory, first, n)
+                ours, theirs = (
+                    self._raw_entries(first * per_table, n * per_table, at)
+                    for at in (self.directories[0], directory)
+                )
+                for i, place in enumerate(places):
+                    part = slice(i * nbytes, (i + 1) * nbytes)
+                    if place > self._last_mark and ours[part] != theirs[part]:
+                        self.file.put(_place_of(place), ours[part], Step.REFERENCE)
 
     # -- places ------------------------------------------------------------------------
 
@@ -157,8 +191,6 @@ class SparseUpdater:
         """Free whole grains, or mark them as zeros; see `Updater.zero`."""
         rest: list[tuple[int, int]] = []
         for first, entries in self._tables_of(start, length):
-            if not self._has_parent and not any(entries):
-                continue
             changed = list(entries)
             for i, entry in enumerate(entries):
                 grain = (first + i) * self.granule_nbytes
@@ -209,18 +241,26 @@ class SparseUpdater:
 
     def entries(self, first: int, count: int) -> list[int]:
         """Return the entries of grains; those without a table have the directory's."""
-        found: list[int] = []
-        for table, at, n in self._parts(first, count):
-            found += self._entries_of(self.directories[0], table, at, n)
-        return found
+        return _unpacked(self._raw_entries(first, count))
 
     def _tables_of(self, start: int, length: int) -> Iterator[tuple[int, list[int]]]:
-        """Yield the first grain and the entries of each table in a range."""
-        nbytes = self.granule_nbytes
+        """Yield the first grain and the entries of each table in a range of the disk.
+
+        Tables without entries are left out, unless they let the parent through.
+        """
+        nbytes, per_table = self.granule_nbytes, self.extent.n_gtes_per_gt
         first, last = start // nbytes, -(-(start + length) // nbytes)
-        for table, at, n in self._parts(first, last - first):
-            grain = table * self.extent.n_gtes_per_gt + at
-            yield grain, self._entries_of(self.directories[0], table, at, n)
+        for low in range(first - first % per_table, last, _TABLES_AT_ONCE * per_table):
+            start = max(low, first)
+            end = min(low + _TABLES_AT_ONCE * per_table, last)
+            raw = self._raw_entries(start, end - start)
+            if raw == bytes(len(raw)) and not self._has_parent:
+                continue
+            for table, at, n in self._parts(start, end - start):
+                grain = table * per_table + at
+                part = raw[(grain - start) * ENTRY_NBYTES : (grain + n - start) * ENTRY_NBYTES]
+                if self._has_parent or any(part):
+                    yield grain, _unpacked(part)
 
     def _parts(self, first: int, count: int) -> Iterator[tuple[int, int, int]]:
         """Yield (table, first entry, number of entries) of consecutive grains."""
@@ -231,16 +271,40 @@ class SparseUpdater:
             yield table, at, n
             first, count = first + n, count - n
 
-    def _entries_of(self, directory: int, table: int, at: int, count: int) -> list[int]:
-        place = self._directory_entry(directory, table)
-        if place <= self._last_mark:
-            return [place] * count
-        offset = _place_of(place) + at * ENTRY_NBYTES
-        return _unpacked(self.file.pread(offset, count * ENTRY_NBYTES))
+    def _raw_entries(self, first: int, count: int, directory: int | None = None) -> bytes:
+        """Return entries, by default of the primary tables; adjacent ones at once."""
+        extent, per_table = self.extent, self.extent.n_gtes_per_gt
+        directory = self.directories[0] if directory is None else directory
+        table, at = divmod(first, per_table)
+        n_tables = (at + count - 1) // per_table + 1
+        if n_tables == 1:
+            return self._entries_of(directory, table, at, count)
+        tables = self._directory_entries(directory, table, n_tables)
+        pieces: list[bytes] = []
+        done = 0
+        while done < n_tables:
+            place, n = tables[done], 1
+            if place <= self._last_mark:
+                pieces.append(_packed([place]) * per_table)
+            else:
+                while done + n < n_tables and _place_of(tables[done + n]) == (
+                    _place_of(place) + n * extent.gt_nbytes
+                ):
+                    n += 1
+                pieces.append(self.file.pread(_place_of(place), n * extent.gt_nbytes))
+            done += n
+        return b"".join(pieces)[at * ENTRY_NBYTES : (at + count) * ENTRY_NBYTES]
 
-    def _directory_entry(self, directory: int, table: int) -> int:
+    def _entries_of(self, directory: int, table: int, at: int, count: int) -> bytes:
+        """Return entries of a table, which may be absent."""
+        (place,) = self._directory_entries(directory, table, 1)
+        if place <= self._last_mark:
+            return _packed([place]) * count
+        return self.file.pread(_place_of(place) + at * ENTRY_NBYTES, count * ENTRY_NBYTES)
+
+    def _directory_entries(self, directory: int, table: int, count: int) -> list[int]:
         offset = directory + table * ENTRY_NBYTES
-        return _unpacked(self.file.pread(offset, ENTRY_NBYTES))[0]
+        return _unpacked(self.file.pread(offset, count * ENTRY_NBYTES))
 
     def put_entries(self, first: int, entries: Sequence[int]) -> None:
         """Change the entries of consecutive grains in both copies of the tables."""
@@ -255,14 +319,13 @@ class SparseUpdater:
 
     def _table(self, directory: int, table: int) -> int:
         """Return the host offset of a table, which is made if there is none."""
-        place = self._directory_entry(directory, table)
+        (place,) = self._directory_entries(directory, table, 1)
         if place > self._last_mark:
             return _place_of(place)
-        per_table = self.extent.n_gtes_per_gt
         # A redundant table may be absent where the other one is not.
-        entries = self._entries_of(self.directories[0], table, 0, per_table)
+        entries = self._entries_of(self.directories[0], table, 0, self.extent.n_gtes_per_gt)
         offset = self._take_table()
-        self.file.put(offset, _packed(entries), Step.NEW)
+        self.file.put(offset, entries, Step.NEW)
         self._new_tables.add(offset)
         entry = _packed([_entry_of(offset)])
         self.file.put(directory + table * ENTRY_NBYTES, entry, Step.REFERENCE)
@@ -319,15 +382,15 @@ class SparseUpdater:
         self.file.put(UNCLEAN_OFFSET, b"\0", Step.REFERENCE)
 
 
-def _free_space(survey: SpaceSurvey, grain_nbytes: int) -> FreeSpace:
-    """Return the space for aligned grains."""
+def _free_grains(survey: SpaceSurvey, grain_nbytes: int) -> list[int]:
+    """Return the host offsets of aligned grains that nothing uses, ascending."""
     free: list[int] = []
     for start, stop in survey.gaps:
         first = align_up(start * SECTOR_NBYTES, grain_nbytes)
         n_grains = (stop * SECTOR_NBYTES - first) // grain_nbytes
         n_grains = min(n_grains, _MAX_FREE - len(free))
         free += range(first, first + n_grains * grain_nbytes, grain_nbytes)
-    return FreeSpace(align_up(survey.end * SECTOR_NBYTES, grain_nbytes), grain_nbytes, free)
+    return free
 
 
 def _joined(places: Sequence[Place]) -> list[Place]:

@@ -117,21 +117,25 @@ class VmdkUpdater:
                     f"disk, which is not a multiple of {self.granule_nbytes}",
                     path=reader.file.path,
                 )
-        own = (cast("UpdateFile", reader.file), *(s.file for s in reader.sources))
-        self._files = list(dict.fromkeys(cast("UpdateFile", file) for file in own))
+        # An odd descriptor is refused now, not by the first write.
+        self._with_new_content_id()
 
     def begin(self) -> None:
         """Give the disk a new content ID, and mark its extents as being written."""
-        old, at = self._reader.raw_descriptor()
-        if old is not None:
-            new = with_new_content_id(old, self._reader.file.path)
-            for start, end in _changed_runs(old, new):
-                self._descriptor_file.put(at + start, new[start:end], Step.REFERENCE)
+        at, old, new = self._with_new_content_id()
+        for start, end in _changed_runs(old, new):
+            self._descriptor_file.put(at + start, new[start:end], Step.REFERENCE)
+        if new:
             self._reader.descriptor = parse_descriptor(new, self._reader.file.path)
         for part in self._parts:
             part.updater.begin()
             if isinstance(part.updater, SparseUpdater) and is_descriptor_away(part.updater):
                 change_header(part.updater, self._text())
+
+    def _with_new_content_id(self) -> tuple[int, bytes, bytes]:
+        """Return where the descriptor is, and its old and new content."""
+        old, at = self._reader.raw_descriptor()
+        return at, old or b"", with_new_content_id(old or b"", self._reader.file.path)
 
     @property
     def _descriptor_file(self) -> UpdateFile:
@@ -267,7 +271,11 @@ class VmdkUpdater:
     def drop(self, start: int, length: int) -> None:
         """Free whole grains; see `imgcore.formats.api.Rebasable`."""
         for part, low, nbytes in self._parts_of(start, length):
-            assert isinstance(part.updater, SparseUpdater)
+            if not isinstance(part.updater, SparseUpdater):
+                raise OptionError(
+                    "has a flat extent, through which no parent is seen",
+                    path=self._reader.file.path,
+                )
             part.updater.drop(low - part.start, nbytes)
 
     def finish(self) -> None:
