@@ -251,19 +251,29 @@ class TestParents:
         qemu.run("convert", "-f", "vpc", "-O", "raw", child, out)
         assert out.read_bytes() == raw.read_bytes()
 
-    def test_drop(self, child: Path, content: bytes) -> None:
-        empty = child.stat().st_size
-
-        def drop(updater: Updater) -> None:
-            assert isinstance(updater, Rebasable)
-            updater.drop(BLOCK, 3 * BLOCK)
-
+    @pytest.mark.parametrize("batmap", [False, True])
+    def test_drop(self, tmp_path: Path, content: bytes, batmap: bool) -> None:
+        make(tmp_path / "base.vhd", content)
+        child = tmp_path / "child.vhd"
+        (tmp_path / "a.raw").write_bytes(b"a" * 6 * BLOCK + content[6 * BLOCK :])
+        imgcore.convert(
+            tmp_path / "a.raw",
+            child,
+            backing=tmp_path / "base.vhd",
+            backing_format="vhd",
+            options={"block_size": "512k", "batmap": batmap},
+            sparse=0,  # whole blocks, which the batmap calls full
+        )
+        n_bytes = child.stat().st_blocks * 512
+        expected = b"a" * BLOCK + content[BLOCK : 4 * BLOCK] + b"a" * 2 * BLOCK
         with imgcore.open(child, mode="r+") as image:
-            image.write(0, b"a" * 6 * BLOCK)
-            image.restructure(drop)
-            assert image.read(0, 4 * BLOCK) == b"a" * BLOCK + content[BLOCK : 4 * BLOCK]
+            image._writing()[0].drop(BLOCK, 3 * BLOCK)
+            assert image.read(0, 6 * BLOCK) == expected
         assert_sound(child)
-        assert child.stat().st_size <= empty + 3 * STRIDE + 4 * KIB
+        with imgcore.open(child) as image:
+            assert image.read(0, 6 * BLOCK) == expected
+        assert child.stat().st_blocks * 512 <= n_bytes - 3 * BLOCK + 8 * KIB
+        assert batmap or child.stat().st_size < 4 * BLOCK
 
 
 def with_entry(block: int, sector: int) -> Callable[[Path], Path]:

@@ -260,12 +260,16 @@ class WriteAccess:
     def _reopen(self, reopen: Callable[[], Access]) -> None:
         self._stop_overwriting()
         with self._tables:
-            if self._has_begun:
+            had_begun = self._has_begun
+            if had_begun:
                 # Reads may begin at any time: nothing is moved or used again.
                 self._updater.flush(is_unread=False)
                 self._finish()
                 self._forget_all()
             self._renew(reopen())
+            if had_begun:
+                # So that what is free is given back when nobody reads any more.
+                self._begin()
 
     def finish(self) -> None:
         """Flush, and leave the image as one that nobody writes to.

@@ -22,7 +22,12 @@ from imgcore.formats.shared.free_space import FreeSpace
 from imgcore.formats.shared.moving import copy_block, moves_into_gaps
 from imgcore.formats.vhd import layout
 from imgcore.formats.vhd.changes import resized_footer, with_footer, with_header
-from imgcore.formats.vhd.check import find_batmap, metadata, verify_blocks
+from imgcore.formats.vhd.check import (
+    batmap_header_offset,
+    find_batmap,
+    metadata,
+    verify_blocks,
+)
 from imgcore.formats.vhd.header import footer_of, read_header
 from imgcore.formats.vhd.layout import DiskType, DynamicHeader
 from imgcore.formats.vhd.parent import ParentFields, parent_fields
@@ -143,8 +148,10 @@ class BlockUpdater:
         """
         entries = self._entries(self._dynamic.max_table_entries)
         is_block = entries != layout.ENTRY_ABSENT
-        last = (self._footer_offset - self._slot_nbytes) // SECTOR_NBYTES
-        is_block[self._header.n_blocks :] &= entries[self._header.n_blocks :] <= last
+        last = self._footer_offset - self._bitmap_nbytes - self._block_nbytes
+        is_block[self._header.n_blocks :] &= (
+            entries[self._header.n_blocks :] * SECTOR_NBYTES <= last
+        )
         return np.compress(is_block, entries) * SECTOR_NBYTES
 
     def _entries(self, n_entries: int) -> NDArray[np.int64]:
@@ -406,15 +413,22 @@ class BlockUpdater:
         self._file.write_steps()
         self._is_unread = is_unread
         for slot in self._space.settle(is_unread=is_unread):
-            self._file.punch(slot + self._bitmap_start, self._slot_nbytes - self._bitmap_start)
+            self._give_back_space(slot)
+
+    def _give_back_space(self, slot: int) -> None:
+        """Give the space of a free slot back to the file system."""
+        self._file.punch(slot + self._bitmap_start, self._slot_nbytes - self._bitmap_start)
 
     def finish(self) -> None:
         """Leave no gaps, and move the footer to the last block; see `Updater`.
 
-        While somebody reads, blocks stay where they are.
+        While somebody reads, all stays where it is.
         """
-        if self._has_gaps and self._is_unread:
-            self._compact()
+        if not self._is_unread:
+            return
+        if self._has_gaps:
+            for slot in self._compact():
+                self._give_back_space(slot)
         end = self._end_of_use(self._starts())
         if self._file.is_block_device:
             return
@@ -422,8 +436,8 @@ class BlockUpdater:
             self._put_footer(end)
         self._file.cut(self._footer_offset + layout.FOOTER_NBYTES)
 
-    def _compact(self) -> None:
-        """Move the last blocks into free slots before them."""
+    def _compact(self) -> list[int]:
+        """Move the last blocks into free slots before them; return where they were."""
         entries = self._entries(self._header.n_blocks)
         present = np.flatnonzero(entries != layout.ENTRY_ABSENT)
         places = entries[present] * SECTOR_NBYTES - self._bitmap_start
@@ -435,6 +449,7 @@ class BlockUpdater:
         for source, target in moves:
             self._put_entry(owners[source], (target + self._bitmap_start) // SECTOR_NBYTES)
         self._file.write_steps()
+        return [source for source, _ in moves]
 
     # -- changes of structure ----------------------------------------------------------
 
@@ -453,7 +468,13 @@ class BlockUpdater:
             self._extend_table(n_blocks)
             self._file.write_steps()
         self._put_footers(footer, copy_first=virtual_size > old_size)
-        self._free_blocks(n_blocks, n_old)
+        freed = self._free_blocks(n_blocks, n_old)
+        if freed:
+            file.write_steps()
+            # Nobody reads these: the disk does not have them any more.
+            for slot in freed:
+                self._space.give_back(slot)
+            self._compact()
 
     def _zero_end_of_disk(self) -> None:
         """Clear what the last block has after the end of the disk."""
@@ -496,7 +517,7 @@ class BlockUpdater:
         raw = self._file.pread(self._dynamic.table_offset, kept_nbytes).ljust(nbytes, b"\xff")
         if find_batmap(self._file, self._header):
             batmap = bytes(batmap_nbytes(n_blocks))
-            raw += make_batmap_header(offset + nbytes, batmap) + batmap
+            raw += make_batmap_header(offset + nbytes + SECTOR_NBYTES, batmap) + batmap
         self._append(raw)
         self._put_header(self._dynamic._replace(table_offset=offset, max_table_entries=n_blocks))
 
@@ -527,23 +548,36 @@ class BlockUpdater:
         self._file.write_steps()
         self._read_header()
 
-    def _free_blocks(self, first: int, last: int) -> None:
-        """Free the blocks [first, last)."""
+    def _free_blocks(self, first: int, last: int) -> list[int]:
+        """Let no entry refer to the blocks [first, last); return their slots."""
+        self._clear_batmap()
+        slots = []
         for block in range(first, last):
             entry = self._entry(block)
             if entry != layout.ENTRY_ABSENT:
                 self._put_entry(block, layout.ENTRY_ABSENT)
-                self._space.release(entry * SECTOR_NBYTES - self._bitmap_start)
-                self._has_gaps = True
+                slots.append(entry * SECTOR_NBYTES - self._bitmap_start)
+        return slots
+
+    def _clear_batmap(self) -> None:
+        """Let XenServer's batmap call no block full, which is always right.
+
+        Its header then refers to another map, since it has the checksum of the map.
+        """
+        found = find_batmap(self._file, self._header)
+        batmap = bytes(batmap_nbytes(self._header.n_blocks))
+        if found is None or not any(self._file.pread(found[0], found[1])):
+            return
+        raw = make_batmap_header(self._space.end + self._bitmap_start, batmap)
+        self._append(batmap)
+        self._file.put(batmap_header_offset(self._header), raw, Step.ALLOCATION)
 
     def drop(self, start: int, length: int) -> None:
         """Free blocks; see `imgcore.formats.api.Rebasable`."""
-        if find_batmap(self._file, self._header):
-            # The old one calls them full.
-            self._move_table(self._header.n_blocks)
-            self._file.write_steps()
         first, last = start // self._block_nbytes, -(-(start + length) // self._block_nbytes)
-        self._free_blocks(first, last)
+        for slot in self._free_blocks(first, last):
+            self._space.release(slot)
+            self._has_gaps = True
 
     def set_backing(self, reference: BackingReference | None) -> None:
         """Write a new header, which the footers then refer to; see `Rebasable`.
