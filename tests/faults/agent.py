@@ -15,6 +15,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,23 +85,48 @@ def undo(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def update(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Change an image in place, with marks in the log before and after each change."""
+    """Change an image in place, with marks in the log before and after each change.
+
+    With ``again``, what fails is done once more.
+    """
     changes = [Change(*change) for change in arguments["changes"]]
-    image = imgcore.open(arguments["path"], mode="r+", **arguments.get("keywords", {}))
-    try:
-        for number, change in enumerate(changes):
-            _SHIM.fault_mark(2 * number)
-            if change.action == "reopen":
-                image.close()
-                image = imgcore.open(image.path, mode="r+", **arguments.get("keywords", {}))
-            else:
-                change.make(image)
-            _SHIM.fault_mark(2 * number + 1)
-    finally:
-        image.close()
-    # All is durable once the image is closed.
-    _SHIM.fault_mark(2 * len(changes) + 1)
+    path, again = arguments["path"], arguments.get("again", False)
+    numbers = iter(range(len(changes)))
+    is_open = True
+    while is_open:
+        image = twice(partial(imgcore.open, path, mode="r+"), again=again)
+        is_open = False
+        try:
+            for number in numbers:
+                _SHIM.fault_mark(2 * number)
+                if is_open := changes[number].action == "reopen":
+                    break
+                twice(partial(changes[number].make, image), again=again)
+                _SHIM.fault_mark(2 * number + 1)
+        finally:
+            close_image(image, again=again)
+            # All that has ended is durable once the image is closed.
+            _SHIM.fault_mark(2 * (number if is_open else len(changes)) + 1)
     return {}
+
+
+def twice(call: Callable[[], imgcore.Image | None], *, again: bool) -> Any:
+    try:
+        return call()
+    except OSError:
+        if not again:
+            raise
+        return call()
+
+
+def close_image(image: imgcore.Image, *, again: bool) -> None:
+    """Close an image; with ``again``, flush it before, so that nothing is lost."""
+    try:
+        if again:
+            twice(image.flush, again=True)
+    finally:
+        with contextlib.suppress(*([OSError] if again else [])):
+            image.close()
 
 
 def chain(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -170,7 +197,7 @@ def attempt(job: dict[str, Any], memory: int | None) -> dict[str, Any]:
             "type": type(error).__name__,
             "text": str(error),
             "errno": getattr(error, "errno", None),
-            "path": getattr(error, "filename", None),
+            "path": getattr(error, "filename", None) or getattr(error, "path", None),
         }
     except Exception as error:  # an exception that is not promised
         answer = {"outcome": "bug", "type": type(error).__name__, "text": str(error)}

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import Place, Source, agent_in, shim_path
+from tests.faults.harness import Agent, Place, Source, agent_in, shim_path
 from tests.helpers.qemu import Variant
 
 
 @pytest.fixture(scope="session")
 def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shim_path(tmp_path_factory.mktemp("shim"))
+
+
+@pytest.fixture
+def agent(shim: Path) -> Iterator[Agent]:
+    """Give an agent whose folder is in memory: syncs cost nothing there."""
+    memory = Path("/dev/shm")
+    with (
+        tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder,
+        agent_in(shim, Path(folder) / "image") as agent,
+    ):
+        yield agent
 
 
 @pytest.fixture

@@ -43,20 +43,24 @@ class Row(NamedTuple):
 
 
 def read_log(path: Path) -> list[Row]:
-    """Return the rows of a log that the shim wrote."""
+    """Return the rows of a log that the shim wrote.
+
+    The process may have been killed while it wrote the last one.
+    """
     rows: list[Row] = []
     log = path.read_bytes()
     at = 0
-    while at < len(log):
+    while at + _HEAD.size <= len(log):
         kind, n_name, n_new, is_folder, inode, offset, length = _HEAD.unpack_from(log, at)
+        event = Event(kind)
+        n_data = length if event is Event.WRITE else 0
         at += _HEAD.size
+        if at + n_name + n_new + n_data > len(log):
+            break
         name, at = log[at : at + n_name], at + n_name
         new_name, at = log[at : at + n_new], at + n_new
-        event = Event(kind)
-        data = b""
-        if event is Event.WRITE:
-            data, at = log[at : at + length], at + length
-        elif event is Event.ZERO:
+        data, at = log[at : at + n_data], at + n_data
+        if event is Event.ZERO:
             (length,) = struct.unpack("@Q", name)
             name = b""
         text, new_text = name.decode(), new_name.decode()

@@ -386,11 +386,14 @@ ssize_t preadv64v2(int fd, const struct iovec *iov, int n, off64_t offset, int f
 
 /* ---------------------------------------------------------------- writing */
 
-/* Makes a torn write: writes a part, then dies. */
+/* Makes a torn write: writes a part, which ends with a sector if it can, then dies. */
 static void write_half(int fd, const struct iovec *iov, uint64_t offset)
 {
+	uint64_t end = (offset + iov[0].iov_len / 2) & ~UINT64_C(511);
+
 	REAL(pwrite);
-	(void)!real(fd, iov[0].iov_base, iov[0].iov_len / 2, (off_t)offset);
+	if (end > offset)
+		(void)!real(fd, iov[0].iov_base, (size_t)(end - offset), (off_t)offset);
 	raise(SIGKILL);
 }
 

@@ -11,7 +11,6 @@ import os
 import random
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -34,17 +33,6 @@ N_MOMENTS = 30
 
 # Closing tells nothing that the sync before has not told.
 FAILING = CHANGES & ~Calls.CLOSE
-
-
-@pytest.fixture
-def agent(shim: Path) -> Iterator[Agent]:
-    """Give an agent whose folder is in memory: syncs cost nothing there."""
-    memory = Path("/dev/shm")
-    with (
-        tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder,
-        agent_in(shim, Path(folder) / "image") as agent,
-    ):
-        yield agent
 
 
 def tiny(agent: Agent, **more: Any) -> tuple[str, str, Callable[..., Mapping[str, Any]]]:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
 import imgcore
 from tests.faults.crash import Event, read_log
-from tests.faults.harness import Agent, agent_in
+from tests.faults.harness import Agent
 from tests.faults.update_cuts import HOW, FileOnDisk
 from tests.helpers import images, qemu
 
@@ -22,15 +20,6 @@ OPTIONS = {
     "512": {"cluster_size": 512, "refcount_bits": 32},
     "v2": {"compat": "0.10", "cluster_size": "4k"},
 }
-
-
-@pytest.fixture
-def agent(shim: Path) -> Iterator[Agent]:
-    """Give an agent whose folder is in memory: syncs cost nothing there."""
-    memory = Path("/dev/shm")
-    folder = memory if memory.is_dir() else None
-    with TemporaryDirectory(dir=folder) as made, agent_in(shim, Path(made) / "image") as found:
-        yield found
 
 
 class Prepared:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import random
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.faults.crash import Row
-from tests.faults.harness import Agent, agent_in
-from tests.faults.update_cuts import UpdateCuts, without_inner_syncs, without_last_syncs
+from tests.faults.harness import Agent
+from tests.faults.update_cuts import (
+    FORMATS,
+    UpdateCuts,
+    content_of,
+    of_format,
+    without_inner_syncs,
+    without_last_syncs,
+)
 from tests.helpers import images
 from tests.helpers.update_variants import MIB, VARIANTS, UpdateVariant
 
@@ -23,13 +29,6 @@ N_CUTS, N_CUTS_OF_ONE = 1000, 300
 N_CUTS_A_TEST = 100
 
 
-def of_format(variant: UpdateVariant) -> list[UpdateVariant]:
-    """Return the variants of the same format."""
-    name = variant.name.partition("-")[0]
-    return [other for other in VARIANTS if other.name.partition("-")[0] == name]
-
-
-FORMATS = [variant for variant in VARIANTS if variant is of_format(variant)[0]]
 # The seeds of each variant: one for 100 cuts.
 SEEDED = [
     pytest.param(variant, seed, id=f"{variant.name}-{seed}")
@@ -38,30 +37,10 @@ SEEDED = [
 ]
 
 
-@pytest.fixture
-def agent(shim: Path) -> Iterator[Agent]:
-    """Give an agent whose folder is in memory: syncs cost nothing there."""
-    memory = Path("/dev/shm")
-    with (
-        tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder,
-        agent_in(shim, Path(folder) / "image") as agent,
-    ):
-        yield agent
-
-
-def content_of(rng: random.Random) -> bytes:
-    """Return a disk of data and zeros in pieces of odd lengths."""
-    pieces = bytearray()
-    while len(pieces) < DISK_NBYTES:
-        length = rng.randint(1, 200_000)
-        pieces += rng.randbytes(length) if rng.random() < 0.5 else bytes(length)
-    return bytes(pieces[:DISK_NBYTES])
-
-
 def cut_sessions(agent: Agent, variant: UpdateVariant, log: Path, seed: int, n_cuts: int) -> None:
     """Record two sessions of an image, and cut each."""
     rng = random.Random(f"{images.SEED} {seed}")
-    cuts = UpdateCuts(agent, variant, content_of(rng), log)
+    cuts = UpdateCuts(agent, variant, content_of(rng, DISK_NBYTES), log)
     for _ in range(2):
         cuts.run(rng, n_cuts // 2)
     assert cuts.n_cuts >= n_cuts - 1
@@ -84,7 +63,7 @@ def expect_a_failure(
 ) -> None:
     """Cut sessions whose log lacks syncs until the image is not as it must be."""
     rng = random.Random(1)
-    cuts = UpdateCuts(agent, variant, content_of(rng), log, keep)
+    cuts = UpdateCuts(agent, variant, content_of(rng, DISK_NBYTES), log, keep)
     with pytest.raises(AssertionError, match="^cut after"):
         for _ in range(20):
             cuts.run(rng, N_CUTS_A_TEST)

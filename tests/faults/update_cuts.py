@@ -17,7 +17,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from tests.faults.crash import Event, Row, read_log
 from tests.faults.harness import Agent
 from tests.faults.update_history import SECTOR, Change, History, random_changes
 from tests.helpers import qemu
-from tests.helpers.update_variants import UpdateVariant
+from tests.helpers.update_variants import VARIANTS, UpdateVariant
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -43,6 +43,26 @@ QEMU_IS_SOUND = (0, 3)
 # It wants an exact count of the blocks of a VDI.  One that is too high leaks some: both
 # QEMU and VirtualBox put the next block where the count says.
 COUNT_OF_VDI = re.compile(r"ERROR: allocated blocks mismatch, is (\d+), should be (\d+)")
+
+
+def of_format(variant: UpdateVariant) -> list[UpdateVariant]:
+    """Return the variants of the same format."""
+    name = variant.name.partition("-")[0]
+    return [other for other in VARIANTS if other.name.partition("-")[0] == name]
+
+
+# One variant of each format, with small blocks.
+_NAMES = ("raw", "vmdk-sparse", "qcow2", "vhd-dynamic", "vhdx-1M", "vdi-dynamic")
+FORMATS = [variant for variant in VARIANTS if variant.name in _NAMES]
+
+
+def content_of(rng: random.Random, nbytes: int) -> bytes:
+    """Return a disk of data and zeros in pieces of odd lengths."""
+    pieces = bytearray()
+    while len(pieces) < nbytes:
+        length = rng.randint(1, 200_000)
+        pieces += rng.randbytes(length) if rng.random() < 0.5 else bytes(length)
+    return bytes(pieces[:nbytes])
 
 
 # -- one file --------------------------------------------------------------------------
@@ -159,18 +179,28 @@ class Session:
     content : bytes
         The disk before the first change.
     changes : sequence of Change
+    job
+        Its faults, for the agent.
+
+    Attributes
+    ----------
+    answer : dict
+        How it ended.
     """
 
-    def __init__(self, cuts: UpdateCuts, content: bytes, changes: Sequence[Change]) -> None:
+    def __init__(
+        self, cuts: UpdateCuts, content: bytes, changes: Sequence[Change], **job: Any
+    ) -> None:
         self._cuts, self._changes = cuts, changes
         self._before = cuts.files()
         self._content = content
-        self.rows: list[Row] = cuts.record(changes)
+        self.answer, self.rows = cuts.record(changes, **job)
         self._rewind()
-        self.advance(len(self.rows))
-        latest = {name: file.latest() for name, file in self._files.items()}
-        assert latest == cuts.files(), "the log is not complete"
-        self._rewind()
+        if self.answer["outcome"] != "killed":
+            self.advance(len(self.rows))
+            latest = {name: file.latest() for name, file in self._files.items()}
+            assert latest == cuts.files(), "the log is not complete"
+            self._rewind()
 
     def _rewind(self) -> None:
         self._at = 0
@@ -296,17 +326,23 @@ class UpdateCuts:
 
     # -- the sessions ------------------------------------------------------------------
 
-    def record(self, changes: Sequence[Change]) -> list[Row]:
-        """Change the image in the agent, and return the log."""
-        arguments = {"path": self.path, "changes": changes}
-        answer = self._agent.do("update", arguments, log=str(self._log))
-        assert answer["outcome"] == "ok", answer
-        return self._keep(read_log(self._log))
+    def record(
+        self, changes: Sequence[Change], *, again: bool = False, **job: Any
+    ) -> tuple[dict[str, Any], list[Row]]:
+        """Change the image in the agent; return how that ended, and the log."""
+        arguments = {"path": self.path, "changes": changes, "again": again}
+        answer = self._agent.do("update", arguments, log=str(self._log), **job)
+        assert answer["outcome"] == "ok" or job, answer
+        return answer, self._keep(read_log(self._log))
+
+    def reset(self) -> None:
+        """Make the image as it was made."""
+        for name, data in self._made.items():
+            self.lay_out(name, data)
 
     def run(self, rng: random.Random, n_cuts: int, n_changes: int = N_CHANGES) -> None:
         """Write to the image, and cut that ``n_cuts`` times."""
-        for name, data in self._made.items():
-            self.lay_out(name, data)
+        self.reset()
         changes = random_changes(rng, n_changes, len(self._content), self._variant.sizes)
         session = Session(self, self._content, changes)
         for at in session.moments(rng, n_cuts):
@@ -319,7 +355,7 @@ class UpdateCuts:
         story += session.story
         self.n_cuts += 1
         try:
-            content = self._examined(history)
+            content = self.examined(history)
             if self.n_cuts % QEMU_EXAMINES == 0:
                 self._examine_by_qemu(content)
             changes = random_changes(rng, N_CHANGES_AFTER, len(content), self._variant.sizes)
@@ -335,11 +371,11 @@ class UpdateCuts:
 
     def _cut_nothing(self, session: Session, story: str) -> None:
         try:
-            self._examined(session.history)
+            self.examined(session.history)
         except (AssertionError, imgcore.ImgcoreError, OSError) as error:
             raise AssertionError(f"{story}, written again: {error}") from error
 
-    def _examined(self, history: History) -> bytes:
+    def examined(self, history: History) -> bytes:
         """Verify the image; return its disk."""
         with imgcore.open(self.path, format=self._format) as image:
             content = image.read(0, image.virtual_size)

@@ -138,19 +138,23 @@ class History:
         self._content = bytearray(content)
         self._is_discarded = bytearray(len(content))
         self._pending: list[Change] = []
+        self._is_running = False
 
     def begin(self, change: Change) -> None:
         """Note that a change has begun."""
         self._pending.append(change)
+        self._is_running = True
 
     def end(self, change: Change) -> None:
         """Note that a change has ended: after a flush, all are durable."""
+        self._is_running = False
         if change.is_flush:
             self.settle()
 
     def settle(self) -> None:
-        """Note that all changes are durable."""
-        for change in self._pending:
+        """Note that all changes that have ended are durable; one may have failed."""
+        failed = self._pending[-1:] if self._is_running else []
+        for change in self._pending[: len(self._pending) - len(failed)]:
             for array, data in (
                 (self._content, change.data),
                 (self._is_discarded, bytes(change.length)),
@@ -163,7 +167,7 @@ class History:
             if change.action == "discard":
                 end = change.offset + change.length
                 self._is_discarded[change.offset : end] = b"\1" * change.length
-        self._pending = []
+        self._pending = failed
 
     @property
     def sizes(self) -> set[int]:

@@ -89,6 +89,17 @@ def test_children_are_named(disk: Path, caplog: pytest.LogCaptureFixture) -> Non
     assert "c.qcow2" in caplog.text
 
 
+def test_children_of_other_formats_are_not_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    imgcore.create(tmp_path / "base.vdi", MIB)
+    imgcore.create(tmp_path / "c.vdi", backing="base.vdi", backing_format="vdi")
+    imgcore.create(tmp_path / "other.qcow2", MIB)
+    with caplog.at_level(logging.WARNING):
+        imgcore.resize(tmp_path / "other.qcow2", 2 * MIB)
+    assert caplog.text == ""
+
+
 def test_the_command(disk: Path) -> None:
     done = imgcore_command("resize", str(disk), "+1M")
     assert (done.returncode, done.stdout, done.stderr) == (0, "Image resized.\n", "")

@@ -217,6 +217,18 @@ class TestResize:
             assert image.virtual_size == 2 * MIB
         assert_sound(path)
 
+    def test_a_table_that_grows_onto_the_footer(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.vhd"
+        # Its entries fill a sector, which the footer follows.
+        imgcore.create(path, 256 * MIB)
+        with imgcore.open(path, mode="r+") as image:
+            image.resize(258 * MIB)
+            image.write(257 * MIB, b"x" * MIB)
+        with imgcore.open(path) as image:
+            assert image.read(256 * MIB, 2 * MIB) == bytes(MIB) + b"x" * MIB
+        assert path.stat().st_size < 8 * MIB
+        assert_sound(path)
+
     def test_sizes_that_it_cannot_have(self, tmp_path: Path, child: Path) -> None:
         by_geometry = tmp_path / "chs.vhd"
         qemu.run("create", "-f", "vpc", by_geometry, "64M")

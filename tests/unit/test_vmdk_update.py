@@ -271,6 +271,16 @@ def test_what_shrinking_cuts_off_does_not_come_back(tmp_path: Path) -> None:
     assert path.stat().st_size < 8 * GRAIN
 
 
+def test_qemu_reads_what_has_no_grains(tmp_path: Path) -> None:
+    path = tmp_path / "disk.vmdk"
+    imgcore.create(path, 513 * MIB)
+    with imgcore.open(path, mode="r+") as image:
+        image.resize(513 * MIB - SECTOR, shrink=True)
+    qemu.run("check", "-f", "vmdk", path)
+    report = imgcore.check(path)
+    assert (report.corruptions, report.leaks) == (0, 0), report.problems
+
+
 @pytest.mark.parametrize("size", [MIB, 3 * MIB])
 def test_a_flat_disk_changes_its_size(tmp_path: Path, size: int) -> None:
     path = make(tmp_path, subformat="monolithicFlat")

@@ -102,6 +102,37 @@ def test_nothing_is_written_outside_the_disk(offset: int, nbytes: int, disk: Pat
     assert disk.read_bytes() == before
 
 
+@pytest.mark.parametrize("nbytes", [-512, 0, 511, 1 << 63, 1 << 80])
+def test_sizes_that_no_disk_has(nbytes: int, disk: Path) -> None:
+    with imgcore.open(disk, mode="r+") as image:
+        with pytest.raises(imgcore.OptionError):
+            image.resize(nbytes, shrink=True)
+        assert image.virtual_size == MIB
+
+
+@pytest.mark.parametrize("format", ["qcow2", "vdi", "vhd", "vhdx", "vmdk"])
+@pytest.mark.parametrize("is_dropped", [False, True])
+def test_space_freed_by_a_resize_is_given_back(
+    is_dropped: bool, format: str, disk: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / f"disk.{format}"
+    imgcore.create(path, 8 * MIB)
+    content = disk.read_bytes()
+    image = imgcore.open(path, mode="r+")
+    for at in range(7, -1, -1):  # the last bytes of the disk are the first in the file
+        image.write(at * MIB, content)
+    image.resize(MIB, shrink=True)
+    if is_dropped:
+        with pytest.warns(ResourceWarning):
+            del image
+    else:
+        image.close()
+    report = imgcore.check(path)
+    assert (report.corruptions, report.leaks) == (0, 0), report.problems
+    with imgcore.open(path) as image:
+        assert image.read(0, MIB) == content
+
+
 def test_later_requests_win(disk: Path) -> None:
     expected = bytearray(disk.read_bytes())
     choose = random.Random(3)

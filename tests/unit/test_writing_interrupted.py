@@ -37,7 +37,10 @@ class Interrupt:
                 raise KeyboardInterrupt
 
     def strikes(self, image: imgcore.Image, action: str) -> bool:
-        """Change the image; return whether it was interrupted."""
+        """Change the image; return whether it was interrupted.
+
+        Python drops what is raised while it drops an object: then the change goes on.
+        """
         sys.setprofile(self)
         try:
             if action == "zero":
@@ -48,11 +51,10 @@ class Interrupt:
                 image.write(START, NEW)
                 image.flush()
         except KeyboardInterrupt:
-            return True
+            pass
         finally:
             sys.setprofile(None)
-        assert self.n < self.at
-        return False
+        return self.n == self.at
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,7 @@ def go_on(image: imgcore.Image) -> None:
     image.flush()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("stride", [37, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("action", ["write", "zero", "discard"])
 @pytest.mark.parametrize("format", ["raw", "qcow2", "vhd", "vhdx", "vmdk", "vdi"])

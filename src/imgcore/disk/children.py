@@ -147,7 +147,7 @@ def _is_child(path: str, image: Image, own: set[Identity], names: set[str]) -> b
     if reference.identities:
         ours = image.reader.identities
         return all(
-            ours.get(key) in (value, reference.alternatives.get(key))
+            key in ours and ours[key] in (value, reference.alternatives.get(key))
             for key, value in reference.identities.items()
         )
     folder = os.path.dirname(path)

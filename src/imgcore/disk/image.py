@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, SupportsIndex, TypeVar
 
 from imgcore.border import (
     FilePath,
+    byte_count,
     integer,
     octets_of,
     range_of_disk,
@@ -564,7 +565,7 @@ class Image(Closable):
         ImgcoreError, OSError
             As for `write`.
         """
-        nbytes = integer(virtual_size, "virtual_size")
+        nbytes = byte_count(virtual_size, "virtual_size")
         if nbytes <= 0 or nbytes % SECTOR_NBYTES:
             raise OptionError(
                 f"the size is {nbytes} bytes, which is not a positive multiple of {SECTOR_NBYTES}",

@@ -92,6 +92,8 @@ class WriteAccess:
         self._ranges = RangeLocks()
         # Of the updater.
         self._tables = threading.Lock()
+        # Whether reads may have used space that was freed when it was opened anew.
+        self._is_untidy = False
         self._renew(access)
 
     def _renew(self, access: Access) -> None:
@@ -260,16 +262,15 @@ class WriteAccess:
     def _reopen(self, reopen: Callable[[], Access]) -> None:
         self._stop_overwriting()
         with self._tables:
-            had_begun = self._has_begun
-            if had_begun:
+            if self._has_begun:
                 # Reads may begin at any time: nothing is moved or used again.
                 self._updater.flush(is_unread=False)
                 self._finish()
                 self._forget_all()
+                self._is_untidy = True
+            is_untidy, self._is_untidy = self._is_untidy, False
             self._renew(reopen())
-            if had_begun:
-                # So that what is free is given back when nobody reads any more.
-                self._begin()
+            self._is_untidy = is_untidy
 
     def finish(self) -> None:
         """Flush, and leave the image as one that nobody writes to.
@@ -280,6 +281,8 @@ class WriteAccess:
         def work() -> None:
             self._stop_overwriting()
             with self._tables:
+                if self._is_untidy and not self._has_begun:
+                    self._begin_changes()
                 if self._has_begun:
                     self._updater.flush(is_unread=True)
                     self._finish()
@@ -339,9 +342,7 @@ class WriteAccess:
                 path=self._state.paths[0],
             )
         self._await_reads()
-        self._updater.begin()
-        self._updater.flush(is_unread=False)
-        self._has_begun = True
+        self._begin_changes()
         # From now on, no hole of a file is taken for zeros of the disk.
         self._forget_all()
         if isinstance(self._updater, Overwritable):
@@ -361,6 +362,11 @@ class WriteAccess:
             "a read that began before the image was opened anew does not end",
             path=self._state.paths[0],
         )
+
+    def _begin_changes(self) -> None:
+        self._updater.begin()
+        self._updater.flush(is_unread=False)
+        self._has_begun = True
 
     @contextmanager
     def _changed_tables(self, start: int, end: int) -> Iterator[None]:

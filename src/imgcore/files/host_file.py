@@ -186,8 +186,8 @@ class HostFile(OpenFile):
         OSError
             The system cannot open the file.
         ImgcoreError
-            It is neither a regular file nor a block device, or QEMU has it open for
-            writing.
+            It is neither a regular file nor a block device, or another open file is for
+            writing to it.
 
         Notes
         -----

@@ -341,8 +341,8 @@ class VdiUpdater:
         data_offset = self._offset_of(n_slots)
         if data_offset > VDI_MAX_DATA_OFFSET:
             raise OptionError(
-                f"the map of {n_blocks} blocks would end after {VDI_MAX_DATA_OFFSET:#x}, where "
-                "the last first block of a VDI may be",
+                f"the map of {n_blocks} blocks would end after {VDI_MAX_DATA_OFFSET:#x}, before "
+                "which the data of a VDI begins",
                 path=self._file.path,
             )
         self._empty_slots(n_slots)

@@ -136,6 +136,7 @@ class BlockUpdater:
         self._space = FreeSpace(self._slot_from(end), self._slot_nbytes)
         for gap in self._gaps(starts):
             self._space.give_back(gap)
+            self._has_gaps = True
         if end < self._footer_offset and not self._file.is_block_device:
             # An interrupted writer may have left data there.
             self._file.zero(end, self._footer_offset - end)
@@ -166,20 +167,21 @@ class BlockUpdater:
         return align_up(max(ends), SECTOR_NBYTES)
 
     def _gaps(self, starts: NDArray[np.int64]) -> Iterator[int]:
-        """Yield the slots between blocks that nothing uses."""
+        """Yield the slots before blocks that nothing uses."""
         parts = metadata(self._file, self._header)
-        ends = starts + (self._bitmap_nbytes + self._block_nbytes)
-        room = starts[1:] - ends[:-1]
+        ends = np.append(0, starts + (self._bitmap_nbytes + self._block_nbytes))
         n_found = 0
-        for at in np.flatnonzero(room >= self._slot_nbytes).tolist():
-            slot, stop = self._slot_from(int(ends[at])), int(starts[at + 1])
+        for at in np.flatnonzero(starts - ends[:-1] >= self._slot_nbytes).tolist():
+            slot, stop = self._slot_from(int(ends[at])), int(starts[at])
             while slot + self._slot_nbytes <= stop and n_found < _MAX_GAPS:
-                if not any(
-                    low < slot + self._slot_nbytes and slot < high for low, high, _ in parts
-                ):
-                    n_found += 1
-                    yield slot
-                slot += self._slot_nbytes
+                first, end = slot + self._bitmap_start, slot + self._slot_nbytes
+                used = [high for low, high, _ in parts if low < end and first < high]
+                if used:
+                    slot = self._slot_from(max(used))
+                    continue
+                n_found += 1
+                yield slot
+                slot = end
 
     def _slot_from(self, offset: int) -> int:
         """Return the first slot whose block starts at a host offset or after it."""
@@ -494,6 +496,8 @@ class BlockUpdater:
         if find_batmap(self._file, self._header) or end > self._table_limit():
             self._move_table(n_blocks)
         else:
+            # The footer may follow the BAT.
+            self._make_room(end)
             self._file.put(first, b"\xff" * (end - first), Step.NEW)
             self._put_header(self._dynamic._replace(max_table_entries=n_blocks))
 

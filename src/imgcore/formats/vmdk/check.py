@@ -414,8 +414,10 @@ class _Survey(_ExtentCheck):
             raise CorruptImageError(
                 f"is not written to, because its tables are damaged: {problem}", path=self._name
             )
+        # QEMU refuses a file that ends before the grains that its header announces.
+        overhead = min(self._extent.overhead // SECTOR_NBYTES, self._file_nsectors)
+        end = max(self._end_nsectors, overhead)
         # The last one may be what follows the end.
-        end = self._end_nsectors
         return SpaceSurvey(self._first, end, [gap for gap in self._gaps if gap[1] <= end])
 
     def _compare_redundant(self) -> None:

@@ -92,9 +92,13 @@ class SparseUpdater:
 
     def begin(self) -> None:
         """Give back leaked space, and mark the extent as not closed cleanly."""
-        for start, length in self._gaps:
-            if self.file.next_data(start)[0] < start + length:
-                self.file.punch(start, length)
+        leaked = [gap for gap in self._gaps if self.file.next_data(gap[0])[0] < sum(gap)]
+        if leaked:
+            # What a process that was killed has written may not be durable yet.
+            self.file.note_written()
+            self.file.sync()
+        for start, length in leaked:
+            self.file.punch(start, length)
         self.file.put(UNCLEAN_OFFSET, b"\1", Step.REFERENCE)
         if self.extent.unclean_shutdown:
             self._renew_redundant()
