@@ -12,6 +12,7 @@ its files.  A cut makes of them files as the disk may have them.  Then:
 from __future__ import annotations
 
 import random
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
@@ -39,6 +40,9 @@ QEMU_CHECKS = ("qcow2", "vmdk", "vhdx", "vdi")
 _PIECE_NBYTES = 256 * 1024
 # No errors, or leaks only.
 QEMU_IS_SOUND = (0, 3)
+# It wants an exact count of the blocks of a VDI.  One that is too high leaks some: both
+# QEMU and VirtualBox put the next block where the count says.
+COUNT_OF_VDI = re.compile(r"ERROR: allocated blocks mismatch, is (\d+), should be (\d+)")
 
 
 def of_format(variant: UpdateVariant) -> list[UpdateVariant]:
@@ -395,7 +399,10 @@ class UpdateCuts:
             done = subprocess.run(
                 ["qemu-img", "check", "-f", name, *repair, path], capture_output=True, text=True
             )
-            assert done.returncode in QEMU_IS_SOUND, f"qemu-img: {done.stdout}{done.stderr}"
+            counts = COUNT_OF_VDI.fullmatch(done.stderr.strip())
+            is_high = counts is not None and int(counts[1]) < int(counts[2])
+            told = f"qemu-img: {done.stdout}{done.stderr}"
+            assert done.returncode in QEMU_IS_SOUND or is_high, told
         raw = copy / "copied by qemu-img"
         qemu.run("convert", "-f", name, "-O", "raw", path, raw)
         # The disk of a VHD ends with a cylinder there.

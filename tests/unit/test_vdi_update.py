@@ -187,13 +187,9 @@ class TestParents:
         assert_sound(child)
 
     def test_drop(self, child: Path) -> None:
-        def drop(updater: Updater) -> None:
-            assert isinstance(updater, Rebasable)
-            updater.drop(0, 2 * BLOCK)
-
         with imgcore.open(child, mode="r+") as image:
             image.write(0, b"a" * 4 * BLOCK)
-            image.restructure(drop)
+            image._writing()[0].drop(0, 2 * BLOCK)
             assert image.read(0, 3 * BLOCK) == fill(0) + fill(1) + b"a" * BLOCK
         assert map_of(child)[:2] == [FREE, FREE]
         assert_sound(child, by_qemu=False)

@@ -263,19 +263,29 @@ class TestParents:
         qemu.run("convert", "-f", "vpc", "-O", "raw", child, out)
         assert out.read_bytes() == raw.read_bytes()
 
-    def test_drop(self, child: Path, content: bytes) -> None:
-        empty = child.stat().st_size
-
-        def drop(updater: Updater) -> None:
-            assert isinstance(updater, Rebasable)
-            updater.drop(BLOCK, 3 * BLOCK)
-
+    @pytest.mark.parametrize("batmap", [False, True])
+    def test_drop(self, tmp_path: Path, content: bytes, batmap: bool) -> None:
+        make(tmp_path / "base.vhd", content)
+        child = tmp_path / "child.vhd"
+        (tmp_path / "a.raw").write_bytes(b"a" * 6 * BLOCK + content[6 * BLOCK :])
+        imgcore.convert(
+            tmp_path / "a.raw",
+            child,
+            backing=tmp_path / "base.vhd",
+            backing_format="vhd",
+            options={"block_size": "512k", "batmap": batmap},
+            sparse=0,  # whole blocks, which the batmap calls full
+        )
+        n_bytes = child.stat().st_blocks * 512
+        expected = b"a" * BLOCK + content[BLOCK : 4 * BLOCK] + b"a" * 2 * BLOCK
         with imgcore.open(child, mode="r+") as image:
-            image.write(0, b"a" * 6 * BLOCK)
-            image.restructure(drop)
-            assert image.read(0, 4 * BLOCK) == b"a" * BLOCK + content[BLOCK : 4 * BLOCK]
+            image._writing()[0].drop(BLOCK, 3 * BLOCK)
+            assert image.read(0, 6 * BLOCK) == expected
         assert_sound(child)
-        assert child.stat().st_size <= empty + 3 * STRIDE + 4 * KIB
+        with imgcore.open(child) as image:
+            assert image.read(0, 6 * BLOCK) == expected
+        assert child.stat().st_blocks * 512 <= n_bytes - 3 * BLOCK + 8 * KIB
+        assert batmap or child.stat().st_size < 4 * BLOCK
 
 
 def with_entry(block: int, sector: int) -> Callable[[Path], Path]:
@@ -295,6 +305,60 @@ def test_hostile_entries(tmp_path: Path, content: bytes, sector: int | None, wor
     with pytest.raises(CorruptImageError, match=words):
         imgcore.open(path, mode="r+")
     assert path.read_bytes() == before
+
+
+def test_tables_that_overlap_headers(tmp_path: Path, content: bytes) -> None:
+    path = make(tmp_path / "a.vhd", content)
+    for offset in (0, SECTOR, 2 * SECTOR, vhd.TABLE_OFFSET + 2):
+        raw = bytearray(path.read_bytes()[SECTOR : SECTOR + 1024])
+        raw[16:24] = offset.to_bytes(8, "big")
+        raw[36:40] = vhd.checksum(bytes(raw), 36)
+        poke(path, (SECTOR, bytes(raw)))
+        before = path.read_bytes()
+        with pytest.raises(CorruptImageError, match="must not overlap"):
+            imgcore.open(path, mode="r+")
+        assert path.read_bytes() == before
+
+
+def test_blocks_that_another_size_shows_stay(tmp_path: Path) -> None:
+    """By its geometry, the disk ends before some blocks of the BAT."""
+    path = make(tmp_path / "a.vhd", b"x" * 4 * MIB)
+    for at in (0, path.stat().st_size - SECTOR):
+        raw = bytearray(path.read_bytes()[at : at + SECTOR])
+        raw[28:32] = b"vpc "
+        raw[56:60] = bytes((0, 30, 4, 17))
+        raw[64:68] = vhd.checksum(bytes(raw), 64)
+        poke(path, (at, bytes(raw)))
+    with imgcore.open(path, mode="r+") as image:
+        assert image.virtual_size == 30 * 4 * 17 * SECTOR
+        image.write(0, b"y" * BLOCK)
+    with imgcore.open(path, read_options={"size": "current"}) as image:
+        assert image.read(0, 4 * MIB) == b"y" * BLOCK + b"x" * 7 * BLOCK
+
+
+def test_a_failed_place_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    from imgcore.formats.vhd.block_updater import BlockUpdater
+
+    path = make(tmp_path / "a.vhd", bytes(4 * MIB))
+    take = BlockUpdater._take
+    with imgcore.open(path, mode="r+") as image:
+        with monkeypatch.context() as patch:
+
+            def fail(updater: BlockUpdater, block: int) -> int:
+                if block == 2:
+                    raise OSError(28, "full")
+                return take(updater, block)
+
+            patch.setattr(BlockUpdater, "_take", fail)
+            with pytest.raises(OSError, match="full"):
+                image.write(0, content)
+        image.write(3 * BLOCK, b"a")
+    assert_sound(path)
+    assert path.stat().st_size < 3 * STRIDE
+    with imgcore.open(path) as image:
+        assert image.read(0, 4 * MIB) == bytes(3 * BLOCK) + b"a" + bytes(5 * BLOCK - 1)
 
 
 def test_a_saved_state_is_refused(tmp_path: Path) -> None:

@@ -72,6 +72,12 @@ class VdiUpdater:
                 f"{VDI_MAX_REWRITTEN_BLOCKS} are written in place",
                 path=self._file.path,
             )
+        if self._header.map_offset % SECTOR_NBYTES:
+            raise CorruptImageError(
+                f"the block map is at {self._header.map_offset:#x}, which is not a multiple of "
+                f"{SECTOR_NBYTES}: it is not written to",
+                path=self._file.path,
+            )
         report = check(self._file, self._header)
         if report.corruptions:
             raise CorruptImageError(
@@ -165,20 +171,25 @@ class VdiUpdater:
     def place(self, start: int, length: int) -> list[Place]:
         """Return where blocks go; see `imgcore.formats.api.Updater`."""
         places: list[Place] = []
-        for block, first, end in self._blocks(start, length):
-            entry = self._entry(block)
-            is_new = entry >= layout.BLOCK_ZERO
-            offset = self._take(block) if is_new else self._offset_of(entry)
-            places.append(
-                Place(
-                    first,
-                    end - first,
-                    offset + first % self._block_nbytes,
-                    is_new=is_new,
-                    needs_all=self._is_child and entry == layout.BLOCK_FREE,
-                )
-            )
+        try:
+            for block, first, end in self._blocks(start, length):
+                places.append(self._place(block, first, end))
+        except BaseException:
+            self.give_up([place for place in places if place.is_new])
+            raise
         return places
+
+    def _place(self, block: int, start: int, end: int) -> Place:
+        entry = self._entry(block)
+        is_new = entry >= layout.BLOCK_ZERO
+        offset = self._take(block) if is_new else self._offset_of(entry)
+        return Place(
+            start,
+            end - start,
+            offset + start % self._block_nbytes,
+            is_new=is_new,
+            needs_all=self._is_child and entry == layout.BLOCK_FREE,
+        )
 
     def overwritable(self, start: int, length: int) -> list[Place]:
         """Return the blocks that have slots; see `imgcore.formats.api.Overwritable`."""
@@ -238,11 +249,14 @@ class VdiUpdater:
     def finish(self) -> None:
         """Move the last blocks into unused slots; see `imgcore.formats.api.Updater`.
 
-        The count is lowered once no entry needs it.  While somebody reads, blocks stay
-        where they are.
+        While somebody reads, all stays where it is.
         """
-        if not self._is_unread:
-            return
+        if self._is_unread:
+            self._compact()
+            self._file.cut(self._offset_of(self._count))
+
+    def _compact(self) -> None:
+        """Move the last blocks into unused slots; then lower the count."""
         entries = self._entries()
         blocks = np.flatnonzero(entries < layout.BLOCK_ZERO)
         owners = dict(zip(entries[blocks].tolist(), blocks.tolist(), strict=True))
@@ -254,11 +268,10 @@ class VdiUpdater:
         self._file.write_steps()
         for source, target in moves:
             owners[target] = owners.pop(source)
-        end = max(owners, default=-1) + 1
-        if end != self._fields().n_allocated:
-            self._put_header(self._fields()._replace(n_allocated=end))
+        self._count = max(owners, default=-1) + 1
+        if self._count != self._fields().n_allocated:
+            self._put_header(self._fields()._replace(n_allocated=self._count))
             self._file.write_steps()
-        self._file.cut(self._offset_of(end))
 
     def _copy(self, source: int, target: int) -> None:
         copy_block(self._file, self._offset_of(source), self._offset_of(target), self._block_nbytes)
@@ -280,8 +293,12 @@ class VdiUpdater:
         else:
             self._put_header(self._fields()._replace(disk_nbytes=virtual_size), Step.REFERENCE)
             self._file.write_steps()
-            self._free(n_blocks, header.n_blocks, layout.BLOCK_FREE)
+            freed = self._free(n_blocks, header.n_blocks)
             self._file.write_steps()
+            # Nobody reads these: the disk does not have them any more.
+            for offset in freed:
+                self._space.give_back(offset)
+            self._compact()
             self._put_header(self._fields()._replace(n_blocks=n_blocks))
 
     def _zero_after_disk(self) -> None:
@@ -357,19 +374,22 @@ class VdiUpdater:
         for offset in free:
             self._space.give_back(offset)
 
-    def _free(self, first: int, last: int, entry: int) -> None:
-        """Take the slots of blocks [first, last), whose entries change."""
+    def _free(self, first: int, last: int) -> list[int]:
+        """Let the blocks [first, last) have no slots; return the offsets of these."""
+        offsets = []
         for block in range(first, last):
-            old = self._entry(block)
-            if old != entry:
-                self._put_entry(block, entry)
-            if old < layout.BLOCK_ZERO:
-                self._space.release(self._offset_of(old))
+            entry = self._entry(block)
+            if entry != layout.BLOCK_FREE:
+                self._put_entry(block, layout.BLOCK_FREE)
+            if entry < layout.BLOCK_ZERO:
+                offsets.append(self._offset_of(entry))
+        return offsets
 
     def drop(self, start: int, length: int) -> None:
         """Free blocks; see `imgcore.formats.api.Rebasable`."""
         first, last = start // self._block_nbytes, -(-(start + length) // self._block_nbytes)
-        self._free(first, last, layout.BLOCK_FREE)
+        for offset in self._free(first, last):
+            self._space.release(offset)
 
     def set_backing(self, reference: BackingReference | None) -> None:
         """Change the parent's UUIDs; see `imgcore.formats.api.Rebasable`."""

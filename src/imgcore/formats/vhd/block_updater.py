@@ -3,12 +3,13 @@
 A new block is put where the footer is, which moves ahead before: far enough that it
 moves rarely, and back to the last block in the end.  What is between takes no space.
 
-Sector bitmaps and BAT entries become durable together, after the data.  A new block
-whose bitmap is lost has no sectors of the disk, and reads as before.
+Sector bitmaps of a child become durable together with BAT entries, after the data.  A
+new block whose bitmap is lost has no sectors of the disk, and reads as before.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 import numpy as np
@@ -21,13 +22,18 @@ from imgcore.formats.shared.free_space import FreeSpace
 from imgcore.formats.shared.moving import copy_block, moves_into_gaps
 from imgcore.formats.vhd import layout
 from imgcore.formats.vhd.changes import resized_footer, with_footer, with_header
-from imgcore.formats.vhd.check import find_batmap, metadata, verify_blocks
+from imgcore.formats.vhd.check import (
+    batmap_header_offset,
+    find_batmap,
+    metadata,
+    verify_blocks,
+)
 from imgcore.formats.vhd.header import footer_of, read_header
 from imgcore.formats.vhd.layout import DiskType, DynamicHeader
 from imgcore.formats.vhd.parent import ParentFields, parent_fields
 from imgcore.formats.vhd.tables import read_bat
 from imgcore.formats.vhd.writer import batmap_nbytes, make_batmap_header
-from imgcore.limits import MIB, SECTOR_NBYTES
+from imgcore.limits import MIB, SECTOR_NBYTES, VHD_MAX_CHECKED_BLOCKS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -41,7 +47,7 @@ if TYPE_CHECKING:
 # As in the writer.
 _DATA_ALIGNMENT: Final = 4096
 # How far the footer moves ahead: as far as blocks have been appended, within bounds.
-_MIN_AHEAD_NBYTES: Final = 64 * MIB
+_MIN_AHEAD_NBYTES: Final = 8 * MIB
 _MAX_AHEAD_NBYTES: Final = 1024 * MIB
 # Gaps of an image that are remembered, to be filled.
 _MAX_GAPS: Final = 1 << 16
@@ -78,6 +84,8 @@ class BlockUpdater:
         self._data_start = align_up(self._bitmap_nbytes, _DATA_ALIGNMENT)
         self._bitmap_start = self._data_start - self._bitmap_nbytes
         self._slot_nbytes = self._data_start + self._block_nbytes
+        # As the user has chosen it when the image was opened.
+        self._size = header.size.field if header.size.because == "option" else None
         self._footer = header.end.raw
         self._footer_offset = header.end.offset
         if self._file.is_block_device:
@@ -86,12 +94,35 @@ class BlockUpdater:
         reader.let_footer_move()
 
     def _verify(self) -> None:
-        """Raise unless no block is in the way of another, or of a table."""
+        """Raise unless no block or table is in the way of another one."""
+        if self._dynamic.max_table_entries > VHD_MAX_CHECKED_BLOCKS:
+            raise LimitExceededError(
+                f"a BAT of {self._dynamic.max_table_entries} entries, at most "
+                f"{VHD_MAX_CHECKED_BLOCKS} are written in place",
+                path=self._file.path,
+            )
+        self._verify_structures()
         report = verify_blocks(self._file, self._header)
         if report.corruptions:
             raise CorruptImageError(
                 f"{report.first_corruption}: it is not written to", path=self._file.path
             )
+
+    def _verify_structures(self) -> None:
+        """Raise if a header or table overlaps another one, or is in half a sector."""
+        parts = [
+            *self._header.structures,
+            (self._footer_offset, self._footer_offset + layout.FOOTER_NBYTES, "the footer"),
+        ]
+        parts.sort()
+        for (start, end, name), (following, _, other) in pairwise(parts):
+            if following < end or start % SECTOR_NBYTES:
+                raise CorruptImageError(
+                    f"{name} at {start:#x} ends at {end:#x}, {other} is at {following:#x}: they "
+                    "must not overlap, and start at multiples of 512: it is not written to",
+                    path=self._file.path,
+                    offset=start,
+                )
 
     # -- space -------------------------------------------------------------------------
 
@@ -111,12 +142,21 @@ class BlockUpdater:
             self._file.zero(end, self._footer_offset - end)
 
     def _starts(self) -> NDArray[np.int64]:
-        """Return where blocks start in the file, in the order of the disk."""
-        entries = self._entries()
-        return np.compress(entries != layout.ENTRY_ABSENT, entries) * SECTOR_NBYTES
+        """Return where blocks start in the file, in the order of the disk.
 
-    def _entries(self) -> NDArray[np.int64]:
-        raw = read_bat(self._file, self._dynamic.table_offset, 0, self._header.n_blocks)
+        The BAT may have blocks after the end of the disk: programs that use another
+        size read them.
+        """
+        entries = self._entries(self._dynamic.max_table_entries)
+        is_block = entries != layout.ENTRY_ABSENT
+        last = self._footer_offset - self._bitmap_nbytes - self._block_nbytes
+        is_block[self._header.n_blocks :] &= (
+            entries[self._header.n_blocks :] * SECTOR_NBYTES <= last
+        )
+        return np.compress(is_block, entries) * SECTOR_NBYTES
+
+    def _entries(self, n_entries: int) -> NDArray[np.int64]:
+        raw = read_bat(self._file, self._dynamic.table_offset, 0, n_entries)
         return np.asarray(raw.view(">u4"), dtype=np.int64)
 
     def _end_of_use(self, starts: NDArray[np.int64]) -> int:
@@ -254,24 +294,31 @@ class BlockUpdater:
     def place(self, start: int, length: int) -> list[Place]:
         """Return where a range goes; see `imgcore.formats.api.Updater`."""
         places: list[Place] = []
-        for block, first, end in self._blocks(start, length):
-            entry = self._entry(block)
-            if entry == layout.ENTRY_ABSENT:
-                entry = self._reserve(block)
-                runs: Iterator[_Run] = iter([_Run(first, end, False)])
-            else:
-                runs = self._runs(block, entry, first, end)
-            places += (
-                Place(
-                    run.start,
-                    run.end - run.start,
-                    self._host_offset(block, entry, run.start),
-                    is_new=not run.is_present,
-                    needs_all=not run.is_present,
-                )
-                for run in runs
-            )
+        try:
+            for block, first, end in self._blocks(start, length):
+                places += self._places(block, first, end)
+        except BaseException:
+            self.give_up([place for place in places if place.is_new])
+            raise
         return places
+
+    def _places(self, block: int, start: int, end: int) -> list[Place]:
+        entry = self._entry(block)
+        if entry == layout.ENTRY_ABSENT:
+            entry = self._reserve(block)
+            runs: Iterator[_Run] = iter([_Run(start, end, False)])
+        else:
+            runs = self._runs(block, entry, start, end)
+        return [
+            Place(
+                run.start,
+                run.end - run.start,
+                self._host_offset(block, entry, run.start),
+                is_new=not run.is_present,
+                needs_all=not run.is_present,
+            )
+            for run in runs
+        ]
 
     def _reserve(self, block: int) -> int:
         """Return the sector of a block that gets space; several places may be in it."""
@@ -303,8 +350,10 @@ class BlockUpdater:
             bitmap_offset = place.host_offset - first * SECTOR_NBYTES - self._bitmap_nbytes
             is_new = self._entry(block) == layout.ENTRY_ABSENT
             if is_new and not self._is_child:
-                first, last = 0, 8 * self._bitmap_nbytes
-            self._set_bits(bitmap_offset, first, last)
+                # QEMU does not look at it, so it is durable before the entry.
+                self._file.pwrite(bitmap_offset, b"\xff" * self._bitmap_nbytes)
+            else:
+                self._set_bits(bitmap_offset, first, last)
             if is_new:
                 self._put_entry(block, bitmap_offset // SECTOR_NBYTES)
             self._settle_place(block)
@@ -366,15 +415,22 @@ class BlockUpdater:
         self._file.write_steps()
         self._is_unread = is_unread
         for slot in self._space.settle(is_unread=is_unread):
-            self._file.punch(slot + self._bitmap_start, self._slot_nbytes - self._bitmap_start)
+            self._give_back_space(slot)
+
+    def _give_back_space(self, slot: int) -> None:
+        """Give the space of a free slot back to the file system."""
+        self._file.punch(slot + self._bitmap_start, self._slot_nbytes - self._bitmap_start)
 
     def finish(self) -> None:
         """Leave no gaps, and move the footer to the last block; see `Updater`.
 
-        While somebody reads, blocks stay where they are.
+        While somebody reads, all stays where it is.
         """
-        if self._has_gaps and self._is_unread:
-            self._compact()
+        if not self._is_unread:
+            return
+        if self._has_gaps:
+            for slot in self._compact():
+                self._give_back_space(slot)
         end = self._end_of_use(self._starts())
         if self._file.is_block_device:
             return
@@ -382,9 +438,9 @@ class BlockUpdater:
             self._put_footer(end)
         self._file.cut(self._footer_offset + layout.FOOTER_NBYTES)
 
-    def _compact(self) -> None:
-        """Move the last blocks into free slots before them."""
-        entries = self._entries()
+    def _compact(self) -> list[int]:
+        """Move the last blocks into free slots before them; return where they were."""
+        entries = self._entries(self._header.n_blocks)
         present = np.flatnonzero(entries != layout.ENTRY_ABSENT)
         places = entries[present] * SECTOR_NBYTES - self._bitmap_start
         owners = dict(zip(places.tolist(), present.tolist(), strict=True))
@@ -395,6 +451,7 @@ class BlockUpdater:
         for source, target in moves:
             self._put_entry(owners[source], (target + self._bitmap_start) // SECTOR_NBYTES)
         self._file.write_steps()
+        return [source for source, _ in moves]
 
     # -- changes of structure ----------------------------------------------------------
 
@@ -411,8 +468,15 @@ class BlockUpdater:
         if virtual_size > old_size:
             self._zero_end_of_disk()
             self._extend_table(n_blocks)
-        self._put_footers(footer)
-        self._free_blocks(n_blocks, n_old)
+            self._file.write_steps()
+        self._put_footers(footer, copy_first=virtual_size > old_size)
+        freed = self._free_blocks(n_blocks, n_old)
+        if freed:
+            file.write_steps()
+            # Nobody reads these: the disk does not have them any more.
+            for slot in freed:
+                self._space.give_back(slot)
+            self._compact()
 
     def _zero_end_of_disk(self) -> None:
         """Clear what the last block has after the end of the disk."""
@@ -457,7 +521,7 @@ class BlockUpdater:
         raw = self._file.pread(self._dynamic.table_offset, kept_nbytes).ljust(nbytes, b"\xff")
         if find_batmap(self._file, self._header):
             batmap = bytes(batmap_nbytes(n_blocks))
-            raw += make_batmap_header(offset + nbytes, batmap) + batmap
+            raw += make_batmap_header(offset + nbytes + SECTOR_NBYTES, batmap) + batmap
         self._append(raw)
         self._put_header(self._dynamic._replace(table_offset=offset, max_table_entries=n_blocks))
 
@@ -472,43 +536,59 @@ class BlockUpdater:
 
     def _read_header(self) -> None:
         """Read what has changed."""
-        header = self._header = read_header(self._file)
+        header = self._header = read_header(self._file, self._size)
         assert header.dynamic is not None
         self._dynamic = header.dynamic
 
-    def _put_footers(self, footer: bytes) -> None:
-        """Change the footer and its copy, and make that durable."""
+    def _put_footers(self, footer: bytes, *, copy_first: bool) -> None:
+        """Change the footer and its copy, one after the other, and make that durable.
+
+        QEMU uses the copy: a disk that it states is never the smaller one.
+        """
         self._footer = footer
-        self._file.put(self._footer_offset, footer, Step.REFERENCE)
-        self._file.put(0, footer, Step.REFERENCE)
+        places = (0, self._footer_offset) if copy_first else (self._footer_offset, 0)
+        for place, step in zip(places, (Step.ALLOCATION, Step.REFERENCE), strict=True):
+            self._file.put(place, footer, step)
         self._file.write_steps()
         self._read_header()
 
-    def _free_blocks(self, first: int, last: int) -> None:
-        """Free the blocks [first, last)."""
+    def _free_blocks(self, first: int, last: int) -> list[int]:
+        """Let no entry refer to the blocks [first, last); return their slots."""
+        self._clear_batmap()
+        slots = []
         for block in range(first, last):
             entry = self._entry(block)
             if entry != layout.ENTRY_ABSENT:
                 self._put_entry(block, layout.ENTRY_ABSENT)
-                self._space.release(entry * SECTOR_NBYTES - self._bitmap_start)
-                self._has_gaps = True
+                slots.append(entry * SECTOR_NBYTES - self._bitmap_start)
+        return slots
+
+    def _clear_batmap(self) -> None:
+        """Let XenServer's batmap call no block full, which is always right.
+
+        Its header then refers to another map, since it has the checksum of the map.
+        """
+        found = find_batmap(self._file, self._header)
+        batmap = bytes(batmap_nbytes(self._header.n_blocks))
+        if found is None or not any(self._file.pread(found[0], found[1])):
+            return
+        raw = make_batmap_header(self._space.end + self._bitmap_start, batmap)
+        self._append(batmap)
+        self._file.put(batmap_header_offset(self._header), raw, Step.ALLOCATION)
 
     def drop(self, start: int, length: int) -> None:
         """Free blocks; see `imgcore.formats.api.Rebasable`."""
-        if find_batmap(self._file, self._header):
-            # The old one calls them full.
-            self._move_table(self._header.n_blocks)
-            self._file.write_steps()
         first, last = start // self._block_nbytes, -(-(start + length) // self._block_nbytes)
-        self._free_blocks(first, last)
+        for slot in self._free_blocks(first, last):
+            self._space.release(slot)
+            self._has_gaps = True
 
     def set_backing(self, reference: BackingReference | None) -> None:
         """Write a new header, which the footers then refer to; see `Rebasable`.
 
         The header is larger than a sector, so it is not overwritten.
         """
-        none = ParentFields(bytes(16), 0, b"", ())
-        parent = none
+        parent = ParentFields(bytes(16), 0, b"", ())
         if reference is not None:
             parent = parent_fields(reference, self._header.size.nbytes)
         offset = self._space.end + self._bitmap_start
@@ -526,7 +606,7 @@ class BlockUpdater:
         self._append(raw)
         kind = DiskType.DYNAMIC if reference is None else DiskType.DIFFERENCING
         footer = footer_of(self._footer)._replace(data_offset=offset, disk_type=kind)
-        self._put_footers(with_footer(self._footer, footer))
+        self._put_footers(with_footer(self._footer, footer), copy_first=False)
 
     def _append(self, raw: bytes) -> None:
         """Write bytes after the last block, where the caller lets something refer."""

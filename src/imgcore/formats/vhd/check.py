@@ -192,13 +192,15 @@ def metadata(file: ByteSource, header: VhdHeader) -> list[tuple[int, int, str]]:
     batmap = find_batmap(file, header)
     if batmap is not None:
         offset, nbytes, _ = batmap
-        parts.append((_batmap_header_offset(header), offset + nbytes, "the batmap"))
+        place = batmap_header_offset(header)
+        parts.append((place, place + SECTOR_NBYTES, "the batmap's header"))
+        parts.append((offset, offset + nbytes, "the batmap"))
     return parts
 
 
 def find_batmap(file: ByteSource, header: VhdHeader) -> tuple[int, int, int] | None:
     """Return (offset, bytes, checksum) of XenServer's batmap, or None."""
-    offset = _batmap_header_offset(header)
+    offset = batmap_header_offset(header)
     if not header.footer.creator.startswith(b"tap"):
         return None
     if offset + layout.BATMAP.size > file.nbytes:
@@ -211,7 +213,8 @@ def find_batmap(file: ByteSource, header: VhdHeader) -> tuple[int, int, int] | N
     return place, n_sectors * SECTOR_NBYTES, checksum
 
 
-def _batmap_header_offset(header: VhdHeader) -> int:
+def batmap_header_offset(header: VhdHeader) -> int:
+    """Return where XenServer expects the header of the batmap: after the BAT."""
     assert header.dynamic is not None
     table_nbytes = header.dynamic.max_table_entries * layout.ENTRY_NBYTES
     return header.dynamic.table_offset + align_up(table_nbytes, SECTOR_NBYTES)

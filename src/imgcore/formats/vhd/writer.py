@@ -95,10 +95,10 @@ def make_footer(options: WriteOptions) -> bytes:
 
 
 def make_batmap_header(offset: int, batmap: bytes) -> bytes:
-    """Return the header at a host offset of the batmap that follows it."""
+    """Return the header of a batmap at a host offset."""
     header = layout.BATMAP.pack(
         layout.BATMAP_COOKIE,
-        offset + SECTOR_NBYTES,
+        offset,
         len(batmap) // SECTOR_NBYTES,
         layout.BATMAP_VERSION,
         ~sum(batmap) & 0xFFFFFFFF,
@@ -237,7 +237,7 @@ class BlockWriter:
         n_blocks, parts = self._layout.n_blocks, self._layout
         present = self._table.view(">u4")[:n_blocks] != layout.ENTRY_ABSENT
         batmap = np.packbits(present).tobytes().ljust(parts.batmap_nbytes, b"\0")
-        header = make_batmap_header(parts.batmap_offset, batmap)
+        header = make_batmap_header(parts.batmap_offset + SECTOR_NBYTES, batmap)
         return header + batmap
 
     def _make_header(self) -> bytes:
