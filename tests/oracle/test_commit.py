@@ -274,3 +274,23 @@ def test_a_full_disk(is_copied: bool, tmp_path: Path, monkeypatch: pytest.Monkey
     assert content_of(top) == contents[1]
     imgcore.commit(top)
     assert content_of(base) == contents[1]
+
+
+def test_a_commit_that_cannot_begin_leaves_no_mark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mark that stayed would excuse a parent that is changed later."""
+    base, top = chain(tmp_path, ("vdi", "vdi"), disks(3, 2))
+    begin = imgcore.Image.begin
+
+    def fail(image: imgcore.Image) -> None:
+        if image.path == str(base):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), image.path)
+        begin(image)
+
+    monkeypatch.setattr(imgcore.Image, "begin", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        imgcore.commit(top)
+    assert not list(tmp_path.glob("*.imgcore-commit"))
+    monkeypatch.undo()
+    imgcore.commit(top)

@@ -72,7 +72,7 @@ def updating(path: Path, *, parent_nbytes: int | None = None) -> Iterator[Qcow2U
     """Give the updater of an image that nothing else uses."""
     with UpdateFile.open(path) as file:
         updater = updater_for(Qcow2Reader(file), parent_nbytes)
-        updater.begin()
+        updater.begin(again=False)
         yield updater
 
 

@@ -7,7 +7,8 @@ new identity is to be stored, so that a crash in between can be mended.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Final
+from itertools import pairwise
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from imgcore.disk.backing import opened_reference
 from imgcore.disk.image import Image, open_image
@@ -42,18 +43,44 @@ def begin_below(images: Sequence[Image], nbytes: int | None) -> None:
     nbytes : int or None
         A new size for the disk of the last one.
     """
-    *children, base = images
-    marks = [Mark(child.files[0], _SUFFIX) if _identities(child) else None for child in children]
-    for mark, parent in zip(marks, images[1:], strict=True):
-        if mark is not None:
-            mark.write(_text(parent.files[0].identity))
-    if nbytes is not None:
-        base.resize(nbytes)
-    base.begin()
-    for mark, child, parent in reversed(list(zip(marks, children, images[1:], strict=True))):
-        if mark is not None:
-            _store(child, _facts(child, parent))
-            mark.remove()
+    links = [
+        _Link(Mark(child.files[0], _SUFFIX), child, parent)
+        for child, parent in pairwise(images)
+        if _identities(child)
+    ]
+    for link in links:
+        link.mark.write(_text(link.parent.files[0].identity))
+    try:
+        if nbytes is not None:
+            images[-1].resize(nbytes)
+        images[-1].begin()
+        for link in reversed(links):
+            link.renew()
+    except BaseException:
+        # A mark that stays would also excuse a parent that changes later.  But to mend
+        # one link changes the parent of the next.
+        if all(link.is_right() for link in links):
+            for link in links:
+                link.mark.remove()
+        raise
+
+
+class _Link(NamedTuple):
+    """A child, its parent, and the mark that says that the parent changes."""
+
+    mark: Mark
+    child: Image
+    parent: Image
+
+    def renew(self) -> None:
+        """Store the parent's identity, after which the mark is not needed."""
+        _store(self.child, _facts(self.child, self.parent))
+        self.mark.remove()
+
+    def is_right(self) -> bool:
+        """Tell whether the child states what its parent's file says."""
+        facts = _facts(self.child, self.parent)
+        return not _differs(self.child, facts)
 
 
 def _identities(image: Image) -> Mapping[str, str]:
@@ -82,13 +109,18 @@ def _facts(child: Image, parent: Image) -> BackingReference:
 
 def _store(child: Image, facts: BackingReference) -> None:
     """Make the child's reference right, if it is not."""
+    if _differs(child, facts):
+        child.set_backing(facts)
+
+
+def _differs(child: Image, facts: BackingReference) -> bool:
+    """Tell whether a child's reference does not have these facts of its parent."""
     reference = child.reader.backing
     assert reference is not None
     found = {key: facts.identities.get(key) for key in reference.identities}
-    if found != dict(reference.identities) or (
+    return found != dict(reference.identities) or (
         reference.modified is not None and reference.modified != facts.modified
-    ):
-        child.set_backing(facts)
+    )
 
 
 def refresh_link(child: Image, parent: str, options: OpenOptions) -> None:

@@ -94,6 +94,7 @@ class WriteAccess:
         self._tables = threading.Lock()
         # Whether reads may have used space that was freed when it was opened anew.
         self._is_untidy = False
+        self._has_ever_begun = False
         self._renew(access)
 
     def _renew(self, access: Access) -> None:
@@ -372,9 +373,9 @@ class WriteAccess:
         )
 
     def _begin_changes(self) -> None:
-        self._updater.begin()
+        self._updater.begin(again=self._has_ever_begun)
         self._updater.flush(is_unread=False)
-        self._has_begun = True
+        self._has_begun = self._has_ever_begun = True
 
     @contextmanager
     def _changed_tables(self, start: int, end: int) -> Iterator[None]:

@@ -800,8 +800,15 @@ class Updater(Protocol):
     What is placed is aligned to it, unless it ends with the disk.
     """
 
-    def begin(self) -> None:
-        """Change what says that the image has changed, or is being changed."""
+    def begin(self, *, again: bool) -> None:
+        """Change what says that the image has changed, or is being changed.
+
+        Parameters
+        ----------
+        again : bool
+            Whether it has begun before, and the image was opened anew since: its
+            identity, by which children know it, is new already, and stays.
+        """
         ...
 
     def place(self, start: int, length: int) -> list[Place]:

@@ -86,7 +86,7 @@ class Qcow2Updater:
         self._clusters = HostClusters(file, header)
         self._tables = ActiveTables(file, header, self._clusters)
 
-    def begin(self) -> None:
+    def begin(self, *, again: bool) -> None:
         """Mark bitmaps that do not see the changes, and clear unknown features."""
         header_update.clear_autoclear(self._file, self._header)
         for bitmap in read_bitmaps(self._file, self._header):

@@ -31,7 +31,7 @@ class FlatUpdater:
         self._file = file
         self._shift = shift
 
-    def begin(self) -> None:
+    def begin(self, *, again: bool) -> None:
         """Let the file's holes be data: they will not stay holes."""
         self._file.note_written()
 

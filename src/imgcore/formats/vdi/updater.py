@@ -86,7 +86,7 @@ class VdiUpdater:
 
     # -- slots -------------------------------------------------------------------------
 
-    def begin(self) -> None:
+    def begin(self, *, again: bool) -> None:
         """Find the free slots, and change the modification UUID; see `Updater`.
 
         An interrupted writer may have counted slots that it did not refer to.
@@ -98,9 +98,10 @@ class VdiUpdater:
         self._space = FreeSpace(self._offset_of(end), self._block_nbytes)
         for gap in _unused(used, _MAX_GAPS):
             self._space.give_back(self._offset_of(gap))
-        self._put_header(
-            self._fields()._replace(n_allocated=end, modification_uuid=uuid4().bytes_le)
-        )
+        fields = self._fields()._replace(n_allocated=end)
+        if not again:
+            fields = fields._replace(modification_uuid=uuid4().bytes_le)
+        self._put_header(fields)
         self._count = end
         self._file.cut(self._offset_of(end))
 

@@ -126,7 +126,7 @@ class BlockUpdater:
 
     # -- space -------------------------------------------------------------------------
 
-    def begin(self) -> None:
+    def begin(self, *, again: bool) -> None:
         """Find the space that is free; see `imgcore.formats.api.Updater`."""
         self._reserved: dict[int, list[int]] = {}
         self._has_gaps = self._is_unread = False

@@ -90,9 +90,12 @@ class BlockUpdater:
         # Chunks whose sector bitmap block no durable entry refers to.
         self._new_bitmaps: set[int] = set()
 
-    def begin(self) -> None:
+    def begin(self, *, again: bool) -> None:
         """Give the file and its data new GUIDs (2.2.2)."""
-        self._log.update_headers(file_write_guid=uuid.uuid4(), data_write_guid=uuid.uuid4())
+        guids = {"file_write_guid": uuid.uuid4()}
+        if not again:
+            guids["data_write_guid"] = uuid.uuid4()
+        self._log.update_headers(**guids)
         self._reader.note_header(self._log.header)
         if not self._file.is_block_device:
             nbytes = max(self._file.nbytes, self._space.end)

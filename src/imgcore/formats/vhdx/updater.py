@@ -308,7 +308,7 @@ class UnnamedUpdater(VhdxUpdater):
     It needs no log, and nobody has seen it with other content, so that its GUIDs stay.
     """
 
-    def begin(self) -> None:
+    def begin(self, *, again: bool) -> None:
         """Change nothing: the GUIDs are new."""
 
     def flush(self, *, is_unread: bool) -> None:

@@ -90,7 +90,7 @@ class SparseUpdater:
         self._new_tables: set[int] = set()
         self._room = (0, 0)
 
-    def begin(self) -> None:
+    def begin(self, *, again: bool) -> None:
         """Give back leaked space, and mark the extent as not closed cleanly."""
         leaked = [gap for gap in self._gaps if self.file.next_data(gap[0])[0] < sum(gap)]
         if leaked:

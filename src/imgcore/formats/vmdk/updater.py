@@ -120,17 +120,21 @@ class VmdkUpdater:
         # An odd descriptor is refused now, not by the first write.
         self._with_new_content_id()
 
-    def begin(self) -> None:
+    def begin(self, *, again: bool) -> None:
         """Give the disk a new content ID, and mark its extents as being written."""
+        if not again:
+            self._put_new_content_id()
+        for part in self._parts:
+            part.updater.begin(again=again)
+            if isinstance(part.updater, SparseUpdater) and is_descriptor_away(part.updater):
+                change_header(part.updater, self._text())
+
+    def _put_new_content_id(self) -> None:
         at, old, new = self._with_new_content_id()
         for start, end in _changed_runs(old, new):
             self._descriptor_file.put(at + start, new[start:end], Step.REFERENCE)
         if new:
             self._reader.descriptor = parse_descriptor(new, self._reader.file.path)
-        for part in self._parts:
-            part.updater.begin()
-            if isinstance(part.updater, SparseUpdater) and is_descriptor_away(part.updater):
-                change_header(part.updater, self._text())
 
     def _with_new_content_id(self) -> tuple[int, bytes, bytes]:
         """Return where the descriptor is, and its old and new content."""
