@@ -241,6 +241,9 @@ def test_all_files_of_an_image(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["r", "r+"])
 def test_a_forked_child_does_not_keep_the_lock(image: Path, mode: str) -> None:
     own = imgcore.open(image, mode=mode)
+    if mode == "r+":
+        own.write(0, bytes(100 * KIB))
+    assert len(own.read(0, 100 * KIB)) == 100 * KIB
     wait, go = os.pipe()
     child = os.fork()
     if not child:

@@ -460,7 +460,8 @@ class UpdateFile(HostFile):
 
         A failure is final: the kernel may have dropped the data.
         """
-        with self._in_use():
+        # Whoever finds nothing to sync must not return before another thread's sync.
+        with self._changing, self._in_use():
             self._require_sound()
             # What is written from now on is for the next sync.
             if self._core is not None and self._core.take_written():
