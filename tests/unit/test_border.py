@@ -103,6 +103,55 @@ def changes(image: imgcore.Image, folder: Path, **keywords: Any) -> Any:
     return list(imgcore.changes(image, since=folder / "small.raw", **keywords))
 
 
+def updated(folder: Path, change: Callable[[imgcore.Image], object]) -> bytes:
+    path = folder / "update.raw"
+    shutil.copyfile(folder / "small.raw", path)
+    with imgcore.open(path, mode="r+") as image:
+        change(image)
+    return path.read_bytes()
+
+
+def applied(folder: Path, **keywords: Any) -> bytes:
+    return updated(folder, lambda image: imgcore.apply(image, [(0, b"x" * 512)], **keywords))
+
+
+def resized(folder: Path, size: Any) -> bytes:
+    path = folder / "update.raw"
+    shutil.copyfile(folder / "small.raw", path)
+    imgcore.resize(path, size, shrink=True)
+    return path.read_bytes()
+
+
+def synced(folder: Path, **keywords: Any) -> bytes:
+    path = folder / "update.raw"
+    path.write_bytes(bytes((folder / "small.raw").stat().st_size))
+    imgcore.sync(folder / "small.raw", path, **keywords)
+    return path.read_bytes()
+
+
+def chained(folder: Path, verb: Callable[..., object], **keywords: Any) -> bytes:
+    """Call a verb for an overlay that has one sector."""
+    base, top, options = folder / "base.qcow2", folder / "top.qcow2", {"cluster_size": 512}
+    imgcore.convert(folder / "small.raw", base, options=options, force=True, sync=False)
+    imgcore.create(top, backing=base, backing_format="qcow2", options=options, force=True)
+    with imgcore.open(top, mode="r+") as image:
+        image.write(0, b"x" * 512)
+    verb(top, **keywords)
+    with imgcore.open(top) as image:
+        return image.read(0, image.virtual_size)
+
+
+def snapshot(folder: Path, created_ns: Any) -> Any:
+    path = folder / "update.qcow2"
+    shutil.copyfile(folder / "disk.qcow2", path)
+    return imgcore.create_snapshot(path, "one", created_ns=created_ns)
+
+
+def rebased(folder: Path, **keywords: Any) -> bytes:
+    base = folder / "base.qcow2"
+    return chained(folder, imgcore.rebase, backing=base, backing_format="qcow2", **keywords)
+
+
 Call = Callable[[imgcore.Image, Path, Any], Any]
 
 # Every number that a public function takes, and a value that it allows.
@@ -146,12 +195,53 @@ NUMBERS: dict[tuple[str, str], tuple[int, Call]] = {
     ("convert", "rate"): (60_000, lambda _, folder, n: convert(folder, "small.raw", rate=n)),
     ("create", "virtual_size"): (1024, lambda _, folder, n: create(folder, n)),
     ("measure", "size"): (1024, lambda _, folder, n: imgcore.measure(size=n)),
+    ("Image.write", "offset"): (
+        512,
+        lambda _, folder, n: updated(folder, lambda image: image.write(n, b"x")),
+    ),
+    ("Image.writev", "threads"): (
+        1,
+        lambda _, folder, n: updated(folder, lambda image: image.writev([(0, b"x")], threads=n)),
+    ),
+    ("Image.zero", "offset"): (
+        512,
+        lambda _, folder, n: updated(folder, lambda image: image.zero(n, 9)),
+    ),
+    ("Image.zero", "length"): (
+        512,
+        lambda _, folder, n: updated(folder, lambda image: image.zero(0, n)),
+    ),
+    ("Image.discard", "offset"): (
+        512,
+        lambda _, folder, n: updated(folder, lambda image: image.discard(n, 9)),
+    ),
+    ("Image.discard", "length"): (
+        512,
+        lambda _, folder, n: updated(folder, lambda image: image.discard(0, n)),
+    ),
+    ("Image.resize", "virtual_size"): (
+        1024,
+        lambda _, folder, n: updated(folder, lambda image: image.resize(n, shrink=True)),
+    ),
+    ("apply", "flush_every"): (512, lambda _, folder, n: applied(folder, flush_every=n)),
+    ("apply", "rate"): (60_000, lambda _, folder, n: applied(folder, rate=n)),
+    ("apply", "threads"): (1, lambda _, folder, n: applied(folder, threads=n)),
+    ("commit", "rate"): (60_000, lambda _, folder, n: chained(folder, imgcore.commit, rate=n)),
+    ("commit", "threads"): (1, lambda _, folder, n: chained(folder, imgcore.commit, threads=n)),
+    ("create_snapshot", "created_ns"): (1000, lambda _, folder, n: snapshot(folder, n)),
+    ("flatten", "rate"): (60_000, lambda _, folder, n: chained(folder, imgcore.flatten, rate=n)),
+    ("flatten", "threads"): (1, lambda _, folder, n: chained(folder, imgcore.flatten, threads=n)),
+    ("rebase", "rate"): (60_000, lambda _, folder, n: rebased(folder, rate=n)),
+    ("rebase", "threads"): (1, lambda _, folder, n: rebased(folder, threads=n)),
+    ("resize", "size"): (1024, lambda _, folder, n: resized(folder, n)),
+    ("sync", "rate"): (60_000, lambda _, folder, n: synced(folder, rate=n)),
+    ("sync", "threads"): (1, lambda _, folder, n: synced(folder, threads=n)),
 }
 IDS = [" ".join(names) for names in NUMBERS]
 
 
 # Parameters that may be a descriptor.
-DESCRIBED = ("source", "image", "since")
+DESCRIBED = ("source", "image", "since", "target")
 
 
 def test_every_number_is_tried() -> None:
@@ -215,13 +305,8 @@ def test_numbers_out_of_range(
 def test_what_is_no_integer(
     names: tuple[str, str], number: Any, image: imgcore.Image, folder: Path
 ) -> None:
-    takes_words = (
-        ("convert", "sparse"),
-        ("convert", "rate"),
-        ("open", "cache"),
-        ("changes", "granularity"),
-    )
-    if names in takes_words and number == "512":
+    takes_words = ("sparse", "rate", "cache", "granularity", "flush_every")
+    if (names[1] in takes_words or names == ("resize", "size")) and number == "512":
         return  # a size in words is allowed there
     with pytest.raises(TypeError, match="an integer is needed, not"):
         NUMBERS[names][1](image, folder, number)

@@ -313,6 +313,7 @@ def test_convert_passes_every_flag_on(run: RunMain, fake: Fake) -> None:
         "rate": 50 << 20,
         "checksum": "sha256",
         "verify": True,
+        "base": None,
     }
 
 

@@ -203,7 +203,13 @@ def test_batches_over_a_base_are_bounded_on_both_sides(
         images.append(
             SimpleNamespace(
                 virtual_size=layer.virtual_size,
-                sources=[SimpleNamespace(file=SimpleNamespace(path=""))],
+                sources=[
+                    SimpleNamespace(
+                        file=SimpleNamespace(path="", identity=len(images)),
+                        guest_base=0,
+                        block_nbytes=0,
+                    )
+                ],
                 data_extents=lambda start=0, length=None, layer=layer: layer.extents(
                     start, layer.virtual_size if length is None else length
                 ),

@@ -502,7 +502,8 @@ class Image(Closable):
         """
         writer, changes = self._writing()
         with changes:
-            start, nbytes = self._range(self._state, offset, length, "offset")
+            nbytes = integer(length, "length")
+            start, _ = self._range(self._state, offset, nbytes, "offset")
             writer.zero(start, nbytes, unmap=unmap)
 
     def discard(self, offset: SupportsIndex, length: SupportsIndex) -> None:
@@ -523,7 +524,8 @@ class Image(Closable):
         """
         writer, changes = self._writing()
         with changes:
-            start, nbytes = self._range(self._state, offset, length, "offset")
+            nbytes = integer(length, "length")
+            start, _ = self._range(self._state, offset, nbytes, "offset")
             writer.discard(start, nbytes)
 
     def flush(self) -> None:

@@ -38,6 +38,7 @@ _BATCH_ENTRIES: Final = 1 << 18
 # As QEMU's field for a name, without its end.
 _MAX_NAME_NBYTES: Final = 255
 _NANOSECONDS: Final = 1_000_000_000
+_MAX_SECONDS: Final = (1 << 32) - 1
 # Changes that wait are written when they take more memory.
 _MAX_WAITING_NBYTES: Final = 16 * limits.MIB
 
@@ -137,6 +138,12 @@ class SnapshotChanges:
         identifier = str(max(numbers, default=0) + 1).encode()
         extra = layout.SNAPSHOT_EXTRA.pack(0, self._header.virtual_size, layout.SNAPSHOT_NO_ICOUNT)
         seconds, nanoseconds = divmod(created_ns, _NANOSECONDS)
+        if not 0 <= seconds <= _MAX_SECONDS:
+            raise OptionError(
+                f"the time of the snapshot is {created_ns} ns, allowed from 0 to "
+                f"{_MAX_SECONDS * _NANOSECONDS}",
+                path=self._file.path,
+            )
         fixed = layout.SNAPSHOT.pack(
             0,
             self._header.l1_entries,

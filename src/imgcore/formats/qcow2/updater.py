@@ -365,6 +365,9 @@ class Qcow2Updater:
         self._require_resizable(virtual_size, n_tables)
         if virtual_size < self._header.virtual_size:
             self._shrink(virtual_size, n_tables)
+            self._file.write_steps()
+            # Reads in progress of what is cut off may find zeros.
+            self._clusters.settle(is_unread=True)
         else:
             self._grow(virtual_size, n_tables)
 
