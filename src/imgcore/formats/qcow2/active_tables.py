@@ -15,7 +15,7 @@ from imgcore import limits
 from imgcore.errors import CorruptImageError
 from imgcore.files.update_file import Step
 from imgcore.formats.qcow2 import layout
-from imgcore.formats.qcow2.tables import iter_l1
+from imgcore.formats.qcow2.tables import iter_l1, packed_ranges
 from imgcore.formats.shared.alignment import align_up
 
 if TYPE_CHECKING:
@@ -169,13 +169,8 @@ def clusters_of(entries: NDArray[np.uint64], cluster_bits: int) -> NDArray[np.in
     plain = (entries[~packed] & np.uint64(layout.OFFSET_MASK)).astype(np.int64)
     parts = [plain[plain != 0] >> cluster_bits]
     if packed.any():
-        shift = layout.COMPRESSED_SHIFT_AT_BITS_0 - cluster_bits
-        begin = (entries[packed] & np.uint64((1 << shift) - 1)).astype(np.int64)
-        mask = (1 << (cluster_bits - layout.COMPRESSED_LENGTH_BITS_LESS)) - 1
-        more = (entries[packed] >> np.uint64(shift) & np.uint64(mask)).astype(np.int64)
-        unit = layout.COMPRESSED_UNIT_NBYTES
-        last = ((begin // unit + more + 1) * unit - 1) >> cluster_bits
-        cluster = begin >> cluster_bits
+        begin, end = packed_ranges(entries[packed], cluster_bits)
+        cluster, last = begin >> cluster_bits, (end - 1) >> cluster_bits
         while cluster.size:
             parts.append(cluster)
             goes_on = cluster < last
