@@ -11,6 +11,7 @@ from imgcore.border import FilePath, byte_count, file_name, source_name
 from imgcore.disk.area_search import AreaSearch, SearchSettings
 from imgcore.disk.image import Image, open_image
 from imgcore.disk.open_options import Flags, OpenOptions
+from imgcore.disk.opened import require_no_options
 from imgcore.engine.job import thread_count
 from imgcore.engine.progress import Progress
 from imgcore.errors import OptionError
@@ -129,9 +130,7 @@ def changes(
 
     if not isinstance(image, Image):
         return _opened(source_name(image), options, find, how)
-    own = options._replace(backing_format=None, allow=(), share=False)
-    if own != OpenOptions.from_keywords():
-        raise OptionError("an open image takes no options for opening", path=image.path)
+    require_no_options(image, options._replace(backing_format=None, allow=(), share=False))
     return _changed(image, find, how)
 
 
