@@ -1,4 +1,4 @@
-"""Sources that a disk is read from: images, or a compressed raw stream."""
+"""Sources that a disk is read from: images, compressed raw disks, and streams."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from imgcore.disk.image import open_image
 from imgcore.disk.image_names import local_image
 from imgcore.disk.image_source import ImageSource
 from imgcore.disk.stream_source import StreamSource, is_stream
+from imgcore.disk.streamed import is_streamed, open_streamed, refuse_size, seekable
 from imgcore.errors import OptionError
 from imgcore.limits import CHUNK_NBYTES
 
@@ -60,6 +61,14 @@ class Source(Protocol):
     @property
     def logical_sector_nbytes(self) -> int | None:
         """Bytes of a logical sector, or None if the format does not state it."""
+        ...
+
+    @property
+    def size_is_known(self) -> bool:
+        """Whether the sizes are known before all of the disk was read.
+
+        If not, they are 0 until then.
+        """
         ...
 
     @property
@@ -131,15 +140,15 @@ class Source(Protocol):
 
 
 @contextmanager
-def open_source(
-    source: str | os.PathLike[str] | int, options: OpenOptions, *, parents: bool = True
-) -> Iterator[Source]:
-    """Open an image or, depending on name and stated format, a compressed raw disk.
+def open_source(source: Any, options: OpenOptions, *, parents: bool = True) -> Iterator[Source]:
+    """Open an image, or a compressed raw disk, or what comes in order.
+
+    Name and stated format decide what it is.
 
     Parameters
     ----------
-    source : str, os.PathLike or int
-        Its path, or a descriptor, which has no name.
+    source : str, os.PathLike, int or object with ``read``
+        Its path, or a descriptor, which has no name, or what `is_streamed`.
     options : OpenOptions
     parents : bool
         If False, the parents of an image stay closed, and only `Source.describe` works.
@@ -152,6 +161,15 @@ def open_source(
     ImgcoreError, OSError
         As `imgcore.open`.
     """
+    source = os.fspath(source) if isinstance(source, os.PathLike) else source
+    if is_streamed(source):
+        number = seekable(source, options)
+        if number is None:
+            with open_streamed(source, options) as streamed:
+                yield streamed
+            return
+        source = number
+    refuse_size(options, source)
     source, options = local_image(source, options)
     if isinstance(source, str) and is_stream(source, options):
         with StreamSource.open(source, options) as stream:
@@ -164,7 +182,7 @@ def open_source(
 
 
 @contextmanager
-def open_sources(paths: Sequence[str | os.PathLike[str]], options: OpenOptions) -> Iterator[Source]:
+def open_sources(paths: Sequence[Any], options: OpenOptions) -> Iterator[Source]:
     """Open one source, or several images whose disks follow each other.
 
     Raises
@@ -185,6 +203,9 @@ def open_sources(paths: Sequence[str | os.PathLike[str]], options: OpenOptions) 
         if options.parents:
             raise OptionError("a parent is given, but there are several sources")
         for path in paths:
+            if is_streamed(path):
+                raise OptionError("a stream cannot be one of several sources", path=str(path))
+            refuse_size(options, path)
             if is_stream(path, options):
                 name = os.fspath(path)
                 raise OptionError(
