@@ -140,15 +140,15 @@ class Source(Protocol):
 
 
 @contextmanager
-def open_source(source: Any, options: OpenOptions, *, parents: bool = True) -> Iterator[Source]:
-    """Open an image, or a compressed raw disk, or what comes in order.
-
-    Name and stated format decide what it is.
+def open_source(
+    source: str | os.PathLike[str] | int, options: OpenOptions, *, parents: bool = True
+) -> Iterator[Source]:
+    """Open an image or, depending on name and stated format, a compressed raw disk.
 
     Parameters
     ----------
-    source : str, os.PathLike, int or object with ``read``
-        Its path, or a descriptor, which has no name, or what `is_streamed`.
+    source : str, os.PathLike or int
+        Its path, or a descriptor, which has no name.
     options : OpenOptions
     parents : bool
         If False, the parents of an image stay closed, and only `Source.describe` works.
@@ -161,14 +161,6 @@ def open_source(source: Any, options: OpenOptions, *, parents: bool = True) -> I
     ImgcoreError, OSError
         As `imgcore.open`.
     """
-    source = os.fspath(source) if isinstance(source, os.PathLike) else source
-    if is_streamed(source):
-        number = seekable(source, options)
-        if number is None:
-            with open_streamed(source, options) as streamed:
-                yield streamed
-            return
-        source = number
     refuse_size(options, source)
     source, options = local_image(source, options)
     if isinstance(source, str) and is_stream(source, options):
@@ -182,6 +174,26 @@ def open_source(source: Any, options: OpenOptions, *, parents: bool = True) -> I
 
 
 @contextmanager
+def open_disk(source: Any, options: OpenOptions) -> Iterator[Source]:
+    """Open a disk that is read once: what `open_source` opens, or what `is_streamed`.
+
+    Raises
+    ------
+    ImgcoreError, OSError
+        As `open_source` and `open_streamed`.
+    """
+    if is_streamed(source):
+        number = seekable(source, options)
+        if number is None:
+            with open_streamed(source, options) as streamed:
+                yield streamed
+            return
+        source = number
+    with open_source(source, options) as found:
+        yield found
+
+
+@contextmanager
 def open_sources(paths: Sequence[Any], options: OpenOptions) -> Iterator[Source]:
     """Open one source, or several images whose disks follow each other.
 
@@ -190,13 +202,13 @@ def open_sources(paths: Sequence[Any], options: OpenOptions) -> Iterator[Source]
     OptionError
         There is none.  Or there are several, and one is a stream or a parent is given.
     ImgcoreError, OSError
-        As `open_source`.
+        As `open_disk`.
     """
     if not paths:
         raise OptionError("a conversion needs a source")
     with ExitStack() as stack:
         if len(paths) == 1:
-            yield stack.enter_context(open_source(paths[0], options))
+            yield stack.enter_context(open_disk(paths[0], options))
             return
         from imgcore.disk.concatenated_source import ConcatenatedSource
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
@@ -40,9 +41,9 @@ _STDIN_NUMBER: Final = 0
 
 def is_streamed(source: object) -> bool:
     """Tell whether a source is read in order: ``-``, a pipe's name, an object."""
-    if isinstance(source, str):
-        return source == STDIN or is_named_pipe(source)
-    return not isinstance(source, int)
+    if isinstance(source, str | os.PathLike):
+        return source == STDIN or is_named_pipe(os.fspath(source))
+    return is_stream_object(source)
 
 
 def source_names(source: Any) -> tuple[Any, ...]:

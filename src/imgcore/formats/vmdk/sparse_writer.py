@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from imgcore.engine.geometry import CodecId, Geometry, Prefix, Reuse
+from imgcore.errors import OptionError
 from imgcore.formats.shared.alignment import align_up
 from imgcore.formats.shared.write_checks import zero_policy
 from imgcore.formats.vmdk import layout
@@ -76,6 +77,7 @@ class StreamWriter:
 
     format_name: ClassVar[str] = "vmdk"
     needs_own_blocks: ClassVar[bool] = False
+    writes_in_order: ClassVar[bool] = True
     _FLAGS: ClassVar[Flags] = Flags.NEWLINE_TEST | Flags.COMPRESSED | Flags.MARKERS
     _VERSION: ClassVar[int] = 3
 
@@ -89,6 +91,7 @@ class StreamWriter:
         self._group = -1
         self._gap_offset = 0
         self._is_pending = False
+        self._is_open_ended = False
 
     def _make_geometry(self) -> Geometry:
         from imgcore.engine.compression_levels import DEFAULT_LEVEL, deflate_codec
@@ -108,17 +111,26 @@ class StreamWriter:
         )
 
     def begin(self, target: Target) -> TargetFile:
-        """Return the file; ``finish`` writes its header."""
+        """Return the file; its header is written last, unless it must come first."""
         import numpy as np
 
         self._file = target.main
         self._table_format = table_format(self._options)
         self._directory = np.zeros(self._n_entries, dtype="<u4")
         self._table = np.zeros(layout.GTES_PER_GT, dtype="<u4")
+        if self._file.in_order:
+            if self._is_open_ended:
+                raise OptionError(
+                    "the header of streamOptimized comes first and states the disk's size, which "
+                    "is not known before the end of the source: give it (--size)",
+                    path=self._file.path,
+                )
+            self._write_front(layout.GD_AT_END)
         return self._file
 
     def leave_end_open(self) -> None:
-        """Do nothing: the directory follows the grains."""
+        """Have the header written last; see `imgcore.formats.api.EndsLate`."""
+        self._is_open_ended = True
 
     def end_disk(self, request: WriteRequest[Options]) -> None:
         """Cut the directory; see `imgcore.formats.api.EndsLate`."""
@@ -192,10 +204,15 @@ class StreamWriter:
         )
         self._file.pwrite(end, tail)
         self._file.truncate(end + len(tail))
+        if not self._file.in_order:
+            at_end = not self._file.is_block_device
+            self._write_front(layout.GD_AT_END if at_end else gd_offset)
+
+    def _write_front(self, gd_offset: int) -> None:
+        assert self._file is not None
+        self._file.pwrite(0, self._header(gd_offset))
         descriptor = embedded_descriptor(self._options, "RDONLY")
         self._file.pwrite(layout.DESCRIPTOR_SECTOR * SECTOR_NBYTES, descriptor)
-        at_end = not self._file.is_block_device
-        self._file.pwrite(0, self._header(layout.GD_AT_END if at_end else gd_offset))
 
     def _header(self, gd_offset: int) -> bytes:
         return make_header(
