@@ -390,6 +390,28 @@ int imgc_file_open_memory(void *data, uint64_t nbytes, struct imgc_file **out);
 /* Forgets every write, and reads as zeros.  For benchmarks. */
 int imgc_file_open_null(struct imgc_file **out);
 
+/*
+ * A pipe, a socket or any other descriptor, whose bytes are written from the first to the
+ * last: the offsets of writes ascend, and what lies between two of them becomes zeros.  A
+ * write before the end of the last one is IMGC_OUT_OF_RANGE.  One thread at a time writes.
+ * The caller closes `fd`, after the file.
+ *
+ * No write waits for a reader, if the descriptor is a socket or a pipe.  It is IMGC_IO with
+ * EAGAIN instead, also after a while in a long gap; the same write again goes on where it
+ * stopped.  A job repeats it until it is cancelled.
+ */
+int imgc_file_open_ordered(int fd, struct imgc_file **out, struct imgc_error *err);
+
+/* Writes `nbytes` bytes at `offset`. */
+int imgc_file_put(struct imgc_file *file, const void *data, uint64_t nbytes, uint64_t offset,
+		  struct imgc_error *err);
+
+/* 1 if writes may be IMGC_IO with EAGAIN because a reader takes nothing, else 0. */
+int imgc_file_has_reader(const struct imgc_file *file);
+
+/* Waits, but not longer than the timeout, until such a write is worth another attempt. */
+void imgc_file_await_room(struct imgc_file *file, int timeout_ms);
+
 /* Frees the object, but does not close its file descriptor.  NULL is allowed. */
 void imgc_file_close(struct imgc_file *file);
 

@@ -186,7 +186,12 @@ class File:
     def from_memory(buffer: object, writable: bool = ...) -> File: ...
     @staticmethod
     def null() -> File: ...
+    @staticmethod
+    def from_ordered(fd: int) -> File:
+        """Wrap a pipe, a socket or another descriptor, which is written in order."""
     def zero(self, offset: int, length: int) -> None: ...
+    def write(self, offset: int, data: object, tick: Callable[[], object] | None = ...) -> None:
+        """Write bytes; call ``tick`` about every 50 ms while no reader takes them."""
     def next_data(self, offset: int) -> tuple[int, int]:
         """Return (start, end) of the next data from ``offset`` on; equal if none."""
     def take_written(self) -> bool:

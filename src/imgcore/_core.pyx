@@ -8,6 +8,7 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyOb
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.long cimport PyLong_AsLongLongAndOverflow, PyLong_CheckExact
+from libc.errno cimport EAGAIN
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
@@ -386,6 +387,14 @@ cdef class File:
         check(n.imgc_file_open_null(&file.handle), &err)
         return file
 
+    @staticmethod
+    def from_ordered(int fd):
+        """Wrap a descriptor that is written in order; the caller closes it."""
+        cdef File file = File.__new__(File)
+        cdef n.imgc_error err
+        check(n.imgc_file_open_ordered(fd, &file.handle, &err), &err)
+        return file
+
     cdef n.imgc_file *require(self) except NULL:
         if self.handle == NULL or self.is_closed:
             raise ValueError("the file is closed")
@@ -398,6 +407,28 @@ cdef class File:
         cdef int status
         with nogil:
             status = n.imgc_file_zero(handle, offset, length, &err)
+        check(status, &err)
+
+    def write(self, uint64_t offset, const uint8_t[::1] data not None, tick=None):
+        """Write bytes; call ``tick`` about every 50 ms while no reader takes them.
+
+        An exception of ``tick`` ends the write.
+        """
+        cdef n.imgc_file *handle = self.require()
+        cdef n.imgc_error err
+        cdef const uint8_t *start = &data[0] if data.shape[0] else NULL
+        cdef uint64_t nbytes = data.shape[0]
+        cdef int status
+        while True:
+            with nogil:
+                status = n.imgc_file_put(handle, start, nbytes, offset, &err)
+            if status != n.IMGC_IO or err.os_errno != EAGAIN:
+                break
+            with nogil:
+                n.imgc_file_await_room(handle, POLL_MS)
+            PyErr_CheckSignals()
+            if tick is not None:
+                tick()
         check(status, &err)
 
     def next_data(self, uint64_t offset):

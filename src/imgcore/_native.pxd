@@ -147,6 +147,10 @@ cdef extern from "imgc.h" nogil:
     int imgc_file_open_fd(int fd, imgc_file **out, imgc_error *err)
     int imgc_file_open_memory(void *data, uint64_t nbytes, imgc_file **out)
     int imgc_file_open_null(imgc_file **out)
+    int imgc_file_open_ordered(int fd, imgc_file **out, imgc_error *err)
+    int imgc_file_put(imgc_file *file, const void *data, uint64_t nbytes, uint64_t offset,
+                      imgc_error *err)
+    void imgc_file_await_room(imgc_file *file, int timeout_ms)
     void imgc_file_close(imgc_file *file)
     int imgc_file_take_written(imgc_file *file)
     void imgc_file_refuse_writes(imgc_file *file)

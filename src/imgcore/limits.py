@@ -20,6 +20,11 @@ CHUNK_NBYTES: Final = 16 * MIB
 # Tables that a writer may keep in memory before it writes them to the file.
 MAX_PENDING_TABLE_NBYTES: Final = 32 * MIB
 
+# What a stream may be read ahead of the byte that is taken next, and how much of its
+# start, which has tables, may stay in memory.
+MAX_AHEAD_NBYTES: Final = 64 * MIB
+MAX_KEPT_NBYTES: Final = 64 * MIB
+
 # Images of a chain of parents; each of them stays open.  QEMU has no limit.
 MAX_CHAIN_DEPTH: Final = 64
 

@@ -13,7 +13,7 @@ from imgcore.engine.bad_ranges import named_bad_ranges
 from imgcore.engine.geometry import CodecId, Placing, ZeroPolicy
 from imgcore.engine.job import translated_errors
 from imgcore.errors import OptionError, TargetError
-from imgcore.formats.api import SectorSized
+from imgcore.formats.api import SectorSized, WritesInOrder
 from imgcore.formats.registry import PLAIN_FORMAT, get_driver
 from imgcore.limits import MAX_BASE_BLOCK_NBYTES
 
@@ -58,6 +58,8 @@ class ImageSink:
         self._base = base
         self.driver: Driver = get_driver(options.format)
         self._writer = self.driver.writer(request)
+        if options.in_order:
+            _refuse_out_of_order(target, self._writer)
         if base is not None:
             _refuse_large_blocks(target, self._writer)
         if options.reflink.is_required:
@@ -183,6 +185,9 @@ class ImageSink:
             geometry = geometry.over_old_bytes
         if stream is not None:
             geometry = geometry._replace(leaf_nbytes=BLOCK_NBYTES)
+        if data_file.in_order:
+            # What follows the last block of a group is written before the next group.
+            geometry = geometry._replace(is_ordered=True)
         with ExitStack() as stack:
             rule = self.reflink_rule if options.reflink.is_required else None
             supply = stack.enter_context(self.source.supply(geometry, self._base, rule))
@@ -216,6 +221,13 @@ class ImageSink:
         )
         wanted = self.options.reflink is not Reflink.NEVER
         return wanted and not own_blocks and not self.options.salvage
+
+
+def _refuse_out_of_order(target: Target, writer: Writer) -> None:
+    if not isinstance(writer, WritesInOrder):
+        raise OptionError("this image cannot be written as a stream", path=target.path)
+    if writer.needs_own_blocks:
+        raise OptionError("a stream has no space to preallocate", path=target.path)
 
 
 def _refuse_large_blocks(target: Target, writer: Writer) -> None:

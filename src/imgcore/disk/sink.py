@@ -12,7 +12,6 @@ from imgcore.formats.option_texts import parse_options
 from imgcore.formats.registry import PLAIN_FORMAT, get_driver
 from imgcore.limits import SECTOR_NBYTES
 from imgcore.log import log
-from imgcore.streams.names import CODEC_OF_SUFFIX, stream_suffix
 
 if TYPE_CHECKING:
     from imgcore.checksums.digest import Digest
@@ -118,17 +117,16 @@ def warn_about_sectors(
 def _make_sink(
     target: Target, options: SinkOptions, source: Source, base: Image | None, virtual_size: int
 ) -> Sink:
-    suffix = stream_suffix(target.path)
     if options.profile is not None and options.profile.is_archived:
         from imgcore.disk.archive_sink import ArchiveSink
 
         _refuse_in_stream(target, options)
         return ArchiveSink(target, source, virtual_size, options)
-    if suffix is not None:
+    if options.codec is not None:
         from imgcore.disk.stream_sink import StreamSink
 
         _refuse_in_stream(target, options)
-        return StreamSink(target, source, CODEC_OF_SUFFIX[suffix], options)
+        return StreamSink(target, source, options.codec, options)
     from imgcore.disk.image_sink import ImageSink
 
     backing = options.backing
@@ -140,7 +138,8 @@ def _make_sink(
         compress=options.compress,
         backing=backing,
         sparse_nbytes=options.sparse_nbytes,
-        target_name=os.path.basename(target.path),
+        # A stream has no name that an image could refer to.
+        target_name="" if options.in_order else os.path.basename(target.path),
         logical_sector_nbytes=source.logical_sector_nbytes,
         exact_nbytes=source.exact_nbytes if virtual_size == source.virtual_size else None,
     )

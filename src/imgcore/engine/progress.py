@@ -134,8 +134,13 @@ class Tally:
 
     def finish(self) -> None:
         """Report that the whole disk is done."""
+        self.done_nbytes = self.total_nbytes
+        self.repeat()
+
+    def repeat(self) -> None:
+        """Report the same again, so that a job that waits can be cancelled."""
         self.count(
-            self.total_nbytes,
+            self.done_nbytes,
             data=self.data_nbytes,
             read=self.read_nbytes,
             written=self.written_nbytes,

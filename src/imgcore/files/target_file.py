@@ -39,7 +39,11 @@ class TargetFile(OpenFile):
         Whether the image's end may lie before the file's end.
     reads_as_zeros : bool
         Whether everything that is not written reads as zeros.
+    in_order : bool
+        Whether offsets of writes must ascend, since each byte is written once.
     """
+
+    in_order: bool = False
 
     def __init__(self, fd: int, path: str) -> None:
         super().__init__(fd, path)

@@ -562,6 +562,18 @@ class Writer(Protocol):
 
 
 @runtime_checkable
+class WritesInOrder(Protocol):
+    """A writer that writes a file from its start to its end, in one pass.
+
+    Optional.  It does so if ``TargetFile.in_order`` says that it must, and calls of
+    `Writer.place` have one group of blocks each.
+    """
+
+    writes_in_order: ClassVar[bool]
+    """True."""
+
+
+@runtime_checkable
 class HoldsSectors(Protocol):
     """A writer of children that may hold single sectors of a block.
 

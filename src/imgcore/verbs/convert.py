@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex, cast
 
 from imgcore.border import FilePath, file_name, file_names
 from imgcore.checksums.digest import ALGORITHMS, Digest
@@ -23,6 +23,12 @@ from imgcore.engine.progress import Tally
 from imgcore.errors import OptionError
 from imgcore.files.commitment import until_committed
 from imgcore.files.identity import named_identity
+from imgcore.files.stream_target import (
+    StreamTarget,
+    is_stream_object,
+    is_stream_target,
+    stream_name,
+)
 from imgcore.files.target import Target
 from imgcore.log import log
 
@@ -35,6 +41,7 @@ if TYPE_CHECKING:
     from imgcore.engine.progress import Progress
     from imgcore.files.byte_source import ByteSource
     from imgcore.files.commitment import Commitment
+    from imgcore.files.stream_target import StreamObject
 
 
 class ConvertResult(NamedTuple):
@@ -92,7 +99,7 @@ class ConvertResult(NamedTuple):
 
 def convert(
     source: FilePath | Sequence[FilePath],
-    target: FilePath,
+    target: FilePath | StreamObject,
     *,
     format: str | None = None,
     target_format: str | None = None,
@@ -135,13 +142,17 @@ def convert(
     source : str, bytes or os.PathLike, or a sequence of them
         The image.  The disks of several images follow each other; ``format`` and the
         other options for reading apply to each.
-    target : str, bytes or os.PathLike
-        The new image.
+    target : str, bytes or os.PathLike, or an object with ``write``, or a socket
+        The new image.  ``"-"`` is the standard output.  Like the name of a pipe, a
+        socket, and an object that is open for writing bytes, it gets the image as a
+        stream: in order, once, and also what a failed conversion had written.  They
+        stay open.
 
         Names such as ``disk.raw.zst`` and ``disk.raw.gz`` are compressed raw disks,
         whether or not ``format`` states raw.
     target_format : str, optional
         The target's format; by default the suffix of ``target`` decides.
+        ``"raw.zst"`` and ``"raw.gz"`` are compressed raw disks, for streams.
     options : mapping or sequence of str, optional
         Options of the target's format, for example ``{"cluster_size": "2M"}`` or
         ``["cluster_size=2M"]``.
@@ -247,7 +258,9 @@ def convert(
     does not grow with the size of the disk.
     """
     started = time.monotonic()
-    target = file_name(target)
+    place: str | Any = target if is_stream_object(target) else file_name(cast("FilePath", target))
+    in_order = is_stream_target(place)
+    target = stream_name(place) if in_order else place
     if base is not None and backing is not None:
         raise OptionError("--base and -B both state the target's backing file")
     if verify and not sync:
@@ -264,6 +277,8 @@ def convert(
         flags=Flags(backing_format="--source-backing-format"),
         salvage=salvage,
     )
+    if in_order and verify:
+        raise OptionError("--verify reads the target back, which is not possible for a stream")
     if base is not None:
         backing, backing_format = _layer_of(file_names(source), file_name(base), target, opening)
     run = Run.of(rate, control, progress)
@@ -285,6 +300,7 @@ def convert(
         profile=profile,
         limit=run.limit,
         checksum=checksum,
+        in_order=in_order,
     )
     base_opening = _base_options(writing, opening)
 
@@ -293,18 +309,22 @@ def convert(
             disk = stack.enter_context(open_sources(file_names(source), opening))
             disk.refuse_conversion(with_base=backing is not None)
             base = _open_base(target, writing, base_opening, stack)
-            output = Target(
-                target,
-                force=force,
-                sync=sync,
-                in_place=in_place,
-                in_place_nbytes=disk.virtual_size if writing.could_be_in_place else None,
-            )
+            tally = Tally(fitting_size(writing.profile, disk), run.report)
+            output: Target
+            if in_order:
+                output = StreamTarget(place, waiting=tally.repeat)
+            else:
+                output = Target(
+                    target,
+                    force=force,
+                    sync=sync,
+                    in_place=in_place,
+                    in_place_nbytes=disk.virtual_size if writing.could_be_in_place else None,
+                )
             stack.enter_context(output)
             files = [*disk.files, *(base.every_file() if base is not None else ())]
             output.protect(files)
             refuse_other_name(output.path, writing.format, flag="-O", profile=writing.profile)
-            tally = Tally(fitting_size(writing.profile, disk), run.report)
             sink = open_sink(output, writing, disk, base, tally.total_nbytes)
             if writing.reflink.is_required:
                 from imgcore.rewriting.cloning import reflinking_sink

@@ -30,6 +30,7 @@ class RawWriter(FlatWriter):
     """Writes a raw file or block device."""
 
     format_name: ClassVar[str] = "raw"
+    writes_in_order: ClassVar[bool] = True
 
     def __init__(self, options: WriteOptions) -> None:
         super().__init__(

@@ -115,6 +115,7 @@ class FixedWriter(FlatWriter):
     """Writes a fixed disk: the guest's bytes, then the footer."""
 
     format_name: ClassVar[str] = "vhd"
+    writes_in_order: ClassVar[bool] = True
 
     def __init__(self, options: WriteOptions) -> None:
         super().__init__(

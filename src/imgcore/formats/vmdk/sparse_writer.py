@@ -73,6 +73,7 @@ class StreamWriter:
 
     format_name: ClassVar[str] = "vmdk"
     needs_own_blocks: ClassVar[bool] = False
+    writes_in_order: ClassVar[bool] = True
     _FLAGS: ClassVar[Flags] = Flags.NEWLINE_TEST | Flags.COMPRESSED | Flags.MARKERS
     _VERSION: ClassVar[int] = 3
 
@@ -105,13 +106,15 @@ class StreamWriter:
         )
 
     def begin(self, target: Target) -> TargetFile:
-        """Return the file; ``finish`` writes its header."""
+        """Return the file; its header is written last, unless it must come first."""
         import numpy as np
 
         self._file = target.main
         self._table_format = table_format(self._options)
         self._directory = np.zeros(self._n_entries, dtype="<u4")
         self._table = np.zeros(layout.GTES_PER_GT, dtype="<u4")
+        if self._file.in_order:
+            self._write_front(layout.GD_AT_END)
         return self._file
 
     def place(self, first_block: int, placements: Placements, next_offset: int) -> int:
@@ -178,10 +181,15 @@ class StreamWriter:
         )
         self._file.pwrite(end, tail)
         self._file.truncate(end + len(tail))
+        if not self._file.in_order:
+            at_end = not self._file.is_block_device
+            self._write_front(layout.GD_AT_END if at_end else gd_offset)
+
+    def _write_front(self, gd_offset: int) -> None:
+        assert self._file is not None
+        self._file.pwrite(0, self._header(gd_offset))
         descriptor = embedded_descriptor(self._options, "RDONLY")
         self._file.pwrite(layout.DESCRIPTOR_SECTOR * SECTOR_NBYTES, descriptor)
-        at_end = not self._file.is_block_device
-        self._file.pwrite(0, self._header(layout.GD_AT_END if at_end else gd_offset))
 
     def _header(self, gd_offset: int) -> bytes:
         return make_header(

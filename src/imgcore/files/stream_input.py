@@ -1,0 +1,494 @@
+"""A source that is read once, in order: a pipe, a socket, an object with ``read``."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import select
+import socket
+import stat
+import threading
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol
+
+from imgcore.errors import (
+    ConversionCancelled,
+    CorruptImageError,
+    ImgcoreError,
+    LimitExceededError,
+    UnsupportedFeatureError,
+)
+from imgcore.files.closable import Closable
+from imgcore.files.descriptors import above_standard, close, duplicate, named_errors, open_file
+from imgcore.files.identity import Identity, describe_file_type, file_identity
+from imgcore.limits import KIB, MAX_AHEAD_NBYTES, MAX_KEPT_NBYTES, MIB
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Self
+
+    from imgcore._core import File
+
+STDIN: Final = "-"
+
+_PULL_NBYTES: Final = 64 * KIB
+# Fewer and longer reads, where the system allows an ordinary user so much.
+_PIPE_NBYTES: Final = 1 * MIB
+# Of streams whose end is not known yet: the largest size of a file.
+_MAX_NBYTES: Final = (1 << 63) - 1
+# The first number of an identity, where the system has none; see `BLOCK_DEVICE`.
+_OBJECT: Final = -2
+
+
+class Origin(Protocol):
+    """What the bytes of a stream come from."""
+
+    @property
+    def identity(self) -> Identity:
+        """Identifies it, as for `ByteSource`."""
+        ...
+
+    def readinto(self, view: memoryview) -> int:
+        """Wait for bytes, fill the start of a view; return how many, 0 at the end."""
+        ...
+
+    def cancel(self) -> None:
+        """End a read that waits, and all later ones, with ConversionCancelled."""
+        ...
+
+    def close(self) -> None:
+        """Free what it owns; no read is in progress."""
+        ...
+
+
+class StreamInput(Closable):
+    """Bytes that come once and in order.
+
+    One thread at a time reads; `cancel` may be called by any.
+
+    Parameters
+    ----------
+    origin : Origin
+        `close` closes it.
+    path : str
+        Its name in messages.
+
+    Attributes
+    ----------
+    position : int
+        Offset of the first byte that has not been taken.
+
+    Notes
+    -----
+    `readinto` and `skip` take bytes.  `peek` and `pread` look at bytes ahead, which
+    stay: `MAX_AHEAD_NBYTES` of them at most.  Bytes that were taken are gone, unless
+    `keep` was asked for them.
+
+    It has the members of a `ByteSource` other than ``core``, so that readers of headers
+    and tables can use it.  Its end is not known before it is read, and ``nbytes`` is
+    the largest size of a file until then.
+    """
+
+    _what = "stream"
+    is_block_device: Final = False
+    logical_sector_nbytes: Final = None
+    modified: Final = 0
+    share: Final = True
+    allocated_nbytes: Final = 0
+
+    def __init__(self, origin: Origin, path: str) -> None:
+        self.path = path
+        self._origin = origin
+        self.identity: Identity = origin.identity
+        self.position: int = 0
+        # Bytes from `position` on, which were read already.
+        self._ahead = bytearray()
+        # Bytes from the start on that stay, and how many of them there are to be.
+        self._kept = bytearray()
+        self._to_keep = 0
+        self._has_ended = False
+        super().__init__()
+
+    @property
+    def end(self) -> int | None:
+        """Bytes of the whole stream, None as long as its end was not met."""
+        return self.position + len(self._ahead) if self._has_ended else None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole stream, or 2^63 - 1 as long as its end was not met."""
+        return _MAX_NBYTES if self.end is None else self.end
+
+    @property
+    def core(self) -> File:
+        """Not there: the engine gets what was read in memory."""
+        raise UnsupportedFeatureError("a stream has no random access", path=self.path)
+
+    # -- bytes that are taken ----------------------------------------------------------
+
+    def readinto(self, buffer: Any) -> int:
+        """Take the next bytes: fill a writable buffer, unless the stream ends in it.
+
+        Returns
+        -------
+        int
+            Bytes filled.
+
+        Raises
+        ------
+        ConversionCancelled
+            `cancel` was called.
+        OSError
+            The system cannot read.
+        """
+        with memoryview(buffer) as view, view.cast("B") as octets:
+            done = min(len(self._ahead), len(octets))
+            octets[:done] = memoryview(self._ahead)[:done]
+            del self._ahead[:done]
+            while done < len(octets) and (n := self._pull(octets[done:])):
+                done += n
+            self._keep_from(octets[:done])
+            self.position += done
+            return done
+
+    def read(self, nbytes: int) -> bytes:
+        """Take the next bytes, fewer if the stream ends; see `readinto`."""
+        data = bytearray(nbytes)
+        del data[self.readinto(data) :]
+        return bytes(data)
+
+    def skip(self, nbytes: int) -> None:
+        """Take bytes and drop them; CorruptImageError if the stream ends before."""
+        buffer = bytearray(min(nbytes, _PIPE_NBYTES))
+        left = nbytes
+        while left:
+            with memoryview(buffer) as view:
+                n = self.readinto(view[: min(left, len(buffer))])
+            if not n:
+                self._refuse_end(self.position + left)
+            left -= n
+
+    def require_end(self) -> None:
+        """Take the rest, which may be zeros only.
+
+        Raises
+        ------
+        CorruptImageError
+            Something else than zeros follows.
+        """
+        buffer = bytearray(_PIPE_NBYTES)
+        while n := self.readinto(buffer):
+            if (rest := buffer[:n].lstrip(b"\0")) != b"":
+                at = self.position - len(rest)
+                raise CorruptImageError(
+                    f"the stream goes on behind the end of the disk, at 0x{at:x}, with other "
+                    "bytes than zeros",
+                    path=self.path,
+                    offset=at,
+                )
+
+    # -- bytes that are looked at ------------------------------------------------------
+
+    def peek(self, nbytes: int) -> bytes:
+        """Return the next bytes, which are not taken; fewer if the stream ends."""
+        self._look(nbytes)
+        return bytes(memoryview(self._ahead)[:nbytes])
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """Return bytes ahead, or bytes that are kept; see `ByteSource.pread`.
+
+        Raises
+        ------
+        UnsupportedFeatureError
+            They have been taken and are gone, or are too far ahead.
+        CorruptImageError
+            The stream ends before.
+        """
+        if offset < 0 or length < 0:
+            raise ValueError(f"{self.path}: negative offset or length: {offset}, {length}")
+        if offset < self.position:
+            kept = bytes(memoryview(self._kept)[offset : offset + length])
+            if len(kept) == length:
+                return kept
+            if offset + len(kept) < self.position:
+                raise UnsupportedFeatureError(
+                    f"a stream is read in order, but bytes at 0x{offset:x} are needed after "
+                    f"those before 0x{self.position:x}: save it to a file first",
+                    path=self.path,
+                    offset=offset,
+                )
+            return kept + self.pread(offset + len(kept), length - len(kept))
+        start = offset - self.position
+        self._look(start + length)
+        if len(self._ahead) < start + length:
+            self._refuse_end(offset + length)
+        return bytes(memoryview(self._ahead)[start : start + length])
+
+    def pread_into(self, offset: int, buffer: Any) -> None:
+        """Fill a writable buffer; raises as `pread` does."""
+        with memoryview(buffer) as view, view.cast("B") as octets:
+            octets[:] = self.pread(offset, len(octets))
+
+    def next_data(self, position: int) -> tuple[int, int]:
+        """Return that all is data; see `ByteSource.next_data`."""
+        return position, self.nbytes
+
+    def check_unchanged(self) -> None:
+        """Do nothing: what was taken cannot change."""
+
+    def keep(self, nbytes: int) -> None:
+        """Have `pread` return the first bytes of the stream also once they are taken.
+
+        Parameters
+        ----------
+        nbytes : int
+            Counted from the stream's start; none of them may be taken and gone already.
+
+        Raises
+        ------
+        LimitExceededError
+            There are too many.
+        """
+        if nbytes > MAX_KEPT_NBYTES:
+            raise LimitExceededError(
+                f"the stream's first {nbytes} bytes would have to stay in memory, allowed are "
+                f"{MAX_KEPT_NBYTES}: save it to a file first",
+                path=self.path,
+            )
+        if nbytes > self._to_keep:
+            if len(self._kept) < self.position:
+                raise ValueError(f"{self.path}: the stream's start is gone")
+            self._to_keep = nbytes
+
+    # -- the origin --------------------------------------------------------------------
+
+    def cancel(self) -> None:
+        """End a read that waits, and all later ones, with ConversionCancelled."""
+        self._origin.cancel()
+
+    def _look(self, nbytes: int) -> None:
+        """Read so many bytes ahead of `position`, unless the stream ends."""
+        if nbytes > MAX_AHEAD_NBYTES:
+            raise UnsupportedFeatureError(
+                f"a stream is read in order, but bytes at 0x{self.position + nbytes:x} are "
+                f"needed before those at 0x{self.position:x}: save it to a file first",
+                path=self.path,
+                offset=self.position,
+            )
+        while len(self._ahead) < nbytes:
+            buffer = bytearray(max(min(nbytes - len(self._ahead), _PIPE_NBYTES), _PULL_NBYTES))
+            with memoryview(buffer) as view:
+                n = self._pull(view)
+            if not n:
+                return
+            self._ahead += memoryview(buffer)[:n]
+
+    def _pull(self, view: memoryview) -> int:
+        """Read from the origin, as often as it has something; 0 at the end."""
+        if self._has_ended:
+            return 0
+        with self._in_use(), named_errors(self.path):
+            n = self._origin.readinto(view)
+        self._has_ended = not n
+        return n
+
+    def _keep_from(self, taken: memoryview) -> None:
+        if len(self._kept) == self.position < self._to_keep:
+            self._kept += taken[: self._to_keep - self.position]
+
+    def _refuse_end(self, needed: int) -> NoReturn:
+        raise CorruptImageError(
+            f"the stream ends too early: after {self.end} bytes, but {needed} are needed",
+            path=self.path,
+            offset=self.end,
+        )
+
+    def _free(self) -> None:
+        self._origin.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.path!r}>"
+
+
+# -- where streams come from -----------------------------------------------------------
+
+
+def stdin_stream() -> StreamInput:
+    """Return the standard input, from its position on, which others may have moved.
+
+    Raises
+    ------
+    ImgcoreError
+        It is a terminal, or nothing that has content.
+    OSError
+        It is closed.
+    """
+    return _from_descriptor(0, "stdin")
+
+
+def descriptor_stream(number: int, path: str) -> StreamInput:
+    """Return what an open descriptor has, which stays open; see `stdin_stream`."""
+    return _from_descriptor(number, path)
+
+
+def named_stream(path: str) -> StreamInput:
+    """Open a pipe by its name, without waiting for its other end."""
+    fd = open_file(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    return _owning(fd, path)
+
+
+def object_stream(source: Any) -> StreamInput:
+    """Return what an object has that is open for reading bytes, or a socket.
+
+    The object stays open; its position is where the last byte was taken, or behind it.
+    """
+    if isinstance(source, socket.socket):
+        return _from_descriptor(source.fileno(), f"socket {source.fileno()}")
+    name = getattr(source, "name", None)
+    path = name if isinstance(name, str) and name else f"<{type(source).__name__}>"
+    return StreamInput(_Object(source, path), path)
+
+
+def is_stream_object(source: Any) -> bool:
+    """Tell whether `object_stream` takes it: it is a socket, or can be read from."""
+    readers = ("readinto", "read")
+    return isinstance(source, socket.socket) or any(hasattr(source, name) for name in readers)
+
+
+def is_named_pipe(path: str) -> bool:
+    """Tell whether a name is that of a pipe (FIFO), also /dev/stdin or /dev/fd/N."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return False
+    return stat.S_ISFIFO(mode)
+
+
+def is_seekable_start(number: int) -> bool:
+    """Tell whether a descriptor's file can be read anywhere, and is at its start."""
+    try:
+        mode = os.fstat(number).st_mode
+        if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
+            return os.lseek(number, 0, os.SEEK_CUR) == 0
+    except OSError:
+        pass
+    return False
+
+
+def _from_descriptor(number: int, path: str) -> StreamInput:
+    with named_errors(path):
+        fd = duplicate(number)
+    return _owning(fd, path)
+
+
+def _owning(fd: int, path: str) -> StreamInput:
+    """Return the stream of a descriptor, which is closed with it, and by errors."""
+    try:
+        mode = os.fstat(fd).st_mode
+        if os.isatty(fd):
+            raise ImgcoreError("is a terminal, not a pipe or a file", path=path)
+        if stat.S_ISDIR(mode) or stat.S_ISCHR(mode):
+            raise ImgcoreError(f"is {describe_file_type(mode)}, not a pipe or a file", path=path)
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY:
+            raise ImgcoreError("is open for writing only", path=path)
+        return StreamInput(_Descriptor(fd), path)
+    except BaseException:
+        close(fd)
+        raise
+
+
+class _Descriptor:
+    """A descriptor that this object owns; an `Origin`."""
+
+    def __init__(self, fd: int) -> None:
+        status = os.fstat(fd)
+        self.identity: Identity = file_identity(status)
+        self._fd = fd
+        with suppress(OSError):
+            if stat.S_ISFIFO(status.st_mode):
+                fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE_NBYTES)
+        self._wake = above_standard(lambda: os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+        self._poll = select.poll()
+        self._poll.register(fd, select.POLLIN)
+        self._poll.register(self._wake, select.POLLIN)
+
+    def readinto(self, view: memoryview) -> int:
+        while True:
+            # Files on disks are always ready.
+            ready = dict(self._poll.poll())
+            if self._wake in ready:
+                raise _cancelled()
+            if ready.get(self._fd, 0) & select.POLLNVAL:
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+            with suppress(BlockingIOError):
+                return os.readv(self._fd, [view])
+
+    def cancel(self) -> None:
+        with suppress(OSError, ValueError):
+            os.eventfd_write(self._wake, 1)
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        wake, self._wake = self._wake, -1
+        for number in (fd, wake):
+            if number >= 0:
+                close(number)
+
+
+class _Object:
+    """An object of the caller's with ``readinto`` or ``read``; an `Origin`.
+
+    A read that waits inside it cannot be ended.
+    """
+
+    def __init__(self, source: Any, path: str) -> None:
+        self._path = path
+        self._readinto: Callable[[memoryview], Any] = getattr(source, "readinto", None) or (
+            lambda view: self._copied(source.read(len(view)), view)
+        )
+        self.identity: Identity = self._identity(source)
+        self._cancelled = threading.Event()
+
+    @staticmethod
+    def _identity(source: Any) -> Identity:
+        # Many objects have no descriptor, and say so in several ways.
+        with suppress(Exception):
+            return file_identity(os.fstat(source.fileno()))
+        return (_OBJECT, id(source))
+
+    def readinto(self, view: memoryview) -> int:
+        if self._cancelled.is_set():
+            raise _cancelled()
+        n = self._readinto(view)
+        if n is None:
+            raise ImgcoreError("has no bytes yet: an object must wait for them", path=self._path)
+        if not isinstance(n, int) or not 0 <= n <= len(view):
+            raise ImgcoreError(f"its read returned {n!r}: wrong for a stream", path=self._path)
+        return n
+
+    def _copied(self, data: Any, view: memoryview) -> int | None:
+        if data is None:
+            return None
+        if isinstance(data, str):
+            raise TypeError(f"{self._path}: a binary file object is needed, its read returns str")
+        with memoryview(data) as octets:
+            if octets.nbytes <= len(view):
+                view[: octets.nbytes] = octets
+            return octets.nbytes
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+
+    def close(self) -> None:
+        """Do nothing: the object is the caller's."""
+
+
+def _cancelled() -> ConversionCancelled:
+    return ConversionCancelled("cancelled while it waited for a stream")
