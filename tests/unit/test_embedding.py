@@ -27,7 +27,6 @@ _TEXT = """
 changes: image since bitmap areas tree granularity threads progress format
     backing_format parent read_options allow share chain files format_since parent_since
     read_options_since
-Control: rate
 Control.progress:
 Control.pause:
 Control.resume:
