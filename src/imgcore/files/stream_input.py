@@ -378,8 +378,10 @@ def object_stream(source: Any) -> StreamInput:
 
 def is_stream_object(source: Any) -> bool:
     """Tell whether `object_stream` takes it: it is a socket, or can be read from."""
+    if isinstance(source, socket.socket):
+        return True
     readers = ("readinto", "read")
-    return isinstance(source, socket.socket) or any(hasattr(source, name) for name in readers)
+    return not isinstance(source, os.PathLike) and any(hasattr(source, name) for name in readers)
 
 
 def is_named_pipe(path: str) -> bool:
