@@ -65,6 +65,7 @@ if TYPE_CHECKING:
         snapshots,
     )
     from imgcore.verbs.sync import SyncResult, sync
+    from imgcore.verbs.verify import VerifyResult, verify
 
 __all__ = [
     "EXTENT_DTYPE",
@@ -108,6 +109,7 @@ __all__ = [
     "TargetError",
     "UnsafeReferenceError",
     "UnsupportedFeatureError",
+    "VerifyResult",
     "WrongFormatError",
     "__version__",
     "apply",
@@ -137,6 +139,7 @@ __all__ = [
     "snapshots",
     "sync",
     "undo_rewrite",
+    "verify",
 ]
 
 # The verbs are imported on first use: NumPy alone takes longer than `imgcore info`.
@@ -174,6 +177,7 @@ _HOMES = {
     "SourceFile": "engine.source_file",
     "apply_snapshot": "verbs.snapshot",
     "SyncResult": "verbs.sync",
+    "VerifyResult": "verbs.verify",
     "apply": "verbs.apply",
     "changes": "verbs.changes",
     "check": "verbs.check",
@@ -200,6 +204,7 @@ _HOMES = {
     "snapshots": "verbs.snapshot",
     "sync": "verbs.sync",
     "undo_rewrite": "verbs.rewrite",
+    "verify": "verbs.verify",
 }
 
 

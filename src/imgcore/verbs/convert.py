@@ -34,6 +34,7 @@ from imgcore.log import log
 if TYPE_CHECKING:
     from imgcore.disk.image import Image
     from imgcore.disk.read_back import ReadBack
+    from imgcore.disk.receipt import NewReceipt
     from imgcore.disk.sink import Sink
     from imgcore.engine.bad_ranges import BadRange
     from imgcore.engine.control import Control
@@ -128,6 +129,7 @@ def convert(
     control: Control | None = None,
     checksum: str | None = None,
     verify: bool = False,
+    receipt: FilePath | None = None,
 ) -> ConvertResult:
     """Convert a virtual disk image, including its backing files, to another format.
 
@@ -235,6 +237,11 @@ def convert(
         Read the target back when it is synced and before it gets its name, past the
         page cache where the file system allows that, and compare its digest with that
         of what was written.  ``checksum`` is ``"sha256"`` then if it is not given.
+    receipt : str, bytes or os.PathLike, optional
+        A file for a receipt: JSON that says what was done, by which `imgcore.verify`
+        verifies the target later.  It appears after the target, and an existing file is
+        replaced only with ``force``.  ``checksum`` is ``"sha256"`` then if it is not
+        given.
 
     Returns
     -------
@@ -263,7 +270,7 @@ def convert(
         raise OptionError("--base and -B both state the target's backing file")
     if verify and not sync:
         raise OptionError("--verify reads what is on stable storage: it contradicts --no-sync")
-    if verify and checksum is None:
+    if checksum is None and (verify or receipt is not None):
         checksum = ALGORITHMS[0]
     opening = OpenOptions.from_keywords(
         format=format,
@@ -304,6 +311,7 @@ def convert(
 
     def job(commitment: Commitment[ConvertResult]) -> None:
         with ExitStack() as stack:
+            new_receipt = _new_receipt(receipt, target, force, stack)
             disk = stack.enter_context(open_sources(file_names(source), opening))
             disk.refuse_conversion(with_base=backing is not None)
             base = _open_base(target, writing, base_opening, stack)
@@ -322,6 +330,8 @@ def convert(
             stack.enter_context(output)
             files = [*disk.files, *(base.every_file() if base is not None else ())]
             output.protect(files)
+            if new_receipt is not None:
+                new_receipt.protect(files)
             refuse_other_name(output.path, writing.format, flag="-O", profile=writing.profile)
             sink = open_sink(output, writing, disk, base, tally.total_nbytes)
             if writing.reflink.is_required:
@@ -353,7 +363,11 @@ def convert(
                 checksum=sink.digest,
                 verified=verify,
             )
-            commitment.commit(output, result)
+            if new_receipt is None:
+                commitment.commit(output, result)
+                return
+            new_receipt.write(disk, output, writing, sink.disk_nbytes, result._asdict())
+            commitment.commit(output, result, new_receipt.target)
 
     return until_committed(job)
 
@@ -390,6 +404,18 @@ def _open_base(
     if writing.backing is None:
         return None
     return stack.enter_context(open_image(backing_path(target, writing.backing), options))
+
+
+def _new_receipt(
+    receipt: FilePath | None, target: str, force: bool, stack: ExitStack
+) -> NewReceipt | None:
+    """Create the file of the receipt; ``stack`` removes it unless it is committed."""
+    if receipt is None:
+        return None
+    from imgcore.disk.receipt import NewReceipt
+
+    name = file_name(receipt)
+    return stack.enter_context(NewReceipt.open(name, force=force, job_target=target))
 
 
 def _write(
