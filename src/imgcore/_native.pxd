@@ -190,6 +190,7 @@ cdef extern from "imgc.h" nogil:
     int imgc_rate_limit_create(imgc_rate_limit **out)
     void imgc_rate_limit_destroy(imgc_rate_limit *limit)
     void imgc_rate_limit_set(imgc_rate_limit *limit, uint64_t bytes_per_second)
+    void imgc_rate_limit_pause(imgc_rate_limit *limit, int paused)
     int imgc_rate_limit_take(imgc_rate_limit *limit, uint64_t nbytes, unsigned timeout_ms)
 
     struct imgc_job_options:
@@ -209,6 +210,7 @@ cdef extern from "imgc.h" nogil:
         uint32_t reflink
         uint32_t trust_blocks
         imgc_rate_limit *rate_limit
+        uint32_t ignores_rate
         uint32_t checksum
         uint64_t granule_nbytes
 
@@ -253,6 +255,7 @@ cdef extern from "imgc.h" nogil:
     void imgc_job_cancel(imgc_job *job)
     uint64_t imgc_job_next_offset(const imgc_job *job)
     int imgc_job_set_next_offset(imgc_job *job, uint64_t next_offset)
+    int imgc_job_set_guest_nbytes(imgc_job *job, uint64_t guest_nbytes)
     uint64_t imgc_job_first_difference(const imgc_job *job)
     size_t imgc_job_bad_ranges(const imgc_job *job, const imgc_bad_range **out)
     void imgc_job_destroy(imgc_job *job)

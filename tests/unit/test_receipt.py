@@ -185,6 +185,16 @@ def test_a_stream(raw: Path, tmp_path: Path) -> None:
     assert imgcore.verify(receipt, taken).checksum.hexdigest == blkhash.digest(DISK)
 
 
+def test_a_stream_as_source(raw: Path, tmp_path: Path) -> None:
+    receipt = tmp_path / "receipt.json"
+    with raw.open("rb") as file:
+        imgcore.convert(file, tmp_path / "a.raw", format="raw", receipt=receipt)
+    (file_read,) = content(receipt)["source"]["files"]
+    assert not file_read["name"].startswith("/")
+    assert file_read["modified"] is None
+    imgcore.verify(receipt)
+
+
 def test_moved(raw: Path, tmp_path: Path) -> None:
     """The format is that of the receipt, whatever the new name says."""
     receipt = tmp_path / "receipt.json"

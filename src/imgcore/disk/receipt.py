@@ -155,8 +155,8 @@ def _stated(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_file(file: ByteSource) -> dict[str, Any]:
-    named = isinstance(file, HostFile) and file.folder is None
-    path = file.path if named else os.path.abspath(file.path)
+    is_named = isinstance(file, HostFile) and file.folder is not None
+    path = os.path.abspath(file.path) if is_named else file.path
     return _file(path, file.nbytes, file.modified, file.identity)
 
 
@@ -172,7 +172,7 @@ def _file(path: str, nbytes: int, modified: int, identity: Identity) -> dict[str
     return {
         "name": path,
         "size": nbytes,
-        "modified": _time_text(modified),
+        "modified": _time_text(modified) if modified else None,
         "device": identity[1] if is_device else identity[0],
         "inode": None if is_device else identity[1],
     }
