@@ -187,8 +187,9 @@ def test_a_stream(raw: Path, tmp_path: Path) -> None:
 
 def test_a_stream_as_source(raw: Path, tmp_path: Path) -> None:
     receipt = tmp_path / "receipt.json"
-    with raw.open("rb") as file:
-        imgcore.convert(file, tmp_path / "a.raw", format="raw", receipt=receipt)
+    with subprocess.Popen(["cat", raw], stdout=subprocess.PIPE) as cat:
+        assert cat.stdout is not None
+        imgcore.convert(cat.stdout, tmp_path / "a.raw", format="raw", receipt=receipt)
     (file_read,) = content(receipt)["source"]["files"]
     assert not file_read["name"].startswith("/")
     assert file_read["modified"] is None
