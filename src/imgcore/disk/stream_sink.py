@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from imgcore.disk.digests import DiskHasher
 from imgcore.disk.limited_chunks import limited_chunks
+from imgcore.engine.thread_budget import Lease
 from imgcore.streams.codecs import CODECS
 
 if TYPE_CHECKING:
@@ -35,7 +36,10 @@ class StreamSink:
         """Write the whole disk.  Unreadable data is an error, so no ranges are bad."""
         nbytes, done, options = self.disk_nbytes, 0, self._options
         hasher = DiskHasher(options.checksum)
-        with self._encoder(self._target.main, nbytes, options.threads) as encoder:
+        with (
+            Lease(options.threads) as lease,
+            self._encoder(self._target.main, nbytes, lease.n_threads) as encoder,
+        ):
 
             def count() -> None:
                 tally.count(done, data=done, read=done, written=encoder.written_nbytes)

@@ -11,6 +11,7 @@ import queue
 import threading
 from typing import TYPE_CHECKING, Final
 
+from imgcore.engine.thread_budget import Lease
 from imgcore.errors import CorruptImageError, WrongFormatError
 from imgcore.files.host_file import HostFile
 from imgcore.limits import MIB, SECTOR_NBYTES
@@ -170,12 +171,13 @@ class _Feeder(threading.Thread):
         self._stopped = threading.Event()
         self._taken: memoryview | None = None
         self._is_alone = False
+        self._lease = Lease(2)
         for _ in range(_N_BUFFERS):
             self._free.put(memoryview(bytearray(chunk_nbytes)))
 
     def begin(self) -> None:
-        """Start the thread, or work in `take` if the system makes none."""
-        self._is_alone = not started(self)
+        """Start the thread, or work in `take` if there is none for it."""
+        self._is_alone = self._lease.n_threads == 1 or not started(self)
 
     def run(self) -> None:
         """Fill buffers until the stream ends or fails, or `stop` is called."""
@@ -221,3 +223,4 @@ class _Feeder(threading.Thread):
         self._free.put(None)
         if not self._is_alone:
             self.join()
+        self._lease.close()
