@@ -144,7 +144,7 @@ def test_raw_from_a_pipe(variant: Variant, disk: Path, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) != []
 
 
-@pytest.mark.parametrize(("encoding", "threads"), zip(ENCODINGS, "1231", strict=True))
+@pytest.mark.parametrize(("encoding", "threads"), list(zip(ENCODINGS, "1231", strict=True)))
 @pytest.mark.parametrize(
     "variant", [qemu.RAW, qemu.QCOW2, qemu.QCOW2_ZSTD, qemu.VMDK_STREAM], ids=lambda v: v.name
 )
