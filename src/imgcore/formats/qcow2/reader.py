@@ -6,6 +6,7 @@ Source: QEMU docs/interop/qcow2.rst.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,6 +23,7 @@ from imgcore.formats.qcow2.header import (
 from imgcore.formats.shared.damage import STRICT, Damage
 from imgcore.formats.shared.last_sector import filled_up, whole_sectors
 from imgcore.formats.shared.snapshot_row import snapshot_row
+from imgcore.formats.shared.stream_end import ends_early, goes_on
 
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
@@ -125,6 +127,23 @@ class Qcow2Reader:
         n_filled = max(0, start + length - self._header.virtual_size)
         batches = self._tables.extents(start, length - n_filled)
         return filled_up(batches, start + length) if n_filled else batches
+
+    def verify_end(self, end: int, _tail: bytes) -> None:
+        """Raise unless all refcount blocks came; see `EndsItself`.
+
+        Snapshots and bitmaps have clusters that are not read.
+        """
+        header = self._header
+        if header.n_snapshots or header.bitmaps is not None or not header.has_refcount_table:
+            return
+        nbytes = header.refcount_table_clusters * header.cluster_size
+        table = self._file.pread(header.refcount_table_offset, nbytes)
+        last = max(offset for (offset,) in struct.iter_unpack(">Q", table))
+        needed = last + header.cluster_size if last else 0
+        if needed > self._file.nbytes:
+            raise ends_early(self._file.path, self._file.nbytes, needed)
+        if end > needed:
+            raise goes_on(self._file.path, end)
 
     def info(self) -> dict[str, Any]:
         """Return what ``qemu-img info`` reports about the format, under its keys."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from imgcore.engine.source_file import SourceFile
+from imgcore.errors import CorruptImageError
 from imgcore.formats.api import BackingReference
 from imgcore.formats.options import FormatOptions, choice
 from imgcore.formats.shared.damage import STRICT, Damage
@@ -121,6 +122,24 @@ class VhdReader:
                 self._file, self.header, self._damage, footer_moves=self._footer_moves
             )
         return self._tables.extents(start, length)
+
+    def verify_end(self, end: int, tail: bytes) -> None:
+        """Raise unless the footer ends the stream; see `EndsItself`."""
+        content = self._file.pread(0, layout.FOOTER_NBYTES).rstrip(b"\0")
+        start, nbytes = end - len(content), self._file.nbytes
+        if not end or nbytes < start + layout.OLD_FOOTER_NBYTES:
+            raise CorruptImageError(
+                f"the stream ends after {nbytes} bytes without a footer: it is not complete",
+                path=self._file.path,
+                offset=nbytes,
+            )
+        if start % SECTOR_NBYTES or not tail.endswith(content):
+            raise CorruptImageError(
+                "the stream does not end with a footer that is the same as its copy at the "
+                "start: it is not complete, or other bytes follow",
+                path=self._file.path,
+                offset=end,
+            )
 
     def let_footer_move(self) -> None:
         """Expect blocks where the footer is now: the image is written in place."""
