@@ -229,8 +229,9 @@ class StreamedSource:
 
     def _verify_end(self) -> None:
         """Read the rest of the stream, and raise unless it is the image's."""
-        rest = self._window.drain()
         if isinstance(self._reader, EndsItself):
-            self._reader.verify_end(rest.end, rest.tail)
-        elif rest.end:
-            raise goes_on(self.path, rest.end)
+            self._reader.verify_end(self._window.drain)
+            return
+        end, _ = self._window.drain()
+        if end:
+            raise goes_on(self.path, end)

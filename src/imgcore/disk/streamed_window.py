@@ -41,7 +41,7 @@ class TooFarAheadError(UnsupportedFeatureError):
     """Bytes are needed so early that those before them would have to be kept."""
 
 
-class Rest(NamedTuple):
+class _Rest(NamedTuple):
     """What follows the last bytes of a stream that were used.
 
     Attributes
@@ -58,13 +58,13 @@ class Rest(NamedTuple):
     tail: bytes = b""
     last: bytes = b""
 
-    def after(self, offset: int, piece: bytes) -> Rest:
+    def after(self, offset: int, piece: bytes) -> _Rest:
         """Return this together with the bytes that follow."""
         content = piece.rstrip(b"\0")
         last = (self.last + piece)[-TAIL_NBYTES:]
         if not content:
             return self._replace(last=last)
-        return Rest(offset + len(content), (self.last + content)[-TAIL_NBYTES:], last)
+        return _Rest(offset + len(content), (self.last + content)[-TAIL_NBYTES:], last)
 
 
 class StreamedWindow:
@@ -291,9 +291,16 @@ class StreamedWindow:
 
     # -- the stream --------------------------------------------------------------------
 
-    def drain(self) -> Rest:
-        """Read the rest of the stream; later reads of it fail."""
-        rest = Rest()
+    def drain(self) -> tuple[int, bytes]:
+        """Read the rest of the stream; then nothing but the start can be read.
+
+        Returns
+        -------
+        tuple of (int, bytes)
+            The end of the last byte that is not zero, of those that were not used yet;
+            0 if there is none.  The bytes before it.
+        """
+        rest = _Rest()
         at = min(self.used_end, self._end)
         while at < self._end:
             number, start = divmod(at, STREAM_SEGMENT_NBYTES)
@@ -307,7 +314,9 @@ class StreamedWindow:
             rest = rest.after(self._end, bytes(buffer[:n]))
             self._end += n
             self._has_ended = n < len(buffer)
-        return rest
+        # The engine may still read the segments.
+        self._index_of.clear()
+        return rest.end, rest.tail
 
     @property
     def _ahead_nbytes(self) -> int:

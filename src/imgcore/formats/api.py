@@ -258,16 +258,16 @@ class EndsItself(Protocol):
     may follow.
     """
 
-    def verify_end(self, end: int, tail: bytes) -> None:
-        """Verify the rest of a stream, all of which has been read.
+    def verify_end(self, read_rest: Callable[[], tuple[int, bytes]]) -> None:
+        """Verify what follows the last extent of a stream.
 
         Parameters
         ----------
-        end : int
-            The end of the last byte that is not zero, of those after what this reader
-            and its extents have needed; 0 if there is none.
-        tail : bytes
-            The bytes of the rest before ``end``, as many as a footer may have.
+        read_rest : callable
+            Reads the rest of the stream; only the size of the file is known then.  It
+            returns the end of the last byte that is not zero, of those after what this
+            reader and its extents have needed, or 0 if there is none; and the bytes
+            before this end, as many as a footer may have.
 
         Raises
         ------

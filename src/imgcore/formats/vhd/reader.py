@@ -6,7 +6,7 @@ Sources: Microsoft, "Virtual Hard Disk Image Format Specification" 1.0; libvhdi,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from imgcore.engine.source_file import SourceFile
@@ -123,9 +123,10 @@ class VhdReader:
             )
         return self._tables.extents(start, length)
 
-    def verify_end(self, end: int, tail: bytes) -> None:
+    def verify_end(self, read_rest: Callable[[], tuple[int, bytes]]) -> None:
         """Raise unless the footer ends the stream; see `EndsItself`."""
         content = self._file.pread(0, layout.FOOTER_NBYTES).rstrip(b"\0")
+        end, tail = read_rest()
         start, nbytes = end - len(content), self._file.nbytes
         if not end or nbytes < start + layout.OLD_FOOTER_NBYTES:
             raise CorruptImageError(

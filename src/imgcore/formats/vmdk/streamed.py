@@ -17,7 +17,6 @@ import numpy as np
 from imgcore.engine.extents import EXTENT_DTYPE, FLAG_GRAIN_MARKER, Kind
 from imgcore.errors import CorruptImageError, LimitExceededError, UnsupportedFeatureError
 from imgcore.formats.shared.alignment import align_up
-from imgcore.formats.shared.stream_end import goes_on
 from imgcore.formats.vmdk.header import (
     directory_of_footer,
     open_by_markers,
@@ -96,11 +95,6 @@ class MarkerReader(VmdkReader):
     """
 
     _grains: SortedGrains | None = None
-
-    def verify_end(self, end: int, _tail: bytes) -> None:
-        """Raise if other bytes than zeros follow the stream; see `EndsItself`."""
-        if end:
-            raise goes_on(self.file.path, end)
 
     def _open_only_extent(self, file: ByteSource) -> SparseExtent:
         return open_by_markers(file)
