@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from imgcore.disk.open_options import OpenOptions
-    from imgcore.disk.source import Source
+    from imgcore.disk.streamed_source import StreamedSource
 
 _STDIN_NUMBER: Final = 0
 
@@ -79,7 +79,7 @@ def open_stream(source: Any) -> StreamInput:
 
 
 @contextmanager
-def open_streamed(source: Any, options: OpenOptions) -> Iterator[Source]:
+def open_streamed(source: Any, options: OpenOptions) -> Iterator[OnceSource | StreamedSource]:
     """Open a disk that comes in order; the caller's objects and descriptors stay open.
 
     Raises
@@ -119,7 +119,9 @@ def _refuse_options(stream: StreamInput, options: OpenOptions) -> None:
         )
 
 
-def _source(stream: StreamInput, options: OpenOptions, stack: ExitStack) -> Source:
+def _source(
+    stream: StreamInput, options: OpenOptions, stack: ExitStack
+) -> OnceSource | StreamedSource:
     nbytes, stated = options.stream_nbytes, options.format
     if stated in CODEC_OF_FORMAT:
         _refuse_read_options(stream, options)

@@ -1,4 +1,4 @@
-"""Decodes the extents of an image that comes in order into plain bytes."""
+"""Decodes the batches of an image that comes in order into plain bytes."""
 
 from __future__ import annotations
 
@@ -14,26 +14,29 @@ from imgcore.limits import MIB
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from imgcore.disk.streamed_source import StreamedSource
+    from imgcore.engine.supply import Supply
 
 
-def decoded(source: StreamedSource, nbytes: int, piece_nbytes: int) -> Iterator[memoryview]:
-    """Yield the bytes of the whole disk in order; each piece is valid until the next.
+def plain_geometry(nbytes: int) -> Geometry:
+    """Return the geometry of a disk of which every byte is written."""
+    return Geometry(
+        MIB, nbytes, placing=Placing.IDENTITY, zero_policy=ZeroPolicy.STORE, sparse_nbytes=0
+    )
+
+
+def decoded(supply: Supply, geometry: Geometry, piece_nbytes: int) -> Iterator[memoryview]:
+    """Yield the bytes of batches in order; each piece is valid until the next.
 
     Parameters
     ----------
-    source : StreamedSource
-    nbytes : int
-        Bytes of the disk.
+    supply : Supply
+        Its batches leave no gaps.
+    geometry : Geometry
+        The one of `plain_geometry` that the supply was made for.
     piece_nbytes : int
         The most bytes of a piece.
     """
-    block = min(piece_nbytes, 1 * MIB)
-    # Each batch becomes plain bytes; the disk's holes are batches, too.
-    geometry = Geometry(
-        block, nbytes, placing=Placing.IDENTITY, zero_policy=ZeroPolicy.STORE, sparse_nbytes=0
-    )
-    with source.supply(geometry, None) as supply, translated_errors(supply.paths):
+    with translated_errors(supply.paths):
         for batch in supply.batches:
             buffer = np.empty(batch.end - batch.start, np.uint8)
             target = File.from_memory(buffer, writable=True)

@@ -158,10 +158,12 @@ class StreamedSource:
         self, start: int, length: int, piece_nbytes: int = CHUNK_NBYTES
     ) -> Iterator[memoryview]:
         """Yield the bytes of the whole disk in order."""
-        from imgcore.disk.streamed_chunks import decoded
+        from imgcore.disk.streamed_chunks import decoded, plain_geometry
 
         assert start == 0, "a stream is read whole"
-        return decoded(self, length, piece_nbytes)
+        geometry = plain_geometry(length)
+        with self.supply(geometry, None) as supply:
+            yield from decoded(supply, geometry, piece_nbytes)
 
     def supply(
         self, geometry: Geometry, base: Image | None, rule: ReflinkRule | None = None
