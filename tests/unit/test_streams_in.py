@@ -7,10 +7,13 @@ import gzip
 import io
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
@@ -251,8 +254,76 @@ def test_more_than_there_is_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_profiles_round_up(tmp_path: Path) -> None:
-    path = tmp_path / "a.vhd"
-    imgcore.convert(io.BytesIO(DISK), path, format="raw", profile="azure")
-    assert path.stat().st_size == 5 * MIB + 512
-    assert path.read_bytes()[: 5 * MIB] == DISK.ljust(5 * MIB, b"\0")
+    disk, path = DISK.ljust(20 * MIB + 512, b"\0"), tmp_path / "a.vhd"
+    imgcore.convert(io.BytesIO(disk), path, format="raw", profile="azure")
+    assert path.stat().st_size == 21 * MIB + 512
+    assert path.read_bytes()[: 21 * MIB] == disk.ljust(21 * MIB, b"\0")
     assert not imgcore.lint(path, profile="azure").findings
+
+
+class TestAdvice:
+    """What the messages advise works."""
+
+    @pytest.mark.parametrize(
+        ("name", "keywords"),
+        [
+            ("a.raw", {"options": ["preallocation=full"]}),
+            ("a.qcow2", {"options": ["preallocation=metadata"]}),
+            ("a.vmdk", {"options": ["subformat=monolithicFlat", "preallocation=falloc"]}),
+            ("old.qcow2", {"in_place": True}),
+            ("a.tar.gz", {"profile": "gce"}),
+        ],
+    )
+    def test_give_the_size(self, name: str, keywords: dict[str, Any], tmp_path: Path) -> None:
+        (tmp_path / "old.qcow2").write_bytes(b"old")
+        with pytest.raises(OptionError, match=r"give it \(--size\)"):
+            imgcore.convert(io.BytesIO(DISK), tmp_path / name, format="raw", **keywords)
+        size = len(DISK)
+        imgcore.convert(io.BytesIO(DISK), tmp_path / name, format="raw", size=size, **keywords)
+
+    def test_the_size_of_a_stream_from_a_stream(self) -> None:
+        sink, keywords = io.BytesIO(), {"target_format": "vmdk", "compress": True}
+        with pytest.raises(OptionError, match=r"give it \(--size\)"):
+            imgcore.convert(io.BytesIO(DISK), sink, format="raw", **keywords)
+        assert not sink.getvalue()
+        imgcore.convert(io.BytesIO(DISK), sink, format="raw", size=len(DISK), **keywords)
+        with open(sink_file := os.memfd_create("sink"), "wb", closefd=False) as file:
+            file.write(sink.getvalue())
+        with imgcore.open(sink_file, format="vmdk") as image:
+            assert image.read(0, len(DISK)) == DISK
+        os.close(sink_file)
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ("info", "-"),
+            ("compare", "-", "a.raw"),
+            ("measure", "-f", "raw", "-"),
+            ("checksum", "-f", "raw", "--tree", "t", "-"),
+            ("convert", "-f", "raw", "--salvage", "-", "b.qcow2"),
+            ("convert", "-f", "raw", "-B", "base.qcow2", "-F", "qcow2", "-", "b.qcow2"),
+        ],
+        ids=lambda words: "-".join(words[:4]),
+    )
+    def test_save_it_to_a_file(self, arguments: tuple[str, ...], tmp_path: Path) -> None:
+        (tmp_path / "a.raw").write_bytes(DISK)
+        imgcore.create(tmp_path / "base.qcow2", len(DISK))
+        command = [sys.executable, "-m", "imgcore", *arguments]
+        done = subprocess.run(command, input=DISK, capture_output=True, cwd=tmp_path, check=False)
+        assert done.returncode in (1, 2)
+        assert b"save it to a file first" in done.stderr
+        where = len(arguments) - 1 - arguments[::-1].index("-")
+        saved = [*command[:3], *arguments[:where], "a.raw", *arguments[where + 1 :]]
+        subprocess.run(saved, cwd=tmp_path, check=True, capture_output=True)
+
+    def test_zeros_behind_the_footer(self, tmp_path: Path) -> None:
+        vhd = io.BytesIO()
+        imgcore.convert(
+            io.BytesIO(DISK), vhd, format="raw", target_format="vhd", options=["subformat=fixed"]
+        )
+        stream = vhd.getvalue() + bytes(1000)
+        with pytest.raises(CorruptImageError, match="if zeros follow the footer, --size states"):
+            imgcore.convert(io.BytesIO(stream), tmp_path / "a.raw", format="vhd")
+        size = len(DISK)
+        imgcore.convert(io.BytesIO(stream), tmp_path / "a.raw", format="vhd", size=size)
+        assert (tmp_path / "a.raw").read_bytes() == DISK
