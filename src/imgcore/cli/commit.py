@@ -64,7 +64,7 @@ def command(
 
     label = one_line(os.path.basename(overlay))
     with reporter(
-        progress_mode, wanted=wants_progress, quiet=quiet, label=label, as_json=as_json
+        progress_mode, wanted=wants_progress, quiet=quiet, label=label, as_json=as_json, rate=rate
     ) as report:
         result = commit(
             overlay,
@@ -72,8 +72,8 @@ def command(
             empty=not keep,
             remove=remove,
             threads=threads,
-            rate=rate or None,
             progress=report.callback,
+            control=report.control,
             **opening,
         )
     if as_json:

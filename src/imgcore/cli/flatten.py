@@ -46,10 +46,10 @@ def command(
 
     label = one_line(os.path.basename(image))
     with reporter(
-        progress_mode, wanted=wants_progress, quiet=quiet, label=label, as_json=as_json
+        progress_mode, wanted=wants_progress, quiet=quiet, label=label, as_json=as_json, rate=rate
     ) as report:
         result = flatten(
-            image, threads=threads, rate=rate or None, progress=report.callback, **opening
+            image, threads=threads, progress=report.callback, control=report.control, **opening
         )
     if as_json:
         import json

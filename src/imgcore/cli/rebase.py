@@ -76,7 +76,7 @@ def command(
 
     label = one_line(os.path.basename(image))
     with reporter(
-        progress_mode, wanted=wants_progress, quiet=quiet, label=label, as_json=as_json
+        progress_mode, wanted=wants_progress, quiet=quiet, label=label, as_json=as_json, rate=rate
     ) as report:
         result = rebase(
             image,
@@ -84,8 +84,8 @@ def command(
             backing_format=backing_format,
             unsafe=unsafe,
             threads=threads,
-            rate=rate or None,
             progress=report.callback,
+            control=report.control,
             **opening,
         )
     if as_json:

@@ -88,13 +88,13 @@ def command(
 
     label = one_line(os.path.basename(target))
     with reporter(
-        progress_mode, wanted=wants_progress, quiet=quiet, label=label, as_json=as_json
+        progress_mode, wanted=wants_progress, quiet=quiet, label=label, as_json=as_json, rate=rate
     ) as report:
         result = sync(
             source,
             target,
-            rate=rate or None,
             progress=report.callback,
+            control=report.control,
             **settings,
             **_keywords(opening),
         )
