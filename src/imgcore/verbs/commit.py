@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 from imgcore.border import FilePath, file_name
 from imgcore.disk.block_copy import Copied, copy_extents
 from imgcore.disk.changed_areas import extents_above
-from imgcore.disk.children import warn_about_children
+from imgcore.disk.children import warn_about_children, warn_about_new_identity
 from imgcore.disk.copy_meter import CopyMeter
 from imgcore.disk.flattening import require_rebasable
 from imgcore.disk.image import Image, open_image
@@ -202,11 +202,10 @@ class _Commit(NamedTuple):
             with base.kept_open() as base_state:
                 if not base_state.is_part_of(state, self.depth):
                     raise ImgcoreError("its chain of backing files has changed", path=base.path)
-            if self.overlay.reader.identities:
-                warn_about_children(self.overlay, self.opening.allow)
-            warn_about_children(base, self.opening.allow, but={self.overlay.files[0].identity})
             self._refuse_other_writers()
             images = self._chain(base, stack)
+            warn_about_new_identity(self.overlay, self.opening.allow)
+            warn_about_children(base, self.opening.allow, but={self.overlay.files[0].identity})
             grows = base.virtual_size < self.overlay.virtual_size
             begin_below(images, self.overlay.virtual_size if grows else None)
             copied = copy_extents(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
 from imgcore.border import FilePath
-from imgcore.disk.children import warn_about_children
+from imgcore.disk.children import warn_about_new_identity
 from imgcore.disk.copy_meter import CopyMeter
 from imgcore.disk.flattening import flatten_image, require_rebasable
 from imgcore.disk.image import Image
@@ -109,8 +109,7 @@ def flatten(
             meter.finish()
             return FlattenResult(disk.path, disk.format, 0, 0, 0, time.monotonic() - started)
         require_rebasable(disk)
-        if disk.reader.identities:
-            warn_about_children(disk, opening.allow)
+        warn_about_new_identity(disk, opening.allow)
         copied = flatten_image(disk, threads=n_threads, control=limit, meter=meter)
         meter.finish()
         return FlattenResult(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, SupportsIndex
 
 from imgcore.border import FilePath, file_name
 from imgcore.disk.backing import backing_path, backing_reference, opened_reference
 from imgcore.disk.block_copy import Copied, copy_areas
-from imgcore.disk.children import warn_about_children
+from imgcore.disk.children import warn_about_new_identity
 from imgcore.disk.copy_meter import CopyMeter
 from imgcore.disk.differences import Differences
 from imgcore.disk.flattening import flatten_image, require_rebasable
@@ -22,14 +22,16 @@ from imgcore.disk.own_areas import WithoutOwn
 from imgcore.engine.control import Control, control_of
 from imgcore.engine.job import thread_count
 from imgcore.errors import ImgcoreError, OptionError
+from imgcore.files.identity import named_identity
 from imgcore.log import log
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from imgcore.areas.area import Area
     from imgcore.disk.disk_state import DiskState
     from imgcore.engine.progress import Progress
+    from imgcore.files.identity import Identity
     from imgcore.formats.api import BackingReference
 
 # Differences are found, and copied, in blocks of this size.
@@ -170,14 +172,19 @@ class _Rebase(NamedTuple):
 
     def relink(self, reference: BackingReference | None) -> Copied:
         """Change the link, and nothing else."""
-        if not self.image.is_rebasable():
-            require_rebasable(self.image)
-        self.image.set_backing(None if reference is None else self._facts(reference))
+        image = self.image
+        if not image.is_rebasable():
+            require_rebasable(image)
+        facts = None if reference is None else self._facts(reference)
+        warn_about_new_identity(image, self.options.allow)
+        image.set_backing(facts)
         return Copied()
 
     def _facts(self, reference: BackingReference) -> BackingReference:
         """Return what the image stores about its parent, which need not be there."""
         path = backing_path(self.image.path, reference)
+        with suppress(OSError):
+            self._refuse_own(path, [named_identity(path)])
         try:
             with open_layer(path, self._new_options(reference)) as layer:
                 return opened_reference(reference, layer)
@@ -198,14 +205,8 @@ class _Rebase(NamedTuple):
         """Copy what differs, and then change the link."""
         image = self.image
         require_rebasable(image)
-        if image.reader.identities:
-            warn_about_children(image, self.options.allow)
         if reference is None:
-            if image.reader.backing is None:
-                return Copied()
-            return flatten_image(
-                image, threads=self.threads, control=self.control, meter=self.meter
-            )
+            return self._flatten()
         if image.reader.backing is None:
             raise OptionError(
                 "has no backing file, so that all of its disk is its own: imgcore convert -B "
@@ -221,10 +222,11 @@ class _Rebase(NamedTuple):
         with ExitStack() as stack:
             path = backing_path(image.path, reference)
             new = stack.enter_context(open_image(path, self._new_options(reference)))
-            self._refuse_loop(new)
+            self._refuse_own(new.path, [file.identity for file in new.every_file()])
             facts = opened_reference(reference, new.chain[0])
             state = stack.enter_context(image.kept_open())
             base = stack.enter_context(new.kept_open())
+            warn_about_new_identity(image, self.options.allow)
             copied = copy_areas(
                 image,
                 image,
@@ -238,11 +240,18 @@ class _Rebase(NamedTuple):
         image.set_backing(facts)
         return copied
 
-    def _refuse_loop(self, new: Image) -> None:
-        own = {file.identity for file in self.image.own_files()}
-        if any(file.identity in own for file in new.every_file()):
+    def _flatten(self) -> Copied:
+        image = self.image
+        if image.reader.backing is None:
+            return Copied()
+        warn_about_new_identity(image, self.options.allow)
+        return flatten_image(image, threads=self.threads, control=self.control, meter=self.meter)
+
+    def _refuse_own(self, path: str, identities: Iterable[Identity]) -> None:
+        """Raise if a new backing file has the image in its chain: that is a loop."""
+        if not {file.identity for file in self.image.own_files()}.isdisjoint(identities):
             raise OptionError(
-                f"the backing file {new.path} is the image, or has it as its own backing file",
+                f"the backing file {path} is the image, or has it as its own backing file",
                 path=self.image.path,
             )
 
