@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, SupportsIndex
@@ -11,7 +10,7 @@ from imgcore.border import FilePath, file_name
 from imgcore.disk.backing import backing_path, backing_reference, opened_reference
 from imgcore.disk.block_copy import Copied, copy_areas
 from imgcore.disk.children import warn_about_new_identity
-from imgcore.disk.copy_meter import CopyMeter
+from imgcore.disk.copy_job import CopyJob, CopySettings
 from imgcore.disk.differences import Differences
 from imgcore.disk.flattening import flatten_image, require_rebasable
 from imgcore.disk.image import Image, open_image
@@ -19,8 +18,6 @@ from imgcore.disk.layer import open_layer
 from imgcore.disk.open_options import Flags, OpenOptions
 from imgcore.disk.opened import opened_for_update
 from imgcore.disk.own_areas import WithoutOwn
-from imgcore.engine.control import Control, control_of
-from imgcore.engine.job import thread_count
 from imgcore.errors import ImgcoreError, OptionError
 from imgcore.files.identity import named_identity
 from imgcore.log import log
@@ -30,6 +27,7 @@ if TYPE_CHECKING:
 
     from imgcore.areas.area import Area
     from imgcore.disk.disk_state import DiskState
+    from imgcore.engine.control import Control
     from imgcore.engine.progress import Progress
     from imgcore.files.identity import Identity
     from imgcore.formats.api import BackingReference
@@ -132,7 +130,6 @@ def rebase(
     The link is changed when everything else is on stable storage.  If it fails, or is
     interrupted, the image reads as before, and the same call goes on.
     """
-    started = time.monotonic()
     name = file_name(image)
     opening = OpenOptions.from_keywords(
         format=format,
@@ -144,11 +141,11 @@ def rebase(
         flags=_FLAGS,
     )
     reference = backing_reference(name, backing, backing_format)
-    n_threads, limit = thread_count(threads), control_of(rate, control)
+    settings = CopySettings.from_keywords(threads, rate, control, progress)
     with opened_for_update(name, opening) as disk:
-        job = _Rebase(disk, opening, n_threads, limit, CopyMeter(disk.virtual_size, progress))
-        copied = job.relink(reference) if unsafe else job.move_to(reference)
-        job.meter.finish()
+        job = CopyJob(disk.virtual_size, settings)
+        run = _Rebase(disk, opening, job)
+        copied = run.relink(reference) if unsafe else run.move_to(reference)
         return RebaseResult(
             disk.path,
             disk.format,
@@ -157,7 +154,7 @@ def rebase(
             copied.read,
             copied.written,
             copied.zeroed,
-            time.monotonic() - started,
+            job.finish(),
         )
 
 
@@ -166,9 +163,7 @@ class _Rebase(NamedTuple):
 
     image: Image
     options: OpenOptions
-    threads: int
-    control: Control | None
-    meter: CopyMeter
+    job: CopyJob
 
     def relink(self, reference: BackingReference | None) -> Copied:
         """Change the link, and nothing else."""
@@ -206,7 +201,7 @@ class _Rebase(NamedTuple):
         image = self.image
         require_rebasable(image)
         if reference is None:
-            return self._flatten()
+            return flatten_image(image, self.job, self.options.allow)
         if image.reader.backing is None:
             raise OptionError(
                 "has no backing file, so that all of its disk is its own: imgcore convert -B "
@@ -231,21 +226,14 @@ class _Rebase(NamedTuple):
                 image,
                 image,
                 self._different(state, base),
-                threads=self.threads,
-                report=self.meter.copy,
-                control=self.control,
+                threads=self.job.threads,
+                report=self.job.note_copied,
+                control=self.job.control,
             )
             new.check_unchanged()
         image.flush()
         image.set_backing(facts)
         return copied
-
-    def _flatten(self) -> Copied:
-        image = self.image
-        if image.reader.backing is None:
-            return Copied()
-        warn_about_new_identity(image, self.options.allow)
-        return flatten_image(image, threads=self.threads, control=self.control, meter=self.meter)
 
     def _refuse_own(self, path: str, identities: Iterable[Identity]) -> None:
         """Raise if a new backing file has the image in its chain: that is a loop."""
@@ -262,7 +250,7 @@ class _Rebase(NamedTuple):
             WithoutOwn(base, state),
             nbytes=state.virtual_size,
             granularity=_GRANULARITY,
-            threads=self.threads,
-            report=self.meter.search,
+            threads=self.job.threads,
+            report=self.job.note_searched,
         )
         return found.areas()

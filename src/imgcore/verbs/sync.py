@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, SupportsIndex
@@ -14,15 +13,14 @@ from imgcore.checksums.new_tree import NewTree
 from imgcore.checksums.tree import TreeFile, tree_nbytes
 from imgcore.disk.area_search import AreaSearch, SearchSettings
 from imgcore.disk.block_copy import Copied, copy_areas
-from imgcore.disk.copy_meter import CopyMeter
+from imgcore.disk.copy_job import CopyJob, CopySettings
 from imgcore.disk.digests import DigestedDisk
 from imgcore.disk.image import Image, open_image
 from imgcore.disk.image_names import local_image
 from imgcore.disk.open_options import FLAGS, Flags, OpenOptions
 from imgcore.disk.opened import opened_for_update, require_no_options
-from imgcore.engine.control import Control, control_of
+from imgcore.engine.control import Control
 from imgcore.engine.hashing import require_algorithm
-from imgcore.engine.job import thread_count
 from imgcore.engine.progress import Progress
 from imgcore.errors import OptionError, TargetError
 from imgcore.files.block_devices import below
@@ -180,7 +178,7 @@ def sync(
         raise OptionError(f"{' and '.join(given)} are given: one states what has changed")
     if checksum is not None:
         require_algorithm(checksum)
-    limit = control_of(rate, control)
+    settings = CopySettings.from_keywords(threads, rate, control, progress)
     opening = OpenOptions.from_keywords(
         format=format,
         backing_format=backing_format,
@@ -226,20 +224,11 @@ def sync(
         image = stack.enter_context(opened_for_update(target, _own(target, writing)))
         _refuse_own_source(disk, image.path, [file.identity for file in image.own_files()])
         _fit(image, disk.virtual_size, resize=resize)
-        job = _Sync(
-            disk,
-            image,
-            find,
-            thread_count(threads),
-            limit,
-            CopyMeter(disk.virtual_size, progress),
-        )
+        run = _Sync(disk, image, find, CopyJob(disk.virtual_size, settings))
         if tree is None:
-            return job.run(checksum)
+            return run.alone(checksum)
         is_partial = bool(given) and not by_checksum
-        return job.run_with_tree(
-            file_name(tree), checksum, by_tree=not given, keeps_leaves=is_partial
-        )
+        return run.with_tree(file_name(tree), checksum, by_tree=not given, keeps_leaves=is_partial)
 
 
 def _own(image: FilePath | int | Image, options: OpenOptions) -> OpenOptions:
@@ -285,45 +274,27 @@ def _fit(target: Image, nbytes: int, *, resize: bool) -> None:
     target.resize(nbytes)
 
 
-class _Sync:
+class _Sync(NamedTuple):
     """One run.
 
-    Parameters
-    ----------
-    source, target : Image
-    find : callable
-        Returns the areas, for a search in the source and the state of both.
-    threads : int
-    control : Control
-    meter : CopyMeter
+    ``find`` returns the areas, for a search in the source and the state of both.
     """
 
-    def __init__(
-        self,
-        source: Image,
-        target: Image,
-        find: Callable[[AreaSearch, DiskState, DiskState], Iterator[Area]],
-        threads: int,
-        control: Control | None,
-        meter: CopyMeter,
-    ) -> None:
-        self._started = time.monotonic()
-        self._source, self._target = source, target
-        self._find = find
-        self._threads = threads
-        self._control = control
-        self._meter = meter
+    source: Image
+    target: Image
+    find: Callable[[AreaSearch, DiskState, DiskState], Iterator[Area]]
+    job: CopyJob
 
-    def run(self, checksum: str | None) -> SyncResult:
+    def alone(self, checksum: str | None) -> SyncResult:
         """Copy what has changed, and read the source for a digest if one is wanted."""
-        with self._source.kept_open() as state:
+        with self.source.kept_open() as state:
             copied = self._copy(self._found(state, _GRANULARITY))
             digest = None
             if checksum is not None:
-                digest = DigestedDisk.of_state(state).digest(checksum, threads=self._threads)
+                digest = DigestedDisk.of_state(state).digest(checksum, threads=self.job.threads)
         return self._result(copied, digest)
 
-    def run_with_tree(
+    def with_tree(
         self, path: str, checksum: str | None, *, by_tree: bool, keeps_leaves: bool
     ) -> SyncResult:
         """Copy what has changed, and replace the target's tree at the end.
@@ -341,15 +312,15 @@ class _Sync:
 
         def job(commitment: Commitment[SyncResult]) -> None:
             with ExitStack() as stack:
-                state = stack.enter_context(self._source.kept_open())
+                state = stack.enter_context(self.source.kept_open())
                 disk = DigestedDisk.of_state(state)
                 output = stack.enter_context(Target(path, force=True))
-                output.protect([*disk.files, *self._target.every_file()])
+                output.protect([*disk.files, *self.target.every_file()])
                 output.require_space(tree_nbytes(disk.nbytes))
                 if not (by_tree or keeps_leaves):
                     copied = self._copy(self._found(state, _GRANULARITY))
                     new = NewTree(output.main, checksum or "sha256", disk.nbytes)
-                    disk.digest(checksum or "sha256", threads=self._threads, sink=new)
+                    disk.digest(checksum or "sha256", threads=self.job.threads, sink=new)
                 else:
                     old = stack.enter_context(TreeFile.open(path))
                     algorithm = checksum or old.digest.algorithm
@@ -357,7 +328,7 @@ class _Sync:
                     new = NewTree(output.main, algorithm, disk.nbytes, old)
                     if by_tree:
                         found = disk.changed_since(
-                            old, threads=self._threads, sink=new, report=self._searched
+                            old, threads=self.job.threads, sink=new, report=self._searched
                         )
                         copied = self._copy(found)
                     else:
@@ -370,14 +341,14 @@ class _Sync:
         return until_committed(job)
 
     def _searched(self, done: int, _data: int) -> None:
-        self._meter.search(done)
+        self.job.note_searched(done)
 
     def _found(self, state: DiskState, granularity: int) -> Iterator[Area]:
         """Yield the areas, in whole blocks."""
-        meter = self._meter
-        how = SearchSettings(granularity, self._threads, lambda state: meter.search(state.done))
-        with self._target.kept_open() as old:
-            yield from self._find(AreaSearch(state, how), state, old)
+        job = self.job
+        how = SearchSettings(granularity, job.threads, lambda state: job.note_searched(state.done))
+        with self.target.kept_open() as old:
+            yield from self.find(AreaSearch(state, how), state, old)
 
     def _copy(
         self,
@@ -385,30 +356,29 @@ class _Sync:
         observe: Callable[[int, int, memoryview | None], None] | None = None,
     ) -> Copied:
         return copy_areas(
-            self._source,
-            self._target,
+            self.source,
+            self.target,
             areas,
-            threads=self._threads,
-            report=self._meter.copy,
+            threads=self.job.threads,
+            report=self.job.note_copied,
             observe=observe,
-            control=self._control,
+            control=self.job.control,
         )
 
     def _result(self, copied: Copied, digest: Digest | None) -> SyncResult:
         """Make the target durable, and return the result."""
-        self._target.flush()
-        self._source.check_unchanged()
-        self._meter.finish()
+        self.target.flush()
+        self.source.check_unchanged()
         return SyncResult(
-            source=self._source.path,
-            target=self._target.path,
-            source_format=self._source.format,
-            target_format=self._target.format,
-            virtual_size=self._target.virtual_size,
+            source=self.source.path,
+            target=self.target.path,
+            source_format=self.source.format,
+            target_format=self.target.format,
+            virtual_size=self.target.virtual_size,
             areas=copied.areas,
             bytes_read=copied.read,
             bytes_written=copied.written,
             bytes_zeroed=copied.zeroed,
-            seconds=time.monotonic() - self._started,
+            seconds=self.job.finish(),
             checksum=digest,
         )
