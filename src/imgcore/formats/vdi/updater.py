@@ -21,6 +21,7 @@ from imgcore.formats.api import Place
 from imgcore.formats.shared.alignment import align_up
 from imgcore.formats.shared.free_space import FreeSpace
 from imgcore.formats.shared.moving import copy_block, moves_into_gaps
+from imgcore.formats.shared.ranges import block_parts
 from imgcore.formats.vdi import layout
 from imgcore.formats.vdi.check import check
 from imgcore.formats.vdi.header import read_header
@@ -159,13 +160,7 @@ class VdiUpdater:
         self._file.put(self._entry_offset(block), raw, Step.REFERENCE)
 
     def _blocks(self, start: int, length: int) -> Iterator[tuple[int, int, int]]:
-        """Yield (block, start, end) for the parts of a range that are in one block."""
-        end = start + length
-        while start < end:
-            block = start // self._block_nbytes
-            stop = min(end, (block + 1) * self._block_nbytes)
-            yield block, start, stop
-            start = stop
+        return block_parts(start, length, self._block_nbytes)
 
     # -- changes of content ------------------------------------------------------------
 
