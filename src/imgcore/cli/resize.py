@@ -43,8 +43,8 @@ def command(
 ) -> None:
     """Make the disk in IMAGE SIZE bytes large, or SIZE bytes larger or smaller.
 
-    What is new reads as zeros. Partitions and file systems in the disk stay as they
-    are.
+    SIZE may end with K, M, G, T, P or E. What is new reads as zeros. Partitions and
+    file systems in the disk stay as they are.
     """
     from imgcore.verbs.resize import resize
 
