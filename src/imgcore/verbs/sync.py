@@ -12,6 +12,7 @@ from imgcore.border import FilePath, file_name, source_name
 from imgcore.checksums.digest import BLOCK_NBYTES, Digest
 from imgcore.checksums.new_tree import NewTree
 from imgcore.checksums.tree import TreeFile, tree_nbytes
+from imgcore.checksums.tree_mark import TreeMark
 from imgcore.disk.area_search import AreaSearch, SearchSettings
 from imgcore.disk.block_copy import Copied, copy_areas
 from imgcore.disk.copy_meter import CopyMeter
@@ -24,12 +25,13 @@ from imgcore.engine.control import Control, control_of
 from imgcore.engine.hashing import require_algorithm
 from imgcore.engine.job import thread_count
 from imgcore.engine.progress import Progress
-from imgcore.errors import OptionError, TargetError
+from imgcore.errors import ImgcoreError, OptionError, TargetError
 from imgcore.files.block_devices import below
 from imgcore.files.commitment import until_committed
 from imgcore.files.given import given_name
 from imgcore.files.identity import named_identity
 from imgcore.files.target import Target
+from imgcore.log import log
 
 if TYPE_CHECKING:
     from imgcore.disk.disk_state import DiskState
@@ -214,7 +216,7 @@ def sync(
             return search.marked(bitmap)
         if since is not None:
             return search.since(source_name(since), older)
-        return search.compared(old, new.virtual_size)
+        return _compared(search, new, old)
 
     with ExitStack() as stack:
         disk = _opened(source, opening, stack)
@@ -240,6 +242,10 @@ def sync(
         return job.run_with_tree(
             file_name(tree), checksum, by_tree=not given, keeps_leaves=is_partial
         )
+
+
+def _compared(search: AreaSearch, new: DiskState, old: DiskState) -> Iterator[Area]:
+    return search.compared(old, new.virtual_size)
 
 
 def _own(image: FilePath | int | Image, options: OpenOptions) -> OpenOptions:
@@ -313,6 +319,8 @@ class _Sync:
         self._threads = threads
         self._control = control
         self._meter = meter
+        # Of the target's tree, if there is one.
+        self._mark: TreeMark | None = None
 
     def run(self, checksum: str | None) -> SyncResult:
         """Copy what has changed, and read the source for a digest if one is wanted."""
@@ -346,14 +354,17 @@ class _Sync:
                 output = stack.enter_context(Target(path, force=True))
                 output.protect([*disk.files, *self._target.every_file()])
                 output.require_space(tree_nbytes(disk.nbytes))
-                if not (by_tree or keeps_leaves):
-                    copied = self._copy(self._found(state, _GRANULARITY))
-                    new = NewTree(output.main, checksum or "sha256", disk.nbytes)
-                    disk.digest(checksum or "sha256", threads=self._threads, sink=new)
-                else:
-                    old = stack.enter_context(TreeFile.open(path))
+                uses_tree = by_tree or keeps_leaves
+                old = self._old_tree(path, stack, is_needed=uses_tree)
+                algorithm = checksum or "sha256"
+                if old is not None and uses_tree:
                     algorithm = checksum or old.digest.algorithm
                     old.refuse_other(disk.path, algorithm, disk.nbytes)
+                if old is None or not uses_tree or self._is_stale(old):
+                    copied = self._copy(self._found(state, _GRANULARITY))
+                    new = NewTree(output.main, algorithm, disk.nbytes)
+                    disk.digest(algorithm, threads=self._threads, sink=new)
+                else:
                     new = NewTree(output.main, algorithm, disk.nbytes, old)
                     if by_tree:
                         found = disk.changed_since(
@@ -366,8 +377,33 @@ class _Sync:
                         old.check_unchanged()
                 result = self._result(copied, new.finish())
                 commitment.commit(output, result)
+                if self._mark is not None:
+                    self._mark.remove()
 
         return until_committed(job)
+
+    def _old_tree(self, path: str, stack: ExitStack, *, is_needed: bool) -> TreeFile | None:
+        """Open the tree; None if it is not needed, and cannot be used."""
+        try:
+            tree = stack.enter_context(TreeFile.open(path))
+        except (OSError, ImgcoreError):
+            if is_needed:
+                raise
+            return None
+        self._mark = TreeMark(tree)
+        return tree
+
+    def _is_stale(self, tree: TreeFile) -> bool:
+        """Tell whether the tree does not suit the target; then both are compared."""
+        if self._mark is None or not self._mark.is_set():
+            return False
+        log.warning(
+            "%s: an interrupted sync left a target that may differ from its tree: both disks are "
+            "compared",
+            tree.path,
+        )
+        self._find = _compared
+        return True
 
     def _searched(self, done: int, _data: int) -> None:
         self._meter.search(done)
@@ -387,7 +423,7 @@ class _Sync:
         return copy_areas(
             self._source,
             self._target,
-            areas,
+            areas if self._mark is None else self._mark.before(areas),
             threads=self._threads,
             report=self._meter.copy,
             observe=observe,
