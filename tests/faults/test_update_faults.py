@@ -80,8 +80,8 @@ class Faults:
                 assert answer["errno"] in (code, None), "another error"
                 assert answer["path"], "no file is named"
             session.advance(len(session.rows))
-            self._cuts.examined(session.history)
-            self._cuts.examined(session.cut(self._rng))
+            self._cuts.image.examined(session.history)
+            self._cuts.image.examined(session.cut(self._rng))
         except Exception as error:
             raise AssertionError(f"{where}: {type(error).__name__}: {error}") from error
 
@@ -105,11 +105,11 @@ class Faults:
         self._cuts.reset()
         session = Session(self._cuts, self._content, self._changes, fork=True, **job)
         session.advance(len(session.rows))
-        content = self._cuts.examined(session.history)
+        content = self._cuts.image.examined(session.history)
         changes = random_changes(self._rng, N_CHANGES_AFTER, len(content), self._sizes)
         after = Session(self._cuts, content, changes)
         after.advance(len(after.rows))
-        self._cuts.examined(after.history)
+        self._cuts.image.examined(after.history)
         return session
 
 

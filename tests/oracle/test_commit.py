@@ -288,6 +288,34 @@ def test_a_full_disk(is_copied: bool, tmp_path: Path, monkeypatch: pytest.Monkey
     assert content_of(base) == contents[1]
 
 
+@pytest.mark.parametrize("way", ["takes_copies_of", "pwrite"])
+def test_nothing_is_written_after_a_failure(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next piece waits already when one fails."""
+    contents = disks(11, 2)
+    base, top = chain(tmp_path, ("raw", "qcow2"), contents)
+    pwrite, written = UpdateFile.pwrite, []
+
+    def fail_once(self: UpdateFile, offset: int, data: Any) -> None:
+        if self.path == str(base):
+            written.append(offset)
+            if len(written) == 2:
+                raise OSError(errno.EIO, "Input/output error", self.path)
+        pwrite(self, offset, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(UpdateFile, "pwrite", fail_once)
+        if way == "takes_copies_of":
+            patched.setattr(UpdateFile, way, lambda *_: True)
+            patched.setattr(os, "copy_file_range", lambda *_: 0)
+        with pytest.raises(OSError, match="Input/output error"):
+            imgcore.commit(top)
+    assert len(written) == 2
+    imgcore.commit(top)
+    assert content_of(base) == contents[1]
+
+
 def test_a_commit_that_cannot_begin_leaves_no_mark(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

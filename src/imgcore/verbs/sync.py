@@ -11,6 +11,7 @@ from imgcore.border import FilePath, file_name, source_name
 from imgcore.checksums.digest import BLOCK_NBYTES, Digest
 from imgcore.checksums.new_tree import NewTree
 from imgcore.checksums.tree import TreeFile, tree_nbytes
+from imgcore.checksums.tree_mark import TreeMark
 from imgcore.disk.area_search import AreaSearch, SearchSettings
 from imgcore.disk.block_copy import Copied, copy_areas
 from imgcore.disk.copy_job import CopyJob, CopySettings
@@ -22,12 +23,13 @@ from imgcore.disk.opened import opened_for_update, require_no_options
 from imgcore.engine.control import Control
 from imgcore.engine.hashing import require_algorithm
 from imgcore.engine.progress import Progress
-from imgcore.errors import OptionError, TargetError
+from imgcore.errors import ImgcoreError, OptionError, TargetError
 from imgcore.files.block_devices import below
 from imgcore.files.commitment import until_committed
 from imgcore.files.given import given_name
 from imgcore.files.identity import named_identity
 from imgcore.files.target import Target
+from imgcore.log import log
 
 if TYPE_CHECKING:
     from imgcore.disk.disk_state import DiskState
@@ -212,7 +214,7 @@ def sync(
             return search.marked(bitmap)
         if since is not None:
             return search.since(source_name(since), older)
-        return search.compared(old, new.virtual_size)
+        return _compared(search, new, old)
 
     with ExitStack() as stack:
         disk = _opened(source, opening, stack)
@@ -226,9 +228,13 @@ def sync(
         _fit(image, disk.virtual_size, resize=resize)
         run = _Sync(disk, image, find, CopyJob(disk.virtual_size, settings))
         if tree is None:
-            return run.alone(checksum)
+            return run.without_tree(checksum)
         is_partial = bool(given) and not by_checksum
         return run.with_tree(file_name(tree), checksum, by_tree=not given, keeps_leaves=is_partial)
+
+
+def _compared(search: AreaSearch, new: DiskState, old: DiskState) -> Iterator[Area]:
+    return search.compared(old, new.virtual_size)
 
 
 def _own(image: FilePath | int | Image, options: OpenOptions) -> OpenOptions:
@@ -274,24 +280,37 @@ def _fit(target: Image, nbytes: int, *, resize: bool) -> None:
     target.resize(nbytes)
 
 
-class _Sync(NamedTuple):
+class _Sync:
     """One run.
 
-    ``find`` returns the areas, for a search in the source and the state of both.
+    Parameters
+    ----------
+    source, target : Image
+    find : callable
+        Returns the areas, for a search in the source and the state of both.
+    job : CopyJob
     """
 
-    source: Image
-    target: Image
-    find: Callable[[AreaSearch, DiskState, DiskState], Iterator[Area]]
-    job: CopyJob
+    def __init__(
+        self,
+        source: Image,
+        target: Image,
+        find: Callable[[AreaSearch, DiskState, DiskState], Iterator[Area]],
+        job: CopyJob,
+    ) -> None:
+        self._source, self._target = source, target
+        self._find = find
+        self._job = job
+        # Of the target's tree, if there is one.
+        self._mark: TreeMark | None = None
 
-    def alone(self, checksum: str | None) -> SyncResult:
+    def without_tree(self, checksum: str | None) -> SyncResult:
         """Copy what has changed, and read the source for a digest if one is wanted."""
-        with self.source.kept_open() as state:
+        with self._source.kept_open() as state:
             copied = self._copy(self._found(state, _GRANULARITY))
             digest = None
             if checksum is not None:
-                digest = DigestedDisk.of_state(state).digest(checksum, threads=self.job.threads)
+                digest = DigestedDisk.of_state(state).digest(checksum, threads=self._job.threads)
         return self._result(copied, digest)
 
     def with_tree(
@@ -312,23 +331,26 @@ class _Sync(NamedTuple):
 
         def job(commitment: Commitment[SyncResult]) -> None:
             with ExitStack() as stack:
-                state = stack.enter_context(self.source.kept_open())
+                state = stack.enter_context(self._source.kept_open())
                 disk = DigestedDisk.of_state(state)
                 output = stack.enter_context(Target(path, force=True))
-                output.protect([*disk.files, *self.target.every_file()])
+                output.protect([*disk.files, *self._target.every_file()])
                 output.require_space(tree_nbytes(disk.nbytes))
-                if not (by_tree or keeps_leaves):
-                    copied = self._copy(self._found(state, _GRANULARITY))
-                    new = NewTree(output.main, checksum or "sha256", disk.nbytes)
-                    disk.digest(checksum or "sha256", threads=self.job.threads, sink=new)
-                else:
-                    old = stack.enter_context(TreeFile.open(path))
+                uses_tree = by_tree or keeps_leaves
+                old = self._old_tree(path, stack, is_needed=uses_tree)
+                algorithm = checksum or "sha256"
+                if old is not None and uses_tree:
                     algorithm = checksum or old.digest.algorithm
                     old.refuse_other(disk.path, algorithm, disk.nbytes)
+                if old is None or not uses_tree or self._is_stale(old):
+                    copied = self._copy(self._found(state, _GRANULARITY))
+                    new = NewTree(output.main, algorithm, disk.nbytes)
+                    disk.digest(algorithm, threads=self._job.threads, sink=new)
+                else:
                     new = NewTree(output.main, algorithm, disk.nbytes, old)
                     if by_tree:
                         found = disk.changed_since(
-                            old, threads=self.job.threads, sink=new, report=self._searched
+                            old, threads=self._job.threads, sink=new, report=self._searched
                         )
                         copied = self._copy(found)
                     else:
@@ -337,18 +359,43 @@ class _Sync(NamedTuple):
                         old.check_unchanged()
                 result = self._result(copied, new.finish())
                 commitment.commit(output, result)
+                if self._mark is not None:
+                    self._mark.remove()
 
         return until_committed(job)
 
+    def _old_tree(self, path: str, stack: ExitStack, *, is_needed: bool) -> TreeFile | None:
+        """Open the tree; None if it is not needed, and cannot be used."""
+        try:
+            tree = stack.enter_context(TreeFile.open(path))
+        except (OSError, ImgcoreError):
+            if is_needed:
+                raise
+            return None
+        self._mark = TreeMark(tree)
+        return tree
+
+    def _is_stale(self, tree: TreeFile) -> bool:
+        """Tell whether the tree does not suit the target; then both are compared."""
+        if self._mark is None or not self._mark.is_set():
+            return False
+        log.warning(
+            "%s: an interrupted sync left a target that may differ from its tree: both disks are "
+            "compared",
+            tree.path,
+        )
+        self._find = _compared
+        return True
+
     def _searched(self, done: int, _data: int) -> None:
-        self.job.note_searched(done)
+        self._job.note_searched(done)
 
     def _found(self, state: DiskState, granularity: int) -> Iterator[Area]:
         """Yield the areas, in whole blocks."""
-        job = self.job
+        job = self._job
         how = SearchSettings(granularity, job.threads, lambda state: job.note_searched(state.done))
-        with self.target.kept_open() as old:
-            yield from self.find(AreaSearch(state, how), state, old)
+        with self._target.kept_open() as old:
+            yield from self._find(AreaSearch(state, how), state, old)
 
     def _copy(
         self,
@@ -356,29 +403,29 @@ class _Sync(NamedTuple):
         observe: Callable[[int, int, memoryview | None], None] | None = None,
     ) -> Copied:
         return copy_areas(
-            self.source,
-            self.target,
-            areas,
-            threads=self.job.threads,
-            report=self.job.note_copied,
+            self._source,
+            self._target,
+            areas if self._mark is None else self._mark.before(areas),
+            threads=self._job.threads,
+            report=self._job.note_copied,
             observe=observe,
-            control=self.job.control,
+            control=self._job.control,
         )
 
     def _result(self, copied: Copied, digest: Digest | None) -> SyncResult:
         """Make the target durable, and return the result."""
-        self.target.flush()
-        self.source.check_unchanged()
+        self._target.flush()
+        self._source.check_unchanged()
         return SyncResult(
-            source=self.source.path,
-            target=self.target.path,
-            source_format=self.source.format,
-            target_format=self.target.format,
-            virtual_size=self.target.virtual_size,
+            source=self._source.path,
+            target=self._target.path,
+            source_format=self._source.format,
+            target_format=self._target.format,
+            virtual_size=self._target.virtual_size,
             areas=copied.areas,
             bytes_read=copied.read,
             bytes_written=copied.written,
             bytes_zeroed=copied.zeroed,
-            seconds=self.job.finish(),
+            seconds=self._job.finish(),
             checksum=digest,
         )
