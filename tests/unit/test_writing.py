@@ -51,6 +51,21 @@ def test_a_second_writer_is_refused(disk: Path) -> None:
         imgcore.open(disk, mode="r+")
 
 
+@pytest.mark.parametrize("name", ["qcow2", "vhd", "vhdx", "vdi"])
+def test_a_parent_is_only_read(name: str, tmp_path: Path) -> None:
+    base, first, second = (tmp_path / f"{stem}.{name}" for stem in ("base", "first", "second"))
+    imgcore.create(base, 4 * MIB)
+    for child in (first, second):
+        imgcore.create(child, backing=base.name, backing_format=name)
+    with imgcore.open(first, mode="r+") as image, imgcore.open(second, mode="r+"):
+        image.write(0, b"abc")
+    with imgcore.open(base, mode="r+"):
+        for mode in ("r", "r+"):
+            with pytest.raises(imgcore.ImgcoreError, match="in use by this process") as refused:
+                imgcore.open(first, mode=mode)
+            assert refused.value.path == str(base)
+
+
 def test_a_disk_that_shrinks_must_be_meant_to(disk: Path) -> None:
     with imgcore.open(disk, mode="r+") as image:
         with pytest.raises(imgcore.OptionError, match="shrink=True"):

@@ -21,7 +21,7 @@ from imgcore.engine.job import thread_count
 from imgcore.errors import ImgcoreError
 from imgcore.files.descriptors import is_of_system
 from imgcore.files.update_file import UpdateFile
-from imgcore.formats.api import Overwritable, Rebasable
+from imgcore.formats.api import MakesWay, Overwritable, Rebasable
 from imgcore.limits import MIB
 
 if TYPE_CHECKING:
@@ -232,7 +232,13 @@ class WriteAccess:
             self._stop_overwriting()
             if virtual_size > self._state.virtual_size:
                 self._write_end()
-            self._restructure(lambda updater: updater.resize(virtual_size), reopen)
+            self._restructure(change, reopen)
+
+        def change(updater: Updater) -> None:
+            if isinstance(updater, MakesWay) and updater.make_way(virtual_size):
+                self._forget_all()
+                self._await_reads()
+            updater.resize(virtual_size)
 
         self._ranges.holding_all(work)
 
@@ -364,7 +370,7 @@ class WriteAccess:
             )
 
     def _await_reads(self) -> None:
-        """Wait for reads from before the image was opened anew.
+        """Wait for reads from before the last change of the image as a whole.
 
         What was freed since they began is free space now.
         """
@@ -372,7 +378,7 @@ class WriteAccess:
             if self._reads.soon_over():
                 return
         raise ImgcoreError(
-            "a read that began before the image was opened anew does not end",
+            "a read that began before the image was changed as a whole does not end",
             path=self._state.paths[0],
         )
 
