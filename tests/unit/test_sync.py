@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -191,6 +192,27 @@ def test_a_tree_is_not_one_of_the_images(tmp_path: Path) -> None:
     for path in (new, old):
         with pytest.raises(imgcore.TargetError, match="is read by this|in use"):
             imgcore.sync(new, old, by_checksum=True, tree=path)
+
+
+@pytest.mark.parametrize("has_tree", [True, False])
+def test_an_error_keeps_no_file_open(
+    has_tree: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even while the exception is there, whose frames hold the search."""
+    new, copy = tmp_path / "new.raw", tmp_path / "copy.qcow2"
+    new.write_bytes(noise(8 * MIB, 9))
+    imgcore.create(copy, 8 * MIB)
+    keywords = by_tree(new, copy, None) if has_tree else {"by_checksum": True}
+    n_open = len(os.listdir("/proc/self/fd"))
+
+    def full(self: UpdateFile, offset: int, data: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", self.path)
+
+    monkeypatch.setattr(UpdateFile, "pwrite", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        imgcore.sync(new, copy, **keywords)
+    assert caught.value.errno == errno.ENOSPC
+    assert len(os.listdir("/proc/self/fd")) == n_open
 
 
 def test_a_full_disk_says_how_far_it_got(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

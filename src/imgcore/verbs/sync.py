@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, SupportsIndex
 
 from imgcore.areas.area import Area
@@ -390,7 +390,7 @@ class _Sync:
     def _searched(self, done: int, _data: int) -> None:
         self._job.note_searched(done)
 
-    def _found(self, state: DiskState, granularity: int) -> Iterator[Area]:
+    def _found(self, state: DiskState, granularity: int) -> Generator[Area, None, None]:
         """Yield the areas, in whole blocks."""
         job = self._job
         how = SearchSettings(granularity, job.threads, lambda state: job.note_searched(state.done))
@@ -399,18 +399,20 @@ class _Sync:
 
     def _copy(
         self,
-        areas: Iterator[Area],
+        areas: Generator[Area, None, None],
         observe: Callable[[int, int, memoryview | None], None] | None = None,
     ) -> Copied:
-        return copy_areas(
-            self._source,
-            self._target,
-            areas if self._mark is None else self._mark.before(areas),
-            threads=self._job.threads,
-            report=self._job.note_copied,
-            observe=observe,
-            control=self._job.control,
-        )
+        # The search keeps files open until it ends, also after an error.
+        with closing(areas):
+            return copy_areas(
+                self._source,
+                self._target,
+                areas if self._mark is None else self._mark.before(areas),
+                threads=self._job.threads,
+                report=self._job.note_copied,
+                observe=observe,
+                control=self._job.control,
+            )
 
     def _result(self, copied: Copied, digest: Digest | None) -> SyncResult:
         """Make the target durable, and return the result."""
