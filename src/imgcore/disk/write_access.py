@@ -329,7 +329,7 @@ class WriteAccess:
         def inside() -> None:
             # The disk may have become smaller meanwhile.
             state = self._state
-            range_of_disk(state.paths[0], state.virtual_size, start, end - start, "offset")
+            range_of_disk(state.path, state.virtual_size, start, end - start, "offset")
             work()
 
         self._ranges.holding(*self._granules(start, end), inside)
@@ -344,7 +344,7 @@ class WriteAccess:
             raise ImgcoreError(
                 f"was opened without its parent, and needs its bytes at {start} beside what is "
                 "written",
-                path=state.paths[0],
+                path=state.path,
             )
         self._read_into(start, view)
 
@@ -354,7 +354,7 @@ class WriteAccess:
         if not self._is_current(self._state):
             raise ImgcoreError(
                 "an exception has interrupted its refresh, which has to be repeated",
-                path=self._state.paths[0],
+                path=self._state.path,
             )
         self._await_reads()
         self._begin_changes()
@@ -375,7 +375,7 @@ class WriteAccess:
                 return
         raise ImgcoreError(
             "a read that began before the image was changed as a whole does not end",
-            path=self._state.paths[0],
+            path=self._state.path,
         )
 
     def _begin_changes(self) -> None:
