@@ -92,7 +92,8 @@ class WriteAccess:
         self._ranges = RangeLocks()
         # Of the updater.
         self._tables = threading.Lock()
-        # Whether reads may have used space that was freed when it was opened anew.
+        # Whether space may be left that was freed before it was opened anew: reads in
+        # progress might have used it.
         self._is_untidy = False
         self._has_ever_begun = False
         self._renew(access)

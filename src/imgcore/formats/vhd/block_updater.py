@@ -5,6 +5,9 @@ moves rarely, and back to the last block in the end.  What is between takes no s
 
 Sector bitmaps of a child become durable together with BAT entries, after the data.  A
 new block whose bitmap is lost has no sectors of the disk, and reads as before.
+
+Source: Microsoft, "Virtual Hard Disk Image Format Specification" 1.0, "Block Allocation
+Table and Data Blocks".
 """
 
 from __future__ import annotations
