@@ -438,7 +438,7 @@ class BlockUpdater:
         end = self._end_of_use(self._starts())
         if self._file.is_block_device:
             return
-        # QEMU leaves nothing between blocks, so that a freed one is shorter than a slot.
+        # QEMU leaves nothing between blocks: a freed one is shorter than a slot.
         room = self._bitmap_nbytes + self._block_nbytes
         if self._first_end != end or self._footer_offset - end >= room:
             self._put_footer(end)
