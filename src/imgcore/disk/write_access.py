@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple, SupportsIndex, cast
 
@@ -249,8 +249,12 @@ class WriteAccess:
         try:
             with self._tables:
                 change(self._updater)
-        finally:
-            self._reopen(reopen)
+        except BaseException:
+            # Why the change has failed says more than what follows from it.
+            with suppress(ImgcoreError, OSError):
+                self._reopen(reopen)
+            raise
+        self._reopen(reopen)
 
     def _write_end(self) -> None:
         """Write the granule again that the disk ends in, which may be compressed."""
