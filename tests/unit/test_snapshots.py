@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,6 @@ from tests.helpers.updates import Model
 
 import imgcore
 from imgcore.cli import main as cli
-from imgcore.files.update_file import UpdateFile
 
 MIB = 1 << 20
 SIZE = 4 * MIB
@@ -193,45 +190,3 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert cli.main(["snapshot", "-U", "-d", "one", str(path)]) == 2
     assert cli.main(["snapshot", "-d", "one", str(path)]) == 0
     assert imgcore.snapshots(path) == []
-
-
-@pytest.mark.parametrize("call", ["grow", "pwrite"])
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda path: imgcore.create_snapshot(path, "second"),
-        lambda path: imgcore.apply_snapshot(path, "first"),
-    ],
-    ids=["create", "apply"],
-)
-def test_a_full_disk(
-    change: Callable[[Path], object], call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The space is taken before the image is marked as dirty, and given back."""
-    path = tmp_path / "disk.qcow2"
-    imgcore.create(path, 4 * MIB, options={"cluster_size": "4k"})
-    with imgcore.open(path, mode="r+") as image:
-        image.write(0, b"a" * MIB)
-    imgcore.create_snapshot(path, "first")
-    with imgcore.open(path, mode="r+") as image:
-        image.write(5000, b"b" * MIB)
-    end = path.stat().st_size
-    done = getattr(UpdateFile, call)
-
-    def full(self: UpdateFile, offset: int, *data: bytes) -> None:
-        if offset >= end and (not data or any(data[0])):
-            raise OSError(errno.ENOSPC, "No space left on device", self.path)
-        done(self, offset, *data)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(UpdateFile, call, full)
-        with pytest.raises(OSError, match="No space left") as caught:
-            change(path)
-        assert caught.value.errno == errno.ENOSPC
-    report = imgcore.check(path)
-    assert (report.corruptions, report.leaks) == (0, 0), report.problems
-    assert [row.name for row in imgcore.snapshots(path)] == ["first"]
-    with imgcore.open(path, mode="r+") as image:
-        assert image.read(4999, 3) == b"abb"
-    change(path)
-    assert not imgcore.check(path).problems

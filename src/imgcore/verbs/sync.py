@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, SupportsIndex
@@ -15,15 +14,14 @@ from imgcore.checksums.tree import TreeFile, tree_nbytes
 from imgcore.checksums.tree_mark import TreeMark
 from imgcore.disk.area_search import AreaSearch, SearchSettings
 from imgcore.disk.block_copy import Copied, copy_areas
-from imgcore.disk.copy_meter import CopyMeter
+from imgcore.disk.copy_job import CopyJob, CopySettings
 from imgcore.disk.digests import DigestedDisk
 from imgcore.disk.image import Image, open_image
 from imgcore.disk.image_names import local_image
 from imgcore.disk.open_options import FLAGS, Flags, OpenOptions
 from imgcore.disk.opened import opened_for_update, require_no_options
-from imgcore.engine.control import Control, control_of
+from imgcore.engine.control import Control
 from imgcore.engine.hashing import require_algorithm
-from imgcore.engine.job import thread_count
 from imgcore.engine.progress import Progress
 from imgcore.errors import ImgcoreError, OptionError, TargetError
 from imgcore.files.block_devices import below
@@ -182,7 +180,7 @@ def sync(
         raise OptionError(f"{' and '.join(given)} are given: one states what has changed")
     if checksum is not None:
         require_algorithm(checksum)
-    limit = control_of(rate, control)
+    settings = CopySettings.from_keywords(threads, rate, control, progress)
     opening = OpenOptions.from_keywords(
         format=format,
         backing_format=backing_format,
@@ -228,20 +226,11 @@ def sync(
         image = stack.enter_context(opened_for_update(target, _own(target, writing)))
         _refuse_own_source(disk, image.path, [file.identity for file in image.own_files()])
         _fit(image, disk.virtual_size, resize=resize)
-        job = _Sync(
-            disk,
-            image,
-            find,
-            thread_count(threads),
-            limit,
-            CopyMeter(disk.virtual_size, progress),
-        )
+        run = _Sync(disk, image, find, CopyJob(disk.virtual_size, settings))
         if tree is None:
-            return job.run(checksum)
+            return run.without_tree(checksum)
         is_partial = bool(given) and not by_checksum
-        return job.run_with_tree(
-            file_name(tree), checksum, by_tree=not given, keeps_leaves=is_partial
-        )
+        return run.with_tree(file_name(tree), checksum, by_tree=not given, keeps_leaves=is_partial)
 
 
 def _compared(search: AreaSearch, new: DiskState, old: DiskState) -> Iterator[Area]:
@@ -299,9 +288,7 @@ class _Sync:
     source, target : Image
     find : callable
         Returns the areas, for a search in the source and the state of both.
-    threads : int
-    control : Control
-    meter : CopyMeter
+    job : CopyJob
     """
 
     def __init__(
@@ -309,29 +296,24 @@ class _Sync:
         source: Image,
         target: Image,
         find: Callable[[AreaSearch, DiskState, DiskState], Iterator[Area]],
-        threads: int,
-        control: Control | None,
-        meter: CopyMeter,
+        job: CopyJob,
     ) -> None:
-        self._started = time.monotonic()
         self._source, self._target = source, target
         self._find = find
-        self._threads = threads
-        self._control = control
-        self._meter = meter
+        self._job = job
         # Of the target's tree, if there is one.
         self._mark: TreeMark | None = None
 
-    def run(self, checksum: str | None) -> SyncResult:
+    def without_tree(self, checksum: str | None) -> SyncResult:
         """Copy what has changed, and read the source for a digest if one is wanted."""
         with self._source.kept_open() as state:
             copied = self._copy(self._found(state, _GRANULARITY))
             digest = None
             if checksum is not None:
-                digest = DigestedDisk.of_state(state).digest(checksum, threads=self._threads)
+                digest = DigestedDisk.of_state(state).digest(checksum, threads=self._job.threads)
         return self._result(copied, digest)
 
-    def run_with_tree(
+    def with_tree(
         self, path: str, checksum: str | None, *, by_tree: bool, keeps_leaves: bool
     ) -> SyncResult:
         """Copy what has changed, and replace the target's tree at the end.
@@ -363,12 +345,12 @@ class _Sync:
                 if old is None or not uses_tree or self._is_stale(old):
                     copied = self._copy(self._found(state, _GRANULARITY))
                     new = NewTree(output.main, algorithm, disk.nbytes)
-                    disk.digest(algorithm, threads=self._threads, sink=new)
+                    disk.digest(algorithm, threads=self._job.threads, sink=new)
                 else:
                     new = NewTree(output.main, algorithm, disk.nbytes, old)
                     if by_tree:
                         found = disk.changed_since(
-                            old, threads=self._threads, sink=new, report=self._searched
+                            old, threads=self._job.threads, sink=new, report=self._searched
                         )
                         copied = self._copy(found)
                     else:
@@ -406,12 +388,12 @@ class _Sync:
         return True
 
     def _searched(self, done: int, _data: int) -> None:
-        self._meter.search(done)
+        self._job.note_searched(done)
 
     def _found(self, state: DiskState, granularity: int) -> Iterator[Area]:
         """Yield the areas, in whole blocks."""
-        meter = self._meter
-        how = SearchSettings(granularity, self._threads, lambda state: meter.search(state.done))
+        job = self._job
+        how = SearchSettings(granularity, job.threads, lambda state: job.note_searched(state.done))
         with self._target.kept_open() as old:
             yield from self._find(AreaSearch(state, how), state, old)
 
@@ -424,17 +406,16 @@ class _Sync:
             self._source,
             self._target,
             areas if self._mark is None else self._mark.before(areas),
-            threads=self._threads,
-            report=self._meter.copy,
+            threads=self._job.threads,
+            report=self._job.note_copied,
             observe=observe,
-            control=self._control,
+            control=self._job.control,
         )
 
     def _result(self, copied: Copied, digest: Digest | None) -> SyncResult:
         """Make the target durable, and return the result."""
         self._target.flush()
         self._source.check_unchanged()
-        self._meter.finish()
         return SyncResult(
             source=self._source.path,
             target=self._target.path,
@@ -445,6 +426,6 @@ class _Sync:
             bytes_read=copied.read,
             bytes_written=copied.written,
             bytes_zeroed=copied.zeroed,
-            seconds=time.monotonic() - self._started,
+            seconds=self._job.finish(),
             checksum=digest,
         )

@@ -12,7 +12,7 @@ Source: QEMU docs/interop/qcow2.rst, "Snapshots", "Host cluster management".
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -51,7 +51,7 @@ class _Table(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """A snapshot table, and how many rows it has."""
+    """A snapshot table."""
 
     offset: int
     n_rows: int
@@ -91,16 +91,12 @@ class SnapshotChanges:
                 path=self._file.path,
             )
         self._require_counts(self._active, 1)
-        l1 = self._copy_of(self._active)
-        try:
-            rows = self._new_rows([*self._raw_rows(), struct.pack(">Q", l1.offset) + row[8:]])
-        except BaseException:
-            self._give_up(l1.offset, l1.n_entries * layout.ENTRY_NBYTES)
-            raise
+        l1_offset = self._copy_of(self._active)
+        rows = self._new_rows([*self._raw_rows(), struct.pack(">Q", l1_offset) + row[8:]])
         with self._marked_as_dirty():
             self._count(self._active, 1)
             self._set_flags()
-            self._use_rows(rows)
+            self._refer_to(rows)
 
     def apply(self, index: int) -> None:
         """Make the disk what it was; see `ChangesSnapshots`."""
@@ -109,12 +105,12 @@ class SnapshotChanges:
         table, old = self._table_of(snapshot), self._active
         self._require_counts(table, 1)
         self._require_counts(old, -1)
-        new = self._copy_of(table)
+        offset = self._copy_of(table)
         with self._marked_as_dirty():
             self._count(table, 1)
             self._file.write_steps()
             # Both are in one sector, which is written whole.
-            header_update.put_l1(self._file, self._header, new.offset, new.n_entries)
+            header_update.put_l1(self._file, self._header, offset, table.n_entries)
             header_update.put_virtual_size(self._file, self._header, virtual_size)
             self._file.write_steps()
             self._count(old, -1)
@@ -129,7 +125,7 @@ class SnapshotChanges:
         self._require_counts(table, -1)
         rows = self._new_rows(raw)
         with self._marked_as_dirty():
-            self._use_rows(rows)
+            self._refer_to(rows)
             self._count(table, -1)
             self._free(table)
             self._set_flags()
@@ -178,7 +174,7 @@ class SnapshotChanges:
         return [raw[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
     def _new_rows(self, rows: list[bytes]) -> _Rows:
-        """Write the table to new clusters."""
+        """Write a snapshot table to new clusters."""
         raw = b"".join(rows)
         if len(raw) > limits.QCOW2_MAX_SNAPSHOT_TABLE_NBYTES:
             raise LimitExceededError(
@@ -186,40 +182,20 @@ class SnapshotChanges:
                 f"{limits.QCOW2_MAX_SNAPSHOT_TABLE_NBYTES}",
                 path=self._file.path,
             )
-        return _Rows(self._stored(len(raw), [raw]), len(rows))
+        offset = self._host.take_table(len(raw)) << self._header.cluster_bits if raw else 0
+        if raw:
+            self._file.put(offset, raw, Step.NEW)
+        return _Rows(offset, len(rows))
 
-    def _use_rows(self, rows: _Rows) -> None:
-        """Let the header refer to a new table, and free the clusters of the old one."""
-        old = self._header.snapshots_offset, sum(map(len, self._raw_rows()))
+    def _refer_to(self, rows: _Rows) -> None:
+        """Replace the snapshot table, and free the clusters of the old one."""
+        header = self._header
+        old = header.snapshots_offset, sum(map(len, self._raw_rows()))
         self._file.write_steps()
-        header_update.put_snapshots(self._file, self._header, rows.offset, rows.n_rows)
+        header_update.put_snapshots(self._file, header, rows.offset, rows.n_rows)
         self._file.write_steps()
         if old[1]:
             self._host.lower_counts(self._clusters(*old))
-
-    def _stored(self, nbytes: int, pieces: Iterable[bytes]) -> int:
-        """Write a table, to which nothing refers yet; return its place.
-
-        This is done before the image is marked: there may be no space for it.
-        """
-        if not nbytes:
-            return 0
-        offset = at = self._host.take_table(nbytes) << self._header.cluster_bits
-        try:
-            for piece in pieces:
-                self._file.pwrite(at, piece)
-                at += len(piece)
-        except BaseException:
-            self._give_up(offset, nbytes)
-            raise
-        return offset
-
-    def _give_up(self, offset: int, nbytes: int) -> None:
-        """Free the clusters of a table that nothing has ever referred to."""
-        if nbytes:
-            clusters = self._clusters(offset, nbytes)
-            self._host.tables.remove(int(clusters[0]))
-            self._host.give_back(int(clusters[0]), len(clusters))
 
     def _size_of(self, snapshot: Snapshot) -> int:
         """Return the size of a snapshot's disk, which is stated from version 3 on."""
@@ -261,7 +237,10 @@ class SnapshotChanges:
 
     @contextmanager
     def _marked_as_dirty(self) -> Iterator[None]:
-        """Mark the image as dirty while refcounts and flags do not fit each other."""
+        """Mark the image as dirty while refcounts and flags do not fit each other.
+
+        What needs space is written before: a full disk does not leave the mark.
+        """
         header = self._header
         if header.version < 3:
             yield
@@ -300,13 +279,18 @@ class SnapshotChanges:
         bits = self._header.cluster_bits
         return np.arange(offset >> bits, (offset + nbytes - 1 >> bits) + 1, dtype=np.int64)
 
-    def _copy_of(self, table: _Table) -> _Table:
-        """Return a copy of an L1 table, in which no flag is set."""
-        pieces = (
-            (entries & np.uint64(layout.OFFSET_MASK)).astype(_ENTRY).tobytes()
-            for _, entries in iter_l1(self._file, table.offset, 0, table.n_entries)
-        )
-        return table._replace(offset=self._stored(table.n_entries * layout.ENTRY_NBYTES, pieces))
+    def _copy_of(self, table: _Table) -> int:
+        """Return the place of a copy of an L1 table, in which no flag is set."""
+        nbytes = table.n_entries * layout.ENTRY_NBYTES
+        if not nbytes:
+            return 0
+        offset = self._host.take_table(nbytes) << self._header.cluster_bits
+        for first, entries in iter_l1(self._file, table.offset, 0, table.n_entries):
+            plain = entries & np.uint64(layout.OFFSET_MASK)
+            at = offset + first * layout.ENTRY_NBYTES
+            self._file.put(at, plain.astype(_ENTRY).tobytes(), Step.NEW)
+            self._relieve()
+        return offset
 
     def _set_flags(self) -> None:
         """Set the copied flags of the active tables as the refcounts demand."""

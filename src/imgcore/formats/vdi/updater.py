@@ -21,6 +21,7 @@ from imgcore.formats.api import Place
 from imgcore.formats.shared.alignment import align_up
 from imgcore.formats.shared.free_space import FreeSpace
 from imgcore.formats.shared.moving import copy_block, moves_into_gaps
+from imgcore.formats.shared.ranges import block_parts
 from imgcore.formats.vdi import layout
 from imgcore.formats.vdi.check import check
 from imgcore.formats.vdi.header import read_header
@@ -112,6 +113,9 @@ class VdiUpdater:
     def _offset_of(self, slot: int) -> int:
         return self._header.data_offset + slot * self._block_nbytes
 
+    def _host_offset(self, slot: int, guest_offset: int) -> int:
+        return self._offset_of(slot) + guest_offset % self._block_nbytes
+
     def _slot_at(self, host_offset: int) -> int:
         return (host_offset - self._header.data_offset) // self._block_nbytes
 
@@ -159,13 +163,7 @@ class VdiUpdater:
         self._file.put(self._entry_offset(block), raw, Step.REFERENCE)
 
     def _blocks(self, start: int, length: int) -> Iterator[tuple[int, int, int]]:
-        """Yield (block, start, end) for the parts of a range that are in one block."""
-        end = start + length
-        while start < end:
-            block = start // self._block_nbytes
-            stop = min(end, (block + 1) * self._block_nbytes)
-            yield block, start, stop
-            start = stop
+        return block_parts(start, length, self._block_nbytes)
 
     # -- changes of content ------------------------------------------------------------
 
@@ -195,7 +193,7 @@ class VdiUpdater:
     def overwritable(self, start: int, length: int) -> list[Place]:
         """Return the blocks that have slots; see `imgcore.formats.api.Overwritable`."""
         return [
-            Place(first, end - first, self._offset_of(entry) + first % self._block_nbytes)
+            Place(first, end - first, self._host_offset(entry, first))
             for block, first, end in self._blocks(start, length)
             if (entry := self._entry(block)) < layout.BLOCK_ZERO
         ]
@@ -219,7 +217,7 @@ class VdiUpdater:
         for block, first, end in self._blocks(start, length):
             entry = self._entry(block)
             if entry < layout.BLOCK_ZERO:
-                place = self._offset_of(entry) + first % self._block_nbytes
+                place = self._host_offset(entry, first)
                 is_done = unmap and self._file.punch(place, end - first)
             elif self._is_child and entry == layout.BLOCK_FREE:
                 stop = min((block + 1) * self._block_nbytes, self._header.virtual_size)
@@ -237,7 +235,7 @@ class VdiUpdater:
         for block, first, end in self._blocks(start, length):
             entry = self._entry(block)
             if entry < layout.BLOCK_ZERO:
-                place = self._offset_of(entry) + first % self._block_nbytes
+                place = self._host_offset(entry, first)
                 self._file.punch(place, end - first)
 
     def flush(self, *, is_unread: bool) -> None:
@@ -331,7 +329,7 @@ class VdiUpdater:
         for block, first, end in self._blocks(size, n_blocks * self._block_nbytes - size):
             entry = self._entry(block)
             if entry < layout.BLOCK_ZERO:
-                place = self._offset_of(entry) + first % self._block_nbytes
+                place = self._host_offset(entry, first)
                 self._file.zero(place, end - first)
 
     def _extend_map(self, n_blocks: int, virtual_size: int) -> None:
