@@ -279,24 +279,35 @@ def test_commit(benchmark: BenchmarkFixture, folder: Path, format: str) -> None:
     )
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_sync(benchmark: BenchmarkFixture, folder: Path, format: str) -> None:
-    """1 % of a disk in areas of 64 KiB, which are given, against a conversion of it."""
-    source, path, copy = folder / "source.raw", folder / f"disk.{format}", folder / "copy"
+def changing_disk(folder: Path) -> tuple[Path, list[tuple[int, int]], Callable[[], None]]:
+    """Return a raw disk, areas of 64 KiB that are 1 % of it, and what changes them."""
+    source = folder / "source.raw"
     with source.open("wb") as file:
         for _ in range(N_MIB):
             file.write(os.urandom(MIB))
-    imgcore.convert(source, path, target_format=format, sync=False)
-    chance = random.Random(1)
-    units = sorted(chance.sample(range(NBYTES // (64 * KIB)), NBYTES // (64 * KIB) // 100))
+    n_units = NBYTES // (64 * KIB)
+    units = sorted(random.Random(1).sample(range(n_units), n_units // 100))
     areas = [(unit * 64 * KIB, 64 * KIB) for unit in units]
 
-    def prepare() -> None:
-        copy.unlink(missing_ok=True)
+    def change() -> None:
         with source.open("r+b") as file:
             for offset, length in areas:
                 file.seek(offset)
                 file.write(os.urandom(length))
+
+    return source, areas, change
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_sync(benchmark: BenchmarkFixture, folder: Path, format: str) -> None:
+    """1 % of a disk, whose areas are given, against a conversion of it."""
+    source, areas, change = changing_disk(folder)
+    path, copy = folder / f"disk.{format}", folder / "copy"
+    imgcore.convert(source, path, target_format=format, sync=False)
+
+    def prepare() -> None:
+        copy.unlink(missing_ok=True)
+        change()
 
     def verify() -> None:
         assert imgcore.compare(source, path).identical
@@ -307,5 +318,30 @@ def test_sync(benchmark: BenchmarkFixture, folder: Path, format: str) -> None:
         prepare=prepare,
         theirs=lambda: imgcore.convert(source, copy, target_format=format, sync=False),
         ours=lambda: imgcore.sync(source, path, areas=areas),
+        verify=verify,
+    )
+
+
+def test_sync_by_tree(benchmark: BenchmarkFixture, folder: Path) -> None:
+    """1 % of a disk, which a tree of its former state finds, against `checksum`."""
+    source, _, change = changing_disk(folder)
+    path, tree, former = folder / "disk.qcow2", folder / "tree", folder / "former"
+    imgcore.convert(source, path, sync=False)
+    imgcore.checksum(source, tree=former)
+
+    def prepare() -> None:
+        shutil.copyfile(former, tree)
+        change()
+
+    def verify() -> None:
+        assert imgcore.compare(source, path).identical
+        shutil.copyfile(tree, former)
+
+    compare(
+        benchmark,
+        "sync of 1 % by tree",
+        prepare=prepare,
+        theirs=lambda: imgcore.checksum(source),
+        ours=lambda: imgcore.sync(source, path, tree=tree, checksum="sha256"),
         verify=verify,
     )

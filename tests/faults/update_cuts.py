@@ -273,6 +273,62 @@ def without_last_syncs(rows: list[Row]) -> list[Row]:
     return kept[::-1]
 
 
+class UpdatedImage:
+    """An image that was written in place, and is examined.
+
+    Parameters
+    ----------
+    folder : Path
+        An empty one, for its files.
+    variant : UpdateVariant
+    content : bytes
+        Its disk.
+
+    Attributes
+    ----------
+    path : Path
+    """
+
+    def __init__(self, folder: Path, variant: UpdateVariant, content: bytes) -> None:
+        self._folder, self._variant = folder, variant
+        self._format = variant.qemu_format if variant.qemu_format == "raw" else None
+        self.path: Path = variant.make(folder, content)
+
+    def examined(self, history: History) -> bytes:
+        """Verify that the image is sound, with a disk that may be; return the disk."""
+        with imgcore.open(self.path, format=self._format) as image:
+            content = image.read(0, image.virtual_size)
+        history.check(content)
+        if self._format != "raw":
+            report = imgcore.check(self.path, format=self._format)
+            assert not report.corruptions, report.problems
+        return content
+
+    def examine_by_qemu(self, content: bytes) -> None:
+        """Verify that qemu-img finds no error in a copy, and reads the same."""
+        name = self._variant.qemu_format
+        if name is None or qemu.find_program("qemu-img") is None:
+            return
+        copy = self._folder.with_name("copy")
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(self._folder, copy)
+        path = copy / self.path.name
+        if name in QEMU_CHECKS:
+            # It replays a log only if it may repair.
+            repair = ("-r", "all") if name == "vhdx" else ()
+            done = subprocess.run(
+                ["qemu-img", "check", "-f", name, *repair, path], capture_output=True, text=True
+            )
+            counts = COUNT_OF_VDI.fullmatch(done.stderr.strip())
+            is_high = counts is not None and int(counts[1]) < int(counts[2])
+            told = f"qemu-img: {done.stdout}{done.stderr}"
+            assert done.returncode in QEMU_IS_SOUND or is_high, told
+        raw = copy / "copied by qemu-img"
+        qemu.run("convert", "-f", name, "-O", "raw", path, raw)
+        # The disk of a VHD ends with a cylinder there.
+        assert raw.read_bytes()[: len(content)] == content, "qemu-img reads something else"
+
+
 class UpdateCuts:
     """An image that is written in place, cut, examined, and written again.
 
@@ -287,6 +343,10 @@ class UpdateCuts:
         Where the agent records.
     keep : callable, optional
         Tells which rows of a log stay in it: without some, the disk forgets more.
+
+    Attributes
+    ----------
+    image : UpdatedImage
     """
 
     def __init__(
@@ -299,8 +359,7 @@ class UpdateCuts:
     ) -> None:
         self._agent, self._variant, self._log, self._keep = agent, variant, log, keep
         self._content = content
-        self._format = variant.qemu_format if variant.qemu_format == "raw" else None
-        self.path: Path = variant.make(agent.folder, content)
+        self.image = UpdatedImage(agent.folder, variant, content)
         self._made = self.files()
         self.n_cuts = 0
 
@@ -330,7 +389,7 @@ class UpdateCuts:
         self, changes: Sequence[Change], *, again: bool = False, **job: Any
     ) -> tuple[dict[str, Any], list[Row]]:
         """Change the image in the agent; return how that ended, and the log."""
-        arguments = {"path": self.path, "changes": changes, "again": again}
+        arguments = {"path": self.image.path, "changes": changes, "again": again}
         answer = self._agent.do("update", arguments, log=str(self._log), **job)
         assert answer["outcome"] == "ok" or job, answer
         return answer, self._keep(read_log(self._log))
@@ -355,9 +414,9 @@ class UpdateCuts:
         story += session.story
         self.n_cuts += 1
         try:
-            content = self.examined(history)
+            content = self.image.examined(history)
             if self.n_cuts % QEMU_EXAMINES == 0:
-                self._examine_by_qemu(content)
+                self.image.examine_by_qemu(content)
             changes = random_changes(rng, N_CHANGES_AFTER, len(content), self._variant.sizes)
             after = Session(self, content, changes)
         except (AssertionError, imgcore.ImgcoreError, OSError) as error:
@@ -371,39 +430,6 @@ class UpdateCuts:
 
     def _cut_nothing(self, session: Session, story: str) -> None:
         try:
-            self.examined(session.history)
+            self.image.examined(session.history)
         except (AssertionError, imgcore.ImgcoreError, OSError) as error:
             raise AssertionError(f"{story}, written again: {error}") from error
-
-    def examined(self, history: History) -> bytes:
-        """Verify the image; return its disk."""
-        with imgcore.open(self.path, format=self._format) as image:
-            content = image.read(0, image.virtual_size)
-        history.check(content)
-        if self._format != "raw":
-            report = imgcore.check(self.path, format=self._format)
-            assert not report.corruptions, report.problems
-        return content
-
-    def _examine_by_qemu(self, content: bytes) -> None:
-        name = self._variant.qemu_format
-        if name is None or qemu.find_program("qemu-img") is None:
-            return
-        copy = self._agent.folder.with_name("copy")
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(self._agent.folder, copy)
-        path = copy / self.path.name
-        if name in QEMU_CHECKS:
-            # It replays a log only if it may repair.
-            repair = ("-r", "all") if name == "vhdx" else ()
-            done = subprocess.run(
-                ["qemu-img", "check", "-f", name, *repair, path], capture_output=True, text=True
-            )
-            counts = COUNT_OF_VDI.fullmatch(done.stderr.strip())
-            is_high = counts is not None and int(counts[1]) < int(counts[2])
-            told = f"qemu-img: {done.stdout}{done.stderr}"
-            assert done.returncode in QEMU_IS_SOUND or is_high, told
-        raw = copy / "copied by qemu-img"
-        qemu.run("convert", "-f", name, "-O", "raw", path, raw)
-        # The disk of a VHD ends with a cylinder there.
-        assert raw.read_bytes()[: len(content)] == content, "qemu-img reads something else"

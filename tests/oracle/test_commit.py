@@ -154,6 +154,18 @@ def test_other_children_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert "other.qcow2" in caplog.text
 
 
+def test_no_child_is_named_before_a_refusal(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    contents = disks(6, 3)
+    base, middle, top = chain(tmp_path, ("qcow2",) * 3, contents)
+    child(tmp_path / "other.qcow2", contents[0], base)
+    with imgcore.open(middle, mode="r+", chain=False):
+        with pytest.raises(imgcore.ImgcoreError, match="in use"):
+            imgcore.commit(top, base=base)
+    assert caplog.text == ""
+
+
 def test_refusals(tmp_path: Path) -> None:
     contents = disks(7, 2)
     base, top = chain(tmp_path, ("raw", "qcow2"), contents)
@@ -272,6 +284,34 @@ def test_a_full_disk(is_copied: bool, tmp_path: Path, monkeypatch: pytest.Monkey
         with pytest.raises(OSError, match="is written up to its offset"):
             imgcore.commit(top)
     assert content_of(top) == contents[1]
+    imgcore.commit(top)
+    assert content_of(base) == contents[1]
+
+
+@pytest.mark.parametrize("way", ["takes_copies_of", "pwrite"])
+def test_nothing_is_written_after_a_failure(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next piece waits already when one fails."""
+    contents = disks(11, 2)
+    base, top = chain(tmp_path, ("raw", "qcow2"), contents)
+    pwrite, written = UpdateFile.pwrite, []
+
+    def fail_once(self: UpdateFile, offset: int, data: Any) -> None:
+        if self.path == str(base):
+            written.append(offset)
+            if len(written) == 2:
+                raise OSError(errno.EIO, "Input/output error", self.path)
+        pwrite(self, offset, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(UpdateFile, "pwrite", fail_once)
+        if way == "takes_copies_of":
+            patched.setattr(UpdateFile, way, lambda *_: True)
+            patched.setattr(os, "copy_file_range", lambda *_: 0)
+        with pytest.raises(OSError, match="Input/output error"):
+            imgcore.commit(top)
+    assert len(written) == 2
     imgcore.commit(top)
     assert content_of(base) == contents[1]
 

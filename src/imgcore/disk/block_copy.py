@@ -1,8 +1,8 @@
 """Copies areas of an open image into another one that is written in place.
 
-They are read in pieces, of which one is read while the one before it is written.  Bytes
-that an image stores plainly need not be read: `copy_extents` lets the system copy them
-from file to file, which shares blocks where the file system can.
+They are read in pieces, of which one is read while the one before it is written.
+`copy_extents` takes bytes that an image stores plainly from its file.  Where the file
+system makes reflinks, they are not read: the system copies them from file to file.
 """
 
 from __future__ import annotations
@@ -66,15 +66,16 @@ class Copied(NamedTuple):
 
 
 class _How(Enum):
-    """How a range is copied: it is read and written, becomes zeros, or is not read."""
+    """Where a range is read from: the disk, its file, or nowhere."""
 
     READ = "read"
-    ZERO = "zero"
+    PLAIN = "read from its file"
     UNREAD = "unread"
+    ZERO = "zero"
 
 
 class _Part(NamedTuple):
-    """A range of the disk; ``origin`` is where its bytes are that are not read."""
+    """A range of the disk; ``origin`` is where a file has its bytes."""
 
     offset: int
     length: int
@@ -85,13 +86,13 @@ class _Part(NamedTuple):
 class _Piece(NamedTuple):
     """Ascending ranges (offset, length) that are handled together.
 
-    ``unread`` has their bytes if they are not read.
+    ``plain`` has them with their places in files, if they are not read from the disk.
     """
 
     ranges: list[Range]
     how: _How
     n_areas: int
-    unread: list[Piece]
+    plain: list[Piece]
 
     @property
     def nbytes(self) -> int:
@@ -201,9 +202,9 @@ def _run(
         if report is not None:
             report(done)
 
-    pending: tuple[_Piece, Future[Copied]] | None = None
+    last: tuple[_Piece, Future[Copied]] | None = None
     with ThreadPoolExecutor(1) as pool:
-        # An exception waits for the piece that is being written.
+        # An exception waits for the pieces that are being written.
         for piece in _pieces(parts, unread_nbytes):
             if control is not None and piece.how is not _How.ZERO:
                 while not control.limit.take(piece.nbytes):
@@ -212,12 +213,13 @@ def _run(
             if observe is not None:
                 for (offset, length), octets in zip_longest(piece.ranges, contents):
                     observe(offset, length, octets)
-            if pending is not None:
-                done = _sum(done, *pending)
-            pending = piece, pool.submit(copy.write, piece, contents)
+            # Given before the last one has ended, so that the thread goes on at once.
+            before, last = last, (piece, pool.submit(copy.write, piece, contents))
+            if before is not None:
+                done = _sum(done, *before)
             tell()
-        if pending is not None:
-            done = _sum(done, *pending)
+        if last is not None:
+            done = _sum(done, *last)
             tell()
     return done
 
@@ -241,8 +243,10 @@ def _parts(state: DiskState, target: Image, batches: Iterable[Extents]) -> Itera
         rows = batch[batch["kind"] != Kind.HOLE]
         # A flag tells that there is more than the data.
         is_plain = (rows["kind"] == Kind.DATA) & (rows["flags"] == 0)
+        ways: dict[int, _How] = {}
         for index in np.unique(rows["file"][is_plain]).tolist():
-            if not _is_copied(files[index], target):
+            ways[index] = _way_of(files[index], target)
+            if ways[index] is _How.READ:
                 is_plain &= rows["file"] != index
         # What must be read is a hole from now on: so it is joined.
         rows["kind"][(rows["kind"] != Kind.ZERO) & ~is_plain] = Kind.HOLE
@@ -250,40 +254,43 @@ def _parts(state: DiskState, target: Image, batches: Iterable[Extents]) -> Itera
             if kind == Kind.DATA:
                 file = files[index]
                 assert isinstance(file, HostFile)
-                yield _Part(offset, length, _How.UNREAD, Origin(file, at))
+                yield _Part(offset, length, ways[index], Origin(file, at))
             else:
                 yield _Part(offset, length, _How.ZERO if kind == Kind.ZERO else _How.READ)
 
 
-def _is_copied(file: ByteSource, target: Image) -> bool:
-    """Tell whether the system copies from a file to those of the target."""
-    return isinstance(file, HostFile) and all(
-        isinstance(own, UpdateFile) and own.takes_copies_of(file) for own in target.own_files()
-    )
+def _way_of(file: ByteSource, target: Image) -> _How:
+    """Return how plain data of a file is copied to those of the target."""
+    if not isinstance(file, HostFile):
+        return _How.READ
+    own_files = target.own_files()
+    if all(isinstance(own, UpdateFile) and own.takes_copies_of(file) for own in own_files):
+        return _How.UNREAD
+    return _How.PLAIN
 
 
 def _pieces(parts: Iterable[_Part], unread_nbytes: int) -> Iterator[_Piece]:
     """Yield parts in pieces; long ones are cut at multiples of a size."""
-    sizes = {_How.READ: _PIECE_NBYTES, _How.ZERO: _ZEROS_NBYTES, _How.UNREAD: unread_nbytes}
+    sizes = {_How.ZERO: _ZEROS_NBYTES, _How.UNREAD: unread_nbytes}
     ranges: list[Range] = []
-    unread: list[Piece] = []
+    plain: list[Piece] = []
     how, n_areas, nbytes = _How.READ, 0, 0
     for part in parts:
-        size, is_begun = sizes[part.how], False
+        size, is_begun = sizes.get(part.how, _PIECE_NBYTES), False
         for offset, length in _cut(part, size):
             is_full = nbytes + length > size or len(ranges) == _PIECE_RANGES
             if ranges and (is_full or part.how is not how):
-                yield _Piece(ranges, how, n_areas, unread)
-                ranges, unread, n_areas, nbytes = [], [], 0, 0
+                yield _Piece(ranges, how, n_areas, plain)
+                ranges, plain, n_areas, nbytes = [], [], 0, 0
             how = part.how
             ranges.append((offset, length))
             if part.origin is not None:
                 shift = offset - part.offset
                 origin = Origin(part.origin.file, part.origin.offset + shift)
-                unread.append(Piece(offset, offset + length, None, origin))
+                plain.append(Piece(offset, offset + length, None, origin))
             n_areas, nbytes, is_begun = n_areas + (not is_begun), nbytes + length, True
     if ranges:
-        yield _Piece(ranges, how, n_areas, unread)
+        yield _Piece(ranges, how, n_areas, plain)
 
 
 def _cut(part: _Part, size: int) -> Iterator[Range]:
@@ -306,10 +313,11 @@ class _Copy:
         self._skip_zeros = skip_zeros
         # While one is written, the other is filled.
         self._buffers = [bytearray(), bytearray()]
+        self._has_failed = False
 
     def read(self, piece: _Piece) -> list[memoryview]:
         """Return the content of the ranges of a piece, valid until the next but one."""
-        if piece.how is not _How.READ:
+        if piece.how in (_How.ZERO, _How.UNREAD):
             return []
         buffer = self._buffers.pop(0)
         if not buffer:
@@ -320,19 +328,38 @@ class _Copy:
         for _, length in piece.ranges:
             contents.append(memoryview(buffer)[at : at + length])
             at += length
-        offsets = (offset for offset, _ in piece.ranges)
-        self._source.readv(zip(offsets, contents, strict=True), threads=self._threads)
+        if piece.how is _How.PLAIN:
+            for plain, octets in zip(piece.plain, contents, strict=True):
+                assert plain.origin is not None
+                plain.origin.file.pread_into(plain.origin.offset, octets)
+        else:
+            offsets = (offset for offset, _ in piece.ranges)
+            self._source.readv(zip(offsets, contents, strict=True), threads=self._threads)
         return contents
 
     def write(self, piece: _Piece, contents: list[memoryview]) -> Copied:
-        """Write a piece."""
+        """Write a piece, but none after one that could not be written."""
+        if self._has_failed:
+            return Copied()
+        try:
+            return self._write(piece, contents)
+        except BaseException:
+            self._has_failed = True
+            raise
+
+    def _write(self, piece: _Piece, contents: list[memoryview]) -> Copied:
         if piece.how is _How.ZERO:
             for offset, length in piece.ranges:
                 self._target.zero(offset, length)
             return Copied(zeroed=piece.nbytes)
         if piece.how is _How.UNREAD:
-            self._target.write_pieces(piece.unread)
+            self._target.write_pieces(piece.plain)
             return Copied(read=piece.nbytes, written=piece.nbytes)
+        if piece.how is _How.PLAIN:
+            offsets = (offset for offset, _ in piece.ranges)
+            pairs = zip(offsets, contents, strict=True)
+            written = self._target.writev(pairs, threads=self._threads)
+            return Copied(read=piece.nbytes, written=written)
         data: list[tuple[int, memoryview]] = []
         zeroed = 0
         for (start, _), octets in zip(piece.ranges, contents, strict=True):

@@ -25,10 +25,11 @@ from imgcore.files.locks import ImageLock, refuse_image_being_written
 from imgcore.files.retry import READ_ERRORS, retrying
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from typing import Self
 
     from imgcore._core import File
+    from imgcore.files.retry import Result
 
 # The kernel reads at most this in one call.
 _MAX_READ_NBYTES: Final = 0x7FFFF000
@@ -291,7 +292,8 @@ class HostFile(OpenFile):
     def pread(self, offset: int, length: int) -> bytes:
         """Return exactly ``length`` bytes; see `ByteSource.pread`."""
         self._check_range(offset, length)
-        first = self._read_some(offset, length)
+        nbytes = min(length, _MAX_READ_NBYTES)
+        first = self._reading(lambda: os.pread(self.fd, nbytes, offset), offset, length)
         if len(first) == length:
             return first
         buffer = bytearray(length)
@@ -318,22 +320,24 @@ class HostFile(OpenFile):
 
     def _fill(self, offset: int, view: memoryview, done: int) -> None:
         while done < len(view):
-            piece = self._read_some(offset + done, len(view) - done)
-            if not piece:
+            at = offset + done
+            nbytes = self._read_some(at, view[done : done + _MAX_READ_NBYTES])
+            if not nbytes:
                 raise CorruptImageError(
-                    f"the file became shorter while it was read: it ends at or before "
-                    f"0x{offset + done:x}",
+                    f"the file became shorter while it was read: it ends at or before 0x{at:x}",
                     path=self.path,
-                    offset=offset + done,
+                    offset=at,
                 )
-            view[done : done + len(piece)] = piece
-            done += len(piece)
+            done += nbytes
 
-    def _read_some(self, offset: int, length: int) -> bytes:
+    def _read_some(self, offset: int, view: memoryview) -> int:
+        return self._reading(lambda: os.preadv(self.fd, (view,), offset), offset, len(view))
+
+    def _reading(self, read: Callable[[], Result], offset: int, length: int) -> Result:
+        """Return what a read returns, with errors that name the file and the range."""
         try:
-            nbytes = min(length, _MAX_READ_NBYTES)
             with self._in_use():
-                return retrying(lambda: os.pread(self.fd, nbytes, offset), READ_ERRORS)
+                return retrying(read, READ_ERRORS)
         except OSError as error:
             if error.errno is None:
                 raise  # as `is_of_system`

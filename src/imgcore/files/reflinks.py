@@ -45,6 +45,19 @@ def reflink_block_nbytes(file: ByteSource) -> int:
     return nbytes if nbytes > 0 and nbytes & (nbytes - 1) == 0 else 0
 
 
+def takes_reflinks(source: OpenFile, target: OpenFile) -> bool:
+    """Tell whether the file system makes reflinks between two files; nothing changes.
+
+    A range that lies between blocks is refused by every file system: by those with
+    reflinks only because of that.
+    """
+    try:
+        fcntl.ioctl(target.fd, _FICLONERANGE, _CLONE_RANGE.pack(source.fd, 1, 1, 1))
+    except OSError as error:
+        return error.errno == errno.EINVAL
+    return True
+
+
 def prepare_reflinks(
     source: ByteSource, target: TargetFile, *, may_change_flag: bool
 ) -> OSError | None:

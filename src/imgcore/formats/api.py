@@ -914,6 +914,21 @@ class Overwritable(Protocol):
 
 
 @runtime_checkable
+class MakesWay(Protocol):
+    """An updater that overwrites places of the disk to make a table longer.
+
+    Optional: others put a longer table elsewhere.
+    """
+
+    def make_way(self, virtual_size: int) -> bool:
+        """Move the data away before `Updater.resize`; tell whether any was moved.
+
+        What was moved is durable.  Reads that began before it end before the resize.
+        """
+        ...
+
+
+@runtime_checkable
 class Rebasable(Protocol):
     """An updater that changes which parent its image has, and what is left to it.
 

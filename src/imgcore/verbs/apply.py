@@ -12,7 +12,7 @@ from imgcore.disk.image import Image
 from imgcore.disk.open_options import OpenOptions
 from imgcore.disk.opened import opened_for_update
 from imgcore.disk.pieces import Piece, without_overlaps
-from imgcore.engine.control import Control
+from imgcore.engine.control import Control, control_of
 from imgcore.engine.job import thread_count
 from imgcore.engine.progress import Progress
 from imgcore.errors import ImgcoreError, OptionError
@@ -126,9 +126,7 @@ def apply(
     note of the exception (``__notes__``) says how many changes are written; after an
     error of the system more of the next ones may be.
     """
-    if rate is not None and control is not None:
-        raise OptionError("rate and control are given: the control has a rate")
-    limit = Control(rate=rate) if control is None else control
+    limit = control_of(rate, control) or Control()
     every = None if flush_every is None else _flush_every(flush_every)
     n_threads = thread_count(threads)
     options = OpenOptions.from_keywords(

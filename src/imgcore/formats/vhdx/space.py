@@ -1,4 +1,4 @@
-"""VHDX: the space of the file that blocks of both kinds are put in."""
+"""VHDX: the space of the file that payload and sector bitmap blocks are put in."""
 
 from __future__ import annotations
 

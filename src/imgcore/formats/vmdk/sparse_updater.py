@@ -17,6 +17,7 @@ from imgcore.files.update_file import Step
 from imgcore.formats.api import Place
 from imgcore.formats.shared.alignment import align_up
 from imgcore.formats.shared.free_space import FreeSpace
+from imgcore.formats.shared.ranges import add_range
 from imgcore.formats.vmdk.check import survey_space
 from imgcore.formats.vmdk.layout import (
     ENTRY_ABSENT,
@@ -205,10 +206,8 @@ class SparseUpdater:
                 can_free = unmap or entry == ENTRY_ABSENT
                 if is_whole and can_free and self._free_entry is not None:
                     changed[i] = self._free_entry
-                elif rest and sum(rest[-1]) == low:
-                    rest[-1] = rest[-1][0], high - rest[-1][0]
                 else:
-                    rest.append((low, high - low))
+                    add_range(rest, low, high - low)
             self._exchange(first, entries, changed)
         return rest
 
