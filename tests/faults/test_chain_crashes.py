@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ import pytest
 
 import imgcore
 from tests.faults.crash import Event, Row, random_names, read_log
-from tests.faults.harness import Agent, agent_in
+from tests.faults.harness import Agent
 from tests.faults.update_cuts import HOW, FileOnDisk
 from tests.helpers import images
 from tests.helpers.chains import FORMATS, MIB, chain, child, content_of, disks
@@ -23,17 +22,6 @@ N_CUTS = 100
 MARK = ".imgcore-commit"
 # What changes a file, not a name.
 CONTENT = (Event.WRITE, Event.ZERO, Event.TRUNCATE, Event.SYNC)
-
-
-@pytest.fixture
-def agent(shim: Path) -> Iterator[Agent]:
-    """Give an agent whose folder is in memory: syncs cost nothing there."""
-    memory = Path("/dev/shm")
-    with (
-        tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder,
-        agent_in(shim, Path(folder) / "images") as agent,
-    ):
-        yield agent
 
 
 class Images(NamedTuple):

@@ -386,6 +386,19 @@ def test_a_forked_child_leaves_it_alone(has_begun: bool, disk: Path) -> None:
     assert disk.read_bytes()[:3] == b"abc"
 
 
+def test_a_wrong_range_names_the_image(tmp_path: Path) -> None:
+    """Not the file of its first extent, also when that is overwritten."""
+    disk = tmp_path / "disk.vmdk"
+    imgcore.create(disk, MIB, format="vmdk", options={"subformat": "monolithicFlat"})
+    with imgcore.open(disk, mode="r+") as image:
+        for _ in range(2):
+            for use in (lambda: image.write(MIB, b"abc"), lambda: image.read(MIB, 3)):
+                with pytest.raises(ValueError, match=f"^{disk}: "):
+                    use()
+            for _ in range(9):
+                image.write(0, b"abc")
+
+
 def test_several_threads_write_several_files(tmp_path: Path, monkeypatch: Any) -> None:
     """The requests of one call, over the border between two files."""
     disk = tmp_path / "disk.vmdk"

@@ -92,7 +92,8 @@ class WriteAccess:
         self._ranges = RangeLocks()
         # Of the updater.
         self._tables = threading.Lock()
-        # Whether reads may have used space that was freed when it was opened anew.
+        # Whether space may be left that was freed before it was opened anew: reads in
+        # progress might have used it.
         self._is_untidy = False
         self._has_ever_begun = False
         self._renew(access)
@@ -333,7 +334,7 @@ class WriteAccess:
         def inside() -> None:
             # The disk may have become smaller meanwhile.
             state = self._state
-            range_of_disk(state.paths[0], state.virtual_size, start, end - start, "offset")
+            range_of_disk(state.path, state.virtual_size, start, end - start, "offset")
             work()
 
         self._ranges.holding(*self._granules(start, end), inside)
@@ -348,7 +349,7 @@ class WriteAccess:
             raise ImgcoreError(
                 f"was opened without its parent, and needs its bytes at {start} beside what is "
                 "written",
-                path=state.paths[0],
+                path=state.path,
             )
         self._read_into(start, view)
 
@@ -358,7 +359,7 @@ class WriteAccess:
         if not self._is_current(self._state):
             raise ImgcoreError(
                 "an exception has interrupted its refresh, which has to be repeated",
-                path=self._state.paths[0],
+                path=self._state.path,
             )
         self._await_reads()
         self._begin_changes()
@@ -379,11 +380,14 @@ class WriteAccess:
                 return
         raise ImgcoreError(
             "a read that began before the image was changed as a whole does not end",
-            path=self._state.paths[0],
+            path=self._state.path,
         )
 
     def _begin_changes(self) -> None:
         self._updater.begin(again=self._has_ever_begun)
+        if self._has_ever_begun and not self._is_unread():
+            # Some of them have known the image since before it was opened anew.
+            self._updater.withhold()
         self._updater.flush(is_unread=False)
         self._has_begun = self._has_ever_begun = True
 

@@ -113,6 +113,9 @@ class VdiUpdater:
     def _offset_of(self, slot: int) -> int:
         return self._header.data_offset + slot * self._block_nbytes
 
+    def _host_offset(self, slot: int, guest_offset: int) -> int:
+        return self._offset_of(slot) + guest_offset % self._block_nbytes
+
     def _slot_at(self, host_offset: int) -> int:
         return (host_offset - self._header.data_offset) // self._block_nbytes
 
@@ -190,7 +193,7 @@ class VdiUpdater:
     def overwritable(self, start: int, length: int) -> list[Place]:
         """Return the blocks that have slots; see `imgcore.formats.api.Overwritable`."""
         return [
-            Place(first, end - first, self._offset_of(entry) + first % self._block_nbytes)
+            Place(first, end - first, self._host_offset(entry, first))
             for block, first, end in self._blocks(start, length)
             if (entry := self._entry(block)) < layout.BLOCK_ZERO
         ]
@@ -214,7 +217,7 @@ class VdiUpdater:
         for block, first, end in self._blocks(start, length):
             entry = self._entry(block)
             if entry < layout.BLOCK_ZERO:
-                place = self._offset_of(entry) + first % self._block_nbytes
+                place = self._host_offset(entry, first)
                 is_done = unmap and self._file.punch(place, end - first)
             elif self._is_child and entry == layout.BLOCK_FREE:
                 stop = min((block + 1) * self._block_nbytes, self._header.virtual_size)
@@ -232,7 +235,7 @@ class VdiUpdater:
         for block, first, end in self._blocks(start, length):
             entry = self._entry(block)
             if entry < layout.BLOCK_ZERO:
-                place = self._offset_of(entry) + first % self._block_nbytes
+                place = self._host_offset(entry, first)
                 self._file.punch(place, end - first)
 
     def flush(self, *, is_unread: bool) -> None:
@@ -241,6 +244,10 @@ class VdiUpdater:
         self._is_unread = is_unread
         for offset in self._space.settle(is_unread=is_unread):
             self._file.punch(offset, self._block_nbytes)
+
+    def withhold(self) -> None:
+        """Append what is new while somebody reads; see `Updater`."""
+        self._space.withhold()
 
     def finish(self) -> None:
         """Move the last blocks into unused slots; see `imgcore.formats.api.Updater`.
@@ -322,7 +329,7 @@ class VdiUpdater:
         for block, first, end in self._blocks(size, n_blocks * self._block_nbytes - size):
             entry = self._entry(block)
             if entry < layout.BLOCK_ZERO:
-                place = self._offset_of(entry) + first % self._block_nbytes
+                place = self._host_offset(entry, first)
                 self._file.zero(place, end - first)
 
     def _extend_map(self, n_blocks: int, virtual_size: int) -> None:

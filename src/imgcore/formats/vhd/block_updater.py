@@ -5,6 +5,9 @@ moves rarely, and back to the last block in the end.  What is between takes no s
 
 Sector bitmaps of a child become durable together with BAT entries, after the data.  A
 new block whose bitmap is lost has no sectors of the disk, and reads as before.
+
+Source: Microsoft, "Virtual Hard Disk Image Format Specification" 1.0, "Block Allocation
+Table and Data Blocks".
 """
 
 from __future__ import annotations
@@ -416,6 +419,10 @@ class BlockUpdater:
         """Give the space of a free slot back to the file system."""
         self._file.punch(slot + self._bitmap_start, self._slot_nbytes - self._bitmap_start)
 
+    def withhold(self) -> None:
+        """Append what is new while somebody reads; see `Updater`."""
+        self._space.withhold()
+
     def finish(self) -> None:
         """Leave no gaps, and move the footer to the last block; see `Updater`.
 
@@ -429,7 +436,9 @@ class BlockUpdater:
         end = self._end_of_use(self._starts())
         if self._file.is_block_device:
             return
-        if self._first_end != end or self._footer_offset - end >= self._slot_nbytes:
+        # QEMU leaves nothing between blocks: a freed one is shorter than a slot.
+        room = self._bitmap_nbytes + self._block_nbytes
+        if self._first_end != end or self._footer_offset - end >= room:
             self._put_footer(end)
         self._file.cut(self._footer_offset + layout.FOOTER_NBYTES)
 
