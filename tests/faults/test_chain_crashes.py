@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 
 import imgcore
+from tests.faults.chain_calls import CALLS, Images
 from tests.faults.crash import Event, Row, random_names, read_log
 from tests.faults.harness import Agent
 from tests.faults.update_cuts import HOW, FileOnDisk
@@ -22,28 +21,6 @@ N_CUTS = 100
 MARK = ".imgcore-commit"
 # What changes a file, not a name.
 CONTENT = (Event.WRITE, Event.ZERO, Event.TRUNCATE, Event.SYNC)
-
-
-class Images(NamedTuple):
-    """A chain of two images, another disk, and what the disk is."""
-
-    base: Path
-    top: Path
-    other: Path
-    content: bytes
-
-
-Call = Callable[[Images], dict[str, Any]]
-CALLS: dict[str, Call] = {
-    "commit": lambda made: {"image": made.top},
-    "rebase": lambda made: {
-        "image": made.top,
-        "backing": made.other.name,
-        "backing_format": made.other.suffix[1:],
-    },
-    "flatten": lambda made: {"image": made.top},
-    "sync": lambda made: {"image": made.other, "target": made.base},
-}
 
 
 def lay_out(path: Path, content: bytes) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 import imgcore
+from tests.faults.chain_calls import CALLS, Images
 from tests.faults.harness import agent_in
-from tests.faults.test_chain_crashes import CALLS, Images
 from tests.faults.update_cuts import FORMATS, Session, UpdateCuts, content_of
 from tests.faults.update_history import random_changes
 from tests.helpers import chains, images
