@@ -150,6 +150,45 @@ def host_offsets(image: imgcore.Image) -> set[int]:
     return found
 
 
+@pytest.mark.parametrize("change", ["refresh", "resize"])
+@pytest.mark.parametrize("reading", ["an iterator", "nothing"])
+@pytest.mark.parametrize("format", OPTIONS)
+def test_an_image_opened_anew_keeps_freed_blocks(
+    format: str, reading: str, change: str, tmp_path: Path
+) -> None:
+    """What began before the image was opened anew still reads what was freed then."""
+    imgcore.create(tmp_path / "disk", 16 * MIB, format=format, options=OPTIONS[format])
+    with imgcore.open(tmp_path / "disk", mode="r+", format=format) as image:
+        size = image.block_size
+
+        def write(*blocks: int) -> None:
+            image.writev([(block * size, b"x" * size) for block in blocks])
+
+        write(0, 2, 4)
+        image.flush()
+        before = host_offsets(image)
+        iterator = image.extents() if reading == "an iterator" else None
+        image.discard(2 * size, size)
+        image.flush()
+        if change == "refresh":
+            image.refresh()
+        else:
+            image.resize(32 * MIB)
+        kept = before - host_offsets(image)
+        assert len(kept) == 1
+        write(1, 3)
+        image.flush()
+        write(5)
+        assert kept.isdisjoint(host_offsets(image)) == (reading != "nothing")
+        if reading != "nothing":
+            assert image.sources[0].file.pread(min(kept), size) == b"x" * size
+        del iterator
+        image.flush()
+        write(9)
+        assert kept <= host_offsets(image)
+    assert not imgcore.check(tmp_path / "disk", format=format).problems
+
+
 @pytest.mark.parametrize("reading", ["a read", "an iterator", "nothing"])
 @pytest.mark.parametrize("format", OPTIONS)
 def test_reads_keep_freed_blocks(

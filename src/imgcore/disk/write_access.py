@@ -385,6 +385,9 @@ class WriteAccess:
 
     def _begin_changes(self) -> None:
         self._updater.begin(again=self._has_ever_begun)
+        if self._has_ever_begun and not self._is_unread():
+            # Some of them have known the image since before it was opened anew.
+            self._updater.withhold()
         self._updater.flush(is_unread=False)
         self._has_begun = self._has_ever_begun = True
 

@@ -886,6 +886,10 @@ class Updater(Protocol):
         """
         ...
 
+    def withhold(self) -> None:
+        """Use no space that is free now before a flush with ``is_unread``."""
+        ...
+
     def finish(self) -> None:
         """Change what says that the image is in use, before it is closed."""
         ...

@@ -245,6 +245,10 @@ class VdiUpdater:
         for offset in self._space.settle(is_unread=is_unread):
             self._file.punch(offset, self._block_nbytes)
 
+    def withhold(self) -> None:
+        """Append what is new while somebody reads; see `Updater`."""
+        self._space.withhold()
+
     def finish(self) -> None:
         """Move the last blocks into unused slots; see `imgcore.formats.api.Updater`.
 

@@ -419,6 +419,10 @@ class BlockUpdater:
         """Give the space of a free slot back to the file system."""
         self._file.punch(slot + self._bitmap_start, self._slot_nbytes - self._bitmap_start)
 
+    def withhold(self) -> None:
+        """Append what is new while somebody reads; see `Updater`."""
+        self._space.withhold()
+
     def finish(self) -> None:
         """Leave no gaps, and move the footer to the last block; see `Updater`.
 
@@ -432,7 +436,9 @@ class BlockUpdater:
         end = self._end_of_use(self._starts())
         if self._file.is_block_device:
             return
-        if self._first_end != end or self._footer_offset - end >= self._slot_nbytes:
+        # QEMU leaves nothing between blocks: a freed one is shorter than a slot.
+        room = self._bitmap_nbytes + self._block_nbytes
+        if self._first_end != end or self._footer_offset - end >= room:
             self._put_footer(end)
         self._file.cut(self._footer_offset + layout.FOOTER_NBYTES)
 

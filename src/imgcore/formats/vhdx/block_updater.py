@@ -127,6 +127,10 @@ class BlockUpdater:
         in_bat = {offset for offset in offsets if bat.offset <= offset < bat.end}
         return sorted(offsets - in_bat) + sorted(in_bat, reverse=True)
 
+    def withhold(self) -> None:
+        """Append what is new while somebody reads; see `Updater`."""
+        self._space.withhold()
+
     def finish(self) -> None:
         """Empty the log, and end the file after its last block."""
         self._log.empty()

@@ -93,7 +93,8 @@ class SparseUpdater:
 
     def begin(self, *, again: bool) -> None:
         """Give back leaked space, and mark the extent as not closed cleanly."""
-        leaked = [gap for gap in self._gaps if self.file.next_data(gap[0])[0] < sum(gap)]
+        gaps = [] if again else self._gaps
+        leaked = [gap for gap in gaps if self.file.next_data(gap[0])[0] < sum(gap)]
         if leaked:
             # What a process that was killed has written may not be durable yet.
             self.file.note_written()
@@ -378,6 +379,10 @@ class SparseUpdater:
         self._new_tables.clear()
         for start, length in _runs(self.space.settle(is_unread=is_unread), self.granule_nbytes):
             self.file.punch(start, length)
+
+    def withhold(self) -> None:
+        """Append what is new while somebody reads; see `Updater`."""
+        self.space.withhold()
 
     def finish(self) -> None:
         """Cut off free grains at the end, and mark the extent as closed cleanly."""
