@@ -88,7 +88,7 @@ def _candidates(gate: ReferenceGate) -> Iterator[str]:
 def _identities(gate: ReferenceGate, name: str) -> dict[str, str]:
     # A file that cannot be opened cannot be used as the parent either.
     try:
-        with gate.open(name, share=True) as file:
+        with gate.open(name, share=True, role="parent") as file:
             return read_identities(file)
     except (OSError, ImgcoreError):
         return {}
