@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from imgcore.engine.extents import EXTENT_DTYPE, Extents, Kind
     from imgcore.engine.progress import Progress
     from imgcore.engine.source_file import SourceFile
+    from imgcore.engine.thread_budget import set_thread_budget
     from imgcore.files.byte_source import ByteSource
     from imgcore.formats.api import Measurement, SnapshotInfo
     from imgcore.formats.shared.lint import Finding
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
         snapshots,
     )
     from imgcore.verbs.sync import SyncResult, sync
+    from imgcore.verbs.verify import VerifyResult, verify
 
 __all__ = [
     "EXTENT_DTYPE",
@@ -110,6 +112,7 @@ __all__ = [
     "TargetError",
     "UnsafeReferenceError",
     "UnsupportedFeatureError",
+    "VerifyResult",
     "WrongFormatError",
     "__version__",
     "apply",
@@ -136,9 +139,11 @@ __all__ = [
     "rebase",
     "resize",
     "rewrite",
+    "set_thread_budget",
     "snapshots",
     "sync",
     "undo_rewrite",
+    "verify",
 ]
 
 # The verbs are imported on first use: NumPy alone takes longer than `imgcore info`.
@@ -178,6 +183,7 @@ _HOMES = {
     "SourceFile": "engine.source_file",
     "apply_snapshot": "verbs.snapshot",
     "SyncResult": "verbs.sync",
+    "VerifyResult": "verbs.verify",
     "apply": "verbs.apply",
     "changes": "verbs.changes",
     "check": "verbs.check",
@@ -201,9 +207,11 @@ _HOMES = {
     "rebase": "verbs.rebase",
     "resize": "verbs.resize",
     "rewrite": "verbs.rewrite",
+    "set_thread_budget": "engine.thread_budget",
     "snapshots": "verbs.snapshot",
     "sync": "verbs.sync",
     "undo_rewrite": "verbs.rewrite",
+    "verify": "verbs.verify",
 }
 
 
