@@ -9,6 +9,7 @@ from imgcore.disk.backing import opened_reference
 from imgcore.errors import OptionError
 from imgcore.formats.api import WriteRequest
 from imgcore.formats.option_texts import parse_options
+from imgcore.formats.options import has_tables_in_front
 from imgcore.formats.registry import PLAIN_FORMAT, get_driver
 from imgcore.limits import SECTOR_NBYTES
 from imgcore.log import log
@@ -142,7 +143,13 @@ def _make_sink(
         target_name="" if options.in_order else os.path.basename(target.path),
         logical_sector_nbytes=source.logical_sector_nbytes,
         exact_nbytes=source.exact_nbytes if virtual_size == source.virtual_size else None,
+        tables_first=options.in_order or has_tables_in_front(options.options),
     )
+    if request.tables_first:
+        from imgcore.disk.front_sink import FrontSink, needs_front_sink
+
+        if needs_front_sink(request, options):
+            return FrontSink(target, source, request, options)
     if base is not None:
         from imgcore.disk.child_sink import child_sink
 

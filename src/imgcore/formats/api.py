@@ -19,7 +19,7 @@ for them.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import (
     TYPE_CHECKING,
@@ -470,6 +470,9 @@ class WriteRequest(NamedTuple, Generic[Options]):
     exact_nbytes : int or None
         Size of the disk in bytes without the zeros that fill up its last sector, if
         the target may keep it; raw does.
+    tables_first : bool
+        The image's tables must precede its data, as far as the format leaves that open.
+        The writer is then told about all blocks before `Writer.begin` (`NeedsBlocks`).
     """
 
     virtual_size: int
@@ -480,6 +483,7 @@ class WriteRequest(NamedTuple, Generic[Options]):
     target_name: str = ""
     logical_sector_nbytes: int | None = None
     exact_nbytes: int | None = None
+    tables_first: bool = False
 
 
 class Writer(Protocol):
@@ -571,6 +575,26 @@ class WritesInOrder(Protocol):
 
     writes_in_order: ClassVar[bool]
     """True."""
+
+
+@runtime_checkable
+class NeedsBlocks(Protocol):
+    """A writer whose ``first_offset`` depends on the blocks that will be placed.
+
+    Optional.
+    """
+
+    def know_blocks(self, blocks: Iterable[tuple[int, Placements]], data_nbytes: int) -> None:
+        """Take the states of all blocks, before `Writer.begin`.
+
+        Parameters
+        ----------
+        blocks : iterable of (int, ndarray with dtype PLACEMENT_DTYPE)
+            As for `Writer.place`, but ``host_offset`` means nothing.
+        data_nbytes : int
+            Bytes between the first offset and the end of the last block.
+        """
+        ...
 
 
 @runtime_checkable
