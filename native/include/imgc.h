@@ -551,8 +551,15 @@ void imgc_rate_limit_set(struct imgc_rate_limit *limit, uint64_t bytes_per_secon
 uint64_t imgc_rate_limit_get(struct imgc_rate_limit *limit);
 
 /*
+ * Pauses (1) or goes on (0).  While it is paused, nothing may be handled, at any rate, and
+ * nothing is saved up for later.
+ */
+void imgc_rate_limit_pause(struct imgc_rate_limit *limit, int paused);
+
+/*
  * Waits until nbytes may be handled, but not longer than the timeout.  Returns 1 if they
- * may, else 0.  No second admits more than the rate and one request.
+ * may, else 0.  No second admits more than the rate and one request.  0 bytes only wait
+ * for the end of a pause.
  */
 int imgc_rate_limit_take(struct imgc_rate_limit *limit, uint64_t nbytes, unsigned timeout_ms);
 
@@ -619,6 +626,7 @@ struct imgc_job_options {
 	 * what is reflinked without being read.  Not owned; NULL: no limit.
 	 */
 	struct imgc_rate_limit *rate_limit;
+	uint32_t ignores_rate; /* only the pauses of the limit count, not its rate */
 	/*
 	 * CONVERT and DIGEST: an enum imgc_checksum, whose leaves each batch then receives.
 	 * All data is read for that: IMGC_EXTENT_UNREAD and trust_blocks have no effect.

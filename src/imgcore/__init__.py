@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from imgcore.checksums.digest import ChecksumError, Digest
     from imgcore.disk.image import Image, open
     from imgcore.engine.bad_ranges import BadRange
-    from imgcore.engine.control import Control
+    from imgcore.engine.control import Control, ControlProgress
     from imgcore.engine.extents import EXTENT_DTYPE, Extents, Kind
     from imgcore.engine.progress import Progress
     from imgcore.engine.source_file import SourceFile
@@ -77,6 +77,7 @@ __all__ = [
     "CommitResult",
     "CompareResult",
     "Control",
+    "ControlProgress",
     "ConversionCancelled",
     "ConvertResult",
     "CorruptImageError",
@@ -151,6 +152,7 @@ _HOMES = {
     "CommitResult": "verbs.commit",
     "CompareResult": "verbs.compare",
     "Control": "engine.control",
+    "ControlProgress": "engine.control",
     "ConvertResult": "verbs.convert",
     "CreateResult": "verbs.create",
     "Digest": "checksums.digest",

@@ -205,10 +205,19 @@ class File:
 
 @final
 class RateLimit:
-    """How many guest bytes a second jobs may handle; any thread may use it."""
+    """How many guest bytes a second jobs may handle; any thread may use it.
 
+    Parameters
+    ----------
+    pauses_of : RateLimit, optional
+        Another one: this one has its pauses, but not its rate.
+    """
+
+    def __init__(self, pauses_of: RateLimit | None = ...) -> None: ...
     def set(self, bytes_per_second: int) -> None:
         """Change the rate at once; 0 is no limit."""
+    def pause(self, paused: bool) -> None:
+        """Let nothing be handled, or go on; takes effect at once."""
     def take(self, nbytes: int, timeout_ms: int = ...) -> bool:
         """Wait until ``nbytes`` may be handled; return False after the timeout."""
 

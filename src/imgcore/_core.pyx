@@ -470,10 +470,16 @@ cdef class RateLimit:
     """How many guest bytes a second jobs may handle: ``struct imgc_rate_limit``."""
 
     cdef n.imgc_rate_limit *handle
+    cdef RateLimit owner
+    cdef bint ignores_rate
 
-    def __cinit__(self):
+    def __cinit__(self, RateLimit pauses_of=None):
         self.handle = NULL
-        if n.imgc_rate_limit_create(&self.handle) != n.IMGC_OK:
+        self.owner = pauses_of
+        self.ignores_rate = pauses_of is not None
+        if pauses_of is not None:
+            self.handle = pauses_of.handle
+        elif n.imgc_rate_limit_create(&self.handle) != n.IMGC_OK:
             raise MemoryError()
 
     def set(self, uint64_t bytes_per_second):
@@ -481,15 +487,23 @@ cdef class RateLimit:
         with nogil:
             n.imgc_rate_limit_set(self.handle, bytes_per_second)
 
+    def pause(self, bint paused):
+        """Let nothing be handled, or go on; takes effect at once."""
+        with nogil:
+            n.imgc_rate_limit_pause(self.handle, paused)
+
     def take(self, uint64_t nbytes, unsigned timeout_ms=POLL_MS):
         """Wait until ``nbytes`` may be handled; return False after the timeout."""
         cdef int taken
+        if self.ignores_rate:
+            nbytes = 0
         with nogil:
             taken = n.imgc_rate_limit_take(self.handle, nbytes, timeout_ms)
         return bool(taken)
 
     def __dealloc__(self):
-        n.imgc_rate_limit_destroy(self.handle)
+        if self.owner is None:
+            n.imgc_rate_limit_destroy(self.handle)
 
 
 cdef n.imgc_source_file *source_table(sources) except NULL:
@@ -559,6 +573,7 @@ cdef class Job:
         options.granule_nbytes = granule_nbytes
         if rate_limit is not None:
             options.rate_limit = rate_limit.handle
+            options.ignores_rate = rate_limit.ignores_rate
         self.rate_limit = rate_limit
         if geometry is not None:
             fill_geometry(&options.geometry, geometry)

@@ -191,6 +191,7 @@ cdef extern from "imgc.h" nogil:
     int imgc_rate_limit_create(imgc_rate_limit **out)
     void imgc_rate_limit_destroy(imgc_rate_limit *limit)
     void imgc_rate_limit_set(imgc_rate_limit *limit, uint64_t bytes_per_second)
+    void imgc_rate_limit_pause(imgc_rate_limit *limit, int paused)
     int imgc_rate_limit_take(imgc_rate_limit *limit, uint64_t nbytes, unsigned timeout_ms)
 
     struct imgc_job_options:
@@ -211,6 +212,7 @@ cdef extern from "imgc.h" nogil:
         uint32_t trust_blocks
         uint32_t stores_data
         imgc_rate_limit *rate_limit
+        uint32_t ignores_rate
         uint32_t checksum
         uint64_t granule_nbytes
 

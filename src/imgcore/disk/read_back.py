@@ -105,6 +105,7 @@ class ReadBack(NamedTuple):
                 algorithm,
                 threads=options.threads,
                 variants=options.variants,
+                limit=options.pauses,
                 report=lambda *_: tick(),
             )
 

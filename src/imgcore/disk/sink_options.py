@@ -10,7 +10,6 @@ from imgcore.disk.backing import backing_reference
 from imgcore.disk.profile_fitting import fitting_format, fitting_options, refuse_against_profile
 from imgcore.disk.reflinks import Reflink
 from imgcore.disk.target_format import stated_codec, target_format
-from imgcore.engine.control import Control, control_of
 from imgcore.engine.job import chosen_variants, thread_count
 from imgcore.errors import OptionError
 from imgcore.formats.registry import PLAIN_FORMAT
@@ -68,8 +67,7 @@ class SinkOptions(NamedTuple):
         trust_blocks: bool,
         kernels: Mapping[str, str] | None,
         profile: str | None,
-        rate: SupportsIndex | str | None,
-        control: Control | None,
+        limit: RateLimit | None,
         checksum: str | None = None,
         in_order: bool = False,
     ) -> SinkOptions:
@@ -115,7 +113,6 @@ class SinkOptions(NamedTuple):
                 in_place=in_place,
                 compress=compress,
             )
-        paced = control_of(rate, control)
         return cls(
             format=name,
             options=fitting_options(platform, name, options),
@@ -130,11 +127,18 @@ class SinkOptions(NamedTuple):
             trust_blocks=trust_blocks,
             variants=chosen_variants(kernels),
             profile=platform,
-            limit=None if paced is None else paced.limit,
+            limit=limit,
             checksum=checksum,
             codec=codec,
             in_order=in_order,
         )
+
+    @property
+    def pauses(self) -> RateLimit | None:
+        """The limit for reading that the rate is not about: only its pauses count."""
+        from imgcore._core import RateLimit
+
+        return None if self.limit is None else RateLimit(pauses_of=self.limit)
 
     @property
     def could_be_in_place(self) -> bool:

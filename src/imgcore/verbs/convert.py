@@ -18,6 +18,7 @@ from imgcore.disk.sink import open_sink
 from imgcore.disk.sink_options import SinkOptions
 from imgcore.disk.source import open_sources
 from imgcore.disk.target_format import refuse_other_name
+from imgcore.engine.control import Run
 from imgcore.engine.progress import Tally
 from imgcore.errors import OptionError
 from imgcore.files.commitment import until_committed
@@ -225,7 +226,8 @@ def convert(
         counts, as it is read; holes and zeros that the source's tables state do not,
         unless they are written (``sparse=0``).  The bytes written do not depend on it.
     control : Control, optional
-        Changes the rate while the conversion runs; in place of ``rate``.
+        Steers the conversion from other threads, and has its rate, in place of
+        ``rate``.
     checksum : str, optional
         The algorithm of a digest of the target's disk, ``"sha256"`` or ``"blake3"``,
         which is made from what is written, without another pass; see
@@ -279,6 +281,7 @@ def convert(
         raise OptionError("--verify reads the target back, which is not possible for a stream")
     if base is not None:
         backing, backing_format = _layer_of(file_names(source), file_name(base), target, opening)
+    run = Run.of(rate, control, progress)
     writing = SinkOptions.from_keywords(
         target,
         format=target_format,
@@ -295,19 +298,18 @@ def convert(
         trust_blocks=trust_blocks,
         kernels=kernels,
         profile=profile,
-        rate=rate,
-        control=control,
+        limit=run.limit,
         checksum=checksum,
         in_order=in_order,
     )
     base_opening = _base_options(writing, opening)
 
     def job(commitment: Commitment[ConvertResult]) -> None:
-        with ExitStack() as stack:
+        with run, ExitStack() as stack:
             disk = stack.enter_context(open_sources(file_names(source), opening))
             disk.refuse_conversion(with_base=backing is not None)
             base = _open_base(target, writing, base_opening, stack)
-            tally = Tally(fitting_size(writing.profile, disk), progress)
+            tally = Tally(fitting_size(writing.profile, disk), run.report)
             output: Target
             if in_order:
                 output = StreamTarget(place, waiting=tally.repeat)
@@ -333,7 +335,7 @@ def convert(
                 from imgcore.disk.read_back import ReadBack
 
                 read_back = ReadBack(output, writing, base, base_opening)
-            bad_ranges = _write(sink, tally, files, output, read_back)
+            bad_ranges = _write(sink, tally, files, output, read_back, run)
             result = ConvertResult(
                 source=disk.path,
                 target=output.path,
@@ -353,6 +355,7 @@ def convert(
                 checksum=sink.digest,
                 verified=verify,
             )
+            run.keep()
             commitment.commit(output, result)
 
     return until_committed(job)
@@ -398,6 +401,7 @@ def _write(
     files: Sequence[ByteSource],
     output: Target,
     read_back: ReadBack | None,
+    run: Run,
 ) -> tuple[BadRange, ...]:
     """Write the target's content and verify it.
 
@@ -405,8 +409,10 @@ def _write(
     """
     try:
         bad_ranges = sink.write(tally)
+        run.phase = "syncing"
         output.prepare()
         if read_back is not None and sink.digest is not None:
+            run.phase = "verifying"
             read_back.verify(sink.digest, sink.disk_nbytes, tally.finish)
         for file in files:
             file.check_unchanged()
