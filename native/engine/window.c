@@ -95,7 +95,8 @@ static bool find_runs(const struct imgc_job *job, struct slot *slot, uint64_t st
 	size_t first_run = slot->n_runs;
 
 	if (job->options.stores_data && !store_all) {
-		store_all = data_nbytes(job->rows, slot->start + start, slot->start + end, false) > 0;
+		store_all =
+			data_nbytes(job->rows, slot->start + start, slot->start + end, false) > 0;
 		if (!store_all)
 			return false;
 	}

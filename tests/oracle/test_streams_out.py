@@ -94,10 +94,9 @@ def assert_reads_the_same(source: Path, image: Path, variant: Variant) -> None:
     qemu.assert_same(source, image, source_format="raw", target_format=variant.format)
     if variant.format in ("qcow2", "vmdk", "vhdx", "vdi"):
         qemu.assert_check_clean(image, variant.format)
-    checked = imgcore("check", "-f", variant.format, image)
-    assert checked.returncode in (0, 1), checked.stderr
-    if variant.format != "raw" and "fixed" not in variant.name:
-        assert checked.returncode == 0, checked.stdout
+    if variant.format != "raw":
+        checked = imgcore("check", "-f", variant.format, image)
+        assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
 @pytest.mark.parametrize("threads", ["1", "4"])
