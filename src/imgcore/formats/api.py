@@ -35,6 +35,7 @@ from typing import (
 
 from imgcore.engine.source_file import SourceFile
 from imgcore.errors import OptionError, UnsupportedFeatureError
+from imgcore.formats.options import has_tables_in_front
 from imgcore.formats.shared.damage import STRICT, Damage
 from imgcore.text import without_secrets
 
@@ -1128,6 +1129,8 @@ class Driver(NamedTuple):
             raise UnsupportedFeatureError(
                 f"no image becomes {self.name} without copying: use imgcore convert"
             )
+        if has_tables_in_front(request.options):
+            raise OptionError("tables=front needs a copy: use imgcore convert")
         module = importlib.import_module(self.rewriting)
         return cast("Rewriter", module.rewriter_for(_settled(request), survey))
 
