@@ -612,6 +612,15 @@ int imgc_job_set_next_offset(struct imgc_job *job, uint64_t next_offset)
 	return IMGC_OK;
 }
 
+int imgc_job_set_guest_nbytes(struct imgc_job *job, uint64_t guest_nbytes)
+{
+	if (job->in_batch || job->options.kind != IMGC_JOB_CONVERT ||
+	    guest_nbytes < job->batch.guest_end || guest_nbytes > job->geometry.guest_nbytes)
+		return IMGC_INVALID_ARGUMENT;
+	job->geometry.guest_nbytes = guest_nbytes;
+	return IMGC_OK;
+}
+
 size_t imgc_job_bad_ranges(const struct imgc_job *job, const struct imgc_bad_range **out)
 {
 	*out = job->salvage.ranges;

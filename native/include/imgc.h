@@ -734,6 +734,12 @@ uint64_t imgc_job_next_offset(const struct imgc_job *job);
 int imgc_job_set_next_offset(struct imgc_job *job, uint64_t next_offset);
 
 /*
+ * CONVERT, between batches: the disk turns out to have guest_nbytes, no more than the
+ * geometry says so far and no less than the batches have, and ends like any other.
+ */
+int imgc_job_set_guest_nbytes(struct imgc_job *job, uint64_t guest_nbytes);
+
+/*
  * COMPARE without granules: the lowest guest offset that differs so far, or
  * IMGC_NO_DIFFERENCE.
  */

@@ -24,7 +24,7 @@ from imgcore.errors import (
 
 if TYPE_CHECKING:
     from imgcore.areas.area import Area
-    from imgcore.border import FilePath
+    from imgcore.border import FilePath, Readable
     from imgcore.checksums.digest import ChecksumError, Digest
     from imgcore.disk.image import Image, open
     from imgcore.engine.bad_ranges import BadRange
@@ -97,6 +97,7 @@ __all__ = [
     "Measurement",
     "OptionError",
     "Progress",
+    "Readable",
     "RebaseResult",
     "ReflinkMeasurement",
     "ResizeResult",
@@ -166,6 +167,7 @@ _HOMES = {
     "MapEntry": "verbs.map",
     "Measurement": "formats.api",
     "Progress": "engine.progress",
+    "Readable": "border",
     "RebaseResult": "verbs.rebase",
     "ReflinkMeasurement": "verbs.measure",
     "ResizeResult": "verbs.resize",

@@ -307,6 +307,8 @@ class Job:
         reflinked; guest bytes of reused blocks, and of these not decompressed.
         """
     next_offset: int
+    def end_disk(self, guest_nbytes: int) -> None:
+        """Make the target's disk end here, before the next batch is started."""
     @property
     def first_difference(self) -> int | None: ...
     @property

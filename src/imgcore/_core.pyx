@@ -692,6 +692,13 @@ cdef class Job:
         err.op = "next_offset"
         check(n.imgc_job_set_next_offset(self.require(), value), &err)
 
+    def end_disk(self, uint64_t guest_nbytes):
+        """Make the target's disk end here, before the next batch is started."""
+        cdef n.imgc_error err
+        memset(&err, 0, sizeof(err))
+        err.op = "end_disk"
+        check(n.imgc_job_set_guest_nbytes(self.require(), guest_nbytes), &err)
+
     @property
     def first_difference(self):
         """The lowest guest offset that differs, or None."""

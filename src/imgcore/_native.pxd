@@ -257,6 +257,7 @@ cdef extern from "imgc.h" nogil:
     void imgc_job_cancel(imgc_job *job)
     uint64_t imgc_job_next_offset(const imgc_job *job)
     int imgc_job_set_next_offset(imgc_job *job, uint64_t next_offset)
+    int imgc_job_set_guest_nbytes(imgc_job *job, uint64_t guest_nbytes)
     uint64_t imgc_job_first_difference(const imgc_job *job)
     size_t imgc_job_bad_ranges(const imgc_job *job, const imgc_bad_range **out)
     void imgc_job_destroy(imgc_job *job)

@@ -89,6 +89,13 @@ EXIT_SALVAGED: Final = 3
     is_flag=True,
     help="With -n: TARGET reads as zeros, so write none of a raw disk's zeros.",
 )
+@click.option(
+    "--size",
+    "stream_size",
+    callback=size_value,
+    metavar="SIZE",
+    help="Size of the disk, if SOURCE is a stream: some targets need it from the start.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing TARGET.")
 @click.option("--no-sync", is_flag=True, help="Do not wait until TARGET is on stable storage.")
 @click.option(
@@ -167,6 +174,7 @@ def command(
     sparse_size: int,
     in_place: bool,
     target_is_zero: bool,
+    stream_size: int | None,
     force: bool,
     no_sync: bool,
     salvage: bool,
@@ -244,6 +252,7 @@ def command(
             rate=rate or None,
             checksum=checksum,
             verify=verify,
+            size=stream_size,
             **opening,
         )
     if as_json:

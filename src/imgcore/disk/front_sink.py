@@ -52,6 +52,12 @@ class FrontSink(ImageSink):
         self, target: Target, source: Source, request: WriteRequest[Any], options: SinkOptions
     ) -> None:
         """Refuse what needs another order."""
+        if not source.sources:
+            raise UnsupportedFeatureError(
+                "the tables of the target come first, but a stream shows its data only when it is "
+                "read: save the source to a file first",
+                path=source.path,
+            )
         super().__init__(target, source, None, request, options)
         for flag, is_given in {
             "-B": request.backing is not None,
@@ -63,12 +69,6 @@ class FrontSink(ImageSink):
                 raise OptionError(f"tables in front do not go with {flag}", path=target.path)
         if options.in_order and self._writer.needs_own_blocks:
             raise OptionError("a stream has no space to preallocate", path=target.path)
-        if not source.sources:
-            raise UnsupportedFeatureError(
-                "the tables of the target come first, but a stream shows its data only when it is "
-                "read: save the source to a file first",
-                path=source.path,
-            )
         geometry = self._writer.geometry
         self._appends = geometry.placing is Placing.APPEND
         self._is_compressed = geometry.codec.codec is not CodecId.NONE

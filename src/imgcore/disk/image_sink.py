@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, closing
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from imgcore._core import Job
 from imgcore.checksums.digest import BLOCK_NBYTES, Digest
+from imgcore.disk.late_end import end_disk, leave_end_open
 from imgcore.disk.reflinks import Reflink, reflinkable_units, refuse_own_blocks
 from imgcore.engine.bad_ranges import named_bad_ranges
 from imgcore.engine.geometry import CodecId, Placing, ZeroPolicy
@@ -18,7 +19,7 @@ from imgcore.formats.registry import PLAIN_FORMAT, get_driver
 from imgcore.limits import MAX_BASE_BLOCK_NBYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from imgcore.disk.image import Image
     from imgcore.disk.sink_options import SinkOptions
@@ -62,6 +63,8 @@ class ImageSink:
         self._base = base
         self.driver: Driver = get_driver(options.format)
         self._writer = self.driver.writer(request)
+        if not source.size_is_known:
+            leave_end_open(self._writer, target)
         if base is not None:
             _refuse_large_blocks(target, self._writer)
         if options.reflink.is_required:
@@ -80,7 +83,8 @@ class ImageSink:
         geometry = writer.geometry
         if self._replaces and target.is_block_device:
             self._require_capacity(tally)
-        if geometry.zero_policy is ZeroPolicy.STORE and geometry.codec.codec is CodecId.NONE:
+        is_stored = geometry.zero_policy is ZeroPolicy.STORE
+        if is_stored and geometry.codec.codec is CodecId.NONE and self.source.size_is_known:
             # Every byte of the disk will be written.
             target.require_space(self.request.virtual_size)
         if self.options.reflink.is_required:
@@ -214,9 +218,15 @@ class ImageSink:
                 checksum=None if stream is None else options.checksum,
             )
             stack.callback(job.close)
-            _Transfer(job, writer, data_file, tally, stream).run(supply.batches)
+            end_disk = None if self.source.size_is_known else partial(self._end_disk, tally)
+            _Transfer(job, writer, data_file, tally, stream, end_disk).run(supply.batches)
             unread = named_bad_ranges(job.bad_ranges, supply.paths)
             return int(job.next_offset), tuple(sorted((*self.source.lost(), *unread)))
+
+    def _end_disk(self, tally: Tally) -> None:
+        """Tell the writer the size of the disk, which the source knows by now."""
+        self.request = end_disk(self._writer, self.request, self.options, self.source)
+        tally.total_nbytes = self.request.virtual_size
 
     def _may_reflink(self) -> bool:
         """Tell whether blocks may be reflinked instead of copied."""
@@ -259,6 +269,7 @@ class _Transfer(NamedTuple):
     file: TargetFile
     tally: Tally
     stream: LeafStream | None
+    end_disk: Callable[[], None] | None = None
 
     def run(self, batches: Iterator[Batch]) -> None:
         """Prepare each batch while the engine works on the one before it."""
@@ -268,6 +279,8 @@ class _Transfer(NamedTuple):
         for batch in batches:
             if pending is not None:
                 self._finish(*pending)
+            if batch.ends_disk:
+                batch = self._last(batch)
             skipped_nbytes = batch.start - given_nbytes
             given_nbytes += batch.end - batch.start
             placements = None
@@ -282,8 +295,23 @@ class _Transfer(NamedTuple):
             pending = (batch, skipped_nbytes, placements, leaves)
         if pending is not None:
             self._finish(*pending)
+        if self.end_disk is not None and not (pending and pending[0].ends_disk):
+            self.end_disk()
         if geometry.placing is Placing.IDENTITY:
-            self.file.note_end(geometry.host_base + geometry.guest_nbytes)
+            self.file.note_end(geometry.host_base + self.writer.geometry.guest_nbytes)
+
+    def _last(self, batch: Batch) -> Batch:
+        """End the disk with a batch, and return it with the zeros that fill it up."""
+        import numpy as np
+
+        from imgcore.disk.overlay import padded
+
+        assert self.end_disk is not None
+        self.end_disk()
+        end = self.writer.geometry.guest_nbytes
+        self.job.end_disk(end)
+        rows = np.concatenate(list(padded(iter([batch.rows]), batch.end, end)))
+        return batch._replace(end=end, rows=rows)
 
     def _finish(
         self,

@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING, Protocol
 
 from imgcore.disk.backing import opened_reference
+from imgcore.disk.late_end import needs_size, open_ended
 from imgcore.errors import OptionError
 from imgcore.formats.api import WriteRequest
 from imgcore.formats.option_texts import parse_options
@@ -69,6 +70,7 @@ def open_sink(
         The target's parent, open.
     virtual_size : int
         Bytes of the target's disk, at least those of the source's; zeros follow.
+        Meaningless if the source's size is not known yet.
 
     Raises
     ------
@@ -121,6 +123,8 @@ def _make_sink(
     if options.profile is not None and options.profile.is_archived:
         from imgcore.disk.archive_sink import ArchiveSink
 
+        if not source.size_is_known:
+            raise needs_size("an archive", target.path)
         _refuse_in_stream(target, options)
         return ArchiveSink(target, source, virtual_size, options)
     if options.codec is not None:
@@ -150,6 +154,8 @@ def _make_sink(
 
         if needs_front_sink(request, options):
             return FrontSink(target, source, request, options)
+    if not source.size_is_known:
+        request = open_ended(request, options, target)
     if base is not None:
         from imgcore.disk.child_sink import child_sink
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex, cast
 
-from imgcore.border import FilePath, file_name, file_names
+from imgcore.border import FilePath, file_name
 from imgcore.checksums.digest import ALGORITHMS, Digest
 from imgcore.disk.backing import backing_path
 from imgcore.disk.image import open_image
@@ -17,6 +17,7 @@ from imgcore.disk.profile_fitting import fitting_size
 from imgcore.disk.sink import open_sink
 from imgcore.disk.sink_options import SinkOptions
 from imgcore.disk.source import open_sources
+from imgcore.disk.streamed import source_names
 from imgcore.disk.target_format import refuse_other_name
 from imgcore.engine.control import Run
 from imgcore.engine.progress import Tally
@@ -33,6 +34,9 @@ from imgcore.files.target import Target
 from imgcore.log import log
 
 if TYPE_CHECKING:
+    from socket import socket
+
+    from imgcore.border import Readable
     from imgcore.disk.image import Image
     from imgcore.disk.read_back import ReadBack
     from imgcore.disk.sink import Sink
@@ -98,7 +102,7 @@ class ConvertResult(NamedTuple):
 
 
 def convert(
-    source: FilePath | Sequence[FilePath],
+    source: FilePath | Readable | socket | Sequence[FilePath],
     target: FilePath | StreamObject,
     *,
     format: str | None = None,
@@ -129,6 +133,7 @@ def convert(
     control: Control | None = None,
     checksum: str | None = None,
     verify: bool = False,
+    size: SupportsIndex | str | None = None,
 ) -> ConvertResult:
     """Convert a virtual disk image, including its backing files, to another format.
 
@@ -139,9 +144,14 @@ def convert(
 
     Parameters
     ----------
-    source : str, bytes or os.PathLike, or a sequence of them
+    source : str, bytes or os.PathLike, or a sequence of them, or a readable object
         The image.  The disks of several images follow each other; ``format`` and the
         other options for reading apply to each.
+
+        A stream is read once and in order: ``"-"`` is the standard input; the others
+        are the name of a pipe, a socket, and an object that is open for reading bytes,
+        which stays open.  ``format`` is ``"raw.zst"``, ``"raw.gz"`` or ``"raw.xz"`` for
+        compressed raw disks.
     target : str, bytes or os.PathLike, or an object with ``write``, or a socket
         The new image.  ``"-"`` is the standard output.  Like the name of a pipe, a
         socket, and an object that is open for writing bytes, it gets the image as a
@@ -237,6 +247,10 @@ def convert(
         Read the target back when it is synced and before it gets its name, past the
         page cache where the file system allows that, and compare its digest with that
         of what was written.  ``checksum`` is ``"sha256"`` then if it is not given.
+    size : int or str, optional
+        Bytes of the disk in a stream, for example ``"10G"``, for targets that must know
+        it from the start.  A stream that is shorter is an error; one that goes on may
+        do so with zeros only.
 
     Returns
     -------
@@ -276,11 +290,13 @@ def convert(
         share=share,
         flags=Flags(backing_format="--source-backing-format"),
         salvage=salvage,
+        size=size,
     )
     if in_order and verify:
         raise OptionError("--verify reads the target back, which is not possible for a stream")
+    sources = source_names(source)
     if base is not None:
-        backing, backing_format = _layer_of(file_names(source), file_name(base), target, opening)
+        backing, backing_format = _layer_of(sources, file_name(base), target, opening)
     run = Run.of(rate, control, progress)
     writing = SinkOptions.from_keywords(
         target,
@@ -306,7 +322,8 @@ def convert(
 
     def job(commitment: Commitment[ConvertResult]) -> None:
         with run, ExitStack() as stack:
-            disk = stack.enter_context(open_sources(file_names(source), opening))
+            waiting = opening._replace(on_wait=run.wait)
+            disk = stack.enter_context(open_sources(sources, waiting))
             disk.refuse_conversion(with_base=backing is not None)
             base = _open_base(target, writing, base_opening, stack)
             tally = Tally(fitting_size(writing.profile, disk), run.report)
@@ -362,10 +379,10 @@ def convert(
 
 
 def _layer_of(
-    sources: Sequence[str], base: str, target: str, opening: OpenOptions
+    sources: Sequence[Any], base: str, target: str, opening: OpenOptions
 ) -> tuple[str, str]:
     """Return the target's name for a backing file of the source, and its format."""
-    if len(sources) == 1:
+    if len(sources) == 1 and isinstance(sources[0], str):
         with open_image(sources[0], opening) as image:
             depth = image.depth_of(named_identity(base))
             if depth:
@@ -373,7 +390,7 @@ def _layer_of(
                 start = os.path.realpath(os.path.dirname(target))
                 name = os.path.relpath(os.path.join(os.path.realpath(folder), name), start)
                 return name, image.layers[depth].format_name
-    raise OptionError(f"{base} is not one of its backing files", path=sources[0])
+    raise OptionError(f"{base} is not one of its backing files", path=str(sources[0]))
 
 
 def _base_options(writing: SinkOptions, opening: OpenOptions) -> OpenOptions:
