@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from imgcore.engine.extents import EXTENT_DTYPE, Extents, Kind
     from imgcore.engine.progress import Progress
     from imgcore.engine.source_file import SourceFile
+    from imgcore.engine.thread_budget import set_thread_budget
     from imgcore.files.byte_source import ByteSource
     from imgcore.formats.api import Measurement, SnapshotInfo
     from imgcore.formats.shared.lint import Finding
@@ -136,6 +137,7 @@ __all__ = [
     "rebase",
     "resize",
     "rewrite",
+    "set_thread_budget",
     "snapshots",
     "sync",
     "undo_rewrite",
@@ -201,6 +203,7 @@ _HOMES = {
     "rebase": "verbs.rebase",
     "resize": "verbs.resize",
     "rewrite": "verbs.rewrite",
+    "set_thread_budget": "engine.thread_budget",
     "snapshots": "verbs.snapshot",
     "sync": "verbs.sync",
     "undo_rewrite": "verbs.rewrite",

@@ -50,6 +50,7 @@ measure: source size format target_format options compress backing_format parent
     read_options allow share
 measure_reflink: source target_format format options backing_format parent read_options
     allow share
+set_thread_budget: threads
 snapshots: image format read_options allow share
 create_snapshot: image name created_ns format backing_format parent read_options allow
 apply_snapshot: image key format backing_format parent read_options allow

@@ -13,6 +13,7 @@ from imgcore.disk.reflinks import Reflink, reflinkable_units, refuse_own_blocks
 from imgcore.engine.bad_ranges import named_bad_ranges
 from imgcore.engine.geometry import CodecId, Placing, ZeroPolicy
 from imgcore.engine.job import translated_errors
+from imgcore.engine.thread_budget import Lease
 from imgcore.errors import OptionError, TargetError
 from imgcore.formats.api import SectorSized
 from imgcore.formats.registry import PLAIN_FORMAT, get_driver
@@ -208,6 +209,7 @@ class ImageSink:
                 next_offset=writer.first_offset,
                 has_base=self._base is not None,
                 threads=options.threads,
+                batch_threads=Lease(options.threads).renew,
                 variants=dict(options.variants),
                 salvage=options.salvage,
                 reflink=self._may_reflink() and not self._stores_data,
