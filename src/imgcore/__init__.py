@@ -66,6 +66,7 @@ if TYPE_CHECKING:
         snapshots,
     )
     from imgcore.verbs.sync import SyncResult, sync
+    from imgcore.verbs.verify import VerifyResult, verify
 
 __all__ = [
     "EXTENT_DTYPE",
@@ -111,6 +112,7 @@ __all__ = [
     "TargetError",
     "UnsafeReferenceError",
     "UnsupportedFeatureError",
+    "VerifyResult",
     "WrongFormatError",
     "__version__",
     "apply",
@@ -141,6 +143,7 @@ __all__ = [
     "snapshots",
     "sync",
     "undo_rewrite",
+    "verify",
 ]
 
 # The verbs are imported on first use: NumPy alone takes longer than `imgcore info`.
@@ -180,6 +183,7 @@ _HOMES = {
     "SourceFile": "engine.source_file",
     "apply_snapshot": "verbs.snapshot",
     "SyncResult": "verbs.sync",
+    "VerifyResult": "verbs.verify",
     "apply": "verbs.apply",
     "changes": "verbs.changes",
     "check": "verbs.check",
@@ -207,6 +211,7 @@ _HOMES = {
     "snapshots": "verbs.snapshot",
     "sync": "verbs.sync",
     "undo_rewrite": "verbs.rewrite",
+    "verify": "verbs.verify",
 }
 
 

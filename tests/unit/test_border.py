@@ -95,6 +95,12 @@ def compare(folder: Path, threads: Any) -> Any:
     return imgcore.compare(folder / "disk.raw", folder / "disk.qcow2", threads=threads)
 
 
+def verify(folder: Path, threads: Any) -> object:
+    receipt = folder / "receipt.json"
+    imgcore.convert(folder / "disk.raw", folder / "of_receipt.raw", receipt=receipt, force=True)
+    return imgcore.verify(receipt, threads=threads)
+
+
 def compare_trees(folder: Path, threads: Any) -> Any:
     imgcore.checksum(folder / "disk.raw", tree=folder / "disk.tree")
     return list(imgcore.compare_trees(folder / "disk.tree", folder / "disk.qcow2", threads=threads))
@@ -202,6 +208,7 @@ NUMBERS: dict[tuple[str, str], tuple[int, Call]] = {
         1,
         lambda image, _, n: imgcore.checksum(image, threads=n),
     ),
+    ("verify", "threads"): (1, lambda _, folder, n: verify(folder, n)),
     ("changes", "threads"): (1, lambda image, folder, n: changes(image, folder, threads=n)),
     ("changes", "granularity"): (
         1024,

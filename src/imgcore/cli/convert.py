@@ -134,6 +134,11 @@ EXIT_SALVAGED: Final = 3
     is_flag=True,
     help="Read TARGET back before it gets its name, and compare digests.",
 )
+@click.option(
+    "--receipt",
+    metavar="FILE",
+    help="Write what was done to FILE, as JSON with a digest, for `imgcore verify`.",
+)
 @cache_option(
     "-t",
     "--target-cache",
@@ -184,6 +189,7 @@ def command(
     rate: int | None,
     checksum: str | None,
     verify: bool,
+    receipt: str | None,
     target_cache: str | None,
     threads: int | None,
     opening: dict[str, Any],
@@ -253,6 +259,7 @@ def command(
             checksum=checksum,
             verify=verify,
             size=stream_size,
+            receipt=receipt,
             **opening,
         )
     if as_json:
@@ -262,7 +269,7 @@ def command(
         digest = None if result.checksum is None else result.checksum.as_dict()
         fields = result._asdict() | {"bad_ranges": ranges, "checksum": digest}
         click.echo(json.dumps(fields), err=to_stdout)
-    elif result.checksum is not None and not quiet:
+    elif (checksum is not None or verify) and result.checksum is not None and not quiet:
         print_entry(result.checksum.hexdigest, target, on_stderr=to_stdout)
     for row in result.bad_ranges:
         _print_lost(row)
