@@ -67,6 +67,10 @@ class FrontSink(ImageSink):
         }.items():
             if is_given:
                 raise OptionError(f"tables in front do not go with {flag}", path=target.path)
+        if not self._writer.first_offset:
+            raise OptionError(
+                "a stream is one file, but an image of this subformat has two", path=target.path
+            )
         if options.in_order and self._writer.needs_own_blocks:
             raise OptionError("a stream has no space to preallocate", path=target.path)
         geometry = self._writer.geometry
