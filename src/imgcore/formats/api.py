@@ -252,6 +252,33 @@ class LeavesOut(Protocol):
 
 
 @runtime_checkable
+class EndsItself(Protocol):
+    """A reader that can tell whether a stream had all of its image.
+
+    Optional: after what the readers of other formats have read of a stream, only zeros
+    may follow.
+    """
+
+    def verify_end(self, read_rest: Callable[[], tuple[int, bytes]]) -> None:
+        """Verify what follows the last extent of a stream.
+
+        Parameters
+        ----------
+        read_rest : callable
+            Reads the rest of the stream; only the size of the file is known then.  It
+            returns the end of the last byte that is not zero, of those after what this
+            reader and its extents have needed, or 0 if there is none; and the bytes
+            before this end, as many as a footer may have.
+
+        Raises
+        ------
+        CorruptImageError
+            Something of the image is missing, or other bytes follow it.
+        """
+        ...
+
+
+@runtime_checkable
 class HasBitmaps(Protocol):
     """A reader of images that may hold bitmaps of changed areas.
 
@@ -1099,6 +1126,12 @@ class Driver(NamedTuple):
     flat_tail_nbytes : int
         Bytes after the disk of images that have no magic at their start, since they
         begin with the disk; 0 if there are no such images.
+    tail_copy_nbytes : int
+        Bytes at the end of an image that are a copy of its first ones.
+    streaming : str or None
+        Module that holds ``streamed_reader_for(file, gate, options)``: it returns a
+        `Reader` for an image that comes in order.  Its `Reader.extents` are asked for
+        once and in order.  None if the usual reader is as good.
     """
 
     name: str
@@ -1111,6 +1144,8 @@ class Driver(NamedTuple):
     reading_extents: tuple[str, ...] = ()
     updating: str | None = None
     flat_tail_nbytes: int = 0
+    tail_copy_nbytes: int = 0
+    streaming: str | None = None
 
     @property
     def options(self) -> type[FormatOptions]:
@@ -1129,6 +1164,15 @@ class Driver(NamedTuple):
             options = self.read_options()
         module = importlib.import_module(self.reading)
         return cast("Reader", module.reader_for(file, gate, options, damage))
+
+    def open_streamed(
+        self, file: ByteSource, gate: ReferenceGate, options: FormatOptions | None = None
+    ) -> Reader:
+        """Open an image whose bytes come in order; see `open`."""
+        if self.streaming is None:
+            return self.open(file, gate, options)
+        module = importlib.import_module(self.streaming)
+        return cast("Reader", module.streamed_reader_for(file, gate, options))
 
     def writer(self, request: WriteRequest[Any]) -> Writer:
         """Verify a request and return its writer; touches no file.
