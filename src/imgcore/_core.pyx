@@ -545,8 +545,8 @@ cdef class Job:
     def __init__(self, *, sources, geometry=None, File target=None, uint64_t next_offset=0,
                  bint has_base=False, uint32_t threads=1, uint64_t window_nbytes=0, variants=None,
                  bint salvage=False, bint reflink=False, bint trust_blocks=False,
-                 RateLimit rate_limit=None, checksum=None, uint64_t granule_nbytes=0,
-                 batch_threads=None):
+                 bint stores_data=False, RateLimit rate_limit=None, checksum=None,
+                 uint64_t granule_nbytes=0, batch_threads=None):
         cdef n.imgc_job_options options
         cdef n.imgc_error err
         cdef int status
@@ -571,6 +571,7 @@ cdef class Job:
         options.salvage = salvage
         options.reflink = reflink
         options.trust_blocks = trust_blocks
+        options.stores_data = stores_data
         options.granule_nbytes = granule_nbytes
         if rate_limit is not None:
             options.rate_limit = rate_limit.handle
@@ -731,6 +732,40 @@ cdef class Job:
 
     def __dealloc__(self):
         n.imgc_job_destroy(self.handle)
+
+
+cdef class Places:
+    """Gives blocks the host offsets that a job gives them: ``struct imgc_places``."""
+
+    cdef n.imgc_places *handle
+
+    def __cinit__(self):
+        self.handle = NULL
+
+    def __init__(self, geometry, uint64_t next_offset):
+        cdef n.imgc_geometry native
+        memset(&native, 0, sizeof(native))
+        fill_geometry(&native, geometry)
+        check_call(n.imgc_places_create(&native, next_offset, &self.handle), "places")
+
+    def give(self, uint64_t first_block, placement_row[::1] rows):
+        """Fill in the offsets of rows with states, and the lengths of STORED ones."""
+        cdef n.imgc_error err
+        if rows.shape[0]:
+            check(n.imgc_places_give(self.handle, first_block, <n.imgc_placement *>&rows[0],
+                                     rows.shape[0], &err), &err)
+
+    @property
+    def next_offset(self):
+        """The first free host offset."""
+        return n.imgc_places_next_offset(self.handle)
+
+    @next_offset.setter
+    def next_offset(self, uint64_t value):
+        check_call(n.imgc_places_set_next_offset(self.handle, value), "next_offset")
+
+    def __dealloc__(self):
+        n.imgc_places_destroy(self.handle)
 
 
 # What all uses have that begin before `is_over` is called.
@@ -1182,6 +1217,7 @@ cdef int fill_geometry(n.imgc_geometry *out, geometry) except -1:
     out.stored_prefix_byte = geometry.stored_prefix_byte
     out.clears_blocks = geometry.clears_blocks
     out.reuse = geometry.reuse
+    out.packs_in_order = geometry.packs_in_order
     return 0
 
 
