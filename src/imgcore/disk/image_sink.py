@@ -15,7 +15,7 @@ from imgcore.engine.geometry import CodecId, Placing, ZeroPolicy
 from imgcore.engine.job import translated_errors
 from imgcore.engine.thread_budget import Lease
 from imgcore.errors import OptionError, TargetError
-from imgcore.formats.api import SectorSized, WritesInOrder
+from imgcore.formats.api import SectorSized
 from imgcore.formats.registry import PLAIN_FORMAT, get_driver
 from imgcore.limits import MAX_BASE_BLOCK_NBYTES
 
@@ -39,6 +39,10 @@ if TYPE_CHECKING:
 class ImageSink:
     """Writes an image of any format; a `Sink`."""
 
+    # Whether blocks are stored that the source states as data, instead of those that
+    # are no zeros.
+    _stores_data = False
+
     def __init__(
         self,
         target: Target,
@@ -60,8 +64,6 @@ class ImageSink:
         self._base = base
         self.driver: Driver = get_driver(options.format)
         self._writer = self.driver.writer(request)
-        if options.in_order:
-            _refuse_out_of_order(target, self._writer)
         if not source.size_is_known:
             leave_end_open(self._writer, target)
         if base is not None:
@@ -96,9 +98,7 @@ class ImageSink:
             data_file.clear(writer.first_offset)
         stream = self._leaf_stream()
         bad_ranges = self._write_parts(writer, data_file, tally, stream)
-        if stream is not None and self.options.checksum is not None:
-            digest = stream.finish(self.disk_nbytes)
-            self.digest = Digest(digest, self.options.checksum)
+        self._take_digest(stream)
         return bad_ranges
 
     @property
@@ -112,6 +112,11 @@ class ImageSink:
         from imgcore.engine.hashing import LeafStream
 
         return LeafStream(self.options.checksum)
+
+    def _take_digest(self, stream: LeafStream | None) -> None:
+        if stream is not None and self.options.checksum is not None:
+            digest = stream.finish(self.disk_nbytes)
+            self.digest = Digest(digest, self.options.checksum)
 
     @cached_property
     def reflink_rule(self) -> ReflinkRule:
@@ -207,7 +212,8 @@ class ImageSink:
                 batch_threads=Lease(options.threads).renew,
                 variants=dict(options.variants),
                 salvage=options.salvage,
-                reflink=self._may_reflink(),
+                reflink=self._may_reflink() and not self._stores_data,
+                stores_data=self._stores_data,
                 # A comparison with the base needs the content.
                 trust_blocks=options.trust_blocks and self._base is None,
                 rate_limit=options.limit,
@@ -233,13 +239,6 @@ class ImageSink:
         )
         wanted = self.options.reflink is not Reflink.NEVER
         return wanted and not own_blocks and not self.options.salvage
-
-
-def _refuse_out_of_order(target: Target, writer: Writer) -> None:
-    if not isinstance(writer, WritesInOrder):
-        raise OptionError("this image cannot be written as a stream", path=target.path)
-    if writer.needs_own_blocks:
-        raise OptionError("a stream has no space to preallocate", path=target.path)
 
 
 def _refuse_large_blocks(target: Target, writer: Writer) -> None:

@@ -10,6 +10,7 @@ from imgcore.disk.late_end import needs_size, open_ended
 from imgcore.errors import OptionError
 from imgcore.formats.api import WriteRequest
 from imgcore.formats.option_texts import parse_options
+from imgcore.formats.options import has_tables_in_front
 from imgcore.formats.registry import PLAIN_FORMAT, get_driver
 from imgcore.limits import SECTOR_NBYTES
 from imgcore.log import log
@@ -146,7 +147,13 @@ def _make_sink(
         target_name="" if options.in_order else os.path.basename(target.path),
         logical_sector_nbytes=source.logical_sector_nbytes,
         exact_nbytes=source.exact_nbytes if virtual_size == source.virtual_size else None,
+        tables_first=options.in_order or has_tables_in_front(options.options),
     )
+    if request.tables_first:
+        from imgcore.disk.front_sink import FrontSink, needs_front_sink
+
+        if needs_front_sink(request, options):
+            return FrontSink(target, source, request, options)
     if not source.size_is_known:
         request = open_ended(request, options, target)
     if base is not None:
