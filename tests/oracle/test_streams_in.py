@@ -241,7 +241,8 @@ class TestShort:
         stream = vhd.read_bytes()[:cut]
         done = poured(stream, "convert", "-f", "vhd", "-q", "-", tmp_path / "a.qcow2")
         assert done.returncode == 1
-        assert "without the footer" in done.stderr
+        # Old programs wrote footers of 511 bytes.
+        assert ("the footer states" if cut == -1 else "without the footer") in done.stderr
         assert sorted(os.listdir(tmp_path)) == ["disk.raw", "source.vhd"]
 
     @pytest.mark.parametrize("target", ["raw", "qcow2", "raw.gz", "vdi"])
