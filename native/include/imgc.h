@@ -111,6 +111,7 @@ enum imgc_checksum {
 	IMGC_CHECKSUM_NONE = 0,
 	IMGC_CHECKSUM_SHA256 = 1,
 	IMGC_CHECKSUM_BLAKE3 = 2, /* with 32 bytes of output */
+	IMGC_CHECKSUM_CRC32C = 3, /* little-endian, then zeros: finds accidents only */
 	IMGC_N_CHECKSUMS,
 };
 

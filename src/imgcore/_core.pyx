@@ -153,10 +153,13 @@ def crc32c(const uint8_t[::1] data, uint32_t crc=0, variant=None):
 
 
 def checksum_algorithms():
-    """Return the names of the checksum algorithms in this build."""
+    """Return the names of the checksum algorithms in this build.
+
+    Without "crc32c", which jobs and hashers take as well: it is no checksum for users.
+    """
     return tuple(n.imgc_checksum_name(i).decode()
                  for i in range(n.IMGC_CHECKSUM_NONE + 1, n.IMGC_N_CHECKSUMS)
-                 if n.imgc_checksum_is_built(i))
+                 if n.imgc_checksum_is_built(i) and i != n.IMGC_CHECKSUM_CRC32C)
 
 
 cdef uint32_t checksum_of(algorithm) except 0:

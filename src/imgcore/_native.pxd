@@ -29,6 +29,7 @@ cdef extern from "imgc.h" nogil:
         IMGC_SELECT_NO_CPU
 
         IMGC_CHECKSUM_NONE
+        IMGC_CHECKSUM_CRC32C
         IMGC_N_CHECKSUMS
         IMGC_CHECKSUM_NBYTES
         IMGC_CHECKSUM_BLOCK_NBYTES
