@@ -470,6 +470,9 @@ class WriteRequest(NamedTuple, Generic[Options]):
     exact_nbytes : int or None
         Size of the disk in bytes without the zeros that fill up its last sector, if
         the target may keep it; raw does.
+    seed : bytes or None
+        32 bytes that random identities are drawn from
+        (`imgcore.formats.shared.identities`); None: other ones each time.
     """
 
     virtual_size: int
@@ -480,6 +483,7 @@ class WriteRequest(NamedTuple, Generic[Options]):
     target_name: str = ""
     logical_sector_nbytes: int | None = None
     exact_nbytes: int | None = None
+    seed: bytes | None = None
 
 
 class Writer(Protocol):
