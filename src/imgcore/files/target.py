@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from imgcore.files.byte_source import ByteSource
     from imgcore.files.host_file import HostFile
+    from imgcore.files.resume_journal import ResumeJournal
 
 
 class Target:
@@ -50,6 +51,9 @@ class Target:
     in_place_nbytes : int, optional
         The size of a file that could be written in place.  Where the folder takes no
         new files, the error then advises that.
+    journal : ResumeJournal, optional
+        What is durable of the files outlives a failure once it has a checkpoint;
+        `commit` removes it.
 
     Attributes
     ----------
@@ -79,6 +83,7 @@ class Target:
         sync: bool = True,
         in_place: bool = False,
         in_place_nbytes: int | None = None,
+        journal: ResumeJournal | None = None,
     ) -> None:
         self.path: str = os.fspath(path)
         self.force = force
@@ -87,6 +92,7 @@ class Target:
         self._main: TargetFile | None = None
         self._companions: list[TargetFile] = []
         self._in_place_nbytes = in_place_nbytes
+        self._journal = journal
         self.is_committed: bool = False
         self.late_error: OSError | None = None
         self._is_prepared = False
@@ -101,7 +107,10 @@ class Target:
         self._examine(in_place)
         self.in_place = in_place
         # A target in place is neither created nor renamed.
-        self._folder = None if in_place else TargetFolder(self.path, force=force, sync=sync)
+        self._folder: TargetFolder | None = None
+        if not in_place:
+            kept_nbytes = None if journal is None else journal.kept_nbytes
+            self._folder = TargetFolder(self.path, force=force, sync=sync, kept_nbytes=kept_nbytes)
 
     def _examine(self, in_place: bool) -> None:
         """Examine the file that has the final name now, and reject unsuitable ones."""
@@ -167,6 +176,8 @@ class Target:
             if self._folder is None:
                 self._main = self._open_in_place()
                 self._main.reads_as_zeros = False
+                if self._journal is not None:
+                    self._main.kept_nbytes = self._journal.kept_nbytes
             else:
                 advice = ""
                 if self._would_fit_in_place():
@@ -258,7 +269,10 @@ class Target:
         A target in place already has its space.
         """
         if self._folder is not None:
-            self._folder.require_space(nbytes, self.path)
+            if self._journal is not None:
+                files = (*self._companions, self.main)
+                nbytes -= sum(file.allocated_nbytes for file in files)
+            self._folder.require_space(max(nbytes, 0), self.path)
 
     def prepare(self) -> None:
         """Finish the files, durably unless ``sync=False``; only names are missing then.
@@ -292,6 +306,11 @@ class Target:
                 opened.close()
             raise
         return files
+
+    def datasync(self) -> None:
+        """Make what was written of all files so far durable."""
+        for file in (*self._companions, self.main):
+            file.datasync()
 
     def commit(self) -> None:
         """Give the files their final names, durably unless ``sync=False``.
@@ -335,17 +354,21 @@ class Target:
             error = uninterrupted(self.path, self._folder.sync)
             self.late_error = self.late_error or error
             uninterrupted(self.path, self._folder.remove_backups)
+        if self._journal is not None and not self._journal.is_removed:
+            uninterrupted(self.path, self._journal.remove)
         uninterrupted(self.path, self._close)
 
     def abort(self) -> None:
-        """Remove the files written; a target in place stays as it is now.
+        """Remove the files written, unless a journal has a checkpoint of them.
 
+        A target in place stays as it is now.
         After `commit`, or when called again, it removes nothing.
         """
         if self.is_committed:
             self.conclude()
             return
-        if self._folder is not None:
+        is_kept = self._journal is not None and self._journal.n_checkpoints > 0
+        if self._folder is not None and not is_kept:
             self._folder.remove_temporaries()
         self._close()
 
