@@ -123,6 +123,19 @@ EXIT_SALVAGED: Final = 3
     is_flag=True,
     help="Read TARGET back before it gets its name, and compare digests.",
 )
+@click.option(
+    "--resume",
+    is_flag=False,
+    flag_value="last",
+    type=click.Choice(("last", "verify")),
+    help="Keep what is done if the conversion ends early, and go on from there; =verify reads back "
+    "all of it before.",
+)
+@click.option(
+    "--journal",
+    metavar="FILE",
+    help="With --resume: the journal; needed if TARGET is a block device.",
+)
 @cache_option(
     "-t",
     "--target-cache",
@@ -172,6 +185,8 @@ def command(
     rate: int | None,
     checksum: str | None,
     verify: bool,
+    resume: str | None,
+    journal: str | None,
     target_cache: str | None,
     threads: int | None,
     opening: dict[str, Any],
@@ -227,6 +242,8 @@ def command(
             rate=rate or None,
             checksum=checksum,
             verify=verify,
+            resume=resume or False,
+            journal=journal,
             **opening,
         )
     if as_json:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from contextlib import ExitStack, closing
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from imgcore._core import Job
 from imgcore.checksums.digest import BLOCK_NBYTES, Digest
 from imgcore.disk.reflinks import Reflink, reflinkable_units, refuse_own_blocks
+from imgcore.disk.transfer import Transfer
 from imgcore.engine.bad_ranges import named_bad_ranges
 from imgcore.engine.geometry import CodecId, Placing, ZeroPolicy
 from imgcore.engine.job import translated_errors
@@ -20,15 +21,15 @@ from imgcore.limits import MAX_BASE_BLOCK_NBYTES
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from imgcore.disk.batch_journal import BatchJournal
+    from imgcore.disk.checkpoints import Checkpoints
     from imgcore.disk.image import Image
     from imgcore.disk.sink_options import SinkOptions
     from imgcore.disk.source import Source
     from imgcore.engine.bad_ranges import BadRange
-    from imgcore.engine.extents import Placements
     from imgcore.engine.hashing import LeafStream
     from imgcore.engine.progress import Tally
     from imgcore.engine.reflinks import ReflinkRule
-    from imgcore.engine.supply import Batch
     from imgcore.files.target import Target
     from imgcore.files.target_file import TargetFile
     from imgcore.formats.api import Driver, Writer, WriteRequest
@@ -74,7 +75,8 @@ class ImageSink:
         """Write the blocks of the disk, then the remaining tables."""
         writer, target = self._writer, self.target
         geometry = writer.geometry
-        if self._replaces and target.is_block_device:
+        checkpoints = self.options.checkpoints
+        if self._replaces and target.is_block_device and not _resumes(checkpoints):
             self._require_capacity(tally)
         if geometry.zero_policy is ZeroPolicy.STORE and geometry.codec.codec is CodecId.NONE:
             # Every byte of the disk will be written.
@@ -87,8 +89,12 @@ class ImageSink:
             data_file.reads_as_zeros = True
         if self._replaces:
             data_file.clear(writer.first_offset)
-        stream = self._leaf_stream()
-        bad_ranges = self._write_parts(writer, data_file, tally, stream)
+        stream, journal = self._leaf_stream(), None
+        if checkpoints is not None and stream is not None:
+            from imgcore.disk.batch_journal import BatchJournal
+
+            journal = BatchJournal(checkpoints, target, stream.algorithm)
+        bad_ranges = self._write_parts(writer, data_file, tally, stream, journal)
         if stream is not None and self.options.checksum is not None:
             digest = stream.finish(self.disk_nbytes)
             self.digest = Digest(digest, self.options.checksum)
@@ -100,11 +106,16 @@ class ImageSink:
         return self._writer.geometry.guest_nbytes
 
     def _leaf_stream(self) -> LeafStream | None:
-        if self.options.checksum is None:
+        algorithm = self.options.checksum
+        if algorithm is None and self.options.checkpoints is not None:
+            from imgcore.disk.batch_journal import LEAF_ALGORITHM
+
+            algorithm = LEAF_ALGORITHM
+        if algorithm is None:
             return None
         from imgcore.engine.hashing import LeafStream
 
-        return LeafStream(self.options.checksum)
+        return LeafStream(algorithm)
 
     @cached_property
     def reflink_rule(self) -> ReflinkRule:
@@ -127,15 +138,16 @@ class ImageSink:
         data_file: TargetFile,
         tally: Tally,
         stream: LeafStream | None = None,
+        journal: BatchJournal | None = None,
     ) -> tuple[BadRange, ...]:
         """Write the disk and then the remaining tables; return the bad ranges.
 
-        ``stream`` gets the leaves of the disk's checksum.
+        ``stream`` gets the leaves of the disk's checksum, ``journal`` each batch.
         """
         next_offset = writer.first_offset
         bad_ranges: tuple[BadRange, ...] = ()
         if self.request.virtual_size:
-            next_offset, bad_ranges = self._move(writer, data_file, tally, stream)
+            next_offset, bad_ranges = self._move(writer, data_file, tally, stream, journal)
         writer.finish(next_offset)
         return bad_ranges
 
@@ -175,7 +187,12 @@ class ImageSink:
         yield nbytes
 
     def _move(
-        self, writer: Writer, data_file: TargetFile, tally: Tally, stream: LeafStream | None
+        self,
+        writer: Writer,
+        data_file: TargetFile,
+        tally: Tally,
+        stream: LeafStream | None,
+        journal: BatchJournal | None,
     ) -> tuple[int, tuple[BadRange, ...]]:
         """Move the whole disk; return the target's first free offset and bad ranges."""
         options, geometry = self.options, writer.geometry
@@ -183,6 +200,10 @@ class ImageSink:
             geometry = geometry.over_old_bytes
         if stream is not None:
             geometry = geometry._replace(leaf_nbytes=BLOCK_NBYTES)
+        next_offset = writer.first_offset
+        if journal is not None and stream is not None and journal.position:
+            journal.verify(data_file, geometry, self._base, options.threads)
+            next_offset = journal.replay(writer, data_file, stream)
         with ExitStack() as stack:
             rule = self.reflink_rule if options.reflink.is_required else None
             supply = stack.enter_context(self.source.supply(geometry, self._base, rule))
@@ -191,7 +212,7 @@ class ImageSink:
                 sources=supply.native_sources,
                 geometry=geometry,
                 target=data_file.core,
-                next_offset=writer.first_offset,
+                next_offset=next_offset,
                 has_base=self._base is not None,
                 threads=options.threads,
                 variants=dict(options.variants),
@@ -200,10 +221,13 @@ class ImageSink:
                 # A comparison with the base needs the content.
                 trust_blocks=options.trust_blocks and self._base is None,
                 rate_limit=options.limit,
-                checksum=None if stream is None else options.checksum,
+                checksum=None if stream is None else stream.algorithm,
             )
             stack.callback(job.close)
-            _Transfer(job, writer, data_file, tally, stream).run(supply.batches)
+            batches = supply.batches
+            if journal is not None:
+                batches = journal.remaining(batches, geometry)
+            Transfer(job, writer, data_file, tally, stream, journal).run(batches)
             unread = named_bad_ranges(job.bad_ranges, supply.paths)
             return int(job.next_offset), tuple(sorted((*self.source.lost(), *unread)))
 
@@ -218,6 +242,10 @@ class ImageSink:
         return wanted and not own_blocks and not self.options.salvage
 
 
+def _resumes(checkpoints: Checkpoints | None) -> bool:
+    return checkpoints is not None and checkpoints.resumes
+
+
 def _refuse_large_blocks(target: Target, writer: Writer) -> None:
     block_nbytes = writer.geometry.block_nbytes
     if block_nbytes > MAX_BASE_BLOCK_NBYTES:
@@ -226,84 +254,3 @@ def _refuse_large_blocks(target: Target, writer: Writer) -> None:
             f"at most {MAX_BASE_BLOCK_NBYTES} are allowed",
             path=target.path,
         )
-
-
-def _new_placements(batch: Batch, block_nbytes: int) -> Placements:
-    """Return placements of the blocks of a batch, all ABSENT.
-
-    NumPy is imported here: conversions from a flat disk to another do without it.
-    """
-    import numpy as np
-
-    from imgcore.engine.extents import PLACEMENT_DTYPE
-
-    return np.zeros(-(-(batch.end - batch.start) // block_nbytes), PLACEMENT_DTYPE)
-
-
-class _Transfer(NamedTuple):
-    """A job that moves the disk, and what hears of its progress."""
-
-    job: Job
-    writer: Writer
-    file: TargetFile
-    tally: Tally
-    stream: LeafStream | None
-
-    def run(self, batches: Iterator[Batch]) -> None:
-        """Prepare each batch while the engine works on the one before it."""
-        pending: tuple[Batch, int, Placements | None, memoryview | None] | None = None
-        given_nbytes = 0
-        geometry = self.writer.geometry
-        for batch in batches:
-            if pending is not None:
-                self._finish(*pending)
-            skipped_nbytes = batch.start - given_nbytes
-            given_nbytes += batch.end - batch.start
-            placements = None
-            if geometry.placing is Placing.APPEND:
-                placements = _new_placements(batch, geometry.block_nbytes)
-            leaves = None
-            if self.stream is not None:
-                leaves = self.stream.leaves(batch.start, batch.end)
-            self.job.start(
-                batch.start, batch.end, batch.rows, batch.base, placements, leaves=leaves
-            )
-            pending = (batch, skipped_nbytes, placements, leaves)
-        if pending is not None:
-            self._finish(*pending)
-        if geometry.placing is Placing.IDENTITY:
-            self.file.note_end(geometry.host_base + geometry.guest_nbytes)
-
-    def _finish(
-        self,
-        batch: Batch,
-        skipped_nbytes: int,
-        placements: Placements | None,
-        leaves: memoryview | None,
-    ) -> None:
-        """Wait for a batch, and tell the writer where its blocks are.
-
-        ``skipped_nbytes`` is the sum of the gaps between the batches so far.
-        """
-        job = self.job
-
-        def tick() -> None:
-            done, data, _, read, written, reflinked, reused, trusted = job.progress()
-            self.tally.count(
-                skipped_nbytes + done,
-                data=data,
-                read=read,
-                written=written,
-                reflinked=reflinked,
-                reused=reused,
-                trusted=trusted,
-            )
-
-        job.wait(tick)
-        tick()
-        if self.stream is not None and leaves is not None:
-            self.stream.add(batch.start, batch.end, leaves)
-        if placements is not None:
-            first_block = batch.start // self.writer.geometry.block_nbytes
-            self.file.note_end(job.next_offset)
-            job.next_offset = self.writer.place(first_block, placements, job.next_offset)

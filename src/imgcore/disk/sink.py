@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Protocol
 
 from imgcore.disk.backing import opened_reference
-from imgcore.errors import OptionError
+from imgcore.errors import OptionError, UnsupportedFeatureError
 from imgcore.formats.api import WriteRequest
 from imgcore.formats.option_texts import parse_options
 from imgcore.formats.registry import PLAIN_FORMAT, get_driver
@@ -143,12 +143,19 @@ def _make_sink(
         target_name=os.path.basename(target.path),
         logical_sector_nbytes=source.logical_sector_nbytes,
         exact_nbytes=source.exact_nbytes if virtual_size == source.virtual_size else None,
+        seed=None if options.checkpoints is None else options.checkpoints.seed,
     )
     if base is not None:
         from imgcore.disk.child_sink import child_sink
 
         child = child_sink(target, source, base, request, options)
         if child is not None:
+            if options.checkpoints is not None:
+                raise UnsupportedFeatureError(
+                    f"a {options.format} image with a parent (-B) is written sector by sector: "
+                    "it cannot go on after a break (--resume)",
+                    path=target.path,
+                )
             return child
     return ImageSink(target, source, base, request, options)
 

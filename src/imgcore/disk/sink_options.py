@@ -20,6 +20,7 @@ from imgcore.sizes import parse_size
 if TYPE_CHECKING:
     from imgcore._core import RateLimit
     from imgcore.border import FilePath
+    from imgcore.disk.checkpoints import Checkpoints
     from imgcore.formats.api import BackingReference
     from imgcore.formats.option_texts import OptionTexts
     from imgcore.formats.options import FormatOptions
@@ -46,6 +47,7 @@ class SinkOptions(NamedTuple):
     profile: Profile | None
     limit: RateLimit | None
     checksum: str | None = None
+    checkpoints: Checkpoints | None = None
 
     @classmethod
     def from_keywords(

@@ -22,6 +22,7 @@ from imgcore.files.special_files import refuse_absent_device, refuse_special
 from imgcore.files.target_file import TargetFile
 from imgcore.files.target_folder import TargetFolder
 from imgcore.files.temporary_names import restore_interrupted
+from imgcore.log import log
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -368,7 +369,13 @@ class Target:
             self.conclude()
             return
         is_kept = self._journal is not None and self._journal.n_checkpoints > 0
-        if self._folder is not None and not is_kept:
+        if is_kept:
+            log.warning(
+                "%s: what is done of it is kept: the same command goes on, imgcore jobs --remove "
+                "gives it up",
+                self.path,
+            )
+        elif self._folder is not None:
             self._folder.remove_temporaries()
         self._close()
 

@@ -121,6 +121,8 @@ def convert(
     control: Control | None = None,
     checksum: str | None = None,
     verify: bool = False,
+    resume: bool | str = False,
+    journal: FilePath | None = None,
 ) -> ConvertResult:
     """Convert a virtual disk image, including its backing files, to another format.
 
@@ -224,6 +226,16 @@ def convert(
         Read the target back when it is synced and before it gets its name, past the
         page cache where the file system allows that, and compare its digest with that
         of what was written.  ``checksum`` is ``"sha256"`` then if it is not given.
+    resume : bool or {"last", "verify"}
+        Keep what is done of the target if the conversion ends early, however that
+        happens, and go on from there if an earlier run has kept something.  A journal
+        beside the target says what is done.  The target gets the same bytes as without
+        a break.  A source that has changed, or other options, are an error.
+        ``"verify"`` reads back all that was kept before it goes on; ``"last"``, or
+        True, only the last checkpoint.
+    journal : str, bytes or os.PathLike, optional
+        The journal's name; by default it is ``target`` with ``.imgcore-resume``.  For a
+        block device it is required.
 
     Returns
     -------
@@ -250,6 +262,8 @@ def convert(
         raise OptionError("--base and -B both state the target's backing file")
     if verify and not sync:
         raise OptionError("--verify reads what is on stable storage: it contradicts --no-sync")
+    journal = None if journal is None else file_name(journal)
+    policy = _resume_policy(resume, journal)
     if verify and checksum is None:
         checksum = ALGORITHMS[0]
     opening = OpenOptions.from_keywords(
@@ -284,6 +298,10 @@ def convert(
         control=control,
         checksum=checksum,
     )
+    if policy is not None:
+        from imgcore.disk.resuming import refuse_resuming
+
+        refuse_resuming(writing, sync=sync, journal=journal, target=target)
     base_opening = _base_options(writing, opening)
 
     def job(commitment: Commitment[ConvertResult]) -> None:
@@ -291,19 +309,34 @@ def convert(
             disk = stack.enter_context(open_sources(file_names(source), opening))
             disk.refuse_conversion(with_base=backing is not None)
             base = _open_base(target, writing, base_opening, stack)
+            files = [*disk.files, *(base.every_file() if base is not None else ())]
+            size = fitting_size(writing.profile, disk)
+            record = None
+            if policy is not None:
+                from imgcore.disk.resuming import open_journal
+
+                record = stack.enter_context(
+                    open_journal(target, journal, writing, opening, files, size)
+                )
             output = Target(
                 target,
                 force=force,
                 sync=sync,
                 in_place=in_place,
                 in_place_nbytes=disk.virtual_size if writing.could_be_in_place else None,
+                journal=record,
             )
             stack.enter_context(output)
-            files = [*disk.files, *(base.every_file() if base is not None else ())]
             output.protect(files)
             refuse_other_name(output.path, writing.format, flag="-O", profile=writing.profile)
-            tally = Tally(fitting_size(writing.profile, disk), progress)
-            sink = open_sink(output, writing, disk, base, tally.total_nbytes)
+            tally = Tally(size, progress)
+            options = writing
+            if record is not None:
+                from imgcore.disk.checkpoints import Checkpoints
+
+                checkpoints = Checkpoints(record, verifies_all=policy == "verify")
+                options = writing._replace(checkpoints=stack.enter_context(checkpoints))
+            sink = open_sink(output, options, disk, base, tally.total_nbytes)
             if writing.reflink.is_required:
                 from imgcore.rewriting.cloning import reflinking_sink
 
@@ -351,6 +384,18 @@ def _layer_of(
                 name = os.path.relpath(os.path.join(os.path.realpath(folder), name), start)
                 return name, image.layers[depth].format_name
     raise OptionError(f"{base} is not one of its backing files", path=sources[0])
+
+
+def _resume_policy(resume: bool | str, journal: str | None) -> str | None:
+    """Return what a conversion that goes on verifies; None if nothing is kept."""
+    if resume is False:
+        if journal is not None:
+            raise OptionError("--journal is about --resume, which is not given")
+        return None
+    policy = "last" if resume is True else resume
+    if policy not in ("last", "verify"):
+        raise OptionError(f"resume={resume!r}: True, False, 'last' and 'verify' are allowed")
+    return policy
 
 
 def _base_options(writing: SinkOptions, opening: OpenOptions) -> OpenOptions:
