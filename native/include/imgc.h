@@ -692,6 +692,16 @@ uint64_t imgc_job_next_offset(const struct imgc_job *job);
 int imgc_job_set_next_offset(struct imgc_job *job, uint64_t next_offset);
 
 /*
+ * APPEND, between batches: compressed blocks that are packed into units go on at `start`,
+ * and the unit ends at `end`; both are 0 if none has begun.  A job that is to go on where
+ * another one has ended is given that one's.
+ */
+void imgc_job_packing(const struct imgc_job *job, uint64_t *start, uint64_t *end);
+
+/* IMGC_INVALID_ARGUMENT unless start <= end <= next offset. */
+int imgc_job_set_packing(struct imgc_job *job, uint64_t start, uint64_t end);
+
+/*
  * COMPARE without granules: the lowest guest offset that differs so far, or
  * IMGC_NO_DIFFERENCE.
  */

@@ -279,6 +279,7 @@ class Job:
         reflinked; guest bytes of reused blocks, and of these not decompressed.
         """
     next_offset: int
+    packing: tuple[int, int]
     @property
     def first_difference(self) -> int | None: ...
     @property

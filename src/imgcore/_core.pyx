@@ -649,6 +649,21 @@ cdef class Job:
         check(n.imgc_job_set_next_offset(self.require(), value), &err)
 
     @property
+    def packing(self):
+        """Where packed compressed blocks go on, and where their unit ends; or zeros."""
+        cdef uint64_t start, end
+        n.imgc_job_packing(self.require(), &start, &end)
+        return start, end
+
+    @packing.setter
+    def packing(self, value):
+        cdef n.imgc_error err
+        cdef uint64_t start = value[0], end = value[1]
+        memset(&err, 0, sizeof(err))
+        err.op = "packing"
+        check(n.imgc_job_set_packing(self.require(), start, end), &err)
+
+    @property
     def first_difference(self):
         """The lowest guest offset that differs, or None."""
         cdef uint64_t offset = n.imgc_job_first_difference(self.require())

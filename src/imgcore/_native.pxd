@@ -250,6 +250,8 @@ cdef extern from "imgc.h" nogil:
     void imgc_job_cancel(imgc_job *job)
     uint64_t imgc_job_next_offset(const imgc_job *job)
     int imgc_job_set_next_offset(imgc_job *job, uint64_t next_offset)
+    void imgc_job_packing(const imgc_job *job, uint64_t *start, uint64_t *end)
+    int imgc_job_set_packing(imgc_job *job, uint64_t start, uint64_t end)
     uint64_t imgc_job_first_difference(const imgc_job *job)
     size_t imgc_job_bad_ranges(const imgc_job *job, const imgc_bad_range **out)
     void imgc_job_destroy(imgc_job *job)

@@ -88,6 +88,8 @@ class BatchJournal:
         Where the earlier runs have come to on the disk.
     counts : tuple of int
         Bytes of data, read, written, reflinked, reused and trusted in the earlier runs.
+    packing : tuple of int
+        ``Job.packing`` at their end.
     """
 
     def __init__(self, checkpoints: Checkpoints, target: Target, algorithm: str) -> None:
@@ -98,10 +100,12 @@ class BatchJournal:
         self._pending: list[DoneBatch] = []
         self.position: int = 0
         self.counts: tuple[int, ...] = (0,) * _N_COUNTS
+        self.packing: tuple[int, int] = (0, 0)
         for record in checkpoints.to_verify() if checkpoints.resumes else ():
             batches = self._batches(record)
             self.position = batches[-1].end
             self.counts = tuple(map(int, record.head["counts"]))
+            self.packing = record.head["packing"]
         self._saved_nbytes = self.counts[0]
 
     # -- recording ---------------------------------------------------------------------
@@ -126,16 +130,16 @@ class BatchJournal:
             )
         )
 
-    def save_if_due(
-        self, geometry: Geometry, end: int, next_offset: int, counts: tuple[int, ...]
-    ) -> None:
+    def save_if_due(self, geometry: Geometry, end: int, job: Job, counts: tuple[int, ...]) -> None:
         """Save a checkpoint of the batches added so far, if it is time.
 
         Parameters
         ----------
         geometry : Geometry
-        end, next_offset : int
-            Where the disk is done up to, and the target's first free byte.
+        end : int
+            Where the disk is done up to.
+        job : Job
+            It is between two batches.
         counts : tuple of int
             The attribute ``counts`` by now.
         """
@@ -146,10 +150,11 @@ class BatchJournal:
                 (*done[:4], len(done.placements), len(done.leaves)) for done in self._pending
             ],
             "counts": counts,
+            "packing": job.packing,
         }
         blobs = [blob for done in self._pending for blob in (done.placements, done.leaves)]
         self._pending, self._saved_nbytes = [], counts[0]
-        kept_nbytes = next_offset
+        kept_nbytes = job.next_offset
         if geometry.placing is Placing.IDENTITY:
             kept_nbytes = geometry.host_base + end - geometry.guest_base
         self._checkpoints.save(self._target, kept_nbytes, head, blobs)

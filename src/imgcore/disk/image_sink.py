@@ -224,6 +224,8 @@ class ImageSink:
                 checksum=None if stream is None else stream.algorithm,
             )
             stack.callback(job.close)
+            if journal is not None:
+                job.packing = journal.packing
             batches = supply.batches
             if journal is not None:
                 batches = journal.remaining(batches, geometry)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TYPE_CHECKING, Any, Final
 
@@ -87,6 +88,7 @@ def open_journal(
     if found is not None:
         try:
             _refuse_differences(found, facts)
+            _take_back(found, os.path.dirname(target))
             if options.in_place or os.path.lexists(_partial(target)):
                 return found
             log.warning("%s: its target is gone: the conversion begins anew", path)
@@ -95,7 +97,23 @@ def open_journal(
             found.close()
             raise
         found.close()
-    return ResumeJournal.create(path, facts | {"seed": os.urandom(SEED_NBYTES).hex()})
+    return ResumeJournal.create(path, facts | {"seed": _new_seed().hex()})
+
+
+def _new_seed() -> bytes:
+    return os.urandom(SEED_NBYTES)
+
+
+def _take_back(journal: ResumeJournal, folder: str) -> None:
+    """Take the final names from files that an earlier run has completed.
+
+    It ended before the job did.  Others keep their names: they are not those files.
+    """
+    for name, inode in journal.names.items():
+        path, partial = os.path.join(folder, name), os.path.join(folder, partial_name(name))
+        with contextlib.suppress(FileNotFoundError):
+            if os.lstat(path).st_ino == inode and not os.path.lexists(partial):
+                os.rename(path, partial)
 
 
 def _partial(target: str) -> str:

@@ -82,7 +82,7 @@ class Transfer(NamedTuple):
             job.next_offset = self.writer.place(first_block, placements, next_offset)
         if self.journal is not None and started.leaves is not None:
             self.journal.add(batch, next_offset, placements, started.leaves)
-            self.journal.save_if_due(self.writer.geometry, batch.end, job.next_offset, self._sums())
+            self.journal.save_if_due(self.writer.geometry, batch.end, job, self._sums())
 
     def _count(self, skipped_nbytes: int) -> None:
         data, read, written, reflinked, reused, trusted = self._sums()

@@ -1,8 +1,9 @@
 """The journal of a conversion that can go on after a break.
 
 A file of records (`imgcore.files.record_file`): the first, of kind "begin", says what
-is converted and how; each of the others, of kind "checkpoint", says what of the target
-is durable since the one before.  See docs/resuming.md for what they hold.
+is converted and how; each of kind "checkpoint" says what of the target is durable since
+the one before; and "names" says which files are about to get their final names.  See
+docs/resuming.md for what they hold.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ _MAGIC: Final = b"imgcore resume "
 _VERSION: Final = 1
 _BEGIN: Final = "begin"
 _CHECKPOINT: Final = "checkpoint"
+_NAMES: Final = "names"
 
 
 class ResumeJournal(RecordFile):
@@ -42,6 +44,8 @@ class ResumeJournal(RecordFile):
     kept_nbytes : int
         The target's first bytes that are durable.
     n_checkpoints : int
+    names : mapping of str to int
+        The inodes of the target's complete files by their final names.
     is_removed : bool
     """
 
@@ -53,6 +57,7 @@ class ResumeJournal(RecordFile):
         self._offsets: list[int] = []
         self.begin_head: Mapping[str, Any] = {}
         self.kept_nbytes: int = 0
+        self.names: Mapping[str, int] = {}
         self.is_removed: bool = False
 
     @property
@@ -148,6 +153,9 @@ class ResumeJournal(RecordFile):
                 raise ValueError("no first record")
             self.begin_head = record.head
             return
+        if record.head["kind"] == _NAMES:
+            self.names = record.head["names"]
+            return
         if record.head["kind"] != _CHECKPOINT:
             raise ValueError("no checkpoint")
         self._offsets.append(self._end - FRAME.size - self.last_nbytes)
@@ -168,6 +176,11 @@ class ResumeJournal(RecordFile):
         self.append(_CHECKPOINT, {"kept": kept_nbytes, **head}, blobs)
         self._offsets.append(offset)
         self.kept_nbytes = kept_nbytes
+
+    def note_names(self, names: Mapping[str, int]) -> None:
+        """Record the attribute ``names``, before the files get them."""
+        self.append(_NAMES, {"names": names})
+        self.names = names
 
     def remove(self) -> None:
         """Remove it durably."""

@@ -333,6 +333,8 @@ class Target:
             self.prepare()
         try:
             if self._folder is not None:
+                if self._journal is not None and self._journal.n_checkpoints:
+                    self._journal.note_names(self._folder.inodes())
                 self._folder.give_names()
         except BaseException as error:
             # The rename may be done although it was interrupted, or although a server

@@ -175,6 +175,11 @@ class TargetFolder:
             text = f"{error.strerror}: its folder {self._folder} takes no new files"
             raise OSError(error.errno, text + advice, path) from error
 
+    def inodes(self) -> dict[str, int]:
+        """Return the inodes of the files by their final names."""
+        files = zip(self._temporaries.values(), self._files, strict=True)
+        return {name: file.status().st_ino for name, file in files}
+
     def give_names(self) -> None:
         """Rename all files; the last rename gives the main file its name.
 
