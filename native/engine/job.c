@@ -449,13 +449,19 @@ static int create_other_views(struct imgc_job *job)
 	return IMGC_OK;
 }
 
+/* Whether the calling thread can do the work: it must come back to look for signals. */
+static bool suits_caller(const struct imgc_job_options *o)
+{
+	return o->n_threads == 1 && !(o->target && imgc_file_has_reader(o->target));
+}
+
 /*
  * The calling thread works alone where one worker is enough, or where no thread can be
  * made.  With fewer threads than asked for, the batch only takes longer.
  */
 static void start_threads(struct imgc_job *job)
 {
-	unsigned n_wanted = job->options.n_threads > 1 ? job->options.n_threads : 0;
+	unsigned n_wanted = suits_caller(&job->options) ? 0 : job->options.n_threads;
 
 	pthread_mutex_lock(&job->lock);
 	for (job->n_started = 0; job->n_started < n_wanted; job->n_started++) {
@@ -614,6 +620,15 @@ int imgc_job_set_packing(struct imgc_job *job, uint64_t start, uint64_t end)
 		return IMGC_INVALID_ARGUMENT;
 	job->placer.packed_next = start;
 	job->placer.packed_end = end;
+	return IMGC_OK;
+}
+
+int imgc_job_set_guest_nbytes(struct imgc_job *job, uint64_t guest_nbytes)
+{
+	if (job->in_batch || job->options.kind != IMGC_JOB_CONVERT ||
+	    guest_nbytes < job->batch.guest_end || guest_nbytes > job->geometry.guest_nbytes)
+		return IMGC_INVALID_ARGUMENT;
+	job->geometry.guest_nbytes = guest_nbytes;
 	return IMGC_OK;
 }
 

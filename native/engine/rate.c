@@ -17,7 +17,8 @@ static void fill(struct bucket *b, uint64_t now_ns)
 {
 	double seconds = (double)(now_ns - b->filled_ns) / SECOND_NS;
 
-	b->level += seconds * (double)b->rate;
+	if (!b->paused)
+		b->level += seconds * (double)b->rate;
 	if (b->level > b->capacity)
 		b->level = b->capacity;
 	b->filled_ns = now_ns;
@@ -29,8 +30,19 @@ void imgc_bucket_set_rate(struct bucket *bucket, uint64_t rate, uint64_t now_ns)
 	bucket->rate = rate;
 }
 
+void imgc_bucket_pause(struct bucket *bucket, bool paused, uint64_t now_ns)
+{
+	fill(bucket, now_ns);
+	bucket->paused = paused;
+}
+
+/* The caller asks again long before this has passed. */
+#define LONGEST_NS (UINT64_C(1000000) * SECOND_NS)
+
 uint64_t imgc_bucket_take(struct bucket *bucket, uint64_t nbytes, uint64_t now_ns)
 {
+	if (bucket->paused)
+		return LONGEST_NS;
 	if (bucket->rate == 0 || nbytes == 0)
 		return 0;
 	fill(bucket, now_ns);
@@ -44,8 +56,7 @@ uint64_t imgc_bucket_take(struct bucket *bucket, uint64_t nbytes, uint64_t now_n
 	}
 	double seconds = missing / (double)bucket->rate;
 
-	/* The caller asks again long before the longest of these. */
-	return seconds > 1e6 ? (uint64_t)1000000 * SECOND_NS : (uint64_t)(seconds * SECOND_NS) + 1;
+	return seconds * SECOND_NS < LONGEST_NS ? (uint64_t)(seconds * SECOND_NS) + 1 : LONGEST_NS;
 }
 
 /* --------------------------------------------------------------------- limit */
@@ -106,6 +117,14 @@ void imgc_rate_limit_set(struct imgc_rate_limit *limit, uint64_t bytes_per_secon
 {
 	pthread_mutex_lock(&limit->lock);
 	imgc_bucket_set_rate(&limit->bucket, bytes_per_second, now());
+	pthread_cond_broadcast(&limit->changed);
+	pthread_mutex_unlock(&limit->lock);
+}
+
+void imgc_rate_limit_pause(struct imgc_rate_limit *limit, int paused)
+{
+	pthread_mutex_lock(&limit->lock);
+	imgc_bucket_pause(&limit->bucket, paused != 0, now());
 	pthread_cond_broadcast(&limit->changed);
 	pthread_mutex_unlock(&limit->lock);
 }

@@ -5,7 +5,8 @@
  * is therefore repeated a few times, with growing pauses.
  *
  * Writes: repeated only after EAGAIN, by which the kernel says that it has written
- * nothing.  After any other failure the state of the range is unknown.
+ * nothing.  After any other failure the state of the range is unknown.  Where a reader
+ * takes the bytes, a write waits for it as long as the job is not cancelled.
  *
  * A failed sync is never repeated: the kernel may have dropped the data.
  */
@@ -16,6 +17,8 @@
 
 /* 0.85 s in all, so that a cancelled job still ends soon. */
 static const long pauses_ms[] = {10, 40, 160, 640};
+
+#define READER_POLL_MS 20 /* so that a cancelled job ends soon */
 
 #define N_PAUSES (sizeof(pauses_ms) / sizeof(pauses_ms[0]))
 
@@ -53,12 +56,17 @@ int imgc_read_retrying(struct imgc_file *file, struct imgc_io_context *io,
 int imgc_write_retrying(struct imgc_file *file, const struct iovec *iov, int n_iov, uint64_t offset,
 			const struct stop *stop, struct imgc_error *err)
 {
-	for (unsigned attempt = 0;; attempt++) {
+	for (unsigned attempt = 0;;) {
 		int status = imgc_file_write(file, iov, n_iov, offset, err);
 
-		if (status != IMGC_IO || attempt == N_PAUSES || err->os_errno != EAGAIN)
+		if (status != IMGC_IO || err->os_errno != EAGAIN)
 			return status;
-		pause_before(attempt);
+		if (imgc_file_has_reader(file))
+			imgc_file_await_room(file, READER_POLL_MS);
+		else if (attempt == N_PAUSES)
+			return status;
+		else
+			pause_before(attempt++);
 		status = imgc_check_stopped(stop, err);
 		if (status)
 			return status;

@@ -376,6 +376,8 @@ int imgc_window_await_rate(const struct imgc_job *job, uint64_t nbytes, struct i
 {
 	if (!job->options.rate_limit)
 		return IMGC_OK;
+	if (job->options.ignores_rate)
+		nbytes = 0;
 	while (!imgc_rate_limit_take(job->options.rate_limit, nbytes, RATE_POLL_MS)) {
 		int status = imgc_check_stopped(&job->stop, err);
 

@@ -283,7 +283,8 @@ static bool must_announce(const struct imgc_job *job)
 /* Called with the lock held, and returns with it held. */
 static void announce(struct imgc_job *job)
 {
-	uint64_t rate = job->options.rate_limit ? imgc_rate_limit_get(job->options.rate_limit) : 0;
+	bool is_limited = job->options.rate_limit && !job->options.ignores_rate;
+	uint64_t rate = is_limited ? imgc_rate_limit_get(job->options.rate_limit) : 0;
 
 	job->announces = true;
 	unlock_to_work(job);

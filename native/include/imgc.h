@@ -391,6 +391,28 @@ int imgc_file_open_memory(void *data, uint64_t nbytes, struct imgc_file **out);
 /* Forgets every write, and reads as zeros.  For benchmarks. */
 int imgc_file_open_null(struct imgc_file **out);
 
+/*
+ * A pipe, a socket or any other descriptor, whose bytes are written from the first to the
+ * last: the offsets of writes ascend, and what lies between two of them becomes zeros.  A
+ * write before the end of the last one is IMGC_OUT_OF_RANGE.  One thread at a time writes.
+ * The caller closes `fd`, after the file.
+ *
+ * No write waits for a reader, if the descriptor is a socket or a pipe.  It is IMGC_IO with
+ * EAGAIN instead, also after a while in a long gap; the same write again goes on where it
+ * stopped.  A job repeats it until it is cancelled.
+ */
+int imgc_file_open_ordered(int fd, struct imgc_file **out, struct imgc_error *err);
+
+/* Writes `nbytes` bytes at `offset`. */
+int imgc_file_put(struct imgc_file *file, const void *data, uint64_t nbytes, uint64_t offset,
+		  struct imgc_error *err);
+
+/* 1 if writes may be IMGC_IO with EAGAIN because a reader takes nothing, else 0. */
+int imgc_file_has_reader(const struct imgc_file *file);
+
+/* Waits, but not longer than the timeout, until such a write is worth another attempt. */
+void imgc_file_await_room(struct imgc_file *file, int timeout_ms);
+
 /* Frees the object, but does not close its file descriptor.  NULL is allowed. */
 void imgc_file_close(struct imgc_file *file);
 
@@ -524,8 +546,15 @@ void imgc_rate_limit_set(struct imgc_rate_limit *limit, uint64_t bytes_per_secon
 uint64_t imgc_rate_limit_get(struct imgc_rate_limit *limit);
 
 /*
+ * Pauses (1) or goes on (0).  While it is paused, nothing may be handled, at any rate, and
+ * nothing is saved up for later.
+ */
+void imgc_rate_limit_pause(struct imgc_rate_limit *limit, int paused);
+
+/*
  * Waits until nbytes may be handled, but not longer than the timeout.  Returns 1 if they
- * may, else 0.  No second admits more than the rate and one request.
+ * may, else 0.  No second admits more than the rate and one request.  0 bytes only wait
+ * for the end of a pause.
  */
 int imgc_rate_limit_take(struct imgc_rate_limit *limit, uint64_t nbytes, unsigned timeout_ms);
 
@@ -585,6 +614,7 @@ struct imgc_job_options {
 	 * what is reflinked without being read.  Not owned; NULL: no limit.
 	 */
 	struct imgc_rate_limit *rate_limit;
+	uint32_t ignores_rate; /* only the pauses of the limit count, not its rate */
 	/*
 	 * CONVERT and DIGEST: an enum imgc_checksum, whose leaves each batch then receives.
 	 * All data is read for that: IMGC_EXTENT_UNREAD and trust_blocks have no effect.
@@ -700,6 +730,12 @@ void imgc_job_packing(const struct imgc_job *job, uint64_t *start, uint64_t *end
 
 /* IMGC_INVALID_ARGUMENT unless start <= end <= next offset. */
 int imgc_job_set_packing(struct imgc_job *job, uint64_t start, uint64_t end);
+
+/*
+ * CONVERT, between batches: the disk turns out to have guest_nbytes, no more than the
+ * geometry says so far and no less than the batches have, and ends like any other.
+ */
+int imgc_job_set_guest_nbytes(struct imgc_job *job, uint64_t guest_nbytes);
 
 /*
  * COMPARE without granules: the lowest guest offset that differs so far, or

@@ -96,6 +96,25 @@ int imgc_file_write(struct imgc_file *file, const struct iovec *iov, int n_iov, 
 	return status;
 }
 
+int imgc_file_put(struct imgc_file *file, const void *data, uint64_t nbytes, uint64_t offset,
+		  struct imgc_error *err)
+{
+	struct iovec iov = {(void *)(uintptr_t)data, (size_t)nbytes};
+
+	return imgc_file_write(file, &iov, 1, offset, err);
+}
+
+int imgc_file_has_reader(const struct imgc_file *file)
+{
+	return file->ops->await_room != NULL;
+}
+
+void imgc_file_await_room(struct imgc_file *file, int timeout_ms)
+{
+	if (file->ops->await_room)
+		file->ops->await_room(file, timeout_ms);
+}
+
 int imgc_file_zero(struct imgc_file *file, uint64_t offset, uint64_t length, struct imgc_error *err)
 {
 	int status = check_writable(file, offset, err);

@@ -130,6 +130,14 @@ struct imgc_file_ops {
 			uint64_t source_offset, uint64_t length);
 
 	/*
+	 * Waits, but not longer than the timeout, until a write that gave EAGAIN is worth
+	 * another attempt.  The same write then goes on where it stopped.
+	 *
+	 * NULL: files of this kind have no readers that a write could wait for.
+	 */
+	void (*await_room)(struct imgc_file *file, int timeout_ms);
+
+	/*
 	 * Frees the object.  A descriptor or a buffer that it was opened with stays the
 	 * caller's.  Does not sync and cannot fail.  Called once, by the owner, when no
 	 * other call on the file is under way.

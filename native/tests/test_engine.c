@@ -167,6 +167,64 @@ static void test_append(struct imgc_codec_params codec, uint64_t block, uint64_t
 	disk_destroy(&source);
 }
 
+/* A disk whose end is told late is written as one whose end was known. */
+static void test_late_end(struct imgc_codec_params codec)
+{
+	struct disk source = example_disk();
+	const uint64_t block = 64 * KIB, first = 8 * block;
+	uint64_t guest_nbytes = source.nbytes;
+	size_t n = (guest_nbytes + block - 1) / block;
+	struct disk targets[2];
+	struct imgc_placement *placements[2];
+
+	for (int i = 0; i < 2; i++) {
+		struct imgc_source_file file;
+		struct imgc_job *job;
+
+		targets[i] = disk_create(2 * source.nbytes);
+		placements[i] = calloc(n, sizeof(**placements));
+		CHECK(placements[i]);
+		struct imgc_job_options o = convert_options(&source, &targets[i], &file, 2);
+
+		o.geometry.placing = IMGC_PLACE_APPEND;
+		o.geometry.block_nbytes = block;
+		o.geometry.codec = codec;
+		o.geometry.guest_nbytes = i ? guest_nbytes : (uint64_t)1 << 50;
+		CHECK_EQ(imgc_job_create(&o, &job, NULL), IMGC_OK);
+		struct imgc_extent rows[2] = {data_row(0, first, 0),
+					      data_row(first, guest_nbytes - first, first)};
+		struct imgc_batch head = {.guest_end = first,
+					  .extents = rows,
+					  .n_extents = 1,
+					  .placements = placements[i],
+					  .n_placements = 8};
+		struct imgc_batch tail = {.guest_start = first,
+					  .guest_end = guest_nbytes,
+					  .extents = rows + 1,
+					  .n_extents = 1,
+					  .placements = placements[i] + 8,
+					  .n_placements = n - 8};
+
+		CHECK_EQ(imgc_job_start(job, &head, NULL), IMGC_OK);
+		CHECK_EQ(imgc_job_set_guest_nbytes(job, guest_nbytes), IMGC_INVALID_ARGUMENT);
+		CHECK_EQ(imgc_job_finish(job, NULL), IMGC_OK);
+		CHECK_EQ(imgc_job_set_guest_nbytes(job, first - 1), IMGC_INVALID_ARGUMENT);
+		CHECK_EQ(imgc_job_set_guest_nbytes(job, o.geometry.guest_nbytes + 1),
+			 IMGC_INVALID_ARGUMENT);
+		CHECK_EQ(imgc_job_set_guest_nbytes(job, guest_nbytes), IMGC_OK);
+		CHECK_EQ(imgc_job_start(job, &tail, NULL), IMGC_OK);
+		CHECK_EQ(imgc_job_finish(job, NULL), IMGC_OK);
+		imgc_job_destroy(job);
+	}
+	CHECK(memcmp(placements[0], placements[1], n * sizeof(**placements)) == 0);
+	CHECK(memcmp(targets[0].bytes, targets[1].bytes, targets[0].nbytes) == 0);
+	for (int i = 0; i < 2; i++) {
+		free(placements[i]);
+		disk_destroy(&targets[i]);
+	}
+	disk_destroy(&source);
+}
+
 /* Each stored block follows its prefix, with any number of threads. */
 static void test_stored_prefix(uint64_t block, uint64_t window, uint32_t prefix, uint32_t alignment)
 {
@@ -673,6 +731,8 @@ int main(void)
 	test_append(deflate, 4 * KIB, 64 * KIB, 1);
 	test_append(zstd, MIB, 64 * KIB, 1);
 	test_append(zlib, 64 * KIB, 256 * KIB, 0);
+	test_late_end(none);
+	test_late_end(zstd);
 	test_stored_prefix(64 * KIB, 256 * KIB, 512, 512);
 	test_stored_prefix(512 * KIB, 512 * KIB, 512, 4096);
 	test_stored_prefix(2 * MIB, 256 * KIB, 512, 512); /* blocks larger than windows */

@@ -24,11 +24,11 @@ from imgcore.errors import (
 
 if TYPE_CHECKING:
     from imgcore.areas.area import Area
-    from imgcore.border import FilePath
+    from imgcore.border import FilePath, Readable
     from imgcore.checksums.digest import ChecksumError, Digest
     from imgcore.disk.image import Image, open
     from imgcore.engine.bad_ranges import BadRange
-    from imgcore.engine.control import Control
+    from imgcore.engine.control import Control, ControlProgress
     from imgcore.engine.extents import EXTENT_DTYPE, Extents, Kind
     from imgcore.engine.progress import Progress
     from imgcore.engine.source_file import SourceFile
@@ -77,6 +77,7 @@ __all__ = [
     "CommitResult",
     "CompareResult",
     "Control",
+    "ControlProgress",
     "ConversionCancelled",
     "ConvertResult",
     "CorruptImageError",
@@ -96,6 +97,7 @@ __all__ = [
     "Measurement",
     "OptionError",
     "Progress",
+    "Readable",
     "RebaseResult",
     "ReflinkMeasurement",
     "ResizeResult",
@@ -151,6 +153,7 @@ _HOMES = {
     "CommitResult": "verbs.commit",
     "CompareResult": "verbs.compare",
     "Control": "engine.control",
+    "ControlProgress": "engine.control",
     "ConvertResult": "verbs.convert",
     "CreateResult": "verbs.create",
     "Digest": "checksums.digest",
@@ -164,6 +167,7 @@ _HOMES = {
     "MapEntry": "verbs.map",
     "Measurement": "formats.api",
     "Progress": "engine.progress",
+    "Readable": "border",
     "RebaseResult": "verbs.rebase",
     "ReflinkMeasurement": "verbs.measure",
     "ResizeResult": "verbs.resize",

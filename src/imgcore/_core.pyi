@@ -186,7 +186,12 @@ class File:
     def from_memory(buffer: object, writable: bool = ...) -> File: ...
     @staticmethod
     def null() -> File: ...
+    @staticmethod
+    def from_ordered(fd: int) -> File:
+        """Wrap a pipe, a socket or another descriptor, which is written in order."""
     def zero(self, offset: int, length: int) -> None: ...
+    def write(self, offset: int, data: object, tick: Callable[[], object] | None = ...) -> None:
+        """Write bytes; call ``tick`` about every 50 ms while no reader takes them."""
     def next_data(self, offset: int) -> tuple[int, int]:
         """Return (start, end) of the next data from ``offset`` on; equal if none."""
     def take_written(self) -> bool:
@@ -200,10 +205,19 @@ class File:
 
 @final
 class RateLimit:
-    """How many guest bytes a second jobs may handle; any thread may use it."""
+    """How many guest bytes a second jobs may handle; any thread may use it.
 
+    Parameters
+    ----------
+    pauses_of : RateLimit, optional
+        Another one: this one has its pauses, but not its rate.
+    """
+
+    def __init__(self, pauses_of: RateLimit | None = ...) -> None: ...
     def set(self, bytes_per_second: int) -> None:
         """Change the rate at once; 0 is no limit."""
+    def pause(self, paused: bool) -> None:
+        """Let nothing be handled, or go on; takes effect at once."""
     def take(self, nbytes: int, timeout_ms: int = ...) -> bool:
         """Wait until ``nbytes`` may be handled; return False after the timeout."""
 
@@ -280,6 +294,8 @@ class Job:
         """
     next_offset: int
     packing: tuple[int, int]
+    def end_disk(self, guest_nbytes: int) -> None:
+        """Make the target's disk end here, before the next batch is started."""
     @property
     def first_difference(self) -> int | None: ...
     @property

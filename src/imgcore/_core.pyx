@@ -8,6 +8,7 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyOb
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.long cimport PyLong_AsLongLongAndOverflow, PyLong_CheckExact
+from libc.errno cimport EAGAIN
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
@@ -389,6 +390,14 @@ cdef class File:
         check(n.imgc_file_open_null(&file.handle), &err)
         return file
 
+    @staticmethod
+    def from_ordered(int fd):
+        """Wrap a descriptor that is written in order; the caller closes it."""
+        cdef File file = File.__new__(File)
+        cdef n.imgc_error err
+        check(n.imgc_file_open_ordered(fd, &file.handle, &err), &err)
+        return file
+
     cdef n.imgc_file *require(self) except NULL:
         if self.handle == NULL or self.is_closed:
             raise ValueError("the file is closed")
@@ -401,6 +410,28 @@ cdef class File:
         cdef int status
         with nogil:
             status = n.imgc_file_zero(handle, offset, length, &err)
+        check(status, &err)
+
+    def write(self, uint64_t offset, const uint8_t[::1] data not None, tick=None):
+        """Write bytes; call ``tick`` about every 50 ms while no reader takes them.
+
+        An exception of ``tick`` ends the write.
+        """
+        cdef n.imgc_file *handle = self.require()
+        cdef n.imgc_error err
+        cdef const uint8_t *start = &data[0] if data.shape[0] else NULL
+        cdef uint64_t nbytes = data.shape[0]
+        cdef int status
+        while True:
+            with nogil:
+                status = n.imgc_file_put(handle, start, nbytes, offset, &err)
+            if status != n.IMGC_IO or err.os_errno != EAGAIN:
+                break
+            with nogil:
+                n.imgc_file_await_room(handle, POLL_MS)
+            PyErr_CheckSignals()
+            if tick is not None:
+                tick()
         check(status, &err)
 
     def next_data(self, uint64_t offset):
@@ -442,10 +473,16 @@ cdef class RateLimit:
     """How many guest bytes a second jobs may handle: ``struct imgc_rate_limit``."""
 
     cdef n.imgc_rate_limit *handle
+    cdef RateLimit owner
+    cdef bint ignores_rate
 
-    def __cinit__(self):
+    def __cinit__(self, RateLimit pauses_of=None):
         self.handle = NULL
-        if n.imgc_rate_limit_create(&self.handle) != n.IMGC_OK:
+        self.owner = pauses_of
+        self.ignores_rate = pauses_of is not None
+        if pauses_of is not None:
+            self.handle = pauses_of.handle
+        elif n.imgc_rate_limit_create(&self.handle) != n.IMGC_OK:
             raise MemoryError()
 
     def set(self, uint64_t bytes_per_second):
@@ -453,15 +490,23 @@ cdef class RateLimit:
         with nogil:
             n.imgc_rate_limit_set(self.handle, bytes_per_second)
 
+    def pause(self, bint paused):
+        """Let nothing be handled, or go on; takes effect at once."""
+        with nogil:
+            n.imgc_rate_limit_pause(self.handle, paused)
+
     def take(self, uint64_t nbytes, unsigned timeout_ms=POLL_MS):
         """Wait until ``nbytes`` may be handled; return False after the timeout."""
         cdef int taken
+        if self.ignores_rate:
+            nbytes = 0
         with nogil:
             taken = n.imgc_rate_limit_take(self.handle, nbytes, timeout_ms)
         return bool(taken)
 
     def __dealloc__(self):
-        n.imgc_rate_limit_destroy(self.handle)
+        if self.owner is None:
+            n.imgc_rate_limit_destroy(self.handle)
 
 
 cdef n.imgc_source_file *source_table(sources) except NULL:
@@ -530,6 +575,7 @@ cdef class Job:
         options.granule_nbytes = granule_nbytes
         if rate_limit is not None:
             options.rate_limit = rate_limit.handle
+            options.ignores_rate = rate_limit.ignores_rate
         self.rate_limit = rate_limit
         if geometry is not None:
             fill_geometry(&options.geometry, geometry)
@@ -647,6 +693,13 @@ cdef class Job:
         memset(&err, 0, sizeof(err))
         err.op = "next_offset"
         check(n.imgc_job_set_next_offset(self.require(), value), &err)
+
+    def end_disk(self, uint64_t guest_nbytes):
+        """Make the target's disk end here, before the next batch is started."""
+        cdef n.imgc_error err
+        memset(&err, 0, sizeof(err))
+        err.op = "end_disk"
+        check(n.imgc_job_set_guest_nbytes(self.require(), guest_nbytes), &err)
 
     @property
     def packing(self):

@@ -148,6 +148,10 @@ cdef extern from "imgc.h" nogil:
     int imgc_file_open_fd(int fd, imgc_file **out, imgc_error *err)
     int imgc_file_open_memory(void *data, uint64_t nbytes, imgc_file **out)
     int imgc_file_open_null(imgc_file **out)
+    int imgc_file_open_ordered(int fd, imgc_file **out, imgc_error *err)
+    int imgc_file_put(imgc_file *file, const void *data, uint64_t nbytes, uint64_t offset,
+                      imgc_error *err)
+    void imgc_file_await_room(imgc_file *file, int timeout_ms)
     void imgc_file_close(imgc_file *file)
     int imgc_file_take_written(imgc_file *file)
     void imgc_file_refuse_writes(imgc_file *file)
@@ -187,6 +191,7 @@ cdef extern from "imgc.h" nogil:
     int imgc_rate_limit_create(imgc_rate_limit **out)
     void imgc_rate_limit_destroy(imgc_rate_limit *limit)
     void imgc_rate_limit_set(imgc_rate_limit *limit, uint64_t bytes_per_second)
+    void imgc_rate_limit_pause(imgc_rate_limit *limit, int paused)
     int imgc_rate_limit_take(imgc_rate_limit *limit, uint64_t nbytes, unsigned timeout_ms)
 
     struct imgc_job_options:
@@ -206,6 +211,7 @@ cdef extern from "imgc.h" nogil:
         uint32_t reflink
         uint32_t trust_blocks
         imgc_rate_limit *rate_limit
+        uint32_t ignores_rate
         uint32_t checksum
         uint64_t granule_nbytes
 
@@ -252,6 +258,7 @@ cdef extern from "imgc.h" nogil:
     int imgc_job_set_next_offset(imgc_job *job, uint64_t next_offset)
     void imgc_job_packing(const imgc_job *job, uint64_t *start, uint64_t *end)
     int imgc_job_set_packing(imgc_job *job, uint64_t start, uint64_t end)
+    int imgc_job_set_guest_nbytes(imgc_job *job, uint64_t guest_nbytes)
     uint64_t imgc_job_first_difference(const imgc_job *job)
     size_t imgc_job_bad_ranges(const imgc_job *job, const imgc_bad_range **out)
     void imgc_job_destroy(imgc_job *job)

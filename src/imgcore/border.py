@@ -6,7 +6,7 @@ import contextlib
 import operator
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, SupportsIndex, TypeAlias
 
 from imgcore.errors import OptionError
 from imgcore.sizes import MAX_SIZE
@@ -37,6 +37,17 @@ def descriptor(number: SupportsIndex, wanted: str = "expected an open descriptor
         with contextlib.suppress(TypeError):
             return int(operator.index(number))
     raise TypeError(f"{wanted}, not {number!r}")
+
+
+class Readable(Protocol):
+    """An object that is open for reading bytes, such as a binary file object."""
+
+    def read(self, nbytes: int, /) -> bytes | None:
+        """Return the next bytes, at most so many; none at the end.
+
+        ``readinto`` is used instead if the object has it.
+        """
+        ...
 
 
 def file_names(paths: FilePath | Sequence[FilePath]) -> tuple[str, ...]:

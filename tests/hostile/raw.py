@@ -77,7 +77,6 @@ def _files() -> Iterator[Case]:
             "WrongFormatError",
             "more than one",
         ),
-        ("fifo", _made("disk.raw", os.mkfifo), "ImgcoreError", "FIFO"),
         ("folder", _made("disk.raw", os.mkdir), "ImgcoreError", "folder"),
         ("socket", _made("disk.raw", _socket), "ImgcoreError", "socket"),
         (

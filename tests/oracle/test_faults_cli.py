@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -287,13 +288,14 @@ def test_wrong_format_given(name: str, good: Path, tmp_path: Path) -> None:
     assert_refused(source, tmp_path, "-f", wrong, words=(name,))
 
 
-@pytest.mark.parametrize("make", ["missing", "folder", "fifo", "empty"])
+@pytest.mark.parametrize("make", ["missing", "folder", "socket", "empty"])
 def test_source_that_is_no_image(make: str, tmp_path: Path) -> None:
     source = tmp_path / "source.qcow2"
     if make == "folder":
         source.mkdir()
-    elif make == "fifo":
-        os.mkfifo(source)
+    elif make == "socket":
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(os.fspath(source))
     elif make == "empty":
         source.touch()
     for name in TARGETS:

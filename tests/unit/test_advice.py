@@ -466,6 +466,10 @@ MORE = {
 _REPAIRED = "-r all repairs this, -r leaks does not"
 _REFUSALS = "unit/test_rewrite_cli.py::test_refusals"
 ELSEWHERE = {
+    ("files/stream_target.py", ("is a block device: name it as the target instead, with -n "
+     "(in_place=True)")): "oracle/test_streams_out.py::test_a_block_device_is_refused",
+    ("disk/target_format.py", "{} states {}: end the name in .{}"):
+    "unit/test_stream_target.py::TestStdout::test_a_name_states_another_codec",
     ("formats/vhd/updater.py", ("one of its footers is missing or damaged: imgcore check --repair "
      "restores it from the other one")):
     "unit/test_vhd_update.py::test_a_damaged_footer_is_refused",
@@ -664,6 +668,12 @@ ELSEWHERE = {
 NAMED = {
     ("cli/commit.py", "--remove contradicts -d and -b"): ("commit",),
     ("verbs/convert.py", "--base and -B both state the target's backing file"): ("convert",),
+    ("verbs/convert.py", "--verify reads the target back, which is not possible for a stream"):
+    ("convert",),
+    ("disk/sink_options.py",
+     "a stream has no folder, in which its parent (-B) could be found"): ("convert",),
+    ("disk/sink_options.py",
+     "a stream is not written in place (-n): name a file or a block device"): ("convert",),
     ("cli/convert.py", "--no-reflink contradicts --reflink={}"): ("convert",),
     ("cli/measure.py", "--reflink measures FILE, without -c or --rewrite"): ("measure",),
     ("disk/reflinks.py", "--reflink={}: {}"): ("convert",),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import io
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import pytest
@@ -154,7 +155,14 @@ def rebased(folder: Path, **keywords: Any) -> bytes:
 
 Call = Callable[[imgcore.Image, Path, Any], Any]
 
+
 # Every number that a public function takes, and a value that it allows.
+def convert_stream(folder: Path, size: SupportsIndex) -> object:
+    disk = io.BytesIO(bytes(1024))
+    imgcore.convert(disk, folder / "sized.qcow2", format="raw", size=size, force=True)
+    return imgcore.info(folder / "sized.qcow2")["virtual-size"]
+
+
 NUMBERS: dict[tuple[str, str], tuple[int, Call]] = {
     ("Image.read", "offset"): (512, lambda image, _, n: image.read(n, 100)),
     ("Image.read", "length"): (512, lambda image, _, n: image.read(512, n)),
@@ -180,6 +188,7 @@ NUMBERS: dict[tuple[str, str], tuple[int, Call]] = {
     ("map", "start"): (512, lambda _, folder, n: list(imgcore.map(folder / "disk.qcow2", start=n))),
     ("map", "length"): (512, lambda _, folder, n: list(imgcore.map(folder / "disk.raw", length=n))),
     ("convert", "sparse"): (1024, lambda _, folder, n: convert(folder, sparse=n)),
+    ("convert", "size"): (1024, lambda _, folder, n: convert_stream(folder, n)),
     ("convert", "threads"): (1, lambda _, folder, n: convert(folder, threads=n)),
     ("compare", "threads"): (1, lambda _, folder, n: compare(folder, n)),
     ("checksum", "threads"): (
@@ -306,7 +315,8 @@ def test_what_is_no_integer(
     names: tuple[str, str], number: Any, image: imgcore.Image, folder: Path
 ) -> None:
     takes_words = ("sparse", "rate", "cache", "granularity", "flush_every")
-    if (names[1] in takes_words or names == ("resize", "size")) and number == "512":
+    takes_sizes = (("resize", "size"), ("convert", "size"))
+    if (names[1] in takes_words or names in takes_sizes) and number == "512":
         return  # a size in words is allowed there
     with pytest.raises(TypeError, match="an integer is needed, not"):
         NUMBERS[names][1](image, folder, number)

@@ -457,8 +457,8 @@ def test_a_stream_is_not_held_in_huge_pieces(tmp_path: Path, disk: Path) -> None
 def test_long_streams_are_taken_in_turns(
     tmp_path: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (image_source, stream_batches):
-        monkeypatch.setattr(module, "CHUNK_NBYTES", 256 * KIB)
+    monkeypatch.setattr(image_source, "CHUNK_NBYTES", 256 * KIB)
+    monkeypatch.setattr(stream_batches, "_CHUNK_NBYTES", 256 * KIB)
     packed = tmp_path / "disk.raw.zst"
     imgcore.convert(disk, packed)
     imgcore.convert(packed, tmp_path / "a.qcow2")

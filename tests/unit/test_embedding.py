@@ -27,6 +27,11 @@ _TEXT = """
 changes: image since bitmap areas tree granularity threads progress format
     backing_format parent read_options allow share chain files format_since parent_since
     read_options_since
+Control.progress:
+Control.pause:
+Control.resume:
+Control.cancel:
+ControlProgress: done total data zero written rate seconds eta phase
 check: path format parent repair allow share
 checksum: image algorithm tree threads progress format backing_format parent
     read_options allow share files

@@ -301,21 +301,22 @@ TARGETS = [url for url in URLS if "/" in url and not url.endswith(".gz")] + [
 ]
 
 
-@pytest.mark.parametrize("verb", ["convert", "create"])
 @pytest.mark.parametrize("options", [[], ["--force"]], ids=str)
 @pytest.mark.parametrize("format", [None, "raw", "qcow2"])
-def test_stdout_is_no_target(
-    verb: str, options: list[str], format: str | None, tmp_path: Path
+def test_create_does_not_write_to_stdout(
+    options: list[str], format: str | None, tmp_path: Path
 ) -> None:
-    openings.disk(tmp_path / "disk.raw")
-    flag = "-O" if verb == "convert" else "-f"
-    stated = [] if format is None else [flag, format]
-    words = ["disk.raw", "-"] if verb == "convert" else ["-", "1M"]
-    done = imgcore_command(verb, *stated, *options, *words, cwd=tmp_path)
+    stated = [] if format is None else ["-f", format]
+    done = imgcore_command("create", *stated, *options, "-", "1M", cwd=tmp_path)
     assert_one_line_error(done, "stdout is not written to: give the name of a file (./- is one")
-    assert os.listdir(tmp_path) == ["disk.raw"]
-    words[words.index("-")] = "./-"
-    done = imgcore_command(verb, flag, format or "raw", *options, *words, cwd=tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("verb", ["convert", "create"])
+def test_a_file_of_that_name(verb: str, tmp_path: Path) -> None:
+    openings.disk(tmp_path / "disk.raw")
+    words = ["-O", "raw", "disk.raw", "./-"] if verb == "convert" else ["-f", "raw", "./-", "1M"]
+    done = imgcore_command(verb, *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(os.listdir(tmp_path)) == ["-", "disk.raw"]
 

@@ -120,7 +120,7 @@ def test_types_are_complete_for_pyright() -> None:
 
 # What the annotations of the public names may mention besides them.
 ELSEWHERE = {
-    *("io", "RawIOBase", "Iterable"),
+    *("io", "RawIOBase", "Iterable", "socket"),
     *("None", "Any", "Callable", "Iterator", "Literal", "Mapping", "Protocol", "Self"),
     *(
         "Sequence",

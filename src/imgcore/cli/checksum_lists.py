@@ -36,10 +36,10 @@ class Entry(NamedTuple):
     hexdigest: str
 
 
-def print_entry(hexdigest: str, name: str) -> None:
+def print_entry(hexdigest: str, name: str, *, on_stderr: bool = False) -> None:
     """Print one line of a list."""
     escaped, lead = _escaped(name)
-    print_bytes(lead + hexdigest.encode() + b"  " + escaped)
+    print_bytes(lead + hexdigest.encode() + b"  " + escaped, on_stderr=on_stderr)
 
 
 def print_status(name: str, status: str) -> None:
@@ -48,10 +48,10 @@ def print_status(name: str, status: str) -> None:
     print_bytes(lead + escaped + b": " + status.encode())
 
 
-def print_bytes(line: bytes) -> None:
-    """Print a line on stdout, in which a name need not be UTF-8."""
-    with named_errors("stdout"):
-        click.echo(line)
+def print_bytes(line: bytes, *, on_stderr: bool = False) -> None:
+    """Print a line, in which a name need not be UTF-8."""
+    with named_errors("stderr" if on_stderr else "stdout"):
+        click.echo(line, err=on_stderr)
 
 
 def _escaped(name: str) -> tuple[bytes, bytes]:

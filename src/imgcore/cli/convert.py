@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -25,6 +27,7 @@ from imgcore.cli.common import (
     wants_options_help,
 )
 from imgcore.cli.progress import progress_options, reporter
+from imgcore.errors import TargetError
 from imgcore.platforms.profiles import get_profile, profile_names
 from imgcore.text import one_line
 
@@ -47,7 +50,8 @@ EXIT_SALVAGED: Final = 3
     "-O",
     "--target-format",
     metavar="FMT",
-    help="Format of TARGET; taken from its suffix by default.",
+    help="Format of TARGET; taken from its suffix by default.  A stream may also be raw.zst or "
+    "raw.gz.",
 )
 @options_option("--target-format-options")
 @click.option(
@@ -84,6 +88,13 @@ EXIT_SALVAGED: Final = 3
     "--target-is-zero",
     is_flag=True,
     help="With -n: TARGET reads as zeros, so write none of a raw disk's zeros.",
+)
+@click.option(
+    "--size",
+    "stream_size",
+    callback=size_value,
+    metavar="SIZE",
+    help="Size of the disk, if SOURCE is a stream: some targets need it from the start.",
 )
 @click.option("--force", is_flag=True, help="Replace an existing TARGET.")
 @click.option("--no-sync", is_flag=True, help="Do not wait until TARGET is on stable storage.")
@@ -176,6 +187,7 @@ def command(
     sparse_size: int,
     in_place: bool,
     target_is_zero: bool,
+    stream_size: int | None,
     force: bool,
     no_sync: bool,
     salvage: bool,
@@ -199,7 +211,9 @@ def command(
 
     The disks of several SOURCEs follow each other in TARGET.
 
-    TARGET appears under its name only when it is complete.
+    TARGET appears under its name only when it is complete.  If it is - or a pipe, it is
+    written as a stream: in order, and incomplete after a failure.  With - the result of
+    --checksum and --json is printed on stderr.
 
     Exit code: 0 done, 1 failed, 2 wrong usage, 3 done with --salvage, but data was
     lost.
@@ -216,9 +230,20 @@ def command(
 
     assert target is not None
     label = one_line(os.path.basename(target))
-    with reporter(
-        progress_mode, wanted=wants_progress, quiet=quiet, label=label, as_json=as_json
-    ) as report:
+    from imgcore.files.stream_target import is_stdout
+
+    # The results must not get among the bytes of the image.
+    to_stdout = is_stdout(target)
+    with (
+        _broken_pipe_is_failure(),
+        reporter(
+            progress_mode,
+            wanted=wants_progress,
+            quiet=quiet,
+            label=label,
+            as_json=as_json or to_stdout,
+        ) as report,
+    ):
         result = convert(
             sources[0] if len(sources) == 1 else sources,
             target,
@@ -244,6 +269,7 @@ def command(
             verify=verify,
             resume=resume or False,
             journal=journal,
+            size=stream_size,
             **opening,
         )
     if as_json:
@@ -251,12 +277,27 @@ def command(
 
         ranges = [row._asdict() for row in result.bad_ranges]
         digest = None if result.checksum is None else result.checksum.as_dict()
-        click.echo(json.dumps(result._asdict() | {"bad_ranges": ranges, "checksum": digest}))
+        fields = result._asdict() | {"bad_ranges": ranges, "checksum": digest}
+        click.echo(json.dumps(fields), err=to_stdout)
     elif result.checksum is not None and not quiet:
-        print_entry(result.checksum.hexdigest, target)
+        print_entry(result.checksum.hexdigest, target, on_stderr=to_stdout)
     for row in result.bad_ranges:
         _print_lost(row)
     return EXIT_SALVAGED if result.bad_ranges else None
+
+
+@contextmanager
+def _broken_pipe_is_failure() -> Iterator[None]:
+    """Fail if the reader of a target has gone.
+
+    The command ends silently if that of the results has.
+    """
+    try:
+        yield
+    except BrokenPipeError as error:
+        raise TargetError(
+            f"the reader has closed it: {error.strerror}", path=os.fsdecode(error.filename or "")
+        ) from error
 
 
 def _print_lost(row: BadRange) -> None:

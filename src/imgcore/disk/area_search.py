@@ -21,6 +21,7 @@ from imgcore.files.identity import named_identity
 from imgcore.formats.api import HasBitmaps
 
 if TYPE_CHECKING:
+    from imgcore._core import RateLimit
     from imgcore.disk.disk_state import DiskState
 
 
@@ -33,20 +34,20 @@ class SearchSettings(NamedTuple):
         Areas consist of whole blocks of so many bytes, a power of two.
     threads : int
         Threads that read.
-    progress : callable or None
+    report : callable
         Gets `Progress`, of which only `done` counts.
+    limit : RateLimit, optional
+        Limits the rate of reading.
     """
 
     granularity: int
     threads: int
-    progress: Callable[[Progress], None] | None
+    report: Callable[[Progress], None]
+    limit: RateLimit | None
 
     def tally(self, total: int) -> Tally:
-        """Return what reports the progress over a disk, of which only `done` counts."""
-        progress = self.progress
-        if progress is None:
-            return Tally(total, None)
-        return Tally(total, lambda state: progress(state._replace(zero=0)))
+        """Return what reports the progress over a disk."""
+        return Tally(total, self.report)
 
 
 class AreaSearch(NamedTuple):
@@ -90,7 +91,8 @@ class AreaSearch(NamedTuple):
             nbytes=nbytes,
             granularity=min(how.granularity, MAX_BLOCK_NBYTES),
             threads=how.threads,
-            report=lambda done: tally.count(done, data=0, read=0, written=0),
+            limit=how.limit,
+            report=tally.position,
         )
         areas = joined(found.areas())
         if how.granularity > MAX_BLOCK_NBYTES:
@@ -126,6 +128,7 @@ class AreaSearch(NamedTuple):
             areas = disk.changed_since(
                 tree,
                 threads=how.threads,
-                report=lambda done, _: tally.count(done, data=0, read=0, written=0),
+                limit=how.limit,
+                report=lambda done, _: tally.position(done),
             )
             yield from rounded(areas, how.granularity, self.disk.virtual_size)

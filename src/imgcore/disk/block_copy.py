@@ -196,7 +196,11 @@ def _run(
 ) -> Copied:
     """Copy parts of a disk."""
     done = Copied()
-    unread_nbytes = _UNREAD_NBYTES if control is None else _PIECE_NBYTES
+    limit = None if control is None else control.limit
+
+    def unread_nbytes() -> int:
+        # The rate may change at any time.
+        return _UNREAD_NBYTES if control is None or control.rate is None else _PIECE_NBYTES
 
     def tell() -> None:
         if report is not None:
@@ -206,9 +210,9 @@ def _run(
     with ThreadPoolExecutor(1) as pool:
         # An exception waits for the pieces that are being written.
         for piece in _pieces(parts, unread_nbytes):
-            if control is not None and piece.how is not _How.ZERO:
-                while not control.limit.take(piece.nbytes):
-                    tell()
+            nbytes = 0 if piece.how is _How.ZERO else piece.nbytes
+            while limit is not None and not limit.take(nbytes):
+                tell()
             contents = copy.read(piece)
             if observe is not None:
                 for (offset, length), octets in zip_longest(piece.ranges, contents):
@@ -269,16 +273,16 @@ def _way_of(file: ByteSource, target: Image) -> _How:
     return _How.PLAIN
 
 
-def _pieces(parts: Iterable[_Part], unread_nbytes: int) -> Iterator[_Piece]:
+def _pieces(parts: Iterable[_Part], unread_nbytes: Callable[[], int]) -> Iterator[_Piece]:
     """Yield parts in pieces; long ones are cut at multiples of a size."""
-    sizes = {_How.ZERO: _ZEROS_NBYTES, _How.UNREAD: unread_nbytes}
+    sizes = {_How.ZERO: lambda: _ZEROS_NBYTES, _How.UNREAD: unread_nbytes}
     ranges: list[Range] = []
     plain: list[Piece] = []
     how, n_areas, nbytes = _How.READ, 0, 0
     for part in parts:
-        size, is_begun = sizes.get(part.how, _PIECE_NBYTES), False
-        for offset, length in _cut(part, size):
-            is_full = nbytes + length > size or len(ranges) == _PIECE_RANGES
+        size_of, is_begun = sizes.get(part.how, lambda: _PIECE_NBYTES), False
+        for offset, length in _cut(part, size_of):
+            is_full = nbytes + length > size_of() or len(ranges) == _PIECE_RANGES
             if ranges and (is_full or part.how is not how):
                 yield _Piece(ranges, how, n_areas, plain)
                 ranges, plain, n_areas, nbytes = [], [], 0, 0
@@ -293,9 +297,10 @@ def _pieces(parts: Iterable[_Part], unread_nbytes: int) -> Iterator[_Piece]:
         yield _Piece(ranges, how, n_areas, plain)
 
 
-def _cut(part: _Part, size: int) -> Iterator[Range]:
+def _cut(part: _Part, size_of: Callable[[], int]) -> Iterator[Range]:
     start, end = part.offset, part.offset + part.length
     while start < end:
+        size = size_of()
         stop = min(end, start - start % size + size)
         yield start, stop - start
         start = stop

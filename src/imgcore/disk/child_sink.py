@@ -122,6 +122,7 @@ class ChildSink:
                     self._options.checksum,
                     threads=self._options.threads,
                     variants=self._options.variants,
+                    limit=self._options.pauses,
                     report=lambda *_: count(self.disk_nbytes),
                 )
         return ()

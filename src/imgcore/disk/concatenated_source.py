@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 class ConcatenatedSource:
     """Reads open images, which the caller closes, as one disk; a `Source`."""
 
+    size_is_known: bool = True
+
     def __init__(self, parts: Sequence[ImageSource]) -> None:
         self._parts = parts
         # Where each part starts: its first byte of the disk, its first file.

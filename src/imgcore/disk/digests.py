@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from _typeshed import ReadableBuffer
 
+    from imgcore._core import RateLimit
     from imgcore.areas.area import Area
     from imgcore.checksums.tree import TreeFile
     from imgcore.disk.disk_state import DiskState
@@ -85,6 +86,7 @@ class DigestedDisk(NamedTuple):
         *,
         threads: int,
         variants: Mapping[str, str] | None = None,
+        limit: RateLimit | None = None,
         sink: LeafSink | None = None,
         report: Callable[[int, int], None] | None = None,
     ) -> Digest:
@@ -102,6 +104,7 @@ class DigestedDisk(NamedTuple):
                 algorithm,
                 threads=threads,
                 variants=chosen_variants(None) if variants is None else variants,
+                limit=limit,
                 sink=sink,
                 report=report,
             )
@@ -112,6 +115,7 @@ class DigestedDisk(NamedTuple):
         tree: TreeFile,
         *,
         threads: int,
+        limit: RateLimit | None = None,
         sink: LeafSink | None = None,
         report: Callable[[int, int], None] | None = None,
     ) -> Iterator[Area]:
@@ -137,7 +141,12 @@ class DigestedDisk(NamedTuple):
             translated_errors(supply.paths),
         ):
             for _ in hash_batches(
-                supply, stream, threads=threads, variants=chosen_variants(None), report=report
+                supply,
+                stream,
+                threads=threads,
+                variants=chosen_variants(None),
+                limit=limit,
+                report=report,
             ):
                 yield from areas
                 areas.clear()

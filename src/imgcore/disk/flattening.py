@@ -12,7 +12,7 @@ from imgcore.limits import KIB
 if TYPE_CHECKING:
     from imgcore.disk.copy_meter import CopyMeter
     from imgcore.disk.image import Image
-    from imgcore.engine.control import Control
+    from imgcore.engine.control import Run
 
 _MIN_GRAIN_NBYTES: Final = 64 * KIB
 
@@ -29,9 +29,7 @@ def require_rebasable(image: Image) -> None:
         )
 
 
-def flatten_image(
-    image: Image, *, threads: int, control: Control | None, meter: CopyMeter
-) -> Copied:
+def flatten_image(image: Image, *, threads: int, run: Run, meter: CopyMeter) -> Copied:
     """Copy everything from the parents into an image, and then remove its link.
 
     Raises
@@ -46,10 +44,12 @@ def flatten_image(
             missing_areas(state, image.block_size),
             threads=threads,
             report=meter.copy,
-            control=control,
+            control=run.control,
             grain=max(image.block_size, _MIN_GRAIN_NBYTES),
             skip_zeros=True,
         )
+    run.phase = "syncing"
     image.flush()
+    run.keep()
     image.set_backing(None)
     return copied

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, closing
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from imgcore._core import Job
 from imgcore.checksums.digest import BLOCK_NBYTES, Digest
+from imgcore.disk.late_end import end_disk, leave_end_open
 from imgcore.disk.reflinks import Reflink, reflinkable_units, refuse_own_blocks
 from imgcore.disk.transfer import Transfer
 from imgcore.engine.bad_ranges import named_bad_ranges
 from imgcore.engine.geometry import CodecId, Placing, ZeroPolicy
 from imgcore.engine.job import translated_errors
 from imgcore.errors import OptionError, TargetError
-from imgcore.formats.api import SectorSized
+from imgcore.formats.api import SectorSized, WritesInOrder
 from imgcore.formats.registry import PLAIN_FORMAT, get_driver
 from imgcore.limits import MAX_BASE_BLOCK_NBYTES
 
@@ -59,6 +60,10 @@ class ImageSink:
         self._base = base
         self.driver: Driver = get_driver(options.format)
         self._writer = self.driver.writer(request)
+        if options.in_order:
+            _refuse_out_of_order(target, self._writer)
+        if not source.size_is_known:
+            leave_end_open(self._writer, target)
         if base is not None:
             _refuse_large_blocks(target, self._writer)
         if options.reflink.is_required:
@@ -78,7 +83,8 @@ class ImageSink:
         checkpoints = self.options.checkpoints
         if self._replaces and target.is_block_device and not _resumes(checkpoints):
             self._require_capacity(tally)
-        if geometry.zero_policy is ZeroPolicy.STORE and geometry.codec.codec is CodecId.NONE:
+        is_stored = geometry.zero_policy is ZeroPolicy.STORE
+        if is_stored and geometry.codec.codec is CodecId.NONE and self.source.size_is_known:
             # Every byte of the disk will be written.
             target.require_space(self.request.virtual_size)
         if self.options.reflink.is_required:
@@ -204,6 +210,9 @@ class ImageSink:
         if journal is not None and stream is not None and journal.position:
             journal.verify(data_file, geometry, self._base, options.threads)
             next_offset = journal.replay(writer, data_file, stream)
+        if data_file.in_order:
+            # What follows the last block of a group is written before the next group.
+            geometry = geometry._replace(is_ordered=True)
         with ExitStack() as stack:
             rule = self.reflink_rule if options.reflink.is_required else None
             supply = stack.enter_context(self.source.supply(geometry, self._base, rule))
@@ -224,14 +233,19 @@ class ImageSink:
                 checksum=None if stream is None else stream.algorithm,
             )
             stack.callback(job.close)
-            if journal is not None:
-                job.packing = journal.packing
             batches = supply.batches
             if journal is not None:
+                job.packing = journal.packing
                 batches = journal.remaining(batches, geometry)
-            Transfer(job, writer, data_file, tally, stream, journal).run(batches)
+            end_disk = None if self.source.size_is_known else partial(self._end_disk, tally)
+            Transfer(job, writer, data_file, tally, stream, end_disk, journal).run(batches)
             unread = named_bad_ranges(job.bad_ranges, supply.paths)
             return int(job.next_offset), tuple(sorted((*self.source.lost(), *unread)))
+
+    def _end_disk(self, tally: Tally) -> None:
+        """Tell the writer the size of the disk, which the source knows by now."""
+        self.request = end_disk(self._writer, self.request, self.options, self.source)
+        tally.total_nbytes = self.request.virtual_size
 
     def _may_reflink(self) -> bool:
         """Tell whether blocks may be reflinked instead of copied."""
@@ -246,6 +260,13 @@ class ImageSink:
 
 def _resumes(checkpoints: Checkpoints | None) -> bool:
     return checkpoints is not None and checkpoints.resumes
+
+
+def _refuse_out_of_order(target: Target, writer: Writer) -> None:
+    if not isinstance(writer, WritesInOrder):
+        raise OptionError("this image cannot be written as a stream", path=target.path)
+    if writer.needs_own_blocks:
+        raise OptionError("a stream has no space to preallocate", path=target.path)
 
 
 def _refuse_large_blocks(target: Target, writer: Writer) -> None:

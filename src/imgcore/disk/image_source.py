@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 class ImageSource:
     """Reads an open image, which the caller closes; a `Source`."""
 
+    size_is_known: bool = True
+
     def __init__(self, image: Image) -> None:
         self.image: Image = image
         self._salvage: Salvage | None = None

@@ -36,6 +36,11 @@ def limited_chunks(
     if limit is None:
         yield from pieces
         return
+    if not source.size_is_known:
+        for piece in pieces:
+            await_rate(limit, len(piece), tick)
+            yield piece
+        return
     parts = data_parts(source.data_extents(), nbytes, _MAX_PARTS)
     start = at = 0
     for piece in pieces:

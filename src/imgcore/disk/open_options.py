@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple, SupportsIndex
 
 from imgcore.border import FilePath, byte_count, file_names
@@ -44,6 +44,9 @@ class OpenOptions(NamedTuple):
     ``flags`` are the command's options for these keywords.  ``without_backing`` is set
     if the image's name says that its backing file is left out.  ``salvage`` is that of
     `imgcore.convert`.
+
+    ``stream_nbytes`` is the size of the disk in a stream, if it is stated; ``on_wait``
+    is called several times a second while a stream has nothing to read.
     """
 
     format: str | None = None
@@ -59,6 +62,8 @@ class OpenOptions(NamedTuple):
     cache_nbytes: int = DEFAULT_CACHE_NBYTES
     files: GivenFiles = NO_FILES
     writable: bool = False
+    stream_nbytes: int | None = None
+    on_wait: Callable[[], None] | None = None
 
     @property
     def damage(self) -> Damage:
@@ -88,6 +93,7 @@ class OpenOptions(NamedTuple):
         cache: SupportsIndex | str = DEFAULT_CACHE_NBYTES,
         files: Mapping[str, int] | None = None,
         writable: bool = False,
+        size: SupportsIndex | str | None = None,
     ) -> OpenOptions:
         """Return the record.
 
@@ -106,7 +112,12 @@ class OpenOptions(NamedTuple):
             cache_nbytes=_cache_nbytes(cache),
             files=NO_FILES if files is None else GivenFiles(files),
             writable=writable,
+            stream_nbytes=None if size is None else _stream_nbytes(size),
         )
+
+
+def _stream_nbytes(size: SupportsIndex | str) -> int:
+    return parse_size(size) if isinstance(size, str) else byte_count(size, "size")
 
 
 def _cache_nbytes(cache: SupportsIndex | str) -> int:

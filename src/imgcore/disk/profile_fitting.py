@@ -63,8 +63,11 @@ def refuse_against_profile(
 
 
 def fitting_size(profile: Profile | None, source: Source) -> int:
-    """Return the size of the target's disk, rounded up to the platform's unit."""
-    if profile is None:
+    """Return the size of the target's disk, rounded up to the platform's unit.
+
+    It is 0 as long as the source's is not known.
+    """
+    if profile is None or not (source.size_is_known or source.virtual_size):
         return source.virtual_size
     from imgcore.platforms.profiles import rounded_size
 

@@ -15,6 +15,7 @@ from imgcore.errors import CorruptImageError
 from imgcore.files.given_files import GivenFiles
 from imgcore.formats.registry import PLAIN_FORMAT
 from imgcore.limits import CHUNK_NBYTES, MIB
+from imgcore.streams.decoder import OrderedInput
 from imgcore.streams.gzip import GzipDecoder
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ class ReadBack(NamedTuple):
                 algorithm,
                 threads=options.threads,
                 variants=options.variants,
+                limit=options.pauses,
                 report=lambda *_: tick(),
             )
 
@@ -113,7 +115,7 @@ class _Content:
     """What a gzip file decompresses to, as tarfile reads it."""
 
     def __init__(self, file: ByteSource) -> None:
-        self._decoder = GzipDecoder(file)
+        self._decoder = GzipDecoder(OrderedInput(file))
 
     def read(self, nbytes: int) -> bytes:
         """Return that many bytes, fewer at the end."""

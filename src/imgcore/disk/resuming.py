@@ -32,6 +32,8 @@ _FACTS: Final = {
 
 def refuse_resuming(options: SinkOptions, *, sync: bool, journal: str | None, target: str) -> None:
     """Raise OptionError for options that rule out going on after a break."""
+    if options.in_order:
+        raise OptionError("a stream cannot be written again after a break (--resume)")
     if not sync:
         raise OptionError("--resume keeps what is on stable storage: it contradicts --no-sync")
     if options.salvage:

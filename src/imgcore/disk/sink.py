@@ -6,13 +6,13 @@ import os
 from typing import TYPE_CHECKING, Protocol
 
 from imgcore.disk.backing import opened_reference
+from imgcore.disk.late_end import needs_size, open_ended
 from imgcore.errors import OptionError, UnsupportedFeatureError
 from imgcore.formats.api import WriteRequest
 from imgcore.formats.option_texts import parse_options
 from imgcore.formats.registry import PLAIN_FORMAT, get_driver
 from imgcore.limits import SECTOR_NBYTES
 from imgcore.log import log
-from imgcore.streams.names import CODEC_OF_SUFFIX, stream_suffix
 
 if TYPE_CHECKING:
     from imgcore.checksums.digest import Digest
@@ -69,6 +69,7 @@ def open_sink(
         The target's parent, open.
     virtual_size : int
         Bytes of the target's disk, at least those of the source's; zeros follow.
+        Meaningless if the source's size is not known yet.
 
     Raises
     ------
@@ -118,17 +119,18 @@ def warn_about_sectors(
 def _make_sink(
     target: Target, options: SinkOptions, source: Source, base: Image | None, virtual_size: int
 ) -> Sink:
-    suffix = stream_suffix(target.path)
     if options.profile is not None and options.profile.is_archived:
         from imgcore.disk.archive_sink import ArchiveSink
 
+        if not source.size_is_known:
+            raise needs_size("an archive", target.path)
         _refuse_in_stream(target, options)
         return ArchiveSink(target, source, virtual_size, options)
-    if suffix is not None:
+    if options.codec is not None:
         from imgcore.disk.stream_sink import StreamSink
 
         _refuse_in_stream(target, options)
-        return StreamSink(target, source, CODEC_OF_SUFFIX[suffix], options)
+        return StreamSink(target, source, options.codec, options)
     from imgcore.disk.image_sink import ImageSink
 
     backing = options.backing
@@ -140,11 +142,14 @@ def _make_sink(
         compress=options.compress,
         backing=backing,
         sparse_nbytes=options.sparse_nbytes,
-        target_name=os.path.basename(target.path),
+        # A stream has no name that an image could refer to.
+        target_name="" if options.in_order else os.path.basename(target.path),
         logical_sector_nbytes=source.logical_sector_nbytes,
         exact_nbytes=source.exact_nbytes if virtual_size == source.virtual_size else None,
         seed=None if options.checkpoints is None else options.checkpoints.seed,
     )
+    if not source.size_is_known:
+        request = open_ended(request, options, target)
     if base is not None:
         from imgcore.disk.child_sink import child_sink
 

@@ -9,8 +9,7 @@ from imgcore.border import integer
 from imgcore.disk.backing import backing_reference
 from imgcore.disk.profile_fitting import fitting_format, fitting_options, refuse_against_profile
 from imgcore.disk.reflinks import Reflink
-from imgcore.disk.target_format import target_format
-from imgcore.engine.control import Control, control_of
+from imgcore.disk.target_format import stated_codec, target_format
 from imgcore.engine.job import chosen_variants, thread_count
 from imgcore.errors import OptionError
 from imgcore.formats.registry import PLAIN_FORMAT
@@ -48,6 +47,8 @@ class SinkOptions(NamedTuple):
     limit: RateLimit | None
     checksum: str | None = None
     checkpoints: Checkpoints | None = None
+    codec: str | None = None
+    in_order: bool = False
 
     @classmethod
     def from_keywords(
@@ -68,16 +69,20 @@ class SinkOptions(NamedTuple):
         trust_blocks: bool,
         kernels: Mapping[str, str] | None,
         profile: str | None,
-        rate: SupportsIndex | str | None,
-        control: Control | None,
+        limit: RateLimit | None,
         checksum: str | None = None,
+        in_order: bool = False,
     ) -> SinkOptions:
-        """Return the record; OptionError if the keywords contradict each other."""
+        """Return the record; OptionError if the keywords contradict each other.
+
+        ``in_order``: the target is a stream, and ``target`` its name in messages.
+        """
         if checksum is not None:
             from imgcore.engine.hashing import require_algorithm
 
             require_algorithm(checksum)
         platform = None if profile is None else _profile(profile)
+        format, codec = stated_codec(target, format, flag="-O", in_order=in_order)
         name = target_format(target, fitting_format(platform, format) or None, flag="-O")
         if target_is_zero and not in_place:
             raise OptionError("--target-is-zero is about an existing target: it needs -n")
@@ -86,6 +91,8 @@ class SinkOptions(NamedTuple):
         if salvage and backing is not None:
             raise OptionError("salvaged data cannot be compared with a parent (-B)")
         policy = Reflink.from_keyword(reflink)
+        if in_order:
+            _refuse_in_order(in_place=in_place, has_backing=backing is not None, reflink=policy)
         sparse_nbytes = _sparse_nbytes(sparse)
         if policy.is_required:
             _refuse_with_reflinks(
@@ -108,7 +115,6 @@ class SinkOptions(NamedTuple):
                 in_place=in_place,
                 compress=compress,
             )
-        paced = control_of(rate, control)
         return cls(
             format=name,
             options=fitting_options(platform, name, options),
@@ -123,9 +129,18 @@ class SinkOptions(NamedTuple):
             trust_blocks=trust_blocks,
             variants=chosen_variants(kernels),
             profile=platform,
-            limit=None if paced is None else paced.limit,
+            limit=limit,
             checksum=checksum,
+            codec=codec,
+            in_order=in_order,
         )
+
+    @property
+    def pauses(self) -> RateLimit | None:
+        """The limit for reading that the rate is not about: only its pauses count."""
+        from imgcore._core import RateLimit
+
+        return None if self.limit is None else RateLimit(pauses_of=self.limit)
 
     @property
     def could_be_in_place(self) -> bool:
@@ -138,6 +153,16 @@ def _profile(name: str) -> Profile:
     from imgcore.platforms.profiles import get_profile
 
     return get_profile(name)
+
+
+def _refuse_in_order(*, in_place: bool, has_backing: bool, reflink: Reflink) -> None:
+    """Raise OptionError for options that a stream of bytes in order cannot have."""
+    if in_place:
+        raise OptionError("a stream is not written in place (-n): name a file or a block device")
+    if has_backing:
+        raise OptionError("a stream has no folder, in which its parent (-B) could be found")
+    if reflink.is_required:
+        reflink.refuse("a stream has no blocks that could be reflinked")
 
 
 def _refuse_with_reflinks(policy: Reflink, given: Mapping[str, bool]) -> None:

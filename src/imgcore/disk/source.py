@@ -1,4 +1,4 @@
-"""Sources that a disk is read from: images, or a compressed raw stream."""
+"""Sources that a disk is read from: images, compressed raw disks, and streams."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from imgcore.disk.image import open_image
 from imgcore.disk.image_names import local_image
 from imgcore.disk.image_source import ImageSource
 from imgcore.disk.stream_source import StreamSource, is_stream
+from imgcore.disk.streamed import is_streamed, open_streamed, refuse_size, seekable
 from imgcore.errors import OptionError
 from imgcore.limits import CHUNK_NBYTES
 
@@ -60,6 +61,14 @@ class Source(Protocol):
     @property
     def logical_sector_nbytes(self) -> int | None:
         """Bytes of a logical sector, or None if the format does not state it."""
+        ...
+
+    @property
+    def size_is_known(self) -> bool:
+        """Whether the sizes are known before all of the disk was read.
+
+        If not, they are 0 until then.
+        """
         ...
 
     @property
@@ -152,6 +161,7 @@ def open_source(
     ImgcoreError, OSError
         As `imgcore.open`.
     """
+    refuse_size(options, source)
     source, options = local_image(source, options)
     if isinstance(source, str) and is_stream(source, options):
         with StreamSource.open(source, options) as stream:
@@ -164,7 +174,27 @@ def open_source(
 
 
 @contextmanager
-def open_sources(paths: Sequence[str | os.PathLike[str]], options: OpenOptions) -> Iterator[Source]:
+def open_disk(source: Any, options: OpenOptions) -> Iterator[Source]:
+    """Open a disk that is read once: what `open_source` opens, or what `is_streamed`.
+
+    Raises
+    ------
+    ImgcoreError, OSError
+        As `open_source` and `open_streamed`.
+    """
+    if is_streamed(source):
+        number = seekable(source, options)
+        if number is None:
+            with open_streamed(source, options) as streamed:
+                yield streamed
+            return
+        source = number
+    with open_source(source, options) as found:
+        yield found
+
+
+@contextmanager
+def open_sources(paths: Sequence[Any], options: OpenOptions) -> Iterator[Source]:
     """Open one source, or several images whose disks follow each other.
 
     Raises
@@ -172,19 +202,22 @@ def open_sources(paths: Sequence[str | os.PathLike[str]], options: OpenOptions) 
     OptionError
         There is none.  Or there are several, and one is a stream or a parent is given.
     ImgcoreError, OSError
-        As `open_source`.
+        As `open_disk`.
     """
     if not paths:
         raise OptionError("a conversion needs a source")
     with ExitStack() as stack:
         if len(paths) == 1:
-            yield stack.enter_context(open_source(paths[0], options))
+            yield stack.enter_context(open_disk(paths[0], options))
             return
         from imgcore.disk.concatenated_source import ConcatenatedSource
 
         if options.parents:
             raise OptionError("a parent is given, but there are several sources")
         for path in paths:
+            if is_streamed(path):
+                raise OptionError("a stream cannot be one of several sources", path=str(path))
+            refuse_size(options, path)
             if is_stream(path, options):
                 name = os.fspath(path)
                 raise OptionError(

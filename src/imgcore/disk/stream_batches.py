@@ -1,9 +1,9 @@
-"""Feeds the engine from a stream, through two buffers in turn."""
+"""Feeds the engine from a stream, through a few buffers in turn."""
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 
@@ -11,22 +11,44 @@ from imgcore._core import File
 from imgcore.disk.overlay import padded
 from imgcore.engine.extents import Kind, single
 from imgcore.engine.supply import Batch, Supply
-from imgcore.errors import OptionError
-from imgcore.limits import CHUNK_NBYTES, MIB
+from imgcore.errors import LimitExceededError, OptionError
+from imgcore.limits import MIB
+from imgcore.streams.feeder import MIN_BUFFERS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Generator, Iterator, Sequence
 
     from numpy.typing import NDArray
 
     from imgcore.engine.geometry import Geometry
-    from imgcore.streams.reader import StreamReader
 
 _MAX_UNIT_NBYTES: Final = 64 * MIB
+_CHUNK_NBYTES: Final = 4 * MIB
+
+
+class Reader(Protocol):
+    """A disk that is read in order."""
+
+    @property
+    def path(self) -> str:
+        """The file's name."""
+        ...
+
+    @property
+    def nbytes(self) -> int | None:
+        """Bytes of the disk; None as long as they are not known."""
+        ...
+
+    def fill(self, buffers: Sequence[memoryview]) -> Generator[tuple[int, int], None, None]:
+        """Fill buffers with the disk's content in order; see `feeder.filled`.
+
+        Once a buffer is not full, ``nbytes`` is known.
+        """
+        ...
 
 
 @contextmanager
-def stream_supply(reader: StreamReader, geometry: Geometry) -> Iterator[Supply]:
+def stream_supply(reader: Reader, geometry: Geometry) -> Iterator[Supply]:
     """Yield a stream in the form that the engine reads; release the buffers afterwards.
 
     Raises
@@ -41,8 +63,8 @@ def stream_supply(reader: StreamReader, geometry: Geometry) -> Iterator[Supply]:
             f"bytes, but the target needs {unit}: choose smaller blocks",
             path=reader.path,
         )
-    nbytes = -(-max(unit, CHUNK_NBYTES) // unit) * unit
-    buffers = [np.empty(nbytes, np.uint8) for _ in range(2)]
+    nbytes = -(-max(unit, _CHUNK_NBYTES) // unit) * unit
+    buffers = [np.empty(nbytes, np.uint8) for _ in range(MIN_BUFFERS)]
     files = [File.from_memory(buffer) for buffer in buffers]
     try:
         yield Supply(
@@ -56,17 +78,23 @@ def stream_supply(reader: StreamReader, geometry: Geometry) -> Iterator[Supply]:
 
 
 def _batches(
-    reader: StreamReader, buffers: Sequence[NDArray[np.uint8]], disk_end: int
+    reader: Reader, buffers: Sequence[NDArray[np.uint8]], disk_end: int
 ) -> Iterator[Batch]:
-    """Yield the disk chunk by chunk; the engine works on one while the next is read."""
-    start = turn = 0
-    for chunk in reader.read_chunks(len(buffers[0])):
-        buffers[turn][: len(chunk)] = np.frombuffer(chunk, np.uint8)
-        rows = single(start, len(chunk), Kind.DATA, file=turn)
-        end = start + len(chunk)
-        if end == reader.virtual_size:
-            rows = np.concatenate(list(padded(iter([rows]), end, disk_end)))
-            end = disk_end
-        yield Batch(start, end, rows)
-        start = end
-        turn = (turn + 1) % len(buffers)
+    """Yield the disk chunk by chunk; the engine works on one while others are read."""
+    is_known = reader.nbytes is not None
+    start = 0
+    with closing(reader.fill([buffer.data for buffer in buffers])) as chunks:
+        for number, n in chunks:
+            rows = single(start, n, Kind.DATA, file=number)
+            end = start + n
+            if end > disk_end:
+                raise LimitExceededError(
+                    f"holds more than {disk_end} bytes, the most that the target has room for "
+                    "if the size is not known from the start: give it (--size)",
+                    path=reader.path,
+                )
+            if end == reader.nbytes and is_known:
+                rows = np.concatenate(list(padded(iter([rows]), end, disk_end)))
+                end = disk_end
+            yield Batch(start, end, rows, ends_disk=end == reader.nbytes and not is_known)
+            start = end

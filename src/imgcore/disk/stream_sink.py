@@ -33,7 +33,8 @@ class StreamSink:
 
     def write(self, tally: Tally) -> tuple[BadRange, ...]:
         """Write the whole disk.  Unreadable data is an error, so no ranges are bad."""
-        nbytes, done, options = self.disk_nbytes, 0, self._options
+        done, options = 0, self._options
+        nbytes = self.disk_nbytes if self._source.size_is_known else None
         hasher = DiskHasher(options.checksum)
         with self._encoder(self._target.main, nbytes, options.threads) as encoder:
 
@@ -48,4 +49,7 @@ class StreamSink:
             encoder.finish()
             count()
         self.digest = hasher.digest()
+        if nbytes is None:
+            self.disk_nbytes = self._source.exact_nbytes
+            tally.total_nbytes = self._source.virtual_size
         return ()

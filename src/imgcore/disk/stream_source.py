@@ -39,6 +39,8 @@ def is_stream(path: str | os.PathLike[str], options: OpenOptions) -> bool:
 class StreamSource:
     """Reads an open stream; a `Source` and a context manager, which closes it."""
 
+    size_is_known: bool = True
+
     format = PLAIN_FORMAT
     logical_sector_nbytes = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from imgcore.disk.image_names import refuse_foreign_target
@@ -53,6 +54,34 @@ def target_format(path: str, stated: str | None, *, flag: str) -> str:
             f"only {PLAIN_FORMAT} can be written as a compressed stream, not {name}", path=path
         )
     return name
+
+
+def stated_codec(
+    path: str, stated: str | None, *, flag: str, in_order: bool
+) -> tuple[str | None, str | None]:
+    """Return the stated format without a codec (``raw.zst``), and the codec.
+
+    Parameters
+    ----------
+    path : str
+    stated : str, optional
+    flag : str
+        The command's option for the format, for the message.
+    in_order : bool
+        The target is a stream, whose name need not state the codec.
+
+    Raises
+    ------
+    OptionError
+        The name of the file states something else.
+    """
+    plain, suffix = os.path.splitext(stated or "")
+    if plain != PLAIN_FORMAT or suffix not in CODEC_OF_SUFFIX:
+        by_name = stream_suffix(path)
+        return stated, None if by_name is None else CODEC_OF_SUFFIX[by_name]
+    if not in_order and stream_suffix(path) != suffix:
+        raise OptionError(f"{flag} states {stated}: end the name in .{stated}", path=path)
+    return plain, CODEC_OF_SUFFIX[suffix]
 
 
 def refuse_other_name(path: str, name: str, *, flag: str, profile: Profile | None = None) -> None:

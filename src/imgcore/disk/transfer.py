@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from imgcore.engine.geometry import Placing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from imgcore._core import Job
     from imgcore.disk.batch_journal import BatchJournal
@@ -31,7 +31,8 @@ class _Started(NamedTuple):
 class Transfer(NamedTuple):
     """A job that moves the disk, and what hears of its progress.
 
-    ``journal`` needs a ``stream``.
+    ``end_disk`` is called when a source of unknown size has ended.  ``journal`` needs a
+    ``stream``.
     """
 
     job: Job
@@ -39,6 +40,7 @@ class Transfer(NamedTuple):
     file: TargetFile
     tally: Tally
     stream: LeafStream | None
+    end_disk: Callable[[], None] | None = None
     journal: BatchJournal | None = None
 
     def run(self, batches: Iterator[Batch]) -> None:
@@ -49,6 +51,8 @@ class Transfer(NamedTuple):
         for batch in batches:
             if pending is not None:
                 self._finish(pending)
+            if batch.ends_disk:
+                batch = self._last(batch)
             skipped_nbytes = batch.start - given_nbytes
             given_nbytes += batch.end - batch.start
             placements = None
@@ -63,10 +67,25 @@ class Transfer(NamedTuple):
             pending = _Started(batch, skipped_nbytes, placements, leaves)
         if pending is not None:
             self._finish(pending)
+        if self.end_disk is not None and not (pending and pending.batch.ends_disk):
+            self.end_disk()
         if geometry.placing is Placing.IDENTITY:
-            self.file.note_end(geometry.host_base + geometry.guest_nbytes)
+            self.file.note_end(geometry.host_base + self.writer.geometry.guest_nbytes)
         if self.journal is not None:
             self.journal.finish()
+
+    def _last(self, batch: Batch) -> Batch:
+        """End the disk with a batch, and return it with the zeros that fill it up."""
+        import numpy as np
+
+        from imgcore.disk.overlay import padded
+
+        assert self.end_disk is not None
+        self.end_disk()
+        end = self.writer.geometry.guest_nbytes
+        self.job.end_disk(end)
+        rows = np.concatenate(list(padded(iter([batch.rows]), batch.end, end)))
+        return batch._replace(end=end, rows=rows)
 
     def _finish(self, started: _Started) -> None:
         """Wait for a batch, and tell the writer where its blocks are."""

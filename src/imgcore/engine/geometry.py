@@ -101,6 +101,9 @@ class Geometry(NamedTuple):
 
     ``leaf_nbytes`` is not for the engine: if it is not 0, batches also start at
     multiples of it, and each leaf of a checksum is in one of them.
+
+    ``is_ordered`` is not for the engine either: a batch has one group then, whose table
+    is written before the next group.
     """
 
     block_nbytes: int
@@ -122,6 +125,7 @@ class Geometry(NamedTuple):
     clears_blocks: bool = False
     reuse: Reuse = Reuse.NONE
     leaf_nbytes: int = 0
+    is_ordered: bool = False
 
     @property
     def over_old_bytes(self) -> Geometry:
@@ -145,5 +149,7 @@ class Geometry(NamedTuple):
     def max_batch_nbytes(self) -> int:
         """The most bytes of a batch: whole units.  It bounds placements and leaves."""
         unit = self.unit_nbytes
+        if self.is_ordered and self.group_nblocks:
+            return unit
         smallest = min(self.block_nbytes, self.leaf_nbytes or self.block_nbytes)
         return max(unit, _MAX_BATCH_BLOCKS * smallest // unit * unit)

@@ -17,6 +17,7 @@ from imgcore.errors import OptionError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from imgcore._core import RateLimit
     from imgcore.engine.supply import Batch, Supply
 
 # Zeros that are hashed by one call, in less than a second: a signal waits for its end.
@@ -114,6 +115,7 @@ def digest_disk(
     *,
     threads: int,
     variants: Mapping[str, str],
+    limit: RateLimit | None = None,
     sink: LeafSink | None = None,
     report: Callable[[int, int], None] | None = None,
 ) -> bytes:
@@ -127,13 +129,15 @@ def digest_disk(
         Bytes of the disk.
     algorithm, sink
         As for `LeafStream`.
-    threads, variants
+    threads, variants, limit
         As for `Job`.
     report : callable, optional
         Called about every 50 ms with the bytes that are done, and those that are data.
     """
     stream = LeafStream(algorithm, sink)
-    for _ in hash_batches(supply, stream, threads=threads, variants=variants, report=report):
+    for _ in hash_batches(
+        supply, stream, threads=threads, variants=variants, limit=limit, report=report
+    ):
         pass
     return stream.finish(nbytes)
 
@@ -144,6 +148,7 @@ def hash_batches(
     *,
     threads: int,
     variants: Mapping[str, str],
+    limit: RateLimit | None = None,
     report: Callable[[int, int], None] | None = None,
 ) -> Iterator[None]:
     """Read a disk, and give each batch's leaves to a stream; then yield.
@@ -154,6 +159,7 @@ def hash_batches(
         sources=supply.native_sources,
         threads=threads,
         variants=dict(variants),
+        rate_limit=limit,
         checksum=stream.algorithm,
     )
     skipped_nbytes = given_nbytes = 0

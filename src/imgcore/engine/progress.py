@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
@@ -20,7 +21,41 @@ class Progress(NamedTuple):
     written: int
 
 
+NOTHING_DONE: Final = Progress(0, 0, 0, 0, 0)
+
 _REPORT_SECONDS: Final = 0.05
+
+# Only the last seconds count: a job may start fast while the page cache fills.
+_RATE_SECONDS: Final = 10.0
+_SAMPLE_SECONDS: Final = 0.1
+
+
+class Rate:
+    """Bytes per second over the last seconds; any thread may ask for it."""
+
+    def __init__(self) -> None:
+        self._samples: deque[tuple[float, int]] = deque()
+
+    def start(self, now: float, done: int) -> None:
+        """Forget the past."""
+        self._samples = deque([(now, done)])
+
+    def note(self, now: float, done: int) -> None:
+        """Remember how much is done at a time."""
+        samples = self._samples
+        if samples and now - samples[-1][0] < _SAMPLE_SECONDS:
+            return
+        samples.append((now, done))
+        while len(samples) > 2 and now - samples[0][0] > _RATE_SECONDS:
+            samples.popleft()
+
+    def per_second(self, now: float, done: int) -> float:
+        """Return the rate, given how much is done now."""
+        last = [sample for sample in self._samples.copy() if sample[0] < now]
+        recent = [sample for sample in last if now - sample[0] <= _RATE_SECONDS]
+        for then, before in recent or last[-1:]:
+            return (done - before) / (now - then)
+        return 0.0
 
 
 class Tally:
@@ -83,6 +118,10 @@ class Tally:
             self._next_time = now + _REPORT_SECONDS
             self._report(Progress(done, self.total_nbytes, data, done - data, written))
 
+    def position(self, done: int) -> None:
+        """Set the position on the disk; nothing else is counted."""
+        self.count(done, data=0, read=0, written=0)
+
     def before_start(self) -> Tally:
         """Return a tally of work that precedes the first byte: it reports 0 bytes."""
         report, total_nbytes = self._report, self.total_nbytes
@@ -95,8 +134,13 @@ class Tally:
 
     def finish(self) -> None:
         """Report that the whole disk is done."""
+        self.done_nbytes = self.total_nbytes
+        self.repeat()
+
+    def repeat(self) -> None:
+        """Report the same again, so that a job that waits can be cancelled."""
         self.count(
-            self.total_nbytes,
+            self.done_nbytes,
             data=self.data_nbytes,
             read=self.read_nbytes,
             written=self.written_nbytes,

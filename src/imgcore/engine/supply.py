@@ -16,12 +16,14 @@ class Batch(NamedTuple):
 
     ``rows`` may be a table made by `imgcore._core.extent_table`, for a flat source.
     ``base`` has the extents of the target's parent in the range, None without one.
+    ``ends_disk`` is set if the disk's size was not known before this batch, the last.
     """
 
     start: int
     end: int
     rows: Extents
     base: Extents | None = None
+    ends_disk: bool = False
 
 
 class Supply(NamedTuple):

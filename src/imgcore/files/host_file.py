@@ -46,7 +46,7 @@ def is_on_xfs(fd: int) -> bool:
 
 
 @contextlib.contextmanager
-def _system_errors() -> Iterator[None]:
+def system_errors() -> Iterator[None]:
     """Turn the native core's errors about system calls into OSError."""
     from imgcore._core import CoreError, Status
 
@@ -75,7 +75,7 @@ class OpenFile(Closable):
             if self._core is None:
                 from imgcore._core import File
 
-                with named_errors(self.path), _system_errors():
+                with named_errors(self.path), system_errors():
                     self._core = File.from_fd(self.fd)
             return self._core
 
@@ -353,7 +353,7 @@ class HostFile(OpenFile):
             if not self._knows_holes:
                 self._sync_holes()
                 self._knows_holes = True
-            with named_errors(self.path), _system_errors():
+            with named_errors(self.path), system_errors():
                 start, end = self.core.next_data(position)
             if start < end or self.is_block_device or self.status().st_size >= self.nbytes:
                 return start, end

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 STDIN: Final = "-"
 
+_TICK_MS: Final = 50
 _PULL_NBYTES: Final = 64 * KIB
 # Fewer and longer reads, where the system allows an ordinary user so much.
 _PIPE_NBYTES: Final = 1 * MIB
@@ -49,12 +50,18 @@ class Origin(Protocol):
         """Identifies it, as for `ByteSource`."""
         ...
 
-    def readinto(self, view: memoryview) -> int:
-        """Wait for bytes, fill the start of a view; return how many, 0 at the end."""
+    def readinto(self, view: memoryview, tick: Callable[[], None] | None, /) -> int:
+        """Wait for bytes, fill the start of a view; return how many, 0 at the end.
+
+        ``tick`` may be called several times a second meanwhile.
+        """
         ...
 
-    def cancel(self) -> None:
-        """End a read that waits, and all later ones, with ConversionCancelled."""
+    def cancel(self) -> bool:
+        """End a read that waits, and all later ones, with ConversionCancelled.
+
+        Returns False if a read that waits goes on.
+        """
         ...
 
     def close(self) -> None:
@@ -78,6 +85,8 @@ class StreamInput(Closable):
     ----------
     position : int
         Offset of the first byte that has not been taken.
+    on_wait : callable or None
+        Called several times a second while a read waits; it may raise.
 
     Notes
     -----
@@ -102,6 +111,7 @@ class StreamInput(Closable):
         self._origin = origin
         self.identity: Identity = origin.identity
         self.position: int = 0
+        self.on_wait: Callable[[], None] | None = None
         # Bytes from `position` on, which were read already.
         self._ahead = bytearray()
         # Bytes from the start on that stay, and how many of them there are to be.
@@ -179,14 +189,18 @@ class StreamInput(Closable):
         """
         buffer = bytearray(_PIPE_NBYTES)
         while n := self.readinto(buffer):
-            if (rest := buffer[:n].lstrip(b"\0")) != b"":
-                at = self.position - len(rest)
-                raise CorruptImageError(
-                    f"the stream goes on behind the end of the disk, at 0x{at:x}, with other "
-                    "bytes than zeros",
-                    path=self.path,
-                    offset=at,
-                )
+            self.require_zeros(buffer[:n])
+
+    def require_zeros(self, taken: bytes | bytearray) -> None:
+        """Raise CorruptImageError unless the bytes that were taken last are zeros."""
+        rest = taken.lstrip(b"\0")
+        if rest:
+            at = self.position - len(rest)
+            raise CorruptImageError(
+                f"the stream goes on after its end, at 0x{at:x}, with other bytes than zeros",
+                path=self.path,
+                offset=at,
+            )
 
     # -- bytes that are looked at ------------------------------------------------------
 
@@ -263,9 +277,15 @@ class StreamInput(Closable):
 
     # -- the origin --------------------------------------------------------------------
 
-    def cancel(self) -> None:
-        """End a read that waits, and all later ones, with ConversionCancelled."""
-        self._origin.cancel()
+    def cancel(self) -> bool:
+        """End a read that waits, and all later ones, with ConversionCancelled.
+
+        Returns
+        -------
+        bool
+            False if a read that waits goes on, since it is in an object of the caller.
+        """
+        return self._origin.cancel()
 
     def _look(self, nbytes: int) -> None:
         """Read so many bytes ahead of `position`, unless the stream ends."""
@@ -289,7 +309,7 @@ class StreamInput(Closable):
         if self._has_ended:
             return 0
         with self._in_use(), named_errors(self.path):
-            n = self._origin.readinto(view)
+            n = self._origin.readinto(view, self.on_wait)
         self._has_ended = not n
         return n
 
@@ -419,10 +439,13 @@ class _Descriptor:
         self._poll.register(fd, select.POLLIN)
         self._poll.register(self._wake, select.POLLIN)
 
-    def readinto(self, view: memoryview) -> int:
+    def readinto(self, view: memoryview, tick: Callable[[], None] | None, /) -> int:
         while True:
             # Files on disks are always ready.
-            ready = dict(self._poll.poll())
+            ready = dict(self._poll.poll(None if tick is None else _TICK_MS))
+            if not ready and tick is not None:
+                tick()
+                continue
             if self._wake in ready:
                 raise _cancelled()
             if ready.get(self._fd, 0) & select.POLLNVAL:
@@ -430,9 +453,10 @@ class _Descriptor:
             with suppress(BlockingIOError):
                 return os.readv(self._fd, [view])
 
-    def cancel(self) -> None:
+    def cancel(self) -> bool:
         with suppress(OSError, ValueError):
             os.eventfd_write(self._wake, 1)
+        return True
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1
@@ -463,7 +487,7 @@ class _Object:
             return file_identity(os.fstat(source.fileno()))
         return (_OBJECT, id(source))
 
-    def readinto(self, view: memoryview) -> int:
+    def readinto(self, view: memoryview, _tick: Callable[[], None] | None, /) -> int:
         if self._cancelled.is_set():
             raise _cancelled()
         n = self._readinto(view)
@@ -483,8 +507,9 @@ class _Object:
                 view[: octets.nbytes] = octets
             return octets.nbytes
 
-    def cancel(self) -> None:
+    def cancel(self) -> bool:
         self._cancelled.set()
+        return False
 
     def close(self) -> None:
         """Do nothing: the object is the caller's."""

@@ -41,7 +41,11 @@ class TargetFile(OpenFile):
         Whether everything that is not written reads as zeros.
     kept_nbytes : int
         The first bytes, which an earlier run of the job has written and this one keeps.
+    in_order : bool
+        Whether offsets of writes must ascend, since each byte is written once.
     """
+
+    in_order: bool = False
 
     def __init__(self, fd: int, path: str) -> None:
         super().__init__(fd, path)

@@ -566,6 +566,58 @@ class Writer(Protocol):
 
 
 @runtime_checkable
+class WritesInOrder(Protocol):
+    """A writer that writes a file from its start to its end, in one pass.
+
+    Optional.  It does so if ``TargetFile.in_order`` says that it must, and calls of
+    `Writer.place` have one group of blocks each.
+    """
+
+    writes_in_order: ClassVar[bool]
+    """True."""
+
+
+@runtime_checkable
+class EndsLate(Protocol):
+    """A writer of disks whose size is not known before all of their data is stored.
+
+    Optional: others need the size first.  The writer gets a request for the largest
+    disk that may come.  Its `first_offset` leaves room for the tables of such a disk;
+    what they do not need stays a hole.
+    """
+
+    def leave_end_open(self) -> None:
+        """Expect `end_disk`; called before `begin`, and it may change `first_offset`.
+
+        Raises
+        ------
+        OptionError
+            With these options the size must be known.
+        LimitExceededError
+            The largest disk would need too much room.
+        """
+        ...
+
+    def end_disk(self, request: WriteRequest[Any]) -> None:
+        """Make the disk as large as it turned out to be.
+
+        Called before the placements of its last blocks, or after all placements, and
+        before `finish`.  It changes ``guest_nbytes`` of the geometry.
+
+        Parameters
+        ----------
+        request : WriteRequest
+            The same as before but for the size, which is not larger.
+
+        Raises
+        ------
+        OptionError
+            The format has no disks of this size.
+        """
+        ...
+
+
+@runtime_checkable
 class HoldsSectors(Protocol):
     """A writer of children that may hold single sectors of a block.
 
@@ -1023,6 +1075,9 @@ class Driver(NamedTuple):
     updating : str or None
         Module that holds ``prepare(file)`` and ``updater_for(reader, parent_nbytes)``;
         see `prepare` and `updater`.  None if images are not written in place.
+    flat_tail_nbytes : int
+        Bytes after the disk of images that have no magic at their start, since they
+        begin with the disk; 0 if there are no such images.
     """
 
     name: str
@@ -1034,6 +1089,7 @@ class Driver(NamedTuple):
     rewriting: str | None = None
     reading_extents: tuple[str, ...] = ()
     updating: str | None = None
+    flat_tail_nbytes: int = 0
 
     @property
     def options(self) -> type[FormatOptions]:

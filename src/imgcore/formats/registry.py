@@ -35,7 +35,7 @@ from imgcore.formats.magic import HEAD_NBYTES, TAIL_NBYTES, matching_formats, ra
 from imgcore.formats.shared.damage import STRICT, Damage
 from imgcore.formats.shared.trailing_zeros import end_of_data
 from imgcore.limits import MAX_PADDING_NBYTES
-from imgcore.streams.names import CODEC_OF_SUFFIX, RAW_SUFFIXES, stream_suffix
+from imgcore.streams.names import CODEC_OF_FORMAT, CODEC_OF_SUFFIX, RAW_SUFFIXES, stream_suffix
 
 if TYPE_CHECKING:
     from imgcore.files.byte_source import ByteSource
@@ -342,6 +342,71 @@ def find_format(
         f"the name does not state the format; the content is that of {found} "
         f"({flag} {found} states it)",
     )
+
+
+def streamed_format(
+    path: str, head: bytes, stated: str | None, *, flag: str = "-f"
+) -> tuple[str, bool]:
+    """Return the format of an image of which only the first bytes are known.
+
+    Parameters
+    ----------
+    path : str
+        Its name in messages.
+    head : bytes
+        The first `HEAD_NBYTES`, or all of it.
+    stated : str, optional
+        The canonical name of the format that the user states; not raw.
+    flag : str
+        The command's option for it, for messages.
+
+    Returns
+    -------
+    name : str
+    has_magic : bool
+        False if an image of the stated format may begin with its disk, as this does.
+
+    Raises
+    ------
+    WrongFormatError
+        It is not of the stated format, or its format is unknown or ambiguous.
+    UnsupportedFeatureError
+        The format is recognised, but not read.
+    """
+    if not head:
+        raise WrongFormatError("no known format: the stream is empty", path=path)
+    found = matching_formats(head, b"")
+    if stated is not None:
+        if stated in found:
+            return stated, True
+        if not found and get_driver(stated).flat_tail_nbytes:
+            return stated, False
+        what = f"its magic is that of {' and '.join(found)}" if found else "no known magic found"
+        raise WrongFormatError(f"not a {stated} image: {what}", path=path)
+    if len(found) > 1:
+        choices = ", ".join(f"{flag} {name}" for name in (*found, PLAIN_FORMAT))
+        raise WrongFormatError(
+            f"has the magic of more than one format ({', '.join(found)}): state the right one "
+            f"with {choices}",
+            path=path,
+        )
+    if not found:
+        raise WrongFormatError(
+            f"no known format (no magic found): use {flag} raw if it is a raw disk", path=path
+        )
+    if found[0] not in format_names():
+        raise UnsupportedFeatureError(_not_streamed(found[0], path, flag), path=path)
+    return found[0], True
+
+
+def _not_streamed(name: str, path: str, flag: str) -> str:
+    for stated, codec in CODEC_OF_FORMAT.items():
+        if codec == name:
+            return (
+                f"a {name} stream: use {flag} {stated} if it holds a raw disk, or decompress it "
+                f"first ({name} -dc)"
+            )
+    return _not_read(name, path, flag)
 
 
 def _codec_of(file: ByteSource) -> str | None:

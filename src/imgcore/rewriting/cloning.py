@@ -240,5 +240,6 @@ class ReflinkSink:
             algorithm,
             threads=options.threads,
             variants=options.variants,
+            limit=options.limit,
             report=lambda _, data: tally.count(0, data=0, read=data, written=0),
         )

@@ -37,9 +37,9 @@ class Workers(NamedTuple):
     limit: RateLimit | None = None
 
     @classmethod
-    def default(cls) -> Workers:
-        """Return as many threads as are available, without a limit."""
-        return cls(thread_count(None), chosen_variants(None))
+    def default(cls, limit: RateLimit | None = None) -> Workers:
+        """Return as many threads as are available."""
+        return cls(thread_count(None), chosen_variants(None), limit)
 
 
 def move_blocks(

@@ -11,7 +11,7 @@ from imgcore.streams.zstd import ZstdDecoder, ZstdEncoder, content_nbytes, is_zs
 if TYPE_CHECKING:
     from imgcore.files.byte_source import ByteSource
     from imgcore.files.target_file import TargetFile
-    from imgcore.streams.decoder import Decoder
+    from imgcore.streams.decoder import Decoder, Input
     from imgcore.streams.encoder import Encoder
 
 
@@ -25,14 +25,15 @@ class StreamCodec(NamedTuple):
     content_nbytes : callable
         Returns the decompressed size that a file states, or None if it states none.
     decoder, encoder : callable
-        The encoder takes a file, the number of bytes to expect, and a number of
-        threads, which does not change the bytes written.
+        The decoder takes the compressed bytes in order.  The encoder takes a file, the
+        number of bytes to expect, and a number of threads, which does not change the
+        bytes written.
     """
 
     matches: Callable[[bytes], bool]
     content_nbytes: Callable[[ByteSource], int | None]
-    decoder: Callable[[ByteSource], Decoder]
-    encoder: Callable[[TargetFile, int, int], Encoder]
+    decoder: Callable[[Input], Decoder]
+    encoder: Callable[[TargetFile, int | None, int], Encoder]
 
 
 CODECS: Final = {

@@ -10,8 +10,21 @@ if TYPE_CHECKING:
 READ_NBYTES: Final = 256 * 1024
 
 
+class Input(Protocol):
+    """Compressed bytes in order."""
+
+    @property
+    def path(self) -> str:
+        """The name of their file in messages."""
+        ...
+
+    def read(self, nbytes: int, /) -> bytes:
+        """Return the next bytes, at most so many; none at the end."""
+        ...
+
+
 class Decoder(Protocol):
-    """Decompresses a file from its start, in order."""
+    """Decompresses a stream from its start, in order."""
 
     def fill(self, view: memoryview) -> int:
         """Decompress until the view is full or the stream ends.
@@ -29,10 +42,12 @@ class OrderedInput:
 
     def __init__(self, file: ByteSource) -> None:
         self._file = file
+        self.path: str = file.path
         self._offset = 0
 
-    def read(self, nbytes: int = -1) -> bytes:
+    def read(self, nbytes: int, /) -> bytes:
+        """Return the next bytes of the file."""
         left = self._file.nbytes - self._offset
-        data = self._file.pread(self._offset, min(left, READ_NBYTES if nbytes < 0 else nbytes))
+        data = self._file.pread(self._offset, min(left, nbytes))
         self._offset += len(data)
         return data

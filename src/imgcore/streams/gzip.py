@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from imgcore.errors import CorruptImageError
 from imgcore.limits import KIB, MIB
-from imgcore.streams.decoder import OrderedInput
+from imgcore.streams.decoder import READ_NBYTES
 from imgcore.streams.encoder import OrderedOutput
 from imgcore.streams.helpers import Helpers
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
     from typing import Self
 
-    from imgcore.files.byte_source import ByteSource
     from imgcore.files.target_file import TargetFile
+    from imgcore.streams.decoder import Input
 
 _PIECE_NBYTES: Final = 1 * MIB
 _WINDOW_NBYTES: Final = 32 * KIB  # RFC 1951 section 2
@@ -119,9 +119,9 @@ def is_gzip(head: bytes) -> bool:
 
 
 class GzipDecoder:
-    def __init__(self, file: ByteSource) -> None:
-        self._path = file.path
-        self._input = OrderedInput(file)
+    def __init__(self, source: Input) -> None:
+        self._path = source.path
+        self._input = source
         self._pending = b""
         self._member: Any = None
         self._n_members = 0
@@ -129,7 +129,7 @@ class GzipDecoder:
     def fill(self, view: memoryview) -> int:
         done = 0
         while done < len(view):
-            self._pending = self._pending or self._input.read()
+            self._pending = self._pending or self._input.read(READ_NBYTES)
             if self._member is None and not self._next_member():
                 break
             data = self._decompress(len(view) - done)
@@ -162,7 +162,7 @@ class GzipDecoder:
         padded = False
         while self._n_members and self._pending.startswith(b"\0"):
             padded = True
-            self._pending = self._pending.lstrip(b"\0") or self._input.read()
+            self._pending = self._pending.lstrip(b"\0") or self._input.read(READ_NBYTES)
         if not self._pending and self._n_members:
             return False
         if padded or self._pending[:1] != _MAGIC[:1]:

@@ -8,6 +8,9 @@ from typing import Final
 RAW_SUFFIXES: Final = (".raw", ".img", ".dd", ".bin")
 # The suffix that follows a raw disk's, and the codec it stands for.
 CODEC_OF_SUFFIX: Final = {".zst": "zstd", ".gz": "gzip"}
+# The same as stated formats, where there is no name to have a suffix.  Only streams are
+# read as xz.
+CODEC_OF_FORMAT: Final = {"raw.zst": "zstd", "raw.gz": "gzip", "raw.xz": "xz"}
 
 
 def stream_suffix(path: str) -> str | None:

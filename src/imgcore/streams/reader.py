@@ -7,26 +7,24 @@ Memory stays bounded, whatever a stream claims or contains.
 from __future__ import annotations
 
 import os
-import queue
-import threading
+from contextlib import closing
 from typing import TYPE_CHECKING, Final
 
 from imgcore.errors import CorruptImageError, WrongFormatError
 from imgcore.files.host_file import HostFile
 from imgcore.limits import MIB, SECTOR_NBYTES
 from imgcore.streams.codecs import CODECS
-from imgcore.streams.helpers import started
+from imgcore.streams.decoder import OrderedInput
+from imgcore.streams.feeder import MIN_BUFFERS, filled
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Sequence
     from typing import Self
 
     from imgcore.streams.decoder import Decoder
 
 
 _COUNT_NBYTES: Final = 1 * MIB
-# One chunk is with the consumer, two are being filled or waiting.
-_N_BUFFERS: Final = 3
 
 
 class StreamReader:
@@ -96,7 +94,7 @@ class StreamReader:
         return total
 
     def _decoder(self) -> Decoder:
-        return CODECS[self.codec].decoder(self.file)
+        return CODECS[self.codec].decoder(OrderedInput(self.file))
 
     def head(self, nbytes: int) -> bytes:
         """Return the disk's first bytes, fewer if it is smaller."""
@@ -123,23 +121,36 @@ class StreamReader:
 
         Notes
         -----
-        A thread decompresses up to two chunks ahead.  It ends with the iterator, or
-        when the iterator is closed.
+        A thread decompresses ahead.  It ends with the iterator, or when the iterator is
+        closed.
         """
         if chunk_nbytes <= 0:
             raise ValueError(f"chunk_nbytes is {chunk_nbytes}: it must be positive")
-        feeder = _Feeder(self._decoder(), min(chunk_nbytes, max(self.virtual_size, SECTOR_NBYTES)))
+        nbytes = min(chunk_nbytes, max(self.virtual_size, SECTOR_NBYTES))
+        buffers = [memoryview(bytearray(nbytes)) for _ in range(MIN_BUFFERS)]
+        for number, n in self.fill(buffers):
+            yield buffers[number][:n]
+
+    @property
+    def nbytes(self) -> int:
+        """The same as `virtual_size`."""
+        return self.virtual_size
+
+    def fill(self, buffers: Sequence[memoryview]) -> Generator[tuple[int, int], None, None]:
+        """Fill buffers with the disk's content in order; see `feeder.filled`.
+
+        Raises
+        ------
+        CorruptImageError
+            The stream is broken, or holds more or less than `virtual_size`.
+        """
         total = 0
-        feeder.begin()
-        try:
-            while (view := feeder.take()) is not None:
-                total += len(view)
+        with closing(filled(self._decoder().fill, buffers)) as chunks:
+            for number, n in chunks:
+                total += n
                 if total > self.virtual_size:
                     break
-                yield view
-                feeder.give_back()
-        finally:
-            feeder.stop()
+                yield number, n
         if total != self.virtual_size:
             what = "more" if total > self.virtual_size else f"{total} bytes, fewer"
             raise CorruptImageError(
@@ -156,68 +167,3 @@ class StreamReader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class _Feeder(threading.Thread):
-    """Decompresses into buffers that this thread and the consumer exchange."""
-
-    def __init__(self, decoder: Decoder, chunk_nbytes: int) -> None:
-        super().__init__(name="imgcore-stream", daemon=True)
-        self._decoder = decoder
-        self._free: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
-        self._filled: queue.SimpleQueue[tuple[memoryview, int] | BaseException | None]
-        self._filled = queue.SimpleQueue()
-        self._stopped = threading.Event()
-        self._taken: memoryview | None = None
-        self._is_alone = False
-        for _ in range(_N_BUFFERS):
-            self._free.put(memoryview(bytearray(chunk_nbytes)))
-
-    def begin(self) -> None:
-        """Start the thread, or work in `take` if the system makes none."""
-        self._is_alone = not started(self)
-
-    def run(self) -> None:
-        """Fill buffers until the stream ends or fails, or `stop` is called."""
-        while self._fill_next():
-            pass
-
-    def _fill_next(self) -> bool:
-        """Fill one buffer; False at the end."""
-        view = self._free.get()
-        if view is None or self._stopped.is_set():
-            return False
-        try:
-            n = self._decoder.fill(view)
-        except BaseException as error:
-            self._filled.put(error)
-            return False
-        if n:
-            self._filled.put((view, n))
-        if n < len(view):
-            self._filled.put(None)
-            return False
-        return True
-
-    def take(self) -> memoryview | None:
-        """Return the next chunk, None at the end; raises the thread's exception."""
-        if self._is_alone and self._filled.empty():
-            self._fill_next()
-        item = self._filled.get()
-        if isinstance(item, BaseException):
-            raise item
-        if item is None:
-            return None
-        self._taken = item[0]
-        return item[0][: item[1]]
-
-    def give_back(self) -> None:
-        """Return the buffer of the last chunk, to be filled again."""
-        self._free.put(self._taken)
-
-    def stop(self) -> None:
-        """End the thread and wait until it has finished its current chunk."""
-        self._stopped.set()
-        self._free.put(None)
-        if not self._is_alone:
-            self.join()

@@ -13,14 +13,17 @@ from imgcore.errors import (
 )
 from imgcore.limits import MIB
 from imgcore.log import log
-from imgcore.streams.decoder import READ_NBYTES, OrderedInput
+from imgcore.streams.decoder import READ_NBYTES
 from imgcore.streams.encoder import OrderedOutput
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
     from typing import Self
 
     from imgcore.files.byte_source import ByteSource
+    from imgcore.files.stream_input import StreamInput
     from imgcore.files.target_file import TargetFile
+    from imgcore.streams.decoder import Input
 
 # The window of `zstd --long` (windowLog 27); zstd decompresses it without an option.
 MAX_WINDOW_NBYTES: Final = 128 * MIB
@@ -30,6 +33,7 @@ _FRAME_MAGIC: Final = 0xFD2FB528
 _SKIPPABLE_MAGIC: Final = 0x184D2A50
 _MAX_BLOCK_NBYTES: Final = 128 * 1024
 _RAW_BLOCK, _RLE_BLOCK, _RESERVED_BLOCK = 0, 1, 3
+_TOO_EARLY: Final = "the zstd stream ends too early"
 
 
 def is_zstd(head: bytes) -> bool:
@@ -43,16 +47,15 @@ def _is_skippable(magic: int) -> bool:
 
 
 class ZstdDecoder:
-    def __init__(self, file: ByteSource) -> None:
+    def __init__(self, source: Input) -> None:
         import zstandard
 
         self._error = zstandard.ZstdError
-        self._path = file.path
+        self._path = source.path
         decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_NBYTES)
         # The decompressor only calls read().
-        source = cast("IO[bytes]", OrderedInput(file))
         self._reader = decompressor.stream_reader(
-            source, read_size=READ_NBYTES, read_across_frames=True
+            cast("IO[bytes]", source), read_size=READ_NBYTES, read_across_frames=True
         )
 
     def fill(self, view: memoryview) -> int:
@@ -78,98 +81,192 @@ def _zstd_failure(error: Exception, path: str) -> ImgcoreError:
 
 
 def content_nbytes(file: ByteSource) -> int | None:
-    """Return the content's size in bytes, or None if a frame does not state its own."""
-    walk = FrameWalk(file)
-    nbytes = walk.content_nbytes()
-    if walk.n_frames == 0:
-        raise CorruptImageError("the zstd stream has no frame", path=file.path)
-    return nbytes
+    """Return the content's size in bytes, or None if a frame does not state its own.
+
+    Only the headers of frames and blocks are read.
+    """
+    walk, headers = FrameWalk(file.path), _Headers(file)
+    while walk.offset < file.nbytes or not walk.is_between:
+        left = file.nbytes - walk.offset
+        if walk.is_between and not is_zstd(headers.read(walk.offset, min(4, left))):
+            raise walk.corrupt(
+                f"the zstd stream is followed by {left} other bytes "
+                f"(truncate -s {walk.offset} of a copy removes them)"
+            )
+        if abs(walk.wanted) > left:
+            raise walk.corrupt(_TOO_EARLY)
+        if walk.wanted < 0:
+            walk.skip(-walk.wanted)
+        else:
+            walk.give(headers.read(walk.offset, walk.wanted))
+    walk.require_frames()
+    return walk.content_nbytes
+
+
+class _Headers:
+    """Reads a few bytes at a time of a file, at ascending offsets."""
+
+    def __init__(self, file: ByteSource) -> None:
+        self._file = file
+        self._window = b""
+        self._offset = 0
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        place = offset - self._offset
+        if place < 0 or place + nbytes > len(self._window):
+            left = self._file.nbytes - offset
+            self._window, self._offset, place = self._file.pread(offset, min(4096, left)), offset, 0
+        return self._window[place : place + nbytes]
 
 
 class FrameWalk:
-    """Walks the frames of a zstd file by their block headers, without decompressing.
+    """Walks the frames of a zstd stream by their block headers, without decompressing.
 
     It finds truncation and garbage, which a streaming decompressor does not report, and
     the size of the content if every frame states its own.
     Source: RFC 8878 section 3.1.
+
+    Attributes
+    ----------
+    offset : int
+        Bytes of the stream that were walked over.
+    wanted : int
+        So many bytes must be given next; if it is negative, so many are skipped.
+    is_between : bool
+        A frame may begin here, or the stream end.
+    content_nbytes : int or None
+        The sum of the sizes that the frames so far state; None if one is missing.
     """
 
-    def __init__(self, file: ByteSource) -> None:
-        self._file = file
-        self._offset = 0
-        self._window = b""
-        self._window_offset = 0
-        self.n_frames: int = 0
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self.offset: int = 0
+        self.is_between: bool = True
+        self.content_nbytes: int | None = 0
+        self._n_frames = 0
+        self._steps = self._walk()
+        self.wanted: int = next(self._steps)
 
-    def content_nbytes(self) -> int | None:
-        """Walk all frames and return the sum of their sizes, None if one is missing."""
-        total: int | None = 0
-        while self._offset < self._file.nbytes:
-            start = self._offset
-            rest_nbytes = self._file.nbytes - start
-            magic = int.from_bytes(self._take(min(4, rest_nbytes)), "little")
+    def give(self, data: bytes) -> None:
+        """Go over ``wanted`` bytes, which matter."""
+        self.offset += len(data)
+        self.wanted = self._steps.send(data)
+
+    def skip(self, nbytes: int) -> None:
+        """Go over some of ``-wanted`` bytes, whose values do not matter."""
+        self.offset += nbytes
+        self.wanted += nbytes
+        if not self.wanted:
+            self.wanted = next(self._steps)
+
+    def require_frames(self) -> None:
+        """Raise if there was no frame but skippable ones."""
+        if not self._n_frames:
+            raise CorruptImageError("the zstd stream has no frame", path=self._path)
+
+    def _walk(self) -> Generator[int, bytes, None]:
+        while True:
+            self.is_between = True
+            start = self.offset
+            magic = int.from_bytes((yield 4), "little")
+            self.is_between = False
             if _is_skippable(magic):
-                self._skip(int.from_bytes(self._take(4), "little"))
-                continue
-            if magic != _FRAME_MAGIC:
-                raise self._corrupt(
-                    f"the zstd stream is followed by {rest_nbytes} other bytes "
-                    f"(truncate -s {start} of a copy removes them)"
-                )
-            claimed = self._walk_frame(start)
-            total = None if total is None or claimed is None else total + claimed
-            self.n_frames += 1
-        return total
+                yield from self._pass(int.from_bytes((yield 4), "little"))
+            else:
+                yield from self._walk_frame(start)
 
-    def _walk_frame(self, start: int) -> int | None:
-        """Walk the frame whose magic was read, and return the size that it claims."""
-        descriptor = self._take(1)[0]
+    def _pass(self, nbytes: int) -> Generator[int, bytes, None]:
+        if nbytes:
+            yield -nbytes
+
+    def _walk_frame(self, start: int) -> Generator[int, bytes, None]:
+        """Walk the frame whose magic was read, and count the size that it claims."""
+        descriptor = (yield 1)[0]
         single_segment = descriptor >> 5 & 1
         if descriptor & 8:
-            raise self._corrupt(f"the zstd frame at 0x{start:x} sets a reserved bit")
-        self._skip((1 - single_segment) + (0, 1, 2, 4)[descriptor & 3])
+            raise self.corrupt(f"the zstd frame at 0x{start:x} sets a reserved bit")
+        yield from self._pass((1 - single_segment) + (0, 1, 2, 4)[descriptor & 3])
         size_nbytes = (single_segment, 2, 4, 8)[descriptor >> 6]
-        claimed = int.from_bytes(self._take(size_nbytes), "little")
+        claimed = int.from_bytes((yield size_nbytes) if size_nbytes else b"", "little")
         claimed += 256 if size_nbytes == 2 else 0
-        bound = self._walk_blocks()
-        if descriptor >> 2 & 1:
-            self._skip(4)
+        bound = yield from self._walk_blocks()
+        yield from self._pass(4 if descriptor >> 2 & 1 else 0)
         if size_nbytes and claimed > bound:
-            raise self._corrupt(
+            raise self.corrupt(
                 f"the zstd frame at 0x{start:x} claims {claimed} bytes, but can hold {bound}"
             )
-        return claimed if size_nbytes else None
+        self._n_frames += 1
+        total = self.content_nbytes
+        self.content_nbytes = None if total is None or not size_nbytes else total + claimed
 
-    def _walk_blocks(self) -> int:
+    def _walk_blocks(self) -> Generator[int, bytes, int]:
         """Walk a frame's blocks and return the most bytes that they can hold."""
         bound = 0
         last = False
         while not last:
-            header = int.from_bytes(self._take(3), "little")
+            header = int.from_bytes((yield 3), "little")
             last = bool(header & 1)
             kind, nbytes = header >> 1 & 3, header >> 3
             if kind == _RESERVED_BLOCK:
-                raise self._corrupt(f"the zstd block at 0x{self._offset - 3:x} has no known type")
+                raise self.corrupt(f"the zstd block at 0x{self.offset - 3:x} has no known type")
             bound += nbytes if kind in (_RAW_BLOCK, _RLE_BLOCK) else _MAX_BLOCK_NBYTES
-            self._skip(1 if kind == _RLE_BLOCK else nbytes)
+            yield from self._pass(1 if kind == _RLE_BLOCK else nbytes)
         return bound
 
-    def _take(self, nbytes: int) -> bytes:
-        start = self._offset
-        self._skip(nbytes)
-        place = start - self._window_offset
-        if place < 0 or place + nbytes > len(self._window):
-            self._window = self._file.pread(start, min(4096, self._file.nbytes - start))
-            self._window_offset, place = start, 0
-        return self._window[place : place + nbytes]
+    def corrupt(self, text: str) -> CorruptImageError:
+        """Return an error at the offset that was reached."""
+        return CorruptImageError(text, path=self._path, offset=self.offset)
 
-    def _skip(self, nbytes: int) -> None:
-        if nbytes > self._file.nbytes - self._offset:
-            raise self._corrupt("the zstd stream ends too early")
-        self._offset += nbytes
 
-    def _corrupt(self, text: str) -> CorruptImageError:
-        return CorruptImageError(text, path=self._file.path, offset=self._offset)
+class FramesInput:
+    """Passes on a zstd stream that comes in order, and verifies that it is whole.
+
+    Parameters
+    ----------
+    source : StreamInput
+        Zeros after the last frame are accepted, and not passed on.
+    """
+
+    def __init__(self, source: StreamInput) -> None:
+        self._source = source
+        self.path: str = source.path
+        self._walk = FrameWalk(source.path)
+        self._pending = b""
+
+    def read(self, nbytes: int, /) -> bytes:
+        """Return the next bytes of the frames."""
+        data = self._source.read(nbytes)
+        if not data:
+            if self._pending or not self._walk.is_between:
+                raise self._walk.corrupt(_TOO_EARLY)
+            self._walk.require_frames()
+        end = self._walk_over(data)
+        if end < len(data):
+            self._source.require_zeros(data[end:])
+            self._source.require_end()
+        return data[:end]
+
+    def _walk_over(self, data: bytes) -> int:
+        """Return where padding begins, or the end."""
+        walk, at = self._walk, 0
+        while at < len(data):
+            if walk.wanted < 0:
+                n = min(-walk.wanted, len(data) - at)
+                walk.skip(n)
+                at += n
+                continue
+            if walk.is_between and not self._pending and not data[at]:
+                break
+            part = data[at : at + walk.wanted - len(self._pending)]
+            self._pending += part
+            at += len(part)
+            if len(self._pending) < walk.wanted:
+                break
+            if walk.is_between and not is_zstd(self._pending):
+                raise walk.corrupt("the zstd stream is followed by other bytes")
+            pending, self._pending = self._pending, b""
+            walk.give(pending)
+        return at
 
 
 class ZstdEncoder:
@@ -179,8 +276,8 @@ class ZstdEncoder:
     ----------
     target_file : TargetFile
         Written from offset 0; the caller closes it.
-    nbytes : int
-        Bytes to expect in all.
+    nbytes : int or None
+        Bytes to expect in all, which the frame states; None if they are not known.
     threads : int
         Compression threads, at least 1; fewer are used if the system makes fewer.  The
         number does not change the result, but without any thread the library writes
@@ -190,21 +287,25 @@ class ZstdEncoder:
     """
 
     def __init__(
-        self, target_file: TargetFile, nbytes: int, threads: int = 1, level: int = 3
+        self, target_file: TargetFile, nbytes: int | None, threads: int = 1, level: int = 3
     ) -> None:
         import zstandard
 
         if not 1 <= level <= 19:
             raise OptionError(f"the zstd level is {level}: allowed are 1 to 19")
         self._open = partial(
-            zstandard.ZstdCompressor, level=level, write_content_size=True, write_checksum=True
+            zstandard.ZstdCompressor,
+            level=level,
+            write_content_size=nbytes is not None,
+            write_checksum=True,
         )
         self._error = zstandard.ZstdError
         self._output = OrderedOutput(target_file)
         self._nbytes = nbytes
         self._taken_nbytes = 0
         self._threads = max(threads, 1)
-        self._stream = self._open(threads=self._threads).compressobj(size=nbytes)
+        self._size = -1 if nbytes is None else nbytes
+        self._stream = self._open(threads=self._threads).compressobj(size=self._size)
         self._has_begun = False
 
     @property
@@ -215,14 +316,14 @@ class ZstdEncoder:
     def write(self, buffer: Any) -> None:
         """Compress the next bytes; raises OSError with the file's name."""
         with memoryview(buffer) as view:
-            if view.nbytes > self._nbytes - self._taken_nbytes:
+            if self._nbytes is not None and view.nbytes > self._nbytes - self._taken_nbytes:
                 raise ValueError(f"{self._output.path}: more than {self._nbytes} bytes given")
             self._taken_nbytes += view.nbytes
             self._output.write(self._call("compress", view))
 
     def finish(self) -> None:
         """End the frame; the file is then complete but not synced."""
-        if self._taken_nbytes != self._nbytes:
+        if self._nbytes is not None and self._taken_nbytes != self._nbytes:
             raise ValueError(
                 f"{self._output.path}: {self._taken_nbytes} of {self._nbytes} bytes given"
             )
@@ -244,7 +345,7 @@ class ZstdEncoder:
     def _take_fewer_threads(self) -> None:
         """Begin again: the library makes its threads at the first call, all or none."""
         self._threads //= 2
-        self._stream = self._open(threads=self._threads).compressobj(size=self._nbytes)
+        self._stream = self._open(threads=self._threads).compressobj(size=self._size)
         if not self._threads:
             log.warning(
                 "%s: no thread can be made: the stream differs from one made with threads, "

@@ -12,7 +12,7 @@ from imgcore.disk.image import Image
 from imgcore.disk.open_options import OpenOptions
 from imgcore.disk.opened import opened_for_update
 from imgcore.disk.pieces import Piece, without_overlaps
-from imgcore.engine.control import Control
+from imgcore.engine.control import Control, Run
 from imgcore.engine.job import thread_count
 from imgcore.engine.progress import Progress
 from imgcore.errors import ImgcoreError, OptionError
@@ -100,7 +100,7 @@ def apply(
     rate : int or str, optional
         The most bytes of data to write in a second, for example ``"100M"``.
     control : Control, optional
-        Changes the rate during the run; in place of ``rate``.
+        Steers the run from other threads, and has its rate, in place of ``rate``.
 
     Returns
     -------
@@ -126,9 +126,7 @@ def apply(
     note of the exception (``__notes__``) says how many changes are written; after an
     error of the system more of the next ones may be.
     """
-    if rate is not None and control is not None:
-        raise OptionError("rate and control are given: the control has a rate")
-    limit = Control(rate=rate) if control is None else control
+    run = Run.of(rate, control, progress)
     every = None if flush_every is None else _flush_every(flush_every)
     n_threads = thread_count(threads)
     options = OpenOptions.from_keywords(
@@ -140,8 +138,8 @@ def apply(
         files=files,
     )
     started = time.monotonic()
-    with opened_for_update(target, options) as image:
-        job = _Apply(image, every, n_threads, limit, progress)
+    with run, opened_for_update(target, options) as image:
+        job = _Apply(image, every, n_threads, run)
         job.run(changes)
         return ApplyResult(
             target=image.path,
@@ -169,14 +167,12 @@ class _Apply:
         image: Image,
         flush_every: int | None,
         threads: int,
-        control: Control,
-        progress: Callable[[Progress], None] | None,
+        run: Run,
     ) -> None:
         self._image = image
         self._flush_every = flush_every
         self._threads = threads
-        self._control = control
-        self._progress = progress
+        self._run = run
         self._next_report = -float("inf")
         self._unflushed = 0
         self._batch: list[Piece] = []
@@ -194,7 +190,9 @@ class _Apply:
                 self._write_batch()
                 raise
             self._write_batch()
+            self._run.phase = "syncing"
             self._image.flush()
+            self._run.keep()
             self._report(is_last=True)
 
     @contextmanager
@@ -225,7 +223,8 @@ class _Apply:
         batch, self._batch, self._batch_nbytes = self._batch, [], 0
         pieces = without_overlaps(batch)
         data = [(piece.start, piece.octets) for piece in pieces if piece.octets is not None]
-        while not self._control.limit.take(sum(len(octets) for _, octets in data)):
+        limit = self._run.limit
+        while limit is not None and not limit.take(sum(len(octets) for _, octets in data)):
             self._report()
         self._image.writev(data, threads=self._threads)
         for start, end in _zeros(pieces):
@@ -246,11 +245,11 @@ class _Apply:
 
     def _report(self, *, is_last: bool = False) -> None:
         now = time.monotonic()
-        if self._progress is None or (now < self._next_report and not is_last):
+        if now < self._next_report and not is_last:
             return
         self._next_report = now + _REPORT_SECONDS
         done = self.written + self.zeroed
-        self._progress(Progress(done, done, self.written, self.zeroed, self.written))
+        self._run.report(Progress(done, done, self.written, self.zeroed, self.written))
 
 
 def _piece_of(image: Image, change: Sequence[Any]) -> Piece:

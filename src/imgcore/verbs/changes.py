@@ -12,6 +12,7 @@ from imgcore.disk.area_search import AreaSearch, SearchSettings
 from imgcore.disk.image import Image, open_image
 from imgcore.disk.open_options import Flags, OpenOptions
 from imgcore.disk.opened import require_no_options
+from imgcore.engine.control import Control, Run
 from imgcore.engine.job import thread_count
 from imgcore.engine.progress import Progress
 from imgcore.errors import OptionError
@@ -30,6 +31,7 @@ def changes(
     granularity: SupportsIndex | str = "64k",
     threads: SupportsIndex | None = None,
     progress: Callable[[Progress], None] | None = None,
+    control: Control | None = None,
     format: str | None = None,
     backing_format: str | None = None,
     parent: FilePath | Sequence[FilePath] | None = None,
@@ -73,6 +75,9 @@ def changes(
     progress : callable, optional
         Called with a `Progress` on the calling thread, at most every 50 ms while
         content is read, and once at the end.
+    control : Control, optional
+        Steers the job from other threads.  Its rate is about each disk's data that is
+        read.
 
     Yields
     ------
@@ -96,7 +101,8 @@ def changes(
     disk as it is now.
     """
     _require_one(since=since, bitmap=bitmap, areas=areas, tree=tree)
-    how = SearchSettings(_granularity(granularity), thread_count(threads), progress)
+    run = Run(control, progress)
+    how = _settings(granularity, threads, run)
     options = OpenOptions.from_keywords(
         format=format,
         backing_format=backing_format,
@@ -129,9 +135,9 @@ def changes(
         return search.since_tree(file_name(tree))
 
     if not isinstance(image, Image):
-        return _opened(source_name(image), options, find, how)
+        return _opened(source_name(image), options, find, how, run)
     require_no_options(image, options._replace(backing_format=None, allow=(), share=False))
-    return _changed(image, find, how)
+    return _changed(image, find, how, run)
 
 
 def differences(
@@ -142,15 +148,17 @@ def differences(
     granularity: SupportsIndex | str = "64k",
     threads: SupportsIndex | None = None,
     progress: Callable[[Progress], None] | None = None,
+    control: Control | None = None,
 ) -> Iterator[Area]:
     """Yield the areas in which an open image differs from another, as `changes` does.
 
     The content is compared even if the other one is a backing file of the image, and up
     to the end of the larger disk: the smaller one goes on with zeros.
     """
-    how = SearchSettings(_granularity(granularity), thread_count(threads), progress)
+    run = Run(control, progress)
+    how = _settings(granularity, threads, run)
     name = file_name(other)
-    return _changed(image, lambda search: search.in_all(name, options), how)
+    return _changed(image, lambda search: search.in_all(name, options), how, run)
 
 
 Finder: TypeAlias = "Callable[[AreaSearch], Iterator[Area]]"
@@ -164,6 +172,14 @@ def _require_one(**states: object) -> None:
         raise OptionError(f"{n_given} of {names} are given: exactly one states what changed")
 
 
+def _settings(
+    granularity: SupportsIndex | str, threads: SupportsIndex | None, run: Run
+) -> SearchSettings:
+    return SearchSettings(
+        _granularity(granularity), thread_count(threads), run.report_done, run.limit
+    )
+
+
 def _granularity(value: SupportsIndex | str) -> int:
     nbytes = parse_size(value) if isinstance(value, str) else byte_count(value, "granularity")
     check_granularity(nbytes)
@@ -171,17 +187,23 @@ def _granularity(value: SupportsIndex | str) -> int:
 
 
 def _opened(
-    source: str | int, options: OpenOptions, find: Finder, how: SearchSettings
+    source: str | int, options: OpenOptions, find: Finder, how: SearchSettings, run: Run
 ) -> Iterator[Area]:
-    with open_image(source, options) as image:
-        yield from _changed(image, find, how)
+    with run, open_image(source, options) as image:
+        yield from _areas(image, find, how, run)
 
 
-def _changed(image: Image, find: Finder, how: SearchSettings) -> Iterator[Area]:
+def _changed(image: Image, find: Finder, how: SearchSettings, run: Run) -> Iterator[Area]:
+    with run:
+        yield from _areas(image, find, how, run)
+
+
+def _areas(image: Image, find: Finder, how: SearchSettings, run: Run) -> Iterator[Area]:
     """Yield the areas of an image, of which only each step keeps it open."""
     with image.kept_open() as disk:
         areas = find(AreaSearch(disk, how))
     while True:
+        run.wait()
         with image.kept_open():
             area = next(areas, None)
             if area is None:

@@ -14,9 +14,10 @@ from imgcore.disk.image import Image
 from imgcore.disk.open_options import OpenOptions
 from imgcore.disk.opened import require_no_options
 from imgcore.disk.source import open_source
+from imgcore.engine.control import Run
 from imgcore.engine.hashing import require_algorithm
 from imgcore.engine.job import thread_count
-from imgcore.engine.progress import Progress, Tally
+from imgcore.engine.progress import Tally
 from imgcore.errors import TargetError
 from imgcore.files.commitment import until_committed
 from imgcore.files.target import Target
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from imgcore.areas.area import Area
+    from imgcore.engine.control import Control
     from imgcore.engine.hashing import LeafSink
+    from imgcore.engine.progress import Progress
     from imgcore.files.commitment import Commitment
 
 
@@ -36,6 +39,7 @@ def checksum(
     tree: FilePath | None = None,
     threads: SupportsIndex | None = None,
     progress: Callable[[Progress], None] | None = None,
+    control: Control | None = None,
     format: str | None = None,
     backing_format: str | None = None,
     parent: FilePath | Sequence[FilePath] | None = None,
@@ -69,6 +73,8 @@ def checksum(
     progress : callable, optional
         Called with a `Progress` on the calling thread, at most every 50 ms and once at
         the end.
+    control : Control, optional
+        Steers the job from other threads.  Its rate is about the data that is read.
 
     Returns
     -------
@@ -94,14 +100,13 @@ def checksum(
         share=share,
         files=files,
     )
-    reading = _Reading(algorithm, thread_count(threads), progress)
+    reading = _Reading(algorithm, thread_count(threads), Run(control, progress))
     name = None if tree is None else file_name(tree)
     with _opened(image, opening) as disk:
-        if name is None:
-            return reading.digest(disk)
-        if os.path.lexists(name):
-            return reading.verify(disk, name)
-        return reading.write_tree(disk, name)
+        if name is not None and not os.path.lexists(name):
+            return reading.write_tree(disk, name)
+        with reading.run:
+            return reading.digest(disk) if name is None else reading.verify(disk, name)
 
 
 @contextmanager
@@ -120,14 +125,15 @@ class _Reading(NamedTuple):
 
     algorithm: str
     threads: int
-    progress: Callable[[Progress], None] | None
+    run: Run
 
     def digest(self, disk: DigestedDisk, sink: LeafSink | None = None) -> Digest:
         """Return the digest; ``sink`` gets the leaves."""
-        tally = Tally(disk.nbytes, self.progress)
+        tally = Tally(disk.nbytes, self.run.report)
         digest = disk.digest(
             self.algorithm,
             threads=self.threads,
+            limit=self.run.limit,
             sink=sink,
             report=lambda done, data: tally.count(done, data=data, read=data, written=0),
         )
@@ -140,12 +146,15 @@ class _Reading(NamedTuple):
         from imgcore.checksums.tree import TreeWriter, tree_nbytes
 
         def job(commitment: Commitment[Digest]) -> None:
-            with Target(path) as target:
+            with self.run, Target(path) as target:
                 target.protect(disk.files)
                 target.require_space(tree_nbytes(disk.nbytes))
                 writer = TreeWriter(target.main, self.algorithm, disk.nbytes)
                 digest = self.digest(disk, writer)
                 writer.finish(digest)
+                self.run.phase = "syncing"
+                target.prepare()
+                self.run.keep()
                 commitment.commit(target, digest)
 
         try:

@@ -17,7 +17,7 @@ from imgcore.disk.image import Image, open_image
 from imgcore.disk.image_names import local_image
 from imgcore.disk.open_options import OpenOptions
 from imgcore.disk.parent_link import begin_below, open_mended, refresh_link
-from imgcore.engine.control import Control, control_of
+from imgcore.engine.control import Control, Run
 from imgcore.engine.job import thread_count
 from imgcore.errors import ImgcoreError, OptionError, UnsupportedFeatureError
 from imgcore.files.host_file import HostFile
@@ -96,7 +96,7 @@ def commit(
     rate : int or str, optional
         The most bytes to copy in a second, for example ``"100M"``.
     control : Control, optional
-        Changes the rate during the run; in place of ``rate``.
+        Steers the run from other threads, and has its rate, in place of ``rate``.
 
     Returns
     -------
@@ -132,17 +132,18 @@ def commit(
         # The backing file changes while the overlay is open.
         share=True,
     )
-    n_threads, limit = thread_count(threads), control_of(rate, control)
-    with open_mended(name, opening) as disk:
+    n_threads, run = thread_count(threads), Run.of(rate, control, progress)
+    with run, open_mended(name, opening) as disk:
         depth = _depth(disk, None if base is None else file_name(base), opening)
         if remove:
             _refuse_removal(disk, depth)
-        job = _Commit(disk, depth, opening, n_threads, limit)
+        job = _Commit(disk, depth, opening, n_threads, run)
         empties = empty and not remove and depth == 1
         if empties:
             require_rebasable(disk)
-        meter = CopyMeter(disk.virtual_size, progress)
+        meter = CopyMeter(disk.virtual_size, run.report)
         copied = job.merge(meter)
+        run.keep()
         if remove:
             _remove(disk)
         elif empties:
@@ -188,7 +189,7 @@ class _Commit(NamedTuple):
     depth: int
     opening: OpenOptions
     threads: int
-    control: Control | None
+    run: Run
 
     @property
     def base_path(self) -> str:
@@ -215,8 +216,9 @@ class _Commit(NamedTuple):
                 extents_above(state, self.depth),
                 threads=self.threads,
                 report=meter.copy,
-                control=self.control,
+                control=self.run.control,
             )
+            self.run.phase = "syncing"
             base.flush()
             base.close()
             refresh_link(images[-2], self.base_path, self._base_options())

@@ -19,16 +19,19 @@ from imgcore.disk.open_options import Flags, OpenOptions
 from imgcore.disk.overlay import padded
 from imgcore.disk.source import open_source
 from imgcore.engine.batches import pair_up
+from imgcore.engine.control import Run
 from imgcore.engine.extents import Kind
 from imgcore.engine.job import chosen_variants, thread_count, translated_errors
-from imgcore.engine.progress import Progress
+from imgcore.engine.progress import Tally
 from imgcore.engine.source_file import native_sources
 from imgcore.errors import OptionError
 from imgcore.files.host_file import HostFile
 
 if TYPE_CHECKING:
     from imgcore.areas.area import Area
+    from imgcore.engine.control import Control
     from imgcore.engine.extents import Extents
+    from imgcore.engine.progress import Progress
 
 
 class CompareResult(NamedTuple):
@@ -69,6 +72,7 @@ def compare(
     backing_format: str | None = None,
     share: bool = False,
     progress: Callable[[Progress], None] | None = None,
+    control: Control | None = None,
 ) -> CompareResult:
     """Compare the content of two images of any formats.
 
@@ -87,6 +91,8 @@ def compare(
     progress : callable, optional
         Called with a `Progress` on the calling thread, at most every 50 ms and once at
         the end.
+    control : Control, optional
+        Steers the comparison from other threads.  Its rate is about each disk's data.
 
     Returns
     -------
@@ -115,9 +121,9 @@ def compare(
         flags=Flags(format="-F", parent="--parent-b"),
     )
     a, b = file_name(a), file_name(b)
-    with open_image(a, options_a) as image_a, open_image(b, options_b) as image_b:
-        comparison = _Comparison(image_a, image_b, thread_count(threads), progress)
-        return comparison.run(strict)
+    n_threads, run = thread_count(threads), Run(control, progress)
+    with run, open_image(a, options_a) as image_a, open_image(b, options_b) as image_b:
+        return _Comparison(image_a, image_b, n_threads, run).result(strict)
 
 
 def compare_trees(
@@ -132,6 +138,7 @@ def compare_trees(
     allow: Sequence[FilePath] = (),
     share: bool = False,
     progress: Callable[[Progress], None] | None = None,
+    control: Control | None = None,
 ) -> Iterator[Area]:
     """Yield the areas in which two states of a disk differ, by their checksum trees.
 
@@ -148,6 +155,8 @@ def compare_trees(
     progress : callable, optional
         Called with a `Progress` on the calling thread, at most every 50 ms while an
         image is read, and once at the end.
+    control : Control, optional
+        Steers the comparison from other threads.
 
     Yields
     ------
@@ -171,7 +180,8 @@ def compare_trees(
         allow=allow,
         share=share,
     )
-    return _tree_areas(file_name(a), file_name(b), opening, thread_count(threads), progress)
+    run = Run(control, progress)
+    return _tree_areas(file_name(a), file_name(b), opening, thread_count(threads), run)
 
 
 def _tree_areas(
@@ -179,25 +189,28 @@ def _tree_areas(
     b: str,
     opening: OpenOptions,
     threads: int,
-    progress: Callable[[Progress], None] | None,
+    run: Run,
 ) -> Iterator[Area]:
-    with ExitStack() as stack:
+    with run, ExitStack() as stack:
         old, new = (_opened_tree(path, opening, stack) for path in (a, b))
         if old is not None and new is not None:
             old.refuse_other(b, new.digest.algorithm, new.virtual_size)
             yield from tree_differences(old, new)
-            total = new.virtual_size
+            tally = Tally(new.virtual_size, run.report)
         else:
             tree, path = (new, a) if old is None else (old, b)
             if tree is None:
                 raise OptionError(f"neither it nor {b} is a checksum tree", path=a)
             disk = DigestedDisk.of_source(stack.enter_context(open_source(path, opening)))
-            total = disk.nbytes
+            tally = Tally(disk.nbytes, run.report_done)
             yield from disk.changed_since(
-                tree, threads=threads, report=lambda done, _: _report(progress, done, total)
+                tree,
+                threads=threads,
+                limit=run.limit,
+                report=lambda done, _: tally.position(done),
             )
             disk.check_unchanged()
-        _report(progress, total, total)
+        tally.finish()
 
 
 def _opened_tree(path: str, opening: OpenOptions, stack: ExitStack) -> TreeFile | None:
@@ -209,21 +222,15 @@ def _opened_tree(path: str, opening: OpenOptions, stack: ExitStack) -> TreeFile 
     return stack.enter_context(TreeFile(file))
 
 
-def _report(progress: Callable[[Progress], None] | None, done: int, total: int) -> None:
-    if progress is not None:
-        progress(Progress(done, total, 0, 0, 0))
-
-
 class _Comparison:
-    def __init__(
-        self, a: Image, b: Image, threads: int, progress: Callable[[Progress], None] | None
-    ) -> None:
+    def __init__(self, a: Image, b: Image, threads: int, run: Run) -> None:
         self._a, self._b = a, b
         self._threads = threads
-        self._progress = progress
+        self._limit = run.limit
         self._total = max(a.virtual_size, b.virtual_size)
+        self._tally = Tally(self._total, run.report_done)
 
-    def run(self, strict: bool) -> CompareResult:
+    def result(self, strict: bool) -> CompareResult:
         a, b = self._a, self._b
         if strict and a.virtual_size != b.virtual_size:
             return self._result(None, "Strict mode: Image size mismatch!")
@@ -250,6 +257,7 @@ class _Comparison:
 
     def _first_allocation_difference(self) -> int | None:
         for _, _, rows_a, rows_b in self._pairs(Image.extents):
+            self._tally.position(0)
             offset = first_kind_difference(rows_a, rows_b)
             if offset is not None:
                 return offset
@@ -262,6 +270,7 @@ class _Comparison:
                 sources=[*native_sources(a.sources), *native_sources(b.sources)],
                 threads=self._threads,
                 variants=chosen_variants(None),
+                rate_limit=self._limit,
             )
             try:
                 for start, end, rows_a, rows_b in self._pairs(Image.data_extents):
@@ -269,16 +278,13 @@ class _Comparison:
                     stored = shifted["kind"] >= Kind.DATA
                     shifted["file"][stored] += np.uint32(len(a.sources))
                     job.start(start, end, np.ascontiguousarray(rows_a), shifted)
-                    job.wait(lambda: self._report(job.progress()[0]))
+                    job.wait(lambda: self._tally.position(job.progress()[0]))
                     if job.first_difference is not None:
                         break
-                self._report(self._total)
+                self._tally.finish()
                 return job.first_difference
             finally:
                 job.close()
-
-    def _report(self, done: int) -> None:
-        _report(self._progress, done, self._total)
 
 
 def first_kind_difference(a: Extents, b: Extents) -> int | None:

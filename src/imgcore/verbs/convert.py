@@ -6,9 +6,9 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex, cast
 
-from imgcore.border import FilePath, file_name, file_names
+from imgcore.border import FilePath, file_name
 from imgcore.checksums.digest import ALGORITHMS, Digest
 from imgcore.disk.backing import backing_path
 from imgcore.disk.image import open_image
@@ -17,15 +17,26 @@ from imgcore.disk.profile_fitting import fitting_size
 from imgcore.disk.sink import open_sink
 from imgcore.disk.sink_options import SinkOptions
 from imgcore.disk.source import open_sources
+from imgcore.disk.streamed import source_names
 from imgcore.disk.target_format import refuse_other_name
+from imgcore.engine.control import Run
 from imgcore.engine.progress import Tally
 from imgcore.errors import OptionError
 from imgcore.files.commitment import until_committed
 from imgcore.files.identity import named_identity
+from imgcore.files.stream_target import (
+    StreamTarget,
+    is_stream_object,
+    is_stream_target,
+    stream_name,
+)
 from imgcore.files.target import Target
 from imgcore.log import log
 
 if TYPE_CHECKING:
+    from socket import socket
+
+    from imgcore.border import Readable
     from imgcore.disk.image import Image
     from imgcore.disk.read_back import ReadBack
     from imgcore.disk.sink import Sink
@@ -34,6 +45,7 @@ if TYPE_CHECKING:
     from imgcore.engine.progress import Progress
     from imgcore.files.byte_source import ByteSource
     from imgcore.files.commitment import Commitment
+    from imgcore.files.stream_target import StreamObject
 
 
 class ConvertResult(NamedTuple):
@@ -90,8 +102,8 @@ class ConvertResult(NamedTuple):
 
 
 def convert(
-    source: FilePath | Sequence[FilePath],
-    target: FilePath,
+    source: FilePath | Readable | socket | Sequence[FilePath],
+    target: FilePath | StreamObject,
     *,
     format: str | None = None,
     target_format: str | None = None,
@@ -123,6 +135,7 @@ def convert(
     verify: bool = False,
     resume: bool | str = False,
     journal: FilePath | None = None,
+    size: SupportsIndex | str | None = None,
 ) -> ConvertResult:
     """Convert a virtual disk image, including its backing files, to another format.
 
@@ -133,16 +146,25 @@ def convert(
 
     Parameters
     ----------
-    source : str, bytes or os.PathLike, or a sequence of them
+    source : str, bytes or os.PathLike, or a sequence of them, or a readable object
         The image.  The disks of several images follow each other; ``format`` and the
         other options for reading apply to each.
-    target : str, bytes or os.PathLike
-        The new image.
+
+        A stream is read once and in order: ``"-"`` is the standard input; the others
+        are the name of a pipe, a socket, and an object that is open for reading bytes,
+        which stays open.  ``format`` is ``"raw.zst"``, ``"raw.gz"`` or ``"raw.xz"`` for
+        compressed raw disks.
+    target : str, bytes or os.PathLike, or an object with ``write``, or a socket
+        The new image.  ``"-"`` is the standard output.  Like the name of a pipe, a
+        socket, and an object that is open for writing bytes, it gets the image as a
+        stream: in order, once, and also what a failed conversion had written.  They
+        stay open.
 
         Names such as ``disk.raw.zst`` and ``disk.raw.gz`` are compressed raw disks,
         whether or not ``format`` states raw.
     target_format : str, optional
         The target's format; by default the suffix of ``target`` decides.
+        ``"raw.zst"`` and ``"raw.gz"`` are compressed raw disks, for streams.
     options : mapping or sequence of str, optional
         Options of the target's format, for example ``{"cluster_size": "2M"}`` or
         ``["cluster_size=2M"]``.
@@ -216,7 +238,8 @@ def convert(
         counts, as it is read; holes and zeros that the source's tables state do not,
         unless they are written (``sparse=0``).  The bytes written do not depend on it.
     control : Control, optional
-        Changes the rate while the conversion runs; in place of ``rate``.
+        Steers the conversion from other threads, and has its rate, in place of
+        ``rate``.
     checksum : str, optional
         The algorithm of a digest of the target's disk, ``"sha256"`` or ``"blake3"``,
         which is made from what is written, without another pass; see
@@ -236,6 +259,10 @@ def convert(
     journal : str, bytes or os.PathLike, optional
         The journal's name; by default it is ``target`` with ``.imgcore-resume``.  For a
         block device it is required.
+    size : int or str, optional
+        Bytes of the disk in a stream, for example ``"10G"``, for targets that must know
+        it from the start.  A stream that is shorter is an error; one that goes on may
+        do so with zeros only.
 
     Returns
     -------
@@ -257,7 +284,9 @@ def convert(
     does not grow with the size of the disk.
     """
     started = time.monotonic()
-    target = file_name(target)
+    place: str | Any = target if is_stream_object(target) else file_name(cast("FilePath", target))
+    in_order = is_stream_target(place)
+    target = stream_name(place) if in_order else place
     if base is not None and backing is not None:
         raise OptionError("--base and -B both state the target's backing file")
     if verify and not sync:
@@ -275,9 +304,14 @@ def convert(
         share=share,
         flags=Flags(backing_format="--source-backing-format"),
         salvage=salvage,
+        size=size,
     )
+    if in_order and verify:
+        raise OptionError("--verify reads the target back, which is not possible for a stream")
+    sources = source_names(source)
     if base is not None:
-        backing, backing_format = _layer_of(file_names(source), file_name(base), target, opening)
+        backing, backing_format = _layer_of(sources, file_name(base), target, opening)
+    run = Run.of(rate, control, progress)
     writing = SinkOptions.from_keywords(
         target,
         format=target_format,
@@ -294,9 +328,9 @@ def convert(
         trust_blocks=trust_blocks,
         kernels=kernels,
         profile=profile,
-        rate=rate,
-        control=control,
+        limit=run.limit,
         checksum=checksum,
+        in_order=in_order,
     )
     if policy is not None:
         from imgcore.disk.resuming import refuse_resuming
@@ -305,31 +339,36 @@ def convert(
     base_opening = _base_options(writing, opening)
 
     def job(commitment: Commitment[ConvertResult]) -> None:
-        with ExitStack() as stack:
-            disk = stack.enter_context(open_sources(file_names(source), opening))
+        with run, ExitStack() as stack:
+            waiting = opening._replace(on_wait=run.wait)
+            disk = stack.enter_context(open_sources(sources, waiting))
             disk.refuse_conversion(with_base=backing is not None)
             base = _open_base(target, writing, base_opening, stack)
             files = [*disk.files, *(base.every_file() if base is not None else ())]
-            size = fitting_size(writing.profile, disk)
+            disk_nbytes = fitting_size(writing.profile, disk)
+            tally = Tally(disk_nbytes, run.report)
             record = None
             if policy is not None:
                 from imgcore.disk.resuming import open_journal
 
                 record = stack.enter_context(
-                    open_journal(target, journal, writing, opening, files, size)
+                    open_journal(target, journal, writing, opening, files, disk_nbytes)
                 )
-            output = Target(
-                target,
-                force=force,
-                sync=sync,
-                in_place=in_place,
-                in_place_nbytes=disk.virtual_size if writing.could_be_in_place else None,
-                journal=record,
-            )
+            output: Target
+            if in_order:
+                output = StreamTarget(place, waiting=tally.repeat)
+            else:
+                output = Target(
+                    target,
+                    force=force,
+                    sync=sync,
+                    in_place=in_place,
+                    in_place_nbytes=disk.virtual_size if writing.could_be_in_place else None,
+                    journal=record,
+                )
             stack.enter_context(output)
             output.protect(files)
             refuse_other_name(output.path, writing.format, flag="-O", profile=writing.profile)
-            tally = Tally(size, progress)
             options = writing
             if record is not None:
                 from imgcore.disk.checkpoints import Checkpoints
@@ -346,7 +385,7 @@ def convert(
                 from imgcore.disk.read_back import ReadBack
 
                 read_back = ReadBack(output, writing, base, base_opening)
-            bad_ranges = _write(sink, tally, files, output, read_back)
+            bad_ranges = _write(sink, tally, files, output, read_back, run)
             result = ConvertResult(
                 source=disk.path,
                 target=output.path,
@@ -366,16 +405,17 @@ def convert(
                 checksum=sink.digest,
                 verified=verify,
             )
+            run.keep()
             commitment.commit(output, result)
 
     return until_committed(job)
 
 
 def _layer_of(
-    sources: Sequence[str], base: str, target: str, opening: OpenOptions
+    sources: Sequence[Any], base: str, target: str, opening: OpenOptions
 ) -> tuple[str, str]:
     """Return the target's name for a backing file of the source, and its format."""
-    if len(sources) == 1:
+    if len(sources) == 1 and isinstance(sources[0], str):
         with open_image(sources[0], opening) as image:
             depth = image.depth_of(named_identity(base))
             if depth:
@@ -383,7 +423,7 @@ def _layer_of(
                 start = os.path.realpath(os.path.dirname(target))
                 name = os.path.relpath(os.path.join(os.path.realpath(folder), name), start)
                 return name, image.layers[depth].format_name
-    raise OptionError(f"{base} is not one of its backing files", path=sources[0])
+    raise OptionError(f"{base} is not one of its backing files", path=str(sources[0]))
 
 
 def _resume_policy(resume: bool | str, journal: str | None) -> str | None:
@@ -423,6 +463,7 @@ def _write(
     files: Sequence[ByteSource],
     output: Target,
     read_back: ReadBack | None,
+    run: Run,
 ) -> tuple[BadRange, ...]:
     """Write the target's content and verify it.
 
@@ -430,8 +471,10 @@ def _write(
     """
     try:
         bad_ranges = sink.write(tally)
+        run.phase = "syncing"
         output.prepare()
         if read_back is not None and sink.digest is not None:
+            run.phase = "verifying"
             read_back.verify(sink.digest, sink.disk_nbytes, tally.finish)
         for file in files:
             file.check_unchanged()

@@ -13,7 +13,7 @@ from imgcore.disk.flattening import flatten_image, require_rebasable
 from imgcore.disk.image import Image
 from imgcore.disk.open_options import OpenOptions
 from imgcore.disk.opened import opened_for_update
-from imgcore.engine.control import Control, control_of
+from imgcore.engine.control import Control, Run
 from imgcore.engine.job import thread_count
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def flatten(
     rate : int or str, optional
         The most bytes to copy in a second, for example ``"100M"``.
     control : Control, optional
-        Changes the rate during the run; in place of ``rate``.
+        Steers the run from other threads, and has its rate, in place of ``rate``.
 
     Returns
     -------
@@ -102,16 +102,16 @@ def flatten(
         read_options=read_options,
         allow=allow,
     )
-    n_threads, limit = thread_count(threads), control_of(rate, control)
-    with opened_for_update(image, opening) as disk:
-        meter = CopyMeter(disk.virtual_size, progress)
+    n_threads, run = thread_count(threads), Run.of(rate, control, progress)
+    with run, opened_for_update(image, opening) as disk:
+        meter = CopyMeter(disk.virtual_size, run.report)
         if disk.reader.backing is None:
             meter.finish()
             return FlattenResult(disk.path, disk.format, 0, 0, 0, time.monotonic() - started)
         require_rebasable(disk)
         if disk.reader.identities:
             warn_about_children(disk, opening.allow)
-        copied = flatten_image(disk, threads=n_threads, control=limit, meter=meter)
+        copied = flatten_image(disk, threads=n_threads, run=run, meter=meter)
         meter.finish()
         return FlattenResult(
             disk.path,

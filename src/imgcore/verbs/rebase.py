@@ -19,7 +19,7 @@ from imgcore.disk.layer import open_layer
 from imgcore.disk.open_options import Flags, OpenOptions
 from imgcore.disk.opened import opened_for_update
 from imgcore.disk.own_areas import WithoutOwn
-from imgcore.engine.control import Control, control_of
+from imgcore.engine.control import Control, Run
 from imgcore.engine.job import thread_count
 from imgcore.errors import ImgcoreError, OptionError
 from imgcore.log import log
@@ -109,7 +109,7 @@ def rebase(
     rate : int or str, optional
         The most bytes to copy in a second, for example ``"100M"``.
     control : Control, optional
-        Changes the rate during the run; in place of ``rate``.
+        Steers the run from other threads, and has its rate, in place of ``rate``.
 
     Returns
     -------
@@ -142,9 +142,9 @@ def rebase(
         flags=_FLAGS,
     )
     reference = backing_reference(name, backing, backing_format)
-    n_threads, limit = thread_count(threads), control_of(rate, control)
-    with opened_for_update(name, opening) as disk:
-        job = _Rebase(disk, opening, n_threads, limit, CopyMeter(disk.virtual_size, progress))
+    n_threads, run = thread_count(threads), Run.of(rate, control, progress)
+    with run, opened_for_update(name, opening) as disk:
+        job = _Rebase(disk, opening, n_threads, run, CopyMeter(disk.virtual_size, run.report))
         copied = job.relink(reference) if unsafe else job.move_to(reference)
         job.meter.finish()
         return RebaseResult(
@@ -165,13 +165,14 @@ class _Rebase(NamedTuple):
     image: Image
     options: OpenOptions
     threads: int
-    control: Control | None
+    run: Run
     meter: CopyMeter
 
     def relink(self, reference: BackingReference | None) -> Copied:
         """Change the link, and nothing else."""
         if not self.image.is_rebasable():
             require_rebasable(self.image)
+        self.run.keep()
         self.image.set_backing(None if reference is None else self._facts(reference))
         return Copied()
 
@@ -203,9 +204,7 @@ class _Rebase(NamedTuple):
         if reference is None:
             if image.reader.backing is None:
                 return Copied()
-            return flatten_image(
-                image, threads=self.threads, control=self.control, meter=self.meter
-            )
+            return flatten_image(image, threads=self.threads, run=self.run, meter=self.meter)
         if image.reader.backing is None:
             raise OptionError(
                 "has no backing file, so that all of its disk is its own: imgcore convert -B "
@@ -231,10 +230,12 @@ class _Rebase(NamedTuple):
                 self._different(state, base),
                 threads=self.threads,
                 report=self.meter.copy,
-                control=self.control,
+                control=self.run.control,
             )
             new.check_unchanged()
+        self.run.phase = "syncing"
         image.flush()
+        self.run.keep()
         image.set_backing(facts)
         return copied
 
@@ -254,6 +255,7 @@ class _Rebase(NamedTuple):
             nbytes=state.virtual_size,
             granularity=_GRANULARITY,
             threads=self.threads,
+            limit=self.run.pauses,
             report=self.meter.search,
         )
         return found.areas()

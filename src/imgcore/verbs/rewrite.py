@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from imgcore.border import FilePath, file_name
 from imgcore.disk.children import refuse_children
 from imgcore.disk.open_options import Flags, OpenOptions
+from imgcore.engine.control import Run
 from imgcore.engine.progress import Tally
 from imgcore.errors import CorruptImageError, LimitExceededError, OptionError, TargetError
 from imgcore.files import in_place
@@ -27,6 +28,7 @@ from imgcore.rewriting.wish import Wish, open_alone, warn_about_disk
 
 if TYPE_CHECKING:
     from imgcore.disk.image import Image
+    from imgcore.engine.control import Control
     from imgcore.engine.progress import Progress
     from imgcore.files.host_file import HostFile
     from imgcore.rewriting.director import Director, RewriteCost
@@ -98,6 +100,7 @@ def rewrite(
     keep_undo: bool = True,
     dry_run: bool = False,
     progress: Callable[[Progress], None] | None = None,
+    control: Control | None = None,
 ) -> RewriteResult:
     """Make an image one of another format in its own file, without copying its data.
 
@@ -140,6 +143,9 @@ def rewrite(
         Only compute the result; no file is changed.
     progress : callable, optional
         As for `imgcore.convert`.
+    control : Control, optional
+        Steers the job from other threads.  Its rate is about the data that moves.  If
+        it is cancelled, the old image is restored.
 
     Returns
     -------
@@ -170,7 +176,8 @@ def rewrite(
     )
     result = job.rehearsed() if dry_run else job.recovered()
     if result is None:
-        result = job.run(progress)
+        with Run(control, progress) as run:
+            result = job.run(run)
     if result.journal is not None and not keep_undo:
         finish_rewrite(result.path)
         result = result._replace(journal=None, file_size=os.stat(result.path).st_size)
@@ -309,8 +316,10 @@ class _Job(NamedTuple):
             recovered=True,
         )
 
-    def run(self, progress: Callable[[Progress], None] | None) -> RewriteResult:
+    def run(self, run: Run) -> RewriteResult:
         """Rewrite the image."""
+        from imgcore.rewriting.moving import Workers
+
         with ExitStack() as stack:
             place = stack.enter_context(InPlace(self._data_path()))
             # The locks are our own now.
@@ -323,7 +332,7 @@ class _Job(NamedTuple):
             warn_about_disk(image, director, self._new_name())
             needed_nbytes = _needed_nbytes(director)
             place.require_space(needed_nbytes)
-            tally = Tally(image.virtual_size, progress)
+            tally = Tally(image.virtual_size, run.report)
             names = self._names(image, director)
             staged = place.start(
                 self._head(image),
@@ -331,8 +340,10 @@ class _Job(NamedTuple):
                 reserve_nbytes=needed_nbytes,
                 **names,
             )
-            cost = director.write(staged, tally)
+            cost = director.write(staged, tally, Workers.default(run.limit))
             tally.finish()
+            run.keep()
+            run.phase = "syncing"
             result = self._result(image, cost)
             # Its descriptors would look like those of another program.
             image.close()

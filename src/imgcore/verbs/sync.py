@@ -20,7 +20,7 @@ from imgcore.disk.image import Image, open_image
 from imgcore.disk.image_names import local_image
 from imgcore.disk.open_options import FLAGS, Flags, OpenOptions
 from imgcore.disk.opened import opened_for_update, require_no_options
-from imgcore.engine.control import Control, control_of
+from imgcore.engine.control import Control, Run
 from imgcore.engine.hashing import require_algorithm
 from imgcore.engine.job import thread_count
 from imgcore.engine.progress import Progress
@@ -33,6 +33,7 @@ from imgcore.files.target import Target
 
 if TYPE_CHECKING:
     from imgcore.disk.disk_state import DiskState
+    from imgcore.engine.hashing import LeafSink
     from imgcore.files.commitment import Commitment
     from imgcore.files.identity import Identity
 
@@ -150,7 +151,7 @@ def sync(
     rate : int or str, optional
         The most bytes of changed data to copy in a second, for example ``"100M"``.
     control : Control, optional
-        Changes the rate during the run; in place of ``rate``.
+        Steers the run from other threads, and has its rate, in place of ``rate``.
 
     Returns
     -------
@@ -180,7 +181,7 @@ def sync(
         raise OptionError(f"{' and '.join(given)} are given: one states what has changed")
     if checksum is not None:
         require_algorithm(checksum)
-    limit = control_of(rate, control)
+    run = Run.of(rate, control, progress)
     opening = OpenOptions.from_keywords(
         format=format,
         backing_format=backing_format,
@@ -216,7 +217,7 @@ def sync(
             return search.since(source_name(since), older)
         return search.compared(old, new.virtual_size)
 
-    with ExitStack() as stack:
+    with run, ExitStack() as stack:
         disk = _opened(source, opening, stack)
         if not isinstance(target, Image):
             # Without this, the source would keep its own target out.
@@ -231,8 +232,8 @@ def sync(
             image,
             find,
             thread_count(threads),
-            limit,
-            CopyMeter(disk.virtual_size, progress),
+            run,
+            CopyMeter(disk.virtual_size, run.report),
         )
         if tree is None:
             return job.run(checksum)
@@ -294,7 +295,7 @@ class _Sync:
     find : callable
         Returns the areas, for a search in the source and the state of both.
     threads : int
-    control : Control
+    run : Run
     meter : CopyMeter
     """
 
@@ -304,14 +305,14 @@ class _Sync:
         target: Image,
         find: Callable[[AreaSearch, DiskState, DiskState], Iterator[Area]],
         threads: int,
-        control: Control | None,
+        run: Run,
         meter: CopyMeter,
     ) -> None:
         self._started = time.monotonic()
         self._source, self._target = source, target
         self._find = find
         self._threads = threads
-        self._control = control
+        self._run = run
         self._meter = meter
 
     def run(self, checksum: str | None) -> SyncResult:
@@ -320,7 +321,7 @@ class _Sync:
             copied = self._copy(self._found(state, _GRANULARITY))
             digest = None
             if checksum is not None:
-                digest = DigestedDisk.of_state(state).digest(checksum, threads=self._threads)
+                digest = self._digest(DigestedDisk.of_state(state), checksum)
         return self._result(copied, digest)
 
     def run_with_tree(
@@ -349,7 +350,7 @@ class _Sync:
                 if not (by_tree or keeps_leaves):
                     copied = self._copy(self._found(state, _GRANULARITY))
                     new = NewTree(output.main, checksum or "sha256", disk.nbytes)
-                    disk.digest(checksum or "sha256", threads=self._threads, sink=new)
+                    self._digest(disk, checksum or "sha256", new)
                 else:
                     old = stack.enter_context(TreeFile.open(path))
                     algorithm = checksum or old.digest.algorithm
@@ -357,7 +358,11 @@ class _Sync:
                     new = NewTree(output.main, algorithm, disk.nbytes, old)
                     if by_tree:
                         found = disk.changed_since(
-                            old, threads=self._threads, sink=new, report=self._searched
+                            old,
+                            threads=self._threads,
+                            limit=self._run.pauses,
+                            sink=new,
+                            report=self._searched,
                         )
                         copied = self._copy(found)
                     else:
@@ -365,9 +370,20 @@ class _Sync:
                         copied = self._copy(found, new.replace)
                         old.check_unchanged()
                 result = self._result(copied, new.finish())
+                output.prepare()
+                self._run.keep()
                 commitment.commit(output, result)
 
         return until_committed(job)
+
+    def _digest(self, disk: DigestedDisk, algorithm: str, sink: LeafSink | None = None) -> Digest:
+        return disk.digest(
+            algorithm,
+            threads=self._threads,
+            limit=self._run.pauses,
+            sink=sink,
+            report=lambda *_: self._searched(0, 0),
+        )
 
     def _searched(self, done: int, _data: int) -> None:
         self._meter.search(done)
@@ -375,7 +391,12 @@ class _Sync:
     def _found(self, state: DiskState, granularity: int) -> Iterator[Area]:
         """Yield the areas, in whole blocks."""
         meter = self._meter
-        how = SearchSettings(granularity, self._threads, lambda state: meter.search(state.done))
+        how = SearchSettings(
+            granularity,
+            self._threads,
+            lambda state: meter.search(state.done),
+            self._run.pauses,
+        )
         with self._target.kept_open() as old:
             yield from self._find(AreaSearch(state, how), state, old)
 
@@ -391,11 +412,12 @@ class _Sync:
             threads=self._threads,
             report=self._meter.copy,
             observe=observe,
-            control=self._control,
+            control=self._run.control,
         )
 
     def _result(self, copied: Copied, digest: Digest | None) -> SyncResult:
         """Make the target durable, and return the result."""
+        self._run.phase = "syncing"
         self._target.flush()
         self._source.check_unchanged()
         self._meter.finish()

@@ -137,6 +137,11 @@ class NewTables:
         self._close_tail()
         return self.write_complete(file, offset)
 
+    def end_disk(self, options: WriteOptions) -> None:
+        """Cut the L1 table to that of a smaller disk."""
+        self._options = options
+        self._l1 = self._l1[: options.l1_entries]
+
     def write_l1(self, file: TargetFile, offset: int) -> None:
         """Write the L1 table into a hole of the file."""
         write_with_holes(file, offset, self._l1.astype(">u8"))

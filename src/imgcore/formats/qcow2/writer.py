@@ -2,7 +2,8 @@
 
 A new file contains, in this order: header, L1 table, data, L2 tables, refcount blocks,
 refcount table.  If pending tables take too much memory, final L2 tables and refcount
-blocks are written between the data.  With preallocation all tables precede the data,
+blocks are written between the data.  The L1 table of a disk whose size is not known
+at first follows the L2 tables.  With preallocation all tables precede the data,
 and guest cluster i is host cluster data_start + i.
 
 Source: QEMU docs/interop/qcow2.rst.
@@ -98,7 +99,7 @@ class Qcow2Writer:
         self._refcounts = RefcountBuilder(options)
         self._file: TargetFile | None = None
         self.first_offset: int = (1 + options.l1_clusters) * options.cluster_size
-        self._refcounts.add_range(0, 1 + options.l1_clusters)
+        self._is_open_ended = False
         self.geometry: Geometry = Geometry(
             block_nbytes=options.cluster_size,
             guest_nbytes=options.virtual_size,
@@ -120,7 +121,20 @@ class Qcow2Writer:
     def begin(self, target: Target) -> TargetFile:
         """Open the target; see `imgcore.formats.api.Writer`."""
         self._file = target.main
+        self._counted(0, self.first_offset)
         return self._file
+
+    def leave_end_open(self) -> None:
+        """Have the L1 table follow the L2 tables; see `EndsLate` in `formats.api`."""
+        self._is_open_ended = True
+        self.first_offset = self._options.cluster_size
+
+    def end_disk(self, request: WriteRequest[Options]) -> None:
+        """Cut the L1 table; see `imgcore.formats.api.EndsLate`."""
+        self._options = WriteOptions.of(request)
+        self._tables.end_disk(self._options)
+        nbytes = self._options.virtual_size
+        self.geometry = self.geometry._replace(guest_nbytes=nbytes)
 
     def place(self, first_block: int, placements: Placements, next_offset: int) -> int:
         """Record placements; see `imgcore.formats.api.Writer`."""
@@ -141,6 +155,10 @@ class Qcow2Writer:
         options, file = self._options, self._target_file()
         offset = self._aligned(max(next_offset, self.first_offset))
         offset = self._counted(offset, self._tables.write_rest(file, offset))
+        l1_offset = options.cluster_size
+        if self._is_open_ended:
+            l1_offset = offset
+            offset = self._counted(offset, offset + options.l1_clusters * options.cluster_size)
         n_used = offset >> options.cluster_bits
         n_blocks, n_table = self._refcounts.n_missing(n_used)
         # All references must be counted before the first of these blocks is encoded.
@@ -149,9 +167,9 @@ class Qcow2Writer:
         file.pwrite(offset, encoded)
         table_offset = offset + n_blocks * options.cluster_size
         file.pwrite(table_offset, self._refcounts.table(n_table))
-        self._tables.write_l1(file, options.cluster_size)
+        self._tables.write_l1(file, l1_offset)
         file.truncate(table_offset + n_table * options.cluster_size)
-        file.pwrite(0, build_header(options, options.cluster_size, table_offset, n_table))
+        file.pwrite(0, build_header(options, l1_offset, table_offset, n_table))
 
     def _target_file(self) -> TargetFile:
         assert self._file is not None
@@ -161,7 +179,7 @@ class Qcow2Writer:
         return align_up(offset, self._options.cluster_size)
 
     def _counted(self, start: int, end: int) -> int:
-        """Count the clusters of new L2 tables, and return their end."""
+        """Count the clusters of new tables, and return their end."""
         bits = self._options.cluster_bits
         self._refcounts.add_range(start >> bits, (end - start) >> bits)
         return end

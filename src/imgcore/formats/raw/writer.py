@@ -30,6 +30,7 @@ class RawWriter(FlatWriter):
     """Writes a raw file or block device."""
 
     format_name: ClassVar[str] = "raw"
+    writes_in_order: ClassVar[bool] = True
 
     def __init__(self, options: WriteOptions) -> None:
         super().__init__(
@@ -37,19 +38,26 @@ class RawWriter(FlatWriter):
             options.exact_nbytes,
             options.preallocation,
         )
-        self._in_place = False
+        self._in_place = self._is_on_device = False
         self._virtual_size = options.virtual_size
 
     def begin(self, target: Target) -> TargetFile:
         """Return the file; an existing one must be large enough."""
         self._in_place = target.in_place
+        self._is_on_device = target.is_block_device
         if target.is_block_device:
             # The sectors of a device are whole.
             self._file_nbytes = self._virtual_size
             self.geometry: Geometry = self.geometry._replace(guest_nbytes=self._virtual_size)
-        if target.in_place:
+        if target.in_place and not self._is_open_ended:
             target.require_capacity(self._file_nbytes)
         return super().begin(target)
+
+    def end_disk(self, request: WriteRequest[Options]) -> None:
+        """Set the sizes; see `imgcore.formats.api.EndsLate`."""
+        options = WriteOptions.of(request)
+        nbytes = options.virtual_size if self._is_on_device else options.exact_nbytes
+        self._end(nbytes, nbytes)
 
     def finish(self, next_offset: int) -> None:
         """Set the file's final size."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from imgcore.engine.geometry import Geometry, Placing, ZeroPolicy
+from imgcore.errors import OptionError
 from imgcore.limits import KIB, MIB
 
 if TYPE_CHECKING:
@@ -56,12 +57,27 @@ class FlatWriter:
     """
 
     def __init__(self, geometry: Geometry, file_nbytes: int, preallocation: str = "off") -> None:
-        self.geometry = geometry
+        self.geometry: Geometry = geometry
         self.first_offset: int = geometry.host_base
         self.needs_own_blocks: bool = preallocation in ("falloc", "full")
         self._file_nbytes = file_nbytes
         self._preallocation = preallocation
         self._file: TargetFile | None = None
+        self._is_open_ended = False
+
+    def leave_end_open(self) -> None:
+        """Leave the file's size to `finish`; see `imgcore.formats.api.EndsLate`."""
+        if self.needs_own_blocks:
+            raise OptionError(
+                f"preallocation={self._preallocation} needs the size of the disk, which a stream "
+                "states at its end: give it (--size)"
+            )
+        self._is_open_ended = True
+
+    def _end(self, guest_nbytes: int, file_nbytes: int) -> None:
+        """Set the sizes of the disk and of the file."""
+        self.geometry = self.geometry._replace(guest_nbytes=guest_nbytes)
+        self._file_nbytes = file_nbytes
 
     def begin(self, target: Target) -> TargetFile:
         """Give a new file its size, so that it reads as zeros, and return it."""
@@ -69,7 +85,7 @@ class FlatWriter:
 
     def _reserve(self, target: Target, file: TargetFile) -> TargetFile:
         self._file = file
-        if target.in_place:
+        if target.in_place or self._is_open_ended:
             return file
         if self.needs_own_blocks:
             target.require_space(self._file_nbytes)

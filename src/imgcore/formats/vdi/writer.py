@@ -76,6 +76,15 @@ class DynamicWriter:
         self._format = table_format(self._options.block_nbytes, self._options.data_offset)
         return self._file
 
+    def leave_end_open(self) -> None:
+        """Do nothing: the header is written at the end."""
+
+    def end_disk(self, request: WriteRequest[Options]) -> None:
+        """Set the size; see `imgcore.formats.api.EndsLate`."""
+        self._options = WriteOptions.of(request)._replace(data_offset=self.first_offset)
+        nbytes = self._options.virtual_size
+        self.geometry = self.geometry._replace(guest_nbytes=nbytes)
+
     def place(self, first_block: int, placements: Placements, next_offset: int) -> int:
         """Write the entries of these blocks, and of free blocks before them."""
         import numpy as np
@@ -125,6 +134,11 @@ class FixedWriter(FlatWriter):
             options.preallocation,
         )
         self._options = options
+
+    def end_disk(self, request: WriteRequest[Options]) -> None:
+        """Set the sizes; see `imgcore.formats.api.EndsLate`."""
+        self._options = WriteOptions.of(request)._replace(data_offset=self.first_offset)
+        self._end(self._options.virtual_size, self._options.file_nbytes(self._options.n_blocks))
 
     def finish(self, next_offset: int) -> None:
         """Write the block map and the header."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from imgcore.formats.api import Driver
+from imgcore.formats.vhd.layout import FOOTER_NBYTES
 from imgcore.formats.vhd.reader import ReadOptions
 
 DRIVER: Final = Driver(
@@ -16,4 +17,5 @@ DRIVER: Final = Driver(
     read_options=ReadOptions,
     reading_extents=("imgcore.formats.vhd.tables",),
     updating="imgcore.formats.vhd.updater",
+    flat_tail_nbytes=FOOTER_NBYTES,
 )

@@ -115,6 +115,7 @@ class FixedWriter(FlatWriter):
     """Writes a fixed disk: the guest's bytes, then the footer."""
 
     format_name: ClassVar[str] = "vhd"
+    writes_in_order: ClassVar[bool] = True
 
     def __init__(self, options: WriteOptions) -> None:
         super().__init__(
@@ -123,6 +124,11 @@ class FixedWriter(FlatWriter):
             options.preallocation,
         )
         self._options = options
+
+    def end_disk(self, request: WriteRequest[Options]) -> None:
+        """Set the sizes; see `imgcore.formats.api.EndsLate`."""
+        self._options = options = WriteOptions.of(request)
+        self._end(options.guest_nbytes, options.virtual_size + layout.FOOTER_NBYTES)
 
     def finish(self, next_offset: int) -> None:
         """Write the footer."""
@@ -166,7 +172,7 @@ class BlockWriter:
         self._layout = BlockLayout(options)
         self._file: TargetFile | None = None
         self.first_offset: int = self._layout.first_offset
-        self._blocks_end = self.first_offset
+        self._blocks_end = 0
         self.geometry: Geometry = Geometry(
             block_nbytes=options.block_nbytes,
             guest_nbytes=options.guest_nbytes,
@@ -191,6 +197,21 @@ class BlockWriter:
         self._format = table_format(block_nbytes, bitmap_nbytes(block_nbytes))
         self._table = np.full(self._layout.table_nbytes, 0xFF, dtype=np.uint8)
         return self._file
+
+    def leave_end_open(self) -> None:
+        """Leave less room for tables than a block has, which checks would count."""
+        if self.first_offset >= self._options.block_nbytes:
+            raise LimitExceededError(
+                f"the tables of a disk of {self._options.virtual_size} bytes need more room than "
+                f"a block of {self._options.block_nbytes}"
+            )
+
+    def end_disk(self, request: WriteRequest[Options]) -> None:
+        """Cut the BAT; see `imgcore.formats.api.EndsLate`."""
+        self._options = WriteOptions.of(request)
+        self._layout = BlockLayout(self._options)
+        self._table = self._table[: self._layout.table_nbytes]
+        self.geometry = self.geometry._replace(guest_nbytes=self._options.guest_nbytes)
 
     def place(self, first_block: int, placements: Placements, next_offset: int) -> int:
         """Record the stored blocks in the BAT."""
@@ -220,7 +241,7 @@ class BlockWriter:
         file, parts = self._file, self._layout
         assert file is not None
         footer = make_footer(self._options)
-        file.truncate(self._blocks_end + layout.FOOTER_NBYTES)
+        file.truncate(max(self._blocks_end, parts.first_offset) + layout.FOOTER_NBYTES)
         file.pwrite(_TABLE_OFFSET, self._table)
         if self._options.batmap:
             file.pwrite(parts.batmap_offset, self._make_batmap())

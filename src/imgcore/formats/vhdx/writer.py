@@ -71,6 +71,16 @@ class DynamicWriter:
         self._target_path = target.path
         return self._file
 
+    def leave_end_open(self) -> None:
+        """Do nothing: only the BAT's length in the headers depends on the size."""
+
+    def end_disk(self, request: WriteRequest[Options]) -> None:
+        """Set the sizes of disk and BAT; see `imgcore.formats.api.EndsLate`."""
+        self._options = WriteOptions.of(request)
+        self._structures = Structures(self._options)
+        nbytes = self._options.metadata.virtual_size
+        self.geometry = self.geometry._replace(guest_nbytes=nbytes)
+
     def place(self, first_block: int, placements: Placements, next_offset: int) -> int:
         """Write the entries of blocks; see `imgcore.formats.api.Writer`."""
         assert self._file is not None
@@ -100,6 +110,14 @@ class FixedWriter(FlatWriter):
         self._metadata = metadata
         self._structures = Structures(options)
         self.logical_sector_nbytes: int = metadata.logical_sector_nbytes
+
+    def end_disk(self, request: WriteRequest[Options]) -> None:
+        """Set the sizes; see `imgcore.formats.api.EndsLate`."""
+        options = WriteOptions.of(request)
+        self._metadata = metadata = options.metadata
+        self._structures = Structures(options)
+        file_nbytes = self.first_offset + metadata.n_blocks * metadata.block_nbytes
+        self._end(metadata.virtual_size, file_nbytes)
 
     def finish(self, next_offset: int) -> None:
         """Write everything except the data; see `imgcore.formats.api.Writer`."""

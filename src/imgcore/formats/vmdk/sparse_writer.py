@@ -9,12 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from imgcore.engine.geometry import CodecId, Geometry, Prefix, Reuse
+from imgcore.errors import OptionError
 from imgcore.formats.shared.alignment import align_up
 from imgcore.formats.shared.write_checks import zero_policy
 from imgcore.formats.vmdk import layout
 from imgcore.formats.vmdk.layout import Flags
-from imgcore.formats.vmdk.options import WriteOptions
+from imgcore.formats.vmdk.options import Options, WriteOptions
 from imgcore.formats.vmdk.sparse_structures import (
+    FRONT_NBYTES,
     GT_NSECTORS,
     HostedLayout,
     HostedTables,
@@ -30,8 +32,10 @@ from imgcore.limits import SECTOR_NBYTES, VMDK_MAX_SPARSE_FILE_NBYTES
 
 if TYPE_CHECKING:
     from imgcore.engine.extents import Placements
+    from imgcore.engine.placement_log import PlacementLog
     from imgcore.files.target import Target
     from imgcore.files.target_file import TargetFile
+    from imgcore.formats.api import WriteRequest
 
 # In a streamOptimized file a marker and the table follow the table's grains.
 _GT_GAP_NBYTES: Final = SECTOR_NBYTES + layout.GT_NBYTES
@@ -73,6 +77,7 @@ class StreamWriter:
 
     format_name: ClassVar[str] = "vmdk"
     needs_own_blocks: ClassVar[bool] = False
+    writes_in_order: ClassVar[bool] = True
     _FLAGS: ClassVar[Flags] = Flags.NEWLINE_TEST | Flags.COMPRESSED | Flags.MARKERS
     _VERSION: ClassVar[int] = 3
 
@@ -86,6 +91,7 @@ class StreamWriter:
         self._group = -1
         self._gap_offset = 0
         self._is_pending = False
+        self._is_open_ended = False
 
     def _make_geometry(self) -> Geometry:
         from imgcore.engine.compression_levels import DEFAULT_LEVEL, deflate_codec
@@ -105,14 +111,34 @@ class StreamWriter:
         )
 
     def begin(self, target: Target) -> TargetFile:
-        """Return the file; ``finish`` writes its header."""
+        """Return the file; its header is written last, unless it must come first."""
         import numpy as np
 
         self._file = target.main
         self._table_format = table_format(self._options)
         self._directory = np.zeros(self._n_entries, dtype="<u4")
         self._table = np.zeros(layout.GTES_PER_GT, dtype="<u4")
+        if self._file.in_order:
+            if self._is_open_ended:
+                raise OptionError(
+                    "the header of streamOptimized comes first and states the disk's size, which "
+                    "is not known before the end of the source: give it (--size)",
+                    path=self._file.path,
+                )
+            self._write_front(layout.GD_AT_END)
         return self._file
+
+    def leave_end_open(self) -> None:
+        """Have the header written last; see `imgcore.formats.api.EndsLate`."""
+        self._is_open_ended = True
+
+    def end_disk(self, request: WriteRequest[Options]) -> None:
+        """Cut the directory; see `imgcore.formats.api.EndsLate`."""
+        self._options = WriteOptions.of(request)
+        self._n_entries = n_directory_entries(self._options)
+        self._directory = self._directory[: self._n_entries]
+        nbytes = self._options.virtual_size
+        self.geometry = self.geometry._replace(guest_nbytes=nbytes)
 
     def place(self, first_block: int, placements: Placements, next_offset: int) -> int:
         """Write the table of every group that has placed grains.
@@ -178,10 +204,15 @@ class StreamWriter:
         )
         self._file.pwrite(end, tail)
         self._file.truncate(end + len(tail))
+        if not self._file.in_order:
+            at_end = not self._file.is_block_device
+            self._write_front(layout.GD_AT_END if at_end else gd_offset)
+
+    def _write_front(self, gd_offset: int) -> None:
+        assert self._file is not None
+        self._file.pwrite(0, self._header(gd_offset))
         descriptor = embedded_descriptor(self._options, "RDONLY")
         self._file.pwrite(layout.DESCRIPTOR_SECTOR * SECTOR_NBYTES, descriptor)
-        at_end = not self._file.is_block_device
-        self._file.pwrite(0, self._header(layout.GD_AT_END if at_end else gd_offset))
 
     def _header(self, gd_offset: int) -> bytes:
         return make_header(
@@ -190,7 +221,10 @@ class StreamWriter:
 
 
 class SparseWriter:
-    """Writes monolithicSparse: two sets of tables, then plain grains."""
+    """Writes monolithicSparse: two sets of tables, then plain grains.
+
+    The tables of a disk whose size is not known at first follow the grains.
+    """
 
     format_name: ClassVar[str] = "vmdk"
     needs_own_blocks: ClassVar[bool] = False
@@ -209,6 +243,15 @@ class SparseWriter:
             sparse_nbytes=options.sparse_nbytes,
         )
         self._file: TargetFile | None = None
+        # The placements so far, if the tables come last.
+        self._log: PlacementLog | None = None
+
+    def leave_end_open(self) -> None:
+        """Have the tables follow the grains; see `imgcore.formats.api.EndsLate`."""
+        from imgcore.engine.placement_log import PlacementLog
+
+        self._log = PlacementLog()
+        self.first_offset = align_up(FRONT_NBYTES, self._options.grain_nbytes)
 
     def begin(self, target: Target) -> TargetFile:
         """Return the file; ``finish`` writes its header."""
@@ -216,11 +259,29 @@ class SparseWriter:
         self._tables = HostedTables(self._options, self._file, self._layout)
         return self._file
 
+    def end_disk(self, request: WriteRequest[Options]) -> None:
+        """Set the size; see `imgcore.formats.api.EndsLate`."""
+        self._options = WriteOptions.of(request)
+        nbytes = self._options.virtual_size
+        self.geometry = self.geometry._replace(guest_nbytes=nbytes)
+
     def place(self, first_block: int, placements: Placements, next_offset: int) -> int:
-        """Write the entries of the placed grains."""
-        self._tables.place(first_block, placements)
+        """Write the entries of the placed grains, or keep them."""
+        if self._log is None:
+            self._tables.place(first_block, placements)
+        else:
+            self._log.add(first_block, placements)
         return next_offset
 
     def finish(self, next_offset: int) -> None:
         """Write directories, descriptor and header; round up to whole grains."""
-        self._tables.finish(next_offset, self._layout.end)
+        if self._log is None:
+            self._tables.finish(next_offset, self._layout.end)
+            return
+        assert self._file is not None
+        start = align_up(max(next_offset, self.first_offset), self._options.grain_nbytes)
+        parts = HostedLayout(self._options, start)
+        tables = HostedTables(self._options, self._file, parts)
+        for first_block, placements in self._log:
+            tables.place(first_block, placements)
+        tables.finish(parts.end, FRONT_NBYTES)

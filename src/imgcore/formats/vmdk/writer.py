@@ -84,6 +84,11 @@ class DescribedWriter(FlatWriter):
         self._descriptor = target.main
         return self._reserve(target, target.companion(data_file_name(self._options.name)))
 
+    def end_disk(self, request: WriteRequest[Options]) -> None:
+        """Set the sizes; see `imgcore.formats.api.EndsLate`."""
+        self._options = WriteOptions.of(request)
+        self._end(self._options.virtual_size, self._options.virtual_size)
+
     def finish(self, next_offset: int) -> None:
         """Write the descriptor."""
         self._finished_file()

@@ -1,0 +1,213 @@
+"""Disks whose bytes come once and in order: raw disks, plain and compressed.
+
+Memory stays bounded, whatever a stream contains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from typing import TYPE_CHECKING, Final
+
+from imgcore.errors import CorruptImageError
+from imgcore.files.stream_input import StreamInput
+from imgcore.streams.feeder import MIN_BUFFERS, filled
+from imgcore.streams.gzip import GzipDecoder, is_gzip
+from imgcore.streams.xz import XzDecoder, is_xz
+from imgcore.streams.zstd import FramesInput, ZstdDecoder, is_zstd
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Sequence
+
+    from imgcore.files.identity import Identity
+    from imgcore.streams.decoder import Decoder
+
+_DECODERS: Final[dict[str, Callable[[StreamInput], Decoder]]] = {
+    "zstd": lambda source: ZstdDecoder(FramesInput(source)),
+    "gzip": GzipDecoder,
+    "xz": XzDecoder,
+}
+_TESTS: Final = {"zstd": is_zstd, "gzip": is_gzip, "xz": is_xz}
+
+
+def codec_of(head: bytes) -> str | None:
+    """Return the codec of a stream that begins so; None if it is not compressed."""
+    return next((name for name, test in _TESTS.items() if test(head)), None)
+
+
+def decoded(source: StreamInput, codec: str) -> StreamInput:
+    """Return the content of a compressed stream; closing it closes the stream."""
+    return StreamInput(_Decoded(source, _DECODERS[codec](source)), source.path)
+
+
+class _Decoded:
+    """The content of a compressed stream; an `Origin`."""
+
+    def __init__(self, source: StreamInput, decoder: Decoder) -> None:
+        self._source = source
+        self._decoder = decoder
+        self.identity: Identity = source.identity
+
+    def readinto(self, view: memoryview, _tick: Callable[[], None] | None, /) -> int:
+        return self._decoder.fill(view)
+
+    def cancel(self) -> bool:
+        return self._source.cancel()
+
+    def close(self) -> None:
+        self._source.close()
+
+
+class _WithoutTail:
+    """The bytes of a stream but for the last ones; an `Origin`."""
+
+    def __init__(self, source: StreamInput, tail_nbytes: int) -> None:
+        self._source = source
+        self._tail_nbytes = tail_nbytes
+        self.identity: Identity = source.identity
+        self.tail = b""
+        self._has_ended = False
+
+    def readinto(self, view: memoryview, _tick: Callable[[], None] | None, /) -> int:
+        # Before and after each call, as many bytes are ahead as the tail has.
+        if self._has_ended or not self._has_tail(b""):
+            return 0
+        n = self._source.readinto(view)
+        if self._has_tail(view[:n]):
+            return n
+        return n + len(self._source.peek(self._tail_nbytes)) - self._tail_nbytes
+
+    def _has_tail(self, taken: memoryview | bytes) -> bool:
+        ahead = self._source.peek(self._tail_nbytes)
+        if len(ahead) == self._tail_nbytes:
+            return True
+        self.tail = (bytes(taken[-self._tail_nbytes :]) + ahead)[-self._tail_nbytes :]
+        self._has_ended = True
+        return False
+
+    def cancel(self) -> bool:
+        return self._source.cancel()
+
+    def close(self) -> None:
+        self._source.close()
+
+
+class OnceReader:
+    """A disk that is read once, in order, from a stream.
+
+    Parameters
+    ----------
+    source : StreamInput
+        `close` closes it.
+    codec : str or None
+        ``"zstd"``, ``"gzip"`` or ``"xz"`` if it is compressed.
+    nbytes : int, optional
+        Size of the disk, if it is known.
+    tail_nbytes : int
+        Bytes that follow the disk in the stream and belong to its format.
+
+    Attributes
+    ----------
+    file : StreamInput
+        The stream as it comes.
+    nbytes : int or None
+        Size of the disk in bytes; None before its end was met, if it was not given.
+    tail : bytes
+        What follows the disk, once the end was met.
+    """
+
+    def __init__(
+        self,
+        source: StreamInput,
+        codec: str | None = None,
+        *,
+        nbytes: int | None = None,
+        tail_nbytes: int = 0,
+    ) -> None:
+        self.file: StreamInput = source
+        self.codec: str | None = codec
+        self.nbytes: int | None = nbytes
+        self.tail: bytes = b""
+        self._stated = nbytes
+        self._tail_nbytes = tail_nbytes
+        self._disk = source if codec is None else decoded(source, codec)
+        self._before: _WithoutTail | None = None
+        if nbytes is None and tail_nbytes:
+            self._before = _WithoutTail(self._disk, tail_nbytes)
+            self._disk = StreamInput(self._before, source.path)
+        self._has_ended = False
+
+    @property
+    def path(self) -> str:
+        """The stream's name."""
+        return self.file.path
+
+    def head(self, nbytes: int) -> bytes:
+        """Return the disk's first bytes, fewer if it is smaller; they are not lost."""
+        return self._disk.peek(nbytes)
+
+    def chunks(self, chunk_nbytes: int) -> Generator[memoryview, None, None]:
+        """Yield the disk's content in order.
+
+        Each chunk but the last has ``chunk_nbytes``, and is valid until the next one.
+        """
+        buffers = [memoryview(bytearray(chunk_nbytes)) for _ in range(MIN_BUFFERS)]
+        with closing(self.fill(buffers)) as chunks:
+            for number, n in chunks:
+                yield buffers[number][:n]
+
+    def fill(self, buffers: Sequence[memoryview]) -> Generator[tuple[int, int], None, None]:
+        """Fill buffers with the disk's content in order; see `feeder.filled`.
+
+        Once a buffer is not full, ``nbytes`` is known.
+
+        Raises
+        ------
+        CorruptImageError
+            The stream is broken, shorter than the size that was given, or goes on after
+            it with other bytes than zeros.
+        """
+        total = 0
+        feed = filled(self._fill, buffers, tick=self.file.on_wait, cancel=self._disk.cancel)
+        with closing(feed) as chunks:
+            for number, n in chunks:
+                total += n
+                if n < len(buffers[number]):
+                    self.nbytes = total
+                yield number, n
+        self.nbytes = total
+        if not total and self.codec is None and self._stated is None:
+            raise CorruptImageError("the stream is empty", path=self.path)
+        if self._before is not None:
+            self.tail = self._before.tail
+
+    def _fill(self, view: memoryview) -> int:
+        if self._stated is None:
+            return self._disk.readinto(view)
+        left = self._stated - self._disk.position
+        if self._has_ended or (not left and self._end()):
+            return 0
+        wanted = view[:left]
+        n = self._disk.readinto(wanted)
+        if n < len(wanted):
+            raise CorruptImageError(
+                f"the stream ends after {self._disk.position} bytes of the disk, whose size is "
+                f"stated as {self._stated}",
+                path=self.path,
+                offset=self._disk.position,
+            )
+        if n == left:
+            self._end()
+        return n
+
+    def _end(self) -> bool:
+        """Verify what follows a disk whose size was given; return True."""
+        self._has_ended = True
+        self.tail = self._disk.read(self._tail_nbytes)
+        self._disk.require_end()
+        return True
+
+    def close(self) -> None:
+        """Close the stream; more than once is allowed."""
+        self._disk.close()
+        self.file.close()

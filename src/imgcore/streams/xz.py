@@ -1,0 +1,94 @@
+"""Reads xz streams, by the decompressor of the standard library.
+
+Source: The .xz File Format 1.2.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from imgcore.errors import CorruptImageError, ImgcoreError, LimitExceededError
+from imgcore.limits import MIB
+from imgcore.streams.decoder import READ_NBYTES
+
+if TYPE_CHECKING:
+    from imgcore.streams.decoder import Input
+
+# Section 2.1.1.1, "Header Magic Bytes".
+_MAGIC: Final = b"\xfd7zXZ\x00"
+# `xz -9` needs 65 MiB, for a dictionary of 64 MiB.
+_MAX_MEMORY_NBYTES: Final = 256 * MIB
+
+
+def is_xz(head: bytes) -> bool:
+    """Tell whether a file with these first bytes is an xz stream."""
+    return head.startswith(_MAGIC)
+
+
+class XzDecoder:
+    def __init__(self, source: Input) -> None:
+        self._path = source.path
+        self._input = source
+        self._pending = b""
+        self._stream: Any = None
+        self._n_streams = 0
+
+    def fill(self, view: memoryview) -> int:
+        done = 0
+        while done < len(view):
+            if self._stream is None and not self._next_stream():
+                break
+            data = self._decompress(len(view) - done)
+            view[done : done + len(data)] = data
+            done += len(data)
+        return done
+
+    def _decompress(self, room: int) -> bytes:
+        import lzma
+
+        stream = self._stream
+        if stream.needs_input and not self._pending:
+            self._pending = self._input.read(READ_NBYTES)
+            if not self._pending:
+                raise CorruptImageError("the xz stream ends too early", path=self._path)
+        try:
+            data: bytes = stream.decompress(self._pending, room)
+        except lzma.LZMAError as error:
+            raise self._failure(error) from error
+        self._pending = b""
+        if stream.eof:
+            self._pending, self._stream = stream.unused_data, None
+        return data
+
+    def _failure(self, error: Exception) -> ImgcoreError:
+        if "limit" in str(error):
+            return LimitExceededError(
+                f"the xz stream needs more than {_MAX_MEMORY_NBYTES // MIB} MiB of memory",
+                path=self._path,
+            )
+        return CorruptImageError(f"the xz stream is broken: {error}", path=self._path)
+
+    def _next_stream(self) -> bool:
+        """Start the next stream; False at the end of the input.
+
+        Zeros after a stream are padding.
+        """
+        import lzma
+
+        if self._n_streams:
+            self._skip_padding()
+            if not self._pending:
+                return False
+        while len(self._pending) < len(_MAGIC) and (more := self._input.read(READ_NBYTES)):
+            self._pending += more
+        if not is_xz(self._pending):
+            what = "there is garbage after the xz stream" if self._n_streams else "no xz stream"
+            raise CorruptImageError(what, path=self._path)
+        self._stream = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MAX_MEMORY_NBYTES)
+        self._n_streams += 1
+        return True
+
+    def _skip_padding(self) -> None:
+        self._pending = self._pending.lstrip(b"\0")
+        while not self._pending and (more := self._input.read(READ_NBYTES)):
+            self._pending = more.lstrip(b"\0")
