@@ -7,17 +7,16 @@ others: SIGKILL at random moments, power cuts, calls that fail.
 from __future__ import annotations
 
 import errno
-import os
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.faults.crash import Disk, random_crash, read_log
-from tests.faults.harness import VARIANTS, Agent, Calls, Mode, agent_in
+from tests.faults.crash import Disk, Event, Row, random_crash, read_log
+from tests.faults.harness import VARIANTS, Agent, Calls, Mode
 from tests.helpers import images, qemu
 from tests.helpers.qemu import Variant
 
@@ -137,6 +136,106 @@ def test_killed_at_random_moments(variant: Variant, job: Callable[..., Job]) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", (*VARIANTS, *STREAMS), ids=lambda v: v.name)
+@pytest.mark.parametrize("variant", [*VARIANTS, *STREAMS], ids=lambda v: v.name)
 def test_killed_at_many_moments(variant: Variant, job: Callable[..., Job]) -> None:
     assert kill_at_random_moments(job(variant), 200, random.Random(7)) > 5
+
+
+# -- power cuts ------------------------------------------------------------------------
+
+
+def lay_out(folder: Path, disk: Disk) -> Disk:
+    """Make a folder hold a state; its files have other inodes than in it."""
+    for entry in folder.iterdir():
+        entry.unlink()
+    for name, inode in disk.names.items():
+        (folder / name).write_bytes(disk.contents[inode])
+    inodes = {name: (folder / name).stat().st_ino for name in disk.names}
+    return Disk(inodes, {inodes[name]: disk.contents[disk.names[name]] for name in disk.names})
+
+
+def cut_and_finish(
+    job: Job, log: Path, rng: random.Random, keep: Callable[[Row, set[int]], bool]
+) -> dict[str, Any]:
+    """Cut the power up to three times, and let the last run end; return its answer."""
+    job.clear()
+    disk = Disk({}, {})
+    for _ in range(rng.randint(1, 3)):
+        answer = job.run(log=str(log))
+        if answer["outcome"] != "ok":
+            return answer
+        rows = read_log(log)
+        journals = {row.inode for row in rows if "imgcore-resume" in row.name}
+        journals |= {inode for name, inode in disk.names.items() if "imgcore-resume" in name}
+        rows = [row for row in rows if keep(row, journals)]
+        disk = lay_out(job.folder, random_crash(disk, rows[: rng.randint(0, len(rows))], rng))
+    return job.run()
+
+
+def power_cuts(job: Job, log: Path, n_trials: int) -> None:
+    rng = random.Random(images.SEED)
+    for _ in range(n_trials):
+        answer = cut_and_finish(job, log, rng, lambda _row, _journals: True)
+        assert answer["outcome"] == "ok", answer
+        job.assert_done(answer["result"])
+
+
+@pytest.mark.parametrize("variant", _params())
+def test_power_cuts(variant: Variant, job: Callable[..., Job], tmp_path: Path) -> None:
+    power_cuts(job(variant), tmp_path / "log", 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", [*VARIANTS, *STREAMS], ids=lambda v: v.name)
+def test_many_power_cuts(variant: Variant, job: Callable[..., Job], tmp_path: Path) -> None:
+    power_cuts(job(variant), tmp_path / "log", 200)
+
+
+def test_a_missing_sync_is_noticed(job: Callable[..., Job], tmp_path: Path) -> None:
+    """Tests the tests: without the syncs of the target, some runs cannot go on."""
+    here, rng, outcomes = job(qemu.RAW), random.Random(1), set()
+
+    def keep(row: Row, journals: set[int]) -> bool:
+        return row.event is not Event.SYNC or row.is_folder or row.inode in journals
+
+    for _ in range(40):
+        answer = cut_and_finish(here, tmp_path / "log", rng, keep)
+        is_whole = answer["outcome"] == "ok" and here.files() == here.new
+        outcomes.add("whole" if is_whole else answer["outcome"])
+    assert "error" in outcomes
+
+
+# -- calls that fail -------------------------------------------------------------------
+
+FAULTS = [
+    (Calls.WRITE, errno.ENOSPC, Mode.FAIL_ON),
+    (Calls.WRITE, errno.EIO, Mode.FAIL_ONCE),
+    (Calls.SYNC, errno.EIO, Mode.FAIL_ONCE),
+    (Calls.RENAME, errno.EIO, Mode.FAIL_ONCE),
+    (Calls.TRUNCATE, errno.EIO, Mode.FAIL_ONCE),
+    (Calls.CREATE, errno.ENOSPC, Mode.FAIL_ONCE),
+    (Calls.READ, errno.EIO, Mode.FAIL_ONCE),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f"{f[0].name}-{errno.errorcode[f[1]]}")
+@pytest.mark.parametrize("variant", _params())
+def test_calls_that_fail(
+    variant: Variant, fault: tuple[Calls, int, Mode], job: Callable[..., Job]
+) -> None:
+    """A run in which the n-th call fails, and the next one, which ends."""
+    here, nth, n_errors = job(variant), 1, 0
+    while True:
+        answer = here.run(arm=(fault[0], nth, *fault[1:]))
+        if not answer["hits"]:
+            break
+        if answer["outcome"] == "error":
+            n_errors += 1
+            assert answer["errno"] == fault[1], answer
+            assert "\n" not in answer["text"]
+            here.finish()
+        else:
+            here.assert_done()
+        here.clear()
+        nth += 1 + nth // 4
+    assert n_errors or fault[0] in (Calls.READ, Calls.TRUNCATE)

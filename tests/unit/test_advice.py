@@ -466,6 +466,20 @@ MORE = {
 _REPAIRED = "-r all repairs this, -r leaks does not"
 _REFUSALS = "unit/test_rewrite_cli.py::test_refusals"
 ELSEWHERE = {
+    ("disk/batch_journal.py",
+     ("what was written of it before the break has changed, between {} and {} of the disk: start "
+     "again (imgcore jobs --remove)")): "unit/test_resume.py::TestRefused",
+    ("disk/resuming.py",
+     ("is the journal of another conversion: {}: repeat that one, or give it up (imgcore jobs "
+     "--remove)")): "unit/test_resume.py::TestRefused",
+    ("disk/resuming.py", "a journal cannot be beside a block device: state a file with --journal"):
+    "unit/test_resume.py::TestRefused",
+    ("files/fingerprint.py",
+     "a stream cannot be read again after a break (--resume): save it to a file first"):
+    "unit/test_resume.py::TestRefused",
+    ("files/target.py",
+     ("%s: what is done of it is kept: the same command goes on, imgcore jobs --remove gives it "
+     "up")): "unit/test_resume.py::TestJobs",
     ("files/stream_target.py", ("is a block device: name it as the target instead, with -n "
      "(in_place=True)")): "oracle/test_streams_out.py::test_a_block_device_is_refused",
     ("disk/target_format.py", "{} states {}: end the name in .{}"):
@@ -666,6 +680,19 @@ ELSEWHERE = {
 
 # Messages about options in use: the verbs that have them.
 NAMED = {
+    ("disk/resuming.py", "--resume keeps what is on stable storage: it contradicts --no-sync"):
+    ("convert",),
+    ("disk/resuming.py", "-o {}"): ("convert",),
+    ("disk/resuming.py", "a stream cannot be written again after a break (--resume)"):
+    ("convert",),
+    ("disk/resuming.py", "its blocks cannot be verified after a break (--resume)"): ("convert",),
+    ("disk/resuming.py", "salvaged data cannot be kept after a break (--resume)"): ("convert",),
+    ("disk/sink.py", "a compressed stream begins anew after a break: it cannot have --resume"):
+    ("convert",),
+    ("disk/sink.py",
+     ("a {} image with a parent (-B) is written sector by sector: it cannot go on after a break "
+     "(--resume)")): ("convert",),
+    ("verbs/convert.py", "--journal is about --resume, which is not given"): ("convert",),
     ("cli/commit.py", "--remove contradicts -d and -b"): ("commit",),
     ("verbs/convert.py", "--base and -B both state the target's backing file"): ("convert",),
     ("verbs/convert.py", "--verify reads the target back, which is not possible for a stream"):
@@ -723,6 +750,8 @@ NAMED = {
 # of another system.
 OTHERS = frozenset(
     {
+        "its first record is not as imgcore writes it",
+        "no first record",
         "it does not state a {}",
         "-F, --parent-b and --read-options-b are for a second image",
         "--json and --bmap are two kinds of output",

@@ -99,7 +99,9 @@ def open_journal(
             found.close()
             raise
         found.close()
-    return ResumeJournal.create(path, facts | {"seed": _new_seed().hex()})
+    return ResumeJournal.create(
+        path, {**facts, "seed": _new_seed().hex(), "path": os.path.abspath(target)}
+    )
 
 
 def _new_seed() -> bytes:

@@ -167,6 +167,11 @@ def _make_sink(
 
 def _refuse_in_stream(target: Target, options: SinkOptions) -> None:
     """Raise OptionError for options that a stream of bytes in order cannot have."""
+    if options.checkpoints is not None:
+        raise OptionError(
+            "a compressed stream begins anew after a break: it cannot have --resume",
+            path=target.path,
+        )
     if target.in_place:
         raise OptionError(
             "a compressed raw stream cannot be written in place (-n)", path=target.path

@@ -48,6 +48,8 @@ class Transfer(NamedTuple):
         pending: _Started | None = None
         given_nbytes = 0
         geometry = self.writer.geometry
+        if self.journal is not None:
+            self._count(self.journal.position)
         for batch in batches:
             if pending is not None:
                 self._finish(pending)

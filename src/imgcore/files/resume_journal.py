@@ -2,8 +2,8 @@
 
 A file of records (`imgcore.files.record_file`): the first, of kind "begin", says what
 is converted and how; each of kind "checkpoint" says what of the target is durable since
-the one before; and "names" says which files are about to get their final names.  See
-docs/resuming.md for what they hold.
+the one before; "file" names a second file of the target; and "names" says which files
+are about to get their final names.  See docs/resuming.md for what they hold.
 """
 
 from __future__ import annotations
@@ -30,6 +30,11 @@ _VERSION: Final = 1
 _BEGIN: Final = "begin"
 _CHECKPOINT: Final = "checkpoint"
 _NAMES: Final = "names"
+_FILE: Final = "file"
+
+
+class JournalInUseError(TargetError):
+    """A run of the journal's conversion is at work."""
 
 
 class ResumeJournal(RecordFile):
@@ -44,6 +49,8 @@ class ResumeJournal(RecordFile):
     kept_nbytes : int
         The target's first bytes that are durable.
     n_checkpoints : int
+    companions : list of str
+        The final names of the target's other files.
     names : mapping of str to int
         The inodes of the target's complete files by their final names.
     is_removed : bool
@@ -57,6 +64,7 @@ class ResumeJournal(RecordFile):
         self._offsets: list[int] = []
         self.begin_head: Mapping[str, Any] = {}
         self.kept_nbytes: int = 0
+        self.companions: list[str] = []
         self.names: Mapping[str, int] = {}
         self.is_removed: bool = False
 
@@ -153,11 +161,17 @@ class ResumeJournal(RecordFile):
                 raise ValueError("no first record")
             self.begin_head = record.head
             return
-        if record.head["kind"] == _NAMES:
-            self.names = record.head["names"]
-            return
-        if record.head["kind"] != _CHECKPOINT:
-            raise ValueError("no checkpoint")
+        match record.head["kind"]:
+            case "names":
+                self.names = record.head["names"]
+            case "file":
+                self.companions.append(record.head["name"])
+            case "checkpoint":
+                self._note_checkpoint(record)
+            case _:
+                raise ValueError("no such record")
+
+    def _note_checkpoint(self, record: Record) -> None:
         self._offsets.append(self._end - FRAME.size - self.last_nbytes)
         self.kept_nbytes = int(record.head["kept"])
 
@@ -176,6 +190,12 @@ class ResumeJournal(RecordFile):
         self.append(_CHECKPOINT, {"kept": kept_nbytes, **head}, blobs)
         self._offsets.append(offset)
         self.kept_nbytes = kept_nbytes
+
+    def note_file(self, name: str) -> None:
+        """Record that the target has another file."""
+        if name not in self.companions:
+            self.append(_FILE, {"name": name})
+            self.companions.append(name)
 
     def note_names(self, names: Mapping[str, int]) -> None:
         """Record the attribute ``names``, before the files get them."""
@@ -213,4 +233,4 @@ def _opened(folder: Folder, name: str, flags: int) -> int:
 
 
 def _in_use(path: str) -> ImgcoreError:
-    return TargetError("another run of this conversion is at work", path=path)
+    return JournalInUseError("another run of this conversion is at work", path=path)

@@ -213,6 +213,8 @@ class Target:
             raise TargetError("a target of several files cannot be written in place", path=path)
         if not name or "/" in name or name in (".", "..", self._name):
             raise TargetError("is not a valid name for a second file", path=path)
+        if self._journal is not None:
+            self._journal.note_file(name)
         restore_interrupted(os.path.dirname(self.path) or ".", name)
         file = self._folder.create(name, self._examine_companion(self._folder, name, path))
         self._companions.append(file)
