@@ -107,7 +107,8 @@ struct imgc_job {
 	struct counters *counters;
 	struct salvage salvage;
 	struct slot *slots;
-	size_t n_slots;
+	size_t n_workers, n_slots;	     /* of this batch */
+	size_t n_workers_made, n_slots_made; /* those that have their memory */
 
 	struct stop stop;
 	_Atomic uint64_t first_difference;

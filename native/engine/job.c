@@ -221,26 +221,63 @@ static void worker_destroy(struct worker *worker)
 	view_destroy(&worker->other);
 }
 
+static size_t slots_for(size_t n_workers)
+{
+	return 2 * n_workers + 2;
+}
+
+/*
+ * Makes what the first workers need, for those of them that have not worked before.  A
+ * job that never gets all of its threads does not take all of its memory.
+ */
+static int require_workers(struct imgc_job *job, size_t n)
+{
+	for (; job->n_workers_made < n; job->n_workers_made++) {
+		size_t i = job->n_workers_made;
+		int status = worker_create(job, &job->workers[i], &job->counters[i]);
+
+		if (status) {
+			worker_destroy(&job->workers[i]);
+			job->workers[i] = (struct worker){0};
+			return status;
+		}
+	}
+	for (; job->n_slots_made < slots_for(n); job->n_slots_made++)
+		if (slot_create(job, &job->slots[job->n_slots_made])) {
+			slot_destroy(&job->slots[job->n_slots_made]);
+			job->slots[job->n_slots_made] = (struct slot){0};
+			return IMGC_NO_MEMORY;
+		}
+	return IMGC_OK;
+}
+
+/* Between batches, while the ring is empty, which then has its size for these workers. */
+static int set_workers(struct imgc_job *job, size_t n)
+{
+	int status = require_workers(job, n);
+
+	if (status)
+		return status;
+	job->n_workers = n;
+	job->n_slots = slots_for(n);
+	job->claimed = job->placed = job->written = 0;
+	return IMGC_OK;
+}
+
 static int create_workers(struct imgc_job *job)
 {
 	size_t n = job->options.n_threads;
 
 	job->workers = calloc(n, sizeof(*job->workers));
 	job->counters = aligned_alloc(_Alignof(struct counters), n * sizeof(*job->counters));
-	job->n_slots = 2 * n + 2;
-	job->slots = calloc(job->n_slots, sizeof(*job->slots));
+	job->slots = calloc(slots_for(n), sizeof(*job->slots));
 	if (!job->workers || !job->counters || !job->slots)
 		return IMGC_NO_MEMORY;
 	memset(job->counters, 0, n * sizeof(*job->counters));
-	for (size_t i = 0; i < n; i++) {
-		int status = worker_create(job, &job->workers[i], &job->counters[i]);
+	int status = set_workers(job, 1);
 
-		if (status)
-			return status;
-	}
-	for (size_t i = 0; i < job->n_slots; i++)
-		if (slot_create(job, &job->slots[i]))
-			return IMGC_NO_MEMORY;
+	if (status)
+		return status;
 	if (!job->options.checksum)
 		return IMGC_OK;
 	return imgc_digest_of_zeros(job->workers[0].digest, IMGC_CHECKSUM_BLOCK_NBYTES,
@@ -348,9 +385,9 @@ void imgc_job_destroy(struct imgc_job *job)
 		imgc_job_cancel(job);
 		imgc_job_finish(job, NULL);
 	}
-	for (size_t i = 0; job->workers && i < job->options.n_threads; i++)
+	for (size_t i = 0; i < job->n_workers_made; i++)
 		worker_destroy(&job->workers[i]);
-	for (size_t i = 0; job->slots && i < job->n_slots; i++)
+	for (size_t i = 0; i < job->n_slots_made; i++)
 		slot_destroy(&job->slots[i]);
 	if (job->locks_exist) {
 		pthread_mutex_destroy(&job->lock);
@@ -421,6 +458,8 @@ static int check_batch(const struct imgc_job *job, const struct imgc_batch *b,
 
 	if (b->guest_start >= b->guest_end || b->guest_start % SECTOR_NBYTES != 0)
 		return invalid(err, "batch");
+	if (b->n_threads > o->n_threads)
+		return invalid(err, "threads");
 	if (o->kind == IMGC_JOB_CONVERT ? !batch_fits_geometry(job, b)
 					: !b->base_extents == (o->kind == IMGC_JOB_COMPARE))
 		return invalid(err, "batch");
@@ -440,7 +479,7 @@ static int check_batch(const struct imgc_job *job, const struct imgc_batch *b,
 /* Made for the first batch with another side; a job without one saves the memory. */
 static int create_other_views(struct imgc_job *job)
 {
-	for (size_t i = 0; i < job->options.n_threads; i++) {
+	for (size_t i = 0; i < job->n_workers; i++) {
 		struct view *other = &job->workers[i].other;
 
 		if (!other->data && view_create(other, job->window_nbytes))
@@ -450,9 +489,11 @@ static int create_other_views(struct imgc_job *job)
 }
 
 /* Whether the calling thread can do the work: it must come back to look for signals. */
-static bool suits_caller(const struct imgc_job_options *o)
+static bool suits_caller(const struct imgc_job *job)
 {
-	return o->n_threads == 1 && !(o->target && imgc_file_has_reader(o->target));
+	const struct imgc_file *target = job->options.target;
+
+	return job->n_workers == 1 && !(target && imgc_file_has_reader(target));
 }
 
 /*
@@ -461,7 +502,7 @@ static bool suits_caller(const struct imgc_job_options *o)
  */
 static void start_threads(struct imgc_job *job)
 {
-	unsigned n_wanted = suits_caller(&job->options) ? 0 : job->options.n_threads;
+	size_t n_wanted = suits_caller(job) ? 0 : job->n_workers;
 
 	pthread_mutex_lock(&job->lock);
 	for (job->n_started = 0; job->n_started < n_wanted; job->n_started++) {
@@ -494,6 +535,9 @@ int imgc_job_start(struct imgc_job *job, const struct imgc_batch *batch, struct 
 		status = check_batch(job, batch, err);
 	if (status)
 		return status;
+	status = set_workers(job, batch->n_threads ? batch->n_threads : job->options.n_threads);
+	if (status)
+		return imgc_fail_call(err, status, "start");
 	if (batch->base_extents && create_other_views(job))
 		return imgc_fail_call(err, IMGC_NO_MEMORY, "start");
 	job->batch = *batch;
@@ -501,7 +545,7 @@ int imgc_job_start(struct imgc_job *job, const struct imgc_batch *batch, struct 
 	job->base = (struct rows){batch->base_extents, batch->n_base_extents};
 	job->has_unread = may_leave_unread(job) && imgc_rows_have_unread(job->rows);
 	job->leaves_unread = job->has_unread && !job->options.checksum;
-	for (size_t i = 0; i < job->options.n_threads; i++)
+	for (size_t i = 0; i < job->n_workers; i++)
 		job->workers[i].reader.leaves_unread = job->leaves_unread;
 	job->claim_row = job->claim_base = 0;
 	job->cursor = batch->guest_start;

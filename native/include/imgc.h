@@ -669,6 +669,7 @@ struct imgc_batch {
 	 */
 	uint8_t *granules;
 	size_t n_granules;
+	uint32_t n_threads; /* that work on it, at most those of the job; 0: all of them */
 };
 
 struct imgc_progress {

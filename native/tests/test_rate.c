@@ -100,6 +100,21 @@ static void test_rates_change_at_once(void)
 	CHECK_EQ(imgc_bucket_take(&b, 1000, SECOND / 2), 0);
 }
 
+static void test_a_pause_gives_nothing_and_saves_nothing(void)
+{
+	struct bucket b = {0};
+
+	imgc_bucket_pause(&b, true, 0);
+	CHECK(imgc_bucket_take(&b, 0, 0) > 0); /* not even nothing, without a rate */
+	imgc_bucket_set_rate(&b, 1000, SECOND);
+	CHECK(imgc_bucket_take(&b, 1000, 100 * SECOND) > 0);
+	imgc_bucket_pause(&b, false, 200 * SECOND);
+	CHECK_EQ(imgc_bucket_take(&b, 0, 200 * SECOND), 0);
+	/* The rate that was set meanwhile counts from now on. */
+	CHECK_EQ((imgc_bucket_take(&b, 1000, 200 * SECOND) + 500) / 1000, 1000000);
+	CHECK_EQ(imgc_bucket_take(&b, 1000, 202 * SECOND), 0);
+}
+
 static void test_extreme_rates_do_not_overflow(void)
 {
 	struct bucket b = {0};
@@ -131,7 +146,10 @@ static void test_waiting(void)
 	CHECK_EQ(imgc_rate_limit_take(limit, INT64_MAX, 1), 0);
 	CHECK_EQ(pthread_create(&thread, NULL, wait_for_long, limit), 0);
 	imgc_rate_limit_set(limit, 2);
+	imgc_rate_limit_pause(limit, 1);
 	imgc_rate_limit_set(limit, 0);
+	CHECK_EQ(imgc_rate_limit_take(limit, 0, 1), 0);
+	imgc_rate_limit_pause(limit, 0);
 	CHECK_EQ(pthread_join(thread, NULL), 0);
 	imgc_rate_limit_destroy(limit);
 	imgc_rate_limit_destroy(NULL);
@@ -143,6 +161,7 @@ int main(void)
 	test_a_steady_run_reaches_its_rate();
 	test_a_pause_saves_one_request_at_most();
 	test_rates_change_at_once();
+	test_a_pause_gives_nothing_and_saves_nothing();
 	test_extreme_rates_do_not_overflow();
 	test_waiting();
 	return 0;

@@ -4,6 +4,7 @@
 #include <stdatomic.h>
 #include <time.h>
 
+#include "common/checked.h"
 #include "io/io.h"
 #include "tests/engine_util.h"
 
@@ -80,6 +81,48 @@ static void test_paces(unsigned n_threads, bool serial, long read_ns, long write
 	disk_destroy(&target);
 }
 
+/* Batches that have more and fewer workers than those before write the same. */
+static void test_workers_come_and_go(void)
+{
+	static const uint32_t n_threads[] = {1, 4, 2, 0, 1, 8, 3};
+	struct disk source = example_disk(), target = disk_create(source.nbytes + MIB);
+	struct imgc_source_file file;
+	struct imgc_job_options o = convert_options(&source, &target, &file, 8);
+	uint64_t block = o.geometry.block_nbytes, n = source.nbytes / block;
+	struct imgc_placement *placements = calloc(n + 1, sizeof(*placements));
+	struct imgc_job *job;
+	struct imgc_error err;
+	uint64_t start = 0;
+
+	CHECK(placements);
+	o.window_nbytes = 64 * KIB;
+	o.geometry.placing = IMGC_PLACE_APPEND;
+	CHECK_EQ(imgc_job_create(&o, &job, &err), IMGC_OK);
+	for (unsigned i = 0; start < source.nbytes; i++) {
+		uint64_t end = imgc_min_u64(start + (1 + i % 5) * 4 * block, source.nbytes);
+		struct imgc_extent row = data_row(start, end - start, start);
+		struct imgc_batch batch = {.guest_start = start,
+					   .guest_end = end,
+					   .extents = &row,
+					   .n_extents = 1,
+					   .placements = placements + start / block,
+					   .n_placements = (end - start + block - 1) / block,
+					   .n_threads = n_threads[i % 7]};
+
+		CHECK_EQ(run_batch(job, &batch, &err), IMGC_OK);
+		start = end;
+	}
+	struct imgc_batch many = {.guest_end = block, .n_threads = 9};
+
+	CHECK_EQ(imgc_job_start(job, &many, &err), IMGC_INVALID_ARGUMENT);
+	imgc_job_destroy(job);
+	check_readback(&source, &target, &o.geometry, placements,
+		       (source.nbytes + block - 1) / block);
+	free(placements);
+	disk_destroy(&source);
+	disk_destroy(&target);
+}
+
 int main(void)
 {
 	static const unsigned threads[4] = {1, 2, 3, 8};
@@ -92,5 +135,6 @@ int main(void)
 			test_paces(threads[i], serial, 100000, 100000);
 		}
 	}
+	test_workers_come_and_go();
 	return 0;
 }

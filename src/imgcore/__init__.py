@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from imgcore.engine.extents import EXTENT_DTYPE, Extents, Kind
     from imgcore.engine.progress import Progress
     from imgcore.engine.source_file import SourceFile
+    from imgcore.engine.thread_budget import set_thread_budget
     from imgcore.files.byte_source import ByteSource
     from imgcore.formats.api import Measurement, SnapshotInfo
     from imgcore.formats.shared.lint import Finding
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
         snapshots,
     )
     from imgcore.verbs.sync import SyncResult, sync
+    from imgcore.verbs.verify import VerifyResult, verify
 
 __all__ = [
     "EXTENT_DTYPE",
@@ -112,6 +114,7 @@ __all__ = [
     "UnfinishedJob",
     "UnsafeReferenceError",
     "UnsupportedFeatureError",
+    "VerifyResult",
     "WrongFormatError",
     "__version__",
     "apply",
@@ -139,9 +142,11 @@ __all__ = [
     "rebase",
     "resize",
     "rewrite",
+    "set_thread_budget",
     "snapshots",
     "sync",
     "undo_rewrite",
+    "verify",
 ]
 
 # The verbs are imported on first use: NumPy alone takes longer than `imgcore info`.
@@ -182,6 +187,7 @@ _HOMES = {
     "apply_snapshot": "verbs.snapshot",
     "SyncResult": "verbs.sync",
     "UnfinishedJob": "verbs.jobs",
+    "VerifyResult": "verbs.verify",
     "apply": "verbs.apply",
     "changes": "verbs.changes",
     "check": "verbs.check",
@@ -206,9 +212,11 @@ _HOMES = {
     "rebase": "verbs.rebase",
     "resize": "verbs.resize",
     "rewrite": "verbs.rewrite",
+    "set_thread_budget": "engine.thread_budget",
     "snapshots": "verbs.snapshot",
     "sync": "verbs.sync",
     "undo_rewrite": "verbs.rewrite",
+    "verify": "verbs.verify",
 }
 
 

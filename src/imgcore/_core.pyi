@@ -242,6 +242,7 @@ class Job:
         rate_limit: RateLimit | None = ...,
         checksum: str | None = ...,
         granule_nbytes: int = ...,
+        batch_threads: Callable[[], int] | None = ...,
     ) -> None:
         """Create a job: a conversion if there is a ``geometry``.
 
@@ -255,6 +256,8 @@ class Job:
         batch receives ``leaves``; all data is read and hashed.
         ``granule_nbytes``: a comparison finds all
         differences, by granules of so many bytes, instead of the first one.
+        ``batch_threads``: tells at the start of each batch how many of the threads
+        work on it; the job drops it when it is closed.
         """
     def start(
         self,
@@ -362,6 +365,8 @@ class Disk:
         """Return a range of the disk as two ints, or raise ValueError."""
     def threads(self, threads: SupportsIndex | None) -> int:
         """Return how many threads a long read may use, if so many are stated."""
+    def lease(self, threads: int) -> Any:
+        """Return an object whose ``renew()`` tells how many of these may work now."""
     def readinto(
         self, offset: SupportsIndex, buffer: object, threads: SupportsIndex | None = ...
     ) -> int:

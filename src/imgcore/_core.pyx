@@ -537,6 +537,7 @@ cdef class Job:
     cdef n.imgc_batch batch
     cdef list files
     cdef RateLimit rate_limit
+    cdef object batch_threads
     cdef tuple held
     cdef bint running
 
@@ -547,7 +548,8 @@ cdef class Job:
     def __init__(self, *, sources, geometry=None, File target=None, uint64_t next_offset=0,
                  bint has_base=False, uint32_t threads=1, uint64_t window_nbytes=0, variants=None,
                  bint salvage=False, bint reflink=False, bint trust_blocks=False,
-                 RateLimit rate_limit=None, checksum=None, uint64_t granule_nbytes=0):
+                 RateLimit rate_limit=None, checksum=None, uint64_t granule_nbytes=0,
+                 batch_threads=None):
         cdef n.imgc_job_options options
         cdef n.imgc_error err
         cdef int status
@@ -577,6 +579,7 @@ cdef class Job:
             options.rate_limit = rate_limit.handle
             options.ignores_rate = rate_limit.ignores_rate
         self.rate_limit = rate_limit
+        self.batch_threads = batch_threads
         if geometry is not None:
             fill_geometry(&options.geometry, geometry)
             if target is None:
@@ -626,6 +629,8 @@ cdef class Job:
         if granules is not None and granules.shape[0]:
             self.batch.granules = &granules[0]
             self.batch.n_granules = granules.shape[0]
+        if self.batch_threads is not None:
+            self.batch.n_threads = self.batch_threads()
         with nogil:
             status = n.imgc_job_start(handle, &self.batch, &err)
         check(status, &err)
@@ -740,6 +745,7 @@ cdef class Job:
         self.running = False
         self.held = None
         self.files = None
+        self.batch_threads = None
 
     def __dealloc__(self):
         n.imgc_job_destroy(self.handle)
@@ -897,6 +903,10 @@ cdef class Disk:
         """Return how many threads a long read may use, if so many are stated."""
         raise NotImplementedError
 
+    def lease(self, threads):
+        """Return what `renew` tells how many of these threads may work now."""
+        raise NotImplementedError
+
     cdef int place(self, offset, uint64_t length, uint64_t *start) except -1:
         """Set the start of a range inside the disk."""
         cdef int overflow = 0
@@ -1019,11 +1029,13 @@ cdef class Disk:
         cdef n.imgc_disk_rest rest
         cdef n.imgc_error err
         cdef n.imgc_table *table = NULL
-        cdef unsigned n_threads = self.threads(threads)
+        cdef unsigned n_threads
         cdef int status
+        lease = self.lease(self.threads(threads))
         check(n.imgc_gather_create(self.handle, requests, count, &gather, &err), &err)
         try:
             while True:
+                n_threads = lease.renew()
                 with nogil:
                     status = n.imgc_gather_run(gather, table, n_threads, &rest, &err)
                 if status <= 0:

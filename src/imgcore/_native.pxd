@@ -234,6 +234,7 @@ cdef extern from "imgc.h" nogil:
         size_t n_leaves
         uint8_t *granules
         size_t n_granules
+        uint32_t n_threads
 
     struct imgc_progress:
         uint64_t bytes_done

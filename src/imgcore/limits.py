@@ -171,3 +171,6 @@ MAX_SIDE_FILES_NBYTES: Final = 4 * MIB
 # What a record of the journal says about its bytes: ranges, names, options.
 MAX_JOURNAL_HEAD_NBYTES: Final = 16 * MIB
 MAX_JOURNAL_BLOB_NBYTES: Final = MAX_OVERWRITTEN_NBYTES + MAX_SIDE_FILES_NBYTES
+
+# A receipt is read as a whole; each bad range and warning takes some hundred bytes.
+MAX_RECEIPT_NBYTES: Final = 64 * MIB

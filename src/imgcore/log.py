@@ -33,8 +33,12 @@ class Log:
         if _is_silenced.get():
             return
         values = tuple(_cleaned(value) for value in args)
+        text = message % values if values else message
+        record = _record.get()
+        if record is not None and text not in record:
+            record.append(text)
         if self.receiver is not None:
-            self.receiver(message % values if values else message)
+            self.receiver(text)
             return
         import logging
 
@@ -48,6 +52,7 @@ def _cleaned(value: Any) -> Any:
 log: Final = Log()
 
 _is_silenced: Final = ContextVar("is_silenced", default=False)
+_record: Final[ContextVar[list[str] | None]] = ContextVar("record", default=None)
 
 
 @contextmanager
@@ -58,3 +63,14 @@ def silenced() -> Iterator[None]:
         yield
     finally:
         _is_silenced.reset(token)
+
+
+@contextmanager
+def recorded() -> Iterator[list[str]]:
+    """Return a list that also gets this thread's messages, each once."""
+    record: list[str] = []
+    token = _record.set(record)
+    try:
+        yield record
+    finally:
+        _record.reset(token)

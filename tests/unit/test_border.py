@@ -95,6 +95,12 @@ def compare(folder: Path, threads: Any) -> Any:
     return imgcore.compare(folder / "disk.raw", folder / "disk.qcow2", threads=threads)
 
 
+def verify(folder: Path, threads: Any) -> object:
+    receipt = folder / "receipt.json"
+    imgcore.convert(folder / "disk.raw", folder / "of_receipt.raw", receipt=receipt, force=True)
+    return imgcore.verify(receipt, threads=threads)
+
+
 def compare_trees(folder: Path, threads: Any) -> Any:
     imgcore.checksum(folder / "disk.raw", tree=folder / "disk.tree")
     return list(imgcore.compare_trees(folder / "disk.tree", folder / "disk.qcow2", threads=threads))
@@ -156,13 +162,20 @@ def rebased(folder: Path, **keywords: Any) -> bytes:
 Call = Callable[[imgcore.Image, Path, Any], Any]
 
 
-# Every number that a public function takes, and a value that it allows.
+def budget(threads: Any) -> None:
+    try:
+        imgcore.set_thread_budget(threads)
+    finally:
+        imgcore.set_thread_budget(None)
+
+
 def convert_stream(folder: Path, size: SupportsIndex) -> object:
     disk = io.BytesIO(bytes(1024))
     imgcore.convert(disk, folder / "sized.qcow2", format="raw", size=size, force=True)
     return imgcore.info(folder / "sized.qcow2")["virtual-size"]
 
 
+# Every number that a public function takes, and a value that it allows.
 NUMBERS: dict[tuple[str, str], tuple[int, Call]] = {
     ("Image.read", "offset"): (512, lambda image, _, n: image.read(n, 100)),
     ("Image.read", "length"): (512, lambda image, _, n: image.read(512, n)),
@@ -195,6 +208,7 @@ NUMBERS: dict[tuple[str, str], tuple[int, Call]] = {
         1,
         lambda image, _, n: imgcore.checksum(image, threads=n),
     ),
+    ("verify", "threads"): (1, lambda _, folder, n: verify(folder, n)),
     ("changes", "threads"): (1, lambda image, folder, n: changes(image, folder, threads=n)),
     ("changes", "granularity"): (
         1024,
@@ -243,6 +257,7 @@ NUMBERS: dict[tuple[str, str], tuple[int, Call]] = {
     ("rebase", "rate"): (60_000, lambda _, folder, n: rebased(folder, rate=n)),
     ("rebase", "threads"): (1, lambda _, folder, n: rebased(folder, threads=n)),
     ("resize", "size"): (1024, lambda _, folder, n: resized(folder, n)),
+    ("set_thread_budget", "threads"): (1, lambda _, __, n: budget(n)),
     ("sync", "rate"): (60_000, lambda _, folder, n: synced(folder, rate=n)),
     ("sync", "threads"): (1, lambda _, folder, n: synced(folder, threads=n)),
 }

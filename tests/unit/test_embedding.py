@@ -35,6 +35,7 @@ ControlProgress: done total data zero written rate seconds eta phase
 check: path format parent repair allow share
 checksum: image algorithm tree threads progress format backing_format parent
     read_options allow share files
+verify: receipt target threads progress backing_format parent allow share
 compare_trees: a b format backing_format parent read_options threads allow share
     progress
 compare: a b format_a format_b parent_a parent_b read_options_a read_options_b strict
@@ -44,6 +45,7 @@ jobs: folder remove
 convert: source target format target_format options compress backing backing_format
     source_backing_format parent read_options sparse threads force sync in_place share
     salvage reflink allow progress kernels profile rate control checksum verify resume journal
+    receipt
 create: path virtual_size format options backing backing_format force sync allow
 info: path format chain allow share backing_format parent read_options
 lint: path profile format read_options parent allow share
@@ -52,6 +54,7 @@ measure: source size format target_format options compress backing_format parent
     read_options allow share
 measure_reflink: source target_format format options backing_format parent read_options
     allow share
+set_thread_budget: threads
 snapshots: image format read_options allow share
 create_snapshot: image name created_ns format backing_format parent read_options allow
 apply_snapshot: image key format backing_format parent read_options allow
@@ -104,6 +107,7 @@ Progress: done total data zero written
 ReflinkMeasurement: reflinked copied
 SyncResult: source target source_format target_format virtual_size areas bytes_read
     bytes_written bytes_zeroed seconds checksum
+VerifyResult: receipt target format virtual_size checksum
 CommitResult: path base bytes_read bytes_written bytes_zeroed emptied removed seconds
 RebaseResult: path format backing backing_format bytes_read bytes_written bytes_zeroed
     seconds
@@ -121,7 +125,7 @@ PROMISED = {
 def test_the_table_is_read() -> None:
     assert len(PROMISED) >= 35
     assert PROMISED["convert"][:2] == ["source", "target"]
-    assert PROMISED["convert"][-1] == "journal"
+    assert PROMISED["convert"][-1] == "receipt"
     assert PROMISED["Progress"] == ["done", "total", "data", "zero", "written"]
 
 

@@ -272,7 +272,7 @@ class TestRefused:
 
     def test_a_block_device_needs_a_journal(self, source: Path) -> None:
         with pytest.raises(imgcore.OptionError, match="state a file with --journal"):
-            imgcore.convert(source, "/dev/null", resume=True, in_place=True)
+            imgcore.convert(source, "/dev/null", resume=True, in_place=True, target_format="raw")
 
     def test_a_stream(self, source: Path, target: Path) -> None:
         with (

@@ -147,6 +147,11 @@ EXIT_SALVAGED: Final = 3
     metavar="FILE",
     help="With --resume: the journal; needed if TARGET is a block device.",
 )
+@click.option(
+    "--receipt",
+    metavar="FILE",
+    help="Write what was done to FILE, as JSON with a digest, for `imgcore verify`.",
+)
 @cache_option(
     "-t",
     "--target-cache",
@@ -199,6 +204,7 @@ def command(
     verify: bool,
     resume: str | None,
     journal: str | None,
+    receipt: str | None,
     target_cache: str | None,
     threads: int | None,
     opening: dict[str, Any],
@@ -270,6 +276,7 @@ def command(
             resume=resume or False,
             journal=journal,
             size=stream_size,
+            receipt=receipt,
             **opening,
         )
     if as_json:
@@ -279,7 +286,7 @@ def command(
         digest = None if result.checksum is None else result.checksum.as_dict()
         fields = result._asdict() | {"bad_ranges": ranges, "checksum": digest}
         click.echo(json.dumps(fields), err=to_stdout)
-    elif result.checksum is not None and not quiet:
+    elif (checksum is not None or verify) and result.checksum is not None and not quiet:
         print_entry(result.checksum.hexdigest, target, on_stderr=to_stdout)
     for row in result.bad_ranges:
         _print_lost(row)

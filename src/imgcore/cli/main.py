@@ -2,7 +2,8 @@
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 128 + n ended by signal n (130 SIGINT, 143
 SIGTERM), 141 if the reader of the output has closed it.  ``compare``, ``diff``,
-``checksum``, ``check``, ``lint`` and ``convert --salvage`` have more: see their help.
+``checksum``, ``verify``, ``check``, ``lint`` and ``convert --salvage`` have more: see
+their help.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ _VERBS: Final = {
     "compare": "Compare the content of two images.",
     "diff": "List the areas of a disk that have changed.",
     "checksum": "Print or verify a digest of the disk in an image.",
+    "verify": "Compare an image with the receipt of its conversion.",
     "check": "Verify the tables of an image.",
     "lint": "Check an image against the rules of a platform.",
     "measure": "Compute how large a target file would be.",
@@ -56,7 +58,7 @@ _VERBS: Final = {
 EXIT_FAILURE: Final = 1
 EXIT_USAGE: Final = 2
 # For verbs in which 1 has another meaning.
-_FAILURE_CODES: Final = {"compare": 2, "diff": 2, "checksum": 2, "lint": 2}
+_FAILURE_CODES: Final = {"compare": 2, "diff": 2, "checksum": 2, "lint": 2, "verify": 2}
 # For verbs in which 2 has another meaning.
 _USAGE_CODES: Final = {"check": 1}
 # Plus the number of the signal, as shells report it.

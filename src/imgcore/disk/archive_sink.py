@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 from imgcore.disk.data_ranges import data_parts
 from imgcore.disk.digests import DiskHasher
 from imgcore.disk.limited_chunks import await_rate, piece_nbytes
+from imgcore.engine.thread_budget import Lease
 from imgcore.limits import MAX_TAR_SEGMENTS
 from imgcore.platforms.profiles import GCE_MEMBER_NAME
 from imgcore.streams.gzip import GzipEncoder
@@ -43,7 +44,10 @@ class ArchiveSink:
         header = sparse_header(GCE_MEMBER_NAME, nbytes, parts)
         hasher = DiskHasher(self._options.checksum)
         done = n_read = 0
-        with GzipEncoder(self._target.main, self._options.threads) as encoder:
+        with (
+            Lease(self._options.threads) as lease,
+            GzipEncoder(self._target.main, lease.n_threads) as encoder,
+        ):
 
             def count() -> None:
                 tally.count(done, data=n_read, read=n_read, written=encoder.written_nbytes)

@@ -7,7 +7,7 @@ system makes reflinks, they are not read: the system copies them from file to fi
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from enum import Enum
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -17,9 +17,11 @@ import numpy as np
 from imgcore._core import is_zero
 from imgcore.disk.pieces import Origin, Piece
 from imgcore.engine.extents import Kind, join_neighbours
+from imgcore.engine.thread_budget import Lease, work_for
 from imgcore.files.host_file import HostFile
 from imgcore.files.update_file import UpdateFile
 from imgcore.limits import GIB, KIB, MIB
+from imgcore.streams.helpers import Helpers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -207,7 +209,13 @@ def _run(
             report(done)
 
     last: tuple[_Piece, Future[Copied]] | None = None
-    with ThreadPoolExecutor(1) as pool:
+    # With one thread, each piece is read and written in turn.
+    with Lease(2) as lease, closing(Helpers(lease.n_threads - 1, "imgcore-copy")) as pool:
+
+        def write(piece: _Piece, contents: list[memoryview]) -> Copied:
+            work_for(lease.owner)
+            return copy.write(piece, contents)
+
         # An exception waits for the pieces that are being written.
         for piece in _pieces(parts, unread_nbytes):
             nbytes = 0 if piece.how is _How.ZERO else piece.nbytes
@@ -218,7 +226,7 @@ def _run(
                 for (offset, length), octets in zip_longest(piece.ranges, contents):
                     observe(offset, length, octets)
             # Given before the last one has ended, so that the thread goes on at once.
-            before, last = last, (piece, pool.submit(copy.write, piece, contents))
+            before, last = last, (piece, pool.submit(write, piece, contents))
             if before is not None:
                 done = _sum(done, *before)
             tell()

@@ -14,6 +14,7 @@ from imgcore.engine.batches import cut_batches, pair_up
 from imgcore.engine.extents import Kind, clip
 from imgcore.engine.job import chosen_variants, translated_errors
 from imgcore.engine.source_file import native_sources
+from imgcore.engine.thread_budget import Lease
 from imgcore.limits import MIB
 
 if TYPE_CHECKING:
@@ -154,6 +155,7 @@ class Differences:
                 self._job = Job(
                     sources=native_sources(self._sources),
                     threads=self._threads,
+                    batch_threads=Lease(self._threads).renew,
                     variants=chosen_variants(None),
                     granule_nbytes=self._granularity,
                     rate_limit=self._limit,

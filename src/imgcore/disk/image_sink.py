@@ -14,6 +14,7 @@ from imgcore.disk.transfer import Transfer
 from imgcore.engine.bad_ranges import named_bad_ranges
 from imgcore.engine.geometry import CodecId, Placing, ZeroPolicy
 from imgcore.engine.job import translated_errors
+from imgcore.engine.thread_budget import Lease
 from imgcore.errors import OptionError, TargetError
 from imgcore.formats.api import SectorSized, WritesInOrder
 from imgcore.formats.registry import PLAIN_FORMAT, get_driver
@@ -224,6 +225,7 @@ class ImageSink:
                 next_offset=next_offset,
                 has_base=self._base is not None,
                 threads=options.threads,
+                batch_threads=Lease(options.threads).renew,
                 variants=dict(options.variants),
                 salvage=options.salvage,
                 reflink=self._may_reflink(),

@@ -13,6 +13,7 @@ from imgcore._core import CoreError, Disk
 from imgcore.border import integer, range_of_disk
 from imgcore.engine.job import chosen_variants, thread_count, translated_errors
 from imgcore.engine.source_file import native_sources
+from imgcore.engine.thread_budget import Lease
 from imgcore.errors import ImgcoreError
 from imgcore.files.descriptors import is_of_system
 from imgcore.limits import MIB
@@ -101,6 +102,10 @@ class RandomAccess(Disk):
             return thread_count(threads)
         self._n_threads = self._n_threads or thread_count(None)
         return self._n_threads
+
+    def lease(self, threads: int) -> Lease:
+        """Return the lease of a long read on so many threads."""
+        return Lease(threads)
 
     def explain(self, error: Exception) -> NoReturn:
         """Raise an error of a read: one of the engine's with the name of its file."""

@@ -67,7 +67,7 @@ class ReadBack(NamedTuple):
                 stack.callback(file.close)
             profile = self.options.profile
             if profile is not None and profile.is_archived:
-                found = _archive_digest(files[0], written.algorithm, tick)
+                found = archive_digest(files[0], written.algorithm, tick)
             else:
                 found = self._disk_digest(
                     GivenFiles(held=files), written.algorithm, written_nbytes, tick
@@ -123,7 +123,7 @@ class _Content:
         return bytes(content[: self._decoder.fill(memoryview(content))])
 
 
-def _archive_digest(file: ByteSource, algorithm: str, tick: Callable[[], None]) -> Digest:
+def archive_digest(file: ByteSource, algorithm: str, tick: Callable[[], None]) -> Digest:
     """Return the digest of the disk that is the first member of an archive."""
     content: Any = _Content(file)
     try:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from imgcore.disk.digests import DiskHasher
 from imgcore.disk.limited_chunks import limited_chunks
+from imgcore.engine.thread_budget import Lease
 from imgcore.streams.codecs import CODECS
 
 if TYPE_CHECKING:
@@ -36,7 +37,10 @@ class StreamSink:
         done, options = 0, self._options
         nbytes = self.disk_nbytes if self._source.size_is_known else None
         hasher = DiskHasher(options.checksum)
-        with self._encoder(self._target.main, nbytes, options.threads) as encoder:
+        with (
+            Lease(options.threads) as lease,
+            self._encoder(self._target.main, nbytes, lease.n_threads) as encoder,
+        ):
 
             def count() -> None:
                 tally.count(done, data=done, read=done, written=encoder.written_nbytes)

@@ -8,8 +8,7 @@ and nothing is durable before `flush`.
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple, SupportsIndex, cast
 
@@ -18,11 +17,13 @@ from imgcore.disk.in_place_writes import InPlaceWrites
 from imgcore.disk.pieces import Group, Piece, batches, grouped, parts_of
 from imgcore.disk.range_locks import RangeLocks
 from imgcore.engine.job import thread_count
+from imgcore.engine.thread_budget import Lease
 from imgcore.errors import ImgcoreError
 from imgcore.files.descriptors import is_of_system
 from imgcore.files.update_file import UpdateFile
 from imgcore.formats.api import Overwritable, Rebasable
 from imgcore.limits import MIB
+from imgcore.streams.helpers import Helpers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -154,7 +155,7 @@ class WriteAccess:
             self.write(pieces)
             return
         # An exception waits for all threads; that of the lowest range is raised.
-        with ThreadPoolExecutor(n) as pool:
+        with Lease(n) as lease, closing(_helpers(lease)) as pool:
             for future in [pool.submit(self.write, part) for part in parts_of(pieces, n)]:
                 future.result()
 
@@ -486,3 +487,8 @@ def _stating_offset(offset: int) -> Iterator[None]:
             raise
         text = f"{error.strerror} (the disk is written up to its offset {offset})"
         raise OSError(error.errno, text, error.filename) from error
+
+
+def _helpers(lease: Lease) -> Helpers:
+    # One alone would only take the place of the calling thread.
+    return Helpers(lease.n_threads if lease.n_threads > 1 else 0, "imgcore-write")

@@ -12,6 +12,7 @@ from imgcore._core import (
     checksum_algorithms,
 )
 from imgcore.engine.geometry import Geometry, Placing
+from imgcore.engine.thread_budget import Lease
 from imgcore.errors import OptionError
 
 if TYPE_CHECKING:
@@ -158,6 +159,7 @@ def hash_batches(
     job = Job(
         sources=supply.native_sources,
         threads=threads,
+        batch_threads=Lease(threads).renew,
         variants=dict(variants),
         rate_limit=limit,
         checksum=stream.algorithm,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Final
 
 # How often a step after the commit point is tried if exceptions interrupt it.
-_ATTEMPTS: Final = (1, 2, 3)
+ATTEMPTS: Final = (1, 2, 3)
 
 
 class CommitCounter:
@@ -32,7 +32,7 @@ def uninterrupted(path: str, step: Callable[[], None]) -> OSError | None:
 
     Returns the error of the system, if the step fails.
     """
-    for _ in _ATTEMPTS:
+    for _ in ATTEMPTS:
         try:
             step()
         except BaseException as error:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from imgcore.files.commit_point import report_late
+from imgcore.errors import ImgcoreError
+from imgcore.files.commit_point import ATTEMPTS, report_late
 from imgcore.files.target import Target
 
 Result = TypeVar("Result")
@@ -19,10 +20,29 @@ class Commitment(Generic[Result]):
     def __init__(self) -> None:
         self.target: Target | None = None
 
-    def commit(self, target: Target, result: Result) -> None:
-        """Commit the target; afterwards the job has this result, whatever happens."""
+    def commit(self, target: Target, result: Result, receipt: Target | None = None) -> None:
+        """Commit the target; afterwards the job has this result, whatever happens.
+
+        A receipt gets its name next, also if exceptions of signals come in between.
+        """
         self.target, self.result = target, result
         target.commit()
+        if receipt is not None:
+            _commit_receipt(target, receipt)
+
+
+def _commit_receipt(target: Target, receipt: Target) -> None:
+    """Commit a receipt; its failure is that of the job, whose target is complete."""
+    for _ in ATTEMPTS:
+        try:
+            receipt.commit()
+        except (OSError, ImgcoreError) as error:
+            target.late_error = error
+            raise
+        except BaseException as error:
+            report_late(target.path, error)
+        if receipt.is_committed:
+            return
 
 
 def until_committed(job: Callable[[Commitment[Result]], None]) -> Result:

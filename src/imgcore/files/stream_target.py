@@ -15,7 +15,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
-from imgcore.errors import OptionError, TargetError
+from imgcore.errors import ImgcoreError, OptionError, TargetError
 from imgcore.files.commit_point import CommitCounter, uninterrupted
 from imgcore.files.descriptors import (
     close,
@@ -127,7 +127,7 @@ class StreamTarget(Target):
         self.in_place = False
         self.is_block_device: bool = False
         self.is_committed: bool = False
-        self.late_error: OSError | None = None
+        self.late_error: OSError | ImgcoreError | None = None
         self._folder: TargetFolder | None = None
         self._protected: dict[Identity | None, str] = {}
         self._waiting = waiting
@@ -170,6 +170,10 @@ class StreamTarget(Target):
             "subformat",
             path=self.path,
         )
+
+    def written(self) -> list[TargetFile]:
+        """Return nothing: a stream is no file that could be found again."""
+        return []
 
     def prepare(self) -> None:
         """Write the last zeros, and wait until everything has been taken."""

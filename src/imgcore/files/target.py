@@ -12,7 +12,7 @@ import os
 import stat
 from typing import TYPE_CHECKING
 
-from imgcore.errors import TargetError
+from imgcore.errors import ImgcoreError, TargetError
 from imgcore.files.block_devices import below, refuse_read_only
 from imgcore.files.commit_point import CommitCounter, report_late, uninterrupted
 from imgcore.files.descriptors import forks_held_back, named_errors, open_file
@@ -62,8 +62,9 @@ class Target:
     in_place, is_block_device : bool
     is_committed : bool
         Whether `commit` has passed the commit point.
-    late_error : OSError or None
-        The system's error after the commit point: the folder cannot be synced.
+    late_error : OSError, ImgcoreError or None
+        The error after the commit point: the folder cannot be synced, or a receipt does
+        not get its name.
     identity : tuple of two ints, or None
         The identity of the file that has the final name now, links followed; see
         `imgcore.files.identity.same_file`.
@@ -95,7 +96,7 @@ class Target:
         self._in_place_nbytes = in_place_nbytes
         self._journal = journal
         self.is_committed: bool = False
-        self.late_error: OSError | None = None
+        self.late_error: OSError | ImgcoreError | None = None
         self._is_prepared = False
         self._old: os.stat_result | None = None
         self.identity: Identity | None = None
@@ -312,8 +313,12 @@ class Target:
 
     def datasync(self) -> None:
         """Make what was written of all files so far durable."""
-        for file in (*self._companions, self.main):
+        for file in self.written():
             file.datasync()
+
+    def written(self) -> list[TargetFile]:
+        """Return the files, the main one first; their paths are the final names."""
+        return [self.main, *self._companions]
 
     def commit(self) -> None:
         """Give the files their final names, durably unless ``sync=False``.

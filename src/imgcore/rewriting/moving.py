@@ -13,6 +13,7 @@ from imgcore.engine.extents import EXTENT_DTYPE, PLACEMENT_DTYPE, BlockState, Ki
 from imgcore.engine.geometry import Geometry
 from imgcore.engine.job import chosen_variants, thread_count, translated_errors
 from imgcore.engine.source_file import native_sources
+from imgcore.engine.thread_budget import Lease
 from imgcore.limits import MAX_BATCH_ROWS, SECTOR_NBYTES
 from imgcore.rewriting.layout import Runs
 
@@ -89,6 +90,7 @@ def move_blocks(
             target=file.core,
             next_offset=offset,
             threads=workers.threads,
+            batch_threads=Lease(workers.threads).renew,
             variants=dict(workers.variants),
             rate_limit=workers.limit,
         )

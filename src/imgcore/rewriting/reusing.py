@@ -17,6 +17,7 @@ from imgcore.engine.extents import FLAG_GRAIN_MARKER, PLACEMENT_DTYPE, BlockStat
 from imgcore.engine.geometry import Codec, CodecId, DeflateEngine, Geometry, Reuse
 from imgcore.engine.job import chosen_variants, thread_count, translated_errors
 from imgcore.engine.source_file import native_sources
+from imgcore.engine.thread_budget import Lease
 from imgcore.rewriting.layout import with_wrappers
 from imgcore.rewriting.moving import gap_free, in_pieces
 
@@ -119,6 +120,7 @@ def _try_blocks(image: Image, rows: Extents, codec: Codec, *, trust_blocks: bool
             geometry=geometry,
             target=File.null(),
             threads=thread_count(None),
+            batch_threads=Lease(thread_count(None)).renew,
             variants=chosen_variants(None),
             trust_blocks=trust_blocks,
         )

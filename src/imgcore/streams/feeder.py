@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from typing import Final
 
+from imgcore.engine.thread_budget import Lease
 from imgcore.streams.helpers import started
 
 # How often a consumer that waits calls its ``tick``.
@@ -50,7 +51,8 @@ def filled(
     """
     feeder = _Feeder(fill, buffers)
     held: deque[int] = deque()
-    feeder.begin()
+    # What waits for others cannot be called here: signals would wait, too.
+    feeder.begin(is_needed=cancel is not None)
     try:
         while (item := feeder.take(tick)) is not None:
             yield item
@@ -71,12 +73,14 @@ class _Feeder(threading.Thread):
         self._filled = queue.SimpleQueue()
         self._stopped = threading.Event()
         self._is_alone = False
+        self._lease = Lease(2)
         for number in range(len(buffers)):
             self._free.put(number)
 
-    def begin(self) -> None:
-        """Start the thread, or work in `take` if the system makes none."""
-        self._is_alone = not started(self)
+    def begin(self, *, is_needed: bool) -> None:
+        """Start the thread, or work in `take` if there is none for it."""
+        has_thread = self._lease.n_threads > 1 or is_needed
+        self._is_alone = not (has_thread and started(self))
 
     def run(self) -> None:
         """Fill buffers until the end, an error, or `stop`."""
@@ -131,6 +135,7 @@ class _Feeder(threading.Thread):
         """
         self._stopped.set()
         self._free.put(None)
+        self._lease.close()
         if self._is_alone:
             return
         if cancel is None or not self.is_alive() or cancel():

@@ -24,6 +24,7 @@ from imgcore.engine.extents import Kind
 from imgcore.engine.job import chosen_variants, thread_count, translated_errors
 from imgcore.engine.progress import Tally
 from imgcore.engine.source_file import native_sources
+from imgcore.engine.thread_budget import Lease
 from imgcore.errors import OptionError
 from imgcore.files.host_file import HostFile
 
@@ -269,6 +270,7 @@ class _Comparison:
             job = Job(
                 sources=[*native_sources(a.sources), *native_sources(b.sources)],
                 threads=self._threads,
+                batch_threads=Lease(self._threads).renew,
                 variants=chosen_variants(None),
                 rate_limit=self._limit,
             )

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from imgcore.border import Readable
     from imgcore.disk.image import Image
     from imgcore.disk.read_back import ReadBack
+    from imgcore.disk.receipt import NewReceipt
     from imgcore.disk.sink import Sink
     from imgcore.engine.bad_ranges import BadRange
     from imgcore.engine.control import Control
@@ -136,6 +137,7 @@ def convert(
     resume: bool | str = False,
     journal: FilePath | None = None,
     size: SupportsIndex | str | None = None,
+    receipt: FilePath | None = None,
 ) -> ConvertResult:
     """Convert a virtual disk image, including its backing files, to another format.
 
@@ -263,6 +265,11 @@ def convert(
         Bytes of the disk in a stream, for example ``"10G"``, for targets that must know
         it from the start.  A stream that is shorter is an error; one that goes on may
         do so with zeros only.
+    receipt : str, bytes or os.PathLike, optional
+        A file for a receipt: JSON that says what was done, by which `imgcore.verify`
+        verifies the target later.  It appears after the target, and an existing file is
+        replaced only with ``force``.  ``checksum`` is ``"sha256"`` then if it is not
+        given.
 
     Returns
     -------
@@ -293,7 +300,7 @@ def convert(
         raise OptionError("--verify reads what is on stable storage: it contradicts --no-sync")
     journal = None if journal is None else file_name(journal)
     policy = _resume_policy(resume, journal)
-    if verify and checksum is None:
+    if checksum is None and (verify or receipt is not None):
         checksum = ALGORITHMS[0]
     opening = OpenOptions.from_keywords(
         format=format,
@@ -340,6 +347,7 @@ def convert(
 
     def job(commitment: Commitment[ConvertResult]) -> None:
         with run, ExitStack() as stack:
+            new_receipt = _new_receipt(receipt, target, force, stack)
             waiting = opening._replace(on_wait=run.wait)
             disk = stack.enter_context(open_sources(sources, waiting))
             disk.refuse_conversion(with_base=backing is not None)
@@ -368,6 +376,8 @@ def convert(
                 )
             stack.enter_context(output)
             output.protect(files)
+            if new_receipt is not None:
+                new_receipt.protect(files)
             refuse_other_name(output.path, writing.format, flag="-O", profile=writing.profile)
             options = writing
             if record is not None:
@@ -405,8 +415,10 @@ def convert(
                 checksum=sink.digest,
                 verified=verify,
             )
+            if new_receipt is not None:
+                new_receipt.write(disk, output, writing, sink.disk_nbytes, result._asdict())
             run.keep()
-            commitment.commit(output, result)
+            commitment.commit(output, result, None if new_receipt is None else new_receipt.target)
 
     return until_committed(job)
 
@@ -455,6 +467,18 @@ def _open_base(
     if writing.backing is None:
         return None
     return stack.enter_context(open_image(backing_path(target, writing.backing), options))
+
+
+def _new_receipt(
+    receipt: FilePath | None, target: str, force: bool, stack: ExitStack
+) -> NewReceipt | None:
+    """Create the file of the receipt; ``stack`` removes it unless it is committed."""
+    if receipt is None:
+        return None
+    from imgcore.disk.receipt import NewReceipt
+
+    name = file_name(receipt)
+    return stack.enter_context(NewReceipt.open(name, force=force, job_target=target))
 
 
 def _write(

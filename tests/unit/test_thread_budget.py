@@ -1,0 +1,203 @@
+"""The threads that all jobs of a process use together."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from tests.helpers.images import MIB, noise, text
+
+import imgcore
+from imgcore.engine import geometry, thread_budget
+from imgcore.engine.thread_budget import Lease, work_for
+
+
+@pytest.fixture(autouse=True)
+def budget(monkeypatch: pytest.MonkeyPatch) -> thread_budget._Budget:
+    """A budget of 8 threads, as on 8 CPUs."""
+    one = thread_budget._Budget()
+    one.default = 8
+    monkeypatch.setattr(thread_budget, "_budget", one)
+    return one
+
+
+class Job:
+    """A job of its own, without a thread: what it leases belongs to it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.leases: list[Lease] = []
+
+    def lease(self, wanted: int) -> Lease:
+        work_for(self.number)
+        try:
+            self.leases.append(Lease(wanted))
+        finally:
+            thread_budget._owner.number = None
+        return self.leases[-1]
+
+
+def test_a_job_that_is_alone_gets_all_that_it_asks_for() -> None:
+    job = Job(1)
+    assert [job.lease(n).n_threads for n in (1, 8, 50)] == [1, 8, 50]
+
+
+def test_several_jobs_divide_the_threads() -> None:
+    first, second, third = (Job(number) for number in (1, 2, 3))
+    a = first.lease(8)
+    b = second.lease(8)
+    # The first one keeps its threads until its next batch.
+    assert (a.n_threads, b.n_threads) == (8, 1)
+    assert (a.renew(), b.renew()) == (4, 4)
+    c = third.lease(8)
+    assert c.n_threads == 1
+    assert (a.renew(), b.renew(), c.renew()) == (3, 3, 2)
+    # What one does not want, the others get.
+    d = Job(4).lease(1)
+    assert d.n_threads == 1
+    b.close()
+    assert (a.renew(), c.renew()) == (4, 3)
+    c.close()
+    assert a.renew() == 7
+    d.close()
+    assert a.renew() == 8
+
+
+def test_what_is_dropped_is_given_back(budget: thread_budget._Budget) -> None:
+    job, other = Job(1), Job(2)
+    job.lease(8)
+    assert other.lease(8).n_threads == 1
+    job.leases.clear()
+    assert other.leases[0].renew() == 8
+    with Job(3).lease(4):
+        assert len(budget.leases) == 2
+    assert len(budget.leases) == 1
+
+
+def test_a_stated_number_holds_for_a_job_that_is_alone(budget: thread_budget._Budget) -> None:
+    imgcore.set_thread_budget(3)
+    assert Job(1).lease(8).n_threads == 3
+    imgcore.set_thread_budget(None)
+    assert Job(1).lease(8).n_threads == 8
+    for number in (0, 257, -1):
+        with pytest.raises(imgcore.OptionError):
+            imgcore.set_thread_budget(number)
+
+
+def test_a_model(budget: thread_budget._Budget) -> None:
+    """Jobs come, go and renew; their sum is bounded, and none is without a thread."""
+    chance = random.Random(7)
+    jobs = [Job(number) for number in range(1, 20)]
+    for _ in range(3000):
+        job = chance.choice(jobs)
+        if not job.leases:
+            job.lease(chance.choice((1, 2, 8, 64)))
+        elif chance.random() < 0.3:
+            job.leases.pop()
+        else:
+            job.leases[0].renew()
+        running = [one.leases[0] for one in jobs if one.leases]
+        parts = [lease.n_threads for lease in running]
+        assert all(1 <= lease.n_threads <= lease.wanted for lease in running)
+        if len(running) > 1 and max(parts) <= 8:
+            # Above the budget there is only the calling thread of each job.
+            assert sum(n - 1 for n in parts) <= 8
+
+
+def test_a_forked_child_starts_anew(budget: thread_budget._Budget) -> None:
+    """A lock that another thread has at the fork stays locked in the child."""
+    os.register_at_fork(after_in_child=budget.begin_child)
+    taken, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with budget.lock:
+            taken.set()
+            done.wait(30)
+
+    lease = Job(1).lease(8)
+    thread = threading.Thread(target=hold)
+    thread.start()
+    taken.wait()
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if Job(2).lease(8).n_threads == 8 else 1)
+    end = time.monotonic() + 20
+    status = 0
+    while os.waitpid(pid, os.WNOHANG) == (0, 0):
+        if time.monotonic() > end:
+            os.kill(pid, 9)
+            os.waitpid(pid, 0)
+            status = 9
+            break
+        time.sleep(0.01)
+    done.set()
+    thread.join()
+    assert status == 0
+    assert lease.n_threads == 8
+
+
+# -- the jobs --------------------------------------------------------------------------
+
+
+def n_tasks() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+@pytest.mark.parametrize("name", ["o.qcow2", "o.vmdk", "o.raw.gz", "o.tar.gz", "o.raw"])
+def test_many_conversions_make_few_threads(
+    name: str, tmp_path: Path, budget: thread_budget._Budget
+) -> None:
+    budget.default = 2
+    source = tmp_path / "disk.raw"
+    source.write_bytes(noise(2 * MIB) + text(6 * MIB))
+    profile = "gce" if name.endswith("tar.gz") else None
+    options = {"cid": "12345678"} if name.endswith("vmdk") else None
+    how = {"profile": profile, "options": options, "sync": False, "threads": 8}
+    alone = tmp_path / f"alone-{name}"
+    imgcore.convert(source, alone, **how)
+    barrier = threading.Barrier(12)
+    seen: list[int] = []
+    targets = []
+    for number in range(12):
+        (tmp_path / str(number)).mkdir()
+        targets.append(tmp_path / str(number) / alone.name)
+
+    def convert(target: Path) -> None:
+        barrier.wait()
+        imgcore.convert(source, target, progress=lambda _: seen.append(n_tasks()), **how)
+
+    threads = [threading.Thread(target=convert, args=(target,)) for target in targets]
+    before = n_tasks()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    # The first one may take all 8 that it asks for.
+    assert max(seen) <= before + 12 + 8
+    assert all(target.read_bytes() == alone.read_bytes() for target in targets)
+
+
+def test_a_conversion_gets_threads_when_others_end(
+    tmp_path: Path, budget: thread_budget._Budget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With batches of 4 MiB, it need not be a large one."""
+    monkeypatch.setattr(geometry, "_MAX_BATCH_BLOCKS", 64)
+    source, target = tmp_path / "disk.raw", tmp_path / "disk.qcow2"
+    source.write_bytes(text(48 * MIB))
+    other = Job(1).lease(8)
+    seen: list[int] = []
+
+    def look(progress: imgcore.Progress) -> None:
+        seen.append(n_tasks())
+        if progress.done:
+            other.close()
+
+    before = n_tasks()
+    imgcore.convert(source, target, threads=4, progress=look, sync=False, rate="64M")
+    assert imgcore.compare(source, target).identical
+    assert seen[0] == before
+    assert max(seen) == before + 4
