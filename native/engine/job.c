@@ -78,6 +78,10 @@ static int check_options(const struct imgc_job_options *o, struct imgc_error *er
 		return invalid(err, "reflink");
 	if (o->trust_blocks && (o->kind != IMGC_JOB_CONVERT || o->salvage || o->has_base))
 		return invalid(err, "trust_blocks");
+	if (o->stores_data && (o->kind != IMGC_JOB_CONVERT || o->has_base || o->salvage ||
+			       o->reflink || o->geometry.placing != IMGC_PLACE_APPEND ||
+			       o->geometry.codec.codec != IMGC_CODEC_NONE))
+		return invalid(err, "stores_data");
 	if (o->granule_nbytes != 0 &&
 	    (o->kind != IMGC_JOB_COMPARE || !granule_is_valid(o->granule_nbytes)))
 		return invalid(err, "granule");

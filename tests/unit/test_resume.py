@@ -251,6 +251,7 @@ class TestRefused:
             ({"sync": False}, "--no-sync"),
             ({"salvage": True}, "salvaged"),
             ({"reflink": "always"}, "--reflink=always"),
+            ({"options": "tables=front"}, "tables in front begins anew"),
             ({"target_format": "raw", "target": "disk.raw.zst"}, "begins anew"),
         ],
     )
@@ -266,7 +267,7 @@ class TestRefused:
     def test_a_child_by_sectors(self, source: Path, target: Path) -> None:
         base, child = target.with_name("base.vhd"), target.with_name("child.vhd")
         imgcore.convert(source, base)
-        with pytest.raises(imgcore.UnsupportedFeatureError, match="cannot go on after a break"):
+        with pytest.raises(imgcore.OptionError, match="begins anew after a break"):
             imgcore.convert(source, child, backing=base.name, backing_format="vhd", resume=True)
         assert names(target) == ["base.vhd"]
 

@@ -16,7 +16,7 @@ from imgcore.engine.geometry import CodecId, Placing, ZeroPolicy
 from imgcore.engine.job import translated_errors
 from imgcore.engine.thread_budget import Lease
 from imgcore.errors import OptionError, TargetError
-from imgcore.formats.api import SectorSized, WritesInOrder
+from imgcore.formats.api import SectorSized
 from imgcore.formats.registry import PLAIN_FORMAT, get_driver
 from imgcore.limits import MAX_BASE_BLOCK_NBYTES
 
@@ -40,6 +40,10 @@ if TYPE_CHECKING:
 class ImageSink:
     """Writes an image of any format; a `Sink`."""
 
+    # Whether blocks are stored that the source states as data, instead of those that
+    # are no zeros.
+    _stores_data = False
+
     def __init__(
         self,
         target: Target,
@@ -61,8 +65,6 @@ class ImageSink:
         self._base = base
         self.driver: Driver = get_driver(options.format)
         self._writer = self.driver.writer(request)
-        if options.in_order:
-            _refuse_out_of_order(target, self._writer)
         if not source.size_is_known:
             leave_end_open(self._writer, target)
         if base is not None:
@@ -102,9 +104,7 @@ class ImageSink:
 
             journal = BatchJournal(checkpoints, target, stream.algorithm)
         bad_ranges = self._write_parts(writer, data_file, tally, stream, journal)
-        if stream is not None and self.options.checksum is not None:
-            digest = stream.finish(self.disk_nbytes)
-            self.digest = Digest(digest, self.options.checksum)
+        self._take_digest(stream)
         return bad_ranges
 
     @property
@@ -123,6 +123,11 @@ class ImageSink:
         from imgcore.engine.hashing import LeafStream
 
         return LeafStream(algorithm)
+
+    def _take_digest(self, stream: LeafStream | None) -> None:
+        if stream is not None and self.options.checksum is not None:
+            digest = stream.finish(self.disk_nbytes)
+            self.digest = Digest(digest, self.options.checksum)
 
     @cached_property
     def reflink_rule(self) -> ReflinkRule:
@@ -199,7 +204,7 @@ class ImageSink:
         data_file: TargetFile,
         tally: Tally,
         stream: LeafStream | None,
-        journal: BatchJournal | None,
+        journal: BatchJournal | None = None,
     ) -> tuple[int, tuple[BadRange, ...]]:
         """Move the whole disk; return the target's first free offset and bad ranges."""
         options, geometry = self.options, writer.geometry
@@ -228,7 +233,8 @@ class ImageSink:
                 batch_threads=Lease(options.threads).renew,
                 variants=dict(options.variants),
                 salvage=options.salvage,
-                reflink=self._may_reflink(),
+                reflink=self._may_reflink() and not self._stores_data,
+                stores_data=self._stores_data,
                 # A comparison with the base needs the content.
                 trust_blocks=options.trust_blocks and self._base is None,
                 rate_limit=options.limit,
@@ -262,13 +268,6 @@ class ImageSink:
 
 def _resumes(checkpoints: Checkpoints | None) -> bool:
     return checkpoints is not None and checkpoints.resumes
-
-
-def _refuse_out_of_order(target: Target, writer: Writer) -> None:
-    if not isinstance(writer, WritesInOrder):
-        raise OptionError("this image cannot be written as a stream", path=target.path)
-    if writer.needs_own_blocks:
-        raise OptionError("a stream has no space to preallocate", path=target.path)
 
 
 def _refuse_large_blocks(target: Target, writer: Writer) -> None:

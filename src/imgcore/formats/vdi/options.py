@@ -12,6 +12,7 @@ from imgcore.formats.options import (
     choice,
     flag,
     size_or_auto,
+    table_place,
     text,
 )
 from imgcore.formats.shared.alignment import align_up
@@ -53,6 +54,7 @@ class Options(FormatOptions):
         None, "UUID of its last change (default: derived from uuid if given, else random)"
     )
     preallocation: str = choice("off", PREALLOCATION, "Reserve the space of a fixed image")
+    tables: str | None = table_place()
 
 
 class WriteOptions(NamedTuple):

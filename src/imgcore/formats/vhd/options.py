@@ -13,6 +13,7 @@ from imgcore.formats.options import (
     choice,
     flag,
     number,
+    table_place,
     text,
 )
 from imgcore.formats.shared.identities import random_uuid
@@ -71,6 +72,7 @@ class Options(FormatOptions):
     timestamp: int = number(layout.EPOCH_UNIX_SECONDS, "Time of creation in Unix seconds")
     batmap: bool = flag("Write XenServer's map of full blocks (dynamic only)")
     preallocation: str = choice("off", PREALLOCATION, "Reserve the space of a fixed disk")
+    tables: str | None = table_place()
 
 
 class WriteOptions(NamedTuple):
@@ -184,6 +186,7 @@ def _refuse_idle_options(options: Options) -> None:
         {
             "block_size": is_fixed and options.block_size is not None,
             "batmap": is_fixed and options.batmap,
+            "tables": is_fixed and options.tables is not None,
             "preallocation": not is_fixed and options.preallocation != "off",
         },
         options.subformat,

@@ -18,6 +18,7 @@ from imgcore.formats.options import (
     FormatOptions,
     choice,
     size_or_auto,
+    table_place,
     text,
 )
 from imgcore.formats.shared.alignment import align_up
@@ -92,6 +93,7 @@ class Options(FormatOptions):
     file_write_guid: str | None = text(
         None, "GUID of the last change to the file (default: random)"
     )
+    tables: str | None = table_place()
 
 
 class WriteOptions(NamedTuple):

@@ -13,6 +13,7 @@ from imgcore.formats.options import (
     choice,
     flag,
     size_or_auto,
+    table_place,
     text,
 )
 from imgcore.formats.shared.identities import random_octets
@@ -73,6 +74,7 @@ class Options(FormatOptions):
     )
     cid: str | None = text(None, "Content ID, 8 hexadecimal digits (default: random)")
     preallocation: str = choice("off", PREALLOCATION, "Reserve space in advance (flat kinds)")
+    tables: str | None = table_place()
 
 
 class WriteOptions(NamedTuple):
@@ -142,6 +144,7 @@ def _refuse_idle_options(options: Options, subformat: str) -> None:
             "level": options.level not in (None, "default") and subformat != "streamOptimized",
             "grain_size": options.grain_size != Options.grain_size and is_flat,
             "preallocation": options.preallocation != "off" and not is_flat,
+            "tables": options.tables is not None and subformat != "monolithicSparse",
         },
         subformat,
     )
