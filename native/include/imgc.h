@@ -794,7 +794,7 @@ struct imgc_disk;
 struct imgc_disk_options {
 	const struct imgc_source_file *sources; /* copied; the files are not owned */
 	size_t n_sources;
-	uint64_t guest_nbytes; /* size of the disk */
+	uint64_t guest_nbytes; /* size of the disk, at most INT64_MAX */
 	uint64_t span_nbytes;  /* of a table: power of two, at least 512 */
 	uint64_t cache_nbytes; /* of all that is kept; what is in use may exceed it */
 	uint32_t inflate_variant, io_variant;

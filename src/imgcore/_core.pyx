@@ -794,6 +794,7 @@ cdef class Uses:
         cdef int ticket = n.imgc_uses_enter(self.handle)
         if not ticket:
             self.refuse()
+            raise RuntimeError("a use that was refused has gone on")
         return ticket
 
     cdef int leave(self, int ticket) except -1:
@@ -1126,15 +1127,16 @@ cdef class Disk:
                 return None
             try:
                 self.place(offset, view.len, &start)
-                done = self.write_front(start, <const char *>view.buf, view.len)
+                done = self.write_front(start, <const char *>view.buf, view.len, &ticket)
                 return view.len if done == <uint64_t>view.len else None
             finally:
                 PyBuffer_Release(&view)
         finally:
             self.uses.leave(ticket)
 
-    cdef uint64_t write_front(self, uint64_t offset, const char *buffer,
-                              uint64_t length) except? 0xFFFFFFFFFFFFFFFF:
+    cdef uint64_t write_front(self, uint64_t offset, const char *buffer, uint64_t length,
+                              int *ticket) except? 0xFFFFFFFFFFFFFFFF:
+        """Write what can be overwritten before the first byte that cannot."""
         cdef n.imgc_disk_rest rest
         cdef n.imgc_error err
         cdef uint64_t done = 0
@@ -1148,6 +1150,8 @@ cdef class Disk:
             done = rest.offset - offset
             if status == n.IMGC_UNFINISHED:
                 PyErr_CheckSignals()
+                # Each part starts from the tables.
+                ticket[0] = n.imgc_uses_renew(self.uses.handle, ticket[0])
         return done
 
     def load(self, uint64_t offset):

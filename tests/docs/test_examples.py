@@ -50,6 +50,7 @@ INPUTS: dict[str, dict[str, Any]] = {
     "old.raw": {},
     "disk.qcow2": {},
     "base.qcow2": {},
+    "copy.qcow2": {},
     "disk.vhdx": {"options": {"block_size": "1M"}},
     "base.vhd": {},
     "base.vhdx": {},

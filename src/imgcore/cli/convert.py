@@ -233,6 +233,7 @@ def command(
             quiet=quiet,
             label=label,
             as_json=as_json or to_stdout,
+            rate=rate,
         ) as report,
     ):
         result = convert(
@@ -254,8 +255,8 @@ def command(
             reflink=reflink or not no_reflink,
             trust_blocks=trust_blocks,
             progress=report.callback,
+            control=report.control,
             profile=profile,
-            rate=rate or None,
             checksum=checksum,
             verify=verify,
             size=stream_size,

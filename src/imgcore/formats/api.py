@@ -990,6 +990,10 @@ class Updater(Protocol):
         """
         ...
 
+    def withhold(self) -> None:
+        """Use no space that is free now before a flush with ``is_unread``."""
+        ...
+
     def finish(self) -> None:
         """Change what says that the image is in use, before it is closed."""
         ...
@@ -1013,6 +1017,21 @@ class Overwritable(Protocol):
         ----------
         start, length : int
             Bytes; multiples of ``granule_nbytes``, unless the range ends with the disk.
+        """
+        ...
+
+
+@runtime_checkable
+class MakesWay(Protocol):
+    """An updater that overwrites places of the disk to make a table longer.
+
+    Optional: others put a longer table elsewhere.
+    """
+
+    def make_way(self, virtual_size: int) -> bool:
+        """Move the data away before `Updater.resize`; tell whether any was moved.
+
+        What was moved is durable.  Reads that began before it end before the resize.
         """
         ...
 
