@@ -332,6 +332,7 @@ def quiet_option() -> Decorator:
 def rate_option() -> Decorator:
     return click.option(
         "-r",
+        "--rate",
         "--rate-limit",
         "rate",
         callback=size_value,

@@ -248,6 +248,7 @@ def command(
             quiet=quiet,
             label=label,
             as_json=as_json or to_stdout,
+            rate=rate,
         ) as report,
     ):
         result = convert(
@@ -269,8 +270,8 @@ def command(
             reflink=reflink or not no_reflink,
             trust_blocks=trust_blocks,
             progress=report.callback,
+            control=report.control,
             profile=profile,
-            rate=rate or None,
             checksum=checksum,
             verify=verify,
             resume=resume or False,

@@ -42,8 +42,9 @@ class Copying(NamedTuple):
             quiet=self.quiet,
             label=one_line(os.path.basename(path)),
             as_json=self.as_json,
+            rate=self.rate,
         ) as report:
-            return work(threads=self.threads, rate=self.rate or None, progress=report.callback)
+            return work(threads=self.threads, progress=report.callback, control=report.control)
 
     def tell(self, result: Any, text: str) -> None:
         """Print the result: as JSON, or a text unless quiet."""
