@@ -538,6 +538,20 @@ ELSEWHERE = {
         "it to a file first"
     )):
     "unit/test_stream_input.py::TestOrder",
+    ("disk/batch_journal.py",
+     ("what was written of it before the break has changed, between {} and {} of the disk: start "
+     "again (imgcore jobs --remove)")): "unit/test_resume.py::TestRefused",
+    ("disk/resuming.py",
+     ("is the journal of another conversion: {}: repeat that one, or give it up (imgcore jobs "
+     "--remove)")): "unit/test_resume.py::TestRefused",
+    ("disk/resuming.py", "a journal cannot be beside a block device: state a file with --journal"):
+    "unit/test_resume.py::TestRefused",
+    ("files/fingerprint.py",
+     "a stream cannot be read again after a break (--resume): save it to a file first"):
+    "unit/test_resume.py::TestRefused",
+    ("files/target.py",
+     ("%s: what is done of it is kept: the same command goes on, imgcore jobs --remove gives it "
+     "up")): "unit/test_resume.py::TestJobs",
     ("files/stream_target.py", ("is a block device: name it as the target instead, with -n "
      "(in_place=True)")): "oracle/test_streams_out.py::test_a_block_device_is_refused",
     ("disk/front_sink.py", ("the tables of the target come first, but a stream shows its data "
@@ -741,6 +755,16 @@ ELSEWHERE = {
 
 # Messages about options in use: the verbs that have them.
 NAMED = {
+    ("disk/resuming.py", "--resume keeps what is on stable storage: it contradicts --no-sync"):
+    ("convert",),
+    ("disk/resuming.py", "-o {}"): ("convert",),
+    ("disk/resuming.py", "a stream cannot be written again after a break (--resume)"):
+    ("convert",),
+    ("disk/resuming.py", "its blocks cannot be verified after a break (--resume)"): ("convert",),
+    ("disk/resuming.py", "salvaged data cannot be kept after a break (--resume)"): ("convert",),
+    ("disk/sink.py", "{} begins anew after a break: it cannot have --resume"):
+    ("convert",),
+    ("verbs/convert.py", "--journal is about --resume, which is not given"): ("convert",),
     ("cli/commit.py", "--remove contradicts -d and -b"): ("commit",),
     ("verbs/convert.py", "--base and -B both state the target's backing file"): ("convert",),
     ("verbs/convert.py", "--verify reads the target back, which is not possible for a stream"):
@@ -798,6 +822,8 @@ NAMED = {
 # of another system.
 OTHERS = frozenset(
     {
+        "its first record is not as imgcore writes it",
+        "no first record",
         (
             "front: tables precede all data, as in streams; data is what the source's tables "
             "state, zeros included"
