@@ -24,6 +24,16 @@ MAX_PENDING_TABLE_NBYTES: Final = 32 * MIB
 # start, which has tables, may stay in memory.
 MAX_AHEAD_NBYTES: Final = 64 * MIB
 MAX_KEPT_NBYTES: Final = 64 * MIB
+# The latest bytes of an image that comes in order: tables and blocks in another order
+# than the disk's are sorted in them.  Three units of the target, with its largest
+# blocks, fit in them as well.
+STREAM_SEGMENT_NBYTES: Final = 8 * MIB
+MIN_STREAM_SEGMENTS: Final = 16
+MAX_STREAM_UNIT_NBYTES: Final = 64 * MIB
+# Grains of a streamOptimized VMDK that wait for those before them on the disk.
+VMDK_MAX_SORTED_NBYTES: Final = 16 * MIB
+# Grain tables that follow in the stream while their grains were read: 64 MiB.
+VMDK_MAX_AWAITED_TABLES: Final = 1 << 15
 
 # Images of a chain of parents; each of them stays open.  QEMU has no limit.
 MAX_CHAIN_DEPTH: Final = 64

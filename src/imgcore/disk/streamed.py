@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from imgcore.border import file_names
@@ -12,7 +12,6 @@ from imgcore.disk.once_source import OnceSource
 from imgcore.errors import (
     CorruptImageError,
     OptionError,
-    UnsupportedFeatureError,
     WrongFormatError,
 )
 from imgcore.files.stream_input import (
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from imgcore.disk.open_options import OpenOptions
+    from imgcore.disk.streamed_source import StreamedSource
 
 _STDIN_NUMBER: Final = 0
 
@@ -79,7 +79,7 @@ def open_stream(source: Any) -> StreamInput:
 
 
 @contextmanager
-def open_streamed(source: Any, options: OpenOptions) -> Iterator[OnceSource]:
+def open_streamed(source: Any, options: OpenOptions) -> Iterator[OnceSource | StreamedSource]:
     """Open a disk that comes in order; the caller's objects and descriptors stay open.
 
     Raises
@@ -89,12 +89,13 @@ def open_streamed(source: Any, options: OpenOptions) -> Iterator[OnceSource]:
     WrongFormatError
         The first bytes are not those of the stated format, or of any.
     UnsupportedFeatureError
-        A format whose images cannot be read in order.
+        The image has a parent, or is not in an order that can be read.
     """
-    with open_stream(source) as stream:
+    with ExitStack() as stack:
+        stream = stack.enter_context(open_stream(source))
         stream.on_wait = options.on_wait
         _refuse_options(stream, options)
-        yield _source(stream, options)
+        yield _source(stream, options, stack)
 
 
 def refuse_size(options: OpenOptions, source: object) -> None:
@@ -118,7 +119,9 @@ def _refuse_options(stream: StreamInput, options: OpenOptions) -> None:
         )
 
 
-def _source(stream: StreamInput, options: OpenOptions) -> OnceSource:
+def _source(
+    stream: StreamInput, options: OpenOptions, stack: ExitStack
+) -> OnceSource | StreamedSource:
     nbytes, stated = options.stream_nbytes, options.format
     if stated in CODEC_OF_FORMAT:
         _refuse_read_options(stream, options)
@@ -133,9 +136,9 @@ def _source(stream: StreamInput, options: OpenOptions) -> OnceSource:
     )
     if not has_magic:
         return _flat(stream, name, options)
-    raise UnsupportedFeatureError(
-        f"this {name} image is not read in order: save it to a file first", path=stream.path
-    )
+    from imgcore.disk.streamed_source import open_streamed_image
+
+    return stack.enter_context(open_streamed_image(stream, name, options))
 
 
 def _refuse_read_options(stream: StreamInput, options: OpenOptions) -> None:

@@ -19,7 +19,7 @@ for them.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import (
     TYPE_CHECKING,
@@ -35,6 +35,7 @@ from typing import (
 
 from imgcore.engine.source_file import SourceFile
 from imgcore.errors import OptionError, UnsupportedFeatureError
+from imgcore.formats.options import has_tables_in_front
 from imgcore.formats.shared.damage import STRICT, Damage
 from imgcore.text import without_secrets
 
@@ -247,6 +248,33 @@ class LeavesOut(Protocol):
 
     def left_out(self) -> list[str]:
         """Return what a conversion leaves out and what that means; may be empty."""
+        ...
+
+
+@runtime_checkable
+class EndsItself(Protocol):
+    """A reader that can tell whether a stream had all of its image.
+
+    Optional: after what the readers of other formats have read of a stream, only zeros
+    may follow.
+    """
+
+    def verify_end(self, read_rest: Callable[[], tuple[int, bytes]]) -> None:
+        """Verify what follows the last extent of a stream.
+
+        Parameters
+        ----------
+        read_rest : callable
+            Reads the rest of the stream; only the size of the file is known then.  It
+            returns the end of the last byte that is not zero, of those after what this
+            reader and its extents have needed, or 0 if there is none; and the bytes
+            before this end, as many as a footer may have.
+
+        Raises
+        ------
+        CorruptImageError
+            Something of the image is missing, or other bytes follow it.
+        """
         ...
 
 
@@ -470,6 +498,12 @@ class WriteRequest(NamedTuple, Generic[Options]):
     exact_nbytes : int or None
         Size of the disk in bytes without the zeros that fill up its last sector, if
         the target may keep it; raw does.
+    seed : bytes or None
+        32 bytes that random identities are drawn from
+        (`imgcore.formats.shared.identities`); None: other ones each time.
+    tables_first : bool
+        The image's tables must precede its data, as far as the format leaves that open.
+        The writer is then told about all blocks before `Writer.begin` (`NeedsBlocks`).
     """
 
     virtual_size: int
@@ -480,6 +514,8 @@ class WriteRequest(NamedTuple, Generic[Options]):
     target_name: str = ""
     logical_sector_nbytes: int | None = None
     exact_nbytes: int | None = None
+    seed: bytes | None = None
+    tables_first: bool = False
 
 
 class Writer(Protocol):
@@ -571,6 +607,26 @@ class WritesInOrder(Protocol):
 
     writes_in_order: ClassVar[bool]
     """True."""
+
+
+@runtime_checkable
+class NeedsBlocks(Protocol):
+    """A writer whose ``first_offset`` depends on the blocks that will be placed.
+
+    Optional.
+    """
+
+    def know_blocks(self, blocks: Iterable[tuple[int, Placements]], data_nbytes: int) -> None:
+        """Take the states of all blocks, before `Writer.begin`.
+
+        Parameters
+        ----------
+        blocks : iterable of (int, ndarray with dtype PLACEMENT_DTYPE)
+            As for `Writer.place`, but ``host_offset`` means nothing.
+        data_nbytes : int
+            Bytes between the first offset and the end of the last block.
+        """
+        ...
 
 
 @runtime_checkable
@@ -938,6 +994,10 @@ class Updater(Protocol):
         """
         ...
 
+    def withhold(self) -> None:
+        """Use no space that is free now before a flush with ``is_unread``."""
+        ...
+
     def finish(self) -> None:
         """Change what says that the image is in use, before it is closed."""
         ...
@@ -961,6 +1021,21 @@ class Overwritable(Protocol):
         ----------
         start, length : int
             Bytes; multiples of ``granule_nbytes``, unless the range ends with the disk.
+        """
+        ...
+
+
+@runtime_checkable
+class MakesWay(Protocol):
+    """An updater that overwrites places of the disk to make a table longer.
+
+    Optional: others put a longer table elsewhere.
+    """
+
+    def make_way(self, virtual_size: int) -> bool:
+        """Move the data away before `Updater.resize`; tell whether any was moved.
+
+        What was moved is durable.  Reads that began before it end before the resize.
         """
         ...
 
@@ -1074,6 +1149,12 @@ class Driver(NamedTuple):
     flat_tail_nbytes : int
         Bytes after the disk of images that have no magic at their start, since they
         begin with the disk; 0 if there are no such images.
+    tail_copy_nbytes : int
+        Bytes at the end of an image that are a copy of its first ones.
+    streaming : str or None
+        Module that holds ``streamed_reader_for(file, gate, options)``: it returns a
+        `Reader` for an image that comes in order.  Its `Reader.extents` are asked for
+        once and in order.  None if the usual reader is as good.
     """
 
     name: str
@@ -1086,6 +1167,8 @@ class Driver(NamedTuple):
     reading_extents: tuple[str, ...] = ()
     updating: str | None = None
     flat_tail_nbytes: int = 0
+    tail_copy_nbytes: int = 0
+    streaming: str | None = None
 
     @property
     def options(self) -> type[FormatOptions]:
@@ -1104,6 +1187,15 @@ class Driver(NamedTuple):
             options = self.read_options()
         module = importlib.import_module(self.reading)
         return cast("Reader", module.reader_for(file, gate, options, damage))
+
+    def open_streamed(
+        self, file: ByteSource, gate: ReferenceGate, options: FormatOptions | None = None
+    ) -> Reader:
+        """Open an image whose bytes come in order; see `open`."""
+        if self.streaming is None:
+            return self.open(file, gate, options)
+        module = importlib.import_module(self.streaming)
+        return cast("Reader", module.streamed_reader_for(file, gate, options))
 
     def writer(self, request: WriteRequest[Any]) -> Writer:
         """Verify a request and return its writer; touches no file.
@@ -1148,6 +1240,8 @@ class Driver(NamedTuple):
             raise UnsupportedFeatureError(
                 f"no image becomes {self.name} without copying: use imgcore convert"
             )
+        if has_tables_in_front(request.options):
+            raise OptionError("tables=front needs a copy: use imgcore convert")
         module = importlib.import_module(self.rewriting)
         return cast("Rewriter", module.rewriter_for(_settled(request), survey))
 

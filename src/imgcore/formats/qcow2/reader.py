@@ -6,7 +6,8 @@ Source: QEMU docs/interop/qcow2.rst.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from imgcore.engine.source_file import SourceFile
@@ -22,6 +23,7 @@ from imgcore.formats.qcow2.header import (
 from imgcore.formats.shared.damage import STRICT, Damage
 from imgcore.formats.shared.last_sector import filled_up, whole_sectors
 from imgcore.formats.shared.snapshot_row import snapshot_row
+from imgcore.formats.shared.stream_end import ends_early, goes_on
 
 if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
@@ -125,6 +127,34 @@ class Qcow2Reader:
         n_filled = max(0, start + length - self._header.virtual_size)
         batches = self._tables.extents(start, length - n_filled)
         return filled_up(batches, start + length) if n_filled else batches
+
+    def verify_end(self, read_rest: Callable[[], tuple[int, bytes]]) -> None:
+        """Raise unless all refcounts came; see `EndsItself`."""
+        needed, is_known = self._refcounts_end()
+        end, _ = read_rest()
+        if needed > self._file.nbytes:
+            raise ends_early(self._file.path, self._file.nbytes, needed)
+        # Snapshots and bitmaps have clusters that are not read.
+        has_others = self._header.n_snapshots or self._header.bitmaps is not None
+        if is_known and not has_others and end > needed:
+            raise goes_on(self._file.path, end)
+
+    def _refcounts_end(self) -> tuple[int, bool]:
+        """Return the end of the refcount table and its blocks, and whether it is known.
+
+        It is not if the table was among the blocks of a stream.
+        """
+        header = self._header
+        if not header.has_refcount_table:
+            return 0, False
+        nbytes = header.refcount_table_clusters * header.cluster_size
+        end = header.refcount_table_offset + nbytes
+        try:
+            table = self._file.pread(header.refcount_table_offset, nbytes)
+        except UnsupportedFeatureError:
+            return end, False
+        last = max(offset for (offset,) in struct.iter_unpack(">Q", table))
+        return max(end, last + header.cluster_size if last else 0), True
 
     def info(self) -> dict[str, Any]:
         """Return what ``qemu-img info`` reports about the format, under its keys."""

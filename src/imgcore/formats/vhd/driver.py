@@ -17,5 +17,6 @@ DRIVER: Final = Driver(
     read_options=ReadOptions,
     reading_extents=("imgcore.formats.vhd.tables",),
     updating="imgcore.formats.vhd.updater",
+    tail_copy_nbytes=FOOTER_NBYTES,
     flat_tail_nbytes=FOOTER_NBYTES,
 )

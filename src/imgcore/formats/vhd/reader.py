@@ -6,10 +6,11 @@ Sources: Microsoft, "Virtual Hard Disk Image Format Specification" 1.0; libvhdi,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from imgcore.engine.source_file import SourceFile
+from imgcore.errors import CorruptImageError
 from imgcore.formats.api import BackingReference
 from imgcore.formats.options import FormatOptions, choice
 from imgcore.formats.shared.damage import STRICT, Damage
@@ -121,6 +122,25 @@ class VhdReader:
                 self._file, self.header, self._damage, footer_moves=self._footer_moves
             )
         return self._tables.extents(start, length)
+
+    def verify_end(self, read_rest: Callable[[], tuple[int, bytes]]) -> None:
+        """Raise unless the footer ends the stream; see `EndsItself`."""
+        content = self._file.pread(0, layout.FOOTER_NBYTES).rstrip(b"\0")
+        end, tail = read_rest()
+        start, nbytes = end - len(content), self._file.nbytes
+        if not end or nbytes < start + layout.OLD_FOOTER_NBYTES:
+            raise CorruptImageError(
+                f"the stream ends after {nbytes} bytes without a footer: it is not complete",
+                path=self._file.path,
+                offset=nbytes,
+            )
+        if start % SECTOR_NBYTES or not tail.endswith(content):
+            raise CorruptImageError(
+                "the stream does not end with a footer that is the same as its copy at the "
+                "start: it is not complete, or other bytes follow",
+                path=self._file.path,
+                offset=end,
+            )
 
     def let_footer_move(self) -> None:
         """Expect blocks where the footer is now: the image is written in place."""

@@ -19,6 +19,7 @@ DRIVER: Final = Driver(
     writing="imgcore.formats.vmdk.writer",
     rewriting="imgcore.formats.vmdk.rewriter",
     updating="imgcore.formats.vmdk.updater",
+    streaming="imgcore.formats.vmdk.streamed",
     reading_extents=(
         "imgcore.formats.vmdk.stream_grains",
         "imgcore.formats.vmdk.stream_layout",

@@ -124,7 +124,53 @@ def open_sparse(file: ByteSource, damage: Damage = STRICT) -> SparseExtent:
     gd_offset, rgd_offset = header.gd_offset, header.rgd_offset
     if gd_offset == layout.GD_AT_END:
         gd_offset, rgd_offset = _directories_of_footer(file, header, damage)
-    return _verified(file, header, gd_offset, rgd_offset, damage)
+    n_entries = _verify_fields(file.path, header)
+    has_redundant = bool(header.flags & Flags.REDUNDANT_GD)
+    directories = _directories(
+        file,
+        gd_offset * SECTOR_NBYTES,
+        rgd_offset * SECTOR_NBYTES if has_redundant else 0,
+        n_entries,
+        damage,
+    )
+    return _sparse_extent(file, header, n_entries, *directories)
+
+
+def reads_by_markers(file: ByteSource) -> bool:
+    """Tell whether a file's grains have markers, and its tables follow them."""
+    header = _read_header(file, 0)
+    wanted = Flags.COMPRESSED | Flags.MARKERS
+    return header.flags & wanted == wanted and header.gd_offset >= max(header.overhead, 1)
+
+
+def open_by_markers(file: ByteSource) -> SparseExtent:
+    """Verify the header of an extent that `reads_by_markers`; see `open_sparse`.
+
+    Both directories are 0: they are not known before they come.
+    """
+    header = _read_header(file, 0)
+    return _sparse_extent(file, header, _verify_fields(file.path, header), 0, 0)
+
+
+def directory_of_footer(extent: SparseExtent, raw: bytes, offset: int) -> int:
+    """Return the sector of the grain directory that a footer states.
+
+    Raises
+    ------
+    CorruptImageError
+        It contradicts the header, or is none.
+    """
+    footer = SparseHeader._make(layout.SPARSE_HEADER.unpack_from(raw))
+    path = extent.file.path
+    if footer.magic != layout.SPARSE_MAGIC:
+        raise CorruptImageError(
+            f"the footer at {offset:#x} has the magic {footer.magic!r}, expected "
+            f"{layout.SPARSE_MAGIC!r}",
+            path=path,
+            offset=offset,
+        )
+    _refuse_other_fields(path, extent.header, footer)
+    return footer.gd_offset
 
 
 def _directories_of_footer(
@@ -133,17 +179,21 @@ def _directories_of_footer(
     """Return where the footer puts the two directories, (0, 0) if it is lost."""
     try:
         footer = _read_footer(file, header)
-        for field in ("capacity", "grain_size", "n_gtes_per_gt", "flags"):
-            if getattr(footer, field) != getattr(header, field):
-                raise CorruptImageError(
-                    f"the footer says {field} {getattr(footer, field)}, "
-                    f"the header {getattr(header, field)}",
-                    path=file.path,
-                )
+        _refuse_other_fields(file.path, header, footer)
     except CorruptImageError as error:
         damage.report(error)
         return 0, 0
     return footer.gd_offset, footer.rgd_offset
+
+
+def _refuse_other_fields(path: str, header: SparseHeader, footer: SparseHeader) -> None:
+    for field in ("capacity", "grain_size", "n_gtes_per_gt", "flags"):
+        if getattr(footer, field) != getattr(header, field):
+            raise CorruptImageError(
+                f"the footer says {field} {getattr(footer, field)}, "
+                f"the header {getattr(header, field)}",
+                path=path,
+            )
 
 
 def refuse_foreign_extent(file: ByteSource, head: bytes) -> None:
@@ -266,10 +316,8 @@ def _truncated(file: ByteSource) -> CorruptImageError:
     )
 
 
-def _verified(
-    file: ByteSource, header: SparseHeader, gd_offset: int, rgd_offset: int, damage: Damage
-) -> SparseExtent:
-    path = file.path
+def _verify_fields(path: str, header: SparseHeader) -> int:
+    """Verify what does not depend on the file; return the directory's entries."""
     _verify_version(path, header)
     grain_nbytes = header.grain_size * SECTOR_NBYTES
     if (
@@ -297,23 +345,21 @@ def _verified(
             f"allowed up to {VMDK_MAX_DIRECTORY_ENTRIES}",
             path=path,
         )
-    has_redundant = bool(header.flags & Flags.REDUNDANT_GD)
-    gd_offset, rgd_offset = _directories(
-        file,
-        gd_offset * SECTOR_NBYTES,
-        rgd_offset * SECTOR_NBYTES if has_redundant else 0,
-        n_entries,
-        damage,
-    )
+    return n_entries
+
+
+def _sparse_extent(
+    file: ByteSource, header: SparseHeader, n_entries: int, gd_offset: int, rgd_offset: int
+) -> SparseExtent:
     if header.unclean_shutdown and not file.share:
-        log.warning("%s: the extent was not closed cleanly; reading it anyway", path)
+        log.warning("%s: the extent was not closed cleanly; reading it anyway", file.path)
     return SparseExtent(
         file=file,
         version=header.version,
         flags=Flags(header.flags & 0x30007),
         capacity=header.capacity * SECTOR_NBYTES,
-        grain_nbytes=grain_nbytes,
-        n_gtes_per_gt=n_gtes,
+        grain_nbytes=header.grain_size * SECTOR_NBYTES,
+        n_gtes_per_gt=header.n_gtes_per_gt,
         gd_offset=gd_offset,
         rgd_offset=rgd_offset,
         overhead=header.overhead * SECTOR_NBYTES,

@@ -275,7 +275,7 @@ class VmdkReader:
 
     def _open_monolithic(self, file: ByteSource) -> Descriptor:
         """Open a sparse extent by its embedded descriptor, ignoring the name in it."""
-        sparse = open_sparse(file, self._damage)
+        sparse = self._open_only_extent(file)
         descriptor = self._embedded_descriptor(sparse)
         stated = descriptor.create_type.lower()
         if sparse.is_compressed != (stated == "streamoptimized") and stated in _MONOLITHIC_TYPES:
@@ -290,6 +290,9 @@ class VmdkReader:
         # qemu-img info shows no type for the extent of such a disk.
         self._add_sparse(sparse, line, "")
         return descriptor
+
+    def _open_only_extent(self, file: ByteSource) -> SparseExtent:
+        return open_sparse(file, self._damage)
 
     def _embedded_descriptor(self, sparse: SparseExtent) -> Descriptor:
         raw, path = read_embedded_descriptor(sparse), sparse.file.path

@@ -1,0 +1,415 @@
+"""The latest bytes of an image that comes in order, as a file and for the engine."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import numpy as np
+
+from imgcore._core import File
+from imgcore.engine.extents import Kind, split
+from imgcore.errors import LimitExceededError, UnsupportedFeatureError
+from imgcore.formats.magic import TAIL_NBYTES
+from imgcore.formats.shared.stream_end import ends_early
+from imgcore.limits import (
+    MAX_KEPT_NBYTES,
+    MIB,
+    MIN_STREAM_SEGMENTS,
+    STREAM_SEGMENT_NBYTES,
+    TIB,
+)
+
+if TYPE_CHECKING:
+    from imgcore.engine.extents import Extents
+    from imgcore.files.identity import Identity
+    from imgcore.files.stream_input import StreamInput
+
+# Before each segment: the start of a compressed block that ends in it.
+_ROOM_NBYTES: Final = 3 * MIB
+BUFFER_NBYTES: Final = _ROOM_NBYTES + STREAM_SEGMENT_NBYTES
+_PULL_NBYTES: Final = 1 * MIB
+# Of all segments, those that blocks in use may be in.
+_N_BEHIND: Final = 4
+# Of streams whose end is not known yet: as large as the files of any format.
+_MAX_NBYTES: Final = 128 * TIB
+# The batches that the engine may still read while another is made.
+_N_BATCHES: Final = 2
+
+
+class TooFarAheadError(UnsupportedFeatureError):
+    """Bytes are needed so early that those before them would have to be kept."""
+
+
+class _Rest(NamedTuple):
+    """What follows the last bytes of a stream that were used.
+
+    Attributes
+    ----------
+    end : int
+        Where its last byte is that is not zero; 0 if there is none.
+    tail : bytes
+        The bytes before ``end``.
+    last : bytes
+        The bytes before the end of the stream.
+    """
+
+    end: int = 0
+    tail: bytes = b""
+    last: bytes = b""
+
+    def after(self, offset: int, piece: bytes) -> _Rest:
+        """Return this together with the bytes that follow."""
+        content = piece.rstrip(b"\0")
+        last = (self.last + piece)[-TAIL_NBYTES:]
+        if not content:
+            return self._replace(last=last)
+        return _Rest(offset + len(content), (self.last + content)[-TAIL_NBYTES:], last)
+
+
+class StreamedWindow:
+    """Keeps the latest bytes of a stream, and those before the disk's first block.
+
+    It has the members of a `ByteSource` other than ``core``: readers of headers and
+    tables use it.  The engine reads guest bytes in ``files``, from extents that `place`
+    has returned.
+
+    Parameters
+    ----------
+    stream : StreamInput
+        No bytes of it were taken yet.  The caller closes it.
+    tail_nbytes : int
+        So many bytes at the end are a copy of those at the start.  Until the end was
+        read, the copy is what a reader gets.
+
+    Notes
+    -----
+    The stream is read into segments, which are used in turn.
+    Memory: `MIN_STREAM_SEGMENTS` segments of `STREAM_SEGMENT_NBYTES`, more for targets
+    with large blocks, and up to `MAX_KEPT_NBYTES` of tables at the start.
+    One thread at a time uses it.
+    """
+
+    is_block_device: Final = False
+    logical_sector_nbytes: Final = None
+    modified: Final = 0
+    share: Final = True
+    allocated_nbytes: Final = 0
+
+    def __init__(self, stream: StreamInput, tail_nbytes: int = 0) -> None:
+        self.path: str = stream.path
+        self.identity: Identity = stream.identity
+        self._stream = stream
+        self._tail_nbytes = tail_nbytes
+        self._buffers: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
+        self.files: list[File] = []
+        # The first byte of each segment's room that has content.
+        self._room_starts: list[int] = []
+        self._end = 0
+        self._has_ended = False
+        # Bytes at the start that stay, None until the first block is known.
+        self._front: bytes | None = None
+        # The end of what was read of the file, or placed.
+        self.used_end: int = 0
+        # The end of the blocks that were placed last.
+        self._placed_end = 0
+        # The buffer of each segment, the oldest first; those of the latest batches.
+        self._index_of: dict[int, int] = {}
+        self._in_use: deque[set[int]] = deque(maxlen=_N_BATCHES)
+        self.enlarge(MIN_STREAM_SEGMENTS)
+
+    # -- a file for readers ------------------------------------------------------------
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole stream, or 128 TiB as long as its end was not met."""
+        return self._end if self._has_ended else _MAX_NBYTES
+
+    @property
+    def core(self) -> File:
+        """Not there: `files` have what was read."""
+        raise UnsupportedFeatureError("a stream has no random access", path=self.path)
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """Return bytes that are kept, or that come next; see `ByteSource.pread`.
+
+        Raises
+        ------
+        UnsupportedFeatureError
+            They are gone, or too far ahead.
+        CorruptImageError
+            The stream ends before.
+        """
+        if offset < 0 or length < 0:
+            raise ValueError(f"{self.path}: negative offset or length: {offset}, {length}")
+        end = offset + length
+        if self._tail_nbytes and not self._has_ended and end > _MAX_NBYTES - self._tail_nbytes:
+            return self._tail(offset, length)
+        if self._front is not None and end <= len(self._front):
+            return self._front[offset:end]
+        self._require(end)
+        self.used_end = max(self.used_end, end)
+        parts = []
+        while offset < end:
+            number, start = divmod(offset, STREAM_SEGMENT_NBYTES)
+            self._refuse_gone(number, offset)
+            parts.append(self._segment(number)[start : start + end - offset])
+            offset += len(parts[-1])
+        return b"".join(parts)
+
+    def pread_into(self, offset: int, buffer: Any) -> None:
+        """Fill a writable buffer; raises as `pread` does."""
+        with memoryview(buffer) as view, view.cast("B") as octets:
+            octets[:] = self.pread(offset, len(octets))
+
+    def next_data(self, position: int) -> tuple[int, int]:
+        """Return that all is data; see `ByteSource.next_data`."""
+        return position, self.nbytes
+
+    def check_unchanged(self) -> None:
+        """Do nothing: what was read cannot change."""
+
+    def close(self) -> None:
+        """Do nothing: readers close their file, but `release` ends the engine's use."""
+
+    def enlarge(self, n_segments: int) -> None:
+        """Have at least so many segments: before the engine is given `files`."""
+        for _ in range(n_segments - len(self._buffers)):
+            buffer = np.empty(BUFFER_NBYTES, np.uint8)
+            self._buffers.append(buffer)
+            self.files.append(File.from_memory(buffer))
+            self._room_starts.append(_ROOM_NBYTES)
+
+    def release(self) -> None:
+        """Free the memory; the engine must no longer use `files`."""
+        for file in self.files:
+            file.close()
+        self._buffers.clear()
+
+    # -- blocks for the engine ---------------------------------------------------------
+
+    def place(self, rows: Extents, n_sources: int) -> Extents:
+        """Return a batch of extents that refer to `files` instead of the image.
+
+        Parameters
+        ----------
+        rows : ndarray, shape (n,), dtype EXTENT_DTYPE
+            Gap-free.
+        n_sources : int
+            Files that ``rows`` refer to: all stand for the stream.  File ``k`` of the
+            segment ``s`` becomes ``s * n_sources + k``.
+
+        Raises
+        ------
+        CorruptImageError
+            The stream ends before.
+        UnsupportedFeatureError
+            The blocks are too far from the order of the disk.
+        """
+        is_stored = rows["kind"] >= Kind.DATA
+        if not is_stored.any():
+            self._in_use.append(set())
+            return rows
+        stored = rows[is_stored]
+        first = int(stored["host_offset"].min())
+        last = int((stored["host_offset"] + stored["host_length"]).max())
+        self._keep_front(first)
+        self._refuse_span(first, last)
+        self._skip(first)
+        self._fill(last)
+        rows = self._cut_at_segments(rows)
+        is_stored = rows["kind"] >= Kind.DATA
+        self._refuse_end(rows, is_stored)
+        stored = rows[is_stored]
+        starts = stored["host_offset"].astype(np.int64)
+        ends = starts + stored["host_length"].astype(np.int64)
+        numbers = (ends - 1) // STREAM_SEGMENT_NBYTES
+        used, at = np.unique(numbers, return_index=True)
+        for number, index in zip(used.tolist(), at.tolist(), strict=True):
+            self._refuse_gone(number, int(starts[index]))
+        for index in np.flatnonzero(starts < numbers * STREAM_SEGMENT_NBYTES).tolist():
+            self._prepend(int(numbers[index]), int(starts[index]))
+        rows["host_offset"][is_stored] = starts - numbers * STREAM_SEGMENT_NBYTES + _ROOM_NBYTES
+        indices = np.array([self._index_of[number] for number in used.tolist()])
+        files = indices[np.searchsorted(used, numbers)] * n_sources + stored["file"]
+        rows["file"][is_stored] = files
+        self._in_use.append(set(used.tolist()))
+        self._placed_end = max(self._placed_end, last)
+        self.used_end = max(self.used_end, int(ends.max()))
+        return rows
+
+    def _cut_at_segments(self, rows: Extents) -> Extents:
+        """Return a copy in which no DATA row has bytes of two segments."""
+        plain = rows["kind"] == Kind.DATA
+        low, high = rows["host_offset"], rows["host_offset"] + rows["length"]
+        segment = np.uint64(STREAM_SEGMENT_NBYTES)
+        crossing = plain & (low // segment != (high - np.uint64(1)) // segment)
+        if not crossing.any():
+            return rows.copy()
+        cuts = [rows["guest_offset"]]
+        for row in rows[crossing]:
+            at, guest = int(row["host_offset"]), int(row["guest_offset"])
+            edges = np.arange(
+                at - at % STREAM_SEGMENT_NBYTES + STREAM_SEGMENT_NBYTES,
+                at + int(row["length"]),
+                STREAM_SEGMENT_NBYTES,
+                dtype=np.uint64,
+            )
+            cuts.append(edges - np.uint64(at) + np.uint64(guest))
+        return split(rows, np.unique(np.concatenate(cuts)))
+
+    def _refuse_end(self, rows: Extents, is_stored: Any) -> None:
+        """Raise if the stream ends in a block; cut bounds of compressed ones."""
+        if not self._has_ended:
+            return
+        end = np.uint64(self._end)
+        ends = rows["host_offset"] + rows["host_length"]
+        over = is_stored & (ends > end)
+        lost = over & ((rows["kind"] == Kind.DATA) | (rows["host_offset"] >= end))
+        if lost.any():
+            raise ends_early(self.path, self._end, int(ends[lost].max()))
+        rows["host_length"][over] = end - rows["host_offset"][over]
+
+    def _prepend(self, number: int, start: int) -> None:
+        """Copy the end of the segment before into the room of one."""
+        edge = number * STREAM_SEGMENT_NBYTES
+        at = start - edge + _ROOM_NBYTES
+        if at < 0:
+            raise LimitExceededError(
+                f"a compressed block has {edge - start} bytes or more, allowed are {_ROOM_NBYTES}",
+                path=self.path,
+                offset=start,
+            )
+        index = self._index_of[number]
+        until = self._room_starts[index]
+        if at < until:
+            self._refuse_gone(number - 1, start)
+            before = self._segment(number - 1)
+            low = start - edge + STREAM_SEGMENT_NBYTES
+            self._buffers[index].data[at:until] = before[low : low + until - at]
+            self._room_starts[index] = at
+
+    # -- the stream --------------------------------------------------------------------
+
+    def drain(self) -> tuple[int, bytes]:
+        """Read the rest of the stream; then nothing but the start can be read.
+
+        Returns
+        -------
+        tuple of (int, bytes)
+            The end of the last byte that is not zero, of those that were not used yet;
+            0 if there is none.  The bytes before it.
+        """
+        rest = _Rest()
+        at = min(self.used_end, self._end)
+        while at < self._end:
+            number, start = divmod(at, STREAM_SEGMENT_NBYTES)
+            self._refuse_gone(number, at)
+            piece = self._segment(number)[start : self._end - at + start]
+            rest = rest.after(at, bytes(piece))
+            at += len(piece)
+        buffer = bytearray(_PULL_NBYTES)
+        while not self._has_ended:
+            n = self._stream.readinto(buffer)
+            rest = rest.after(self._end, bytes(buffer[:n]))
+            self._end += n
+            self._has_ended = n < len(buffer)
+        # The engine may still read the segments.
+        self._index_of.clear()
+        return rest.end, rest.tail
+
+    @property
+    def _ahead_nbytes(self) -> int:
+        return (len(self._buffers) - _N_BEHIND) * STREAM_SEGMENT_NBYTES
+
+    def _tail(self, offset: int, length: int) -> bytes:
+        """Return bytes at the start in place of their copy at the end."""
+        start = offset - (_MAX_NBYTES - self._tail_nbytes)
+        if start < 0:
+            return bytes(-start) + self.pread(0, length + start)
+        return self.pread(start, length)
+
+    def _keep_front(self, nbytes: int) -> None:
+        """Keep what comes before the first block."""
+        if self._front is not None:
+            return
+        if nbytes > MAX_KEPT_NBYTES:
+            raise LimitExceededError(
+                f"{nbytes} bytes come before the first block of the disk, and would stay in "
+                f"memory; allowed are {MAX_KEPT_NBYTES}: save it to a file first",
+                path=self.path,
+            )
+        used_end, self._front = self.used_end, self.pread(0, nbytes)
+        self.used_end = used_end
+
+    def _require(self, end: int) -> None:
+        """Read up to an offset; raise if the stream ends before, or if that is far."""
+        if end > self._end:
+            if not self._has_ended and end - self._placed_end > self._ahead_nbytes:
+                raise TooFarAheadError(
+                    f"a stream is read in order, but bytes at {end - 1:#x} are needed before "
+                    f"those at {self._placed_end:#x}: save it to a file first",
+                    path=self.path,
+                    offset=self._placed_end,
+                )
+            self._fill(end)
+            if end > self._end:
+                raise ends_early(self.path, self._end, end)
+
+    def _refuse_span(self, first: int, last: int) -> None:
+        """Raise if blocks that are close on the disk do not fit in the segments."""
+        n_segments = last // STREAM_SEGMENT_NBYTES - first // STREAM_SEGMENT_NBYTES + 1
+        if n_segments > len(self._buffers):
+            raise UnsupportedFeatureError(
+                f"a stream is read in order, but blocks at {first:#x} and at {last:#x} are close "
+                "on the disk: save it to a file first",
+                path=self.path,
+                offset=first,
+            )
+
+    def _refuse_gone(self, number: int, offset: int) -> None:
+        if number not in self._index_of:
+            raise UnsupportedFeatureError(
+                f"a stream is read in order, but bytes at {offset:#x} are needed after those "
+                f"at {self._end - 1:#x}: save it to a file first",
+                path=self.path,
+                offset=offset,
+            )
+
+    def _fill(self, end: int) -> None:
+        """Read up to an offset, unless the stream ends."""
+        while self._end < end and not self._has_ended:
+            number, start = divmod(self._end, STREAM_SEGMENT_NBYTES)
+            if number not in self._index_of:
+                index = self._free_index()
+                self._index_of[number] = index
+                self._room_starts[index] = _ROOM_NBYTES
+            stop = min(start + max(end - self._end, _PULL_NBYTES), STREAM_SEGMENT_NBYTES)
+            view = self._segment(number)[start:stop]
+            n = self._stream.readinto(view)
+            self._end += n
+            self._has_ended = n < len(view)
+
+    def _skip(self, until: int) -> None:
+        """Read up to the segment of an offset, and keep nothing of a long gap."""
+        target = until - until % STREAM_SEGMENT_NBYTES
+        if target - self._end > self._ahead_nbytes:
+            self._stream.skip(target - self._end)
+            self._end = target
+
+    def _free_index(self) -> int:
+        """Return the buffer for another segment: that of the oldest one."""
+        if len(self._index_of) < len(self._buffers):
+            return len(self._index_of)
+        oldest = next(iter(self._index_of))
+        if any(oldest in numbers for numbers in self._in_use):
+            raise UnsupportedFeatureError(
+                f"a stream is read in order, but blocks at {oldest * STREAM_SEGMENT_NBYTES:#x} "
+                f"and at {self._end:#x} are close on the disk: save it to a file first",
+                path=self.path,
+                offset=self._end,
+            )
+        return self._index_of.pop(oldest)
+
+    def _segment(self, number: int) -> memoryview:
+        return self._buffers[self._index_of[number]].data[_ROOM_NBYTES:]

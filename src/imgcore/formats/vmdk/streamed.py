@@ -1,0 +1,458 @@
+"""Reads VMDK disks that come in order.
+
+A streamOptimized disk is read by its markers: its tables follow the grains.
+
+Source: Virtual Disk Format 5.0, "Stream-Optimized Compressed Sparse Extents".
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from enum import Enum
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import numpy as np
+
+from imgcore.engine.extents import EXTENT_DTYPE, FLAG_GRAIN_MARKER, Kind
+from imgcore.errors import CorruptImageError, LimitExceededError, UnsupportedFeatureError
+from imgcore.formats.shared.alignment import align_up
+from imgcore.formats.vmdk.header import (
+    directory_of_footer,
+    open_by_markers,
+    reads_by_markers,
+    refuse_foreign_extent,
+)
+from imgcore.formats.vmdk.layout import (
+    ENTRY_ABSENT,
+    ENTRY_NBYTES,
+    ENTRY_ZEROED,
+    GRAIN_MARKER,
+    HEADER_NBYTES,
+    MARKER,
+    MAX_COMPRESSED_GRAINS,
+    SPARSE_MAGIC,
+    Marker,
+)
+from imgcore.formats.vmdk.reader import VmdkReader
+from imgcore.limits import SECTOR_NBYTES, VMDK_MAX_AWAITED_TABLES, VMDK_MAX_SORTED_NBYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from imgcore.engine.extents import Extents
+    from imgcore.files.byte_source import ByteSource
+    from imgcore.files.reference_gate import ReferenceGate
+    from imgcore.formats.vmdk.extent import DiskExtent
+    from imgcore.formats.vmdk.header import SparseExtent
+
+    Entries = NDArray[np.uint32]
+
+# A marker as far as it tells what it is.
+_HEAD_NBYTES: Final = MARKER.size
+_PIECE_ENTRIES: Final = 1 << 16
+_MAX_SECTOR: Final = 0xFFFFFFFF
+
+
+class _Phase(Enum):
+    """What of a stream was read last."""
+
+    GRAINS = 0
+    DIRECTORY = 1
+    FOOTER = 2
+    END = 3
+
+
+# The phases that a marker ends.  The header may state the directory; there is no footer
+# then.
+_BEFORE: Final = {
+    Marker.GD: (_Phase.GRAINS,),
+    Marker.FOOTER: (_Phase.DIRECTORY,),
+    Marker.EOS: (_Phase.DIRECTORY, _Phase.FOOTER),
+}
+
+
+def streamed_reader_for(file: ByteSource, gate: ReferenceGate, _options: object) -> VmdkReader:
+    """Return the reader of an extent that comes in order; see `Driver`."""
+    magic = file.pread(0, len(SPARSE_MAGIC))
+    refuse_foreign_extent(file, magic)
+    if magic != SPARSE_MAGIC:
+        raise UnsupportedFeatureError(
+            "a VMDK descriptor, whose disk is in other files: give its name, not a stream",
+            path=file.path,
+        )
+    if reads_by_markers(file):
+        return MarkerReader(file, gate)
+    return VmdkReader(file, gate)
+
+
+class MarkerReader(VmdkReader):
+    """Reads a streamOptimized disk whose tables follow its grains.
+
+    Its `extents` are asked for once, and in order.
+    """
+
+    _grains: SortedGrains | None = None
+
+    def _open_only_extent(self, file: ByteSource) -> SparseExtent:
+        return open_by_markers(file)
+
+    def _short_last_grain(self, sparse: SparseExtent, nbytes: int) -> int:
+        """Return the disk's part of its last grain.
+
+        Whether this grain was compressed whole is known once it comes.
+        """
+        return nbytes % sparse.grain_nbytes
+
+    def _extents_of(self, item: DiskExtent, start: int, length: int) -> Iterator[Extents]:
+        if self._grains is None:
+            self._grains = SortedGrains(item)
+        return self._grains.extents(start, start + length)
+
+
+class Grain(NamedTuple):
+    """A compressed grain: its number, where its marker starts and its data ends."""
+
+    number: int
+    offset: int
+    end: int
+
+
+class SortedGrains:
+    """The grains of a disk in its order, found by their markers.
+
+    A grain waits until all that come in the next `VMDK_MAX_SORTED_NBYTES` are known.
+    """
+
+    def __init__(self, item: DiskExtent) -> None:
+        assert item.sparse is not None
+        self._item = item
+        self._sparse = item.sparse
+        self._walk = MarkerWalk(item.sparse, -(-item.nbytes // item.sparse.grain_nbytes))
+        # Those that wait, and those that are next.
+        self._waiting: list[Grain] = []
+        self._next: deque[Grain] = deque()
+        self._waiting_nbytes = 0
+        self._last = -1
+
+    def extents(self, start: int, stop: int) -> Iterator[Extents]:
+        """Yield batches of ZLIB and HOLE that cover a range, which follows the last."""
+        grain_nbytes = self._sparse.grain_nbytes
+        at, end = start, -(-stop // grain_nbytes)
+        while at < stop:
+            found = self._take(end)
+            until = stop
+            if found and found[-1].number + 1 < end:
+                until = (found[-1].number + 1) * grain_nbytes
+            yield self._rows(found, at, until)
+            at = until
+        if stop == self._item.nbytes:
+            self._require_end()
+
+    def _take(self, end: int) -> list[Grain]:
+        """Take the next grains before number ``end``; none if no more are."""
+        if not self._next:
+            self._sort()
+        found: list[Grain] = []
+        while self._next and self._next[0].number < end:
+            found.append(self._next.popleft())
+        return found
+
+    def _sort(self) -> None:
+        """Read markers until some grains are known to be next."""
+        waiting = self._waiting
+        while self._waiting_nbytes < VMDK_MAX_SORTED_NBYTES:
+            grain = self._walk.next_grain()
+            if grain is None:
+                break
+            waiting.append(grain)
+            self._waiting_nbytes += grain.end - grain.offset
+        waiting.sort()
+        # All, once the stream has ended.
+        kept_nbytes = 0 if self._walk.has_ended else VMDK_MAX_SORTED_NBYTES * 3 // 4
+        n_taken = 0
+        while n_taken < len(waiting) and self._waiting_nbytes > kept_nbytes:
+            grain = waiting[n_taken]
+            self._refuse_disorder(grain)
+            self._last = grain.number
+            self._waiting_nbytes -= grain.end - grain.offset
+            n_taken += 1
+        self._next.extend(waiting[:n_taken])
+        del waiting[:n_taken]
+
+    def _refuse_disorder(self, grain: Grain) -> None:
+        if grain.number > self._last:
+            return
+        path, sector = self._sparse.file.path, grain.number * self._sparse.header.grain_size
+        if grain.number == self._last:
+            raise CorruptImageError(
+                f"the grain for sector {sector} comes twice, the second time at {grain.offset:#x}",
+                path=path,
+                offset=grain.offset,
+            )
+        raise UnsupportedFeatureError(
+            f"the grain for sector {sector} at {grain.offset:#x} comes long after others that "
+            "follow it on the disk: save the stream to a file first",
+            path=path,
+            offset=grain.offset,
+        )
+
+    def _require_end(self) -> None:
+        """Read the markers after the last grain, of which none may be left."""
+        assert not self._next
+        grain = self._walk.next_grain()
+        if self._waiting or grain is not None:
+            late = min(self._waiting) if grain is None else grain
+            self._refuse_disorder(late)
+
+    def _rows(self, grains: list[Grain], start: int, stop: int) -> Extents:
+        """Return extents that cover a range with these grains, and holes between."""
+        sparse = self._sparse
+        nbytes, index = sparse.grain_nbytes, self._item.file_index
+        rows: list[tuple[int, ...]] = []
+        at = start
+        for number, offset, end in grains:
+            low = number * nbytes
+            if at < low:
+                rows.append((at, low - at, 0, 0, 0, Kind.HOLE, 0))
+            high = min(low + nbytes, self._item.nbytes)
+            if high - low < nbytes and self._is_short(offset, end, high - low):
+                data = offset + GRAIN_MARKER.size
+                rows.append((low, high - low, data, end - data, index + 1, Kind.ZLIB, 0))
+            else:
+                row = (low, high - low, offset, end - offset, index, Kind.ZLIB, FLAG_GRAIN_MARKER)
+                rows.append(row)
+            at = high
+        if at < stop:
+            rows.append((at, stop - at, 0, 0, 0, Kind.HOLE, 0))
+        return np.array(rows, dtype=EXTENT_DTYPE)
+
+    def _is_short(self, offset: int, end: int, tail_nbytes: int) -> bool:
+        """Tell whether the last grain was compressed up to the end of the disk only."""
+        sparse = self._sparse
+        data = sparse.file.pread(offset + GRAIN_MARKER.size, end - offset - GRAIN_MARKER.size)
+        try:
+            found = len(zlib.decompressobj().decompress(data, sparse.grain_nbytes))
+        except zlib.error:
+            # The engine says what is wrong.
+            return False
+        if found not in (tail_nbytes, sparse.grain_nbytes):
+            raise UnsupportedFeatureError(
+                f"the last grain at {offset:#x} has {found} bytes, expected {tail_nbytes} or "
+                f"{sparse.grain_nbytes}: save the stream to a file first",
+                path=sparse.file.path,
+                offset=offset,
+            )
+        return found == tail_nbytes
+
+
+class MarkerWalk:
+    """Follows the markers of a stream up to its end, and compares its tables.
+
+    Parameters
+    ----------
+    sparse : SparseExtent
+    n_grains : int
+        Of the disk.
+
+    Notes
+    -----
+    Memory: four bytes for each grain table, and the entries of those that did not come
+    yet (`VMDK_MAX_AWAITED_TABLES`).
+    """
+
+    def __init__(self, sparse: SparseExtent, n_grains: int) -> None:
+        self._sparse = sparse
+        self._n_grains = n_grains
+        self._position = sparse.overhead
+        self._phase = _Phase.GRAINS
+        # The sector of each grain in tables that did not come yet, the latest last.
+        self._awaited: dict[int, Entries] = {}
+        # Their numbers by the sector of the first grain in each; made when needed.
+        self._by_sector: dict[int, int] = {}
+        self._directory = np.zeros(sparse.n_directory_entries, np.uint32)
+        self._directory_sector = 0
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the end-of-stream marker was read."""
+        return self._phase is _Phase.END
+
+    def next_grain(self) -> Grain | None:
+        """Return the next grain in the stream, None at the end-of-stream marker.
+
+        Raises
+        ------
+        CorruptImageError
+            Something else than a marker is where one must be, or a table contradicts
+            the grains, or the stream ends before its end-of-stream marker.
+        """
+        file = self._sparse.file
+        while not self.has_ended:
+            raw = file.pread(self._position, _HEAD_NBYTES)
+            lba, nbytes = GRAIN_MARKER.unpack_from(raw)
+            if nbytes:
+                return self._grain(lba, nbytes)
+            n_sectors, _, kind = MARKER.unpack(raw)
+            self._metadata(n_sectors, kind)
+        return None
+
+    def _corrupt(self, text: str) -> CorruptImageError:
+        return CorruptImageError(text, path=self._sparse.file.path, offset=self._position)
+
+    def _grain(self, lba: int, nbytes: int) -> Grain:
+        sparse, at = self._sparse, self._position
+        size = sparse.header.grain_size
+        number, rest = divmod(lba, size)
+        if rest or number >= self._n_grains:
+            raise self._corrupt(
+                f"the marker at {at:#x} is that of a grain for sector {lba}: allowed are multiples "
+                f"of {size} below {self._n_grains * size}"
+            )
+        if nbytes > MAX_COMPRESSED_GRAINS * sparse.grain_nbytes:
+            raise self._corrupt(
+                f"the grain at {at:#x} has {nbytes} compressed bytes, allowed are "
+                f"{MAX_COMPRESSED_GRAINS * sparse.grain_nbytes}"
+            )
+        if self._phase is not _Phase.GRAINS:
+            raise self._corrupt(f"a grain at {at:#x} follows the grain directory")
+        self._await(number, at)
+        end = at + GRAIN_MARKER.size + nbytes
+        self._position = align_up(end, SECTOR_NBYTES)
+        return Grain(number, at, end)
+
+    def _await(self, number: int, offset: int) -> None:
+        """Note what the entry of a grain must be in its table."""
+        sector = offset // SECTOR_NBYTES
+        if sector > _MAX_SECTOR:
+            raise self._corrupt(f"the grain at {offset:#x} is behind the last sector of a table")
+        table, index = divmod(number, self._sparse.n_gtes_per_gt)
+        entries = self._awaited.get(table)
+        if entries is None:
+            if self._directory[table]:
+                raise self._corrupt(f"the grain at {offset:#x} follows its grain table")
+            if len(self._awaited) >= VMDK_MAX_AWAITED_TABLES:
+                raise LimitExceededError(
+                    f"grains of more than {VMDK_MAX_AWAITED_TABLES} grain tables come before "
+                    "these: save the stream to a file first",
+                    path=self._sparse.file.path,
+                    offset=offset,
+                )
+            entries = self._awaited[table] = np.zeros(self._sparse.n_gtes_per_gt, np.uint32)
+        if entries[index]:
+            raise self._corrupt(
+                f"the grain for sector {number * self._sparse.header.grain_size} comes twice, at "
+                f"{int(entries[index]) * SECTOR_NBYTES:#x} and {offset:#x}"
+            )
+        entries[index] = sector
+        self._by_sector.clear()
+
+    # -- other markers -----------------------------------------------------------------
+
+    def _metadata(self, n_sectors: int, kind: int) -> None:
+        """Take a marker and what follows it."""
+        at = self._position
+        if kind not in list(Marker):
+            raise self._corrupt(f"the marker at {at:#x} has the unknown type {kind}")
+        sparse, marker = self._sparse, Marker(kind)
+        allowed = {
+            Marker.EOS: 0,
+            Marker.GT: sparse.gt_nbytes,
+            Marker.GD: sparse.n_directory_entries * ENTRY_NBYTES,
+            Marker.FOOTER: HEADER_NBYTES,
+        }[marker]
+        held = n_sectors * SECTOR_NBYTES
+        if not allowed <= held <= align_up(allowed, sparse.grain_nbytes):
+            raise self._corrupt(
+                f"the {marker.name} marker at {at:#x} has {n_sectors} sectors, expected "
+                f"{-(-allowed // SECTOR_NBYTES)}"
+            )
+        if marker is not Marker.GT and self._phase not in _BEFORE[marker]:
+            raise self._corrupt(f"the {marker.name} marker at {at:#x} is out of order")
+        if marker is Marker.GT:
+            self._take_table(at + SECTOR_NBYTES)
+        elif marker is Marker.GD:
+            self._take_directory(at + SECTOR_NBYTES)
+            self._phase = _Phase.DIRECTORY
+        elif marker is Marker.FOOTER:
+            self._take_footer(at + SECTOR_NBYTES)
+            self._phase = _Phase.FOOTER
+        else:
+            self._take_end(at)
+            self._phase = _Phase.END
+        self._position = at + SECTOR_NBYTES + held
+
+    def _take_table(self, offset: int) -> None:
+        """Compare a grain table with the grains that came."""
+        if self._phase is not _Phase.GRAINS:
+            raise self._corrupt(f"the GT marker at {self._position:#x} is out of order")
+        sparse = self._sparse
+        raw = sparse.file.pread(offset, sparse.gt_nbytes)
+        found = np.frombuffer(raw, "<u4").astype(np.uint32)
+        if sparse.has_zeroed_grains:
+            found[found == ENTRY_ZEROED] = ENTRY_ABSENT
+        used = np.flatnonzero(found)
+        if not used.size:
+            return
+        table = self._table_of(int(found[used[0]]))
+        if table is None or not np.array_equal(self._awaited[table], found):
+            raise self._corrupt(
+                f"the grain table at {offset:#x} contradicts the grains that came before it"
+            )
+        del self._awaited[table]
+        self._directory[table] = offset // SECTOR_NBYTES
+
+    def _table_of(self, sector: int) -> int | None:
+        """Return the table whose first grain is in a sector, None if there is none."""
+        last = next(reversed(self._awaited), None)
+        if last is not None and _first(self._awaited[last]) == sector:
+            return last
+        if not self._by_sector:
+            self._by_sector = {_first(each): table for table, each in self._awaited.items()}
+        table = self._by_sector.get(sector)
+        return table if table in self._awaited else None
+
+    def _take_directory(self, offset: int) -> None:
+        """Compare the grain directory with the grain tables that came."""
+        if self._awaited:
+            raise self._corrupt(
+                f"the grain directory at {offset:#x} comes before {len(self._awaited)} of its "
+                "grain tables"
+            )
+        sparse = self._sparse
+        for first in range(0, sparse.n_directory_entries, _PIECE_ENTRIES):
+            known = self._directory[first : first + _PIECE_ENTRIES]
+            raw = sparse.file.pread(offset + first * ENTRY_NBYTES, len(known) * ENTRY_NBYTES)
+            # A table without grains may be there or not.
+            wrong = np.flatnonzero((np.frombuffer(raw, "<u4") != known) & (known != 0))
+            if wrong.size:
+                index = first + int(wrong[0])
+                entry = int.from_bytes(raw[wrong[0] * ENTRY_NBYTES :][:ENTRY_NBYTES], "little")
+                raise self._corrupt(
+                    f"entry {index} of the grain directory is sector {entry}, but the grain table "
+                    f"is in sector {int(self._directory[index])}"
+                )
+        self._directory_sector = offset // SECTOR_NBYTES
+
+    def _take_footer(self, offset: int) -> None:
+        raw = self._sparse.file.pread(offset, HEADER_NBYTES)
+        stated = directory_of_footer(self._sparse, raw, offset)
+        if stated != self._directory_sector:
+            raise self._corrupt(
+                f"the footer at {offset:#x} states a grain directory in sector {stated}, but it "
+                f"is in sector {self._directory_sector}"
+            )
+
+    def _take_end(self, at: int) -> None:
+        stated = self._sparse.header.gd_offset
+        if self._phase is _Phase.DIRECTORY and stated != self._directory_sector:
+            raise self._corrupt(f"the end-of-stream marker at {at:#x} follows no footer")
+        # All of its sector.
+        self._sparse.file.pread(at, SECTOR_NBYTES)
+
+
+def _first(entries: Entries) -> int:
+    """Return the first entry that is not 0."""
+    return int(entries[np.argmax(entries != 0)])
