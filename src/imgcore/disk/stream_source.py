@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from imgcore.disk.describe import allocated_nbytes
 from imgcore.errors import OptionError, UnsupportedFeatureError, WrongFormatError
-from imgcore.files.page_cache import use_page_cache
+from imgcore.files.host_file import use_page_cache
 from imgcore.formats.magic import HEAD_NBYTES, matching_formats
 from imgcore.formats.registry import PLAIN_FORMAT, is_named_stream
 from imgcore.formats.shared.last_sector import whole_sectors

@@ -26,7 +26,7 @@ from imgcore.files.page_cache import CacheMode
 from imgcore.files.retry import READ_ERRORS, retrying
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from typing import Self
 
     from imgcore._core import File
@@ -424,3 +424,10 @@ class HostFile(OpenFile):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def use_page_cache(files: Iterable[object], mode: CacheMode) -> None:
+    """Set the mode of files that are read; streams have no page cache."""
+    for file in files:
+        if isinstance(file, OpenFile) and mode is not CacheMode.KEEP:
+            file.use_cache(mode)

@@ -23,8 +23,9 @@ from imgcore.engine.control import Run
 from imgcore.engine.progress import Tally
 from imgcore.errors import OptionError
 from imgcore.files.commitment import until_committed
+from imgcore.files.host_file import use_page_cache
 from imgcore.files.identity import named_identity
-from imgcore.files.page_cache import CacheMode, use_page_cache
+from imgcore.files.page_cache import CacheMode
 from imgcore.files.stream_target import (
     StreamTarget,
     is_stream_object,
