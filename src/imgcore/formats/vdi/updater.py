@@ -104,7 +104,9 @@ class VdiUpdater:
             fields = fields._replace(modification_uuid=uuid4().bytes_le)
         self._put_header(fields)
         self._count = end
-        self._file.cut(self._offset_of(end))
+        if not again:
+            # Later, somebody may read what is behind the last block.
+            self._file.cut(self._offset_of(end))
 
     def _entries(self) -> NDArray[np.uint32]:
         pieces = read_map(self._file, self._header, 0, self._header.n_blocks)
@@ -247,7 +249,7 @@ class VdiUpdater:
 
     def withhold(self) -> None:
         """Append what is new while somebody reads; see `Updater`."""
-        self._space.withhold()
+        self._space.withhold(self._file.nbytes)
 
     def finish(self) -> None:
         """Move the last blocks into unused slots; see `imgcore.formats.api.Updater`.
