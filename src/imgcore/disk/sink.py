@@ -149,13 +149,13 @@ def _make_sink(
         exact_nbytes=source.exact_nbytes if virtual_size == source.virtual_size else None,
         tables_first=options.in_order or has_tables_in_front(options.options),
     )
+    if not source.size_is_known:
+        request = open_ended(request, options, target)
     if request.tables_first:
         from imgcore.disk.front_sink import FrontSink, needs_front_sink
 
         if needs_front_sink(request, options):
             return FrontSink(target, source, request, options)
-    if not source.size_is_known:
-        request = open_ended(request, options, target)
     if base is not None:
         from imgcore.disk.child_sink import child_sink
 
