@@ -111,6 +111,7 @@ enum imgc_checksum {
 	IMGC_CHECKSUM_NONE = 0,
 	IMGC_CHECKSUM_SHA256 = 1,
 	IMGC_CHECKSUM_BLAKE3 = 2, /* with 32 bytes of output */
+	IMGC_CHECKSUM_CRC32C = 3, /* little-endian, then zeros: finds accidents only */
 	IMGC_N_CHECKSUMS,
 };
 
@@ -427,6 +428,25 @@ int imgc_file_take_written(struct imgc_file *file);
  */
 void imgc_file_refuse_writes(struct imgc_file *file);
 
+/*
+ * From now on, what is read from the file or written to it is dropped from the page
+ * cache, but for pages that are there now.  Called before any other thread uses the
+ * file.  Files of other kinds than imgc_file_open_fd() have no page cache: IMGC_OK.
+ *
+ * Written data is on the medium before it is dropped.  If that fails, a later write is
+ * IMGC_IO; the caller asks once more before it syncs, by imgc_file_note_written() with
+ * a length of 0.
+ */
+int imgc_file_drop_behind(struct imgc_file *file, struct imgc_error *err);
+
+/* The job ends: drops what is left of the file, while its descriptor is still open. */
+void imgc_file_drop_rest(struct imgc_file *file);
+
+/* The caller has read from the file, or written to it, by its descriptor. */
+void imgc_file_note_read(struct imgc_file *file, uint64_t offset, uint64_t length);
+int imgc_file_note_written(struct imgc_file *file, uint64_t offset, uint64_t length,
+			   struct imgc_error *err);
+
 /* Makes [offset, offset + length) read as zeros, by the cheapest way that works. */
 int imgc_file_zero(struct imgc_file *file, uint64_t offset, uint64_t length,
 		   struct imgc_error *err);
@@ -733,6 +753,16 @@ uint64_t imgc_job_next_offset(const struct imgc_job *job);
  * Packing starts again after them.
  */
 int imgc_job_set_next_offset(struct imgc_job *job, uint64_t next_offset);
+
+/*
+ * APPEND, between batches: compressed blocks that are packed into units go on at `start`,
+ * and the unit ends at `end`; both are 0 if none has begun.  A job that is to go on where
+ * another one has ended is given that one's.
+ */
+void imgc_job_packing(const struct imgc_job *job, uint64_t *start, uint64_t *end);
+
+/* IMGC_INVALID_ARGUMENT unless start <= end <= next offset. */
+int imgc_job_set_packing(struct imgc_job *job, uint64_t start, uint64_t end);
 
 /*
  * CONVERT, between batches: the disk turns out to have guest_nbytes, no more than the

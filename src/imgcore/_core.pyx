@@ -154,10 +154,13 @@ def crc32c(const uint8_t[::1] data, uint32_t crc=0, variant=None):
 
 
 def checksum_algorithms():
-    """Return the names of the checksum algorithms in this build."""
+    """Return the names of the checksum algorithms in this build.
+
+    Without "crc32c", which jobs and hashers take as well: it is no checksum for users.
+    """
     return tuple(n.imgc_checksum_name(i).decode()
                  for i in range(n.IMGC_CHECKSUM_NONE + 1, n.IMGC_N_CHECKSUMS)
-                 if n.imgc_checksum_is_built(i))
+                 if n.imgc_checksum_is_built(i) and i != n.IMGC_CHECKSUM_CRC32C)
 
 
 cdef uint32_t checksum_of(algorithm) except 0:
@@ -429,6 +432,34 @@ cdef class File:
             PyErr_CheckSignals()
             if tick is not None:
                 tick()
+        check(status, &err)
+
+    def drop_behind(self):
+        """From now on, drop from the page cache what is read or written."""
+        cdef n.imgc_file *handle = self.require()
+        cdef n.imgc_error err
+        cdef int status
+        with nogil:
+            status = n.imgc_file_drop_behind(handle, &err)
+        check(status, &err)
+
+    def drop_rest(self):
+        """Drop what is left of the file, at the end of the job."""
+        cdef n.imgc_file *handle = self.require()
+        with nogil:
+            n.imgc_file_drop_rest(handle)
+
+    def note_read(self, uint64_t offset, uint64_t length):
+        """Note what the caller has read by the descriptor."""
+        n.imgc_file_note_read(self.require(), offset, length)
+
+    def note_written(self, uint64_t offset, uint64_t length):
+        """Note what the caller has written by the descriptor; nothing before a sync."""
+        cdef n.imgc_file *handle = self.require()
+        cdef n.imgc_error err
+        cdef int status
+        with nogil:
+            status = n.imgc_file_note_written(handle, offset, length, &err)
         check(status, &err)
 
     def next_data(self, uint64_t offset):
@@ -703,6 +734,21 @@ cdef class Job:
         memset(&err, 0, sizeof(err))
         err.op = "end_disk"
         check(n.imgc_job_set_guest_nbytes(self.require(), guest_nbytes), &err)
+
+    @property
+    def packing(self):
+        """Where packed compressed blocks go on, and where their unit ends; or zeros."""
+        cdef uint64_t start, end
+        n.imgc_job_packing(self.require(), &start, &end)
+        return start, end
+
+    @packing.setter
+    def packing(self, value):
+        cdef n.imgc_error err
+        cdef uint64_t start = value[0], end = value[1]
+        memset(&err, 0, sizeof(err))
+        err.op = "packing"
+        check(n.imgc_job_set_packing(self.require(), start, end), &err)
 
     @property
     def first_difference(self):

@@ -29,6 +29,7 @@ cdef extern from "imgc.h" nogil:
         IMGC_SELECT_NO_CPU
 
         IMGC_CHECKSUM_NONE
+        IMGC_CHECKSUM_CRC32C
         IMGC_N_CHECKSUMS
         IMGC_CHECKSUM_NBYTES
         IMGC_CHECKSUM_BLOCK_NBYTES
@@ -154,6 +155,11 @@ cdef extern from "imgc.h" nogil:
     void imgc_file_close(imgc_file *file)
     int imgc_file_take_written(imgc_file *file)
     void imgc_file_refuse_writes(imgc_file *file)
+    int imgc_file_drop_behind(imgc_file *file, imgc_error *err)
+    void imgc_file_drop_rest(imgc_file *file)
+    void imgc_file_note_read(imgc_file *file, uint64_t offset, uint64_t length)
+    int imgc_file_note_written(imgc_file *file, uint64_t offset, uint64_t length,
+                               imgc_error *err)
     int imgc_file_zero(imgc_file *file, uint64_t offset, uint64_t length, imgc_error *err)
     int imgc_file_next_data(imgc_file *file, uint64_t offset, uint64_t *start, uint64_t *end,
                           imgc_error *err)
@@ -258,6 +264,8 @@ cdef extern from "imgc.h" nogil:
     void imgc_job_cancel(imgc_job *job)
     uint64_t imgc_job_next_offset(const imgc_job *job)
     int imgc_job_set_next_offset(imgc_job *job, uint64_t next_offset)
+    void imgc_job_packing(const imgc_job *job, uint64_t *start, uint64_t *end)
+    int imgc_job_set_packing(imgc_job *job, uint64_t start, uint64_t end)
     int imgc_job_set_guest_nbytes(imgc_job *job, uint64_t guest_nbytes)
     uint64_t imgc_job_first_difference(const imgc_job *job)
     size_t imgc_job_bad_ranges(const imgc_job *job, const imgc_bad_range **out)

@@ -15,6 +15,7 @@ from imgcore.cli.common import (
     cache_option,
     open_options,
     options_option,
+    own_cache_mode,
     print_options_help,
     quiet_option,
     rate_option,
@@ -135,6 +136,19 @@ EXIT_SALVAGED: Final = 3
     help="Read TARGET back before it gets its name, and compare digests.",
 )
 @click.option(
+    "--resume",
+    is_flag=False,
+    flag_value="last",
+    type=click.Choice(("last", "verify")),
+    help="Keep what is done if the conversion ends early, and go on from there; =verify reads back "
+    "all of it before.",
+)
+@click.option(
+    "--journal",
+    metavar="FILE",
+    help="With --resume: the journal; needed if TARGET is a block device.",
+)
+@click.option(
     "--receipt",
     metavar="FILE",
     help="Write what was done to FILE, as JSON with a digest, for `imgcore verify`.",
@@ -143,9 +157,15 @@ EXIT_SALVAGED: Final = 3
     "-t",
     "--target-cache",
     keep=True,
-    help="Cache mode of qemu-img: unsafe is --no-sync, the others wait as without -t.",
+    help="What of TARGET stays in the page cache: keep, or drop what this command has brought "
+    "there. Of qemu-img's modes, unsafe is --no-sync, the others are keep.  [default: keep]",
 )
-@cache_option("-T", "--source-cache")
+@cache_option(
+    "-T",
+    "--source-cache",
+    keep=True,
+    help="The same for SOURCE.  [default: keep]",
+)
 @threads_option("--parallel")
 @click.option(
     "-W",
@@ -189,8 +209,11 @@ def command(
     rate: int | None,
     checksum: str | None,
     verify: bool,
+    resume: str | None,
+    journal: str | None,
     receipt: str | None,
     target_cache: str | None,
+    source_cache: str | None,
     threads: int | None,
     opening: dict[str, Any],
     progress_mode: str,
@@ -259,8 +282,12 @@ def command(
             profile=profile,
             checksum=checksum,
             verify=verify,
+            resume=resume or False,
+            journal=journal,
             size=stream_size,
             receipt=receipt,
+            source_cache=own_cache_mode(source_cache),
+            target_cache=own_cache_mode(target_cache),
             **opening,
         )
     if as_json:

@@ -15,7 +15,8 @@ from imgcore.files.descriptors import (
     give_up_in_children,
     named_errors,
 )
-from imgcore.files.host_file import HostFile, OpenFile
+from imgcore.files.host_file import HostFile, OpenFile, system_errors
+from imgcore.files.page_cache import CacheMode
 from imgcore.files.retry import WRITE_ERRORS, retrying
 
 _FILL_NBYTES: Final = 1 << 20
@@ -39,6 +40,8 @@ class TargetFile(OpenFile):
         Whether the image's end may lie before the file's end.
     reads_as_zeros : bool
         Whether everything that is not written reads as zeros.
+    kept_nbytes : int
+        The first bytes, which an earlier run of the job has written and this one keeps.
     in_order : bool
         Whether offsets of writes must ascend, since each byte is written once.
     """
@@ -56,6 +59,7 @@ class TargetFile(OpenFile):
         # Where the old bytes of a cleared block device begin; None if they are kept.
         self._end: int | None = None
         self.reads_as_zeros: bool = True
+        self.kept_nbytes: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -76,7 +80,13 @@ class TargetFile(OpenFile):
         with forks_held_back(), named_errors(path):
             fd = duplicate(self.fd)
             give_up_in_children(fd)
-        return HostFile(fd, path, device=self.is_block_device)
+        file = HostFile(fd, path, device=self.is_block_device)
+        try:
+            file.use_cache(self._cache)
+        except BaseException:
+            file.close()
+            raise
+        return file
 
     def drop_cached(self) -> None:
         """Drop what the page cache has of the file, so that reads come from the medium.
@@ -96,6 +106,12 @@ class TargetFile(OpenFile):
             while done < len(octets):
                 rest, at = octets[done:], offset + done
                 done += retrying(partial(os.pwrite, self.fd, rest, at), WRITE_ERRORS)
+            self._note_written(offset, len(octets))
+
+    def _note_written(self, offset: int, length: int) -> None:
+        if self._cache is CacheMode.DROP:
+            with system_errors():
+                self.core.note_written(offset, length)
 
     def write_last(self, data: bytes) -> None:
         """Write the file's last bytes.
@@ -120,8 +136,9 @@ class TargetFile(OpenFile):
         """Forget the old content; the first ``nbytes`` bytes then read as zeros."""
         self._end = 0 if self.is_block_device else None
         self.reads_as_zeros = not self.is_block_device
-        self.truncate(0)
-        self.truncate(nbytes)
+        if self.kept_nbytes == 0 or self.is_block_device:
+            self.truncate(0)
+        self.truncate(max(nbytes, 0 if self.is_block_device else self.kept_nbytes))
 
     def note_end(self, end: int) -> None:
         """Note that the engine has written everything before ``end``."""
@@ -165,10 +182,22 @@ class TargetFile(OpenFile):
                 os.posix_fallocate(self.fd, 0, nbytes)
         elif mode == "full":
             zeros = bytes(_FILL_NBYTES)
-            for offset in range(0, nbytes, _FILL_NBYTES):
+            for offset in range(self.kept_nbytes, nbytes, _FILL_NBYTES):
                 self.pwrite(offset, memoryview(zeros)[: min(_FILL_NBYTES, nbytes - offset)])
         elif mode not in ("off", "falloc"):
             raise ValueError(f"unknown preallocation mode {mode!r}")
+
+    def keep(self, nbytes: int) -> None:
+        """Keep the first bytes of an old file; what follows reads as zeros."""
+        with named_errors(self.path):
+            if self.nbytes > nbytes:
+                os.ftruncate(self.fd, nbytes)
+        self.kept_nbytes = nbytes
+
+    def datasync(self) -> None:
+        """Make what was written so far durable; a failure is final, as of `sync`."""
+        with named_errors(self.path):
+            os.fdatasync(self.fd)
 
     def sync(self) -> None:
         """Make the content durable.
@@ -176,6 +205,8 @@ class TargetFile(OpenFile):
         A failure is final: the kernel may have dropped the data.
         """
         with named_errors(self.path):
+            # An earlier write-back may have failed, which fsync does not repeat.
+            self._note_written(0, 0)
             os.fsync(self.fd)
 
     def check_written(self) -> None:
