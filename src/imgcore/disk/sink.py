@@ -150,14 +150,14 @@ def _make_sink(
         seed=None if options.checkpoints is None else options.checkpoints.seed,
         tables_first=options.in_order or has_tables_in_front(options.options),
     )
+    if not source.size_is_known:
+        request = open_ended(request, options, target)
     if request.tables_first:
         from imgcore.disk.front_sink import FrontSink, needs_front_sink
 
         if needs_front_sink(request, options):
             _refuse_resuming(options, "an image with its tables in front", target)
             return FrontSink(target, source, request, options)
-    if not source.size_is_known:
-        request = open_ended(request, options, target)
     if base is not None:
         from imgcore.disk.child_sink import child_sink
 
