@@ -5,7 +5,8 @@
 #   make test          lint, native tests (plain and sanitized), the Python suite
 #   make coverage      lines of the package and the native core that no test runs
 #   make bench         the table of ratios against qemu-img (long)
-#   make sanitize      native tests: ASan, UBSan, TSan; Python suite: ASan, UBSan
+#   make sanitize      native tests: ASan, UBSan, TSan; Python suite: ASan, UBSan;
+#                      its tests with many writers: TSan
 #   make valgrind      the native codec, table and kernel tests under memcheck
 #   make test-arm64    native and Python tests for arm64, under emulation
 #   make wheel         a wheel for this machine, checked, run in an empty environment
@@ -100,10 +101,11 @@ coverage: build
 		$(PY) -m coverage report && exit $$status
 	@$(MAKE) --no-print-directory $(JOBS) -C native coverage
 
-# Native tests under every sanitizer, then the Python suite on a sanitized extension.
+# Native tests under every sanitizer, then the Python suite on sanitized extensions.
 sanitize: build native-sanitize
 	@$(MAKE) --no-print-directory -C native tsan
 	@PYTHON="$(PY)" tools/sanitized_suite.sh
+	@PYTHON="$(PY)" tools/thread_sanitized_suite.sh
 
 valgrind:
 	@tools/setup.sh valgrind

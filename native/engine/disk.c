@@ -40,8 +40,9 @@ static bool options_are_valid(const struct imgc_disk_options *o)
 	for (size_t i = 0; i < o->n_sources; i++)
 		if (!o->sources[i].file || o->sources[i].block_nbytes > MAX_SOURCE_BLOCK_NBYTES)
 			return false;
+	/* So the end of the last span has no overflow. */
 	return imgc_is_power_of_two(o->span_nbytes) && o->span_nbytes >= SECTOR_NBYTES &&
-	       o->n_sources < FILE_OF_TABLES;
+	       o->guest_nbytes <= INT64_MAX && o->n_sources < FILE_OF_TABLES;
 }
 
 int imgc_disk_create(const struct imgc_disk_options *options, struct imgc_disk **out,

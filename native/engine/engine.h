@@ -20,7 +20,7 @@
  *     announce.c what is read next, in physical order where rows are not
  *     retry.c    reads and writes that are repeated where that can help
  *     salvage.c  the list of ranges that could not be read
- *     placer.c   host offsets of an appending target
+ *     placer.c   host offsets of an appending target; places.c has them in advance
  *     extents.c  the check of rows, and the search among them
  *     rate.c     how many guest bytes a second jobs may handle
  *     stop.c     the flags that tell a job to stop

@@ -3,7 +3,6 @@
  */
 #include "engine/gate.h"
 
-#include <errno.h>
 #include <time.h>
 
 #include "imgc.h"
@@ -52,6 +51,7 @@ void imgc_gate_leave(struct gate *gate)
 {
 	if (atomic_fetch_sub(&gate->word, ONE_INSIDE) != (ONE_INSIDE | IS_SHUT))
 		return;
+	/* A waiter holds the lock from when it looks until it waits, so none is missed. */
 	pthread_mutex_lock(&gate->lock);
 	pthread_cond_broadcast(&gate->emptied);
 	pthread_mutex_unlock(&gate->lock);
@@ -82,7 +82,7 @@ bool imgc_gate_await_empty(struct gate *gate, unsigned timeout_ms)
 	end.tv_sec += timeout_ms / 1000 + end.tv_nsec / 1000000000;
 	end.tv_nsec %= 1000000000;
 	pthread_mutex_lock(&gate->lock);
-	while (is_occupied(gate) && failed != ETIMEDOUT)
+	while (is_occupied(gate) && !failed)
 		failed = pthread_cond_timedwait(&gate->emptied, &gate->lock, &end);
 	bool is_empty = !is_occupied(gate);
 

@@ -19,7 +19,10 @@ struct gate {
 /* IMGC_NO_MEMORY if the system has no lock left. */
 int imgc_gate_create(struct gate *gate);
 
-/* After a successful create only. */
+/*
+ * After a successful create only, and after every other call has returned: that nobody
+ * is inside is not enough.
+ */
 void imgc_gate_destroy(struct gate *gate);
 
 /* False if it is shut; else imgc_gate_leave() follows. */

@@ -78,6 +78,10 @@ static int check_options(const struct imgc_job_options *o, struct imgc_error *er
 		return invalid(err, "reflink");
 	if (o->trust_blocks && (o->kind != IMGC_JOB_CONVERT || o->salvage || o->has_base))
 		return invalid(err, "trust_blocks");
+	if (o->stores_data && (o->kind != IMGC_JOB_CONVERT || o->has_base || o->salvage ||
+			       o->reflink || o->geometry.placing != IMGC_PLACE_APPEND ||
+			       o->geometry.codec.codec != IMGC_CODEC_NONE))
+		return invalid(err, "stores_data");
 	if (o->granule_nbytes != 0 &&
 	    (o->kind != IMGC_JOB_COMPARE || !granule_is_valid(o->granule_nbytes)))
 		return invalid(err, "granule");
@@ -649,6 +653,21 @@ int imgc_job_set_next_offset(struct imgc_job *job, uint64_t next_offset)
 		return IMGC_INVALID_ARGUMENT;
 	if (next_offset != job->placer.next)
 		imgc_placer_restart(&job->placer, next_offset);
+	return IMGC_OK;
+}
+
+void imgc_job_packing(const struct imgc_job *job, uint64_t *start, uint64_t *end)
+{
+	*start = job->placer.packed_next;
+	*end = job->placer.packed_end;
+}
+
+int imgc_job_set_packing(struct imgc_job *job, uint64_t start, uint64_t end)
+{
+	if (job->in_batch || start > end || end > job->placer.next)
+		return IMGC_INVALID_ARGUMENT;
+	job->placer.packed_next = start;
+	job->placer.packed_end = end;
 	return IMGC_OK;
 }
 

@@ -72,7 +72,8 @@ int imgc_placer_stored(struct placer *placer, uint64_t block, uint64_t nbytes,
 /*
  * Stored and compressed blocks mix (QCOW2): takes whole allocation units, and packs
  * blocks into them.  A block may reach into the next unit if that is free.  A stored
- * block between two compressed ones does not waste the rest of a unit.
+ * block between two compressed ones does not waste the rest of a unit, unless offsets
+ * must ascend.
  */
 static int take_packed(struct placer *placer, uint64_t nbytes, uint64_t *host_offset)
 {
@@ -80,7 +81,10 @@ static int take_packed(struct placer *placer, uint64_t nbytes, uint64_t *host_of
 	uint64_t start = placer->packed_next, free_nbytes = placer->packed_end - start;
 	uint64_t more, ignored;
 
-	if (start == 0 || (free_nbytes < nbytes && placer->packed_end != placer->next)) {
+	bool is_behind = placer->packed_end != placer->next;
+
+	if (start == 0 ||
+	    (is_behind && (free_nbytes < nbytes || placer->geometry->packs_in_order))) {
 		if (!imgc_align_up_checked(placer->next, unit, &start))
 			return IMGC_LIMIT;
 		placer->next = placer->packed_end = start;

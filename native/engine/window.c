@@ -20,6 +20,23 @@ static bool is_zero(const struct imgc_job *job, const struct view *view, uint64_
 
 /* -------------------------------------------------------------- stored data */
 
+/* Bytes of [start, end) that rows state as data; without those that are left unread. */
+static uint64_t data_nbytes(struct rows rows, uint64_t start, uint64_t end, bool leaves_unread)
+{
+	uint64_t nbytes = 0;
+
+	for (size_t i = imgc_rows_find(rows, start); i < rows.n; i++) {
+		const struct imgc_extent *row = &rows.rows[i];
+
+		if (row->guest_offset >= end)
+			break;
+		if (row->kind >= IMGC_DATA && !(leaves_unread && imgc_row_is_unread(row)))
+			nbytes += imgc_min_u64(row->guest_offset + row->length, end) -
+				  imgc_max_u64(row->guest_offset, start);
+	}
+	return nbytes;
+}
+
 static void add_run(struct slot *slot, size_t first_run, uint64_t start, uint64_t end)
 {
 	if (slot->n_runs > first_run && slot->runs[slot->n_runs - 1].end == start)
@@ -74,10 +91,16 @@ static void test_runs(const struct imgc_job *job, struct slot *slot, size_t firs
  */
 static bool find_runs(const struct imgc_job *job, struct slot *slot, uint64_t start, uint64_t end)
 {
-	bool store_zeros = job->geometry.zero_policy == IMGC_ZERO_STORE;
+	bool store_all = job->geometry.zero_policy == IMGC_ZERO_STORE;
 	size_t first_run = slot->n_runs;
 
-	if (store_zeros) {
+	if (job->options.stores_data && !store_all) {
+		store_all =
+			data_nbytes(job->rows, slot->start + start, slot->start + end, false) > 0;
+		if (!store_all)
+			return false;
+	}
+	if (store_all) {
 		imgc_view_materialise(&slot->view, start, end);
 		add_run(slot, first_run, start, end);
 		return true;
@@ -351,22 +374,6 @@ static void compare_granules(struct worker *worker, struct slot *slot)
 }
 
 /* --------------------------------------------------------------- rate limit */
-
-static uint64_t data_nbytes(struct rows rows, uint64_t start, uint64_t end, bool leaves_unread)
-{
-	uint64_t nbytes = 0;
-
-	for (size_t i = imgc_rows_find(rows, start); i < rows.n; i++) {
-		const struct imgc_extent *row = &rows.rows[i];
-
-		if (row->guest_offset >= end)
-			break;
-		if (row->kind >= IMGC_DATA && !(leaves_unread && imgc_row_is_unread(row)))
-			nbytes += imgc_min_u64(row->guest_offset + row->length, end) -
-				  imgc_max_u64(row->guest_offset, start);
-	}
-	return nbytes;
-}
 
 /*
  * The calling thread waits only for a moment, and comes back to the window: it also looks

@@ -111,6 +111,7 @@ enum imgc_checksum {
 	IMGC_CHECKSUM_NONE = 0,
 	IMGC_CHECKSUM_SHA256 = 1,
 	IMGC_CHECKSUM_BLAKE3 = 2, /* with 32 bytes of output */
+	IMGC_CHECKSUM_CRC32C = 3, /* little-endian, then zeros: finds accidents only */
 	IMGC_N_CHECKSUMS,
 };
 
@@ -525,6 +526,12 @@ struct imgc_geometry {
 	 */
 	uint32_t clears_blocks;
 	uint32_t reuse; /* enum imgc_reuse; with a codec */
+	/*
+	 * With store_incompressible: 1: the offsets of blocks ascend, for a target that is
+	 * written in order.  0: a compressed block may fill up an allocation unit that is
+	 * before the STORED block before it.
+	 */
+	uint32_t packs_in_order;
 };
 
 /*
@@ -607,6 +614,13 @@ struct imgc_job_options {
 	 * of zeros stays stored.
 	 */
 	uint32_t trust_blocks;
+	/*
+	 * APPEND without a codec, base, salvage and reflink: a block of which the extents
+	 * state a part as data is STORED whole, zeros included, and other blocks are not,
+	 * unless the geometry stores zeros.  So its extents alone say which blocks have a
+	 * place.
+	 */
+	uint32_t stores_data;
 	/*
 	 * A window waits here before it is read.  What counts is data: holes and zeros
 	 * that the extents state are free, unless the target stores them, and so is
@@ -722,6 +736,16 @@ uint64_t imgc_job_next_offset(const struct imgc_job *job);
 int imgc_job_set_next_offset(struct imgc_job *job, uint64_t next_offset);
 
 /*
+ * APPEND, between batches: compressed blocks that are packed into units go on at `start`,
+ * and the unit ends at `end`; both are 0 if none has begun.  A job that is to go on where
+ * another one has ended is given that one's.
+ */
+void imgc_job_packing(const struct imgc_job *job, uint64_t *start, uint64_t *end);
+
+/* IMGC_INVALID_ARGUMENT unless start <= end <= next offset. */
+int imgc_job_set_packing(struct imgc_job *job, uint64_t start, uint64_t end);
+
+/*
  * CONVERT, between batches: the disk turns out to have guest_nbytes, no more than the
  * geometry says so far and no less than the batches have, and ends like any other.
  */
@@ -743,6 +767,31 @@ size_t imgc_job_bad_ranges(const struct imgc_job *job, const struct imgc_bad_ran
 /* Cancels and joins a batch that still runs.  NULL is allowed. */
 void imgc_job_destroy(struct imgc_job *job);
 
+/* ------------------------------------------------------------------ places */
+
+/* Gives blocks the host offsets that a job gives them, before there is one. */
+struct imgc_places;
+
+/* For a geometry that appends, without groups. */
+int imgc_places_create(const struct imgc_geometry *geometry, uint64_t next_offset,
+		       struct imgc_places **out);
+
+/* NULL is allowed. */
+void imgc_places_destroy(struct imgc_places *places);
+
+/*
+ * Gives places to the blocks from first_block on, in the order of the disk over all calls.
+ * The rows have their states, and COMPRESSED ones their length; host_offset, and the
+ * length of STORED ones, are filled in.  IMGC_LIMIT if an offset gets too large; later
+ * rows are then as they were.
+ */
+int imgc_places_give(struct imgc_places *places, uint64_t first_block, struct imgc_placement *rows,
+		     size_t n, struct imgc_error *err);
+
+/* As imgc_job_next_offset() and imgc_job_set_next_offset(). */
+uint64_t imgc_places_next_offset(const struct imgc_places *places);
+int imgc_places_set_next_offset(struct imgc_places *places, uint64_t next_offset);
+
 /* ----------------------------------------------------------- random access */
 
 /*
@@ -756,7 +805,7 @@ struct imgc_disk;
 struct imgc_disk_options {
 	const struct imgc_source_file *sources; /* copied; the files are not owned */
 	size_t n_sources;
-	uint64_t guest_nbytes; /* size of the disk */
+	uint64_t guest_nbytes; /* size of the disk, at most INT64_MAX */
 	uint64_t span_nbytes;  /* of a table: power of two, at least 512 */
 	uint64_t cache_nbytes; /* of all that is kept; what is in use may exceed it */
 	uint32_t inflate_variant, io_variant;

@@ -16,6 +16,7 @@
 EXPORT int imgc_canary_overread(void);
 EXPORT int imgc_canary_overflow(int increment);
 EXPORT int imgc_canary_assert(int value);
+EXPORT int imgc_canary_race(void);
 EXPORT void *PyInit__canary(void);
 
 EXPORT int imgc_canary_overread(void)
@@ -48,7 +49,7 @@ static void *count_without_lock(void *counter)
 	return NULL;
 }
 
-static int race(void)
+EXPORT int imgc_canary_race(void)
 {
 	pthread_t threads[2];
 	int counter = 0;
@@ -75,7 +76,7 @@ int main(int argc, char **argv)
 	volatile int unused;
 
 	if (strcmp(fault, "race") == 0)
-		return race();
+		return imgc_canary_race();
 	if (strcmp(fault, "overread") == 0)
 		unused = imgc_canary_overread();
 	else if (strcmp(fault, "overflow") == 0)

@@ -318,6 +318,8 @@ static void test_what_is_refused(void)
 	struct imgc_disk_options options = {.span_nbytes = 3 * 512};
 
 	CHECK_EQ(imgc_disk_create(&options, &disk, &err), IMGC_INVALID_ARGUMENT);
+	options = (struct imgc_disk_options){.guest_nbytes = UINT64_C(1) << 63, .span_nbytes = 512};
+	CHECK_EQ(imgc_disk_create(&options, &disk, &err), IMGC_INVALID_ARGUMENT);
 	image_destroy(&image);
 }
 

@@ -222,6 +222,18 @@ class RateLimit:
         """Wait until ``nbytes`` may be handled; return False after the timeout."""
 
 @final
+class Places:
+    """Gives blocks the host offsets that a job gives them."""
+
+    def __init__(self, geometry: _Geometry, next_offset: int) -> None: ...
+    def give(self, first_block: int, rows: NDArray[np.void]) -> None:
+        """Fill in offsets of placements with states, and lengths of STORED ones.
+
+        COMPRESSED ones have their lengths.  Calls are in the order of the disk.
+        """
+    next_offset: int
+
+@final
 class Job:
     """One conversion, comparison or checksum, run batch by batch."""
 
@@ -239,6 +251,7 @@ class Job:
         salvage: bool = ...,
         reflink: bool = ...,
         trust_blocks: bool = ...,
+        stores_data: bool = ...,
         rate_limit: RateLimit | None = ...,
         checksum: str | None = ...,
         granule_nbytes: int = ...,
@@ -251,8 +264,9 @@ class Job:
         ``sources`` holds (file, nbytes, guest_base, block_nbytes).  ``has_base``: each
         batch has the extents of the target's parent as ``base_extents``.  ``reflink``:
         data at a suitable place of a source is reflinked, not written.
-        ``trust_blocks``: reused blocks are not decompressed.  ``rate_limit``: windows
-        wait for it before they are read.  ``checksum``: an algorithm for which each
+        ``trust_blocks``: reused blocks are not decompressed.  ``stores_data``: blocks
+        that extents state as data are stored whole.  ``rate_limit``: windows wait for
+        it before they are read.  ``checksum``: an algorithm for which each
         batch receives ``leaves``; all data is read and hashed.
         ``granule_nbytes``: a comparison finds all
         differences, by granules of so many bytes, instead of the first one.
@@ -296,6 +310,7 @@ class Job:
         reflinked; guest bytes of reused blocks, and of these not decompressed.
         """
     next_offset: int
+    packing: tuple[int, int]
     def end_disk(self, guest_nbytes: int) -> None:
         """Make the target's disk end here, before the next batch is started."""
     @property

@@ -154,10 +154,13 @@ def crc32c(const uint8_t[::1] data, uint32_t crc=0, variant=None):
 
 
 def checksum_algorithms():
-    """Return the names of the checksum algorithms in this build."""
+    """Return the names of the checksum algorithms in this build.
+
+    Without "crc32c", which jobs and hashers take as well: it is no checksum for users.
+    """
     return tuple(n.imgc_checksum_name(i).decode()
                  for i in range(n.IMGC_CHECKSUM_NONE + 1, n.IMGC_N_CHECKSUMS)
-                 if n.imgc_checksum_is_built(i))
+                 if n.imgc_checksum_is_built(i) and i != n.IMGC_CHECKSUM_CRC32C)
 
 
 cdef uint32_t checksum_of(algorithm) except 0:
@@ -545,8 +548,8 @@ cdef class Job:
     def __init__(self, *, sources, geometry=None, File target=None, uint64_t next_offset=0,
                  bint has_base=False, uint32_t threads=1, uint64_t window_nbytes=0, variants=None,
                  bint salvage=False, bint reflink=False, bint trust_blocks=False,
-                 RateLimit rate_limit=None, checksum=None, uint64_t granule_nbytes=0,
-                 batch_threads=None):
+                 bint stores_data=False, RateLimit rate_limit=None, checksum=None,
+                 uint64_t granule_nbytes=0, batch_threads=None):
         cdef n.imgc_job_options options
         cdef n.imgc_error err
         cdef int status
@@ -571,6 +574,7 @@ cdef class Job:
         options.salvage = salvage
         options.reflink = reflink
         options.trust_blocks = trust_blocks
+        options.stores_data = stores_data
         options.granule_nbytes = granule_nbytes
         if rate_limit is not None:
             options.rate_limit = rate_limit.handle
@@ -704,6 +708,21 @@ cdef class Job:
         check(n.imgc_job_set_guest_nbytes(self.require(), guest_nbytes), &err)
 
     @property
+    def packing(self):
+        """Where packed compressed blocks go on, and where their unit ends; or zeros."""
+        cdef uint64_t start, end
+        n.imgc_job_packing(self.require(), &start, &end)
+        return start, end
+
+    @packing.setter
+    def packing(self, value):
+        cdef n.imgc_error err
+        cdef uint64_t start = value[0], end = value[1]
+        memset(&err, 0, sizeof(err))
+        err.op = "packing"
+        check(n.imgc_job_set_packing(self.require(), start, end), &err)
+
+    @property
     def first_difference(self):
         """The lowest guest offset that differs, or None."""
         cdef uint64_t offset = n.imgc_job_first_difference(self.require())
@@ -733,6 +752,40 @@ cdef class Job:
         n.imgc_job_destroy(self.handle)
 
 
+cdef class Places:
+    """Gives blocks the host offsets that a job gives them: ``struct imgc_places``."""
+
+    cdef n.imgc_places *handle
+
+    def __cinit__(self):
+        self.handle = NULL
+
+    def __init__(self, geometry, uint64_t next_offset):
+        cdef n.imgc_geometry native
+        memset(&native, 0, sizeof(native))
+        fill_geometry(&native, geometry)
+        check_call(n.imgc_places_create(&native, next_offset, &self.handle), "places")
+
+    def give(self, uint64_t first_block, placement_row[::1] rows):
+        """Fill in the offsets of rows with states, and the lengths of STORED ones."""
+        cdef n.imgc_error err
+        if rows.shape[0]:
+            check(n.imgc_places_give(self.handle, first_block, <n.imgc_placement *>&rows[0],
+                                     rows.shape[0], &err), &err)
+
+    @property
+    def next_offset(self):
+        """The first free host offset."""
+        return n.imgc_places_next_offset(self.handle)
+
+    @next_offset.setter
+    def next_offset(self, uint64_t value):
+        check_call(n.imgc_places_set_next_offset(self.handle, value), "next_offset")
+
+    def __dealloc__(self):
+        n.imgc_places_destroy(self.handle)
+
+
 # What all uses have that begin before `is_over` is called.
 cdef int FIRST_TICKET = 1
 # `Uses.soon_over` waits for as long as the part of a long read takes.
@@ -759,6 +812,7 @@ cdef class Uses:
         cdef int ticket = n.imgc_uses_enter(self.handle)
         if not ticket:
             self.refuse()
+            raise RuntimeError("a use that was refused has gone on")
         return ticket
 
     cdef int leave(self, int ticket) except -1:
@@ -1091,15 +1145,16 @@ cdef class Disk:
                 return None
             try:
                 self.place(offset, view.len, &start)
-                done = self.write_front(start, <const char *>view.buf, view.len)
+                done = self.write_front(start, <const char *>view.buf, view.len, &ticket)
                 return view.len if done == <uint64_t>view.len else None
             finally:
                 PyBuffer_Release(&view)
         finally:
             self.uses.leave(ticket)
 
-    cdef uint64_t write_front(self, uint64_t offset, const char *buffer,
-                              uint64_t length) except? 0xFFFFFFFFFFFFFFFF:
+    cdef uint64_t write_front(self, uint64_t offset, const char *buffer, uint64_t length,
+                              int *ticket) except? 0xFFFFFFFFFFFFFFFF:
+        """Write what can be overwritten before the first byte that cannot."""
         cdef n.imgc_disk_rest rest
         cdef n.imgc_error err
         cdef uint64_t done = 0
@@ -1113,6 +1168,8 @@ cdef class Disk:
             done = rest.offset - offset
             if status == n.IMGC_UNFINISHED:
                 PyErr_CheckSignals()
+                # Each part starts from the tables.
+                ticket[0] = n.imgc_uses_renew(self.uses.handle, ticket[0])
         return done
 
     def load(self, uint64_t offset):
@@ -1178,6 +1235,7 @@ cdef int fill_geometry(n.imgc_geometry *out, geometry) except -1:
     out.stored_prefix_byte = geometry.stored_prefix_byte
     out.clears_blocks = geometry.clears_blocks
     out.reuse = geometry.reuse
+    out.packs_in_order = geometry.packs_in_order
     return 0
 
 

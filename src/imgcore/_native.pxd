@@ -29,6 +29,7 @@ cdef extern from "imgc.h" nogil:
         IMGC_SELECT_NO_CPU
 
         IMGC_CHECKSUM_NONE
+        IMGC_CHECKSUM_CRC32C
         IMGC_N_CHECKSUMS
         IMGC_CHECKSUM_NBYTES
         IMGC_CHECKSUM_BLOCK_NBYTES
@@ -183,6 +184,7 @@ cdef extern from "imgc.h" nogil:
         uint32_t stored_prefix_byte
         uint32_t clears_blocks
         uint32_t reuse
+        uint32_t packs_in_order
 
     struct imgc_rate_limit:
         pass
@@ -209,6 +211,7 @@ cdef extern from "imgc.h" nogil:
         uint32_t salvage
         uint32_t reflink
         uint32_t trust_blocks
+        uint32_t stores_data
         imgc_rate_limit *rate_limit
         uint32_t ignores_rate
         uint32_t checksum
@@ -256,10 +259,23 @@ cdef extern from "imgc.h" nogil:
     void imgc_job_cancel(imgc_job *job)
     uint64_t imgc_job_next_offset(const imgc_job *job)
     int imgc_job_set_next_offset(imgc_job *job, uint64_t next_offset)
+    void imgc_job_packing(const imgc_job *job, uint64_t *start, uint64_t *end)
+    int imgc_job_set_packing(imgc_job *job, uint64_t start, uint64_t end)
     int imgc_job_set_guest_nbytes(imgc_job *job, uint64_t guest_nbytes)
     uint64_t imgc_job_first_difference(const imgc_job *job)
     size_t imgc_job_bad_ranges(const imgc_job *job, const imgc_bad_range **out)
     void imgc_job_destroy(imgc_job *job)
+
+    struct imgc_places:
+        pass
+
+    int imgc_places_create(const imgc_geometry *geometry, uint64_t next_offset,
+                           imgc_places **out)
+    void imgc_places_destroy(imgc_places *places)
+    int imgc_places_give(imgc_places *places, uint64_t first_block, imgc_placement *rows,
+                         size_t n, imgc_error *err)
+    uint64_t imgc_places_next_offset(const imgc_places *places)
+    int imgc_places_set_next_offset(imgc_places *places, uint64_t next_offset)
 
     struct imgc_disk:
         pass

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import random
-import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 
 import imgcore
+from tests.faults.chain_calls import CALLS, Images
 from tests.faults.crash import Event, Row, random_names, read_log
-from tests.faults.harness import Agent, agent_in
+from tests.faults.harness import Agent
 from tests.faults.update_cuts import HOW, FileOnDisk
 from tests.helpers import images
 from tests.helpers.chains import FORMATS, MIB, chain, child, content_of, disks
@@ -23,39 +21,6 @@ N_CUTS = 100
 MARK = ".imgcore-commit"
 # What changes a file, not a name.
 CONTENT = (Event.WRITE, Event.ZERO, Event.TRUNCATE, Event.SYNC)
-
-
-@pytest.fixture
-def agent(shim: Path) -> Iterator[Agent]:
-    """Give an agent whose folder is in memory: syncs cost nothing there."""
-    memory = Path("/dev/shm")
-    with (
-        tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder,
-        agent_in(shim, Path(folder) / "images") as agent,
-    ):
-        yield agent
-
-
-class Images(NamedTuple):
-    """A chain of two images, another disk, and what the disk is."""
-
-    base: Path
-    top: Path
-    other: Path
-    content: bytes
-
-
-Call = Callable[[Images], dict[str, Any]]
-CALLS: dict[str, Call] = {
-    "commit": lambda made: {"image": made.top},
-    "rebase": lambda made: {
-        "image": made.top,
-        "backing": made.other.name,
-        "backing_format": made.other.suffix[1:],
-    },
-    "flatten": lambda made: {"image": made.top},
-    "sync": lambda made: {"image": made.other, "target": made.base},
-}
 
 
 def lay_out(path: Path, content: bytes) -> None:

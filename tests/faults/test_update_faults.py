@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -163,20 +163,33 @@ def small(tmp_path: Path) -> Iterator[Path]:
         yield folder
 
 
-@pytest.mark.parametrize("variant", FORMATS, ids=lambda variant: variant.name)
-def test_a_full_disk(variant: UpdateVariant, small: Path, tmp_path: Path) -> None:
-    """The image keeps what was written, and writing goes on once there is space."""
+class Filled(NamedTuple):
+    """An image of 4 MiB, and the options for opening it; its disk has data at first."""
+
+    path: Path
+    options: dict[str, Any]
+    content: bytes
+
+
+def filled(variant: UpdateVariant, small: Path) -> Filled:
+    """Write an image, and leave space for a part of what it lacks."""
     folder = small / "image"
     folder.mkdir()
     content = content_of(random.Random(images.SEED), MIB).ljust(4 * MIB, b"\0")
     path = variant.make(folder, content)
-    raw = {"format": "raw"} if variant.name == "raw" else {}
+    leave_free(small, 1200 * KIB)
+    return Filled(path, {"format": "raw"} if variant.name == "raw" else {}, content)
+
+
+@pytest.mark.parametrize("variant", FORMATS, ids=lambda variant: variant.name)
+def test_a_full_disk(variant: UpdateVariant, small: Path) -> None:
+    """The image keeps what was written, and writing goes on once there is space."""
+    path, raw, content = filled(variant, small)
     model = Model(content)
     changes = [
         (offset, random.Random(offset).randbytes(64 * KIB))
         for offset in range(MIB, 4 * MIB, 64 * KIB)
     ]
-    leave_free(small, 1200 * KIB)
     with imgcore.open(path, mode="r+", **raw) as image:
         failed = 0
         for offset, data in changes:
@@ -185,7 +198,7 @@ def test_a_full_disk(variant: UpdateVariant, small: Path, tmp_path: Path) -> Non
                 image.flush()
             except OSError as error:
                 assert error.errno == errno.ENOSPC, error
-                assert Path(str(error.filename)).parent == folder
+                assert Path(str(error.filename)).parent == path.parent
                 # The rest fits.
                 failed += 1
                 leave_free(small, 12 * MIB)
@@ -202,16 +215,11 @@ def test_a_full_disk(variant: UpdateVariant, small: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("variant", FORMATS, ids=lambda variant: variant.name)
-def test_a_disk_that_stays_full(variant: UpdateVariant, small: Path, tmp_path: Path) -> None:
+def test_a_disk_that_stays_full(variant: UpdateVariant, small: Path) -> None:
     """What was flushed is there although the image cannot be closed well."""
-    folder = small / "image"
-    folder.mkdir()
-    content = content_of(random.Random(images.SEED), MIB).ljust(4 * MIB, b"\0")
-    path = variant.make(folder, content)
-    raw = {"format": "raw"} if variant.name == "raw" else {}
+    path, raw, content = filled(variant, small)
     history = History(content)
     changes = [Change("write", at, 64 * KIB, at) for at in range(MIB, 4 * MIB, 64 * KIB)]
-    leave_free(small, 1200 * KIB)
     with (
         pytest.raises(OSError, match="No space left"),
         imgcore.open(path, mode="r+", **raw) as image,

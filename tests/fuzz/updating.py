@@ -63,18 +63,32 @@ class _Update:
         is_same = self._digest() == before or self._as_read() == as_read
         if not self._is_opened and not is_same:
             raise Finding(f"an image that was refused has changed ({outcome})")
-        for path, content in self._files.items():
-            if path not in self._own and path.read_bytes() != content:
-                raise Finding(f"{path.name} was written to")
-        status = self._path.stat()
-        if (
-            status.st_size > nbytes + MAX_GROWTH_NBYTES
-            or status.st_blocks * 512 > self._max_allocated_nbytes
-        ):
-            raise Finding(f"grew to {status.st_size} bytes, {status.st_blocks} blocks")
+        self._require_others_unchanged()
+        for path in self._own | {self._path}:
+            status, before_nbytes = path.stat(), len(self._files.get(path, b"")) or nbytes
+            if (
+                status.st_size > before_nbytes + MAX_GROWTH_NBYTES
+                or status.st_blocks * 512 > self._max_allocated_nbytes
+            ):
+                raise Finding(
+                    f"{path.name} grew to {status.st_size} bytes, {status.st_blocks} blocks"
+                )
         if was_sound and self._is_opened:
             self._require_sound()
         return outcome
+
+    def _require_others_unchanged(self) -> None:
+        """Find other files that were written to, made, or opened from outside."""
+        for path in self._own:
+            if path.parent != self._path.parent:
+                raise Finding(f"{path}, which is outside the folder, was opened for writing")
+        for path, content in self._files.items():
+            if path not in self._own and path.read_bytes() != content:
+                raise Finding(f"{path.name} was written to")
+        found = {path for path in self._path.parent.parent.rglob("*") if path.is_file()}
+        made = found - self._files.keys() - {self._path}
+        if made:
+            raise Finding(f"made other files: {sorted(map(str, made))}")
 
     def _digest(self) -> bytes:
         """Return a digest of the image, of whose end at most 64 MiB count."""

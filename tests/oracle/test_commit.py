@@ -154,6 +154,18 @@ def test_other_children_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert "other.qcow2" in caplog.text
 
 
+def test_no_child_is_named_before_a_refusal(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    contents = disks(6, 3)
+    base, middle, top = chain(tmp_path, ("qcow2",) * 3, contents)
+    child(tmp_path / "other.qcow2", contents[0], base)
+    with imgcore.open(middle, mode="r+", chain=False):
+        with pytest.raises(imgcore.ImgcoreError, match="in use"):
+            imgcore.commit(top, base=base)
+    assert caplog.text == ""
+
+
 def test_refusals(tmp_path: Path) -> None:
     contents = disks(7, 2)
     base, top = chain(tmp_path, ("raw", "qcow2"), contents)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 
 import imgcore
 from imgcore.disk.random_access import RandomAccess
+from imgcore.disk.write_access import WriteAccess
 from tests.helpers.update_variants import MIB, VARIANTS, UpdateVariant
 from tests.helpers.updates import Model, some_content
 
@@ -148,6 +150,45 @@ def host_offsets(image: imgcore.Image) -> set[int]:
     return found
 
 
+@pytest.mark.parametrize("change", ["refresh", "resize"])
+@pytest.mark.parametrize("reading", ["an iterator", "nothing"])
+@pytest.mark.parametrize("format", OPTIONS)
+def test_an_image_opened_anew_keeps_freed_blocks(
+    format: str, reading: str, change: str, tmp_path: Path
+) -> None:
+    """What began before the image was opened anew still reads what was freed then."""
+    imgcore.create(tmp_path / "disk", 16 * MIB, format=format, options=OPTIONS[format])
+    with imgcore.open(tmp_path / "disk", mode="r+", format=format) as image:
+        size = image.block_size
+
+        def write(*blocks: int) -> None:
+            image.writev([(block * size, b"x" * size) for block in blocks])
+
+        write(0, 2, 4)
+        image.flush()
+        before = host_offsets(image)
+        iterator = image.extents() if reading == "an iterator" else None
+        image.discard(2 * size, size)
+        image.flush()
+        if change == "refresh":
+            image.refresh()
+        else:
+            image.resize(32 * MIB)
+        kept = before - host_offsets(image)
+        assert len(kept) == 1
+        write(1, 3)
+        image.flush()
+        write(5)
+        assert kept.isdisjoint(host_offsets(image)) == (reading != "nothing")
+        if reading != "nothing":
+            assert image.sources[0].file.pread(min(kept), size) == b"x" * size
+        del iterator
+        image.flush()
+        write(9)
+        assert kept <= host_offsets(image)
+    assert not imgcore.check(tmp_path / "disk", format=format).problems
+
+
 @pytest.mark.parametrize("reading", ["a read", "an iterator", "nothing"])
 @pytest.mark.parametrize("format", OPTIONS)
 def test_reads_keep_freed_blocks(
@@ -192,3 +233,73 @@ def test_reads_keep_freed_blocks(
         image.flush()
         write(5, 6)
         assert kept <= host_offsets(image)
+
+
+RESIZED = ["qcow2", "vdi", "vhd", "vhdx", "vmdk"]
+
+
+@pytest.mark.parametrize("format", RESIZED)
+def test_a_resize_in_the_middle_of_a_read(
+    format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read that knows where the data was finds it there, or holds the resize up."""
+    content = some_content(5, 4 * MIB)
+    imgcore.create(tmp_path / "disk", 4 * MIB, format=format)
+    begun, goes_on = threading.Event(), threading.Event()
+    rows, await_reads = RandomAccess.rows, WriteAccess._await_reads
+
+    def slow(self: RandomAccess, start: int, end: int) -> Any:
+        found = rows(self, start, end)
+        begun.set()
+        assert goes_on.wait(60)
+        return found
+
+    def noted(self: WriteAccess) -> None:
+        goes_on.set()
+        await_reads(self)
+
+    with imgcore.open(tmp_path / "disk", mode="r+", format=format) as image:
+        image.write(0, content)
+        image.flush()
+        found: list[bytes] = []
+        reading = threading.Thread(target=lambda: found.append(image.read(0, len(content))))
+        with monkeypatch.context() as patched:
+            patched.setattr(RandomAccess, "rows", slow)
+            reading.start()
+            assert begun.wait(60)
+            patched.setattr(WriteAccess, "_await_reads", noted)
+            image.resize(1 << 40)
+            goes_on.set()
+            reading.join(60)
+        assert found == [content]
+        assert image.read(0, len(content)) == content
+    with imgcore.open(tmp_path / "disk", format=format) as image:
+        assert image.read(0, len(content)) == content
+    assert not imgcore.check(tmp_path / "disk", format=format).corruptions
+
+
+@pytest.mark.parametrize("size", [1 << 40, MIB], ids=["grows", "shrinks"])
+@pytest.mark.parametrize("format", RESIZED)
+def test_reads_between_the_steps_of_a_resize(
+    format: str, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk reads the same at every sync, by tables that are known already."""
+    content = some_content(6, 4 * MIB)
+    imgcore.create(tmp_path / "disk", 4 * MIB, format=format)
+    sync = os.fdatasync
+    with imgcore.open(tmp_path / "disk", mode="r+", format=format) as image:
+        image.write(0, content)
+        image.flush()
+        assert image.read(0, MIB) == content[:MIB]
+        n_reads = 0
+
+        def verified(fd: int) -> None:
+            nonlocal n_reads
+            sync(fd)
+            assert image.read(0, MIB) == content[:MIB]
+            n_reads += 1
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fdatasync", verified)
+            image.resize(size, shrink=True)
+        assert n_reads > 1

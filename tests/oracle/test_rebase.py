@@ -135,6 +135,34 @@ def test_unsafe_only_changes_the_link(name: str, tmp_path: Path) -> None:
     check(top)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_unsafe_makes_no_loop(name: str, tmp_path: Path) -> None:
+    contents = disks(6, 2)
+    _, top = chain(tmp_path, (name, name), contents)
+    link = tmp_path / f"link.{name}"
+    link.symlink_to(top.name)
+    for other in (top, link):
+        with pytest.raises(imgcore.OptionError, match="is the image"):
+            imgcore.rebase(top, backing=other.name, backing_format=name, unsafe=True)
+    assert content_of(top) == contents[1]
+
+
+@pytest.mark.parametrize("is_unsafe", [True, False], ids=["unsafe", "safe"])
+def test_children_are_named_when_nothing_is_refused(
+    is_unsafe: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    contents = disks(11, 3)
+    base, middle, _ = chain(tmp_path, ("vhdx",) * 3, contents)
+    other = child(tmp_path / "other.vhdx", contents[0], None)
+    with pytest.raises(imgcore.OptionError, match="is the image"):
+        imgcore.rebase(middle, backing=middle.name, backing_format="vhdx", unsafe=is_unsafe)
+    with pytest.raises(imgcore.ImgcoreError):
+        imgcore.rebase(middle, backing=base.name, backing_format="vmdk", unsafe=is_unsafe)
+    assert caplog.text == ""
+    imgcore.rebase(middle, backing=other.name, backing_format="vhdx", unsafe=is_unsafe)
+    assert "is the parent of" in caplog.text
+
+
 def test_unsafe_needs_no_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     _, top = chain(tmp_path, ("qcow2", "qcow2"), disks(7, 2))
     imgcore.rebase(top, backing="elsewhere.raw", backing_format="raw", unsafe=True)

@@ -284,7 +284,8 @@ def test_convert_passes_every_flag_on(run: RunMain, fake: Fake) -> None:
     line = "convert -f raw -O qcow2 -F raw -B base.raw -o a=1,b=2 -o c=3 -c -S 64k -m 3 -n -W -q -U"
     line += " --force --no-sync --allow /x --allow /y --source-backing-format qcow2"
     line += " --target-is-zero --parent p --read-options size=chs --profile azure --salvage"
-    line += " --no-reflink --trust-blocks -r 50M -t none -T none -C --checksum --verify src dst"
+    line += " --no-reflink --trust-blocks -r 50M -t none -T none -C --checksum --verify"
+    line += " --resume=verify --journal j src dst"
     assert run(*line.split()) == Run(0, "", "")
     assert received.pop("args") == ("src", "dst")
     assert received == {
@@ -310,11 +311,14 @@ def test_convert_passes_every_flag_on(run: RunMain, fake: Fake) -> None:
         "trust_blocks": True,
         "allow": ("/x", "/y"),
         "progress": received["progress"],
-        "rate": 50 << 20,
+        "control": received["control"],
         "checksum": "sha256",
         "verify": True,
+        "resume": "verify",
+        "journal": "j",
         "base": None,
     }
+    assert received["control"].rate == 50 << 20
 
 
 @pytest.mark.parametrize("word", ["auto", "always", "strict", "never"])
@@ -340,7 +344,7 @@ def test_convert_defaults(run: RunMain, fake: Fake) -> None:
     assert received["trust_blocks"] is False
     assert received["threads"] is None
     assert received["options"] == ()
-    assert received["rate"] is None
+    assert received["control"].rate is None
 
 
 def test_convert_lists_what_was_lost(run: RunMain, fake: Fake) -> None:
@@ -451,7 +455,8 @@ def test_progress_json(run: RunMain, fake: Fake) -> None:
     # The middle state comes too soon after the first.
     assert [line["percent"] for line in lines] == [0.0, 100.0]
     assert lines[-1] == {**lines[-1], "done": 1000, "total": 1000, "eta": 0.0}
-    assert set(lines[0]) == {"done", "total", "percent", "rate", "eta"}
+    counters = {"done", "total", "data", "zero", "written"}
+    assert set(lines[0]) == counters | {"percent", "rate", "eta", "phase"}
     assert done.out == ""
 
 
@@ -517,9 +522,11 @@ def test_time_text(seconds: float | None, text: str) -> None:
 def test_rate_is_that_of_the_last_seconds() -> None:
     rate = progress.Rate()
     for second in range(100):
-        rate.update(float(second), 1000 * min(second, 50) + 10 * max(second - 50, 0))
-    assert rate.per_second == pytest.approx(10, rel=0.01)
-    assert rate.seconds_left(50_490 + 100) == pytest.approx(10, rel=0.01)
+        rate.note(float(second), 1000 * min(second, 50) + 10 * max(second - 50, 0))
+    assert rate.per_second(99.0, 50_490) == pytest.approx(10, rel=0.01)
+    # A job that waits becomes slower, and one that has waited for long is at zero.
+    assert rate.per_second(103.0, 50_490) == pytest.approx(6, rel=0.1)
+    assert rate.per_second(1000.0, 50_490) == 0.0
 
 
 def test_info_loads_neither_numpy_nor_rich(tmp_path: Any) -> None:
@@ -549,9 +556,9 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_rate_without_two_samples() -> None:
     rate = progress.Rate()
-    assert rate.per_second == 0.0
-    rate.update(1.0, 5)
-    assert rate.per_second == 0.0
+    assert rate.per_second(1.0, 5) == 0.0
+    rate.note(1.0, 5)
+    assert rate.per_second(1.0, 5) == 0.0
 
 
 def test_other_lost_exceptions_are_still_shown(monkeypatch: pytest.MonkeyPatch) -> None:

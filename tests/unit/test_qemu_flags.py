@@ -420,7 +420,7 @@ def test_trace_is_refused(flag: str, run: Run) -> None:
 def states(*percents: float) -> Callable[..., Any]:
     def job(*_: Any, progress: Callable[[Any], None], **__: Any) -> Any:
         for percent in percents:
-            progress(SimpleNamespace(done=int(percent * 100), total=10000))
+            progress(imgcore.Progress(int(percent * 100), 10000, 0, 0, 0))
         return SimpleNamespace(bad_ranges=(), checksum=None, _asdict=dict)
 
     return job

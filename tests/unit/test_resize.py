@@ -50,6 +50,8 @@ def test_sizes(size: int | str, nbytes: int, disk: Path) -> None:
         (0, "not a positive multiple"),
         ("x", "invalid size"),
         ("--1M", "invalid size"),
+        ("+", r"\+ alone is no size: expected a number of bytes after it"),
+        (" - ", "- alone is no size"),
     ],
 )
 def test_wrong_sizes(size: int | str, words: str, disk: Path) -> None:
@@ -87,6 +89,35 @@ def test_children_are_named(disk: Path, caplog: pytest.LogCaptureFixture) -> Non
         imgcore.resize(disk, "+1M")
     assert "is the parent of" in caplog.text
     assert "c.qcow2" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("raw", "1M"), ("raw", "+1"), ("vhd", "3T"), ("vhdx", "65T"), ("vdi", "-1M"), ("vmdk", "1M")],
+)
+def test_refusals_name_no_children(
+    name: str, size: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / f"disk.{name}"
+    imgcore.create(path, 4 * MIB)
+    imgcore.create(tmp_path / "c.qcow2", backing=path.name, backing_format=name)
+    with caplog.at_level(logging.WARNING), pytest.raises(imgcore.ImgcoreError):
+        imgcore.resize(path, size)
+    assert caplog.text == ""
+    imgcore.resize(path, 8 * MIB)
+    assert "is the parent of" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["vhd", "vhdx"])
+def test_children_that_state_an_identity_are_named(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / f"disk.{name}"
+    imgcore.create(path, 4 * MIB)
+    imgcore.create(tmp_path / f"c.{name}", backing=path.name, backing_format=name)
+    with caplog.at_level(logging.WARNING):
+        imgcore.resize(path, 8 * MIB)
+    assert f"is the parent of {tmp_path / 'c'}.{name}" in caplog.text
 
 
 def test_children_of_other_formats_are_not_named(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ from tests.helpers.command import imgcore as imgcore_command
 from tests.helpers.images import KIB, MIB, noise
 
 import imgcore
+from imgcore.checksums.new_tree import NewTree
 from imgcore.disk import block_copy
 from imgcore.files.update_file import UpdateFile
 
@@ -191,6 +194,27 @@ def test_a_tree_is_not_one_of_the_images(tmp_path: Path) -> None:
             imgcore.sync(new, old, by_checksum=True, tree=path)
 
 
+@pytest.mark.parametrize("has_tree", [True, False])
+def test_an_error_keeps_no_file_open(
+    has_tree: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even while the exception is there, whose frames hold the search."""
+    new, copy = tmp_path / "new.raw", tmp_path / "copy.qcow2"
+    new.write_bytes(noise(8 * MIB, 9))
+    imgcore.create(copy, 8 * MIB)
+    keywords = by_tree(new, copy, None) if has_tree else {"by_checksum": True}
+    n_open = len(os.listdir("/proc/self/fd"))
+
+    def full(self: UpdateFile, offset: int, data: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", self.path)
+
+    monkeypatch.setattr(UpdateFile, "pwrite", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        imgcore.sync(new, copy, **keywords)
+    assert caught.value.errno == errno.ENOSPC
+    assert len(os.listdir("/proc/self/fd")) == n_open
+
+
 def test_a_full_disk_says_how_far_it_got(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     new, copy = tmp_path / "new.raw", tmp_path / "copy.qcow2"
     content = noise(16 * MIB, 9)
@@ -234,6 +258,47 @@ def test_a_callback_that_raises(tmp_path: Path) -> None:
     assert keywords["tree"].read_bytes() == tree
     imgcore.sync(new, old, **keywords)
     assert old.read_bytes() == new.read_bytes()
+
+
+@pytest.mark.parametrize("finder", ["tree", "areas and tree", "by_checksum and tree"])
+def test_a_source_that_goes_back_after_a_failed_run(
+    finder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The old tree alone would not tell what the failed run has written."""
+    new, old, changed = disks(tmp_path)
+    before, tree = old.read_bytes(), tmp_path / "tree"
+    imgcore.checksum(old, tree=tree)
+    keywords = FINDERS[finder](new, old, changed) | {"tree": tree}
+
+    def fail(_: object) -> None:
+        raise KeyError("enough")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(NewTree, "finish", fail)
+        with pytest.raises(KeyError, match="enough"):
+            imgcore.sync(new, old, **keywords)
+    assert old.read_bytes() == new.read_bytes()
+    new.write_bytes(before)
+    for _ in range(2):
+        with caplog.at_level(logging.WARNING):
+            imgcore.sync(new, old, tree=tree)
+        assert old.read_bytes() == before
+    assert caplog.text.count("both disks are compared") == 1
+    assert imgcore.checksum(old, tree=tree) == imgcore.checksum(new)
+    assert {path.name for path in tmp_path.glob("tree*")} == {"tree"}
+
+
+def test_the_mark_of_another_tree(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A tree that was made anew suits the target."""
+    new, old, _ = disks(tmp_path)
+    tree = tmp_path / "tree"
+    tree.with_name("tree.imgcore-sync").write_text("of an older one\n")
+    imgcore.checksum(old, tree=tree)
+    with caplog.at_level(logging.WARNING):
+        imgcore.sync(new, old, tree=tree)
+    assert old.read_bytes() == new.read_bytes()
+    assert not caplog.text
+    assert not list(tmp_path.glob("*.imgcore-sync"))
 
 
 def test_a_source_that_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

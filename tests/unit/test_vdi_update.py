@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def map_of(path: Path) -> list[int]:
     raw = path.read_bytes()
     offset = int.from_bytes(raw[vdi.OFF_MAP : vdi.OFF_MAP + 4], "little")
     n_blocks = int.from_bytes(raw[vdi.N_BLOCKS : vdi.N_BLOCKS + 4], "little")
-    return [int.from_bytes(raw[offset + 4 * n :][:4], "little") for n in range(n_blocks)]
+    return list(struct.unpack_from(f"<{n_blocks}I", raw, offset))
 
 
 def assert_sound(path: Path, *, by_qemu: bool = True) -> None:

@@ -378,3 +378,21 @@ def test_a_damaged_footer_is_refused(tmp_path: Path) -> None:
         imgcore.open(path, mode="r+")
     imgcore.check(path, repair=True)
     imgcore.open(path, mode="r+").close()
+
+
+@pytest.mark.parametrize("writes_first", [False, True])
+def test_a_disk_of_qemu_shrinks_by_one_block(writes_first: bool, tmp_path: Path) -> None:
+    """QEMU leaves nothing between blocks: a freed one is shorter than a slot."""
+    raw, path = tmp_path / "disk.raw", tmp_path / "disk.vhd"
+    raw.write_bytes(random.Random(3).randbytes(6 * MIB))
+    qemu.require_qemu_img()
+    qemu.convert(raw, path, qemu.VHD_DYNAMIC)
+    nbytes = path.stat().st_size
+    with imgcore.open(path, mode="r+") as image:
+        if writes_first:
+            image.write(0, b"x")
+        image.resize(4 * MIB, shrink=True)
+        if writes_first:
+            image.write(5, b"y")
+    assert_sound(path)
+    assert path.stat().st_size == nbytes - (2 * MIB + SECTOR)

@@ -51,6 +51,21 @@ def test_a_second_writer_is_refused(disk: Path) -> None:
         imgcore.open(disk, mode="r+")
 
 
+@pytest.mark.parametrize("name", ["qcow2", "vhd", "vhdx", "vdi"])
+def test_a_parent_is_only_read(name: str, tmp_path: Path) -> None:
+    base, first, second = (tmp_path / f"{stem}.{name}" for stem in ("base", "first", "second"))
+    imgcore.create(base, 4 * MIB)
+    for child in (first, second):
+        imgcore.create(child, backing=base.name, backing_format=name)
+    with imgcore.open(first, mode="r+") as image, imgcore.open(second, mode="r+"):
+        image.write(0, b"abc")
+    with imgcore.open(base, mode="r+"):
+        for mode in ("r", "r+"):
+            with pytest.raises(imgcore.ImgcoreError, match="in use by this process") as refused:
+                imgcore.open(first, mode=mode)
+            assert refused.value.path == str(base)
+
+
 def test_a_disk_that_shrinks_must_be_meant_to(disk: Path) -> None:
     with imgcore.open(disk, mode="r+") as image:
         with pytest.raises(imgcore.OptionError, match="shrink=True"):
@@ -369,6 +384,19 @@ def test_a_forked_child_leaves_it_alone(has_begun: bool, disk: Path) -> None:
         with pytest.raises(imgcore.TargetError, match="in use"):
             imgcore.open(disk, mode="r+")
     assert disk.read_bytes()[:3] == b"abc"
+
+
+def test_a_wrong_range_names_the_image(tmp_path: Path) -> None:
+    """Not the file of its first extent, also when that is overwritten."""
+    disk = tmp_path / "disk.vmdk"
+    imgcore.create(disk, MIB, format="vmdk", options={"subformat": "monolithicFlat"})
+    with imgcore.open(disk, mode="r+") as image:
+        for _ in range(2):
+            for use in (lambda: image.write(MIB, b"abc"), lambda: image.read(MIB, 3)):
+                with pytest.raises(ValueError, match=f"^{disk}: "):
+                    use()
+            for _ in range(9):
+                image.write(0, b"abc")
 
 
 def test_several_threads_write_several_files(tmp_path: Path, monkeypatch: Any) -> None:

@@ -137,6 +137,7 @@ class TreeFile:
 
     Attributes
     ----------
+    file : HostFile
     path : str
     digest : Digest
         The disk's digest.
@@ -148,7 +149,7 @@ class TreeFile:
 
     def __init__(self, file: HostFile) -> None:
         """Take over an open file and verify all of it; an error closes it."""
-        self._file = file
+        self.file: HostFile = file
         self.path: str = file.path
         try:
             header = _Header.of(file)
@@ -207,13 +208,13 @@ class TreeFile:
         return Digest(stated, header.algorithm)
 
     def _trailer(self, header: _Header) -> tuple[bytes, bytes]:
-        trailer = self._file.pread(header.file_nbytes - _TRAILER_NBYTES, _TRAILER_NBYTES)
+        trailer = self.file.pread(header.file_nbytes - _TRAILER_NBYTES, _TRAILER_NBYTES)
         return trailer[:LEAF_NBYTES], trailer[LEAF_NBYTES:]
 
     def read(self, first_block: int, n_blocks: int) -> bytes:
         """Return the leaves of some blocks of the disk."""
         assert 0 <= first_block <= first_block + n_blocks <= self.n_blocks
-        return self._file.pread(_HEADER.size + first_block * LEAF_NBYTES, n_blocks * LEAF_NBYTES)
+        return self.file.pread(_HEADER.size + first_block * LEAF_NBYTES, n_blocks * LEAF_NBYTES)
 
     def leaves(self) -> Iterator[bytes]:
         """Yield all leaves in order, `PIECE_NBLOCKS` at a time."""
@@ -236,11 +237,11 @@ class TreeFile:
 
     def check_unchanged(self) -> None:
         """Raise ImgcoreError if the file has changed since it was opened."""
-        self._file.check_unchanged()
+        self.file.check_unchanged()
 
     def close(self) -> None:
         """Close the file; more than once is allowed."""
-        self._file.close()
+        self.file.close()
 
     def __enter__(self) -> Self:
         return self

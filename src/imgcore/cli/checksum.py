@@ -15,6 +15,7 @@ from imgcore.cli.common import (
     output_options,
     print_json,
     quiet_option,
+    rate_option,
     require,
     say,
     threads_option,
@@ -95,6 +96,7 @@ class _Outcome(NamedTuple):
     "exists.",
 )
 @threads_option()
+@rate_option()
 @progress_options
 @quiet_option()
 @output_options
@@ -108,6 +110,7 @@ def command(
     tree: str | None,
     threads: int | None,
     opening: dict[str, Any],
+    rate: int | None,
     progress_mode: str,
     wants_progress: bool,
     quiet: bool,
@@ -133,7 +136,7 @@ def command(
         label = one_line(os.path.basename(name))
         # The digests are on stdout, so that progress is not printed there.
         with reporter(
-            progress_mode, wanted=wants_progress, quiet=quiet, label=label, as_json=True
+            progress_mode, wanted=wants_progress, quiet=quiet, label=label, as_json=True, rate=rate
         ) as report:
             return checksum(
                 name,
@@ -141,6 +144,7 @@ def command(
                 tree=tree,
                 threads=threads,
                 progress=report.callback,
+                control=report.control,
                 **opening,
             )
 

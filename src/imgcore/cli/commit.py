@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import os
+from functools import partial
 from typing import Any
 
 import click
 
-from imgcore.cli.common import (
-    cache_option,
-    open_options,
-    output_options,
-    quiet_option,
-    rate_option,
-    threads_option,
-    verb,
-)
-from imgcore.cli.progress import progress_options, reporter
-from imgcore.text import one_line
+from imgcore.cli.common import cache_option, update_options, verb
+from imgcore.cli.copying import Copying, copying_options
 
 
 @verb("commit")
-@open_options("format", "backing_format", "parent", "read_options", "allow", of="OVERLAY")
+@update_options("OVERLAY")
 @click.option(
     "-b",
     "--base",
@@ -32,11 +23,7 @@ from imgcore.text import one_line
 @click.option("-d", "--drop", "keep", is_flag=True, help="Leave OVERLAY as it is afterwards.")
 @click.option("--remove", is_flag=True, help="Remove OVERLAY afterwards, instead of emptying it.")
 @cache_option("-t", "--cache")
-@rate_option()
-@threads_option()
-@progress_options
-@quiet_option()
-@output_options
+@copying_options
 @click.argument("overlay")
 @click.pass_context
 def command(
@@ -46,13 +33,8 @@ def command(
     base: str | None,
     keep: bool,
     remove: bool,
-    threads: int | None,
-    rate: int | None,
     opening: dict[str, Any],
-    progress_mode: str,
-    wants_progress: bool,
-    quiet: bool,
-    as_json: bool,
+    copying: Copying,
 ) -> None:
     """Write what OVERLAY has into its backing file, and empty OVERLAY.
 
@@ -62,23 +44,8 @@ def command(
         raise click.UsageError("--remove contradicts -d and -b", ctx)
     from imgcore.verbs.commit import commit
 
-    label = one_line(os.path.basename(overlay))
-    with reporter(
-        progress_mode, wanted=wants_progress, quiet=quiet, label=label, as_json=as_json
-    ) as report:
-        result = commit(
-            overlay,
-            base=base,
-            empty=not keep,
-            remove=remove,
-            threads=threads,
-            rate=rate or None,
-            progress=report.callback,
-            **opening,
-        )
-    if as_json:
-        import json
-
-        click.echo(json.dumps(result._asdict()))
-    elif not quiet:
-        click.echo("Image committed.")
+    result = copying.run(
+        overlay,
+        partial(commit, overlay, base=base, empty=not keep, remove=remove, **opening),
+    )
+    copying.tell(result, "Image committed.")

@@ -248,6 +248,12 @@ def open_options(
     return decorate
 
 
+def update_options(of: str, flags: Mapping[str, tuple[str, ...]] | None = None) -> Decorator:
+    """Add the flags for an image that is written in place, as `open_options` does."""
+    names = ("format", "backing_format", "parent", "read_options", "allow")
+    return open_options(*names, of=of, flags=flags)
+
+
 def open_options_of_two(a: str, b: str, both: str) -> Decorator:
     """Add the flags for opening two images, which `open_options` adds for one.
 
@@ -326,6 +332,7 @@ def quiet_option() -> Decorator:
 def rate_option() -> Decorator:
     return click.option(
         "-r",
+        "--rate",
         "--rate-limit",
         "rate",
         callback=size_value,
@@ -412,6 +419,16 @@ def print_json(value: object) -> None:
     import json
 
     click.echo(json.dumps(value, indent=4))
+
+
+def print_result(result: Any, text: str, *, quiet: bool, as_json: bool) -> None:
+    """Print the record of a result on one line of JSON, or a text unless quiet."""
+    if as_json:
+        import json
+
+        click.echo(json.dumps(result._asdict()))
+    elif not quiet:
+        click.echo(text)
 
 
 def size_text(n_bytes: int) -> str:

@@ -15,6 +15,7 @@ from imgcore.cli.common import (
     output_options,
     print_json,
     quiet_option,
+    rate_option,
     threads_option,
     verb,
 )
@@ -40,6 +41,7 @@ EXIT_DIFFERENT: Final = 1
 )
 @cache_option("-T", "--cache")
 @threads_option()
+@rate_option()
 @progress_options
 @quiet_option()
 @output_options
@@ -52,6 +54,7 @@ def command(
     by_tree: bool,
     threads: int | None,
     opening: dict[str, Any],
+    rate: int | None,
     progress_mode: str,
     wants_progress: bool,
     quiet: bool,
@@ -70,14 +73,21 @@ def command(
     from imgcore.verbs.compare import compare, compare_trees
 
     show = reporter(
-        progress_mode, wanted=wants_progress, quiet=quiet, label="compare", as_json=as_json
+        progress_mode,
+        wanted=wants_progress,
+        quiet=quiet,
+        label="compare",
+        as_json=as_json,
+        rate=rate,
     )
     if by_tree:
         if strict:
             raise click.UsageError("--strict compares images, and --tree a tree")
         keywords = _of_one_image(opening)
         with show as report:
-            areas = compare_trees(a, b, threads=threads, progress=report.callback, **keywords)
+            areas = compare_trees(
+                a, b, threads=threads, progress=report.callback, control=report.control, **keywords
+            )
             return _print_areas(areas, as_json=as_json, quiet=quiet)
     with show as report:
         result = compare(
@@ -86,6 +96,7 @@ def command(
             strict=strict,
             threads=threads,
             progress=report.callback,
+            control=report.control,
             **opening,
         )
     if as_json:

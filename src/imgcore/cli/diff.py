@@ -13,6 +13,7 @@ from imgcore.cli.common import (
     open_options_of_two,
     output_options,
     quiet_option,
+    rate_option,
     size_value,
     threads_option,
     verb,
@@ -56,6 +57,7 @@ _OF_EACH: Final = ("format", "parent", "read_options")
 )
 @open_options_of_two("A or IMAGE", "B or OLD", "all images")
 @threads_option()
+@rate_option()
 @progress_options
 @quiet_option()
 @output_options
@@ -71,6 +73,7 @@ def command(
     granularity: int,
     threads: int | None,
     opening: dict[str, Any],
+    rate: int | None,
     progress_mode: str,
     wants_progress: bool,
     quiet: bool,
@@ -99,9 +102,14 @@ def command(
     from imgcore.verbs.changes import changes, differences
 
     with reporter(
-        progress_mode, wanted=wants_progress, quiet=quiet, label="diff", as_json=True
+        progress_mode, wanted=wants_progress, quiet=quiet, label="diff", as_json=True, rate=rate
     ) as report:
-        how = {"granularity": granularity, "threads": threads, "progress": report.callback}
+        how = {
+            "granularity": granularity,
+            "threads": threads,
+            "progress": report.callback,
+            "control": report.control,
+        }
         first, second = _options(opening, "_a"), _options(opening, "_b")
         with open_image(b or image, second if b else first) as disk:
             if b is not None:

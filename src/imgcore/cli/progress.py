@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import deque
 from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -16,11 +15,14 @@ import click
 
 from imgcore.cli.common import discard_stdout, say
 from imgcore.cli.signals import State
+from imgcore.engine.progress import Rate
 from imgcore.errors import OptionError
 from imgcore.sizes import format_size
 
 if TYPE_CHECKING:
     import rich.progress
+
+    from imgcore.engine.control import Control
 
 MODES: Final = ("auto", "bar", "plain", "json", "qemu", "none")
 
@@ -33,7 +35,6 @@ _JSON_INTERVAL_SECONDS: Final = 0.25
 # As qemu-img convert: a state is printed if it is more than this above the last one.
 _QEMU_STEP_PERCENT: Final = 1.0
 
-# Only the last seconds count: a job may start fast while the page cache fills.
 _RATE_WINDOW_SECONDS: Final = 10.0
 
 
@@ -44,6 +45,12 @@ class Counters(Protocol):
     def done(self) -> int: ...
     @property
     def total(self) -> int: ...
+    @property
+    def data(self) -> int: ...
+    @property
+    def zero(self) -> int: ...
+    @property
+    def written(self) -> int: ...
 
 
 def progress_options(function: Any) -> Any:
@@ -64,11 +71,22 @@ def progress_options(function: Any) -> Any:
     )(decorated)
 
 
-def reporter(mode: str, *, wanted: bool, quiet: bool, label: str, as_json: bool) -> Reporter:
+def reporter(
+    mode: str, *, wanted: bool, quiet: bool, label: str, as_json: bool, rate: int | None = None
+) -> Reporter:
     """Return the reporter for ``--progress=mode``, ``-p`` and ``-q``.
 
-    ``as_json``: a JSON document or a list will be printed on stdout.
+    ``as_json``: a JSON document or a list will be printed on stdout.  ``rate``: that of
+    its control; None or 0 is no limit.
     """
+    from imgcore.engine.control import Control
+
+    report = _chosen(mode, wanted=wanted, quiet=quiet, label=label, as_json=as_json)
+    report.control = Control(rate=rate or None)
+    return report
+
+
+def _chosen(mode: str, *, wanted: bool, quiet: bool, label: str, as_json: bool) -> Reporter:
     if mode == "qemu" and as_json:
         raise OptionError(
             "--progress=qemu and the result both print on stdout: use --progress=json, "
@@ -91,36 +109,17 @@ def reporter(mode: str, *, wanted: bool, quiet: bool, label: str, as_json: bool)
     return JsonReporter() if mode == "json" else QemuReporter()
 
 
-class Rate:
-    """Bytes per second over the last few seconds."""
-
-    def __init__(self) -> None:
-        self._samples: deque[tuple[float, int]] = deque()
-
-    def update(self, now: float, done: int) -> None:
-        self._samples.append((now, done))
-        while len(self._samples) > 2 and now - self._samples[0][0] > _RATE_WINDOW_SECONDS:
-            self._samples.popleft()
-
-    @property
-    def per_second(self) -> float:
-        if len(self._samples) < 2:
-            return 0.0
-        (then, before), (now, done) = self._samples[0], self._samples[-1]
-        return (done - before) / (now - then) if now > then else 0.0
-
-    def seconds_left(self, total: int) -> float | None:
-        """Return the time left, or None if it is unknown."""
-        done = self._samples[-1][1] if self._samples else 0
-        if done >= total:
-            return 0.0
-        return (total - done) / self.per_second if self.per_second > 0 else None
-
-
 class Reporter:
-    """Reports nothing; the base class of the others."""
+    """Reports nothing; the base class of the others.
+
+    Attributes
+    ----------
+    control : Control or None
+        Steers the job.
+    """
 
     interval_seconds: float = float("inf")
+    control: Control | None = None
 
     def __init__(self) -> None:
         self._rate = Rate()
@@ -128,7 +127,7 @@ class Reporter:
         self._last_shown = -float("inf")
         self._counters: Counters | None = None
         self._shown: Counters | None = None
-        self._rate.update(self._start, 0)
+        self._rate.note(self._start, 0)
 
     @property
     def callback(self) -> Any:
@@ -138,11 +137,24 @@ class Reporter:
     def update(self, counters: Counters) -> None:
         now = time.monotonic()
         self._counters = counters
-        self._rate.update(now, counters.done)
+        self._rate.note(now, counters.done)
         if now - self._last_shown >= self.interval_seconds and self.is_due(now - self._start):
             self._last_shown = now
             self._shown = counters
             self.show(counters)
+
+    def rate_and_seconds_left(self, counters: Counters) -> tuple[float, float | None]:
+        """Return bytes per second, and how long the job will take; None if unknown."""
+        per_second = self._rate.per_second(time.monotonic(), counters.done)
+        left = max(counters.total - counters.done, 0)
+        if left and not per_second > 0:
+            return per_second, None
+        return per_second, left / per_second if left else 0.0
+
+    @property
+    def phase(self) -> str:
+        """What the job is at."""
+        return "waiting" if self.control is None else self.control.progress().phase
 
     def is_due(self, _elapsed: float) -> bool:
         return True
@@ -159,8 +171,8 @@ class Reporter:
     def state_of(self, counters: Counters) -> str:
         text = f"{percent(counters):.1f}% of {format_size(counters.total)}"
         if counters.done < counters.total:
-            left = self._rate.seconds_left(counters.total)
-            text += f", {rate_text(self._rate.per_second)}, {time_text(left)} left"
+            rate, left = self.rate_and_seconds_left(counters)
+            text += f", {rate_text(rate)}, {time_text(left)} left"
         return text
 
     def finish(self) -> None:
@@ -190,27 +202,38 @@ class JsonReporter(Reporter):
 
     interval_seconds: float = _JSON_INTERVAL_SECONDS
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._phase = ""
+
     def show(self, counters: Counters) -> None:
+        self._phase = self.phase
         say(self.state_of(counters))
 
     def state(self) -> str:
         return super().state() if self._counters is None else self.state_of(self._counters)
 
     def state_of(self, counters: Counters) -> str:
-        left = self._rate.seconds_left(counters.total)
+        rate, left = self.rate_and_seconds_left(counters)
         line = {
             "done": counters.done,
             "total": counters.total,
+            "data": counters.data,
+            "zero": counters.zero,
+            "written": counters.written,
             "percent": round(percent(counters), 2),
-            "rate": round(self._rate.per_second),
+            "rate": round(rate),
             "eta": None if left is None else round(left, 1),
+            "phase": self.phase,
         }
         import json
 
         return json.dumps(line)
 
     def finish(self) -> None:
-        if self._counters is not None and self._counters != self._shown:
+        if self._counters is None:
+            return
+        if self._counters != self._shown or self._phase != self.phase:
             self.show(self._counters)
 
 
@@ -329,9 +352,10 @@ class BarReporter(Reporter):
             self._open(counters.total)
         assert self._bar is not None
         assert self._task is not None
-        left = self._rate.seconds_left(counters.total)
-        rate = rate_text(self._rate.per_second)
-        state = f"{rate}, {time_text(left)} left" if counters.done < counters.total else rate
+        rate, left = self.rate_and_seconds_left(counters)
+        state = rate_text(rate)
+        if counters.done < counters.total:
+            state += f", {time_text(left)} left"
         with suppress(OSError):
             self._bar.update(self._task, completed=counters.done, state=state)
             self._bar.refresh()

@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-import os
+from functools import partial
 from typing import Any
 
 import click
 
-from imgcore.cli.common import (
-    cache_option,
-    open_options,
-    output_options,
-    quiet_option,
-    rate_option,
-    threads_option,
-    verb,
-)
-from imgcore.cli.progress import progress_options, reporter
-from imgcore.text import one_line
+from imgcore.cli.common import cache_option, update_options, verb
+from imgcore.cli.copying import Copying, copying_options
 
 
 @verb("rebase")
-@open_options(
-    "format",
-    "backing_format",
-    "parent",
-    "read_options",
-    "allow",
-    of="IMAGE",
-    flags={"backing_format": ("--source-backing-format",)},
-)
+@update_options("IMAGE", flags={"backing_format": ("--source-backing-format",)})
 @click.option(
     "-b",
     "--backing",
@@ -48,24 +31,15 @@ from imgcore.text import one_line
 )
 @cache_option("-t", "--cache")
 @cache_option("-T", "--backing-cache")
-@rate_option()
-@threads_option()
-@progress_options
-@quiet_option()
-@output_options
+@copying_options
 @click.argument("image")
 def command(
     image: str,
     backing: str,
     backing_format: str | None,
     unsafe: bool,
-    threads: int | None,
-    rate: int | None,
     opening: dict[str, Any],
-    progress_mode: str,
-    wants_progress: bool,
-    quiet: bool,
-    as_json: bool,
+    copying: Copying,
 ) -> None:
     """Give IMAGE another backing file, in place.
 
@@ -74,23 +48,12 @@ def command(
     """
     from imgcore.verbs.rebase import rebase
 
-    label = one_line(os.path.basename(image))
-    with reporter(
-        progress_mode, wanted=wants_progress, quiet=quiet, label=label, as_json=as_json
-    ) as report:
-        result = rebase(
-            image,
-            backing=backing or None,
-            backing_format=backing_format,
-            unsafe=unsafe,
-            threads=threads,
-            rate=rate or None,
-            progress=report.callback,
-            **opening,
-        )
-    if as_json:
-        import json
-
-        click.echo(json.dumps(result._asdict()))
-    elif not quiet:
-        click.echo("Image rebased.")
+    work = partial(
+        rebase,
+        image,
+        backing=backing or None,
+        backing_format=backing_format,
+        unsafe=unsafe,
+        **opening,
+    )
+    copying.tell(copying.run(image, work), "Image rebased.")

@@ -7,7 +7,14 @@ from typing import Any, Final
 
 import click
 
-from imgcore.cli.common import Verb, open_options, output_options, quiet_option, verb
+from imgcore.cli.common import (
+    Verb,
+    output_options,
+    print_result,
+    quiet_option,
+    update_options,
+    verb,
+)
 
 # Stands for the minus of a size, which would be taken for an option.
 _MINUS: Final = "\N{MINUS SIGN}"
@@ -26,7 +33,7 @@ class _Resize(Verb):
 @click.option(
     "--shrink", is_flag=True, help="Let the disk become smaller, which loses what is at its end."
 )
-@open_options("format", "backing_format", "parent", "read_options", "allow", of="IMAGE")
+@update_options("IMAGE")
 @quiet_option()
 @output_options
 @click.argument("image")
@@ -36,15 +43,10 @@ def command(
 ) -> None:
     """Make the disk in IMAGE SIZE bytes large, or SIZE bytes larger or smaller.
 
-    What is new reads as zeros. Partitions and file systems in the disk stay as they
-    are.
+    SIZE may end with K, M, G, T, P or E. What is new reads as zeros. Partitions and
+    file systems in the disk stay as they are.
     """
     from imgcore.verbs.resize import resize
 
     result = resize(image, size.replace(_MINUS, "-", 1), shrink=shrink, **opening)
-    if as_json:
-        import json
-
-        click.echo(json.dumps(result._asdict()))
-    elif not quiet:
-        click.echo("Image resized.")
+    print_result(result, "Image resized.", quiet=quiet, as_json=as_json)

@@ -15,6 +15,7 @@ from imgcore.cli.common import (
     output_options,
     print_options_help,
     quiet_option,
+    rate_option,
     require,
     target_driver,
     verb,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from imgcore.verbs.rewrite import RewriteResult
 
 _OF_EACH_ACTION: Final = frozenset(
-    {"undo", "finish", "progress_mode", "wants_progress", "quiet", "as_json"}
+    {"undo", "finish", "rate", "progress_mode", "wants_progress", "quiet", "as_json"}
 )
 
 
@@ -62,6 +63,7 @@ _OF_EACH_ACTION: Final = frozenset(
     is_flag=True,
     help="Keep IMAGE as it is: remove its journal, and give unused space back.",
 )
+@rate_option()
 @progress_options
 @quiet_option()
 @output_options
@@ -77,6 +79,7 @@ def command(
     finish: bool,
     no_undo: bool,
     opening: dict[str, Any],
+    rate: int | None,
     progress_mode: str,
     wants_progress: bool,
     quiet: bool,
@@ -107,7 +110,7 @@ def command(
 
     label = one_line(os.path.basename(image))
     with reporter(
-        progress_mode, wanted=wants_progress, quiet=quiet, label=label, as_json=as_json
+        progress_mode, wanted=wants_progress, quiet=quiet, label=label, as_json=as_json, rate=rate
     ) as report:
         result = rewrite(
             image,
@@ -115,6 +118,7 @@ def command(
             options=options,
             keep_undo=not no_undo,
             progress=report.callback,
+            control=report.control,
             **settings,
             **opening,
         )

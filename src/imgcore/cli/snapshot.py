@@ -20,16 +20,18 @@ from imgcore.formats.shared.snapshot_row import snapshot_row
 @verb("snapshot")
 @open_options("format", "backing_format", "parent", "share", "allow")
 @click.option(
-    "-l", "--list", "lists", is_flag=True, help="List the snapshots; so it is by default."
+    "-l", "--list", "lists", is_flag=True, help="List the snapshots. This is the default."
 )
 @click.option("-c", "--create", metavar="NAME", help="Add a snapshot of the disk as it is.")
 @click.option(
     "-a",
     "--apply",
     metavar="SNAPSHOT",
-    help="Make the disk what it was; what it is now is lost.",
+    help="Make the disk what it was when SNAPSHOT was taken; what it is now is lost.",
 )
-@click.option("-d", "--delete", metavar="SNAPSHOT", help="Remove a snapshot.")
+@click.option(
+    "-d", "--delete", metavar="SNAPSHOT", help="Remove a snapshot; the disk stays as it is."
+)
 @quiet_option()
 @output_options
 @click.argument("file")
@@ -47,8 +49,8 @@ def command(
 ) -> None:
     """List or change the internal snapshots of the QCOW2 image FILE.
 
-    SNAPSHOT is the identifier or the name of one.  The image is changed in its own
-    file, which no other program may use meanwhile.
+    SNAPSHOT is the identifier or the name of one. FILE is changed in place, and no
+    other program may use it meanwhile.
     """
     if sum((lists, create is not None, apply is not None, delete is not None)) > 1:
         raise click.UsageError("give one of -l, -c, -a and -d", ctx)

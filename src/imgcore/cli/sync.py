@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import os
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from imgcore.checksums.digest import ALGORITHMS
 from imgcore.cli.checksum_lists import print_entry
-from imgcore.cli.common import (
-    open_options_of_two,
-    output_options,
-    quiet_option,
-    rate_option,
-    threads_option,
-    verb,
-)
-from imgcore.cli.progress import progress_options, reporter
+from imgcore.cli.common import open_options_of_two, verb
+from imgcore.cli.copying import Copying, copying_options
 from imgcore.text import one_line
 
 if TYPE_CHECKING:
@@ -57,23 +50,15 @@ if TYPE_CHECKING:
     "stated with =. Without --tree, all of SOURCE is read for it.",
 )
 @click.option("--resize", is_flag=True, help="Let TARGET grow to the size of SOURCE's disk.")
-@rate_option()
 @open_options_of_two("SOURCE", "TARGET", "all images")
-@threads_option()
-@progress_options
-@quiet_option()
-@output_options
+@copying_options
 @click.argument("source")
 @click.argument("target")
 def command(
     source: str,
     target: str,
-    rate: int | None,
     opening: dict[str, Any],
-    progress_mode: str,
-    wants_progress: bool,
-    quiet: bool,
-    as_json: bool,
+    copying: Copying,
     **settings: Any,
 ) -> None:
     """Make the disk in the existing image TARGET equal to that in SOURCE, in place.
@@ -86,26 +71,17 @@ def command(
     """
     from imgcore.verbs.sync import sync
 
-    label = one_line(os.path.basename(target))
-    with reporter(
-        progress_mode, wanted=wants_progress, quiet=quiet, label=label, as_json=as_json
-    ) as report:
-        result = sync(
-            source,
-            target,
-            rate=rate or None,
-            progress=report.callback,
-            **settings,
-            **_keywords(opening),
-        )
-    if as_json:
+    result = copying.run(target, partial(sync, source, target, **settings, **_keywords(opening)))
+    if copying.as_json:
         import json
 
         digest = None if result.checksum is None else result.checksum.as_dict()
         click.echo(json.dumps(result._asdict() | {"checksum": digest}))
-    elif settings["checksum"] is not None and result.checksum is not None and not quiet:
+    elif copying.quiet:
+        return
+    elif settings["checksum"] is not None and result.checksum is not None:
         print_entry(result.checksum.hexdigest, target)
-    elif not quiet:
+    else:
         _print(result)
 
 

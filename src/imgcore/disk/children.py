@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 from imgcore.disk.image_names import NotLocalError, is_description, parse_description
@@ -71,22 +71,47 @@ def warn_about_children(
     but : collection of Identity
         Files that may depend on it.
     """
+    _warn(image, _warning(image, allow, but))
+
+
+def warn_about_new_identity(image: Image, allow: Sequence[str]) -> None:
+    """Warn as `warn_about_children` if an image gets an identity with a new link."""
+    if image.reader.identities:
+        warn_about_children(image, allow)
+
+
+@contextmanager
+def warned_about_children(image: Image, allow: Sequence[str]) -> Iterator[None]:
+    """Warn as `warn_about_children` after a ``with`` block, unless that raises.
+
+    The children are found before, by the identity that the block may change.
+    """
+    text = _warning(image, allow)
+    yield
+    _warn(image, text)
+
+
+def _warn(image: Image, text: str | None) -> None:
+    if text is not None:
+        log.warning("%s: %s", image.path, text)
+
+
+def _warning(image: Image, allow: Sequence[str], but: Collection[Identity] = ()) -> str | None:
+    """Return what to say about the children of an image that changes; None without."""
     children = _children(image, allow, but)
     if children is None:
-        log.warning(
-            "%s: more than %d files are beside it, any of which may be its child; they were "
-            "not searched",
-            image.path,
-            MAX_SEARCHED_FILES,
+        return (
+            f"more than {MAX_SEARCHED_FILES} files are beside it, any of which may be its child; "
+            "they were not searched"
         )
-    elif names := list(children):
-        text = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-        log.warning(
-            "%s: is the parent of %s, and changes: what depends on it reads other data then, or "
-            "is refused",
-            image.path,
-            text,
-        )
+    names = list(children)
+    if not names:
+        return None
+    text = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+    return (
+        f"is the parent of {text}, and changes: what depends on it reads other data then, or is "
+        "refused"
+    )
 
 
 def _children(

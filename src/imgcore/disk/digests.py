@@ -17,7 +17,7 @@ from imgcore.engine.hashing import (
 from imgcore.engine.job import chosen_variants, translated_errors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from _typeshed import ReadableBuffer
@@ -118,7 +118,7 @@ class DigestedDisk(NamedTuple):
         limit: RateLimit | None = None,
         sink: LeafSink | None = None,
         report: Callable[[int, int], None] | None = None,
-    ) -> Iterator[Area]:
+    ) -> Generator[Area, None, None]:
         """Read the disk, and yield the areas in which it is not that of a tree.
 
         ``sink`` gets all leaves of the disk.

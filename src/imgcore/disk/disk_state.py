@@ -60,6 +60,11 @@ class DiskState:
             self.sources.extend(layer.sources)
 
     @property
+    def path(self) -> str:
+        """Name of the image."""
+        return self.files[0].path
+
+    @property
     def paths(self) -> list[str]:
         """Names of the source files, by the index that extents use."""
         return [source.file.path for source in self.sources]

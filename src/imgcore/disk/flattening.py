@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from imgcore.disk.block_copy import Copied, copy_areas
+from imgcore.disk.children import warn_about_new_identity
 from imgcore.disk.own_areas import missing_areas
 from imgcore.errors import OptionError, UnsupportedFeatureError
 from imgcore.limits import KIB
 
 if TYPE_CHECKING:
-    from imgcore.disk.copy_meter import CopyMeter
+    from collections.abc import Sequence
+
+    from imgcore.disk.copy_job import CopyJob
     from imgcore.disk.image import Image
-    from imgcore.engine.control import Run
 
 _MIN_GRAIN_NBYTES: Final = 64 * KIB
 
@@ -29,27 +31,33 @@ def require_rebasable(image: Image) -> None:
         )
 
 
-def flatten_image(image: Image, *, threads: int, run: Run, meter: CopyMeter) -> Copied:
+def flatten_image(image: Image, job: CopyJob, allow: Sequence[str]) -> Copied:
     """Copy everything from the parents into an image, and then remove its link.
+
+    Without a parent, nothing is done.  ``allow`` has further folders with children.
 
     Raises
     ------
     OSError, ImgcoreError
         An image cannot be read, or this one cannot be written.  It reads as before.
     """
+    if image.reader.backing is None:
+        return Copied()
+    require_rebasable(image)
+    warn_about_new_identity(image, allow)
     with image.kept_open() as state:
         copied = copy_areas(
             image,
             image,
             missing_areas(state, image.block_size),
-            threads=threads,
-            report=meter.copy,
-            control=run.control,
+            threads=job.threads,
+            report=job.note_copied,
+            control=job.control,
             grain=max(image.block_size, _MIN_GRAIN_NBYTES),
             skip_zeros=True,
         )
-    run.phase = "syncing"
+    job.run.phase = "syncing"
     image.flush()
-    run.keep()
+    job.run.keep()
     image.set_backing(None)
     return copied

@@ -107,7 +107,7 @@ class Image(Closable):
         # The working folder may be another when the image is refreshed.
         self._options = options._replace(allow=tuple(map(os.path.abspath, options.allow)))
         self._state = DiskState(chain)
-        self.path: str = self._state.files[0].path
+        self.path: str = self._state.path
         # Those that iterators still use are among them.
         self._states = weakref.WeakSet([self._state])
         self._refreshing = threading.RLock()
@@ -702,12 +702,7 @@ class Image(Closable):
             if self._reads is None:
                 self._reads = self._counted(_READS)
             state, cache_nbytes = self._state, self._options.cache_nbytes
-            disk = RandomAccess(
-                self.path,
-                state,
-                cache_nbytes=cache_nbytes,
-                uses=self._reads,
-            )
+            disk = RandomAccess(state, cache_nbytes=cache_nbytes, uses=self._reads)
             _being_used.add(self)
             # A signal handler may have refreshed or closed the image meanwhile.
             if self._state is state:

@@ -11,16 +11,13 @@ only when nobody reads it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NoReturn, SupportsIndex, cast
+from typing import TYPE_CHECKING, Final, SupportsIndex, cast
 
 import numpy as np
 
-from imgcore._core import CoreError, Disk
-from imgcore.border import integer, range_of_disk
-from imgcore.disk.random_access import span_nbytes
+from imgcore._core import CoreError
+from imgcore.disk.random_access import DiskOfState, span_nbytes
 from imgcore.engine.extents import EXTENT_DTYPE, Kind
-from imgcore.engine.job import translated_errors
-from imgcore.engine.source_file import native_sources
 from imgcore.errors import ImgcoreError
 from imgcore.files.descriptors import is_of_system
 from imgcore.formats.api import Overwritable
@@ -41,7 +38,7 @@ _MIN_WRITES: Final = 4
 _MAX_COUNTS: Final = 4096
 
 
-class InPlaceWrites(Disk):
+class InPlaceWrites(DiskOfState):
     """Writes to the places that an updater states.
 
     Parameters
@@ -64,13 +61,12 @@ class InPlaceWrites(Disk):
         uses: Uses,
         lock: AbstractContextManager[object],
     ) -> None:
-        self._state = state
         self._updater = updater
         self._span_nbytes = span_nbytes(state.layers[:1])
         self._counts: dict[int, int] = {}
         super().__init__(
-            native_sources(state.layers[0].sources),
-            virtual_size=state.virtual_size,
+            state,
+            state.layers[0].sources,
             span=self._span_nbytes,
             cache=_CACHE_NBYTES,
             uses=uses,
@@ -137,18 +133,3 @@ class InPlaceWrites(Disk):
     def is_damage(self, error: Exception) -> bool:
         """Return False: the long way finds out what is damaged."""
         return False
-
-    def range(self, offset: SupportsIndex, length: SupportsIndex) -> tuple[int, int]:
-        """Return a range as two ints; ValueError if it is not inside the disk."""
-        nbytes = integer(length, "length")
-        return range_of_disk(
-            self._state.paths[0], self._state.virtual_size, offset, nbytes, "offset"
-        )
-
-    def explain(self, error: Exception) -> NoReturn:
-        """Raise an error of a write: one of the engine's with the name of its file."""
-        try:
-            with translated_errors(self._state.paths):
-                raise error
-        finally:
-            del error

@@ -7,7 +7,7 @@ It asks here for a table that it does not have.
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Final, NoReturn, SupportsIndex
+from typing import TYPE_CHECKING, Any, Final, NoReturn, SupportsIndex
 
 from imgcore._core import CoreError, Disk
 from imgcore.border import integer, range_of_disk
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from imgcore._core import Uses
     from imgcore.disk.disk_state import DiskState
     from imgcore.engine.extents import Extents
+    from imgcore.engine.source_file import SourceFile
     from imgcore.formats.api import Reader
 
 # A table covers so many blocks, within bounds: it takes about as long to make for one
@@ -35,35 +36,56 @@ _MAX_SPAN_NBYTES: Final = 128 * MIB
 _FLAT_SPAN_NBYTES: Final = 1 << 63
 
 
-class RandomAccess(Disk):
+class DiskOfState(Disk):
+    """A disk of the engine, whose errors name the files of an open image.
+
+    Parameters
+    ----------
+    state : DiskState
+        Stays open while this object exists and its ``uses`` are not closed.
+    sources : sequence of SourceFile
+        Those that extents refer to.
+    **settings
+        The other parameters of `imgcore._core.Disk`.
+    """
+
+    def __init__(self, state: DiskState, sources: Sequence[SourceFile], **settings: Any) -> None:
+        self._state = state
+        super().__init__(native_sources(sources), virtual_size=state.virtual_size, **settings)
+
+    def range(self, offset: SupportsIndex, length: SupportsIndex) -> tuple[int, int]:
+        """Return a range as two ints; ValueError if it is not inside the disk."""
+        nbytes = integer(length, "length")
+        return range_of_disk(self._state.path, self._state.virtual_size, offset, nbytes, "offset")
+
+    def explain(self, error: Exception) -> NoReturn:
+        """Raise an error: one of the engine's with the name of its file."""
+        try:
+            with translated_errors(self._state.paths):
+                raise error
+        finally:
+            # Its traceback has this call, which would keep it, files and buffer.
+            del error
+
+
+class RandomAccess(DiskOfState):
     """Reads ranges of an image.
 
     Parameters
     ----------
-    path : str
-        The image, for messages.
     state : DiskState
-        Stays open while this object exists and its ``uses`` are not closed.
+        As for `DiskOfState`.
     cache_nbytes : int
         Bytes of tables and decompressed blocks to keep.
     uses : Uses
         Those of the image.
     """
 
-    def __init__(
-        self,
-        path: str,
-        state: DiskState,
-        *,
-        cache_nbytes: int,
-        uses: Uses,
-    ) -> None:
-        self._path = path
-        self._state = state
+    def __init__(self, state: DiskState, *, cache_nbytes: int, uses: Uses) -> None:
         self._n_threads = 0
         super().__init__(
-            native_sources(state.sources),
-            virtual_size=state.virtual_size,
+            state,
+            state.sources,
             span=span_nbytes(state.layers),
             cache=cache_nbytes,
             uses=uses,
@@ -88,11 +110,6 @@ class RandomAccess(Disk):
             return is_of_system(error)
         return isinstance(error, ImgcoreError | CoreError)
 
-    def range(self, offset: SupportsIndex, length: SupportsIndex) -> tuple[int, int]:
-        """Return a range as two ints; ValueError if it is not inside the disk."""
-        nbytes = integer(length, "length")
-        return range_of_disk(self._path, self._state.virtual_size, offset, nbytes, "offset")
-
     def threads(self, threads: SupportsIndex | None) -> int:
         """Return how many threads to use: by default one for each CPU.
 
@@ -106,15 +123,6 @@ class RandomAccess(Disk):
     def lease(self, threads: int) -> Lease:
         """Return the lease of a long read on so many threads."""
         return Lease(threads)
-
-    def explain(self, error: Exception) -> NoReturn:
-        """Raise an error of a read: one of the engine's with the name of its file."""
-        try:
-            with translated_errors(self._state.paths):
-                raise error
-        finally:
-            # Its traceback has this call, which would keep it, files and buffer.
-            del error
 
 
 def span_nbytes(layers: Sequence[Reader]) -> int:

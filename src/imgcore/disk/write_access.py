@@ -8,7 +8,7 @@ and nothing is durable before `flush`.
 from __future__ import annotations
 
 import threading
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple, SupportsIndex, cast
 
@@ -21,7 +21,7 @@ from imgcore.engine.thread_budget import Lease
 from imgcore.errors import ImgcoreError
 from imgcore.files.descriptors import is_of_system
 from imgcore.files.update_file import UpdateFile
-from imgcore.formats.api import Overwritable, Rebasable
+from imgcore.formats.api import MakesWay, Overwritable, Rebasable
 from imgcore.limits import MIB
 from imgcore.streams.helpers import Helpers
 
@@ -93,7 +93,8 @@ class WriteAccess:
         self._ranges = RangeLocks()
         # Of the updater.
         self._tables = threading.Lock()
-        # Whether reads may have used space that was freed when it was opened anew.
+        # Whether space may be left that was freed before it was opened anew: reads in
+        # progress might have used it.
         self._is_untidy = False
         self._has_ever_begun = False
         self._renew(access)
@@ -233,7 +234,13 @@ class WriteAccess:
             self._stop_overwriting()
             if virtual_size > self._state.virtual_size:
                 self._write_end()
-            self._restructure(lambda updater: updater.resize(virtual_size), reopen)
+            self._restructure(change, reopen)
+
+        def change(updater: Updater) -> None:
+            if isinstance(updater, MakesWay) and updater.make_way(virtual_size):
+                self._forget_all()
+                self._await_reads()
+            updater.resize(virtual_size)
 
         self._ranges.holding_all(work)
 
@@ -244,8 +251,12 @@ class WriteAccess:
         try:
             with self._tables:
                 change(self._updater)
-        finally:
-            self._reopen(reopen)
+        except BaseException:
+            # What fails once more fails for the same reason, and tells less of it.
+            with suppress(Exception):
+                self._reopen(reopen)
+            raise
+        self._reopen(reopen)
 
     def _write_end(self) -> None:
         """Write the granule again that the disk ends in, which may be compressed."""
@@ -324,7 +335,7 @@ class WriteAccess:
         def inside() -> None:
             # The disk may have become smaller meanwhile.
             state = self._state
-            range_of_disk(state.paths[0], state.virtual_size, start, end - start, "offset")
+            range_of_disk(state.path, state.virtual_size, start, end - start, "offset")
             work()
 
         self._ranges.holding(*self._granules(start, end), inside)
@@ -339,7 +350,7 @@ class WriteAccess:
             raise ImgcoreError(
                 f"was opened without its parent, and needs its bytes at {start} beside what is "
                 "written",
-                path=state.paths[0],
+                path=state.path,
             )
         self._read_into(start, view)
 
@@ -349,7 +360,7 @@ class WriteAccess:
         if not self._is_current(self._state):
             raise ImgcoreError(
                 "an exception has interrupted its refresh, which has to be repeated",
-                path=self._state.paths[0],
+                path=self._state.path,
             )
         self._await_reads()
         self._begin_changes()
@@ -361,7 +372,7 @@ class WriteAccess:
             )
 
     def _await_reads(self) -> None:
-        """Wait for reads from before the image was opened anew.
+        """Wait for reads from before the last change of the image as a whole.
 
         What was freed since they began is free space now.
         """
@@ -369,12 +380,15 @@ class WriteAccess:
             if self._reads.soon_over():
                 return
         raise ImgcoreError(
-            "a read that began before the image was opened anew does not end",
-            path=self._state.paths[0],
+            "a read that began before the image was changed as a whole does not end",
+            path=self._state.path,
         )
 
     def _begin_changes(self) -> None:
         self._updater.begin(again=self._has_ever_begun)
+        if self._has_ever_begun and not self._is_unread():
+            # Some of them have known the image since before it was opened anew.
+            self._updater.withhold()
         self._updater.flush(is_unread=False)
         self._has_begun = self._has_ever_begun = True
 

@@ -99,6 +99,10 @@ class Geometry(NamedTuple):
 
     ``reuse`` is for a geometry with a codec.
 
+    With ``packs_in_order`` the offsets of blocks ascend.  Otherwise, where STORED and
+    COMPRESSED blocks mix, one of the latter may fill up what is free before a STORED
+    block.
+
     ``leaf_nbytes`` is not for the engine: if it is not 0, batches also start at
     multiples of it, and each leaf of a checksum is in one of them.
 
@@ -124,6 +128,7 @@ class Geometry(NamedTuple):
     stored_prefix_byte: int = 0xFF
     clears_blocks: bool = False
     reuse: Reuse = Reuse.NONE
+    packs_in_order: bool = False
     leaf_nbytes: int = 0
     is_ordered: bool = False
 

@@ -12,7 +12,8 @@ import threading
 from typing import TYPE_CHECKING, Final, Self
 from weakref import WeakSet
 
-from imgcore.engine.job import thread_count
+from imgcore.engine.cpus import available_cpus
+from imgcore.limits import MAX_THREADS
 
 if TYPE_CHECKING:
     from typing import SupportsIndex
@@ -39,7 +40,7 @@ class _Budget:
         if self.stated is not None:
             return self.stated
         # It is counted once, since that takes longer than a read.
-        self.default = self.default or thread_count(None)
+        self.default = self.default or min(available_cpus(), MAX_THREADS)
         return self.default
 
     def part_of(self, lease: Lease) -> int:
@@ -134,6 +135,8 @@ def set_thread_budget(threads: SupportsIndex | None) -> None:
     OptionError
         The number is outside of the range.
     """
+    from imgcore.engine.job import thread_count
+
     _budget.stated = None if threads is None else thread_count(threads)
 
 

@@ -16,20 +16,22 @@ if TYPE_CHECKING:
 
 
 class Rehearsal(Target):
-    """Takes the place of a target in place; nothing is written.
+    """Takes the place of a target; nothing is written.
 
     Parameters
     ----------
     target : Target
-        Written in place; only its name is used.
+        Only its name is used, and what it is.
+    file : CountingFile, optional
+        What is written to; by default one that counts for a target in place.
     """
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, file: CountingFile | None = None) -> None:
         self.path: str = target.path
-        self.in_place = True
+        self.in_place = file is None
         self.is_block_device: bool = target.is_block_device
         self._folder: TargetFolder | None = None
-        self._file = CountingFile(target.path)
+        self._file = CountingFile(target.path) if file is None else file
 
     @property
     def main(self) -> CountingFile:
@@ -74,6 +76,56 @@ class CountingFile(TargetFile):
     def note_end(self, end: int) -> None:
         """Count what the engine would have written."""
         self._nbytes = max(self._nbytes, end)
+
+
+class WindowFile(CountingFile):
+    """Keeps what is written to a part of a file's front, and behind the front.
+
+    Parameters
+    ----------
+    path : str
+    start, nbytes : int
+        The part.
+    front_nbytes : int
+        Where the front ends.
+
+    Attributes
+    ----------
+    content : bytearray
+        The bytes of the part.
+    behind : list of (int, bytes)
+        Offsets and bytes behind the front, in the order of the writes.
+    """
+
+    def __init__(self, path: str, start: int, nbytes: int, front_nbytes: int) -> None:
+        super().__init__(path)
+        self.is_block_device = False
+        self._start = start
+        self._front_nbytes = front_nbytes
+        self.content: bytearray = bytearray(nbytes)
+        self.behind: list[tuple[int, bytes]] = []
+
+    def pwrite(self, offset: int, data: Any) -> None:
+        """Keep a buffer, or the part of it that matters."""
+        super().pwrite(offset, data)
+        with memoryview(data) as view, view.cast("B") as octets:
+            if offset >= self._front_nbytes:
+                self.behind.append((offset, bytes(octets)))
+                return
+            low = max(offset, self._start)
+            high = min(offset + len(octets), self._start + len(self.content))
+            if low < high:
+                self.content[low - self._start : high - self._start] = octets[
+                    low - offset : high - offset
+                ]
+
+    def write_last(self, data: bytes) -> None:
+        """Keep the last bytes."""
+        self.pwrite(self.nbytes - len(data), data)
+
+    def truncate(self, nbytes: int) -> None:
+        """Set the size."""
+        self._nbytes = nbytes
 
 
 class CountingStagedFile(CountingFile):

@@ -19,7 +19,7 @@ for them.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import (
     TYPE_CHECKING,
@@ -35,6 +35,7 @@ from typing import (
 
 from imgcore.engine.source_file import SourceFile
 from imgcore.errors import OptionError, UnsupportedFeatureError
+from imgcore.formats.options import has_tables_in_front
 from imgcore.formats.shared.damage import STRICT, Damage
 from imgcore.text import without_secrets
 
@@ -497,6 +498,12 @@ class WriteRequest(NamedTuple, Generic[Options]):
     exact_nbytes : int or None
         Size of the disk in bytes without the zeros that fill up its last sector, if
         the target may keep it; raw does.
+    seed : bytes or None
+        32 bytes that random identities are drawn from
+        (`imgcore.formats.shared.identities`); None: other ones each time.
+    tables_first : bool
+        The image's tables must precede its data, as far as the format leaves that open.
+        The writer is then told about all blocks before `Writer.begin` (`NeedsBlocks`).
     """
 
     virtual_size: int
@@ -507,6 +514,8 @@ class WriteRequest(NamedTuple, Generic[Options]):
     target_name: str = ""
     logical_sector_nbytes: int | None = None
     exact_nbytes: int | None = None
+    seed: bytes | None = None
+    tables_first: bool = False
 
 
 class Writer(Protocol):
@@ -598,6 +607,26 @@ class WritesInOrder(Protocol):
 
     writes_in_order: ClassVar[bool]
     """True."""
+
+
+@runtime_checkable
+class NeedsBlocks(Protocol):
+    """A writer whose ``first_offset`` depends on the blocks that will be placed.
+
+    Optional.
+    """
+
+    def know_blocks(self, blocks: Iterable[tuple[int, Placements]], data_nbytes: int) -> None:
+        """Take the states of all blocks, before `Writer.begin`.
+
+        Parameters
+        ----------
+        blocks : iterable of (int, ndarray with dtype PLACEMENT_DTYPE)
+            As for `Writer.place`, but ``host_offset`` means nothing.
+        data_nbytes : int
+            Bytes between the first offset and the end of the last block.
+        """
+        ...
 
 
 @runtime_checkable
@@ -965,6 +994,10 @@ class Updater(Protocol):
         """
         ...
 
+    def withhold(self) -> None:
+        """Use no space that is free now before a flush with ``is_unread``."""
+        ...
+
     def finish(self) -> None:
         """Change what says that the image is in use, before it is closed."""
         ...
@@ -988,6 +1021,21 @@ class Overwritable(Protocol):
         ----------
         start, length : int
             Bytes; multiples of ``granule_nbytes``, unless the range ends with the disk.
+        """
+        ...
+
+
+@runtime_checkable
+class MakesWay(Protocol):
+    """An updater that overwrites places of the disk to make a table longer.
+
+    Optional: others put a longer table elsewhere.
+    """
+
+    def make_way(self, virtual_size: int) -> bool:
+        """Move the data away before `Updater.resize`; tell whether any was moved.
+
+        What was moved is durable.  Reads that began before it end before the resize.
         """
         ...
 
@@ -1192,6 +1240,8 @@ class Driver(NamedTuple):
             raise UnsupportedFeatureError(
                 f"no image becomes {self.name} without copying: use imgcore convert"
             )
+        if has_tables_in_front(request.options):
+            raise OptionError("tables=front needs a copy: use imgcore convert")
         module = importlib.import_module(self.rewriting)
         return cast("Rewriter", module.rewriter_for(_settled(request), survey))
 

@@ -44,6 +44,10 @@ PREALLOCATION: Final = ("off", "falloc", "full")
 AUTO: Final[Any] = "auto"
 
 
+# The one place of tables that can be asked for.
+_FRONT: Final = "front"
+
+
 class Foreign(NamedTuple):
     """A key of qemu-img's ``-o`` that is not an option here.
 
@@ -182,6 +186,21 @@ def flag(help: str) -> bool:
 def choice(default: _Text, choices: Sequence[str], help: str) -> _Text:
     """Declare an option that is one of a few words."""
     return cast("_Text", Option(default, help, "|".join(choices), partial(_read_choice, choices)))
+
+
+def table_place() -> str | None:
+    """Declare the option that says where an image's tables go."""
+    return choice(
+        None,
+        (_FRONT,),
+        "front: tables precede all data, as in streams; data is what the source's tables state, "
+        "zeros included",
+    )
+
+
+def has_tables_in_front(options: FormatOptions) -> bool:
+    """Tell whether the option `table_place` says so."""
+    return getattr(options, "tables", None) == _FRONT
 
 
 def text(default: _Text, help: str) -> _Text:

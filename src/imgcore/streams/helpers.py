@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import suppress
 from threading import Thread
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 
 def started(thread: Thread) -> bool:
@@ -45,6 +47,10 @@ class Helpers:
     """
 
     def __init__(self, n_threads: int, name: str) -> None:
+        # Loaded late: it loads logging, which info does without.
+        from concurrent.futures import Future
+
+        self._future: Final[type[Future[Any]]] = Future
         self._tasks: Final[queue.SimpleQueue[_Task | None]] = queue.SimpleQueue()
         self._threads: list[Thread] = []
         try:
@@ -59,7 +65,7 @@ class Helpers:
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """Call a function, perhaps later; the result is in the future."""
-        task = _Task(Future(), function, arguments)
+        task = _Task(self._future(), function, arguments)
         if self._threads:
             self._tasks.put(task)
         else:

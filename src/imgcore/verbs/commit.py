@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
@@ -10,21 +9,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 from imgcore.border import FilePath, file_name
 from imgcore.disk.block_copy import Copied, copy_extents
 from imgcore.disk.changed_areas import extents_above
-from imgcore.disk.children import warn_about_children
-from imgcore.disk.copy_meter import CopyMeter
+from imgcore.disk.children import warn_about_children, warn_about_new_identity
+from imgcore.disk.copy_job import CopyJob, CopySettings
 from imgcore.disk.flattening import require_rebasable
 from imgcore.disk.image import Image, open_image
 from imgcore.disk.image_names import local_image
 from imgcore.disk.open_options import OpenOptions
 from imgcore.disk.parent_link import begin_below, open_mended, refresh_link
-from imgcore.engine.control import Control, Run
-from imgcore.engine.job import thread_count
+from imgcore.engine.control import Control
 from imgcore.errors import ImgcoreError, OptionError, UnsupportedFeatureError
 from imgcore.files.host_file import HostFile
 from imgcore.files.identity import named_identity
 from imgcore.files.mark import remove_file
 
 if TYPE_CHECKING:
+    from imgcore.engine.control import Control
     from imgcore.engine.progress import Progress
 
 
@@ -120,7 +119,6 @@ def commit(
     tells if other images depend on the backing file: they read wrong data, or are
     refused.
     """
-    started = time.monotonic()
     name = file_name(overlay)
     opening = OpenOptions.from_keywords(
         format=format,
@@ -132,32 +130,31 @@ def commit(
         # The backing file changes while the overlay is open.
         share=True,
     )
-    n_threads, run = thread_count(threads), Run.of(rate, control, progress)
-    with run, open_mended(name, opening) as disk:
+    settings = CopySettings.from_keywords(threads, rate, control, progress)
+    with settings.run, open_mended(name, opening) as disk:
         depth = _depth(disk, None if base is None else file_name(base), opening)
         if remove:
             _refuse_removal(disk, depth)
-        job = _Commit(disk, depth, opening, n_threads, run)
+        job = CopyJob(disk.virtual_size, settings)
+        run = _Commit(disk, depth, opening, job)
         empties = empty and not remove and depth == 1
         if empties:
             require_rebasable(disk)
-        meter = CopyMeter(disk.virtual_size, run.report)
-        copied = job.merge(meter)
-        run.keep()
+        copied = run.merge()
+        job.run.keep()
         if remove:
             _remove(disk)
         elif empties:
             disk.drop()
-        meter.finish()
         return CommitResult(
             disk.path,
-            job.base_path,
+            run.base_path,
             copied.read,
             copied.written,
             copied.zeroed,
             empties,
             remove,
-            time.monotonic() - started,
+            job.finish(),
         )
 
 
@@ -188,14 +185,13 @@ class _Commit(NamedTuple):
     overlay: Image
     depth: int
     opening: OpenOptions
-    threads: int
-    run: Run
+    job: CopyJob
 
     @property
     def base_path(self) -> str:
         return self.overlay.files[self.depth].path
 
-    def merge(self, meter: CopyMeter) -> Copied:
+    def merge(self) -> Copied:
         """Write what the layers above the base have into it; it is durable then."""
         with ExitStack() as stack:
             base = stack.enter_context(open_image(self.base_path, self._base_options()))
@@ -203,22 +199,21 @@ class _Commit(NamedTuple):
             with base.kept_open() as base_state:
                 if not base_state.is_part_of(state, self.depth):
                     raise ImgcoreError("its chain of backing files has changed", path=base.path)
-            if self.overlay.reader.identities:
-                warn_about_children(self.overlay, self.opening.allow)
-            warn_about_children(base, self.opening.allow, but={self.overlay.files[0].identity})
             self._refuse_other_writers()
             images = self._chain(base, stack)
+            warn_about_new_identity(self.overlay, self.opening.allow)
+            warn_about_children(base, self.opening.allow, but={self.overlay.files[0].identity})
             grows = base.virtual_size < self.overlay.virtual_size
             begin_below(images, self.overlay.virtual_size if grows else None)
             copied = copy_extents(
                 self.overlay,
                 base,
                 extents_above(state, self.depth),
-                threads=self.threads,
-                report=meter.copy,
-                control=self.run.control,
+                threads=self.job.threads,
+                report=self.job.note_copied,
+                control=self.job.control,
             )
-            self.run.phase = "syncing"
+            self.job.run.phase = "syncing"
             base.flush()
             base.close()
             refresh_link(images[-2], self.base_path, self._base_options())

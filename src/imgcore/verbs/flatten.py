@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
 from imgcore.border import FilePath
-from imgcore.disk.children import warn_about_children
-from imgcore.disk.copy_meter import CopyMeter
-from imgcore.disk.flattening import flatten_image, require_rebasable
+from imgcore.disk.copy_job import CopyJob, CopySettings
+from imgcore.disk.flattening import flatten_image
 from imgcore.disk.image import Image
 from imgcore.disk.open_options import OpenOptions
 from imgcore.disk.opened import opened_for_update
-from imgcore.engine.control import Control, Run
-from imgcore.engine.job import thread_count
 
 if TYPE_CHECKING:
+    from imgcore.engine.control import Control
     from imgcore.engine.progress import Progress
 
 
@@ -94,7 +91,6 @@ def flatten(
     The link is removed when everything else is on stable storage.  If it fails, or is
     interrupted, the image reads as before, and the same call goes on.
     """
-    started = time.monotonic()
     opening = OpenOptions.from_keywords(
         format=format,
         backing_format=backing_format,
@@ -102,22 +98,10 @@ def flatten(
         read_options=read_options,
         allow=allow,
     )
-    n_threads, run = thread_count(threads), Run.of(rate, control, progress)
-    with run, opened_for_update(image, opening) as disk:
-        meter = CopyMeter(disk.virtual_size, run.report)
-        if disk.reader.backing is None:
-            meter.finish()
-            return FlattenResult(disk.path, disk.format, 0, 0, 0, time.monotonic() - started)
-        require_rebasable(disk)
-        if disk.reader.identities:
-            warn_about_children(disk, opening.allow)
-        copied = flatten_image(disk, threads=n_threads, run=run, meter=meter)
-        meter.finish()
+    settings = CopySettings.from_keywords(threads, rate, control, progress)
+    with settings.run, opened_for_update(image, opening) as disk:
+        job = CopyJob(disk.virtual_size, settings)
+        copied = flatten_image(disk, job, opening.allow)
         return FlattenResult(
-            disk.path,
-            disk.format,
-            copied.read,
-            copied.written,
-            copied.zeroed,
-            time.monotonic() - started,
+            disk.path, disk.format, copied.read, copied.written, copied.zeroed, job.finish()
         )

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, SupportsIndex
 
 from imgcore.border import FilePath, file_name
 from imgcore.disk.backing import backing_path, backing_reference, opened_reference
 from imgcore.disk.block_copy import Copied, copy_areas
-from imgcore.disk.children import warn_about_children
-from imgcore.disk.copy_meter import CopyMeter
+from imgcore.disk.children import warn_about_new_identity
+from imgcore.disk.copy_job import CopyJob, CopySettings
 from imgcore.disk.differences import Differences
 from imgcore.disk.flattening import flatten_image, require_rebasable
 from imgcore.disk.image import Image, open_image
@@ -19,17 +18,19 @@ from imgcore.disk.layer import open_layer
 from imgcore.disk.open_options import Flags, OpenOptions
 from imgcore.disk.opened import opened_for_update
 from imgcore.disk.own_areas import WithoutOwn
-from imgcore.engine.control import Control, Run
-from imgcore.engine.job import thread_count
+from imgcore.engine.control import Control
 from imgcore.errors import ImgcoreError, OptionError
+from imgcore.files.identity import named_identity
 from imgcore.log import log
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from imgcore.areas.area import Area
     from imgcore.disk.disk_state import DiskState
+    from imgcore.engine.control import Control
     from imgcore.engine.progress import Progress
+    from imgcore.files.identity import Identity
     from imgcore.formats.api import BackingReference
 
 # Differences are found, and copied, in blocks of this size.
@@ -130,7 +131,6 @@ def rebase(
     The link is changed when everything else is on stable storage.  If it fails, or is
     interrupted, the image reads as before, and the same call goes on.
     """
-    started = time.monotonic()
     name = file_name(image)
     opening = OpenOptions.from_keywords(
         format=format,
@@ -142,11 +142,11 @@ def rebase(
         flags=_FLAGS,
     )
     reference = backing_reference(name, backing, backing_format)
-    n_threads, run = thread_count(threads), Run.of(rate, control, progress)
-    with run, opened_for_update(name, opening) as disk:
-        job = _Rebase(disk, opening, n_threads, run, CopyMeter(disk.virtual_size, run.report))
-        copied = job.relink(reference) if unsafe else job.move_to(reference)
-        job.meter.finish()
+    settings = CopySettings.from_keywords(threads, rate, control, progress)
+    with settings.run, opened_for_update(name, opening) as disk:
+        job = CopyJob(disk.virtual_size, settings)
+        run = _Rebase(disk, opening, job)
+        copied = run.relink(reference) if unsafe else run.move_to(reference)
         return RebaseResult(
             disk.path,
             disk.format,
@@ -155,7 +155,7 @@ def rebase(
             copied.read,
             copied.written,
             copied.zeroed,
-            time.monotonic() - started,
+            job.finish(),
         )
 
 
@@ -164,21 +164,24 @@ class _Rebase(NamedTuple):
 
     image: Image
     options: OpenOptions
-    threads: int
-    run: Run
-    meter: CopyMeter
+    job: CopyJob
 
     def relink(self, reference: BackingReference | None) -> Copied:
         """Change the link, and nothing else."""
-        if not self.image.is_rebasable():
-            require_rebasable(self.image)
-        self.run.keep()
-        self.image.set_backing(None if reference is None else self._facts(reference))
+        image = self.image
+        if not image.is_rebasable():
+            require_rebasable(image)
+        facts = None if reference is None else self._facts(reference)
+        warn_about_new_identity(image, self.options.allow)
+        self.job.run.keep()
+        image.set_backing(facts)
         return Copied()
 
     def _facts(self, reference: BackingReference) -> BackingReference:
         """Return what the image stores about its parent, which need not be there."""
         path = backing_path(self.image.path, reference)
+        with suppress(OSError):
+            self._refuse_own(path, [named_identity(path)])
         try:
             with open_layer(path, self._new_options(reference)) as layer:
                 return opened_reference(reference, layer)
@@ -199,12 +202,8 @@ class _Rebase(NamedTuple):
         """Copy what differs, and then change the link."""
         image = self.image
         require_rebasable(image)
-        if image.reader.identities:
-            warn_about_children(image, self.options.allow)
         if reference is None:
-            if image.reader.backing is None:
-                return Copied()
-            return flatten_image(image, threads=self.threads, run=self.run, meter=self.meter)
+            return flatten_image(image, self.job, self.options.allow)
         if image.reader.backing is None:
             raise OptionError(
                 "has no backing file, so that all of its disk is its own: imgcore convert -B "
@@ -220,30 +219,31 @@ class _Rebase(NamedTuple):
         with ExitStack() as stack:
             path = backing_path(image.path, reference)
             new = stack.enter_context(open_image(path, self._new_options(reference)))
-            self._refuse_loop(new)
+            self._refuse_own(new.path, [file.identity for file in new.every_file()])
             facts = opened_reference(reference, new.chain[0])
             state = stack.enter_context(image.kept_open())
             base = stack.enter_context(new.kept_open())
+            warn_about_new_identity(image, self.options.allow)
             copied = copy_areas(
                 image,
                 image,
                 self._different(state, base),
-                threads=self.threads,
-                report=self.meter.copy,
-                control=self.run.control,
+                threads=self.job.threads,
+                report=self.job.note_copied,
+                control=self.job.control,
             )
             new.check_unchanged()
-        self.run.phase = "syncing"
+        self.job.run.phase = "syncing"
         image.flush()
-        self.run.keep()
+        self.job.run.keep()
         image.set_backing(facts)
         return copied
 
-    def _refuse_loop(self, new: Image) -> None:
-        own = {file.identity for file in self.image.own_files()}
-        if any(file.identity in own for file in new.every_file()):
+    def _refuse_own(self, path: str, identities: Iterable[Identity]) -> None:
+        """Raise if a new backing file has the image in its chain: that is a loop."""
+        if not {file.identity for file in self.image.own_files()}.isdisjoint(identities):
             raise OptionError(
-                f"the backing file {new.path} is the image, or has it as its own backing file",
+                f"the backing file {path} is the image, or has it as its own backing file",
                 path=self.image.path,
             )
 
@@ -254,8 +254,8 @@ class _Rebase(NamedTuple):
             WithoutOwn(base, state),
             nbytes=state.virtual_size,
             granularity=_GRANULARITY,
-            threads=self.threads,
-            limit=self.run.pauses,
-            report=self.meter.search,
+            threads=self.job.threads,
+            limit=self.job.run.pauses,
+            report=self.job.note_searched,
         )
         return found.areas()

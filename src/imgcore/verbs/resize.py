@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple, SupportsIndex
 
 from imgcore.border import FilePath, integer
-from imgcore.disk.children import warn_about_children
+from imgcore.disk.children import warned_about_children
 from imgcore.disk.image import Image
 from imgcore.disk.open_options import OpenOptions
 from imgcore.disk.opened import opened_for_update
@@ -87,9 +88,9 @@ def resize(
     with opened_for_update(image, opening) as disk:
         old = disk.virtual_size
         nbytes = _new_size(size, disk)
-        if nbytes != old:
-            warn_about_children(disk, opening.allow)
-        disk.resize(nbytes, shrink=shrink)
+        is_change = nbytes != old
+        with warned_about_children(disk, opening.allow) if is_change else nullcontext():
+            disk.resize(nbytes, shrink=shrink)
         return ResizeResult(disk.path, disk.format, old, disk.virtual_size)
 
 
@@ -99,6 +100,8 @@ def _new_size(size: SupportsIndex | str, disk: Image) -> int:
     text = size.strip()
     if text[:1] not in ("+", "-"):
         return parse_size(text)
+    if text in ("+", "-"):
+        raise OptionError(f"{text} alone is no size: expected a number of bytes after it")
     nbytes = parse_size(text[1:])
     if text[0] == "-":
         nbytes = -nbytes

@@ -100,10 +100,6 @@ def create_snapshot(
     be marked as dirty: ``imgcore check -r all`` puts that right.
     """
     when = time.time_ns() if created_ns is None else integer(created_ns, "created_ns")
-
-    def create(opened: Image, updater: ChangesSnapshots) -> None:
-        updater.create_snapshot(name, when)
-
     options = OpenOptions.from_keywords(
         format=format,
         backing_format=backing_format,
@@ -111,7 +107,7 @@ def create_snapshot(
         read_options=read_options,
         allow=allow,
     )
-    return _changed(image, options, create)[-1]
+    return _changed(image, options, lambda _, updater: updater.create_snapshot(name, when))[-1]
 
 
 def apply_snapshot(
@@ -134,10 +130,6 @@ def apply_snapshot(
     key : str
         The snapshot's identifier or name.
     """
-
-    def apply(opened: Image, updater: ChangesSnapshots) -> None:
-        updater.apply_snapshot(_index_of(opened, key))
-
     options = OpenOptions.from_keywords(
         format=format,
         backing_format=backing_format,
@@ -145,7 +137,7 @@ def apply_snapshot(
         read_options=read_options,
         allow=allow,
     )
-    _changed(image, options, apply)
+    _changed(image, options, lambda it, updater: updater.apply_snapshot(_index_of(it, key)))
 
 
 def delete_snapshot(
@@ -167,10 +159,6 @@ def delete_snapshot(
     key : str
         The snapshot's identifier or name.
     """
-
-    def delete(opened: Image, updater: ChangesSnapshots) -> None:
-        updater.delete_snapshot(_index_of(opened, key))
-
     options = OpenOptions.from_keywords(
         format=format,
         backing_format=backing_format,
@@ -178,7 +166,7 @@ def delete_snapshot(
         read_options=read_options,
         allow=allow,
     )
-    _changed(image, options, delete)
+    _changed(image, options, lambda it, updater: updater.delete_snapshot(_index_of(it, key)))
 
 
 def _changed(

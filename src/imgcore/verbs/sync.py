@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, SupportsIndex
 
 from imgcore.areas.area import Area
@@ -12,24 +11,25 @@ from imgcore.border import FilePath, file_name, source_name
 from imgcore.checksums.digest import BLOCK_NBYTES, Digest
 from imgcore.checksums.new_tree import NewTree
 from imgcore.checksums.tree import TreeFile, tree_nbytes
+from imgcore.checksums.tree_mark import TreeMark
 from imgcore.disk.area_search import AreaSearch, SearchSettings
 from imgcore.disk.block_copy import Copied, copy_areas
-from imgcore.disk.copy_meter import CopyMeter
+from imgcore.disk.copy_job import CopyJob, CopySettings
 from imgcore.disk.digests import DigestedDisk
 from imgcore.disk.image import Image, open_image
 from imgcore.disk.image_names import local_image
 from imgcore.disk.open_options import FLAGS, Flags, OpenOptions
 from imgcore.disk.opened import opened_for_update, require_no_options
-from imgcore.engine.control import Control, Run
+from imgcore.engine.control import Control
 from imgcore.engine.hashing import require_algorithm
-from imgcore.engine.job import thread_count
 from imgcore.engine.progress import Progress
-from imgcore.errors import OptionError, TargetError
+from imgcore.errors import ImgcoreError, OptionError, TargetError
 from imgcore.files.block_devices import below
 from imgcore.files.commitment import until_committed
 from imgcore.files.given import given_name
 from imgcore.files.identity import named_identity
 from imgcore.files.target import Target
+from imgcore.log import log
 
 if TYPE_CHECKING:
     from imgcore.disk.disk_state import DiskState
@@ -181,7 +181,7 @@ def sync(
         raise OptionError(f"{' and '.join(given)} are given: one states what has changed")
     if checksum is not None:
         require_algorithm(checksum)
-    run = Run.of(rate, control, progress)
+    settings = CopySettings.from_keywords(threads, rate, control, progress)
     opening = OpenOptions.from_keywords(
         format=format,
         backing_format=backing_format,
@@ -215,9 +215,9 @@ def sync(
             return search.marked(bitmap)
         if since is not None:
             return search.since(source_name(since), older)
-        return search.compared(old, new.virtual_size)
+        return _compared(search, new, old)
 
-    with run, ExitStack() as stack:
+    with settings.run, ExitStack() as stack:
         disk = _opened(source, opening, stack)
         if not isinstance(target, Image):
             # Without this, the source would keep its own target out.
@@ -227,20 +227,15 @@ def sync(
         image = stack.enter_context(opened_for_update(target, _own(target, writing)))
         _refuse_own_source(disk, image.path, [file.identity for file in image.own_files()])
         _fit(image, disk.virtual_size, resize=resize)
-        job = _Sync(
-            disk,
-            image,
-            find,
-            thread_count(threads),
-            run,
-            CopyMeter(disk.virtual_size, run.report),
-        )
+        run = _Sync(disk, image, find, CopyJob(disk.virtual_size, settings))
         if tree is None:
-            return job.run(checksum)
+            return run.without_tree(checksum)
         is_partial = bool(given) and not by_checksum
-        return job.run_with_tree(
-            file_name(tree), checksum, by_tree=not given, keeps_leaves=is_partial
-        )
+        return run.with_tree(file_name(tree), checksum, by_tree=not given, keeps_leaves=is_partial)
+
+
+def _compared(search: AreaSearch, new: DiskState, old: DiskState) -> Iterator[Area]:
+    return search.compared(old, new.virtual_size)
 
 
 def _own(image: FilePath | int | Image, options: OpenOptions) -> OpenOptions:
@@ -294,9 +289,7 @@ class _Sync:
     source, target : Image
     find : callable
         Returns the areas, for a search in the source and the state of both.
-    threads : int
-    run : Run
-    meter : CopyMeter
+    job : CopyJob
     """
 
     def __init__(
@@ -304,18 +297,15 @@ class _Sync:
         source: Image,
         target: Image,
         find: Callable[[AreaSearch, DiskState, DiskState], Iterator[Area]],
-        threads: int,
-        run: Run,
-        meter: CopyMeter,
+        job: CopyJob,
     ) -> None:
-        self._started = time.monotonic()
         self._source, self._target = source, target
         self._find = find
-        self._threads = threads
-        self._run = run
-        self._meter = meter
+        self._job = job
+        # Of the target's tree, if there is one.
+        self._mark: TreeMark | None = None
 
-    def run(self, checksum: str | None) -> SyncResult:
+    def without_tree(self, checksum: str | None) -> SyncResult:
         """Copy what has changed, and read the source for a digest if one is wanted."""
         with self._source.kept_open() as state:
             copied = self._copy(self._found(state, _GRANULARITY))
@@ -324,7 +314,7 @@ class _Sync:
                 digest = self._digest(DigestedDisk.of_state(state), checksum)
         return self._result(copied, digest)
 
-    def run_with_tree(
+    def with_tree(
         self, path: str, checksum: str | None, *, by_tree: bool, keeps_leaves: bool
     ) -> SyncResult:
         """Copy what has changed, and replace the target's tree at the end.
@@ -347,20 +337,23 @@ class _Sync:
                 output = stack.enter_context(Target(path, force=True))
                 output.protect([*disk.files, *self._target.every_file()])
                 output.require_space(tree_nbytes(disk.nbytes))
-                if not (by_tree or keeps_leaves):
-                    copied = self._copy(self._found(state, _GRANULARITY))
-                    new = NewTree(output.main, checksum or "sha256", disk.nbytes)
-                    self._digest(disk, checksum or "sha256", new)
-                else:
-                    old = stack.enter_context(TreeFile.open(path))
+                uses_tree = by_tree or keeps_leaves
+                old = self._old_tree(path, stack, is_needed=uses_tree)
+                algorithm = checksum or "sha256"
+                if old is not None and uses_tree:
                     algorithm = checksum or old.digest.algorithm
                     old.refuse_other(disk.path, algorithm, disk.nbytes)
+                if old is None or not uses_tree or self._is_stale(old):
+                    copied = self._copy(self._found(state, _GRANULARITY))
+                    new = NewTree(output.main, algorithm, disk.nbytes)
+                    self._digest(disk, algorithm, new)
+                else:
                     new = NewTree(output.main, algorithm, disk.nbytes, old)
                     if by_tree:
                         found = disk.changed_since(
                             old,
-                            threads=self._threads,
-                            limit=self._run.pauses,
+                            threads=self._job.threads,
+                            limit=self._job.run.pauses,
                             sink=new,
                             report=self._searched,
                         )
@@ -371,56 +364,82 @@ class _Sync:
                         old.check_unchanged()
                 result = self._result(copied, new.finish())
                 output.prepare()
-                self._run.keep()
+                self._job.run.keep()
                 commitment.commit(output, result)
+                if self._mark is not None:
+                    self._mark.remove()
 
         return until_committed(job)
 
     def _digest(self, disk: DigestedDisk, algorithm: str, sink: LeafSink | None = None) -> Digest:
         return disk.digest(
             algorithm,
-            threads=self._threads,
-            limit=self._run.pauses,
+            threads=self._job.threads,
+            limit=self._job.run.pauses,
             sink=sink,
             report=lambda *_: self._searched(0, 0),
         )
 
-    def _searched(self, done: int, _data: int) -> None:
-        self._meter.search(done)
+    def _old_tree(self, path: str, stack: ExitStack, *, is_needed: bool) -> TreeFile | None:
+        """Open the tree; None if it is not needed, and cannot be used."""
+        try:
+            tree = stack.enter_context(TreeFile.open(path))
+        except (OSError, ImgcoreError):
+            if is_needed:
+                raise
+            return None
+        self._mark = TreeMark(tree)
+        return tree
 
-    def _found(self, state: DiskState, granularity: int) -> Iterator[Area]:
+    def _is_stale(self, tree: TreeFile) -> bool:
+        """Tell whether the tree does not suit the target; then both are compared."""
+        if self._mark is None or not self._mark.is_set():
+            return False
+        log.warning(
+            "%s: an interrupted sync left a target that may differ from its tree: both disks are "
+            "compared",
+            tree.path,
+        )
+        self._find = _compared
+        return True
+
+    def _searched(self, done: int, _data: int) -> None:
+        self._job.note_searched(done)
+
+    def _found(self, state: DiskState, granularity: int) -> Generator[Area, None, None]:
         """Yield the areas, in whole blocks."""
-        meter = self._meter
+        job = self._job
         how = SearchSettings(
             granularity,
-            self._threads,
-            lambda state: meter.search(state.done),
-            self._run.pauses,
+            job.threads,
+            lambda state: job.note_searched(state.done),
+            job.run.pauses,
         )
         with self._target.kept_open() as old:
             yield from self._find(AreaSearch(state, how), state, old)
 
     def _copy(
         self,
-        areas: Iterator[Area],
+        areas: Generator[Area, None, None],
         observe: Callable[[int, int, memoryview | None], None] | None = None,
     ) -> Copied:
-        return copy_areas(
-            self._source,
-            self._target,
-            areas,
-            threads=self._threads,
-            report=self._meter.copy,
-            observe=observe,
-            control=self._run.control,
-        )
+        # The search keeps files open until it ends, also after an error.
+        with closing(areas):
+            return copy_areas(
+                self._source,
+                self._target,
+                areas if self._mark is None else self._mark.before(areas),
+                threads=self._job.threads,
+                report=self._job.note_copied,
+                observe=observe,
+                control=self._job.control,
+            )
 
     def _result(self, copied: Copied, digest: Digest | None) -> SyncResult:
         """Make the target durable, and return the result."""
-        self._run.phase = "syncing"
+        self._job.run.phase = "syncing"
         self._target.flush()
         self._source.check_unchanged()
-        self._meter.finish()
         return SyncResult(
             source=self._source.path,
             target=self._target.path,
@@ -431,6 +450,6 @@ class _Sync:
             bytes_read=copied.read,
             bytes_written=copied.written,
             bytes_zeroed=copied.zeroed,
-            seconds=time.monotonic() - self._started,
+            seconds=self._job.finish(),
             checksum=digest,
         )

@@ -77,6 +77,7 @@ class HostClusters:
         # Ranges that lose a reference after the next flush.
         self._released: list[tuple[int, int]] = []
         self._has_freed = False
+        self._is_withheld = False
 
     # -- taking ------------------------------------------------------------------------
 
@@ -366,10 +367,18 @@ class HostClusters:
         """
         self._released.extend(_ranges(clusters))
 
+    def withhold(self) -> None:
+        """Take clusters after the file's end until a flush that nobody reads after."""
+        self._free, self._known = FreeRuns(), self._first_end
+        self._is_withheld = True
+
     def settle(self, *, is_unread: bool) -> None:
         """Free what was released, after a flush; not while reads may use it."""
-        if not is_unread or not self._released:
+        if not is_unread:
             return
+        if self._is_withheld:
+            self._free, self._known = FreeRuns(), 0
+            self._is_withheld = False
         for first, n in self._lower():
             self._make_free(first, n)
 

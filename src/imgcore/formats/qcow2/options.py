@@ -9,7 +9,7 @@ import os
 from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
 from imgcore import limits
-from imgcore.engine.geometry import Codec, CodecId
+from imgcore.engine.geometry import Codec, CodecId, Geometry, Placing, Reuse
 from imgcore.errors import LimitExceededError, OptionError
 from imgcore.formats.options import (
     Foreign,
@@ -18,10 +18,15 @@ from imgcore.formats.options import (
     flag,
     number,
     size_or_auto,
+    table_place,
     text,
 )
 from imgcore.formats.qcow2 import layout
-from imgcore.formats.shared.write_checks import check_block_size, check_virtual_size
+from imgcore.formats.shared.write_checks import (
+    check_block_size,
+    check_virtual_size,
+    zero_policy,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -93,6 +98,7 @@ class Options(FormatOptions):
         tuple(_WINDOW_BITS),
         "Window of zlib; some readers do not accept 32k, and 4k reuses no blocks",
     )
+    tables: str | None = table_place()
 
 
 class WriteOptions(NamedTuple):
@@ -340,6 +346,27 @@ def extension(kind: int, data: bytes) -> bytes:
     """Return a header extension."""
     padded = data.ljust(-(-len(data) // 8) * 8, b"\0")
     return layout.EXTENSION.pack(kind, len(data)) + padded
+
+
+def growing_geometry(options: WriteOptions) -> Geometry:
+    """Return the geometry of an image that grows with its data."""
+    return Geometry(
+        block_nbytes=options.cluster_size,
+        guest_nbytes=options.virtual_size,
+        placing=Placing.APPEND,
+        # Version 2 has no zero flag.
+        zero_policy=zero_policy(
+            options.sparse_nbytes,
+            has_parent=options.backing is not None,
+            can_hide_parent=options.version >= 3,
+        ),
+        stored_alignment=options.cluster_size,
+        compressed_alignment=1,
+        store_incompressible=options.codec.codec is not CodecId.NONE,
+        codec=options.codec,
+        sparse_nbytes=options.sparse_nbytes,
+        reuse=Reuse.REUSE if options.reuse_blocks else Reuse.NONE,
+    )
 
 
 def refcount_clusters(

@@ -50,6 +50,13 @@ class _Table(NamedTuple):
     n_entries: int
 
 
+class _Rows(NamedTuple):
+    """A snapshot table."""
+
+    offset: int
+    n_rows: int
+
+
 class SnapshotChanges:
     """Changes the snapshots of an image.
 
@@ -84,11 +91,12 @@ class SnapshotChanges:
                 path=self._file.path,
             )
         self._require_counts(self._active, 1)
+        l1_offset = self._copy_of(self._active)
+        rows = self._new_rows([*self._raw_rows(), struct.pack(">Q", l1_offset) + row[8:]])
         with self._marked_as_dirty():
             self._count(self._active, 1)
-            l1_offset = self._copy_of(self._active)
             self._set_flags()
-            self._store_rows([*self._raw_rows(), struct.pack(">Q", l1_offset) + row[8:]])
+            self._refer_to(rows)
 
     def apply(self, index: int) -> None:
         """Make the disk what it was; see `ChangesSnapshots`."""
@@ -97,9 +105,9 @@ class SnapshotChanges:
         table, old = self._table_of(snapshot), self._active
         self._require_counts(table, 1)
         self._require_counts(old, -1)
+        offset = self._copy_of(table)
         with self._marked_as_dirty():
             self._count(table, 1)
-            offset = self._copy_of(table)
             self._file.write_steps()
             # Both are in one sector, which is written whole.
             header_update.put_l1(self._file, self._header, offset, table.n_entries)
@@ -115,8 +123,9 @@ class SnapshotChanges:
         raw = self._raw_rows()
         del raw[index]
         self._require_counts(table, -1)
+        rows = self._new_rows(raw)
         with self._marked_as_dirty():
-            self._store_rows(raw)
+            self._refer_to(rows)
             self._count(table, -1)
             self._free(table)
             self._set_flags()
@@ -164,9 +173,8 @@ class SnapshotChanges:
         raw = self._file.pread(self._header.snapshots_offset, ends[-1]) if ends else b""
         return [raw[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
-    def _store_rows(self, rows: list[bytes]) -> None:
-        """Write the table to new clusters, and free those of the old one."""
-        header = self._header
+    def _new_rows(self, rows: list[bytes]) -> _Rows:
+        """Write a snapshot table to new clusters."""
         raw = b"".join(rows)
         if len(raw) > limits.QCOW2_MAX_SNAPSHOT_TABLE_NBYTES:
             raise LimitExceededError(
@@ -174,12 +182,17 @@ class SnapshotChanges:
                 f"{limits.QCOW2_MAX_SNAPSHOT_TABLE_NBYTES}",
                 path=self._file.path,
             )
-        old = header.snapshots_offset, sum(map(len, self._raw_rows()))
-        offset = self._host.take_table(len(raw)) << header.cluster_bits if raw else 0
+        offset = self._host.take_table(len(raw)) << self._header.cluster_bits if raw else 0
         if raw:
             self._file.put(offset, raw, Step.NEW)
+        return _Rows(offset, len(rows))
+
+    def _refer_to(self, rows: _Rows) -> None:
+        """Replace the snapshot table, and free the clusters of the old one."""
+        header = self._header
+        old = header.snapshots_offset, sum(map(len, self._raw_rows()))
         self._file.write_steps()
-        header_update.put_snapshots(self._file, header, offset, len(rows))
+        header_update.put_snapshots(self._file, header, rows.offset, rows.n_rows)
         self._file.write_steps()
         if old[1]:
             self._host.lower_counts(self._clusters(*old))
@@ -224,7 +237,10 @@ class SnapshotChanges:
 
     @contextmanager
     def _marked_as_dirty(self) -> Iterator[None]:
-        """Mark the image as dirty while refcounts and flags do not fit each other."""
+        """Mark the image as dirty while refcounts and flags do not fit each other.
+
+        What needs space is written before: a full disk does not leave the mark.
+        """
         header = self._header
         if header.version < 3:
             yield

@@ -355,6 +355,10 @@ class Qcow2Updater:
         self._file.write_steps()
         self._clusters.settle(is_unread=is_unread)
 
+    def withhold(self) -> None:
+        """Append what is new while somebody reads; see `Updater`."""
+        self._clusters.withhold()
+
     def finish(self) -> None:
         """Cut the file behind its last cluster."""
         self._clusters.trim()

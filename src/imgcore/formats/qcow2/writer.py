@@ -4,7 +4,8 @@ A new file contains, in this order: header, L1 table, data, L2 tables, refcount 
 refcount table.  If pending tables take too much memory, final L2 tables and refcount
 blocks are written between the data.  The L1 table of a disk whose size is not known
 at first follows the L2 tables.  With preallocation all tables precede the data,
-and guest cluster i is host cluster data_start + i.
+and guest cluster i is host cluster data_start + i.  `front_writer` puts the tables of
+images that grow before their data.
 
 Source: QEMU docs/interop/qcow2.rst.
 """
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 import numpy as np
 
 from imgcore import limits
-from imgcore.engine.geometry import CodecId, Geometry, Placing, Reuse
+from imgcore.engine.geometry import Geometry, Placing
 from imgcore.formats.api import Measurement
 from imgcore.formats.qcow2 import layout
 from imgcore.formats.qcow2.new_tables import NewTables, in_chunks, referenced_clusters
@@ -24,6 +25,7 @@ from imgcore.formats.qcow2.options import (
     Options,
     WriteOptions,
     build_header,
+    growing_geometry,
     refcount_clusters,
 )
 from imgcore.formats.qcow2.refcounts import (
@@ -40,11 +42,14 @@ if TYPE_CHECKING:
     from imgcore.files.target import Target
     from imgcore.files.target_file import TargetFile
     from imgcore.formats.api import WriteRequest
+    from imgcore.formats.qcow2.front_writer import FrontWriter
 
 _PIECE_NBYTES: Final = 4 << 20
 
 
-def writer_for(request: WriteRequest[Options]) -> Qcow2Writer | PreallocatedWriter:
+def writer_for(
+    request: WriteRequest[Options],
+) -> Qcow2Writer | PreallocatedWriter | FrontWriter:
     """Return the writer for the request's preallocation.
 
     Raises
@@ -55,9 +60,13 @@ def writer_for(request: WriteRequest[Options]) -> Qcow2Writer | PreallocatedWrit
         The disk is too large for the options.
     """
     options = WriteOptions.of(request)
-    if options.preallocation == "off":
-        return Qcow2Writer(options)
-    return PreallocatedWriter(options)
+    if options.preallocation != "off":
+        return PreallocatedWriter(options)
+    if request.tables_first:
+        from imgcore.formats.qcow2.front_writer import FrontWriter
+
+        return FrontWriter(options)
+    return Qcow2Writer(options)
 
 
 def measure(request: WriteRequest[Options], data_nbytes: int) -> Measurement:
@@ -100,23 +109,7 @@ class Qcow2Writer:
         self._file: TargetFile | None = None
         self.first_offset: int = (1 + options.l1_clusters) * options.cluster_size
         self._is_open_ended = False
-        self.geometry: Geometry = Geometry(
-            block_nbytes=options.cluster_size,
-            guest_nbytes=options.virtual_size,
-            placing=Placing.APPEND,
-            # Version 2 has no zero flag.
-            zero_policy=zero_policy(
-                options.sparse_nbytes,
-                has_parent=options.backing is not None,
-                can_hide_parent=options.version >= 3,
-            ),
-            stored_alignment=options.cluster_size,
-            compressed_alignment=1,
-            store_incompressible=options.codec.codec is not CodecId.NONE,
-            codec=options.codec,
-            sparse_nbytes=options.sparse_nbytes,
-            reuse=Reuse.REUSE if options.reuse_blocks else Reuse.NONE,
-        )
+        self.geometry: Geometry = growing_geometry(options)
 
     def begin(self, target: Target) -> TargetFile:
         """Open the target; see `imgcore.formats.api.Writer`."""

@@ -70,5 +70,8 @@ class FlatUpdater:
         """Sync the file."""
         self._file.write_steps()
 
+    def withhold(self) -> None:
+        """Do nothing: there is no free space."""
+
     def finish(self) -> None:
         """Do nothing: nothing states that the disk is in use."""

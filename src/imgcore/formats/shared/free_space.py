@@ -65,6 +65,11 @@ class FreeSpace:
         """Take back a block that tables refer to until the next flush."""
         self._released.append(offset)
 
+    def withhold(self) -> None:
+        """Let no block be free before the next flush after which nothing is read."""
+        self._released += self._free
+        self._free = []
+
     def trim(self) -> int:
         """Forget free blocks at the end, and return the end, which may be lower now."""
         while self._free and self._free[-1] == self.end - self._block_nbytes:

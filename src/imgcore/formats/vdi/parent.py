@@ -5,6 +5,7 @@ An image states only the UUIDs of its parent, not its name, so files are searche
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import TYPE_CHECKING, Final
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from imgcore.formats.vdi.header import VdiHeader
 
 _SUFFIX: Final = ".vdi"
+# These errors tell nothing about the file that was to be opened.
+_OF_THIS_PROCESS: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 def find_parent(header: VdiHeader, gate: ReferenceGate, path: str) -> BackingReference:
@@ -78,7 +81,9 @@ def _candidates(gate: ReferenceGate) -> Iterator[str]:
     for folder in filter(None, (gate.folder, *gate.allowed)):
         try:
             names = sorted(os.listdir(folder))
-        except OSError:
+        except OSError as error:
+            if error.errno in _OF_THIS_PROCESS:
+                raise
             continue
         for name in names:
             if name.lower().endswith(_SUFFIX):
@@ -88,7 +93,11 @@ def _candidates(gate: ReferenceGate) -> Iterator[str]:
 def _identities(gate: ReferenceGate, name: str) -> dict[str, str]:
     # A file that cannot be opened cannot be used as the parent either.
     try:
-        with gate.open(name, share=True) as file:
+        with gate.open(name, share=True, role="parent") as file:
             return read_identities(file)
-    except (OSError, ImgcoreError):
+    except OSError as error:
+        if error.errno in _OF_THIS_PROCESS:
+            raise
+        return {}
+    except ImgcoreError:
         return {}

@@ -21,6 +21,7 @@ from imgcore.formats.api import Place
 from imgcore.formats.shared.alignment import align_up
 from imgcore.formats.shared.free_space import FreeSpace
 from imgcore.formats.shared.moving import copy_block, moves_into_gaps
+from imgcore.formats.shared.ranges import block_parts
 from imgcore.formats.vdi import layout
 from imgcore.formats.vdi.check import check
 from imgcore.formats.vdi.header import read_header
@@ -112,6 +113,9 @@ class VdiUpdater:
     def _offset_of(self, slot: int) -> int:
         return self._header.data_offset + slot * self._block_nbytes
 
+    def _host_offset(self, slot: int, guest_offset: int) -> int:
+        return self._offset_of(slot) + guest_offset % self._block_nbytes
+
     def _slot_at(self, host_offset: int) -> int:
         return (host_offset - self._header.data_offset) // self._block_nbytes
 
@@ -159,13 +163,7 @@ class VdiUpdater:
         self._file.put(self._entry_offset(block), raw, Step.REFERENCE)
 
     def _blocks(self, start: int, length: int) -> Iterator[tuple[int, int, int]]:
-        """Yield (block, start, end) for the parts of a range that are in one block."""
-        end = start + length
-        while start < end:
-            block = start // self._block_nbytes
-            stop = min(end, (block + 1) * self._block_nbytes)
-            yield block, start, stop
-            start = stop
+        return block_parts(start, length, self._block_nbytes)
 
     # -- changes of content ------------------------------------------------------------
 
@@ -195,7 +193,7 @@ class VdiUpdater:
     def overwritable(self, start: int, length: int) -> list[Place]:
         """Return the blocks that have slots; see `imgcore.formats.api.Overwritable`."""
         return [
-            Place(first, end - first, self._offset_of(entry) + first % self._block_nbytes)
+            Place(first, end - first, self._host_offset(entry, first))
             for block, first, end in self._blocks(start, length)
             if (entry := self._entry(block)) < layout.BLOCK_ZERO
         ]
@@ -219,7 +217,7 @@ class VdiUpdater:
         for block, first, end in self._blocks(start, length):
             entry = self._entry(block)
             if entry < layout.BLOCK_ZERO:
-                place = self._offset_of(entry) + first % self._block_nbytes
+                place = self._host_offset(entry, first)
                 is_done = unmap and self._file.punch(place, end - first)
             elif self._is_child and entry == layout.BLOCK_FREE:
                 stop = min((block + 1) * self._block_nbytes, self._header.virtual_size)
@@ -237,7 +235,7 @@ class VdiUpdater:
         for block, first, end in self._blocks(start, length):
             entry = self._entry(block)
             if entry < layout.BLOCK_ZERO:
-                place = self._offset_of(entry) + first % self._block_nbytes
+                place = self._host_offset(entry, first)
                 self._file.punch(place, end - first)
 
     def flush(self, *, is_unread: bool) -> None:
@@ -246,6 +244,10 @@ class VdiUpdater:
         self._is_unread = is_unread
         for offset in self._space.settle(is_unread=is_unread):
             self._file.punch(offset, self._block_nbytes)
+
+    def withhold(self) -> None:
+        """Append what is new while somebody reads; see `Updater`."""
+        self._space.withhold()
 
     def finish(self) -> None:
         """Move the last blocks into unused slots; see `imgcore.formats.api.Updater`.
@@ -302,19 +304,39 @@ class VdiUpdater:
             self._compact()
             self._put_header(self._fields()._replace(n_blocks=n_blocks))
 
+    def make_way(self, virtual_size: int) -> bool:
+        """Empty the slots that a longer map needs; see `MakesWay`."""
+        n_slots = self._n_slots_for_map(-(-virtual_size // self._block_nbytes))
+        return n_slots > 0 and self._empty_slots(n_slots)
+
+    def _n_slots_for_map(self, n_blocks: int) -> int:
+        """Return how many of the first slots a map of so many entries takes."""
+        if self._is_child or self._entry_offset(n_blocks) <= self._header.data_offset:
+            return 0
+        map_nbytes = align_up(n_blocks * layout.ENTRY_NBYTES, SECTOR_NBYTES)
+        n_slots = -(-map_nbytes // self._block_nbytes)
+        if self._offset_of(n_slots) > VDI_MAX_DATA_OFFSET:
+            raise OptionError(
+                f"the map of {n_blocks} blocks would end after {VDI_MAX_DATA_OFFSET:#x}, before "
+                "which the data of a VDI begins",
+                path=self._file.path,
+            )
+        return n_slots
+
     def _zero_after_disk(self) -> None:
         """Clear what blocks have after the end of the disk."""
         size, n_blocks = self._header.virtual_size, self._header.n_blocks
         for block, first, end in self._blocks(size, n_blocks * self._block_nbytes - size):
             entry = self._entry(block)
             if entry < layout.BLOCK_ZERO:
-                place = self._offset_of(entry) + first % self._block_nbytes
+                place = self._host_offset(entry, first)
                 self._file.zero(place, end - first)
 
     def _extend_map(self, n_blocks: int, virtual_size: int) -> None:
         """Let the map have at least so many entries, and the disk its new size."""
-        if self._entry_offset(n_blocks) > self._header.data_offset:
-            self._move_map(n_blocks)
+        n_slots = self._n_slots_for_map(n_blocks)
+        if n_slots:
+            self._move_map(n_slots)
         n_old = self._header.n_blocks
         entries = np.full(max(n_blocks - n_old, 0), layout.BLOCK_FREE, dtype="<u4")
         n_allocated = self._count
@@ -331,22 +353,12 @@ class VdiUpdater:
         )
         self._put_header(fields, Step.REFERENCE)
 
-    def _move_map(self, n_blocks: int) -> None:
-        """Put the map where the first slots are; their blocks go to the end before.
+    def _move_map(self, n_slots: int) -> None:
+        """Put the map where the first slots are, which nothing uses any more.
 
         The header then states at once where the map and the first slot are.
         """
-        start = self._header.data_offset
-        map_nbytes = align_up(n_blocks * layout.ENTRY_NBYTES, SECTOR_NBYTES)
-        n_slots = -(-map_nbytes // self._block_nbytes)
-        data_offset = self._offset_of(n_slots)
-        if data_offset > VDI_MAX_DATA_OFFSET:
-            raise OptionError(
-                f"the map of {n_blocks} blocks would end after {VDI_MAX_DATA_OFFSET:#x}, before "
-                "which the data of a VDI begins",
-                path=self._file.path,
-            )
-        self._empty_slots(n_slots)
+        start, data_offset = self._header.data_offset, self._offset_of(n_slots)
         entries = self._entries().copy()
         entries[entries < layout.BLOCK_ZERO] -= n_slots
         self._file.grow(data_offset)
@@ -359,11 +371,12 @@ class VdiUpdater:
         self._put_header(fields, Step.REFERENCE)
         self._file.write_steps()
 
-    def _empty_slots(self, n_slots: int) -> None:
-        """Move the blocks in the first slots after the last one."""
+    def _empty_slots(self, n_slots: int) -> bool:
+        """Move blocks in the first slots after the last one; tell if there are any."""
         entries = self._entries()
         target = max(self._slot_at(self._space.end), n_slots)
-        for block in np.flatnonzero(entries < n_slots).tolist():
+        blocks = np.flatnonzero(entries < n_slots).tolist()
+        for block in blocks:
             self._file.grow(self._offset_of(target + 1))
             self._copy(int(entries[block]), target)
             self._count_at_least(target + 1)
@@ -374,6 +387,7 @@ class VdiUpdater:
         self._space = FreeSpace(self._offset_of(target), self._block_nbytes)
         for offset in free:
             self._space.give_back(offset)
+        return bool(blocks)
 
     def _free(self, first: int, last: int) -> list[int]:
         """Let the blocks [first, last) have no slots; return the offsets of these."""

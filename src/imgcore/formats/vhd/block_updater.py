@@ -5,6 +5,9 @@ moves rarely, and back to the last block in the end.  What is between takes no s
 
 Sector bitmaps of a child become durable together with BAT entries, after the data.  A
 new block whose bitmap is lost has no sectors of the disk, and reads as before.
+
+Source: Microsoft, "Virtual Hard Disk Image Format Specification" 1.0, "Block Allocation
+Table and Data Blocks".
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from imgcore.formats.api import Place
 from imgcore.formats.shared.alignment import align_up
 from imgcore.formats.shared.free_space import FreeSpace
 from imgcore.formats.shared.moving import copy_block, moves_into_gaps
+from imgcore.formats.shared.ranges import add_range, block_parts
 from imgcore.formats.vhd import layout
 from imgcore.formats.vhd.changes import resized_footer, with_footer, with_header
 from imgcore.formats.vhd.check import (
@@ -235,13 +239,7 @@ class BlockUpdater:
     # -- one block ---------------------------------------------------------------------
 
     def _blocks(self, start: int, length: int) -> Iterator[tuple[int, int, int]]:
-        """Yield (block, start, end) for the parts of a range that are in one block."""
-        end = start + length
-        while start < end:
-            block = start // self._block_nbytes
-            stop = min(end, (block + 1) * self._block_nbytes)
-            yield block, start, stop
-            start = stop
+        return block_parts(start, length, self._block_nbytes)
 
     def _entry_offset(self, block: int) -> int:
         return self._dynamic.table_offset + block * layout.ENTRY_NBYTES
@@ -396,7 +394,7 @@ class BlockUpdater:
                 else:
                     is_done = not self._is_child
                 if not is_done:
-                    _add_range(rest, run.start, nbytes)
+                    add_range(rest, run.start, nbytes)
         return rest
 
     def discard(self, start: int, length: int) -> None:
@@ -421,6 +419,10 @@ class BlockUpdater:
         """Give the space of a free slot back to the file system."""
         self._file.punch(slot + self._bitmap_start, self._slot_nbytes - self._bitmap_start)
 
+    def withhold(self) -> None:
+        """Append what is new while somebody reads; see `Updater`."""
+        self._space.withhold()
+
     def finish(self) -> None:
         """Leave no gaps, and move the footer to the last block; see `Updater`.
 
@@ -434,7 +436,9 @@ class BlockUpdater:
         end = self._end_of_use(self._starts())
         if self._file.is_block_device:
             return
-        if self._first_end != end or self._footer_offset - end >= self._slot_nbytes:
+        # QEMU leaves nothing between blocks: a freed one is shorter than a slot.
+        room = self._bitmap_nbytes + self._block_nbytes
+        if self._first_end != end or self._footer_offset - end >= room:
             self._put_footer(end)
         self._file.cut(self._footer_offset + layout.FOOTER_NBYTES)
 
@@ -614,12 +618,3 @@ class BlockUpdater:
         self._make_room(offset + len(raw))
         self._file.pwrite(offset, raw)
         self._space.end = self._slot_from(offset + len(raw))
-
-
-def _add_range(ranges: list[tuple[int, int]], start: int, length: int) -> None:
-    """Add a range, which may continue the last one."""
-    if ranges and sum(ranges[-1]) == start:
-        first, nbytes = ranges[-1]
-        ranges[-1] = first, nbytes + length
-    else:
-        ranges.append((start, length))

@@ -1,6 +1,9 @@
 """VHD: changes of footers and headers, for writing in place.
 
 Nothing here imports NumPy.
+
+Source: Microsoft, "Virtual Hard Disk Image Format Specification" 1.0, "Hard Disk Footer
+Format" and "Dynamic Disk Header Format".
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
 from imgcore.errors import LimitExceededError, OptionError
@@ -14,8 +13,10 @@ from imgcore.formats.options import (
     choice,
     flag,
     number,
+    table_place,
     text,
 )
+from imgcore.formats.shared.identities import random_uuid
 from imgcore.formats.shared.write_checks import (
     check_block_size,
     check_virtual_size,
@@ -37,6 +38,7 @@ from imgcore.limits import (
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from uuid import UUID
 
     from imgcore.formats.api import WriteRequest
 
@@ -70,6 +72,7 @@ class Options(FormatOptions):
     timestamp: int = number(layout.EPOCH_UNIX_SECONDS, "Time of creation in Unix seconds")
     batmap: bool = flag("Write XenServer's map of full blocks (dynamic only)")
     preallocation: str = choice("off", PREALLOCATION, "Reserve the space of a fixed disk")
+    tables: str | None = table_place()
 
 
 class WriteOptions(NamedTuple):
@@ -114,7 +117,7 @@ class WriteOptions(NamedTuple):
             virtual_size=virtual_size,
             chs=geometry_of(virtual_size),
             block_nbytes=_block_nbytes(options),
-            uuid=(uuid.uuid4() if options.uuid is None else parse_uuid("uuid", options.uuid)).bytes,
+            uuid=_uuid(request).bytes,
             timestamp=_timestamp(options.timestamp),
             creator=_creator(options),
             batmap=options.batmap,
@@ -123,6 +126,11 @@ class WriteOptions(NamedTuple):
             parent=None if backing is None else parent_fields(backing, virtual_size),
             target_name=request.target_name,
         )
+
+
+def _uuid(request: WriteRequest[Options]) -> UUID:
+    stated = request.options.uuid
+    return random_uuid(request, "uuid") if stated is None else parse_uuid("uuid", stated)
 
 
 def geometry_of(virtual_size: int) -> tuple[int, int, int]:
@@ -178,6 +186,7 @@ def _refuse_idle_options(options: Options) -> None:
         {
             "block_size": is_fixed and options.block_size is not None,
             "batmap": is_fixed and options.batmap,
+            "tables": is_fixed and options.tables is not None,
             "preallocation": not is_fixed and options.preallocation != "off",
         },
         options.subformat,

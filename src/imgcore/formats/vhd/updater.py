@@ -2,6 +2,9 @@
 
 Children recognise their parent by its UUID, which stays, and by the time of the file's
 last change, so that they notice a parent that was written to.
+
+Source: Microsoft, "Virtual Hard Disk Image Format Specification" 1.0, "Hard Disk Footer
+Format".
 """
 
 from __future__ import annotations

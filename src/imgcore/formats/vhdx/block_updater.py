@@ -19,6 +19,7 @@ from imgcore.errors import CorruptImageError
 from imgcore.files.update_file import Step
 from imgcore.formats.api import Place
 from imgcore.formats.shared.alignment import align_up
+from imgcore.formats.shared.ranges import add_range, block_parts
 from imgcore.formats.vhdx import layout
 from imgcore.formats.vhdx.check import VhdxChecker
 from imgcore.formats.vhdx.log_writer import PAGE_NBYTES, LogWriter
@@ -126,6 +127,10 @@ class BlockUpdater:
         in_bat = {offset for offset in offsets if bat.offset <= offset < bat.end}
         return sorted(offsets - in_bat) + sorted(in_bat, reverse=True)
 
+    def withhold(self) -> None:
+        """Append what is new while somebody reads; see `Updater`."""
+        self._space.withhold()
+
     def finish(self) -> None:
         """Empty the log, and end the file after its last block."""
         self._log.empty()
@@ -200,7 +205,7 @@ class BlockUpdater:
         """Return where a range goes; see `imgcore.formats.api.Updater`."""
         places: list[Place] = []
         try:
-            for block, low, high in self._parts(start, start + length):
+            for block, low, high in self._blocks(start, length):
                 places.append(self._place(block, low, high - low))
         except BaseException:
             self.give_up([place for place in places if place.is_new])
@@ -210,7 +215,7 @@ class BlockUpdater:
     def overwritable(self, start: int, length: int) -> list[Place]:
         """Return the sectors that blocks have; see `Overwritable`."""
         places: list[Place] = []
-        for block, low, high in self._parts(start, start + length):
+        for block, low, high in self._blocks(start, length):
             inside = low - block * self._block_nbytes
             entry = self._entry(self._index(block))
             state, offset = entry & layout.BAT_STATE_MASK, entry & layout.BAT_OFFSET_MASK
@@ -223,13 +228,8 @@ class BlockUpdater:
                     places.append(Place(block * self._block_nbytes + at, nbytes, offset + at))
         return places
 
-    def _parts(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """Yield the blocks of a range, with what it has of them."""
-        while start < end:
-            block = start // self._block_nbytes
-            stop = min((block + 1) * self._block_nbytes, end)
-            yield block, start, stop
-            start = stop
+    def _blocks(self, start: int, length: int) -> Iterator[tuple[int, int, int]]:
+        return block_parts(start, length, self._block_nbytes)
 
     def _place(self, block: int, start: int, length: int) -> Place:
         inside = start - block * self._block_nbytes
@@ -357,7 +357,7 @@ class BlockUpdater:
         keeps_space = self._is_fixed or not unmap
         rest: list[tuple[int, int]] = []
         first, last = self._whole_blocks(start, start + length)
-        for block, low, high in self._parts(start, start + length):
+        for block, low, high in self._blocks(start, length):
             if first <= block < last:
                 break
             self._note_rest(rest, block, low, high)
@@ -378,8 +378,9 @@ class BlockUpdater:
             if keeps_space:
                 states = read_payload(self._image, low, high) & _STATE
                 for run in runs(np.flatnonzero(np.isin(states, PLACED)) + low):
-                    self._append(rest, *self._range(*run))
-        for block, low, high in self._parts(last * self._block_nbytes, start + length):
+                    add_range(rest, *self._range(*run))
+        tail = last * self._block_nbytes
+        for block, low, high in self._blocks(tail, start + length - tail):
             self._note_rest(rest, block, low, high)
         return rest
 
@@ -387,13 +388,7 @@ class BlockUpdater:
         """Note a part of a block that has to be written as zeros."""
         state = self._entry(self._index(block)) & layout.BAT_STATE_MASK
         if state in PLACED or self._is_inherited(state):
-            self._append(rest, low, high)
-
-    @staticmethod
-    def _append(rest: list[tuple[int, int]], low: int, high: int) -> None:
-        if rest and sum(rest[-1]) == low:
-            low = rest.pop()[0]
-        rest.append((low, high - low))
+            add_range(rest, low, high - low)
 
     def discard(self, start: int, length: int) -> None:
         """Free whole blocks; those of a child go on hiding the parent's."""
@@ -416,9 +411,9 @@ class BlockUpdater:
         return -(-start // self._block_nbytes), last
 
     def _range(self, first: int, last: int) -> tuple[int, int]:
-        """Return start and end of blocks on the disk."""
-        end = min(last * self._block_nbytes, self._metadata.virtual_size)
-        return first * self._block_nbytes, end
+        """Return start and length of blocks on the disk."""
+        start = first * self._block_nbytes
+        return start, min(last * self._block_nbytes, self._metadata.virtual_size) - start
 
     def _change_states(
         self, first: int, last: int, chosen: Callable[[States], NDArray[np.bool_]], state: int

@@ -1,4 +1,4 @@
-"""VHDX: the space of the file that blocks of both kinds are put in."""
+"""VHDX: the space of the file that payload and sector bitmap blocks are put in."""
 
 from __future__ import annotations
 
@@ -77,6 +77,12 @@ class FreeSpace:
     def release(self, start: int, nbytes: int) -> None:
         """Take back space that tables refer to until the next flush."""
         self._released.append((start, nbytes))
+
+    def withhold(self) -> None:
+        """Let no run before the end be free before the next flush without reads."""
+        for start, end in zip(self._starts[:-1], self._ends[:-1], strict=True):
+            self.release(start, end - start)
+        del self._starts[:-1], self._ends[:-1]
 
     def settle(self, *, is_unread: bool) -> list[tuple[int, int]]:
         """Free what was released, after a flush; return its offsets and sizes.

@@ -6,6 +6,7 @@ Source: [MS-VHDX], by section.
 from __future__ import annotations
 
 import uuid
+from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -20,6 +21,7 @@ from imgcore.formats.vhdx.parent import NIL, parent_locator
 from imgcore.formats.vhdx.tables import payload_indices, table_format
 
 if TYPE_CHECKING:
+    from imgcore._core import TableFormat
     from imgcore.engine.extents import Placements
     from imgcore.files.target_file import TargetFile
     from imgcore.formats.vhdx.options import WriteOptions
@@ -33,7 +35,10 @@ class Structures:
 
     def __init__(self, options: WriteOptions) -> None:
         self._options = options
-        self._format = table_format(options.metadata.block_nbytes)
+
+    @cached_property
+    def _format(self) -> TableFormat:
+        return table_format(self._options.metadata.block_nbytes)
 
     def write_entries(self, file: TargetFile, first_block: int, placements: Placements) -> int:
         """Write the BAT entries of blocks, which the file does not have yet.

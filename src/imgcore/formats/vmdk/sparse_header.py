@@ -9,7 +9,7 @@ Source: Virtual Disk Format 5.0, "Hosted Sparse Extent Header".
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from imgcore.errors import LimitExceededError, OptionError
 from imgcore.files.update_file import Step
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from imgcore.files.update_file import UpdateFile
     from imgcore.formats.vmdk.sparse_updater import SparseUpdater
 
-_HOME: int = DESCRIPTOR_SECTOR * SECTOR_NBYTES
+_HOME: Final = DESCRIPTOR_SECTOR * SECTOR_NBYTES
 
 
 def is_descriptor_away(updater: SparseUpdater) -> bool:
@@ -140,10 +140,10 @@ def _grown(updater: SparseUpdater, nbytes: int) -> dict[str, int]:
         return {}
     fields: dict[str, int] = {}
     has_room = n_new * ENTRY_NBYTES <= align_up(n_old * ENTRY_NBYTES, SECTOR_NBYTES)
-    n_tables_nbytes = (n_new - n_old) * updater.table_nbytes
+    tables_nbytes = (n_new - n_old) * updater.table_nbytes
     directory_nbytes = 0 if has_room else align_up(n_new * ENTRY_NBYTES, SECTOR_NBYTES)
     offset = updater.space.end
-    end = offset + len(updater.directories) * (directory_nbytes + n_tables_nbytes)
+    end = offset + len(updater.directories) * (directory_nbytes + tables_nbytes)
     if end > VMDK_MAX_SPARSE_FILE_NBYTES:
         raise too_large(end, file.path)
     updater.space.end = align_up(end, extent.grain_nbytes)
@@ -157,5 +157,5 @@ def _grown(updater: SparseUpdater, nbytes: int) -> dict[str, int]:
         else:
             file.pwrite(offset, file.pread(directory, n_old * ENTRY_NBYTES) + tables)
             fields[name] = offset // SECTOR_NBYTES
-        offset += directory_nbytes + n_tables_nbytes
+        offset += directory_nbytes + tables_nbytes
     return fields

@@ -17,6 +17,7 @@ from imgcore.files.update_file import Step
 from imgcore.formats.api import Place
 from imgcore.formats.shared.alignment import align_up
 from imgcore.formats.shared.free_space import FreeSpace
+from imgcore.formats.shared.ranges import add_range
 from imgcore.formats.vmdk.check import survey_space
 from imgcore.formats.vmdk.layout import (
     ENTRY_ABSENT,
@@ -92,7 +93,8 @@ class SparseUpdater:
 
     def begin(self, *, again: bool) -> None:
         """Give back leaked space, and mark the extent as not closed cleanly."""
-        leaked = [gap for gap in self._gaps if self.file.next_data(gap[0])[0] < sum(gap)]
+        gaps = [] if again else self._gaps
+        leaked = [gap for gap in gaps if self.file.next_data(gap[0])[0] < sum(gap)]
         if leaked:
             # What a process that was killed has written may not be durable yet.
             self.file.note_written()
@@ -205,10 +207,8 @@ class SparseUpdater:
                 can_free = unmap or entry == ENTRY_ABSENT
                 if is_whole and can_free and self._free_entry is not None:
                     changed[i] = self._free_entry
-                elif rest and sum(rest[-1]) == low:
-                    rest[-1] = rest[-1][0], high - rest[-1][0]
                 else:
-                    rest.append((low, high - low))
+                    add_range(rest, low, high - low)
             self._exchange(first, entries, changed)
         return rest
 
@@ -379,6 +379,10 @@ class SparseUpdater:
         self._new_tables.clear()
         for start, length in _runs(self.space.settle(is_unread=is_unread), self.granule_nbytes):
             self.file.punch(start, length)
+
+    def withhold(self) -> None:
+        """Append what is new while somebody reads; see `Updater`."""
+        self.space.withhold()
 
     def finish(self) -> None:
         """Cut off free grains at the end, and mark the extent as closed cleanly."""

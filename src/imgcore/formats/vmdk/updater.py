@@ -282,6 +282,11 @@ class VmdkUpdater:
                 )
             part.updater.drop(low - part.start, nbytes)
 
+    def withhold(self) -> None:
+        """Append what is new while somebody reads; see `Updater`."""
+        for part in self._parts:
+            part.updater.withhold()
+
     def finish(self) -> None:
         """Mark the extents as closed cleanly."""
         for part in self._parts:
