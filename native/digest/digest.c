@@ -1,5 +1,5 @@
 /*
- * digest.c - the algorithms of checksums: SHA-256 by OpenSSL, BLAKE3 by its library
+ * digest.c - the algorithms of checksums: SHA-256 by OpenSSL, BLAKE3 by its library, CRC-32C
  *
  * Both libraries choose the CPU's instructions (SHA-NI, AVX-512, NEON) at run time.
  */
@@ -15,6 +15,7 @@
 #endif
 
 #include "common/checked.h"
+#include "common/endian.h"
 
 #define MAX_COPY_NBYTES (16u * 1024) /* so that what is copied stays in the L1 cache */
 
@@ -22,6 +23,9 @@ struct imgc_digest {
 	const struct algorithm *algorithm;
 	union {
 		EVP_MD_CTX *evp;
+		struct {
+			uint32_t value, variant;
+		} crc;
 #ifdef IMGC_HAVE_BLAKE3
 		blake3_hasher blake3;
 #endif
@@ -123,6 +127,45 @@ static bool blake3_copy(struct imgc_digest *to, const struct imgc_digest *from)
 }
 #endif
 
+/* ------------------------------------------------------------------- CRC-32C */
+
+static int crc32c_create(struct imgc_digest *d)
+{
+	int found = imgc_variant_select(IMGC_OP_CRC32C, NULL, &d->state.crc.variant);
+
+	return found == IMGC_SELECT_OK ? IMGC_OK : IMGC_UNSUPPORTED;
+}
+
+static void crc32c_destroy(struct imgc_digest *d)
+{
+	(void)d;
+}
+
+static bool crc32c_begin(struct imgc_digest *d)
+{
+	d->state.crc.value = 0;
+	return true;
+}
+
+static bool crc32c_add(struct imgc_digest *d, const void *data, size_t nbytes)
+{
+	d->state.crc.value = imgc_crc32c(d->state.crc.variant, d->state.crc.value, data, nbytes);
+	return true;
+}
+
+static bool crc32c_end(struct imgc_digest *d, uint8_t *out)
+{
+	memset(out, 0, IMGC_CHECKSUM_NBYTES);
+	imgc_store_le32(out, d->state.crc.value);
+	return true;
+}
+
+static bool crc32c_copy(struct imgc_digest *to, const struct imgc_digest *from)
+{
+	to->state.crc = from->state.crc;
+	return true;
+}
+
 /* -------------------------------------------------------------------- table */
 
 static const struct algorithm algorithms[IMGC_N_CHECKSUMS] = {
@@ -134,6 +177,8 @@ static const struct algorithm algorithms[IMGC_N_CHECKSUMS] = {
 #else
 	[IMGC_CHECKSUM_BLAKE3] = {.name = "blake3"},
 #endif
+	[IMGC_CHECKSUM_CRC32C] = {"crc32c", crc32c_create, crc32c_destroy, crc32c_begin, crc32c_add,
+				  crc32c_end, crc32c_copy},
 };
 
 const char *imgc_checksum_name(unsigned checksum)

@@ -656,6 +656,21 @@ int imgc_job_set_next_offset(struct imgc_job *job, uint64_t next_offset)
 	return IMGC_OK;
 }
 
+void imgc_job_packing(const struct imgc_job *job, uint64_t *start, uint64_t *end)
+{
+	*start = job->placer.packed_next;
+	*end = job->placer.packed_end;
+}
+
+int imgc_job_set_packing(struct imgc_job *job, uint64_t start, uint64_t end)
+{
+	if (job->in_batch || start > end || end > job->placer.next)
+		return IMGC_INVALID_ARGUMENT;
+	job->placer.packed_next = start;
+	job->placer.packed_end = end;
+	return IMGC_OK;
+}
+
 int imgc_job_set_guest_nbytes(struct imgc_job *job, uint64_t guest_nbytes)
 {
 	if (job->in_batch || job->options.kind != IMGC_JOB_CONVERT ||

@@ -111,6 +111,7 @@ enum imgc_checksum {
 	IMGC_CHECKSUM_NONE = 0,
 	IMGC_CHECKSUM_SHA256 = 1,
 	IMGC_CHECKSUM_BLAKE3 = 2, /* with 32 bytes of output */
+	IMGC_CHECKSUM_CRC32C = 3, /* little-endian, then zeros: finds accidents only */
 	IMGC_N_CHECKSUMS,
 };
 
@@ -733,6 +734,16 @@ uint64_t imgc_job_next_offset(const struct imgc_job *job);
  * Packing starts again after them.
  */
 int imgc_job_set_next_offset(struct imgc_job *job, uint64_t next_offset);
+
+/*
+ * APPEND, between batches: compressed blocks that are packed into units go on at `start`,
+ * and the unit ends at `end`; both are 0 if none has begun.  A job that is to go on where
+ * another one has ended is given that one's.
+ */
+void imgc_job_packing(const struct imgc_job *job, uint64_t *start, uint64_t *end);
+
+/* IMGC_INVALID_ARGUMENT unless start <= end <= next offset. */
+int imgc_job_set_packing(struct imgc_job *job, uint64_t start, uint64_t end);
 
 /*
  * CONVERT, between batches: the disk turns out to have guest_nbytes, no more than the

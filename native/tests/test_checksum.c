@@ -524,6 +524,18 @@ static void test_refused(void)
 	disk_destroy(&target);
 }
 
+/* The check value of CRC-32C (RFC 3720 has others), in a leaf of 32 bytes. */
+static void test_crc32c_leaf(void)
+{
+	static const uint8_t expected[LEAF] = {0x83, 0x92, 0x06, 0xe3};
+	struct imgc_hasher *hasher = hasher_create(IMGC_CHECKSUM_CRC32C, BLOCK);
+	uint8_t leaf[LEAF];
+
+	CHECK_EQ(imgc_hasher_leaf(hasher, "123456789", 9, leaf), IMGC_OK);
+	CHECK(memcmp(leaf, expected, LEAF) == 0);
+	imgc_hasher_destroy(hasher);
+}
+
 int main(void)
 {
 	test_limits();
@@ -533,7 +545,10 @@ int main(void)
 		printf("  %s%s\n", imgc_checksum_name(checksum), is_built ? "" : ": not built");
 		if (!is_built)
 			continue;
-		test_vectors(checksum);
+		if (checksum == IMGC_CHECKSUM_CRC32C)
+			test_crc32c_leaf();
+		else
+			test_vectors(checksum);
 		for (unsigned n_threads = 1; n_threads <= 4; n_threads *= 2) {
 			test_digest_job(checksum, n_threads);
 			test_conversions(checksum, n_threads);

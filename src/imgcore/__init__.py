@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from imgcore.verbs.create import CreateResult, create
     from imgcore.verbs.flatten import FlattenResult, flatten
     from imgcore.verbs.info import info
+    from imgcore.verbs.jobs import UnfinishedJob, jobs
     from imgcore.verbs.lint import LintReport, lint
     from imgcore.verbs.map import MapEntry, map
     from imgcore.verbs.measure import (
@@ -110,6 +111,7 @@ __all__ = [
     "SourceFile",
     "SyncResult",
     "TargetError",
+    "UnfinishedJob",
     "UnsafeReferenceError",
     "UnsupportedFeatureError",
     "VerifyResult",
@@ -130,6 +132,7 @@ __all__ = [
     "finish_rewrite",
     "flatten",
     "info",
+    "jobs",
     "lint",
     "map",
     "measure",
@@ -183,6 +186,7 @@ _HOMES = {
     "SourceFile": "engine.source_file",
     "apply_snapshot": "verbs.snapshot",
     "SyncResult": "verbs.sync",
+    "UnfinishedJob": "verbs.jobs",
     "VerifyResult": "verbs.verify",
     "apply": "verbs.apply",
     "changes": "verbs.changes",
@@ -198,6 +202,7 @@ _HOMES = {
     "finish_rewrite": "verbs.rewrite",
     "flatten": "verbs.flatten",
     "info": "verbs.info",
+    "jobs": "verbs.jobs",
     "lint": "verbs.lint",
     "map": "verbs.map",
     "measure": "verbs.measure",

@@ -310,6 +310,7 @@ class Job:
         reflinked; guest bytes of reused blocks, and of these not decompressed.
         """
     next_offset: int
+    packing: tuple[int, int]
     def end_disk(self, guest_nbytes: int) -> None:
         """Make the target's disk end here, before the next batch is started."""
     @property

@@ -154,10 +154,13 @@ def crc32c(const uint8_t[::1] data, uint32_t crc=0, variant=None):
 
 
 def checksum_algorithms():
-    """Return the names of the checksum algorithms in this build."""
+    """Return the names of the checksum algorithms in this build.
+
+    Without "crc32c", which jobs and hashers take as well: it is no checksum for users.
+    """
     return tuple(n.imgc_checksum_name(i).decode()
                  for i in range(n.IMGC_CHECKSUM_NONE + 1, n.IMGC_N_CHECKSUMS)
-                 if n.imgc_checksum_is_built(i))
+                 if n.imgc_checksum_is_built(i) and i != n.IMGC_CHECKSUM_CRC32C)
 
 
 cdef uint32_t checksum_of(algorithm) except 0:
@@ -703,6 +706,21 @@ cdef class Job:
         memset(&err, 0, sizeof(err))
         err.op = "end_disk"
         check(n.imgc_job_set_guest_nbytes(self.require(), guest_nbytes), &err)
+
+    @property
+    def packing(self):
+        """Where packed compressed blocks go on, and where their unit ends; or zeros."""
+        cdef uint64_t start, end
+        n.imgc_job_packing(self.require(), &start, &end)
+        return start, end
+
+    @packing.setter
+    def packing(self, value):
+        cdef n.imgc_error err
+        cdef uint64_t start = value[0], end = value[1]
+        memset(&err, 0, sizeof(err))
+        err.op = "packing"
+        check(n.imgc_job_set_packing(self.require(), start, end), &err)
 
     @property
     def first_difference(self):

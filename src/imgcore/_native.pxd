@@ -29,6 +29,7 @@ cdef extern from "imgc.h" nogil:
         IMGC_SELECT_NO_CPU
 
         IMGC_CHECKSUM_NONE
+        IMGC_CHECKSUM_CRC32C
         IMGC_N_CHECKSUMS
         IMGC_CHECKSUM_NBYTES
         IMGC_CHECKSUM_BLOCK_NBYTES
@@ -258,6 +259,8 @@ cdef extern from "imgc.h" nogil:
     void imgc_job_cancel(imgc_job *job)
     uint64_t imgc_job_next_offset(const imgc_job *job)
     int imgc_job_set_next_offset(imgc_job *job, uint64_t next_offset)
+    void imgc_job_packing(const imgc_job *job, uint64_t *start, uint64_t *end)
+    int imgc_job_set_packing(imgc_job *job, uint64_t start, uint64_t end)
     int imgc_job_set_guest_nbytes(imgc_job *job, uint64_t guest_nbytes)
     uint64_t imgc_job_first_difference(const imgc_job *job)
     size_t imgc_job_bad_ranges(const imgc_job *job, const imgc_bad_range **out)

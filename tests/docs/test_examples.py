@@ -12,6 +12,8 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -89,6 +91,8 @@ class Command(NamedTuple):
     def inputs(self) -> Iterator[str]:
         """Yield the files that the command reads; ``convert`` has its target last."""
         words = self.words()
+        if "|" in words:
+            words = words[: words.index("|")]
         if "convert" in words:
             words.pop()
         yield from (word for word in words if word in INPUTS)
@@ -158,6 +162,9 @@ def test_shell(block: Block, tmp_path: Path, image: Callable[[str], Path]) -> No
                 # A file with two names is not rewritten.
                 put = shutil.copyfile if CHANGING.search(block.text) else os.link
                 put(image(name), tmp_path / name)
+        if "|" in command.words():
+            run_pipeline(command, tmp_path)
+            continue
         program, *arguments = command.words()
         assert program == "imgcore", f"{block}: {command.text}"
         done = run_imgcore(*arguments, cwd=tmp_path)
@@ -167,6 +174,33 @@ def test_shell(block: Block, tmp_path: Path, image: Callable[[str], Path]) -> No
             assert_output(command, done.stdout)
     if reasons and len(reasons) == len(commands(block)):
         pytest.skip(", ".join(dict.fromkeys(reasons)))
+
+
+# Programs of pipelines that take the place of others: what they do here.
+STAND_INS = {
+    "imgcore": f'exec "{sys.executable}" -m imgcore "$@"',
+    # On the other host, devices are files.
+    "ssh": """shift; exec sh -c "$(echo "$*" | sed 's,/dev/,,')" """,
+}
+
+
+def run_pipeline(command: Command, folder: Path) -> None:
+    """Run a pipeline in a shell; each of its programs must succeed."""
+    programs = folder / "programs"
+    programs.mkdir(exist_ok=True)
+    for name, text in STAND_INS.items():
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command.text],
+        cwd=folder,
+        env=os.environ | {"PATH": f"{programs}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, f"{command.text}\n{done.stdout}{done.stderr}"
 
 
 def assert_output(command: Command, got: str) -> None:
@@ -197,7 +231,9 @@ def python_inputs(text: str) -> set[str]:
     targets = {
         ast.literal_eval(node.args[1])
         for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "imgcore.convert"
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) == "imgcore.convert"
+        and isinstance(node.args[1], ast.Constant)
     }
     return {value for value in constants if isinstance(value, str) and value in INPUTS} - targets
 

@@ -29,6 +29,7 @@ import imgcore.disk.stream_sink
 import imgcore.streams.reader
 import imgcore.verbs.convert  # everything is loaded before anything can fail
 import imgcore.verbs.rewrite
+from imgcore.disk import batch_journal, checkpoints, resuming
 from imgcore.files import in_place
 from imgcore.verbs.check import check
 from tests.faults.update_history import Change
@@ -53,6 +54,19 @@ _PYTHON = b"python\0libpython\0_multiarray_umath\0\0"
 def convert(arguments: dict[str, Any]) -> dict[str, Any]:
     result = imgcore.convert(**arguments)
     return {key: value for key, value in result._asdict().items() if key != "seconds"}
+
+
+def resume(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Convert with a checkpoint after each batch, which has little data.
+
+    A journal that is begun gets the seed ``seed``.
+    """
+    words = dict(arguments)
+    vars(batch_journal)["_MAX_DATA_NBYTES"] = words.pop("batch_nbytes")
+    vars(checkpoints)["_DUE_SECONDS"] = 0.0
+    seed = words.pop("seed").encode().ljust(32)
+    vars(resuming)["_new_seed"] = lambda: seed
+    return convert({"resume": True, **words})
 
 
 def repair(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -166,6 +180,7 @@ def read_range(image: imgcore.Image, offset: int, length: int) -> str:
 
 ACTIONS = {
     "convert": convert,
+    "resume": resume,
     "repair": repair,
     "compare": compare,
     "tiny": tiny,

@@ -466,6 +466,92 @@ MORE = {
 _REPAIRED = "-r all repairs this, -r leaks does not"
 _REFUSALS = "unit/test_rewrite_cli.py::test_refusals"
 ELSEWHERE = {
+    ("disk/image_names.py", (
+        "only convert and checksum read the standard input: save it to a file first"
+    )):
+    "unit/test_streams_in.py::TestAdvice",
+    ("disk/late_end.py", (
+        "an image that is written in place (-n)"
+    )):
+    "unit/test_streams_in.py::TestAdvice",
+    ("disk/late_end.py", (
+        "the size of the stream's disk is not known before its end, and {} needs it: give"
+        " it (--size)"
+    )):
+    "unit/test_streams_in.py::TestAdvice",
+    ("disk/once_source.py", (
+        "a stream cannot be compared with a parent (-B): save it to a file first"
+    )):
+    "unit/test_streams_in.py::TestAdvice",
+    ("disk/stream_batches.py", (
+        "holds more than {} bytes, the most that the target has room for if the size is "
+        "not known from the start: give it (--size)"
+    )):
+    "unit/test_streams_in.py::test_more_than_there_is_room_for",
+    ("disk/streamed.py", (
+        "--size is about a stream: an image that is a file has its size"
+    )):
+    "unit/test_streams_in.py::test_a_size_is_for_streams_only",
+    ("disk/streamed.py", (
+        "a stream cannot have a parent: save it to a file first"
+    )):
+    "unit/test_streams_in.py::test_what_streams_refuse",
+    ("disk/streamed.py", (
+        "a stream is read once, and is not salvaged: save it to a file first"
+    )):
+    "unit/test_streams_in.py::TestAdvice",
+    ("disk/streamed.py", (
+        "the stream ends after {} bytes without the footer of a {} image: it is not "
+        "complete (if zeros follow the footer, --size states the disk's size)"
+    )):
+    "unit/test_streams_in.py::TestAdvice",
+    ("formats/registry.py", (
+        "a {} stream: use {} {} if it holds a raw disk, or decompress it first ({} -dc)"
+    )):
+    "unit/test_streams_in.py::test_a_compressed_stream_must_be_stated",
+    ("formats/shared/flat_writer.py", (
+        "preallocation={} needs the size of the disk, which a stream states at its end: "
+        "give it (--size)"
+    )):
+    "unit/test_streams_in.py::TestAdvice",
+    ("formats/vmdk/sparse_writer.py", (
+        "the header of streamOptimized comes first and states the disk's size, which is "
+        "not known before the end of the source: give it (--size)"
+    )):
+    "unit/test_streams_in.py::TestAdvice",
+    ("verbs/checksum.py", (
+        "a stream has no tree: save it to a file first"
+    )):
+    "unit/test_streams_in.py::TestAdvice",
+    ("files/stream_input.py", (
+        "a stream is read in order, but bytes at 0x{} are needed after those before 0x{}:"
+        " save it to a file first"
+    )):
+    "unit/test_stream_input.py::TestOrder",
+    ("files/stream_input.py", (
+        "a stream is read in order, but bytes at 0x{} are needed before those at 0x{}: "
+        "save it to a file first"
+    )):
+    "unit/test_stream_input.py::TestOrder",
+    ("files/stream_input.py", (
+        "the stream's first {} bytes would have to stay in memory, allowed are {}: save "
+        "it to a file first"
+    )):
+    "unit/test_stream_input.py::TestOrder",
+    ("disk/batch_journal.py",
+     ("what was written of it before the break has changed, between {} and {} of the disk: start "
+     "again (imgcore jobs --remove)")): "unit/test_resume.py::TestRefused",
+    ("disk/resuming.py",
+     ("is the journal of another conversion: {}: repeat that one, or give it up (imgcore jobs "
+     "--remove)")): "unit/test_resume.py::TestRefused",
+    ("disk/resuming.py", "a journal cannot be beside a block device: state a file with --journal"):
+    "unit/test_resume.py::TestRefused",
+    ("files/fingerprint.py",
+     "a stream cannot be read again after a break (--resume): save it to a file first"):
+    "unit/test_resume.py::TestRefused",
+    ("files/target.py",
+     ("%s: what is done of it is kept: the same command goes on, imgcore jobs --remove gives it "
+     "up")): "unit/test_resume.py::TestJobs",
     ("files/stream_target.py", ("is a block device: name it as the target instead, with -n "
      "(in_place=True)")): "oracle/test_streams_out.py::test_a_block_device_is_refused",
     ("disk/front_sink.py", ("the tables of the target come first, but a stream shows its data "
@@ -669,6 +755,16 @@ ELSEWHERE = {
 
 # Messages about options in use: the verbs that have them.
 NAMED = {
+    ("disk/resuming.py", "--resume keeps what is on stable storage: it contradicts --no-sync"):
+    ("convert",),
+    ("disk/resuming.py", "-o {}"): ("convert",),
+    ("disk/resuming.py", "a stream cannot be written again after a break (--resume)"):
+    ("convert",),
+    ("disk/resuming.py", "its blocks cannot be verified after a break (--resume)"): ("convert",),
+    ("disk/resuming.py", "salvaged data cannot be kept after a break (--resume)"): ("convert",),
+    ("disk/sink.py", "{} begins anew after a break: it cannot have --resume"):
+    ("convert",),
+    ("verbs/convert.py", "--journal is about --resume, which is not given"): ("convert",),
     ("cli/commit.py", "--remove contradicts -d and -b"): ("commit",),
     ("verbs/convert.py", "--base and -B both state the target's backing file"): ("convert",),
     ("verbs/convert.py", "--verify reads the target back, which is not possible for a stream"):
@@ -726,6 +822,8 @@ NAMED = {
 # of another system.
 OTHERS = frozenset(
     {
+        "its first record is not as imgcore writes it",
+        "no first record",
         (
             "front: tables precede all data, as in streams; data is what the source's tables "
             "state, zeros included"

@@ -284,7 +284,8 @@ def test_convert_passes_every_flag_on(run: RunMain, fake: Fake) -> None:
     line = "convert -f raw -O qcow2 -F raw -B base.raw -o a=1,b=2 -o c=3 -c -S 64k -m 3 -n -W -q -U"
     line += " --force --no-sync --allow /x --allow /y --source-backing-format qcow2"
     line += " --target-is-zero --parent p --read-options size=chs --profile azure --salvage"
-    line += " --no-reflink --trust-blocks -r 50M -t none -T none -C --checksum --verify src dst"
+    line += " --no-reflink --trust-blocks -r 50M -t none -T none -C --checksum --verify"
+    line += " --resume=verify --journal j src dst"
     assert run(*line.split()) == Run(0, "", "")
     assert received.pop("args") == ("src", "dst")
     assert received == {
@@ -313,6 +314,8 @@ def test_convert_passes_every_flag_on(run: RunMain, fake: Fake) -> None:
         "control": received["control"],
         "checksum": "sha256",
         "verify": True,
+        "resume": "verify",
+        "journal": "j",
         "base": None,
     }
     assert received["control"].rate == 50 << 20

@@ -40,9 +40,12 @@ compare_trees: a b format backing_format parent read_options threads allow share
     progress
 compare: a b format_a format_b parent_a parent_b read_options_a read_options_b strict
     threads allow backing_format share progress
+UnfinishedJob: target journal sources kept_nbytes is_running
+jobs: folder remove
 convert: source target format target_format options compress backing backing_format
     source_backing_format parent read_options sparse threads force sync in_place share
-    salvage reflink allow progress kernels profile rate control checksum verify receipt
+    salvage reflink allow progress kernels profile rate control checksum verify resume journal
+    receipt
 create: path virtual_size format options backing backing_format force sync allow
 info: path format chain allow share backing_format parent read_options
 lint: path profile format read_options parent allow share

@@ -19,7 +19,7 @@ from tests.helpers.tiny import FRONT, OLD, killed_after, new_content, rewrite
 import imgcore
 from imgcore._core import crc32c
 from imgcore.errors import ImgcoreError, TargetError, UnsupportedFeatureError
-from imgcore.files import journal as journal_module
+from imgcore.files import record_file
 from imgcore.files.folder import Folder
 from imgcore.files.in_place import InPlace, finish, recover, undo
 from imgcore.files.journal import Journal
@@ -330,7 +330,7 @@ def test_sizes_are_limited(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             recover(disk)
     for name, what in (("MAX_JOURNAL_BLOB_NBYTES", "would hold"), ("_MAX_BODY_NBYTES", "whole")):
         with monkeypatch.context() as patch:
-            patch.setattr(journal_module, name, FRONT - 1)
+            patch.setattr(record_file, name, FRONT - 1)
             journal_of(disk).unlink(missing_ok=True)
             image_in(disk.parent).write_bytes(OLD)
             image_in(disk.parent).rename(disk)

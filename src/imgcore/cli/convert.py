@@ -135,6 +135,19 @@ EXIT_SALVAGED: Final = 3
     help="Read TARGET back before it gets its name, and compare digests.",
 )
 @click.option(
+    "--resume",
+    is_flag=False,
+    flag_value="last",
+    type=click.Choice(("last", "verify")),
+    help="Keep what is done if the conversion ends early, and go on from there; =verify reads back "
+    "all of it before.",
+)
+@click.option(
+    "--journal",
+    metavar="FILE",
+    help="With --resume: the journal; needed if TARGET is a block device.",
+)
+@click.option(
     "--receipt",
     metavar="FILE",
     help="Write what was done to FILE, as JSON with a digest, for `imgcore verify`.",
@@ -189,6 +202,8 @@ def command(
     rate: int | None,
     checksum: str | None,
     verify: bool,
+    resume: str | None,
+    journal: str | None,
     receipt: str | None,
     target_cache: str | None,
     threads: int | None,
@@ -259,6 +274,8 @@ def command(
             profile=profile,
             checksum=checksum,
             verify=verify,
+            resume=resume or False,
+            journal=journal,
             size=stream_size,
             receipt=receipt,
             **opening,

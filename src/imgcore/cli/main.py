@@ -52,6 +52,7 @@ _VERBS: Final = {
     "flatten": "Make an image independent of its backing files.",
     "resize": "Change the size of a disk in place.",
     "rewrite": "Change an image's format in its own file, without copying.",
+    "jobs": "List conversions that ended early and can go on.",
 }
 
 EXIT_FAILURE: Final = 1

@@ -188,6 +188,10 @@ def local_image(
     if isinstance(source, int):
         return source, options
     name = os.fspath(source)
+    if name == "-" and not os.path.lexists(name):
+        raise UnsupportedFeatureError(
+            "only convert and checksum read the standard input: save it to a file first", path=name
+        )
     if is_description(name):
         return _described_image(name, options)
     if PROTOCOL.match(name) and not os.path.lexists(name):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from contextlib import ExitStack, closing
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from imgcore._core import Job
 from imgcore.checksums.digest import BLOCK_NBYTES, Digest
 from imgcore.disk.late_end import end_disk, leave_end_open
 from imgcore.disk.reflinks import Reflink, reflinkable_units, refuse_own_blocks
+from imgcore.disk.transfer import Transfer
 from imgcore.engine.bad_ranges import named_bad_ranges
 from imgcore.engine.geometry import CodecId, Placing, ZeroPolicy
 from imgcore.engine.job import translated_errors
@@ -20,17 +21,17 @@ from imgcore.formats.registry import PLAIN_FORMAT, get_driver
 from imgcore.limits import MAX_BASE_BLOCK_NBYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
+    from imgcore.disk.batch_journal import BatchJournal
+    from imgcore.disk.checkpoints import Checkpoints
     from imgcore.disk.image import Image
     from imgcore.disk.sink_options import SinkOptions
     from imgcore.disk.source import Source
     from imgcore.engine.bad_ranges import BadRange
-    from imgcore.engine.extents import Placements
     from imgcore.engine.hashing import LeafStream
     from imgcore.engine.progress import Tally
     from imgcore.engine.reflinks import ReflinkRule
-    from imgcore.engine.supply import Batch
     from imgcore.files.target import Target
     from imgcore.files.target_file import TargetFile
     from imgcore.formats.api import Driver, Writer, WriteRequest
@@ -82,7 +83,8 @@ class ImageSink:
         """Write the blocks of the disk, then the remaining tables."""
         writer, target = self._writer, self.target
         geometry = writer.geometry
-        if self._replaces and target.is_block_device:
+        checkpoints = self.options.checkpoints
+        if self._replaces and target.is_block_device and not _resumes(checkpoints):
             self._require_capacity(tally)
         is_stored = geometry.zero_policy is ZeroPolicy.STORE
         if is_stored and geometry.codec.codec is CodecId.NONE and self.source.size_is_known:
@@ -96,8 +98,12 @@ class ImageSink:
             data_file.reads_as_zeros = True
         if self._replaces:
             data_file.clear(writer.first_offset)
-        stream = self._leaf_stream()
-        bad_ranges = self._write_parts(writer, data_file, tally, stream)
+        stream, journal = self._leaf_stream(), None
+        if checkpoints is not None and stream is not None:
+            from imgcore.disk.batch_journal import BatchJournal
+
+            journal = BatchJournal(checkpoints, target, stream.algorithm)
+        bad_ranges = self._write_parts(writer, data_file, tally, stream, journal)
         self._take_digest(stream)
         return bad_ranges
 
@@ -107,11 +113,16 @@ class ImageSink:
         return self._writer.geometry.guest_nbytes
 
     def _leaf_stream(self) -> LeafStream | None:
-        if self.options.checksum is None:
+        algorithm = self.options.checksum
+        if algorithm is None and self.options.checkpoints is not None:
+            from imgcore.disk.batch_journal import LEAF_ALGORITHM
+
+            algorithm = LEAF_ALGORITHM
+        if algorithm is None:
             return None
         from imgcore.engine.hashing import LeafStream
 
-        return LeafStream(self.options.checksum)
+        return LeafStream(algorithm)
 
     def _take_digest(self, stream: LeafStream | None) -> None:
         if stream is not None and self.options.checksum is not None:
@@ -139,15 +150,16 @@ class ImageSink:
         data_file: TargetFile,
         tally: Tally,
         stream: LeafStream | None = None,
+        journal: BatchJournal | None = None,
     ) -> tuple[BadRange, ...]:
         """Write the disk and then the remaining tables; return the bad ranges.
 
-        ``stream`` gets the leaves of the disk's checksum.
+        ``stream`` gets the leaves of the disk's checksum, ``journal`` each batch.
         """
         next_offset = writer.first_offset
         bad_ranges: tuple[BadRange, ...] = ()
         if self.request.virtual_size:
-            next_offset, bad_ranges = self._move(writer, data_file, tally, stream)
+            next_offset, bad_ranges = self._move(writer, data_file, tally, stream, journal)
         writer.finish(next_offset)
         return bad_ranges
 
@@ -187,7 +199,12 @@ class ImageSink:
         yield nbytes
 
     def _move(
-        self, writer: Writer, data_file: TargetFile, tally: Tally, stream: LeafStream | None
+        self,
+        writer: Writer,
+        data_file: TargetFile,
+        tally: Tally,
+        stream: LeafStream | None,
+        journal: BatchJournal | None = None,
     ) -> tuple[int, tuple[BadRange, ...]]:
         """Move the whole disk; return the target's first free offset and bad ranges."""
         options, geometry = self.options, writer.geometry
@@ -195,6 +212,10 @@ class ImageSink:
             geometry = geometry.over_old_bytes
         if stream is not None:
             geometry = geometry._replace(leaf_nbytes=BLOCK_NBYTES)
+        next_offset = writer.first_offset
+        if journal is not None and stream is not None and journal.position:
+            journal.verify(data_file, geometry, self._base, options.threads)
+            next_offset = journal.replay(writer, data_file, stream)
         if data_file.in_order:
             # What follows the last block of a group is written before the next group.
             geometry = geometry._replace(is_ordered=True)
@@ -206,7 +227,7 @@ class ImageSink:
                 sources=supply.native_sources,
                 geometry=geometry,
                 target=data_file.core,
-                next_offset=writer.first_offset,
+                next_offset=next_offset,
                 has_base=self._base is not None,
                 threads=options.threads,
                 batch_threads=Lease(options.threads).renew,
@@ -217,11 +238,15 @@ class ImageSink:
                 # A comparison with the base needs the content.
                 trust_blocks=options.trust_blocks and self._base is None,
                 rate_limit=options.limit,
-                checksum=None if stream is None else options.checksum,
+                checksum=None if stream is None else stream.algorithm,
             )
             stack.callback(job.close)
+            batches = supply.batches
+            if journal is not None:
+                job.packing = journal.packing
+                batches = journal.remaining(batches, geometry)
             end_disk = None if self.source.size_is_known else partial(self._end_disk, tally)
-            _Transfer(job, writer, data_file, tally, stream, end_disk).run(supply.batches)
+            Transfer(job, writer, data_file, tally, stream, end_disk, journal).run(batches)
             unread = named_bad_ranges(job.bad_ranges, supply.paths)
             return int(job.next_offset), tuple(sorted((*self.source.lost(), *unread)))
 
@@ -241,6 +266,10 @@ class ImageSink:
         return wanted and not own_blocks and not self.options.salvage
 
 
+def _resumes(checkpoints: Checkpoints | None) -> bool:
+    return checkpoints is not None and checkpoints.resumes
+
+
 def _refuse_large_blocks(target: Target, writer: Writer) -> None:
     block_nbytes = writer.geometry.block_nbytes
     if block_nbytes > MAX_BASE_BLOCK_NBYTES:
@@ -249,102 +278,3 @@ def _refuse_large_blocks(target: Target, writer: Writer) -> None:
             f"at most {MAX_BASE_BLOCK_NBYTES} are allowed",
             path=target.path,
         )
-
-
-def _new_placements(batch: Batch, block_nbytes: int) -> Placements:
-    """Return placements of the blocks of a batch, all ABSENT.
-
-    NumPy is imported here: conversions from a flat disk to another do without it.
-    """
-    import numpy as np
-
-    from imgcore.engine.extents import PLACEMENT_DTYPE
-
-    return np.zeros(-(-(batch.end - batch.start) // block_nbytes), PLACEMENT_DTYPE)
-
-
-class _Transfer(NamedTuple):
-    """A job that moves the disk, and what hears of its progress."""
-
-    job: Job
-    writer: Writer
-    file: TargetFile
-    tally: Tally
-    stream: LeafStream | None
-    end_disk: Callable[[], None] | None = None
-
-    def run(self, batches: Iterator[Batch]) -> None:
-        """Prepare each batch while the engine works on the one before it."""
-        pending: tuple[Batch, int, Placements | None, memoryview | None] | None = None
-        given_nbytes = 0
-        geometry = self.writer.geometry
-        for batch in batches:
-            if pending is not None:
-                self._finish(*pending)
-            if batch.ends_disk:
-                batch = self._last(batch)
-            skipped_nbytes = batch.start - given_nbytes
-            given_nbytes += batch.end - batch.start
-            placements = None
-            if geometry.placing is Placing.APPEND:
-                placements = _new_placements(batch, geometry.block_nbytes)
-            leaves = None
-            if self.stream is not None:
-                leaves = self.stream.leaves(batch.start, batch.end)
-            self.job.start(
-                batch.start, batch.end, batch.rows, batch.base, placements, leaves=leaves
-            )
-            pending = (batch, skipped_nbytes, placements, leaves)
-        if pending is not None:
-            self._finish(*pending)
-        if self.end_disk is not None and not (pending and pending[0].ends_disk):
-            self.end_disk()
-        if geometry.placing is Placing.IDENTITY:
-            self.file.note_end(geometry.host_base + self.writer.geometry.guest_nbytes)
-
-    def _last(self, batch: Batch) -> Batch:
-        """End the disk with a batch, and return it with the zeros that fill it up."""
-        import numpy as np
-
-        from imgcore.disk.overlay import padded
-
-        assert self.end_disk is not None
-        self.end_disk()
-        end = self.writer.geometry.guest_nbytes
-        self.job.end_disk(end)
-        rows = np.concatenate(list(padded(iter([batch.rows]), batch.end, end)))
-        return batch._replace(end=end, rows=rows)
-
-    def _finish(
-        self,
-        batch: Batch,
-        skipped_nbytes: int,
-        placements: Placements | None,
-        leaves: memoryview | None,
-    ) -> None:
-        """Wait for a batch, and tell the writer where its blocks are.
-
-        ``skipped_nbytes`` is the sum of the gaps between the batches so far.
-        """
-        job = self.job
-
-        def tick() -> None:
-            done, data, _, read, written, reflinked, reused, trusted = job.progress()
-            self.tally.count(
-                skipped_nbytes + done,
-                data=data,
-                read=read,
-                written=written,
-                reflinked=reflinked,
-                reused=reused,
-                trusted=trusted,
-            )
-
-        job.wait(tick)
-        tick()
-        if self.stream is not None and leaves is not None:
-            self.stream.add(batch.start, batch.end, leaves)
-        if placements is not None:
-            first_block = batch.start // self.writer.geometry.block_nbytes
-            self.file.note_end(job.next_offset)
-            job.next_offset = self.writer.place(first_block, placements, job.next_offset)

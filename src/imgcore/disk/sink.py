@@ -147,26 +147,38 @@ def _make_sink(
         target_name="" if options.in_order else os.path.basename(target.path),
         logical_sector_nbytes=source.logical_sector_nbytes,
         exact_nbytes=source.exact_nbytes if virtual_size == source.virtual_size else None,
+        seed=None if options.checkpoints is None else options.checkpoints.seed,
         tables_first=options.in_order or has_tables_in_front(options.options),
     )
+    if not source.size_is_known:
+        request = open_ended(request, options, target)
     if request.tables_first:
         from imgcore.disk.front_sink import FrontSink, needs_front_sink
 
         if needs_front_sink(request, options):
+            _refuse_resuming(options, "an image with its tables in front", target)
             return FrontSink(target, source, request, options)
-    if not source.size_is_known:
-        request = open_ended(request, options, target)
     if base is not None:
         from imgcore.disk.child_sink import child_sink
 
         child = child_sink(target, source, base, request, options)
         if child is not None:
+            _refuse_resuming(options, f"a {options.format} image with a parent (-B)", target)
             return child
     return ImageSink(target, source, base, request, options)
 
 
+def _refuse_resuming(options: SinkOptions, what: str, target: Target) -> None:
+    """Raise OptionError if a target that begins anew after a break shall go on."""
+    if options.checkpoints is not None:
+        raise OptionError(
+            f"{what} begins anew after a break: it cannot have --resume", path=target.path
+        )
+
+
 def _refuse_in_stream(target: Target, options: SinkOptions) -> None:
     """Raise OptionError for options that a stream of bytes in order cannot have."""
+    _refuse_resuming(options, "a compressed stream", target)
     if target.in_place:
         raise OptionError(
             "a compressed raw stream cannot be written in place (-n)", path=target.path

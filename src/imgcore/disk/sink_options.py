@@ -19,6 +19,7 @@ from imgcore.sizes import parse_size
 if TYPE_CHECKING:
     from imgcore._core import RateLimit
     from imgcore.border import FilePath
+    from imgcore.disk.checkpoints import Checkpoints
     from imgcore.formats.api import BackingReference
     from imgcore.formats.option_texts import OptionTexts
     from imgcore.formats.options import FormatOptions
@@ -45,6 +46,7 @@ class SinkOptions(NamedTuple):
     profile: Profile | None
     limit: RateLimit | None
     checksum: str | None = None
+    checkpoints: Checkpoints | None = None
     codec: str | None = None
     in_order: bool = False
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from imgcore.engine.geometry import Geometry
 
 _MAX_UNIT_NBYTES: Final = 64 * MIB
-_CHUNK_NBYTES: Final = 4 * MIB
+_CHUNK_NBYTES: Final = 2 * MIB
 
 
 class Reader(Protocol):

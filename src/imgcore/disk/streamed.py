@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from imgcore.border import file_names
+from imgcore.disk.image import Image
 from imgcore.disk.once_source import OnceSource
 from imgcore.errors import (
     CorruptImageError,
@@ -43,12 +44,13 @@ def is_streamed(source: object) -> bool:
     """Tell whether a source is read in order: ``-``, a pipe's name, an object."""
     if isinstance(source, str | os.PathLike):
         return source == STDIN or is_named_pipe(os.fspath(source))
-    return is_stream_object(source)
+    # An image has bytes at offsets.
+    return is_stream_object(source) and not isinstance(source, Image)
 
 
 def source_names(source: Any) -> tuple[Any, ...]:
     """Return what a disk is read from: names of files, or one object to read from."""
-    return (source,) if is_stream_object(source) else file_names(source)
+    return (source,) if is_streamed(source) else file_names(source)
 
 
 def seekable(source: object, options: OpenOptions) -> int | None:

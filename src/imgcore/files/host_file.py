@@ -85,6 +85,11 @@ class OpenFile(Closable):
             return os.fstat(self.fd)
 
     @property
+    def allocated_nbytes(self) -> int:
+        """Bytes that the host has allocated for the file; 0 for a block device."""
+        return self.status().st_blocks * _STAT_BLOCK_NBYTES
+
+    @property
     def logical_sector_nbytes(self) -> int | None:
         """Bytes of a block device's logical sector; None for other files."""
         with self._in_use(), named_errors(self.path):
@@ -273,11 +278,6 @@ class HostFile(OpenFile):
     def modified(self) -> int:
         """Unix seconds of the last change before the file was opened."""
         return int(self._status.st_mtime)
-
-    @property
-    def allocated_nbytes(self) -> int:
-        """Bytes that the host has allocated for the file; 0 for a block device."""
-        return self.status().st_blocks * _STAT_BLOCK_NBYTES
 
     @property
     def n_links(self) -> int:

@@ -80,6 +80,8 @@ class StreamInput(Closable):
         `close` closes it.
     path : str
         Its name in messages.
+    below : StreamInput, optional
+        The stream that the bytes are made from.  This one is closed with it.
 
     Attributes
     ----------
@@ -106,7 +108,7 @@ class StreamInput(Closable):
     share: Final = True
     allocated_nbytes: Final = 0
 
-    def __init__(self, origin: Origin, path: str) -> None:
+    def __init__(self, origin: Origin, path: str, below: StreamInput | None = None) -> None:
         self.path = path
         self._origin = origin
         self.identity: Identity = origin.identity
@@ -118,7 +120,10 @@ class StreamInput(Closable):
         self._kept = bytearray()
         self._to_keep = 0
         self._has_ended = False
+        self._above: list[StreamInput] = []
         super().__init__()
+        if below is not None:
+            below._above.append(self)
 
     @property
     def end(self) -> int | None:
@@ -325,6 +330,8 @@ class StreamInput(Closable):
         )
 
     def _free(self) -> None:
+        for stream in self._above:
+            stream.close()
         self._origin.close()
 
     def __enter__(self) -> Self:
@@ -378,8 +385,10 @@ def object_stream(source: Any) -> StreamInput:
 
 def is_stream_object(source: Any) -> bool:
     """Tell whether `object_stream` takes it: it is a socket, or can be read from."""
+    if isinstance(source, socket.socket):
+        return True
     readers = ("readinto", "read")
-    return isinstance(source, socket.socket) or any(hasattr(source, name) for name in readers)
+    return not isinstance(source, os.PathLike) and any(hasattr(source, name) for name in readers)
 
 
 def is_named_pipe(path: str) -> bool:

@@ -22,6 +22,7 @@ from imgcore.files.special_files import refuse_absent_device, refuse_special
 from imgcore.files.target_file import TargetFile
 from imgcore.files.target_folder import TargetFolder
 from imgcore.files.temporary_names import restore_interrupted
+from imgcore.log import log
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from imgcore.files.byte_source import ByteSource
     from imgcore.files.host_file import HostFile
+    from imgcore.files.resume_journal import ResumeJournal
 
 
 class Target:
@@ -50,6 +52,9 @@ class Target:
     in_place_nbytes : int, optional
         The size of a file that could be written in place.  Where the folder takes no
         new files, the error then advises that.
+    journal : ResumeJournal, optional
+        What is durable of the files outlives a failure once it has a checkpoint;
+        `commit` removes it.
 
     Attributes
     ----------
@@ -80,6 +85,7 @@ class Target:
         sync: bool = True,
         in_place: bool = False,
         in_place_nbytes: int | None = None,
+        journal: ResumeJournal | None = None,
     ) -> None:
         self.path: str = os.fspath(path)
         self.force = force
@@ -88,6 +94,7 @@ class Target:
         self._main: TargetFile | None = None
         self._companions: list[TargetFile] = []
         self._in_place_nbytes = in_place_nbytes
+        self._journal = journal
         self.is_committed: bool = False
         self.late_error: OSError | ImgcoreError | None = None
         self._is_prepared = False
@@ -102,7 +109,10 @@ class Target:
         self._examine(in_place)
         self.in_place = in_place
         # A target in place is neither created nor renamed.
-        self._folder = None if in_place else TargetFolder(self.path, force=force, sync=sync)
+        self._folder: TargetFolder | None = None
+        if not in_place:
+            kept_nbytes = None if journal is None else journal.kept_nbytes
+            self._folder = TargetFolder(self.path, force=force, sync=sync, kept_nbytes=kept_nbytes)
 
     def _examine(self, in_place: bool) -> None:
         """Examine the file that has the final name now, and reject unsuitable ones."""
@@ -168,6 +178,8 @@ class Target:
             if self._folder is None:
                 self._main = self._open_in_place()
                 self._main.reads_as_zeros = False
+                if self._journal is not None:
+                    self._main.kept_nbytes = self._journal.kept_nbytes
             else:
                 advice = ""
                 if self._would_fit_in_place():
@@ -202,6 +214,8 @@ class Target:
             raise TargetError("a target of several files cannot be written in place", path=path)
         if not name or "/" in name or name in (".", "..", self._name):
             raise TargetError("is not a valid name for a second file", path=path)
+        if self._journal is not None:
+            self._journal.note_file(name)
         restore_interrupted(os.path.dirname(self.path) or ".", name)
         file = self._folder.create(name, self._examine_companion(self._folder, name, path))
         self._companions.append(file)
@@ -259,7 +273,10 @@ class Target:
         A target in place already has its space.
         """
         if self._folder is not None:
-            self._folder.require_space(nbytes, self.path)
+            if self._journal is not None:
+                files = (*self._companions, self.main)
+                nbytes -= sum(file.allocated_nbytes for file in files)
+            self._folder.require_space(max(nbytes, 0), self.path)
 
     def prepare(self) -> None:
         """Finish the files, durably unless ``sync=False``; only names are missing then.
@@ -294,6 +311,11 @@ class Target:
             raise
         return files
 
+    def datasync(self) -> None:
+        """Make what was written of all files so far durable."""
+        for file in self.written():
+            file.datasync()
+
     def written(self) -> list[TargetFile]:
         """Return the files, the main one first; their paths are the final names."""
         return [self.main, *self._companions]
@@ -318,6 +340,8 @@ class Target:
             self.prepare()
         try:
             if self._folder is not None:
+                if self._journal is not None and self._journal.n_checkpoints:
+                    self._journal.note_names(self._folder.inodes())
                 self._folder.give_names()
         except BaseException as error:
             # The rename may be done although it was interrupted, or although a server
@@ -340,17 +364,27 @@ class Target:
             error = uninterrupted(self.path, self._folder.sync)
             self.late_error = self.late_error or error
             uninterrupted(self.path, self._folder.remove_backups)
+        if self._journal is not None and not self._journal.is_removed:
+            uninterrupted(self.path, self._journal.remove)
         uninterrupted(self.path, self._close)
 
     def abort(self) -> None:
-        """Remove the files written; a target in place stays as it is now.
+        """Remove the files written, unless a journal has a checkpoint of them.
 
+        A target in place stays as it is now.
         After `commit`, or when called again, it removes nothing.
         """
         if self.is_committed:
             self.conclude()
             return
-        if self._folder is not None:
+        is_kept = self._journal is not None and self._journal.n_checkpoints > 0
+        if is_kept:
+            log.warning(
+                "%s: what is done of it is kept: the same command goes on, imgcore jobs --remove "
+                "gives it up",
+                self.path,
+            )
+        elif self._folder is not None:
             self._folder.remove_temporaries()
         self._close()
 

@@ -39,6 +39,8 @@ class TargetFile(OpenFile):
         Whether the image's end may lie before the file's end.
     reads_as_zeros : bool
         Whether everything that is not written reads as zeros.
+    kept_nbytes : int
+        The first bytes, which an earlier run of the job has written and this one keeps.
     in_order : bool
         Whether offsets of writes must ascend, since each byte is written once.
     """
@@ -56,6 +58,7 @@ class TargetFile(OpenFile):
         # Where the old bytes of a cleared block device begin; None if they are kept.
         self._end: int | None = None
         self.reads_as_zeros: bool = True
+        self.kept_nbytes: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -120,8 +123,9 @@ class TargetFile(OpenFile):
         """Forget the old content; the first ``nbytes`` bytes then read as zeros."""
         self._end = 0 if self.is_block_device else None
         self.reads_as_zeros = not self.is_block_device
-        self.truncate(0)
-        self.truncate(nbytes)
+        if self.kept_nbytes == 0 or self.is_block_device:
+            self.truncate(0)
+        self.truncate(max(nbytes, 0 if self.is_block_device else self.kept_nbytes))
 
     def note_end(self, end: int) -> None:
         """Note that the engine has written everything before ``end``."""
@@ -165,10 +169,22 @@ class TargetFile(OpenFile):
                 os.posix_fallocate(self.fd, 0, nbytes)
         elif mode == "full":
             zeros = bytes(_FILL_NBYTES)
-            for offset in range(0, nbytes, _FILL_NBYTES):
+            for offset in range(self.kept_nbytes, nbytes, _FILL_NBYTES):
                 self.pwrite(offset, memoryview(zeros)[: min(_FILL_NBYTES, nbytes - offset)])
         elif mode not in ("off", "falloc"):
             raise ValueError(f"unknown preallocation mode {mode!r}")
+
+    def keep(self, nbytes: int) -> None:
+        """Keep the first bytes of an old file; what follows reads as zeros."""
+        with named_errors(self.path):
+            if self.nbytes > nbytes:
+                os.ftruncate(self.fd, nbytes)
+        self.kept_nbytes = nbytes
+
+    def datasync(self) -> None:
+        """Make what was written so far durable; a failure is final, as of `sync`."""
+        with named_errors(self.path):
+            os.fdatasync(self.fd)
 
     def sync(self) -> None:
         """Make the content durable.

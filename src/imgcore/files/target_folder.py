@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 from typing import Final
 
 from imgcore.errors import TargetError
@@ -25,6 +26,7 @@ from imgcore.files.target_file import TargetFile
 from imgcore.files.temporary_names import (
     backup_name,
     new_token,
+    partial_name,
     remove_stale,
     temporary_name,
     token_of,
@@ -49,12 +51,18 @@ class TargetFolder:
         Replace existing files.
     sync : bool
         Make each step durable.
+    kept_nbytes : int, optional
+        The files have fixed names until they get their final ones, and may be there
+        already: so many of their first bytes are kept.
     """
 
-    def __init__(self, path: str, *, force: bool, sync: bool) -> None:
+    def __init__(
+        self, path: str, *, force: bool, sync: bool, kept_nbytes: int | None = None
+    ) -> None:
         self._path = path
         self._force = force
         self._sync = sync
+        self._kept_nbytes = kept_nbytes
         # Temporary and final name of each file, in the order of creation.
         self._temporaries: dict[str, str] = {}
         self._files: list[TargetFile] = []
@@ -113,6 +121,8 @@ class TargetFolder:
 
     def _create_locked(self, name: str, mode: int, advice: str) -> TargetFile:
         path = self.path_of(name)
+        if self._kept_nbytes is not None:
+            return self._open_partial(name, path, mode, advice, self._kept_nbytes)
         while True:
             temporary = temporary_name(name, new_token())
             # Recorded first, so that an interruption at any point leaves no file.
@@ -135,8 +145,28 @@ class TargetFolder:
             self.remove(temporary)
             file.close()
 
-    def _create_new(self, temporary: str, path: str, mode: int, advice: str) -> int:
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    def _open_partial(
+        self, name: str, path: str, mode: int, advice: str, kept_nbytes: int
+    ) -> TargetFile:
+        """Open the file that an earlier run has left, or create it."""
+        partial = partial_name(name)
+        with forks_held_back():
+            fd = self._create_new(partial, path, mode, advice, is_new=False)
+            file = TargetFile(fd, path)
+            self._files.append(file)
+        if lock(fd) is Lock.HELD_BY_OTHER:
+            raise TargetError("another run of this conversion is at work", path=path)
+        status = file.status()
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+            raise TargetError(f"{partial} is no file of a conversion", path=path)
+        self._temporaries[partial] = name
+        file.keep(kept_nbytes)
+        return file
+
+    def _create_new(
+        self, temporary: str, path: str, mode: int, advice: str, *, is_new: bool = True
+    ) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | (os.O_EXCL if is_new else os.O_NONBLOCK)
         try:
             return open_file(temporary, flags, mode, folder_fd=self._fd, name=path)
         except OSError as error:
@@ -144,6 +174,11 @@ class TargetFolder:
                 raise
             text = f"{error.strerror}: its folder {self._folder} takes no new files"
             raise OSError(error.errno, text + advice, path) from error
+
+    def inodes(self) -> dict[str, int]:
+        """Return the inodes of the files by their final names."""
+        files = zip(self._temporaries.values(), self._files, strict=True)
+        return {name: file.status().st_ino for name, file in files}
 
     def give_names(self) -> None:
         """Rename all files; the last rename gives the main file its name.
@@ -182,7 +217,8 @@ class TargetFolder:
         `restore_interrupted` can undo what a crash leaves.
         """
         # The lock on the main temporary shows that the job of these backups is alive.
-        token = token_of(pairs[-1][0])
+        is_partial = self._kept_nbytes is not None
+        token = new_token() if is_partial else token_of(pairs[-1][0])
         try:
             if self._force:
                 for _, name in reversed(pairs):

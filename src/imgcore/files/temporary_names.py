@@ -45,6 +45,11 @@ def backup_name(name: str, token: str) -> str:
     return f"{_temporary_prefix(name)}{token}{_BACKUP_SUFFIX}"
 
 
+def partial_name(name: str) -> str:
+    """Return the name of a target that outlives its job, until another completes it."""
+    return f".{name}.imgcore-partial"
+
+
 def token_of(temporary: str) -> str:
     """Return the token in the name of a temporary."""
     return temporary.rpartition(".imgcore-")[2]

@@ -498,6 +498,9 @@ class WriteRequest(NamedTuple, Generic[Options]):
     exact_nbytes : int or None
         Size of the disk in bytes without the zeros that fill up its last sector, if
         the target may keep it; raw does.
+    seed : bytes or None
+        32 bytes that random identities are drawn from
+        (`imgcore.formats.shared.identities`); None: other ones each time.
     tables_first : bool
         The image's tables must precede its data, as far as the format leaves that open.
         The writer is then told about all blocks before `Writer.begin` (`NeedsBlocks`).
@@ -511,6 +514,7 @@ class WriteRequest(NamedTuple, Generic[Options]):
     target_name: str = ""
     logical_sector_nbytes: int | None = None
     exact_nbytes: int | None = None
+    seed: bytes | None = None
     tables_first: bool = False
 
 

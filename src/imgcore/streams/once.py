@@ -36,8 +36,8 @@ def codec_of(head: bytes) -> str | None:
 
 
 def decoded(source: StreamInput, codec: str) -> StreamInput:
-    """Return the content of a compressed stream; closing it closes the stream."""
-    return StreamInput(_Decoded(source, _DECODERS[codec](source)), source.path)
+    """Return the content of a compressed stream, which is closed with that."""
+    return StreamInput(_Decoded(source, _DECODERS[codec](source)), source.path, source)
 
 
 class _Decoded:
@@ -55,7 +55,7 @@ class _Decoded:
         return self._source.cancel()
 
     def close(self) -> None:
-        self._source.close()
+        """Do nothing: the stream below is closed first."""
 
 
 class _WithoutTail:
@@ -89,7 +89,7 @@ class _WithoutTail:
         return self._source.cancel()
 
     def close(self) -> None:
-        self._source.close()
+        """Do nothing: the stream below is closed first."""
 
 
 class OnceReader:
@@ -134,7 +134,7 @@ class OnceReader:
         self._before: _WithoutTail | None = None
         if nbytes is None and tail_nbytes:
             self._before = _WithoutTail(self._disk, tail_nbytes)
-            self._disk = StreamInput(self._before, source.path)
+            self._disk = StreamInput(self._before, source.path, source)
         self._has_ended = False
 
     @property
@@ -209,5 +209,4 @@ class OnceReader:
 
     def close(self) -> None:
         """Close the stream; more than once is allowed."""
-        self._disk.close()
         self.file.close()

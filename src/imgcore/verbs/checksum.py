@@ -5,27 +5,32 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex, cast
 
 from imgcore.border import FilePath, file_name, source_name
 from imgcore.checksums.digest import BLOCK_NBYTES, ChecksumError, Digest
-from imgcore.disk.digests import DigestedDisk
+from imgcore.disk.digests import DigestedDisk, DiskHasher
 from imgcore.disk.image import Image
+from imgcore.disk.limited_chunks import limited_chunks
 from imgcore.disk.open_options import OpenOptions
 from imgcore.disk.opened import require_no_options
-from imgcore.disk.source import open_source
+from imgcore.disk.source import open_disk, open_source
+from imgcore.disk.streamed import is_streamed
 from imgcore.engine.control import Run
 from imgcore.engine.hashing import require_algorithm
 from imgcore.engine.job import thread_count
 from imgcore.engine.progress import Tally
-from imgcore.errors import TargetError
+from imgcore.errors import OptionError, TargetError
 from imgcore.files.commitment import until_committed
 from imgcore.files.target import Target
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from socket import socket
 
     from imgcore.areas.area import Area
+    from imgcore.border import Readable
+    from imgcore.disk.source import Source
     from imgcore.engine.control import Control
     from imgcore.engine.hashing import LeafSink
     from imgcore.engine.progress import Progress
@@ -33,7 +38,7 @@ if TYPE_CHECKING:
 
 
 def checksum(
-    image: FilePath | int | Image,
+    image: FilePath | int | Image | Readable | socket,
     *,
     algorithm: str = "sha256",
     tree: FilePath | None = None,
@@ -61,7 +66,8 @@ def checksum(
     ----------
     image : str, bytes, os.PathLike, int or Image
         The image, a descriptor of it, or an open image, which stays open and takes no
-        keywords for opening.  Compressed raw disks (``disk.raw.zst``) are read as well.
+        keywords for opening.  Compressed raw disks (``disk.raw.zst``) are read as well,
+        and streams as by `imgcore.convert`: ``"-"``, pipes, and readable objects.
     algorithm : str
         ``"sha256"`` or ``"blake3"``.
     tree : str, bytes or os.PathLike, optional
@@ -102,11 +108,23 @@ def checksum(
     )
     reading = _Reading(algorithm, thread_count(threads), Run(control, progress))
     name = None if tree is None else file_name(tree)
-    with _opened(image, opening) as disk:
+    if is_streamed(image):
+        return _of_stream(image, reading, name, opening)
+    with _opened(cast("FilePath | int | Image", image), opening) as disk:
         if name is not None and not os.path.lexists(name):
             return reading.write_tree(disk, name)
         with reading.run:
             return reading.digest(disk) if name is None else reading.verify(disk, name)
+
+
+def _of_stream(source: Any, reading: _Reading, tree: str | None, options: OpenOptions) -> Digest:
+    """Return the digest of a disk whose size need not be known before its end."""
+    if tree is not None:
+        raise OptionError("a stream has no tree: save it to a file first", path=tree)
+    with reading.run, open_disk(source, options._replace(on_wait=reading.run.wait)) as disk:
+        if disk.size_is_known:
+            return reading.digest(DigestedDisk.of_source(disk))
+        return reading.digest_in_order(disk)
 
 
 @contextmanager
@@ -139,6 +157,19 @@ class _Reading(NamedTuple):
         )
         disk.check_unchanged()
         tally.finish()
+        return digest
+
+    def digest_in_order(self, disk: Source) -> Digest:
+        """Return the digest of a disk that is read to its end, on this thread."""
+        hasher, tally, done = DiskHasher(self.algorithm), Tally(0, self.run.report), 0
+        for chunk in limited_chunks(disk, self.run.limit, tally.repeat):
+            hasher.update(chunk)
+            done += len(chunk)
+            tally.count(done, data=done, read=done, written=0)
+        tally.total_nbytes = done
+        tally.finish()
+        digest = hasher.digest()
+        assert digest is not None
         return digest
 
     def write_tree(self, disk: DigestedDisk, path: str) -> Digest:

@@ -134,6 +134,8 @@ def convert(
     control: Control | None = None,
     checksum: str | None = None,
     verify: bool = False,
+    resume: bool | str = False,
+    journal: FilePath | None = None,
     size: SupportsIndex | str | None = None,
     receipt: FilePath | None = None,
 ) -> ConvertResult:
@@ -249,6 +251,16 @@ def convert(
         Read the target back when it is synced and before it gets its name, past the
         page cache where the file system allows that, and compare its digest with that
         of what was written.  ``checksum`` is ``"sha256"`` then if it is not given.
+    resume : bool or {"last", "verify"}
+        Keep what is done of the target if the conversion ends early, however that
+        happens, and go on from there if an earlier run has kept something.  A journal
+        beside the target says what is done.  The target gets the same bytes as without
+        a break.  A source that has changed, or other options, are an error.
+        ``"verify"`` reads back all that was kept before it goes on; ``"last"``, or
+        True, only the last checkpoint.
+    journal : str, bytes or os.PathLike, optional
+        The journal's name; by default it is ``target`` with ``.imgcore-resume``.  For a
+        block device it is required.
     size : int or str, optional
         Bytes of the disk in a stream, for example ``"10G"``, for targets that must know
         it from the start.  A stream that is shorter is an error; one that goes on may
@@ -286,6 +298,8 @@ def convert(
         raise OptionError("--base and -B both state the target's backing file")
     if verify and not sync:
         raise OptionError("--verify reads what is on stable storage: it contradicts --no-sync")
+    journal = None if journal is None else file_name(journal)
+    policy = _resume_policy(resume, journal)
     if checksum is None and (verify or receipt is not None):
         checksum = ALGORITHMS[0]
     opening = OpenOptions.from_keywords(
@@ -325,6 +339,10 @@ def convert(
         checksum=checksum,
         in_order=in_order,
     )
+    if policy is not None:
+        from imgcore.disk.resuming import refuse_resuming
+
+        refuse_resuming(writing, sync=sync, journal=journal, target=target)
     base_opening = _base_options(writing, opening)
 
     def job(commitment: Commitment[ConvertResult]) -> None:
@@ -334,7 +352,16 @@ def convert(
             disk = stack.enter_context(open_sources(sources, waiting))
             disk.refuse_conversion(with_base=backing is not None)
             base = _open_base(target, writing, base_opening, stack)
-            tally = Tally(fitting_size(writing.profile, disk), run.report)
+            files = [*disk.files, *(base.every_file() if base is not None else ())]
+            disk_nbytes = fitting_size(writing.profile, disk)
+            tally = Tally(disk_nbytes, run.report)
+            record = None
+            if policy is not None:
+                from imgcore.disk.resuming import open_journal
+
+                record = stack.enter_context(
+                    open_journal(target, journal, writing, opening, files, disk_nbytes)
+                )
             output: Target
             if in_order:
                 output = StreamTarget(place, waiting=tally.repeat)
@@ -345,14 +372,20 @@ def convert(
                     sync=sync,
                     in_place=in_place,
                     in_place_nbytes=disk.virtual_size if writing.could_be_in_place else None,
+                    journal=record,
                 )
             stack.enter_context(output)
-            files = [*disk.files, *(base.every_file() if base is not None else ())]
             output.protect(files)
             if new_receipt is not None:
                 new_receipt.protect(files)
             refuse_other_name(output.path, writing.format, flag="-O", profile=writing.profile)
-            sink = open_sink(output, writing, disk, base, tally.total_nbytes)
+            options = writing
+            if record is not None:
+                from imgcore.disk.checkpoints import Checkpoints
+
+                checkpoints = Checkpoints(record, verifies_all=policy == "verify")
+                options = writing._replace(checkpoints=stack.enter_context(checkpoints))
+            sink = open_sink(output, options, disk, base, tally.total_nbytes)
             if writing.reflink.is_required:
                 from imgcore.rewriting.cloning import reflinking_sink
 
@@ -403,6 +436,18 @@ def _layer_of(
                 name = os.path.relpath(os.path.join(os.path.realpath(folder), name), start)
                 return name, image.layers[depth].format_name
     raise OptionError(f"{base} is not one of its backing files", path=str(sources[0]))
+
+
+def _resume_policy(resume: bool | str, journal: str | None) -> str | None:
+    """Return what a conversion that goes on verifies; None if nothing is kept."""
+    if resume is False:
+        if journal is not None:
+            raise OptionError("--journal is about --resume, which is not given")
+        return None
+    policy = "last" if resume is True else resume
+    if policy not in ("last", "verify"):
+        raise OptionError(f"resume={resume!r}: True, False, 'last' and 'verify' are allowed")
+    return policy
 
 
 def _base_options(writing: SinkOptions, opening: OpenOptions) -> OpenOptions:

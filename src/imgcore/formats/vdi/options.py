@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
-from uuid import UUID, uuid4, uuid5
+from uuid import UUID, uuid5
 
 from imgcore.errors import LimitExceededError, OptionError
 from imgcore.formats.options import (
@@ -16,6 +16,7 @@ from imgcore.formats.options import (
     text,
 )
 from imgcore.formats.shared.alignment import align_up
+from imgcore.formats.shared.identities import random_uuid
 from imgcore.formats.shared.write_checks import (
     check_block_size,
     check_virtual_size,
@@ -83,7 +84,7 @@ class WriteOptions(NamedTuple):
         low, high = VDI_MIN_WRITTEN_BLOCK_NBYTES, VDI_MAX_WRITTEN_BLOCK_NBYTES
         check_block_size("block_size", options.block_size, low, high)
         n_blocks = -(-request.virtual_size // options.block_size)
-        image_uuid, modification_uuid = _uuids(options)
+        image_uuid, modification_uuid = _uuids(request)
         parent_uuid, parent_modification_uuid = _parent_uuids(request.backing)
         return cls(
             image_type=image_type,
@@ -155,10 +156,12 @@ def _parent_uuids(backing: BackingReference | None) -> tuple[UUID | None, UUID |
     return UUID(known[layout.IDENTITY_UUID]), UUID(known[layout.IDENTITY_MODIFICATION])
 
 
-def _uuids(options: Options) -> tuple[UUID, UUID]:
+def _uuids(request: WriteRequest[Options]) -> tuple[UUID, UUID]:
     """Return the UUIDs of the image and of its last change; VirtualBox rejects zero."""
-    stated, modification = options.uuid, options.modification_uuid
-    image_uuid = uuid4() if stated is None else parse_uuid("uuid", stated)
+    stated, modification = request.options.uuid, request.options.modification_uuid
+    image_uuid = random_uuid(request, "uuid") if stated is None else parse_uuid("uuid", stated)
     if modification is not None:
         return image_uuid, parse_uuid("modification_uuid", modification)
-    return image_uuid, uuid4() if stated is None else uuid5(image_uuid, "modification")
+    if stated is None:
+        return image_uuid, random_uuid(request, "modification")
+    return image_uuid, uuid5(image_uuid, "modification")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
 from imgcore.errors import LimitExceededError, OptionError
@@ -17,6 +16,7 @@ from imgcore.formats.options import (
     table_place,
     text,
 )
+from imgcore.formats.shared.identities import random_uuid
 from imgcore.formats.shared.write_checks import (
     check_block_size,
     check_virtual_size,
@@ -38,6 +38,7 @@ from imgcore.limits import (
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from uuid import UUID
 
     from imgcore.formats.api import WriteRequest
 
@@ -116,7 +117,7 @@ class WriteOptions(NamedTuple):
             virtual_size=virtual_size,
             chs=geometry_of(virtual_size),
             block_nbytes=_block_nbytes(options),
-            uuid=(uuid.uuid4() if options.uuid is None else parse_uuid("uuid", options.uuid)).bytes,
+            uuid=_uuid(request).bytes,
             timestamp=_timestamp(options.timestamp),
             creator=_creator(options),
             batmap=options.batmap,
@@ -125,6 +126,11 @@ class WriteOptions(NamedTuple):
             parent=None if backing is None else parent_fields(backing, virtual_size),
             target_name=request.target_name,
         )
+
+
+def _uuid(request: WriteRequest[Options]) -> UUID:
+    stated = request.options.uuid
+    return random_uuid(request, "uuid") if stated is None else parse_uuid("uuid", stated)
 
 
 def geometry_of(virtual_size: int) -> tuple[int, int, int]:

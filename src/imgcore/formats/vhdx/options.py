@@ -22,6 +22,7 @@ from imgcore.formats.options import (
     text,
 )
 from imgcore.formats.shared.alignment import align_up
+from imgcore.formats.shared.identities import random_uuid
 from imgcore.formats.shared.write_checks import (
     check_block_size,
     parse_uuid,
@@ -125,7 +126,10 @@ class WriteOptions(NamedTuple):
             has_parent=backing is not None,
             virtual_size=request.virtual_size,
             virtual_disk_id=_guid(
-                "virtual_disk_id", options.virtual_disk_id, parent.get(VIRTUAL_DISK_ID)
+                request,
+                "virtual_disk_id",
+                options.virtual_disk_id,
+                parent.get(VIRTUAL_DISK_ID),
             ),
             logical_sector_nbytes=_logical_sector_nbytes(request, parent),
             physical_sector_nbytes=int(
@@ -140,8 +144,8 @@ class WriteOptions(NamedTuple):
         _check_inherited(inherited)
         return cls(
             metadata=metadata,
-            file_write_guid=_guid("file_write_guid", options.file_write_guid),
-            data_write_guid=_guid("data_write_guid", options.data_write_guid),
+            file_write_guid=_guid(request, "file_write_guid", options.file_write_guid),
+            data_write_guid=_guid(request, "data_write_guid", options.data_write_guid),
             backing=backing,
             sparse_nbytes=request.sparse_nbytes,
             inherited=inherited,
@@ -216,9 +220,13 @@ def _logical_sector_nbytes(request: WriteRequest[Options], parent: Mapping[str, 
     return int(stated or of_parent or of_source or DEFAULT_LOGICAL_SECTOR_NBYTES)
 
 
-def _guid(name: str, given: str | None, default: str | None = None) -> uuid.UUID:
+def _guid(
+    request: WriteRequest[Options], name: str, given: str | None, default: str | None = None
+) -> uuid.UUID:
     text = default if given is None else given
-    return uuid.uuid4() if text is None else parse_uuid(name, text, allow_null=True)
+    if text is None:
+        return random_uuid(request, name)
+    return parse_uuid(name, text, allow_null=True)
 
 
 def _check_inherited(items: Sequence[MetadataItem]) -> None:

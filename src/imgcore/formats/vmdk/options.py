@@ -16,6 +16,7 @@ from imgcore.formats.options import (
     table_place,
     text,
 )
+from imgcore.formats.shared.identities import random_octets
 from imgcore.formats.shared.write_checks import (
     check_block_size,
     check_virtual_size,
@@ -156,7 +157,7 @@ def _database(request: WriteRequest[Options]) -> DiskDatabase:
         if hw_version is not None:
             raise OptionError("compat6 and hwversion cannot be combined")
         hw_version = _COMPAT6_HW_VERSION
-    cid, long_content_id = _content_ids(options.cid)
+    cid, long_content_id = _content_ids(request)
     return DiskDatabase(
         adapter_type=options.adapter_type,
         hw_version=_number("hwversion", _HW_VERSION if hw_version is None else hw_version),
@@ -187,17 +188,18 @@ def _number(name: str, text: str) -> str:
     return text
 
 
-def _content_ids(given: str | None) -> tuple[int, str]:
+def _content_ids(request: WriteRequest[Options]) -> tuple[int, str]:
     """Return the content ID and the long content ID, which ends with it as VMware's do.
 
     Both are random, or computed from the short one if it is given.
     """
     import hashlib
-    import secrets
 
+    given = request.options.cid
     if given is None:
-        cid = secrets.randbelow(min(RESERVED_CIDS))
-        return cid, f"{secrets.token_hex(12)}{cid:08x}"
+        drawn = int.from_bytes(random_octets(request, "cid", 16), "big")
+        cid = drawn % min(RESERVED_CIDS)
+        return cid, f"{random_octets(request, 'long content ID', 12).hex()}{cid:08x}"
     if not re.fullmatch(r"(0x)?[0-9A-Fa-f]{1,8}", given) or int(given, 16) in RESERVED_CIDS:
         raise OptionError(
             f"cid is {given[:40]!r}, expected 8 hexadecimal digits other than "

@@ -1,0 +1,338 @@
+"""The batches of a job in its journal: recorded, verified, and given to a writer again.
+
+A checkpoint has the batches that ended since the one before, each with the placements
+of its blocks and the leaves of its data.  After a break the job begins anew, but gives
+the engine only what is not recorded.  The writer hears of all blocks in order, as the
+first time, so that it makes the same tables.
+"""
+
+from __future__ import annotations
+
+import zlib
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import numpy as np
+
+from imgcore._core import CHECKSUM_BLOCK_NBYTES, CHECKSUM_NBYTES, CoreError, Job, Status
+from imgcore.disk.overlay import merge, padded
+from imgcore.engine.extents import (
+    EXTENT_DTYPE,
+    FLAG_GRAIN_MARKER,
+    BlockState,
+    Kind,
+    clip,
+    join_neighbours,
+)
+from imgcore.engine.geometry import Placing, Prefix, ZeroPolicy
+from imgcore.engine.job import translated_errors
+from imgcore.engine.placement_log import pack_placements, unpack_placements
+from imgcore.engine.source_file import native_sources
+from imgcore.errors import ImgcoreError, TargetError
+from imgcore.limits import MIB
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from imgcore.disk.checkpoints import Checkpoints
+    from imgcore.disk.image import Image
+    from imgcore.engine.extents import Extents, Placements
+    from imgcore.engine.geometry import Geometry
+    from imgcore.engine.hashing import LeafStream
+    from imgcore.engine.supply import Batch
+    from imgcore.files.record_file import Record
+    from imgcore.files.target import Target
+    from imgcore.files.target_file import TargetFile
+    from imgcore.formats.api import Writer
+
+# The leaves of a job whose user has not asked for a checksum.
+LEAF_ALGORITHM: Final = "crc32c"
+_CRC_NBYTES: Final = 4
+
+# A batch has at most so much data, so that the next checkpoint need not wait for long.
+_MAX_DATA_NBYTES: Final = 64 * MIB
+# Zlib finds repeated leaves, such as those of zeros.
+_LEVEL: Final = 1
+_N_COUNTS: Final = 6
+
+
+class DoneBatch(NamedTuple):
+    """A batch that has ended.
+
+    Attributes
+    ----------
+    start, end : int
+        Its range of the disk.
+    next_offset : int
+        The target's first free byte after it, before the writer adds tables.
+    n_blocks : int
+        How many placements it has.
+    placements, leaves : bytes
+        Packed.
+    """
+
+    start: int
+    end: int
+    next_offset: int
+    n_blocks: int
+    placements: bytes
+    leaves: bytes
+
+
+class BatchJournal:
+    """Records the batches of a job in checkpoints, and knows those of earlier runs.
+
+    Attributes
+    ----------
+    position : int
+        Where the earlier runs have come to on the disk.
+    counts : tuple of int
+        Bytes of data, read, written, reflinked, reused and trusted in the earlier runs.
+    packing : tuple of int
+        ``Job.packing`` at their end.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, target: Target, algorithm: str) -> None:
+        self._checkpoints = checkpoints
+        self._target = target
+        self._leaf_nbytes = _CRC_NBYTES if algorithm == LEAF_ALGORITHM else CHECKSUM_NBYTES
+        self._algorithm = algorithm
+        self._pending: list[DoneBatch] = []
+        self.position: int = 0
+        self.counts: tuple[int, ...] = (0,) * _N_COUNTS
+        self.packing: tuple[int, int] = (0, 0)
+        for record in checkpoints.to_verify() if checkpoints.resumes else ():
+            batches = self._batches(record)
+            self.position = batches[-1].end
+            self.counts = tuple(map(int, record.head["counts"]))
+            self.packing = record.head["packing"]
+        self._saved_nbytes = self.counts[0]
+
+    # -- recording ---------------------------------------------------------------------
+
+    def add(
+        self,
+        batch: Batch,
+        next_offset: int,
+        placements: Placements | None,
+        leaves: memoryview,
+    ) -> None:
+        """Take a batch that has ended; the caller may use its arrays again."""
+        rows = np.frombuffer(leaves, np.uint8).reshape(-1, CHECKSUM_NBYTES)
+        self._pending.append(
+            DoneBatch(
+                batch.start,
+                batch.end,
+                next_offset,
+                0 if placements is None else len(placements),
+                b"" if placements is None else pack_placements(placements),
+                zlib.compress(rows[:, : self._leaf_nbytes].tobytes(), _LEVEL),
+            )
+        )
+
+    def save_if_due(self, geometry: Geometry, end: int, job: Job, counts: tuple[int, ...]) -> None:
+        """Save a checkpoint of the batches added so far, if it is time.
+
+        Parameters
+        ----------
+        geometry : Geometry
+        end : int
+            Where the disk is done up to.
+        job : Job
+            It is between two batches.
+        counts : tuple of int
+            The attribute ``counts`` by now.
+        """
+        if not self._checkpoints.is_due(counts[0] - self._saved_nbytes):
+            return
+        head = {
+            "batches": [
+                (*done[:4], len(done.placements), len(done.leaves)) for done in self._pending
+            ],
+            "counts": counts,
+            "packing": job.packing,
+        }
+        blobs = [blob for done in self._pending for blob in (done.placements, done.leaves)]
+        self._pending, self._saved_nbytes = [], counts[0]
+        kept_nbytes = job.next_offset
+        if geometry.placing is Placing.IDENTITY:
+            kept_nbytes = geometry.host_base + end - geometry.guest_base
+        self._checkpoints.save(self._target, kept_nbytes, head, blobs)
+
+    def finish(self) -> None:
+        """Wait for the last checkpoint."""
+        self._checkpoints.finish()
+
+    # -- going on ----------------------------------------------------------------------
+
+    def _batches(self, record: Record) -> list[DoneBatch]:
+        """Return the batches of a checkpoint; ImgcoreError if it is not sound."""
+        batches, at = [], 0
+        for row in record.head["batches"]:
+            start, end, next_offset, n_blocks, placements_nbytes, leaves_nbytes = map(int, row)
+            middle = at + placements_nbytes
+            last = middle + leaves_nbytes
+            blobs = record.blob[at:middle], record.blob[middle:last]
+            batches.append(DoneBatch(start, end, next_offset, n_blocks, *blobs))
+            at = last
+        if not batches or at != len(record.blob):
+            raise ImgcoreError(
+                "the journal is damaged: a checkpoint contradicts itself",
+                path=self._checkpoints.path,
+            )
+        return batches
+
+    def _leaves(self, done: DoneBatch) -> memoryview:
+        """Return the leaves of a batch, 32 bytes each."""
+        n_leaves = -(-(done.end - done.start) // CHECKSUM_BLOCK_NBYTES)
+        stored = np.frombuffer(zlib.decompress(done.leaves), np.uint8)
+        rows = np.zeros((n_leaves, CHECKSUM_NBYTES), np.uint8)
+        rows[:, : self._leaf_nbytes] = stored.reshape(n_leaves, self._leaf_nbytes)
+        return rows.reshape(-1).data
+
+    def replay(self, writer: Writer, file: TargetFile, stream: LeafStream) -> int:
+        """Give the batches of earlier runs to a writer and to a digest.
+
+        Returns
+        -------
+        int
+            The target's first free byte.
+        """
+        next_offset, block_nbytes = writer.first_offset, writer.geometry.block_nbytes
+        for record in self._checkpoints.saved():
+            for done in self._batches(record):
+                stream.add(done.start, done.end, self._leaves(done))
+                if done.n_blocks:
+                    placements = unpack_placements(done.placements, done.n_blocks)
+                    file.note_end(done.next_offset)
+                    first_block = done.start // block_nbytes
+                    next_offset = writer.place(first_block, placements, done.next_offset)
+        return next_offset
+
+    def verify(
+        self, file: TargetFile, geometry: Geometry, base: Image | None, threads: int
+    ) -> None:
+        """Read what the earlier runs have written, and compare digests.
+
+        Raises
+        ------
+        TargetError
+            The target does not hold it any more.
+        """
+        blocks = 0 if geometry.placing is Placing.IDENTITY else geometry.block_nbytes
+        sources = [(file.core, file.nbytes, 0, blocks)]
+        sources += native_sources(base.sources) if base is not None else []
+        with ExitStack() as stack:
+            paths = [file.path, *(source.file.path for source in (base.sources if base else ()))]
+            stack.enter_context(translated_errors(paths))
+            job = Job(sources=sources, threads=threads, checksum=self._algorithm)
+            stack.callback(job.close)
+            for record in self._checkpoints.to_verify():
+                for done in self._batches(record):
+                    self._verify_batch(job, done, _written_rows(done, geometry, base), file.path)
+
+    def _verify_batch(self, job: Job, done: DoneBatch, rows: Extents, path: str) -> None:
+        expected = self._leaves(done)
+        found = memoryview(bytearray(len(expected)))
+        try:
+            job.run(done.start, done.end, rows, leaves=found)
+        except CoreError as error:
+            if error.status is Status.IO:
+                raise
+            raise self._other_content(done, path) from error
+        if found != expected:
+            raise self._other_content(done, path)
+
+    def _other_content(self, done: DoneBatch, path: str) -> TargetError:
+        return TargetError(
+            f"what was written of it before the break has changed, between {done.start:#x} and "
+            f"{done.end:#x} of the disk: start again (imgcore jobs --remove)",
+            path=path,
+        )
+
+    def remaining(self, batches: Iterator[Batch], geometry: Geometry) -> Iterator[Batch]:
+        """Yield what the earlier runs have not done, in pieces of bounded data."""
+        for batch in batches:
+            if batch.end > self.position:
+                left = _without_front(batch, self.position)
+                yield from _pieces(left, geometry)
+
+
+def _without_front(batch: Batch, position: int) -> Batch:
+    if position <= batch.start:
+        return batch
+    return _part(batch, np.asarray(batch.rows), position, batch.end)
+
+
+def _pieces(batch: Batch, geometry: Geometry) -> Iterator[Batch]:
+    """Yield a batch in pieces that end with whole units, each of bounded data."""
+    rows = np.asarray(batch.rows)
+    counted = rows["length"].astype(np.int64)
+    if geometry.zero_policy is not ZeroPolicy.STORE:
+        counted = np.where(rows["kind"] >= Kind.DATA, counted, 0)
+    ends = counted.cumsum()
+    unit, start = geometry.unit_nbytes, batch.start
+    for wanted in range(_MAX_DATA_NBYTES, int(ends[-1]), _MAX_DATA_NBYTES):
+        row = int(np.searchsorted(ends, wanted))
+        before = int(ends[row] - counted[row])
+        cut = int(rows["guest_offset"][row]) + wanted - before
+        cut += -cut % unit
+        if start < cut < batch.end:
+            yield _part(batch, rows, start, cut)
+            start = cut
+    yield _part(batch, rows, start, batch.end)
+
+
+def _part(batch: Batch, rows: Any, start: int, end: int) -> Batch:
+    if (start, end) == (batch.start, batch.end):
+        return batch
+    base = batch.base
+    if base is not None:
+        base = np.ascontiguousarray(clip(base, start, end))
+    own = np.ascontiguousarray(clip(rows.astype(EXTENT_DTYPE, copy=False), start, end))
+    return batch._replace(start=start, end=end, rows=own, base=base)
+
+
+def _written_rows(done: DoneBatch, geometry: Geometry, base: Image | None) -> Extents:
+    """Return where the target has the data of a batch."""
+    start, end = done.start, done.end
+    if geometry.placing is Placing.IDENTITY:
+        place = geometry.host_base + start - geometry.guest_base
+        return _rows([(start, end - start, place, end - start, 0, Kind.DATA, 0)])
+    placements = unpack_placements(done.placements, done.n_blocks)
+    block = np.uint64(geometry.block_nbytes)
+    rows = np.zeros(done.n_blocks, EXTENT_DTYPE)
+    rows["guest_offset"] = np.uint64(start) + np.arange(done.n_blocks, dtype=np.uint64) * block
+    rows["length"] = np.minimum(block, np.uint64(end) - rows["guest_offset"])
+    rows["host_offset"] = placements["host_offset"]
+    state = placements["state"]
+    rows["kind"] = Kind.ZERO
+    if base is not None:
+        rows["kind"][state == BlockState.ABSENT] = Kind.HOLE
+    stored, compressed = state == BlockState.STORED, state == BlockState.COMPRESSED
+    rows["kind"][stored] = Kind.DATA
+    rows["host_length"][stored] = rows["length"][stored]
+    if compressed.any():
+        rows["kind"][compressed] = Kind[geometry.codec.codec.name]
+    rows["host_length"][compressed] = placements["length"][compressed]
+    if geometry.prefix is Prefix.GRAIN_MARKER:
+        rows["flags"][compressed] = FLAG_GRAIN_MARKER
+    joined = join_neighbours(rows)
+    return joined if base is None else _over_base(joined, base, start, end)
+
+
+def _over_base(rows: Extents, base: Image, start: int, end: int) -> Extents:
+    """Return rows whose holes are filled from the parent, the files of which follow."""
+    until = max(start, min(base.virtual_size, end))
+    batches: Sequence[Extents] = []
+    if start < until:
+        batches = list(base.data_extents(start, until - start))
+    lower = np.concatenate(list(padded(iter(batches), until, end))).copy()
+    lower["file"][lower["kind"] >= Kind.DATA] += np.uint32(1)
+    upper_depths, lower_depths = (np.zeros(len(part), np.uint16) for part in (rows, lower))
+    merged, _ = merge(rows, upper_depths, lower, lower_depths)
+    return merged
+
+
+def _rows(rows: Sequence[tuple[int, ...]]) -> Extents:
+    return np.array(rows, EXTENT_DTYPE)

@@ -1,0 +1,127 @@
+"""Checkpoints: what of a target is durable, written down beside it while a job runs."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from imgcore.limits import MIB
+from imgcore.streams.helpers import Helpers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from concurrent.futures import Future
+    from typing import Self
+
+    from imgcore.files.record_file import Record
+    from imgcore.files.resume_journal import ResumeJournal
+    from imgcore.files.target import Target
+
+# A checkpoint is due after so many bytes of data, or so much time.
+_DUE_NBYTES: Final = 512 * MIB
+_DUE_SECONDS: Final = 1.0
+
+
+class Checkpoints:
+    """Writes the checkpoints of a job; a context manager.
+
+    A thread makes the target durable and adds to the journal, while the job goes on.
+    Leaving the ``with`` block waits for it.
+
+    Parameters
+    ----------
+    journal : ResumeJournal
+        Open, and closed by the caller.
+    verifies_all : bool
+        Whether a job that goes on verifies all of the target, or the last checkpoint.
+
+    Attributes
+    ----------
+    kept_nbytes : int
+        Bytes of the target that an earlier run has left; 0 without one.
+    """
+
+    def __init__(self, journal: ResumeJournal, *, verifies_all: bool) -> None:
+        self._journal = journal
+        self._verifies_all = verifies_all
+        self._helpers = Helpers(1, "imgcore-checkpoint")
+        self._running: Future[None] | None = None
+        self._saved_at = time.monotonic()
+        self.kept_nbytes: int = journal.kept_nbytes
+
+    @property
+    def path(self) -> str:
+        """The journal's path."""
+        return self._journal.path
+
+    @property
+    def seed(self) -> bytes:
+        """What random identities are drawn from."""
+        return bytes.fromhex(self._journal.begin_head["seed"])
+
+    @property
+    def resumes(self) -> bool:
+        """Whether an earlier run has left a checkpoint."""
+        return self._journal.n_checkpoints > 0
+
+    def saved(self) -> Iterator[Record]:
+        """Yield the checkpoints in order."""
+        return self._journal.checkpoints()
+
+    def to_verify(self) -> Iterator[Record]:
+        """Yield the checkpoints that a job which goes on verifies."""
+        n_checkpoints = self._journal.n_checkpoints
+        return self._journal.checkpoints(0 if self._verifies_all else max(n_checkpoints - 1, 0))
+
+    def is_due(self, nbytes: int) -> bool:
+        """Tell whether to save a checkpoint.
+
+        Parameters
+        ----------
+        nbytes : int
+            Bytes of data since the last one.
+        """
+        if self._running is not None:
+            if not self._running.done():
+                return False
+            self._end()
+        return nbytes >= _DUE_NBYTES or time.monotonic() - self._saved_at >= _DUE_SECONDS
+
+    def save(
+        self, target: Target, kept_nbytes: int, head: Mapping[str, Any], blobs: Sequence[bytes]
+    ) -> None:
+        """Begin to save a checkpoint, once the one before is saved.
+
+        Parameters
+        ----------
+        target : Target
+            What is written of it so far becomes durable first.
+        kept_nbytes : int
+            Bytes of its file with data that are complete.
+        head, blobs
+            The content of the record.
+        """
+        self._end()
+
+        def write() -> None:
+            target.datasync()
+            self._journal.add(kept_nbytes, head, blobs)
+
+        self._running = self._helpers.submit(write)
+        self._saved_at = time.monotonic()
+
+    def _end(self) -> None:
+        """Wait for the checkpoint that is being saved; raise its error."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def finish(self) -> None:
+        """Wait for the last checkpoint; raises OSError if it could not be saved."""
+        self._end()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._helpers.close()

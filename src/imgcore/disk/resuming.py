@@ -1,0 +1,191 @@
+"""Finds or begins the journal of a conversion that can go on after a break."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING, Any, Final
+
+from imgcore._version import __version__
+from imgcore.errors import OptionError
+from imgcore.files.fingerprint import fingerprint
+from imgcore.files.resume_journal import SUFFIX, ResumeJournal
+from imgcore.files.temporary_names import partial_name
+from imgcore.formats.shared.identities import SEED_NBYTES
+from imgcore.log import log
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from imgcore.disk.open_options import OpenOptions
+    from imgcore.disk.sink_options import SinkOptions
+    from imgcore.files.byte_source import ByteSource
+
+# Names of the facts of a source, for messages.
+_FACTS: Final = {
+    "size": "size",
+    "mtime_ns": "time of modification",
+    "inode": "inode",
+    "headers": "content of its headers",
+}
+
+
+def refuse_resuming(options: SinkOptions, *, sync: bool, journal: str | None, target: str) -> None:
+    """Raise OptionError for options that rule out going on after a break."""
+    if options.in_order:
+        raise OptionError("a stream cannot be written again after a break (--resume)")
+    if not sync:
+        raise OptionError("--resume keeps what is on stable storage: it contradicts --no-sync")
+    if options.salvage:
+        raise OptionError("salvaged data cannot be kept after a break (--resume)")
+    if options.reflink.is_required:
+        options.reflink.refuse("its blocks cannot be verified after a break (--resume)")
+    if options.in_place and journal is None and not os.path.isfile(target):
+        raise OptionError(
+            "a journal cannot be beside a block device: state a file with --journal", path=target
+        )
+
+
+def open_journal(
+    target: str,
+    journal: str | None,
+    options: SinkOptions,
+    opening: OpenOptions,
+    sources: Sequence[ByteSource],
+    virtual_size: int,
+) -> ResumeJournal:
+    """Return the journal of an earlier run of the same conversion, or a new one.
+
+    Parameters
+    ----------
+    target : str
+        Its name.
+    journal : str or None
+        The journal's name; by default it is beside the target.
+    options, opening
+        Those for writing and for reading.
+    sources : sequence of ByteSource
+        Every file that is read.
+    virtual_size : int
+        Bytes of the target's disk.
+
+    Raises
+    ------
+    OptionError
+        The earlier run had other sources or options.
+    ImgcoreError, OSError
+        The journal cannot be used.
+    """
+    path = target + SUFFIX if journal is None else journal
+    facts = {
+        "imgcore": __version__,
+        "target": os.path.basename(target),
+        "options": _options(options, opening) | {"disk": str(virtual_size)},
+        "sources": [fingerprint(file) for file in sources],
+    }
+    if options.in_place:
+        status = os.stat(target)
+        facts["in_place"] = {"inode": status.st_ino}
+    found = ResumeJournal.open(path)
+    if found is not None:
+        try:
+            _refuse_differences(found, facts)
+            _take_back(found, os.path.dirname(target))
+            if options.in_place or os.path.lexists(_partial(target)):
+                return found
+            log.warning("%s: its target is gone: the conversion begins anew", path)
+            found.remove()
+        except BaseException:
+            found.close()
+            raise
+        found.close()
+    return ResumeJournal.create(
+        path, {**facts, "seed": _new_seed().hex(), "path": os.path.abspath(target)}
+    )
+
+
+def _new_seed() -> bytes:
+    return os.urandom(SEED_NBYTES)
+
+
+def _take_back(journal: ResumeJournal, folder: str) -> None:
+    """Take the final names from files that an earlier run has completed.
+
+    It ended before the job did.  Others keep their names: they are not those files.
+    """
+    for name, inode in journal.names.items():
+        path, partial = os.path.join(folder, name), os.path.join(folder, partial_name(name))
+        with contextlib.suppress(FileNotFoundError):
+            if os.lstat(path).st_ino == inode and not os.path.lexists(partial):
+                os.rename(path, partial)
+
+
+def _partial(target: str) -> str:
+    folder, name = os.path.split(target)
+    return os.path.join(folder, partial_name(name))
+
+
+def _options(options: SinkOptions, opening: OpenOptions) -> dict[str, str]:
+    """Return everything that the bytes of the target depend on, as texts."""
+    backing = options.backing
+    texts = {
+        "-O": options.format,
+        "-c": options.compress,
+        "-B": None if backing is None else f"{backing.name} ({backing.format})",
+        "-S": options.sparse_nbytes,
+        "-n": options.in_place,
+        "--target-is-zero": options.target_is_zero,
+        "--trust-blocks": options.trust_blocks,
+        "--profile": None if options.profile is None else options.profile.name,
+        "--checksum": options.checksum,
+        "-f": opening.format,
+        "--read-options": _read_options(opening),
+    }
+    texts |= {f"-o {name}": value for name, value in options.options.as_dict().items()}
+    return {name: str(value) for name, value in texts.items()}
+
+
+def _read_options(opening: OpenOptions) -> str:
+    given = opening.read_options or ()
+    pairs = given.items() if hasattr(given, "items") else ()
+    return ",".join([f"{name}={value}" for name, value in pairs] or map(str, given))
+
+
+def _refuse_differences(journal: ResumeJournal, facts: Mapping[str, Any]) -> None:
+    """Raise OptionError if a journal is of another conversion."""
+    old = journal.begin_head
+    try:
+        differences = _differences(old, facts)
+        bytes.fromhex(old["seed"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise journal.damaged("its first record is not as imgcore writes it") from None
+    if differences:
+        raise OptionError(
+            f"is the journal of another conversion: {'; '.join(differences)}: repeat that one, or "
+            "give it up (imgcore jobs --remove)",
+            path=journal.path,
+        )
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return what is different now, each difference in words."""
+    texts = []
+    if old["imgcore"] != new["imgcore"]:
+        texts.append(f"imgcore {old['imgcore']} began it, this is {new['imgcore']}")
+    if old["target"] != new["target"]:
+        texts.append(f"its target is {old['target']}, not {new['target']}")
+    if old.get("in_place") != new.get("in_place"):
+        texts.append("its target is another file")
+    was, now = old["options"], new["options"]
+    texts += [
+        f"{name} was {was.get(name, 'unknown')}, not {now.get(name, 'unknown')}"
+        for name in sorted(was.keys() | now.keys())
+        if was.get(name) != now.get(name)
+    ]
+    if len(old["sources"]) != len(new["sources"]):
+        texts.append(f"it had {len(old['sources'])} source files, not {len(new['sources'])}")
+    for before, after in zip(old["sources"], new["sources"], strict=False):
+        changed = [text for key, text in _FACTS.items() if before.get(key) != after.get(key)]
+        if changed:
+            texts.append(f"{after['name']} has changed ({', '.join(changed)})")
+    return texts

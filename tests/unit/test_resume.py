@@ -1,0 +1,359 @@
+"""Conversions that go on after a break: what is kept, refused and listed.
+
+tests/faults/test_resume.py breaks them at every kind of moment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pytest
+from tests.helpers import images
+from tests.helpers.command import imgcore as run_cli
+
+import imgcore
+from imgcore.disk import batch_journal, checkpoints
+from imgcore.files.locks import Lock, lock
+from imgcore.streams.helpers import Helpers
+
+KIB, MIB = images.KIB, images.MIB
+DISK = images.RawImage(
+    "resumed",
+    6 * MIB,
+    lambda: [(0, images.text(2 * MIB)), (3 * MIB, images.noise(2 * MIB)), (6 * MIB - 512, b"end")],
+)
+
+
+class OnlyRead:
+    """A stream: an object with ``read`` and nothing else."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def read(self, nbytes: int) -> bytes:
+        return self._file.read(nbytes)
+
+
+class Interrupted(Exception):
+    """Raised by the callback of a test."""
+
+
+@pytest.fixture(autouse=True)
+def frequent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a checkpoint at the end of each batch, which has little data."""
+    monkeypatch.setattr(batch_journal, "_MAX_DATA_NBYTES", 256 * KIB)
+    monkeypatch.setattr(checkpoints, "_DUE_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoints, "Helpers", lambda _, name: Helpers(0, name))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "source.raw"
+    DISK.write(path)
+    return path
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    return folder / "disk.qcow2"
+
+
+def interrupt_at(nbytes: int) -> Callable[[imgcore.Progress], None]:
+    def report(progress: imgcore.Progress) -> None:
+        if progress.done >= nbytes:
+            raise Interrupted
+
+    return report
+
+
+def start(source: Path, target: Path, **more: Any) -> None:
+    """Convert most of the disk, and fail then."""
+    with pytest.raises(Interrupted):
+        imgcore.convert(source, target, resume=True, progress=interrupt_at(4 * MIB), **more)
+
+
+def journal_of(target: Path) -> Path:
+    return target.with_name(f"{target.name}.imgcore-resume")
+
+
+def partial_of(target: Path) -> Path:
+    return target.with_name(f".{target.name}.imgcore-partial")
+
+
+def names(target: Path) -> list[str]:
+    return sorted(entry.name for entry in target.parent.iterdir())
+
+
+class TestGoesOn:
+    def test_what_is_done_is_kept(self, source: Path, target: Path) -> None:
+        start(source, target)
+        assert names(target) == [partial_of(target).name, journal_of(target).name]
+        reported: list[int] = []
+        result = imgcore.convert(
+            source, target, resume=True, progress=lambda progress: reported.append(progress.done)
+        )
+        assert min(reported) > MIB
+        assert names(target) == [target.name]
+        assert imgcore.compare(source, target).identical
+        whole = imgcore.convert(source, target.with_name("whole.qcow2"))
+        assert result.bytes_data == whole.bytes_data
+        assert target.read_bytes() == target.with_name("whole.qcow2").read_bytes()
+
+    def test_nothing_is_kept_before_the_first_checkpoint(self, source: Path, target: Path) -> None:
+        with pytest.raises(Interrupted):
+            imgcore.convert(source, target, resume=True, progress=interrupt_at(0))
+        assert names(target) == []
+
+    def test_without_it_nothing_is_kept(self, source: Path, target: Path) -> None:
+        with pytest.raises(Interrupted):
+            imgcore.convert(source, target, progress=interrupt_at(4 * MIB))
+        assert names(target) == []
+
+    @pytest.mark.parametrize("options", [(), ("subformat=monolithicFlat",)])
+    def test_the_digest_is_of_all_runs(
+        self, source: Path, target: Path, options: tuple[str, ...]
+    ) -> None:
+        more: dict[str, Any] = {"target_format": "vmdk", "options": options, "checksum": "sha256"}
+        target = target.with_suffix(".vmdk")
+        start(source, target, **more)
+        result = imgcore.convert(source, target, resume="verify", verify=True, **more)
+        assert result.checksum == imgcore.checksum(source)
+
+    def test_other_threads(self, source: Path, target: Path) -> None:
+        start(source, target, threads=1)
+        imgcore.convert(source, target, resume=True, threads=3)
+        assert imgcore.compare(source, target).identical
+
+    def test_a_parent(self, source: Path, target: Path) -> None:
+        base = target.with_name("base.qcow2")
+        older = source.with_name("older.raw")
+        content = bytearray(source.read_bytes())
+        content[MIB : MIB + 70000] = bytes(70000)
+        older.write_bytes(content)
+        imgcore.convert(older, base)
+        more = {"backing": base.name, "backing_format": "qcow2"}
+        start(source, target, **more)
+        imgcore.convert(source, target, resume="verify", **more)
+        assert imgcore.compare(source, target).identical
+        assert target.stat().st_size < 2 * MIB
+
+    def test_in_place(self, source: Path, target: Path) -> None:
+        target = target.with_suffix(".raw")
+        target.write_bytes(images.noise(8 * MIB))
+        start(source, target, in_place=True)
+        assert names(target) == [target.name, journal_of(target).name]
+        imgcore.convert(source, target, resume="verify", in_place=True)
+        assert target.read_bytes()[: 6 * MIB] == source.read_bytes()
+        assert names(target) == [target.name]
+
+    def test_an_image_in_place(self, source: Path, target: Path) -> None:
+        target.write_bytes(images.noise(8 * MIB))
+        start(source, target, in_place=True)
+        imgcore.convert(source, target, resume=True, in_place=True)
+        imgcore.convert(source, target.with_name("whole.qcow2"))
+        assert target.read_bytes() == target.with_name("whole.qcow2").read_bytes()
+
+    def test_a_journal_elsewhere(self, source: Path, target: Path, tmp_path: Path) -> None:
+        journal = tmp_path / "journal"
+        start(source, target, journal=journal)
+        assert names(target) == [partial_of(target).name]
+        imgcore.convert(source, target, resume=True, journal=journal)
+        assert not journal.exists()
+        assert imgcore.compare(source, target).identical
+
+    @pytest.mark.parametrize("mode", ["falloc", "full"])
+    def test_preallocated(self, source: Path, target: Path, mode: str) -> None:
+        target = target.with_suffix(".raw")
+        more: dict[str, Any] = {"options": {"preallocation": mode}}
+        start(source, target, **more)
+        imgcore.convert(source, target, resume=True, **more)
+        assert target.read_bytes() == source.read_bytes()
+        assert target.stat().st_blocks * 512 >= 6 * MIB
+
+    def test_a_target_that_is_gone_begins_anew(self, source: Path, target: Path) -> None:
+        start(source, target)
+        partial_of(target).unlink()
+        imgcore.convert(source, target, resume=True)
+        assert imgcore.compare(source, target).identical
+
+
+class TestRefused:
+    def test_a_source_that_has_changed(self, source: Path, target: Path) -> None:
+        start(source, target)
+        status, content = source.stat(), bytearray(source.read_bytes())
+        os.utime(source, ns=(0, 0))
+        self.refused(source, target, r"source\.raw has changed \(time of modification\)")
+        content[100] ^= 1
+        source.write_bytes(content)
+        os.utime(source, ns=(status.st_atime_ns, status.st_mtime_ns))
+        self.refused(source, target, r"source\.raw has changed \(content of its headers\)")
+        source.write_bytes(content + bytes(512))
+        self.refused(source, target, r"has changed \(size, time")
+
+    def test_another_file(self, source: Path, target: Path) -> None:
+        start(source, target)
+        content, status = source.read_bytes(), source.stat()
+        other = source.with_name("other.raw")
+        other.write_bytes(content)
+        os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
+        self.refused(other, target, r"other\.raw has changed \(inode\)")
+
+    def test_other_options(self, source: Path, target: Path) -> None:
+        start(source, target)
+        self.refused(source, target, "-c was False, not True", compress=True)
+        self.refused(source, target, "cluster_size was 65536, not", options={"cluster_size": "1M"})
+        self.refused(source, target, "-S was 4096, not 512", sparse=512)
+        self.refused(source, target, "--checksum was None, not sha256", checksum="sha256")
+
+    def test_a_target_that_has_changed(self, source: Path, target: Path) -> None:
+        start(source, target)
+        with partial_of(target).open("r+b") as file:
+            file.seek(imgcore.jobs(target.parent)[0].kept_nbytes - 64 * KIB)
+            file.write(b"not this")
+        with pytest.raises(imgcore.TargetError, match="has changed, between 0x"):
+            imgcore.convert(source, target, resume=True)
+
+    def test_an_old_change_is_found_by_verify(self, source: Path, target: Path) -> None:
+        target = target.with_suffix(".raw")
+        start(source, target)
+        with partial_of(target).open("r+b") as file:
+            file.write(b"not this")
+        with pytest.raises(imgcore.TargetError, match="has changed, between 0x0 and"):
+            imgcore.convert(source, target, resume="verify")
+
+    def test_two_runs(self, source: Path, target: Path) -> None:
+        start(source, target)
+        fd = os.open(journal_of(target), os.O_RDWR)
+        assert lock(fd) is Lock.TAKEN
+        with pytest.raises(imgcore.TargetError, match="another run of this conversion"):
+            imgcore.convert(source, target, resume=True)
+        assert [job.is_running for job in imgcore.jobs(target.parent)] == [True]
+        assert imgcore.jobs(target.parent, remove=True) == []
+        os.close(fd)
+        imgcore.convert(source, target, resume=True)
+
+    def test_another_version(self, source: Path, target: Path) -> None:
+        start(source, target)
+        content = journal_of(target).read_bytes()
+        journal_of(target).write_bytes(content.replace(b"resume 1\n", b"resume 2\n", 1))
+        with pytest.raises(imgcore.UnsupportedFeatureError, match="another version"):
+            imgcore.convert(source, target, resume=True)
+
+    @pytest.mark.parametrize(
+        ("more", "words"),
+        [
+            ({"sync": False}, "--no-sync"),
+            ({"salvage": True}, "salvaged"),
+            ({"reflink": "always"}, "--reflink=always"),
+            ({"options": "tables=front"}, "tables in front begins anew"),
+            ({"target_format": "raw", "target": "disk.raw.zst"}, "begins anew"),
+        ],
+    )
+    def test_what_cannot_go_on(
+        self, source: Path, target: Path, more: dict[str, Any], words: str
+    ) -> None:
+        words_of = {**more}
+        path = target.with_name(words_of.pop("target", target.name))
+        with pytest.raises(imgcore.OptionError, match=words):
+            imgcore.convert(source, path, resume=True, **words_of)
+        assert names(target) == []
+
+    def test_a_child_by_sectors(self, source: Path, target: Path) -> None:
+        base, child = target.with_name("base.vhd"), target.with_name("child.vhd")
+        imgcore.convert(source, base)
+        with pytest.raises(imgcore.OptionError, match="begins anew after a break"):
+            imgcore.convert(source, child, backing=base.name, backing_format="vhd", resume=True)
+        assert names(target) == ["base.vhd"]
+
+    def test_a_block_device_needs_a_journal(self, source: Path) -> None:
+        with pytest.raises(imgcore.OptionError, match="state a file with --journal"):
+            imgcore.convert(source, "/dev/null", resume=True, in_place=True, target_format="raw")
+
+    def test_a_stream(self, source: Path, target: Path) -> None:
+        with (
+            source.open("rb") as stream,
+            pytest.raises(imgcore.UnsupportedFeatureError, match="save it to a file first"),
+        ):
+            imgcore.convert(OnlyRead(stream), target, format="raw", resume=True)
+        assert names(target) == []
+        imgcore.convert(source, target, resume=True)
+
+    def test_a_journal_without_resume(self, source: Path, target: Path) -> None:
+        with pytest.raises(imgcore.OptionError, match="--journal is about --resume"):
+            imgcore.convert(source, target, journal="j")
+
+    def refused(self, source: Path, target: Path, words: str, **more: Any) -> None:
+        before = partial_of(target).read_bytes()
+        with pytest.raises(imgcore.OptionError, match=words):
+            imgcore.convert(source, target, resume=True, **more)
+        assert partial_of(target).read_bytes() == before
+
+
+def test_damaged_journals(source: Path, target: Path) -> None:
+    """Each flipped byte is an error of one line, or an earlier checkpoint goes on."""
+    start(source, target)
+    journal, partial = journal_of(target).read_bytes(), partial_of(target).read_bytes()
+    whole = target.with_name("whole.qcow2")
+    imgcore.convert(source, whole)
+    outcomes = {"refused": 0, "went on": 0}
+    for offset in (*range(0, 40, 5), *range(40, len(journal), max(len(journal) // 25, 1))):
+        damaged = bytearray(journal)
+        damaged[offset] ^= 0x40
+        journal_of(target).write_bytes(damaged)
+        partial_of(target).write_bytes(partial)
+        try:
+            imgcore.convert(source, target, resume=True)
+        except imgcore.ImgcoreError as error:
+            assert "\n" not in str(error)
+            outcomes["refused"] += 1
+            assert not target.exists()
+        else:
+            outcomes["went on"] += 1
+            assert target.read_bytes() == whole.read_bytes()
+            target.unlink()
+    assert outcomes["refused"] > 5
+    assert outcomes["went on"] > 5
+
+
+class TestJobs:
+    def test_listed_and_removed(self, source: Path, target: Path) -> None:
+        assert imgcore.jobs(target.parent) == []
+        start(source, target)
+        (job,) = imgcore.jobs(target.parent)
+        assert job.target == str(target)
+        assert job.journal == str(journal_of(target))
+        assert job.sources == (str(source),)
+        assert job.kept_nbytes > MIB
+        assert imgcore.jobs(job.journal) == [job]
+        assert imgcore.jobs(target.parent, remove=True) == [job]
+        assert names(target) == []
+
+    def test_all_files_are_removed(self, source: Path, target: Path) -> None:
+        flat = target.with_suffix(".vmdk")
+        start(source, flat, options={"subformat": "monolithicFlat"})
+        assert len(names(flat)) == 3
+        imgcore.jobs(flat.parent, remove=True)
+        assert names(flat) == []
+
+    def test_a_damaged_journal_is_a_warning(self, source: Path, target: Path) -> None:
+        start(source, target)
+        journal_of(target).write_bytes(b"something else")
+        result = run_cli("jobs", str(target.parent))
+        assert result.returncode == 0
+        assert result.stdout == ""
+        assert "the journal is damaged" in result.stderr
+
+    def test_by_the_command(self, source: Path, target: Path) -> None:
+        start(source, target)
+        folder = str(target.parent)
+        assert run_cli("jobs", folder).stdout.startswith(f"{target}: ")
+        (row,) = json.loads(run_cli("jobs", "--json", folder).stdout)
+        assert row["target"] == str(target)
+        assert run_cli("jobs", "--remove", folder).stdout == f"{target}: given up\n"
+        assert names(target) == []
