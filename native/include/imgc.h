@@ -428,6 +428,25 @@ int imgc_file_take_written(struct imgc_file *file);
  */
 void imgc_file_refuse_writes(struct imgc_file *file);
 
+/*
+ * From now on, what is read from the file or written to it is dropped from the page
+ * cache, but for pages that are there now.  Called before any other thread uses the
+ * file.  Files of other kinds than imgc_file_open_fd() have no page cache: IMGC_OK.
+ *
+ * Written data is on the medium before it is dropped.  If that fails, a later write is
+ * IMGC_IO; the caller asks once more before it syncs, by imgc_file_note_written() with
+ * a length of 0.
+ */
+int imgc_file_drop_behind(struct imgc_file *file, struct imgc_error *err);
+
+/* The job ends: drops what is left of the file, while its descriptor is still open. */
+void imgc_file_drop_rest(struct imgc_file *file);
+
+/* The caller has read from the file, or written to it, by its descriptor. */
+void imgc_file_note_read(struct imgc_file *file, uint64_t offset, uint64_t length);
+int imgc_file_note_written(struct imgc_file *file, uint64_t offset, uint64_t length,
+			   struct imgc_error *err);
+
 /* Makes [offset, offset + length) read as zeros, by the cheapest way that works. */
 int imgc_file_zero(struct imgc_file *file, uint64_t offset, uint64_t length,
 		   struct imgc_error *err);

@@ -13,6 +13,7 @@
 
 #include "common/checked.h"
 #include "common/error.h"
+#include "io/drop.h"
 #include "io/fd.h"
 #include "io/uring.h"
 
@@ -32,7 +33,8 @@ struct fd_file {
 	uint64_t device_nbytes; /* of a block device, */
 	uint64_t sector_nbytes; /* and of its logical sectors */
 	_Atomic int zero_method;
-	_Atomic bool always_waits; /* the file system refuses RWF_NOWAIT */
+	_Atomic bool always_waits;    /* the file system refuses RWF_NOWAIT */
+	struct imgc_dropper *dropper; /* NULL: the page cache keeps everything */
 };
 
 static const uint8_t zero_page[4096];
@@ -60,11 +62,9 @@ static int file_nbytes(const struct fd_file *file, uint64_t *nbytes, struct imgc
 	return IMGC_OK;
 }
 
-static int file_read(struct imgc_file *base, struct imgc_io_context *ctx,
-		     const struct imgc_io_request *requests, size_t n, struct imgc_error *err)
+static int read_requests(struct fd_file *file, struct imgc_io_context *ctx,
+			 const struct imgc_io_request *requests, size_t n, struct imgc_error *err)
 {
-	struct fd_file *file = (struct fd_file *)base;
-
 #ifdef IMGC_HAVE_URING
 	/* A single read gains nothing from a ring. */
 	if (ctx && n > 1)
@@ -72,6 +72,17 @@ static int file_read(struct imgc_file *base, struct imgc_io_context *ctx,
 #endif
 	(void)ctx;
 	return imgc_fd_read(file->fd, requests, n, err);
+}
+
+static int file_read(struct imgc_file *base, struct imgc_io_context *ctx,
+		     const struct imgc_io_request *requests, size_t n, struct imgc_error *err)
+{
+	struct fd_file *file = (struct fd_file *)base;
+	int status = read_requests(file, ctx, requests, n, err);
+
+	for (size_t i = 0; file->dropper && i < n; i++)
+		imgc_dropper_add_read(file->dropper, requests[i].offset, requests[i].length);
+	return status;
 }
 
 static bool is_refusal(int os_errno)
@@ -113,8 +124,14 @@ static int file_write(struct imgc_file *base, const struct iovec *iov, int n_iov
 		      struct imgc_error *err)
 {
 	struct fd_file *file = (struct fd_file *)base;
+	uint64_t nbytes = 0;
+	int status = imgc_fd_write(file->fd, iov, n_iov, offset, err);
 
-	return imgc_fd_write(file->fd, iov, n_iov, offset, err);
+	if (status || !file->dropper)
+		return status;
+	for (int i = 0; i < n_iov; i++)
+		nbytes += iov[i].iov_len;
+	return imgc_dropper_add_written(file->dropper, offset, nbytes, err);
 }
 
 static int write_zeros(struct fd_file *file, uint64_t offset, uint64_t length,
@@ -336,6 +353,7 @@ static uint64_t block_nbytes(const struct stat *st)
 
 static void file_close(struct imgc_file *base)
 {
+	imgc_dropper_destroy(((struct fd_file *)base)->dropper);
 	free(base);
 }
 
@@ -380,4 +398,42 @@ int imgc_file_open_fd(int fd, struct imgc_file **out, struct imgc_error *err)
 	atomic_init(&file->always_waits, false);
 	*out = &file->base;
 	return IMGC_OK;
+}
+
+int imgc_file_drop_behind(struct imgc_file *base, struct imgc_error *err)
+{
+	struct fd_file *file = (struct fd_file *)base;
+	uint64_t nbytes = 0;
+
+	if (base->ops != &fd_file_ops || file->dropper)
+		return IMGC_OK;
+	int status = file_nbytes(file, &nbytes, err);
+
+	return status ? status : imgc_dropper_create(file->fd, nbytes, &file->dropper, err);
+}
+
+void imgc_file_note_read(struct imgc_file *base, uint64_t offset, uint64_t length)
+{
+	struct fd_file *file = (struct fd_file *)base;
+
+	if (base->ops == &fd_file_ops && file->dropper)
+		imgc_dropper_add_read(file->dropper, offset, length);
+}
+
+void imgc_file_drop_rest(struct imgc_file *base)
+{
+	struct fd_file *file = (struct fd_file *)base;
+
+	if (base->ops == &fd_file_ops && file->dropper)
+		imgc_dropper_drop_rest(file->dropper);
+}
+
+int imgc_file_note_written(struct imgc_file *base, uint64_t offset, uint64_t length,
+			   struct imgc_error *err)
+{
+	struct fd_file *file = (struct fd_file *)base;
+
+	if (base->ops != &fd_file_ops || !file->dropper)
+		return IMGC_OK;
+	return imgc_dropper_add_written(file->dropper, offset, length, err);
 }

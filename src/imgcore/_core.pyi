@@ -192,6 +192,14 @@ class File:
     def zero(self, offset: int, length: int) -> None: ...
     def write(self, offset: int, data: object, tick: Callable[[], object] | None = ...) -> None:
         """Write bytes; call ``tick`` about every 50 ms while no reader takes them."""
+    def drop_behind(self) -> None:
+        """From now on, drop from the page cache what is read or written."""
+    def drop_rest(self) -> None:
+        """Drop what is left of the file, at the end of the job."""
+    def note_read(self, offset: int, length: int) -> None:
+        """Note what the caller has read by the descriptor."""
+    def note_written(self, offset: int, length: int) -> None:
+        """Note what the caller has written by the descriptor; nothing before a sync."""
     def next_data(self, offset: int) -> tuple[int, int]:
         """Return (start, end) of the next data from ``offset`` on; equal if none."""
     def take_written(self) -> bool:

@@ -434,6 +434,34 @@ cdef class File:
                 tick()
         check(status, &err)
 
+    def drop_behind(self):
+        """From now on, drop from the page cache what is read or written."""
+        cdef n.imgc_file *handle = self.require()
+        cdef n.imgc_error err
+        cdef int status
+        with nogil:
+            status = n.imgc_file_drop_behind(handle, &err)
+        check(status, &err)
+
+    def drop_rest(self):
+        """Drop what is left of the file, at the end of the job."""
+        cdef n.imgc_file *handle = self.require()
+        with nogil:
+            n.imgc_file_drop_rest(handle)
+
+    def note_read(self, uint64_t offset, uint64_t length):
+        """Note what the caller has read by the descriptor."""
+        n.imgc_file_note_read(self.require(), offset, length)
+
+    def note_written(self, uint64_t offset, uint64_t length):
+        """Note what the caller has written by the descriptor; nothing before a sync."""
+        cdef n.imgc_file *handle = self.require()
+        cdef n.imgc_error err
+        cdef int status
+        with nogil:
+            status = n.imgc_file_note_written(handle, offset, length, &err)
+        check(status, &err)
+
     def next_data(self, uint64_t offset):
         """Return (start, end) of the next data from ``offset`` on; equal if none."""
         cdef n.imgc_file *handle = self.require()

@@ -155,6 +155,11 @@ cdef extern from "imgc.h" nogil:
     void imgc_file_close(imgc_file *file)
     int imgc_file_take_written(imgc_file *file)
     void imgc_file_refuse_writes(imgc_file *file)
+    int imgc_file_drop_behind(imgc_file *file, imgc_error *err)
+    void imgc_file_drop_rest(imgc_file *file)
+    void imgc_file_note_read(imgc_file *file, uint64_t offset, uint64_t length)
+    int imgc_file_note_written(imgc_file *file, uint64_t offset, uint64_t length,
+                               imgc_error *err)
     int imgc_file_zero(imgc_file *file, uint64_t offset, uint64_t length, imgc_error *err)
     int imgc_file_next_data(imgc_file *file, uint64_t offset, uint64_t *start, uint64_t *end,
                           imgc_error *err)

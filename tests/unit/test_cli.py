@@ -285,7 +285,7 @@ def test_convert_passes_every_flag_on(run: RunMain, fake: Fake) -> None:
     line += " --force --no-sync --allow /x --allow /y --source-backing-format qcow2"
     line += " --target-is-zero --parent p --read-options size=chs --profile azure --salvage"
     line += " --no-reflink --trust-blocks -r 50M -t none -T none -C --checksum --verify"
-    line += " --resume=verify --journal j src dst"
+    line += " --resume=verify --journal j --receipt r src dst"
     assert run(*line.split()) == Run(0, "", "")
     assert received.pop("args") == ("src", "dst")
     assert received == {
@@ -317,6 +317,10 @@ def test_convert_passes_every_flag_on(run: RunMain, fake: Fake) -> None:
         "resume": "verify",
         "journal": "j",
         "base": None,
+        "size": None,
+        "receipt": "r",
+        "source_cache": "keep",
+        "target_cache": "keep",
     }
     assert received["control"].rate == 50 << 20
 

@@ -46,6 +46,7 @@ convert: source target format target_format options compress backing backing_for
     source_backing_format parent read_options sparse threads force sync in_place share
     salvage reflink allow progress kernels profile rate control checksum verify resume journal
     receipt
+    source_cache target_cache
 create: path virtual_size format options backing backing_format force sync allow
 info: path format chain allow share backing_format parent read_options
 lint: path profile format read_options parent allow share
@@ -125,7 +126,7 @@ PROMISED = {
 def test_the_table_is_read() -> None:
     assert len(PROMISED) >= 35
     assert PROMISED["convert"][:2] == ["source", "target"]
-    assert PROMISED["convert"][-1] == "receipt"
+    assert PROMISED["convert"][-1] == "target_cache"
     assert PROMISED["Progress"] == ["done", "total", "data", "zero", "written"]
 
 

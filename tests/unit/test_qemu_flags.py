@@ -265,6 +265,21 @@ def test_cache_modes(line: str, run: Run) -> None:
         assert not Path("o.raw").exists()
 
 
+def test_own_cache_modes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    received: dict[str, Any] = {}
+
+    def stand_in(*_: Any, **keywords: Any) -> Any:
+        received.update(keywords)
+        return SimpleNamespace(bad_ranges=(), checksum=None)
+
+    monkeypatch.setattr("imgcore.verbs.convert.convert", stand_in)
+    assert run("convert -T drop --target-cache=keep d.raw o.raw").code == 0
+    assert (received["source_cache"], received["target_cache"]) == ("drop", "keep")
+    assert run("convert -T none -t writeback d.raw o.raw").code == 0
+    assert (received["source_cache"], received["target_cache"]) == ("keep", "keep")
+    assert run("compare -T drop d.raw d.raw").code == 2
+
+
 @pytest.mark.parametrize(
     ("flags", "synced"),
     [

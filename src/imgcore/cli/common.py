@@ -139,14 +139,17 @@ def verb(name: str, cls: type[Verb] = Verb) -> Callable[[Function], click.Comman
 
 # The names that QEMU gives to ways of caching; "off" is an old one of "none".
 CACHE_MODES: Final = ("none", "writeback", "writethrough", "directsync", "unsafe")
+# Our own, of verbs that have them.
+OWN_CACHE_MODES: Final = ("keep", "drop")
 
 
 def cache_option(*flags: str, help: str = "", keep: bool = False) -> Decorator:
     """Add qemu-img's flag for a cache mode; its value is dropped unless ``keep``."""
+    modes = (*OWN_CACHE_MODES, *CACHE_MODES) if keep else CACHE_MODES
 
     def check(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-        if value not in (None, "off", *CACHE_MODES):
-            allowed = ", ".join(CACHE_MODES)
+        if value not in (None, "off", *modes):
+            allowed = ", ".join(modes)
             raise click.BadParameter(f"{value!r} is no cache mode: {allowed}", ctx, param)
         return value
 
@@ -157,6 +160,11 @@ def cache_option(*flags: str, help: str = "", keep: bool = False) -> Decorator:
         expose_value=keep,
         help=help or "Cache mode of qemu-img; images are always read through the page cache.",
     )
+
+
+def own_cache_mode(value: str | None) -> str:
+    """Return our mode for the value of such a flag."""
+    return value if value in OWN_CACHE_MODES else "keep"
 
 
 class _Flag(NamedTuple):

@@ -15,6 +15,7 @@ from imgcore.cli.common import (
     cache_option,
     open_options,
     options_option,
+    own_cache_mode,
     print_options_help,
     quiet_option,
     rate_option,
@@ -156,9 +157,15 @@ EXIT_SALVAGED: Final = 3
     "-t",
     "--target-cache",
     keep=True,
-    help="Cache mode of qemu-img: unsafe is --no-sync, the others wait as without -t.",
+    help="What of TARGET stays in the page cache: keep, or drop what this command has brought "
+    "there. Of qemu-img's modes, unsafe is --no-sync, the others are keep.  [default: keep]",
 )
-@cache_option("-T", "--source-cache")
+@cache_option(
+    "-T",
+    "--source-cache",
+    keep=True,
+    help="The same for SOURCE.  [default: keep]",
+)
 @threads_option("--parallel")
 @click.option(
     "-W",
@@ -206,6 +213,7 @@ def command(
     journal: str | None,
     receipt: str | None,
     target_cache: str | None,
+    source_cache: str | None,
     threads: int | None,
     opening: dict[str, Any],
     progress_mode: str,
@@ -278,6 +286,8 @@ def command(
             journal=journal,
             size=stream_size,
             receipt=receipt,
+            source_cache=own_cache_mode(source_cache),
+            target_cache=own_cache_mode(target_cache),
             **opening,
         )
     if as_json:

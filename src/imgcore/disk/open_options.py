@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, SupportsIndex
 from imgcore.border import FilePath, byte_count, file_names
 from imgcore.errors import OptionError
 from imgcore.files.given_files import NO_FILES, GivenFiles
+from imgcore.files.page_cache import CacheMode
 from imgcore.files.reference_gate import folder_names
 from imgcore.formats.shared.damage import SALVAGING, STRICT, Damage
 from imgcore.limits import DEFAULT_CACHE_NBYTES, MAX_CACHE_NBYTES
@@ -35,6 +36,8 @@ FLAGS: Final = Flags()
 
 class OpenOptions(NamedTuple):
     """The keywords of `imgcore.open`, which documents them, and further facts.
+
+    ``page_cache`` is the ``source_cache`` of `imgcore.convert`.
 
     ``files`` also has those that are open already when an image is refreshed.
 
@@ -64,6 +67,7 @@ class OpenOptions(NamedTuple):
     writable: bool = False
     stream_nbytes: int | None = None
     on_wait: Callable[[], None] | None = None
+    page_cache: CacheMode = CacheMode.KEEP
 
     @property
     def damage(self) -> Damage:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from imgcore.disk.describe import allocated_nbytes
 from imgcore.errors import OptionError, UnsupportedFeatureError, WrongFormatError
+from imgcore.files.host_file import use_page_cache
 from imgcore.formats.magic import HEAD_NBYTES, matching_formats
 from imgcore.formats.registry import PLAIN_FORMAT, is_named_stream
 from imgcore.formats.shared.last_sector import whole_sectors
@@ -75,7 +76,14 @@ class StreamSource:
             raise OptionError(
                 f"a parent is given, but {cls.format} disks have none", path=os.fspath(path)
             )
-        reader = StreamReader(options.files.open(os.fspath(path), share=options.share))
+        file = options.files.open(os.fspath(path), share=options.share)
+        try:
+            # Before the size is searched for, which may read all of it.
+            use_page_cache((file,), options.page_cache)
+        except BaseException:
+            file.close()
+            raise
+        reader = StreamReader(file)
         return cls(reader, is_stated=options.format is not None)
 
     def describe(self) -> list[dict[str, Any]]:

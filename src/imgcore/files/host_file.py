@@ -22,10 +22,11 @@ from imgcore.files.identity import (
     refuse_type,
 )
 from imgcore.files.locks import ImageLock, refuse_image_being_written
+from imgcore.files.page_cache import CacheMode
 from imgcore.files.retry import READ_ERRORS, retrying
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from typing import Self
 
     from imgcore._core import File
@@ -66,6 +67,7 @@ class OpenFile(Closable):
         self.fd: int = fd
         self.path = path
         self._core: File | None = None
+        self._cache: CacheMode = CacheMode.KEEP
         super().__init__()
 
     @property
@@ -78,6 +80,16 @@ class OpenFile(Closable):
                 with named_errors(self.path), system_errors():
                     self._core = File.from_fd(self.fd)
             return self._core
+
+    def use_cache(self, mode: CacheMode) -> None:
+        """Set what stays in the page cache; called before the file is used by a job.
+
+        Pages that are there already stay.
+        """
+        with self._in_use(), named_errors(self.path), system_errors():
+            if mode is CacheMode.DROP:
+                self.core.drop_behind()
+        self._cache = mode
 
     def status(self) -> os.stat_result:
         """Return the status of the file now."""
@@ -102,6 +114,8 @@ class OpenFile(Closable):
     def _free(self) -> None:
         core, self._core = self._core, None
         if core is not None:
+            if self._cache is CacheMode.DROP:
+                core.drop_rest()
             core.close()
         fd, self.fd = self.fd, -1
         if fd >= 0:
@@ -337,7 +351,10 @@ class HostFile(OpenFile):
         """Return what a read returns, with errors that name the file and the range."""
         try:
             with self._in_use():
-                return retrying(read, READ_ERRORS)
+                found = retrying(read, READ_ERRORS)
+                if self._cache is CacheMode.DROP:
+                    self.core.note_read(offset, length)
+                return found
         except OSError as error:
             if error.errno is None:
                 raise  # as `is_of_system`
@@ -407,3 +424,10 @@ class HostFile(OpenFile):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def use_page_cache(files: Iterable[object], mode: CacheMode) -> None:
+    """Set the mode of files that are read; streams have no page cache."""
+    for file in files:
+        if isinstance(file, OpenFile) and mode is not CacheMode.KEEP:
+            file.use_cache(mode)

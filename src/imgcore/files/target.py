@@ -18,6 +18,7 @@ from imgcore.files.commit_point import CommitCounter, report_late, uninterrupted
 from imgcore.files.descriptors import forks_held_back, named_errors, open_file
 from imgcore.files.identity import Identity, file_identity
 from imgcore.files.locks import refuse_image_in_use
+from imgcore.files.page_cache import CacheMode
 from imgcore.files.special_files import refuse_absent_device, refuse_special
 from imgcore.files.target_file import TargetFile
 from imgcore.files.target_folder import TargetFolder
@@ -55,6 +56,8 @@ class Target:
     journal : ResumeJournal, optional
         What is durable of the files outlives a failure once it has a checkpoint;
         `commit` removes it.
+    cache : CacheMode
+        What of the files stays in the page cache.
 
     Attributes
     ----------
@@ -86,6 +89,7 @@ class Target:
         in_place: bool = False,
         in_place_nbytes: int | None = None,
         journal: ResumeJournal | None = None,
+        cache: CacheMode = CacheMode.KEEP,
     ) -> None:
         self.path: str = os.fspath(path)
         self.force = force
@@ -95,9 +99,11 @@ class Target:
         self._companions: list[TargetFile] = []
         self._in_place_nbytes = in_place_nbytes
         self._journal = journal
+        self._cache = cache
         self.is_committed: bool = False
         self.late_error: OSError | ImgcoreError | None = None
         self._is_prepared = False
+        self._has_durable_names = False
         self._old: os.stat_result | None = None
         self.identity: Identity | None = None
         self._protected: dict[Identity | None, str] = {}
@@ -185,6 +191,7 @@ class Target:
                 if self._would_fit_in_place():
                     advice = "; -n (in_place=True) writes into the existing file"
                 self._main = self._folder.create(self._name, self._old, advice)
+            self._main.use_cache(self._cache)
         return self._main
 
     def _would_fit_in_place(self) -> bool:
@@ -219,6 +226,7 @@ class Target:
         restore_interrupted(os.path.dirname(self.path) or ".", name)
         file = self._folder.create(name, self._examine_companion(self._folder, name, path))
         self._companions.append(file)
+        file.use_cache(self._cache)
         return file
 
     def _examine_companion(
@@ -312,9 +320,12 @@ class Target:
         return files
 
     def datasync(self) -> None:
-        """Make what was written of all files so far durable."""
+        """Make the content so far of all files durable, and their present names."""
         for file in self.written():
             file.datasync()
+        if self._folder is not None and not self._has_durable_names:
+            self._folder.sync_names()
+            self._has_durable_names = True
 
     def written(self) -> list[TargetFile]:
         """Return the files, the main one first; their paths are the final names."""

@@ -15,7 +15,8 @@ from imgcore.files.descriptors import (
     give_up_in_children,
     named_errors,
 )
-from imgcore.files.host_file import HostFile, OpenFile
+from imgcore.files.host_file import HostFile, OpenFile, system_errors
+from imgcore.files.page_cache import CacheMode
 from imgcore.files.retry import WRITE_ERRORS, retrying
 
 _FILL_NBYTES: Final = 1 << 20
@@ -79,7 +80,13 @@ class TargetFile(OpenFile):
         with forks_held_back(), named_errors(path):
             fd = duplicate(self.fd)
             give_up_in_children(fd)
-        return HostFile(fd, path, device=self.is_block_device)
+        file = HostFile(fd, path, device=self.is_block_device)
+        try:
+            file.use_cache(self._cache)
+        except BaseException:
+            file.close()
+            raise
+        return file
 
     def drop_cached(self) -> None:
         """Drop what the page cache has of the file, so that reads come from the medium.
@@ -99,6 +106,12 @@ class TargetFile(OpenFile):
             while done < len(octets):
                 rest, at = octets[done:], offset + done
                 done += retrying(partial(os.pwrite, self.fd, rest, at), WRITE_ERRORS)
+            self._note_written(offset, len(octets))
+
+    def _note_written(self, offset: int, length: int) -> None:
+        if self._cache is CacheMode.DROP:
+            with system_errors():
+                self.core.note_written(offset, length)
 
     def write_last(self, data: bytes) -> None:
         """Write the file's last bytes.
@@ -192,6 +205,8 @@ class TargetFile(OpenFile):
         A failure is final: the kernel may have dropped the data.
         """
         with named_errors(self.path):
+            # An earlier write-back may have failed, which fsync does not repeat.
+            self._note_written(0, 0)
             os.fsync(self.fd)
 
     def check_written(self) -> None:

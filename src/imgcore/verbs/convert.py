@@ -23,7 +23,9 @@ from imgcore.engine.control import Run
 from imgcore.engine.progress import Tally
 from imgcore.errors import OptionError
 from imgcore.files.commitment import until_committed
+from imgcore.files.host_file import use_page_cache
 from imgcore.files.identity import named_identity
+from imgcore.files.page_cache import CacheMode
 from imgcore.files.stream_target import (
     StreamTarget,
     is_stream_object,
@@ -138,6 +140,8 @@ def convert(
     journal: FilePath | None = None,
     size: SupportsIndex | str | None = None,
     receipt: FilePath | None = None,
+    source_cache: str = "keep",
+    target_cache: str = "keep",
 ) -> ConvertResult:
     """Convert a virtual disk image, including its backing files, to another format.
 
@@ -270,6 +274,11 @@ def convert(
         verifies the target later.  It appears after the target, and an existing file is
         replaced only with ``force``.  ``checksum`` is ``"sha256"`` then if it is not
         given.
+    source_cache, target_cache : {"keep", "drop"}
+        What stays in the page cache of the files that are read, and of those that are
+        written.  ``"drop"`` takes out again what the conversion has brought in, so that
+        a large one does not push out what the host has there; what was cached before
+        stays.
 
     Returns
     -------
@@ -302,6 +311,8 @@ def convert(
     policy = _resume_policy(resume, journal)
     if checksum is None and (verify or receipt is not None):
         checksum = ALGORITHMS[0]
+    source_mode = CacheMode.from_keyword(source_cache, "source_cache")
+    target_mode = CacheMode.from_keyword(target_cache, "target_cache")
     opening = OpenOptions.from_keywords(
         format=format,
         backing_format=source_backing_format,
@@ -348,7 +359,7 @@ def convert(
     def job(commitment: Commitment[ConvertResult]) -> None:
         with run, ExitStack() as stack:
             new_receipt = _new_receipt(receipt, target, force, stack)
-            waiting = opening._replace(on_wait=run.wait)
+            waiting = opening._replace(on_wait=run.wait, page_cache=source_mode)
             disk = stack.enter_context(open_sources(sources, waiting))
             disk.refuse_conversion(with_base=backing is not None)
             base = _open_base(target, writing, base_opening, stack)
@@ -373,9 +384,11 @@ def convert(
                     in_place=in_place,
                     in_place_nbytes=disk.virtual_size if writing.could_be_in_place else None,
                     journal=record,
+                    cache=target_mode,
                 )
             stack.enter_context(output)
             output.protect(files)
+            use_page_cache(files, source_mode)
             if new_receipt is not None:
                 new_receipt.protect(files)
             refuse_other_name(output.path, writing.format, flag="-O", profile=writing.profile)
