@@ -120,6 +120,10 @@ class TestStdout:
             written, filed = written[:NBYTES], filed[:NBYTES]
         assert written == filed
 
+    def test_an_archive(self, disk: Path, tmp_path: Path) -> None:
+        imgcore.convert(disk, tmp_path / "disk.tar.gz", profile="gce")
+        assert streamed("--profile", "gce", disk) == (tmp_path / "disk.tar.gz").read_bytes()
+
     def test_many_groups(self, tmp_path: Path) -> None:
         """Each grain table follows its grains, and groups without data have none."""
         disk = tmp_path / "disk.raw"
