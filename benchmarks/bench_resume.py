@@ -3,12 +3,13 @@
 python -m benchmarks.bench_resume [--mib 2048] [--rounds 5]
 
 Each conversion runs with and without --resume in turns: the ratio of their times, and
-of their CPU times.  Then it is killed after half of its time, and goes on.
+of their CPU times.  Then it is killed after half of the disk, and goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import resource
 import subprocess
@@ -44,14 +45,16 @@ def cost_of(command: list[str]) -> Cost:
     return Cost(wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
 
 
-def killed_at_half(command: list[str], seconds: float) -> None:
-    """Start a command, and kill it after half of its time."""
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    try:
-        process.wait(seconds / 2)
-    except subprocess.TimeoutExpired:
+def killed_at_half(command: list[str]) -> None:
+    """Start a command, and kill it when it has done half of the disk."""
+    told = [*command[:2], "--progress=json", *(word for word in command[2:] if word != "-q")]
+    with subprocess.Popen(told, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            progress = json.loads(line)
+            if 2 * progress["done"] >= progress["total"]:
+                break
         process.kill()
-        process.wait()
 
 
 def measure(title: str, words: tuple[str, ...], source: Path, rounds: int) -> None:
@@ -66,7 +69,7 @@ def measure(title: str, words: tuple[str, ...], source: Path, rounds: int) -> No
         target.unlink()
         with_it.append(cost_of(resumed))
         target.unlink()
-        killed_at_half(resumed, with_it[-1].wall)
+        killed_at_half(resumed)
         if not target.exists():
             halves.append(cost_of(resumed).wall / with_it[-1].wall)
         target.unlink()
