@@ -19,8 +19,13 @@ static void fill(struct bucket *b, uint64_t now_ns)
 
 	if (!b->paused)
 		b->level += seconds * (double)b->rate;
-	if (b->level > b->capacity)
-		b->level = b->capacity;
+	/* What a busy machine is late with must not be lost. */
+	double most = (double)b->rate / 10;
+
+	if (most < b->capacity || b->capacity == 0)
+		most = b->capacity; /* none before the first request */
+	if (b->level > most)
+		b->level = most;
 	b->filled_ns = now_ns;
 }
 

@@ -9,8 +9,8 @@
 #include "imgc.h"
 
 /*
- * A token bucket.  It starts empty and holds one request at most, so that no second
- * admits more than its rate and one request.
+ * A token bucket.  It starts empty and holds one request at most, or a tenth of a
+ * second, so that no second admits more than its rate and that.
  */
 struct bucket {
 	uint64_t rate; /* bytes a second; 0: no limit */

@@ -63,7 +63,7 @@ def resume(arguments: dict[str, Any]) -> dict[str, Any]:
     """
     words = dict(arguments)
     vars(batch_journal)["_MAX_DATA_NBYTES"] = words.pop("batch_nbytes")
-    vars(checkpoints)["_DUE_SECONDS"] = 0.0
+    vars(checkpoints)["_DUE_NBYTES"] = 0
     seed = words.pop("seed").encode().ljust(32)
     vars(resuming)["_new_seed"] = lambda: seed
     return convert({"resume": True, **words})

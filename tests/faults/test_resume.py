@@ -145,10 +145,17 @@ def test_killed_at_many_moments(variant: Variant, job: Callable[..., Job]) -> No
 
 
 def lay_out(folder: Path, disk: Disk) -> Disk:
-    """Make a folder hold a state; its files have other inodes than in it."""
-    for entry in folder.iterdir():
-        entry.unlink()
+    """Make a folder hold a state; files that are there keep their inodes."""
+    present = {entry.stat().st_ino: entry for entry in folder.iterdir()}
+    wanted = {inode: f"kept-{inode}" for inode in disk.names.values() if inode in present}
+    for inode, entry in present.items():
+        if inode in wanted:
+            entry.rename(folder / wanted[inode])
+        else:
+            entry.unlink()
     for name, inode in disk.names.items():
+        if inode in wanted:
+            (folder / wanted[inode]).rename(folder / name)
         (folder / name).write_bytes(disk.contents[inode])
     inodes = {name: (folder / name).stat().st_ino for name in disk.names}
     return Disk(inodes, {inodes[name]: disk.contents[disk.names[name]] for name in disk.names})

@@ -110,6 +110,11 @@ def test_images_longer_than_the_window(
 ) -> None:
     raw, image = raw_images(LONG), tmp_path / f"image{variant.suffix}"
     writer(raw, image, variant)
+    if writer is own.convert and variant.format == "qcow2":
+        # Its L1 table follows the data.
+        with pytest.raises(imgcore.UnsupportedFeatureError, match="save it to a file first"):
+            assert_streams(raw, image, variant.format, tmp_path / "back.raw")
+        return
     assert_streams(raw, image, variant.format, tmp_path / "back.raw")
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import random
+import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +17,8 @@ import pytest
 from tests.helpers.images import MIB, noise, text
 
 import imgcore
+from imgcore.engine.control import Run
+from imgcore.engine.progress import Progress
 
 SECONDS = 30.0
 
@@ -221,3 +228,191 @@ def test_a_verb_that_waits_is_cancelled(name: str, folder: Path) -> None:
     # It stays so.
     with pytest.raises(imgcore.ConversionCancelled):
         VERBS[name].run(folder, control)
+
+
+# -- snapshots -------------------------------------------------------------------------
+
+
+def test_a_snapshot_never_goes_backwards(folder: Path) -> None:
+    """Threads that come and go, and jobs of one control, which end in all ways."""
+    control = imgcore.Control(rate="64M")
+    is_over = threading.Event()
+    seen: list[list[imgcore.ControlProgress]] = [[], []]
+
+    def look(states: list[imgcore.ControlProgress]) -> None:
+        while not is_over.is_set():
+            states.append(control.progress())
+            time.sleep(0.001)
+
+    lookers = [threading.Thread(target=look, args=(states,)) for states in seen]
+    for looker in lookers:
+        looker.start()
+
+    def fail(progress: imgcore.Progress) -> None:
+        if progress.done > MIB:
+            raise ValueError
+
+    cases = list(VERBS.values())[:6]
+    jobs = [Job(partial(case.run, folder, control)) for case in cases]
+    jobs.append(
+        Job(
+            lambda: imgcore.convert(
+                folder / "a.raw", folder / "fails.vdi", control=control, progress=fail
+            )
+        )
+    )
+    try:
+        for job in jobs:
+            job.end()
+    finally:
+        is_over.set()
+    for looker, states in zip(lookers, seen, strict=True):
+        looker.join()
+        assert len(states) > 10
+        for before, after in pairwise(states):
+            assert all(a <= b for a, b in zip(before[:5], after[:5], strict=True))
+            assert before.seconds <= after.seconds
+    assert isinstance(jobs[-1].error, ValueError)
+    last = control.progress()
+    assert (last.total, last.phase == "waiting") == (8 * MIB * len(jobs), False)
+
+
+class Steps:
+    """Runs of a control that take steps of a test's own."""
+
+    def __init__(self) -> None:
+        self.control = imgcore.Control()
+        self.runs: list[tuple[Run, Progress]] = []
+        self.ended = Progress(0, 0, 0, 0, 0)
+        self.phase = "waiting"
+
+    def begin(self, chance: random.Random) -> None:
+        run = Run(self.control, None)
+        run.__enter__()
+        self.runs.append((run, Progress(0, 0, 0, 0, 0)))
+
+    def report(self, chance: random.Random) -> None:
+        index = chance.randrange(len(self.runs))
+        run, before = self.runs[index]
+        # Some reports are lower than those before, as of work that comes first.
+        counts = Progress(*(max(0, n + chance.randrange(-5, 50)) for n in before))
+        run.report(counts)
+        self.runs[index] = (run, Progress(*map(max, before, counts)))
+
+    def end(self, chance: random.Random) -> None:
+        run, counts = self.runs.pop(chance.randrange(len(self.runs)))
+        error = chance.choice((None, ValueError(), imgcore.ConversionCancelled(""), SystemExit()))
+        run.__exit__(None, error, None)
+        self.ended = Progress(*map(int.__add__, self.ended, counts))
+        self.phase = run.phase
+        names = {type(None): "done", ValueError: "failed"}
+        assert run.phase == names.get(type(error), "cancelled")
+
+    def check(self) -> None:
+        found = self.control.progress()
+        expected = Progress(*map(sum, zip(self.ended, *(one[1] for one in self.runs), strict=True)))
+        assert found[:5] == tuple(expected)
+        assert found.phase == (self.runs[-1][0].phase if self.runs else self.phase)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_model_of_a_shared_control(seed: int) -> None:
+    chance, steps = random.Random(seed), Steps()
+    for _ in range(200):
+        ways = [steps.begin, steps.report, steps.report, steps.end] if steps.runs else [steps.begin]
+        chance.choice(ways)(chance)
+        steps.check()
+
+
+def test_a_signal_handler_may_use_a_control(folder: Path) -> None:
+    """It comes in the middle of the job that the control steers, on the same thread."""
+    control = imgcore.Control(rate="16M")
+    calls: list[str] = []
+
+    def handle(_number: int, _frame: object) -> None:
+        calls.append(control.progress().phase)
+        control.pause()
+        control.rate = "1G"
+        control.resume()
+        if len(calls) >= 20:
+            control.cancel()
+
+    previous = signal.signal(signal.SIGALRM, handle)
+    signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
+    try:
+        with pytest.raises(imgcore.ConversionCancelled):
+            while True:
+                imgcore.checksum(folder / "a.raw", control=control)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    assert len(calls) >= 20
+
+
+def test_a_forked_child_may_use_a_control(folder: Path) -> None:
+    """Another thread has the locks of the control and of its limit at the fork."""
+    control = imgcore.Control(rate="4M")
+    job = Job(lambda: imgcore.checksum(folder / "a.raw", control=control))
+    wait_for(lambda: control.progress().done > 0)
+    with control._lock, control._jobs._lock:
+        pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            # Its parent's jobs are not its own.
+            if control.progress().phase == "waiting" and control.rate == 4 * MIB:
+                control.rate = None
+                imgcore.checksum(folder / "a.raw", control=control, threads=1)
+                code = 0 if control.progress().done == 8 * MIB else 2
+        finally:
+            os._exit(code)
+    ended: list[int] = []
+
+    def has_ended() -> bool:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        ended.append(status)
+        return found == pid
+
+    try:
+        wait_for(has_ended)
+    except AssertionError:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise
+    finally:
+        control.cancel()
+        job.end()
+    assert ended[-1] == 0
+
+
+def test_a_cancel_during_the_last_sync(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sync ends, and the target gets no name."""
+    control = imgcore.Control()
+    sync, phases = os.fsync, []
+
+    def cancel(fd: int) -> None:
+        phases.append(control.progress().phase)
+        control.cancel()
+        sync(fd)
+
+    before = contents(folder)
+    monkeypatch.setattr(os, "fsync", cancel)
+    with pytest.raises(imgcore.ConversionCancelled):
+        imgcore.convert(folder / "a.raw", folder / "new.qcow2", control=control)
+    assert phases == ["syncing"]
+    assert contents(folder) == before
+
+
+def test_a_cancel_after_the_target_has_its_name(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control, rename = imgcore.Control(), os.rename
+
+    def cancel(*names: Any, **folders: Any) -> None:
+        rename(*names, **folders)
+        control.cancel()
+
+    monkeypatch.setattr(os, "rename", cancel)
+    result = imgcore.convert(folder / "a.raw", folder / "new.qcow2", control=control)
+    assert result.virtual_size == 8 * MIB
+    assert control.progress().phase == "done"

@@ -201,3 +201,21 @@ def test_other_words(raw: Path, tmp_path: Path) -> None:
     for name in ("source_cache", "target_cache"):
         with pytest.raises(imgcore.OptionError, match=f"{name} is 'none', allowed: keep, drop"):
             imgcore.convert(raw, tmp_path / "a.raw", **{name: "none"})
+
+
+@pytest.mark.parametrize("sync", ["sync", "datasync"])
+def test_a_failure_to_write_back(
+    sync: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system reports it once, to whoever waited for it: a sync says so too."""
+    path = tmp_path / "a"
+    with closing(TargetFile(open_file(str(path), os.O_RDWR | os.O_CREAT), str(path))) as file:
+        file.use_cache(CacheMode.DROP)
+
+        def failing(offset: int, length: int) -> None:
+            assert (offset, length) == (0, 0)
+            raise OSError(5, "I/O error")
+
+        monkeypatch.setattr(file, "_note_written", failing)
+        with pytest.raises(OSError, match="I/O error"):
+            getattr(file, sync)()

@@ -46,7 +46,7 @@ class Interrupted(Exception):
 def frequent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make a checkpoint at the end of each batch, which has little data."""
     monkeypatch.setattr(batch_journal, "_MAX_DATA_NBYTES", 256 * KIB)
-    monkeypatch.setattr(checkpoints, "_DUE_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoints, "_DUE_NBYTES", 0)
     monkeypatch.setattr(checkpoints, "Helpers", lambda _, name: Helpers(0, name))
 
 

@@ -120,6 +120,10 @@ class TestStdout:
             written, filed = written[:NBYTES], filed[:NBYTES]
         assert written == filed
 
+    def test_an_archive(self, disk: Path, tmp_path: Path) -> None:
+        imgcore.convert(disk, tmp_path / "disk.tar.gz", profile="gce")
+        assert streamed("--profile", "gce", disk) == (tmp_path / "disk.tar.gz").read_bytes()
+
     def test_many_groups(self, tmp_path: Path) -> None:
         """Each grain table follows its grains, and groups without data have none."""
         disk = tmp_path / "disk.raw"
@@ -357,6 +361,18 @@ class TestObjects:
             imgcore.convert(disk, pipe, target_format="raw", progress=stop)
         os.close(read)
 
+    def test_a_control_cancels_while_nobody_reads(self, disk: Path) -> None:
+        read, write = os.pipe()
+        disk.write_bytes(noise(NBYTES))
+        control = imgcore.Control()
+        threading.Timer(0.5, control.cancel).start()
+        for format in ("raw", "raw.zst", "qcow2"):
+            with open(write, "wb", closefd=False) as pipe:
+                with pytest.raises(imgcore.ConversionCancelled):
+                    imgcore.convert(disk, pipe, target_format=format, control=control)
+        os.close(read)
+        os.close(write)
+
     def test_a_result_comes_after_the_last_write(self, disk: Path) -> None:
         class Slow(io.BytesIO):
             n_done = 0
@@ -403,3 +419,34 @@ class TestNamedPipes:
         with command("convert", disk, tmp_path / "pipe.raw.gz") as process:
             assert gzip.decompress((tmp_path / "pipe.raw.gz").read_bytes()) == content
             assert process.wait(60) == 0
+
+
+class TestFromStreams:
+    """A stream becomes a stream where no table must come first."""
+
+    @pytest.mark.parametrize("format", ["raw", "raw.gz", "vhd"])
+    @pytest.mark.parametrize("size", [[], ["--size", str(NBYTES)]], ids=["unknown", "known"])
+    def test_one_pass(self, format: str, size: list[str], disk: Path, content: bytes) -> None:
+        options = ["-o", "subformat=fixed"] if format == "vhd" else []
+        words = ["convert", "-f", "raw", *size, "-O", format, *options, "-", "-"]
+        done = subprocess.run(
+            [sys.executable, "-m", "imgcore", *words],
+            input=disk.read_bytes(),
+            capture_output=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        written = gzip.decompress(done.stdout) if format == "raw.gz" else done.stdout
+        assert written[:NBYTES] == content
+
+    @pytest.mark.parametrize("format", ["qcow2", "vhdx", "vdi", "vmdk"])
+    def test_tables_in_front_need_a_file(self, format: str, disk: Path) -> None:
+        words = ["convert", "-f", "raw", "--size", str(NBYTES), "-O", format, "-", "-"]
+        done = subprocess.run(
+            [sys.executable, "-m", "imgcore", *words],
+            input=disk.read_bytes(),
+            capture_output=True,
+            timeout=60,
+        )
+        assert done.returncode == 1
+        assert b"save the source to a file first" in done.stderr

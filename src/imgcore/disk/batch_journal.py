@@ -24,7 +24,7 @@ from imgcore.engine.extents import (
     clip,
     join_neighbours,
 )
-from imgcore.engine.geometry import Placing, Prefix, ZeroPolicy
+from imgcore.engine.geometry import CodecId, Placing, Prefix, ZeroPolicy
 from imgcore.engine.job import translated_errors
 from imgcore.engine.placement_log import pack_placements, unpack_placements
 from imgcore.engine.source_file import native_sources
@@ -50,7 +50,9 @@ LEAF_ALGORITHM: Final = "crc32c"
 _CRC_NBYTES: Final = 4
 
 # A batch has at most so much data, so that the next checkpoint need not wait for long.
-_MAX_DATA_NBYTES: Final = 64 * MIB
+_MAX_DATA_NBYTES: Final = 256 * MIB
+# Compressing takes longer.
+_MAX_COMPRESSED_SHARE: Final = 4
 # Zlib finds repeated leaves, such as those of zeros.
 _LEVEL: Final = 1
 _N_COUNTS: Final = 6
@@ -270,9 +272,12 @@ def _pieces(batch: Batch, geometry: Geometry) -> Iterator[Batch]:
     counted = rows["length"].astype(np.int64)
     if geometry.zero_policy is not ZeroPolicy.STORE:
         counted = np.where(rows["kind"] >= Kind.DATA, counted, 0)
+    most = _MAX_DATA_NBYTES
+    if geometry.codec.codec is not CodecId.NONE:
+        most //= _MAX_COMPRESSED_SHARE
     ends = counted.cumsum()
     unit, start = geometry.unit_nbytes, batch.start
-    for wanted in range(_MAX_DATA_NBYTES, int(ends[-1]), _MAX_DATA_NBYTES):
+    for wanted in range(most, int(ends[-1]), most):
         row = int(np.searchsorted(ends, wanted))
         before = int(ends[row] - counted[row])
         cut = int(rows["guest_offset"][row]) + wanted - before

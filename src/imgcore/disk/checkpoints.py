@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-from imgcore.limits import MIB
+from imgcore.limits import GIB
 from imgcore.streams.helpers import Helpers
 
 if TYPE_CHECKING:
@@ -17,9 +17,12 @@ if TYPE_CHECKING:
     from imgcore.files.resume_journal import ResumeJournal
     from imgcore.files.target import Target
 
-# A checkpoint is due after so many bytes of data, or so much time.
-_DUE_NBYTES: Final = 512 * MIB
-_DUE_SECONDS: Final = 1.0
+# A checkpoint is due after so many bytes of data, or so much time: of a short job a
+# moment, of a long one a share of its time so far.  More is not lost by a break.
+_DUE_NBYTES: Final = 1 * GIB
+_DUE_SECONDS: Final = 0.25
+_DUE_SHARE: Final = 0.02
+_MAX_DUE_SECONDS: Final = 10.0
 
 
 class Checkpoints:
@@ -46,7 +49,7 @@ class Checkpoints:
         self._verifies_all = verifies_all
         self._helpers = Helpers(1, "imgcore-checkpoint")
         self._running: Future[None] | None = None
-        self._saved_at = time.monotonic()
+        self._started_at = self._saved_at = time.monotonic()
         self.kept_nbytes: int = journal.kept_nbytes
 
     @property
@@ -85,7 +88,9 @@ class Checkpoints:
             if not self._running.done():
                 return False
             self._end()
-        return nbytes >= _DUE_NBYTES or time.monotonic() - self._saved_at >= _DUE_SECONDS
+        now = time.monotonic()
+        seconds = min(_DUE_SECONDS + _DUE_SHARE * (now - self._started_at), _MAX_DUE_SECONDS)
+        return nbytes >= _DUE_NBYTES or now - self._saved_at >= seconds
 
     def save(
         self, target: Target, kept_nbytes: int, head: Mapping[str, Any], blobs: Sequence[bytes]

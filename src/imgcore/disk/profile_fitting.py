@@ -43,16 +43,19 @@ def fitting_options(
 
 
 def refuse_against_profile(
-    profile: Profile, target: str, *, with_backing: bool, in_place: bool, compress: bool
+    profile: Profile, target: str | None, *, with_backing: bool, in_place: bool, compress: bool
 ) -> None:
-    """Raise OptionError for requests that contradict the profile in other ways."""
+    """Raise OptionError for requests that contradict the profile in other ways.
+
+    A stream has no name, so ``target`` is None.
+    """
     if with_backing and not profile.allows_backing:
         raise OptionError(f"the profile {profile.name} does not allow a parent (-B)")
     if not profile.is_archived:
         return
     from imgcore.platforms.profiles import GCE_SUFFIXES
 
-    if not target.lower().endswith(GCE_SUFFIXES):
+    if target is not None and not target.lower().endswith(GCE_SUFFIXES):
         raise OptionError(
             f"the profile {profile.name} writes an archive, whose name must end in "
             f"{' or '.join(GCE_SUFFIXES)}",

@@ -110,7 +110,7 @@ class SinkOptions(NamedTuple):
         if platform is not None:
             refuse_against_profile(
                 platform,
-                target,
+                None if in_order else target,
                 with_backing=backing is not None,
                 in_place=in_place,
                 compress=compress,

@@ -31,6 +31,8 @@ BUFFER_NBYTES: Final = _ROOM_NBYTES + STREAM_SEGMENT_NBYTES
 _PULL_NBYTES: Final = 1 * MIB
 # Of all segments, those that blocks in use may be in.
 _N_BEHIND: Final = 4
+# What stays of what was placed, if nothing needs more.
+_BEHIND_NBYTES: Final = 16 * MIB
 # Of streams whose end is not known yet: as large as the files of any format.
 _MAX_NBYTES: Final = 128 * TIB
 # The batches that the engine may still read while another is made.
@@ -398,11 +400,16 @@ class StreamedWindow:
             self._end = target
 
     def _free_index(self) -> int:
-        """Return the buffer for another segment: that of the oldest one."""
-        if len(self._index_of) < len(self._buffers):
-            return len(self._index_of)
-        oldest = next(iter(self._index_of))
-        if any(oldest in numbers for numbers in self._in_use):
+        """Return the buffer for another segment: that of the oldest one, or a new one.
+
+        A buffer that was used before is in the memory and caches of the host already.
+        """
+        oldest = next(iter(self._index_of), 0)
+        is_used = any(oldest in numbers for numbers in self._in_use)
+        is_far = (oldest + 1) * STREAM_SEGMENT_NBYTES < self._placed_end - _BEHIND_NBYTES
+        if len(self._index_of) < len(self._buffers) and (is_used or not is_far):
+            return next(i for i in range(len(self._buffers)) if i not in self._index_of.values())
+        if is_used:
             raise UnsupportedFeatureError(
                 f"a stream is read in order, but blocks at {oldest * STREAM_SEGMENT_NBYTES:#x} "
                 f"and at {self._end:#x} are close on the disk: save it to a file first",

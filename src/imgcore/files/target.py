@@ -103,6 +103,7 @@ class Target:
         self.is_committed: bool = False
         self.late_error: OSError | ImgcoreError | None = None
         self._is_prepared = False
+        self._has_durable_names = False
         self._old: os.stat_result | None = None
         self.identity: Identity | None = None
         self._protected: dict[Identity | None, str] = {}
@@ -319,9 +320,12 @@ class Target:
         return files
 
     def datasync(self) -> None:
-        """Make what was written of all files so far durable."""
+        """Make the content so far of all files durable, and their present names."""
         for file in self.written():
             file.datasync()
+        if self._folder is not None and not self._has_durable_names:
+            self._folder.sync_names()
+            self._has_durable_names = True
 
     def written(self) -> list[TargetFile]:
         """Return the files, the main one first; their paths are the final names."""

@@ -198,6 +198,8 @@ class TargetFile(OpenFile):
         """Make what was written so far durable; a failure is final, as of `sync`."""
         with named_errors(self.path):
             os.fdatasync(self.fd)
+            # A failure to write back earlier is reported once, and not by this sync.
+            self._note_written(0, 0)
 
     def sync(self) -> None:
         """Make the content durable.

@@ -225,7 +225,7 @@ class TargetFolder:
                     self._set_aside(name, backup_name(name, token))
             for temporary, name in pairs:
                 if temporary != pairs[0][0]:
-                    self._sync_names()
+                    self.sync_names()
                 self._rename(temporary, name)
         except BaseException:
             self._swap_back(pairs)
@@ -236,7 +236,7 @@ class TargetFolder:
         self._backups.append((backup, name))
         with contextlib.suppress(FileNotFoundError), named_errors(self.path_of(name)):
             os.rename(name, backup, src_dir_fd=self._fd, dst_dir_fd=self._fd)
-            self._sync_names()
+            self.sync_names()
 
     def _swap_back(self, pairs: list[tuple[str, str]]) -> None:
         for _, name in reversed(pairs):
@@ -255,7 +255,7 @@ class TargetFolder:
             return False
         return identity in [file_identity(file.status()) for file in self._files]
 
-    def _sync_names(self) -> None:
+    def sync_names(self) -> None:
         """Make the names so far durable, if the folder can be synced."""
         if self._sync:
             with named_errors(self._path):

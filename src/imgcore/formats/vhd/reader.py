@@ -128,7 +128,7 @@ class VhdReader:
         content = self._file.pread(0, layout.FOOTER_NBYTES).rstrip(b"\0")
         end, tail = read_rest()
         start, nbytes = end - len(content), self._file.nbytes
-        if not end or nbytes < start + layout.OLD_FOOTER_NBYTES:
+        if not end or nbytes < start + layout.FOOTER_NBYTES:
             raise CorruptImageError(
                 f"the stream ends after {nbytes} bytes without a footer: it is not complete",
                 path=self._file.path,

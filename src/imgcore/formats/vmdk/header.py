@@ -460,14 +460,17 @@ def short_last_grain(extent: SparseExtent, guest_nbytes: int, place: int | None 
         place = _place_of(extent, grain_index)
     if not place or place >= extent.file.nbytes:
         return 0
-    raw = extent.file.pread(place, min(extent.compressed_bound, extent.file.nbytes - place))
+    stored_nbytes = extent.compressed_bound
     if extent.has_markers:
-        if len(raw) < layout.GRAIN_MARKER.size:
+        if extent.file.nbytes - place < layout.GRAIN_MARKER.size:
             return 0
-        lba, stored_nbytes = layout.GRAIN_MARKER.unpack_from(raw)
+        marker = extent.file.pread(place, layout.GRAIN_MARKER.size)
+        lba, stored_nbytes = layout.GRAIN_MARKER.unpack(marker)
         if lba * SECTOR_NBYTES != grain_index * grain_nbytes:
             return 0
-        raw = raw[layout.GRAIN_MARKER.size :][:stored_nbytes]
+        place += layout.GRAIN_MARKER.size
+        stored_nbytes = min(stored_nbytes, extent.compressed_bound - layout.GRAIN_MARKER.size)
+    raw = extent.file.pread(place, min(stored_nbytes, extent.file.nbytes - place))
     try:
         inflated_nbytes = len(zlib.decompressobj().decompress(raw, grain_nbytes))
     except zlib.error:

@@ -22,6 +22,7 @@ from imgcore.formats.vmdk.header import (
     open_by_markers,
     reads_by_markers,
     refuse_foreign_extent,
+    short_last_grain,
 )
 from imgcore.formats.vmdk.layout import (
     ENTRY_ABSENT,
@@ -83,12 +84,40 @@ def streamed_reader_for(file: ByteSource, gate: ReferenceGate, _options: object)
             "a VMDK descriptor, whose disk is in other files: give its name, not a stream",
             path=file.path,
         )
-    if reads_by_markers(file):
-        return MarkerReader(file, gate)
-    return VmdkReader(file, gate)
+    return MarkerReader(file, gate) if reads_by_markers(file) else TableReader(file, gate)
 
 
-class MarkerReader(VmdkReader):
+class StreamedReader(VmdkReader):
+    """Reads a disk whose last grain is not there yet when it is opened."""
+
+    def _short_last_grain(self, sparse: SparseExtent, nbytes: int) -> int:
+        """Return the disk's part of its last grain.
+
+        Whether this grain was compressed whole is known once it comes.
+        """
+        return nbytes % sparse.grain_nbytes if sparse.is_compressed else 0
+
+
+class TableReader(StreamedReader):
+    """Reads a disk whose tables come before its grains."""
+
+    def _extents_of(self, item: DiskExtent, start: int, length: int) -> Iterator[Extents]:
+        stop, last = start + length, item.nbytes - item.short_nbytes
+        whole = item._replace(short_nbytes=0)
+        if start < min(stop, last):
+            yield from super()._extents_of(whole, start, min(stop, last) - start)
+        if stop <= last:
+            return
+        assert item.sparse is not None
+        found = short_last_grain(item.sparse, item.nbytes)
+        if found not in (0, item.short_nbytes):
+            raise _strange_last_grain(item.sparse, last, found, item.short_nbytes)
+        self._tables.pop(item.guest_base, None)
+        low = max(start, last)
+        yield from super()._extents_of(item if found else whole, low, stop - low)
+
+
+class MarkerReader(StreamedReader):
     """Reads a streamOptimized disk whose tables follow its grains.
 
     Its `extents` are asked for once, and in order.
@@ -99,17 +128,21 @@ class MarkerReader(VmdkReader):
     def _open_only_extent(self, file: ByteSource) -> SparseExtent:
         return open_by_markers(file)
 
-    def _short_last_grain(self, sparse: SparseExtent, nbytes: int) -> int:
-        """Return the disk's part of its last grain.
-
-        Whether this grain was compressed whole is known once it comes.
-        """
-        return nbytes % sparse.grain_nbytes
-
     def _extents_of(self, item: DiskExtent, start: int, length: int) -> Iterator[Extents]:
         if self._grains is None:
             self._grains = SortedGrains(item)
         return self._grains.extents(start, start + length)
+
+
+def _strange_last_grain(
+    sparse: SparseExtent, place: int, found: int, tail_nbytes: int
+) -> UnsupportedFeatureError:
+    return UnsupportedFeatureError(
+        f"the last grain has {found} bytes, expected {tail_nbytes} or {sparse.grain_nbytes}: save "
+        "the stream to a file first",
+        path=sparse.file.path,
+        offset=place,
+    )
 
 
 class Grain(NamedTuple):
@@ -239,12 +272,7 @@ class SortedGrains:
             # The engine says what is wrong.
             return False
         if found not in (tail_nbytes, sparse.grain_nbytes):
-            raise UnsupportedFeatureError(
-                f"the last grain at {offset:#x} has {found} bytes, expected {tail_nbytes} or "
-                f"{sparse.grain_nbytes}: save the stream to a file first",
-                path=sparse.file.path,
-                offset=offset,
-            )
+            raise _strange_last_grain(sparse, offset, found, tail_nbytes)
         return found == tail_nbytes
 
 

@@ -1,0 +1,103 @@
+"""Measures what --resume costs, and how long a conversion that goes on takes.
+
+python -m benchmarks.bench_resume [--mib 2048] [--rounds 5]
+
+Each conversion runs with and without --resume in turns: the ratio of their times, and
+of their CPU times.  Then it is killed after half of the disk, and goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Final, NamedTuple
+
+from benchmarks import _environment
+from benchmarks.bench_convert import ROOT, work_folder
+
+JOBS: Final = {
+    "raw to raw": ("raw",),
+    "raw to QCOW2": ("qcow2",),
+    "raw to QCOW2, zstd": ("qcow2", "-c", "-o", "compression_type=zstd"),
+    "raw to streamOptimized": ("vmdk", "-o", "subformat=streamOptimized"),
+}
+
+
+class Cost(NamedTuple):
+    """Seconds of a command: by the clock, and of the CPUs."""
+
+    wall: float
+    cpu: float
+
+
+def cost_of(command: list[str]) -> Cost:
+    """Run a command."""
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    wall, after = time.monotonic() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return Cost(wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+
+
+def killed_at_half(command: list[str]) -> None:
+    """Start a command, and kill it when it has done half of the disk."""
+    told = [*command[:2], "--progress=json", *(word for word in command[2:] if word != "-q")]
+    with subprocess.Popen(told, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            progress = json.loads(line)
+            if 2 * progress["done"] >= progress["total"]:
+                break
+        process.kill()
+
+
+def measure(title: str, words: tuple[str, ...], source: Path, rounds: int) -> None:
+    """Print a line of the table."""
+    target = source.with_name("target")
+    plain = [_environment.find_imgcore(), "convert", "-q", "--force", "--no-reflink", "-f", "raw"]
+    plain += ["-O", *words, str(source), str(target)]
+    resumed = [*plain[:2], "--resume", *plain[2:]]
+    without, with_it, halves = [], [], []
+    for _ in range(rounds):
+        without.append(cost_of(plain))
+        target.unlink()
+        with_it.append(cost_of(resumed))
+        target.unlink()
+        killed_at_half(resumed)
+        if not target.exists():
+            halves.append(cost_of(resumed).wall / with_it[-1].wall)
+        target.unlink()
+    pairs = list(zip(with_it, without, strict=True))
+    wall = median(ours.wall / theirs.wall for ours, theirs in pairs)
+    cpu = median(ours.cpu / theirs.cpu for ours, theirs in pairs)
+    seconds = median(each.wall for each in with_it)
+    rest = f"{median(halves):.2f}" if halves else "-"
+    print(f"| {title} | {seconds:.2f} s | {wall:.3f} | {cpu:.3f} | {rest} |", flush=True)
+
+
+def main() -> int:
+    """Print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_resume")
+    parser.add_argument("--mib", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    with work_folder() as folder:
+        source = folder / "source.raw"
+        maker = ROOT / "tools" / "make_image.py"
+        subprocess.run([sys.executable, maker, source, str(arguments.mib)], check=True)
+        print(f"{arguments.mib} MiB, {os.cpu_count()} CPUs, in {folder}")
+        print("| job | with --resume | time | CPU | rest after half |")
+        print("|---|---|---|---|---|")
+        for title, words in JOBS.items():
+            measure(title, words, source, arguments.rounds)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
