@@ -107,9 +107,13 @@ def test_images_longer_than_the_window(
     variant: Variant,
     raw_images: RawImages,
     tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     raw, image = raw_images(LONG), tmp_path / f"image{variant.suffix}"
     writer(raw, image, variant)
+    if writer is qemu.convert and variant in (qemu.QCOW2_ZLIB, qemu.QCOW2_ZSTD):
+        # qemu-img packs the next compressed cluster behind those before the noise.
+        request.applymarker(pytest.mark.xfail(raises=imgcore.UnsupportedFeatureError, strict=True))
     if writer is own.convert and variant.format == "qcow2":
         # Its L1 table follows the data.
         with pytest.raises(imgcore.UnsupportedFeatureError, match="save it to a file first"):
