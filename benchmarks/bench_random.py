@@ -362,8 +362,8 @@ def convert_to_nothing(image: imgcore.Image) -> None:
     sources = native_sources(image.sources)
     job = Job(sources=sources, geometry=geometry, target=File.null(), threads=thread_count(None))
     try:
-        for start, end, rows, _ in disk_batches(image.data_extents(), image.virtual_size, geometry):
-            job.run(start, end, rows)
+        for batch in disk_batches(image.data_extents(), image.virtual_size, geometry):
+            job.run(batch.start, batch.end, batch.rows)
     finally:
         job.close()
 

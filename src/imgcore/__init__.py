@@ -24,7 +24,7 @@ from imgcore.errors import (
 
 if TYPE_CHECKING:
     from imgcore.areas.area import Area
-    from imgcore.border import FilePath, Readable
+    from imgcore.border import FilePath, Readable, Writable
     from imgcore.checksums.digest import ChecksumError, Digest
     from imgcore.disk.image import Image, open
     from imgcore.engine.bad_ranges import BadRange
@@ -115,6 +115,7 @@ __all__ = [
     "UnsafeReferenceError",
     "UnsupportedFeatureError",
     "VerifyResult",
+    "Writable",
     "WrongFormatError",
     "__version__",
     "apply",
@@ -176,6 +177,7 @@ _HOMES = {
     "Measurement": "formats.api",
     "Progress": "engine.progress",
     "Readable": "border",
+    "Writable": "border",
     "RebaseResult": "verbs.rebase",
     "ReflinkMeasurement": "verbs.measure",
     "ResizeResult": "verbs.resize",

@@ -50,6 +50,14 @@ class Readable(Protocol):
         ...
 
 
+class Writable(Protocol):
+    """An object that is open for writing bytes."""
+
+    def write(self, data: bytes, /) -> Any:
+        """Take bytes, all of them or as many as it returns."""
+        ...
+
+
 def file_names(paths: FilePath | Sequence[FilePath]) -> tuple[str, ...]:
     """Return the names of one file or of several as str; see `file_name`."""
     if isinstance(paths, Sequence) and not isinstance(paths, str | bytes):

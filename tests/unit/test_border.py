@@ -340,6 +340,8 @@ def test_what_is_no_integer(
 @pytest.mark.parametrize("names", NUMBERS, ids=IDS)
 def test_none_is_a_default_only(names: tuple[str, str], image: imgcore.Image, folder: Path) -> None:
     """None is taken where the signature says so; a read states its length."""
+    if names[0] == "set_thread_budget":
+        return  # None is its own value: the budget that is made of the CPUs
     function = imgcore.Image if names[0].startswith("Image.") else imgcore
     parameters = inspect.signature(getattr(function, names[0].split(".")[-1])).parameters
     if parameters[names[1]].default is not None:

@@ -142,7 +142,7 @@ def test_batches_start_and_end_at_units_and_cover_all_data(
     )
     covered = set()
     at = 0
-    for start, stop, rows, _ in batches:
+    for start, stop, rows, *_ in batches:
         assert at <= start < stop <= end
         assert start % unit == 0
         assert stop % unit == 0 or stop == end
@@ -221,7 +221,7 @@ def test_batches_over_a_base_are_bounded_on_both_sides(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("imgcore.engine.batches.MAX_BATCH_ROWS", max_rows)
         batches = list(image_batches(images[0], images[0].data_extents(), images[1], geometry))
-    for start, stop, rows, base in batches:
+    for start, stop, rows, base, _ in batches:
         assert base is not None
         assert start == at
         assert stop == end or stop % unit == 0

@@ -28,7 +28,7 @@ class Rehearsal(Target):
 
     def __init__(self, target: Target, file: CountingFile | None = None) -> None:
         self.path: str = target.path
-        self.in_place = file is None
+        self.in_place: bool = file is None
         self.is_block_device: bool = target.is_block_device
         self._folder: TargetFolder | None = None
         self._file = CountingFile(target.path) if file is None else file

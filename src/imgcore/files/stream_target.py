@@ -13,8 +13,9 @@ import termios
 import threading
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+from imgcore.border import Writable
 from imgcore.errors import ImgcoreError, OptionError, TargetError
 from imgcore.files.commit_point import CommitCounter, uninterrupted
 from imgcore.files.descriptors import (
@@ -44,14 +45,6 @@ _PIPE_NBYTES: Final = 1 << 20
 _POLL_SECONDS: Final = 0.05
 # How soon a reader that takes the last bytes is noticed.
 _SOON_SECONDS: Final = 0.002
-
-
-class Writable(Protocol):
-    """An object that is open for writing bytes."""
-
-    def write(self, data: bytes, /) -> Any:
-        """Take bytes, all of them or as many as it returns."""
-        ...
 
 
 StreamObject: TypeAlias = Writable | socket.socket

@@ -38,7 +38,7 @@ from imgcore.log import log
 if TYPE_CHECKING:
     from socket import socket
 
-    from imgcore.border import Readable
+    from imgcore.border import Readable, Writable
     from imgcore.disk.image import Image
     from imgcore.disk.read_back import ReadBack
     from imgcore.disk.receipt import NewReceipt
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
     from imgcore.engine.progress import Progress
     from imgcore.files.byte_source import ByteSource
     from imgcore.files.commitment import Commitment
-    from imgcore.files.stream_target import StreamObject
 
 
 class ConvertResult(NamedTuple):
@@ -106,7 +105,7 @@ class ConvertResult(NamedTuple):
 
 def convert(
     source: FilePath | Readable | socket | Sequence[FilePath],
-    target: FilePath | StreamObject,
+    target: FilePath | Writable | socket,
     *,
     format: str | None = None,
     target_format: str | None = None,
@@ -364,6 +363,7 @@ def convert(
             disk.refuse_conversion(with_base=backing is not None)
             base = _open_base(target, writing, base_opening, stack)
             files = [*disk.files, *(base.every_file() if base is not None else ())]
+            refuse_other_name(target, writing.format, flag="-O", profile=writing.profile)
             disk_nbytes = fitting_size(writing.profile, disk)
             tally = Tally(disk_nbytes, run.report)
             record = None
@@ -391,7 +391,6 @@ def convert(
             use_page_cache(files, source_mode)
             if new_receipt is not None:
                 new_receipt.protect(files)
-            refuse_other_name(output.path, writing.format, flag="-O", profile=writing.profile)
             options = writing
             if record is not None:
                 from imgcore.disk.checkpoints import Checkpoints
