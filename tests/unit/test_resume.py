@@ -176,6 +176,20 @@ class TestGoesOn:
         assert target.read_bytes() == source.read_bytes()
         assert target.stat().st_blocks * 512 >= 6 * MIB
 
+    @pytest.mark.parametrize("suffix", [".vhdx", ".vhd", ".vdi", ".vmdk", ".qcow2"])
+    def test_blocks_of_any_size(self, source: Path, target: Path, suffix: str) -> None:
+        """A block of VHDX has 32 MiB, more than a compressed one may have."""
+        target = target.with_suffix(suffix)
+        with source.open("r+b") as file:
+            file.seek(70 * MIB)
+            file.write(images.noise(MIB))
+        report = interrupt_at(70 * MIB)
+        with pytest.raises(Interrupted):
+            imgcore.convert(source, target, resume=True, progress=report)
+        assert imgcore.jobs(target.parent)[0].kept_nbytes > MIB
+        imgcore.convert(source, target, resume="verify")
+        assert imgcore.compare(source, target).identical
+
     def test_a_target_that_is_gone_begins_anew(self, source: Path, target: Path) -> None:
         start(source, target)
         partial_of(target).unlink()
