@@ -176,6 +176,34 @@ class TestGoesOn:
         assert target.read_bytes() == source.read_bytes()
         assert target.stat().st_blocks * 512 >= 6 * MIB
 
+    def test_the_last_block_ends_with_zeros(self, source: Path, target: Path) -> None:
+        """They are not written, so the file is shorter than what is complete of it."""
+        with source.open("r+b") as file:
+            file.truncate(MIB + KIB)
+            file.truncate(8 * MIB)
+        options = {"cluster_size": "2M"}
+        report = interrupt_at(8 * MIB)
+        with pytest.raises(Interrupted):
+            imgcore.convert(source, target, resume=True, options=options, progress=report)
+        # As a kill leaves it, before tables follow.
+        os.truncate(partial_of(target), imgcore.jobs(target.parent)[0].kept_nbytes - MIB // 2)
+        imgcore.convert(source, target, resume=True, options=options)
+        assert imgcore.compare(source, target).identical
+
+    @pytest.mark.parametrize("suffix", [".vhdx", ".vhd", ".vdi", ".vmdk", ".qcow2"])
+    def test_blocks_of_any_size(self, source: Path, target: Path, suffix: str) -> None:
+        """A block of VHDX has 32 MiB, more than a compressed one may have."""
+        target = target.with_suffix(suffix)
+        with source.open("r+b") as file:
+            file.seek(70 * MIB)
+            file.write(images.noise(MIB))
+        report = interrupt_at(70 * MIB)
+        with pytest.raises(Interrupted):
+            imgcore.convert(source, target, resume=True, progress=report)
+        assert imgcore.jobs(target.parent)[0].kept_nbytes > MIB
+        imgcore.convert(source, target, resume="verify")
+        assert imgcore.compare(source, target).identical
+
     def test_a_target_that_is_gone_begins_anew(self, source: Path, target: Path) -> None:
         start(source, target)
         partial_of(target).unlink()

@@ -221,7 +221,8 @@ class BatchJournal:
         TargetError
             The target does not hold it any more.
         """
-        blocks = 0 if geometry.placing is Placing.IDENTITY else geometry.block_nbytes
+        has_codec = geometry.codec.codec is not CodecId.NONE
+        blocks = geometry.block_nbytes if has_codec else 0
         sources = [(file.core, file.nbytes, 0, blocks)]
         sources += native_sources(base.sources) if base is not None else []
         with ExitStack() as stack:

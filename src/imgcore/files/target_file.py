@@ -188,10 +188,12 @@ class TargetFile(OpenFile):
             raise ValueError(f"unknown preallocation mode {mode!r}")
 
     def keep(self, nbytes: int) -> None:
-        """Keep the first bytes of an old file; what follows reads as zeros."""
+        """Keep the first bytes of an old file; what follows reads as zeros.
+
+        The file may end before them, in zeros that were not written.
+        """
         with named_errors(self.path):
-            if self.nbytes > nbytes:
-                os.ftruncate(self.fd, nbytes)
+            os.ftruncate(self.fd, nbytes)
         self.kept_nbytes = nbytes
 
     def datasync(self) -> None:
