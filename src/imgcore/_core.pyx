@@ -513,6 +513,9 @@ cdef class RateLimit:
         elif n.imgc_rate_limit_create(&self.handle) != n.IMGC_OK:
             raise MemoryError()
 
+    def __init__(self, pauses_of=None):
+        """State the arguments, which are those of __cinit__."""
+
     def set(self, uint64_t bytes_per_second):
         """Change the rate at once; 0 is no limit."""
         with nogil:
