@@ -557,8 +557,41 @@ ELSEWHERE = {
     ("disk/front_sink.py", ("the tables of the target come first, but a stream shows its data "
      "only when it is read: save the source to a file first")):
     "unit/test_front_sink.py::test_a_stream_as_source_is_refused",
-    ("disk/target_format.py", "{} states {}: end the name in .{}"):
-    "unit/test_stream_target.py::TestStdout::test_a_name_states_another_codec",
+    **{
+        ("disk/streamed_source.py", text): "unit/test_streamed_images.py::TestAdvice"
+        for text in (
+            "a stream cannot be compared with a parent (-B): save it to a file first",
+            "it has a parent, which a stream cannot name: save it to a file first",
+            "some of its data is in another file or in a log: save it to a file first",
+        )
+    },
+    ("disk/streamed_source.py", "a {} image states its size: --size is not for it"):
+    "unit/test_streamed_images.py::test_a_size_is_refused",
+    **{
+        ("disk/streamed_window.py", text): "unit/test_streamed_images.py::TestAdvice"
+        for text in (
+            ("a stream is read in order, but blocks at {} and at {} are close on the disk: save it "
+            "to a file first"),
+            ("a stream is read in order, but bytes at {} are needed after those at {}: save it to "
+            "a file first"),
+            ("a stream is read in order, but bytes at {} are needed before those at {}: save it to "
+            "a file first"),
+            ("{} bytes come before the first block of the disk, and would stay in memory; allowed "
+            "are {}: save it to a file first"),
+        )
+    },
+    **{
+        ("formats/vmdk/streamed.py", text): "unit/test_streamed_images.py::TestAdvice"
+        for text in (
+            ("grains of more than {} grain tables come before these: save the stream to a file "
+            "first"),
+            ("the grain for sector {} at {} comes long after others that follow it on the disk: "
+            "save the stream to a file first"),
+            ("the last grain has {} bytes, expected {} or {}: save the stream to a file first"),
+        )
+    },
+    ("formats/api.py", "tables=front needs a copy: use imgcore convert"):
+    "unit/test_front_sink.py::test_rewriting_leaves_tables_in_front_to_a_copy",
     ("formats/vhd/updater.py", ("one of its footers is missing or damaged: imgcore check --repair "
      "restores it from the other one")):
     "unit/test_vhd_update.py::test_a_damaged_footer_is_refused",
@@ -764,6 +797,7 @@ NAMED = {
     ("disk/resuming.py", "salvaged data cannot be kept after a break (--resume)"): ("convert",),
     ("disk/sink.py", "{} begins anew after a break: it cannot have --resume"):
     ("convert",),
+    ("disk/sink.py", "a {} image with a parent (-B)"): ("convert",),
     ("verbs/convert.py", "--journal is about --resume, which is not given"): ("convert",),
     ("cli/commit.py", "--remove contradicts -d and -b"): ("commit",),
     ("verbs/convert.py", "--base and -B both state the target's backing file"): ("convert",),

@@ -207,3 +207,14 @@ def test_blocks_of_extents(seed: int) -> None:
         int(first + i) for first, rows in table.chunks() for i in np.flatnonzero(rows["state"])
     }
     assert found == expected
+
+
+def test_rewriting_leaves_tables_in_front_to_a_copy(tmp_path: Path) -> None:
+    raw = tmp_path / "small.raw"
+    raw.write_bytes(noise(MIB))
+    options = ("-O", "qcow2", "-o", "tables=front", str(raw))
+    done = imgcore_command("rewrite", *options)
+    assert_one_line_error(done, "tables=front needs a copy: use imgcore convert", code=2)
+    done = imgcore_command("convert", *options, str(tmp_path / "copy.qcow2"))
+    assert done.returncode == 0, done.stderr
+    assert imgcore.compare(raw, tmp_path / "copy.qcow2").identical

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.helpers import vmdk
+from tests.helpers import vhdx, vmdk
 from tests.helpers.images import MIB, SEED, noise, text
 from tests.helpers.vmdk import GRAIN, SECTOR
 
@@ -336,9 +336,103 @@ def test_a_size_is_refused(tmp_path: Path) -> None:
     image = stream(tmp_path, [1])
     with pytest.raises(imgcore.OptionError, match="states its size"):
         imgcore.convert(io.BytesIO(image), tmp_path / "disk.raw", format="vmdk", size="10M")
+    assert read(bytes(image), tmp_path) == disk([1])
 
 
 def test_too_many_awaited_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streamed, "VMDK_MAX_AWAITED_TABLES", 0)
     with pytest.raises(LimitExceededError, match="save the stream to a file first"):
         read(stream(tmp_path, [1]), tmp_path)
+
+
+class TestAdvice:
+    """What the messages advise works."""
+
+    def _save(self, content: bytes, words: str, tmp_path: Path, image_format: str) -> bytes:
+        """Return the disk of a file, after its stream was refused."""
+        with pytest.raises(ImgcoreError, match=f"{words}.*: save (it|the stream) to a file first"):
+            read(content, tmp_path, image_format)
+        (tmp_path / "saved").write_bytes(content)
+        imgcore.convert(tmp_path / "saved", tmp_path / "saved.raw", format=image_format, sync=False)
+        return (tmp_path / "saved.raw").read_bytes()
+
+    @pytest.mark.parametrize(
+        ("order", "words"),
+        [
+            ([0, *range(2, 80), 1], "blocks at .* and at .* are close on the disk"),
+            ([*range(16), *range(32, 80), *range(16, 32)], "are needed after those at"),
+            ([*range(30, 80), *range(30)], "are needed before those at"),
+        ],
+        ids=["close", "after", "before"],
+    )
+    def test_disorder(
+        self, order: list[int], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(streamed_window, "STREAM_SEGMENT_NBYTES", MIB)
+        monkeypatch.setattr(streamed_window, "MIN_STREAM_SEGMENTS", 40)
+        image, content = tmp_path / "disk.vdi", noise(80 * MIB)
+        imgcore.create(image, len(content), format="vdi")
+        with imgcore.open(image, mode="r+") as opened:
+            for block in order:
+                opened.write(block * MIB, content[block * MIB : (block + 1) * MIB])
+        assert self._save(image.read_bytes(), words, tmp_path, "vdi") == content
+
+    def test_a_long_start(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(streamed_window, "MAX_KEPT_NBYTES", 1000)
+        raw, image = tmp_path / "disk.raw", tmp_path / "disk.vdi"
+        raw.write_bytes(noise(MIB))
+        imgcore.convert(raw, image, sync=False)
+        words = "would stay in memory; allowed are 1000"
+        assert self._save(image.read_bytes(), words, tmp_path, "vdi") == raw.read_bytes()
+
+    def test_late_grains(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(streamed, "VMDK_MAX_SORTED_NBYTES", 8 * GRAIN)
+        numbers = [*range(1, N_GRAINS), 0]
+        image = bytes(stream(tmp_path, numbers))
+        assert self._save(image, "comes long after others", tmp_path, "vmdk") == disk(numbers)
+
+    def test_late_tables(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(streamed, "VMDK_MAX_AWAITED_TABLES", 0)
+        image = bytes(stream(tmp_path, [1]))
+        assert self._save(image, "grain tables come before", tmp_path, "vmdk") == disk([1])
+
+    @pytest.mark.parametrize("layout", ["footer", "front"])
+    def test_a_strange_last_grain(self, layout: str, tmp_path: Path) -> None:
+        last = noise(20 * SECTOR)
+        path = vmdk.stream(tmp_path / "made.vmdk", 128 + 10, {0: grain(0), 1: last}, layout=layout)
+        found = self._save(path.read_bytes(), "the last grain has 10240 bytes", tmp_path, "vmdk")
+        assert found == grain(0) + last[: 10 * SECTOR]
+
+    @pytest.mark.parametrize("image_format", ["qcow2", "vhd", "vhdx"])
+    def test_a_parent(self, image_format: str, tmp_path: Path) -> None:
+        base, child = tmp_path / f"base.{image_format}", tmp_path / "child"
+        raw = tmp_path / "disk.raw"
+        raw.write_bytes(noise(8 * MIB))
+        imgcore.convert(raw, base, sync=False)
+        imgcore.create(child, format=image_format, backing=base.name, backing_format=image_format)
+        found = self._save(child.read_bytes(), "it has a parent", tmp_path, image_format)
+        assert found == raw.read_bytes()
+
+    def test_a_log(self, tmp_path: Path) -> None:
+        guid, block = vhdx.guid(7), vhdx.pattern(0, MIB)
+        entry = vhdx.log_entry(1, 0, [(6 * MIB, bytes(4096))], log_guid=guid)
+        made = vhdx.Vhdx(
+            4 * MIB, blocks={0: (vhdx.FULL, block)}, log_guid=guid, log=entry.ljust(MIB, b"\0")
+        )
+        image = made.write(tmp_path / "disk.vhdx").read_bytes()
+        found = self._save(image, "in another file or in a log", tmp_path, "vhdx")
+        assert len(found) == 4 * MIB
+
+    def test_a_comparison_with_a_parent(self, tmp_path: Path) -> None:
+        base, target = tmp_path / "base.qcow2", tmp_path / "child.qcow2"
+        imgcore.create(base, N_GRAINS * GRAIN)
+        image = bytes(stream(tmp_path, [1]))
+        with pytest.raises(UnsupportedFeatureError, match=r"\(-B\): save it to a file first"):
+            imgcore.convert(
+                io.BytesIO(image), target, format="vmdk", backing=base.name, backing_format="qcow2"
+            )
+        imgcore.convert(
+            tmp_path / "made.vmdk", target, backing=base.name, backing_format="qcow2", sync=False
+        )
+        with imgcore.open(target) as opened:
+            assert opened.read(0, opened.virtual_size) == disk([1])
