@@ -150,13 +150,17 @@ def host_offsets(image: imgcore.Image) -> set[int]:
     return found
 
 
-@pytest.mark.parametrize("change", ["refresh", "resize"])
+@pytest.mark.parametrize("freed", [2, 4])
+@pytest.mark.parametrize("change", ["refresh", "two refreshes", "resize"])
 @pytest.mark.parametrize("reading", ["an iterator", "nothing"])
 @pytest.mark.parametrize("format", OPTIONS)
 def test_an_image_opened_anew_keeps_freed_blocks(
-    format: str, reading: str, change: str, tmp_path: Path
+    format: str, reading: str, change: str, freed: int, tmp_path: Path
 ) -> None:
-    """What began before the image was opened anew still reads what was freed then."""
+    """What began before the image was opened anew still reads what was freed then.
+
+    Block 4 is the last one of the file.
+    """
     imgcore.create(tmp_path / "disk", 16 * MIB, format=format, options=OPTIONS[format])
     with imgcore.open(tmp_path / "disk", mode="r+", format=format) as image:
         size = image.block_size
@@ -168,13 +172,16 @@ def test_an_image_opened_anew_keeps_freed_blocks(
         image.flush()
         before = host_offsets(image)
         iterator = image.extents() if reading == "an iterator" else None
-        image.discard(2 * size, size)
+        image.discard(freed * size, size)
         image.flush()
-        if change == "refresh":
-            image.refresh()
-        else:
+        if change == "resize":
             image.resize(32 * MIB)
+        else:
+            image.refresh()
         kept = before - host_offsets(image)
+        if change == "two refreshes":
+            image.write(0, b"x")
+            image.refresh()
         assert len(kept) == 1
         write(1, 3)
         image.flush()
@@ -187,6 +194,24 @@ def test_an_image_opened_anew_keeps_freed_blocks(
         write(9)
         assert kept <= host_offsets(image)
     assert not imgcore.check(tmp_path / "disk", format=format).problems
+
+
+@pytest.mark.parametrize("format", [*OPTIONS, "vdi", "vhd"])
+def test_an_iterator_finds_blocks_that_are_newer_than_its_image(
+    format: str, tmp_path: Path
+) -> None:
+    """It reads tables that change after the image was opened anew."""
+    imgcore.create(tmp_path / "disk", 16 * MIB, format=format, options=OPTIONS.get(format, {}))
+    with imgcore.open(tmp_path / "disk", mode="r+", format=format) as image:
+        image.write(0, b"x")
+        image.flush()
+        iterator = image.data_extents()
+        image.refresh()
+        for start in range(0, 16 * MIB, MIB):
+            image.write(start, b"y" * MIB)
+        image.flush()
+        rows = np.concatenate(list(iterator))
+        assert int(rows["length"].sum()) == 16 * MIB
 
 
 @pytest.mark.parametrize("reading", ["a read", "an iterator", "nothing"])

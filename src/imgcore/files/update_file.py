@@ -15,6 +15,7 @@ import threading
 from enum import IntEnum
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakSet
 
 from imgcore.errors import ImgcoreError, TargetError
 from imgcore.files.descriptors import (
@@ -120,6 +121,8 @@ class UpdateFile(HostFile):
         self._not_copied: set[Identity] = set()
         self._is_unsynced = False
         self._has_changed = False
+        # This one, and those that `again` made of it: one file, one size.
+        self._same: WeakSet[UpdateFile] = WeakSet((self,))
         # Others cannot write to it: it is locked.
         super().__init__(fd, path, share=True, device=device, is_named=is_named, is_ours=is_ours)
         try:
@@ -180,6 +183,9 @@ class UpdateFile(HostFile):
             fd = duplicate(self.fd)
             file = type(self)(fd, self.path, is_named=False, is_ours=self._is_ours)
         file._absolute_path = self._absolute_path
+        # Who reads through the old object goes on, and finds tables that have changed.
+        file._same = self._same
+        file._same.add(file)
         self._lend_lock(file)
         return file
 
@@ -379,7 +385,9 @@ class UpdateFile(HostFile):
 
     def _note_end(self, end: int) -> None:
         with self._changing:
-            self.nbytes = max(self.nbytes, end)
+            if end > self.nbytes:
+                for file in self._same:
+                    file.nbytes = max(file.nbytes, end)
 
     # -- tables ------------------------------------------------------------------------
 

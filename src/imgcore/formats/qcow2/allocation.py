@@ -420,7 +420,7 @@ class HostClusters:
             end = max(end, first + n)
         self._file.write_steps()
         end = max(end, self._last_used() + 1, self.tables.end)
-        if not self._has_freed:
+        if self._is_withheld or not self._has_freed:
             end = max(end, self._first_end)
         self._file.cut(end << self._bits)
 

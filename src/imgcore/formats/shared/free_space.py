@@ -65,10 +65,15 @@ class FreeSpace:
         """Take back a block that tables refer to until the next flush."""
         self._released.append(offset)
 
-    def withhold(self) -> None:
-        """Let no block be free before the next flush after which nothing is read."""
-        self._released += self._free
+    def withhold(self, file_end: int) -> None:
+        """Let no block be free before the next flush after which nothing is read.
+
+        Nor is what follows the last block, up to the end of the file.
+        """
+        blocks = range(self.end, file_end, self._block_nbytes)
+        self._released += [*self._free, *blocks]
         self._free = []
+        self.end += len(blocks) * self._block_nbytes
 
     def trim(self) -> int:
         """Forget free blocks at the end, and return the end, which may be lower now."""

@@ -104,7 +104,9 @@ class VdiUpdater:
             fields = fields._replace(modification_uuid=uuid4().bytes_le)
         self._put_header(fields)
         self._count = end
-        self._file.cut(self._offset_of(end))
+        if not again:
+            # Later, somebody may read what is behind the last block.
+            self._file.cut(self._offset_of(end))
 
     def _entries(self) -> NDArray[np.uint32]:
         pieces = read_map(self._file, self._header, 0, self._header.n_blocks)
@@ -123,10 +125,9 @@ class VdiUpdater:
         """Return the host offset of a slot of zeros for a block of the disk."""
         before = self._entry(block - 1) if block else layout.BLOCK_FREE
         after = self._offset_of(before + 1) if before < layout.BLOCK_ZERO else None
-        end = self._space.end
         offset = self._space.take(after)
         try:
-            if offset < end or self._file.is_block_device:
+            if offset < self._file.nbytes:
                 self._file.zero(offset, self._block_nbytes)
             self._file.grow(offset + self._block_nbytes)
         except BaseException:
@@ -247,7 +248,7 @@ class VdiUpdater:
 
     def withhold(self) -> None:
         """Append what is new while somebody reads; see `Updater`."""
-        self._space.withhold()
+        self._space.withhold(self._file.nbytes)
 
     def finish(self) -> None:
         """Move the last blocks into unused slots; see `imgcore.formats.api.Updater`.
@@ -341,9 +342,14 @@ class VdiUpdater:
         entries = np.full(max(n_blocks - n_old, 0), layout.BLOCK_FREE, dtype="<u4")
         n_allocated = self._count
         if self._header.image_type is ImageType.FIXED:
-            entries[:] = np.arange(n_allocated, n_allocated + len(entries))
-            n_allocated += len(entries)
+            start = self._space.end
+            first = self._slot_at(start)
+            n_allocated = first + len(entries)
+            entries[:] = np.arange(first, n_allocated)
             self._space.end = self._offset_of(n_allocated)
+            old_end = min(self._file.nbytes, self._space.end)
+            if start < old_end:
+                self._file.zero(start, old_end - start)
             self._file.grow(self._space.end)
             self._count = n_allocated
         self._file.put(self._entry_offset(n_old), entries.tobytes(), Step.NEW)

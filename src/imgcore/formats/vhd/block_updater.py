@@ -141,7 +141,9 @@ class BlockUpdater:
         for gap in self._gaps(starts):
             self._space.give_back(gap)
             self._has_gaps = True
-        if end < self._footer_offset and not self._file.is_block_device:
+        # Somebody may still read what this object's predecessor has freed.
+        self._old_end = self._footer_offset if again else 0
+        if end < self._footer_offset and not (again or self._file.is_block_device):
             # An interrupted writer may have left data there.
             self._file.zero(end, self._footer_offset - end)
 
@@ -209,7 +211,7 @@ class BlockUpdater:
                     path=self._file.path,
                 )
             self._make_room(slot + self._slot_nbytes)
-            if slot != end or self._file.is_block_device:
+            if slot != end or slot < self._old_end or self._file.is_block_device:
                 self._file.zero(slot + self._bitmap_start, self._slot_nbytes - self._bitmap_start)
         except BaseException:
             space.give_back(slot)
@@ -421,7 +423,7 @@ class BlockUpdater:
 
     def withhold(self) -> None:
         """Append what is new while somebody reads; see `Updater`."""
-        self._space.withhold()
+        self._space.withhold(self._footer_offset)
 
     def finish(self) -> None:
         """Leave no gaps, and move the footer to the last block; see `Updater`.
@@ -440,6 +442,9 @@ class BlockUpdater:
         room = self._bitmap_nbytes + self._block_nbytes
         if self._first_end != end or self._footer_offset - end >= room:
             self._put_footer(end)
+        elif end < self._footer_offset:
+            # QEMU takes it for zeros.
+            self._file.zero(end, self._footer_offset - end)
         self._file.cut(self._footer_offset + layout.FOOTER_NBYTES)
 
     def _compact(self) -> list[int]:

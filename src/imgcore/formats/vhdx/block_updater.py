@@ -129,7 +129,7 @@ class BlockUpdater:
 
     def withhold(self) -> None:
         """Append what is new while somebody reads; see `Updater`."""
-        self._space.withhold()
+        self._space.withhold(self._file.nbytes)
 
     def finish(self) -> None:
         """Empty the log, and end the file after its last block."""

@@ -8,6 +8,8 @@ from typing import Final
 
 from imgcore import limits
 from imgcore.errors import LimitExceededError
+from imgcore.formats.shared.alignment import align_up
+from imgcore.formats.vhdx import layout
 
 # The end of the last run, which no block reaches.
 _ENDLESS: Final = 1 << 63
@@ -78,11 +80,13 @@ class FreeSpace:
         """Take back space that tables refer to until the next flush."""
         self._released.append((start, nbytes))
 
-    def withhold(self) -> None:
-        """Let no run before the end be free before the next flush without reads."""
-        for start, end in zip(self._starts[:-1], self._ends[:-1], strict=True):
-            self.release(start, end - start)
-        del self._starts[:-1], self._ends[:-1]
+    def withhold(self, file_end: int) -> None:
+        """Let nothing in the file be free before the next flush without reads."""
+        end = max(self.end, align_up(file_end, layout.ALIGNMENT))
+        for start, stop in zip(self._starts, (*self._ends[:-1], end), strict=True):
+            if start < stop:
+                self.release(start, stop - start)
+        self._starts, self._ends = [end], [_ENDLESS]
 
     def settle(self, *, is_unread: bool) -> list[tuple[int, int]]:
         """Free what was released, after a flush; return its offsets and sizes.

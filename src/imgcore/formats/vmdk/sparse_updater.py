@@ -382,7 +382,7 @@ class SparseUpdater:
 
     def withhold(self) -> None:
         """Append what is new while somebody reads; see `Updater`."""
-        self.space.withhold()
+        self.space.withhold(self.file.nbytes)
 
     def finish(self) -> None:
         """Cut off free grains at the end, and mark the extent as closed cleanly."""
