@@ -385,6 +385,15 @@ def test_a_forked_child_may_use_a_control(folder: Path) -> None:
     assert ended[-1] == 0
 
 
+def test_a_job_that_is_cancelled_before_it_begins(folder: Path) -> None:
+    control, before = imgcore.Control(), contents(folder)
+    control.cancel()
+    with pytest.raises(imgcore.ConversionCancelled):
+        imgcore.convert(folder / "a.raw", folder / "new.qcow2", control=control)
+    assert control.progress().phase == "cancelled"
+    assert contents(folder) == before
+
+
 def test_a_cancel_during_the_last_sync(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sync ends, and the target gets no name."""
     control = imgcore.Control()

@@ -245,9 +245,13 @@ class Run:
         self._is_final = True
 
     def __enter__(self) -> Self:
-        self.check()
         if self.control is not None:
             self.control._jobs.add(self)
+        try:
+            self.check()
+        except ConversionCancelled as error:
+            self.__exit__(type(error), error, None)
+            raise
         return self
 
     def __exit__(
