@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from imgcore.disk.profile_fitting import fitting_size
+from imgcore.disk.profile_fitting import fitting_size, warn_about_size
 from imgcore.errors import ImgcoreError, LimitExceededError, OptionError
 from imgcore.formats.api import EndsLate
 from imgcore.formats.registry import PLAIN_FORMAT, get_driver
@@ -77,6 +77,7 @@ def end_disk(
     """Tell a writer the size of a disk that was read, and return the request for it."""
     assert isinstance(writer, EndsLate), "see leave_end_open"
     nbytes = fitting_size(options.profile, source)
+    warn_about_size(options.profile, source, nbytes)
     exact_nbytes = source.exact_nbytes if nbytes == source.virtual_size else None
     request = request._replace(virtual_size=nbytes, exact_nbytes=exact_nbytes)
     writer.end_disk(request)

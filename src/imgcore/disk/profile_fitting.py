@@ -81,7 +81,13 @@ def fitting_size(profile: Profile | None, source: Source) -> int:
             f"{profile.max_virtual_nbytes} are allowed",
             path=source.path,
         )
-    if nbytes < profile.min_virtual_nbytes:
+    return nbytes
+
+
+def warn_about_size(profile: Profile | None, source: Source, nbytes: int) -> None:
+    """Warn if a target's disk of ``nbytes`` bytes is too small for its platform."""
+    is_known = source.size_is_known or source.virtual_size
+    if profile is not None and is_known and nbytes < profile.min_virtual_nbytes:
         log.warning(
             "%s: a disk of %d bytes is too small for %s: at least %d are needed",
             source.path,
@@ -89,4 +95,3 @@ def fitting_size(profile: Profile | None, source: Source) -> int:
             profile.platform,
             profile.min_virtual_nbytes,
         )
-    return nbytes

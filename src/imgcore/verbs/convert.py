@@ -13,7 +13,7 @@ from imgcore.checksums.digest import ALGORITHMS, Digest
 from imgcore.disk.backing import backing_path
 from imgcore.disk.image import open_image
 from imgcore.disk.open_options import Flags, OpenOptions
-from imgcore.disk.profile_fitting import fitting_size
+from imgcore.disk.profile_fitting import fitting_size, warn_about_size
 from imgcore.disk.sink import open_sink
 from imgcore.disk.sink_options import SinkOptions
 from imgcore.disk.source import open_sources
@@ -363,7 +363,6 @@ def convert(
             disk.refuse_conversion(with_base=backing is not None)
             base = _open_base(target, writing, base_opening, stack)
             files = [*disk.files, *(base.every_file() if base is not None else ())]
-            refuse_other_name(target, writing.format, flag="-O", profile=writing.profile)
             disk_nbytes = fitting_size(writing.profile, disk)
             tally = Tally(disk_nbytes, run.report)
             record = None
@@ -391,6 +390,8 @@ def convert(
             use_page_cache(files, source_mode)
             if new_receipt is not None:
                 new_receipt.protect(files)
+            refuse_other_name(output.path, writing.format, flag="-O", profile=writing.profile)
+            warn_about_size(writing.profile, disk, disk_nbytes)
             options = writing
             if record is not None:
                 from imgcore.disk.checkpoints import Checkpoints
