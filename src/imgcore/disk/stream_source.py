@@ -121,10 +121,9 @@ class StreamSource:
 
     def data_extents(self, rule: ReflinkRule | None = None) -> Iterator[Extents]:
         """Yield one extent: only reading a stream shows where it holds zeros."""
-        from imgcore.engine.extents import Kind, single
+        from imgcore.engine.extents import all_data
 
-        if self.virtual_size:
-            yield single(0, self.virtual_size, Kind.DATA)
+        yield from all_data(self.virtual_size)
 
     def lost(self) -> Sequence[BadRange]:
         """Return nothing: streams are not salvaged."""

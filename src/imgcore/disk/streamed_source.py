@@ -145,10 +145,9 @@ class StreamedSource:
 
     def data_extents(self, rule: ReflinkRule | None = None) -> Iterator[Extents]:
         """Yield one extent: the tables are not known before all was read."""
-        from imgcore.engine.extents import single
+        from imgcore.engine.extents import all_data
 
-        if self.virtual_size:
-            yield single(0, self.virtual_size, Kind.DATA)
+        yield from all_data(self.virtual_size)
 
     def lost(self) -> Sequence[BadRange]:
         """Return nothing: streams are not salvaged."""

@@ -17,6 +17,8 @@ from imgcore.engine.kinds import BlockState as BlockState
 from imgcore.engine.kinds import Kind as Kind
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
     Placements = NDArray[np.void]
@@ -65,6 +67,12 @@ def single(
     host_length = length if kind is Kind.DATA else 0
     row = (guest_offset, length, host_offset, host_length, file, kind, 0)
     return np.array([row], dtype=EXTENT_DTYPE)
+
+
+def all_data(nbytes: int) -> Iterator[Extents]:
+    """Yield one DATA extent of a whole disk; nothing for an empty one."""
+    if nbytes:
+        yield single(0, nbytes, Kind.DATA)
 
 
 def join_neighbours(rows: Extents) -> Extents:
