@@ -798,7 +798,7 @@ NAMED = {
     ("disk/sink.py", "{} begins anew after a break: it cannot have --resume"):
     ("convert",),
     ("disk/sink.py", "a {} image with a parent (-B)"): ("convert",),
-    ("verbs/convert.py", "--journal is about --resume, which is not given"): ("convert",),
+    ("disk/resuming.py", "--journal is about --resume, which is not given"): ("convert",),
     ("cli/commit.py", "--remove contradicts -d and -b"): ("commit",),
     ("verbs/convert.py", "--base and -B both state the target's backing file"): ("convert",),
     ("verbs/convert.py", "--verify reads the target back, which is not possible for a stream"):

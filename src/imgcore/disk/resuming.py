@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from imgcore._version import __version__
+from imgcore.border import FilePath, file_name
+from imgcore.disk.checkpoints import Checkpoints
 from imgcore.errors import OptionError
 from imgcore.files.fingerprint import fingerprint
 from imgcore.files.resume_journal import SUFFIX, ResumeJournal
@@ -30,78 +32,106 @@ _FACTS: Final = {
 }
 
 
-def refuse_resuming(options: SinkOptions, *, sync: bool, journal: str | None, target: str) -> None:
-    """Raise OptionError for options that rule out going on after a break."""
-    if options.in_order:
-        raise OptionError("a stream cannot be written again after a break (--resume)")
-    if not sync:
-        raise OptionError("--resume keeps what is on stable storage: it contradicts --no-sync")
-    if options.salvage:
-        raise OptionError("salvaged data cannot be kept after a break (--resume)")
-    if options.reflink.is_required:
-        options.reflink.refuse("its blocks cannot be verified after a break (--resume)")
-    if options.in_place and journal is None and not os.path.isfile(target):
-        raise OptionError(
-            "a journal cannot be beside a block device: state a file with --journal", path=target
-        )
+class Resuming(NamedTuple):
+    """How a conversion goes on after a break.
 
-
-def open_journal(
-    target: str,
-    journal: str | None,
-    options: SinkOptions,
-    opening: OpenOptions,
-    sources: Sequence[ByteSource],
-    virtual_size: int,
-) -> ResumeJournal:
-    """Return the journal of an earlier run of the same conversion, or a new one.
-
-    Parameters
+    Attributes
     ----------
-    target : str
-        Its name.
+    verifies_all : bool
+        Whether it verifies all that was kept, or the last checkpoint.
     journal : str or None
         The journal's name; by default it is beside the target.
-    options, opening
-        Those for writing and for reading.
-    sources : sequence of ByteSource
-        Every file that is read.
-    virtual_size : int
-        Bytes of the target's disk.
-
-    Raises
-    ------
-    OptionError
-        The earlier run had other sources or options.
-    ImgcoreError, OSError
-        The journal cannot be used.
     """
-    path = target + SUFFIX if journal is None else journal
-    facts = {
-        "imgcore": __version__,
-        "target": os.path.basename(target),
-        "options": _options(options, opening) | {"disk": str(virtual_size)},
-        "sources": [fingerprint(file) for file in sources],
-    }
-    if options.in_place:
-        status = os.stat(target)
-        facts["in_place"] = {"inode": status.st_ino}
-    found = ResumeJournal.open(path)
-    if found is not None:
-        try:
-            _refuse_differences(found, facts)
-            _take_back(found, os.path.dirname(target))
-            if options.in_place or os.path.lexists(_partial(target)):
-                return found
-            log.warning("%s: its target is gone: the conversion begins anew", path)
-            found.remove()
-        except BaseException:
+
+    verifies_all: bool
+    journal: str | None
+
+    @classmethod
+    def from_keywords(cls, resume: bool | str, journal: FilePath | None) -> Resuming | None:
+        """Return the record, None if nothing is kept; OptionError for other words."""
+        if resume is False:
+            if journal is not None:
+                raise OptionError("--journal is about --resume, which is not given")
+            return None
+        policy = "last" if resume is True else resume
+        if policy not in ("last", "verify"):
+            raise OptionError(f"resume={resume!r}: True, False, 'last' and 'verify' are allowed")
+        return cls(policy == "verify", None if journal is None else file_name(journal))
+
+    def refuse(self, options: SinkOptions, *, sync: bool, target: str) -> None:
+        """Raise OptionError for options that rule out going on after a break."""
+        if options.in_order:
+            raise OptionError("a stream cannot be written again after a break (--resume)")
+        if not sync:
+            raise OptionError("--resume keeps what is on stable storage: it contradicts --no-sync")
+        if options.salvage:
+            raise OptionError("salvaged data cannot be kept after a break (--resume)")
+        if options.reflink.is_required:
+            options.reflink.refuse("its blocks cannot be verified after a break (--resume)")
+        if options.in_place and self.journal is None and not os.path.isfile(target):
+            raise OptionError(
+                "a journal cannot be beside a block device: state a file with --journal",
+                path=target,
+            )
+
+    def open_journal(
+        self,
+        target: str,
+        options: SinkOptions,
+        opening: OpenOptions,
+        sources: Sequence[ByteSource],
+        virtual_size: int,
+    ) -> ResumeJournal:
+        """Return the journal of an earlier run of the same conversion, or a new one.
+
+        Parameters
+        ----------
+        target : str
+            Its name.
+        options, opening
+            Those for writing and for reading.
+        sources : sequence of ByteSource
+            Every file that is read.
+        virtual_size : int
+            Bytes of the target's disk.
+
+        Raises
+        ------
+        OptionError
+            The earlier run had other sources or options.
+        ImgcoreError, OSError
+            The journal cannot be used.
+        """
+        path = target + SUFFIX if self.journal is None else self.journal
+        facts = {
+            "imgcore": __version__,
+            "target": os.path.basename(target),
+            "options": _options(options, opening) | {"disk": str(virtual_size)},
+            "sources": [fingerprint(file) for file in sources],
+        }
+        if options.in_place:
+            status = os.stat(target)
+            facts["in_place"] = {"inode": status.st_ino}
+        found = ResumeJournal.open(path)
+        if found is not None:
+            try:
+                _refuse_differences(found, facts)
+                _take_back(found, os.path.dirname(target))
+                if options.in_place or os.path.lexists(_partial(target)):
+                    return found
+                log.warning("%s: its target is gone: the conversion begins anew", path)
+                found.remove()
+            except BaseException:
+                found.close()
+                raise
             found.close()
-            raise
-        found.close()
-    return ResumeJournal.create(
-        path, {**facts, "seed": _new_seed().hex(), "path": os.path.abspath(target)}
-    )
+        return ResumeJournal.create(
+            path, {**facts, "seed": _new_seed().hex(), "path": os.path.abspath(target)}
+        )
+
+    def checkpoints(self, journal: ResumeJournal) -> Checkpoints:
+        """Return what saves the checkpoints of a job, and has those of earlier runs."""
+        return Checkpoints(journal, verifies_all=self.verifies_all)
 
 
 def _new_seed() -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -10,43 +9,25 @@ from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex, cast
 
 from imgcore.border import FilePath, file_name
 from imgcore.checksums.digest import ALGORITHMS, Digest
-from imgcore.disk.backing import backing_path
-from imgcore.disk.image import open_image
+from imgcore.disk.conversion import ConversionRequest, open_conversion
 from imgcore.disk.open_options import Flags, OpenOptions
-from imgcore.disk.profile_fitting import fitting_size, warn_about_size
-from imgcore.disk.sink import open_sink
 from imgcore.disk.sink_options import SinkOptions
-from imgcore.disk.source import open_sources
 from imgcore.disk.streamed import source_names
-from imgcore.disk.target_format import refuse_other_name
+from imgcore.disk.target_parent import layer_of_source
 from imgcore.engine.control import Run
-from imgcore.engine.progress import Tally
 from imgcore.errors import OptionError
 from imgcore.files.commitment import until_committed
-from imgcore.files.host_file import use_page_cache
-from imgcore.files.identity import named_identity
 from imgcore.files.page_cache import CacheMode
-from imgcore.files.stream_target import (
-    StreamTarget,
-    is_stream_object,
-    is_stream_target,
-    stream_name,
-)
-from imgcore.files.target import Target
-from imgcore.log import log
+from imgcore.files.stream_target import is_stream_object, is_stream_target, stream_name
 
 if TYPE_CHECKING:
     from socket import socket
 
     from imgcore.border import Readable, Writable
-    from imgcore.disk.image import Image
-    from imgcore.disk.read_back import ReadBack
-    from imgcore.disk.receipt import NewReceipt
-    from imgcore.disk.sink import Sink
+    from imgcore.disk.conversion import Conversion
     from imgcore.engine.bad_ranges import BadRange
     from imgcore.engine.control import Control
     from imgcore.engine.progress import Progress
-    from imgcore.files.byte_source import ByteSource
     from imgcore.files.commitment import Commitment
 
 
@@ -306,8 +287,11 @@ def convert(
         raise OptionError("--base and -B both state the target's backing file")
     if verify and not sync:
         raise OptionError("--verify reads what is on stable storage: it contradicts --no-sync")
-    journal = None if journal is None else file_name(journal)
-    policy = _resume_policy(resume, journal)
+    resuming = None
+    if resume is not False or journal is not None:
+        from imgcore.disk.resuming import Resuming
+
+        resuming = Resuming.from_keywords(resume, journal)
     if checksum is None and (verify or receipt is not None):
         checksum = ALGORITHMS[0]
     source_mode = CacheMode.from_keyword(source_cache, "source_cache")
@@ -327,7 +311,7 @@ def convert(
         raise OptionError("--verify reads the target back, which is not possible for a stream")
     sources = source_names(source)
     if base is not None:
-        backing, backing_format = _layer_of(sources, file_name(base), target, opening)
+        backing, backing_format = layer_of_source(sources, file_name(base), target, opening)
     run = Run.of(rate, control, progress)
     writing = SinkOptions.from_keywords(
         target,
@@ -349,176 +333,59 @@ def convert(
         checksum=checksum,
         in_order=in_order,
     )
-    if policy is not None:
-        from imgcore.disk.resuming import refuse_resuming
-
-        refuse_resuming(writing, sync=sync, journal=journal, target=target)
-    base_opening = _base_options(writing, opening)
+    if resuming is not None:
+        resuming.refuse(writing, sync=sync, target=target)
+    request = ConversionRequest(
+        sources=sources,
+        place=place,
+        target=target,
+        opening=opening,
+        writing=writing,
+        force=force,
+        sync=sync,
+        verify=verify,
+        resuming=resuming,
+        receipt=None if receipt is None else file_name(receipt),
+        source_cache=source_mode,
+        target_cache=target_mode,
+    )
 
     def job(commitment: Commitment[ConvertResult]) -> None:
         with run, ExitStack() as stack:
-            new_receipt = _new_receipt(receipt, target, force, stack)
-            waiting = opening._replace(on_wait=run.wait, page_cache=source_mode)
-            disk = stack.enter_context(open_sources(sources, waiting))
-            disk.refuse_conversion(with_base=backing is not None)
-            base = _open_base(target, writing, base_opening, stack)
-            files = [*disk.files, *(base.every_file() if base is not None else ())]
-            disk_nbytes = fitting_size(writing.profile, disk)
-            tally = Tally(disk_nbytes, run.report)
-            record = None
-            if policy is not None:
-                from imgcore.disk.resuming import open_journal
-
-                record = stack.enter_context(
-                    open_journal(target, journal, writing, opening, files, disk_nbytes)
-                )
-            output: Target
-            if in_order:
-                output = StreamTarget(place, waiting=tally.repeat)
-            else:
-                output = Target(
-                    target,
-                    force=force,
-                    sync=sync,
-                    in_place=in_place,
-                    in_place_nbytes=disk.virtual_size if writing.could_be_in_place else None,
-                    journal=record,
-                    cache=target_mode,
-                )
-            stack.enter_context(output)
-            output.protect(files)
-            use_page_cache(files, source_mode)
-            if new_receipt is not None:
-                new_receipt.protect(files)
-            refuse_other_name(output.path, writing.format, flag="-O", profile=writing.profile)
-            warn_about_size(writing.profile, disk, disk_nbytes)
-            options = writing
-            if record is not None:
-                from imgcore.disk.checkpoints import Checkpoints
-
-                checkpoints = Checkpoints(record, verifies_all=policy == "verify")
-                options = writing._replace(checkpoints=stack.enter_context(checkpoints))
-            sink = open_sink(output, options, disk, base, tally.total_nbytes)
+            conversion = open_conversion(request, run, stack)
             if writing.reflink.is_required:
                 from imgcore.rewriting.cloning import reflinking_sink
 
-                sink = reflinking_sink(sink)
-            read_back = None
-            if verify:
-                from imgcore.disk.read_back import ReadBack
-
-                read_back = ReadBack(output, writing, base, base_opening)
-            bad_ranges = _write(sink, tally, files, output, read_back, run)
-            result = ConvertResult(
-                source=disk.path,
-                target=output.path,
-                source_format=disk.format,
-                target_format=writing.format,
-                virtual_size=tally.total_nbytes,
-                bytes_data=tally.data_nbytes,
-                bytes_zero=tally.total_nbytes - tally.data_nbytes,
-                bytes_read=tally.read_nbytes,
-                bytes_written=tally.written_nbytes,
-                bytes_shared=tally.reflinked_nbytes,
-                file_size=output.main.file_size,
-                seconds=time.monotonic() - started,
-                bad_ranges=bad_ranges,
-                bytes_reused=tally.reused_nbytes,
-                bytes_trusted=tally.trusted_nbytes,
-                checksum=sink.digest,
-                verified=verify,
-            )
-            if new_receipt is not None:
-                new_receipt.write(disk, output, writing, sink.disk_nbytes, result._asdict())
+                conversion = conversion._replace(sink=reflinking_sink(conversion.sink))
+            bad_ranges = conversion.write()
+            result = _result(conversion, bad_ranges, time.monotonic() - started)
+            new_receipt = conversion.write_receipt(result._asdict())
             run.keep()
-            commitment.commit(output, result, None if new_receipt is None else new_receipt.target)
+            commitment.commit(conversion.output, result, new_receipt)
 
     return until_committed(job)
 
 
-def _layer_of(
-    sources: Sequence[Any], base: str, target: str, opening: OpenOptions
-) -> tuple[str, str]:
-    """Return the target's name for a backing file of the source, and its format."""
-    if len(sources) == 1 and isinstance(sources[0], str):
-        with open_image(sources[0], opening) as image:
-            depth = image.depth_of(named_identity(base))
-            if depth:
-                folder, name = os.path.split(base)
-                start = os.path.realpath(os.path.dirname(target))
-                name = os.path.relpath(os.path.join(os.path.realpath(folder), name), start)
-                return name, image.layers[depth].format_name
-    raise OptionError(f"{base} is not one of its backing files", path=str(sources[0]))
-
-
-def _resume_policy(resume: bool | str, journal: str | None) -> str | None:
-    """Return what a conversion that goes on verifies; None if nothing is kept."""
-    if resume is False:
-        if journal is not None:
-            raise OptionError("--journal is about --resume, which is not given")
-        return None
-    policy = "last" if resume is True else resume
-    if policy not in ("last", "verify"):
-        raise OptionError(f"resume={resume!r}: True, False, 'last' and 'verify' are allowed")
-    return policy
-
-
-def _base_options(writing: SinkOptions, opening: OpenOptions) -> OpenOptions:
-    """Return the options for opening the target's parent."""
-    return OpenOptions(
-        format=None if writing.backing is None else writing.backing.format,
-        allow=opening.allow,
-        share=opening.share,
-        flags=Flags(format="-F", backing_format="", parent=""),
+def _result(
+    conversion: Conversion, bad_ranges: tuple[BadRange, ...], seconds: float
+) -> ConvertResult:
+    tally, output = conversion.tally, conversion.output
+    return ConvertResult(
+        source=conversion.source.path,
+        target=output.path,
+        source_format=conversion.source.format,
+        target_format=conversion.writing.format,
+        virtual_size=tally.total_nbytes,
+        bytes_data=tally.data_nbytes,
+        bytes_zero=tally.total_nbytes - tally.data_nbytes,
+        bytes_read=tally.read_nbytes,
+        bytes_written=tally.written_nbytes,
+        bytes_shared=tally.reflinked_nbytes,
+        file_size=output.main.file_size,
+        seconds=seconds,
+        bad_ranges=bad_ranges,
+        bytes_reused=tally.reused_nbytes,
+        bytes_trusted=tally.trusted_nbytes,
+        checksum=conversion.sink.digest,
+        verified=conversion.read_back is not None,
     )
-
-
-def _open_base(
-    target: str, writing: SinkOptions, options: OpenOptions, stack: ExitStack
-) -> Image | None:
-    """Open the target's parent, which ``stack`` closes."""
-    if writing.backing is None:
-        return None
-    return stack.enter_context(open_image(backing_path(target, writing.backing), options))
-
-
-def _new_receipt(
-    receipt: FilePath | None, target: str, force: bool, stack: ExitStack
-) -> NewReceipt | None:
-    """Create the file of the receipt; ``stack`` removes it unless it is committed."""
-    if receipt is None:
-        return None
-    from imgcore.disk.receipt import NewReceipt
-
-    name = file_name(receipt)
-    return stack.enter_context(NewReceipt.open(name, force=force, job_target=target))
-
-
-def _write(
-    sink: Sink,
-    tally: Tally,
-    files: Sequence[ByteSource],
-    output: Target,
-    read_back: ReadBack | None,
-    run: Run,
-) -> tuple[BadRange, ...]:
-    """Write the target's content and verify it.
-
-    Raise if a source file changes meanwhile.
-    """
-    try:
-        bad_ranges = sink.write(tally)
-        run.phase = "syncing"
-        output.prepare()
-        if read_back is not None and sink.digest is not None:
-            run.phase = "verifying"
-            read_back.verify(sink.digest, sink.disk_nbytes, tally.finish)
-        for file in files:
-            file.check_unchanged()
-        # The last call for progress: it may still cancel the job.
-        tally.finish()
-    except BaseException:
-        if sink.overwrites:
-            log.warning("%s: it was written in place and is now incomplete", output.path)
-        raise
-    return bad_ranges
