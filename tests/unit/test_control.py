@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import random
 import signal
@@ -73,7 +74,7 @@ def sync(folder: Path, control: imgcore.Control, **how: Any) -> imgcore.SyncResu
 
 
 def change(folder: Path, control: imgcore.Control) -> imgcore.ApplyResult:
-    data = noise(64 * 1024)
+    data = noise(512)  # several batches
     return imgcore.apply(
         folder / "b.raw", ((at, data) for at in range(0, 8 * MIB, len(data))), control=control
     )
@@ -158,7 +159,59 @@ VERBS: dict[str, Case] = {
     "flatten": Case(
         lambda folder, control: imgcore.flatten(folder / "child.qcow2", control=control)
     ),
+    "check": Case(lambda folder, control: imgcore.check(folder / "a.qcow2", control=control)),
+    "check a streamOptimized VMDK": Case(
+        lambda folder, control: imgcore.check(folder / "packed.vmdk", control=control)
+    ),
+    "check and repair": Case(
+        lambda folder, control: imgcore.check(folder / "leak.vdi", repair=True, control=control)
+    ),
+    "measure": Case(
+        lambda folder, control: imgcore.measure(
+            folder / "a.qcow2", target_format="vhdx", control=control
+        )
+    ),
+    "measure_reflink": Case(
+        lambda folder, control: imgcore.measure_reflink(
+            folder / "a.qcow2", target_format="vhdx", control=control
+        )
+    ),
+    "measure_rewrite": Case(
+        lambda folder, control: imgcore.measure_rewrite(folder / "a.qcow2", "vhdx", control=control)
+    ),
+    "verify": Case(lambda folder, control: imgcore.verify(folder / "a.receipt", control=control)),
+    "verify an archive": Case(
+        lambda folder, control: imgcore.verify(folder / "gce.receipt", control=control)
+    ),
 }
+
+IN_PLACE = ("sync", "apply", "commit", "rebase", "flatten")
+
+# Functions that take no control, and why.
+NOT_STEERED = {
+    **dict.fromkeys(("info", "jobs", "lint", "snapshots"), "reads headers"),
+    **dict.fromkeys(("map", "open"), "reads as far as the caller asks"),
+    **dict.fromkeys(("create", "resize"), "changes tables at once or not at all"),
+    **dict.fromkeys(
+        ("create_snapshot", "apply_snapshot", "delete_snapshot"),
+        "changes tables at once or not at all",
+    ),
+    **dict.fromkeys(("finish_rewrite", "undo_rewrite"), "ends what a crash has interrupted"),
+    "set_thread_budget": "does nothing else",
+}
+
+
+def test_every_long_verb_is_steered() -> None:
+    functions = {
+        name: inspect.signature(function)
+        for name in imgcore.__all__
+        if inspect.isfunction(function := getattr(imgcore, name))
+    }
+    assert functions.keys() > NOT_STEERED.keys()
+    steered = {name for name, signature in functions.items() if "control" in signature.parameters}
+    assert steered == functions.keys() - NOT_STEERED.keys()
+    assert steered == {name.split()[0] for name in VERBS}
+    assert all("progress" in functions[name].parameters for name in steered)
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +224,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     imgcore.convert(folder / "a.raw", folder / "a.qcow2")
     (folder / "text.raw").write_bytes(text(8 * MIB))
     imgcore.convert(folder / "text.raw", folder / "packed.qcow2", compress=True)
+    imgcore.convert(folder / "text.raw", folder / "packed.vmdk", compress=True)
+    imgcore.convert(folder / "b.raw", folder / "leak.vdi")
+    with (folder / "leak.vdi").open("ab") as leak:
+        leak.write(noise(2 * MIB))
+    imgcore.convert(folder / "a.raw", folder / "seen.qcow2", receipt=folder / "a.receipt")
+    imgcore.convert(
+        folder / "a.raw", folder / "seen.tar.gz", profile="gce", receipt=folder / "gce.receipt"
+    )
     imgcore.convert(folder / "b.raw", folder / "base.vhd")
     imgcore.checksum(folder / "b.raw", tree=folder / "b.tree")
     imgcore.convert(
@@ -228,6 +289,30 @@ def test_a_verb_that_waits_is_cancelled(name: str, folder: Path) -> None:
     # It stays so.
     with pytest.raises(imgcore.ConversionCancelled):
         VERBS[name].run(folder, control)
+
+
+@EVERY_VERB
+def test_a_verb_at_work_is_cancelled(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(folder)
+    control = imgcore.Control(rate="8M")
+    report, seen = Run.report, []
+
+    def cancel(run: Run, counts: Progress) -> None:
+        if counts.done:
+            seen.append(counts.done)
+            control.cancel()
+        report(run, counts)
+
+    monkeypatch.setattr(Run, "report", cancel)
+    with pytest.raises(imgcore.ConversionCancelled):
+        VERBS[name].run(folder, control)
+    assert len(seen) == 1
+    assert control.progress().phase == "cancelled"
+    after = contents(folder)
+    assert after.keys() == before.keys()
+    assert after == before or name.startswith(IN_PLACE)
 
 
 # -- snapshots -------------------------------------------------------------------------

@@ -362,6 +362,7 @@ SYNTAX = {
     "after the file": (["FILE", "-r", "leaks"], "leaks"),
     "with -q": (["-qr", "FILE"], "all"),
     "before -q": (["-rq", "FILE"], "all"),
+    "with -p": (["-pr", "FILE"], "all"),
     "with -q and a value": (["-qr", "leaks", "FILE"], "leaks"),
     "dashes": (["-r", "--", "FILE"], "all"),
     "none": (["FILE"], None),

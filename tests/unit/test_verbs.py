@@ -24,6 +24,7 @@ from tests.helpers.reading import poke
 import imgcore
 from imgcore import _core
 from imgcore.cli import main as cli
+from imgcore.cli.progress import reporter
 from imgcore.disk.data_ranges import count_blocks
 from imgcore.engine.extents import EXTENT_DTYPE, Kind
 from imgcore.verbs import compare
@@ -681,6 +682,33 @@ def test_a_job_does_not_fail_for_its_reports(flag: str, stream: str, tmp_path: P
     assert done.returncode == 0
     assert re.fullmatch(rb"( +\([0-9.]+/100%\)\r)+\n" if flag == "-p" else b"", done.stdout)
     assert (tmp_path / "b.raw").read_bytes() == bytes(MIB)
+
+
+@pytest.mark.parametrize("line", ["check", "measure -O vhdx", "measure --rewrite -O vhdx"])
+def test_progress_of_verbs_that_read_tables(line: str, folder: Path) -> None:
+    words = [*line.split(), "--progress=json", "--rate=64M", str(folder / "qcow2.qcow2")]
+    done = subprocess.run(
+        [sys.executable, "-m", "imgcore", *words], capture_output=True, text=True, check=False
+    )
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert (done.returncode, lines[-1]["phase"], lines[-1]["percent"]) == (0, "done", 100.0)
+    assert lines[-1]["done"] == lines[-1]["total"] > 0
+
+
+def test_progress_towards_an_unknown_total(capsys: pytest.CaptureFixture[str]) -> None:
+    """A stream that has not ended, or tables."""
+    state = imgcore.Progress(3 * MIB, 0, 3 * MIB, 0, 0)
+    for mode, text in {
+        "json": '"percent": null, "rate": ',
+        "plain": "3 MiB, ",
+        "qemu": "(0.00/100%)\r    (100.00/100%)\r\n",
+    }.items():
+        report = reporter(mode, wanted=True, quiet=False, label="", as_json=False)
+        with report:
+            assert report.rate_and_seconds_left(state)[1] is None
+            report.update(state)
+            report.show(state)
+        assert text in "".join(capsys.readouterr())
 
 
 def test_a_warning_that_nobody_can_read_is_no_failure(folder: Path) -> None:

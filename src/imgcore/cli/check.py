@@ -14,10 +14,12 @@ from imgcore.cli.common import (
     output_options,
     print_json,
     quiet_option,
+    rate_option,
     say,
     verb,
     with_qemu_names,
 )
+from imgcore.cli.progress import Reporting, reporting_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,7 +45,7 @@ def _with_values(args: list[str]) -> Iterator[str]:
         if arg == "--":
             yield from args[index:]
             return
-        flags = re.fullmatch("-([qU]*)r([qU]*)", arg)
+        flags = re.fullmatch("-([pqU]*)r([pqU]*)", arg)
         if flags is not None and flags[2]:
             yield from (f"-{flags[1]}{flags[2]}", "--repair=all")
             continue
@@ -57,6 +59,7 @@ def _with_values(args: list[str]) -> Iterator[str]:
 @open_options("format", "backing_format", "parent", "share", "allow")
 @quiet_option()
 @cache_option("-T", "--cache")
+@reporting_options(rate_option(short=False, text="Read at most so many bytes a second."))
 @output_options
 @click.option(
     "-r",
@@ -70,6 +73,7 @@ def command(
     file: str,
     quiet: bool,
     opening: dict[str, Any],
+    reporting: Reporting,
     as_json: bool,
     repair: Literal["leaks", "all"] | None,
 ) -> int:
@@ -84,7 +88,8 @@ def command(
     from imgcore.verbs.check import CheckNotSupportedError, check
 
     try:
-        result = check(file, repair=repair or False, **opening)
+        with reporting.begin(file, quiet=quiet, as_json=as_json) as report:
+            result = check(file, repair=repair or False, **report.keywords, **opening)
     except CheckNotSupportedError as error:
         say(f"imgcore: {error}")
         return EXIT_UNSUPPORTED

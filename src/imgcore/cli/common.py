@@ -337,15 +337,15 @@ def quiet_option() -> Decorator:
     return click.option("-q", "--quiet", is_flag=True, callback=silence, help="Print errors only.")
 
 
-def rate_option() -> Decorator:
+def rate_option(*, text: str = "", short: bool = True) -> Decorator:
     return click.option(
-        "-r",
+        *(["-r"] if short else []),
         "--rate",
         "--rate-limit",
         "rate",
         callback=size_value,
         metavar="RATE",
-        help="Move at most so many bytes of the disk a second; 0 is no limit.",
+        help=text or "Move at most so many bytes of the disk a second; 0 is no limit.",
     )
 
 

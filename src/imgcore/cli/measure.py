@@ -12,11 +12,13 @@ from imgcore.cli.common import (
     output_options,
     print_json,
     print_options_help,
+    rate_option,
     size_value,
     target_driver,
     verb,
     wants_options_help,
 )
+from imgcore.cli.progress import Reporting, reporting_options
 from imgcore.formats.registry import PLAIN_FORMAT
 
 
@@ -53,6 +55,7 @@ from imgcore.formats.registry import PLAIN_FORMAT
     is_flag=True,
     help="Measure what imgcore rewrite would do to FILE: what stays, moves, and is written.",
 )
+@reporting_options(rate_option(text="Read at most so many bytes of tables a second."))
 @output_options
 @click.argument("file", required=False)
 @click.pass_context
@@ -66,6 +69,7 @@ def command(
     reflink: bool,
     rewrite: bool,
     opening: dict[str, Any],
+    reporting: Reporting,
     as_json: bool,
 ) -> None:
     """Compute how large a target file would be.
@@ -80,23 +84,32 @@ def command(
     if reflink:
         if file is None or compress or rewrite:
             raise click.UsageError("--reflink measures FILE, without -c or --rewrite", ctx)
-        _measure_reflink(file, target_format, options, opening, as_json=as_json)
+        _measure_reflink(file, target_format, options, opening, reporting, as_json=as_json)
         return
     if rewrite:
         _measure_rewrite(
-            ctx, file, target_format, options, opening, compress=compress, as_json=as_json
+            ctx,
+            file,
+            target_format,
+            options,
+            opening,
+            reporting,
+            compress=compress,
+            as_json=as_json,
         )
         return
     from imgcore.verbs.measure import measure
 
-    result = measure(
-        file,
-        size=size,
-        target_format=target_format,
-        options=options,
-        compress=compress,
-        **opening,
-    )
+    with reporting.begin(file or "", as_json=as_json) as report:
+        result = measure(
+            file,
+            size=size,
+            target_format=target_format,
+            options=options,
+            compress=compress,
+            **report.keywords,
+            **opening,
+        )
     if as_json:
         print_json({"required": result.required, "fully-allocated": result.fully_allocated})
     else:
@@ -109,13 +122,15 @@ def _measure_reflink(
     target_format: str,
     options: tuple[str, ...],
     opening: dict[str, Any],
+    reporting: Reporting,
     *,
     as_json: bool,
 ) -> None:
     """Print what ``imgcore convert --reflink=always`` would do."""
     from imgcore.verbs.measure import measure_reflink
 
-    result = measure_reflink(file, target_format, options=options, **opening)
+    with reporting.begin(file, as_json=as_json) as report:
+        result = measure_reflink(file, target_format, options=options, **report.keywords, **opening)
     if as_json:
         print_json(result._asdict())
     else:
@@ -129,6 +144,7 @@ def _measure_rewrite(
     target_format: str,
     options: tuple[str, ...],
     opening: dict[str, Any],
+    reporting: Reporting,
     *,
     compress: bool,
     as_json: bool,
@@ -141,7 +157,8 @@ def _measure_rewrite(
     own = {name: opening.pop(name) for name in ("format", "allow", "share")}
     if compress or any(opening.values()):
         raise click.UsageError("--rewrite goes with -f, -O, -o, --allow and -U only", ctx)
-    result = measure_rewrite(file, target_format, options=options, **own)
+    with reporting.begin(file, as_json=as_json) as report:
+        result = measure_rewrite(file, target_format, options=options, **report.keywords, **own)
     if as_json:
         rows = [
             {name.replace("_", "-"): value for name, value in cost._asdict().items()}

@@ -5,19 +5,22 @@ All but the last go to stderr.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from contextlib import suppress
+from functools import wraps
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 import click
 
-from imgcore.cli.common import discard_stdout, say
+from imgcore.cli.common import Decorator, Function, discard_stdout, say
 from imgcore.cli.signals import State
 from imgcore.engine.progress import Rate
 from imgcore.errors import OptionError
 from imgcore.sizes import format_size
+from imgcore.text import one_line
 
 if TYPE_CHECKING:
     import rich.progress
@@ -69,6 +72,40 @@ def progress_options(function: Any) -> Any:
         is_flag=True,
         help="Show progress even if stderr is not a terminal; the same as --progress.",
     )(decorated)
+
+
+class Reporting(NamedTuple):
+    """The options for what a long verb prints while it runs, and for its rate."""
+
+    rate: int | None
+    progress_mode: str
+    wants_progress: bool
+
+    def begin(self, path: str, *, quiet: bool = False, as_json: bool = False) -> Reporter:
+        """Return the reporter; the progress names the file ``path``."""
+        return reporter(
+            self.progress_mode,
+            wanted=self.wants_progress,
+            quiet=quiet,
+            label=one_line(os.path.basename(path)),
+            as_json=as_json,
+            rate=self.rate,
+        )
+
+
+def reporting_options(add_rate: Decorator) -> Decorator:
+    """Add the options of `Reporting`, which become the argument ``reporting``."""
+
+    def decorate(function: Function) -> Function:
+        @wraps(function)
+        def collected(*args: Any, **values: Any) -> Any:
+            reporting = Reporting(**{name: values.pop(name) for name in Reporting._fields})
+            return function(*args, reporting=reporting, **values)
+
+        decorated: Function = progress_options(add_rate(collected))
+        return decorated
+
+    return decorate
 
 
 def reporter(
@@ -146,10 +183,15 @@ class Reporter:
     def rate_and_seconds_left(self, counters: Counters) -> tuple[float, float | None]:
         """Return bytes per second, and how long the job will take; None if unknown."""
         per_second = self._rate.per_second(time.monotonic(), counters.done)
-        left = max(counters.total - counters.done, 0)
-        if left and not per_second > 0:
+        left = counters.total - counters.done
+        if left < 0 or (left and not per_second > 0):
             return per_second, None
         return per_second, left / per_second if left else 0.0
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """The keywords of a verb that reports here."""
+        return {"progress": self.callback, "control": self.control}
 
     @property
     def phase(self) -> str:
@@ -169,10 +211,12 @@ class Reporter:
         return f"imgcore: {self.state_of(self._counters)}"
 
     def state_of(self, counters: Counters) -> str:
-        text = f"{percent(counters):.1f}% of {format_size(counters.total)}"
+        text = extent_text(counters)
+        rate, left = self.rate_and_seconds_left(counters)
+        if left != 0:
+            text += f", {rate_text(rate)}"
         if counters.done < counters.total:
-            rate, left = self.rate_and_seconds_left(counters)
-            text += f", {rate_text(rate)}, {time_text(left)} left"
+            text += f", {time_text(left)} left"
         return text
 
     def finish(self) -> None:
@@ -215,13 +259,14 @@ class JsonReporter(Reporter):
 
     def state_of(self, counters: Counters) -> str:
         rate, left = self.rate_and_seconds_left(counters)
+        share = percent(counters)
         line = {
             "done": counters.done,
             "total": counters.total,
             "data": counters.data,
             "zero": counters.zero,
             "written": counters.written,
-            "percent": round(percent(counters), 2),
+            "percent": None if share is None else round(share, 2),
             "rate": round(rate),
             "eta": None if left is None else round(left, 1),
             "phase": self.phase,
@@ -251,7 +296,7 @@ class PlainReporter(Reporter):
     def finish(self) -> None:
         if self._counters is not None:
             seconds = time.monotonic() - self._start
-            text = f"{percent(self._counters):.1f}% of {format_size(self._counters.total)}"
+            text = extent_text(self._counters)
             rate = rate_text(self._counters.done / max(seconds, 1e-3))
             say(f"{text} in {seconds:.1f} s, {rate}")
 
@@ -275,7 +320,7 @@ class QemuReporter(Reporter):
 
     def show(self, counters: Counters) -> None:
         now = percent(counters)
-        if now > self._printed + _QEMU_STEP_PERCENT:
+        if now is not None and now > self._printed + _QEMU_STEP_PERCENT:
             self._print(now)
 
     def finish(self) -> None:
@@ -357,7 +402,8 @@ class BarReporter(Reporter):
         if counters.done < counters.total:
             state += f", {time_text(left)} left"
         with suppress(OSError):
-            self._bar.update(self._task, completed=counters.done, state=state)
+            total = counters.total or None
+            self._bar.update(self._task, total=total, completed=counters.done, state=state)
             self._bar.refresh()
 
     def _open(self, total: int) -> None:
@@ -378,7 +424,7 @@ class BarReporter(Reporter):
             console=LenientConsole(file=sys.stderr),
             auto_refresh=False,
         )
-        self._task = self._bar.add_task(self._label, total=max(total, 1), state="")
+        self._task = self._bar.add_task(self._label, total=total or None, state="")
         with suppress(OSError):
             self._bar.start()
 
@@ -392,8 +438,19 @@ class BarReporter(Reporter):
                 self._bar.stop()
 
 
-def percent(counters: Counters) -> float:
+def percent(counters: Counters) -> float | None:
+    """Return how much is done; None while the total is not known."""
+    if counters.done > counters.total:
+        return None
     return 100.0 * counters.done / counters.total if counters.total else 100.0
+
+
+def extent_text(counters: Counters) -> str:
+    """Return ``12.3% of 4 GiB``, or ``1 GiB`` while the total is not known."""
+    share = percent(counters)
+    if share is None:
+        return format_size(counters.done)
+    return f"{share:.1f}% of {format_size(counters.total)}"
 
 
 def rate_text(rate: float) -> str:

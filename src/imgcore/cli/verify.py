@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any, Final
 
 import click
@@ -15,12 +14,12 @@ from imgcore.cli.common import (
     output_options,
     print_json,
     quiet_option,
+    rate_option,
     say,
     threads_option,
     verb,
 )
-from imgcore.cli.progress import progress_options, reporter
-from imgcore.text import one_line
+from imgcore.cli.progress import Reporting, reporting_options
 
 EXIT_DIFFERENT: Final = 1
 
@@ -28,7 +27,7 @@ EXIT_DIFFERENT: Final = 1
 @verb("verify")
 @open_options("backing_format", "parent", "allow", "share", of="TARGET")
 @threads_option()
-@progress_options
+@reporting_options(rate_option())
 @quiet_option()
 @output_options
 @click.argument("receipt")
@@ -38,8 +37,7 @@ def command(
     target: str | None,
     threads: int | None,
     opening: dict[str, Any],
-    progress_mode: str,
-    wants_progress: bool,
+    reporting: Reporting,
     quiet: bool,
     as_json: bool,
 ) -> int:
@@ -52,13 +50,10 @@ def command(
     """
     from imgcore.verbs.verify import verify
 
-    label = one_line(os.path.basename(target or receipt))
     status, code, failure = "ok", 0, None
     try:
-        with reporter(
-            progress_mode, wanted=wants_progress, quiet=quiet, label=label, as_json=True
-        ) as report:
-            result = verify(receipt, target, threads=threads, progress=report.callback, **opening)
+        with reporting.begin(target or receipt, quiet=quiet, as_json=True) as report:
+            result = verify(receipt, target, threads=threads, **report.keywords, **opening)
         name, found = result.target, result.checksum
     except ChecksumError as error:
         status, code, failure = "failed", EXIT_DIFFERENT, error_text(error)

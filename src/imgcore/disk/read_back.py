@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from imgcore.checksums.digest import ChecksumError
 from imgcore.disk.digests import DigestedDisk, DiskHasher
+from imgcore.disk.limited_chunks import await_rate, piece_nbytes
 from imgcore.disk.source import open_source
 from imgcore.errors import CorruptImageError
 from imgcore.files.given_files import GivenFiles
@@ -19,6 +20,7 @@ from imgcore.streams.decoder import OrderedInput
 from imgcore.streams.gzip import GzipDecoder
 
 if TYPE_CHECKING:
+    from imgcore._core import RateLimit
     from imgcore.checksums.digest import Digest
     from imgcore.disk.image import Image
     from imgcore.disk.open_options import OpenOptions
@@ -123,12 +125,17 @@ class _Content:
         return bytes(content[: self._decoder.fill(memoryview(content))])
 
 
-def archive_digest(file: ByteSource, algorithm: str, tick: Callable[[], None]) -> Digest:
-    """Return the digest of the disk that is the first member of an archive."""
+def archive_digest(
+    file: ByteSource, algorithm: str, tick: Callable[[], None], limit: RateLimit | None = None
+) -> Digest:
+    """Return the digest of the disk that is the first member of an archive.
+
+    Data is read no faster than ``limit``; ``tick`` is called several times a second.
+    """
     content: Any = _Content(file)
     try:
         with tarfile.open(fileobj=content, mode="r|", bufsize=_READ_NBYTES) as archive:
-            digest = _first_member_digest(archive, algorithm, tick)
+            digest = _first_member_digest(archive, algorithm, tick, limit)
     except tarfile.TarError as error:
         text = f"does not read as the archive that was written: {error}"
         raise CorruptImageError(text, path=file.path) from error
@@ -139,7 +146,10 @@ def archive_digest(file: ByteSource, algorithm: str, tick: Callable[[], None]) -
 
 
 def _first_member_digest(
-    archive: tarfile.TarFile, algorithm: str, tick: Callable[[], None]
+    archive: tarfile.TarFile,
+    algorithm: str,
+    tick: Callable[[], None],
+    limit: RateLimit | None,
 ) -> Digest:
     member: Any = archive.next()
     reader: Any = None if member is None else archive.extractfile(member)
@@ -153,8 +163,10 @@ def _first_member_digest(
         # Not the buffer above it, which would read on into the hole.
         reader.raw.seek(offset)
         position = offset + length
-        for left in range(length, 0, -CHUNK_NBYTES):
-            hasher.update(reader.raw.read(min(left, CHUNK_NBYTES)))
+        nbytes = piece_nbytes(limit)
+        for left in range(length, 0, -nbytes):
+            await_rate(limit, min(left, nbytes), tick)
+            hasher.update(reader.raw.read(min(left, nbytes)))
             tick()
     hasher.zeros(member.size - position)
     digest = hasher.digest()

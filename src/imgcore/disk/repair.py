@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from imgcore.disk.layer import Layer
+    from imgcore.disk.table_reads import TableReads
     from imgcore.engine.extents import Extents
     from imgcore.files.host_file import HostFile
     from imgcore.files.target_file import TargetFile
@@ -62,6 +63,7 @@ def repair(
     layer: Layer,
     before: CheckReport,
     commit: Callable[[Target, Outcome], None],
+    reads: TableReads,
     *,
     leaks_only: bool = False,
 ) -> Outcome:
@@ -75,6 +77,8 @@ def repair(
         The problems of the image.
     commit : callable
         Commits the repaired copy; it is not called if there are no repairs.
+    reads : TableReads
+        Steers the reads of the image already, and will steer those of its copy.
     leaks_only : bool
         Only free space that nothing uses.
 
@@ -103,12 +107,13 @@ def repair(
         copy_content(file, target)
         written = _Ranges()
         for item in repairs:
-            _apply(target.main, item, file, written)
+            _apply(target.main, item, file, written, reads)
         _refuse_damage(file, reader, written)
-        after, obstacles = _verify(layer, target.main, leaks_only)
+        after, obstacles = _verify(layer, target.main, reads, leaks_only)
         if after.corruptions > before.corruptions or after.leaks > before.leaks:
             raise ImgcoreError("the repairs do not help, so nothing was changed", path=file.path)
         copy_attributes(file, target.main)
+        reads.run.phase = "syncing"
         target.prepare()
         file.check_unchanged()
         outcome = Outcome(after, repairs, obstacles)
@@ -187,12 +192,15 @@ def _guest_data(file: HostFile, reader: Reader) -> Iterator[tuple[np.ndarray, np
         yield stored["host_offset"], stored["host_offset"] + stored["host_length"]
 
 
-def _apply(copy: TargetFile, item: Repair, file: HostFile, written: _Ranges) -> None:
+def _apply(
+    copy: TargetFile, item: Repair, file: HostFile, written: _Ranges, reads: TableReads
+) -> None:
     """Change the copy, and record which ranges of the image are changed or cut off."""
     if item.file_nbytes is not None:
         written.add(min(item.file_nbytes, copy.nbytes), file.nbytes)
         copy.truncate(item.file_nbytes)
     with copy.reopened(file.path) as opened:
+        reads.watch([opened])
         stream = item.stream(opened) if item.stream is not None else ()
         for offset, data in chain(item.writes, stream):
             if offset < 0 or offset + len(data) > copy.nbytes:
@@ -204,7 +212,9 @@ def _apply(copy: TargetFile, item: Repair, file: HostFile, written: _Ranges) -> 
 # -- verification ----------------------------------------------------------------------
 
 
-def _verify(layer: Layer, copy: TargetFile, leaks_only: bool) -> tuple[CheckReport, list[str]]:
+def _verify(
+    layer: Layer, copy: TargetFile, reads: TableReads, leaks_only: bool
+) -> tuple[CheckReport, list[str]]:
     """Check the copy; its guest data must be in the same places as in the image.
 
     Returns the report, and why remaining problems were not repaired.
@@ -212,6 +222,7 @@ def _verify(layer: Layer, copy: TargetFile, leaks_only: bool) -> tuple[CheckRepo
     file, reader = layer.file, layer.reader
     # Messages name the image, not the copy.
     with copy.reopened(file.path) as opened:
+        reads.watch([opened])
         repaired = get_driver(reader.format_name).open(opened, layer.gate)
         try:
             if not _reads_the_same(reader, repaired, file.nbytes):

@@ -49,6 +49,7 @@ def _copy_range(file: HostFile, copy: TargetFile, start: int, end: int) -> None:
         nbytes = min(end - start, _COPY_NBYTES)
         try:
             done = os.copy_file_range(file.fd, copy.fd, nbytes, start, start)
+            file.tell_read(done)
         except OSError as error:
             if error.errno not in NO_REFLINK_ERRORS:
                 raise OSError(error.errno, error.strerror, file.path) from error

@@ -135,6 +135,9 @@ class HostFile(OpenFile):
     ----------
     fd : int
         The descriptor, which this object owns; only `imgcore.files` uses it.
+    on_read : callable or None
+        Called with the number of bytes before each read by Python, and with 0 before
+        each search for data.  It may wait, or raise, which ends the read.
     """
 
     def __init__(
@@ -158,6 +161,7 @@ class HostFile(OpenFile):
         self._absolute_path: str | None = None
         self._is_ours = is_ours
         self._knows_holes = False
+        self.on_read: Callable[[int], None] | None = None
         self._image_lock: ImageLock | None = None
         try:
             with named_errors(path):
@@ -303,9 +307,15 @@ class HostFile(OpenFile):
         with self._in_use(), named_errors(self.path):
             return os.getxattr(self.fd, name)
 
+    def tell_read(self, nbytes: int) -> None:
+        """Call ``on_read``."""
+        if self.on_read is not None:
+            self.on_read(nbytes)
+
     def pread(self, offset: int, length: int) -> bytes:
         """Return exactly ``length`` bytes; see `ByteSource.pread`."""
         self._check_range(offset, length)
+        self.tell_read(length)
         nbytes = min(length, _MAX_READ_NBYTES)
         first = self._reading(lambda: os.pread(self.fd, nbytes, offset), offset, length)
         if len(first) == length:
@@ -319,6 +329,7 @@ class HostFile(OpenFile):
         """Fill a writable buffer with bytes from ``offset``; raises as `pread` does."""
         with memoryview(buffer) as view, view.cast("B") as octets:
             self._check_range(offset, len(octets))
+            self.tell_read(len(octets))
             self._fill(offset, octets, 0)
 
     def _check_range(self, offset: int, length: int) -> None:
@@ -363,6 +374,7 @@ class HostFile(OpenFile):
 
     def next_data(self, position: int) -> tuple[int, int]:
         """Return (start, end) of the next data; see `ByteSource.next_data`."""
+        self.tell_read(0)
         with self._in_use():
             if not self._is_ours:
                 # The system finds holes by moving the position, which others use.

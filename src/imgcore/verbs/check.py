@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +12,9 @@ from imgcore.errors import OptionError, UnsupportedFeatureError
 if TYPE_CHECKING:
     from imgcore.disk.layer import Layer
     from imgcore.disk.repair import Outcome
+    from imgcore.disk.table_reads import TableReads
+    from imgcore.engine.control import Control
+    from imgcore.engine.progress import Progress
     from imgcore.files.commitment import Commitment
     from imgcore.files.target import Target
     from imgcore.formats.shared.check_report import CheckReport
@@ -109,6 +112,8 @@ def check(
     allow: Sequence[FilePath] = (),
     share: bool = False,
     backing_format: str | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    control: Control | None = None,
 ) -> CheckResult:
     """Verify the tables of an image, and optionally repair them.
 
@@ -127,6 +132,11 @@ def check(
         only frees space that nothing uses.  A repaired copy replaces the image once it
         is complete and verified to hold the same disk.  If anything fails, the image
         remains unchanged.
+    progress : callable, optional
+        Called with a `Progress` on the calling thread, at most every 50 ms and once at
+        the end.  ``done`` are the bytes that were read, ``total`` is 0 until the end.
+    control : Control, optional
+        Steers the check from other threads.  Its rate is about what is read.
 
     Returns
     -------
@@ -150,6 +160,8 @@ def check(
     from imgcore.disk.layer import open_layer
     from imgcore.disk.open_options import OpenOptions
     from imgcore.disk.stream_source import is_stream
+    from imgcore.disk.table_reads import TableReads
+    from imgcore.engine.control import Run
     from imgcore.files.commitment import until_committed
     from imgcore.files.host_file import HostFile
     from imgcore.formats.registry import get_driver
@@ -171,37 +183,58 @@ def check(
         for layer in open_chain(name, options):
             layer.close()
 
+    run = Run(control, progress)
+
     def job(commitment: Commitment[CheckResult]) -> None:
-        with open_layer(name, options) as layer:
+        with run, open_layer(name, options) as layer:
             layer.warn()
             format_name = layer.reader.format_name
             if not get_driver(format_name).has_tables:
                 raise CheckNotSupportedError(
                     f"a {format_name} image has no tables to check", path=layer.file.path
                 )
+            reads = TableReads(run)
+            reads.watch((layer.file, *(source.file for source in layer.reader.sources)))
             report = layer.reader.check()
-            commitment.result = _result(layer, report)
-            if not repair:
-                return
-            from imgcore.disk.repair import repair as repair_image
-
-            def result_of(outcome: Outcome) -> CheckResult:
-                after = outcome.report
-                return replace(
-                    _result(layer, after),
-                    repairs=[f"{item.problem}: {item.action}" for item in outcome.repairs],
-                    corruptions_fixed=report.corruptions - after.corruptions,
-                    leaks_fixed=report.leaks - after.leaks,
-                    not_repaired=outcome.obstacles,
-                )
-
-            def commit(target: Target, outcome: Outcome) -> None:
-                commitment.commit(target, result_of(outcome))
-
-            outcome = repair_image(layer, report, commit, leaks_only=repair == "leaks")
-            commitment.result = result_of(outcome)
+            if repair:
+                _repair(layer, report, reads, commitment, leaks_only=repair == "leaks")
+            else:
+                commitment.result = _result(layer, report)
+                reads.finish()
 
     return until_committed(job)
+
+
+def _repair(
+    layer: Layer,
+    report: CheckReport,
+    reads: TableReads,
+    commitment: Commitment[CheckResult],
+    *,
+    leaks_only: bool,
+) -> None:
+    from imgcore.disk.repair import repair
+
+    def result_of(outcome: Outcome) -> CheckResult:
+        after = outcome.report
+        return replace(
+            _result(layer, after),
+            repairs=[f"{item.problem}: {item.action}" for item in outcome.repairs],
+            corruptions_fixed=report.corruptions - after.corruptions,
+            leaks_fixed=report.leaks - after.leaks,
+            not_repaired=outcome.obstacles,
+        )
+
+    def commit(target: Target, outcome: Outcome) -> None:
+        result = result_of(outcome)
+        reads.finish()
+        reads.run.keep()
+        commitment.commit(target, result)
+
+    outcome = repair(layer, report, commit, reads, leaks_only=leaks_only)
+    if not outcome.repairs:
+        commitment.result = result_of(outcome)
+        reads.finish()
 
 
 def _result(layer: Layer, report: CheckReport) -> CheckResult:

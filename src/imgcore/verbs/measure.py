@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
 from imgcore.border import FilePath, byte_count, file_name
@@ -10,7 +10,9 @@ from imgcore.errors import OptionError
 from imgcore.formats.registry import PLAIN_FORMAT
 
 if TYPE_CHECKING:
+    from imgcore.engine.control import Control
     from imgcore.engine.extents import Extents
+    from imgcore.engine.progress import Progress
     from imgcore.formats.api import Measurement
     from imgcore.rewriting.director import RewriteCost
 
@@ -62,6 +64,8 @@ def measure(
     read_options: Mapping[str, Any] | Sequence[str] | None = None,
     allow: Sequence[FilePath] = (),
     share: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    control: Control | None = None,
 ) -> Measurement:
     """Compute how large a target file would be.
 
@@ -80,6 +84,11 @@ def measure(
     compress : bool
         Measure a compressed target.  The result is an upper bound: the data may turn
         out not to compress at all.
+    progress : callable, optional
+        Called with a `Progress` on the calling thread, at most every 50 ms and once at
+        the end.
+    control : Control, optional
+        Steers the job from other threads.  Its rate is about the tables that are read.
 
     Returns
     -------
@@ -100,12 +109,20 @@ def measure(
     """
     if (source is None) == (size is None):
         raise OptionError("measure needs either a source or a size, and not both")
+    from imgcore.engine.control import Run
+    from imgcore.engine.progress import Tally
+
+    run = Run(control, progress)
     if size is not None:
         nbytes = byte_count(size, "size")
-        return _measure_data(nbytes, (), target_format, options, compress)
+        with run:
+            found = _measure_data(nbytes, (), target_format, options, compress)
+            Tally(nbytes, run.report).finish()
+            return found
     assert source is not None
     from imgcore.disk.open_options import OpenOptions
     from imgcore.disk.source import open_source
+    from imgcore.disk.table_reads import TableReads
 
     opening = OpenOptions.from_keywords(
         format=format,
@@ -115,9 +132,13 @@ def measure(
         allow=allow,
         share=share,
     )
-    with open_source(file_name(source), opening) as disk:
-        extents = disk.data_extents()
-        return _measure_data(disk.virtual_size, extents, target_format, options, compress)
+    with run, open_source(file_name(source), opening) as disk:
+        reads = TableReads(run, disk.virtual_size)
+        reads.watch(disk.files)
+        extents = reads.passed(disk.data_extents())
+        found = _measure_data(disk.virtual_size, extents, target_format, options, compress)
+        reads.finish()
+        return found
 
 
 def measure_rewrite(
@@ -130,6 +151,8 @@ def measure_rewrite(
     share: bool = False,
     drop: bool = False,
     inflate: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    control: Control | None = None,
 ) -> RewriteMeasurement:
     """Compute what of an image would stay, and how much `imgcore.rewrite` would write.
 
@@ -142,6 +165,11 @@ def measure_rewrite(
         The image, of which only tables are read, and compressed blocks that could stay.
     target_format : str
         The new format.
+    progress : callable, optional
+        Called as by `imgcore.measure`, but with the bytes of tables that are read as
+        ``done``; ``total`` is 0 until the end.
+    control : Control, optional
+        As for `imgcore.measure`.
 
     Returns
     -------
@@ -157,6 +185,8 @@ def measure_rewrite(
         As `imgcore.open`.
     """
     from imgcore.disk.open_options import Flags, OpenOptions
+    from imgcore.disk.table_reads import TableReads
+    from imgcore.engine.control import Run
     from imgcore.rewriting.naming import new_name
     from imgcore.rewriting.wish import Wish, open_alone
 
@@ -165,8 +195,11 @@ def measure_rewrite(
     flags = Flags(backing_format="", parent="")
     opening = OpenOptions.from_keywords(format=format, allow=allow, share=share, flags=flags)
     name = new_name(path, wish.driver.name, name=None, keep_name=False)
-    with open_alone(path, opening) as subject:
+    with Run(control, progress) as run, open_alone(path, opening) as subject:
+        reads = TableReads(run)
+        reads.watch(subject.every_file())
         costs = tuple(wish.costs(subject, name))
+        reads.finish()
         return RewriteMeasurement(subject.format, wish.driver.name, subject.virtual_size, costs)
 
 
@@ -204,6 +237,8 @@ def measure_reflink(
     read_options: Mapping[str, Any] | Sequence[str] | None = None,
     allow: Sequence[FilePath] = (),
     share: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    control: Control | None = None,
 ) -> ReflinkMeasurement:
     """Compute what ``convert(reflink="always")`` would reflink and what it would copy.
 
@@ -217,6 +252,11 @@ def measure_reflink(
         Format of the target; raw by default.
     options : mapping or sequence of str, optional
         Options of the target's format, as a mapping or as strings ``"key=value,..."``.
+    progress : callable, optional
+        Called as by `imgcore.measure`, but with the bytes of tables that are read as
+        ``done``; ``total`` is 0 until the end.
+    control : Control, optional
+        As for `imgcore.measure`.
 
     Returns
     -------
@@ -237,6 +277,8 @@ def measure_reflink(
     from imgcore.disk.open_options import OpenOptions
     from imgcore.disk.reflinks import Reflink, refuse_own_blocks
     from imgcore.disk.source import open_source
+    from imgcore.disk.table_reads import TableReads
+    from imgcore.engine.control import Run
     from imgcore.engine.reflinks import ReflinkRule
     from imgcore.files.reflinks import reflink_block_nbytes
     from imgcore.formats.api import WriteRequest
@@ -253,7 +295,9 @@ def measure_reflink(
         share=share,
     )
     driver = get_driver(target_format)
-    with open_source(file_name(source), opening) as disk:
+    with Run(control, progress) as run, open_source(file_name(source), opening) as disk:
+        reads = TableReads(run)
+        reads.watch(disk.files)
         request = WriteRequest(
             virtual_size=disk.virtual_size,
             options=parse_options(driver, options),
@@ -265,4 +309,5 @@ def measure_reflink(
         units = [reflink_block_nbytes(each.file) for each in disk.sources]
         rule = ReflinkRule.of(writer.geometry, units)
         _, count = cheapest_way(disk, driver, request, rule, trust_blocks=True)
+        reads.finish()
         return ReflinkMeasurement(count.reflinked, count.copied)

@@ -13,6 +13,7 @@ from imgcore.disk.read_back import archive_digest
 from imgcore.disk.receipt import Receipt
 from imgcore.disk.source import open_source
 from imgcore.disk.stream_source import StreamSource
+from imgcore.engine.control import Control, Run
 from imgcore.engine.hashing import require_algorithm
 from imgcore.engine.job import thread_count
 from imgcore.engine.progress import Progress, Tally
@@ -55,6 +56,7 @@ def verify(
     *,
     threads: SupportsIndex | None = None,
     progress: Callable[[Progress], None] | None = None,
+    control: Control | None = None,
     backing_format: str | None = None,
     parent: FilePath | Sequence[FilePath] | None = None,
     allow: Sequence[FilePath] = (),
@@ -77,6 +79,8 @@ def verify(
     progress : callable, optional
         Called with a `Progress` on the calling thread, at most every 50 ms and once at
         the end.
+    control : Control, optional
+        Steers the job from other threads.  Its rate is about the data that is read.
 
     Returns
     -------
@@ -102,21 +106,22 @@ def verify(
     name = found.target if target is None else file_name(target)
     if name is None:
         raise OptionError("its target was a stream: name the file that has it", path=found.path)
-    tally = Tally(found.disk_nbytes, progress)
-    if found.is_archive:
-        with HostFile.open(name, share=share) as file:
-            digest = archive_digest(file, found.digest.algorithm, tally.repeat)
-            file.check_unchanged()
-    else:
-        digest = _disk_digest(found, name, opening, n_threads, tally)
-    if digest != found.digest:
-        raise ChecksumError(
-            f"is not what {found.path} tells of: the checksum of its disk is "
-            f"{digest.hexdigest}, and was {found.digest.hexdigest}",
-            path=name,
-            found=digest,
-        )
-    tally.finish()
+    with Run(control, progress) as run:
+        tally = Tally(found.disk_nbytes, run.report)
+        if found.is_archive:
+            with HostFile.open(name, share=share) as file:
+                digest = archive_digest(file, found.digest.algorithm, tally.repeat, run.limit)
+                file.check_unchanged()
+        else:
+            digest = _disk_digest(found, name, opening, n_threads, tally, run)
+        if digest != found.digest:
+            raise ChecksumError(
+                f"is not what {found.path} tells of: the checksum of its disk is "
+                f"{digest.hexdigest}, and was {found.digest.hexdigest}",
+                path=name,
+                found=digest,
+            )
+        tally.finish()
     return VerifyResult(found.path, name, found.format, found.disk_nbytes, digest)
 
 
@@ -128,7 +133,7 @@ def _opened(receipt: Receipt, name: str, opening: OpenOptions) -> AbstractContex
 
 
 def _disk_digest(
-    receipt: Receipt, name: str, opening: OpenOptions, threads: int, tally: Tally
+    receipt: Receipt, name: str, opening: OpenOptions, threads: int, tally: Tally, run: Run
 ) -> Digest:
     with _opened(receipt, name, opening) as source:
         disk = DigestedDisk.of_source(source)
@@ -138,6 +143,7 @@ def _disk_digest(
         digest = disk.digest(
             receipt.digest.algorithm,
             threads=threads,
+            limit=run.limit,
             report=lambda done, data: tally.count(done, data=data, read=data, written=0),
         )
         disk.check_unchanged()
