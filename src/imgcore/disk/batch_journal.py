@@ -10,26 +10,25 @@ from __future__ import annotations
 
 import zlib
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
 from imgcore._core import CHECKSUM_BLOCK_NBYTES, CHECKSUM_NBYTES, CoreError, Job, Status
+from imgcore.disk.batch_pieces import Pace, pieces, without_front
 from imgcore.disk.overlay import merge, padded
 from imgcore.engine.extents import (
     EXTENT_DTYPE,
     FLAG_GRAIN_MARKER,
     BlockState,
     Kind,
-    clip,
     join_neighbours,
 )
-from imgcore.engine.geometry import CodecId, Placing, Prefix, ZeroPolicy
+from imgcore.engine.geometry import CodecId, Placing, Prefix
 from imgcore.engine.job import translated_errors
 from imgcore.engine.placement_log import pack_placements, unpack_placements
 from imgcore.engine.source_file import native_sources
 from imgcore.errors import ImgcoreError, TargetError
-from imgcore.limits import MIB
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -49,10 +48,6 @@ if TYPE_CHECKING:
 LEAF_ALGORITHM: Final = "crc32c"
 _CRC_NBYTES: Final = 4
 
-# A batch has at most so much data, so that the next checkpoint need not wait for long.
-_MAX_DATA_NBYTES: Final = 256 * MIB
-# Compressing takes longer.
-_MAX_COMPRESSED_SHARE: Final = 4
 # Zlib finds repeated leaves, such as those of zeros.
 _LEVEL: Final = 1
 _N_COUNTS: Final = 6
@@ -100,6 +95,7 @@ class BatchJournal:
         self._leaf_nbytes = _CRC_NBYTES if algorithm == LEAF_ALGORITHM else CHECKSUM_NBYTES
         self._algorithm = algorithm
         self._pending: list[DoneBatch] = []
+        self._pace = Pace()
         self.position: int = 0
         self.counts: tuple[int, ...] = (0,) * _N_COUNTS
         self.packing: tuple[int, int] = (0, 0)
@@ -145,6 +141,8 @@ class BatchJournal:
         counts : tuple of int
             The attribute ``counts`` by now.
         """
+        # Data and written bytes: zeros may be stored, and data compressed.
+        self._pace.note(max(counts[0], counts[2]))
         if not self._checkpoints.is_due(counts[0] - self._saved_nbytes):
             return
         head = {
@@ -254,49 +252,10 @@ class BatchJournal:
         )
 
     def remaining(self, batches: Iterator[Batch], geometry: Geometry) -> Iterator[Batch]:
-        """Yield what the earlier runs have not done, in pieces of bounded data."""
+        """Yield what the earlier runs have not done, in short pieces."""
         for batch in batches:
             if batch.end > self.position:
-                left = _without_front(batch, self.position)
-                yield from _pieces(left, geometry)
-
-
-def _without_front(batch: Batch, position: int) -> Batch:
-    if position <= batch.start:
-        return batch
-    return _part(batch, np.asarray(batch.rows), position, batch.end)
-
-
-def _pieces(batch: Batch, geometry: Geometry) -> Iterator[Batch]:
-    """Yield a batch in pieces that end with whole units, each of bounded data."""
-    rows = np.asarray(batch.rows)
-    counted = rows["length"].astype(np.int64)
-    if geometry.zero_policy is not ZeroPolicy.STORE:
-        counted = np.where(rows["kind"] >= Kind.DATA, counted, 0)
-    most = _MAX_DATA_NBYTES
-    if geometry.codec.codec is not CodecId.NONE:
-        most //= _MAX_COMPRESSED_SHARE
-    ends = counted.cumsum()
-    unit, start = geometry.unit_nbytes, batch.start
-    for wanted in range(most, int(ends[-1]), most):
-        row = int(np.searchsorted(ends, wanted))
-        before = int(ends[row] - counted[row])
-        cut = int(rows["guest_offset"][row]) + wanted - before
-        cut += -cut % unit
-        if start < cut < batch.end:
-            yield _part(batch, rows, start, cut)
-            start = cut
-    yield _part(batch, rows, start, batch.end)
-
-
-def _part(batch: Batch, rows: Any, start: int, end: int) -> Batch:
-    if (start, end) == (batch.start, batch.end):
-        return batch
-    base = batch.base
-    if base is not None:
-        base = np.ascontiguousarray(clip(base, start, end))
-    own = np.ascontiguousarray(clip(rows.astype(EXTENT_DTYPE, copy=False), start, end))
-    return batch._replace(start=start, end=end, rows=own, base=base)
+                yield from pieces(without_front(batch, self.position), geometry, self._pace)
 
 
 def _written_rows(done: DoneBatch, geometry: Geometry, base: Image | None) -> Extents:
