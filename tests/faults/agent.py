@@ -29,7 +29,7 @@ import imgcore.disk.stream_sink
 import imgcore.streams.reader
 import imgcore.verbs.convert  # everything is loaded before anything can fail
 import imgcore.verbs.rewrite
-from imgcore.disk import batch_journal, checkpoints, resuming
+from imgcore.disk import batch_pieces, checkpoints, resuming
 from imgcore.files import in_place
 from imgcore.verbs.check import check
 from tests.faults.update_history import Change
@@ -62,7 +62,9 @@ def resume(arguments: dict[str, Any]) -> dict[str, Any]:
     A journal that is begun gets the seed ``seed``.
     """
     words = dict(arguments)
-    vars(batch_journal)["_MAX_DATA_NBYTES"] = words.pop("batch_nbytes")
+    names = vars(batch_pieces)
+    assert {"_MIN_NBYTES", "_MAX_NBYTES"} <= names.keys()
+    names["_MIN_NBYTES"] = names["_MAX_NBYTES"] = words.pop("batch_nbytes")
     vars(checkpoints)["_DUE_NBYTES"] = 0
     seed = words.pop("seed").encode().ljust(32)
     vars(resuming)["_new_seed"] = lambda: seed

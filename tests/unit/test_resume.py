@@ -16,7 +16,7 @@ from tests.helpers import images
 from tests.helpers.command import imgcore as run_cli
 
 import imgcore
-from imgcore.disk import batch_journal, checkpoints
+from imgcore.disk import batch_pieces, checkpoints
 from imgcore.files.locks import Lock, lock
 from imgcore.streams.helpers import Helpers
 
@@ -45,7 +45,8 @@ class Interrupted(Exception):
 @pytest.fixture(autouse=True)
 def frequent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make a checkpoint at the end of each batch, which has little data."""
-    monkeypatch.setattr(batch_journal, "_MAX_DATA_NBYTES", 256 * KIB)
+    for name in ("_MIN_NBYTES", "_MAX_NBYTES"):
+        monkeypatch.setattr(batch_pieces, name, 256 * KIB)
     monkeypatch.setattr(checkpoints, "_DUE_NBYTES", 0)
     monkeypatch.setattr(checkpoints, "Helpers", lambda _, name: Helpers(0, name))
 
