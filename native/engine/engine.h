@@ -14,7 +14,7 @@
  *     worker.c   the ring: which window is next, and which worker does what
  *     window.c   one window: read, test for zeros, compress, compare, place
  *     leaves.c   the checksums of a window's blocks
- *     write.c    one window to the target: written, or reflinked
+ *     write.c    one window to the target: written, reflinked, or moved into a pipe
  *     source.c   from extents to bytes in memory
  *     reuse.c    compressed blocks that the target can have as they are
  *     announce.c what is read next, in physical order where rows are not
@@ -60,6 +60,7 @@ struct slot {
 	enum slot_state state;
 	uint64_t start, end; /* guest range */
 	bool is_span;	     /* unread rows only, maybe longer than a window; no pieces */
+	bool opens_block;    /* a span: no window before it has its first block */
 	int status;	     /* of filling it; `error` says more */
 	struct imgc_error error;
 	struct view view;
@@ -113,6 +114,7 @@ struct imgc_job {
 	struct stop stop;
 	_Atomic uint64_t first_difference;
 	_Atomic bool *may_reflink; /* per source, until a reflink fails; NULL: no reflinks */
+	bool may_move;		   /* the target is a pipe, which takes pages of sources */
 
 	pthread_mutex_t lock; /* all below */
 	pthread_cond_t changed, ended;
@@ -121,6 +123,7 @@ struct imgc_job {
 	struct rows rows, base;
 	bool has_unread;    /* some of the rows are to be reflinked whole */
 	bool leaves_unread; /* these are stored without being read */
+	bool moves;	    /* namely moved into a pipe, instead of reflinked */
 	size_t claim_row, claim_base;
 	uint64_t cursor;
 	struct announcer announcer;

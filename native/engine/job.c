@@ -301,17 +301,24 @@ static int create_stored_prefix(struct imgc_job *job)
 	return IMGC_OK;
 }
 
+/* Whether a source can give blocks, or pages of the page cache, instead of a copy. */
+static bool can_share(const struct imgc_job *job, const struct imgc_file *source)
+{
+	return job->may_move ? imgc_file_can_move(job->options.target, source)
+			     : source->reflink_block_nbytes != 0;
+}
+
 static int create_may_reflink(struct imgc_job *job)
 {
 	const struct imgc_job_options *o = &job->options;
 
-	if (!o->reflink || o->target->reflink_block_nbytes == 0)
+	if (!job->may_move && (!o->reflink || o->target->reflink_block_nbytes == 0))
 		return IMGC_OK;
 	job->may_reflink = calloc(o->n_sources + 1, sizeof(*job->may_reflink));
 	if (!job->may_reflink)
 		return IMGC_NO_MEMORY;
 	for (size_t i = 0; i < o->n_sources; i++)
-		atomic_init(&job->may_reflink[i], job->sources[i].file->reflink_block_nbytes != 0);
+		atomic_init(&job->may_reflink[i], can_share(job, job->sources[i].file));
 	return IMGC_OK;
 }
 
@@ -350,6 +357,7 @@ int imgc_job_create(const struct imgc_job_options *options, struct imgc_job **ou
 	job->max_writers = options->n_threads;
 	if (options->kind == IMGC_JOB_CONVERT && options->target->writes_are_serial)
 		job->max_writers = 1;
+	job->may_move = options->kind == IMGC_JOB_CONVERT && options->target->ops->move;
 	job->piece_nbytes = job->window_nbytes;
 	if (options->kind == IMGC_JOB_CONVERT && job->geometry.block_nbytes < job->window_nbytes)
 		job->piece_nbytes = job->geometry.block_nbytes;
@@ -525,8 +533,8 @@ static bool may_leave_unread(const struct imgc_job *job)
 {
 	const struct imgc_job_options *o = &job->options;
 
-	return o->reflink && !o->has_base && job->geometry.codec.codec == IMGC_CODEC_NONE &&
-	       !job->geometry.clears_blocks;
+	return (o->reflink || job->may_move) && !o->has_base && !o->salvage &&
+	       job->geometry.codec.codec == IMGC_CODEC_NONE && !job->geometry.clears_blocks;
 }
 
 int imgc_job_start(struct imgc_job *job, const struct imgc_batch *batch, struct imgc_error *err)
@@ -549,6 +557,7 @@ int imgc_job_start(struct imgc_job *job, const struct imgc_batch *batch, struct 
 	job->base = (struct rows){batch->base_extents, batch->n_base_extents};
 	job->has_unread = may_leave_unread(job) && imgc_rows_have_unread(job->rows);
 	job->leaves_unread = job->has_unread && !job->options.checksum;
+	job->moves = job->leaves_unread && job->may_move;
 	for (size_t i = 0; i < job->n_workers; i++)
 		job->workers[i].reader.leaves_unread = job->leaves_unread;
 	job->claim_row = job->claim_base = 0;

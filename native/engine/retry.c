@@ -72,3 +72,19 @@ int imgc_write_retrying(struct imgc_file *file, const struct iovec *iov, int n_i
 			return status;
 	}
 }
+
+int imgc_move_retrying(struct imgc_file *file, uint64_t offset, struct imgc_file *source,
+		       uint64_t source_offset, uint64_t length, const struct stop *stop,
+		       struct imgc_error *err)
+{
+	for (;;) {
+		int status = imgc_file_move(file, offset, source, source_offset, length, err);
+
+		if (status != IMGC_IO || err->os_errno != EAGAIN)
+			return status;
+		imgc_file_await_room(file, READER_POLL_MS);
+		status = imgc_check_stopped(stop, err);
+		if (status)
+			return status;
+	}
+}

@@ -18,4 +18,9 @@ int imgc_read_retrying(struct imgc_file *file, struct imgc_io_context *io,
 int imgc_write_retrying(struct imgc_file *file, const struct iovec *iov, int n_iov, uint64_t offset,
 			const struct stop *stop, struct imgc_error *err);
 
+/* imgc_file_move(), which waits for a reader in the same way. */
+int imgc_move_retrying(struct imgc_file *file, uint64_t offset, struct imgc_file *source,
+		       uint64_t source_offset, uint64_t length, const struct stop *stop,
+		       struct imgc_error *err);
+
 #endif /* IMGC_ENGINE_RETRY_H */

@@ -510,10 +510,10 @@ static int place_stored(struct imgc_job *job, const struct slot *slot, struct pi
 	return status;
 }
 
-static int place_span(struct imgc_job *job, const struct slot *slot, struct imgc_error *err)
+static int place_span(struct imgc_job *job, struct slot *slot, struct imgc_error *err)
 {
 	uint64_t block = slot->start / job->geometry.block_nbytes;
-	int status = IMGC_OK;
+	int status = open_block(job, block++, &slot->opens_block, err);
 
 	for (; block * job->geometry.block_nbytes < slot->end && status == IMGC_OK; block++) {
 		bool opened;

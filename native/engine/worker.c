@@ -11,6 +11,7 @@
 #define MAX_ZERO_SPAN_NBYTES (128u * 1024 * 1024) /* so that a cancelled job ends soon */
 
 #define MAX_UNREAD_SPAN_NBYTES (1024u * 1024 * 1024) /* for the same reason */
+#define MAX_MOVED_SPAN_NBYTES (8u * 1024 * 1024) /* takes time, and counts when it ends */
 
 enum claim { CLAIM_NOTHING, CLAIM_WINDOW, CLAIM_ZERO_SPAN, CLAIM_UNREAD_SPAN };
 
@@ -32,8 +33,11 @@ static uint64_t empty_until(struct rows rows, size_t *at, uint64_t cursor)
 	return end;
 }
 
-/* The end of the unread rows that start at the cursor: the cursor itself if none does. */
-static uint64_t unread_until(struct rows rows, uint64_t cursor)
+/*
+ * The end of the unread rows that start at the cursor, but at most `most` bytes further:
+ * the cursor itself if none does.
+ */
+static uint64_t unread_until(struct rows rows, uint64_t cursor, uint64_t most)
 {
 	uint64_t end = cursor;
 
@@ -41,8 +45,8 @@ static uint64_t unread_until(struct rows rows, uint64_t cursor)
 		if (!imgc_row_is_unread(&rows.rows[i]))
 			break;
 		end = rows.rows[i].guest_offset + rows.rows[i].length;
-		if (end - cursor >= MAX_UNREAD_SPAN_NBYTES)
-			return cursor + MAX_UNREAD_SPAN_NBYTES;
+		if (end - cursor >= most)
+			return cursor + most;
 	}
 	return end;
 }
@@ -63,7 +67,8 @@ static enum claim claim_next(struct imgc_job *job, uint64_t *start, uint64_t *en
 
 	*start = cursor;
 	if (job->leaves_unread) {
-		uint64_t span = unread_until(job->rows, cursor);
+		uint64_t most = job->moves ? MAX_MOVED_SPAN_NBYTES : MAX_UNREAD_SPAN_NBYTES;
+		uint64_t span = unread_until(job->rows, cursor, most);
 
 		if (span != batch_end)
 			span &= ~(job->window_nbytes - 1);

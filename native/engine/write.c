@@ -1,5 +1,5 @@
 /*
- * write.c - one window to the target: written, or reflinked from a source
+ * write.c - one window to the target: written, or reflinked or moved from a source
  */
 #include "engine/engine.h"
 
@@ -13,7 +13,7 @@
 #define MAX_SEGMENTS 64
 #define MIN_REFLINK_NBYTES (64u * 1024) /* less is written as fast, and fragments less */
 
-/* A range of the target that can be reflinked from a source. */
+/* A range of the target that can be reflinked, or moved, from a source. */
 struct part {
 	uint64_t guest_offset, length;
 	uint64_t host_offset; /* in the target */
@@ -68,12 +68,26 @@ static int gather_add(struct worker *worker, struct gather *gather, uint64_t off
 	return IMGC_OK;
 }
 
-/* ---------------------------------------------------------------- reflinks */
+/* ------------------------------------------------------- reflinks and moves */
 
 /*
- * Finds the first part of guest range [start, end) that can be reflinked: a source
- * stores it plain, at a place that differs from its place in the target by whole
- * blocks.  host_offset is where `start` goes in the target.
+ * The unit of what a row can give without a copy; 0: nothing.  What was read is not moved:
+ * the source may have changed since.
+ */
+static uint64_t part_unit(const struct imgc_job *job, const struct imgc_extent *row)
+{
+	if (row->kind != IMGC_DATA || !atomic_load(&job->may_reflink[row->file]))
+		return 0;
+	if (job->may_move)
+		return job->moves && imgc_row_is_unread(row) ? 1 : 0;
+	return imgc_max_u64(job->sources[row->file].file->reflink_block_nbytes,
+			    job->options.target->reflink_block_nbytes);
+}
+
+/*
+ * Finds the first part of guest range [start, end) that can be reflinked or moved: a
+ * source stores it plain, at a place that differs from its place in the target by whole
+ * units.  host_offset is where `start` goes in the target.
  */
 static bool find_part(const struct imgc_job *job, uint64_t start, uint64_t end,
 		      uint64_t host_offset, struct part *part)
@@ -85,10 +99,10 @@ static bool find_part(const struct imgc_job *job, uint64_t start, uint64_t end,
 
 		if (from >= to)
 			return false;
-		if (row->kind != IMGC_DATA || !atomic_load(&job->may_reflink[row->file]))
+		uint64_t unit = part_unit(job, row);
+
+		if (unit == 0)
 			continue;
-		uint64_t unit = imgc_max_u64(job->sources[row->file].file->reflink_block_nbytes,
-					     job->options.target->reflink_block_nbytes);
 		uint64_t source_offset = row->host_offset + (from - row->guest_offset);
 		uint64_t offset = host_offset + (from - start);
 		uint64_t before = (0 - offset) & (unit - 1);
@@ -120,14 +134,10 @@ static bool reflink_part(struct worker *worker, const struct part *part)
 	return true;
 }
 
-/* Reads the unread rows of guest range [start, end), as fast as the job's rate allows. */
-static int fetch(struct worker *worker, uint64_t start, uint64_t end, uint8_t *data,
-		 struct imgc_error *err)
+/* Waits until the job's rate allows so many bytes, which are read or moved. */
+static int await_rate(const struct imgc_job *job, uint64_t nbytes, struct imgc_error *err)
 {
-	const struct imgc_job *job = worker->job;
-	uint64_t before = worker->reader.bytes_read;
-	int status = imgc_reader_fetch(&worker->reader, job->rows, start, end, data, err);
-	uint64_t nbytes = worker->reader.bytes_read - before;
+	int status = imgc_check_stopped(&job->stop, err);
 
 	while (status == IMGC_OK && nbytes > 0) {
 		status = imgc_window_await_rate(job, nbytes, err);
@@ -136,6 +146,17 @@ static int fetch(struct worker *worker, uint64_t start, uint64_t end, uint8_t *d
 		status = imgc_check_stopped(&job->stop, err);
 	}
 	return status;
+}
+
+/* Reads the unread rows of guest range [start, end), as fast as the job's rate allows. */
+static int fetch(struct worker *worker, uint64_t start, uint64_t end, uint8_t *data,
+		 struct imgc_error *err)
+{
+	const struct imgc_job *job = worker->job;
+	uint64_t before = worker->reader.bytes_read;
+	int status = imgc_reader_fetch(&worker->reader, job->rows, start, end, data, err);
+
+	return status ? status : await_rate(job, worker->reader.bytes_read - before, err);
 }
 
 /*
@@ -179,17 +200,54 @@ static int put_guest_bytes(struct worker *worker, const struct slot *slot, struc
 	return status ? status : gather_add(worker, gather, host_offset, data, end - start, err);
 }
 
-/* Reflinks the part that waits.  If that does not work, writes it. */
+/*
+ * Moves a part into the pipe that the target is, as much as a window at a time.  What does
+ * not work that way is written.
+ */
+static int move_part(struct worker *worker, const struct slot *slot, struct gather *gather,
+		     const struct part *part, struct imgc_error *err)
+{
+	struct imgc_job *job = worker->job;
+	struct imgc_file *source = job->sources[part->file].file;
+	int status = gather_flush(worker, gather, err);
+
+	for (uint64_t done = 0; done < part->length && status == IMGC_OK;) {
+		uint64_t nbytes = imgc_min_u64(part->length - done, job->window_nbytes);
+
+		status = await_rate(job, nbytes, err);
+		if (status)
+			break;
+		status = imgc_move_retrying(job->options.target, part->host_offset + done, source,
+					    part->source_offset + done, nbytes, &job->stop, err);
+		if (status == IMGC_UNSUPPORTED) {
+			atomic_store(&job->may_reflink[part->file], false);
+			return put_guest_bytes(worker, slot, gather, part->host_offset + done,
+					       part->guest_offset + done,
+					       part->guest_offset + part->length, err);
+		}
+		if (status)
+			return imgc_fail_in(err, status, IMGC_TARGET);
+		worker->reader.bytes_read += nbytes;
+		atomic_fetch_add_explicit(&worker->counters->written, nbytes, memory_order_relaxed);
+		done += nbytes;
+	}
+	return status;
+}
+
+/* Reflinks or moves the part that waits.  If that does not work, writes it. */
 static int part_flush(struct worker *worker, const struct slot *slot, struct gather *gather,
 		      struct imgc_error *err)
 {
+	const struct imgc_job *job = worker->job;
 	struct part part = gather->part;
-	uint64_t least = worker->job->has_unread ? 1 : MIN_REFLINK_NBYTES;
-	int status = imgc_check_stopped(&worker->job->stop, err);
+	uint64_t least = job->has_unread ? 1 : MIN_REFLINK_NBYTES;
+	int status = imgc_check_stopped(&job->stop, err);
 
 	gather->part.length = 0;
 	if (status)
 		return status;
+	if (part.length > 0 && job->moves)
+		return move_part(worker, slot, gather, &part, err);
 	if (part.length == 0 || (part.length >= least && reflink_part(worker, &part)))
 		return IMGC_OK;
 	return put_guest_bytes(worker, slot, gather, part.host_offset, part.guest_offset,
@@ -217,7 +275,7 @@ static int part_add(struct worker *worker, const struct slot *slot, struct gathe
 	return status;
 }
 
-/* Adds bytes that are not reflinked.  The part that waits comes first. */
+/* Adds bytes that are neither reflinked nor moved.  The part that waits comes first. */
 static int put_bytes(struct worker *worker, const struct slot *slot, struct gather *gather,
 		     uint64_t host_offset, uint64_t start, uint64_t end, struct imgc_error *err)
 {
@@ -229,7 +287,7 @@ static int put_bytes(struct worker *worker, const struct slot *slot, struct gath
 		      : put_guest_bytes(worker, slot, gather, host_offset, start, end, err);
 }
 
-/* Brings a run of the slot to host_offset, by reflinks where they are possible. */
+/* Brings a run of the slot to host_offset, by reflinks or moves where they are possible. */
 static int put_run(struct worker *worker, const struct slot *slot, struct gather *gather,
 		   uint64_t host_offset, struct range run, struct imgc_error *err)
 {
@@ -319,7 +377,6 @@ static int write_identity(struct worker *worker, struct slot *slot, struct gathe
 	return status;
 }
 
-/* A block that continues from a window before has its prefix already: the same again. */
 static int write_span(struct worker *worker, const struct slot *slot, struct gather *gather,
 		      struct imgc_error *err)
 {
@@ -333,7 +390,8 @@ static int write_span(struct worker *worker, const struct slot *slot, struct gat
 		uint64_t host_offset = job->batch.placements[row].host_offset;
 		struct range run = {start - slot->start, end - slot->start};
 
-		status = write_stored_prefix(worker, slot, gather, host_offset, err);
+		if (start > slot->start || slot->opens_block)
+			status = write_stored_prefix(worker, slot, gather, host_offset, err);
 		if (status == IMGC_OK)
 			status = put_run(worker, slot, gather,
 					 host_offset + (start & (block_nbytes - 1)), run, err);

@@ -257,8 +257,10 @@ enum imgc_extent_kind {
 /* A VMDK grain marker (12 bytes: LBA, data size) precedes the compressed block. */
 #define IMGC_EXTENT_GRAIN_MARKER 1u
 /*
- * DATA in a job that reflinks without a codec, base or salvage: it is stored without being
- * read or tested for zeros.  What of it cannot be reflinked is read and copied.
+ * DATA in a job without a codec, base or salvage that reflinks, or whose target is a pipe
+ * (imgc_file_open_ordered): it is stored without being read or tested for zeros.  A pipe
+ * gets pages of the page cache.  What can be neither reflinked nor moved is read and
+ * copied.
  */
 #define IMGC_EXTENT_UNREAD 2u
 

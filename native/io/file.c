@@ -343,6 +343,20 @@ static bool file_reflink(struct imgc_file *base, uint64_t offset, struct imgc_fi
 	return true;
 }
 
+/* What is in a pipe cannot be dropped from the page cache. */
+static ssize_t file_splice(struct imgc_file *base, uint64_t offset, int pipe, uint64_t length)
+{
+	struct fd_file *file = (struct fd_file *)base;
+	loff_t from = (loff_t)offset;
+
+	if (file->dropper || !imgc_range_inside(offset, length, INT64_MAX)) {
+		errno = EINVAL;
+		return -1;
+	}
+	return splice(file->fd, &from, pipe, NULL, (size_t)imgc_min_u64(length, NOW_MAX_NBYTES),
+		      SPLICE_F_NONBLOCK);
+}
+
 /* 0 unless it is a power of two: a file system may report any number. */
 static uint64_t block_nbytes(const struct stat *st)
 {
@@ -366,6 +380,7 @@ static const struct imgc_file_ops fd_file_ops = {
 	.sync = file_sync,
 	.next_data = file_next_data,
 	.reflink = file_reflink,
+	.splice = file_splice,
 	.close = file_close,
 };
 

@@ -137,6 +137,23 @@ bool imgc_file_reflink(struct imgc_file *file, uint64_t offset, struct imgc_file
 	return is_done;
 }
 
+bool imgc_file_can_move(const struct imgc_file *file, const struct imgc_file *source)
+{
+	return file->ops->move && source->ops->splice;
+}
+
+int imgc_file_move(struct imgc_file *file, uint64_t offset, struct imgc_file *source,
+		   uint64_t source_offset, uint64_t length, struct imgc_error *err)
+{
+	int status = check_writable(file, offset, err);
+
+	if (status)
+		return status;
+	status = file->ops->move(file, offset, source, source_offset, length, err);
+	note_written(file);
+	return status;
+}
+
 int imgc_file_take_written(struct imgc_file *file)
 {
 	return atomic_exchange(&file->is_written, false);

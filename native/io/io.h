@@ -12,6 +12,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/types.h>
 #include <sys/uio.h>
 
 #include "imgc.h"
@@ -130,6 +131,27 @@ struct imgc_file_ops {
 			uint64_t source_offset, uint64_t length);
 
 	/*
+	 * Puts pages of [offset, offset + length) into a pipe instead of a copy of their
+	 * bytes: as many as it takes without waiting for a reader.  Returns what splice()
+	 * returns, and sets errno.  Until a reader has taken them, later changes of the
+	 * file change what is in the pipe.
+	 *
+	 * NULL: files of this kind have no pages.
+	 */
+	ssize_t (*splice)(struct imgc_file *file, uint64_t offset, int pipe, uint64_t length);
+
+	/*
+	 * Writes [source_offset, source_offset + length) of `source` at `offset` by its
+	 * `splice`.  IMGC_IO with EAGAIN is as for `write`.  IMGC_UNSUPPORTED, for whatever
+	 * reason, says that a write of the whole range must follow, which goes on where
+	 * this stopped, and reports what is wrong.
+	 *
+	 * NULL: files of this kind are no pipes.
+	 */
+	int (*move)(struct imgc_file *file, uint64_t offset, struct imgc_file *source,
+		    uint64_t source_offset, uint64_t length, struct imgc_error *err);
+
+	/*
 	 * Waits, but not longer than the timeout, until a write that gave EAGAIN is worth
 	 * another attempt.  The same write then goes on where it stopped.
 	 *
@@ -182,5 +204,12 @@ int imgc_file_sync(struct imgc_file *file, struct imgc_error *err);
 /* Also false if the files are of different kinds, or of a kind without reflinks. */
 bool imgc_file_reflink(struct imgc_file *file, uint64_t offset, struct imgc_file *source,
 		       uint64_t source_offset, uint64_t length);
+
+/* Whether pages of `source` can be moved to `file`; see the operation `move`. */
+bool imgc_file_can_move(const struct imgc_file *file, const struct imgc_file *source);
+
+/* Only where imgc_file_can_move() says so. */
+int imgc_file_move(struct imgc_file *file, uint64_t offset, struct imgc_file *source,
+		   uint64_t source_offset, uint64_t length, struct imgc_error *err);
 
 #endif /* IMGC_IO_IO_H */

@@ -179,6 +179,32 @@ static int ordered_zero(struct imgc_file *base, uint64_t offset, uint64_t length
 	return ended(file, offset, put_zeros(file, offset + length, err), err);
 }
 
+static int ordered_move(struct imgc_file *base, uint64_t offset, struct imgc_file *source,
+			uint64_t source_offset, uint64_t length, struct imgc_error *err)
+{
+	struct ordered_file *file = (struct ordered_file *)base;
+
+	if (!imgc_range_inside(offset, length, INT64_MAX) || !is_in_order(file, offset))
+		return imgc_fail_at(err, IMGC_OUT_OF_RANGE, offset, "write");
+	int status = put_zeros(file, offset, err);
+
+	while (status == IMGC_OK && file->position < offset + length) {
+		uint64_t done = file->position - offset;
+		ssize_t n = source->ops->splice(source, source_offset + done, file->fd,
+						length - done);
+
+		if (n > 0) {
+			file->position += (uint64_t)n;
+		} else if (n < 0 && errno == EAGAIN) {
+			status = imgc_fail_system(err, EAGAIN, file->position, "write");
+		} else if (n == 0 || errno != EINTR) {
+			file->repeated = offset;
+			return imgc_fail_call(err, IMGC_UNSUPPORTED, "splice");
+		}
+	}
+	return ended(file, offset, status, err);
+}
+
 static void ordered_await(struct imgc_file *base, int timeout_ms)
 {
 	const struct ordered_file *file = (const struct ordered_file *)base;
@@ -230,6 +256,17 @@ static const struct imgc_file_ops ordered_file_ops = {
 	.close = ordered_close,
 };
 
+static const struct imgc_file_ops pipe_ops = {
+	.read = ordered_read,
+	.write = ordered_write,
+	.zero = ordered_zero,
+	.sync = ordered_sync,
+	.next_data = ordered_next_data,
+	.await_room = ordered_await,
+	.move = ordered_move,
+	.close = ordered_close,
+};
+
 int imgc_file_open_ordered(int fd, struct imgc_file **out, struct imgc_error *err)
 {
 	struct stat st;
@@ -241,7 +278,7 @@ int imgc_file_open_ordered(int fd, struct imgc_file **out, struct imgc_error *er
 
 	if (!file)
 		return imgc_fail_call(err, IMGC_NO_MEMORY, "open");
-	file->base.ops = &ordered_file_ops;
+	file->base.ops = S_ISFIFO(st.st_mode) ? &pipe_ops : &ordered_file_ops;
 	file->base.writes_are_serial = true;
 	file->fd = fd;
 	file->is_socket = S_ISSOCK(st.st_mode);

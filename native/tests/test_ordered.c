@@ -5,6 +5,8 @@
 #include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stddef.h>
+#include <stdio.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 #include <time.h>
@@ -294,6 +296,175 @@ static void test_appending_job(unsigned n_threads, uint64_t block_nbytes)
 	disk_destroy(&source);
 }
 
+/* A source that is a file, with the bytes of another one. */
+static struct disk file_disk(const struct disk *source, FILE **out)
+{
+	struct disk disk = {.bytes = source->bytes, .nbytes = source->nbytes};
+
+	*out = tmpfile();
+	CHECK(*out);
+	CHECK_EQ(fwrite(source->bytes, 1, source->nbytes, *out), source->nbytes);
+	CHECK_EQ(fflush(*out), 0);
+	CHECK_EQ(imgc_file_open_fd(fileno(*out), &disk.file, &error), IMGC_OK);
+	return disk;
+}
+
+/*
+ * Unread rows are moved into a pipe: as spans, beside rows that are read, at odd places,
+ * behind prefixes of blocks, and in blocks that are larger than windows.  A source without
+ * pages, and one that ends early, are read.
+ */
+static void test_moving_job(unsigned n_threads, uint64_t block_nbytes, bool has_pages)
+{
+	struct disk content = example_disk();
+	FILE *opened = NULL;
+	struct disk source = has_pages ? file_disk(&content, &opened) : content;
+	struct imgc_extent rows[] = {
+		data_row(0, 512 * 3, 512),
+		data_row(512 * 3, 2 * MIB, 512 * 7),
+		empty_row(2 * MIB + 512 * 3, MIB, IMGC_HOLE),
+		data_row(3 * MIB + 512 * 3, 512, 0),
+		data_row(3 * MIB + 512 * 4, MIB + 512 * 1000, 3 * MIB - 512 * 1000),
+		empty_row(4 * MIB + 512 * 1004, source.nbytes - 4 * MIB - 512 * 1004, IMGC_ZERO),
+	};
+	size_t n_rows = sizeof(rows) / sizeof(rows[0]);
+	size_t n = (size_t)((source.nbytes + block_nbytes - 1) / block_nbytes);
+	struct imgc_placement *placements = calloc(n, sizeof(*placements));
+	uint8_t *guest = calloc(n, block_nbytes);
+	struct imgc_source_file file;
+	struct reader reader = {.pause_ns = 30000};
+	struct disk target = {0};
+	int ends[2];
+
+	CHECK(placements && guest);
+	for (size_t i = 0; i < n_rows; i++) {
+		if (rows[i].kind != IMGC_DATA)
+			continue;
+		memcpy(guest + rows[i].guest_offset, content.bytes + rows[i].host_offset,
+		       rows[i].length);
+		if (i != 3) /* which is read */
+			rows[i].flags = IMGC_EXTENT_UNREAD;
+	}
+	make_pair(PIPE, ends);
+	target.file = open_ordered(ends[1]);
+	reader_start(&reader, ends[0]);
+	struct imgc_job_options o = convert_options(&source, &target, &file, n_threads);
+
+	o.geometry.placing = IMGC_PLACE_APPEND;
+	o.geometry.block_nbytes = block_nbytes;
+	o.geometry.stored_alignment = 512;
+	o.geometry.stored_prefix_nbytes = 512;
+	o.geometry.stored_prefix_byte = 0xA5;
+	o.next_offset = 1234567;
+	o.stores_data = 1;
+	convert(&o, rows, n_rows, placements, n);
+	imgc_file_close(target.file);
+	close(ends[1]);
+	reader_join(&reader);
+	for (size_t i = 0; i < n; i++) {
+		uint64_t start = i * block_nbytes, nbytes = block_nbytes;
+		const uint8_t *stored = reader.bytes + placements[i].host_offset;
+
+		if (placements[i].state != IMGC_BLOCK_STORED) {
+			for (uint64_t at = start; at < start + nbytes; at++)
+				CHECK_EQ(guest[at], 0);
+			continue;
+		}
+		/* Zeros at the end of the last block are not written. */
+		if (placements[i].host_offset + nbytes > reader.nbytes)
+			nbytes = reader.nbytes - placements[i].host_offset;
+		CHECK(memcmp(stored, guest + start, nbytes) == 0);
+		for (size_t at = 1; at <= 512; at++)
+			CHECK_EQ(stored[-(ptrdiff_t)at], 0xA5);
+	}
+	free(reader.bytes);
+	free(placements);
+	free(guest);
+	if (opened) {
+		imgc_file_close(source.file);
+		fclose(opened);
+	}
+	disk_destroy(&content);
+}
+
+/* The rate counts what is moved, and a job that waits for it can be cancelled. */
+static void test_moves_at_a_rate(void)
+{
+	struct disk content = disk_create(4 * MIB);
+	FILE *opened = NULL;
+	struct disk source = file_disk(&content, &opened);
+	struct imgc_extent row = data_row(0, source.nbytes, 0);
+	struct imgc_batch batch = {.guest_end = source.nbytes, .extents = &row, .n_extents = 1};
+	struct imgc_source_file file;
+	struct imgc_rate_limit *limit;
+	struct reader reader = {0};
+	struct disk target = {0};
+	struct imgc_job *job;
+	int ends[2];
+
+	row.flags = IMGC_EXTENT_UNREAD;
+	make_pair(PIPE, ends);
+	target.file = open_ordered(ends[1]);
+	reader_start(&reader, ends[0]);
+	CHECK_EQ(imgc_rate_limit_create(&limit), IMGC_OK);
+	imgc_rate_limit_set(limit, 1);
+	struct imgc_job_options o = convert_options(&source, &target, &file, 1);
+
+	o.geometry.placing = IMGC_PLACE_IDENTITY;
+	o.rate_limit = limit;
+	CHECK_EQ(imgc_job_create(&o, &job, &error), IMGC_OK);
+	CHECK_EQ(imgc_job_start(job, &batch, &error), IMGC_OK);
+	CHECK_EQ(imgc_job_wait(job, 50), 0);
+	imgc_job_cancel(job);
+	CHECK_EQ(imgc_job_finish(job, &error), IMGC_CANCELLED);
+	imgc_job_destroy(job);
+	imgc_rate_limit_destroy(limit);
+	imgc_file_close(target.file);
+	close(ends[1]);
+	reader_join(&reader);
+	CHECK(reader.nbytes < source.nbytes);
+	free(reader.bytes);
+	imgc_file_close(source.file);
+	fclose(opened);
+	disk_destroy(&content);
+}
+
+/* A source that has become shorter is an error, as if it had been read. */
+static void test_moves_past_the_end(void)
+{
+	struct disk content = disk_create(2 * MIB);
+	FILE *opened = NULL;
+	struct disk source = file_disk(&content, &opened);
+	struct imgc_extent row = data_row(0, source.nbytes, 0);
+	struct imgc_batch batch = {.guest_end = source.nbytes, .extents = &row, .n_extents = 1};
+	struct imgc_source_file file;
+	struct reader reader = {0};
+	struct disk target = {0};
+	struct imgc_job *job;
+	int ends[2];
+
+	row.flags = IMGC_EXTENT_UNREAD;
+	CHECK_EQ(ftruncate(fileno(opened), MIB + 5), 0);
+	make_pair(PIPE, ends);
+	target.file = open_ordered(ends[1]);
+	reader_start(&reader, ends[0]);
+	struct imgc_job_options o = convert_options(&source, &target, &file, 2);
+
+	o.geometry.placing = IMGC_PLACE_IDENTITY;
+	CHECK_EQ(imgc_job_create(&o, &job, &error), IMGC_OK);
+	CHECK_EQ(run_batch(job, &batch, &error), IMGC_PAST_END);
+	CHECK_EQ(error.offset, MIB + 5);
+	CHECK_EQ(error.source, 0);
+	imgc_job_destroy(job);
+	imgc_file_close(target.file);
+	close(ends[1]);
+	reader_join(&reader);
+	free(reader.bytes);
+	imgc_file_close(source.file);
+	fclose(opened);
+	disk_destroy(&content);
+}
+
 /* Compressed and stored blocks mix, and go into a pipe in order. */
 static void test_packing_job(unsigned n_threads)
 {
@@ -430,9 +601,15 @@ int main(void)
 	}
 	test_not_read();
 	test_places_refuse();
+	test_moves_at_a_rate();
+	test_moves_past_the_end();
 	for (unsigned n_threads = 1; n_threads <= 4; n_threads += 3) {
 		test_appending_job(n_threads, 64 * KIB);
 		test_appending_job(n_threads, 2 * MIB);
+		for (uint64_t block = 64 * KIB; block <= 2 * MIB; block *= 32) {
+			test_moving_job(n_threads, block, true);
+			test_moving_job(n_threads, block, false);
+		}
 		test_packing_job(n_threads);
 		for (size_t limit = 1; limit < 5 * MIB - 1; limit += 700001)
 			test_broken_pipe(n_threads, limit);

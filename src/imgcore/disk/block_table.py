@@ -118,6 +118,17 @@ class BlockTable:
             rows["state"] = sizes & np.uint32((1 << _STATE_BITS) - 1)
             rows["length"] = sizes >> np.uint32(_STATE_BITS)
 
+    def start_of_last(self, nbytes: int) -> int:
+        """Return the offset after which ``nbytes`` of the disk are stored, or 0."""
+        n_left = -(-nbytes // self._geometry.block_nbytes)
+        for chunk in sorted({*self._bits, *self._sizes}, reverse=True):
+            first = chunk * _CHUNK_NBLOCKS
+            used = np.flatnonzero(self.placements(first, _CHUNK_NBLOCKS)["state"])
+            if len(used) >= n_left:
+                return (first + int(used[len(used) - n_left])) * self._geometry.block_nbytes
+            n_left -= len(used)
+        return 0
+
     def chunks(self) -> Iterator[tuple[int, Placements]]:
         """Yield (number of the first block, placements) of each chunk with a block."""
         for chunk in sorted({*self._bits, *self._sizes}):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from imgcore.areas.area import Area
-from imgcore.disk.host_holes import HostHoles, is_sparse
+from imgcore.disk.host_holes import is_sparse
 from imgcore.disk.overlay import chain_extents
 from imgcore.engine.extents import Kind, cut_at_ranges, split
 from imgcore.limits import MIB
@@ -57,7 +57,7 @@ def extents_above(disk: DiskState, depth: int) -> Iterator[Extents]:
     if depth == 0 or disk.virtual_size == 0:
         return
     old_end = disk.layers[depth].virtual_size
-    holes = HostHoles(disk.sources)
+    holes = disk.host_holes()
     layers = disk.layers[:depth]
     for rows, depths in chain_extents(layers, disk.first_files, 0, disk.virtual_size):
         for part in holes.cut(_without_ends(rows, depths, depth - 1)):

@@ -12,6 +12,7 @@ from imgcore.files.identity import same_file
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from imgcore.disk.host_holes import HostHoles
     from imgcore.disk.layer import Layer
     from imgcore.disk.overlay import Depths
     from imgcore.disk.salvage import Salvage
@@ -114,17 +115,24 @@ class DiskState:
 
     def data_extents(self, start: int, length: int, rule: ReflinkRule | None) -> Iterator[Extents]:
         """Yield the extents of a range, with long holes of host files as ZERO."""
-        from imgcore.disk.host_holes import HostHoles
-
-        holes = HostHoles(self.sources)
+        holes = self.host_holes()
         for rows in self.extents(start, length):
             yield from holes.cut(rows if rule is None else rule.mark(rows))
 
-    def salvaged_extents(self, salvage: Salvage) -> Iterator[Extents]:
-        """Yield the data extents of the disk; what is lost is ZERO, and listed."""
+    def host_holes(self) -> HostHoles:
+        """Return what finds holes in the files, but for those that the extents have."""
         from imgcore.disk.host_holes import HostHoles
 
-        holes = HostHoles(self.sources)
+        known = {
+            index
+            for index, layer in zip(self.first_files, self.layers, strict=True)
+            if layer.is_flat
+        }
+        return HostHoles(self.sources, known)
+
+    def salvaged_extents(self, salvage: Salvage) -> Iterator[Extents]:
+        """Yield the data extents of the disk; what is lost is ZERO, and listed."""
+        holes = self.host_holes()
         for rows, depths in self.layer_extents(0, self.virtual_size):
             for part in salvage.take(rows, depths):
                 yield from holes.cut(part)

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from imgcore._core import extent_table
-from imgcore.engine.kinds import ExtentRow, Kind
+from imgcore.engine.kinds import FLAG_UNREAD, ExtentRow, Kind
 from imgcore.engine.supply import Batch
+from imgcore.files.host_file import may_lend_pages
 from imgcore.formats.shared.flat_reader import HostData, flat_ranges
 
 if TYPE_CHECKING:
@@ -38,21 +39,24 @@ def flat_batches(file: ByteSource, nbytes: int, geometry: Geometry) -> Iterator[
         smaller, by less than a sector.
     """
     unit = geometry.unit_nbytes
+    moved_end = geometry.moved_end if may_lend_pages(file) else 0
     # Without leaves only the rows take memory: a batch may be the whole disk.
     most = geometry.max_batch_nbytes if geometry.leaf_nbytes else geometry.guest_nbytes + 1
     rows: list[ExtentRow] = []
     start = 0
-    for first, last, kind in _cut(_ranges(file, nbytes, geometry.guest_nbytes), most):
+    ranges = _cut(_cut_at(_ranges(file, nbytes, geometry.guest_nbytes), moved_end), most)
+    for first, last, kind in ranges:
+        flags = FLAG_UNREAD if last <= moved_end else 0
         cut = last - last % unit
         is_full = len(rows) >= _BATCH_ROWS or last % most == 0
         if is_full and cut > start and cut >= first:
             if first < cut:
-                rows.append(_row(first, cut, kind))
+                rows.append(_row(first, cut, kind, flags))
             yield Batch(start, cut, extent_table(rows))
             rows = []
             start = first = cut
         if first < last:
-            rows.append(_row(first, last, kind))
+            rows.append(_row(first, last, kind, flags))
     if rows:
         yield Batch(start, geometry.guest_nbytes, extent_table(rows))
 
@@ -74,8 +78,19 @@ def _cut(ranges: Iterator[tuple[int, int, Kind]], step: int) -> Iterator[tuple[i
             first = stop
 
 
-def _row(first: int, last: int, kind: Kind) -> ExtentRow:
+def _cut_at(
+    ranges: Iterator[tuple[int, int, Kind]], offset: int
+) -> Iterator[tuple[int, int, Kind]]:
+    """Yield the ranges, one of which is cut at an offset."""
+    for first, last, kind in ranges:
+        if first < offset < last:
+            yield first, offset, kind
+            first = offset
+        yield first, last, kind
+
+
+def _row(first: int, last: int, kind: Kind, flags: int) -> ExtentRow:
     nbytes = last - first
     if kind is Kind.DATA:
-        return first, nbytes, first, nbytes, 0, kind, 0
+        return first, nbytes, first, nbytes, 0, kind, flags
     return first, nbytes, 0, 0, 0, kind, 0

@@ -17,12 +17,11 @@ import numpy as np
 
 from imgcore._core import Places
 from imgcore.disk.block_table import BlockTable
-from imgcore.disk.image_sink import ImageSink
+from imgcore.disk.image_sink import COPIED_NBYTES, ImageSink
 from imgcore.engine.geometry import CodecId, Placing
 from imgcore.errors import ImgcoreError, OptionError, UnsupportedFeatureError
 from imgcore.files.rehearsal import CountingFile, Rehearsal, WindowFile
-from imgcore.formats.api import NeedsBlocks, WritesInOrder
-from imgcore.formats.registry import get_driver
+from imgcore.formats.api import NeedsBlocks
 from imgcore.limits import MIB
 from imgcore.log import log
 
@@ -38,11 +37,6 @@ if TYPE_CHECKING:
 
 # The most bytes of the front that are in memory.
 _WINDOW_NBYTES: Final = 64 * MIB
-
-
-def needs_front_sink(request: WriteRequest[Any], options: SinkOptions) -> bool:
-    """Tell whether such an image takes more than one pass of its writer."""
-    return not isinstance(get_driver(options.format).writer(request), WritesInOrder)
 
 
 class FrontSink(ImageSink):
@@ -74,6 +68,7 @@ class FrontSink(ImageSink):
         if options.in_order and self._writer.needs_own_blocks:
             raise OptionError("a stream has no space to preallocate", path=target.path)
         geometry = self._writer.geometry
+        self._copied_start = 0
         self._appends = geometry.placing is Placing.APPEND
         self._is_compressed = geometry.codec.codec is not CodecId.NONE
 
@@ -95,6 +90,7 @@ class FrontSink(ImageSink):
         stream = self._leaf_stream()
         if self.request.virtual_size:
             self._stores_data = self._appends and not self._is_compressed
+            self._copied_start = blocks.start_of_last(COPIED_NBYTES)
             checked: Any = _Expecting(writer, blocks, self.source.path) if self._appends else writer
             end, _ = self._move(checked, file, tally, stream)
             if self._appends:
@@ -104,6 +100,10 @@ class FrontSink(ImageSink):
         file.truncate(window.nbytes)
         self._take_digest(stream)
         return ()
+
+    def _moved_end(self, geometry: Geometry) -> int:
+        """Return where the data that is copied begins; see `ImageSink`."""
+        return self._copied_start if self._stores_data else super()._moved_end(geometry)
 
     def _find_blocks(self, tally: Tally) -> BlockTable:
         """Return which blocks have a place; a compressed disk is read for that."""

@@ -6,6 +6,7 @@ An image with preallocated tables refers to its whole file, which may be almost 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -34,10 +35,15 @@ class HostHoles:
     ----------
     sources : sequence of SourceFile
         The files that extents refer to by index.
+    known : set of int
+        The indices of files whose holes the extents state already.
     """
 
-    def __init__(self, sources: Sequence[SourceFile]) -> None:
+    def __init__(
+        self, sources: Sequence[SourceFile], known: AbstractSet[int] = frozenset()
+    ) -> None:
         self._sources = sources
+        self._known = known
         self._is_sparse: NDArray[np.bool_] | None = None
         self._data = [HostData(source.file) for source in sources]
 
@@ -62,7 +68,10 @@ class HostHoles:
     def _pieces(self, rows: Extents) -> Iterator[Extents]:
         """Yield the rows in order: unchanged runs, and the parts of cut rows."""
         if self._is_sparse is None:
-            sparse = [is_sparse(source.file) for source in self._sources]
+            sparse = [
+                index not in self._known and is_sparse(source.file)
+                for index, source in enumerate(self._sources)
+            ]
             self._is_sparse = np.array(sparse, dtype=np.bool_)
         done = 0
         is_read = (rows["kind"] == Kind.DATA) & ((rows["flags"] & FLAG_UNREAD) == 0)

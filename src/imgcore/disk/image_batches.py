@@ -9,16 +9,19 @@ import numpy as np
 from imgcore.disk.overlay import padded, resized
 from imgcore.disk.same_ranges import Places
 from imgcore.engine.batches import cut_batches, pair_up
-from imgcore.engine.extents import Kind, zeroed_at_ranges
+from imgcore.engine.extents import Kind, cut_at_ranges, zeroed_at_ranges
 from imgcore.engine.geometry import ZeroPolicy
+from imgcore.engine.kinds import FLAG_UNREAD
 from imgcore.engine.supply import Batch
+from imgcore.files.host_file import may_lend_pages
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from imgcore.disk.image import Image
     from imgcore.engine.extents import Extents
     from imgcore.engine.geometry import Geometry
+    from imgcore.engine.source_file import SourceFile
 
 
 def disk_batches(extents: Iterator[Extents], nbytes: int, geometry: Geometry) -> Iterator[Batch]:
@@ -52,6 +55,31 @@ def image_batches(
     places = None if geometry.leaf_nbytes else Places([*image.sources, *base.sources])
     pairs = _over_base(_cut(rows, geometry), _cut(base_rows, geometry), len(image.sources))
     return (pair if places is None else _without_same(pair, places, geometry) for pair in pairs)
+
+
+def moved(batches: Iterator[Batch], sources: Sequence[SourceFile], end: int) -> Iterator[Batch]:
+    """Yield batches; data before ``end`` that a pipe may have as pages is UNREAD.
+
+    Parameters
+    ----------
+    batches : iterator of Batch
+    sources : sequence of SourceFile
+        The files that extents refer to by index.
+    end : int
+        An offset of the disk, a multiple of 512.
+    """
+    lends = np.array([may_lend_pages(source.file) for source in sources], np.bool_)
+    for batch in batches:
+        if batch.start >= end or not lends.any():
+            yield batch
+            continue
+        edges = np.array([batch.start], np.uint64), np.array([end], np.uint64)
+        rows, is_before = cut_at_ranges(batch.rows, *edges)
+        is_data = rows["kind"] == Kind.DATA
+        rows["flags"][is_before & is_data & lends[np.where(is_data, rows["file"], 0)]] |= (
+            FLAG_UNREAD
+        )
+        yield batch._replace(rows=rows)
 
 
 def _cut(rows: Iterator[Extents], geometry: Geometry, skip_empty: bool = False) -> Iterator[Batch]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, closing
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from imgcore._core import Job
 from imgcore.checksums.digest import BLOCK_NBYTES, Digest
@@ -18,7 +18,7 @@ from imgcore.engine.thread_budget import Lease
 from imgcore.errors import OptionError, TargetError
 from imgcore.formats.api import SectorSized
 from imgcore.formats.registry import PLAIN_FORMAT, get_driver
-from imgcore.limits import MAX_BASE_BLOCK_NBYTES
+from imgcore.limits import MAX_BASE_BLOCK_NBYTES, MIB, SECTOR_NBYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,12 +29,19 @@ if TYPE_CHECKING:
     from imgcore.disk.sink_options import SinkOptions
     from imgcore.disk.source import Source
     from imgcore.engine.bad_ranges import BadRange
+    from imgcore.engine.geometry import Geometry
     from imgcore.engine.hashing import LeafStream
     from imgcore.engine.progress import Tally
     from imgcore.engine.reflinks import ReflinkRule
     from imgcore.files.target import Target
     from imgcore.files.target_file import TargetFile
     from imgcore.formats.api import Driver, Writer, WriteRequest
+
+
+# So many bytes at the end of a stream are copied; those before may be pages of the
+# sources.  A reader may pass pages on, so that they are in use after the job, and show
+# changes of the sources.  But then these bytes have gone the same way after them.
+COPIED_NBYTES: Final = 16 * MIB
 
 
 class ImageSink:
@@ -219,6 +226,8 @@ class ImageSink:
         if data_file.in_order:
             # What follows the last block of a group is written before the next group.
             geometry = geometry._replace(is_ordered=True)
+            if stream is None and geometry.codec.codec is CodecId.NONE:
+                geometry = geometry._replace(moved_end=self._moved_end(geometry))
         with ExitStack() as stack:
             rule = self.reflink_rule if options.reflink.is_required else None
             supply = stack.enter_context(self.source.supply(geometry, self._base, rule))
@@ -233,7 +242,7 @@ class ImageSink:
                 batch_threads=Lease(options.threads).renew,
                 variants=dict(options.variants),
                 salvage=options.salvage,
-                reflink=self._may_reflink() and not self._stores_data,
+                reflink=self._may_reflink() and not data_file.in_order and not self._stores_data,
                 stores_data=self._stores_data,
                 # A comparison with the base needs the content.
                 trust_blocks=options.trust_blocks and self._base is None,
@@ -249,6 +258,12 @@ class ImageSink:
             Transfer(job, writer, data_file, tally, stream, end_disk, journal).run(batches)
             unread = named_bad_ranges(job.bad_ranges, supply.paths)
             return int(job.next_offset), tuple(sorted((*self.source.lost(), *unread)))
+
+    def _moved_end(self, geometry: Geometry) -> int:
+        """Return where the data that is copied begins, at the end of a stream."""
+        if geometry.placing is not Placing.IDENTITY:
+            return 0
+        return max(geometry.guest_nbytes - COPIED_NBYTES, 0) // SECTOR_NBYTES * SECTOR_NBYTES
 
     def _end_disk(self, tally: Tally) -> None:
         """Tell the writer the size of the disk, which the source knows by now."""

@@ -117,6 +117,9 @@ class ImageSource:
             from imgcore.disk.flat_batches import flat_batches
 
             return flat_batches(image.sources[0].file, image.virtual_size, geometry)
-        from imgcore.disk.image_batches import image_batches
+        from imgcore.disk.image_batches import image_batches, moved
 
-        return image_batches(image, self.data_extents(rule), base, geometry)
+        batches = image_batches(image, self.data_extents(rule), base, geometry)
+        if geometry.moved_end and is_all_read:
+            batches = moved(batches, image.sources, geometry.moved_end)
+        return batches

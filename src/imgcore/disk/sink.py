@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 from imgcore.disk.backing import opened_reference
 from imgcore.disk.late_end import needs_size, open_ended
 from imgcore.errors import OptionError
-from imgcore.formats.api import WriteRequest
+from imgcore.formats.api import WriteRequest, WritesInOrder
 from imgcore.formats.option_texts import parse_options
 from imgcore.formats.options import has_tables_in_front
 from imgcore.formats.registry import PLAIN_FORMAT, get_driver
@@ -134,6 +134,7 @@ def _make_sink(
         return StreamSink(target, source, options.codec, options)
     from imgcore.disk.image_sink import ImageSink
 
+    driver = get_driver(options.format)
     backing = options.backing
     if backing is not None and base is not None:
         backing = opened_reference(backing, base.chain[0])
@@ -152,12 +153,11 @@ def _make_sink(
     )
     if not source.size_is_known:
         request = open_ended(request, options, target)
-    if request.tables_first:
-        from imgcore.disk.front_sink import FrontSink, needs_front_sink
+    if request.tables_first and not isinstance(driver.writer(request), WritesInOrder):
+        from imgcore.disk.front_sink import FrontSink
 
-        if needs_front_sink(request, options):
-            _refuse_resuming(options, "an image with its tables in front", target)
-            return FrontSink(target, source, request, options)
+        _refuse_resuming(options, "an image with its tables in front", target)
+        return FrontSink(target, source, request, options)
     if base is not None:
         from imgcore.disk.child_sink import child_sink
 

@@ -107,7 +107,8 @@ class Geometry(NamedTuple):
     multiples of it, and each leaf of a checksum is in one of them.
 
     ``is_ordered`` is not for the engine either: a batch has one group then, whose table
-    is written before the next group.
+    is written before the next group.  Nor is ``moved_end``: data before this offset of
+    the disk may go into a pipe as pages of its files.
     """
 
     block_nbytes: int
@@ -131,6 +132,7 @@ class Geometry(NamedTuple):
     packs_in_order: bool = False
     leaf_nbytes: int = 0
     is_ordered: bool = False
+    moved_end: int = 0
 
     @property
     def over_old_bytes(self) -> Geometry:

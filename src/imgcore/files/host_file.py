@@ -91,6 +91,11 @@ class OpenFile(Closable):
                 self.core.drop_behind()
         self._cache = mode
 
+    @property
+    def keeps_cache(self) -> bool:
+        """Whether the page cache keeps what is read."""
+        return self._cache is CacheMode.KEEP
+
     def status(self) -> os.stat_result:
         """Return the status of the file now."""
         with self._in_use(), named_errors(self.path):
@@ -436,6 +441,14 @@ class HostFile(OpenFile):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def may_lend_pages(file: object) -> bool:
+    """Tell whether a pipe may hold a file's pages of the page cache instead of copies.
+
+    Nobody else changes them then, and they may stay there meanwhile.
+    """
+    return isinstance(file, HostFile) and not file.share and file.keeps_cache
 
 
 def use_page_cache(files: Iterable[object], mode: CacheMode) -> None:
