@@ -82,3 +82,23 @@ def test_every_write_is_interrupted(format: str, code: int, disk: Path, shim: Pa
         done = run(format, disk, shim, f"{nth} {code}")
         assert (done.returncode, done.stderr) == (0, b"")
         assert done.stdout == whole.stdout
+
+
+@pytest.mark.parametrize("code", [errno.EPIPE, errno.EIO], ids=errno.errorcode.get)
+@pytest.mark.parametrize("format", ["raw", "vhd", "qcow2"])
+def test_moves_fail(format: str, code: int, tmp_path: Path, shim: Path) -> None:
+    """Data that cannot be moved into the pipe is written; then the write has the error."""
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(noise(20 * MIB))
+    whole = run(format, disk, shim, "0 0")
+    assert whole.returncode == 0, whole.stderr
+    for nth in (2, 3, 5):
+        once = run(format, disk, shim, f"{nth} {code}")
+        assert (once.returncode, once.stderr) == (0, b"")
+        assert once.stdout == whole.stdout
+        done = run(format, disk, shim, f"{nth} {code} all")
+        assert done.returncode == 1
+        assert done.stderr.decode().startswith("imgcore: stdout: ")
+        assert os.strerror(code) in done.stderr.decode()
+        assert whole.stdout.startswith(done.stdout)
+        assert len(done.stdout) < len(whole.stdout)

@@ -6,6 +6,7 @@ of any file where a format has one order only.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import subprocess
@@ -54,6 +55,9 @@ def make_disk(path: Path) -> Path:
         for i in range(40):
             file.write(noise(3000, SEED + i) if i % 3 else text(70_000, i))
             file.seek(90_000 * (i % 5), os.SEEK_CUR)
+        # The end of a stream is copied, and what precedes it moved into the pipe.
+        file.seek(60 * MIB + 512)
+        file.write(noise(18 * MIB))
         file.seek(97 * MIB - 1536)
         file.write(text(1024))
         file.truncate(97 * MIB + 512)
@@ -156,6 +160,41 @@ def test_small_and_empty_disks(variant: Variant, nbytes: int, tmp_path: Path) ->
         os.truncate(disk, nbytes)
         streamed([*words_of(variant), "-q"], disk, target, "fast")
         assert_reads_the_same(disk, target, variant)
+
+
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_what_a_reader_has_passed_on_does_not_change(format: str, tmp_path: Path) -> None:
+    """Pages of the source are in a pipe of the reader's when the job has ended."""
+    disk, nbytes = tmp_path / "disk.raw", 40 * MIB
+    disk.write_bytes(noise(nbytes))
+    expected = subprocess.run(
+        [sys.executable, "-m", "imgcore", "convert", "-q", "-O", format, str(disk), "-"],
+        stdout=subprocess.PIPE,
+        check=True,
+    ).stdout
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, MIB)
+    found = b""
+    with subprocess.Popen(
+        [sys.executable, "-m", "imgcore", "convert", "-q", "-O", format, str(disk), "-"],
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        # It keeps one piece more than it needs.
+        held = 0
+        while n := os.splice(process.stdout.fileno(), writing, 256 * KIB):
+            held += n
+            while held > 512 * KIB:
+                piece = os.read(reading, 64 * KIB)
+                found, held = found + piece, held - len(piece)
+    assert process.returncode == 0
+    with open(disk, "r+b") as file:
+        file.write(bytes(nbytes))
+    os.close(writing)
+    while piece := os.read(reading, MIB):
+        found += piece
+    os.close(reading)
+    assert found == expected
 
 
 def test_vmdk_names_disk_vmdk(disk: Path, tmp_path: Path) -> None:
