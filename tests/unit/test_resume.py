@@ -5,6 +5,7 @@ tests/faults/test_resume.py breaks them at every kind of moment.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from tests.helpers.command import imgcore as run_cli
 import imgcore
 from imgcore.disk import batch_pieces, checkpoints
 from imgcore.files.locks import Lock, lock
+from imgcore.files.target_folder import TargetFolder
 from imgcore.streams.helpers import Helpers
 
 KIB, MIB = images.KIB, images.MIB
@@ -125,6 +127,37 @@ class TestGoesOn:
         start(source, target, **more)
         result = imgcore.convert(source, target, resume="verify", verify=True, **more)
         assert result.checksum == imgcore.checksum(source)
+
+    @pytest.mark.parametrize(("nth", "force"), [(2, False), (2, True), (3, True)])
+    def test_a_sync_of_the_names_that_fails(
+        self, source: Path, target: Path, nth: int, force: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Both files go back to the names under which they are kept.
+
+        The first sync is that of a new partial file, and others are of the old files'
+        names, and of one new name.
+        """
+        more: dict[str, Any] = {"target_format": "vmdk", "options": ("subformat=monolithicFlat",)}
+        target = target.with_suffix(".vmdk")
+        if force:
+            target.write_bytes(b"old")
+            more["force"] = True
+        calls = 0
+
+        def fail(_: TargetFolder) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == nth:
+                raise OSError(errno.EIO, "Input/output error")
+
+        with monkeypatch.context() as context, pytest.raises(OSError, match="Input/output"):
+            context.setattr(TargetFolder, "sync_names", fail)
+            imgcore.convert(source, target, resume=True, **more)
+        kept = {partial_of(target).name, ".disk-flat.vmdk.imgcore-partial", journal_of(target).name}
+        assert set(names(target)) == kept | ({target.name} if force else set())
+        imgcore.convert(source, target, resume="verify", **more)
+        assert names(target) == ["disk-flat.vmdk", target.name]
+        assert imgcore.compare(source, target).identical
 
     def test_other_threads(self, source: Path, target: Path) -> None:
         start(source, target, threads=1)

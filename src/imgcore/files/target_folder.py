@@ -239,9 +239,13 @@ class TargetFolder:
             self.sync_names()
 
     def _swap_back(self, pairs: list[tuple[str, str]]) -> None:
-        for _, name in reversed(pairs):
+        # A job that goes on later finds its files under their temporary names.
+        for temporary, name in reversed(pairs):
             if self._is_new(name):
-                self.remove(name)
+                try:
+                    os.rename(name, temporary, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+                except OSError:
+                    self.remove(name)
         for backup, name in reversed(self._backups):
             with contextlib.suppress(OSError):
                 os.rename(backup, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
