@@ -99,6 +99,24 @@ int imgc_is_zero(uint32_t variant, const void *data, size_t nbytes);
 /* CRC-32C of `data`, continued from `crc`, which is 0 for the first part. */
 uint32_t imgc_crc32c(uint32_t variant, uint32_t crc, const void *data, size_t nbytes);
 
+#define IMGC_XXH64_STRIPE_NBYTES 32u
+
+/*
+ * XXH64 of bytes that come in order, with seed 0.  After whole stripes, `lanes` and
+ * `nbytes` are all that there is to know.
+ */
+struct imgc_xxh64 {
+	uint64_t lanes[4];
+	uint64_t nbytes;			   /* so far */
+	uint8_t pending[IMGC_XXH64_STRIPE_NBYTES]; /* of the last stripe */
+};
+
+void imgc_xxh64_begin(struct imgc_xxh64 *hash);
+void imgc_xxh64_add(struct imgc_xxh64 *hash, const void *data, size_t nbytes);
+
+/* The hash of what was added so far; more can be added. */
+uint64_t imgc_xxh64_end(const struct imgc_xxh64 *hash);
+
 /* --------------------------------------------------------------- checksums */
 
 /*

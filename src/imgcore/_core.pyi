@@ -106,6 +106,20 @@ def build_info() -> dict[str, str]: ...
 def variants() -> dict[str, list[dict[str, object]]]: ...
 def is_zero(data: object, variant: str | None = ...) -> bool: ...
 def crc32c(data: object, crc: int = ..., variant: str | None = ...) -> int: ...
+
+@final
+class Xxh64:
+    """XXH64 of bytes that come in order: ``struct imgc_xxh64``."""
+
+    def __init__(self, state: tuple[int, ...] | None = ...) -> None: ...
+    def update(self, data: object) -> None:
+        """Add bytes."""
+    @property
+    def state(self) -> tuple[int, ...]:
+        """What another one can be made with; whole stripes of 32 bytes were added."""
+    def digest(self) -> int:
+        """Return the hash of what was added so far, as a number."""
+
 def checksum_algorithms() -> tuple[str, ...]:
     """Return the names of the checksum algorithms in this build."""
 

@@ -153,6 +153,37 @@ def crc32c(const uint8_t[::1] data, uint32_t crc=0, variant=None):
     return crc
 
 
+cdef class Xxh64:
+    """XXH64 of bytes that come in order: ``struct imgc_xxh64``."""
+
+    cdef n.imgc_xxh64 hash
+
+    def __cinit__(self, state=None):
+        n.imgc_xxh64_begin(&self.hash)
+        if state is not None:
+            *lanes, self.hash.nbytes = state
+            for i in range(4):
+                self.hash.lanes[i] = lanes[i]
+
+    def update(self, const uint8_t[::1] data):
+        """Add bytes."""
+        cdef size_t nbytes = data.shape[0]
+        if nbytes:
+            with nogil:
+                n.imgc_xxh64_add(&self.hash, &data[0], nbytes)
+
+    @property
+    def state(self):
+        """What another one can be made with; whole stripes of 32 bytes were added."""
+        if self.hash.nbytes % n.IMGC_XXH64_STRIPE_NBYTES:
+            raise ValueError("inside a stripe")
+        return (*[self.hash.lanes[i] for i in range(4)], self.hash.nbytes)
+
+    def digest(self):
+        """Return the hash of what was added so far, as a number."""
+        return n.imgc_xxh64_end(&self.hash)
+
+
 def checksum_algorithms():
     """Return the names of the checksum algorithms in this build.
 

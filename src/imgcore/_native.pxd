@@ -67,6 +67,16 @@ cdef extern from "imgc.h" nogil:
     int imgc_is_zero(uint32_t variant, const void *data, size_t nbytes)
     uint32_t imgc_crc32c(uint32_t variant, uint32_t crc, const void *data, size_t nbytes)
 
+    int IMGC_XXH64_STRIPE_NBYTES
+
+    struct imgc_xxh64:
+        uint64_t lanes[4]
+        uint64_t nbytes
+
+    void imgc_xxh64_begin(imgc_xxh64 *hash)
+    void imgc_xxh64_add(imgc_xxh64 *hash, const void *data, size_t nbytes)
+    uint64_t imgc_xxh64_end(const imgc_xxh64 *hash)
+
     const char *imgc_checksum_name(unsigned checksum)
     int imgc_checksum_is_built(unsigned checksum)
 
