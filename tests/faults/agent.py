@@ -29,8 +29,15 @@ import imgcore.disk.stream_sink
 import imgcore.streams.reader
 import imgcore.verbs.convert  # everything is loaded before anything can fail
 import imgcore.verbs.rewrite
-from imgcore.disk import batch_pieces, checkpoints, resuming
+from imgcore.disk import (
+    area_journal,
+    batch_pieces,
+    checkpoints,
+    resuming,
+    stream_journal,
+)
 from imgcore.files import in_place
+from imgcore.streams import zstd
 from imgcore.verbs.check import check
 from tests.faults.update_history import Change
 from tests.helpers.tiny import rewrite as rewrite_tiny
@@ -62,9 +69,13 @@ def resume(arguments: dict[str, Any]) -> dict[str, Any]:
     A journal that is begun gets the seed ``seed``.
     """
     words = dict(arguments)
+    batch_nbytes = words.pop("batch_nbytes")
     names = vars(batch_pieces)
     assert {"_MIN_NBYTES", "_MAX_NBYTES"} <= names.keys()
-    names["_MIN_NBYTES"] = names["_MAX_NBYTES"] = words.pop("batch_nbytes")
+    names["_MIN_NBYTES"] = names["_MAX_NBYTES"] = batch_nbytes
+    vars(area_journal)["_BATCH_NBYTES"] = batch_nbytes
+    vars(stream_journal)["_WAITING_SHARE"] = float("inf")
+    vars(zstd)["_JOB_NBYTES"] = 1 << 20
     vars(checkpoints)["_DUE_NBYTES"] = 0
     seed = words.pop("seed").encode().ljust(32)
     vars(resuming)["_new_seed"] = lambda: seed

@@ -9,20 +9,19 @@ from __future__ import annotations
 import errno
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
+import imgcore
 from tests.faults.crash import Disk, Event, Row, random_crash, read_log
 from tests.faults.harness import VARIANTS, Agent, Calls, Mode
 from tests.helpers import images, qemu
 from tests.helpers.qemu import Variant
 
 KIB, MIB = images.KIB, images.MIB
-JOURNAL = "disk.imgcore-resume"
-PARTIAL = ".disk.imgcore-partial"
 
 DISK = images.RawImage(
     "resumed",
@@ -36,13 +35,47 @@ DISK = images.RawImage(
 )
 
 
+class Kind(NamedTuple):
+    """A kind of target: its name, keywords of `imgcore.convert`, and a file name."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    target: str = "disk"
+
+    @classmethod
+    def of(cls, variant: Variant) -> Kind:
+        words = {
+            "target_format": variant.format,
+            "options": list(variant.options),
+            "compress": variant.compress,
+        }
+        return cls(variant.name, words)
+
+
+def parent_of(source: Path, format: str) -> str:
+    """Make an older state of a disk, beside it, and return the name of the image."""
+    path = source.with_name(f"parent.{format}")
+    content = bytearray(source.read_bytes())
+    for offset in range(0, len(content), 1 * MIB + 64 * KIB):
+        content[offset : offset + 200 * KIB] = bytes(len(content[offset : offset + 200 * KIB]))
+    older = source.with_name("older.raw")
+    older.write_bytes(content)
+    imgcore.convert(older, path, target_format=format, force=True)
+    return str(path)
+
+
 class Job:
     """A conversion in the agent's folder, and its target without a break."""
 
-    def __init__(self, agent: Agent, variant: Variant, source: Path, **more: Any) -> None:
-        self.agent, self._variant, self._source = agent, variant, source
-        self.folder, self.target = agent.folder, agent.folder / "disk"
-        self._more = {"batch_nbytes": 512 * KIB, **more}
+    def __init__(self, agent: Agent, kind: Kind, source: Path, **more: Any) -> None:
+        self.agent, self._source = agent, source
+        self.folder, self.target = agent.folder, agent.folder / kind.target
+        self.journal = agent.folder / f"{kind.target}.imgcore-resume"
+        self.partial = agent.folder / f".{kind.target}.imgcore-partial"
+        more = {"batch_nbytes": 512 * KIB, **kind.arguments, **more}
+        if "backing" in more:
+            more["backing"] = parent_of(source, more["backing_format"])
+        self._more = more
         started = time.monotonic()
         answer = self.run()
         self.seconds = time.monotonic() - started
@@ -52,16 +85,12 @@ class Job:
         self.clear()
 
     def run(self, *, more: Any = None, **job: Any) -> dict[str, Any]:
-        variant = self._variant
         # A journal that goes on keeps the seed that it was begun with.
-        goes_on = (self.folder / JOURNAL).exists() and (self.folder / PARTIAL).exists()
+        goes_on = self.journal.exists() and self.partial.exists()
         arguments = {
             "source": self._source,
             "target": self.target,
             "format": "raw",
-            "target_format": variant.format,
-            "options": list(variant.options),
-            "compress": variant.compress,
             "threads": 2,
             "force": True,
             "seed": "other" if goes_on else "first",
@@ -93,14 +122,39 @@ class Job:
                 assert result[key] == self.result[key], key
 
 
-STREAMS: tuple[Variant, ...] = ()
+KINDS = (
+    *(Kind.of(variant) for variant in VARIANTS),
+    Kind("raw-zst", {"target_format": "raw.zst"}, "disk.raw.zst"),
+    Kind("raw-gz", {"target_format": "raw.gz"}, "disk.raw.gz"),
+    Kind("gce", {"profile": "gce"}, "disk.tar.gz"),
+    Kind("qcow2-front", {"target_format": "qcow2", "options": ["tables=front"]}),
+    Kind(
+        "qcow2-front-zlib",
+        {"target_format": "qcow2", "options": ["tables=front"], "compress": True},
+    ),
+    Kind("vhd-front", {"target_format": "vhd", "options": ["tables=front", "subformat=dynamic"]}),
+    *(
+        Kind(f"{format}-child", {"target_format": format, "backing_format": format, "backing": ""})
+        for format in ("vhd", "vhdx", "qcow2")
+    ),
+)
+ORDINARY = (
+    "raw",
+    "qcow2-zlib",
+    "vmdk-streamOptimized",
+    "vmdk-monolithicFlat",
+    "raw-zst",
+    "gce",
+    "qcow2-front-zlib",
+    "vhd-child",
+)
+ALL = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 
 
 def _params() -> list[Any]:
-    ordinary = {v.name for v in (qemu.RAW, qemu.QCOW2_ZLIB, qemu.VMDK_STREAM, qemu.VMDK_FLAT)}
     return [
-        pytest.param(v, id=v.name, marks=() if v.name in ordinary else pytest.mark.slow)
-        for v in (*VARIANTS, *STREAMS)
+        pytest.param(kind, id=kind.name, marks=() if kind.name in ORDINARY else pytest.mark.slow)
+        for kind in KINDS
     ]
 
 
@@ -113,7 +167,7 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def job(agent: Agent, source: Path) -> Callable[..., Job]:
-    return lambda variant, **more: Job(agent, variant, source, **more)
+    return lambda kind, **more: Job(agent, kind, source, **more)
 
 
 def kill_at_random_moments(job: Job, n_kills: int, rng: random.Random) -> int:
@@ -122,7 +176,7 @@ def kill_at_random_moments(job: Job, n_kills: int, rng: random.Random) -> int:
     for _ in range(n_kills):
         job.run(fork=True, kill_after=rng.uniform(0, 1.1 * job.seconds))
         files = job.files()
-        if job.target.name in files and JOURNAL not in files:
+        if job.target.name in files and job.journal.name not in files:
             job.assert_done()
             job.clear()
             n_done += 1
@@ -130,15 +184,15 @@ def kill_at_random_moments(job: Job, n_kills: int, rng: random.Random) -> int:
     return n_done + 1
 
 
-@pytest.mark.parametrize("variant", _params())
-def test_killed_at_random_moments(variant: Variant, job: Callable[..., Job]) -> None:
-    kill_at_random_moments(job(variant), 10, random.Random(images.SEED))
+@pytest.mark.parametrize("kind", _params())
+def test_killed_at_random_moments(kind: Kind, job: Callable[..., Job]) -> None:
+    kill_at_random_moments(job(kind), 10, random.Random(images.SEED))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", [*VARIANTS, *STREAMS], ids=lambda v: v.name)
-def test_killed_at_many_moments(variant: Variant, job: Callable[..., Job]) -> None:
-    assert kill_at_random_moments(job(variant), 200, random.Random(7)) > 5
+@ALL
+def test_killed_at_many_moments(kind: Kind, job: Callable[..., Job]) -> None:
+    assert kill_at_random_moments(job(kind), 200, random.Random(7)) > 5
 
 
 # -- power cuts ------------------------------------------------------------------------
@@ -187,20 +241,20 @@ def power_cuts(job: Job, log: Path, n_trials: int) -> None:
         job.assert_done(answer["result"])
 
 
-@pytest.mark.parametrize("variant", _params())
-def test_power_cuts(variant: Variant, job: Callable[..., Job], tmp_path: Path) -> None:
-    power_cuts(job(variant), tmp_path / "log", 10)
+@pytest.mark.parametrize("kind", _params())
+def test_power_cuts(kind: Kind, job: Callable[..., Job], tmp_path: Path) -> None:
+    power_cuts(job(kind), tmp_path / "log", 10)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", [*VARIANTS, *STREAMS], ids=lambda v: v.name)
-def test_many_power_cuts(variant: Variant, job: Callable[..., Job], tmp_path: Path) -> None:
-    power_cuts(job(variant), tmp_path / "log", 200)
+@ALL
+def test_many_power_cuts(kind: Kind, job: Callable[..., Job], tmp_path: Path) -> None:
+    power_cuts(job(kind), tmp_path / "log", 200)
 
 
 def test_a_missing_sync_is_noticed(job: Callable[..., Job], tmp_path: Path) -> None:
     """Tests the tests: without the syncs of the target, some runs cannot go on."""
-    here, rng, outcomes = job(qemu.RAW), random.Random(1), set()
+    here, rng, outcomes = job(Kind.of(qemu.RAW)), random.Random(1), set()
 
     def keep(row: Row, journals: set[int]) -> bool:
         return row.event is not Event.SYNC or row.is_folder or row.inode in journals
@@ -226,12 +280,12 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f"{f[0].name}-{errno.errorcode[f[1]]}")
-@pytest.mark.parametrize("variant", _params())
+@pytest.mark.parametrize("kind", _params())
 def test_calls_that_fail(
-    variant: Variant, fault: tuple[Calls, int, Mode], job: Callable[..., Job]
+    kind: Kind, fault: tuple[Calls, int, Mode], job: Callable[..., Job]
 ) -> None:
     """A run in which the n-th call fails, and the next one, which ends."""
-    here, nth, n_errors = job(variant), 1, 0
+    here, nth, n_errors = job(kind), 1, 0
     while True:
         answer = here.run(arm=(fault[0], nth, *fault[1:]))
         if not answer["hits"]:

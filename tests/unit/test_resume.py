@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,9 +18,19 @@ from tests.helpers import images
 from tests.helpers.command import imgcore as run_cli
 
 import imgcore
-from imgcore.disk import batch_pieces, checkpoints
+from imgcore.disk import (
+    area_journal,
+    batch_journal,
+    batch_pieces,
+    checkpoints,
+    limited_chunks,
+    resuming,
+    stream_journal,
+)
+from imgcore.disk.block_table import BlockTable
 from imgcore.files.locks import Lock, lock
 from imgcore.files.target_folder import TargetFolder
+from imgcore.streams import zstd
 from imgcore.streams.helpers import Helpers
 
 KIB, MIB = images.KIB, images.MIB
@@ -49,6 +60,10 @@ def frequent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make a checkpoint at the end of each batch, which has little data."""
     for name in ("_MIN_NBYTES", "_MAX_NBYTES"):
         monkeypatch.setattr(batch_pieces, name, 256 * KIB)
+    monkeypatch.setattr(area_journal, "_BATCH_NBYTES", 256 * KIB)
+    monkeypatch.setattr(stream_journal, "_WAITING_SHARE", float("inf"))
+    monkeypatch.setattr(zstd, "_JOB_NBYTES", MIB)
+    monkeypatch.setattr(limited_chunks, "CHUNK_NBYTES", 512 * KIB)
     monkeypatch.setattr(checkpoints, "_DUE_NBYTES", 0)
     monkeypatch.setattr(checkpoints, "Helpers", lambda _, name: Helpers(0, name))
 
@@ -238,6 +253,130 @@ class TestGoesOn:
         imgcore.convert(source, target, resume="verify")
         assert imgcore.compare(source, target).identical
 
+    @pytest.mark.parametrize("name", ["disk.raw.zst", "disk.raw.gz", "disk.tar.gz"])
+    @pytest.mark.parametrize("compressed", [False, True])
+    def test_a_stream_to_a_file(
+        self, source: Path, target: Path, name: str, compressed: bool
+    ) -> None:
+        """Also if the source is a compressed raw disk, which is read from its start."""
+        target = target.with_name(name)
+        more: dict[str, Any] = {"checksum": "sha256", "threads": 1}
+        if name.endswith("tar.gz"):
+            more["profile"] = "gce"
+        if compressed:
+            imgcore.convert(source, source.with_name("source.raw.gz"))
+            source = source.with_name("source.raw.gz")
+        whole = target.with_name(f"whole.{name}")
+        expected = imgcore.convert(source, whole, **more)
+        for until in (3 * MIB, 5 * MIB):
+            with pytest.raises(Interrupted):
+                imgcore.convert(source, target, resume=True, progress=interrupt_at(until), **more)
+        assert imgcore.jobs(target.parent)[0].kept_nbytes > 100 * KIB
+        reported: list[imgcore.Progress] = []
+        result = imgcore.convert(source, target, resume="verify", progress=reported.append, **more)
+        assert target.read_bytes() == whole.read_bytes()
+        assert min(progress.done for progress in reported) > 512 * KIB
+        for field in ("checksum", "bytes_data", "bytes_written", "file_size"):
+            assert getattr(result, field) == getattr(expected, field)
+
+    @pytest.mark.parametrize("suffix", [".raw.zst", ".raw.gz"])
+    def test_a_stream_that_has_changed(self, source: Path, target: Path, suffix: str) -> None:
+        target = target.with_suffix(suffix)
+        start(source, target)
+        kept_nbytes = imgcore.jobs(target.parent)[0].kept_nbytes
+        for offset, policy in ((100, "verify"), (kept_nbytes - 1, True)):
+            content = partial_of(target).read_bytes()
+            with partial_of(target).open("r+b") as file:
+                file.seek(offset)
+                file.write(bytes([content[offset] ^ 1]))
+            with pytest.raises(imgcore.TargetError, match="before the break has changed, from 0x"):
+                imgcore.convert(source, target, resume=policy)
+            assert not target.exists()
+            partial_of(target).write_bytes(content)
+        imgcore.convert(source, target, resume=True)
+
+    def test_a_stream_by_another_library(
+        self, source: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        target = target.with_suffix(".raw.gz")
+        start(source, target)
+        monkeypatch.setattr(zlib, "ZLIB_RUNTIME_VERSION", "0.9")
+        with pytest.raises(imgcore.OptionError, match="compressor was zlib .*, not zlib 0.9"):
+            imgcore.convert(source, target, resume=True)
+
+    @pytest.mark.parametrize("compress", [False, True])
+    def test_tables_in_front(self, source: Path, target: Path, compress: bool) -> None:
+        more: dict[str, Any] = {"options": "tables=front", "compress": compress}
+        start(source, target, **more)
+        assert imgcore.jobs(target.parent)[0].kept_nbytes > MIB
+        imgcore.convert(source, target, resume="verify", **more)
+        imgcore.convert(source, target.with_name("whole.qcow2"), **more)
+        assert target.read_bytes() == target.with_name("whole.qcow2").read_bytes()
+
+    def test_the_first_of_two_passes(
+        self, source: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What it has learned is not learned again."""
+        more: dict[str, Any] = {"options": "tables=front", "compress": True}
+        add, taken = BlockTable.add, []
+
+        def fail(table: BlockTable, first_block: int, placements: Any) -> None:
+            taken.append(first_block)
+            if first_block * 64 * KIB >= 4 * MIB:
+                raise Interrupted
+            add(table, first_block, placements)
+
+        monkeypatch.setattr(BlockTable, "add", fail)
+        with pytest.raises(Interrupted):
+            imgcore.convert(source, target, resume=True, **more)
+        (job,) = imgcore.jobs(target.parent)
+        assert job.kept_nbytes == 0
+        monkeypatch.setattr(BlockTable, "add", add)
+        reads: list[int] = []
+        remaining = batch_journal.BatchJournal.remaining
+
+        def note(journal: batch_journal.BatchJournal, *arguments: Any) -> Any:
+            reads.append(journal.position)
+            return remaining(journal, *arguments)
+
+        monkeypatch.setattr(batch_journal.BatchJournal, "remaining", note)
+        imgcore.convert(source, target, resume=True, **more)
+        assert reads[0] > MIB
+        assert reads[1:] == [0]
+        imgcore.convert(source, target.with_name("whole.qcow2"), **more)
+        assert target.read_bytes() == target.with_name("whole.qcow2").read_bytes()
+
+    @pytest.mark.parametrize("format", ["vhd", "vhdx"])
+    def test_a_child_by_sectors(
+        self, source: Path, target: Path, format: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The differences that are known are not searched for again."""
+        base, child = target.with_name(f"base.{format}"), target.with_name(f"child.{format}")
+        older = bytearray(source.read_bytes())
+        for offset in range(0, 5 * MIB, 300 * KIB):
+            older[offset : offset + 512] = images.noise(512, offset)
+        source.with_name("older.raw").write_bytes(older)
+        imgcore.convert(source.with_name("older.raw"), base)
+        more: dict[str, Any] = {"backing": base.name, "backing_format": format}
+        monkeypatch.setattr(resuming, "_new_seed", lambda: bytes(32))
+        start(source, child, **more)
+        positions: list[int] = []
+        limits = area_journal.AreaJournal.limits
+
+        def note(journal: area_journal.AreaJournal) -> dict[str, int]:
+            positions.append(journal.position)
+            assert limits.fget is not None
+            found: dict[str, int] = limits.fget(journal)
+            return found
+
+        monkeypatch.setattr(area_journal.AreaJournal, "limits", property(note))
+        imgcore.convert(source, child, resume=True, **more)
+        assert positions[0] > MIB
+        assert imgcore.compare(source, child).identical
+        content = child.read_bytes()
+        imgcore.convert(source, child, resume=True, force=True, **more)
+        assert child.read_bytes() == content
+
     def test_a_target_that_is_gone_begins_anew(self, source: Path, target: Path) -> None:
         start(source, target)
         partial_of(target).unlink()
@@ -312,26 +451,15 @@ class TestRefused:
         [
             ({"sync": False}, "--no-sync"),
             ({"salvage": True}, "salvaged"),
-            ({"reflink": "always"}, "--reflink=always"),
-            ({"options": "tables=front"}, "tables in front begins anew"),
-            ({"target_format": "raw", "target": "disk.raw.zst"}, "begins anew"),
+            ({"reflink": "always"}, "--reflink=always.*leave out --resume"),
         ],
     )
     def test_what_cannot_go_on(
         self, source: Path, target: Path, more: dict[str, Any], words: str
     ) -> None:
-        words_of = {**more}
-        path = target.with_name(words_of.pop("target", target.name))
         with pytest.raises(imgcore.OptionError, match=words):
-            imgcore.convert(source, path, resume=True, **words_of)
+            imgcore.convert(source, target, resume=True, **more)
         assert names(target) == []
-
-    def test_a_child_by_sectors(self, source: Path, target: Path) -> None:
-        base, child = target.with_name("base.vhd"), target.with_name("child.vhd")
-        imgcore.convert(source, base)
-        with pytest.raises(imgcore.OptionError, match="begins anew after a break"):
-            imgcore.convert(source, child, backing=base.name, backing_format="vhd", resume=True)
-        assert names(target) == ["base.vhd"]
 
     def test_a_block_device_needs_a_journal(self, source: Path) -> None:
         with pytest.raises(imgcore.OptionError, match="state a file with --journal"):
@@ -419,3 +547,24 @@ class TestJobs:
         assert row["target"] == str(target)
         assert run_cli("jobs", "--remove", folder).stdout == f"{target}: given up\n"
         assert names(target) == []
+
+
+def test_no_thread(source: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one, the library would write other bytes; nothing is lost by that."""
+    target = target.with_suffix(".raw.zst")
+    start(source, target)
+    call = zstd.ZstdEncoder._call
+
+    def fail(encoder: zstd.ZstdEncoder, *arguments: Any) -> bytes:
+        if encoder._threads:
+            encoder._threads = 1
+            encoder._take_fewer_threads()
+        return call(encoder, *arguments)
+
+    monkeypatch.setattr(zstd.ZstdEncoder, "_call", fail)
+    with pytest.raises(imgcore.ImgcoreError, match="no thread can be made"):
+        imgcore.convert(source, target, resume=True)
+    monkeypatch.setattr(zstd.ZstdEncoder, "_call", call)
+    assert imgcore.jobs(target.parent)[0].kept_nbytes > 100 * KIB
+    imgcore.convert(source, target, resume=True)
+    assert imgcore.checksum(target) == imgcore.checksum(source)

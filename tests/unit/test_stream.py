@@ -18,7 +18,6 @@ from imgcore.errors import (
     CorruptImageError,
     ImgcoreError,
     LimitExceededError,
-    OptionError,
     WrongFormatError,
 )
 from imgcore.files.target import Target
@@ -298,11 +297,6 @@ class TestSink:
             self.write(tmp_path / "a", data, step, threads=threads)
             found.add((tmp_path / "a").read_bytes())
         assert len(found) == 1
-
-    @pytest.mark.parametrize("level", [0, 20, -5])
-    def test_bad_level(self, tmp_path: Path, level: int) -> None:
-        with Target(tmp_path / "a") as target, pytest.raises(OptionError, match="1 to 19"):
-            ZstdEncoder(target.main, 512, level=level)
 
     def test_wrong_amount(self, tmp_path: Path) -> None:
         with Target(tmp_path / "a") as target:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from imgcore.disk.data_ranges import data_parts
-from imgcore.disk.digests import DiskHasher
-from imgcore.disk.limited_chunks import await_rate, piece_nbytes
+from imgcore.disk.encoded_content import Content, ContentWriter
+from imgcore.disk.limited_chunks import await_rate, chunks_between, piece_nbytes
 from imgcore.engine.thread_budget import Lease
 from imgcore.limits import MAX_TAR_SEGMENTS
 from imgcore.platforms.profiles import GCE_MEMBER_NAME
@@ -14,6 +14,8 @@ from imgcore.streams.gzip import GzipEncoder
 from imgcore.streams.tar import archive_end, sparse_header
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from imgcore.checksums.digest import Digest
     from imgcore.disk.sink_options import SinkOptions
     from imgcore.disk.source import Source
@@ -39,34 +41,38 @@ class ArchiveSink:
 
     def write(self, tally: Tally) -> tuple[BadRange, ...]:
         """Write the whole disk.  Unreadable data is an error, so no ranges are bad."""
-        source, nbytes, limit = self._source, self.disk_nbytes, self._options.limit
+        source, limit = self._source, self._options.limit
         parts = data_parts(source.data_extents(), source.virtual_size, MAX_TAR_SEGMENTS)
-        header = sparse_header(GCE_MEMBER_NAME, nbytes, parts)
-        hasher = DiskHasher(self._options.checksum)
-        done = n_read = 0
         with (
             Lease(self._options.threads) as lease,
             GzipEncoder(self._target.main, lease.n_threads) as encoder,
         ):
 
             def count() -> None:
-                tally.count(done, data=n_read, read=n_read, written=encoder.written_nbytes)
+                tally.count(
+                    writer.done_nbytes,
+                    data=writer.data_nbytes,
+                    read=writer.data_nbytes,
+                    written=encoder.written_nbytes,
+                )
 
-            encoder.write(header)
-            for offset, length in parts:
-                hasher.zeros(offset - done)
-                done = offset
-                for piece in source.chunks(offset, length, piece_nbytes(limit)):
+            def chunks(start: int, length: int) -> Iterator[memoryview]:
+                nbytes = piece_nbytes(limit)
+                for piece in chunks_between(source, start, start + length, nbytes):
                     await_rate(limit, len(piece), count)
-                    encoder.write(piece)
-                    hasher.update(piece)
-                    done += len(piece)
-                    n_read += len(piece)
-                    count()
-            encoder.write(archive_end(len(header) + n_read))
-            encoder.finish()
-            hasher.zeros(nbytes - done)
-            done = nbytes
+                    yield piece
+
+            header = sparse_header(GCE_MEMBER_NAME, self.disk_nbytes, parts)
+            content = Content(header, parts, chunks, archive_end)
+            writer = ContentWriter(
+                self._target,
+                content,
+                encoder,
+                self._options.checksum,
+                self._options.checkpoints,
+            )
+            writer.write(count)
+            writer.done_nbytes = self.disk_nbytes
             count()
-        self.digest = hasher.digest()
+        self.digest = writer.digest(self.disk_nbytes)
         return ()

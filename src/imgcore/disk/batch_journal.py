@@ -79,6 +79,16 @@ class DoneBatch(NamedTuple):
 class BatchJournal:
     """Records the batches of a job in checkpoints, and knows those of earlier runs.
 
+    Parameters
+    ----------
+    checkpoints : Checkpoints
+    target : Target, optional
+        None: the job only learns what it will write, and nothing is verified.
+    algorithm : str
+        Of the leaves.
+    part : int
+        Of the job.
+
     Attributes
     ----------
     position : int
@@ -89,8 +99,15 @@ class BatchJournal:
         ``Job.packing`` at their end.
     """
 
-    def __init__(self, checkpoints: Checkpoints, target: Target, algorithm: str) -> None:
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        target: Target | None,
+        algorithm: str,
+        part: int = 0,
+    ) -> None:
         self._checkpoints = checkpoints
+        self._part = part
         self._target = target
         self._leaf_nbytes = _CRC_NBYTES if algorithm == LEAF_ALGORITHM else CHECKSUM_NBYTES
         self._algorithm = algorithm
@@ -99,11 +116,11 @@ class BatchJournal:
         self.position: int = 0
         self.counts: tuple[int, ...] = (0,) * _N_COUNTS
         self.packing: tuple[int, int] = (0, 0)
-        for record in checkpoints.to_verify() if checkpoints.resumes else ():
-            batches = self._batches(record)
-            self.position = batches[-1].end
-            self.counts = tuple(map(int, record.head["counts"]))
-            self.packing = record.head["packing"]
+        last = checkpoints.last(part)
+        if last is not None:
+            self.position = self._batches(last)[-1].end
+            self.counts = tuple(map(int, last.head["counts"]))
+            self.packing = last.head["packing"]
         self._saved_nbytes = self.counts[0]
 
     # -- recording ---------------------------------------------------------------------
@@ -143,8 +160,10 @@ class BatchJournal:
         """
         # Data and written bytes: zeros may be stored, and data compressed.
         self._pace.note(max(counts[0], counts[2]))
-        if not self._checkpoints.is_due(counts[0] - self._saved_nbytes):
-            return
+        if self._checkpoints.is_due(counts[0] - self._saved_nbytes):
+            self._save(geometry, end, job, counts)
+
+    def _save(self, geometry: Geometry, end: int, job: Job, counts: tuple[int, ...]) -> None:
         head = {
             "batches": [
                 (*done[:4], len(done.placements), len(done.leaves)) for done in self._pending
@@ -157,10 +176,17 @@ class BatchJournal:
         kept_nbytes = job.next_offset
         if geometry.placing is Placing.IDENTITY:
             kept_nbytes = geometry.host_base + end - geometry.guest_base
-        self._checkpoints.save(self._target, kept_nbytes, head, blobs)
+        if self._target is None:
+            kept_nbytes = 0
+        self._checkpoints.save(self._target, kept_nbytes, head, blobs, self._part)
 
-    def finish(self) -> None:
-        """Wait for the last checkpoint."""
+    def finish(self, geometry: Geometry, end: int, job: Job, counts: tuple[int, ...]) -> None:
+        """Wait for the last checkpoint; the parameters are those of `save_if_due`.
+
+        What a job has learned is saved, since another one needs all of it.
+        """
+        if self._target is None and self._pending:
+            self._save(geometry, end, job, counts)
         self._checkpoints.finish()
 
     # -- going on ----------------------------------------------------------------------
@@ -199,7 +225,7 @@ class BatchJournal:
             The target's first free byte.
         """
         next_offset, block_nbytes = writer.first_offset, writer.geometry.block_nbytes
-        for record in self._checkpoints.saved():
+        for record in self._checkpoints.saved(self._part):
             for done in self._batches(record):
                 stream.add(done.start, done.end, self._leaves(done))
                 if done.n_blocks:
@@ -212,13 +238,15 @@ class BatchJournal:
     def verify(
         self, file: TargetFile, geometry: Geometry, base: Image | None, threads: int
     ) -> None:
-        """Read what the earlier runs have written, and compare digests.
+        """Read what the earlier runs have written, if anything, and compare digests.
 
         Raises
         ------
         TargetError
             The target does not hold it any more.
         """
+        if self._target is None:
+            return
         has_codec = geometry.codec.codec is not CodecId.NONE
         blocks = geometry.block_nbytes if has_codec else 0
         sources = [(file.core, file.nbytes, 0, blocks)]
@@ -228,7 +256,7 @@ class BatchJournal:
             stack.enter_context(translated_errors(paths))
             job = Job(sources=sources, threads=threads, checksum=self._algorithm)
             stack.callback(job.close)
-            for record in self._checkpoints.to_verify():
+            for record in self._checkpoints.to_verify(self._part):
                 for done in self._batches(record):
                     self._verify_batch(job, done, _written_rows(done, geometry, base), file.path)
 

@@ -67,14 +67,17 @@ class Checkpoints:
         """Whether an earlier run has left a checkpoint."""
         return self._journal.n_checkpoints > 0
 
-    def saved(self) -> Iterator[Record]:
-        """Yield the checkpoints in order."""
-        return self._journal.checkpoints()
+    def saved(self, part: int = 0) -> Iterator[Record]:
+        """Yield the checkpoints of a part of the job, in order."""
+        return self._journal.checkpoints(part)
 
-    def to_verify(self) -> Iterator[Record]:
-        """Yield the checkpoints that a job which goes on verifies."""
-        n_checkpoints = self._journal.n_checkpoints
-        return self._journal.checkpoints(0 if self._verifies_all else max(n_checkpoints - 1, 0))
+    def last(self, part: int = 0) -> Record | None:
+        """Return the last checkpoint of a part of the job."""
+        return next(self._journal.checkpoints(part, only_last=True), None)
+
+    def to_verify(self, part: int = 0) -> Iterator[Record]:
+        """Yield the checkpoints of a part that a job which goes on verifies."""
+        return self._journal.checkpoints(part, only_last=not self._verifies_all)
 
     def is_due(self, nbytes: int) -> bool:
         """Tell whether to save a checkpoint.
@@ -93,24 +96,33 @@ class Checkpoints:
         return nbytes >= _DUE_NBYTES or now - self._saved_at >= seconds
 
     def save(
-        self, target: Target, kept_nbytes: int, head: Mapping[str, Any], blobs: Sequence[bytes]
+        self,
+        target: Target | None,
+        kept_nbytes: int,
+        head: Mapping[str, Any],
+        blobs: Sequence[bytes],
+        part: int = 0,
     ) -> None:
         """Begin to save a checkpoint, once the one before is saved.
 
         Parameters
         ----------
-        target : Target
-            What is written of it so far becomes durable first.
+        target : Target, optional
+            What is written of it so far becomes durable first.  None: nothing of it is
+            kept.
         kept_nbytes : int
             Bytes of its file with data that are complete.
         head, blobs
             The content of the record.
+        part : int
+            Of the job: what goes on separately.
         """
         self._end()
 
         def write() -> None:
-            target.datasync()
-            self._journal.add(kept_nbytes, head, blobs)
+            if target is not None:
+                target.datasync()
+            self._journal.add(kept_nbytes, head, blobs, part)
 
         self._running = self._helpers.submit(write)
         self._saved_at = time.monotonic()

@@ -82,6 +82,14 @@ class ChildSink:
         self._writer.finish(self._writer.first_offset)
         if not self.disk_nbytes:
             return ()
+        journal = None
+        if self._options.checkpoints is not None:
+            from imgcore.disk.area_journal import AreaJournal
+
+            # Its name becomes durable: what is in it is written again.
+            self._target.datasync()
+            journal = AreaJournal(self._options.checkpoints)
+        read_before = 0 if journal is None else journal.read_nbytes
         with self._opened() as child, self._source.kept_open() as new:
             with self._base.kept_open() as old:
                 found = Differences(
@@ -92,14 +100,17 @@ class ChildSink:
                     threads=self._options.threads,
                     report=lambda done: count(done),
                     limit=self._options.limit,
+                    **({} if journal is None else journal.limits),
                 )
                 copied = Copied()
 
                 def count(done: int) -> None:
+                    if journal is not None:
+                        journal.save_if_due(found)
                     tally.count(
                         done,
                         data=copied.written,
-                        read=found.read_nbytes + copied.read,
+                        read=read_before + found.read_nbytes + copied.read,
                         written=copied.written,
                     )
 
@@ -111,12 +122,14 @@ class ChildSink:
                 copy_areas(
                     self._source,
                     child,
-                    joined(found.areas()),
+                    joined(found.areas() if journal is None else journal.areas(found)),
                     threads=self._options.threads,
                     report=note,
                     grain=_GRANULE_NBYTES,
                 )
                 count(self.disk_nbytes)
+                if journal is not None:
+                    journal.finish()
             if self._options.checksum is not None:
                 self.digest = DigestedDisk.of_state(new).digest(
                     self._options.checksum,

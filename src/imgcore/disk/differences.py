@@ -69,6 +69,15 @@ class Differences:
         Gets the number of bytes that are done.
     limit : RateLimit, optional
         Limits the rate of reading.
+    position : int
+        What comes before it is left out, as if it did not differ.
+    batch_nbytes : int
+        The most that is compared before the attribute ``position`` grows.
+
+    Attributes
+    ----------
+    position : int
+        Where the search is: all areas before it were yielded.
     """
 
     def __init__(
@@ -81,6 +90,8 @@ class Differences:
         threads: int,
         report: Callable[[int], None],
         limit: RateLimit | None = None,
+        position: int = 0,
+        batch_nbytes: int = _MAX_BATCH_NBYTES,
     ) -> None:
         self._new, self._old = new, old
         # Files of the old image have their numbers after those of the new one.
@@ -88,10 +99,11 @@ class Differences:
         self._places = Places(self._sources)
         self._nbytes = nbytes
         self._granularity = granularity
-        self._max_nbytes = min(_MAX_BATCH_BLOCKS * granularity, _MAX_BATCH_NBYTES)
+        self._max_nbytes = min(_MAX_BATCH_BLOCKS * granularity, batch_nbytes)
         self._threads = threads
         self._report = report
         self._limit = limit
+        self.position: int = position
         self._job: Job | None = None
         self._read_nbytes = 0
 
@@ -105,8 +117,14 @@ class Differences:
         """
         try:
             for start, end, new, old in pair_up(*self._sides()):
+                if end <= self.position:
+                    continue
+                if start < self.position:
+                    start = self.position
+                    new, old = clip(new, start, end), clip(old, start, end)
                 same = self._places.compare(new, old)
                 yield from self._areas_between(same, start, new, old)
+                self.position = end
                 self._report(end)
         finally:
             if self._job is not None:
@@ -146,6 +164,7 @@ class Differences:
             blocks = self._compare(first, last, clip(new, first, last), clip(old, first, last))
             self._keep_stored(blocks, first, last, same)
             yield from self._areas_of(blocks, first, last)
+            self.position = last
 
     def _compare(self, first: int, last: int, new: Extents, old: Extents) -> NDArray[np.uint8]:
         """Return the engine's answer for each block of a range."""

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 # The most bytes of the front that are in memory.
 _WINDOW_NBYTES: Final = 64 * MIB
+# The number of the first pass, as a part of a job that can go on after a break.
+_LEARNING: Final = 1
 
 
 class FrontSink(ImageSink):
@@ -92,7 +94,8 @@ class FrontSink(ImageSink):
             self._stores_data = self._appends and not self._is_compressed
             self._copied_start = blocks.start_of_last(COPIED_NBYTES)
             checked: Any = _Expecting(writer, blocks, self.source.path) if self._appends else writer
-            end, _ = self._move(checked, file, tally, stream)
+            journal = self._journal(self.target, stream)
+            end, _ = self._move(checked, file, tally, stream, journal)
             if self._appends:
                 checked.check_end(end)
         for offset, data in window.behind:
@@ -120,7 +123,13 @@ class FrontSink(ImageSink):
         learner: Any = _Learning(geometry, blocks)
         if self.request.virtual_size:
             with closing(CountingFile(self.target.path)) as nowhere:
-                self._move(learner, nowhere, tally.before_start(), None)
+                stream = journal = None
+                if self.options.checkpoints is not None:
+                    # Its name becomes durable: a journal without it is worth nothing.
+                    self.target.datasync()
+                    stream = self._leaf_stream()
+                    journal = self._journal(None, stream, _LEARNING)
+                self._move(learner, nowhere, tally.before_start(), stream, journal)
         return blocks
 
     def _data_nbytes(self, blocks: BlockTable) -> int:

@@ -105,11 +105,8 @@ class ImageSink:
             data_file.reads_as_zeros = True
         if self._replaces:
             data_file.clear(writer.first_offset)
-        stream, journal = self._leaf_stream(), None
-        if checkpoints is not None and stream is not None:
-            from imgcore.disk.batch_journal import BatchJournal
-
-            journal = BatchJournal(checkpoints, target, stream.algorithm)
+        stream = self._leaf_stream()
+        journal = self._journal(target, stream)
         bad_ranges = self._write_parts(writer, data_file, tally, stream, journal)
         self._take_digest(stream)
         return bad_ranges
@@ -130,6 +127,17 @@ class ImageSink:
         from imgcore.engine.hashing import LeafStream
 
         return LeafStream(algorithm)
+
+    def _journal(
+        self, target: Target | None, stream: LeafStream | None, part: int = 0
+    ) -> BatchJournal | None:
+        """Return the journal of a part of the job; None if it does not go on."""
+        checkpoints = self.options.checkpoints
+        if checkpoints is None or stream is None:
+            return None
+        from imgcore.disk.batch_journal import BatchJournal
+
+        return BatchJournal(checkpoints, target, stream.algorithm, part)
 
     def _take_digest(self, stream: LeafStream | None) -> None:
         if stream is not None and self.options.checksum is not None:

@@ -19,9 +19,9 @@ _MAX_PARTS: Final = 1 << 16
 
 
 def limited_chunks(
-    source: Source, limit: RateLimit | None, tick: Callable[[], None]
+    source: Source, limit: RateLimit | None, tick: Callable[[], None], start: int = 0
 ) -> Iterator[memoryview]:
-    """Yield the bytes of a whole disk in order; what counts for the rate is its data.
+    """Yield the bytes of a disk in order; what counts for the rate is its data.
 
     Parameters
     ----------
@@ -30,9 +30,11 @@ def limited_chunks(
         None: the disk is read as fast as possible.
     tick : callable
         Called several times a second while the rate makes this wait.
+    start : int
+        Where to begin on the disk.
     """
     nbytes = source.exact_nbytes
-    pieces = source.chunks(0, nbytes, piece_nbytes(limit))
+    pieces = chunks_between(source, start, nbytes, piece_nbytes(limit))
     if limit is None:
         yield from pieces
         return
@@ -42,7 +44,9 @@ def limited_chunks(
             yield piece
         return
     parts = data_parts(source.data_extents(), nbytes, _MAX_PARTS)
-    start = at = 0
+    at = 0
+    while at < len(parts) and sum(parts[at]) <= start:
+        at += 1
     for piece in pieces:
         end = start + len(piece)
         n_data = 0
@@ -55,6 +59,19 @@ def limited_chunks(
         await_rate(limit, n_data, tick)
         yield piece
         start = end
+
+
+def chunks_between(source: Source, start: int, end: int, piece_nbytes: int) -> Iterator[memoryview]:
+    """Yield the bytes of a range in order; that of a stream ends with the disk."""
+    if source.sources:
+        yield from source.chunks(start, end - start, piece_nbytes)
+        return
+    # A stream is read whole.
+    for piece in source.chunks(0, end, piece_nbytes):
+        skipped = min(start, len(piece))
+        start -= skipped
+        if skipped < len(piece):
+            yield piece[skipped:]
 
 
 def piece_nbytes(limit: RateLimit | None) -> int:

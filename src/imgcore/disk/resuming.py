@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import zlib
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from imgcore._version import __version__
@@ -61,13 +62,15 @@ class Resuming(NamedTuple):
     def refuse(self, options: SinkOptions, *, sync: bool, target: str) -> None:
         """Raise OptionError for options that rule out going on after a break."""
         if options.in_order:
-            raise OptionError("a stream cannot be written again after a break (--resume)")
+            raise OptionError(
+                "a stream cannot be written again after a break: name a file, or leave out --resume"
+            )
         if not sync:
             raise OptionError("--resume keeps what is on stable storage: it contradicts --no-sync")
         if options.salvage:
             raise OptionError("salvaged data cannot be kept after a break (--resume)")
         if options.reflink.is_required:
-            options.reflink.refuse("its blocks cannot be verified after a break (--resume)")
+            options.reflink.refuse("it copies nothing that a break could cost: leave out --resume")
         if options.in_place and self.journal is None and not os.path.isfile(target):
             raise OptionError(
                 "a journal cannot be beside a block device: state a file with --journal",
@@ -159,7 +162,8 @@ def _options(options: SinkOptions, opening: OpenOptions) -> dict[str, str]:
     """Return everything that the bytes of the target depend on, as texts."""
     backing = options.backing
     texts = {
-        "-O": options.format,
+        "-O": _format(options),
+        "compressor": _compressor(options),
         "-c": options.compress,
         "-B": None if backing is None else f"{backing.name} ({backing.format})",
         "-S": options.sparse_nbytes,
@@ -173,6 +177,20 @@ def _options(options: SinkOptions, opening: OpenOptions) -> dict[str, str]:
     }
     texts |= {f"-o {name}": value for name, value in options.options.as_dict().items()}
     return {name: str(value) for name, value in texts.items()}
+
+
+def _format(options: SinkOptions) -> str:
+    return options.format if options.codec is None else f"{options.format} ({options.codec})"
+
+
+def _compressor(options: SinkOptions) -> str | None:
+    """Return the library that compresses a stream: another may make other bytes."""
+    if options.codec == "zstd":
+        import zstandard
+
+        return f"zstd {'.'.join(map(str, zstandard.ZSTD_VERSION))}"
+    is_archive = options.profile is not None and options.profile.is_archived
+    return f"zlib {zlib.ZLIB_RUNTIME_VERSION}" if options.codec or is_archive else None
 
 
 def _read_options(opening: OpenOptions) -> str:

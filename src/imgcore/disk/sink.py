@@ -156,29 +156,18 @@ def _make_sink(
     if request.tables_first and not isinstance(driver.writer(request), WritesInOrder):
         from imgcore.disk.front_sink import FrontSink
 
-        _refuse_resuming(options, "an image with its tables in front", target)
         return FrontSink(target, source, request, options)
     if base is not None:
         from imgcore.disk.child_sink import child_sink
 
         child = child_sink(target, source, base, request, options)
         if child is not None:
-            _refuse_resuming(options, f"a {options.format} image with a parent (-B)", target)
             return child
     return ImageSink(target, source, base, request, options)
 
 
-def _refuse_resuming(options: SinkOptions, what: str, target: Target) -> None:
-    """Raise OptionError if a target that begins anew after a break shall go on."""
-    if options.checkpoints is not None:
-        raise OptionError(
-            f"{what} begins anew after a break: it cannot have --resume", path=target.path
-        )
-
-
 def _refuse_in_stream(target: Target, options: SinkOptions) -> None:
     """Raise OptionError for options that a stream of bytes in order cannot have."""
-    _refuse_resuming(options, "a compressed stream", target)
     if target.in_place:
         raise OptionError(
             "a compressed raw stream cannot be written in place (-n)", path=target.path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from imgcore.disk.digests import DiskHasher
+from imgcore.disk.encoded_content import Content, ContentWriter
 from imgcore.disk.limited_chunks import limited_chunks
 from imgcore.engine.thread_budget import Lease
 from imgcore.streams.codecs import CODECS
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from imgcore.engine.bad_ranges import BadRange
     from imgcore.engine.progress import Tally
     from imgcore.files.target import Target
+
+# Of a disk whose size is not known yet.
+_ANY_NBYTES: Final = 1 << 62
 
 
 class StreamSink:
@@ -34,26 +37,30 @@ class StreamSink:
 
     def write(self, tally: Tally) -> tuple[BadRange, ...]:
         """Write the whole disk.  Unreadable data is an error, so no ranges are bad."""
-        done, options = 0, self._options
-        nbytes = self.disk_nbytes if self._source.size_is_known else None
-        hasher = DiskHasher(options.checksum)
+        options, source = self._options, self._source
+        nbytes = self.disk_nbytes if source.size_is_known else None
         with (
             Lease(options.threads) as lease,
             self._encoder(self._target.main, nbytes, lease.n_threads) as encoder,
         ):
 
             def count() -> None:
+                done = writer.data_nbytes
                 tally.count(done, data=done, read=done, written=encoder.written_nbytes)
 
-            for chunk in limited_chunks(self._source, options.limit, count):
-                encoder.write(chunk)
-                hasher.update(chunk)
-                done += len(chunk)
-                count()
-            encoder.finish()
+            content = Content(
+                header=b"",
+                parts=[(0, _ANY_NBYTES if nbytes is None else nbytes)],
+                chunks=lambda start, _: limited_chunks(source, options.limit, count, start),
+                end=lambda _: b"",
+            )
+            writer = ContentWriter(
+                self._target, content, encoder, options.checksum, options.checkpoints
+            )
+            writer.write(count)
             count()
-        self.digest = hasher.digest()
         if nbytes is None:
-            self.disk_nbytes = self._source.exact_nbytes
-            tally.total_nbytes = self._source.virtual_size
+            self.disk_nbytes = source.exact_nbytes
+            tally.total_nbytes = source.virtual_size
+        self.digest = writer.digest(self.disk_nbytes)
         return ()

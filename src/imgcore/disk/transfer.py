@@ -74,7 +74,7 @@ class Transfer(NamedTuple):
         if geometry.placing is Placing.IDENTITY:
             self.file.note_end(geometry.host_base + self.writer.geometry.guest_nbytes)
         if self.journal is not None:
-            self.journal.finish()
+            self.journal.finish(geometry, geometry.guest_nbytes, self.job, self._sums())
 
     def _last(self, batch: Batch) -> Batch:
         """End the disk with a batch, and return it with the zeros that fill it up."""

@@ -61,7 +61,8 @@ class ResumeJournal(RecordFile):
         super().__init__(fd, folder.path_of(name), _MAGIC, _VERSION)
         self._folder = folder
         self._name = name
-        self._offsets: list[int] = []
+        # Offset and part of each checkpoint.
+        self._checkpoints: list[tuple[int, int]] = []
         self.begin_head: Mapping[str, Any] = {}
         self.kept_nbytes: int = 0
         self.companions: list[str] = []
@@ -71,7 +72,7 @@ class ResumeJournal(RecordFile):
     @property
     def n_checkpoints(self) -> int:
         """How many checkpoints it has."""
-        return len(self._offsets)
+        return len(self._checkpoints)
 
     @classmethod
     def create(cls, path: str, head: Mapping[str, Any]) -> Self:
@@ -172,23 +173,27 @@ class ResumeJournal(RecordFile):
                 raise ValueError("no such record")
 
     def _note_checkpoint(self, record: Record) -> None:
-        self._offsets.append(self._end - FRAME.size - self.last_nbytes)
+        offset = self._end - FRAME.size - self.last_nbytes
+        self._checkpoints.append((offset, int(record.head["part"])))
         self.kept_nbytes = int(record.head["kept"])
 
-    def checkpoints(self, first: int = 0) -> Iterator[Record]:
-        """Yield the checkpoints from a number on, in order."""
+    def checkpoints(self, part: int, *, only_last: bool = False) -> Iterator[Record]:
+        """Yield the checkpoints of a part of the job, in order."""
         size = os.fstat(self.fd).st_size
-        for offset in self._offsets[first:]:
+        offsets = [offset for offset, of_part in self._checkpoints if of_part == part]
+        for offset in offsets[-1:] if only_last else offsets:
             found = self.record_at(offset, size)
             if found is None:
                 raise self.damaged("a record has changed")
             yield found.record
 
-    def add(self, kept_nbytes: int, head: Mapping[str, Any], blobs: Sequence[bytes]) -> None:
+    def add(
+        self, kept_nbytes: int, head: Mapping[str, Any], blobs: Sequence[bytes], part: int = 0
+    ) -> None:
         """Add a checkpoint, which is durable then; the target is already."""
         offset = self._end
-        self.append(_CHECKPOINT, {"kept": kept_nbytes, **head}, blobs)
-        self._offsets.append(offset)
+        self.append(_CHECKPOINT, {"kept": kept_nbytes, "part": part, **head}, blobs)
+        self._checkpoints.append((offset, part))
         self.kept_nbytes = kept_nbytes
 
     def note_file(self, name: str) -> None:

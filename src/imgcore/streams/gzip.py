@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from imgcore.errors import CorruptImageError
 from imgcore.limits import KIB, MIB
 from imgcore.streams.decoder import READ_NBYTES
-from imgcore.streams.encoder import OrderedOutput
+from imgcore.streams.encoder import Boundary, OrderedOutput
 from imgcore.streams.helpers import Helpers
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def _deflate(piece: bytes, dictionary: bytes, is_last: bool) -> bytes:
 
 
 class GzipEncoder:
-    """Compresses bytes, given in order, into a gzip file.
+    """Compresses bytes, given in order, into a gzip file; an `Encoder`.
 
     A context manager: leaving it ends the threads, even before `finish`.
 
@@ -57,16 +57,22 @@ class GzipEncoder:
     Memory: about 3 MiB a thread.
     """
 
+    unit_nbytes: int = _PIECE_NBYTES
+    lead_nbytes: int = _PIECE_NBYTES + _WINDOW_NBYTES
+
     def __init__(self, target_file: TargetFile, threads: int = 1) -> None:
         self._output = OrderedOutput(target_file)
         # One alone would only take the place of the calling thread.
         self._helpers = Helpers(threads if threads > 1 else 0, "imgcore-gzip")
         self._max_waiting = 2 * threads
-        self._waiting: deque[Future[bytes]] = deque()
+        # Of each piece: what it becomes, and the input with it, and its CRC.
+        self._waiting: deque[tuple[Future[bytes], tuple[int, int]]] = deque()
         self._piece = bytearray()
         self._dictionary = b""
         self._crc = 0
         self._nbytes = 0
+        # The input up to the last piece that is written, and its CRC.
+        self._done = (0, 0)
         self._output.write(_HEADER)
 
     @property
@@ -89,7 +95,7 @@ class GzipEncoder:
         """End the stream; the file is then complete but not synced."""
         self._submit(is_last=True)
         while self._waiting:
-            self._output.write(self._waiting.popleft().result())
+            self._write_next()
         self._output.write(self._crc.to_bytes(4, "little"))
         self._output.write((self._nbytes & 0xFFFFFFFF).to_bytes(4, "little"))
 
@@ -97,11 +103,32 @@ class GzipEncoder:
         piece = bytes(self._piece)
         self._piece.clear()
         if len(self._waiting) >= self._max_waiting:
-            self._output.write(self._waiting.popleft().result())
-        self._waiting.append(self._helpers.submit(_deflate, piece, self._dictionary, is_last))
+            self._write_next()
+        future = self._helpers.submit(_deflate, piece, self._dictionary, is_last)
         self._dictionary = piece[-_WINDOW_NBYTES:]
         self._crc = zlib.crc32(piece, self._crc)
         self._nbytes += len(piece)
+        self._waiting.append((future, (self._nbytes, self._crc)))
+
+    def _write_next(self) -> None:
+        future, done = self._waiting.popleft()
+        self._output.write(future.result())
+        self._done = done
+
+    def boundary(self) -> Boundary:
+        """Return the end of the last piece that is written."""
+        nbytes, crc = self._done
+        return Boundary(nbytes, self._output.nbytes, self._output.crc, (crc,))
+
+    def go_on(self, boundary: Boundary, before: memoryview) -> bytes:
+        """Begin where another encoder was; return what the last piece becomes."""
+        piece = bytes(before[-_PIECE_NBYTES:])
+        dictionary = bytes(before[: -len(piece)][-_WINDOW_NBYTES:])
+        self._nbytes, (self._crc,) = boundary.nbytes, boundary.state
+        self._done = self._nbytes, self._crc
+        self._dictionary = piece[-_WINDOW_NBYTES:]
+        self._output.go_on(boundary)
+        return _deflate(piece, dictionary, is_last=False)
 
     def __enter__(self) -> Self:
         return self

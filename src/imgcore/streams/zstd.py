@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import IO, TYPE_CHECKING, Any, Final, cast
 
-from imgcore.errors import (
-    CorruptImageError,
-    ImgcoreError,
-    LimitExceededError,
-    OptionError,
-)
-from imgcore.limits import MIB
+from imgcore._core import Xxh64
+from imgcore.errors import CorruptImageError, ImgcoreError, LimitExceededError
+from imgcore.limits import KIB, MIB
 from imgcore.log import log
 from imgcore.streams.decoder import READ_NBYTES
-from imgcore.streams.encoder import OrderedOutput
+from imgcore.streams.encoder import Boundary, OrderedOutput
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -269,8 +264,22 @@ class FramesInput:
         return at
 
 
+# What the library compresses as a unit, and what it sees of the unit before: four times
+# the window of 2 MiB that this level has, and an eighth of it.
+_LEVEL: Final = 3
+_JOB_NBYTES: Final = 8 * MIB
+_OVERLAP_NBYTES: Final = 256 * KIB
+# The bit of the fifth byte that says that a checksum follows the frame's blocks, which
+# is the low half of XXH64.  RFC 8878 section 3.1.1.1.1.
+_DESCRIPTOR: Final = 4
+_HAS_CHECKSUM: Final = 4
+
+
 class ZstdEncoder:
     """Compresses bytes, given in order, into one zstd frame with size and checksum.
+
+    An `Encoder`.  The checksum is made here, and not by the library, since another
+    encoder may have made a part of it.
 
     Parameters
     ----------
@@ -282,30 +291,33 @@ class ZstdEncoder:
         Compression threads, at least 1; fewer are used if the system makes fewer.  The
         number does not change the result, but without any thread the library writes
         other blocks.
-    level : int
-        zstd level, 1 to 19.
     """
 
-    def __init__(
-        self, target_file: TargetFile, nbytes: int | None, threads: int = 1, level: int = 3
-    ) -> None:
+    def __init__(self, target_file: TargetFile, nbytes: int | None, threads: int = 1) -> None:
         import zstandard
 
-        if not 1 <= level <= 19:
-            raise OptionError(f"the zstd level is {level}: allowed are 1 to 19")
-        self._open = partial(
-            zstandard.ZstdCompressor,
-            level=level,
-            write_content_size=nbytes is not None,
-            write_checksum=True,
-        )
-        self._error = zstandard.ZstdError
+        self._library = zstandard
         self._output = OrderedOutput(target_file)
+        self._hash = Xxh64()
         self._nbytes = nbytes
         self._taken_nbytes = 0
         self._threads = max(threads, 1)
         self._size = -1 if nbytes is None else nbytes
-        self._stream = self._open(threads=self._threads).compressobj(size=self._size)
+        self.unit_nbytes: int = _JOB_NBYTES
+        self.lead_nbytes: int = _JOB_NBYTES + _OVERLAP_NBYTES
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begin a frame."""
+        parameters = self._library.ZstdCompressionParameters(
+            compression_level=_LEVEL,
+            threads=self._threads,
+            job_size=_JOB_NBYTES,
+            write_content_size=self._nbytes is not None,
+            write_checksum=False,
+        )
+        compressor = self._library.ZstdCompressor(compression_params=parameters)
+        self._stream = compressor.compressobj(size=self._size)
         self._has_begun = False
 
     @property
@@ -319,7 +331,8 @@ class ZstdEncoder:
             if self._nbytes is not None and view.nbytes > self._nbytes - self._taken_nbytes:
                 raise ValueError(f"{self._output.path}: more than {self._nbytes} bytes given")
             self._taken_nbytes += view.nbytes
-            self._output.write(self._call("compress", view))
+            self._hash.update(view)
+            self._write(self._call("compress", view))
 
     def finish(self) -> None:
         """End the frame; the file is then complete but not synced."""
@@ -327,13 +340,54 @@ class ZstdEncoder:
             raise ValueError(
                 f"{self._output.path}: {self._taken_nbytes} of {self._nbytes} bytes given"
             )
-        self._output.write(self._call("flush"))
+        self._write(self._call("flush"))
+        self._output.write((self._hash.digest() & 0xFFFFFFFF).to_bytes(4, "little"))
+
+    def _write(self, data: bytes) -> None:
+        self._output.write(_stating_checksum(data, self._output.nbytes))
+
+    def boundary(self) -> Boundary | None:
+        """Wait until all units are written; None if the library makes no units.
+
+        Units that are complete are compressed in the same way if it is flushed.
+        """
+        self._write(self._end_unit())
+        if not self._threads:
+            return None
+        output = self._output
+        return Boundary(self._taken_nbytes, output.nbytes, output.crc, self._hash.state)
+
+    def go_on(self, boundary: Boundary, before: memoryview) -> bytes:
+        """Begin where another encoder was; return what the last unit becomes.
+
+        The library begins with a frame of its own, whose start is dropped.  A unit
+        depends on the end of the one before, and on nothing else.
+        """
+        self._taken_nbytes = boundary.nbytes
+        self._hash = Xxh64(boundary.state)
+        self._output.go_on(boundary)
+        overlap, unit = before[:-_JOB_NBYTES], before[-_JOB_NBYTES:]
+        if overlap:
+            self._size = -1
+            self._begin()
+            self._call("compress", overlap)
+            self._end_unit()
+        data = self._call("compress", unit) + self._end_unit()
+        if not self._threads:
+            raise ImgcoreError(
+                "no thread can be made, without which it cannot go on: try again later",
+                path=self._output.path,
+            )
+        return data if overlap else _stating_checksum(data, 0)
+
+    def _end_unit(self) -> bytes:
+        return self._call("flush", self._library.COMPRESSOBJ_FLUSH_BLOCK) if self._threads else b""
 
     def _call(self, name: str, *arguments: Any) -> bytes:
         while True:
             try:
                 data: bytes = getattr(self._stream, name)(*arguments)
-            except self._error as error:
+            except self._library.ZstdError as error:
                 if self._has_begun or not self._threads:
                     path = self._output.path
                     raise ImgcoreError(f"cannot compress: {error}", path=path) from error
@@ -345,7 +399,7 @@ class ZstdEncoder:
     def _take_fewer_threads(self) -> None:
         """Begin again: the library makes its threads at the first call, all or none."""
         self._threads //= 2
-        self._stream = self._open(threads=self._threads).compressobj(size=self._size)
+        self._begin()
         if not self._threads:
             log.warning(
                 "%s: no thread can be made: the stream differs from one made with threads, "
@@ -358,3 +412,11 @@ class ZstdEncoder:
 
     def __exit__(self, *_: object) -> None:
         """Do nothing: the library ends its threads when the compressor is freed."""
+
+
+def _stating_checksum(data: bytes, offset: int) -> bytes:
+    """Return bytes at an offset of a frame, as those of a frame with a checksum."""
+    at = _DESCRIPTOR - offset
+    if not 0 <= at < len(data):
+        return data
+    return data[:at] + bytes([data[at] | _HAS_CHECKSUM]) + data[at + 1 :]

@@ -1,0 +1,154 @@
+"""How far an encoder is, in the journal of a job that can go on.
+
+A checkpoint has a boundary of the encoder, and the CRC-32C of the target up to it.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from contextlib import closing
+from typing import TYPE_CHECKING, Final
+
+from imgcore._core import CHECKSUM_NBYTES, crc32c
+from imgcore.checksums.digest import BLOCK_NBYTES
+from imgcore.errors import ImgcoreError, TargetError
+from imgcore.limits import MIB
+from imgcore.streams.encoder import Boundary
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+    from imgcore.disk.checkpoints import Checkpoints
+    from imgcore.disk.data_hasher import DataHasher
+    from imgcore.files.target import Target
+    from imgcore.streams.encoder import Encoder
+
+_LEVEL: Final = 1
+_READ_NBYTES: Final = MIB
+# An encoder may have to wait for its threads to come to a boundary.  It does so for at
+# most this share of the time.
+_WAITING_SHARE: Final = 0.02
+
+
+class StreamJournal:
+    """Records how far an encoder is, and knows it of earlier runs.
+
+    Parameters
+    ----------
+    checkpoints : Checkpoints
+    target : Target
+    header_nbytes : int
+        Bytes of the encoder's input that come before data of the disk.
+
+    Attributes
+    ----------
+    start : int
+        Bytes of the encoder's input that are done; 0 without an earlier run.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, target: Target, header_nbytes: int) -> None:
+        self._checkpoints = checkpoints
+        self._target = target
+        self._header_nbytes = header_nbytes
+        self._saved = Boundary(0, 0, 0, ())
+        self._not_before = 0.0
+        last = checkpoints.last()
+        if last is not None:
+            self._saved = _boundary(last.head["end"])
+        self.start: int = self._saved.nbytes
+
+    # -- recording ---------------------------------------------------------------------
+
+    def save_if_due(self, encoder: Encoder, hasher: DataHasher) -> None:
+        """Save a checkpoint, if it is time; the encoder has got whole units."""
+        now = time.monotonic()
+        if now < self._not_before or not self._checkpoints.is_due(0):
+            return
+        boundary = encoder.boundary()
+        waited = time.monotonic() - now
+        self._not_before = now + waited / _WAITING_SHARE
+        if boundary is None or boundary.nbytes <= self._saved.nbytes:
+            return
+        n_blocks = self._n_blocks(boundary) - self._n_blocks(self._saved)
+        leaves = hasher.take_leaves(n_blocks)
+        head = {
+            "start": self._saved,
+            "end": boundary,
+            "leaves": len(leaves) // CHECKSUM_NBYTES,
+        }
+        self._checkpoints.save(
+            self._target, boundary.written_nbytes, head, [zlib.compress(leaves, _LEVEL)]
+        )
+        self._saved = boundary
+
+    def _n_blocks(self, boundary: Boundary) -> int:
+        """Return how many blocks of data are whole at a boundary."""
+        return max(boundary.nbytes - self._header_nbytes, 0) // BLOCK_NBYTES
+
+    def finish(self) -> None:
+        """Wait for the last checkpoint."""
+        self._checkpoints.finish()
+
+    # -- going on ----------------------------------------------------------------------
+
+    def leaves(self) -> Iterator[memoryview]:
+        """Yield the leaves of the earlier runs."""
+        for record in self._checkpoints.saved():
+            nbytes = int(record.head["leaves"]) * CHECKSUM_NBYTES
+            stream = zlib.decompressobj()
+            content = stream.decompress(record.blob, nbytes + 1)
+            if len(content) != nbytes or not stream.eof:
+                raise ImgcoreError(
+                    "the journal is damaged: a checkpoint contradicts itself",
+                    path=self._checkpoints.path,
+                )
+            yield memoryview(content)
+
+    def verify(self) -> None:
+        """Read what the earlier runs have written, and compare its CRC.
+
+        Raises
+        ------
+        TargetError
+            The target does not hold it any more.
+        """
+        main = self._target.main
+        with closing(main.reopened(main.path)) as file:
+            for record in self._checkpoints.to_verify():
+                start, end = _boundary(record.head["start"]), _boundary(record.head["end"])
+                crc = start.crc
+                for at in range(start.written_nbytes, end.written_nbytes, _READ_NBYTES):
+                    n = min(_READ_NBYTES, end.written_nbytes - at, max(file.nbytes - at, 0))
+                    crc = crc32c(file.pread(at, n), crc)
+                if crc != end.crc:
+                    raise self._other_content(start.written_nbytes)
+
+    def go_on(self, encoder: Encoder, before: bytearray) -> None:
+        """Have an encoder go on, and compare the unit before with the target.
+
+        Parameters
+        ----------
+        encoder : Encoder
+        before : bytearray
+            Its input before ``start``.
+        """
+        last = encoder.go_on(self._saved, memoryview(before))
+        start = self._saved.written_nbytes - len(last)
+        main = self._target.main
+        with closing(main.reopened(main.path)) as file:
+            if start < 0 or file.pread(start, len(last)) != last:
+                raise self._other_content(max(start, 0))
+
+    def _other_content(self, offset: int) -> TargetError:
+        return TargetError(
+            f"what was written of it before the break has changed, from {offset:#x} on: start "
+            "again (imgcore jobs --remove)",
+            path=self._target.path,
+        )
+
+
+def _boundary(row: Any) -> Boundary:
+    nbytes, written_nbytes, crc, state = row
+    return Boundary(int(nbytes), int(written_nbytes), int(crc), tuple(map(int, state)))
