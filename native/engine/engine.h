@@ -13,6 +13,7 @@
  *     job.c      create, start, wait, finish, destroy
  *     worker.c   the ring: which window is next, and which worker does what
  *     window.c   one window: read, test for zeros, compress, compare, place
+ *     open_end.c the end of a disk whose size is not known before
  *     leaves.c   the checksums of a window's blocks
  *     write.c    one window to the target: written, reflinked, or moved into a pipe
  *     source.c   from extents to bytes in memory
@@ -58,9 +59,11 @@ struct piece {
 
 struct slot {
 	enum slot_state state;
-	uint64_t start, end; /* guest range */
+	uint64_t start, end; /* guest range; the end of the disk may turn out to be before */
 	bool is_span;	     /* unread rows only, maybe longer than a window; no pieces */
 	bool opens_block;    /* a span: no window before it has its first block */
+	bool is_admitted;    /* the rate has allowed it */
+	bool is_read;	     /* its bytes are in the view */
 	int status;	     /* of filling it; `error` says more */
 	struct imgc_error error;
 	struct view view;
@@ -112,12 +115,13 @@ struct imgc_job {
 	size_t n_workers_made, n_slots_made; /* those that have their memory */
 
 	struct stop stop;
+	struct imgc_file *open_end; /* the stream whose end is that of the disk, or NULL */
 	_Atomic uint64_t first_difference;
 	_Atomic bool *may_reflink; /* per source, until a reflink fails; NULL: no reflinks */
 	bool may_move;		   /* the target is a pipe, which takes pages of sources */
 
 	pthread_mutex_t lock; /* all below */
-	pthread_cond_t changed, ended;
+	pthread_cond_t changed, ended, told;
 	bool locks_exist;
 	struct imgc_batch batch;
 	struct rows rows, base;
@@ -140,6 +144,8 @@ struct imgc_job {
 	unsigned n_started, n_running;
 	bool in_batch;
 	bool in_caller; /* no thread was started: `wait` and `finish` do the work */
+	bool has_found_end, reports_end, end_is_told; /* see open_end.c */
+	uint64_t found_end;
 	struct placer placer;
 	struct imgc_error error;
 };
@@ -153,8 +159,8 @@ void imgc_worker_work(struct worker *worker, const struct timespec *until);
 /* worker.c: the main function of a worker's thread; `argument` is its struct worker. */
 void *imgc_worker_main(void *argument);
 
-/* The calling thread must come back to the window: the rate does not allow it yet. */
-#define IMGC_WINDOW_WAITS 1
+/* The calling thread must come back to the window, which has to wait for something. */
+#define IMGC_WINDOW_WAITS IMGC_READ_WAITS
 
 /* window.c: waits until the job's rate allows so many bytes, or is IMGC_WINDOW_WAITS. */
 int imgc_window_await_rate(const struct imgc_job *job, uint64_t nbytes, struct imgc_error *err);
@@ -170,6 +176,15 @@ int imgc_window_process(struct worker *worker, struct slot *slot, struct imgc_er
  * comparison, it completes a granule that is larger than the window.
  */
 int imgc_window_place(struct imgc_job *job, struct slot *slot, struct imgc_error *err);
+
+/*
+ * open_end.c: cuts a window that was read at the end of the disk, if that has been met.
+ * Waits until the caller has told the size of the disk, or is IMGC_WINDOW_WAITS.
+ */
+int imgc_window_meet_end(struct imgc_job *job, struct slot *slot, struct imgc_error *err);
+
+/* open_end.c: lets those go on that wait in a job that is to stop.  Under the lock. */
+void imgc_open_end_stop(struct imgc_job *job);
 
 /*
  * leaves.c: makes the leaves of the slot's blocks.  Blocks of zeros are dropped from the

@@ -329,9 +329,9 @@ static int create_locks(struct imgc_job *job)
 	if (pthread_condattr_init(&attributes))
 		return IMGC_NO_MEMORY;
 	pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
-	bool failed = pthread_mutex_init(&job->lock, NULL) ||
-		      pthread_cond_init(&job->changed, NULL) ||
-		      pthread_cond_init(&job->ended, &attributes);
+	bool failed =
+		pthread_mutex_init(&job->lock, NULL) || pthread_cond_init(&job->changed, NULL) ||
+		pthread_cond_init(&job->told, NULL) || pthread_cond_init(&job->ended, &attributes);
 
 	pthread_condattr_destroy(&attributes);
 	job->locks_exist = !failed;
@@ -370,6 +370,9 @@ int imgc_job_create(const struct imgc_job_options *options, struct imgc_job **ou
 	if (options->n_sources > 0)
 		memcpy(job->sources, options->sources, options->n_sources * sizeof(*job->sources));
 	job->options.sources = job->sources;
+	for (size_t i = 0; i < options->n_sources && options->kind == IMGC_JOB_CONVERT; i++)
+		if (imgc_file_is_open_ended(job->sources[i].file))
+			job->open_end = job->sources[i].file;
 	imgc_placer_init(&job->placer, &job->geometry, options->next_offset);
 	status = create_locks(job);
 	if (status == IMGC_OK)
@@ -404,6 +407,7 @@ void imgc_job_destroy(struct imgc_job *job)
 	if (job->locks_exist) {
 		pthread_mutex_destroy(&job->lock);
 		pthread_cond_destroy(&job->changed);
+		pthread_cond_destroy(&job->told);
 		pthread_cond_destroy(&job->ended);
 	}
 	imgc_announcer_destroy(&job->announcer);
@@ -516,6 +520,7 @@ static void start_threads(struct imgc_job *job)
 {
 	size_t n_wanted = suits_caller(job) ? 0 : job->n_workers;
 
+	job->workers[0].reader.in_caller = false;
 	pthread_mutex_lock(&job->lock);
 	for (job->n_started = 0; job->n_started < n_wanted; job->n_started++) {
 		struct worker *worker = &job->workers[job->n_started];
@@ -525,6 +530,8 @@ static void start_threads(struct imgc_job *job)
 	}
 	job->in_caller = job->n_started == 0;
 	job->n_running = job->in_caller ? 1 : job->n_started;
+	if (job->in_caller)
+		job->workers[0].reader.in_caller = true;
 	pthread_mutex_unlock(&job->lock);
 }
 
@@ -585,8 +592,9 @@ int imgc_job_wait(struct imgc_job *job, int timeout_ms)
 	if (job->in_caller && job->n_running > 0)
 		imgc_worker_work(&job->workers[0], &until);
 	pthread_mutex_lock(&job->lock);
-	while (job->n_running > 0 && outcome == 0)
+	while (job->n_running > 0 && outcome == 0 && !job->reports_end)
 		outcome = pthread_cond_timedwait(&job->ended, &job->lock, &until);
+	job->reports_end = false;
 	int ended = job->n_running == 0;
 
 	pthread_mutex_unlock(&job->lock);
@@ -631,6 +639,7 @@ void imgc_job_cancel(struct imgc_job *job)
 	atomic_store(&job->stop.cancelled, true);
 	pthread_mutex_lock(&job->lock);
 	pthread_cond_broadcast(&job->changed);
+	imgc_open_end_stop(job);
 	pthread_mutex_unlock(&job->lock);
 }
 
@@ -677,15 +686,6 @@ int imgc_job_set_packing(struct imgc_job *job, uint64_t start, uint64_t end)
 		return IMGC_INVALID_ARGUMENT;
 	job->placer.packed_next = start;
 	job->placer.packed_end = end;
-	return IMGC_OK;
-}
-
-int imgc_job_set_guest_nbytes(struct imgc_job *job, uint64_t guest_nbytes)
-{
-	if (job->in_batch || job->options.kind != IMGC_JOB_CONVERT ||
-	    guest_nbytes < job->batch.guest_end || guest_nbytes > job->geometry.guest_nbytes)
-		return IMGC_INVALID_ARGUMENT;
-	job->geometry.guest_nbytes = guest_nbytes;
 	return IMGC_OK;
 }
 

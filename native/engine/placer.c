@@ -69,6 +69,14 @@ int imgc_placer_stored(struct placer *placer, uint64_t block, uint64_t nbytes,
 	return take(placer, alignment, whole, host_offset);
 }
 
+void imgc_placer_shrink(struct placer *placer, uint64_t old_nbytes, uint64_t nbytes)
+{
+	uint64_t mask = placer->geometry->stored_alignment - 1;
+
+	if (placer->next == placer->open_offset + ((old_nbytes + mask) & ~mask))
+		placer->next = placer->open_offset + ((nbytes + mask) & ~mask);
+}
+
 /*
  * Stored and compressed blocks mix (QCOW2): takes whole allocation units, and packs
  * blocks into them.  A block may reach into the next unit if that is free.  A stored

@@ -29,6 +29,12 @@ int imgc_placer_stored(struct placer *placer, uint64_t block, uint64_t nbytes,
 int imgc_placer_compressed(struct placer *placer, uint64_t block, uint64_t nbytes,
 			   uint64_t *host_offset);
 
+/*
+ * The block that is open, of which nothing follows yet, has `nbytes` bytes instead of
+ * old_nbytes.
+ */
+void imgc_placer_shrink(struct placer *placer, uint64_t old_nbytes, uint64_t nbytes);
+
 /* The batch ends with a group: leaves room for the group's table. */
 int imgc_placer_close_group(struct placer *placer);
 

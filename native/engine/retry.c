@@ -2,7 +2,8 @@
  * retry.c - reads and writes that are repeated where that can help
  *
  * Reads: the kernel has retried already, but a path or a server may come back.  A read
- * is therefore repeated a few times, with growing pauses.
+ * is therefore repeated a few times, with growing pauses.  A stream has each byte once:
+ * a read of one is repeated only while it waits.
  *
  * Writes: repeated only after EAGAIN, by which the kernel says that it has written
  * nothing.  After any other failure the state of the range is unknown.  Where a reader
@@ -40,13 +41,19 @@ int imgc_read_retrying(struct imgc_file *file, struct imgc_io_context *io,
 		       const struct imgc_io_request *requests, size_t n, const struct stop *stop,
 		       struct imgc_error *err)
 {
-	for (unsigned attempt = 0;; attempt++) {
+	for (unsigned attempt = 0;; attempt += !file->reads_wait) {
 		int status = imgc_file_read(file, io, requests, n, err);
 
-		if (status != IMGC_IO || attempt == N_PAUSES ||
-		    !read_may_succeed_later(err->os_errno))
+		if (status != IMGC_IO)
 			return status;
-		pause_before(attempt);
+		if (file->reads_wait) {
+			if (err->os_errno != EAGAIN)
+				return status;
+		} else if (attempt == N_PAUSES || !read_may_succeed_later(err->os_errno)) {
+			return status;
+		} else {
+			pause_before(attempt);
+		}
 		status = imgc_check_stopped(stop, err);
 		if (status)
 			return status;

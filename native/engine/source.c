@@ -3,6 +3,7 @@
  */
 #include "engine/source.h"
 
+#include <errno.h>
 #include <string.h>
 
 #include "common/checked.h"
@@ -121,8 +122,16 @@ static int read_once(struct reader *reader, uint32_t file, const struct imgc_io_
 static int read_retrying(struct reader *reader, uint32_t file,
 			 const struct imgc_io_request *requests, size_t n, struct imgc_error *err)
 {
-	int status = imgc_read_retrying(reader->files[file].file, reader->io, requests, n,
-					reader->stop, err);
+	struct imgc_file *from = reader->files[file].file;
+
+	if (from->reads_wait && reader->in_caller) {
+		int status = imgc_file_read(from, reader->io, requests, n, err);
+
+		if (status == IMGC_IO && err->os_errno == EAGAIN)
+			return IMGC_READ_WAITS;
+		return imgc_fail_in(err, status, file);
+	}
+	int status = imgc_read_retrying(from, reader->io, requests, n, reader->stop, err);
 
 	return imgc_fail_in(err, status, file);
 }

@@ -23,6 +23,8 @@ struct view {
 	size_t n_ranges;
 };
 
+#define IMGC_READ_WAITS 1
+
 /* A worker's means of reading.  All but `stop`, `salvage` and `files` are its own. */
 struct reader {
 	const struct stop *stop;
@@ -35,6 +37,7 @@ struct reader {
 	uint8_t *block; /* one decompressed block of which a part is wanted */
 	uint64_t bytes_read;
 	bool leaves_unread; /* imgc_reader_fill() leaves out unread rows */
+	bool in_caller;	    /* imgc_reader_fill() may be IMGC_READ_WAITS */
 };
 
 /* Where the block of a compressed row starts in the disk. */
@@ -59,6 +62,9 @@ int imgc_row_skip_marker(const struct imgc_extent *row, const struct imgc_source
  * Bytes that are no data are left as they are; imgc_view_materialise() makes them
  * zeros.  `reuse`, if not NULL, receives the compressed blocks that the target can have
  * as they are; the view has no bytes of those that are trusted.
+ *
+ * IMGC_READ_WAITS: the calling thread works, and a stream has no bytes yet.  The same call
+ * again goes on.
  */
 int imgc_reader_fill(struct reader *reader, struct rows rows, uint64_t start, uint64_t end,
 		     struct view *view, struct reuse *reuse, struct imgc_error *err);

@@ -409,6 +409,25 @@ static uint64_t limited_nbytes(const struct imgc_job *job, const struct slot *sl
 
 /* ------------------------------------------------------------------ process */
 
+/* A window that has waited in the calling thread goes on with what is left to do. */
+static int read_window(struct worker *worker, struct slot *slot, struct reuse *reuse,
+		       struct imgc_error *err)
+{
+	struct imgc_job *job = worker->job;
+	int status = IMGC_OK;
+
+	if (!slot->is_admitted)
+		status = imgc_window_await_rate(job, limited_nbytes(job, slot), err);
+	if (status)
+		return status;
+	slot->is_admitted = true;
+	if (!slot->is_read)
+		status = imgc_reader_fill(&worker->reader, job->rows, slot->start, slot->end,
+					  &slot->view, reuse, err);
+	slot->is_read = status == IMGC_OK;
+	return status;
+}
+
 int imgc_window_process(struct worker *worker, struct slot *slot, struct imgc_error *err)
 {
 	struct imgc_job *job = worker->job;
@@ -421,11 +440,10 @@ int imgc_window_process(struct worker *worker, struct slot *slot, struct imgc_er
 		slot->data_nbytes = slot->end - slot->start;
 		return IMGC_OK;
 	}
-	int status = imgc_window_await_rate(job, limited_nbytes(job, slot), err);
+	int status = read_window(worker, slot, reuse, err);
 
-	if (status == IMGC_OK)
-		status = imgc_reader_fill(&worker->reader, job->rows, slot->start, slot->end,
-					  &slot->view, reuse, err);
+	if (status == IMGC_OK && job->open_end)
+		status = imgc_window_meet_end(job, slot, err);
 	if (status == IMGC_OK)
 		status = imgc_leaves_make(worker, slot, err);
 	if (status == IMGC_OK && job->base.n)

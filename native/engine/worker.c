@@ -117,6 +117,7 @@ static void fail_job(struct imgc_job *job, const struct imgc_error *err)
 		atomic_store(&job->stop.failed, true);
 	}
 	pthread_cond_broadcast(&job->changed);
+	imgc_open_end_stop(job);
 	pthread_mutex_unlock(&job->lock);
 }
 
@@ -272,6 +273,7 @@ static void fill_next_slot(struct worker *worker)
 	slot->start = start;
 	slot->end = end;
 	slot->is_span = claim == CLAIM_UNREAD_SPAN;
+	slot->is_admitted = slot->is_read = false;
 	job->claimed++;
 	job->n_busy++;
 	if (!next_is_free(job))

@@ -423,6 +423,46 @@ int imgc_file_open_null(struct imgc_file **out);
  */
 int imgc_file_open_ordered(int fd, struct imgc_file **out, struct imgc_error *err);
 
+/* Bytes at the end of a stream that may be held back. */
+#define IMGC_MAX_TAIL_NBYTES 4096u
+
+struct imgc_stream_options {
+	int fd;		  /* stays open; the caller closes it, after the file */
+	const void *head; /* bytes that were taken from it before; copied */
+	uint64_t head_nbytes;
+	/* The stream ends where it ends.  Otherwise a read past its end is IMGC_PAST_END. */
+	uint32_t open_ended;
+	uint32_t tail_nbytes; /* its last bytes are not read; IMGC_MAX_TAIL_NBYTES at most */
+};
+
+/*
+ * A pipe, a socket or any other descriptor, whose bytes are read from the first to the
+ * last, each once.  Reads take turns: that at offset n waits until those before it have
+ * ended.  A read of what has gone is IMGC_OUT_OF_RANGE.  What follows the end of an open
+ * stream reads as zeros; see imgc_job_found_end().
+ *
+ * A read waits only for a moment for its turn, or for bytes.  It is IMGC_IO with EAGAIN
+ * then, and the same read again goes on where it stopped.  A job repeats it until it is
+ * cancelled.
+ */
+int imgc_file_open_stream(const struct imgc_stream_options *options, struct imgc_file **out,
+			  struct imgc_error *err);
+
+/* 1 if it is a stream that was opened with open_ended, else 0. */
+int imgc_file_is_open_ended(const struct imgc_file *file);
+
+/* 1 if a read has met the end of a stream, else 0.  *disk_end is where its tail begins. */
+int imgc_file_stream_end(struct imgc_file *file, uint64_t *disk_end);
+
+/* While nothing reads: how many bytes of the disk were read, 0 for other kinds of files. */
+uint64_t imgc_file_stream_position(struct imgc_file *file);
+
+/*
+ * While nothing reads: copies what was taken from the descriptor and not read, if it fits:
+ * what is held back, and the rest of the head.  Returns its number of bytes.
+ */
+uint64_t imgc_file_stream_rest(struct imgc_file *file, void *out, uint64_t capacity);
+
 /* Writes `nbytes` bytes at `offset`. */
 int imgc_file_put(struct imgc_file *file, const void *data, uint64_t nbytes, uint64_t offset,
 		  struct imgc_error *err);
@@ -788,8 +828,18 @@ int imgc_job_set_packing(struct imgc_job *job, uint64_t start, uint64_t end);
 /*
  * CONVERT, between batches: the disk turns out to have guest_nbytes, no more than the
  * geometry says so far and no less than the batches have, and ends like any other.
+ *
+ * Also once within a batch, when imgc_job_found_end() is 1: the batch then ends where the
+ * disk does.  Placements and leaves behind that mean nothing.
  */
 int imgc_job_set_guest_nbytes(struct imgc_job *job, uint64_t guest_nbytes);
+
+/*
+ * CONVERT from a stream that was opened with open_ended: 1 if a read has met its end.  The
+ * batch waits then, and imgc_job_wait() returns early once, until imgc_job_set_guest_nbytes()
+ * has told the size of the disk: at least *disk_end, and zeros fill it up.
+ */
+int imgc_job_found_end(struct imgc_job *job, uint64_t *disk_end);
 
 /*
  * COMPARE without granules: the lowest guest offset that differs so far, or

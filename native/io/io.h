@@ -175,6 +175,11 @@ struct imgc_file {
 	 * writer would only wait.
 	 */
 	bool writes_are_serial;
+	/*
+	 * Each byte comes once, in order.  A read waits only for a moment, and is then IMGC_IO
+	 * with EAGAIN; the same read again goes on where it stopped.
+	 */
+	bool reads_wait;
 	/* Reflinks consist of whole blocks of this size, a power of two; 0: none. */
 	uint64_t reflink_block_nbytes;
 	_Atomic bool is_written;     /* see imgc_file_take_written() */

@@ -203,6 +203,21 @@ class File:
     @staticmethod
     def from_ordered(fd: int) -> File:
         """Wrap a pipe, a socket or another descriptor, which is written in order."""
+    @staticmethod
+    def from_stream(fd: int, head: object, *, open_ended: bool, tail_nbytes: int = ...) -> File:
+        """Wrap a descriptor that is read in order, after ``head``.
+
+        If it is not open-ended, its end is an error (PAST_END).  ``tail_nbytes`` at its
+        end are not read.
+        """
+    @property
+    def stream_end(self) -> int | None:
+        """Where the disk in a stream ends, or None before a read has met its end."""
+    @property
+    def stream_position(self) -> int:
+        """How many bytes of the disk in a stream were read; no job may read it."""
+    def stream_rest(self) -> bytes:
+        """Return what was taken from a stream and not read; no job may read it."""
     def zero(self, offset: int, length: int) -> None: ...
     def write(self, offset: int, data: object, tick: Callable[[], object] | None = ...) -> None:
         """Write bytes; call ``tick`` about every 50 ms while no reader takes them."""
@@ -334,7 +349,13 @@ class Job:
     next_offset: int
     packing: tuple[int, int]
     def end_disk(self, guest_nbytes: int) -> None:
-        """Make the target's disk end here, before the next batch is started."""
+        """Make the target's disk end here: before a batch, or after `found_end`."""
+    @property
+    def found_end(self) -> int | None:
+        """Where a stream has ended while a batch is running, or None.
+
+        The batch then waits for `end_disk`.
+        """
     @property
     def first_difference(self) -> int | None: ...
     @property

@@ -429,6 +429,44 @@ cdef class File:
         check(n.imgc_file_open_ordered(fd, &file.handle, &err), &err)
         return file
 
+    @staticmethod
+    def from_stream(int fd, const uint8_t[::1] head not None, *, bint open_ended,
+                    uint32_t tail_nbytes=0):
+        """Wrap a descriptor that is read in order, after ``head``; the caller closes it."""
+        cdef File file = File.__new__(File)
+        cdef n.imgc_stream_options options
+        cdef n.imgc_error err
+        memset(&options, 0, sizeof(options))
+        options.fd = fd
+        options.head = &head[0] if head.shape[0] else NULL
+        options.head_nbytes = head.shape[0]
+        options.open_ended = open_ended
+        options.tail_nbytes = tail_nbytes
+        check(n.imgc_file_open_stream(&options, &file.handle, &err), &err)
+        return file
+
+    @property
+    def stream_end(self):
+        """Where the disk in a stream ends, or None before a read has met its end."""
+        cdef uint64_t end = 0
+        return end if n.imgc_file_stream_end(self.require(), &end) else None
+
+    @property
+    def stream_position(self):
+        """How many bytes of the disk in a stream were read; no job may read it."""
+        return n.imgc_file_stream_position(self.require())
+
+    def stream_rest(self):
+        """Return what was taken from a stream and not read; no job may read it."""
+        cdef n.imgc_file *handle = self.require()
+        cdef uint64_t nbytes = n.imgc_file_stream_rest(handle, NULL, 0)
+        rest = bytearray(nbytes)
+        cdef uint8_t[::1] view
+        if nbytes:
+            view = rest
+            n.imgc_file_stream_rest(handle, &view[0], nbytes)
+        return bytes(rest)
+
     cdef n.imgc_file *require(self) except NULL:
         if self.handle == NULL or self.is_closed:
             raise ValueError("the file is closed")
@@ -763,11 +801,20 @@ cdef class Job:
         check(n.imgc_job_set_next_offset(self.require(), value), &err)
 
     def end_disk(self, uint64_t guest_nbytes):
-        """Make the target's disk end here, before the next batch is started."""
+        """Make the target's disk end here: before a batch, or after `found_end`."""
         cdef n.imgc_error err
         memset(&err, 0, sizeof(err))
         err.op = "end_disk"
         check(n.imgc_job_set_guest_nbytes(self.require(), guest_nbytes), &err)
+
+    @property
+    def found_end(self):
+        """Where a stream has ended while a batch is running, or None.
+
+        The batch then waits for `end_disk`.
+        """
+        cdef uint64_t end = 0
+        return end if n.imgc_job_found_end(self.require(), &end) else None
 
     @property
     def packing(self):

@@ -159,6 +159,18 @@ cdef extern from "imgc.h" nogil:
     int imgc_file_open_memory(void *data, uint64_t nbytes, imgc_file **out)
     int imgc_file_open_null(imgc_file **out)
     int imgc_file_open_ordered(int fd, imgc_file **out, imgc_error *err)
+
+    struct imgc_stream_options:
+        int fd
+        const void *head
+        uint64_t head_nbytes
+        uint32_t open_ended, tail_nbytes
+
+    int imgc_file_open_stream(const imgc_stream_options *options, imgc_file **out,
+                              imgc_error *err)
+    int imgc_file_stream_end(imgc_file *file, uint64_t *disk_end)
+    uint64_t imgc_file_stream_position(imgc_file *file)
+    uint64_t imgc_file_stream_rest(imgc_file *file, void *out, uint64_t capacity)
     int imgc_file_put(imgc_file *file, const void *data, uint64_t nbytes, uint64_t offset,
                       imgc_error *err)
     void imgc_file_await_room(imgc_file *file, int timeout_ms)
@@ -277,6 +289,7 @@ cdef extern from "imgc.h" nogil:
     void imgc_job_packing(const imgc_job *job, uint64_t *start, uint64_t *end)
     int imgc_job_set_packing(imgc_job *job, uint64_t start, uint64_t end)
     int imgc_job_set_guest_nbytes(imgc_job *job, uint64_t guest_nbytes)
+    int imgc_job_found_end(imgc_job *job, uint64_t *disk_end)
     uint64_t imgc_job_first_difference(const imgc_job *job)
     size_t imgc_job_bad_ranges(const imgc_job *job, const imgc_bad_range **out)
     void imgc_job_destroy(imgc_job *job)

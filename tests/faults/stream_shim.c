@@ -1,7 +1,8 @@
 /*
- * stream_shim.c - lets the Nth write into a pipe fail
+ * stream_shim.c - lets the Nth write into a pipe fail, or the Nth read from one
  *
  * $STREAM_FAULT is "N ERRNO", or "N ERRNO all" for that write and all later ones.
+ * $STREAM_READ_FAULT is the same for reads.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -14,12 +15,12 @@
 #include <sys/stat.h>
 #include <sys/uio.h>
 
-static atomic_int n_calls;
+static atomic_int n_writes, n_reads;
 
-/* The errno of the fault that is due at this write; 0: none is. */
-static int due(int fd)
+/* Whether the fault in $NAME is due at this call, with errno set. */
+static int fails(const char *name, int fd, atomic_int *n_calls)
 {
-	const char *fault = getenv("STREAM_FAULT");
+	const char *fault = getenv(name);
 	int nth = 0, code = 0;
 	char all[4] = "";
 	struct stat st;
@@ -27,33 +28,35 @@ static int due(int fd)
 	if (!fault || fstat(fd, &st) || !S_ISFIFO(st.st_mode) ||
 	    sscanf(fault, "%d %d %3s", &nth, &code, all) < 2)
 		return 0;
-	int call = atomic_fetch_add(&n_calls, 1) + 1;
+	int call = atomic_fetch_add(n_calls, 1) + 1;
 
-	return call == nth || (call > nth && strcmp(all, "all") == 0) ? code : 0;
+	errno = code;
+	return call == nth || (call > nth && strcmp(all, "all") == 0);
 }
 
 ssize_t writev(int fd, const struct iovec *iov, int n)
 {
 	static ssize_t (*real)(int, const struct iovec *, int);
-	int code = due(fd);
 
 	if (!real)
 		*(void **)&real = dlsym(RTLD_NEXT, "writev");
-	if (!code)
-		return real(fd, iov, n);
-	errno = code;
-	return -1;
+	return fails("STREAM_FAULT", fd, &n_writes) ? -1 : real(fd, iov, n);
 }
 
 ssize_t splice(int in, off64_t *from, int out, off64_t *to, size_t nbytes, unsigned flags)
 {
 	static ssize_t (*real)(int, off64_t *, int, off64_t *, size_t, unsigned);
-	int code = due(out);
 
 	if (!real)
 		*(void **)&real = dlsym(RTLD_NEXT, "splice");
-	if (!code)
-		return real(in, from, out, to, nbytes, flags);
-	errno = code;
-	return -1;
+	return fails("STREAM_FAULT", out, &n_writes) ? -1 : real(in, from, out, to, nbytes, flags);
+}
+
+ssize_t readv(int fd, const struct iovec *iov, int n)
+{
+	static ssize_t (*real)(int, const struct iovec *, int);
+
+	if (!real)
+		*(void **)&real = dlsym(RTLD_NEXT, "readv");
+	return fails("STREAM_READ_FAULT", fd, &n_reads) ? -1 : real(fd, iov, n);
 }

@@ -1,4 +1,4 @@
-"""Every write of a stream fails once: one line and exit code 1, or the whole image."""
+"""Every call on a stream fails once: one line and exit code 1, or the whole image."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_every_write_is_interrupted(format: str, code: int, disk: Path, shim: Pa
 @pytest.mark.parametrize("code", [errno.EPIPE, errno.EIO], ids=errno.errorcode.get)
 @pytest.mark.parametrize("format", ["raw", "vhd", "qcow2"])
 def test_moves_fail(format: str, code: int, tmp_path: Path, shim: Path) -> None:
-    """Data that cannot be moved into the pipe is written; then the write has the error."""
+    """Data that cannot be moved into a pipe is written; the write has the error."""
     disk = tmp_path / "disk.raw"
     disk.write_bytes(noise(20 * MIB))
     whole = run(format, disk, shim, "0 0")
@@ -102,3 +102,41 @@ def test_moves_fail(format: str, code: int, tmp_path: Path, shim: Path) -> None:
         assert os.strerror(code) in done.stderr.decode()
         assert whole.stdout.startswith(done.stdout)
         assert len(done.stdout) < len(whole.stdout)
+
+
+def run_from(disk: Path, target: Path, shim: Path, fault: str) -> subprocess.CompletedProcess[str]:
+    """Convert a raw disk from a pipe."""
+    words = ["convert", "-q", "--force", "-f", "raw", "-", str(target)]
+    return subprocess.run(
+        f"cat {disk} | LD_PRELOAD={shim} STREAM_READ_FAULT='{fault}' "
+        f"{sys.executable} -m imgcore {' '.join(words)}",
+        shell=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ECONNRESET], ids=errno.errorcode.get)
+@pytest.mark.parametrize("format", ["raw", "qcow2", "raw.zst"])
+def test_every_read_fails(format: str, code: int, disk: Path, shim: Path, tmp_path: Path) -> None:
+    target = tmp_path / f"target.{format}"
+    target.write_bytes(b"old")
+    for nth in (1, 2, 3, 5):
+        done = run_from(disk, target, shim, f"{nth} {code}")
+        assert done.returncode == 1
+        lines = done.stderr.splitlines()
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("imgcore: stdin: "), lines
+        assert os.strerror(code) in lines[0], lines
+        assert target.read_bytes() == b"old"
+        assert sorted(os.listdir(tmp_path)) == [disk.name, target.name]
+
+
+@pytest.mark.parametrize("code", [errno.EINTR, errno.EAGAIN], ids=errno.errorcode.get)
+def test_every_read_is_interrupted(code: int, disk: Path, shim: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target.raw"
+    for nth in (1, 2, 3, 5):
+        done = run_from(disk, target, shim, f"{nth} {code}")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert target.read_bytes() == disk.read_bytes()

@@ -483,7 +483,7 @@ ELSEWHERE = {
         "a stream cannot be compared with a parent (-B): save it to a file first"
     )):
     "unit/test_streams_in.py::TestAdvice",
-    ("disk/stream_batches.py", (
+    ("streams/once.py", (
         "holds more than {} bytes, the most that the target has room for if the size is "
         "not known from the start: give it (--size)"
     )):

@@ -17,14 +17,19 @@ from typing import Any
 
 import pytest
 import zstandard
+from tests.helpers.dripping import piped
 from tests.helpers.images import MIB, noise
 
 import imgcore
 from imgcore.disk import late_end
-from imgcore.errors import ConversionCancelled, CorruptImageError, OptionError
+from imgcore.errors import ConversionCancelled, CorruptImageError, OptionError, WrongFormatError
 
 DISK = noise(3 * MIB) + bytes(MIB) + noise(100_352)
 FORMATS = ("raw", "qcow2", "vmdk", "vhd", "vhdx", "vdi")
+IDENTITIES = {
+    "vmdk": {"cid": "12345678"},
+    "vdi": dict.fromkeys(("uuid", "modification_uuid"), "6f9619ff-8b86-d011-b42d-00c04fc964fe"),
+}
 
 
 class Faulty(io.RawIOBase):
@@ -259,6 +264,136 @@ def test_profiles_round_up(tmp_path: Path) -> None:
     assert path.stat().st_size == 21 * MIB + 512
     assert path.read_bytes()[: 21 * MIB] == disk.ljust(21 * MIB, b"\0")
     assert not imgcore.lint(path, profile="azure").findings
+
+
+class TestADescriptor:
+    """The engine reads it itself; what it writes is what it writes from an object."""
+
+    @pytest.mark.parametrize("nbytes", [1, 513, 2 * MIB, 3 * MIB + 70_000, len(DISK)])
+    @pytest.mark.parametrize("format", FORMATS)
+    def test_the_bytes_are_those_from_an_object(
+        self, format: str, nbytes: int, tmp_path: Path
+    ) -> None:
+        content = DISK[len(DISK) - nbytes :]
+        keywords: dict[str, Any] = {
+            "format": "raw",
+            "checksum": "sha256",
+            "options": [f"{name}={value}" for name, value in IDENTITIES.get(format, {}).items()],
+        }
+        theirs = tmp_path / "theirs" / f"a.{format}"
+        theirs.parent.mkdir()
+        result = imgcore.convert(io.BytesIO(content), theirs, **keywords)
+        for threads in (1, 3):
+            ours = tmp_path / str(threads) / f"a.{format}"
+            ours.parent.mkdir()
+            with piped(content) as file:
+                name = f"/dev/fd/{file.fileno()}"
+                found = imgcore.convert(name, ours, threads=threads, **keywords)
+            if format in ("vhd", "vhdx"):
+                # They have the time or other random numbers in them.
+                assert ours.stat().st_size == theirs.stat().st_size
+                assert read(ours) == read(theirs)
+            else:
+                assert ours.read_bytes() == theirs.read_bytes()
+            assert found.checksum == result.checksum
+            assert found.virtual_size == result.virtual_size
+            assert found.bytes_data + found.bytes_zero == found.virtual_size
+
+    @pytest.mark.parametrize("nbytes", [0, 1, 512, 513, 1024, 70_000 // 512 * 512, 3 * MIB])
+    @pytest.mark.parametrize("size", [None, "stated"])
+    def test_fixed_vhd(self, nbytes: int, size: str | None, tmp_path: Path) -> None:
+        disk = DISK[: nbytes // 512 * 512]
+        stated = None if size is None or not disk else len(disk)
+        stream = bytes(nbytes)
+        if disk:
+            vhd = io.BytesIO()
+            imgcore.convert(
+                io.BytesIO(disk),
+                vhd,
+                format="raw",
+                target_format="vhd",
+                options=["subformat=fixed"],
+            )
+            stream = vhd.getvalue()
+        path = tmp_path / "a.qcow2"
+        for content in (stream, stream[:-100], stream[: len(stream) // 2]):
+            with piped(content) as file:
+                name = f"/dev/fd/{file.fileno()}"
+                if disk and content is stream:
+                    imgcore.convert(name, path, format="vhd", size=stated)
+                    assert read(path) == disk
+                    path.unlink()
+                    continue
+                with pytest.raises((CorruptImageError, WrongFormatError)):
+                    imgcore.convert(name, path, format="vhd", size=stated)
+            assert os.listdir(tmp_path) == []
+
+    @pytest.mark.parametrize("in_place", [False, True])
+    def test_more_than_there_is_room_for(
+        self, in_place: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(late_end, "_MAX_NBYTES", 2 * MIB)
+        path = tmp_path / "a.raw"
+        for nbytes in (2 * MIB - 1, 2 * MIB, 2 * MIB + 1, 4 * MIB):
+            if in_place:
+                path.write_bytes(b"x" * 2 * MIB)
+            with piped(DISK[:nbytes]) as file:
+                name = f"/dev/fd/{file.fileno()}"
+                keywords: dict[str, Any] = {"format": "raw", "in_place": in_place}
+                keywords["force"] = not in_place
+                if nbytes > 2 * MIB:
+                    with pytest.raises(imgcore.LimitExceededError, match="--size"):
+                        imgcore.convert(name, path, **keywords)
+                    continue
+                imgcore.convert(name, path, **keywords)
+            expected = DISK[:nbytes].ljust(2 * MIB, b"x") if in_place else DISK[:nbytes]
+            assert path.read_bytes() == expected
+
+    @pytest.mark.parametrize("threads", [1, 2])
+    def test_the_size_is_stated(self, threads: int, tmp_path: Path) -> None:
+        path, size = tmp_path / "a.qcow2", 3 * MIB
+        for n_zeros, rest in ((0, b""), (5 * MIB, b""), (100, b"x")):
+            with piped(DISK[:size] + bytes(n_zeros) + rest) as file:
+                name = f"/dev/fd/{file.fileno()}"
+                keywords: dict[str, Any] = {"format": "raw", "size": size, "threads": threads}
+                if rest:
+                    with pytest.raises(CorruptImageError, match=f"at {size + 100:#x}"):
+                        imgcore.convert(name, path, **keywords)
+                    continue
+                imgcore.convert(name, path, **keywords)
+            assert read(path) == DISK[:size]
+            path.unlink()
+        for nbytes in (0, 1, size - 1):
+            with (
+                piped(DISK[:nbytes]) as file,
+                pytest.raises(
+                    CorruptImageError, match=f"ends after {nbytes} bytes .* stated as {size}"
+                ),
+            ):
+                imgcore.convert(f"/dev/fd/{file.fileno()}", path, format="raw", size=size)
+        assert os.listdir(tmp_path) == []
+
+    def test_pauses_and_rates(self, tmp_path: Path) -> None:
+        control = imgcore.Control(rate="20M")
+        control.pause()
+        threading.Timer(0.3, control.resume).start()
+        started = time.monotonic()
+        with piped(DISK) as file:
+            name = f"/dev/fd/{file.fileno()}"
+            imgcore.convert(name, tmp_path / "a.raw", format="raw", control=control)
+        assert time.monotonic() - started > 0.4
+        assert (tmp_path / "a.raw").read_bytes() == DISK
+
+    def test_a_reset_connection(self, tmp_path: Path) -> None:
+        ours, theirs = socket.socketpair()
+        with ours:
+            # What was sent and never read resets it.
+            ours.send(b"x")
+            theirs.sendall(DISK[:70_000])
+            theirs.close()
+            with pytest.raises(ConnectionResetError, match="socket"):
+                imgcore.convert(ours, tmp_path / "a.raw", format="raw")
+        assert os.listdir(tmp_path) == []
 
 
 class TestAdvice:

@@ -21,7 +21,7 @@ from imgcore.formats.registry import PLAIN_FORMAT, get_driver
 from imgcore.limits import MAX_BASE_BLOCK_NBYTES, MIB, SECTOR_NBYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from imgcore.disk.batch_journal import BatchJournal
     from imgcore.disk.checkpoints import Checkpoints
@@ -262,7 +262,9 @@ class ImageSink:
             if journal is not None:
                 job.packing = journal.packing
                 batches = journal.remaining(batches, geometry)
-            end_disk = None if self.source.size_is_known else partial(self._end_disk, tally)
+            end_disk = None
+            if not self.source.size_is_known:
+                end_disk = partial(self._end_disk, tally, supply.find_end)
             Transfer(job, writer, data_file, tally, stream, end_disk, journal).run(batches)
             unread = named_bad_ranges(job.bad_ranges, supply.paths)
             return int(job.next_offset), tuple(sorted((*self.source.lost(), *unread)))
@@ -273,8 +275,10 @@ class ImageSink:
             return 0
         return max(geometry.guest_nbytes - COPIED_NBYTES, 0) // SECTOR_NBYTES * SECTOR_NBYTES
 
-    def _end_disk(self, tally: Tally) -> None:
+    def _end_disk(self, tally: Tally, find_end: Callable[[], None] | None) -> None:
         """Tell the writer the size of the disk, which the source knows by now."""
+        if find_end is not None:
+            find_end()
         self.request = end_disk(self._writer, self.request, self.options, self.source)
         tally.total_nbytes = self.request.virtual_size
 

@@ -115,12 +115,20 @@ class OnceSource:
     def supply(
         self, geometry: Geometry, base: Image | None, rule: ReflinkRule | None = None
     ) -> AbstractContextManager[Supply]:
-        """Return a few buffers, which the stream fills in turn, and batches in them."""
+        """Return the stream, or buffers that it fills in turn, and batches in them."""
         assert base is None, "see refuse_conversion"
         return self._supply(geometry)
 
     @contextmanager
     def _supply(self, geometry: Geometry) -> Iterator[Supply]:
+        core = self._reader.open_core()
+        if core is not None:
+            from imgcore.disk.direct_batches import direct_supply
+
+            with direct_supply(self._reader, core, geometry) as supply:
+                yield supply
+            self._finish()
+            return
         from imgcore.disk.stream_batches import stream_supply
 
         with stream_supply(self._reader, geometry) as supply:

@@ -11,9 +11,10 @@ from imgcore._core import File
 from imgcore.disk.overlay import padded
 from imgcore.engine.extents import Kind, single
 from imgcore.engine.supply import Batch, Supply
-from imgcore.errors import LimitExceededError, OptionError
+from imgcore.errors import OptionError
 from imgcore.limits import MIB
 from imgcore.streams.feeder import MIN_BUFFERS
+from imgcore.streams.once import too_long
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
@@ -88,11 +89,7 @@ def _batches(
             rows = single(start, n, Kind.DATA, file=number)
             end = start + n
             if end > disk_end:
-                raise LimitExceededError(
-                    f"holds more than {disk_end} bytes, the most that the target has room for "
-                    "if the size is not known from the start: give it (--size)",
-                    path=reader.path,
-                )
+                raise too_long(disk_end, reader.path)
             if end == reader.nbytes and is_known:
                 rows = np.concatenate(list(padded(iter([rows]), end, disk_end)))
                 end = disk_end

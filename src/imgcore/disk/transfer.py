@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from imgcore._core import extent_table
 from imgcore.engine.geometry import Placing
+from imgcore.engine.kinds import Kind
+from imgcore.engine.supply import Batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -14,7 +17,6 @@ if TYPE_CHECKING:
     from imgcore.engine.extents import Placements
     from imgcore.engine.hashing import LeafStream
     from imgcore.engine.progress import Tally
-    from imgcore.engine.supply import Batch
     from imgcore.files.target_file import TargetFile
     from imgcore.formats.api import Writer
 
@@ -28,53 +30,73 @@ class _Started(NamedTuple):
     leaves: memoryview | None
 
 
-class Transfer(NamedTuple):
+class Transfer:
     """A job that moves the disk, and what hears of its progress.
 
     ``end_disk`` is called when a source of unknown size has ended.  ``journal`` needs a
     ``stream``.
     """
 
-    job: Job
-    writer: Writer
-    file: TargetFile
-    tally: Tally
-    stream: LeafStream | None
-    end_disk: Callable[[], None] | None = None
-    journal: BatchJournal | None = None
+    def __init__(
+        self,
+        job: Job,
+        writer: Writer,
+        file: TargetFile,
+        tally: Tally,
+        stream: LeafStream | None,
+        end_disk: Callable[[], None] | None = None,
+        journal: BatchJournal | None = None,
+    ) -> None:
+        self.job: Job = job
+        self.writer: Writer = writer
+        self.file: TargetFile = file
+        self.tally: Tally = tally
+        self.stream: LeafStream | None = stream
+        self.journal: BatchJournal | None = journal
+        # None once the end of the disk is known.
+        self._end_disk = end_disk
+        self._given_nbytes = 0
 
     def run(self, batches: Iterator[Batch]) -> None:
         """Prepare each batch while the engine works on the one before it."""
         pending: _Started | None = None
-        given_nbytes = 0
-        geometry = self.writer.geometry
+        ends_late = self._end_disk is not None
         if self.journal is not None:
             self._count(self.journal.position)
         for batch in batches:
             if pending is not None:
                 self._finish(pending)
-            if batch.ends_disk:
-                batch = self._last(batch)
-            skipped_nbytes = batch.start - given_nbytes
-            given_nbytes += batch.end - batch.start
-            placements = None
-            if geometry.placing is Placing.APPEND:
-                placements = _new_placements(batch, geometry.block_nbytes)
-            leaves = None
-            if self.stream is not None:
-                leaves = self.stream.leaves(batch.start, batch.end)
-            self.job.start(
-                batch.start, batch.end, batch.rows, batch.base, placements, leaves=leaves
-            )
-            pending = _Started(batch, skipped_nbytes, placements, leaves)
+                pending = None
+                if ends_late and self._end_disk is None:
+                    break
+            pending = self._start(self._last(batch) if batch.ends_disk else batch)
         if pending is not None:
             self._finish(pending)
-        if self.end_disk is not None and not (pending and pending.batch.ends_disk):
-            self.end_disk()
+        if self._end_disk is not None:
+            self._tell_end()
+        if ends_late:
+            self._fill_up()
+        geometry = self.writer.geometry
         if geometry.placing is Placing.IDENTITY:
-            self.file.note_end(geometry.host_base + self.writer.geometry.guest_nbytes)
+            self.file.note_end(geometry.host_base + geometry.guest_nbytes)
         if self.journal is not None:
             self.journal.finish(geometry, geometry.guest_nbytes, self.job, self._sums())
+
+    def _start(self, batch: Batch) -> _Started:
+        skipped_nbytes = batch.start - self._given_nbytes
+        self._given_nbytes += batch.end - batch.start
+        placements = leaves = None
+        if self.writer.geometry.placing is Placing.APPEND:
+            placements = _new_placements(batch, self.writer.geometry.block_nbytes)
+        if self.stream is not None:
+            leaves = self.stream.leaves(batch.start, batch.end)
+        self.job.start(batch.start, batch.end, batch.rows, batch.base, placements, leaves=leaves)
+        return _Started(batch, skipped_nbytes, placements, leaves)
+
+    def _tell_end(self) -> None:
+        assert self._end_disk is not None
+        self._end_disk()
+        self._end_disk = None
 
     def _last(self, batch: Batch) -> Batch:
         """End the disk with a batch, and return it with the zeros that fill it up."""
@@ -82,28 +104,50 @@ class Transfer(NamedTuple):
 
         from imgcore.disk.overlay import padded
 
-        assert self.end_disk is not None
-        self.end_disk()
+        self._tell_end()
         end = self.writer.geometry.guest_nbytes
         self.job.end_disk(end)
         rows = np.concatenate(list(padded(iter([batch.rows]), batch.end, end)))
         return batch._replace(end=end, rows=rows)
 
+    def _fill_up(self) -> None:
+        """Add the zeros between the last batch and the end of the disk."""
+        start, end = self._given_nbytes, self.writer.geometry.guest_nbytes
+        if 0 < start < end:
+            rows = extent_table([(start, end - start, 0, 0, 0, Kind.ZERO, 0)])
+            self._finish(self._start(Batch(start, end, rows)))
+
     def _finish(self, started: _Started) -> None:
         """Wait for a batch, and tell the writer where its blocks are."""
         job, batch, placements = self.job, started.batch, started.placements
-        self.job.wait(lambda: self._count(started.skipped_nbytes))
-        self._count(started.skipped_nbytes)
-        if self.stream is not None and started.leaves is not None:
-            self.stream.add(batch.start, batch.end, started.leaves)
+        job.wait(lambda: self._tick(started))
+        end, leaves = batch.end, started.leaves
+        if self._end_disk is None and self.writer.geometry.guest_nbytes < end:
+            # The stream has ended in it.
+            end = self.writer.geometry.guest_nbytes
+            self._given_nbytes = end
+        if end == batch.start:
+            return
+        if self.stream is not None and leaves is not None:
+            self.stream.add(batch.start, end, leaves[: self.stream.leaf_nbytes(end - batch.start)])
         next_offset = job.next_offset
         if placements is not None:
-            first_block = batch.start // self.writer.geometry.block_nbytes
+            block_nbytes = self.writer.geometry.block_nbytes
+            placements = placements[: -(-(end - batch.start) // block_nbytes)]
             self.file.note_end(next_offset)
-            job.next_offset = self.writer.place(first_block, placements, next_offset)
-        if self.journal is not None and started.leaves is not None:
-            self.journal.add(batch, next_offset, placements, started.leaves)
+            job.next_offset = self.writer.place(
+                batch.start // block_nbytes, placements, next_offset
+            )
+        if self.journal is not None and leaves is not None:
+            self.journal.add(batch, next_offset, placements, leaves)
             self.journal.save_if_due(self.writer.geometry, batch.end, job, self._sums())
+
+    def _tick(self, started: _Started) -> None:
+        """Count what is done; if a stream has ended, tell the writer and the engine."""
+        if self._end_disk is not None and self.job.found_end is not None:
+            self._tell_end()
+            self.job.end_disk(self.writer.geometry.guest_nbytes)
+        self._count(started.skipped_nbytes)
 
     def _count(self, skipped_nbytes: int) -> None:
         data, read, written, reflinked, reused, trusted = self._sums()

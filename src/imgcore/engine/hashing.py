@@ -75,9 +75,14 @@ class LeafStream:
         self._buffer = bytearray()
         self._position = 0
 
+    @staticmethod
+    def leaf_nbytes(nbytes: int) -> int:
+        """Return the bytes of the leaves of so many bytes of a disk."""
+        return -(-nbytes // CHECKSUM_BLOCK_NBYTES) * CHECKSUM_NBYTES
+
     def leaves(self, start: int, end: int) -> memoryview:
         """Return the memory for the leaves of a batch, the same for every batch."""
-        nbytes = -(-(end - start) // CHECKSUM_BLOCK_NBYTES) * CHECKSUM_NBYTES
+        nbytes = self.leaf_nbytes(end - start)
         if len(self._buffer) < nbytes:
             self._buffer = bytearray(nbytes)
         return memoryview(self._buffer)[:nbytes]

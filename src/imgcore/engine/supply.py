@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from imgcore._core import File
     from imgcore.engine.extents import Extents
@@ -32,8 +32,12 @@ class Supply(NamedTuple):
     ``native_sources`` are the files that extents refer to by index (file, size, guest
     base, block size); ``paths`` are their names.  A batch stays valid until the second
     batch after it is taken.
+
+    ``find_end``, if it is there, is called when a disk of unknown size has been read as
+    far as it goes: the source's size is known then, or it raises.
     """
 
     paths: list[str]
     native_sources: list[tuple[File, int, int, int]]
     batches: Iterator[Batch]
+    find_end: Callable[[], None] | None = None

@@ -57,6 +57,13 @@ class Origin(Protocol):
         """
         ...
 
+    def open_core(self, head: bytes, *, open_ended: bool, tail_nbytes: int) -> File | None:
+        """Return what the engine reads instead of `readinto`; None if it cannot.
+
+        The parameters are those of `File.from_stream`.
+        """
+        ...
+
     def cancel(self) -> bool:
         """End a read that waits, and all later ones, with ConversionCancelled.
 
@@ -280,6 +287,30 @@ class StreamInput(Closable):
                 raise ValueError(f"{self.path}: the stream's start is gone")
             self._to_keep = nbytes
 
+    # -- bytes that the engine takes ---------------------------------------------------
+
+    def open_core(self, *, open_ended: bool, tail_nbytes: int = 0) -> File | None:
+        """Return what the engine reads the stream by, from its first byte on.
+
+        Nothing else reads until `resume` is called, and the caller closes it.  It is
+        None if the bytes come from an object, or are decompressed.
+
+        Parameters
+        ----------
+        open_ended, tail_nbytes
+            As for `File.from_stream`.
+        """
+        assert not self.position, "bytes were taken"
+        head = bytes(self._ahead)
+        with named_errors(self.path):
+            return self._origin.open_core(head, open_ended=open_ended, tail_nbytes=tail_nbytes)
+
+    def resume(self, core: File) -> None:
+        """Go on where the engine has stopped; its job has ended."""
+        self.position = core.stream_position
+        self._ahead[:] = core.stream_rest()
+        self._has_ended = core.stream_end is not None
+
     # -- the origin --------------------------------------------------------------------
 
     def cancel(self) -> bool:
@@ -462,6 +493,14 @@ class _Descriptor:
             with suppress(BlockingIOError):
                 return os.readv(self._fd, [view])
 
+    def open_core(self, head: bytes, *, open_ended: bool, tail_nbytes: int) -> File:
+        from imgcore._core import CoreError, File
+
+        try:
+            return File.from_stream(self._fd, head, open_ended=open_ended, tail_nbytes=tail_nbytes)
+        except CoreError as error:
+            raise OSError(error.os_errno, os.strerror(error.os_errno)) from error
+
     def cancel(self) -> bool:
         with suppress(OSError, ValueError):
             os.eventfd_write(self._wake, 1)
@@ -515,6 +554,9 @@ class _Object:
             if octets.nbytes <= len(view):
                 view[: octets.nbytes] = octets
             return octets.nbytes
+
+    def open_core(self, head: bytes, *, open_ended: bool, tail_nbytes: int) -> None:
+        return None
 
     def cancel(self) -> bool:
         self._cancelled.set()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import TYPE_CHECKING, Final
 
-from imgcore.errors import CorruptImageError
+from imgcore.errors import CorruptImageError, LimitExceededError
 from imgcore.files.stream_input import StreamInput
 from imgcore.streams.feeder import MIN_BUFFERS, filled
 from imgcore.streams.gzip import GzipDecoder, is_gzip
@@ -19,6 +19,7 @@ from imgcore.streams.zstd import FramesInput, ZstdDecoder, is_zstd
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
+    from imgcore._core import File
     from imgcore.files.identity import Identity
     from imgcore.streams.decoder import Decoder
 
@@ -33,6 +34,15 @@ _TESTS: Final = {"zstd": is_zstd, "gzip": is_gzip, "xz": is_xz}
 def codec_of(head: bytes) -> str | None:
     """Return the codec of a stream that begins so; None if it is not compressed."""
     return next((name for name, test in _TESTS.items() if test(head)), None)
+
+
+def too_long(nbytes: int, path: str) -> LimitExceededError:
+    """Return the error for a disk of unknown size that the target has no room for."""
+    return LimitExceededError(
+        f"holds more than {nbytes} bytes, the most that the target has room for if the size is "
+        "not known from the start: give it (--size)",
+        path=path,
+    )
 
 
 def decoded(source: StreamInput, codec: str) -> StreamInput:
@@ -50,6 +60,9 @@ class _Decoded:
 
     def readinto(self, view: memoryview, _tick: Callable[[], None] | None, /) -> int:
         return self._decoder.fill(view)
+
+    def open_core(self, head: bytes, *, open_ended: bool, tail_nbytes: int) -> None:
+        return None
 
     def cancel(self) -> bool:
         return self._source.cancel()
@@ -76,6 +89,9 @@ class _WithoutTail:
         if self._has_tail(view[:n]):
             return n
         return n + len(self._source.peek(self._tail_nbytes)) - self._tail_nbytes
+
+    def open_core(self, head: bytes, *, open_ended: bool, tail_nbytes: int) -> None:
+        return None
 
     def _has_tail(self, taken: memoryview | bytes) -> bool:
         ahead = self._source.peek(self._tail_nbytes)
@@ -131,10 +147,6 @@ class OnceReader:
         self._stated = nbytes
         self._tail_nbytes = tail_nbytes
         self._disk = source if codec is None else decoded(source, codec)
-        self._before: _WithoutTail | None = None
-        if nbytes is None and tail_nbytes:
-            self._before = _WithoutTail(self._disk, tail_nbytes)
-            self._disk = StreamInput(self._before, source.path, source)
         self._has_ended = False
 
     @property
@@ -143,8 +155,69 @@ class OnceReader:
         return self.file.path
 
     def head(self, nbytes: int) -> bytes:
-        """Return the disk's first bytes, fewer if it is smaller; they are not lost."""
+        """Return the first bytes, fewer if there are no more; they are not lost."""
         return self._disk.peek(nbytes)
+
+    # -- bytes for the engine ----------------------------------------------------------
+
+    def open_core(self) -> File | None:
+        """Return what the engine reads the disk by, from its first byte on.
+
+        It is None if only Python can read it.  Otherwise the caller calls `find_end` if
+        the size is not known, and `finish` after the last byte, and closes it.
+        """
+        if self.codec is not None:
+            return None
+        is_open = self._stated is None
+        tail_nbytes = self._tail_nbytes if is_open else 0
+        return self.file.open_core(open_ended=is_open, tail_nbytes=tail_nbytes)
+
+    def find_end(self, core: File) -> None:
+        """Set the size of the disk, of which the engine has read all that it can.
+
+        Raises
+        ------
+        CorruptImageError
+            The stream is empty.
+        LimitExceededError
+            It goes on.
+        """
+        end = core.stream_end
+        if end is None:
+            end = core.stream_position
+            self.file.resume(core)
+            if len(self.file.peek(self._tail_nbytes + 1)) > self._tail_nbytes:
+                raise too_long(end, self.path)
+        self._require_bytes(end)
+        self.nbytes = end
+
+    def finish(self, core: File) -> None:
+        """Verify what follows the disk, of which the engine has read all."""
+        if core.stream_end is None:
+            self.file.resume(core)
+        if self._stated is None:
+            self.tail = core.stream_rest()
+        else:
+            self._end()
+
+    def refuse_short(self, core: File) -> None:
+        """Raise CorruptImageError if the stream is shorter than was stated."""
+        if self._stated is not None and core.stream_end is not None:
+            raise self._short(core.stream_end)
+
+    def _short(self, end: int) -> CorruptImageError:
+        return CorruptImageError(
+            f"the stream ends after {end} bytes of the disk, whose size is stated as "
+            f"{self._stated}",
+            path=self.path,
+            offset=end,
+        )
+
+    def _require_bytes(self, end: int) -> None:
+        if not end and self.codec is None and self._stated is None:
+            raise CorruptImageError("the stream is empty", path=self.path)
+
+    # -- bytes in buffers --------------------------------------------------------------
 
     def chunks(self, chunk_nbytes: int) -> Generator[memoryview, None, None]:
         """Yield the disk's content in order.
@@ -167,7 +240,10 @@ class OnceReader:
             The stream is broken, shorter than the size that was given, or goes on after
             it with other bytes than zeros.
         """
-        total = 0
+        total, before = 0, None
+        if self._stated is None and self._tail_nbytes:
+            before = _WithoutTail(self._disk, self._tail_nbytes)
+            self._disk = StreamInput(before, self.path, self.file)
         feed = filled(self._fill, buffers, tick=self.file.on_wait, cancel=self._disk.cancel)
         with closing(feed) as chunks:
             for number, n in chunks:
@@ -176,10 +252,9 @@ class OnceReader:
                     self.nbytes = total
                 yield number, n
         self.nbytes = total
-        if not total and self.codec is None and self._stated is None:
-            raise CorruptImageError("the stream is empty", path=self.path)
-        if self._before is not None:
-            self.tail = self._before.tail
+        self._require_bytes(total)
+        if before is not None:
+            self.tail = before.tail
 
     def _fill(self, view: memoryview) -> int:
         if self._stated is None:
@@ -190,12 +265,7 @@ class OnceReader:
         wanted = view[:left]
         n = self._disk.readinto(wanted)
         if n < len(wanted):
-            raise CorruptImageError(
-                f"the stream ends after {self._disk.position} bytes of the disk, whose size is "
-                f"stated as {self._stated}",
-                path=self.path,
-                offset=self._disk.position,
-            )
+            raise self._short(self._disk.position)
         if n == left:
             self._end()
         return n
