@@ -388,7 +388,10 @@ static size_t count_neighbours(const struct fill *fill, const struct imgc_extent
 	return count;
 }
 
-/* Reads neighbouring compressed rows and decompresses them.  *n_taken says how many. */
+/*
+ * Reads neighbouring compressed rows and decompresses them.  *n_taken says how many.  What
+ * is in memory is used where it is.
+ */
 static int fill_compressed(struct fill *fill, const struct imgc_extent *rows, size_t n,
 			   size_t *n_taken, struct imgc_error *err)
 {
@@ -396,7 +399,8 @@ static int fill_compressed(struct fill *fill, const struct imgc_extent *rows, si
 	uint64_t start = rows[0].host_offset, end;
 	size_t count = count_neighbours(fill, rows, n, &end);
 	struct imgc_io_request request = {start, reader->compressed, end - start};
-	int status = read_retrying(reader, rows[0].file, &request, 1, err);
+	const uint8_t *in = imgc_file_borrow(reader->files[rows[0].file].file, start, end - start);
+	int status = in ? IMGC_OK : read_retrying(reader, rows[0].file, &request, 1, err);
 
 	*n_taken = count;
 	if (status == IMGC_IO && reader->salvage)
@@ -406,7 +410,8 @@ static int fill_compressed(struct fill *fill, const struct imgc_extent *rows, si
 	reader->bytes_read += request.length;
 	for (size_t i = 0; i < count; i++) {
 		status = take_row(fill, &rows[i],
-				  reader->compressed + (rows[i].host_offset - start), err);
+				  (in ? in : reader->compressed) + (rows[i].host_offset - start),
+				  err);
 		if (status)
 			return status;
 	}

@@ -66,6 +66,11 @@ uint64_t imgc_file_read_now(struct imgc_file *file, uint64_t offset, void *buffe
 	return file->ops->read_now ? file->ops->read_now(file, offset, buffer, length) : 0;
 }
 
+const void *imgc_file_borrow(const struct imgc_file *file, uint64_t offset, uint64_t length)
+{
+	return file->ops->borrow ? file->ops->borrow(file, offset, length) : NULL;
+}
+
 void imgc_file_will_need(struct imgc_file *file, uint64_t offset, uint64_t length)
 {
 	if (file->ops->will_need)

@@ -67,6 +67,14 @@ struct imgc_file_ops {
 			     uint64_t length);
 
 	/*
+	 * The bytes of [offset, offset + length) where they are, which stay as long as the
+	 * file; NULL if that is beyond its end.
+	 *
+	 * NULL: files of this kind have no bytes in memory.
+	 */
+	const void *(*borrow)(const struct imgc_file *file, uint64_t offset, uint64_t length);
+
+	/*
 	 * [offset, offset + length) will be read soon: the system may start to fetch it.
 	 * Does not wait for the bytes, but maybe until the device takes more requests.
 	 * There is no error to report.
@@ -201,6 +209,7 @@ void imgc_io_context_destroy(struct imgc_io_context *ctx);
 int imgc_file_read(struct imgc_file *file, struct imgc_io_context *ctx,
 		   const struct imgc_io_request *requests, size_t n, struct imgc_error *err);
 uint64_t imgc_file_read_now(struct imgc_file *file, uint64_t offset, void *buffer, uint64_t length);
+const void *imgc_file_borrow(const struct imgc_file *file, uint64_t offset, uint64_t length);
 void imgc_file_will_need(struct imgc_file *file, uint64_t offset, uint64_t length);
 int imgc_file_write(struct imgc_file *file, const struct iovec *iov, int n_iov, uint64_t offset,
 		    struct imgc_error *err);

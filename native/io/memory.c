@@ -32,6 +32,13 @@ static int memory_read(struct imgc_file *base, struct imgc_io_context *ctx,
 	return IMGC_OK;
 }
 
+static const void *memory_borrow(const struct imgc_file *base, uint64_t offset, uint64_t length)
+{
+	const struct memory_file *file = (const struct memory_file *)base;
+
+	return imgc_range_inside(offset, length, file->nbytes) ? file->data + offset : NULL;
+}
+
 static int memory_write(struct imgc_file *base, const struct iovec *iov, int n_iov, uint64_t offset,
 			struct imgc_error *err)
 {
@@ -89,6 +96,7 @@ static void memory_close(struct imgc_file *base)
 
 static const struct imgc_file_ops memory_file_ops = {
 	.read = memory_read,
+	.borrow = memory_borrow,
 	.write = memory_write,
 	.zero = memory_zero,
 	.sync = memory_sync,

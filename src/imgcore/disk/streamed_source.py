@@ -206,6 +206,7 @@ class StreamedSource:
             max_nbytes=min(geometry.max_batch_nbytes, max(unit, _BATCH_NBYTES // unit * unit)),
             disk_end=end,
             skip_empty=geometry.zero_policy is ZeroPolicy.SKIP,
+            gap_nbytes=_BATCH_NBYTES,
         )
         n_sources = len(self._reader.sources)
         for batch in batches:

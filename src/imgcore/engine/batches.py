@@ -16,7 +16,13 @@ if TYPE_CHECKING:
 
 
 def cut_batches(
-    extents: Iterator[Extents], *, unit: int, max_nbytes: int, disk_end: int, skip_empty: bool
+    extents: Iterator[Extents],
+    *,
+    unit: int,
+    max_nbytes: int,
+    disk_end: int,
+    skip_empty: bool,
+    gap_nbytes: int = 0,
 ) -> Iterator[Batch]:
     """Yield batches that start and end at multiples of ``unit``, or at the disk's end.
 
@@ -33,6 +39,8 @@ def cut_batches(
         Bytes.
     skip_empty : bool
         Leave out units without data: the target already reads as zeros there.
+    gap_nbytes : int
+        The least bytes that are left out; more if that takes too many batches.
 
     Yields
     ------
@@ -52,36 +60,40 @@ def cut_batches(
         if end < disk_end and end - start < max_nbytes and n_rows < MAX_BATCH_ROWS // 2:
             continue
         until = end if end == disk_end else end - end % unit
+        if until < disk_end and until - start > max_nbytes:
+            until -= (until - start) % max_nbytes
         if until > start:
             joined = np.concatenate(pending) if len(pending) > 1 else pending[0]
-            yield from _split(clip(joined, start, until), unit, max_nbytes, skip_empty)
+            kept = clip(joined, start, until)
+            # The engine itself steps over shorter rows, which costs less than further
+            # batches.
+            least = max(max_nbytes // 16, 2 * unit, gap_nbytes) if skip_empty else None
+            yield from _split(kept, unit, max_nbytes, least)
             pending = [clip(joined, until, end)] if until < end else []
             n_rows = len(pending[0]) if pending else 0
             start = until
 
 
-def _split(rows: Extents, unit: int, max_nbytes: int, skip_empty: bool) -> Iterator[Batch]:
+def _split(rows: Extents, unit: int, max_nbytes: int, least_nbytes: int | None) -> Iterator[Batch]:
     """Yield a gap-free array in pieces of at most ``max_nbytes``.
 
-    With ``skip_empty``, long empty ranges are left out.
+    Empty ranges of ``least_nbytes`` are left out; None: none are.
     """
     start = int(rows["guest_offset"][0])
     end = _end(rows)
-    for first, last in _filled_ranges(rows, start, end, unit, max_nbytes, skip_empty):
+    for first, last in _filled_ranges(rows, start, end, unit, least_nbytes):
         for at in range(first, last, max_nbytes):
             until = min(at + max_nbytes, last)
             yield Batch(at, until, np.ascontiguousarray(clip(rows, at, until)))
 
 
 def _filled_ranges(
-    rows: Extents, start: int, end: int, unit: int, max_nbytes: int, skip_empty: bool
+    rows: Extents, start: int, end: int, unit: int, least_nbytes: int | None
 ) -> Iterator[tuple[int, int]]:
     """Yield the ranges between long empty rows."""
-    if not skip_empty:
+    if least_nbytes is None:
         yield start, end
         return
-    # The engine itself steps over shorter rows, which costs less than further batches.
-    least_nbytes = max(max_nbytes // 16, 2 * unit)
     long = (rows["kind"] <= Kind.ZERO) & (rows["length"] >= np.uint64(least_nbytes))
     for row in rows[long]:
         empty_from = int(row["guest_offset"])
