@@ -1,19 +1,26 @@
-"""What ``convert --source-cache=drop --target-cache=drop`` costs, and what it leaves.
+"""What the modes of ``--source-cache`` and ``--target-cache`` cost and leave.
 
-``python -m benchmarks.bench_page_cache [MIB [ROUNDS]]`` needs root: source and target
-are on ext4, on a loop device over a file on a tmpfs, so that no medium is measured.
+``python -m benchmarks.bench_page_cache [MIB [ROUNDS [FILE_SYSTEM ...]]]`` needs root:
+source and target are on ext4, or on other file systems, on a loop device over a file on
+a tmpfs, so that no medium is measured.  ``tmpfs`` itself has no loop device.
+
+``python -m benchmarks.bench_page_cache table`` measures all file systems with sizes
+from 64 MiB to 4 GiB, and writes results/page_cache.json, from which ``auto`` follows.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from tests.helpers.images import MIB, noise
 from tests.helpers.mounts import make_file_system, mounted
@@ -21,6 +28,16 @@ from tests.helpers.mounts import make_file_system, mounted
 import imgcore
 
 _FORMATS: Final = ("raw", "qcow2")
+_MODES: Final = ("keep", "drop", "direct")
+_FILE_SYSTEMS: Final = ("ext4", "xfs", "btrfs", "tmpfs")
+_TABLE_MIB: Final = (64, 512, 2048, 4096)
+_RESULTS: Final = Path(__file__).parent / "results" / "page_cache.json"
+
+
+class _Run(NamedTuple):
+    seconds: float
+    cpu_seconds: float
+    left_nbytes: int
 
 
 def _cached_nbytes(path: Path) -> int:
@@ -34,46 +51,91 @@ def _forget(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _run(source: Path, target: Path, mode: str) -> tuple[float, int]:
-    """Return the seconds of a conversion, and the bytes that it leaves in the cache."""
+def _run(source: Path, target: Path, mode: str) -> _Run:
     target.unlink(missing_ok=True)
     _forget(source)
     os.sync()
-    started = time.monotonic()
-    imgcore.convert(source, target, source_cache=mode, target_cache=mode)
-    seconds = time.monotonic() - started
-    return seconds, _cached_nbytes(source) + _cached_nbytes(target)
+    started, before = time.monotonic(), os.times()
+    imgcore.convert(source, target, source_cache=mode, target_cache=mode, reflink=False)
+    seconds, after = time.monotonic() - started, os.times()
+    cpu_seconds = after.user + after.system - before.user - before.system
+    return _Run(seconds, cpu_seconds, _cached_nbytes(source) + _cached_nbytes(target))
 
 
-def _measure(folder: Path, nbytes: int, rounds: int) -> None:
+def _measure(folder: Path, nbytes: int, rounds: int) -> Iterator[dict[str, object]]:
+    """Give a row for each format and mode; ratios are of neighbouring runs."""
     source, part = folder / "source.raw", noise(64 * MIB)
     with source.open("wb") as file:
         for offset in range(0, nbytes, len(part)):
             file.write(part[: nbytes - offset])
     for name in _FORMATS:
         target = folder / f"target.{name}"
-        pairs = [[_run(source, target, mode) for mode in ("keep", "drop")] for _ in range(rounds)]
+        found = [{mode: _run(source, target, mode) for mode in _MODES} for _ in range(rounds)]
         target.unlink()
-        keep, drop = (statistics.median(pair[i][0] for pair in pairs) for i in (0, 1))
-        ratio = statistics.median(pair[1][0] / pair[0][0] for pair in pairs)
-        left = [max(pair[i][1] for pair in pairs) // 1024 for i in (0, 1)]
-        print(
-            f"raw to {name}: keep {keep:.2f} s, {left[0]} KiB left; drop {drop:.2f} s, "
-            f"{left[1]} KiB left; drop / keep {ratio:.2f}",
-            flush=True,
-        )
+        for mode in _MODES:
+            ratios = [one[mode].seconds / one["keep"].seconds for one in found]
+            yield {
+                "format": name,
+                "mode": mode,
+                "seconds": round(statistics.median(one[mode].seconds for one in found), 3),
+                "cpu_seconds": round(statistics.median(one[mode].cpu_seconds for one in found), 3),
+                "of_keep": round(statistics.median(ratios), 2),
+                "left_kib": max(one[mode].left_nbytes for one in found) // 1024,
+            }
+    source.unlink()
+
+
+@contextmanager
+def _place(kind: str, folder: Path, nbytes: int) -> Iterator[Path]:
+    """Give a folder on a new file system with room for two files of ``nbytes``."""
+    size = 2 * nbytes + nbytes // 8 + 512 * MIB
+    with mounted("tmpfs", folder / "tmpfs", "-t", "tmpfs", "-o", f"size={size}") as memory:
+        if kind == "tmpfs":
+            yield memory
+            return
+        image = make_file_system(kind, memory / "image", size)
+        with mounted(image, folder / kind, "-o", "loop") as top:
+            yield top
+
+
+def _rows(kind: str, mib: int, rounds: int) -> Iterator[dict[str, object]]:
+    nbytes = mib * MIB
+    with (
+        tempfile.TemporaryDirectory(prefix="imgcore-bench-") as name,
+        _place(kind, Path(name), nbytes) as folder,
+    ):
+        for row in _measure(folder, nbytes, rounds):
+            print(
+                f"{kind}, {mib} MiB, raw to {row['format']}: {row['mode']} "
+                f"{row['seconds']:.2f} s, {row['cpu_seconds']:.2f} s of CPU, "
+                f"{row['left_kib']} KiB left; / keep {row['of_keep']:.2f}",
+                flush=True,
+            )
+            yield {"file_system": kind, "mib": mib, **row}
+
+
+def _write_table() -> None:
+    rows = [
+        row
+        for mib in _TABLE_MIB
+        for kind in _FILE_SYSTEMS
+        for row in _rows(kind, mib, 7 if mib < 1024 else 3)
+    ]
+    head = {"kernel": os.uname().release, "cpus": os.cpu_count(), "load": os.getloadavg()[2]}
+    lines = ",\n  ".join(json.dumps(row) for row in rows)
+    _RESULTS.write_text(f'{{"machine": {json.dumps(head)}, "rows": [\n  {lines}\n]}}\n')
 
 
 def main(words: list[str]) -> None:
-    """Measure with a source of so many MiB, so often."""
-    nbytes = int(words[0]) * MIB if words else 4096 * MIB
+    """Measure with a source of so many MiB, so often; or make the table."""
+    if words == ["table"]:
+        _write_table()
+        return
+    mib = int(words[0]) if words else 4096
     rounds = int(words[1]) if words[1:] else 5
-    with tempfile.TemporaryDirectory(prefix="imgcore-bench-") as name:
-        folder, size = Path(name), 2 * nbytes + 512 * MIB
-        with mounted("tmpfs", folder / "tmpfs", "-t", "tmpfs", "-o", f"size={size}") as memory:
-            image = make_file_system("ext4", memory / "image", size)
-            with mounted(image, folder / "ext4", "-o", "loop") as top:
-                _measure(top, nbytes, rounds)
+    for kind in words[2:] or ["ext4"]:
+        for _ in _rows(kind, mib, rounds):
+            pass
 
 
 if __name__ == "__main__":

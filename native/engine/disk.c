@@ -131,7 +131,7 @@ int imgc_scratch_take(struct imgc_disk *disk, struct scratch **out, struct imgc_
 			status = imgc_decompressor_create(disk->inflate_variant,
 							  &scratch->decompressor);
 		if (!status)
-			status = imgc_io_context_create(disk->io_variant, &scratch->io);
+			status = imgc_io_context_create(disk->io_variant, false, &scratch->io);
 		if (status) {
 			scratch_destroy(scratch);
 			return imgc_fail_call(err, status, "disk");

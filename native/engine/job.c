@@ -11,6 +11,12 @@
 #include "common/error.h"
 
 #define WINDOW_NBYTES (512u * 1024)
+/*
+ * Of files that are read or written directly, as much as this is under way at once in all
+ * workers together, or waits for the writer.
+ */
+#define DIRECT_NBYTES (8u * 1024 * 1024)
+#define MAX_DIRECT_WINDOW_NBYTES (4u * 1024 * 1024)
 #define MAX_WINDOW_NBYTES (256u * 1024 * 1024)
 #define COMPRESSED_BUFFER_NBYTES (1024u * 1024)
 #define MIN_BLOCK_NBYTES 512u
@@ -91,15 +97,33 @@ static int check_options(const struct imgc_job_options *o, struct imgc_error *er
 	return IMGC_OK;
 }
 
+static bool reads_directly(const struct imgc_job_options *o)
+{
+	for (size_t i = 0; i < o->n_sources; i++)
+		if (o->sources[i].file->is_direct)
+			return true;
+	return false;
+}
+
+static uint64_t least_window(const struct imgc_job_options *o)
+{
+	if (o->window_nbytes)
+		return o->window_nbytes;
+	if (!reads_directly(o) && !(o->target && o->target->is_direct))
+		return WINDOW_NBYTES;
+	return imgc_max_u64(WINDOW_NBYTES,
+			    imgc_min_u64(MAX_DIRECT_WINDOW_NBYTES, DIRECT_NBYTES / o->n_threads));
+}
+
 /*
  * A window holds any block that is compressed, or compared with the base, as a whole.
  * So that a block need not be zeroed before it is written in parts, it also holds one
  * that replaces old bytes, if it is not too large.  Otherwise it is small enough for the
- * CPU's cache.
+ * CPU's cache, or large where files are direct.
  */
 static uint64_t choose_window(const struct imgc_job_options *o)
 {
-	uint64_t least = o->window_nbytes ? o->window_nbytes : WINDOW_NBYTES;
+	uint64_t least = least_window(o);
 	uint64_t window = PAGE_NBYTES;
 
 	for (size_t i = 0; i < o->n_sources; i++)
@@ -191,7 +215,7 @@ static int worker_create(struct imgc_job *job, struct worker *worker, struct cou
 	reader->stop = &job->stop;
 	reader->files = job->sources;
 	reader->salvage = o->salvage ? &job->salvage : NULL;
-	int status = imgc_io_context_create(o->io_variant, &reader->io);
+	int status = imgc_io_context_create(o->io_variant, reads_directly(o), &reader->io);
 
 	if (status == IMGC_OK && o->checksum)
 		status = imgc_digest_create(o->checksum, &worker->digest);

@@ -499,6 +499,20 @@ void imgc_file_refuse_writes(struct imgc_file *file);
  */
 int imgc_file_drop_behind(struct imgc_file *file, struct imgc_error *err);
 
+/* How many bytes were in the page cache at imgc_file_drop_behind(), as far as is known. */
+uint64_t imgc_file_kept_nbytes(const struct imgc_file *file);
+
+/*
+ * From now on, whole pages are read and written past the page cache, by a second
+ * descriptor of the same file, which is open with O_DIRECT in the same mode and stays the
+ * caller's.  Called before any other thread uses the file.  What is shorter still goes
+ * through the page cache, and so does everything that the file system refuses later.
+ *
+ * IMGC_UNSUPPORTED: the file system takes no such requests, the file is of another kind,
+ * or goes that way already.
+ */
+int imgc_file_go_direct(struct imgc_file *file, int direct_fd, struct imgc_error *err);
+
 /* The job ends: drops what is left of the file, while its descriptor is still open. */
 void imgc_file_drop_rest(struct imgc_file *file);
 
@@ -661,6 +675,9 @@ enum imgc_job_kind {
 /* The bits of a granule in imgc_batch.granules. */
 #define IMGC_GRANULE_DIFFERS 1u	 /* the two sides are not the same */
 #define IMGC_GRANULE_HAS_DATA 2u /* a byte of batch.extents is not zero there */
+
+/* As io_variant of a job: a ring for files that are read directly, else the default. */
+#define IMGC_IO_BY_FILES UINT32_MAX
 
 struct imgc_job_options {
 	uint32_t kind;	    /* enum imgc_job_kind */

@@ -169,6 +169,15 @@ int imgc_dropper_create(int fd, uint64_t nbytes, struct imgc_dropper **out, stru
 	return IMGC_OK;
 }
 
+uint64_t imgc_dropper_kept_nbytes(const struct imgc_dropper *dropper)
+{
+	uint64_t nbytes = 0;
+
+	for (size_t i = 0; i < dropper->n_kept; i++)
+		nbytes += dropper->kept[i].end - dropper->kept[i].start;
+	return nbytes;
+}
+
 /* ------------------------------------------------------------------- dropping */
 
 /* The first kept range that ends after `offset`. */

@@ -18,6 +18,9 @@ struct imgc_dropper;
  */
 int imgc_dropper_create(int fd, uint64_t nbytes, struct imgc_dropper **out, struct imgc_error *err);
 
+/* How many bytes were in the page cache when it was created, as far as is known. */
+uint64_t imgc_dropper_kept_nbytes(const struct imgc_dropper *dropper);
+
 /* [offset, offset + length) has been read, and is dropped soon. */
 void imgc_dropper_add_read(struct imgc_dropper *dropper, uint64_t offset, uint64_t length);
 

@@ -13,6 +13,7 @@
 
 #include "common/checked.h"
 #include "common/error.h"
+#include "io/direct.h"
 #include "io/drop.h"
 #include "io/fd.h"
 #include "io/uring.h"
@@ -35,6 +36,7 @@ struct fd_file {
 	_Atomic int zero_method;
 	_Atomic bool always_waits;    /* the file system refuses RWF_NOWAIT */
 	struct imgc_dropper *dropper; /* NULL: the page cache keeps everything */
+	struct imgc_direct *direct;   /* NULL: all goes through the page cache */
 };
 
 static const uint8_t zero_page[4096];
@@ -65,6 +67,8 @@ static int file_nbytes(const struct fd_file *file, uint64_t *nbytes, struct imgc
 static int read_requests(struct fd_file *file, struct imgc_io_context *ctx,
 			 const struct imgc_io_request *requests, size_t n, struct imgc_error *err)
 {
+	if (file->direct)
+		return imgc_direct_read(file->direct, ctx, requests, n, err);
 #ifdef IMGC_HAVE_URING
 	/* A single read gains nothing from a ring. */
 	if (ctx && n > 1)
@@ -96,7 +100,8 @@ static uint64_t file_read_now(struct imgc_file *base, uint64_t offset, void *buf
 {
 	struct fd_file *file = (struct fd_file *)base;
 
-	if (atomic_load_explicit(&file->always_waits, memory_order_relaxed) ||
+	/* What is not there would be read ahead, into the page cache. */
+	if (file->direct || atomic_load_explicit(&file->always_waits, memory_order_relaxed) ||
 	    !imgc_range_inside(offset, length, INT64_MAX))
 		return 0;
 	struct iovec iov = {buffer, (size_t)imgc_min_u64(length, NOW_MAX_NBYTES)};
@@ -111,7 +116,7 @@ static void file_will_need(struct imgc_file *base, uint64_t offset, uint64_t len
 {
 	struct fd_file *file = (struct fd_file *)base;
 
-	if (!imgc_range_inside(offset, length, INT64_MAX))
+	if (file->direct || !imgc_range_inside(offset, length, INT64_MAX))
 		return;
 	for (uint64_t done = 0; done < length; done += WILL_NEED_MAX_PIECE) {
 		uint64_t piece = imgc_min_u64(length - done, WILL_NEED_MAX_PIECE);
@@ -125,7 +130,8 @@ static int file_write(struct imgc_file *base, const struct iovec *iov, int n_iov
 {
 	struct fd_file *file = (struct fd_file *)base;
 	uint64_t nbytes = 0;
-	int status = imgc_fd_write(file->fd, iov, n_iov, offset, err);
+	int status = file->direct ? imgc_direct_write(file->direct, iov, n_iov, offset, err)
+				  : imgc_fd_write(file->fd, iov, n_iov, offset, err);
 
 	if (status || !file->dropper)
 		return status;
@@ -367,8 +373,11 @@ static uint64_t block_nbytes(const struct stat *st)
 
 static void file_close(struct imgc_file *base)
 {
-	imgc_dropper_destroy(((struct fd_file *)base)->dropper);
-	free(base);
+	struct fd_file *file = (struct fd_file *)base;
+
+	imgc_dropper_destroy(file->dropper);
+	imgc_direct_destroy(file->direct);
+	free(file);
 }
 
 static const struct imgc_file_ops fd_file_ops = {
@@ -425,6 +434,27 @@ int imgc_file_drop_behind(struct imgc_file *base, struct imgc_error *err)
 	int status = file_nbytes(file, &nbytes, err);
 
 	return status ? status : imgc_dropper_create(file->fd, nbytes, &file->dropper, err);
+}
+
+uint64_t imgc_file_kept_nbytes(const struct imgc_file *base)
+{
+	const struct fd_file *file = (const struct fd_file *)base;
+
+	if (base->ops != &fd_file_ops || !file->dropper)
+		return 0;
+	return imgc_dropper_kept_nbytes(file->dropper);
+}
+
+int imgc_file_go_direct(struct imgc_file *base, int direct_fd, struct imgc_error *err)
+{
+	struct fd_file *file = (struct fd_file *)base;
+	int status;
+
+	if (base->ops != &fd_file_ops || file->direct)
+		return imgc_fail_call(err, IMGC_UNSUPPORTED, "direct");
+	status = imgc_direct_create(direct_fd, file->fd, file->sector_nbytes, &file->direct, err);
+	base->is_direct = status == IMGC_OK;
+	return status;
 }
 
 void imgc_file_note_read(struct imgc_file *base, uint64_t offset, uint64_t length)

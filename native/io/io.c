@@ -29,9 +29,25 @@ const struct imgc_variant_table imgc_io_variants = {
 	.default_row = IO_PREAD,
 };
 
-int imgc_io_context_create(uint32_t io_variant, struct imgc_io_context **out)
+/* A ring if there is one: of requests that nothing reads ahead, many must be under way. */
+static int create_by_files(bool is_direct, struct imgc_io_context **out)
+{
+	int status = IMGC_UNSUPPORTED;
+
+	if (!is_direct)
+		return imgc_io_context_create((uint32_t)imgc_io_variants.default_row, false, out);
+	if (URING_BUILT)
+		status = imgc_io_context_create(IO_URING, true, out);
+	if (status != IMGC_UNSUPPORTED)
+		return status;
+	return imgc_io_context_create(IO_PREAD, true, out);
+}
+
+int imgc_io_context_create(uint32_t io_variant, bool is_direct, struct imgc_io_context **out)
 {
 	switch (io_variant) {
+	case IMGC_IO_BY_FILES:
+		return create_by_files(is_direct, out);
 	case IO_URING:
 #ifdef IMGC_HAVE_URING
 		return imgc_uring_context_create(out);

@@ -188,6 +188,11 @@ struct imgc_file {
 	 * with EAGAIN; the same read again goes on where it stopped.
 	 */
 	bool reads_wait;
+	/*
+	 * Nothing is read ahead and no writes are gathered: requests are better long, or
+	 * many at once.
+	 */
+	bool is_direct;
 	/* Reflinks consist of whole blocks of this size, a power of two; 0: none. */
 	uint64_t reflink_block_nbytes;
 	_Atomic bool is_written;     /* see imgc_file_take_written() */
@@ -195,11 +200,12 @@ struct imgc_file {
 };
 
 /*
- * One context per worker thread.  `io_variant` is an id of IMGC_OP_IO.  The plain
+ * One context per worker thread.  `io_variant` is an id of IMGC_OP_IO, or
+ * IMGC_IO_BY_FILES, where `is_direct` says whether a file is read directly.  The plain
  * variant needs no context and gives *out = NULL.  IMGC_UNSUPPORTED if the kernel
- * refuses a ring.  destroy(NULL) is allowed.
+ * refuses a ring that was asked for by its id.  destroy(NULL) is allowed.
  */
-int imgc_io_context_create(uint32_t io_variant, struct imgc_io_context **out);
+int imgc_io_context_create(uint32_t io_variant, bool is_direct, struct imgc_io_context **out);
 void imgc_io_context_destroy(struct imgc_io_context *ctx);
 
 /*

@@ -374,14 +374,14 @@ int main(void)
 
 		if (!variant_usable(IMGC_OP_IO, i, &variant))
 			continue;
-		CHECK_EQ(imgc_io_context_create(variant, &ctx), IMGC_OK);
+		CHECK_EQ(imgc_io_context_create(variant, false, &ctx), IMGC_OK);
 		test_reads(ctx);
 		test_non_blocking(ctx);
 		test_refused_by_the_system(ctx);
 		test_memory(ctx);
 		imgc_io_context_destroy(ctx);
 	}
-	CHECK_EQ(imgc_io_context_create(99, &ctx), IMGC_INVALID_ARGUMENT);
+	CHECK_EQ(imgc_io_context_create(99, false, &ctx), IMGC_INVALID_ARGUMENT);
 	imgc_io_context_destroy(NULL);
 	test_vectored_write();
 	test_zero_file();

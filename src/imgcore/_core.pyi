@@ -223,6 +223,10 @@ class File:
         """Write bytes; call ``tick`` about every 50 ms while no reader takes them."""
     def drop_behind(self) -> None:
         """From now on, drop from the page cache what is read or written."""
+    def kept_nbytes(self) -> int:
+        """Return how much was in the page cache at `drop_behind`, as is known."""
+    def go_direct(self, direct_fd: int) -> bool:
+        """Return whether whole pages go past the page cache now, by a second fd."""
     def drop_rest(self) -> None:
         """Drop what is left of the file, at the end of the job."""
     def note_read(self, offset: int, length: int) -> None:

@@ -512,6 +512,22 @@ cdef class File:
             status = n.imgc_file_drop_behind(handle, &err)
         check(status, &err)
 
+    def kept_nbytes(self):
+        """Return how much was in the page cache at `drop_behind`, as far as is known."""
+        return n.imgc_file_kept_nbytes(self.require())
+
+    def go_direct(self, int direct_fd):
+        """Return whether whole pages now go past the page cache, by a second descriptor."""
+        cdef n.imgc_file *handle = self.require()
+        cdef n.imgc_error err
+        cdef int status
+        with nogil:
+            status = n.imgc_file_go_direct(handle, direct_fd, &err)
+        if status == n.IMGC_UNSUPPORTED:
+            return False
+        check(status, &err)
+        return True
+
     def drop_rest(self):
         """Drop what is left of the file, at the end of the job."""
         cdef n.imgc_file *handle = self.require()
@@ -665,7 +681,8 @@ cdef class Job:
         options.window_nbytes = window_nbytes
         options.zero_variant = select(n.IMGC_OP_ZERO, chosen.pop("zero", None))
         options.inflate_variant = select(n.IMGC_OP_INFLATE, chosen.pop("inflate", None))
-        options.io_variant = select(n.IMGC_OP_IO, chosen.pop("io", None))
+        io = chosen.pop("io", None)
+        options.io_variant = n.IMGC_IO_BY_FILES if io is None else select(n.IMGC_OP_IO, io)
         chosen.pop("crc32c", None)
         if chosen:
             raise ValueError(f"no operation {next(iter(chosen))!r}")

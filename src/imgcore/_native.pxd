@@ -45,6 +45,7 @@ cdef extern from "imgc.h" nogil:
     const uint32_t IMGC_TARGET
     const uint32_t IMGC_MAX_BAD_RANGES
     const uint32_t IMGC_MAX_THREADS
+    const uint32_t IMGC_IO_BY_FILES
     const uint64_t IMGC_NO_DIFFERENCE
 
     struct imgc_error:
@@ -178,6 +179,8 @@ cdef extern from "imgc.h" nogil:
     int imgc_file_take_written(imgc_file *file)
     void imgc_file_refuse_writes(imgc_file *file)
     int imgc_file_drop_behind(imgc_file *file, imgc_error *err)
+    uint64_t imgc_file_kept_nbytes(const imgc_file *file)
+    int imgc_file_go_direct(imgc_file *file, int direct_fd, imgc_error *err)
     void imgc_file_drop_rest(imgc_file *file)
     void imgc_file_note_read(imgc_file *file, uint64_t offset, uint64_t length)
     int imgc_file_note_written(imgc_file *file, uint64_t offset, uint64_t length,

@@ -11,6 +11,7 @@ import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,12 +36,12 @@ FAULTS = [
 ]
 
 
-def visit(place: Place, calls: Calls, code: int, mode: Mode) -> list[str]:
+def visit(place: Place, calls: Calls, code: int, mode: Mode, **more: Any) -> list[str]:
     """Make each call fail in turn; return the states of the target."""
     states: list[str] = []
     for nth in range(1, 2000):
         place.reset()
-        answer = place.convert(arm=(calls, nth, code, mode))
+        answer = place.convert(arm=(calls, nth, code, mode), more=more)
         files = place.files()
         if not answer["hits"]:
             assert answer["outcome"] == "ok"
@@ -68,6 +69,46 @@ def test_every_call(
     states = visit(place(variant), *fault)
     if fault[0] in (Calls.WRITE, Calls.SYNC, Calls.RENAME, Calls.CREATE):
         assert states
+
+
+@pytest.mark.parametrize("cache", ["drop", "direct"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        (Calls.WRITE, errno.ENOSPC, Mode.FAIL_ON),
+        (Calls.WRITE, errno.EIO, Mode.FAIL_ONCE),
+        (Calls.SYNC, errno.EIO, Mode.FAIL_ONCE),
+        (Calls.OPEN, errno.EMFILE, Mode.FAIL_ONCE),
+    ],
+    ids=lambda f: f"{f[0].name}-{errno.errorcode[f[1]]}",
+)
+@pytest.mark.parametrize("variant", params())
+def test_every_call_past_the_page_cache(
+    variant: Variant,
+    fault: tuple[Calls, int, Mode],
+    cache: str,
+    place: Callable[[Variant], Place],
+) -> None:
+    assert visit(place(variant), *fault, source_cache=cache, target_cache=cache)
+
+
+@pytest.mark.parametrize("variant", params())
+def test_refused_direct_requests(variant: Variant, place: Callable[[Variant], Place]) -> None:
+    """From whichever write on they are refused, the image is complete."""
+    here = place(variant)
+    for nth in range(1, 2000):
+        here.reset()
+        answer = here.convert(
+            arm=(Calls.WRITE, nth, errno.EINVAL, Mode.FAIL_ONCE), more={"target_cache": "direct"}
+        )
+        if not answer["hits"]:
+            assert nth > 1
+            return
+        if answer["outcome"] == "ok":
+            assert here.state(here.files()) == "new"
+        else:
+            assert answer["errno"] == errno.EINVAL
+    raise AssertionError("no end of the calls")
 
 
 @pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSPC])

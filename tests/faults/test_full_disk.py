@@ -35,8 +35,9 @@ def small(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
             yield stack.enter_context(mounted("tmpfs", folder, "-t", "tmpfs", "-o", "size=12m"))
 
 
+@pytest.mark.parametrize("cache", ["keep", "direct"])
 @pytest.mark.parametrize("variant", params())
-def test_full(variant: Variant, small: Path, tmp_path: Path) -> None:
+def test_full(variant: Variant, cache: str, small: Path, tmp_path: Path) -> None:
     source, target = tmp_path / "source.raw", small / f"disk{variant.suffix}"
     DISK.write(source)
     roomy = tmp_path / f"roomy{variant.suffix}"
@@ -48,7 +49,7 @@ def test_full(variant: Variant, small: Path, tmp_path: Path) -> None:
         leave_free(small, free)
         names = sorted(os.listdir(small))
         try:
-            own_convert_over(source, target, variant)
+            own_convert_over(source, target, variant, cache)
         except OSError as error:
             assert error.errno == errno.ENOSPC, error
             assert str(target.parent) in str(error.filename)
@@ -58,11 +59,11 @@ def test_full(variant: Variant, small: Path, tmp_path: Path) -> None:
         assert sorted(os.listdir(small)) == names
     assert images.sha256(source) == before
     leave_free(small, need + 600 * KIB)
-    own_convert_over(source, target, variant)
+    own_convert_over(source, target, variant, cache)
     qemu.assert_same(source, target, source_format="raw", target_format=variant.format)
 
 
-def own_convert_over(source: Path, target: Path, variant: Variant) -> None:
+def own_convert_over(source: Path, target: Path, variant: Variant, cache: str) -> None:
     import imgcore as library
 
     library.convert(
@@ -74,6 +75,7 @@ def own_convert_over(source: Path, target: Path, variant: Variant) -> None:
         compress=variant.compress,
         force=True,
         threads=2,
+        target_cache=cache,
     )
 
 

@@ -319,8 +319,8 @@ def test_convert_passes_every_flag_on(run: RunMain, fake: Fake) -> None:
         "base": None,
         "size": None,
         "receipt": "r",
-        "source_cache": "keep",
-        "target_cache": "keep",
+        "source_cache": "direct",
+        "target_cache": "direct",
     }
     assert received["control"].rate == 50 << 20
 

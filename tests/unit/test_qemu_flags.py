@@ -275,8 +275,17 @@ def test_own_cache_modes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("imgcore.verbs.convert.convert", stand_in)
     assert run("convert -T drop --target-cache=keep d.raw o.raw").code == 0
     assert (received["source_cache"], received["target_cache"]) == ("drop", "keep")
-    assert run("convert -T none -t writeback d.raw o.raw").code == 0
-    assert (received["source_cache"], received["target_cache"]) == ("keep", "keep")
+    for word, mode in (
+        ("none", "direct"),
+        ("off", "direct"),
+        ("directsync", "direct"),
+        ("writeback", "keep"),
+        ("writethrough", "keep"),
+        ("unsafe", "keep"),
+        ("auto", "auto"),
+    ):
+        assert run(f"convert -T {word} -t {word} d.raw o.raw").code == 0
+        assert (received["source_cache"], received["target_cache"]) == (mode, mode)
     assert run("compare -T drop d.raw d.raw").code == 2
 
 

@@ -140,7 +140,9 @@ def verb(name: str, cls: type[Verb] = Verb) -> Callable[[Function], click.Comman
 # The names that QEMU gives to ways of caching; "off" is an old one of "none".
 CACHE_MODES: Final = ("none", "writeback", "writethrough", "directsync", "unsafe")
 # Our own, of verbs that have them.
-OWN_CACHE_MODES: Final = ("keep", "drop")
+OWN_CACHE_MODES: Final = ("keep", "drop", "direct", "auto")
+# QEMU opens a file with O_DIRECT for these.
+_DIRECT_CACHE_MODES: Final = ("none", "off", "directsync")
 
 
 def cache_option(*flags: str, help: str = "", keep: bool = False) -> Decorator:
@@ -164,6 +166,8 @@ def cache_option(*flags: str, help: str = "", keep: bool = False) -> Decorator:
 
 def own_cache_mode(value: str | None) -> str:
     """Return our mode for the value of such a flag."""
+    if value in _DIRECT_CACHE_MODES:
+        return "direct"
     return value if value in OWN_CACHE_MODES else "keep"
 
 

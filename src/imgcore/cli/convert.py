@@ -157,8 +157,9 @@ EXIT_SALVAGED: Final = 3
     "-t",
     "--target-cache",
     keep=True,
-    help="What of TARGET stays in the page cache: keep, or drop what this command has brought "
-    "there. Of qemu-img's modes, unsafe is --no-sync, the others are keep.  [default: keep]",
+    help="What of TARGET stays in the page cache: keep; drop what this command has brought there; "
+    "direct goes past it; auto decides by size and file system. Of qemu-img's modes, none and "
+    "directsync are direct, unsafe is --no-sync, the others are keep.  [default: keep]",
 )
 @cache_option(
     "-T",

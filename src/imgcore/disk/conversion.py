@@ -11,7 +11,7 @@ from imgcore.disk.target_format import refuse_other_name
 from imgcore.disk.target_parent import open_parent, parent_options
 from imgcore.engine.control import Run
 from imgcore.engine.progress import Tally
-from imgcore.files.host_file import use_page_cache
+from imgcore.files.host_file import stored_nbytes, use_page_cache
 from imgcore.files.page_cache import CacheMode
 from imgcore.files.stream_target import StreamTarget
 from imgcore.files.target import Target
@@ -157,7 +157,7 @@ def open_conversion(request: ConversionRequest, run: Run, stack: ExitStack) -> C
     tally = Tally(disk_nbytes, run.report)
     output, writing = _open_target(request, source, files, tally, stack)
     output.protect(files)
-    use_page_cache(files, request.source_cache)
+    use_page_cache(files, request.source_cache, _job_nbytes(files, disk_nbytes))
     if receipt is not None:
         receipt.protect(files)
     refuse_other_name(output.path, writing.format, flag="-O", profile=writing.profile)
@@ -169,6 +169,12 @@ def open_conversion(request: ConversionRequest, run: Run, stack: ExitStack) -> C
 
         read_back = ReadBack(output, writing, base, base_opening)
     return Conversion(run, source, files, output, writing, sink, tally, read_back, receipt)
+
+
+def _job_nbytes(files: Sequence[ByteSource], disk_nbytes: int) -> int:
+    """Return what the job reads, about; of a stream, at most the whole disk."""
+    nbytes = stored_nbytes(files)
+    return disk_nbytes if nbytes is None else nbytes
 
 
 def _new_receipt(request: ConversionRequest, stack: ExitStack) -> NewReceipt | None:
@@ -208,6 +214,7 @@ def _open_target(
         in_place_nbytes=source.virtual_size if writing.could_be_in_place else None,
         journal=journal,
         cache=request.target_cache,
+        job_nbytes=_job_nbytes(files, tally.total_nbytes),
     )
     stack.enter_context(output)
     if request.resuming is not None and journal is not None:

@@ -116,6 +116,12 @@ def give_up_in_children(fd: int) -> None:
     _given_up_by_children.add(fd)
 
 
+def share_fate(fd: int, other: int) -> None:
+    """Have forked children close a descriptor if they close ``other``."""
+    if other in _given_up_by_children:
+        give_up_in_children(fd)
+
+
 def close(fd: int) -> None:
     """Close a descriptor."""
     with _forking:

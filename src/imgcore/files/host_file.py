@@ -13,7 +13,15 @@ from imgcore.errors import (
     ImgcoreError,
 )
 from imgcore.files.closable import Closable
-from imgcore.files.descriptors import above_standard, close, duplicate, named_errors, open_file
+from imgcore.files.descriptors import (
+    above_standard,
+    close,
+    duplicate,
+    forks_held_back,
+    named_errors,
+    open_file,
+    share_fate,
+)
 from imgcore.files.given import OPEN_FLAGS, given_name, open_given
 from imgcore.files.identity import (
     Identity,
@@ -24,6 +32,7 @@ from imgcore.files.identity import (
 from imgcore.files.locks import ImageLock, refuse_image_being_written
 from imgcore.files.page_cache import CacheMode
 from imgcore.files.retry import READ_ERRORS, retrying
+from imgcore.log import log
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -68,6 +77,7 @@ class OpenFile(Closable):
         self.path = path
         self._core: File | None = None
         self._cache: CacheMode = CacheMode.KEEP
+        self._direct_fd = -1  # the same file, open with O_DIRECT
         super().__init__()
 
     @property
@@ -81,15 +91,65 @@ class OpenFile(Closable):
                     self._core = File.from_fd(self.fd)
             return self._core
 
-    def use_cache(self, mode: CacheMode) -> None:
-        """Set what stays in the page cache; called before the file is used by a job.
+    def use_cache(self, mode: CacheMode, job_nbytes: int = 0, *, quiet: bool = False) -> bool:
+        """Set how the page cache is used; called before the file is used by a job.
 
         Pages that are there already stay.
+
+        Parameters
+        ----------
+        mode : CacheMode
+        job_nbytes : int
+            What the job reads, about, which ``AUTO`` depends on.
+        quiet : bool
+            Do not warn if direct requests are not possible.
+
+        Returns
+        -------
+        bool
+            False if direct requests were asked for and are not possible.
         """
+        used, refusal = mode, None
         with self._in_use(), named_errors(self.path), system_errors():
-            if mode is CacheMode.DROP:
+            if mode in (CacheMode.AUTO, CacheMode.DIRECT):
+                used = mode.for_file(file_system_magic(self.fd), job_nbytes)
+            if used is not CacheMode.KEEP:
                 self.core.drop_behind()
-        self._cache = mode
+            if used is CacheMode.DIRECT and mode is CacheMode.AUTO and self._is_mostly_cached():
+                used = CacheMode.DROP
+            if used is CacheMode.DIRECT:
+                refusal = self._go_direct()
+        self._cache = used if refusal is None else CacheMode.DROP
+        is_refused = refusal is not None and mode is CacheMode.DIRECT
+        if is_refused and not quiet:
+            log.warning(
+                "%s: no direct requests are possible (%s): it goes through the page cache, "
+                "and is dropped from there",
+                self.path,
+                refusal,
+            )
+        return not is_refused
+
+    def _is_mostly_cached(self) -> bool:
+        return 2 * self.core.kept_nbytes() > self.allocated_nbytes > 0
+
+    def _go_direct(self) -> str | None:
+        """Open it once more, for direct requests; return why that is not possible."""
+        if self._direct_fd >= 0:
+            return None
+        mode = fcntl.fcntl(self.fd, fcntl.F_GETFL) & os.O_ACCMODE
+        try:
+            with forks_held_back():
+                fd = open_file(f"/proc/self/fd/{self.fd}", mode | os.O_DIRECT)
+                share_fate(fd, self.fd)
+        except OSError as error:
+            return error.strerror
+        is_same = file_identity(os.fstat(fd)) == file_identity(os.fstat(self.fd))
+        if not is_same or not self.core.go_direct(fd):
+            close(fd)
+            return "the file system has none"
+        self._direct_fd = fd
+        return None
 
     @property
     def keeps_cache(self) -> bool:
@@ -119,13 +179,15 @@ class OpenFile(Closable):
     def _free(self) -> None:
         core, self._core = self._core, None
         if core is not None:
-            if self._cache is CacheMode.DROP:
+            if self._cache is not CacheMode.KEEP:
                 core.drop_rest()
             core.close()
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            with named_errors(self.path):
-                close(fd)
+        opened = (self._direct_fd, self.fd)
+        self._direct_fd = self.fd = -1
+        with named_errors(self.path), contextlib.ExitStack() as stack:
+            for fd in opened:
+                if fd >= 0:
+                    stack.callback(close, fd)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.path!r}>"
@@ -368,7 +430,7 @@ class HostFile(OpenFile):
         try:
             with self._in_use():
                 found = retrying(read, READ_ERRORS)
-                if self._cache is CacheMode.DROP:
+                if self._cache is not CacheMode.KEEP:
                     self.core.note_read(offset, length)
                 return found
         except OSError as error:
@@ -451,8 +513,27 @@ def may_lend_pages(file: object) -> bool:
     return isinstance(file, HostFile) and not file.share and file.keeps_cache
 
 
-def use_page_cache(files: Iterable[object], mode: CacheMode) -> None:
-    """Set the mode of files that are read; streams have no page cache."""
+def stored_nbytes(files: Iterable[object]) -> int | None:
+    """Return what files have stored; None if a stream is among them."""
+    total = 0
     for file in files:
-        if isinstance(file, OpenFile) and mode is not CacheMode.KEEP:
-            file.use_cache(mode)
+        if not isinstance(file, HostFile):
+            return None
+        # A block device has no blocks of its own.
+        total += file.allocated_nbytes or file.nbytes
+    return total
+
+
+def use_page_cache(files: Iterable[object], mode: CacheMode, job_nbytes: int | None = None) -> None:
+    """Set the mode of files that are read; streams have no page cache.
+
+    The files are those of one job: it gets one warning.
+    """
+    if mode is CacheMode.KEEP:
+        return
+    files = list(files)
+    nbytes = stored_nbytes(files) if job_nbytes is None else job_nbytes
+    done = True
+    for file in files:
+        if isinstance(file, OpenFile):
+            done = file.use_cache(mode, nbytes or 0, quiet=not done) and done

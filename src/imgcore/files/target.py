@@ -58,6 +58,8 @@ class Target:
         `commit` removes it.
     cache : CacheMode
         What of the files stays in the page cache.
+    job_nbytes : int
+        What the job reads, about, which the mode may depend on.
 
     Attributes
     ----------
@@ -90,6 +92,7 @@ class Target:
         in_place_nbytes: int | None = None,
         journal: ResumeJournal | None = None,
         cache: CacheMode = CacheMode.KEEP,
+        job_nbytes: int = 0,
     ) -> None:
         self.path: str = os.fspath(path)
         self.force = force
@@ -100,6 +103,7 @@ class Target:
         self._in_place_nbytes = in_place_nbytes
         self._journal = journal
         self._cache = cache
+        self._job_nbytes = job_nbytes
         self.is_committed: bool = False
         self.late_error: OSError | ImgcoreError | None = None
         self._is_prepared = False
@@ -191,8 +195,12 @@ class Target:
                 if self._would_fit_in_place():
                     advice = "; -n (in_place=True) writes into the existing file"
                 self._main = self._folder.create(self._name, self._old, advice)
-            self._main.use_cache(self._cache)
+            self._use_cache(self._main)
         return self._main
+
+    def _use_cache(self, file: TargetFile) -> None:
+        if not file.use_cache(self._cache, self._job_nbytes):
+            self._cache = CacheMode.DROP  # of the other files as well: one warning is enough
 
     def _would_fit_in_place(self) -> bool:
         return (
@@ -226,7 +234,7 @@ class Target:
         restore_interrupted(os.path.dirname(self.path) or ".", name)
         file = self._folder.create(name, self._examine_companion(self._folder, name, path))
         self._companions.append(file)
-        file.use_cache(self._cache)
+        self._use_cache(file)
         return file
 
     def _examine_companion(

@@ -109,7 +109,7 @@ class TargetFile(OpenFile):
             self._note_written(offset, len(octets))
 
     def _note_written(self, offset: int, length: int) -> None:
-        if self._cache is CacheMode.DROP:
+        if self._cache is not CacheMode.KEEP:
             with system_errors():
                 self.core.note_written(offset, length)
 

@@ -254,11 +254,13 @@ def convert(
         verifies the target later.  It appears after the target, and an existing file is
         replaced only with ``force``.  ``checksum`` is ``"sha256"`` then if it is not
         given.
-    source_cache, target_cache : {"keep", "drop"}
-        What stays in the page cache of the files that are read, and of those that are
-        written.  ``"drop"`` takes out again what the conversion has brought in, so that
-        a large one does not push out what the host has there; what was cached before
-        stays.
+    source_cache, target_cache : {"keep", "drop", "direct", "auto"}
+        How the files that are read, and those that are written, use the page cache.
+        ``"drop"`` takes out again what the conversion has brought in, so that a large
+        one does not push out what the host has there; what was cached before stays.
+        ``"direct"`` goes past it where the file system can (``O_DIRECT``), and is
+        ``"drop"`` for the rest.  ``"auto"`` is ``"keep"`` for a job that is small for
+        the memory, and one of the two for others.
 
     Returns
     -------
