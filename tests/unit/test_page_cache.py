@@ -20,7 +20,7 @@ from tests.helpers.images import KIB, MIB, noise, text
 from tests.helpers.mounts import loop_device, make_file_system, mounted
 
 import imgcore
-from imgcore.disk import batch_journal, checkpoints
+from imgcore.disk import batch_pieces, checkpoints
 from imgcore.files import host_file, page_cache
 from imgcore.files.descriptors import open_file
 from imgcore.files.page_cache import CacheMode
@@ -354,7 +354,8 @@ def test_images_on_block_devices(raw: Path, tmp_path: Path, sector_nbytes: int, 
 def test_going_on_directly(raw: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A conversion that goes on has the same bytes, whichever way each part went."""
     monkeypatch.setattr(checkpoints, "_DUE_NBYTES", 0)
-    monkeypatch.setattr(batch_journal, "_MAX_DATA_NBYTES", 8 * MIB)
+    for name in ("_MIN_NBYTES", "_MAX_NBYTES"):
+        monkeypatch.setattr(batch_pieces, name, 8 * MIB)
     expected = folder / "expected.qcow2"
     imgcore.convert(raw, expected)
     modes = iter(["direct", "keep", "direct", "drop", "direct", "auto", *["direct"] * 20])
