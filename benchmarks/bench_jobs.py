@@ -19,6 +19,14 @@ MIB = 1 << 20
 N_JOBS = 50
 N_ROUNDS = 3
 DISK_NBYTES = 64 * MIB
+TARGETS = (
+    ("qcow2", False),
+    ("qcow2", True),
+    ("vmdk", True),
+    ("raw", False),
+    ("raw.zst", False),
+    ("raw.gz", False),
+)
 RATES = (20 * MIB, 100 * MIB, 400 * MIB)
 RATE_SECONDS = 10.0
 
@@ -75,7 +83,7 @@ def measure_jobs(folder: Path) -> None:
     print(f"{N_JOBS} conversions of {DISK_NBYTES // MIB} MiB, {os.cpu_count()} CPUs")
     print("| target | at once / one after another | threads | peak MiB |")
     print("|---|---|---|---|")
-    for suffix, compress in (("qcow2", False), ("qcow2", True), ("vmdk", True), ("raw", False)):
+    for suffix, compress in TARGETS:
         ratios, threads, peaks = [], [], []
         for _ in range(N_ROUNDS):
             alone = run(folder, "one after another", suffix, compress=compress)

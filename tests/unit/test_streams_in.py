@@ -462,3 +462,14 @@ class TestAdvice:
         size = len(DISK)
         imgcore.convert(io.BytesIO(stream), tmp_path / "a.raw", format="vhd", size=size)
         assert (tmp_path / "a.raw").read_bytes() == DISK
+
+
+@pytest.mark.parametrize("kind", [str, os.fsencode, Path])
+def test_the_name_of_a_pipe_is_any_kind_of_path(kind: Any, tmp_path: Path) -> None:
+    pipe, disk = tmp_path / "pipe", noise(MIB)
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(disk,), daemon=True)
+    writer.start()
+    imgcore.convert(kind(pipe), tmp_path / "o.raw", format="raw")
+    writer.join(30)
+    assert (tmp_path / "o.raw").read_bytes() == disk

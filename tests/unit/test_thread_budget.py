@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import threading
@@ -13,7 +14,7 @@ from tests.helpers.images import MIB, noise, text
 
 import imgcore
 from imgcore.engine import geometry, thread_budget
-from imgcore.engine.thread_budget import Lease, work_for
+from imgcore.engine.thread_budget import Lease, Turn, work_for
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +148,9 @@ def n_tasks() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
-@pytest.mark.parametrize("name", ["o.qcow2", "o.vmdk", "o.raw.gz", "o.tar.gz", "o.raw"])
+@pytest.mark.parametrize(
+    "name", ["o.qcow2", "o.vmdk", "o.raw.gz", "o.raw.zst", "o.tar.gz", "o.raw"]
+)
 def test_many_conversions_make_few_threads(
     name: str, tmp_path: Path, budget: thread_budget._Budget
 ) -> None:
@@ -176,9 +179,121 @@ def test_many_conversions_make_few_threads(
         thread.start()
     for thread in threads:
         thread.join()
-    # The first one may take all 8 that it asks for.
-    assert max(seen) <= before + 12 + 8
+    # The first one may take all 8 that it asks for.  A second zstd stream has one, too.
+    assert max(seen) <= before + 12 + 8 + name.endswith("zst")
     assert all(target.read_bytes() == alone.read_bytes() for target in targets)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "object"])
+def test_many_streams_make_few_threads(
+    kind: str, tmp_path: Path, budget: thread_budget._Budget
+) -> None:
+    """Those that find no thread left read on the calling one."""
+    budget.default = 2
+    disk = noise(2 * MIB) + text(2 * MIB)
+    is_pipe = kind == "pipe"
+    seen: list[int] = []
+    names = [tmp_path / f"o{number}.qcow2" for number in range(10)]
+    pipes = [tmp_path / f"pipe{number}" for number in range(len(names))] if is_pipe else []
+    for pipe in pipes:
+        os.mkfifo(pipe)
+    barrier = threading.Barrier(len(names))
+
+    def convert(number: int) -> None:
+        barrier.wait()
+        imgcore.convert(
+            pipes[number] if is_pipe else io.BytesIO(disk),
+            names[number],
+            format="raw",
+            sync=False,
+            progress=lambda _: seen.append(n_tasks()),
+        )
+
+    threads = [threading.Thread(target=pipe.write_bytes, args=(disk,)) for pipe in pipes]
+    threads += [threading.Thread(target=convert, args=(n,)) for n in range(len(names))]
+    before = n_tasks()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(seen) <= before + len(threads) + 4
+    for name in names:
+        imgcore.convert(name, name.with_suffix(".raw"))
+        assert name.with_suffix(".raw").read_bytes() == disk
+
+
+def test_a_stream_without_a_thread_is_cancelled(
+    tmp_path: Path, budget: thread_budget._Budget
+) -> None:
+    imgcore.set_thread_budget(1)
+    other = Lease(1)
+    assert other.take_spare()
+    os.mkfifo(tmp_path / "pipe")
+    control = imgcore.Control()
+    threading.Timer(0.2, control.cancel).start()
+    with (tmp_path / "pipe").open("r+b", buffering=0) as pipe:
+        pipe.write(noise(MIB)[: 48 * 1024])
+        with pytest.raises(imgcore.ConversionCancelled):
+            imgcore.convert(tmp_path / "pipe", tmp_path / "o.qcow2", format="raw", control=control)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+    other.close()
+
+
+# -- turns -----------------------------------------------------------------------------
+
+
+def test_turns_are_waited_for(budget: thread_budget._Budget) -> None:
+    budget.default = 2
+    first, second, third = (Turn(lambda: None) for _ in range(3))
+    with first:
+        entered = threading.Event()
+
+        def wait() -> None:
+            with third:
+                entered.set()
+
+        with second:
+            thread = threading.Thread(target=wait)
+            thread.start()
+            # As long as one of the others goes on.
+            for _ in range(30):
+                first.note()
+                assert not entered.wait(0.05)
+        assert entered.wait(20)
+        thread.join()
+    assert not list(budget.turns)
+
+
+def test_a_turn_is_taken_from_those_that_are_stuck(
+    budget: thread_budget._Budget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may wait for the one that waits for them, in a chain of pipes."""
+    monkeypatch.setattr(thread_budget, "_STUCK_SECONDS", 0.2)
+    budget.default = 1
+    ticks: list[int] = []
+    with Turn(lambda: None), Turn(lambda: ticks.append(1)):
+        assert ticks
+
+
+def test_a_job_that_waits_for_its_turn_is_cancelled(
+    tmp_path: Path, budget: thread_budget._Budget
+) -> None:
+    budget.default = 1
+    (tmp_path / "disk.raw").write_bytes(bytes(MIB))
+    control = imgcore.Control()
+    with Turn(lambda: None) as turn:
+        timer = threading.Timer(0.3, control.cancel)
+        timer.start()
+
+        def note(_: imgcore.Progress) -> None:
+            turn.note()
+
+        with pytest.raises(imgcore.ConversionCancelled):
+            imgcore.convert(
+                tmp_path / "disk.raw", tmp_path / "o.raw.zst", control=control, progress=note
+            )
+        timer.join()
+    assert [path.name for path in tmp_path.iterdir()] == ["disk.raw"]
 
 
 def test_a_conversion_gets_threads_when_others_end(

@@ -57,7 +57,7 @@ class ArchiveSink:
                 )
 
             def chunks(start: int, length: int) -> Iterator[memoryview]:
-                nbytes = piece_nbytes(limit)
+                nbytes = piece_nbytes(limit, lease.n_threads)
                 for piece in chunks_between(source, start, start + length, nbytes):
                     await_rate(limit, len(piece), count)
                     yield piece

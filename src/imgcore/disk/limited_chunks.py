@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from imgcore.disk.data_ranges import data_parts
-from imgcore.limits import CHUNK_NBYTES, KIB
+from imgcore.limits import CHUNK_NBYTES, KIB, MIB
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -15,11 +15,17 @@ if TYPE_CHECKING:
 
 # Small enough that a second at a low rate is not exceeded by much.
 _LIMITED_PIECE_NBYTES: Final = 512 * KIB
+# A thread that reads has so much of a piece.
+_THREAD_NBYTES: Final = 2 * MIB
 _MAX_PARTS: Final = 1 << 16
 
 
 def limited_chunks(
-    source: Source, limit: RateLimit | None, tick: Callable[[], None], start: int = 0
+    source: Source,
+    limit: RateLimit | None,
+    tick: Callable[[], None],
+    threads: int,
+    start: int = 0,
 ) -> Iterator[memoryview]:
     """Yield the bytes of a disk in order; what counts for the rate is its data.
 
@@ -30,11 +36,13 @@ def limited_chunks(
         None: the disk is read as fast as possible.
     tick : callable
         Called several times a second while the rate makes this wait.
+    threads : int
+        How many threads the job has.
     start : int
         Where to begin on the disk.
     """
     nbytes = source.exact_nbytes
-    pieces = chunks_between(source, start, nbytes, piece_nbytes(limit))
+    pieces = chunks_between(source, start, nbytes, piece_nbytes(limit, threads))
     if limit is None:
         yield from pieces
         return
@@ -74,9 +82,10 @@ def chunks_between(source: Source, start: int, end: int, piece_nbytes: int) -> I
             yield piece[skipped:]
 
 
-def piece_nbytes(limit: RateLimit | None) -> int:
-    """Return how many bytes to read at once."""
-    return CHUNK_NBYTES if limit is None else _LIMITED_PIECE_NBYTES
+def piece_nbytes(limit: RateLimit | None, threads: int) -> int:
+    """Return how many bytes to read at once: few where many jobs have one thread."""
+    at_most = CHUNK_NBYTES if limit is None else _LIMITED_PIECE_NBYTES
+    return min(threads * _THREAD_NBYTES, at_most)
 
 
 def await_rate(limit: RateLimit | None, nbytes: int, tick: Callable[[], None]) -> None:

@@ -163,7 +163,7 @@ def _first_member_digest(
         # Not the buffer above it, which would read on into the hole.
         reader.raw.seek(offset)
         position = offset + length
-        nbytes = piece_nbytes(limit)
+        nbytes = piece_nbytes(limit, threads=1)
         for left in range(length, 0, -nbytes):
             await_rate(limit, min(left, nbytes), tick)
             hasher.update(reader.raw.read(min(left, nbytes)))

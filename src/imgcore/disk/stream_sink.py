@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
 
 from imgcore.disk.encoded_content import Content, ContentWriter
 from imgcore.disk.limited_chunks import limited_chunks
-from imgcore.engine.thread_budget import Lease
+from imgcore.engine.thread_budget import Lease, Turn
 from imgcore.streams.codecs import CODECS
 
 if TYPE_CHECKING:
@@ -32,26 +33,33 @@ class StreamSink:
         self.disk_nbytes: int = source.exact_nbytes
         self._target = target
         self._source = source
-        self._encoder = CODECS[codec].encoder
+        self._codec = CODECS[codec]
         self._options = options
 
     def write(self, tally: Tally) -> tuple[BadRange, ...]:
         """Write the whole disk.  Unreadable data is an error, so no ranges are bad."""
         options, source = self._options, self._source
         nbytes = self.disk_nbytes if source.size_is_known else None
-        with (
-            Lease(options.threads) as lease,
-            self._encoder(self._target.main, nbytes, lease.n_threads) as encoder,
-        ):
+        turn = Turn(tally.repeat)
+        with ExitStack() as stack:
+            if self._codec.takes_turns:
+                stack.enter_context(turn)
+            lease = stack.enter_context(Lease(options.threads))
+            encoder = stack.enter_context(
+                self._codec.encoder(self._target.main, nbytes, lease.n_threads)
+            )
 
             def count() -> None:
+                turn.note()
                 done = writer.data_nbytes
                 tally.count(done, data=done, read=done, written=encoder.written_nbytes)
 
             content = Content(
                 header=b"",
                 parts=[(0, _ANY_NBYTES if nbytes is None else nbytes)],
-                chunks=lambda start, _: limited_chunks(source, options.limit, count, start),
+                chunks=lambda start, _: limited_chunks(
+                    source, options.limit, count, lease.n_threads, start
+                ),
                 end=lambda _: b"",
             )
             writer = ContentWriter(

@@ -42,8 +42,8 @@ _STDIN_NUMBER: Final = 0
 
 def is_streamed(source: object) -> bool:
     """Tell whether a source is read in order: ``-``, a pipe's name, an object."""
-    if isinstance(source, str | os.PathLike):
-        return source == STDIN or is_named_pipe(os.fspath(source))
+    if isinstance(source, str | bytes | os.PathLike):
+        return source == STDIN or is_named_pipe(os.fsdecode(source))
     # An image has bytes at offsets.
     return is_stream_object(source) and not isinstance(source, Image)
 
@@ -77,7 +77,9 @@ def open_stream(source: Any) -> StreamInput:
     """Open what `is_streamed`."""
     if source == STDIN:
         return stdin_stream()
-    return named_stream(source) if isinstance(source, str) else object_stream(source)
+    if isinstance(source, str | bytes | os.PathLike):
+        return named_stream(os.fsdecode(source))
+    return object_stream(source)
 
 
 @contextmanager

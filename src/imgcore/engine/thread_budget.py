@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Self
 from weakref import WeakSet
 
@@ -17,6 +19,12 @@ from imgcore.limits import MAX_THREADS
 
 if TYPE_CHECKING:
     from typing import SupportsIndex
+
+
+# How often a job that waits for its turn calls its ``tick``, and how long it waits if
+# none of those before it goes on: they may wait for this one.
+_TICK_SECONDS: Final = 0.05
+_STUCK_SECONDS: Final = 1.0
 
 
 class _Owner(threading.local):
@@ -32,8 +40,7 @@ class _Budget:
         self.stated: int | None = None
         self.default: int | None = None
         # A signal handler may read from an image while its thread is in here.
-        self.lock = threading.RLock()
-        self.leases: WeakSet[Lease] = WeakSet()
+        self.begin_child()
 
     @property
     def total(self) -> int:
@@ -63,7 +70,11 @@ class _Budget:
     def begin_child(self) -> None:
         """Forget, in a forked child, the jobs and the lock of the parent."""
         self.lock = threading.RLock()
-        self.leases = WeakSet()
+        self.leases: WeakSet[Lease] = WeakSet()
+        self.turn_ended = threading.Condition(self.lock)
+        self.turns: WeakSet[Turn] = WeakSet()
+        self.spares: WeakSet[Lease] = WeakSet()
+        self.n_steps = 0
 
 
 class Lease:
@@ -98,17 +109,75 @@ class Lease:
             _budget.leases.add(self)
             return self.n_threads
 
+    def take_spare(self) -> bool:
+        """Take one thread more that mostly waits for others; False if there is none.
+
+        Beside the threads that work, the budget has as many of these.
+        """
+        with _budget.lock:
+            if len(_budget.spares) < _budget.total:
+                _budget.spares.add(self)
+            return self in _budget.spares
+
     def close(self) -> None:
         """Give all threads back."""
         with _budget.lock:
             self.n_threads = 0
             _budget.leases.discard(self)
+            _budget.spares.discard(self)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Turn:
+    """A turn among jobs that need threads besides their own, and much memory.
+
+    A context manager.  As many jobs have a turn at once as the budget has threads.
+    Entering waits for one, but not for jobs that do not go on themselves.
+
+    Parameters
+    ----------
+    tick : callable
+        Called several times a second while this one waits; it may raise.
+    """
+
+    def __init__(self, tick: Callable[[], None]) -> None:
+        self._tick = tick
+        self._budget = _budget
+
+    def note(self) -> None:
+        """Note that this job goes on, so that others wait for it."""
+        self._budget.n_steps += 1
+
+    def __enter__(self) -> Self:
+        budget = self._budget
+        seen, since = budget.n_steps, time.monotonic()
+        while not self._begins(is_stuck=time.monotonic() - since >= _STUCK_SECONDS):
+            self._tick()
+            if seen != budget.n_steps:
+                seen, since = budget.n_steps, time.monotonic()
+        return self
+
+    def _begins(self, *, is_stuck: bool) -> bool:
+        """Take a turn; without one that is free, wait a moment."""
+        budget = self._budget
+        with budget.lock:
+            if len(budget.turns) < budget.total or is_stuck:
+                budget.turns.add(self)
+                self.note()
+                return True
+            budget.turn_ended.wait(_TICK_SECONDS)
+            return False
+
+    def __exit__(self, *_: object) -> None:
+        with self._budget.lock:
+            self._budget.turns.discard(self)
+            self.note()
+            self._budget.turn_ended.notify()
 
 
 def work_for(owner: int) -> None:

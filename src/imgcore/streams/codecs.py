@@ -28,16 +28,19 @@ class StreamCodec(NamedTuple):
         The decoder takes the compressed bytes in order.  The encoder takes a file, the
         number of bytes to expect, and a number of threads, which does not change the
         bytes written.
+    takes_turns : bool
+        Whether the encoder has a thread besides the calling one in any case.
     """
 
     matches: Callable[[bytes], bool]
     content_nbytes: Callable[[ByteSource], int | None]
     decoder: Callable[[Input], Decoder]
     encoder: Callable[[TargetFile, int | None, int], Encoder]
+    takes_turns: bool = False
 
 
 CODECS: Final = {
-    "zstd": StreamCodec(is_zstd, content_nbytes, ZstdDecoder, ZstdEncoder),
+    "zstd": StreamCodec(is_zstd, content_nbytes, ZstdDecoder, ZstdEncoder, takes_turns=True),
     # A gzip member states its size modulo 2^32, and further members may follow.
     "gzip": StreamCodec(
         is_gzip,

@@ -51,8 +51,7 @@ def filled(
     """
     feeder = _Feeder(fill, buffers)
     held: deque[int] = deque()
-    # What waits for others cannot be called here: signals would wait, too.
-    feeder.begin(is_needed=cancel is not None)
+    feeder.begin(waits_for_others=cancel is not None)
     try:
         while (item := feeder.take(tick)) is not None:
             yield item
@@ -77,9 +76,12 @@ class _Feeder(threading.Thread):
         for number in range(len(buffers)):
             self._free.put(number)
 
-    def begin(self, *, is_needed: bool) -> None:
-        """Start the thread, or work in `take` if there is none for it."""
-        has_thread = self._lease.n_threads > 1 or is_needed
+    def begin(self, *, waits_for_others: bool) -> None:
+        """Start the thread, or work in `take` if there is none for it.
+
+        An object of the caller's that waits can only be left alone on a thread.
+        """
+        has_thread = self._lease.n_threads > 1 or (waits_for_others and self._lease.take_spare())
         self._is_alone = not (has_thread and started(self))
 
     def run(self) -> None:

@@ -162,7 +162,7 @@ class _Reading(NamedTuple):
     def digest_in_order(self, disk: Source) -> Digest:
         """Return the digest of a disk that is read to its end, on this thread."""
         hasher, tally, done = DiskHasher(self.algorithm), Tally(0, self.run.report), 0
-        for chunk in limited_chunks(disk, self.run.limit, tally.repeat):
+        for chunk in limited_chunks(disk, self.run.limit, tally.repeat, self.threads):
             hasher.update(chunk)
             done += len(chunk)
             tally.count(done, data=done, read=done, written=0)
