@@ -8,11 +8,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import jsonschema
 import pytest
 from tests.helpers import images
 from tests.helpers.command import imgcore as run_cli
@@ -34,6 +37,7 @@ from imgcore.streams import zstd
 from imgcore.streams.helpers import Helpers
 
 KIB, MIB = images.KIB, images.MIB
+SCHEMA = json.loads((Path(__file__).parents[2] / "docs/receipt.schema.json").read_text())
 DISK = images.RawImage(
     "resumed",
     6 * MIB,
@@ -439,6 +443,28 @@ class TestRefused:
         os.close(fd)
         imgcore.convert(source, target, resume=True)
 
+    def test_two_runs_at_once(self, source: Path, target: Path) -> None:
+        """The second one ends with one line, and the first one is not disturbed."""
+        is_inside, may_go_on = threading.Event(), threading.Event()
+
+        def report(progress: imgcore.Progress) -> None:
+            if progress.done >= 4 * MIB:
+                is_inside.set()
+                assert may_go_on.wait(60)
+
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(imgcore.convert, source, target, resume=True, progress=report)
+            assert is_inside.wait(60)
+            result = run_cli("convert", "--resume", str(source), str(target))
+            assert result.returncode == 1
+            assert result.stderr.count("\n") == 1
+            assert "another run of this conversion is at work" in result.stderr
+            assert [job.is_running for job in imgcore.jobs(target.parent)] == [True]
+            may_go_on.set()
+            first.result()
+        assert names(target) == [target.name]
+        assert imgcore.compare(source, target).identical
+
     def test_another_version(self, source: Path, target: Path) -> None:
         start(source, target)
         content = journal_of(target).read_bytes()
@@ -511,7 +537,50 @@ def test_damaged_journals(source: Path, target: Path) -> None:
     assert outcomes["went on"] > 5
 
 
+@pytest.mark.parametrize("suffix", [".qcow2", ".raw.zst", ".raw.gz"])
+def test_a_receipt(source: Path, target: Path, suffix: str) -> None:
+    """It says that the job went on, and has the digests of all runs."""
+    target, receipt = target.with_suffix(suffix), target.with_name("receipt.json")
+    start(source, target, receipt=receipt)
+    assert not receipt.exists()
+    kept_nbytes = imgcore.jobs(target.parent)[0].kept_nbytes
+    imgcore.convert(source, target, resume=True, receipt=receipt, verify=True)
+    found = json.loads(receipt.read_text())
+    jsonschema.validate(found, SCHEMA)
+    assert found["resumed"]["kept"] == kept_nbytes > 0
+    assert found["resumed"]["started"] <= found["started"]
+    digest = imgcore.checksum(source).hexdigest
+    for part in ("source", "target"):
+        assert found[part]["checksum"]["digest"] == digest
+    assert imgcore.verify(receipt).checksum.hexdigest == digest
+    imgcore.convert(source, target, resume=True, receipt=receipt, force=True)
+    assert json.loads(receipt.read_text())["resumed"] is None
+
+
 class TestJobs:
+    @pytest.mark.parametrize(
+        ("name", "more"),
+        [
+            ("disk.raw.zst", {}),
+            ("disk.raw.gz", {"threads": 1}),
+            ("disk.tar.gz", {"profile": "gce", "threads": 1}),
+            ("disk.qcow2", {"options": "tables=front", "compress": True}),
+            ("disk.vhd", {"backing": "parent.vhd", "backing_format": "vhd"}),
+        ],
+    )
+    def test_every_kind(self, source: Path, target: Path, name: str, more: dict[str, Any]) -> None:
+        target = target.with_name(name)
+        if "backing" in more:
+            imgcore.convert(source, target.with_name("parent.vhd"))
+        start(source, target, **more)
+        (job,) = imgcore.jobs(target.parent)
+        assert (job.target, job.sources[0]) == (str(target), str(source))
+        # A child begins anew: what differs is kept in the journal.
+        assert (job.kept_nbytes > 0) == ("backing" not in more)
+        assert run_cli("jobs", str(target.parent)).stdout.startswith(f"{target}: ")
+        assert imgcore.jobs(target.parent, remove=True) == [job]
+        assert names(target) == (["parent.vhd"] if "backing" in more else [])
+
     def test_listed_and_removed(self, source: Path, target: Path) -> None:
         assert imgcore.jobs(target.parent) == []
         start(source, target)

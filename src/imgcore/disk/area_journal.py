@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from imgcore.areas.area import Area
-from imgcore.errors import ImgcoreError
+from imgcore.engine.placement_log import inflated
 from imgcore.limits import MIB
 
 if TYPE_CHECKING:
@@ -34,6 +34,12 @@ _BATCH_NBYTES: Final = 32 * MIB
 class AreaJournal:
     """Records the areas that a search finds, and knows those of earlier runs.
 
+    Parameters
+    ----------
+    checkpoints : Checkpoints
+    nbytes : int
+        Bytes of the disk.
+
     Attributes
     ----------
     position : int
@@ -42,15 +48,17 @@ class AreaJournal:
         Bytes of files that they have read for it.
     """
 
-    def __init__(self, checkpoints: Checkpoints) -> None:
+    def __init__(self, checkpoints: Checkpoints, nbytes: int) -> None:
         self._checkpoints = checkpoints
+        self._nbytes = nbytes
         self._pending: list[Area] = []
         self.position: int = 0
         self.read_nbytes: int = 0
         last = checkpoints.last()
         if last is not None:
-            self.position = int(last.head["position"])
-            self.read_nbytes = int(last.head["read"])
+            with checkpoints.reading():
+                self.position = int(last.head["position"])
+                self.read_nbytes = int(last.head["read"])
         self._saved = self.position
 
     @property
@@ -91,15 +99,15 @@ class AreaJournal:
         self._checkpoints.finish()
 
     def _unpacked(self, record: Record) -> Iterator[Area]:
-        n_areas = int(record.head["areas"])
-        nbytes = n_areas * _COLUMNS * _DTYPE.itemsize
-        stream = zlib.decompressobj()
-        content = stream.decompress(record.blob, nbytes + 1)
-        if len(content) != nbytes or not stream.eof:
-            raise ImgcoreError(
-                "the journal is damaged: a checkpoint contradicts itself",
-                path=self._checkpoints.path,
-            )
-        offsets, lengths, zeros = np.frombuffer(content, _DTYPE).reshape(_COLUMNS, n_areas)
-        for row in zip(offsets.cumsum().tolist(), lengths.tolist(), zeros.tolist(), strict=True):
+        with self._checkpoints.reading():
+            n_areas, position = int(record.head["areas"]), int(record.head["position"])
+            content = inflated(record.blob, n_areas * _COLUMNS * _DTYPE.itemsize)
+            gaps, lengths, zeros = np.frombuffer(content, _DTYPE).reshape(_COLUMNS, n_areas)
+            offsets = gaps.cumsum()
+            ends = offsets + lengths
+            if (lengths <= 0).any() or (offsets[1:] < ends[:-1]).any():
+                raise ValueError("areas that do not ascend")
+            if n_areas and not 0 <= offsets[0] < ends[-1] <= position <= self._nbytes:
+                raise ValueError("areas of another disk")
+        for row in zip(offsets.tolist(), lengths.tolist(), zeros.tolist(), strict=True):
             yield Area(row[0], row[1], bool(row[2]))

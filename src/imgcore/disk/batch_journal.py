@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import zlib
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
@@ -26,9 +26,10 @@ from imgcore.engine.extents import (
 )
 from imgcore.engine.geometry import CodecId, Placing, Prefix
 from imgcore.engine.job import translated_errors
-from imgcore.engine.placement_log import pack_placements, unpack_placements
+from imgcore.engine.placement_log import inflated, pack_placements, unpack_placements
 from imgcore.engine.source_file import native_sources
-from imgcore.errors import ImgcoreError, TargetError
+from imgcore.errors import TargetError
+from imgcore.sizes import MAX_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -118,9 +119,11 @@ class BatchJournal:
         self.packing: tuple[int, int] = (0, 0)
         last = checkpoints.last(part)
         if last is not None:
-            self.position = self._batches(last)[-1].end
-            self.counts = tuple(map(int, last.head["counts"]))
-            self.packing = last.head["packing"]
+            with checkpoints.reading():
+                self.position = self._batches(last)[-1].end
+                self.counts = _numbers(last.head["counts"], _N_COUNTS)
+                place, end = _numbers(last.head["packing"], 2)
+                self.packing = place, end
         self._saved_nbytes = self.counts[0]
 
     # -- recording ---------------------------------------------------------------------
@@ -191,28 +194,41 @@ class BatchJournal:
 
     # -- going on ----------------------------------------------------------------------
 
-    def _batches(self, record: Record) -> list[DoneBatch]:
-        """Return the batches of a checkpoint; ImgcoreError if it is not sound."""
-        batches, at = [], 0
-        for row in record.head["batches"]:
-            start, end, next_offset, n_blocks, placements_nbytes, leaves_nbytes = map(int, row)
-            middle = at + placements_nbytes
-            last = middle + leaves_nbytes
-            blobs = record.blob[at:middle], record.blob[middle:last]
-            batches.append(DoneBatch(start, end, next_offset, n_blocks, *blobs))
-            at = last
-        if not batches or at != len(record.blob):
-            raise ImgcoreError(
-                "the journal is damaged: a checkpoint contradicts itself",
-                path=self._checkpoints.path,
-            )
+    def _batches(self, record: Record, done: int = 0) -> list[DoneBatch]:
+        """Return the batches of a checkpoint; ImgcoreError if it is not sound.
+
+        ``done`` is where those before it end.
+        """
+        batches: list[DoneBatch] = []
+        at = 0
+        with self._checkpoints.reading():
+            for row in record.head["batches"]:
+                start, end, next_offset, n_blocks, *lengths = _numbers(row, 6)
+                middle = at + lengths[0]
+                last = middle + lengths[1]
+                blobs = record.blob[at:middle], record.blob[middle:last]
+                batches.append(DoneBatch(start, end, next_offset, n_blocks, *blobs))
+                if not done <= start < end or (done | start) % CHECKSUM_BLOCK_NBYTES:
+                    raise ValueError("batches that do not ascend, or between blocks")
+                at, done = last, end
+            if not batches or at != len(record.blob):
+                raise ValueError("other bytes than those of the batches")
         return batches
+
+    def _placements(self, done: DoneBatch, geometry: Geometry) -> Placements:
+        """Return the placements of a batch."""
+        with self._checkpoints.reading():
+            if done.n_blocks != -(-(done.end - done.start) // geometry.block_nbytes):
+                raise ValueError("other blocks than those of the batch")
+            return unpack_placements(done.placements, done.n_blocks)
 
     def _leaves(self, done: DoneBatch) -> memoryview:
         """Return the leaves of a batch, 32 bytes each."""
         n_leaves = -(-(done.end - done.start) // CHECKSUM_BLOCK_NBYTES)
-        stored = np.frombuffer(zlib.decompress(done.leaves), np.uint8)
+        with self._checkpoints.reading():
+            content = inflated(done.leaves, n_leaves * self._leaf_nbytes)
         rows = np.zeros((n_leaves, CHECKSUM_NBYTES), np.uint8)
+        stored = np.frombuffer(content, np.uint8)
         rows[:, : self._leaf_nbytes] = stored.reshape(n_leaves, self._leaf_nbytes)
         return rows.reshape(-1).data
 
@@ -225,11 +241,13 @@ class BatchJournal:
             The target's first free byte.
         """
         next_offset, block_nbytes = writer.first_offset, writer.geometry.block_nbytes
+        end = 0
         for record in self._checkpoints.saved(self._part):
-            for done in self._batches(record):
+            for done in self._batches(record, end):
+                end = done.end
                 stream.add(done.start, done.end, self._leaves(done))
                 if done.n_blocks:
-                    placements = unpack_placements(done.placements, done.n_blocks)
+                    placements = self._placements(done, writer.geometry)
                     file.note_end(done.next_offset)
                     first_block = done.start // block_nbytes
                     next_offset = writer.place(first_block, placements, done.next_offset)
@@ -258,7 +276,35 @@ class BatchJournal:
             stack.callback(job.close)
             for record in self._checkpoints.to_verify(self._part):
                 for done in self._batches(record):
-                    self._verify_batch(job, done, _written_rows(done, geometry, base), file.path)
+                    rows = self._written_rows(done, geometry, base)
+                    self._verify_batch(job, done, rows, file.path)
+
+    def _written_rows(self, done: DoneBatch, geometry: Geometry, base: Image | None) -> Extents:
+        """Return where the target has the data of a batch."""
+        start, end = done.start, done.end
+        if geometry.placing is Placing.IDENTITY:
+            place = geometry.host_base + start - geometry.guest_base
+            return _rows([(start, end - start, place, end - start, 0, Kind.DATA, 0)])
+        placements = self._placements(done, geometry)
+        block = np.uint64(geometry.block_nbytes)
+        rows = np.zeros(done.n_blocks, EXTENT_DTYPE)
+        rows["guest_offset"] = np.uint64(start) + np.arange(done.n_blocks, dtype=np.uint64) * block
+        rows["length"] = np.minimum(block, np.uint64(end) - rows["guest_offset"])
+        rows["host_offset"] = placements["host_offset"]
+        state = placements["state"]
+        rows["kind"] = Kind.ZERO
+        if base is not None:
+            rows["kind"][state == BlockState.ABSENT] = Kind.HOLE
+        stored, compressed = state == BlockState.STORED, state == BlockState.COMPRESSED
+        rows["kind"][stored] = Kind.DATA
+        rows["host_length"][stored] = rows["length"][stored]
+        if compressed.any():
+            rows["kind"][compressed] = Kind[geometry.codec.codec.name]
+        rows["host_length"][compressed] = placements["length"][compressed]
+        if geometry.prefix is Prefix.GRAIN_MARKER:
+            rows["flags"][compressed] = FLAG_GRAIN_MARKER
+        joined = join_neighbours(rows)
+        return joined if base is None else _over_base(joined, base, start, end)
 
     def _verify_batch(self, job: Job, done: DoneBatch, rows: Extents, path: str) -> None:
         expected = self._leaves(done)
@@ -286,32 +332,12 @@ class BatchJournal:
                 yield from pieces(without_front(batch, self.position), geometry, self._pace)
 
 
-def _written_rows(done: DoneBatch, geometry: Geometry, base: Image | None) -> Extents:
-    """Return where the target has the data of a batch."""
-    start, end = done.start, done.end
-    if geometry.placing is Placing.IDENTITY:
-        place = geometry.host_base + start - geometry.guest_base
-        return _rows([(start, end - start, place, end - start, 0, Kind.DATA, 0)])
-    placements = unpack_placements(done.placements, done.n_blocks)
-    block = np.uint64(geometry.block_nbytes)
-    rows = np.zeros(done.n_blocks, EXTENT_DTYPE)
-    rows["guest_offset"] = np.uint64(start) + np.arange(done.n_blocks, dtype=np.uint64) * block
-    rows["length"] = np.minimum(block, np.uint64(end) - rows["guest_offset"])
-    rows["host_offset"] = placements["host_offset"]
-    state = placements["state"]
-    rows["kind"] = Kind.ZERO
-    if base is not None:
-        rows["kind"][state == BlockState.ABSENT] = Kind.HOLE
-    stored, compressed = state == BlockState.STORED, state == BlockState.COMPRESSED
-    rows["kind"][stored] = Kind.DATA
-    rows["host_length"][stored] = rows["length"][stored]
-    if compressed.any():
-        rows["kind"][compressed] = Kind[geometry.codec.codec.name]
-    rows["host_length"][compressed] = placements["length"][compressed]
-    if geometry.prefix is Prefix.GRAIN_MARKER:
-        rows["flags"][compressed] = FLAG_GRAIN_MARKER
-    joined = join_neighbours(rows)
-    return joined if base is None else _over_base(joined, base, start, end)
+def _numbers(row: Sequence[Any], n: int) -> tuple[int, ...]:
+    """Return ``n`` numbers of a record; ValueError for others."""
+    numbers = tuple(map(int, row))
+    if len(numbers) != n or not all(0 <= number <= MAX_SIZE for number in numbers):
+        raise ValueError(f"no {n} numbers")
+    return numbers
 
 
 def _over_base(rows: Extents, base: Image, start: int, end: int) -> Extents:

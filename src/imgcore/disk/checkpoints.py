@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
+from imgcore.errors import ImgcoreError
+from imgcore.files.resume_journal import MALFORMED
 from imgcore.limits import GIB
 from imgcore.streams.helpers import Helpers
 
@@ -40,6 +43,8 @@ class Checkpoints:
 
     Attributes
     ----------
+    resumes : bool
+        Whether an earlier run has left a checkpoint.
     kept_nbytes : int
         Bytes of the target that an earlier run has left; 0 without one.
     """
@@ -50,6 +55,7 @@ class Checkpoints:
         self._helpers = Helpers(1, "imgcore-checkpoint")
         self._running: Future[None] | None = None
         self._started_at = self._saved_at = time.monotonic()
+        self.resumes: bool = journal.n_checkpoints > 0
         self.kept_nbytes: int = journal.kept_nbytes
 
     @property
@@ -63,9 +69,9 @@ class Checkpoints:
         return bytes.fromhex(self._journal.begin_head["seed"])
 
     @property
-    def resumes(self) -> bool:
-        """Whether an earlier run has left a checkpoint."""
-        return self._journal.n_checkpoints > 0
+    def began(self) -> int:
+        """When the first run began, in seconds since 1970."""
+        return int(self._journal.begin_head["began"])
 
     def saved(self, part: int = 0) -> Iterator[Record]:
         """Yield the checkpoints of a part of the job, in order."""
@@ -78,6 +84,16 @@ class Checkpoints:
     def to_verify(self, part: int = 0) -> Iterator[Record]:
         """Yield the checkpoints of a part that a job which goes on verifies."""
         return self._journal.checkpoints(part, only_last=not self._verifies_all)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Turn what a record that contradicts itself leads to into one line."""
+        try:
+            yield
+        except MALFORMED:
+            raise ImgcoreError(
+                "the journal is damaged: a checkpoint contradicts itself", path=self.path
+            ) from None
 
     def is_due(self, nbytes: int) -> bool:
         """Tell whether to save a checkpoint.

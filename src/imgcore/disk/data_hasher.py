@@ -8,7 +8,7 @@ from imgcore._core import CHECKSUM_NBYTES, Hasher
 from imgcore.checksums.digest import BLOCK_NBYTES, Digest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 _NO_PART: Final = (0, 0)
 
@@ -24,6 +24,11 @@ class DataHasher:
         Ascending; they start and end with blocks of the checksum, or with the disk.
     keeps_leaves : bool
         Whether `take_leaves` will be called.
+
+    Attributes
+    ----------
+    keeps_leaves : bool
+        As given, but not without an algorithm.
     """
 
     def __init__(
@@ -31,7 +36,7 @@ class DataHasher:
     ) -> None:
         self._algorithm = algorithm
         self._hasher = None if algorithm is None else Hasher(algorithm)
-        self._keeps_leaves = keeps_leaves and algorithm is not None
+        self.keeps_leaves: bool = keeps_leaves and algorithm is not None
         self._parts: Iterator[tuple[int, int]] = iter(parts)
         self._left = 0
         self._position = 0
@@ -44,7 +49,7 @@ class DataHasher:
         if self._hasher is None:
             return
         with memoryview(content) as view:
-            if self._keeps_leaves:
+            if self.keeps_leaves:
                 self._update_by_blocks(view)
             else:
                 self._in_parts(len(view), lambda at, n: self._update(view[at : at + n]))
@@ -71,16 +76,13 @@ class DataHasher:
         starts = range(0, len(view), BLOCK_NBYTES)
         leaves = b"".join([leaf(view[at : at + BLOCK_NBYTES]) for at in starts])
         self._leaves += leaves
-        self._add_leaves(memoryview(leaves))
+        self.add_leaves(memoryview(leaves))
 
-    def _add_leaves(self, leaves: memoryview) -> None:
-        def add(at: int, nbytes: int) -> None:
-            assert self._hasher is not None
-            first, n = at // BLOCK_NBYTES, nbytes // BLOCK_NBYTES
-            rows = leaves[first * CHECKSUM_NBYTES : (first + n) * CHECKSUM_NBYTES]
-            self._hasher.add_leaves(rows, nbytes)
-
-        self._in_parts(len(leaves) // CHECKSUM_NBYTES * BLOCK_NBYTES, add)
+    def _add_part(self, leaves: memoryview, at: int, nbytes: int) -> None:
+        assert self._hasher is not None
+        first, n = at // BLOCK_NBYTES, nbytes // BLOCK_NBYTES
+        rows = leaves[first * CHECKSUM_NBYTES : (first + n) * CHECKSUM_NBYTES]
+        self._hasher.add_leaves(rows, nbytes)
 
     def _in_parts(self, nbytes: int, add: Callable[[int, int], None]) -> None:
         """Call ``add`` with ranges of ``nbytes`` of data, each inside of one part."""
@@ -88,7 +90,8 @@ class DataHasher:
         while at < nbytes:
             while not self._left:
                 offset, self._left = next(self._parts, _NO_PART)
-                assert self._left, "data after the last part"
+                if not self._left:
+                    raise ValueError("data after the last part")
                 self._zeros(offset)
             n = min(self._left, nbytes - at)
             add(at, n)
@@ -101,14 +104,16 @@ class DataHasher:
             self._hasher.zeros(end - self._position)
             self._position = end
 
-    def go_on(self, leaves: Iterable[memoryview]) -> None:
-        """Begin with leaves that another one has kept."""
-        for rows in leaves:
-            self._add_leaves(rows)
+    def add_leaves(self, leaves: memoryview) -> None:
+        """Add the next blocks of the data, by their leaves."""
+        self._in_parts(
+            len(leaves) // CHECKSUM_NBYTES * BLOCK_NBYTES,
+            lambda at, nbytes: self._add_part(leaves, at, nbytes),
+        )
 
     def take_leaves(self, n_blocks: int) -> bytes:
         """Return the leaves of the next whole blocks of data, which were added."""
-        nbytes = n_blocks * CHECKSUM_NBYTES if self._keeps_leaves else 0
+        nbytes = n_blocks * CHECKSUM_NBYTES if self.keeps_leaves else 0
         taken = bytes(self._leaves[:nbytes])
         del self._leaves[:nbytes]
         return taken

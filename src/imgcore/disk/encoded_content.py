@@ -132,6 +132,8 @@ class ContentWriter:
             self.done_nbytes = done
             if at >= self._start:
                 report()
+        if self._journal is not None:
+            self._journal.require_reached(at)
         self._encoder.write(self._content.end(at))
         self._encoder.finish()
         if self._journal is not None:
@@ -142,9 +144,9 @@ class ContentWriter:
         if self._journal is None or not self._start:
             return 0, bytearray()
         self._journal.verify()
-        self._hasher.go_on(self._journal.leaves())
         header_nbytes = len(self._content.header)
         n_data = max(self._start - header_nbytes, 0)
+        self._journal.give_leaves(self._hasher)
         self._hash_from = header_nbytes + n_data - n_data % BLOCK_NBYTES
         return max(self._start - self._encoder.lead_nbytes, 0), bytearray()
 

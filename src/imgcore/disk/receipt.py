@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from typing import Self
 
+    from imgcore.disk.checkpoints import Checkpoints
     from imgcore.disk.sink_options import SinkOptions
     from imgcore.disk.source import Source
     from imgcore.engine.bad_ranges import BadRange
@@ -97,6 +98,7 @@ class NewReceipt:
             "host": os.uname().nodename,
             "started": _time_text(self._started),
             "ended": _time_text(time.time()),
+            "resumed": _resumed(options.checkpoints),
             "source": {
                 "name": source.path,
                 "format": source.format,
@@ -134,6 +136,13 @@ class NewReceipt:
         text = json.dumps(content, indent=2) + "\n"
         self.target.main.pwrite(0, text.encode("ascii"))
         self.target.prepare()
+
+
+def _resumed(checkpoints: Checkpoints | None) -> dict[str, Any] | None:
+    """Return what earlier runs have to do with the target."""
+    if checkpoints is None or not checkpoints.resumes:
+        return None
+    return {"started": _time_text(checkpoints.began), "kept": checkpoints.kept_nbytes}
 
 
 def _refuse_same_name(path: str, job_target: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 import zlib
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -12,7 +13,7 @@ from imgcore.border import FilePath, file_name
 from imgcore.disk.checkpoints import Checkpoints
 from imgcore.errors import OptionError
 from imgcore.files.fingerprint import fingerprint
-from imgcore.files.resume_journal import SUFFIX, ResumeJournal
+from imgcore.files.resume_journal import MALFORMED, SUFFIX, ResumeJournal
 from imgcore.files.temporary_names import partial_name
 from imgcore.formats.shared.identities import SEED_NBYTES
 from imgcore.log import log
@@ -128,9 +129,12 @@ class Resuming(NamedTuple):
                 found.close()
                 raise
             found.close()
-        return ResumeJournal.create(
-            path, {**facts, "seed": _new_seed().hex(), "path": os.path.abspath(target)}
-        )
+        more = {
+            "seed": _new_seed().hex(),
+            "path": os.path.abspath(target),
+            "began": int(time.time()),
+        }
+        return ResumeJournal.create(path, facts | more)
 
     def checkpoints(self, journal: ResumeJournal) -> Checkpoints:
         """Return what saves the checkpoints of a job, and has those of earlier runs."""
@@ -205,7 +209,8 @@ def _refuse_differences(journal: ResumeJournal, facts: Mapping[str, Any]) -> Non
     try:
         differences = _differences(old, facts)
         bytes.fromhex(old["seed"])
-    except (KeyError, TypeError, ValueError, AttributeError):
+        time.gmtime(int(old["began"]))
+    except MALFORMED:
         raise journal.damaged("its first record is not as imgcore writes it") from None
     if differences:
         raise OptionError(

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Final
 
 from imgcore._core import CHECKSUM_NBYTES, crc32c
 from imgcore.checksums.digest import BLOCK_NBYTES
-from imgcore.errors import ImgcoreError, TargetError
+from imgcore.engine.placement_log import inflated
+from imgcore.errors import TargetError
 from imgcore.limits import MIB
+from imgcore.sizes import MAX_SIZE
 from imgcore.streams.encoder import Boundary
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from typing import Any
 
     from imgcore.disk.checkpoints import Checkpoints
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _LEVEL: Final = 1
 _READ_NBYTES: Final = MIB
+_CRC_NBITS: Final = 32
 # An encoder may have to wait for its threads to come to a boundary.  It does so for at
 # most this share of the time.
 _WAITING_SHARE: Final = 0.02
@@ -56,7 +58,8 @@ class StreamJournal:
         self._not_before = 0.0
         last = checkpoints.last()
         if last is not None:
-            self._saved = _boundary(last.head["end"])
+            with checkpoints.reading():
+                self._saved = _boundary(last.head["end"])
         self.start: int = self._saved.nbytes
 
     # -- recording ---------------------------------------------------------------------
@@ -93,18 +96,16 @@ class StreamJournal:
 
     # -- going on ----------------------------------------------------------------------
 
-    def leaves(self) -> Iterator[memoryview]:
-        """Yield the leaves of the earlier runs."""
-        for record in self._checkpoints.saved():
-            nbytes = int(record.head["leaves"]) * CHECKSUM_NBYTES
-            stream = zlib.decompressobj()
-            content = stream.decompress(record.blob, nbytes + 1)
-            if len(content) != nbytes or not stream.eof:
-                raise ImgcoreError(
-                    "the journal is damaged: a checkpoint contradicts itself",
-                    path=self._checkpoints.path,
-                )
-            yield memoryview(content)
+    def give_leaves(self, hasher: DataHasher) -> None:
+        """Give the leaves of the earlier runs to a hasher."""
+        n_expected = self._n_blocks(self._saved) if hasher.keeps_leaves else 0
+        with self._checkpoints.reading():
+            for record in self._checkpoints.saved():
+                n = int(record.head["leaves"])
+                hasher.add_leaves(memoryview(inflated(record.blob, n * CHECKSUM_NBYTES)))
+                n_expected -= n
+            if n_expected:
+                raise ValueError("other leaves than those of the data")
 
     def verify(self) -> None:
         """Read what the earlier runs have written, and compare its CRC.
@@ -117,7 +118,8 @@ class StreamJournal:
         main = self._target.main
         with closing(main.reopened(main.path)) as file:
             for record in self._checkpoints.to_verify():
-                start, end = _boundary(record.head["start"]), _boundary(record.head["end"])
+                with self._checkpoints.reading():
+                    start, end = _boundary(record.head["start"]), _boundary(record.head["end"])
                 crc = start.crc
                 for at in range(start.written_nbytes, end.written_nbytes, _READ_NBYTES):
                     n = min(_READ_NBYTES, end.written_nbytes - at, max(file.nbytes - at, 0))
@@ -134,12 +136,19 @@ class StreamJournal:
         before : bytearray
             Its input before ``start``.
         """
-        last = encoder.go_on(self._saved, memoryview(before))
+        with self._checkpoints.reading():
+            last = encoder.go_on(self._saved, memoryview(before))
         start = self._saved.written_nbytes - len(last)
         main = self._target.main
         with closing(main.reopened(main.path)) as file:
             if start < 0 or file.pread(start, len(last)) != last:
                 raise self._other_content(max(start, 0))
+
+    def require_reached(self, nbytes: int) -> None:
+        """Raise ImgcoreError if the encoder's input ends before ``start``."""
+        with self._checkpoints.reading():
+            if nbytes < self.start:
+                raise ValueError("a boundary behind the end")
 
     def _other_content(self, offset: int) -> TargetError:
         return TargetError(
@@ -151,4 +160,7 @@ class StreamJournal:
 
 def _boundary(row: Any) -> Boundary:
     nbytes, written_nbytes, crc, state = row
-    return Boundary(int(nbytes), int(written_nbytes), int(crc), tuple(map(int, state)))
+    found = Boundary(int(nbytes), int(written_nbytes), int(crc), tuple(map(int, state)))
+    if min(found[:3]) < 0 or max(found[:2]) > MAX_SIZE or found.crc.bit_length() > _CRC_NBITS:
+        raise ValueError("no boundary")
+    return found

@@ -117,6 +117,14 @@ def _from_bytes(octets: bytes, n_values: int, dtype: str) -> NDArray[Any]:
     return rows.copy(order="C").reshape(-1).view(dtype)
 
 
+def inflated(packed: bytes, nbytes: int) -> bytes:
+    """Return the ``nbytes`` that a zlib stream holds; ValueError for another one."""
+    content = _inflated(packed, nbytes)
+    if len(content) != nbytes:
+        raise ValueError("the stream has another length")
+    return content
+
+
 def _inflated(packed: bytes, max_nbytes: int) -> bytes:
     """Return what a zlib stream holds; ValueError if it is damaged or too long."""
     stream = zlib.decompressobj()
@@ -125,5 +133,5 @@ def _inflated(packed: bytes, max_nbytes: int) -> bytes:
     except zlib.error as error:
         raise ValueError(f"no zlib stream: {error}") from error
     if not stream.eof or stream.unused_data or len(content) > max_nbytes:
-        raise ValueError("the stream of placements has another length")
+        raise ValueError("the stream is longer")
     return content

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import zlib
 from typing import TYPE_CHECKING, Any, Final
 
 from imgcore.errors import ImgcoreError, TargetError
@@ -19,12 +20,23 @@ from imgcore.files.folder import Folder
 from imgcore.files.locks import Lock, lock
 from imgcore.files.record_file import FRAME, Record, RecordFile
 from imgcore.files.temporary_names import new_token, remove_stale, temporary_name
+from imgcore.sizes import MAX_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from typing import Self
 
 SUFFIX: Final = ".imgcore-resume"
+# What a record leads to that is not as it is written.
+MALFORMED: Final = (
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    zlib.error,
+)
 _MAGIC: Final = b"imgcore resume "
 _VERSION: Final = 1
 _BEGIN: Final = "begin"
@@ -149,7 +161,14 @@ class ResumeJournal(RecordFile):
         try:
             for record in self.read():
                 self._note(record)
-        except (KeyError, TypeError, ValueError, RecursionError):
+        except (
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ):
             raise self.damaged("a record is not as imgcore writes it") from None
         if not self.begin_head:
             raise self.damaged("the record at its start is not whole")
@@ -164,9 +183,10 @@ class ResumeJournal(RecordFile):
             return
         match record.head["kind"]:
             case "names":
-                self.names = record.head["names"]
+                names = record.head["names"].items()
+                self.names = {_file_name(name): int(inode) for name, inode in names}
             case "file":
-                self.companions.append(record.head["name"])
+                self.companions.append(_file_name(record.head["name"]))
             case "checkpoint":
                 self._note_checkpoint(record)
             case _:
@@ -176,6 +196,8 @@ class ResumeJournal(RecordFile):
         offset = self._end - FRAME.size - self.last_nbytes
         self._checkpoints.append((offset, int(record.head["part"])))
         self.kept_nbytes = int(record.head["kept"])
+        if not 0 <= self.kept_nbytes <= MAX_SIZE:
+            raise ValueError("no size")
 
     def checkpoints(self, part: int, *, only_last: bool = False) -> Iterator[Record]:
         """Yield the checkpoints of a part of the job, in order."""
@@ -228,6 +250,13 @@ class ResumeJournal(RecordFile):
                     self.remove()
         finally:
             self.close()
+
+
+def _file_name(name: Any) -> str:
+    """Return the name of a file in the target's folder; ValueError for others."""
+    if not isinstance(name, str) or not name or "/" in name or "\0" in name:
+        raise ValueError("no name of a file")
+    return name
 
 
 def _opened(folder: Folder, name: str, flags: int) -> int:

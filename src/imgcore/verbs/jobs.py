@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from imgcore.border import FilePath, file_name
 from imgcore.errors import ImgcoreError
 from imgcore.files.folder import Folder
-from imgcore.files.resume_journal import SUFFIX, JournalInUseError, ResumeJournal
+from imgcore.files.resume_journal import MALFORMED, SUFFIX, JournalInUseError, ResumeJournal
 from imgcore.files.temporary_names import partial_name
 from imgcore.log import log
 
@@ -29,7 +29,8 @@ class UnfinishedJob(NamedTuple):
     sources : tuple of str
         The names of the files that it reads.
     kept_nbytes : int
-        Bytes of the target that are kept; 0 if it will begin anew.
+        Bytes of the target that are kept; 0 if it will begin anew.  A child of VHD or
+        VHDX does, but its journal has where it differs from its parent.
     is_running : bool
         Whether a process is at work on it.  Nothing else is known of it then.
     """
@@ -103,7 +104,7 @@ def _job(path: str, *, remove: bool) -> UnfinishedJob | None:
         try:
             target = _target(path, str(head["path"]))
             sources = tuple(str(source["name"]) for source in head["sources"])
-        except (KeyError, TypeError):
+        except MALFORMED:
             raise journal.damaged("its first record is not as imgcore writes it") from None
         if remove:
             _remove(journal, target)
