@@ -65,8 +65,9 @@ def test_rows_are_those_of_the_general_way(
     assert joined.tolist() == join_neighbours(expected).tolist()
 
 
+@pytest.mark.parametrize("more", [[], ["--resume"]], ids=["", "resume"])
 @pytest.mark.parametrize("target", ["b.raw", "b.vhd"])
-def test_flat_to_flat_needs_no_numpy(target: str, tmp_path: Path) -> None:
+def test_flat_to_flat_needs_no_numpy(target: str, more: list[str], tmp_path: Path) -> None:
     (tmp_path / "a.raw").write_bytes(bytes(MIB) + b"data" * MIB)
     code = (
         "import sys; from imgcore.cli.main import main;"
@@ -74,11 +75,15 @@ def test_flat_to_flat_needs_no_numpy(target: str, tmp_path: Path) -> None:
         "sys.exit(code or ('loaded' if 'numpy' in sys.modules else 0))"
     )
     options = ["-o", "subformat=fixed"] if target == "b.vhd" else []
-    command = [sys.executable, "-c", code, *options, "a.raw", target]
+    command = [sys.executable, "-c", code, *options, *more, "a.raw", target]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     with imgcore.open(tmp_path / target) as image:
         assert image.read(0, 5 * MIB) == (tmp_path / "a.raw").read_bytes()
+    if target == "b.raw" and not more:
+        command = [sys.executable, "-c", code, "-q", "-O", "raw", "a.raw", "-"]
+        streamed = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True)
+        assert streamed.stdout == (tmp_path / "a.raw").read_bytes()
 
 
 def test_tables_of_the_core_have_the_layout_of_arrays() -> None:

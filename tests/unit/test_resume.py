@@ -34,7 +34,6 @@ from imgcore.disk.block_table import BlockTable
 from imgcore.files.locks import Lock, lock
 from imgcore.files.target_folder import TargetFolder
 from imgcore.streams import zstd
-from imgcore.streams.helpers import Helpers
 
 KIB, MIB = images.KIB, images.MIB
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs/receipt.schema.json").read_text())
@@ -69,7 +68,7 @@ def frequent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zstd, "_JOB_NBYTES", MIB)
     monkeypatch.setattr(limited_chunks, "CHUNK_NBYTES", 512 * KIB)
     monkeypatch.setattr(checkpoints, "_DUE_NBYTES", 0)
-    monkeypatch.setattr(checkpoints, "Helpers", lambda _, name: Helpers(0, name))
+    monkeypatch.setattr(checkpoints, "started", lambda _: False)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from imgcore.areas.area import Area
-from imgcore.engine.placement_log import inflated
+from imgcore.engine.inflating import inflated
 from imgcore.limits import MIB
 
 if TYPE_CHECKING:

@@ -12,21 +12,19 @@ import zlib
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-import numpy as np
-
-from imgcore._core import CHECKSUM_BLOCK_NBYTES, CHECKSUM_NBYTES, CoreError, Job, Status
-from imgcore.disk.batch_pieces import Pace, pieces, without_front
-from imgcore.disk.overlay import merge, padded
-from imgcore.engine.extents import (
-    EXTENT_DTYPE,
-    FLAG_GRAIN_MARKER,
-    BlockState,
-    Kind,
-    join_neighbours,
+from imgcore._core import (
+    CHECKSUM_BLOCK_NBYTES,
+    CHECKSUM_NBYTES,
+    CoreError,
+    Job,
+    Status,
+    extent_table,
 )
-from imgcore.engine.geometry import CodecId, Placing, Prefix
+from imgcore.disk.batch_pieces import Pace, pieces, without_front
+from imgcore.engine.geometry import CodecId, Placing
+from imgcore.engine.inflating import inflated
 from imgcore.engine.job import translated_errors
-from imgcore.engine.placement_log import inflated, pack_placements, unpack_placements
+from imgcore.engine.kinds import Kind
 from imgcore.engine.source_file import native_sources
 from imgcore.errors import TargetError
 from imgcore.sizes import MAX_SIZE
@@ -136,16 +134,14 @@ class BatchJournal:
         leaves: memoryview,
     ) -> None:
         """Take a batch that has ended; the caller may use its arrays again."""
-        rows = np.frombuffer(leaves, np.uint8).reshape(-1, CHECKSUM_NBYTES)
+        n_blocks, packed = 0, b""
+        if placements is not None:
+            from imgcore.engine.placement_log import pack_placements
+
+            n_blocks, packed = len(placements), pack_placements(placements)
+        stored = zlib.compress(_shortened(leaves, self._leaf_nbytes), _LEVEL)
         self._pending.append(
-            DoneBatch(
-                batch.start,
-                batch.end,
-                next_offset,
-                0 if placements is None else len(placements),
-                b"" if placements is None else pack_placements(placements),
-                zlib.compress(rows[:, : self._leaf_nbytes].tobytes(), _LEVEL),
-            )
+            DoneBatch(batch.start, batch.end, next_offset, n_blocks, packed, stored)
         )
 
     def save_if_due(self, geometry: Geometry, end: int, job: Job, counts: tuple[int, ...]) -> None:
@@ -220,17 +216,16 @@ class BatchJournal:
         with self._checkpoints.reading():
             if done.n_blocks != -(-(done.end - done.start) // geometry.block_nbytes):
                 raise ValueError("other blocks than those of the batch")
+            from imgcore.engine.placement_log import unpack_placements
+
             return unpack_placements(done.placements, done.n_blocks)
 
     def _leaves(self, done: DoneBatch) -> memoryview:
         """Return the leaves of a batch, 32 bytes each."""
         n_leaves = -(-(done.end - done.start) // CHECKSUM_BLOCK_NBYTES)
         with self._checkpoints.reading():
-            content = inflated(done.leaves, n_leaves * self._leaf_nbytes)
-        rows = np.zeros((n_leaves, CHECKSUM_NBYTES), np.uint8)
-        stored = np.frombuffer(content, np.uint8)
-        rows[:, : self._leaf_nbytes] = stored.reshape(n_leaves, self._leaf_nbytes)
-        return rows.reshape(-1).data
+            stored = inflated(done.leaves, n_leaves * self._leaf_nbytes)
+        return _expanded(stored, self._leaf_nbytes, n_leaves)
 
     def replay(self, writer: Writer, file: TargetFile, stream: LeafStream) -> int:
         """Give the batches of earlier runs to a writer and to a digest.
@@ -281,30 +276,14 @@ class BatchJournal:
 
     def _written_rows(self, done: DoneBatch, geometry: Geometry, base: Image | None) -> Extents:
         """Return where the target has the data of a batch."""
-        start, end = done.start, done.end
+        start, nbytes = done.start, done.end - done.start
         if geometry.placing is Placing.IDENTITY:
             place = geometry.host_base + start - geometry.guest_base
-            return _rows([(start, end - start, place, end - start, 0, Kind.DATA, 0)])
-        placements = self._placements(done, geometry)
-        block = np.uint64(geometry.block_nbytes)
-        rows = np.zeros(done.n_blocks, EXTENT_DTYPE)
-        rows["guest_offset"] = np.uint64(start) + np.arange(done.n_blocks, dtype=np.uint64) * block
-        rows["length"] = np.minimum(block, np.uint64(end) - rows["guest_offset"])
-        rows["host_offset"] = placements["host_offset"]
-        state = placements["state"]
-        rows["kind"] = Kind.ZERO
-        if base is not None:
-            rows["kind"][state == BlockState.ABSENT] = Kind.HOLE
-        stored, compressed = state == BlockState.STORED, state == BlockState.COMPRESSED
-        rows["kind"][stored] = Kind.DATA
-        rows["host_length"][stored] = rows["length"][stored]
-        if compressed.any():
-            rows["kind"][compressed] = Kind[geometry.codec.codec.name]
-        rows["host_length"][compressed] = placements["length"][compressed]
-        if geometry.prefix is Prefix.GRAIN_MARKER:
-            rows["flags"][compressed] = FLAG_GRAIN_MARKER
-        joined = join_neighbours(rows)
-        return joined if base is None else _over_base(joined, base, start, end)
+            table: Extents = extent_table([(start, nbytes, place, nbytes, 0, Kind.DATA, 0)])
+            return table
+        from imgcore.disk.placed_rows import placed_rows
+
+        return placed_rows(self._placements(done, geometry), start, done.end, geometry, base)
 
     def _verify_batch(self, job: Job, done: DoneBatch, rows: Extents, path: str) -> None:
         expected = self._leaves(done)
@@ -340,18 +319,17 @@ def _numbers(row: Sequence[Any], n: int) -> tuple[int, ...]:
     return numbers
 
 
-def _over_base(rows: Extents, base: Image, start: int, end: int) -> Extents:
-    """Return rows whose holes are filled from the parent, the files of which follow."""
-    until = max(start, min(base.virtual_size, end))
-    batches: Sequence[Extents] = []
-    if start < until:
-        batches = list(base.data_extents(start, until - start))
-    lower = np.concatenate(list(padded(iter(batches), until, end))).copy()
-    lower["file"][lower["kind"] >= Kind.DATA] += np.uint32(1)
-    upper_depths, lower_depths = (np.zeros(len(part), np.uint16) for part in (rows, lower))
-    merged, _ = merge(rows, upper_depths, lower, lower_depths)
-    return merged
+def _expanded(stored: bytes, leaf_nbytes: int, n_leaves: int) -> memoryview:
+    """Return leaves of the engine's size from the bytes of each that are stored."""
+    if leaf_nbytes == CHECKSUM_NBYTES:
+        return memoryview(stored)
+    leaves = memoryview(bytearray(n_leaves * CHECKSUM_NBYTES))
+    leaves.cast("I")[:: CHECKSUM_NBYTES // _CRC_NBYTES] = memoryview(stored).cast("I")
+    return leaves
 
 
-def _rows(rows: Sequence[tuple[int, ...]]) -> Extents:
-    return np.array(rows, EXTENT_DTYPE)
+def _shortened(leaves: memoryview, leaf_nbytes: int) -> bytes:
+    """Return what of the engine's leaves is stored."""
+    if leaf_nbytes == CHECKSUM_NBYTES:
+        return leaves.tobytes()
+    return leaves.cast("I")[:: CHECKSUM_NBYTES // _CRC_NBYTES].tobytes()

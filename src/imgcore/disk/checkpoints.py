@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
+from threading import Thread
 from typing import TYPE_CHECKING, Any, Final
 
 from imgcore.errors import ImgcoreError
 from imgcore.files.resume_journal import MALFORMED
 from imgcore.limits import GIB
-from imgcore.streams.helpers import Helpers
+from imgcore.streams.helpers import started
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-    from concurrent.futures import Future
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from typing import Self
 
     from imgcore.files.record_file import Record
@@ -23,9 +23,11 @@ if TYPE_CHECKING:
 # A checkpoint is due after so many bytes of data, or so much time: of a short job a
 # moment, of a long one a share of its time so far.  More is not lost by a break.
 _DUE_NBYTES: Final = 1 * GIB
-_DUE_SECONDS: Final = 0.25
+_DUE_SECONDS: Final = 0.1
 _DUE_SHARE: Final = 0.02
 _MAX_DUE_SECONDS: Final = 10.0
+# Where it takes long to save one, it is so many times longer until the next one.
+_DUE_PAUSES: Final = 4
 
 
 class Checkpoints:
@@ -52,9 +54,9 @@ class Checkpoints:
     def __init__(self, journal: ResumeJournal, *, verifies_all: bool) -> None:
         self._journal = journal
         self._verifies_all = verifies_all
-        self._helpers = Helpers(1, "imgcore-checkpoint")
-        self._running: Future[None] | None = None
+        self._running: _Saving | None = None
         self._started_at = self._saved_at = time.monotonic()
+        self._last_seconds = 0.0
         self.resumes: bool = journal.n_checkpoints > 0
         self.kept_nbytes: int = journal.kept_nbytes
 
@@ -104,11 +106,12 @@ class Checkpoints:
             Bytes of data since the last one.
         """
         if self._running is not None:
-            if not self._running.done():
+            if not self._running.is_done:
                 return False
             self._end()
         now = time.monotonic()
-        seconds = min(_DUE_SECONDS + _DUE_SHARE * (now - self._started_at), _MAX_DUE_SECONDS)
+        seconds = _DUE_SECONDS + _DUE_SHARE * (now - self._started_at)
+        seconds = min(max(seconds, _DUE_PAUSES * self._last_seconds), _MAX_DUE_SECONDS)
         return nbytes >= _DUE_NBYTES or now - self._saved_at >= seconds
 
     def save(
@@ -140,14 +143,15 @@ class Checkpoints:
                 target.datasync()
             self._journal.add(kept_nbytes, head, blobs, part)
 
-        self._running = self._helpers.submit(write)
+        self._running = _Saving(write)
         self._saved_at = time.monotonic()
 
     def _end(self) -> None:
         """Wait for the checkpoint that is being saved; raise its error."""
         running, self._running = self._running, None
         if running is not None:
-            running.result()
+            running.end()
+            self._last_seconds = running.seconds
 
     def finish(self) -> None:
         """Wait for the last checkpoint; raises OSError if it could not be saved."""
@@ -157,4 +161,46 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._helpers.close()
+        if self._running is not None:
+            self._running.wait()
+
+
+class _Saving:
+    """A checkpoint that a thread saves, or the caller if the system makes no thread.
+
+    ``seconds`` is how long it took.
+    """
+
+    seconds = 0.0
+
+    def __init__(self, save: Callable[[], None]) -> None:
+        self._save = save
+        self._error: BaseException | None = None
+        self._thread = Thread(target=self._run, name="imgcore-checkpoint", daemon=True)
+        self._has_thread = started(self._thread)
+        if not self._has_thread:
+            self._run()
+
+    def _run(self) -> None:
+        began = time.monotonic()
+        try:
+            self._save()
+        except BaseException as error:
+            self._error = error
+        self.seconds = time.monotonic() - began
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it is saved, or has failed."""
+        return not self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Wait until it is."""
+        if self._has_thread:
+            self._thread.join()
+
+    def end(self) -> None:
+        """Wait for it, and raise its error."""
+        self.wait()
+        if self._error is not None:
+            raise self._error

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from imgcore._core import CHECKSUM_NBYTES, crc32c
 from imgcore.checksums.digest import BLOCK_NBYTES
-from imgcore.engine.placement_log import inflated
+from imgcore.engine.inflating import inflated
 from imgcore.errors import TargetError
 from imgcore.limits import MIB
 from imgcore.sizes import MAX_SIZE

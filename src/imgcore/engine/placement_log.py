@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import numpy as np
 
 from imgcore.engine.extents import PLACEMENT_DTYPE
+from imgcore.engine.inflating import inflated_at_most
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,7 +52,7 @@ def unpack_placements(packed: bytes, n_rows: int) -> Placements:
     ValueError
         These bytes are not so many placements.
     """
-    columns = _inflated(packed, n_rows * (_STATE_NBYTES + _OFFSET_NBYTES + _LENGTH_NBYTES))
+    columns = inflated_at_most(packed, n_rows * (_STATE_NBYTES + _OFFSET_NBYTES + _LENGTH_NBYTES))
     states = np.frombuffer(columns[:n_rows], np.uint8)
     has_place = states >> 7 == 1
     n_places = int(has_place.sum())
@@ -115,23 +116,3 @@ def _from_bytes(octets: bytes, n_values: int, dtype: str) -> NDArray[Any]:
     rows = np.frombuffer(octets, np.uint8).reshape(nbytes, n_values).T
     # A copy: the bytes are not to be changed.
     return rows.copy(order="C").reshape(-1).view(dtype)
-
-
-def inflated(packed: bytes, nbytes: int) -> bytes:
-    """Return the ``nbytes`` that a zlib stream holds; ValueError for another one."""
-    content = _inflated(packed, nbytes)
-    if len(content) != nbytes:
-        raise ValueError("the stream has another length")
-    return content
-
-
-def _inflated(packed: bytes, max_nbytes: int) -> bytes:
-    """Return what a zlib stream holds; ValueError if it is damaged or too long."""
-    stream = zlib.decompressobj()
-    try:
-        content = stream.decompress(packed, max_nbytes + 1)
-    except zlib.error as error:
-        raise ValueError(f"no zlib stream: {error}") from error
-    if not stream.eof or stream.unused_data or len(content) > max_nbytes:
-        raise ValueError("the stream is longer")
-    return content
