@@ -393,6 +393,29 @@ int imgc_table_encode(const struct imgc_table_format *format,
 		      const struct imgc_placement *placements, size_t n, void *entries,
 		      struct imgc_error *err);
 
+/* A compressed grain of a stream: where its marker starts, and where its data ends. */
+struct imgc_grain {
+	uint64_t number, offset, end;
+};
+
+struct imgc_grain_limits {
+	uint64_t n_grains; /* of the disk */
+	uint32_t grain_nsectors;
+	uint32_t max_nbytes; /* of compressed data */
+};
+
+/*
+ * Follows the markers of grains in `bytes`, which start with a marker at `offset` in the
+ * stream, and returns how many grains it found.  The marker after one is at the next
+ * sector's start.  It stops before a marker that is not there as a whole, and before one
+ * that is not that of a grain within the limits, which the caller looks at; when `out` is
+ * full; and once the grains have most_nbytes together, with their markers.  The data of
+ * the last one may end behind `bytes`.
+ */
+size_t imgc_grains_walk(const struct imgc_grain_limits *limits, const void *bytes, size_t nbytes,
+			uint64_t offset, uint64_t most_nbytes, struct imgc_grain *out,
+			size_t capacity);
+
 /* ------------------------------------------------------------------- files */
 
 /*

@@ -15,6 +15,18 @@ def extent_table(rows: Sequence[tuple[int, ...]]) -> Any:
     It is a buffer in the place of an array.
     """
 
+def walk_grains(
+    view: object,
+    offset: int,
+    out: NDArray[np.void],
+    *,
+    n_grains: int,
+    grain_nsectors: int,
+    max_nbytes: int,
+    most_nbytes: int,
+) -> int:
+    """Return how many grains were found by their markers: ``imgc_grains_walk``."""
+
 NO_SOURCE: Final[int]
 GRANULE_DIFFERS: Final[int]
 GRANULE_HAS_DATA: Final[int]

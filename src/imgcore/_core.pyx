@@ -44,6 +44,11 @@ ctypedef packed struct placement_row:
     uint32_t length
     uint32_t state
 
+ctypedef packed struct grain_row:
+    uint64_t number
+    uint64_t offset
+    uint64_t end
+
 
 class Status(IntEnum):
     """The result of a native call: ``enum imgc_status``."""
@@ -301,6 +306,20 @@ def extent_table(rows):
         table[index].kind = kind
         table[index].flags = flags
     return result
+
+
+def walk_grains(const uint8_t[::1] view not None, uint64_t offset, grain_row[::1] out not None, *,
+                uint64_t n_grains, uint32_t grain_nsectors, uint32_t max_nbytes,
+                uint64_t most_nbytes):
+    """Return how many grains were found by their markers: ``imgc_grains_walk``."""
+    cdef n.imgc_grain_limits limits
+    limits.n_grains = n_grains
+    limits.grain_nsectors = grain_nsectors
+    limits.max_nbytes = max_nbytes
+    if not view.shape[0] or not out.shape[0]:
+        return 0
+    return n.imgc_grains_walk(&limits, &view[0], view.shape[0], offset, most_nbytes,
+                              <n.imgc_grain *>&out[0], out.shape[0])
 
 
 cdef class TableFormat:

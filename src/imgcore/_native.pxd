@@ -153,6 +153,17 @@ cdef extern from "imgc.h" nogil:
     int imgc_table_encode(const imgc_table_format *format, const imgc_placement *placements,
                           size_t n, void *entries, imgc_error *err)
 
+    struct imgc_grain:
+        uint64_t number, offset, end
+
+    struct imgc_grain_limits:
+        uint64_t n_grains
+        uint32_t grain_nsectors, max_nbytes
+
+    size_t imgc_grains_walk(const imgc_grain_limits *limits, const void *bytes, size_t nbytes,
+                            uint64_t offset, uint64_t most_nbytes, imgc_grain *out,
+                            size_t capacity)
+
     struct imgc_file:
         pass
 

@@ -159,6 +159,16 @@ class StreamedWindow:
             offset += len(parts[-1])
         return b"".join(parts)
 
+    def look(self, offset: int, nbytes: int) -> memoryview:
+        """Return bytes that come next, which count as not used; see `LooksAhead`."""
+        number, start = divmod(offset, STREAM_SEGMENT_NBYTES)
+        end = min(offset + nbytes, (number + 1) * STREAM_SEGMENT_NBYTES)
+        if end - self._placed_end <= self._ahead_nbytes:
+            self._fill(end)
+        if number not in self._index_of:
+            return memoryview(b"")
+        return self._segment(number)[start : max(min(end, self._end) - offset + start, start)]
+
     def pread_into(self, offset: int, buffer: Any) -> None:
         """Fill a writable buffer; raises as `pread` does."""
         with memoryview(buffer) as view, view.cast("B") as octets:

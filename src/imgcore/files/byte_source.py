@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from imgcore._core import File
@@ -120,4 +120,17 @@ class ByteSource(Protocol):
 
     def close(self) -> None:
         """Close the file, and `core` with it; more than once is allowed."""
+        ...
+
+
+@runtime_checkable
+class LooksAhead(Protocol):
+    """A `ByteSource` whose bytes come in order and stay for a while."""
+
+    def look(self, offset: int, nbytes: int) -> memoryview:
+        """Return bytes from ``offset`` on, which come next, without a copy.
+
+        They are valid until the next call.  There may be fewer, and none, also if there
+        are more to come: `pread` says what is wrong then.
+        """
         ...

@@ -8,14 +8,15 @@ Source: Virtual Disk Format 5.0, "Stream-Optimized Compressed Sparse Extents".
 from __future__ import annotations
 
 import zlib
-from collections import deque
 from enum import Enum
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from imgcore._core import walk_grains
 from imgcore.engine.extents import EXTENT_DTYPE, FLAG_GRAIN_MARKER, Kind
 from imgcore.errors import CorruptImageError, LimitExceededError, UnsupportedFeatureError
+from imgcore.files.byte_source import LooksAhead
 from imgcore.formats.shared.alignment import align_up
 from imgcore.formats.vmdk.header import (
     directory_of_footer,
@@ -36,7 +37,12 @@ from imgcore.formats.vmdk.layout import (
     Marker,
 )
 from imgcore.formats.vmdk.reader import VmdkReader
-from imgcore.limits import SECTOR_NBYTES, VMDK_MAX_AWAITED_TABLES, VMDK_MAX_SORTED_NBYTES
+from imgcore.limits import (
+    MIB,
+    SECTOR_NBYTES,
+    VMDK_MAX_AWAITED_TABLES,
+    VMDK_MAX_SORTED_NBYTES,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,10 +56,17 @@ if TYPE_CHECKING:
     from imgcore.formats.vmdk.header import SparseExtent
 
     Entries = NDArray[np.uint32]
+    # Of `GRAIN_DTYPE`.
+    Grains = NDArray[Any]
 
 # A marker as far as it tells what it is.
 _HEAD_NBYTES: Final = MARKER.size
 _PIECE_ENTRIES: Final = 1 << 16
+# How far the markers are followed at once.
+_LOOK_NBYTES: Final = 4 * MIB
+# A compressed grain: its number, where its marker starts and its data ends.
+GRAIN_DTYPE: Final = np.dtype([("number", "<u8"), ("offset", "<u8"), ("end", "<u8")])
+_NO_GRAINS: Final = np.empty(0, GRAIN_DTYPE)
 _MAX_SECTOR: Final = 0xFFFFFFFF
 
 
@@ -145,14 +158,6 @@ def _strange_last_grain(
     )
 
 
-class Grain(NamedTuple):
-    """A compressed grain: its number, where its marker starts and its data ends."""
-
-    number: int
-    offset: int
-    end: int
-
-
 class SortedGrains:
     """The grains of a disk in its order, found by their markers.
 
@@ -165,9 +170,8 @@ class SortedGrains:
         self._sparse = item.sparse
         self._walk = MarkerWalk(item.sparse, -(-item.nbytes // item.sparse.grain_nbytes))
         # Those that wait, and those that are next.
-        self._waiting: list[Grain] = []
-        self._next: deque[Grain] = deque()
-        self._waiting_nbytes = 0
+        self._waiting: Grains = _NO_GRAINS
+        self._next: Grains = _NO_GRAINS
         self._last = -1
 
     def extents(self, start: int, stop: int) -> Iterator[Extents]:
@@ -177,90 +181,97 @@ class SortedGrains:
         while at < stop:
             found = self._take(end)
             until = stop
-            if found and found[-1].number + 1 < end:
-                until = (found[-1].number + 1) * grain_nbytes
+            if len(found) and int(found["number"][-1]) + 1 < end:
+                until = (int(found["number"][-1]) + 1) * grain_nbytes
             yield self._rows(found, at, until)
             at = until
         if stop == self._item.nbytes:
             self._require_end()
 
-    def _take(self, end: int) -> list[Grain]:
+    def _take(self, end: int) -> Grains:
         """Take the next grains before number ``end``; none if no more are."""
-        if not self._next:
+        if not len(self._next):
             self._sort()
-        found: list[Grain] = []
-        while self._next and self._next[0].number < end:
-            found.append(self._next.popleft())
+        n = int(np.searchsorted(self._next["number"], end))
+        found, self._next = self._next[:n], self._next[n:]
         return found
 
     def _sort(self) -> None:
         """Read markers until some grains are known to be next."""
-        waiting = self._waiting
-        while self._waiting_nbytes < VMDK_MAX_SORTED_NBYTES:
-            grain = self._walk.next_grain()
-            if grain is None:
+        parts, nbytes = [self._waiting], _stored_nbytes(self._waiting)
+        while nbytes < VMDK_MAX_SORTED_NBYTES:
+            grains = self._walk.next_grains(VMDK_MAX_SORTED_NBYTES - nbytes)
+            if not len(grains):
                 break
-            waiting.append(grain)
-            self._waiting_nbytes += grain.end - grain.offset
-        waiting.sort()
+            parts.append(grains)
+            nbytes += _stored_nbytes(grains)
+        waiting = np.concatenate(parts)
+        waiting = waiting[np.argsort(waiting["number"], kind="stable")]
         # All, once the stream has ended.
         kept_nbytes = 0 if self._walk.has_ended else VMDK_MAX_SORTED_NBYTES * 3 // 4
-        n_taken = 0
-        while n_taken < len(waiting) and self._waiting_nbytes > kept_nbytes:
-            grain = waiting[n_taken]
-            self._refuse_disorder(grain)
-            self._last = grain.number
-            self._waiting_nbytes -= grain.end - grain.offset
-            n_taken += 1
-        self._next.extend(waiting[:n_taken])
-        del waiting[:n_taken]
+        sizes = (waiting["end"] - waiting["offset"]).astype(np.int64)
+        n_taken = int(np.searchsorted(np.cumsum(sizes) - sizes, nbytes - kept_nbytes))
+        taken, self._waiting = waiting[:n_taken], waiting[n_taken:]
+        ascends = np.diff(taken["number"].astype(np.int64), prepend=self._last) > 0
+        for number, offset, _ in taken.tolist() if not ascends.all() else ():
+            self._refuse_disorder(number, offset)
+            self._last = number
+        if n_taken:
+            self._last = int(taken["number"][-1])
+        self._next = taken
 
-    def _refuse_disorder(self, grain: Grain) -> None:
-        if grain.number > self._last:
+    def _refuse_disorder(self, number: int, offset: int) -> None:
+        if number > self._last:
             return
-        path, sector = self._sparse.file.path, grain.number * self._sparse.header.grain_size
-        if grain.number == self._last:
+        path, sector = self._sparse.file.path, number * self._sparse.header.grain_size
+        if number == self._last:
             raise CorruptImageError(
-                f"the grain for sector {sector} comes twice, the second time at {grain.offset:#x}",
+                f"the grain for sector {sector} comes twice, the second time at {offset:#x}",
                 path=path,
-                offset=grain.offset,
+                offset=offset,
             )
         raise UnsupportedFeatureError(
-            f"the grain for sector {sector} at {grain.offset:#x} comes long after others that "
+            f"the grain for sector {sector} at {offset:#x} comes long after others that "
             "follow it on the disk: save the stream to a file first",
             path=path,
-            offset=grain.offset,
+            offset=offset,
         )
 
     def _require_end(self) -> None:
         """Read the markers after the last grain, of which none may be left."""
-        assert not self._next
-        grain = self._walk.next_grain()
-        if self._waiting or grain is not None:
-            late = min(self._waiting) if grain is None else grain
-            self._refuse_disorder(late)
+        assert not len(self._next)
+        more = self._walk.next_grains(1)
+        for late in (more, self._waiting):
+            if len(late):
+                self._refuse_disorder(int(late["number"][0]), int(late["offset"][0]))
 
-    def _rows(self, grains: list[Grain], start: int, stop: int) -> Extents:
+    def _rows(self, grains: Grains, start: int, stop: int) -> Extents:
         """Return extents that cover a range with these grains, and holes between."""
         sparse = self._sparse
-        nbytes, index = sparse.grain_nbytes, self._item.file_index
-        rows: list[tuple[int, ...]] = []
-        at = start
-        for number, offset, end in grains:
-            low = number * nbytes
-            if at < low:
-                rows.append((at, low - at, 0, 0, 0, Kind.HOLE, 0))
-            high = min(low + nbytes, self._item.nbytes)
-            if high - low < nbytes and self._is_short(offset, end, high - low):
+        nbytes, index = np.uint64(sparse.grain_nbytes), self._item.file_index
+        # Before each grain a hole, maybe an empty one, and one after the last.
+        rows = np.zeros(2 * len(grains) + 1, EXTENT_DTYPE)
+        holes, stored = rows[::2], rows[1::2]
+        stored["guest_offset"] = low = grains["number"] * nbytes
+        stored["length"] = np.minimum(nbytes, np.uint64(self._item.nbytes) - low)
+        stored["host_offset"] = grains["offset"]
+        stored["host_length"] = grains["end"] - grains["offset"]
+        stored["file"] = index
+        stored["kind"] = Kind.ZLIB
+        stored["flags"] = FLAG_GRAIN_MARKER
+        holes["kind"] = Kind.HOLE
+        holes["guest_offset"][0] = start
+        holes["guest_offset"][1:] = low + stored["length"]
+        holes["length"][:-1] = low
+        holes["length"][-1] = max(stop, int(holes["guest_offset"][-1]))
+        holes["length"] -= holes["guest_offset"]
+        if len(grains) and stored["length"][-1] < nbytes:
+            offset, end = int(grains["offset"][-1]), int(grains["end"][-1])
+            if self._is_short(offset, end, int(stored["length"][-1])):
                 data = offset + GRAIN_MARKER.size
-                rows.append((low, high - low, data, end - data, index + 1, Kind.ZLIB, 0))
-            else:
-                row = (low, high - low, offset, end - offset, index, Kind.ZLIB, FLAG_GRAIN_MARKER)
-                rows.append(row)
-            at = high
-        if at < stop:
-            rows.append((at, stop - at, 0, 0, 0, Kind.HOLE, 0))
-        return np.array(rows, dtype=EXTENT_DTYPE)
+                last = (low[-1], stored["length"][-1], data, end - data, index + 1, Kind.ZLIB, 0)
+                stored[-1] = last
+        return rows[rows["length"] > 0]
 
     def _is_short(self, offset: int, end: int, tail_nbytes: int) -> bool:
         """Tell whether the last grain was compressed up to the end of the disk only."""
@@ -308,8 +319,10 @@ class MarkerWalk:
         """Whether the end-of-stream marker was read."""
         return self._phase is _Phase.END
 
-    def next_grain(self) -> Grain | None:
-        """Return the next grain in the stream, None at the end-of-stream marker.
+    def next_grains(self, most_nbytes: int) -> Grains:
+        """Return the next grains in the stream, none at the end-of-stream marker.
+
+        They end with the one that makes them ``most_nbytes``, or before.
 
         Raises
         ------
@@ -319,18 +332,43 @@ class MarkerWalk:
         """
         file = self._sparse.file
         while not self.has_ended:
+            grains = self._grains_ahead(most_nbytes)
+            if len(grains):
+                return grains
             raw = file.pread(self._position, _HEAD_NBYTES)
             lba, nbytes = GRAIN_MARKER.unpack_from(raw)
             if nbytes:
                 return self._grain(lba, nbytes)
             n_sectors, _, kind = MARKER.unpack(raw)
             self._metadata(n_sectors, kind)
-        return None
+        return _NO_GRAINS
+
+    def _grains_ahead(self, most_nbytes: int) -> Grains:
+        """Return grains whose markers are in memory; none where something else is."""
+        sparse = self._sparse
+        if self._phase is not _Phase.GRAINS or not isinstance(sparse.file, LooksAhead):
+            return _NO_GRAINS
+        view = sparse.file.look(self._position, min(most_nbytes, _LOOK_NBYTES))
+        found = np.empty(len(view) // SECTOR_NBYTES + 1, GRAIN_DTYPE)
+        n = walk_grains(
+            view,
+            self._position,
+            found,
+            n_grains=self._n_grains,
+            grain_nsectors=sparse.header.grain_size,
+            max_nbytes=MAX_COMPRESSED_GRAINS * sparse.grain_nbytes,
+            most_nbytes=most_nbytes,
+        )
+        grains = found[:n]
+        if n:
+            self._await(grains)
+            self._position = align_up(int(grains["end"][-1]), SECTOR_NBYTES)
+        return grains
 
     def _corrupt(self, text: str) -> CorruptImageError:
         return CorruptImageError(text, path=self._sparse.file.path, offset=self._position)
 
-    def _grain(self, lba: int, nbytes: int) -> Grain:
+    def _grain(self, lba: int, nbytes: int) -> Grains:
         sparse, at = self._sparse, self._position
         size = sparse.header.grain_size
         number, rest = divmod(lba, size)
@@ -346,12 +384,34 @@ class MarkerWalk:
             )
         if self._phase is not _Phase.GRAINS:
             raise self._corrupt(f"a grain at {at:#x} follows the grain directory")
-        self._await(number, at)
         end = at + GRAIN_MARKER.size + nbytes
+        self._await_one(number, at)
         self._position = align_up(end, SECTOR_NBYTES)
-        return Grain(number, at, end)
+        return np.array([(number, at, end)], GRAIN_DTYPE)
 
-    def _await(self, number: int, offset: int) -> None:
+    def _await(self, grains: Grains) -> None:
+        """Note what the entries of grains must be in their tables."""
+        tables, indices = np.divmod(grains["number"].astype(np.int64), self._sparse.n_gtes_per_gt)
+        offsets = grains["offset"].astype(np.int64)
+        # Of most grains the neighbour has the same table.
+        edges = np.flatnonzero(np.diff(tables, prepend=-1, append=-1))
+        for first, last in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+            entries = self._awaited.get(int(tables[first]))
+            if entries is None:
+                self._position = int(offsets[first])
+                self._await_one(int(grains["number"][first]), self._position)
+                entries, first = self._awaited[int(tables[first])], first + 1
+            places, sectors = indices[first:last], offsets[first:last] // SECTOR_NBYTES
+            is_far = last > first and sectors[-1] > _MAX_SECTOR
+            if is_far or entries[places].any() or (np.diff(places) <= 0).any():
+                for number, offset in grains[["number", "offset"]][first:last].tolist():
+                    self._position = offset
+                    self._await_one(number, offset)
+                continue
+            entries[places] = sectors
+            self._by_sector.clear()
+
+    def _await_one(self, number: int, offset: int) -> None:
         """Note what the entry of a grain must be in its table."""
         sector = offset // SECTOR_NBYTES
         if sector > _MAX_SECTOR:
@@ -479,6 +539,11 @@ class MarkerWalk:
             raise self._corrupt(f"the end-of-stream marker at {at:#x} follows no footer")
         # All of its sector.
         self._sparse.file.pread(at, SECTOR_NBYTES)
+
+
+def _stored_nbytes(grains: Grains) -> int:
+    """Return the bytes of grains in the stream, with their markers."""
+    return int((grains["end"] - grains["offset"]).sum())
 
 
 def _first(entries: Entries) -> int:
