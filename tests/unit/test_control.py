@@ -510,3 +510,18 @@ def test_a_cancel_after_the_target_has_its_name(
     result = imgcore.convert(folder / "a.raw", folder / "new.qcow2", control=control)
     assert result.virtual_size == 8 * MIB
     assert control.progress().phase == "done"
+
+
+def test_what_an_earlier_run_has_done_says_nothing_about_the_rate() -> None:
+    control = imgcore.Control()
+    with Run.of(None, control, None) as run:
+        run.skip(900 * MIB)
+        run.report(Progress(900 * MIB, 1000 * MIB, 900 * MIB, 0, 900 * MIB))
+        time.sleep(0.01)
+        found = control.progress()
+        assert (found.done, found.rate, found.eta) == (900 * MIB, 0.0, None)
+        run.report(Progress(901 * MIB, 1000 * MIB, 901 * MIB, 0, 901 * MIB))
+        time.sleep(0.01)
+        found = control.progress()
+        assert 0 < found.rate < 101 * MIB / 0.01
+        assert found.eta is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import random
@@ -103,6 +104,59 @@ def test_two_passes_are_said(disk: Path, caplog: pytest.LogCaptureFixture, tmp_p
     )
     assert done.returncode == 0
     assert "take two passes, and twice the time" in done.stderr
+
+
+def test_two_passes_are_two_halves(disk: Path) -> None:
+    control, seen = imgcore.Control(), []
+
+    def note(progress: imgcore.Progress) -> None:
+        seen.append((progress, control.progress().phase))
+
+    imgcore.convert(
+        disk,
+        io.BytesIO(),
+        target_format="qcow2",
+        compress=True,
+        progress=note,
+        control=control,
+        options={"cluster_size": 4096},
+    )
+    total = disk.stat().st_size
+    first = [progress for progress, phase in seen if phase == "measuring"]
+    assert 0 < max(progress.done for progress in first) <= total // 2
+    assert {progress.written for progress in first} == {0}
+    assert seen[-1][0].done == total
+    for (before, _), (after, _) in itertools.pairwise(seen):
+        assert all(a <= b for a, b in zip(before, after, strict=True))
+        assert after.data + after.zero == after.done
+
+
+@pytest.mark.parametrize("format", OPTIONS)
+def test_an_empty_image(format: str, tmp_path: Path) -> None:
+    """`create` makes what a conversion of an empty disk makes."""
+    empty, options = tmp_path / "empty.raw", {**OPTIONS[format], "tables": "front"}
+    empty.touch()
+    os.truncate(empty, 100 * MIB)
+    created, converted = tmp_path / f"a.{format}", tmp_path / f"b.{format}"
+    imgcore.create(created, 100 * MIB, options=options)
+    imgcore.convert(empty, converted, options=options)
+    one, other = created.read_bytes(), converted.read_bytes()
+    if format in ("vmdk", "vhd"):  # names and times are in them
+        assert len(one) == len(other)
+    else:
+        assert one == other
+    assert imgcore.compare(created, empty).identical
+
+
+def test_an_empty_image_with_a_parent(disk: Path, tmp_path: Path) -> None:
+    with pytest.raises(imgcore.OptionError, match="cannot have its tables in front"):
+        imgcore.create(
+            tmp_path / "child.qcow2",
+            backing=disk,
+            backing_format="raw",
+            options={"tables": "front"},
+        )
+    assert not (tmp_path / "child.qcow2").exists()
 
 
 @pytest.mark.parametrize("compress", [False, True])

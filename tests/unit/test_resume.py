@@ -126,6 +126,21 @@ class TestGoesOn:
         assert result.bytes_data == whole.bytes_data
         assert target.read_bytes() == target.with_name("whole.qcow2").read_bytes()
 
+    @pytest.mark.parametrize("suffix", ["qcow2", "raw", "raw.zst"])
+    def test_the_rate_is_that_of_this_run(self, source: Path, target: Path, suffix: str) -> None:
+        target = target.with_suffix(f".{suffix}")
+        start(source, target)
+        control, seen = imgcore.Control(), []
+
+        def note(progress: imgcore.Progress) -> None:
+            seen.append((progress.done, control.progress()))
+
+        imgcore.convert(source, target, resume=True, progress=note, control=control)
+        done, first = seen[0]
+        assert done > MIB
+        # All of it is of the earlier run, or some of it is, which took no time.
+        assert first.rate * first.seconds <= done - MIB
+
     def test_nothing_is_kept_before_the_first_checkpoint(self, source: Path, target: Path) -> None:
         with pytest.raises(Interrupted):
             imgcore.convert(source, target, resume=True, progress=interrupt_at(0))

@@ -182,7 +182,11 @@ class Reporter:
 
     def rate_and_seconds_left(self, counters: Counters) -> tuple[float, float | None]:
         """Return bytes per second, and how long the job will take; None if unknown."""
-        per_second = self._rate.per_second(time.monotonic(), counters.done)
+        if self.control is not None:
+            # It knows what an earlier run has done.
+            per_second = self.control.progress().rate
+        else:
+            per_second = self._rate.per_second(time.monotonic(), counters.done)
         left = counters.total - counters.done
         if left < 0 or (left and not per_second > 0):
             return per_second, None

@@ -71,6 +71,7 @@ class ArchiveSink:
                 self._options.checksum,
                 self._options.checkpoints,
             )
+            tally.skip(writer.kept_nbytes)
             writer.write(count)
             writer.done_nbytes = self.disk_nbytes
             count()

@@ -89,6 +89,7 @@ class ChildSink:
             # Its name becomes durable: what is in it is written again.
             self._target.datasync()
             journal = AreaJournal(self._options.checkpoints, self.disk_nbytes)
+            tally.skip(journal.position)
         read_before = 0 if journal is None else journal.read_nbytes
         with self._opened() as child, self._source.kept_open() as new:
             with self._base.kept_open() as old:

@@ -154,7 +154,7 @@ def open_conversion(request: ConversionRequest, run: Run, stack: ExitStack) -> C
         base = stack.enter_context(open_parent(request.target, writing.backing, base_opening))
     files = [*source.files, *(base.every_file() if base is not None else ())]
     disk_nbytes = fitting_size(writing.profile, source)
-    tally = Tally(disk_nbytes, run.report)
+    tally = Tally(disk_nbytes, run.report, run)
     output, writing = _open_target(request, source, files, tally, stack)
     output.protect(files)
     use_page_cache(files, request.source_cache, _job_nbytes(files, disk_nbytes))

@@ -81,6 +81,8 @@ class ContentWriter:
         Where it is on the disk.
     data_nbytes : int
         Bytes of the disk that were written so far.
+    kept_nbytes : int
+        Of these, bytes that an earlier run has written.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class ContentWriter:
             self._start = self._journal.start
         self.done_nbytes: int = 0
         self.data_nbytes: int = 0
+        self.kept_nbytes: int = max(self._start - len(content.header), 0)
 
     def write(self, report: Callable[[], None]) -> None:
         """Write all of it; ``report`` is called after each piece."""

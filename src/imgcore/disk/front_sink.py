@@ -129,7 +129,11 @@ class FrontSink(ImageSink):
                     self.target.datasync()
                     stream = self._leaf_stream()
                     journal = self._journal(None, stream, _LEARNING)
-                self._move(learner, nowhere, tally.before_start(), stream, journal)
+                first = tally.first_of_two()
+                tally.enter("measuring")
+                self._move(learner, nowhere, first, stream, journal)
+                tally.go_on_from(first)
+                tally.enter("working")
         return blocks
 
     def _data_nbytes(self, blocks: BlockTable) -> int:

@@ -65,6 +65,7 @@ class StreamSink:
             writer = ContentWriter(
                 self._target, content, encoder, options.checksum, options.checkpoints
             )
+            tally.skip(writer.kept_nbytes)
             writer.write(count)
             count()
         if nbytes is None:

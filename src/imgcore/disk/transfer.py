@@ -61,7 +61,8 @@ class Transfer:
         """Prepare each batch while the engine works on the one before it."""
         pending: _Started | None = None
         ends_late = self._end_disk is not None
-        if self.journal is not None:
+        if self.journal is not None and self.journal.position:
+            self.tally.skip(self.journal.position)
             self._count(self.journal.position)
         for batch in batches:
             if pending is not None:

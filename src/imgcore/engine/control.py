@@ -26,14 +26,16 @@ class ControlProgress(NamedTuple):
         As in `Progress`; the sums of all jobs that the control was given to.  They
         never decrease.
     rate : float
-        Bytes of the disk a second, over the last seconds.
+        Bytes of the disk a second, over the last seconds.  What an earlier run has done
+        (``resume``) does not count.
     seconds : float
         Time since the first job began, until the last one ended.
     eta : float or None
         Seconds left at this rate; None if that is unknown.
     phase : str
         What the job that began last is at: ``"preparing"`` (it opens files),
-        ``"working"``, ``"syncing"`` (it waits until all is on stable storage),
+        ``"measuring"`` (the first of two passes, which learns sizes), ``"working"``,
+        ``"syncing"`` (it waits until all is on stable storage),
         ``"verifying"``; or how it has ended: ``"done"``, ``"failed"``,
         ``"cancelled"``.  Before the first one it is ``"waiting"``.
     """
@@ -226,6 +228,11 @@ class Run:
                 self._tell(counts)
             self.check()
 
+    def skip(self, nbytes: int) -> None:
+        """Note that so much more of what is done is the work of an earlier run."""
+        if self.control is not None:
+            self.control._jobs.skip(nbytes)
+
     def report_done(self, counts: Progress) -> None:
         """Report for a job that does not tell data from zeros."""
         self.report(counts._replace(data=0, zero=0))
@@ -297,6 +304,8 @@ class _Jobs:
         self._lock = threading.RLock()
         self._state = _State((), NOTHING_DONE, "waiting")
         self._rate = Rate()
+        # Bytes of the sum that were done by earlier runs.
+        self._skipped_nbytes = 0
         self._began: float | None = None
         self._ended: float | None = None
 
@@ -306,7 +315,7 @@ class _Jobs:
             if self._began is None:
                 self._began = now
             if not self._state.running:
-                self._rate.start(now, self._state.sum().done)
+                self._rate.start(now, self._worked_nbytes(self._state.sum()))
             self._ended = None
             self._state = self._state._replace(running=(*self._state.running, run))
 
@@ -320,13 +329,21 @@ class _Jobs:
 
     def note(self) -> None:
         """Remember how far the jobs are at this moment."""
-        self._rate.note(time.monotonic(), self._state.sum().done)
+        self._rate.note(time.monotonic(), self._worked_nbytes(self._state.sum()))
+
+    def skip(self, nbytes: int) -> None:
+        with self._lock:
+            self._skipped_nbytes += nbytes
+
+    def _worked_nbytes(self, counts: Progress) -> int:
+        """Return what these jobs have done themselves: it says how fast they are."""
+        return max(counts.done - self._skipped_nbytes, 0)
 
     def progress(self) -> ControlProgress:
         state, began, ended = self._state, self._began, self._ended
         now = ended or time.monotonic()
         counts = state.sum()
-        rate = self._rate.per_second(now, counts.done)
+        rate = self._rate.per_second(now, self._worked_nbytes(counts))
         left: float | None = None
         if state.running and counts.done < counts.total:
             left = (counts.total - counts.done) / rate if rate > 0 else None

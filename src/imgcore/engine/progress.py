@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 
 class Progress(NamedTuple):
@@ -58,6 +58,22 @@ class Rate:
         return 0.0
 
 
+class Watcher(Protocol):
+    """Is told about a job what its counters do not say.
+
+    Attributes
+    ----------
+    phase : str
+        What the job is at; see `ControlProgress`.
+    """
+
+    phase: str
+
+    def skip(self, nbytes: int) -> None:
+        """Note that so much more of ``done`` is the work of an earlier run."""
+        ...
+
+
 class Tally:
     """The progress of a conversion, in bytes.
 
@@ -68,6 +84,7 @@ class Tally:
     report : callable, optional
         Called with `Progress` at most every 50 ms, and when the disk is done.  Its
         exceptions are not caught.
+    watcher : Watcher, optional
 
     Attributes
     ----------
@@ -84,7 +101,12 @@ class Tally:
         of these, bytes that were not decompressed.
     """
 
-    def __init__(self, total_nbytes: int, report: Callable[[Progress], None] | None) -> None:
+    def __init__(
+        self,
+        total_nbytes: int,
+        report: Callable[[Progress], None] | None,
+        watcher: Watcher | None = None,
+    ) -> None:
         self.total_nbytes = total_nbytes
         self.done_nbytes: int = 0
         self.data_nbytes: int = 0
@@ -94,6 +116,9 @@ class Tally:
         self.reused_nbytes: int = 0
         self.trusted_nbytes: int = 0
         self._report = report
+        self._watcher = watcher
+        # The first of two passes over the disk, once it has ended.
+        self._first: Tally | None = None
         self._next_time = -float("inf")
 
     def count(
@@ -116,7 +141,37 @@ class Tally:
         now = time.monotonic()
         if done == self.total_nbytes or now >= self._next_time:
             self._next_time = now + _REPORT_SECONDS
-            self._report(Progress(done, self.total_nbytes, data, done - data, written))
+            zero = done - data
+            if self._first is not None:
+                before = self._first
+                data = (before.data_nbytes + data) // 2
+                zero = (before.done_nbytes - before.data_nbytes + zero) // 2
+            if done == self.total_nbytes:
+                zero = done - data
+            self._report(Progress(data + zero, self.total_nbytes, data, zero, written))
+
+    def skip(self, done: int) -> None:
+        """Note where on the disk an earlier run has come to, before it is counted."""
+        if self._watcher is not None:
+            self._watcher.skip(done // 2 if self._first is not None else done)
+
+    def enter(self, phase: str) -> None:
+        """Set what the job is at."""
+        if self._watcher is not None:
+            self._watcher.phase = phase
+
+    def first_of_two(self) -> Tally:
+        """Return a tally of the first of two passes: each is half of the progress.
+
+        `go_on_from` begins the second one.
+        """
+        return _FirstPass(self)
+
+    def go_on_from(self, first: Tally) -> None:
+        """Count the second pass from now on."""
+        first.done_nbytes = self.total_nbytes
+        self._first = first
+        self.repeat()
 
     def position(self, done: int) -> None:
         """Set the position on the disk; nothing else is counted."""
@@ -148,3 +203,22 @@ class Tally:
             reused=self.reused_nbytes,
             trusted=self.trusted_nbytes,
         )
+
+
+class _FirstPass(Tally):
+    """The first of two passes: counts half of what is done, and writes nothing."""
+
+    def __init__(self, whole: Tally) -> None:
+        report = None if whole._report is None else self._report_half
+        super().__init__(whole.total_nbytes, report)
+        self._whole = whole
+
+    def _report_half(self, counts: Progress) -> None:
+        assert self._whole._report is not None
+        data, zero = counts.data // 2, counts.zero // 2
+        self._whole._report(Progress(data + zero, counts.total, data, zero, 0))
+
+    def skip(self, done: int) -> None:
+        """Note where an earlier run has come to: half of it counts."""
+        if self._whole._watcher is not None:
+            self._whole._watcher.skip(done // 2)

@@ -158,20 +158,30 @@ def _request(
 ) -> WriteRequest[FormatOptions]:
     from imgcore.formats.api import WriteRequest
     from imgcore.formats.option_texts import parse_options
+    from imgcore.formats.options import has_tables_in_front
 
     if virtual_size < 0 or virtual_size % SECTOR_NBYTES:
         raise OptionError(
             f"virtual size {virtual_size} is not a multiple of {SECTOR_NBYTES}", path=name
         )
+    parsed = parse_options(driver, options)
+    in_front = has_tables_in_front(parsed)
+    if in_front and reference is not None:
+        raise OptionError("an image with a parent cannot have its tables in front", path=name)
     return WriteRequest(
         virtual_size=virtual_size,
-        options=parse_options(driver, options),
+        options=parsed,
         backing=reference,
         target_name=os.path.basename(name),
+        tables_first=in_front,
     )
 
 
 def _write_empty(driver: Driver, request: WriteRequest[FormatOptions], target: Target) -> None:
+    from imgcore.formats.api import NeedsBlocks
+
     writer = driver.writer(request)
+    if isinstance(writer, NeedsBlocks):
+        writer.know_blocks((), 0)
     writer.begin(target)
     writer.finish(writer.first_offset)
