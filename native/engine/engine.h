@@ -152,7 +152,8 @@ struct imgc_job {
 
 /*
  * worker.c: works on the batch until it ends.  A worker without others beside it stops
- * after the first window that ends later than `until`, if that is not NULL.
+ * after the first window that ends later than `until`, if that is not NULL, and when the
+ * caller must be told that a stream has ended.
  */
 void imgc_worker_work(struct worker *worker, const struct timespec *until);
 

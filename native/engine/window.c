@@ -409,11 +409,23 @@ static uint64_t limited_nbytes(const struct imgc_job *job, const struct slot *sl
 
 /* ------------------------------------------------------------------ process */
 
+/* Bytes of the window that a stream did not have, since it has ended. */
+static uint64_t nbytes_behind_end(const struct imgc_job *job, const struct slot *slot)
+{
+	uint64_t end;
+
+	if (!job->open_end || !imgc_file_stream_end(job->open_end, &end) || slot->end <= end)
+		return 0;
+	return data_nbytes(job->rows, imgc_max_u64(slot->start, end), slot->end, false);
+}
+
 /* A window that has waited in the calling thread goes on with what is left to do. */
 static int read_window(struct worker *worker, struct slot *slot, struct reuse *reuse,
 		       struct imgc_error *err)
 {
 	struct imgc_job *job = worker->job;
+	struct reader *reader = &worker->reader;
+	uint64_t before = reader->bytes_read;
 	int status = IMGC_OK;
 
 	if (!slot->is_admitted)
@@ -421,10 +433,15 @@ static int read_window(struct worker *worker, struct slot *slot, struct reuse *r
 	if (status)
 		return status;
 	slot->is_admitted = true;
-	if (!slot->is_read)
-		status = imgc_reader_fill(&worker->reader, job->rows, slot->start, slot->end,
-					  &slot->view, reuse, err);
+	if (slot->is_read)
+		return IMGC_OK;
+	status = imgc_reader_fill(reader, job->rows, slot->start, slot->end, &slot->view, reuse,
+				  err);
 	slot->is_read = status == IMGC_OK;
+	if (slot->is_read)
+		reader->bytes_read -= nbytes_behind_end(job, slot);
+	else
+		reader->bytes_read = before; /* what has to be waited for counts when it comes */
 	return status;
 }
 

@@ -11,7 +11,7 @@
 #define MAX_ZERO_SPAN_NBYTES (128u * 1024 * 1024) /* so that a cancelled job ends soon */
 
 #define MAX_UNREAD_SPAN_NBYTES (1024u * 1024 * 1024) /* for the same reason */
-#define MAX_MOVED_SPAN_NBYTES (8u * 1024 * 1024) /* takes time, and counts when it ends */
+#define MAX_MOVED_SPAN_NBYTES (8u * 1024 * 1024)     /* takes time, and counts when it ends */
 
 enum claim { CLAIM_NOTHING, CLAIM_WINDOW, CLAIM_ZERO_SPAN, CLAIM_UNREAD_SPAN };
 
@@ -322,7 +322,7 @@ static bool is_past(const struct timespec *until)
  * at a time, the other workers fill the ring instead of waiting for it.
  *
  * Only the calling thread, which has no workers beside it, may stop before the batch
- * ends: at the first window after `until`, with false.
+ * ends: at the first window after `until`, or to report the end of a stream, with false.
  */
 static bool run(struct worker *worker, const struct timespec *until)
 {
@@ -343,7 +343,7 @@ static bool run(struct worker *worker, const struct timespec *until)
 			break;
 		else
 			await_work(job);
-		if (until && is_past(until)) {
+		if (until && (job->reports_end || is_past(until))) {
 			ended = false;
 			break;
 		}

@@ -317,6 +317,7 @@ static void run(const struct imgc_job_options *o, uint64_t batch_nbytes, uint64_
 	CHECK(is_told);
 	imgc_job_progress(job, &progress);
 	CHECK_EQ(progress.bytes_done, size);
+	CHECK_EQ(progress.bytes_read, o->sources->nbytes == size ? size : disk_nbytes);
 	out->next = imgc_job_next_offset(job);
 	imgc_job_destroy(job);
 }

@@ -298,6 +298,7 @@ class TestADescriptor:
             assert found.checksum == result.checksum
             assert found.virtual_size == result.virtual_size
             assert found.bytes_data + found.bytes_zero == found.virtual_size
+            assert found.bytes_read == result.bytes_read == nbytes
 
     @pytest.mark.parametrize("nbytes", [0, 1, 512, 513, 1024, 70_000 // 512 * 512, 3 * MIB])
     @pytest.mark.parametrize("size", [None, "stated"])
