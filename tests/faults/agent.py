@@ -34,7 +34,6 @@ from imgcore.disk import (
     batch_pieces,
     checkpoints,
     resuming,
-    stream_journal,
 )
 from imgcore.files import in_place
 from imgcore.streams import zstd
@@ -74,7 +73,6 @@ def resume(arguments: dict[str, Any]) -> dict[str, Any]:
     assert {"_MIN_NBYTES", "_MAX_NBYTES"} <= names.keys()
     names["_MIN_NBYTES"] = names["_MAX_NBYTES"] = batch_nbytes
     vars(area_journal)["_BATCH_NBYTES"] = batch_nbytes
-    vars(stream_journal)["_WAITING_SHARE"] = float("inf")
     vars(zstd)["_JOB_NBYTES"] = 1 << 20
     vars(checkpoints)["_DUE_NBYTES"] = 0
     seed = words.pop("seed").encode().ljust(32)

@@ -19,7 +19,7 @@ import pytest
 
 import imgcore
 from imgcore._core import crc32c
-from imgcore.disk import area_journal, batch_pieces, checkpoints, resuming, stream_journal
+from imgcore.disk import area_journal, batch_pieces, checkpoints, resuming
 from imgcore.streams import zstd
 from imgcore.streams.helpers import Helpers
 from tests.faults.harness import Agent
@@ -44,10 +44,10 @@ def frequent(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_MIN_NBYTES", "_MAX_NBYTES"):
         monkeypatch.setattr(batch_pieces, name, 512 * KIB)
     monkeypatch.setattr(area_journal, "_BATCH_NBYTES", 512 * KIB)
-    monkeypatch.setattr(stream_journal, "_WAITING_SHARE", float("inf"))
+    monkeypatch.setattr(zstd, "Helpers", lambda _, name: Helpers(0, name))
     monkeypatch.setattr(zstd, "_JOB_NBYTES", MIB)
     monkeypatch.setattr(checkpoints, "_DUE_NBYTES", 0)
-    monkeypatch.setattr(checkpoints, "Helpers", lambda _, name: Helpers(0, name))
+    monkeypatch.setattr(checkpoints, "started", lambda _: False)
     monkeypatch.setattr(resuming, "_new_seed", lambda: bytes(32))
 
 
@@ -143,11 +143,10 @@ import os, sys
 
 from imgcore.disk import batch_pieces, checkpoints
 from imgcore.engine.progress import Tally
-from imgcore.streams.helpers import Helpers
 
 batch_pieces._MIN_NBYTES = batch_pieces._MAX_NBYTES = 512 << 10
 checkpoints._DUE_NBYTES = 0
-checkpoints.Helpers = lambda _, name: Helpers(0, name)
+checkpoints.started = lambda _: False
 count, is_stopped = Tally.count, False
 
 def stopping(tally, done, **more):

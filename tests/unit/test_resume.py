@@ -28,12 +28,12 @@ from imgcore.disk import (
     checkpoints,
     limited_chunks,
     resuming,
-    stream_journal,
 )
 from imgcore.disk.block_table import BlockTable
 from imgcore.files.locks import Lock, lock
 from imgcore.files.target_folder import TargetFolder
 from imgcore.streams import zstd
+from imgcore.streams.helpers import Helpers
 
 KIB, MIB = images.KIB, images.MIB
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs/receipt.schema.json").read_text())
@@ -64,7 +64,7 @@ def frequent(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_MIN_NBYTES", "_MAX_NBYTES"):
         monkeypatch.setattr(batch_pieces, name, 256 * KIB)
     monkeypatch.setattr(area_journal, "_BATCH_NBYTES", 256 * KIB)
-    monkeypatch.setattr(stream_journal, "_WAITING_SHARE", float("inf"))
+    monkeypatch.setattr(zstd, "Helpers", lambda _, name: Helpers(0, name))
     monkeypatch.setattr(zstd, "_JOB_NBYTES", MIB)
     monkeypatch.setattr(limited_chunks, "CHUNK_NBYTES", 512 * KIB)
     monkeypatch.setattr(checkpoints, "_DUE_NBYTES", 0)
@@ -636,18 +636,11 @@ def test_no_thread(source: Path, target: Path, monkeypatch: pytest.MonkeyPatch) 
     """Without one, the library would write other bytes; nothing is lost by that."""
     target = target.with_suffix(".raw.zst")
     start(source, target)
-    call = zstd.ZstdEncoder._call
-
-    def fail(encoder: zstd.ZstdEncoder, *arguments: Any) -> bytes:
-        if encoder._threads:
-            encoder._threads = 1
-            encoder._take_fewer_threads()
-        return call(encoder, *arguments)
-
-    monkeypatch.setattr(zstd.ZstdEncoder, "_call", fail)
+    monkeypatch.setattr(zstd.ZstdEncoder, "_stream_after", lambda *_: None)
     with pytest.raises(imgcore.ImgcoreError, match="no thread can be made"):
         imgcore.convert(source, target, resume=True)
-    monkeypatch.setattr(zstd.ZstdEncoder, "_call", call)
+    monkeypatch.undo()
+    monkeypatch.setattr(zstd, "_JOB_NBYTES", MIB)
     assert imgcore.jobs(target.parent)[0].kept_nbytes > 100 * KIB
     imgcore.convert(source, target, resume=True)
     assert imgcore.checksum(target) == imgcore.checksum(source)

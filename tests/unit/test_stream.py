@@ -21,6 +21,7 @@ from imgcore.errors import (
     WrongFormatError,
 )
 from imgcore.files.target import Target
+from imgcore.streams.feeder import MIN_BUFFERS
 from imgcore.streams.reader import StreamReader
 from imgcore.streams.zstd import ZstdDecoder, ZstdEncoder
 
@@ -253,7 +254,7 @@ class TestThread:
                 for _ in source.read_chunks(65536):
                     raise KeyboardInterrupt
 
-    def test_at_most_two_chunks_ahead(
+    def test_at_most_its_buffers_ahead(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         (tmp_path / "a").write_bytes(zstd(DATA))
@@ -267,7 +268,7 @@ class TestThread:
         monkeypatch.setattr(ZstdDecoder, "fill", count)
         with StreamReader.open(tmp_path / "a") as source:
             for i, _ in enumerate(source.read_chunks(65536)):
-                assert len(filled) <= i + 3
+                assert len(filled) <= i + MIN_BUFFERS
 
 
 class TestSink:

@@ -5,7 +5,6 @@ A checkpoint has a boundary of the encoder, and the CRC-32C of the target up to 
 
 from __future__ import annotations
 
-import time
 import zlib
 from contextlib import closing
 from typing import TYPE_CHECKING, Final
@@ -29,9 +28,6 @@ if TYPE_CHECKING:
 _LEVEL: Final = 1
 _READ_NBYTES: Final = MIB
 _CRC_NBITS: Final = 32
-# An encoder may have to wait for its threads to come to a boundary.  It does so for at
-# most this share of the time.
-_WAITING_SHARE: Final = 0.02
 
 
 class StreamJournal:
@@ -55,7 +51,6 @@ class StreamJournal:
         self._target = target
         self._header_nbytes = header_nbytes
         self._saved = Boundary(0, 0, 0, ())
-        self._not_before = 0.0
         last = checkpoints.last()
         if last is not None:
             with checkpoints.reading():
@@ -66,13 +61,11 @@ class StreamJournal:
 
     def save_if_due(self, encoder: Encoder, hasher: DataHasher) -> None:
         """Save a checkpoint, if it is time; the encoder has got whole units."""
-        now = time.monotonic()
-        if now < self._not_before or not self._checkpoints.is_due(0):
+        if not self._checkpoints.is_due(0):
             return
         boundary = encoder.boundary()
-        waited = time.monotonic() - now
-        self._not_before = now + waited / _WAITING_SHARE
         if boundary is None or boundary.nbytes <= self._saved.nbytes:
+            encoder.mark()
             return
         n_blocks = self._n_blocks(boundary) - self._n_blocks(self._saved)
         leaves = hasher.take_leaves(n_blocks)

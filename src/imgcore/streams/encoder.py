@@ -62,11 +62,12 @@ class Encoder(Protocol):
         """End the stream; the file is then complete but not synced."""
         ...
 
-    def boundary(self) -> Boundary | None:
-        """Return the last boundary up to which all is written, None without one.
+    def mark(self) -> None:
+        """Ask for a boundary here, if it must be made; the input is whole units."""
+        ...
 
-        The input so far is whole units.
-        """
+    def boundary(self) -> Boundary | None:
+        """Return the last boundary up to which all is written, None without one."""
         ...
 
     def go_on(self, boundary: Boundary, before: memoryview) -> bytes:

@@ -115,6 +115,9 @@ class GzipEncoder:
         self._output.write(future.result())
         self._done = done
 
+    def mark(self) -> None:
+        """Do nothing: each piece ends with a boundary."""
+
     def boundary(self) -> Boundary:
         """Return the end of the last piece that is written."""
         nbytes, crc = self._done

@@ -10,9 +10,11 @@ from imgcore.limits import KIB, MIB
 from imgcore.log import log
 from imgcore.streams.decoder import READ_NBYTES
 from imgcore.streams.encoder import Boundary, OrderedOutput
+from imgcore.streams.helpers import Helpers
 
 if TYPE_CHECKING:
     from collections.abc import Generator
+    from concurrent.futures import Future
     from typing import Self
 
     from imgcore.files.byte_source import ByteSource
@@ -303,22 +305,32 @@ class ZstdEncoder:
         self._taken_nbytes = 0
         self._threads = max(threads, 1)
         self._size = -1 if nbytes is None else nbytes
+        self._compressor = self._new_compressor(self._threads)
+        self._stream = self._compressor.compressobj(size=self._size)
+        self._has_begun = False
         self.unit_nbytes: int = _JOB_NBYTES
         self.lead_nbytes: int = _JOB_NBYTES + _OVERLAP_NBYTES
-        self._begin()
+        # What the last units of a stream become, while another one has taken its place;
+        # what that one has made so far; and the boundary between them.
+        self._ending: Future[bytes] | None = None
+        self._held: list[bytes] = []
+        self._marked: tuple[int, tuple[int, ...]] = (0, ())
+        self._boundary: Boundary | None = None
+        # The end of the input, once a boundary was asked for.
+        self._overlap: bytes | None = None
+        self._helpers: Helpers | None = None
+        # What made the stream before: its buffers are used again.
+        self._spare: Any = None
 
-    def _begin(self) -> None:
-        """Begin a frame."""
+    def _new_compressor(self, threads: int) -> Any:
         parameters = self._library.ZstdCompressionParameters(
             compression_level=_LEVEL,
-            threads=self._threads,
+            threads=threads,
             job_size=_JOB_NBYTES,
             write_content_size=self._nbytes is not None,
             write_checksum=False,
         )
-        compressor = self._library.ZstdCompressor(compression_params=parameters)
-        self._stream = compressor.compressobj(size=self._size)
-        self._has_begun = False
+        return self._library.ZstdCompressor(compression_params=parameters)
 
     @property
     def written_nbytes(self) -> int:
@@ -332,7 +344,14 @@ class ZstdEncoder:
                 raise ValueError(f"{self._output.path}: more than {self._nbytes} bytes given")
             self._taken_nbytes += view.nbytes
             self._hash.update(view)
-            self._write(self._call("compress", view))
+            if self._overlap is not None:
+                self._overlap = _end_of(self._overlap, view)
+            data = self._call("compress", view)
+        if self._ending is None:
+            self._write(data)
+        else:
+            self._held.append(data)
+            self._take_end(waits=False)
 
     def finish(self) -> None:
         """End the frame; the file is then complete but not synced."""
@@ -340,48 +359,104 @@ class ZstdEncoder:
             raise ValueError(
                 f"{self._output.path}: {self._taken_nbytes} of {self._nbytes} bytes given"
             )
+        self._take_end(waits=True)
         self._write(self._call("flush"))
         self._output.write((self._hash.digest() & 0xFFFFFFFF).to_bytes(4, "little"))
 
     def _write(self, data: bytes) -> None:
         self._output.write(_stating_checksum(data, self._output.nbytes))
 
-    def boundary(self) -> Boundary | None:
-        """Wait until all units are written; None if the library makes no units.
+    # -- boundaries --------------------------------------------------------------------
 
-        Units that are complete are compressed in the same way if it is flushed.
+    def mark(self) -> None:
+        """Make a boundary here, unless one is being made.
+
+        Another stream goes on from here, while a thread waits for the last units of
+        this one.  Without threads, the library makes no units.
         """
-        self._write(self._end_unit())
-        if not self._threads:
-            return None
-        output = self._output
-        return Boundary(self._taken_nbytes, output.nbytes, output.crc, self._hash.state)
+        if self._overlap is None:
+            self._overlap = b""
+        elif self._ending is None and self._threads and len(self._overlap) == _OVERLAP_NBYTES:
+            stream = self._stream_after(self._overlap)
+            if stream is not None:
+                self._helpers = self._helpers or Helpers(1, "imgcore-zstd")
+                self._ending = self._helpers.submit(self._end_units, self._stream)
+                self._stream = stream
+                self._marked = self._taken_nbytes, self._hash.state
+
+    def boundary(self) -> Boundary | None:
+        """Return the last boundary up to which all is written, None without one."""
+        self._take_end(waits=False)
+        return self._boundary
+
+    def _take_end(self, *, waits: bool) -> None:
+        """Write the last units of a stream, and what follows, once these are made."""
+        ending, output = self._ending, self._output
+        if ending is None or not (waits or ending.done()):
+            return
+        self._ending = None
+        try:
+            self._write(ending.result())
+        except self._library.ZstdError as error:
+            raise self._error(error) from error
+        nbytes, state = self._marked
+        self._boundary = Boundary(nbytes, output.nbytes, output.crc, state)
+        for data in self._held:
+            output.write(data)
+        self._held.clear()
 
     def go_on(self, boundary: Boundary, before: memoryview) -> bytes:
-        """Begin where another encoder was; return what the last unit becomes.
-
-        The library begins with a frame of its own, whose start is dropped.  A unit
-        depends on the end of the one before, and on nothing else.
-        """
+        """Begin where another encoder was; return what the last unit becomes."""
         self._taken_nbytes = boundary.nbytes
         self._hash = Xxh64(boundary.state)
         self._output.go_on(boundary)
-        overlap, unit = before[:-_JOB_NBYTES], before[-_JOB_NBYTES:]
-        if overlap:
-            self._size = -1
-            self._begin()
-            self._call("compress", overlap)
-            self._end_unit()
-        data = self._call("compress", unit) + self._end_unit()
+        self._overlap = bytes(before[-_OVERLAP_NBYTES:])
+        lead, unit = before[:-_JOB_NBYTES], before[-_JOB_NBYTES:]
+        if lead:
+            self._stream = self._stream_after(lead)
+            self._threads *= self._stream is not None
+        data = self._call("compress", unit) if self._threads else b""
         if not self._threads:
             raise ImgcoreError(
                 "no thread can be made, without which it cannot go on: try again later",
                 path=self._output.path,
             )
-        return data if overlap else _stating_checksum(data, 0)
+        data += self._end_units(self._stream)
+        return data if lead else _stating_checksum(data, 0)
 
-    def _end_unit(self) -> bytes:
-        return self._call("flush", self._library.COMPRESSOBJ_FLUSH_BLOCK) if self._threads else b""
+    def _stream_after(self, overlap: bytes | memoryview) -> Any:
+        """Return a stream that goes on after some content; None if no thread is made.
+
+        The library begins with a frame of its own, whose start is dropped.  A unit
+        depends on the end of the one before, and on nothing else.
+        """
+        threads, compressor = self._threads, self._spare
+        while threads:
+            compressor = compressor or self._new_compressor(threads)
+            stream = compressor.compressobj()
+            try:
+                stream.compress(overlap)
+                self._end_units(stream)
+            except self._library.ZstdError:
+                threads, compressor = threads // 2, None
+            else:
+                self._has_begun = True
+                self._spare, self._compressor = self._compressor, compressor
+                return stream
+        return None
+
+    def _end_units(self, stream: Any) -> bytes:
+        """Return what the last units of a stream become; all of them are whole.
+
+        They are compressed in the same way as if more content followed.
+        """
+        data: bytes = stream.flush(self._library.COMPRESSOBJ_FLUSH_BLOCK)
+        return data
+
+    # -- the library -------------------------------------------------------------------
+
+    def _error(self, error: Exception) -> ImgcoreError:
+        return ImgcoreError(f"cannot compress: {error}", path=self._output.path)
 
     def _call(self, name: str, *arguments: Any) -> bytes:
         while True:
@@ -389,8 +464,7 @@ class ZstdEncoder:
                 data: bytes = getattr(self._stream, name)(*arguments)
             except self._library.ZstdError as error:
                 if self._has_begun or not self._threads:
-                    path = self._output.path
-                    raise ImgcoreError(f"cannot compress: {error}", path=path) from error
+                    raise self._error(error) from error
                 self._take_fewer_threads()
             else:
                 self._has_begun = True
@@ -399,7 +473,8 @@ class ZstdEncoder:
     def _take_fewer_threads(self) -> None:
         """Begin again: the library makes its threads at the first call, all or none."""
         self._threads //= 2
-        self._begin()
+        self._compressor = self._new_compressor(self._threads)
+        self._stream = self._compressor.compressobj(size=self._size)
         if not self._threads:
             log.warning(
                 "%s: no thread can be made: the stream differs from one made with threads, "
@@ -411,7 +486,16 @@ class ZstdEncoder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Do nothing: the library ends its threads when the compressor is freed."""
+        """End the own thread; the library ends its threads with their compressor."""
+        if self._helpers is not None:
+            self._helpers.close()
+
+
+def _end_of(before: bytes, view: memoryview) -> bytes:
+    """Return the end of some content, as much of it as the next unit depends on."""
+    if len(view) >= _OVERLAP_NBYTES:
+        return bytes(view[-_OVERLAP_NBYTES:])
+    return (before + view)[-_OVERLAP_NBYTES:]
 
 
 def _stating_checksum(data: bytes, offset: int) -> bytes:
