@@ -9,8 +9,8 @@ import pytest
 
 from imgcore._core import extent_table
 from imgcore.disk import batch_pieces
-from imgcore.disk.batch_pieces import Pace, pieces, without_front
-from imgcore.engine.extents import EXTENT_DTYPE, Kind
+from imgcore.disk.batch_pieces import Pace, at_steps, pieces, without_front
+from imgcore.engine.extents import EXTENT_DTYPE, Kind, clip
 from imgcore.engine.geometry import Geometry, Placing, ZeroPolicy
 from imgcore.engine.supply import Batch
 from imgcore.limits import KIB, MIB
@@ -121,3 +121,27 @@ def test_zeros_that_are_stored_count_as_data() -> None:
     holes = Batch(0, 32 * MIB, np.array([(0, 32 * MIB, 0, 0, 0, Kind.HOLE, 0)], EXTENT_DTYPE))
     assert len(list(pieces(holes, geometry(), Pace()))) == 1
     assert len(list(pieces(holes, geometry(ZeroPolicy.STORE), Pace()))) == 8
+
+
+@pytest.mark.parametrize("is_table", [False, True])
+def test_batches_end_at_steps(is_table: bool) -> None:
+    """Also in a gap between batches, where a batch of holes ends at the first one."""
+    step = 16 * MIB
+    rows = batch().rows
+    first = Batch(0, 65 * MIB, clip(rows, 0, 65 * MIB))
+    last = Batch(110 * MIB, 200 * MIB, clip(rows, 110 * MIB, 200 * MIB))
+    given = [first, last]
+    if is_table:
+        given = [one._replace(rows=extent_table(one.rows.tolist())) for one in given]
+    one_step = geometry()._replace(step_nbytes=step)
+    found = list(at_steps(iter(given), one_step))
+    ends = [piece.end for piece in found]
+    assert ends == sorted({*range(step, 200 * MIB, step), 65 * MIB, 200 * MIB} - {96 * MIB})
+    hole = next(piece for piece in found if piece.end == 80 * MIB)
+    assert hole.end - hole.start == one_step.unit_nbytes
+    assert np.asarray(hole.rows)["kind"].tolist() == [Kind.HOLE]
+    for piece in found:
+        table = np.asarray(piece.rows)
+        assert table["guest_offset"][0] == piece.start
+        assert table["length"].sum() == piece.end - piece.start
+    assert list(at_steps(iter(given), geometry())) == given

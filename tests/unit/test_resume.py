@@ -21,6 +21,7 @@ from tests.helpers import images
 from tests.helpers.command import imgcore as run_cli
 
 import imgcore
+from imgcore import limits
 from imgcore.disk import (
     area_journal,
     batch_journal,
@@ -125,6 +126,39 @@ class TestGoesOn:
         whole = imgcore.convert(source, target.with_name("whole.qcow2"))
         assert result.bytes_data == whole.bytes_data
         assert target.read_bytes() == target.with_name("whole.qcow2").read_bytes()
+
+    @pytest.mark.parametrize("compress", [False, True])
+    @pytest.mark.parametrize("size", [512, 1024])
+    def test_tables_between_the_data(
+        self,
+        tmp_path: Path,
+        target: Path,
+        size: int,
+        compress: bool,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Their places depend on the disk only: not on checkpoints or breaks."""
+        source = tmp_path / "long.raw"
+        with open(source, "wb") as file:
+            for at, nbytes in ((0, 3 * MIB), (9 * MIB + 4096, 2 * MIB + 512), (30 * MIB, MIB)):
+                file.seek(at)
+                file.write(images.noise(nbytes))
+            file.truncate(40 * MIB + 512)
+        options = {"options": {"cluster_size": size}, "compress": compress}
+        at_end, whole = target.with_name("end.qcow2"), target.with_name("whole.qcow2")
+        imgcore.convert(source, at_end, **options)
+        monkeypatch.setattr(limits, "MAX_PENDING_TABLE_NBYTES", 64 * KIB)
+        imgcore.convert(source, whole, **options)
+        assert whole.read_bytes() != at_end.read_bytes()
+        with pytest.raises(Interrupted):
+            imgcore.convert(source, target, resume=True, progress=interrupt_at(10 * MIB), **options)
+        imgcore.convert(source, target, resume=True, **options)
+        digested = target.with_name("digested.qcow2")
+        imgcore.convert(source, digested, checksum="sha256", **options)
+        assert target.read_bytes() == whole.read_bytes()
+        assert digested.read_bytes() == whole.read_bytes()
+        assert imgcore.compare(source, target).identical
+        assert not imgcore.check(target).corruptions
 
     @pytest.mark.parametrize("suffix", ["qcow2", "raw", "raw.zst"])
     def test_the_rate_is_that_of_this_run(self, source: Path, target: Path, suffix: str) -> None:

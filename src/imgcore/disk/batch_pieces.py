@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from imgcore._core import extent_table
 from imgcore.engine.geometry import ZeroPolicy
 from imgcore.engine.kinds import Kind
+from imgcore.engine.supply import Batch
 from imgcore.limits import MIB
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from imgcore.engine.extents import Extents
     from imgcore.engine.geometry import Geometry
     from imgcore.engine.kinds import ExtentRow
-    from imgcore.engine.supply import Batch
 
 # struct imgc_extent.
 _ROW: Final = Struct("<QQQQIHH")
@@ -64,6 +64,27 @@ def without_front(batch: Batch, position: int) -> Batch:
     if position <= batch.start:
         return batch
     return _part(batch, _rows_of(batch), position, batch.end)
+
+
+def at_steps(batches: Iterator[Batch], geometry: Geometry) -> Iterator[Batch]:
+    """Yield batches that end at multiples of ``geometry.step_nbytes``, if it is not 0.
+
+    One of holes only ends at the first multiple that a gap between batches reaches.
+    """
+    step, unit, done = geometry.step_nbytes, geometry.unit_nbytes, 0
+    for batch in batches:
+        if not step:
+            yield batch
+            continue
+        line = done + -done % step
+        if done < line <= batch.start:
+            hole = (line - unit, unit, 0, 0, 0, Kind.HOLE, 0)
+            yield Batch(line - unit, line, extent_table([hole]))
+        rows, start, done = _rows_of(batch), batch.start, batch.end
+        for cut in range(start + step - start % step, done, step):
+            yield _part(batch, rows, start, cut)
+            start = cut
+        yield _part(batch, rows, start, done)
 
 
 def pieces(batch: Batch, geometry: Geometry, pace: Pace) -> Iterator[Batch]:

@@ -259,6 +259,10 @@ class ImageSink:
             )
             stack.callback(job.close)
             batches = supply.batches
+            if geometry.step_nbytes and self.source.sources:
+                from imgcore.disk.batch_pieces import at_steps
+
+                batches = at_steps(batches, geometry)
             if journal is not None:
                 job.packing = journal.packing
                 batches = journal.remaining(batches, geometry)

@@ -108,7 +108,9 @@ class Geometry(NamedTuple):
 
     ``is_ordered`` is not for the engine either: a batch has one group then, whose table
     is written before the next group.  Nor is ``moved_end``: data before this offset of
-    the disk may go into a pipe as pages of its files.
+    the disk may go into a pipe as pages of its files.  Nor is ``step_nbytes``: batches
+    end at its multiples, where a writer may put tables between the data, so that their
+    places do not depend on other ends of batches.
     """
 
     block_nbytes: int
@@ -133,6 +135,7 @@ class Geometry(NamedTuple):
     leaf_nbytes: int = 0
     is_ordered: bool = False
     moved_end: int = 0
+    step_nbytes: int = 0
 
     @property
     def over_old_bytes(self) -> Geometry:

@@ -576,8 +576,8 @@ class Writer(Protocol):
         -------
         int
             Host offset of the first free byte after the call.  It is larger than
-            ``next_offset`` if the writer has put tables there, which it does when more
-            than MAX_PENDING_TABLE_NBYTES of them are waiting.
+            ``next_offset`` if the writer has put tables there, so that no more than
+            MAX_PENDING_TABLE_NBYTES of them are waiting.
 
         Raises
         ------

@@ -2,10 +2,10 @@
 
 A new file contains, in this order: header, L1 table, data, L2 tables, refcount blocks,
 refcount table.  If pending tables take too much memory, final L2 tables and refcount
-blocks are written between the data.  The L1 table of a disk whose size is not known
-at first follows the L2 tables.  With preallocation all tables precede the data,
-and guest cluster i is host cluster data_start + i.  `front_writer` puts the tables of
-images that grow before their data.
+blocks are written between the data, at certain offsets of the disk.  The L1 table of a
+disk whose size is not known at first follows the L2 tables.  With preallocation all
+tables precede the data, and guest cluster i is host cluster data_start + i.
+`front_writer` puts the tables of images that grow before their data.
 
 Source: QEMU docs/interop/qcow2.rst.
 """
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 import numpy as np
 
 from imgcore import limits
+from imgcore._core import CHECKSUM_BLOCK_NBYTES
 from imgcore.engine.geometry import Geometry, Placing
 from imgcore.formats.api import Measurement
 from imgcore.formats.qcow2 import layout
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from imgcore.formats.qcow2.front_writer import FrontWriter
 
 _PIECE_NBYTES: Final = 4 << 20
+# The L2 tables of so many steps may be pending.
+_STEPS: Final = 4
 
 
 def writer_for(
@@ -96,6 +99,16 @@ def measure(request: WriteRequest[Options], data_nbytes: int) -> Measurement:
     return Measurement(fully_allocated - whole + min(data_nbytes, whole), fully_allocated)
 
 
+def _step_nbytes(options: WriteOptions) -> int:
+    """Return the bytes of the disk whose L2 tables are a part of what may be pending.
+
+    It is a power of two, and has whole tables and whole leaves of checksums.
+    """
+    n_entries = max(limits.MAX_PENDING_TABLE_NBYTES // _STEPS // layout.ENTRY_NBYTES, 1)
+    step_nbytes = (1 << n_entries.bit_length() - 1) * options.cluster_size
+    return max(step_nbytes, options.l2_entries * options.cluster_size, CHECKSUM_BLOCK_NBYTES)
+
+
 class Qcow2Writer:
     """Writes images that grow with their data, plain or compressed."""
 
@@ -109,7 +122,9 @@ class Qcow2Writer:
         self._file: TargetFile | None = None
         self.first_offset: int = (1 + options.l1_clusters) * options.cluster_size
         self._is_open_ended = False
-        self.geometry: Geometry = growing_geometry(options)
+        self.geometry: Geometry = growing_geometry(options)._replace(
+            step_nbytes=_step_nbytes(options)
+        )
 
     def begin(self, target: Target) -> TargetFile:
         """Open the target; see `imgcore.formats.api.Writer`."""
@@ -136,7 +151,12 @@ class Qcow2Writer:
             self._refcounts.add(referenced_clusters(rows, self._options.cluster_bits))
         frontier = next_offset >> self._options.cluster_bits
         pending = self._tables.nbytes + self._refcounts.pending_nbytes(frontier)
-        if pending <= limits.MAX_PENDING_TABLE_NBYTES:
+        most = limits.MAX_PENDING_TABLE_NBYTES
+        end = (first_block + len(placements)) * self._options.cluster_size
+        if end % self.geometry.step_nbytes == 0:
+            # The other half is for the tables of the next step, and refcounts.
+            most //= 2
+        if pending <= most:
             return next_offset
         offset = self._aligned(next_offset)
         offset = self._counted(offset, self._tables.write_complete(self._target_file(), offset))
