@@ -550,6 +550,8 @@ ELSEWHERE = {
     ("disk/resuming.py",
      ("is the journal of another conversion: {}: repeat that one, or give it up (imgcore jobs "
      "--remove)")): "unit/test_resume.py::TestRefused",
+    ("files/resume_journal.py",
+     "{}: give it up (imgcore jobs --remove), and start again"): "unit/test_resume.py::TestJobs",
     ("disk/resuming.py", "a journal cannot be beside a block device: state a file with --journal"):
     "unit/test_resume.py::TestRefused",
     ("files/fingerprint.py",

@@ -656,6 +656,28 @@ class TestJobs:
         assert result.stdout == ""
         assert "the journal is damaged" in result.stderr
 
+    @pytest.mark.parametrize(
+        "content", [b"", b"imgcore resume 9\nnew", b"imgcore resume 1\nbroken"]
+    )
+    def test_an_unreadable_journal_is_given_up_on_request(
+        self, source: Path, target: Path, content: bytes
+    ) -> None:
+        start(source, target)
+        journal_of(target).write_bytes(content)
+        result = run_cli("convert", "--resume", str(source), str(target))
+        assert result.returncode == 1
+        assert result.stderr.endswith("give it up (imgcore jobs --remove), and start again\n")
+        result = run_cli("jobs", "--remove", str(target.parent))
+        assert result.stdout == f"{target}: given up\n"
+        assert names(target) == []
+        assert run_cli("convert", "--resume", str(source), str(target)).returncode == 0
+
+    def test_what_is_no_journal_is_not_removed(self, tmp_path: Path) -> None:
+        path = tmp_path / "letter"
+        path.write_bytes(b"Dear Sir")
+        assert imgcore.jobs(path, remove=True) == []
+        assert path.read_bytes() == b"Dear Sir"
+
     def test_by_the_command(self, source: Path, target: Path) -> None:
         start(source, target)
         folder = str(target.parent)

@@ -15,11 +15,11 @@ import zlib
 from typing import TYPE_CHECKING, Any, Final
 
 from imgcore.errors import ImgcoreError, TargetError
-from imgcore.files.descriptors import forks_held_back, give_up_in_children
+from imgcore.files.descriptors import close, forks_held_back, give_up_in_children
 from imgcore.files.folder import Folder
 from imgcore.files.locks import Lock, lock
 from imgcore.files.record_file import FRAME, Record, RecordFile
-from imgcore.files.temporary_names import new_token, remove_stale, temporary_name
+from imgcore.files.temporary_names import new_token, partial_name, remove_stale, temporary_name
 from imgcore.sizes import MAX_SIZE
 
 if TYPE_CHECKING:
@@ -161,17 +161,12 @@ class ResumeJournal(RecordFile):
         try:
             for record in self.read():
                 self._note(record)
-        except (
-            LookupError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            ArithmeticError,
-            RecursionError,
-        ):
-            raise self.damaged("a record is not as imgcore writes it") from None
-        if not self.begin_head:
-            raise self.damaged("the record at its start is not whole")
+            if not self.begin_head:
+                raise self.damaged("the record at its start is not whole")
+        except MALFORMED:
+            raise _unreadable(self.damaged("a record is not as imgcore writes it")) from None
+        except ImgcoreError as error:
+            raise _unreadable(error) from None
         # What follows is of a checkpoint that was not completed.
         os.ftruncate(self.fd, self._end)
 
@@ -257,6 +252,43 @@ def _file_name(name: Any) -> str:
     if not isinstance(name, str) or not name or "/" in name or "\0" in name:
         raise ValueError("no name of a file")
     return name
+
+
+def give_up_unreadable(path: str) -> bool:
+    """Remove a journal that cannot be read, and what was kept of the file beside it.
+
+    Returns
+    -------
+    bool
+        False, and nothing is removed: neither its name nor its start is a journal's.
+
+    Raises
+    ------
+    TargetError
+        A run is at work with it.
+    OSError
+        It cannot be removed.
+    """
+    parent, name = os.path.split(path)
+    with Folder(parent) as folder:
+        fd = _opened(folder, name, os.O_RDONLY)
+        try:
+            if lock(fd) is Lock.HELD_BY_OTHER:
+                raise _in_use(path)
+            if name.endswith(SUFFIX):
+                folder.remove(partial_name(name.removesuffix(SUFFIX)))
+            elif os.pread(fd, len(_MAGIC), 0) != _MAGIC:
+                return False
+            folder.remove(name)
+            folder.sync()
+        finally:
+            close(fd)
+    return True
+
+
+def _unreadable(error: ImgcoreError) -> ImgcoreError:
+    text = f"{error.reason}: give it up (imgcore jobs --remove), and start again"
+    return type(error)(text, path=error.path)
 
 
 def _opened(folder: Folder, name: str, flags: int) -> int:

@@ -7,9 +7,15 @@ import os
 from typing import TYPE_CHECKING, NamedTuple
 
 from imgcore.border import FilePath, file_name
-from imgcore.errors import ImgcoreError
+from imgcore.errors import ImgcoreError, TargetError
 from imgcore.files.folder import Folder
-from imgcore.files.resume_journal import MALFORMED, SUFFIX, JournalInUseError, ResumeJournal
+from imgcore.files.resume_journal import (
+    MALFORMED,
+    SUFFIX,
+    JournalInUseError,
+    ResumeJournal,
+    give_up_unreadable,
+)
 from imgcore.files.temporary_names import partial_name
 from imgcore.log import log
 
@@ -67,7 +73,8 @@ def jobs(folder: FilePath, *, remove: bool = False) -> list[UnfinishedJob]:
 
     Notes
     -----
-    A journal that is damaged, or of another version, is a warning.
+    A journal that is damaged, or of another version, is a warning; ``remove`` removes
+    it, and the first file of its target.
     """
     path = file_name(folder)
     found = []
@@ -75,8 +82,10 @@ def jobs(folder: FilePath, *, remove: bool = False) -> list[UnfinishedJob]:
         try:
             job = _job(journal, remove=remove)
         except ImgcoreError as error:
-            log.warning("%s", error)
-            continue
+            if isinstance(error, TargetError) or not (remove and give_up_unreadable(journal)):
+                log.warning("%s", error)
+                continue
+            job = UnfinishedJob(journal.removesuffix(SUFFIX), journal, (), 0, is_running=False)
         if job is not None and not (remove and job.is_running):
             found.append(job)
     return found
