@@ -558,8 +558,8 @@ ELSEWHERE = {
      "a stream cannot be read again after a break (--resume): save it to a file first"):
     "unit/test_resume.py::TestRefused",
     ("files/target.py",
-     ("%s: what is done of it is kept: the same command goes on, imgcore jobs --remove gives it "
-     "up")): "unit/test_resume.py::TestJobs",
+     ("%s: what is done of it is kept for the same command, until imgcore jobs --remove gives "
+     "it up")): "unit/test_resume.py::TestJobs",
     ("files/stream_target.py", ("is a block device: name it as the target instead, with -n "
      "(in_place=True)")): "oracle/test_streams_out.py::test_a_block_device_is_refused",
     ("disk/front_sink.py", ("the tables of the target come first, but a stream shows its data "

@@ -462,7 +462,9 @@ class TestRefused:
         self.refused(source, target, "-c was False, not True", compress=True)
         self.refused(source, target, "cluster_size was 65536, not", options={"cluster_size": "1M"})
         self.refused(source, target, "-S was 4096, not 512", sparse=512)
-        self.refused(source, target, "--checksum was None, not sha256", checksum="sha256")
+        text = r"the digest \(--checksum, --verify, --receipt\) was None, not sha256"
+        self.refused(source, target, text, checksum="sha256")
+        self.refused(source, target, text, verify=True)
 
     def test_a_target_that_has_changed(self, source: Path, target: Path) -> None:
         start(source, target)

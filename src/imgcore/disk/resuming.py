@@ -175,7 +175,7 @@ def _options(options: SinkOptions, opening: OpenOptions) -> dict[str, str]:
         "--target-is-zero": options.target_is_zero,
         "--trust-blocks": options.trust_blocks,
         "--profile": None if options.profile is None else options.profile.name,
-        "--checksum": options.checksum,
+        "the digest (--checksum, --verify, --receipt)": options.checksum,
         "-f": opening.format,
         "--read-options": _read_options(opening),
     }

@@ -399,7 +399,7 @@ class Target:
         is_kept = self._journal is not None and self._journal.n_checkpoints > 0
         if is_kept:
             log.warning(
-                "%s: what is done of it is kept: the same command goes on, imgcore jobs --remove "
+                "%s: what is done of it is kept for the same command, until imgcore jobs --remove "
                 "gives it up",
                 self.path,
             )
