@@ -591,7 +591,8 @@ def test_damaged_journals(source: Path, target: Path) -> None:
 def test_a_receipt(source: Path, target: Path, suffix: str) -> None:
     """It says that the job went on, and has the digests of all runs."""
     target, receipt = target.with_suffix(suffix), target.with_name("receipt.json")
-    start(source, target, receipt=receipt)
+    # With one thread, a checkpoint comes before the interruption.
+    start(source, target, receipt=receipt, threads=1)
     assert not receipt.exists()
     kept_nbytes = imgcore.jobs(target.parent)[0].kept_nbytes
     imgcore.convert(source, target, resume=True, receipt=receipt, verify=True)
