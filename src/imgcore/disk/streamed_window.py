@@ -118,6 +118,9 @@ class StreamedWindow:
         # The buffer of each segment, the oldest first; those of the latest batches.
         self._index_of: dict[int, int] = {}
         self._in_use: deque[set[int]] = deque(maxlen=_N_BATCHES)
+        # The segment of the last compressed block that was placed.  Writers of QCOW2
+        # put the next one behind it, however many plain clusters come between them.
+        self._packed = -1
         self.enlarge(MIN_STREAM_SEGMENTS)
 
     # -- a file for readers ------------------------------------------------------------
@@ -226,7 +229,7 @@ class StreamedWindow:
         first = int(stored["host_offset"].min())
         last = int((stored["host_offset"] + stored["host_length"]).max())
         self._keep_front(first)
-        self._refuse_span(first, last)
+        self._refuse_span(self._first_beside_packed(stored), last)
         self._skip(first)
         self._fill(last)
         rows = self._cut_at_segments(rows)
@@ -246,9 +249,18 @@ class StreamedWindow:
         files = indices[np.searchsorted(used, numbers)] * n_sources + stored["file"]
         rows["file"][is_stored] = files
         self._in_use.append(set(used.tolist()))
+        packed = np.flatnonzero(stored["kind"] > Kind.DATA)
+        if len(packed):
+            self._packed = int(numbers[packed[-1]])
         self._placed_end = max(self._placed_end, last)
         self.used_end = max(self.used_end, int(ends.max()))
         return rows
+
+    def _first_beside_packed(self, stored: Extents) -> int:
+        """Return the first byte of rows, without compressed ones that are kept."""
+        numbers = stored["host_offset"] // np.uint64(STREAM_SEGMENT_NBYTES)
+        others = stored[(stored["kind"] == Kind.DATA) | (numbers != self._packed)]
+        return int((others if len(others) else stored)["host_offset"].min())
 
     def _cut_at_segments(self, rows: Extents) -> Extents:
         """Return a copy in which no DATA row has bytes of two segments."""
@@ -412,16 +424,18 @@ class StreamedWindow:
     def _free_index(self) -> int:
         """Return the buffer for another segment: that of the oldest one, or a new one.
 
-        A buffer that was used before is in the memory and caches of the host already.
+        That of `_packed` stays.  A buffer that was used before is in the memory and
+        caches of the host already.
         """
-        oldest = next(iter(self._index_of), 0)
-        is_used = any(oldest in numbers for numbers in self._in_use)
-        is_far = (oldest + 1) * STREAM_SEGMENT_NBYTES < self._placed_end - _BEHIND_NBYTES
-        if len(self._index_of) < len(self._buffers) and (is_used or not is_far):
+        used = set[int]().union(*self._in_use)
+        others = [number for number in self._index_of if number != self._packed]
+        oldest = next((number for number in others if number not in used), -1)
+        is_far = 0 < (oldest + 1) * STREAM_SEGMENT_NBYTES < self._placed_end - _BEHIND_NBYTES
+        if len(self._index_of) < len(self._buffers) and not is_far:
             return next(i for i in range(len(self._buffers)) if i not in self._index_of.values())
-        if is_used:
+        if not is_far and oldest != others[0]:
             raise UnsupportedFeatureError(
-                f"a stream is read in order, but blocks at {oldest * STREAM_SEGMENT_NBYTES:#x} "
+                f"a stream is read in order, but blocks at {others[0] * STREAM_SEGMENT_NBYTES:#x} "
                 f"and at {self._end:#x} are close on the disk: save it to a file first",
                 path=self.path,
                 offset=self._end,

@@ -14,7 +14,9 @@ from imgcore import limits
 from imgcore._core import TableFormat
 from imgcore.engine.extents import Kind, clip, lose_ranges, single
 from imgcore.errors import CorruptImageError
+from imgcore.files.byte_source import LooksAhead
 from imgcore.formats.qcow2 import layout
+from imgcore.formats.qcow2.whole_tables import WholeTables
 from imgcore.formats.shared.damage import STRICT, Damage
 from imgcore.formats.shared.tables import decode_entries
 
@@ -93,7 +95,7 @@ def iter_l1(
 
 
 def read_entries(
-    file: ByteSource,
+    file: ByteSource | WholeTables,
     header: Qcow2Header,
     offsets: NDArray[np.uint64],
     first: int,
@@ -135,7 +137,7 @@ def read_entries(
     to = (low[starts] - first) * entry_nbytes
     until = (high[ends] - first) * entry_nbytes
     for offset, a, b in zip(begin[starts].tolist(), to.tolist(), until.tolist(), strict=True):
-        if damage.salvages:
+        if damage.salvages and not isinstance(file, WholeTables):
             view[a:b] = damage.read_table(file, offset, b - a, IMPOSSIBLE_ENTRY)
         else:
             file.pread_into(offset, view[a:b])
@@ -162,6 +164,9 @@ class ExtentTables:
 
     def __init__(self, file: ByteSource, header: Qcow2Header, damage: Damage = STRICT) -> None:
         self._file = file
+        self._l2_file: ByteSource | WholeTables = file
+        if isinstance(file, LooksAhead):
+            self._l2_file = WholeTables(file, header.cluster_size)
         self._damage = damage
         self._header = header
         self._lost: tuple[NDArray[np.uint64], NDArray[np.uint64]] | None = None
@@ -209,7 +214,7 @@ class ExtentTables:
                 if piece_start > done:
                     yield single(done, piece_start - done, Kind.HOLE)
                 entries = read_entries(
-                    self._file,
+                    self._l2_file,
                     self._header,
                     offsets,
                     piece - base,
