@@ -331,6 +331,15 @@ class TestObjects:
             imgcore.convert(disk, Refusing(error, after), target_format=format, **options)
         assert caught.value is error
 
+    @pytest.mark.parametrize("more", [-1 << 40, 1])
+    def test_one_that_counts_wrong(self, more: int, disk: Path) -> None:
+        class Wrong(io.BytesIO):
+            def write(self, data: Any) -> int:
+                return max(super().write(data) + more, -1) if data else 0
+
+        with pytest.raises(imgcore.ImgcoreError, match=r"its write returned .* for 1048576 bytes"):
+            imgcore.convert(disk, Wrong(), target_format="raw")
+
     def test_text_is_refused(self, disk: Path) -> None:
         with pytest.raises(TypeError):
             imgcore.convert(disk, io.StringIO(), target_format="raw")

@@ -13,6 +13,7 @@ import termios
 import threading
 import time
 from contextlib import suppress
+from operator import index
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from imgcore.border import Writable
@@ -404,7 +405,15 @@ class _Pump:
             if n is None and isinstance(self._target, io.RawIOBase):
                 time.sleep(_POLL_SECONDS)  # it takes nothing now
                 continue
-            data = b"" if n is None else data[n:]
+            n = len(data) if n is None else index(n)
+            if not 0 <= n <= len(data):
+                raise ImgcoreError(
+                    f"its write returned {n} for {len(data)} bytes: wrong for a stream",
+                    path=self._path,
+                )
+            data = data[n:]
+            if not n:
+                time.sleep(_POLL_SECONDS)
 
     def finish(self, file: OrderedFile, waiting: Callable[[], None]) -> None:
         """Wait until the object has everything."""
