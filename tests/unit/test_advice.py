@@ -552,6 +552,9 @@ ELSEWHERE = {
      "--remove)")): "unit/test_resume.py::TestRefused",
     ("files/resume_journal.py",
      "{}: give it up (imgcore jobs --remove), and start again"): "unit/test_resume.py::TestJobs",
+    ("disk/resuming.py",
+     ("is the journal of {}: repeat that conversion, give it up (imgcore jobs --remove), or state "
+      "another journal")): "unit/test_resume.py::TestRefused",
     ("disk/resuming.py", "a journal cannot be beside a block device: state a file with --journal"):
     "unit/test_resume.py::TestRefused",
     ("files/fingerprint.py",
@@ -796,6 +799,8 @@ ELSEWHERE = {
 
 # Messages about options in use: the verbs that have them.
 NAMED = {
+    ("disk/resuming.py", "%s: an unfinished conversion (--resume) of it is given up"):
+    ("convert",),
     ("disk/resuming.py", "--resume keeps what is on stable storage: it contradicts --no-sync"):
     ("convert",),
     ("disk/resuming.py", "-o {}"): ("convert",),

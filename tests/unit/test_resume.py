@@ -268,6 +268,31 @@ class TestGoesOn:
         assert not journal.exists()
         assert imgcore.compare(source, target).identical
 
+    def test_a_journal_elsewhere_by_the_targets_name(
+        self, source: Path, target: Path, tmp_path: Path
+    ) -> None:
+        """Its folder does not tell where the target is."""
+        journal = tmp_path / journal_of(target).name
+        start(source, target, journal=journal)
+        (job,) = imgcore.jobs(tmp_path)
+        assert job.target == str(target)
+        imgcore.jobs(tmp_path, remove=True)
+        assert names(target) == []
+        assert not journal.exists()
+
+    def test_a_run_in_place_without_it_gives_up(self, source: Path, target: Path) -> None:
+        """A later run would go on, although the target has been used since."""
+        target = target.with_suffix(".raw")
+        target.write_bytes(images.noise(8 * MIB))
+        start(source, target, in_place=True)
+        fd = os.open(journal_of(target), os.O_RDWR)
+        assert lock(fd) is Lock.TAKEN
+        with pytest.raises(imgcore.TargetError, match="another run of this conversion"):
+            imgcore.convert(source, target, in_place=True)
+        os.close(fd)
+        imgcore.convert(source, target, in_place=True)
+        assert names(target) == [target.name]
+
     @pytest.mark.parametrize("mode", ["falloc", "full"])
     def test_preallocated(self, source: Path, target: Path, mode: str) -> None:
         target = target.with_suffix(".raw")
@@ -514,6 +539,15 @@ class TestRefused:
             first.result()
         assert names(target) == [target.name]
         assert imgcore.compare(source, target).identical
+
+    def test_the_journal_of_a_target_in_another_folder(self, source: Path, target: Path) -> None:
+        journal = target.with_name("journal")
+        start(source, target, journal=journal)
+        (target.parent / "other").mkdir()
+        with pytest.raises(imgcore.OptionError, match=f"is the journal of {target}"):
+            other = target.parent / "other" / target.name
+            imgcore.convert(source, other, resume=True, journal=journal)
+        imgcore.convert(source, target, resume=True, journal=journal)
 
     def test_another_version(self, source: Path, target: Path) -> None:
         start(source, target)

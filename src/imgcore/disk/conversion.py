@@ -206,6 +206,10 @@ def _open_target(
                 request.target, writing, request.opening, files, tally.total_nbytes
             )
         )
+    elif writing.in_place:
+        from imgcore.disk.resuming import give_up_in_place
+
+        give_up_in_place(request.target)
     output = Target(
         request.target,
         force=request.force,

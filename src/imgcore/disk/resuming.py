@@ -123,6 +123,7 @@ class Resuming(NamedTuple):
                 _take_back(found, os.path.dirname(target))
                 if options.in_place or os.path.lexists(_partial(target)):
                     return found
+                _refuse_elsewhere(found)
                 log.warning("%s: its target is gone: the conversion begins anew", path)
                 found.remove()
             except BaseException:
@@ -155,6 +156,38 @@ def _take_back(journal: ResumeJournal, folder: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             if os.lstat(path).st_ino == inode and not os.path.lexists(partial):
                 os.rename(path, partial)
+
+
+def _refuse_elsewhere(journal: ResumeJournal) -> None:
+    """Raise OptionError if a journal keeps the target of another folder."""
+    stated = str(journal.begin_head.get("path", ""))
+    if stated and os.path.lexists(_partial(stated)):
+        raise OptionError(
+            f"is the journal of {stated}: repeat that conversion, give it up (imgcore jobs "
+            "--remove), or state another journal",
+            path=journal.path,
+        )
+
+
+def give_up_in_place(target: str) -> None:
+    """Remove the journal beside a target that is about to be overwritten without it.
+
+    A later run would otherwise go on from what is no longer there.
+
+    Raises
+    ------
+    TargetError
+        Another run is at work.
+    ImgcoreError, OSError
+        The journal cannot be read or removed.
+    """
+    found = ResumeJournal.open(target + SUFFIX)
+    if found is None:
+        return
+    with contextlib.closing(found):
+        if "in_place" in found.begin_head:
+            log.warning("%s: an unfinished conversion (--resume) of it is given up", target)
+            found.remove()
 
 
 def _partial(target: str) -> str:

@@ -123,7 +123,16 @@ def _job(path: str, *, remove: bool) -> UnfinishedJob | None:
 def _target(journal: str, stated: str) -> str:
     """Return the target's path; its folder may have got another name."""
     beside = journal.removesuffix(SUFFIX)
-    return beside if os.path.basename(beside) == os.path.basename(stated) else stated
+    if os.path.basename(beside) != os.path.basename(stated):
+        return stated
+    is_stated = not _has_files(beside) and _has_files(stated)
+    return stated if is_stated else beside
+
+
+def _has_files(target: str) -> bool:
+    """Tell whether there is a target in place, or what was kept of another one."""
+    folder, name = os.path.split(target)
+    return any(os.path.lexists(path) for path in (target, os.path.join(folder, partial_name(name))))
 
 
 def _remove(journal: ResumeJournal, target: str) -> None:
