@@ -29,6 +29,7 @@ from imgcore.files.stream_input import (
     named_stream,
     object_stream,
 )
+from imgcore.files.stream_target import StreamTarget
 from imgcore.limits import MAX_KEPT_NBYTES, MIB
 
 CONTENT = bytes(range(256)) * 1024
@@ -204,6 +205,27 @@ class TestWhereTheyComeFrom:
         with object_stream(source) as stream:
             assert stream.read(2) == b"by"
         assert source.read() == b"tes"
+
+    @pytest.mark.parametrize("kind", [socket.SOCK_SEQPACKET, socket.SOCK_DGRAM])
+    def test_sockets_for_messages_are_refused(self, kind: int) -> None:
+        """A read that is shorter than a message would drop its rest."""
+        ours, theirs = socket.socketpair(type=kind)
+        with ours, theirs:
+            with pytest.raises(ImgcoreError, match="a socket for messages"):
+                object_stream(ours)
+            with pytest.raises(ImgcoreError, match="a socket for messages"):
+                StreamTarget(ours, waiting=lambda: None)
+
+    def test_what_never_has_bytes_is_refused(self) -> None:
+        event = os.eventfd(1)
+        with socket.socket() as listening:
+            listening.bind(("127.0.0.1", 0))
+            listening.listen()
+            with pytest.raises(ImgcoreError, match="waits for connections"):
+                object_stream(listening)
+        with pytest.raises(ImgcoreError, match="no file with content"):
+            descriptor_stream(event, "stdin")
+        os.close(event)
 
     def test_terminals_and_folders_are_refused(self, tmp_path: os.PathLike[str]) -> None:
         ours, theirs = os.openpty()

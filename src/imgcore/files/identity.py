@@ -13,6 +13,11 @@ Identity = tuple[int, int]
 
 
 BLOCK_DEVICE: Final = -1
+# Linux include/uapi/asm-generic/socket.h and include/linux/net.h.
+_SOL_SOCKET: Final = 1
+_SO_TYPE: Final = 3
+_SO_ACCEPTCONN: Final = 30
+_SOCK_STREAM: Final = 1
 
 
 def file_identity(status: os.stat_result) -> Identity:
@@ -58,6 +63,31 @@ def describe_file_type(mode: int) -> str:
             return name
     # Such as an eventfd.
     return "no file with content"
+
+
+def refuse_messages(fd: int, path: str) -> None:
+    """Raise ImgcoreError for a socket that has no stream of bytes.
+
+    A read that is shorter than a message drops its rest.
+    """
+    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+        return
+    if _socket_option(fd, _SO_TYPE) != _SOCK_STREAM:
+        raise ImgcoreError("is a socket for messages, not for a stream", path=path)
+    if _socket_option(fd, _SO_ACCEPTCONN):
+        raise ImgcoreError("is a socket that waits for connections, not a stream", path=path)
+
+
+def _socket_option(fd: int, name: int) -> int:
+    """Return an option; a Python socket of the descriptor could change its flags."""
+    import ctypes
+
+    value, nbytes = ctypes.c_int(), ctypes.c_uint32(4)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.getsockopt(fd, _SOL_SOCKET, name, ctypes.byref(value), ctypes.byref(nbytes)):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return value.value
 
 
 def refuse_type(mode: int, path: str, *, device: bool = True) -> None:

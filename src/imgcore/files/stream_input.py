@@ -21,7 +21,7 @@ from imgcore.errors import (
 )
 from imgcore.files.closable import Closable
 from imgcore.files.descriptors import above_standard, close, duplicate, named_errors, open_file
-from imgcore.files.identity import Identity, describe_file_type, file_identity
+from imgcore.files.identity import Identity, describe_file_type, file_identity, refuse_messages
 from imgcore.limits import KIB, MAX_AHEAD_NBYTES, MAX_KEPT_NBYTES, MIB
 
 if TYPE_CHECKING:
@@ -454,10 +454,11 @@ def _owning(fd: int, path: str) -> StreamInput:
         mode = os.fstat(fd).st_mode
         if os.isatty(fd):
             raise ImgcoreError("is a terminal, not a pipe or a file", path=path)
-        if stat.S_ISDIR(mode) or stat.S_ISCHR(mode):
+        if stat.S_ISDIR(mode) or stat.S_ISCHR(mode) or not stat.S_IFMT(mode):
             raise ImgcoreError(f"is {describe_file_type(mode)}, not a pipe or a file", path=path)
         if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY:
             raise ImgcoreError("is open for writing only", path=path)
+        refuse_messages(fd, path)
         return StreamInput(_Descriptor(fd), path)
     except BaseException:
         close(fd)

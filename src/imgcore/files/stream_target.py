@@ -29,7 +29,7 @@ from imgcore.files.descriptors import (
     standard_numbers_taken,
 )
 from imgcore.files.host_file import OpenFile, system_errors
-from imgcore.files.identity import Identity, file_identity
+from imgcore.files.identity import Identity, file_identity, refuse_messages
 from imgcore.files.target import Target
 from imgcore.files.target_file import TargetFile
 
@@ -243,6 +243,7 @@ class OrderedFile(TargetFile):
         access = fcntl.fcntl(self.fd, fcntl.F_GETFL) & os.O_ACCMODE
         if access == os.O_RDONLY:
             raise TargetError("is open for reading only", path=self.path)
+        refuse_messages(self.fd, self.path)
         # The command puts /dev/null in the place of a stdout that is closed.
         if access == os.O_RDWR and stat.S_ISCHR(self._mode):
             raise TargetError("is closed, or a device that is no target", path=self.path)
