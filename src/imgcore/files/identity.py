@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import Final
+from contextlib import suppress
+from typing import Any, Final
 
 from imgcore.errors import ImgcoreError
 
@@ -13,6 +14,7 @@ Identity = tuple[int, int]
 
 
 BLOCK_DEVICE: Final = -1
+_OBJECT: Final = -2
 # Linux include/uapi/asm-generic/socket.h and include/linux/net.h.
 _SOL_SOCKET: Final = 1
 _SO_TYPE: Final = 3
@@ -30,6 +32,17 @@ def file_identity(status: os.stat_result) -> Identity:
 def named_identity(path: str | int) -> Identity:
     """Return the identity of a file by its name, without opening it, or descriptor."""
     return file_identity(os.stat(path))
+
+
+def object_identity(found: Any) -> Identity:
+    """Return what identifies the file that an object of Python reads or writes.
+
+    Of one that has none, or does not tell it, that is the object itself.
+    """
+    # They say in several ways that they have no descriptor.
+    with suppress(Exception):
+        return file_identity(os.fstat(found.fileno()))
+    return (_OBJECT, id(found))
 
 
 def file_system_magic(fd: int) -> int | None:

@@ -21,7 +21,13 @@ from imgcore.errors import (
 )
 from imgcore.files.closable import Closable
 from imgcore.files.descriptors import above_standard, close, duplicate, named_errors, open_file
-from imgcore.files.identity import Identity, describe_file_type, file_identity, refuse_messages
+from imgcore.files.identity import (
+    Identity,
+    describe_file_type,
+    file_identity,
+    object_identity,
+    refuse_messages,
+)
 from imgcore.limits import KIB, MAX_AHEAD_NBYTES, MAX_KEPT_NBYTES, MIB
 
 if TYPE_CHECKING:
@@ -38,8 +44,6 @@ _PULL_NBYTES: Final = 64 * KIB
 _PIPE_NBYTES: Final = 1 * MIB
 # Of streams whose end is not known yet: the largest size of a file.
 _MAX_NBYTES: Final = (1 << 63) - 1
-# The first number of an identity, where the system has none; see `BLOCK_DEVICE`.
-_OBJECT: Final = -2
 
 
 class Origin(Protocol):
@@ -526,15 +530,8 @@ class _Object:
         self._readinto: Callable[[memoryview], Any] = getattr(source, "readinto", None) or (
             lambda view: self._copied(source.read(len(view)), view)
         )
-        self.identity: Identity = self._identity(source)
+        self.identity: Identity = object_identity(source)
         self._cancelled = threading.Event()
-
-    @staticmethod
-    def _identity(source: Any) -> Identity:
-        # Many objects have no descriptor, and say so in several ways.
-        with suppress(Exception):
-            return file_identity(os.fstat(source.fileno()))
-        return (_OBJECT, id(source))
 
     def readinto(self, view: memoryview, _tick: Callable[[], None] | None, /) -> int:
         if self._cancelled.is_set():

@@ -29,7 +29,7 @@ from imgcore.files.descriptors import (
     standard_numbers_taken,
 )
 from imgcore.files.host_file import OpenFile, system_errors
-from imgcore.files.identity import Identity, file_identity, refuse_messages
+from imgcore.files.identity import Identity, file_identity, object_identity, refuse_messages
 from imgcore.files.target import Target
 from imgcore.files.target_file import TargetFile
 
@@ -126,12 +126,15 @@ class StreamTarget(Target):
         self._protected: dict[Identity | None, str] = {}
         self._waiting = waiting
         self._is_prepared = False
-        self._pump: _Pump | None = None
+        self._pump: _Pump | None
         self._file: OrderedFile = OrderedFile(self._open(target), self.path, waiting)
         self.identity: Identity | None = self._file.identity
+        if self._pump is not None:
+            self.identity = _identity_of(target)
 
     def _open(self, target: Any) -> int:
         """Return a descriptor that the file owns."""
+        self._pump = None
         if isinstance(target, str) and target != STDOUT:
             return self._open_pipe(target)
         number = 1 if target == STDOUT else _number_of(target)
@@ -222,7 +225,10 @@ class OrderedFile(TargetFile):
         try:
             self._mode = self.status().st_mode
             self._refuse_mode()
-            self.identity: Identity | None = file_identity(self.status())
+            # A connection is another stream in each direction.
+            self.identity: Identity | None = None
+            if not stat.S_ISSOCK(self._mode):
+                self.identity = file_identity(self.status())
             if stat.S_ISFIFO(self._mode):
                 with suppress(OSError):
                     fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE_NBYTES)
@@ -360,6 +366,14 @@ def _number_of(target: Any) -> int | None:
             target.flush()
             return number
     return None
+
+
+def _identity_of(target: Any) -> Identity | None:
+    """Return the identity of what an object writes to; see `OrderedFile`."""
+    with suppress(Exception):
+        if stat.S_ISSOCK(os.fstat(target.fileno()).st_mode):
+            return None
+    return object_identity(target)
 
 
 class _Pump:
