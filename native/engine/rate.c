@@ -11,6 +11,12 @@
 
 #define SECOND_NS 1000000000u
 
+/*
+ * What a busy machine is late with must not be lost: so much of a second is saved up, and
+ * ten seconds exceed the rate by a fortieth at most.
+ */
+#define LATE_PARTS 4
+
 /* -------------------------------------------------------------------- bucket */
 
 static void fill(struct bucket *b, uint64_t now_ns)
@@ -19,8 +25,7 @@ static void fill(struct bucket *b, uint64_t now_ns)
 
 	if (!b->paused)
 		b->level += seconds * (double)b->rate;
-	/* What a busy machine is late with must not be lost. */
-	double most = (double)b->rate / 10;
+	double most = (double)b->rate / LATE_PARTS;
 
 	if (most < b->capacity || b->capacity == 0)
 		most = b->capacity; /* none before the first request */

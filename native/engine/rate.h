@@ -9,7 +9,7 @@
 #include "imgc.h"
 
 /*
- * A token bucket.  It starts empty and holds one request at most, or a tenth of a
+ * A token bucket.  It starts empty and holds one request at most, or a quarter of a
  * second, so that no second admits more than its rate and that.
  */
 struct bucket {

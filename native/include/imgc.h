@@ -675,9 +675,8 @@ void imgc_rate_limit_pause(struct imgc_rate_limit *limit, int paused);
 
 /*
  * Waits until nbytes may be handled, but not longer than the timeout.  Returns 1 if they
- * may, else 0.  No second admits more than the rate and one request, or a tenth
- * of the rate if that is more.  0 bytes only wait
- * for the end of a pause.
+ * may, else 0.  No second admits more than the rate and one request, or a quarter of the
+ * rate if that is more.  0 bytes only wait for the end of a pause.
  */
 int imgc_rate_limit_take(struct imgc_rate_limit *limit, uint64_t nbytes, unsigned timeout_ms);
 

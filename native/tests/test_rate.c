@@ -27,7 +27,7 @@ static void request(struct run *run, uint64_t nbytes)
 	run->sizes[run->n++] = nbytes;
 }
 
-/* No second has more than the rate and one request of `largest`, or a tenth of it. */
+/* No second has more than the rate and one request of `largest`, or a quarter of it. */
 static void check_seconds(const struct run *run, uint64_t rate, uint64_t largest)
 {
 	for (size_t first = 0; first < run->n; first++) {
@@ -36,7 +36,7 @@ static void check_seconds(const struct run *run, uint64_t rate, uint64_t largest
 		for (size_t i = first; i < run->n && run->times[i] < run->times[first] + SECOND;
 		     i++)
 			sum += run->sizes[i];
-		CHECK(sum <= rate + (largest > rate / 10 ? largest : rate / 10));
+		CHECK(sum <= rate + (largest > rate / 4 ? largest : rate / 4));
 	}
 }
 
@@ -73,19 +73,19 @@ static void test_a_steady_run_reaches_its_rate(void)
 	CHECK(run.now_ns >= 4 * SECOND && run.now_ns < 4 * SECOND + 1000);
 }
 
-/* A machine that is busy elsewhere for 20 ms now and then still reaches the rate. */
+/* A machine that is busy elsewhere for 0.2 s now and then still reaches the rate. */
 static void test_lateness_is_made_up_for(void)
 {
 	struct run run = {0};
 
 	imgc_bucket_set_rate(&run.bucket, 400 * MIB, 0);
 	for (unsigned i = 0; i < 4000; i++) {
-		if (i % 40 == 0)
-			run.now_ns += SECOND / 50;
+		if (i % 400 == 0)
+			run.now_ns += SECOND / 5;
 		request(&run, 512 * KIB);
 	}
 	/* 2000 MiB: 5 s. */
-	CHECK(run.now_ns >= 5 * SECOND && run.now_ns < 5 * SECOND + SECOND / 20);
+	CHECK(run.now_ns >= 5 * SECOND && run.now_ns < 5 * SECOND + SECOND / 4);
 }
 
 static void test_a_pause_saves_one_request_at_most(void)
