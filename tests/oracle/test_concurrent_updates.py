@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -150,6 +151,21 @@ def host_offsets(image: imgcore.Image) -> set[int]:
     return found
 
 
+@contextmanager
+def three_blocks(path: Path, format: str) -> Iterator[tuple[imgcore.Image, Callable[..., None]]]:
+    """Give a new image that has the blocks 0, 2 and 4, and what writes further ones."""
+    imgcore.create(path, 16 * MIB, format=format, options=OPTIONS[format])
+    with imgcore.open(path, mode="r+", format=format) as image:
+
+        def write(*blocks: int) -> None:
+            size = image.block_size
+            image.writev([(block * size, b"x" * size) for block in blocks])
+
+        write(0, 2, 4)
+        image.flush()
+        yield image, write
+
+
 @pytest.mark.parametrize("freed", [2, 4])
 @pytest.mark.parametrize("change", ["refresh", "two refreshes", "resize"])
 @pytest.mark.parametrize("reading", ["an iterator", "nothing"])
@@ -161,15 +177,8 @@ def test_an_image_opened_anew_keeps_freed_blocks(
 
     Block 4 is the last one of the file.
     """
-    imgcore.create(tmp_path / "disk", 16 * MIB, format=format, options=OPTIONS[format])
-    with imgcore.open(tmp_path / "disk", mode="r+", format=format) as image:
+    with three_blocks(tmp_path / "disk", format) as (image, write):
         size = image.block_size
-
-        def write(*blocks: int) -> None:
-            image.writev([(block * size, b"x" * size) for block in blocks])
-
-        write(0, 2, 4)
-        image.flush()
         before = host_offsets(image)
         iterator = image.extents() if reading == "an iterator" else None
         image.discard(freed * size, size)
@@ -220,15 +229,8 @@ def test_reads_keep_freed_blocks(
     format: str, reading: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is freed during a read is not used again before it ends."""
-    imgcore.create(tmp_path / "disk", 16 * MIB, format=format, options=OPTIONS[format])
-    with imgcore.open(tmp_path / "disk", mode="r+", format=format) as image:
+    with three_blocks(tmp_path / "disk", format) as (image, write):
         size = image.block_size
-
-        def write(*blocks: int) -> None:
-            image.writev([(block * size, b"x" * size) for block in blocks])
-
-        write(0, 2, 4)
-        image.flush()
         before = host_offsets(image)
         begun, goes_on = threading.Event(), threading.Event()
         verify = RandomAccess.range

@@ -16,6 +16,7 @@ from tests.helpers.command import assert_one_line_error
 from tests.helpers.command import imgcore as command
 from tests.helpers.images import KIB, MIB, noise, text
 from tests.helpers.mounts import loop_device, make_file_system, mounted
+from tests.helpers.targets import TARGETS
 
 import imgcore
 from imgcore import limits
@@ -23,21 +24,6 @@ from imgcore.files.target import Target
 
 DISK = text(1 * MIB + 64 * KIB) + bytes(2 * MIB) + noise(900 * KIB) + bytes(124 * KIB)
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs/receipt.schema.json").read_text())
-
-TARGETS: dict[str, dict[str, Any]] = {
-    "a.raw": {},
-    "a.qcow2": {"compress": True, "options": {"compression_type": "zstd"}},
-    "a.vmdk": {},
-    "b.vmdk": {"options": {"subformat": "streamOptimized"}},
-    "c.vmdk": {"options": {"subformat": "monolithicFlat"}},
-    "a.vhd": {},
-    "a.vhdx": {},
-    "a.vdi": {},
-    "a.raw.zst": {},
-    "a.raw.gz": {},
-    "azure.vhd": {"profile": "azure"},
-    "a.tar.gz": {"profile": "gce"},
-}
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tests.helpers import blkhash
@@ -18,31 +17,12 @@ from tests.helpers.command import assert_one_line_error
 from tests.helpers.command import imgcore as command
 from tests.helpers.images import KIB, MIB, noise, text
 from tests.helpers.mounts import loop_device, make_file_system, mounted
+from tests.helpers.targets import TARGETS
 
 import imgcore
 from imgcore.files.target import Target
 
 DISK = text(1 * MIB + 64 * KIB) + bytes(3 * MIB) + noise(900 * KIB) + bytes(124 * KIB)
-
-TARGETS: dict[str, dict[str, Any]] = {
-    "a.raw": {},
-    "b.raw": {"sparse": 0},
-    "a.qcow2": {},
-    "b.qcow2": {"compress": True},
-    "c.qcow2": {"options": {"cluster_size": "512"}},
-    "d.qcow2": {"options": {"cluster_size": "2M"}},
-    "a.vmdk": {},
-    "b.vmdk": {"options": {"subformat": "streamOptimized"}},
-    "c.vmdk": {"options": {"subformat": "monolithicFlat"}},
-    "a.vhd": {},
-    "b.vhd": {"options": {"subformat": "fixed"}},
-    "a.vhdx": {},
-    "a.vdi": {},
-    "a.raw.zst": {},
-    "a.raw.gz": {},
-    "azure.vhd": {"profile": "azure"},
-    "a.tar.gz": {"profile": "gce"},
-}
 
 
 @pytest.fixture

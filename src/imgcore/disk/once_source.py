@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
+from imgcore.disk.ordered_source import OrderedSource
 from imgcore.errors import UnsupportedFeatureError
 from imgcore.formats.shared.last_sector import whole_sectors
 from imgcore.limits import CHUNK_NBYTES
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
 
     from imgcore.disk.image import Image
     from imgcore.disk.layer import Layer
-    from imgcore.engine.bad_ranges import BadRange
-    from imgcore.engine.extents import Extents
     from imgcore.engine.geometry import Geometry
     from imgcore.engine.reflinks import ReflinkRule
     from imgcore.engine.source_file import SourceFile
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from imgcore.streams.once import OnceReader
 
 
-class OnceSource:
+class OnceSource(OrderedSource):
     """Reads an open stream, which the caller closes, once; a `Source`.
 
     Unless the size was stated, it is 0 until the last byte was read.
@@ -90,16 +89,6 @@ class OnceSource:
                 "a stream cannot be compared with a parent (-B): save it to a file first",
                 path=self.path,
             )
-
-    def data_extents(self, rule: ReflinkRule | None = None) -> Iterator[Extents]:
-        """Yield one extent: only reading a stream shows where it holds zeros."""
-        from imgcore.engine.extents import all_data
-
-        yield from all_data(self.virtual_size)
-
-    def lost(self) -> Sequence[BadRange]:
-        """Return nothing: streams are not salvaged."""
-        return ()
 
     def chunks(
         self, start: int, length: int, piece_nbytes: int = CHUNK_NBYTES

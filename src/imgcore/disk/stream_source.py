@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from imgcore.disk.describe import allocated_nbytes
+from imgcore.disk.ordered_source import OrderedSource
 from imgcore.errors import OptionError, UnsupportedFeatureError, WrongFormatError
 from imgcore.files.host_file import use_page_cache
 from imgcore.formats.magic import HEAD_NBYTES, matching_formats
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from imgcore.disk.image import Image
     from imgcore.disk.layer import Layer
     from imgcore.disk.open_options import OpenOptions
-    from imgcore.engine.bad_ranges import BadRange
-    from imgcore.engine.extents import Extents
     from imgcore.engine.geometry import Geometry
     from imgcore.engine.reflinks import ReflinkRule
     from imgcore.engine.source_file import SourceFile
@@ -37,7 +36,7 @@ def is_stream(path: str | os.PathLike[str], options: OpenOptions) -> bool:
     return is_named_stream(os.fspath(path), options.format)
 
 
-class StreamSource:
+class StreamSource(OrderedSource):
     """Reads an open stream; a `Source` and a context manager, which closes it."""
 
     size_is_known: bool = True
@@ -118,16 +117,6 @@ class StreamSource:
             raise UnsupportedFeatureError(
                 "a compressed raw source cannot be combined with -B", path=self.path
             )
-
-    def data_extents(self, rule: ReflinkRule | None = None) -> Iterator[Extents]:
-        """Yield one extent: only reading a stream shows where it holds zeros."""
-        from imgcore.engine.extents import all_data
-
-        yield from all_data(self.virtual_size)
-
-    def lost(self) -> Sequence[BadRange]:
-        """Return nothing: streams are not salvaged."""
-        return ()
 
     def chunks(
         self, start: int, length: int, piece_nbytes: int = CHUNK_NBYTES

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import closing, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
+from imgcore.disk.ordered_source import OrderedSource
 from imgcore.disk.overlay import resized
 from imgcore.disk.streamed_window import BUFFER_NBYTES, StreamedWindow, TooFarAheadError
 from imgcore.engine.batches import cut_batches
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from imgcore.disk.image import Image
     from imgcore.disk.layer import Layer
     from imgcore.disk.open_options import OpenOptions
-    from imgcore.engine.bad_ranges import BadRange
     from imgcore.engine.extents import Extents
     from imgcore.engine.geometry import Geometry
     from imgcore.engine.reflinks import ReflinkRule
@@ -95,7 +95,7 @@ def _refuse_other_files(window: StreamedWindow, reader: Reader) -> None:
         )
 
 
-class StreamedSource:
+class StreamedSource(OrderedSource):
     """Reads an image that comes in order, once; a `Source`.
 
     Parameters
@@ -142,16 +142,6 @@ class StreamedSource:
             )
         for text in self._reader.left_out() if isinstance(self._reader, LeavesOut) else ():
             log.warning("%s: %s", self.path, text)
-
-    def data_extents(self, rule: ReflinkRule | None = None) -> Iterator[Extents]:
-        """Yield one extent: the tables are not known before all was read."""
-        from imgcore.engine.extents import all_data
-
-        yield from all_data(self.virtual_size)
-
-    def lost(self) -> Sequence[BadRange]:
-        """Return nothing: streams are not salvaged."""
-        return ()
 
     def chunks(
         self, start: int, length: int, piece_nbytes: int = CHUNK_NBYTES

@@ -10,6 +10,7 @@ import numpy as np
 from imgcore._core import File
 from imgcore.engine.extents import Kind, split
 from imgcore.errors import LimitExceededError, UnsupportedFeatureError
+from imgcore.files.streamed_bytes import StreamedBytes
 from imgcore.formats.magic import TAIL_NBYTES
 from imgcore.formats.shared.stream_end import ends_early
 from imgcore.limits import (
@@ -69,7 +70,7 @@ class _Rest(NamedTuple):
         return _Rest(offset + len(content), (self.last + content)[-TAIL_NBYTES:], last)
 
 
-class StreamedWindow:
+class StreamedWindow(StreamedBytes):
     """Keeps the latest bytes of a stream, and those before the disk's first block.
 
     It has the members of a `ByteSource` other than ``core``: readers of headers and
@@ -91,12 +92,6 @@ class StreamedWindow:
     with large blocks, and up to `MAX_KEPT_NBYTES` of tables at the start.
     One thread at a time uses it.
     """
-
-    is_block_device: Final = False
-    logical_sector_nbytes: Final = None
-    modified: Final = 0
-    share: Final = True
-    allocated_nbytes: Final = 0
 
     def __init__(self, stream: StreamInput, tail_nbytes: int = 0) -> None:
         self.path: str = stream.path
@@ -171,18 +166,6 @@ class StreamedWindow:
         if number not in self._index_of:
             return memoryview(b"")
         return self._segment(number)[start : max(min(end, self._end) - offset + start, start)]
-
-    def pread_into(self, offset: int, buffer: Any) -> None:
-        """Fill a writable buffer; raises as `pread` does."""
-        with memoryview(buffer) as view, view.cast("B") as octets:
-            octets[:] = self.pread(offset, len(octets))
-
-    def next_data(self, position: int) -> tuple[int, int]:
-        """Return that all is data; see `ByteSource.next_data`."""
-        return position, self.nbytes
-
-    def check_unchanged(self) -> None:
-        """Do nothing: what was read cannot change."""
 
     def close(self) -> None:
         """Do nothing: readers close their file, but `release` ends the engine's use."""

@@ -28,6 +28,7 @@ from imgcore.files.identity import (
     object_identity,
     refuse_messages,
 )
+from imgcore.files.streamed_bytes import StreamedBytes
 from imgcore.limits import KIB, MAX_AHEAD_NBYTES, MAX_KEPT_NBYTES, MIB
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class Origin(Protocol):
         ...
 
 
-class StreamInput(Closable):
+class StreamInput(StreamedBytes, Closable):
     """Bytes that come once and in order.
 
     One thread at a time reads; `cancel` may be called by any.
@@ -113,11 +114,6 @@ class StreamInput(Closable):
     """
 
     _what = "stream"
-    is_block_device: Final = False
-    logical_sector_nbytes: Final = None
-    modified: Final = 0
-    share: Final = True
-    allocated_nbytes: Final = 0
 
     def __init__(self, origin: Origin, path: str, below: StreamInput | None = None) -> None:
         self.path = path
@@ -254,18 +250,6 @@ class StreamInput(Closable):
         if len(self._ahead) < start + length:
             self._refuse_end(offset + length)
         return bytes(memoryview(self._ahead)[start : start + length])
-
-    def pread_into(self, offset: int, buffer: Any) -> None:
-        """Fill a writable buffer; raises as `pread` does."""
-        with memoryview(buffer) as view, view.cast("B") as octets:
-            octets[:] = self.pread(offset, len(octets))
-
-    def next_data(self, position: int) -> tuple[int, int]:
-        """Return that all is data; see `ByteSource.next_data`."""
-        return position, self.nbytes
-
-    def check_unchanged(self) -> None:
-        """Do nothing: what was taken cannot change."""
 
     def keep(self, nbytes: int) -> None:
         """Have `pread` return the first bytes of the stream also once they are taken.

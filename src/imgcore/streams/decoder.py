@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 if TYPE_CHECKING:
     from imgcore.files.byte_source import ByteSource
@@ -51,3 +51,37 @@ class OrderedInput:
         data = self._file.pread(self._offset, min(left, nbytes))
         self._offset += len(data)
         return data
+
+
+class MembersDecoder:
+    """Decompresses a stream of members that follow each other; a `Decoder`."""
+
+    def __init__(self, source: Input) -> None:
+        self._path = source.path
+        self._input = source
+        # Bytes that were read and belong to no member yet.
+        self._pending = b""
+        self._member: Any = None
+        self._n_members = 0
+
+    def fill(self, view: memoryview) -> int:
+        """Decompress until the view is full or the stream ends."""
+        done = 0
+        while done < len(view):
+            if self._member is None:
+                self._member = self._next_member()
+                if self._member is None:
+                    break
+                self._n_members += 1
+            data = self._decompress(len(view) - done)
+            view[done : done + len(data)] = data
+            done += len(data)
+        return done
+
+    def _next_member(self) -> Any:
+        """Return a decompressor for the next member; None at the end of the stream."""
+        raise NotImplementedError
+
+    def _decompress(self, room: int) -> bytes:
+        """Return the member's next bytes, at most ``room``; end it at its end."""
+        raise NotImplementedError

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from imgcore.errors import CorruptImageError
 from imgcore.limits import KIB, MIB
-from imgcore.streams.decoder import READ_NBYTES
+from imgcore.streams.decoder import READ_NBYTES, MembersDecoder
 from imgcore.streams.encoder import Boundary, OrderedOutput
 from imgcore.streams.helpers import Helpers
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from typing import Self
 
     from imgcore.files.target_file import TargetFile
-    from imgcore.streams.decoder import Input
 
 _PIECE_NBYTES: Final = 1 * MIB
 _WINDOW_NBYTES: Final = 32 * KIB  # RFC 1951 section 2
@@ -148,27 +147,10 @@ def is_gzip(head: bytes) -> bool:
     return head.startswith(_MAGIC)
 
 
-class GzipDecoder:
-    def __init__(self, source: Input) -> None:
-        self._path = source.path
-        self._input = source
-        self._pending = b""
-        self._member: Any = None
-        self._n_members = 0
-
-    def fill(self, view: memoryview) -> int:
-        done = 0
-        while done < len(view):
-            self._pending = self._pending or self._input.read(READ_NBYTES)
-            if self._member is None and not self._next_member():
-                break
-            data = self._decompress(len(view) - done)
-            view[done : done + len(data)] = data
-            done += len(data)
-        return done
-
+class GzipDecoder(MembersDecoder):
     def _decompress(self, room: int) -> bytes:
         member = self._member
+        self._pending = self._pending or self._input.read(READ_NBYTES)
         try:
             data: bytes = member.decompress(self._pending, room)
         except zlib.error as error:
@@ -184,19 +166,15 @@ class GzipDecoder:
             self._pending = member.unconsumed_tail
         return data
 
-    def _next_member(self) -> bool:
-        """Start the next member; False at the end of the file.
-
-        Zeros at the end of the file are padding.
-        """
+    def _next_member(self) -> Any:
+        # Zeros at the end of the file are padding.
+        self._pending = self._pending or self._input.read(READ_NBYTES)
         padded = False
         while self._n_members and self._pending.startswith(b"\0"):
             padded = True
             self._pending = self._pending.lstrip(b"\0") or self._input.read(READ_NBYTES)
         if not self._pending and self._n_members:
-            return False
+            return None
         if padded or self._pending[:1] != _MAGIC[:1]:
             raise CorruptImageError("there is garbage after the gzip stream", path=self._path)
-        self._member = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
-        self._n_members += 1
-        return True
+        return zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from imgcore.errors import CorruptImageError, ImgcoreError, LimitExceededError
 from imgcore.limits import MIB
-from imgcore.streams.decoder import READ_NBYTES
+from imgcore.streams.decoder import READ_NBYTES, MembersDecoder
 
 if TYPE_CHECKING:
-    from imgcore.streams.decoder import Input
+    pass
 
 # Section 2.1.1.1, "Header Magic Bytes".
 _MAGIC: Final = b"\xfd7zXZ\x00"
@@ -25,28 +25,11 @@ def is_xz(head: bytes) -> bool:
     return head.startswith(_MAGIC)
 
 
-class XzDecoder:
-    def __init__(self, source: Input) -> None:
-        self._path = source.path
-        self._input = source
-        self._pending = b""
-        self._stream: Any = None
-        self._n_streams = 0
-
-    def fill(self, view: memoryview) -> int:
-        done = 0
-        while done < len(view):
-            if self._stream is None and not self._next_stream():
-                break
-            data = self._decompress(len(view) - done)
-            view[done : done + len(data)] = data
-            done += len(data)
-        return done
-
+class XzDecoder(MembersDecoder):
     def _decompress(self, room: int) -> bytes:
         import lzma
 
-        stream = self._stream
+        stream = self._member
         if stream.needs_input and not self._pending:
             self._pending = self._input.read(READ_NBYTES)
             if not self._pending:
@@ -57,7 +40,7 @@ class XzDecoder:
             raise self._failure(error) from error
         self._pending = b""
         if stream.eof:
-            self._pending, self._stream = stream.unused_data, None
+            self._pending, self._member = stream.unused_data, None
         return data
 
     def _failure(self, error: Exception) -> ImgcoreError:
@@ -68,25 +51,20 @@ class XzDecoder:
             )
         return CorruptImageError(f"the xz stream is broken: {error}", path=self._path)
 
-    def _next_stream(self) -> bool:
-        """Start the next stream; False at the end of the input.
-
-        Zeros after a stream are padding.
-        """
+    def _next_member(self) -> Any:
+        # Zeros after a stream are padding.
         import lzma
 
-        if self._n_streams:
+        if self._n_members:
             self._skip_padding()
             if not self._pending:
-                return False
+                return None
         while len(self._pending) < len(_MAGIC) and (more := self._input.read(READ_NBYTES)):
             self._pending += more
         if not is_xz(self._pending):
-            what = "there is garbage after the xz stream" if self._n_streams else "no xz stream"
+            what = "there is garbage after the xz stream" if self._n_members else "no xz stream"
             raise CorruptImageError(what, path=self._path)
-        self._stream = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MAX_MEMORY_NBYTES)
-        self._n_streams += 1
-        return True
+        return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MAX_MEMORY_NBYTES)
 
     def _skip_padding(self) -> None:
         self._pending = self._pending.lstrip(b"\0")

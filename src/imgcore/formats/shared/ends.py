@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING
 
 from imgcore.errors import UnsupportedFeatureError, WrongFormatError
+from imgcore.files.streamed_bytes import StreamedBytes
 
 if TYPE_CHECKING:
     from imgcore._core import File
     from imgcore.files.identity import Identity
 
 
-class Ends:
+class Ends(StreamedBytes):
     """A `ByteSource` of which only both ends can be read; nothing needs closing.
 
     Parameters
@@ -23,16 +24,15 @@ class Ends:
         Its size.
     """
 
-    is_block_device: Final = False
-    logical_sector_nbytes: Final = None
-    modified: Final = 0
-    share: Final = True
-    allocated_nbytes: Final = 0
-
     def __init__(self, path: str, head: bytes, tail: bytes, nbytes: int) -> None:
         self.path: str = path
-        self.nbytes: int = nbytes
+        self._nbytes = nbytes
         self._parts = ((0, head), (nbytes - len(tail), tail))
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return self._nbytes
 
     @property
     def identity(self) -> Identity:
@@ -60,18 +60,6 @@ class Ends:
             path=self.path,
             offset=offset,
         )
-
-    def pread_into(self, offset: int, buffer: Any) -> None:
-        """Fill a writable buffer."""
-        with memoryview(buffer) as view, view.cast("B") as octets:
-            octets[:] = self.pread(offset, len(octets))
-
-    def next_data(self, position: int) -> tuple[int, int]:
-        """Return that all is data."""
-        return position, self.nbytes
-
-    def check_unchanged(self) -> None:
-        """Do nothing."""
 
     def close(self) -> None:
         """Do nothing."""
