@@ -12,10 +12,13 @@ import logging
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -72,7 +75,41 @@ def verbs(image: Path, output: Path, case: Case) -> dict[str, Callable[[], Any]]
     }
     if case.error is not None or case.content is not None:
         found["convert"] = convert
+        if image.is_file():
+            found["stream"] = lambda: convert_stream(image, output, case)
     return found
+
+
+def convert_stream(image: Path, output: Path, case: Case) -> None:
+    """Convert an image that comes through a pipe, which another thread fills."""
+    reading, writing = os.pipe()
+
+    def feed() -> None:
+        # The conversion may end before it has read all.
+        with suppress(BrokenPipeError), open(writing, "wb", buffering=0) as pipe:
+            with image.open("rb") as file:
+                shutil.copyfileobj(file, pipe)
+
+    thread = threading.Thread(target=feed)
+    thread.start()
+    try:
+        with open(reading, "rb") as source:
+            imgcore.convert(
+                Path(f"/proc/self/fd/{source.fileno()}"),
+                output,
+                format=stated_format(image),
+                target_format=case.target,
+                threads=2,
+                sync=False,
+            )
+    finally:
+        thread.join()
+
+
+def stated_format(image: Path) -> str | None:
+    """Return the format that a suffix states."""
+    suffix = image.suffix.removeprefix(".")
+    return suffix if suffix in ("qcow2", "vmdk", "vhd", "vhdx", "vdi", "raw") else None
 
 
 class Log(logging.Handler):

@@ -91,6 +91,13 @@ def test_case(case: Case, number: int, reports_of: Callable[[int], Reports]) -> 
             assert answer.get("is_content", True), (verb, answer)
             assert answer.get("is_bounded", True), (verb, answer)
             continue
+        if verb == "stream":
+            # It may refuse more than a file.  Of a VMDK, only the markers are read, and
+            # that a stream is raw is stated.
+            if answer["error"] is None:
+                assert not case.fails("convert") or case.name[:4] in ("vmdk", "raw-"), answer
+                assert case.content is None or answer["is_content"], answer
+            continue
         if case.fails(verb):
             assert answer["error"] == case.error, (verb, answer)
             assert case.word.lower() in answer["message"].lower(), (verb, answer)
