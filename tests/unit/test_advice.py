@@ -804,12 +804,14 @@ NAMED = {
     ("disk/resuming.py", "--resume keeps what is on stable storage: it contradicts --no-sync"):
     ("convert",),
     ("disk/resuming.py", "-o {}"): ("convert",),
+    ("disk/resuming.py", "the digest (--checksum, --verify, --receipt)"): ("convert",),
     ("disk/resuming.py",
      "a stream cannot be written again after a break: name a file, or leave out --resume"):
     ("convert",),
     ("disk/resuming.py", "it copies nothing that a break could cost: leave out --resume"):
     ("convert",),
-    ("disk/resuming.py", "salvaged data cannot be kept after a break (--resume)"): ("convert",),
+    ("disk/resuming.py",
+     "the list of what is lost cannot be kept after a break: leave out --resume"): ("convert",),
     ("disk/resuming.py", "--journal is about --resume, which is not given"): ("convert",),
     ("cli/commit.py", "--remove contradicts -d and -b"): ("commit",),
     ("verbs/convert.py", "--base and -B both state the target's backing file"): ("convert",),

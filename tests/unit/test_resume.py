@@ -385,7 +385,7 @@ class TestGoesOn:
     def test_tables_in_front(self, source: Path, target: Path, compress: bool) -> None:
         more: dict[str, Any] = {"options": "tables=front", "compress": compress}
         start(source, target, **more)
-        assert imgcore.jobs(target.parent)[0].kept_nbytes > MIB
+        assert imgcore.jobs(target.parent)[0].kept_nbytes > 256 * KIB
         imgcore.convert(source, target, resume="verify", **more)
         imgcore.convert(source, target.with_name("whole.qcow2"), **more)
         assert target.read_bytes() == target.with_name("whole.qcow2").read_bytes()
@@ -560,7 +560,7 @@ class TestRefused:
         ("more", "words"),
         [
             ({"sync": False}, "--no-sync"),
-            ({"salvage": True}, "salvaged"),
+            ({"salvage": True}, "what is lost cannot be kept .* leave out --resume"),
             ({"reflink": "always"}, "--reflink=always.*leave out --resume"),
         ],
     )

@@ -69,7 +69,9 @@ class Resuming(NamedTuple):
         if not sync:
             raise OptionError("--resume keeps what is on stable storage: it contradicts --no-sync")
         if options.salvage:
-            raise OptionError("salvaged data cannot be kept after a break (--resume)")
+            raise OptionError(
+                "the list of what is lost cannot be kept after a break: leave out --resume"
+            )
         if options.reflink.is_required:
             options.reflink.refuse("it copies nothing that a break could cost: leave out --resume")
         if options.in_place and self.journal is None and not os.path.isfile(target):
