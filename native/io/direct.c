@@ -32,8 +32,14 @@
 #define MIN_ALONE_NBYTES ((uint64_t)64 << 10)
 #define MAX_REQUESTS 64
 #define MAX_IOV 128
+#define FETCHED_PART_NBYTES ((uint64_t)64 << 10)
 /* Linux moves at most 0x7ffff000 bytes a call; this is a round number below that. */
 #define MAX_PIECE ((uint64_t)1 << 30)
+
+struct fetched {
+	uint64_t n_parts;
+	_Atomic uint8_t bits[];
+};
 
 struct buffer {
 	uint8_t *bytes; /* BUFFER_NBYTES, aligned */
@@ -46,6 +52,11 @@ struct imgc_direct {
 	_Atomic bool is_refused; /* the file system takes no such requests after all */
 	pthread_mutex_t lock;
 	struct buffer *free_buffers; /* guarded by `lock` */
+	/*
+	 * A bit for each part of the file that the kernel fetches into the page cache; NULL:
+	 * none.  Made once, and then never another one.
+	 */
+	_Atomic(struct fetched *) fetched;
 };
 
 /* ------------------------------------------------------------------ buffers */
@@ -139,6 +150,7 @@ int imgc_direct_create(int direct_fd, int fd, uint64_t sector_nbytes, struct img
 	direct->fd = fd;
 	direct->unit = unit;
 	atomic_init(&direct->is_refused, false);
+	atomic_init(&direct->fetched, NULL);
 	int status = try_reading(direct);
 
 	if (status) {
@@ -160,6 +172,7 @@ void imgc_direct_destroy(struct imgc_direct *direct)
 		free(buffer->bytes);
 		free(buffer);
 	}
+	free(atomic_load(&direct->fetched));
 	pthread_mutex_destroy(&direct->lock);
 	free(direct);
 }
@@ -178,6 +191,57 @@ static bool is_aligned(const void *memory)
 static uint64_t align_up(const struct imgc_direct *direct, uint64_t offset)
 {
 	return imgc_align_down(offset + direct->unit - 1, direct->unit);
+}
+
+/* ------------------------------------------------- what the kernel fetches */
+
+/* NULL if there is no memory.  Pages of it that nobody sets bits in take none. */
+static struct fetched *make_fetched(struct imgc_direct *direct, uint64_t file_nbytes)
+{
+	uint64_t n_parts = file_nbytes / FETCHED_PART_NBYTES + 1;
+
+	pthread_mutex_lock(&direct->lock);
+	struct fetched *fetched = atomic_load(&direct->fetched);
+
+	if (!fetched) {
+		fetched = calloc(1, sizeof(*fetched) + (size_t)(n_parts / 8 + 1));
+		if (fetched)
+			fetched->n_parts = n_parts;
+		atomic_store(&direct->fetched, fetched);
+	}
+	pthread_mutex_unlock(&direct->lock);
+	return fetched;
+}
+
+bool imgc_direct_note_fetched(struct imgc_direct *direct, uint64_t offset, uint64_t length,
+			      uint64_t file_nbytes)
+{
+	struct fetched *fetched = atomic_load(&direct->fetched);
+
+	if (!fetched)
+		fetched = make_fetched(direct, file_nbytes);
+	if (!fetched || length == 0)
+		return false;
+	for (uint64_t part = offset / FETCHED_PART_NBYTES;
+	     part <= (offset + length - 1) / FETCHED_PART_NBYTES && part < fetched->n_parts; part++)
+		atomic_fetch_or(&fetched->bits[part / 8], (uint8_t)(1u << part % 8));
+	return true;
+}
+
+/* Whether any of the request's bytes may be there. */
+static bool is_fetched(const struct imgc_direct *direct, const struct imgc_io_request *request)
+{
+	const struct fetched *fetched = atomic_load(&direct->fetched);
+
+	if (!fetched || request->length == 0)
+		return false;
+	for (uint64_t part = request->offset / FETCHED_PART_NBYTES;
+	     part <= (request->offset + request->length - 1) / FETCHED_PART_NBYTES &&
+	     part < fetched->n_parts;
+	     part++)
+		if (atomic_load(&fetched->bits[part / 8]) & (1u << part % 8))
+			return true;
+	return false;
 }
 
 /* ------------------------------------------------------------------ reading */
@@ -290,7 +354,8 @@ static int read_some(struct imgc_direct *direct, struct imgc_io_context *ctx,
 		const struct imgc_io_request *request = &requests[i];
 		struct imgc_io_request part = straight_part(direct, request);
 
-		if (!ctx && n > 1 && request->length < MIN_ALONE_NBYTES) {
+		if ((!ctx && n > 1 && request->length < MIN_ALONE_NBYTES) ||
+		    is_fetched(direct, request)) {
 			rest[n_rest++] = *request;
 			continue;
 		}

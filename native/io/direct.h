@@ -27,8 +27,16 @@ int imgc_direct_create(int direct_fd, int fd, uint64_t sector_nbytes, struct img
 		       struct imgc_error *err);
 
 /*
- * What imgc_file_ops.read asks for.  Nothing comes into the page cache, unless the file
- * system refuses a read; all that follow then go through the page cache.
+ * The kernel is about to fetch [offset, offset + length) into the page cache, in the order
+ * that suits the device.  Reads there take it from the page cache.  The file has
+ * `file_nbytes` bytes.  False if there is no memory to note it: it is not to be fetched.
+ */
+bool imgc_direct_note_fetched(struct imgc_direct *direct, uint64_t offset, uint64_t length,
+			      uint64_t file_nbytes);
+
+/*
+ * What imgc_file_ops.read asks for.  Nothing else comes into the page cache, unless the
+ * file system refuses a read; all that follow then go through the page cache.
  */
 int imgc_direct_read(struct imgc_direct *direct, struct imgc_io_context *ctx,
 		     const struct imgc_io_request *requests, size_t n, struct imgc_error *err);

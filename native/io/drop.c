@@ -55,7 +55,8 @@ struct imgc_dropper {
 
 	pthread_mutex_t lock; /* all below */
 	struct drop_batch read, written;
-	struct drop_batch started; /* is being written back */
+	struct drop_batch read_before; /* see imgc_dropper_add_read() */
+	struct drop_batch started;     /* is being written back */
 };
 
 /* ------------------------------------------------------- what is cached before */
@@ -268,20 +269,30 @@ static bool add(struct drop_batch *batch, uint64_t offset, uint64_t length,
 	return true;
 }
 
+/*
+ * A batch is dropped when the next one is complete: where several threads read, the kernel
+ * tells by the pages before a read that it is in order, and reads ahead.
+ */
 void imgc_dropper_add_read(struct imgc_dropper *dropper, uint64_t offset, uint64_t length)
 {
-	struct drop_batch taken;
+	struct drop_batch taken, before;
 
 	if (length == 0 || !imgc_range_inside(offset, length, INT64_MAX))
 		return;
 	pthread_mutex_lock(&dropper->lock);
 	bool is_complete = add(&dropper->read, offset, length, &taken);
 
-	pthread_mutex_unlock(&dropper->lock);
 	if (is_complete) {
 		join(&taken);
-		drop(dropper, &taken);
+		before = dropper->read_before;
+		dropper->read_before = taken;
 	}
+	pthread_mutex_unlock(&dropper->lock);
+	if (!is_complete)
+		return;
+	drop(dropper, &before);
+	if (taken.nbytes > 2 * BATCH_NBYTES)
+		drop(dropper, &taken); /* too much to stay */
 }
 
 /* ----------------------------------------------------------------- writing back */

@@ -115,8 +115,12 @@ static uint64_t file_read_now(struct imgc_file *base, uint64_t offset, void *buf
 static void file_will_need(struct imgc_file *base, uint64_t offset, uint64_t length)
 {
 	struct fd_file *file = (struct fd_file *)base;
+	uint64_t nbytes = 0;
 
-	if (file->direct || !imgc_range_inside(offset, length, INT64_MAX))
+	if (!imgc_range_inside(offset, length, INT64_MAX))
+		return;
+	if (file->direct && (file_nbytes(file, &nbytes, NULL) ||
+			     !imgc_direct_note_fetched(file->direct, offset, length, nbytes)))
 		return;
 	for (uint64_t done = 0; done < length; done += WILL_NEED_MAX_PIECE) {
 		uint64_t piece = imgc_min_u64(length - done, WILL_NEED_MAX_PIECE);

@@ -231,11 +231,21 @@ static void test_reads(void)
 	if (ctx)
 		read_ranges(&pair, ctx, 5);
 	CHECK_EQ(imgc_file_read_now(pair.file, 0, &byte, 1), 0);
-	imgc_file_will_need(pair.file, 0, FILE_NBYTES);
 	/* Btrfs reads a few pages in its own way. */
 	CHECK(count_cached(pair.fd) <= n_before + 16);
 	read_ranges(&pair, NULL, 6);
 
+	/* What the kernel was told of is read as it says, and the rest as before. */
+	imgc_file_will_need(pair.file, 100000, 500000);
+	imgc_file_will_need(pair.file, FILE_NBYTES - 10, 10);
+	imgc_file_will_need(pair.file, INT64_MAX - 100, 100);
+	imgc_file_will_need(pair.file, 5, 0);
+	read_ranges(&pair, ctx, 8);
+	struct imgc_io_request there = {123456, found, 100000};
+
+	fail_from(pair.direct_fd, 0, EIO, 0);
+	CHECK_EQ(imgc_file_read(pair.file, NULL, &there, 1, &error), IMGC_OK);
+	fail_from(-1, 0, 0, 0);
 	struct imgc_io_request past[] = {{FILE_NBYTES - 10, found, 11},
 					 {FILE_NBYTES - 100000, found, 200000},
 					 {FILE_NBYTES + 100000, found, 1},

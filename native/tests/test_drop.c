@@ -128,6 +128,10 @@ static void test_written_and_read(int fd)
 	on_threads(read_part, file);
 	imgc_file_note_read(file, 0, FILE_NBYTES);
 	CHECK(count_cached(fd, 0, FILE_NBYTES) * 4096 <= ((uint64_t)9 << 20));
+	/* Two batches stay until there are more. */
+	for (uint64_t at = 0; at < FILE_NBYTES; at += PIECE_NBYTES)
+		read_at(file, at, PIECE_NBYTES);
+	CHECK(count_cached(fd, 0, FILE_NBYTES) * 4096 <= ((uint64_t)17 << 20));
 	imgc_file_drop_rest(file);
 	CHECK_EQ(count_cached(fd, 0, FILE_NBYTES), 0);
 	imgc_file_close(file);
