@@ -41,17 +41,11 @@ struct fetched {
 	_Atomic uint8_t bits[];
 };
 
-struct buffer {
-	uint8_t *bytes; /* BUFFER_NBYTES, aligned */
-	struct buffer *next;
-};
-
 struct imgc_direct {
 	int direct_fd, fd;
 	uint64_t unit;
 	_Atomic bool is_refused; /* the file system takes no such requests after all */
-	pthread_mutex_t lock;
-	struct buffer *free_buffers; /* guarded by `lock` */
+	pthread_mutex_t lock;	 /* held while `fetched` is made */
 	/*
 	 * A bit for each part of the file that the kernel fetches into the page cache; NULL:
 	 * none.  Made once, and then never another one.
@@ -59,36 +53,13 @@ struct imgc_direct {
 	_Atomic(struct fetched *) fetched;
 };
 
-/* ------------------------------------------------------------------ buffers */
-
-/* NULL if there is no memory. */
-static struct buffer *take_buffer(struct imgc_direct *direct)
+/*
+ * Memory for a copy of up to `nbytes` bytes, which are whole units.  A file that is not
+ * in use has none: there may be many.  The caller frees it; NULL without memory.
+ */
+static uint8_t *make_buffer(uint64_t nbytes)
 {
-	pthread_mutex_lock(&direct->lock);
-	struct buffer *buffer = direct->free_buffers;
-
-	if (buffer)
-		direct->free_buffers = buffer->next;
-	pthread_mutex_unlock(&direct->lock);
-	if (buffer)
-		return buffer;
-	buffer = malloc(sizeof(*buffer));
-	if (!buffer)
-		return NULL;
-	buffer->bytes = aligned_alloc(MEMORY_UNIT_NBYTES, BUFFER_NBYTES);
-	if (!buffer->bytes) {
-		free(buffer);
-		return NULL;
-	}
-	return buffer;
-}
-
-static void give_buffer(struct imgc_direct *direct, struct buffer *buffer)
-{
-	pthread_mutex_lock(&direct->lock);
-	buffer->next = direct->free_buffers;
-	direct->free_buffers = buffer;
-	pthread_mutex_unlock(&direct->lock);
+	return aligned_alloc(MEMORY_UNIT_NBYTES, (size_t)imgc_min_u64(nbytes, BUFFER_NBYTES));
 }
 
 /* ---------------------------------------------------------- create, destroy */
@@ -119,15 +90,14 @@ static bool is_refusal(int os_errno)
 /* Reads the first unit, since some file systems refuse a read that they could open for. */
 static int try_reading(struct imgc_direct *direct)
 {
-	struct buffer *buffer = take_buffer(direct);
+	uint8_t *buffer = make_buffer(direct->unit);
 	int status = IMGC_OK;
 
 	if (!buffer)
 		return IMGC_NO_MEMORY;
-	if (pread(direct->direct_fd, buffer->bytes, (size_t)direct->unit, 0) < 0 &&
-	    is_refusal(errno))
+	if (pread(direct->direct_fd, buffer, (size_t)direct->unit, 0) < 0 && is_refusal(errno))
 		status = IMGC_UNSUPPORTED;
-	give_buffer(direct, buffer);
+	free(buffer);
 	return status;
 }
 
@@ -165,13 +135,6 @@ void imgc_direct_destroy(struct imgc_direct *direct)
 {
 	if (!direct)
 		return;
-	while (direct->free_buffers) {
-		struct buffer *buffer = direct->free_buffers;
-
-		direct->free_buffers = buffer->next;
-		free(buffer->bytes);
-		free(buffer);
-	}
 	free(atomic_load(&direct->fetched));
 	pthread_mutex_destroy(&direct->lock);
 	free(direct);
@@ -261,16 +224,20 @@ static int read_cached(const struct imgc_direct *direct, struct imgc_io_context 
 static int copy_out(struct imgc_direct *direct, uint8_t *out, uint64_t offset, uint64_t length,
 		    struct imgc_error *err)
 {
-	struct buffer *buffer = length ? take_buffer(direct) : NULL;
 	int status = IMGC_OK;
 
+	if (length == 0)
+		return IMGC_OK;
+	uint8_t *buffer = make_buffer(align_up(direct, offset + length) -
+				      imgc_align_down(offset, direct->unit));
+
 	if (!buffer)
-		return length ? imgc_fail_call(err, IMGC_NO_MEMORY, "pread") : IMGC_OK;
+		return imgc_fail_call(err, IMGC_NO_MEMORY, "pread");
 	while (length != 0 && status == IMGC_OK) {
 		uint64_t from = imgc_align_down(offset, direct->unit);
 		uint64_t until = align_up(direct, offset + length);
 		uint64_t wanted = imgc_min_u64(until - from, BUFFER_NBYTES);
-		ssize_t got = pread(direct->direct_fd, buffer->bytes, (size_t)wanted, (off_t)from);
+		ssize_t got = pread(direct->direct_fd, buffer, (size_t)wanted, (off_t)from);
 
 		if (got < 0 && errno == EINTR)
 			continue;
@@ -290,12 +257,12 @@ static int copy_out(struct imgc_direct *direct, uint8_t *out, uint64_t offset, u
 		uint64_t within = offset - from;
 		uint64_t taken = imgc_min_u64((uint64_t)got - within, length);
 
-		memcpy(out, buffer->bytes + within, taken);
+		memcpy(out, buffer + within, taken);
 		out += taken;
 		offset += taken;
 		length -= taken;
 	}
-	give_buffer(direct, buffer);
+	free(buffer);
 	return status;
 }
 
@@ -509,10 +476,10 @@ static void skip(struct cursor *at, uint64_t length)
 }
 
 /* Fills the buffer with the next bytes, and makes one entry of it. */
-static void fill_buffer(struct buffer *buffer, struct cursor at, uint64_t length)
+static void fill_buffer(uint8_t *buffer, struct cursor at, uint64_t length)
 {
 	struct iovec entries[MAX_IOV];
-	uint8_t *out = buffer->bytes;
+	uint8_t *out = buffer;
 
 	while (length != 0) {
 		uint64_t nbytes;
@@ -528,7 +495,7 @@ static void fill_buffer(struct buffer *buffer, struct cursor at, uint64_t length
 
 /* Writes whole units, from the caller's memory or, if it is not NULL, from the buffer. */
 static int write_units(struct imgc_direct *direct, struct cursor *at, uint64_t length,
-		       struct buffer *buffer, struct imgc_error *err)
+		       uint8_t *buffer, struct imgc_error *err)
 {
 	while (length != 0) {
 		struct iovec entries[MAX_IOV];
@@ -539,7 +506,7 @@ static int write_units(struct imgc_direct *direct, struct cursor *at, uint64_t l
 
 		if (buffer) {
 			fill_buffer(buffer, start, nbytes);
-			entries[0] = (struct iovec){buffer->bytes, (size_t)nbytes};
+			entries[0] = (struct iovec){buffer, (size_t)nbytes};
 		} else {
 			struct cursor end = start;
 
@@ -562,13 +529,13 @@ static int write_middle(struct imgc_direct *direct, struct cursor *at, uint64_t 
 {
 	if (entries_are_aligned(direct, *at, length))
 		return write_units(direct, at, length, NULL, err);
-	struct buffer *buffer = take_buffer(direct);
+	uint8_t *buffer = make_buffer(length);
 
 	if (!buffer)
 		return imgc_fail_call(err, IMGC_NO_MEMORY, "pwritev");
 	int status = write_units(direct, at, length, buffer, err);
 
-	give_buffer(direct, buffer);
+	free(buffer);
 	return status;
 }
 

@@ -493,6 +493,9 @@ def test_auto_by_file_system(
     magic: int | None, mode: CacheMode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(page_cache, "free_memory_nbytes", lambda: 16 * 10 * MIB)
+    for stated in (CacheMode.DROP, CacheMode.DIRECT):
+        expected = CacheMode.KEEP if mode is CacheMode.KEEP else stated
+        assert stated.for_file(magic, 0) is expected
     assert CacheMode.AUTO.for_file(magic, 10 * MIB) is mode
     assert CacheMode.AUTO.for_file(magic, 10 * MIB - 1) is CacheMode.KEEP
 

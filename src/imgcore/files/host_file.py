@@ -111,7 +111,7 @@ class OpenFile(Closable):
         """
         used, refusal = mode, None
         with self._in_use(), named_errors(self.path), system_errors():
-            if mode in (CacheMode.AUTO, CacheMode.DIRECT):
+            if mode is not CacheMode.KEEP:
                 used = mode.for_file(file_system_magic(self.fd), job_nbytes)
             if used is not CacheMode.KEEP:
                 self.core.drop_behind()
@@ -144,12 +144,15 @@ class OpenFile(Closable):
                 share_fate(fd, self.fd)
         except OSError as error:
             return error.strerror
-        is_same = file_identity(os.fstat(fd)) == file_identity(os.fstat(self.fd))
-        if not is_same or not self.core.go_direct(fd):
-            close(fd)
-            return "the file system has none"
-        self._direct_fd = fd
-        return None
+        try:
+            is_same = file_identity(os.fstat(fd)) == file_identity(os.fstat(self.fd))
+            if is_same and self.core.go_direct(fd):
+                self._direct_fd, fd = fd, -1
+                return None
+        finally:
+            if fd >= 0:
+                close(fd)
+        return "the file system has none"
 
     @property
     def keeps_cache(self) -> bool:

@@ -57,11 +57,9 @@ class CacheMode(Enum):
 
         Notes
         -----
-        Files that are only in memory have no cache to go past.  The rule of ``AUTO``
-        follows from the figures in benchmarks/BENCHMARKING.md.
+        Files that are only in memory have nothing to drop, and no cache to go past.
+        The rule of ``AUTO`` follows from the figures in benchmarks/BENCHMARKING.md.
         """
-        if self is CacheMode.DROP:
-            return self
         if magic in (_TMPFS_MAGIC, _RAMFS_MAGIC):
             return CacheMode.KEEP
         if self is not CacheMode.AUTO:
