@@ -208,12 +208,12 @@ JOURNALED = ("qcow2", "qcow2-zlib", "raw-zst", "raw-gz", "gce", "vhd-child")
 class Broken:
     """A conversion that has ended early, and the target that it was to make."""
 
-    def __init__(self, kind: Kind, tmp_path: Path) -> None:
+    def __init__(self, kind: Kind, tmp_path: Path, checksum: str | None = None) -> None:
         self.source, self.folder = tmp_path / "small.raw", tmp_path / "out"
         SMALL.write(self.source)
         self.folder.mkdir()
         self.target = self.folder / kind.target
-        self._more = {**arguments_of(kind, self.source), "threads": 1, "checksum": "sha256"}
+        self._more = {**arguments_of(kind, self.source), "threads": 1, "checksum": checksum}
         self.run()
         self.whole = self.target.read_bytes()
         self.target.unlink()
@@ -252,6 +252,11 @@ def broken(request: pytest.FixtureRequest, tmp_path: Path, frequent: None) -> Br
     return Broken(OF_NAME[request.param], tmp_path)
 
 
+@pytest.fixture(params=JOURNALED)
+def digested(request: pytest.FixtureRequest, tmp_path: Path, frequent: None) -> Broken:
+    return Broken(OF_NAME[request.param], tmp_path, "sha256")
+
+
 def flip(broken: Broken, offsets: range) -> set[bool]:
     outcomes = set()
     for offset in offsets:
@@ -273,7 +278,10 @@ def test_every_flipped_byte(broken: Broken) -> None:
 
 @pytest.mark.slow
 def test_every_length(broken: Broken) -> None:
-    assert {broken.goes_on(broken.journal[:n]) for n in range(len(broken.journal))} == {True, False}
+    assert {broken.goes_on(broken.journal[:n]) for n in range(0, len(broken.journal), 7)} == {
+        True,
+        False,
+    }
 
 
 WRONG: tuple[Any, ...] = (None, -1, 0, 1 << 40, 1 << 70, 1.5, "", "no", [], {}, [[1]], True)
@@ -318,13 +326,13 @@ def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
     return copy
 
 
-def test_forged_records(broken: Broken) -> None:
+def test_forged_records(digested: Broken) -> None:
     """Whatever a record with the right checksum says, at most it is not believed.
 
     It may lie about the target, but it leads to no traceback.
     """
-    rows = list(records(broken.journal))
-    assert forged(broken.journal, rows).rstrip(b"\0") == broken.journal
+    rows = list(records(digested.journal))
+    assert forged(digested.journal, rows).rstrip(b"\0") == digested.journal
     assert len(rows) > 2
     rng = random.Random(images.SEED)
     cases = [
@@ -337,7 +345,7 @@ def test_forged_records(broken: Broken) -> None:
         changed = list(rows)
         changed[number] = (replaced(rows[number][0], path, wrong), rows[number][1])
         try:
-            broken.goes_on(forged(broken.journal, changed), to_the_same=False)
+            digested.goes_on(forged(digested.journal, changed), to_the_same=False)
         except AssertionError:
             raise
         except Exception as error:
