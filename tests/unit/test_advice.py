@@ -910,6 +910,7 @@ OTHERS = frozenset(
         "no image becomes {} without copying: use imgcore convert",
         "decrypt the machine in VMware first",
         "the disk is encrypted (ddb.iofilters): decrypt it in vSphere first",
+        "the digest (--checksum, --verify, --receipt)",
     }
 )
 
