@@ -90,6 +90,21 @@ def test_what_qemu_img_wrote(
     assert_streams(raw, theirs, variant.format, tmp_path / "back.raw")
 
 
+@pytest.mark.parametrize("nbytes", [1, 512, 60000])
+@pytest.mark.parametrize("variant", WRITTEN_IN_ORDER, ids=lambda each: each.name)
+def test_other_bytes_after_what_qemu_img_wrote(
+    variant: Variant, nbytes: int, raw_images: RawImages, tmp_path: Path
+) -> None:
+    """They are an error, also where tables only bound the end of the last block."""
+    theirs, target = tmp_path / f"theirs{variant.suffix}", tmp_path / "target.raw"
+    qemu.convert(raw_images(images.SPARSE), theirs, variant)
+    with theirs.open("ab") as file:
+        file.write(b"\xa5" * nbytes)
+    with pytest.raises(imgcore.CorruptImageError, match="goes on after|without a footer"):
+        convert(theirs, target, qemu.RAW, variant.format)
+    assert not target.exists()
+
+
 @pytest.mark.parametrize("image", [images.SPARSE, images.ODD], ids=lambda each: each.name)
 @pytest.mark.parametrize("variant", WRITTEN_IN_ORDER, ids=lambda each: each.name)
 def test_what_imgcore_wrote(

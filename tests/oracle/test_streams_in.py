@@ -265,6 +265,18 @@ class TestShort:
         assert (done.returncode, os.listdir(tmp_path)) == (1, [])
         assert "the stream is empty" in done.stderr
 
+    def test_less_than_a_footer(self, tmp_path: Path) -> None:
+        done = poured(b"abcd", "convert", "-f", "vhd", "-q", "-", tmp_path / "a.qcow2")
+        assert (done.returncode, os.listdir(tmp_path)) == (1, [])
+        assert "the stream ends before its disk begins" in done.stderr
+
+    def test_a_closed_standard_input(self, tmp_path: Path) -> None:
+        command = [sys.executable, "-m", "imgcore", "convert", "-f", "raw", "-", "a.raw"]
+        line = ["sh", "-c", '"$@" <&-', "sh", *command]
+        done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert (done.returncode, os.listdir(tmp_path)) == (1, [])
+        assert "stdin: is closed" in done.stderr
+
 
 class TestFiles:
     """A file as the standard input."""

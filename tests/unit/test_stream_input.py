@@ -165,6 +165,10 @@ class TestEnd:
 
 
 class TestWhereTheyComeFrom:
+    def test_objects_for_text_are_refused(self) -> None:
+        with pytest.raises(TypeError, match="a binary file object is needed"):
+            object_stream(io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="utf-8"))
+
     def test_sockets(self) -> None:
         ours, theirs = socket.socketpair()
         with ours, object_stream(ours) as stream:

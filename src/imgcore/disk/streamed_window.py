@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import numpy as np
 
 from imgcore._core import File
-from imgcore.engine.extents import Kind, split
+from imgcore.engine.extents import FLAG_GRAIN_MARKER, Kind, split
 from imgcore.errors import LimitExceededError, UnsupportedFeatureError
 from imgcore.files.streamed_bytes import StreamedBytes
 from imgcore.formats.magic import TAIL_NBYTES
@@ -22,10 +22,14 @@ from imgcore.limits import (
 )
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from imgcore.engine.extents import Extents
     from imgcore.files.identity import Identity
     from imgcore.files.stream_input import StreamInput
 
+# The marker before a grain: its sector, and the bytes that follow, 64 and 32 bits.
+_MARKER_NBYTES: Final = 12
 # Before each segment: the start of a compressed block that ends in it.
 _ROOM_NBYTES: Final = 3 * MIB
 BUFFER_NBYTES: Final = _ROOM_NBYTES + STREAM_SEGMENT_NBYTES
@@ -236,8 +240,18 @@ class StreamedWindow(StreamedBytes):
         if len(packed):
             self._packed = int(numbers[packed[-1]])
         self._placed_end = max(self._placed_end, last)
-        self.used_end = max(self.used_end, int(ends.max()))
+        self.used_end = max(self.used_end, self._end_of_blocks(stored, starts, ends))
         return rows
+
+    def _end_of_blocks(self, stored: Extents, starts: NDArray[Any], ends: NDArray[Any]) -> int:
+        """Return where the last block ends; tables only bound what a marker states."""
+        last = int(starts.argmax())
+        if not stored["flags"][last] & FLAG_GRAIN_MARKER:
+            return int(ends.max())
+        used_end, start = self.used_end, int(starts[last])
+        marker = self.pread(start, min(_MARKER_NBYTES, int(ends[last]) - start))
+        self.used_end = used_end
+        return min(start + len(marker) + int.from_bytes(marker[8:], "little"), int(ends[last]))
 
     def _first_beside_packed(self, stored: Extents) -> int:
         """Return the first byte of rows, without compressed ones that are kept."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import os
 import select
 import socket
@@ -397,6 +398,8 @@ def object_stream(source: Any) -> StreamInput:
     """
     if isinstance(source, socket.socket):
         return _from_descriptor(source.fileno(), f"socket {source.fileno()}")
+    if isinstance(source, io.TextIOBase):
+        raise TypeError("a binary file object is needed, this one is for text")
     name = getattr(source, "name", None)
     path = name if isinstance(name, str) and name else f"<{type(source).__name__}>"
     return StreamInput(_Object(source, path), path)
@@ -442,9 +445,13 @@ def _owning(fd: int, path: str) -> StreamInput:
         mode = os.fstat(fd).st_mode
         if os.isatty(fd):
             raise ImgcoreError("is a terminal, not a pipe or a file", path=path)
+        access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+        # The command puts /dev/null in the place of a stdin that is closed.
+        if stat.S_ISCHR(mode) and access == os.O_RDWR:
+            raise ImgcoreError("is closed, or a device that is no source", path=path)
         if stat.S_ISDIR(mode) or stat.S_ISCHR(mode) or not stat.S_IFMT(mode):
             raise ImgcoreError(f"is {describe_file_type(mode)}, not a pipe or a file", path=path)
-        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY:
+        if access == os.O_WRONLY:
             raise ImgcoreError("is open for writing only", path=path)
         refuse_messages(fd, path)
         return StreamInput(_Descriptor(fd), path)

@@ -215,7 +215,8 @@ class OnceReader:
 
     def _require_bytes(self, end: int) -> None:
         if not end and self.codec is None and self._stated is None:
-            raise CorruptImageError("the stream is empty", path=self.path)
+            state = "ends before its disk begins" if self._tail_nbytes else "is empty"
+            raise CorruptImageError(f"the stream {state}", path=self.path)
 
     # -- bytes in buffers --------------------------------------------------------------
 
