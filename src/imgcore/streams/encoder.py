@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from imgcore._core import crc32c
-
 if TYPE_CHECKING:
     from typing import Self
 
@@ -114,6 +112,9 @@ class OrderedOutput:
 
     def write(self, data: bytes) -> None:
         """Write the next bytes."""
+        # Loaded late: info does without the core.
+        from imgcore._core import crc32c
+
         if data:
             self._file.pwrite(self.nbytes, data)
             self.nbytes += len(data)

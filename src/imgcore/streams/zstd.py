@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import IO, TYPE_CHECKING, Any, Final, cast
 
-from imgcore._core import Xxh64
 from imgcore.errors import CorruptImageError, ImgcoreError, LimitExceededError
 from imgcore.limits import KIB, MIB
 from imgcore.log import log
@@ -298,6 +297,8 @@ class ZstdEncoder:
     def __init__(self, target_file: TargetFile, nbytes: int | None, threads: int = 1) -> None:
         import zstandard
 
+        from imgcore._core import Xxh64
+
         self._library = zstandard
         self._output = OrderedOutput(target_file)
         self._hash = Xxh64()
@@ -407,6 +408,8 @@ class ZstdEncoder:
 
     def go_on(self, boundary: Boundary, before: memoryview) -> bytes:
         """Begin where another encoder was; return what the last unit becomes."""
+        from imgcore._core import Xxh64
+
         self._taken_nbytes = boundary.nbytes
         self._hash = Xxh64(boundary.state)
         self._output.go_on(boundary)
