@@ -190,8 +190,8 @@ static int ordered_move(struct imgc_file *base, uint64_t offset, struct imgc_fil
 
 	while (status == IMGC_OK && file->position < offset + length) {
 		uint64_t done = file->position - offset;
-		ssize_t n = source->ops->splice(source, source_offset + done, file->fd,
-						length - done);
+		ssize_t n =
+			source->ops->splice(source, source_offset + done, file->fd, length - done);
 
 		if (n > 0) {
 			file->position += (uint64_t)n;
