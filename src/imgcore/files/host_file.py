@@ -497,7 +497,8 @@ class HostFile(OpenFile):
             return False  # deleted or unreachable now, but the data read is complete
 
     def _free(self) -> None:
-        if self._image_lock is not None:
+        # An interrupt may have come after the descriptor was closed.
+        if self._image_lock is not None and self.fd >= 0:
             self._image_lock.end(self.fd)
         super()._free()
 
