@@ -30,6 +30,8 @@ MAX_KEPT_NBYTES: Final = 64 * MIB
 STREAM_SEGMENT_NBYTES: Final = 8 * MIB
 MIN_STREAM_SEGMENTS: Final = 16
 MAX_STREAM_UNIT_NBYTES: Final = 64 * MIB
+# What stays of what was used, even if the segments are not all in use.
+STREAM_BEHIND_NBYTES: Final = 16 * MIB
 # Grains of a streamOptimized VMDK that wait for those before them on the disk.
 VMDK_MAX_SORTED_NBYTES: Final = 16 * MIB
 # Grain tables that follow in the stream while their grains were read: 64 MiB.

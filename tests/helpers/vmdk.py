@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from imgcore.engine.extents import FLAG_GRAIN_MARKER, Kind
@@ -159,6 +159,40 @@ def stream(
     put(image, len(image) // SECTOR, bytes(SECTOR * (1 + trailing_sectors)))
     path.write_bytes(image)
     return path
+
+
+def reordered(image: bytes, arrange: Callable[[list[tuple[int, bytes]]], object]) -> bytes:
+    """Return a streamOptimized image with its grains rearranged, tables last."""
+    n_sectors, at = struct.unpack_from("<Q", image, 12)[0], struct.unpack_from("<Q", image, 64)[0]
+    head = bytearray(image[: at * SECTOR])
+    struct.pack_into("<Q", head, 56, GD_AT_END)
+    at *= SECTOR
+    grains: list[tuple[int, bytes]] = []
+    while True:
+        lba, nbytes, kind = struct.unpack_from("<QII", image, at)
+        if nbytes:
+            end = at + 12 + nbytes + -(12 + nbytes) % SECTOR
+            grains.append((lba // (GRAIN // SECTOR), image[at:end]))
+            at = end
+        elif kind:
+            at += SECTOR + lba * SECTOR
+        else:
+            break
+    arrange(grains)
+    new, tables = bytearray(head), {}
+    for number, content in grains:
+        table = tables.setdefault(number // 512, [0] * 512)
+        table[number % 512] = len(new) // SECTOR
+        new += content
+    directory = [0] * -(-n_sectors // (512 * GRAIN // SECTOR))
+    for index, table in tables.items():
+        directory[index] = len(new) // SECTOR + 1
+        new += marker(4, 1) + struct.pack("<512I", *table)
+    raw_directory = struct.pack(f"<{len(directory)}I", *directory)
+    raw_directory += bytes(-len(raw_directory) % SECTOR)
+    struct.pack_into("<Q", head, 56, len(new) // SECTOR + 1)
+    new += marker(len(raw_directory) // SECTOR, 2) + raw_directory
+    return bytes(new + marker(1, 3) + head[:SECTOR] + bytes(SECTOR))
 
 
 def read_guest(reader: VmdkReader, start: int = 0, length: int | None = None) -> bytes:

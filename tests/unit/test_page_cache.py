@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import io
 import mmap
 import os
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.helpers import vmdk
 from tests.helpers.images import KIB, MIB, noise, text
 from tests.helpers.mounts import loop_device, make_file_system, mounted
 
@@ -25,6 +27,7 @@ from imgcore.files import host_file, page_cache
 from imgcore.files.descriptors import open_file
 from imgcore.files.page_cache import CacheMode
 from imgcore.files.target_file import TargetFile
+from imgcore.formats.vmdk import streamed
 
 MODES = ("drop", "direct")
 PAGE = mmap.PAGESIZE
@@ -222,6 +225,24 @@ def test_a_parent(raw: Path, folder: Path, mode: str) -> None:
         raw, folder / "a.qcow2", backing=base, backing_format="qcow2", source_cache=mode
     )
     assert cached_nbytes(base) <= HEADERS_NBYTES
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["a.raw", "a.qcow2", "a.vdi"])
+def test_grains_that_come_late(
+    folder: Path, name: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streamed, "VMDK_MAX_SORTED_NBYTES", 8 * vmdk.GRAIN)
+    grains = {number: noise(vmdk.GRAIN, seed=number) for number in reversed(range(400))}
+    image = vmdk.stream(folder / "stream.vmdk", 400 * vmdk.GRAIN // vmdk.SECTOR, grains)
+    imgcore.convert(
+        io.BytesIO(image.read_bytes()),
+        folder / name,
+        format="vmdk",
+        target_cache=mode,
+        checksum="sha256",
+    )
+    assert cached_nbytes(folder / name) == 0
 
 
 # -- direct requests -------------------------------------------------------------------

@@ -80,8 +80,10 @@ def test_grains_in_another_order_than_fits(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(streamed, "VMDK_MAX_SORTED_NBYTES", 8 * GRAIN)
     near = [index ^ 1 for index in range(N_GRAINS)]
     assert read(stream(tmp_path, near), tmp_path) == disk(near)
+    far = stream(tmp_path, [*range(1, N_GRAINS), 0])
+    assert read(far, tmp_path) == disk(list(range(N_GRAINS)))
     with pytest.raises(UnsupportedFeatureError, match="comes long after others.*to a file first"):
-        read(stream(tmp_path, [*range(1, N_GRAINS), 0]), tmp_path)
+        imgcore.checksum(io.BytesIO(far), format="vmdk")
 
 
 def test_a_grain_that_comes_twice(tmp_path: Path) -> None:
@@ -387,9 +389,14 @@ class TestAdvice:
 
     def test_late_grains(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(streamed, "VMDK_MAX_SORTED_NBYTES", 8 * GRAIN)
-        numbers = [*range(1, N_GRAINS), 0]
+        numbers, saved = [*range(1, N_GRAINS), 0], tmp_path / "saved.vmdk"
         image = bytes(stream(tmp_path, numbers))
-        assert self._save(image, "comes long after others", tmp_path, "vmdk") == disk(numbers)
+        words = "comes long after others.*: save the stream to a file first"
+        with pytest.raises(ImgcoreError, match=words):
+            imgcore.checksum(io.BytesIO(image), format="vmdk")
+        saved.write_bytes(image)
+        with imgcore.open(saved) as opened:
+            assert opened.read(0, opened.virtual_size) == disk(numbers)
 
     def test_late_tables(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(streamed, "VMDK_MAX_AWAITED_TABLES", 0)

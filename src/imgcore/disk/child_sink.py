@@ -7,25 +7,21 @@ are in an existing image.
 
 from __future__ import annotations
 
-import os
-from contextlib import closing
 from typing import TYPE_CHECKING, Any, Final
 
 from imgcore.areas.normal import joined
 from imgcore.disk.block_copy import Copied, copy_areas
 from imgcore.disk.differences import Differences
 from imgcore.disk.digests import DigestedDisk
-from imgcore.disk.image import Image, open_image
 from imgcore.disk.image_source import ImageSource
-from imgcore.disk.open_options import OpenOptions
-from imgcore.files.given_files import GivenFiles
-from imgcore.files.unnamed_file import UnnamedFile
+from imgcore.disk.unnamed_image import open_unnamed
 from imgcore.formats.api import HoldsSectors, SectorSized
 from imgcore.formats.registry import get_driver
 from imgcore.limits import KIB
 
 if TYPE_CHECKING:
     from imgcore.checksums.digest import Digest
+    from imgcore.disk.image import Image
     from imgcore.disk.sink_options import SinkOptions
     from imgcore.disk.source import Source
     from imgcore.engine.bad_ranges import BadRange
@@ -91,7 +87,10 @@ class ChildSink:
             journal = AreaJournal(self._options.checkpoints, self.disk_nbytes)
             tally.skip(journal.position)
         read_before = 0 if journal is None else journal.read_nbytes
-        with self._opened() as child, self._source.kept_open() as new:
+        with (
+            open_unnamed(self._target, self._options.format) as child,
+            self._source.kept_open() as new,
+        ):
             with self._base.kept_open() as old:
                 found = Differences(
                     new,
@@ -140,11 +139,3 @@ class ChildSink:
                     report=lambda *_: count(self.disk_nbytes),
                 )
         return ()
-
-    def _opened(self) -> Image:
-        """Return the child, which has no name yet, for writing."""
-        name = os.path.abspath(self._target.path)
-        with closing(UnnamedFile.of(self._target.main, name)) as file:
-            options = OpenOptions.from_keywords(format=self._options.format, chain=False)
-            files = GivenFiles(held=[file])
-            return open_image(name, options._replace(files=files, writable=True))

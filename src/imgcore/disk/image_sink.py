@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from imgcore._core import Job
 from imgcore.checksums.digest import BLOCK_NBYTES, Digest
+from imgcore.disk.late_batches import MayBeLate
 from imgcore.disk.late_end import end_disk, leave_end_open
 from imgcore.disk.reflinks import Reflink, reflinkable_units, refuse_own_blocks
 from imgcore.disk.transfer import Transfer
@@ -107,9 +108,21 @@ class ImageSink:
             data_file.clear(writer.first_offset)
         stream = self._leaf_stream()
         journal = self._journal(target, stream)
+        if isinstance(self.source, MayBeLate) and self._takes_late(data_file):
+            self.source.take_late()
         bad_ranges = self._write_parts(writer, data_file, tally, stream, journal)
-        self._take_digest(stream)
+        if isinstance(self.source, MayBeLate) and self.source.has_late:
+            from imgcore.disk.late_blocks import write_late
+
+            self.digest = write_late(self.source, target, self.options, self.disk_nbytes, tally)
+        else:
+            self._take_digest(stream)
         return bad_ranges
+
+    def _takes_late(self, data_file: TargetFile) -> bool:
+        """Tell whether the complete image can be written to in place."""
+        is_plain = self._writer.geometry.codec.codec is CodecId.NONE
+        return self.driver.updating is not None and is_plain and not data_file.in_order
 
     @property
     def disk_nbytes(self) -> int:

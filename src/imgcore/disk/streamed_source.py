@@ -13,7 +13,7 @@ from imgcore.engine.extents import Kind
 from imgcore.engine.geometry import ZeroPolicy
 from imgcore.errors import OptionError, UnsupportedFeatureError
 from imgcore.files.reference_gate import ReferenceGate
-from imgcore.formats.api import EndsItself, LeavesOut, SectorSized
+from imgcore.formats.api import ComesLate, EndsItself, LeavesOut, SectorSized
 from imgcore.formats.registry import get_driver
 from imgcore.formats.shared.stream_end import goes_on
 from imgcore.limits import (
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from imgcore.disk.image import Image
+    from imgcore.disk.late_batches import LateBatch
     from imgcore.disk.layer import Layer
     from imgcore.disk.open_options import OpenOptions
     from imgcore.engine.extents import Extents
@@ -201,6 +202,35 @@ class StreamedSource(OrderedSource):
         n_sources = len(self._reader.sources)
         for batch in batches:
             yield batch._replace(rows=self._window.place(batch.rows, n_sources))
+        if not self.has_late:
+            self._verify_end()
+
+    # -- blocks that come late ---------------------------------------------------------
+
+    def take_late(self) -> None:
+        """Let blocks come late; see `MayBeLate`."""
+        if isinstance(self._reader, ComesLate):
+            self._reader.take_late()
+
+    @property
+    def has_late(self) -> bool:
+        """Whether blocks are left after the last batch."""
+        return isinstance(self._reader, ComesLate) and self._reader.has_late
+
+    def late_batches(self) -> Iterator[LateBatch]:
+        """Yield the blocks that are left, up to the end of the stream."""
+        from imgcore.disk.late_batches import LateBatch
+
+        assert isinstance(self._reader, ComesLate), "see has_late"
+        sources = self._reader.sources
+        for found in self._reader.late_extents():
+            rows = self._window.place(found, len(sources))
+            numbers = rows["file"] % len(sources)
+            rows["file"] //= len(sources)
+            for number in sorted(set(numbers.tolist())):
+                nbytes = sources[number].block_nbytes
+                files = [(file, BUFFER_NBYTES, 0, nbytes) for file in self._window.files]
+                yield LateBatch(rows[numbers == number], nbytes, files)
         self._verify_end()
 
     def _extents(self) -> Iterator[Extents]:

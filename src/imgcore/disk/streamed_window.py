@@ -17,6 +17,7 @@ from imgcore.limits import (
     MAX_KEPT_NBYTES,
     MIB,
     MIN_STREAM_SEGMENTS,
+    STREAM_BEHIND_NBYTES,
     STREAM_SEGMENT_NBYTES,
     TIB,
 )
@@ -36,8 +37,6 @@ BUFFER_NBYTES: Final = _ROOM_NBYTES + STREAM_SEGMENT_NBYTES
 _PULL_NBYTES: Final = 1 * MIB
 # Of all segments, those that blocks in use may be in.
 _N_BEHIND: Final = 4
-# What stays of what was placed, if nothing needs more.
-_BEHIND_NBYTES: Final = 16 * MIB
 # Of streams whose end is not known yet: as large as the files of any format.
 _MAX_NBYTES: Final = 128 * TIB
 # The batches that the engine may still read while another is made.
@@ -427,7 +426,7 @@ class StreamedWindow(StreamedBytes):
         used = set[int]().union(*self._in_use)
         others = [number for number in self._index_of if number != self._packed]
         oldest = next((number for number in others if number not in used), -1)
-        is_far = 0 < (oldest + 1) * STREAM_SEGMENT_NBYTES < self._placed_end - _BEHIND_NBYTES
+        is_far = 0 < (oldest + 1) * STREAM_SEGMENT_NBYTES < self._placed_end - STREAM_BEHIND_NBYTES
         if len(self._index_of) < len(self._buffers) and not is_far:
             return next(i for i in range(len(self._buffers)) if i not in self._index_of.values())
         if not is_far and oldest != others[0]:

@@ -11,7 +11,8 @@ from typing import Final, NamedTuple, Protocol
 class Progress(NamedTuple):
     """The progress of a job in bytes of the virtual disk (``written``: of the target).
 
-    The values never decrease.
+    The values never decrease, but for ``zero`` where blocks of a stream come late: what
+    was a hole then gets data.
     """
 
     done: int

@@ -113,6 +113,11 @@ class TargetFile(OpenFile):
             with system_errors():
                 self.core.note_written(offset, length)
 
+    def note_changed(self) -> None:
+        """Note that another object may have written to any part of the file."""
+        with named_errors(self.path):
+            self._note_written(0, self.nbytes)
+
     def write_last(self, data: bytes) -> None:
         """Write the file's last bytes.
 

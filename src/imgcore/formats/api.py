@@ -279,6 +279,35 @@ class EndsItself(Protocol):
 
 
 @runtime_checkable
+class ComesLate(Protocol):
+    """A reader of streams in which blocks may come after others that follow them.
+
+    Optional: readers of other formats need the order of the disk.
+    """
+
+    def take_late(self) -> None:
+        """Let `extents` be a hole from the first block on that comes late.
+
+        Called before the first extents are asked for; without it, such a block is an
+        error.
+        """
+        ...
+
+    @property
+    def has_late(self) -> bool:
+        """Whether blocks are left, after the last extent."""
+        ...
+
+    def late_extents(self) -> Iterator[Extents]:
+        """Yield batches of the blocks that are left, in any order.
+
+        The rows of a batch ascend, but have gaps between them.  Each is the start of a
+        compressed block, and all of it but at the end of the disk.
+        """
+        ...
+
+
+@runtime_checkable
 class HasBitmaps(Protocol):
     """A reader of images that may hold bitmaps of changed areas.
 

@@ -40,6 +40,7 @@ from imgcore.formats.vmdk.reader import VmdkReader
 from imgcore.limits import (
     MIB,
     SECTOR_NBYTES,
+    STREAM_BEHIND_NBYTES,
     VMDK_MAX_AWAITED_TABLES,
     VMDK_MAX_SORTED_NBYTES,
 )
@@ -68,6 +69,10 @@ _LOOK_NBYTES: Final = 4 * MIB
 GRAIN_DTYPE: Final = np.dtype([("number", "<u8"), ("offset", "<u8"), ("end", "<u8")])
 _NO_GRAINS: Final = np.empty(0, GRAIN_DTYPE)
 _MAX_SECTOR: Final = 0xFFFFFFFF
+# Grains that come late: bytes of the stream that are sorted at once, and of the disk
+# that are given at once.
+_LATE_NBYTES: Final = 8 * MIB
+_LATE_DISK_NBYTES: Final = 16 * MIB
 
 
 class _Phase(Enum):
@@ -137,14 +142,29 @@ class MarkerReader(StreamedReader):
     """
 
     _grains: SortedGrains | None = None
+    _takes_late = False
 
     def _open_only_extent(self, file: ByteSource) -> SparseExtent:
         return open_by_markers(file)
 
     def _extents_of(self, item: DiskExtent, start: int, length: int) -> Iterator[Extents]:
         if self._grains is None:
-            self._grains = SortedGrains(item)
+            self._grains = SortedGrains(item, takes_late=self._takes_late)
         return self._grains.extents(start, start + length)
+
+    def take_late(self) -> None:
+        """Let grains come late; see `imgcore.formats.api.ComesLate`."""
+        self._takes_late = True
+
+    @property
+    def has_late(self) -> bool:
+        """Whether grains are left that come late."""
+        return self._grains is not None and self._grains.has_late
+
+    def late_extents(self) -> Iterator[Extents]:
+        """Yield the grains that come late; see `imgcore.formats.api.ComesLate`."""
+        assert self._grains is not None, "see has_late"
+        return self._grains.late_extents()
 
 
 def _strange_last_grain(
@@ -162,9 +182,21 @@ class SortedGrains:
     """The grains of a disk in its order, found by their markers.
 
     A grain waits until all that come in the next `VMDK_MAX_SORTED_NBYTES` are known.
+
+    Parameters
+    ----------
+    item : DiskExtent
+    takes_late : bool
+        From the first grain on that would have to wait longer, the disk is a hole, and
+        `late_extents` has the rest.
+
+    Attributes
+    ----------
+    has_late : bool
+        Whether there is such a rest.
     """
 
-    def __init__(self, item: DiskExtent) -> None:
+    def __init__(self, item: DiskExtent, *, takes_late: bool = False) -> None:
         assert item.sparse is not None
         self._item = item
         self._sparse = item.sparse
@@ -173,6 +205,10 @@ class SortedGrains:
         self._waiting: Grains = _NO_GRAINS
         self._next: Grains = _NO_GRAINS
         self._last = -1
+        # The end in the stream of those that were next.
+        self._used_end = 0
+        self._takes_late = takes_late
+        self.has_late: bool = False
 
     def extents(self, start: int, stop: int) -> Iterator[Extents]:
         """Yield batches of ZLIB and HOLE that cover a range, which follows the last."""
@@ -190,7 +226,7 @@ class SortedGrains:
 
     def _take(self, end: int) -> Grains:
         """Take the next grains before number ``end``; none if no more are."""
-        if not len(self._next):
+        if not len(self._next) and not self.has_late:
             self._sort()
         n = int(np.searchsorted(self._next["number"], end))
         found, self._next = self._next[:n], self._next[n:]
@@ -212,13 +248,27 @@ class SortedGrains:
         sizes = (waiting["end"] - waiting["offset"]).astype(np.int64)
         n_taken = int(np.searchsorted(np.cumsum(sizes) - sizes, nbytes - kept_nbytes))
         taken, self._waiting = waiting[:n_taken], waiting[n_taken:]
+        if self._takes_late and self._is_late(taken):
+            self._waiting, self.has_late = waiting, True
+            return
         ascends = np.diff(taken["number"].astype(np.int64), prepend=self._last) > 0
         for number, offset, _ in taken.tolist() if not ascends.all() else ():
             self._refuse_disorder(number, offset)
             self._last = number
         if n_taken:
             self._last = int(taken["number"][-1])
+            self._used_end = max(self._used_end, int(taken["end"].max()))
         self._next = taken
+
+    def _is_late(self, taken: Grains) -> bool:
+        """Tell whether grains follow too late, or those that wait do so too long."""
+        if not len(taken):
+            return False
+        used_end = max(self._used_end, int(taken["end"].max()))
+        oldest = int(self._waiting["offset"].min()) if len(self._waiting) else used_end
+        # The stream may forget what is so far behind.
+        is_forgotten = oldest + STREAM_BEHIND_NBYTES < used_end
+        return is_forgotten or int(taken["number"][0]) <= self._last
 
     def _refuse_disorder(self, number: int, offset: int) -> None:
         if number > self._last:
@@ -240,10 +290,44 @@ class SortedGrains:
     def _require_end(self) -> None:
         """Read the markers after the last grain, of which none may be left."""
         assert not len(self._next)
+        if self.has_late:
+            return
         more = self._walk.next_grains(1)
+        if self._takes_late and len(more):
+            self._waiting, self.has_late = np.concatenate([self._waiting, more]), True
+            return
         for late in (more, self._waiting):
             if len(late):
                 self._refuse_disorder(int(late["number"][0]), int(late["offset"][0]))
+
+    def late_extents(self) -> Iterator[Extents]:
+        """Yield the grains that are left; those of a piece of the stream ascend."""
+        nbytes = self._sparse.grain_nbytes
+        most = max(_LATE_DISK_NBYTES // nbytes, 1)
+        grains, self._waiting = np.sort(self._waiting, order="offset"), _NO_GRAINS
+        while True:
+            while not len(grains) or grains["end"][-1] - grains["offset"][0] < _LATE_NBYTES:
+                more = self._walk.next_grains(_LATE_NBYTES)
+                if not len(more):
+                    break
+                grains = np.concatenate([grains, more])
+            if not len(grains):
+                return
+            n = int(np.searchsorted(grains["offset"], grains["offset"][0] + _LATE_NBYTES))
+            piece, grains = np.sort(grains[:n], order="number"), grains[n:]
+            for at in range(0, n, most):
+                yield self._late_rows(piece[at : at + most])
+
+    def _late_rows(self, grains: Grains) -> Extents:
+        """Return extents of these grains alone, without their markers."""
+        start = int(grains["number"][0]) * self._sparse.grain_nbytes
+        rows = self._rows(grains, start, start)
+        rows = np.delete(rows, rows["kind"] != Kind.ZLIB)
+        marked = rows["flags"] == FLAG_GRAIN_MARKER
+        rows["host_offset"][marked] += np.uint64(GRAIN_MARKER.size)
+        rows["host_length"][marked] -= np.uint64(GRAIN_MARKER.size)
+        rows["flags"] = 0
+        return rows
 
     def _rows(self, grains: Grains, start: int, stop: int) -> Extents:
         """Return extents that cover a range with these grains, and holes between."""
