@@ -381,7 +381,7 @@ int imgc_job_create(const struct imgc_job_options *options, struct imgc_job **ou
 	job->max_writers = options->n_threads;
 	if (options->kind == IMGC_JOB_CONVERT && options->target->writes_are_serial)
 		job->max_writers = 1;
-	job->may_move = options->kind == IMGC_JOB_CONVERT && options->target->ops->move;
+	job->may_move = options->kind == IMGC_JOB_CONVERT && options->target->takes_pages;
 	job->piece_nbytes = job->window_nbytes;
 	if (options->kind == IMGC_JOB_CONVERT && job->geometry.block_nbytes < job->window_nbytes)
 		job->piece_nbytes = job->geometry.block_nbytes;

@@ -160,7 +160,7 @@ bool imgc_file_reflink(struct imgc_file *file, uint64_t offset, struct imgc_file
 
 bool imgc_file_can_move(const struct imgc_file *file, const struct imgc_file *source)
 {
-	return file->ops->move && source->ops->splice;
+	return file->takes_pages && source->ops->splice;
 }
 
 int imgc_file_move(struct imgc_file *file, uint64_t offset, struct imgc_file *source,

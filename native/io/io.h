@@ -154,7 +154,7 @@ struct imgc_file_ops {
 	 * reason, says that a write of the whole range must follow, which goes on where
 	 * this stopped, and reports what is wrong.
 	 *
-	 * NULL: files of this kind are no pipes.
+	 * NULL: files of this kind are never pipes; see `takes_pages`.
 	 */
 	int (*move)(struct imgc_file *file, uint64_t offset, struct imgc_file *source,
 		    uint64_t source_offset, uint64_t length, struct imgc_error *err);
@@ -193,6 +193,7 @@ struct imgc_file {
 	 * many at once.
 	 */
 	bool is_direct;
+	bool takes_pages; /* it is a pipe, and `move` may be called */
 	/* Reflinks consist of whole blocks of this size, a power of two; 0: none. */
 	uint64_t reflink_block_nbytes;
 	_Atomic bool is_written;     /* see imgc_file_take_written() */

@@ -253,16 +253,6 @@ static const struct imgc_file_ops ordered_file_ops = {
 	.sync = ordered_sync,
 	.next_data = ordered_next_data,
 	.await_room = ordered_await,
-	.close = ordered_close,
-};
-
-static const struct imgc_file_ops pipe_ops = {
-	.read = ordered_read,
-	.write = ordered_write,
-	.zero = ordered_zero,
-	.sync = ordered_sync,
-	.next_data = ordered_next_data,
-	.await_room = ordered_await,
 	.move = ordered_move,
 	.close = ordered_close,
 };
@@ -278,14 +268,15 @@ int imgc_file_open_ordered(int fd, struct imgc_file **out, struct imgc_error *er
 
 	if (!file)
 		return imgc_fail_call(err, IMGC_NO_MEMORY, "open");
-	file->base.ops = S_ISFIFO(st.st_mode) ? &pipe_ops : &ordered_file_ops;
+	bool is_pipe = S_ISFIFO(st.st_mode);
+
+	file->base.ops = &ordered_file_ops;
 	file->base.writes_are_serial = true;
+	file->base.takes_pages = is_pipe;
 	file->fd = fd;
 	file->is_socket = S_ISSOCK(st.st_mode);
 	/* A pipe that poll() calls writable takes so many bytes without waiting. */
-	bool waits = S_ISFIFO(st.st_mode) && !(flags & O_NONBLOCK);
-
-	file->max_piece = waits ? PIPE_BUF : ORDERED_MAX_PIECE;
+	file->max_piece = is_pipe && !(flags & O_NONBLOCK) ? PIPE_BUF : ORDERED_MAX_PIECE;
 	file->repeated = NOT_REPEATED;
 	*out = &file->base;
 	return IMGC_OK;

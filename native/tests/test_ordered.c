@@ -387,82 +387,86 @@ static void test_moving_job(unsigned n_threads, uint64_t block_nbytes, bool has_
 	disk_destroy(&content);
 }
 
+/* A job that moves all of a source file into a pipe, and the batch for it. */
+struct moving {
+	struct disk content, source, target;
+	FILE *opened;
+	struct imgc_source_file file;
+	struct imgc_extent row;
+	struct imgc_batch batch;
+	struct imgc_job_options options;
+	struct reader reader;
+	int ends[2];
+};
+
+static void moving_start(struct moving *m, uint64_t nbytes, unsigned n_threads)
+{
+	*m = (struct moving){.content = disk_create(nbytes)};
+	m->source = file_disk(&m->content, &m->opened);
+	m->row = data_row(0, nbytes, 0);
+	m->row.flags = IMGC_EXTENT_UNREAD;
+	m->batch = (struct imgc_batch){.guest_end = nbytes, .extents = &m->row, .n_extents = 1};
+	make_pair(PIPE, m->ends);
+	m->target.file = open_ordered(m->ends[1]);
+	reader_start(&m->reader, m->ends[0]);
+	m->options = convert_options(&m->source, &m->target, &m->file, n_threads);
+	m->options.geometry.placing = IMGC_PLACE_IDENTITY;
+}
+
+static void moving_end_stream(struct moving *m)
+{
+	imgc_file_close(m->target.file);
+	close(m->ends[1]);
+	reader_join(&m->reader);
+}
+
+/* After moving_end_stream(): what the reader has got stays until then. */
+static void moving_end(struct moving *m)
+{
+	free(m->reader.bytes);
+	imgc_file_close(m->source.file);
+	fclose(m->opened);
+	disk_destroy(&m->content);
+}
+
 /* The rate counts what is moved, and a job that waits for it can be cancelled. */
 static void test_moves_at_a_rate(void)
 {
-	struct disk content = disk_create(4 * MIB);
-	FILE *opened = NULL;
-	struct disk source = file_disk(&content, &opened);
-	struct imgc_extent row = data_row(0, source.nbytes, 0);
-	struct imgc_batch batch = {.guest_end = source.nbytes, .extents = &row, .n_extents = 1};
-	struct imgc_source_file file;
+	struct moving m;
 	struct imgc_rate_limit *limit;
-	struct reader reader = {0};
-	struct disk target = {0};
 	struct imgc_job *job;
-	int ends[2];
 
-	row.flags = IMGC_EXTENT_UNREAD;
-	make_pair(PIPE, ends);
-	target.file = open_ordered(ends[1]);
-	reader_start(&reader, ends[0]);
+	moving_start(&m, 4 * MIB, 1);
 	CHECK_EQ(imgc_rate_limit_create(&limit), IMGC_OK);
 	imgc_rate_limit_set(limit, 1);
-	struct imgc_job_options o = convert_options(&source, &target, &file, 1);
-
-	o.geometry.placing = IMGC_PLACE_IDENTITY;
-	o.rate_limit = limit;
-	CHECK_EQ(imgc_job_create(&o, &job, &error), IMGC_OK);
-	CHECK_EQ(imgc_job_start(job, &batch, &error), IMGC_OK);
+	m.options.rate_limit = limit;
+	CHECK_EQ(imgc_job_create(&m.options, &job, &error), IMGC_OK);
+	CHECK_EQ(imgc_job_start(job, &m.batch, &error), IMGC_OK);
 	CHECK_EQ(imgc_job_wait(job, 50), 0);
 	imgc_job_cancel(job);
 	CHECK_EQ(imgc_job_finish(job, &error), IMGC_CANCELLED);
 	imgc_job_destroy(job);
 	imgc_rate_limit_destroy(limit);
-	imgc_file_close(target.file);
-	close(ends[1]);
-	reader_join(&reader);
-	CHECK(reader.nbytes < source.nbytes);
-	free(reader.bytes);
-	imgc_file_close(source.file);
-	fclose(opened);
-	disk_destroy(&content);
+	moving_end_stream(&m);
+	CHECK(m.reader.nbytes < m.source.nbytes);
+	moving_end(&m);
 }
 
 /* A source that has become shorter is an error, as if it had been read. */
 static void test_moves_past_the_end(void)
 {
-	struct disk content = disk_create(2 * MIB);
-	FILE *opened = NULL;
-	struct disk source = file_disk(&content, &opened);
-	struct imgc_extent row = data_row(0, source.nbytes, 0);
-	struct imgc_batch batch = {.guest_end = source.nbytes, .extents = &row, .n_extents = 1};
-	struct imgc_source_file file;
-	struct reader reader = {0};
-	struct disk target = {0};
+	struct moving m;
 	struct imgc_job *job;
-	int ends[2];
 
-	row.flags = IMGC_EXTENT_UNREAD;
-	CHECK_EQ(ftruncate(fileno(opened), MIB + 5), 0);
-	make_pair(PIPE, ends);
-	target.file = open_ordered(ends[1]);
-	reader_start(&reader, ends[0]);
-	struct imgc_job_options o = convert_options(&source, &target, &file, 2);
-
-	o.geometry.placing = IMGC_PLACE_IDENTITY;
-	CHECK_EQ(imgc_job_create(&o, &job, &error), IMGC_OK);
-	CHECK_EQ(run_batch(job, &batch, &error), IMGC_PAST_END);
+	moving_start(&m, 2 * MIB, 2);
+	CHECK_EQ(ftruncate(fileno(m.opened), MIB + 5), 0);
+	CHECK_EQ(imgc_job_create(&m.options, &job, &error), IMGC_OK);
+	CHECK_EQ(run_batch(job, &m.batch, &error), IMGC_PAST_END);
 	CHECK_EQ(error.offset, MIB + 5);
 	CHECK_EQ(error.source, 0);
 	imgc_job_destroy(job);
-	imgc_file_close(target.file);
-	close(ends[1]);
-	reader_join(&reader);
-	free(reader.bytes);
-	imgc_file_close(source.file);
-	fclose(opened);
-	disk_destroy(&content);
+	moving_end_stream(&m);
+	moving_end(&m);
 }
 
 /* Compressed and stored blocks mix, and go into a pipe in order. */
