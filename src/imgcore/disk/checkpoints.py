@@ -108,7 +108,7 @@ class Checkpoints:
         if self._running is not None:
             if not self._running.is_done:
                 return False
-            self._end()
+            self.finish()
         now = time.monotonic()
         seconds = _DUE_SECONDS + _DUE_SHARE * (now - self._started_at)
         seconds = min(max(seconds, _DUE_PAUSES * self._last_seconds), _MAX_DUE_SECONDS)
@@ -136,7 +136,7 @@ class Checkpoints:
         part : int
             Of the job: what goes on separately.
         """
-        self._end()
+        self.finish()
 
         def write() -> None:
             if target is not None:
@@ -146,16 +146,18 @@ class Checkpoints:
         self._running = _Saving(write)
         self._saved_at = time.monotonic()
 
-    def _end(self) -> None:
-        """Wait for the checkpoint that is being saved; raise its error."""
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being saved.
+
+        Raises
+        ------
+        OSError
+            It could not be saved.
+        """
         running, self._running = self._running, None
         if running is not None:
             running.end()
             self._last_seconds = running.seconds
-
-    def finish(self) -> None:
-        """Wait for the last checkpoint; raises OSError if it could not be saved."""
-        self._end()
 
     def __enter__(self) -> Self:
         return self
@@ -168,6 +170,7 @@ class Checkpoints:
 class _Saving:
     """A checkpoint that a thread saves, or the caller if the system makes no thread.
 
+    `Helpers` would do, but its futures take as long to load as a short job saves.
     ``seconds`` is how long it took.
     """
 

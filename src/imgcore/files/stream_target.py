@@ -14,9 +14,8 @@ import threading
 import time
 from contextlib import suppress
 from operator import index
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final
 
-from imgcore.border import Writable
 from imgcore.errors import ImgcoreError, OptionError, TargetError
 from imgcore.files.commit_point import CommitCounter, uninterrupted
 from imgcore.files.descriptors import (
@@ -46,10 +45,6 @@ _PIPE_NBYTES: Final = 1 << 20
 _POLL_SECONDS: Final = 0.05
 # How soon a reader that takes the last bytes is noticed.
 _SOON_SECONDS: Final = 0.002
-
-
-StreamObject: TypeAlias = Writable | socket.socket
-"""What else than a file name may be a target."""
 
 
 def is_stream_object(target: Any) -> bool:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Final
 from imgcore.errors import CorruptImageError, LimitExceededError
 from imgcore.files.stream_input import StreamInput
 from imgcore.streams.feeder import MIN_BUFFERS, filled
-from imgcore.streams.gzip import GzipDecoder, is_gzip
-from imgcore.streams.xz import XzDecoder, is_xz
-from imgcore.streams.zstd import FramesInput, ZstdDecoder, is_zstd
+from imgcore.streams.gzip import GzipDecoder
+from imgcore.streams.xz import XzDecoder
+from imgcore.streams.zstd import FramesInput, ZstdDecoder
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -28,12 +28,6 @@ _DECODERS: Final[dict[str, Callable[[StreamInput], Decoder]]] = {
     "gzip": GzipDecoder,
     "xz": XzDecoder,
 }
-_TESTS: Final = {"zstd": is_zstd, "gzip": is_gzip, "xz": is_xz}
-
-
-def codec_of(head: bytes) -> str | None:
-    """Return the codec of a stream that begins so; None if it is not compressed."""
-    return next((name for name, test in _TESTS.items() if test(head)), None)
 
 
 def too_long(nbytes: int, path: str) -> LimitExceededError:
