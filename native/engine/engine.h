@@ -88,6 +88,7 @@ struct counters {
 struct worker {
 	struct imgc_job *job;
 	pthread_t thread;
+	bool is_called, must_end; /* what the thread waits for */
 	struct reader reader;
 	struct imgc_compressor *compressor;
 	struct imgc_digest *digest; /* NULL: the job makes no checksum */
@@ -121,7 +122,7 @@ struct imgc_job {
 	bool may_move;		   /* the target is a pipe, which takes pages of sources */
 
 	pthread_mutex_t lock; /* all below */
-	pthread_cond_t changed, ended, told;
+	pthread_cond_t called, changed, ended, told;
 	bool locks_exist;
 	struct imgc_batch batch;
 	struct rows rows, base;
@@ -141,7 +142,8 @@ struct imgc_job {
 	 * than the sources, workers would otherwise wait and wake for each window.
 	 */
 	bool ring_was_full;
-	unsigned n_started, n_running;
+	unsigned n_threads; /* that exist: those of the first workers; they wait for batches */
+	unsigned n_running;
 	bool in_batch;
 	bool in_caller; /* no thread was started: `wait` and `finish` do the work */
 	bool has_found_end, reports_end, end_is_told; /* see open_end.c */

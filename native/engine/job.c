@@ -354,8 +354,9 @@ static int create_locks(struct imgc_job *job)
 		return IMGC_NO_MEMORY;
 	pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
 	bool failed =
-		pthread_mutex_init(&job->lock, NULL) || pthread_cond_init(&job->changed, NULL) ||
-		pthread_cond_init(&job->told, NULL) || pthread_cond_init(&job->ended, &attributes);
+		pthread_mutex_init(&job->lock, NULL) || pthread_cond_init(&job->called, NULL) ||
+		pthread_cond_init(&job->changed, NULL) || pthread_cond_init(&job->told, NULL) ||
+		pthread_cond_init(&job->ended, &attributes);
 
 	pthread_condattr_destroy(&attributes);
 	job->locks_exist = !failed;
@@ -416,6 +417,20 @@ out:
 	return IMGC_OK;
 }
 
+/* Between batches: ends the threads of all but the first workers. */
+static void end_threads(struct imgc_job *job, unsigned n_kept)
+{
+	if (job->n_threads <= n_kept)
+		return;
+	pthread_mutex_lock(&job->lock);
+	for (unsigned i = n_kept; i < job->n_threads; i++)
+		job->workers[i].must_end = true;
+	pthread_cond_broadcast(&job->called);
+	pthread_mutex_unlock(&job->lock);
+	for (; job->n_threads > n_kept; job->n_threads--)
+		pthread_join(job->workers[job->n_threads - 1].thread, NULL);
+}
+
 void imgc_job_destroy(struct imgc_job *job)
 {
 	if (!job)
@@ -424,12 +439,14 @@ void imgc_job_destroy(struct imgc_job *job)
 		imgc_job_cancel(job);
 		imgc_job_finish(job, NULL);
 	}
+	end_threads(job, 0);
 	for (size_t i = 0; i < job->n_workers_made; i++)
 		worker_destroy(&job->workers[i]);
 	for (size_t i = 0; i < job->n_slots_made; i++)
 		slot_destroy(&job->slots[i]);
 	if (job->locks_exist) {
 		pthread_mutex_destroy(&job->lock);
+		pthread_cond_destroy(&job->called);
 		pthread_cond_destroy(&job->changed);
 		pthread_cond_destroy(&job->told);
 		pthread_cond_destroy(&job->ended);
@@ -536,26 +553,37 @@ static bool suits_caller(const struct imgc_job *job)
 	return job->n_workers == 1 && !(target && imgc_file_has_reader(target));
 }
 
-/*
- * The calling thread works alone where one worker is enough, or where no thread can be
- * made.  With fewer threads than asked for, the batch only takes longer.
- */
-static void start_threads(struct imgc_job *job)
+/* Makes threads for the first workers, as far as the system has any. */
+static void require_threads(struct imgc_job *job, unsigned n)
 {
-	size_t n_wanted = suits_caller(job) ? 0 : job->n_workers;
+	for (; job->n_threads < n; job->n_threads++) {
+		struct worker *worker = &job->workers[job->n_threads];
 
-	job->workers[0].reader.in_caller = false;
-	pthread_mutex_lock(&job->lock);
-	for (job->n_started = 0; job->n_started < n_wanted; job->n_started++) {
-		struct worker *worker = &job->workers[job->n_started];
-
+		worker->is_called = worker->must_end = false;
 		if (pthread_create(&worker->thread, NULL, imgc_worker_main, worker))
 			break;
 	}
-	job->in_caller = job->n_started == 0;
-	job->n_running = job->in_caller ? 1 : job->n_started;
-	if (job->in_caller)
-		job->workers[0].reader.in_caller = true;
+}
+
+/*
+ * The calling thread works alone where one worker is enough, or where no thread can be
+ * made.  With fewer threads than asked for, the batch only takes longer.
+ *
+ * Threads stay from batch to batch: new ones often share a core for a while.
+ */
+static void start_threads(struct imgc_job *job)
+{
+	unsigned n_wanted = suits_caller(job) ? 0 : (unsigned)job->n_workers;
+
+	end_threads(job, n_wanted);
+	require_threads(job, n_wanted);
+	pthread_mutex_lock(&job->lock);
+	job->in_caller = job->n_threads == 0;
+	job->workers[0].reader.in_caller = job->in_caller;
+	job->n_running = job->in_caller ? 1 : job->n_threads;
+	for (unsigned i = 0; i < job->n_threads; i++)
+		job->workers[i].is_called = true;
+	pthread_cond_broadcast(&job->called);
 	pthread_mutex_unlock(&job->lock);
 }
 
@@ -639,8 +667,10 @@ int imgc_job_finish(struct imgc_job *job, struct imgc_error *err)
 		return invalid(err, "finish");
 	if (job->in_caller && job->n_running > 0)
 		imgc_worker_work(&job->workers[0], NULL);
-	for (unsigned i = 0; i < job->n_started; i++)
-		pthread_join(job->workers[i].thread, NULL);
+	pthread_mutex_lock(&job->lock);
+	while (job->n_running > 0)
+		pthread_cond_wait(&job->ended, &job->lock);
+	pthread_mutex_unlock(&job->lock);
 	job->in_batch = false;
 	if (atomic_load(&job->stop.failed)) {
 		if (err)

@@ -370,6 +370,20 @@ void imgc_worker_work(struct worker *worker, const struct timespec *until)
 
 void *imgc_worker_main(void *argument)
 {
-	imgc_worker_work(argument, NULL);
+	struct worker *worker = argument;
+	struct imgc_job *job = worker->job;
+
+	pthread_mutex_lock(&job->lock);
+	while (!worker->must_end) {
+		if (!worker->is_called) {
+			pthread_cond_wait(&job->called, &job->lock);
+			continue;
+		}
+		worker->is_called = false;
+		pthread_mutex_unlock(&job->lock);
+		imgc_worker_work(worker, NULL);
+		pthread_mutex_lock(&job->lock);
+	}
+	pthread_mutex_unlock(&job->lock);
 	return NULL;
 }

@@ -341,10 +341,16 @@ class Job:
         ``leaves`` is a writable buffer of `CHECKSUM_NBYTES` for each block of
         `CHECKSUM_BLOCK_NBYTES` of the part, which starts with such a block.
         """
-    def wait(self, tick: Callable[[], None] | None = ...) -> None:
+    def wait(
+        self,
+        tick: Callable[[], None] | None = ...,
+        meanwhile: Callable[[], int] | None = ...,
+    ) -> None:
         """Join the batch, and call ``tick`` on this thread about every 50 ms.
 
-        An exception of ``tick`` cancels the job.
+        ``meanwhile`` does a short piece of other work, and returns how many
+        milliseconds to wait before it is called again, at most 50.  An exception of
+        either cancels the job.
         """
     def run(
         self,

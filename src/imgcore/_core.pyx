@@ -675,10 +675,12 @@ cdef class Job:
     cdef object batch_threads
     cdef tuple held
     cdef bint running
+    cdef int process
 
     def __cinit__(self):
         self.handle = NULL
         self.running = False
+        self.process = getpid()
 
     def __init__(self, *, sources, geometry=None, File target=None, uint64_t next_offset=0,
                  bint has_base=False, uint32_t threads=1, uint64_t window_nbytes=0, variants=None,
@@ -774,22 +776,32 @@ cdef class Job:
         self.held = (extents, base_extents, placements, granules, leaves)
         self.running = True
 
-    def wait(self, tick=None):
+    def wait(self, tick=None, meanwhile=None):
         """Join the batch, and call ``tick`` on this thread about every 50 ms.
 
-        An exception of ``tick`` cancels the job.
+        ``meanwhile`` does a short piece of other work, and returns how many
+        milliseconds to wait before it is called again, at most 50.  An exception of
+        either cancels the job.
         """
         cdef n.imgc_job *handle = self.require()
         cdef n.imgc_error err
         cdef int status = n.IMGC_OK
         cdef int ended = 0
+        cdef int wait_ms = POLL_MS
+        cdef int waited_ms
         memset(&err, 0, sizeof(err))
         if not self.running:
             raise RuntimeError("no batch is running")
         try:
             while not ended:
-                with nogil:
-                    ended = n.imgc_job_wait(handle, POLL_MS)
+                waited_ms = 0
+                while not ended and waited_ms < POLL_MS:
+                    if meanwhile is not None:
+                        wait_ms = meanwhile()
+                    with nogil:
+                        ended = n.imgc_job_wait(handle, wait_ms)
+                    # A piece of work takes time as well.
+                    waited_ms += max(wait_ms, 1)
                 PyErr_CheckSignals()
                 if tick is not None:
                     tick()
@@ -886,15 +898,18 @@ cdef class Job:
         """Cancel and join a batch that still runs, and free the workers' memory."""
         cdef n.imgc_job *handle = self.handle
         self.handle = NULL
-        with nogil:
-            n.imgc_job_destroy(handle)
+        # A forked child does not have the threads that would be joined.
+        if self.process == getpid():
+            with nogil:
+                n.imgc_job_destroy(handle)
         self.running = False
         self.held = None
         self.files = None
         self.batch_threads = None
 
     def __dealloc__(self):
-        n.imgc_job_destroy(self.handle)
+        if self.process == getpid():
+            n.imgc_job_destroy(self.handle)
 
 
 cdef class Places:
