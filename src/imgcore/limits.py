@@ -28,7 +28,7 @@ MAX_KEPT_NBYTES: Final = 64 * MIB
 # than the disk's are sorted in them.  Three units of the target, with its largest
 # blocks, fit in them as well.
 STREAM_SEGMENT_NBYTES: Final = 8 * MIB
-MIN_STREAM_SEGMENTS: Final = 16
+MIN_STREAM_SEGMENTS: Final = 20
 MAX_STREAM_UNIT_NBYTES: Final = 64 * MIB
 # What stays of what was used, even if the segments are not all in use.
 STREAM_BEHIND_NBYTES: Final = 16 * MIB

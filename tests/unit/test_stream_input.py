@@ -282,3 +282,25 @@ def test_a_read_that_waits_is_cancelled() -> None:
             stream.read(1)
     os.close(r)
     os.close(w)
+
+
+def test_read_now_does_not_wait() -> None:
+    r, w = os.pipe()
+    view = memoryview(bytearray(10))
+    with descriptor_stream(r, "pipe") as stream:
+        os.close(r)
+        assert stream.read_now(view) is None
+        os.write(w, b"abcdef")
+        assert stream.peek(2) == b"ab"
+        assert stream.read_now(view[:4]) == 4
+        assert (bytes(view[:4]), stream.position) == (b"abcd", 4)
+        assert stream.read_now(view) == 2
+        assert stream.read_now(view) is None
+        os.close(w)
+        assert stream.read_now(view) == 0
+        assert (stream.end, stream.read_now(view)) == (6, 0)
+
+
+def test_what_can_be_read_without_waiting() -> None:
+    with object_stream(io.BytesIO(b"abc")) as stream, piped(b"abc") as pipe:
+        assert (stream.reads_now, pipe.reads_now) == (False, True)

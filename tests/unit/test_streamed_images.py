@@ -15,7 +15,7 @@ from tests.helpers.images import MIB, SEED, noise, text
 from tests.helpers.vmdk import GRAIN, SECTOR
 
 import imgcore
-from imgcore.disk import streamed_window
+from imgcore.disk import streamed_source, streamed_window
 from imgcore.errors import (
     CorruptImageError,
     ImgcoreError,
@@ -372,7 +372,9 @@ class TestAdvice:
     ) -> None:
         monkeypatch.setattr(streamed_window, "STREAM_SEGMENT_NBYTES", MIB)
         monkeypatch.setattr(streamed_window, "MIN_STREAM_SEGMENTS", 40)
-        image, content = tmp_path / "disk.vdi", noise(80 * MIB)
+        monkeypatch.setattr(streamed_source, "_BATCH_NBYTES", 16 * MIB)
+        monkeypatch.setattr(streamed_source, "_FIRST_NBYTES", 16 * MIB)
+        image, content = tmp_path / "disk.vdi", noise(len(order) * MIB)
         imgcore.create(image, len(content), format="vdi")
         with imgcore.open(image, mode="r+") as opened:
             for block in order:

@@ -282,7 +282,10 @@ class ImageSink:
             end_disk = None
             if not self.source.size_is_known:
                 end_disk = partial(self._end_disk, tally, supply.find_end)
-            Transfer(job, writer, data_file, tally, stream, end_disk, journal).run(batches)
+            transfer = Transfer(
+                job, writer, data_file, tally, stream, end_disk, journal, supply.meanwhile
+            )
+            transfer.run(batches)
             unread = named_bad_ranges(job.bad_ranges, supply.paths)
             return int(job.next_offset), tuple(sorted((*self.source.lost(), *unread)))
 

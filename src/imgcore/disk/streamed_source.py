@@ -44,9 +44,11 @@ if TYPE_CHECKING:
     from imgcore.formats.api import Reader
 
 # Guest bytes of a batch, if the target's blocks allow it.
-_BATCH_NBYTES: Final = 16 * MIB
+_BATCH_NBYTES: Final = 32 * MIB
+# The first one has fewer, so that the engine starts early.
+_FIRST_NBYTES: Final = 4 * MIB
 # Guest bytes whose tables are read at once; more where nothing is stored.
-_STEP_NBYTES: Final = 16 * MIB
+_STEP_NBYTES: Final = 4 * MIB
 _MAX_STEP_NBYTES: Final = 64 * GIB
 
 
@@ -186,6 +188,7 @@ class StreamedSource(OrderedSource):
                 paths=[self.path] * len(sources),
                 native_sources=sources,
                 batches=self._batches(geometry),
+                meanwhile=self._window.read_ahead if self._window.can_read_ahead else None,
             )
         )
 
@@ -198,6 +201,7 @@ class StreamedSource(OrderedSource):
             disk_end=end,
             skip_empty=geometry.zero_policy is ZeroPolicy.SKIP,
             gap_nbytes=_BATCH_NBYTES,
+            first_nbytes=-(-_FIRST_NBYTES // unit) * unit,
         )
         n_sources = len(self._reader.sources)
         for batch in batches:

@@ -36,7 +36,12 @@ _ROOM_NBYTES: Final = 3 * MIB
 BUFFER_NBYTES: Final = _ROOM_NBYTES + STREAM_SEGMENT_NBYTES
 _PULL_NBYTES: Final = 1 * MIB
 # Of all segments, those that blocks in use may be in.
-_N_BEHIND: Final = 4
+_N_BEHIND: Final = 8
+# Segments that are filled while the engine works, if their bytes are there.
+_N_AHEAD: Final = 2
+# How long to wait before it is looked whether more bytes are there, or more room.
+_EMPTY_MS: Final = 1
+_FULL_MS: Final = 50
 # Of streams whose end is not known yet: as large as the files of any format.
 _MAX_NBYTES: Final = 128 * TIB
 # The batches that the engine may still read while another is made.
@@ -91,8 +96,11 @@ class StreamedWindow(StreamedBytes):
     Notes
     -----
     The stream is read into segments, which are used in turn.
-    Memory: `MIN_STREAM_SEGMENTS` segments of `STREAM_SEGMENT_NBYTES`, more for targets
-    with large blocks, and up to `MAX_KEPT_NBYTES` of tables at the start.
+    What `read_ahead` has read counts only once it is needed: what can be read does not
+    depend on when bytes came.
+
+    Memory: `MIN_STREAM_SEGMENTS` + 2 segments, of `STREAM_SEGMENT_NBYTES` each and
+    more for targets with large blocks, and up to `MAX_KEPT_NBYTES` of tables.
     One thread at a time uses it.
     """
 
@@ -107,14 +115,22 @@ class StreamedWindow(StreamedBytes):
         self._room_starts: list[int] = []
         self._end = 0
         self._has_ended = False
+        # Where what was read ahead ends, whether the stream ended there, and the
+        # buffers of its segments that do not count yet.
+        self._ahead_end = 0
+        self._met_end = False
+        self._ahead: dict[int, int] = {}
         # Bytes at the start that stay, None until the first block is known.
         self._front: bytes | None = None
         # The end of what was read of the file, or placed.
         self.used_end: int = 0
         # The end of the blocks that were placed last.
         self._placed_end = 0
-        # The buffer of each segment, the oldest first; those of the latest batches.
+        # The buffer of each segment, the oldest first, how many there may be, and the
+        # buffers that are free; the segments of the latest batches.
         self._index_of: dict[int, int] = {}
+        self._n_segments = 0
+        self._free: list[int] = []
         self._in_use: deque[set[int]] = deque(maxlen=_N_BATCHES)
         # The segment of the last compressed block that was placed.  Writers of QCOW2
         # put the next one behind it, however many plain clusters come between them.
@@ -175,11 +191,13 @@ class StreamedWindow(StreamedBytes):
 
     def enlarge(self, n_segments: int) -> None:
         """Have at least so many segments: before the engine is given `files`."""
-        for _ in range(n_segments - len(self._buffers)):
+        self._n_segments = max(n_segments, self._n_segments)
+        for index in range(len(self._buffers), self._n_segments + _N_AHEAD):
             buffer = np.empty(BUFFER_NBYTES, np.uint8)
             self._buffers.append(buffer)
             self.files.append(File.from_memory(buffer))
             self._room_starts.append(_ROOM_NBYTES)
+            self._free.append(index)
 
     def release(self) -> None:
         """Free the memory; the engine must no longer use `files`."""
@@ -322,6 +340,9 @@ class StreamedWindow(StreamedBytes):
         """
         rest = _Rest()
         at = min(self.used_end, self._end)
+        self._index_of |= self._ahead
+        self._ahead.clear()
+        self._end, self._has_ended = self._ahead_end, self._met_end
         while at < self._end:
             number, start = divmod(at, STREAM_SEGMENT_NBYTES)
             self._refuse_gone(number, at)
@@ -334,13 +355,14 @@ class StreamedWindow(StreamedBytes):
             rest = rest.after(self._end, bytes(buffer[:n]))
             self._end += n
             self._has_ended = n < len(buffer)
+        self._ahead_end, self._met_end = self._end, True
         # The engine may still read the segments.
         self._index_of.clear()
         return rest.end, rest.tail
 
     @property
     def _ahead_nbytes(self) -> int:
-        return (len(self._buffers) - _N_BEHIND) * STREAM_SEGMENT_NBYTES
+        return (self._n_segments - _N_BEHIND) * STREAM_SEGMENT_NBYTES
 
     def _tail(self, offset: int, length: int) -> bytes:
         """Return bytes at the start in place of their copy at the end."""
@@ -379,7 +401,7 @@ class StreamedWindow(StreamedBytes):
     def _refuse_span(self, first: int, last: int) -> None:
         """Raise if blocks that are close on the disk do not fit in the segments."""
         n_segments = last // STREAM_SEGMENT_NBYTES - first // STREAM_SEGMENT_NBYTES + 1
-        if n_segments > len(self._buffers):
+        if n_segments > self._n_segments:
             raise UnsupportedFeatureError(
                 f"a stream is read in order, but blocks at {first:#x} and at {last:#x} are close "
                 "on the disk: save it to a file first",
@@ -401,34 +423,83 @@ class StreamedWindow(StreamedBytes):
         while self._end < end and not self._has_ended:
             number, start = divmod(self._end, STREAM_SEGMENT_NBYTES)
             if number not in self._index_of:
-                index = self._free_index()
-                self._index_of[number] = index
-                self._room_starts[index] = _ROOM_NBYTES
+                self._make_room()
+                index = self._ahead.pop(number, None)
+                self._index_of[number] = self._new_segment() if index is None else index
             stop = min(start + max(end - self._end, _PULL_NBYTES), STREAM_SEGMENT_NBYTES)
-            view = self._segment(number)[start:stop]
-            n = self._stream.readinto(view)
-            self._end += n
-            self._has_ended = n < len(view)
+            self._read(self._segment(number)[start:stop])
+
+    def _read(self, view: memoryview) -> None:
+        """Fill what comes next in a segment; what was read ahead is there already."""
+        n = min(self._ahead_end - self._end, len(view))
+        if n < len(view) and not self._met_end:
+            n += self._stream.readinto(view[n:])
+            self._ahead_end, self._met_end = self._end + n, n < len(view)
+        self._end += n
+        self._has_ended = n < len(view)
+
+    @property
+    def can_read_ahead(self) -> bool:
+        """Whether the stream tells if bytes are there."""
+        return self._stream.reads_now
+
+    def read_ahead(self) -> int:
+        """Read bytes that come next, if they and a free segment are there.
+
+        Returns
+        -------
+        int
+            Milliseconds until it is worth to call this again.
+        """
+        number, start = divmod(self._ahead_end, STREAM_SEGMENT_NBYTES)
+        if self._met_end or (number not in self._index_of and not self._may_add(number)):
+            return _FULL_MS
+        index = self._index_of.get(number, self._ahead.get(number, -1))
+        stop = min(start + _PULL_NBYTES, STREAM_SEGMENT_NBYTES)
+        view = self._buffers[index].data[_ROOM_NBYTES + start : _ROOM_NBYTES + stop]
+        n = self._stream.read_now(view)
+        if n is None:
+            return _EMPTY_MS
+        self._ahead_end += n
+        self._met_end = n == 0
+        return 0 if n == len(view) else _EMPTY_MS
+
+    def _may_add(self, number: int) -> bool:
+        """Have a segment ahead; False if there are enough."""
+        if number not in self._ahead:
+            if len(self._ahead) == _N_AHEAD:
+                return False
+            self._ahead[number] = self._new_segment()
+        return True
 
     def _skip(self, until: int) -> None:
         """Read up to the segment of an offset, and keep nothing of a long gap."""
         target = until - until % STREAM_SEGMENT_NBYTES
         if target - self._end > self._ahead_nbytes:
-            self._stream.skip(target - self._end)
-            self._end = target
+            # Segments that are kept are complete.
+            self._fill(self._end + -self._end % STREAM_SEGMENT_NBYTES)
+            self._free += self._ahead.values()
+            self._ahead.clear()
+            self._stream.skip(target - self._ahead_end)
+            self._end = self._ahead_end = target
 
-    def _free_index(self) -> int:
-        """Return the buffer for another segment: that of the oldest one, or a new one.
+    def _new_segment(self) -> int:
+        """Take a free buffer: if possible, one that is in memory and caches already."""
+        index = self._free.pop()
+        self._room_starts[index] = _ROOM_NBYTES
+        return index
 
-        That of `_packed` stays.  A buffer that was used before is in the memory and
-        caches of the host already.
+    def _make_room(self) -> None:
+        """Free the buffer of the oldest segment, if that is far behind or is needed.
+
+        That of `_packed` stays.
         """
         used = set[int]().union(*self._in_use)
         others = [number for number in self._index_of if number != self._packed]
         oldest = next((number for number in others if number not in used), -1)
         is_far = 0 < (oldest + 1) * STREAM_SEGMENT_NBYTES < self._placed_end - STREAM_BEHIND_NBYTES
-        if len(self._index_of) < len(self._buffers) and not is_far:
-            return next(i for i in range(len(self._buffers)) if i not in self._index_of.values())
+        if len(self._index_of) < self._n_segments and not is_far:
+            return
         if not is_far and oldest != others[0]:
             raise UnsupportedFeatureError(
                 f"a stream is read in order, but blocks at {others[0] * STREAM_SEGMENT_NBYTES:#x} "
@@ -436,7 +507,7 @@ class StreamedWindow(StreamedBytes):
                 path=self.path,
                 offset=self._end,
             )
-        return self._index_of.pop(oldest)
+        self._free.append(self._index_of.pop(oldest))
 
     def _segment(self, number: int) -> memoryview:
         return self._buffers[self._index_of[number]].data[_ROOM_NBYTES:]

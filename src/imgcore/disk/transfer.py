@@ -34,7 +34,7 @@ class Transfer:
     """A job that moves the disk, and what hears of its progress.
 
     ``end_disk`` is called when a source of unknown size has ended.  ``journal`` needs a
-    ``stream``.
+    ``stream``.  ``meanwhile`` is that of the `Supply`.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class Transfer:
         stream: LeafStream | None,
         end_disk: Callable[[], None] | None = None,
         journal: BatchJournal | None = None,
+        meanwhile: Callable[[], int] | None = None,
     ) -> None:
         self.job: Job = job
         self.writer: Writer = writer
@@ -53,6 +54,7 @@ class Transfer:
         self.tally: Tally = tally
         self.stream: LeafStream | None = stream
         self.journal: BatchJournal | None = journal
+        self._meanwhile = meanwhile
         # None once the end of the disk is known.
         self._end_disk = end_disk
         self._given_nbytes = 0
@@ -121,7 +123,7 @@ class Transfer:
     def _finish(self, started: _Started) -> None:
         """Wait for a batch, and tell the writer where its blocks are."""
         job, batch, placements = self.job, started.batch, started.placements
-        job.wait(lambda: self._tick(started))
+        job.wait(lambda: self._tick(started), self._meanwhile)
         end, leaves = batch.end, started.leaves
         if self._end_disk is None and self.writer.geometry.guest_nbytes < end:
             # The stream has ended in it.

@@ -23,6 +23,7 @@ def cut_batches(
     disk_end: int,
     skip_empty: bool,
     gap_nbytes: int = 0,
+    first_nbytes: int | None = None,
 ) -> Iterator[Batch]:
     """Yield batches that start and end at multiples of ``unit``, or at the disk's end.
 
@@ -41,6 +42,9 @@ def cut_batches(
         Leave out units without data: the target already reads as zeros there.
     gap_nbytes : int
         The least bytes that are left out; more if that takes too many batches.
+    first_nbytes : int, optional
+        The most of the first batch, a multiple of ``unit``; each may have twice as many
+        as the one before.
 
     Yields
     ------
@@ -53,25 +57,27 @@ def cut_batches(
     """
     pending: list[Extents] = []
     start = end = n_rows = 0
+    most = max_nbytes if first_nbytes is None else min(first_nbytes, max_nbytes)
     for rows in extents:
         pending.append(rows)
         n_rows += len(rows)
         end = _end(rows)
-        if end < disk_end and end - start < max_nbytes and n_rows < MAX_BATCH_ROWS // 2:
+        if end < disk_end and end - start < most and n_rows < MAX_BATCH_ROWS // 2:
             continue
         until = end if end == disk_end else end - end % unit
-        if until < disk_end and until - start > max_nbytes:
-            until -= (until - start) % max_nbytes
+        if until < disk_end and until - start > most:
+            until -= (until - start) % most
         if until > start:
             joined = np.concatenate(pending) if len(pending) > 1 else pending[0]
             kept = clip(joined, start, until)
             # The engine itself steps over shorter rows, which costs less than further
             # batches.
             least = max(max_nbytes // 16, 2 * unit, gap_nbytes) if skip_empty else None
-            yield from _split(kept, unit, max_nbytes, least)
+            yield from _split(kept, unit, most, least)
             pending = [clip(joined, until, end)] if until < end else []
             n_rows = len(pending[0]) if pending else 0
             start = until
+            most = min(2 * most, max_nbytes)
 
 
 def _split(rows: Extents, unit: int, max_nbytes: int, least_nbytes: int | None) -> Iterator[Batch]:

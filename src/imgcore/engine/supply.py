@@ -35,9 +35,13 @@ class Supply(NamedTuple):
 
     ``find_end``, if it is there, is called when a disk of unknown size has been read as
     far as it goes: the source's size is known then, or it raises.
+
+    ``meanwhile``, if it is there, prepares for the next batches while the engine works
+    on one; see `Job.wait`.
     """
 
     paths: list[str]
     native_sources: list[tuple[File, int, int, int]]
     batches: Iterator[Batch]
     find_end: Callable[[], None] | None = None
+    meanwhile: Callable[[], int] | None = None

@@ -63,6 +63,11 @@ class Origin(Protocol):
         """
         ...
 
+    @property
+    def read_now(self) -> Callable[[memoryview], int | None] | None:
+        """Does as `readinto`, but returns None instead of waiting; None: cannot."""
+        ...
+
     def open_core(self, head: bytes, *, open_ended: bool, tail_nbytes: int) -> File | None:
         """Return what the engine reads instead of `readinto`; None if it cannot.
 
@@ -174,6 +179,33 @@ class StreamInput(StreamedBytes, Closable):
             self._keep_from(octets[:done])
             self.position += done
             return done
+
+    @property
+    def reads_now(self) -> bool:
+        """Whether `read_now` can be called: the origin tells what it has."""
+        return self._origin.read_now is not None
+
+    def read_now(self, view: memoryview) -> int | None:
+        """Take bytes that are there; see `readinto`.
+
+        Returns
+        -------
+        int or None
+            Bytes at the start of the view that were filled, 0 at the end of the stream;
+            None if none are there.
+        """
+        if self._ahead:
+            return self.readinto(view[: len(self._ahead)])
+        if self._has_ended:
+            return 0
+        assert self._origin.read_now is not None, "see reads_now"
+        with self._in_use(), named_errors(self.path):
+            n = self._origin.read_now(view)
+        if n is not None:
+            self._has_ended = not n
+            self._keep_from(view[:n])
+            self.position += n
+        return n
 
     def read(self, nbytes: int) -> bytes:
         """Take the next bytes, fewer if the stream ends; see `readinto`."""
@@ -489,6 +521,15 @@ class _Descriptor:
             with suppress(BlockingIOError):
                 return os.readv(self._fd, [view])
 
+    def read_now(self, view: memoryview) -> int | None:
+        ready = dict(self._poll.poll(0))
+        if self._fd not in ready or self._wake in ready:
+            return None
+        try:
+            return os.readv(self._fd, [view])
+        except BlockingIOError:
+            return None
+
     def open_core(self, head: bytes, *, open_ended: bool, tail_nbytes: int) -> File:
         from imgcore._core import CoreError, File
 
@@ -515,6 +556,8 @@ class _Object:
 
     A read that waits inside it cannot be ended.
     """
+
+    read_now = None
 
     def __init__(self, source: Any, path: str) -> None:
         self._path = path

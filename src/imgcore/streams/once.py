@@ -47,6 +47,8 @@ def decoded(source: StreamInput, codec: str) -> StreamInput:
 class _Decoded:
     """The content of a compressed stream; an `Origin`."""
 
+    read_now = None
+
     def __init__(self, source: StreamInput, decoder: Decoder) -> None:
         self._source = source
         self._decoder = decoder
@@ -67,6 +69,8 @@ class _Decoded:
 
 class _WithoutTail:
     """The bytes of a stream but for the last ones; an `Origin`."""
+
+    read_now = None
 
     def __init__(self, source: StreamInput, tail_nbytes: int) -> None:
         self._source = source
