@@ -271,11 +271,13 @@ static int file_zero(struct imgc_file *base, uint64_t offset, uint64_t length,
 		     struct imgc_error *err)
 {
 	struct fd_file *file = (struct fd_file *)base;
-	uint64_t limit = file->is_block_device ? file->device_nbytes : INT64_MAX;
 	int method = atomic_load_explicit(&file->zero_method, memory_order_relaxed);
 
-	if (!imgc_range_inside(offset, length, limit))
+	if (!imgc_range_inside(offset, length, INT64_MAX))
 		return imgc_fail_at(err, IMGC_OUT_OF_RANGE, offset, "zero");
+	/* As for a write. */
+	if (file->is_block_device && !imgc_range_inside(offset, length, file->device_nbytes))
+		return imgc_fail_system(err, ENOSPC, offset, "zero");
 	if (length == 0)
 		return IMGC_OK;
 	for (;;) {

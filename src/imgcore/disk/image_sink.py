@@ -207,11 +207,15 @@ class ImageSink:
         """Yield bounds of the image's size, each closer and slower; the last is exact.
 
         They come from the size of the disk, from the source's tables, and from all of
-        its data.
+        its data.  A stream tells nothing before it is read, which is done once: then
+        the last one is what an empty disk takes, and the device may turn out too small.
         """
         geometry = self._writer.geometry
         yield self.driver.measure(self.request, 0).fully_allocated
         if geometry.placing is Placing.IDENTITY:
+            return
+        if not self.source.sources:
+            yield self.driver.measure(self.request, 0).required
             return
         if geometry.zero_policy is not ZeroPolicy.STORE:
             from imgcore.disk.data_ranges import count_blocks
