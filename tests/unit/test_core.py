@@ -207,6 +207,65 @@ def test_the_callback_may_raise() -> None:
     assert job.progress()[0] < 64 * MIB
 
 
+def test_other_work_is_done_meanwhile() -> None:
+    job, calls = slow_job(32 * MIB), 0
+    ticks: list[int] = []
+
+    def work() -> int:
+        nonlocal calls
+        calls += 1
+        return calls % 3  # with and without a pause
+
+    job.wait(lambda: ticks.append(calls), work)
+    assert job.progress()[0] == 32 * MIB
+    assert calls > 10 * len(ticks) > 0
+
+
+def test_other_work_may_raise() -> None:
+    job = slow_job(64 * MIB)
+
+    def work() -> int:
+        raise LookupError("enough")
+
+    with pytest.raises(LookupError, match="enough"):
+        job.wait(None, work)
+    assert job.progress()[0] < 64 * MIB
+
+
+def threads_of_the_system() -> int:
+    """Count them; the system has one that was joined for a moment longer."""
+    counts = []
+    for _ in range(10):
+        counts.append(len(os.listdir("/proc/self/task")))
+        time.sleep(0.01)
+    return min(counts)
+
+
+def test_threads_stay_between_batches_and_end_with_the_job() -> None:
+    before = threads_of_the_system()
+    geometry = Geometry(
+        block_nbytes=512,
+        guest_nbytes=4 * MIB,
+        placing=Placing.IDENTITY,
+        zero_policy=ZeroPolicy.SKIP,
+    )
+    wanted = iter([3, 3, 2, 1, 3])
+    job = _core.Job(
+        sources=[(_core.File.from_memory(bytes(MIB)), MIB, 0, 0)],
+        geometry=geometry,
+        target=_core.File.null(),
+        threads=3,
+        batch_threads=lambda: next(wanted),
+    )
+    found = []
+    for _ in range(5):
+        job.run(0, MIB, single(0, MIB, Kind.DATA))
+        found.append(threads_of_the_system() - before)
+    assert found == [3, 3, 2, 0, 3]
+    job.close()
+    assert threads_of_the_system() == before
+
+
 def test_progress_never_decreases() -> None:
     job = slow_job(4 * MIB)
     seen: list[int] = []
