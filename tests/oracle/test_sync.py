@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import imgcore
+from imgcore.disk.write_access import WriteAccess
 from tests.helpers import qemu
 from tests.helpers.chains import MIB, check, content_of, disks
 from tests.helpers.update_variants import VARIANTS, UpdateVariant
@@ -82,5 +83,26 @@ def test_a_larger_source(variant: UpdateVariant, tmp_path: Path) -> None:
     source.write_bytes(content)
     with pytest.raises(imgcore.OptionError, match="--resize"):
         imgcore.sync(source, target)
+    imgcore.sync(source, target, resize=True)
+    verify(variant, target, content)
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.sizes], ids=lambda v: v.name)
+def test_a_larger_source_while_a_read_goes_on(
+    variant: UpdateVariant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was appended behind a gap, for a read that went on, is moved into it."""
+    begin = WriteAccess._begin_changes
+
+    def begin_while_read(self: WriteAccess) -> None:
+        is_unread, self._is_unread = self._is_unread, lambda: False
+        begin(self)
+        self._is_unread = is_unread
+
+    monkeypatch.setattr(WriteAccess, "_begin_changes", begin_while_read)
+    target = made(variant, tmp_path / "target", states(3)[0])
+    source = tmp_path / "source.raw"
+    content = states(3)[0] + disks(4, 1, 4 * MIB)[0][: max(variant.sizes) - SIZE]
+    source.write_bytes(content)
     imgcore.sync(source, target, resize=True)
     verify(variant, target, content)

@@ -424,6 +424,8 @@ class BlockUpdater:
     def withhold(self) -> None:
         """Append what is new while somebody reads; see `Updater`."""
         self._space.withhold(self._footer_offset)
+        # What is appended then comes after a gap.
+        self._has_gaps = True
 
     def finish(self) -> None:
         """Leave no gaps, and move the footer to the last block; see `Updater`.
