@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.helpers.threads import settled_counts
 
 import imgcore
 from imgcore import _core, limits
@@ -232,17 +233,8 @@ def test_other_work_may_raise() -> None:
     assert job.progress()[0] < 64 * MIB
 
 
-def threads_of_the_system() -> int:
-    """Count them; the system has one that was joined for a moment longer."""
-    counts = []
-    for _ in range(10):
-        counts.append(len(os.listdir("/proc/self/task")))
-        time.sleep(0.01)
-    return min(counts)
-
-
 def test_threads_stay_between_batches_and_end_with_the_job() -> None:
-    before = threads_of_the_system()
+    _, before = settled_counts()
     geometry = Geometry(
         block_nbytes=512,
         guest_nbytes=4 * MIB,
@@ -260,10 +252,10 @@ def test_threads_stay_between_batches_and_end_with_the_job() -> None:
     found = []
     for _ in range(5):
         job.run(0, MIB, single(0, MIB, Kind.DATA))
-        found.append(threads_of_the_system() - before)
+        found.append(settled_counts()[1] - before)
     assert found == [3, 3, 2, 0, 3]
     job.close()
-    assert threads_of_the_system() == before
+    assert settled_counts()[1] == before
 
 
 def test_progress_never_decreases() -> None:

@@ -12,13 +12,13 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.helpers.images import MIB, noise
+from tests.helpers.threads import settled_counts
 
 import imgcore
 from imgcore.engine.cpus import available_cpus
@@ -545,19 +545,10 @@ def test_warnings_are_records_of_the_logger(folder: Path, caplog: pytest.LogCapt
     assert "modification time" in caplog.text
 
 
-def counted_threads() -> tuple[int, int]:
-    """Return Python's threads and the system's, which has some a moment longer."""
-    counts = []
-    for _ in range(10):
-        counts.append((threading.active_count(), len(os.listdir("/proc/self/task"))))
-        time.sleep(0.01)
-    return min(counts)
-
-
 def test_no_thread_outlives_a_call(folder: Path) -> None:
-    before = counted_threads()
+    before = settled_counts()
     use(folder)
     with imgcore.open(folder / "disk.qcow2") as image:
         image.read(0, 4 * MIB)
-        assert counted_threads() == before
-    assert counted_threads() == before
+        assert settled_counts() == before
+    assert settled_counts() == before

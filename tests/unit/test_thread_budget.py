@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from tests.helpers.images import MIB, noise, text
+from tests.helpers.threads import n_tasks
 
 import imgcore
 from imgcore.engine import geometry, thread_budget
@@ -142,10 +143,6 @@ def test_a_forked_child_starts_anew(budget: thread_budget._Budget) -> None:
 
 
 # -- the jobs --------------------------------------------------------------------------
-
-
-def n_tasks() -> int:
-    return len(os.listdir("/proc/self/task"))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from tests.helpers import images
 from tests.helpers.images import MIB
+from tests.helpers.threads import n_tasks
 
 import imgcore
 from imgcore.engine import cpus
@@ -117,10 +118,6 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 # About a second for the images below, so a job waits for many pieces of 50 ms.
 SLOW = {"level": "best"}
-
-
-def n_tasks() -> int:
-    return len(os.listdir("/proc/self/task"))
 
 
 def test_one_worker_is_the_calling_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
